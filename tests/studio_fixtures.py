@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import parse_qsl
 
-from fastapi.testclient import TestClient
+from starlette.testclient import TestClient
 
+from finesight.app.access import Access
+from finesight.app.jobs import JOB_FILE, Job
+from finesight.app.studio_page import (
+    FORMS,
+    Form,
+    ServerAccess,
+    StudioPage,
+    describe_error,
+    make_studio_app,
+)
+from finesight.app.studio_view import Selection, StudioView
+from finesight.app.uploads import DiskBudget, UploadStore
+from finesight.app.workspace import Workspace
+from finesight.errors import UserError
+from finesight.report.i18n import use_language
 from finesight.storage import write_file
-from finesight.studio.studio_jobs import JOB_FILE, Job
-from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
-from finesight.studio.studio_view import StudioView
-from finesight.studio.workspace import Workspace
-from finesight.web.web_server import create_private_folder
 
 
 @contextmanager
 def open_client(folder: Path, password: str | None = None) -> Iterator[TestClient]:
-    with create_private_folder() as private_folder:
-        access = ServerAccess(password=password)
-        app = make_studio_app(StudioView(Workspace(folder)), private_folder, access, True)
-        yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
+    app = make_studio_app(make_page(folder, password=password), Access(password))
+    yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
+
+
+def make_page(folder: Path, **access: Any) -> StudioPage:
+    uploads = folder.parent / "uploads"
+    uploads.mkdir(exist_ok=True)
+    store = UploadStore(uploads, DiskBudget(uploads), 1 << 20)
+    return StudioPage(StudioView(Workspace(folder)), ServerAccess(**access), store)
 
 
 def read_live(folder: Path, query: str) -> dict[str, str]:
@@ -55,30 +71,59 @@ def write_recipe(folder: Path, name: str, data: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-def call_page(page: StudioPage, elem_id: str, query: dict[str, str], *values: object) -> Any:
-    """Call the handler of a button, or of the loaded page for an empty ID.
+FORM_OF_ACTION = {
+    "import": "import",
+    "label": "label",
+    "review": "label",
+    "create-recipe": "recipe",
+    "save-recipe": "editor",
+    "merge": "merge",
+    "export": "merge",
+    "write-gguf": "merge",
+}
 
-    Further fields are empty.
+
+def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any) -> Any:
+    """Run an action with the values of its fields, and return its message and the URL to open.
+
+    Further fields are empty. The values of an import start with the uploaded files, those of a new
+    recipe with its further data sets.
     """
-    ids = [id for id, at in page.blocks.blocks.items() if getattr(at, "elem_id", "") == elem_id]
-    event = ("click" if elem_id else "load",)
-    [function] = [
-        fn
-        for fn in page.blocks.fns.values()
-        if any(target[1:] == event and (not elem_id or target[0] in ids) for target in fn.targets)
-    ]
-    empty = ("",) * (len(function.inputs) - len(values))
-    return function.fn(SimpleNamespace(query_params=query, headers={}), *values, *empty)
+    uploads, others = [], []
+    if action == "import":
+        files, *values = values
+        uploads = [store_upload(page, Path(file)) for file in files or ()]
+    if action == "create-recipe":
+        others, *values = values
+    names = [field.name for field in FORMS.get(FORM_OF_ACTION.get(action, ""), ())]
+    names += ["digest"] if action == "save-recipe" else []
+    texts = dict(zip(names, values, strict=False))
+    selection = Selection.parse(query, "zh" if query.get("lang") == "zh" else "en")
+    try:
+        form = Form(texts=texts, uploads=uploads, others=list(others))
+        return "", page.run_action(action, selection, form)
+    except UserError as error:
+        with use_language(selection.lang):
+            return describe_error(error), ""
 
 
-def click_button(page: StudioPage, elem_id: str, query: str, *values: object) -> str:
+def store_upload(page: StudioPage, file: Path) -> str:
+    """Store a copy of a file as an upload, and return its ID."""
+    upload_id = secrets.token_urlsafe(24)
+    folder = page.uploads._folder / upload_id
+    folder.mkdir()
+    shutil.copy(file, folder)
+    return upload_id
+
+
+def click_button(page: StudioPage, action: str, query: str, *values: Any) -> str:
     """Run the action of a button, and return its message."""
-    message, url = call_page(page, elem_id, dict(parse_qsl(query)), *values)
+    message, url = call_page(page, action, dict(parse_qsl(query)), *values)
     assert bool(message) != bool(url)
-    return message
+    return str(message)
 
 
-def read_fields(page: StudioPage, query: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """Return the updates of the fields of a loaded page by element ID."""
-    updates = call_page(page, "", query)
-    return {item.elem_id: update for item, update in updates.items() if isinstance(update, dict)}
+def read_fields(page: StudioPage, query: dict[str, str]) -> dict[str, str]:
+    """Return the values of the fields of a loaded page by name."""
+    selection = Selection.parse(query, "en")
+    return page.read_values(page.view.read_state(selection))

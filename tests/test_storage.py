@@ -22,7 +22,7 @@ from safetensors.numpy import load_file, save_file
 from finesight import storage
 from finesight.errors import UserError
 from finesight.storage import temporary_folder, working_folder
-from finesight.studio.workspace import Workspace
+from finesight.app.workspace import Workspace
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
 

@@ -9,7 +9,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
 from pathlib import Path
@@ -156,6 +156,11 @@ class UploadStore:
             expected=f"files uploaded within {UPLOAD_TTL_S // 60} minutes",
             remedy="add the file again",
         )
+
+    def remove(self, upload_ids: Iterable[str]) -> None:
+        """Delete the files of uploads that `find` has returned."""
+        for upload_id in upload_ids:
+            shutil.rmtree(self._folder / upload_id, ignore_errors=True)
 
 
 def _clean_name(name: str | None) -> str:

@@ -119,6 +119,7 @@ def init(
     """
     from rich.console import Console
 
+    from finesight.app.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
@@ -128,7 +129,6 @@ def init(
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
     from finesight.storage import raise_if_exists, write_file
-    from finesight.studio.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.train.console import TrainingConsole
 
     if metric is not None and metric not in TASKS:
@@ -288,12 +288,12 @@ def _init_labels(
     as_json: bool,
 ) -> None:
     """Write the recipe of images that `finesight label` labels, and print the commands."""
+    from finesight.app.workspace import format_recipe
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
     from finesight.recipe import choose_duration
     from finesight.storage import write_file
-    from finesight.studio.workspace import format_recipe
 
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))
     is_json = re.search("(?i)(?<![a-z])json(?![a-z])", prompt or "") is not None

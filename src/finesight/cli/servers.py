@@ -10,7 +10,7 @@ import shlex
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -300,6 +300,9 @@ NoAuthOption = Annotated[
     bool, typer.Option("--no-auth", help="Require no password, also from the network.")
 ]
 
+MAX_STUDIO_UPLOAD_BYTES = 160 << 20
+"""Maximum size of a file that the studio imports, such as an archive."""
+
 SocketOption = Annotated[
     Path | None,
     typer.Option(
@@ -364,10 +367,6 @@ def web(
             service.close(wait_for_running=False)
 
 
-def _port_option(server: str) -> Any:
-    return typer.Option(min=0, max=65535, help=f"Port of the {server}. 0: any free port.")
-
-
 def studio(
     folder: Annotated[
         Path,
@@ -396,9 +395,10 @@ def studio(
     ] = False,
     trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
-    chat_port: Annotated[int, _port_option("chat page")] = 7871,
-    api_port: Annotated[int, _port_option("HTTP API")] = 7872,
-    label_port: Annotated[int, _port_option("labelling page")] = 7873,
+    api_port: Annotated[
+        int,
+        typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port."),
+    ] = 7872,
     converter: Annotated[
         Path | None,
         typer.Option(
@@ -425,25 +425,27 @@ def studio(
         host, password_file, no_auth, proxies, open_loopback=False
     )
 
-    from finesight.web.web_server import bind_socket, create_private_folder, serve_app
+    from finesight.app.server import bind_socket, serve_app
+    from finesight.storage import temporary_folder
 
-    with bind_socket(host, port) as listener, create_private_folder() as private_folder:
-        from finesight.studio.studio_page import ServerAccess, make_studio_app
-        from finesight.studio.studio_view import StudioView
-        from finesight.studio.workspace import Workspace
+    with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
+        from finesight.app.studio_page import ServerAccess, StudioPage, make_studio_app
+        from finesight.app.studio_view import StudioView
+        from finesight.app.uploads import DiskBudget, UploadStore
+        from finesight.app.workspace import Workspace
 
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
         os.chdir(folder)
         workspace = Workspace(Path())
         workspace.remove_leftovers()
         view = StudioView(workspace)
-        port = listener.getsockname()[1]
-        ports = {"chat_port": chat_port, "api_port": api_port, "label_port": label_port}
-        access = ServerAccess(host, password, converter, port=port, proxies=proxies, **ports)
-        app = make_studio_app(view, private_folder, access, is_loopback(host))
+        store = UploadStore(uploads, DiskBudget(uploads), MAX_STUDIO_UPLOAD_BYTES)
+        page = StudioPage(view, ServerAccess(password, converter, api_port), store)
+        access = make_access("studio", listener, password)
+        access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         shown_password = password if is_generated else None
         print_page_address(host, listener, shown_password, open_page=open_page)
-        serve_app(app, listener, view.report_pool, proxies)
+        serve_app(make_studio_app(page, access), listener, view.report_pool, proxies)
 
 
 def bind_page(host: str, port: int, file: Path | None) -> socket.socket:

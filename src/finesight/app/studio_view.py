@@ -17,17 +17,16 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from jinja2 import FileSystemLoader
 from markupsafe import Markup
 
+from finesight.app.jobs import Job, JobStore
+from finesight.app.pages import render_page
+from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.errors import UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
-from finesight.report import i18n
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
-from finesight.report.html import create_environment
 from finesight.report.i18n import (
-    LANGUAGE_TAGS,
     Language,
     translate,
     use_language,
@@ -36,12 +35,8 @@ from finesight.report.metric_rows import format_metric_name, format_value, read_
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import format_command, get_run_status
-from finesight.studio.studio_jobs import Job, JobStore
-from finesight.studio.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.vision.image_reader import create_image_pool
-from finesight.web.chat_html import select_ui_text
 
-STATIC_FOLDER = Path(__file__).parent / "static"
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
 
@@ -118,18 +113,16 @@ class Selection:
     images: str = ""
 
     @classmethod
-    def parse(cls, params: Mapping[str, str], accept_language: str) -> Selection:
+    def parse(cls, params: Mapping[str, str], language: Language) -> Selection:
         """Read a selection from query parameters. Invalid values are ignored."""
-        step, lang = params.get("step", ""), params.get("lang", "")
-        # A supported language in the URL precedes those of the header.
-        ui_text = select_ui_text(f"{lang},{accept_language}")
+        step = params.get("step", "")
         return cls(
             step=step if step in STEPS else STEPS[0],
             data=params.get("data", ""),
             recipe=params.get("recipe", ""),
             run=params.get("run", ""),
             job=params.get("job", ""),
-            lang=ui_text.language,
+            lang=language,
             images=params.get("images", ""),
         )
 
@@ -188,21 +181,6 @@ class StudioView:
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
         self.report_pool = create_image_pool(job=render_report)
-        templates = Path(i18n.__file__).parent / "templates"
-        self._environment = create_environment(FileSystemLoader([STATIC_FOLDER, templates]))
-        self._environment.globals |= {
-            "step_names": STEP_NAMES,
-            "no_run": NO_RUN,
-            "split_words": split_words,
-        }
-        styles = [
-            (templates / f"{name}.css").read_text("utf-8") for name in ("base", "charts", "results")
-        ]
-        # The styles of reports apply within the parts that this module renders.
-        nested = "".join(styles).replace(":root", "&").replace("body {", "& {")
-        style = (STATIC_FOLDER / "studio.css").read_text(encoding="utf-8")
-        parts = "#studio-top, #studio-bottom, #message, #preview, #label-preview"
-        self.style = f":is({parts}) {{ {nested} }} {style}"
 
     def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
         """Find the selected items.
@@ -237,12 +215,8 @@ class StudioView:
         )
         return replace(state, selection=selection, jobs=jobs[:MAX_LISTED_JOBS], job=job)
 
-    def render(self, selection: Selection, host: str) -> dict[str, Any]:
-        """Render the parts of the page above and below its form.
-
-        Args:
-            host: Host name by which the browser reaches this machine.
-        """
+    def render(self, selection: Selection) -> dict[str, Any]:
+        """Render the parts of the page above and below its form."""
         state = self.read_state(selection)
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
@@ -263,8 +237,10 @@ class StudioView:
                 "running": running,
                 "log": log,
                 "outcome": _find_outcome(job) if job else "",
-                "is_ready": job is not None and status == "running" and job.port and job.is_ready,
-                "host": f"[{host}]" if ":" in host else host,
+                "is_ready": job is not None
+                and job.is_server
+                and status == "running"
+                and job.is_ready,
                 "workspace": self.workspace.folder,
                 "commands": [format_command(*words) for words in self.list_commands(state)],
                 "runs": [self.describe_run(run) for run in state.content.runs],
@@ -274,14 +250,16 @@ class StudioView:
                 "saved_at": self._read_saved_time(state.recipe),
                 "next_data": _find_next_data(state),
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
+                "step_names": STEP_NAMES,
+                "no_run": NO_RUN,
+                "split_words": split_words,
             }
             top, bottom = (
-                self._environment.get_template(f"{name}.html").render(values)
+                render_page(f"studio_{name}.html", selection.lang, **values)
                 for name in ("top", "bottom")
             )
-        language = LANGUAGE_TAGS[selection.lang]
         url = selection.link(job=selection.job)
-        page = {"top": top, "bottom": bottom, "status": status, "language": language, "url": url}
+        page = {"top": top, "bottom": bottom, "status": status, "url": url}
         return page | {"has_data": state.dataset is not None}
 
     def list_commands(self, state: StudioState) -> list[list[str]]:
@@ -448,10 +426,3 @@ def use_page_names(text: str, current_step: str = "") -> str:
 def split_words(command: str) -> Markup:
     """Render a command whose lines break between words only, not after a hyphen."""
     return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))
-
-
-def render_message(title: str, text: str, kind: str = "error", field: str = "") -> str:
-    """Render the result of an action above the form. The script of the page marks the field."""
-    inner = Markup("<strong>{}</strong><pre>{}</pre>").format(title, use_page_names(text))
-    markup = Markup('<div class="message {}" role="alert" data-field="{}">{}</div>')
-    return markup.format(kind, field, inner)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from studio_fixtures import read_live, write_job
 
+from finesight.app.jobs import JOB_FILE, PID_FILE, Job, JobStore
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
-from finesight.studio.studio_jobs import JOB_FILE, PID_FILE, Job, JobStore
 
 RECIPE = """\
 model: finesight-tiny
@@ -66,7 +66,7 @@ def test_training_survives_the_studio_and_is_stopped_and_resumed(folder: Path) -
     import_dataset(folder / "photos", folder / "data" / "photos", options)
     (folder / "recipe.yaml").write_text(RECIPE)
     start = (
-        "from pathlib import Path; from finesight.studio.studio_jobs import JobStore;"
+        "from pathlib import Path; from finesight.app.jobs import JobStore;"
         " JobStore(Path()).start('train', 'recipe.yaml', ['train', 'recipe.yaml', '--resume'])"
     )
     subprocess.run([sys.executable, "-c", start], cwd=folder, check=True)

@@ -2,7 +2,7 @@
 
 A job is a folder with `job.json` (command), `log.txt` (its output), `pid` and, after the end,
 `exit_code`. The process of the command holds a lock, so a job outlives the studio, and another
-studio finds it again. `python -m finesight.studio.studio_jobs FOLDER` runs the command of a
+studio finds it again. `python -m finesight.app.jobs FOLDER` runs the command of a
 job folder.
 """
 
@@ -11,18 +11,17 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import re
 import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+import httpx2
 from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
@@ -34,7 +33,7 @@ JOBS_FOLDER = Path(".finesight", "jobs")
 """Folder of all jobs in a workspace."""
 
 JOB_FILE, LOG_FILE, PID_FILE, EXIT_CODE_FILE = "job.json", "log.txt", "pid", "exit_code"
-STOP_FILE, LOCK_FILE = "stop_requested", "lock"
+STOP_FILE, LOCK_FILE, SOCKET_FILE = "stop_requested", "lock", "socket"
 
 PYTHON = (sys.executable, "-P", "-m")
 """Start of a command that never imports modules of its working directory, the workspace."""
@@ -51,8 +50,6 @@ START_TIMEOUT_S = 20.0
 STOPPED_EXIT_CODES = (75, 130, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of commands that were stopped, with or without a checkpoint."""
 
-_ERROR_PART = re.compile(r"(?m)^  (?:expected|remedy): ")
-
 JobStatus = Literal["running", "finished", "stopped", "failed", "killed"]
 
 
@@ -62,9 +59,12 @@ class Job(BaseModel, frozen=True):
     Attributes:
         step: Step of the page that shows the job.
         target: Data set, recipe or run that the job belongs to, relative to the workspace.
-        port: Port of a server, else 0.
-        host: Address that the server listens on.
-        form: Texts of the form that started the command.
+        ok_exit_codes: Exit codes of a command that has ended as expected. One other than 0 counts
+            only if the command has written its result.
+        result: File that the command writes at its end, relative to the workspace.
+        port: Port of a server of this machine, else 0.
+        has_page: Whether the command serves a page, on the Unix socket of the job.
+        form: Texts of the form that started the command, by field.
     """
 
     folder: Path
@@ -73,9 +73,21 @@ class Job(BaseModel, frozen=True):
     arguments: tuple[str, ...]
     started_at: datetime
     ok_exit_codes: tuple[int, ...] = (0,)
+    result: str = ""
     port: int = 0
-    host: str = "127.0.0.1"
-    form: tuple[str, ...] = ()
+    has_page: bool = False
+    form: dict[str, str] = {}
+
+    @property
+    def is_server(self) -> bool:
+        """Whether the command runs until it is stopped."""
+        return self.has_page or self.port > 0
+
+    @property
+    def socket(self) -> Path:
+        """Socket of the page. The shortest path is used, because long ones cannot be bound."""
+        file = self.folder.absolute() / SOCKET_FILE
+        return Path(min(str(file), os.path.relpath(file), key=len))
 
     @property
     def id(self) -> str:
@@ -102,9 +114,9 @@ class Job(BaseModel, frozen=True):
         code = self.exit_code
         if code is not None:
             # A server ends only when it is stopped.
-            if code in STOPPED_EXIT_CODES or (self.port and code == 0):
+            if code in STOPPED_EXIT_CODES or (self.is_server and code == 0):
                 return "stopped"
-            is_finished = code in self.ok_exit_codes and not (code and self._has_error())
+            is_finished = code in self.ok_exit_codes and (code == 0 or self._has_result())
             return "finished" if is_finished else "failed"
         return "running" if is_running else "killed"
 
@@ -116,15 +128,12 @@ class Job(BaseModel, frozen=True):
             return log.read().decode("utf-8", "replace").strip()
         return ""
 
-    def _has_error(self) -> bool:
-        """Return whether the log has the error of a command that cannot start or ended early.
-
-        A data check that finds errors has the same exit code, but indents its issues further.
-        """
-        with contextlib.suppress(OSError), (self.folder / LOG_FILE).open("rb") as log:
-            if log.read(7) in (b"error: ", b"Usage: "):
-                return True
-        return _ERROR_PART.search(self.read_log()) is not None
+    def _has_result(self) -> bool:
+        """Return whether the command has written its result since its start."""
+        workspace = self.folder.parents[len(JOBS_FOLDER.parts)]
+        with contextlib.suppress(OSError):
+            return (workspace / self.result).stat().st_mtime >= self.started_at.timestamp()
+        return False
 
     @property
     def is_stopping(self) -> bool:
@@ -134,10 +143,13 @@ class Job(BaseModel, frozen=True):
     @property
     def is_ready(self) -> bool:
         """Whether a server answers. It accepts connections before its model is loaded."""
-        connection = HTTPConnection(self.host, self.port, timeout=CONNECT_TIMEOUT_S)
-        with contextlib.suppress(OSError, HTTPException), contextlib.closing(connection):
-            connection.request("GET", "/page.css")
-            connection.getresponse()
+        transport = httpx2.HTTPTransport(uds=str(self.socket) if self.has_page else None)
+        address = "http://page/" if self.has_page else f"http://127.0.0.1:{self.port}/"
+        with (
+            contextlib.suppress(httpx2.TransportError),
+            httpx2.Client(transport=transport, timeout=CONNECT_TIMEOUT_S) as client,
+        ):
+            client.get(f"{address}static/base.css")
             return True
         return False
 
@@ -160,7 +172,7 @@ class Job(BaseModel, frozen=True):
                     (self.folder / STOP_FILE).touch(exist_ok=False)
                     again = True
                 if again:
-                    os.kill(pid, signal.SIGTERM if self.port else signal.SIGINT)
+                    os.kill(pid, signal.SIGTERM if self.is_server else signal.SIGINT)
                 return
         is_starting = self.status == "running"
         raise UserError(
@@ -199,9 +211,10 @@ class JobStore:
         arguments: Sequence[str],
         *,
         ok_exit_codes: Sequence[int] = (0,),
+        result: str = "",
         port: int = 0,
-        host: str = "127.0.0.1",
-        form: Sequence[str] = (),
+        has_page: bool = False,
+        form: Mapping[str, str] | None = None,
     ) -> Job:
         """Start a command in a process that outlives this one.
 
@@ -231,9 +244,10 @@ class JobStore:
                 arguments=tuple(arguments),
                 started_at=datetime.now(UTC),
                 ok_exit_codes=tuple(ok_exit_codes),
+                result=result,
                 port=port,
-                host=host,
-                form=tuple(form),
+                has_page=has_page,
+                form=dict(form or {}),
             )
             return self._start_process(job)
 
@@ -308,7 +322,10 @@ def run_job(folder: Path) -> int:
         # Before the start of the child, which would inherit a SIGINT that a shell ignores.
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, forward)
-        child = subprocess.Popen([*PYTHON, "finesight", *job.arguments], pass_fds=[lock.fileno()])
+        command = [*PYTHON, "finesight", *job.arguments]
+        if job.has_page:
+            command += ["--socket", str(job.socket)]
+        child = subprocess.Popen(command, pass_fds=[lock.fileno()])
         write_file(folder / PID_FILE, str(child.pid).encode())
         exit_code = child.wait()
         write_file(folder / EXIT_CODE_FILE, str(exit_code).encode())

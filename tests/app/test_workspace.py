@@ -13,18 +13,18 @@ from pathlib import Path
 import pytest
 from studio_fixtures import click_button, write_job, write_recipe
 
+from finesight.app.workspace import (
+    UPLOAD_MARKER,
+    Workspace,
+    WorkspaceDataset,
+    as_argument,
+)
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.label.label_session import open_session
 from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
-from finesight.studio.workspace import (
-    UPLOAD_MARKER,
-    Workspace,
-    WorkspaceDataset,
-    as_argument,
-)
 from finesight.train.run_dir import RunDir
 
 OPTIONS = ImportOptions(prompt="Which color?")

@@ -8,11 +8,10 @@ from types import SimpleNamespace
 import pytest
 from browser import browser as browser
 from PIL import Image
+from studio_fixtures import make_page
 
-from finesight.studio.studio_jobs import JobStore
-from finesight.studio.studio_page import ServerAccess, StudioPage
-from finesight.studio.studio_view import StudioView
-from finesight.studio.workspace import Workspace
+from finesight.app.jobs import JobStore
+from finesight.app.studio_page import StudioPage
 
 COLORS = ("red", "green", "blue", "gray")
 
@@ -32,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def page(folder: Path) -> StudioPage:
-    return StudioPage(StudioView(Workspace(folder)), ServerAccess())
+    return make_page(folder)
 
 
 @pytest.fixture

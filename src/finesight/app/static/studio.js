@@ -1,0 +1,178 @@
+import { byId, copyText, create, describe, request, RequestError, translate, upload } from "./app.js";
+
+const shown = {};
+// Buttons that would start the running command again.
+const starters = ["start", "chat", "serve", "label", "review"];
+let isEdited = false, isActing = false, status = "", hasData = false;
+const uploaded = new Map(); // Uploads by file, for another attempt after an error.
+
+// Lists and jobs, which the server renders
+
+const replace = (id, html) => {
+  if (shown[id] === html) return;
+  const place = byId(id), log = place.querySelector(".log");
+  const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+  const scroll = log?.scrollTop ?? 0;
+  const marked = [...place.querySelectorAll("input:checked")].map((box) => box.value);
+  const opened = [...place.querySelectorAll("details[open]")].map((item) => item.id);
+  const frame = place.querySelector("iframe"), focused = document.activeElement;
+  const focusUrl = place.contains(focused) ? focused.href ?? focused.dataset.url : "";
+  place.innerHTML = html;
+  // A frame that shows the same page keeps its position.
+  const newFrame = place.querySelector("iframe");
+  if (frame && newFrame && frame.src === newFrame.src) newFrame.replaceWith(frame);
+  for (const box of place.querySelectorAll("input[type=checkbox]")) box.checked = marked.includes(box.value);
+  for (const item of place.querySelectorAll("details")) item.open = opened.includes(item.id);
+  const newLog = place.querySelector(".log");
+  if (newLog) newLog.scrollTop = isAtEnd ? newLog.scrollHeight : scroll;
+  if (focusUrl) {
+    [...place.querySelectorAll("a, button")].find((at) => (at.href ?? at.dataset.url) === focusUrl)?.focus();
+  }
+  shown[id] = html;
+};
+
+const enableButtons = () => {
+  const isRunning = ["running", "stopping"].includes(status);
+  for (const button of document.querySelectorAll("form button[data-action]")) {
+    const needsData = button.dataset.action === "review" && !hasData;
+    button.disabled = isActing || needsData || (isRunning && starters.includes(button.dataset.action));
+  }
+};
+
+const update = async () => {
+  let delay = 8000;
+  const query = location.search;
+  try {
+    const page = await request(`live${query}`);
+    // Actions apply to the items in the URL, which are those that the page shows.
+    if (query === location.search) {
+      history.replaceState(null, "", page.url);
+      replace("top", page.top);
+      replace("bottom", page.bottom);
+      ({ status, has_data: hasData } = page);
+      enableButtons();
+    }
+    if (["running", "stopping"].includes(status)) delay = 1500;
+  } catch { /* The studio was stopped; another attempt follows. */ }
+  setTimeout(update, delay);
+};
+
+// Actions
+
+const findField = (name) =>
+  document.querySelector(`form [name="${CSS.escape(name)}"]`) ?? (name === "files" ? byId("upload") : null);
+
+const report = (title, error) => {
+  const text = create("span");
+  text.textContent = describe(error);
+  byId("message").replaceChildren(create("strong", {}, title), create("br"), text);
+  byId("message").hidden = false;
+  byId("message").scrollIntoView({ block: "nearest" });
+  const field = error instanceof RequestError && error.field ? findField(error.field) : null;
+  if (!field) return;
+  for (let at = field.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
+  field.setAttribute("aria-invalid", "true");
+  field.focus();
+};
+
+const sendUploads = async () => {
+  const files = [...(byId("upload")?.files ?? [])], bar = byId("uploading");
+  for (const [index, file] of files.entries()) {
+    Object.assign(bar, { hidden: false, max: files.length, value: index });
+    if (!uploaded.has(file)) uploaded.set(file, (await upload(file)).id);
+  }
+  if (bar) bar.hidden = true;
+  return files.map((file) => uploaded.get(file));
+};
+
+const readForm = (form) => {
+  const texts = {}, others = [];
+  for (const [name, value] of form ? new FormData(form) : []) {
+    if (name === "others") others.push(value);
+    else texts[name] = value;
+  }
+  return { texts, others };
+};
+
+const act = async (button) => {
+  const { action, title, confirm, url } = button.dataset;
+  const query = url ? new URL(url, location).search : location.search;
+  isActing = true;
+  enableButtons();
+  byId("message").hidden = true;
+  try {
+    const uploads = action === "import" ? await sendUploads() : [];
+    const body = { ...readForm(button.form), uploads };
+    let answer = await request(`actions/${action}${query}`, body);
+    if (action === "ask-delete") {
+      if (!window.confirm(confirm)) return;
+      answer = await request(`actions/delete${query}`, body);
+    }
+    if (action === "save-recipe") isEdited = false;
+    location.assign(answer.url);
+  } catch (error) {
+    report(title ?? "", error);
+  } finally {
+    isActing = false;
+    enableButtons();
+  }
+};
+
+// The command that a form would start
+
+const preview = async (form) => {
+  const place = form.querySelector(".preview");
+  try {
+    const { command } = await request(`preview/${form.dataset.preview}${location.search}`, readForm(form));
+    place.innerHTML = command && `<div class="command"><code>${command}</code></div>`;
+  } catch (error) {
+    place.replaceChildren(create("p", { class: "hint" }, describe(error)));
+  }
+};
+let previewTimer = 0;
+
+const showKinds = () => {
+  const kind = byId("kind")?.value;
+  for (const field of document.querySelectorAll("[data-kinds]")) {
+    field.hidden = !field.dataset.kinds.split(" ").includes(kind);
+  }
+};
+
+document.addEventListener("input", (event) => {
+  if (event.target.id === "editor") isEdited = true;
+  event.target.removeAttribute("aria-invalid");
+  showKinds();
+  const form = event.target.form;
+  if (!form?.dataset.preview) return;
+  clearTimeout(previewTimer);
+  previewTimer = setTimeout(() => preview(form), 300);
+});
+addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
+document.addEventListener("submit", (event) => {
+  if (event.target.method === "get" && event.target.action.includes("/view/report")) {
+    const box = event.target.querySelector("input[type=checkbox]");
+    if (event.target.querySelectorAll("input:checked").length > 1) return;
+    box.setCustomValidity(translate("Mark at least two runs."));
+    box.reportValidity();
+    box.setCustomValidity("");
+  }
+  event.preventDefault();
+});
+document.addEventListener("click", async (event) => {
+  const button = event.target.closest("button");
+  if (button?.dataset.action) {
+    event.preventDefault();
+    await act(button);
+  } else if (button?.dataset.copy) {
+    await copyText(button.dataset.copy);
+    button.textContent = "✓";
+  } else if (button && "prompt" in button.dataset) {
+    byId("prompt").value = button.dataset.prompt;
+    byId("name").value ||= button.dataset.name;
+    for (const one of button.parentElement.querySelectorAll("button")) {
+      one.setAttribute("aria-pressed", one === button);
+    }
+  }
+});
+showKinds();
+update();

@@ -1,0 +1,749 @@
+"""Page of the studio: forms and buttons that start commands, and its web application."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import secrets
+import shlex
+import socket
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from anyio import to_thread
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import Route
+
+from finesight.app.access import Access, AccessMiddleware
+from finesight.app.pages import (
+    VIEW_HEADERS,
+    create_app,
+    parse_body,
+    read_language,
+    render_page,
+    translate_texts,
+)
+from finesight.app.proxy import make_proxy_route
+from finesight.app.studio_view import (
+    CHECK_EXIT_CODES,
+    LABELS_NAME,
+    STEP_NAMES,
+    Selection,
+    StudioState,
+    StudioView,
+    split_words,
+    use_page_names,
+)
+from finesight.app.uploads import UploadStore
+from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
+from finesight.config import TaskName
+from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
+from finesight.data.source_fetch import fetch_source
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError
+from finesight.hub.archive import is_archive
+from finesight.label.label_session import AnswerKind
+from finesight.label.label_store import JOURNAL_FILE
+from finesight.model_folder import TINY_MODEL
+from finesight.report.i18n import translate
+from finesight.report.summary import format_command
+from finesight.storage import translate_os_errors
+
+MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
+
+_CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0e-\x1f\ud800-\udfff]")
+
+Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
+Name = Annotated[str, Field(max_length=64)]
+
+API_KEY_FILE = "api-key"
+DEFAULT_FRACTION, DEFAULT_LABEL_FRACTION = "0.9", str(LABEL_TRAIN_FRACTION)
+
+SCRIPT_TEXTS = ("The server does not answer.", "Uploading {} of {}", "Mark at least two runs.")
+"""Texts of the script, which are translated on the page."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerAccess:
+    """Options by which the studio and its server are reached and protected.
+
+    Attributes:
+        api_port: Port of the HTTP API. 0: any free port.
+        password: Password of the studio. None admits everyone.
+        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
+    """
+
+    password: str | None = None
+    converter: Path | None = None
+    api_port: int = 7872
+
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """Field of a form: a text, or a choice of names with a description of the empty one.
+
+    Attributes:
+        kinds: Kinds of answers for which the field is shown; empty for all.
+        is_advanced: Whether the field is folded.
+    """
+
+    name: str
+    label: str
+    placeholder: str = ""
+    value: str = ""
+    lines: int = 1
+    choices: Sequence[str] = ()
+    default: str = ""
+    kinds: Sequence[str] = ()
+    is_advanced: bool = False
+
+
+KINDS_OF_FIELDS = {"classes": ("classes", "boxes"), "fields": ("fields",)}
+"""Kinds of answers by field of the label form that is shown for these kinds only."""
+
+FORMS: dict[str, tuple[FormField, ...]] = {
+    "import": (
+        FormField("source", "Or a file or folder in the workspace", "photos"),
+        FormField("name", "Name of the data set", "tickets"),
+        FormField("prompt", "Prompt", "Read the ticket."),
+        FormField(
+            "columns",
+            "Columns (empty: detected)",
+            "image=path answer=caption",
+            is_advanced=True,
+        ),
+        FormField(
+            "fraction",
+            "Fraction of training samples",
+            value=DEFAULT_FRACTION,
+            is_advanced=True,
+        ),
+        FormField(
+            "invalid-rows",
+            "Invalid rows",
+            choices=("skip",),
+            default="stop the import",
+            is_advanced=True,
+        ),
+    ),
+    "label": (
+        FormField("images", "Images to label: a file or folder", "photos"),
+        FormField("label-prompt", "Prompt", "Read the ticket.", lines=2),
+        FormField("labels-name", "Name of the data set", value=LABELS_NAME),
+        FormField("label-model", "Model without a run", value=TINY_MODEL, is_advanced=True),
+        FormField(
+            "kind",
+            "Kind of the answers",
+            choices=get_args(AnswerKind),
+            default="detect automatically",
+        ),
+        FormField("classes", "Classes", "red, green, blue", kinds=KINDS_OF_FIELDS["classes"]),
+        FormField("fields", "Fields", "merchant, date, amount", kinds=KINDS_OF_FIELDS["fields"]),
+        FormField(
+            "label-fraction",
+            "Fraction of training samples",
+            value=DEFAULT_LABEL_FRACTION,
+            is_advanced=True,
+        ),
+        FormField(
+            "review-split",
+            "Samples to review",
+            choices=("for validation",),
+            default="for training",
+            is_advanced=True,
+        ),
+    ),
+    "recipe": (
+        FormField("recipe-name", "Name of the recipe and its run", "tickets"),
+        FormField("model", "Model: a name on a hub, or a folder", value=TINY_MODEL),
+        FormField(
+            "metric",
+            "Metric (empty: chosen from the answers)",
+            choices=get_args(TaskName),
+            is_advanced=True,
+        ),
+        FormField("epochs", "Epochs", "chosen from the data", is_advanced=True),
+        FormField("steps", "Steps instead of epochs", "chosen from the data", is_advanced=True),
+        FormField("learning-rate", "Learning rate", "chosen from the model", is_advanced=True),
+    ),
+    "editor": (FormField("editor", "Selected recipe", lines=12),),
+    "merge": (FormField("merged-name", "Name of the merged model", "tickets"),),
+}
+"""Fields of the forms of the page, by form."""
+
+QUESTIONS = (
+    ("Describe images", "Describe the image."),
+    ("Read text", "Read the text."),
+    ("Read fields", "Read the fields as JSON."),
+    ("Find objects", ""),
+    ("Classify", "Which class does the image show?"),
+    ("Answer questions", ""),
+)
+"""Tasks with a proposed prompt; empty for data sets with questions of their own."""
+
+MISSING_MESSAGES = {
+    "data": "No data set is selected. Select one, or import one in the step Data.",
+    "recipe": "No recipe is selected. Select one, or create one in the step Plan.",
+    "run": "No run is selected. Select one, or train one in the step Train.",
+    "images": "No images are given. Enter a file or folder, or upload images in the step Data.",
+    "review-split": "The data set has no validation samples. Review those for training.",
+    "merged-name": "No merged model is given. Merge one, or enter its name.",
+}
+"""Message about a missing item or an empty field by its name."""
+
+
+class MissingItemError(UserError):
+    """Raised for a missing selection or an empty field. Its message is one or two sentences."""
+
+
+class Form(BaseModel, frozen=True):
+    """Body of an action: texts by field, IDs of uploads, and further data sets of a recipe."""
+
+    texts: dict[Name, Text] = {}
+    uploads: Annotated[
+        list[Annotated[str, Field(max_length=64)]], Field(max_length=MAX_UPLOADS)
+    ] = []
+    others: Annotated[list[Text], Field(max_length=1000)] = []
+
+    def get(self, name: str) -> str:
+        """Return the text of a field without outer spaces; empty for a missing one."""
+        return self.texts.get(name, "").strip()
+
+
+Action = Callable[[StudioState, Form], str]
+"""Handler of a button: takes the state and the form, and returns the URL to open."""
+
+
+@dataclass(slots=True)
+class StudioPage:
+    """Forms of the steps and their actions. The lists and jobs are HTML from `StudioView`."""
+
+    view: StudioView
+    access: ServerAccess
+    uploads: UploadStore
+    actions: dict[str, Action] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.actions = {
+            "import": self._import,
+            "ask-delete": partial(self._delete, ask_only=True),
+            "delete": self._delete,
+            "label": self._label,
+            "review": partial(self._label, review=True),
+            "start": self._start_listed,
+            "create-recipe": self._create_recipe,
+            "save-recipe": self._save_recipe,
+            "chat": self._chat,
+            "serve": self._serve,
+            "merge": self._merge,
+            "export": self._export,
+            "stop": self._stop,
+            "stop-again": partial(self._stop, again=True),
+        }
+        if self.access.converter is not None:
+            self.actions["write-gguf"] = partial(self._export, write_gguf=True)
+
+    def run_action(self, name: str, selection: Selection, form: Form) -> str:
+        """Run the action of a button, and return the URL to open."""
+        _check_texts(form)
+        # An action applies to the items that the page shows, which its URL names.
+        state = self.view.read_state(selection, use_newest=False)
+        with translate_os_errors(self.view.workspace.folder):
+            return self.actions[name](state, form)
+
+    def preview(self, name: str, selection: Selection, form: Form) -> str:
+        """Return the command that a form would start, as HTML; empty for an incomplete form."""
+        _check_texts(form)
+        state = self.view.read_state(selection, use_newest=False)
+        with translate_os_errors(self.view.workspace.folder):
+            if name == "label":
+                arguments = self._build_labels(state, form) if form.get("images") else []
+            else:
+                arguments = self._build_import(form, unpack=False)[1]
+        return split_words(format_command(*arguments)) if arguments else ""
+
+    def render(self, selection: Selection) -> str:
+        """Render the page with the values of its forms."""
+        state = self.view.read_state(selection)
+        values = self.read_values(state)
+        digest = ""
+        if state.recipe is not None:
+            values["editor"], digest = self.view.workspace.read_recipe(state.recipe)
+        # A review replaces the reviewed data set. Both have the same validation samples.
+        used = state.dataset.files if state.dataset else set()
+        others = [str(one.path) for one in state.content.datasets if not one.files & used]
+        job = state.job
+        return render_page(
+            "studio.html",
+            selection.lang,
+            selection=state.selection,
+            forms=FORMS,
+            values=values,
+            others=others,
+            digest=digest,
+            questions=QUESTIONS,
+            has_data=bool(state.content.datasets),
+            has_recipe=bool(state.content.recipes),
+            is_import_open=not state.content.datasets
+            or (job is not None and bool(job.form) and job.status != "finished"),
+            needs_prompt=not values["label-prompt"] and state.run is None,
+            has_converter=self.access.converter is not None,
+            settings={"texts": translate_texts(SCRIPT_TEXTS, selection.lang)},
+        )
+
+    def read_values(self, state: StudioState) -> dict[str, str]:
+        """Return the values of the fields for the selected items, or those of the last command."""
+        values = {one.name: one.value for fields in FORMS.values() for one in fields}
+        selection, job = state.selection, state.job
+        values["label-prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
+        # Commands apply to the model that was merged last.
+        merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
+        merged += [str(path) for path in state.content.models if path.parent == Path("models")]
+        values["merged-name"] = Path((merged or [""])[0]).name
+        is_label = selection.step == "label"
+        # New images to label precede those of an earlier command.
+        if job is not None and not selection.images and (is_label or job.status != "finished"):
+            values |= job.form
+        if selection.images:
+            values["images"] = selection.images
+            values["labels-name"] = (*Path(selection.images).parts, "", "")[1]
+        return values
+
+    def _build_import(self, form: Form, *, unpack: bool = True) -> tuple[Path, list[str]]:
+        """Return the data set and the import command of a form. The source may be missing yet.
+
+        Args:
+            unpack: Detect the columns of a table in an archive, too.
+        """
+        source, prompt, columns = form.get("source"), form.get("prompt"), form.get("columns")
+        target = self.view.workspace.check_new_name("data", form.get("name"))
+        path = self.view.workspace.resolve(source, "source") if source else Path("uploads/…")
+        arguments = ["import", as_argument(path), str(target)]
+        arguments += ["--prompt", prompt] if prompt else []
+        try:
+            pairs = shlex.split(columns)
+        except ValueError as error:
+            raise UserError(
+                f"{columns!r:.200} has an open quote",
+                where="columns",
+                expected="ROLE=COLUMN pairs separated by spaces",
+                remedy="for example image=path answer=caption",
+            ) from error
+        if source and not any(pairs) and (unpack or not is_archive(path.name)):
+            path, options = _detect_columns(self.view.workspace.folder, path)
+            arguments[1] = as_argument(path)
+            roles = options.columns
+            pairs = [f"{role}={column}" for role, column in roles.items()]
+            arguments += ["--box-format", options.box_format] if options.box_format else []
+            arguments += ["--box-units", options.box_units] if options.box_units else []
+            if roles and "question" not in roles and not prompt:
+                raise UserError(
+                    "the field Prompt is empty, and the table has no column of questions",
+                    where="prompt",
+                    expected="a question about every image",
+                    remedy="enter one, such as: Read the text.",
+                )
+        # The messages of commands write the option before each pair.
+        pairs = [pair.removeprefix("--map=") for pair in pairs if pair not in ("", "--map")]
+        arguments += [word for pair in pairs for word in ("--map", pair)]
+        fraction, invalid_rows = form.get("fraction"), form.get("invalid-rows")
+        arguments += ["--train-fraction", fraction] if _check_fraction(fraction) else []
+        arguments += ["--on-invalid-row", invalid_rows] if invalid_rows else []
+        return target, arguments
+
+    def _import(self, state: StudioState, form: Form) -> str:
+        workspace, name, source = self.view.workspace, form.get("name"), form.get("source")
+        # The page fills in the path of an earlier upload for another attempt.
+        if form.uploads and source.startswith("uploads/"):
+            source = ""
+        if bool(form.uploads) == bool(source):
+            raise UserError(
+                "an upload and a path are given" if source else "nothing to import is given",
+                where="source",
+                expected="an upload, or a file or folder in the workspace",
+                remedy="clear one of them" if source else "upload files, or enter a path",
+            )
+        form = form.model_copy(update={"texts": {**form.texts, "source": source}})
+        self._build_import(form)
+        self._check_labels(source)
+        is_new = False
+        if form.uploads:
+            if uses := self._find_commands(Path("uploads", name)):
+                raise UserError(
+                    f"the earlier upload is used by {uses[0]}",
+                    where="name",
+                    expected="the name of a data set that is not being imported",
+                    remedy="wait for the end of the command, or choose another name",
+                )
+            folder = workspace.folder / "uploads" / name
+            is_new = not folder.exists()
+            source = str(workspace.save_uploads([*map(self.uploads.find, form.uploads)], name))
+            files = [file for file in folder.rglob("[!.]*") if file.is_file()]
+            if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
+                # Images without a table are labeled in the next step.
+                self.uploads.remove(form.uploads)
+                return state.selection.link(step="label", images=source)
+        try:
+            form = form.model_copy(update={"texts": {**form.texts, "source": source}})
+            target, arguments = self._build_import(form)
+            url = self._start(state, str(target), arguments, data=str(target), form=form.texts)
+            self.uploads.remove(form.uploads)
+            return url
+        except UserError:
+            # A refused import leaves no uploads: the browser still has them.
+            if is_new:
+                workspace.move_to_trash(Path("uploads", name))
+            raise
+
+    def _find_commands(self, *folders: Path) -> list[str]:
+        """Return the running commands that use a file in the folders or a parent folder."""
+        return [
+            f"the running command in the step {STEP_NAMES[job.step]}"
+            for job in self.view.jobs.list_running()
+            for word in job.arguments
+            if any(self.view.workspace.is_overlapping(word, folder) for folder in folders)
+        ]
+
+    def _delete(self, state: StudioState, form: Form, *, ask_only: bool = False) -> str:
+        """Delete the selected data set or, in the step Plan, recipe, unless something uses it.
+
+        Args:
+            ask_only: Check the uses only, before the page asks for confirmation.
+        """
+        if state.selection.step == "plan":
+            return self._delete_recipe(state, ask_only)
+        if state.dataset is None:
+            raise _missing("data")
+        path, runs = state.dataset.path, state.content.runs
+        running = [run for run in runs if self.view.describe_run(run).status == "running"]
+        commands = self._find_commands(path, Path("uploads", path.name))
+        paths = self.view.workspace.list_deleted(state.dataset, running, commands)
+        if not ask_only:
+            self.view.workspace.move_to_trash(*paths)
+        return state.selection.link(data="")
+
+    def _delete_recipe(self, state: StudioState, ask_only: bool) -> str:
+        if state.recipe is None:
+            raise _missing("recipe")
+        uses = self._find_commands(state.recipe)
+        for run in state.content.runs:
+            # A finished run needs the copy in its folder only.
+            if run == self.view.find_run(state.recipe):
+                is_finished = self.view.describe_run(run).status == "finished"
+                uses += [] if is_finished else [f"the unfinished run {run}"]
+        if uses or state.recipe.parent != Path("recipes"):
+            raise UserError(
+                f"{state.recipe} is used by {', '.join(uses)}"
+                if uses
+                else f"{state.recipe} was not created by the studio",
+                where="delete",
+                expected="a recipe in the folder recipes without an unfinished run",
+                remedy="finish the run in the step Train" if uses else "delete it in a terminal",
+            )
+        if not ask_only:
+            self.view.workspace.move_to_trash(state.recipe)
+        return state.selection.link(recipe="")
+
+    def _check_labels(self, source: str) -> None:
+        """Raise UserError for a folder of images without labels, before the import fails."""
+        folder = self.view.workspace.folder / source
+        if not source or not (count := count_unlabeled_images(folder)):
+            return
+        tables = [file for file in folder.parent.iterdir() if file.suffix in TABLE_SUFFIXES]
+        remedies = [f"enter {Path(source).parent / file.name}" for file in sorted(tables)]
+        raise UserError(
+            f"{count} images without labels",
+            where="source",
+            expected="labels: a table, or a text or annotation file for each image",
+            remedy=" or ".join([*remedies[:3], "label the images in the step Label"]),
+        )
+
+    def _create_recipe(self, state: StudioState, form: Form) -> str:
+        if state.dataset is None:
+            raise _missing("data")
+        if form.get("epochs") and form.get("steps"):
+            raise UserError(
+                "both “Epochs” and “Steps instead of epochs” are given",
+                where="epochs",
+                expected="one of them, or none: then the data decide",
+                remedy="clear one of the two fields",
+            )
+        settings = {
+            "train.epochs": form.get("epochs"),
+            "train.steps": form.get("steps"),
+            "train.learning_rate": form.get("learning-rate"),
+            "eval.metric": form.get("metric"),
+        }
+        chosen = {str(state.dataset.path), *form.others}
+        datasets = [one for one in state.content.datasets if str(one.path) in chosen]
+        name, model = form.get("recipe-name"), form.get("model")
+        recipe = self.view.workspace.create_recipe(name, datasets, model, settings)
+        return state.selection.link(recipe=str(recipe))
+
+    def _save_recipe(self, state: StudioState, form: Form) -> str:
+        if state.recipe is None:
+            raise _missing("recipe")
+        text, digest = form.texts.get("editor", ""), form.get("digest")
+        self.view.workspace.save_recipe(state.recipe, text, digest)
+        return state.selection.link(recipe=str(state.recipe))
+
+    def _find_weights(self, state: StudioState) -> str:
+        """Return the weights of the selected run as an argument. Raises UserError without any."""
+        if state.run is None:
+            raise _missing("run")
+        weights = self.view.workspace.find_weights(state.run)
+        if weights is None:
+            raise UserError(
+                "the run has no weights yet",
+                where=str(state.run),
+                expected="a finished run, or a LoRA run with a checkpoint",
+                remedy="select another run, or resume this one in the step Train",
+            )
+        return as_argument(weights)
+
+    def _chat(self, state: StudioState, form: Form) -> str:
+        arguments = ["web", self._find_weights(state)]
+        return self._start(state, state.target, arguments, has_page=True)
+
+    def _label(self, state: StudioState, form: Form, *, review: bool = False) -> str:
+        """Start the labelling page."""
+        arguments = self._build_labels(state, form, review=review)
+        return self._start(state, state.target, arguments, has_page=True, form=form.texts)
+
+    def _build_labels(self, state: StudioState, form: Form, *, review: bool = False) -> list[str]:
+        """Return the command with the selected run or, without weights of one, a model.
+
+        An existing folder of labels is continued. A review is that of one file of the selected
+        data set, and has a folder of its own.
+        """
+        name, fraction = form.get("labels-name"), form.get("label-fraction")
+        kind, is_validation = form.get("kind"), bool(form.get("review-split"))
+        if review:
+            if state.dataset is None:
+                raise _missing("data")
+            if is_validation and state.dataset.eval_file is None:
+                raise _missing("review-split")
+            file = (is_validation and state.dataset.eval_file) or state.dataset.train_file
+            source, target = self.view.workspace.open_review(file)
+            # The other file of the data set keeps the split.
+            fraction = "" if state.dataset.eval_file else fraction
+        else:
+            if not form.get("images"):
+                raise _missing("images")
+            source = self.view.workspace.resolve(form.get("images"), "images")
+            target = Path("data", name)
+        is_existing = review or (self.view.workspace.folder / target / JOURNAL_FILE).is_file()
+        if not is_existing:
+            target = self.view.workspace.check_new_name("data", name)
+        elif not review:
+            target = self.view.workspace.resolve(str(target), "labels-name")
+        if is_existing and fraction == DEFAULT_LABEL_FRACTION:
+            # The command continues with the fraction of the folder.
+            fraction = ""
+        weights = self.view.workspace.find_weights(state.run) if state.run else None
+        run = (
+            as_argument(weights)
+            if weights
+            else self.view.workspace.check_model(form.get("label-model"))
+        )
+        values = {"prompt": form.get("label-prompt"), "kind": kind, "train-fraction": fraction}
+        values |= {key: form.get(key) for key, kinds in KINDS_OF_FIELDS.items() if kind in kinds}
+        options = [f"--{key}={value}" for key, value in values.items() if value]
+        options += ["--review"] if review else []
+        return ["label", run, as_argument(source), *options, "--out", str(target)]
+
+    def _serve(self, state: StudioState, form: Form) -> str:
+        """Start the HTTP API, with an API key if the studio has a password.
+
+        The key is the same for all servers of the workspace.
+        """
+        port = self.access.api_port
+        if not port:
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = int(free.getsockname()[1])
+        arguments = ["serve", self._find_weights(state), "--port", str(port)]
+        if self.access.password is not None:
+            arguments += ["--key-file", str(self._write_api_key())]
+        return self._start(state, state.target, arguments, port=port)
+
+    def _write_api_key(self) -> Path:
+        """Return the file of the API key, which only this user can read."""
+        path = Path(STUDIO_FOLDER, API_KEY_FILE)
+        file = self.view.workspace.folder / path
+        file.parent.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(secrets.token_urlsafe(32))
+        return path
+
+    def _merge(self, state: StudioState, form: Form) -> str:
+        weights = self._find_weights(state)
+        target = self.view.workspace.check_new_name("models", form.get("merged-name"))
+        arguments = ["merge", weights, str(target)]
+        return self._start(state, state.target, arguments)
+
+    def _export(self, state: StudioState, form: Form, *, write_gguf: bool = False) -> str:
+        """Print serving commands for a merged model, or write GGUF files."""
+        name = form.get("merged-name")
+        if not name:
+            raise _missing("merged-name")
+        model = self.view.workspace.resolve(f"models/{name}", "merged-name")
+        arguments = ["export", str(model)]
+        if write_gguf:
+            target = self.view.workspace.check_new_name("gguf", name)
+            arguments += [str(target), "--converter", str(self.access.converter)]
+        return self._start(state, state.target, arguments)
+
+    def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:
+        job = self.view.jobs.find(state.selection.job)
+        job.stop(again=again)
+        return state.selection.link_job(job)
+
+    def _start_listed(self, state: StudioState, form: Form) -> str:
+        """Start the command that the page shows for the selection."""
+        commands, is_check = self.view.list_commands(state), state.selection.step == "check"
+        if not commands:
+            raise _missing("data" if is_check else "recipe")
+        is_train, run = state.selection.step == "train", ""
+        if not is_check and state.recipe is not None:
+            output_dir = self.view.workspace.load_recipe(state.recipe).output_dir
+            folder = self.view.workspace.folder
+            run = os.path.relpath(os.path.realpath(folder / output_dir), folder) if is_train else ""
+        if is_check and state.dataset is not None:
+            result, codes = str(state.dataset.check_page), CHECK_EXIT_CODES
+            return self._start(state, state.target, commands[0], ok_exit_codes=codes, result=result)
+        return self._start(state, state.target, commands[0], run=run)
+
+    def _start(
+        self,
+        state: StudioState,
+        target: str,
+        arguments: Sequence[str],
+        *,
+        data: str = "",
+        run: str = "",
+        **options: Any,
+    ) -> str:
+        """Start a command and return the URL of its job.
+
+        Args:
+            data: Data set that the command creates.
+            run: Run that the command creates.
+            options: Arguments of `JobStore.start`.
+        """
+        job = self.view.jobs.start(state.selection.step, target, arguments, **options)
+        # The command creates these items, so they are selected before they exist.
+        items = {"data": data, "run": run}
+        return state.selection.link(
+            job=job.id, images="", **{key: item for key, item in items.items() if item}
+        )
+
+
+def _detect_columns(workspace: Path, path: Path) -> tuple[Path, ImportOptions]:
+    """Return the table of a source with its column roles; none if the command detects its format.
+
+    A source without a known format is returned unchanged, for the error of the command. So is an
+    archive, which is unpacked for the detection only.
+    """
+    with contextlib.suppress(UserError):
+        if is_archive(path.name):
+            folder = workspace / STUDIO_FOLDER / "unpacked"
+            with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
+                return path, detect_columns(fetched.path, fetched.options)[1]
+        table, options = detect_columns(workspace / path, ImportOptions())
+        return (table.relative_to(workspace) if options.columns else path), options
+    return path, ImportOptions()
+
+
+def _check_texts(form: Form) -> None:
+    """Raise UserError for a text that no argument of a command or file name can contain."""
+    for name, text in form.texts.items():
+        if controls := _CONTROL_CHARACTERS.findall(text):
+            raise UserError(
+                f"{text!r:.80} has the character {controls[0]!r}",
+                where=name,
+                expected="text without control characters",
+                remedy="correct the field",
+            )
+
+
+def _check_fraction(text: str) -> bool:
+    """Return whether a fraction is given. Raises UserError if it is not between 0 and 1."""
+    with contextlib.suppress(ValueError):
+        if not text.strip() or 0 < float(text) <= 1:
+            return bool(text.strip())
+    raise UserError(
+        f"{text.strip()!r:.80} is not a fraction",
+        where="fraction",
+        expected="a number above 0 and at most 1",
+        remedy="enter 0.9 for 90 %",
+    )
+
+
+def _missing(name: str) -> UserError:
+    return MissingItemError(MISSING_MESSAGES[name], where=name)
+
+
+def describe_error(error: UserError) -> str:
+    """Return the message of an error in the current language, with the names of the page."""
+    if isinstance(error, MissingItemError):
+        return translate(error.what)
+    return use_page_names(str(error))
+
+
+def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
+    """Build the studio as an ASGI application with access control."""
+    view = page.view
+
+    def read_selection(request: Request) -> Selection:
+        return Selection.parse(dict(request.query_params), read_language(request))
+
+    def get_page(request: Request) -> Response:
+        return HTMLResponse(page.render(read_selection(request)))
+
+    def get_live(request: Request) -> Response:
+        return JSONResponse(view.render(read_selection(request)))
+
+    async def post_action(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name not in page.actions:
+            raise HTTPException(404, "no such action")
+        form = await parse_body(request, Form)
+        url = await to_thread.run_sync(page.run_action, name, read_selection(request), form)
+        return JSONResponse({"url": url})
+
+    async def post_preview(request: Request) -> Response:
+        form, name = await parse_body(request, Form), request.path_params["name"]
+        command = await to_thread.run_sync(page.preview, name, read_selection(request), form)
+        return JSONResponse({"command": command})
+
+    def get_view(request: Request) -> Response:
+        selection, params = read_selection(request), request.query_params
+        try:
+            if request.path_params["name"] == "report":
+                values = {key: params.getlist(key) for key in params}
+                content = view.render_report(values, selection)
+            else:
+                content = view.read_check_page(selection)
+        except UserError as error:
+            raise HTTPException(404, str(error)) from error
+        return HTMLResponse(content, headers=VIEW_HEADERS)
+
+    routes = [
+        Route("/", get_page),
+        Route("/live", get_live),
+        Route("/view/{name}", get_view),
+        Route("/uploads", page.uploads.receive, methods=["POST"]),
+        Route("/actions/{name}", post_action, methods=["POST"]),
+        Route("/preview/{name}", post_preview, methods=["POST"]),
+        make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
+    ]
+    return AccessMiddleware(create_app(routes, describe_error), access)

@@ -1,1 +1,0 @@
-"""Web UI for import, data check, training, evaluation and serving (`finesight studio`)."""

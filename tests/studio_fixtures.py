@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
+from pydantic import ValidationError
 from starlette.testclient import TestClient
 
 from finesight.app.access import Access
@@ -102,6 +103,8 @@ def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any
     try:
         form = Form(texts=texts, uploads=uploads, others=list(others))
         return "", page.run_action(action, selection, form)
+    except ValidationError as error:
+        return str(error), ""
     except UserError as error:
         with use_language(selection.lang):
             return describe_error(error), ""

@@ -121,20 +121,14 @@ def test_job_of_another_time_does_not_block_its_command(folder, hours, status):
     assert (job.status, JobStore(folder).list_running()) == (status, [job] if not hours else [])
 
 
-@pytest.mark.parametrize(
-    ("log", "status"),
-    [
-        ("error: a", "failed"),
-        (f"error: {'a' * 30_000}", "failed"),
-        ("UserWarning: a\nerror: b: c\n  expected: d\n  remedy: e", "failed"),
-        ("Usage: finesight check SOURCE\n\nError: a", "failed"),
-        ("a.jsonl: 1 row\nerror: a (b, 1)\n  a.jsonl:1: c\n    remedy: d", "finished"),
-    ],
-)
-def test_check_that_cannot_start_has_failed(folder, log, status):
-    assert (
-        write_job(folder, "check", "check a", log=log, ok_exit_codes=CHECK_CODES).status == status
-    )
+@pytest.mark.parametrize(("age_s", "status"), [(-60, "failed"), (60, "finished")])
+def test_check_that_has_not_written_its_page_has_failed(folder, age_s, status):
+    page = folder / "check.html"
+    options = {"ok_exit_codes": CHECK_CODES, "result": page.name}
+    assert write_job(folder, "check", "check a", **options).status == "failed"
+    page.touch()
+    os.utime(page, (time.time() + age_s,) * 2)
+    assert write_job(folder, "check", "check a", **options).status == status
 
 
 def test_logs_of_checks_are_distinguished(folder):
@@ -143,7 +137,7 @@ def test_logs_of_checks_are_distinguished(folder):
     (folder / "photos/00.png").unlink()
     for page, status in (("check.html", "finished"), ("/dev/null/check.html", "failed")):
         words = ["check", "a/data.jsonl", "--html", page]
-        job = JobStore(folder).start("check", "a", words, ok_exit_codes=CHECK_CODES)
+        job = JobStore(folder).start("check", "a", words, ok_exit_codes=CHECK_CODES, result=page)
         assert wait_for_end(job) == status, job.read_log()
         assert "image-missing" in job.read_log()
 

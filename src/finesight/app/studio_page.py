@@ -721,9 +721,15 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return JSONResponse({"url": url})
 
     async def post_preview(request: Request) -> Response:
-        form, name = await parse_body(request, Form), request.path_params["name"]
-        command = await to_thread.run_sync(page.preview, name, read_selection(request), form)
-        return JSONResponse({"command": command})
+        form, selection = await parse_body(request, Form), read_selection(request)
+        name = request.path_params["name"]
+        try:
+            command = await to_thread.run_sync(page.preview, name, selection, form)
+            return JSONResponse({"command": command})
+        except UserError as error:
+            # The form is not complete yet.
+            with use_language(selection.lang):
+                return JSONResponse({"hint": describe_error(error)})
 
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params

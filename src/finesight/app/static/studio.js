@@ -121,13 +121,11 @@ const act = async (button) => {
 // The command that a form would start
 
 const preview = async (form) => {
+  const url = `preview/${form.dataset.preview}${location.search}`;
+  const { command, hint } = await request(url, readForm(form));
   const place = form.querySelector(".preview");
-  try {
-    const { command } = await request(`preview/${form.dataset.preview}${location.search}`, readForm(form));
-    place.innerHTML = command && `<div class="command"><code>${command}</code></div>`;
-  } catch (error) {
-    place.replaceChildren(create("p", { class: "hint" }, describe(error)));
-  }
+  if (command) place.innerHTML = `<div class="command"><code>${command}</code></div>`;
+  else place.replaceChildren(...(hint ? [create("p", { class: "hint" }, hint)] : []));
 };
 let previewTimer = 0;
 

@@ -14,22 +14,17 @@ from pathlib import Path
 
 import uvicorn
 
+from finesight.app.access import AccessMiddleware
+from finesight.app.chat_page import make_chat_app
+from finesight.app.chat_store import ChatStore
+from finesight.app.server import bind_socket, create_server_config
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
 from finesight.manifest import Manifest
+from finesight.storage import temporary_folder
 from finesight.vision.image_reader import create_image_pool
-from finesight.web.access_middleware import AccessMiddleware
-from finesight.web.web_server import (
-    UPLOADS_FOLDER,
-    bind_socket,
-    create_private_folder,
-    create_server_config,
-    create_session_store,
-    make_app,
-)
-from finesight.web.web_sessions import WebSessionStore
 from finesight.worker_pool import WorkerPool
 
 AnswerFunction = Callable[[str], tuple[str, tuple[BoxPart, ...]]]
@@ -109,11 +104,11 @@ def get_image_pool() -> WorkerPool:
 
 @dataclass(frozen=True)
 class RunningWebPage:
-    """URL and sessions of a running page."""
+    """URL and conversations of a running page."""
 
     address: str
     port: int
-    visitors: WebSessionStore
+    store: ChatStore
     folder: Path
     app: AccessMiddleware
 
@@ -126,9 +121,10 @@ def run_web_page(
     proxies: Sequence[str] = (),
 ) -> Iterator[RunningWebPage]:
     """Run the page within the block."""
-    with bind_socket("127.0.0.1", 0) as listener, create_private_folder() as folder:
-        visitors = create_session_store(folder, service, get_image_pool())  # type: ignore[arg-type]
-        app = make_app(visitors, folder / UPLOADS_FOLDER, password, loopback)
+    with bind_socket("127.0.0.1", 0) as listener, temporary_folder("web") as folder:
+        port = listener.getsockname()[1]
+        store = ChatStore(service, folder, get_image_pool())  # type: ignore[arg-type]
+        app = make_chat_app(store, password, loopback, port)
         server = uvicorn.Server(create_server_config(app, proxies))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
@@ -136,8 +132,7 @@ def run_web_page(
             while not server.started:
                 assert thread.is_alive(), "the server has ended"
                 time.sleep(0.02)
-            port = listener.getsockname()[1]
-            yield RunningWebPage(f"http://127.0.0.1:{port}/", port, visitors, folder, app)
+            yield RunningWebPage(f"http://127.0.0.1:{port}/", port, store, folder, app)
         finally:
             server.should_exit = True
             thread.join()

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from anyio import CapacityLimiter, to_thread
-from pydantic import AfterValidator, BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, Field, FiniteFloat
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -22,6 +22,7 @@ from starlette.routing import Route
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
+    Utf8Text,
     create_app,
     find_studio,
     parse_body,
@@ -30,7 +31,6 @@ from finesight.app.pages import (
     render_page,
     translate_texts,
 )
-from finesight.bounded_files import is_utf8
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, ImageSize
@@ -86,16 +86,6 @@ ERROR_TEXTS = (
     *("{} is not a sample of this session", "the ID of a listed sample"),
 )
 """Texts of errors, which are translated on the page. Others are shown in English."""
-
-
-def _check_text(text: str) -> str:
-    if not is_utf8(text):
-        raise ValueError("half of a surrogate pair, which is not UTF-8 text")
-    return text
-
-
-Utf8Text = Annotated[str, AfterValidator(_check_text)]
-"""Text that samples can store. JSON may contain lone surrogates."""
 
 
 class BoxAnswer(BaseModel, frozen=True):

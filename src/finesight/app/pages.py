@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from jinja2 import FileSystemLoader
-from pydantic import BaseModel, ValidationError
+from pydantic import AfterValidator, BaseModel, ValidationError
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
+from finesight.bounded_files import is_utf8
 from finesight.errors import UserError
 from finesight.report.html import create_environment
 from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, use_language
@@ -49,6 +50,16 @@ VIEW_HEADERS = {
 _ENVIRONMENT = create_environment(FileSystemLoader([STATIC_FOLDER, REPORT_FOLDER]))
 
 Model = TypeVar("Model", bound=BaseModel)
+
+
+def _check_text(text: str) -> str:
+    if not is_utf8(text):
+        raise ValueError("half of a surrogate pair, which is not UTF-8 text")
+    return text
+
+
+Utf8Text = Annotated[str, AfterValidator(_check_text)]
+"""Text that samples can store. JSON may contain lone surrogates."""
 
 
 def create_app(

@@ -7,6 +7,7 @@ import mimetypes
 import os
 import secrets
 import shlex
+from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -342,12 +343,15 @@ def web(
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
+    from finesight.app.chat_page import make_chat_app
+    from finesight.app.chat_store import ChatStore
+    from finesight.app.server import serve_app
     from finesight.encode.family import ThinkingOptions
     from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import load_multi_adapter_model
+    from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
-    from finesight.web.web_server import run_web_server
 
     thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     with bind_page(host, port, socket_file) as listener:
@@ -362,7 +366,11 @@ def web(
         try:
             shown_password = password if is_generated else None
             print_page_address(host, listener, shown_password, open_page=open_page)
-            run_web_server(service, pool, listener, password, is_loopback(host), proxies)
+            with temporary_folder("web") as folder, closing(pool):
+                pool.start()
+                store = ChatStore(service, folder, pool)
+                app = make_chat_app(store, password, is_loopback(host), listener.getsockname()[1])
+                serve_app(app, listener, pool, proxies)
         finally:
             service.close(wait_for_running=False)
 

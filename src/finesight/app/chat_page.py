@@ -1,0 +1,485 @@
+"""Chat page: HTML, JSON requests for conversations, and event streams of answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import secrets
+import traceback
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import IO, Annotated, Any
+
+from anyio import CapacityLimiter, to_thread
+from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import (
+    FileResponse,
+    HTMLResponse,
+    JSONResponse,
+    Response,
+    StreamingResponse,
+)
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from finesight.app.access import Access, AccessMiddleware
+from finesight.app.chat_html import render_chats, render_turns
+from finesight.app.chat_store import (
+    MAX_IMAGE_BYTES,
+    MAX_IMAGES_PER_MESSAGE,
+    MAX_MESSAGE_CHARS,
+    MAX_NEW_TOKENS,
+    MAX_REPETITION_PENALTY,
+    MAX_SEED,
+    MAX_TEMPERATURE,
+    MAX_TITLE_CHARS,
+    MAX_TOP_K,
+    ChatSettings,
+    ChatStore,
+    StoredChat,
+)
+from finesight.app.pages import (
+    FILE_HEADERS,
+    Utf8Text,
+    create_app,
+    parse_body,
+    read_language,
+    render_page,
+    translate_texts,
+)
+from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
+from finesight.errors import UserError
+from finesight.infer.chat_session import ChatReply, ChatTurn
+from finesight.infer.request import GenerationOptions, SamplingParams
+from finesight.report.i18n import Language, translate, use_language
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS
+
+BROWSER_COOKIE, BROWSER_COOKIE_AGE_S = "finesight-browser", 30 * 24 * 3600
+"""Name and lifetime of the cookie with the secret ID of a browser, which owns conversations."""
+
+BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
+
+BASE_MODEL_NAME = "base"
+DEFAULT_MAX_NEW_TOKENS = 512
+
+UPDATE_INTERVAL_S = 0.08
+"""Seconds between updates of a streamed completion in the browser."""
+
+UNFOLLOWED_S = 5.0
+"""Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
+
+SETTING_BOUNDS = {
+    "temperature": (0, MAX_TEMPERATURE, "any"),
+    "top_p": (0.01, 1, "any"),
+    "top_k": (0, MAX_TOP_K, 1),
+    "repetition_penalty": (1, MAX_REPETITION_PENALTY, "any"),
+    "seed": (-1, MAX_SEED, 1),
+}
+"""Minimum, maximum and step of the numbers of `ChatSettings`."""
+
+SCRIPT_TEXTS = (
+    *("The server does not answer.", "request too large", "no disk space for more files"),
+    *("no such chat", "Remove: {}"),
+)
+"""Texts of the script, which are translated on the page."""
+
+
+class SettingsRequest(BaseModel, frozen=True):
+    """Request for another answer to the last question."""
+
+    settings: ChatSettings
+
+
+class SendRequest(SettingsRequest, frozen=True):
+    """Question, with the IDs of its uploaded images."""
+
+    text: Utf8Text
+    files: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=1000)] = []
+
+
+class EditRequest(SettingsRequest, frozen=True):
+    """New text of an earlier question."""
+
+    text: Utf8Text
+    index: Annotated[int, Field(ge=0)]
+
+
+class RenameRequest(BaseModel, frozen=True):
+    """New title of a conversation; empty for the start of the first question."""
+
+    title: Annotated[Utf8Text, Field(max_length=1000)]
+
+
+class AnswerStream(StreamingResponse):
+    """Event stream of the answer of a conversation, which one tab follows."""
+
+    def __init__(self, chat: StoredChat, language: Language, events: AsyncIterator[str]) -> None:
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        super().__init__(events, headers=headers, media_type="text/event-stream")
+        self._chat, self._language = chat, language
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._chat.num_followers += 1
+        try:
+            with use_language(self._language):
+                await super().__call__(scope, receive, send)
+        finally:
+            self._chat.num_followers -= 1
+            loop = asyncio.get_running_loop()
+            loop.call_later(UNFOLLOWED_S, self._chat.stop_unfollowed)
+
+
+class ChatPage:
+    """Requests of the chat page for several users, each with a cookie of the browser."""
+
+    def __init__(self, store: ChatStore) -> None:
+        service = store.service
+        self._store, self._model_names = store, service.model_names
+        self._tasks: set[asyncio.Task[None]] = set()
+        # Slow images wait for each other, and leave threads for the other requests.
+        self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
+        self._default_thinking = service.default_thinking
+        self._default_system_prompt = service.system_prompt or ""
+        manifest = service.manifest
+        self._prompts = () if manifest is None else manifest.prompts
+        self._expects_images = manifest is not None and bool(manifest.has_images)
+        self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
+        default = None if manifest is None else manifest.max_new_tokens
+        self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
+        self._can_compare = BASE_MODEL_NAME in self._model_names[1:]
+
+    def render(self, language: Language) -> str:
+        """Render the page without a conversation."""
+        defaults = ChatSettings(
+            max_new_tokens=self._default_max_new_tokens,
+            thinking=bool(self._default_thinking),
+            system_prompt=self._default_system_prompt,
+        )
+        settings = {
+            "texts": translate_texts(SCRIPT_TEXTS, language),
+            "expects_images": self._expects_images,
+            "max_images": MAX_IMAGES_PER_MESSAGE,
+        }
+        return render_page(
+            "chat.html",
+            language,
+            settings=settings,
+            defaults=defaults.model_dump(),
+            bounds=SETTING_BOUNDS | {"max_new_tokens": (1, self._max_new_tokens, 1)},
+            max_chars=MAX_MESSAGE_CHARS,
+            model=self._model_names[0],
+            prompts=self._prompts,
+            can_compare=self._can_compare,
+            has_thinking=self._default_thinking is not None,
+        )
+
+    def list_chats(self, browser_id: str | None, current: str = "") -> dict[str, Any]:
+        """Return the list of conversations, and the token of the latest one."""
+        chats = self._store.list_chats(browser_id)
+        return {
+            "chats": render_chats(current, chats),
+            "num_chats": len(chats),
+            "latest": chats[0].token if chats else "",
+        }
+
+    def describe(self, chat: StoredChat, known_revision: int = -1) -> dict[str, Any]:
+        """Return the state of a conversation, without turns that the page knows."""
+        revision, turns = chat.revision, chat.session.turns
+        state = {
+            "token": chat.token,
+            "revision": revision,
+            "num_turns": len(turns),
+            "has_images": any(turn.image_paths for turn in turns),
+            "is_generating": chat.is_generating,
+            "error": chat.error,
+            "settings": None if chat.settings is None else chat.settings.model_dump(),
+            **self.list_chats(chat.browser_id, chat.token),
+        }
+        if revision != known_revision:
+            state["turns"] = render_turns(chat, turns)
+        return state
+
+    async def start_answer(
+        self, chat: StoredChat, settings: ChatSettings, start: Callable[..., ChatTurn]
+    ) -> None:
+        """Start the answer to a question. It is generated until its end, or no tab follows it.
+
+        Args:
+            start: Starts the generation with the options of each model. It runs in a thread.
+        """
+        if chat.is_generating:
+            text = "An answer of this chat is being generated. Stop it, or wait for its end."
+            raise UserError(translate(text))
+        options = self._apply_settings(chat, settings)
+        chat.is_generating, chat.error = True, ""
+        try:
+            turn = await to_thread.run_sync(start, options, limiter=self._limiter)
+        except BaseException:
+            chat.is_generating = False
+            raise
+        chat.mark_changed()
+        task = asyncio.create_task(_receive_replies(chat, turn))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed)
+
+    async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
+        """Yield events with the last turn during its generation, and the state at its end."""
+        sent = ""
+        while chat.is_generating:
+            index = len(chat.session.turns) - 1
+            turn = render_turns(chat, chat.session.turns[-1:], index)
+            if turn != sent:
+                yield _format_event({"index": index, "turn": turn})
+            sent = turn
+            await asyncio.sleep(UPDATE_INTERVAL_S)
+        yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
+
+    def _apply_settings(self, chat: StoredChat, settings: ChatSettings) -> list[GenerationOptions]:
+        """Store the settings in the conversation, and return the options of each model."""
+        prompt = settings.system_prompt
+        is_default = not prompt.strip() or prompt == self._default_system_prompt
+        chat.settings = settings
+        chat.session.system_prompt = None if is_default else prompt
+        options = GenerationOptions(
+            max_new_tokens=min(settings.max_new_tokens, self._max_new_tokens),
+            sampling_params=SamplingParams(
+                temperature=settings.temperature,
+                top_p=settings.top_p,
+                top_k=settings.top_k,
+                repetition_penalty=settings.repetition_penalty,
+                seed=settings.seed if settings.seed >= 0 else None,
+            ),
+            thinking=DEFAULT_THINKING
+            if self._default_thinking is None
+            else ThinkingOptions(enable_thinking=settings.thinking),
+        )
+        can_compare = settings.compare and self._can_compare
+        names = (None, BASE_MODEL_NAME) if can_compare else (None,)
+        return [replace(options, model=name) for name in names]
+
+    def undo(self, chat: StoredChat) -> str:
+        """Remove the last turn, unless it is being generated, and return its question."""
+        turn = None if chat.is_generating else chat.session.undo()
+        if turn is None:
+            return ""
+        chat.remove_images(turn.image_paths)
+        chat.mark_changed()
+        return turn.text
+
+
+def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
+    """Start the answer to a question."""
+    with chat.take_uploads(message.text, message.files) as image_paths:
+        return chat.session.send(message.text, image_paths, options)
+
+
+def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTurn:
+    """Start the answer to the new text of a question. Later turns are removed."""
+    chat.check_text(message.text)
+    removed_turns = chat.session.turns[message.index :]
+    turn = chat.session.edit(message.index, message.text, options)
+    chat.remove_images([path for one in removed_turns for path in one.image_paths])
+    return turn
+
+
+async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:
+    """Receive the completions of a turn, independently of the tabs."""
+    try:
+        results = await asyncio.gather(*map(_drain, turn.replies), return_exceptions=True)
+        for error in filter(None, results):
+            chat.error = _describe_failure(error)
+    finally:
+        for reply in turn.replies:
+            reply.cancel()
+        chat.is_generating = False
+        chat.mark_changed()
+
+
+async def _drain(reply: ChatReply) -> None:
+    async for _ in reply:
+        pass
+
+
+def _describe_failure(error: BaseException) -> str:
+    if isinstance(error, UserError):
+        return describe_error(error)
+    traceback.print_exception(error)
+    return translate("The answer ended with a server error. See the terminal of the server.")
+
+
+def describe_error(error: UserError) -> str:
+    """Return the message of an error in the current language, without folders of the server."""
+    where, lines = Path(error.where).name, [translate(error.what)]
+    if where:
+        lines[0] = f"{where}: {lines[0]}"
+    if error.expected:
+        lines.append(translate("expected: {}", translate(error.expected)))
+    return "\n".join(filter(None, [*lines, translate(error.remedy)]))
+
+
+def _format_event(content: dict[str, Any]) -> str:
+    return f"data: {json.dumps(content)}\n\n"
+
+
+def get_browser_id(request: Request) -> str | None:
+    """Return the secret ID in the cookie of a browser; None without a valid one."""
+    value = request.cookies.get(BROWSER_COOKIE, "")
+    return value if BROWSER_ID.fullmatch(value) else None
+
+
+def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
+    with archive:
+        while chunk := archive.read(1 << 16):
+            yield chunk
+
+
+def build_chat_routes(store: ChatStore) -> list[Route]:
+    """Build the requests of the chat page."""
+    page = ChatPage(store)
+
+    def find_chat(request: Request) -> StoredChat:
+        chat = store.find(request.path_params["token"], get_browser_id(request))
+        if chat is None:
+            raise HTTPException(404, "no such chat")
+        return chat
+
+    def get_page(request: Request) -> Response:
+        response = HTMLResponse(page.render(read_language(request)))
+        if get_browser_id(request) is None:
+            response.set_cookie(
+                BROWSER_COOKIE,
+                secrets.token_urlsafe(32),
+                max_age=BROWSER_COOKIE_AGE_S,
+                httponly=True,
+                # Lax: a link from another site must not lead to a new ID.
+                samesite="lax",
+                # The sign-in redirects to the page.
+                secure=request.headers.get("referer", "").startswith("https://"),
+            )
+        return response
+
+    def get_chats(request: Request) -> Response:
+        with use_language(read_language(request)):
+            return JSONResponse(page.list_chats(get_browser_id(request)))
+
+    def get_chat(request: Request) -> Response:
+        known = request.query_params.get("revision", "")
+        revision = int(known[:9]) if known.isdecimal() else -1
+        with use_language(read_language(request)):
+            return JSONResponse(page.describe(find_chat(request), revision))
+
+    def create_chat(request: Request) -> Response:
+        return JSONResponse({"token": store.create(get_browser_id(request)).token})
+
+    async def stream_answer(request: Request) -> Response:
+        chat = find_chat(request)
+        return AnswerStream(chat, read_language(request), page.stream(chat))
+
+    async def answer(
+        request: Request,
+        chat: StoredChat,
+        settings: ChatSettings,
+        start: Callable[[Sequence[GenerationOptions]], ChatTurn],
+    ) -> Response:
+        with use_language(read_language(request)):
+            await page.start_answer(chat, settings, start)
+            return JSONResponse(await to_thread.run_sync(page.describe, chat))
+
+    async def send(request: Request) -> Response:
+        chat, message = find_chat(request), await parse_body(request, SendRequest)
+        return await answer(
+            request, chat, message.settings, lambda options: send_message(chat, message, options)
+        )
+
+    async def edit(request: Request) -> Response:
+        chat, message = find_chat(request), await parse_body(request, EditRequest)
+        return await answer(
+            request, chat, message.settings, lambda options: edit_message(chat, message, options)
+        )
+
+    async def regenerate(request: Request) -> Response:
+        chat, message = find_chat(request), await parse_body(request, SettingsRequest)
+        return await answer(request, chat, message.settings, chat.session.regenerate)
+
+    def undo(request: Request) -> Response:
+        chat = find_chat(request)
+        text = page.undo(chat)
+        with use_language(read_language(request)):
+            return JSONResponse({"text": text, **page.describe(chat)})
+
+    def stop(request: Request) -> Response:
+        find_chat(request).stop()
+        return JSONResponse({})
+
+    async def rename(request: Request) -> Response:
+        chat, title = find_chat(request), (await parse_body(request, RenameRequest)).title
+        chat.title = title.strip()[:MAX_TITLE_CHARS]
+        return JSONResponse({})
+
+    def delete(request: Request) -> Response:
+        store.delete(find_chat(request))
+        return JSONResponse({})
+
+    def get_image(request: Request) -> Response:
+        number = request.path_params["number"]
+        for image in [*find_chat(request).images.values()]:
+            if image.number == number and image.display_path.is_file():
+                headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
+                return FileResponse(image.display_path, media_type="image/webp", headers=headers)
+        raise HTTPException(404, "no such image")
+
+    def export_chat(request: Request) -> Response:
+        with use_language(read_language(request)):
+            archive = find_chat(request).export_archive()
+        headers = {
+            "content-disposition": 'attachment; filename="chat.zip"',
+            "content-length": str(os.fstat(archive.fileno()).st_size),
+            **FILE_HEADERS,
+        }
+        return StreamingResponse(
+            _iter_chunks(archive), headers=headers, media_type="application/zip"
+        )
+
+    posts = {
+        "send": send,
+        "edit": edit,
+        "regenerate": regenerate,
+        "undo": undo,
+        "stop": stop,
+        "rename": rename,
+        "delete": delete,
+    }
+    return [
+        Route("/", get_page),
+        Route("/chats", get_chats),
+        Route("/chats", create_chat, methods=["POST"]),
+        Route("/chats/{token}", get_chat),
+        Route("/chats/{token}/stream", stream_answer),
+        Route("/chats/{token}/chat.zip", export_chat),
+        *(
+            Route(f"/chats/{{token}}/{name}", endpoint, methods=["POST"])
+            for name, endpoint in posts.items()
+        ),
+        Route("/images/{token}/{number:int}", get_image),
+        Route("/uploads", store.uploads.receive, methods=["POST"]),
+    ]
+
+
+def make_chat_app(
+    store: ChatStore, password: str | None, loopback_only: bool, port: int
+) -> AccessMiddleware:
+    """Build the chat page as an ASGI application with access control.
+
+    Args:
+        password: Password of the page. None admits everyone.
+        loopback_only: Whether the page is for this machine only. See `Access`.
+    """
+    cookie = f"finesight-chat-{port}"
+    access = Access(password, loopback_only, cookie, max_upload_bytes=MAX_IMAGE_BYTES)
+    return AccessMiddleware(create_app(build_chat_routes(store), describe_error), access)

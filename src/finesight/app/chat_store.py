@@ -1,0 +1,356 @@
+"""Conversations of the chat page, each with a private folder, and their limits.
+
+A conversation belongs to one browser, which a cookie identifies, and is kept until it is deleted,
+replaced or the server stops. Without cookies, its secret token gives access.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+import weakref
+import zipfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Annotated
+
+from pydantic import BaseModel, Field, FiniteFloat
+
+from finesight.app.pages import Utf8Text
+from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
+from finesight.data.image_header import ImageSize
+from finesight.data.sample import write_samples
+from finesight.errors import UserError
+from finesight.infer.chat_session import ChatSession
+from finesight.infer.inference_service import InferenceService
+from finesight.report.i18n import translate
+from finesight.vision.image_reader import ImageReader
+from finesight.worker_pool import WorkerPool
+
+MAX_IMAGE_BYTES = 20 << 20
+
+MAX_IMAGES_PER_MESSAGE = 8
+MAX_IMAGES_PER_CHAT = 64
+MAX_MESSAGE_CHARS = 20_000
+MAX_CHATS, MAX_CHATS_PER_BROWSER = 256, 30
+"""Maximum numbers of conversations. A new one replaces the least recently used one."""
+
+SHOWN_S = 150
+"""Seconds since the last request for a conversation, in which a tab is assumed to show it.
+
+Tabs request their conversation every minute.
+"""
+
+MAX_TITLE_CHARS = 80
+
+MAX_NEW_TOKENS = 4096
+
+MAX_TEMPERATURE, MAX_TOP_K, MAX_REPETITION_PENALTY = 2, 1000, 2
+MAX_SEED = 2**53 - 1
+"""Largest integer that browsers represent exactly."""
+
+MAX_DISPLAY_SIDE = 1600
+"""Maximum width and height of an image that the browser receives, in pixels."""
+
+MAX_DISPLAY_BYTES = 4 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ChatImage:
+    """Image of a conversation.
+
+    Attributes:
+        number: Number of the image in the conversation, from 1.
+        display_path: Copy without metadata that the browser receives. It may be smaller.
+    """
+
+    name: str
+    number: int
+    width: int
+    height: int
+    display_path: Path
+
+
+class ChatSettings(BaseModel, frozen=True, extra="forbid"):
+    """Settings of the chat page for the next answers.
+
+    Attributes:
+        seed: Random seed; -1 for another one in each answer.
+        system_prompt: System prompt; empty for that of the model or run.
+    """
+
+    compare: bool = False
+    thinking: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)] = 0
+    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)] = 1
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] = -1
+    system_prompt: Annotated[Utf8Text, Field(max_length=MAX_MESSAGE_CHARS)] = ""
+
+
+@dataclass(slots=True, eq=False)
+class StoredChat:
+    """Conversation of a browser, with a private folder.
+
+    Attributes:
+        browser_id: Secret ID of the browser; None without cookies.
+        token: Secret part of its URLs.
+        settings: Settings of the last answer; None before the first one.
+        error: Error of the last answer, or an empty text.
+        num_followers: Number of tabs that receive the answer that is being generated.
+        revision: Number of changes of the conversation.
+        changed_at: Time of the last change on the monotonic clock.
+        used_at: Time of the last request on the monotonic clock.
+    """
+
+    session: ChatSession
+    folder: Path
+    browser_id: str | None
+    budget: DiskBudget
+    reader: ImageReader
+    uploads: UploadStore
+    title: str = ""
+    settings: ChatSettings | None = None
+    is_generating: bool = False
+    error: str = ""
+    num_followers: int = 0
+    revision: int = 0
+    changed_at: float = 0
+    used_at: float = field(default_factory=time.monotonic)
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    images: dict[Path, ChatImage] = field(default_factory=dict)
+
+    @property
+    def display_title(self) -> str:
+        """Title given by the user, or the start of the first question."""
+        first_turn = self.session.turns[0] if self.session.turns else None
+        names = [self.images[path].name for path in first_turn.image_paths] if first_turn else []
+        texts = (self.title, first_turn.text if first_turn else "", *names)
+        title = next((text for text in texts if text.strip()), "")
+        return " ".join(title.split())[:MAX_TITLE_CHARS]
+
+    def mark_changed(self) -> None:
+        """Note a change, which tabs with an older revision request."""
+        self.revision += 1
+        self.changed_at = time.monotonic()
+
+    def stop(self) -> None:
+        """Stop the answer that is being generated."""
+        for turn in self.session.turns[-1:]:
+            for reply in turn.replies:
+                reply.cancel()
+
+    def stop_unfollowed(self) -> None:
+        """Stop the answer if no tab receives it."""
+        if self.is_generating and not self.num_followers:
+            self.stop()
+
+    def get_image_size(self, path: Path) -> ImageSize:
+        """Return height and width of an image of the conversation."""
+        return self.images[path].height, self.images[path].width
+
+    def check_text(self, text: str) -> None:
+        """Raise UserError if a message is too long."""
+        if len(text) > MAX_MESSAGE_CHARS:
+            what = "{} characters; at most {} per question."
+            raise UserError(translate(what, len(text), MAX_MESSAGE_CHARS))
+
+    @contextlib.contextmanager
+    def take_uploads(self, text: str, upload_ids: Sequence[str]) -> Iterator[list[Path]]:
+        """Validate a message, and move its uploaded images into the conversation.
+
+        If the message is refused, or the `with` block raises, the uploads stay in place.
+        """
+        num_images = len(self.images) + len(upload_ids)
+        if len(upload_ids) > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
+            what = "{} images; at most {} per question and {} per chat."
+            numbers = len(upload_ids), MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
+            raise UserError(translate(what, *numbers))
+        self.check_text(text)
+        uploads = [self.uploads.find(upload_id) for upload_id in dict.fromkeys(upload_ids)]
+        taken: dict[Path, Path] = {}
+        try:
+            with self._reserve(MAX_DISPLAY_BYTES * len(uploads)):
+                for upload in uploads:
+                    taken[self._add_image(upload)] = upload
+            # All images are accepted.
+            for path, upload in taken.items():
+                upload.rename(path)
+            yield [*taken]
+        except BaseException as error:
+            for path, upload in taken.items():
+                if path.exists():
+                    path.rename(upload)
+            self.remove_images([*taken])
+            if isinstance(error, FileNotFoundError):
+                raise UserError(translate("The images have expired. Add them again.")) from error
+            raise
+        for upload in uploads:
+            upload.parent.rmdir()
+
+    def _add_image(self, upload: Path) -> Path:
+        """Write the display copy of an upload, and return the later path of the image."""
+        # Expired uploads are deleted.
+        upload.touch()
+        number = 1 + max((image.number for image in self.images.values()), default=0)
+        (height, width), display_copy = self.reader.encode(upload, MAX_DISPLAY_SIDE)
+        display_path = self.folder / f"display-{number}.webp"
+        display_path.write_bytes(display_copy)
+        path = self.folder / f"{number}-{upload.name[-80:]}"
+        self.images[path] = ChatImage(upload.name, number, width, height, display_path)
+        return path
+
+    def _reserve(self, num_bytes: int) -> DiskReservation:
+        try:
+            return self.budget.reserve(num_bytes)
+        except DiskFullError as error:
+            what = "The server has no disk space for more images. Delete chats, or try again later."
+            raise UserError(translate(what)) from error
+
+    def remove_images(self, image_paths: Sequence[Path]) -> None:
+        """Delete those of the given images that no turn of the conversation uses."""
+        in_use = {path for turn in self.session.turns for path in turn.image_paths}
+        for path in set(image_paths) - in_use:
+            self.images.pop(path).display_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def export_archive(self) -> IO[bytes]:
+        """Export the conversation and its images as a zip archive in the sample format.
+
+        The archive is an anonymous temporary file, which is deleted when it is closed.
+        """
+        archive_names = {
+            path: f"images/{image.number}-{path.name.partition('-')[2]}"
+            for path, image in self.images.items()
+        }
+        samples = self.session.to_samples(lambda path: archive_names[path])
+        if not samples:
+            raise UserError(f"chat is empty: {len(self.session.turns)} turns, none with an answer")
+        jsonl_path = self.folder / "chat.jsonl"
+        write_samples(jsonl_path, samples)
+        reservation = self._reserve(
+            sum(path.stat().st_size for path in (jsonl_path, *archive_names))
+        )
+        with contextlib.ExitStack() as on_failure:
+            on_failure.enter_context(reservation)
+            archive = on_failure.enter_context(tempfile.TemporaryFile(dir=self.folder))
+            with zipfile.ZipFile(archive, "w") as file:
+                file.write(jsonl_path, "chat/chat.jsonl")
+                for path, name in archive_names.items():
+                    file.write(path, f"chat/{name}")
+            archive.seek(0)
+            on_failure.pop_all()
+        # The budget cannot count an anonymous file, so its reservation lasts until it is closed.
+        weakref.finalize(archive, reservation.release)
+        return archive
+
+
+class ChatStore:
+    """Stores the conversations of all browsers.
+
+    Args:
+        folder: Private folder of uploads and conversations.
+        pool: Worker processes that read images.
+    """
+
+    def __init__(self, service: InferenceService, folder: Path, pool: WorkerPool) -> None:
+        self.service, self._reader = service, ImageReader(pool)
+        uploads, self._folder = folder / "uploads", folder / "chats"
+        for subfolder in (uploads, self._folder):
+            subfolder.mkdir()
+        self.budget = DiskBudget(uploads, self._folder)
+        self.budget.free_space = self._free_space
+        self.uploads = UploadStore(uploads, self.budget, MAX_IMAGE_BYTES)
+        self._chats: dict[str, StoredChat] = {}
+        self._lock = threading.Lock()
+
+    def create(self, browser_id: str | None) -> StoredChat:
+        """Create a conversation of a browser. It may replace the least recently used one.
+
+        Args:
+            browser_id: Secret ID of the browser; None without cookies.
+        """
+        if browser_id is not None:
+            own_chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
+            self._evict(own_chats, MAX_CHATS_PER_BROWSER)
+        self._evict(self.list_all(), MAX_CHATS)
+        folder = self._folder / secrets.token_hex(16)
+        folder.mkdir()
+        session = ChatSession(self.service)
+        chat = StoredChat(session, folder, browser_id, self.budget, self._reader, self.uploads)
+        session.read_size = chat.get_image_size
+        with self._lock:
+            self._chats[chat.token] = chat
+        return chat
+
+    def find(self, token: str, browser_id: str | None) -> StoredChat | None:
+        """Return a conversation of a browser, and note its use; None if there is none.
+
+        Tokens are compared in constant time.
+        """
+        for chat in self.list_all():
+            is_owner = chat.browser_id in (None, browser_id)
+            if secrets.compare_digest(chat.token.encode(), token.encode()) and is_owner:
+                chat.used_at = time.monotonic()
+                return chat
+        return None
+
+    def list_chats(self, browser_id: str | None) -> list[StoredChat]:
+        """Return the conversations of a browser that have turns, latest change first."""
+        if browser_id is None:
+            return []
+        chats = (chat for chat in self.list_all() if chat.browser_id == browser_id)
+        answered = [chat for chat in chats if chat.session.turns]
+        return sorted(answered, key=lambda chat: chat.changed_at, reverse=True)
+
+    def list_all(self) -> list[StoredChat]:
+        """Return all conversations, least recently used first."""
+        with self._lock:
+            return sorted(self._chats.values(), key=lambda chat: chat.used_at)
+
+    def delete(self, chat: StoredChat) -> None:
+        """Delete a conversation: cancel its generations and delete its files."""
+        with self._lock:
+            self._chats.pop(chat.token, None)
+        while chat.session.undo():
+            pass
+        shutil.rmtree(chat.folder, ignore_errors=True)
+
+    def _evict(self, chats: Sequence[StoredChat], limit: int) -> None:
+        """Delete conversations until there is one fewer than a limit.
+
+        Those without messages are deleted first.
+        """
+        num_deleted = max(0, len(chats) + 1 - limit)
+        for chat in sorted(chats, key=lambda chat: bool(chat.session.turns))[:num_deleted]:
+            self.delete(chat)
+
+    def _free_space(self, num_bytes: int) -> bool:
+        """Delete conversations that no tab displays, least recently used first.
+
+        Nothing is deleted if they have fewer than `num_bytes` bytes in total.
+        """
+        shown_since = time.monotonic() - SHOWN_S
+        chats = [
+            chat
+            for chat in self.list_all()
+            if chat.used_at < shown_since and not chat.is_generating
+        ]
+        sizes = [sum(file.stat().st_size for file in chat.folder.iterdir()) for chat in chats]
+        surplus = sum(sizes) - num_bytes
+        if surplus < 0:
+            return False
+        # The most recently used ones are kept as far as possible.
+        for chat, size in zip(reversed(chats), reversed(sizes), strict=True):
+            if size <= surplus:
+                surplus -= size
+            else:
+                self.delete(chat)
+        return True

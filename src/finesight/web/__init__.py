@@ -1,1 +1,0 @@
-"""Chat UI for the browser (`finesight web`)."""

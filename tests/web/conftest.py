@@ -1,3 +1,0 @@
-"""Browser of the web tests."""
-
-from browser import browser as browser

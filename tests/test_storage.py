@@ -20,9 +20,9 @@ from each_value import each
 from safetensors.numpy import load_file, save_file
 
 from finesight import storage
+from finesight.app.workspace import Workspace
 from finesight.errors import UserError
 from finesight.storage import temporary_folder, working_folder
-from finesight.app.workspace import Workspace
 
 OLD, NEW = {"a": b"old", "b/c": b"older"}, {"a": b"new" * 1000, "b/c": b"newer"}
 

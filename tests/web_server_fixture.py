@@ -14,7 +14,7 @@ from pathlib import Path
 
 import uvicorn
 
-from finesight.app.access import AccessMiddleware
+from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_page import make_chat_app
 from finesight.app.chat_store import ChatStore
 from finesight.app.server import bind_socket, create_server_config
@@ -124,7 +124,7 @@ def run_web_page(
     with bind_socket("127.0.0.1", 0) as listener, temporary_folder("web") as folder:
         port = listener.getsockname()[1]
         store = ChatStore(service, folder, get_image_pool())  # type: ignore[arg-type]
-        app = make_chat_app(store, password, loopback, port)
+        app = make_chat_app(store, Access(password, loopback, f"finesight-chat-{port}"))
         server = uvicorn.Server(create_server_config(app, proxies))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()

@@ -9,12 +9,6 @@ from pathlib import Path
 import pytest
 from browser import XSS_PAYLOADS
 from each_value import each
-from web_server_fixture import ScriptedService, get_image_pool
-
-from finesight.data.sample import BoxPart
-from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
-from finesight.infer.request import GenerationOptions
-from finesight.manifest import Manifest
 from finesight.web.chat_html import (
     CHINESE,
     MAX_FORMULAS,
@@ -25,6 +19,12 @@ from finesight.web.chat_html import (
 )
 from finesight.web.web_server import create_session_store
 from finesight.web.web_sessions import WebSession
+from web_server_fixture import ScriptedService, get_image_pool
+
+from finesight.data.sample import BoxPart
+from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
+from finesight.infer.request import GenerationOptions
+from finesight.manifest import Manifest
 
 LATEX = Manifest.model_construct(metric="latex", prompts=())
 

@@ -16,6 +16,7 @@ import pytest
 from axe import AxeChecker
 from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from chat_page_driver import ChatPageDriver
+from finesight.web.access_middleware import BROWSER_COOKIE, SESSION_COOKIE
 from hub_fixtures import certificate
 from PIL import Image
 from service_fixture import run_service, write_random_adapter, write_shape_image
@@ -25,7 +26,6 @@ from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.infer.request import SamplingParams
 from finesight.manifest import Manifest
 from finesight.vision.image_processing import load_image
-from finesight.web.access_middleware import BROWSER_COOKIE, SESSION_COOKIE
 
 __all__ = ["certificate"]
 

@@ -643,7 +643,8 @@ class StudioDriver:
         for name, text in texts.items():
             self.browser.driver.execute_script(
                 "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
-                " for (const at of document.querySelectorAll('details')) at.open ||= at.contains(field);"
+                " for (const one of document.querySelectorAll('details'))"
+                " one.open ||= one.contains(field);"
                 " field.dispatchEvent(new Event('input', { bubbles: true }));",
                 name.replace("_", "-"),
                 text,

@@ -94,7 +94,7 @@ def test_space_is_reserved_and_freed(folders: tuple[Path, Path]) -> None:
     assert budget.reserve(3 * LIMIT).remaining == 3 * LIMIT
 
 
-def test_old_uploads_make_room(client: TestClient, store: UploadStore) -> None:
+def test_old_uploads_are_deleted_for_new_ones(client: TestClient, store: UploadStore) -> None:
     ids = [client.post("/uploads?name=a", content=b"x" * LIMIT).json()["id"] for _ in range(3)]
     old = store.find(ids[0])
     age_s = uploads.MIN_UPLOAD_TTL_S + 60

@@ -124,12 +124,12 @@ class AnswerStream(StreamingResponse):
         self._chat, self._language = chat, language
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._chat.num_followers += 1
+        self._chat.num_listeners += 1
         try:
             with use_language(self._language):
                 await super().__call__(scope, receive, send)
         finally:
-            self._chat.num_followers -= 1
+            self._chat.num_listeners -= 1
             loop = asyncio.get_running_loop()
             loop.call_later(UNFOLLOWED_S, self._chat.stop_unfollowed)
 
@@ -471,15 +471,7 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
     ]
 
 
-def make_chat_app(
-    store: ChatStore, password: str | None, loopback_only: bool, port: int
-) -> AccessMiddleware:
-    """Build the chat page as an ASGI application with access control.
-
-    Args:
-        password: Password of the page. None admits everyone.
-        loopback_only: Whether the page is for this machine only. See `Access`.
-    """
-    cookie = f"finesight-chat-{port}"
-    access = Access(password, loopback_only, cookie, max_upload_bytes=MAX_IMAGE_BYTES)
+def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:
+    """Build the chat page as an ASGI application with access control."""
+    access = replace(access, max_upload_bytes=MAX_IMAGE_BYTES)
     return AccessMiddleware(create_app(build_chat_routes(store), describe_error), access)

@@ -52,7 +52,7 @@ from finesight.hub.archive import is_archive
 from finesight.label.label_session import AnswerKind
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
-from finesight.report.i18n import translate
+from finesight.report.i18n import translate, use_language
 from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
 

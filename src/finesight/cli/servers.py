@@ -369,7 +369,7 @@ def web(
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
                 store = ChatStore(service, folder, pool)
-                app = make_chat_app(store, password, is_loopback(host), listener.getsockname()[1])
+                app = make_chat_app(store, make_access("chat", listener, password))
                 serve_app(app, listener, pool, proxies)
         finally:
             service.close(wait_for_running=False)

@@ -563,7 +563,7 @@ PACKAGE_BUDGETS = (
     PackageBudget(("encode",), 4_175, 4_000),
     PackageBudget(("evaluate",), 3_256, 3_500),
     PackageBudget(("check",), 3_864, 3_500),
-    PackageBudget(("report",), 7_253, 6_500),
+    PackageBudget(("report",), 7_001, 6_500),
     PackageBudget(("serve",), 3_671, 3_000),
     PackageBudget(("plan",), 2_687, 2_200),
     PackageBudget(("hub",), 2_085, 1_400),
@@ -571,7 +571,7 @@ PACKAGE_BUDGETS = (
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_140, 2_700),
     PackageBudget(
         ("cli", "studio", "web", "label", "api", "quickstart_demo", "operations", "app"),
-        13_649,
+        13_845,
         9_300,
     ),
 )

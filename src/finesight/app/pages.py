@@ -18,7 +18,13 @@ from starlette.routing import BaseRoute, Route
 from finesight.bounded_files import is_utf8
 from finesight.errors import UserError
 from finesight.report.html import create_environment
-from finesight.report.i18n import LANGUAGE_TAGS, Language, translate, use_language
+from finesight.report.i18n import (
+    LANGUAGE_TAGS,
+    Language,
+    add_translations,
+    translate,
+    use_language,
+)
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 REPORT_FOLDER = Path(str(resources.files("finesight.report"))) / "templates"
@@ -47,6 +53,7 @@ VIEW_HEADERS = {
 }
 """Headers of a report in a frame, which runs its own script without access to this server."""
 
+add_translations(STATIC_FOLDER)
 _ENVIRONMENT = create_environment(FileSystemLoader([STATIC_FOLDER, REPORT_FOLDER]))
 
 Model = TypeVar("Model", bound=BaseModel)

@@ -66,7 +66,7 @@ Name = Annotated[str, Field(max_length=64)]
 API_KEY_FILE = "api-key"
 DEFAULT_FRACTION, DEFAULT_LABEL_FRACTION = "0.9", str(LABEL_TRAIN_FRACTION)
 
-SCRIPT_TEXTS = ("The server does not answer.", "Uploading {} of {}", "Mark at least two runs.")
+SCRIPT_TEXTS = ("The server does not answer.", "Mark at least two runs.")
 """Texts of the script, which are translated on the page."""
 
 

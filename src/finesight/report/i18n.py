@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib.resources.abc import Traversable
 from typing import Literal
 
 from markupsafe import Markup, escape
@@ -22,7 +23,7 @@ Language = Literal["en", "zh"]
 LANGUAGE_TAGS: dict[Language, str] = {"en": "en", "zh": "zh-Hans"}
 """BCP 47 language tags for the `lang` attribute of pages."""
 
-_TRANSLATIONS_FOLDER = importlib.resources.files("finesight.report") / "templates"
+_TRANSLATION_FOLDERS = [importlib.resources.files("finesight.report") / "templates"]
 
 _LANGUAGE: ContextVar[Language] = ContextVar("language", default="en")
 
@@ -76,7 +77,15 @@ def get_translations() -> Mapping[str, str]:
 
 @cache
 def _load_translations(language: Language) -> dict[str, str]:
-    text = (_TRANSLATIONS_FOLDER / f"{language}.yaml").read_text(encoding="utf-8")
-    content = load_yaml(text)
-    assert isinstance(content, dict), f"translation table of {language} is not a mapping"
-    return {str(english): str(translated) for english, translated in content.items()}
+    translations: dict[str, str] = {}
+    for folder in _TRANSLATION_FOLDERS:
+        content = load_yaml((folder / f"{language}.yaml").read_text(encoding="utf-8"))
+        assert isinstance(content, dict), f"translation table of {language} is not a mapping"
+        translations |= {str(english): str(translated) for english, translated in content.items()}
+    return translations
+
+
+def add_translations(folder: Traversable) -> None:
+    """Add a folder with translation tables, such as zh.yaml, of other pages than reports."""
+    _TRANSLATION_FOLDERS.append(folder)
+    _load_translations.cache_clear()

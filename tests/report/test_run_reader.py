@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from each_value import each
 from run_dir_fixtures import FakeRunDir, make_prediction_line, make_step_line
 
-from finesight.errors import UserError
 from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import read_run
 
@@ -30,24 +28,6 @@ def test_complete_run(tmp_path: Path) -> None:
     assert record.skipped_samples == [{"id": "x", "reason": "over 10 tokens"}]
     assert record.recipe["eval"] == {"metric": "latex"}
     assert record.unreadable_files == []
-
-
-def test_manifest_alone_is_sufficient(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a run directory[\s\S]*manifest\.json"):
-        read_run(tmp_path)
-    run = FakeRunDir(tmp_path / "run")
-    for is_typed in (True, False):
-        if not is_typed:
-            # Files of another type are empty.
-            for name in ("param_audit.json", "result.json", "adapter/sha256.json"):
-                run.write(name, "7")
-            run.write("metrics.jsonl", "7\n")
-            run.write("manifest.json", "[]")
-        record = read_run(run.folder)
-        assert (record.steps, record.evaluations, record.predictions_files) == ([], [], [])
-        assert (record.param_changes, record.result) == (None, None)
-        assert (record.weight_digests, record.checkpoint_identity) == ({}, {})
-    assert record.manifest == {}
 
 
 def test_damaged_files_are_listed(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -73,19 +72,6 @@ def test_gpu_recommendation_table(tmp_path: Path) -> None:
     assert gpu_recommendation.format_cell([{**lora, "fits": False}]) == "no"
     (line,) = gpu_recommendation.format_table(rows, 84, ("LoRA",))[2:]
     assert line.startswith("| T4, 16 GB | LoRA: ")
-
-
-@pytest.mark.slow  # starts Label Studio with a new database, a server and a training
-@pytest.mark.skipif(shutil.which("label-studio") is None, reason="label-studio is not installed")
-def test_label_studio_round_trip(tmp_path: Path) -> None:
-    script = ROOT / "benchmarks" / "label_studio_round_trip.py"
-    subprocess.run([sys.executable, script, "--out", tmp_path / "out.json"], check=True)
-    results = json.loads((tmp_path / "out.json").read_text())
-    assert results["tasks_with_predictions"] == results["tasks"]
-    assert results["keys_in_server_log"] == 0
-    for name in ("json", "json_min"):
-        assert results[name]["boxes"] == 500
-        assert results[name]["max_error_px"] < 0.5
 
 
 def test_results_name_existing_benchmarks():

@@ -96,18 +96,6 @@ def test_finished_run(run: FakeRunDir) -> None:
     ]
 
 
-def test_run_without_evaluation(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "tickets" / "run", metric=None)
-    made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
-    made.write_finished()
-    page = render_run_page(made.folder)
-    assert "<title>tickets/run · finesight</title>" in page
-    text = read_visible_text(page)
-    assert "The run has no evaluation, so the change in quality is unknown." in text
-    assert "To evaluate a run" in text
-    assert "Examples" not in text
-
-
 def test_run_before_first_step(tmp_path: Path) -> None:
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2)])

@@ -72,14 +72,6 @@ def test_frames_roundtrip_through_patches(geometry: PatchConfig) -> None:
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
 
 
-def test_single_frame_is_stored_once() -> None:
-    geometry, size = PatchConfig(), (56, 84)
-    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    patches = patchify([Image.fromarray(frame)], size, geometry)
-    (found,) = unpatchify(patches, geometry.compute_grid(size), geometry)
-    np.testing.assert_array_equal(np.asarray(found), frame)
-
-
 def test_patches_are_concatenated_with_one_frame() -> None:
     still, other = (np.full((number, 12), number, dtype=np.uint8) for number in (1, 2))
     video = np.arange(72, dtype=np.uint8).reshape(3, 24)

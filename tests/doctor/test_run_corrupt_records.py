@@ -63,7 +63,7 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
         made.write(
             "result.json", json.dumps(maybe({"steps": 60, "metric_differences": differences}, 0.7))
         )
-    made.write("moved.json", json.dumps(maybe(PARAM_AUDIT, 0.5)))
+    made.write("param_audit.json", json.dumps(maybe(PARAM_AUDIT, 0.5)))
     made.write_lines("skipped_samples.jsonl", [maybe({"id": "a", "reason": "over 9 tokens"}, 0.5)])
     made.write("manifest.json", json.dumps(maybe(MANIFEST, 0.3)))
     box = {"image": 0, "label": "c", "xyxy": [1, 2, 30, 40]}

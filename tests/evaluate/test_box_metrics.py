@@ -19,7 +19,7 @@ from finesight.evaluate.box_metrics import (
     score_detection,
     score_grounding,
 )
-from finesight.evaluate.eval_case import EvalCase, MetricResult
+from finesight.evaluate.eval_case import EvalCase
 
 
 def box(label: str | None, *xyxy: float, image: int = 0) -> BoxPart:
@@ -175,25 +175,6 @@ def test_resampled_scores_match_drawn_images() -> None:
     for name, one in score_detection(cases).estimators.items():
         (found,) = one.score_from_sums(one.weighted_sums(drawn[None].astype(float)))
         assert found == pytest.approx(expected[name].plug_in_score), name
-
-
-def test_average_precision_of_a_large_set_is_precision_times_recall() -> None:
-    """Its interval is around that product; on a small set, average precision itself is above it."""
-    chance = random.Random(11)
-
-    def score(count: int) -> MetricResult:
-        return score_detection([make_case(chance, 4, 2, "ab") for _ in range(count)])
-
-    large = score(20_000)
-    small = [score(20) for _ in range(50)]
-    for name in ("ap", "ap_50", "ap_75"):
-        one = large.estimators[name]
-        assert one.score == pytest.approx(one.plug_in_score, abs=0.01)
-        means = np.mean([[s.scores[name], s.estimators[name].plug_in_score] for s in small], axis=0)
-        assert means[0] > one.score + 0.02
-        assert means[1] == pytest.approx(one.score, abs=0.02)
-    assert set(large.notes()) == {"ap", "ap_50", "ap_75"}
-    assert "biased upwards" in large.notes()["ap"]
 
 
 def test_a_class_of_few_samples_leaves_average_precision_without_an_interval() -> None:

@@ -1,6 +1,6 @@
 # make quickstart   create .venv and run the quickstart on the CPU
 # make test         create .venv and run the checks and the fast tests
-# make test-slow    run the slow tests: browser, processes, faults, invariants
+# make test-slow    build the documentation, run the slow tests: browser, processes, faults
 # make test-fuzz    fuzz importers, folders and the request parser (20 minutes)
 # make test-faults  inject faults at every known point instead of a sample (minutes)
 # make test-pretraining   test the training of finesight-tiny from scratch (2 minutes)
@@ -43,7 +43,7 @@ measures: $(VENV)/.installed-dev
 unit: $(VENV)/.installed-dev
 	$(PYTEST) $(PARALLEL) -m "not slow and not fuzz"
 
-test-slow: $(VENV)/.installed-dev
+test-slow: $(VENV)/.installed-dev docs
 	$(PYTEST) $(PARALLEL) -m slow
 
 test-fuzz: $(VENV)/.installed-dev

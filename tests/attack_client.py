@@ -34,23 +34,7 @@ class AttackStats:
     health: list[float] = field(default_factory=list)
     ordinary: list[tuple[float, int]] = field(default_factory=list)
     hostile: Counter[tuple[str, int]] = field(default_factory=Counter)
-    slowest: float = 0.0
     largest_process: int = 0
-
-    def __str__(self) -> str:
-        health, ordinary = sorted(self.health), sorted(seconds for seconds, _ in self.ordinary)
-        lines = [f"  {name}: {status} x {n}" for (name, status), n in sorted(self.hostile.items())]
-        return "\n".join(
-            [
-                f"hostile requests: {sum(self.hostile.values())}, slowest {self.slowest:.1f} s",
-                *lines,
-                f"health: {len(health)} requests, median {health[len(health) // 2]:.3f} s,"
-                f" slowest {health[-1]:.3f} s",
-                f"ordinary: {len(ordinary)} requests, median {ordinary[len(ordinary) // 2]:.2f} s,"
-                f" slowest {ordinary[-1]:.2f} s",
-                f"largest process: {self.largest_process >> 20} MiB",
-            ]
-        )
 
 
 @dataclass
@@ -127,11 +111,9 @@ def run_attack(
                 request = next(waiting, None)
             if request is None:
                 return
-            began = time.monotonic()
             status = request.send(server.port, 300)
             with lock:
                 stats.hostile[request.name, status] += 1
-                stats.slowest = max(stats.slowest, time.monotonic() - began)
 
     def check_health() -> None:
         stats.health.append(server.request("GET", "/health")[0])

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import csv
-import io
 import os
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from docs_code_blocks import ROOT
 from fake_hub_servers import HuggingFaceHandler, ModelScopeHandler, run_hub_server
-from hub_fixtures import make_parquet
+from hub_fixtures import make_image_cell, make_parquet
 from PIL import Image
 from tiny_model import TinyFamily, create_tiny_model
 
@@ -64,21 +62,14 @@ def _files(folder: Path) -> dict[str, bytes]:
 
 def build_dataset_repositories() -> dict[str, dict[str, bytes]]:
     """Build all datasets of the documentation with generated images."""
+    images = [{"image": make_image_cell(n)} for n in range(NUM_ROWS)]
     captions = [
-        {"image": _make_image_cell(n), "caption": f"an image of {n} things", "image_id": n}
-        for n in range(NUM_ROWS)
+        image | {"caption": f"an image of {n} things", "image_id": n}
+        for n, image in enumerate(images)
     ]
-    formulas = [{"image": _make_image_cell(n), "text": rf"x ^ {{ {n} }}"} for n in range(NUM_ROWS)]
-    boxes = [
-        {
-            "image": _make_image_cell(n),
-            "question": f"Where is word {n}?",
-            "answer": f"word {n}",
-            "dataset_id": str(n),
-            "bbox": [4.0, 6.0, 20.0, 12.0],
-        }
-        for n in range(NUM_ROWS)
-    ]
+    formulas = [image | {"text": rf"x ^ {{ {n} }}"} for n, image in enumerate(images)]
+    question = {"question": "Where is the word?", "answer": "word", "bbox": [4.0, 6.0, 20.0, 12.0]}
+    boxes = [image | question | {"dataset_id": str(n)} for n, image in enumerate(images)]
     sets = {
         "modelscope/coco_2014_caption": captions,
         "AI-ModelScope/LaTeX_OCR": formulas,
@@ -89,12 +80,6 @@ def build_dataset_repositories() -> dict[str, dict[str, bytes]]:
         f"datasets/{name}": {"data/train-00000-of-00001.parquet": make_parquet(rows)}
         for name, rows in sets.items()
     }
-
-
-def _make_image_cell(number: int) -> dict[str, Any]:
-    file = io.BytesIO()
-    Image.new("RGB", (112, 84), (number % 256, number // 256, 160)).save(file, "PNG")
-    return {"bytes": file.getvalue(), "path": f"{number}.png"}
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import json
 import os
 import re
 import select
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
 from docs_code_blocks import CodeBlock
@@ -21,7 +21,23 @@ BLOCK_TIMEOUT_S = 300.0
 SERVER_COMMAND = re.compile(r"finesight (serve|web|studio)\b(?!.*&[ \t]*(#.*)?$)", re.MULTILINE)
 """Commands that run until Ctrl-C; the page continues in another terminal."""
 
-_ADDRESS = re.compile(r"http://[\w.]+:\d+")
+START_SERVER = """\
+{{ {command}
+}} > {log} 2>&1 &
+server=$!
+until grep -Eq 'http://[a-z0-9.]+:[0-9]+' {log}; do
+  kill -0 $server || {{ cat {log}; false; }}
+  sleep 0.2
+done
+cat {log}
+"""
+INTERRUPT_SERVER = """\
+if [ "$server" ]; then
+  kill -INT -- -$server
+  wait $server || [ $? = 130 ]
+  server=
+fi
+"""
 
 _DONE_COMMAND = r"printf '\n@done %s\n'"
 
@@ -81,12 +97,15 @@ class DocsTerminal:
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
         self.folder = folder
         self._env = env
+        self._number = 0
         self._shell = InteractiveProcess(["bash", "--norc"], folder, env)
         # A failed command ends the shell. Job control gives each job its own process group.
-        self._shell.run_line(f"set -emo pipefail; {_DONE_COMMAND} 0")
-        self._python: InteractiveProcess | None = None
-        self._running: Path | None = None
-        self._number = 0
+        self._shell.run_line(f"set -emo pipefail; server=; {_DONE_COMMAND} 0")
+
+    @cached_property
+    def _python(self) -> InteractiveProcess:
+        command = [sys.executable, "-u", "-c", _PYTHON_LOOP]
+        return InteractiveProcess(command, self.folder, self._env)
 
     def run_block(self, block: CodeBlock) -> str:
         """Run a block, or write it to the file in its caption."""
@@ -96,82 +115,34 @@ class DocsTerminal:
             file.write_text(block.text, encoding="utf-8")
             return ""
         if block.language == "python":
-            return self._run_python_block(block)
+            status, output = self._python.run_line(json.dumps(block.text))
+            assert status == 0, f"{block}: {output}"
+            return output
         if block.language == "console":
-            return self._run_session_block(block)
-        return "".join(self._run_shell_block(block, part) for part in _split_commands(block.text))
+            # Run `$ COMMAND` with the lines after `> ` as input.
+            command, *lines = block.text.splitlines()
+            typed = [line.removeprefix("> ") for line in lines]
+            return self._run_shell(block, "\n".join([f"{command[2:]} << 'END'", *typed, "END\n"]))
+        return "".join(self._run_shell(block, text) for text in _split_commands(block.text))
 
-    def _run_shell_block(self, block: CodeBlock, text: str) -> str:
+    def _run_shell(self, block: CodeBlock, text: str) -> str:
+        """Run commands. A server runs until the next one or the end of the page."""
         self._number += 1
         script = self.folder.with_name(f"{self.folder.name}-{self._number}.sh")
         if SERVER_COMMAND.match(text):
-            return self._start_server(block, script, text)
+            start = START_SERVER.format(command=text.rstrip(), log=script.with_suffix(".log"))
+            text = INTERRUPT_SERVER + start
         script.write_text(text, encoding="utf-8")
-        status, output = self._shell.run_line(_source_command(script))
+        status, output = self._shell.run_line(f". {script} < /dev/null; {_DONE_COMMAND} 0")
         assert status == 0, f"{block}: it ended in\n{text}\n{output[-3000:]}"
-        return output
-
-    def _run_session_block(self, block: CodeBlock) -> str:
-        """Run `$ COMMAND` with the lines after `> ` as input."""
-        command, *lines = block.text.splitlines()
-        assert command.startswith("$ ")
-        self._number += 1
-        typed = self.folder.with_name(f"{self.folder.name}-{self._number}.txt")
-        typed.write_text("".join(line.removeprefix("> ") + "\n" for line in lines))
-        status, output = self._shell.run_line(f"{command[2:]} < {typed}; {_DONE_COMMAND} 0")
-        assert status == 0, f"{block}: {output}"
-        return output
-
-    def _start_server(self, block: CodeBlock, script: Path, text: str) -> str:
-        """Start a server, which runs until the next server or the end of the page."""
-        self.interrupt_server()
-        log = script.with_suffix(".log")
-        command = re.sub(r"\s#.*", "", text).rstrip()
-        script.write_text(f"{command} > {log} 2>&1 & echo $! > {script}.pid\n")
-        log.touch()
-        self._shell.run_line(_source_command(script))
-        self._running = script
-        until = time.monotonic() + 120
-        while time.monotonic() < until:
-            output = log.read_text(errors="replace")
-            if _ADDRESS.search(output):
-                return output
-            time.sleep(0.2)
-        raise AssertionError(f"{block}: no address after\n{text}\n{log.read_text()}")
-
-    def interrupt_server(self) -> None:
-        """Interrupt the running server with SIGINT and check its exit status."""
-        if self._running is None:
-            return
-        script, self._running = self._running, None
-        pid = int(Path(f"{script}.pid").read_text())
-        os.killpg(os.getpgid(pid), signal.SIGINT)
-        status, output = self._shell.run_line(
-            f"wait {pid} && ended=0 || ended=$?; {_DONE_COMMAND} $ended"
-        )
-        output += script.with_suffix(".log").read_text()
-        assert status in (0, 130), f"{script.read_text()}\nended with {status}: {output}"
-
-    def _run_python_block(self, block: CodeBlock) -> str:
-        if self._python is None:
-            command = [sys.executable, "-u", "-c", _PYTHON_LOOP]
-            self._python = InteractiveProcess(command, self.folder, self._env)
-        status, output = self._python.run_line(json.dumps(block.text))
-        assert status == 0, f"{block}: {output}"
         return output
 
     def close(self) -> None:
         """Stop all processes."""
-        try:
-            self.interrupt_server()
-        finally:
-            self._shell.terminate()
-            if self._python is not None:
-                self._python.terminate()
-
-
-def _source_command(script: Path) -> str:
-    return f". {script} < /dev/null; {_DONE_COMMAND} 0"
+        status, output = self._shell.run_line(f"{INTERRUPT_SERVER}{_DONE_COMMAND} 0")
+        self._shell.terminate()
+        self._python.terminate()
+        assert status == 0, output
 
 
 def _split_commands(text: str) -> Iterator[str]:

@@ -31,6 +31,26 @@ TRANSFORMERS_NAMES = {
 CPU = torch.device("cpu")
 
 
+TOKEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+TEXT = {
+    "vocab_size": 100,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_act": "silu",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-6,
+}
+VISION = {"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
+NEWER_VISION = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 52}
+
+
 def make_config(family: str, **changes: Any) -> dict[str, Any]:
     """A small config.json in the hub's style; `vision` holds changes of its vision_config."""
     if family == "qwen3_vl":
@@ -40,88 +60,29 @@ def make_config(family: str, **changes: Any) -> dict[str, Any]:
         return _nested(experts | {"norm_topk_prob": True} | changes) | {"model_type": family}
     if family in ("qwen3_5", "qwen3_5_moe"):
         return _hybrid(family, changes)
-    vision = {"depth": 2, "num_heads": 2, "in_chans": 3, "patch_size": 14} | {
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
+    vision = VISION | {"depth": 2, "in_chans": 3, "patch_size": 14}
     if family == "qwen2_vl":
         vision |= {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
     else:
-        vision |= {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 52} | {
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-            "hidden_act": "silu",
-        }
-    return {
-        "model_type": family,
-        "vocab_size": 100,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
-        "vision_config": vision | changes.pop("vision", {}),
-    } | changes
+        windows = {"window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2}
+        vision |= NEWER_VISION | windows | {"hidden_act": "silu"}
+    rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
+    text = TEXT | rope | {"num_hidden_layers": 2, "use_sliding_window": False}
+    top = {"model_type": family, "tie_word_embeddings": True}
+    return top | text | TOKEN_IDS | {"vision_config": vision | changes.pop("vision", {})} | changes
 
 
 def _nested(changes: dict[str, Any]) -> dict[str, Any]:
     """The same for Qwen3-VL, whose language model's keys stand in `text_config`."""
-    vision = {
-        "depth": 3,
-        "num_heads": 2,
-        "in_channels": 3,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 48,
-        "intermediate_size": 52,
-        "hidden_act": "gelu_pytorch_tanh",
-        "num_position_embeddings": 49,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    text = {
-        "vocab_size": 100,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 5000000.0,
-        "rope_scaling": {
-            "rope_type": "default",
-            "mrope_interleaved": True,
-            "mrope_section": [4, 2, 2],
-        },
-    }
-    vision |= changes.pop("vision", {})
+    vision = VISION | NEWER_VISION | {"depth": 3, "in_channels": 3, "patch_size": 16}
+    vision |= {"hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 49}
+    vision |= {"deepstack_visual_indexes": [0, 1]} | changes.pop("vision", {})
+    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}
+    text = TEXT | {"num_hidden_layers": 4, "head_dim": 16, "attention_bias": False}
+    text |= {"rope_theta": 5e6, "rope_scaling": rope}
     top = {"tie_word_embeddings": changes.pop("tie_word_embeddings", True)}
-    return top | {
-        "model_type": "qwen3_vl",
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
-        "text_config": text | changes,
-        "vision_config": vision,
-    }
+    configs = {"text_config": text | changes, "vision_config": vision}
+    return top | TOKEN_IDS | configs | {"model_type": "qwen3_vl"}
 
 
 def _hybrid(family: str, changes: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from typing import Any
 
@@ -43,19 +43,21 @@ def at(node: Any, path: tuple[Any, ...]) -> Any:
     return node
 
 
-def mutated_value(rng: random.Random, content: Any, few: int = 200) -> Any:
+def mutated_value(
+    rng: random.Random, content: Any, few: int = 200, values: Sequence[Any] = VALUES
+) -> Any:
     """A copy with one to four values exchanged, lost, added, wrapped or repeated. Of large files
     the first `few` values of each list and object are drawn more often than the others."""
     content = deepcopy(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
         found = [path for path in _first_ways(content, few) if path]
         if not found:
-            return deepcopy(rng.choice(VALUES))
+            return deepcopy(rng.choice(values))
         *above, key = rng.choice(found)
         holder = at(content, tuple(above))
         match rng.randrange(8):
             case 0 | 1 | 2 | 3:
-                holder[key] = deepcopy(rng.choice(VALUES))
+                holder[key] = deepcopy(rng.choice(values))
             case 4:
                 del holder[key]
             case 5:

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
 
+import pytest
+from tiny_task import act_before_step
+
 from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
@@ -46,14 +49,9 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
 @contextmanager
 def before_steps(steps: Collection[int], act: Callable[[], object]) -> Iterator[None]:
     """Call a function before these steps, counted from 1, within the context."""
-    real = trainer.train_step
-
-    def acting_train_step(session: TrainState, step: StepBatch, *rest: Any) -> StepOutput:
-        if step.step_index + 1 in steps:
-            act()
-        return real(session, step, *rest)
-
-    with patch.object(trainer, "train_step", acting_train_step):
+    with pytest.MonkeyPatch.context() as context:
+        for step in steps:
+            act_before_step(context, step - 1, act)
         yield
 
 

@@ -10,7 +10,6 @@ from unicodedata import normalize
 import pytest
 
 from finesight.bounded_files import find_existing, is_utf8, iter_spellings, to_readable_name
-from finesight.errors import escape_surrogates
 
 CAT = "\u4e2d\u6587\u732b"
 
@@ -64,11 +63,3 @@ def test_a_name_is_found_however_it_was_unpacked(tmp_path: Path, there: str) -> 
     assert find_existing(tmp_path, f"{CAT}.jpg") == tmp_path / f"{there}.jpg"
     assert find_existing(tmp_path, "other.jpg") is None
     assert find_existing(tmp_path, "a\0b") is None
-
-
-def test_json_with_names_can_be_written_and_read() -> None:
-    import json
-
-    name = in_gbk(CAT)
-    text = escape_surrogates(json.dumps({"path": name}, ensure_ascii=False))
-    assert json.loads(text.encode())["path"] == name

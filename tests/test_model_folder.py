@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -81,25 +78,6 @@ def test_bundled_model_is_found_by_name(
     assert resolve_model_path("~/a") == Path.home() / "a"
 
 
-def test_similar_folders_are_suggested(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with pytest.raises(UserError, match="is a file") as raised:
-        locate_model(str(folder / "config.json"))
-    assert str(folder) in raised.value.remedy
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"no folder runs/mnie") as raised:
-        locate_model("runs/mnie")
-    assert raised.value.expected == "a folder in runs/: mine"
-    assert raised.value.remedy == "use runs/mine, or give hf:runs/mnie for a model of the hub"
-    (tmp_path / "my photos-finetune").mkdir()
-    (tmp_path / "my photos-finetune" / "recipe.yaml").touch()
-    with pytest.raises(UserError, match="no folder my photos-finetune/run") as raised:
-        locate_model("my photos-finetune/run")
-    assert "finesight train 'my photos-finetune/recipe.yaml'" in raised.value.remedy
-
-
 def test_run_may_contain_another_run(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "merged"):
         folder.mkdir(exist_ok=True)
@@ -108,21 +86,6 @@ def test_run_may_contain_another_run(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").unlink()
     with pytest.raises(UserError, match="but contains merged"):
         check_model_path(str(tmp_path))
-
-
-def test_hub_name_without_connection(tmp_path: Path) -> None:
-    # In a process of its own: huggingface_hub reads these settings when it is imported.
-    code = """
-from finesight.errors import UserError
-from finesight.model_folder import locate_model
-try:
-    locate_model("Nobody/no-such-model")
-except UserError as error:
-    print(error.what)
-"""
-    surroundings = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
-    output = subprocess.check_output([sys.executable, "-c", code], env=surroundings, text=True)
-    assert output.startswith("Nobody/no-such-model is not a local folder and cannot be downloaded")
 
 
 def test_hub_model_is_downloaded_without_code(

@@ -173,9 +173,3 @@ def test_damaged_files_are_rejected_without_unsafe_advice(folder: ModelFolder) -
             with pytest.raises(UserError) as caught:
                 folder.weight_files()
         assert not re.search("weights_only|torch.load|safe_globals|trust", str(caught.value))
-
-
-def test_missing_shard_is_reported(folder: ModelFolder) -> None:
-    _index(folder, a="pytorch_model-1.bin")
-    with pytest.raises(UserError, match=r"no pytorch_model-1\.bin"):
-        folder.weight_files()

@@ -114,10 +114,3 @@ def test_folder_of_other_settings_is_rejected(small_settings, finished_quickstar
         with pytest.raises(UserError, match="not from a quickstart of this version"):
             run_quickstart(folder, Console(file=io.StringIO()), one)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
-
-def test_seed_changes_the_tickets(small_settings, finished_quickstart, tmp_path):
-    other = replace(small_settings, seed=1)
-    console = Console(file=io.StringIO())
-    result = run_quickstart(tmp_path / "other", console, other)
-    assert result.predictions[0].reference != finished_quickstart[1].predictions[0].reference

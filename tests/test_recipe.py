@@ -92,24 +92,6 @@ def test_invalid_overrides(tmp_path, row):
     assert _missing_words(error, words) == []
 
 
-@each("name", CASES["test_setting_of_other_spelling_is_not_suggested"])
-def test_setting_of_other_spelling_is_not_suggested(tmp_path, name):
-    error = _load_error(tmp_path, SHORTEST, f"{name}=true")
-    assert error.remedy == "remove it or correct its name"
-
-
-def test_all_missing_settings_are_reported(tmp_path):
-    error = _load_error(tmp_path, "data: {eval: b.jsonl}\n")
-    words = [f"{name}: this setting is missing" for name in ("model", "data.train", "output_dir")]
-    assert _missing_words(error, [*words, "3 settings are wrong", "Qwen/Qwen2-VL-2B"]) == []
-
-
-def test_image_rule_error_names_the_intended_form(tmp_path):
-    error = _load_error(tmp_path, SHORTEST + "image: {heigth: 112, width: 504}\n")
-    assert "did you mean image.height?" in str(error)
-    assert "min_pixels: this setting is missing" not in str(error)
-
-
 BASES = {
     "short": (
         "data: {train: a.jsonl, eval: b.jsonl}\ntrain: {learning_rate: 1.0e-4}\n"
@@ -136,15 +118,6 @@ def test_overrides_of_short_and_long_forms(tmp_path, base, override, name, expec
     assert _get_setting(recipe, name) == expected
 
 
-def test_overrides_replace_and_extend_settings(tmp_path):
-    overrides = ["data.train=[a.jsonl, b.jsonl]", "data.train.1=c.jsonl"]
-    overrides += ["data.eval.path=b.jsonl", "data.eval.limit=5", "track.kind=wandb"]
-    recipe = load_recipe(_write_recipe(tmp_path, SHORTEST), overrides)
-    assert [file.path.name for file in recipe.data.train] == ["a.jsonl", "c.jsonl"]
-    assert [(str(file.path), file.limit) for file in recipe.data.eval] == [("b.jsonl", 5)]
-    assert recipe.track[0].kind == "wandb"
-
-
 @each(("override", "indexed"), CASES["test_override_of_one_of_several_entries_needs_an_index"])
 def test_override_of_one_of_several_entries_needs_an_index(tmp_path, override, indexed):
     text = (
@@ -169,11 +142,6 @@ def test_override_replaces_settings_that_it_excludes(tmp_path):
     error = _load_error(tmp_path, text, "image.longest_side=512", "image.max_pixels=100")
     assert "image.max_pixels: this setting excludes the others" in error.what
     assert "did you mean" not in error.what
-
-
-def test_typo_next_to_an_override_keeps_its_line(tmp_path):
-    text = SHORTEST + "train: {learning_rate: {visoin: 1}}\n"
-    assert _load_error(tmp_path, text, "train.seed=1").where.endswith("recipe.yaml:4")
 
 
 @each(("override", "remedy"), REPLACEMENTS.items())
@@ -229,16 +197,6 @@ def test_unreadable_recipe(tmp_path, text, line, words):
     assert words in error.what
 
 
-@each("value", ["2020-13-45", "!!int foo", "0x_", "9" * 5000, '"a\\0b"'])
-def test_impossible_value_error_has_line(tmp_path, value):
-    error = _load_error(tmp_path, f"model: x\noutput_dir: {value}\n")
-    assert error.where.endswith(":2")
-    assert "broken YAML" in error.what
-    error = _load_error(tmp_path, SHORTEST, f"output_dir={value}")
-    assert "cannot be read" in error.what
-    assert len(str(error)) < 400
-
-
 def test_missing_recipe_suggests_closest_name(tmp_path):
     path = _write_recipe(tmp_path, SHORTEST)
     with pytest.raises(UserError, match="no such file") as caught:
@@ -286,13 +244,6 @@ def test_large_recipes_are_rejected(tmp_path):
     assert len(error.what) < 200
     long_index = f"data.train.{'9' * 5000}=1"
     assert _load_error(tmp_path, SHORTEST, long_index).where.startswith("override")
-
-
-def test_setting_names_are_unique_and_dotted():
-    names = list_setting_names()
-    assert len(names) == len(set(names))
-    assert {"tune.lora.rank", "image.longest_side"} <= set(names)
-    assert "tune" not in names, "groups are opened up"
 
 
 @each(

@@ -108,19 +108,6 @@ def test_crash_at_every_operation_leaves_old_or_new_file(tmp_path: Path, crash: 
     assert seen == {b"old", b"new" * 1000}
 
 
-def test_error_in_block_leaves_no_files(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        write_all(tmp_path / "x", {"a": b"1", "missing/folder/b": b"2"})
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_missing_parent_folder_is_reported(tmp_path: Path) -> None:
-    """Some file systems answer that the new folder does not exist."""
-    disk = make_failing_disk("make_folder", errno.ENOENT)
-    with storage.use_file_system(disk), pytest.raises(UserError, match=r"x: cannot be written"):
-        storage.make_folder(tmp_path / "x")
-
-
 def test_existing_folder_is_never_overwritten(tmp_path: Path) -> None:
     """It may also be created during the write, or just before the rename."""
 
@@ -241,14 +228,6 @@ def test_incomplete_folder_is_rejected(
     damage(tmp_path / "x")
     with pytest.raises(UserError, match=message):
         storage.verify_folder(tmp_path / "x")
-
-
-def test_cut_file_preserves_the_prefix(tmp_path: Path) -> None:
-    for line in ("one", "two"):
-        storage.append_line(tmp_path / "lines", line)
-    storage.truncate_file(tmp_path / "lines", 4)
-    storage.append_line(tmp_path / "lines", "three")
-    assert (tmp_path / "lines").read_text() == "one\nthree\n"
 
 
 def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monkeypatch):

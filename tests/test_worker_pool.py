@@ -147,15 +147,6 @@ def test_worker_exception_reports_location_only(pool):
     assert len(first & pids(pool)) == 1
 
 
-def test_waiting_without_blocking(pool):
-    with pool.borrow_worker() as worker:
-        worker.start(jobs.sleep, 0.3, max_cpu_s=1)
-        assert not worker.wait(0.0)
-        assert not worker.wait(0.01)
-        assert worker.wait(30.0)
-        assert worker.get_result().value == 0.3
-
-
 @pytest.mark.parametrize("end", ["kill", "close"])
 def test_a_job_that_is_cancelled(pool, end):
     with pool.borrow_worker() as worker:

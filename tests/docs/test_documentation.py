@@ -99,6 +99,21 @@ def test_json_code_blocks_are_valid(block: CodeBlock) -> None:
     json.loads(block.text)
 
 
+def test_files_named_by_pages_exist() -> None:
+    named = re.compile(r"`((?:src|benchmarks|tools|recipes|examples|docs)/[a-z0-9_./-]+\.[a-z]+)`")
+    for page in (*ENGLISH.values(), *CHINESE.values()):
+        for file in named.findall(page.read_text("utf-8")):
+            assert (ROOT / file).exists(), f"{page}: {file}"
+
+
+def test_chinese_paragraphs_have_no_line_breaks() -> None:
+    """Browsers render a line break as a space, which Chinese text does not use."""
+    for name, page in CHINESE.items():
+        text = re.sub(r"^```.*?^```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+        broken = re.search(r".*[\u3001-\u9fff\uff00-\uffef]\n[\u3001-\u9fff\uff00-\uffef].*", text)
+        assert broken is None, f"{name}: {broken[0]}"
+
+
 @pytest.fixture(scope="session")
 def reader_env(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

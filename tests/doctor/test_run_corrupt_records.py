@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mutations import mutated_value
 from PIL import Image
 from run_dir_fixtures import (
     MANIFEST,
@@ -22,7 +23,6 @@ from run_dir_fixtures import (
 
 from finesight.doctor.diagnostics import diagnose
 
-ODD = (None, "", -1, 0, 1e300, float("nan"), float("inf"), [], {}, True, [1], {"a": 1}, [None], "x")
 RECIPE = {
     "model": "m",
     "data": {"train": [{"path": "t.jsonl"}], "eval": [{"path": "e.jsonl"}]},
@@ -34,27 +34,11 @@ RECIPE = {
 VERDICTS = ("worse", "better", "no clear change")
 
 
-def corrupt_randomly(content: Any, rng: random.Random) -> Any:
-    """The content with something else somewhere inside, or something missing."""
-    if isinstance(content, dict) and content and rng.random() < 0.85:
-        key = rng.choice(list(content))
-        rest = {name: value for name, value in content.items() if name != key}
-        return rest if rng.random() < 0.3 else rest | {key: corrupt_randomly(content[key], rng)}
-    if isinstance(content, list) and content and rng.random() < 0.7:
-        location = rng.randrange(len(content))
-        return [
-            *content[:location],
-            corrupt_randomly(content[location], rng),
-            *content[location + 1 :],
-        ]
-    return rng.choice(ODD)
-
-
 def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
     """A run of which each piece may be damaged."""
 
     def maybe(content: Any, often: float) -> Any:
-        return corrupt_randomly(content, rng) if rng.random() < often else content
+        return mutated_value(rng, content) if rng.random() < often else content
 
     made = FakeRunDir(folder)
     made.write("recipe.yaml", yaml.safe_dump(maybe(RECIPE, 0.5)))
@@ -79,7 +63,7 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
         made.write(
             "result.json", json.dumps(maybe({"steps": 60, "metric_differences": differences}, 0.7))
         )
-    made.write("moved.json", json.dumps(maybe(PARAM_AUDIT, 0.5)))
+    made.write("param_audit.json", json.dumps(maybe(PARAM_AUDIT, 0.5)))
     made.write_lines("skipped_samples.jsonl", [maybe({"id": "a", "reason": "over 9 tokens"}, 0.5)])
     made.write("manifest.json", json.dumps(maybe(MANIFEST, 0.3)))
     box = {"image": 0, "label": "c", "xyxy": [1, 2, 30, 40]}

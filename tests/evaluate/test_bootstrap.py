@@ -195,13 +195,6 @@ def test_difference_without_interval_has_a_reason(
     assert (found is None) == bool(reason)
 
 
-def test_differences_of_zeros_and_ones_have_tangos_interval() -> None:
-    was, now = values(0, 0, 0, 1, 1, 0, 1, 0), values(1, 1, 0, 1, 0, 1, 1, 0)
-    assert change(estimate_mean(was), estimate_mean(now)) == tango_interval(3, 1, 8)
-    # An interval of five samples is displayed, but gives no verdict.
-    assert change(estimate_mean(was[:5]), estimate_mean(now[:5])) == tango_interval(2, 1, 5)
-
-
 def test_intervals_of_no_change_and_of_a_small_gain() -> None:
     same = estimate_mean(np.linspace(0.2, 1, 40))
     low, high = change(same, same)

@@ -18,7 +18,6 @@ from finesight.evaluate.custom_metric import (
     METRIC_COPY_FILE,
     check_metric,
     check_recipe_metric,
-    in_run_folder,
     load_custom_metric,
     parse_metric_path,
     resolve_metric_path,
@@ -223,14 +222,6 @@ def test_other_commands_execute_no_metric(made: Run, command: str, tmp_path: Pat
     assert code in (0, 2)
 
 
-def test_plan_names_a_missing_metric(
-    made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    more = ("eval.metric=none.py:score", f"output_dir={tmp_path / 'new'}", "--gpu", "T4")
-    assert made.executed_by("plan", made.recipe, *more) == (2, False)
-    assert "none.py: no such file" in capsys.readouterr().err
-
-
 def assert_untrusted(file: Path) -> None:
     with pytest.raises(UserError, match="untrusted program"):
         check_metric(f"{file}:x", named=False, trust=False)
@@ -260,14 +251,6 @@ def test_read_only_home_does_not_fail(tmp_path: Path, monkeypatch: pytest.Monkey
     (tmp_path / "metric.py").write_text("x = 1")
     check_metric(f"{tmp_path / 'metric.py'}:x", named=True, trust=False)
     assert_untrusted(tmp_path / "metric.py")
-
-
-def test_a_run_folder_has_a_manifest_and_a_recipe(tmp_path: Path) -> None:
-    assert not in_run_folder(tmp_path / "recipe.yaml")
-    (tmp_path / "manifest.json").write_text("{}")
-    assert not in_run_folder(tmp_path / "metric.py")
-    (tmp_path / "recipe.yaml").write_text("")
-    assert in_run_folder(tmp_path / "metric.py")
 
 
 @each("name", ["loop.py", "a\0b.py", "x" * 300 + ".py", "~nobody-of-this-name/a.py"])

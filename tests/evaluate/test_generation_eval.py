@@ -125,13 +125,6 @@ def test_answers_without_required_content_are_rejected(
         evaluate(*loaded_model, samples, make_settings(metric=metric))
 
 
-def test_empty_evaluation_is_rejected(loaded_model, tmp_path):
-    with pytest.raises(UserError, match="0 samples"):
-        evaluate(*loaded_model, [], make_settings())
-    with pytest.raises(UserError, match="s9"):
-        evaluate(*loaded_model, [make_sample("s9", tmp_path, "Why?")], make_settings())
-
-
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """Write the recipe and the data of a run, and an empty data file."""
@@ -186,9 +179,3 @@ def test_invalid_inputs_without_a_recipe_are_rejected(run, options, message):
         load_eval_inputs("finesight-tiny", **options)
     options = {"data": run / "train.jsonl", "metric": "a/b.py:f"}
     assert load_eval_inputs("finesight-tiny", **options)[1].metric == "a/b.py:f"
-
-
-def test_recipe_without_metric_is_named(run):
-    (run / "recipe.yaml").write_text("model: m\ndata: {train: a.jsonl}\noutput_dir: o\n")
-    with pytest.raises(UserError, match=r"metric: .* has a recipe without it"):
-        load_eval_inputs(str(run))

@@ -79,18 +79,6 @@ def test_box_error_is_within_half_a_step_for_each_family(
         assert_box_is_read_back(renderer, LocatedSample(sample, tmp_path))
 
 
-def test_real_box_error_is_within_half_a_step_for_each_family(
-    renderer: NativeRenderer, shared: Path
-) -> None:
-    folder = shared / "data" / "grounding"
-    rows = [json.loads(line) for line in (folder / "grounding.jsonl").read_text().splitlines()]
-    assert len(rows) > 500
-    for row in rows:
-        box = BoxPart(label=row["answer"], xyxy=tuple(row["bbox_xyxy"]))
-        sample = make_box_sample(row["id"], row["image"], row["question"], box)
-        assert_box_is_read_back(renderer, LocatedSample(sample, folder))
-
-
 def test_sample_page_draws_boxes_correctly(renderer: NativeRenderer, tmp_path: Path) -> None:
     samples = [LocatedSample(sample, tmp_path) for sample in make_samples(tmp_path, 6)]
     page = render_sample_page(renderer, samples, "here")

@@ -118,11 +118,6 @@ def test_generate_is_ordered_for_any_batch_size(setup, uncached, batch):
     assert answers == [grown.tokens for grown in uncached]
 
 
-def test_single_new_token(setup, uncached):
-    found = generate(setup.model, setup.prompts, max_new_tokens=1, end_ids=())
-    assert found == [grown.tokens[:1] for grown in uncached]
-
-
 def test_answers_end_at_first_end_token(setup, uncached):
     # Tokens that really come, at different steps of different answers.
     end_ids = {uncached[n].tokens[step] for n, step in ((0, 0), (1, 2), (2, 4), (3, 6))}

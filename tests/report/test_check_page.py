@@ -20,15 +20,10 @@ from finesight.check.check_issues import (
     CheckResult,
     DatasetProfile,
     IssueImage,
-    SampleLocation,
     SamplePreview,
     SourceStats,
 )
-from finesight.check.data_checker import MAX_PREVIEWS, PreviewSampler
-from finesight.data.sample import Sample
 from finesight.report.data_pages import CHECKS, MAX_IMAGES_PER_ISSUE, render_check_page
-
-CODES = ("image-missing", "box-outside", "contradictory-answers", "box-tiny")
 
 
 def make_result(findings: list[CheckIssue], **more: int) -> CheckResult:
@@ -130,29 +125,8 @@ def test_page_without_issues_shows_checks_and_statistics(tmp_path: Path) -> None
     assert boxes == [{"xyxy": [10, 20, 60, 80], "label": "cat"}]
 
 
-def test_random_samples_depend_on_the_seed() -> None:
-    sample = Sample.model_validate({"id": "s", **make_record(None)})
-    selections = []
-    for seed in (0, 0, 1):
-        sampler = PreviewSampler(seed)
-        for number in range(500):
-            location = SampleLocation("a", f"a:{number}", "s", number, 0)
-            sampler.add_sample(sample, location, is_validation=False)
-        selections.append([int(one.where.partition(":")[2]) for one in sampler.previews])
-    first, same, other = selections
-    assert first == same != other
-    assert len(set(first)) == MAX_PREVIEWS
-    assert 150 < sum(first + other) / (2 * MAX_PREVIEWS) < 350
-
-
 def test_every_issue_belongs_to_one_check() -> None:
     assert sorted(code for codes in CHECKS.values() for code in codes) == sorted(ISSUE_TYPES)
-
-
-def test_progress_counts_every_issue(mixed_result: CheckResult) -> None:
-    done: list[int] = []
-    render_check_page(mixed_result, on_progress=done.append)
-    assert sum(done) == len(mixed_result.issues)
 
 
 @pytest.fixture
@@ -200,26 +174,6 @@ def test_boxes_are_drawn_at_their_coordinates(browser: Browser, file: Path) -> N
     outside, inverted = locations
     np.testing.assert_allclose(outside, [[10, 20, 60, 80], [150, 50, 240, 90]], atol=1)
     np.testing.assert_allclose(inverted, [[10, 20, 60, 80]], atol=1)
-
-
-def test_keyboard_navigation(browser: Browser, file: Path) -> None:
-    browser.open(file)
-    where = "return document.activeElement.querySelector('.mono').textContent;"
-    seen = []
-    for key in "jjjkj":
-        browser.press(key)
-        seen.append(browser.run(where))
-    assert seen == [f"labels.jsonl:{number}" for number in (1, 2, 3, 2, 3)]
-    for _ in range(40):
-        browser.press("j")
-    assert browser.run(where) == "labels.jsonl:43", "what is not drawn yet is drawn on the way"
-    browser.open(file)
-    for _ in range(20):
-        browser.press("Tab")
-        if browser.run("return document.activeElement.dataset.severity === 'warning';"):
-            break
-    browser.press("Enter")
-    assert count(browser, ".feed > li .warning") == 30
 
 
 def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:

@@ -6,16 +6,14 @@ import json
 from pathlib import Path
 
 import pytest
-from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import XSS_PAYLOADS, Browser
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
-from each_value import each
 from html_text import read_script_data, read_visible_text
-from page_checks import assert_nothing_executed, count, open_page, read_texts
+from page_checks import assert_nothing_executed, count, read_texts
 from run_dir_fixtures import make_prediction_line
 
 from finesight.report.compare_page import compare_runs, render_compare_page, write_compare_page
 from finesight.report.comparison import compare_samples
-from finesight.report.i18n import Language
 
 A, B, C = [0.5, 1.0, 0.5, 1.0] * 3, [1.0, 1.0, 0.5, 0.25] * 3, [0.75] * 12
 
@@ -61,20 +59,6 @@ def test_differing_samples_are_first(runs: list[Path]) -> None:
     few = compare_samples(compare_runs(runs[:2]).runs, max_samples=4)
     assert few.counts == {"differ": 6, "wrong": 3, "right": 3}
     assert [one.kind for one in few.displayed] == ["differ", "differ", "wrong", "right"]
-
-
-@each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
-@each("dark", [False, True])
-@each("language", ["en", "zh"])
-def test_page_in_browser(
-    browser: Browser, runs: list[Path], tmp_path: Path, width: int, dark: bool, language: Language
-) -> None:
-    write_compare_page(runs, tmp_path / "page.html", language)
-    open_page(browser, tmp_path / "page.html", width, dark=dark)
-    assert count(browser, ".feed > li") == 12
-    assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth);")
-    # One box if all runs agree, and one more for each that does not.
-    assert count(browser, ".feed > li:first-child .box") == 4
 
 
 def test_filters(browser: Browser, runs: list[Path], tmp_path: Path) -> None:

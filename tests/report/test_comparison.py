@@ -71,17 +71,6 @@ def test_invalid_inputs_are_rejected(first: Path, tmp_path: Path) -> None:
         assert error.value.remedy
 
 
-def test_running_run_uses_its_last_evaluation(first: Path, tmp_path: Path) -> None:
-    going = make_run(tmp_path / "going", make_sign_answers(tmp_path, MIXED))
-    (going.folder / "result.json").unlink()
-    going.write_predictions("step-10", make_sign_answers(tmp_path, BETTER))
-    (going.folder / "predictions" / "after.jsonl").unlink()
-    other = read_compared_runs([first, going.folder])[1]
-    assert other.evaluation["step"] == 10
-    assert {one.case.answer[:4] for one in other.predictions.values()} == {"sign"}
-    assert other.status.kind == "killed"
-
-
 def test_only_common_samples_are_compared(first: Path, tmp_path: Path) -> None:
     lines = make_sign_answers(tmp_path, BETTER)[:6]
     lines[0]["prompt"] = "Something else?"

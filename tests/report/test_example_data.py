@@ -197,13 +197,6 @@ def test_complete_formulas_of_latex_answers_are_rendered() -> None:
     assert build_data(*several)["examples"][0]["formula"] is None
 
 
-def test_missing_keys_of_old_versions_and_long_ids() -> None:
-    (found,) = build_data(example(after={"id": "i" * 9000, "answer": "a"}))["examples"]
-    assert (found["question"], found["references"], found["boxes"]) == ("", [], [])
-    assert found["predictions"][1]["is_complete"] is True
-    assert len(found["id"]) < 300
-
-
 def test_box_coordinates_follow_decoded_image_size(tmp_path: Path) -> None:
     """A large JPEG is decoded at reduced size and rotated by EXIF."""
     exif = Image.Exif()

@@ -105,15 +105,6 @@ def test_dynamic_page_texts_are_translated(tmp_path: Path, monkeypatch: pytest.M
     assert missed - SAME == set()
 
 
-def test_page_language(tmp_path: Path) -> None:
-    run = make_run(tmp_path / "run", make_sign_answers(tmp_path, [0.5] * 8)).folder
-    with use_language("zh"):
-        page = render_run_page(run)
-    assert '<html lang="zh-Hans">' in page
-    assert ">结果</h2>" in page
-    assert '<html lang="en">' in render_run_page(run)
-
-
 def test_values_are_escaped_and_not_translated() -> None:
     with use_language("zh"):
         assert translate_markup("{} only", "<b>{}</b>") == "仅有&lt;b&gt;{}&lt;/b&gt;"

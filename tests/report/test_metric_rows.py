@@ -14,11 +14,8 @@ from finesight.report.metric_rows import (
     build_metric_rows,
     describe_change,
     describe_metric,
-    format_change,
     format_interval,
-    format_metric_name,
     format_notes,
-    format_value,
     get_note,
     read_interval,
 )
@@ -57,11 +54,6 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
     assert [one.verdict for one in found] == ["", "", "", "better"]  # no intervals
     assert found[2].before is None
     assert found[2].change is None
-
-
-def test_lower_loss_is_better() -> None:
-    assert build_rows(0.9, 0.2)[-1].verdict_text == "worse"
-    assert build_rows(0.2, 0.9)[-1].verdict_text == "better"
 
 
 @each(
@@ -103,16 +95,6 @@ def test_invalid_interval_is_hidden(ends: object) -> None:
     assert read_interval({"intervals": {"similarity": ends}}, "similarity") is None
     assert read_interval({}, "similarity") is None
     assert format_interval(None) == ""
-
-
-def test_names_signs_and_digits() -> None:
-    changes = [format_change(value) for value in (0.5, -0.5, 0.0, -123.45)]
-    assert changes == ["+0.5000", "−0.5000", "+0.0000", "−123.5"]
-    values = [format_value(value) for value in (0.12345, 46.55, 560.12)]
-    assert values == ["0.1235", "46.55", "560.1"]
-    assert format_interval((0.12345, 12.0)) == "0.123 to 12.0"
-    names = [format_metric_name(name) for name in ("validation_loss", "bleu_2", "my_own")]
-    assert names == ["validation loss", "BLEU-2", "my_own"]
 
 
 def test_notes_are_grouped_by_scores() -> None:

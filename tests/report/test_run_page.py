@@ -96,40 +96,6 @@ def test_finished_run(run: FakeRunDir) -> None:
     ]
 
 
-def test_example_data_with_images_boxes_and_formulas(run: FakeRunDir) -> None:
-    data = read_script_data(render_run_page(run.folder))
-    assert [one["kind"] for one in data["examples"]] == [
-        kind for kind in ("worse", "better", "wrong", "right") for _ in range(3)
-    ]
-    assert data["evaluation_names"] == ["before", "after"]
-    assert len(data["images"]) == 12
-    first = data["examples"][0]
-    assert (first["id"], first["change"]) == ("s0", -0.5)
-    assert first["predictions"][1]["boxes"][0]["xyxy"] == [10, 10, 40, 40]
-
-
-def test_omitted_examples_are_counted(run: FakeRunDir) -> None:
-    page = render_run_page(run.folder, max_examples=6)
-    assert len(read_script_data(page)["examples"]) == 6
-    text = html.unescape(read_visible_text(page))
-    assert "12 validation samples, classified by similarity" in text
-    omitted = "2 improved, 2 incorrect without change and 2 still correct"
-    assert f"Not on this page: {omitted}" in text
-    assert "all 6" in text
-
-
-def test_run_without_evaluation(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "tickets" / "run", metric=None)
-    made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
-    made.write_finished()
-    page = render_run_page(made.folder)
-    assert "<title>tickets/run · finesight</title>" in page
-    text = read_visible_text(page)
-    assert "The run has no evaluation, so the change in quality is unknown." in text
-    assert "To evaluate a run" in text
-    assert "Examples" not in text
-
-
 def test_run_before_first_step(tmp_path: Path) -> None:
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2)])
@@ -159,14 +125,6 @@ def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     # By the answers: every one of the eight became right.
     assert "interval of the difference is +0.351 to +1.000" in read_visible_text(page)
     assert "Computed at the end of the run" in read_visible_text(page)
-
-
-def test_best_checkpoint_of_early_stopping(run: FakeRunDir) -> None:
-    before, best = make_evaluation_line(0, 0.2), make_evaluation_line(40, 0.95)
-    run.write_finished(before=before, after=best, stopped_early=True, weights_step=40)
-    page = render_run_page(run.folder)
-    assert read_script_data(page)["evaluation_names"] == ["before", "after step 40"]
-    assert "the saved weights are from step 40, the best" in read_visible_text(page)
 
 
 def test_best_intermediate_score_is_reported(run: FakeRunDir) -> None:
@@ -299,19 +257,6 @@ def test_page_in_browser(browser: Browser, run: FakeRunDir, width: int, dark: bo
     assert read_texts(browser, "#found") == ["3 found"]
 
 
-def test_chart_readout(browser: Browser, run: FakeRunDir) -> None:
-    browser.open(write_report(run.folder))
-    browser.run("document.querySelector('.chart > svg').focus();")
-    for keys, words in (
-        (("ArrowRight", "ArrowRight"), "step 1 · training 2.954"),
-        (("End",), "step 60 · training 0.2494 · "),
-        (("ArrowLeft",), "step 59 · "),
-        (("End",), "validation 1.1"),
-    ):
-        browser.press(*keys)
-        assert words in read_texts(browser, ".chart .readout")[0]
-
-
 def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
     browser.open(write_report(run.folder))
     where = "return document.activeElement.querySelector('.id')?.textContent;"
@@ -328,41 +273,6 @@ def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
     assert count(browser, ".feed > li") == 1
     browser.press("Escape", "j")
     assert browser.run(where) == "s11"
-
-
-def test_long_texts_are_collapsed(browser: Browser, run: FakeRunDir) -> None:
-    lines = [make_prediction_line("a", "orange " * 400, "short", 0.5, finish_reason="length")]
-    run.write_predictions("before", lines)
-    run.write_predictions("after", with_figures(lines, 0.4))
-    browser.open(write_report(run.folder), PHONE_WIDTH)
-    height = "return document.querySelector('.before .text').offsetHeight;"
-    short = browser.run(height)
-    assert short < 120
-    browser.run("document.querySelector('.before .toggle-text').focus();")
-    browser.press("Enter")
-    assert browser.run(height) > 5 * short
-    assert browser.run("return document.activeElement.textContent;") == "Show less"
-    assert browser.run("return document.activeElement.ariaExpanded;") == "true"
-
-
-def test_keyboard_focus_after_loading_more(browser: Browser, run: FakeRunDir) -> None:
-    lines = [make_prediction_line(f"s{i}", "a", "b", 0.5) for i in range(25)]
-    run.write_predictions("before", lines)
-    run.write_predictions("after", lines)
-    browser.open(write_report(run.folder))
-    browser.run("document.querySelector('.more').focus();")
-    browser.press("Enter")
-    assert browser.run("return document.activeElement.querySelector('.id').textContent;") == "s20"
-
-
-def test_differences_from_reference_are_marked(browser: Browser, run: FakeRunDir) -> None:
-    run.write("recipe.yaml", "eval: {metric: ocr}\n")
-    lines = [make_prediction_line("a", "the quick red fox", "the quick brown fox jumps", 0.5)]
-    run.write_predictions("before", lines)
-    run.write_predictions("after", with_figures(lines, 0.4))
-    browser.open(write_report(run.folder))
-    assert read_texts(browser, ".after ins") == ["red"]
-    assert read_texts(browser, ".after del") == ["brown", " jumps"]
 
 
 def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRunDir) -> None:

@@ -4,50 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
 from each_value import each
-from run_dir_fixtures import FakeRunDir, make_prediction_line, make_step_line
+from run_dir_fixtures import FakeRunDir, make_step_line
 
-from finesight.errors import UserError
 from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import read_run
-
-
-def test_complete_run(tmp_path: Path) -> None:
-    run = FakeRunDir(tmp_path / "run")
-    run.write_metrics()
-    run.write_finished()
-    for name in ("step-100", "after", "step-20", "before", "other"):
-        run.write_predictions(name, [make_prediction_line("a", "", "", 1.0)])
-    run.write_lines("skipped_samples.jsonl", [{"id": "x", "reason": "over 10 tokens"}])
-    record = read_run(run.folder)
-    assert [line["step"] for line in record.steps] == [*range(1, 61)]
-    assert [line["step"] for line in record.evaluations] == [0, 60]
-    assert [line["device"] for line in record.starts] == ["NVIDIA H200"]
-    names = [path.stem for path in record.predictions_files]
-    assert names == ["before", "step-20", "step-100", "after"]
-    assert list(record.weight_digests) == ["adapter/adapter_model.safetensors"]
-    assert record.skipped_samples == [{"id": "x", "reason": "over 10 tokens"}]
-    assert record.recipe["eval"] == {"metric": "latex"}
-    assert record.unreadable_files == []
-
-
-def test_manifest_alone_is_sufficient(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"is not a run directory[\s\S]*manifest\.json"):
-        read_run(tmp_path)
-    run = FakeRunDir(tmp_path / "run")
-    for is_typed in (True, False):
-        if not is_typed:
-            # Files of another type are empty.
-            for name in ("param_audit.json", "result.json", "adapter/sha256.json"):
-                run.write(name, "7")
-            run.write("metrics.jsonl", "7\n")
-            run.write("manifest.json", "[]")
-        record = read_run(run.folder)
-        assert (record.steps, record.evaluations, record.predictions_files) == ([], [], [])
-        assert (record.param_changes, record.result) == (None, None)
-        assert (record.weight_digests, record.checkpoint_identity) == ({}, {})
-    assert record.manifest == {}
 
 
 def test_damaged_files_are_listed(tmp_path: Path) -> None:

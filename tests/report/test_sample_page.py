@@ -13,7 +13,7 @@ from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
 from conversation_fixtures import make_conversation, make_folder, make_images
 from each_value import each
 from html_text import read_script_data
-from page_checks import assert_nothing_executed, count, open_page, read_texts
+from page_checks import assert_nothing_executed, open_page, read_texts
 from PIL import Image, ImageDraw
 
 from finesight.config import ExactSize
@@ -104,27 +104,6 @@ def test_image_is_the_model_input(renderer: NativeRenderer, tmp_path: Path) -> N
     assert np.array_equal(np.asarray(pixels), np.asarray(resized))
 
 
-def test_boxes_are_parsed_from_tokens(renderer: NativeRenderer, tmp_path: Path) -> None:
-    write_striped_image(tmp_path / "a.png", 300, 100)
-    write_striped_image(tmp_path / "b.png", 60, 400)
-    corners = [(30.0, 10.0, 90.0, 50.0), (6.0, 100.0, 30.0, 300.0), (0.0, 0.0, 300.0, 100.0)]
-    boxes = [
-        BoxPart(image=image, label=label, xyxy=xyxy)
-        for image, label, xyxy in zip((0, 1, 0), ("cat", None, "猫"), corners, strict=True)
-    ]
-    question: list[ContentPart] = [ImagePart(image="a.png"), ImagePart(image="b.png")]
-    (record,) = render(renderer, make_sample(tmp_path, question, [*boxes]))
-    assert record["num_sample_boxes"] == len(record["boxes"]) == 3
-    assert [box["image_index"] for box in record["boxes"]] == [0, 1, 0]
-    sizes = ((300, 100), (60, 400), (300, 100))
-    for box, (width, height), original in zip(record["boxes"], sizes, corners, strict=True):
-        across, down = 448 / width, 224 / height
-        x1, y1, x2, y2 = original
-        seen = (x1 * across, y1 * down, x2 * across, y2 * down)
-        assert box["xyxy"] == pytest.approx(seen, abs=0.51), "whole pixels or thousandths"
-        assert box["original_box"] == pytest.approx(original, abs=2)
-
-
 def test_box_typed_as_text_is_detected(renderer: NativeRenderer, tmp_path: Path) -> None:
     write_striped_image(tmp_path / "a.png", 300, 100)
     typed = '{"bbox_2d": [5, 6, 70, 80]} (50,60),(700,800)'
@@ -208,16 +187,6 @@ def test_keyboard_and_pointer(browser: Browser, page: Path) -> None:
     assert "to time" in result
     browser.run(f"{block}.focus();")
     assert browser.run(detail) == result, "focus and tap tell what pointing tells"
-
-
-def test_order_of_samples(browser: Browser, page: Path) -> None:
-    browser.open(page)
-    browser.run(
-        "const order = document.querySelector('.choice select'); order.value = 'boxes';"
-        " order.dispatchEvent(new Event('change'));"
-    )
-    assert read_texts(browser, "h2")[0] == "Sample labels"
-    assert count(browser, ".chart") == 4
 
 
 def test_invisible_characters_are_shown(browser: Browser, page: Path) -> None:

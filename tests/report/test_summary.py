@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import pytest
 from each_value import each
 from run_dir_fixtures import (
-    MANIFEST,
     START_RECORD,
     FakeRunDir,
     JsonLine,
@@ -61,34 +58,6 @@ def test_finished_run(run: FakeRunDir) -> None:
         "finished after 60 steps, stopped early because the score did not improve;"
         " the saved weights are from step 40, the best"
     )
-
-
-@each(
-    ("quantize", "text"),
-    [
-        ({"nf4": ["vision", "language"]}, "frozen weights of vision and language in NF4"),
-        ({"nf4": None, "fp8": ["language"]}, "frozen weights of language in FP8"),
-    ],
-)
-def test_quantized_frozen_weights_are_reported(
-    tmp_path: Path, quantize: dict[str, Any], text: str
-) -> None:
-    run = FakeRunDir(tmp_path / "run")
-    tune = MANIFEST["tune"] | {"quantize": quantize}  # type: ignore[operator]
-    run.write("manifest.json", json.dumps(MANIFEST | {"tune": tune}))
-    found = summary.describe_trained_parts(read_run(run.folder))
-    assert found.endswith(f"merger with full fine-tuning; {text}")
-
-
-def test_missing_start_event_is_reported(run: FakeRunDir) -> None:
-    run.write_metrics(start=None)
-    record = read_run(run.folder)
-    assert summary.count_training_samples(record) is None
-    assert "not finished: 60 steps so far" in summary.summarize_run(record)
-    assert dict(summary.list_versions(record))["device"] == "not recorded"
-    assert dict(summary.list_versions(record))["torch"] == "2.13.0"
-    assert dict(summary.list_checksums(record))["training data"] == "not recorded"
-    assert read_cost(run)["starts"] == "not recorded"
 
 
 def test_unfinished_run_reports_progress_and_resume_command(run: FakeRunDir) -> None:

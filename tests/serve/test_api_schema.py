@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +11,12 @@ from each_value import each
 from jinja2 import Environment
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
-from typer.main import get_command
 
-from finesight.cli.app import app
-from finesight.infer.inference_service import DEFAULT_MAX_NEW_TOKENS, DEFAULT_MAX_WAITING
 from finesight.serve.api_schema import (
     IGNORED_FIELDS,
     ApiError,
     ChatCompletionRequest,
     NeutralParameters,
-    ServerLimits,
     Tool,
     ToolCall,
     parse_chat_request,
@@ -140,24 +135,6 @@ def test_every_openai_field_is_supported_or_known():
     ours = set(ChatCompletionRequest.model_fields)
     assert theirs - ours == UNSUPPORTED
     assert set(IGNORED_FIELDS) <= theirs
-
-
-def test_option_defaults_match_limits():
-    command = get_command(app).commands["serve"]
-    defaults = {parameter.name: parameter.default for parameter in command.params}
-    limits = {limit.name: limit for limit in fields(ServerLimits) if limit.metadata["option"]}
-    for name, limit in limits.items():
-        assert limit.metadata["option"] == f"`--{name.replace('_', '-')}`"
-        # None: the default, or fewer where the GPU memory is too small.
-        assert defaults[name] == limit.default or (name == "max_num_seqs" and not defaults[name])
-
-
-def test_service_defaults_match_limits():
-    limits = ServerLimits()
-    assert limits.max_queue == DEFAULT_MAX_WAITING
-    assert limits.max_completion_tokens >= DEFAULT_MAX_NEW_TOKENS
-    # The default length of answers is documented.
-    assert f"{DEFAULT_MAX_NEW_TOKENS:,}" in limits.to_markdown()
 
 
 BOOK = {

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -25,8 +24,7 @@ from api_server_fixtures import (
 from each_value import each
 from hostile_requests import make_schema_format
 from lora_fixtures import TUNE_SETTINGS, randomize_parameters
-from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError
-from pydantic import BaseModel, Field
+from openai import APIError, BadRequestError, NotFoundError
 from tiny_model import create_tiny_model
 
 from finesight.config import TuneSettings
@@ -155,33 +153,6 @@ def test_json_schema_response(ask_about_scene, client, stream):
     shape = make_schema_format({"type": "object", "properties": properties})
     with pytest.raises(APIError, match="exceeds a limit"):
         list(ask_about_scene(client, response_format=shape, stream=stream))
-
-
-class Ticket(BaseModel):
-    row: int = Field(ge=1, le=9)
-    kind: Literal["a", "b"]
-
-
-def test_parsed_python_objects(client, server):
-    given = {"max_tokens": 120, "seed": 1, "temperature": 1.0, "stop": None}
-    messages, name = make_messages("Book a seat."), server.service.model_names[0]
-    found = client.chat.completions.parse(
-        model=name, messages=messages, response_format=Ticket, **given
-    )
-    assert isinstance(found.choices[0].message.parsed, Ticket)
-
-
-def test_async_client(server):
-    async def both() -> list[str]:
-        async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
-            name = server.service.model_names[0]
-            given = {"model": name, "messages": make_messages("Who?"), "max_tokens": 5}
-            full = await client.chat.completions.create(**given)
-            stream = await client.chat.completions.create(**given, stream=True)
-            return [full.choices[0].message.content, join_stream([c async for c in stream])]
-
-    full, streamed = asyncio.run(both())
-    assert full == streamed
 
 
 def test_json_object_response(ask_about_scene, client):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import numpy as np
 from each_value import each
 from PIL import Image
@@ -52,12 +50,3 @@ def test_text_that_does_not_fit_is_not_drawn():
         page = make_page()
         assert draw(page, text, left, base, 30) is None
         assert page.image.getextrema() == ((255, 255),) * 3
-
-
-def test_background_has_size_and_color():
-    rng = random.Random(1)
-    for _ in range(100):
-        page = canvas.make_canvas((61, 37), rng)
-        assert page.image.size == (61, 37)
-        mean = np.asarray(page.image, dtype=float).mean((0, 1))
-        assert np.abs(mean - page.background).max() < 40, f"{mean} on paper of {page.background}"

@@ -43,31 +43,6 @@ def test_exif_orientation(tmp_path: Path, kind: str) -> None:
         assert np.abs(found.astype(int) - upright).mean() < 4, turn
 
 
-@each("mode", ["RGBA", "LA", "PA", "P", "L", "RGB"])
-def test_transparency_is_composited_on_white(tmp_path: Path, mode: str) -> None:
-    path, options = tmp_path / f"clear.{'gif' if mode == 'PA' else 'png'}", {}
-    if mode.endswith("A"):
-        image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
-        image.putpixel((1, 0), (0, 0, 0, 0))
-        image = image if mode == "PA" else image.convert(mode)
-    else:
-        # Black and dark pixels, the dark one named as the transparent colour.
-        image = Image.new("RGB", (2, 1), (0, 0, 0))
-        image.putpixel((1, 0), (5, 5, 5))
-        image = image.convert(mode, palette=Image.Palette.ADAPTIVE)
-        options["transparency"] = image.getpixel((1, 0))
-    image.save(path, **options)
-    assert pixels(path).tolist() == [[[0, 0, 0], [255, 255, 255]]]
-
-
-def test_partial_transparency_is_blended(tmp_path: Path) -> None:
-    Image.new("RGBA", (1, 1), (200, 0, 100, 128)).save(tmp_path / "half.png")
-    found = pixels(tmp_path / "half.png")[0, 0]
-    share = 128 / 255
-    expected = [200 * share + 255 * (1 - share), 255 * (1 - share), 100 * share + 255 * (1 - share)]
-    np.testing.assert_allclose(found, expected, atol=1)
-
-
 @each("kind", ["png", "tif", "pgm"])
 def test_sixteen_bit_images_are_scaled(tmp_path: Path, kind: str) -> None:
     ramp = np.linspace(0, 65535, 300).round().astype(np.uint16)[None]

@@ -56,17 +56,6 @@ def test_patches_match_published_processor(mode: str, tmp_path: Path) -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_real_image_patches_match_published_processor(shared: Path) -> None:
-    geometry = PatchConfig()
-    for kind in ("captions", "grounding", "latex_ocr"):
-        for path in sorted((shared / "data" / kind / "images").iterdir())[:25]:
-            image = load_image(path)
-            size = compute_resized_size(image.size[::-1], RULE, geometry.resize_factor)
-            theirs, _ = expected(Image.open(path))
-            ours = repeat_still_frames(patchify([image], size, geometry), geometry.patch_dim)
-            np.testing.assert_array_equal(ours, theirs)
-
-
 @pytest.mark.parametrize("geometry", [PatchConfig(), PatchConfig(4, 2, 3), PatchConfig(8, 1)])
 def test_frames_roundtrip_through_patches(geometry: PatchConfig) -> None:
     rng = np.random.default_rng(0)
@@ -81,14 +70,6 @@ def test_frames_roundtrip_through_patches(geometry: PatchConfig) -> None:
         filled = frames + [frames[-1]] * (len(found) - count)
         for ours, theirs in zip(found, filled, strict=True):
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
-
-
-def test_single_frame_is_stored_once() -> None:
-    geometry, size = PatchConfig(), (56, 84)
-    frame = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-    patches = patchify([Image.fromarray(frame)], size, geometry)
-    (found,) = unpatchify(patches, geometry.compute_grid(size), geometry)
-    np.testing.assert_array_equal(np.asarray(found), frame)
 
 
 def test_patches_are_concatenated_with_one_frame() -> None:

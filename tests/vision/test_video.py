@@ -31,34 +31,6 @@ def test_frames_are_paired_and_padded(tmp_path: Path) -> None:
         np.testing.assert_array_equal(by_frame[number // 2, number % 2], one)
 
 
-def test_single_frame_equals_an_image(tmp_path: Path) -> None:
-    (file,) = write_frames(tmp_path, 1)
-    geometry = PatchConfig()
-    still = patchify([Image.open(file)], (56, 56), geometry)
-    np.testing.assert_array_equal(patchify([load_image(file)], (56, 56), geometry), still)
-
-
-@pytest.mark.parametrize("count", [1, 2, 5, 8])
-def test_video_patches_match_published_processor(tmp_path: Path, count: int) -> None:
-    # torchvision resizes by its own arithmetic, so frames come at their final size.
-    pytest.importorskip("torchvision", exc_type=ImportError)
-    import torch
-    from transformers import Qwen2VLVideoProcessor
-
-    files = write_frames(tmp_path, count)
-    frames = torch.stack([torch.from_numpy(np.array(Image.open(file))) for file in files])
-    out = Qwen2VLVideoProcessor()(
-        videos=[frames.permute(0, 3, 1, 2)],
-        do_resize=False,
-        do_rescale=False,
-        do_normalize=False,
-        return_tensors="pt",
-    )
-    ours = patchify([load_image(file) for file in files], (56, 84), PatchConfig())
-    np.testing.assert_array_equal(ours, out["pixel_values_videos"].numpy())
-    assert tuple(out["video_grid_thw"][0].tolist()) == PatchConfig().compute_grid((56, 84), count)
-
-
 def test_frames_must_have_equal_size(tmp_path: Path) -> None:
     files = write_frames(tmp_path, 3)
     assert get_frame_size(files) == (56, 84)

@@ -225,6 +225,15 @@ def test_content_of_further_keys_is_refused(
     assert caught.value.remedy
 
 
+def test_several_lists_of_turns_are_refused(tmp_path: Path) -> None:
+    row = {**ROWS["llava"], "messages": [{"role": "user", "content": "Why?"}, ANSWER]}
+    with pytest.raises(UserError, match="turns under messages and conversations") as caught:
+        parse(row, tmp_path)
+    assert caught.value.remedy
+    _, other_keys = parse({**ROWS["llava"], "query": "Why?", "response": "So."}, tmp_path)
+    assert other_keys.keys() == {"query in meta", "response in meta"}
+
+
 def chat_without_images(**row: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Where?"}, ANSWER], **row}
 

@@ -87,8 +87,6 @@ from finesight.data.formats.conversation_rows import (
     format_answer,
     list_images,
     list_turn_texts,
-    parse_history,
-    parse_system,
     parse_text,
     parse_token_box,
     parse_turns,
@@ -107,7 +105,7 @@ from finesight.data.formats.dataset_format import (
     make_text_part,
     split_at_pattern,
 )
-from finesight.data.formats.row_keys import TURNS, has_value, sort_keys
+from finesight.data.formats.row_keys import has_value, sort_keys
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     BoxPart,
@@ -140,8 +138,6 @@ _QWEN_VL_TAGS = re.compile(
 _QWEN_VL_BOXES = BoxConvention(format="xyxy", units="1000")
 
 LLAVA_FILE = "data.json"
-_TURN_KEYS = ("conversations", "system")
-ALPACA_KEYS = ("instruction", "input", "output", "history")
 DATASET_INFO = {
     "finesight": {
         "file_name": JSONL_FILE,
@@ -159,8 +155,6 @@ _OBJECT_PLACEHOLDER = re.compile(
 )
 _OBJECT_CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
 _OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
-_QUERY_KEYS = ("query", "response", "history", "system")
-_SWIFT_KEYS = ("messages", "conversation", "objects", *_QUERY_KEYS)
 _ObjectLists = dict[str, list[Any]]
 
 
@@ -221,16 +215,16 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
 
 
 def _parse_conversation(row: SourceRow, context: ImportContext) -> ImportExample:
-    return _build_example(row, context, parse_turns(row.record, context), _TURN_KEYS)
+    return _build_example(row, context, parse_turns(row.record, context))
 
 
 def _build_example(
     row: SourceRow,
     context: ImportContext,
     turns: Sequence[Turn],
-    handled_keys: Sequence[str],
     placeholder: re.Pattern[str] = IMAGE_PLACEHOLDER,
     objects: _ObjectQueue | None = None,
+    *handled_keys: str,
 ) -> ImportExample:
     """Build a training example from turns whose placeholders stand for images and objects.
 
@@ -276,7 +270,7 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
         return parse_text(role, text, row_images)
 
     turns = parse_turns(row.record, context)
-    return build_turns_example(row, context, turns, parse_turn, None, *_TURN_KEYS)
+    return build_turns_example(row, context, turns, parse_turn, None)
 
 
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -284,31 +278,7 @@ def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
     turns = [
         (role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record, context)
     ]
-    return _build_example(row, context, turns, _TURN_KEYS)
-
-
-def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExample:
-    record = row.record
-    if "conversations" in record:
-        return _parse_conversation(row, context)
-    instruction, input_text, output = (record.get(key) for key in ALPACA_KEYS[:3])
-    if not (
-        isinstance(instruction, str)
-        and isinstance(output, str)
-        and isinstance(input_text, str | None)
-    ):
-        raise InvalidRowError(
-            ", ".join(f"{key} {str(record.get(key))[:30]!r}" for key in ALPACA_KEYS[:3]),
-            "three texts, input being optional",
-        )
-    question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
-    turns = [
-        *parse_system(record),
-        *parse_history(record),
-        ("user", question),
-        ("assistant", output),
-    ]
-    return _build_example(row, context, turns, (*ALPACA_KEYS, "system", "conversations"))
+    return _build_example(row, context, turns)
 
 
 def _detect_qwen_vl(records: Sequence[Record]) -> str | None:
@@ -341,7 +311,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
                         yield images.create_text_box(box, piece["label"], _QWEN_VL_BOXES)
 
     turns = parse_turns(row.record, context)
-    return build_turns_example(row, context, turns, parse_turn, None, *_TURN_KEYS)
+    return build_turns_example(row, context, turns, parse_turn, None)
 
 
 def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -547,14 +517,14 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
 
 
 def _parse_query_response(row: SourceRow, context: ImportContext) -> ImportExample:
-    turns, no_objects = _parse_query(row.record), _ObjectQueue.from_value(None, context)
-    return _build_example(row, context, turns, _QUERY_KEYS, _IMAGE_TAG, no_objects)
+    turns, no_objects = parse_turns(row.record, context), _ObjectQueue.from_value(None, context)
+    return _build_example(row, context, turns, _IMAGE_TAG, no_objects)
 
 
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
     objects = _ObjectQueue.from_value(row.record.get("objects"), context)
-    turns = _parse_swift_turns(row.record, context)
-    example = _build_example(row, context, turns, _SWIFT_KEYS, _OBJECT_PLACEHOLDER, objects)
+    turns = parse_turns(row.record, context)
+    example = _build_example(row, context, turns, _OBJECT_PLACEHOLDER, objects, "objects")
     if num_refs_left := len(list(objects.refs)):  # ms-swift ignores them as well
         context.other_keys["references without `<ref-object>`, not imported"] += num_refs_left
     num_boxes_left = len(list(objects.boxes))
@@ -564,39 +534,6 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
             "a `<bbox>` for each box",
         )
     return example
-
-
-def _parse_swift_turns(record: Record, context: ImportContext) -> list[Turn]:
-    if "messages" in record:
-        return parse_turns(record, context, "messages")
-    if "conversation" not in record:
-        return _parse_query(record)
-    turns = parse_system(record)
-    for pair in as_list(record["conversation"]):
-        texts = pair if isinstance(pair, dict) else {}
-        question, answer = texts.get("human"), texts.get("assistant")
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise InvalidRowError(
-                f"the turn {str(pair)[:80]}", '{"human": text, "assistant": text}'
-            )
-        sort_keys(texts, ("human", "assistant"), TURNS, context.other_keys)
-        turns += [("user", question), ("assistant", answer)]
-    return turns
-
-
-def _parse_query(record: Record) -> list[Turn]:
-    if not {"query", "response"} <= record.keys():
-        raise UserError(
-            f"a row with the keys {', '.join(map(str, record))}",
-            expected="messages, conversation, or query and response",
-            remedy="correct the row, or choose another --format",
-        )
-    query, response = record["query"], record["response"]
-    if not isinstance(query, str) or not isinstance(response, str):
-        key = "response" if isinstance(query, str) else "query"
-        raise InvalidRowError(f"{key} is {record[key]!r}", "text")
-    history = parse_history(record)
-    return [*parse_system(record), *history, ("user", query), ("assistant", response)]
 
 
 @dataclass(slots=True)
@@ -760,7 +697,7 @@ LLAMA_FACTORY = DatasetFormat(
     description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]',
     typical_keys=frozenset({"conversations", "from", "value", "images", "instruction", "output"}),
     detect=_detect_llama_factory,
-    parse_row=_parse_llama_factory,
+    parse_row=_parse_conversation,
     supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_llama_factory,
 )

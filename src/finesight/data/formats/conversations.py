@@ -668,63 +668,50 @@ CONVERSATIONS = DatasetFormat(
     description=(
         '"conversations": [{"from": "user", "value": "...<|vision_start|>path<|vision_end|>"}]'
     ),
-    typical_keys=frozenset({"conversations", "from", "value"}),
     detect=_detect_conversations,
     parse_row=_parse_conversation,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_conversations,
 )
 IMAGE_PATH = DatasetFormat(
     name="image-path",
     description='"conversations": [{"role": "user", "value": "path"}, ...], question by --prompt',
-    typical_keys=frozenset({"conversations", "role", "value"}),
     detect=_detect_image_path,
     parse_row=_parse_image_path,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_image_path,
 )
 LLAVA = DatasetFormat(
     name="llava",
     description='"image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}]',
-    typical_keys=frozenset({"image", "conversations", "from", "value"}),
     detect=_detect_llava,
     parse_row=_parse_llava,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_llava,
 )
 LLAMA_FACTORY = DatasetFormat(
     name="llama-factory",
-    description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]',
-    typical_keys=frozenset({"conversations", "from", "value", "images", "instruction", "output"}),
+    description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]'
+    ' or "instruction": "...", "output": "..."',
     detect=_detect_llama_factory,
     parse_row=_parse_conversation,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_llama_factory,
 )
 QWEN_VL = DatasetFormat(
     name="qwen-vl",
     description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
-    typical_keys=frozenset({"conversations", "from", "value"}),
     detect=_detect_qwen_vl,
     parse_row=_parse_qwen_vl,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_qwen_vl,
 )
 MS_SWIFT = DatasetFormat(
     name="ms-swift",
     description='"messages": [{"role": "user", "content": "<image>..."}], "images": ["path"]',
-    typical_keys=frozenset({"messages", "images", "objects", "role", "content"}),
     detect=_detect_ms_swift,
     parse_row=_parse_ms_swift,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_ms_swift,
 )
 QUERY_RESPONSE = DatasetFormat(
     name="query-response",
     description='"image": ["path"], "query": "...", "response": "..."',
-    typical_keys=frozenset({"query", "response"}),
     detect=_detect_query_response,
     parse_row=_parse_query_response,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_query_response,
 )

@@ -473,15 +473,19 @@ class DatasetFormat:
     name: str
     description: str
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
-    typical_keys: frozenset[str] = frozenset()
     detect: Callable[[Sequence[Record]], str | None] = lambda records: None
-    supported_options: frozenset[str] = frozenset()
+    supported_options: frozenset[str] = frozenset({"prompt", "boxes"})
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = (
         lambda _, columns: columns
     )
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
+
+    @property
+    def typical_keys(self) -> set[str]:
+        """Keys of JSON in the description."""
+        return set(re.findall(r'"(\w+)":', self.description))
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.

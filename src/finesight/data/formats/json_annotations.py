@@ -606,7 +606,6 @@ def _format_point(point: Sequence[float]) -> list[float]:
 COCO = DatasetFormat(
     name="coco",
     description='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
-    typical_keys=frozenset({"annotations", "categories"}),
     parse_row=_parse_coco,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_coco,
@@ -623,7 +622,6 @@ FIFTYONE = DatasetFormat(
 LABELME = DatasetFormat(
     name="labelme",
     description='a folder of JSON files, {"imagePath": "a.jpg", "shapes": [...]}',
-    typical_keys=frozenset({"imagePath", "shapes"}),
     parse_row=_parse_labelme,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_labelme,

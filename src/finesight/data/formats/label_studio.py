@@ -700,7 +700,6 @@ def _build_label_config(
 FORMAT = DatasetFormat(
     name="label-studio",
     description='a .json file of [{"data": {"image": ...}, "annotations": [{"result": [...]}]}]',
-    typical_keys=frozenset({"annotations", "predictions", "annotation_id"}),
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "box_task"}),
     open_dataset=open_tasks,
@@ -711,7 +710,6 @@ PREDICTIONS = replace(
     FORMAT,
     name="label-studio-predictions",
     description='as label-studio, with "predictions" instead of "annotations"',
-    typical_keys=frozenset(),
     open_dataset=lambda source: None,  # detected as label-studio
     open_requested=partial(open_tasks, results_from="predictions"),
     write_files=partial(write_files, results_to="predictions"),

@@ -294,10 +294,8 @@ def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> 
 OPENAI = DatasetFormat(
     name="openai",
     description='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
-    typical_keys=frozenset({"messages", "role", "content"}),
     detect=_detect_openai,
     parse_row=_parse_openai,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_openai,
 )
 SAMPLES = DatasetFormat(
@@ -305,8 +303,8 @@ SAMPLES = DatasetFormat(
     description=(
         '"messages": [{"role": "user", "content": [{"type": "image", "image": "path"}, ...]}]'
     ),
-    typical_keys=frozenset({"messages"}),
     detect=_detect_samples,
     parse_row=_parse_sample,
+    supported_options=frozenset(),
     write_files=_write_samples,
 )

@@ -613,7 +613,7 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
             if "image" not in columns or len(columns) < 2:
                 open_source(path, options)  # raises the error of a table, if it is one
                 return path, options
-            _reject_coordinates(path, records, columns)
+            _reject_ambiguous_columns(path, records, columns)
             if not columns.keys() & {"answer", "fields", "box"}:
                 raise UserError(
                     f"no answer column among {', '.join(map(str, records[0]))}",
@@ -641,22 +641,34 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
     return path, replace(options, box_format=box_format, box_units=box_units)
 
 
-def _reject_coordinates(path: Path, records: Sequence[Record], columns: Mapping[str, str]) -> None:
-    """Raise UserError if four adjacent unknown columns of numbers are boxes in the images."""
+def _reject_ambiguous_columns(
+    path: Path, records: Sequence[Record], columns: Mapping[str, str]
+) -> None:
+    """Raise UserError for boxes or texts in columns whose names do not state their role."""
     if "box" in columns:
         return
     sizes = [_find_size(record, columns["image"], path.parent) for record in records]
     names = list(map(str, records[0]))
     for start in range(len(names) - 3):
         box = ",".join(names[start : start + 4])
-        if table_format.has_corners(records, box, sizes):
+        if (box_format := table_format.find_box_format(records, box, sizes)) is not None:
+            option = "" if box_format == "xyxy" else f" --box-format {box_format} (of import)"
             raise UserError(
                 f"the columns {box} contain coordinates in the image",
                 where=str(path),
                 expected="columns with names of box coordinates, such as xmin,ymin,xmax,ymax",
-                remedy=f"give --map image={columns['image']} --map box={box}, or without boxes: "
-                f"--map image={columns['image']} --map answer=COLUMN",
+                remedy=f"give --map image={columns['image']} --map box={box}{option}, or without"
+                f" boxes: --map image={columns['image']} --map answer=COLUMN",
             ) from None
+    if table_format.has_unknown_texts(records, columns):
+        image, (first, second) = f"--map image={columns['image']}", columns["fields"].split(",")
+        raise UserError(
+            f"the columns {first} and {second} may be a question and its answer, or two answers",
+            where=str(path),
+            expected="columns with known names, such as question and answer",
+            remedy=f"give {image} --map question={first} --map answer={second}, or for answers in"
+            f" JSON: {image} --map fields={first},{second}",
+        ) from None
 
 
 def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:

@@ -124,6 +124,7 @@ InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 A box without area inside the image is dropped with `clip`, too.
 """
 
+NO_OBJECTS_ANSWER = "none"
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
@@ -417,13 +418,14 @@ def decode_json_lists(record: Record) -> Record:
         if isinstance(value := record.get(key), str) and value.lstrip()[:1] in ("[", "{")
     }
     decoded = {
-        key: _decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
+        key: decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
         for key, text in texts.items()
     }
     return {**record, **decoded} if texts else record
 
 
-def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
+def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
+    """Parse a list in JSON or as a Python literal; return other text unchanged."""
     try:
         check_json(text.encode(errors="replace"), "")
         value = parse_unique_json(text)

@@ -125,6 +125,9 @@ A box without area inside the image is dropped with `clip`, too.
 """
 
 NO_OBJECTS_ANSWER = "none"
+NOTE_THOUSANDTHS = (
+    "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
+)
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
@@ -338,6 +341,8 @@ class RowImages:
 
     def create_text_box(self, value: object, label: str | None, default: BoxConvention) -> BoxPart:
         """Create the part of a box within a text, which an import cannot drop."""
+        is_assumed = default.units == "1000" and self._context.box_units is None
+        self._context.row_notes[NOTE_THOUSANDTHS] += is_assumed
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:

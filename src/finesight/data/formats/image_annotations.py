@@ -164,7 +164,14 @@ CAPTION_PROMPT = "Describe the image."
 MAX_PROMPT_CLASSES = 20
 """Maximum number of classes that the default question about the class of an image lists."""
 
-REASON_OBJECT_WITHOUT_BOX = "images with objects without a box, for which the question would ask"
+REASON_OBJECT_WITHOUT_BOX = (
+    "images with objects without a box, for which the question would ask; to import the images,"
+    " remove these objects from the annotations"
+)
+REASON_UNLISTED_CLASSES = (
+    "images with objects without a box, for which the question would ask; to leave out their"
+    " classes, give --prompt with {labels}, or --box-task grounding"
+)
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
 MAX_CLASSES = 100_000
@@ -226,12 +233,11 @@ def build_detection_examples(
     boxes_with_attributes = [pair for pair in located_boxes if pair[0].label not in omitted]
     template = annotation.default_prompt if context.prompt is None else context.prompt
     has_class_list = "{labels}" in template
-    if omitted and (
-        not boxes_with_attributes
-        or UNKNOWN_LABEL in omitted
-        or (context.box_task == "detection" and not has_class_list)
-    ):
+    if omitted and (not boxes_with_attributes or UNKNOWN_LABEL in omitted):
         context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
+        return []
+    if omitted and context.box_task == "detection" and not has_class_list:
+        context.skipped_rows[REASON_UNLISTED_CLASSES] += 1
         return []
     context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(annotation.class_names))
     context.row_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)

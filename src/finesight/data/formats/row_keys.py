@@ -303,11 +303,12 @@ def _is_null_column(key: object, value: object) -> bool:
 def count_keys(
     objects: Iterable[Mapping[str, Any]], used: Collection[str], level: str, counts: Counter[str]
 ) -> None:
-    """Count the keys of annotations that a format does not use, with those of nested objects."""
+    """Count the keys with a value that a format does not use, with those of nested objects."""
     counts.update(
         f"{path} of {level}, not imported"
         for values in objects
-        for path, _, _ in iter_nested({k: v for k, v in values.items() if k not in used})
+        for path, _, value in iter_nested({k: v for k, v in values.items() if k not in used})
+        if has_value(value)
     )
 
 

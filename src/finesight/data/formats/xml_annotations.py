@@ -93,6 +93,7 @@ _ROOT_TAGS = ("filename", "path", "folder", "size", "segmented", "object")
 _OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
 NOTE_PARTS = "parts of objects (ignored)"
 CORNERS = ("xtl", "ytl", "xbr", "ybr")
+_IMAGE_KEYS = ("id", "name", "width", "height")
 REASON_NO_TAG = "images without a tag"
 MAX_NAME_CHARS = 64
 """Maximum number of characters of a label name in CVAT."""
@@ -145,7 +146,8 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             objects.append(_parse_object(element, one_based=is_one_based))
     elements = [(root, _ROOT_TAGS), *((one, _OBJECT_TAGS) for one in root.iterfind("object"))]
     for element, used in elements:
-        children = [{child.tag: child.text} for child in element]
+        texts = ((child, (child.text or "").strip()) for child in element)
+        children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
     annotation = ImageAnnotation(str(image), objects, row.record["classes"], _read_size(root))
@@ -315,7 +317,11 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
 def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of an image in a CVAT file."""
     image, classes = row.record["image"], row.record["classes"]
+    count_keys([image.attrib], _IMAGE_KEYS, "images", context.other_keys)
     if not row.record["is_detection"]:
+        count_keys((one.attrib for one in image), ("label", "source"), "tags", context.other_keys)
+        context.row_notes["attributes of tags (ignored)"] += len(image.findall("tag/attribute"))
+        context.row_notes["points next to tags (ignored)"] += len(image.findall("points"))
         tags = [tag.get("label", "") for tag in image.iterfind("tag")]
         if not any(tags):
             context.skipped_rows[REASON_NO_TAG] += 1

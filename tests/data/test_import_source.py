@@ -167,7 +167,7 @@ def test_few_integers_are_classes(answers: list[str], metric: str) -> None:
 @pytest.mark.parametrize("image", ["image", "file"])
 def test_table_of_instructions_has_the_same_roles_in_a_folder(tmp_path: Path, image: str) -> None:
     lines = [f"{image},instruction,input,output"]
-    lines += [f"{index}.png,What is it?,Look at {index}.,pet {index}" for index in range(6)]
+    lines += [f"{index}.png,What is it?,Pet number {index}.,pet {index}" for index in range(6)]
     for index in range(6):
         write_gray_image(tmp_path / f"{index}.png")
     (tmp_path / "labels.csv").write_text("\n".join(lines))

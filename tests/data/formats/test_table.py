@@ -381,7 +381,7 @@ def test_question_does_not_name_a_class_without_its_box(
 
 
 @pytest.mark.parametrize("empty", ["", None])
-def test_invalid_box_without_a_label_is_dropped(folder: Path, empty: str | None) -> None:
+def test_invalid_box_without_a_label_is_counted(folder: Path, empty: str | None) -> None:
     columns = {"image": "image", "box": "b", "label": "l"}
     record = {"image": "b.png", "b": [[1, 1, 9, 9], [5, 5, 5, 5]], "l": ["cat", empty]}
     found = parse_record(

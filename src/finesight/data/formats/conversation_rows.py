@@ -91,6 +91,7 @@ ROLES: dict[str, Role] = {
 ROLE_KEYS = ("from", "role")
 TOOL_ROLES = re.compile("tool.*|function.*|observation|ipython")
 
+# Turns may also be pairs {"human": text, "assistant": text}; `history` is a list of such pairs.
 _TURN_LISTS = (("messages",), ("conversations",), ("conversation",))
 _TURN_PAIRS = (
     ("query", "response", "history"),
@@ -115,27 +116,29 @@ _TOKEN_BOXES = re.compile(
 )
 
 
-def parse_token_box(text: str) -> list[list[str]]:
-    """Parse the coordinates between box tokens, such as (x1,y1),(x2,y2) or [x1, y1, x2, y2].
+def create_token_boxes(
+    texts: Iterable[str], match: re.Match[str], images: RowImages
+) -> Iterator[BoxPart]:
+    """Create boxes from the texts between box tokens, such as (x1,y1),(x2,y2).
 
     Several boxes are in brackets each: [[x1, y1, x2, y2], ...].
 
     Raises:
-        InvalidRowError: The text is not a box.
+        InvalidRowError: A text is not a box.
     """
-    numbers = _COORDINATE.findall(text)
-    is_plain = _BOX_TEXT.fullmatch(text) is not None
-    if is_plain and len(numbers) == 4:
-        return [numbers]
-    boxes = [_COORDINATE.findall(box) for box in _BOXES_IN_BRACKETS.findall(text)]
-    if is_plain and boxes and all(len(box) == 4 for box in boxes):
-        return boxes
-    what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
-    raise InvalidRowError(
-        f"{text[:60]!r} between box tokens: {what}",
-        "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
-        "correct the row, or leave it out",
-    )
+    for text in texts:
+        numbers = _COORDINATE.findall(text)
+        boxes = [_COORDINATE.findall(box) for box in _BOXES_IN_BRACKETS.findall(text)]
+        boxes = [numbers] if len(numbers) == 4 else boxes
+        if not boxes or {4} != set(map(len, boxes)) or not _BOX_TEXT.fullmatch(text):
+            what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
+            raise InvalidRowError(
+                f"{text[:60]!r} between box tokens: {what}",
+                "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
+                "correct the row, or leave it out",
+            )
+        for box in boxes:
+            yield images.create_text_box(box, match["label"], BoxConvention(units="1000"))
 
 
 def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart]:
@@ -148,10 +151,8 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     for piece in split_at_pattern(answer, _TOKEN_BOXES) if "<|box_start|>" in answer else [answer]:
         if not isinstance(piece, str):
             images.require_single_image()
-            for text in re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL):
-                for coordinates in parse_token_box(text):
-                    convention = BoxConvention(units="1000")
-                    yield images.create_text_box(coordinates, piece["label"], convention)
+            texts = re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL)
+            yield from create_token_boxes(texts, piece, images)
         elif BOX_KEY not in piece:
             yield from _parse_plain_text(piece, images)
         else:

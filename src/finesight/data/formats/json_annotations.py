@@ -2,10 +2,6 @@
 
 coco: a document of captions or instances.
 
-{"images": [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}],
- "annotations": [{"id": 7, "image_id": 1, "category_id": 2, "bbox": [x, y, width, height]}],
- "categories": [{"id": 2, "name": "dog"}]}
-
 A box is its top left corner and size in pixels, 0-based. Without a box, the enclosing box of the
 polygons in `segmentation` is used. Several captions of an image are answers to the same question.
 Crowd regions and other annotations have no box. Area and keypoints are ignored. Images
@@ -23,9 +19,6 @@ path of each key replaces the folder. Images without a label are skipped and cou
 of a box are stored in the metadata; its confidence is ignored.
 
 labelme: a folder of JSON files, one per image, with `shapes`.
-
-{"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640, "imageData": null, "shapes":
- [{"label": "dog", "shape_type": "rectangle", "points": [[10.5, 20.0], [110.0, 220.5]]}]}
 
 A rectangle is given by two opposite corners in any order; some tools write all four. A polygon,
 circle, line or mask is converted to its bounding box; points have none. Coordinates are in pixels,
@@ -70,8 +63,7 @@ from finesight.data.formats.image_annotations import (
     collect_classes,
     enclose_shape,
     find_image_folder,
-    group_answers_by_image,
-    group_boxes_by_image,
+    group_by_image,
     list_image_names,
     make_unique_stem,
     parse_declared_size,
@@ -189,7 +181,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 
 def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a COCO document, of instances if any answer contains a box, else of captions."""
-    records, is_detection = group_answers_by_image(samples, context, {"image_id", "license"})
+    records, is_detection = group_by_image(samples, context, {"image_id", "license"})
     classes = collect_classes(records)
     declared_ids = [record.meta.get("image_id") for record in records]
     ids = [value for value in declared_ids if isinstance(value, int)]
@@ -410,7 +402,7 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
 
 def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write labels.json, of a detection dataset if any answer contains a box, and data.json."""
-    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
+    records, is_detection = group_by_image(samples, context, {"boxes"})
     answers = sorted({answer for record in records for answer in record.answers})
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     indices = {name: index for index, name in enumerate(classes)}
@@ -498,7 +490,8 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
 def _write_labelme(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a LabelMe file per image, with its boxes as rectangles."""
     used_stems: set[str] = set()
-    for record in group_boxes_by_image(samples, context, set()):
+    records, _ = group_by_image(samples, context, set(), is_detection=True)
+    for record in records:
         content = json.dumps(_build_record(record, context), ensure_ascii=False, indent=2)
         yield (
             f"{make_unique_stem(record.image_path.stem, used_stems)}.json",

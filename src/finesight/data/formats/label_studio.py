@@ -50,7 +50,7 @@ from finesight.data.formats.image_annotations import (
     build_text_example,
     enclose_shape,
     find_image_folder,
-    group_answers_by_image,
+    group_by_image,
     parse_declared_size,
     require_inside_output,
 )
@@ -201,7 +201,7 @@ def write_files(
     results_to: ResultSource = "annotations",
 ) -> Files:
     """Write the tasks and the labeling configuration of a project."""
-    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
+    records, is_detection = group_by_image(samples, context, {"boxes"})
     declared = {name for record in records for name in record.meta.get("classes", ())}
     has_choices = all(answer in declared for record in records for answer in record.answers)
     tasks = []

@@ -17,6 +17,7 @@ import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from string import ascii_uppercase
+from typing import get_args
 
 from finesight.data.boxes import (
     MAX_OVERHANG_PX,
@@ -82,43 +83,45 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 
 MAX_CELL_CHARS = 2**20
 
-_COMMON_NAMES = {
-    "image": ("image", "img", "picture", "photo", "path", "file", "filename"),
-    "question": (
-        *("question", "query", "instruction", "prompt", "problem", "ask", "request", "frage"),
-        *("pregunta", "pergunta", "domanda", "вопрос", "问题", "问", "質問", "질문"),
-    ),
-    "answer": (
-        *("antwort", "respuesta", "réponse", "resposta", "risposta", "ответ", "答案", "答", "回答"),
-        *(
-            "답변",
-            "answer",
-            "answers",
-            "response",
-            "completion",
-            "output",
-            "solution",
-            "target",
-            "reply",
-        ),
-        *("groundtruth", "caption", "captions", "description", "text", "txt", "transcription"),
-        *("latex", "formula", "label", "class", "category", "chosen"),
-    ),
-    "box": ("bbox", "box"),
-    "label": (
-        *("label", "labels", "class", "category", "categories", "name", "names", "object"),
-        *("classid", "labelid", "categoryid"),
-    ),
-}
-_PAIRS = (
-    *(("prefix", "suffix"), ("input", "output"), ("input", "target"), ("input", "label")),
-    *(("source", "target"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
-    *(("context", "completion"), ("q", "a")),
-)
-"""Names of a question and its answer that have this meaning only together."""
+_NAME_TABLE = """
+image: image img picture photo path file filename
+question: question query instruction prompt problem ask request
+question: frage pregunta pergunta domanda вопрос 问题 问 質問 질문
+text: antwort respuesta réponse resposta risposta ответ 答案 答 回答 답변
+text: answer answers response completion output reply
+other: solution target groundtruth caption captions description text txt transcription
+other: latex formula label class category chosen
+phrase: phrase expression sentence caption description text
+box: bbox box
+label: label labels class category categories name names object classid labelid categoryid
+pair: prefix,suffix input,output input,target input,label source,target user,assistant
+pair: human,gpt human,assistant context,completion q,a
+xyxy: xmin,ymin,xmax,ymax x1,y1,x2,y2 left,top,right,bottom minx,miny,maxx,maxy x0,y0,x1,y1
+xyxy: startx,starty,endx,endy tlx,tly,brx,bry xstart,ystart,xend,yend xtl,ytl,xbr,ybr
+xyxy: ulx,uly,lrx,lry xtopleft,ytopleft,xbottomright,ybottomright xleft,ytop,xright,ybottom
+xyxy: topleftx,toplefty,bottomrightx,bottomrighty leftx,topy,rightx,bottomy 左,上,右,下
+xyxy: links,oben,rechts,unten gauche,haut,droite,bas izquierda,arriba,derecha,abajo
+xywh: x,y,w,h x,y,width,height left,top,width,height xmin,ymin,width,height
+cxcywh: cx,cy,w,h cx,cy,width,height xcenter,ycenter,width,height centerx,centery,width,height
+"""
+"""Column names by role, in lower case without punctuation.
 
-_ANSWER_NAMES = (*_COMMON_NAMES["answer"][:15], "reply")
-"""Names of an answer that is text, also beside boxes."""
+An answer has the names of `text`, also beside boxes, or of `other`. The names of a `pair` are a
+question and its answer only together. A `phrase` is the question about boxes without classes. Four
+columns with the coordinates of a box have the names of its format.
+"""
+
+
+def _list_names(role: str) -> list[str]:
+    lines = (line.split() for line in _NAME_TABLE.splitlines() if line.startswith(f"{role}:"))
+    return [name for _, *names in lines for name in names]
+
+
+_ANSWER_NAMES = _list_names("text")
+_COMMON_NAMES = {role: _list_names(role) for role in _COLUMN_ROLES}
+_COMMON_NAMES["answer"] = [*_ANSWER_NAMES, *_list_names("other")]
+_BOX_FORMATS: tuple[BoxFormat, ...] = get_args(BoxFormat)
+_BOX_COLUMNS = {box_format: _list_names(box_format) for box_format in _BOX_FORMATS}
 
 _OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
 """Names of the columns with the options of a multiple-choice question."""
@@ -129,32 +132,11 @@ _OPTION_LISTS = ("choices", "options")
 _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
 """Names of images that are labels or copies of another column."""
 
-_PHRASE_NAMES = ("phrase", "expression", "sentence", "caption", "description", "text")
-"""Names of the question in a table of boxes without classes."""
-
 _IGNORED_NAMES = re.compile(
     r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative|rejected).*|"
 )
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
 _TEXT_WORDS = {"text", "content", "en"}
-
-_BOX_COLUMNS: dict[BoxFormat, tuple[str, ...]] = {
-    "xyxy": (
-        *("xmin,ymin,xmax,ymax", "x1,y1,x2,y2", "left,top,right,bottom"),
-        *("minx,miny,maxx,maxy", "x0,y0,x1,y1", "startx,starty,endx,endy", "tlx,tly,brx,bry"),
-        *("xstart,ystart,xend,yend", "xtl,ytl,xbr,ybr", "ulx,uly,lrx,lry", "左,上,右,下"),
-        *("xtopleft,ytopleft,xbottomright,ybottomright", "xleft,ytop,xright,ybottom"),
-        *("topleftx,toplefty,bottomrightx,bottomrighty", "leftx,topy,rightx,bottomy"),
-        *("links,oben,rechts,unten", "gauche,haut,droite,bas"),
-        "izquierda,arriba,derecha,abajo",
-    ),
-    "xywh": (*("x,y,w,h", "x,y,width,height", "left,top,width,height", "xmin,ymin,width,height"),),
-    "cxcywh": (
-        *("cx,cy,w,h", "cx,cy,width,height", "xcenter,ycenter,width,height"),
-        "centerx,centery,width,height",
-    ),
-}
-"""Names of four columns with the coordinates of a box, in lower case without punctuation."""
 
 _BOX_PREFIX = re.compile(r".*\.|^(?:bnd|bounding_?|b)?box_?|^(?:roi|rect)_?", re.IGNORECASE)
 _FORMAT_IN_NAME = re.compile(
@@ -189,7 +171,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     if boxes:
         label = boxes.get("label")
         if label is None:
-            question = question or _find_name(others, _PHRASE_NAMES)
+            question = question or _find_name(others, _list_names("phrase"))
         elif question is None and images:
             labels = {record.get(label) for record in records if isinstance(record.get(label), str)}
             is_unique = len({str(record.get(images[0])) for record in records}) == len(records)
@@ -225,10 +207,10 @@ def _is_question(records: Sequence[Record], name: str) -> bool:
 def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
     """Return the columns of question and answer; None for those that are not found."""
     question = _find_name(names, _COMMON_NAMES["question"])
-    for first, second in _PAIRS if question is None else ():
-        found = _find_name(names, (first,)), _find_name(names, (second,))
-        if None not in found:
-            return found
+    for pair in _list_names("pair") if question is None else ():
+        first, second = (_find_name(names, [name]) for name in pair.split(","))
+        if first and second:
+            return first, second
     # The input of an instruction is a part of the question (Alpaca).
     others = [name for name in names if name != question]
     more = (

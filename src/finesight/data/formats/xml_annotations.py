@@ -63,8 +63,7 @@ from finesight.data.formats.image_annotations import (
     collect_classes,
     enclose_shape,
     find_image_folder,
-    group_answers_by_image,
-    group_boxes_by_image,
+    group_by_image,
     list_image_names,
     make_unique_stem,
     parse_declared_size,
@@ -157,7 +156,8 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a Pascal VOC file per image to the folder Annotations."""
     used_stems: set[str] = set()
-    for record in group_boxes_by_image(samples, context, {"boxes"}):
+    records, _ = group_by_image(samples, context, {"boxes"}, is_detection=True)
+    for record in records:
         stem = make_unique_stem(record.image_path.stem, used_stems)
         root = _build_annotation(record, context)
         ElementTree.indent(root)
@@ -344,7 +344,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 
 def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write the file annotations.xml, with boxes, or with tags if no answer contains a box."""
-    records, _ = group_answers_by_image(samples, context, {"boxes"})
+    records, _ = group_by_image(samples, context, {"boxes"})
     answers = dict.fromkeys(answer for record in records for answer in record.answers)
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     _check_names(classes)

@@ -4,10 +4,6 @@ samples: the native format, imported with validation of its images and boxes.
 
 openai: messages whose content is text or a list of texts, images and videos.
 
-{"messages": [{"role": "user", "content": [{"type": "text", "text": "What cheese is this?"},
-                {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]},
-              {"role": "assistant", "content": "Danbo"}]}
-
 The OpenAI guide "Vision fine-tuning" documents it. An image is a data URL or a path; `detail`, the
 resolution used by the OpenAI service, is ignored and counted. Adjacent messages of the same role,
 as in the guide, are merged into one turn.

@@ -4,12 +4,6 @@ XML with a DOCTYPE is rejected, because it could declare entities.
 
 voc: a folder of XML files, one per image, with a `bndbox` per object.
 
-<annotation><folder>VOC2012</folder><filename>a.jpg</filename>
- <size><width>500</width><height>375</height></size>
- <object><name>dog</name><difficult>0</difficult>
-  <bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax><ymax>371</ymax></bndbox></object>
-</annotation>
-
 The VOC development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at
 xmax. Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
 stored in the metadata.
@@ -18,11 +12,6 @@ The image is searched next to the XML file, and in `JPEGImages`, `images` and th
 annotation, next to the folder of the XML file.
 
 cvat: an XML file with the shapes and tags of all images.
-
-<annotations><version>1.1</version>
- <image id="0" name="a.jpg" width="640" height="480">
-  <box label="dog" occluded="0" xtl="48" ytl="240" xbr="195" ybr="371">
-   <attribute name="breed">Pug</attribute></box></image></annotations>
 
 Polygons, polylines, masks and rotated boxes are converted to their bounding boxes. Other shapes and
 tags have no box. Attributes and `occluded` are stored in the metadata. In a file without shapes,

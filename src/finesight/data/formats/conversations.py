@@ -647,7 +647,7 @@ LLAVA = DatasetFormat(
 LLAMA_FACTORY = DatasetFormat(
     name="llama-factory",
     description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]'
-    ' or "instruction": "...", "output": "..."',
+    '; "instruction": "...", "output": "..."',
     detect=_detect_llama_factory,
     parse_row=_parse_conversation,
     write_files=_write_llama_factory,

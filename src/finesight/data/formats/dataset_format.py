@@ -124,7 +124,6 @@ InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 A box without area inside the image is dropped with `clip`, too.
 """
 
-NO_OBJECTS_ANSWER = "none"
 NOTE_THOUSANDTHS = (
     "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
 )

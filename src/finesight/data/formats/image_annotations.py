@@ -25,7 +25,6 @@ from typing import Any
 from finesight.bounded_files import find_existing
 from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError
 from finesight.data.formats.dataset_format import (
-    NO_OBJECTS_ANSWER,
     ExportContext,
     ImportContext,
     ImportExample,
@@ -163,6 +162,8 @@ CAPTION_PROMPT = "Describe the image."
 
 MAX_PROMPT_CLASSES = 20
 """Maximum number of classes that the default question about the class of an image lists."""
+
+NO_OBJECTS_ANSWER = "none"
 
 REASON_OBJECT_WITHOUT_BOX = (
     "images with objects without a box, for which the question would ask; to import the images,"

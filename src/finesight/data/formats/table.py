@@ -33,7 +33,6 @@ from finesight.data.formats.conversation_rows import (
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    NO_OBJECTS_ANSWER,
     NOTE_SKIPPED_BOX,
     DatasetFormat,
     ExportContext,
@@ -47,6 +46,7 @@ from finesight.data.formats.dataset_format import (
     decode_json_list,
     make_text_part,
 )
+from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.formats.row_keys import (
     LOSS,
     PREFERENCE,

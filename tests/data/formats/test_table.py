@@ -205,6 +205,7 @@ def test_several_images(folder: Path) -> None:
         ({"b": "left"}, "image=image box=b", "the box 'left'"),
         ({"b": [[1, 2, 3, 4], [5]]}, "image=image box=b", r"the box '\[5\]'"),
         ({"b": [1, 2, 3, 4], "l": ["a", "b"]}, "image=image box=b label=l", "2 labels for 1"),
+        ({"b": [1, 2, 3, 4], "l": {"a": None}}, "image=image box=b label=l", "the label is"),
         ({"b": [1, 2, 3, 4], "image": ["a.png"] * 2}, "image=image box=b", "2 images"),
         ({"b": [1, 2, 3, 4]}, "box=b", "0 images"),
         ({"image": "", "a": "x"}, "image=image answer=a", "an image given as str"),

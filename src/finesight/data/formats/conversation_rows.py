@@ -437,8 +437,10 @@ def _iter_turns(record: Record) -> Iterator[Any]:
 
 
 def _split_pair(turn: Any) -> list[Any]:
-    """Return question and answer of a turn with both, else the turn."""
+    """Return question and answer of a turn with both and without a role, else the turn."""
     if not isinstance(turn, dict) or not {"human", "assistant"} <= turn.keys():
+        return [turn]
+    if any(has_value(turn.get(key)) for key in (*ROLE_KEYS, "content", "value")):
         return [turn]
     others = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
     question = {"role": "user", "content": turn["human"]}

@@ -471,9 +471,10 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
     for name, cell in zip(names, cells, strict=True):
         if not has_value(cell) or cell != cell:
             continue
-        is_text_list = isinstance(cell, str) and cell.lstrip().startswith("[")
-        if name.lower() in _OPTION_LISTS and (is_text_list or isinstance(cell, list)):
-            options = list(map(str, as_list(decode_json_list(str(cell), (str, int, float)))))
+        is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
+        items = decode_json_list(str(cell), (str, int, float)) if is_list_text else cell
+        if name.lower() in _OPTION_LISTS and isinstance(items, list):
+            options = list(map(str, items))
             check_limit(len(options), len(ascii_uppercase), "options")
             lines += map("{}. {}".format, ascii_uppercase, options)
         else:
@@ -658,7 +659,7 @@ def _create_boxes(
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
         cells = as_list(_read_cell(record, context, "label"))
-        names = [_get_text(one, "label") if has_value(one) else "" for one in cells]
+        names = ["" if _is_empty(one) else _get_text(one, "label") for one in cells]
         if len(names) != len(boxes) or not any(names):
             names = list(filter(None, names))
         if boxes:

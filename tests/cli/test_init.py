@@ -467,8 +467,14 @@ def test_questions_change_the_settings(monkeypatch):
 
 def test_labels_with_one_answer_column_or_several(cli):
     table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
+    refused = cli("init", table, *YES, code=2).err
+    assert "--map question=customer --map answer=city" in refused
+    assert "--map image=file --map fields=customer,city" in refused
+    table = write_table(
+        "more", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}", "date": "{i}"}
+    )
     printed = cli("init", table, *YES).out
-    assert "        fields: customer,city\n        unused column: No.\n" in printed
+    assert "        fields: customer,city,date\n        unused column: No.\n" in printed
     assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
     hinted = ("--map", "image=file", "--map", "answer=city", "--out", "two", "--json")
     assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}

@@ -164,6 +164,41 @@ def test_few_integers_are_classes(answers: list[str], metric: str) -> None:
     assert import_source.detect_task(samples).metric == metric
 
 
+@pytest.mark.parametrize("image", ["image", "file"])
+def test_table_of_instructions_has_the_same_roles_in_a_folder(tmp_path: Path, image: str) -> None:
+    lines = [f"{image},instruction,input,output"]
+    lines += [f"{index}.png,What is it?,Pet number {index}.,pet {index}" for index in range(6)]
+    for index in range(6):
+        write_gray_image(tmp_path / f"{index}.png")
+    (tmp_path / "labels.csv").write_text("\n".join(lines))
+    expected = {"image": image, "question": "instruction,input", "answer": "output"}
+    for source in (tmp_path / "labels.csv", tmp_path):
+        path, options = import_source.detect_columns(source, ImportOptions())
+        assert (path.name, options.columns) == ("labels.csv", expected)
+    marked = (tmp_path / "labels.csv").read_text().replace("What", "<image>What")
+    (tmp_path / "labels.csv").write_text(marked)
+    _, options = import_source.detect_columns(tmp_path / "labels.csv", ImportOptions())
+    assert not options.columns
+
+
+@pytest.mark.parametrize(
+    ("values", "option"),
+    [
+        ("p {i},r {i}", "--map question=a --map answer=b"),
+        ("10,20,110,80", "--map box=a,b,c,d"),
+    ],
+)
+def test_columns_of_unknown_names_are_asked_for(tmp_path: Path, values: str, option: str) -> None:
+    lines = [",".join(("image", *"abcd"[: values.count(",") + 1]))]
+    for index in range(4):
+        write_gray_image(tmp_path / f"{index}.png", 200, 100)
+        lines.append(f"{index}.png,{values.format(i=index)}")
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    with pytest.raises(UserError) as caught:
+        import_source.detect_columns(tmp_path / "rows.csv", ImportOptions())
+    assert option in caught.value.remedy
+
+
 @pytest.mark.parametrize(
     ("num_images", "other", "is_found"),
     [(2, "", False), (3, "", True), (4, "", True), (3, "other/3.png", False), (3, "3.png", False)],

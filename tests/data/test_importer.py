@@ -344,6 +344,9 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown format 'conversation'") as caught:
         import_dataset(source, tmp_path / "3", ImportOptions(format="conversation"))
     assert caught.value.remedy == "did you mean conversations?"
+    turns[0]["value"] = "<|vision_start|>b.png<|vision_end|>?"
+    write_gray_image(tmp_path / "b.png")
+    source = write_jsonl(tmp_path / "b.jsonl", [{"conversations": turns}])
     with pytest.raises(UserError, match="1 of 1 rows are invalid") as caught:
         import_dataset(source, tmp_path / "4", ImportOptions(format="ms-swift"))
     assert caught.value.remedy.startswith("give --format conversations: line 1 has turns")

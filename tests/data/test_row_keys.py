@@ -19,9 +19,10 @@ from fuzzed_sources import COCO, FIFTYONE, JPEG, LABEL_STUDIO, LABELME, MAPPED, 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.conversation_rows import REASONING_KEYS
 from finesight.data.formats.dataset_format import ImportContext
+from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
+from finesight.data.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.data.row_reader import SourceRow
 from finesight.errors import UserError
 
@@ -151,7 +152,7 @@ def check_documents(kind: str, count: int, folder: Path) -> None:
         rng = random.Random(f"{kind} {number}")
         document = copy.deepcopy(DOCUMENTS[kind])
         targets = [one for one in iter_objects(document) if one.keys() & SHAPE_KEYS]
-        rng.choice(targets)["note_zebra"] = copy.deepcopy(rng.choice(VALUES))
+        rng.choice(targets)["note_zebra"] = copy.deepcopy(rng.choice(VALUES[:-1]))
         file.write_text(json.dumps(document))
         out = folder / str(number)
         try:
@@ -223,6 +224,15 @@ def test_content_of_further_keys_is_refused(
     with pytest.raises(UserError, match=what) as caught:
         parse(record, tmp_path)
     assert caught.value.remedy
+
+
+def test_several_lists_of_turns_are_refused(tmp_path: Path) -> None:
+    row = {**ROWS["llava"], "messages": [{"role": "user", "content": "Why?"}, ANSWER]}
+    with pytest.raises(UserError, match="turns under messages and conversations") as caught:
+        parse(row, tmp_path)
+    assert caught.value.remedy
+    _, other_keys = parse({**ROWS["llava"], "query": "Why?", "response": "So."}, tmp_path)
+    assert other_keys.keys() == {"query in meta", "response in meta"}
 
 
 def chat_without_images(**row: Any) -> dict[str, Any]:
@@ -336,6 +346,21 @@ def test_reasoning_becomes_part_of_the_answer(tmp_path: Path, key: str) -> None:
     turns = [{"from": "human", "value": "Where?"}, {"from": "gpt", "value": "There.", key: "So."}]
     example, _ = parse({"conversations": turns}, tmp_path)
     assert example.answers[0][0].text == "<think>\nSo.\n</think>\n\nThere."
+
+
+def test_unfinished_reasoning_is_counted(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(PNG)
+    answers = ("<think>\nIt barks.", "<think>It barks.</think>a dog", "No <think> in it.")
+    rows = [{"image": "a.png", "query": "Which pet?", "response": answer} for answer in answers]
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    summary = import_dataset(tmp_path / "rows.json", tmp_path / "out", ImportOptions())
+    assert summary.source_notes == {NOTE_UNFINISHED_REASONING: 1}
+
+
+def test_empty_values_of_annotations_are_not_named() -> None:
+    counts: Counter[str] = Counter()
+    count_keys([{"flags": {}, "a": None, "b": "", "c": 0, "d": {"e": [1]}}], (), "shapes", counts)
+    assert [name.partition(" ")[0] for name in counts] == ["c", "d", "d.e"]
 
 
 @pytest.mark.parametrize(

@@ -187,7 +187,7 @@ def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     workbook = openpyxl.Workbook()
     sheet = workbook.active
     days = (datetime(2026, 5, 17), datetime(2026, 5, 17, 8))
-    for row in [[], ["image", "text", None, "n"], ["a.png", *days, 3], [], ["b.png"]]:
+    for row in [[], ["image", "text", None, "n", None], ["a.png", *days, 3], [], ["b.png"]]:
         sheet.append(row)
     workbook.create_sheet("Notes")
     workbook.save(tmp_path / "saved.xlsx")
@@ -202,8 +202,8 @@ def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         reader = open_row_file(tmp_path / "a.xlsx")
         assert reader.text_format == "sheet 'Sheet', not Notes"
         assert [(row.number, row.record) for row in reader.iter_range(0, 9)] == [
-            (3, {"image": "a.png", "text": "2026-05-17", "n": 3}),
-            (5, {"image": "b.png", "text": None, "n": None}),
+            (3, {"image": "a.png", "text": "2026-05-17", "unnamed column 3": days[1], "n": 3}),
+            (5, {"image": "b.png", "text": None, "unnamed column 3": None, "n": None}),
         ]
     for limit, what in (("CELLS", "more than 10 cells"), ("BYTES", "unpacked, more than 10")):
         monkeypatch.setattr(row_reader, f"MAX_XLSX_{limit}", 10)

@@ -14,7 +14,7 @@ import io
 import os
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePath
 from typing import NamedTuple
 
@@ -177,19 +177,30 @@ def is_base64_image(text: str) -> bool:
     )
 
 
-def is_image_value(value: object) -> bool:
-    """Return whether a value is an embedded image, the name of an image, or a list of them."""
+def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) -> bool:
+    """Return whether a value is an embedded image, the name of an image, or a list of them.
+
+    Args:
+        suffixes: Suffixes of file names. With those of videos, any bytes are accepted.
+    """
     if isinstance(value, list | tuple):
-        return bool(value) and all(map(is_image_value, value))
+        return bool(value) and all(is_image_value(one, suffixes) for one in value)
     if isinstance(value, dict):
-        return "bytes" in value or "path" in value
+        names = value.get("path"), value.get("url")
+        is_named = any(is_image_value(name, suffixes) for name in names)
+        return is_named or isinstance(value.get("bytes"), bytes)
     if isinstance(value, bytes):
-        return find_image_suffix(value) != ""
+        return suffixes is not IMAGE_SUFFIXES or find_image_suffix(value) != ""
     if not isinstance(value, str):
         return False
     path = value.partition("?")[0] if "://" in value else value
-    is_data_url = value.lstrip()[:11].lower() == "data:image/"
-    return PurePath(path).suffix.lower() in IMAGE_SUFFIXES or is_data_url or is_base64_image(value)
+    return PurePath(path).suffix.lower() in suffixes or is_embedded_media(value)
+
+
+def is_embedded_media(text: str) -> bool:
+    """Return whether a text is an image in base64, or the data URL of an image, video or audio."""
+    start = text.lstrip()[:11].lower()
+    return start.startswith(("data:image/", "data:video/", "data:audio/")) or is_base64_image(text)
 
 
 class CorruptImageError(UserError):

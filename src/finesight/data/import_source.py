@@ -24,6 +24,7 @@ from finesight.data.corpus import (
 )
 from finesight.data.formats import FORMATS, detect_format, get_format
 from finesight.data.formats import table as table_format
+from finesight.data.formats.conversations import LLAMA_FACTORY
 from finesight.data.formats.dataset_format import (
     BoxTask,
     DatasetFormat,
@@ -596,41 +597,40 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
     The roles are empty if the format of the data is detected without them. Roles in `options` are
     not changed. Box format and units are set if the values contradict the names of the columns.
     """
+    opened = None
     try:
         opened = open_source(path, options)
     except UserError:
-        files = [path]
-        if path.is_dir():
-            listing = list_folder(path).files
-            files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
-        if len(files) != 1 or not files[0].is_file():
+        listing = list_folder(path).files if path.is_dir() else ()
+        files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
+        if len(files) == 1 and files[0].is_file():
+            return detect_columns(files[0], options)
+        if not path.is_file():
             raise
-        path = files[0]
-        if not options.columns:
-            rows = open_row_file(path, options.encoding, no_header=options.no_header)
-            records = _read_preview(rows)
-            columns = table_format.guess_columns(records)
-            if "image" not in columns or len(columns) < 2:
-                open_source(path, options)  # raises the error of a table, if it is one
-                return path, options
-            _reject_coordinates(path, records, columns)
-            if not columns.keys() & {"answer", "fields", "box"}:
-                raise UserError(
-                    f"no answer column among {', '.join(map(str, records[0]))}",
-                    where=str(path),
-                    expected="a column with the answers",
-                    remedy="name the column: --map image=COLUMN --map answer=COLUMN",
-                ) from None
-            if (found := table_format.find_unsupported_column(records, columns)) is not None:
-                mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
-                raise UserError(
-                    f"the column {found[0]!r}: {found[1]}",
-                    where=str(path),
-                    expected="a table of questions and answers",
-                    remedy=f"remove the column, or leave it out with {mapping}",
-                ) from None
-            options = replace(options, columns=columns)
-        opened = open_source(path, options)
+    if not options.columns and (opened is None or _is_question_table(opened, options)):
+        records = _read_preview(open_row_file(path, options.encoding, no_header=options.no_header))
+        columns = table_format.guess_columns(records)
+        if "image" not in columns or len(columns) < 2:
+            open_source(path, options)  # raises the error of a table, if it is one
+            return path, options
+        _reject_ambiguous_columns(path, records, columns)
+        if not columns.keys() & {"answer", "fields", "box"}:
+            raise UserError(
+                f"no answer column among {', '.join(map(str, records[0]))}",
+                where=str(path),
+                expected="a column with the answers",
+                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
+            )
+        if (found := table_format.find_unsupported_column(records, columns)) is not None:
+            mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
+            raise UserError(
+                f"the column {found[0]!r}: {found[1]}",
+                where=str(path),
+                expected="a table of questions and answers",
+                remedy=f"remove the column, or leave it out with {mapping}",
+            )
+        options, opened = replace(options, columns=columns), None
+    opened = opened or open_source(path, options)
     box = opened.column_map.get("box")
     if box is None or options.box_format or options.box_units:
         return path, options
@@ -641,22 +641,44 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
     return path, replace(options, box_format=box_format, box_units=box_units)
 
 
-def _reject_coordinates(path: Path, records: Sequence[Record], columns: Mapping[str, str]) -> None:
-    """Raise UserError if four adjacent unknown columns of numbers are boxes in the images."""
+def _is_question_table(source: ImportSource, options: ImportOptions) -> bool:
+    """Return whether rows of instructions have their images in a column, without placeholders."""
+    if source.data_format is not LLAMA_FACTORY or options.format is not None:
+        return False
+    records = _read_preview(source.rows)
+    texts = (str(record.get("instruction")) + str(record.get("input")) for record in records)
+    is_marked = "conversations" in records[0] or any("<image>" in text for text in texts)
+    return not is_marked and "image" in table_format.guess_columns(records)
+
+
+def _reject_ambiguous_columns(
+    path: Path, records: Sequence[Record], columns: Mapping[str, str]
+) -> None:
+    """Raise UserError for boxes or texts in columns whose names do not state their role."""
     if "box" in columns:
         return
     sizes = [_find_size(record, columns["image"], path.parent) for record in records]
     names = list(map(str, records[0]))
     for start in range(len(names) - 3):
         box = ",".join(names[start : start + 4])
-        if table_format.has_corners(records, box, sizes):
+        if (box_format := table_format.find_box_format(records, box, sizes)) is not None:
+            option = "" if box_format == "xyxy" else f" --box-format {box_format} (of import)"
             raise UserError(
                 f"the columns {box} contain coordinates in the image",
                 where=str(path),
                 expected="columns with names of box coordinates, such as xmin,ymin,xmax,ymax",
-                remedy=f"give --map image={columns['image']} --map box={box}, or without boxes: "
-                f"--map image={columns['image']} --map answer=COLUMN",
-            ) from None
+                remedy=f"give --map image={columns['image']} --map box={box}{option}, or without"
+                f" boxes: --map image={columns['image']} --map answer=COLUMN",
+            )
+    if table_format.has_unknown_texts(records, columns):
+        image, (first, second) = f"--map image={columns['image']}", columns["fields"].split(",")
+        raise UserError(
+            f"the columns {first} and {second} may be a question and its answer, or two answers",
+            where=str(path),
+            expected="columns with known names, such as question and answer",
+            remedy=f"give {image} --map question={first} --map answer={second}, or for answers in"
+            f" JSON: {image} --map fields={first},{second}",
+        )
 
 
 def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:

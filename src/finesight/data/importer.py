@@ -221,6 +221,7 @@ SKIPPED_ROWS_FILE = "skipped_rows.jsonl"
 """Name of the output file that lists the rows skipped by `--on-invalid-row skip`."""
 
 NOTE_FIRST_FRAME = "images are animated or have several pages; only the first frame is used"
+NOTE_UNFINISHED_REASONING = "answers of a <think> without </think>: complete or remove them"
 DECODE_BATCH_SIZE = 1024
 """Number of images whose decoding is submitted at once."""
 
@@ -559,6 +560,11 @@ def _parse_rows(
                 parts = [*itertools.chain(*contents, *example.answers)]
                 paths = [part.image for part in parts if isinstance(part, ImagePart)]
                 coordinates.add(join_text(parts, "\n"), paths, get_size)
+                turns = (m.content for m in example.prompt_messages if m.role == "assistant")
+                texts = (join_text(answer).lstrip() for answer in (*turns, *example.answers))
+                context.row_notes[NOTE_UNFINISHED_REASONING] += sum(
+                    text.startswith("<think>") and "</think>" not in text for text in texts
+                )
         except InvalidOptionError:
             raise
         except UserError as error:

@@ -431,35 +431,41 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
             remedy="save the table again, or as CSV",
         ) from error
     header, header_note = _name_columns(cells[0][1] if cells else [], no_header, source)
+    numbered_rows = cells if header_note else cells[1:]
+    filled = {n for _, row in numbered_rows for n, value in enumerate(row) if value is not None}
+    header += [None] * (max(filled, default=-1) + 1 - len(header))
+    names = [
+        f"unnamed column {n + 1}" if name is None and n in filled else name
+        for n, name in enumerate(header)
+    ]
 
     def make_row(_: int, numbered_values: tuple[int, list[Any]]) -> SourceRow:
         row_number, values = numbered_values
-        padded = zip(header, itertools.chain(values, itertools.repeat(None)), strict=False)
+        padded = zip(names, itertools.chain(values, itertools.repeat(None)), strict=False)
         record = {name: value for name, value in padded if name is not None}
         return SourceRow(row_number, f"row {row_number}", record, source.stem)
 
     others = [name for name in workbook.sheetnames if name != sheet.title]
     text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
-    rows = rows_from_items(cells if header_note else cells[1:], make_row)
+    rows = rows_from_items(numbered_rows, make_row)
     return replace(rows, text_format=f"{text_format}{header_note}")
 
 
 def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
-    """Yield the number and values of each non-empty row, no wider than the first one.
+    """Yield the number and values of each non-empty row.
 
     Trailing empty cells are removed. A date without time becomes text such as 2026-05-17.
     """
     sheet.reset_dimensions()  # the dimensions stated in a file may be wrong
-    num_cells, width = 0, None
+    num_cells = 0
     for number, row in enumerate(sheet.iter_rows(values_only=True), start=1):
         num_cells += 1 + len(row)
         if num_cells > MAX_XLSX_CELLS:
             raise ValueError(f"more than {MAX_XLSX_CELLS:,} cells")
-        values = list(row[:width])
+        values = list(row)
         while values and values[-1] is None:
             values.pop()
         if values:
-            width = width or len(values)
             yield (
                 number,
                 [

@@ -275,9 +275,19 @@ def check_messages(
                 has_visual = True
                 num_images += part.type == "image"
         if has_visual and message.role != "user":
-            raise _shown_by_another(message, f"{where}, message {number}")
+            raise InvalidTurnsError(
+                f"an image in a turn of the {message.role}",
+                where=f"{where}, message {number}",
+                expected="images in user turns: answers contain text and boxes only",
+                remedy="move the image to a user turn",
+            )
         if not (has_text or has_visual or any(part.type == "box" for part in message.content)):
-            raise _empty(message, f"{where}, message {number}")
+            raise InvalidTurnsError(
+                f"an empty turn of the {message.role}",
+                where=f"{where}, message {number}",
+                expected="text, an image or a box",
+                remedy="add it, or remove the sample",
+            )
     for box in boxes:
         _validate_box(box, num_images, where)
 
@@ -333,24 +343,6 @@ def validate_roles(messages: Sequence[Message], where: str, *, require_answer: b
 def _format_roles(roles: Sequence[str]) -> str:
     more = len(roles) - MAX_LISTED_ROLES
     return ", ".join(roles[:MAX_LISTED_ROLES]) + (f" and {more} more" if more > 0 else "")
-
-
-def _shown_by_another(message: Message, where: str) -> InvalidTurnsError:
-    return InvalidTurnsError(
-        f"an image in a turn of the {message.role}",
-        where=where,
-        expected="images in user turns: answers contain text and boxes only",
-        remedy="move the image to a user turn",
-    )
-
-
-def _empty(message: Message, where: str) -> InvalidTurnsError:
-    return InvalidTurnsError(
-        f"an empty turn of the {message.role}",
-        where=where,
-        expected="text, an image or a box",
-        remedy="add it, or remove the sample",
-    )
 
 
 def _validate_box(box: BoxPart, num_images: int, where: str) -> None:

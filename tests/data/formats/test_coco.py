@@ -18,7 +18,11 @@ from box_fixtures import (
 from case_files import load_cases
 from PIL import Image
 
-from finesight.data.formats.image_annotations import CAPTION_PROMPT, NOTE_OMITTED_CLASSES
+from finesight.data.formats.image_annotations import (
+    CAPTION_PROMPT,
+    NOTE_OMITTED_CLASSES,
+    REASON_OBJECT_WITHOUT_BOX,
+)
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.errors import UserError
 
@@ -104,6 +108,31 @@ def test_detection(tmp_path: Path) -> None:
         "segmentation (ignored)": 4,
         NOTE_OMITTED_CLASSES: 1,
     }
+
+
+def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:
+    document = instances_without_crowd()
+    document["annotations"][0]["caption"] = "A dog."
+    document["annotations"][1] |= {"bbox": [5, 5, 9, 9, 30], "segmentation": []}
+    document["annotations"].append({"id": 9, "image_id": 37777, "caption": "Two dogs."})
+    samples, summary = import_samples(write(tmp_path / "coco", document), tmp_path / "out")
+    assert list_answers(samples)[0] == [("dog", (12, 3, 31, 17))]
+    assert [len(answer) for answer in list_answers(samples)] == [1, 2, 1]
+    assert ["person" in question for question in list_questions(samples)] == [False, True, True]
+    assert summary.source_notes["boxes of 5 values (skipped)"] == 1
+    assert summary.other_keys["caption of annotations, not imported"] == 2
+
+
+def test_image_with_a_crowd_of_its_only_class_names_the_remedy(tmp_path: Path) -> None:
+    document = instances()
+    document["annotations"][-1]["category_id"] = 18
+    samples, summary = import_samples(write(tmp_path / "coco", document), tmp_path / "out")
+    assert len(samples) == 2
+    assert summary.skipped_rows == {REASON_OBJECT_WITHOUT_BOX: 1}
+    assert "remove these objects" in REASON_OBJECT_WITHOUT_BOX
+    del document["annotations"][-1]
+    samples, _ = import_samples(write(tmp_path / "coco", document), tmp_path / "again")
+    assert len(samples) == 3
 
 
 def test_grounding(tmp_path: Path) -> None:

@@ -63,6 +63,19 @@ def test_tags_are_classes(root: Path, tmp_path: Path) -> None:
     source = write_document(root, '<tag label="dog" source="manual"/>')
     samples, _ = import_samples(source, tmp_path / "out")
     assert list_answers(samples) == [["dog"]]
+    tag = '<tag label="dog" frame="7"><attribute name="breed">Pug</attribute></tag>'
+    other = write_document(root, f'{tag}<points label="dog" points="1,2"/>')
+    samples, summary = import_samples(other, tmp_path / "other")
+    assert list_answers(samples) == [["dog"]]
+    assert summary.source_notes == {
+        "attributes of tags (ignored)": 1,
+        "points next to tags (ignored)": 1,
+    }
+    assert summary.other_keys == {
+        "frame of tags, not imported": 1,
+        "points of tags, not imported": 1,
+    }
+    source = write_document(root, '<tag label="dog" source="manual"/>')
     check_export_roundtrip(source, tmp_path)
     with pytest.raises(UserError, match="1 images without a tag"):
         import_samples(write_document(root, ""), tmp_path / "none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from finesight.data.formats.image_annotations import (
     NOTE_OMITTED_BOXES,
     NOTE_OMITTED_CLASSES,
     REASON_OBJECT_WITHOUT_BOX,
+    REASON_UNLISTED_CLASSES,
 )
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
@@ -206,8 +208,14 @@ def test_other_shapes(
     assert ["lawn" in question for question in list_questions(samples)] == [bool(lawns)]
     assert any(note.endswith(("(skipped)", "boxes)")) for note in summary.source_notes)
     if box is None:
-        with pytest.raises(UserError, match=REASON_OBJECT_WITHOUT_BOX):
+        with pytest.raises(UserError, match=re.escape(REASON_UNLISTED_CLASSES)):
             import_samples(source, tmp_path / "all", prompt="Locate all objects.")
+        for name, options in {
+            "listed": {"prompt": "Locate all of {labels}."},
+            "grounding": {"box_task": "grounding"},
+        }.items():
+            samples, _ = import_samples(source, tmp_path / name, **options)
+            assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13))]]
 
 
 def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:

@@ -45,8 +45,9 @@ def test_detection(root: Path, tmp_path: Path) -> None:
 def test_classification(root: Path, tmp_path: Path) -> None:
     labels = {"sub/a.b": 1, "b": {"label": "cat", "confidence": 0.5}}
     source = write_labels(root, labels, ["cat", "dog"])
-    samples, _ = import_samples(source, tmp_path / "out")
+    samples, summary = import_samples(source, tmp_path / "out")
     assert list_answers(samples) == [["dog"], ["cat"]]
+    assert summary.other_keys == {"confidence of labels, not imported": 1}
     check_export_roundtrip(source, tmp_path)
     several = write_labels(root, {"b": ["cat", {"label": "dog"}]})
     assert list_answers(import_samples(several, tmp_path / "several")[0]) == [["cat, dog"]]
@@ -56,7 +57,6 @@ def test_classification(root: Path, tmp_path: Path) -> None:
     ("labels", "what"),
     [
         ({"b": [{**BOX, "label": 7}]}, "the label"),
-        ({"b": [BOX, "dog"]}, "the box"),
         ({"b": [{**BOX, "bounding_box": [0.3, 0.15, 0.5]}]}, "the box"),
         ({"b": [{**BOX, "bounding_box": [0.8, 0.15, 0.5, 0.7]}]}, "outside its image"),
         ({"missing": [BOX]}, "no such image"),
@@ -65,6 +65,24 @@ def test_classification(root: Path, tmp_path: Path) -> None:
 def test_invalid_labels(root: Path, tmp_path: Path, labels: dict[str, Any], what: str) -> None:
     with pytest.raises(UserError, match=what):
         import_samples(write_labels(root, labels), tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("item", "kind"),
+    [
+        ("cat", "labels without a box"),
+        ({"label": "cat"}, "labels without a box"),
+        ({"label": "cat", "bounding_box": []}, "labels without a box"),
+        ({"label": "cat", "bounding_box": [0.1, 0.1, 0.2, 0.2, 30]}, "boxes of 5 values"),
+    ],
+)
+def test_label_without_a_box_does_not_fail_its_image(
+    root: Path, tmp_path: Path, item: object, kind: str
+) -> None:
+    source = write_labels(root, {"b": [BOX, item]}, ["dog", "cat"])
+    samples, summary = import_samples(source, tmp_path / "out")
+    assert samples[0].meta["classes"] == ["dog"]
+    assert summary.source_notes[f"{kind} (skipped)"] == 1
 
 
 def read_with_pycocotools(folder: Path) -> list[Any]:

@@ -9,8 +9,7 @@ from image_fixtures import write_gray_image
 
 from finesight.data.formats.dataset_format import ExportContext
 from finesight.data.formats.image_annotations import (
-    group_boxes_by_image,
-    group_texts_by_image,
+    group_by_image,
     round_coordinate,
 )
 from finesight.data.image_header import read_image_size
@@ -46,9 +45,7 @@ def test_duplicate_boxes_of_samples_are_merged(
     output = [sample(DOG), sample(DOG, DOG, CAT), sample(TextPart(text="none")), sample(CAT, DOG)]
     system = Message(role="system", content=(TextPart(text="Be brief."),))
     output.append(sample(CAT, TextPart(text="\n"), more=(system,)))
-    (one,) = group_boxes_by_image(
-        [LocatedSample(s, tmp_path) for s in output], write_context, set()
-    )
+    ((one,), _) = group_by_image([LocatedSample(s, tmp_path) for s in output], write_context, set())
     assert [box.label for box in one.boxes] == ["dog", "dog", "cat"]
     assert {what: count for what, count in write_context.lost_counts.items() if count} == {
         "questions, which an import regenerates from --prompt and --box-task": 5,
@@ -60,7 +57,7 @@ def test_duplicate_boxes_of_samples_are_merged(
 
 def test_texts_of_samples_are_merged(tmp_path: Path, write_context: ExportContext) -> None:
     output = [sample(TextPart(text="b")), sample(TextPart(text="a")), sample(TextPart(text="b"))]
-    (one,) = group_texts_by_image(
+    ((one,), _) = group_by_image(
         [LocatedSample(s, tmp_path) for s in output], write_context, {"note"}
     )
     assert one.answers == ["b", "r", "a"]
@@ -80,14 +77,16 @@ def test_unsupported_sample_is_rejected(
     tmp_path: Path, write_context: ExportContext, bad: Sample, what: str
 ) -> None:
     with pytest.raises(UserError, match=what) as caught:
-        group_boxes_by_image([LocatedSample(bad, tmp_path)], write_context, set())
+        group_by_image([LocatedSample(bad, tmp_path)], write_context, set(), is_detection=True)
     assert "sample s" in caught.value.where
     assert caught.value.remedy
 
 
 def test_boxes_are_rejected_for_text_formats(tmp_path: Path, write_context: ExportContext) -> None:
     with pytest.raises(UserError, match="a mix of answers with and without boxes"):
-        group_texts_by_image([LocatedSample(sample(DOG), tmp_path)], write_context, set())
+        group_by_image(
+            [LocatedSample(sample(DOG), tmp_path)], write_context, set(), is_detection=False
+        )
 
 
 def test_coordinates_use_shortest_notation() -> None:
@@ -98,4 +97,4 @@ def test_coordinates_use_shortest_notation() -> None:
 def test_box_with_blank_label_has_no_class(tmp_path: Path, write_context: ExportContext) -> None:
     output = sample(BoxPart(label=" ", xyxy=(1, 2, 3, 4)))
     with pytest.raises(UserError, match="the answer contains"):
-        group_boxes_by_image([LocatedSample(output, tmp_path)], write_context, set())
+        group_by_image([LocatedSample(output, tmp_path)], write_context, set(), is_detection=True)

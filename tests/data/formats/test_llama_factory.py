@@ -79,7 +79,7 @@ def test_openai_style_rows_are_ms_swift(folder: Path) -> None:
         (sharegpt("<image>?", "x", chosen={"from": "gpt", "value": "y"}), "'chosen'"),
         (sharegpt("<image>?", "x", kto_tag=False), "'kto_tag'"),
         (alpaca("?", "x", images=["a.png"]), "1 of them have no `<image>`"),
-        (alpaca("?", None), "output 'None'"),
+        (alpaca("?", None), "output is None"),
         (alpaca("?", "x", history=["y"]), "history with 'y'"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "tool calls"),
     ],

@@ -133,6 +133,7 @@ def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
         ({"text": "x"}, "a row with the keys text"),
         ({"conversation": [{"human": "x"}]}, "the turn"),
         ({"query": "x", "response": "y", "history": [["z"]]}, "history with"),
+        ({"conversation": [{"human": "x", "assistant": "y", "value": "z"}]}, "the turn"),
     ],
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:

@@ -74,7 +74,7 @@ def test_image_placeholders(folder: Path) -> None:
         (record("x", query="<image><image>"), "without an image: 1 image listed"),
         (record("x", query=None), "query is None"),
         (record("x", image=5), "an image given as int"),
-        (record("x", objects={"bbox": [[1, 2, 3, 4]]}), "the key 'objects'"),
+        (record("x", objects={"bbox": [[1, 2, 3, 4]]}), "1 boxes under objects.bbox have no"),
         (record("x", history=[["q"]]), "history with"),
     ],
 )

@@ -10,9 +10,11 @@ import pytest
 from case_files import load_cases
 from format_fixtures import list_turns, parse_record, summarize_content
 
+from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample
 from finesight.data.formats.table import (
     FORMAT,
+    find_box_format,
     find_unsupported_column,
     guess_box_options,
     guess_columns,
@@ -191,7 +193,6 @@ def test_several_images(folder: Path) -> None:
         ({"a": ["x", None]}, "image=image answer=a", "the answer is 'None'"),
         ({"a": {"raw": "x"}}, "image=image answer=a", "the answer is"),
         ({"a": []}, "image=image answer=a", "no answer"),
-        ({"b": None}, "image=image box=b", "no answer"),
         ({"a": "x", "q": " "}, "image=image answer=a question=q", "the question is"),
         ({"a": float("nan")}, "image=image answer=a", "the answer is 'nan'"),
         ({"a": "see <|vision_start|>"}, "image=image answer=a", "the placeholder"),
@@ -204,6 +205,7 @@ def test_several_images(folder: Path) -> None:
         ({"b": "left"}, "image=image box=b", "the box 'left'"),
         ({"b": [[1, 2, 3, 4], [5]]}, "image=image box=b", r"the box '\[5\]'"),
         ({"b": [1, 2, 3, 4], "l": ["a", "b"]}, "image=image box=b label=l", "2 labels for 1"),
+        ({"b": [1, 2, 3, 4], "l": {"a": None}}, "image=image box=b label=l", "the label is"),
         ({"b": [1, 2, 3, 4], "image": ["a.png"] * 2}, "image=image box=b", "2 images"),
         ({"b": [1, 2, 3, 4]}, "box=b", "0 images"),
         ({"image": "", "a": "x"}, "image=image answer=a", "an image given as str"),
@@ -329,3 +331,81 @@ def test_options_follow_the_question(folder: Path) -> None:
     columns = {"image": "image,more", "question": "q,A,option_b,C", "answer": "a"}
     found = parse_record(FORMAT, {"image": "b.png", **record}, folder, columns=columns)
     assert list_turns(found)[0][1] == [folder / "b.png", "which?\nA. cat\nB. dog"]
+
+
+def test_list_of_options_follows_the_question(folder: Path) -> None:
+    record = {"question": "Which pet is it?", "choices": ["cat", "dog"], "answer": "B"}
+    columns = guess_columns([{"image": "b.png", **record}] * 3)
+    assert columns["question"] == "question,choices"
+    mapped = " ".join(map("=".join, columns.items()))
+    for choices in (record["choices"], "['cat', 'dog']", '["cat", "dog"]'):
+        found = case(folder, {**record, "choices": choices}, mapped)
+        assert list_turns(found)[0][1] == [folder / "b.png", "Which pet is it?\nA. cat\nB. dog"]
+    with pytest.raises(UserError, match="the answer 1 to a question with 2 options"):
+        case(folder, {**record, "answer": 1}, mapped)
+    assert list_turns(case(folder, {**record, "choices": ["1", "2"], "answer": 1}, mapped))[1]
+
+
+@pytest.mark.parametrize("box", [None, "", " ", NAN, [], "[]"])
+def test_empty_box_cell_means_no_objects(folder: Path, box: object) -> None:
+    found = case(folder, {"b": box, "l": None}, "image=image box=b label=l", prompt="Find all.")
+    assert list_turns(found)[1] == ("assistant", ["none"])
+    with pytest.raises(UserError, match="1 labels for 0 boxes"):
+        case(folder, {"b": box, "l": "cat"}, "image=image box=b label=l", prompt="Find all.")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "question"),
+    [
+        ("Locate these classes: cat, dog, owl.", "Locate these classes: cat, owl."),
+        ("Locate these classes: dog, owl, cat.", "Locate these classes: owl, cat."),
+        ("Locate cat, owl, or dog?", "Locate cat, owl?"),
+        ("Locate every dogfish.", "Locate every dogfish."),
+        ("Locate each dog in the image.", None),
+    ],
+)
+def test_question_does_not_name_a_class_without_its_box(
+    folder: Path, prompt: str, question: str | None
+) -> None:
+    record = {"b": [[1, 1, 9, 9], [5, 5, 5, 5]], "l": ["cat", "dog"]}
+    options = {"columns": {"image": "image", "box": "b", "label": "l"}, "on_invalid_box": "drop"}
+    record |= {"image": "b.png"}
+    if question is None:
+        with pytest.raises(InvalidBoxError, match="no area"):
+            parse_record(FORMAT, record, folder, prompt=prompt, **options)
+        return
+    found = parse_record(FORMAT, record, folder, prompt=prompt, **options)
+    assert list_turns(found) == [
+        ("user", [folder / "b.png", question]),
+        ("assistant", [(0, "cat", (1.0, 1.0, 9.0, 9.0))]),
+    ]
+
+
+@pytest.mark.parametrize("empty", ["", None])
+def test_invalid_box_without_a_label_is_counted(folder: Path, empty: str | None) -> None:
+    columns = {"image": "image", "box": "b", "label": "l"}
+    record = {"image": "b.png", "b": [[1, 1, 9, 9], [5, 5, 5, 5]], "l": ["cat", empty]}
+    found = parse_record(
+        FORMAT, record, folder, columns=columns, prompt="Find.", on_invalid_box="drop"
+    )
+    assert list_turns(found)[1] == ("assistant", [(0, "cat", (1.0, 1.0, 9.0, 9.0))])
+    with pytest.raises(UserError, match="no area"):
+        parse_record(FORMAT, record, folder, columns=columns, prompt="Find.")
+    with pytest.raises(UserError, match="a box without a label"):
+        case(folder, {**record, "b": [[1, 1, 9, 9]] * 2}, "image=image box=b label=l", prompt="?")
+
+
+@pytest.mark.parametrize(
+    ("boxes", "expected"),
+    [
+        ([(10, 10, 60, 50), (100, 20, 180, 90)], "xyxy"),
+        ([(110.5, 10, 60, 50), (20, 60, 18, 30)], "xywh"),
+        ([(170, 80, 60, 40), (20, 20, 30, 30)], "cxcywh"),
+        ([(21, 3, 17, 8), (19, 4, 11, 9)], None),
+        ([(0.2, 0.3, 0.1, 0.4), (0.6, 0.1, 0.2, 0.1)], None),
+    ],
+)
+def test_boxes_in_columns_of_unknown_names(boxes: list[Any], expected: str | None) -> None:
+    records = [dict(zip("abcd", box, strict=True)) for box in boxes]
+    assert find_box_format(records, "a,b,c,d", [(200, 100)] * 2) == expected
+    assert find_box_format(records, "a,b,c,d", [(200, 100), None]) is None

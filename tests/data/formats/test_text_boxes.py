@@ -13,6 +13,7 @@ from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import DataChecker, inputs_from_files
+from finesight.data.formats.dataset_format import NOTE_THOUSANDTHS
 from finesight.data.import_source import ImportOptions
 from finesight.errors import UserError
 
@@ -47,7 +48,8 @@ def test_boxes_with_known_units_are_converted(
 ) -> None:
     samples, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "o", box_units=units)
     assert list_answers(samples) == [expected] * 3
-    assert summary.source_notes == {}
+    is_assumed = units is None and "bbox_2d" not in answer
+    assert summary.source_notes == ({NOTE_THOUSANDTHS: 3} if is_assumed else {})
 
 
 @pytest.mark.parametrize(

@@ -10,11 +10,12 @@ than left as text, because coordinates in text would be wrong after the image is
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from finesight.data.boxes import (
     BOX_KEY,
@@ -81,6 +82,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 
 ROLES: dict[str, Role] = {
     "system": "system",
+    "developer": "system",
     "user": "user",
     "human": "user",
     "assistant": "assistant",
@@ -89,13 +91,17 @@ ROLES: dict[str, Role] = {
 ROLE_KEYS = ("from", "role")
 TOOL_ROLES = re.compile("tool.*|function.*|observation|ipython")
 
-RESERVED_KEYS = frozenset(
-    {
-        *("id", "messages", "conversations", "conversation", "query", "response", "system"),
-        *("instruction", "input", "output", "label", "prompt", "completion", "history"),
-        *("objects", *IMAGE_KEYS, *VIDEO_KEYS),
-    }
+# Turns may also be pairs {"human": text, "assistant": text}; `history` is a list of such pairs.
+_TURN_LISTS = (("messages",), ("conversations",), ("conversation",))
+_TURN_PAIRS = (
+    ("query", "response", "history"),
+    ("instruction", "output", "input", "history"),
+    ("prompt", "completion"),
 )
+"""Keys of a question and its answer, then those of further texts."""
+
+TURN_KEYS = frozenset(("system", *itertools.chain(*_TURN_LISTS, *_TURN_PAIRS)))
+RESERVED_KEYS = TURN_KEYS.union(("id", "label", "objects", *IMAGE_KEYS, *VIDEO_KEYS))
 """Metadata keys that are not exported, because a dataset format would read them as content."""
 
 _COORDINATE = re.compile(r"-?\d+(?:\.\d+)?")
@@ -110,27 +116,29 @@ _TOKEN_BOXES = re.compile(
 )
 
 
-def parse_token_box(text: str) -> list[list[str]]:
-    """Parse the coordinates between box tokens, such as (x1,y1),(x2,y2) or [x1, y1, x2, y2].
+def create_token_boxes(
+    texts: Iterable[str], match: re.Match[str], images: RowImages
+) -> Iterator[BoxPart]:
+    """Create boxes from the texts between box tokens, such as (x1,y1),(x2,y2).
 
     Several boxes are in brackets each: [[x1, y1, x2, y2], ...].
 
     Raises:
-        InvalidRowError: The text is not a box.
+        InvalidRowError: A text is not a box.
     """
-    numbers = _COORDINATE.findall(text)
-    is_plain = _BOX_TEXT.fullmatch(text) is not None
-    if is_plain and len(numbers) == 4:
-        return [numbers]
-    boxes = [_COORDINATE.findall(box) for box in _BOXES_IN_BRACKETS.findall(text)]
-    if is_plain and boxes and all(len(box) == 4 for box in boxes):
-        return boxes
-    what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
-    raise InvalidRowError(
-        f"{text[:60]!r} between box tokens: {what}",
-        "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
-        "correct the row, or leave it out",
-    )
+    for text in texts:
+        numbers = _COORDINATE.findall(text)
+        boxes = [_COORDINATE.findall(box) for box in _BOXES_IN_BRACKETS.findall(text)]
+        boxes = [numbers] if len(numbers) == 4 else boxes
+        if not boxes or {4} != set(map(len, boxes)) or not _BOX_TEXT.fullmatch(text):
+            what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
+            raise InvalidRowError(
+                f"{text[:60]!r} between box tokens: {what}",
+                "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
+                "correct the row, or leave it out",
+            )
+        for box in boxes:
+            yield images.create_text_box(box, match["label"], BoxConvention(units="1000"))
 
 
 def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart]:
@@ -143,10 +151,8 @@ def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     for piece in split_at_pattern(answer, _TOKEN_BOXES) if "<|box_start|>" in answer else [answer]:
         if not isinstance(piece, str):
             images.require_single_image()
-            for text in re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL):
-                for coordinates in parse_token_box(text):
-                    convention = BoxConvention(units="1000")
-                    yield images.create_text_box(coordinates, piece["label"], convention)
+            texts = re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL)
+            yield from create_token_boxes(texts, piece, images)
         elif BOX_KEY not in piece:
             yield from _parse_plain_text(piece, images)
         else:
@@ -324,7 +330,8 @@ def build_turns_example(
 
     Args:
         media: Listed images and videos of the row, all of which must be placed.
-        *handled_keys: Keys of the row that the format has parsed. `sort_keys` handles the others.
+        *handled_keys: Further keys of the row that the format has parsed. `sort_keys` handles the
+            others, unless they have turns.
 
     Raises:
         UnsupportedKeyError: Another key has content that an import must not drop.
@@ -343,31 +350,101 @@ def build_turns_example(
         handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
         media.require_all_placed()
     names = _list_media_names(part for _, parts in messages for part in parts)
-    used = {*handled_keys, "id"} if row.has_own_id else handled_keys
+    used = {"system", *find_turn_keys(row.record), *handled_keys, *["id"] * row.has_own_id}
+    used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
     return build_example(row.id, messages, meta)
 
 
-def parse_turns(record: Record, context: ImportContext, key: str = "conversations") -> list[Turn]:
-    """Return role and text of each turn under a key of a record, after its system prompt.
+def find_turn_keys(record: Record) -> tuple[str, ...]:
+    """Return the keys of a row with its turns: a list, or a question and its answer.
 
     Raises:
-        UserError: The value is not a list of turns.
+        InvalidRowError: The row has no turns, or several lists of turns.
+    """
+    lists = [keys for keys in _TURN_LISTS if has_value(record.get(keys[0]))]
+    if len(lists) > 1:
+        names = " and ".join(keys[0] for keys in lists)
+        raise InvalidRowError(
+            f"turns under {names}",
+            "the turns of a row under one key",
+            "remove the key that is not meant for training, from all rows",
+        )
+    pairs = [keys for keys in _TURN_PAIRS if record.keys() >= set(keys[:2])]
+    empty = [keys for keys in _TURN_LISTS if keys[0] in record]
+    for keys in (*lists, *pairs, *empty):
+        return keys
+    raise InvalidRowError(
+        f"a row with the keys {', '.join(map(str, record))}",
+        "messages, conversations, query and response, or prompt and completion",
+        "correct the row, or choose another --format",
+    )
+
+
+def parse_turns(
+    record: Record, context: ImportContext, *, with_parts: bool = False
+) -> list[tuple[Role, Any]]:
+    """Return role and content of each turn of a row, after its system prompt.
+
+    Args:
+        with_parts: The content may also be a list of parts.
+
+    Raises:
+        InvalidRowError: The row has no turns, or one of them has neither role nor content.
         UnsupportedKeyError: A turn has content other than text.
     """
-    values = record.get(key)
-    if not isinstance(values, list) or not values:
-        raise InvalidRowError(f"{key} is {describe_value(values)}", "a list of turns")
-    turns = parse_system(record)
-    for turn in values:
+    turns: list[tuple[Role, Any]] = []
+    for turn in _iter_turns(record):
         role = parse_role(turn)
         text_key = "content" if turn.get("value") is None else "value"
-        text = turn.get(text_key)
-        reasoning = sort_turn_keys(turn, role, text_key, context)
-        if not isinstance(text, str):
+        content = turn.get(text_key)
+        reasoning = format_reasoning(sort_turn_keys(turn, role, text_key, context), str(content))
+        if isinstance(content, str):
+            content = f"{reasoning}{content}"
+        elif not with_parts:
             raise _build_turn_error(turn)
-        turns.append((role, f"{format_reasoning(reasoning, text)}{text}"))
+        elif reasoning:
+            content = [{"type": "text", "text": reasoning}, *as_list(content)]
+        turns.append((role, content))
     return turns
+
+
+def _iter_turns(record: Record) -> Iterator[Any]:
+    """Yield the turns of a row as objects with role and content, in any layout."""
+    keys = find_turn_keys(record)
+    if system := record.get("system"):
+        yield {"role": "system", "content": system if isinstance(system, list) else str(system)}
+    if keys in _TURN_LISTS:
+        values = record[keys[0]]
+        if not isinstance(values, list) or not values:
+            raise InvalidRowError(f"{keys[0]} is {describe_value(values)}", "a list of turns")
+        yield from itertools.chain.from_iterable(map(_split_pair, values))
+        return
+    for key in keys:
+        if not isinstance(record.get(key), str | list | (None if key in keys[2:] else str)):
+            raise InvalidRowError(f"{key} is {record[key]!r}", "text")
+    for pair in as_list(record.get("history") if "history" in keys else None):
+        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
+            raise InvalidRowError(
+                f"history with {str(pair)[:60]!r}", "pairs of texts, [question, answer]"
+            )
+        yield from _split_pair({"human": pair[0], "assistant": pair[1]})
+    question, answer = record[keys[0]], record[keys[1]]
+    if "input" in keys and has_value(record.get("input")):
+        question = f"{question}\n{record['input']}"
+    for role, value in (("user", question), ("assistant", answer)):
+        yield from value if isinstance(value, list) else [{"role": role, "content": value}]
+
+
+def _split_pair(turn: Any) -> list[Any]:
+    """Return question and answer of a turn with both and without a role, else the turn."""
+    if not isinstance(turn, dict) or not {"human", "assistant"} <= turn.keys():
+        return [turn]
+    if any(has_value(turn.get(key)) for key in (*ROLE_KEYS, "content", "value")):
+        return [turn]
+    others = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
+    question = {"role": "user", "content": turn["human"]}
+    return [question, {**others, "role": "assistant", "content": turn["assistant"]}]
 
 
 def parse_role(turn: object) -> Role:
@@ -442,24 +519,6 @@ def format_reasoning(reasoning: str, answer: str) -> str:
             "the reasoning in one place",
         )
     return f"<think>\n{reasoning.strip()}\n</think>\n\n" if reasoning else ""
-
-
-def parse_system(record: Record) -> list[Turn]:
-    """Return the turn of the system prompt of a record, if it has one."""
-    system = record.get("system")
-    return [("system", str(system))] if system else []
-
-
-def parse_history(record: Record) -> list[Turn]:
-    """Return the earlier turns of a record, question-answer pairs under `history`."""
-    turns: list[Turn] = []
-    for pair in as_list(record.get("history")):
-        if not isinstance(pair, list | tuple) or [type(text) for text in pair] != [str, str]:
-            raise InvalidRowError(
-                f"history with {str(pair)[:60]!r}", "pairs of texts, [question, answer]"
-            )
-        turns += [("user", pair[0]), ("assistant", pair[1])]
-    return turns
 
 
 def get_role(turn: Record) -> Role | None:

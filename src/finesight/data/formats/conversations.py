@@ -1,68 +1,35 @@
 r"""Conversations of texts with placeholders: seven formats that mark images differently.
 
-conversations: image paths between `<|vision_start|>` and `<|vision_end|>`, at any position.
+`DatasetFormat.description` shows a row of each format. A conversation may have any number of turns
+and images. See `conversation_rows` for the keys of its turns and the boxes in its answers.
 
-{"conversations": [{"from": "user", "value": "COCO Yes: <|vision_start|>a.jpg<|vision_end|>"},
-                   {"from": "assistant", "value": "A dog on a lawn."}]}
-
-qwen-vl: images in `<img>`, and boxes in `<box>` on a grid of 1000.
-
-{"conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\nWhere is the dog?"},
-                   {"from": "assistant", "value": "<ref>a dog</ref><box>(88,99),(500,700)</box>"}]}
-
-A conversation may have any number of turns and images. `Picture 1:` and the line break after an
-image are removed, because each model family adds its own. A box belongs to the last image before
-it, in any turn.
-
-image-path: the first user message is only an image path. The rows contain no question: `--prompt`
-sets it. Later user messages are text unless they are image paths as well.
-
-{"conversations": [{"role": "user", "value": "LaTeX_OCR/0.jpg"},
-                   {"role": "assistant", "value": "x ^ { 2 }"}]}
-
-llava: the guide "Finetune LLaVA on Custom Datasets" documents it. The line break after `<image>` is
-removed, because each model family adds its own.
-
-[{"id": "1", "image": "a.jpg",
-  "conversations": [{"from": "human", "value": "<image>\nWhat is this?"},
-                    {"from": "gpt", "value": "A dog on a lawn."}]}]
-
-llama-factory: sharegpt (turns with a list of images) and alpaca, with the default names of columns
-and roles in the README of its `data` folder. In alpaca, the question is the instruction followed by
-the input on a new line; `system` and `history` are the system prompt and earlier turns.
-LLaMA-Factory messages with `role` and `content` are read as `ms-swift`.
-
-{"conversations": [{"from": "human", "value": "<image>What is this?"},
-                   {"from": "gpt", "value": "A dog."}], "images": ["a.jpg"]}
-{"instruction": "<image>What is this?", "input": "", "output": "A dog.", "images": ["a.jpg"]}
+- conversations: image paths between `<|vision_start|>` and `<|vision_end|>`, at any position.
+- qwen-vl: images in `<img>`, and boxes in `<box>` on a grid of 1000, after their label in `<ref>`.
+  `Picture 1:` and the line break after an image are removed, because each model family adds its
+  own. A box belongs to the last image before it, in any turn.
+- image-path: the first user message is only an image path; `--prompt` sets the question. Later user
+  messages are text unless they are image paths as well.
+- llava: the guide "Finetune LLaVA on Custom Datasets" documents it. The line break after `<image>`
+  is removed, because each model family adds its own.
+- llama-factory: sharegpt (turns with a list of images) and alpaca, with the default names of the
+  README of its `data` folder. In alpaca, the question is the instruction followed by the input on
+  a new line. Messages with `role` and `content` are read as `ms-swift`.
+- ms-swift: messages with boxes under `objects`, as on its page "Custom Dataset".
+- query-response: `query`, `response` and `history` without `objects`.
 
 If a record lists its images under `image` or `images`, each `<image>` in the text stands for the
-next of them, and each `<video>` for the next of `video` or `videos`, which are video files. See
-`conversation_rows` for boxes in answers.
-
-ms-swift: messages with boxes under `objects`, and query-response.
+next of them, and each `<video>` for the next of `video` or `videos`, which are video files. In
+ms-swift and query-response, listed files without any placeholder precede the first question.
 
 {"messages": [{"role": "user", "content": "<image>Find the <ref-object>"},
               {"role": "assistant", "content": "<bbox><bbox>"}], "images": ["a.jpg"],
  "objects": {"ref": ["sheep"], "bbox": [[90.9, 160.8, 135, 212.8], [360.9, 480.8, 495, 532.8]]}}
 
-The page "Custom Dataset" of ms-swift documents both. Placeholders in the text are replaced in
-order: `<image>` by the next of `images`, `<ref-object>` by the next of `ref`, and `<bbox>` by the
-next of `bbox`. Without `<image>` placeholders, the images precede the first question. The same
-applies to `<video>` and the video files under `videos`.
-
-A box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
+In ms-swift, `<ref-object>` is replaced by the next of `ref`, and `<bbox>` by the next of `bbox`. A
+box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
 0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
 their label; elsewhere it is text. References without a placeholder are counted, and ignored as in
 ms-swift.
-
-Messages may also be given under `conversation`, as pairs of human and assistant, or under `query`,
-`response` and `history`, the earlier turns as pairs of texts. LLaMA-Factory messages with images
-have the same format. Rows of `query` and `response` without `objects` are the format
-query-response, whose boxes are JSON under `bbox_2d` in the response; see `conversation_rows`.
-
-{"image": ["a.jpg"], "query": "what is written on the ghost?",
- "response": "{\"bbox_2d\": [467, 628, 521, 661]}"}
 """
 
 from __future__ import annotations
@@ -83,14 +50,12 @@ from finesight.data.formats.conversation_rows import (
     Turn,
     add_box_note,
     build_turns_example,
+    create_token_boxes,
     encode_row,
     format_answer,
     list_images,
     list_turn_texts,
-    parse_history,
-    parse_system,
     parse_text,
-    parse_token_box,
     parse_turns,
     render_turns,
     write_rows,
@@ -107,7 +72,7 @@ from finesight.data.formats.dataset_format import (
     make_text_part,
     split_at_pattern,
 )
-from finesight.data.formats.row_keys import TURNS, has_value, sort_keys
+from finesight.data.formats.row_keys import has_value, sort_keys
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
     BoxPart,
@@ -137,11 +102,8 @@ _QWEN_VL_TAGS = re.compile(
     rf"|(?:<ref>(?P<label>{_REF_TEXT})</ref>)?(?P<boxes>(?:{_BOX})+)"
     rf"|<ref>(?P<words>{_REF_TEXT})</ref>"
 )
-_QWEN_VL_BOXES = BoxConvention(format="xyxy", units="1000")
 
 LLAVA_FILE = "data.json"
-_TURN_KEYS = ("conversations", "system")
-ALPACA_KEYS = ("instruction", "input", "output", "history")
 DATASET_INFO = {
     "finesight": {
         "file_name": JSONL_FILE,
@@ -153,14 +115,11 @@ BOX_NOTE = (
     ". LLaMA-Factory trains on these coordinates unchanged, even if it resizes images to"
     " image_max_pixels (768 x 768 unless set): set that above your largest image"
 )
-_IMAGE_TAG = re.compile("<image>")
 _OBJECT_PLACEHOLDER = re.compile(
     r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>"
 )
 _OBJECT_CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
 _OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
-_QUERY_KEYS = ("query", "response", "history", "system")
-_SWIFT_KEYS = ("messages", "conversation", "objects", *_QUERY_KEYS)
 _ObjectLists = dict[str, list[Any]]
 
 
@@ -221,14 +180,13 @@ def _detect_llama_factory(records: Sequence[Record]) -> str | None:
 
 
 def _parse_conversation(row: SourceRow, context: ImportContext) -> ImportExample:
-    return _build_example(row, context, parse_turns(row.record, context), _TURN_KEYS)
+    return _build_example(row, context, parse_turns(row.record, context))
 
 
 def _build_example(
     row: SourceRow,
     context: ImportContext,
     turns: Sequence[Turn],
-    handled_keys: Sequence[str],
     placeholder: re.Pattern[str] = IMAGE_PLACEHOLDER,
     objects: _ObjectQueue | None = None,
 ) -> ImportExample:
@@ -264,6 +222,7 @@ def _build_example(
             else:
                 yield media.add("video" if is_llava_video or piece[0] == "<video>" else "image")
 
+    handled_keys = () if objects is None else ("objects",)
     return build_turns_example(row, context, turns, parse_turn, media, *handled_keys)
 
 
@@ -276,7 +235,7 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
         return parse_text(role, text, row_images)
 
     turns = parse_turns(row.record, context)
-    return build_turns_example(row, context, turns, parse_turn, None, *_TURN_KEYS)
+    return build_turns_example(row, context, turns, parse_turn, None)
 
 
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -284,31 +243,7 @@ def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
     turns = [
         (role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record, context)
     ]
-    return _build_example(row, context, turns, _TURN_KEYS)
-
-
-def _parse_llama_factory(row: SourceRow, context: ImportContext) -> ImportExample:
-    record = row.record
-    if "conversations" in record:
-        return _parse_conversation(row, context)
-    instruction, input_text, output = (record.get(key) for key in ALPACA_KEYS[:3])
-    if not (
-        isinstance(instruction, str)
-        and isinstance(output, str)
-        and isinstance(input_text, str | None)
-    ):
-        raise InvalidRowError(
-            ", ".join(f"{key} {str(record.get(key))[:30]!r}" for key in ALPACA_KEYS[:3]),
-            "three texts, input being optional",
-        )
-    question = f"{instruction}\n{input_text}" if has_value(input_text) else instruction
-    turns = [
-        *parse_system(record),
-        *parse_history(record),
-        ("user", question),
-        ("assistant", output),
-    ]
-    return _build_example(row, context, turns, (*ALPACA_KEYS, "system", "conversations"))
+    return _build_example(row, context, turns)
 
 
 def _detect_qwen_vl(records: Sequence[Record]) -> str | None:
@@ -336,12 +271,10 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
             elif piece["boxes"] is None:
                 yield make_text_part(piece["words"])
             else:
-                for text_between in re.findall(_BOX, piece["boxes"]):
-                    for box in parse_token_box(text_between):
-                        yield images.create_text_box(box, piece["label"], _QWEN_VL_BOXES)
+                yield from create_token_boxes(re.findall(_BOX, piece["boxes"]), piece, images)
 
     turns = parse_turns(row.record, context)
-    return build_turns_example(row, context, turns, parse_turn, None, *_TURN_KEYS)
+    return build_turns_example(row, context, turns, parse_turn, None)
 
 
 def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -546,15 +479,10 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
     )
 
 
-def _parse_query_response(row: SourceRow, context: ImportContext) -> ImportExample:
-    turns, no_objects = _parse_query(row.record), _ObjectQueue.from_value(None, context)
-    return _build_example(row, context, turns, _QUERY_KEYS, _IMAGE_TAG, no_objects)
-
-
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
     objects = _ObjectQueue.from_value(row.record.get("objects"), context)
-    turns = _parse_swift_turns(row.record, context)
-    example = _build_example(row, context, turns, _SWIFT_KEYS, _OBJECT_PLACEHOLDER, objects)
+    turns = parse_turns(row.record, context)
+    example = _build_example(row, context, turns, _OBJECT_PLACEHOLDER, objects)
     if num_refs_left := len(list(objects.refs)):  # ms-swift ignores them as well
         context.other_keys["references without `<ref-object>`, not imported"] += num_refs_left
     num_boxes_left = len(list(objects.boxes))
@@ -564,39 +492,6 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
             "a `<bbox>` for each box",
         )
     return example
-
-
-def _parse_swift_turns(record: Record, context: ImportContext) -> list[Turn]:
-    if "messages" in record:
-        return parse_turns(record, context, "messages")
-    if "conversation" not in record:
-        return _parse_query(record)
-    turns = parse_system(record)
-    for pair in as_list(record["conversation"]):
-        texts = pair if isinstance(pair, dict) else {}
-        question, answer = texts.get("human"), texts.get("assistant")
-        if not isinstance(question, str) or not isinstance(answer, str):
-            raise InvalidRowError(
-                f"the turn {str(pair)[:80]}", '{"human": text, "assistant": text}'
-            )
-        sort_keys(texts, ("human", "assistant"), TURNS, context.other_keys)
-        turns += [("user", question), ("assistant", answer)]
-    return turns
-
-
-def _parse_query(record: Record) -> list[Turn]:
-    if not {"query", "response"} <= record.keys():
-        raise UserError(
-            f"a row with the keys {', '.join(map(str, record))}",
-            expected="messages, conversation, or query and response",
-            remedy="correct the row, or choose another --format",
-        )
-    query, response = record["query"], record["response"]
-    if not isinstance(query, str) or not isinstance(response, str):
-        key = "response" if isinstance(query, str) else "query"
-        raise InvalidRowError(f"{key} is {record[key]!r}", "text")
-    history = parse_history(record)
-    return [*parse_system(record), *history, ("user", query), ("assistant", response)]
 
 
 @dataclass(slots=True)
@@ -731,63 +626,50 @@ CONVERSATIONS = DatasetFormat(
     description=(
         '"conversations": [{"from": "user", "value": "...<|vision_start|>path<|vision_end|>"}]'
     ),
-    typical_keys=frozenset({"conversations", "from", "value"}),
     detect=_detect_conversations,
     parse_row=_parse_conversation,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_conversations,
 )
 IMAGE_PATH = DatasetFormat(
     name="image-path",
     description='"conversations": [{"role": "user", "value": "path"}, ...], question by --prompt',
-    typical_keys=frozenset({"conversations", "role", "value"}),
     detect=_detect_image_path,
     parse_row=_parse_image_path,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_image_path,
 )
 LLAVA = DatasetFormat(
     name="llava",
     description='"image": "path", "conversations": [{"from": "human", "value": "<image>\\n..."}]',
-    typical_keys=frozenset({"image", "conversations", "from", "value"}),
     detect=_detect_llava,
     parse_row=_parse_llava,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_llava,
 )
 LLAMA_FACTORY = DatasetFormat(
     name="llama-factory",
-    description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]',
-    typical_keys=frozenset({"conversations", "from", "value", "images", "instruction", "output"}),
+    description='"conversations": [{"from": "human", "value": "<image>..."}], "images": ["path"]'
+    '; "instruction": "...", "output": "..."',
     detect=_detect_llama_factory,
-    parse_row=_parse_llama_factory,
-    supported_options=frozenset({"prompt", "boxes"}),
+    parse_row=_parse_conversation,
     write_files=_write_llama_factory,
 )
 QWEN_VL = DatasetFormat(
     name="qwen-vl",
     description='"conversations": [{"from": "user", "value": "Picture 1: <img>path</img>\\n..."}]',
-    typical_keys=frozenset({"conversations", "from", "value"}),
     detect=_detect_qwen_vl,
     parse_row=_parse_qwen_vl,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_qwen_vl,
 )
 MS_SWIFT = DatasetFormat(
     name="ms-swift",
     description='"messages": [{"role": "user", "content": "<image>..."}], "images": ["path"]',
-    typical_keys=frozenset({"messages", "images", "objects", "role", "content"}),
     detect=_detect_ms_swift,
     parse_row=_parse_ms_swift,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_ms_swift,
 )
 QUERY_RESPONSE = DatasetFormat(
     name="query-response",
     description='"image": ["path"], "query": "...", "response": "..."',
-    typical_keys=frozenset({"query", "response"}),
     detect=_detect_query_response,
-    parse_row=_parse_query_response,
-    supported_options=frozenset({"prompt", "boxes"}),
+    parse_row=_parse_ms_swift,
     write_files=_write_query_response,
 )

@@ -124,6 +124,9 @@ InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 A box without area inside the image is dropped with `clip`, too.
 """
 
+NOTE_THOUSANDTHS = (
+    "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
+)
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
@@ -337,6 +340,8 @@ class RowImages:
 
     def create_text_box(self, value: object, label: str | None, default: BoxConvention) -> BoxPart:
         """Create the part of a box within a text, which an import cannot drop."""
+        is_assumed = default.units == "1000" and self._context.box_units is None
+        self._context.row_notes[NOTE_THOUSANDTHS] += is_assumed
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
@@ -417,13 +422,14 @@ def decode_json_lists(record: Record) -> Record:
         if isinstance(value := record.get(key), str) and value.lstrip()[:1] in ("[", "{")
     }
     decoded = {
-        key: _decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
+        key: decode_json_list(text, (dict, list) if key in _TURN_KEYS else (dict, list, str))
         for key, text in texts.items()
     }
     return {**record, **decoded} if texts else record
 
 
-def _decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
+def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
+    """Parse a list in JSON or as a Python literal; return other text unchanged."""
     try:
         check_json(text.encode(errors="replace"), "")
         value = parse_unique_json(text)
@@ -473,15 +479,19 @@ class DatasetFormat:
     name: str
     description: str
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
-    typical_keys: frozenset[str] = frozenset()
     detect: Callable[[Sequence[Record]], str | None] = lambda records: None
-    supported_options: frozenset[str] = frozenset()
+    supported_options: frozenset[str] = frozenset({"prompt", "boxes"})
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = (
         lambda _, columns: columns
     )
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
+
+    @property
+    def typical_keys(self) -> set[str]:
+        """Keys of JSON in the description."""
+        return set(re.findall(r'"(\w+)":', self.description))
 
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.

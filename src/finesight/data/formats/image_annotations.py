@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,14 @@ MAX_PROMPT_CLASSES = 20
 
 NO_OBJECTS_ANSWER = "none"
 
-REASON_OBJECT_WITHOUT_BOX = "images with objects without a box, for which the question would ask"
+REASON_OBJECT_WITHOUT_BOX = (
+    "images with objects without a box, for which the question would ask; to import the images,"
+    " remove these objects from the annotations"
+)
+REASON_UNLISTED_CLASSES = (
+    "images with objects without a box, for which the question would ask; to leave out their"
+    " classes, give --prompt with {labels}, or --box-task grounding"
+)
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
 
 MAX_CLASSES = 100_000
@@ -227,12 +234,11 @@ def build_detection_examples(
     boxes_with_attributes = [pair for pair in located_boxes if pair[0].label not in omitted]
     template = annotation.default_prompt if context.prompt is None else context.prompt
     has_class_list = "{labels}" in template
-    if omitted and (
-        not boxes_with_attributes
-        or UNKNOWN_LABEL in omitted
-        or (context.box_task == "detection" and not has_class_list)
-    ):
+    if omitted and (not boxes_with_attributes or UNKNOWN_LABEL in omitted):
         context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
+        return []
+    if omitted and context.box_task == "detection" and not has_class_list:
+        context.skipped_rows[REASON_UNLISTED_CLASSES] += 1
         return []
     context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(annotation.class_names))
     context.row_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
@@ -464,41 +470,36 @@ class ImageRecord:
                 self.boxes.append(box)
 
 
-def group_boxes_by_image(
-    samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
-) -> list[ImageRecord]:
-    """Group the boxes of all samples by image, in order of appearance."""
-    records: dict[Path, ImageRecord] = {}
-    for located_sample in samples:
-        record = _get_record(located_sample, records, context, meta_keys)
-        record.merge_boxes(list(_iter_boxes(located_sample.sample)))
-        context.lost_counts["references"] += bool(located_sample.sample.references)
-    return list(records.values())
-
-
-def group_texts_by_image(
-    samples: Iterable[LocatedSample], context: ExportContext, meta_keys: Set[str]
-) -> list[ImageRecord]:
-    """Group the answers and references of all samples by image, in order of appearance."""
-    records: dict[Path, ImageRecord] = {}
-    for located_sample in samples:
-        record = _get_record(located_sample, records, context, meta_keys)
-        texts = [_get_answer_text(located_sample.sample), *located_sample.sample.references]
-        record.answers += [text for text in texts if text not in record.answers]
-    return list(records.values())
-
-
-def group_answers_by_image(
-    samples: Sequence[LocatedSample], context: ExportContext, meta_keys: Set[str]
+def group_by_image(
+    samples: Sequence[LocatedSample],
+    context: ExportContext,
+    meta_keys: Set[str],
+    *,
+    is_detection: bool | None = None,
 ) -> tuple[list[ImageRecord], bool]:
-    """Group the boxes or else the texts of all samples by image, and return if there are boxes."""
-    is_detection = any(
-        isinstance(part, BoxPart)
-        for located_sample in samples
-        for part in located_sample.sample.messages[-1].content
-    )
-    group_by_image = group_boxes_by_image if is_detection else group_texts_by_image
-    return group_by_image(samples, context, meta_keys), is_detection
+    """Group the boxes or texts of all samples by image, in order of appearance.
+
+    Args:
+        is_detection: Whether to group boxes, or texts with references. By default, boxes are
+            grouped if there are any.
+
+    Returns:
+        A record per image, and whether boxes were grouped.
+    """
+    if is_detection is None:
+        answers = (located_sample.sample.messages[-1].content for located_sample in samples)
+        is_detection = any(isinstance(part, BoxPart) for answer in answers for part in answer)
+    records: dict[Path, ImageRecord] = {}
+    for located_sample in samples:
+        record = _get_record(located_sample, records, context, meta_keys)
+        references = located_sample.sample.references
+        if is_detection:
+            record.merge_boxes(list(_iter_boxes(located_sample.sample)))
+            context.lost_counts["references"] += bool(references)
+        else:
+            texts = [_get_answer_text(located_sample.sample), *references]
+            record.answers += [text for text in texts if text not in record.answers]
+    return list(records.values()), is_detection
 
 
 def collect_classes(records: Sequence[ImageRecord]) -> list[str]:

@@ -33,7 +33,7 @@ from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
     assign_text_file,
     build_text_example,
-    group_texts_by_image,
+    group_by_image,
     require_inside_output,
 )
 from finesight.data.row_reader import (
@@ -102,7 +102,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a text file with the answer next to each image."""
     used_names: set[str] = set()
-    for record in group_texts_by_image(samples, context, set()):
+    records, _ = group_by_image(samples, context, set(), is_detection=False)
+    for record in records:
         name = require_inside_output(record.image_path, context, "a folder of texts")
         text = assign_text_file(name, used_names)
         if len(record.answers) != 1:

@@ -2,10 +2,6 @@
 
 coco: a document of captions or instances.
 
-{"images": [{"id": 1, "file_name": "a.jpg", "width": 640, "height": 480}],
- "annotations": [{"id": 7, "image_id": 1, "category_id": 2, "bbox": [x, y, width, height]}],
- "categories": [{"id": 2, "name": "dog"}]}
-
 A box is its top left corner and size in pixels, 0-based. Without a box, the enclosing box of the
 polygons in `segmentation` is used. Several captions of an image are answers to the same question.
 Crowd regions and other annotations have no box. Area and keypoints are ignored. Images
@@ -23,9 +19,6 @@ path of each key replaces the folder. Images without a label are skipped and cou
 of a box are stored in the metadata; its confidence is ignored.
 
 labelme: a folder of JSON files, one per image, with `shapes`.
-
-{"imagePath": "a.jpg", "imageHeight": 480, "imageWidth": 640, "imageData": null, "shapes":
- [{"label": "dog", "shape_type": "rectangle", "points": [[10.5, 20.0], [110.0, 220.5]]}]}
 
 A rectangle is given by two opposite corners in any order; some tools write all four. A polygon,
 circle, line or mask is converted to its bounding box; points have none. Coordinates are in pixels,
@@ -70,8 +63,7 @@ from finesight.data.formats.image_annotations import (
     collect_classes,
     enclose_shape,
     find_image_folder,
-    group_answers_by_image,
-    group_boxes_by_image,
+    group_by_image,
     list_image_names,
     make_unique_stem,
     parse_declared_size,
@@ -94,9 +86,10 @@ from finesight.errors import UserError
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 _IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
 _ANNOTATION_KEYS = (
-    *("id", "image_id", "category_id", "bbox", "caption", "iscrowd", "area"),
+    *("id", "image_id", "category_id", "bbox", "iscrowd", "area"),
     *("segmentation", "keypoints", "num_keypoints"),
 )
+_OBJECT_KEYS = frozenset(("bbox", "segmentation", "category_id"))
 REASON_NO_CAPTION = "images without a caption"
 UNSUPPORTED_KEYS = ("segmentation", "keypoints")
 LABELS_FILE, MANIFEST_FILE, DATA_FOLDER = "labels.json", "data.json", "data"
@@ -162,16 +155,19 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of an image in a COCO document."""
     image, annotations = row.record["image"], row.record["annotations"]
     count_keys([image], _IMAGE_KEYS, "images", context.other_keys)
-    count_keys(annotations, _ANNOTATION_KEYS, "annotations", context.other_keys)
+    is_caption = row.record["names"] is None
+    used_keys = (*_ANNOTATION_KEYS, *["caption"] * is_caption)
+    count_keys(annotations, used_keys, "annotations", context.other_keys)
     meta = {"image_id": image.get("id"), "license": image.get("license")}
     meta = {key: value for key, value in meta.items() if value is not None}
-    if row.record["names"] is None:
+    if is_caption:
         return _parse_captions(row, annotations, meta, context)
     names: dict[str, str] = row.record["names"]
     is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
     objects = [
         ObjectAnnotation(_get_class_name(one, names), _find_box(one, context.row_notes, is_coco))
         for one in annotations
+        if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
     ]
     image_annotation = ImageAnnotation(
         row.record["path"],
@@ -185,7 +181,7 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 
 def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a COCO document, of instances if any answer contains a box, else of captions."""
-    records, is_detection = group_answers_by_image(samples, context, {"image_id", "license"})
+    records, is_detection = group_by_image(samples, context, {"image_id", "license"})
     classes = collect_classes(records)
     declared_ids = [record.meta.get("image_id") for record in records]
     ids = [value for value in declared_ids if isinstance(value, int)]
@@ -257,14 +253,15 @@ def _find_box(
     annotation: Record, source_notes: Counter[str], use_polygons: bool
 ) -> Sequence[object] | None:
     """Return the box of an annotation, or the enclosing box of its polygons, else None."""
-    polygons = annotation.get("segmentation")
+    polygons, num_values = annotation.get("segmentation"), len(as_list(annotation.get("bbox")))
     if annotation.get("iscrowd"):
         return enclose_shape("crowd regions", None, source_notes)
-    if annotation.get("bbox"):
+    if 0 < num_values <= 4:
         source_notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
         return annotation["bbox"]  # type: ignore[no-any-return]  # validated as coordinates
     if not use_polygons or not isinstance(polygons, list) or not polygons:
-        return enclose_shape("annotations without a box", None, source_notes)
+        kind = f"boxes of {num_values} values" if num_values else "annotations without a box"
+        return enclose_shape(kind, None, source_notes)
     corners = [
         zip(flat[::2], flat[1::2], strict=False) for flat in polygons if isinstance(flat, list)
     ]
@@ -384,17 +381,20 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
             expected="a class name, or an index into classes",
             remedy="correct the label, or remove it",
         )
+    all_fields = [item if isinstance(item, dict) else {} for item in items]
+    used_keys = _ITEM_KEYS if record["is_detection"] else ("label",)
+    count_keys(all_fields, used_keys, "labels", context.other_keys)
     if not record["is_detection"]:
         answer, meta = ", ".join(labels), {"classes": classes}
         return [build_text_example(row.id, record["path"], [answer], classes, context, meta)]
     objects = []
-    for item, label in zip(items, labels, strict=True):
-        # Without a box, the list of its coordinates is empty, which is an error of the row.
-        fields = item if isinstance(item, dict) else {}
-        count_keys([fields], _ITEM_KEYS, "labels", context.other_keys)
+    for fields, label in zip(all_fields, labels, strict=True):
         attributes = fields.get("attributes")
-        box = as_list(fields.get("bounding_box"))
         attributes = attributes if isinstance(attributes, dict) else {}
+        box: Sequence[object] | None = as_list(fields.get("bounding_box"))
+        if not box or len(box) > 4:
+            kind = f"boxes of {len(box)} values" if box else "labels without a box"
+            box = enclose_shape(kind, None, context.row_notes)
         objects.append(ObjectAnnotation(label, box, attributes))
     annotation = ImageAnnotation(record["path"], objects, classes)
     return build_detection_examples(row, annotation, context, FIFTYONE_BOX_CONVENTION)
@@ -402,7 +402,7 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
 
 def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write labels.json, of a detection dataset if any answer contains a box, and data.json."""
-    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
+    records, is_detection = group_by_image(samples, context, {"boxes"})
     answers = sorted({answer for record in records for answer in record.answers})
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     indices = {name: index for index, name in enumerate(classes)}
@@ -490,7 +490,8 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
 def _write_labelme(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a LabelMe file per image, with its boxes as rectangles."""
     used_stems: set[str] = set()
-    for record in group_boxes_by_image(samples, context, set()):
+    records, _ = group_by_image(samples, context, set(), is_detection=True)
+    for record in records:
         content = json.dumps(_build_record(record, context), ensure_ascii=False, indent=2)
         yield (
             f"{make_unique_stem(record.image_path.stem, used_stems)}.json",
@@ -606,7 +607,6 @@ def _format_point(point: Sequence[float]) -> list[float]:
 COCO = DatasetFormat(
     name="coco",
     description='a .json file of {"images": [...], "annotations": [...], "categories": [...]}',
-    typical_keys=frozenset({"annotations", "categories"}),
     parse_row=_parse_coco,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_coco,
@@ -623,7 +623,6 @@ FIFTYONE = DatasetFormat(
 LABELME = DatasetFormat(
     name="labelme",
     description='a folder of JSON files, {"imagePath": "a.jpg", "shapes": [...]}',
-    typical_keys=frozenset({"imagePath", "shapes"}),
     parse_row=_parse_labelme,
     supported_options=frozenset({"prompt", "boxes", "box_task"}),
     open_dataset=_open_labelme,

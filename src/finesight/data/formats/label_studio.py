@@ -50,7 +50,7 @@ from finesight.data.formats.image_annotations import (
     build_text_example,
     enclose_shape,
     find_image_folder,
-    group_answers_by_image,
+    group_by_image,
     parse_declared_size,
     require_inside_output,
 )
@@ -201,7 +201,7 @@ def write_files(
     results_to: ResultSource = "annotations",
 ) -> Files:
     """Write the tasks and the labeling configuration of a project."""
-    records, is_detection = group_answers_by_image(samples, context, {"boxes"})
+    records, is_detection = group_by_image(samples, context, {"boxes"})
     declared = {name for record in records for name in record.meta.get("classes", ())}
     has_choices = all(answer in declared for record in records for answer in record.answers)
     tasks = []
@@ -700,7 +700,6 @@ def _build_label_config(
 FORMAT = DatasetFormat(
     name="label-studio",
     description='a .json file of [{"data": {"image": ...}, "annotations": [{"result": [...]}]}]',
-    typical_keys=frozenset({"annotations", "predictions", "annotation_id"}),
     parse_row=parse_row,
     supported_options=frozenset({"prompt", "box_task"}),
     open_dataset=open_tasks,
@@ -711,7 +710,6 @@ PREDICTIONS = replace(
     FORMAT,
     name="label-studio-predictions",
     description='as label-studio, with "predictions" instead of "annotations"',
-    typical_keys=frozenset(),
     open_dataset=lambda source: None,  # detected as label-studio
     open_requested=partial(open_tasks, results_from="predictions"),
     write_files=partial(write_files, results_to="predictions"),

@@ -4,10 +4,6 @@ samples: the native format, imported with validation of its images and boxes.
 
 openai: messages whose content is text or a list of texts, images and videos.
 
-{"messages": [{"role": "user", "content": [{"type": "text", "text": "What cheese is this?"},
-                {"type": "image_url", "image_url": {"url": "data:image/png;base64,..."}}]},
-              {"role": "assistant", "content": "Danbo"}]}
-
 The OpenAI guide "Vision fine-tuning" documents it. An image is a data URL or a path; `detail`, the
 resolution used by the OpenAI service, is ignored and counted. Adjacent messages of the same role,
 as in the guide, are merged into one turn.
@@ -39,12 +35,10 @@ from finesight.data.formats.conversation_rows import (
     add_box_note,
     build_tool_error,
     build_turns_example,
-    format_reasoning,
     list_images,
-    parse_role,
     parse_text,
+    parse_turns,
     render_turns,
-    sort_turn_keys,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
@@ -56,13 +50,11 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     as_list,
-    describe_value,
 )
 from finesight.data.formats.row_keys import PARTS, ROWS, has_value, iter_nested, sort_keys
 from finesight.data.image_resolver import encode_data_url
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
-    MAX_MESSAGES,
     SAMPLE_KEYS,
     BoxPart,
     ContentPart,
@@ -73,7 +65,6 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     VideoPart,
-    check_limit,
     check_limits,
     remove_nulls,
     sample_from_dict,
@@ -111,10 +102,13 @@ def _detect_openai(records: Sequence[Record]) -> str | None:
 
 def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a row of chat messages, or of prompt and completion."""
-    messages, keys = _list_messages(row.record)
-    check_limit(len(messages), MAX_MESSAGES, "messages")
+    preference = {key: row.record[key] for key in sorted(_PREFERENCE_KEYS & row.record.keys())}
+    sort_keys(preference, (), ROWS, Counter())
     has_files = bool(list_images(row.record, (*IMAGE_KEYS, *VIDEO_KEYS)))
-    turns = [_parse_message(message, context, has_files=has_files) for message in messages]
+    turns: list[_Turn] = [
+        (role, content if isinstance(content, list) else _split_text(content, has_files=has_files))
+        for role, content in parse_turns(row.record, context, with_parts=True)
+    ]
     kinds = Counter(_get_kind(item) for _, content in turns for item in content)
     media = RowMedia(row.record, context, {kind: kinds[kind] for kind in _KINDS})
 
@@ -131,51 +125,17 @@ def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
         (role, [content for _, content in group])
         for role, group in groupby(turns, key=itemgetter(0))
     ]
-    return build_turns_example(row, context, merged, parse_turn, media, *keys)
+    return build_turns_example(row, context, merged, parse_turn, media)
 
 
-def _list_messages(record: Record) -> tuple[list[object], tuple[str, ...]]:
-    """Return the messages of a row and the keys that contain them."""
-    preference = {key: record[key] for key in sorted(_PREFERENCE_KEYS & record.keys())}
-    sort_keys(preference, (), ROWS, Counter())
-    keys: tuple[str, ...] = ("messages",)
-    messages = record.get("messages")
-    if messages is None and "prompt" in record:
-        keys = ("messages", "prompt", "completion")
-        prompt, completion = record["prompt"], record.get("completion")
-        messages = [*_as_messages(prompt, "user"), *_as_messages(completion, "assistant")]
-    if not isinstance(messages, list) or not messages:
-        raise InvalidRowError(f"messages is {describe_value(messages)}", "a list of messages")
-    system = record.get("system")
-    first = [{"role": "system", "content": system}] if has_value(system) else []
-    return [*first, *messages], (*keys, "system")
-
-
-def _as_messages(value: object, role: Role) -> list[object]:
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return as_list(value)
-
-
-def _parse_message(message: object, context: ImportContext, *, has_files: bool) -> _Turn:
-    """Return the role and the content parts of a message; developer means system."""
-    is_developer = isinstance(message, dict) and message.get("role") == "developer"
-    role: Role = "system" if is_developer else parse_role(message)
-    assert isinstance(message, dict), f"a message of type {type(message)}"
-    reasoning = sort_turn_keys(message, role, "content", context)
-    content = message.get("content")
-    if not isinstance(content, list):
-        texts = _TAGS.split(content) if has_files and isinstance(content, str) else [content]
-        content = [
-            {"type": text[1:-1]}
-            if text in ("<image>", "<video>")
-            else {"type": "text", "text": text}
-            for text in texts
-            if text != "" or len(texts) == 1
-        ]
-    if reasoning:
-        content = [{"type": "text", "text": format_reasoning(reasoning, str(content))}, *content]
-    return role, content
+def _split_text(content: object, *, has_files: bool) -> list[object]:
+    """Return the parts of a content that is no list, split at placeholders of listed files."""
+    texts = _TAGS.split(content) if has_files and isinstance(content, str) else [content]
+    return [
+        {"type": text[1:-1]} if text in ("<image>", "<video>") else {"type": "text", "text": text}
+        for text in texts
+        if text != "" or len(texts) == 1
+    ]
 
 
 def _parse_part(
@@ -330,10 +290,8 @@ def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> 
 OPENAI = DatasetFormat(
     name="openai",
     description='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
-    typical_keys=frozenset({"messages", "role", "content"}),
     detect=_detect_openai,
     parse_row=_parse_openai,
-    supported_options=frozenset({"prompt", "boxes"}),
     write_files=_write_openai,
 )
 SAMPLES = DatasetFormat(
@@ -341,8 +299,8 @@ SAMPLES = DatasetFormat(
     description=(
         '"messages": [{"role": "user", "content": [{"type": "image", "image": "path"}, ...]}]'
     ),
-    typical_keys=frozenset({"messages"}),
     detect=_detect_samples,
     parse_row=_parse_sample,
+    supported_options=frozenset(),
     write_files=_write_samples,
 )

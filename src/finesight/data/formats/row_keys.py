@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from finesight.data.image_header import IMAGE_SUFFIXES
+from finesight.data.image_header import IMAGE_SUFFIXES, is_embedded_media, is_image_value
 from finesight.data.sample import VIDEO_SUFFIXES, to_json_data
 from finesight.errors import UserError
 
@@ -58,9 +58,6 @@ _DOCUMENT = re.compile(
     "|diagrams?|drawings?|posters?|thumbnails?|slides?|截图|文档"
 )
 _LOCATION = re.compile(r"[a-z][a-z0-9+]*://\S+|\S*[/\\]\S+|\S+\.[A-Za-z]\w{1,4}", re.IGNORECASE)
-_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK)[\w+/=\s-]*")
-"""Embedded JPEG, PNG, GIF, WebP or TIFF images."""
-
 _TOOLS = re.compile("tools?|functions?")
 _REASONING = re.compile("reasoning|thinking|think|thoughts?|rationales?|cot|思考|推理")
 _PREFERENCE = re.compile("chosen|rejected|kto")
@@ -188,7 +185,7 @@ def _is_row_media(key: str, value: object, image_names: Collection[str]) -> bool
     words = _split_words(key)
     is_media = is_media_value(value)
     values = value if isinstance(value, list | tuple) else (value,)
-    is_named = all(isinstance(one, str) and not _is_embedded(one) for one in values)
+    is_named = all(isinstance(one, str) and not is_embedded_media(one) for one in values)
     if image_names:
         is_further = _NUMBERED_IMAGE.fullmatch(key) is not None
         return is_media and not _is_repeated(value, image_names) and (is_further or not is_named)
@@ -231,19 +228,8 @@ def _has(words: list[str], pattern: re.Pattern[str]) -> bool:
 
 def is_media_value(value: object) -> bool:
     """Return whether a value is embedded bytes, or names an image, video or audio file."""
-    if isinstance(value, str):
-        is_name = value.lower().endswith(_MEDIA_SUFFIXES) and not re.search(r"\s", value)
-        return is_name or _is_embedded(value)
-    if isinstance(value, list | tuple):
-        return bool(value) and all(map(is_media_value, value))
-    if isinstance(value, dict):
-        return any(is_media_value(value.get(key)) for key in ("bytes", "path", "url"))
-    return isinstance(value, bytes)
-
-
-def _is_embedded(text: str) -> bool:
-    is_data = text.startswith(("data:image/", "data:video/", "data:audio/"))
-    return is_data or _BASE64.fullmatch(text) is not None
+    is_sentence = isinstance(value, str) and re.search(r"\s", value) is not None
+    return is_image_value(value, _MEDIA_SUFFIXES) and not is_sentence
 
 
 def has_value(value: object) -> bool:
@@ -303,11 +289,12 @@ def _is_null_column(key: object, value: object) -> bool:
 def count_keys(
     objects: Iterable[Mapping[str, Any]], used: Collection[str], level: str, counts: Counter[str]
 ) -> None:
-    """Count the keys of annotations that a format does not use, with those of nested objects."""
+    """Count the keys with a value that a format does not use, with those of nested objects."""
     counts.update(
         f"{path} of {level}, not imported"
         for values in objects
-        for path, _, _ in iter_nested({k: v for k, v in values.items() if k not in used})
+        for path, _, value in iter_nested({k: v for k, v in values.items() if k not in used})
+        if has_value(value)
     )
 
 

@@ -16,6 +16,8 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from string import ascii_uppercase
+from typing import get_args
 
 from finesight.data.boxes import (
     MAX_OVERHANG_PX,
@@ -31,6 +33,7 @@ from finesight.data.formats.conversation_rows import (
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
+    NOTE_SKIPPED_BOX,
     DatasetFormat,
     ExportContext,
     Files,
@@ -40,8 +43,10 @@ from finesight.data.formats.dataset_format import (
     RowImages,
     UnexpectedPlaceholderError,
     as_list,
+    decode_json_list,
     make_text_part,
 )
+from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.formats.row_keys import (
     LOSS,
     PREFERENCE,
@@ -78,76 +83,60 @@ _SEPARATOR = re.compile(r"(?<=[\d.\])])[\s;]+(?=[\d.+\-\[(])")
 
 MAX_CELL_CHARS = 2**20
 
-_COMMON_NAMES = {
-    "image": ("image", "img", "picture", "photo", "path", "file", "filename"),
-    "question": (
-        *("question", "query", "instruction", "prompt", "problem", "ask", "request", "frage"),
-        *("pregunta", "pergunta", "domanda", "вопрос", "问题", "问", "質問", "질문"),
-    ),
-    "answer": (
-        *("antwort", "respuesta", "réponse", "resposta", "risposta", "ответ", "答案", "答", "回答"),
-        *(
-            "답변",
-            "answer",
-            "answers",
-            "response",
-            "completion",
-            "output",
-            "solution",
-            "target",
-            "reply",
-        ),
-        *("groundtruth", "caption", "captions", "description", "text", "txt", "transcription"),
-        *("latex", "formula", "label", "class", "category", "chosen"),
-    ),
-    "box": ("bbox", "box"),
-    "label": (
-        *("label", "labels", "class", "category", "categories", "name", "names", "object"),
-        *("classid", "labelid", "categoryid"),
-    ),
-}
-_PAIRS = (
-    *(("prefix", "suffix"), ("input", "output"), ("input", "target"), ("input", "label")),
-    *(("source", "target"), ("user", "assistant"), ("human", "gpt"), ("human", "assistant")),
-    *(("context", "completion"), ("q", "a")),
-)
-"""Names of a question and its answer that have this meaning only together."""
+_NAME_TABLE = """
+image: image img picture photo path file filename
+question: question query instruction prompt problem ask request
+question: frage pregunta pergunta domanda вопрос 问题 问 質問 질문
+text: antwort respuesta réponse resposta risposta ответ 答案 答 回答 답변
+text: answer answers response completion output reply
+other: solution target groundtruth caption captions description text txt transcription
+other: latex formula label class category chosen
+phrase: phrase expression sentence caption description text
+box: bbox box
+label: label labels class category categories name names object classid labelid categoryid
+pair: prefix,suffix input,output input,target input,label source,target user,assistant
+pair: human,gpt human,assistant context,completion q,a
+xyxy: xmin,ymin,xmax,ymax x1,y1,x2,y2 left,top,right,bottom minx,miny,maxx,maxy x0,y0,x1,y1
+xyxy: startx,starty,endx,endy tlx,tly,brx,bry xstart,ystart,xend,yend xtl,ytl,xbr,ybr
+xyxy: ulx,uly,lrx,lry xtopleft,ytopleft,xbottomright,ybottomright xleft,ytop,xright,ybottom
+xyxy: topleftx,toplefty,bottomrightx,bottomrighty leftx,topy,rightx,bottomy 左,上,右,下
+xyxy: links,oben,rechts,unten gauche,haut,droite,bas izquierda,arriba,derecha,abajo
+xywh: x,y,w,h x,y,width,height left,top,width,height xmin,ymin,width,height
+cxcywh: cx,cy,w,h cx,cy,width,height xcenter,ycenter,width,height centerx,centery,width,height
+"""
+"""Column names by role, in lower case without punctuation.
 
-_ANSWER_NAMES = (*_COMMON_NAMES["answer"][:15], "reply")
-"""Names of an answer that is text, also beside boxes."""
+An answer has the names of `text`, also beside boxes, or of `other`. The names of a `pair` are a
+question and its answer only together. A `phrase` is the question about boxes without classes. Four
+columns with the coordinates of a box have the names of its format.
+"""
+
+
+def _list_names(role: str) -> list[str]:
+    lines = (line.split() for line in _NAME_TABLE.splitlines() if line.startswith(f"{role}:"))
+    return [name for _, *names in lines for name in names]
+
+
+_ANSWER_NAMES = _list_names("text")
+_COMMON_NAMES = {role: _list_names(role) for role in _COLUMN_ROLES}
+_COMMON_NAMES["answer"] = [*_ANSWER_NAMES, *_list_names("other")]
+_BOX_FORMATS: tuple[BoxFormat, ...] = get_args(BoxFormat)
+_BOX_COLUMNS = {box_format: _list_names(box_format) for box_format in _BOX_FORMATS}
 
 _OPTION = re.compile(r"(?i)(?:(?:option|choice)[_ ]?)?([A-H])")
 """Names of the columns with the options of a multiple-choice question."""
 
+_OPTION_LISTS = ("choices", "options")
+"""Names of the columns with all options in a list."""
+
 _NO_INPUT_IMAGE = re.compile(r"(?i).*(?:mask|segmentation|thumb|url).*")
 """Names of images that are labels or copies of another column."""
-
-_PHRASE_NAMES = ("phrase", "expression", "sentence", "caption", "description", "text")
-"""Names of the question in a table of boxes without classes."""
 
 _IGNORED_NAMES = re.compile(
     r"(?i)id|index|idx|split|unnamed.*|no\.?|nr\.?|#|row|(?:system|negative|rejected).*|"
 )
 _WORDS = re.compile(r"[A-Z]?[a-z]+|[A-Z]+(?![a-z])|[0-9]+|[^\W_A-Za-z0-9]+")
 _TEXT_WORDS = {"text", "content", "en"}
-
-_BOX_COLUMNS: dict[BoxFormat, tuple[str, ...]] = {
-    "xyxy": (
-        *("xmin,ymin,xmax,ymax", "x1,y1,x2,y2", "left,top,right,bottom"),
-        *("minx,miny,maxx,maxy", "x0,y0,x1,y1", "startx,starty,endx,endy", "tlx,tly,brx,bry"),
-        *("xstart,ystart,xend,yend", "xtl,ytl,xbr,ybr", "ulx,uly,lrx,lry", "左,上,右,下"),
-        *("xtopleft,ytopleft,xbottomright,ybottomright", "xleft,ytop,xright,ybottom"),
-        *("topleftx,toplefty,bottomrightx,bottomrighty", "leftx,topy,rightx,bottomy"),
-        *("links,oben,rechts,unten", "gauche,haut,droite,bas"),
-        "izquierda,arriba,derecha,abajo",
-    ),
-    "cxcywh": (
-        *("cx,cy,w,h", "cx,cy,width,height", "xcenter,ycenter,width,height"),
-        "centerx,centery,width,height",
-    ),
-    "xywh": (*("x,y,w,h", "x,y,width,height", "left,top,width,height", "xmin,ymin,width,height"),),
-}
-"""Names of four columns with the coordinates of a box, in lower case without punctuation."""
 
 _BOX_PREFIX = re.compile(r".*\.|^(?:bnd|bounding_?|b)?box_?|^(?:roi|rect)_?", re.IGNORECASE)
 _FORMAT_IN_NAME = re.compile(
@@ -182,7 +171,7 @@ def guess_columns(records: Sequence[Record]) -> dict[str, str]:
     if boxes:
         label = boxes.get("label")
         if label is None:
-            question = question or _find_name(others, _PHRASE_NAMES)
+            question = question or _find_name(others, _list_names("phrase"))
         elif question is None and images:
             labels = {record.get(label) for record in records if isinstance(record.get(label), str)}
             is_unique = len({str(record.get(images[0])) for record in records}) == len(records)
@@ -218,10 +207,10 @@ def _is_question(records: Sequence[Record], name: str) -> bool:
 def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
     """Return the columns of question and answer; None for those that are not found."""
     question = _find_name(names, _COMMON_NAMES["question"])
-    for first, second in _PAIRS if question is None else ():
-        found = _find_name(names, (first,)), _find_name(names, (second,))
-        if None not in found:
-            return found
+    for pair in _list_names("pair") if question is None else ():
+        first, second = (_find_name(names, [name]) for name in pair.split(","))
+        if first and second:
+            return first, second
     # The input of an instruction is a part of the question (Alpaca).
     others = [name for name in names if name != question]
     more = (
@@ -229,9 +218,11 @@ def _find_pair(names: Sequence[str]) -> tuple[str | None, str | None]:
         if "instruction" in (question or "").lower()
         else None
     )
-    options = [name for name in others if _OPTION.fullmatch(name)] if question else []
+    options = [name for name in others if _OPTION.fullmatch(name)]
+    if len(options) < 2:
+        options = [name for name in others if name.lower() in _OPTION_LISTS]
     texts = [name for name in (question, more) if name is not None]
-    return ",".join([*texts, *(options if len(options) > 1 else [])]) or None, None
+    return ",".join([*texts, *(options if question else [])]) or None, None
 
 
 def _find_name(names: Sequence[str], candidates: Sequence[str]) -> str | None:
@@ -345,20 +336,38 @@ def guess_box_options(
     return (other if is_contradicted and valid[other] > valid[default] else None), units
 
 
-def has_corners(
+def find_box_format(
     records: Sequence[Record], columns: str, sizes: Sequence[tuple[float, float] | None]
-) -> bool:
-    """Return whether four columns contain two corners inside the image of each record."""
-    if any(size is None for size in sizes):
-        return False
-    num_valid = 0
-    for record, size in zip(records, sizes, strict=True):
-        boxes = _list_boxes([record], columns)
-        x1, y1, x2, y2 = boxes[0] if boxes else (0, 0, 0, 0)
-        width, height = size or (0, 0)
-        is_pixel = max(x2, y2) <= 1 or all(n == round(n) for n in (x1, y1, x2, y2))
-        num_valid += is_pixel and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
-    return num_valid >= 0.9 * len(records)
+) -> BoxFormat | None:
+    """Return the format in which four columns are boxes inside the image of each record.
+
+    Boxes with a size must reach beyond half of an image; smaller numbers may be other values.
+    """
+    for box_format in _BOX_COLUMNS if None not in sizes else ():
+        num_valid, extent_x, extent_y = 0, 0.0, 0.0
+        for record, size in zip(records, sizes, strict=True):
+            boxes = _list_boxes([record], columns)
+            box, (width, height) = boxes[0] if boxes else [0.0] * 4, size or (0, 0)
+            x1, y1, x2, y2 = BoxConvention(box_format).to_pixels(box, (0, 0))
+            is_pixel = max(box) <= 1 or all(n == round(n) for n in box)
+            is_pixel = is_pixel if box_format == "xyxy" else max(box) > 1
+            num_valid += is_pixel and 0 <= x1 < x2 <= width and 0 <= y1 < y2 <= height
+            extent_x, extent_y = max(extent_x, x2 / width), max(extent_y, y2 / height)
+        is_large = box_format == "xyxy" or min(extent_x, extent_y) > 0.5
+        if is_large and num_valid >= 0.9 * len(records):
+            return box_format
+    return None
+
+
+def has_unknown_texts(records: Sequence[Record], columns: Mapping[str, str]) -> bool:
+    """Return whether the only columns besides the image are two texts of unknown meaning."""
+    names = columns.get("fields", "").split(",")
+
+    def has_letters(cell: object) -> bool:
+        return re.search(r"[^\W\d_]", str(cell)) is not None
+
+    is_text = all(_has_values(records, name, has_letters, 0.5) for name in names)
+    return len(names) == 2 and "question" not in columns and is_text
 
 
 def suggest_mapping(record: Record) -> str:
@@ -407,6 +416,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     context.other_keys.update(list_unused_columns(row.record, context.columns))
     images = RowImages(context)
     parts: list[ContentPart] = []
+    options: list[str] = []
     if "image" in context.columns:  # an empty list yields no images, an empty cell is rejected
         values = _read_cell(row.record, context, "image")
         if "," in context.columns["image"] and isinstance(values, list):
@@ -414,28 +424,30 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
         parts += map(images.add_image, values if isinstance(values, list) else [values])
     question = _read_cell(row.record, context, "question")
     if isinstance(question, list) and "," in context.columns["question"]:
-        # Empty cells of several columns, such as instruction and input, are left out.
         names = find_columns(row.record, "question", context.columns["question"])
-        options = {name: match[1].upper() for name in names if (match := _OPTION.fullmatch(name))}
-        cells = [
-            f"{options[name]}. {cell}" if name in options and len(options) > 1 else f"{cell}"
-            for name, cell in zip(names, question, strict=True)
-            if has_value(cell) and cell == cell
-        ]
-        question = "\n".join(cells)
+        question, options = _join_cells(names, question)
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
-    user = Message(role="user", content=context.add_prompt(parts))
-    boxes = tuple(_create_boxes(row, context, images))
+    boxes, omitted = _create_boxes(row, context, images)
+    content = context.add_prompt(parts)
+    user = Message(role="user", content=_omit_classes(content, omitted, context))
     line_end = "\n" if boxes else ""
     answers_text = as_list(_read_cell(row.record, context, "answer"))
     check_limit(len(answers_text), MAX_ANSWERS, "answers")
     texts = [_get_text(answer, "answer") for answer in answers_text]
+    if options and (number := next((t for t in texts if t.isdecimal() and t not in options), None)):
+        raise InvalidRowError(
+            f"the answer {number} to a question with {len(options)} options",
+            "the letter or the text of an option, because options have no number",
+            "replace the numbers, or map the question without the options",
+        )
     answers = [(*parse_answer(f"{text}{line_end}", images), *boxes) for text in texts]
     answers += [
         (TextPart(text=f"{json_answer}{line_end}"), *boxes)
         for json_answer in _build_json_answers(row, context)
     ]
+    if not answers and "box" in context.columns and not {"answer", "fields"} & set(context.columns):
+        answers = [boxes or (TextPart(text=NO_OBJECTS_ANSWER),)]
     if boxes and not answers:
         answers = [boxes]
     if not answers:
@@ -446,6 +458,50 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
             "that one: --map answer=COLUMN, --map fields=COLUMN,COLUMN or --map box=COLUMN",
         )
     return ImportExample(row.id, (user,), tuple(answers))
+
+
+def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, list[str]]:
+    """Join the cells of a question, one a line, and return the options of a list.
+
+    Empty cells, such as the input of an instruction, are left out.
+    """
+    letters = {name: match[1].upper() for name in names if (match := _OPTION.fullmatch(name))}
+    lines: list[str] = []
+    options: list[str] = []
+    for name, cell in zip(names, cells, strict=True):
+        if not has_value(cell) or cell != cell:
+            continue
+        is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
+        items = decode_json_list(str(cell), (str, int, float)) if is_list_text else cell
+        if name.lower() in _OPTION_LISTS and isinstance(items, list):
+            options = list(map(str, items))
+            check_limit(len(options), len(ascii_uppercase), "options")
+            lines += map("{}. {}".format, ascii_uppercase, options)
+        else:
+            lines.append(
+                f"{letters[name]}. {cell}" if len(letters) > 1 and name in letters else f"{cell}"
+            )
+    return "\n".join(lines), options
+
+
+def _omit_classes(
+    content: tuple[ContentPart, ...], omitted: set[str], context: ImportContext
+) -> tuple[ContentPart, ...]:
+    """Remove the classes whose boxes are dropped from the list of classes in a question.
+
+    Raises:
+        InvalidBoxError: The question still names such a class.
+    """
+    for label in sorted(omitted):
+        name = rf"(?a:(?<!\w){re.escape(label)}(?!\w))"
+        in_list = re.compile(rf"(?:^|(?<=[:：,、] )){name}, |, (?:and |or )?{name}(?=$|[\s.,;:?!])")
+        content = tuple(
+            TextPart(text=in_list.sub("", part.text)) if part.type == "text" else part
+            for part in content
+        )
+        if any(re.search(name, part.text) for part in content if part.type == "text"):
+            raise next(error for note, error in context.invalid_boxes if note == NOTE_SKIPPED_BOX)
+    return content
 
 
 def find_unsupported_column(
@@ -518,16 +574,20 @@ def split_column_names(column: str, record: Collection[str]) -> list[str]:
     return [name if name in record else name.strip() for name in column.split(",")]
 
 
+def _is_empty(value: object) -> bool:
+    """Return whether a cell is empty, blank or NaN, the only value that is not itself."""
+    return value is None or value != value or (isinstance(value, str) and not value.strip())
+
+
 def _get_text(value: object, role: str) -> str:
-    text = "" if value is None or value != value else str(value)  # only NaN is not itself
-    if not text.strip() or isinstance(value, dict | list | bytes):
+    if _is_empty(value) or isinstance(value, dict | list | bytes):
         error_type = EmptyAnswerError if role == "answer" else UserError
         raise error_type(
             f"the {role} is {str(value)[:60]!r}",
             expected="text or a number",
             remedy="add it, or remove the row",
         )
-    return text
+    return str(value)
 
 
 def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
@@ -562,9 +622,7 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
                 expected="each column once",
                 remedy="remove one of the two",
             )
-        is_blank = isinstance(value, str) and not value.strip()
-        is_empty = is_blank or value is None or value != value  # only NaN is not itself
-        members_by_name[name] = "" if is_empty else _format_member(name, value)
+        members_by_name[name] = "" if _is_empty(value) else _format_member(name, value)
     members = ", ".join(filter(None, members_by_name.values()))
     return [f"{{{members}}}"] if members else []
 
@@ -592,13 +650,18 @@ def _json_default(value: object) -> str:
     return str(value)
 
 
-def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> list[BoxPart]:
+def _create_boxes(
+    row: SourceRow, context: ImportContext, images: RowImages
+) -> tuple[tuple[BoxPart, ...], set[str]]:
+    """Return the boxes of a row, and the labels of which all boxes are dropped."""
     pairs: list[tuple[object, str | None]] = []
     convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
         cells = as_list(_read_cell(record, context, "label"))
-        names = [_get_text(one, "label") for one in cells if one is not None and one != ""]
+        names = ["" if _is_empty(one) else _get_text(one, "label") for one in cells]
+        if len(names) != len(boxes) or not any(names):
+            names = list(filter(None, names))
         if boxes:
             images.require_single_image()
         if names and len(names) != len(boxes):
@@ -606,7 +669,13 @@ def _create_boxes(row: SourceRow, context: ImportContext, images: RowImages) -> 
                 f"{len(names)} labels for {len(boxes)} boxes", "a label for each box"
             )
         pairs += itertools.zip_longest(boxes, names)
-    return images.create_boxes(pairs, convention)
+    parts = images.create_boxes(pairs, convention)
+    labels = {part.label for part in parts}
+    if "" in labels:
+        raise InvalidRowError(
+            "a box without a label beside others with one", "a label for each box"
+        )
+    return tuple(parts), {label for _, label in pairs if label} - labels
 
 
 def get_default_convention(column: str) -> BoxConvention:
@@ -644,7 +713,7 @@ def _read_boxes(record: Record, column: str) -> list[object]:
         return _parse_boxes(cells[0])
     if all(isinstance(cell, list) for cell in cells):
         return [list(box) for box in zip(*cells, strict=False)]
-    return [] if all(cell is None or cell == "" or cell != cell for cell in cells) else [cells]
+    return [] if all(map(_is_empty, cells)) else [cells]
 
 
 def _parse_boxes(value: object) -> list[object]:
@@ -662,7 +731,7 @@ def _parse_boxes(value: object) -> list[object]:
         if not isinstance(parsed, list | tuple):
             return [value]  # reported when the coordinates are parsed
         value = parsed
-    items = as_list(value or None)
+    items = [] if _is_empty(value) else as_list(value)
     return items if not items or isinstance(items[0], list | tuple) else [items]
 
 

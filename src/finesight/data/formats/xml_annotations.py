@@ -4,12 +4,6 @@ XML with a DOCTYPE is rejected, because it could declare entities.
 
 voc: a folder of XML files, one per image, with a `bndbox` per object.
 
-<annotation><folder>VOC2012</folder><filename>a.jpg</filename>
- <size><width>500</width><height>375</height></size>
- <object><name>dog</name><difficult>0</difficult>
-  <bndbox><xmin>48</xmin><ymin>240</ymin><xmax>195</xmax><ymax>371</ymax></bndbox></object>
-</annotation>
-
 The VOC development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at
 xmax. Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
 stored in the metadata.
@@ -18,11 +12,6 @@ The image is searched next to the XML file, and in `JPEGImages`, `images` and th
 annotation, next to the folder of the XML file.
 
 cvat: an XML file with the shapes and tags of all images.
-
-<annotations><version>1.1</version>
- <image id="0" name="a.jpg" width="640" height="480">
-  <box label="dog" occluded="0" xtl="48" ytl="240" xbr="195" ybr="371">
-   <attribute name="breed">Pug</attribute></box></image></annotations>
 
 Polygons, polylines, masks and rotated boxes are converted to their bounding boxes. Other shapes and
 tags have no box. Attributes and `occluded` are stored in the metadata. In a file without shapes,
@@ -63,8 +52,7 @@ from finesight.data.formats.image_annotations import (
     collect_classes,
     enclose_shape,
     find_image_folder,
-    group_answers_by_image,
-    group_boxes_by_image,
+    group_by_image,
     list_image_names,
     make_unique_stem,
     parse_declared_size,
@@ -93,6 +81,7 @@ _ROOT_TAGS = ("filename", "path", "folder", "size", "segmented", "object")
 _OBJECT_TAGS = ("name", "bndbox", "part", *OBJECT_FLAGS)
 NOTE_PARTS = "parts of objects (ignored)"
 CORNERS = ("xtl", "ytl", "xbr", "ybr")
+_IMAGE_KEYS = ("id", "name", "width", "height")
 REASON_NO_TAG = "images without a tag"
 MAX_NAME_CHARS = 64
 """Maximum number of characters of a label name in CVAT."""
@@ -145,7 +134,8 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             objects.append(_parse_object(element, one_based=is_one_based))
     elements = [(root, _ROOT_TAGS), *((one, _OBJECT_TAGS) for one in root.iterfind("object"))]
     for element, used in elements:
-        children = [{child.tag: child.text} for child in element]
+        texts = ((child, (child.text or "").strip()) for child in element)
+        children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
     annotation = ImageAnnotation(str(image), objects, row.record["classes"], _read_size(root))
@@ -155,7 +145,8 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a Pascal VOC file per image to the folder Annotations."""
     used_stems: set[str] = set()
-    for record in group_boxes_by_image(samples, context, {"boxes"}):
+    records, _ = group_by_image(samples, context, {"boxes"}, is_detection=True)
+    for record in records:
         stem = make_unique_stem(record.image_path.stem, used_stems)
         root = _build_annotation(record, context)
         ElementTree.indent(root)
@@ -315,7 +306,11 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
 def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of an image in a CVAT file."""
     image, classes = row.record["image"], row.record["classes"]
+    count_keys([image.attrib], _IMAGE_KEYS, "images", context.other_keys)
     if not row.record["is_detection"]:
+        count_keys((one.attrib for one in image), ("label", "source"), "tags", context.other_keys)
+        context.row_notes["attributes of tags (ignored)"] += len(image.findall("tag/attribute"))
+        context.row_notes["points next to tags (ignored)"] += len(image.findall("points"))
         tags = [tag.get("label", "") for tag in image.iterfind("tag")]
         if not any(tags):
             context.skipped_rows[REASON_NO_TAG] += 1
@@ -338,7 +333,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
 
 def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write the file annotations.xml, with boxes, or with tags if no answer contains a box."""
-    records, _ = group_answers_by_image(samples, context, {"boxes"})
+    records, _ = group_by_image(samples, context, {"boxes"})
     answers = dict.fromkeys(answer for record in records for answer in record.answers)
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     _check_names(classes)

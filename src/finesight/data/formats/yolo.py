@@ -43,7 +43,7 @@ from finesight.data.formats.image_annotations import (
     build_detection_examples,
     collect_classes,
     enclose_shape,
-    group_boxes_by_image,
+    group_by_image,
     parse_integer,
     require_inside_output,
 )
@@ -142,7 +142,7 @@ def write_files(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
 
     Images without a split in their metadata are assigned to `train`.
     """
-    records = group_boxes_by_image(samples, context, {"split"})
+    records, _ = group_by_image(samples, context, {"split"}, is_detection=True)
     classes = collect_classes(records)
     images_by_split: defaultdict[str, list[str]] = defaultdict(list)
     used_names: set[str] = set()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -239,12 +238,6 @@ def test_invalid_images_are_reported_by_name(renderer: NativeRenderer, tmp_path:
     video = VideoPart(frames=("whole.png", "thin.png"))
     with pytest.raises(UserError, match="the first frame has"):
         renderer.tokenize(make_sample(tmp_path, (video,)))
-
-
-def test_renderer_is_picklable(renderer: NativeRenderer, image_set: ImageSet) -> None:
-    sent = pickle.loads(pickle.dumps(renderer))
-    for sample in (make_conversation(3, image_set), make_text_sample("<|im_end|>", "b")):
-        assert sent.tokenize(sample).ids_T.tolist() == renderer.tokenize(sample).ids_T.tolist()
 
 
 def test_config_and_tokenizer_must_agree(tmp_path: Path) -> None:

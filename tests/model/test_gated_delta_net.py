@@ -90,22 +90,6 @@ def test_strong_decay_gives_finite_gradients():
         assert gradient.isfinite().all()
 
 
-def test_chunks_equal_transformers():
-    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
-    q, k, v, log_decay, beta = (x.float() for x in make_inputs(150, seed=2))
-    expected, final = modeling.torch_chunk_gated_delta_rule(
-        *(x[None] for x in (q * 8**0.5, k, v)),
-        g=log_decay[None],
-        beta=beta[None],
-        output_final_state=True,
-    )
-    output, state = chunk_gated_delta_rule(
-        q, k, v, log_decay, beta, ChunkLayout.from_lengths([150], CPU)
-    )
-    torch.testing.assert_close(output, expected[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-6)
-
-
 def test_packed_convolution_equals_the_convolution_of_each_sequence():
     lengths = [7, 1, 2, 3, 10]
     x = torch.randn(sum(lengths), 5, dtype=torch.float64, requires_grad=True)

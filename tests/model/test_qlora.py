@@ -134,20 +134,6 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@torch.no_grad()
-def test_bf16_error_is_not_larger_than_transformers(family: str, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", family)
-    exact, ours, dense = (
-        logits(load_model(base, dtype, CPU, parts), family)
-        for dtype, parts in ((torch.float32, EVERY), (torch.bfloat16, EVERY), (torch.float32, ()))
-    )
-    theirs = reference_logits(from_transformers(base, torch.bfloat16), SAMPLE)
-    assert max_relative_error(ours, exact) <= 1.5 * max_relative_error(theirs, exact)
-    # 4-bit quantization changes results far more than rounding does.
-    assert max_relative_error(exact, dense) > 5 * max_relative_error(ours, exact)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("parts", [EVERY, ("language", "embeddings")], ids=str)
 def test_loss_and_gradients_match_dequantized_bit_exactly(
@@ -172,22 +158,6 @@ def test_loss_and_gradients_match_dequantized_bit_exactly(
         results.append([loss.detach(), *gradients])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_packed_samples_match_single_samples(family: str, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", family)
-    model = tune_with_lora(load_model(base, torch.float32, CPU, EVERY), TUNE)
-    supervised = [p for p in model.parameters() if p.requires_grad]
-    packed = logits(model, family, SAMPLES)
-    alone = torch.cat([logits(model, family, [sample]) for sample in SAMPLES])
-    assert max_relative_error(packed, alone) <= 1e-5
-    weights = torch.randn(alone.shape, generator=torch.Generator().manual_seed(0))
-    gradients = (
-        torch.autograd.grad((found * weights).sum(), supervised) for found in (packed, alone)
-    )
-    for found, expected in zip(*gradients, strict=True):
-        assert max_relative_error(found, expected) <= 1e-4
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision",), ("vision", "merger")])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from engine_fixtures import make_mixed_questions
-from hf_reference import max_relative_error
-from lora_fixtures import TUNE_SETTINGS, edit_adapter_config, merge_to_folder, tune_with_lora
+from lora_fixtures import edit_adapter_config, tune_with_lora
 from safetensors.torch import load_file, save_file
 from tiny_model import create_tiny_model
 from torch import Tensor
@@ -125,20 +124,3 @@ def test_official_lora_config(tiny: ModelFolder, batch: PackedBatch, tmp_path: P
         assert torch.equal(_hidden(again, batch), hidden_TD)
         # The published script names the layers as a list.
         edit_adapter_config(tmp_path, target_modules=OFFICIAL["target_modules"])
-
-
-def test_adapters_of_all_parts_merge(tiny: ModelFolder, batch: PackedBatch, tmp_path: Path) -> None:
-    model = tune_with_lora(_loaded(tiny), TUNE_SETTINGS["all parts"])
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_adapter(adapter, model, base_model=str(tiny.path))
-    assert "base_model.model.transformer.visual.attn_pool.kv_proj.lora_A.weight" in load_file(
-        adapter / ADAPTER_WEIGHTS_FILE
-    )
-    hidden_TD = _hidden(model, batch)
-    again = _loaded(tiny)
-    load_adapter(again, adapter, base_folder=tiny)
-    assert torch.equal(_hidden(again, batch), hidden_TD)
-    merge_to_folder(tiny, adapter, tmp_path / "merged")
-    merged_TD = _hidden(_loaded(ModelFolder(tmp_path / "merged")), batch)
-    assert max_relative_error(merged_TD, hidden_TD) <= 1e-4

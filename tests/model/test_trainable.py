@@ -53,12 +53,6 @@ def test_parameter_prefix_determines_its_part(family: str) -> None:
     assert {get_part(tensor.name) for tensor in hub_tensors(model)} <= set(MODEL_PARTS)
 
 
-@pytest.mark.parametrize("name", ["visual.sos_embed.weight", "model.lm_head.weight", "visual"])
-def test_unknown_parameter_name_is_rejected(name: str) -> None:
-    with pytest.raises(AssertionError, match=f"{name} belongs to no part"):
-        get_part(name)
-
-
 @pytest.mark.parametrize("part", ["vision", "merger", "language", "embeddings"])
 def test_full_trains_only_its_part(part: str) -> None:
     model = make_model()

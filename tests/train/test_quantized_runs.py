@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file
-from tiny_model import TINY_PRESETS, create_tiny_model
+from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
 from finesight.config import TuneSettings
@@ -125,14 +124,6 @@ def test_quantized_experts_are_rejected(task: TinyTask, kind: str, tune: dict[st
     assert frozen in task.console_output
     task.run(*ONE_STEP, tune=LORA, name="dense")
     assert frozen not in task.console_output
-
-
-def test_layers_without_fp8_are_counted(task: TinyTask) -> None:
-    """Gate, up and down of each of two layers, whose inner width is no multiple of 16."""
-    preset = replace(TINY_PRESETS["test"], intermediate_size=136)
-    folder = create_tiny_model(task.folder / "odd", preset=preset)
-    task.run(*ONE_STEP, tune=FP8, model=str(folder))
-    assert "in FP8, except 6 layers with unsupported sizes)" in task.console_output
 
 
 def test_unsupported_machine_is_rejected_before_reading_data(

@@ -179,20 +179,6 @@ def test_skipped_encoder_flops_are_not_counted(tmp_path: Path) -> None:
         store.reader.check(0, 99)  # an image of another size
 
 
-def test_gpu_oom_during_build_disables_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = make_train_state(tmp_path / "task", vision_cache="memory")
-
-    def encode(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
-
-    monkeypatch.setattr(state.model, "encode_images", encode)
-    outcome = decide_vision_cache(state)
-    assert outcome.cache is None
-    assert "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in outcome.reason
-
-
 def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
     """The missing features of its chunk are not read from disk."""
     task.truncate_images("train3")

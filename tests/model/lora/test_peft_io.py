@@ -195,13 +195,13 @@ def test_training_continues_from_matching_adapter(tmp_path: Path) -> None:
     assert all(p.requires_grad for _, _, a in iter_adapters(second) for p in a.parameters())
 
 
-@pytest.mark.parametrize(
+@each(
     ("how", "change", "message"),
     [
-        ("all parts", {}, "10 keys are not in the adapter: visual.blocks.0.attn.qkv"),
-        ("some targets", {}, "10 keys have no adapter here: model.layers.0.mlp.down_proj, "),
-        ("language", {"rank": 3}, "has rank 4 and scale 1.5 in the adapter\n"),
-        ("language", {"alpha": 8}, "expected: rank 4 and scale 2, as in the recipe"),
+        ("all parts", {}, "10 keys are not in the adapter"),
+        ("some targets", {}, "10 keys have no adapter here"),
+        ("language", {"rank": 3}, "has rank 4 and scale 1.5"),
+        ("language", {"alpha": 8}, "expected: rank 4 and scale 2"),
     ],
 )
 def test_mismatched_adapter_is_rejected_for_training(
@@ -235,23 +235,23 @@ Tensors = dict[str, Tensor]
 DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (
         lambda tensors: {n.replace("layers.1.", "layers.7."): t for n, t in tensors.items()},
-        "7 keys are no layers of the model: model.layers.7.mlp.down_proj, ",
+        "7 keys are no layers of the model",
     ),
     (
         lambda tensors: {n.replace("A.weight", "A.x"): t for n, t in tensors.items()},
-        "14 keys are not factors of linear layers: ",
+        "14 keys are not factors",
     ),
     (
         lambda tensors: tensors | {EMBEDDINGS: torch.zeros(4, 4)},
-        f"1 keys are not factors of linear layers: {EMBEDDINGS}",
+        "1 keys are not factors",
     ),
     (
         lambda tensors: tensors | {FIRST: tensors[FIRST].to(torch.int8)},
-        f"1 keys are not factors of linear layers: {FIRST}",
+        "1 keys are not factors",
     ),
     (
         lambda tensors: {n: t for n, t in tensors.items() if n != FIRST},
-        "1 keys lack the other factor of their layer (A or B): model.language_model",
+        "1 keys lack the other factor",
     ),
     (
         lambda tensors: {n: t for n, t in tensors.items() if "layers.1.mlp.up" not in n},
@@ -259,7 +259,7 @@ DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (
         lambda tensors: tensors | {to_transformers4_name(FIRST): tensors[FIRST].clone()},
-        "1 keys duplicate the layers of other keys: ",
+        "1 keys duplicate the layers",
     ),
 ]
 
@@ -278,28 +278,25 @@ def test_inconsistent_keys_are_rejected(
         assert "model.layers.1.mlp.up_proj" in load_error(tmp_path)
 
 
-UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "use_dora=true": {"use_dora": True},
-    'modules_to_save=["lm_head"]': {"modules_to_save": ["lm_head"]},
-    'bias="all"': {"bias": "all"},
-    'bias="lora_only"': {"bias": "lora_only"},
-    "lora_bias=true": {"lora_bias": True},
-    'trainable_token_indices={"embed_tokens": [1, 2]}': {
-        "trainable_token_indices": {"embed_tokens": [1, 2]}
-    },
-}
-
-
-@pytest.mark.parametrize("setting", UNSUPPORTED)
-def test_unsupported_peft_setting_is_named(setting: str, tmp_path: Path) -> None:
+@each(
+    ("name", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("trainable_token_indices", {"embed_tokens": [1, 2]}),
+    ],
+)
+def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: Path) -> None:
     """The error names the setting, not the tensor keys that it changes."""
-    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **UNSUPPORTED[setting]}
-    theirs = make_reference_model(make_config("qwen2_vl"))
-    model = peft.get_peft_model(theirs, peft.LoraConfig(**settings))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **{name: value})
+    model = peft.get_peft_model(make_reference_model(make_config("qwen2_vl")), config)
     model.save_pretrained(tmp_path)
     message = load_error(tmp_path)
-    assert f"{ADAPTER_CONFIG_FILE}: the adapter was made with {setting}, which" in message
-    assert "merge the adapter into its base with peft (merge_and_unload)" in message
+    assert f"the adapter was made with {name}={json.dumps(value)}, which" in message
+    assert "merge_and_unload" in message
     # peft can merge such adapters: the remedy applies.
     model.merge_and_unload()
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from case_files import load_cases
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
@@ -20,6 +21,13 @@ from finesight.model_folder import PREPROCESSOR_DEFAULTS
 from finesight.vision.image_processing import GridTHW
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
+TOKEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+CONFIGS = load_cases("tiny_configs")
 TRANSFORMERS_NAMES = {
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL",
@@ -33,127 +41,15 @@ CPU = torch.device("cpu")
 
 def make_config(family: str, **changes: Any) -> dict[str, Any]:
     """A small config.json in the hub's style; `vision` holds changes of its vision_config."""
-    if family == "qwen3_vl":
-        return _nested(changes)
-    if family == "qwen3_vl_moe":
-        experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        return _nested(experts | {"norm_topk_prob": True} | changes) | {"model_type": family}
-    if family in ("qwen3_5", "qwen3_5_moe"):
-        return _hybrid(family, changes)
-    vision = {"depth": 2, "num_heads": 2, "in_chans": 3, "patch_size": 14} | {
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-    }
-    if family == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
-    else:
-        vision |= {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 52} | {
-            "window_size": 112,
-            "fullatt_block_indexes": [1],
-            "tokens_per_second": 2,
-            "hidden_act": "silu",
-        }
-    return {
-        "model_type": family,
-        "vocab_size": 100,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]},
-        "tie_word_embeddings": True,
-        "use_sliding_window": False,
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
-        "vision_config": vision | changes.pop("vision", {}),
-    } | changes
-
-
-def _nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """The same for Qwen3-VL, whose language model's keys stand in `text_config`."""
-    vision = {
-        "depth": 3,
-        "num_heads": 2,
-        "in_channels": 3,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "hidden_size": 32,
-        "out_hidden_size": 48,
-        "intermediate_size": 52,
-        "hidden_act": "gelu_pytorch_tanh",
-        "num_position_embeddings": 49,
-        "deepstack_visual_indexes": [0, 1],
-    }
-    text = {
-        "vocab_size": 100,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "hidden_act": "silu",
-        "attention_bias": False,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 5000000.0,
-        "rope_scaling": {
-            "rope_type": "default",
-            "mrope_interleaved": True,
-            "mrope_section": [4, 2, 2],
-        },
-    }
-    vision |= changes.pop("vision", {})
-    top = {"tie_word_embeddings": changes.pop("tie_word_embeddings", True)}
-    return top | {
-        "model_type": "qwen3_vl",
-        "image_token_id": IMAGE,
-        "video_token_id": VIDEO,
-        "vision_start_token_id": START,
-        "vision_end_token_id": END,
-        "text_config": text | changes,
-        "vision_config": vision,
-    }
-
-
-def _hybrid(family: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The same for Qwen3.5."""
-    linear = {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 4,
-        "attn_output_gate": True,
-        "head_dim": 32,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
-            "partial_rotary_factor": 0.25,
-        },
-    }
+    config = deepcopy(CONFIGS[family])
+    vision = config["vision"] | changes.pop("vision", {})
+    tied = changes.pop("tie_word_embeddings", True)
+    top = {"model_type": family, "tie_word_embeddings": tied, **TOKEN_IDS, "vision_config": vision}
+    text = config["text"] | changes
     if family == "qwen3_5_moe":
-        linear |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        linear |= {"shared_expert_intermediate_size": 24}
-    vision = {"deepstack_visual_indexes": []} | changes.pop("vision", {})
-    config = _nested(linear | {"vision": vision} | changes)
-    text = config["text_config"]
-    for key in ("rope_theta", "rope_scaling"):
-        del text[key]
-    if family == "qwen3_5_moe":
+        # All layers have experts.
         del text["intermediate_size"]
-    return config | {"model_type": family}
+    return top | (text if family.startswith("qwen2") else {"text_config": text})
 
 
 def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:

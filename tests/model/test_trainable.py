@@ -53,16 +53,6 @@ def test_parameter_prefix_determines_its_part(family: str) -> None:
     assert {get_part(tensor.name) for tensor in hub_tensors(model)} <= set(MODEL_PARTS)
 
 
-@pytest.mark.parametrize("part", ["vision", "merger", "language", "embeddings"])
-def test_full_trains_only_its_part(part: str) -> None:
-    model = make_model()
-    configure_tuning(model, tune(**{part: "full"}), 0)
-    expected = {name for name, _ in model.named_parameters() if get_part(name) == part}
-    assert {name for name, p in model.named_parameters() if p.requires_grad} == expected
-    assert trainable_parameters(model).keys() == expected
-    assert not list_adapted_layers(model)
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", ["vision", "merger", "language"])
 def test_lora_adapts_only_its_part(family: str, part: str) -> None:

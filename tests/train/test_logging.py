@@ -26,7 +26,7 @@ from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult
-from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport, write_run_report
+from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
@@ -133,13 +133,6 @@ def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.Monkey
     monkeypatch.undo()
     assert task.run(resume=True).steps == 6
     assert 'role="status"' not in page.read_text()
-
-
-def test_no_report_without_run(tmp_path: Path) -> None:
-    output = io.StringIO()
-    write_run_report(RunDir(tmp_path), TrainingConsole(Console(file=output, width=200)))
-    assert "writing the report failed (UserError: " in output.getvalue()
-    assert list(tmp_path.iterdir()) == []
 
 
 PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))

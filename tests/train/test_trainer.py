@@ -216,25 +216,6 @@ def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "tune",
-    [
-        {"vision": "lora", "merger": "lora", "language": "lora", "embeddings": "full"},
-        dict.fromkeys(("vision", "merger", "language", "embeddings"), "full"),
-        {"merger": "full", "language": "lora"},
-    ],
-    ids=["lora", "full", "vision frozen"],
-)
-def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:
-    tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
-    values = {"plain": "false", "checkpointed": "true", "half": "0.5"}
-    for name, value in values.items():
-        task.run(f"train.activation_checkpointing={value}", name=name, tune=tune)
-    assert len({tuple(read_losses(task.folder / name)) for name in values}) == 1
-    file = Path("checkpoints", "step-6", "trainable.safetensors")
-    assert len({(task.folder / name / file).read_bytes() for name in values}) == 1
-
-
 @pytest.mark.gpu
 def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
     settings = ("train.device=cuda", "train.precision=bf16", "train.num_workers=2")

@@ -21,21 +21,19 @@ from gptq_fixtures import (
     write_quantized_model,
 )
 from hf_reference import max_relative_error
-from lora_fixtures import merge_to_folder, tune_with_lora
+from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import Precision, TuneSettings
+from finesight.config import Precision
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
-from finesight.model.lora.peft_io import load_adapter, save_adapter
 from finesight.model.quant import base
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
-from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
@@ -112,14 +110,6 @@ def test_tiny_values_have_small_error(size: float) -> None:
     assert float((found - values).abs().max()) <= 2**-24 * 16
 
 
-def test_columns_are_not_permuted() -> None:
-    """Codes of the two halves of a row share bytes."""
-    values = torch.zeros(2, 128)
-    values[0, 5], values[1, 100] = 3.0, -2.0
-    found = quantize(values).dequantize(torch.float32)
-    torch.testing.assert_close(found, values, rtol=1e-3, atol=0)
-
-
 @pytest.fixture(scope="module", params=FAMILIES)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     if request.param == "qwen":
@@ -159,11 +149,6 @@ def test_model_matches_dequantized_bit_exactly(
         assert torch.equal(*(logits(model, batch) for model in models))
 
 
-def apply_tune(model: VisionLanguageModel, **settings: Any) -> VisionLanguageModel:
-    configure_tuning(model, TuneSettings.model_validate({"language": "frozen"} | settings), 0)
-    return model
-
-
 def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> None:
     """The 4-bit weights remain those of the base next to trained parts."""
     four, _ = write_quantized_model(source, tmp_path, GptqConfig(act_order=True))
@@ -176,18 +161,6 @@ def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> N
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert ModelFolder(again).config["quantization_config"] == GptqConfig(act_order=True).config
-
-
-def test_full_training_of_int4_weights_is_rejected(source: ModelFolder, tmp_path: Path) -> None:
-    four, _ = write_quantized_model(source, tmp_path, GptqConfig())
-    model = load_model(four, torch.float32, CPU)
-    with pytest.raises(UserError, match="language is full, but the model has 4-bit weights"):
-        apply_tune(model, language="full")
-    apply_tune(model, language="lora", merger="full")
-    model.train()(questions(source, tmp_path)).square().sum().backward()
-    reached = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-    assert any(".adapter." in name for name in reached)
-    assert any(name.startswith("visual.merger.") for name in reached)
 
 
 @pytest.mark.parametrize(
@@ -269,22 +242,6 @@ def test_dequantized_export_is_the_dense_model(
     dtype = DTYPES[merged.precision]
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name].to(dtype)) for name in expected)
-
-
-def test_adapter_merges_into_dequantized_weights(source: ModelFolder, tmp_path: Path) -> None:
-    four, _ = write_quantized_model(source, tmp_path, GptqConfig())
-    batch = questions(source, tmp_path)
-    model = tune_with_lora(load_model(four, torch.float32, CPU), {"lora": {"rank": 2}})
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_adapter(adapter, model, base_model=str(four.path), base_fingerprint=four.fingerprint())
-    again = load_model(four, torch.float32, CPU)
-    load_adapter(again, adapter, base_folder=four)
-    assert torch.equal(logits(again, batch), logits(model, batch))
-    merged = merge_to_folder(four, adapter, tmp_path / "merged", "fp32")
-    assert merged.merged_layers == merged.dequantized_layers
-    found = logits(load_model(ModelFolder(merged.folder), torch.float32, CPU), batch)
-    assert max_relative_error(found, logits(model, batch)) <= 1e-5
 
 
 @pytest.mark.gpu

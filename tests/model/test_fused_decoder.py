@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
+from lora_fixtures import quantize_linear
 from torch import Tensor
 
 from finesight.model import fused_decoder
@@ -82,13 +83,7 @@ def initialize(
 def to_fp8(made: DecoderLayer) -> DecoderLayer:
     """Return the layer with FP8 weights."""
     for group in groups(made):
-        weights = torch.split(group.weight.detach(), list(group.output_sizes.values()))
-        group.set_quantized_weight(Fp8Matrix, Fp8Weight)
-        assert isinstance(group.weight, Fp8Weight)
-        group.weight.to(CUDA)
-        for matrix, weight in zip(group.weight.matrices, weights, strict=True):
-            (piece,) = matrix.tensor_specs()
-            piece.load(weight)
+        quantize_linear(group, Fp8Matrix, Fp8Weight)
     return made
 
 

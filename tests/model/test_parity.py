@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from case_files import load_cases
 from each_value import each
 from hf_reference import (
     collect_gradients,
@@ -22,113 +23,9 @@ from hf_reference import (
 )
 
 MODELS: dict[str, dict[str, Any]] = {
-    "qwen2": make_config("qwen2_vl"),
-    "qwen2 untied, one key head, odd depth": make_config(
-        "qwen2_vl", num_key_value_heads=1, num_hidden_layers=3, tie_word_embeddings=False
-    ),
-    "qwen2 ungrouped, wider heads": make_config(
-        "qwen2_vl",
-        hidden_size=64,
-        num_key_value_heads=4,
-        rope_theta=10000.0,
-        rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
-        vision={"embed_dim": 48, "num_heads": 3, "hidden_size": 64, "mlp_ratio": 4, "depth": 3},
-    ),
-    "qwen2.5": make_config("qwen2_5_vl"),
-    "qwen2.5 small windows, no full frames, untied": make_config(
-        "qwen2_5_vl",
-        tie_word_embeddings=False,
-        num_key_value_heads=4,
-        vision={"window_size": 56, "fullatt_block_indexes": []},
-    ),
-    "qwen2.5 six heads on three, odd depths, full frames first and last": make_config(
-        "qwen2_5_vl",
-        hidden_size=72,
-        num_attention_heads=6,
-        num_key_value_heads=3,
-        num_hidden_layers=1,
-        vision={
-            "depth": 3,
-            "fullatt_block_indexes": [0, 2],
-            "window_size": 100,
-            "hidden_size": 64,
-            "num_heads": 4,
-            "out_hidden_size": 72,
-        },
-    ),
-    "qwen3": make_config("qwen3_vl"),
-    "qwen3 heads wider than their share, untied, one key head": make_config(
-        "qwen3_vl",
-        tie_word_embeddings=False,
-        head_dim=24,
-        num_key_value_heads=1,
-        num_hidden_layers=5,
-        rope_scaling={"mrope_interleaved": True, "mrope_section": [6, 3, 3]},
-        vision={"deepstack_visual_indexes": [0, 2, 3], "depth": 4, "num_position_embeddings": 4},
-    ),
-    "qwen3 with experts": make_config("qwen3_vl_moe"),
-    "qwen3 with one expert, untied": make_config(
-        "qwen3_vl_moe", num_experts=1, num_experts_per_tok=1, tie_word_embeddings=False
-    ),
-    "qwen3 with all experts": make_config("qwen3_vl_moe", num_experts=4, num_experts_per_tok=4),
-    "qwen3 narrow heads, one tapped block, a table of one position": make_config(
-        "qwen3_vl",
-        head_dim=8,
-        num_key_value_heads=4,
-        num_hidden_layers=2,
-        rope_scaling={"mrope_interleaved": True, "mrope_section": [2, 1, 1]},
-        vision={"deepstack_visual_indexes": [1], "num_position_embeddings": 1, "num_heads": 4},
-    ),
+    name: make_config(family, **changes)
+    for name, (family, changes) in load_cases("parity_models").items()
 }
-
-MODELS |= {
-    "qwen3.5": make_config("qwen3_5"),
-    "qwen3.5 untied, equal numbers of heads, one full layer": make_config(
-        "qwen3_5",
-        tie_word_embeddings=False,
-        linear_num_value_heads=2,
-        num_hidden_layers=2,
-        full_attention_interval=2,
-        num_key_value_heads=1,
-    ),
-    "qwen3.5 linear last, wide kernel, wider values": make_config(
-        "qwen3_5",
-        num_hidden_layers=3,
-        linear_conv_kernel_dim=5,
-        linear_value_head_dim=20,
-        layer_types=["full_attention", "linear_attention", "linear_attention"],
-    ),
-    "qwen3.5 only full attention": make_config(
-        "qwen3_5", layer_types=["full_attention"] * 2, num_hidden_layers=2
-    ),
-    "qwen3.5 narrow kernel, half of a head rotated": make_config(
-        "qwen3_5",
-        linear_conv_kernel_dim=2,
-        head_dim=16,
-        linear_num_key_heads=1,
-        rope_parameters={
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
-            "partial_rotary_factor": 0.5,
-        },
-    ),
-    "qwen3.5 deep": make_config("qwen3_5", num_hidden_layers=8, vision={"depth": 1}),
-    "qwen3.5 with experts": make_config("qwen3_5_moe"),
-    "qwen3.5 with one expert, untied": make_config(
-        "qwen3_5_moe", num_experts=1, num_experts_per_tok=1, tie_word_embeddings=False
-    ),
-    "qwen3.5 with all experts": make_config("qwen3_5_moe", num_experts=4, num_experts_per_tok=4),
-    "qwen3.5 with a wide shared expert": make_config(
-        "qwen3_5_moe",
-        shared_expert_intermediate_size=64,
-        moe_intermediate_size=24,
-        num_hidden_layers=3,
-        full_attention_interval=2,
-    ),
-}
-
 TEXT = make_conversation(1, 11)
 ONE_IMAGE = make_conversation(2, 5, ("image", (1, 4, 6)), 7)
 TWO_IMAGES = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)

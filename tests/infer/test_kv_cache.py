@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 
 from finesight.infer.kv_cache import (
@@ -137,9 +138,9 @@ def test_bytes_of_the_cache():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stale", [0.0, float("nan")])
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize(
+@each("stale", [0.0, float("nan")])
+@each("block_size", [16, 64])
+@each(
     ("heads", "key_heads", "width"),
     [(12, 2, 128), (4, 4, 64), (5, 1, 40), (28, 4, 128), (7, 1, 80)],
 )

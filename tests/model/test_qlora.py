@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from each_value import each
 from hf_reference import (
     CPU,
     make_config,
@@ -134,8 +135,8 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("parts", [EVERY, ("language", "embeddings")], ids=str)
+@each("dtype", [torch.float32, torch.bfloat16])
+@each("parts", [EVERY, ("language", "embeddings")])
 def test_loss_and_gradients_match_dequantized_bit_exactly(
     family: str, dtype: torch.dtype, parts: tuple[ModelPart, ...], tmp_path: Path
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_value import each
 from hf_reference import (
     CPU,
     make_config,
@@ -76,8 +77,8 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return make_config(request.param)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("most", [5e9, 200_000])
+@each("tied", [True, False])
+@each("most", [5e9, 200_000])
 def test_saved_model_loads_in_transformers(
     tmp_path: Path, settings: dict[str, Any], tied: bool, most: float
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cuda_graph_fixtures import CPU, encode_samples, make_model
+from each_value import each
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
@@ -53,14 +54,13 @@ def delta_rule_without_matmul(
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
-@pytest.mark.parametrize(
+@each(
     "tune",
     [
         {"language": "lora", "lora": {"rank": 8}},
         dict.fromkeys(("language", "vision", "merger", "embeddings"), "full"),
         {"language": "frozen", "merger": "full"},
     ],
-    ids=["lora", "full", "merger"],
 )
 def test_flops_match_torch_counter(
     tmp_path: Path, family: TinyFamily, tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch

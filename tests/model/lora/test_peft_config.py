@@ -66,7 +66,7 @@ def test_neutral_settings_are_accepted(tmp_path: Path) -> None:
     assert {(low.rank, low.scale) for low in spec.configs.values()} == {(4, 1.5)}
 
 
-@pytest.mark.parametrize(("settings", "expected"), load_cases("peft_config_errors"))
+@each(("settings", "expected"), load_cases("peft_config_errors"))
 def test_target_modules_match_peft(settings: dict[str, Any], expected: bool) -> None:
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from each_value import each
 from gptq_fixtures import with_untied_head
 from hf_reference import CPU, max_relative_error
 from lora_fixtures import quantize_linear
@@ -266,8 +267,8 @@ def test_unsupported_gpu_is_rejected(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("inputs", [16, 1536, 8960, 16384, 17920])
+@each("dtype", TYPES)
+@each("inputs", [16, 1536, 8960, 16384, 17920])
 def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
     """Includes strided rows and rows longer than a program's registers."""
     x_TI = random_rows((37, inputs + 8)).clamp(-6e4, 6e4).to(dtype)[:, :inputs]
@@ -363,8 +364,8 @@ def test_norm_output_matches_reader_format(kind: type[nn.Module], width: int) ->
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("width", [16, 48, 5120, 16384, 17920])
+@each("dtype", HALF)
+@each("width", [16, 48, 5120, 16384, 17920])
 def test_fused_fp8_gelu_matches_two_steps(width: int, dtype: torch.dtype, device: str) -> None:
     """Bit-exact: values are rounded to 16 bits before quantization."""
     x_TI = random_mixed_rows((37, width + 8), 5).to(device, dtype)[:, :width]

@@ -245,12 +245,12 @@ def test_dequantized_export_is_the_dense_model(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 8, 9, 200])
+@each("dtype", TYPES)
+@each("rows", [1, 3, 8, 9, 200])
 @pytest.mark.parametrize(
     "way", [GptqConfig(), GptqConfig(64, True, False), GptqConfig(128)], ids=str
 )
-@pytest.mark.parametrize("shape", [(512, 1024), (40, 768), (96, 320)], ids=str)
+@each("shape", [(512, 1024), (40, 768), (96, 320)])
 def test_gpu_products_match_dequantized(
     dtype: torch.dtype, rows: int, way: GptqConfig, shape: tuple[int, int]
 ) -> None:

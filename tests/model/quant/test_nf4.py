@@ -113,8 +113,8 @@ def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 8, 40, 2000])
-@pytest.mark.parametrize("inputs", [48, 128])
+@each("rows", [1, 3, 8, 40, 2000])
+@each("inputs", [48, 128])
 def test_gpu_products_match_dequantized(dtype: torch.dtype, rows: int, inputs: int) -> None:
     matrix = quantize(random_values((256, inputs), torch.bfloat16).cuda())
     x = random_values((rows, inputs), dtype, seed=2).cuda().requires_grad_()

@@ -291,11 +291,9 @@ def test_quantized_model_accuracy_is_preserved(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(
-    "rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1]
-)
-@pytest.mark.parametrize("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)], ids=str)
+@each("dtype", TYPES)
+@each("rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1])
+@each("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)])
 def test_gpu_products_match_dequantized_weights(
     kind: str, dtype: torch.dtype, rows: int, shape: tuple[int, int]
 ) -> None:

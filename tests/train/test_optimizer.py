@@ -237,24 +237,6 @@ def test_rare_gradient_gives_a_small_update() -> None:
     assert not master_E[2:].any()
 
 
-def test_steps_are_close_to_bitsandbytes() -> None:
-    """Compare with AdamW8bit on complete blocks; its CPU version does not round to nearest."""
-    values = torch.randn(40, 128, generator=torch.Generator().manual_seed(1))
-    ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
-    published = import_bitsandbytes("test").optim.AdamW8bit(
-        [theirs], lr=1e-2, weight_decay=0.1, min_8bit_size=0
-    )
-    masters = make_optimizer({MATRIX: ours}, max_grad_norm=None)
-    for seed in range(6):
-        gradient = torch.randn(40, 128, generator=torch.Generator().manual_seed(seed)) / (seed + 1)
-        theirs.grad = gradient.clone()
-        published.step()
-        ours.grad = gradient
-        masters.step(1.0, masters.grad_norm())
-    changed = theirs.detach() - values
-    assert float((ours.detach() - theirs.detach()).norm() / changed.norm()) < 1e-2
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_8bit_steps_are_close_to_adamw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a step may begin and end within a parameter."""
@@ -354,27 +336,6 @@ def test_large_gradients_are_accumulated_during_backward(monkeypatch: pytest.Mon
         assert named[MATRIX].grad is None
         assert named[BIAS].grad is not None
         masters.step(1.0, masters.grad_norm())
-
-
-@each("kind", OPTIMIZERS)
-@each("dtype", DTYPES)
-def test_accumulated_single_gradient_gives_equal_step(dtype: torch.dtype, kind: str) -> None:
-    """Dropped gradients of an aborted step leave no state."""
-    named, again = make_parameters(dtype), make_parameters(dtype)
-    masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
-    for seed in range(4):
-        backward(again, 7)
-        others.accumulate_gradients()
-        backward(again, 8)
-        others.zero_grad()
-        assert kind == "muon" or not has_sums(others)
-        assert others.grad_norm() == 0
-        for model in (named, again):
-            backward(model, seed, without=OTHER if seed == 2 else "")
-        others.accumulate_gradients()
-        for one in (masters, others):
-            one.step(1.0, one.grad_norm())
-    assert_equal_states(others, masters)
 
 
 def lr_factors(total: int, **settings: object) -> list[float]:

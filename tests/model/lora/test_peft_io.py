@@ -184,17 +184,6 @@ def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
             assert torch.equal(found.lora_B, b_OR.float() + 1e-4)
 
 
-def test_training_continues_from_matching_adapter(tmp_path: Path) -> None:
-    theirs = make_reference_model(make_config("qwen2_vl"))
-    first = our_model(theirs, how="all parts")
-    save_adapter(tmp_path, first, base_model="some/base")
-    second = make_native_model(make_config("qwen2_vl"), theirs)
-    configure_tuning(second, TuneSettings.model_validate(TUNE_SETTINGS["all parts"]), seed=9)
-    load_trainable_adapter(second, tmp_path)
-    assert torch.equal(our_logits(second, theirs), our_logits(first, theirs))
-    assert all(p.requires_grad for _, _, a in iter_adapters(second) for p in a.parameters())
-
-
 @each(
     ("how", "change", "message"),
     [

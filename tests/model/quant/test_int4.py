@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from each_value import each
-from engine_fixtures import make_mixed_questions
+from engine_fixtures import compute_logits, pack_mixed_questions
 from gptq_fixtures import (
     GPTQ_CONFIGS,
     GptqConfig,
@@ -27,14 +26,11 @@ from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
 from finesight.config import Precision
-from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
 
@@ -118,18 +114,6 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return ModelFolder(create_tiny_model(folder / "tiny", request.param))
 
 
-def questions(folder: ModelFolder, tmp_path: Path) -> PackedBatch:
-    renderer = NativeRenderer(folder)
-    batch = pack([renderer.encode(question) for question in make_mixed_questions(tmp_path)])
-    every_T = torch.arange(len(batch.ids_T))
-    return dataclasses.replace(batch, logit_indices_L=every_T, labels_L=batch.ids_T)
-
-
-@torch.no_grad()
-def logits(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
-    return model.compute_logits(model.eval()(batch))
-
-
 @each("config", GPTQ_CONFIGS)
 def test_model_matches_dequantized_bit_exactly(
     source: ModelFolder, config: GptqConfig, tmp_path: Path
@@ -137,16 +121,18 @@ def test_model_matches_dequantized_bit_exactly(
     """Every linear layer of the decoder is quantized, and no other. Other parts can use NF4."""
     four, dense = write_quantized_model(source, tmp_path, config)
     assert stored_precision(four) == stored_precision(dense) == "fp32"
-    batch = questions(source, tmp_path)
+    batch = pack_mixed_questions(source, tmp_path)
     for dtype in TYPES[:2]:
         found = load_model(four, dtype, CPU)
         groups = {n for n, m in found.named_modules() if isinstance(m, FusedLinear)}
         expected = {f"{name}.weight" for name in groups if name.startswith("model.layers.")}
         assert set(find_quantized_weights(found)) == expected
-        assert torch.equal(logits(found, batch), logits(load_model(dense, dtype, CPU), batch))
+        assert torch.equal(
+            compute_logits(found, batch), compute_logits(load_model(dense, dtype, CPU), batch)
+        )
     if config == GPTQ_CONFIGS[0]:
         models = [load_model(folder, torch.float32, CPU, ("vision",)) for folder in (four, dense)]
-        assert torch.equal(*(logits(model, batch) for model in models))
+        assert torch.equal(*(compute_logits(model, batch) for model in models))
 
 
 def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +18,8 @@ from torch import Tensor, nn
 from finesight.encode.packing import PackedBatch
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model
-from finesight.model.weights_io import hub_tensors
-from finesight.model_folder import PREPROCESSOR_DEFAULTS
+from finesight.model.weights_io import hub_tensors, save_model
+from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.vision.image_processing import GridTHW
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
@@ -88,6 +90,23 @@ def make_native_model(settings: dict[str, Any], weights: nn.Module) -> VisionLan
         assert tensor.shape == tuple(found[name].shape), name
         tensor.data.copy_(found[name].reshape(tensor.data.shape))
     return model
+
+
+def write_model_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    theirs: Any = None,
+    max_shard_bytes: float = 5e9,
+) -> ModelFolder:
+    """Write a model in the format of the hub, with the reference's weights."""
+    folder.mkdir()
+    precision = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": precision}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(PREPROCESSOR_DEFAULTS)))
+    model = make_native_model(settings, theirs or make_reference_model(settings))
+    save_model(model, ModelFolder(folder), folder, dtype, max_shard_bytes)
+    return ModelFolder(folder)
 
 
 def to_published_layout(
@@ -241,6 +260,14 @@ def pack_conversations(model: Any, specs: Sequence[ConversationSpec]) -> PackedB
         logit_indices_L=every_T,
         labels_L=ids_T,
     )
+
+
+@torch.no_grad()
+def native_logits(
+    model: VisionLanguageModel, theirs: Any, specs: Sequence[ConversationSpec]
+) -> Tensor:
+    """Logits [T, V] of the packed samples, of the model in evaluation mode."""
+    return model.eval().compute_logits(model(pack_conversations(theirs, specs)))
 
 
 def max_relative_error(found: Tensor, expected: Tensor) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,11 @@ from hf_reference import (
     CPU,
     make_config,
     make_conversation,
-    make_native_model,
     make_reference_model,
     max_relative_error,
     pack_conversations,
     reference_logits,
+    write_model_folder,
 )
 from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import merge_to_folder, tune_with_lora
@@ -36,7 +35,7 @@ from finesight.model.quant.nf4 import Nf4Matrix
 from finesight.model.trainable import ModelPart, configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
-from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder, locate_model
+from finesight.model_folder import ModelFolder, locate_model
 from finesight.train.loss import fused_linear_cross_entropy
 
 FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
@@ -68,18 +67,7 @@ def make_settings(family: str, **changes: Any) -> dict[str, Any]:
 def make_base(
     folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> ModelFolder:
-    settings = make_settings(family, **changes)
-    folder.mkdir()
-    kind = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": kind}))
-    (folder / "preprocessor_config.json").write_text(json.dumps(dict(PREPROCESSOR_DEFAULTS)))
-    save_model(
-        make_native_model(settings, make_reference_model(settings)),
-        ModelFolder(folder),
-        folder,
-        dtype,
-    )
-    return ModelFolder(folder)
+    return write_model_folder(folder, make_settings(family, **changes), dtype)
 
 
 def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:

@@ -9,7 +9,6 @@ from finesight.encode.tokenization import EncodedSample, TokenizedSample, Visual
 from finesight.infer.kv_cache import (
     BlockHash,
     BlockManager,
-    append_tokens,
     compute_block_hashes,
     hash_images,
 )
@@ -85,13 +84,3 @@ def test_changed_image_changes_the_block_hash():
     square = replace(span, grid_thw=(1, 2, 2), resized_size=(2, 2))
     reshaped = replace(prompt, tokenized=replace(prompt.tokenized, spans=(square,)))
     assert _num_shared_blocks(prompt, reshaped) == 0
-
-
-def test_answer_hashes_match_the_next_prompt():
-    """As if the answer had been a part of the prompt."""
-    full, prompt = _prompt(18, ()), _prompt(10, ())
-    output = append_tokens(prompt.tokenized, full.tokenized.ids_T[10:].tolist())
-    assert compute_block_hashes(output, (), S, "") == _keys(full)
-    assert compute_block_hashes(append_tokens(prompt.tokenized, []), (), S, "") == _keys(prompt)
-    far = replace(prompt.tokenized, position_ids_3T=prompt.tokenized.position_ids_3T + 5)
-    assert append_tokens(far, [1, 2]).position_ids_3T[:, -2:].tolist() == [[15, 16]] * 3

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,9 +88,9 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
     return model.train()
 
 
-def logits(model: VisionLanguageModel, family: str, samples: Sequence[Any] = (SAMPLE,)) -> Tensor:
+def logits(model: VisionLanguageModel, family: str) -> Tensor:
     theirs = make_reference_model(make_settings(family))
-    return model.compute_logits(model(pack_conversations(theirs, samples)))
+    return model.compute_logits(model(pack_conversations(theirs, [SAMPLE])))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

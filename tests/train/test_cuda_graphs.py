@@ -37,7 +37,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import MIN_STARVED_PACKS, CudaGraphRunner, GraphTimer
-from finesight.train.graph_buffers import GraphInputs, GraphShape
+from finesight.train.graph_buffers import GraphShape
 
 GraphStep = tuple[Tensor, list[Tensor | None]]
 """Loss and gradients of a pack."""
@@ -116,40 +116,6 @@ def test_larger_packs_are_captured_if_launch_bound(
     assert run_packs(make_runner(model), [small] * few) == 2
     gpu.half_free, gpu.ahead, gpu.num_queries = True, MIN_STARVED_PACKS, 0
     assert run_packs(make_runner(model), [larger] * 4 * several) == 0, "not so often in a row"
-
-
-def test_packs_share_graphs_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
-) -> None:
-    model = make_model(torch.float32, CPU).eval()
-    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", MIN_STARVED_PACKS)
-    packs = make_packs(encode_samples(folder), monkeypatch) * MIN_STARVED_PACKS
-
-    def count_graphs() -> tuple[int, int]:
-        """Return the number of eager passes, and of graphs."""
-        runner = make_runner(model)
-        return len(packs) - run_packs(runner, packs), len(runner.static_inputs)
-
-    assert count_graphs() == (MIN_STARVED_PACKS, 1)
-    # There may be hundreds of shapes: they are searched for each capture, not for each pack.
-    monkeypatch.setattr(GraphShape, "widen", None)
-    gpu.half_free = False
-    assert count_graphs() == (2 * MIN_STARVED_PACKS, 2), "each shape has its own graph"
-    gpu.half_free, gpu.ahead, gpu.num_queries = True, 2, 0
-    assert count_graphs() == (2 * MIN_STARVED_PACKS, 2), "the GPU was not idle"
-
-
-def test_smallest_fitting_graph_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow graph is not shared."""
-    runner = make_runner(make_model(torch.float32, CPU))
-    batch = pack(encode_samples(folder)[:4])
-    shape = GraphShape.from_batch(batch)._replace(num_tokens=1024)
-    sizes = [shape._replace(num_tokens=1088 + n, num_sequences=16) for n in (8, 0, 16)]
-    for size in (*sizes, sizes[1]._replace(num_labels=2 * shape.num_labels)):
-        runner.static_inputs[size] = GraphInputs.allocate(size, batch, None, runner.vision_encoder)
-    assert runner.find_wider_inputs(shape).shape == sizes[1]
-    monkeypatch.setattr(runner.timer, "is_replay_faster", lambda tokens: False)
-    assert runner.find_wider_inputs(shape) is None
 
 
 class FailingGraphCache(EagerGraphCache):
@@ -254,34 +220,6 @@ def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
     assert [timer.is_replay_faster(tokens) for tokens in (1000, 2400, 2600)] == [True, True, False]
     replay(timer, 1000, 0.06)
     assert timer.is_replay_faster(1000) is True
-
-
-def test_launches_and_replays_are_timed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, timer: GraphTimer
-) -> None:
-    class ReplayingGraphCache(EagerGraphCache):
-        """Graph cache that replays from the third run on."""
-
-        def contains(self, key: int) -> bool:
-            return len(self.keys) > 1
-
-        def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
-            FakeEvent.clock += 1.0
-            return super().run(key, function)
-
-    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", ReplayingGraphCache)
-    FakeEvent.is_finished = True
-    batch = pack(encode_samples(folder)[:4])
-    runner = make_runner(make_model(torch.float32, CPU).eval())
-    run_packs(runner, [batch] * (cuda_graphs.NUM_WARMUP_PACKS + 2))
-    assert runner.timer.is_replay_faster(1) is None, "eager launches and captures are no replays"
-    run_packs(runner, [batch])
-    tokens = GraphShape.from_batch(batch).num_tokens
-    assert runner.timer.is_replay_faster(100 * tokens) is False
-    assert runner.timer.replay_s_per_token == 1 / tokens
-    assert 0 < runner.timer.launch_s < 100
-    runner.warm_up(batch)
-    assert runner.timer.is_replay_faster(tokens) is None
 
 
 @pytest.mark.gpu

@@ -75,17 +75,6 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
     assert measured == [0, 2, 4, 6]
 
 
-def test_mfu_is_omitted_after_a_step_above_the_peak(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flops = iter([1e-9, 1e30])
-    monkeypatch.setattr("finesight.train.logging.count_flops", lambda *_: next(flops, 1e-9))
-    monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
-    task.run("train.steps=4", "train.epochs=null", "train.pack_tokens=8192")
-    mfus = [line["mfu"] for line in task.read_metrics() if "loss" in line]
-    assert [mfu is None for mfu in mfus] == [False, True, True, True]
-
-
 def test_per_part_learning_rates(task: TinyTask) -> None:
     learning_rates = "train.learning_rate={default: 0.01, merger: 1e-6}"
     result = task.run(learning_rates, "train.lr_schedule=constant")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,12 @@ import torch
 from engine_fixtures import generate_uncached, make_sample, write_noise_image
 from tiny_model import TinyFamily, create_tiny_model
 from transformers import (
+    PreTrainedTokenizerFast,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2VLForConditionalGeneration,
     Qwen3VLForConditionalGeneration,
 )
+from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
@@ -108,3 +111,48 @@ def test_training_position_ids_restore_the_answers(model_pair: ModelPair) -> Non
         assert difference() > 1e-2, "docs/en/export.md says that the positions differ"
     assert difference(position_ids=positions_3T[:, None]) <= 1e-5
     assert _generate(model_pair, position_ids=positions_3T[:, None]) == wanted.tokens
+
+
+@pytest.mark.parametrize("template", ["published", "without the outer pair"])
+def test_qwen3_vl_outer_vision_tokens(tmp_path: Path, template: str) -> None:
+    """One pair more than in training, unless the template leaves it out."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_vl"))
+    renderer = NativeRenderer(folder)
+    frames = tuple(write_noise_image(tmp_path / f"{n}.png", 64, 64, n).name for n in range(4))
+    outline = renderer.encode_prompt(make_sample("video", tmp_path, frames, "What?")).tokenized
+    content = [{"type": "video"}, {"type": "text", "text": "What?"}]
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
+    chat = folder.chat_template
+    if template != "published":
+        chat = chat.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": content}],
+        chat_template=chat,
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    ids = tokenizer(_expand_prompt(text, outline.spans[0].grid_thw), add_special_tokens=False)[
+        "input_ids"
+    ]
+    start, end = (tokenizer.convert_tokens_to_ids(f"<|vision_{n}|>") for n in ("start", "end"))
+    if template == "published":
+        ids.remove(start)
+        ids.reverse()
+        ids.remove(end)
+        ids.reverse()
+    assert ids == outline.ids_T.tolist()
+
+
+def _expand_prompt(text: str, grid: tuple[int, int, int]) -> str:
+    """The text of a prompt with a video of four frames at 2 fps, by the processor's own code."""
+    processor = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
+    processor.video_token = "<|video_pad|>"
+    processor.vision_start_token, processor.vision_end_token = "<|vision_start|>", "<|vision_end|>"
+    processor.video_processor = SimpleNamespace(merge_size=2, temporal_patch_size=2)
+    video = {
+        "video_grid_thw": np.array([(2, *grid[1:])]),
+        "video_metadata": [SimpleNamespace(fps=2.0, frames_indices=[0, 1, 2, 3])],
+    }
+    replacement = processor.replace_video_token(video, 0)
+    (expanded,), _ = processor.get_text_with_replacements([text], videos_replacements=[replacement])
+    return str(expanded)

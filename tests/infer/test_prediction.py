@@ -159,6 +159,26 @@ def test_build_questions_validates_images(tmp_path):
             build_questions([path, tmp_path / name], "What is it?")
 
 
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [((), None), (("a.png",), "a.png"), (("a.png", "b.png"), ["a.png", "b.png"])],
+)
+def test_as_json_and_text(images, expected):
+    box = BoxPart(label="dog", xyxy=(1, 2.3456, 3, 4))
+    prediction = _prediction(tuple(map(Path, images)), box, finish_reason="length")
+    assert prediction.as_json() == {
+        "id": "s",
+        "image": expected,
+        "prompt": "Where?",
+        "answer": "there",
+        "raw_text": "there<|im_end|>",
+        "boxes": [{"image": 0, "label": "dog", "xyxy": [1, 2.35, 3, 4]}],
+    }
+    text = prediction.as_text()
+    assert "there [truncated after 2 tokens]\n  box 1.0, 2.3, 3.0, 4.0  dog" in text
+    assert all(name in text for name in images)
+
+
 @pytest.mark.parametrize(("capacity", "batch_sizes"), [(3, [3]), (1, [3, 1]), (0, [3, 1])])
 def test_out_of_memory_reduces_the_batch_size(
     loaded_model, tmp_path, monkeypatch, capacity, batch_sizes

@@ -14,6 +14,9 @@ from finesight.plan.step_time import FP8_SPEEDUP, StepTime, StepTimeEstimator
 from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
 
 PACK = PlannedPack((500,) * 40, ((1, 20, 20),) * 40, 4000)
+FULL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
+
+
 H200 = build_named_target("H200", "bf16")
 
 
@@ -85,6 +88,27 @@ def test_fused_kernels_and_graphs_reduce_launch_time() -> None:
     assert launch_s(fused, text_pack) == 0
     assert launch_s(fused, image_pack) > launch_s(fused, image_pack, has_cached_features=True) == 0
     assert launch_s(fused, PACK) > eager_s
+
+
+def test_optimizer_time_increases_with_parameters() -> None:
+    lora, full, adamw_8bit = (
+        timer.estimate_step([PACK], 0.0).optimizer_s
+        for timer in (
+            make_timer(),
+            make_timer(tune=FULL),
+            make_timer(tune=FULL, optimizer="adamw_8bit"),
+        )
+    )
+    assert lora < full < adamw_8bit
+
+
+def test_data_wait_depends_on_workers() -> None:
+    main_process, workers = (
+        make_timer(num_workers=count).estimate_step([PACK], 0.0) for count in (0, 8)
+    )
+    assert main_process.is_loading_blocking
+    assert not workers.is_loading_blocking
+    assert main_process.data_loading_s == pytest.approx(8 * workers.data_loading_s)
 
 
 def test_own_machine_is_measured() -> None:

@@ -53,6 +53,20 @@ def test_swanlab_log_has_no_machine_info(tracked_run: TrackedRun) -> None:
         assert not any(machine[part] for part in ("hardware", "runtime", "git", "swanlab"))
 
 
+def test_dashboard_commands_are_printed(tracked_run: TrackedRun) -> None:
+    patterns = {
+        "tensorboard": ("TensorBoard: tensorboard --logdir", "tensorboard"),
+        "swanlab": ("SwanLab: offline (no key): swanlab sync", "swanlab/run-*"),
+        "w&b": ("wandb sync", "wandb/wandb/offline-run-*"),
+    }
+    for name, (command, folders) in patterns.items():
+        lines = tracked_run.console_lines(name)
+        assert len(lines) == 2
+        assert all(command in line for line in lines)
+        paths = {Path(line.split()[-1]) for line in lines}
+        assert paths == set((tracked_run.run / "track").glob(folders))
+
+
 @pytest.fixture
 def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Address of a server that fails from its third request on, and the received bodies."""

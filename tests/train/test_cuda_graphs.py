@@ -222,6 +222,34 @@ def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
     assert timer.is_replay_faster(1000) is True
 
 
+def test_launches_and_replays_are_timed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, timer: GraphTimer
+) -> None:
+    class ReplayingGraphCache(EagerGraphCache):
+        """Graph cache that replays from the third run on."""
+
+        def contains(self, key: int) -> bool:
+            return len(self.keys) > 1
+
+        def run(self, key: int, function: Callable[[], Tensor]) -> Tensor:
+            FakeEvent.clock += 1.0
+            return super().run(key, function)
+
+    monkeypatch.setattr(cuda_graphs, "CudaGraphCache", ReplayingGraphCache)
+    FakeEvent.is_finished = True
+    batch = pack(encode_samples(folder)[:4])
+    runner = make_runner(make_model(torch.float32, CPU).eval())
+    run_packs(runner, [batch] * (cuda_graphs.NUM_WARMUP_PACKS + 2))
+    assert runner.timer.is_replay_faster(1) is None, "eager launches and captures are no replays"
+    run_packs(runner, [batch])
+    tokens = GraphShape.from_batch(batch).num_tokens
+    assert runner.timer.is_replay_faster(100 * tokens) is False
+    assert runner.timer.replay_s_per_token == 1 / tokens
+    assert 0 < runner.timer.launch_s < 100
+    runner.warm_up(batch)
+    assert runner.timer.is_replay_faster(tokens) is None
+
+
 @pytest.mark.gpu
 def test_dropout_is_equal_in_graph_and_eager(folder: Path) -> None:
     """The vision encoder draws random numbers before the decoder seed."""

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from vision_cache_fixtures import LORA, make_train_state
 
 from finesight import storage
 from finesight.data.image_header import CorruptImageError
-from finesight.errors import UserError
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
@@ -112,6 +113,22 @@ def test_existing_run_is_rejected(task: TinyTask) -> None:
         task.run(resume=True)
     (run / "result.json").unlink()
     assert task.run(resume=True) == first
+
+
+def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
+    task.recipe["train"]["keep_checkpoints"] = 3
+    checkpoints = task.rewind_to_checkpoint() / "checkpoints"
+    (checkpoints / "step-4" / "trainable.safetensors").write_bytes(b"x")
+    assert task.run(resume=True).steps == 6
+    assert "resuming from step 2" in task.console_output
+    assert (checkpoints / "corrupt-step-4").is_dir()
+    (checkpoints / "step-2" / "optimizer.safetensors").unlink()
+    (task.folder / "run" / "result.json").unlink()
+    for step in (4, 6):
+        storage.remove_folder(checkpoints / f"step-{step}")
+    with pytest.raises(UserError, match=r"optimizer\.safetensors") as caught:
+        task.run(resume=True)
+    assert "to restart the run from step 0" in caught.value.remedy
 
 
 def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
@@ -321,6 +338,17 @@ def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str
     parameters = dict(state.model.named_parameters())
     for name, value in state.optimizer.export_weights().items():
         assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
+
+
+def test_interrupted_step_leaves_no_state(tmp_path: Path) -> None:
+    state, before = make_state(tmp_path / "task")
+    stop, step = StopRequest(), state.step_dataset.get_step(0)
+    assert len(step.packs) >= 2
+    state.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    with stop.install_handlers(), pytest.raises(TrainingInterrupted):
+        train_step(state, step, stop)
+    assert has_weights(state, before)
+    assert state.optimizer.grad_norm() == 0
 
 
 def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import peft
@@ -19,14 +20,17 @@ from hf_reference import (
 )
 from lora_fixtures import (
     FAMILIES,
+    LORA,
     TUNE_SETTINGS,
     get_tolerance,
     merge_to_folder,
     tune_with_lora,
 )
+from safetensors.torch import load_file
 
 from finesight.model.linear import iter_adapters
-from finesight.model.lora.peft_io import save_adapter
+from finesight.model.lora.merge import Precision
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
@@ -68,3 +72,32 @@ def test_merged_folder_matches_adapter_peft_and_transformers(
         reference_logits(theirs, SAMPLES[0]),
     ):
         assert max_relative_error(found, expected) <= get_tolerance(family)
+
+
+def test_merge_sums_in_fp32_and_rounds_once(tmp_path: Path) -> None:
+    base = write_model_folder(tmp_path / "base", make_config("qwen2_vl"), torch.bfloat16)
+    tune = {"language": "lora", "lora": LORA | {"target_modules": ["v_proj"]}}
+    model = tune_with_lora(load_model(base, torch.float32, CPU), tune)
+    adapter = write_adapter_folder(model, base, tmp_path / "adapter")
+    name = "model.layers.1.self_attn.v_proj.weight"
+    theirs = "base_model.model.model.language_model.layers.1.self_attn.v_proj"
+    factors = load_file(adapter / ADAPTER_WEIGHTS_FILE)
+    stored = load_file(base.weight_files()[0])[name]
+    update = 1.5 * factors[f"{theirs}.lora_B.weight"] @ factors[f"{theirs}.lora_A.weight"]
+    exact = stored.double() + update.double()
+
+    # The largest relative error of one rounding is half a unit in the last place.
+    precisions: list[tuple[Precision, str, torch.dtype, float]] = [
+        ("auto", "bf16", torch.bfloat16, 2**-8),
+        ("fp32", "fp32", torch.float32, 2**-24),
+        ("fp16", "fp16", torch.float16, 2**-11),
+    ]
+    for precision, name_of_type, dtype, step in precisions:
+        merged = merge_to_folder(base, adapter, tmp_path / precision, precision)
+        assert merged.precision == name_of_type
+        found = load_file(merged.folder / "model.safetensors")[name]
+        assert found.dtype == dtype
+        error = (found.double() - exact).abs() - step * exact.abs()
+        assert float(error.max()) <= 1e-7
+        settings = json.loads((merged.folder / "config.json").read_text())
+        assert settings["torch_dtype"] == str(dtype).removeprefix("torch.")

@@ -25,12 +25,13 @@ from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import Precision
+from finesight.config import Precision, TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
+from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
 
@@ -147,6 +148,13 @@ def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> N
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     assert ModelFolder(again).config["quantization_config"] == GptqConfig(act_order=True).config
+
+
+def test_full_training_of_int4_weights_is_rejected(source: ModelFolder, tmp_path: Path) -> None:
+    four, _ = write_quantized_model(source, tmp_path, GptqConfig())
+    tune = TuneSettings.model_validate({"language": "full"})
+    with pytest.raises(UserError, match="language is full, but the model has 4-bit weights"):
+        configure_tuning(load_model(four, torch.float32, CPU), tune, 0)
 
 
 @pytest.mark.parametrize(

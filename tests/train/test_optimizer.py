@@ -338,6 +338,27 @@ def test_large_gradients_are_accumulated_during_backward(monkeypatch: pytest.Mon
         masters.step(1.0, masters.grad_norm())
 
 
+@each("kind", OPTIMIZERS)
+@each("dtype", DTYPES)
+def test_accumulated_single_gradient_gives_equal_step(dtype: torch.dtype, kind: str) -> None:
+    """Dropped gradients of an aborted step leave no state."""
+    named, again = make_parameters(dtype), make_parameters(dtype)
+    masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
+    for seed in range(4):
+        backward(again, 7)
+        others.accumulate_gradients()
+        backward(again, 8)
+        others.zero_grad()
+        assert kind == "muon" or not has_sums(others)
+        assert others.grad_norm() == 0
+        for model in (named, again):
+            backward(model, seed, without=OTHER if seed == 2 else "")
+        others.accumulate_gradients()
+        for one in (masters, others):
+            one.step(1.0, one.grad_norm())
+    assert_equal_states(others, masters)
+
+
 def lr_factors(total: int, **settings: object) -> list[float]:
     schedule = LRSchedule(TrainSettings.model_validate(settings), total)
     return [schedule.lr_factor(step) for step in range(total)]

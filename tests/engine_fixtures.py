@@ -57,10 +57,7 @@ def write_noise_image(path: Path, width: int, height: int, seed: int = 0) -> Pat
 
 
 def make_sample(
-    name: str,
-    folder: Path,
-    *content: str | tuple[str, ...],
-    answer: str | BoxPart | None = None,
+    name: str, folder: Path, *content: str | tuple[str, ...], answer: str | BoxPart | None = None
 ) -> LocatedSample:
     """A sample from file names (ending in .png), frames of videos and texts, and its answer."""
     parts = tuple(map(_to_part, content))

@@ -6,12 +6,7 @@ import numpy as np
 import pytest
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
-from finesight.infer.kv_cache import (
-    BlockHash,
-    BlockManager,
-    compute_block_hashes,
-    hash_images,
-)
+from finesight.infer.kv_cache import BlockHash, BlockManager, compute_block_hashes, hash_images
 
 S = 4
 

@@ -13,9 +13,7 @@ from PIL import Image
 from tiny_model import create_tiny_model
 
 from finesight.data.image_header import CorruptImageError
-from finesight.data.sample import (
-    BoxPart,
-)
+from finesight.data.sample import BoxPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner

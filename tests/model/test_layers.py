@@ -3,10 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from finesight.model.layers import (
-    RotaryCosSin,
-    apply_rotary_pos_emb,
-)
+from finesight.model.layers import RotaryCosSin, apply_rotary_pos_emb
 
 
 def test_half_precision_is_rotated_in_fp32() -> None:

@@ -7,11 +7,7 @@ import torch
 from lora_fixtures import GROUP_WIDTHS, make_group
 from torch import Tensor, nn
 
-from finesight.model.linear import (
-    FusedLinear,
-    LoraConfig,
-    LoraLinear,
-)
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 
 
 def with_random_adapter(

@@ -15,11 +15,7 @@ from tiny_model import create_tiny_model
 from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
-from finesight.model.lora.peft_io import (
-    ADAPTER_WEIGHTS_FILE,
-    load_adapter,
-    save_adapter,
-)
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, load_adapter, save_adapter
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model, stored_precision

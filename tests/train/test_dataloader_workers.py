@@ -95,9 +95,7 @@ def test_workers_ignore_group_signals() -> None:
     assert os.getpgid(0) not in groups
 
 
-def test_no_process_remains_after_early_stop(
-    list_workers: Callable[[], list[BaseProcess]],
-) -> None:
+def test_no_process_remains_after_early_stop(list_workers: Callable[[], list[BaseProcess]]) -> None:
     items = read(Items(), range(60), 2)
     next(items)
     assert len(list_workers()) == 2

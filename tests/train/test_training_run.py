@@ -10,11 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from finesight.errors import TrainingInterrupted
-from finesight.train.training_run import (
-    PREEMPTION_SIGNALS,
-    SIGNALS,
-    StopRequest,
-)
+from finesight.train.training_run import PREEMPTION_SIGNALS, SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)

@@ -15,9 +15,7 @@ from qwen_vl_reference import CONFIGS
 
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
-from finesight.model.families.qwen_vl import (
-    sincos_positions,
-)
+from finesight.model.families.qwen_vl import sincos_positions
 from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.model.weights_io import HubTensor, hub_tensors, init_random_model

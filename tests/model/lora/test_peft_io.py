@@ -229,14 +229,8 @@ DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
         lambda tensors: {n.replace("A.weight", "A.x"): t for n, t in tensors.items()},
         "14 keys are not factors",
     ),
-    (
-        lambda tensors: tensors | {EMBEDDINGS: torch.zeros(4, 4)},
-        "1 keys are not factors",
-    ),
-    (
-        lambda tensors: tensors | {FIRST: tensors[FIRST].to(torch.int8)},
-        "1 keys are not factors",
-    ),
+    (lambda tensors: tensors | {EMBEDDINGS: torch.zeros(4, 4)}, "1 keys are not factors"),
+    (lambda tensors: tensors | {FIRST: tensors[FIRST].to(torch.int8)}, "1 keys are not factors"),
     (
         lambda tensors: {n: t for n, t in tensors.items() if n != FIRST},
         "1 keys lack the other factor",

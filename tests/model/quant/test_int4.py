@@ -81,11 +81,7 @@ def quantize(values: Tensor) -> RtnInt4Matrix:
 @each("size", [1e-2, 1.0, 1e3])
 @each("at_once", [base.CHUNK_ELEMENTS, 300])
 def test_quantization_error_is_at_most_half_a_scale(
-    shape: tuple[int, int],
-    shift: float,
-    size: float,
-    at_once: int,
-    monkeypatch: pytest.MonkeyPatch,
+    shape: tuple[int, int], shift: float, size: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Includes groups with one sign, a smaller last group, and zeros, which stay zero."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)

@@ -4,11 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finesight.model.quant.base import (
-    PackedInput,
-    RmsNormParams,
-    pack_inputs,
-)
+from finesight.model.quant.base import PackedInput, RmsNormParams, pack_inputs
 
 
 class PermutedMatrix:

@@ -15,7 +15,6 @@ from conversation_fixtures import (
     make_text_sample,
 )
 from each_value import each
-from PIL import Image
 
 from finesight.config import ExactSize, LongestSide
 from finesight.data.sample import (
@@ -26,7 +25,6 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
-    VideoPart,
 )
 from finesight.encode.renderer import DecodedCompletion, NativeRenderer
 from finesight.errors import UserError
@@ -197,13 +195,6 @@ def test_box_outside_its_image_is_rejected(
     with pytest.raises(UserError, match="in an image of") as raised:
         renderer.tokenize(make_sample(image_set.folder, *turns))
     assert raised.value.where == f"sample one ({image_set.folder / '0.jpg'})"
-
-
-def test_frames_must_have_one_size(renderer: NativeRenderer, tmp_path: Path) -> None:
-    for name, size in (("a.png", (60, 60)), ("b.png", (60, 90))):
-        Image.new("RGB", size).save(tmp_path / name)
-    with pytest.raises(UserError, match="the first frame has"):
-        renderer.tokenize(make_sample(tmp_path, (VideoPart(frames=("a.png", "b.png")),)))
 
 
 def test_config_and_tokenizer_must_agree(tmp_path: Path) -> None:

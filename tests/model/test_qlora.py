@@ -20,14 +20,13 @@ from hf_reference import (
     write_model_folder,
 )
 from lora_fixtures import FAMILIES as ALL_FAMILIES
-from lora_fixtures import merge_to_folder, tune_with_lora
+from lora_fixtures import tune_with_lora
 from torch import Tensor
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_module_name
 from finesight.model.linear import FusedLinear, hub_name, iter_adapters
-from finesight.model.lora.merge import merge_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.nf4 import Nf4Matrix
@@ -182,26 +181,6 @@ def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
     )
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
         assert torch.equal(full[name], baseline[name])
-
-
-@torch.no_grad()
-def test_merged_model_has_published_weights(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", "qwen2_vl")
-    model, dense = (
-        tune_with_lora(load_model(base, torch.float32, CPU, parts), {"lora": LORA})
-        for parts in (("language",), ())
-    )
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_adapter(adapter, model, base_model=str(base.path), base_fingerprint=base.fingerprint())
-    merged = merge_to_folder(base, adapter, tmp_path / "merged", "fp32")
-    here = logits(load_model(ModelFolder(merged.folder), torch.float32, CPU), "qwen2_vl")
-    expected, quantized = (logits(one, "qwen2_vl") for one in (dense, model))
-    assert max_relative_error(here, expected) <= 1e-5
-    # The difference is only that of the quantization.
-    assert max_relative_error(quantized, expected) > 1e-2
-    with pytest.raises(AssertionError, match="is quantized"):
-        merge_adapters(model)
 
 
 @pytest.mark.gpu

@@ -25,7 +25,7 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
 )
-from finesight.encode.packing import pack
+from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
@@ -57,10 +57,7 @@ def write_noise_image(path: Path, width: int, height: int, seed: int = 0) -> Pat
 
 
 def make_sample(
-    name: str,
-    folder: Path,
-    *content: str | tuple[str, ...],
-    answer: str | BoxPart | None = None,
+    name: str, folder: Path, *content: str | tuple[str, ...], answer: str | BoxPart | None = None
 ) -> LocatedSample:
     """A sample from file names (ending in .png), frames of videos and texts, and its answer."""
     parts = tuple(map(_to_part, content))
@@ -106,6 +103,19 @@ def make_random_model(
 
 def encode_mixed_questions(renderer: NativeRenderer, folder: Path) -> list[EncodedSample]:
     return [renderer.encode_prompt(question) for question in make_mixed_questions(folder)]
+
+
+def pack_mixed_questions(model_folder: ModelFolder, folder: Path) -> PackedBatch:
+    """Pack the questions, every token asked for its logits."""
+    batch = pack(encode_mixed_questions(NativeRenderer(model_folder), folder))
+    every_T = torch.arange(len(batch.ids_T))
+    return replace(batch, logit_indices_L=every_T, labels_L=batch.ids_T)
+
+
+@torch.no_grad()
+def compute_logits(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
+    """Compute the logits of a pack in evaluation mode."""
+    return model.eval().compute_logits(model(batch))
 
 
 class ForcedTokens(DecodingConstraint):

@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from case_files import load_cases
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import VisionLanguageModel, build_model
-from finesight.model.weights_io import hub_tensors
-from finesight.model_folder import PREPROCESSOR_DEFAULTS
+from finesight.model.weights_io import hub_tensors, save_model
+from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.vision.image_processing import GridTHW
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
+TOKEN_IDS = {
+    "image_token_id": IMAGE,
+    "video_token_id": VIDEO,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+}
+CONFIGS = load_cases("tiny_configs")
 TRANSFORMERS_NAMES = {
     "qwen2_vl": "Qwen2VL",
     "qwen2_5_vl": "Qwen2_5_VL",
@@ -31,90 +41,17 @@ TRANSFORMERS_NAMES = {
 CPU = torch.device("cpu")
 
 
-TOKEN_IDS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
-TEXT = {
-    "vocab_size": 100,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "hidden_act": "silu",
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-}
-VISION = {"num_heads": 2, "spatial_merge_size": 2, "temporal_patch_size": 2}
-NEWER_VISION = {"hidden_size": 32, "out_hidden_size": 48, "intermediate_size": 52}
-
-
 def make_config(family: str, **changes: Any) -> dict[str, Any]:
     """A small config.json in the hub's style; `vision` holds changes of its vision_config."""
-    if family == "qwen3_vl":
-        return _nested(changes)
-    if family == "qwen3_vl_moe":
-        experts = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        return _nested(experts | {"norm_topk_prob": True} | changes) | {"model_type": family}
-    if family in ("qwen3_5", "qwen3_5_moe"):
-        return _hybrid(family, changes)
-    vision = VISION | {"depth": 2, "in_chans": 3, "patch_size": 14}
-    if family == "qwen2_vl":
-        vision |= {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
-    else:
-        windows = {"window_size": 112, "fullatt_block_indexes": [1], "tokens_per_second": 2}
-        vision |= NEWER_VISION | windows | {"hidden_act": "silu"}
-    rope = {"rope_theta": 1e6, "rope_scaling": {"type": "mrope", "mrope_section": [2, 2, 2]}}
-    text = TEXT | rope | {"num_hidden_layers": 2, "use_sliding_window": False}
-    top = {"model_type": family, "tie_word_embeddings": True}
-    return top | text | TOKEN_IDS | {"vision_config": vision | changes.pop("vision", {})} | changes
-
-
-def _nested(changes: dict[str, Any]) -> dict[str, Any]:
-    """The same for Qwen3-VL, whose language model's keys stand in `text_config`."""
-    vision = VISION | NEWER_VISION | {"depth": 3, "in_channels": 3, "patch_size": 16}
-    vision |= {"hidden_act": "gelu_pytorch_tanh", "num_position_embeddings": 49}
-    vision |= {"deepstack_visual_indexes": [0, 1]} | changes.pop("vision", {})
-    rope = {"rope_type": "default", "mrope_interleaved": True, "mrope_section": [4, 2, 2]}
-    text = TEXT | {"num_hidden_layers": 4, "head_dim": 16, "attention_bias": False}
-    text |= {"rope_theta": 5e6, "rope_scaling": rope}
-    top = {"tie_word_embeddings": changes.pop("tie_word_embeddings", True)}
-    configs = {"text_config": text | changes, "vision_config": vision}
-    return top | TOKEN_IDS | configs | {"model_type": "qwen3_vl"}
-
-
-def _hybrid(family: str, changes: dict[str, Any]) -> dict[str, Any]:
-    """The same for Qwen3.5."""
-    linear = {
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 12,
-        "linear_conv_kernel_dim": 4,
-        "full_attention_interval": 4,
-        "attn_output_gate": True,
-        "head_dim": 32,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000000.0,
-            "mrope_interleaved": True,
-            "mrope_section": [2, 1, 1],
-            "partial_rotary_factor": 0.25,
-        },
-    }
+    config = deepcopy(CONFIGS[family])
+    vision = config["vision"] | changes.pop("vision", {})
+    tied = changes.pop("tie_word_embeddings", True)
+    top = {"model_type": family, "tie_word_embeddings": tied, **TOKEN_IDS, "vision_config": vision}
+    text = config["text"] | changes
     if family == "qwen3_5_moe":
-        linear |= {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
-        linear |= {"shared_expert_intermediate_size": 24}
-    vision = {"deepstack_visual_indexes": []} | changes.pop("vision", {})
-    config = _nested(linear | {"vision": vision} | changes)
-    text = config["text_config"]
-    for key in ("rope_theta", "rope_scaling"):
-        del text[key]
-    if family == "qwen3_5_moe":
+        # All layers have experts.
         del text["intermediate_size"]
-    return config | {"model_type": family}
+    return top | (text if family.startswith("qwen2") else {"text_config": text})
 
 
 def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:
@@ -153,6 +90,23 @@ def make_native_model(settings: dict[str, Any], weights: nn.Module) -> VisionLan
         assert tensor.shape == tuple(found[name].shape), name
         tensor.data.copy_(found[name].reshape(tensor.data.shape))
     return model
+
+
+def write_model_folder(
+    folder: Path,
+    settings: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    theirs: Any = None,
+    max_shard_bytes: float = 5e9,
+) -> ModelFolder:
+    """Write a model in the format of the hub, with the reference's weights."""
+    folder.mkdir()
+    precision = str(dtype).removeprefix("torch.")
+    (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": precision}))
+    (folder / "preprocessor_config.json").write_text(json.dumps(dict(PREPROCESSOR_DEFAULTS)))
+    model = make_native_model(settings, theirs or make_reference_model(settings))
+    save_model(model, ModelFolder(folder), folder, dtype, max_shard_bytes)
+    return ModelFolder(folder)
 
 
 def to_published_layout(
@@ -306,6 +260,14 @@ def pack_conversations(model: Any, specs: Sequence[ConversationSpec]) -> PackedB
         logit_indices_L=every_T,
         labels_L=ids_T,
     )
+
+
+@torch.no_grad()
+def native_logits(
+    model: VisionLanguageModel, theirs: Any, specs: Sequence[ConversationSpec]
+) -> Tensor:
+    """Logits [T, V] of the packed samples, of the model in evaluation mode."""
+    return model.eval().compute_logits(model(pack_conversations(theirs, specs)))
 
 
 def max_relative_error(found: Tensor, expected: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from hf_reference import make_config, make_native_model, make_reference_model
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from finesight.config import Precision, TuneSettings
 from finesight.manifest import Manifest
@@ -64,6 +64,21 @@ def make_group(
     for parameter in group.parameters():
         nn.init.normal_(parameter)
     return group.requires_grad_(False)
+
+
+def quantize_linear(
+    group: FusedLinear, *types: type[Any], weight_OI: Tensor | None = None
+) -> FusedLinear:
+    """Quantize the dense weight of a fused linear, or another one."""
+    weight_OI = group.weight.detach() if weight_OI is None else weight_OI
+    weights = weight_OI.split(list(group.output_sizes.values()))
+    device = group.weight.device
+    group.set_quantized_weight(*types)
+    group.weight.to(device)
+    for matrix, dense_OI in zip(group.weight.matrices, weights, strict=True):
+        (spec,) = matrix.tensor_specs()
+        spec.load(dense_OI)
+    return group
 
 
 @torch.no_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +9,14 @@ import pytest
 from chat_reference import HFChatReference
 from conversation_fixtures import (
     ImageSet,
-    decode_supervised,
     make_conversation,
     make_folder,
     make_images,
     make_text_sample,
 )
 from each_value import each
-from PIL import Image
 
 from finesight.config import ExactSize, LongestSide
-from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -29,7 +25,6 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
-    VideoPart,
 )
 from finesight.encode.renderer import DecodedCompletion, NativeRenderer
 from finesight.errors import UserError
@@ -179,26 +174,6 @@ def test_image_rule_resizes_images(
                 assert max(span.resized_size) == (96 if is_newest else 84)
 
 
-def test_boxes_are_returned_in_original_pixels(folder: ModelFolder, tmp_path: Path) -> None:
-    Image.new("RGB", (640, 200)).save(tmp_path / "a.png")
-    Image.new("RGB", (100, 300)).save(tmp_path / "b.png")
-    renderer = NativeRenderer(folder, ExactSize(height=224, width=448))
-    boxes = [
-        BoxPart(image=1, label="second", xyxy=(10, 20, 60, 280)),
-        BoxPart(image=1, xyxy=(0, 0, 100, 300)),
-    ]
-    question = (ImagePart(image="a.png"), ImagePart(image="b.png"), TextPart(text="Where?"))
-    located_sample = make_sample(tmp_path, question, (TextPart(text="Here: "), *boxes))
-    spans = renderer.tokenize(located_sample).spans
-    raw_text = decode_supervised(renderer, located_sample)
-    found = renderer.parse_boxes(raw_text, spans, image_index=1)
-    assert found[0].label == "second"
-    for box, part in zip(found, boxes, strict=True):
-        # Half a thousandth of 300 pixels, or half a pixel of 224 standing for 300.
-        np.testing.assert_allclose(box.xyxy, part.xyxy, atol=0.68)
-    assert renderer.parse_boxes(raw_text, ()) == []
-
-
 def test_box_needs_an_image_of_any_turn(renderer: NativeRenderer, image_set: ImageSet) -> None:
     box, image, text = (
         BoxPart(xyxy=(0, 0, 3, 3)),
@@ -220,31 +195,6 @@ def test_box_outside_its_image_is_rejected(
     with pytest.raises(UserError, match="in an image of") as raised:
         renderer.tokenize(make_sample(image_set.folder, *turns))
     assert raised.value.where == f"sample one ({image_set.folder / '0.jpg'})"
-
-
-def test_invalid_images_are_reported_by_name(renderer: NativeRenderer, tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("not an image")
-    Image.new("RGB", (3, 900)).save(tmp_path / "thin.png")
-    Image.new("RGB", (60, 60), "red").save(tmp_path / "whole.png")
-    full = (tmp_path / "whole.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(full[: len(full) // 2])
-    wrong = {"missing.png": "no such image", "text.png": "not an image", "thin.png": "3 x 900"}
-    for name, message in wrong.items():
-        with pytest.raises(UserError, match=message) as raised:
-            renderer.tokenize(make_sample(tmp_path, (ImagePart(image=name),)))
-        assert raised.value.where == str(tmp_path / name)
-    outline = renderer.tokenize(make_sample(tmp_path, (ImagePart(image="cut.png"),)))
-    with pytest.raises(CorruptImageError, match=r"truncated|corrupt"):
-        renderer.load_patches(outline)
-    video = VideoPart(frames=("whole.png", "thin.png"))
-    with pytest.raises(UserError, match="the first frame has"):
-        renderer.tokenize(make_sample(tmp_path, (video,)))
-
-
-def test_renderer_is_picklable(renderer: NativeRenderer, image_set: ImageSet) -> None:
-    sent = pickle.loads(pickle.dumps(renderer))
-    for sample in (make_conversation(3, image_set), make_text_sample("<|im_end|>", "b")):
-        assert sent.tokenize(sample).ids_T.tolist() == renderer.tokenize(sample).ids_T.tolist()
 
 
 def test_config_and_tokenizer_must_agree(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conversation_fixtures import make_conversation, make_folder, make_images
+from conversation_fixtures import make_conversation, make_images
 from tiny_model import create_tiny_model
 
 from finesight.encode.packing import (
@@ -29,7 +29,6 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy
-from finesight.vision.image_processing import repeat_still_frames
 
 
 def make_sample(
@@ -85,36 +84,6 @@ def test_tokens_after_last_label_are_removed(
     for one in (batch, full):
         assert one.labels_L.tolist() == [at for at, mark in enumerate(marks) if mark and at > 0]
         assert (one.logit_indices_L + 1).tolist() == one.labels_L.tolist()
-
-
-def test_packed_batch_contains_all_sample_tensors(tmp_path: Path) -> None:
-    images = make_images(tmp_path)
-    renderer = NativeRenderer(ModelFolder(make_folder(tmp_path / "model", "qwen2_5_vl")))
-    stills = [renderer.encode(make_conversation(n, images)) for n in range(8)]
-    one_frame = pack([one for one in stills if len(one.patches_ND)]).patches_ND
-    assert one_frame.shape == (sum(len(one.patches_ND) for one in stills), 588)
-    encoded = [renderer.encode(make_conversation(n, images, videos=True)) for n in range(12)]
-    patches = np.concatenate([repeat_still_frames(one.patches_ND, 1176) for one in encoded])
-    buffer = np.zeros_like(patches)
-    batch = pack(encoded, buffer)
-    assert batch.patches_ND.data_ptr() == buffer.ctypes.data
-    np.testing.assert_array_equal(batch.patches_ND.numpy(), patches)
-    pads = [renderer.tokenizer.token_to_id(name) for name in ("<|image_pad|>", "<|video_pad|>")]
-    placeholders = torch.isin(batch.ids_T, torch.tensor(pads)).nonzero()[:, 0]
-    assert batch.visual_indices_M.tolist() == placeholders.tolist()
-    assert len(placeholders) == sum(t * h * w // 4 for t, h, w in batch.grid_thw)
-    start = 0
-    for one, length in zip((item.tokenized for item in encoded), batch.lengths, strict=True):
-        stop = start + length
-        assert length == one.num_packed_tokens < one.num_tokens
-        assert batch.ids_T[start:stop].tolist() == one.ids_T[:length].tolist()
-        positions = batch.position_ids_3T[:, start:stop]
-        assert positions.tolist() == one.position_ids_3T[:, :length].tolist()
-        mine = (batch.logit_indices_L >= start) & (batch.logit_indices_L < stop)
-        targets = one.loss_mask_T.nonzero()[0]
-        assert (batch.logit_indices_L[mine] + 1 - start).tolist() == targets.tolist()
-        assert batch.labels_L[mine].tolist() == one.ids_T[targets].tolist()
-        start = stop
 
 
 def compute_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[str, object]:

@@ -15,14 +15,7 @@ from each_value import each
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
-from finesight.data.sample import (
-    ContentPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-)
+from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer

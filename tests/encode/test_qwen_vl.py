@@ -22,7 +22,6 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
-    VideoPart,
 )
 from finesight.encode.qwen_vl import from_folder
 from finesight.encode.renderer import NativeRenderer
@@ -119,14 +118,6 @@ def test_image_size_is_fixed_by_the_model(renderer: NativeRenderer) -> None:
     with pytest.raises(UserError, match="longest_side=500") as caught:
         NativeRenderer(folder, LongestSide(longest_side=500))
     assert "448 x 448" in caught.value.expected
-
-
-def test_videos_are_rejected(renderer: NativeRenderer, tmp_path: Path) -> None:
-    for name in ("0.png", "1.png"):
-        Image.new("RGB", (30, 30)).save(tmp_path / name)
-    message = Message(role="user", content=(VideoPart(frames=("0.png", "1.png")),))
-    with pytest.raises(UserError, match="a video of 2 frames"):
-        renderer.encode_prompt(LocatedSample(Sample(id="a", messages=(message,)), tmp_path))
 
 
 def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path: Path) -> None:

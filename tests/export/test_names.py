@@ -59,10 +59,7 @@ TABLE = {
         r"|(merger|deepstack_merger_list\.\d+)\.(norm|linear_fc[12])\.(weight|bias))",
     ),
 }
-TABLE["qwen3_vl_moe"] = (
-    language(r"model\.language_model\.", EXPERTS, NORMS),
-    TABLE["qwen3_vl"][1],
-)
+TABLE["qwen3_vl_moe"] = (language(r"model\.language_model\.", EXPERTS, NORMS), TABLE["qwen3_vl"][1])
 HYBRID_LAYER = (
     r"self_attn\.(q|k|v|o)_proj\.weight|self_attn\.(q|k)_norm\.weight"
     r"|linear_attn\.(A_log|dt_bias|(conv1d|norm|out_proj|in_proj_(qkv|z|b|a))\.weight)"

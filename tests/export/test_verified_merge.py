@@ -333,18 +333,6 @@ def test_disk_space_is_checked_first(
     assert not (tmp_path / "deep").exists()
 
 
-def test_interrupted_merge_leaves_no_files(
-    run_template: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def interrupt(*arguments: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(verified_merge, "write_model_card", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run_template.merge(tmp_path / "merged")
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 def test_low_memory_uses_the_weight_dtype(
     run_template: MergeableRun,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from each_value import each
 from engine_fixtures import (
     encode_mixed_questions,
     generate_uncached,
@@ -40,8 +41,8 @@ def random_tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 @NARROW
-@pytest.mark.parametrize("inputs", [96, 1536, 5000])
-@pytest.mark.parametrize("outputs", [40, 3100, 70000])
+@each("inputs", [96, 1536, 5000])
+@each("outputs", [40, 3100, 70000])
 def test_fused_gemv_with_norm_bias_and_residual(dtype, inputs, outputs):
     from finesight.model.kernels import decoding
 
@@ -110,8 +111,8 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
     "family",
     ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("change", [None, install_adapters, install_request_adapters])
+@each("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@each("change", [None, install_adapters, install_request_adapters])
 def test_fused_decode_matches_uncached_generation(family, dtype, change, tmp_path):
     """Equal in fp32; in 16 bits up to a first token that was as good as tied."""
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))

@@ -74,16 +74,6 @@ def test_stream_matches_full_decoding(byte_tokenizer, ids):
     )
 
 
-def test_invalid_bytes_are_emitted_incrementally(byte_tokenizer):
-    """And what is decoded for each token stays short."""
-    detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (), False)
-    lengths = [len(detokenizer.add_token(token)) for token in [0x80] * 500]
-    # Each waits for the next one.
-    assert lengths == [0] + [1] * 499
-    assert len(detokenizer._token_ids) - detokenizer._prefix_offset < 100
-    assert "".join(map(detokenizer.add_token, "😀中".encode())) == "\ufffd😀中"
-
-
 @pytest.mark.parametrize(
     ("text", "stop", "wanted"),
     [

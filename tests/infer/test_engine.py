@@ -36,7 +36,6 @@ from finesight.infer import model_runner as model_runner_module
 from finesight.infer import scheduler as scheduler_area
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine, generate
 from finesight.infer.kv_cache import append_tokens
-from finesight.infer.prediction import Prediction, predict
 from finesight.infer.request import DecodingConstraint, GenerationRequest, SamplingParams
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -456,16 +455,6 @@ def test_mixed_batch_matches_single_samples(video_model, questions):
                 assert found.tokens == alone[name].tokens
                 for found_V, wanted_V in zip(found.logits, alone[name].logits, strict=True):
                     assert max_relative_error(found_V, wanted_V) <= 1e-5
-
-
-def test_batched_predictions_match_single_samples(video_model, questions):
-    samples = [*questions.values()]
-
-    def run(samples: list[LocatedSample]) -> list[Prediction]:
-        options = {"max_new_tokens": NUM_STEPS, "batch_size": len(samples)}
-        return predict(*video_model, samples, **options)
-
-    assert run(samples) == [run([one])[0] for one in samples]
 
 
 def test_cached_image_is_reused_with_a_later_video(video_model, questions, tmp_path, monkeypatch):

@@ -147,18 +147,6 @@ async def _collect_stream(answering: GenerationStream) -> list[CompletionDelta]:
     return [delta async for delta in answering]
 
 
-def test_concurrent_streams_in_one_event_loop(service, question_set):
-    async def generate_all() -> list[list[CompletionDelta]]:
-        streams = [
-            await asyncio.to_thread(service.submit, question, OPTIONS)
-            for question in question_set.questions * 3
-        ]
-        return await asyncio.gather(*map(_collect_stream, streams))
-
-    found = asyncio.run(generate_all())
-    assert [ids_of(deltas) for deltas in found] == question_set.answers * 3
-
-
 def test_late_event_loop_gets_the_same_answer(service, question_set):
     answering = service.submit(question_set.questions[0], OPTIONS)
     service.close(wait_for_running=True)

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from each_value import each
 from torch import Tensor
 
 from finesight.infer.kv_cache import (
@@ -90,47 +91,6 @@ def _reference_attention(q_HD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
 _HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 3, 4, 5, 9, 13])
-def test_chunked_prefill_matches_full_attention(chunk):
-    """Prompts are written only to their own blocks of one layer."""
-    lengths, block_size, stale = (3, 13, 8, 1), 4, 3.0
-    blocks, num_blocks = _scatter_blocks(lengths, block_size)
-    cache = _cache(len(lengths), num_blocks, block_size)
-    for store in (cache.keys_LPSKD, cache.values_LPSKD):
-        store.fill_(stale)
-    q, k, v = ([_random(n, heads, WIDTH, seed=s) for n in lengths] for s, heads in _HEADS)
-    found: list[list[Tensor]] = [[] for _ in lengths]
-    for start in range(0, max(lengths), chunk):
-        unread = [row for row, length in enumerate(lengths) if length > start]
-        chunks = [
-            PrefillChunk(blocks[row], start, min(start + chunk, lengths[row]), lengths[row])
-            for row in unread
-        ]
-        sizes = [one.stop - one.start for one in chunks]
-        attention = PrefillAttention(cache, chunks)
-        contexts = [
-            lengths[row] for row, size in zip(unread, sizes, strict=True) for _ in range(size)
-        ]
-        assert attention.context_lengths_T.tolist() == contexts
-        inputs = [torch.cat([x[row][start : start + chunk] for row in unread]) for x in (q, k, v)]
-        for row, piece in zip(unread, attention(1, *inputs).split(sizes), strict=True):
-            found[row].append(piece)
-    unused = torch.ones(num_blocks * block_size, dtype=torch.bool)
-    for row, length in enumerate(lengths):
-        for at, found_HD in enumerate(torch.cat(found[row])):
-            wanted = _reference_attention(q[row][at], k[row][: at + 1], v[row][: at + 1])
-            torch.testing.assert_close(found_HD.double(), wanted, atol=1e-5, rtol=1e-5)
-        slots = [
-            blocks[row][at // block_size] * block_size + at % block_size for at in range(length)
-        ]
-        assert torch.equal(cache.flat_keys(1)[slots], k[row])
-        assert torch.equal(cache.flat_values(1)[slots], v[row])
-        unused[slots] = False
-    for store in (cache.flat_keys, cache.flat_values):
-        assert bool((store(1)[unused] == stale).all())
-        assert bool((store(0) == stale).all())
-
-
 @pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
 def test_decode_attends_only_to_its_sequence(stale):
     """Check that values of an earlier sequence in its blocks have no effect, even infinities."""
@@ -212,9 +172,9 @@ def test_first_chunks_do_not_read_linear_states():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("stale", [0.0, float("nan")])
-@pytest.mark.parametrize("block_size", [16, 64])
-@pytest.mark.parametrize(
+@each("stale", [0.0, float("nan")])
+@each("block_size", [16, 64])
+@each(
     ("heads", "key_heads", "width"),
     [(12, 2, 128), (4, 4, 64), (5, 1, 40), (28, 4, 128), (7, 1, 80)],
 )

@@ -14,10 +14,7 @@ from tiny_model import create_tiny_model
 from finesight.config import ExactSize, LoraSettings, TuneSettings
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
-from finesight.infer.model_loader import (
-    load_inference_model,
-    resolve_model_source,
-)
+from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.infer.prediction import predict
 from finesight.manifest import Manifest
 from finesight.model.lora.peft_io import save_adapter

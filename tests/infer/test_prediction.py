@@ -11,13 +11,9 @@ from engine_fixtures import make_mixed_questions, make_sample, write_noise_image
 from image_fixtures import write_gray_image
 from PIL import Image
 from tiny_model import create_tiny_model
-from video_fixtures import save_frames, write_video
 
 from finesight.data.image_header import CorruptImageError
-from finesight.data.sample import (
-    BoxPart,
-)
-from finesight.data.video_file import iter_video_frames
+from finesight.data.sample import BoxPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner
@@ -148,17 +144,6 @@ def test_videos_are_no_target_images(loaded_model, tmp_path):
     prompt = renderer.tokenize_prompt(sample)
     (box,) = build_prediction(renderer, sample, prompt, list(answer_ids)).boxes
     assert (box.image, box.xyxy) == (0, (20, 10, 100, 50))
-
-
-def test_video_file_gives_the_answer_of_its_frames(loaded_model, tmp_path):
-    model, renderer = loaded_model
-    clip = write_video(tmp_path / "clip.mp4")
-    frames = save_frames(tmp_path / "frames", [*iter_video_frames(clip, [0, 4, 8, 12])])
-    (question,) = build_questions([clip], "What moves?")
-    samples = [question, make_sample("frames", tmp_path, tuple(frames), "What moves?")]
-    first, second = predict(model, renderer, samples, max_new_tokens=4, batch_size=2)
-    assert first.raw_text == second.raw_text
-    assert (first.id, first.images) == (str(clip), ())
 
 
 def test_build_questions_validates_images(tmp_path):

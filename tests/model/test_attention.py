@@ -12,7 +12,6 @@ from finesight.model.attention import (
     Segments,
     SharedPrefixAttention,
     bucket_by_length,
-    bucket_shared_prefix,
     bucket_with_padding,
     bucketed_attention,
     cpu_attention,
@@ -160,28 +159,6 @@ def test_bf16_error_is_close_to_fused_kernel(causal: bool, spread: int, width: i
     for one, other, truth in zip(found, others, exact, strict=True):
         assert one.dtype == torch.bfloat16
         assert error(one, truth) < 1.5 * error(other, truth)
-
-
-@each("heads", [1, 3])
-@each("is_shared", [False, True])
-@each("lengths", [(4, 2), (4, 2, 9, 1), (15, 60, 31, 33, 200, 1), (16, 16, 16), (70, 3, 70)])
-def test_each_head_row_has_one_position(
-    lengths: tuple[int, ...], is_shared: bool, heads: int
-) -> None:
-    """The others are padding, or copies of a shared prefix."""
-    runs = bucket_shared_prefix(lengths) if is_shared else bucket_with_padding(lengths, CPU)
-    rows = runs.head_rows(heads)
-    assert torch.equal(rows.order_X[rows.inverse_Y], torch.arange(sum(lengths) * heads))
-    padding = torch.arange(0) if rows.padding_Y is None else rows.padding_Y
-    positions = torch.cat([rows.inverse_Y, padding]).sort().values
-    assert torch.equal(positions, torch.arange(runs.num_positions * heads))
-    assert (rows.copies_RC is not None) == (is_shared and len(lengths) > 2)
-    if rows.copies_RC is not None:
-        prefix_R1 = torch.arange(lengths[0] * heads)[:, None]
-        expected_RC = prefix_R1.expand(-1, len(lengths) - 2)
-        assert torch.equal(rows.order_X[rows.copies_RC], expected_RC)
-        assert len(rows.copies_RC.unique()) == rows.copies_RC.numel()
-        assert not torch.isin(rows.copies_RC, rows.inverse_Y).any()
 
 
 def error(found: Tensor, exact: Tensor) -> float:

@@ -43,55 +43,6 @@ def test_published_configs(shared: Path, name: str, num_parameters: int) -> None
     assert sum(p.numel() for p in model.parameters()) == num_parameters
 
 
-def _sized(family: str, text: tuple[int, ...], vision: tuple[int, ...]) -> dict[str, Any]:
-    """Return a published config: hidden size, layers, heads, key heads, intermediate size,
-    vocabulary.
-
-    `vision` holds hidden size, layers and intermediate size of the vision encoder.
-    """
-    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    language = dict(zip((*names, "intermediate_size", "vocab_size"), text, strict=True))
-    width, depth, inner = vision
-    encoder: dict[str, Any] = {"depth": depth, "num_heads": 16}
-    if family == "qwen2_vl":
-        encoder |= {"embed_dim": width, "hidden_size": text[0], "mlp_ratio": 4}
-    else:
-        encoder |= {"hidden_size": width, "intermediate_size": inner, "out_hidden_size": text[0]}
-    if not family.startswith("qwen3"):
-        rope = {"rope_scaling": {"type": "mrope", "mrope_section": [16, 24, 24]}}
-        return make_config(family, vision=encoder, tie_word_embeddings=False, **language, **rope)
-    encoder |= {"num_position_embeddings": 2304, "deepstack_visual_indexes": [5, 11, 17]}
-    language |= {"rope_scaling": {"mrope_interleaved": True, "mrope_section": [24, 20, 20]}}
-    if family == "qwen3_vl_moe":
-        experts = {"num_experts": 128, "num_experts_per_tok": 8}
-        language |= experts | {"moe_intermediate_size": text[0] * 3 // 8}
-    tied = text[0] < 4096 and family == "qwen3_vl"
-    return make_config(family, vision=encoder, tie_word_embeddings=tied, head_dim=128, **language)
-
-
-@pytest.mark.parametrize(
-    ("family", "text", "vision", "billions"),
-    [
-        ("qwen2_vl", (3584, 28, 28, 4, 18944, 152064), (1280, 32, 0), 8.291),
-        ("qwen2_vl", (8192, 80, 64, 8, 29568, 152064), (1280, 32, 0), 73.4),
-        ("qwen2_5_vl", (5120, 64, 40, 8, 27648, 152064), (1280, 32, 3456), 33.45),
-        ("qwen2_5_vl", (8192, 80, 64, 8, 29568, 152064), (1280, 32, 3456), 73.41),
-        ("qwen3_vl", (2048, 28, 16, 8, 6144, 151936), (1024, 24, 4096), 2.128),
-        ("qwen3_vl", (2560, 36, 32, 8, 9728, 151936), (1024, 24, 4096), 4.438),
-        ("qwen3_vl", (5120, 64, 64, 8, 25600, 151936), (1152, 27, 4304), 33.36),
-        ("qwen3_vl_moe", (2048, 48, 32, 4, 6144, 151936), (1152, 27, 4304), 31.07),
-        ("qwen3_vl_moe", (4096, 94, 64, 4, 12288, 151936), (1152, 27, 4304), 235.7),
-    ],
-)
-def test_every_published_size_is_built(
-    family: str, text: tuple[int, ...], vision: tuple[int, ...], billions: float
-) -> None:
-    settings = ConfigReader(_sized(family, text, vision))
-    model = build_model(settings, ConfigReader(PREPROCESSOR_DEFAULTS), torch.bfloat16, META)
-    found = sum(p.numel() for p in model.parameters()) / 1e9
-    assert found == pytest.approx(billions, rel=2e-3)
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_transformers_5_config_layout_is_equivalent(tmp_path: Path, family: str) -> None:
     from transformers import AutoConfig

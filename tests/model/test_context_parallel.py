@@ -98,32 +98,11 @@ def test_context_shards_sum_to_the_full_sample(
     assert_same(group.run_all(compute_cached), full)
 
 
-def test_each_token_and_frame_has_one_rank(tiny: Path, tmp_path: Path) -> None:
-    """Query-key pairs of causal attention are balanced."""
-    encoded = long_sample(tmp_path, tiny)
-    outline = encoded.tokenized
-    num_features = sum(span.stop - span.start for span in outline.spans)
-    for count in (2, 3, 4, 8, 100):
-        shares = [ContextShard.from_sample(outline, number, count) for number in range(count)]
-        tokens, features = (
-            sorted(index for a, b in ranges for index in range(a, b))
-            for ranges in (
-                [one for share in shares for one in share.token_ranges],
-                [one for share in shares for one in share.feature_ranges],
-            )
-        )
-        assert tokens == list(range(outline.num_packed_tokens))
-        assert features == list(range(num_features))
-        assert sum(shares[0].features_per_rank) == num_features
-        frames = [frame for share in shares for frame in range(*share.patch_range)]
-        assert frames == list(range(outline.num_patches))
-        batches = [make_shards(encoded, number, count) for number in range(count)]
-        assert (
-            sum(batch.num_supervised_tokens for batch in batches) == outline.num_supervised_tokens
-        )
-        assert sum(batch.num_samples for batch in batches) == 1
-        pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.token_ranges) for share in shares]
-        assert count != 4 or max(pairs) <= 1.2 * min(pairs)
+def test_query_key_pairs_of_shards_are_balanced(tiny: Path, tmp_path: Path) -> None:
+    outline = long_sample(tmp_path, tiny).tokenized
+    shares = [ContextShard.from_sample(outline, number, 4) for number in range(4)]
+    pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.token_ranges) for share in shares]
+    assert max(pairs) <= 1.2 * min(pairs)
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_value import each
 from hf_reference import (
     make_config,
     make_conversation,
@@ -83,10 +84,10 @@ def heads(kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(total, n, width, generator=generator).to(CUDA, dtype) for n in sizes]
 
 
-@pytest.mark.parametrize("causal", [True, False])
+@each("causal", [True, False])
 @pytest.mark.parametrize(("kv_heads", "width"), [(4, 80), (2, 128), (1, 16)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("by_segment", [False, True])
+@each("by_segment", [False, True])
 def test_half_precision_attention_matches_fp32_cpu(
     causal: bool, kv_heads: int, width: int, dtype: torch.dtype, by_segment: bool
 ) -> None:
@@ -172,8 +173,8 @@ def test_forward_and_step_do_not_synchronize(
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("width", [8, 16, 40, 72, 80, 104, 128])
-@pytest.mark.parametrize("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]], ids=str)
+@each("width", [8, 16, 40, 72, 80, 104, 128])
+@each("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]])
 def test_frozen_encoder_attention_matches_fp32_cpu(
     lengths: list[int], width: int, dtype: torch.dtype
 ) -> None:

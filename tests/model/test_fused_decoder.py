@@ -9,6 +9,8 @@ from typing import Literal, TypeVar
 import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
+from each_value import each
+from lora_fixtures import quantize_linear
 from torch import Tensor
 
 from finesight.model import fused_decoder
@@ -82,13 +84,7 @@ def initialize(
 def to_fp8(made: DecoderLayer) -> DecoderLayer:
     """Return the layer with FP8 weights."""
     for group in groups(made):
-        weights = torch.split(group.weight.detach(), list(group.output_sizes.values()))
-        group.set_quantized_weight(Fp8Matrix, Fp8Weight)
-        assert isinstance(group.weight, Fp8Weight)
-        group.weight.to(CUDA)
-        for matrix, weight in zip(group.weight.matrices, weights, strict=True):
-            (piece,) = matrix.tensor_specs()
-            piece.load(weight)
+        quantize_linear(group, Fp8Matrix, Fp8Weight)
     return made
 
 
@@ -137,9 +133,10 @@ def compare_with_unfused(
     """Compare errors against fp32 with those of the unfused layer. Returns the fused pass."""
     only = None if only is None else only.to(CUDA)
     fused = run_pass(made, dtype, only)
-    monkeypatch.setattr(fused_decoder, "supports_fused_layers", lambda *_: False)
-    baseline = run_pass(made, dtype, only)
-    exact = run_pass(made, torch.float32, only)
+    with monkeypatch.context() as patch:
+        patch.setattr(fused_decoder, "supports_fused_layers", lambda *_: False)
+        baseline = run_pass(made, dtype, only)
+        exact = run_pass(made, torch.float32, only)
     assert fused.grads.keys() == exact.grads.keys()
     assert relative_error(fused.y, exact.y) <= 1.2 * relative_error(baseline.y, exact.y)
     for name, grad in exact.grads.items():
@@ -149,10 +146,10 @@ def compare_with_unfused(
     return fused
 
 
-@pytest.mark.parametrize("only", [None, ONLY], ids=["all", "labels"])
+@each("only", [None, ONLY])
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64, 128])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("apart", [False, True], ids=["beside", "apart"])
+@each("dtype", [torch.bfloat16, torch.float16])
+@each("apart", [False, True])
 def test_fused_layer_error_is_bounded(
     rank: int | Literal["all trainable"] | None,
     dtype: torch.dtype,
@@ -167,7 +164,7 @@ def test_fused_layer_error_is_bounded(
     assert len(fused.grads) == {"all trainable": 8, None: 1}.get(rank, 12)
 
 
-@pytest.mark.parametrize("only", [None, ONLY], ids=["all", "labels"])
+@each("only", [None, ONLY])
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64])
 @pytest.mark.parametrize("index", [0, 1], ids=["linear attention", "full attention"])
 def test_fused_hybrid_layer_error_is_bounded(

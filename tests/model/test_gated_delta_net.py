@@ -13,7 +13,6 @@ from finesight.model.gated_delta_net import (
     ChunkLayout,
     DeltaNetInputs,
     DeltaNetState,
-    causal_conv1d,
     chunk_gated_delta_rule,
     forward_step,
     forward_with_states,
@@ -88,45 +87,6 @@ def test_strong_decay_gives_finite_gradients():
     output, _ = chunk_gated_delta_rule(*inputs, ChunkLayout.from_lengths([150, 50], CPU))
     for gradient in torch.autograd.grad(output.sum(), inputs):
         assert gradient.isfinite().all()
-
-
-def test_chunks_equal_transformers():
-    modeling = pytest.importorskip("transformers.models.qwen3_5.modeling_qwen3_5")
-    q, k, v, log_decay, beta = (x.float() for x in make_inputs(150, seed=2))
-    expected, final = modeling.torch_chunk_gated_delta_rule(
-        *(x[None] for x in (q * 8**0.5, k, v)),
-        g=log_decay[None],
-        beta=beta[None],
-        output_final_state=True,
-    )
-    output, state = chunk_gated_delta_rule(
-        q, k, v, log_decay, beta, ChunkLayout.from_lengths([150], CPU)
-    )
-    torch.testing.assert_close(output, expected[0], rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(state, final, rtol=1e-5, atol=1e-6)
-
-
-def test_packed_convolution_equals_the_convolution_of_each_sequence():
-    lengths = [7, 1, 2, 3, 10]
-    x = torch.randn(sum(lengths), 5, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
-    output = causal_conv1d(x, weight, ChunkLayout.from_lengths(lengths, CPU))
-    expected = torch.cat(
-        [
-            torch.nn.functional.conv1d(
-                torch.nn.functional.pad(part.T[None], (3, 0)), weight[:, None], groups=5
-            )[0].T
-            for part in x.split(lengths)
-        ]
-    )
-    torch.testing.assert_close(output, expected)
-    ones = torch.randn_like(output)
-    for got, right in zip(
-        torch.autograd.grad(output, (x, weight), ones),
-        torch.autograd.grad(expected, (x, weight), ones),
-        strict=True,
-    ):
-        torch.testing.assert_close(got, right)
 
 
 def test_layout_of_a_graph_has_the_chunks_of_the_actual_lengths():

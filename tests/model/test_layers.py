@@ -2,32 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hf_reference import CPU, make_config
-from test_config import geometry
 
-from finesight.model.layers import (
-    RotaryCosSin,
-    apply_rotary_pos_emb,
-    compute_mrope,
-    compute_vision_rope,
-)
-
-
-def test_frequencies_use_their_mrope_section() -> None:
-    language = geometry(make_config("qwen2_vl", rope_theta=10000.0)).decoder
-    rotation = compute_mrope(torch.tensor([[1], [10], [100]]), language, torch.float32)
-    rows = [1, 1, 10, 10, 100, 100]
-    expected = [row / 10000 ** (i / 6) for i, row in enumerate(rows)]
-    assert torch.allclose(rotation.cos_T1D[0, 0, :6], torch.tensor(expected).cos(), atol=1e-5)
-    assert torch.allclose(rotation.sin_T1D[0, 0, 6:], torch.tensor(expected).sin(), atol=1e-5)
-    assert torch.equal(rotation.sin_T1D[..., :6], -rotation.sin_T1D[..., 6:])
-
-
-def test_vision_rope_uses_row_and_column_positions() -> None:
-    vision = geometry(make_config("qwen2_vl")).vision
-    rotation = compute_vision_rope(torch.tensor([[3, 8]]), vision)
-    expected = [position / 10000 ** (i / 4) for position in (3, 8) for i in range(4)]
-    assert torch.allclose(rotation.cos_T1D[0, 0, :8], torch.tensor(expected).cos(), atol=1e-5)
+from finesight.model.layers import RotaryCosSin, apply_rotary_pos_emb
 
 
 def test_half_precision_is_rotated_in_fp32() -> None:
@@ -38,18 +14,6 @@ def test_half_precision_is_rotated_in_fp32() -> None:
     exact = apply_rotary_pos_emb(half.float(), RotaryCosSin.from_angles(angles_TF, torch.float32))
     assert fine.dtype == torch.bfloat16
     assert torch.equal(fine, exact.bfloat16())
-
-
-def test_cached_constants_support_backward() -> None:
-    language = geometry(make_config("qwen2_vl", rope_theta=777.0)).decoder
-    position_ids_3T = torch.arange(5).expand(3, -1).to(CPU)
-    with torch.inference_mode():
-        compute_mrope(position_ids_3T, language, torch.float32)
-    x_THD = torch.randn(5, 4, 12, requires_grad=True)
-    apply_rotary_pos_emb(
-        x_THD, compute_mrope(position_ids_3T, language, torch.float32)
-    ).sum().backward()
-    assert x_THD.grad is not None
 
 
 @pytest.mark.gpu

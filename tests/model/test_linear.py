@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-import peft
 import pytest
 import torch
-from each_value import each
-from hf_reference import max_relative_error
 from lora_fixtures import GROUP_WIDTHS, make_group
 from torch import Tensor, nn
 
-from finesight.model.linear import (
-    FusedLinear,
-    LoraConfig,
-    LoraLinear,
-)
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 
 
 def with_random_adapter(
@@ -25,70 +18,6 @@ def with_random_adapter(
         nn.init.normal_(parameter)
     group.adapter = adapter
     return adapter
-
-
-class SeparateLayers(nn.Module):
-    """Separate linear layers, as in transformers."""
-
-    def __init__(self, group: FusedLinear) -> None:
-        super().__init__()
-        rows = group.weight.split(list(group.output_sizes.values()))
-        biases = group.bias.split(list(group.output_sizes.values()))
-        for name, weight_OI, bias_O in zip(group.output_sizes, rows, biases, strict=True):
-            layer = nn.Linear(weight_OI.shape[1], weight_OI.shape[0])
-            layer.weight = nn.Parameter(weight_OI.clone())
-            layer.bias = nn.Parameter(bias_O.clone())
-            self.add_module(name, layer)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layer(x) for layer in self.children())
-
-
-def peft_twin(group: FusedLinear, adapter: LoraLinear) -> nn.Module:
-    config = peft.LoraConfig(
-        r=max(low.rank for low in adapter.configs.values()),
-        target_modules=list(adapter.configs),
-        rank_pattern={name: low.rank for name, low in adapter.configs.items()},
-        alpha_pattern={name: low.alpha for name, low in adapter.configs.items()},
-    )
-    twin = peft.get_peft_model(SeparateLayers(group), config).to(group.weight.dtype)
-    own = dict(twin.named_parameters())
-    with torch.no_grad():
-        for name, (a_RI, b_OR) in adapter.factors().items():
-            own[f"base_model.model.{name}.lora_A.default.weight"].copy_(a_RI)
-            own[f"base_model.model.{name}.lora_B.default.weight"].copy_(b_OR)
-    return twin
-
-
-@each(
-    "layers",
-    [
-        dict.fromkeys(GROUP_WIDTHS, LoraConfig(2, 3.0)),
-        {"v_proj": LoraConfig(4, 8.0), "q_proj": LoraConfig(2, 1.0)},
-    ],
-)
-@each("shape", [(7, 6), (2, 3, 6)])
-def test_output_and_gradients_match_peft(
-    layers: dict[str, LoraConfig], shape: tuple[int, ...]
-) -> None:
-    group = make_group(dtype=torch.float64)
-    adapter = with_random_adapter(group, layers)
-    twin = peft_twin(group, adapter)
-    x = torch.randn(shape, dtype=torch.float64)
-    results = []
-    for layer in (group, twin):
-        x = x.detach().requires_grad_()
-        outputs = layer(x)
-        sum((y.sin().sum() for y in outputs), torch.tensor(0.0)).backward()
-        results.append([*outputs, x.grad])
-    theirs = dict(twin.named_parameters())
-    for name, band in adapter.slices.items():
-        prefix = f"base_model.model.{name}"
-        results[0] += [adapter.lora_A.grad[band.rank_slice], adapter.lora_B[name].grad]
-        results[1] += [theirs[f"{prefix}.lora_{side}.default.weight"].grad for side in "AB"]
-    for found, expected in zip(*results, strict=True):
-        assert found.shape == expected.shape
-        assert max_relative_error(found, expected) < 1e-12
 
 
 @pytest.mark.parametrize("trains_input", [True, False])

@@ -3,27 +3,19 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from engine_fixtures import make_mixed_questions
-from hf_reference import max_relative_error
-from lora_fixtures import TUNE_SETTINGS, edit_adapter_config, merge_to_folder, tune_with_lora
+from engine_fixtures import compute_logits, pack_mixed_questions
+from lora_fixtures import edit_adapter_config, tune_with_lora
 from safetensors.torch import load_file, save_file
 from tiny_model import create_tiny_model
-from torch import Tensor
 
 from finesight.config import TuneSettings
-from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.renderer import NativeRenderer
+from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
-from finesight.model.lora.peft_io import (
-    ADAPTER_WEIGHTS_FILE,
-    load_adapter,
-    save_adapter,
-)
+from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, load_adapter, save_adapter
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model, stored_precision
@@ -40,24 +32,17 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return ModelFolder(create_tiny_model(tmp_path_factory.mktemp("model") / "tiny", "qwen"))
 
 
-@pytest.fixture(scope="module")
-def batch(tiny: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
-    folder, renderer = tmp_path_factory.mktemp("asked"), NativeRenderer(tiny)
-    return pack([renderer.encode(question) for question in make_mixed_questions(folder)])
-
-
-def _loaded(folder: ModelFolder) -> VisionLanguageModel:
+def load_fp32(folder: ModelFolder) -> VisionLanguageModel:
     return load_model(folder, torch.float32, CPU)
 
 
-@torch.no_grad()
-def _hidden(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
-    every_T = torch.arange(len(batch.ids_T))
-    return model.eval()(replace(batch, logit_indices_L=every_T, labels_L=batch.ids_T))
+@pytest.fixture(scope="module")
+def batch(tiny: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> PackedBatch:
+    return pack_mixed_questions(tiny, tmp_path_factory.mktemp("asked"))
 
 
 def test_weights_are_saved_under_published_names(tiny: ModelFolder, tmp_path: Path) -> None:
-    save_model(_loaded(tiny), tiny, tmp_path, torch.float32, 300_000)
+    save_model(load_fp32(tiny), tiny, tmp_path, torch.float32, 300_000)
     before = load_file(tiny.path / "model.safetensors")
     files = ModelFolder(tmp_path).weight_files()
     assert len(files) > 1
@@ -87,8 +72,8 @@ def test_pickled_weights_give_the_same_model(
     (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
     folder = ModelFolder(tmp_path)
     assert stored_precision(folder) == "fp32"
-    model = _loaded(folder)
-    assert torch.equal(_hidden(model, batch), _hidden(_loaded(tiny), batch))
+    model = load_fp32(folder)
+    assert torch.equal(compute_logits(model, batch), compute_logits(load_fp32(tiny), batch))
     (tmp_path / "saved").mkdir()
     save_model(model, folder, tmp_path / "saved", torch.float32)
     names = {path.name for path in (tmp_path / "saved").iterdir()}
@@ -96,7 +81,7 @@ def test_pickled_weights_give_the_same_model(
 
 
 def test_resampler_positions_are_not_trainable(tiny: ModelFolder, tmp_path: Path) -> None:
-    model = _loaded(tiny)
+    model = load_fp32(tiny)
     parts = ("vision", "merger", "language", "embeddings")
     configure_tuning(model, TuneSettings.model_validate(dict.fromkeys(parts, "full")), 0)
     assert not any("pos_embed" in name for name in trainable_parameters(model))
@@ -104,41 +89,24 @@ def test_resampler_positions_are_not_trainable(tiny: ModelFolder, tmp_path: Path
     tensors[POSITIONS] = tensors[POSITIONS] + 1
     (tmp_path / "config.json").write_bytes((tiny.path / "config.json").read_bytes())
     save_file(tensors, tmp_path / "model.safetensors")
-    table = _loaded(ModelFolder(tmp_path)).get_buffer("visual.merger.attn_pool.pos_embed")
+    table = load_fp32(ModelFolder(tmp_path)).get_buffer("visual.merger.attn_pool.pos_embed")
     assert torch.equal(table, tensors.pop(POSITIONS))
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UserError, match="pos_embed"):
-        _loaded(ModelFolder(tmp_path))
+        load_fp32(ModelFolder(tmp_path))
 
 
 def test_official_lora_config(tiny: ModelFolder, batch: PackedBatch, tmp_path: Path) -> None:
-    model = tune_with_lora(_loaded(tiny), {"lora": OFFICIAL})
+    model = tune_with_lora(load_fp32(tiny), {"lora": OFFICIAL})
     save_adapter(tmp_path, model, base_model=str(tiny.path))
     layer = "base_model.model.transformer.h.{}.{}.lora_{}.weight"
     layers = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2")
     expected = {layer.format(n, name, side) for n in (0, 1) for name in layers for side in "AB"}
     assert load_file(tmp_path / ADAPTER_WEIGHTS_FILE).keys() == expected
-    hidden_TD = _hidden(model, batch)
+    logits_TV = compute_logits(model, batch)
     for _ in range(2):
-        again = _loaded(tiny)
+        again = load_fp32(tiny)
         load_adapter(again, tmp_path, base_folder=tiny)
-        assert torch.equal(_hidden(again, batch), hidden_TD)
+        assert torch.equal(compute_logits(again, batch), logits_TV)
         # The published script names the layers as a list.
         edit_adapter_config(tmp_path, target_modules=OFFICIAL["target_modules"])
-
-
-def test_adapters_of_all_parts_merge(tiny: ModelFolder, batch: PackedBatch, tmp_path: Path) -> None:
-    model = tune_with_lora(_loaded(tiny), TUNE_SETTINGS["all parts"])
-    adapter = tmp_path / "adapter"
-    adapter.mkdir()
-    save_adapter(adapter, model, base_model=str(tiny.path))
-    assert "base_model.model.transformer.visual.attn_pool.kv_proj.lora_A.weight" in load_file(
-        adapter / ADAPTER_WEIGHTS_FILE
-    )
-    hidden_TD = _hidden(model, batch)
-    again = _loaded(tiny)
-    load_adapter(again, adapter, base_folder=tiny)
-    assert torch.equal(_hidden(again, batch), hidden_TD)
-    merge_to_folder(tiny, adapter, tmp_path / "merged")
-    merged_TD = _hidden(_loaded(ModelFolder(tmp_path / "merged")), batch)
-    assert max_relative_error(merged_TD, hidden_TD) <= 1e-4

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from each_value import each
 from qwen_vl_reference import (
     ARRAYS,
     CASES,
@@ -33,10 +34,6 @@ MODES = [
 ]
 
 
-def _name(number: int, mode: str = "") -> str:
-    return f"{CASES[number]['config']}: {CASES[number]['name']} {mode}"
-
-
 def _packed(*cases: dict[str, Any]) -> PackedBatch:
     """Return the packed cases with logits for all tokens."""
     samples = [
@@ -51,7 +48,7 @@ def _logits(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
     return model.compute_logits(model(batch))
 
 
-@pytest.mark.parametrize(("number", "mode"), MODES, ids=[_name(*each) for each in MODES])
+@each(("number", "mode"), MODES)
 def test_logits_loss_and_gradients_match_published_code(number: int, mode: str) -> None:
     case = CASES[number]
     config = CONFIGS[case["config"]]
@@ -90,16 +87,16 @@ def test_packed_sequences_match_single_sequences() -> None:
     assert np.abs(project_logits(logits_TV) - rows).max() <= 5e-5 * float(logits_TV.abs().max())
 
 
-@pytest.mark.parametrize("name", dict.fromkeys(each["config"] for each in GENERATED))
+@pytest.mark.parametrize("name", dict.fromkeys(one["config"] for one in GENERATED))
 def test_generation_matches_published_code(name: str) -> None:
     # All prompts in one batch, short and long ones; the published code supports one at a time.
-    requested = [each for each in GENERATED if each["config"] == name]
+    requested = [one for one in GENERATED if one["config"] == name]
     prompts = [
-        make_conversation(CONFIGS[name], each["parts"], each["seed"]).encoded for each in requested
+        make_conversation(CONFIGS[name], one["parts"], one["seed"]).encoded for one in requested
     ]
-    longest = max(len(each["tokens"]) for each in requested)
+    longest = max(len(one["tokens"]) for one in requested)
     answers = generate(
         make_native_model(CONFIGS[name]), prompts, max_new_tokens=longest, end_ids=()
     )
-    for each, answer in zip(requested, answers, strict=True):
-        assert answer[: len(each["tokens"])] == each["tokens"], each["parts"]
+    for one, answer in zip(requested, answers, strict=True):
+        assert answer[: len(one["tokens"])] == one["tokens"], one["parts"]

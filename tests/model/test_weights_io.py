@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from each_value import each
 from hf_reference import (
     CPU,
     make_config,
@@ -15,15 +16,15 @@ from hf_reference import (
     make_native_model,
     make_reference_model,
     max_relative_error,
-    pack_conversations,
+    native_logits,
     reference_logits,
+    write_model_folder,
 )
 from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import (
     hub_tensors,
     init_random_model,
@@ -38,11 +39,6 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qw
 SAMPLES = [make_conversation(1, 3, ("image", (1, 10, 12)), 4), make_conversation(2, 9)]
 
 
-def logits(model: VisionLanguageModel, theirs: Any) -> Tensor:
-    with torch.no_grad():
-        return model.compute_logits(model(pack_conversations(theirs, SAMPLES)))
-
-
 def expected_logits(theirs: Any) -> Tensor:
     with torch.no_grad():
         return torch.cat([reference_logits(theirs, sample) for sample in SAMPLES])
@@ -50,15 +46,11 @@ def expected_logits(theirs: Any) -> Tensor:
 
 def published(folder: Path, settings: dict[str, Any], theirs: Any = None) -> ModelFolder:
     """Write a folder in the hub's format: flat config, published names, two shards."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({**settings, "torch_dtype": "float32"}))
-    for name in ("tokenizer.json", "preprocessor_config.json"):
-        (folder / name).write_text("{}")
+    source = write_model_folder(folder, settings, theirs=theirs, max_shard_bytes=60_000)
+    (folder / "tokenizer.json").write_text("{}")
     for name in ("merges.txt", "LICENSE", "modeling.py"):
         (folder / name).write_text("raise SystemExit\n")
-    model = make_native_model(settings, theirs or make_reference_model(settings))
-    save_model(model, ModelFolder(folder), folder, torch.float32, 60_000)
-    return ModelFolder(folder)
+    return source
 
 
 def add_tensors(folder: ModelFolder, tensors: dict[str, Tensor]) -> None:
@@ -76,8 +68,8 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return make_config(request.param)
 
 
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("most", [5e9, 200_000])
+@each("tied", [True, False])
+@each("most", [5e9, 200_000])
 def test_saved_model_loads_in_transformers(
     tmp_path: Path, settings: dict[str, Any], tied: bool, most: float
 ) -> None:
@@ -117,7 +109,7 @@ def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied
     assert len(ModelFolder(tmp_path).weight_files()) > 1
     ours = load_model(ModelFolder(tmp_path), torch.float32, CPU)
     assert ours.config.decoder.tie_word_embeddings == tied
-    assert max_relative_error(logits(ours, theirs), expected_logits(theirs)) <= 1e-5
+    assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected_logits(theirs)) <= 1e-5
 
 
 def test_published_and_transformers_5_names_are_equivalent(
@@ -125,7 +117,7 @@ def test_published_and_transformers_5_names_are_equivalent(
 ) -> None:
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
-    expected = logits(load_model(source, torch.float32, CPU), theirs)
+    expected = native_logits(load_model(source, torch.float32, CPU), theirs, SAMPLES)
     tensors = {n: t for file in source.weight_files() for n, t in load_file(file).items()}
     old = {"visual.": "model.visual.", "model.": "model.language_model."}
     if settings["model_type"].startswith("qwen3_"):
@@ -139,7 +131,7 @@ def test_published_and_transformers_5_names_are_equivalent(
     (other / "preprocessor_config.json").write_text("{}")
     save_file(renamed, other / "model.safetensors")
     found = load_model(ModelFolder(other), torch.float32, CPU)
-    assert torch.equal(logits(found, theirs), expected)
+    assert torch.equal(native_logits(found, theirs, SAMPLES), expected)
 
 
 @pytest.mark.parametrize("inner", [16, 24, 48])
@@ -155,7 +147,7 @@ def test_expert_weights_load_in_either_layout(
         tensors = load_file(file)
         turned = {n: t.mT.contiguous() for n, t in tensors.items() if t.dim() == 3}
         save_file(tensors | turned if outputs_first else tensors, file)
-    found = logits(load_model(source, torch.float32, CPU), theirs)
+    found = native_logits(load_model(source, torch.float32, CPU), theirs, SAMPLES)
     assert max_relative_error(found, expected_logits(theirs)) <= 1e-5
 
 
@@ -163,7 +155,7 @@ def test_tied_lm_head_may_be_stored(tmp_path: Path, settings: dict[str, Any]) ->
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     change(source, lambda tensors: {**tensors, "lm_head.weight": torch.zeros(100, 48)})
-    found = logits(load_model(source, torch.float32, CPU), theirs)
+    found = native_logits(load_model(source, torch.float32, CPU), theirs, SAMPLES)
     assert max_relative_error(found, expected_logits(theirs)) <= 1e-5
 
 

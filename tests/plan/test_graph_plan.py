@@ -8,14 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_fixtures import (
-    GPU,
-    Tune,
-    make_batch,
-    make_model,
-    make_planned_pack,
-    make_tracer,
-)
+from plan_fixtures import GPU, Tune, make_batch, make_model, make_planned_pack, make_tracer
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
 from torch import Tensor

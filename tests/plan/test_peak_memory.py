@@ -52,11 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @each_dtype
 @pytest.mark.parametrize("shares_prefix", [False, True])
 def test_peak_memory_of_pack_is_within_an_eighth(
-    data: Path,
-    shares_prefix: bool,
-    dtype: torch.dtype,
-    tune: Tune,
-    checkpointed_fraction: float,
+    data: Path, shares_prefix: bool, dtype: torch.dtype, tune: Tune, checkpointed_fraction: float
 ) -> None:
     batch = make_batch(TINY, data, shares_prefix)
     estimated, measured = measure_peak(TINY, batch, dtype, tune, checkpointed_fraction)

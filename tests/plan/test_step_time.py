@@ -15,6 +15,8 @@ from finesight.plan.target_device import TargetDevice, build_named_target, measu
 
 PACK = PlannedPack((500,) * 40, ((1, 20, 20),) * 40, 4000)
 FULL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
+
+
 H200 = build_named_target("H200", "bf16")
 
 

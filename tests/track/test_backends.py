@@ -86,9 +86,7 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
 
 def test_swanlab_sends_alerts_to_webhook(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    webhook: tuple[str, list[dict[str, Any]]],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, webhook: tuple[str, list[dict[str, Any]]]
 ) -> None:
     """A failing webhook does not stop the tracker."""
     pytest.importorskip("swanlab", reason="swanlab is not installed (extra `track`)")

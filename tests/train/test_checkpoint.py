@@ -1,10 +1,9 @@
-"""Checkpoints: retention, verification, errors, and snapshots that are written asynchronously."""
+"""Checkpoints of other versions, and snapshots that are written asynchronously."""
 
 from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -20,7 +19,6 @@ from finesight.train.checkpoint import (
     STATE_FILE,
     WEIGHTS_FILE,
     AsyncCheckpointer,
-    BestEval,
     CheckpointManager,
     CheckpointState,
 )
@@ -32,12 +30,12 @@ def checkpoints(tmp_path: Path) -> CheckpointManager:
     return CheckpointManager(tmp_path / "checkpoints", max_to_keep=2)
 
 
-def make_state(step: int, best: BestEval | None = None) -> CheckpointState:
+def make_state(step: int) -> CheckpointState:
     return CheckpointState(
         step=step,
         consumed_samples=4 * step,
         last_eval_step=0,
-        best=best,
+        best=None,
         loss_scale={"scale": 1.0},
         budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
         resume_config={"train.batch_size": 4},
@@ -51,69 +49,12 @@ def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return weights, {"num_steps": torch.tensor(float(value))}
 
 
-def save(checkpoints: CheckpointManager, *steps: int) -> None:
-    for step in steps:
-        checkpoints.save(make_state(step), *make_tensors(step))
-
-
 def assert_loads(checkpoints: CheckpointManager, step: int, value: float) -> None:
     state, weights, moments = checkpoints.load_latest(print)
     assert state == make_state(step)
     expected_weights, expected_moments = make_tensors(value)
     assert moments == expected_moments
     assert all(torch.equal(dict(weights)[name], one) for name, one in expected_weights.items())
-
-
-def flip(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 16
-    path.write_bytes(bytes(data))
-
-
-def test_checkpoint_roundtrip(checkpoints: CheckpointManager) -> None:
-    assert checkpoints.load_latest(print) is None
-    save(checkpoints, 7)
-    assert_loads(checkpoints, 7, 7)
-    # An existing checkpoint is not written again, and leftovers of a crash are removed.
-    checkpoints.save(make_state(7), *make_tensors(9))
-    (checkpoints.checkpoint_dir / ".step-9.partial").mkdir()
-    (checkpoints.checkpoint_dir / ".step-9.partial" / WEIGHTS_FILE).write_bytes(b"half")
-    assert_loads(checkpoints, 7, 7)
-    assert [path.name for path in checkpoints.checkpoint_dir.iterdir()] == ["step-7"]
-
-
-def test_last_and_best_checkpoints_are_retained(checkpoints: CheckpointManager) -> None:
-    for step in (2, 4, 10, 100):
-        best = BestEval(step=4, validation_loss=0.5) if step >= 4 else None
-        checkpoints.save(make_state(step, best), *make_tensors(step))
-    assert checkpoints.steps() == [4, 10, 100]
-    checkpoints.save(make_state(101, BestEval(step=100, validation_loss=0.4)), *make_tensors(1))
-    assert checkpoints.steps() == [100, 101]
-
-
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE, storage.DIGESTS_FILE])
-@pytest.mark.parametrize(("spoil", "words"), [(flip, ""), (Path.unlink, "missing")])
-def test_damaged_checkpoint_falls_back_to_previous(
-    checkpoints: CheckpointManager, name: str, spoil: Callable[[Path], None], words: str
-) -> None:
-    save(checkpoints, 5, 9)
-    damaged = checkpoints.checkpoint_dir / "step-9"
-    spoil(damaged / name)
-    output: list[str] = []
-    assert checkpoints.load_latest(output.append)[0].step == 5
-    message, outcome = output
-    assert str(damaged) in message
-    assert words in message
-    assert "resuming from step 5" in outcome
-    if spoil is flip and name != storage.DIGESTS_FILE:
-        assert name in message
-        assert storage.sha256_file(damaged / name) in message
-    checkpoints.quarantine_after(5)
-    assert checkpoints.steps() == [5]
-    assert (checkpoints.checkpoint_dir / "corrupt-step-9").is_dir()
-    flip(checkpoints.checkpoint_dir / "step-5" / WEIGHTS_FILE)
-    with pytest.raises(UserError, match="to restart the run from step 0"):
-        checkpoints.load_latest(print)
 
 
 @pytest.mark.parametrize(
@@ -123,7 +64,7 @@ def test_damaged_checkpoint_falls_back_to_previous(
 def test_state_of_other_version_is_rejected(
     checkpoints: CheckpointManager, change: dict[str, Any], words: str
 ) -> None:
-    save(checkpoints, 5)
+    checkpoints.save(make_state(5), *make_tensors(5))
     folder = checkpoints.checkpoint_dir / "step-5"
     files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
     files[STATE_FILE] = json.dumps(json.loads((folder / STATE_FILE).read_text()) | change).encode()

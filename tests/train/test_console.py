@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import time
 
 import pytest
 from rich.console import Console
@@ -34,29 +33,6 @@ def test_log_has_a_line_every_ten_seconds(
         for _ in range(30):
             now += step_s
             on_progress(1)
-    assert output.getvalue().splitlines() == lines
-
-
-def test_terminal_shows_remaining_time() -> None:
-    output = io.StringIO()
-    terminal = TrainingConsole(Console(file=output, force_terminal=True, width=100))
-    with terminal.progress_stage("reading", 4) as on_progress:
-        on_progress(2)
-        time.sleep(0.01)
-    with terminal.activity("saving"):
-        pass
-    assert all(text in output.getvalue() for text in ("reading", "2/4", "0:00:0", "saving"))
-    assert "4/4" not in output.getvalue()
-
-
-@pytest.mark.parametrize(("interval_s", "lines"), [(0.01, ["saving ...", "saving: 0 s"]), (10, [])])
-def test_activity_is_logged_if_long(
-    monkeypatch: pytest.MonkeyPatch, interval_s: float, lines: list[str]
-) -> None:
-    monkeypatch.setattr(console, "LOG_INTERVAL_S", interval_s)
-    output = io.StringIO()
-    with TrainingConsole(Console(file=output)).activity("saving"):
-        time.sleep(0.1)
     assert output.getvalue().splitlines() == lines
 
 

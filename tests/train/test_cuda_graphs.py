@@ -37,7 +37,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import MIN_STARVED_PACKS, CudaGraphRunner, GraphTimer
-from finesight.train.graph_buffers import GraphInputs, GraphShape
+from finesight.train.graph_buffers import GraphShape
 
 GraphStep = tuple[Tensor, list[Tensor | None]]
 """Loss and gradients of a pack."""
@@ -116,40 +116,6 @@ def test_larger_packs_are_captured_if_launch_bound(
     assert run_packs(make_runner(model), [small] * few) == 2
     gpu.half_free, gpu.ahead, gpu.num_queries = True, MIN_STARVED_PACKS, 0
     assert run_packs(make_runner(model), [larger] * 4 * several) == 0, "not so often in a row"
-
-
-def test_packs_share_graphs_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
-) -> None:
-    model = make_model(torch.float32, CPU).eval()
-    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", MIN_STARVED_PACKS)
-    packs = make_packs(encode_samples(folder), monkeypatch) * MIN_STARVED_PACKS
-
-    def count_graphs() -> tuple[int, int]:
-        """Return the number of eager passes, and of graphs."""
-        runner = make_runner(model)
-        return len(packs) - run_packs(runner, packs), len(runner.static_inputs)
-
-    assert count_graphs() == (MIN_STARVED_PACKS, 1)
-    # There may be hundreds of shapes: they are searched for each capture, not for each pack.
-    monkeypatch.setattr(GraphShape, "widen", None)
-    gpu.half_free = False
-    assert count_graphs() == (2 * MIN_STARVED_PACKS, 2), "each shape has its own graph"
-    gpu.half_free, gpu.ahead, gpu.num_queries = True, 2, 0
-    assert count_graphs() == (2 * MIN_STARVED_PACKS, 2), "the GPU was not idle"
-
-
-def test_smallest_fitting_graph_is_used(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slow graph is not shared."""
-    runner = make_runner(make_model(torch.float32, CPU))
-    batch = pack(encode_samples(folder)[:4])
-    shape = GraphShape.from_batch(batch)._replace(num_tokens=1024)
-    sizes = [shape._replace(num_tokens=1088 + n, num_sequences=16) for n in (8, 0, 16)]
-    for size in (*sizes, sizes[1]._replace(num_labels=2 * shape.num_labels)):
-        runner.static_inputs[size] = GraphInputs.allocate(size, batch, None, runner.vision_encoder)
-    assert runner.find_wider_inputs(shape).shape == sizes[1]
-    monkeypatch.setattr(runner.timer, "is_replay_faster", lambda tokens: False)
-    assert runner.find_wider_inputs(shape) is None
 
 
 class FailingGraphCache(EagerGraphCache):

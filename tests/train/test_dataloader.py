@@ -141,25 +141,6 @@ def test_cached_features_replace_images(folder: Path, workers: int) -> None:
     assert [dropped.id for step in steps for dropped in step.skipped] == ["train3"]
 
 
-def truncate(path: Path) -> None:
-    """Truncate an image after its header, so that only decoding fails."""
-    data = path.read_bytes()
-    path.write_bytes(data[: len(data) - 30])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_corrupt_image_is_skipped_or_raises(folder: Path, workers: int) -> None:
-    for number in (0, 1, 2, 3, 5):
-        truncate(folder / f"train{number}.png")
-    steps = read_all(make_dataset(folder), 0, workers)
-    assert [step.num_samples for step in steps] == [0, 3, 3]
-    assert (steps[0].packs, steps[0].num_supervised_tokens, len(steps[0].skipped)) == ((), 0, 4)
-    assert [dropped.id for dropped in steps[1].skipped] == ["train5"]
-    assert "train5.png" in steps[1].skipped[0].reason
-    with pytest.raises(CorruptImageError, match=r"train5\.png"):
-        read_all(make_dataset(folder, "fail"), 1, workers)
-
-
 def late_steps(delays_s: Sequence[float], sleep: Any) -> Iterator[StepBatch]:
     for number, delay_s in enumerate(delays_s):
         sleep(delay_s)

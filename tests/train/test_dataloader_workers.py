@@ -33,13 +33,6 @@ class Items:
         return number
 
 
-class TensorItems:
-    """Items that have to be fetched from the worker, if it still runs."""
-
-    def __call__(self, number: int) -> torch.Tensor:
-        return torch.full((9,), number)
-
-
 class ProcessGroupItems:
     def __call__(self, number: int) -> int:
         return os.getpgid(0)
@@ -95,9 +88,7 @@ def test_workers_ignore_group_signals() -> None:
     assert os.getpgid(0) not in groups
 
 
-def test_no_process_remains_after_early_stop(
-    list_workers: Callable[[], list[BaseProcess]],
-) -> None:
+def test_no_process_remains_after_early_stop(list_workers: Callable[[], list[BaseProcess]]) -> None:
     items = read(Items(), range(60), 2)
     next(items)
     assert len(list_workers()) == 2
@@ -109,29 +100,6 @@ def test_repeatedly_killed_worker_is_explained() -> None:
     with pytest.raises(UserError, match=r"worker died[\s\S]*lower train\.num_workers") as caught:
         list(read(Items(2, signal.SIGKILL), range(50), 1))
     assert f"{MAX_RESTARTS + 1} times at the same item" in caught.value.what
-
-
-@pytest.mark.parametrize("data", [Items(), TensorItems()], ids=["numbers", "tensors"])
-def test_killed_worker_is_restarted_at_next_item(
-    data: Callable[[int], Any],
-    caplog: pytest.LogCaptureFixture,
-    list_workers: Callable[[], list[BaseProcess]],
-) -> None:
-    before = signal.getsignal(signal.SIGCHLD)
-    items = read(data, range(50), 1)
-    for _ in range(5):
-        next(items)
-    assert signal.getsignal(signal.SIGCHLD) is before
-    worker = list_workers()[0]
-    assert worker.pid is not None
-    os.kill(worker.pid, signal.SIGKILL)
-    worker.join()
-    assert caplog.messages == []
-    assert [int(torch.as_tensor(item).max()) for item in items] == [*range(5, 50)]
-    (output,) = caplog.messages
-    assert output.startswith("a data loader worker died and is restarted")
-    assert signal.getsignal(signal.SIGCHLD) is before
-    assert list_workers() == []
 
 
 def test_ten_million_items_use_little_memory() -> None:

@@ -24,16 +24,12 @@ from cuda_graph_fixtures import (
 from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from finesight.config import TuneSettings
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention, layers
 from finesight.model.attention import Segments
-from finesight.model.linear import FusedLinear
-from finesight.model.lora import fused
-from finesight.model.lora.fused import LoraMatmul
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
@@ -183,13 +179,6 @@ def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> N
     assert num_wider > 100
 
 
-def test_few_graph_shapes_are_used(samples: list[EncodedSample]) -> None:
-    packs = [pack(samples[start : start + 4]) for start in range(8)]
-    shapes = {GraphShape.from_batch(batch) for batch in packs}
-    assert len(shapes) < len({len(batch.ids_T) for batch in packs})
-    assert all(GraphShape.from_batch(one).num_tokens > len(one.ids_T) for one in packs)
-
-
 def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
     shape = GraphShape.from_batch(pack(samples[:4]))._replace(
         num_tokens=1024, num_sequences=16, num_features=512, num_labels=128
@@ -238,46 +227,6 @@ def test_static_gradients_keep_their_addresses() -> None:
     loss = large.sum()
     loss.backward()
     assert torch.equal(large.grad, torch.full_like(large, 10.0)), "a hook was not removed"
-
-
-class _Product(torch.autograd.Function):
-    """Product x W^T with the backward pass of fused layers."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, wide: LoraMatmul) -> Tensor:
-        ctx.save_for_backward(x)
-        ctx.wide = wide
-        return wide.forward(x, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor | None, None]:
-        return None, ctx.wide.base_grads(dy, *ctx.saved_tensors)[0], None
-
-
-def test_large_weight_gradient_is_written_directly(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(graph_buffers, "LARGE_PARAM_ELEMENTS", 20)
-    large, small = (FusedLinear(5, {"up": rows}, bias=False) for rows in (4, 3))
-    weights = [group.weight for group in (large, small)]
-    came: list[int] = []
-    for weight in weights:
-        assert isinstance(weight, nn.Parameter)
-        torch.nn.init.normal_(weight)
-        weight.register_hook(lambda gradient: came.append(gradient.data_ptr()))
-    own, x = GraphGradients(weights), torch.randn(6, 5)
-    for _ in range(2):
-        products = [
-            _Product.apply(x, g.weight, LoraMatmul.from_linear(g)).sum() for g in (large, small)
-        ]
-        own.backward(sum(products), [])
-        own.assign_grads()
-        for weight in weights:
-            torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
-    assert large.weight.grad.data_ptr() in came, "computed elsewhere, and copied"
-    assert small.weight.grad.data_ptr() not in came
-    assert fused._GRADIENT_BUFFERS == []
 
 
 def make_vision_model(folder: Path, family: str, tune: dict[str, Any] = ALL) -> VisionLanguageModel:
@@ -450,21 +399,6 @@ def test_shared_graph_gives_each_pack_its_gradients(
     for batch in (few, more, texts, few, more, texts, few):
         assert_matches_model(runner, model, batch)
     assert runner.graphs.keys == [0, 0, 1, 0, 0, 1, 0]
-
-
-@pytest.mark.usefixtures("eager_graphs")
-def test_rare_pack_sizes_exclude_the_encoder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 3)
-    runner = make_runner(make_vision_model(folder, "qwen2_vl"))
-    batch, sizes = make_packs(folder, "qwen2_vl", 2)[0], iter(range(256, 10_000, 64))
-
-    def from_batch(*_: object) -> GraphVisionShape:
-        return GraphVisionShape(256, 588, ((8, next(sizes)),))
-
-    monkeypatch.setattr(GraphVisionShape, "from_batch", from_batch)
-    for _ in range(5):
-        runner.forward_backward(batch, None, torch.tensor(1.0))
-    assert [shape.vision_shape for shape in runner.static_inputs] == [None]
 
 
 @pytest.mark.gpu

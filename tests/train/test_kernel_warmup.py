@@ -64,28 +64,9 @@ def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 def test_pending_compilation_holds_no_memory() -> None:
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
     from finesight.model.kernels import elementwise
-    from finesight.model.kernels.runtime import (
-        _dummy_argument,
-        _specialization_key,
-        compile_in_parallel,
-    )
+    from finesight.model.kernels.runtime import compile_in_parallel
 
-    held = torch.zeros(1 << 24, device="cuda", dtype=torch.bfloat16)
-    for tensor in (held, held[1:], held[8:], held.float(), held.float()[1:], held.byte()[3:]):
-        assert _specialization_key(_dummy_argument(tensor)) == _specialization_key(tensor)
-        assert _dummy_argument(tensor).nbytes <= 16
-    if torch.cuda.get_device_capability() >= (9, 0):
-        described = TensorDescriptor.from_tensor(held.view(-1, 64), [128, 64])
-        assert _specialization_key(_dummy_argument(described)) == _specialization_key(described)
-        assert _dummy_argument(described).base.nbytes == 128 * 64 * held.itemsize
-        assert _specialization_key(
-            TensorDescriptor.from_tensor(held.view(-1, 64), [64, 64])
-        ) != _specialization_key(described)
-        del described
-    del held, tensor
     before = torch.cuda.memory_allocated()
     with compile_in_parallel(torch.device("cuda")):
         elementwise.quick_gelu(torch.zeros(1 << 24, device="cuda", dtype=torch.float16))

@@ -22,11 +22,10 @@ from tiny_task import TinyTask
 
 from finesight.errors import TrainingInterrupted
 from finesight.storage import FileSystem, use_file_system
-from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
 from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult
-from finesight.train.finalize import MIN_IDLE_RATIO, LiveReport, write_run_report
+from finesight.train.finalize import LiveReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
@@ -135,13 +134,6 @@ def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.Monkey
     assert 'role="status"' not in page.read_text()
 
 
-def test_no_report_without_run(tmp_path: Path) -> None:
-    output = io.StringIO()
-    write_run_report(RunDir(tmp_path), TrainingConsole(Console(file=output, width=200)))
-    assert "writing the report failed (UserError: " in output.getvalue()
-    assert list(tmp_path.iterdir()) == []
-
-
 PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
 
 
@@ -164,24 +156,6 @@ def test_live_report_shows_newest_progress(tmp_path: Path, live_report: LiveRepo
     assert "The run is in progress: " in disk.pages[-1]
     time.sleep(0.05)
     assert len(disk.pages) == written, "a page after the end"
-
-
-def test_slow_report_lowers_the_update_rate(
-    live_report: LiveReport, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Updates take at most 1/300 of the time."""
-
-    def write_slowly(*rest: object, **options: object) -> None:
-        start = time.thread_time()
-        while time.thread_time() - start < 0.05:
-            pass
-
-    monkeypatch.setattr(finalize, "write_run_report", write_slowly)
-    with live_report.run_in_background(PROGRESS):
-        end = time.monotonic() + PATIENCE
-        while live_report.interval_s < 0.05 * MIN_IDLE_RATIO:
-            assert time.monotonic() < end, live_report.interval_s
-            time.sleep(0.01)
 
 
 CALM = [2.0 + 0.1 * math.sin(number) for number in range(64)]

@@ -237,24 +237,6 @@ def test_rare_gradient_gives_a_small_update() -> None:
     assert not master_E[2:].any()
 
 
-def test_steps_are_close_to_bitsandbytes() -> None:
-    """Compare with AdamW8bit on complete blocks; its CPU version does not round to nearest."""
-    values = torch.randn(40, 128, generator=torch.Generator().manual_seed(1))
-    ours, theirs = nn.Parameter(values.clone()), nn.Parameter(values.clone())
-    published = import_bitsandbytes("test").optim.AdamW8bit(
-        [theirs], lr=1e-2, weight_decay=0.1, min_8bit_size=0
-    )
-    masters = make_optimizer({MATRIX: ours}, max_grad_norm=None)
-    for seed in range(6):
-        gradient = torch.randn(40, 128, generator=torch.Generator().manual_seed(seed)) / (seed + 1)
-        theirs.grad = gradient.clone()
-        published.step()
-        ours.grad = gradient
-        masters.step(1.0, masters.grad_norm())
-    changed = theirs.detach() - values
-    assert float((ours.detach() - theirs.detach()).norm() / changed.norm()) < 1e-2
-
-
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_8bit_steps_are_close_to_adamw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of a step may begin and end within a parameter."""

@@ -11,15 +11,6 @@ from finesight.errors import UserError
 from finesight.train.run_dir import RunDir
 
 
-def test_existing_run_is_rejected_unless_resumed(tmp_path: Path) -> None:
-    RunDir(tmp_path / "new").check_available(resume=False)
-    RunDir(tmp_path).check_available(resume=False)
-    (tmp_path / "manifest.json").touch()
-    with pytest.raises(UserError, match=r"contains another run[\s\S]*--resume"):
-        RunDir(tmp_path).check_available(resume=False)
-    RunDir(tmp_path).check_available(resume=True)
-
-
 @pytest.mark.parametrize(
     ("existing", "run", "expected"),
     [

@@ -107,14 +107,6 @@ def test_steps_continue_across_epoch_boundaries() -> None:
     assert [*chain(*make_steps((7,), epochs=3, data_seed=1)[1])] != row
 
 
-def test_steps_are_random_access() -> None:
-    sampler, _ = make_steps((5, 4), epochs=4, batch_size=3)
-    again, expected = make_steps((5, 4), epochs=4, batch_size=3)
-    assert len(sampler) == len(again)
-    backward = [list(sampler.batch_indices(step)) for step in reversed(range(len(sampler)))]
-    assert backward == expected[::-1]
-
-
 def test_run_length() -> None:
     steps, _ = make_steps((7,), steps=9, batch_size=5)
     assert (len(steps), steps.num_samples) == (9, 45)

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, act_before_step, read_losses
-from torch.nn.modules.module import register_module_forward_pre_hook
 from vision_cache_fixtures import LORA, make_train_state
 
 from finesight import storage
@@ -24,7 +23,7 @@ from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import console, optimizer
+from finesight.train import optimizer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
@@ -75,17 +74,6 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
     assert measured == [0, 2, 4, 6]
-
-
-def test_mfu_is_omitted_after_a_step_above_the_peak(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    flops = iter([1e-9, 1e30])
-    monkeypatch.setattr("finesight.train.logging.count_flops", lambda *_: next(flops, 1e-9))
-    monkeypatch.setattr("finesight.train.setup.measure_peak_flops", lambda *_: 1.0)
-    task.run("train.steps=4", "train.epochs=null", "train.pack_tokens=8192")
-    mfus = [line["mfu"] for line in task.read_metrics() if "loss" in line]
-    assert [mfu is None for mfu in mfus] == [False, True, True, True]
 
 
 def test_per_part_learning_rates(task: TinyTask) -> None:
@@ -189,18 +177,6 @@ def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None
     assert text in result.as_table()
 
 
-def test_out_of_memory_error_has_advice(task: TinyTask) -> None:
-    def refuse(module: torch.nn.Module, inputs: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
-
-    hook = register_module_forward_pre_hook(refuse)
-    try:
-        with pytest.raises(UserError, match=r"memory is full[\s\S]*quantize\.nf4=\[language\]"):
-            task.run()
-    finally:
-        hook.remove()
-
-
 def test_concurrent_run_is_rejected(task: TinyTask) -> None:
     """Later, the run resumes, with other settings that do not change its numbers."""
     run = RunDir(task.rewind_to_checkpoint())
@@ -244,25 +220,6 @@ def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
     assert task.run(*settings, model=str(folder), image=None).steps == 1
     stored = load_file(task.folder / "run" / "model" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
-@pytest.mark.parametrize(
-    "tune",
-    [
-        {"vision": "lora", "merger": "lora", "language": "lora", "embeddings": "full"},
-        dict.fromkeys(("vision", "merger", "language", "embeddings"), "full"),
-        {"merger": "full", "language": "lora"},
-    ],
-    ids=["lora", "full", "vision frozen"],
-)
-def test_activation_checkpointing_changes_only_memory(task: TinyTask, tune: dict[str, Any]) -> None:
-    tune = tune | {"lora": {"rank": 2, "dropout": 0.2}}
-    values = {"plain": "false", "checkpointed": "true", "half": "0.5"}
-    for name, value in values.items():
-        task.run(f"train.activation_checkpointing={value}", name=name, tune=tune)
-    assert len({tuple(read_losses(task.folder / name)) for name in values}) == 1
-    file = Path("checkpoints", "step-6", "trainable.safetensors")
-    assert len({(task.folder / name / file).read_bytes() for name in values}) == 1
 
 
 @pytest.mark.gpu
@@ -325,17 +282,6 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(
     assert not (task.folder / "run").exists()
     file.write_text("".join([*text_only[1:], with_images[0]]))
     assert task.run("train.epochs=1", **settings).steps == 3
-
-
-def test_evaluation_shows_its_progress(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
-    evaluation = {"metric": "qa", "max_new_tokens": 2, "batch_size": 1}
-    task.run(*ONE_STEP, "train.batch_size=1", eval=evaluation)
-    for stage in ("validation loss", "generation"):
-        for name in ("before", "after"):
-            # The first sample includes the warm-up, so its time is no estimate.
-            lines = rf"^{stage} {name}: 1/3\n{stage} {name}: 2/3, \d+ s left$"
-            assert re.search(lines, task.console_output, re.M)
 
 
 def test_default_evaluations_and_overfitting_warning(

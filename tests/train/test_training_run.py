@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
-import resource
 import signal
 import threading
 from collections.abc import Iterator
 
 import pytest
-import torch
 
 from finesight.errors import TrainingInterrupted
-from finesight.train.training_run import (
-    PREEMPTION_SIGNALS,
-    SIGNALS,
-    StopRequest,
-    retain_freed_memory,
-)
+from finesight.train.training_run import PREEMPTION_SIGNALS, SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)
@@ -75,20 +67,3 @@ def test_other_threads_install_no_handlers() -> None:
     thread.start()
     thread.join()
     assert seen == [[signal.getsignal(number) for number in SIGNALS]]
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc")
-def test_freed_memory_is_reused_within_the_block() -> None:
-    size = 40 << 20  # glibc returns tensors of this size to the system
-
-    def count_page_faults() -> int:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        for _ in range(10):
-            torch.empty(size, dtype=torch.uint8).fill_(1)
-        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-
-    with retain_freed_memory(torch.device("cpu")):
-        # The heap of a process with other tests may need several rounds to settle.
-        assert min(count_page_faults() for _ in range(4)) < size / resource.getpagesize()
-    with retain_freed_memory(torch.device("cuda")):
-        pass

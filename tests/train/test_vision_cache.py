@@ -29,10 +29,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.report.run_reader import read_run
-from finesight.report.summary import compute_phases
 from finesight.train import vision_cache, vision_cache_builder
-from finesight.train.logging import count_flops
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
 from finesight.train.trainer import TrainState, train_step
 from finesight.train.training_run import StopRequest
@@ -143,54 +140,6 @@ def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: st
         found = train_step(state, cached_dataset.get_step(number), StopRequest(), store).wait()
         assert found == pytest.approx(expected, rel=1e-4)
     assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
-
-
-def test_cache_build_time_is_logged(task: TinyTask) -> None:
-    """A finished run builds no cache when it is resumed."""
-    task.recipe["tune"] = LORA
-    run = task.rewind_to_checkpoint()
-    for _ in range(2):
-        task.run(resume=True)
-        (run / "result.json").unlink()
-    lines = task.read_metrics()
-    assert sum("started_at" in line for line in lines) == 3
-    noted = [line for line in lines if "vision_cache_s" in line]
-    assert [line["step"] for line in noted] == [0, 4]
-    num_images = noted[0]["images"]
-    assert [line["features"]["images_from_disk"] for line in noted] == [0, num_images]
-    assert all(line["vision_cache_s"] > 0 for line in noted)
-    assert noted[0]["features"]["reason"] != noted[1]["features"]["reason"]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert lines.index(noted[0]) < next(i for i, line in enumerate(lines) if "loss" in line)
-    seconds = sum(line["vision_cache_s"] for line in noted)
-    assert compute_phases(read_run(run))[1].seconds == pytest.approx(seconds)
-
-
-def test_skipped_encoder_flops_are_not_counted(tmp_path: Path) -> None:
-    state = make_train_state(tmp_path / "task")
-    store = build_vision_cache(state)
-    cached_dataset = state.step_dataset.with_vision_cache(store.reader)
-    full, cached = (
-        sum(count_flops(state, batch) for batch in dataset.get_step(0).packs)
-        for dataset in (state.step_dataset, cached_dataset)
-    )
-    assert cached < full
-    with pytest.raises(CorruptImageError, match=r"png: an image has 99 tokens"):
-        store.reader.check(0, 99)  # an image of another size
-
-
-def test_gpu_oom_during_build_disables_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    state = make_train_state(tmp_path / "task", vision_cache="memory")
-
-    def encode(*_: object) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore")
-
-    monkeypatch.setattr(state.model, "encode_images", encode)
-    outcome = decide_vision_cache(state)
-    assert outcome.cache is None
-    assert "memory is full (CUDA out of memory. Tried to allocate 2 GiB.)" in outcome.reason
 
 
 def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,7 @@ from qwen_vl_reference import CONFIGS
 
 from finesight.errors import UserError
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
-from finesight.model.families.qwen_vl import (
-    count_ntk_doublings,
-    logn_scale,
-    ntk_base,
-    sincos_positions,
-)
+from finesight.model.families.qwen_vl import sincos_positions
 from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.vlm import ARCHITECTURES, VisionLanguageModel
 from finesight.model.weights_io import HubTensor, hub_tensors, init_random_model
@@ -98,17 +92,6 @@ def test_resampler_positions_match_published(side: int, width: int, products: li
     model = init_random_model(CONFIGS["few queries"], 0, torch.float32, CPU)
     table = model.get_buffer("visual.merger.attn_pool.pos_embed")
     assert torch.equal(table, torch.from_numpy(sincos_positions(4, 256)))
-
-
-def test_positions_beyond_the_trained_length() -> None:
-    """The rotary base and the scale of queries."""
-    lengths = torch.tensor([1, 2048, 2049, 4096, 4097, 8192, 8193])
-    assert count_ntk_doublings(lengths, 2048).tolist() == [0, 0, 1, 1, 2, 2, 3]
-    assert ntk_base(1e4, 128, 0) == 1e4
-    assert ntk_base(1e4, 128, 1) == pytest.approx(1e4 * 3 ** (128 / 126))
-    scales = logn_scale(torch.tensor([0, 2047, 2048, 8191]), 2048).tolist()
-    expected = [1.0, 1.0, math.log(2049, 2048), math.log(8192, 2048)]
-    assert scales == pytest.approx(expected, abs=1e-7)
 
 
 @each(

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from each_value import each
-from lora_fixtures import make_group
+from lora_fixtures import make_group, quantize_linear
 from torch import Tensor, nn
 
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, add_lora_delta
 from finesight.model.lora.fused import LoraMatmul
 from finesight.model.lora.multi import MultiLora
-from finesight.model.quant.base import QuantizedWeight
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.quant.int8 import Int8Matrix
 
 WIDTHS = {"gate_proj": 320, "up_proj": 192}
-Kind = Callable[[FusedLinear], None] | None
+INT8, FP8 = (Int8Matrix,), (Fp8Matrix, Fp8Weight)
+Kind = tuple[type[Any], ...] | None
 RANK = 16
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 NARROW = [torch.bfloat16, torch.float16]
@@ -27,33 +26,17 @@ SMALL = {torch.bfloat16: 2.0**-12, torch.float16: 2.0**-15}
 """Delta relative to the base product, near the precision of each dtype."""
 
 
-def quantize(group: FusedLinear, *types: type[Any]) -> None:
-    values_OI = group.weight.data.split(list(WIDTHS.values()))
-    group.set_quantized_weight(*types)
-    assert isinstance(group.weight, QuantizedWeight)
-    for matrix, some in zip(group.weight.matrices, values_OI, strict=True):
-        matrix.tensor_specs()[0].load(some)
-
-
-def to_int8(group: FusedLinear) -> None:
-    quantize(group, Int8Matrix)
-
-
-def to_fp8(group: FusedLinear) -> None:
-    quantize(group, Fp8Matrix, Fp8Weight)
-
-
 def make_adapted_layer(
     names: list[str], bias: bool, kind: Kind, device: str, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[FusedLinear, Tensor]:
     """Return a fused linear with small deltas in the named layers, and an input."""
-    if kind is to_fp8 and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if kind is FP8 and device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         pytest.skip("a card that does not multiply in FP8")
     group = make_group(WIDTHS, 256, dtype)
     if not bias:
         group.bias = None
     if kind is not None:
-        kind(group)
+        quantize_linear(group, *kind)
     low = dict.fromkeys(names, LoraConfig(RANK, float(RANK)))
     adapter = LoraLinear(group, low, 0.0, dtype)
     generator = torch.Generator().manual_seed(1)
@@ -85,7 +68,7 @@ def preserved_fraction(group: FusedLinear, x_TI: Tensor, found: list[Tensor]) ->
 @torch.no_grad()
 @each("names", [["gate_proj", "up_proj"], ["up_proj"]])
 @each("bias", [False, True])
-@pytest.mark.parametrize("kind", [None, to_int8, to_fp8])
+@pytest.mark.parametrize("kind", [None, INT8, FP8])
 @each("dtype", NARROW)
 @pytest.mark.parametrize("device", DEVICES)
 def test_small_lora_delta_is_not_lost_to_rounding(
@@ -97,7 +80,7 @@ def test_small_lora_delta_is_not_lost_to_rounding(
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [None, to_int8, to_fp8])
+@pytest.mark.parametrize("kind", [None, INT8, FP8])
 @pytest.mark.parametrize("device", DEVICES)
 def test_layer_without_adapter_is_unchanged(kind: Kind, device: str) -> None:
     group, x_TI = make_adapted_layer(["up_proj"], True, kind, device)
@@ -108,7 +91,7 @@ def test_layer_without_adapter_is_unchanged(kind: Kind, device: str) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("kind", [None, to_int8])
+@pytest.mark.parametrize("kind", [None, INT8])
 @pytest.mark.parametrize("device", DEVICES)
 def test_multi_lora_delta_is_not_lost_to_rounding(bias: bool, kind: Kind, device: str) -> None:
     group, x_TI = make_adapted_layer(list(WIDTHS), bias, kind, device)
@@ -129,7 +112,7 @@ def test_multi_lora_delta_is_not_lost_to_rounding(bias: bool, kind: Kind, device
 
 @torch.no_grad()
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize("kind", [None, to_int8, to_fp8])
+@pytest.mark.parametrize("kind", [None, INT8, FP8])
 @pytest.mark.parametrize("device", [DEVICES[1]])
 def test_fused_layer_delta_is_not_lost_to_rounding(apart: bool, kind: Kind, device: str) -> None:
     group, x_TI = make_adapted_layer(list(WIDTHS), True, kind, device)

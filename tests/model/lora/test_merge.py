@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import peft
 import pytest
@@ -13,11 +12,11 @@ from hf_reference import (
     CPU,
     make_config,
     make_conversation,
-    make_native_model,
     make_reference_model,
     max_relative_error,
-    pack_conversations,
+    native_logits,
     reference_logits,
+    write_model_folder,
 )
 from lora_fixtures import (
     FAMILIES,
@@ -33,25 +32,11 @@ from finesight.model.linear import iter_adapters
 from finesight.model.lora.merge import Precision
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model, save_model
-from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
+from finesight.model.weights_io import load_model
+from finesight.model_folder import ModelFolder
 from finesight.storage import verify_folder
 
 SAMPLES = [make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)]
-
-
-def base_folder(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> ModelFolder:
-    settings = make_config(family)
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(settings | {"torch_dtype": "float32"}))
-    (folder / "preprocessor_config.json").write_text(json.dumps(dict(PREPROCESSOR_DEFAULTS)))
-    model = make_native_model(settings, make_reference_model(settings))
-    save_model(model, ModelFolder(folder), folder, dtype)
-    return ModelFolder(folder)
-
-
-def with_adapter(base: ModelFolder, tune: dict[str, Any]) -> VisionLanguageModel:
-    return tune_with_lora(load_model(base, torch.float32, CPU), tune)
 
 
 def write_adapter_folder(model: VisionLanguageModel, base: ModelFolder, folder: Path) -> Path:
@@ -60,19 +45,14 @@ def write_adapter_folder(model: VisionLanguageModel, base: ModelFolder, folder: 
     return folder
 
 
-@torch.no_grad()
-def logits(model: VisionLanguageModel, theirs: Any) -> torch.Tensor:
-    return model.compute_logits(model(pack_conversations(theirs, SAMPLES)))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["all parts", "some targets"])
 @torch.no_grad()
 def test_merged_folder_matches_adapter_peft_and_transformers(
     family: str, how: str, tmp_path: Path
 ) -> None:
-    base = base_folder(tmp_path / "base", family)
-    model = with_adapter(base, TUNE_SETTINGS[how])
+    base = write_model_folder(tmp_path / "base", make_config(family))
+    model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE_SETTINGS[how])
     adapter = write_adapter_folder(model, base, tmp_path / "adapter")
     layers = sum(len(a.configs) for _, _, a in iter_adapters(model))
     merged = merge_to_folder(base, adapter, tmp_path / "merged")
@@ -80,14 +60,14 @@ def test_merged_folder_matches_adapter_peft_and_transformers(
     verify_folder(merged.folder)
 
     theirs = make_reference_model(make_config(family))
-    expected = logits(model, theirs)
+    expected = native_logits(model, theirs, SAMPLES)
     assert max_relative_error(reference_logits(theirs, SAMPLES[0]), expected) > 1e-2
     here = load_model(ModelFolder(merged.folder), torch.float32, CPU)
     loaded, report = type(theirs).from_pretrained(merged.folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     peft.PeftModel.from_pretrained(theirs, adapter).merge_and_unload()
     for found in (
-        logits(here, theirs),
+        native_logits(here, theirs, SAMPLES),
         reference_logits(loaded.eval(), SAMPLES[0]),
         reference_logits(theirs, SAMPLES[0]),
     ):
@@ -95,8 +75,9 @@ def test_merged_folder_matches_adapter_peft_and_transformers(
 
 
 def test_merge_sums_in_fp32_and_rounds_once(tmp_path: Path) -> None:
-    base = base_folder(tmp_path / "base", "qwen2_vl", torch.bfloat16)
-    model = with_adapter(base, {"language": "lora", "lora": LORA | {"target_modules": ["v_proj"]}})
+    base = write_model_folder(tmp_path / "base", make_config("qwen2_vl"), torch.bfloat16)
+    tune = {"language": "lora", "lora": LORA | {"target_modules": ["v_proj"]}}
+    model = tune_with_lora(load_model(base, torch.float32, CPU), tune)
     adapter = write_adapter_folder(model, base, tmp_path / "adapter")
     name = "model.layers.1.self_attn.v_proj.weight"
     theirs = "base_model.model.model.language_model.layers.1.self_attn.v_proj"

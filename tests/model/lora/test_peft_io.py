@@ -18,7 +18,7 @@ from hf_reference import (
     make_native_model,
     make_reference_model,
     max_relative_error,
-    pack_conversations,
+    native_logits,
     reference_logits,
 )
 from lora_fixtures import (
@@ -63,11 +63,6 @@ def our_model(theirs: Any, family: str = "qwen2_vl", how: str = "language") -> V
 
 
 @torch.no_grad()
-def our_logits(model: VisionLanguageModel, theirs: Any) -> Tensor:
-    return model.eval().compute_logits(model(pack_conversations(theirs, SAMPLES)))
-
-
-@torch.no_grad()
 def their_logits(theirs: Any) -> Tensor:
     return torch.cat([reference_logits(theirs.eval(), sample) for sample in SAMPLES])
 
@@ -90,7 +85,9 @@ def test_saved_adapter_gives_the_same_logits_in_peft(family: str, how: str, tmp_
         loaded = peft.PeftModel.from_pretrained(theirs, tmp_path)
     expected = their_logits(theirs)
     assert list_peft_layers(loaded) == list_adapted_layers(ours)
-    assert max_relative_error(our_logits(ours, theirs), expected) <= get_tolerance(family)
+    assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected) <= get_tolerance(
+        family
+    )
     assert max_relative_error(baseline, expected) > 1e-2
 
 
@@ -127,7 +124,9 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     expected = their_logits(theirs)
     load_adapter(ours, tmp_path)
     assert list_adapted_layers(ours) == list_peft_layers(model)
-    assert max_relative_error(our_logits(ours, theirs), expected) <= get_tolerance(family)
+    assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected) <= get_tolerance(
+        family
+    )
     assert max_relative_error(baseline, expected) > 1e-2
     assert not any(p.requires_grad for p in ours.parameters())
 
@@ -156,7 +155,7 @@ def test_transformers_4_key_names_are_accepted(family: str, tmp_path: Path) -> N
     assert "base_model.model.visual.merger.mlp.0.lora_B.weight" in keys
     old = make_native_model(make_config(family), theirs)
     load_adapter(old, tmp_path)
-    assert torch.equal(our_logits(old, theirs), our_logits(ours, theirs))
+    assert torch.equal(native_logits(old, theirs, SAMPLES), native_logits(ours, theirs, SAMPLES))
 
 
 def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
@@ -184,24 +183,13 @@ def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
             assert torch.equal(found.lora_B, b_OR.float() + 1e-4)
 
 
-def test_training_continues_from_matching_adapter(tmp_path: Path) -> None:
-    theirs = make_reference_model(make_config("qwen2_vl"))
-    first = our_model(theirs, how="all parts")
-    save_adapter(tmp_path, first, base_model="some/base")
-    second = make_native_model(make_config("qwen2_vl"), theirs)
-    configure_tuning(second, TuneSettings.model_validate(TUNE_SETTINGS["all parts"]), seed=9)
-    load_trainable_adapter(second, tmp_path)
-    assert torch.equal(our_logits(second, theirs), our_logits(first, theirs))
-    assert all(p.requires_grad for _, _, a in iter_adapters(second) for p in a.parameters())
-
-
-@pytest.mark.parametrize(
+@each(
     ("how", "change", "message"),
     [
-        ("all parts", {}, "10 keys are not in the adapter: visual.blocks.0.attn.qkv"),
-        ("some targets", {}, "10 keys have no adapter here: model.layers.0.mlp.down_proj, "),
-        ("language", {"rank": 3}, "has rank 4 and scale 1.5 in the adapter\n"),
-        ("language", {"alpha": 8}, "expected: rank 4 and scale 2, as in the recipe"),
+        ("all parts", {}, "10 keys are not in the adapter"),
+        ("some targets", {}, "10 keys have no adapter here"),
+        ("language", {"rank": 3}, "has rank 4 and scale 1.5"),
+        ("language", {"alpha": 8}, "expected: rank 4 and scale 2"),
     ],
 )
 def test_mismatched_adapter_is_rejected_for_training(
@@ -235,23 +223,17 @@ Tensors = dict[str, Tensor]
 DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
     (
         lambda tensors: {n.replace("layers.1.", "layers.7."): t for n, t in tensors.items()},
-        "7 keys are no layers of the model: model.layers.7.mlp.down_proj, ",
+        "7 keys are no layers of the model",
     ),
     (
         lambda tensors: {n.replace("A.weight", "A.x"): t for n, t in tensors.items()},
-        "14 keys are not factors of linear layers: ",
+        "14 keys are not factors",
     ),
-    (
-        lambda tensors: tensors | {EMBEDDINGS: torch.zeros(4, 4)},
-        f"1 keys are not factors of linear layers: {EMBEDDINGS}",
-    ),
-    (
-        lambda tensors: tensors | {FIRST: tensors[FIRST].to(torch.int8)},
-        f"1 keys are not factors of linear layers: {FIRST}",
-    ),
+    (lambda tensors: tensors | {EMBEDDINGS: torch.zeros(4, 4)}, "1 keys are not factors"),
+    (lambda tensors: tensors | {FIRST: tensors[FIRST].to(torch.int8)}, "1 keys are not factors"),
     (
         lambda tensors: {n: t for n, t in tensors.items() if n != FIRST},
-        "1 keys lack the other factor of their layer (A or B): model.language_model",
+        "1 keys lack the other factor",
     ),
     (
         lambda tensors: {n: t for n, t in tensors.items() if "layers.1.mlp.up" not in n},
@@ -259,7 +241,7 @@ DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
     ),
     (
         lambda tensors: tensors | {to_transformers4_name(FIRST): tensors[FIRST].clone()},
-        "1 keys duplicate the layers of other keys: ",
+        "1 keys duplicate the layers",
     ),
 ]
 
@@ -278,28 +260,25 @@ def test_inconsistent_keys_are_rejected(
         assert "model.layers.1.mlp.up_proj" in load_error(tmp_path)
 
 
-UNSUPPORTED: dict[str, dict[str, Any]] = {
-    "use_dora=true": {"use_dora": True},
-    'modules_to_save=["lm_head"]': {"modules_to_save": ["lm_head"]},
-    'bias="all"': {"bias": "all"},
-    'bias="lora_only"': {"bias": "lora_only"},
-    "lora_bias=true": {"lora_bias": True},
-    'trainable_token_indices={"embed_tokens": [1, 2]}': {
-        "trainable_token_indices": {"embed_tokens": [1, 2]}
-    },
-}
-
-
-@pytest.mark.parametrize("setting", UNSUPPORTED)
-def test_unsupported_peft_setting_is_named(setting: str, tmp_path: Path) -> None:
+@each(
+    ("name", "value"),
+    [
+        ("use_dora", True),
+        ("modules_to_save", ["lm_head"]),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("lora_bias", True),
+        ("trainable_token_indices", {"embed_tokens": [1, 2]}),
+    ],
+)
+def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: Path) -> None:
     """The error names the setting, not the tensor keys that it changes."""
-    settings = {"r": 4, "target_modules": ["q_proj", "v_proj"], **UNSUPPORTED[setting]}
-    theirs = make_reference_model(make_config("qwen2_vl"))
-    model = peft.get_peft_model(theirs, peft.LoraConfig(**settings))
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **{name: value})
+    model = peft.get_peft_model(make_reference_model(make_config("qwen2_vl")), config)
     model.save_pretrained(tmp_path)
     message = load_error(tmp_path)
-    assert f"{ADAPTER_CONFIG_FILE}: the adapter was made with {setting}, which" in message
-    assert "merge the adapter into its base with peft (merge_and_unload)" in message
+    assert f"the adapter was made with {name}={json.dumps(value)}, which" in message
+    assert "merge_and_unload" in message
     # peft can merge such adapters: the remedy applies.
     model.merge_and_unload()
 

@@ -13,7 +13,6 @@ from each_value import each
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from finesight.errors import UserError
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.quant import nf4
 from finesight.model.quant.nf4 import Nf4Matrix, import_bitsandbytes
@@ -114,8 +113,8 @@ def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3, 8, 40, 2000])
-@pytest.mark.parametrize("inputs", [48, 128])
+@each("rows", [1, 3, 8, 40, 2000])
+@each("inputs", [48, 128])
 def test_gpu_products_match_dequantized(dtype: torch.dtype, rows: int, inputs: int) -> None:
     matrix = quantize(random_values((256, inputs), torch.bfloat16).cuda())
     x = random_values((rows, inputs), dtype, seed=2).cuda().requires_grad_()
@@ -128,17 +127,6 @@ def test_gpu_products_match_dequantized(dtype: torch.dtype, rows: int, inputs: i
     back = (2 * y.detach()).double() @ dense
     assert x.grad is not None
     assert float((x.grad - back).abs().max() / back.abs().max()) < bound
-
-
-def test_missing_bitsandbytes_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
-        raise ImportError("No module named 'bitsandbytes'")
-
-    monkeypatch.setattr(nf4, "_import_bitsandbytes", missing)
-    with pytest.raises(
-        UserError, match=r"tune\.quantize\.nf4: [\s\S]*pip install 'finesight\[quant\]'"
-    ):
-        import_bitsandbytes("tune.quantize.nf4")
 
 
 def test_bitsandbytes_downloads_no_kernels(tmp_path: Path) -> None:

@@ -16,10 +16,10 @@ from typing import Any, get_args
 import pytest
 import torch
 from each_value import each
-from engine_fixtures import make_mixed_questions
+from engine_fixtures import compute_logits, pack_mixed_questions
 from gptq_fixtures import GptqConfig, with_untied_head, write_quantized_model
 from hf_reference import max_relative_error
-from lora_fixtures import install_random_adapter
+from lora_fixtures import install_random_adapter, quantize_linear
 from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
 from tiny_model import TINY_PRESETS, TinyFamily, create_tiny_model
@@ -28,8 +28,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finesight.config import EvalSettings, WeightFormat
 from finesight.data.sample import LocatedSample, read_samples
-from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import load_inference_model
@@ -111,10 +109,7 @@ def test_output_and_gradients_match_dequantized(
     for is_dense in (False, True):
         group = FusedLinear(64, widths, bias=True).to(dtype).requires_grad_(False)
         group.bias.copy_(random_values(72, seed=7))
-        group.set_quantized_weight(MATRIX_TYPES[kind])
-        for seed, matrix in enumerate(group.weight.matrices):
-            (spec,) = matrix.tensor_specs()
-            spec.load(random_values(*spec.shape, seed=seed))
+        quantize_linear(group, MATRIX_TYPES[kind], weight_OI=random_values(72, 64))
         if is_dense:
             group.dequantize()
             group.requires_grad_(False)
@@ -130,18 +125,6 @@ def test_output_and_gradients_match_dequantized(
         results.append([*(y.detach() for y in outputs), x.grad, *gradients])
     for found, expected in zip(*results, strict=True):
         assert torch.equal(found, expected)
-
-
-def questions(folder: ModelFolder, tmp_path: Path) -> PackedBatch:
-    renderer = NativeRenderer(folder)
-    batch = pack([renderer.encode_prompt(question) for question in make_mixed_questions(tmp_path)])
-    every_T = torch.arange(len(batch.ids_T))
-    return dataclasses.replace(batch, logit_indices_L=every_T, labels_L=batch.ids_T)
-
-
-@torch.no_grad()
-def logits(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
-    return model.eval().compute_logits(model(batch))
 
 
 def dequantize_model(model: VisionLanguageModel) -> VisionLanguageModel:
@@ -176,21 +159,9 @@ def test_only_the_decoder_is_quantized(
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("dtype", TYPES[:2], ids=str)
-def test_logits_match_dequantized_weights(
-    kind: WeightFormat, dtype: torch.dtype, tmp_path: Path
-) -> None:
-    folder = tiny(tmp_path, head=True)
-    batch = questions(folder, tmp_path)
-    model = load_model(folder, dtype, CPU, (), kind)
-    found = logits(model, batch)
-    assert torch.equal(found, logits(dequantize_model(model), batch))
-
-
-@pytest.mark.parametrize("kind", FORMATS)
 def test_adapter_stays_unmerged_on_quantized_weights(kind: WeightFormat, tmp_path: Path) -> None:
     folder = tiny(tmp_path)
-    batch = questions(folder, tmp_path)
+    batch = pack_mixed_questions(folder, tmp_path)
     trained = load_model(folder, torch.float32, CPU)
     install_random_adapter(trained, 0, {"lora": {"rank": 2}})
     (tmp_path / "adapter").mkdir()
@@ -200,9 +171,9 @@ def test_adapter_stays_unmerged_on_quantized_weights(kind: WeightFormat, tmp_pat
         for path in (tmp_path / "adapter", folder.path)
     )
     assert find_quantized_weights(model)
-    found = logits(model, batch)
-    assert torch.equal(found, logits(dequantize_model(model), batch))
-    assert max_relative_error(found, logits(baseline, batch)) > 0.01
+    found = compute_logits(model, batch)
+    assert torch.equal(found, compute_logits(dequantize_model(model), batch))
+    assert max_relative_error(found, compute_logits(baseline, batch)) > 0.01
 
 
 class LargestTensorMode(TorchDispatchMode):
@@ -303,11 +274,9 @@ def test_quantized_model_accuracy_is_preserved(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@pytest.mark.parametrize(
-    "rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1]
-)
-@pytest.mark.parametrize("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)], ids=str)
+@each("dtype", TYPES)
+@each("rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1])
+@each("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)])
 def test_gpu_products_match_dequantized_weights(
     kind: str, dtype: torch.dtype, rows: int, shape: tuple[int, int]
 ) -> None:

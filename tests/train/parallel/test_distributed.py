@@ -392,11 +392,7 @@ def test_context_shards_cover_every_sample() -> None:
     ],
 )
 def test_incomplete_launch_environment_is_rejected(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    name: str,
-    value: str | None,
-    output: str,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: str | None, output: str
 ) -> None:
     task = TinyTask(tmp_path / "task")
     recipe = write_recipe(tmp_path / "r.yaml", task.recipe | {"output_dir": str(tmp_path / "run")})

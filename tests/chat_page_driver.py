@@ -26,7 +26,7 @@ class ChatPageDriver:
         send_command("Network.clearBrowserCookies", {})
         send_command("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
         browser.visit(address, width)
-        self.wait_for_script("return !!document.querySelector('#title h1 span, .sign-in');")
+        self.wait_for_script("return !!document.querySelector('h1 span, .sign-in');")
 
     def wait_for_script(self, script: str) -> None:
         """Wait until a script returns true."""
@@ -41,10 +41,8 @@ class ChatPageDriver:
 
     def attach_images(self, images: Sequence[Path]) -> None:
         """Attach images to the next question."""
-        field = self._one("#composer input[type=file]")
-        self.driver.execute_script("arguments[0].value = ''", field)
-        field.send_keys("\n".join(map(str, images)))
-        count = "return document.querySelectorAll('#composer img').length"
+        self._one("#files").send_keys("\n".join(map(str, images)))
+        count = "return document.querySelectorAll('#attachments img').length"
         self.wait_for_script(f"{count} === {len(images)};")
 
     def ask(self, text: str, images: Sequence[Path] = ()) -> None:
@@ -60,18 +58,16 @@ class ChatPageDriver:
             self.attach_images(images)
         self.driver.execute_script(
             "arguments[0].focus(); document.execCommand('insertText', false, arguments[1]);",
-            self._one("#composer textarea"),
+            self._one("#question"),
             text,
         )
-        self.browser.settle()
-        self.click("#composer .submit-button")
+        self.click("#send")
 
     def wait_until_idle(self) -> None:
         """Wait until generation is complete."""
         self.wait_for_script(
             "return !document.querySelector('.streaming')"
-            " && document.querySelector('#current-turn').textContent.trim() === ''"
-            " && !!document.querySelector('#composer .submit-button');"
+            " && !document.querySelector('#send').hidden;"
         )
 
     def click_button(self, words: str) -> None:
@@ -84,7 +80,7 @@ class ChatPageDriver:
         self.browser.run(f"{found}.click();")
 
     def click(self, selector: str) -> None:
-        """Click an element in one script, since Gradio may replace it at any time."""
+        """Click an element in one script, since the page may replace it at any time."""
         self.wait_for_script(f"return !!document.querySelector({selector!r});")
         self.browser.run(f"document.querySelector({selector!r}).click();")
 

@@ -1,4 +1,4 @@
-"""Generate docs/images/web.png: PYTHONPATH=tests:pretraining python tests/web/screenshot.py"""
+"""Generate docs/images/web.png: PYTHONPATH=tests:pretraining python tests/app/chat_screenshot.py"""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def main() -> None:
     with (
         tempfile.TemporaryDirectory() as made,
         run_service("finesight-tiny") as service,
-        run_web_page(service) as web_page,
+        run_web_page(service) as page,
         launch_chromium() as browser,
     ):
-        visit = ChatPageDriver(browser, web_page.address, 900)
-        browser.visit(web_page.address, 900, 1300)
-        visit.wait_for_script("return !!document.querySelector('.welcome');")
+        visit = ChatPageDriver(browser, page.address, 900)
+        browser.visit(page.address, 900, 1300)
+        visit.wait_for_script("return !!document.querySelector('#welcome:not([hidden])');")
         image_path, question = write_shape_image(Path(made), 10)
         visit.ask(question, [image_path])
         visit.ask("Where is the gray star?")

@@ -5,28 +5,22 @@ from __future__ import annotations
 import asyncio
 from html.parser import HTMLParser
 from pathlib import Path
+from secrets import token_hex
 
 import pytest
 from browser import XSS_PAYLOADS
 from each_value import each
-from finesight.web.chat_html import (
-    CHINESE,
-    MAX_FORMULAS,
-    render_answer,
-    render_chats,
-    render_prompts,
-    render_turns,
-)
-from finesight.web.web_server import create_session_store
-from finesight.web.web_sessions import WebSession
 from web_server_fixture import ScriptedService, get_image_pool
 
+from finesight.app.chat_html import MAX_FORMULAS, render_answer, render_chats, render_turns
+from finesight.app.chat_page import ChatPage
+from finesight.app.chat_store import ChatStore, StoredChat
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
 from finesight.infer.request import GenerationOptions
 from finesight.manifest import Manifest
 
-LATEX = Manifest.model_construct(metric="latex", prompts=())
+LATEX = Manifest.model_construct(metric="latex", prompts=(), has_images=False)
 
 PLAIN = {"div", "span", "pre"}
 """Elements of a rendered answer besides MathML."""
@@ -64,21 +58,19 @@ class ParsedPage(HTMLParser):
         self.parts.append(data)
 
 
-def answer(folder: Path, text: str, manifest: Manifest | None = None) -> WebSession:
+def answer(folder: Path, text: str, manifest: Manifest | None = None) -> StoredChat:
     """Ask a question whose answer is the question, with a box of the same label."""
-    for name in ("uploads", "chats"):
-        (folder / name).mkdir(exist_ok=True)
     box = BoxPart(label=text, xyxy=(1.0, 1.0, 9.0, 9.0))
     service = ScriptedService(lambda asked: (asked, (box,)), manifest=manifest)
-    session = create_session_store(folder, service, get_image_pool()).get_or_create("one")
-    turn = session.chat.send(text, [], [GenerationOptions()])
+    chat = ChatStore(service, folder / token_hex(4), get_image_pool()).create(None)
+    turn = chat.session.send(text, [], [GenerationOptions()])
 
     async def drain() -> None:
         async for _ in turn.replies[0]:
             pass
 
     asyncio.run(drain())
-    return session
+    return chat
 
 
 @pytest.mark.parametrize(
@@ -106,8 +98,8 @@ def test_bare_latex_is_rendered_for_runs_with_the_latex_metric(tmp_path):
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
     source = r"\frac { a } { b }"
     for manifest, count in ((None, 0), (LATEX, 1)):
-        session = answer(tmp_path, source, manifest)
-        page = render_turns(session, session.chat.turns)
+        chat = answer(tmp_path, source, manifest)
+        page = render_turns(chat, chat.session.turns)
         assert page.count("<mfrac>") == page.count("<summary>Source</summary>") == count
         assert page.count(f"{source}</p>") == 2  # question and source
     for text in ("This image shows some formula", "x^2^2", ""):
@@ -151,9 +143,12 @@ def test_rendered_answers_have_only_known_elements(source):
 @each("payload", XSS_PAYLOADS)
 def test_titles_prompts_and_forms_are_escaped(payload, tmp_path):
     def render(text: str) -> list[tuple[str, dict[str, str | None]]]:
-        session = answer(tmp_path, text, LATEX)
-        pages = [render_turns(session, session.chat.turns), render_chats(session, [session], 30)]
-        return ParsedPage("".join([*pages, str(render_prompts([text], CHINESE))])).tags
+        chat = answer(tmp_path, text, LATEX)
+        pages = [render_turns(chat, chat.session.turns), render_chats(chat.token, [chat])]
+        prompts = Manifest.model_construct(metric="latex", prompts=(text,), has_images=False)
+        service = ScriptedService(model_names=(text,), manifest=prompts)
+        store = ChatStore(service, tmp_path / token_hex(4), get_image_pool())
+        return ParsedPage("".join([*pages, ChatPage(store).render("zh")])).tags
 
     safe = {name for tag, attributes in render("a question") for name in (tag, *attributes)}
     safe |= {"math", *ALLOWED_ELEMENTS, *ALLOWED_ATTRIBUTES}

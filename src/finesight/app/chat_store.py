@@ -264,7 +264,7 @@ class ChatStore:
         self.service, self._reader = service, ImageReader(pool)
         uploads, self._folder = folder / "uploads", folder / "chats"
         for subfolder in (uploads, self._folder):
-            subfolder.mkdir()
+            subfolder.mkdir(parents=True)
         self.budget = DiskBudget(uploads, self._folder)
         self.budget.free_space = self._free_space
         self.uploads = UploadStore(uploads, self.budget, MAX_IMAGE_BYTES)

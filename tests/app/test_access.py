@@ -26,13 +26,6 @@ from urllib.parse import quote
 import pytest
 from case_files import load_cases
 from each_value import each
-from PIL import Image
-from service_fixture import run_service
-from thinking_fixtures import ANSWER, THOUGHT
-from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
-
-from finesight.encode.family import ThinkingOptions
-from finesight.infer.request import GenerationOptions
 from finesight.web import access_middleware, web_server, web_sessions
 from finesight.web.access_middleware import (
     ACTION_INPUT,
@@ -45,6 +38,13 @@ from finesight.web.access_middleware import (
 )
 from finesight.web.chat_html import render_turns
 from finesight.web.web_sessions import MAX_IMAGE_BYTES, MAX_MESSAGE_CHARS, UPLOAD_TTL_S
+from PIL import Image
+from service_fixture import run_service
+from thinking_fixtures import ANSWER, THOUGHT
+from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
+
+from finesight.encode.family import ThinkingOptions
+from finesight.infer.request import GenerationOptions
 
 CASES = load_cases("access_middleware")
 PASSWORD = "right-password"

@@ -62,6 +62,8 @@ KEY_HEADERS = {"Authorization": f"Bearer {API_KEY}"}
 FORM = "application/x-www-form-urlencoded"
 SETTINGS = {"max_new_tokens": 9}
 
+VERSIONED_PACKAGES = ("pillow", "uvicorn", "starlette", "torch")
+
 MAX_ANSWER_S = 60.0
 """Seconds after which a hostile client of the chat page does not wait for an answer any more."""
 

@@ -11,13 +11,13 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from fastapi.testclient import TestClient
-from finesight.web.web_server import create_private_folder
 
 from finesight.storage import write_file
 from finesight.studio.studio_jobs import JOB_FILE, Job
 from finesight.studio.studio_page import ServerAccess, StudioPage, make_studio_app
 from finesight.studio.studio_view import StudioView
 from finesight.studio.workspace import Workspace
+from finesight.web.web_server import create_private_folder
 
 
 @contextmanager

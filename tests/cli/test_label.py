@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from label_fixtures import draw_images
 
-from finesight.app import server
 from finesight.cli.label import find_label_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.recipe import load_recipe
 from finesight.train import console
+from finesight.app import server
 
 PROMPT = ("--prompt", "Describe the image.")
 TINY = ("finesight-tiny", "--device", "cpu", "--max-new-tokens", "8")

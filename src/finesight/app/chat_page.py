@@ -83,8 +83,8 @@ SETTING_BOUNDS = {
 """Minimum, maximum and step of the numbers of `ChatSettings`."""
 
 SCRIPT_TEXTS = (
-    *("The server does not answer.", "request too large", "no disk space for more files"),
-    "Remove: {}",
+    *("The server does not answer.", "request too large", "Delete"),
+    "The server has no disk space for more images. Delete chats, or try again later.",
 )
 """Texts of the script, which are translated on the page."""
 

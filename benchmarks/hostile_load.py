@@ -53,7 +53,6 @@ from hostile_requests import (
     make_image_bomb,
     make_image_content,
     make_jpeg2000,
-    make_multipart_form,
     make_progressive_jpeg,
     make_small_image,
 )
@@ -61,8 +60,9 @@ from hostile_requests import (
 PASSWORD, API_KEY = "correct-password", "correct-key-of-the-owner-of-the-server"
 KEY_HEADERS = {"Authorization": f"Bearer {API_KEY}"}
 FORM = "application/x-www-form-urlencoded"
-SETTINGS = [False, False, 9, 0, 1, 0, 1, -1, ""]
-"""Settings of an answer, in the order of the fields of `ChatSettings`."""
+SETTINGS = {"max_new_tokens": 9}
+
+VERSIONED_PACKAGES = ("pillow", "uvicorn", "starlette", "torch")
 
 MAX_ANSWER_S = 60.0
 """Seconds after which a hostile client of the chat page does not wait for an answer any more."""
@@ -152,16 +152,13 @@ class PageClient:
             headers = {"Content-Type": kind, "Cookie": getattr(self, "cookie", "")}
             connection.request(method, path, body, headers)
             answer = connection.getresponse()
-            if "event-stream" not in (answer.headers["content-type"] or ""):
-                return answer.status, answer.getheaders(), answer.read()
-            # Gradio keeps the stream open after the answer, and sends heartbeats before it.
-            end = time.monotonic() + MAX_ANSWER_S
-            for line in answer:
-                if b'"process_completed"' in line:
-                    return answer.status, answer.getheaders(), line
+            # The event stream of an answer ends with it, unless the client closes it before.
+            end, received = time.monotonic() + MAX_ANSWER_S, b""
+            while chunk := answer.read1(1 << 16):
+                received += chunk
                 if time.monotonic() > end:
-                    break
-            return -1, answer.getheaders(), b""
+                    return -1, answer.getheaders(), b""
+            return answer.status, answer.getheaders(), received
 
 
 class ChatPageClient(PageClient):
@@ -169,26 +166,23 @@ class ChatPageClient(PageClient):
 
     def __init__(self, port: int) -> None:
         super().__init__(port)
-        config = json.loads(self.request("GET", "/config")[2])
-        self.event = next(e["id"] for e in config["dependencies"] if len(e["inputs"]) == 10)
+        _, headers, _ = self.request("GET", "/")
+        cookies = (value.split(";")[0] for name, value in headers if name.lower() == "set-cookie")
+        self.cookie = "; ".join([self.cookie, *cookies])
 
-    def ask(self, name: str, data: bytes, session: str, copies: int = 1) -> tuple[str, int]:
+    def ask(self, name: str, data: bytes, copies: int = 1) -> tuple[str, int]:
         """Upload an image, ask a question about copies of it, and wait for the answer."""
-        body, kind = make_multipart_form(data)
-        body = body.replace(b'name="file"', b'name="files"')
-        status, _, output = self.request("POST", "/gradio_api/upload", body, kind)
-        if status != 200:
-            return name, status
-        (path,) = json.loads(output)
-        file = {"path": path, "meta": {"_type": "gradio.FileData"}}
-        event = {
-            "data": [{"text": "What?", "files": [file] * copies}, *SETTINGS],
-            "fn_index": self.event,
-            "session_hash": session,
-        }
-        status = self.request("POST", "/gradio_api/queue/join", json.dumps(event).encode())[0]
+        files = []
+        for _ in range(copies):
+            status, _, output = self.request("POST", "/uploads?name=a.png", data)
+            if status != 200:
+                return name, status
+            files.append(json.loads(output)["id"])
+        token = json.loads(self.request("POST", "/chats", b"{}")[2])["token"]
+        message = {"text": "What?", "files": files, "settings": SETTINGS}
+        status = self.request("POST", f"/chats/{token}/send", json.dumps(message).encode())[0]
         if status == 200:
-            status = self.request("GET", f"/gradio_api/queue/data?session_hash={session}")[0]
+            status = self.request("GET", f"/chats/{token}/stream")[0]
         return name, status
 
 
@@ -196,17 +190,16 @@ def make_page_attacks(port: int, number: int) -> Iterator[Attack]:
     """Yield attacks on the chat page in a fixed random order, half of them without password."""
     visitor = ChatPageClient(port)
     cookie = f"Cookie: {visitor.cookie}\r\n"
-    join, upload = "/gradio_api/queue/join", "/gradio_api/upload"
-    body, kind = make_multipart_form(bytes(1 << 20))
+    send, upload = "/chats/unknown/send", "/uploads?name=a.png"
     others = [
         HostileRequest("wrong password", "/sign-in", b"password=guess", FORM),
         HostileRequest("NUL password", "/sign-in", b"password=%00" + b"%00" * 5000, FORM),
         HostileRequest("half a sign-in", "/sign-in", bytes(1 << 16), FORM, cut=0.5),
-        HostileRequest("half an upload", upload, body, kind, cut=0.5, headers=cookie),
-        HostileRequest("deep JSON", join, b"[" * 500_000, headers=cookie),
-        HostileRequest("wrong content type", upload, b"x" * 1000, headers=cookie),
-        HostileRequest("path outside", "/gradio_api/file=/etc/passwd", b"", headers=cookie),
-        HostileRequest("no cookie", join, b"{}"),
+        HostileRequest("half an upload", upload, bytes(1 << 20), cut=0.5, headers=cookie),
+        HostileRequest("deep JSON", send, b"[" * 500_000, headers=cookie),
+        HostileRequest("long name", f"{upload}{'a' * 5000}", b"x" * 1000, headers=cookie),
+        HostileRequest("path outside", "/static/..%2f..%2fetc%2fpasswd", b"", headers=cookie),
+        HostileRequest("no cookie", send, b"{}"),
     ]
     repeated = others * (number // 2 // len(others) + 1)
     attacks: list[Attack] = [
@@ -215,7 +208,7 @@ def make_page_attacks(port: int, number: int) -> Iterator[Attack]:
     for (name, data), index in zip(
         itertools.cycle(make_images().items()), range(number - len(attacks)), strict=False
     ):
-        attacks.append(partial(visitor.ask, name, data, f"visit{index}", 1 + index % 4))
+        attacks.append(partial(visitor.ask, name, data, 1 + index % 4))
     random.Random(0).shuffle(attacks)
     yield from attacks
 
@@ -339,7 +332,7 @@ def measure_chat_page(number: int, clients: int, folder: Path) -> dict[str, Any]
         seconds = []
         for index in range(NUM_QUESTIONS):
             began = time.monotonic()
-            _, status = owner.ask("ordinary", make_photo(index), f"owner{index}")
+            _, status = owner.ask("ordinary", make_photo(index))
             assert status == 200, f"question {index}: status {status}"
             seconds.append(time.monotonic() - began)
         probes = {
@@ -381,7 +374,9 @@ def main() -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("pillow", "uvicorn", "gradio", "torch")},
+            **{
+                name: metadata.version(name) for name in ("pillow", "uvicorn", "starlette", "torch")
+            },
         },
     }
     measures = {

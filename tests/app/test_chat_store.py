@@ -207,13 +207,13 @@ def test_unreferenced_images_are_removed(chat, tmp_path):
 def test_answer_stops_when_no_tab_follows_it(store, chat):
     store.service.is_endless = True
     [reply] = chat.session.send("What?", [], [GenerationOptions()]).replies
-    chat.is_generating, chat.num_followers = True, 1
+    chat.is_generating, chat.num_streams = True, 1
     chat.stop_unfollowed()
 
     async def run() -> None:
         async for _ in reply:
             if len(reply.text) > 50:
-                chat.num_followers = 0
+                chat.num_streams = 0
                 chat.stop_unfollowed()
 
     asyncio.run(asyncio.wait_for(run(), 10))

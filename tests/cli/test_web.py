@@ -80,7 +80,7 @@ def test_public_host_requires_a_password_unless_open(options: list[str], tmp_pat
             urllib.request.urlopen(local, timeout=60).close()
         else:
             with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(f"{local}/config", timeout=60)
+                urllib.request.urlopen(f"{local}/chats", timeout=60)
         assert [*tmp_path.glob("finesight-web-*")] != []
         # The browser is started beside the first requests.
         while not opened.exists() or not opened.read_text():

@@ -83,8 +83,8 @@ SETTING_BOUNDS = {
 """Minimum, maximum and step of the numbers of `ChatSettings`."""
 
 SCRIPT_TEXTS = (
-    *("The server does not answer.", "request too large", "no disk space for more files"),
-    *("no such chat", "Remove: {}"),
+    *("The server does not answer.", "request too large", "Delete"),
+    "The server has no disk space for more images. Delete chats, or try again later.",
 )
 """Texts of the script, which are translated on the page."""
 
@@ -124,12 +124,12 @@ class AnswerStream(StreamingResponse):
         self._chat, self._language = chat, language
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._chat.num_listeners += 1
+        self._chat.num_streams += 1
         try:
             with use_language(self._language):
                 await super().__call__(scope, receive, send)
         finally:
-            self._chat.num_listeners -= 1
+            self._chat.num_streams -= 1
             loop = asyncio.get_running_loop()
             loop.call_later(UNFOLLOWED_S, self._chat.stop_unfollowed)
 

@@ -104,7 +104,7 @@ class StoredChat:
         token: Secret part of its URLs.
         settings: Settings of the last answer; None before the first one.
         error: Error of the last answer, or an empty text.
-        num_listeners: Number of tabs that receive the answer that is being generated.
+        num_streams: Number of tabs that receive the answer that is being generated.
         revision: Number of changes of the conversation.
         changed_at: Time of the last change on the monotonic clock.
         used_at: Time of the last request on the monotonic clock.
@@ -120,7 +120,7 @@ class StoredChat:
     settings: ChatSettings | None = None
     is_generating: bool = False
     error: str = ""
-    num_listeners: int = 0
+    num_streams: int = 0
     revision: int = 0
     changed_at: float = 0
     used_at: float = field(default_factory=time.monotonic)
@@ -149,7 +149,7 @@ class StoredChat:
 
     def stop_unfollowed(self) -> None:
         """Stop the answer if no tab receives it."""
-        if self.is_generating and not self.num_listeners:
+        if self.is_generating and not self.num_streams:
             self.stop()
 
     def get_image_size(self, path: Path) -> ImageSize:

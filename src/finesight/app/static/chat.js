@@ -1,5 +1,6 @@
 import { byId, copyText, create, describe, request, settings, translate, upload } from "./app.js";
 
+const NO_SPACE = "The server has no disk space for more images. Delete chats, or try again later.";
 const streams = new Map();
 let chat = "", revision = -1, isAsking = false, attachments = [];
 
@@ -191,7 +192,7 @@ const readSettings = () => {
 const showAttachments = () => {
   byId("attachments").replaceChildren(...attachments.map((one) => create("li", {},
     create("img", { src: one.url, alt: one.file.name }),
-    create("button", { type: "button", "aria-label": translate("Remove: {}", one.file.name),
+    create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
       onclick: () => { detach([one]); byId("question").focus(); } }, "×"))));
   showImageHint(document.querySelector(".thumbs") !== null);
 };
@@ -208,7 +209,7 @@ const attach = (files) => {
     attachments.push(one);
     one.uploaded.catch((error) => {
       detach([one]);
-      report(error);
+      report(error.status === 507 ? new Error(NO_SPACE) : error);
     });
   }
   showAttachments();

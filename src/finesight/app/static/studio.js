@@ -120,9 +120,13 @@ const act = async (button) => {
 
 // The command that a form would start
 
+let previewNumber = 0;
+
 const preview = async (form) => {
-  const url = `preview/${form.dataset.preview}${location.search}`;
-  const { command, hint } = await request(url, readForm(form));
+  const url = `preview/${form.dataset.preview}${location.search}`, number = ++previewNumber;
+  const answer = await request(url, readForm(form)).catch((error) => ({ hint: describe(error) }));
+  if (number !== previewNumber) return; // The answer to a later change may come first.
+  const { command, hint } = answer;
   const place = form.querySelector(".preview");
   if (command) place.innerHTML = `<div class="command"><code>${command}</code></div>`;
   else place.replaceChildren(...(hint ? [create("p", { class: "hint" }, hint)] : []));

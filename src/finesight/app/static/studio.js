@@ -49,6 +49,8 @@ const update = async () => {
       history.replaceState(null, "", page.url);
       replace("top", page.top);
       replace("bottom", page.bottom);
+      // The chip of the command is replaced with its part of the page, and so is not announced.
+      if (status && status !== page.status) byId("announcement").textContent = byId("job-h")?.textContent ?? "";
       ({ status, has_data: hasData } = page);
       enableButtons();
     }

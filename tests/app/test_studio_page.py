@@ -444,6 +444,24 @@ def test_log_names_fields_and_steps_of_the_page(folder, step, arguments, exit_co
     assert "exit code" not in page
 
 
+def test_link_leads_to_the_next_step_once_a_result_exists(folder):
+    def find_next(step: str) -> list[str]:
+        shown = html.unescape(read_live(folder, f"step={step}&lang=en")["bottom"])
+        return re.findall(r'class="next" href="./\?step=(\w+)', shown)
+
+    assert [find_next(step) for step in STEPS] == [[]] * len(STEPS)
+    add_data(folder, "a")
+    write_recipe(folder, "a", "data/a/data.jsonl")
+    shown = [find_next(step) for step in ("data", "label", "check", "plan", "train", "results")]
+    assert shown == [["check"], ["check"], [], ["train"], [], []]
+    add_run(folder)
+    write_file(folder / ".finesight/check/data--a.html", b"page")
+    shown = [find_next(step) for step in ("check", "train", "results", "chat", "export")]
+    assert shown == [["plan"], ["results"], ["chat"], ["export"], []]
+    write_job(folder, "train", "train a.yaml", target="a.yaml", exit_code=None)
+    assert find_next("train") == []
+
+
 def test_estimate_of_a_changed_recipe_is_marked(folder):
     write_recipe(folder, "a", "a.jsonl")
     for year, is_old in ((2000, True), (2100, False)):

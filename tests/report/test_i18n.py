@@ -11,6 +11,7 @@ from case_files import load_cases
 from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
 from run_dir_fixtures import FakeRunDir
 
+import finesight.app.pages  # noqa: F401 - adds the texts of the application
 from finesight.report import i18n, run_reader, summary
 from finesight.report.compare_page import compare_runs, render_compare_page
 from finesight.report.html import render_page
@@ -31,13 +32,12 @@ SOURCES = [
     for file in (
         *PACKAGE.rglob("*.py"),
         *PACKAGE.glob("*/templates/*"),
-        *PACKAGE.glob("studio/static/*"),
-        *PACKAGE.glob("label/static/*"),
+        *PACKAGE.glob("app/static/*"),
     )
     if file.suffix in (".py", ".html", ".js")
 ]
 TRANSLATE_CALL = re.compile(r'\btranslate\(\s*"((?:[^"\\]|\\.)*)"')
-SAME = {"", "CER", "WER", "F1", "AP", "BLEU", "ANLS", "CIDEr-D", "ROUGE-L"}
+SAME = {"Studio", "", "CER", "WER", "F1", "AP", "BLEU", "ANLS", "CIDEr-D", "ROUGE-L"}
 """Texts that are equal in both languages."""
 
 COMPOSED_TEXTS = {

@@ -249,6 +249,7 @@ class StudioView:
                 "weights": str(weights or ""),
                 "saved_at": self._read_saved_time(state.recipe),
                 "next_data": _find_next_data(state),
+                "next_step": self._find_next_step(state),
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
                 "step_names": STEP_NAMES,
                 "no_run": NO_RUN,
@@ -343,6 +344,26 @@ class StudioView:
         query |= {"lang": state.selection.lang, "version": str(file.stat().st_mtime_ns)}
         name = "report" if state.selection.step == "results" else "check"
         return f"view/{name}?{urlencode(query)}"
+
+    def _find_next_step(self, state: StudioState) -> str:
+        """Return the step after the selected one once its result exists; empty while it runs."""
+        if state.job is not None and state.job.status == "running":
+            return ""
+        step, run = state.selection.step, state.run
+        has_weights = run is not None and self.workspace.find_weights(run) is not None
+        has_result = {
+            "data": state.dataset is not None,
+            "label": state.dataset is not None,
+            "check": bool(self._find_page(state)),
+            "plan": state.recipe is not None,
+            "train": run is not None and self.describe_run(run).status == "finished",
+            "results": has_weights,
+            "chat": has_weights,
+        }
+        if not has_result.get(step):
+            return ""
+        # Imported data have labels.
+        return "check" if step == "data" else STEPS[STEPS.index(step) + 1]
 
     def describe_run(self, run: Path) -> RunRow:
         """Return the row of a run in the table of runs."""

@@ -49,6 +49,8 @@ const update = async () => {
       history.replaceState(null, "", page.url);
       replace("top", page.top);
       replace("bottom", page.bottom);
+      // The chip of the command is replaced with its part of the page, and so is not announced.
+      if (status && status !== page.status) byId("announcement").textContent = byId("job-h")?.textContent ?? "";
       ({ status, has_data: hasData } = page);
       enableButtons();
     }
@@ -120,9 +122,13 @@ const act = async (button) => {
 
 // The command that a form would start
 
+let previewNumber = 0;
+
 const preview = async (form) => {
-  const url = `preview/${form.dataset.preview}${location.search}`;
-  const { command, hint } = await request(url, readForm(form));
+  const url = `preview/${form.dataset.preview}${location.search}`, number = ++previewNumber;
+  const answer = await request(url, readForm(form)).catch((error) => ({ hint: describe(error) }));
+  if (number !== previewNumber) return; // The answer to a later change may come first.
+  const { command, hint } = answer;
   const place = form.querySelector(".preview");
   if (command) place.innerHTML = `<div class="command"><code>${command}</code></div>`;
   else place.replaceChildren(...(hint ? [create("p", { class: "hint" }, hint)] : []));

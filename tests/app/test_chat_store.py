@@ -10,11 +10,6 @@ from pathlib import Path
 
 import pytest
 from engine_fixtures import write_noise_image
-from finesight.web import web_sessions as module
-from finesight.web.access_middleware import BROWSER_COOKIE, QUESTION_INPUT
-from finesight.web.chat_html import CHINESE, ENGLISH, UiText, select_ui_text
-from finesight.web.web_server import create_session_store
-from finesight.web.web_sessions import WebSession, WebSessionStore
 from PIL import Image
 from web_server_fixture import ScriptedService, get_image_pool
 

@@ -571,7 +571,7 @@ PACKAGE_BUDGETS = (
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_140, 2_700),
     PackageBudget(
         ("cli", "studio", "web", "label", "api", "quickstart_demo", "operations", "app"),
-        13_845,
+        13_880,
         9_300,
     ),
 )

@@ -29,6 +29,7 @@ from starlette.testclient import TestClient
 from web_server_fixture import ScriptedService, get_image_pool, run_web_page
 
 from finesight.app import chat_page
+from finesight.app.access import Access
 from finesight.app.chat_page import BROWSER_COOKIE, make_chat_app
 from finesight.app.chat_store import ChatStore
 from finesight.data.sample import BoxPart, ImagePart, read_samples
@@ -239,7 +240,7 @@ SETTINGS: dict[str, Any] = {"max_new_tokens": 9}
 
 @contextmanager
 def open_client(service: ScriptedService, folder: Path) -> Iterator[TestClient]:
-    app = make_chat_app(ChatStore(service, folder, get_image_pool()), None, True, 0)
+    app = make_chat_app(ChatStore(service, folder, get_image_pool()), Access())
     with TestClient(app, "http://127.0.0.1") as client:
         client.get("/")
         yield client

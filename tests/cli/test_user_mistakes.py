@@ -314,7 +314,7 @@ MISTAKES = {
     ),
     "missing-extra": Mistake(
         "web run",
-        "finesight web: gradio is not installed",
+        "finesight web: starlette and uvicorn cannot be imported",
         "pip install 'finesight[web]'",
         hide_web_packages,
     ),

@@ -33,12 +33,13 @@ OPENERS = {
 """Modules that open files with Pillow."""
 
 CLIENTS = {
+    "app/jobs.py",
+    "app/proxy.py",
     "hub/download.py",
     "hub/huggingface.py",
     "hub/modelscope.py",
     "hub/url_files.py",
     "serve/image_sources.py",
-    "studio/studio_jobs.py",
     "track/backends.py",
 }
 """Modules that send requests: to hubs and URLs of the user, to allowed media hosts, and to servers

@@ -19,6 +19,7 @@ from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_page import make_chat_app
 from finesight.app.chat_store import ChatStore
 from finesight.app.label_page import make_label_app
+from finesight.app.pages import PREFIX_HEADER
 from finesight.app.studio_page import make_studio_app
 
 ACCESS = Access("right-password")
@@ -55,3 +56,14 @@ def test_routes_need_the_sign_in(tmp_path: Path, make: Callable[[Path], AccessMi
                 assert (answer.status_code, answer.headers["location"]) == (303, "sign-in")
             else:
                 assert answer.status_code == 401, (method, path)
+
+
+@pytest.mark.parametrize(("make", "step"), [(make_chat, "chat"), (make_label, "label")])
+def test_pages_of_jobs_link_to_their_studio(
+    tmp_path: Path, make: Callable[[Path], AccessMiddleware], step: str
+) -> None:
+    client = TestClient(make(tmp_path), "http://127.0.0.1")
+    client.post("/sign-in", data={"password": ACCESS.password})
+    link = f'href="../../?step={step}"'
+    assert link in client.get("/", headers={PREFIX_HEADER: "/pages/1"}).text
+    assert link not in client.get("/").text

@@ -55,7 +55,7 @@ SIGNED_IN_KEY = "finesight_signed_in"
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """Who may use a page.
+    """Password, host rule and upload limit of a page.
 
     Attributes:
         password: Password of the page. None admits everyone.

@@ -47,6 +47,7 @@ from finesight.app.pages import (
     FILE_HEADERS,
     Utf8Text,
     create_app,
+    find_studio,
     parse_body,
     read_language,
     render_page,
@@ -153,8 +154,8 @@ class ChatPage:
         self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
         self._can_compare = BASE_MODEL_NAME in self._model_names[1:]
 
-    def render(self, language: Language) -> str:
-        """Render the page without a conversation."""
+    def render(self, language: Language, studio: str) -> str:
+        """Render the page without a conversation, with a link to its studio, if it has one."""
         defaults = ChatSettings(
             max_new_tokens=self._default_max_new_tokens,
             thinking=bool(self._default_thinking),
@@ -169,6 +170,7 @@ class ChatPage:
             "chat.html",
             language,
             settings=settings,
+            studio=studio,
             defaults=defaults.model_dump(),
             bounds=SETTING_BOUNDS | {"max_new_tokens": (1, self._max_new_tokens, 1)},
             max_chars=MAX_MESSAGE_CHARS,
@@ -350,7 +352,7 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
         return chat
 
     def get_page(request: Request) -> Response:
-        response = HTMLResponse(page.render(read_language(request)))
+        response = HTMLResponse(page.render(read_language(request), find_studio(request)))
         if get_browser_id(request) is None:
             response.set_cookie(
                 BROWSER_COOKIE,

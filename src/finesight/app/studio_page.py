@@ -64,7 +64,7 @@ Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
-DEFAULT_FRACTION, DEFAULT_LABEL_FRACTION = "0.9", str(LABEL_TRAIN_FRACTION)
+DEFAULT_LABEL_FRACTION = str(LABEL_TRAIN_FRACTION)
 
 SCRIPT_TEXTS = ("The server does not answer.", "Mark at least two runs.")
 """Texts of the script, which are translated on the page."""
@@ -119,12 +119,7 @@ FORMS: dict[str, tuple[FormField, ...]] = {
             "image=path answer=caption",
             is_advanced=True,
         ),
-        FormField(
-            "fraction",
-            "Fraction of training samples",
-            value=DEFAULT_FRACTION,
-            is_advanced=True,
-        ),
+        FormField("fraction", "Fraction of training samples", value="0.9", is_advanced=True),
         FormField(
             "invalid-rows",
             "Invalid rows",
@@ -207,9 +202,7 @@ class Form(BaseModel, frozen=True):
     """Body of an action: texts by field, IDs of uploads, and further data sets of a recipe."""
 
     texts: dict[Name, Text] = {}
-    uploads: Annotated[
-        list[Annotated[str, Field(max_length=64)]], Field(max_length=MAX_UPLOADS)
-    ] = []
+    uploads: Annotated[list[Name], Field(max_length=MAX_UPLOADS)] = []
     others: Annotated[list[Text], Field(max_length=1000)] = []
 
     def get(self, name: str) -> str:

@@ -25,8 +25,8 @@ from finesight.config import Recipe
 from finesight.model_folder import locate_model
 from finesight.plan.plan_format import plan_to_dict
 from finesight.plan.run_plan import RunPlan, plan_run
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.console import TrainingConsole
 
 MODELS = (
     "Qwen/Qwen2-VL-2B-Instruct",
@@ -116,7 +116,7 @@ def make_recipe(
 
 
 def run_memory_options(
-    folder: str, work: Path, gpu: str, screen: TrainingConsole
+    folder: str, work: Path, gpu: str, screen: ProgressConsole
 ) -> list[dict[str, Any]]:
     """Estimate a run with each of MEMORY_OPTIONS."""
     rows = []
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--gpus", default=",".join(GPUS), help="cards by name")
     parser.add_argument("--measured-on", default="H100", help="the card of single measures")
     args = parser.parse_args()
-    screen = TrainingConsole(Console(stderr=True, quiet=True))
+    screen = ProgressConsole(Console(stderr=True, quiet=True))
     rows = []
     for model in args.models:
         folder = str(locate_model(model).path)

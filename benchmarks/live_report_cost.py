@@ -26,9 +26,9 @@ from report_speed import make_box_examples
 from rich.console import Console
 
 from finesight.manifest import PREDICTIONS_FOLDER
+from finesight.progress import ProgressConsole
 from finesight.train import finalize
 from finesight.train.checkpoint import TrainProgress
-from finesight.train.console import TrainingConsole
 from finesight.train.oom import MemoryBudget
 from finesight.train.run_dir import RunDir
 
@@ -39,7 +39,7 @@ from run_dir_fixtures import START_RECORD, FakeRunDir, make_evaluation_line, mak
 class TimedLivePage(finalize.LiveReport):
     """Live page that records CPU time and wall time of each write."""
 
-    def __init__(self, run: RunDir, screen: TrainingConsole) -> None:
+    def __init__(self, run: RunDir, screen: ProgressConsole) -> None:
         super().__init__(run, screen)
         self.compute_s: list[float] = []
         self.write_s: list[float] = []
@@ -82,7 +82,7 @@ def main() -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as temp_dir:
         run = make_run(Path(temp_dir), args.steps, args.examples)
-        page = TimedLivePage(run, TrainingConsole(Console(file=io.StringIO())))
+        page = TimedLivePage(run, ProgressConsole(Console(file=io.StringIO())))
         # Evaluations create the thumbnails that later pages contain.
         page.write()
         for answers in (run.path / PREDICTIONS_FOLDER).iterdir():

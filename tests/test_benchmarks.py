@@ -16,7 +16,7 @@ from rich.console import Console
 
 from finesight.model_folder import locate_model
 from finesight.plan.run_plan import plan_run
-from finesight.train.console import TrainingConsole
+from finesight.progress import ProgressConsole
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -60,7 +60,7 @@ def test_large_dataset_benchmark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_gpu_recommendation_table(tmp_path: Path) -> None:
     data = gpu_recommendation.write_dataset(tmp_path, 84)
-    console = TrainingConsole(Console(quiet=True))
+    console = ProgressConsole(Console(quiet=True))
     rows = []
     for method in gpu_recommendation.TUNING_METHODS[:2]:
         recipe = gpu_recommendation.make_recipe("finesight-tiny", data, 84, method)

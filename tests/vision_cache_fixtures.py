@@ -14,8 +14,8 @@ from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import edit_samples, make_task, write_recipe
 from torch import Tensor
 
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.console import TrainingConsole
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
 from finesight.train.trainer import TrainState
@@ -40,7 +40,7 @@ def make_train_state(
         (folder / "task.json").write_text(json.dumps(recipe))
     recipe = json.loads((folder / "task.json").read_text())
     path = write_recipe(folder / "recipe.yaml", recipe, **train)
-    console = TrainingConsole(Console(file=io.StringIO()))
+    console = ProgressConsole(Console(file=io.StringIO()))
     return build_train_state(load_recipe(path), RunDir(folder / "run"), console, resume=False)
 
 
@@ -57,7 +57,7 @@ def decide_vision_cache(
     state: TrainState, output: io.StringIO | None = None, stop: StopRequest | None = None
 ) -> VisionCacheResult:
     """Return the result of `open_vision_cache`; files are not evicted in tests."""
-    console = TrainingConsole(Console(file=output or io.StringIO(), width=300))
+    console = ProgressConsole(Console(file=output or io.StringIO(), width=300))
     with ExitStack() as stack:
         return stack.enter_context(open_vision_cache(state, console, stop or StopRequest()))
 

@@ -515,12 +515,11 @@ def evaluate(
         UserError: Data or metric is neither given nor in a recipe, or a sample lacks content that
             the metric needs.
     """
-    from rich.console import Console
 
     from finesight.evaluate.custom_metric import check_metric
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
     check_counts(limit=limit, max_new_tokens=max_new_tokens, batch_size=batch_size)
     samples, settings = load_eval_inputs(
@@ -534,7 +533,7 @@ def evaluate(
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     inference_model = (model if isinstance(model, Model) else load_model(model)).inference_model
     total = min(len(samples), settings.limit or len(samples))
-    with TrainingConsole(Console(stderr=True)).progress_stage("answers", total) as on_progress:
+    with ProgressConsole().progress_stage("answers", total) as on_progress:
         predictions_file = None if out is None else Path(out)
         return run_evaluation(
             inference_model.model,

@@ -20,10 +20,10 @@ from safetensors.torch import load_file
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 
 from finesight.errors import UserError
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
-from finesight.train.console import TrainingConsole
 from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
@@ -50,7 +50,7 @@ def test_nonfinite_step_does_not_update_state(
     and the step after it, which is what it would have been."""
     recipe = task.recipe | {"output_dir": str(task.folder / "run")}
     path = write_recipe(task.folder / "recipe.yaml", recipe, optimizer=optimizer)
-    screen = TrainingConsole(Console(file=sys.stderr))
+    screen = ProgressConsole(Console(file=sys.stderr))
     broken, full = (
         build_train_state(load_recipe(path), RunDir(task.folder / "run"), screen, resume=False)
         for _ in range(2)

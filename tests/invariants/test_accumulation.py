@@ -12,8 +12,8 @@ from rich.console import Console
 from tiny_task import make_task, write_recipe
 from torch import Tensor
 
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import StepBatch
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
@@ -34,7 +34,7 @@ def make_train_state(
 ) -> TrainState:
     recipe = task | {"tune": tune, "output_dir": str(folder / "run")}
     path = write_recipe(folder / f"{budget}.yaml", recipe, batch_size=8, pack_tokens=budget)
-    screen = TrainingConsole(Console(file=sys.stderr))
+    screen = ProgressConsole(Console(file=sys.stderr))
     return build_train_state(load_recipe(path), RunDir(folder / "run"), screen, resume=False)
 
 

@@ -20,8 +20,8 @@ from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
 from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan_run
 from finesight.plan.target_device import TargetDevice, build_local_target, build_named_target
+from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
-from finesight.train.console import TrainingConsole
 from finesight.train.dataset_stats import load_training_data
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import RunInputs, resolve_base_model
@@ -36,7 +36,7 @@ def task(tmp_path: Path) -> TinyTask:
 def make_plan(task: TinyTask, *overrides: str, gpu: str | None = "A10", **groups: Any) -> RunPlan:
     recipe = task.recipe | groups | {"output_dir": str(task.folder / "run")}
     path = write_recipe(task.folder / "recipe.yaml", recipe)
-    return plan_run(load_recipe(path, overrides), gpu, TrainingConsole(Console(file=io.StringIO())))
+    return plan_run(load_recipe(path, overrides), gpu, ProgressConsole(Console(file=io.StringIO())))
 
 
 def test_counts_match_the_run(task: TinyTask) -> None:
@@ -209,7 +209,7 @@ def test_run_that_cannot_fit_a_gpu_is_rejected(
     monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
     recipe = task.recipe | {"output_dir": str(task.folder / "run")}
     settings = load_recipe(write_recipe(task.folder / "recipe.yaml", recipe), [])
-    console = TrainingConsole(Console(file=io.StringIO()))
+    console = ProgressConsole(Console(file=io.StringIO()))
     base_model = resolve_base_model(settings)
     renderer = base_model.build_renderer(settings)
     train_data, _ = load_training_data(settings, renderer, 0, console)

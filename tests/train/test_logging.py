@@ -21,9 +21,9 @@ from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 from tiny_task import TinyTask
 
 from finesight.errors import TrainingInterrupted
+from finesight.progress import ProgressConsole
 from finesight.storage import FileSystem, use_file_system
 from finesight.train.checkpoint import TrainProgress
-from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import EvalResult
 from finesight.train.finalize import LiveReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
@@ -141,7 +141,7 @@ PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=
 def live_report(tmp_path: Path) -> LiveReport:
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
-    return LiveReport(RunDir(made.folder), TrainingConsole(Console(file=io.StringIO())), 0.001)
+    return LiveReport(RunDir(made.folder), ProgressConsole(Console(file=io.StringIO())), 0.001)
 
 
 def test_live_report_shows_newest_progress(tmp_path: Path, live_report: LiveReport) -> None:

@@ -148,12 +148,11 @@ def import_data(
     Example: finesight import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --train-fraction 0.9
     """
-    from rich.console import Console
 
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
     options = ImportOptions(
         format=format_name,
@@ -174,7 +173,7 @@ def import_data(
         no_header=no_header,
     )
     with fetch_source(source, out, options, allow_host or ()) as fetched:
-        progress_stage = TrainingConsole(Console(stderr=True)).progress_stage
+        progress_stage = ProgressConsole().progress_stage
         summary = import_dataset(fetched.path, out, fetched.options, progress_stage)
     for note in fetched.notes:
         typer.echo(escape_unprintable(f"{source}: {note}"), err=True)
@@ -598,11 +597,10 @@ def _show_progress(total_rows: int) -> Iterator[Callable[[int], None]]:
 
     Yields a callback that takes the number of newly checked rows.
     """
-    from rich.console import Console
 
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
-    console = TrainingConsole(Console(stderr=True))
+    console = ProgressConsole()
     done = 0
     with console.progress_stage("rows", total_rows) as update_bar:
 
@@ -648,16 +646,13 @@ def plan(
 
     Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
     """
-    from rich.console import Console
 
     from finesight.plan.plan_format import format_plan, plan_to_dict
     from finesight.plan.run_plan import plan_run
+    from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
-    from finesight.train.console import TrainingConsole
 
-    run_plan = plan_run(
-        load_recipe(recipe, overrides or ()), gpu, TrainingConsole(Console(stderr=True))
-    )
+    run_plan = plan_run(load_recipe(recipe, overrides or ()), gpu, ProgressConsole())
     typer.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
     if not as_json and run_plan.chosen_estimate.fits:
         words = ["train", str(recipe), *(overrides or ()), *run_plan.overrides]
@@ -748,12 +743,11 @@ def _write_sample_page(
 
     `source` is the title of the page: the number of samples and their files.
     """
-    from rich.console import Console
 
     from finesight.encode.renderer import NativeRenderer
+    from finesight.progress import ProgressConsole
     from finesight.report.data_pages import render_sample_page
     from finesight.report.html import write_page
-    from finesight.train.console import TrainingConsole
 
     if not isinstance(renderer, NativeRenderer):
         raise UserError(
@@ -762,9 +756,7 @@ def _write_sample_page(
             expected="a model of a native family",
             remedy="remove --html to print tokens and loss mask",
         )
-    with TrainingConsole(Console(stderr=True)).progress_stage(
-        "samples", len(selected)
-    ) as on_progress:
+    with ProgressConsole().progress_stage("samples", len(selected)) as on_progress:
         on_corrupt = _report_skipped if len(selected) > 1 else None
         content = render_sample_page(renderer, selected, source, on_progress, on_corrupt)
     write_page(page, content)

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
 MIN_SPLIT_ROWS, MAX_EVAL_FRACTION, MAX_MISSING_FRACTION = 20, 0.2, 0.01
 """Smallest dataset with a validation split, and the maximum fractions of its rows and of rows
@@ -117,7 +117,6 @@ def init(
 
     Example: finesight init photos/captions.csv --yes
     """
-    from rich.console import Console
 
     from finesight.app.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.data.image_header import CorruptImageError
@@ -128,8 +127,8 @@ def init(
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
+    from finesight.progress import ProgressConsole
     from finesight.storage import raise_if_exists, write_file
-    from finesight.train.console import TrainingConsole
 
     if metric is not None and metric not in TASKS:
         names, remedy = ", ".join(TASKS), suggest_name(metric, TASKS, "choose one of these")
@@ -147,7 +146,7 @@ def init(
     if num_images:
         _init_labels(source, folder, num_images, prompt, metric, model, yes, as_json)
         return
-    console = TrainingConsole(Console(stderr=True))
+    console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, yes)
         task, options, opened = _detect_task(path, options, metric, yes)
@@ -500,18 +499,18 @@ def choose_model(memory_bytes: int) -> str:
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
 
 
-def _plan(recipe: Path, console: TrainingConsole) -> RunPlan | None:
+def _plan(recipe: Path, console: ProgressConsole) -> RunPlan | None:
     """Plan the run of a recipe; None if the model cannot be downloaded."""
     from rich.console import Console
 
     from finesight.plan.run_plan import plan_run
+    from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
-    from finesight.train.console import TrainingConsole
 
     settings = load_recipe(recipe)
     try:
         with console.activity("planning the run"):
-            return plan_run(settings, None, TrainingConsole(Console(quiet=True)))
+            return plan_run(settings, None, ProgressConsole(Console(quiet=True)))
     except UserError as error:
         console.log(f"the run was not planned: {error}")
         return None

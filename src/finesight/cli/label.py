@@ -131,10 +131,8 @@ def label(
     Example: finesight label runs/receipts photos
     """
 
-    from rich.console import Console
-
     from finesight.label.label_session import open_session
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
     if as_json and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
@@ -163,7 +161,7 @@ def label(
             listener = stack.enter_context(bind_page(host, port, socket_file))
         options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
         options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
-        with TrainingConsole(Console(stderr=True)).activity("reading the samples"):
+        with ProgressConsole().activity("reading the samples"):
             session = open_session(out, run_or_model, sources, **options)
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):

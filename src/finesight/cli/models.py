@@ -134,12 +134,11 @@ def merge(
 
     Example: finesight merge runs/latex models/latex
     """
-    from rich.console import Console
 
     from finesight.export.verified_merge import merge_and_verify
     from finesight.infer.model_loader import resolve_model_source
     from finesight.model.quant.int4 import gptq_group_size
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
     model_source = resolve_model_source(source, base)
     # The model/ of a full fine-tuning run lacks the model card and settings of other programs.
@@ -158,7 +157,7 @@ def merge(
             expected="a run, an adapter folder, or a 4-bit GPTQ model",
             remedy=f"use {source} directly: there is nothing to merge",
         )
-    console = TrainingConsole(Console(stderr=True))
+    console = ProgressConsole()
     with console.activity(f"merging {source} and verifying {out}"):
         result = merge_and_verify(
             source,
@@ -312,17 +311,15 @@ def export(
         with collect_uploads(model_source, source) as files:
             _upload_to_hub(source, out, files, public, confirm, as_json)
     else:
-        from rich.console import Console
-
         from finesight.export.deployment import (
             find_converter,
             format_llama_server_command,
             write_gguf,
         )
-        from finesight.train.console import TrainingConsole
+        from finesight.progress import ProgressConsole
 
         program = find_converter(converter)
-        with TrainingConsole(Console(stderr=True)).activity(f"converting {source} to GGUF"):
+        with ProgressConsole().activity(f"converting {source} to GGUF"):
             gguf_files = write_gguf(model_source, Path(out), program, outtype, python)
         paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
         if as_json:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from finesight.config import Device, Precision, WeightFormat
     from finesight.data.sample import LocatedSample
     from finesight.infer.model_loader import InferenceModel
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
 EXIT_ERROR_FOUND = 2
 
@@ -143,16 +143,15 @@ def load_model(
     weight_format: WeightFormat,
     thinking: bool | None = None,
     reasoning_effort: str | None = None,
-) -> tuple[TrainingConsole, InferenceModel]:
+) -> tuple[ProgressConsole, InferenceModel]:
     """Load a model, and return it with the console on standard error that shows the progress."""
-    from rich.console import Console
 
     from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_inference_model
-    from finesight.train.console import TrainingConsole
+    from finesight.progress import ProgressConsole
 
     options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    console = TrainingConsole(Console(stderr=True))
+    console = ProgressConsole()
     with console.activity(f"loading the weights of {run_or_model}"):
         model = load_inference_model(run_or_model, device, precision, weight_format, options)
     return console, model

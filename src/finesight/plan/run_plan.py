@@ -36,8 +36,8 @@ from finesight.plan.target_device import (
     build_named_target,
     measure_local_target,
 )
+from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
-from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import MAX_WORKERS
 from finesight.train.dataset_stats import DatasetStats, SampleStats, load_training_data
 from finesight.train.flops import FlopCounter
@@ -232,7 +232,7 @@ class RunPlan:
         return self.total_steps * estimate.step_time.total + self.evaluation.total_s
 
 
-def plan_run(recipe: Recipe, gpu: str | None, console: TrainingConsole) -> RunPlan:
+def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPlan:
     """Estimate the memory and time of a run, and choose settings that fit.
 
     No files are written.
@@ -478,7 +478,7 @@ MAX_UNCHECKED_FRACTION = 0.5
 LONG_CPU_RUN_S = 3600
 
 
-def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> None:
+def check_fit(inputs: RunInputs, console: ProgressConsole, *, force: bool) -> None:
     """Reject a run whose predicted peak memory exceeds that of the device.
 
     On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
@@ -505,7 +505,7 @@ def check_fit(inputs: RunInputs, console: TrainingConsole, *, force: bool) -> No
         console.log(f"warning: {error.what}; started because of --force")
 
 
-def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | None:
+def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | None:
     """Estimate memory and time of a run; return the error of one that does not fit."""
     recipe, hardware = inputs.recipe, inputs.hardware
     is_cuda = hardware.device.type == "cuda"
@@ -561,7 +561,7 @@ def _estimate_fit(inputs: RunInputs, console: TrainingConsole) -> UserError | No
     )
 
 
-def _warn_long_run(inputs: RunInputs, estimate: SettingsEstimate, console: TrainingConsole) -> None:
+def _warn_long_run(inputs: RunInputs, estimate: SettingsEstimate, console: ProgressConsole) -> None:
     """Log the estimated time of a run on a CPU if it is long."""
     num_steps, step_s = len(inputs.sampler), estimate.step_time.total
     num_uncached = math.ceil(inputs.sampler.epoch_length / inputs.recipe.train.batch_size)

@@ -35,8 +35,8 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import filter_samples, find_sample_error
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
+from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
-from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, prefetch_items
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
@@ -632,7 +632,7 @@ class TrainingData:
 
 
 def load_training_data(
-    recipe: Recipe, renderer: Renderer, num_workers: int, console: TrainingConsole
+    recipe: Recipe, renderer: Renderer, num_workers: int, console: ProgressConsole
 ) -> tuple[TrainingData, TrainingData | None]:
     """Load and check the training and validation samples of a recipe.
 
@@ -682,7 +682,7 @@ def _scan_split(
     recipe: Recipe,
     renderer: Renderer,
     num_workers: int,
-    console: TrainingConsole,
+    console: ProgressConsole,
     split: str,
     watched_images: Set[str] = frozenset(),
 ) -> TrainingData:

@@ -28,8 +28,8 @@ from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import select_eval_samples
+from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.train.checkpoint import BestEval
-from finesight.train.console import ProgressCallback, TrainingConsole
 from finesight.train.dataloader import SkippedSample, read_steps
 from finesight.train.loss import fused_linear_cross_entropy
 from finesight.train.oom import (
@@ -175,7 +175,7 @@ def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, Eva
 def run_evaluation(
     state: TrainState,
     name: str,
-    console: TrainingConsole,
+    console: ProgressConsole,
     stop: StopRequest,
     is_complete: bool = True,
 ) -> EvalResult:
@@ -240,7 +240,7 @@ def _record_skipped(
     state: TrainState,
     loss_skipped: Sequence[SkippedSample],
     generation: GenerationEvalResult | None,
-    console: TrainingConsole,
+    console: ProgressConsole,
 ) -> None:
     """Log the unreadable samples of an evaluation, and write them to `skipped_samples.jsonl`."""
     reasons = dict(generation.corrupt_samples if generation else ()) | dict(loss_skipped)
@@ -296,7 +296,7 @@ def _evaluate_generation(
     settings: EvalSettings,
     samples: Sequence[LocatedSample],
     name: str,
-    console: TrainingConsole,
+    console: ProgressConsole,
     stop: StopRequest,
     subset: Sequence[int],
 ) -> GenerationEvalResult:

@@ -36,9 +36,9 @@ from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
 from finesight.model_folder import ModelFolder
+from finesight.progress import ProgressConsole
 from finesight.storage import write_file, write_folder
 from finesight.train.checkpoint import BestEval, TrainProgress
-from finesight.train.console import TrainingConsole
 from finesight.train.evaluation import (
     EvalResult,
     find_best_eval,
@@ -316,7 +316,7 @@ class RunResult(BaseModel):
         return "\n".join(lines)
 
 
-def finalize_run(state: TrainState, console: TrainingConsole) -> RunResult | None:
+def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -411,7 +411,7 @@ def load_final_weights(state: TrainState, step: int) -> Iterator[list[ParamChang
 
 def write_run_report(
     run_dir: RunDir,
-    console: TrainingConsole,
+    console: ProgressConsole,
     live_report: LiveReportState | None = None,
     *,
     is_complete: bool = True,
@@ -480,7 +480,7 @@ def _format_predict_command(run_or_checkpoint: Path, run_dir: RunDir) -> str:
 
 
 def _log_summary(
-    result: RunResult, last: EvalResult | None, run_dir: RunDir, console: TrainingConsole
+    result: RunResult, last: EvalResult | None, run_dir: RunDir, console: ProgressConsole
 ) -> None:
     """Log the metrics, and the best checkpoint if it is not the exported one.
 
@@ -597,7 +597,7 @@ class LiveReport:
     """Writer of the report of a run in progress, on demand and periodically."""
 
     def __init__(
-        self, run_dir: RunDir, console: TrainingConsole, interval_s: float = REPORT_INTERVAL_S
+        self, run_dir: RunDir, console: ProgressConsole, interval_s: float = REPORT_INTERVAL_S
     ) -> None:
         self._run_dir, self._console, self._min_interval_s = run_dir, console, interval_s
         self._write_lock = threading.Lock()

@@ -29,8 +29,8 @@ from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers
+from finesight.progress import ProgressConsole, StepProgress
 from finesight.track.tracker_manager import TrackerManager
-from finesight.train.console import StepProgress, TrainingConsole
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
@@ -327,7 +327,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self, state: TrainState, console: TrainingConsole, tracking: TrackerManager
+        self, state: TrainState, console: ProgressConsole, tracking: TrackerManager
     ) -> None:
         self._state, self._console = state, console
         self._tracking_events = TrackingEvents(state, tracking)

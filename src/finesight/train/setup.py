@@ -33,6 +33,7 @@ from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model_folder import ModelFolder, get_portable_name
+from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
     Checkpoint,
@@ -40,7 +41,6 @@ from finesight.train.checkpoint import (
     TrainProgress,
     check_resume_config,
 )
-from finesight.train.console import TrainingConsole
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import default_num_workers
 from finesight.train.dataset_stats import (
@@ -196,14 +196,14 @@ class RunInputs:
     sampler: TrainSampler
 
 
-InputCheck = Callable[[RunInputs, TrainingConsole], None]
+InputCheck = Callable[[RunInputs, ProgressConsole], None]
 """Check of the inputs of a new run, which raises UserError to reject them."""
 
 
 def build_train_state(
     recipe: Recipe,
     run_dir: RunDir,
-    console: TrainingConsole,
+    console: ProgressConsole,
     resume: bool,
     process_group: ProcessGroup = SINGLE_PROCESS,
     check_inputs: InputCheck | None = None,
@@ -427,7 +427,7 @@ def _check_images(
     run_dir: RunDir,
     train_data: TrainingData,
     validation_data: TrainingData | None,
-    console: TrainingConsole,
+    console: ProgressConsole,
 ) -> None:
     """Verify that the images have not changed since the start of the run.
 
@@ -447,7 +447,7 @@ def _check_images(
             check_images(split, data, recorded[split], run_dir.images_path, errors, console.log)
 
 
-def _log_overrides(state: TrainState, requested: MemoryBudget, console: TrainingConsole) -> None:
+def _log_overrides(state: TrainState, requested: MemoryBudget, console: ProgressConsole) -> None:
     """Log a memory budget of the checkpoint that differs from the recipe, and split samples."""
     if state.progress.budget != requested:
         change = state.progress.budget.describe_change(requested)
@@ -460,7 +460,7 @@ def _log_overrides(state: TrainState, requested: MemoryBudget, console: Training
 
 
 def _load_model(
-    recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, console: TrainingConsole
+    recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, console: ProgressConsole
 ) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
     nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
@@ -480,7 +480,7 @@ def _load_latest_checkpoint(
     checkpoint_manager: CheckpointManager,
     process_group: ProcessGroup,
     resume: bool,
-    console: TrainingConsole,
+    console: ProgressConsole,
 ) -> Checkpoint | None:
     """Load the checkpoint to resume from; None to start with step 0.
 

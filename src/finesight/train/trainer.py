@@ -22,6 +22,7 @@ from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch, pad_batch
 from finesight.errors import TrainingInterrupted
 from finesight.model.attention import select_shard_features
+from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
@@ -30,7 +31,6 @@ from finesight.train.checkpoint import (
     CheckpointState,
     TrainProgress,
 )
-from finesight.train.console import TrainingConsole
 from finesight.train.dataloader import (
     DataWorkerError,
     SkippedSample,
@@ -564,7 +564,7 @@ class Trainer:
     def __init__(
         self,
         state: TrainState,
-        console: TrainingConsole,
+        console: ProgressConsole,
         stop: StopRequest,
         metrics_logger: MetricsLogger,
         vision_features: VisionFeatures,

@@ -23,10 +23,10 @@ from finesight.config import Recipe
 from finesight.errors import TrainingInterrupted
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
+from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
-from finesight.train.console import TrainingConsole
 from finesight.train.dataset_stats import save_image_record
 from finesight.train.finalize import (
     LiveReport,
@@ -243,15 +243,15 @@ def train(
         else:
             rich_console, recipe = Console(quiet=True), recipe.model_copy(update={"track": []})
         with translate_oom_errors():
-            training_console = TrainingConsole(rich_console)
-            return _train_rank(recipe, process_group, resume, training_console, check_inputs)
+            progress_console = ProgressConsole(rich_console)
+            return _train_rank(recipe, process_group, resume, progress_console, check_inputs)
 
 
 def _train_rank(
     recipe: Recipe,
     process_group: ProcessGroup,
     resume: bool,
-    console: TrainingConsole,
+    console: ProgressConsole,
     check_inputs: InputCheck | None,
 ) -> RunResult | None:
     """Train on this rank; only the main process writes files and returns a result."""

@@ -43,8 +43,8 @@ from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
 from finesight.model_folder import MAX_HEADER_BYTES
+from finesight.progress import ProgressCallback
 from finesight.storage import FileLock, make_folder, translate_os_errors
-from finesight.train.console import ProgressCallback
 from finesight.train.dataloader import (
     TensorSpec,
     VisionCacheReader,

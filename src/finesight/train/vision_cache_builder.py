@@ -37,7 +37,7 @@ from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
 from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.console import TrainingConsole
+from finesight.progress import ProgressConsole
 from finesight.train.dataloader import TensorBlock, prefetch_items, record_event
 from finesight.train.oom import first_error_line, release_memory
 from finesight.train.vision_cache import (
@@ -299,7 +299,7 @@ class VisionFeatures:
     The vision encoder is offloaded from the GPU to the CPU while the cache replaces it.
     """
 
-    def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
+    def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
         self._state, self._console, self._stop = state, console, stop
         self._offloader = EncoderOffloader(state.model)
 
@@ -327,7 +327,7 @@ class VisionFeatures:
 
 @contextmanager
 def open_vision_cache(
-    state: TrainState, console: TrainingConsole, stop: StopRequest
+    state: TrainState, console: ProgressConsole, stop: StopRequest
 ) -> Iterator[VisionCacheResult]:
     """Build the vision cache if it pays off, and provide it within the context.
 
@@ -450,7 +450,7 @@ class ChunkFeatures(NamedTuple):
 class VisionCacheBuilder:
     """Builder of the vision cache on all ranks; every rank stores the features of all images."""
 
-    def __init__(self, state: TrainState, console: TrainingConsole, stop: StopRequest) -> None:
+    def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
         self._state, self._console, self._stop = state, console, stop
         self._process_group = state.hardware.process_group
         self._setting = state.recipe.train.vision_cache

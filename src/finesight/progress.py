@@ -1,4 +1,4 @@
-"""Console output of a training run: progress bars on a terminal, occasional lines otherwise."""
+"""Console output of commands: progress bars on a terminal, occasional lines otherwise."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ LOG_INTERVAL_S = 10.0
 """Minimum seconds between two lines of a stage when the output is not a terminal."""
 
 
-class TrainingConsole:
-    """Console for the messages and progress bars of a training run."""
+class ProgressConsole:
+    """Console for messages and progress bars, by default on standard error."""
 
-    def __init__(self, rich_console: Console) -> None:
-        self.rich_console = rich_console
+    def __init__(self, rich_console: Console | None = None) -> None:
+        self.rich_console = rich_console or Console(stderr=True)
 
     def log(self, text: str) -> None:
         """Print a line of plain text, without rich markup."""
@@ -127,7 +127,7 @@ class TrainingConsole:
 class StepProgress:
     """Progress bar that shows the metrics of the last optimizer step."""
 
-    def __init__(self, console: TrainingConsole, bar: Progress, task: TaskID, total: int) -> None:
+    def __init__(self, console: ProgressConsole, bar: Progress, task: TaskID, total: int) -> None:
         self._console, self._bar, self._task, self._total_steps = console, bar, task, total
         self._start_s, self._start_step = time.perf_counter(), -1
         self._step_s = self._data_wait_s = 0.0

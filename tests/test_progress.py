@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from finesight.progress import ProgressConsole
 from finesight.train import console
-from finesight.train.console import TrainingConsole
 
 EVERY_TEN_SECONDS = ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]
 # The first sample includes the warm-up.
@@ -28,7 +28,7 @@ def test_log_has_a_line_every_ten_seconds(
     now = 0.0
     monkeypatch.setattr(console.time, "perf_counter", lambda: now)
     output = io.StringIO()
-    with TrainingConsole(Console(file=output)).progress_stage("reading", 30) as on_progress:
+    with ProgressConsole(Console(file=output)).progress_stage("reading", 30) as on_progress:
         on_progress(0)
         for _ in range(30):
             now += step_s
@@ -47,7 +47,7 @@ def test_significant_data_wait_is_shown(
     output = io.StringIO()
     metrics = {"loss": 1.0, "samples_per_s": 16.0, "tokens_per_s": 900.0, "mfu": None}
     metrics |= {"peak_memory_gb": 1.0, "step_s": 1.0}
-    with TrainingConsole(Console(file=output, width=200)).step_progress(4, 0) as progress:
+    with ProgressConsole(Console(file=output, width=200)).step_progress(4, 0) as progress:
         for step, wait_s in enumerate(waits_s, 1):
             progress.update(metrics | {"step": step, "data_wait_s": wait_s})
     for number, line in enumerate(output.getvalue().splitlines()):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import importlib.util
 import os
@@ -12,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer.main
-import typer.testing
 from hypothesis import settings
 from module_loader import load_module
 from tiers import SLOW_MARKERS, is_longest, is_slow, may_contain_tests
@@ -136,16 +133,6 @@ def archives(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Build the source archive of the checkout, and the wheel from it."""
     verify_wheel = load_module("tools/verify_wheel.py")
     return verify_wheel.build_archives(TESTS.parent, tmp_path_factory.mktemp("built"))
-
-
-@pytest.fixture(scope="session", autouse=True)
-def build_commands_once() -> Iterator[None]:
-    """Typer builds all commands for each call, which takes 40 ms."""
-    get_command = functools.cache(typer.main.get_command)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", get_command)
-        patch.setattr(typer.testing, "_get_command", get_command)
-        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from finesight import progress
 from finesight.progress import ProgressConsole
-from finesight.train import console
 
 EVERY_TEN_SECONDS = ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]
 # The first sample includes the warm-up.
@@ -26,7 +26,7 @@ def test_log_has_a_line_every_ten_seconds(
     monkeypatch: pytest.MonkeyPatch, step_s: float, lines: list[str]
 ) -> None:
     now = 0.0
-    monkeypatch.setattr(console.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now)
     output = io.StringIO()
     with ProgressConsole(Console(file=output)).progress_stage("reading", 30) as on_progress:
         on_progress(0)

@@ -8,22 +8,22 @@ import json
 import re
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer
+from click.testing import CliRunner
 from image_fixtures import write_gray_image, write_jsonl
-from typer.testing import CliRunner
 
 from finesight.cli.app import app, run_command
 from finesight.data.formats import FORMATS
 from finesight.doctor.diagnosis import load_catalog
 from finesight.errors import UserError, format_command
+from finesight.operations import OPERATIONS
+from finesight.operations.operation import list_parameters
 from finesight.recipe import list_setting_names
 
 SOURCE = Path(__file__).parents[1] / "src" / "finesight"
-ROOT_COMMAND: Any = typer.main.get_command(app)
 PROSE = ("from", "is", "or", "that", "version")
 OTHER_PROGRAMS = re.compile(
     r"(?:du|ps|torchrun|docker|podman|pip|kubectl|nvidia-smi|sbatch|llama|vllm|python)\b[^;`]*"
@@ -74,11 +74,13 @@ def iter_texts(node: ast.AST) -> Iterator[str]:
             yield from iter_texts(child)
 
 
-def list_options(command: Any) -> set[str]:
-    """Return the options of a command and of its subcommands."""
-    options = [param for param in command.params if param.param_type_name == "option"]
-    names = {name for option in options for name in (*option.opts, *option.secondary_opts)}
-    return names.union(*map(list_options, getattr(command, "commands", {}).values()))
+@cache
+def list_options(name: str = "") -> set[str]:
+    """Return the options of the operations whose name starts with a name."""
+    found = [o for group in OPERATIONS.values() for n, o in group.items() if n.startswith(name)]
+    parameters = [one for operation in found for one in list_parameters(operation.load())]
+    options = [one.option for one in parameters if not one.info.is_positional]
+    return {part for option in options for part in option.split("/")}
 
 
 def iter_unknown(text: str) -> Iterator[str]:
@@ -86,14 +88,14 @@ def iter_unknown(text: str) -> Iterator[str]:
     text = OTHER_PROGRAMS.sub("", text)
     for match in re.finditer(r"finesight((?: [a-z][a-z-]+){1,2})([^;`()]*)", text):
         first, *rest = match[1].split()
-        command = ROOT_COMMAND.commands.get(first)
-        command = getattr(command, "commands", {}).get(*rest[:1], command) if rest else command
-        if command is None and first not in PROSE:
-            yield f"finesight {first}"
-        elif command is not None:
+        name = " ".join([first, *rest[:1]]) if first == "data" else first
+        if not any(name in group for group in OPERATIONS.values()):
+            if first not in PROSE:
+                yield f"finesight {first}"
+        else:
             options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", match[2].partition(", ")[0]))
-            yield from (f"{match[1]} {option}" for option in options - list_options(command))
-    everything = list_options(ROOT_COMMAND) | {"--help"}
+            yield from (f"{match[1]} {option}" for option in options - list_options(name))
+    everything = list_options() | {"--help"}
     yield from set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - everything
     formats = {data_format.name for data_format in FORMATS}
     yield from set(re.findall(r"--format (?!to )([a-z][a-z-]+)", text)) - formats

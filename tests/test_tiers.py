@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 
 from each_value import each
 from tiers import (
@@ -18,24 +17,12 @@ from tiers import (
     is_slow,
     may_contain_tests,
 )
-from typer.core import TyperGroup
-from typer.main import get_command
 
-from finesight.cli.app import app
-
-
-def _iter_commands(group: TyperGroup, prefix: str = "") -> Iterator[str]:
-    for name, command in group.commands.items():
-        if isinstance(command, TyperGroup):
-            yield from _iter_commands(command, f"{prefix}{name} ")
-        else:
-            yield f"{prefix}{name}"
+from finesight.operations import OPERATIONS
 
 
 def test_each_command_has_an_end_to_end_test_in_the_default_tier() -> None:
-    group = get_command(app)
-    assert isinstance(group, TyperGroup)
-    assert set(_iter_commands(group)) == set(END_TO_END)
+    assert {name for group in OPERATIONS.values() for name in group} == set(END_TO_END)
     assert not any(is_slow(f"{test}[a]") for test in END_TO_END.values())
 
 

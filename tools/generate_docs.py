@@ -13,48 +13,19 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
 from finesight.bounded_files import load_yaml
 from finesight.check.check_issues import ISSUE_TYPES
 from finesight.cli.app import app
 from finesight.data.formats import FORMATS
+from finesight.operations import OPERATIONS
 from finesight.report.i18n import Language, get_translations, use_language
 from finesight.serve.api_schema import ServerLimits
 
 ROOT = Path(__file__).resolve().parents[1]
 
-COMMAND_NAMES = (
-    *(
-        "",
-        "init",
-        "quickstart",
-        "studio",
-        "download",
-        "doctor",
-        "import",
-        "check",
-        "show",
-        "label",
-        "plan",
-        "data export",
-        "data convert-boxes",
-        "convert",
-    ),
-    *(
-        "train",
-        "launch",
-        "report",
-        "compare",
-        "eval",
-        "predict",
-        "chat",
-        "web",
-        "serve",
-        "merge",
-        "export",
-    ),
-)
+COMMAND_NAMES = ("", *(name for group in OPERATIONS.values() for name in group))
 
 FOLDER_SUMMARIES = {
     "tools": "Checks of the project and generators of documentation.",

@@ -8,20 +8,19 @@ import re
 import subprocess
 import sys
 
+import click
 import pytest
-import typer
 from case_files import load_cases
 
 from finesight.cli import app as app_module
 from finesight.cli.app import (
     LONG_SPIN_COUNT,
     SHORT_SPIN_COUNT,
-    app,
     configure_openmp_spin,
-    data_app,
     run_command,
 )
 from finesight.errors import TrainingInterrupted, UserError
+from finesight.operations import OPERATIONS
 
 CASES = load_cases("app")
 INTERACTIVE_COMMANDS = ("chat", "web", "serve", "studio", "label")
@@ -33,16 +32,14 @@ HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi
 def test_every_command_has_a_plain_help_text_with_an_example(cli):
     """Python types, and paths of pages that an installed package lacks, are not shown."""
     overview = cli("--help").out
-    for words, group in ([], app), (["data"], data_app):
-        names = [one.name or one.callback.__name__ for one in group.registered_commands]
-        assert "Example: finesight" in cli(*words, "--help").out
-        for name in names:
-            text = cli(*words, name, "--help").out
-            assert "Example: finesight" in text, name
-            assert not re.search(r"<(int|float|str|path|file|dir|list)|[{][A-Z]|\]\.\.\.\]", text)
-            assert "docs/" not in text
-            assert "--json" in text or name in INTERACTIVE_COMMANDS, name
-            assert (words or [name])[0] in overview
+    assert "Example: finesight" in cli("data", "--help").out
+    for name in (name for group in OPERATIONS.values() for name in group):
+        text = cli(*name.split(), "--help").out
+        assert "Example: finesight" in text, name
+        assert not re.search(r"<(int|float|str|path|file|dir|list)|[{][A-Z]|\]\.\.\.\]", text)
+        assert "docs/" not in text
+        assert "--json" in text or name in INTERACTIVE_COMMANDS, name
+        assert name.partition(" ")[0] in overview
     assert "finesight train [OPTIONS] RECIPE [KEY=VALUE]..." in cli("train", "--help").out
     assert "finesight compare [OPTIONS] RUN..." in cli("compare", "--help").out
 
@@ -95,28 +92,26 @@ def test_usage_error_exits_with_2(arguments, output, cli):
         (UserError("no", where="here"), 2),
         (TrainingInterrupted("stopped by SIGTERM; checkpoint of step 3 written"), 75),
         (KeyboardInterrupt(), 130),
-        (typer.Abort(), 130),
+        (click.Abort(), 130),
         (BrokenPipeError(errno.EPIPE, "Broken pipe"), 0),
-        (typer.Exit(3), 3),
+        (click.exceptions.Exit(3), 3),
         (ZeroDivisionError("internal"), None),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_exit_codes(error, code, capsys):
     """An internal error keeps its traceback."""
-    commands = typer.Typer(pretty_exceptions_enable=False, rich_markup_mode=None)
 
-    @commands.command()
+    @click.command()
     def fail() -> None:
         if error is not None:
             raise error
 
-    commands.command("other")(lambda: None)  # a single command would not need its name
     if code is None:
         with pytest.raises(ZeroDivisionError, match="internal"):
-            run_command(["fail"], commands)
+            run_command([], fail)
         return
-    assert run_command(["fail"], commands) == code
+    assert run_command([], fail) == code
     printed = capsys.readouterr().err
     assert "Traceback" not in printed
     if isinstance(error, TrainingInterrupted):
@@ -125,12 +120,10 @@ def test_exit_codes(error, code, capsys):
 
 def test_broken_pipe_is_no_error():
     code = (
-        "import sys, typer\n"
+        "import sys, click\n"
         "from finesight.cli.app import run_command\n"
-        "commands = typer.Typer()\n"
-        "commands.command('idle')(lambda: None)\n"
-        "commands.command('many')(lambda: [typer.echo(str(n)) for n in range(200_000)])\n"
-        "sys.exit(run_command(['many'], commands))\n"
+        "many = click.command('many')(lambda: [click.echo(str(n)) for n in range(200_000)])\n"
+        "sys.exit(run_command([], many))\n"
     )
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -146,13 +139,13 @@ def test_broken_pipe_is_no_error():
 )
 def test_shell_completion(words, found):
     surroundings = {
-        "_FINESIGHT_COMPLETE": "complete_bash",
+        "_FINESIGHT_COMPLETE": "bash_complete",
         "COMP_WORDS": words,
         "COMP_CWORD": str(len(words.split()) - 1),
     }
     command = [sys.executable, "-m", "finesight"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | surroundings)
-    assert done.stdout.split() == found
+    assert done.stdout.split() == [f"plain,{name}" for name in found]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
+from click.testing import CliRunner
 from service_fixture import write_shape_image
 from thinking_fixtures import ANSWER, THOUGHT
-from typer.testing import CliRunner
 from web_server_fixture import ScriptedService
 
 from finesight.cli.app import app

@@ -19,11 +19,11 @@ from typing import Any
 
 import pytest
 import yaml
+from click.testing import CliRunner
 from each_value import each
 from image_fixtures import write_jsonl
 from label_fixtures import ask_server, draw_dots
 from PIL import Image
-from typer.testing import CliRunner
 
 from finesight import model_folder
 from finesight.cli import init

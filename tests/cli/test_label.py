@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from label_fixtures import draw_images
 
+from finesight import progress
 from finesight.app import server
 from finesight.cli.label import find_label_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.recipe import load_recipe
-from finesight.train import console
 
 PROMPT = ("--prompt", "Describe the image.")
 TINY = ("finesight-tiny", "--device", "cpu", "--max-new-tokens", "8")
@@ -219,7 +219,7 @@ def test_next_command_imports_labels_again(label):
 
 def test_progress_in_a_log_is_complete(cli, monkeypatch):
     Path("photos/1.png").write_bytes(b"no image")
-    monkeypatch.setattr(console, "LOG_INTERVAL_S", 0.0)
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
     errors = cli("label", *TINY, "photos", *PROMPT, "--suggest-only", "--batch-size", "1").err
     lines = [line for line in errors.splitlines() if line.startswith("suggestions: ")]
     assert (lines[0], lines[-1]) == ("suggestions: 1/3", "suggestions: 3/3")

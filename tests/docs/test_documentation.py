@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+import click
 import pytest
 import yaml
 from docs_code_blocks import ROOT, CodeBlock, list_code_blocks, list_heading_levels, list_pages
@@ -24,8 +25,6 @@ from docs_environment import (
 )
 from docs_terminal import DocsTerminal
 from each_value import each
-from typer.core import TyperGroup
-from typer.main import get_command
 
 from finesight.cli.app import app
 from finesight.recipe import recipe_from_dict
@@ -72,11 +71,11 @@ def _commands(text: str) -> Iterator[list[str]]:
 
 
 def check_command(words: list[str], error_reported: str) -> None:
-    command = get_command(app)
-    while isinstance(command, TyperGroup) and words and not words[0].startswith("-"):
+    command = app
+    while isinstance(command, click.Group) and words and not words[0].startswith("-"):
         name, *words = words
-        assert name in command.commands, f"{error_reported}: no command {name}"
-        command = command.commands[name]
+        command = command.get_command(click.Context(command), name)
+        assert command is not None, f"{error_reported}: no command {name}"
     known = {flag for option in command.params for flag in (*option.opts, *option.secondary_opts)}
     flags = {word.partition("=")[0] for word in words if re.match(r"--?[a-z]", word)}
     assert flags <= known | {"--help"}, f"{error_reported}: no option {flags - known}"

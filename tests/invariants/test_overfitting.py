@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
+from click.testing import CliRunner
 from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
-from typer.testing import CliRunner
 
-from finesight.cli.results import predict
+from finesight.cli.app import app
 from finesight.config import EvalSettings, Recipe
 from finesight.data.sample import BoxPart, LocatedSample, TextPart, write_samples
 from finesight.evaluate.generation_eval import evaluate
@@ -69,11 +68,18 @@ def train_and_predict(
         recipe["image"] = {"longest_side": 112}
     result = train(Recipe.model_validate(recipe))
     assert result is not None
-    app = typer.Typer()
-    app.command()(predict)
     images = [str(folder / f"{i}.png") for i in range(len(samples))]
-    words = [result.run_dir, *images, "--prompt", "Read it.", "--json", "--device", "cpu"]
-    predicted = CliRunner().invoke(app, words)
+    words = [
+        "predict",
+        result.run_dir,
+        *images,
+        "--prompt",
+        "Read it.",
+        "--json",
+        "--device",
+        "cpu",
+    ]
+    predicted = CliRunner().invoke(app, ["predict", *words])
     assert predicted.exit_code == 0, predicted.output
     return result, [json.loads(line) for line in predicted.stdout.splitlines()]
 

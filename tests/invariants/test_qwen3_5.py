@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from hf_models import make_sample
 from safetensors.torch import load_file, save_file
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import TinyTask
 from transformers import AutoModelForImageTextToText
-from typer.testing import CliRunner
 
 from finesight.cli.app import app
 from finesight.encode.tokenization import EncodedSample

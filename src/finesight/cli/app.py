@@ -8,30 +8,25 @@ functions, so that `--help` stays fast.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import re
 import sys
-from collections.abc import Collection, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Sequence
+from functools import cache, partial
 from io import TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-from typer.core import TyperCommand, TyperGroup
+import click
+from click.shell_completion import get_completion_class
 
 from finesight import __version__
-from finesight.cli.chat import chat
-from finesight.cli.data import check, convert_boxes, export_data, import_data, plan, show
-from finesight.cli.init import init
-from finesight.cli.label import label
-from finesight.cli.models import download, export, merge
-from finesight.cli.results import compare, doctor, evaluate, predict, report
-from finesight.cli.servers import serve, studio, web
-from finesight.cli.training import convert, launch, quickstart, train
 from finesight.errors import TrainingInterrupted, UserError, format_command
 from finesight.host_memory import num_allowed_cpus
+from finesight.operations import OPERATIONS, find_operation
+from finesight.operations.operation import OperationParameter, list_parameters
 
 EXIT_USER_ERROR = 2
 EXIT_CHECKPOINTED = 75
@@ -44,44 +39,18 @@ SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
 
 LOADAVG_PATH = Path("/proc/loadavg")
 
-_PLACEHOLDERS = {
-    "int": "INTEGER",
-    "float": "NUMBER",
-    "str": "TEXT",
-    "path": "PATH",
-    "file": "FILE",
-    "dir": "FOLDER",
-}
-"""Placeholder of each Python type that typer prints, such as `<int range>`."""
 
-COMMAND_GROUPS = {
-    "Start": ("init", "quickstart", "studio", "doctor", "download"),
-    "Data": ("import", "check", "label", "show", "data"),
-    "Training": ("plan", "train", "launch", "convert"),
-    "Evaluation": ("eval", "report", "compare"),
-    "Inference": ("predict", "chat", "web", "serve"),
-    "Deployment": ("merge", "export"),
-}
-"""Sections of the top-level help with their commands."""
-
-_TYPE_NAME = re.compile(rf"<(?:list\[)?({'|'.join(_PLACEHOLDERS)})(?: range)?\]?>", re.IGNORECASE)
+PLACEHOLDERS = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH"}
+"""Placeholder of each kind of value in the help."""
 
 
-class PlainHelpCommand(TyperCommand):
-    """A command whose help shows `RECIPE [KEY=VALUE]...` and `--limit INTEGER`.
+class OperationCommand(click.Command):
+    """A command that explains settings of a recipe among its words."""
 
-    Typer prints names of Python types instead, such as `{RECIPE} <path>` and `--limit <int range>`.
-    """
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        """Return the words of the usage line after the command."""
-        arguments = [p for p in self.get_params(ctx) if p.param_type_name == "argument"]
-        return [str(self.options_metavar), *map(_format_argument, arguments)]
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the words after the command; reject options that are settings of a recipe."""
         params = self.get_params(ctx)
-        known = {option for param in params for option in param.opts}
+        known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
         if any(param.name == "overrides" for param in params):
             for word, following in zip_longest(args, args[1:], fillvalue=""):
                 option, _, value = word.partition("=")
@@ -90,24 +59,6 @@ class PlainHelpCommand(TyperCommand):
         else:
             _reject_override(args, known)
         return super().parse_args(ctx, args)
-
-    def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the sections of arguments and options."""
-        sections: dict[str, list[tuple[str, str]]] = {"Arguments": [], "Options": []}
-        for param in self.get_params(ctx):
-            record = param.get_help_record(ctx)
-            if record is None:
-                continue
-            name, text = record
-            if param.param_type_name == "argument":
-                sections["Arguments"].append((_format_argument(param), text))
-            else:
-                name = _TYPE_NAME.sub(lambda match: _PLACEHOLDERS[match[1].lower()], name)
-                sections["Options"].append((name, text))
-        for title, rows in sections.items():
-            if rows:
-                with formatter.section(title):
-                    formatter.write_dl(rows)
 
 
 def _reject_setting(option: str, value: str) -> None:
@@ -144,124 +95,201 @@ def _reject_override(args: list[str], options: Collection[str]) -> None:
             )
 
 
-def _format_argument(param: Any) -> str:
-    """Format an argument: `NAME` if required, else `[NAME]`, with `...` for several values."""
-    name = param.metavar or param.name.upper()
-    return (name if param.required else f"[{name}]") + ("..." if param.nargs != 1 else "")
+def build_command(name: str, summary: str, operation: Callable[..., Any]) -> click.Command:
+    """Build the command of an operation. Its help is the docstring of the operation."""
+    parameters = list_parameters(operation)
+    return OperationCommand(
+        name,
+        callback=partial(_run, operation, parameters),
+        params=[_build_param(parameter) for parameter in parameters],
+        help=inspect.getdoc(operation),
+        short_help=summary,
+    )
 
 
-class GroupedHelp(TyperGroup):
-    """Top-level help that lists the commands by stage of the workflow."""
-
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
-        """Write one section per group of COMMAND_GROUPS."""
-        for title, commands in COMMAND_GROUPS.items():
-            rows = [
-                (name, command.get_short_help_str(limit=100))
-                for name in commands
-                if (command := self.get_command(ctx, name)) is not None
-            ]
-            with formatter.section(title):
-                formatter.write_dl(rows)
-
-
-app = typer.Typer(
-    name="finesight",
-    cls=GroupedHelp,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    no_args_is_help=True,
-)
-data_app = typer.Typer(
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl out"
-    " --to llava",
-)
-
-
-def _print_version(requested: bool) -> None:
-    if requested:
-        typer.echo(f"finesight {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def configure_cli(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and exit."
-        ),
-    ] = False,
+def _run(
+    operation: Callable[..., Any], parameters: Sequence[OperationParameter], **given: Any
 ) -> None:
-    """Fine-tune Qwen vision-language models on your own images.
+    arguments = {}
+    for parameter in parameters:
+        value = given[parameter.name]
+        if parameter.is_multiple:
+            value = list(value) or (None if parameter.is_optional else [])
+        if parameter.info.parse is not None and value is not None:
+            value = parameter.info.parse(value)
+        arguments[parameter.name] = value
+    operation(**arguments)
+
+
+def _build_param(parameter: OperationParameter) -> click.Parameter:
+    info = parameter.info
+    default = {} if parameter.is_required else {"default": parameter.default}
+    type_ = _build_type(parameter)
+    metavar = info.metavar or None
+    if info.is_positional:
+        word = metavar or parameter.name.upper()
+        word = word if parameter.is_required else f"[{word}]"
+        return click.Argument(
+            [parameter.name],
+            type=type_,
+            metavar=f"{word}..." if parameter.is_multiple else word,
+            required=parameter.is_required,
+            **default,
+            nargs=-1 if parameter.is_multiple else 1,
+            help=info.help + ("  [required]" if parameter.is_required else ""),
+        )
+    is_flag = parameter.kind == "flag"
+    if metavar is None and parameter.kind in PLACEHOLDERS:
+        metavar = PLACEHOLDERS[parameter.kind]
+        if parameter.kind == "path":
+            metavar = {"file": "FILE", "folder": "FOLDER"}.get(info.path.split()[-1], metavar)
+    return click.Option(
+        [parameter.name, parameter.option],
+        type=None if is_flag else type_,
+        is_flag=is_flag or None,
+        metavar=None if is_flag else metavar,
+        required=parameter.is_required,
+        **default,
+        multiple=parameter.is_multiple,
+        # The default of a flag without a name for its opposite is clear.
+        show_default=not is_flag or "/" in parameter.option,
+        help=info.help,
+    )
+
+
+def _build_type(parameter: OperationParameter) -> click.ParamType[Any]:
+    info = parameter.info
+    if parameter.choices:
+        return click.Choice(parameter.choices)
+    if parameter.kind == "integer":
+        low, high = (None if b is None else int(b) for b in (info.minimum, info.maximum))
+        return click.IntRange(low, high)
+    if parameter.kind == "number":
+        return click.FloatRange(info.minimum, info.maximum)
+    if parameter.kind == "path":
+        return click.Path(
+            exists=info.path.startswith("existing"),
+            file_okay=not info.path.endswith("folder"),
+            dir_okay=not info.path.endswith("file"),
+            path_type=Path,
+        )
+    return click.STRING
+
+
+class CommandGroup(click.Group):
+    """Commands of operations, which are imported when they are used.
+
+    Args:
+        prefix: Start of the names of the operations, such as `data `.
+    """
+
+    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prefix = prefix
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands, in the order of the help."""
+        names = [name for group in OPERATIONS.values() for name in group]
+        own = [name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)]
+        return list(dict.fromkeys(name.partition(" ")[0] for name in own))
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Return the command with a name, which imports its operation; None for an unknown one."""
+        if cmd_name in self.commands:
+            return self.commands[cmd_name]
+        if cmd_name not in self.list_commands(ctx):
+            return None
+        return _build_command(self._prefix + cmd_name)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write one section per group of operations, or a single one for a prefix."""
+        names = self.list_commands(ctx)
+        for title, group in OPERATIONS.items():
+            rows = {}
+            for name, operation in group.items():
+                own = name.removeprefix(self._prefix).partition(" ")[0]
+                if own in names and name.startswith(self._prefix):
+                    summary = operation.summary
+                    if own in self.commands:
+                        summary = self.commands[own].get_short_help_str(100)
+                    rows[own] = summary
+            if rows:
+                with formatter.section("Commands" if self._prefix else title):
+                    formatter.write_dl(list(rows.items()))
+
+
+@cache
+def _build_command(name: str) -> click.Command:
+    operation = find_operation(name)
+    return build_command(name.rpartition(" ")[2], operation.summary, operation.load())
+
+
+def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
+    """Print the script that completes words in a shell."""
+    if shell is None or ctx.resilient_parsing:
+        return
+    completion = get_completion_class(shell)
+    assert completion is not None, f"click does not complete words in {shell}"
+    click.echo(completion(ctx.command, {}, "finesight", "_FINESIGHT_COMPLETE").source())
+    ctx.exit()
+
+
+@click.command(
+    cls=CommandGroup,
+    help="""Fine-tune Qwen vision-language models on your own images.
 
     Start with quickstart. With your own images: init, train, predict.
 
-    Example: finesight init photos/captions.csv
-    """
-
-
-_add_command = partial(app.command, cls=PlainHelpCommand)
-_add_data_command = partial(data_app.command, cls=PlainHelpCommand)
-
-_add_command(short_help="Run the complete workflow on generated data, on a CPU.")(quickstart)
-_add_command(short_help="Import a dataset, and write a recipe that fits this machine.")(init)
-_add_command(short_help="Download a model or dataset from a hub.")(download)
-_add_command(short_help="Diagnose a machine, a model or a run.")(doctor)
-_add_command("import", short_help="Import a dataset as samples.")(import_data)
-_add_command(short_help="Validate samples.")(check)
-_add_command(short_help="Label images with suggestions of a model.")(label)
-_add_command(short_help="Print the tokenized samples of a recipe.")(show)
-app.add_typer(data_app, name="data", short_help="Export samples and convert boxes.")
-_add_data_command("export", short_help="Export samples in the format of another program.")(
-    export_data
+    Example: finesight init photos/captions.csv""",
 )
-_add_data_command(
-    "convert-boxes", short_help="Convert the boxes of a file to another model family."
-)(convert_boxes)
-_add_command(short_help="Convert a configuration or script of another trainer to a recipe.")(
-    convert
+@click.version_option(
+    __version__, message="%(prog)s %(version)s", help="Print the version and exit."
 )
-_add_command(short_help="Estimate memory and time of a run and suggest settings that fit.")(plan)
-_add_command(short_help="Fine-tune a model with a recipe.")(train)
-_add_command(short_help="Write a training job for several GPUs or nodes.")(launch)
-_add_command("eval", short_help="Evaluate a model or run on a dataset.")(evaluate)
-_add_command(short_help="Write the HTML report of a run.")(report)
-_add_command(short_help="Compare runs or evaluations on an HTML page.")(compare)
-_add_command(short_help="Answer questions about images.")(predict)
-_add_command(short_help="Start a chat in the terminal.")(chat)
-_add_command(short_help="Start a chat UI in the browser.")(web)
-_add_command(short_help="Start a page in the browser, from images to a served model.")(studio)
-_add_command(short_help="Start an OpenAI-compatible HTTP server.")(serve)
-_add_command(short_help="Merge an adapter into its base model.")(merge)
-_add_command(short_help="Upload a model, convert it to GGUF, or print serving commands.")(export)
+@click.option(
+    "--show-completion",
+    type=click.Choice(["bash", "zsh", "fish"]),
+    is_eager=True,
+    expose_value=False,
+    callback=_show_completion,
+    help="Print the script that completes words in a shell.",
+)
+def app() -> None:
+    """Do nothing before a command."""
 
 
-def run_command(arguments: Sequence[str], typer_app: typer.Typer = app) -> int:
+app.add_command(
+    CommandGroup(
+        "data",
+        prefix="data ",
+        help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl"
+        " out --to llava",
+    )
+)
+
+
+def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     """Run one command line and return its exit code.
 
     Internal errors propagate, so that Python prints their traceback and exits with code 1.
 
     Args:
         arguments: Words of the command line after `finesight`.
-        typer_app: Commands to run; tests replace them.
+        command: Commands to run; tests replace them.
     """
     configure_openmp_spin()
     try:
-        typer_app(args=list(arguments), prog_name="finesight")
+        command(args=list(arguments), prog_name="finesight")
     except UserError as error:
-        names = "|".join(name for names in COMMAND_GROUPS.values() for name in names)
+        names = "|".join(name for group in OPERATIONS.values() for name in group)
         program = format_command().replace("\\", r"\\")
-        typer.echo(re.sub(rf"\bfinesight(?= (?:{names})\b)", program, f"error: {error}"), err=True)
+        click.echo(re.sub(rf"\bfinesight(?= (?:{names})\b)", program, f"error: {error}"), err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
-        typer.echo(str(interrupt), err=True)
+        click.echo(str(interrupt), err=True)
         return EXIT_CHECKPOINTED
     except SystemExit as system_exit:
-        # Typer exits with code 1 on Ctrl-C and on a closed pipe (`| head`).
-        if isinstance(system_exit.__context__, typer.Abort):
+        # click exits with code 1 on Ctrl-C and on a closed pipe (`| head`).
+        if isinstance(system_exit.__context__, click.Abort):
             return EXIT_INTERRUPTED
         if isinstance(system_exit.__context__, BrokenPipeError):
             return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from finesight.cli.options import (
     DeviceOption,
@@ -24,6 +24,7 @@ from finesight.cli.options import (
     WeightFormatOption,
 )
 from finesight.errors import UserError, escape_unprintable
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn
@@ -41,7 +42,7 @@ COMMAND_HELP = {
 }
 
 TemperatureOption = Annotated[
-    float, typer.Option(min=0.0, help="Sampling temperature, 0 to 100; 0 is greedy decoding.")
+    float, Parameter("Sampling temperature, 0 to 100; 0 is greedy decoding.", minimum=0.0)
 ]
 
 
@@ -51,15 +52,15 @@ def chat(
     temperature: TemperatureOption = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(
-            help="Nucleus sampling: sample from the most probable tokens whose probabilities add "
+        Parameter(
+            "Nucleus sampling: sample from the most probable tokens whose probabilities add "
             "up to this value, above 0 and at most 1 (all tokens). Needs --temperature above 0."
         ),
     ] = 1.0,
     seed: Annotated[
         int | None,
-        typer.Option(
-            help="Random seed of sampling, for --temperature above 0. Default: different each time."
+        Parameter(
+            "Random seed of sampling, for --temperature above 0. Default: different each time."
         ),
     ] = None,
     thinking: ThinkingOption = None,
@@ -119,10 +120,10 @@ class ChatTerminal:
             _enable_line_editing()
             hint = "Attach an image with /image PATH. " if self._expects_image else ""
             model_name = self._session.service.model_names[0]
-            typer.echo(f"{model_name}. {hint}Enter a question or /help.")
+            click.echo(f"{model_name}. {hint}Enter a question or /help.")
             manifest = self._session.service.manifest
             for prompt in manifest.prompts[:1] if manifest is not None else ():
-                typer.echo(escape_unprintable(f"Training prompt: {prompt}"))
+                click.echo(escape_unprintable(f"Training prompt: {prompt}"))
         while (line := self._read_line()) is not None:
             try:
                 if not self._handle_line(line.strip()):
@@ -130,7 +131,7 @@ class ChatTerminal:
             except UserError as error:
                 if not self._is_interactive:
                     raise
-                typer.echo(f"error: {error}", err=True)
+                click.echo(f"error: {error}", err=True)
 
     @property
     def _expects_image(self) -> bool:
@@ -157,7 +158,7 @@ class ChatTerminal:
                 is_command = line.partition(" ")[0] in COMMAND_HELP
                 self._handle_line(line if is_command else f"/image {line}")
             except UserError as error:
-                typer.echo(f"error: {error}", err=True)
+                click.echo(f"error: {error}", err=True)
         return True
 
     def _read_line(self, prompt: str = "> ") -> str | None:
@@ -169,7 +170,7 @@ class ChatTerminal:
             except KeyboardInterrupt:
                 if not self._is_interactive:
                     raise
-                typer.echo("\n(use /quit or Ctrl-D to quit)")
+                click.echo("\n(use /quit or Ctrl-D to quit)")
 
     def _handle_line(self, line: str) -> bool:
         """Process one input line: a command or a question. Returns False for `/quit`."""
@@ -211,7 +212,7 @@ class ChatTerminal:
             height, width = read_image_size(path)
             self._pending_images.append(path)
             text = f"{path}: {width} x {height}, attached to the next question"
-            typer.echo(escape_unprintable(text))
+            click.echo(escape_unprintable(text))
 
     def _print_reply(self, turn: ChatTurn) -> None:
         reply = turn.replies[0]
@@ -220,20 +221,20 @@ class ChatTerminal:
             for delta in reply:
                 reasoning, num_chars = reply.reasoning[num_chars:], len(reply.reasoning)
                 if reasoning:
-                    typer.secho(escape_unprintable(reasoning), nl=False, dim=True)
+                    click.secho(escape_unprintable(reasoning), nl=False, dim=True)
                 if delta and delta == reply.text and reply.reasoning:
-                    typer.echo("\n")
-                typer.echo(escape_unprintable(delta), nl=False)
+                    click.echo("\n")
+                click.echo(escape_unprintable(delta), nl=False)
         assert reply.prediction is not None, "the reply has not ended"
         finish_notes = {
             "length": f" [truncated after {reply.prediction.num_tokens} tokens]",
             "cancelled": " [stopped]",
         }
-        typer.echo(finish_notes.get(reply.finish_reason or "", ""))
+        click.echo(finish_notes.get(reply.finish_reason or "", ""))
         for box in reply.boxes:
             corners = ", ".join(f"{coordinate:.1f}" for coordinate in box.xyxy)
             label = f"  {box.label}" if box.label else ""
-            typer.echo(escape_unprintable(f"  box {corners}{label}"))
+            click.echo(escape_unprintable(f"  box {corners}{label}"))
 
     def _regenerate(self) -> None:
         from dataclasses import replace
@@ -249,7 +250,7 @@ class ChatTerminal:
     def _undo(self) -> None:
         turn = self._session.undo()
         text = "nothing to undo" if turn is None else f"removed: {turn.text}"
-        typer.echo(escape_unprintable(text))
+        click.echo(escape_unprintable(text))
 
     def _start_session(self) -> None:
         from finesight.infer.chat_session import ChatSession
@@ -261,7 +262,7 @@ class ChatTerminal:
             Path(argument).expanduser() if argument else None
         )
         note = "" if self._session.turns[-1].replies[0].boxes else " (the answer has no boxes)"
-        typer.echo(escape_unprintable(f"saved: {saved_path}{note}"))
+        click.echo(escape_unprintable(f"saved: {saved_path}{note}"))
 
     def _save_session(self, argument: str) -> None:
         if not argument:
@@ -273,12 +274,12 @@ class ChatTerminal:
             )
         file = Path(argument).expanduser()
         self._session.save(file)
-        typer.echo(escape_unprintable(f"saved: {file}"))
+        click.echo(escape_unprintable(f"saved: {file}"))
 
 
 def _print_help() -> None:
     for name, (argument, description) in COMMAND_HELP.items():
-        typer.echo(f"{name} {argument}".ljust(16) + description)
+        click.echo(f"{name} {argument}".ljust(16) + description)
 
 
 def _parse_paths(argument: str) -> list[Path]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+import click
 
 from finesight.cli.options import (
     JSON_OUTPUT,
@@ -33,6 +33,7 @@ from finesight.cli.options import (
     parse_row_range,
 )
 from finesight.errors import UserError, escape_unprintable, format_command, format_count
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue
@@ -46,70 +47,72 @@ if TYPE_CHECKING:
 
 EvalLastOption = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        help="Use the last N rows for validation, and leave out training rows with the same "
+    Parameter(
+        "Use the last N rows for validation, and leave out training rows with the same "
         "images. Not with --train-fraction.",
+        minimum=1,
     ),
 ]
 TrainFractionOption = Annotated[
     float | None,
-    typer.Option(
-        metavar="FRACTION",
-        help="Fraction of the rows for training, between 0 and 1, such as 0.9; the others are for "
+    Parameter(
+        "Fraction of the rows for training, between 0 and 1, such as 0.9; the others are for "
         "validation. Rows with the same image stay together. Not with --eval-last. Default: no "
         "split.",
+        metavar="FRACTION",
     ),
 ]
-SplitSeedOption = Annotated[int, typer.Option(min=0, help="Random seed of --train-fraction.")]
+SplitSeedOption = Annotated[int, Parameter("Random seed of --train-fraction.", minimum=0)]
 CopyImagesOption = Annotated[
     bool,
-    typer.Option(
-        "--copy-images",
-        help="Copy the images into OUT/images. Default: OUT refers to the images in place; those "
+    Parameter(
+        "Copy the images into OUT/images. Default: OUT refers to the images in place; those "
         "from hubs, the web and archives are always copied.",
+        option="--copy-images",
     ),
 ]
 OnInvalidRowOption = Annotated[
     Literal["fail", "skip"],
-    typer.Option(
-        help="Invalid rows, such as a missing image or an impossible box: fail and write nothing, "
+    Parameter(
+        "Invalid rows, such as a missing image or an impossible box: fail and write nothing, "
         "or skip them and list them in OUT/skipped_rows.jsonl."
     ),
 ]
 OnInvalidBoxOption = Annotated[
     Literal["fail", "drop", "clip"] | None,
-    typer.Option(
-        help="Invalid boxes, such as one without area: fail as an invalid row, drop them, or clip "
-        "them to the image. Default: fail, or clip with --on-invalid-row skip.",
+    Parameter(
+        "Invalid boxes, such as one without area: fail as an invalid row, drop them, or clip "
+        "them to the image. Default: fail, or clip with --on-invalid-row skip."
     ),
 ]
 EncodingOption = Annotated[
     str | None,
-    typer.Option(
+    Parameter(
+        "Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.",
         metavar="NAME",
-        help="Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.",
     ),
 ]
 SourceArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or "
+    Parameter(
+        "A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or "
         "tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
         ":SPLIT), or https://HOST/FILE.",
+        metavar="SOURCE",
+        is_positional=True,
     ),
 ]
 AllowHostOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--allow-host",
+    Parameter(
+        "Allow downloads of https:// sources and images from this host. Repeatable.",
+        option="--allow-host",
         metavar="HOST",
-        help="Allow downloads of https:// sources and images from this host. Repeatable.",
     ),
 ]
 OutFolderArgument = Annotated[
-    Path, typer.Argument(metavar="OUT", help="Folder to create; an existing one is an error.")
+    Path,
+    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
 ]
 
 
@@ -176,7 +179,7 @@ def import_data(
         progress_stage = ProgressConsole().progress_stage
         summary = import_dataset(fetched.path, out, fetched.options, progress_stage)
     for note in fetched.notes:
-        typer.echo(escape_unprintable(f"{source}: {note}"), err=True)
+        click.echo(escape_unprintable(f"{source}: {note}"), err=True)
     echo_result(dataclasses.asdict(summary), _format_summary(source, summary), as_json)
 
 
@@ -211,23 +214,25 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
 def export_data(
     samples: Annotated[
         Path,
-        typer.Argument(metavar="SAMPLES", help="Samples file, as written by `finesight import`."),
+        Parameter(
+            "Samples file, as written by `finesight import`.", metavar="SAMPLES", is_positional=True
+        ),
     ],
     out: OutFolderArgument,
     target_format: Annotated[
         str,
-        typer.Option(
-            "--to",
-            metavar="FORMAT",
-            help="ms-swift, llama-factory, llava, openai, coco, yolo, label-studio, cvat, fiftyone "
+        Parameter(
+            "ms-swift, llama-factory, llava, openai, coco, yolo, label-studio, cvat, fiftyone "
             "or another --format of `finesight import`.",
+            option="--to",
+            metavar="FORMAT",
         ),
     ],
     copy_images: Annotated[
         bool,
-        typer.Option(
-            "--copy-images",
-            help="Copy the images into OUT/images. Default: OUT refers to the images in place.",
+        Parameter(
+            "Copy the images into OUT/images. Default: OUT refers to the images in place.",
+            option="--copy-images",
         ),
     ] = False,
     as_json: AsJsonOption = False,
@@ -287,32 +292,33 @@ MAX_PRINTED_RECORDS = 3
 def convert_boxes(
     file: Annotated[
         Path,
-        typer.Argument(
+        Parameter(
+            ".json or .jsonl file in the format of any trainer; only box texts are changed.",
             metavar="FILE",
-            help=".json or .jsonl file in the format of any trainer; only box texts are changed.",
+            is_positional=True,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="File to create.")],
+    out: Annotated[Path, Parameter("File to create.", metavar="OUT", is_positional=True)],
     source_family: Annotated[
-        BoxFamily, typer.Option("--from", help="Model family whose box format FILE has.")
+        BoxFamily, Parameter("Model family whose box format FILE has.", option="--from")
     ],
     target_family: Annotated[
-        BoxFamily, typer.Option("--to", help="Model family whose box format OUT gets.")
+        BoxFamily, Parameter("Model family whose box format OUT gets.", option="--to")
     ],
     model: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL",
-            help="Qwen2.5-VL model (folder or hub name) whose pixel limits define the resized "
+        Parameter(
+            "Qwen2.5-VL model (folder or hub name) whose pixel limits define the resized "
             "image. For qwen2_5_vl, this or --image is required.",
+            metavar="MODEL",
         ),
     ] = None,
     image: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE",
-            help="Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and "
+        Parameter(
+            "Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and "
             "width=N, or longest_side=N, each with its own --image. Repeatable.",
+            metavar="KEY=VALUE",
         ),
     ] = None,
     as_json: AsJsonOption = False,
@@ -406,43 +412,43 @@ MAX_PAGE_ISSUES = 1000
 
 AgainstOption = Annotated[
     list[Path] | None,
-    typer.Option(
-        metavar="EVAL",
-        help="Validation data, read with the same options. Reports images, also re-encoded ones, "
+    Parameter(
+        "Validation data, read with the same options. Reports images, also re-encoded ones, "
         "that are in SOURCE as well. Repeatable.",
+        metavar="EVAL",
     ),
 ]
 ModelNameOption = Annotated[
     str | None,
-    typer.Option(
-        help="Model folder or hub name. Its tokenizer is used to report special tokens in texts "
+    Parameter(
+        "Model folder or hub name. Its tokenizer is used to report special tokens in texts "
         "and, with --max-length, samples that are too long."
     ),
 ]
 MaxLengthOption = Annotated[
     int | None,
-    typer.Option(
-        min=1,
-        help="With --model: report samples of more than this number of tokens, image tokens "
+    Parameter(
+        "With --model: report samples of more than this number of tokens, image tokens "
         "included. Default: no limit.",
+        minimum=1,
     ),
 ]
 FixOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="OUT",
-        help="Write a corrected copy into this new folder: unambiguous issues are fixed "
+    Parameter(
+        "Write a corrected copy into this new folder: unambiguous issues are fixed "
         "(listed in changes.jsonl), duplicates and invalid samples are left out (listed in "
         "skipped_samples.jsonl).",
+        metavar="OUT",
     ),
 ]
 HtmlPageOption = Annotated[
     Path | None,
-    typer.Option(
-        "--html",
+    Parameter(
+        "Also write an HTML page with the issues, statistics and random samples.",
+        option="--html",
         metavar="FILE",
-        dir_okay=False,
-        help="Also write an HTML page with the issues, statistics and random samples.",
+        path="file",
     ),
 ]
 
@@ -450,8 +456,10 @@ HtmlPageOption = Annotated[
 def check(
     sources: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="SOURCE", help="Local files or folders as for `import`, or one recipe."
+        Parameter(
+            "Local files or folders as for `import`, or one recipe.",
+            metavar="SOURCE",
+            is_positional=True,
         ),
     ],
     against: AgainstOption = None,
@@ -466,14 +474,12 @@ def check(
     max_length: MaxLengthOption = None,
     fix: FixOption = None,
     html: HtmlPageOption = None,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Random seed of the samples on the HTML page.")
-    ] = 0,
+    seed: Annotated[int, Parameter("Random seed of the samples on the HTML page.", minimum=0)] = 0,
     language: LanguageOption = None,
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json", help=f"Print one JSON object per issue, then one summary, {JSON_OUTPUT}"
+        Parameter(
+            f"Print one JSON object per issue, then one summary, {JSON_OUTPUT}", option="--json"
         ),
     ] = False,
 ) -> None:
@@ -527,8 +533,8 @@ def check(
     is_one_file = len(sources) == 1 and not against and model is None and max_length is None
     has_command = options == ImportOptions() and (recipe is not None or is_one_file)
     if not as_json and has_command and (is_fixable or not has_errors):
-        typer.echo(_get_command_after_check(sources[0], recipe, fix, has_errors))
-    raise typer.Exit(exit_code)
+        click.echo(_get_command_after_check(sources[0], recipe, fix, has_errors))
+    raise click.exceptions.Exit(exit_code)
 
 
 def _get_command_after_check(
@@ -577,7 +583,7 @@ def _run_check(
         with _show_progress(checker.num_rows) as on_progress:
             result, image_catalog = checker.run(print_issue, on_progress)
         if not as_json:
-            typer.echo("\n".join(format_summary(result, MAX_PRINTED_ISSUES)))
+            click.echo("\n".join(format_summary(result, MAX_PRINTED_ISSUES)))
         if html:
             with use_language(language or detect_language()):
                 write_page(html, render_check_page(result))
@@ -587,7 +593,7 @@ def _run_check(
     if as_json:
         echo_json(summary_to_dict(result, fix_summary))
     elif fix_summary:
-        typer.echo("\n".join(["", *fix_summary.as_lines()]))
+        click.echo("\n".join(["", *fix_summary.as_lines()]))
     return result.exit_code, checker.fixer.can_write
 
 
@@ -625,11 +631,11 @@ def plan(
     overrides: OverridesArgument = None,
     gpu: Annotated[
         str | None,
-        typer.Option(
-            "--gpu",
-            metavar="NAME",
-            help='GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
+        Parameter(
+            'GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
             "machine, measured in about a second.",
+            option="--gpu",
+            metavar="NAME",
         ),
     ] = None,
     as_json: AsJsonOption = False,
@@ -653,38 +659,37 @@ def plan(
     from finesight.recipe import load_recipe
 
     run_plan = plan_run(load_recipe(recipe, overrides or ()), gpu, ProgressConsole())
-    typer.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
+    click.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
     if not as_json and run_plan.chosen_estimate.fits:
         words = ["train", str(recipe), *(overrides or ()), *run_plan.overrides]
-        typer.echo(f"next: {format_command(*words)}")
+        click.echo(f"next: {format_command(*words)}")
     if not run_plan.chosen_estimate.fits:
-        raise typer.Exit(EXIT_DOES_NOT_FIT)
+        raise click.exceptions.Exit(EXIT_DOES_NOT_FIT)
 
 
 def show(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     num_samples: Annotated[
-        int, typer.Option(min=1, help="Number of samples, from the start of the data.")
+        int, Parameter("Number of samples, from the start of the data.", minimum=1)
     ] = 1,
     seed: Annotated[
-        int | None,
-        typer.Option(min=0, help="Show random samples, selected with this seed, instead."),
+        int | None, Parameter("Show random samples, selected with this seed, instead.", minimum=0)
     ] = None,
     use_eval_split: Annotated[
-        bool, typer.Option("--eval", help="Show samples of data.eval instead of data.train.")
+        bool, Parameter("Show samples of data.eval instead of data.train.", option="--eval")
     ] = False,
     html: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write an HTML page with the resized images, boxes and tokens instead of the "
+        Parameter(
+            "Write an HTML page with the resized images, boxes and tokens instead of the "
             "table. An existing page is replaced, but no other file.",
+            metavar="FILE",
         ),
     ] = None,
     language: LanguageOption = None,
     as_json: Annotated[
-        bool, typer.Option("--json", help=f"Print one JSON object per sample {JSON_OUTPUT}")
+        bool, Parameter(f"Print one JSON object per sample {JSON_OUTPUT}", option="--json")
     ] = False,
 ) -> None:
     """Print the tokens of samples as the model receives them in training.
@@ -733,7 +738,7 @@ def show(
         _print_samples(renderer, selected, as_json)
     if html is None and not as_json:
         words = ["plan", str(recipe), *(overrides or ())]
-        typer.echo(f"next: {format_command(*words)}")
+        click.echo(f"next: {format_command(*words)}")
 
 
 def _write_sample_page(
@@ -760,11 +765,11 @@ def _write_sample_page(
         on_corrupt = _report_skipped if len(selected) > 1 else None
         content = render_sample_page(renderer, selected, source, on_progress, on_corrupt)
     write_page(page, content)
-    typer.echo(f"page: {page}", err=True)
+    click.echo(f"page: {page}", err=True)
 
 
 def _report_skipped(sample_id: str, error: UserError) -> None:
-    typer.echo(escape_unprintable(f"skipped: {sample_id}: {error.where}: {error.what}"), err=True)
+    click.echo(escape_unprintable(f"skipped: {sample_id}: {error.where}: {error.what}"), err=True)
 
 
 def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
@@ -784,4 +789,4 @@ def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_jso
             record = token_table_to_dict(tokenized, renderer.tokenizer)
             echo_json(record)
         else:
-            typer.echo("\n".join(format_token_table(tokenized, renderer.tokenizer)) + "\n")
+            click.echo("\n".join(format_token_table(tokenized, renderer.tokenizer)) + "\n")

@@ -13,7 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
 
-import typer
+import click
 
 from finesight.cli.options import (
     AsJsonOption,
@@ -31,6 +31,7 @@ from finesight.errors import (
     format_count,
     suggest_name,
 )
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -78,33 +79,35 @@ LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
 def init(
     data: Annotated[
         str | None,
-        typer.Argument(
-            metavar="DATA", help="Dataset as for `import`; also a folder of a table and images."
+        Parameter(
+            "Dataset as for `import`; also a folder of a table and images.",
+            metavar="DATA",
+            is_positional=True,
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
+        Parameter(
+            "Folder to create. Default: DATA with -finetune, in the current directory.",
             metavar="FOLDER",
-            help="Folder to create. Default: DATA with -finetune, in the current directory.",
         ),
     ] = None,
     yes: Annotated[
-        bool, typer.Option("--yes", help="Ask no questions: use the detected settings.")
+        bool, Parameter("Ask no questions: use the detected settings.", option="--yes")
     ] = False,
     columns: ColumnsOption = None,
     no_header: NoHeaderOption = False,
     prompt: PromptOption = None,
     metric: Annotated[
         str | None,
-        typer.Option(
-            "--task",
+        Parameter(
+            f"{', '.join(TASKS)}. Default: by the answers, or by the prompt without labels.",
+            option="--task",
             metavar="TASK",
-            help=f"{', '.join(TASKS)}. Default: by the answers, or by the prompt without labels.",
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option(help="Model folder or hub name. Default: by GPU memory.")
+        str | None, Parameter("Model folder or hub name. Default: by GPU memory.")
     ] = None,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -134,7 +137,7 @@ def init(
         names, remedy = ", ".join(TASKS), suggest_name(metric, TASKS, "choose one of these")
         raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
     if not yes and not is_interactive():
-        typer.echo("standard input is not a terminal: no questions, as with --yes", err=True)
+        click.echo("standard input is not a terminal: no questions, as with --yes", err=True)
         yes = True
     source = data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", yes)
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
@@ -162,7 +165,7 @@ def init(
     num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
     if num_without_image > MAX_MISSING_FRACTION * num_rows:
         text = "have no readable image and were skipped; table and images may be in other folders"
-        typer.echo(f"warning: {num_without_image} of {num_rows} rows {text}", err=True)
+        click.echo(f"warning: {num_without_image} of {num_rows} rows {text}", err=True)
     recipe = folder / "recipe.yaml"
     files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
@@ -214,7 +217,7 @@ def init(
         return
     plan_lines = [] if run_plan is None else format_short_plan(run_plan)
     lines += [*check_lines, *plan_lines, "", f"recipe: {recipe}", "next:"]
-    typer.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
+    click.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
 
 
 def _describe_box_format(options: ImportOptions) -> list[str]:
@@ -263,16 +266,16 @@ def is_interactive() -> bool:
 
 def _ask(question: str, default: str, yes: bool) -> str:
     """Ask a question on the terminal; without questions, return the default."""
-    return default if yes else str(typer.prompt(question, default=default, err=True))
+    return default if yes else str(click.prompt(question, default=default, err=True))
 
 
 def _ask_metric(default: str, yes: bool) -> str:
     from finesight.config import TaskName
 
     if not yes:
-        typer.echo("\n".join(f"  {task:15} {text}" for task, text in TASKS.items()), err=True)
+        click.echo("\n".join(f"  {task:15} {text}" for task, text in TASKS.items()), err=True)
     while (metric := _ask("Task, one of the above", default, yes)) not in get_args(TaskName):
-        typer.echo(f"unknown task {metric!r}", err=True)
+        click.echo(f"unknown task {metric!r}", err=True)
     return metric
 
 
@@ -340,7 +343,7 @@ def _init_labels(
     lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
     hint = f" (replace {placeholder} by your names)" if placeholder else ""
     lines += [f"recipe: {recipe}", f"next{hint}:", *(f"  {command}" for command in commands)]
-    typer.echo("\n".join(map(escape_unprintable, lines)))
+    click.echo("\n".join(map(escape_unprintable, lines)))
 
 
 def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path, ImportOptions]:

@@ -8,7 +8,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+import click
 
 from finesight.cli.options import (
     JSON_OUTPUT,
@@ -36,6 +36,7 @@ from finesight.cli.servers import (
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError, format_command
 from finesight.manifest import RECIPE_FILE, find_run_dir
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     import socket
@@ -49,67 +50,67 @@ def label(
     run_or_model: RunOrModelArgument,
     sources: Annotated[
         list[Path],
-        typer.Argument(metavar="IMAGES", help="Images, folders of images, or a JSONL file."),
+        Parameter(
+            "Images, folders of images, or a JSONL file.", metavar="IMAGES", is_positional=True
+        ),
     ],
     prompt: Annotated[
         str | None,
-        typer.Option(help="Question about every image. Default: that of FOLDER or else the run."),
+        Parameter("Question about every image. Default: that of FOLDER or else the run."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            file_okay=False,
-            help="Folder of the labels (labels.jsonl) and their history (journal.jsonl). An "
+        Parameter(
+            "Folder of the labels (labels.jsonl) and their history (journal.jsonl). An "
             "existing one is continued. Default: that of the run's training data, else labels.",
+            metavar="FOLDER",
+            path="folder",
         ),
     ] = None,
     kind: Annotated[
         Literal["text", "fields", "classes", "boxes"] | None,
-        typer.Option(help="Kind of the answers. Default: detected from the training data."),
+        Parameter("Kind of the answers. Default: detected from the training data."),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,C",
-            help="Classes to choose from: the answers, or the labels of boxes. Default: those of "
+        Parameter(
+            "Classes to choose from: the answers, or the labels of boxes. Default: those of "
             "the training data.",
+            metavar="A,B,C",
         ),
     ] = None,
     fields: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B,C",
-            help="Keys of the JSON answers, with --kind fields. Default: those of the training "
+        Parameter(
+            "Keys of the JSON answers, with --kind fields. Default: those of the training "
             "data or of the existing labels.",
+            metavar="A,B,C",
         ),
     ] = None,
     review: Annotated[
         bool,
-        typer.Option(
-            "--review",
-            help="Review the existing answers of a JSONL file, most probably wrong first.",
+        Parameter(
+            "Review the existing answers of a JSONL file, most probably wrong first.",
+            option="--review",
         ),
     ] = False,
     train_fraction: Annotated[
         float | None,
-        typer.Option(
-            min=0.0,
-            max=1.0,
-            help="Fraction of the labels for training; the others are in labels_eval.jsonl. "
+        Parameter(
+            "Fraction of the labels for training; the others are in labels_eval.jsonl. "
             "Default: that of FOLDER, else 1.",
+            minimum=0.0,
+            maximum=1.0,
         ),
     ] = None,
     suggestions: Annotated[
-        bool, typer.Option("--suggestions/--no-suggestions", help="Suggest answers with the model.")
+        bool, Parameter("Suggest answers with the model.", option="--suggestions/--no-suggestions")
     ] = True,
     suggest_only: Annotated[
-        bool, typer.Option("--suggest-only", help="Print the suggestions, and start no page.")
+        bool, Parameter("Print the suggestions, and start no page.", option="--suggest-only")
     ] = False,
     max_new_tokens: MaxNewTokensOption = 512,
-    batch_size: Annotated[
-        int, typer.Option(min=1, help="Answers generated at the same time.")
-    ] = 16,
+    batch_size: Annotated[int, Parameter("Answers generated at the same time.", minimum=1)] = 16,
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7873,
     password_file: PasswordFileOption = None,
@@ -120,7 +121,7 @@ def label(
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
     as_json: Annotated[
-        bool, typer.Option("--json", help=f"Print one JSON object per suggestion {JSON_OUTPUT}")
+        bool, Parameter(f"Print one JSON object per suggestion {JSON_OUTPUT}", option="--json")
     ] = False,
 ) -> None:
     """Suggest labels for images, and accept, correct or skip them on a page.
@@ -170,7 +171,7 @@ def label(
                 limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
                 reasons = session.add_suggestions(model, **limits, on_progress=on_progress)
             for reason in reasons.values():
-                typer.echo(f"skipped: {reason}", err=True)
+                click.echo(f"skipped: {reason}", err=True)
             del model
         session.complete_task()
         if listener is None:
@@ -183,10 +184,10 @@ def label(
             _run_page(session, listener, password, proxies)
     counts = session.store.count_events()
     text = ", ".join(f"{count} {name}" for name, count in counts.items())
-    typer.echo(f"{text}: {out}", err=True)
+    click.echo(f"{text}: {out}", err=True)
     if any(count for name, count in counts.items() if name not in ("open", "skipped")):
         words = _suggest_command(out, run_dir, sources if review else ())
-        typer.echo(f"next: {format_command(*words)}", err=True)
+        click.echo(f"next: {format_command(*words)}", err=True)
 
 
 def _build_option_error(option: str, other: str, expected: str) -> UserError:
@@ -205,14 +206,14 @@ def _select_label_folder(run_dir: Path, reviewed: Sequence[Path]) -> Path:
         folders = [file.parent for file in sorted(Path().glob(f"{default}*/{REVIEWED_FILE}"))]
         folders += [default, RunDir(default).next_path]
         out = next(one for one in folders if can_review(one, reviewed))
-        typer.echo(f"reviewed labels: {out}", err=True)
+        click.echo(f"reviewed labels: {out}", err=True)
         return out
     folder = None
     if (run_dir / RECIPE_FILE).is_file():
         with suppress(UserError):
             folder = find_label_folder(load_recipe(run_dir / RECIPE_FILE))
     if folder is not None:
-        typer.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
+        click.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
     return folder or Path("labels")
 
 
@@ -321,7 +322,7 @@ def _print_suggestions(session: LabelSession, as_json: bool) -> None:
         answer = values["suggestion"] or values["answer"]
         boxes = (f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"])
         text = answer["text"] or ", ".join(boxes)
-        typer.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
+        click.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
 
 
 def _run_page(

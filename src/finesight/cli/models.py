@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
+import click
 
 from finesight.cli.options import AsJsonOption, DeviceOption
 from finesight.config import PixelRange
 from finesight.errors import UserError, escape_unprintable, format_command
 from finesight.hub.address import HubAddress, parse_address
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.export.model_card import VerifiedMerge
@@ -23,17 +24,18 @@ EXIT_UPLOAD_FAILED = 1
 
 HubSourceArgument = Annotated[
     str,
-    typer.Argument(
-        metavar="SOURCE",
-        help="OWNER/NAME or modelscope:OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
+    Parameter(
+        "OWNER/NAME or modelscope:OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
         "modelscope:datasets/OWNER/NAME for a dataset; optional @REVISION, and :SPLIT for a "
         "dataset. Default hub: Hugging Face (hf:).",
+        metavar="SOURCE",
+        is_positional=True,
     ),
 ]
 ToFolderOption = Annotated[
     Path | None,
-    typer.Option(
-        metavar="FOLDER", help="Folder to create for the files. Default: the hub cache (HF_HOME)."
+    Parameter(
+        "Folder to create for the files. Default: the hub cache (HF_HOME).", metavar="FOLDER"
     ),
 ]
 
@@ -53,13 +55,13 @@ def download(
     address = parse_address(source)
     folder = _fetch_repository(address, to)
     result = {"source": str(address), "folder": str(folder)}
-    typer.echo(json.dumps(result, ensure_ascii=False) if as_json else folder)
+    click.echo(json.dumps(result, ensure_ascii=False) if as_json else folder)
     if not as_json:
         # On standard error, since scripts read the folder from standard output.
         words = ["chat", str(folder)]
         if address.repo_type != "model":
             words = ["import", str(folder), address.repo_id.rpartition("/")[2]]
-        typer.echo(f"next: {format_command(*words)}", err=True)
+        click.echo(f"next: {format_command(*words)}", err=True)
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
@@ -90,38 +92,39 @@ def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
 def merge(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="Folder of a run (LoRA, QLoRA or full fine-tuning), of a PEFT adapter, or of a "
+        Parameter(
+            "Folder of a run (LoRA, QLoRA or full fine-tuning), of a PEFT adapter, or of a "
             "4-bit GPTQ model.",
+            metavar="SOURCE",
+            is_positional=True,
         ),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="Model folder to create.")],
+    out: Annotated[Path, Parameter("Model folder to create.", metavar="OUT", is_positional=True)],
     base: Annotated[
         str | None,
-        typer.Option(
-            help="Folder or hub name of the base model. Default: as recorded in the run or in the "
+        Parameter(
+            "Folder or hub name of the base model. Default: as recorded in the run or in the "
             "adapter."
         ),
     ] = None,
     precision: Annotated[
         Literal["auto", "bf16", "fp16", "fp32"],
-        typer.Option(
-            help="Data type of the written weights. auto: that of the base model, or fp32 if it "
+        Parameter(
+            "Data type of the written weights. auto: that of the base model, or fp32 if it "
             "has several."
         ),
     ] = "auto",
     device: DeviceOption = "auto",
     num_samples: Annotated[
         int,
-        typer.Option(
-            min=1,
-            help="Number of prompts with images on which the written and the trained model are "
+        Parameter(
+            "Number of prompts with images on which the written and the trained model are "
             "compared.",
+            minimum=1,
         ),
     ] = 4,
     max_shard_gb: Annotated[
-        float, typer.Option(min=0.001, help="Maximum size of a weight file in GB (10^9 bytes).")
+        float, Parameter("Maximum size of a weight file in GB (10^9 bytes).", minimum=0.001)
     ] = 5.0,
     as_json: AsJsonOption = False,
 ) -> None:
@@ -170,7 +173,7 @@ def merge(
             log=console.log,
         )
     if as_json:
-        typer.echo(json.dumps(_result_to_dict(result, model_source)))
+        click.echo(json.dumps(_result_to_dict(result, model_source)))
     else:
         _print_result(result, model_source)
 
@@ -199,27 +202,27 @@ def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> Non
         if merge_result.merged_layers
         else "written to"
     )
-    typer.echo(f"{action} {merge_result.folder}, {merge_result.precision}")
+    click.echo(f"{action} {merge_result.folder}, {merge_result.precision}")
     for line in merge_result.parity.format_lines():
-        typer.echo(line)
+        click.echo(line)
     if merge_result.dequantized_layers:
-        typer.echo(
+        click.echo(
             f"{merge_result.dequantized_layers} layers were dequantized from 4 bits to"
             f" {merge_result.precision}, about four times as large. The values equal the 4-bit"
             " model, not the model before quantization"
         )
     if model_source.quantization_summary:
-        typer.echo(
+        click.echo(
             f"the run used quantized weights ({model_source.quantization_summary}), the merged"
             " model uses the published weights: evaluate it on more samples (finesight eval)"
         )
     if merge_result.dropped_sampling:
-        typer.echo(
+        click.echo(
             "removed from generation_config.json, for greedy decoding: "
             + json.dumps(merge_result.dropped_sampling)
         )
     if merge_result.missing_files:
-        typer.echo(
+        click.echo(
             f"missing for other programs: {'; '.join(merge_result.missing_files)};"
             " not in the base model"
         )
@@ -228,51 +231,53 @@ def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> Non
     has_default_rule = image_rule is None or "image_size" in model_source.folder.preprocessor_config
     if not has_default_rule and not isinstance(image_rule, PixelRange):
         rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
-        typer.echo(f"other programs cannot store the image size: resize images to {rule_text}")
-    typer.echo(f"next: {format_command('export', merge_result.folder)}")
+        click.echo(f"other programs cannot store the image size: resize images to {rule_text}")
+    click.echo(f"next: {format_command('export', merge_result.folder)}")
 
 
 def export(
     source: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="Folder written by `finesight merge`, or a fully fine-tuned run. For the upload "
+        Parameter(
+            "Folder written by `finesight merge`, or a fully fine-tuned run. For the upload "
             "to a hub also a LoRA run or an adapter folder.",
+            metavar="MODEL",
+            is_positional=True,
         ),
     ],
     out: Annotated[
         str | None,
-        typer.Argument(
-            metavar="OUT",
-            help="hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF "
+        Parameter(
+            "hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF "
             "files. Default: print serving commands.",
+            metavar="OUT",
+            is_positional=True,
         ),
     ] = None,
     public: Annotated[
-        bool, typer.Option("--public", help="Make the hub repository public. Default: private.")
+        bool, Parameter("Make the hub repository public. Default: private.", option="--public")
     ] = False,
     confirm: Annotated[
-        bool, typer.Option("--yes", help="Upload the files. Default: only list them.")
+        bool, Parameter("Upload the files. Default: only list them.", option="--yes")
     ] = False,
     converter: Annotated[
         Path | None,
-        typer.Option(
-            help="Path of convert_hf_to_gguf.py of llama.cpp. Default: the one in the folders of "
+        Parameter(
+            "Path of convert_hf_to_gguf.py of llama.cpp. Default: the one in the folders of "
             "the environment variable PATH."
         ),
     ] = None,
     python: Annotated[
         Path | None,
-        typer.Option(
-            help="Python interpreter of the environment with the packages of the converter. "
+        Parameter(
+            "Python interpreter of the environment with the packages of the converter. "
             "Default: that of finesight."
         ),
     ] = None,
     outtype: Annotated[
         Literal["auto", "f32", "f16", "bf16", "q8_0"],
-        typer.Option(
-            help="Data type of the language model in model.gguf; vision weights have at least 16 "
+        Parameter(
+            "Data type of the language model in model.gguf; vision weights have at least 16 "
             "bits. auto: 16 bits, as in the model. For smaller types such as Q4_K_M, run "
             "llama-quantize of llama.cpp on model.gguf."
         ),
@@ -323,13 +328,13 @@ def export(
             gguf_files = write_gguf(model_source, Path(out), program, outtype, python)
         paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
         if as_json:
-            typer.echo(json.dumps({key: str(path) for key, path in paths.items()}))
+            click.echo(json.dumps({key: str(path) for key, path in paths.items()}))
             return
         for path in paths.values():
-            typer.echo(f"{path}  {path.stat().st_size:,} bytes")
+            click.echo(f"{path}  {path.stat().st_size:,} bytes")
         manifest = model_source.manifest
         thinking = None if manifest is None else manifest.enable_thinking
-        typer.echo(format_llama_server_command(model_source.folder, gguf_files, thinking))
+        click.echo(format_llama_server_command(model_source.folder, gguf_files, thinking))
 
 
 def push_run(run_dir: Path, out: str) -> None:
@@ -342,15 +347,15 @@ def push_run(run_dir: Path, out: str) -> None:
         with collect_uploads(resolve_model_source(str(run_dir)), str(run_dir)) as files:
             message = f"Upload {run_dir.resolve().name} with finesight"
             page = publish_model(parse_address(out), files, public=False, message=message)
-            typer.echo(f"uploaded: {page}", err=True)
+            click.echo(f"uploaded: {page}", err=True)
     except Exception as error:  # whatever fails, the run is complete
         command = format_command("export", run_dir, out, "--yes")
-        typer.echo(
+        click.echo(
             f"the upload failed, but the run is complete: {escape_unprintable(str(error))}\n"
             f"to upload it again: {command}",
             err=True,
         )
-        raise typer.Exit(EXIT_UPLOAD_FAILED) from error
+        raise click.exceptions.Exit(EXIT_UPLOAD_FAILED) from error
 
 
 def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:
@@ -358,11 +363,11 @@ def _print_serving_commands(model_source: ModelSource, source: str, as_json: boo
 
     commands = build_serving_commands(model_source, source)
     if as_json:
-        typer.echo(json.dumps(commands.as_json()))
+        click.echo(json.dumps(commands.as_json()))
         return
-    typer.echo(f"vLLM:\n  {commands.vllm}\nSGLang:\n  {commands.sglang}")
+    click.echo(f"vLLM:\n  {commands.vllm}\nSGLang:\n  {commands.sglang}")
     for note in commands.notes:
-        typer.echo(f"- {note}")
+        click.echo(f"- {note}")
 
 
 def _upload_to_hub(
@@ -378,8 +383,8 @@ def _upload_to_hub(
     visibility = "public" if public else "private"
     if not as_json:
         for name, size in sizes.items():
-            typer.echo(f"{size:>16,}  {name}")
-        typer.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {visibility}")
+            click.echo(f"{size:>16,}  {name}")
+        click.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {visibility}")
     page_url = None
     if confirm:
         name = get_model_name(str(Path(source).resolve()))
@@ -388,10 +393,10 @@ def _upload_to_hub(
         )
     if as_json:
         result = {"to": str(address), "public": public, "files": sizes, "page": page_url}
-        typer.echo(json.dumps(result))
+        click.echo(json.dumps(result))
     else:
         command = format_command("export", source, out, *["--public"] * public, "--yes")
-        typer.echo(page_url or f"nothing was uploaded; next: {command}")
+        click.echo(page_url or f"nothing was uploaded; next: {command}")
 
 
 def _check_options(

@@ -8,48 +8,51 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
-import typer
+import click
 
 from finesight.errors import UserError, escape_surrogates, escape_unprintable
+from finesight.operations.operation import Parameter
 
 RunOrModelArgument = Annotated[
     str,
-    typer.Argument(
+    Parameter(
+        "Run folder, model or adapter folder, hub name, or finesight-tiny.",
         metavar="RUN_OR_MODEL",
-        help="Run folder, model or adapter folder, hub name, or finesight-tiny.",
+        is_positional=True,
     ),
 ]
 
 RecipeArgument = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="Recipe: YAML file of settings.")
+    Path, Parameter("Recipe: YAML file of settings.", metavar="RECIPE", is_positional=True)
 ]
 
 OverridesArgument = Annotated[
     list[str] | None,
-    typer.Argument(
-        metavar="KEY=VALUE",
-        help="Override settings of the recipe; values are YAML: train.batch_size=8 "
+    Parameter(
+        "Override settings of the recipe; values are YAML: train.batch_size=8 "
         '"data.train=[a.jsonl, b.jsonl]".',
+        metavar="KEY=VALUE",
+        is_positional=True,
     ),
 ]
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
-    typer.Option(help="Compute device. auto: the GPU if there is one, else the CPU."),
+    Parameter("Compute device. auto: the GPU if there is one, else the CPU."),
 ]
 
 PrecisionOption = Annotated[
     Literal["auto", "bf16", "fp16", "fp32"],
-    typer.Option(
-        help="Data type of activations and of weights that are not quantized. auto: bf16 on GPUs "
+    Parameter(
+        "Data type of activations and of weights that are not quantized. auto: bf16 on GPUs "
         "of compute capability 8.0 (Ampere) or higher, fp16 on older ones, fp32 on a CPU."
     ),
 ]
 
 WeightFormatOption = Annotated[
     Literal["auto", "nf4", "fp8", "int8", "int4"],
-    typer.Option(
-        help="Quantize the language model while loading, to save GPU memory: compared with bf16, "
+    Parameter(
+        "Quantize the language model while loading, to save GPU memory: compared with bf16, "
         "nf4 and int4 need about a quarter, int8 and fp8 half. The vision encoder is not "
         "quantized. auto: as stored, or as in the training of the run. nf4 requires "
         "finesight[quant]."
@@ -58,89 +61,87 @@ WeightFormatOption = Annotated[
 
 ThinkingOption = Annotated[
     bool | None,
-    typer.Option(
-        "--thinking/--no-thinking",
-        help="Generate reasoning before the answer, with models that have both modes, such as "
+    Parameter(
+        "Generate reasoning before the answer, with models that have both modes, such as "
         "Qwen3.5. Default: as in the training of the run, else without reasoning.",
+        option="--thinking/--no-thinking",
     ),
 ]
 
 ReasoningEffortOption = Annotated[
     str | None,
-    typer.Option(
-        metavar="EFFORT",
-        help="Reasoning effort in thinking mode, with models whose chat template defines it: "
+    Parameter(
+        "Reasoning effort in thinking mode, with models whose chat template defines it: "
         "xhigh, medium or low for Qwen3.8. Implies --thinking.",
+        metavar="EFFORT",
     ),
 ]
 
-MaxNewTokensOption = Annotated[
-    int, typer.Option(min=1, help="Maximum number of tokens per answer.")
-]
+MaxNewTokensOption = Annotated[int, Parameter("Maximum number of tokens per answer.", minimum=1)]
 
-PortOption = Annotated[int, typer.Option(min=0, max=65535, help="TCP port; 0 selects a free port.")]
+PortOption = Annotated[int, Parameter("TCP port; 0 selects a free port.", minimum=0, maximum=65535)]
 
 SourceFormatOption = Annotated[
     str | None,
-    typer.Option(
-        "--format",
-        metavar="NAME",
-        help="Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
+    Parameter(
+        "Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
         "conversations, query-response, image-path, table (columns named with --map), coco, yolo, "
         "voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, imagefolder, folder "
         "or classes. Default: detected from the content.",
+        option="--format",
+        metavar="NAME",
     ),
 ]
 
 ColumnsOption = Annotated[
     list[str] | None,
-    typer.Option(
-        "--map",
-        metavar="ROLE=COLUMN",
-        help="Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
+    Parameter(
+        "Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
         "label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
+        option="--map",
+        metavar="ROLE=COLUMN",
     ),
 ]
 
 PromptOption = Annotated[
     str | None,
-    typer.Option(
-        help="Question about every image, appended to the question of the row if it has one. In "
+    Parameter(
+        "Question about every image, appended to the question of the row if it has one. In "
         "box datasets, {label} (grounding) or {labels} (detection) inserts the class names."
     ),
 ]
 
 NoHeaderOption = Annotated[
     bool,
-    typer.Option(
-        "--no-header",
-        help="The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
+    Parameter(
+        "The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
         "and so on. Detected if the row contains an image or its file name.",
+        option="--no-header",
     ),
 ]
 
 BoxTaskOption = Annotated[
     Literal["detection", "grounding"],
-    typer.Option(
-        help="For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
+    Parameter(
+        "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
         "question per image about all boxes (detection), or one per image and label (grounding)."
     ),
 ]
 
 BoxFormatOption = Annotated[
     Literal["xyxy", "xywh", "cxcywh"] | None,
-    typer.Option(
-        "--box-format",
-        help="Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
+    Parameter(
+        "Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
         "height) or cxcywh (center x, center y, width, height). Default: of the format (coco: "
         "xywh, yolo: cxcywh) or the column names of a table (x,y,w,h: xywh), else xyxy.",
+        option="--box-format",
     ),
 ]
 
 BoxUnitsOption = Annotated[
     Literal["pixel", "1", "1000"] | None,
-    typer.Option(
-        help="Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
+    Parameter(
+        "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
         "width and height) or 1000 (thousandths). Default: of the format (yolo: 1, qwen-vl: "
         "1000), else pixel."
     ),
@@ -148,31 +149,31 @@ BoxUnitsOption = Annotated[
 
 RowRangeOption = Annotated[
     str | None,
-    typer.Option(
-        "--rows",
-        metavar="A:B",
-        help="Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from "
+    Parameter(
+        "Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from "
         "the end. Default: all rows.",
+        option="--rows",
+        metavar="A:B",
     ),
 ]
 
 LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Use only the first N rows. Default: all.")
+    int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
 ]
 
 JSON_OUTPUT = "on standard output; messages go to standard error."
 """End of the help text of every --json option."""
 
 AsJsonOption = Annotated[
-    bool, typer.Option("--json", help=f"Print the result as one JSON object {JSON_OUTPUT}")
+    bool, Parameter(f"Print the result as one JSON object {JSON_OUTPUT}", option="--json")
 ]
 
 TrustMetricOption = Annotated[
     bool,
-    typer.Option(
-        "--trust-metric",
-        help="Execute the custom metric (metric.py) in a run folder that you received from someone "
+    Parameter(
+        "Execute the custom metric (metric.py) in a run folder that you received from someone "
         "else. It is Python code: read it first.",
+        option="--trust-metric",
     ),
 ]
 
@@ -215,15 +216,15 @@ def parse_row_range(row_range: str | None) -> tuple[int | None, int | None]:
 
 LanguageOption = Annotated[
     Literal["en", "zh"] | None,
-    typer.Option(
-        "--language", help="Language of the HTML page. Default: of the locale, else English."
+    Parameter(
+        "Language of the HTML page. Default: of the locale, else English.", option="--language"
     ),
 ]
 
 
 def echo_json(data: object) -> None:
     """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
-    typer.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
+    click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
 
 
 def echo_result(data: object, lines: Iterable[str], as_json: bool) -> None:
@@ -231,4 +232,4 @@ def echo_result(data: object, lines: Iterable[str], as_json: bool) -> None:
     if as_json:
         echo_json(data)
     else:
-        typer.echo("\n".join(map(escape_unprintable, lines)))
+        click.echo("\n".join(map(escape_unprintable, lines)))

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from finesight.cli.options import (
     JSON_OUTPUT,
@@ -26,6 +26,7 @@ from finesight.cli.options import (
     echo_result,
 )
 from finesight.errors import UserError, format_count, suggest_similar_path
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.config import Device, Precision, WeightFormat
@@ -40,48 +41,48 @@ def evaluate(
     run_or_model: RunOrModelArgument,
     data: Annotated[
         Path | None,
-        typer.Option(
-            help="JSONL file of samples with answers. Default for a run: its validation split; "
+        Parameter(
+            "JSONL file of samples with answers. Default for a run: its validation split; "
             "required otherwise."
         ),
     ] = None,
     metric: Annotated[
         str | None,
-        typer.Option(
-            help="captions, latex, ocr, qa, classification, json, grounding or detection, or "
+        Parameter(
+            "captions, latex, ocr, qa, classification, json, grounding or detection, or "
             "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
             "required otherwise."
         ),
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Evaluate N randomly selected samples, always the same. Default for a run: of its "
+        Parameter(
+            "Evaluate N randomly selected samples, always the same. Default for a run: of its "
             "recipe, else all.",
+            minimum=1,
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Answers generated at the same time; halved when GPU memory is exhausted. Default "
+        Parameter(
+            "Answers generated at the same time; halved when GPU memory is exhausted. Default "
             "for a run: of its recipe, else 32.",
+            minimum=1,
         ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Maximum number of tokens per answer. Default for a run: of its recipe, else 512.",
+        Parameter(
+            "Maximum number of tokens per answer. Default for a run: of its recipe, else 512.",
+            minimum=1,
         ),
     ] = None,
     predictions_file: Annotated[
         Path | None,
-        typer.Option(
-            "--out",
-            dir_okay=False,
-            help="Write each answer with its scores to this JSONL file, for `finesight compare`.",
+        Parameter(
+            "Write each answer with its scores to this JSONL file, for `finesight compare`.",
+            option="--out",
+            path="file",
         ),
     ] = None,
     trust_metric: TrustMetricOption = False,
@@ -114,10 +115,10 @@ def evaluate(
         max_new_tokens=max_new_tokens,
     )
     if data is None and (changed := describe_changed_data(run_or_model)):
-        typer.echo(f"note: {changed}", err=True)
+        click.echo(f"note: {changed}", err=True)
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
-        typer.echo(f"custom metric: {settings.metric}", err=True)
+        click.echo(f"custom metric: {settings.metric}", err=True)
     console, inference_model = load_model(
         run_or_model, device, precision, weight_format, thinking, reasoning_effort
     )
@@ -132,8 +133,8 @@ def evaluate(
             on_progress,
         )
     for sample, reason in result.corrupt_samples:
-        typer.echo(f"skipped: sample {sample}: {reason}", err=True)
-    typer.echo(json.dumps(result.as_json()) if as_json else result.as_table())
+        click.echo(f"skipped: sample {sample}: {reason}", err=True)
+    click.echo(json.dumps(result.as_json()) if as_json else result.as_table())
 
 
 def load_model(
@@ -180,28 +181,29 @@ def predict(
     run_or_model: RunOrModelArgument,
     images: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="IMAGE", help="Image or video files; each gets its own answer."),
+        Parameter(
+            "Image or video files; each gets its own answer.", metavar="IMAGE", is_positional=True
+        ),
     ] = None,
     prompt: Annotated[
-        str | None, typer.Option(help="Question about every image. Required with IMAGE.")
+        str | None, Parameter("Question about every image. Required with IMAGE.")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="JSONL file of samples to answer, instead of IMAGE and --prompt."),
+        Path | None, Parameter("JSONL file of samples to answer, instead of IMAGE and --prompt.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 512,
     batch_size: Annotated[
         int,
-        typer.Option(
-            min=1, help="Answers generated at the same time; halved when GPU memory is exhausted."
+        Parameter(
+            "Answers generated at the same time; halved when GPU memory is exhausted.", minimum=1
         ),
     ] = 16,
     annotated_dir: Annotated[
         Path | None,
-        typer.Option(
-            "--draw",
-            file_okay=False,
-            help="Write a copy of each image with the predicted boxes into this folder.",
+        Parameter(
+            "Write a copy of each image with the predicted boxes into this folder.",
+            option="--draw",
+            path="folder",
         ),
     ] = None,
     thinking: ThinkingOption = None,
@@ -211,10 +213,10 @@ def predict(
     weight_format: WeightFormatOption = "auto",
     as_json: Annotated[
         bool,
-        typer.Option(
-            "--json",
-            help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes) "
+        Parameter(
+            "Print one JSON object per answer (image, prompt, answer, raw_text, boxes) "
             f"{JSON_OUTPUT}",
+            option="--json",
         ),
     ] = False,
 ) -> None:
@@ -244,10 +246,10 @@ def predict(
         if as_json:
             echo_json(prediction.as_json())
         else:
-            typer.echo(prediction.as_text())
+            click.echo(prediction.as_text())
     if annotated_dir is not None:
         for path in save_annotated_images(predictions, annotated_dir):
-            typer.echo(f"saved: {path}", err=True)
+            click.echo(f"saved: {path}", err=True)
 
 
 def _load_samples(
@@ -280,17 +282,16 @@ def _load_samples(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder.")],
+    run: Annotated[Path, Parameter("Run folder.", metavar="RUN", is_positional=True)],
     out: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="HTML page. Default: RUN/report.html."),
+        Path | None, Parameter("HTML page. Default: RUN/report.html.", metavar="FILE", path="file")
     ] = None,
     incorrect: Annotated[
         Path | None,
-        typer.Option(
+        Parameter(
+            "Also write the incorrect answers of the latest evaluation to this JSONL file.",
             metavar="FILE",
-            dir_okay=False,
-            help="Also write the incorrect answers of the latest evaluation to this JSONL file.",
+            path="file",
         ),
     ] = None,
     language: LanguageOption = None,
@@ -310,23 +311,24 @@ def report(
     page = write_report(run, out, language=language)
     if as_json:
         counts = {} if num_incorrect is None else {"num_incorrect": num_incorrect}
-        typer.echo(json.dumps({"report": str(page), **counts}))
+        click.echo(json.dumps({"report": str(page), **counts}))
         return
     if num_incorrect is not None:
-        typer.echo(f"{num_incorrect} incorrect answers: {incorrect}")
-    typer.echo(f"page: {page}")
+        click.echo(f"{num_incorrect} incorrect answers: {incorrect}")
+    click.echo(f"page: {page}")
 
 
 def compare(
     runs: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="RUN",
-            help="2 to 8 run folders or prediction files of `finesight eval --out`. The first one "
+        Parameter(
+            "2 to 8 run folders or prediction files of `finesight eval --out`. The first one "
             "is the baseline.",
+            metavar="RUN",
+            is_positional=True,
         ),
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", dir_okay=False, help="HTML page.")] = Path(
+    out: Annotated[Path, Parameter("HTML page.", metavar="FILE", path="file")] = Path(
         "comparison.html"
     ),
     language: LanguageOption = None,
@@ -351,20 +353,21 @@ def compare(
     raise_if_not_generated(out)
     comparison = write_compare_page(runs, out, language)
     if as_json:
-        typer.echo(json.dumps({"page": str(out), **comparison.as_json()}))
+        click.echo(json.dumps({"page": str(out), **comparison.as_json()}))
         return
-    typer.echo(comparison.format_table())
+    click.echo(comparison.format_table())
     for text in comparison.warnings:
-        typer.echo(f"note: {text}")
-    typer.echo(f"page: {out}")
+        click.echo(f"note: {text}")
+    click.echo(f"page: {out}")
 
 
 def doctor(
     subject: Annotated[
         str | None,
-        typer.Argument(
+        Parameter(
+            "Run folder, or model or adapter folder. Default: this machine.",
             metavar="RUN|MODEL",
-            help="Run folder, or model or adapter folder. Default: this machine.",
+            is_positional=True,
         ),
     ] = None,
     as_json: AsJsonOption = False,
@@ -393,4 +396,4 @@ def doctor(
         diagnosis = diagnostics.diagnose(subject)
     echo_result(diagnoses_to_dict(diagnosis), format_diagnoses(diagnosis), as_json)
     if count_severity(diagnosis, "error"):
-        raise typer.Exit(EXIT_ERROR_FOUND)
+        raise click.exceptions.Exit(EXIT_ERROR_FOUND)

@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import typer
+import click
 
 from finesight.cli.options import (
     DeviceOption,
@@ -25,6 +25,7 @@ from finesight.cli.options import (
     WeightFormatOption,
 )
 from finesight.errors import UserError
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     import socket
@@ -37,10 +38,10 @@ if TYPE_CHECKING:
 
 TrustedProxyOption = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="ADDRESS",
-        help="Address or network of a proxy in front of the server, whose header X-Forwarded-For "
+    Parameter(
+        "Address or network of a proxy in front of the server, whose header X-Forwarded-For "
         "names the client. Repeatable. Default: the header is ignored.",
+        metavar="ADDRESS",
     ),
 ]
 
@@ -49,24 +50,24 @@ def serve(
     run_or_model: RunOrModelArgument,
     adapter: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="RUN",
-            help="Additional run or adapter of the same base model. Requests select it by folder "
+        Parameter(
+            "Additional run or adapter of the same base model. Requests select it by folder "
             "name. Repeatable.",
+            metavar="RUN",
         ),
     ] = None,
     host: Annotated[
         str,
-        typer.Option(
-            help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+        Parameter(
+            "Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
             "which requires an API key, as does --trusted-proxy."
         ),
     ] = "127.0.0.1",
     port: PortOption = 8000,
     key_file: Annotated[
         Path | None,
-        typer.Option(
-            help="File with one API key per line, each of at least 16 characters. Requests then "
+        Parameter(
+            "File with one API key per line, each of at least 16 characters. Requests then "
             'need the header "Authorization: Bearer KEY". Default: the environment variable '
             "FINESIGHT_KEY, if set, else no key."
         ),
@@ -74,72 +75,68 @@ def serve(
     trusted_proxy: TrustedProxyOption = None,
     allow_media_host: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="HOST", help="Allow image downloads over https from this host. Repeatable."
-        ),
+        Parameter("Allow image downloads over https from this host. Repeatable.", metavar="HOST"),
     ] = None,
     image_format: Annotated[
         list[str] | None,
-        typer.Option(
-            metavar="FORMAT",
-            help="Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF, "
+        Parameter(
+            "Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF, "
             "JPEG2000, PPM or TIFF. Repeatable.",
+            metavar="FORMAT",
         ),
     ] = None,
     label_studio: Annotated[
         bool,
-        typer.Option(
-            "--label-studio",
-            help="Also serve an ML backend for Label Studio at the path /label-studio. It predicts "
+        Parameter(
+            "Also serve an ML backend for Label Studio at the path /label-studio. It predicts "
             "boxes, choices and texts of the labeling configuration.",
+            option="--label-studio",
         ),
     ] = False,
     label_studio_files: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FOLDER",
-            exists=True,
-            file_okay=False,
-            help="With --label-studio: folder of the images, the root of local files of Label "
+        Parameter(
+            "With --label-studio: folder of the images, the root of local files of Label "
             "Studio or its media folder. Other local files are not read.",
+            metavar="FOLDER",
+            path="existing folder",
         ),
     ] = None,
     label_studio_url: Annotated[
         str | None,
-        typer.Option(
-            metavar="URL",
-            help="With --label-studio: load images from this Label Studio server, with the access "
+        Parameter(
+            "With --label-studio: load images from this Label Studio server, with the access "
             "token of the environment variable LABEL_STUDIO_API_KEY.",
+            metavar="URL",
         ),
     ] = None,
     label_studio_prompt: Annotated[
         str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="With --label-studio: question about the images; {labels} inserts the class "
+        Parameter(
+            "With --label-studio: question about the images; {labels} inserts the class "
             "names. Default: the question of `import` for each control.",
+            metavar="TEXT",
         ),
     ] = None,
     max_num_seqs: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Maximum number of answers that are generated at the same time. Default: 64, or "
+        Parameter(
+            "Maximum number of answers that are generated at the same time. Default: 64, or "
             "fewer for a model with linear attention if the GPU has little memory.",
+            minimum=1,
         ),
     ] = None,
     max_queue: Annotated[
         int,
-        typer.Option(
-            min=0, help="Maximum number of waiting requests; further ones get HTTP status 429."
+        Parameter(
+            "Maximum number of waiting requests; further ones get HTTP status 429.", minimum=0
         ),
     ] = 256,
     timeout: Annotated[
         float,
-        typer.Option(
-            min=1,
-            help="Seconds from the first byte of a request, waiting included, until it is "
-            "canceled.",
+        Parameter(
+            "Seconds from the first byte of a request, waiting included, until it is canceled.",
+            minimum=1,
         ),
     ] = 300.0,
     thinking: ThinkingOption = None,
@@ -226,7 +223,7 @@ def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
     num_seqs = fit_num_seqs(inference_model, default)
     if num_seqs < default:
         text = f"at most {num_seqs} answers at the same time instead of {default}"
-        typer.echo(f"{text}, because of the GPU memory for linear attention", err=True)
+        click.echo(f"{text}, because of the GPU memory for linear attention", err=True)
     return num_seqs
 
 
@@ -254,7 +251,7 @@ def _print_address(
         example: Image and prompt of the request; None for a text.
         auth_header: Option of curl with the API key, after a space; empty without a key.
     """
-    typer.echo(f"serving {', '.join(service.model_names)} at {address}")
+    click.echo(f"serving {', '.join(service.model_names)} at {address}")
     curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
     content: object = "Hello"
     if example is not None:
@@ -266,14 +263,14 @@ def _print_address(
     message = {"role": "user", "content": content}
     body = json.dumps({"model": service.model_names[0], "messages": [message]}, ensure_ascii=False)
     if example is None:
-        typer.echo(f"  {curl} -d {shlex.quote(body)}")
+        click.echo(f"  {curl} -d {shlex.quote(body)}")
     else:
         # An image exceeds the maximum length of an argument.
         start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(mark))
         image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
-        typer.echo(f"  ({start}; {image}; {end}) | {curl} -d @-")
+        click.echo(f"  ({start}; {image}; {end}) | {curl} -d @-")
     if has_label_studio:
-        typer.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
+        click.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
 
 
 MIN_PASSWORD_LENGTH = 16
@@ -284,21 +281,21 @@ WEB_MAX_NUM_SEQS = 8
 
 PageHostOption = Annotated[
     str,
-    typer.Option(
-        help="Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
+    Parameter(
+        "Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
         "with a password."
     ),
 ]
 PasswordFileOption = Annotated[
     Path | None,
-    typer.Option(
-        dir_okay=False,
-        help="File with the password, of at least 16 characters. Default: no password on 127.0.0.1 "
+    Parameter(
+        "File with the password, of at least 16 characters. Default: no password on 127.0.0.1 "
         "without --trusted-proxy; otherwise, a generated one is printed.",
+        path="file",
     ),
 ]
 NoAuthOption = Annotated[
-    bool, typer.Option("--no-auth", help="Require no password, also from the network.")
+    bool, Parameter("Require no password, also from the network.", option="--no-auth")
 ]
 
 MAX_STUDIO_UPLOAD_BYTES = 160 << 20
@@ -306,14 +303,14 @@ MAX_STUDIO_UPLOAD_BYTES = 160 << 20
 
 SocketOption = Annotated[
     Path | None,
-    typer.Option(
-        "--socket",
-        metavar="FILE",
-        help="Listen on a Unix socket instead, for a proxy of this user, such as the studio. It "
+    Parameter(
+        "Listen on a Unix socket instead, for a proxy of this user, such as the studio. It "
         "needs no password.",
+        option="--socket",
+        metavar="FILE",
     ),
 ]
-OpenOption = Annotated[bool, typer.Option("--open", help="Open the page in the default browser.")]
+OpenOption = Annotated[bool, Parameter("Open the page in the default browser.", option="--open")]
 
 
 def web(
@@ -378,43 +375,38 @@ def web(
 def studio(
     folder: Annotated[
         Path,
-        typer.Argument(
+        Parameter(
+            "Folder for data sets, recipes and runs.",
             metavar="WORKSPACE",
-            exists=True,
-            file_okay=False,
-            help="Folder for data sets, recipes and runs.",
+            is_positional=True,
+            path="existing folder",
         ),
     ] = Path(),
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7870,
     password_file: Annotated[
         Path | None,
-        typer.Option(
-            dir_okay=False,
-            help="File with the password, of at least 16 characters. Default: a generated one is "
+        Parameter(
+            "File with the password, of at least 16 characters. Default: a generated one is "
             "printed.",
+            path="file",
         ),
     ] = None,
     no_auth: Annotated[
         bool,
-        typer.Option(
-            "--no-auth", help="Require no password, also from other users of the machine."
-        ),
+        Parameter("Require no password, also from other users of the machine.", option="--no-auth"),
     ] = False,
     trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
     api_port: Annotated[
-        int,
-        typer.Option(min=0, max=65535, help="Port of the HTTP API. 0: any free port."),
+        int, Parameter("Port of the HTTP API. 0: any free port.", minimum=0, maximum=65535)
     ] = 7872,
     converter: Annotated[
         Path | None,
-        typer.Option(
+        Parameter(
+            "convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.",
             metavar="FILE",
-            exists=True,
-            dir_okay=False,
-            resolve_path=True,
-            help="convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.",
+            path="existing file",
         ),
     ] = None,
 ) -> None:
@@ -482,21 +474,21 @@ def print_page_address(
     """
     bound = listener.getsockname()
     if isinstance(bound, str):
-        typer.echo(f"listening on {bound}")
+        click.echo(f"listening on {bound}")
         return
     address = f"http://{_get_reachable_host(host)}:{bound[1]}"
-    typer.echo(address)
+    click.echo(address)
     if password is not None:
-        typer.echo(f"password: {password}")
+        click.echo(f"password: {password}")
     if password is not None and not is_loopback(host):
-        typer.echo("The page uses HTTP without encryption: the password is sent as plain text.")
+        click.echo("The page uses HTTP without encryption: the password is sent as plain text.")
     if open_page:
         import threading
         import webbrowser
 
         def open_browser() -> None:
             if not webbrowser.open(address):
-                typer.echo("no browser found: open the address above in a browser")
+                click.echo("no browser found: open the address above in a browser")
 
         # In a thread, because browsers in the terminal return at their end.
         threading.Thread(target=open_browser, daemon=True).start()

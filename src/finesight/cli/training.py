@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-import typer
+import click
 
 from finesight.cli.options import (
     AsJsonOption,
@@ -22,6 +22,7 @@ from finesight.cli.options import (
     echo_result,
 )
 from finesight.errors import UserError, format_command
+from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
@@ -30,26 +31,24 @@ if TYPE_CHECKING:
 
 PushOption = Annotated[
     str | None,
-    typer.Option(
-        "--push",
-        metavar="hf:OWNER/NAME",
-        help="Upload the adapter or model to a private hub repository when the run is finished "
+    Parameter(
+        "Upload the adapter or model to a private hub repository when the run is finished "
         "(also modelscope:OWNER/NAME). Token, connection and repository are checked before "
         "training. If the upload fails, the run is kept, and the exit code is 1.",
+        option="--push",
+        metavar="hf:OWNER/NAME",
     ),
 ]
 ForceOption = Annotated[
     bool,
-    typer.Option(
-        "--force", help="Start even if the predicted peak memory exceeds that of the device."
+    Parameter(
+        "Start even if the predicted peak memory exceeds that of the device.", option="--force"
     ),
 ]
 
 
 def quickstart(
-    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Folder for all files.")] = Path(
-        "quickstart"
-    ),
+    out: Annotated[Path, Parameter("Folder for all files.", metavar="FOLDER")] = Path("quickstart"),
     as_json: AsJsonOption = False,
 ) -> None:
     """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
@@ -65,19 +64,22 @@ def quickstart(
 
     result = run_quickstart(out, Console(stderr=as_json))
     if as_json:
-        typer.echo(json.dumps(result.as_json()))
+        click.echo(json.dumps(result.as_json()))
 
 
 def convert(
     source: Annotated[
         Path,
-        typer.Argument(
-            metavar="SOURCE",
-            help="YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a "
+        Parameter(
+            "YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a "
             "shell script with their command; or a Python script or notebook of TRL or Unsloth.",
+            metavar="SOURCE",
+            is_positional=True,
         ),
     ],
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file to create.")],
+    recipe: Annotated[
+        Path, Parameter("Recipe file to create.", metavar="RECIPE", is_positional=True)
+    ],
     as_json: AsJsonOption = False,
 ) -> None:
     """Convert a configuration or script of another trainer to a recipe.
@@ -127,18 +129,19 @@ def _get_text(note: ConversionNote) -> str:
 def train(
     recipe: Annotated[
         Path,
-        typer.Argument(
+        Parameter(
+            "Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.",
             metavar="RECIPE",
-            help="Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.",
+            is_positional=True,
         ),
     ],
     overrides: OverridesArgument = None,
     resume: Annotated[
         bool,
-        typer.Option(
-            "--resume",
-            help="Continue the run in output_dir from its newest checkpoint, or start it if there "
+        Parameter(
+            "Continue the run in output_dir from its newest checkpoint, or start it if there "
             "is none. Repeat the same recipe and overrides, or give the run folder.",
+            option="--resume",
         ),
     ] = False,
     push: PushOption = None,
@@ -183,7 +186,7 @@ def train(
         section = content.get("train") if isinstance(content, dict) else None
         steps = section.get("steps") if isinstance(section, dict) else None
         if steps is not None and os.environ.get("RANK", "0") == "0":
-            typer.echo(f"train.epochs replaces train.steps: {steps} of the recipe", err=True)
+            click.echo(f"train.epochs replaces train.steps: {steps} of the recipe", err=True)
     if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):
         raise UserError(
             "the run trains an adapter and complete parts, which must be merged first",
@@ -203,12 +206,12 @@ def train(
 
     result = run_training(settings, resume=resume, check_inputs=partial(check_fit, force=force))
     if as_json and result is not None:
-        typer.echo(json.dumps(result.as_json()))
+        click.echo(json.dumps(result.as_json()))
     if result is not None:
         from finesight.cli.label import find_label_command
 
         if words := find_label_command(settings):
-            typer.echo(f"to label further images: {shlex.join(words)}", err=True)
+            click.echo(f"to label further images: {shlex.join(words)}", err=True)
     if push is not None and result is not None:
         from finesight.cli.models import push_run
 
@@ -261,69 +264,67 @@ def launch(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     engine: Annotated[
-        LaunchEngine, typer.Option("--on", help="Launcher or scheduler that runs the job.")
+        LaunchEngine, Parameter("Launcher or scheduler that runs the job.", option="--on")
     ] = "torchrun",
     gpus_per_node: Annotated[
-        int, typer.Option(min=1, max=64, help="GPUs of each node; each runs one process.")
+        int, Parameter("GPUs of each node; each runs one process.", minimum=1, maximum=64)
     ] = 8,
     nodes: Annotated[
         str,
-        typer.Option(
-            metavar="N|MIN:MAX",
-            help="Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with "
+        Parameter(
+            "Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with "
             "the nodes that are available.",
+            metavar="N|MIN:MAX",
         ),
     ] = "1",
     name: Annotated[
         str | None,
-        typer.Option(
-            help="Name of the job and of its file. Default: from the last folder of output_dir."
-        ),
+        Parameter("Name of the job and of its file. Default: from the last folder of output_dir."),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE",
-            dir_okay=False,
-            help="Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or "
+        Parameter(
+            "Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or "
             "NAME.trainjob.yaml.",
+            metavar="FILE",
+            path="file",
         ),
     ] = None,
     submit: Annotated[
         bool,
-        typer.Option(
-            "--submit",
-            help="Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow). "
+        Parameter(
+            "Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow). "
             "torchrun has no queue: run the script instead.",
+            option="--submit",
         ),
     ] = False,
     partition: Annotated[
-        str | None, typer.Option(help="slurm: partition. Default: of the cluster.")
+        str | None, Parameter("slurm: partition. Default: of the cluster.")
     ] = None,
     account: Annotated[
-        str | None, typer.Option(help="slurm: account to charge. Default: of the cluster.")
+        str | None, Parameter("slurm: account to charge. Default: of the cluster.")
     ] = None,
     time: Annotated[
         str | None,
-        typer.Option(
-            help="slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
+        Parameter(
+            "slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
             "Default: of the partition."
         ),
     ] = None,
     image: Annotated[
         str | None,
-        typer.Option(help="skypilot, kubeflow: container image with finesight. Required for both."),
+        Parameter("skypilot, kubeflow: container image with finesight. Required for both."),
     ] = None,
     store: Annotated[
         str | None,
-        typer.Option(
-            help="skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. "
+        Parameter(
+            "skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. "
             "A bucket URL such as s3://bucket/folder (skypilot) or the name of a "
             "PersistentVolumeClaim (kubeflow). Required for both."
         ),
     ] = None,
     accelerator: Annotated[
-        str | None, typer.Option(help="skypilot: GPU type, such as H100. Required.")
+        str | None, Parameter("skypilot: GPU type, such as H100. Required.")
     ] = None,
     push: PushOption = None,
     force: ForceOption = False,
@@ -377,11 +378,11 @@ def launch(
             "submitted": submit,
             "output": submit_output,
         }
-        typer.echo(json.dumps(result))
+        click.echo(json.dumps(result))
     elif submit:
-        typer.echo(f"{file}\n{submit_output}")
+        click.echo(f"{file}\n{submit_output}")
     else:
-        typer.echo(f"{file}\nstart with: {submit_command}")
+        click.echo(f"{file}\nstart with: {submit_command}")
 
 
 def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) -> None:

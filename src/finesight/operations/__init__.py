@@ -1,0 +1,111 @@
+"""Operations: what the commands, the Python API and the web application do.
+
+An operation is a function. Its signature is the request: the name, type, bounds and description of
+each parameter. The options of the command, the arguments of the Python function and the fields of
+the page are derived from it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from finesight.operations.operation import Operation
+
+OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
+    "Start": {
+        "init": Operation(
+            "finesight.cli.init:init",
+            "Import a dataset, and write a recipe that fits this machine.",
+        ),
+        "quickstart": Operation(
+            "finesight.cli.training:quickstart",
+            "Run the complete workflow on generated data, on a CPU.",
+        ),
+        "studio": Operation(
+            "finesight.cli.servers:studio",
+            "Start a page in the browser, from images to a served model.",
+            json_help="",
+        ),
+        "doctor": Operation(
+            "finesight.cli.results:doctor", "Diagnose a machine, a model or a run."
+        ),
+        "download": Operation(
+            "finesight.cli.models:download", "Download a model or dataset from a hub."
+        ),
+    },
+    "Data": {
+        "import": Operation("finesight.cli.data:import_data", "Import a dataset as samples."),
+        "check": Operation(
+            "finesight.cli.data:check",
+            "Validate samples.",
+            json_help="Print one JSON object per issue, then one summary,",
+        ),
+        "label": Operation(
+            "finesight.cli.label:label",
+            "Label images with suggestions of a model.",
+            json_help="Print one JSON object per suggestion",
+        ),
+        "show": Operation(
+            "finesight.cli.data:show",
+            "Print the tokenized samples of a recipe.",
+            json_help="Print one JSON object per sample",
+        ),
+        "data export": Operation(
+            "finesight.cli.data:export_data", "Export samples in the format of another program."
+        ),
+        "data convert-boxes": Operation(
+            "finesight.cli.data:convert_boxes",
+            "Convert the boxes of a file to another model family.",
+        ),
+    },
+    "Training": {
+        "plan": Operation(
+            "finesight.cli.data:plan",
+            "Estimate memory and time of a run and suggest settings that fit.",
+        ),
+        "train": Operation("finesight.cli.training:train", "Fine-tune a model with a recipe."),
+        "launch": Operation(
+            "finesight.cli.training:launch", "Write a training job for several GPUs or nodes."
+        ),
+        "convert": Operation(
+            "finesight.cli.training:convert",
+            "Convert a configuration or script of another trainer to a recipe.",
+        ),
+    },
+    "Evaluation": {
+        "eval": Operation(
+            "finesight.cli.results:evaluate", "Evaluate a model or run on a dataset."
+        ),
+        "report": Operation("finesight.cli.results:report", "Write the HTML report of a run."),
+        "compare": Operation(
+            "finesight.cli.results:compare", "Compare runs or evaluations on an HTML page."
+        ),
+    },
+    "Inference": {
+        "predict": Operation(
+            "finesight.cli.results:predict",
+            "Answer questions about images.",
+            json_help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes)",
+        ),
+        "chat": Operation("finesight.cli.chat:chat", "Start a chat in the terminal.", json_help=""),
+        "web": Operation(
+            "finesight.cli.servers:web", "Start a chat UI in the browser.", json_help=""
+        ),
+        "serve": Operation(
+            "finesight.cli.servers:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
+        ),
+    },
+    "Deployment": {
+        "merge": Operation("finesight.cli.models:merge", "Merge an adapter into its base model."),
+        "export": Operation(
+            "finesight.cli.models:export",
+            "Upload a model, convert it to GGUF, or print serving commands.",
+        ),
+    },
+}
+"""Operations by group and name, in the order of the help. A name may have two words."""
+
+
+def find_operation(name: str) -> Operation:
+    """Return the operation with a name."""
+    return next(group[name] for group in OPERATIONS.values() if name in group)

@@ -171,7 +171,7 @@ INVALID_CALLS = [
     (lambda *_: api.load_model("./missing"), "model"),
     (lambda *_: api.load_model(TINY, device="cuda:1"), "device"),
     (lambda *_: api.load_model(TINY, precision="bfloat16"), "precision"),
-    (lambda *_: api.load_model(TINY, weights="int3"), "weights"),
+    (lambda *_: api.load_model(TINY, weight_format="int3"), "weight_format"),
     (lambda *_: api.evaluate("./missing", limit=-1), "limit"),
     (lambda *_: api.evaluate(TINY, "missing.jsonl"), "metric"),
     (lambda *_: api.evaluate(TINY, metric="qa"), "data"),

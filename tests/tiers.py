@@ -41,7 +41,7 @@ END_TO_END = {
     "launch": "cli/test_launch.py::test_job_file_and_start_command",
     "merge": "cli/test_merge.py::test_run_is_merged_into_model_folder",
     "predict": "cli/test_predict.py::test_one_json_line_per_image",
-    "quickstart": "test_quickstart_demo.py::test_every_stage_writes_its_files",
+    "quickstart": "test_quickstart.py::test_every_stage_writes_its_files",
     "report": "cli/test_report.py::test_report_is_written_into_run",
     "serve": "cli/test_serve.py::test_sigterm_finishes_running_requests_and_exits_with_0",
     "studio": "cli/test_studio.py::test_page_shows_the_workspace",

@@ -18,6 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from finesight.errors import escape_unprintable
 from finesight.manifest import MAX_DATA_WAIT_FRACTION
 
 ProgressCallback = Callable[[int], None]
@@ -38,8 +39,9 @@ class ProgressConsole:
         self.rich_console = rich_console or Console(stderr=True)
 
     def log(self, text: str) -> None:
-        """Print a line of plain text, without rich markup."""
-        self.rich_console.print(text, markup=False, highlight=False, soft_wrap=True)
+        """Print a line of plain text, without rich markup and control characters."""
+        plain = escape_unprintable(text)
+        self.rich_console.print(plain, markup=False, highlight=False, soft_wrap=True)
 
     @contextmanager
     def progress_stage(self, title: str, total: int) -> Iterator[ProgressCallback]:

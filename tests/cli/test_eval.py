@@ -9,9 +9,9 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
-from finesight.cli.results import describe_changed_data
 from finesight.data.sample import write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
+from finesight.operations.evaluation import describe_changed_data
 
 
 @pytest.fixture(scope="module")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -20,13 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.shell_completion import get_completion_class
+from click import shell_completion
 
 from finesight import __version__
-from finesight.errors import TrainingInterrupted, UserError, format_command
+from finesight.errors import (
+    TrainingInterrupted,
+    UserError,
+    escape_surrogates,
+    escape_unprintable,
+    format_command,
+)
 from finesight.host_memory import num_allowed_cpus
 from finesight.operations import OPERATIONS, find_operation
-from finesight.operations.operation import OperationParameter, list_parameters
+from finesight.operations.operation import Operation, OperationParameter, Outcome, list_parameters
 
 EXIT_USER_ERROR = 2
 EXIT_CHECKPOINTED = 75
@@ -95,22 +102,31 @@ def _reject_override(args: list[str], options: Collection[str]) -> None:
             )
 
 
-def build_command(name: str, summary: str, operation: Callable[..., Any]) -> click.Command:
+def build_command(name: str, operation: Operation) -> click.Command:
     """Build the command of an operation. Its help is the docstring of the operation."""
-    parameters = list_parameters(operation)
+    function = operation.load()
+    parameters = list_parameters(function)
+    params: list[click.Parameter] = [_build_param(parameter) for parameter in parameters]
+    if operation.json_help and "as_json" not in {one.name for one in parameters}:
+        text = f"{operation.json_help} on standard output; messages go to standard error."
+        params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
     return OperationCommand(
         name,
-        callback=partial(_run, operation, parameters),
-        params=[_build_param(parameter) for parameter in parameters],
-        help=inspect.getdoc(operation),
-        short_help=summary,
+        callback=partial(_run, function, parameters),
+        params=params,
+        help=inspect.getdoc(function),
+        short_help=operation.summary,
     )
 
 
 def _run(
-    operation: Callable[..., Any], parameters: Sequence[OperationParameter], **given: Any
+    function: Callable[..., Any],
+    parameters: Sequence[OperationParameter],
+    as_json: bool = False,
+    **given: Any,
 ) -> None:
-    arguments = {}
+    """Run an operation, and print its outcome."""
+    arguments, given = {}, {**given, "as_json": as_json}
     for parameter in parameters:
         value = given[parameter.name]
         if parameter.is_multiple:
@@ -118,7 +134,27 @@ def _run(
         if parameter.info.parse is not None and value is not None:
             value = parameter.info.parse(value)
         arguments[parameter.name] = value
-    operation(**arguments)
+    if as_json and "on_record" in inspect.signature(function).parameters:
+        arguments["on_record"] = _print_json
+    outcome: Outcome[object] | None = function(**arguments)
+    if outcome is None:
+        return  # a server that was stopped
+    if as_json:
+        for record in outcome.data if isinstance(outcome.data, list) else [outcome.data]:
+            _print_json(record)
+    elif outcome.lines:
+        click.echo("\n".join(map(escape_unprintable, outcome.lines)))
+    commands = [format_command(*step.words) for step in outcome.next_steps]
+    if commands and not as_json:
+        text = "\n  ".join(["next:", *commands]) if commands[1:] else f"next: {commands[0]}"
+        click.echo(text, err=True)
+    if outcome.exit_code:
+        raise click.exceptions.Exit(outcome.exit_code)
+
+
+def _print_json(data: object) -> None:
+    """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
+    click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
 
 
 def _build_param(parameter: OperationParameter) -> click.Parameter:
@@ -220,15 +256,14 @@ class CommandGroup(click.Group):
 
 @cache
 def _build_command(name: str) -> click.Command:
-    operation = find_operation(name)
-    return build_command(name.rpartition(" ")[2], operation.summary, operation.load())
+    return build_command(name.rpartition(" ")[2], find_operation(name))
 
 
 def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
     """Print the script that completes words in a shell."""
     if shell is None or ctx.resilient_parsing:
         return
-    completion = get_completion_class(shell)
+    completion = shell_completion.get_completion_class(shell)
     assert completion is not None, f"click does not complete words in {shell}"
     click.echo(completion(ctx.command, {}, "finesight", "_FINESIGHT_COMPLETE").source())
     ctx.exit()
@@ -278,7 +313,14 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     """
     configure_openmp_spin()
     try:
-        command(args=list(arguments), prog_name="finesight")
+        code = command.main(list(arguments), "finesight", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return EXIT_INTERRUPTED
+    except SystemExit:
+        return 0  # click exits so on a closed pipe (`| head`) only
     except UserError as error:
         names = "|".join(name for group in OPERATIONS.values() for name in group)
         program = format_command().replace("\\", r"\\")
@@ -287,14 +329,7 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     except TrainingInterrupted as interrupt:
         click.echo(str(interrupt), err=True)
         return EXIT_CHECKPOINTED
-    except SystemExit as system_exit:
-        # click exits with code 1 on Ctrl-C and on a closed pipe (`| head`).
-        if isinstance(system_exit.__context__, click.Abort):
-            return EXIT_INTERRUPTED
-        if isinstance(system_exit.__context__, BrokenPipeError):
-            return 0
-        return system_exit.code if isinstance(system_exit.code, int) else 0
-    return 0
+    return code if isinstance(code, int) else 0
 
 
 def main() -> None:

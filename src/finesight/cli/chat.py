@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from finesight.cli.options import (
+from finesight.errors import UserError, escape_unprintable
+from finesight.operations.operation import Parameter
+from finesight.operations.options import (
     DeviceOption,
     MaxNewTokensOption,
     PrecisionOption,
@@ -23,8 +25,6 @@ from finesight.cli.options import (
     ThinkingOption,
     WeightFormatOption,
 )
-from finesight.errors import UserError, escape_unprintable
-from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn

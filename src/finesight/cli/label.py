@@ -10,17 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 
-from finesight.cli.options import (
-    JSON_OUTPUT,
-    DeviceOption,
-    MaxNewTokensOption,
-    PortOption,
-    PrecisionOption,
-    RunOrModelArgument,
-    WeightFormatOption,
-    echo_json,
-)
-from finesight.cli.results import load_model
 from finesight.cli.servers import (
     NoAuthOption,
     PageHostOption,
@@ -36,7 +25,18 @@ from finesight.cli.servers import (
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError, format_command
 from finesight.manifest import RECIPE_FILE, find_run_dir
+from finesight.operations.model import load_model
 from finesight.operations.operation import Parameter
+from finesight.operations.options import (
+    JSON_OUTPUT,
+    DeviceOption,
+    MaxNewTokensOption,
+    PortOption,
+    PrecisionOption,
+    RunOrModelArgument,
+    WeightFormatOption,
+    echo_json,
+)
 
 if TYPE_CHECKING:
     import socket
@@ -166,8 +166,11 @@ def label(
             session = open_session(out, run_or_model, sources, **options)
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            console, model = load_model(run_or_model, device, precision, weight_format)
-            with console.progress_stage("suggestions", len(pending)) as on_progress:
+            loaded = load_model(
+                run_or_model, device=device, precision=precision, weight_format=weight_format
+            )
+            model = loaded.value.inference_model
+            with ProgressConsole().progress_stage("suggestions", len(pending)) as on_progress:
                 limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
                 reasons = session.add_suggestions(model, **limits, on_progress=on_progress)
             for reason in reasons.values():

@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from finesight.cli.options import (
+from finesight.errors import UserError
+from finesight.operations.operation import Parameter
+from finesight.operations.options import (
     DeviceOption,
     PortOption,
     PrecisionOption,
@@ -24,8 +26,6 @@ from finesight.cli.options import (
     ThinkingOption,
     WeightFormatOption,
 )
-from finesight.errors import UserError
-from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     import socket

@@ -14,91 +14,92 @@ from finesight.operations.operation import Operation
 OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
     "Start": {
         "init": Operation(
-            "finesight.cli.init:init",
+            "operations.init:init",
             "Import a dataset, and write a recipe that fits this machine.",
         ),
         "quickstart": Operation(
-            "finesight.cli.training:quickstart",
+            "operations.training:quickstart",
             "Run the complete workflow on generated data, on a CPU.",
         ),
         "studio": Operation(
-            "finesight.cli.servers:studio",
+            "cli.servers:studio",
             "Start a page in the browser, from images to a served model.",
             json_help="",
         ),
         "doctor": Operation(
-            "finesight.cli.results:doctor", "Diagnose a machine, a model or a run."
+            "operations.evaluation:doctor", "Diagnose a machine, a model or a run."
         ),
         "download": Operation(
-            "finesight.cli.models:download", "Download a model or dataset from a hub."
+            "operations.deployment:download", "Download a model or dataset from a hub."
         ),
     },
     "Data": {
-        "import": Operation("finesight.cli.data:import_data", "Import a dataset as samples."),
+        "import": Operation("operations.dataset:import_data", "Import a dataset as samples."),
         "check": Operation(
-            "finesight.cli.data:check",
+            "operations.dataset:check",
             "Validate samples.",
             json_help="Print one JSON object per issue, then one summary,",
         ),
         "label": Operation(
-            "finesight.cli.label:label",
+            "cli.label:label",
             "Label images with suggestions of a model.",
             json_help="Print one JSON object per suggestion",
         ),
         "show": Operation(
-            "finesight.cli.data:show",
+            "operations.dataset:show",
             "Print the tokenized samples of a recipe.",
             json_help="Print one JSON object per sample",
         ),
         "data export": Operation(
-            "finesight.cli.data:export_data", "Export samples in the format of another program."
+            "operations.dataset:export_data",
+            "Export samples in the format of another program.",
         ),
         "data convert-boxes": Operation(
-            "finesight.cli.data:convert_boxes",
+            "operations.dataset:convert_boxes",
             "Convert the boxes of a file to another model family.",
         ),
     },
     "Training": {
         "plan": Operation(
-            "finesight.cli.data:plan",
+            "operations.dataset:plan",
             "Estimate memory and time of a run and suggest settings that fit.",
         ),
-        "train": Operation("finesight.cli.training:train", "Fine-tune a model with a recipe."),
+        "train": Operation("operations.training:train", "Fine-tune a model with a recipe."),
         "launch": Operation(
-            "finesight.cli.training:launch", "Write a training job for several GPUs or nodes."
+            "operations.training:launch",
+            "Write a training job for several GPUs or nodes.",
         ),
         "convert": Operation(
-            "finesight.cli.training:convert",
+            "operations.training:convert",
             "Convert a configuration or script of another trainer to a recipe.",
         ),
     },
     "Evaluation": {
         "eval": Operation(
-            "finesight.cli.results:evaluate", "Evaluate a model or run on a dataset."
+            "operations.evaluation:evaluate", "Evaluate a model or run on a dataset."
         ),
-        "report": Operation("finesight.cli.results:report", "Write the HTML report of a run."),
+        "report": Operation("operations.evaluation:report", "Write the HTML report of a run."),
         "compare": Operation(
-            "finesight.cli.results:compare", "Compare runs or evaluations on an HTML page."
+            "operations.evaluation:compare",
+            "Compare runs or evaluations on an HTML page.",
         ),
     },
     "Inference": {
         "predict": Operation(
-            "finesight.cli.results:predict",
+            "operations.evaluation:predict",
             "Answer questions about images.",
             json_help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes)",
         ),
-        "chat": Operation("finesight.cli.chat:chat", "Start a chat in the terminal.", json_help=""),
-        "web": Operation(
-            "finesight.cli.servers:web", "Start a chat UI in the browser.", json_help=""
-        ),
+        "chat": Operation("cli.chat:chat", "Start a chat in the terminal.", json_help=""),
+        "web": Operation("cli.servers:web", "Start a chat UI in the browser.", json_help=""),
         "serve": Operation(
-            "finesight.cli.servers:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
+            "cli.servers:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
         ),
     },
     "Deployment": {
-        "merge": Operation("finesight.cli.models:merge", "Merge an adapter into its base model."),
+        "merge": Operation("operations.deployment:merge", "Merge an adapter into its base model."),
         "export": Operation(
-            "finesight.cli.models:export",
+            "operations.deployment:export",
             "Upload a model, convert it to GGUF, or print serving commands.",
         ),
     },

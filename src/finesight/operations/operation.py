@@ -5,17 +5,25 @@ Operations are imported when they are needed.
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import os
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, ParamSpec, TypeVar
+
+from finesight.errors import UserError
 
 Result = TypeVar("Result")
+Arguments = ParamSpec("Arguments")
+
+StrPath = str | Path
+"""Name or path of a file, run or model; `~` stands for the home folder."""
 
 Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
 """Kind of the values of a parameter."""
@@ -31,7 +39,8 @@ class Parameter:
             `--thinking/--no-thinking`.
         metavar: Placeholder of a value in the help.
         is_positional: Whether the command takes it without the name of an option.
-        path: Kind of an existing path. The others may be missing.
+        path: Kind of a path. All but the existing ones may be missing. `name` may be a name on a
+            hub instead.
         parse: Converts the words of the command line to the value.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
@@ -41,7 +50,7 @@ class Parameter:
     option: str = ""
     metavar: str = ""
     is_positional: bool = False
-    path: Literal["any", "file", "folder", "existing file", "existing folder"] = "any"
+    path: Literal["any", "file", "folder", "existing file", "existing folder", "name"] = "any"
     parse: Callable[[Any], Any] | None = None
     minimum: float | None = None
     maximum: float | None = None
@@ -57,6 +66,7 @@ class OperationParameter:
         is_multiple: Whether several values are accepted.
         is_optional: Whether None is accepted.
         default: Default value, or `inspect.Parameter.empty` for a required parameter.
+        other_types: Names of the types of objects that Python code may give instead.
     """
 
     name: str
@@ -66,6 +76,7 @@ class OperationParameter:
     is_multiple: bool
     is_optional: bool
     default: Any
+    other_types: frozenset[str] = frozenset()
 
     @property
     def is_required(self) -> bool:
@@ -89,6 +100,74 @@ class OperationParameter:
         if self.info.is_positional:
             return texts
         return [word for text in texts for word in (self.option, text)]
+
+    def convert(self, value: Any) -> Any:
+        """Convert an argument of Python code to the type of the parameter.
+
+        Raises UserError for a value of another type, for an unknown choice, and for a number out of
+        bounds.
+        """
+        names = {one.__name__ for one in type(value).__mro__}
+        is_other = names & self.other_types or (value is None and self.is_optional)
+        if self.kind == "flag" or is_other or isinstance(value, Mapping):
+            return value
+        if not self.is_multiple:
+            return self._convert_item(value)
+        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+        return [self._convert_item(item) for item in (value if is_sequence else [value])]
+
+    def _convert_item(self, value: Any) -> Any:
+        info, expected = self.info, ""
+        if self.kind in ("path", "text"):
+            name = to_name(value)
+            return Path(os.path.expanduser(name)) if self.kind == "path" else name
+        if self.choices:
+            expected = f"one of {', '.join(self.choices)}" if value not in self.choices else ""
+        elif not isinstance(value, int if self.kind == "integer" else int | float):
+            expected = "an integer" if self.kind == "integer" else "a number"
+        elif info.minimum is not None and value < info.minimum:
+            expected = f"a number of at least {info.minimum:g}"
+        elif info.maximum is not None and value > info.maximum:
+            expected = f"a number of at most {info.maximum:g}"
+        if expected:
+            raise UserError(
+                f"{self.name} is {value!r}",
+                where=self.name,
+                expected=expected,
+                remedy="correct or remove it",
+            )
+        return value
+
+
+def to_path(value: StrPath | None) -> Path | None:
+    """Convert a name to a path; None stays None."""
+    return None if value is None else Path(value)
+
+
+def to_name(value: object) -> str:
+    """Convert the name or path of a file, run or model to text.
+
+    Raises UserError for objects of other types, such as images in memory.
+    """
+    if isinstance(value, str | os.PathLike):
+        return str(value)
+    raise UserError(
+        f"a {type(value).__name__} instead of a file name",
+        expected="a str or a Path",
+        remedy='save in-memory data to a file, such as image.save("image.png"), and pass its name',
+    )
+
+
+def check_counts(**counts: int | None) -> None:
+    """Raise UserError if one of the named counts is below 1; None is valid."""
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise UserError(
+                f"{name} is {count}",
+                where=name,
+                expected="an integer of at least 1",
+                remedy="correct or remove it",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +218,7 @@ class Operation:
     """Entry of an operation.
 
     Attributes:
-        target: Module and function, as MODULE:FUNCTION.
+        target: Module of the package and function, as MODULE:FUNCTION.
         summary: Short description.
         json_help: Start of the description of `--json`; empty for an operation that runs until it
             is stopped, and has no result.
@@ -152,7 +231,7 @@ class Operation:
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         module, _, function = self.target.partition(":")
-        operation: Callable[..., Any] = getattr(import_module(module), function)
+        operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)
         return operation
 
 
@@ -165,15 +244,29 @@ KINDS: Mapping[type, Kind] = {
 }
 
 
+class _UnknownNames(dict[str, Any]):
+    """Types that a module imports for type checkers only, as empty classes of the same name."""
+
+    def __init__(self, known: Mapping[str, object]) -> None:
+        super().__init__()
+        self._known = known
+
+    def __missing__(self, name: str) -> type:
+        if name in self._known or name in vars(builtins):
+            raise KeyError(name)
+        return type(name, (), {})
+
+
 @lru_cache
 def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParameter]:
     """Return the parameters of an operation that have a description, in their order."""
     signature = inspect.signature(operation).parameters
-    # The return type may be imported for type checkers only.
     annotations = {name: parameter.annotation for name, parameter in signature.items()}
+    names = inspect.unwrap(operation).__globals__
     hints = typing.get_type_hints(
         types.SimpleNamespace(__annotations__=annotations),
-        globalns=inspect.unwrap(operation).__globals__,
+        globalns=names,
+        localns=_UnknownNames(names),
         include_extras=True,
     )
     parameters = []
@@ -188,10 +281,18 @@ def _read_parameter(name: str, info: Parameter, hint: Any, default: Any) -> Oper
     alternatives = {*_list_alternatives(hint.__origin__)}
     is_optional = type(None) in alternatives
     kinds = alternatives - {type(None)}
-    containers = [one for one in kinds if typing.get_origin(one) in (list, dict)]
+    # The values of a mapping are written as KEY=VALUE.
+    origins = (list, Sequence, Mapping)
+    containers = [one for one in kinds if typing.get_origin(one) in origins]
+    containers.sort(key=lambda one: str(typing.get_origin(one)).endswith("Mapping'>"))
     choices: tuple[str, ...] = ()
+    # A value that may also be a path or text is one value.
+    containers = [] if kinds & {*KINDS} else containers
     if containers:
-        kinds = {typing.get_args(containers[0])[0]}
+        kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
+    if info.path == "name":
+        kinds -= {Path}
+    unknown = {one for one in kinds if isinstance(one, type)} - {*KINDS}
     literals = [one for one in kinds if typing.get_origin(one) is Literal]
     if literals:
         choices = typing.get_args(literals[0])
@@ -204,9 +305,28 @@ def _read_parameter(name: str, info: Parameter, hint: Any, default: Any) -> Oper
         is_multiple=bool(containers),
         is_optional=is_optional,
         default=default,
+        other_types=frozenset(one.__name__ for one in unknown),
     )
 
 
 def _list_alternatives(hint: Any) -> Sequence[Any]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     return typing.get_args(hint) if is_union else (hint,)
+
+
+def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arguments, Result]:
+    """Return the Python function of an operation, which checks its arguments.
+
+    It returns the result alone. Its docstring describes the parameters.
+    """
+
+    @wraps(operation)
+    def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
+        bound = inspect.signature(operation).bind(*args, **kwargs)
+        for parameter in list_parameters(operation):
+            if parameter.name in bound.arguments:
+                value = bound.arguments[parameter.name]
+                bound.arguments[parameter.name] = parameter.convert(value)
+        return operation(*bound.args, **bound.kwargs).value
+
+    return call

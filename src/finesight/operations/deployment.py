@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import click
 
-from finesight.cli.options import AsJsonOption, DeviceOption
 from finesight.config import PixelRange
 from finesight.errors import UserError, escape_unprintable, format_command
 from finesight.hub.address import HubAddress, parse_address
 from finesight.operations.operation import Parameter
+from finesight.operations.options import AsJsonOption, DeviceOption
 
 if TYPE_CHECKING:
     from finesight.export.model_card import VerifiedMerge

@@ -16,7 +16,11 @@ from tiny_model import create_tiny_model
 from finesight.cli.app import run_command
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
-from finesight.quickstart_demo import NUM_SHOWN_PREDICTIONS, QuickstartSettings, run_quickstart
+from finesight.operations.quickstart import (
+    NUM_SHOWN_PREDICTIONS,
+    QuickstartSettings,
+    run_quickstart,
+)
 
 
 @pytest.fixture(scope="module")

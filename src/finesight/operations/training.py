@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from finesight.cli.options import (
+from finesight.errors import UserError, format_command
+from finesight.operations.operation import Parameter
+from finesight.operations.options import (
     AsJsonOption,
     OverridesArgument,
     RecipeArgument,
     TrustMetricOption,
     echo_result,
 )
-from finesight.errors import UserError, format_command
-from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
@@ -60,7 +60,7 @@ def quickstart(
     """
     from rich.console import Console
 
-    from finesight.quickstart_demo import run_quickstart
+    from finesight.operations.quickstart import run_quickstart
 
     result = run_quickstart(out, Console(stderr=as_json))
     if as_json:
@@ -213,7 +213,7 @@ def train(
         if words := find_label_command(settings):
             click.echo(f"to label further images: {shlex.join(words)}", err=True)
     if push is not None and result is not None:
-        from finesight.cli.models import push_run
+        from finesight.operations.deployment import push_run
 
         push_run(settings.output_dir, push)
 

@@ -19,6 +19,7 @@ RunOrModelArgument = Annotated[
         "Run folder, model or adapter folder, hub name, or finesight-tiny.",
         metavar="RUN_OR_MODEL",
         is_positional=True,
+        path="name",
     ),
 ]
 

@@ -15,14 +15,6 @@ from typing import TYPE_CHECKING, Annotated, get_args
 
 import click
 
-from finesight.cli.options import (
-    AsJsonOption,
-    ColumnsOption,
-    NoHeaderOption,
-    PromptOption,
-    echo_json,
-    parse_column_map,
-)
 from finesight.errors import (
     LABEL_TRAIN_FRACTION,
     UserError,
@@ -32,6 +24,14 @@ from finesight.errors import (
     suggest_name,
 )
 from finesight.operations.operation import Parameter
+from finesight.operations.options import (
+    AsJsonOption,
+    ColumnsOption,
+    NoHeaderOption,
+    PromptOption,
+    echo_json,
+    parse_column_map,
+)
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -527,8 +527,8 @@ def _check(summary: ImportSummary) -> tuple[list[str], bool]:
         inputs_from_files,
         load_model_requirements,
     )
-    from finesight.cli.data import MAX_PRINTED_ISSUES
     from finesight.data.import_source import ImportOptions
+    from finesight.operations.dataset import MAX_PRINTED_ISSUES
 
     train_file, *eval_files = [file.file for file in summary.output_files]
     inputs = inputs_from_files([train_file], eval_files, ImportOptions())

@@ -1,46 +1,41 @@
-"""`finesight eval`, `predict`, `report`, `compare` and `doctor`: results and problems of runs."""
+"""Evaluate, predict, report, compare and diagnose: results and problems of models and runs."""
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import click
-
-from finesight.cli.options import (
-    JSON_OUTPUT,
-    AsJsonOption,
+from finesight.errors import UserError, format_count, suggest_similar_path
+from finesight.operations.model import ModelArgument, get_model_name, load_model
+from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
+from finesight.operations.options import (
     DeviceOption,
     LanguageOption,
     MaxNewTokensOption,
     PrecisionOption,
     ReasoningEffortOption,
-    RunOrModelArgument,
     ThinkingOption,
     TrustMetricOption,
     WeightFormatOption,
-    echo_json,
-    echo_result,
 )
-from finesight.errors import UserError, format_count, suggest_similar_path
-from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
-    from finesight.config import Device, Precision, WeightFormat
     from finesight.data.sample import LocatedSample
-    from finesight.infer.model_loader import InferenceModel
-    from finesight.progress import ProgressConsole
+    from finesight.doctor.diagnosis import DiagnosisSections
+    from finesight.evaluate.generation_eval import GenerationEvalResult
+    from finesight.infer.prediction import Prediction
+    from finesight.report.compare_page import RunComparison
 
 EXIT_ERROR_FOUND = 2
 
 
 def evaluate(
-    run_or_model: RunOrModelArgument,
+    run_or_model: ModelArgument,
     data: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "JSONL file of samples with answers. Default for a run: its validation split; "
             "required otherwise."
@@ -77,11 +72,10 @@ def evaluate(
             minimum=1,
         ),
     ] = None,
-    predictions_file: Annotated[
-        Path | None,
+    out: Annotated[
+        StrPath | None,
         Parameter(
             "Write each answer with its scores to this JSONL file, for `finesight compare`.",
-            option="--out",
             path="file",
         ),
     ] = None,
@@ -91,8 +85,7 @@ def evaluate(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[GenerationEvalResult]:
     """Generate answers to validation samples and compute metrics.
 
     A run has a metric and validation data in its recipe. Other models need --metric and --data.
@@ -105,57 +98,39 @@ def evaluate(
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
+    from finesight.progress import ProgressConsole
 
+    console, name = ProgressConsole(), get_model_name(run_or_model)
     samples, settings = load_eval_inputs(
-        run_or_model,
-        data=data,
+        name,
+        data=to_path(data),
         metric=metric,
         limit=limit,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
     )
-    if data is None and (changed := describe_changed_data(run_or_model)):
-        click.echo(f"note: {changed}", err=True)
+    if data is None and (changed := describe_changed_data(name)):
+        console.log(f"note: {changed}")
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
-        click.echo(f"custom metric: {settings.metric}", err=True)
-    console, inference_model = load_model(
-        run_or_model, device, precision, weight_format, thinking, reasoning_effort
+        console.log(f"custom metric: {settings.metric}")
+    loaded = load_model(
+        run_or_model,
+        device=device,
+        precision=precision,
+        weight_format=weight_format,
+        thinking=thinking,
+        reasoning_effort=reasoning_effort,
     )
+    model = loaded.value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
         result = run_evaluation(
-            inference_model.model,
-            inference_model.renderer,
-            samples,
-            settings,
-            predictions_file,
-            on_progress,
+            model.model, model.renderer, samples, settings, to_path(out), on_progress
         )
     for sample, reason in result.corrupt_samples:
-        click.echo(f"skipped: sample {sample}: {reason}", err=True)
-    click.echo(json.dumps(result.as_json()) if as_json else result.as_table())
-
-
-def load_model(
-    run_or_model: str,
-    device: Device,
-    precision: Precision,
-    weight_format: WeightFormat,
-    thinking: bool | None = None,
-    reasoning_effort: str | None = None,
-) -> tuple[ProgressConsole, InferenceModel]:
-    """Load a model, and return it with the console on standard error that shows the progress."""
-
-    from finesight.encode.family import ThinkingOptions
-    from finesight.infer.model_loader import load_inference_model
-    from finesight.progress import ProgressConsole
-
-    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    console = ProgressConsole()
-    with console.activity(f"loading the weights of {run_or_model}"):
-        model = load_inference_model(run_or_model, device, precision, weight_format, options)
-    return console, model
+        console.log(f"skipped: sample {sample}: {reason}")
+    return Outcome(result, result.as_table().splitlines(), result.as_json())
 
 
 def describe_changed_data(run: str) -> str:
@@ -178,18 +153,18 @@ def describe_changed_data(run: str) -> str:
 
 
 def predict(
-    run_or_model: RunOrModelArgument,
+    run_or_model: ModelArgument,
     images: Annotated[
-        list[Path] | None,
+        Sequence[StrPath],
         Parameter(
             "Image or video files; each gets its own answer.", metavar="IMAGE", is_positional=True
         ),
-    ] = None,
+    ] = (),
     prompt: Annotated[
         str | None, Parameter("Question about every image. Required with IMAGE.")
     ] = None,
     data: Annotated[
-        Path | None, Parameter("JSONL file of samples to answer, instead of IMAGE and --prompt.")
+        StrPath | None, Parameter("JSONL file of samples to answer, instead of IMAGE and --prompt.")
     ] = None,
     max_new_tokens: MaxNewTokensOption = 512,
     batch_size: Annotated[
@@ -198,11 +173,10 @@ def predict(
             "Answers generated at the same time; halved when GPU memory is exhausted.", minimum=1
         ),
     ] = 16,
-    annotated_dir: Annotated[
-        Path | None,
+    draw: Annotated[
+        StrPath | None,
         Parameter(
             "Write a copy of each image with the predicted boxes into this folder.",
-            option="--draw",
             path="folder",
         ),
     ] = None,
@@ -211,15 +185,7 @@ def predict(
     device: DeviceOption = "auto",
     precision: PrecisionOption = "auto",
     weight_format: WeightFormatOption = "auto",
-    as_json: Annotated[
-        bool,
-        Parameter(
-            "Print one JSON object per answer (image, prompt, answer, raw_text, boxes) "
-            f"{JSON_OUTPUT}",
-            option="--json",
-        ),
-    ] = False,
-) -> None:
+) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
 
     Boxes are left, top, right, bottom in pixels of the original images.
@@ -228,28 +194,34 @@ def predict(
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
+    from finesight.progress import ProgressConsole
 
-    samples = _load_samples(run_or_model, images or [], prompt, data)
-    console, inference_model = load_model(
-        run_or_model, device, precision, weight_format, thinking, reasoning_effort
+    samples = _load_samples(
+        get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)
     )
+    loaded = load_model(
+        run_or_model,
+        device=device,
+        precision=precision,
+        weight_format=weight_format,
+        thinking=thinking,
+        reasoning_effort=reasoning_effort,
+    )
+    model, console = loaded.value.inference_model, ProgressConsole()
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
-            inference_model.model,
-            inference_model.renderer,
+            model.model,
+            model.renderer,
             samples,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
             on_progress=on_progress,
         )
-    for prediction in predictions:
-        if as_json:
-            echo_json(prediction.as_json())
-        else:
-            click.echo(prediction.as_text())
-    if annotated_dir is not None:
-        for path in save_annotated_images(predictions, annotated_dir):
-            click.echo(f"saved: {path}", err=True)
+    if draw is not None:
+        for path in save_annotated_images(predictions, Path(draw)):
+            console.log(f"saved: {path}")
+    lines = [prediction.as_text() for prediction in predictions]
+    return Outcome(predictions, lines, [prediction.as_json() for prediction in predictions])
 
 
 def _load_samples(
@@ -282,12 +254,13 @@ def _load_samples(
 
 
 def report(
-    run: Annotated[Path, Parameter("Run folder.", metavar="RUN", is_positional=True)],
+    run: Annotated[StrPath, Parameter("Run folder.", metavar="RUN", is_positional=True)],
     out: Annotated[
-        Path | None, Parameter("HTML page. Default: RUN/report.html.", metavar="FILE", path="file")
+        StrPath | None,
+        Parameter("HTML page. Default: RUN/report.html.", metavar="FILE", path="file"),
     ] = None,
     incorrect: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Also write the incorrect answers of the latest evaluation to this JSONL file.",
             metavar="FILE",
@@ -295,8 +268,7 @@ def report(
         ),
     ] = None,
     language: LanguageOption = None,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[Path]:
     """Write the HTML report of a run: one page with metrics, loss curves and answers.
 
     Training writes the report at the end, and a short one about once a minute and after each
@@ -307,33 +279,28 @@ def report(
     """
     from finesight.report.run_page import write_incorrect_predictions, write_report
 
-    num_incorrect = write_incorrect_predictions(run, incorrect) if incorrect else None
-    page = write_report(run, out, language=language)
-    if as_json:
-        counts = {} if num_incorrect is None else {"num_incorrect": num_incorrect}
-        click.echo(json.dumps({"report": str(page), **counts}))
-        return
-    if num_incorrect is not None:
-        click.echo(f"{num_incorrect} incorrect answers: {incorrect}")
-    click.echo(f"page: {page}")
+    count = write_incorrect_predictions(Path(run), Path(incorrect)) if incorrect else None
+    page = write_report(Path(run), to_path(out), language=language)
+    counts = {} if count is None else {"num_incorrect": count}
+    lines = [] if count is None else [f"{count} incorrect answers: {incorrect}"]
+    return Outcome(page, [*lines, f"page: {page}"], {"report": str(page), **counts})
 
 
 def compare(
     runs: Annotated[
-        list[Path],
+        Sequence[StrPath],
         Parameter(
-            "2 to 8 run folders or prediction files of `finesight eval --out`. The first one "
-            "is the baseline.",
+            "2 to 8 run folders or prediction files of `finesight eval --out`. The first one is "
+            "the baseline.",
             metavar="RUN",
             is_positional=True,
         ),
     ],
-    out: Annotated[Path, Parameter("HTML page.", metavar="FILE", path="file")] = Path(
+    out: Annotated[StrPath, Parameter("HTML page.", metavar="FILE", path="file")] = Path(
         "comparison.html"
     ),
     language: LanguageOption = None,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[RunComparison]:
     """Compare runs with a baseline run, on the validation samples that both answered.
 
     The page contains the differences of recipes and data, metrics with 95 % intervals and the
@@ -350,28 +317,23 @@ def compare(
     from finesight.report.compare_page import write_compare_page
     from finesight.report.html import raise_if_not_generated
 
-    raise_if_not_generated(out)
-    comparison = write_compare_page(runs, out, language)
-    if as_json:
-        click.echo(json.dumps({"page": str(out), **comparison.as_json()}))
-        return
-    click.echo(comparison.format_table())
-    for text in comparison.warnings:
-        click.echo(f"note: {text}")
-    click.echo(f"page: {out}")
+    raise_if_not_generated(Path(out))
+    comparison = write_compare_page([*map(Path, runs)], Path(out), language)
+    notes = [f"note: {text}" for text in comparison.warnings]
+    lines = [*comparison.format_table().splitlines(), *notes, f"page: {out}"]
+    return Outcome(comparison, lines, {"page": str(out), **comparison.as_json()})
 
 
 def doctor(
     subject: Annotated[
-        str | None,
+        StrPath | None,
         Parameter(
             "Run folder, or model or adapter folder. Default: this machine.",
             metavar="RUN|MODEL",
             is_positional=True,
         ),
     ] = None,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[DiagnosisSections]:
     """Report problems with their effect and a command that fixes them.
 
     Without an argument, this machine: memory, disks, package conflicts, torch and driver,
@@ -393,7 +355,7 @@ def doctor(
     if subject is None:
         diagnosis = diagnostics.diagnose_machine(os.environ)
     else:
-        diagnosis = diagnostics.diagnose(subject)
-    echo_result(diagnoses_to_dict(diagnosis), format_diagnoses(diagnosis), as_json)
-    if count_severity(diagnosis, "error"):
-        raise click.exceptions.Exit(EXIT_ERROR_FOUND)
+        diagnosis = diagnostics.diagnose(str(subject))
+    exit_code = EXIT_ERROR_FOUND if count_severity(diagnosis, "error") else 0
+    data, lines = diagnoses_to_dict(diagnosis), [*format_diagnoses(diagnosis)]
+    return Outcome(diagnosis, lines, data, exit_code=exit_code)

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import click
 
-from finesight.cli.options import (
+from finesight.errors import UserError, escape_unprintable, format_command, format_count
+from finesight.operations.operation import Parameter
+from finesight.operations.options import (
     JSON_OUTPUT,
     AsJsonOption,
     BoxFormatOption,
@@ -32,8 +34,6 @@ from finesight.cli.options import (
     parse_column_map,
     parse_row_range,
 )
-from finesight.errors import UserError, escape_unprintable, format_command, format_count
-from finesight.operations.operation import Parameter
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue

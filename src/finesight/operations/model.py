@@ -1,0 +1,243 @@
+"""A loaded model, which generates answers and encodes samples.
+
+Shapes: T tokens, N image patches, D values per patch.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from finesight.operations.operation import Outcome, StrPath, check_counts, to_name
+from finesight.operations.options import (
+    DeviceOption,
+    PrecisionOption,
+    ReasoningEffortOption,
+    RunOrModelArgument,
+    ThinkingOption,
+    WeightFormatOption,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from finesight.data.sample import LocatedSample
+    from finesight.encode.tokenization import EncodedSample, TextTokenizer, VisualSpan
+    from finesight.infer.model_loader import InferenceModel
+    from finesight.infer.prediction import Prediction
+
+IGNORE_INDEX = -100
+"""Label of tokens that do not count in the loss.
+
+It is the default `ignore_index` of `torch.nn.functional.cross_entropy`.
+"""
+
+
+@dataclass(frozen=True, slots=True, repr=False)
+class Encoding:
+    """A sample encoded as model input: token ids, labels, position ids and image patches.
+
+    Its `repr` is a table of the tokens, with a star at each supervised token.
+    """
+
+    encoded: EncodedSample
+    tokenizer: TextTokenizer
+
+    @property
+    def input_ids(self) -> NDArray[np.int32]:
+        """Token IDs of shape (T,)."""
+        return self.encoded.tokenized.ids_T
+
+    @property
+    def loss_mask(self) -> NDArray[np.bool_]:
+        """Mask of shape (T,) of the supervised tokens: every answer and its end token."""
+        return self.encoded.tokenized.loss_mask_T
+
+    @property
+    def labels(self) -> NDArray[np.int32]:
+        """Labels of shape (T,): IDs of supervised tokens, `IGNORE_INDEX` for all others.
+
+        Labels are not shifted: the token that predicts a label precedes it.
+        """
+        import numpy as np
+
+        return np.where(self.loss_mask, self.input_ids, np.int32(IGNORE_INDEX))
+
+    @property
+    def position_ids(self) -> NDArray[np.int32]:
+        """Position IDs (time, height, width) of each token for M-RoPE, of shape (3, T)."""
+        return self.encoded.tokenized.position_ids_3T
+
+    @property
+    def visual_spans(self) -> tuple[VisualSpan, ...]:
+        """Token range, original size and resized size (in pixels) of each image or video."""
+        return self.encoded.tokenized.spans
+
+    @property
+    def patches(self) -> NDArray[np.uint8]:
+        """Patches of all images as pixel values before normalization, of shape (N, D)."""
+        return self.encoded.patches_ND
+
+    def __repr__(self) -> str:
+        from finesight.encode.tokenization import format_token_table
+
+        return "\n".join(format_token_table(self.encoded.tokenized, self.tokenizer))
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A loaded model, with the image size and system prompt of its training."""
+
+    name: str
+    inference_model: InferenceModel = field(repr=False)
+
+    def generate(
+        self, images: StrPath | Sequence[StrPath], prompt: str, *, max_new_tokens: int = 512
+    ) -> Prediction:
+        """Generate the answer to a question about any number of images.
+
+        Decoding is greedy, so the answer is deterministic.
+
+        Args:
+            images: One image or video file, several, or an empty list.
+            prompt: The question.
+            max_new_tokens: Maximum number of tokens of the answer.
+
+        Returns:
+            The prediction: `text` for display, `boxes` in pixels of the original images, and
+                `finish_reason`, which is "length" if the answer was truncated, else "stop".
+
+        Raises:
+            UserError: An image is missing or corrupt, or the prompt exceeds the context length.
+        """
+        prompt_sample = build_question(images, prompt)
+        return self.generate_batch([prompt_sample], max_new_tokens=max_new_tokens)[0]
+
+    def generate_batch(
+        self, samples: Sequence[LocatedSample], *, max_new_tokens: int = 512, batch_size: int = 16
+    ) -> list[Prediction]:
+        """Generate answers to many questions with continuous batching.
+
+        Args:
+            samples: Questions from `build_question` or `read_samples`. For a sample with an answer,
+                the preceding turns are the prompt.
+            max_new_tokens: Maximum number of tokens per answer.
+            batch_size: Number of answers that are generated at the same time; halved when GPU
+                memory is exhausted.
+
+        Returns:
+            The predictions in the order of the samples.
+
+        Raises:
+            UserError: See `generate`.
+        """
+        from finesight.infer.prediction import predict
+
+        check_counts(max_new_tokens=max_new_tokens, batch_size=batch_size)
+        model, renderer = self.inference_model.model, self.inference_model.renderer
+        return predict(
+            model, renderer, samples, max_new_tokens=max_new_tokens, batch_size=batch_size
+        )
+
+    def stream(
+        self,
+        images: StrPath | Sequence[StrPath],
+        prompt: str,
+        *,
+        max_new_tokens: int = 512,
+        temperature: float = 0.0,
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Generate the answer to one question, and yield its text in pieces.
+
+        A `temperature` above 0 enables sampling, which is reproducible with the same `seed`. The
+        prompt is encoded when the first piece is requested, and UserError is raised then. Closing
+        the generator stops decoding.
+        """
+        from finesight.infer.inference_service import InferenceService
+        from finesight.infer.request import GenerationOptions, SamplingParams
+
+        prompt_sample = build_question(images, prompt)
+        sampling = SamplingParams(temperature=temperature, seed=seed)
+        options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
+        service = InferenceService(self.inference_model, max_num_seqs=1)
+        try:
+            for delta in service.submit(prompt_sample, options):
+                yield delta.text
+        finally:
+            service.close()
+
+    def encode(self, sample: LocatedSample, *, add_generation_prompt: bool = False) -> Encoding:
+        """Encode a sample as model input, exactly as in training and inference.
+
+        Args:
+            sample: The sample to encode.
+            add_generation_prompt: Encode only the prompt of the last answer, as `generate_batch`
+                does, instead of the whole conversation.
+
+        Raises:
+            UserError: An image is corrupt, or a box is outside its image.
+        """
+        renderer = self.inference_model.renderer
+        if add_generation_prompt:
+            encoded = renderer.load_patches(renderer.tokenize_prompt(sample))
+        else:
+            encoded = renderer.encode(sample)
+        return Encoding(encoded, renderer.tokenizer)
+
+
+ModelArgument = Annotated[StrPath | Model, *RunOrModelArgument.__metadata__]
+"""A loaded model, or the name or path of one."""
+
+
+def get_model_name(run_or_model: StrPath | Model) -> str:
+    """Return the name of a loaded model, or of one that is to be loaded."""
+    return run_or_model.name if isinstance(run_or_model, Model) else str(run_or_model)
+
+
+def load_model(
+    run_or_model: ModelArgument,
+    *,
+    device: DeviceOption = "auto",
+    precision: PrecisionOption = "auto",
+    weight_format: WeightFormatOption = "auto",
+    thinking: ThinkingOption = None,
+    reasoning_effort: ReasoningEffortOption = None,
+) -> Outcome[Model]:
+    """Load a run, a model or adapter folder, a hub model, or `finesight-tiny`.
+
+    Raises:
+        UserError: The model is missing, incomplete, or not the base model of the run or adapter;
+            or it does not have this thinking mode or reasoning effort.
+    """
+    from finesight.encode.family import ThinkingOptions
+    from finesight.infer.model_loader import load_inference_model
+    from finesight.progress import ProgressConsole
+
+    if isinstance(run_or_model, Model):
+        return Outcome(run_or_model)
+    name = str(run_or_model)
+    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
+    with ProgressConsole().activity(f"loading the weights of {name}"):
+        inference_model = load_inference_model(name, device, precision, weight_format, options)
+    return Outcome(Model(name, inference_model))
+
+
+def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:
+    """Build a question about one or more images and video files, or none.
+
+    It is an input of `Model.generate_batch`.
+
+    Raises:
+        UserError: A file is missing, or not an image or video.
+    """
+    from finesight.infer.prediction import build_question as build_sample
+
+    is_many = isinstance(images, Sequence) and not isinstance(images, str | bytes)
+    names: Sequence[object] = images if is_many else [images]  # type: ignore[assignment]
+    files = [Path(os.path.expanduser(to_name(name))) for name in names]
+    return build_sample(files, prompt, str(files[0]) if len(files) == 1 else prompt)

@@ -208,10 +208,10 @@ def train(
     if as_json and result is not None:
         click.echo(json.dumps(result.as_json()))
     if result is not None:
-        from finesight.cli.label import find_label_command
+        from finesight.app.start_label import find_label_step
 
-        if words := find_label_command(settings):
-            click.echo(f"to label further images: {shlex.join(words)}", err=True)
+        if step := find_label_step(settings):
+            click.echo(f"to label further images: finesight {shlex.join(step.words)}", err=True)
     if push is not None and result is not None:
         from finesight.operations.deployment import push_run
 

@@ -1,4 +1,4 @@
-"""`finesight serve`, `web` and `studio`: start an HTTP server or a web UI."""
+"""Start the HTTP server, the chat page or the studio."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
-
-import click
 
 from finesight.errors import UserError
 from finesight.operations.operation import Parameter
@@ -219,11 +217,12 @@ def serve(
 def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
     """Return the default number of concurrent answers; print it if GPU memory limits it."""
     from finesight.infer.inference_service import fit_num_seqs
+    from finesight.progress import ProgressConsole
 
     num_seqs = fit_num_seqs(inference_model, default)
     if num_seqs < default:
         text = f"at most {num_seqs} answers at the same time instead of {default}"
-        click.echo(f"{text}, because of the GPU memory for linear attention", err=True)
+        ProgressConsole().log(f"{text}, because of the GPU memory for linear attention")
     return num_seqs
 
 
@@ -251,7 +250,7 @@ def _print_address(
         example: Image and prompt of the request; None for a text.
         auth_header: Option of curl with the API key, after a space; empty without a key.
     """
-    click.echo(f"serving {', '.join(service.model_names)} at {address}")
+    print(f"serving {', '.join(service.model_names)} at {address}", flush=True)
     curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
     content: object = "Hello"
     if example is not None:
@@ -263,14 +262,16 @@ def _print_address(
     message = {"role": "user", "content": content}
     body = json.dumps({"model": service.model_names[0], "messages": [message]}, ensure_ascii=False)
     if example is None:
-        click.echo(f"  {curl} -d {shlex.quote(body)}")
+        print(f"  {curl} -d {shlex.quote(body)}", flush=True)
     else:
         # An image exceeds the maximum length of an argument.
         start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(mark))
         image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
-        click.echo(f"  ({start}; {image}; {end}) | {curl} -d @-")
+        print(f"  ({start}; {image}; {end}) | {curl} -d @-", flush=True)
     if has_label_studio:
-        click.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
+        print(
+            f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio", flush=True
+        )
 
 
 MIN_PASSWORD_LENGTH = 16
@@ -474,21 +475,23 @@ def print_page_address(
     """
     bound = listener.getsockname()
     if isinstance(bound, str):
-        click.echo(f"listening on {bound}")
+        print(f"listening on {bound}", flush=True)
         return
     address = f"http://{_get_reachable_host(host)}:{bound[1]}"
-    click.echo(address)
+    print(address, flush=True)
     if password is not None:
-        click.echo(f"password: {password}")
+        print(f"password: {password}", flush=True)
     if password is not None and not is_loopback(host):
-        click.echo("The page uses HTTP without encryption: the password is sent as plain text.")
+        print(
+            "The page uses HTTP without encryption: the password is sent as plain text.", flush=True
+        )
     if open_page:
         import threading
         import webbrowser
 
         def open_browser() -> None:
             if not webbrowser.open(address):
-                click.echo("no browser found: open the address above in a browser")
+                print("no browser found: open the address above in a browser", flush=True)
 
         # In a thread, because browsers in the terminal return at their end.
         threading.Thread(target=open_browser, daemon=True).start()

@@ -16,15 +16,15 @@ from starlette.testclient import TestClient
 
 from finesight.app.access import Access
 from finesight.app.jobs import JOB_FILE, Job
+from finesight.app.pages import describe_error
 from finesight.app.studio_page import (
     FORMS,
     Form,
     ServerAccess,
     StudioPage,
-    describe_error,
     make_studio_app,
 )
-from finesight.app.studio_view import Selection, StudioView
+from finesight.app.studio_view import Selection, StudioView, name_actions
 from finesight.app.uploads import DiskBudget, UploadStore
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
@@ -107,7 +107,7 @@ def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any
         return str(error), ""
     except UserError as error:
         with use_language(selection.lang):
-            return describe_error(error), ""
+            return describe_error(error, name_actions), ""
 
 
 def store_upload(page: StudioPage, file: Path) -> str:

@@ -25,6 +25,7 @@ from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     VIEW_HEADERS,
     create_app,
+    describe_error,
     parse_body,
     read_language,
     render_page,
@@ -38,8 +39,8 @@ from finesight.app.studio_view import (
     Selection,
     StudioState,
     StudioView,
+    name_actions,
     split_words,
-    use_page_names,
 )
 from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
@@ -49,10 +50,9 @@ from finesight.data.import_source import ImportOptions, count_unlabeled_images, 
 from finesight.data.source_fetch import fetch_source
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.hub.archive import is_archive
-from finesight.label.label_session import AnswerKind
-from finesight.label.label_store import JOURNAL_FILE
+from finesight.label.label_store import JOURNAL_FILE, AnswerKind
 from finesight.model_folder import TINY_MODEL
-from finesight.report.i18n import translate, use_language
+from finesight.report.i18n import use_language
 from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
 
@@ -192,10 +192,6 @@ MISSING_MESSAGES = {
     "merged-name": "No merged model is given. Merge one, or enter its name.",
 }
 """Message about a missing item or an empty field by its name."""
-
-
-class MissingItemError(UserError):
-    """Raised for a missing selection or an empty field. Its message is one or two sentences."""
 
 
 class Form(BaseModel, frozen=True):
@@ -682,14 +678,7 @@ def _check_fraction(text: str) -> bool:
 
 
 def _missing(name: str) -> UserError:
-    return MissingItemError(MISSING_MESSAGES[name], where=name)
-
-
-def describe_error(error: UserError) -> str:
-    """Return the message of an error in the current language, with the names of the page."""
-    if isinstance(error, MissingItemError):
-        return translate(error.what)
-    return use_page_names(str(error))
+    return UserError(MISSING_MESSAGES[name], where=name)
 
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
@@ -722,7 +711,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         except UserError as error:
             # The form is not complete yet.
             with use_language(selection.lang):
-                return JSONResponse({"hint": describe_error(error)})
+                return JSONResponse({"hint": describe_error(error, name_actions)})
 
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
@@ -745,4 +734,4 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/preview/{name}", post_preview, methods=["POST"]),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]
-    return AccessMiddleware(create_app(routes, describe_error), access)
+    return AccessMiddleware(create_app(routes, name_actions), access)

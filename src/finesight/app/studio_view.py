@@ -414,13 +414,20 @@ def _find_outcome(job: Job) -> str:
 
 
 def use_page_names(text: str, current_step: str = "") -> str:
-    """Replace commands and options in the advice of a message by steps and fields of the page.
+    """Replace commands and options in the advice of a log by steps and fields of the page.
 
-    Messages of functions and commands name what a terminal has. A note explains other options.
     The first line may name its command. Other lines may quote data of the user and stay as they
     are. A next command in the current step is left out.
     """
-    options: list[str] = []
+    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
+    return _ADVICE.sub(lambda match: name_actions(match[0]), _USAGE.sub("", text))
+
+
+def name_actions(advice: str) -> str:
+    """Replace commands and options in advice by steps and fields of the page.
+
+    Messages of functions and commands name what a terminal has. A note explains other options.
+    """
 
     def name_field(match: re.Match[str]) -> str:
         if match[0] not in FIELD_NAMES:
@@ -432,16 +439,11 @@ def use_page_names(text: str, current_step: str = "") -> str:
         step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
         return translate("the step “{}”", translate(STEP_NAMES[step]))
 
-    def translate_advice(match: re.Match[str]) -> str:
-        advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, match[0]))
-        advice = _OPTION.sub(name_field, advice)
-        options.extend(_OPTION.findall(advice))
-        return advice
-
-    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
-    text = _ADVICE.sub(translate_advice, _USAGE.sub("", text))
+    advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
+    advice = _OPTION.sub(name_field, advice)
+    options = ", ".join(dict.fromkeys(_OPTION.findall(advice)))
     note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
-    return f"{text}\n{translate(note, ', '.join(dict.fromkeys(options)))}" if options else text
+    return f"{advice}\n{translate(note, options)}" if options else advice
 
 
 def split_words(command: str) -> Markup:

@@ -119,7 +119,6 @@ def init(
     """
     from rich.console import Console
 
-    from finesight.app.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
@@ -128,6 +127,7 @@ def init(
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
+    from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
     from finesight.storage import raise_if_exists, write_file
     from finesight.train.console import TrainingConsole
 
@@ -288,11 +288,11 @@ def _init_labels(
     as_json: bool,
 ) -> None:
     """Write the recipe of images that `finesight label` labels, and print the commands."""
-    from finesight.app.workspace import format_recipe
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
     from finesight.recipe import choose_duration
+    from finesight.recipe_template import format_recipe
     from finesight.storage import write_file
 
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))

@@ -703,8 +703,10 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return JSONResponse({"url": url})
 
     async def post_preview(request: Request) -> Response:
-        form, selection = await parse_body(request, Form), read_selection(request)
         name = request.path_params["name"]
+        if name not in ("import", "label"):
+            raise HTTPException(404, "no such form")
+        form, selection = await parse_body(request, Form), read_selection(request)
         try:
             command = await to_thread.run_sync(page.preview, name, selection, form)
             return JSONResponse({"command": command})

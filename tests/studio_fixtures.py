@@ -13,6 +13,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 from starlette.testclient import TestClient
+from web_server_fixture import get_image_pool
 
 from finesight.app.access import Access
 from finesight.app.jobs import JOB_FILE, Job
@@ -42,7 +43,9 @@ def make_page(folder: Path, **access: Any) -> StudioPage:
     uploads = folder.parent / "uploads"
     uploads.mkdir(exist_ok=True)
     store = UploadStore(uploads, DiskBudget(uploads), 1 << 20)
-    return StudioPage(StudioView(Workspace(folder)), ServerAccess(**access), store)
+    return StudioPage(
+        StudioView(Workspace(folder, get_image_pool())), ServerAccess(**access), store
+    )
 
 
 def read_live(folder: Path, query: str) -> dict[str, str]:

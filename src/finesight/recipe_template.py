@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from finesight.bounded_files import load_yaml
 from finesight.data.import_source import DetectedTask
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import choose_duration
@@ -113,7 +114,7 @@ def format_recipe(
 def _format_yaml(text: str) -> str:
     """Return YAML unchanged, and invalid YAML as text, which the recipe's validation reports."""
     try:
-        return text if yaml.safe_load(text) is not None else _quote(text)
+        return text if load_yaml(text) is not None else _quote(text)
     except yaml.YAMLError:
         return _quote(text)
 

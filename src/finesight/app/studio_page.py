@@ -46,8 +46,7 @@ from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
 from finesight.config import TaskName
 from finesight.data.image_header import IMAGE_SUFFIXES
-from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
-from finesight.data.source_fetch import fetch_source
+from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.hub.archive import is_archive
 from finesight.label.label_store import JOURNAL_FILE, AnswerKind
@@ -326,12 +325,11 @@ class StudioPage:
                 remedy="for example image=path answer=caption",
             ) from error
         if source and not any(pairs) and (unpack or not is_archive(path.name)):
-            path, options = _detect_columns(self.view.workspace.folder, path)
-            arguments[1] = as_argument(path)
-            roles = options.columns
+            table, roles, box_format, box_units = self.view.workspace.detect_source(path)
+            arguments[1] = as_argument(table)
             pairs = [f"{role}={column}" for role, column in roles.items()]
-            arguments += ["--box-format", options.box_format] if options.box_format else []
-            arguments += ["--box-units", options.box_units] if options.box_units else []
+            arguments += ["--box-format", box_format] if box_format else []
+            arguments += ["--box-units", box_units] if box_units else []
             if roles and "question" not in roles and not prompt:
                 raise UserError(
                     "the field Prompt is empty, and the table has no column of questions",
@@ -634,22 +632,6 @@ class StudioPage:
         return state.selection.link(
             job=job.id, images="", **{key: item for key, item in items.items() if item}
         )
-
-
-def _detect_columns(workspace: Path, path: Path) -> tuple[Path, ImportOptions]:
-    """Return the table of a source with its column roles; none if the command detects its format.
-
-    A source without a known format is returned unchanged, for the error of the command. So is an
-    archive, which is unpacked for the detection only.
-    """
-    with contextlib.suppress(UserError):
-        if is_archive(path.name):
-            folder = workspace / STUDIO_FOLDER / "unpacked"
-            with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
-                return path, detect_columns(fetched.path, fetched.options)[1]
-        table, options = detect_columns(workspace / path, ImportOptions())
-        return (table.relative_to(workspace) if options.columns else path), options
-    return path, ImportOptions()
 
 
 def _check_texts(form: Form) -> None:

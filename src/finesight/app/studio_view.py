@@ -35,7 +35,6 @@ from finesight.report.metric_rows import format_metric_name, format_value, read_
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import format_command, get_run_status
-from finesight.vision.image_reader import create_image_pool
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -94,9 +93,6 @@ KILLED_OUTCOME = "ended by the system, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
-REPORT_CPU_SECONDS = 60.0
-"""Limit of the report, which decodes images of the user in a process of its own."""
-
 MAX_LISTED_JOBS = 5
 
 
@@ -180,7 +176,6 @@ class StudioView:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
-        self.report_pool = create_image_pool(job=render_report)
 
     def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
         """Find the selected items.
@@ -294,9 +289,7 @@ class StudioView:
             raise UserError("no run is selected", expected="a run", remedy="select a run")
         folders = [self.workspace.folder / run for run in runs[:MAX_COMPARED_RUNS]]
         arguments = (folders, MAX_REPORT_EXAMPLES, selection.lang)
-        with self.report_pool.borrow_worker() as worker:
-            reply = worker.call(render_report, *arguments, max_cpu_s=REPORT_CPU_SECONDS)
-        return str(reply.value)
+        return str(self.workspace.run_job(render_report, *arguments))
 
     def read_check_page(self, selection: Selection) -> str:
         """Return the page of the last check of the selected data set."""

@@ -11,25 +11,31 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
 from itertools import chain, permutations
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
-from finesight.data.import_source import NUM_PREVIEW_ROWS, detect_task
+from finesight.data.import_source import (
+    NUM_PREVIEW_ROWS,
+    ImportOptions,
+    detect_columns,
+    detect_task,
+)
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
+from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
-from finesight.hub.archive import is_archive
+from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
     EVAL_FILE,
     JOURNAL_FILE,
@@ -49,6 +55,7 @@ from finesight.manifest import (
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
 from finesight.recipe_template import format_recipe
+from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
     make_folder,
@@ -58,6 +65,8 @@ from finesight.storage import (
     write_file,
 )
 from finesight.train.run_dir import RunDir
+from finesight.vision.image_reader import create_image_pool
+from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 STUDIO_FOLDER = ".finesight"
 TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
@@ -77,8 +86,11 @@ MAX_DEPTH, MAX_FOLDERS = 3, 2000
 
 MAX_RECIPE_BYTES = 100_000
 
+JOB_CPU_SECONDS = 60.0
+"""Limit of a job that reads files of the user, in a process of its own."""
+
 NAME_PATTERN = re.compile(r"\w[\w.-]{0,63}")
-HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?\w[\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +131,15 @@ class WorkspaceContent:
 
 
 class Workspace:
-    """Folder that the studio works in. It is the working directory of all commands."""
+    """Folder that the studio works in. It is the working directory of all commands.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        pool: Worker processes that read tables and archives, and render reports. A job starts them.
+    """
+
+    def __init__(self, folder: Path, pool: WorkerPool | None = None) -> None:
         self.folder = folder.resolve()
+        self.pool = pool or create_image_pool(job=render_report)
 
     def remove_leftovers(self) -> None:
         """Remove the folders that killed commands left in the folders of the studio."""
@@ -228,6 +245,10 @@ class Workspace:
         # Unlike Path.resolve, it accepts links in a loop.
         return Path(os.path.realpath(path)).is_relative_to(self.folder)
 
+    def _is_internal(self, path: Path) -> bool:
+        """Return whether a path in the workspace is a file of the studio, or a link to one."""
+        return STUDIO_FOLDER in Path(os.path.realpath(path)).relative_to(self.folder).parts
+
     def resolve(self, text: str, where: str) -> Path:
         """Return the path that a user has entered, relative to the workspace.
 
@@ -251,7 +272,7 @@ class Workspace:
                 remedy="move or copy it into the workspace, or start the studio in its folder",
             )
         relative = path.relative_to(self.folder)
-        if STUDIO_FOLDER in relative.parts:
+        if self._is_internal(path):
             raise UserError(
                 f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
             )
@@ -333,7 +354,8 @@ class Workspace:
             # A corrected table may have another name.
             tables = new if new and len(old) == 1 else old | new
             if len(tables) == 1:
-                _restore_folders(partial, *tables)
+                with contextlib.suppress(WorkerLimitError, WorkerJobError):
+                    self.run_job(restore_folders, partial, *tables)
             (partial / UPLOAD_MARKER).touch()
             if is_leftover:
                 self.move_to_trash(folder)
@@ -341,6 +363,22 @@ class Workspace:
         is_single = len(tables) != 1 and len(names) == 1 and is_archive(names[0])
         sources = {*names} if is_single else tables if len(tables) == 1 else {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
+
+    def run_job(self, function: Callable[..., JobOutput], *args: Any) -> Any:
+        """Run a function that reads files of the user in a worker process, and return its value.
+
+        Raises:
+            UserError: The function raised it, or exceeded a limit of time or memory.
+        """
+        with self.pool.borrow_worker() as worker:
+            return worker.call(function, *args, max_cpu_s=JOB_CPU_SECONDS).value
+
+    def detect_source(self, path: Path) -> tuple[Path, dict[str, str], str | None, str | None]:
+        """Return the result of `detect_source`, without roles if it exceeds a limit or fails."""
+        with contextlib.suppress(WorkerLimitError, WorkerJobError):
+            table, *values = self.run_job(detect_source, self.folder, path)
+            return Path(table), *values
+        return path, {}, None, None
 
     def move_to_trash(self, *paths: Path) -> None:
         """Move the existing files and folders to a new trash folder. An error moves all back.
@@ -569,9 +607,10 @@ class Workspace:
                 problem = f"the URL {path} is outside of the workspace {self.folder}"
                 continue
             # A glob pattern may match files beyond symbolic links.
-            files = chain([str(self.folder / path)], iglob(str(self.folder / path), recursive=True))
-            if not all(self._contains(Path(file)) for file in files):
-                problem = f"{path} is outside of the workspace {self.folder}"
+            own, pattern = self.folder / path, str(self.folder / path)
+            files = [own, *map(Path, iglob(pattern, recursive=True))]
+            if not all(self._contains(file) and not self._is_internal(file) for file in files):
+                problem = f"{path} is outside of the workspace {self.folder}, or of the studio"
         if recipe.eval is not None and recipe.eval.metric not in get_args(TaskName):
             problem = (
                 f"eval.metric {recipe.eval.metric} is a Python file, which the studio never runs"
@@ -621,8 +660,11 @@ def _join_review(
     return dataset
 
 
-def _restore_folders(folder: Path, table: str) -> None:
-    """Move uploaded files into the folders that a table names; browsers send no folders."""
+def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:
+    """Move uploaded files into the folders that a table names; browsers send no folders.
+
+    The import reports names that are no files of the folder.
+    """
     paths: dict[str, set[Path]] = {}
     files = {file.name: file for file in folder.rglob("[!.]*") if file.is_file()}
     files.pop(table, None)
@@ -641,9 +683,29 @@ def _restore_folders(folder: Path, table: str) -> None:
                 expected="files with different names",
                 remedy="upload a zip archive of the folders",
             )
-        if not path.is_absolute() and ".." not in path.parts:
-            (folder / path.parent).mkdir(parents=True, exist_ok=True)
-            files[name].rename(folder / path)
+        with contextlib.suppress(UserError, OSError, ValueError):
+            target = safe_join(folder, str(path), table)
+            make_folder(target.parent)
+            files[name].rename(target)
+    return JobOutput()
+
+
+def detect_source(state: Any, workspace: Path, path: Path) -> JobOutput:
+    """Return the table of a source, its column roles, and the format and units of its boxes.
+
+    Roles are empty if the command detects the format. A source without a known format is returned
+    unchanged, for the error of the command. So is an archive, which is unpacked here only.
+    """
+    table, options = path, ImportOptions()
+    with contextlib.suppress(UserError):
+        if is_archive(path.name):
+            folder = workspace / STUDIO_FOLDER / "unpacked"
+            with fetch_source(str(workspace / path), folder, options) as fetched:
+                options = detect_columns(fetched.path, fetched.options)[1]
+        else:
+            found, options = detect_columns(workspace / path, options)
+            table = found.relative_to(workspace) if options.columns else path
+    return JobOutput([str(table), dict(options.columns), options.box_format, options.box_units])
 
 
 def as_argument(path: Path) -> str:

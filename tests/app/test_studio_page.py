@@ -201,6 +201,7 @@ def test_only_runs_of_the_workspace_are_shown(folder):
             assert client.get(f"/view/report?{query}").status_code == 404, query
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
+        assert client.post("/preview/other", json={}).status_code == 404
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
 
 

@@ -446,7 +446,7 @@ def studio(
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         shown_password = password if is_generated else None
         print_page_address(host, listener, shown_password, open_page=open_page)
-        serve_app(make_studio_app(page, access), listener, view.report_pool, proxies)
+        serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
 
 
 def bind_page(host: str, port: int, file: Path | None) -> socket.socket:

@@ -25,6 +25,7 @@ from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     VIEW_HEADERS,
     create_app,
+    describe_error,
     parse_body,
     read_language,
     render_page,
@@ -38,21 +39,19 @@ from finesight.app.studio_view import (
     Selection,
     StudioState,
     StudioView,
+    name_actions,
     split_words,
-    use_page_names,
 )
 from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
 from finesight.config import TaskName
 from finesight.data.image_header import IMAGE_SUFFIXES
-from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
-from finesight.data.source_fetch import fetch_source
+from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.hub.archive import is_archive
-from finesight.label.label_session import AnswerKind
-from finesight.label.label_store import JOURNAL_FILE
+from finesight.label.label_store import JOURNAL_FILE, AnswerKind
 from finesight.model_folder import TINY_MODEL
-from finesight.report.i18n import translate, use_language
+from finesight.report.i18n import use_language
 from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
 
@@ -194,10 +193,6 @@ MISSING_MESSAGES = {
 """Message about a missing item or an empty field by its name."""
 
 
-class MissingItemError(UserError):
-    """Raised for a missing selection or an empty field. Its message is one or two sentences."""
-
-
 class Form(BaseModel, frozen=True):
     """Body of an action: texts by field, IDs of uploads, and further data sets of a recipe."""
 
@@ -330,12 +325,11 @@ class StudioPage:
                 remedy="for example image=path answer=caption",
             ) from error
         if source and not any(pairs) and (unpack or not is_archive(path.name)):
-            path, options = _detect_columns(self.view.workspace.folder, path)
-            arguments[1] = as_argument(path)
-            roles = options.columns
+            table, roles, box_format, box_units = self.view.workspace.detect_source(path)
+            arguments[1] = as_argument(table)
             pairs = [f"{role}={column}" for role, column in roles.items()]
-            arguments += ["--box-format", options.box_format] if options.box_format else []
-            arguments += ["--box-units", options.box_units] if options.box_units else []
+            arguments += ["--box-format", box_format] if box_format else []
+            arguments += ["--box-units", box_units] if box_units else []
             if roles and "question" not in roles and not prompt:
                 raise UserError(
                     "the field Prompt is empty, and the table has no column of questions",
@@ -640,22 +634,6 @@ class StudioPage:
         )
 
 
-def _detect_columns(workspace: Path, path: Path) -> tuple[Path, ImportOptions]:
-    """Return the table of a source with its column roles; none if the command detects its format.
-
-    A source without a known format is returned unchanged, for the error of the command. So is an
-    archive, which is unpacked for the detection only.
-    """
-    with contextlib.suppress(UserError):
-        if is_archive(path.name):
-            folder = workspace / STUDIO_FOLDER / "unpacked"
-            with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
-                return path, detect_columns(fetched.path, fetched.options)[1]
-        table, options = detect_columns(workspace / path, ImportOptions())
-        return (table.relative_to(workspace) if options.columns else path), options
-    return path, ImportOptions()
-
-
 def _check_texts(form: Form) -> None:
     """Raise UserError for a text that no argument of a command or file name can contain."""
     for name, text in form.texts.items():
@@ -682,14 +660,7 @@ def _check_fraction(text: str) -> bool:
 
 
 def _missing(name: str) -> UserError:
-    return MissingItemError(MISSING_MESSAGES[name], where=name)
-
-
-def describe_error(error: UserError) -> str:
-    """Return the message of an error in the current language, with the names of the page."""
-    if isinstance(error, MissingItemError):
-        return translate(error.what)
-    return use_page_names(str(error))
+    return UserError(MISSING_MESSAGES[name], where=name)
 
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
@@ -714,15 +685,17 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return JSONResponse({"url": url})
 
     async def post_preview(request: Request) -> Response:
-        form, selection = await parse_body(request, Form), read_selection(request)
         name = request.path_params["name"]
+        if name not in ("import", "label"):
+            raise HTTPException(404, "no such form")
+        form, selection = await parse_body(request, Form), read_selection(request)
         try:
             command = await to_thread.run_sync(page.preview, name, selection, form)
             return JSONResponse({"command": command})
         except UserError as error:
             # The form is not complete yet.
             with use_language(selection.lang):
-                return JSONResponse({"hint": describe_error(error)})
+                return JSONResponse({"hint": describe_error(error, name_actions)})
 
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
@@ -745,4 +718,4 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/preview/{name}", post_preview, methods=["POST"]),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]
-    return AccessMiddleware(create_app(routes, describe_error), access)
+    return AccessMiddleware(create_app(routes, name_actions), access)

@@ -35,7 +35,6 @@ from finesight.report.metric_rows import format_metric_name, format_value, read_
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import format_command, get_run_status
-from finesight.vision.image_reader import create_image_pool
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -94,9 +93,6 @@ KILLED_OUTCOME = "ended by the system, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
-REPORT_CPU_SECONDS = 60.0
-"""Limit of the report, which decodes images of the user in a process of its own."""
-
 MAX_LISTED_JOBS = 5
 
 
@@ -180,7 +176,6 @@ class StudioView:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
-        self.report_pool = create_image_pool(job=render_report)
 
     def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
         """Find the selected items.
@@ -294,9 +289,7 @@ class StudioView:
             raise UserError("no run is selected", expected="a run", remedy="select a run")
         folders = [self.workspace.folder / run for run in runs[:MAX_COMPARED_RUNS]]
         arguments = (folders, MAX_REPORT_EXAMPLES, selection.lang)
-        with self.report_pool.borrow_worker() as worker:
-            reply = worker.call(render_report, *arguments, max_cpu_s=REPORT_CPU_SECONDS)
-        return str(reply.value)
+        return str(self.workspace.run_job(render_report, *arguments))
 
     def read_check_page(self, selection: Selection) -> str:
         """Return the page of the last check of the selected data set."""
@@ -414,13 +407,20 @@ def _find_outcome(job: Job) -> str:
 
 
 def use_page_names(text: str, current_step: str = "") -> str:
-    """Replace commands and options in the advice of a message by steps and fields of the page.
+    """Replace commands and options in the advice of a log by steps and fields of the page.
 
-    Messages of functions and commands name what a terminal has. A note explains other options.
     The first line may name its command. Other lines may quote data of the user and stay as they
     are. A next command in the current step is left out.
     """
-    options: list[str] = []
+    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
+    return _ADVICE.sub(lambda match: name_actions(match[0]), _USAGE.sub("", text))
+
+
+def name_actions(advice: str) -> str:
+    """Replace commands and options in advice by steps and fields of the page.
+
+    Messages of functions and commands name what a terminal has. A note explains other options.
+    """
 
     def name_field(match: re.Match[str]) -> str:
         if match[0] not in FIELD_NAMES:
@@ -432,16 +432,11 @@ def use_page_names(text: str, current_step: str = "") -> str:
         step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
         return translate("the step “{}”", translate(STEP_NAMES[step]))
 
-    def translate_advice(match: re.Match[str]) -> str:
-        advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, match[0]))
-        advice = _OPTION.sub(name_field, advice)
-        options.extend(_OPTION.findall(advice))
-        return advice
-
-    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
-    text = _ADVICE.sub(translate_advice, _USAGE.sub("", text))
+    advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
+    advice = _OPTION.sub(name_field, advice)
+    options = ", ".join(dict.fromkeys(_OPTION.findall(advice)))
     note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
-    return f"{text}\n{translate(note, ', '.join(dict.fromkeys(options)))}" if options else text
+    return f"{advice}\n{translate(note, options)}" if options else advice
 
 
 def split_words(command: str) -> Markup:

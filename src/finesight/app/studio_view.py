@@ -20,10 +20,11 @@ from urllib.parse import urlencode
 from markupsafe import Markup
 
 from finesight.app.jobs import Job, JobStore
-from finesight.app.pages import render_page
+from finesight.app.pages import describe_error, render_page
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.errors import UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
+from finesight.operations.operation import Step
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
 from finesight.report.i18n import (
@@ -69,17 +70,11 @@ COMMAND_STEPS = {
 }
 """Step of the page by command."""
 
-TERMINAL_COMMANDS = ("export", "serve")
-"""Commands whose output is for a terminal."""
-
-_USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
-_ADVICE = re.compile(r"(?m)(?:\Afinesight |^ *(?:remedy|next): ).*(?:\n {4,}.*)*")
 _COMMAND = re.compile(
     # The page cannot fix data.
     rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
     r"(?:'[^'\n]*'|(?!, or |: )[^\n`;),'])*`?"
 )
-_NEXT = re.compile(r"(?m)^next: finesight (\w+)\b(?!.* --fix )[^\n]*\n?")
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -216,10 +211,6 @@ class StudioView:
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
-        log = job.read_log() if job else ""
-        if status in ("failed", "killed") or (job and job.arguments[0] not in TERMINAL_COMMANDS):
-            with use_language(selection.lang):
-                log = use_page_names(log, selection.step)
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -230,7 +221,9 @@ class StudioView:
                 "job": job,
                 "status": status,
                 "running": running,
-                "log": log,
+                "log": job.read_log() if job else "",
+                "error": _describe_job_error(job) if job and status == "failed" else "",
+                "proposed": _list_proposed(job, selection.step) if job else [],
                 "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None
                 and job.is_server
@@ -406,14 +399,20 @@ def _find_outcome(job: Job) -> str:
     return outcomes.get(job.exit_code or 0, "")
 
 
-def use_page_names(text: str, current_step: str = "") -> str:
-    """Replace commands and options in the advice of a log by steps and fields of the page.
+def _describe_job_error(job: Job) -> str:
+    """Return the message of the error with which a command has ended; empty without one."""
+    parts = job.read_outcome().error
+    if parts is None:
+        return ""
+    error = UserError(parts.what, where=parts.where, expected=parts.expected, remedy=parts.remedy)
+    return describe_error(error, name_actions)
 
-    The first line may name its command. Other lines may quote data of the user and stay as they
-    are. A next command in the current step is left out.
-    """
-    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
-    return _ADVICE.sub(lambda match: name_actions(match[0]), _USAGE.sub("", text))
+
+def _list_proposed(job: Job, current_step: str) -> list[str]:
+    """Return the proposed commands that no step of the page has, such as corrections of data."""
+    steps = job.read_outcome().next_steps
+    own = [step for step in steps if COMMAND_STEPS.get(step.operation) == current_step]
+    return [format_command(*Step(step.operation, step.arguments).words) for step in own]
 
 
 def name_actions(advice: str) -> str:

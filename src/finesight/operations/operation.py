@@ -25,6 +25,9 @@ Arguments = ParamSpec("Arguments")
 StrPath = str | Path
 """Name or path of a file, run or model; `~` stands for the home folder."""
 
+OUTCOME_VARIABLE = "FINESIGHT_OUTCOME"
+"""Environment variable with the file for the next steps or the error of a command."""
+
 Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
 """Kind of the values of a parameter."""
 

@@ -11,18 +11,15 @@ from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 from finesight.errors import UserError
+from finesight.operations.model import load_adapters
 from finesight.operations.operation import Parameter
 from finesight.operations.options import (
-    DeviceOption,
+    LoadingOptions,
     PortOption,
-    PrecisionOption,
-    ReasoningEffortOption,
     RunOrModelArgument,
-    ThinkingOption,
-    WeightFormatOption,
 )
 
 if TYPE_CHECKING:
@@ -137,11 +134,7 @@ def serve(
             minimum=1,
         ),
     ] = 300.0,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> None:
     """Start an OpenAI-compatible HTTP server (POST /v1/chat/completions).
 
@@ -162,8 +155,7 @@ def serve(
             expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
-    from finesight.encode.family import ThinkingOptions
-    from finesight.infer.model_loader import load_multi_adapter_model, resolve_model_source
+    from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir, read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
@@ -184,10 +176,7 @@ def serve(
         token = os.environ.get(TOKEN_VARIABLE)
         images = LabelStudioImages(label_studio_files, label_studio_url, token, limits)
         backend = LabelStudioOptions(images, label_studio_prompt)
-    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    inference_model = load_multi_adapter_model(
-        run_or_model, adapter or (), device, precision, weight_format, thinking_options
-    )
+    inference_model = load_adapters(run_or_model, adapter or (), **loading)
     max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
     limits = replace(limits, max_num_seqs=max_num_seqs)
     url_host = f"[{host}]" if ":" in host else host
@@ -323,11 +312,7 @@ def web(
     trusted_proxy: TrustedProxyOption = None,
     socket_file: SocketOption = None,
     open_page: OpenOption = False,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> None:
     """Start a chat UI in the browser.
 
@@ -344,18 +329,13 @@ def web(
     from finesight.app.chat_page import make_chat_app
     from finesight.app.chat_store import ChatStore
     from finesight.app.server import serve_app
-    from finesight.encode.family import ThinkingOptions
     from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
     from finesight.infer.inference_service import InferenceService
-    from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
-    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     with bind_page(host, port, socket_file) as listener:
-        inference_model = load_multi_adapter_model(
-            run_or_model, (), device, precision, weight_format, thinking_options
-        )
+        inference_model = load_adapters(run_or_model, (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
         pool = create_image_pool(inference_model.renderer, encode_prompt)
         service = InferenceService(

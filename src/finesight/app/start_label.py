@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.app.start import (
     NoAuthOption,
@@ -27,12 +27,10 @@ from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.operations.model import load_model
 from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
 from finesight.operations.options import (
-    DeviceOption,
+    LoadingOptions,
     MaxNewTokensOption,
     PortOption,
-    PrecisionOption,
     RunOrModelArgument,
-    WeightFormatOption,
 )
 
 if TYPE_CHECKING:
@@ -114,10 +112,8 @@ def label(
     no_auth: NoAuthOption = False,
     trusted_proxy: TrustedProxyOption = None,
     socket_file: SocketOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
     on_record: Callable[[Mapping[str, Any]], None] | None = None,
+    **loading: Unpack[LoadingOptions],
 ) -> Outcome[Mapping[str, int]]:
     """Suggest labels for images, and accept, correct or skip them on a page.
 
@@ -163,9 +159,7 @@ def label(
             session = open_session(folder, run_or_model, paths, **options)
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            loaded = load_model(
-                run_or_model, device=device, precision=precision, weight_format=weight_format
-            )
+            loaded = load_model(run_or_model, **loading)
             with console.progress_stage("suggestions", len(pending)) as on_progress:
                 reasons = session.add_suggestions(
                     loaded.value.inference_model,

@@ -223,7 +223,7 @@ class Operation:
     """Entry of an operation.
 
     Attributes:
-        target: Module of the package and function, as MODULE:FUNCTION.
+        target: Module of this package, or path in the project, and function: MODULE:FUNCTION.
         summary: Short description.
         json_help: Start of the description of `--json`; empty for an operation that runs until it
             is stopped, and has no result.
@@ -236,7 +236,8 @@ class Operation:
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         module, _, function = self.target.partition(":")
-        operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)
+        path = module if "." in module else f"operations.{module}"
+        operation: Callable[..., Any] = getattr(import_module(f"finesight.{path}"), function)
         return operation
 
 

@@ -239,7 +239,7 @@ def list_options(operation: str) -> list[OperationParameter]:
     """Return the options of an operation that the page does not set itself."""
     own = {*SERVER_PARAMETERS, *PAGE_PARAMETERS, *OWN_PARAMETERS[operation]}
     parameters = list_parameters(find_operation(operation).load())
-    return [one for one in parameters if not one.info.is_positional and one.name not in own]
+    return [one for one in parameters if not one.is_positional and one.name not in own]
 
 
 def _build_field(operation: str, parameter: OperationParameter) -> FormField:
@@ -253,7 +253,7 @@ def _build_field(operation: str, parameter: OperationParameter) -> FormField:
         placeholder=str(default) if is_shown else parameter.info.metavar,
         choices=YES_NO if is_flag else parameter.choices,
         default=str(default) if is_shown else "",
-        hint=parameter.info.help,
+        hint=parameter.help,
     )
 
 

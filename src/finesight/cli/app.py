@@ -122,9 +122,16 @@ def build_command(name: str, operation: Operation) -> click.Command:
         name,
         callback=partial(_run, function, parameters),
         params=params,
-        help=inspect.getdoc(function),
+        help=_read_help(function),
         short_help=operation.summary,
     )
+
+
+def _read_help(function: Callable[..., Any]) -> str:
+    """Return the docstring of an operation without its sections for Python code."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    sections = ("Args:", "Returns:", "Raises:")
+    return "\n\n".join(text for text in paragraphs if not text.startswith(sections))
 
 
 def _run(
@@ -172,7 +179,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
     default = {} if parameter.is_required else {"default": parameter.default}
     type_ = _build_type(parameter)
     metavar = info.metavar or None
-    if info.is_positional:
+    if parameter.is_positional:
         word = metavar or parameter.name.upper()
         word = word if parameter.is_required else f"[{word}]"
         return click.Argument(
@@ -182,7 +189,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
             required=parameter.is_required,
             **default,
             nargs=-1 if parameter.is_multiple else 1,
-            help=info.help + ("  [required]" if parameter.is_required else ""),
+            help=parameter.help + ("  [required]" if parameter.is_required else ""),
         )
     is_flag = parameter.kind == "flag"
     if metavar is None and parameter.kind in PLACEHOLDERS:
@@ -199,7 +206,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
         multiple=parameter.is_multiple,
         # The default of a flag without a name for its opposite is clear.
         show_default=not is_flag or "/" in parameter.option,
-        help=info.help,
+        help=parameter.help,
     )
 
 

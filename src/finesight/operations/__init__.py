@@ -18,7 +18,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             "Import a dataset, and write a recipe that fits this machine.",
         ),
         "quickstart": Operation(
-            "operations.training:quickstart",
+            "operations.quickstart:quickstart",
             "Run the complete workflow on generated data, on a CPU.",
         ),
         "studio": Operation(

@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 
 from finesight.data.sample import BoxPart, TextPart
 from finesight.label.label_session import LabelSession, open_session
-from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion
+from finesight.label.label_store import AnswerContent, SuggestedPart, Suggestion
 
 MODEL = "finesight-tiny"
 COLORS = ("red", "green", "blue")

@@ -13,18 +13,19 @@ from urllib.parse import parse_qsl
 
 from pydantic import ValidationError
 from starlette.testclient import TestClient
+from web_server_fixture import get_image_pool
 
 from finesight.app.access import Access
 from finesight.app.jobs import JOB_FILE, Job
+from finesight.app.pages import describe_error
 from finesight.app.studio_page import (
     FORMS,
     Form,
     ServerAccess,
     StudioPage,
-    describe_error,
     make_studio_app,
 )
-from finesight.app.studio_view import Selection, StudioView
+from finesight.app.studio_view import Selection, StudioView, name_actions
 from finesight.app.uploads import DiskBudget, UploadStore
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
@@ -42,7 +43,9 @@ def make_page(folder: Path, **access: Any) -> StudioPage:
     uploads = folder.parent / "uploads"
     uploads.mkdir(exist_ok=True)
     store = UploadStore(uploads, DiskBudget(uploads), 1 << 20)
-    return StudioPage(StudioView(Workspace(folder)), ServerAccess(**access), store)
+    return StudioPage(
+        StudioView(Workspace(folder, get_image_pool())), ServerAccess(**access), store
+    )
 
 
 def read_live(folder: Path, query: str) -> dict[str, str]:
@@ -107,7 +110,7 @@ def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any
         return str(error), ""
     except UserError as error:
         with use_language(selection.lang):
-            return describe_error(error), ""
+            return describe_error(error, name_actions), ""
 
 
 def store_upload(page: StudioPage, file: Path) -> str:

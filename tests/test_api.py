@@ -91,13 +91,24 @@ def test_documentation_page_output_is_correct(page, monkeypatch):
     assert PRINTED[-1] == f"{caught.value.where}: {caught.value.remedy}\n"
 
 
-@pytest.mark.parametrize("module", ["finesight", "finesight.api"])
-def test_import_loads_no_heavy_packages(module):
+BASE = {"torch", "numpy", "PIL", "pydantic", "huggingface_hub", "rich"}
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("finesight", BASE),
+        ("finesight.api", BASE),
+        ("finesight.app.studio_page", {"torch", "transformers", "huggingface_hub"}),
+        ("finesight.recipe_template", {"torch", "transformers", "starlette"}),
+    ],
+)
+def test_import_loads_no_heavy_packages(module, heavy):
     code = f"import sys, {module}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {name.split(".")[0] for name in done.stdout.split()}
     assert module in done.stdout.split()
-    assert not loaded & {"torch", "numpy", "PIL", "pydantic", "huggingface_hub", "rich"}
+    assert not loaded & heavy
 
 
 def test_batched_and_streamed_answers_match_single_answers(model, image_path):

@@ -570,7 +570,7 @@ PACKAGE_BUDGETS = (
     PackageBudget(("export", "track", "launch", "synth", "vision"), 4_630, 4_300),
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_140, 2_700),
     PackageBudget(
-        ("cli", "studio", "web", "label", "api", "operations", "app"),
+        ("cli", "label", "api", "recipe_template", "operations", "app"),
         13_880,
         9_300,
     ),

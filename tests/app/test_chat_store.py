@@ -136,6 +136,15 @@ def test_new_conversations_replace_unused_ones(store, monkeypatch):
     store.create(None)
     assert other in store.list_all(), "used after the others"
     assert len(store.list_all()) == 5
+    # Answers in progress stay.
+    for one in store.list_all():
+        one.is_generating = True
+    with pytest.raises(UserError, match="Wait for the end"):
+        store.create(None)
+    store.list_all()[-1].is_generating = False
+    newest = store.list_all()[-1]
+    store.create(None)
+    assert (newest in store.list_all(), other in store.list_all()) == (False, True)
 
 
 def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):

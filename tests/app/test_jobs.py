@@ -46,7 +46,7 @@ def wait_for_end(job: Job) -> str:
     ("source", "status", "exit_code", "output"),
     [
         ("photos", "finished", 0, "24 images"),
-        ("photos/00.txt", "failed", 2, "\n  expected: .json"),
+        ("photos/00.txt", "failed", 2, ".json"),
     ],
 )
 def test_command_runs_in_the_workspace(folder, source, status, exit_code, output):
@@ -56,7 +56,8 @@ def test_command_runs_in_the_workspace(folder, source, status, exit_code, output
     assert job.status == "running"
     assert wait_for_end(job) == status
     assert job.exit_code == exit_code
-    assert output in job.read_log()
+    error = job.read_outcome().error
+    assert output in (error.expected if error else job.read_log())
     assert job.command == f"finesight import {source} data/a --prompt 'Color?'"
     assert (folder / "data" / "a" / "data.jsonl").exists() == (exit_code == 0)
 

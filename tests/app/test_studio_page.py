@@ -38,7 +38,7 @@ from studio_fixtures import (
 )
 
 from finesight.app.jobs import JobStore
-from finesight.app.studio_page import FORMS, StudioPage
+from finesight.app.studio_page import FORMS, OPERATIONS_OF_STEPS, Form, StudioPage, list_options
 from finesight.app.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
 from finesight.cli.app import run_command
@@ -201,6 +201,7 @@ def test_only_runs_of_the_workspace_are_shown(folder):
             assert client.get(f"/view/report?{query}").status_code == 404, query
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
+        assert client.post("/preview/other", json={}).status_code == 404
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
 
 
@@ -211,6 +212,27 @@ def test_only_the_converter_of_the_command_line_runs(folder):
         assert ("Write GGUF" in text, "write-gguf" in page.actions) == (converter is not None,) * 2
         assert "convert.py" not in text
     assert "--converter convert_hf" in read_live(folder, "step=export")["top"]
+
+
+def test_options_of_operations_are_fields_of_the_page(folder, page, started):
+    """A new option of an operation needs no change of the page."""
+    add_run(folder)
+    shown = {step: page.render(Selection(step=step, run="runs/a")) for step in STEPS}
+    for step, operations in OPERATIONS_OF_STEPS.items():
+        for operation in operations:
+            names = {f"{operation}:{one.name}" for one in list_options(operation)}
+            assert names <= {*re.findall(r' name="([\w:]+)"', shown[step])}, operation
+    (folder / "new.jsonl").write_text("")
+    texts = {"eval:data": "new.jsonl", "eval:limit": "3", "eval:thinking": "no", "eval:device": ""}
+    selection = Selection(step="results", run="runs/a")
+    page.run_action("evaluate", selection, Form(texts=texts))
+    weights = started[0][1]
+    words = ["--data", "new.jsonl", "--limit", "3", "--no-thinking"]
+    assert started == [["eval", weights, *words]]
+    for name, text in (("data", "../other.jsonl"), ("metric", "new.py:score")):
+        with pytest.raises(UserError) as caught:
+            page.run_action("evaluate", selection, Form(texts={f"eval:{name}": text}))
+        assert caught.value.where == f"eval:{name}"
 
 
 def test_file_names_are_escaped(folder):
@@ -408,40 +430,41 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(page):
 
 
 @pytest.mark.parametrize(
-    ("step", "arguments", "exit_code", "log", "shown"),
+    ("step", "arguments", "error", "shown"),
     [
-        ("data", "import a", 0, "next: finesight check a --against b", "the step “Check”"),
-        ("label", "label m a", 0, "next: finesight train r 'data.train=[]'", "the step “Plan”"),
         (
             "data",
             "import a b",
-            2,
-            "error: a\n  remedy: with --map image=a --map answer=b --map box=c, or --prompt",
-            "with “Columns” image=a answer=b box=c, or “Prompt”",
+            {"what": "a", "remedy": "with --map image=a --map answer=b, or --prompt"},
+            "with “Columns” image=a answer=b, or “Prompt”",
         ),
-        ("train", "train r", 2, "error: a\n  remedy: use --resume", "use “Start or resume”"),
-        ("label", "label a", 2, "Usage: finesight label X\nTry 'a'.\n\nError: a", "Error: a"),
-        ("export", "export m", 0, "finesight serve m --port 1", "finesight serve m --port 1"),
-        # Other lines may quote data.
-        ("train", "train r", 2, "a: b\nfinesight train is fun", "\nfinesight train is fun"),
-        ("train", "train r", 2, "error: finesight train/a.jsonl: 'type --out a'", "type --out a"),
+        ("train", "train r", {"what": "a", "remedy": "use --resume"}, "use “Start or resume”"),
+        # Other parts may quote data.
+        ("train", "train r", {"what": "type --out a"}, "type --out a"),
         (
             "train",
             "train r",
-            2,
-            "error: a\n  remedy: check the data (finesight check), or set a lower rate",
+            {"what": "a", "remedy": "check the data (finesight check), or set a lower rate"},
             "check the data (the step “Check”), or set a lower rate",
         ),
-        ("check", "check a", 0, "next: finesight check a --fix b", "finesight check a --fix b"),
     ],
 )
-def test_log_names_fields_and_steps_of_the_page(folder, step, arguments, exit_code, log, shown):
-    write_job(folder, step, arguments, exit_code=exit_code, log=log)
-    page = read_live(folder, f"step={step}&lang=en")["bottom"]
-    [found] = re.findall(r"<pre class=\"log\"[^>]*>(.*?)</pre>", page, re.DOTALL)
-    assert shown in html.unescape(found)
-    assert ("Usage" in found, "no field for" in found) == (False, "--fix" in shown)
-    assert "exit code" not in page
+def test_errors_of_commands_name_fields_and_steps(folder, step, arguments, error, shown):
+    job = write_job(folder, step, arguments, log="finesight train is fun")
+    write_file(job.folder / "outcome.json", json.dumps({"error": error}).encode())
+    page = html.unescape(read_live(folder, f"step={step}&lang=en")["bottom"])
+    assert shown in re.findall(r'<p class="error"[^>]*>(.*?)</p>', page, re.DOTALL)[0]
+    assert "finesight train is fun</pre>" in page
+
+
+def test_proposed_correction_is_shown_as_a_command(folder):
+    job = write_job(folder, "check", "check a", exit_code=0)
+    fix = {"operation": "check", "arguments": {"sources": ["a"], "fix": "b"}}
+    steps = {"next_steps": [fix, {"operation": "plan", "arguments": {"recipe": "r"}}]}
+    write_file(job.folder / "outcome.json", json.dumps(steps).encode())
+    page = read_live(folder, "step=check&lang=en")["bottom"]
+    assert 'data-copy="finesight check a --fix b"' in page
+    assert "finesight plan" not in page
 
 
 def test_link_leads_to_the_next_step_once_a_result_exists(folder):

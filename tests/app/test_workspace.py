@@ -12,13 +12,10 @@ from pathlib import Path
 
 import pytest
 from studio_fixtures import click_button, write_job, write_recipe
+from web_server_fixture import get_image_pool
 
-from finesight.app.workspace import (
-    UPLOAD_MARKER,
-    Workspace,
-    WorkspaceDataset,
-    as_argument,
-)
+from finesight.app import workspace as workspace_module
+from finesight.app.workspace import UPLOAD_MARKER, Workspace, WorkspaceDataset, as_argument
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
@@ -35,7 +32,8 @@ def workspace(folder: Path) -> Workspace:
     (folder / ".finesight").mkdir()
     (folder.parent / "secret.txt").write_text("secret")
     (folder / "link").symlink_to(folder.parent)
-    return Workspace(folder)
+    (folder / "studio-link").symlink_to(".finesight")
+    return Workspace(folder, get_image_pool())
 
 
 def add_data(workspace: Workspace, name: str, options: ImportOptions = OPTIONS) -> WorkspaceDataset:
@@ -64,6 +62,7 @@ def test_path_in_the_workspace(workspace, path):
         ("link/secret.txt", "outside of the workspace"),
         ("link/missing", "outside of the workspace"),
         (".finesight", "a file of the studio"),
+        ("studio-link/api-key", "a file of the studio"),
         ("photo", "did you mean photos?"),
     ],
 )
@@ -83,8 +82,8 @@ def test_new_name_is_checked(workspace, name):
 def test_model_is_a_hub_name_or_in_the_workspace(workspace):
     for name in (TINY_MODEL, "Qwen/Qwen2-VL-2B-Instruct", "modelscope:a/b@main", "photos"):
         assert workspace.check_model(name) == name
-    for name in ("/models/qwen", "../models", "link/secret.txt", "missing"):
-        with pytest.raises(UserError, match=r"outside|does not exist"):
+    for name in ("/models/qwen", "../models", "link/secret.txt", "missing", "--help/x", "-o/x"):
+        with pytest.raises(UserError, match=r"outside|does not exist|not a valid path"):
             workspace.check_model(name)
 
 
@@ -99,6 +98,7 @@ def test_recipe_is_created_and_validated(workspace):
     text = (workspace.folder / path).read_text()
     for old, new, problem in (
         ("runs/a", "/tmp/a", "outside of the workspace"),
+        ("runs/a", "studio-link/a", "or of the studio"),
         ("data/a/", "link/", "outside of the workspace"),
         ("data/a/data.jsonl", "l*k/secret.txt", "outside of the workspace"),
         ("data/a/", "file:///", "URL"),
@@ -128,8 +128,9 @@ def test_recipe_is_created_and_validated(workspace):
     workspace.save_recipe(path, text)
     assert workspace.read_recipe(path)[0] == text
     workspace.save_recipe(path, text, workspace.read_recipe(path)[1])
-    with pytest.raises(UserError, match=r"train.epochs"):
-        workspace.create_recipe("b", [dataset], TINY_MODEL, {"train.epochs": "{3"})
+    for epochs in ("{3", "[" * 5000, "{a: " * 3000, "9" * 5000):
+        with pytest.raises(UserError, match=r"train.epochs"):
+            workspace.create_recipe("b", [dataset], TINY_MODEL, {"train.epochs": epochs})
     with pytest.raises(UserError, match=r"recipes/a.yaml exists"):
         workspace.create_recipe("a", [dataset], TINY_MODEL, settings)
 
@@ -181,6 +182,17 @@ def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace):
     with pytest.raises(UserError, match=r"names a/00.png and b/00.png[^!]*upload a zip archive"):
         workspace.save_uploads([table, workspace.folder / "photos/00.png"], "a")
     assert not (workspace.folder / "uploads/a").exists()
+
+
+def test_names_in_a_table_that_no_file_can_have_are_left_to_the_import(workspace, monkeypatch):
+    # Workers read tables, which may be bombs.
+    monkeypatch.setattr(workspace_module, "open_row_file", None)
+    table, image = workspace.folder.parent / "t.jsonl", workspace.folder / "photos/00.png"
+    names = ("a\0/00.png", "a\ud800/00.png", "a" * 300 + "/00.png", "t.jsonl/00.png", "../00.png")
+    for number, name in enumerate(names):
+        table.write_text(json.dumps({"image": name}))
+        path = workspace.save_uploads([table, image], f"a{number}")
+        assert (workspace.folder / path).with_name("00.png").is_file()
 
 
 @pytest.mark.parametrize("new_name", ["t.csv", "corrected.csv"])

@@ -18,9 +18,9 @@ from label_fixtures import draw_images
 
 from finesight import progress
 from finesight.app import server
-from finesight.cli.label import find_label_command
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
+from finesight.operations.training import find_label_step
 from finesight.recipe import load_recipe
 
 PROMPT = ("--prompt", "Describe the image.")
@@ -185,12 +185,12 @@ def test_further_rounds_continue_the_labels_of_the_run(label):
     recipe = load_recipe(write_recipe("[old.jsonl, mine/labels.jsonl]"))
     words = ("run", "photos", *PROMPT)
     continuing = "continuing the labels in mine, training data of run"
-    assert find_label_command(recipe) == ["finesight", "label", "run", "photos"]
+    assert find_label_step(recipe).words == ["label", "run", "photos"]
     assert continuing in label(*words)
     assert "0 open, 0 accepted, 1 corrected, 0 skipped: labels" in label(*words, "--out", "labels")
     # A folder of reviewed labels contains no new images.
     Path("mine/sources.json").unlink()
-    assert find_label_command(recipe) == []
+    assert find_label_step(recipe) is None
     assert continuing not in label(*words)
 
 
@@ -255,11 +255,11 @@ def test_reviews_have_a_folder_each(label):
     trained = "[a.jsonl, labels-review-3/labels.jsonl]"
     lines = ["reviewed labels: labels-review-3", f"{train} {again}"]
     assert run(FIRST_LABELS, "--review", train=trained) == lines
-    command = find_label_command(load_recipe(Path("run/recipe.yaml")))
-    assert command == ["finesight", "label", "run", "photos"]
+    command = find_label_step(load_recipe(Path("run/recipe.yaml")))
+    assert command.words == ["label", "run", "photos"]
     assert run("photos", train=trained) == [
         "continuing the labels in labels, training data of run",
-        f"next: finesight label run {FIRST_LABELS} --review --out labels-review-3",
+        f"next: finesight label run {FIRST_LABELS} --out labels-review-3 --review",
     ]
 
 

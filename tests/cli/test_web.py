@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from finesight.cli.servers import resolve_password
+from finesight.app.start import resolve_password
 
 
 def test_invalid_options_are_rejected(tmp_path, cli):

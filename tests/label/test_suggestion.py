@@ -18,12 +18,8 @@ from finesight.encode.renderer import NativeRenderer, build_renderer
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import build_prediction, build_question
 from finesight.infer.request import GeneratedToken
-from finesight.label.suggestion import (
-    Suggestion,
-    build_suggestion,
-    iter_json_leaves,
-    suggest_labels,
-)
+from finesight.label.label_store import Suggestion
+from finesight.label.suggestion import build_suggestion, iter_json_leaves, suggest_labels
 from finesight.model_folder import TINY_MODEL, locate_model
 
 

@@ -10,7 +10,6 @@ import secrets
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import IO, Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
@@ -47,6 +46,7 @@ from finesight.app.pages import (
     FILE_HEADERS,
     Utf8Text,
     create_app,
+    describe_error,
     find_studio,
     parse_body,
     read_language,
@@ -315,16 +315,6 @@ def _describe_failure(error: BaseException) -> str:
     return translate("The answer ended with a server error. See the terminal of the server.")
 
 
-def describe_error(error: UserError) -> str:
-    """Return the message of an error in the current language, without folders of the server."""
-    where, lines = Path(error.where).name, [translate(error.what)]
-    if where:
-        lines[0] = f"{where}: {lines[0]}"
-    if error.expected:
-        lines.append(translate("expected: {}", translate(error.expected)))
-    return "\n".join(filter(None, [*lines, translate(error.remedy)]))
-
-
 def _format_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
@@ -476,4 +466,4 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:
     """Build the chat page as an ASGI application with access control."""
     access = replace(access, max_upload_bytes=MAX_IMAGE_BYTES)
-    return AccessMiddleware(create_app(build_chat_routes(store), describe_error), access)
+    return AccessMiddleware(create_app(build_chat_routes(store)), access)

@@ -276,6 +276,9 @@ class ChatStore:
 
         Args:
             browser_id: Secret ID of the browser; None without cookies.
+
+        Raises:
+            UserError: An answer is being generated in each conversation that it might replace.
         """
         if browser_id is not None:
             own_chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
@@ -324,12 +327,15 @@ class ChatStore:
         shutil.rmtree(chat.folder, ignore_errors=True)
 
     def _evict(self, chats: Sequence[StoredChat], limit: int) -> None:
-        """Delete conversations until there is one fewer than a limit.
+        """Delete conversations that generate no answer until there is one fewer than a limit.
 
         Those without messages are deleted first.
         """
         num_deleted = max(0, len(chats) + 1 - limit)
-        for chat in sorted(chats, key=lambda chat: bool(chat.session.turns))[:num_deleted]:
+        idle = [chat for chat in chats if not chat.is_generating]
+        if num_deleted > len(idle):
+            raise UserError("All chats are generating answers. Wait for the end of one.")
+        for chat in sorted(idle, key=lambda chat: bool(chat.session.turns))[:num_deleted]:
             self.delete(chat)
 
     def _free_space(self, num_bytes: int) -> bool:

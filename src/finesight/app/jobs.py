@@ -1,9 +1,9 @@
 """Commands that run in processes of their own, with their state in the workspace.
 
 A job is a folder with `job.json` (command), `log.txt` (its output), `pid` and, after the end,
-`exit_code`. The process of the command holds a lock, so a job outlives the studio, and another
-studio finds it again. `python -m finesight.app.jobs FOLDER` runs the command of a
-job folder.
+`exit_code` and `outcome.json` (next steps or error). The process of the command holds a lock, so a
+job outlives the studio, and another studio finds it again. `python -m finesight.app.jobs FOLDER`
+runs the command of a job folder.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import httpx2
 from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
 from finesight.errors import UserError
+from finesight.operations.operation import OUTCOME_VARIABLE
 from finesight.report.summary import format_command
 from finesight.storage import FileLock, make_folder, write_file
 
@@ -34,6 +35,7 @@ JOBS_FOLDER = Path(".finesight", "jobs")
 
 JOB_FILE, LOG_FILE, PID_FILE, EXIT_CODE_FILE = "job.json", "log.txt", "pid", "exit_code"
 STOP_FILE, LOCK_FILE, SOCKET_FILE = "stop_requested", "lock", "socket"
+OUTCOME_FILE = "outcome.json"
 
 PYTHON = (sys.executable, "-P", "-m")
 """Start of a command that never imports modules of its working directory, the workspace."""
@@ -51,6 +53,29 @@ STOPPED_EXIT_CODES = (75, 130, -signal.SIGINT, -signal.SIGTERM)
 """Exit codes of commands that were stopped, with or without a checkpoint."""
 
 JobStatus = Literal["running", "finished", "stopped", "failed", "killed"]
+
+
+class ErrorParts(BaseModel, frozen=True):
+    """Parts of the `UserError` with which a command has ended."""
+
+    what: str
+    where: str = ""
+    expected: str = ""
+    remedy: str = ""
+
+
+class NextStep(BaseModel, frozen=True):
+    """Operation that a command proposes at its end, with its arguments."""
+
+    operation: str
+    arguments: dict[str, Any]
+
+
+class JobOutcome(BaseModel, frozen=True):
+    """Outcome of a command."""
+
+    error: ErrorParts | None = None
+    next_steps: tuple[NextStep, ...] = ()
 
 
 class Job(BaseModel, frozen=True):
@@ -127,6 +152,13 @@ class Job(BaseModel, frozen=True):
             log.seek(max(0, log.tell() - MAX_LOG_BYTES))
             return log.read().decode("utf-8", "replace").strip()
         return ""
+
+    def read_outcome(self) -> JobOutcome:
+        """Return the outcome of an ended command; empty after an internal error."""
+        with contextlib.suppress(OSError, ValueError):
+            text = (self.folder / OUTCOME_FILE).read_text(encoding="utf-8")
+            return JobOutcome.model_validate(parse_json(text))
+        return JobOutcome()
 
     def _has_result(self) -> bool:
         """Return whether the command has written its result since its start."""
@@ -325,7 +357,8 @@ def run_job(folder: Path) -> int:
         command = [*PYTHON, "finesight", *job.arguments]
         if job.has_page:
             command += ["--socket", str(job.socket)]
-        child = subprocess.Popen(command, pass_fds=[lock.fileno()])
+        environment = os.environ | {OUTCOME_VARIABLE: str(folder / OUTCOME_FILE)}
+        child = subprocess.Popen(command, pass_fds=[lock.fileno()], env=environment)
         write_file(folder / PID_FILE, str(child.pid).encode())
         exit_code = child.wait()
         write_file(folder / EXIT_CODE_FILE, str(exit_code).encode())

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import secrets
 import threading
 from collections.abc import Sequence
@@ -38,9 +37,8 @@ from finesight.data.sample import BoxPart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
-from finesight.label.label_store import LabelItem
-from finesight.label.suggestion import AnswerContent, get_text
-from finesight.report.i18n import Language, translate
+from finesight.label.label_store import AnswerContent, LabelItem, get_text
+from finesight.report.i18n import Language
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
 
@@ -68,24 +66,6 @@ SCRIPT_TEXTS = (
     *("Nothing to undo", "Undone: {}", "Saved without your later changes"),
 )
 """Texts of the script, which are translated on the page."""
-
-ERROR_TEXTS = (
-    *("the image was changed in another tab", "the decisions that the page shows"),
-    "reload the page",
-    *("the answer is empty", "a text or a box", "enter an answer, or skip (S)"),
-    *("the prompt is empty", "a question", "enter a prompt, or reset it"),
-    *("fill at least one field, or skip (S)", "choose a class, or skip (S)"),
-    *("{} is not one of the classes", "box {} has no class", "choose its class, or delete the box"),
-    "the box [{}] in pixels (read as xyxy in units of pixel) is outside its image",
-    "the box [{}] in pixels (read as xyxy in units of pixel) has inverted corners or no area",
-    "the box [{}] in pixels (read as xyxy in units of pixel) is smaller than a pixel",
-    *("x1 < x2 up to {} and y1 < y2 up to {}, after EXIF rotation", "draw the box again"),
-    *("the answer is not JSON: {}", "the answer is not JSON of an object: {}"),
-    *("a JSON object, like most answers", "fields of the answer"),
-    "correct it, or skip (S); answers of the kind text need no JSON",
-    *("{} is not a sample of this session", "the ID of a listed sample"),
-)
-"""Texts of errors, which are translated on the page. Others are shown in English."""
 
 
 class BoxAnswer(BaseModel, frozen=True):
@@ -309,24 +289,6 @@ def _build_content(
     return (*text, *boxes)
 
 
-def describe_error(error: UserError) -> str:
-    """Return the message of an error in the current language."""
-    lines = [_translate_error(error.what), _translate_error(error.remedy)]
-    if error.where not in ("", "label"):
-        lines[0] = f"{error.where}: {lines[0]}"
-    if error.expected:
-        lines.insert(1, translate("expected: {}", _translate_error(error.expected)))
-    return "\n".join(filter(None, lines))
-
-
-def _translate_error(text: str) -> str:
-    for known in ERROR_TEXTS:
-        pattern = re.escape(known).replace(r"\{\}", "(.*)")
-        if match := re.fullmatch(pattern, text, re.DOTALL):
-            return translate(known, *match.groups())
-    return text
-
-
 class SearchQuery(BaseModel, frozen=True):
     """Query of a search in the list of items."""
 
@@ -387,4 +349,4 @@ def make_label_app(session: LabelSession, access: Access, pool: WorkerPool) -> A
     Args:
         pool: Worker processes that read images.
     """
-    return AccessMiddleware(create_app(build_label_routes(session, pool), describe_error), access)
+    return AccessMiddleware(create_app(build_label_routes(session, pool)), access)

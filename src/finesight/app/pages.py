@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -53,6 +54,17 @@ VIEW_HEADERS = {
 }
 """Headers of a report in a frame, which runs its own script without access to this server."""
 
+ERROR_TEXTS = (
+    *("{} is not one of the classes", "box {} has no class"),
+    "the box [{}] in pixels (read as xyxy in units of pixel) is outside its image",
+    "the box [{}] in pixels (read as xyxy in units of pixel) has inverted corners or no area",
+    "the box [{}] in pixels (read as xyxy in units of pixel) is smaller than a pixel",
+    "x1 < x2 up to {} and y1 < y2 up to {}, after EXIF rotation",
+    *("the answer is not JSON: {}", "the answer is not JSON of an object: {}"),
+    "{} is not a sample of this session",
+)
+"""Texts of errors with values, which are translated. Other texts with values are in English."""
+
 add_translations(STATIC_FOLDER)
 _ENVIRONMENT = create_environment(FileSystemLoader([STATIC_FOLDER, REPORT_FOLDER]))
 
@@ -69,21 +81,18 @@ Utf8Text = Annotated[str, AfterValidator(_check_text)]
 """Text that samples can store. JSON may contain lone surrogates."""
 
 
-def create_app(
-    routes: Sequence[BaseRoute],
-    describe_error: Callable[[UserError], str] = str,
-) -> Starlette:
+def create_app(routes: Sequence[BaseRoute], name_actions: Callable[[str], str] = str) -> Starlette:
     """Create the application of a page with its static files and errors as JSON.
 
     Args:
-        describe_error: Returns the message of an error in the current language.
+        name_actions: See `describe_error`.
     """
 
     def report_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError), "registered for this class"
         with use_language(read_language(request)):
-            text = describe_error(error)
-        return _report(422, text, field=error.where)
+            text = describe_error(error, name_actions)
+        return _report(422, text, field=Path(error.where).name)
 
     def report_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, ValidationError), "registered for this class"
@@ -102,6 +111,29 @@ def create_app(
     }
     static = Route("/static/{name}", _get_static)
     return Starlette(routes=[static, *routes], exception_handlers=handlers)
+
+
+def describe_error(error: UserError, name_actions: Callable[[str], str] = str) -> str:
+    """Return the message of an error in the current language, without folders of the server.
+
+    The page marks fields, so that their names are left out.
+
+    Args:
+        name_actions: Replaces commands and options by what the page has.
+    """
+    what, expected, remedy = map(_translate_error, (error.what, error.expected, error.remedy))
+    where = name_actions(error.where)
+    prefix = f"{Path(where).name}: " if re.search(r"[ ./]", where) else ""
+    lines = [prefix + what, expected and translate("expected: {}", expected), name_actions(remedy)]
+    return "\n".join(filter(None, lines))
+
+
+def _translate_error(text: str) -> str:
+    for known in ERROR_TEXTS:
+        pattern = re.escape(known).replace(r"\{\}", "(.*)")
+        if match := re.fullmatch(pattern, text, re.DOTALL):
+            return translate(known, *match.groups())
+    return translate(text)
 
 
 def _report(status: int, text: str, **values: str) -> Response:

@@ -25,6 +25,7 @@ from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     VIEW_HEADERS,
     create_app,
+    describe_error,
     parse_body,
     read_language,
     render_page,
@@ -38,21 +39,21 @@ from finesight.app.studio_view import (
     Selection,
     StudioState,
     StudioView,
+    name_actions,
     split_words,
-    use_page_names,
 )
 from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
 from finesight.config import TaskName
 from finesight.data.image_header import IMAGE_SUFFIXES
-from finesight.data.import_source import ImportOptions, count_unlabeled_images, detect_columns
-from finesight.data.source_fetch import fetch_source
+from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.hub.archive import is_archive
-from finesight.label.label_session import AnswerKind
-from finesight.label.label_store import JOURNAL_FILE
+from finesight.label.label_store import JOURNAL_FILE, AnswerKind
 from finesight.model_folder import TINY_MODEL
-from finesight.report.i18n import translate, use_language
+from finesight.operations import find_operation
+from finesight.operations.operation import OperationParameter, list_parameters
+from finesight.report.i18n import use_language
 from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
 
@@ -90,6 +91,7 @@ class FormField:
     """Field of a form: a text, or a choice of names with a description of the empty one.
 
     Attributes:
+        hint: Description below the field.
         kinds: Kinds of answers for which the field is shown; empty for all.
         is_advanced: Whether the field is folded.
     """
@@ -101,6 +103,7 @@ class FormField:
     lines: int = 1
     choices: Sequence[str] = ()
     default: str = ""
+    hint: str = ""
     kinds: Sequence[str] = ()
     is_advanced: bool = False
 
@@ -173,6 +176,35 @@ FORMS: dict[str, tuple[FormField, ...]] = {
 }
 """Fields of the forms of the page, by form."""
 
+SERVER_PARAMETERS = ("host", "port", "password_file", "no_auth", "trusted_proxy", "key_file")
+PAGE_PARAMETERS = ("socket_file", "open_page", "suggest_only")
+OWN_PARAMETERS = {
+    "import": ["prompt", "columns", "train_fraction", "on_invalid_row", "no_header"],
+    "label": ["prompt", "out", "kind", "classes", "fields", "review", "train_fraction"],
+    "check": ["against", "html", "language"],
+    "plan": [],
+    "train": ["resume", "trust_metric"],
+    "eval": ["trust_metric"],
+    "web": [],
+    "serve": [],
+    "merge": [],
+}
+"""Operations that the page starts, with the options that it sets itself or has no use for."""
+
+OPERATIONS_OF_STEPS = {
+    "data": ("import",),
+    "label": ("label",),
+    "check": ("check",),
+    "plan": ("plan",),
+    "train": ("train",),
+    "results": ("eval",),
+    "chat": ("web",),
+    "export": ("serve", "merge"),
+}
+"""Operations of each step with options."""
+
+YES_NO = ("yes", "no")
+
 QUESTIONS = (
     ("Describe images", "Describe the image."),
     ("Read text", "Read the text."),
@@ -194,10 +226,6 @@ MISSING_MESSAGES = {
 """Message about a missing item or an empty field by its name."""
 
 
-class MissingItemError(UserError):
-    """Raised for a missing selection or an empty field. Its message is one or two sentences."""
-
-
 class Form(BaseModel, frozen=True):
     """Body of an action: texts by field, IDs of uploads, and further data sets of a recipe."""
 
@@ -212,6 +240,28 @@ class Form(BaseModel, frozen=True):
 
 Action = Callable[[StudioState, Form], str]
 """Handler of a button: takes the state and the form, and returns the URL to open."""
+
+
+def list_options(operation: str) -> list[OperationParameter]:
+    """Return the options of an operation that the page does not set itself."""
+    own = {*SERVER_PARAMETERS, *PAGE_PARAMETERS, *OWN_PARAMETERS[operation]}
+    parameters = list_parameters(find_operation(operation).load())
+    return [one for one in parameters if not one.info.is_positional and one.name not in own]
+
+
+def _build_field(operation: str, parameter: OperationParameter) -> FormField:
+    """Build the field of an option; an empty one keeps the default."""
+    is_flag = parameter.kind == "flag"
+    default = parameter.default
+    is_shown = not is_flag and default not in (None, (), "")
+    return FormField(
+        f"{operation}:{parameter.name}",
+        parameter.option.partition("/")[0],
+        placeholder=str(default) if is_shown else parameter.info.metavar,
+        choices=YES_NO if is_flag else parameter.choices,
+        default=str(default) if is_shown else "",
+        hint=parameter.info.help,
+    )
 
 
 @dataclass(slots=True)
@@ -235,6 +285,7 @@ class StudioPage:
             "save-recipe": self._save_recipe,
             "chat": self._chat,
             "serve": self._serve,
+            "evaluate": self._evaluate,
             "merge": self._merge,
             "export": self._export,
             "stop": self._stop,
@@ -278,12 +329,18 @@ class StudioPage:
             selection.lang,
             selection=state.selection,
             forms=FORMS,
+            options={
+                operation: [_build_field(operation, one) for one in list_options(operation)]
+                for operation in OPERATIONS_OF_STEPS.get(selection.step, ())
+            },
             values=values,
             others=others,
             digest=digest,
             questions=QUESTIONS,
             has_data=bool(state.content.datasets),
             has_recipe=bool(state.content.recipes),
+            has_weights=state.run is not None
+            and self.view.workspace.find_weights(state.run) is not None,
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label-prompt"] and state.run is None,
@@ -294,6 +351,7 @@ class StudioPage:
     def read_values(self, state: StudioState) -> dict[str, str]:
         """Return the values of the fields for the selected items, or those of the last command."""
         values = {one.name: one.value for fields in FORMS.values() for one in fields}
+        values |= {f"{op}:{one.name}": "" for op in OWN_PARAMETERS for one in list_options(op)}
         selection, job = state.selection, state.job
         values["label-prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
         # Commands apply to the model that was merged last.
@@ -308,6 +366,31 @@ class StudioPage:
             values["images"] = selection.images
             values["labels-name"] = (*Path(selection.images).parts, "", "")[1]
         return values
+
+    def _read_options(self, operation: str, form: Form) -> list[str]:
+        """Return the words of the options of an operation that a form sets."""
+        words = []
+        for parameter in list_options(operation):
+            field = f"{operation}:{parameter.name}"
+            text = form.get(field)
+            if not text:
+                continue
+            if ".py:" in text:
+                raise UserError(
+                    f"{text!r:.80} is a program",
+                    where=field,
+                    expected="a name of finesight",
+                    remedy="use it in a terminal",
+                )
+            value: object = text
+            if parameter.kind == "flag":
+                value = text == YES_NO[0]
+            elif parameter.is_multiple:
+                value = text.split()
+            elif parameter.kind == "path":
+                value = as_argument(self.view.workspace.resolve(text, field))
+            words += parameter.format_words(value)
+        return words
 
     def _build_import(self, form: Form, *, unpack: bool = True) -> tuple[Path, list[str]]:
         """Return the data set and the import command of a form. The source may be missing yet.
@@ -330,12 +413,11 @@ class StudioPage:
                 remedy="for example image=path answer=caption",
             ) from error
         if source and not any(pairs) and (unpack or not is_archive(path.name)):
-            path, options = _detect_columns(self.view.workspace.folder, path)
-            arguments[1] = as_argument(path)
-            roles = options.columns
+            table, roles, box_format, box_units = self.view.workspace.detect_source(path)
+            arguments[1] = as_argument(table)
             pairs = [f"{role}={column}" for role, column in roles.items()]
-            arguments += ["--box-format", options.box_format] if options.box_format else []
-            arguments += ["--box-units", options.box_units] if options.box_units else []
+            arguments += ["--box-format", box_format] if box_format else []
+            arguments += ["--box-units", box_units] if box_units else []
             if roles and "question" not in roles and not prompt:
                 raise UserError(
                     "the field Prompt is empty, and the table has no column of questions",
@@ -349,7 +431,7 @@ class StudioPage:
         fraction, invalid_rows = form.get("fraction"), form.get("invalid-rows")
         arguments += ["--train-fraction", fraction] if _check_fraction(fraction) else []
         arguments += ["--on-invalid-row", invalid_rows] if invalid_rows else []
-        return target, arguments
+        return target, [*arguments, *self._read_options("import", form)]
 
     def _import(self, state: StudioState, form: Form) -> str:
         workspace, name, source = self.view.workspace, form.get("name"), form.get("source")
@@ -502,7 +584,7 @@ class StudioPage:
         return as_argument(weights)
 
     def _chat(self, state: StudioState, form: Form) -> str:
-        arguments = ["web", self._find_weights(state)]
+        arguments = ["web", self._find_weights(state), *self._read_options("web", form)]
         return self._start(state, state.target, arguments, has_page=True)
 
     def _label(self, state: StudioState, form: Form, *, review: bool = False) -> str:
@@ -550,6 +632,7 @@ class StudioPage:
         values |= {key: form.get(key) for key, kinds in KINDS_OF_FIELDS.items() if kind in kinds}
         options = [f"--{key}={value}" for key, value in values.items() if value]
         options += ["--review"] if review else []
+        options += self._read_options("label", form)
         return ["label", run, as_argument(source), *options, "--out", str(target)]
 
     def _serve(self, state: StudioState, form: Form) -> str:
@@ -564,6 +647,7 @@ class StudioPage:
         arguments = ["serve", self._find_weights(state), "--port", str(port)]
         if self.access.password is not None:
             arguments += ["--key-file", str(self._write_api_key())]
+        arguments += self._read_options("serve", form)
         return self._start(state, state.target, arguments, port=port)
 
     def _write_api_key(self) -> Path:
@@ -580,7 +664,7 @@ class StudioPage:
     def _merge(self, state: StudioState, form: Form) -> str:
         weights = self._find_weights(state)
         target = self.view.workspace.check_new_name("models", form.get("merged-name"))
-        arguments = ["merge", weights, str(target)]
+        arguments = ["merge", weights, str(target), *self._read_options("merge", form)]
         return self._start(state, state.target, arguments)
 
     def _export(self, state: StudioState, form: Form, *, write_gguf: bool = False) -> str:
@@ -595,6 +679,10 @@ class StudioPage:
             arguments += [str(target), "--converter", str(self.access.converter)]
         return self._start(state, state.target, arguments)
 
+    def _evaluate(self, state: StudioState, form: Form) -> str:
+        arguments = ["eval", self._find_weights(state), *self._read_options("eval", form)]
+        return self._start(state, state.target, arguments)
+
     def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:
         job = self.view.jobs.find(state.selection.job)
         job.stop(again=again)
@@ -606,14 +694,15 @@ class StudioPage:
         if not commands:
             raise _missing("data" if is_check else "recipe")
         is_train, run = state.selection.step == "train", ""
+        command = [*commands[0], *self._read_options(state.selection.step, form)]
         if not is_check and state.recipe is not None:
             output_dir = self.view.workspace.load_recipe(state.recipe).output_dir
             folder = self.view.workspace.folder
             run = os.path.relpath(os.path.realpath(folder / output_dir), folder) if is_train else ""
         if is_check and state.dataset is not None:
             result, codes = str(state.dataset.check_page), CHECK_EXIT_CODES
-            return self._start(state, state.target, commands[0], ok_exit_codes=codes, result=result)
-        return self._start(state, state.target, commands[0], run=run)
+            return self._start(state, state.target, command, ok_exit_codes=codes, result=result)
+        return self._start(state, state.target, command, run=run)
 
     def _start(
         self,
@@ -638,22 +727,6 @@ class StudioPage:
         return state.selection.link(
             job=job.id, images="", **{key: item for key, item in items.items() if item}
         )
-
-
-def _detect_columns(workspace: Path, path: Path) -> tuple[Path, ImportOptions]:
-    """Return the table of a source with its column roles; none if the command detects its format.
-
-    A source without a known format is returned unchanged, for the error of the command. So is an
-    archive, which is unpacked for the detection only.
-    """
-    with contextlib.suppress(UserError):
-        if is_archive(path.name):
-            folder = workspace / STUDIO_FOLDER / "unpacked"
-            with fetch_source(str(workspace / path), folder, ImportOptions()) as fetched:
-                return path, detect_columns(fetched.path, fetched.options)[1]
-        table, options = detect_columns(workspace / path, ImportOptions())
-        return (table.relative_to(workspace) if options.columns else path), options
-    return path, ImportOptions()
 
 
 def _check_texts(form: Form) -> None:
@@ -682,14 +755,7 @@ def _check_fraction(text: str) -> bool:
 
 
 def _missing(name: str) -> UserError:
-    return MissingItemError(MISSING_MESSAGES[name], where=name)
-
-
-def describe_error(error: UserError) -> str:
-    """Return the message of an error in the current language, with the names of the page."""
-    if isinstance(error, MissingItemError):
-        return translate(error.what)
-    return use_page_names(str(error))
+    return UserError(MISSING_MESSAGES[name], where=name)
 
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
@@ -714,15 +780,17 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         return JSONResponse({"url": url})
 
     async def post_preview(request: Request) -> Response:
-        form, selection = await parse_body(request, Form), read_selection(request)
         name = request.path_params["name"]
+        if name not in ("import", "label"):
+            raise HTTPException(404, "no such form")
+        form, selection = await parse_body(request, Form), read_selection(request)
         try:
             command = await to_thread.run_sync(page.preview, name, selection, form)
             return JSONResponse({"command": command})
         except UserError as error:
             # The form is not complete yet.
             with use_language(selection.lang):
-                return JSONResponse({"hint": describe_error(error)})
+                return JSONResponse({"hint": describe_error(error, name_actions)})
 
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
@@ -745,4 +813,4 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/preview/{name}", post_preview, methods=["POST"]),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]
-    return AccessMiddleware(create_app(routes, describe_error), access)
+    return AccessMiddleware(create_app(routes, name_actions), access)

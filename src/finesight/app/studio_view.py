@@ -20,10 +20,11 @@ from urllib.parse import urlencode
 from markupsafe import Markup
 
 from finesight.app.jobs import Job, JobStore
-from finesight.app.pages import render_page
+from finesight.app.pages import describe_error, render_page
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.errors import UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
+from finesight.operations.operation import Step
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
 from finesight.report.i18n import (
@@ -35,7 +36,6 @@ from finesight.report.metric_rows import format_metric_name, format_value, read_
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import format_command, get_run_status
-from finesight.vision.image_reader import create_image_pool
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -70,17 +70,11 @@ COMMAND_STEPS = {
 }
 """Step of the page by command."""
 
-TERMINAL_COMMANDS = ("export", "serve")
-"""Commands whose output is for a terminal."""
-
-_USAGE = re.compile(r"(?m)^(?:Usage: |Try ')finesight .*\n+")
-_ADVICE = re.compile(r"(?m)(?:\Afinesight |^ *(?:remedy|next): ).*(?:\n {4,}.*)*")
 _COMMAND = re.compile(
     # The page cannot fix data.
     rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
     r"(?:'[^'\n]*'|(?!, or |: )[^\n`;),'])*`?"
 )
-_NEXT = re.compile(r"(?m)^next: finesight (\w+)\b(?!.* --fix )[^\n]*\n?")
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -94,9 +88,6 @@ KILLED_OUTCOME = "ended by the system, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
-REPORT_CPU_SECONDS = 60.0
-"""Limit of the report, which decodes images of the user in a process of its own."""
-
 MAX_LISTED_JOBS = 5
 
 
@@ -180,7 +171,6 @@ class StudioView:
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace, self.jobs = workspace, JobStore(workspace.folder)
-        self.report_pool = create_image_pool(job=render_report)
 
     def read_state(self, selection: Selection, *, use_newest: bool = True) -> StudioState:
         """Find the selected items.
@@ -221,10 +211,6 @@ class StudioView:
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
-        log = job.read_log() if job else ""
-        if status in ("failed", "killed") or (job and job.arguments[0] not in TERMINAL_COMMANDS):
-            with use_language(selection.lang):
-                log = use_page_names(log, selection.step)
         running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
         with use_language(selection.lang):
             values = {
@@ -235,7 +221,9 @@ class StudioView:
                 "job": job,
                 "status": status,
                 "running": running,
-                "log": log,
+                "log": job.read_log() if job else "",
+                "error": _describe_job_error(job) if job and status == "failed" else "",
+                "proposed": _list_proposed(job, selection.step) if job else [],
                 "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None
                 and job.is_server
@@ -294,9 +282,7 @@ class StudioView:
             raise UserError("no run is selected", expected="a run", remedy="select a run")
         folders = [self.workspace.folder / run for run in runs[:MAX_COMPARED_RUNS]]
         arguments = (folders, MAX_REPORT_EXAMPLES, selection.lang)
-        with self.report_pool.borrow_worker() as worker:
-            reply = worker.call(render_report, *arguments, max_cpu_s=REPORT_CPU_SECONDS)
-        return str(reply.value)
+        return str(self.workspace.run_job(render_report, *arguments))
 
     def read_check_page(self, selection: Selection) -> str:
         """Return the page of the last check of the selected data set."""
@@ -413,14 +399,27 @@ def _find_outcome(job: Job) -> str:
     return outcomes.get(job.exit_code or 0, "")
 
 
-def use_page_names(text: str, current_step: str = "") -> str:
-    """Replace commands and options in the advice of a message by steps and fields of the page.
+def _describe_job_error(job: Job) -> str:
+    """Return the message of the error with which a command has ended; empty without one."""
+    parts = job.read_outcome().error
+    if parts is None:
+        return ""
+    error = UserError(parts.what, where=parts.where, expected=parts.expected, remedy=parts.remedy)
+    return describe_error(error, name_actions)
+
+
+def _list_proposed(job: Job, current_step: str) -> list[str]:
+    """Return the proposed commands that no step of the page has, such as corrections of data."""
+    steps = job.read_outcome().next_steps
+    own = [step for step in steps if COMMAND_STEPS.get(step.operation) == current_step]
+    return [format_command(*Step(step.operation, step.arguments).words) for step in own]
+
+
+def name_actions(advice: str) -> str:
+    """Replace commands and options in advice by steps and fields of the page.
 
     Messages of functions and commands name what a terminal has. A note explains other options.
-    The first line may name its command. Other lines may quote data of the user and stay as they
-    are. A next command in the current step is left out.
     """
-    options: list[str] = []
 
     def name_field(match: re.Match[str]) -> str:
         if match[0] not in FIELD_NAMES:
@@ -432,16 +431,11 @@ def use_page_names(text: str, current_step: str = "") -> str:
         step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
         return translate("the step “{}”", translate(STEP_NAMES[step]))
 
-    def translate_advice(match: re.Match[str]) -> str:
-        advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, match[0]))
-        advice = _OPTION.sub(name_field, advice)
-        options.extend(_OPTION.findall(advice))
-        return advice
-
-    text = _NEXT.sub(lambda m: "" if COMMAND_STEPS.get(m[1]) == current_step else m[0], text)
-    text = _ADVICE.sub(translate_advice, _USAGE.sub("", text))
+    advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
+    advice = _OPTION.sub(name_field, advice)
+    options = ", ".join(dict.fromkeys(_OPTION.findall(advice)))
     note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
-    return f"{text}\n{translate(note, ', '.join(dict.fromkeys(options)))}" if options else text
+    return f"{advice}\n{translate(note, options)}" if options else advice
 
 
 def split_words(command: str) -> Markup:

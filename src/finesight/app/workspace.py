@@ -8,38 +8,42 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
-import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
 from itertools import chain, permutations
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import get_args
+from typing import Any, get_args
 
 import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TaskName, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
-from finesight.data.import_source import NUM_PREVIEW_ROWS, DetectedTask, detect_task
+from finesight.data.import_source import (
+    NUM_PREVIEW_ROWS,
+    ImportOptions,
+    detect_columns,
+    detect_task,
+)
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
+from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
-from finesight.hub.archive import is_archive
+from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
     EVAL_FILE,
     JOURNAL_FILE,
     LABELS_FILE,
     REVIEWED_FILE,
+    get_text,
     read_sources,
 )
-from finesight.label.suggestion import get_text
 from finesight.manifest import (
     ADAPTER_FOLDER,
     MANIFEST_FILE,
@@ -49,7 +53,9 @@ from finesight.manifest import (
     load_manifest,
 )
 from finesight.model_folder import TINY_MODEL
-from finesight.recipe import choose_duration, load_recipe, recipe_from_text
+from finesight.recipe import load_recipe, recipe_from_text
+from finesight.recipe_template import format_recipe
+from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
     make_folder,
@@ -59,6 +65,8 @@ from finesight.storage import (
     write_file,
 )
 from finesight.train.run_dir import RunDir
+from finesight.vision.image_reader import create_image_pool
+from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 STUDIO_FOLDER = ".finesight"
 TRASH_FOLDER = f"{STUDIO_FOLDER}/trash"
@@ -78,39 +86,11 @@ MAX_DEPTH, MAX_FOLDERS = 3, 2000
 
 MAX_RECIPE_BYTES = 100_000
 
+JOB_CPU_SECONDS = 60.0
+"""Limit of a job that reads files of the user, in a process of its own."""
+
 NAME_PATTERN = re.compile(r"\w[\w.-]{0,63}")
-HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
-
-
-NUM_EVAL_ROWS = 200
-"""Target number of validation samples."""
-
-MAX_PIXELS = {"captions": 262_144, "classification": 262_144, "grounding": 602_112}
-"""Maximum number of pixels per image by task; `DEFAULT_MAX_PIXELS` for other tasks."""
-
-DEFAULT_MAX_PIXELS = 802_816
-
-_RECIPE = """\
-# Written by {author}.
-# Override settings on the command line: finesight train {recipe} train.learning_rate=5.0e-5
-model: {model}
-data:
-{data}{image}tune:  # trained parts of the model: frozen, lora (adapters) or full
-{tune}train:
-{train_settings}{eval_settings}output_dir: {run}  # checkpoints, weights and report
-"""
-_TUNE_TINY = """\
-  vision: lora
-  merger: lora
-  language: lora
-  lora: {rank: 32, alpha: 32, dropout: 0.0}
-"""
-_TUNE_LARGE = """\
-  vision: frozen  # lora, if the images differ much from photos and documents
-  merger: frozen
-  language: lora
-  lora: {rank: 64, alpha: 16, dropout: 0.05}
-"""
+HUB_NAME_PATTERN = re.compile(r"(?:(?:hf|modelscope):)?\w[\w.-]*/[\w.-]+(?:@[\w./-]+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +131,15 @@ class WorkspaceContent:
 
 
 class Workspace:
-    """Folder that the studio works in. It is the working directory of all commands."""
+    """Folder that the studio works in. It is the working directory of all commands.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        pool: Worker processes that read tables and archives, and render reports. A job starts them.
+    """
+
+    def __init__(self, folder: Path, pool: WorkerPool | None = None) -> None:
         self.folder = folder.resolve()
+        self.pool = pool or create_image_pool(job=render_report)
 
     def remove_leftovers(self) -> None:
         """Remove the folders that killed commands left in the folders of the studio."""
@@ -260,6 +245,10 @@ class Workspace:
         # Unlike Path.resolve, it accepts links in a loop.
         return Path(os.path.realpath(path)).is_relative_to(self.folder)
 
+    def _is_internal(self, path: Path) -> bool:
+        """Return whether a path in the workspace is a file of the studio, or a link to one."""
+        return STUDIO_FOLDER in Path(os.path.realpath(path)).relative_to(self.folder).parts
+
     def resolve(self, text: str, where: str) -> Path:
         """Return the path that a user has entered, relative to the workspace.
 
@@ -283,7 +272,7 @@ class Workspace:
                 remedy="move or copy it into the workspace, or start the studio in its folder",
             )
         relative = path.relative_to(self.folder)
-        if STUDIO_FOLDER in relative.parts:
+        if self._is_internal(path):
             raise UserError(
                 f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
             )
@@ -365,7 +354,8 @@ class Workspace:
             # A corrected table may have another name.
             tables = new if new and len(old) == 1 else old | new
             if len(tables) == 1:
-                _restore_folders(partial, *tables)
+                with contextlib.suppress(WorkerLimitError, WorkerJobError):
+                    self.run_job(restore_folders, partial, *tables)
             (partial / UPLOAD_MARKER).touch()
             if is_leftover:
                 self.move_to_trash(folder)
@@ -373,6 +363,22 @@ class Workspace:
         is_single = len(tables) != 1 and len(names) == 1 and is_archive(names[0])
         sources = {*names} if is_single else tables if len(tables) == 1 else {*earlier, *names}
         return folder / sources.pop() if len(sources) == 1 else folder
+
+    def run_job(self, function: Callable[..., JobOutput], *args: Any) -> Any:
+        """Run a function that reads files of the user in a worker process, and return its value.
+
+        Raises:
+            UserError: The function raised it, or exceeded a limit of time or memory.
+        """
+        with self.pool.borrow_worker() as worker:
+            return worker.call(function, *args, max_cpu_s=JOB_CPU_SECONDS).value
+
+    def detect_source(self, path: Path) -> tuple[Path, dict[str, str], str | None, str | None]:
+        """Return the result of `detect_source`, without roles if it exceeds a limit or fails."""
+        with contextlib.suppress(WorkerLimitError, WorkerJobError):
+            table, *values = self.run_job(detect_source, self.folder, path)
+            return Path(table), *values
+        return path, {}, None, None
 
     def move_to_trash(self, *paths: Path) -> None:
         """Move the existing files and folders to a new trash folder. An error moves all back.
@@ -601,9 +607,10 @@ class Workspace:
                 problem = f"the URL {path} is outside of the workspace {self.folder}"
                 continue
             # A glob pattern may match files beyond symbolic links.
-            files = chain([str(self.folder / path)], iglob(str(self.folder / path), recursive=True))
-            if not all(self._contains(Path(file)) for file in files):
-                problem = f"{path} is outside of the workspace {self.folder}"
+            own, pattern = self.folder / path, str(self.folder / path)
+            files = [own, *map(Path, iglob(pattern, recursive=True))]
+            if not all(self._contains(file) and not self._is_internal(file) for file in files):
+                problem = f"{path} is outside of the workspace {self.folder}, or of the studio"
         if recipe.eval is not None and recipe.eval.metric not in get_args(TaskName):
             problem = (
                 f"eval.metric {recipe.eval.metric} is a Python file, which the studio never runs"
@@ -653,8 +660,11 @@ def _join_review(
     return dataset
 
 
-def _restore_folders(folder: Path, table: str) -> None:
-    """Move uploaded files into the folders that a table names; browsers send no folders."""
+def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:
+    """Move uploaded files into the folders that a table names; browsers send no folders.
+
+    The import reports names that are no files of the folder.
+    """
     paths: dict[str, set[Path]] = {}
     files = {file.name: file for file in folder.rglob("[!.]*") if file.is_file()}
     files.pop(table, None)
@@ -673,9 +683,29 @@ def _restore_folders(folder: Path, table: str) -> None:
                 expected="files with different names",
                 remedy="upload a zip archive of the folders",
             )
-        if not path.is_absolute() and ".." not in path.parts:
-            (folder / path.parent).mkdir(parents=True, exist_ok=True)
-            files[name].rename(folder / path)
+        with contextlib.suppress(UserError, OSError, ValueError):
+            target = safe_join(folder, str(path), table)
+            make_folder(target.parent)
+            files[name].rename(target)
+    return JobOutput()
+
+
+def detect_source(state: Any, workspace: Path, path: Path) -> JobOutput:
+    """Return the table of a source, its column roles, and the format and units of its boxes.
+
+    Roles are empty if the command detects the format. A source without a known format is returned
+    unchanged, for the error of the command. So is an archive, which is unpacked here only.
+    """
+    table, options = path, ImportOptions()
+    with contextlib.suppress(UserError):
+        if is_archive(path.name):
+            folder = workspace / STUDIO_FOLDER / "unpacked"
+            with fetch_source(str(workspace / path), folder, options) as fetched:
+                options = detect_columns(fetched.path, fetched.options)[1]
+        else:
+            found, options = detect_columns(workspace / path, options)
+            table = found.relative_to(workspace) if options.columns else path
+    return JobOutput([str(table), dict(options.columns), options.box_format, options.box_units])
 
 
 def as_argument(path: Path) -> str:
@@ -706,89 +736,3 @@ def _count_lines(file: Path) -> int:
 def _count_lines_of_version(file: Path, mtime_ns: int, size: int) -> int:
     with file.open("rb") as lines:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: lines.read(1 << 20), b""))
-
-
-def format_recipe(
-    recipe: Path,
-    run: Path,
-    model: str,
-    author: str,
-    task: DetectedTask,
-    files: Mapping[Path, str],
-    num_samples: int,
-    overrides: Sequence[str] = (),
-    settings: Mapping[str, str] | None = None,
-    num_train_files: int = 1,
-) -> str:
-    """Format a recipe with the values that fit a task, a model and a number of samples.
-
-    Args:
-        author: Command that writes the recipe, for its first comment.
-        files: Comments on the training files, followed by those on the validation files.
-        overrides: Overrides of a plan, which become further settings.
-        settings: Values of `train.steps`, `train.epochs` and `train.learning_rate` that the user
-            has chosen. Empty ones keep the values of the task.
-    """
-    is_tiny = model == TINY_MODEL
-    learning_rate = "1.0e-4"
-    if is_tiny:
-        learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
-    chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
-    learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
-    batch_size = 16 if num_samples >= 200 else 8
-    durations = {
-        key: _format_yaml(text)
-        for key, text in chosen.items()
-        if key in ("train.steps", "train.epochs")
-    } or choose_duration(num_samples, batch_size, is_short=is_tiny)
-    train = [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
-    train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
-    tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, name = key.split(".", 1)
-        if section == "train":
-            train.append(f"{name}: {value}  # chosen by the plan for this device")
-        elif name == "quantize.nf4":
-            tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
-    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
-    lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
-    train_data = _format_files("train", lines[:num_train_files])
-    eval_lines = [f"{line}, not used for training" for line in lines[num_train_files:]]
-    eval_settings = (
-        f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
-        f" max_new_tokens: {task.max_new_tokens}}}\n"
-    )
-    return _RECIPE.format(
-        author=author,
-        recipe=shlex.quote(str(recipe)),
-        model=_quote(model),
-        data=train_data + _format_files("eval", eval_lines),
-        image=""
-        if is_tiny
-        else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",
-        tune=tune,
-        train_settings="".join(f"  {line}\n" for line in train),
-        eval_settings=eval_settings if eval_lines else "",
-        run=_quote(run),
-    )
-
-
-def _format_yaml(text: str) -> str:
-    """Return YAML unchanged, and invalid YAML as text, which the recipe's validation reports."""
-    try:
-        return text if yaml.safe_load(text) is not None else _quote(text)
-    except yaml.YAMLError:
-        return _quote(text)
-
-
-def _format_files(key: str, lines: Sequence[str]) -> str:
-    """Format the paths of a key with their comments: a single one, or a list."""
-    if len(lines) > 1:
-        return f"  {key}:\n" + "".join(f"    - {line}\n" for line in lines)
-    return "".join(f"  {key}: {line}\n" for line in lines)
-
-
-def _quote(value: str | Path) -> str:
-    """Format a value as a quoted YAML string."""
-    return json.dumps(str(value), ensure_ascii=False)

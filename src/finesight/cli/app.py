@@ -14,6 +14,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from io import TextIOWrapper
 from itertools import zip_longest
@@ -33,7 +34,14 @@ from finesight.errors import (
 )
 from finesight.host_memory import num_allowed_cpus
 from finesight.operations import OPERATIONS, find_operation
-from finesight.operations.operation import Operation, OperationParameter, Outcome, list_parameters
+from finesight.operations.operation import (
+    OUTCOME_VARIABLE,
+    Operation,
+    OperationParameter,
+    Outcome,
+    Step,
+    list_parameters,
+)
 
 EXIT_USER_ERROR = 2
 EXIT_CHECKPOINTED = 75
@@ -144,8 +152,10 @@ def _run(
             _print_json(record)
     elif outcome.lines:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
+    report = click.get_current_context().obj
+    is_reported = report is not None and report.add_steps(outcome.next_steps)
     commands = [format_command(*step.words) for step in outcome.next_steps]
-    if commands and not as_json:
+    if commands and not as_json and not is_reported:
         text = "\n  ".join(["next:", *commands]) if commands[1:] else f"next: {commands[0]}"
         click.echo(text, err=True)
     if outcome.exit_code:
@@ -210,6 +220,32 @@ def _build_type(parameter: OperationParameter) -> click.ParamType[Any]:
             path_type=Path,
         )
     return click.STRING
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeReport:
+    """Report of a command to the program that has started it, which shows it in its own way.
+
+    Attributes:
+        file: JSON file with the next steps or the error. Without one, the terminal shows them.
+    """
+
+    file: str
+
+    def add_steps(self, steps: Sequence[Step]) -> bool:
+        """Write the next steps, and return whether there is a file."""
+        return self._write({"next_steps": [asdict(step) for step in steps]})
+
+    def add_error(self, error: UserError) -> bool:
+        """Write an error, and return whether there is a file."""
+        parts = ("what", "where", "expected", "remedy")
+        values = (error.what, error.where, error.expected, error.remedy)
+        return self._write({"error": dict(zip(parts, values, strict=True))})
+
+    def _write(self, content: object) -> bool:
+        if self.file:
+            Path(self.file).write_text(json.dumps(content, default=str), encoding="utf-8")
+        return bool(self.file)
 
 
 class CommandGroup(click.Group):
@@ -312,16 +348,21 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
         command: Commands to run; tests replace them.
     """
     configure_openmp_spin()
+    # Processes that the command starts have no outcome of their own.
+    report = OutcomeReport(os.environ.pop(OUTCOME_VARIABLE, ""))
     try:
-        code = command.main(list(arguments), "finesight", standalone_mode=False)
+        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=report)
     except click.ClickException as error:
-        error.show()
+        if not report.add_error(UserError(error.format_message(), where="command line")):
+            error.show()
         return error.exit_code
     except click.Abort:
         return EXIT_INTERRUPTED
     except SystemExit:
         return 0  # click exits so on a closed pipe (`| head`) only
     except UserError as error:
+        if report.add_error(error):
+            return EXIT_USER_ERROR
         names = "|".join(name for group in OPERATIONS.values() for name in group)
         program = format_command().replace("\\", r"\\")
         click.echo(re.sub(rf"\bfinesight(?= (?:{names})\b)", program, f"error: {error}"), err=True)

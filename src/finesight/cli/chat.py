@@ -10,20 +10,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 import click
 
 from finesight.errors import UserError, escape_unprintable
+from finesight.operations.model import load_adapters
 from finesight.operations.operation import Parameter
 from finesight.operations.options import (
-    DeviceOption,
+    LoadingOptions,
     MaxNewTokensOption,
-    PrecisionOption,
-    ReasoningEffortOption,
     RunOrModelArgument,
-    ThinkingOption,
-    WeightFormatOption,
 )
 
 if TYPE_CHECKING:
@@ -63,11 +60,7 @@ def chat(
             "Random seed of sampling, for --temperature above 0. Default: different each time."
         ),
     ] = None,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> None:
     """Chat with a model about images in the terminal. /help lists the commands of the chat.
 
@@ -76,19 +69,14 @@ def chat(
 
     Example: finesight chat runs/latex
     """
-    from finesight.encode.family import ThinkingOptions
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService
-    from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.infer.request import GenerationOptions, SamplingParams
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     generation_options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
-    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     service = InferenceService(
-        load_multi_adapter_model(
-            run_or_model, (), device, precision, weight_format, thinking_options
-        ),
+        load_adapters(run_or_model, (), **loading),
         max_num_seqs=1,
     )
     try:

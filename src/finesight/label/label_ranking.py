@@ -27,7 +27,8 @@ from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.json_metrics import count_fields, parse_form
 from finesight.evaluate.text_metrics import compute_edit_distance, normalize_text
 from finesight.infer.model_loader import InferenceModel
-from finesight.label.suggestion import Suggestion, get_text, suggest_labels
+from finesight.label.label_store import Suggestion, get_text
+from finesight.label.suggestion import suggest_labels
 from finesight.model.hf_backend import AnyModel
 
 

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finesight.data.corpus import load_corpus
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -29,26 +29,21 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.label.label_ranking import rank_labels
 from finesight.label.label_store import (
     ORIGINAL_PROMPT_KEY,
+    AnswerContent,
+    AnswerKind,
     LabelItem,
     LabelStore,
+    Suggestion,
     can_review,
     check_utf8,
     get_question,
+    get_text,
     read_labels,
 )
-from finesight.label.suggestion import (
-    AnswerContent,
-    JsonLeaf,
-    Suggestion,
-    get_text,
-    iter_json_leaves,
-    suggest_labels,
-)
+from finesight.label.suggestion import JsonLeaf, iter_json_leaves, suggest_labels
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
-
-AnswerKind = Literal["text", "fields", "classes", "boxes"]
 
 FieldPath = tuple[str | int, ...]
 """Keys and list indices of a JSON field."""

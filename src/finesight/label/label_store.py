@@ -40,7 +40,6 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
-from finesight.label.suggestion import AnswerContent, SuggestedPart, Suggestion, get_text
 from finesight.storage import (
     FileLock,
     append_line,
@@ -49,7 +48,6 @@ from finesight.storage import (
     truncate_file,
     write_file,
 )
-from finesight.train.dataset_stats import list_sample_images
 from finesight.train.run_dir import RunDir
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
@@ -65,7 +63,39 @@ LABELS_PER_WRITE = 500
 ANSWER_EVENTS = ("written", "accepted", "corrected")
 """Decisions with an answer: without a suggestion, equal to it, or different from it."""
 
+AnswerKind = Literal["text", "fields", "classes", "boxes"]
+
+AnswerContent = tuple[TextPart | BoxPart, ...]
+"""Content of an answer: a text, or boxes."""
+
 LabelEvent = Literal["suggested", "written", "accepted", "corrected", "skipped", "reopened"]
+
+
+@dataclass(frozen=True, slots=True)
+class SuggestedPart:
+    """Confidence of one part of a suggested answer.
+
+    Attributes:
+        path: Keys and list indices of a JSON field; the index of a box; empty for a text.
+    """
+
+    path: tuple[str | int, ...]
+    confidence: float
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    """Suggested answer to a sample with confidences in [0, 1].
+
+    Attributes:
+        loss: Negative log likelihood of the answer, in nats.
+    """
+
+    id: str
+    content: AnswerContent
+    confidence: float
+    parts: tuple[SuggestedPart, ...]
+    loss: float = 0.0
 
 
 class JournalEntry(BaseModel):
@@ -448,7 +478,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
         """Decode images and videos in workers; return the reasons of unreadable samples by ID."""
-        files = {s.sample.id: [*map(os.path.realpath, list_sample_images(s))] for s in samples}
+        files = {sample.sample.id: _list_image_files(sample) for sample in samples}
         new = [*{*chain.from_iterable(files.values())} - self._decoded.keys()]
         with ThreadPoolExecutor(NUM_IMAGE_WORKERS) as threads:
             self._decoded.update(zip(new, threads.map(self._decode, new), strict=True))
@@ -481,7 +511,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             labeled, key=lambda name: hashlib.sha256(name.encode(errors="surrogatepass")).digest()
         )
         self.decode_images(labeled.values())
-        paths = [map(os.path.realpath, list_sample_images(labeled[name])) for name in order]
+        paths = [_list_image_files(labeled[name]) for name in order]
         keys = [frozenset(self._decoded[path][0] for path in own) for own in paths]
         for group in group_rows(keys):
             if len(eval_ids) + len(group) <= num_eval:
@@ -648,6 +678,19 @@ def can_review(folder: Path, sources: Iterable[Path]) -> bool:
 def get_question(sample: Sample) -> str:
     """Return the text of the last question of a sample."""
     return get_text(next(turn for turn in sample.messages[::-1] if turn.role == "user").content)
+
+
+def get_text(content: Sequence[ContentPart]) -> str:
+    """Return the text of an answer without its boxes."""
+    return "".join(part.text for part in content if isinstance(part, TextPart))
+
+
+def _list_image_files(sample: LocatedSample) -> list[str]:
+    """Return the files of the images and video frames of a sample."""
+    # Here, because it imports torch, which the first page of the studio does not need.
+    from finesight.train.dataset_stats import list_sample_images
+
+    return [*map(os.path.realpath, list_sample_images(sample))]
 
 
 def list_question_texts(sample: Sample) -> tuple[str, ...]:

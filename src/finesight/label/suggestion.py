@@ -18,49 +18,19 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
 from finesight.data.boxes import MAX_JSON_DEPTH
 from finesight.data.image_header import CorruptImageError
-from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
+from finesight.data.sample import LocatedSample, TextPart
 from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.evaluate.json_metrics import parse_form
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, predict
+from finesight.label.label_store import AnswerContent, SuggestedPart, Suggestion
 from finesight.model.hf_backend import HfModel
-
-AnswerContent = tuple[TextPart | BoxPart, ...]
-"""Content of an answer: a text, or boxes."""
-
-
-@dataclass(frozen=True, slots=True)
-class SuggestedPart:
-    """Confidence of one part of a suggested answer.
-
-    Attributes:
-        path: Keys and list indices of a JSON field; the index of a box; empty for a text.
-    """
-
-    path: tuple[str | int, ...]
-    confidence: float
-
-
-@dataclass(frozen=True, slots=True)
-class Suggestion:
-    """Suggested answer to a sample with confidences in [0, 1].
-
-    Attributes:
-        loss: Negative log likelihood of the answer, in nats.
-    """
-
-    id: str
-    content: AnswerContent
-    confidence: float
-    parts: tuple[SuggestedPart, ...]
-    loss: float = 0.0
 
 
 class JsonLeaf(NamedTuple):
@@ -70,11 +40,6 @@ class JsonLeaf(NamedTuple):
     value: Any
     start: int
     stop: int
-
-
-def get_text(content: Sequence[ContentPart]) -> str:
-    """Return the text of an answer without its boxes."""
-    return "".join(part.text for part in content if isinstance(part, TextPart))
 
 
 def suggest_labels(

@@ -22,7 +22,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             "Run the complete workflow on generated data, on a CPU.",
         ),
         "studio": Operation(
-            "cli.servers:studio",
+            "app.start:studio",
             "Start a page in the browser, from images to a served model.",
             json_help="",
         ),
@@ -41,7 +41,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             json_help="Print one JSON object per issue, then one summary,",
         ),
         "label": Operation(
-            "cli.label:label",
+            "app.start_label:label",
             "Label images with suggestions of a model.",
             json_help="Print one JSON object per suggestion",
         ),
@@ -91,9 +91,9 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             json_help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes)",
         ),
         "chat": Operation("cli.chat:chat", "Start a chat in the terminal.", json_help=""),
-        "web": Operation("cli.servers:web", "Start a chat UI in the browser.", json_help=""),
+        "web": Operation("app.start:web", "Start a chat UI in the browser.", json_help=""),
         "serve": Operation(
-            "cli.servers:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
+            "app.start:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
         ),
     },
     "Deployment": {

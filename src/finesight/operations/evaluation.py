@@ -6,20 +6,16 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 from finesight.errors import UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
-    DeviceOption,
     LanguageOption,
+    LoadingOptions,
     MaxNewTokensOption,
-    PrecisionOption,
-    ReasoningEffortOption,
-    ThinkingOption,
     TrustMetricOption,
-    WeightFormatOption,
 )
 
 if TYPE_CHECKING:
@@ -80,11 +76,7 @@ def evaluate(
         ),
     ] = None,
     trust_metric: TrustMetricOption = False,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> Outcome[GenerationEvalResult]:
     """Generate answers to validation samples and compute metrics.
 
@@ -114,14 +106,7 @@ def evaluate(
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
         console.log(f"custom metric: {settings.metric}")
-    loaded = load_model(
-        run_or_model,
-        device=device,
-        precision=precision,
-        weight_format=weight_format,
-        thinking=thinking,
-        reasoning_effort=reasoning_effort,
-    )
+    loaded = load_model(run_or_model, **loading)
     model = loaded.value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
@@ -180,11 +165,7 @@ def predict(
             path="folder",
         ),
     ] = None,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
 
@@ -199,14 +180,7 @@ def predict(
     samples = _load_samples(
         get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)
     )
-    loaded = load_model(
-        run_or_model,
-        device=device,
-        precision=precision,
-        weight_format=weight_format,
-        thinking=thinking,
-        reasoning_effort=reasoning_effort,
-    )
+    loaded = load_model(run_or_model, **loading)
     model, console = loaded.value.inference_model, ProgressConsole()
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(

@@ -121,7 +121,6 @@ def init(
     Example: finesight init photos/captions.csv --yes
     """
 
-    from finesight.app.workspace import NUM_EVAL_ROWS, format_recipe
     from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
@@ -131,6 +130,7 @@ def init(
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
     from finesight.progress import ProgressConsole
+    from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
     from finesight.storage import raise_if_exists, write_file
 
     if metric is not None and metric not in TASKS:
@@ -290,11 +290,11 @@ def _init_labels(
     as_json: bool,
 ) -> None:
     """Write the recipe of images that `finesight label` labels, and print the commands."""
-    from finesight.app.workspace import format_recipe
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
     from finesight.recipe import choose_duration
+    from finesight.recipe_template import format_recipe
     from finesight.storage import write_file
 
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))

@@ -9,16 +9,12 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.operations.operation import Outcome, StrPath, check_counts, to_name
 from finesight.operations.options import (
-    DeviceOption,
-    PrecisionOption,
-    ReasoningEffortOption,
+    LoadingOptions,
     RunOrModelArgument,
-    ThinkingOption,
-    WeightFormatOption,
 )
 
 if TYPE_CHECKING:
@@ -199,32 +195,42 @@ def get_model_name(run_or_model: StrPath | Model) -> str:
     return run_or_model.name if isinstance(run_or_model, Model) else str(run_or_model)
 
 
-def load_model(
-    run_or_model: ModelArgument,
-    *,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-) -> Outcome[Model]:
+def load_model(run_or_model: ModelArgument, **loading: Unpack[LoadingOptions]) -> Outcome[Model]:
     """Load a run, a model or adapter folder, a hub model, or `finesight-tiny`.
 
     Raises:
         UserError: The model is missing, incomplete, or not the base model of the run or adapter;
             or it does not have this thinking mode or reasoning effort.
     """
-    from finesight.encode.family import ThinkingOptions
     from finesight.infer.model_loader import load_inference_model
     from finesight.progress import ProgressConsole
 
     if isinstance(run_or_model, Model):
         return Outcome(run_or_model)
     name = str(run_or_model)
-    options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     with ProgressConsole().activity(f"loading the weights of {name}"):
-        inference_model = load_inference_model(name, device, precision, weight_format, options)
-    return Outcome(Model(name, inference_model))
+        return Outcome(Model(name, load_inference_model(name, **_complete(loading))))
+
+
+def load_adapters(
+    run_or_model: str, adapters: Sequence[str], **loading: Unpack[LoadingOptions]
+) -> InferenceModel:
+    """Load a model with further adapters, which requests select by name."""
+    from finesight.infer.model_loader import load_multi_adapter_model
+
+    return load_multi_adapter_model(run_or_model, adapters, **_complete(loading))
+
+
+def _complete(loading: LoadingOptions) -> dict[str, Any]:
+    """Return options with those of the thinking mode as one argument."""
+    from finesight.encode.family import ThinkingOptions
+
+    options: dict[str, Any] = {**loading}
+    options["thinking"] = ThinkingOptions(
+        enable_thinking=options.pop("thinking", None),
+        reasoning_effort=options.pop("reasoning_effort", None),
+    )
+    return options
 
 
 def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedSample:

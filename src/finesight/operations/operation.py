@@ -25,6 +25,9 @@ Arguments = ParamSpec("Arguments")
 StrPath = str | Path
 """Name or path of a file, run or model; `~` stands for the home folder."""
 
+OUTCOME_VARIABLE = "FINESIGHT_OUTCOME"
+"""Environment variable with the file for the next steps or the error of a command."""
+
 Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
 """Kind of the values of a parameter."""
 
@@ -44,6 +47,7 @@ class Parameter:
         parse: Converts the words of the command line to the value.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
+        default: Default value in a group of options, a `TypedDict` that `**` unpacks.
     """
 
     help: str
@@ -54,6 +58,7 @@ class Parameter:
     parse: Callable[[Any], Any] | None = None
     minimum: float | None = None
     maximum: float | None = None
+    default: object = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,13 +276,23 @@ def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParam
     )
     parameters = []
     for name, parameter in signature.items():
-        metadata = getattr(hints[name], "__metadata__", ())
-        if infos := [item for item in metadata if isinstance(item, Parameter)]:
-            parameters.append(_read_parameter(name, infos[0], hints[name], parameter.default))
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            (group,) = typing.get_args(hints[name])
+            for option, hint in typing.get_type_hints(group, include_extras=True).items():
+                parameters.append(_read_parameter(option, hint, _find_info(hint).default))
+        elif _find_info(hints[name]) is not None:
+            parameters.append(_read_parameter(name, hints[name], parameter.default))
     return parameters
 
 
-def _read_parameter(name: str, info: Parameter, hint: Any, default: Any) -> OperationParameter:
+def _find_info(hint: Any) -> Any:
+    """Return the description of a parameter; None without one."""
+    metadata = getattr(hint, "__metadata__", ())
+    return next((item for item in metadata if isinstance(item, Parameter)), None)
+
+
+def _read_parameter(name: str, hint: Any, default: Any) -> OperationParameter:
+    info: Parameter = _find_info(hint)
     alternatives = {*_list_alternatives(hint.__origin__)}
     is_optional = type(None) in alternatives
     kinds = alternatives - {type(None)}
@@ -323,10 +338,12 @@ def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arg
     @wraps(operation)
     def call(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
         bound = inspect.signature(operation).bind(*args, **kwargs)
+        groups = [one for one in bound.signature.parameters.values() if one.kind is one.VAR_KEYWORD]
+        options = [bound.arguments[one.name] for one in groups if one.name in bound.arguments]
         for parameter in list_parameters(operation):
-            if parameter.name in bound.arguments:
-                value = bound.arguments[parameter.name]
-                bound.arguments[parameter.name] = parameter.convert(value)
+            for values in (bound.arguments, *options):
+                if parameter.name in values:
+                    values[parameter.name] = parameter.convert(values[parameter.name])
         return operation(*bound.args, **bound.kwargs).value
 
     return call

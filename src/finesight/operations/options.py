@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypedDict
 
 import click
 
@@ -39,44 +39,49 @@ OverridesArgument = Annotated[
 
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
-    Parameter("Compute device. auto: the GPU if there is one, else the CPU."),
+    Parameter("Compute device. auto: the GPU if there is one, else the CPU.", default="auto"),
 ]
 
-PrecisionOption = Annotated[
-    Literal["auto", "bf16", "fp16", "fp32"],
-    Parameter(
-        "Data type of activations and of weights that are not quantized. auto: bf16 on GPUs "
-        "of compute capability 8.0 (Ampere) or higher, fp16 on older ones, fp32 on a CPU."
-    ),
-]
 
-WeightFormatOption = Annotated[
-    Literal["auto", "nf4", "fp8", "int8", "int4"],
-    Parameter(
-        "Quantize the language model while loading, to save GPU memory: compared with bf16, "
-        "nf4 and int4 need about a quarter, int8 and fp8 half. The vision encoder is not "
-        "quantized. auto: as stored, or as in the training of the run. nf4 requires "
-        "finesight[quant]."
-    ),
-]
+class LoadingOptions(TypedDict, total=False):
+    """Options of all operations that load a model for inference."""
 
-ThinkingOption = Annotated[
-    bool | None,
-    Parameter(
-        "Generate reasoning before the answer, with models that have both modes, such as "
-        "Qwen3.5. Default: as in the training of the run, else without reasoning.",
-        option="--thinking/--no-thinking",
-    ),
-]
+    device: DeviceOption
+    precision: Annotated[
+        Literal["auto", "bf16", "fp16", "fp32"],
+        Parameter(
+            "Data type of activations and of weights that are not quantized. auto: bf16 on GPUs "
+            "of compute capability 8.0 (Ampere) or higher, fp16 on older ones, fp32 on a CPU.",
+            default="auto",
+        ),
+    ]
+    weight_format: Annotated[
+        Literal["auto", "nf4", "fp8", "int8", "int4"],
+        Parameter(
+            "Quantize the language model while loading, to save GPU memory: compared with bf16, "
+            "nf4 and int4 need about a quarter, int8 and fp8 half. The vision encoder is not "
+            "quantized. auto: as stored, or as in the training of the run. nf4 requires "
+            "finesight[quant].",
+            default="auto",
+        ),
+    ]
+    thinking: Annotated[
+        bool | None,
+        Parameter(
+            "Generate reasoning before the answer, with models that have both modes, such as "
+            "Qwen3.5. Default: as in the training of the run, else without reasoning.",
+            option="--thinking/--no-thinking",
+        ),
+    ]
+    reasoning_effort: Annotated[
+        str | None,
+        Parameter(
+            "Reasoning effort in thinking mode, with models whose chat template defines it: "
+            "xhigh, medium or low for Qwen3.8. Implies --thinking.",
+            metavar="EFFORT",
+        ),
+    ]
 
-ReasoningEffortOption = Annotated[
-    str | None,
-    Parameter(
-        "Reasoning effort in thinking mode, with models whose chat template defines it: "
-        "xhigh, medium or low for Qwen3.8. Implies --thinking.",
-        metavar="EFFORT",
-    ),
-]
 
 MaxNewTokensOption = Annotated[int, Parameter("Maximum number of tokens per answer.", minimum=1)]
 

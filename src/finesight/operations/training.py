@@ -186,7 +186,9 @@ def train(
         from finesight.operations.deployment import upload_run
 
         exit_code = upload_run(settings.output_dir, push, console)
-    return Outcome(result, (), result.as_json(), _suggest_labeling(settings), exit_code)
+    label_step = find_label_step(settings)
+    next_steps = [label_step] if label_step else []
+    return Outcome(result, (), result.as_json(), next_steps, exit_code)
 
 
 def _load_recipe(
@@ -216,16 +218,16 @@ def _load_recipe(
     return settings, file, section.get("steps") if isinstance(section, Mapping) else None
 
 
-def _suggest_labeling(recipe: Recipe) -> list[Step]:
-    """Return the step that labels further images with a run, if it trained labels."""
+def find_label_step(recipe: Recipe) -> Step | None:
+    """Return the step that labels further images with a run; None if it trained no labels."""
     from finesight.label.label_store import find_label_folder, read_sources
 
     folder = find_label_folder(recipe)
     if folder is None:
-        return []
+        return None
     sources = [source for source in read_sources(folder) if os.path.exists(source)]
     arguments = {"run_or_model": str(recipe.output_dir), "sources": sources or ["IMAGES"]}
-    return [Step("label", arguments)]
+    return Step("label", arguments)
 
 
 def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:

@@ -1,16 +1,15 @@
-"""`finesight label`: suggest labels, and accept or correct them on a page."""
+"""Label images: suggest labels, and accept or correct them on a page."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-import click
-
-from finesight.cli.servers import (
+from finesight.app.start import (
     NoAuthOption,
     PageHostOption,
     PasswordFileOption,
@@ -23,33 +22,29 @@ from finesight.cli.servers import (
     require_web,
     resolve_password,
 )
-from finesight.errors import LABEL_TRAIN_FRACTION, UserError, format_command
+from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.operations.model import load_model
-from finesight.operations.operation import Parameter
+from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
 from finesight.operations.options import (
-    JSON_OUTPUT,
-    DeviceOption,
+    LoadingOptions,
     MaxNewTokensOption,
     PortOption,
-    PrecisionOption,
     RunOrModelArgument,
-    WeightFormatOption,
-    echo_json,
 )
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
 
     from finesight.config import Recipe
     from finesight.label.label_session import LabelSession
+    from finesight.progress import ProgressConsole
 
 
 def label(
     run_or_model: RunOrModelArgument,
     sources: Annotated[
-        list[Path],
+        Sequence[StrPath],
         Parameter(
             "Images, folders of images, or a JSONL file.", metavar="IMAGES", is_positional=True
         ),
@@ -59,7 +54,7 @@ def label(
         Parameter("Question about every image. Default: that of FOLDER or else the run."),
     ] = None,
     out: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Folder of the labels (labels.jsonl) and their history (journal.jsonl). An "
             "existing one is continued. Default: that of the run's training data, else labels.",
@@ -117,13 +112,9 @@ def label(
     no_auth: NoAuthOption = False,
     trusted_proxy: TrustedProxyOption = None,
     socket_file: SocketOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
-    as_json: Annotated[
-        bool, Parameter(f"Print one JSON object per suggestion {JSON_OUTPUT}", option="--json")
-    ] = False,
-) -> None:
+    on_record: Callable[[Mapping[str, Any]], None] | None = None,
+    **loading: Unpack[LoadingOptions],
+) -> Outcome[Mapping[str, int]]:
     """Suggest labels for images, and accept, correct or skip them on a page.
 
     The least certain suggestions come first. Each decision is saved at once. `finesight train`
@@ -131,11 +122,11 @@ def label(
 
     Example: finesight label runs/receipts photos
     """
-
     from finesight.label.label_session import open_session
     from finesight.progress import ProgressConsole
 
-    if as_json and not suggest_only:
+    console = ProgressConsole()
+    if on_record is not None and not suggest_only:
         raise _build_option_error("--json", "without --suggest-only", "--json with --suggest-only")
     if suggest_only and not suggestions:
         raise _build_option_error(
@@ -152,8 +143,10 @@ def label(
     if field_names and (names or kind not in (None, "fields")):
         other = f"with {'--classes' if names else f'--kind {kind}'}"
         raise _build_option_error("--fields", other, "--fields with --kind fields")
-    run_dir, proxies = find_run_dir(Path(run_or_model)), check_proxies(trusted_proxy)
-    out = out or _select_label_folder(run_dir, sources if review else ())
+    paths, run_dir = [*map(Path, sources)], find_run_dir(Path(run_or_model))
+    proxies, reviewed = check_proxies(trusted_proxy), paths if review else []
+    folder = to_path(out) or _select_label_folder(run_dir, reviewed, console)
+    suggested: list[dict[str, Any]] = []
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
@@ -162,35 +155,42 @@ def label(
             listener = stack.enter_context(bind_page(host, port, socket_file))
         options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
         options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
-        with ProgressConsole().activity("reading the samples"):
-            session = open_session(out, run_or_model, sources, **options)
+        with console.activity("reading the samples"):
+            session = open_session(folder, run_or_model, paths, **options)
         stack.enter_context(session.store)
         if suggestions and (pending := session.store.list_unsuggested(run_or_model)):
-            loaded = load_model(
-                run_or_model, device=device, precision=precision, weight_format=weight_format
-            )
-            model = loaded.value.inference_model
-            with ProgressConsole().progress_stage("suggestions", len(pending)) as on_progress:
-                limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
-                reasons = session.add_suggestions(model, **limits, on_progress=on_progress)
+            loaded = load_model(run_or_model, **loading)
+            with console.progress_stage("suggestions", len(pending)) as on_progress:
+                reasons = session.add_suggestions(
+                    loaded.value.inference_model,
+                    max_new_tokens=max_new_tokens,
+                    batch_size=batch_size,
+                    on_progress=on_progress,
+                )
             for reason in reasons.values():
-                click.echo(f"skipped: {reason}", err=True)
-            del model
+                console.log(f"skipped: {reason}")
+            del loaded
         session.complete_task()
         if listener is None:
-            _print_suggestions(session, as_json)
+            suggested = [session.describe_item(item) for item in session.store.items]
         else:
             # Answers are data of the user, so a page on the network needs a password.
             no_auth = no_auth or socket_file is not None
             password, is_generated = resolve_password(host, password_file, no_auth, proxies)
             print_page_address(host, listener, password if is_generated else None)
             _run_page(session, listener, password, proxies)
+    for one in suggested:
+        if on_record is not None:
+            on_record({key: value for key, value in one.items() if key != "history"})
     counts = session.store.count_events()
-    text = ", ".join(f"{count} {name}" for name, count in counts.items())
-    click.echo(f"{text}: {out}", err=True)
-    if any(count for name, count in counts.items() if name not in ("open", "skipped")):
-        words = _suggest_command(out, run_dir, sources if review else ())
-        click.echo(f"next: {format_command(*words)}", err=True)
+    console.log(f"{', '.join(f'{count} {name}' for name, count in counts.items())}: {folder}")
+    has_labels = any(n for name, n in counts.items() if name not in ("open", "skipped"))
+    return Outcome(
+        counts,
+        [*map(_format_suggestion, suggested)],
+        data=[],  # given to `on_record`
+        next_steps=[_find_next_step(folder, run_dir, reviewed)] if has_labels else [],
+    )
 
 
 def _build_option_error(option: str, other: str, expected: str) -> UserError:
@@ -198,7 +198,7 @@ def _build_option_error(option: str, other: str, expected: str) -> UserError:
     return UserError(f"{option} is given {other}", where=option, expected=expected, remedy=remedy)
 
 
-def _select_label_folder(run_dir: Path, reviewed: Sequence[Path]) -> Path:
+def _select_label_folder(run_dir: Path, reviewed: Sequence[Path], console: ProgressConsole) -> Path:
     """Return the folder of a review, of the labels in the recipe of the run, or `labels`."""
     from finesight.label.label_store import REVIEWED_FILE, can_review, find_label_folder
     from finesight.recipe import load_recipe
@@ -209,30 +209,19 @@ def _select_label_folder(run_dir: Path, reviewed: Sequence[Path]) -> Path:
         folders = [file.parent for file in sorted(Path().glob(f"{default}*/{REVIEWED_FILE}"))]
         folders += [default, RunDir(default).next_path]
         out = next(one for one in folders if can_review(one, reviewed))
-        click.echo(f"reviewed labels: {out}", err=True)
+        console.log(f"reviewed labels: {out}")
         return out
     folder = None
     if (run_dir / RECIPE_FILE).is_file():
         with suppress(UserError):
             folder = find_label_folder(load_recipe(run_dir / RECIPE_FILE))
     if folder is not None:
-        click.echo(f"continuing the labels in {folder}, training data of {run_dir}", err=True)
+        console.log(f"continuing the labels in {folder}, training data of {run_dir}")
     return folder or Path("labels")
 
 
-def find_label_command(recipe: Recipe) -> list[str]:
-    """Return the command that labels further images with a run; empty if it trained no labels."""
-    from finesight.label.label_store import find_label_folder, read_sources
-
-    folder = find_label_folder(recipe)
-    if folder is None:
-        return []
-    sources = [source for source in read_sources(folder) if os.path.exists(source)]
-    return ["finesight", "label", str(recipe.output_dir), *(sources or ["IMAGES"])]
-
-
-def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list[str]:
-    """Return the next command for the labels in `out`.
+def _find_next_step(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> Step:
+    """Return the next step for the labels in `out`.
 
     It trains with them, reserves some for validation, continues their review, or checks reviewed
     labels that replace no file of the recipe. Without a recipe, it is `init`.
@@ -252,14 +241,15 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             settings = load_recipe(recipe)
         except UserError:
             continue
-        words = ["train", str(recipe)]
+        overrides: list[str] = []
         eval_paths = {os.path.abspath(file.path) for file in settings.data.eval}
         eval_labels = os.path.abspath(out / EVAL_FILE)
         if eval_labels in eval_paths and not (reviewed or os.path.exists(eval_labels)):
             # The recipe requires validation labels, but all labels are for training.
             known = list(filter(os.path.exists, read_sources(out)))
-            options = ["--out", str(out), "--train-fraction", str(LABEL_TRAIN_FRACTION)]
-            return ["label", str(run_dir), *(known or ["IMAGES"]), *options]
+            sources = known or ["IMAGES"]
+            fraction = LABEL_TRAIN_FRACTION
+            return _label_step(run_dir, sources, out=out, train_fraction=fraction)
         files = (*settings.data.train, *settings.data.eval)
         if os.path.abspath(labels) not in {os.path.abspath(file.path) for file in files}:
             if recipe.parent != run_dir:
@@ -268,22 +258,26 @@ def _suggest_command(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> list
             reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
             for folder, names in reviews.items():
                 if os.path.realpath(labels) in names:
-                    sources = map(os.path.relpath, names)
-                    return ["label", str(run_dir), *sources, "--review", "--out", str(folder)]
+                    sources = [*map(os.path.relpath, names)]
+                    return _label_step(run_dir, sources, review=True, out=folder)
             is_copy = not reviewed and is_imported(out, run_dir)
             if is_copy and not any(reviews.values()):
                 break
             changes = [] if is_copy else _replace_reviewed_files(settings, out, reviewed)
             if not changes:
                 # No file of the recipe has exactly these samples, or one has copies of them.
-                return ["check", str(labels)]
-            words += changes
+                return Step("check", {"sources": [labels]})
+            overrides += changes
         if settings.output_dir.exists():
-            words.append(f"output_dir={RunDir(settings.output_dir).next_path}")
-        return words
+            overrides.append(f"output_dir={RunDir(settings.output_dir).next_path}")
+        return Step("train", {"recipe": recipe, "overrides": overrides})
     default = Path(f"{labels.stem}-finetune")
-    option = ["--out", str(RunDir(default).next_path)] if os.path.lexists(default) else []
-    return ["init", str(labels), *option]
+    other = RunDir(default).next_path if os.path.lexists(default) else None
+    return Step("init", {"data": labels, "out": other})
+
+
+def _label_step(run_dir: Path, sources: Sequence[str], **options: object) -> Step:
+    return Step("label", {"run_or_model": run_dir, "sources": sources, **options})
 
 
 def _replace_reviewed_files(recipe: Recipe, out: Path, reviewed: Sequence[Path]) -> list[str]:
@@ -314,18 +308,12 @@ def _replace_reviewed_files(recipe: Recipe, out: Path, reviewed: Sequence[Path])
     return []
 
 
-def _print_suggestions(session: LabelSession, as_json: bool) -> None:
-    """Print the open samples in the order of the page."""
-    for item in session.store.items:
-        values = session.describe_item(item)
-        if as_json:
-            echo_json({key: value for key, value in values.items() if key != "history"})
-            continue
-        score = values["confidence"] if values["score"] is None else values["score"]
-        answer = values["suggestion"] or values["answer"]
-        boxes = (f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"])
-        text = answer["text"] or ", ".join(boxes)
-        click.echo(f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}")
+def _format_suggestion(values: Mapping[str, Any]) -> str:
+    score = values["confidence"] if values["score"] is None else values["score"]
+    answer = values["suggestion"] or values["answer"]
+    boxes = (f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"])
+    text = answer["text"] or ", ".join(boxes)
+    return f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}"
 
 
 def _run_page(

@@ -1,4 +1,4 @@
-"""`finesight serve`, `web` and `studio`: start an HTTP server or a web UI."""
+"""Start the HTTP server, the chat page or the studio."""
 
 from __future__ import annotations
 
@@ -11,20 +11,15 @@ from contextlib import closing
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
-
-import click
+from typing import TYPE_CHECKING, Annotated, Unpack
 
 from finesight.errors import UserError
+from finesight.operations.model import load_adapters
 from finesight.operations.operation import Parameter
 from finesight.operations.options import (
-    DeviceOption,
+    LoadingOptions,
     PortOption,
-    PrecisionOption,
-    ReasoningEffortOption,
     RunOrModelArgument,
-    ThinkingOption,
-    WeightFormatOption,
 )
 
 if TYPE_CHECKING:
@@ -139,11 +134,7 @@ def serve(
             minimum=1,
         ),
     ] = 300.0,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> None:
     """Start an OpenAI-compatible HTTP server (POST /v1/chat/completions).
 
@@ -164,8 +155,7 @@ def serve(
             expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
-    from finesight.encode.family import ThinkingOptions
-    from finesight.infer.model_loader import load_multi_adapter_model, resolve_model_source
+    from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir, read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
@@ -186,10 +176,7 @@ def serve(
         token = os.environ.get(TOKEN_VARIABLE)
         images = LabelStudioImages(label_studio_files, label_studio_url, token, limits)
         backend = LabelStudioOptions(images, label_studio_prompt)
-    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
-    inference_model = load_multi_adapter_model(
-        run_or_model, adapter or (), device, precision, weight_format, thinking_options
-    )
+    inference_model = load_adapters(run_or_model, adapter or (), **loading)
     max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
     limits = replace(limits, max_num_seqs=max_num_seqs)
     url_host = f"[{host}]" if ":" in host else host
@@ -219,11 +206,12 @@ def serve(
 def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
     """Return the default number of concurrent answers; print it if GPU memory limits it."""
     from finesight.infer.inference_service import fit_num_seqs
+    from finesight.progress import ProgressConsole
 
     num_seqs = fit_num_seqs(inference_model, default)
     if num_seqs < default:
         text = f"at most {num_seqs} answers at the same time instead of {default}"
-        click.echo(f"{text}, because of the GPU memory for linear attention", err=True)
+        ProgressConsole().log(f"{text}, because of the GPU memory for linear attention")
     return num_seqs
 
 
@@ -251,7 +239,7 @@ def _print_address(
         example: Image and prompt of the request; None for a text.
         auth_header: Option of curl with the API key, after a space; empty without a key.
     """
-    click.echo(f"serving {', '.join(service.model_names)} at {address}")
+    print(f"serving {', '.join(service.model_names)} at {address}", flush=True)
     curl = f"curl {address}/chat/completions{auth_header} -H 'Content-Type: application/json'"
     content: object = "Hello"
     if example is not None:
@@ -263,14 +251,16 @@ def _print_address(
     message = {"role": "user", "content": content}
     body = json.dumps({"model": service.model_names[0], "messages": [message]}, ensure_ascii=False)
     if example is None:
-        click.echo(f"  {curl} -d {shlex.quote(body)}")
+        print(f"  {curl} -d {shlex.quote(body)}", flush=True)
     else:
         # An image exceeds the maximum length of an argument.
         start, end = (f"printf %s {shlex.quote(part)}" for part in body.split(mark))
         image = f"base64 < {shlex.quote(example[0])} | tr -d '\\n'"
-        click.echo(f"  ({start}; {image}; {end}) | {curl} -d @-")
+        print(f"  ({start}; {image}; {end}) | {curl} -d @-", flush=True)
     if has_label_studio:
-        click.echo(f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio")
+        print(
+            f"  ML backend of Label Studio: {address.removesuffix('/v1')}/label-studio", flush=True
+        )
 
 
 MIN_PASSWORD_LENGTH = 16
@@ -322,11 +312,7 @@ def web(
     trusted_proxy: TrustedProxyOption = None,
     socket_file: SocketOption = None,
     open_page: OpenOption = False,
-    thinking: ThinkingOption = None,
-    reasoning_effort: ReasoningEffortOption = None,
-    device: DeviceOption = "auto",
-    precision: PrecisionOption = "auto",
-    weight_format: WeightFormatOption = "auto",
+    **loading: Unpack[LoadingOptions],
 ) -> None:
     """Start a chat UI in the browser.
 
@@ -343,18 +329,13 @@ def web(
     from finesight.app.chat_page import make_chat_app
     from finesight.app.chat_store import ChatStore
     from finesight.app.server import serve_app
-    from finesight.encode.family import ThinkingOptions
     from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
     from finesight.infer.inference_service import InferenceService
-    from finesight.infer.model_loader import load_multi_adapter_model
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
-    thinking_options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=reasoning_effort)
     with bind_page(host, port, socket_file) as listener:
-        inference_model = load_multi_adapter_model(
-            run_or_model, (), device, precision, weight_format, thinking_options
-        )
+        inference_model = load_adapters(run_or_model, (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
         pool = create_image_pool(inference_model.renderer, encode_prompt)
         service = InferenceService(
@@ -445,7 +426,7 @@ def studio(
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         shown_password = password if is_generated else None
         print_page_address(host, listener, shown_password, open_page=open_page)
-        serve_app(make_studio_app(page, access), listener, view.report_pool, proxies)
+        serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
 
 
 def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
@@ -474,21 +455,23 @@ def print_page_address(
     """
     bound = listener.getsockname()
     if isinstance(bound, str):
-        click.echo(f"listening on {bound}")
+        print(f"listening on {bound}", flush=True)
         return
     address = f"http://{_get_reachable_host(host)}:{bound[1]}"
-    click.echo(address)
+    print(address, flush=True)
     if password is not None:
-        click.echo(f"password: {password}")
+        print(f"password: {password}", flush=True)
     if password is not None and not is_loopback(host):
-        click.echo("The page uses HTTP without encryption: the password is sent as plain text.")
+        print(
+            "The page uses HTTP without encryption: the password is sent as plain text.", flush=True
+        )
     if open_page:
         import threading
         import webbrowser
 
         def open_browser() -> None:
             if not webbrowser.open(address):
-                click.echo("no browser found: open the address above in a browser")
+                print("no browser found: open the address above in a browser", flush=True)
 
         # In a thread, because browsers in the terminal return at their end.
         threading.Thread(target=open_browser, daemon=True).start()

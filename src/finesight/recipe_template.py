@@ -1,0 +1,131 @@
+"""Recipe with comments that `finesight init` and the studio write."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+from finesight.bounded_files import load_yaml
+from finesight.data.import_source import DetectedTask
+from finesight.model_folder import TINY_MODEL
+from finesight.recipe import choose_duration
+
+NUM_EVAL_ROWS = 200
+"""Target number of validation samples."""
+
+MAX_PIXELS = {"captions": 262_144, "classification": 262_144, "grounding": 602_112}
+"""Maximum number of pixels per image by task; `DEFAULT_MAX_PIXELS` for other tasks."""
+
+DEFAULT_MAX_PIXELS = 802_816
+
+_RECIPE = """\
+# Written by {author}.
+# Override settings on the command line: finesight train {recipe} train.learning_rate=5.0e-5
+model: {model}
+data:
+{data}{image}tune:  # trained parts of the model: frozen, lora (adapters) or full
+{tune}train:
+{train_settings}{eval_settings}output_dir: {run}  # checkpoints, weights and report
+"""
+_TUNE_TINY = """\
+  vision: lora
+  merger: lora
+  language: lora
+  lora: {rank: 32, alpha: 32, dropout: 0.0}
+"""
+_TUNE_LARGE = """\
+  vision: frozen  # lora, if the images differ much from photos and documents
+  merger: frozen
+  language: lora
+  lora: {rank: 64, alpha: 16, dropout: 0.05}
+"""
+
+
+def format_recipe(
+    recipe: Path,
+    run: Path,
+    model: str,
+    author: str,
+    task: DetectedTask,
+    files: Mapping[Path, str],
+    num_samples: int,
+    overrides: Sequence[str] = (),
+    settings: Mapping[str, str] | None = None,
+    num_train_files: int = 1,
+) -> str:
+    """Format a recipe with the values that fit a task, a model and a number of samples.
+
+    Args:
+        author: Command that writes the recipe, for its first comment.
+        files: Comments on the training files, followed by those on the validation files.
+        overrides: Overrides of a plan, which become further settings.
+        settings: Values of `train.steps`, `train.epochs` and `train.learning_rate` that the user
+            has chosen. Empty ones keep the values of the task.
+    """
+    is_tiny = model == TINY_MODEL
+    learning_rate = "1.0e-4"
+    if is_tiny:
+        learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
+    chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
+    learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
+    batch_size = 16 if num_samples >= 200 else 8
+    durations = {
+        key: _format_yaml(text)
+        for key, text in chosen.items()
+        if key in ("train.steps", "train.epochs")
+    } or choose_duration(num_samples, batch_size, is_short=is_tiny)
+    train = [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
+    train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
+    tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
+    for override in overrides:
+        key, _, value = override.partition("=")
+        section, name = key.split(".", 1)
+        if section == "train":
+            train.append(f"{name}: {value}  # chosen by the plan for this device")
+        elif name == "quantize.nf4":
+            tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
+    max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
+    lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
+    train_data = _format_files("train", lines[:num_train_files])
+    eval_lines = [f"{line}, not used for training" for line in lines[num_train_files:]]
+    eval_settings = (
+        f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
+        f" max_new_tokens: {task.max_new_tokens}}}\n"
+    )
+    return _RECIPE.format(
+        author=author,
+        recipe=shlex.quote(str(recipe)),
+        model=_quote(model),
+        data=train_data + _format_files("eval", eval_lines),
+        image=""
+        if is_tiny
+        else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",
+        tune=tune,
+        train_settings="".join(f"  {line}\n" for line in train),
+        eval_settings=eval_settings if eval_lines else "",
+        run=_quote(run),
+    )
+
+
+def _format_yaml(text: str) -> str:
+    """Return YAML unchanged, and invalid YAML as text, which the recipe's validation reports."""
+    try:
+        return text if load_yaml(text) is not None else _quote(text)
+    except yaml.YAMLError:
+        return _quote(text)
+
+
+def _format_files(key: str, lines: Sequence[str]) -> str:
+    """Format the paths of a key with their comments: a single one, or a list."""
+    if len(lines) > 1:
+        return f"  {key}:\n" + "".join(f"    - {line}\n" for line in lines)
+    return "".join(f"  {key}: {line}\n" for line in lines)
+
+
+def _quote(value: str | Path) -> str:
+    """Format a value as a quoted YAML string."""
+    return json.dumps(str(value), ensure_ascii=False)

@@ -6,21 +6,20 @@ the path from file to answer works, not the quality of the model.
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from synthetic_tasks.dataset_writer import write_task
 from synthetic_tasks.tasks import SyntheticTask
 
+from finesight.api import quickstart
 from finesight.config import EvalSettings
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.quickstart import QuickstartSettings, run_quickstart, write_recipe
+from finesight.operations.quickstart import QuickstartSettings, write_recipe
 from finesight.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -73,8 +72,7 @@ def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:
     """
     plan = QuickstartSettings(num_images=220, num_eval_rows=20, steps=25)
     recipe = write_recipe(tmp_path / "quick", plan)
-    console = Console(file=io.StringIO())
-    result = run_quickstart(tmp_path / "quick", console, plan)
+    result = quickstart(tmp_path / "quick", plan)
     assert result.result.before is not None
     assert result.result.after is not None
     assert result.result.before.scores["parse_rate"] == 0.0

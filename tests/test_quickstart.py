@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -10,7 +11,6 @@ import sys
 from dataclasses import replace
 
 import pytest
-from rich.console import Console
 from tiny_model import create_tiny_model
 
 from finesight.cli.app import run_command
@@ -19,7 +19,7 @@ from finesight.model_folder import TINY_MODEL
 from finesight.operations.quickstart import (
     NUM_SHOWN_PREDICTIONS,
     QuickstartSettings,
-    run_quickstart,
+    quickstart,
 )
 
 
@@ -32,15 +32,16 @@ def small_settings(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finished_quickstart(small_settings, tmp_path_factory):
-    """Folder (of a name that needs quoting), result and what was printed of a small quickstart."""
+    """Folder (of a name that needs quoting), outcome and messages of a small quickstart."""
     out = tmp_path_factory.mktemp("quick") / "a start: #1"
-    console = Console(file=io.StringIO(), width=200)
-    result = run_quickstart(out, console, small_settings)
-    return out, result, console.file.getvalue()
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        outcome = quickstart(out, small_settings)
+    return out, outcome, printed.getvalue()
 
 
 def test_every_stage_writes_its_files(finished_quickstart):
-    out, result, printed = finished_quickstart
+    out, outcome, printed = finished_quickstart
+    result = outcome.value
     assert {path.name for path in out.iterdir()} == {"recipe.yaml", "tickets", "data", "run"}
     assert len((out / "data" / "train.jsonl").read_text().splitlines()) == 16
     assert (out / "run" / "adapter" / "adapter_model.safetensors").exists()
@@ -53,20 +54,21 @@ def test_every_stage_writes_its_files(finished_quickstart):
         assert len((out / "run" / "predictions" / f"{name}.jsonl").read_text().splitlines()) == 4
     trained = {part.part for part in result.result.param_changes if part.is_trained}
     assert trained == {"vision", "merger", "language"}
-    record = json.loads(json.dumps(result.as_json()))
+    record = json.loads(json.dumps(outcome.data))
     assert set(record) == {"result", "predictions", "total_s"}
     assert set(record["predictions"][0]) == {"image", "reference", "before", "after"}
 
 
 def test_predictions_are_shown_with_references(finished_quickstart):
-    out, result, printed = finished_quickstart
+    out, outcome, _ = finished_quickstart
+    result = outcome.value
     with (out / "tickets" / "tickets.csv").open(encoding="utf-8") as table:
         rows = list(csv.DictReader(table))
     assert len(result.predictions) == NUM_SHOWN_PREDICTIONS
     for answer, row in zip(result.predictions, rows[-4:], strict=True):
         assert {"image": f"images/{answer.image.name}", **json.loads(answer.reference)} == row
         assert answer.image.samefile(out / "tickets" / row["image"])
-        assert f"{answer.image.name}  label   {answer.reference}" in printed
+        assert f"   {answer.image.name}  label   {answer.reference}" in outcome.lines
 
 
 def _commands(printed: str) -> list[list[str]]:
@@ -75,7 +77,7 @@ def _commands(printed: str) -> list[list[str]]:
 
 
 def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, capsys, monkeypatch):
-    out, _, printed = finished_quickstart
+    out, outcome, printed = finished_quickstart
     first, *others = _commands(printed)
     assert first[0] == "import"
     first[2] = str(tmp_path / "again")
@@ -85,8 +87,10 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
         for file in (out / "data" / "eval.jsonl", tmp_path / "again" / "eval.jsonl")
     ]
     assert answers[0] == answers[1]
-    names = [command[0] for command in others]
-    assert names == ["check", "train", "show", "predict", "eval", "chat", "merge", "init"]
+    assert [command[0] for command in others] == ["check", "train"]
+    others += [step.words for step in outcome.next_steps]
+    names = [step.operation for step in outcome.next_steps]
+    assert names == ["show", "predict", "eval", "chat", "merge", "init"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     for command in others:
         if command[0] == "train":
@@ -104,8 +108,8 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
 def test_finished_quickstart_is_not_repeated(small_settings, finished_quickstart):
     out, first, _ = finished_quickstart
     times = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
-    second = run_quickstart(out, Console(file=io.StringIO()), small_settings)
-    assert (second.result, second.predictions) == (first.result, first.predictions)
+    second = quickstart(out, small_settings).value
+    assert (second.result, second.predictions) == (first.value.result, first.value.predictions)
     assert times == {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.is_file()}
 
 
@@ -116,5 +120,5 @@ def test_folder_of_other_settings_is_rejected(small_settings, finished_quickstar
     folders = [(finished_quickstart[0], one) for one in settings] + [(tmp_path, small_settings)]
     for folder, one in folders:
         with pytest.raises(UserError, match="not from a quickstart of this version"):
-            run_quickstart(folder, Console(file=io.StringIO()), one)
+            quickstart(folder, one)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

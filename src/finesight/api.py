@@ -12,10 +12,11 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.operations import evaluation, model
+from finesight.operations import deployment, evaluation, model, training
+from finesight.operations import quickstart as quickstart_workflow
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
@@ -23,11 +24,9 @@ if TYPE_CHECKING:
     from PIL import Image
 
     from finesight.check.check_issues import CheckResult
-    from finesight.config import Recipe
     from finesight.data.importer import ImportSummary
     from finesight.data.sample import LocatedSample
     from finesight.infer.prediction import Prediction
-    from finesight.train.finalize import RunResult
 
 __all__ = [
     "IGNORE_INDEX",
@@ -36,14 +35,23 @@ __all__ = [
     "TrainingInterrupted",
     "UserError",
     "build_question",
+    "check_data",
     "compare",
+    "convert",
     "doctor",
+    "download",
     "draw_boxes",
     "evaluate",
+    "export",
+    "import_data",
+    "launch",
     "load_model",
+    "merge",
     "predict",
+    "quickstart",
     "read_samples",
     "report",
+    "train",
 ]
 
 
@@ -63,6 +71,13 @@ predict = as_function(evaluation.predict)
 report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
 doctor = as_function(evaluation.doctor)
+train = as_function(training.train)
+launch = as_function(training.launch)
+convert = as_function(training.convert)
+quickstart = as_function(quickstart_workflow.quickstart)
+download = as_function(deployment.download)
+merge = as_function(deployment.merge)
+export = as_function(deployment.export)
 
 
 def draw_boxes(prediction: Prediction, image_index: int = 0) -> Image.Image:
@@ -183,54 +198,3 @@ def check_data(
     from finesight.data.import_source import ImportOptions
 
     return check_sources(inputs_from_files(to_paths(data), to_paths(validation), ImportOptions()))
-
-
-def train(
-    recipe: StrPath | Mapping[str, Any] | Recipe,
-    overrides: Mapping[str, object] | None = None,
-    *,
-    resume: bool = False,
-    trust_metric: bool = False,
-) -> RunResult:
-    """Fine-tune a model with a recipe, and evaluate it before and after training.
-
-    Args:
-        recipe: A recipe file, a `Recipe`, or its settings as a dict.
-        overrides: Settings by dotted name that replace those of the recipe: `{"train.steps": 100}`.
-        resume: Continue an interrupted run from its newest checkpoint, or return the result of a
-            finished run.
-        trust_metric: Execute the custom metric (`metric.py`) in a run folder, even if someone else
-            created it.
-
-    Returns:
-        The result, on every rank. Progress is logged to stderr.
-
-    Raises:
-        UserError: A problem that the user can fix, raised before any output is written where
-            possible.
-        TrainingInterrupted: Ctrl-C or a scheduler stopped the run; a checkpoint was saved.
-    """
-    from finesight.config import Recipe
-    from finesight.evaluate.custom_metric import check_recipe_metric
-    from finesight.recipe import load_recipe, recipe_from_dict
-    from finesight.train.finalize import load_result
-    from finesight.train.run_dir import RunDir
-    from finesight.train.training_run import train as run_training
-
-    if isinstance(recipe, Recipe):
-        recipe = recipe.model_dump(mode="json")
-    path = None if isinstance(recipe, Mapping) else Path(recipe)
-    if isinstance(recipe, Mapping):
-        settings = recipe_from_dict(recipe, overrides or {})
-    else:
-        settings = load_recipe(Path(recipe), overrides or {})
-    check_recipe_metric(settings, path, overrides or {}, trust=trust_metric)
-    result = run_training(settings, resume=resume) or load_result(RunDir(settings.output_dir))
-    if result is None:
-        raise UserError(
-            "no result after the end of the run",
-            where=str(settings.output_dir),
-            expected="an output folder shared by all ranks",
-            remedy="check the log of rank 0",
-        )
-    return result

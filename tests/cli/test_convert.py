@@ -21,13 +21,14 @@ def work_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_summary_is_printed(work_dir, cli):
-    lines = cli("convert", "train.yaml", "recipe.yaml").lines
+    printed = cli("convert", "train.yaml", "recipe.yaml")
+    lines = printed.lines
     assert lines[0] == "recipe.yaml: from LLaMA-Factory, train.yaml"
     assert "  use_dora true: this adapter type is not supported; LoRA is used" in lines
     assert "  flash_attn: finesight selects it automatically" in lines
     assert "  x\\x1b[1m 1: unknown setting of LLaMA-Factory: check whether it matters" in lines
     command = "finesight import data/tickets.json samples/tickets"
-    assert lines[-3:] == ["next:", f"  {command}", "  finesight train recipe.yaml"]
+    assert printed.err == f"next:\n  {command}\n  finesight train recipe.yaml\n"
     assert "lora" in Path("recipe.yaml").read_text()
     done = json.loads(cli("convert", "train.yaml", "second.yaml", "--json").out)
     assert done["program"] == "LLaMA-Factory"

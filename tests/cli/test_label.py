@@ -18,9 +18,9 @@ from label_fixtures import draw_images
 
 from finesight import progress
 from finesight.app import server
-from finesight.app.start_label import find_label_step
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
+from finesight.operations.training import find_label_step
 from finesight.recipe import load_recipe
 
 PROMPT = ("--prompt", "Describe the image.")

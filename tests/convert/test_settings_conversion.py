@@ -122,16 +122,16 @@ def test_datasets_are_resolved_from_dataset_info(tmp_path, monkeypatch):
     done = convert_settings(
         tmp_path, base | {"dataset": "tickets,odd,online,twice", "val_size": 20}
     )
-    assert done.import_commands == (
-        "finesight import sets/t/tickets.json samples/tickets --eval-last 20",
-        "finesight import sets/odd.json samples/odd --eval-last 20",
-        "finesight import hf:owner/name:small/train samples/online --eval-last 20",
-        "finesight import hf:owner/a samples/twice --eval-last 20",
+    assert done.imports == (
+        {"source": "sets/t/tickets.json", "out": "samples/tickets", "eval_last": 20},
+        {"source": "sets/odd.json", "out": "samples/odd", "eval_last": 20},
+        {"source": "hf:owner/name:small/train", "out": "samples/online", "eval_last": 20},
+        {"source": "hf:owner/a", "out": "samples/twice", "eval_last": 20},
     )
     keys = {f"{name}: columns or num_samples" for name in ("odd", "online")}
     assert set(notes_by_setting(done, "differs")) == keys
     limited = convert_settings(tmp_path, base | {"max_samples": 30})
-    assert limited.import_commands[0].endswith("tickets --limit 30")
+    assert limited.imports[0]["limit"] == 30
     for name, words in (("liked", "preference learning"), ("none", "does not contain none")):
         with pytest.raises(UserError, match=words):
             convert_settings(tmp_path, base | {"dataset": name})
@@ -153,12 +153,12 @@ def test_descriptions_that_cannot_be_read_are_refused(content, tmp_path, monkeyp
 def test_missing_dataset_info_gives_guessed_commands(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = convert_settings(tmp_path, LLAMA_FACTORY_SETTINGS)
-    assert done.import_commands == ("finesight import data/tickets.json samples/tickets",)
+    assert done.imports == ({"source": "data/tickets.json", "out": "samples/tickets"},)
     assert "correct the commands" in notes_by_setting(done, "note")["dataset_dir"]
     online = convert_settings(
         tmp_path, LLAMA_FACTORY_SETTINGS | {"dataset_dir": "ONLINE", "dataset": "owner/name"}
     )
-    assert online.import_commands == ("finesight import hf:owner/name samples/name",)
+    assert online.imports == ({"source": "hf:owner/name", "out": "samples/name"},)
 
 
 def test_command_gives_the_gpu_count(tmp_path):
@@ -238,15 +238,15 @@ def test_batch_size_counts_all_gpus(before, arguments, batch, tmp_path):
     assert load_converted_recipe(tmp_path).train.batch_size == batch
 
 
-def test_hub_datasets_become_import_commands(tmp_path):
+def test_hub_datasets_become_imports(tmp_path):
     names = ["AI-ModelScope/LaTeX_OCR:small#200", "MS::a/b", "HF::c/d", "x/y:all"]
     done = convert_settings(tmp_path, SWIFT_SETTINGS | {"dataset": names})
-    assert done.import_commands == (
-        "finesight import modelscope:AI-ModelScope/LaTeX_OCR:small/train"
-        " samples/LaTeX_OCR --limit 200",
-        "finesight import modelscope:a/b samples/b",
-        "finesight import hf:c/d samples/d",
-        "finesight import modelscope:x/y samples/y",
+    source = "modelscope:AI-ModelScope/LaTeX_OCR:small/train"
+    assert done.imports == (
+        {"source": source, "out": "samples/LaTeX_OCR", "limit": 200},
+        {"source": "modelscope:a/b", "out": "samples/b"},
+        {"source": "hf:c/d", "out": "samples/d"},
+        {"source": "modelscope:x/y", "out": "samples/y"},
     )
 
 

@@ -103,9 +103,8 @@ def test_unsloth_script_is_read_without_execution(name, tmp_path):
     assert (train["steps"], train["batch_size"], train["optimizer"]) == (30, 8, "adamw_8bit")
     assert (train["learning_rate"]["default"], train["precision"]) == (2e-4, "auto")
     assert (made["image"]["max_pixels"], made["data"]["max_length"]) == (640 * 28 * 28, 2048)
-    assert done.import_commands == (
-        "finesight import hf:unsloth/LaTeX_OCR samples/LaTeX_OCR --limit 3000",
-    )
+    source = {"source": "hf:unsloth/LaTeX_OCR", "out": "samples/LaTeX_OCR", "limit": 3000}
+    assert done.imports == (source,)
     assert set(notes_by_setting(done, "differs")) == {"seed", "output_dir"}
     assert set(notes_by_setting(done, "unknown")) == {"made_up"}
 
@@ -117,7 +116,7 @@ def test_shell_variables_and_arithmetic_are_resolved(tmp_path):
     assert (tune["lora"]["rank"], made["image"]["max_pixels"]) == (16, 1280 * 28 * 28)
     assert (train["batch_size"], train["parallel"], made["output_dir"]) == (16, "fsdp", "out/$1")
     assert train["learning_rate"]["merger"] == 1e-5
-    assert done.import_commands == ("finesight import data.json samples/data",)
+    assert done.imports == ({"source": "data.json", "out": "samples/data"},)
 
 
 def test_trl_command_with_other_model_gets_metric_of_its_data(tmp_path):
@@ -135,7 +134,7 @@ def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
     assert "used by grpo only" in notes_by_setting(done, "unknown")["num_generations"]
     assert (made["train"]["epochs"], made["tune"]["lora"]["rank"]) == (2.0, 32)
     assert (made["tune"]["vision"], made["tune"]["lora"]["alpha"]) == ("lora", 8)
-    assert not done.import_commands
+    assert not done.imports
     for settings in (
         LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.1},
         SWIFT_SETTINGS | {"rlhf_type": "grpo", "num_generations": 4},
@@ -202,7 +201,7 @@ trl sft "${ARGS[@]}" --lora_r 4 --use_peft
 """
     done, made = convert(tmp_path, "a.sh", text)
     assert (made["model"], made["train"]["epochs"]) == ("Qwen/Qwen2.5-VL-3B-Instruct", 4)
-    assert "'my rows.jsonl'" in done.import_commands[0]
+    assert done.imports[0]["source"] == "my rows.jsonl"
     (tmp_path / "recipe.yaml").unlink()
     with pytest.raises(UserError, match="depends on"):
         convert(tmp_path, "a.sh", text.replace("[@]", "[@]:2"))

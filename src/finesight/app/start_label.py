@@ -208,17 +208,6 @@ def _select_label_folder(run_dir: Path, reviewed: Sequence[Path], console: Progr
     return folder or Path("labels")
 
 
-def find_label_step(recipe: Recipe) -> Step | None:
-    """Return the step that labels further images with a run; None if it trained no labels."""
-    from finesight.label.label_store import find_label_folder, read_sources
-
-    folder = find_label_folder(recipe)
-    if folder is None:
-        return None
-    sources = [source for source in read_sources(folder) if os.path.exists(source)]
-    return _label_step(recipe.output_dir, sources or ["IMAGES"])
-
-
 def _find_next_step(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> Step:
     """Return the next step for the labels in `out`.
 

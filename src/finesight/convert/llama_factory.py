@@ -56,15 +56,15 @@ class LlamaFactoryConverter(TrainerConverter):
         if not sources:
             raise config.build_error("dataset", "dataset names")
         val_size = config.get_float("val_size") or 0.0
-        options: tuple[str, ...] = ()
+        split: dict[str, object] = {}
         if val_size and not eval_sources:
             if val_size < 0 or (val_size >= 1 and not val_size.is_integer()):
                 raise config.build_error("val_size", "a fraction below 1, or a count")
-            count, fraction = str(int(val_size)), f"{round(1 - val_size, 6):g}"
-            options = ("--train-fraction", fraction) if val_size < 1 else ("--eval-last", count)
-            text = "split by image" if val_size < 1 else "the last rows are the validation split"
+            split, text = {"train_fraction": round(1 - val_size, 6)}, "split by image"
+            if val_size >= 1:
+                split, text = {"eval_last": int(val_size)}, "the last rows are the validation split"
             draft.note("val_size", f"{val_size:g}", f"{text}; LLaMA-Factory draws random rows")
-        self.set_data_files(sources, eval_sources, options)
+        self.set_data_files(sources, eval_sources, split)
         if system_prompt := config.get_str("default_system"):
             draft.set("data.system_prompt", system_prompt)
         max_length = config.get_int("cutoff_len")

@@ -60,13 +60,13 @@ class MsSwiftConverter(TrainerConverter):
             raise config.build_error("dataset", "datasets")
         eval_sources = [self._build_source(item) for item in config.get_list("val_dataset")]
         fraction = config.get_float("split_dataset_ratio") or 0.0
-        options: tuple[str, ...] = ()
+        split: dict[str, object] = {}
         if not eval_sources and fraction:
             if not 0 < fraction < 1:
                 raise config.build_error("split_dataset_ratio", "a fraction from 0 to 1")
-            options = "--train-fraction", f"{round(1 - fraction, 6):g}"
+            split = {"train_fraction": round(1 - fraction, 6)}
             draft.note("split_dataset_ratio", f"{fraction:g}", "split by image, not by row")
-        self.set_data_files(sources, eval_sources, options)
+        self.set_data_files(sources, eval_sources, split)
         if system_prompt := config.get_str("system"):
             # The value is a .txt file, or text with escaped newlines.
             if system_prompt.endswith(".txt"):

@@ -5,7 +5,7 @@ The report lists the settings whose effect differs in finesight.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +32,12 @@ from finesight.storage import raise_if_exists, write_file
 
 @dataclass(frozen=True)
 class ConvertedRecipe:
-    """Result of a conversion: recipe text in YAML, notes, and commands that import its data."""
+    """Result of a conversion: recipe text in YAML, notes, and arguments of the data imports."""
 
     program: SourceProgram
     recipe_text: str
     notes: tuple[ConversionNote, ...]
-    import_commands: tuple[str, ...]
+    imports: tuple[Mapping[str, object], ...]
 
 
 def convert_config(source: Path, target: Path) -> ConvertedRecipe:
@@ -71,7 +71,7 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     value_notes = _iter_value_notes(config, draft, converter.objective)
     notes = (*draft.notes, *value_notes, *_iter_environment_notes(config))
     write_file(target, text.encode())
-    return ConvertedRecipe(config.program, text, notes, tuple(draft.import_commands))
+    return ConvertedRecipe(config.program, text, notes, tuple(draft.imports))
 
 
 def _iter_value_notes(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -46,12 +45,12 @@ class DatasetSource(NamedTuple):
 
 
 class RecipeDraft:
-    """Recipe under construction, with notes for the user and commands that import its data."""
+    """Recipe under construction, with notes for the user and the imports of its data."""
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {}
         self.notes: list[ConversionNote] = []
-        self.import_commands: list[str] = []
+        self.imports: list[Mapping[str, object]] = []
         self._comments: dict[str, str] = {}
 
     def set(self, name: str, value: object, comment: str = "") -> None:
@@ -165,11 +164,11 @@ class TrainerConverter:
         self,
         sources: Sequence[DatasetSource],
         eval_sources: Sequence[DatasetSource],
-        split_options: tuple[str, ...],
+        split: Mapping[str, object],
     ) -> None:
-        """Set `data.train` and `data.eval`, and add the commands that import them.
+        """Set `data.train` and `data.eval`, and add the arguments of their imports.
 
-        `split_options` of the import create the validation split if there are no `eval_sources`.
+        `split` has the arguments that create a validation split, or none.
         """
         files: dict[str, list[str]] = {"data.train": [], "data.eval": []}
         used: set[str] = set()
@@ -180,12 +179,13 @@ class TrainerConverter:
                 while folder in used:
                     folder, suffix = f"{stem}-{suffix}", suffix + 1
                 used.add(folder)
-                limit = () if source.limit is None else ("--limit", str(source.limit))
-                words = ["finesight", "import", source.name, folder, *limit, *split_options]
                 if self.objective is None:
-                    self.draft.import_commands.append(shlex.join(words))
-                files[name].append(f"{folder}/{'train' if split_options else 'data'}.jsonl")
-                files["data.eval"] += [f"{folder}/eval.jsonl"] if split_options else []
+                    limit = {} if source.limit is None else {"limit": source.limit}
+                    self.draft.imports.append(
+                        {"source": source.name, "out": folder, **limit, **split}
+                    )
+                files[name].append(f"{folder}/{'train' if split else 'data'}.jsonl")
+                files["data.eval"] += [f"{folder}/eval.jsonl"] if split else []
         for name, paths in files.items():
             if paths:
                 comment = "from the commands printed by `finesight convert`"

@@ -67,7 +67,7 @@ class TrlConverter(TrainerConverter):
             text = "built by the script: replace DATA in the command below by its file"
             if self.objective is None:
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
-        self.set_data_files(by_split[True], by_split[False], ())
+        self.set_data_files(by_split[True], by_split[False], {})
         if max_length := config.get_int("max_length"):
             draft.set("data.max_length", max_length, config.default_comment("max_length"))
             draft.note("max_length", max_length, "longer samples are skipped and counted")

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
-
-from finesight.config import PixelRange
-from finesight.errors import UserError, escape_unprintable, format_command
-from finesight.hub.address import HubAddress, parse_address
-from finesight.operations.operation import Parameter
-from finesight.operations.options import AsJsonOption, DeviceOption
+from finesight.errors import UserError, format_command
+from finesight.hub.address import HubAddress, is_hub_address, parse_address
+from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
+from finesight.operations.options import DeviceOption
 
 if TYPE_CHECKING:
+    from finesight.export.deployment import GgufFiles, ServingCommands
     from finesight.export.model_card import VerifiedMerge
     from finesight.infer.model_loader import ModelSource
+    from finesight.progress import ProgressConsole
 
 
 EXIT_UPLOAD_FAILED = 1
@@ -33,16 +34,14 @@ HubSourceArgument = Annotated[
     ),
 ]
 ToFolderOption = Annotated[
-    Path | None,
+    StrPath | None,
     Parameter(
         "Folder to create for the files. Default: the hub cache (HF_HOME).", metavar="FOLDER"
     ),
 ]
 
 
-def download(
-    source: HubSourceArgument, to: ToFolderOption = None, as_json: AsJsonOption = False
-) -> None:
+def download(source: HubSourceArgument, to: ToFolderOption = None) -> Outcome[Path]:
     """Download a model or dataset from a hub and print its folder.
 
     Each file is verified with the size and digest from the hub; some ModelScope files have no
@@ -53,15 +52,13 @@ def download(
     Example: finesight download modelscope:Qwen/Qwen2-VL-2B-Instruct --to models/qwen
     """
     address = parse_address(source)
-    folder = _fetch_repository(address, to)
-    result = {"source": str(address), "folder": str(folder)}
-    click.echo(json.dumps(result, ensure_ascii=False) if as_json else folder)
-    if not as_json:
-        # On standard error, since scripts read the folder from standard output.
-        words = ["chat", str(folder)]
-        if address.repo_type != "model":
-            words = ["import", str(folder), address.repo_id.rpartition("/")[2]]
-        click.echo(f"next: {format_command(*words)}", err=True)
+    folder = _fetch_repository(address, to_path(to))
+    step = Step("chat", {"run_or_model": folder})
+    if address.repo_type != "model":
+        name = address.repo_id.rpartition("/")[2]
+        step = Step("import", {"source": folder, "out": name})
+    data = {"source": str(address), "folder": folder}
+    return Outcome(folder, [str(folder)], data, [step])
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
@@ -91,20 +88,24 @@ def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
 
 def merge(
     source: Annotated[
-        str,
+        StrPath,
         Parameter(
             "Folder of a run (LoRA, QLoRA or full fine-tuning), of a PEFT adapter, or of a "
             "4-bit GPTQ model.",
             metavar="SOURCE",
             is_positional=True,
+            path="name",
         ),
     ],
-    out: Annotated[Path, Parameter("Model folder to create.", metavar="OUT", is_positional=True)],
+    out: Annotated[
+        StrPath, Parameter("Model folder to create.", metavar="OUT", is_positional=True)
+    ],
     base: Annotated[
-        str | None,
+        StrPath | None,
         Parameter(
             "Folder or hub name of the base model. Default: as recorded in the run or in the "
-            "adapter."
+            "adapter.",
+            path="name",
         ),
     ] = None,
     precision: Annotated[
@@ -126,8 +127,7 @@ def merge(
     max_shard_gb: Annotated[
         float, Parameter("Maximum size of a weight file in GB (10^9 bytes).", minimum=0.001)
     ] = 5.0,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[VerifiedMerge]:
     """Merge an adapter into its base model, for transformers, vLLM and llama.cpp.
 
     A fully fine-tuned run is copied, with a model card and the files that other programs need.
@@ -137,13 +137,13 @@ def merge(
 
     Example: finesight merge runs/latex models/latex
     """
-
     from finesight.export.verified_merge import merge_and_verify
     from finesight.infer.model_loader import resolve_model_source
     from finesight.model.quant.int4 import gptq_group_size
     from finesight.progress import ProgressConsole
 
-    model_source = resolve_model_source(source, base)
+    source = str(source)
+    model_source = resolve_model_source(source, None if base is None else str(base))
     # The model/ of a full fine-tuning run lacks the model card and settings of other programs.
     is_full_finetune = (
         model_source.manifest is not None
@@ -165,20 +165,19 @@ def merge(
         result = merge_and_verify(
             source,
             model_source,
-            out,
+            Path(out),
             precision=precision,
             device=device,
             num_samples=num_samples,
             max_shard_bytes=max_shard_gb * 1e9,
             log=console.log,
         )
-    if as_json:
-        click.echo(json.dumps(_result_to_dict(result, model_source)))
-    else:
-        _print_result(result, model_source)
+    lines = [*_format_merge(result, model_source)]
+    step = Step("export", {"source": result.folder})
+    return Outcome(result, lines, _merge_to_dict(result, model_source), [step])
 
 
-def _result_to_dict(merge_result: VerifiedMerge, model_source: ModelSource) -> dict[str, Any]:
+def _merge_to_dict(merge_result: VerifiedMerge, model_source: ModelSource) -> dict[str, Any]:
     result = {
         "folder": str(merge_result.folder),
         "merged_layers": merge_result.merged_layers,
@@ -195,63 +194,68 @@ def _result_to_dict(merge_result: VerifiedMerge, model_source: ModelSource) -> d
     return result | non_empty | {"parity": merge_result.parity.as_json()}
 
 
-def _print_result(merge_result: VerifiedMerge, model_source: ModelSource) -> None:
-    """Print the output folder, the results of the comparison, and notes about the model."""
-    action = (
-        f"{merge_result.merged_layers} layers merged into"
-        if merge_result.merged_layers
-        else "written to"
-    )
-    click.echo(f"{action} {merge_result.folder}, {merge_result.precision}")
-    for line in merge_result.parity.format_lines():
-        click.echo(line)
+def _format_merge(merge_result: VerifiedMerge, model_source: ModelSource) -> Iterator[str]:
+    """Yield the output folder, the results of the comparison, and notes about the model."""
+    from finesight.config import PixelRange
+
+    num_layers = merge_result.merged_layers
+    action = f"{num_layers} layers merged into" if num_layers else "written to"
+    yield f"{action} {merge_result.folder}, {merge_result.precision}"
+    yield from merge_result.parity.format_lines()
     if merge_result.dequantized_layers:
-        click.echo(
+        yield (
             f"{merge_result.dequantized_layers} layers were dequantized from 4 bits to"
             f" {merge_result.precision}, about four times as large. The values equal the 4-bit"
             " model, not the model before quantization"
         )
     if model_source.quantization_summary:
-        click.echo(
+        yield (
             f"the run used quantized weights ({model_source.quantization_summary}), the merged"
             " model uses the published weights: evaluate it on more samples (finesight eval)"
         )
     if merge_result.dropped_sampling:
-        click.echo(
-            "removed from generation_config.json, for greedy decoding: "
-            + json.dumps(merge_result.dropped_sampling)
-        )
+        sampling = json.dumps(merge_result.dropped_sampling)
+        yield f"removed from generation_config.json, for greedy decoding: {sampling}"
     if merge_result.missing_files:
-        click.echo(
-            f"missing for other programs: {'; '.join(merge_result.missing_files)};"
-            " not in the base model"
-        )
+        files = "; ".join(merge_result.missing_files)
+        yield f"missing for other programs: {files}; not in the base model"
     image_rule = None if model_source.manifest is None else model_source.manifest.image_rule
     # Qwen-VL (2023) supports a single image size.
     has_default_rule = image_rule is None or "image_size" in model_source.folder.preprocessor_config
     if not has_default_rule and not isinstance(image_rule, PixelRange):
         rule_text = ", ".join(f"{key} {n}" for key, n in image_rule or ())
-        click.echo(f"other programs cannot store the image size: resize images to {rule_text}")
-    click.echo(f"next: {format_command('export', merge_result.folder)}")
+        yield f"other programs cannot store the image size: resize images to {rule_text}"
+
+
+@dataclass(frozen=True, slots=True)
+class HubUpload:
+    """Hub address, visibility, sizes of the files in bytes, and page; None if only listed."""
+
+    to: str
+    public: bool
+    files: Mapping[str, int]
+    page: str | None
 
 
 def export(
     source: Annotated[
-        str,
+        StrPath,
         Parameter(
             "Folder written by `finesight merge`, or a fully fine-tuned run. For the upload "
             "to a hub also a LoRA run or an adapter folder.",
             metavar="MODEL",
             is_positional=True,
+            path="name",
         ),
     ],
     out: Annotated[
-        str | None,
+        StrPath | None,
         Parameter(
             "hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF "
             "files. Default: print serving commands.",
             metavar="OUT",
             is_positional=True,
+            path="name",
         ),
     ] = None,
     public: Annotated[
@@ -261,14 +265,14 @@ def export(
         bool, Parameter("Upload the files. Default: only list them.", option="--yes")
     ] = False,
     converter: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Path of convert_hf_to_gguf.py of llama.cpp. Default: the one in the folders of "
             "the environment variable PATH."
         ),
     ] = None,
     python: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Python interpreter of the environment with the packages of the converter. "
             "Default: that of finesight."
@@ -282,8 +286,7 @@ def export(
             "llama-quantize of llama.cpp on model.gguf."
         ),
     ] = "auto",
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[ServingCommands | GgufFiles | HubUpload]:
     """Export a model: print vLLM and SGLang commands, upload it to a hub, or write GGUF.
 
     Without OUT: print the commands that serve MODEL with vLLM and SGLang at the image size of the
@@ -300,109 +303,94 @@ def export(
 
     GGUF: finesight export models/latex gguf/latex --converter llama.cpp/convert_hf_to_gguf.py
     """
-    from finesight.hub.address import is_hub_address
     from finesight.infer.model_loader import resolve_model_source
+    from finesight.progress import ProgressConsole
 
-    is_hub = out is not None and is_hub_address(out)
-    _check_options(
-        out, is_hub, confirm=confirm, public=public, converting=bool(converter or python)
+    name, target = str(source), None if out is None else str(out)
+    _check_options(target, confirm=confirm, public=public, converting=bool(converter or python))
+    model_source = resolve_model_source(name)
+    if target is None:
+        from finesight.export.deployment import build_serving_commands
+
+        commands = build_serving_commands(model_source, name)
+        lines = ["vLLM:", f"  {commands.vllm}", "SGLang:", f"  {commands.sglang}"]
+        lines += [f"- {note}" for note in commands.notes]
+        return Outcome(commands, lines, commands.as_json())
+    console = ProgressConsole()
+    if is_hub_address(target):
+        upload = _upload(model_source, name, target, console, public=public, confirm=confirm)
+        arguments = {"source": name, "out": target, "public": public, "confirm": True}
+        steps = [] if confirm else [Step("export", arguments)]
+        return Outcome(upload, _format_upload(upload), asdict(upload), steps)
+    from finesight.export.deployment import (
+        find_converter,
+        format_llama_server_command,
+        write_gguf,
     )
-    model_source = resolve_model_source(source)
-    if out is None:
-        _print_serving_commands(model_source, source, as_json)
-    elif is_hub:
-        from finesight.export.model_card import collect_uploads
 
-        with collect_uploads(model_source, source) as files:
-            _upload_to_hub(source, out, files, public, confirm, as_json)
-    else:
-        from finesight.export.deployment import (
-            find_converter,
-            format_llama_server_command,
-            write_gguf,
-        )
-        from finesight.progress import ProgressConsole
-
-        program = find_converter(converter)
-        with ProgressConsole().activity(f"converting {source} to GGUF"):
-            gguf_files = write_gguf(model_source, Path(out), program, outtype, python)
-        paths = {"model": gguf_files.model, "mmproj": gguf_files.mmproj}
-        if as_json:
-            click.echo(json.dumps({key: str(path) for key, path in paths.items()}))
-            return
-        for path in paths.values():
-            click.echo(f"{path}  {path.stat().st_size:,} bytes")
-        manifest = model_source.manifest
-        thinking = None if manifest is None else manifest.enable_thinking
-        click.echo(format_llama_server_command(model_source.folder, gguf_files, thinking))
+    program = find_converter(to_path(converter))
+    with console.activity(f"converting {name} to GGUF"):
+        files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
+    manifest = model_source.manifest
+    thinking = None if manifest is None else manifest.enable_thinking
+    lines = [f"{path}  {path.stat().st_size:,} bytes" for path in (files.model, files.mmproj)]
+    lines.append(format_llama_server_command(model_source.folder, files, thinking))
+    return Outcome(files, lines, asdict(files))
 
 
-def push_run(run_dir: Path, out: str) -> None:
-    """Upload a finished run to a hub; a failure prints the command to repeat, and exits with 1."""
+def _upload(
+    model_source: ModelSource,
+    source: str,
+    out: str,
+    console: ProgressConsole,
+    *,
+    public: bool,
+    confirm: bool,
+) -> HubUpload:
+    """List the files of a model, and upload them if confirmed."""
     from finesight.export.model_card import collect_uploads
-    from finesight.hub.repository import publish_model
-    from finesight.infer.model_loader import resolve_model_source
-
-    try:
-        with collect_uploads(resolve_model_source(str(run_dir)), str(run_dir)) as files:
-            message = f"Upload {run_dir.resolve().name} with finesight"
-            page = publish_model(parse_address(out), files, public=False, message=message)
-            click.echo(f"uploaded: {page}", err=True)
-    except Exception as error:  # whatever fails, the run is complete
-        command = format_command("export", run_dir, out, "--yes")
-        click.echo(
-            f"the upload failed, but the run is complete: {escape_unprintable(str(error))}\n"
-            f"to upload it again: {command}",
-            err=True,
-        )
-        raise click.exceptions.Exit(EXIT_UPLOAD_FAILED) from error
-
-
-def _print_serving_commands(model_source: ModelSource, source: str, as_json: bool) -> None:
-    from finesight.export.deployment import build_serving_commands
-
-    commands = build_serving_commands(model_source, source)
-    if as_json:
-        click.echo(json.dumps(commands.as_json()))
-        return
-    click.echo(f"vLLM:\n  {commands.vllm}\nSGLang:\n  {commands.sglang}")
-    for note in commands.notes:
-        click.echo(f"- {note}")
-
-
-def _upload_to_hub(
-    source: str, out: str, files: dict[str, Path], public: bool, confirm: bool, as_json: bool
-) -> None:
-    from finesight.hub.address import parse_address
     from finesight.hub.repository import publish_model
     from finesight.infer.model_loader import get_model_name
 
-    address = parse_address(out)
-    sizes = {name: path.stat().st_size for name, path in files.items()}
-    total = sum(sizes.values())
-    visibility = "public" if public else "private"
-    if not as_json:
-        for name, size in sizes.items():
-            click.echo(f"{size:>16,}  {name}")
-        click.echo(f"{total:>16,}  bytes in {len(files)} files to {address}, {visibility}")
-    page_url = None
-    if confirm:
-        name = get_model_name(str(Path(source).resolve()))
-        page_url = publish_model(
-            address, files, public=public, message=f"Upload {name} with finesight"
-        )
-    if as_json:
-        result = {"to": str(address), "public": public, "files": sizes, "page": page_url}
-        click.echo(json.dumps(result))
-    else:
-        command = format_command("export", source, out, *["--public"] * public, "--yes")
-        click.echo(page_url or f"nothing was uploaded; next: {command}")
+    address, page = parse_address(out), None
+    with collect_uploads(model_source, source) as files:
+        sizes = {name: path.stat().st_size for name, path in files.items()}
+        if confirm:
+            message = f"Upload {get_model_name(str(Path(source).resolve()))} with finesight"
+            with console.activity(f"uploading {len(files)} files to {address}"):
+                page = publish_model(address, files, public=public, message=message)
+    return HubUpload(str(address), public, sizes, page)
 
 
-def _check_options(
-    out: str | None, is_hub: bool, *, confirm: bool, public: bool, converting: bool
-) -> None:
+def _format_upload(upload: HubUpload) -> list[str]:
+    lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
+    total, visibility = sum(upload.files.values()), "public" if upload.public else "private"
+    lines.append(f"{total:>16,}  bytes in {len(lines)} files to {upload.to}, {visibility}")
+    return [*lines, upload.page or "nothing was uploaded"]
+
+
+def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:
+    """Upload a finished run to a hub, and return the exit code.
+
+    A failure prints the command to repeat.
+    """
+    from finesight.infer.model_loader import resolve_model_source
+
+    try:
+        source = resolve_model_source(str(run_dir))
+        upload = _upload(source, str(run_dir), out, console, public=False, confirm=True)
+    except Exception as error:  # whatever fails, the run is complete
+        command = format_command("export", run_dir, out, "--yes")
+        console.log(f"the upload failed, but the run is complete: {error}")
+        console.log(f"to upload it again: {command}")
+        return EXIT_UPLOAD_FAILED
+    console.log(f"uploaded: {upload.page}")
+    return 0
+
+
+def _check_options(out: str | None, *, confirm: bool, public: bool, converting: bool) -> None:
     """Raise UserError for options that do not apply to the kind of OUT."""
+    is_hub = out is not None and is_hub_address(out)
     option = "--yes" if confirm else "--public"
     if (confirm or public) and not is_hub:
         raise UserError(

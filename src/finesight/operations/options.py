@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, TypedDict
 
@@ -28,7 +28,7 @@ RecipeArgument = Annotated[
 ]
 
 OverridesArgument = Annotated[
-    list[str] | None,
+    Sequence[str] | Mapping[str, object] | None,
     Parameter(
         "Override settings of the recipe; values are YAML: train.batch_size=8 "
         '"data.train=[a.jsonl, b.jsonl]".',

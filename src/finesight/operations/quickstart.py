@@ -1,4 +1,4 @@
-"""Workflow of `finesight quickstart`, which takes minutes on a CPU and needs no network.
+"""`finesight quickstart`: the complete workflow, in minutes on a CPU and without a network.
 
 It generates images of train tickets, imports and checks their table, fine-tunes the bundled model
 with LoRA to read them as JSON, and evaluates it on validation tickets. Each stage runs the code of
@@ -10,34 +10,22 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from rich.console import Console
-
-from finesight.check.check_issues import format_summary
-from finesight.check.data_checker import check_sources, inputs_from_recipe
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
 from finesight.errors import TrainingInterrupted, UserError, format_command, shorten
-from finesight.evaluate.metric_difference import read_predictions
-from finesight.infer.model_loader import select_cpu_precision
-from finesight.manifest import PREDICTIONS_FOLDER, REPORT_FILE
-from finesight.model_folder import TINY_MODEL
-from finesight.recipe import load_recipe
-from finesight.storage import write_file
-from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
-from finesight.train.finalize import RunResult
-from finesight.train.training_run import train
+from finesight.operations.operation import Outcome, Parameter, Step, StrPath
+from finesight.operations.training import train
+
+if TYPE_CHECKING:
+    from finesight.train.finalize import RunResult
 
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4
 
 MAX_SHOWN_ISSUES = 3
-
-_COLUMNS = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
 
 _RECIPE_TEMPLATE = """\
 # Made by `finesight quickstart`: {num_images} train tickets.
@@ -70,7 +58,7 @@ class QuickstartSettings:
     num_images: int = 2500
     num_eval_rows: int = 100
     steps: int = 200
-    model: str = TINY_MODEL
+    model: str = "finesight-tiny"
     seed: int = 0
 
 
@@ -102,53 +90,82 @@ class QuickstartResult:
         }
 
 
-def run_quickstart(
-    out: Path, console: Console, settings: QuickstartSettings | None = None
-) -> QuickstartResult:
-    """Run the complete workflow in the folder `out`, and print each stage with its command.
+def quickstart(
+    out: Annotated[StrPath, Parameter("Folder for all files.", metavar="FOLDER")] = Path(
+        "quickstart"
+    ),
+    settings: QuickstartSettings | None = None,
+) -> Outcome[QuickstartResult]:
+    """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
 
-    If the folder contains finished stages of an earlier quickstart, they are not repeated, except
-    for the data check.
+    Needs no network and no GPU, and takes about two minutes on two CPU cores. Run it again to
+    resume after an interruption.
 
-    Raises:
-        UserError: `out` contains other files.
-        TrainingInterrupted: The training was interrupted; a checkpoint was saved.
+    Example: finesight quickstart --out /tmp/first
     """
-    settings, start_time = settings or QuickstartSettings(), time.monotonic()
-    recipe = write_recipe(out, settings)
-    table = out / "tickets" / TABLE_FILE
+    from finesight.check.check_issues import format_summary
+    from finesight.check.data_checker import check_sources, inputs_from_recipe
+    from finesight.data.import_source import ImportOptions
+    from finesight.data.importer import import_dataset
+    from finesight.progress import ProgressConsole
+    from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
-    def log(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
+    out, settings, start_time = Path(out), settings or QuickstartSettings(), time.monotonic()
+    recipe, log = write_recipe(out, settings), ProgressConsole().log
+    table, data = out / "tickets" / TABLE_FILE, out / "data"
+    num_eval_rows = settings.num_eval_rows
     log(f"1. Generate {settings.num_images} images of train tickets and their label file {table}")
     if not table.parent.exists():
         write_tickets(table.parent, settings.num_images, settings.seed)
-    log(_read_head(table))
-    log(
-        f"2. Import them, the last {settings.num_eval_rows} for validation\n   $"
-        f" {_import_table(table, out, settings)}"
-    )
-    log(f"3. Check the data\n   $ {format_command('check', recipe)}")
-    check_lines = format_summary(check_sources(*inputs_from_recipe(recipe)), MAX_SHOWN_ISSUES)
-    log("\n".join(f"   {line}" for line in check_lines))
-    log(
-        f"4. Train {settings.model}, with an evaluation before and after\n   $"
-        f" {format_command('train', recipe)}"
-    )
-    train_result = _train(recipe, console)
-    log("5. Predictions for validation tickets")
-    predictions = _read_predictions(out / "run" / PREDICTIONS_FOLDER)
-    log(_format_predictions(predictions))
-    result_summary = QuickstartResult(
-        train_result, tuple(predictions), time.monotonic() - start_time
-    )
-    log(_format_result(out, result_summary))
-    return result_summary
+    with table.open(encoding="utf-8") as lines:
+        for line, _ in zip(lines, range(3), strict=False):
+            log(f"      {line.rstrip()}")
+    log(f"2. Import them, the last {num_eval_rows} for validation")
+    columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
+    options = ImportOptions(columns=columns, prompt=PROMPT, eval_last=num_eval_rows)
+    arguments = {"columns": columns, "prompt": PROMPT, "eval_last": num_eval_rows}
+    log(_format_step("import", source=table, out=data, **arguments))
+    if not data.exists():
+        import_dataset(table, data, options)
+    log("3. Check the data")
+    log(_format_step("check", sources=[recipe]))
+    for line in format_summary(check_sources(*inputs_from_recipe(recipe)), MAX_SHOWN_ISSUES):
+        log(f"   {line}")
+    log(f"4. Train {settings.model}, with an evaluation before and after")
+    log(_format_step("train", recipe=recipe))
+    try:
+        run_result = train(recipe, resume=True).value
+    except TrainingInterrupted as interruption:
+        raise TrainingInterrupted(
+            f"{interruption} (the same quickstart does, too)"
+        ) from interruption
+    run = out / "run"
+    predictions = _read_predictions(run)
+    result = QuickstartResult(run_result, predictions, time.monotonic() - start_time)
+    question = {"images": [predictions[0].image], "prompt": PROMPT}
+    next_steps = [
+        Step("show", {"recipe": recipe}),
+        Step("predict", {"run_or_model": run, **question}),
+        Step("eval", {"run_or_model": run}),
+        Step("chat", {"run_or_model": run}),
+        Step("merge", {"source": run, "out": out / "merged"}),
+        Step("init", {}),
+    ]
+    return Outcome(result, [*_format_result(run, result)], result.as_json(), next_steps)
+
+
+def _format_step(operation: str, **arguments: object) -> str:
+    return f"   $ {format_command(*Step(operation, arguments).words)}"
 
 
 def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
-    """Write the recipe of the quickstart into the folder `out`, unless it exists."""
+    """Write the recipe of the quickstart into the folder `out`, unless it exists.
+
+    Raises UserError if `out` contains other files.
+    """
+    from finesight.infer.model_loader import select_cpu_precision
+    from finesight.storage import write_file
+
     recipe = out / "recipe.yaml"
     string_values = {
         "model": plan.model,
@@ -174,42 +191,16 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     return recipe
 
 
-def _read_head(table: Path) -> str:
-    """Return the first lines of the label file, indented for the console."""
-    with table.open(encoding="utf-8") as lines:
-        return "".join(f"      {line}" for line, _ in zip(lines, range(3), strict=False)).rstrip()
-
-
-def _import_table(table: Path, out: Path, settings: QuickstartSettings) -> str:
-    target = out / "data"
-    if not target.exists():
-        import_options = ImportOptions(
-            columns=_COLUMNS, prompt=PROMPT, eval_last=settings.num_eval_rows
-        )
-        import_dataset(table, target, import_options)
-    map_options = [part for pair in _COLUMNS.items() for part in ("--map", "=".join(pair))]
-    options = ["--prompt", PROMPT, "--eval-last", str(settings.num_eval_rows)]
-    return format_command("import", table, target, *map_options, *options)
-
-
-def _train(recipe: Path, console: Console) -> RunResult:
-    try:
-        result = train(load_recipe(recipe), resume=True, console=console)
-    except TrainingInterrupted as interruption:
-        raise TrainingInterrupted(
-            f"{interruption} (the same quickstart does, too)"
-        ) from interruption
-    assert result is not None, "a quickstart of several processes"
-    return result
-
-
-def _read_predictions(folder: Path) -> list[TicketPrediction]:
+def _read_predictions(run_dir: Path) -> tuple[TicketPrediction, ...]:
     """Read the first predictions of the run, before and after training."""
+    from finesight.evaluate.metric_difference import read_predictions
+    from finesight.manifest import PREDICTIONS_FOLDER
+
     before, after = (
-        read_predictions(folder / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]
+        read_predictions(run_dir / PREDICTIONS_FOLDER / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]
         for name in ("before", "after")
     )
-    return [
+    return tuple(
         TicketPrediction(
             image=Path(os.path.normpath(after_answer.record["image"])),
             reference=after_answer.case.references[0],
@@ -217,42 +208,26 @@ def _read_predictions(folder: Path) -> list[TicketPrediction]:
             after=after_answer.case.answer,
         )
         for before_answer, after_answer in zip(before, after, strict=True)
-    ]
+    )
 
 
-def _format_predictions(predictions: Sequence[TicketPrediction]) -> str:
-    """Format label, prediction before and prediction after training of each ticket."""
-    lines = []
-    for prediction in predictions:
+def _format_result(run_dir: Path, result: QuickstartResult) -> Iterator[str]:
+    """Yield label and predictions of each ticket, before and after training, and the scores."""
+    from finesight.manifest import REPORT_FILE
+
+    yield "5. Predictions for validation tickets"
+    for prediction in result.predictions:
         name, indent = prediction.image.name, " " * len(prediction.image.name)
-        lines.append(f"   {name}  label   {prediction.reference}")
-        lines.append(f"   {indent}  before  {shorten(' '.join(prediction.before.split()), 120)}")
-        lines.append(f"   {indent}  after   {shorten(' '.join(prediction.after.split()), 120)}")
-    return "\n".join(lines)
-
-
-def _format_result(out: Path, result: QuickstartResult) -> str:
-    """Format the scores of the run, and commands to try next."""
+        yield f"   {name}  label   {prediction.reference}"
+        yield f"   {indent}  before  {shorten(' '.join(prediction.before.split()), 120)}"
+        yield f"   {indent}  after   {shorten(' '.join(prediction.after.split()), 120)}"
     before, after = result.result.before, result.result.after
-    assert before is not None, f"{out} has no evaluation before its first step"
-    assert after is not None, f"{out} has no evaluation after its last step"
+    assert before is not None, f"{run_dir} has no evaluation before its first step"
+    assert after is not None, f"{run_dir} has no evaluation after its last step"
     field_scores, exact_scores = (
         f"{before.scores[name]:.1%} before, {after.scores[name]:.1%} after"
         for name in ("f1", "exact")
     )
-    first_image = result.predictions[0].image
-    return "\n".join(
-        [
-            f"F1 of the ticket fields: {field_scores}",
-            f"Tickets with all fields correct: {exact_scores}; {result.total_s:.0f} s in total",
-            f"Report: {out / 'run' / REPORT_FILE}",
-            "Next:",
-            f"   $ {format_command('show', out / 'recipe.yaml')}",
-            f"   $ {format_command('predict', out / 'run', first_image, '--prompt', PROMPT)}",
-            f"   $ {format_command('eval', out / 'run')}",
-            f"   $ {format_command('chat', out / 'run')}",
-            f"   $ {format_command('merge', out / 'run', out / 'merged')}",
-            "With your own images:",
-            f"   $ {format_command('init')}",
-        ]
-    )
+    yield f"F1 of the ticket fields: {field_scores}"
+    yield f"Tickets with all fields correct: {exact_scores}; {result.total_s:.0f} s in total"
+    yield f"Report: {run_dir / REPORT_FILE}"

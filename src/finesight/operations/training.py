@@ -1,33 +1,28 @@
-"""`finesight quickstart`, `convert`, `train` and `launch`: prepare and start training runs."""
+"""`finesight train`, `launch` and `convert`: start and prepare training runs."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
-
-from finesight.errors import UserError, format_command
-from finesight.operations.operation import Parameter
-from finesight.operations.options import (
-    AsJsonOption,
-    OverridesArgument,
-    RecipeArgument,
-    TrustMetricOption,
-    echo_result,
-)
+from finesight.errors import UserError
+from finesight.operations.operation import Outcome, Parameter, Step, StrPath
+from finesight.operations.options import OverridesArgument, RecipeArgument, TrustMetricOption
 
 if TYPE_CHECKING:
+    from finesight.config import Recipe
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
     from finesight.launch.launch_job import LaunchJob
+    from finesight.recipe import Overrides
+    from finesight.train.finalize import RunResult
 
 PushOption = Annotated[
     str | None,
@@ -47,29 +42,9 @@ ForceOption = Annotated[
 ]
 
 
-def quickstart(
-    out: Annotated[Path, Parameter("Folder for all files.", metavar="FOLDER")] = Path("quickstart"),
-    as_json: AsJsonOption = False,
-) -> None:
-    """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
-
-    Needs no network and no GPU, and takes about two minutes on two CPU cores. Run it again to
-    resume after an interruption.
-
-    Example: finesight quickstart --out /tmp/first
-    """
-    from rich.console import Console
-
-    from finesight.operations.quickstart import run_quickstart
-
-    result = run_quickstart(out, Console(stderr=as_json))
-    if as_json:
-        click.echo(json.dumps(result.as_json()))
-
-
 def convert(
     source: Annotated[
-        Path,
+        StrPath,
         Parameter(
             "YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a "
             "shell script with their command; or a Python script or notebook of TRL or Unsloth.",
@@ -78,10 +53,9 @@ def convert(
         ),
     ],
     recipe: Annotated[
-        Path, Parameter("Recipe file to create.", metavar="RECIPE", is_positional=True)
+        StrPath, Parameter("Recipe file to create.", metavar="RECIPE", is_positional=True)
     ],
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[ConvertedRecipe]:
     """Convert a configuration or script of another trainer to a recipe.
 
     Writes the recipe, including defaults of the other program that differ. train.batch_size is the
@@ -93,33 +67,28 @@ def convert(
     """
     from finesight.convert.recipe_converter import convert_config
 
-    conversion = convert_config(source, recipe)
-    lines = _format_conversion(source, recipe, conversion)
-    echo_result(dataclasses.asdict(conversion), lines, as_json)
+    conversion = convert_config(Path(source), Path(recipe))
+    lines = [f"{recipe}: from {conversion.program}, {source}", *_format_notes(conversion.notes)]
+    imports = [Step("import", arguments) for arguments in conversion.imports]
+    commands = [shlex.join(["finesight", *step.words]) for step in imports]
+    data = asdict(conversion) | {"import_commands": commands}
+    del data["imports"]
+    return Outcome(conversion, lines, data, [*imports, Step("train", {"recipe": recipe})])
 
 
-def _format_conversion(source: Path, recipe: Path, conversion: ConvertedRecipe) -> Iterator[str]:
-    yield f"{recipe}: from {conversion.program}, {source}"
-    for note in _notes_of_kind(conversion, "note"):
-        yield f"  {note.key} {note.value}: {note.text}"
-    differences = [*_notes_of_kind(conversion, "differs"), *_notes_of_kind(conversion, "unknown")]
+def _format_notes(notes: Sequence[ConversionNote]) -> list[str]:
+    lines = [f"  {note.key} {note.value}: {note.text}" for note in notes if note.kind == "note"]
+    differences = [note for kind in ("differs", "unknown") for note in notes if note.kind == kind]
     if differences:
-        yield "different in finesight:"
+        lines.append("different in finesight:")
         for reason, group in groupby(differences, _get_text):
-            yield f"  {', '.join(f'{note.key} {note.value}' for note in group)}: {reason}"
-    irrelevant = list(_notes_of_kind(conversion, "ignored"))
+            lines.append(f"  {', '.join(f'{note.key} {note.value}' for note in group)}: {reason}")
+    irrelevant = sorted((note for note in notes if note.kind == "ignored"), key=_get_text)
     if irrelevant:
-        yield "not needed:"
-        for reason, group in groupby(sorted(irrelevant, key=_get_text), _get_text):
-            yield f"  {', '.join(note.key for note in group)}: {reason}"
-    yield "next:"
-    for command in conversion.import_commands:
-        yield f"  {format_command(*shlex.split(command)[1:])}"
-    yield f"  {format_command('train', recipe)}"
-
-
-def _notes_of_kind(conversion: ConvertedRecipe, kind: str) -> Iterable[ConversionNote]:
-    return (note for note in conversion.notes if note.kind == kind)
+        lines.append("not needed:")
+        for reason, group in groupby(irrelevant, _get_text):
+            lines.append(f"  {', '.join(note.key for note in group)}: {reason}")
+    return lines
 
 
 def _get_text(note: ConversionNote) -> str:
@@ -128,7 +97,7 @@ def _get_text(note: ConversionNote) -> str:
 
 def train(
     recipe: Annotated[
-        Path,
+        StrPath | Recipe | Mapping[str, Any],
         Parameter(
             "Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.",
             metavar="RECIPE",
@@ -147,8 +116,7 @@ def train(
     push: PushOption = None,
     force: ForceOption = False,
     trust_metric: TrustMetricOption = False,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[RunResult]:
     """Fine-tune a model with a recipe, and evaluate it before and after training.
 
     All settings are described on the page "Recipe reference" of the documentation. The recipe.yaml
@@ -171,22 +139,18 @@ def train(
     Example: finesight train runs/short --resume
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
-    from finesight.recipe import load_recipe, parse_recipe, read_recipe_text
+    from finesight.progress import ProgressConsole
 
+    overrides, console = overrides or (), ProgressConsole()
+    is_main = os.environ.get("RANK", "0") == "0"
     if push is not None:
         from finesight.hub.address import parse_address
-        from finesight.hub.repository import check_publish_address
+        from finesight.hub.repository import check_publish, check_publish_address
 
         check_publish_address(parse_address(push))
-    if os.path.isdir(recipe):  # False for an invalid path, which load_recipe reports
-        recipe = _find_run_recipe(recipe, overrides or ())
-    settings = load_recipe(recipe, overrides or ())
-    if any(override.startswith("train.epochs=") for override in overrides or ()):
-        content, _ = parse_recipe(read_recipe_text(recipe), recipe)
-        section = content.get("train") if isinstance(content, dict) else None
-        steps = section.get("steps") if isinstance(section, dict) else None
-        if steps is not None and os.environ.get("RANK", "0") == "0":
-            click.echo(f"train.epochs replaces train.steps: {steps} of the recipe", err=True)
+    settings, file, replaced_steps = _load_recipe(recipe, overrides)
+    if replaced_steps is not None and is_main:
+        console.log(f"train.epochs replaces train.steps: {replaced_steps} of the recipe")
     if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):
         raise UserError(
             "the run trains an adapter and complete parts, which must be merged first",
@@ -195,30 +159,78 @@ def train(
             remedy="remove --push; after training: finesight merge"
             f" {shlex.quote(str(settings.output_dir))} OUT, then finesight export OUT {push} --yes",
         )
-    check_recipe_metric(settings, recipe, overrides or (), trust=trust_metric)
-    if push is not None and os.environ.get("RANK", "0") == "0":
-        from finesight.hub.repository import check_publish
-
+    check_recipe_metric(settings, file, overrides, trust=trust_metric)
+    if push is not None and is_main:
         check_publish(parse_address(push))
-    # This import takes seconds. It follows the recipe checks so that errors appear at once.
+    # These imports take seconds. They follow the recipe checks so that errors appear at once.
     from finesight.plan.run_plan import check_fit
+    from finesight.train.finalize import load_result
+    from finesight.train.run_dir import RunDir
     from finesight.train.training_run import train as run_training
 
-    result = run_training(settings, resume=resume, check_inputs=partial(check_fit, force=force))
-    if as_json and result is not None:
-        click.echo(json.dumps(result.as_json()))
-    if result is not None:
-        from finesight.app.start_label import find_label_step
+    check_inputs, exit_code = partial(check_fit, force=force), 0
+    main_result = run_training(
+        settings, resume=resume, console=console.rich_console, check_inputs=check_inputs
+    )
+    result = main_result or load_result(RunDir(settings.output_dir))
+    if result is None:
+        raise UserError(
+            "no result after the end of the run",
+            where=str(settings.output_dir),
+            expected="an output folder shared by all ranks",
+            remedy="check the log of rank 0",
+        )
+    if main_result is None:
+        return Outcome(result, data=[])  # The main process prints the result.
+    if push is not None:
+        from finesight.operations.deployment import upload_run
 
-        if step := find_label_step(settings):
-            click.echo(f"to label further images: finesight {shlex.join(step.words)}", err=True)
-    if push is not None and result is not None:
-        from finesight.operations.deployment import push_run
-
-        push_run(settings.output_dir, push)
+        exit_code = upload_run(settings.output_dir, push, console)
+    label_step = find_label_step(settings)
+    next_steps = [label_step] if label_step else []
+    return Outcome(result, (), result.as_json(), next_steps, exit_code)
 
 
-def _find_run_recipe(folder: Path, overrides: Sequence[str]) -> Path:
+def _load_recipe(
+    recipe: StrPath | Recipe | Mapping[str, Any], overrides: Overrides
+) -> tuple[Recipe, Path | None, int | None]:
+    """Return settings, their file, and the number of steps that overridden epochs replace."""
+    from finesight.recipe import (
+        parse_recipe,
+        read_recipe_text,
+        recipe_from_dict,
+        recipe_from_text,
+    )
+
+    file: Path | None = None
+    content: Any
+    if isinstance(recipe, str | Path):
+        file = Path(recipe)
+        if os.path.isdir(file):  # False for an invalid path, which read_recipe_text reports
+            file = _find_run_recipe(file, overrides)
+        text = read_recipe_text(file)  # once, since it may be a pipe
+        settings, (content, _) = recipe_from_text(text, file, overrides), parse_recipe(text, file)
+    else:
+        content = recipe if isinstance(recipe, Mapping) else recipe.model_dump(mode="json")
+        settings = recipe_from_dict(content, overrides)
+    has_epochs = any(override.partition("=")[0] == "train.epochs" for override in overrides)
+    section = content.get("train") if has_epochs else None
+    return settings, file, section.get("steps") if isinstance(section, Mapping) else None
+
+
+def find_label_step(recipe: Recipe) -> Step | None:
+    """Return the step that labels further images with a run; None if it trained no labels."""
+    from finesight.label.label_store import find_label_folder, read_sources
+
+    folder = find_label_folder(recipe)
+    if folder is None:
+        return None
+    sources = [source for source in read_sources(folder) if os.path.exists(source)]
+    arguments = {"run_or_model": str(recipe.output_dir), "sources": sources or ["IMAGES"]}
+    return Step("label", arguments)
+
+
+def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
     """Return the recipe file of a run folder.
 
     Raises UserError if the folder has no recipe, or if the recipe writes to another folder: a run
@@ -260,6 +272,15 @@ _ENGINES_BY_OPTION = {
 """Engines that support each option; other engines reject it."""
 
 
+@dataclass(frozen=True, slots=True)
+class JobFile:
+    """Job file, the command that starts its job, and the output of that command if it was run."""
+
+    file: Path
+    command: str
+    output: str | None
+
+
 def launch(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
@@ -282,7 +303,7 @@ def launch(
         Parameter("Name of the job and of its file. Default: from the last folder of output_dir."),
     ] = None,
     out: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or "
             "NAME.trainjob.yaml.",
@@ -328,8 +349,7 @@ def launch(
     ] = None,
     push: PushOption = None,
     force: ForceOption = False,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[JobFile]:
     """Write a job file that trains a recipe on several GPUs or nodes.
 
     The job starts only with --submit, or with the printed command. It trains with --resume: after a
@@ -366,23 +386,16 @@ def launch(
         check_publish_address(parse_address(push))
     train_options = [*(["--push", push] if push is not None else []), *["--force"] * force]
     node_spec = NodeSpec.parse(nodes, gpus_per_node)
-    job = LaunchJob.from_recipe(recipe, overrides or (), name, node_spec, train_options)
-    file = out or Path(f"{job.name}{FILE_SUFFIXES[engine]}")
+    if isinstance(overrides, Mapping):
+        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    job = LaunchJob.from_recipe(Path(recipe), overrides or (), name, node_spec, train_options)
+    file = Path(out or f"{job.name}{FILE_SUFFIXES[engine]}")
     write_job_file(file, _build_job_text(engine, job, engine_options))
-    submit_output = submit_job(engine, file) if submit else None
-    submit_command = shlex.join(build_submit_command(engine, file))
-    if as_json:
-        result = {
-            "file": str(file),
-            "command": submit_command,
-            "submitted": submit,
-            "output": submit_output,
-        }
-        click.echo(json.dumps(result))
-    elif submit:
-        click.echo(f"{file}\n{submit_output}")
-    else:
-        click.echo(f"{file}\nstart with: {submit_command}")
+    output = submit_job(engine, file) if submit else None
+    command = shlex.join(build_submit_command(engine, file))
+    lines = [str(file), f"start with: {command}" if output is None else output]
+    job_file = JobFile(file, command, output)
+    return Outcome(job_file, lines, asdict(job_file) | {"submitted": submit})
 
 
 def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) -> None:

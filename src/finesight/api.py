@@ -8,23 +8,19 @@ the expected value and a remedy. Options in messages are arguments: `--map image
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.operations import evaluation, model
+from finesight.operations import dataset, evaluation, model
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from finesight.check.check_issues import CheckResult
     from finesight.config import Recipe
-    from finesight.data.importer import ImportSummary
     from finesight.data.sample import LocatedSample
     from finesight.infer.prediction import Prediction
     from finesight.train.finalize import RunResult
@@ -36,27 +32,29 @@ __all__ = [
     "TrainingInterrupted",
     "UserError",
     "build_question",
+    "check_data",
     "compare",
+    "convert_boxes",
     "doctor",
     "draw_boxes",
     "evaluate",
+    "export_data",
+    "import_data",
     "load_model",
+    "plan",
     "predict",
     "read_samples",
     "report",
+    "show",
 ]
 
 
-def to_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
-    """Convert one or several file names to a list of paths.
-
-    Raises UserError for objects other than text and paths, such as in-memory images.
-    """
-    is_sequence = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
-    items: Iterable[object] = paths if is_sequence else [paths]  # type: ignore[assignment]
-    return [Path(os.path.expanduser(to_name(name))) for name in items]
-
-
+import_data = as_function(dataset.import_data)
+export_data = as_function(dataset.export_data)
+convert_boxes = as_function(dataset.convert_boxes)
+check_data = as_function(dataset.check)
+show = as_function(dataset.show)
+plan = as_function(dataset.plan)
 load_model = as_function(model.load_model)
 evaluate = as_function(evaluation.evaluate)
 predict = as_function(evaluation.predict)
@@ -113,76 +111,6 @@ def read_samples(
     check_counts(limit=limit)
     sources = [DataFileSettings(path=to_name(file), limit=limit) for file in files]
     return load_corpus(sources, require_answer=require_answer).read_samples()
-
-
-def import_data(
-    source: StrPath,
-    out: StrPath,
-    *,
-    columns: Mapping[str, str] | None = None,
-    prompt: str | None = None,
-    train_fraction: float | None = None,
-    eval_last: int | None = None,
-    limit: int | None = None,
-    format: str | None = None,
-) -> ImportSummary:
-    """Import a labeled image dataset as samples in the new folder `out`.
-
-    The output is `data.jsonl`, or `train.jsonl` and `eval.jsonl` with `train_fraction` or
-    `eval_last`. No image is in both files. `finesight import` has further options.
-
-    Args:
-        source: A file, a folder, an archive, or `hf:OWNER/NAME` and `modelscope:OWNER/NAME`.
-        out: The folder to create.
-        columns: Table columns by role: `image`, `answer`, `question`, `box`, `label`, or `fields`,
-            a comma-separated list of columns for a JSON answer.
-        prompt: Question for each image.
-        train_fraction: Fraction of the rows for training; the others are for validation.
-        eval_last: Number of rows at the end for validation.
-        limit: Number of rows to import from the start; None for all.
-        format: Dataset format; detected by default.
-
-    Raises:
-        UserError: Rows are invalid; no folder is created. In messages, the option `--map
-            image=path` is `columns={"image": "path"}`.
-    """
-    from finesight.data.import_source import ImportOptions
-    from finesight.data.importer import import_dataset
-    from finesight.data.source_fetch import fetch_source
-
-    check_counts(limit=limit, eval_last=eval_last)
-    options = ImportOptions(
-        format=format,
-        columns=columns or {},
-        prompt=prompt,
-        limit=limit,
-        eval_last=eval_last,
-        train_fraction=train_fraction,
-    )
-    with fetch_source(str(source), Path(out), options) as fetched:
-        for note in fetched.notes:
-            warnings.warn(f"{source}: {note}", stacklevel=2)
-        return import_dataset(fetched.path, Path(out), fetched.options)
-
-
-def check_data(
-    data: StrPath | Sequence[StrPath], validation: StrPath | Sequence[StrPath] = ()
-) -> CheckResult:
-    """Check samples for invalid content, duplicates, and validation images in training data.
-
-    Images, boxes, texts and turns are checked. No file is changed.
-
-    Returns:
-        The result: `issue_counts` is the number of issues by code (empty without issues), `issues`
-            contains the first issues of each code, and `severity` is the highest severity.
-
-    Raises:
-        UserError: A file is unreadable.
-    """
-    from finesight.check.data_checker import check_sources, inputs_from_files
-    from finesight.data.import_source import ImportOptions
-
-    return check_sources(inputs_from_files(to_paths(data), to_paths(validation), ImportOptions()))
 
 
 def train(

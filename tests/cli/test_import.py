@@ -39,7 +39,7 @@ def test_summary_is_printed(source, tmp_path, cli):
     assert "skipped: 1 row, not selected" in printed.out
     assert "unused columns: box, n" in printed.out
     files = f"{out / 'train.jsonl'} --against {out / 'eval.jsonl'}"
-    assert printed.lines[-1] == f"next: finesight check {files}"
+    assert printed.next_steps == f"finesight check {files}"
     assert read_samples(out / "eval.jsonl")[1].references == ("second 4",)
     output = cli("import", source, tmp_path / "b", "--map", "answer=n", "--prompt", "Read.").out
     assert "  no images: --map image=COLUMN sets the column of the image paths" in output

@@ -44,7 +44,7 @@ class Parameter:
         is_positional: Whether the command takes it without the name of an option.
         path: Kind of a path. All but the existing ones may be missing. `name` may be a name on a
             hub instead.
-        parse: Converts the words of the command line to the value.
+        parse: Converts the words of the command line to the value. Python code may give either.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
         default: Default value in a group of options, a `TypedDict` that `**` unpacks.
@@ -116,10 +116,12 @@ class OperationParameter:
         is_other = names & self.other_types or (value is None and self.is_optional)
         if self.kind == "flag" or is_other or isinstance(value, Mapping):
             return value
-        if not self.is_multiple:
-            return self._convert_item(value)
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return [self._convert_item(item) for item in (value if is_sequence else [value])]
+        if self.is_multiple:
+            is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+            words = [self._convert_item(item) for item in (value if is_sequence else [value])]
+        else:
+            words = self._convert_item(value)
+        return words if self.info.parse is None else self.info.parse(words)
 
     def _convert_item(self, value: Any) -> Any:
         info, expected = self.info, ""
@@ -307,7 +309,8 @@ def _read_parameter(name: str, hint: Any, default: Any) -> OperationParameter:
         kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
     if info.path == "name":
         kinds -= {Path}
-    unknown = {one for one in kinds if isinstance(one, type)} - {*KINDS}
+    named = {typing.get_origin(kind) or kind for kind in kinds}
+    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
     literals = [one for one in kinds if typing.get_origin(one) is Literal]
     if literals:
         choices = typing.get_args(literals[0])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.operations import dataset, evaluation, model
+from finesight.operations import init as initialize
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
@@ -40,6 +41,7 @@ __all__ = [
     "evaluate",
     "export_data",
     "import_data",
+    "init",
     "load_model",
     "plan",
     "predict",
@@ -49,6 +51,7 @@ __all__ = [
 ]
 
 
+init = as_function(initialize.init)
 import_data = as_function(dataset.import_data)
 export_data = as_function(dataset.export_data)
 convert_boxes = as_function(dataset.convert_boxes)

@@ -113,13 +113,6 @@ def test_mapping_mistakes_have_a_remedy(source, tmp_path, arguments, remedy, cli
     assert error.endswith(f"remedy: {remedy}\n")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["--box-format", "corners"], ["--limit", "0"], ["--box-units", "px"]]
-)
-def test_usage_errors_exit_with_2(source, tmp_path, arguments, cli):
-    assert arguments[0] in cli("import", source, tmp_path / "out", *arguments, code=2).err
-
-
 def test_missing_column_is_one_message_and_the_text_format_is_printed(tmp_path, cli):
     lines = [f"{write_gray_image(tmp_path / f'{n}.png').name};Größe {n}" for n in range(9)]
     table, out = tmp_path / "a.csv", tmp_path / "out"

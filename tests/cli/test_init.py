@@ -25,7 +25,7 @@ from image_fixtures import write_jsonl
 from label_fixtures import ask_server, draw_dots
 from PIL import Image
 
-from finesight import model_folder
+from finesight import api, model_folder
 from finesight.cli import app as app_module
 from finesight.data import import_source
 from finesight.data.sample import read_samples
@@ -463,6 +463,16 @@ def test_questions_change_the_settings(monkeypatch):
     question, answer = read_samples(Path("labels-finetune/data/data.jsonl"))[3].messages
     assert question.content[1].text == "Read it."
     assert json.loads(answer.content[0].text) == {"caption": "text 3", "shop": "3"}
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_python_function_asks_only_through_a_callable():
+    table, asked = write_table("photos", 4, caption="a photo of house {i} here"), {}
+    recipe = api.init(table, ask=lambda question, default: asked.setdefault(question, default))
+    assert recipe == Path("labels-finetune/recipe.yaml")
+    assert [*asked.values()] == ["caption", "captions", "Describe the image.", TINY_MODEL]
+    assert "detection" in [*asked][1]
+    assert api.init(table, out="out") == Path("out/recipe.yaml")
 
 
 def test_labels_with_one_answer_column_or_several(cli):

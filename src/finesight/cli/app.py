@@ -115,6 +115,9 @@ def build_command(name: str, operation: Operation) -> click.Command:
     function = operation.load()
     parameters = list_parameters(function)
     params: list[click.Parameter] = [_build_param(parameter) for parameter in parameters]
+    if "ask" in inspect.signature(function).parameters:
+        text = "Ask no questions: use the detected settings."
+        params.append(click.Option(["use_defaults", "--yes"], is_flag=True, help=text))
     if operation.json_help and "as_json" not in {one.name for one in parameters}:
         text = f"{operation.json_help} on standard output; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
@@ -138,6 +141,7 @@ def _run(
     function: Callable[..., Any],
     parameters: Sequence[OperationParameter],
     as_json: bool = False,
+    use_defaults: bool = False,
     **given: Any,
 ) -> None:
     """Run an operation, and print its outcome."""
@@ -149,8 +153,17 @@ def _run(
         if parameter.info.parse is not None and value is not None:
             value = parameter.info.parse(value)
         arguments[parameter.name] = value
-    if as_json and "on_record" in inspect.signature(function).parameters:
+    accepted = inspect.signature(function).parameters
+    if as_json and "on_record" in accepted:
         arguments["on_record"] = _print_json
+    if "has_main_guard" in accepted:
+        arguments["has_main_guard"] = True
+    if "ask" in accepted and not use_defaults:
+        if is_interactive():
+            arguments["ask"] = partial(click.prompt, err=True)
+        else:
+            text = "standard input is not a terminal: no questions, as with --yes"
+            click.echo(text, err=True)
     outcome: Outcome[object] | None = function(**arguments)
     if outcome is None:
         return  # a server that was stopped
@@ -167,6 +180,11 @@ def _run(
         click.echo(text, err=True)
     if outcome.exit_code:
         raise click.exceptions.Exit(outcome.exit_code)
+
+
+def is_interactive() -> bool:
+    """Return whether questions can be answered on standard input."""
+    return sys.stdin.isatty()
 
 
 def _print_json(data: object) -> None:

@@ -46,7 +46,7 @@ class Parameter:
             required parameter without an option of another name.
         path: Kind of a path. All but the existing ones may be missing. `name` may be a name on a
             hub instead.
-        parse: Converts the words of the command line to the value.
+        parse: Converts the words of the command line to the value. Python code may give either.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
         default: Default value in a group of options, a `TypedDict` that `**` unpacks.
@@ -124,10 +124,12 @@ class OperationParameter:
         is_other = names & self.other_types or (value is None and self.is_optional)
         if self.kind == "flag" or is_other or isinstance(value, Mapping):
             return value
-        if not self.is_multiple:
-            return self._convert_item(value)
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return [self._convert_item(item) for item in (value if is_sequence else [value])]
+        if self.is_multiple:
+            is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+            words = [self._convert_item(item) for item in (value if is_sequence else [value])]
+        else:
+            words = self._convert_item(value)
+        return words if self.info.parse is None else self.info.parse(words)
 
     def _convert_item(self, value: Any) -> Any:
         info, expected = self.info, ""
@@ -329,6 +331,13 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationP
     containers = [] if kinds & {*KINDS} else containers
     if containers:
         kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
+<<<<<<< HEAD
+=======
+    if info.path == "name":
+        kinds -= {Path}
+    named = {typing.get_origin(kind) or kind for kind in kinds}
+    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
+>>>>>>> o1
     literals = [one for one in kinds if typing.get_origin(one) is Literal]
     if literals:
         choices = typing.get_args(literals[0])

@@ -91,9 +91,7 @@ class QuickstartResult:
 
 
 def quickstart(
-    out: Annotated[StrPath, Parameter("Folder for all files.", metavar="FOLDER")] = Path(
-        "quickstart"
-    ),
+    out: Annotated[StrPath, Parameter(metavar="FOLDER")] = Path("quickstart"),
     settings: QuickstartSettings | None = None,
 ) -> Outcome[QuickstartResult]:
     """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
@@ -102,6 +100,9 @@ def quickstart(
     resume after an interruption.
 
     Example: finesight quickstart --out /tmp/first
+
+    Args:
+        out: Folder for all files.
     """
     from finesight.check.check_issues import format_summary
     from finesight.check.data_checker import check_sources, inputs_from_recipe

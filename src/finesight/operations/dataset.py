@@ -331,7 +331,7 @@ def check(
     box_format: BoxFormatOption = None,
     box_units: BoxUnitsOption = None,
     limit: LimitOption = None,
-    model: str | None = None,
+    model: Annotated[str | None, Parameter(path="name")] = None,
     max_length: Annotated[int | None, Parameter(minimum=1)] = None,
     fix: Annotated[StrPath | None, Parameter(metavar="OUT")] = None,
     html: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,

@@ -77,8 +77,6 @@ def serve(
         allow_media_host: Allow image downloads over https from this host. Repeatable.
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
-
-    Args:
         adapter: Additional run or adapter of the same base model. Requests select it by folder
             name. Repeatable.
         host: Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, which
@@ -336,8 +334,6 @@ def studio(
         no_auth: Require no password, also from other users of the machine.
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
-
-    Args:
         password_file: File with the password, of at least 16 characters. Default: a generated one
             is printed.
     """
@@ -561,8 +557,6 @@ def label(
         suggestions: Suggest answers with the model.
         suggest_only: Print the suggestions, and start no page.
         batch_size: Answers generated at the same time.
-
-    Args:
         out: Folder of the labels (labels.jsonl) and their history (journal.jsonl). An existing one
             is continued. Default: that of the run's training data, else labels.
         classes: Classes to choose from: the answers, or the labels of boxes. Default: those of the

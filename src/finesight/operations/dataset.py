@@ -353,8 +353,6 @@ def check(
     Args:
         sources: Local files or folders as for `import`, or one recipe.
         seed: Random seed of the samples on the HTML page.
-
-    Args:
         against: Validation data, read with the same options. Reports images, also re-encoded ones,
             that are in SOURCE as well. Repeatable.
         model: Model folder or hub name. Its tokenizer is used to report special tokens in texts

@@ -52,8 +52,6 @@ def evaluate(
         max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
             512.
         out: Write each answer with its scores to this JSONL file, for `finesight compare`.
-
-    Args:
         data: JSONL file of samples with answers. Default for a run: its validation split; required
             otherwise.
         metric: captions, latex, ocr, qa, classification, json, grounding or detection, or
@@ -239,8 +237,6 @@ def compare(
 
     Args:
         out: HTML page.
-
-    Args:
         runs: 2 to 8 run folders or prediction files of `finesight eval --out`. The first one is the
             baseline.
     """

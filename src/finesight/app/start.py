@@ -74,9 +74,6 @@ def serve(
     Example: finesight serve runs/latex
 
     Args:
-        allow_media_host: Allow image downloads over https from this host. Repeatable.
-        max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
-        timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
         adapter: Additional run or adapter of the same base model. Requests select it by folder
             name. Repeatable.
         host: Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, which
@@ -84,6 +81,7 @@ def serve(
         key_file: File with one API key per line, each of at least 16 characters. Requests then need
             the header "Authorization: Bearer KEY". Default: the environment variable FINESIGHT_KEY,
             if set, else no key.
+        allow_media_host: Allow image downloads over https from this host. Repeatable.
         image_format: Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF,
             JPEG2000, PPM or TIFF. Repeatable.
         label_studio: Also serve an ML backend for Label Studio at the path /label-studio. It
@@ -96,6 +94,8 @@ def serve(
             class names. Default: the question of `import` for each control.
         max_num_seqs: Maximum number of answers that are generated at the same time. Default: 64, or
             fewer for a model with linear attention if the GPU has little memory.
+        max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
+        timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
     try:
         from finesight.serve.api_schema import ServerLimits
@@ -331,11 +331,11 @@ def studio(
 
     Args:
         folder: Folder for data sets, recipes and runs.
+        password_file: File with the password, of at least 16 characters. Default: a generated one
+            is printed.
         no_auth: Require no password, also from other users of the machine.
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
-        password_file: File with the password, of at least 16 characters. Default: a generated one
-            is printed.
     """
     require_web("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.
@@ -552,19 +552,19 @@ def label(
     Args:
         sources: Images, folders of images, or a JSONL file.
         prompt: Question about every image. Default: that of FOLDER or else the run.
-        kind: Kind of the answers. Default: detected from the training data.
-        review: Review the existing answers of a JSONL file, most probably wrong first.
-        suggestions: Suggest answers with the model.
-        suggest_only: Print the suggestions, and start no page.
-        batch_size: Answers generated at the same time.
         out: Folder of the labels (labels.jsonl) and their history (journal.jsonl). An existing one
             is continued. Default: that of the run's training data, else labels.
+        kind: Kind of the answers. Default: detected from the training data.
         classes: Classes to choose from: the answers, or the labels of boxes. Default: those of the
             training data.
         fields: Keys of the JSON answers, with --kind fields. Default: those of the training data or
             of the existing labels.
+        review: Review the existing answers of a JSONL file, most probably wrong first.
         train_fraction: Fraction of the labels for training; the others are in labels_eval.jsonl.
             Default: that of FOLDER, else 1.
+        suggestions: Suggest answers with the model.
+        suggest_only: Print the suggestions, and start no page.
+        batch_size: Answers generated at the same time.
     """
     from finesight.label.label_session import open_session
     from finesight.progress import ProgressConsole

@@ -258,9 +258,7 @@ def export(
             path="name",
         ),
     ] = None,
-    public: Annotated[
-        bool, Parameter("Make the hub repository public. Default: private.", option="--public")
-    ] = False,
+    public: Annotated[bool, Parameter("Make the hub repository public. Default: private.")] = False,
     confirm: Annotated[
         bool, Parameter("Upload the files. Default: only list them.", option="--yes")
     ] = False,

@@ -79,7 +79,7 @@ def list_options(name: str = "") -> set[str]:
     """Return the options of the operations whose name starts with a name."""
     found = [o for group in OPERATIONS.values() for n, o in group.items() if n.startswith(name)]
     parameters = [one for operation in found for one in list_parameters(operation.load())]
-    options = [one.option for one in parameters if not one.info.is_positional]
+    options = [one.option for one in parameters if not one.is_positional]
     return {part for option in options for part in option.split("/")}
 
 

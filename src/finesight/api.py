@@ -8,23 +8,30 @@ the expected value and a remedy. Options in messages are arguments: `--map image
 
 from __future__ import annotations
 
-import os
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from finesight.errors import TrainingInterrupted, UserError
+<<<<<<< HEAD
 from finesight.operations import deployment, evaluation, model, training
 from finesight.operations import quickstart as quickstart_workflow
+=======
+from finesight.operations import dataset, evaluation, model
+from finesight.operations import init as initialize
+>>>>>>> o1
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
 if TYPE_CHECKING:
     from PIL import Image
 
+<<<<<<< HEAD
     from finesight.check.check_issues import CheckResult
     from finesight.data.importer import ImportSummary
+=======
+    from finesight.config import Recipe
+>>>>>>> o1
     from finesight.data.sample import LocatedSample
     from finesight.infer.prediction import Prediction
 
@@ -37,34 +44,47 @@ __all__ = [
     "build_question",
     "check_data",
     "compare",
+<<<<<<< HEAD
     "convert",
+=======
+    "convert_boxes",
+>>>>>>> o1
     "doctor",
     "download",
     "draw_boxes",
     "evaluate",
+<<<<<<< HEAD
     "export",
     "import_data",
     "launch",
     "load_model",
     "merge",
+=======
+    "export_data",
+    "import_data",
+    "init",
+    "load_model",
+    "plan",
+>>>>>>> o1
     "predict",
     "quickstart",
     "read_samples",
     "report",
+<<<<<<< HEAD
     "train",
+=======
+    "show",
+>>>>>>> o1
 ]
 
 
-def to_paths(paths: StrPath | Sequence[StrPath]) -> list[Path]:
-    """Convert one or several file names to a list of paths.
-
-    Raises UserError for objects other than text and paths, such as in-memory images.
-    """
-    is_sequence = isinstance(paths, Iterable) and not isinstance(paths, str | bytes | os.PathLike)
-    items: Iterable[object] = paths if is_sequence else [paths]  # type: ignore[assignment]
-    return [Path(os.path.expanduser(to_name(name))) for name in items]
-
-
+init = as_function(initialize.init)
+import_data = as_function(dataset.import_data)
+export_data = as_function(dataset.export_data)
+convert_boxes = as_function(dataset.convert_boxes)
+check_data = as_function(dataset.check)
+show = as_function(dataset.show)
+plan = as_function(dataset.plan)
 load_model = as_function(model.load_model)
 evaluate = as_function(evaluation.evaluate)
 predict = as_function(evaluation.predict)
@@ -130,6 +150,7 @@ def read_samples(
     return load_corpus(sources, require_answer=require_answer).read_samples()
 
 
+<<<<<<< HEAD
 def import_data(
     source: StrPath,
     out: StrPath,
@@ -198,3 +219,54 @@ def check_data(
     from finesight.data.import_source import ImportOptions
 
     return check_sources(inputs_from_files(to_paths(data), to_paths(validation), ImportOptions()))
+=======
+def train(
+    recipe: StrPath | Mapping[str, Any] | Recipe,
+    overrides: Mapping[str, object] | None = None,
+    *,
+    resume: bool = False,
+    trust_metric: bool = False,
+) -> RunResult:
+    """Fine-tune a model with a recipe, and evaluate it before and after training.
+
+    Args:
+        recipe: A recipe file, a `Recipe`, or its settings as a dict.
+        overrides: Settings by dotted name that replace those of the recipe: `{"train.steps": 100}`.
+        resume: Continue an interrupted run from its newest checkpoint, or return the result of a
+            finished run.
+        trust_metric: Execute the custom metric (`metric.py`) in a run folder, even if someone else
+            created it.
+
+    Returns:
+        The result, on every rank. Progress is logged to stderr.
+
+    Raises:
+        UserError: A problem that the user can fix, raised before any output is written where
+            possible.
+        TrainingInterrupted: Ctrl-C or a scheduler stopped the run; a checkpoint was saved.
+    """
+    from finesight.config import Recipe
+    from finesight.evaluate.custom_metric import check_recipe_metric
+    from finesight.recipe import load_recipe, recipe_from_dict
+    from finesight.train.finalize import load_result
+    from finesight.train.run_dir import RunDir
+    from finesight.train.training_run import train as run_training
+
+    if isinstance(recipe, Recipe):
+        recipe = recipe.model_dump(mode="json")
+    path = None if isinstance(recipe, Mapping) else Path(recipe)
+    if isinstance(recipe, Mapping):
+        settings = recipe_from_dict(recipe, overrides or {})
+    else:
+        settings = load_recipe(Path(recipe), overrides or {})
+    check_recipe_metric(settings, path, overrides or {}, trust=trust_metric)
+    result = run_training(settings, resume=resume) or load_result(RunDir(settings.output_dir))
+    if result is None:
+        raise UserError(
+            "no result after the end of the run",
+            where=str(settings.output_dir),
+            expected="an output folder shared by all ranks",
+            remedy="check the log of rank 0",
+        )
+    return result
+>>>>>>> o1

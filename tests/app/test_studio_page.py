@@ -91,25 +91,22 @@ def upload_files(folder: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize(
-    ("source", "prompt", "columns", "more", "found"),
+    ("source", "prompt", "columns", "found"),
     [
-        ("table.csv", "What?", "", [], ["--map", "image=photo", "--map", "answer=text"]),
-        ("table.csv", "What?", "--map image=photo --map answer=text", [], ["image=photo"]),
-        ("table.csv", "What?", "image=photo answer=text", [], ["--map", "answer=text"]),
-        ("table.csv", "What?", "", ["", "skip"], ["--on-invalid-row", "skip"]),
-        ("images", "What?", "", [], "24 images without labels"),
-        ("images", "What?", "", [], "table.csv or label the images in the step Label"),
-        ("table.csv", "", "", [], "Prompt"),
-        ("table.csv", "What?", "", ["90%"], "fraction"),
-        ("table.csv", "What?", "", ["1.5"], "fraction"),
+        ("table.csv", "What?", "", ["--map", "image=photo", "--map", "answer=text"]),
+        ("table.csv", "What?", "--map image=photo --map answer=text", ["image=photo"]),
+        ("table.csv", "What?", "image=photo answer=text", ["--map", "answer=text"]),
+        ("images", "What?", "", "24 images without labels"),
+        ("images", "What?", "", "table.csv or label the images in the step Label"),
+        ("table.csv", "", "", "Prompt"),
     ],
 )
 def test_import_form_is_checked_before_the_command_starts(
-    folder, page, started, source, prompt, columns, more, found
+    folder, page, started, source, prompt, columns, found
 ):
     draw_dots(folder / "images", 24)
     (folder / "table.csv").write_text("photo,text\nphotos/00.png,a b\nphotos/01.png,c d\n")
-    message = click_button(page, "import", "step=data", None, source, "a", prompt, columns, *more)
+    message = click_button(page, "import", "step=data", None, source, "a", prompt, columns)
     if isinstance(found, str):
         assert found in message
         assert started == []
@@ -152,7 +149,7 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archiv
             file.rename(home / "shapes" / file.name)
         files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
     assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
-    assert started[0][-4:] == ["--map", "image=image", "--map", "answer=class"]
+    assert started[0][-6:-2] == ["--map", "image=image", "--map", "answer=class"]
     with contextlib.chdir(folder):
         assert run_command(started[0]) == 0
     assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
@@ -229,10 +226,11 @@ def test_options_of_operations_are_fields_of_the_page(folder, page, started):
     weights = started[0][1]
     words = ["--data", "new.jsonl", "--limit", "3", "--no-thinking"]
     assert started == [["eval", weights, *words]]
-    for name, text in (("data", "../other.jsonl"), ("metric", "new.py:score")):
+    invalid = {"data": "../other.jsonl", "metric": "new.py:score", "limit": "0", "batch_size": "a"}
+    for name, text in invalid.items():
         with pytest.raises(UserError) as caught:
             page.run_action("evaluate", selection, Form(texts={f"eval:{name}": text}))
-        assert caught.value.where == f"eval:{name}"
+        assert caught.value.where.removeprefix("eval:") == name
 
 
 def test_file_names_are_escaped(folder):

@@ -64,12 +64,7 @@ def test_unguarded_script_can_run_check(folder):
     )
     script = folder / "script.py"
     script.write_text(
-        "from pathlib import Path\n"
-        "from finesight.check.data_checker import check_sources\n"
-        "from finesight.check.data_checker import inputs_from_files\n"
-        "from finesight.data.import_source import ImportOptions\n"
-        f"subjects = inputs_from_files([Path({str(source)!r})], [], ImportOptions())\n"
-        "print(check_sources(subjects).num_samples)\n"
+        f"from finesight.api import check_data\nprint(check_data({str(source)!r}).num_samples)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{MIN_PARALLEL_SAMPLES + 1}\n"

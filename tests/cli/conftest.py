@@ -28,6 +28,11 @@ class Printed:
         return self.out.splitlines()
 
     @property
+    def next_steps(self) -> str:
+        """Commands that follow the text `next:`."""
+        return self.err.partition("next:")[2].strip()
+
+    @property
     def records(self) -> list[Any]:
         return [json.loads(line) for line in self.lines]
 

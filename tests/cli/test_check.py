@@ -44,7 +44,7 @@ def test_exit_code_follows_most_severe_issue(folder, records, code, cli):
     source = write_records(folder / "data.jsonl", records)
     fix = f"check {source} --fix {folder / 'data-fixed'}"
     command = fix if code == 2 else f"init {source}"
-    assert cli("check", source, code=code).lines[-1] == f"next: finesight {command}"
+    assert cli("check", source, code=code).next_steps == f"finesight {command}"
 
 
 @pytest.mark.parametrize(
@@ -65,12 +65,14 @@ def test_wrong_box_conventions_are_fixed_by_an_option_of_the_import(
         answer = json.dumps({"bbox_2d": box})
         rows.append({"image": [f"{n % 8}.png"], "query": f"Where is {n}?", "response": answer})
     source = write_jsonl(folder / "data.jsonl", rows)
-    output = cli("check", source, code=2).out
-    assert issue in output
-    assert f"remedy: give {option}" in output
+    printed = cli("check", source, code=2)
+    assert issue in printed.out
+    assert f"remedy: give {option}" in printed.out
     # `--fix` writes no files then, so it is not proposed.
-    assert "next: " not in output
-    assert "no files were written" in cli("check", source, "--fix", folder / "out", code=2).err
+    assert not printed.next_steps
+    error = cli("check", source, "--fix", folder / "out", code=2).err
+    assert "no files were written" in error
+    assert issue in error, "the summary of the check"
     cli("check", source, *option.split())
 
 
@@ -181,7 +183,7 @@ def test_recipe_is_checked_with_its_model(folder, model, cli):
     assert "image-missing" not in output, "the recipe takes the first two samples only"
     write_recipe({"path": str(train), "limit": 1}, **data)
     printed = cli("check", path, "--html", page, "--seed", "7", "--language", "en")
-    assert printed.lines[-1] == f"next: finesight plan {path}"
+    assert printed.next_steps == f"finesight plan {path}"
     assert "Tokens per sample" in page.read_text()
     assert "skipped: the check has no model" not in page.read_text()
     for extra in (["--model", model], ["--limit", "1"], [train]):

@@ -37,9 +37,9 @@ def test_exported_samples_are_checked_by_the_next_command(cli):
     assert "out/data.jsonl, out/dataset_info.json" in printed.out
     assert "not supported: 1 references" in printed.out
     assert "note: the boxes of 1 samples are JSON in the answers" in printed.out
-    last = printed.lines[-1]
-    assert last == "next: finesight check out/data.jsonl --format llama-factory"
-    cli(*last.split()[2:])
+    command = "check out/data.jsonl --format llama-factory"
+    assert printed.next_steps == f"finesight {command}"
+    cli(*command.split())
 
 
 def test_export_with_json_output(cli):

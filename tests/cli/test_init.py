@@ -25,13 +25,13 @@ from image_fixtures import write_jsonl
 from label_fixtures import ask_server, draw_dots
 from PIL import Image
 
-from finesight import model_folder
-from finesight.cli import init
-from finesight.cli.app import app
+from finesight import api, model_folder
+from finesight.cli import app as app_module
 from finesight.data import import_source
 from finesight.data.sample import read_samples
 from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
+from finesight.operations import init
 from finesight.plan import run_plan
 
 COLORS = ("red", "green", "blue", "white")
@@ -60,8 +60,8 @@ def run_init(cli: Any) -> Callable[..., dict[str, Any]]:
 
 def answer_questions(monkeypatch: pytest.MonkeyPatch, *answers: str) -> str:
     """Run init with these answers in a terminal, and return its output."""
-    monkeypatch.setattr(init, "is_interactive", lambda: True)
-    result = CliRunner().invoke(app, ["init"], input="\n".join(answers) + "\n")
+    monkeypatch.setattr(app_module, "is_interactive", lambda: True)
+    result = CliRunner().invoke(app_module.app, ["init"], input="\n".join(answers) + "\n")
     assert result.exit_code == 0, result.output
     assert result.output.count("]: ") == len(answers)
     return result.output
@@ -97,7 +97,7 @@ def write_table(folder: str, num_rows: int, **columns: str | list[str]) -> Path:
 def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     captions = [f"a plain {color} square number {{i}}" for color in COLORS]
     write_table("photos", 24, caption=captions, url="{i}")
-    printed = cli("init", "photos", "--yes").out
+    printed = cli("init", "photos", "--yes")
     for words in (
         "task    captions (cider_d)\nexample <image> Describe the image. -> a plain ",
         "image: file",
@@ -105,10 +105,10 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
         "24 rows\n        comma-separated, UTF-8\n",
         "check   24 images, 24 unique; no issues found\nrun     100 steps of 8 samples: ",
     ):
-        assert words in printed
-    assert len(printed.splitlines()) < 20
-    commands = ("train photos-finetune/recipe.yaml", "chat photos-finetune/run")
-    assert printed.endswith("next:\n" + "".join(f"  finesight {one}\n" for one in commands))
+        assert words in printed.out
+    assert len(printed.lines) < 20
+    train, chat = "train photos-finetune/recipe.yaml", "chat photos-finetune/run"
+    assert printed.next_steps == f"finesight {train}\n  finesight {chat}"
     content = Path("photos-finetune/recipe.yaml").read_text()
     assert content.count("#") >= 5
     recipe = yaml.safe_load(content)
@@ -155,8 +155,8 @@ def read_json(address: str, body: object = None) -> Any:
 
 def test_unlabeled_images_become_a_served_model(cli):
     colors = draw_dots(Path("photos"), 200)
-    printed = cli("init", "photos", "--yes", "--prompt", "Which color?").out
-    label, train, serve = printed.partition("next:\n")[2].split("\n", 2)
+    printed = cli("init", "photos", "--yes", "--prompt", "Which color?")
+    label, train, serve = printed.next_steps.splitlines()
     command = "finesight label MODEL IMAGES --out photos-finetune/data"
     remedy = f'label images first: {command} --prompt "..." --train-fraction 0.8'
     assert remedy in cli(*shlex.split(train)[1:], code=2).err
@@ -465,6 +465,16 @@ def test_questions_change_the_settings(monkeypatch):
     assert json.loads(answer.content[0].text) == {"caption": "text 3", "shop": "3"}
 
 
+@pytest.mark.usefixtures("no_plan")
+def test_python_function_asks_only_through_a_callable():
+    table, asked = write_table("photos", 4, caption="a photo of house {i} here"), {}
+    recipe = api.init(table, ask=lambda question, default: asked.setdefault(question, default))
+    assert recipe == Path("labels-finetune/recipe.yaml")
+    assert [*asked.values()] == ["caption", "captions", "Describe the image.", TINY_MODEL]
+    assert "detection" in [*asked][1]
+    assert api.init(table, out="out") == Path("out/recipe.yaml")
+
+
 def test_labels_with_one_answer_column_or_several(cli):
     table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
     refused = cli("init", table, *YES, code=2).err
@@ -536,8 +546,8 @@ def test_option_sets_the_task(run_init, cli):
 def test_names_of_unlabeled_images_are_asked(monkeypatch, answers, label, metric):
     draw_dots(Path("photos"), 3)
     output = answer_questions(monkeypatch, "photos", *answers)
-    command = f"finesight label finesight-tiny photos {label} --no-suggestions"
-    assert f"{command} --train-fraction 0.8\n" in output
+    options = f"{label} --train-fraction 0.8 --no-suggestions"
+    assert f"finesight label finesight-tiny photos {options}\n" in output
     recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
     assert recipe["eval"]["metric"] == metric
     assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
@@ -559,7 +569,7 @@ def test_names_of_unlabeled_images_are_proposed(words, options, prompt, run_init
     draw_dots(Path("photos"), 3)
     found = run_init("photos", "--yes", *words)
     assert found["prompt"] == prompt
-    assert f" --out photos-finetune/data {options}--no-suggestions" in found["next"][0]
+    assert f" --out photos-finetune/data {options}--train-fraction" in found["next"][0]
     assert found["placeholder"] == ("A,B" if "A,B" in options else None)
 
 

@@ -21,7 +21,7 @@ def test_plan_is_printed(cli):
     assert "target  T4 (data sheet): 16 GB" in printed.out
     assert "data    11 samples" in printed.out
     assert "samples/s" in printed.out
-    assert printed.lines[-1].startswith("next: finesight train recipe.yaml")
+    assert printed.next_steps.startswith("finesight train recipe.yaml")
     assert Path("recipe.yaml").read_bytes() == before
     assert not Path("run").exists()
 
@@ -38,7 +38,7 @@ def test_exit_code_2_if_no_settings_fit(cli):
     config = json.loads(file.read_text())
     config.get("text_config", config)["vocab_size"] = 2_000_000_000
     file.write_text(json.dumps(config))
-    output = cli("plan", "recipe.yaml", "--gpu", "T4", code=2).out
-    assert "does not fit: needs " in output
-    assert "T4 has 16 GB; try smaller images" in output
-    assert "next:" not in output
+    printed = cli("plan", "recipe.yaml", "--gpu", "T4", code=2)
+    assert "does not fit: needs " in printed.out
+    assert "T4 has 16 GB; try smaller images" in printed.out
+    assert not printed.next_steps

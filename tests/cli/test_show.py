@@ -27,13 +27,14 @@ SHOW = ("show", "recipe.yaml", "--num-samples")
 
 
 def test_token_table_is_printed(cli):
-    lines = cli(*SHOW, 2).lines
+    printed = cli(*SHOW, 2)
+    lines = printed.lines
     assert [line for line in lines if line.startswith("sample")] == ["sample s0", "sample s1"]
     (image, _) = [line for line in lines if "<|image_pad|>" in line]
     assert "8 x <|image_pad|>" in image
     assert "a.png, 100x50 as 112x56, grid 1 x 4 x 8" in image
     assert sum(line.endswith("'<|im_end|>'") and "*" in line for line in lines) == 2
-    assert lines[-1] == "next: finesight plan recipe.yaml"
+    assert printed.next_steps == "finesight plan recipe.yaml"
 
 
 def test_json_output_with_overrides(cli):
@@ -49,8 +50,7 @@ def test_json_output_with_overrides(cli):
 def test_html_page_of_samples(cli):
     page = Path("pages/show.html")
     printed = cli(*SHOW, 2, "--html", page)
-    assert printed.out == ""
-    assert f"page: {page}" in printed.err
+    assert printed.out == f"page: {page}\n"
     text = page.read_text()
     assert "The first 2 of data.jsonl" in text
     assert [record["id"] for record in read_script_data(text)["samples"]] == ["s0", "s1"]

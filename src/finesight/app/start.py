@@ -68,10 +68,7 @@ def serve(
         ),
     ] = None,
     trusted_proxy: TrustedProxyOption = None,
-    allow_media_host: Annotated[
-        list[str] | None,
-        Parameter("Allow image downloads over https from this host. Repeatable.", metavar="HOST"),
-    ] = None,
+    allow_media_host: Annotated[list[str] | None, Parameter(metavar="HOST")] = None,
     image_format: Annotated[
         list[str] | None,
         Parameter(
@@ -121,19 +118,8 @@ def serve(
             minimum=1,
         ),
     ] = None,
-    max_queue: Annotated[
-        int,
-        Parameter(
-            "Maximum number of waiting requests; further ones get HTTP status 429.", minimum=0
-        ),
-    ] = 256,
-    timeout: Annotated[
-        float,
-        Parameter(
-            "Seconds from the first byte of a request, waiting included, until it is canceled.",
-            minimum=1,
-        ),
-    ] = 300.0,
+    max_queue: Annotated[int, Parameter(minimum=0)] = 256,
+    timeout: Annotated[float, Parameter(minimum=1)] = 300.0,
     **loading: Unpack[LoadingOptions],
 ) -> None:
     """Start an OpenAI-compatible HTTP server (POST /v1/chat/completions).
@@ -141,6 +127,11 @@ def serve(
     Prints its base URL and an example request with curl. Ctrl-C stops the server.
 
     Example: finesight serve runs/latex
+
+    Args:
+        allow_media_host: Allow image downloads over https from this host. Repeatable.
+        max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
+        timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
     try:
         from finesight.serve.api_schema import ServerLimits
@@ -355,13 +346,7 @@ def web(
 
 def studio(
     folder: Annotated[
-        Path,
-        Parameter(
-            "Folder for data sets, recipes and runs.",
-            metavar="WORKSPACE",
-            is_positional=True,
-            path="existing folder",
-        ),
+        Path, Parameter(metavar="WORKSPACE", is_positional=True, path="existing folder")
     ] = Path(),
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7870,
@@ -373,23 +358,11 @@ def studio(
             path="file",
         ),
     ] = None,
-    no_auth: Annotated[
-        bool,
-        Parameter("Require no password, also from other users of the machine.", option="--no-auth"),
-    ] = False,
+    no_auth: Annotated[bool, Parameter(option="--no-auth")] = False,
     trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
-    api_port: Annotated[
-        int, Parameter("Port of the HTTP API. 0: any free port.", minimum=0, maximum=65535)
-    ] = 7872,
-    converter: Annotated[
-        Path | None,
-        Parameter(
-            "convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.",
-            metavar="FILE",
-            path="existing file",
-        ),
-    ] = None,
+    api_port: Annotated[int, Parameter(minimum=0, maximum=65535)] = 7872,
+    converter: Annotated[Path | None, Parameter(metavar="FILE", path="existing file")] = None,
 ) -> None:
     """Start a web UI for import, data check, training, evaluation and serving.
 
@@ -398,6 +371,12 @@ def studio(
     or this command ends. Ctrl-C stops the page. Requires finesight[web].
 
     Example: finesight studio work
+
+    Args:
+        folder: Folder for data sets, recipes and runs.
+        no_auth: Require no password, also from other users of the machine.
+        api_port: Port of the HTTP API. 0: any free port.
+        converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
     """
     require_web("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.

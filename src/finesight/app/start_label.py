@@ -43,16 +43,8 @@ if TYPE_CHECKING:
 
 def label(
     run_or_model: RunOrModelArgument,
-    sources: Annotated[
-        Sequence[StrPath],
-        Parameter(
-            "Images, folders of images, or a JSONL file.", metavar="IMAGES", is_positional=True
-        ),
-    ],
-    prompt: Annotated[
-        str | None,
-        Parameter("Question about every image. Default: that of FOLDER or else the run."),
-    ] = None,
+    sources: Annotated[Sequence[StrPath], Parameter(metavar="IMAGES")],
+    prompt: str | None = None,
     out: Annotated[
         StrPath | None,
         Parameter(
@@ -62,10 +54,7 @@ def label(
             path="folder",
         ),
     ] = None,
-    kind: Annotated[
-        Literal["text", "fields", "classes", "boxes"] | None,
-        Parameter("Kind of the answers. Default: detected from the training data."),
-    ] = None,
+    kind: Literal["text", "fields", "classes", "boxes"] | None = None,
     classes: Annotated[
         str | None,
         Parameter(
@@ -82,13 +71,7 @@ def label(
             metavar="A,B,C",
         ),
     ] = None,
-    review: Annotated[
-        bool,
-        Parameter(
-            "Review the existing answers of a JSONL file, most probably wrong first.",
-            option="--review",
-        ),
-    ] = False,
+    review: Annotated[bool, Parameter(option="--review")] = False,
     train_fraction: Annotated[
         float | None,
         Parameter(
@@ -98,14 +81,10 @@ def label(
             maximum=1.0,
         ),
     ] = None,
-    suggestions: Annotated[
-        bool, Parameter("Suggest answers with the model.", option="--suggestions/--no-suggestions")
-    ] = True,
-    suggest_only: Annotated[
-        bool, Parameter("Print the suggestions, and start no page.", option="--suggest-only")
-    ] = False,
+    suggestions: Annotated[bool, Parameter(option="--suggestions/--no-suggestions")] = True,
+    suggest_only: Annotated[bool, Parameter(option="--suggest-only")] = False,
     max_new_tokens: MaxNewTokensOption = 512,
-    batch_size: Annotated[int, Parameter("Answers generated at the same time.", minimum=1)] = 16,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 16,
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7873,
     password_file: PasswordFileOption = None,
@@ -121,6 +100,15 @@ def label(
     reads labels.jsonl. The next command is printed at the end. The page requires finesight[web].
 
     Example: finesight label runs/receipts photos
+
+    Args:
+        sources: Images, folders of images, or a JSONL file.
+        prompt: Question about every image. Default: that of FOLDER or else the run.
+        kind: Kind of the answers. Default: detected from the training data.
+        review: Review the existing answers of a JSONL file, most probably wrong first.
+        suggestions: Suggest answers with the model.
+        suggest_only: Print the suggestions, and start no page.
+        batch_size: Answers generated at the same time.
     """
     from finesight.label.label_session import open_session
     from finesight.progress import ProgressConsole

@@ -66,6 +66,7 @@ Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
 DEFAULT_LABEL_FRACTION = str(LABEL_TRAIN_FRACTION)
+DEFAULT_IMPORT_FRACTION = "0.9"
 
 SCRIPT_TEXTS = ("The server does not answer.", "Mark at least two runs.")
 """Texts of the script, which are translated on the page."""
@@ -122,14 +123,6 @@ FORMS: dict[str, tuple[FormField, ...]] = {
             "image=path answer=caption",
             is_advanced=True,
         ),
-        FormField("fraction", "Fraction of training samples", value="0.9", is_advanced=True),
-        FormField(
-            "invalid-rows",
-            "Invalid rows",
-            choices=("skip",),
-            default="stop the import",
-            is_advanced=True,
-        ),
     ),
     "label": (
         FormField("images", "Images to label: a file or folder", "photos"),
@@ -179,7 +172,7 @@ FORMS: dict[str, tuple[FormField, ...]] = {
 SERVER_PARAMETERS = ("host", "port", "password_file", "no_auth", "trusted_proxy", "key_file")
 PAGE_PARAMETERS = ("socket_file", "open_page", "suggest_only")
 OWN_PARAMETERS = {
-    "import": ["prompt", "columns", "train_fraction", "on_invalid_row", "no_header"],
+    "import": ["prompt", "columns"],
     "label": ["prompt", "out", "kind", "classes", "fields", "review", "train_fraction"],
     "check": ["against", "html", "language"],
     "plan": [],
@@ -246,7 +239,7 @@ def list_options(operation: str) -> list[OperationParameter]:
     """Return the options of an operation that the page does not set itself."""
     own = {*SERVER_PARAMETERS, *PAGE_PARAMETERS, *OWN_PARAMETERS[operation]}
     parameters = list_parameters(find_operation(operation).load())
-    return [one for one in parameters if not one.info.is_positional and one.name not in own]
+    return [one for one in parameters if not one.is_positional and one.name not in own]
 
 
 def _build_field(operation: str, parameter: OperationParameter) -> FormField:
@@ -260,7 +253,7 @@ def _build_field(operation: str, parameter: OperationParameter) -> FormField:
         placeholder=str(default) if is_shown else parameter.info.metavar,
         choices=YES_NO if is_flag else parameter.choices,
         default=str(default) if is_shown else "",
-        hint=parameter.info.help,
+        hint=parameter.help,
     )
 
 
@@ -389,6 +382,10 @@ class StudioPage:
                 value = text.split()
             elif parameter.kind == "path":
                 value = as_argument(self.view.workspace.resolve(text, field))
+            elif parameter.kind in ("integer", "number"):
+                with contextlib.suppress(ValueError):
+                    value = int(text) if parameter.kind == "integer" else float(text)
+                value = parameter.convert(value)
             words += parameter.format_words(value)
         return words
 
@@ -428,10 +425,10 @@ class StudioPage:
         # The messages of commands write the option before each pair.
         pairs = [pair.removeprefix("--map=") for pair in pairs if pair not in ("", "--map")]
         arguments += [word for pair in pairs for word in ("--map", pair)]
-        fraction, invalid_rows = form.get("fraction"), form.get("invalid-rows")
-        arguments += ["--train-fraction", fraction] if _check_fraction(fraction) else []
-        arguments += ["--on-invalid-row", invalid_rows] if invalid_rows else []
-        return target, [*arguments, *self._read_options("import", form)]
+        options = self._read_options("import", form)
+        if not {"--train-fraction", "--eval-last"} & {*options}:
+            options += ["--train-fraction", DEFAULT_IMPORT_FRACTION]
+        return target, [*arguments, *options]
 
     def _import(self, state: StudioState, form: Form) -> str:
         workspace, name, source = self.view.workspace, form.get("name"), form.get("source")
@@ -739,19 +736,6 @@ def _check_texts(form: Form) -> None:
                 expected="text without control characters",
                 remedy="correct the field",
             )
-
-
-def _check_fraction(text: str) -> bool:
-    """Return whether a fraction is given. Raises UserError if it is not between 0 and 1."""
-    with contextlib.suppress(ValueError):
-        if not text.strip() or 0 < float(text) <= 1:
-            return bool(text.strip())
-    raise UserError(
-        f"{text.strip()!r:.80} is not a fraction",
-        where="fraction",
-        expected="a number above 0 and at most 1",
-        remedy="enter 0.9 for 90 %",
-    )
 
 
 def _missing(name: str) -> UserError:

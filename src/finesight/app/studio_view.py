@@ -52,12 +52,10 @@ LABELS_NAME = "labels"
 FIELD_NAMES = {
     "--map": "Columns (empty: detected)",
     "--prompt": "Prompt",
-    "--train-fraction": "Fraction of training samples",
     "--out": "Name of the data set",
     "--kind": "Kind of the answers",
     "--classes": "Classes",
     "--fields": "Fields",
-    "--on-invalid-row": "Invalid rows",
     "--resume": "Start or resume",
 }
 """Field or button of the page by option of a command."""
@@ -418,7 +416,8 @@ def _list_proposed(job: Job, current_step: str) -> list[str]:
 def name_actions(advice: str) -> str:
     """Replace commands and options in advice by steps and fields of the page.
 
-    Messages of functions and commands name what a terminal has. A note explains other options.
+    Messages of functions and commands name what a terminal has. Fields of other options have their
+    names.
     """
 
     def name_field(match: re.Match[str]) -> str:
@@ -432,10 +431,7 @@ def name_actions(advice: str) -> str:
         return translate("the step “{}”", translate(STEP_NAMES[step]))
 
     advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
-    advice = _OPTION.sub(name_field, advice)
-    options = ", ".join(dict.fromkeys(_OPTION.findall(advice)))
-    note = "The page has no field for options such as {}. Use them in a terminal, in the workspace."
-    return f"{advice}\n{translate(note, options)}" if options else advice
+    return _OPTION.sub(name_field, advice)
 
 
 def split_words(command: str) -> Markup:

@@ -115,6 +115,9 @@ def build_command(name: str, operation: Operation) -> click.Command:
     function = operation.load()
     parameters = list_parameters(function)
     params: list[click.Parameter] = [_build_param(parameter) for parameter in parameters]
+    if "ask" in inspect.signature(function).parameters:
+        text = "Ask no questions: use the detected settings."
+        params.append(click.Option(["use_defaults", "--yes"], is_flag=True, help=text))
     if operation.json_help and "as_json" not in {one.name for one in parameters}:
         text = f"{operation.json_help} on standard output; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
@@ -122,15 +125,23 @@ def build_command(name: str, operation: Operation) -> click.Command:
         name,
         callback=partial(_run, function, parameters),
         params=params,
-        help=inspect.getdoc(function),
+        help=_read_help(function),
         short_help=operation.summary,
     )
+
+
+def _read_help(function: Callable[..., Any]) -> str:
+    """Return the docstring of an operation without its sections for Python code."""
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    sections = ("Args:", "Returns:", "Raises:")
+    return "\n\n".join(text for text in paragraphs if not text.startswith(sections))
 
 
 def _run(
     function: Callable[..., Any],
     parameters: Sequence[OperationParameter],
     as_json: bool = False,
+    use_defaults: bool = False,
     **given: Any,
 ) -> None:
     """Run an operation, and print its outcome."""
@@ -142,8 +153,17 @@ def _run(
         if parameter.info.parse is not None and value is not None:
             value = parameter.info.parse(value)
         arguments[parameter.name] = value
-    if as_json and "on_record" in inspect.signature(function).parameters:
+    accepted = inspect.signature(function).parameters
+    if as_json and "on_record" in accepted:
         arguments["on_record"] = _print_json
+    if "has_main_guard" in accepted:
+        arguments["has_main_guard"] = True
+    if "ask" in accepted and not use_defaults:
+        if is_interactive():
+            arguments["ask"] = partial(click.prompt, err=True)
+        else:
+            text = "standard input is not a terminal: no questions, as with --yes"
+            click.echo(text, err=True)
     outcome: Outcome[object] | None = function(**arguments)
     if outcome is None:
         return  # a server that was stopped
@@ -162,6 +182,11 @@ def _run(
         raise click.exceptions.Exit(outcome.exit_code)
 
 
+def is_interactive() -> bool:
+    """Return whether questions can be answered on standard input."""
+    return sys.stdin.isatty()
+
+
 def _print_json(data: object) -> None:
     """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
     click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
@@ -172,7 +197,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
     default = {} if parameter.is_required else {"default": parameter.default}
     type_ = _build_type(parameter)
     metavar = info.metavar or None
-    if info.is_positional:
+    if parameter.is_positional:
         word = metavar or parameter.name.upper()
         word = word if parameter.is_required else f"[{word}]"
         return click.Argument(
@@ -182,7 +207,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
             required=parameter.is_required,
             **default,
             nargs=-1 if parameter.is_multiple else 1,
-            help=info.help + ("  [required]" if parameter.is_required else ""),
+            help=parameter.help + ("  [required]" if parameter.is_required else ""),
         )
     is_flag = parameter.kind == "flag"
     if metavar is None and parameter.kind in PLACEHOLDERS:
@@ -199,7 +224,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
         multiple=parameter.is_multiple,
         # The default of a flag without a name for its opposite is clear.
         show_default=not is_flag or "/" in parameter.option,
-        help=info.help,
+        help=parameter.help,
     )
 
 

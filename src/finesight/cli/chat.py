@@ -54,12 +54,7 @@ def chat(
             "up to this value, above 0 and at most 1 (all tokens). Needs --temperature above 0."
         ),
     ] = 1.0,
-    seed: Annotated[
-        int | None,
-        Parameter(
-            "Random seed of sampling, for --temperature above 0. Default: different each time."
-        ),
-    ] = None,
+    seed: int | None = None,
     **loading: Unpack[LoadingOptions],
 ) -> None:
     """Chat with a model about images in the terminal. /help lists the commands of the chat.
@@ -68,6 +63,9 @@ def chat(
     chat.
 
     Example: finesight chat runs/latex
+
+    Args:
+        seed: Random seed of sampling, for --temperature above 0. Default: different each time.
     """
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService

@@ -14,29 +14,28 @@ from finesight.operations.operation import Operation
 OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
     "Start": {
         "init": Operation(
-            "operations.init:init",
-            "Import a dataset, and write a recipe that fits this machine.",
+            "init:init", "Import a dataset, and write a recipe that fits this machine."
         ),
         "quickstart": Operation(
+<<<<<<< HEAD
+            "training:quickstart", "Run the complete workflow on generated data, on a CPU."
+=======
             "operations.quickstart:quickstart",
             "Run the complete workflow on generated data, on a CPU.",
+>>>>>>> o2
         ),
         "studio": Operation(
             "app.start:studio",
             "Start a page in the browser, from images to a served model.",
             json_help="",
         ),
-        "doctor": Operation(
-            "operations.evaluation:doctor", "Diagnose a machine, a model or a run."
-        ),
-        "download": Operation(
-            "operations.deployment:download", "Download a model or dataset from a hub."
-        ),
+        "doctor": Operation("evaluation:doctor", "Diagnose a machine, a model or a run."),
+        "download": Operation("deployment:download", "Download a model or dataset from a hub."),
     },
     "Data": {
-        "import": Operation("operations.dataset:import_data", "Import a dataset as samples."),
+        "import": Operation("dataset:import_data", "Import a dataset as samples."),
         "check": Operation(
-            "operations.dataset:check",
+            "dataset:check",
             "Validate samples.",
             json_help="Print one JSON object per issue, then one summary,",
         ),
@@ -46,47 +45,35 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             json_help="Print one JSON object per suggestion",
         ),
         "show": Operation(
-            "operations.dataset:show",
+            "dataset:show",
             "Print the tokenized samples of a recipe.",
             json_help="Print one JSON object per sample",
         ),
         "data export": Operation(
-            "operations.dataset:export_data",
-            "Export samples in the format of another program.",
+            "dataset:export_data", "Export samples in the format of another program."
         ),
         "data convert-boxes": Operation(
-            "operations.dataset:convert_boxes",
-            "Convert the boxes of a file to another model family.",
+            "dataset:convert_boxes", "Convert the boxes of a file to another model family."
         ),
     },
     "Training": {
         "plan": Operation(
-            "operations.dataset:plan",
-            "Estimate memory and time of a run and suggest settings that fit.",
+            "dataset:plan", "Estimate memory and time of a run and suggest settings that fit."
         ),
-        "train": Operation("operations.training:train", "Fine-tune a model with a recipe."),
-        "launch": Operation(
-            "operations.training:launch",
-            "Write a training job for several GPUs or nodes.",
-        ),
+        "train": Operation("training:train", "Fine-tune a model with a recipe."),
+        "launch": Operation("training:launch", "Write a training job for several GPUs or nodes."),
         "convert": Operation(
-            "operations.training:convert",
-            "Convert a configuration or script of another trainer to a recipe.",
+            "training:convert", "Convert a configuration or script of another trainer to a recipe."
         ),
     },
     "Evaluation": {
-        "eval": Operation(
-            "operations.evaluation:evaluate", "Evaluate a model or run on a dataset."
-        ),
-        "report": Operation("operations.evaluation:report", "Write the HTML report of a run."),
-        "compare": Operation(
-            "operations.evaluation:compare",
-            "Compare runs or evaluations on an HTML page.",
-        ),
+        "eval": Operation("evaluation:evaluate", "Evaluate a model or run on a dataset."),
+        "report": Operation("evaluation:report", "Write the HTML report of a run."),
+        "compare": Operation("evaluation:compare", "Compare runs or evaluations on an HTML page."),
     },
     "Inference": {
         "predict": Operation(
-            "operations.evaluation:predict",
+            "evaluation:predict",
             "Answer questions about images.",
             json_help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes)",
         ),
@@ -97,10 +84,9 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
         ),
     },
     "Deployment": {
-        "merge": Operation("operations.deployment:merge", "Merge an adapter into its base model."),
+        "merge": Operation("deployment:merge", "Merge an adapter into its base model."),
         "export": Operation(
-            "operations.deployment:export",
-            "Upload a model, convert it to GGUF, or print serving commands.",
+            "deployment:export", "Upload a model, convert it to GGUF, or print serving commands."
         ),
     },
 }

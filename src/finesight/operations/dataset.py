@@ -1,22 +1,16 @@
-"""Commands of data: `import`, `check`, `show`, `plan`, `data export`, `data convert-boxes`."""
+"""Import, export, convert, check and show data, and plan the training on them."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import random
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import click
-
-from finesight.errors import UserError, escape_unprintable, format_command, format_count
-from finesight.operations.operation import Parameter
+from finesight.errors import UserError, format_count
+from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
 from finesight.operations.options import (
-    JSON_OUTPUT,
-    AsJsonOption,
     BoxFormatOption,
     BoxTaskOption,
     BoxUnitsOption,
@@ -29,20 +23,16 @@ from finesight.operations.options import (
     RecipeArgument,
     RowRangeOption,
     SourceFormatOption,
-    echo_json,
-    echo_result,
-    parse_column_map,
-    parse_row_range,
 )
 
 if TYPE_CHECKING:
-    from finesight.check.check_issues import CheckIssue
+    from finesight.check.check_issues import CheckIssue, CheckResult
     from finesight.check.data_checker import CheckInput, ModelRequirements
     from finesight.data.exporter import ExportSummary
     from finesight.data.importer import ImportSummary
-    from finesight.data.sample import LocatedSample
     from finesight.encode.box_migration import MigrationResult, ResizeSpec
-    from finesight.encode.renderer import Renderer
+    from finesight.encode.tokenization import TokenizedSample
+    from finesight.plan.run_plan import RunPlan
 
 
 EvalLastOption = Annotated[
@@ -93,25 +83,25 @@ EncodingOption = Annotated[
     ),
 ]
 SourceArgument = Annotated[
-    str,
+    StrPath,
     Parameter(
         "A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or "
         "tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
         ":SPLIT), or https://HOST/FILE.",
         metavar="SOURCE",
         is_positional=True,
+        path="name",
     ),
 ]
 AllowHostOption = Annotated[
-    list[str] | None,
+    Sequence[str],
     Parameter(
         "Allow downloads of https:// sources and images from this host. Repeatable.",
-        option="--allow-host",
         metavar="HOST",
     ),
 ]
 OutFolderArgument = Annotated[
-    Path,
+    StrPath,
     Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
 ]
 
@@ -119,13 +109,13 @@ OutFolderArgument = Annotated[
 def import_data(
     source: SourceArgument,
     out: OutFolderArgument,
-    format_name: SourceFormatOption = None,
+    format: SourceFormatOption = None,
     columns: ColumnsOption = None,
     prompt: PromptOption = None,
     box_task: BoxTaskOption = "detection",
     box_format: BoxFormatOption = None,
     box_units: BoxUnitsOption = None,
-    row_range: RowRangeOption = None,
+    rows: RowRangeOption = None,
     limit: LimitOption = None,
     eval_last: EvalLastOption = None,
     train_fraction: TrainFractionOption = None,
@@ -135,9 +125,8 @@ def import_data(
     copy_images: CopyImagesOption = False,
     encoding: EncodingOption = None,
     no_header: NoHeaderOption = False,
-    allow_host: AllowHostOption = None,
-    as_json: AsJsonOption = False,
-) -> None:
+    allow_host: AllowHostOption = (),
+) -> Outcome[ImportSummary]:
     """Import a dataset as samples: OUT/data.jsonl, or OUT/train.jsonl and OUT/eval.jsonl.
 
     Image paths are relative to the folder of SOURCE, or to the working directory if the file does
@@ -151,19 +140,18 @@ def import_data(
     Example: finesight import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --train-fraction 0.9
     """
-
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.progress import ProgressConsole
 
     options = ImportOptions(
-        format=format_name,
-        columns=parse_column_map(columns or []),
+        format=format,
+        columns=columns or {},
         prompt=prompt,
         box_format=box_format,
         box_units=box_units,
-        row_range=parse_row_range(row_range),
+        row_range=rows or (None, None),
         limit=limit,
         eval_last=eval_last,
         train_fraction=train_fraction,
@@ -175,15 +163,17 @@ def import_data(
         encoding=encoding,
         no_header=no_header,
     )
-    with fetch_source(source, out, options, allow_host or ()) as fetched:
-        progress_stage = ProgressConsole().progress_stage
-        summary = import_dataset(fetched.path, out, fetched.options, progress_stage)
+    console, out = ProgressConsole(), Path(out)
+    with fetch_source(str(source), out, options, allow_host) as fetched:
+        summary = import_dataset(fetched.path, out, fetched.options, console.progress_stage)
     for note in fetched.notes:
-        click.echo(escape_unprintable(f"{source}: {note}"), err=True)
-    echo_result(dataclasses.asdict(summary), _format_summary(source, summary), as_json)
+        console.log(f"{source}: {note}")
+    train, *validation = (str(file.file) for file in summary.output_files)
+    step = Step("check", {"sources": [train], "against": validation})
+    return Outcome(summary, _format_summary(source, summary), asdict(summary), [step])
 
 
-def _format_summary(source: str, summary: ImportSummary) -> list[str]:
+def _format_summary(source: StrPath, summary: ImportSummary) -> list[str]:
     lines = [
         f"{source}: {format_count(summary.num_rows, 'row')}, read as {summary.format}"
         f" ({summary.detected_by})",
@@ -206,14 +196,12 @@ def _format_summary(source: str, summary: ImportSummary) -> list[str]:
         lines.append(f"  unused columns: {', '.join(summary.list_unused_columns())}")
         if not summary.num_images:
             lines.append("  no images: --map image=COLUMN sets the column of the image paths")
-    train, *validation = (str(file.file) for file in summary.output_files)
-    against = ["--against", *validation] if validation else []
-    return [*lines, f"next: {format_command('check', train, *against)}"]
+    return lines
 
 
 def export_data(
     samples: Annotated[
-        Path,
+        StrPath,
         Parameter(
             "Samples file, as written by `finesight import`.", metavar="SAMPLES", is_positional=True
         ),
@@ -230,13 +218,9 @@ def export_data(
     ],
     copy_images: Annotated[
         bool,
-        Parameter(
-            "Copy the images into OUT/images. Default: OUT refers to the images in place.",
-            option="--copy-images",
-        ),
+        Parameter("Copy the images into OUT/images. Default: OUT refers to the images in place."),
     ] = False,
-    as_json: AsJsonOption = False,
-) -> None:
+) -> Outcome[ExportSummary]:
     """Export samples in the format of another program.
 
     Features that the format does not support are counted. A sample that the format cannot represent
@@ -247,29 +231,27 @@ def export_data(
     from finesight.data.exporter import export_dataset
     from finesight.data.sample import LocatedSample, read_samples
 
-    located_samples = [LocatedSample(sample, samples.parent) for sample in read_samples(samples)]
-    summary = export_dataset(located_samples, out, target_format, copy_images=copy_images)
-    echo_result(dataclasses.asdict(summary), _format_export_summary(out, summary), as_json)
-
-
-def _format_export_summary(out: Path, summary: ExportSummary) -> list[str]:
-    files = [str(file) for file in summary.files[:MAX_PRINTED_FILES]]
-    files += (
-        [f"and {len(summary.files) - MAX_PRINTED_FILES} more"]
-        if len(summary.files) > MAX_PRINTED_FILES
-        else []
-    )
+    folder = Path(samples).parent
+    located_samples = [LocatedSample(sample, folder) for sample in read_samples(Path(samples))]
+    summary = export_dataset(located_samples, Path(out), target_format, copy_images=copy_images)
     # Formats of one data file are read from it, and others from the folder.
     first_file = Path(summary.files[0])
     is_one_file = first_file.suffix in (".json", ".jsonl") and summary.format != "labelme"
     source = first_file if is_one_file else out
+    step = Step("check", {"sources": [source], "format": summary.format})
+    return Outcome(summary, _format_export_summary(out, summary), asdict(summary), [step])
+
+
+def _format_export_summary(out: StrPath, summary: ExportSummary) -> list[str]:
+    files = [str(file) for file in summary.files[:MAX_PRINTED_FILES]]
+    if len(summary.files) > MAX_PRINTED_FILES:
+        files.append(f"and {len(summary.files) - MAX_PRINTED_FILES} more")
     return [
         f"{out}: {format_count(summary.num_samples, 'sample')} in the format {summary.format}",
         f"  {', '.join(files)}",
         f"  {format_count(summary.num_images, 'image')}",
         *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
         *(f"  note: {note}" for note in summary.notes),
-        f"next: {format_command('check', source, '--format', summary.format)}",
     ]
 
 
@@ -291,14 +273,14 @@ MAX_PRINTED_RECORDS = 3
 
 def convert_boxes(
     file: Annotated[
-        Path,
+        StrPath,
         Parameter(
             ".json or .jsonl file in the format of any trainer; only box texts are changed.",
             metavar="FILE",
             is_positional=True,
         ),
     ],
-    out: Annotated[Path, Parameter("File to create.", metavar="OUT", is_positional=True)],
+    out: Annotated[StrPath, Parameter("File to create.", metavar="OUT", is_positional=True)],
     source_family: Annotated[
         BoxFamily, Parameter("Model family whose box format FILE has.", option="--from")
     ],
@@ -314,15 +296,14 @@ def convert_boxes(
         ),
     ] = None,
     image: Annotated[
-        list[str] | None,
+        Sequence[str],
         Parameter(
             "Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and "
             "width=N, or longest_side=N, each with its own --image. Repeatable.",
             metavar="KEY=VALUE",
         ),
-    ] = None,
-    as_json: AsJsonOption = False,
-) -> None:
+    ] = (),
+) -> Outcome[MigrationResult]:
     """Rewrite the boxes in answers of a file for another model family.
 
     For files made for other trainers. Files of `finesight import` fit every family: change the
@@ -337,13 +318,12 @@ def convert_boxes(
     """
     from finesight.encode.box_migration import migrate_box_file
 
-    summary = migrate_box_file(
-        file, out, source_family, target_family, _resolve_resize_rule(model, image or [])
-    )
-    echo_result(dataclasses.asdict(summary), _format_conversion(summary), as_json)
+    rule = _resolve_resize_rule(model, image)
+    summary = migrate_box_file(Path(file), Path(out), source_family, target_family, rule)
+    return Outcome(summary, _format_conversion(summary), asdict(summary))
 
 
-def _resolve_resize_rule(model: str | None, pairs: list[str]) -> ResizeSpec | None:
+def _resolve_resize_rule(model: str | None, pairs: Sequence[str]) -> ResizeSpec | None:
     """Build the resize rule of Qwen2.5-VL images from `--model` and `--image`.
 
     `--image` has precedence over the rule of the model. Returns None if neither is given.
@@ -404,14 +384,11 @@ def _format_conversion(summary: MigrationResult) -> list[str]:
 MAX_PRINTED_ISSUES = 3
 """Maximum number of printed examples per kind of issue; further ones are only counted."""
 
-PROGRESS_LOG_ROWS = 10_000
-"""Number of rows between two progress lines, if standard error is not a terminal."""
-
-MAX_PAGE_ISSUES = 1000
-"""Maximum number of examples per kind of issue on the HTML page."""
+MAX_ISSUES = 1000
+"""Maximum number of examples per kind of issue in the result and on the HTML page."""
 
 AgainstOption = Annotated[
-    list[Path] | None,
+    Sequence[StrPath],
     Parameter(
         "Validation data, read with the same options. Reports images, also re-encoded ones, "
         "that are in SOURCE as well. Repeatable.",
@@ -434,7 +411,7 @@ MaxLengthOption = Annotated[
     ),
 ]
 FixOption = Annotated[
-    Path | None,
+    StrPath | None,
     Parameter(
         "Write a corrected copy into this new folder: unambiguous issues are fixed "
         "(listed in changes.jsonl), duplicates and invalid samples are left out (listed in "
@@ -443,10 +420,9 @@ FixOption = Annotated[
     ),
 ]
 HtmlPageOption = Annotated[
-    Path | None,
+    StrPath | None,
     Parameter(
         "Also write an HTML page with the issues, statistics and random samples.",
-        option="--html",
         metavar="FILE",
         path="file",
     ),
@@ -455,15 +431,15 @@ HtmlPageOption = Annotated[
 
 def check(
     sources: Annotated[
-        list[Path],
+        Sequence[StrPath],
         Parameter(
             "Local files or folders as for `import`, or one recipe.",
             metavar="SOURCE",
             is_positional=True,
         ),
     ],
-    against: AgainstOption = None,
-    format_name: SourceFormatOption = None,
+    against: AgainstOption = (),
+    format: SourceFormatOption = None,
     columns: ColumnsOption = None,
     prompt: PromptOption = None,
     box_task: BoxTaskOption = "detection",
@@ -476,13 +452,9 @@ def check(
     html: HtmlPageOption = None,
     seed: Annotated[int, Parameter("Random seed of the samples on the HTML page.", minimum=0)] = 0,
     language: LanguageOption = None,
-    as_json: Annotated[
-        bool,
-        Parameter(
-            f"Print one JSON object per issue, then one summary, {JSON_OUTPUT}", option="--json"
-        ),
-    ] = False,
-) -> None:
+    has_main_guard: bool = False,
+    on_record: Callable[[Mapping[str, Any]], None] | None = None,
+) -> Outcome[CheckResult]:
     """Validate samples: images, boxes, texts, roles, duplicates and leakage.
 
     For a recipe, its training and validation files are checked with max_length and the tokenizer of
@@ -493,7 +465,6 @@ def check(
 
     Example: finesight check latex/train.jsonl --against latex/eval.jsonl --html check.html
     """
-    from finesight.check.check_issues import EXIT_CODES
     from finesight.check.data_checker import (
         inputs_from_files,
         inputs_from_recipe,
@@ -503,68 +474,63 @@ def check(
     from finesight.data.import_source import ImportOptions
 
     options = ImportOptions(
-        format=format_name,
-        columns=parse_column_map(columns or []),
+        format=format,
+        columns=columns or {},
         prompt=prompt,
         box_task=box_task,
         box_format=box_format,
         box_units=box_units,
         limit=limit,
     )
-    recipe = next(filter(is_recipe, sources), None) if format_name is None else None
+    paths = [*map(Path, sources)]
+    recipe = next(filter(is_recipe, paths), None) if format is None else None
     if recipe is not None:
-        if len(sources) > 1 or options != ImportOptions() or against or model or max_length:
+        if len(paths) > 1 or options != ImportOptions() or against or model or max_length:
             raise UserError(
                 "other options or sources are given with a recipe",
                 where=str(recipe),
                 expected="one recipe with --fix, --html, --seed and --json only",
                 remedy="remove the other arguments, or check the data files directly",
             )
-        inputs, model_context = inputs_from_recipe(recipe)
+        inputs, requirements = inputs_from_recipe(recipe)
     else:
-        inputs, model_context = (
-            inputs_from_files(sources, against or [], options),
-            load_model_requirements(model, max_length),
-        )
-    exit_code, can_fix = _run_check(inputs, model_context, fix, html, language, as_json, seed)
-    has_errors = exit_code == EXIT_CODES["error"]
-    is_fixable = recipe is None and fix is None and can_fix
-    # Other commands would need the other options and files, too.
-    is_one_file = len(sources) == 1 and not against and model is None and max_length is None
-    has_command = options == ImportOptions() and (recipe is not None or is_one_file)
-    if not as_json and has_command and (is_fixable or not has_errors):
-        click.echo(_get_command_after_check(sources[0], recipe, fix, has_errors))
-    raise click.exceptions.Exit(exit_code)
-
-
-def _get_command_after_check(
-    source: Path, recipe: Path | None, fix: Path | None, has_errors: bool
-) -> str:
-    """Return the line with the command after a check: fix the data, else create or plan a run."""
-    words = ["init", fix or source]
+        inputs = inputs_from_files(paths, [*map(Path, against)], options)
+        requirements = load_model_requirements(model, max_length)
+    outcome, can_fix = _run_check(
+        inputs, requirements, to_path(fix), to_path(html), language, seed, on_record, has_main_guard
+    )
+    has_errors = outcome.value.severity == "error"
+    # Other operations would need the other options and files, too.
+    is_one_file = len(paths) == 1 and not against and model is None and max_length is None
+    steps = []
     if recipe is not None:
-        words = ["plan", recipe]
-    elif has_errors:
-        named = source if source.name else source.resolve()
-        words = ["check", source, "--fix", named.with_name(f"{named.stem or 'data'}-fixed")]
-    return f"next: {format_command(*map(str, words))}"
+        steps = [] if has_errors else [Step("plan", {"recipe": recipe})]
+    elif is_one_file and options == ImportOptions() and not has_errors:
+        steps = [Step("init", {"data": fix or paths[0]})]
+    elif is_one_file and options == ImportOptions() and can_fix and fix is None:
+        named = paths[0] if paths[0].name else paths[0].resolve()
+        fixed = named.with_name(f"{named.stem or 'data'}-fixed")
+        steps = [Step("check", {"sources": paths, "fix": fixed})]
+    return replace(outcome, next_steps=steps)
 
 
 def _run_check(
     inputs: Sequence[CheckInput],
-    model_context: ModelRequirements,
+    requirements: ModelRequirements,
     fix: Path | None,
     html: Path | None,
     language: LanguageOption,
-    as_json: bool,
     seed: int,
-) -> tuple[int, bool]:
-    """Run a data check, and write its summary, HTML page and fixed samples.
+    on_record: Callable[[Mapping[str, Any]], None] | None,
+    has_main_guard: bool,
+) -> tuple[Outcome[CheckResult], bool]:
+    """Run a data check, and write its HTML page and fixed samples.
 
-    Returns the exit code for the highest severity of the issues, and whether `--fix` can be used.
+    Returns the outcome without next steps, and whether `--fix` can be used.
     """
     from finesight.check.check_issues import format_summary, summary_to_dict
     from finesight.check.data_checker import DataChecker
+    from finesight.progress import ProgressConsole
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import raise_if_not_generated, write_page
     from finesight.report.i18n import detect_language, use_language
@@ -573,98 +539,32 @@ def _run_check(
     if html:
         raise_if_not_generated(html)
 
-    def print_issue(issue: CheckIssue) -> None:
-        if as_json:
-            echo_json(issue.as_json())
+    def report_issue(issue: CheckIssue) -> None:
+        if on_record is not None:
+            on_record(issue.as_json())
 
+    console = ProgressConsole()
     with write_folder(fix) if fix else temporary_folder("check") as folder:
-        max_issues = MAX_PAGE_ISSUES if html else MAX_PRINTED_ISSUES
-        checker = DataChecker(inputs, folder, model_context, max_issues, seed)
-        with _show_progress(checker.num_rows) as on_progress:
-            result, image_catalog = checker.run(print_issue, on_progress)
-        if not as_json:
-            click.echo("\n".join(format_summary(result, MAX_PRINTED_ISSUES)))
+        checker = DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
+        with console.progress_stage("rows", checker.num_rows) as on_progress:
+            # Worker processes import the main module, which starts them again without a guard.
+            result, images = checker.run(
+                report_issue, on_progress, single_process=not has_main_guard
+            )
+        lines = format_summary(result, MAX_PRINTED_ISSUES)
         if html:
             with use_language(language or detect_language()):
                 write_page(html, render_check_page(result))
-        fix_summary = (
-            checker.fixer.write(Path(folder), fix, image_catalog, checker.sources) if fix else None
-        )
-    if as_json:
-        echo_json(summary_to_dict(result, fix_summary))
-    elif fix_summary:
-        click.echo("\n".join(["", *fix_summary.as_lines()]))
-    return result.exit_code, checker.fixer.can_write
-
-
-@contextmanager
-def _show_progress(total_rows: int) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on a terminal, or progress lines elsewhere.
-
-    Yields a callback that takes the number of newly checked rows.
-    """
-
-    from finesight.progress import ProgressConsole
-
-    console = ProgressConsole()
-    done = 0
-    with console.progress_stage("rows", total_rows) as update_bar:
-
-        def on_progress(num_rows: int) -> None:
-            nonlocal done
-            update_bar(num_rows)
-            if (
-                not console.rich_console.is_terminal
-                and done // PROGRESS_LOG_ROWS < (done + num_rows) // PROGRESS_LOG_ROWS
-            ):
-                console.log(f"{done + num_rows} rows")
-            done += num_rows
-
-        yield on_progress
-
-
-EXIT_DOES_NOT_FIT = 2
-
-
-def plan(
-    recipe: RecipeArgument,
-    overrides: OverridesArgument = None,
-    gpu: Annotated[
-        str | None,
-        Parameter(
-            'GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
-            "machine, measured in about a second.",
-            option="--gpu",
-            metavar="NAME",
-        ),
-    ] = None,
-    as_json: AsJsonOption = False,
-) -> None:
-    """Estimate memory and time of a run and suggest settings that fit.
-
-    Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
-    columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
-    The last line is the command that trains with the chosen settings. The recipe is not modified.
-
-    Reads image headers and the configuration and tokenizer of the model, but no weights.
-
-    Exit code: 0 if the run fits, 2 if no setting makes it fit.
-
-    Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
-    """
-
-    from finesight.plan.plan_format import format_plan, plan_to_dict
-    from finesight.plan.run_plan import plan_run
-    from finesight.progress import ProgressConsole
-    from finesight.recipe import load_recipe
-
-    run_plan = plan_run(load_recipe(recipe, overrides or ()), gpu, ProgressConsole())
-    click.echo(json.dumps(plan_to_dict(run_plan)) if as_json else "\n".join(format_plan(run_plan)))
-    if not as_json and run_plan.chosen_estimate.fits:
-        words = ["train", str(recipe), *(overrides or ()), *run_plan.overrides]
-        click.echo(f"next: {format_command(*words)}")
-    if not run_plan.chosen_estimate.fits:
-        raise click.exceptions.Exit(EXIT_DOES_NOT_FIT)
+        fixed = None
+        if fix:
+            try:
+                fixed = checker.fixer.write(Path(folder), fix, images, checker.sources)
+            except UserError:
+                console.log("\n".join(lines))  # the issues that prevent it
+                raise
+            lines += ["", *fixed.as_lines()]
+    data = summary_to_dict(result, fixed)
+    return Outcome(result, lines, data, exit_code=result.exit_code), checker.fixer.can_write
 
 
 def show(
@@ -680,7 +580,7 @@ def show(
         bool, Parameter("Show samples of data.eval instead of data.train.", option="--eval")
     ] = False,
     html: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Write an HTML page with the resized images, boxes and tokens instead of the "
             "table. An existing page is replaced, but no other file.",
@@ -688,10 +588,7 @@ def show(
         ),
     ] = None,
     language: LanguageOption = None,
-    as_json: Annotated[
-        bool, Parameter(f"Print one JSON object per sample {JSON_OUTPUT}", option="--json")
-    ] = False,
-) -> None:
+) -> Outcome[list[TokenizedSample]]:
     """Print the tokens of samples as the model receives them in training.
 
     Each line is a token with its id, a * if it counts in the loss (label other than -100), its
@@ -701,14 +598,19 @@ def show(
     Example: finesight show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
     """
     from finesight.data.corpus import load_corpus
-    from finesight.encode.renderer import build_renderer
+    from finesight.data.image_header import CorruptImageError
+    from finesight.encode.renderer import NativeRenderer, build_renderer
+    from finesight.encode.tokenization import format_token_table, token_table_to_dict
     from finesight.model_folder import locate_model
+    from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
-    from finesight.report.html import raise_if_not_generated
+    from finesight.report.data_pages import render_sample_page
+    from finesight.report.html import raise_if_not_generated, write_page
     from finesight.report.i18n import detect_language, translate, use_language
 
     if html is not None:
-        raise_if_not_generated(html)
+        raise_if_not_generated(Path(html))
+    recipe = Path(recipe)
     settings = load_recipe(recipe, overrides or ())
     files = settings.data.eval if use_eval_split else settings.data.train
     if not files:
@@ -730,63 +632,83 @@ def show(
         count = min(num_samples, len(corpus))
         indices = sorted(random.Random(seed).sample(range(len(corpus)), count))
         selected = [corpus.read_validated(index) for index in indices]
-    if html is not None:
-        names = ", ".join(str(file.path) for file in files)
-        with use_language(language or detect_language()):
-            _write_sample_page(html, renderer, selected, translate(text, len(selected), names))
-    if html is None or as_json:
-        _print_samples(renderer, selected, as_json)
-    if html is None and not as_json:
-        words = ["plan", str(recipe), *(overrides or ())]
-        click.echo(f"next: {format_command(*words)}")
+    console, valid, tokenized = ProgressConsole(), [], []
 
-
-def _write_sample_page(
-    page: Path, renderer: Renderer, selected: Sequence[LocatedSample], source: str
-) -> None:
-    """Write an HTML page of the selected samples while showing a progress bar.
-
-    `source` is the title of the page: the number of samples and their files.
-    """
-
-    from finesight.encode.renderer import NativeRenderer
-    from finesight.progress import ProgressConsole
-    from finesight.report.data_pages import render_sample_page
-    from finesight.report.html import write_page
-
-    if not isinstance(renderer, NativeRenderer):
-        raise UserError(
-            "HTML pages do not support the transformers backend",
-            where=f"--html {page}",
-            expected="a model of a native family",
-            remedy="remove --html to print tokens and loss mask",
-        )
-    with ProgressConsole().progress_stage("samples", len(selected)) as on_progress:
-        on_corrupt = _report_skipped if len(selected) > 1 else None
-        content = render_sample_page(renderer, selected, source, on_progress, on_corrupt)
-    write_page(page, content)
-    click.echo(f"page: {page}", err=True)
-
-
-def _report_skipped(sample_id: str, error: UserError) -> None:
-    click.echo(escape_unprintable(f"skipped: {sample_id}: {error.where}: {error.what}"), err=True)
-
-
-def _print_samples(renderer: Renderer, selected: Sequence[LocatedSample], as_json: bool) -> None:
-    """Print one token table, or one JSON object, per sample."""
-    from finesight.data.image_header import CorruptImageError
-    from finesight.encode.tokenization import format_token_table, token_table_to_dict
+    def report_skipped(sample_id: str, error: CorruptImageError) -> None:
+        if len(selected) == 1:
+            raise error
+        console.log(f"skipped: {sample_id}: {error.where}: {error.what}")
 
     for located_sample in selected:
         try:
-            tokenized = renderer.tokenize(located_sample)
+            tokenized.append(renderer.tokenize(located_sample))
+            valid.append(located_sample)
         except CorruptImageError as error:
-            if len(selected) == 1:
-                raise
-            _report_skipped(located_sample.sample.id, error)
-            continue
-        if as_json:
-            record = token_table_to_dict(tokenized, renderer.tokenizer)
-            echo_json(record)
-        else:
-            click.echo("\n".join(format_token_table(tokenized, renderer.tokenizer)) + "\n")
+            report_skipped(located_sample.sample.id, error)
+    data = [token_table_to_dict(one, renderer.tokenizer) for one in tokenized]
+    if html is None:
+        tables = ([*format_token_table(one, renderer.tokenizer), ""] for one in tokenized)
+        step = Step("plan", {"recipe": recipe, "overrides": overrides})
+        return Outcome(tokenized, [line for table in tables for line in table], data, [step])
+    if not isinstance(renderer, NativeRenderer):
+        raise UserError(
+            "HTML pages do not support the transformers backend",
+            where=f"--html {html}",
+            expected="a model of a native family",
+            remedy="remove --html to print tokens and loss mask",
+        )
+    names = ", ".join(str(file.path) for file in files)
+    with (
+        console.progress_stage("samples", len(valid)) as on_progress,
+        use_language(language or detect_language()),
+    ):
+        title = translate(text, len(selected), names)
+        page = render_sample_page(renderer, valid, title, on_progress, report_skipped)
+    write_page(Path(html), page)
+    return Outcome(tokenized, [f"page: {html}"], data)
+
+
+EXIT_DOES_NOT_FIT = 2
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpu: Annotated[
+        str | None,
+        Parameter(
+            'GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
+            "machine, measured in about a second.",
+            metavar="NAME",
+        ),
+    ] = None,
+) -> Outcome[RunPlan]:
+    """Estimate memory and time of a run and suggest settings that fit.
+
+    Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
+    columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
+    The last line is the command that trains with the chosen settings. The recipe is not modified.
+
+    Reads image headers and the configuration and tokenizer of the model, but no weights.
+
+    Exit code: 0 if the run fits, 2 if no setting makes it fit.
+
+    Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
+    """
+    from finesight.plan.plan_format import format_plan, plan_to_dict
+    from finesight.plan.run_plan import plan_run
+    from finesight.progress import ProgressConsole
+    from finesight.recipe import load_recipe
+
+    run_plan = plan_run(load_recipe(Path(recipe), overrides or ()), gpu, ProgressConsole())
+    fits, given = run_plan.chosen_estimate.fits, overrides or ()
+    if isinstance(given, Mapping):
+        given = [f"{key}={value}" for key, value in given.items()]
+    step = Step("train", {"recipe": recipe, "overrides": [*given, *run_plan.overrides]})
+    return Outcome(
+        run_plan,
+        format_plan(run_plan),
+        plan_to_dict(run_plan),
+        [step] if fits else [],
+        exit_code=0 if fits else EXIT_DOES_NOT_FIT,
+    )

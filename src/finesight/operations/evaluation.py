@@ -61,20 +61,8 @@ def evaluate(
             minimum=1,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int | None,
-        Parameter(
-            "Maximum number of tokens per answer. Default for a run: of its recipe, else 512.",
-            minimum=1,
-        ),
-    ] = None,
-    out: Annotated[
-        StrPath | None,
-        Parameter(
-            "Write each answer with its scores to this JSONL file, for `finesight compare`.",
-            path="file",
-        ),
-    ] = None,
+    max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
+    out: Annotated[StrPath | None, Parameter(path="file")] = None,
     trust_metric: TrustMetricOption = False,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[GenerationEvalResult]:
@@ -86,6 +74,11 @@ def evaluate(
 
     Example: finesight eval Qwen/Qwen2-VL-2B-Instruct --data latex/eval.jsonl --metric latex
     --out base.jsonl
+
+    Args:
+        max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
+            512.
+        out: Write each answer with its scores to this JSONL file, for `finesight compare`.
     """
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
@@ -139,32 +132,12 @@ def describe_changed_data(run: str) -> str:
 
 def predict(
     run_or_model: ModelArgument,
-    images: Annotated[
-        Sequence[StrPath],
-        Parameter(
-            "Image or video files; each gets its own answer.", metavar="IMAGE", is_positional=True
-        ),
-    ] = (),
-    prompt: Annotated[
-        str | None, Parameter("Question about every image. Required with IMAGE.")
-    ] = None,
-    data: Annotated[
-        StrPath | None, Parameter("JSONL file of samples to answer, instead of IMAGE and --prompt.")
-    ] = None,
+    images: Annotated[Sequence[StrPath], Parameter(metavar="IMAGE", is_positional=True)] = (),
+    prompt: str | None = None,
+    data: StrPath | None = None,
     max_new_tokens: MaxNewTokensOption = 512,
-    batch_size: Annotated[
-        int,
-        Parameter(
-            "Answers generated at the same time; halved when GPU memory is exhausted.", minimum=1
-        ),
-    ] = 16,
-    draw: Annotated[
-        StrPath | None,
-        Parameter(
-            "Write a copy of each image with the predicted boxes into this folder.",
-            path="folder",
-        ),
-    ] = None,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 16,
+    draw: Annotated[StrPath | None, Parameter(path="folder")] = None,
     **loading: Unpack[LoadingOptions],
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
@@ -172,6 +145,13 @@ def predict(
     Boxes are left, top, right, bottom in pixels of the original images.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
+
+    Args:
+        images: Image or video files; each gets its own answer.
+        prompt: Question about every image. Required with IMAGE.
+        data: JSONL file of samples to answer, instead of IMAGE and --prompt.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted.
+        draw: Write a copy of each image with the predicted boxes into this folder.
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
@@ -228,19 +208,9 @@ def _load_samples(
 
 
 def report(
-    run: Annotated[StrPath, Parameter("Run folder.", metavar="RUN", is_positional=True)],
-    out: Annotated[
-        StrPath | None,
-        Parameter("HTML page. Default: RUN/report.html.", metavar="FILE", path="file"),
-    ] = None,
-    incorrect: Annotated[
-        StrPath | None,
-        Parameter(
-            "Also write the incorrect answers of the latest evaluation to this JSONL file.",
-            metavar="FILE",
-            path="file",
-        ),
-    ] = None,
+    run: Annotated[StrPath, Parameter(metavar="RUN")],
+    out: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
+    incorrect: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
     language: LanguageOption = None,
 ) -> Outcome[Path]:
     """Write the HTML report of a run: one page with metrics, loss curves and answers.
@@ -250,6 +220,11 @@ def report(
     their current paths. The page needs no network. An existing page is replaced, but no other file.
 
     Example: finesight report runs/latex --out latex.html
+
+    Args:
+        run: Run folder.
+        out: HTML page. Default: RUN/report.html.
+        incorrect: Also write the incorrect answers of the latest evaluation to this JSONL file.
     """
     from finesight.report.run_page import write_incorrect_predictions, write_report
 
@@ -270,9 +245,7 @@ def compare(
             is_positional=True,
         ),
     ],
-    out: Annotated[StrPath, Parameter("HTML page.", metavar="FILE", path="file")] = Path(
-        "comparison.html"
-    ),
+    out: Annotated[StrPath, Parameter(metavar="FILE", path="file")] = Path("comparison.html"),
     language: LanguageOption = None,
 ) -> Outcome[RunComparison]:
     """Compare runs with a baseline run, on the validation samples that both answered.
@@ -287,6 +260,9 @@ def compare(
     Example: finesight compare runs/rank8 runs/rank64 --out ranks.html
 
     Example: finesight compare base.jsonl tuned.jsonl
+
+    Args:
+        out: HTML page.
     """
     from finesight.report.compare_page import write_compare_page
     from finesight.report.html import raise_if_not_generated
@@ -299,14 +275,7 @@ def compare(
 
 
 def doctor(
-    subject: Annotated[
-        StrPath | None,
-        Parameter(
-            "Run folder, or model or adapter folder. Default: this machine.",
-            metavar="RUN|MODEL",
-            is_positional=True,
-        ),
-    ] = None,
+    subject: Annotated[StrPath | None, Parameter(metavar="RUN|MODEL", is_positional=True)] = None,
 ) -> Outcome[DiagnosisSections]:
     """Report problems with their effect and a command that fixes them.
 
@@ -322,6 +291,9 @@ def doctor(
     errors.
 
     Example: finesight doctor runs/latex
+
+    Args:
+        subject: Run folder, or model or adapter folder. Default: this machine.
     """
     from finesight.doctor import diagnostics
     from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses

@@ -1,37 +1,26 @@
-"""`finesight init`: import a dataset and write a recipe that fits its task and the device."""
+"""Import a dataset, and write a recipe that fits its task and the device."""
 
 from __future__ import annotations
 
 import itertools
 import re
-import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
-
-import click
+from typing import TYPE_CHECKING, Annotated
 
 from finesight.errors import (
     LABEL_TRAIN_FRACTION,
     UserError,
-    escape_unprintable,
     format_command,
     format_count,
     suggest_name,
 )
-from finesight.operations.operation import Parameter
-from finesight.operations.options import (
-    AsJsonOption,
-    ColumnsOption,
-    NoHeaderOption,
-    PromptOption,
-    echo_json,
-    parse_column_map,
-)
+from finesight.operations.operation import Outcome, Parameter, Step, StrPath
+from finesight.operations.options import ColumnsOption, NoHeaderOption, PromptOption
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -40,6 +29,9 @@ if TYPE_CHECKING:
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
     from finesight.progress import ProgressConsole
+
+Ask = Callable[[str, str], str]
+"""Function that asks a question, and returns the answer. The second argument is the default."""
 
 MIN_SPLIT_ROWS, MAX_EVAL_FRACTION, MAX_MISSING_FRACTION = 20, 0.2, 0.01
 """Smallest dataset with a validation split, and the maximum fractions of its rows and of rows
@@ -78,23 +70,21 @@ LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
 
 def init(
     data: Annotated[
-        str | None,
+        StrPath | None,
         Parameter(
             "Dataset as for `import`; also a folder of a table and images.",
             metavar="DATA",
             is_positional=True,
+            path="name",
         ),
     ] = None,
     out: Annotated[
-        Path | None,
+        StrPath | None,
         Parameter(
             "Folder to create. Default: DATA with -finetune, in the current directory.",
             metavar="FOLDER",
         ),
     ] = None,
-    yes: Annotated[
-        bool, Parameter("Ask no questions: use the detected settings.", option="--yes")
-    ] = False,
     columns: ColumnsOption = None,
     no_header: NoHeaderOption = False,
     prompt: PromptOption = None,
@@ -109,8 +99,8 @@ def init(
     model: Annotated[
         str | None, Parameter("Model folder or hub name. Default: by GPU memory.")
     ] = None,
-    as_json: AsJsonOption = False,
-) -> None:
+    ask: Ask | None = None,
+) -> Outcome[Path]:
     """Import a dataset, and write a recipe for its task and for this machine.
 
     Detects the format, columns and task of the data, and the memory of the GPU. Asks at most five
@@ -120,7 +110,6 @@ def init(
 
     Example: finesight init photos/captions.csv --yes
     """
-
     from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
@@ -136,25 +125,21 @@ def init(
     if metric is not None and metric not in TASKS:
         names, remedy = ", ".join(TASKS), suggest_name(metric, TASKS, "choose one of these")
         raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
-    if not yes and not is_interactive():
-        click.echo("standard input is not a terminal: no questions, as with --yes", err=True)
-        yes = True
-    source = data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", yes)
+    source = str(data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", ask))
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
-    folder = out or Path(f"{Path(name).resolve().stem}-finetune")
+    folder = Path(out or f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
-    options = ImportOptions(columns=parse_column_map(columns or []), on_invalid_row="skip")
+    options = ImportOptions(columns=columns or {}, on_invalid_row="skip")
     options = replace(options, prompt=prompt, no_header=no_header)
     num_images = 0 if options.columns else count_unlabeled_images(Path(source))
     if num_images:
-        _init_labels(source, folder, num_images, prompt, metric, model, yes, as_json)
-        return
+        return _init_labels(source, folder, num_images, prompt, metric, model, ask)
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
-        path, options = _select_source(fetched.path, fetched.options, yes)
-        task, options, opened = _detect_task(path, options, metric, yes)
+        path, options = _select_source(fetched.path, fetched.options, ask)
+        task, options, opened = _detect_task(path, options, metric, ask)
         device, memory_bytes = find_device()
-        model = model or _ask("Model", choose_model(memory_bytes), yes)
+        model = model or _ask("Model", choose_model(memory_bytes), ask)
         locate_model(model)  # raises the error of a missing model before anything is written
         num_rows = opened.rows.num_rows
         if num_rows >= MIN_SPLIT_ROWS and opened.rows.eval_start in (None, num_rows):
@@ -165,7 +150,7 @@ def init(
     num_without_image = summary.skipped_rows.get(REASON_BY_ERROR[CorruptImageError], 0)
     if num_without_image > MAX_MISSING_FRACTION * num_rows:
         text = "have no readable image and were skipped; table and images may be in other folders"
-        click.echo(f"warning: {num_without_image} of {num_rows} rows {text}", err=True)
+        console.log(f"warning: {num_without_image} of {num_rows} rows {text}")
     recipe = folder / "recipe.yaml"
     files = {file.file: format_count(file.num_samples, "sample") for file in summary.output_files}
     num_samples = summary.output_files[0].num_samples
@@ -177,6 +162,7 @@ def init(
         write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
     detected_by = opened.detected_by if columns else opened.detected_by.replace("--map", "columns")
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
+    check_lines, has_errors = _check(summary)
     lines = [
         f"data    {source}: {summary.format} ({detected_by}), {format_count(num_rows, 'row')}",
         *([f"        {summary.text_format}"] if summary.text_format else []),
@@ -193,31 +179,33 @@ def init(
         f"example {_format_example(summary.output_files[0].file)}",
         f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
         f"model   {model}",
+        *check_lines,
+        *([] if run_plan is None else format_short_plan(run_plan)),
+        "",
+        f"recipe: {recipe}",
     ]
-    check_lines, has_errors = _check(summary)
-    commands = [["check", recipe, "--html", folder / "check.html"]] if has_errors else []
     fits = None if run_plan is None else run_plan.chosen_estimate.fits
-    commands += [["train", recipe], ["chat", folder / "run"]] if fits else [["plan", recipe]]
-    next_commands = [format_command(*map(str, words)) for words in commands]
-    if as_json:
-        result = {
-            "recipe": str(recipe),
-            "format": summary.format,
-            "columns": dict(options.columns),
-            "metric": task.metric,
-            "prompt": options.prompt,
-            "model": model,
-            "samples": {file.file.stem: file.num_samples for file in summary.output_files},
-            "skipped_rows": summary.skipped_rows,
-            "fits": fits,
-            "has_data_errors": has_errors,
-            "next": next_commands,
-        }
-        echo_json(result)
-        return
-    plan_lines = [] if run_plan is None else format_short_plan(run_plan)
-    lines += [*check_lines, *plan_lines, "", f"recipe: {recipe}", "next:"]
-    click.echo("\n".join(map(escape_unprintable, [*lines, *(f"  {c}" for c in next_commands)])))
+    steps = [Step("plan", {"recipe": recipe})]
+    if fits:
+        chat = Step("chat", {"run_or_model": folder / "run"})
+        steps = [Step("train", {"recipe": recipe}), chat]
+    if has_errors:
+        page = folder / "check.html"
+        steps.insert(0, Step("check", {"sources": [recipe], "html": page}))
+    result = {
+        "recipe": str(recipe),
+        "format": summary.format,
+        "columns": dict(options.columns),
+        "metric": task.metric,
+        "prompt": options.prompt,
+        "model": model,
+        "samples": {file.file.stem: file.num_samples for file in summary.output_files},
+        "skipped_rows": summary.skipped_rows,
+        "fits": fits,
+        "has_data_errors": has_errors,
+        "next": [format_command(*step.words) for step in steps],
+    }
+    return Outcome(recipe, lines, result, steps)
 
 
 def _describe_box_format(options: ImportOptions) -> list[str]:
@@ -259,23 +247,16 @@ def _removed_if_empty(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def is_interactive() -> bool:
-    """Return whether questions can be answered on standard input."""
-    return sys.stdin.isatty()
+def _ask(question: str, default: str, ask: Ask | None) -> str:
+    """Ask a question; without questions, return the default."""
+    return default if ask is None else ask(question, default)
 
 
-def _ask(question: str, default: str, yes: bool) -> str:
-    """Ask a question on the terminal; without questions, return the default."""
-    return default if yes else str(click.prompt(question, default=default, err=True))
-
-
-def _ask_metric(default: str, yes: bool) -> str:
-    from finesight.config import TaskName
-
-    if not yes:
-        click.echo("\n".join(f"  {task:15} {text}" for task, text in TASKS.items()), err=True)
-    while (metric := _ask("Task, one of the above", default, yes)) not in get_args(TaskName):
-        click.echo(f"unknown task {metric!r}", err=True)
+def _ask_metric(default: str, ask: Ask | None) -> str:
+    choices = [f"  {task:15} {text}" for task, text in TASKS.items()]
+    question = "\n".join([*choices, "Task, one of the above"])
+    while (metric := _ask(question, default, ask)) not in TASKS:
+        question = f"unknown task {metric!r}\nTask, one of the above"
     return metric
 
 
@@ -286,10 +267,9 @@ def _init_labels(
     prompt: str | None,
     metric: str | None,
     model: str | None,
-    yes: bool,
-    as_json: bool,
-) -> None:
-    """Write the recipe of images that `finesight label` labels, and print the commands."""
+    ask: Ask | None,
+) -> Outcome[Path]:
+    """Write the recipe of images that `finesight label` labels, and propose the next steps."""
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
@@ -300,17 +280,17 @@ def _init_labels(
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))
     is_json = re.search("(?i)(?<![a-z])json(?![a-z])", prompt or "") is not None
     default = "json" if is_json else "qa" if is_question else "captions"
-    metric = metric or _ask_metric(default, yes)
-    prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), yes)
+    metric = metric or _ask_metric(default, ask)
+    prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), ask)
     names, listed = "", FIELDS_PROMPT.fullmatch(prompt)
     if title := {"classification": "Classes", "json": "Fields"}.get(metric):
         default_names = re.sub(",? and |, ?", ",", listed[1]) if listed else ""
-        names = _ask(f"{title} (A,B,C)", default_names, yes)
+        names = _ask(f"{title} (A,B,C)", default_names, ask)
         names = ",".join(filter(None, map(str.strip, names.split(","))))
     if names and prompt == PROMPTS["json"]:
         prompt = f"Return {names.replace(',', ', ')} as JSON."
     device, memory_bytes = find_device()
-    model = model or _ask("Model", choose_model(memory_bytes), yes)
+    model = model or _ask("Model", choose_model(memory_bytes), ask)
     locate_model(model)
     data, recipe, run = folder / "data", folder / "recipe.yaml", folder / "run"
     files = dict.fromkeys((data / LABELS_FILE, data / EVAL_FILE), "written by `finesight label`")
@@ -320,33 +300,41 @@ def _init_labels(
     duration = choose_duration(None, 0, is_short=False)
     text = format_recipe(recipe, run, model, author, task, files, num_samples, (), duration)
     write_file(recipe, text.encode())
-    label = ["label", model, source, "--prompt", prompt, "--out", data]
     # The bundled model cannot answer before training. Other models may suggest the fields.
     has_suggestions = model != TINY_MODEL
     needs_names = metric == "classification" or (metric == "json" and not has_suggestions)
     placeholder = "A,B" if needs_names and not names else None
+    label: dict[str, object] = {"run_or_model": model, "sources": [source], "prompt": prompt}
+    label |= {"out": data, "train_fraction": LABEL_TRAIN_FRACTION, "suggestions": has_suggestions}
     if metric != "classification":
-        label += ["--kind", LABEL_KINDS.get(metric, "text")]
-    if names or placeholder:
-        option = "--classes" if metric == "classification" else "--fields"
-        label += [option, names or placeholder]
-    label += [] if has_suggestions else ["--no-suggestions"]
-    label += ["--train-fraction", LABEL_TRAIN_FRACTION]
-    commands = [
-        format_command(*map(str, words)) for words in (label, ["train", recipe], ["serve", run])
+        label["kind"] = LABEL_KINDS.get(metric, "text")
+    label["classes" if metric == "classification" else "fields"] = names or placeholder
+    steps = [
+        Step("label", label),
+        Step("train", {"recipe": recipe}),
+        Step("serve", {"run_or_model": run}),
     ]
-    if as_json:
-        values = {"recipe": str(recipe), "metric": metric, "prompt": prompt, "next": commands}
-        echo_json({**values, "placeholder": placeholder})
-        return
-    lines = [f"data    {source}: {format_count(num_images, 'image')} without labels"]
-    lines += [f"task    {metric}; prompt: {prompt}", f"model   {model}", ""]
-    hint = f" (replace {placeholder} by your names)" if placeholder else ""
-    lines += [f"recipe: {recipe}", f"next{hint}:", *(f"  {command}" for command in commands)]
-    click.echo("\n".join(map(escape_unprintable, lines)))
+    lines = [
+        f"data    {source}: {format_count(num_images, 'image')} without labels",
+        f"task    {metric}; prompt: {prompt}",
+        f"model   {model}",
+        "",
+        f"recipe: {recipe}",
+        *([f"replace {placeholder} by your names in the next command"] if placeholder else []),
+    ]
+    result = {
+        "recipe": str(recipe),
+        "metric": metric,
+        "prompt": prompt,
+        "next": [format_command(*step.words) for step in steps],
+        "placeholder": placeholder,
+    }
+    return Outcome(recipe, lines, result, steps)
 
 
-def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path, ImportOptions]:
+def _select_source(
+    path: Path, options: ImportOptions, ask: Ask | None
+) -> tuple[Path, ImportOptions]:
     """Return the file or folder to import, with the column roles of a table."""
     from finesight.data.import_source import detect_columns
 
@@ -358,13 +346,13 @@ def _select_source(path: Path, options: ImportOptions, yes: bool) -> tuple[Path,
         return path, detected
     if "box" not in columns:
         default = columns.pop("answer", None) or columns.pop("fields")
-        answer = _ask("Answer column, or several for a JSON answer", default, yes)
+        answer = _ask("Answer column, or several for a JSON answer", default, ask)
         columns["fields" if "," in answer else "answer"] = answer
     return path, replace(detected, columns=columns)
 
 
 def _detect_task(
-    path: Path, options: ImportOptions, metric: str | None, yes: bool
+    path: Path, options: ImportOptions, metric: str | None, ask: Ask | None
 ) -> tuple[DetectedTask, ImportOptions, ImportSource]:
     """Detect the task of a dataset from evenly spaced rows, and complete its prompt.
 
@@ -411,7 +399,7 @@ def _detect_task(
         raise error
     fields = options.columns.get("fields", "")
     task = detect_task(samples, fields)
-    metric = metric or _ask_metric(task.metric, yes)
+    metric = metric or _ask_metric(task.metric, ask)
     if metric != task.metric:
         check_references(metric, [get_reference_answer(sample) for sample in samples])
         task = detect_task(samples, fields, metric)
@@ -429,7 +417,7 @@ def _detect_task(
         task = replace(task, prompt=_format_box_prompt(opened, label) or task.prompt)
     needs_prompt = task.prompt is not None and options.prompt is None
     if needs_prompt and "prompt" in opened.data_format.supported_options:
-        options = replace(options, prompt=_ask("Question about every image", str(task.prompt), yes))
+        options = replace(options, prompt=_ask("Question about every image", str(task.prompt), ask))
     return task, options, opened
 
 

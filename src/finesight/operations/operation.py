@@ -34,23 +34,25 @@ Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Description of a parameter of an operation, in the `Annotated` type of its argument.
+    """Properties of a parameter of an operation, in the `Annotated` type of its argument.
 
     Attributes:
-        help: Description, with the default if it depends on other values.
+        help: Description of an argument that several operations have. The docstring of an operation
+            describes the others.
         option: Name of the option if it differs from that of the argument, such as `--map`, or
             `--thinking/--no-thinking`.
         metavar: Placeholder of a value in the help.
-        is_positional: Whether the command takes it without the name of an option.
+        is_positional: Whether the command takes it without the name of an option, as it does a
+            required parameter without an option of another name.
         path: Kind of a path. All but the existing ones may be missing. `name` may be a name on a
             hub instead.
-        parse: Converts the words of the command line to the value.
+        parse: Converts the words of the command line to the value. Python code may give either.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
         default: Default value in a group of options, a `TypedDict` that `**` unpacks.
     """
 
-    help: str
+    help: str = ""
     option: str = ""
     metavar: str = ""
     is_positional: bool = False
@@ -66,6 +68,7 @@ class OperationParameter:
     """Parameter of an operation.
 
     Attributes:
+        help: Description, with the default if it depends on other values.
         kind: Kind of a value, or of each of several.
         choices: Values of a choice.
         is_multiple: Whether several values are accepted.
@@ -75,6 +78,7 @@ class OperationParameter:
     """
 
     name: str
+    help: str
     info: Parameter
     kind: Kind
     choices: tuple[str, ...]
@@ -86,6 +90,10 @@ class OperationParameter:
     @property
     def is_required(self) -> bool:
         return self.default is inspect.Parameter.empty
+
+    @property
+    def is_positional(self) -> bool:
+        return self.info.is_positional or (self.is_required and not self.info.option)
 
     @property
     def option(self) -> str:
@@ -102,7 +110,7 @@ class OperationParameter:
             texts = [f"{key}={item}" for key, item in value.items()]
         else:
             texts = [*map(str, value)] if isinstance(value, list | tuple) else [str(value)]
-        if self.info.is_positional:
+        if self.is_positional:
             return texts
         return [word for text in texts for word in (self.option, text)]
 
@@ -116,10 +124,12 @@ class OperationParameter:
         is_other = names & self.other_types or (value is None and self.is_optional)
         if self.kind == "flag" or is_other or isinstance(value, Mapping):
             return value
-        if not self.is_multiple:
-            return self._convert_item(value)
-        is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
-        return [self._convert_item(item) for item in (value if is_sequence else [value])]
+        if self.is_multiple:
+            is_sequence = isinstance(value, Sequence) and not isinstance(value, str | bytes)
+            words = [self._convert_item(item) for item in (value if is_sequence else [value])]
+        else:
+            words = self._convert_item(value)
+        return words if self.info.parse is None else self.info.parse(words)
 
     def _convert_item(self, value: Any) -> Any:
         info, expected = self.info, ""
@@ -191,7 +201,7 @@ class Step:
         known = [one for one in parameters if one.name in self.arguments]
         assert len(known) == len(self.arguments), f"{self.operation} lacks {self.arguments}"
         # Options follow the positional arguments.
-        known.sort(key=lambda one: not one.info.is_positional)
+        known.sort(key=lambda one: not one.is_positional)
         words = [word for one in known for word in one.format_words(self.arguments[one.name])]
         return [*self.operation.split(), *words]
 
@@ -223,7 +233,7 @@ class Operation:
     """Entry of an operation.
 
     Attributes:
-        target: Module of the package and function, as MODULE:FUNCTION.
+        target: Module of this package, or path in the project, and function: MODULE:FUNCTION.
         summary: Short description.
         json_help: Start of the description of `--json`; empty for an operation that runs until it
             is stopped, and has no result.
@@ -236,7 +246,8 @@ class Operation:
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         module, _, function = self.target.partition(":")
-        operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)
+        path = module if "." in module else f"operations.{module}"
+        operation: Callable[..., Any] = getattr(import_module(f"finesight.{path}"), function)
         return operation
 
 
@@ -274,26 +285,41 @@ def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParam
         localns=_UnknownNames(names),
         include_extras=True,
     )
-    parameters = []
+    descriptions, parameters = read_descriptions(operation), []
     for name, parameter in signature.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             (group,) = typing.get_args(hints[name])
             for option, hint in typing.get_type_hints(group, include_extras=True).items():
-                parameters.append(_read_parameter(option, hint, _find_info(hint).default))
-        elif _find_info(hints[name]) is not None:
-            parameters.append(_read_parameter(name, hints[name], parameter.default))
+                info = _find_info(hint)
+                parameters.append(_read_parameter(option, info.help, hint, info.default))
+        elif text := descriptions.get(name, "") or _find_info(hints[name]).help:
+            parameters.append(_read_parameter(name, text, hints[name], parameter.default))
     return parameters
 
 
-def _find_info(hint: Any) -> Any:
-    """Return the description of a parameter; None without one."""
+def read_descriptions(operation: Callable[..., object]) -> dict[str, str]:
+    """Return the descriptions of parameters in the section `Args` of a docstring."""
+    section = f"{inspect.getdoc(operation)}\n".partition("\nArgs:\n")[2].partition("\n\n")[0]
+    descriptions: dict[str, str] = {}
+    for line in section.splitlines():
+        name, separator, text = line.strip().partition(": ")
+        if separator and line.startswith("    ") and not line.startswith("     "):
+            descriptions[name] = text
+        elif descriptions:
+            descriptions[[*descriptions][-1]] += f" {line.strip()}"
+    return descriptions
+
+
+def _find_info(hint: Any) -> Parameter:
     metadata = getattr(hint, "__metadata__", ())
-    return next((item for item in metadata if isinstance(item, Parameter)), None)
+    return next((item for item in metadata if isinstance(item, Parameter)), Parameter())
 
 
-def _read_parameter(name: str, hint: Any, default: Any) -> OperationParameter:
-    info: Parameter = _find_info(hint)
-    alternatives = {*_list_alternatives(hint.__origin__)}
+def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationParameter:
+    info = _find_info(hint)
+    # `Annotated` has its type as the origin, as has no other hint of a parameter.
+    type_ = hint.__origin__ if hasattr(hint, "__metadata__") else hint
+    alternatives = {*_list_alternatives(type_)}
     is_optional = type(None) in alternatives
     kinds = alternatives - {type(None)}
     # The values of a mapping are written as KEY=VALUE.
@@ -305,15 +331,23 @@ def _read_parameter(name: str, hint: Any, default: Any) -> OperationParameter:
     containers = [] if kinds & {*KINDS} else containers
     if containers:
         kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
+<<<<<<< HEAD
+=======
     if info.path == "name":
         kinds -= {Path}
-    unknown = {one for one in kinds if isinstance(one, type)} - {*KINDS}
+    named = {typing.get_origin(kind) or kind for kind in kinds}
+    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
+>>>>>>> o1
     literals = [one for one in kinds if typing.get_origin(one) is Literal]
     if literals:
         choices = typing.get_args(literals[0])
+    if info.path == "name":
+        kinds -= {Path}
+    unknown = {one for one in kinds if isinstance(one, type)} - {*KINDS}
     known = [kind for type_, kind in KINDS.items() if type_ in kinds]
     return OperationParameter(
         name=name,
+        help=text,
         info=info,
         kind="choice" if choices else known[0] if known else "text",
         choices=choices,

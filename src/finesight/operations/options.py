@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+<<<<<<< HEAD
 from pathlib import Path
+=======
+>>>>>>> o1
 from typing import Annotated, Literal, TypedDict
 
 import click
 
 from finesight.errors import UserError, escape_surrogates, escape_unprintable
-from finesight.operations.operation import Parameter
+from finesight.operations.operation import Parameter, StrPath
 
 RunOrModelArgument = Annotated[
     str,
@@ -24,7 +27,7 @@ RunOrModelArgument = Annotated[
 ]
 
 RecipeArgument = Annotated[
-    Path, Parameter("Recipe: YAML file of settings.", metavar="RECIPE", is_positional=True)
+    StrPath, Parameter("Recipe: YAML file of settings.", metavar="RECIPE", is_positional=True)
 ]
 
 OverridesArgument = Annotated[
@@ -94,18 +97,38 @@ SourceFormatOption = Annotated[
         "conversations, query-response, image-path, table (columns named with --map), coco, yolo, "
         "voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, imagefolder, folder "
         "or classes. Default: detected from the content.",
-        option="--format",
         metavar="NAME",
     ),
 ]
 
+
+def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
+    """Parse ROLE=COLUMN pairs of `--map` into a dict from role to column.
+
+    Raises UserError for a pair without column and for a repeated role.
+    """
+    columns: dict[str, str] = {}
+    for pair in pairs:
+        role, equals, column = pair.partition("=")
+        if not equals or not column or role in columns:
+            raise UserError(
+                f"{pair!r} {'repeats a role' if role in columns else 'is not a mapping'}",
+                where="--map",
+                expected="ROLE=COLUMN, each role once",
+                remedy="for example --map image=path --map answer=caption",
+            )
+        columns[role] = column
+    return columns
+
+
 ColumnsOption = Annotated[
-    list[str] | None,
+    Mapping[str, str] | None,
     Parameter(
         "Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
         "label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
         option="--map",
         metavar="ROLE=COLUMN",
+        parse=parse_column_map,
     ),
 ]
 
@@ -153,13 +176,31 @@ BoxUnitsOption = Annotated[
     ),
 ]
 
+
+def parse_row_range(row_range: str) -> tuple[int | None, int | None]:
+    """Parse the value of `--rows` (A:B, A: or :B) into slice bounds.
+
+    A missing bound is None. Raises UserError for any other text.
+    """
+    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", row_range.strip())
+    if not match:
+        raise UserError(
+            f"{row_range!r} is not a range of rows",
+            where="--rows",
+            expected="A:B, rows A to B - 1, counted from 0",
+            remedy="for example --rows 0:3000",
+        )
+    start, stop = (None if bound is None else int(bound) for bound in match.groups())
+    return start, stop
+
+
 RowRangeOption = Annotated[
-    str | None,
+    tuple[int | None, int | None] | None,
     Parameter(
         "Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from "
         "the end. Default: all rows.",
-        option="--rows",
         metavar="A:B",
+        parse=parse_row_range,
     ),
 ]
 
@@ -182,42 +223,6 @@ TrustMetricOption = Annotated[
         option="--trust-metric",
     ),
 ]
-
-
-def parse_column_map(pairs: list[str]) -> dict[str, str]:
-    """Parse ROLE=COLUMN pairs of `--map` into a dict from role to column.
-
-    Raises UserError for a pair without column and for a repeated role.
-    """
-    columns: dict[str, str] = {}
-    for pair in pairs:
-        role, equals, column = pair.partition("=")
-        if not equals or not column or role in columns:
-            raise UserError(
-                f"{pair!r} {'repeats a role' if role in columns else 'is not a mapping'}",
-                where="--map",
-                expected="ROLE=COLUMN, each role once",
-                remedy="for example --map image=path --map answer=caption",
-            )
-        columns[role] = column
-    return columns
-
-
-def parse_row_range(row_range: str | None) -> tuple[int | None, int | None]:
-    """Parse the value of `--rows` (A:B, A: or :B) into slice bounds.
-
-    A missing bound is None. Raises UserError for any other text.
-    """
-    match = re.fullmatch(r"(-?\d+)?:(-?\d+)?", ":" if row_range is None else row_range.strip())
-    if not match:
-        raise UserError(
-            f"{row_range!r} is not a range of rows",
-            where="--rows",
-            expected="A:B, rows A to B - 1, counted from 0",
-            remedy="for example --rows 0:3000",
-        )
-    start, stop = (None if bound is None else int(bound) for bound in match.groups())
-    return start, stop
 
 
 LanguageOption = Annotated[

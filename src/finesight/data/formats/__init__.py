@@ -1,7 +1,7 @@
 """Registry of dataset formats that can be imported and exported.
 
 To add a format, write a module with a `FORMAT` (description, detection, parser and writer), add it
-to `FORMATS` below and to the help of `--format` in cli/options.py, and copy a row from its
+to `FORMATS` below and to the help of `--format` in operations/options.py, and copy a row from its
 documentation to tests/data/formats/test_documented.py.
 """
 

@@ -17,12 +17,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             "init:init", "Import a dataset, and write a recipe that fits this machine."
         ),
         "quickstart": Operation(
-<<<<<<< HEAD
-            "training:quickstart", "Run the complete workflow on generated data, on a CPU."
-=======
-            "operations.quickstart:quickstart",
-            "Run the complete workflow on generated data, on a CPU.",
->>>>>>> o2
+            "quickstart:quickstart", "Run the complete workflow on generated data, on a CPU."
         ),
         "studio": Operation(
             "app.start:studio",

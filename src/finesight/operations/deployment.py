@@ -258,7 +258,9 @@ def export(
             path="name",
         ),
     ] = None,
-    public: Annotated[bool, Parameter("Make the hub repository public. Default: private.")] = False,
+    public: Annotated[
+        bool, Parameter("Make the hub repository public. Default: private.", option="--public")
+    ] = False,
     confirm: Annotated[
         bool, Parameter("Upload the files. Default: only list them.", option="--yes")
     ] = False,

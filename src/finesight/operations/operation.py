@@ -331,19 +331,13 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationP
     containers = [] if kinds & {*KINDS} else containers
     if containers:
         kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
-<<<<<<< HEAD
-=======
-    if info.path == "name":
-        kinds -= {Path}
-    named = {typing.get_origin(kind) or kind for kind in kinds}
-    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
->>>>>>> o1
     literals = [one for one in kinds if typing.get_origin(one) is Literal]
     if literals:
         choices = typing.get_args(literals[0])
     if info.path == "name":
         kinds -= {Path}
-    unknown = {one for one in kinds if isinstance(one, type)} - {*KINDS}
+    named = {typing.get_origin(kind) or kind for kind in kinds}
+    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
     known = [kind for type_, kind in KINDS.items() if type_ in kinds]
     return OperationParameter(
         name=name,

@@ -5,10 +5,6 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-<<<<<<< HEAD
-from pathlib import Path
-=======
->>>>>>> o1
 from typing import Annotated, Literal, TypedDict
 
 import click

@@ -30,12 +30,15 @@ PushOption = Annotated[
         "Upload the adapter or model to a private hub repository when the run is finished "
         "(also modelscope:OWNER/NAME). Token, connection and repository are checked before "
         "training. If the upload fails, the run is kept, and the exit code is 1.",
+        option="--push",
         metavar="hf:OWNER/NAME",
     ),
 ]
 ForceOption = Annotated[
     bool,
-    Parameter("Start even if the predicted peak memory exceeds that of the device."),
+    Parameter(
+        "Start even if the predicted peak memory exceeds that of the device.", option="--force"
+    ),
 ]
 
 
@@ -107,6 +110,7 @@ def train(
         Parameter(
             "Continue the run in output_dir from its newest checkpoint, or start it if there "
             "is none. Repeat the same recipe and overrides, or give the run folder.",
+            option="--resume",
         ),
     ] = False,
     push: PushOption = None,
@@ -312,6 +316,7 @@ def launch(
         Parameter(
             "Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow). "
             "torchrun has no queue: run the script instead.",
+            option="--submit",
         ),
     ] = False,
     partition: Annotated[

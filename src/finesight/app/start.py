@@ -43,81 +43,20 @@ TrustedProxyOption = Annotated[
 
 def serve(
     run_or_model: RunOrModelArgument,
-    adapter: Annotated[
-        list[str] | None,
-        Parameter(
-            "Additional run or adapter of the same base model. Requests select it by folder "
-            "name. Repeatable.",
-            metavar="RUN",
-        ),
-    ] = None,
-    host: Annotated[
-        str,
-        Parameter(
-            "Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, "
-            "which requires an API key, as does --trusted-proxy."
-        ),
-    ] = "127.0.0.1",
+    adapter: Annotated[list[str] | None, Parameter(metavar="RUN")] = None,
+    host: str = "127.0.0.1",
     port: PortOption = 8000,
-    key_file: Annotated[
-        Path | None,
-        Parameter(
-            "File with one API key per line, each of at least 16 characters. Requests then "
-            'need the header "Authorization: Bearer KEY". Default: the environment variable '
-            "FINESIGHT_KEY, if set, else no key."
-        ),
-    ] = None,
+    key_file: Path | None = None,
     trusted_proxy: TrustedProxyOption = None,
     allow_media_host: Annotated[list[str] | None, Parameter(metavar="HOST")] = None,
-    image_format: Annotated[
-        list[str] | None,
-        Parameter(
-            "Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF, "
-            "JPEG2000, PPM or TIFF. Repeatable.",
-            metavar="FORMAT",
-        ),
-    ] = None,
-    label_studio: Annotated[
-        bool,
-        Parameter(
-            "Also serve an ML backend for Label Studio at the path /label-studio. It predicts "
-            "boxes, choices and texts of the labeling configuration.",
-            option="--label-studio",
-        ),
-    ] = False,
+    image_format: Annotated[list[str] | None, Parameter(metavar="FORMAT")] = None,
+    label_studio: bool = False,
     label_studio_files: Annotated[
-        Path | None,
-        Parameter(
-            "With --label-studio: folder of the images, the root of local files of Label "
-            "Studio or its media folder. Other local files are not read.",
-            metavar="FOLDER",
-            path="existing folder",
-        ),
+        Path | None, Parameter(metavar="FOLDER", path="existing folder")
     ] = None,
-    label_studio_url: Annotated[
-        str | None,
-        Parameter(
-            "With --label-studio: load images from this Label Studio server, with the access "
-            "token of the environment variable LABEL_STUDIO_API_KEY.",
-            metavar="URL",
-        ),
-    ] = None,
-    label_studio_prompt: Annotated[
-        str | None,
-        Parameter(
-            "With --label-studio: question about the images; {labels} inserts the class "
-            "names. Default: the question of `import` for each control.",
-            metavar="TEXT",
-        ),
-    ] = None,
-    max_num_seqs: Annotated[
-        int | None,
-        Parameter(
-            "Maximum number of answers that are generated at the same time. Default: 64, or "
-            "fewer for a model with linear attention if the GPU has little memory.",
-            minimum=1,
-        ),
-    ] = None,
+    label_studio_url: Annotated[str | None, Parameter(metavar="URL")] = None,
+    label_studio_prompt: str | None = None,
+    max_num_seqs: Annotated[int | None, Parameter(minimum=1)] = None,
     max_queue: Annotated[int, Parameter(minimum=0)] = 256,
     timeout: Annotated[float, Parameter(minimum=1)] = 300.0,
     **loading: Unpack[LoadingOptions],
@@ -132,6 +71,27 @@ def serve(
         allow_media_host: Allow image downloads over https from this host. Repeatable.
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
+
+    Args:
+        adapter: Additional run or adapter of the same base model. Requests select it by folder
+            name. Repeatable.
+        host: Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, which
+            requires an API key, as does --trusted-proxy.
+        key_file: File with one API key per line, each of at least 16 characters. Requests then need
+            the header "Authorization: Bearer KEY". Default: the environment variable FINESIGHT_KEY,
+            if set, else no key.
+        image_format: Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF,
+            JPEG2000, PPM or TIFF. Repeatable.
+        label_studio: Also serve an ML backend for Label Studio at the path /label-studio. It
+            predicts boxes, choices and texts of the labeling configuration.
+        label_studio_files: With --label-studio: folder of the images, the root of local files of
+            Label Studio or its media folder. Other local files are not read.
+        label_studio_url: With --label-studio: load images from this Label Studio server, with the
+            access token of the environment variable LABEL_STUDIO_API_KEY.
+        label_studio_prompt: With --label-studio: question about the images; {labels} inserts the
+            class names. Default: the question of `import` for each control.
+        max_num_seqs: Maximum number of answers that are generated at the same time. Default: 64, or
+            fewer for a model with linear attention if the GPU has little memory.
     """
     try:
         from finesight.serve.api_schema import ServerLimits
@@ -350,14 +310,7 @@ def studio(
     ] = Path(),
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7870,
-    password_file: Annotated[
-        Path | None,
-        Parameter(
-            "File with the password, of at least 16 characters. Default: a generated one is "
-            "printed.",
-            path="file",
-        ),
-    ] = None,
+    password_file: Annotated[Path | None, Parameter(path="file")] = None,
     no_auth: Annotated[bool, Parameter(option="--no-auth")] = False,
     trusted_proxy: TrustedProxyOption = None,
     open_page: OpenOption = False,
@@ -377,6 +330,10 @@ def studio(
         no_auth: Require no password, also from other users of the machine.
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
+
+    Args:
+        password_file: File with the password, of at least 16 characters. Default: a generated one
+            is printed.
     """
     require_web("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.

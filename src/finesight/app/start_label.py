@@ -45,42 +45,12 @@ def label(
     run_or_model: RunOrModelArgument,
     sources: Annotated[Sequence[StrPath], Parameter(metavar="IMAGES")],
     prompt: str | None = None,
-    out: Annotated[
-        StrPath | None,
-        Parameter(
-            "Folder of the labels (labels.jsonl) and their history (journal.jsonl). An "
-            "existing one is continued. Default: that of the run's training data, else labels.",
-            metavar="FOLDER",
-            path="folder",
-        ),
-    ] = None,
+    out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
     kind: Literal["text", "fields", "classes", "boxes"] | None = None,
-    classes: Annotated[
-        str | None,
-        Parameter(
-            "Classes to choose from: the answers, or the labels of boxes. Default: those of "
-            "the training data.",
-            metavar="A,B,C",
-        ),
-    ] = None,
-    fields: Annotated[
-        str | None,
-        Parameter(
-            "Keys of the JSON answers, with --kind fields. Default: those of the training "
-            "data or of the existing labels.",
-            metavar="A,B,C",
-        ),
-    ] = None,
+    classes: Annotated[str | None, Parameter(metavar="A,B,C")] = None,
+    fields: Annotated[str | None, Parameter(metavar="A,B,C")] = None,
     review: Annotated[bool, Parameter(option="--review")] = False,
-    train_fraction: Annotated[
-        float | None,
-        Parameter(
-            "Fraction of the labels for training; the others are in labels_eval.jsonl. "
-            "Default: that of FOLDER, else 1.",
-            minimum=0.0,
-            maximum=1.0,
-        ),
-    ] = None,
+    train_fraction: Annotated[float | None, Parameter(minimum=0.0, maximum=1.0)] = None,
     suggestions: Annotated[bool, Parameter(option="--suggestions/--no-suggestions")] = True,
     suggest_only: Annotated[bool, Parameter(option="--suggest-only")] = False,
     max_new_tokens: MaxNewTokensOption = 512,
@@ -109,6 +79,16 @@ def label(
         suggestions: Suggest answers with the model.
         suggest_only: Print the suggestions, and start no page.
         batch_size: Answers generated at the same time.
+
+    Args:
+        out: Folder of the labels (labels.jsonl) and their history (journal.jsonl). An existing one
+            is continued. Default: that of the run's training data, else labels.
+        classes: Classes to choose from: the answers, or the labels of boxes. Default: those of the
+            training data.
+        fields: Keys of the JSON answers, with --kind fields. Default: those of the training data or
+            of the existing labels.
+        train_fraction: Fraction of the labels for training; the others are in labels_eval.jsonl.
+            Default: that of FOLDER, else 1.
     """
     from finesight.label.label_session import open_session
     from finesight.progress import ProgressConsole

@@ -38,22 +38,12 @@ COMMAND_HELP = {
     "/quit": ("", "quit (also Ctrl-D); Ctrl-C stops an answer"),
 }
 
-TemperatureOption = Annotated[
-    float, Parameter("Sampling temperature, 0 to 100; 0 is greedy decoding.", minimum=0.0)
-]
-
 
 def chat(
     run_or_model: RunOrModelArgument,
     max_new_tokens: MaxNewTokensOption = 512,
-    temperature: TemperatureOption = 0.0,
-    top_p: Annotated[
-        float,
-        Parameter(
-            "Nucleus sampling: sample from the most probable tokens whose probabilities add "
-            "up to this value, above 0 and at most 1 (all tokens). Needs --temperature above 0."
-        ),
-    ] = 1.0,
+    temperature: Annotated[float, Parameter(minimum=0.0)] = 0.0,
+    top_p: float = 1.0,
     seed: int | None = None,
     **loading: Unpack[LoadingOptions],
 ) -> None:
@@ -66,6 +56,13 @@ def chat(
 
     Args:
         seed: Random seed of sampling, for --temperature above 0. Default: different each time.
+
+    Args:
+        top_p: Nucleus sampling: sample from the most probable tokens whose probabilities add up to
+            this value, above 0 and at most 1 (all tokens). Needs --temperature above 0.
+
+    Args:
+        temperature: Sampling temperature, 0 to 100; 0 is greedy decoding.
     """
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService

@@ -21,8 +21,8 @@ from finesight.operations.options import (
     OverridesArgument,
     PromptOption,
     RecipeArgument,
-    RowRangeOption,
     SourceFormatOption,
+    parse_row_range,
 )
 
 if TYPE_CHECKING:
@@ -35,71 +35,6 @@ if TYPE_CHECKING:
     from finesight.plan.run_plan import RunPlan
 
 
-EvalLastOption = Annotated[
-    int | None,
-    Parameter(
-        "Use the last N rows for validation, and leave out training rows with the same "
-        "images. Not with --train-fraction.",
-        minimum=1,
-    ),
-]
-TrainFractionOption = Annotated[
-    float | None,
-    Parameter(
-        "Fraction of the rows for training, between 0 and 1, such as 0.9; the others are for "
-        "validation. Rows with the same image stay together. Not with --eval-last. Default: no "
-        "split.",
-        metavar="FRACTION",
-    ),
-]
-SplitSeedOption = Annotated[int, Parameter("Random seed of --train-fraction.", minimum=0)]
-CopyImagesOption = Annotated[
-    bool,
-    Parameter(
-        "Copy the images into OUT/images. Default: OUT refers to the images in place; those "
-        "from hubs, the web and archives are always copied.",
-        option="--copy-images",
-    ),
-]
-OnInvalidRowOption = Annotated[
-    Literal["fail", "skip"],
-    Parameter(
-        "Invalid rows, such as a missing image or an impossible box: fail and write nothing, "
-        "or skip them and list them in OUT/skipped_rows.jsonl."
-    ),
-]
-OnInvalidBoxOption = Annotated[
-    Literal["fail", "drop", "clip"] | None,
-    Parameter(
-        "Invalid boxes, such as one without area: fail as an invalid row, drop them, or clip "
-        "them to the image. Default: fail, or clip with --on-invalid-row skip."
-    ),
-]
-EncodingOption = Annotated[
-    str | None,
-    Parameter(
-        "Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.",
-        metavar="NAME",
-    ),
-]
-SourceArgument = Annotated[
-    StrPath,
-    Parameter(
-        "A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or "
-        "tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and "
-        ":SPLIT), or https://HOST/FILE.",
-        metavar="SOURCE",
-        is_positional=True,
-        path="name",
-    ),
-]
-AllowHostOption = Annotated[
-    Sequence[str],
-    Parameter(
-        "Allow downloads of https:// sources and images from this host. Repeatable.",
-        metavar="HOST",
-    ),
-]
 OutFolderArgument = Annotated[
     StrPath,
     Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
@@ -107,7 +42,7 @@ OutFolderArgument = Annotated[
 
 
 def import_data(
-    source: SourceArgument,
+    source: Annotated[StrPath, Parameter(path="name")],
     out: OutFolderArgument,
     format: SourceFormatOption = None,
     columns: ColumnsOption = None,
@@ -115,17 +50,19 @@ def import_data(
     box_task: BoxTaskOption = "detection",
     box_format: BoxFormatOption = None,
     box_units: BoxUnitsOption = None,
-    rows: RowRangeOption = None,
+    rows: Annotated[
+        tuple[int | None, int | None] | None, Parameter(metavar="A:B", parse=parse_row_range)
+    ] = None,
     limit: LimitOption = None,
-    eval_last: EvalLastOption = None,
-    train_fraction: TrainFractionOption = None,
-    seed: SplitSeedOption = 0,
-    on_invalid_row: OnInvalidRowOption = "fail",
-    on_invalid_box: OnInvalidBoxOption = None,
-    copy_images: CopyImagesOption = False,
-    encoding: EncodingOption = None,
+    eval_last: Annotated[int | None, Parameter(minimum=1)] = None,
+    train_fraction: Annotated[float | None, Parameter(metavar="FRACTION")] = None,
+    seed: Annotated[int, Parameter(minimum=0)] = 0,
+    on_invalid_row: Literal["fail", "skip"] = "fail",
+    on_invalid_box: Literal["fail", "drop", "clip"] | None = None,
+    copy_images: bool = False,
+    encoding: Annotated[str | None, Parameter(metavar="NAME")] = None,
     no_header: NoHeaderOption = False,
-    allow_host: AllowHostOption = (),
+    allow_host: Annotated[Sequence[str], Parameter(metavar="HOST")] = (),
 ) -> Outcome[ImportSummary]:
     """Import a dataset as samples: OUT/data.jsonl, or OUT/train.jsonl and OUT/eval.jsonl.
 
@@ -139,6 +76,27 @@ def import_data(
 
     Example: finesight import latex.csv latex --map image=image_path --map answer=text
     --prompt "Read the formula." --train-fraction 0.9
+
+    Args:
+        source: A .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, a WebDataset (.tar), a zip or
+            tar archive, a folder, hf:OWNER/NAME or modelscope:OWNER/NAME (optional @REVISION and
+            :SPLIT), or https://HOST/FILE.
+        rows: Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from
+            the end. Default: all rows.
+        eval_last: Use the last N rows for validation, and leave out training rows with the same
+            images. Not with --train-fraction.
+        train_fraction: Fraction of the rows for training, between 0 and 1, such as 0.9; the others
+            are for validation. Rows with the same image stay together. Not with --eval-last.
+            Default: no split.
+        seed: Random seed of --train-fraction.
+        on_invalid_row: Invalid rows, such as a missing image or an impossible box: fail and write
+            nothing, or skip them and list them in OUT/skipped_rows.jsonl.
+        on_invalid_box: Invalid boxes, such as one without area: fail as an invalid row, drop them,
+            or clip them to the image. Default: fail, or clip with --on-invalid-row skip.
+        copy_images: Copy the images into OUT/images. Default: OUT refers to the images in place;
+            those from hubs, the web and archives are always copied.
+        encoding: Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.
+        allow_host: Allow downloads of https:// sources and images from this host. Repeatable.
     """
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
@@ -200,26 +158,10 @@ def _format_summary(source: StrPath, summary: ImportSummary) -> list[str]:
 
 
 def export_data(
-    samples: Annotated[
-        StrPath,
-        Parameter(
-            "Samples file, as written by `finesight import`.", metavar="SAMPLES", is_positional=True
-        ),
-    ],
+    samples: StrPath,
     out: OutFolderArgument,
-    target_format: Annotated[
-        str,
-        Parameter(
-            "ms-swift, llama-factory, llava, openai, coco, yolo, label-studio, cvat, fiftyone "
-            "or another --format of `finesight import`.",
-            option="--to",
-            metavar="FORMAT",
-        ),
-    ],
-    copy_images: Annotated[
-        bool,
-        Parameter("Copy the images into OUT/images. Default: OUT refers to the images in place."),
-    ] = False,
+    target_format: Annotated[str, Parameter(option="--to", metavar="FORMAT")],
+    copy_images: bool = False,
 ) -> Outcome[ExportSummary]:
     """Export samples in the format of another program.
 
@@ -227,6 +169,12 @@ def export_data(
     is an error. `finesight import` reads every format.
 
     Example: finesight data export latex/train.jsonl latex-swift --to ms-swift
+
+    Args:
+        samples: Samples file, as written by `finesight import`.
+        target_format: ms-swift, llama-factory, llava, openai, coco, yolo, label-studio, cvat,
+            fiftyone or another --format of `finesight import`.
+        copy_images: Copy the images into OUT/images. Default: OUT refers to the images in place.
     """
     from finesight.data.exporter import export_dataset
     from finesight.data.sample import LocatedSample, read_samples
@@ -272,37 +220,12 @@ MAX_PRINTED_RECORDS = 3
 
 
 def convert_boxes(
-    file: Annotated[
-        StrPath,
-        Parameter(
-            ".json or .jsonl file in the format of any trainer; only box texts are changed.",
-            metavar="FILE",
-            is_positional=True,
-        ),
-    ],
-    out: Annotated[StrPath, Parameter("File to create.", metavar="OUT", is_positional=True)],
-    source_family: Annotated[
-        BoxFamily, Parameter("Model family whose box format FILE has.", option="--from")
-    ],
-    target_family: Annotated[
-        BoxFamily, Parameter("Model family whose box format OUT gets.", option="--to")
-    ],
-    model: Annotated[
-        str | None,
-        Parameter(
-            "Qwen2.5-VL model (folder or hub name) whose pixel limits define the resized "
-            "image. For qwen2_5_vl, this or --image is required.",
-            metavar="MODEL",
-        ),
-    ] = None,
-    image: Annotated[
-        Sequence[str],
-        Parameter(
-            "Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and "
-            "width=N, or longest_side=N, each with its own --image. Repeatable.",
-            metavar="KEY=VALUE",
-        ),
-    ] = (),
+    file: StrPath,
+    out: StrPath,
+    source_family: Annotated[BoxFamily, Parameter(option="--from")],
+    target_family: Annotated[BoxFamily, Parameter(option="--to")],
+    model: Annotated[str | None, Parameter(metavar="MODEL")] = None,
+    image: Annotated[Sequence[str], Parameter(metavar="KEY=VALUE")] = (),
 ) -> Outcome[MigrationResult]:
     """Rewrite the boxes in answers of a file for another model family.
 
@@ -315,6 +238,16 @@ def convert_boxes(
 
     Example: finesight data convert-boxes old.jsonl new.jsonl --from qwen2_vl --to qwen2_5_vl
     --model Qwen/Qwen2.5-VL-3B-Instruct
+
+    Args:
+        file: .json or .jsonl file in the format of any trainer; only box texts are changed.
+        out: File to create.
+        source_family: Model family whose box format FILE has.
+        target_family: Model family whose box format OUT gets.
+        model: Qwen2.5-VL model (folder or hub name) whose pixel limits define the resized image.
+            For qwen2_5_vl, this or --image is required.
+        image: Resizing as in `image` of a recipe: min_pixels=N and max_pixels=N, height=N and
+            width=N, or longest_side=N, each with its own --image. Repeatable.
     """
     from finesight.encode.box_migration import migrate_box_file
 
@@ -387,58 +320,10 @@ MAX_PRINTED_ISSUES = 3
 MAX_ISSUES = 1000
 """Maximum number of examples per kind of issue in the result and on the HTML page."""
 
-AgainstOption = Annotated[
-    Sequence[StrPath],
-    Parameter(
-        "Validation data, read with the same options. Reports images, also re-encoded ones, "
-        "that are in SOURCE as well. Repeatable.",
-        metavar="EVAL",
-    ),
-]
-ModelNameOption = Annotated[
-    str | None,
-    Parameter(
-        "Model folder or hub name. Its tokenizer is used to report special tokens in texts "
-        "and, with --max-length, samples that are too long."
-    ),
-]
-MaxLengthOption = Annotated[
-    int | None,
-    Parameter(
-        "With --model: report samples of more than this number of tokens, image tokens "
-        "included. Default: no limit.",
-        minimum=1,
-    ),
-]
-FixOption = Annotated[
-    StrPath | None,
-    Parameter(
-        "Write a corrected copy into this new folder: unambiguous issues are fixed "
-        "(listed in changes.jsonl), duplicates and invalid samples are left out (listed in "
-        "skipped_samples.jsonl).",
-        metavar="OUT",
-    ),
-]
-HtmlPageOption = Annotated[
-    StrPath | None,
-    Parameter(
-        "Also write an HTML page with the issues, statistics and random samples.",
-        metavar="FILE",
-        path="file",
-    ),
-]
-
 
 def check(
-    sources: Annotated[
-        Sequence[StrPath],
-        Parameter(
-            "Local files or folders as for `import`, or one recipe.",
-            metavar="SOURCE",
-            is_positional=True,
-        ),
-    ],
-    against: AgainstOption = (),
+    sources: Annotated[Sequence[StrPath], Parameter(metavar="SOURCE")],
+    against: Annotated[Sequence[StrPath], Parameter(metavar="EVAL")] = (),
     format: SourceFormatOption = None,
     columns: ColumnsOption = None,
     prompt: PromptOption = None,
@@ -446,11 +331,11 @@ def check(
     box_format: BoxFormatOption = None,
     box_units: BoxUnitsOption = None,
     limit: LimitOption = None,
-    model: ModelNameOption = None,
-    max_length: MaxLengthOption = None,
-    fix: FixOption = None,
-    html: HtmlPageOption = None,
-    seed: Annotated[int, Parameter("Random seed of the samples on the HTML page.", minimum=0)] = 0,
+    model: str | None = None,
+    max_length: Annotated[int | None, Parameter(minimum=1)] = None,
+    fix: Annotated[StrPath | None, Parameter(metavar="OUT")] = None,
+    html: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
+    seed: Annotated[int, Parameter(minimum=0)] = 0,
     language: LanguageOption = None,
     has_main_guard: bool = False,
     on_record: Callable[[Mapping[str, Any]], None] | None = None,
@@ -464,6 +349,22 @@ def check(
     Exit code: 0 without issues or with notes only, 3 with warnings, 2 with errors.
 
     Example: finesight check latex/train.jsonl --against latex/eval.jsonl --html check.html
+
+    Args:
+        sources: Local files or folders as for `import`, or one recipe.
+        seed: Random seed of the samples on the HTML page.
+
+    Args:
+        against: Validation data, read with the same options. Reports images, also re-encoded ones,
+            that are in SOURCE as well. Repeatable.
+        model: Model folder or hub name. Its tokenizer is used to report special tokens in texts
+            and, with --max-length, samples that are too long.
+        max_length: With --model: report samples of more than this number of tokens, image tokens
+            included. Default: no limit.
+        fix: Write a corrected copy into this new folder: unambiguous issues are fixed (listed in
+            changes.jsonl), duplicates and invalid samples are left out (listed in
+            skipped_samples.jsonl).
+        html: Also write an HTML page with the issues, statistics and random samples.
     """
     from finesight.check.data_checker import (
         inputs_from_files,
@@ -570,23 +471,10 @@ def _run_check(
 def show(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    num_samples: Annotated[
-        int, Parameter("Number of samples, from the start of the data.", minimum=1)
-    ] = 1,
-    seed: Annotated[
-        int | None, Parameter("Show random samples, selected with this seed, instead.", minimum=0)
-    ] = None,
-    use_eval_split: Annotated[
-        bool, Parameter("Show samples of data.eval instead of data.train.", option="--eval")
-    ] = False,
-    html: Annotated[
-        StrPath | None,
-        Parameter(
-            "Write an HTML page with the resized images, boxes and tokens instead of the "
-            "table. An existing page is replaced, but no other file.",
-            metavar="FILE",
-        ),
-    ] = None,
+    num_samples: Annotated[int, Parameter(minimum=1)] = 1,
+    seed: Annotated[int | None, Parameter(minimum=0)] = None,
+    use_eval_split: Annotated[bool, Parameter(option="--eval")] = False,
+    html: Annotated[StrPath | None, Parameter(metavar="FILE")] = None,
     language: LanguageOption = None,
 ) -> Outcome[list[TokenizedSample]]:
     """Print the tokens of samples as the model receives them in training.
@@ -596,6 +484,13 @@ def show(
     configuration and tokenizer of the model, but no weights.
 
     Example: finesight show recipes/latex_ocr_qwen2_vl_2b.yaml --num-samples 2
+
+    Args:
+        num_samples: Number of samples, from the start of the data.
+        seed: Show random samples, selected with this seed, instead.
+        use_eval_split: Show samples of data.eval instead of data.train.
+        html: Write an HTML page with the resized images, boxes and tokens instead of the table. An
+            existing page is replaced, but no other file.
     """
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
@@ -674,14 +569,7 @@ EXIT_DOES_NOT_FIT = 2
 def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    gpu: Annotated[
-        str | None,
-        Parameter(
-            'GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this '
-            "machine, measured in about a second.",
-            metavar="NAME",
-        ),
-    ] = None,
+    gpu: Annotated[str | None, Parameter(metavar="NAME")] = None,
 ) -> Outcome[RunPlan]:
     """Estimate memory and time of a run and suggest settings that fit.
 
@@ -694,6 +582,10 @@ def plan(
     Exit code: 0 if the run fits, 2 if no setting makes it fit.
 
     Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
+
+    Args:
+        gpu: GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this machine,
+            measured in about a second.
     """
     from finesight.plan.plan_format import format_plan, plan_to_dict
     from finesight.plan.run_plan import plan_run

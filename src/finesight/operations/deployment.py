@@ -23,25 +23,10 @@ if TYPE_CHECKING:
 EXIT_UPLOAD_FAILED = 1
 """Exit code of `finesight train --push` if the run is complete, but not uploaded."""
 
-HubSourceArgument = Annotated[
-    str,
-    Parameter(
-        "OWNER/NAME or modelscope:OWNER/NAME for a model, hf:datasets/OWNER/NAME or "
-        "modelscope:datasets/OWNER/NAME for a dataset; optional @REVISION, and :SPLIT for a "
-        "dataset. Default hub: Hugging Face (hf:).",
-        metavar="SOURCE",
-        is_positional=True,
-    ),
-]
-ToFolderOption = Annotated[
-    StrPath | None,
-    Parameter(
-        "Folder to create for the files. Default: the hub cache (HF_HOME).", metavar="FOLDER"
-    ),
-]
 
-
-def download(source: HubSourceArgument, to: ToFolderOption = None) -> Outcome[Path]:
+def download(
+    source: str, to: Annotated[StrPath | None, Parameter(metavar="FOLDER")] = None
+) -> Outcome[Path]:
     """Download a model or dataset from a hub and print its folder.
 
     Each file is verified with the size and digest from the hub; some ModelScope files have no
@@ -50,6 +35,12 @@ def download(source: HubSourceArgument, to: ToFolderOption = None) -> Outcome[Pa
     MODELSCOPE_API_TOKEN (tokens), HF_HUB_OFFLINE=1 (use only the cache, for both hubs).
 
     Example: finesight download modelscope:Qwen/Qwen2-VL-2B-Instruct --to models/qwen
+
+    Args:
+        source: OWNER/NAME or modelscope:OWNER/NAME for a model, hf:datasets/OWNER/NAME or
+            modelscope:datasets/OWNER/NAME for a dataset; optional @REVISION, and :SPLIT for a
+            dataset. Default hub: Hugging Face (hf:).
+        to: Folder to create for the files. Default: the hub cache (HF_HOME).
     """
     address = parse_address(source)
     folder = _fetch_repository(address, to_path(to))
@@ -87,46 +78,13 @@ def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
 
 
 def merge(
-    source: Annotated[
-        StrPath,
-        Parameter(
-            "Folder of a run (LoRA, QLoRA or full fine-tuning), of a PEFT adapter, or of a "
-            "4-bit GPTQ model.",
-            metavar="SOURCE",
-            is_positional=True,
-            path="name",
-        ),
-    ],
-    out: Annotated[
-        StrPath, Parameter("Model folder to create.", metavar="OUT", is_positional=True)
-    ],
-    base: Annotated[
-        StrPath | None,
-        Parameter(
-            "Folder or hub name of the base model. Default: as recorded in the run or in the "
-            "adapter.",
-            path="name",
-        ),
-    ] = None,
-    precision: Annotated[
-        Literal["auto", "bf16", "fp16", "fp32"],
-        Parameter(
-            "Data type of the written weights. auto: that of the base model, or fp32 if it "
-            "has several."
-        ),
-    ] = "auto",
+    source: Annotated[StrPath, Parameter(path="name")],
+    out: StrPath,
+    base: Annotated[StrPath | None, Parameter(path="name")] = None,
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto",
     device: DeviceOption = "auto",
-    num_samples: Annotated[
-        int,
-        Parameter(
-            "Number of prompts with images on which the written and the trained model are "
-            "compared.",
-            minimum=1,
-        ),
-    ] = 4,
-    max_shard_gb: Annotated[
-        float, Parameter("Maximum size of a weight file in GB (10^9 bytes).", minimum=0.001)
-    ] = 5.0,
+    num_samples: Annotated[int, Parameter(minimum=1)] = 4,
+    max_shard_gb: Annotated[float, Parameter(minimum=0.001)] = 5.0,
 ) -> Outcome[VerifiedMerge]:
     """Merge an adapter into its base model, for transformers, vLLM and llama.cpp.
 
@@ -136,6 +94,18 @@ def merge(
     rounding errors is an error. The model card contains the results.
 
     Example: finesight merge runs/latex models/latex
+
+    Args:
+        source: Folder of a run (LoRA, QLoRA or full fine-tuning), of a PEFT adapter, or of a 4-bit
+            GPTQ model.
+        out: Model folder to create.
+        base: Folder or hub name of the base model. Default: as recorded in the run or in the
+            adapter.
+        precision: Data type of the written weights. auto: that of the base model, or fp32 if it has
+            several.
+        num_samples: Number of prompts with images on which the written and the trained model are
+            compared.
+        max_shard_gb: Maximum size of a weight file in GB (10^9 bytes).
     """
     from finesight.export.verified_merge import merge_and_verify
     from finesight.infer.model_loader import resolve_model_source
@@ -238,54 +208,13 @@ class HubUpload:
 
 
 def export(
-    source: Annotated[
-        StrPath,
-        Parameter(
-            "Folder written by `finesight merge`, or a fully fine-tuned run. For the upload "
-            "to a hub also a LoRA run or an adapter folder.",
-            metavar="MODEL",
-            is_positional=True,
-            path="name",
-        ),
-    ],
-    out: Annotated[
-        StrPath | None,
-        Parameter(
-            "hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF "
-            "files. Default: print serving commands.",
-            metavar="OUT",
-            is_positional=True,
-            path="name",
-        ),
-    ] = None,
-    public: Annotated[
-        bool, Parameter("Make the hub repository public. Default: private.", option="--public")
-    ] = False,
-    confirm: Annotated[
-        bool, Parameter("Upload the files. Default: only list them.", option="--yes")
-    ] = False,
-    converter: Annotated[
-        StrPath | None,
-        Parameter(
-            "Path of convert_hf_to_gguf.py of llama.cpp. Default: the one in the folders of "
-            "the environment variable PATH."
-        ),
-    ] = None,
-    python: Annotated[
-        StrPath | None,
-        Parameter(
-            "Python interpreter of the environment with the packages of the converter. "
-            "Default: that of finesight."
-        ),
-    ] = None,
-    outtype: Annotated[
-        Literal["auto", "f32", "f16", "bf16", "q8_0"],
-        Parameter(
-            "Data type of the language model in model.gguf; vision weights have at least 16 "
-            "bits. auto: 16 bits, as in the model. For smaller types such as Q4_K_M, run "
-            "llama-quantize of llama.cpp on model.gguf."
-        ),
-    ] = "auto",
+    source: Annotated[StrPath, Parameter(metavar="MODEL", path="name")],
+    out: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
+    public: bool = False,
+    confirm: Annotated[bool, Parameter(option="--yes")] = False,
+    converter: StrPath | None = None,
+    python: StrPath | None = None,
+    outtype: Literal["auto", "f32", "f16", "bf16", "q8_0"] = "auto",
 ) -> Outcome[ServingCommands | GgufFiles | HubUpload]:
     """Export a model: print vLLM and SGLang commands, upload it to a hub, or write GGUF.
 
@@ -302,6 +231,21 @@ def export(
     Example: finesight export models/latex hf:me/latex --yes
 
     GGUF: finesight export models/latex gguf/latex --converter llama.cpp/convert_hf_to_gguf.py
+
+    Args:
+        source: Folder written by `finesight merge`, or a fully fine-tuned run. For the upload to a
+            hub also a LoRA run or an adapter folder.
+        out: hf:OWNER/NAME or modelscope:OWNER/NAME to upload, or a folder to create for GGUF files.
+            Default: print serving commands.
+        public: Make the hub repository public. Default: private.
+        confirm: Upload the files. Default: only list them.
+        converter: Path of convert_hf_to_gguf.py of llama.cpp. Default: the one in the folders of
+            the environment variable PATH.
+        python: Python interpreter of the environment with the packages of the converter. Default:
+            that of finesight.
+        outtype: Data type of the language model in model.gguf; vision weights have at least 16
+            bits. auto: 16 bits, as in the model. For smaller types such as Q4_K_M, run
+            llama-quantize of llama.cpp on model.gguf.
     """
     from finesight.infer.model_loader import resolve_model_source
     from finesight.progress import ProgressConsole

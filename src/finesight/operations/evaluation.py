@@ -30,37 +30,10 @@ EXIT_ERROR_FOUND = 2
 
 def evaluate(
     run_or_model: ModelArgument,
-    data: Annotated[
-        StrPath | None,
-        Parameter(
-            "JSONL file of samples with answers. Default for a run: its validation split; "
-            "required otherwise."
-        ),
-    ] = None,
-    metric: Annotated[
-        str | None,
-        Parameter(
-            "captions, latex, ocr, qa, classification, json, grounding or detection, or "
-            "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
-            "required otherwise."
-        ),
-    ] = None,
-    limit: Annotated[
-        int | None,
-        Parameter(
-            "Evaluate N randomly selected samples, always the same. Default for a run: of its "
-            "recipe, else all.",
-            minimum=1,
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int | None,
-        Parameter(
-            "Answers generated at the same time; halved when GPU memory is exhausted. Default "
-            "for a run: of its recipe, else 32.",
-            minimum=1,
-        ),
-    ] = None,
+    data: StrPath | None = None,
+    metric: str | None = None,
+    limit: Annotated[int | None, Parameter(minimum=1)] = None,
+    batch_size: Annotated[int | None, Parameter(minimum=1)] = None,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
     out: Annotated[StrPath | None, Parameter(path="file")] = None,
     trust_metric: TrustMetricOption = False,
@@ -79,6 +52,17 @@ def evaluate(
         max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
             512.
         out: Write each answer with its scores to this JSONL file, for `finesight compare`.
+
+    Args:
+        data: JSONL file of samples with answers. Default for a run: its validation split; required
+            otherwise.
+        metric: captions, latex, ocr, qa, classification, json, grounding or detection, or
+            FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe;
+            required otherwise.
+        limit: Evaluate N randomly selected samples, always the same. Default for a run: of its
+            recipe, else all.
+        batch_size: Answers generated at the same time; halved when GPU memory is exhausted. Default
+            for a run: of its recipe, else 32.
     """
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
@@ -236,15 +220,7 @@ def report(
 
 
 def compare(
-    runs: Annotated[
-        Sequence[StrPath],
-        Parameter(
-            "2 to 8 run folders or prediction files of `finesight eval --out`. The first one is "
-            "the baseline.",
-            metavar="RUN",
-            is_positional=True,
-        ),
-    ],
+    runs: Annotated[Sequence[StrPath], Parameter(metavar="RUN")],
     out: Annotated[StrPath, Parameter(metavar="FILE", path="file")] = Path("comparison.html"),
     language: LanguageOption = None,
 ) -> Outcome[RunComparison]:
@@ -263,6 +239,10 @@ def compare(
 
     Args:
         out: HTML page.
+
+    Args:
+        runs: 2 to 8 run folders or prediction files of `finesight eval --out`. The first one is the
+            baseline.
     """
     from finesight.report.compare_page import write_compare_page
     from finesight.report.html import raise_if_not_generated

@@ -69,22 +69,8 @@ LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
 
 
 def init(
-    data: Annotated[
-        StrPath | None,
-        Parameter(
-            "Dataset as for `import`; also a folder of a table and images.",
-            metavar="DATA",
-            is_positional=True,
-            path="name",
-        ),
-    ] = None,
-    out: Annotated[
-        StrPath | None,
-        Parameter(
-            "Folder to create. Default: DATA with -finetune, in the current directory.",
-            metavar="FOLDER",
-        ),
-    ] = None,
+    data: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
+    out: Annotated[StrPath | None, Parameter(metavar="FOLDER")] = None,
     columns: ColumnsOption = None,
     no_header: NoHeaderOption = False,
     prompt: PromptOption = None,
@@ -96,9 +82,7 @@ def init(
             metavar="TASK",
         ),
     ] = None,
-    model: Annotated[
-        str | None, Parameter("Model folder or hub name. Default: by GPU memory.")
-    ] = None,
+    model: str | None = None,
     ask: Ask | None = None,
 ) -> Outcome[Path]:
     """Import a dataset, and write a recipe for its task and for this machine.
@@ -109,6 +93,11 @@ def init(
     For a folder of images without labels, the next command is `finesight label`.
 
     Example: finesight init photos/captions.csv --yes
+
+    Args:
+        data: Dataset as for `import`; also a folder of a table and images.
+        out: Folder to create. Default: DATA with -finetune, in the current directory.
+        model: Model folder or hub name. Default: by GPU memory.
     """
     from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images

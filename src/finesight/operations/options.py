@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Literal, TypedDict
 
-import click
-
-from finesight.errors import UserError, escape_surrogates, escape_unprintable
+from finesight.errors import UserError
 from finesight.operations.operation import Parameter, StrPath
 
 RunOrModelArgument = Annotated[
@@ -190,25 +187,8 @@ def parse_row_range(row_range: str) -> tuple[int | None, int | None]:
     return start, stop
 
 
-RowRangeOption = Annotated[
-    tuple[int | None, int | None] | None,
-    Parameter(
-        "Use rows A to B - 1, counted from 0. A: and :B are open; negative numbers count from "
-        "the end. Default: all rows.",
-        metavar="A:B",
-        parse=parse_row_range,
-    ),
-]
-
 LimitOption = Annotated[
     int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
-]
-
-JSON_OUTPUT = "on standard output; messages go to standard error."
-"""End of the help text of every --json option."""
-
-AsJsonOption = Annotated[
-    bool, Parameter(f"Print the result as one JSON object {JSON_OUTPUT}", option="--json")
 ]
 
 TrustMetricOption = Annotated[
@@ -227,16 +207,3 @@ LanguageOption = Annotated[
         "Language of the HTML page. Default: of the locale, else English.", option="--language"
     ),
 ]
-
-
-def echo_json(data: object) -> None:
-    """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
-    click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
-
-
-def echo_result(data: object, lines: Iterable[str], as_json: bool) -> None:
-    """Print a result as one line of JSON, or as lines of text without control characters."""
-    if as_json:
-        echo_json(data)
-    else:
-        click.echo("\n".join(map(escape_unprintable, lines)))

@@ -90,9 +90,7 @@ class QuickstartResult:
 
 
 def quickstart(
-    out: Annotated[StrPath, Parameter("Folder for all files.", metavar="FOLDER")] = Path(
-        "quickstart"
-    ),
+    out: Annotated[StrPath, Parameter(metavar="FOLDER")] = Path("quickstart"),
     settings: QuickstartSettings | None = None,
 ) -> Outcome[QuickstartResult]:
     """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
@@ -101,6 +99,9 @@ def quickstart(
     resume after an interruption.
 
     Example: finesight quickstart --out /tmp/first
+
+    Args:
+        out: Folder for all files.
     """
     from finesight.progress import ProgressConsole
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets

@@ -43,18 +43,8 @@ ForceOption = Annotated[
 
 
 def convert(
-    source: Annotated[
-        StrPath,
-        Parameter(
-            "YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a "
-            "shell script with their command; or a Python script or notebook of TRL or Unsloth.",
-            metavar="SOURCE",
-            is_positional=True,
-        ),
-    ],
-    recipe: Annotated[
-        StrPath, Parameter("Recipe file to create.", metavar="RECIPE", is_positional=True)
-    ],
+    source: StrPath,
+    recipe: StrPath,
 ) -> Outcome[ConvertedRecipe]:
     """Convert a configuration or script of another trainer to a recipe.
 
@@ -64,6 +54,11 @@ def convert(
     and `finesight train` commands. Scripts are parsed, not executed.
 
     Example: finesight convert train_lora.yaml recipe.yaml
+
+    Args:
+        source: YAML or JSON of LLaMA-Factory, ms-swift or TRL; args.json of an ms-swift run; a
+            shell script with their command; or a Python script or notebook of TRL or Unsloth.
+        recipe: Recipe file to create.
     """
     from finesight.convert.recipe_converter import convert_config
 
@@ -96,23 +91,9 @@ def _get_text(note: ConversionNote) -> str:
 
 
 def train(
-    recipe: Annotated[
-        StrPath | Recipe | Mapping[str, Any],
-        Parameter(
-            "Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.",
-            metavar="RECIPE",
-            is_positional=True,
-        ),
-    ],
+    recipe: StrPath | Recipe | Mapping[str, Any],
     overrides: OverridesArgument = None,
-    resume: Annotated[
-        bool,
-        Parameter(
-            "Continue the run in output_dir from its newest checkpoint, or start it if there "
-            "is none. Repeat the same recipe and overrides, or give the run folder.",
-            option="--resume",
-        ),
-    ] = False,
+    resume: bool = False,
     push: PushOption = None,
     force: ForceOption = False,
     trust_metric: TrustMetricOption = False,
@@ -137,6 +118,11 @@ def train(
     Example: finesight train recipes/latex_ocr_qwen2_vl_2b.yaml train.epochs=1 output_dir=runs/short
 
     Example: finesight train runs/short --resume
+
+    Args:
+        recipe: Recipe: YAML file of settings; or the folder of a run, for its recipe.yaml.
+        resume: Continue the run in output_dir from its newest checkpoint, or start it if there is
+            none. Repeat the same recipe and overrides, or give the run folder.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.progress import ProgressConsole
@@ -284,69 +270,18 @@ class JobFile:
 def launch(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
-    engine: Annotated[
-        LaunchEngine, Parameter("Launcher or scheduler that runs the job.", option="--on")
-    ] = "torchrun",
-    gpus_per_node: Annotated[
-        int, Parameter("GPUs of each node; each runs one process.", minimum=1, maximum=64)
-    ] = 8,
-    nodes: Annotated[
-        str,
-        Parameter(
-            "Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with "
-            "the nodes that are available.",
-            metavar="N|MIN:MAX",
-        ),
-    ] = "1",
-    name: Annotated[
-        str | None,
-        Parameter("Name of the job and of its file. Default: from the last folder of output_dir."),
-    ] = None,
-    out: Annotated[
-        StrPath | None,
-        Parameter(
-            "Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or "
-            "NAME.trainjob.yaml.",
-            metavar="FILE",
-            path="file",
-        ),
-    ] = None,
-    submit: Annotated[
-        bool,
-        Parameter(
-            "Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow). "
-            "torchrun has no queue: run the script instead.",
-            option="--submit",
-        ),
-    ] = False,
-    partition: Annotated[
-        str | None, Parameter("slurm: partition. Default: of the cluster.")
-    ] = None,
-    account: Annotated[
-        str | None, Parameter("slurm: account to charge. Default: of the cluster.")
-    ] = None,
-    time: Annotated[
-        str | None,
-        Parameter(
-            "slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
-            "Default: of the partition."
-        ),
-    ] = None,
-    image: Annotated[
-        str | None,
-        Parameter("skypilot, kubeflow: container image with finesight. Required for both."),
-    ] = None,
-    store: Annotated[
-        str | None,
-        Parameter(
-            "skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. "
-            "A bucket URL such as s3://bucket/folder (skypilot) or the name of a "
-            "PersistentVolumeClaim (kubeflow). Required for both."
-        ),
-    ] = None,
-    accelerator: Annotated[
-        str | None, Parameter("skypilot: GPU type, such as H100. Required.")
-    ] = None,
+    engine: Annotated[LaunchEngine, Parameter(option="--on")] = "torchrun",
+    gpus_per_node: Annotated[int, Parameter(minimum=1, maximum=64)] = 8,
+    nodes: Annotated[str, Parameter(metavar="N|MIN:MAX")] = "1",
+    name: str | None = None,
+    out: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
+    submit: bool = False,
+    partition: str | None = None,
+    account: str | None = None,
+    time: str | None = None,
+    image: str | None = None,
+    store: str | None = None,
+    accelerator: str | None = None,
     push: PushOption = None,
     force: ForceOption = False,
 ) -> Outcome[JobFile]:
@@ -360,6 +295,26 @@ def launch(
     One machine needs no job file: torchrun --nproc-per-node 4 -m finesight train RECIPE.
 
     Example: finesight launch recipe.yaml --on slurm --nodes 1:4 --partition gpu --submit
+
+    Args:
+        engine: Launcher or scheduler that runs the job.
+        gpus_per_node: GPUs of each node; each runs one process.
+        nodes: Number of nodes. MIN:MAX (torchrun, slurm) is elastic: training continues with the
+            nodes that are available.
+        name: Name of the job and of its file. Default: from the last folder of output_dir.
+        out: Job file. Default: NAME.sh (torchrun), NAME.sbatch, NAME.sky.yaml or
+            NAME.trainjob.yaml.
+        submit: Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow).
+            torchrun has no queue: run the script instead.
+        partition: slurm: partition. Default: of the cluster.
+        account: slurm: account to charge. Default: of the cluster.
+        time: slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00.
+            Default: of the partition.
+        image: skypilot, kubeflow: container image with finesight. Required for both.
+        store: skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. A
+            bucket URL such as s3://bucket/folder (skypilot) or the name of a PersistentVolumeClaim
+            (kubeflow). Required for both.
+        accelerator: skypilot: GPU type, such as H100. Required.
     """
     from finesight.launch.launch_job import (
         FILE_SUFFIXES,

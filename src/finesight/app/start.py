@@ -68,11 +68,6 @@ def serve(
     Example: finesight serve runs/latex
 
     Args:
-        allow_media_host: Allow image downloads over https from this host. Repeatable.
-        max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
-        timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
-
-    Args:
         adapter: Additional run or adapter of the same base model. Requests select it by folder
             name. Repeatable.
         host: Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, which
@@ -80,6 +75,7 @@ def serve(
         key_file: File with one API key per line, each of at least 16 characters. Requests then need
             the header "Authorization: Bearer KEY". Default: the environment variable FINESIGHT_KEY,
             if set, else no key.
+        allow_media_host: Allow image downloads over https from this host. Repeatable.
         image_format: Additional image format besides JPEG, PNG, WEBP and GIF: AVIF, BMP, HEIF,
             JPEG2000, PPM or TIFF. Repeatable.
         label_studio: Also serve an ML backend for Label Studio at the path /label-studio. It
@@ -92,6 +88,8 @@ def serve(
             class names. Default: the question of `import` for each control.
         max_num_seqs: Maximum number of answers that are generated at the same time. Default: 64, or
             fewer for a model with linear attention if the GPU has little memory.
+        max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
+        timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
     try:
         from finesight.serve.api_schema import ServerLimits
@@ -327,13 +325,11 @@ def studio(
 
     Args:
         folder: Folder for data sets, recipes and runs.
+        password_file: File with the password, of at least 16 characters. Default: a generated one
+            is printed.
         no_auth: Require no password, also from other users of the machine.
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
-
-    Args:
-        password_file: File with the password, of at least 16 characters. Default: a generated one
-            is printed.
     """
     require_web("finesight studio")
     # The page starts commands as this user, so other users of the machine need a password too.

@@ -74,21 +74,19 @@ def label(
     Args:
         sources: Images, folders of images, or a JSONL file.
         prompt: Question about every image. Default: that of FOLDER or else the run.
-        kind: Kind of the answers. Default: detected from the training data.
-        review: Review the existing answers of a JSONL file, most probably wrong first.
-        suggestions: Suggest answers with the model.
-        suggest_only: Print the suggestions, and start no page.
-        batch_size: Answers generated at the same time.
-
-    Args:
         out: Folder of the labels (labels.jsonl) and their history (journal.jsonl). An existing one
             is continued. Default: that of the run's training data, else labels.
+        kind: Kind of the answers. Default: detected from the training data.
         classes: Classes to choose from: the answers, or the labels of boxes. Default: those of the
             training data.
         fields: Keys of the JSON answers, with --kind fields. Default: those of the training data or
             of the existing labels.
+        review: Review the existing answers of a JSONL file, most probably wrong first.
         train_fraction: Fraction of the labels for training; the others are in labels_eval.jsonl.
             Default: that of FOLDER, else 1.
+        suggestions: Suggest answers with the model.
+        suggest_only: Print the suggestions, and start no page.
+        batch_size: Answers generated at the same time.
     """
     from finesight.label.label_session import open_session
     from finesight.progress import ProgressConsole

@@ -18,8 +18,7 @@ from starlette.testclient import TestClient
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import PREFIX_HEADER, create_app
-from finesight.app.proxy import make_proxy_route
-from finesight.app.server import bind_unix_socket
+from finesight.app.server import bind_unix_socket, make_proxy_route
 from finesight.errors import UserError
 
 PASSWORD = "correct horse battery"

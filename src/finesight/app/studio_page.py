@@ -31,7 +31,7 @@ from finesight.app.pages import (
     render_page,
     translate_texts,
 )
-from finesight.app.proxy import make_proxy_route
+from finesight.app.server import make_proxy_route
 from finesight.app.studio_view import (
     CHECK_EXIT_CODES,
     LABELS_NAME,
@@ -170,7 +170,8 @@ FORMS: dict[str, tuple[FormField, ...]] = {
 """Fields of the forms of the page, by form."""
 
 SERVER_PARAMETERS = ("host", "port", "password_file", "no_auth", "trusted_proxy", "key_file")
-PAGE_PARAMETERS = ("socket_file", "open_page", "suggest_only")
+PAGE_PARAMETERS = ("socket_file", "open_page", "suggest_only", "push")
+LABEL_STUDIO = ("label_studio", "label_studio_files", "label_studio_url", "label_studio_prompt")
 OWN_PARAMETERS = {
     "import": ["prompt", "columns"],
     "label": ["prompt", "out", "kind", "classes", "fields", "review", "train_fraction"],
@@ -237,7 +238,7 @@ Action = Callable[[StudioState, Form], str]
 
 def list_options(operation: str) -> list[OperationParameter]:
     """Return the options of an operation that the page does not set itself."""
-    own = {*SERVER_PARAMETERS, *PAGE_PARAMETERS, *OWN_PARAMETERS[operation]}
+    own = {*SERVER_PARAMETERS, *PAGE_PARAMETERS, *LABEL_STUDIO, *OWN_PARAMETERS[operation]}
     parameters = list_parameters(find_operation(operation).load())
     return [one for one in parameters if not one.is_positional and one.name not in own]
 
@@ -378,6 +379,9 @@ class StudioPage:
             value: object = text
             if parameter.kind == "flag":
                 value = text == YES_NO[0]
+            elif parameter.info.path == "name":
+                check = self.view.workspace.check_model
+                value = [*map(check, text.split())] if parameter.is_multiple else check(text)
             elif parameter.is_multiple:
                 value = text.split()
             elif parameter.kind == "path":

@@ -55,10 +55,10 @@ def chat(
     Example: finesight chat runs/latex
 
     Args:
-        temperature: Sampling temperature, 0 to 100; 0 is greedy decoding.
+        seed: Random seed of sampling, for --temperature above 0. Default: different each time.
         top_p: Nucleus sampling: sample from the most probable tokens whose probabilities add up to
             this value, above 0 and at most 1 (all tokens). Needs --temperature above 0.
-        seed: Random seed of sampling, for --temperature above 0. Default: different each time.
+        temperature: Sampling temperature, 0 to 100; 0 is greedy decoding.
     """
     from finesight.infer.chat_session import ChatSession
     from finesight.infer.inference_service import InferenceService

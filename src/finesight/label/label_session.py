@@ -26,7 +26,6 @@ from finesight.data.sample import (
 )
 from finesight.errors import UserError, suggest_similar_path
 from finesight.infer.model_loader import InferenceModel
-from finesight.label.label_ranking import rank_labels
 from finesight.label.label_store import (
     ORIGINAL_PROMPT_KEY,
     AnswerContent,
@@ -40,7 +39,7 @@ from finesight.label.label_store import (
     get_text,
     read_labels,
 )
-from finesight.label.suggestion import JsonLeaf, iter_json_leaves, suggest_labels
+from finesight.label.suggestion import JsonLeaf, iter_json_leaves, rank_labels, suggest_labels
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir

@@ -35,7 +35,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             json_help="Print one JSON object per issue, then one summary,",
         ),
         "label": Operation(
-            "app.start_label:label",
+            "app.start:label",
             "Label images with suggestions of a model.",
             json_help="Print one JSON object per suggestion",
         ),

@@ -331,7 +331,7 @@ def check(
     box_format: BoxFormatOption = None,
     box_units: BoxUnitsOption = None,
     limit: LimitOption = None,
-    model: str | None = None,
+    model: Annotated[str | None, Parameter(path="name")] = None,
     max_length: Annotated[int | None, Parameter(minimum=1)] = None,
     fix: Annotated[StrPath | None, Parameter(metavar="OUT")] = None,
     html: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
@@ -352,6 +352,7 @@ def check(
 
     Args:
         sources: Local files or folders as for `import`, or one recipe.
+        seed: Random seed of the samples on the HTML page.
         against: Validation data, read with the same options. Reports images, also re-encoded ones,
             that are in SOURCE as well. Repeatable.
         model: Model folder or hub name. Its tokenizer is used to report special tokens in texts
@@ -362,7 +363,6 @@ def check(
             changes.jsonl), duplicates and invalid samples are left out (listed in
             skipped_samples.jsonl).
         html: Also write an HTML page with the issues, statistics and random samples.
-        seed: Random seed of the samples on the HTML page.
     """
     from finesight.check.data_checker import (
         inputs_from_files,

@@ -49,6 +49,9 @@ def evaluate(
     --out base.jsonl
 
     Args:
+        max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
+            512.
+        out: Write each answer with its scores to this JSONL file, for `finesight compare`.
         data: JSONL file of samples with answers. Default for a run: its validation split; required
             otherwise.
         metric: captions, latex, ocr, qa, classification, json, grounding or detection, or
@@ -58,9 +61,6 @@ def evaluate(
             recipe, else all.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted. Default
             for a run: of its recipe, else 32.
-        max_new_tokens: Maximum number of tokens per answer. Default for a run: of its recipe, else
-            512.
-        out: Write each answer with its scores to this JSONL file, for `finesight compare`.
     """
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
@@ -236,9 +236,9 @@ def compare(
     Example: finesight compare base.jsonl tuned.jsonl
 
     Args:
+        out: HTML page.
         runs: 2 to 8 run folders or prediction files of `finesight eval --out`. The first one is the
             baseline.
-        out: HTML page.
     """
     from finesight.report.compare_page import write_compare_page
     from finesight.report.html import raise_if_not_generated

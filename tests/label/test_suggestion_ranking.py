@@ -18,13 +18,13 @@ from finesight.data.sample import (
     TextPart,
 )
 from finesight.infer.model_loader import InferenceModel, load_inference_model
-from finesight.label.label_ranking import (
+from finesight.label.suggestion import (
     combine_scores,
     compute_label_losses,
     measure_disagreement,
     rank_labels,
+    suggest_labels,
 )
-from finesight.label.suggestion import suggest_labels
 from finesight.model_folder import TINY_MODEL
 
 BOX = BoxPart(label="a", xyxy=(0, 0, 10, 10))

@@ -21,6 +21,7 @@ from video_fixtures import write_video
 
 from finesight import api
 from finesight.api import UserError
+from finesight.operations import training
 from finesight.recipe import dump_recipe, load_recipe, recipe_from_dict
 
 PAGE = list_code_blocks(DOCS / "en" / "api.md")
@@ -266,7 +267,8 @@ def test_resumed_run_returns_the_same_result(task, tmp_path, monkeypatch):
     assert api.train(recipe, resume=True) == result
     # The result of a rank other than 0.
     monkeypatch.setattr("finesight.train.training_run.train", lambda *_, **__: None)
-    assert api.train(recipe, resume=True) == result
+    outcome = training.train(recipe, resume=True)
+    assert (outcome.value, outcome.data) == (result, []), "rank 0 alone prints the result"
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match="no result"):
         api.train(recipe, resume=True)

@@ -8,6 +8,8 @@ from pathlib import Path
 import fake_slurm
 import pytest
 
+from finesight import api
+
 LAUNCH = ("launch", "recipe.yaml")
 
 
@@ -49,6 +51,9 @@ def test_job_file_and_start_command(options, file, command, cli):
 
 
 def test_options_of_train_are_passed(cli):
+    api.launch("recipe.yaml", {"train.epochs": 2, "data.train": ["b.jsonl"]}, name="two")
+    words = """train recipe.yaml train.epochs=2 'data.train=["b.jsonl"]' --resume"""
+    assert words in Path("two.sh").read_text()
     cli(*LAUNCH, "--push", "hf:me/a@main", code=2)
     cli(*LAUNCH, "--push", "hf:me/a", "--force")
     assert "recipe.yaml --resume --push hf:me/a --force" in Path("first.sh").read_text()

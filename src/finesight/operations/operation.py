@@ -299,7 +299,9 @@ def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParam
 
 def read_descriptions(operation: Callable[..., object]) -> dict[str, str]:
     """Return the descriptions of parameters in the section `Args` of a docstring."""
-    section = f"{inspect.getdoc(operation)}\n".partition("\nArgs:\n")[2].partition("\n\n")[0]
+    docstring = f"{inspect.getdoc(operation)}\n"
+    assert docstring.count("\nArgs:\n") < 2, f"{operation} has two sections of parameters"
+    section = docstring.partition("\nArgs:\n")[2].partition("\n\n")[0]
     descriptions: dict[str, str] = {}
     for line in section.splitlines():
         name, separator, text = line.strip().partition(": ")

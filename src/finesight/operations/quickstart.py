@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from finesight.errors import TrainingInterrupted, UserError, format_command, shorten
+from finesight.operations.dataset import check, import_data
 from finesight.operations.operation import Outcome, Parameter, Step, StrPath
 from finesight.operations.training import train
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4
-
-MAX_SHOWN_ISSUES = 3
 
 _RECIPE_TEMPLATE = """\
 # Made by `finesight quickstart`: {num_images} train tickets.
@@ -104,33 +103,27 @@ def quickstart(
     Args:
         out: Folder for all files.
     """
-    from finesight.check.check_issues import format_summary
-    from finesight.check.data_checker import check_sources, inputs_from_recipe
-    from finesight.data.import_source import ImportOptions
-    from finesight.data.importer import import_dataset
     from finesight.progress import ProgressConsole
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
     out, settings, start_time = Path(out), settings or QuickstartSettings(), time.monotonic()
     recipe, log = write_recipe(out, settings), ProgressConsole().log
     table, data = out / "tickets" / TABLE_FILE, out / "data"
-    num_eval_rows = settings.num_eval_rows
     log(f"1. Generate {settings.num_images} images of train tickets and their label file {table}")
     if not table.parent.exists():
         write_tickets(table.parent, settings.num_images, settings.seed)
     with table.open(encoding="utf-8") as lines:
         for line, _ in zip(lines, range(3), strict=False):
             log(f"      {line.rstrip()}")
-    log(f"2. Import them, the last {num_eval_rows} for validation")
+    log(f"2. Import them, the last {settings.num_eval_rows} for validation")
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
-    options = ImportOptions(columns=columns, prompt=PROMPT, eval_last=num_eval_rows)
-    arguments = {"columns": columns, "prompt": PROMPT, "eval_last": num_eval_rows}
+    arguments = {"columns": columns, "prompt": PROMPT, "eval_last": settings.num_eval_rows}
     log(_format_step("import", source=table, out=data, **arguments))
     if not data.exists():
-        import_dataset(table, data, options)
+        import_data(table, data, columns=columns, prompt=PROMPT, eval_last=settings.num_eval_rows)
     log("3. Check the data")
     log(_format_step("check", sources=[recipe]))
-    for line in format_summary(check_sources(*inputs_from_recipe(recipe)), MAX_SHOWN_ISSUES):
+    for line in check([recipe]).lines:
         log(f"   {line}")
     log(f"4. Train {settings.model}, with an evaluation before and after")
     log(_format_step("train", recipe=recipe))

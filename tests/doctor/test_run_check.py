@@ -154,6 +154,11 @@ def test_overfitting_suggests_a_shorter_run(
     # A best loss before the first step indicates a high learning rate.
     is_slower = settings["train"]["learning_rate"]["default"] == 3e-4
     assert is_slower == (20 not in validation_losses)
+    if not is_slower:  # Early stopping with the weights of the best evaluation
+        made = FakeRunDir(tmp_path / "stopped")
+        made.write_lines("metrics.jsonl", [START_RECORD, *lines])
+        made.write_finished(stopped_early=True, weights_step=20)
+        assert list_codes(run_check.check_training(read_run(made.folder))) == []
 
 
 @pytest.mark.parametrize(

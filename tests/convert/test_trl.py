@@ -156,8 +156,8 @@ ACCELERATE = "deepspeed_config: {zero_stage: 2}\nnum_processes: 8\n"
     [
         (
             "a.py",
-            f"SFTTrainer('{MODEL}', args=SFTConfig(max_length=None), callbacks=[EarlyStopping()])",
-            {"model": MODEL, "max_length": 128_000},
+            f"SFTTrainer('{MODEL}', args=SFTConfig('o', max_length=None), callbacks=[Stop()])",
+            {"model": MODEL, "max_length": 128_000, "output_dir": "o"},
             {"dataset", "callbacks"},
         ),
         (
@@ -188,7 +188,8 @@ ACCELERATE = "deepspeed_config: {zero_stage: 2}\nnum_processes: 8\n"
         ),
         (
             "a.sh",
-            "trl grpo --config config.yaml --accelerate_config fsdp1 --num_processes 4",
+            "trl grpo --config config.yaml --accelerate_config fsdp1 --num_processes 4"
+            " --run_name a-$(date +%s) --logging-dir=$LOGS",
             {"parallel": "fsdp", "batch_size": 32, "max_length": 128_000},
             {"stage"},
         ),
@@ -210,7 +211,7 @@ def test_settings_of_scripts_and_launchers_are_kept(name, text, settings, noted,
     found = {
         **{"model": made.model, "command": [*done.import_commands, ""][0]},
         **{"max_length": made.data.max_length, "parallel": made.train.parallel},
-        "batch_size": made.train.batch_size,
+        **{"batch_size": made.train.batch_size, "output_dir": str(made.output_dir)},
     }
     assert {key: found[key] for key in settings} == settings
     assert set(notes_by_setting(done, "differs")) == noted

@@ -215,7 +215,9 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     ((program, name, launcher, arguments, environment),) = trainings
     values = [environment[name] for name in environment.keys() & CONVERTED_VARIABLES]
     counted = _PEER_OPTION.sub("", " ".join(launcher)).split()
-    for value in (*counted, *arguments, *values):
+    pairs = zip(["", *arguments], arguments, strict=False)
+    used = [word for pair in pairs for word in pair[1:] if not _is_ignored(program, pair)]
+    for value in (*counted, *used, *values):
         if "$" in value or "`" in value:
             raise _build_unresolved_error(path, value)
     arguments = [word.replace(_LITERAL_DOLLAR, "$") for word in arguments]
@@ -238,6 +240,12 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     elif name not in ("", "sft", "train"):
         content.setdefault("stage", name)
     return _build_config(program, content, path, environment)
+
+
+def _is_ignored(program: SourceProgram, words: Sequence[str]) -> bool:
+    """Return whether an option in these words has no effect on the recipe, such as a run name."""
+    names = (word.partition("=")[0].lstrip("-").replace("-", "_") for word in words)
+    return any(rule.is_ignored for rule in map(load_rules(program).find, names) if rule)
 
 
 def _parse_config_file(name: str, script: Path) -> dict[str, object]:

@@ -21,6 +21,7 @@ _DTYPES = ("bfloat16", "float16", "float32")
 _MODEL_CLASS = re.compile(r"(?:.*\.)?(?!PeftModel)\w*(?:Model|For[A-Z])\w*")
 _POSITIONAL = {
     **dict.fromkeys(("from_pretrained", "SFTTrainer", "DPOTrainer", "GRPOTrainer"), ("model",)),
+    **dict.fromkeys(("TrainingArguments", "SFTConfig", "DPOConfig", "GRPOConfig"), ("output_dir",)),
     "load_dataset": ("path", "name"),
 }
 _CONFIG_ENDS = ("Config", "Arguments")

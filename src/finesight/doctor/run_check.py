@@ -33,7 +33,7 @@ from finesight.doctor.diagnosis import (
     join_command,
     make_diagnosis,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report import summary
@@ -240,7 +240,7 @@ def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
     losses = _finite_values(run_record.steps, "loss")
     norms = _finite_values(run_record.steps, "grad_norm")
     if min(len(losses), len(norms)) < MIN_STEPS:
-        counts = {"count": len(run_record.steps), "minimum": MIN_STEPS}
+        counts = {"count": format_count(len(run_record.steps), "step"), "minimum": MIN_STEPS}
         overrides = scale_duration(run_record, MIN_STEPS / max(1, len(run_record.steps)))
         yield diagnose_run(run_record, "too-short", **counts, overrides=overrides)
         return

@@ -624,15 +624,15 @@ def _suggest_remedy(key: SettingKey, value: object) -> str:
             settings = [f"{setting}={_format_value(value)}" for setting in settings]
         choices = " or ".join(settings)
         return f"use {choices}" if len(key) == 1 else f"did you mean {choices}?"
-    if wanted in advice:
-        return f"remove it: {advice[wanted]['reason']}"
+    prefixes = (name for name in advice if name[-1] == "*" and wanted.startswith(name[:-1]))
+    if known := advice.get(wanted) or advice.get(next(prefixes, "")):
+        return f"remove it: {known['reason']}"
     names = _list_group_names(key[:-1])
     spellings = {n: (n, *(w for w in n.split("_") if len(w) >= MIN_WORD_CHARS)) for n in names}
     if sibling := _closest_name(wanted, spellings):
         return f"did you mean {format_key((*key[:-1], sibling))}?"
-    words = set(wanted.split("_"))
     for path in paths:  # train_batch_size for train.batch_size
-        if set(path[-1].split("_")) <= words <= set("_".join(path).split("_")):
+        if {*path[-1].split("_")} <= {*wanted.split("_")} <= {*"_".join(path).split("_")}:
             return f"did you mean {format_key(path)}?"
     closest = _closest_name(wanted, {format_key(path): (path[-1],) for path in paths})
     return f"did you mean {closest}?" if closest else "remove it or correct its name"

@@ -1,4 +1,4 @@
-"""Handwritten training curves and predictions: rising loss, overfitting, boxes in another frame."""
+"""Diagnoses of handwritten training curves and predictions, in one table each."""
 
 from __future__ import annotations
 
@@ -44,10 +44,12 @@ def diagnose(folder: Path, lines: list[JsonLine], recipe: JsonLine = RECIPE) -> 
     return run_check.check_training(read_run(made.folder))
 
 
-def steps(loss: Callable[[int], float], count: int = 60, **more: object) -> list[JsonLine]:
+def steps(
+    loss: Callable[[int], float], count: int = 60, noise: float = 0.03, **more: object
+) -> list[JsonLine]:
     """Steps with such losses, which scatter a little."""
     return [
-        make_step_line(n, **more, loss=loss(n) + 0.03 * math.sin(7 * n))
+        make_step_line(n, **more, loss=loss(n) + noise * math.sin(7 * n))
         for n in range(1, count + 1)
     ]
 
@@ -60,19 +62,8 @@ def apply_remedy(remedy: str, tmp_path: Path) -> dict[str, object]:
     return recipe.model_dump()
 
 
-def test_converging_run_has_no_issue(tmp_path: Path) -> None:
-    found = diagnose(tmp_path, steps(lambda n: 3 * math.exp(-n / 20) + 0.2))
-    assert [one.severity for one in found] == ["ok"]
-
-
-def test_rising_loss_suggests_lower_learning_rates(tmp_path: Path) -> None:
-    found = find_diagnosis(
-        diagnose(tmp_path, steps(lambda n: 2.0 - 0.05 * n if n < 20 else 1.0 + 0.05 * (n - 20))),
-        "learning-rate-too-high",
-    )
-    learning_rates = apply_remedy(found.remedy, tmp_path)["train"]["learning_rate"]
-    assert (learning_rates["default"], learning_rates["language"]) == (1e-4, 2e-4)
-    assert found.remedy.endswith("my run-2'")
+def falling(step: int) -> float:
+    return 3 * math.exp(-step / 20) + 0.2
 
 
 DESTROYED = """4.28 7.47 8.18 11.67 11.98 9.91 11.66 11.48 8.68 7.14 7.62 6.44 5.82 5.17 4.60 4.04
@@ -82,54 +73,53 @@ stable.
 """
 STOOD = """4.28 2.85 2.13 4.85 2.61 3.62 1.98 1.17 0.94 0.77 0.60 0.59 0.33 0.28 0.14 0.39 0.25 0.23
     0.03 0.09 0.11 0.11 0.06 0.10"""
+LOSSES = {
+    "destroyed": [make_step_line(n, loss=float(x)) for n, x in enumerate(DESTROYED.split(), 1)],
+    "stood": [make_step_line(n, loss=float(x)) for n, x in enumerate(STOOD.split(), 1)],
+    "rising": steps(lambda n: 2.0 - 0.05 * n if n < 20 else 1.0 + 0.05 * (n - 20)),
+    "noisy": steps(lambda n: 1.0 + 0.6 * math.sin(37 * n)),
+    "converging": steps(falling),
+    # Small gradients after convergence are no issue.
+    "converged": [
+        line | {"grad_norm": 1 / line["step"] ** 2}
+        for line in steps(lambda n: 3 * math.exp(-n / 4) + 0.05)
+    ],
+    "flat": steps(lambda n: 2.0),
+    "low": steps(lambda n: 0.01, noise=0.0),
+    "short": steps(lambda n: 2.0, 4),
+    "jumping": [
+        line | ({"loss": 9.0, "loss_spike_samples": ["t.jsonl:7"]} if n in (20, 30, 40) else {})
+        for n, line in enumerate(steps(falling))
+    ],
+}
 
 
 @pytest.mark.parametrize(
-    ("losses", "expected"), [(DESTROYED, ["learning-rate-too-high"]), (STOOD, [])]
+    ("curve", "code", "severity", "settings"),
+    [
+        ("destroyed", "learning-rate-too-high", "error", {"default": 1e-4, "language": 2e-4}),
+        ("rising", "learning-rate-too-high", "error", {"default": 1e-4, "language": 2e-4}),
+        ("stood", "loss", "ok", {}),
+        ("noisy", "loss-flat", "error", "show"),
+        ("converging", "loss", "ok", {}),
+        ("converged", "loss", "ok", {}),
+        ("flat", "loss-flat", "error", "show"),
+        ("low", "low-initial-loss", "warning", "show"),
+        ("short", "too-short", "warning", {"epochs": 6.0}),
+        ("jumping", "loss-spikes", "warning", {"warmup": 0.1}),
+    ],
 )
-def test_loss_spike_suggests_lower_learning_rate(
-    tmp_path: Path, losses: str, expected: list[str]
+def test_loss_curve_has_its_diagnosis_and_remedy(
+    curve: str, code: str, severity: str, settings: object, tmp_path: Path
 ) -> None:
-    lines = [make_step_line(n, loss=float(loss)) for n, loss in enumerate(losses.split(), start=1)]
-    found = diagnose(tmp_path, lines)
-    assert list_codes(found) == expected
-    if expected:
-        assert "rose from 4.28 to 11.7 before it fell to 3.68" in found[0].what
-
-
-def test_noisy_loss_is_not_rising(tmp_path: Path) -> None:
-    lines = [make_step_line(n, loss=1.0 + 0.6 * math.sin(37 * n)) for n in range(1, 61)]
-    assert "learning-rate-too-high" not in list_codes(diagnose(tmp_path, lines))
-
-
-def test_small_gradients_after_convergence_are_no_issue(tmp_path: Path) -> None:
-    lines = steps(lambda n: 3 * math.exp(-n / 4) + 0.05)
-    lines = [line | {"grad_norm": 1 / line["step"] ** 2} for line in lines]
-    assert list_codes(diagnose(tmp_path, lines)) == []
-
-
-def test_flat_loss_suggests_checking_the_data(tmp_path: Path) -> None:
-    found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0)), "loss-flat")
-    assert shlex.split(found.remedy)[:2] == ["finesight", "show"]
-
-
-def test_low_initial_loss_is_a_hint(tmp_path: Path) -> None:
-    lines = [make_step_line(n, loss=0.01) for n in range(1, 61)]
-    assert list_codes(diagnose(tmp_path, lines), "warning") == ["low-initial-loss"]
-
-
-def test_too_few_steps_suggests_more_epochs(tmp_path: Path) -> None:
-    found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0, 4)), "too-short")
-    assert apply_remedy(found.remedy, tmp_path)["train"]["epochs"] == 6.0
-
-
-def test_loss_jumps_are_reported_with_samples(tmp_path: Path) -> None:
-    lines = steps(lambda n: 3 * math.exp(-n / 20) + 0.2)
-    for n in (20, 30, 40):
-        lines[n] |= {"loss": 9.0, "loss_spike_samples": [f"t.jsonl:{n}"]}
-    found = find_diagnosis(diagnose(tmp_path, lines), "loss-spikes")
-    assert "t.jsonl:20" in found.why
-    assert apply_remedy(found.remedy, tmp_path)["train"]["warmup"] == 0.1
+    found = [one for one in diagnose(tmp_path, LOSSES[curve]) if one.code == code]
+    assert [one.severity for one in found] == [severity]
+    if settings == "show":
+        assert shlex.split(found[0].remedy)[:2] == ["finesight", "show"]
+    elif settings:
+        train = apply_remedy(found[0].remedy, tmp_path)["train"]
+        assert settings.items() <= (train | train["learning_rate"]).items()
+        assert found[0].remedy.endswith("my run-2'")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +144,11 @@ def test_overfitting_suggests_a_shorter_run(
     # A best loss before the first step indicates a high learning rate.
     is_slower = settings["train"]["learning_rate"]["default"] == 3e-4
     assert is_slower == (20 not in validation_losses)
+    if not is_slower:  # Early stopping with the weights of the best evaluation
+        made = FakeRunDir(tmp_path / "stopped")
+        made.write_lines("metrics.jsonl", [START_RECORD, *lines])
+        made.write_finished(stopped_early=True, weights_step=20)
+        assert list_codes(run_check.check_training(read_run(made.folder))) == []
 
 
 @pytest.mark.parametrize(
@@ -197,71 +192,49 @@ def difference(verdict: str, before: float = 0.4, after: float = 0.5) -> JsonLin
     return {"name": "similarity", "verdict": verdict, **figures}
 
 
-def test_improved_metric_has_no_issue(fake_run_dir: FakeRunDir) -> None:
-    fake_run_dir.write_finished(metric_differences=[difference("better")])
-    assert [one.severity for one in diagnose_predictions(fake_run_dir)] == ["ok", "ok"]
+def cut(answer: str, gold: str, count: int, total: int) -> list[JsonLine]:
+    """Predictions of which some reached the token limit."""
+    long = make_prediction_line("a", answer, gold, 0.1, finish_reason="length")
+    return [long] * count + [make_prediction_line("b", "x", "x", 1.0)] * (total - count)
 
 
-def test_worse_metric_suggests_the_report(fake_run_dir: FakeRunDir) -> None:
-    fake_run_dir.write_finished(metric_differences=[difference("worse", 0.9, 0.9)])
-    found = find_diagnosis(diagnose_predictions(fake_run_dir), "metric-worse")
-    assert shlex.split(found.remedy) == ["finesight", "report", str(fake_run_dir.folder)]
+TEXT = "".join(random.Random(0).choices("abcdefghij ", k=200))
+PEAK = [make_evaluation_line(n, score) for n, score in ((0, 0.5), (30, 0.7), (60, 0.4))]
 
 
-def test_metric_with_earlier_peak_suggests_patience(fake_run_dir: FakeRunDir) -> None:
-    fake_run_dir.write_lines(
-        "metrics.jsonl", [make_evaluation_line(n, f) for n, f in ((0, 0.5), (30, 0.7), (60, 0.4))]
-    )
-    fake_run_dir.write_finished(metric_differences=[difference("worse", 0.5, 0.4)])
-    found = find_diagnosis(diagnose_predictions(fake_run_dir), "metric-worse")
-    assert "after step 30" in found.what
-    assert "eval.patience=2" in found.remedy
-
-
-def test_insignificant_difference_suggests_more_samples(fake_run_dir: FakeRunDir) -> None:
-    fake_run_dir.write_finished(metric_differences=[difference("no clear change")])
-    found = find_diagnosis(diagnose_predictions(fake_run_dir), "metric-unclear")
-    assert "within noise (-0.1000 to +0.2000)" in found.what
-    assert found.remedy.endswith("--limit 200")
-
-
-def test_run_without_evaluation_is_a_hint(fake_run_dir: FakeRunDir) -> None:
-    fake_run_dir.write_lines("metrics.jsonl", [START_RECORD])
-    assert list_codes(diagnose_predictions(fake_run_dir), "warning") == ["not-evaluated"]
-
-
-def test_repetitive_answers_are_detected(fake_run_dir: FakeRunDir) -> None:
-    loop = make_prediction_line("a", "x = " + "1 + " * 30, "x = 1", 0.1, finish_reason="length")
-    fake_run_dir.write_predictions(
-        "after", [loop] * 4 + [make_prediction_line("b", "x", "x", 1.0)] * 6
-    )
-    found = find_diagnosis(diagnose_predictions(fake_run_dir), "answers-unfinished")
-    assert "4 of 10" in found.what
-    assert "4 of them repetitive" in found.what
-    assert "train.epochs=2" in found.remedy
-
-
-def test_truncated_answers_suggest_more_tokens(fake_run_dir: FakeRunDir) -> None:
-    text = "".join(random.Random(0).choices("abcdefghij ", k=200))
-    cut = make_prediction_line("a", text[:100], text, 0.5, finish_reason="length")
-    fake_run_dir.write_predictions(
-        "after", [cut] * 3 + [make_prediction_line("b", "x", "x", 1.0)] * 7
-    )
-    words = shlex.split(
-        find_diagnosis(diagnose_predictions(fake_run_dir), "answers-truncated").remedy
-    )
-    assert words[words.index("--max-new-tokens") + 1] == "256"
-
-
-def test_single_truncated_answer_is_no_issue(fake_run_dir: FakeRunDir) -> None:
-    fake_run_dir.write_predictions(
-        "after",
-        [
-            make_prediction_line("b", "x", "x", 1.0, finish_reason="stop" if n else "length")
-            for n in range(40)
-        ],
-    )
-    assert list_codes(diagnose_predictions(fake_run_dir)) == []
+@pytest.mark.parametrize(
+    ("change", "lines", "answers", "code", "severity", "words"),
+    [
+        (("better",), None, [], "metric", "ok", ["finesight"]),
+        (("worse", 0.9, 0.9), None, [], "metric-worse", "error", ["finesight report "]),
+        (("worse", 0.5, 0.4), PEAK, [], "metric-worse", "error", ["step 30", "eval.patience=2"]),
+        (("no clear change",), None, [], "metric-unclear", "warning", ["--limit 200"]),
+        (None, [START_RECORD], [], "not-evaluated", "warning", ["data.eval="]),
+        (
+            None,
+            None,
+            cut("x = " + "1 + " * 30, "x = 1", 4, 10),
+            "answers-unfinished",
+            "error",
+            ["4 of 10", "4 of them repetitive", "train.epochs=2"],
+        ),
+        (None, None, cut(TEXT[:100], TEXT, 3, 10), "answers-truncated", "error", ["tokens 256"]),
+        (None, None, cut(TEXT[:100], TEXT, 1, 40), "predictions", "ok", ["40"]),
+    ],
+)
+def test_predictions_have_their_diagnosis_and_remedy(
+    change, lines, answers, code, severity, words, fake_run_dir: FakeRunDir
+) -> None:
+    if lines:
+        fake_run_dir.write_lines("metrics.jsonl", lines)
+    if change:
+        fake_run_dir.write_finished(metric_differences=[difference(*change)])
+    if answers:
+        fake_run_dir.write_predictions("after", answers)
+    found = diagnose_predictions(fake_run_dir)
+    assert [one.severity for one in found if one.code == code] == [severity]
+    one = find_diagnosis(found, code)
+    assert all(word in f"{one.what} {one.remedy} finesight" for word in words), one
 
 
 SIZES = ((640, 480), (300, 500), (1000, 200), (800, 800))

@@ -110,32 +110,6 @@ def test_killed_run_is_resumed(task: TinyTask) -> None:
     assert list_codes(diagnose(folder)) == []
 
 
-@pytest.mark.parametrize(
-    ("how", "printed_text"),
-    [("interrupted", "it was interrupted: for a test"), ("failed", "it failed")],
-)
-def test_end_reason_is_read_from_run(
-    unfinished_run: Path, tmp_path: Path, how: str, printed_text: str
-) -> None:
-    """A run that was started again since has not ended by that."""
-    folder = tmp_path / "copy"
-    shutil.copytree(unfinished_run, folder)
-    end = {
-        "step": 6,
-        "ended_at": "2026-01-01T00:00:00+00:00",
-        "status": how,
-        "reason": "for a test",
-    }
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(end) + "\n")
-        file.flush()
-        found = find_diagnosis(diagnose(folder), "unfinished")
-        assert printed_text in found.why
-        assert "for a test; 2 steps" in found.why
-        file.write(json.dumps({"step": 6, "started_at": "2026-01-02T00:00:00+00:00"}) + "\n")
-    assert "was killed" in find_diagnosis(diagnose(folder), "unfinished").why
-
-
 def test_interrupted_run_records_the_signal(task: TinyTask) -> None:
     class Stopping(storage.FileSystem):
         def rename(self, source: Path, target: Path) -> None:

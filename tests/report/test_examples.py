@@ -91,10 +91,9 @@ def test_equal_ids_are_paired_in_order(tmp_path: Path) -> None:
         (one.latest["id"], round(one.change, 3), *(line is None for line in one.predictions))
         for one in read_examples(before, after, "similarity", 9).displayed
     }
-    assert changes == {
-        *{("a", 0.1, False, False), ("a", -0.1, False, False)},
-        *{("d", 0.0, True, False), ("c", 0.0, False, True)},
-    }
+    # Sample c was not evaluated again: nothing is known about its latest answer.
+    pairs = {("a", 0.1, False, False), ("a", -0.1, False, False)}
+    assert changes == pairs | {("d", 0.0, True, False)}
 
 
 def test_single_evaluation_separates_right_from_wrong(tmp_path: Path) -> None:

@@ -257,24 +257,6 @@ def test_page_in_browser(browser: Browser, run: FakeRunDir, width: int, dark: bo
     assert read_texts(browser, "#found") == ["3 found"]
 
 
-def test_keyboard_navigation(browser: Browser, run: FakeRunDir) -> None:
-    browser.open(write_report(run.folder))
-    where = "return document.activeElement.querySelector('.id')?.textContent;"
-    seen = []
-    for key in ("j", "j", "k"):
-        browser.press(key)
-        seen.append(browser.run(where))
-    assert seen == ["s2", "s6", "s2"]
-    browser.press("Enter")
-    assert count(browser, ".example.wide") == 1
-    browser.press("/")
-    assert browser.run("return document.activeElement.id;") == "search"
-    browser.press("s", "1", "1")
-    assert count(browser, ".feed > li") == 1
-    browser.press("Escape", "j")
-    assert browser.run(where) == "s11"
-
-
 def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRunDir) -> None:
     browser.open(write_report(run.folder))
     choose = "byId('order').value = '{}'; byId('order').dispatchEvent(new Event('change'));"
@@ -295,8 +277,7 @@ def test_examples_are_sorted_filtered_and_enlarged(browser: Browser, run: FakeRu
         click(browser, f"[data-kind={kind}]")
         assert count(browser, ".tile") == number
     assert browser.unlabeled_elements() == []
-    browser.press("j")
-    browser.press("Enter")
+    browser.press("j", "j", "k", "Enter")
     assert read_texts(browser, "#enlarged[open] .id") == ["s0"]
     browser.press("ArrowRight", "ArrowRight", "ArrowRight")
     assert read_texts(browser, "#enlarged[open] .id") == ["s8"]

@@ -141,6 +141,9 @@ def test_overfitting_is_reported_with_best_checkpoint(
         assert "checkpoints/step-20). Train fewer steps (train.steps=20)" in text
         run.write_lines("metrics.jsonl", [START_RECORD, *lines])
         assert text in summary.list_remarks(read_run(run.folder))
+        # The weights of the best evaluation are saved.
+        run.write_finished(stopped_early=True, weights_step=20)
+        assert text not in summary.list_remarks(read_run(run.folder))
 
 
 @each(

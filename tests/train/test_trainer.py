@@ -141,7 +141,7 @@ def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
     listed = (task.folder / "run" / "skipped_samples.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in listed] == ["train2", "eval0", "train5"]
     assert result.skipped_samples == 3
-    for text in ("skipped train2", "skipped train5", "1 validation samples skipped, eval0: "):
+    for text in ("skipped train2", "skipped train5", "1 validation sample skipped, eval0: "):
         assert text in task.console_output
     with pytest.raises(CorruptImageError, match=r"train2\.png"):
         task.run("data.on_invalid_sample=fail", name="strict")
@@ -172,6 +172,7 @@ def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None
     listed = [json.loads(line) for line in (run / "skipped_samples.jsonl").open()]
     assert [row["id"] for row in listed] == ["eval1"]
     assert "not compared" in task.console_output
+    assert "(loss of 2 samples, scores of 2 samples)" in task.console_output
     assert result.metric_differences == ()
     text = "scores: not compared: the samples before (3) and after training (2) differ"
     assert text in result.as_table()

@@ -7,6 +7,7 @@ import ast
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import yaml
@@ -15,7 +16,7 @@ from finesight.bounded_files import load_yaml, parse_json, read_text
 from finesight.convert.external_config import ExternalConfig, SourceProgram, load_rules
 from finesight.convert.python_script import AmbiguousConfigError, Script, evaluate_constant
 from finesight.errors import UserError, suggest_similar_path
-from finesight.recipe import load_trainer_settings
+from finesight.recipe import invert_groups, load_trainer_settings
 
 UNKNOWN_COUNT = "unknown"
 """Value of NPROC_PER_NODE if a launcher determines the number of processes at run time."""
@@ -43,13 +44,16 @@ _PROGRAMS: dict[str, SourceProgram] = {
 }
 _SCRIPTS: dict[str, SourceProgram] = {
     r"(?:.*/)?swift[./]cli[./](sft|rlhf)(?:\.py)?": "ms-swift",
-    r"(?:.*/)?(?:src/train|llamafactory/launcher)\.py()": "LLaMA-Factory",
+    r"(?:.*/)?(?:src/train(?:_bash)?|llamafactory/launcher)\.py()": "LLaMA-Factory",
     r"(?:.*/)?src/train(?:ing)?/train_?(\w*)\.py": "Qwen-VL-Series-Finetune",
     r"(?:.*/)?(sft|dpo|grpo|kto|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
 }
 """Programs that start as a Python script, by a pattern with the training method."""
 _STARTS = ("Arguments", "SFTConfig", "DPOConfig", "GRPOConfig", "ORPOConfig", "KTOConfig")
 """Ends of the names of classes with the arguments of a training."""
+
+_PEER_OPTION = re.compile(r"--(?:node|machine|master|main|rdzv)[_-]\w+[ =]\S*")
+"""Option of a launcher for the rank or address of a node."""
 
 _LITERAL_DOLLAR = "\0"
 """Replaces a dollar sign that starts no variable, in single quotes or after a backslash."""
@@ -110,7 +114,7 @@ def _build_error(path: Path, what: str, remedy: str) -> UserError:
 def _read_text(path: Path) -> str:
     remedy = suggest_similar_path(path) if not path.exists() else "use a UTF-8 file of at most 4 MB"
     text = read_text(path, expected=_EXPECTED, remedy=remedy, max_bytes=4_000_000)
-    return text.removeprefix("\ufeff")
+    return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
 
 def _parse_content(path: Path) -> dict[str, object]:
@@ -167,7 +171,7 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
     started = [callee for callee, name, _ in arguments if not name and callee.endswith(_STARTS)]
     if not started or "model_name_or_path" not in values:
         model = unresolved.get("model_name_or_path")
-        what = f"loads the model {model!r}, which is not a constant of the script"
+        what = f"loads the model {model!r}, which is no constant" if model else "names no model"
         if not started:
             what = "sets no training arguments of TRL, such as SFTConfig(...)"
         remedy = "write the values into a copy of the script, or use the file that starts it"
@@ -196,24 +200,30 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
             remedy = "end the preceding line with a backslash, or remove this line"
             raise _build_error(path, f"{words[0]} is not a part of a command", remedy)
         program, name, index = _find_program(words)
+        python = next((word for word in words if word.endswith(".py")), None)
         if program is not None and name not in settings["commands"]:
             trainings.append((program, name, words[:index], words[index:], exported | assigned))
         elif program is not None:
             others.append(f"{program}'s {name}: {settings['commands'][name]}")
-        elif python := next((word for word in words if word.endswith(".py")), None):
+        elif python is not None:
             others.append(f"starts {python}, which is not a script of a known program")
     if len(trainings) != 1:
-        what = "contains no command of ms-swift, LLaMA-Factory or TRL"
-        what = f"contains {len(trainings)} training commands" if trainings else [*others, what][0]
-        remedy = "use a script with one training command, or the Python script that it starts"
+        what = [*others, "contains no command of ms-swift, LLaMA-Factory or TRL"][0]
+        what = f"contains {len(trainings)} training commands" if trainings else what
+        remedy = "convert a copy with one training command, or write a recipe: finesight init DATA"
         raise _build_error(path, what, remedy)
     ((program, name, launcher, arguments, environment),) = trainings
     values = [environment[name] for name in environment.keys() & CONVERTED_VARIABLES]
-    for value in (*launcher, *arguments, *values):
+    counted = _PEER_OPTION.sub("", " ".join(launcher)).split()
+    pairs = zip(["", *arguments], arguments, strict=False)
+    used = [word for pair in pairs for word in pair[1:] if not _is_ignored(program, pair)]
+    for value in (*counted, *used, *values):
         if "$" in value or "`" in value:
             raise _build_unresolved_error(path, value)
     arguments = [word.replace(_LITERAL_DOLLAR, "$") for word in arguments]
-    environment |= _read_launcher(launcher)
+    # `trl` forwards the options of accelerate.
+    words = ["accelerate", *arguments] if "trl" in launcher else launcher
+    environment |= _read_launcher(words, path)
     content: dict[str, object] = {}
     if arguments and arguments[0].endswith(_CONFIG_SUFFIXES):
         content = _parse_config_file(arguments.pop(0), path)
@@ -230,6 +240,12 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     elif name not in ("", "sft", "train"):
         content.setdefault("stage", name)
     return _build_config(program, content, path, environment)
+
+
+def _is_ignored(program: SourceProgram, words: Sequence[str]) -> bool:
+    """Return whether an option in these words has no effect on the recipe, such as a run name."""
+    names = (word.partition("=")[0].lstrip("-").replace("-", "_") for word in words)
+    return any(rule.is_ignored for rule in map(load_rules(program).find, names) if rule)
 
 
 def _parse_config_file(name: str, script: Path) -> dict[str, object]:
@@ -314,7 +330,8 @@ def _build_unresolved_error(path: Path, text: str) -> UserError:
 def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]:
     """Find the training program in a shell command, its subcommand, and its first argument."""
     settings = load_trainer_settings()
-    names = {"sft", "train", "rlhf", "reward", *settings["commands"], *settings["objectives"]}
+    objectives = invert_groups(settings["objectives"])
+    names = {"sft", "train", "rlhf", "reward", *settings["commands"], *objectives}
     for index, word in enumerate(words):
         basename, following = word.rpartition("/")[2], words[index + 1 : index + 2]
         name = following[0].replace("_", "-") if following else ""
@@ -347,7 +364,7 @@ def _parse_options(words: Sequence[str]) -> dict[str, object]:
     return settings
 
 
-def _read_launcher(words: Sequence[str]) -> dict[str, str]:
+def _read_launcher(words: Sequence[str], path: Path) -> dict[str, str]:
     """Return NPROC_PER_NODE and NNODES as set by torchrun, deepspeed or accelerate."""
     names = {word.rpartition("/")[2] for word in words}
     is_torchrun = bool(names & {"torchrun", "torch.distributed.run", "torch.distributed.launch"})
@@ -358,10 +375,22 @@ def _read_launcher(words: Sequence[str]) -> dict[str, str]:
     count_options = ("--nproc_per_node", "--nproc-per-node", "--num_gpus", "--num_processes")
     parser.add_argument(*count_options, dest="count", default=default)
     parser.add_argument("--nnodes", "--num_nodes", default="1")
+    parser.add_argument("--config_file", "--accelerate_config", dest="file", default="")
     try:
         options, _ = parser.parse_known_args(list(words))
     except argparse.ArgumentError:
         return {"NPROC_PER_NODE": UNKNOWN_COUNT}
     is_known = options.count.isdecimal() and options.nnodes.isdecimal()
     counts = {"NPROC_PER_NODE": options.count, "NNODES": options.nnodes}
-    return counts if is_known else {"NPROC_PER_NODE": UNKNOWN_COUNT}
+    file = _read_accelerate_config(options.file, path) if options.file else {}
+    return file | counts if is_known else {"NPROC_PER_NODE": UNKNOWN_COUNT} | file
+
+
+def _read_accelerate_config(name: str, script: Path) -> dict[str, str]:
+    """Return `accelerate_config`, the parallelism in this file or its name, and NPROC_PER_NODE."""
+    content: dict[str, object] = {}
+    with suppress(UserError):  # It is on the machine of the training, or built into TRL.
+        content = _parse_config_file(name, script)
+    mode = content.get("deepspeed_config") or content.get("distributed_type") or name
+    count = content.get("num_processes") or UNKNOWN_COUNT  # of all machines
+    return {"accelerate_config": str(mode), "NPROC_PER_NODE": str(count)}

@@ -41,6 +41,11 @@ class ProgramRules(NamedTuple):
     converted: frozenset[str]
     other: Mapping[str, SettingRule]
 
+    def find(self, key: str) -> SettingRule | None:
+        """Return the rule for a setting, or that for its prefix, such as `galore_*`."""
+        prefixes = (name for name in self.other if name[-1] == "*" and key.startswith(name[:-1]))
+        return self.other.get(key) or self.other.get(next(prefixes, ""))
+
 
 @cache
 def load_rules(program: SourceProgram) -> ProgramRules:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import operator
+import re
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -17,21 +18,19 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], object]] = {
     ast.FloorDiv: operator.floordiv,
 }
 _DTYPES = ("bfloat16", "float16", "float32")
-_MODEL_CLASSES = ("Model", "ForConditionalGeneration", "ForImageTextToText", "ForCausalLM")
-_POSITIONAL = {"from_pretrained": ("model",), "load_dataset": ("path", "name")}
+_MODEL_CLASS = re.compile(r"(?:.*\.)?(?!PeftModel)\w*(?:Model|For[A-Z])\w*")
+_POSITIONAL = {
+    **dict.fromkeys(("from_pretrained", "SFTTrainer", "DPOTrainer", "GRPOTrainer"), ("model",)),
+    **dict.fromkeys(("TrainingArguments", "SFTConfig", "DPOConfig", "GRPOConfig"), ("output_dir",)),
+    "load_dataset": ("path", "name"),
+}
 _CONFIG_ENDS = ("Config", "Arguments")
 _CONSUMER_ENDS = ("Trainer", "get_peft_model", "from_pretrained")
 """Ends of the names of calls that make a configuration, and of those that receive one."""
 
 _CHANGING_METHODS = (
-    "update",
-    "pop",
-    "popitem",
-    "clear",
-    "setdefault",
-    "append",
-    "extend",
-    "insert",
+    *("update", "pop", "popitem", "clear"),
+    *("setdefault", "append", "extend", "insert"),
 )
 
 
@@ -208,7 +207,7 @@ class Script:
             is_config = callee.endswith(_CONFIG_ENDS)
             if callee not in callees or (is_config and call not in configs):
                 continue
-            is_model = receiver.endswith(_MODEL_CLASSES) and not receiver.endswith("PeftModel")
+            is_model = _MODEL_CLASS.fullmatch(receiver) is not None
             values = self._read_arguments(call, callee) | self._read_changes(call, is_config)
             if callee == "from_pretrained" and not is_model:
                 values = {key: value for key, value in values.items() if key.endswith("_pixels")}

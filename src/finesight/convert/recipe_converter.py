@@ -84,14 +84,15 @@ def _iter_value_notes(
     rules = load_rules(config.program)
     skipped_keys = rules.converted | {note.key for note in draft.notes}
     for key, expression in config.unresolved.items():
-        rule, is_noted = rules.other.get(key), key in ("", "dataset_name", "bf16", "fp16")
+        rule, is_noted = rules.find(key), key in ("", "dataset_name", "bf16", "fp16")
         if not is_noted and (rule is None or not rule.is_ignored):
             text = "computed by the script, which is not executed: set it in the recipe"
+            text = rule.reason if rule else text
             is_own = rule is None and key not in rules.converted and not key.startswith("**")
             text = f"used by {objective} only" if objective and is_own else text
             yield ConversionNote("differs", key, _format_short(key, expression), text)
     for key, value in config.values.items():
-        rule, formatted = rules.other.get(key), _format_short(key, value)
+        rule, formatted = rules.find(key), _format_short(key, value)
         if rule is None:
             text = f"unknown setting of {config.program}: check whether it matters"
             text = f"used by {objective} only" if objective else text

@@ -294,15 +294,19 @@ class TrainerConverter:
         self.draft.note("batch", total, description)
 
     def _set_parallelism(self) -> None:
-        deepspeed, fsdp = self.config.get_value("deepspeed"), self.config.get_str("fsdp")
-        if deepspeed:
+        launcher = (self.config.get_str("accelerate_config") or "").lower()
+        fsdp = self.config.get_str("fsdp") or (launcher if "fsdp" in launcher else "")
+        launcher = "" if re.search(r"fsdp|(multi|single)_?gpu|^no$", launcher) else launcher
+        if deepspeed := self.config.get_value("deepspeed") or launcher:
             # A built-in name, a file name, or the content of the configuration.
             text = re.sub(r"""[_\-\s'"]""", "", str(deepspeed)).lower()
             is_content = "{" in text
             text = text if is_content else text.rpartition("/")[2]
             match = re.search(r"z(?:ero)?([0-3])|stage:([0-3])", text)
             if match is None:
-                self.draft.note("deepspeed", deepspeed, "set train.parallel", differs=True)
+                text = "set train.parallel, if it shards the model or the optimizer"
+                key = "accelerate_config" if launcher == deepspeed else "deepspeed"
+                self.draft.note(key, deepspeed, text, differs=True)
                 return
             stage = int(match[1] or match[2])
             offload = "device:cpu" in text if is_content else "offload" in text

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from finesight.convert.external_config import PARTS, FamilySettings
 from finesight.convert.trainer_converter import DatasetSource, TrainerConverter
+from finesight.recipe import load_trainer_settings
 
 _QUANTIZED_MIRROR = re.compile(r"unsloth/(Qwen.+?)(?:-unsloth)?-bnb-4bit")
 _FILE_BUILDERS = ("json", "csv", "parquet", "imagefolder", "webdataset")
@@ -26,13 +27,16 @@ class TrlConverter(TrainerConverter):
     def fill_recipe(self) -> None:
         """Fill the recipe draft from the configuration."""
         config, draft = self.config, self.draft
-        self.set_objective("stage", config.get_str("stage") or "sft")
+        # A YAML file names no method: settings of one identify it.
+        objectives = load_trainer_settings()["TRL"]["objective_keys"].items()
+        used = [objective for objective, names in objectives if config.has(*names.split())]
+        self.set_objective("stage", config.get_str("stage") or [*used, "sft"][0])
         model = config.get_str("model_name_or_path") or ""
         if mirror := _QUANTIZED_MIRROR.fullmatch(model):
             draft.note("model", model, "quantized by finesight itself, from the original weights")
             model = f"Qwen/{mirror[1]}"
         family = self.set_model(model, (), "hf", "adapter_name_or_path")
-        self._set_data()
+        self._set_data(family)
         self._set_image(family)
         self._set_tune(family)
         bits = "4" if config.get_bool("load_in_4bit") or mirror else config.get_str("bits")
@@ -51,7 +55,7 @@ class TrlConverter(TrainerConverter):
         )
         self.set_output_dir("trainer_output")
 
-    def _set_data(self) -> None:
+    def _set_data(self, family: FamilySettings) -> None:
         config, draft = self.config, self.draft
         files = config.get_value("data_files")
         if not isinstance(files, dict) or config.get_str("dataset_name") not in _FILE_BUILDERS:
@@ -59,30 +63,43 @@ class TrlConverter(TrainerConverter):
             names = files if is_file else config.get_list("dataset_name")
             files = {"train": names, "test": config.get_list("eval_dataset_name")}
         by_split: dict[bool, list[DatasetSource]] = {True: [], False: []}
+        mixture = config.get_value("datasets")
+        for item in mixture if isinstance(mixture, list) else ():
+            if isinstance(item, dict) and isinstance(item.get("path"), str):
+                split, subset = str(item.get("split") or ""), str(item.get("name") or "")
+                by_split[True].append(self._build_source(item["path"], split, subset))
+        splits = config.get_list("dataset_train_split")
+        if len(splits) > 1:
+            text = "the first one is used: import the others separately, such as for data.eval"
+            draft.note("dataset_train_split", ", ".join(splits), text, differs=True)
+        selected = [*splits, ""][0], config.get_str("dataset_config") or ""
         for split, names in files.items():
             for name in names if isinstance(names, list | tuple) else [names] if names else []:
-                by_split[split == "train"].append(self._build_source(str(name)))
+                by_split[split == "train"].append(self._build_source(str(name), *selected))
         if not by_split[True]:
             by_split[True] = [DatasetSource("DATA", title=Path(config.where).stem)]
             text = "built by the script: replace DATA in the command below by its file"
             if self.objective is None:
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
         self.set_data_files(by_split[True], by_split[False], {})
-        if max_length := config.get_int("max_length"):
+        # Without a limit, which null and GRPO mean, samples have the maximum length of the model.
+        is_default = "max_length" not in config.values and self.objective != "grpo"
+        if config.has("max_length") or is_default:
+            max_length = config.get_int("max_length") or 0
             draft.set("data.max_length", max_length, config.default_comment("max_length"))
             draft.note("max_length", max_length, "longer samples are skipped and counted")
+        else:
+            draft.set("data.max_length", family.max_length, f"no limit in {config.program}")
 
-    def _build_source(self, name: str) -> DatasetSource:
+    def _build_source(self, name: str, split: str, subset: str) -> DatasetSource:
         """Return a file or hub address, and the number of rows of a split such as train[:500]."""
-        split = self.config.get_str("dataset_train_split") or "train"
-        split, _, rows = split.partition("[")
+        split, _, rows = (split or "train").partition("[")
         limit = int(rows[1:-1]) if re.fullmatch(r":[1-9]\d{0,8}\]", rows) else None
         if rows and limit is None:
             text = "select the rows by --rows in the command below"
             self.draft.note("dataset_train_split", rows[:-1], text, differs=True)
         if os.path.exists(name) or Path(name).suffix or name.startswith(("/", ".", "~")):
             return DatasetSource(name, limit)
-        subset = self.config.get_str("dataset_config")
         address = f":{subset}/{split}" if subset else f":{split}" if split != "train" else ""
         return DatasetSource(f"hf:{name}{address}", limit)
 

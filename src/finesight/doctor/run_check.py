@@ -33,7 +33,7 @@ from finesight.doctor.diagnosis import (
     join_command,
     make_diagnosis,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.model_folder import ModelFolder, resolve_model_path
 from finesight.recipe import load_recipe
 from finesight.report import summary
@@ -240,7 +240,7 @@ def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
     losses = _finite_values(run_record.steps, "loss")
     norms = _finite_values(run_record.steps, "grad_norm")
     if min(len(losses), len(norms)) < MIN_STEPS:
-        counts = {"count": len(run_record.steps), "minimum": MIN_STEPS}
+        counts = {"count": format_count(len(run_record.steps), "step"), "minimum": MIN_STEPS}
         overrides = scale_duration(run_record, MIN_STEPS / max(1, len(run_record.steps)))
         yield diagnose_run(run_record, "too-short", **counts, overrides=overrides)
         return
@@ -306,7 +306,9 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
 
     A primary score that improves after the lowest validation loss takes precedence.
     """
-    evaluations = list_comparable_evaluations(run_record.evaluations)
+    # Early stopping saves the weights of the best step: later losses do not matter.
+    end = (run_record.result or {}).get("weights_step") or math.inf
+    evaluations = list_comparable_evaluations(x for x in run_record.evaluations if x["step"] <= end)
     if len(evaluations) < 2:
         return
     best = min(evaluations, key=lambda line: float(line["validation_loss"]))
@@ -324,11 +326,8 @@ def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
     elif best["step"]:
         factor = int(best["step"]) / int(run_record.steps[-1]["step"])
         overrides = scale_duration(run_record, factor)
-    values = {"best": best_loss, "step": best["step"], "last": last_loss}
-    train_loss = median(losses[-3:])
-    yield diagnose_run(
-        run_record, "overfitted", **values, train_loss=train_loss, overrides=overrides
-    )
+    values = {"best": best_loss, "last": last_loss, "train_loss": median(losses[-3:])}
+    yield diagnose_run(run_record, "overfitted", **values, step=best["step"], overrides=overrides)
 
 
 class SavedPrediction(BaseModel):

@@ -245,11 +245,11 @@ def format_differences(
     for one in differences:
         old, new = (count_correct(one.name, x, one.num_samples) for x in (one.before, one.after))
         if old is not None and new is not None:
-            notes.append(
-                f"{one.name}: {old} of {one.num_samples} answers correct before, {new} after"
-            )
+            text = f"{old} of {one.num_samples} answers correct before, {new} after"
+            notes.append(f"{one.name}: {text}")
         if one.name == "ended_with_eos" and one.after < 1:
-            notes.append(f"{one.name}: share of answers that ended before eval.max_new_tokens")
+            text = "share of answers that ended before eval.max_new_tokens: raise it for the others"
+            notes.append(f"{one.name}: {text}")
     return "\n".join([align_columns(rows, 1), *notes])
 
 

@@ -202,7 +202,8 @@ def pair_predictions(
 ) -> Iterator[tuple[JsonObject | None, JsonObject | None]]:
     """Yield pairs of predictions for the same sample from two prediction files.
 
-    The missing prediction of a pair is None. Samples with duplicate IDs are paired in order.
+    The missing prediction of a pair is None. Samples with duplicate IDs are paired in order. Only
+    samples of the second file are used, if there is one: others have no answer to classify.
     """
     before_lines, after_lines = (
         index_by_sample(
@@ -212,7 +213,7 @@ def pair_predictions(
     )
     for key, line in after_lines.items():
         yield before_lines.pop(key, None), line
-    for line in before_lines.values():
+    for line in before_lines.values() if after is None else ():
         yield line, None
 
 

@@ -250,7 +250,7 @@ def describe_change(row: MetricRow) -> str:
     if row.before is None and row.after is None:
         return translate("The {} could not be computed from these answers.", name)
     if OTHER_SAMPLES in row.notes:
-        return translate("{}: {}", name, translate(OTHER_SAMPLES)) + "."
+        return translate("{}: {}", name, translate(OTHER_SAMPLES))
     if row.change is None:
         return translate("The {} was evaluated once, so there is no comparison yet.", name)
     if row.change == 0:

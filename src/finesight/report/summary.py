@@ -102,11 +102,8 @@ def get_model_name(run_record: RunRecord) -> str:
 
     A local path is reduced to its last folder.
     """
-    base = str(
-        run_record.manifest.get("base_model")
-        or run_record.recipe.get("model")
-        or translate(NOT_RECORDED)
-    )
+    names = run_record.manifest.get("base_model"), run_record.recipe.get("model")
+    base = str(next(filter(None, names), translate(NOT_RECORDED)))
     return base if not Path(base).is_absolute() else Path(base).name
 
 
@@ -220,7 +217,9 @@ def list_remarks(run_record: RunRecord) -> list[str]:
             " use smaller image files, or reduce the image size of the model (image.max_pixels)."
         )
         remarks.append(translate(text, 100 * fraction, workers_text))
-    lines = [*run_record.steps, *run_record.evaluations]
+    # Early stopping saves the weights of the best step: later losses do not matter.
+    end = (run_record.result or {}).get("weights_step") or math.inf
+    lines = [line for line in (*run_record.steps, *run_record.evaluations) if line["step"] <= end]
     overfitting = describe_overfitting(run_record.folder, lines)
     return [*remarks, *([overfitting] if overfitting else []), *list_memory_remarks(run_record)]
 

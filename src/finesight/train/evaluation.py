@@ -24,7 +24,7 @@ from torch import Tensor
 from finesight.config import EvalSettings
 from finesight.data.sample import LocatedSample
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import select_eval_samples
@@ -248,7 +248,7 @@ def _record_skipped(
         return
     name, reason = next(iter(reasons.items()))
     console.log(
-        f"{len(reasons)} validation samples skipped, {name}: {reason};"
+        f"{format_count(len(reasons), 'validation sample')} skipped, {name}: {reason};"
         " evaluations of other samples are not compared with this one"
     )
     if state.hardware.process_group.is_main:

@@ -475,14 +475,16 @@ class MetricsLogger:
         self._tracking_events.log_evaluation(eval_result, name, self._common_ids)
         assert self._state.validation_data is not None, "no validation data"
         num_all = len(self._state.validation_data.stats.sample_indices)
+        num_common = min(resolve_interim_limit(self._state.recipe.eval) or num_all, num_all)
         for result in filter(None, (eval_result, eval_result.full)):
-            num_samples = result.num_loss_samples or num_all
-            label = f"common subset: {num_samples} of {num_all} samples"
+            num_samples = num_all if result is eval_result.full else num_common
+            labels = [f"common subset: {num_samples} of {num_all} samples"]
             if num_samples == num_all:
-                label = f"all {num_all} samples" if result is eval_result.full else ""
-            if result.scores and result.num_samples != num_samples:
-                label += f"{', ' if label else ''}scores of {result.num_samples} samples"
-            self._log_scores(result, f"  ({label})" if label else "")
+                labels = [f"all {num_all} samples"] if result is eval_result.full else []
+            for kind, count in (("loss", result.num_loss_samples), ("scores", result.num_samples)):
+                if count not in (None, num_samples) and (result.scores or kind == "loss"):
+                    labels.append(f"{kind} of {format_count(count, 'sample')}")
+            self._log_scores(result, f"  ({', '.join(labels)})" if labels else "")
         if self._state.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
         for line in (
@@ -501,14 +503,12 @@ class MetricsLogger:
 
     def _log_scores(self, result: EvalResult, label: str) -> None:
         summary = "  ".join(f"{score} {value:.4f}" for score, value in result.scores.items())
-        interval = result.intervals.get(result.primary_metric or "")
-        if interval is not None:
-            summary += (
-                f"  ({result.primary_metric}: 95 % interval {interval.low:.4f} to"
-                f" {interval.high:.4f})"
-            )
+        if interval := result.intervals.get(result.primary_metric or ""):
+            ends = f"{interval.low:.4f} to {interval.high:.4f}"
+            summary += f"  ({result.primary_metric}: 95 % interval {ends})"
         self._console.log(
-            f"after {result.step} steps: validation loss {result.validation_loss:.4f}"
+            f"after {format_count(result.step, 'step')}: validation loss"
+            f" {result.validation_loss:.4f}"
             f"  {summary}{label}"
         )
 

@@ -34,7 +34,7 @@ OPENERS = {
 
 CLIENTS = {
     "app/jobs.py",
-    "app/proxy.py",
+    "app/server.py",
     "hub/download.py",
     "hub/huggingface.py",
     "hub/modelscope.py",

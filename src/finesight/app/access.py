@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.app.pages import UPLOADS_PATH, read_language, render_page
 from finesight.credentials import Credentials
+from finesight.serve.http_protocol import SIGNED_IN_KEY
 
 SIGN_IN_PATH, STATIC_PREFIX = "/sign-in", "/static/"
 
@@ -42,15 +43,13 @@ _PAGE_POLICY = (
 )
 
 MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES = 1 << 20, 16 << 10
+MAX_PATH_CHARS = 2000
 
 UPLOAD_IDLE_TIMEOUT_S = 30
 """Seconds without data after which a request is rejected.
 
 A stalled upload would keep its reserved disk space.
 """
-
-SIGNED_IN_KEY = "finesight_signed_in"
-"""Key of the ASGI state whose value is a function that ends the limits of unknown clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +123,8 @@ class AccessMiddleware:
         """Check a request, except for its body, and return a response if it is rejected."""
         path, headers, password = request.scope["path"], request.headers, self.access.password
         host = headers.get("host", "")
+        if len(path) > MAX_PATH_CHARS:
+            return PlainTextResponse("path too long", 414)
         is_local = _split_host_port(f"//{host}", 0)[0] in LOOPBACK_HOSTS
         if self.access.loopback_only and password is None and not is_local:
             text = "host not allowed: set a password to use another host name"
@@ -192,6 +193,8 @@ def _add_security_headers(send: Send) -> Send:
             headers.setdefault("content-security-policy", _PAGE_POLICY)
             headers.setdefault("x-frame-options", "DENY")
             headers["x-content-type-options"] = "nosniff"
+            # Other sites cannot embed images, of which they would learn existence and size.
+            headers["cross-origin-resource-policy"] = "same-origin"
             # With no-referrer, browsers would omit the origin of the sign-in form.
             headers["referrer-policy"] = "same-origin"
         await send(message)
@@ -225,6 +228,8 @@ def _split_host_port(address: str, default_port: int) -> tuple[str, int]:
     except ValueError:
         return "", default_port
     is_bare = not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
+    if "]" in parts.netloc and parts.netloc.rpartition("]")[2][:1] not in ("", ":"):
+        return "", port  # [::1]a.example
     return (parts.hostname or "") if is_bare else "", port
 
 

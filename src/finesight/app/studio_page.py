@@ -31,7 +31,7 @@ from finesight.app.pages import (
     render_page,
     translate_texts,
 )
-from finesight.app.proxy import make_proxy_route
+from finesight.app.server import make_proxy_route
 from finesight.app.studio_view import (
     CHECK_EXIT_CODES,
     LABELS_NAME,

@@ -45,10 +45,7 @@ MAX_DECODINGS = 4
 _UNSAFE_CHARACTERS = re.compile("[\x00-\x1f\x7f\ufffd]")
 
 DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Image formats that are always accepted.
-
-The decoders of other formats are slow or rarely fuzzed.
-"""
+"""Image formats that are always accepted. Other decoders are slow or rarely fuzzed."""
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 ResolveFn = Callable[[str, int], Awaitable[Sequence[str]]]

@@ -214,6 +214,9 @@ def test_other_hosts_and_origins_are_rejected(open_page):
     for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
         for path in (CHATS, UPLOADS):
             assert ask(open_page, "POST", path, b"{}", origin=origin).status == 403, origin
+    for mode, status in (("no-cors", 403), ("navigate", 200)):
+        site = {"sec_fetch_site": "cross-site", "sec_fetch_mode": mode}
+        assert ask(open_page, "GET", "/chats", **site).status == status
     # Another name needs a password. Forwarding headers are not believed.
     refused = ask(open_page, "GET", "/", **BEHIND_PROXY)
     assert (refused.status, b"password" in refused.body) == (403, True)

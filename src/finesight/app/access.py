@@ -34,19 +34,16 @@ Other names that resolve to this machine are rejected, which prevents DNS rebind
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-FAILED_LOGIN_DELAY_S = 1.0
-
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self'; frame-src 'self';"
     " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES = 1 << 20, 16 << 10
-MAX_PATH_CHARS = 2000
+MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES, MAX_PATH_CHARS = 1 << 20, 16 << 10, 2000
 
-UPLOAD_IDLE_TIMEOUT_S = 30
-"""Seconds without data after which a request is rejected.
+FAILED_LOGIN_DELAY_S, UPLOAD_IDLE_TIMEOUT_S = 1.0, 30
+"""Seconds until a wrong password is answered, and without data after which a request is rejected.
 
 A stalled upload would keep its reserved disk space.
 """
@@ -130,7 +127,10 @@ class AccessMiddleware:
             text = "host not allowed: set a password to use another host name"
             return PlainTextResponse(text, 403)
         is_reading = request.method in ("GET", "HEAD")
-        if not is_reading and not _is_same_origin(headers.get("origin"), host):
+        # Another site may show this one only. Its images and scripts would cause work.
+        site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
+        is_embedded = site == "cross-site" and mode != "navigate"
+        if is_embedded or not (is_reading or _is_same_origin(headers.get("origin"), host)):
             text = "origin not allowed: a proxy must forward the Host header"
             return PlainTextResponse(text, 403)
         if path == "/favicon.ico":

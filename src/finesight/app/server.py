@@ -27,7 +27,7 @@ from finesight.serve.http_protocol import build_protocol_class
 from finesight.worker_pool import WorkerPool
 
 REQUEST_TIMEOUT_S, SEND_TIMEOUT_S = 15.0, 60.0
-MAX_CONNECTIONS, MAX_UNKNOWN_CONNECTIONS = 1000, 100
+MAX_CONNECTIONS, MAX_UNKNOWN_CONNECTIONS = 500, 100
 """Numbers of connections, the second one of clients that have not signed in."""
 
 HOP_BY_HOP_HEADERS = frozenset(

@@ -40,8 +40,8 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
-from finesight.label.suggestion import RankedLabel, rank_labels
-from finesight.label.suggestion import Suggestion, suggest_labels
+from finesight.label.label_store import Suggestion
+from finesight.label.suggestion import RankedLabel, rank_labels, suggest_labels
 from finesight.recipe import recipe_from_dict
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions

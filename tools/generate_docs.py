@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from finesight.cli.app import app
 from finesight.data.formats import FORMATS
 from finesight.operations import OPERATIONS
 from finesight.report.i18n import Language, get_translations, use_language
-from finesight.serve.api_schema import ServerLimits
+from finesight.serve.api_schema import MIB, ServerLimits
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -182,10 +183,23 @@ def render_issues_table(translate: Translate) -> str:
     return "\n".join([f"| {titles} |", "|---|---|---|", *rows])
 
 
+def render_limits_table(translate: Translate) -> str:
+    """Render the table of limits of the server."""
+    titles = " | ".join(map(translate, ("limit", "default", "description", "option")))
+    lines = [f"| {titles} |", "|---|---|---|---|"]
+    values = asdict(ServerLimits())
+    for limit in fields(ServerLimits):
+        value, is_size = values[limit.name], limit.name.endswith("_bytes")
+        default = f"{value // MIB} MiB" if is_size else f"{value:,.0f}"
+        description, option = translate(limit.metadata["description"]), limit.metadata["option"]
+        lines.append(f"| `{limit.name}` | {default} | {description} | {option} |")
+    return "\n".join(lines)
+
+
 TABLE_RENDERERS: dict[str, Callable[[Translate], str]] = {
     "formats": render_formats_table,
     "issues": render_issues_table,
-    "limits": ServerLimits().to_markdown,
+    "limits": render_limits_table,
 }
 """Table renderers by the name in the markers."""
 

@@ -253,6 +253,7 @@ def test_files_that_cannot_be_read_are_skipped(workspace):
     assert [(item.path, item.eval_file) for item in content.datasets] == [(Path("a"), None)]
     assert content.recipes == [Path("-a.yaml")]
     assert as_argument(Path("-a.yaml")) == "./-a.yaml"
+    assert as_argument(Path("hf:a/b")) == "./hf:a/b"
 
 
 def test_recipe_without_settings_has_the_values_of_init(workspace):

@@ -25,7 +25,6 @@ from finesight.serve.chat_completions import ToolCallParser, parse_tool_call
 from finesight.serve.preprocessing_jobs import (
     format_system_prompt,
     format_tool_calls,
-    format_tool_result,
 )
 
 OPENAI_PARAMETERS = {"frequency_penalty", "presence_penalty", "logit_bias", "modalities"}
@@ -170,7 +169,10 @@ def test_tool_prompt_matches_published_template(shared: Path):
         ("system", system_prompt),
         ("user", "Book."),
         ("assistant", "Yes.\n" + format_tool_calls([ToolCall.model_validate(call)] * 2)),
-        ("user", f"{format_tool_result('done')}\n{format_tool_result('failed')}"),
+        (
+            "user",
+            "<tool_response>\ndone\n</tool_response>\n<tool_response>\nfailed\n</tool_response>",
+        ),
     ]
     ours = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
     assert expected.startswith(ours)

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.app.pages import UPLOADS_PATH, read_language, render_page
 from finesight.credentials import Credentials
+from finesight.serve.http_protocol import SIGNED_IN_KEY
 
 SIGN_IN_PATH, STATIC_PREFIX = "/sign-in", "/static/"
 
@@ -33,24 +34,19 @@ Other names that resolve to this machine are rejected, which prevents DNS rebind
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
-FAILED_LOGIN_DELAY_S = 1.0
-
 _PAGE_POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline';"
     " img-src 'self' data: blob:; media-src 'self' blob:; connect-src 'self'; frame-src 'self';"
     " form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
 )
 
-MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES = 1 << 20, 16 << 10
+MAX_MESSAGE_BYTES, MAX_SIGN_IN_BYTES, MAX_PATH_CHARS = 1 << 20, 16 << 10, 2000
 
-UPLOAD_IDLE_TIMEOUT_S = 30
-"""Seconds without data after which a request is rejected.
+FAILED_LOGIN_DELAY_S, UPLOAD_IDLE_TIMEOUT_S = 1.0, 30
+"""Seconds until a wrong password is answered, and without data after which a request is rejected.
 
 A stalled upload would keep its reserved disk space.
 """
-
-SIGNED_IN_KEY = "finesight_signed_in"
-"""Key of the ASGI state whose value is a function that ends the limits of unknown clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +120,17 @@ class AccessMiddleware:
         """Check a request, except for its body, and return a response if it is rejected."""
         path, headers, password = request.scope["path"], request.headers, self.access.password
         host = headers.get("host", "")
+        if len(path) > MAX_PATH_CHARS:
+            return PlainTextResponse("path too long", 414)
         is_local = _split_host_port(f"//{host}", 0)[0] in LOOPBACK_HOSTS
         if self.access.loopback_only and password is None and not is_local:
             text = "host not allowed: set a password to use another host name"
             return PlainTextResponse(text, 403)
         is_reading = request.method in ("GET", "HEAD")
-        if not is_reading and not _is_same_origin(headers.get("origin"), host):
+        # Another site may show this one only. Its images and scripts would cause work.
+        site, mode = headers.get("sec-fetch-site"), headers.get("sec-fetch-mode")
+        is_embedded = site == "cross-site" and mode != "navigate"
+        if is_embedded or not (is_reading or _is_same_origin(headers.get("origin"), host)):
             text = "origin not allowed: a proxy must forward the Host header"
             return PlainTextResponse(text, 403)
         if path == "/favicon.ico":
@@ -192,6 +193,8 @@ def _add_security_headers(send: Send) -> Send:
             headers.setdefault("content-security-policy", _PAGE_POLICY)
             headers.setdefault("x-frame-options", "DENY")
             headers["x-content-type-options"] = "nosniff"
+            # Other sites cannot embed images, of which they would learn existence and size.
+            headers["cross-origin-resource-policy"] = "same-origin"
             # With no-referrer, browsers would omit the origin of the sign-in form.
             headers["referrer-policy"] = "same-origin"
         await send(message)
@@ -225,6 +228,8 @@ def _split_host_port(address: str, default_port: int) -> tuple[str, int]:
     except ValueError:
         return "", default_port
     is_bare = not (parts.path or parts.query or parts.fragment or "@" in parts.netloc)
+    if "]" in parts.netloc and parts.netloc.rpartition("]")[2][:1] not in ("", ":"):
+        return "", port  # [::1]a.example
     return (parts.hostname or "") if is_bare else "", port
 
 

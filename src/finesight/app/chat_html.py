@@ -73,6 +73,7 @@ def render_chats(current: str, chats: Sequence[StoredChat]) -> str:
     return render_page("chat_list.html", language, current=current, chats=chats, limit=limit)
 
 
+@lru_cache(maxsize=256)
 def render_answer(answer: str, is_formula: bool) -> Markup | None:
     """Render the formulas or the JSON of an answer; None if it has neither.
 

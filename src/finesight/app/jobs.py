@@ -319,9 +319,10 @@ class JobStore:
 
     def find(self, job_id: str) -> Job:
         """Return the job with an ID. Raises UserError if there is none."""
-        for job in self.list_jobs():
-            if job.id == job_id:
-                return job
+        # Each request of a page comes here, so other jobs are not read.
+        with contextlib.suppress(OSError, TypeError, ValueError):
+            if job_id in os.listdir(self._folder):
+                return read_job(self._folder / job_id)
         raise UserError(
             f"{job_id!r:.80} is unknown",
             where="job",

@@ -1,14 +1,17 @@
-"""HTTP server of the pages. It contacts no other servers."""
+"""HTTP server of the pages. It contacts no other servers than the pages of jobs.
+
+Requests under `/pages/{job}/` are forwarded to the page of a job, which listens on a Unix socket.
+The sign-in, origin checks and limits of the studio so apply to all pages, and one port serves them.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
 import httpx2
 import uvicorn
@@ -16,16 +19,23 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
-from finesight.app.access import SIGNED_IN_KEY, AccessMiddleware
+from finesight.app.access import AccessMiddleware
 from finesight.app.pages import PREFIX_HEADER
 from finesight.errors import UserError, build_bind_error
+from finesight.serve.http_protocol import build_protocol_class
 from finesight.worker_pool import WorkerPool
 
-REQUEST_TIMEOUT_S, MAX_UNKNOWN_CONNECTIONS = 15.0, 100
-"""Seconds of a request, and number of connections, of clients that have not signed in."""
+REQUEST_TIMEOUT_S, SEND_TIMEOUT_S = 15.0, 60.0
+MAX_CONNECTIONS, MAX_UNKNOWN_CONNECTIONS = 500, 100
+"""Numbers of connections, the second one of clients that have not signed in."""
+
+HOP_BY_HOP_HEADERS = frozenset(
+    {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", PREFIX_HEADER}
+    # Each server sends its own.
+    | {"date", "server"}
+)
+"""Headers of one connection, which are not forwarded."""
 
 
 class PageServer(uvicorn.Server):
@@ -41,52 +51,6 @@ class PageServer(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-def build_page_protocol() -> type[H11Protocol]:
-    """Create a protocol class with limits on connections that have not signed in.
-
-    Each of their requests must be complete and answered within `REQUEST_TIMEOUT_S`. The oldest one
-    beyond `MAX_UNKNOWN_CONNECTIONS` is closed, so that half-sent requests keep nobody out.
-    """
-    unknown: dict[H11Protocol, asyncio.TimerHandle] = {}
-
-    class PageProtocol(H11Protocol):
-        def __init__(
-            self,
-            config: uvicorn.Config,
-            server_state: ServerState,
-            app_state: dict[str, Any],
-            _loop: asyncio.AbstractEventLoop | None = None,
-        ) -> None:
-            state = {**app_state, SIGNED_IN_KEY: self._end_limits}
-            super().__init__(config, server_state, state, _loop)
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            self._restart_timeout()
-            if len(unknown) > MAX_UNKNOWN_CONNECTIONS:
-                next(iter(unknown)).transport.abort()
-
-        def on_response_complete(self) -> None:
-            if self in unknown:
-                self._restart_timeout()
-            super().on_response_complete()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._end_limits()
-            super().connection_lost(exc)
-
-        def _restart_timeout(self) -> None:
-            self._end_limits()
-            unknown[self] = self.loop.call_later(REQUEST_TIMEOUT_S, self.transport.abort)
-
-        def _end_limits(self) -> None:
-            timeout = unknown.pop(self, None)
-            if timeout is not None:
-                timeout.cancel()
-
-    return PageProtocol
-
-
 def create_server_config(
     app: AccessMiddleware, trusted_proxies: Sequence[str] = ()
 ) -> uvicorn.Config:
@@ -95,9 +59,10 @@ def create_server_config(
     Args:
         trusted_proxies: Addresses of proxies whose header X-Forwarded-For names the client.
     """
+    timeouts = REQUEST_TIMEOUT_S, SEND_TIMEOUT_S
     return uvicorn.Config(
         app,
-        http=build_page_protocol(),
+        http=build_protocol_class(*timeouts, MAX_CONNECTIONS, max_unknown=MAX_UNKNOWN_CONNECTIONS),
         ws="none",
         log_level="critical",
         access_log=False,
@@ -156,12 +121,6 @@ def bind_unix_socket(file: Path) -> socket.socket:
     return listener
 
 
-HOP_BY_HOP_HEADERS = frozenset(
-    {"connection", "keep-alive", "te", "trailer", "transfer-encoding", "upgrade", PREFIX_HEADER}
-)
-"""Headers of one connection, which are not forwarded."""
-
-
 def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
     """Build the route of the pages of jobs.
 
@@ -171,9 +130,17 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
 
     async def forward(request: Request) -> Response:
         job_id = request.path_params["job"]
-        transport = httpx2.AsyncHTTPTransport(uds=str(find_socket(job_id)))
-        path, query = f"/{request.path_params['path']}", request.scope["query_string"]
+        file = find_socket(job_id)
+        if file.is_symlink():
+            # A foreign workspace must not lead to other sockets of this user.
+            raise HTTPException(404, "no such page")
+        transport = httpx2.AsyncHTTPTransport(uds=str(file))
+        # Quoted, because any character may be encoded in a path.
+        path, query = quote(f"/{request.path_params['path']}"), request.scope["query_string"]
         headers = [pair for pair in request.headers.raw if _is_end_to_end(pair[0])]
+        if request.method != "POST" or "transfer-encoding" in request.headers:
+            # It would contradict the body that is sent.
+            headers = [pair for pair in headers if pair[0] != b"content-length"]
         headers.append((PREFIX_HEADER.encode(), f"/pages/{job_id}".encode()))
         upstream = httpx2.Request(
             request.method,
@@ -185,9 +152,11 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
         )
         try:
             answer = await transport.handle_async_request(upstream)
-        except httpx2.TransportError as error:
+        except BaseException as error:
             await transport.aclose()
-            raise HTTPException(503, "The page is not ready, or has ended.") from error
+            if isinstance(error, httpx2.TransportError):
+                raise HTTPException(503, "The page is not ready, or has ended.") from error
+            raise
 
         async def iterate() -> AsyncIterator[bytes]:
             try:

@@ -789,7 +789,7 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
             else:
                 content = view.read_check_page(selection)
         except UserError as error:
-            raise HTTPException(404, str(error)) from error
+            raise HTTPException(404, describe_error(error, name_actions)) from error
         return HTMLResponse(content, headers=VIEW_HEADERS)
 
     routes = [

@@ -709,8 +709,8 @@ def detect_source(state: Any, workspace: Path, path: Path) -> JobOutput:
 
 
 def as_argument(path: Path) -> str:
-    """Return a path as a command-line argument that is never read as an option."""
-    return f"./{path}" if str(path).startswith("-") else str(path)
+    """Return a path as a command-line argument that is never read as an option or a hub name."""
+    return f"./{path}" if str(path).startswith("-") or ":" in str(path) else str(path)
 
 
 def _list_texts(value: object) -> list[str]:

@@ -6,8 +6,7 @@ unsupported fields that would influence it, are rejected.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
@@ -123,17 +122,6 @@ class ServerLimits:
     def max_requests(self) -> int:
         """Maximum number of admitted requests: generating, in preprocessing or queued."""
         return self.max_num_seqs + self.max_queue
-
-    def to_markdown(self, translate: Callable[[str], str] = str) -> str:
-        """Format the limits as a Markdown table for the documentation."""
-        titles = " | ".join(map(translate, ("limit", "default", "description", "option")))
-        lines = [f"| {titles} |", "|---|---|---|---|"]
-        for name, value in asdict(self).items():
-            metadata = self.__dataclass_fields__[name].metadata
-            default = f"{value // MIB} MiB" if name.endswith("_bytes") else f"{value:,.0f}"
-            description, option = translate(metadata["description"]), metadata["option"]
-            lines.append(f"| `{name}` | {default} | {description} | {option} |")
-        return "\n".join(lines)
 
 
 ERROR_TYPES = {

@@ -1,8 +1,7 @@
-"""Inference server: routes, HTTP/1.1 protocol with limits, and graceful shutdown."""
+"""Inference server: routes, limits, and graceful shutdown."""
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import os
@@ -16,7 +15,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import h11
 import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.applications import Starlette
@@ -25,8 +23,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from uvicorn.protocols.http.h11_impl import H11Protocol
-from uvicorn.server import ServerState
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import build_bind_error
@@ -40,6 +36,7 @@ from finesight.serve.api_schema import (
     internal_error,
 )
 from finesight.serve.chat_completions import ChatCompletionsHandler
+from finesight.serve.http_protocol import build_protocol_class
 from finesight.serve.image_sources import (
     DEFAULT_IMAGE_FORMATS,
     FILE_PURPOSE,
@@ -49,7 +46,6 @@ from finesight.serve.image_sources import (
 from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.preprocessing_jobs import load_worker_state
 from finesight.serve.request_middleware import (
-    ABORT_STATE_KEY,
     CLIENT_CLOSED_REQUEST,
     ApiKeys,
     RequestMiddleware,
@@ -61,10 +57,7 @@ from finesight.storage import temporary_folder
 from finesight.worker_pool import WorkerPool
 
 QUIET_LOGGERS = ("httpx2", "httpcore2", "uvicorn", "python_multipart", "PIL", "asyncio")
-"""Loggers of libraries that may log client addresses or content.
-
-Their level is set to warning.
-"""
+"""Loggers of libraries that may log client addresses or content, and so log warnings only."""
 
 
 FORCED_SECONDS = 2.0
@@ -72,19 +65,6 @@ FORCED_SECONDS = 2.0
 
 ENDING_SECONDS = 5.0
 """Seconds after the shutdown timeout until the process is ended without waiting."""
-
-MAX_HEAD_BYTES = 1 << 14
-
-REFUSED_SECONDS = 2.0
-MAX_REFUSED_CONNECTIONS = 64
-"""Seconds that a connection beyond the limit stays open for its response, and number of these.
-
-Further connections are closed without a response.
-"""
-
-NUM_UNCHECKED_CHUNKS = 1000
-MIN_MEAN_CHUNK_BYTES = 256
-"""Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
 
 
 def make_app(
@@ -236,110 +216,6 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     return JSONResponse(error.body, error.status, error.response_headers)
 
 
-class ChunkCountingConnection(h11.Connection):
-    """h11 connection that detects request bodies in tiny chunks, and then sets `is_flooded`.
-
-    They would block the event loop: parsing a one-byte chunk takes as long as a thousand bytes.
-    """
-
-    def __init__(self, max_incomplete_event_size: int) -> None:
-        super().__init__(h11.SERVER, max_incomplete_event_size)
-        self.is_flooded = False
-        self._num_chunks = self._num_bytes = 0
-
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
-        """Parse the next event, or return NEED_DATA if the connection is flooded."""
-        if self.is_flooded:
-            return h11.NEED_DATA
-        event = super().next_event()
-        if isinstance(event, h11.Request):
-            self._num_chunks = self._num_bytes = 0
-        elif isinstance(event, h11.Data):
-            self._num_chunks += 1
-            self._num_bytes += len(event.data)
-            self.is_flooded = (
-                self._num_chunks > NUM_UNCHECKED_CHUNKS
-                and self._num_bytes < MIN_MEAN_CHUNK_BYTES * self._num_chunks
-            )
-        return event
-
-
-def build_protocol_class(limits: ServerLimits) -> type[H11Protocol]:
-    """Create a uvicorn protocol class with limits on connections, headers and slow clients.
-
-    uvicorn only closes connections that are idle between requests. This protocol also closes
-    connections with an incomplete request header, without a first request, or whose client does
-    not read its response. Connections beyond the limit get status 503.
-    """
-    refused = set[H11Protocol]()
-    refusal = _build_refusal(limits.max_connections)
-
-    class LimitedH11Protocol(H11Protocol):
-        def __init__(
-            self,
-            config: uvicorn.Config,
-            server_state: ServerState,
-            app_state: dict[str, Any],
-            _loop: asyncio.AbstractEventLoop | None = None,
-        ) -> None:
-            super().__init__(
-                config, server_state, {**app_state, ABORT_STATE_KEY: self._abort}, _loop
-            )
-            self._head_timeout: asyncio.TimerHandle | None = None
-            self.conn = self._counter = ChunkCountingConnection(MAX_HEAD_BYTES)
-
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) <= limits.max_connections:
-                self._start_head_timeout()
-            elif len(refused) < MAX_REFUSED_CONNECTIONS:
-                self.connections.discard(self)
-                refused.add(self)
-                transport.write(refusal)
-                # Until then, what the client sends is discarded, so that it reads the response.
-                self.loop.call_later(REFUSED_SECONDS, self._abort)
-            else:
-                self._abort()
-
-        def data_received(self, data: bytes) -> None:
-            if self in refused:
-                return
-            # In slices, because h11 limits a header only if it arrives in several reads.
-            for start in range(0, len(data), MAX_HEAD_BYTES):
-                if not self.transport.is_closing():
-                    super().data_received(data[start : start + MAX_HEAD_BYTES])
-            if self._counter.is_flooded:
-                self._abort()
-            if self.cycle is None or self.cycle.response_complete:
-                self._start_head_timeout()
-            else:
-                self._cancel_head_timeout()
-
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._cancel_head_timeout()
-            refused.discard(self)
-            super().connection_lost(exc)
-
-        def timeout_keep_alive_handler(self) -> None:
-            super().timeout_keep_alive_handler()
-            # A closing connection waits until the client has read the rest.
-            self.loop.call_later(limits.send_timeout_s, self._abort)
-
-        def _start_head_timeout(self) -> None:
-            if self._head_timeout is None:
-                self._head_timeout = self.loop.call_later(limits.header_timeout_s, self._abort)
-
-        def _cancel_head_timeout(self) -> None:
-            if self._head_timeout is not None:
-                self._head_timeout.cancel()
-                self._head_timeout = None
-
-        def _abort(self) -> None:
-            self.transport.abort()
-
-    return LimitedH11Protocol
-
-
 def _build_refusal(max_connections: int) -> bytes:
     """Build the HTTP response to a connection beyond the limit."""
     error = ApiError(503, f"{max_connections} connections are open", retry_after_s=2)
@@ -370,7 +246,12 @@ class ApiServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http=build_protocol_class(limits),
+                http=build_protocol_class(
+                    limits.header_timeout_s,
+                    limits.send_timeout_s,
+                    limits.max_connections,
+                    refusal=_build_refusal(limits.max_connections),
+                ),
                 ws="none",
                 lifespan="off",
                 interface="asgi3",

@@ -618,7 +618,7 @@ class ActiveCompletion:
         except UserError as error:
             raise from_user_error(error, error.where) from error
         self.thinking = replace(self.thinking, enable_thinking=renderer.has_reasoning)
-        if any(image.is_remote for image in body.images):
+        if any(image.url is not None or image.file_id is not None for image in body.images):
             return body, None
         return body, self.preprocessor.encode(body, service.max_model_len, self.thinking)
 

@@ -45,10 +45,7 @@ MAX_DECODINGS = 4
 _UNSAFE_CHARACTERS = re.compile("[\x00-\x1f\x7f\ufffd]")
 
 DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
-"""Image formats that are always accepted.
-
-The decoders of other formats are slow or rarely fuzzed.
-"""
+"""Image formats that are always accepted. Other decoders are slow or rarely fuzzed."""
 
 IpAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 ResolveFn = Callable[[str, int], Awaitable[Sequence[str]]]
@@ -359,11 +356,11 @@ class LabelStudioImages:
                 asyncio.timeout(self._limits.fetch_timeout_s),
                 httpx2.AsyncClient(trust_env=False) as client,
             ):
-                headers = await self._authorize(client)
+                headers = await self._authorize(client) | {"Accept-Encoding": "identity"}
                 async with client.stream("GET", self._url + path, headers=headers) as response:
                     if response.status_code != 200:
                         raise OSError(f"status {response.status_code}")
-                    async for chunk in response.aiter_bytes():
+                    async for chunk in response.aiter_raw():
                         self._write(chunk, path, file)
         except (
             httpx2.RequestError,

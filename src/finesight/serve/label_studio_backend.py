@@ -70,9 +70,8 @@ class LabelStudioOptions:
         try:
             format_prompt(self.prompt, DETECTION_PROMPT, {"labels": "x"})
         except UserError as error:
-            what, expected, remedy = error.what, error.expected, error.remedy
-            where = "--label-studio-prompt"
-            raise UserError(what, where=where, expected=expected, remedy=remedy) from error
+            error.where = "--label-studio-prompt"
+            raise
 
     def build_routes(self, completions: ChatCompletionsHandler) -> list[Route]:
         """Build the routes that Label Studio requires of an ML backend."""

@@ -347,11 +347,6 @@ def format_tool_calls(calls: Sequence[ToolCall]) -> str:
     )
 
 
-def format_tool_result(content: str) -> str:
-    """Format the result of a tool call as text of the chat template."""
-    return f"<tool_response>\n{content}\n</tool_response>"
-
-
 def _convert_message(
     message: ChatMessage, image_counter: Iterator[int], with_reasoning: bool
 ) -> MessageTurn:
@@ -368,7 +363,7 @@ def _convert_message(
     content = message.content or ""
     text = content if isinstance(content, str) else "".join(part.text for part in content)
     if isinstance(message, ToolMessage):
-        return "user", [TextPart(text=format_tool_result(text))]
+        return "user", [TextPart(text=f"<tool_response>\n{text}\n</tool_response>")]
     if isinstance(message, AssistantMessage):
         calls = format_tool_calls(message.tool_calls or [])
         both = f"{text}\n{calls}" if text and calls else text or calls

@@ -43,6 +43,7 @@ from finesight.serve.api_schema import (
     ServerLimits,
     internal_error,
 )
+from finesight.serve.http_protocol import ABORT_STATE_KEY
 from finesight.worker_pool import WorkerJobError
 
 LOGGER = logging.getLogger("finesight.serve")
@@ -67,8 +68,6 @@ An error that several completions share is raised in each of them, which extends
 """
 
 RESERVATION_STATE_KEY = "finesight_reservation"
-ABORT_STATE_KEY = "finesight_abort"
-"""Key of the request state whose value is a function that closes the connection."""
 
 CLIENT_CLOSED_REQUEST = 499
 """HTTP status, in logs and metrics, of a request whose client disconnected early."""

@@ -52,10 +52,7 @@ from finesight.vision.image_processing import concat_patches
 from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool, WorkerReply
 
 MAX_CHARS_PER_TOKEN = 16
-"""Maximum number of characters per token of the context length.
-
-Longer texts are rejected before tokenization.
-"""
+"""Maximum number of characters per token of the context length, checked before tokenization."""
 
 MAX_ACCEPTED_GRAMMARS = 1024
 """Number of grammars whose successful compilation is remembered."""
@@ -72,11 +69,6 @@ class ImageRequest:
     param: str
     url: str | None
     file_id: str | None
-
-    @property
-    def is_remote(self) -> bool:
-        """True if the image is not part of the request body."""
-        return self.url is not None or self.file_id is not None
 
 
 @dataclass(frozen=True, slots=True)

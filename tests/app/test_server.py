@@ -59,9 +59,10 @@ def address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 @pytest.fixture
 def client(address: Path) -> TestClient:
     def find_socket(job_id: str) -> Path:
-        if job_id not in ("1", "ended"):
+        sockets = {"1": address, "ended": Path("missing"), "linked": Path("link")}
+        if job_id not in sockets:
             raise UserError("unknown job")
-        return address if job_id == "1" else Path("missing")
+        return sockets[job_id]
 
     app = AccessMiddleware(create_app([make_proxy_route(find_socket)]), Access(PASSWORD))
     return TestClient(app, "http://localhost", follow_redirects=False)
@@ -76,13 +77,23 @@ def test_requests_are_forwarded_after_the_sign_in(client: TestClient) -> None:
     expected = {"path": "/a b/c", "query": "x=%26&y", "body": "text", "prefix": "/pages/1"}
     assert answer.json() == expected
     assert {*answer.cookies} == {"one", "two"}
+    assert client.get("/pages/1/a%00b%3Fc%23d").json()["path"] == "/a\0b%3Fc%23d"
+    # The length of the client is not that of the body which is sent.
+    answer = client.get("/pages/1/a", headers={"content-length": "9"})
+    assert answer.json()["body"] == ""
+    lengths = {"content-length": "9", "transfer-encoding": "chunked"}
+    assert client.post("/pages/1/a", content=b"text", headers=lengths).json()["body"] == "text"
     answer = client.get("/pages/1/stream")
+    assert "date" not in answer.headers, "the studio adds its own"
     assert (answer.text, answer.headers["x-own"]) == ("first second", "kept")
     assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
-@pytest.mark.parametrize(("path", "status"), [("ended/", 503), ("other/", 422), ("1", 307)])
+@pytest.mark.parametrize(
+    ("path", "status"), [("ended/", 503), ("other/", 422), ("1", 307), ("linked/", 404)]
+)
 def test_pages_that_do_not_answer_are_reported(client: TestClient, path: str, status: int) -> None:
+    Path("link").symlink_to("socket")
     client.post("/sign-in", data={"password": PASSWORD})
     assert client.get(f"/pages/{path}").status_code == status
 

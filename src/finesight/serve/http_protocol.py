@@ -1,0 +1,149 @@
+"""HTTP/1.1 protocol of all servers, with limits on connections, headers and slow clients."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.server import ServerState
+
+MAX_HEAD_BYTES = 1 << 14
+REFUSED_SECONDS = 2.0
+MAX_REFUSED_CONNECTIONS = 64
+"""Seconds that connections beyond the limit stay open for a response, and their maximum number."""
+
+NUM_UNCHECKED_CHUNKS = 1000
+MIN_MEAN_CHUNK_BYTES = 256
+"""Minimum mean chunk size of a body, checked after `NUM_UNCHECKED_CHUNKS` chunks."""
+
+ABORT_STATE_KEY, SIGNED_IN_KEY = "finesight_abort", "finesight_signed_in"
+"""Keys of the request state for functions that close the connection, and make its client known."""
+
+
+class ChunkCountingConnection(h11.Connection):
+    """h11 connection that detects request bodies in tiny chunks, and then sets `is_flooded`.
+
+    They would block the event loop: parsing a one-byte chunk takes as long as a thousand bytes.
+    """
+
+    is_flooded, _num_chunks, _num_bytes = False, 0, 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Parse the next event, or return NEED_DATA if the connection is flooded."""
+        if self.is_flooded:
+            return h11.NEED_DATA
+        event = super().next_event()
+        if isinstance(event, h11.Request):
+            self._num_chunks = self._num_bytes = 0
+        elif isinstance(event, h11.Data):
+            self._num_chunks += 1
+            self._num_bytes += len(event.data)
+            self.is_flooded = (
+                self._num_chunks > NUM_UNCHECKED_CHUNKS
+                and self._num_bytes < MIN_MEAN_CHUNK_BYTES * self._num_chunks
+            )
+        return event
+
+
+def build_protocol_class(
+    header_timeout_s: float,
+    send_timeout_s: float,
+    max_connections: int,
+    *,
+    refusal: bytes = b"",
+    max_unknown: int = 0,
+) -> type[H11Protocol]:
+    """Create a uvicorn protocol class with limits on connections, headers and slow clients.
+
+    uvicorn only closes connections that are idle between requests. This protocol also closes
+    connections with an incomplete request header, without a first request, or whose client does
+    not read its response. Connections beyond the limit get the HTTP response `refusal`.
+
+    Args:
+        max_unknown: Maximum number of connections of clients that the application does not know
+            yet; 0 if it knows all. Beyond it, the oldest one is closed. Requests of these clients
+            must be complete and answered within `header_timeout_s`.
+    """
+    refused, unknown = set[H11Protocol](), dict[H11Protocol, None]()
+
+    class LimitedH11Protocol(H11Protocol):
+        def __init__(
+            self,
+            config: uvicorn.Config,
+            server_state: ServerState,
+            app_state: dict[str, Any],
+            _loop: asyncio.AbstractEventLoop | None = None,
+        ) -> None:
+            functions = {ABORT_STATE_KEY: self._abort, SIGNED_IN_KEY: self._admit}
+            super().__init__(config, server_state, {**app_state, **functions}, _loop)
+            self._timeout: asyncio.TimerHandle | None = None
+            self.conn = self._counter = ChunkCountingConnection(h11.SERVER, MAX_HEAD_BYTES)
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) <= max_connections:
+                self._start_timeout()
+                if max_unknown:
+                    unknown[self] = None
+                if len(unknown) > max_unknown:
+                    next(iter(unknown)).transport.abort()
+            elif len(refused) < MAX_REFUSED_CONNECTIONS:
+                self.connections.discard(self)
+                refused.add(self)
+                transport.write(refusal)
+                # Until then, what the client sends is discarded, so that it reads the response.
+                self.loop.call_later(REFUSED_SECONDS, self._abort)
+            else:
+                self._abort()
+
+        def data_received(self, data: bytes) -> None:
+            if self in refused:
+                return
+            # In slices, because h11 limits a header only if it arrives in several reads.
+            for start in range(0, len(data), MAX_HEAD_BYTES):
+                if not self.transport.is_closing():
+                    super().data_received(data[start : start + MAX_HEAD_BYTES])
+            if self._counter.is_flooded:
+                self._abort()
+            if self.cycle is None or self.cycle.response_complete:
+                self._start_timeout()
+            elif self not in unknown:
+                self._cancel_timeout()
+
+        def on_response_complete(self) -> None:
+            if self in unknown:
+                self._cancel_timeout()
+                self._start_timeout()
+            super().on_response_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._admit()
+            refused.discard(self)
+            super().connection_lost(exc)
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            # A closing connection waits until the client has read the rest.
+            self.loop.call_later(send_timeout_s, self._abort)
+
+        def _start_timeout(self) -> None:
+            if self._timeout is None:
+                self._timeout = self.loop.call_later(header_timeout_s, self._abort)
+
+        def _cancel_timeout(self) -> None:
+            if self._timeout is not None:
+                self._timeout.cancel()
+                self._timeout = None
+
+        def _admit(self) -> None:
+            """Treat the client, whose request header is complete, as a known one."""
+            unknown.pop(self, None)
+            self._cancel_timeout()
+
+        def _abort(self) -> None:
+            self.transport.abort()
+
+    return LimitedH11Protocol

@@ -56,9 +56,7 @@ def test_conversion_between_all_families(source: str, target: str) -> None:
 
 @each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
 @each("resized", [(56, 84), RESIZED, (2044, 3584)])
-def test_roundtrip_changes_coordinates_by_at_most_one(
-    source: str, target: str, resized: ImageSize
-) -> None:
+def test_roundtrip_changes_coordinates_by_at_most_one(source, target, resized):
     """One unit of the coarser of the two frames."""
     random.seed(f"{source} {target} {resized}")
     frame, other = (resized if name == "qwen2_5_vl" else THOUSAND for name in (source, target))
@@ -85,9 +83,7 @@ def read_coordinates(text: str, family: str) -> list[int]:
 
 
 @each(("text", "source", "target", "converted"), CASES["test_labels_lists_and_text_around_boxes"])
-def test_labels_lists_and_text_around_boxes(
-    text: str, source: str, target: str, converted: str
-) -> None:
+def test_labels_lists_and_text_around_boxes(text, source, target, converted):
     assert convert(text, source, target)[0] == converted
 
 
@@ -221,9 +217,7 @@ def test_boxes_without_unique_image_are_rejected(tmp_path: Path, row: Any, what:
         ('{"a": 1}\n{"a"\n', {}, r"old.json:2: invalid JSON"),
     ],
 )
-def test_invalid_arguments_and_files_are_rejected(
-    tmp_path: Path, content: str, change: dict[str, Any], message: str
-) -> None:
+def test_invalid_arguments_and_files_are_rejected(tmp_path, content, change, message):
     with pytest.raises(UserError, match=message) as caught:
         run_migration(tmp_path, content, **change)
     assert caught.value.remedy

@@ -74,9 +74,7 @@ def test_invalid_tokens_per_second_is_rejected(value: object, tmp_path: Path) ->
         ("tokenizer_config.json", json.dumps({"chat_template": "<think>"})),
     ],
 )
-def test_thinking_edition_is_detected_from_template(
-    tmp_path: Path, name: str, content: str
-) -> None:
+def test_thinking_edition_is_detected_from_template(tmp_path, name, content):
     folder = write_config(tmp_path / "model", "qwen3_vl")
     (folder.path / name).write_text(content)
     assert load_family(folder) == Qwen3VL(has_reasoning=True)
@@ -109,9 +107,7 @@ def test_unknown_family_is_rejected(tmp_path: Path, name: str) -> None:
         (Qwen3VL(), (320, 320), [0, 0, 467, 1000]),
     ],
 )
-def test_json_boxes_are_in_resized_pixels_or_thousandths(
-    family: ModelFamily, resized: tuple[int, int], bare: list[int]
-) -> None:
+def test_json_boxes_are_in_resized_pixels_or_thousandths(family, resized, bare):
     box = ImageBox('猫 "x"', (48, 36, 480, 361), (360, 480), (252, 336))
     corners = [100, 100, 1000, 1000] if isinstance(family, Qwen3VL) else [34, 25, 336, 252]
     alone = f'{{"bbox_2d": {corners}, "label": "猫 \\"x\\""}}'
@@ -138,9 +134,7 @@ LABELS = (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n", "a (1,2),(3,
 @pytest.mark.parametrize("family", [Qwen2VL(), Qwen25VL(), Qwen3VL()])
 @settings(max_examples=500)
 @given(box=image_boxes(28, LABELS), count=st.integers(1, 3))
-def test_roundtrip_error_is_below_half_a_unit(
-    family: ModelFamily, box: ImageBox, count: int
-) -> None:
+def test_roundtrip_error_is_below_half_a_unit(family, box, count):
     text = f"Here: {join(family.write_boxes([box] * count))}<|im_end|>"
     found = family.read_boxes(text, box.original_size, box.resized_size)
     assert [one.label for one in found] == [box.label] * count
@@ -227,9 +221,7 @@ def test_lenient_parsing_of_boxes_between_tokens(text: str, boxes: list[Predicte
         ('{"', '": 1}'),
     ],
 )
-def test_boxes_in_json_strings_leave_valid_json(
-    family: ModelFamily, texts: tuple[str, ...]
-) -> None:
+def test_boxes_in_json_strings_leave_valid_json(family, texts):
     boxes = [
         [ImageBox('a "b"', (20.0, 30.0, 40.0, 50.0), (200, 300), (196, 308))] * n
         for n in range(1, len(texts))

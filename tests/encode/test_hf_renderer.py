@@ -7,13 +7,12 @@ import pickle
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import hf_models
 import pytest
 from each_value import each
 
-from finesight.config import ExactSize, ImageSettings, PixelLimits
+from finesight.config import ExactSize, PixelLimits
 from finesight.data.sample import LocatedSample, Sample
 from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
@@ -62,9 +61,7 @@ def test_loss_mask_covers_answers_with_end_token(renderer: HfRenderer, tmp_path:
     )
 
 
-def test_images_are_processed_once_without_later_images(
-    renderer: HfRenderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_processed_once_without_later_images(renderer, tmp_path, monkeypatch):
     read: list[Path] = []
     image = renderer.load_image
     monkeypatch.setattr(renderer, "load_image", lambda path: (read.append(path), image(path))[1])
@@ -107,9 +104,7 @@ def test_system_prompt_of_recipe(folder: Path, tmp_path: Path) -> None:
         (PixelLimits(max_pixels=300), (20, 15)),
     ],
 )
-def test_image_rule_is_applied_before_processor(
-    folder: Path, tmp_path: Path, rule: ImageSettings | None, size: tuple[int, int]
-) -> None:
+def test_image_rule_is_applied_before_processor(folder, tmp_path, rule, size):
     renderer = HfRenderer(ModelFolder(folder), rule)
     located_sample = hf_models.make_sample(tmp_path, ("Which?", "red"))
     assert renderer.load_image(tmp_path / "0.png").size == size
@@ -141,9 +136,7 @@ WITHOUT_END = "{{ messages[0]['content'][0]['text'] }} A:{{ ' b' if messages[1:]
         ("", [("A?", "b")], "has no chat template"),
     ],
 )
-def test_template_that_hides_the_answer_is_rejected(
-    folder: Path, tmp_path: Path, template: str, turns: list[tuple[str, str]], message: str
-) -> None:
+def test_template_that_hides_the_answer_is_rejected(folder, tmp_path, template, turns, message):
     copy = copy_model(folder, tmp_path / "copy", template)
     with pytest.raises(UserError, match=message):
         HfRenderer(ModelFolder(copy)).tokenize(
@@ -169,9 +162,7 @@ def test_template_that_omits_images_is_rejected(folder: Path, tmp_path: Path) ->
         ({"type": "text", "text": "<|im_end|>"}, "a special token of"),
     ],
 )
-def test_unsupported_parts_are_rejected(
-    renderer: HfRenderer, tmp_path: Path, part: dict[str, Any], message: str
-) -> None:
+def test_unsupported_parts_are_rejected(renderer, tmp_path, part, message):
     turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": [part]}]
     located_sample = LocatedSample(Sample.model_validate({"id": "s", "messages": turns}), tmp_path)
     with pytest.raises(UserError, match=message):
@@ -195,9 +186,7 @@ def test_package_required_by_processor_is_named(folder: Path, tmp_path: Path) ->
         build_renderer(ModelFolder(tmp_path))
 
 
-def test_missing_transformers_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_transformers_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     import_transformers.cache_clear()
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
@@ -218,9 +207,7 @@ def test_missing_transformers_names_the_extra(
         ({"model_type": "llava", "quantization_config": {"bits": 4}}, ["quantized", "'bits': 4"]),
     ],
 )
-def test_unsupported_families_are_rejected(
-    tmp_path: Path, config: dict[str, Any], words: list[str]
-) -> None:
+def test_unsupported_families_are_rejected(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "modeling_chatty.py").write_text("raise SystemExit('code was run')")
     with pytest.raises(UserError) as caught:

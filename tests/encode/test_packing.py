@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,9 +71,7 @@ def test_first_token_has_no_loss() -> None:
         (6, 0, 0, None, 6),
     ],
 )
-def test_tokens_after_last_label_are_removed(
-    others: int, supervised: int, after: int, image: tuple[int, int] | None, needed: int
-) -> None:
+def test_tokens_after_last_label_are_removed(others, supervised, after, image, needed):
     marks = [False] * others + [True] * supervised + [False] * after
     sample = make_sample(list(range(len(marks))), marks, image)
     batch, full = pack([sample]), pack([replace(sample, hf_inputs={"mask": torch.ones(1)})])
@@ -97,9 +94,7 @@ def compute_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[st
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("videos", [False, True])
-def test_removed_and_padding_tokens_do_not_change_the_loss(
-    tmp_path: Path, family: str, videos: bool
-) -> None:
+def test_removed_and_padding_tokens_do_not_change_the_loss(tmp_path, family, videos):
     images = make_images(tmp_path)
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     renderer = NativeRenderer(folder)
@@ -212,9 +207,7 @@ def test_shared_prefix_is_stored_once() -> None:
         ((), None, 0),
     ],
 )
-def test_shared_prefix_length(
-    ids: tuple[list[int], ...], image: tuple[int, int] | None, shared: int
-) -> None:
+def test_shared_prefix_length(ids, image, shared):
     samples = [make_prefixed(one, image).tokenized for one in ids]
     orders = itertools.permutations(samples)
     assert {find_shared_prefix_length(order) for order in orders} == {shared}

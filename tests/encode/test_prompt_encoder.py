@@ -25,9 +25,7 @@ from finesight.model_folder import ModelFolder
 from finesight.vision.image_reader import create_image_pool
 
 
-def test_chat_decodes_images_in_worker_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
     model = load_inference_model("finesight-tiny", "cpu", "fp32")
     image, question = write_shape_image(tmp_path, 0)
     hostile = tmp_path / "hostile.jpg"

@@ -137,9 +137,7 @@ def render_published(
 @pytest.mark.parametrize(
     ("name", "thinking", "effort"), CASES["test_tokens_equal_published_template"]
 )
-def test_tokens_equal_published_template(
-    name: str, thinking: bool, effort: str | None, tmp_path: Path
-) -> None:
+def test_tokens_equal_published_template(name, thinking, effort, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     folder = make_model_folder(name, tmp_path / "model")
     effort_of_mode = effort if thinking else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 from case_files import load_cases
@@ -51,9 +49,7 @@ def test_frame_pairs_have_timestamps(frames: int, fps: float, captions: list[str
     ]
 
 
-def test_each_frame_pair_is_a_visual_span(
-    instruct_renderer: NativeRenderer, tmp_path: Path
-) -> None:
+def test_each_frame_pair_is_a_visual_span(instruct_renderer, tmp_path):
     for name in "abc":
         Image.new("RGB", (70, 40), "red").save(tmp_path / f"{name}.png")
     film = VideoPart(frames=("a.png", "b.png", "c.png"), fps=2)
@@ -112,9 +108,7 @@ TOOL = "<tool_response>\n7\n</tool_response>"
         (("one?", "answer"), "\n</think>\n\nanswer<|im_end|>"),
     ],
 )
-def test_only_last_answer_keeps_its_reasoning(
-    thinking_renderer: NativeRenderer, turns: tuple[str, ...], supervised: str
-) -> None:
+def test_only_last_answer_keeps_its_reasoning(thinking_renderer, turns, supervised):
     located_sample = make_text_sample(*turns)
     assert decode_supervised(thinking_renderer, located_sample) == supervised
     ids_T = thinking_renderer.tokenize(located_sample).ids_T
@@ -134,9 +128,7 @@ def test_prompt_is_prefix_of_sample(thinking_renderer: NativeRenderer, answer: s
     assert full.loss_mask_T[start:].tolist() == [True] * (full.num_tokens - start - 1) + [False]
 
 
-def test_boxes_in_reasoning_are_supervised_but_not_the_answer(
-    thinking_renderer: NativeRenderer, tmp_path: Path
-) -> None:
+def test_boxes_in_reasoning_are_supervised_but_not_the_answer(thinking_renderer, tmp_path):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
     thought, cat = BoxPart(xyxy=(1, 2, 3, 4)), BoxPart(label="cat", xyxy=(10, 20, 30, 40))
     end = TextPart(text="\n</think>\n\n")

@@ -160,9 +160,7 @@ def test_video_file_equals_its_sampled_frames(tmp_path: Path, renderer: NativeRe
     np.testing.assert_array_equal(encoded.patches_ND, expected.patches_ND)
 
 
-def test_tokens_are_counted_without_decoding(
-    tmp_path: Path, renderer: NativeRenderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_counted_without_decoding(tmp_path, renderer, monkeypatch):
     write_video(tmp_path / "clip.mp4", num_frames=37, fps=10, size=(60, 200))
     write_video(tmp_path / "odd.webm", num_frames=3, codec="libvpx-vp9")
     write_video(tmp_path / "one.mkv", num_frames=1)

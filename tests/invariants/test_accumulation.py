@@ -76,9 +76,7 @@ def gradients_of_packings(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA], ids=["full", "lora"])
-def test_loss_and_gradients_are_independent_of_packing(
-    task: dict[str, Any], tmp_path: Path, tune: dict[str, Any], seed: int
-) -> None:
+def test_loss_and_gradients_are_independent_of_packing(task, tmp_path, tune, seed):
     found = gradients_of_packings(task, tmp_path, tune, seed=seed, data_seed=seed)
     loss, expected = found.pop(1)
     assert max(gradient.abs().max().item() for gradient in expected.values()) > 1e-3
@@ -88,9 +86,7 @@ def test_loss_and_gradients_are_independent_of_packing(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_fp64_gradients_are_independent_of_packing(
-    task: dict[str, Any], tmp_path: Path, seed: int
-) -> None:
+def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
     """The model in fp64, whose own roundings would hide it: how much those of fp32 make of a sum
     that nearly cancels depends on the processor. Nothing is clipped: one pack's norm is computed in
     fp64, where a sum's is in fp32."""

@@ -78,9 +78,7 @@ def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
     assert supervised == len(ODDS) - len(REFUSED) + NUM_VALID
 
 
-def test_data_check_reports_invalid_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_reports_invalid_images(tmp_path, capsys):
     data = write_samples(tmp_path, ODDS, "odd.jsonl")
     assert run_command(["check", str(data), "--json"]) == 2
     *findings, _ = map(json.loads, capsys.readouterr().out.splitlines())

@@ -72,9 +72,7 @@ def renderer(request: pytest.FixtureRequest, tmp_path: Path) -> NativeRenderer:
     return NativeRenderer(ModelFolder(make_folder(tmp_path / "model", request.param)))
 
 
-def test_box_error_is_within_half_a_step_for_each_family(
-    renderer: NativeRenderer, tmp_path: Path
-) -> None:
+def test_box_error_is_within_half_a_step_for_each_family(renderer, tmp_path):
     for sample in make_samples(tmp_path):
         assert_box_is_read_back(renderer, LocatedSample(sample, tmp_path))
 

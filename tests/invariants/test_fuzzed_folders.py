@@ -186,9 +186,7 @@ def prepared(rng: random.Random, original: Path, folder: Path, name: str) -> lis
 
 
 @pytest.mark.fuzz
-def test_commands_end_well_on_mutated_files(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_end_well_on_mutated_files(original, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = (*OFTEN * 3, *COMMANDS)
     failures: list[str] = []

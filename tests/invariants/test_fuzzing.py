@@ -194,9 +194,7 @@ def run_commands(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) 
 SHORT = ["train.steps=1", "train.epochs=null", "train.num_workers=0", "train.batch_size=2"]
 
 
-def test_commands_exit_cleanly_on_corrupt_data(
-    task: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_exit_cleanly_on_corrupt_data(task, capsys):
     rng, good = random.Random(1), good_line(task)
     path, recipe = task / "spoilt.jsonl", str(task / "recipe.yaml")
     found: set[int] = set()
@@ -215,9 +213,7 @@ def test_commands_exit_cleanly_on_corrupt_data(
     assert {0, 2} <= found <= {0, 2, 3}
 
 
-def test_commands_exit_cleanly_on_corrupt_recipes(
-    task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_exit_cleanly_on_corrupt_recipes(task, capsys, monkeypatch):
     """No hub is asked for what a model's name has become."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(task)

@@ -47,9 +47,7 @@ class GenerationSetup(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))
-def setup(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> GenerationSetup:
+def setup(request, tmp_path_factory) -> GenerationSetup:
     """A random model and prompts for it, with weights large enough that attention matters."""
     folder = tmp_path_factory.mktemp(request.param)
     # Of the others' seed an answer is one token again and again, by chance.

@@ -86,9 +86,7 @@ def test_adapter_gives_the_same_logits_in_peft(task: TinyTask, tuned: Path) -> N
     assert (ours - baseline).abs().max() > 0.1
 
 
-def test_run_predicts_and_is_evaluated(
-    task: TinyTask, tuned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_predicts_and_is_evaluated(task, tuned, capsys):
     image = str(task.folder / "train0.png")
     assert command(["predict", str(tuned), image, "--prompt", "Which colour?", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["boxes"] == []
@@ -157,9 +155,7 @@ def test_training_continues_from_adapter(task: TinyTask, tuned: Path) -> None:
     assert read_run_losses(task, "further")[0] < 0.7 * start
 
 
-def test_data_commands_work_but_not_those_of_native_families(
-    task: TinyTask, tuned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_commands_work_but_not_those_of_native_families(task, tuned, capsys):
     recipe = str(tuned / "recipe.yaml")
     assert command(["check", recipe]) == 0
     assert command(["show", recipe]) == 0

@@ -53,9 +53,7 @@ class MultiLoraSetup(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))
-def setup(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> MultiLoraSetup:
+def setup(request, tmp_path_factory) -> MultiLoraSetup:
     folder = tmp_path_factory.mktemp(request.param)
     base, renderer = make_random_model(folder, request.param)
     questions = make_mixed_questions(folder)

@@ -36,9 +36,7 @@ class LoadedModel(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))
-def loaded_model(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> LoadedModel:
+def loaded_model(request, tmp_path_factory) -> LoadedModel:
     """A random model that carries two adapters, and forty conversations."""
     folder = tmp_path_factory.mktemp(request.param)
     model, renderer = make_random_model(folder, request.param, seed=2)
@@ -70,9 +68,7 @@ def draw_request(chance: random.Random, prompts: list[EncodedSample]) -> Generat
 
 
 @pytest.mark.fuzz
-def test_random_request_mixes_equal_single_requests(
-    loaded_model: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
     """Check any batch size, cache size and prefill budget, with late requests."""
     model, end_ids = loaded_model.model, loaded_model.renderer.end_ids
     answers: set[tuple[int, ...]] = set()

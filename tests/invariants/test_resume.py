@@ -75,9 +75,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_run(
-    task: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> UninterruptedRun:
+def uninterrupted_run(task, tmp_path_factory) -> UninterruptedRun:
     """An uninterrupted run without worker processes, and how often it called the model."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = write_recipe(folder / "recipe.yaml", task)
@@ -96,9 +94,7 @@ def test_task_has_the_expected_shape(uninterrupted_run: UninterruptedRun) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_at_every_model_call(
-    task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path, workers: int
-) -> None:
+def test_interrupted_at_every_model_call(task, uninterrupted_run, tmp_path, workers):
     """Stop within and after every step, at epoch boundaries, and during evaluation."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task, num_workers=workers)
     names = {str(point): point for point in range(1, uninterrupted_run.calls + 1)}
@@ -115,9 +111,7 @@ def test_interrupted_at_every_model_call(
         assert_same_run(tmp_path / name, uninterrupted_run.run)
 
 
-def test_interrupted_repeatedly(
-    task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path
-) -> None:
+def test_interrupted_repeatedly(task, uninterrupted_run, tmp_path):
     """A new process for every three calls of the model, several of them within one epoch."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task, num_workers=2)
     stops = 0
@@ -161,9 +155,7 @@ def test_quantized_runs_and_optimizers_resume_bit_exactly(
         assert_same_run(run, tmp_path / "whole")
 
 
-def test_killed_before_file_operations(
-    task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path
-) -> None:
+def test_killed_before_file_operations(task, uninterrupted_run, tmp_path):
     """Kill the run before every seventh file operation, and resume to the same result."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)
     points = {str(point): point for point in range(1, 176, 7)}

@@ -60,9 +60,7 @@ def compute_loss_and_gradients(model: VisionLanguageModel, batch: PackedBatch) -
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
 @pytest.mark.parametrize("tune", [ALL, LORA], ids=["all", "lora"])
-def test_shared_prefix_loss_and_gradients_match(
-    tmp_path: Path, family: TinyFamily, tune: TuneSettings
-) -> None:
+def test_shared_prefix_loss_and_gradients_match(tmp_path, family, tune):
     """Check padded packs, and activation checkpointing in all layers."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     samples = encode_samples(tmp_path, folder)

@@ -57,9 +57,7 @@ def with_gradients(found: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 @each("causal", [True, False])
 @each("kv_heads", [4, 2, 1])
 @each("lengths", [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], [5, 5, 2, 5, 2, 2, 1]])
-def test_segments_attend_only_to_themselves(
-    lengths: list[int], kv_heads: int, causal: bool
-) -> None:
+def test_segments_attend_only_to_themselves(lengths, kv_heads, causal):
     inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
     found = varlen_attention(*inputs, Segments.from_lengths(lengths, CPU), causal=causal)
     expected = reference_attention(*inputs, lengths, causal)
@@ -99,9 +97,7 @@ WITH_EMPTY_ONES = [33, 70, 12, 0, 0]
     ],
     ids=str,
 )
-def test_shared_prefix_attention_matches_reference(
-    lengths: list[int], device: str, dtype: torch.dtype
-) -> None:
+def test_shared_prefix_attention_matches_reference(lengths, device, dtype):
     """Forward and backward; gradients of the prefix are summed over all sequences."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weights = (
@@ -128,9 +124,7 @@ CPU_LENGTHS = [[7], [4, 4], [5, 9, 40, 33, 5, 64, 1, 70]]
 @each("kv_heads", [4, 2, 1])
 @each("lengths", CPU_LENGTHS)
 @each(("causal", "padding"), [(True, True), (True, False), (False, False)])
-def test_fp64_matches_fused_kernel(
-    lengths: list[int], kv_heads: int, causal: bool, padding: bool
-) -> None:
+def test_fp64_matches_fused_kernel(lengths, kv_heads, causal, padding):
     inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
     runs = (bucket_with_padding if padding else bucket_by_length)(lengths, CPU)
     found = with_gradients(cpu_attention(*inputs, runs, causal=causal), inputs)

@@ -79,9 +79,7 @@ def test_invalid_config_values_are_reported(family: str, change: dict[str, Any],
         *(("qwen3_vl_moe", *case) for case in CASES["test_invalid_moe_config_is_reported"]),
     ],
 )
-def test_invalid_values_of_a_family_are_reported(
-    family: str, change: dict[str, Any], key: str
-) -> None:
+def test_invalid_values_of_a_family_are_reported(family, change, key):
     assert_reported(family, change, key)
 
 

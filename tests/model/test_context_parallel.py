@@ -69,9 +69,7 @@ def assert_same(shares: list[list[Tensor]], full: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 20])
-def test_context_shards_sum_to_the_full_sample(
-    tiny: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_context_shards_sum_to_the_full_sample(tiny, tmp_path, count, monkeypatch):
     """Use fp32 with encoded or cached features, with and without activation checkpointing."""
     encoded = long_sample(tmp_path, tiny)
     assert len(encoded.tokenized.spans) > 1
@@ -106,9 +104,7 @@ def test_query_key_pairs_of_shards_are_balanced(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
-def test_gpu_kernels_support_context_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_kernels_support_context_shards(tmp_path, monkeypatch):
     """Both chunks of a sample in one process, with collectives on itself."""
     monkeypatch.setattr(attention, "ALLGATHER", Tensor.copy_)
     monkeypatch.setattr(attention, "REDUCE_SCATTER", Tensor.copy_)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -88,9 +87,7 @@ def heads(kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 @pytest.mark.parametrize(("kv_heads", "width"), [(4, 80), (2, 128), (1, 16)])
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @each("by_segment", [False, True])
-def test_half_precision_attention_matches_fp32_cpu(
-    causal: bool, kv_heads: int, width: int, dtype: torch.dtype, by_segment: bool
-) -> None:
+def test_half_precision_attention_matches_fp32_cpu(causal, kv_heads, width, dtype, by_segment):
     inputs = [x.requires_grad_() for x in heads(kv_heads, width, dtype)]
     assert supports_varlen_attention(inputs[0])
     segments = Segments.from_lengths(LENGTHS, CUDA)
@@ -153,9 +150,7 @@ def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> None:
 
 @pytest.mark.parametrize("work", [step, encode_images])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_forward_and_step_do_not_synchronize(
-    family: str, work: Callable[[VisionLanguageModel, PackedBatch], None]
-) -> None:
+def test_forward_and_step_do_not_synchronize(family, work):
     theirs = make_reference_model(wide_config(family))
     batch = pack_conversations(theirs, SAMPLES)
     model = make_native_model(wide_config(family), on_card(theirs, torch.bfloat16))
@@ -175,9 +170,7 @@ def test_forward_and_step_do_not_synchronize(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @each("width", [8, 16, 40, 72, 80, 104, 128])
 @each("lengths", [[64, 64, 64], [400, 400], [300, 7, 1, 80, 128]])
-def test_frozen_encoder_attention_matches_fp32_cpu(
-    lengths: list[int], width: int, dtype: torch.dtype
-) -> None:
+def test_frozen_encoder_attention_matches_fp32_cpu(lengths, width, dtype):
     # Adjacent as in a fused projection, inside of memory that must not be read.
     fused = torch.full((sum(lengths) + 128, 12, width), torch.nan, dtype=dtype, device=CUDA)
     inputs = [*fused[64:-64].chunk(3, dim=1)]
@@ -210,9 +203,7 @@ def test_fused_residual_norm_matches_two_steps(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("trainable", [False, True])
-def test_odd_width_gated_mlp_error_is_bounded(
-    trainable: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_odd_width_gated_mlp_error_is_bounded(trainable, dtype, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     mlp = GatedMlp(64, 100, bias=True).requires_grad_(trainable).to(CUDA)
     for parameter in mlp.parameters():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
@@ -150,13 +150,7 @@ def compare_with_unfused(
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64, 128])
 @each("dtype", [torch.bfloat16, torch.float16])
 @each("apart", [False, True])
-def test_fused_layer_error_is_bounded(
-    rank: int | Literal["all trainable"] | None,
-    dtype: torch.dtype,
-    only: Tensor | None,
-    apart: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fused_layer_error_is_bounded(rank, dtype, only, apart, monkeypatch):
     made = layer(None, trainable=True) if rank == "all trainable" else layer(rank)
     for group in groups(made):
         group.is_sharded = apart
@@ -167,12 +161,7 @@ def test_fused_layer_error_is_bounded(
 @each("only", [None, ONLY])
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64])
 @pytest.mark.parametrize("index", [0, 1], ids=["linear attention", "full attention"])
-def test_fused_hybrid_layer_error_is_bounded(
-    index: int,
-    rank: int | Literal["all trainable"] | None,
-    only: Tensor | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fused_hybrid_layer_error_is_bounded(index, rank, only, monkeypatch):
     trainable = rank == "all trainable"
     made = HybridDecoderLayer(HYBRID_CONFIG, index)
     made = initialize(made, None if rank == "all trainable" else rank, trainable=trainable)
@@ -190,9 +179,7 @@ def test_fused_layer_is_deterministic() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rank", "share"), [(None, 0.0), (16, 0.0), (16, 0.3)])
-def test_fused_fp8_norms_match_unfused(
-    rank: int | None, share: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_fused_fp8_norms_match_unfused(rank, share, dtype, monkeypatch):
     """Bit-exact in both passes, and close to fp32."""
     exact = run_pass(layer(rank), torch.float32, None, lengths=IN_ORDER)
     made = to_fp8(layer(rank, share).to(dtype))

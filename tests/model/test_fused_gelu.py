@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -89,11 +88,7 @@ def misaligned(x: Tensor) -> Tensor:
     ],
     ids=["plain", "adapter", "fp8", "rows in fp8", "misaligned", "12 outputs", "12 inputs"],
 )
-def test_kernel_is_used_only_for_supported_inputs(
-    change: Callable[[FusedLinear, Tensor], tuple[FusedLinear, Any]],
-    taken: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_kernel_is_used_only_for_supported_inputs(change, taken, monkeypatch):
     monkeypatch.setattr(layers, "has_kernels", lambda x: True)
     monkeypatch.setattr(layers, "is_hopper", lambda device: True)
     monkeypatch.setattr(layers, "gemm_gelu_kernels", SaturatedDevice(), raising=False)
@@ -119,9 +114,7 @@ class TestKernel:
     @pytest.mark.parametrize("dtype", HALF, ids=str)
     @pytest.mark.parametrize("shape", SHAPES, ids=str)
     @pytest.mark.parametrize("gelu", GELUS.values(), ids=GELUS)
-    def test_fused_gelu_error_is_not_larger(
-        self, gelu: FusedGelu, shape: tuple[int, int, int], dtype: torch.dtype
-    ) -> None:
+    def test_fused_gelu_error_is_not_larger(self, gelu, shape, dtype):
         """Includes strided rows."""
         rows, inputs, outputs = shape
         x = random_values(rows, inputs + 8, dtype=dtype)[:, :inputs]
@@ -159,9 +152,7 @@ class TestKernel:
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-30)
 
     @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-    def test_vision_encoder_output_matches_with_fused_gelu(
-        self, family: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_vision_encoder_output_matches_with_fused_gelu(self, family, monkeypatch):
         """Training does not use the kernel: the backward pass has other kernels."""
         card = torch.device("cuda")
         settings = make_config(family, vision={"intermediate_size": 64})

@@ -36,9 +36,7 @@ def rounding(dtype: torch.dtype) -> float:
 @each("share", [0.0, 0.3])
 @each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
 @each("ranks", [rank for rank in RANKS if rank <= 128])
-def test_forward_matches_fp64(
-    ranks: int, rows: int, width: int, share: float, dtype: torch.dtype
-) -> None:
+def test_forward_matches_fp64(ranks, rows, width, share, dtype):
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels.runtime import SeededDropout
     from finesight.model.lora.fused import padding_columns
@@ -61,9 +59,7 @@ def test_forward_matches_fp64(
 @each("normed", [False, True])
 @each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
 @each("ranks", RANKS)
-def test_backward_matches_fp64(
-    ranks: int, rows: int, width: int, normed: bool, share: float, dtype: torch.dtype
-) -> None:
+def test_backward_matches_fp64(ranks, rows, width, normed, share, dtype):
     """Gradients are slices of wider rows, as in fused matmuls."""
     from finesight.model.kernels import lora_gemm as lora_gemm_kernels
     from finesight.model.kernels import norm as norm_kernels

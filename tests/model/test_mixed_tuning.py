@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import peft
@@ -51,9 +50,7 @@ MIXES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("family", FAMILIES)
 @each("tied", [True, False])
 @each("how", MIXES)
-def test_mixed_tuning_gradients_match_peft(
-    family: str, tied: bool, how: str, tmp_path: Path
-) -> None:
+def test_mixed_tuning_gradients_match_peft(family, tied, how, tmp_path):
     tune = TuneSettings.model_validate({"lora": LORA} | MIXES[how])
     theirs = make_reference_model(make_config(family, tie_word_embeddings=tied))
     ours = make_native_model(make_config(family, tie_word_embeddings=tied), theirs)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -15,9 +14,7 @@ def benchmark() -> ModuleType:
     return load_module("benchmarks/model_parity_cuda.py")
 
 
-def test_one_line_per_model_with_errors_by_case(
-    benchmark: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_line_per_model_with_errors_by_case(benchmark, tmp_path, capsys):
     benchmark.main(["--tiny", "--out", str(tmp_path / "out.jsonl")])
     printed = capsys.readouterr().out
     assert (tmp_path / "out.jsonl").read_text() == printed

@@ -123,9 +123,7 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
 @pytest.mark.parametrize("family", FAMILIES)
 @each("dtype", [torch.float32, torch.bfloat16])
 @each("parts", [EVERY, ("language", "embeddings")])
-def test_loss_and_gradients_match_dequantized_bit_exactly(
-    family: str, dtype: torch.dtype, parts: tuple[ModelPart, ...], tmp_path: Path
-) -> None:
+def test_loss_and_gradients_match_dequantized_bit_exactly(family, dtype, parts, tmp_path):
     """Of the embeddings only the LM head is quantized."""
     base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
     batch = pack_conversations(make_reference_model(make_settings(family)), SAMPLES)
@@ -148,9 +146,7 @@ def test_loss_and_gradients_match_dequantized_bit_exactly(
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision",), ("vision", "merger")])
-def test_only_linear_layers_of_chosen_parts_are_quantized(
-    parts: tuple[ModelPart, ...], tmp_path: Path
-) -> None:
+def test_only_linear_layers_of_chosen_parts_are_quantized(parts, tmp_path):
     base = make_base(tmp_path / "base", "qwen2_5_vl")
     model, dense = (load_model(base, torch.bfloat16, CPU, stored) for stored in (parts, ()))
     prefixes = {"language": "model.layers.", "vision": "visual.blocks.", "merger": "visual.merger."}

@@ -58,9 +58,7 @@ def test_weights_are_saved_under_published_names(tiny: ModelFolder, tmp_path: Pa
     }
 
 
-def test_pickled_weights_give_the_same_model(
-    tiny: ModelFolder, batch: PackedBatch, tmp_path: Path
-) -> None:
+def test_pickled_weights_give_the_same_model(tiny, batch, tmp_path):
     for name in ("config.json", "qwen.tiktoken"):
         (tmp_path / name).write_bytes((tiny.path / name).read_bytes())
     tensors = load_file(tiny.path / "model.safetensors")

@@ -80,9 +80,7 @@ def test_lora_adapts_only_its_part(family: str, part: str) -> None:
         ({"merger": "lora"}, ["mlp.2"], ["visual.merger.mlp.2"]),
     ],
 )
-def test_targets_apply_only_to_lora_parts(
-    settings: dict[str, Any], targets: list[str], expected: list[str]
-) -> None:
+def test_targets_apply_only_to_lora_parts(settings, targets, expected):
     model = make_model()
     lora = {"target_modules": targets, "rank": 3, "alpha": 12, "dropout": 0.25}
     configure_tuning(model, tune(**settings, lora=lora), 0)
@@ -104,9 +102,7 @@ def test_targets_apply_only_to_lora_parts(
         (("language", "vision"), ["q_proj"], r"tune\.vision is lora"),
     ],
 )
-def test_unknown_targets_are_rejected(
-    parts: tuple[str, ...], targets: list[str], message: str
-) -> None:
+def test_unknown_targets_are_rejected(parts, targets, message):
     model = make_model()
     settings = tune(**dict.fromkeys(parts, "lora"), lora={"target_modules": targets})
     with pytest.raises(UserError, match=message):

@@ -46,9 +46,7 @@ def batch(reference_model: Any) -> PackedBatch:
     return pack_conversations(reference_model, SAMPLES)
 
 
-def test_hidden_states_only_at_supervised_positions(
-    model: VisionLanguageModel, batch: PackedBatch
-) -> None:
+def test_hidden_states_only_at_supervised_positions(model, batch):
     """Token ids of the placeholders have no effect, nor has encoding images in advance."""
     h_LD = model(batch)
     some = replace(batch, logit_indices_L=torch.tensor([4, 0, 17]))
@@ -119,9 +117,7 @@ def with_noise_adapters(theirs: Any) -> VisionLanguageModel:
     return model.train()
 
 
-def test_activation_checkpointing_is_bit_exact_with_dropout(
-    reference_model: Any, batch: PackedBatch
-) -> None:
+def test_activation_checkpointing_is_bit_exact_with_dropout(reference_model, batch):
     found, retained = [], []
 
     def count(tensor: Tensor) -> Tensor:

@@ -70,9 +70,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @each("tied", [True, False])
 @each("most", [5e9, 200_000])
-def test_saved_model_loads_in_transformers(
-    tmp_path: Path, settings: dict[str, Any], tied: bool, most: float
-) -> None:
+def test_saved_model_loads_in_transformers(tmp_path, settings, tied, most):
     settings = settings | {"tie_word_embeddings": tied}
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
@@ -112,9 +110,7 @@ def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied
     assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected_logits(theirs)) <= 1e-5
 
 
-def test_published_and_transformers_5_names_are_equivalent(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_published_and_transformers_5_names_are_equivalent(tmp_path, settings):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     expected = native_logits(load_model(source, torch.float32, CPU), theirs, SAMPLES)
@@ -136,9 +132,7 @@ def test_published_and_transformers_5_names_are_equivalent(
 
 @pytest.mark.parametrize("inner", [16, 24, 48])
 @pytest.mark.parametrize("outputs_first", [True, False])
-def test_expert_weights_load_in_either_layout(
-    tmp_path: Path, inner: int, outputs_first: bool
-) -> None:
+def test_expert_weights_load_in_either_layout(tmp_path, inner, outputs_first):
     """Includes a layer with one square stack, where only the other shows the layout."""
     settings = make_config("qwen3_vl_moe", moe_intermediate_size=inner)
     theirs = make_reference_model(settings)
@@ -160,9 +154,7 @@ def test_tied_lm_head_may_be_stored(tmp_path: Path, settings: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_dtypes_are_converted_while_loading(
-    tmp_path: Path, settings: dict[str, Any], stored: torch.dtype
-) -> None:
+def test_dtypes_are_converted_while_loading(tmp_path, settings, stored):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     target = tmp_path / "target"
@@ -223,9 +215,7 @@ MISMATCHES: list[tuple[Callable[[Tensors], Tensors], str]] = [
 @pytest.mark.parametrize(
     ("how", "what"), MISMATCHES, ids=["missing", "unknown", "name", "twice", "shape", "type"]
 )
-def test_mismatched_weight_file_is_rejected(
-    tmp_path: Path, how: Callable[[Tensors], Tensors], what: str
-) -> None:
+def test_mismatched_weight_file_is_rejected(tmp_path, how, what):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
     change(source, how)
     with pytest.raises(UserError) as refused:

@@ -22,9 +22,7 @@ EVERY_SAMPLE = [
 @pytest.mark.parametrize(
     ("step_s", "lines"), [(1.0, EVERY_TEN_SECONDS), (25.0, EVERY_SAMPLE), (0.1, [])]
 )
-def test_log_has_a_line_every_ten_seconds(
-    monkeypatch: pytest.MonkeyPatch, step_s: float, lines: list[str]
-) -> None:
+def test_log_has_a_line_every_ten_seconds(monkeypatch, step_s, lines):
     now = 0.0
     monkeypatch.setattr(console.time, "perf_counter", lambda: now)
     output = io.StringIO()
@@ -41,9 +39,7 @@ def test_log_has_a_line_every_ten_seconds(
     # Data wait of the first step is ignored, because it includes the start of the workers.
     [((0.9, 0.01, 0.02, 0.03), {}), ((0.9, 0.0, 0.3, 0.6), {2: 15, 3: 30})],
 )
-def test_significant_data_wait_is_shown(
-    waits_s: tuple[float, ...], percent: dict[int, int]
-) -> None:
+def test_significant_data_wait_is_shown(waits_s, percent):
     output = io.StringIO()
     metrics = {"loss": 1.0, "samples_per_s": 16.0, "tokens_per_s": 900.0, "mfu": None}
     metrics |= {"peak_memory_gb": 1.0, "step_s": 1.0}

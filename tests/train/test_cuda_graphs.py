@@ -95,9 +95,7 @@ def run_packs(runner: CudaGraphRunner, packs: Sequence[PackedBatch]) -> int:
     return len(runner.graphs.keys) - before
 
 
-def test_larger_packs_are_captured_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
-) -> None:
+def test_larger_packs_are_captured_if_launch_bound(folder, monkeypatch, gpu):
     """Takes long: larger packs are captured only after many passes."""
     model_folder = ModelFolder(folder / "tiny")
     model = make_model(torch.float32, CPU, model_folder=model_folder).eval()
@@ -130,9 +128,7 @@ class FailingGraphCache(EagerGraphCache):
         raise torch.OutOfMemoryError("out of memory during capture")
 
 
-def test_capture_out_of_memory_disables_graphs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capture_out_of_memory_disables_graphs(folder, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
     model = make_model(torch.float32, CPU).eval()
@@ -157,9 +153,7 @@ def test_capture_out_of_memory_disables_graphs(
         assert all(torch.equal(one, other) for one, other in zip(grads, other_grads, strict=True))
 
 
-def test_text_only_packs_give_encoder_no_gradients(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_only_packs_give_encoder_no_gradients(folder, monkeypatch):
     """A batch with images may have a pack of texts only."""
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
@@ -222,9 +216,7 @@ def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
     assert timer.is_replay_faster(1000) is True
 
 
-def test_launches_and_replays_are_timed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, timer: GraphTimer
-) -> None:
+def test_launches_and_replays_are_timed(folder, monkeypatch, gpu, timer):
     class ReplayingGraphCache(EagerGraphCache):
         """Graph cache that replays from the third run on."""
 
@@ -313,14 +305,8 @@ WAYS = [
     ],
 )
 def test_graph_replay_matches_eager_training(
-    folder: Path,
-    tune: TuneSettings,
-    has_cache: bool,
-    checkpointed: float,
-    packed: Callable[[Sequence[EncodedSample]], PackedBatch],
-    max_triton_seqlen: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    folder, tune, has_cache, checkpointed, packed, max_triton_seqlen, monkeypatch
+):
     cuda = torch.device("cuda")
     model = make_model(torch.bfloat16, cuda, tune)
     model.activation_checkpointing = checkpointed
@@ -346,9 +332,7 @@ def test_graph_replay_matches_eager_training(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefix_length", [0, 70])
-def test_graphs_of_linear_attention_match_eager_training(
-    tmp_path: Path, prefix_length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_of_linear_attention_match_eager_training(tmp_path, prefix_length, monkeypatch):
     """Packs of several lengths in one graph, with and without a shared prefix."""
     cuda = torch.device("cuda")
     tune = TuneSettings.model_validate({"lora": {"rank": 8, "dropout": 0.0}})

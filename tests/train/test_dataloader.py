@@ -171,9 +171,7 @@ def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(0.001, 1050.0, 0.001, id="idle for another reason"),
     ],
 )
-def test_gpu_wait_starts_after_queued_work(
-    blocked_s: float, arrived_ms: float, expected: float
-) -> None:
+def test_gpu_wait_starts_after_queued_work(blocked_s, arrived_ms, expected):
     first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
     last: Any = SimpleNamespace(at=arrived_ms)
     assert DataWait(blocked_s, first, last).seconds == pytest.approx(expected, abs=1e-4)

@@ -70,9 +70,7 @@ def test_items_are_ordered(workers: int) -> None:
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_are_reraised_without_crash(
-    error: Exception, workers: int, list_workers: Callable[[], list[BaseProcess]]
-) -> None:
+def test_errors_are_reraised_without_crash(error, workers, list_workers):
     items = read(Items(3, error), range(60), workers)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(type(error), match="it broke") as caught:

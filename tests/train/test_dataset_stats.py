@@ -184,9 +184,7 @@ def corrupt_samples(task: TinyTask) -> dict[str, str]:
     }
 
 
-def test_statistics_of_large_dataset_are_estimates(
-    large_task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_of_large_dataset_are_estimates(large_task, monkeypatch):
     large_task.recipe["tune"] = {"language": "lora"}
     run = large_task.rewind_to_checkpoint()
     for text in (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -62,9 +62,7 @@ def delta_rule_without_matmul(
         {"language": "frozen", "merger": "full"},
     ],
 )
-def test_flops_match_torch_counter(
-    tmp_path: Path, family: TinyFamily, tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flops_match_torch_counter(tmp_path, family, tune, monkeypatch):
     for name, function in (
         ("families.qwen_vl._interpolate_table", interpolate_without_matmul),
         ("gated_delta_net.chunk_gated_delta_rule", delta_rule_without_matmul),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -69,12 +68,7 @@ def samples(folder: Path) -> list[EncodedSample]:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("packed", [pack, pack_shared_prefix])
-def test_pack_padding_does_not_change_results(
-    samples: list[EncodedSample],
-    packed: Callable[[Sequence[EncodedSample]], PackedBatch],
-    shared: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pack_padding_does_not_change_results(samples, packed, shared, monkeypatch):
     """The buffers contained another pack before."""
     model = make_model(torch.float32, CPU).eval()
     batch, other = packed(samples[:5]), packed(samples[5:9])
@@ -359,9 +353,7 @@ def without_images(batch: PackedBatch) -> PackedBatch:
 @pytest.mark.usefixtures("eager_graphs")
 @pytest.mark.parametrize("parts", [PARTS, ("merger", "language")], ids=len)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_pack_gets_its_own_gradients(
-    folder: Path, family: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_pack_gets_its_own_gradients(folder, family, parts, monkeypatch):
     """Packs with small, large and no images alternate; gradients of one graph do not leak into the
     next."""
     model = make_vision_model(folder, family, dict.fromkeys(parts, "full"))
@@ -378,9 +370,7 @@ def test_each_pack_gets_its_own_gradients(
 
 @pytest.mark.usefixtures("eager_graphs")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_graph_gives_each_pack_its_gradients(
-    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_graph_gives_each_pack_its_gradients(folder, family, monkeypatch):
     """The vision encoder runs eagerly; captured, it would need equal numbers of images."""
     for module, name, value in (
         (cuda_graphs, "MIN_STARVED_PACKS", 0),
@@ -403,9 +393,7 @@ def test_shared_graph_gives_each_pack_its_gradients(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_encoder_matches_eager_training(
-    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_encoder_matches_eager_training(folder, family, monkeypatch):
     cuda = torch.device("cuda")
     model = make_vision_model(folder, family).to(cuda, torch.bfloat16)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)

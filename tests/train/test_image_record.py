@@ -162,9 +162,7 @@ def test_damaged_image_may_be_repaired(task: TinyTask, on_invalid_sample: str) -
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("eval1", 60), ("eval1", 9), ("train4", 9)])
-def test_skipped_image_may_be_repaired_if_the_samples_stay(
-    task: TinyTask, name: str, num_bytes: int
-) -> None:
+def test_skipped_image_may_be_repaired_if_the_samples_stay(task, name, num_bytes):
     image = task.folder / f"{name}.png"
     full = image.read_bytes()
     image.write_bytes(full[:num_bytes])

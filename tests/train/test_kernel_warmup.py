@@ -27,9 +27,7 @@ def losses(task: TinyTask, tune: dict[str, Any], name: str) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tune", TUNES)
-def test_warmup_does_not_update_parameters(
-    tune: str, task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warmup_does_not_update_parameters(tune, task, monkeypatch):
     monkeypatch.setattr(module, "is_compile_cache_empty", lambda: False)
     baseline = losses(task, TUNES[tune], "plain")
     monkeypatch.setattr(module, "is_compile_cache_empty", lambda: True)

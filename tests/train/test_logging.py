@@ -177,9 +177,7 @@ HIGH = [20.0 + number % 5 for number in range(40)]
         (20.0, [*CALM[:20], *HIGH], False),
     ],
 )
-def test_loss_spike_is_above_the_recent_level(
-    loss: float, recent: list[float], is_spike: bool
-) -> None:
+def test_loss_spike_is_above_the_recent_level(loss, recent, is_spike):
     assert is_loss_spike(loss, recent) == is_spike
 
 
@@ -199,9 +197,7 @@ def events(tmp_path: Path, tracker: mock.Mock) -> TrackingEvents:
     ("name", "alert"),
     [("", None), ("nonfinite_samples", "non-finite step"), ("loss_spike_samples", "loss spike")],
 )
-def test_steps_are_tracked(
-    events: TrackingEvents, tracker: mock.Mock, name: str, alert: str | None
-) -> None:
+def test_steps_are_tracked(events, tracker, name, alert):
     metrics = {"step": 7, "loss": 2.5, "lr": {"language": 1e-4}, "num_samples": 16}
     metrics |= {"grad_norm": None, "nonfinite_samples": (), "loss_spike_samples": ()}
     events.log_step(metrics | {name: ("train.jsonl:3",)})
@@ -222,15 +218,7 @@ def test_steps_are_tracked(
         (None, (0.5, 2.0), (0.4, 1.9), None),
     ],
 )
-def test_worse_evaluation_sends_alert(
-    events: TrackingEvents,
-    tracker: mock.Mock,
-    tmp_path: Path,
-    headline: str | None,
-    before: tuple[float, float],
-    now: tuple[float, float],
-    worse: str | None,
-) -> None:
+def test_worse_evaluation_sends_alert(events, tracker, tmp_path, headline, before, now, worse):
     """The evaluation of other samples is not compared."""
     first, second = (
         EvalResult(step, loss, {headline: score} if headline else {}, headline)

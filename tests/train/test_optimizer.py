@@ -107,9 +107,7 @@ def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
 @each("dtype", DTYPES[:2])
 @each("num_steps", [0, 1, 4])
 @each(("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))])
-def test_state_resumes_bit_exactly(
-    kind: str, names: Iterable[str], dtype: torch.dtype, num_steps: int
-) -> None:
+def test_state_resumes_bit_exactly(kind, names, dtype, num_steps):
     """This includes a parameter that ends within a block, and Muon without AdamW parameters."""
     named, again = (make_parameters(dtype, names) for _ in range(2))
     masters, others = make_optimizer(named, kind), make_optimizer(again, kind)

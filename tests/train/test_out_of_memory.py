@@ -139,9 +139,7 @@ def enable_fake_graphs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return graphs
 
 
-def test_graph_memory_is_freed_before_packs_shrink(
-    task: TinyTask, plain_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_memory_is_freed_before_packs_shrink(task, plain_run, monkeypatch):
     enable_fake_graphs(monkeypatch)
     failures = iter([True])
     with simulate_oom(lambda *_: next(failures, False)):
@@ -225,9 +223,7 @@ def test_single_oversized_sample_enables_checkpointing(task: TinyTask) -> None:
     assert "and activation checkpointing from step 1." in (run / "report.html").read_text()
 
 
-def test_sample_that_never_fits_ends_with_checkpoint(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_sample_that_never_fits_ends_with_checkpoint(task, monkeypatch, capsys):
     is_full = False
 
     def fill() -> None:
@@ -283,9 +279,7 @@ def test_validation_loss_uses_smaller_packs(task: TinyTask, plain_run: Path) -> 
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def test_evaluation_frees_graph_memory(
-    task: TinyTask, plain_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_evaluation_frees_graph_memory(task, plain_run, monkeypatch):
     graphs = enable_fake_graphs(monkeypatch)
     with limit_evaluation_memory(0, while_captured=graphs):
         result = task.run()
@@ -296,9 +290,7 @@ def test_evaluation_frees_graph_memory(
     assert result.before.validation_loss == first["validation_loss"]
 
 
-def test_oversized_validation_sample_ends_with_checkpoint(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_oversized_validation_sample_ends_with_checkpoint(task, monkeypatch):
     checkpoints = task.folder / "run" / "checkpoints"
     with limit_evaluation_memory(1):
         with pytest.raises(UserError, match=r"sample eval\d, \d+ tokens and \d+ patches"):
@@ -317,9 +309,7 @@ def test_oversized_validation_sample_ends_with_checkpoint(
 
 
 @pytest.mark.parametrize("capacity", [1, 0])
-def test_evaluation_batch_size_is_reduced(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch, capacity: int
-) -> None:
+def test_evaluation_batch_size_is_reduced(task, monkeypatch, capacity):
     task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 4}
     checkpoints = task.folder / "run" / "checkpoints"
     if capacity:

@@ -51,9 +51,7 @@ def assert_equal_buffers(found: torch.nn.Module, expected: torch.nn.Module) -> N
         (FP8_NF4, ""),
     ],
 )
-def test_saved_run_reloads_its_quantized_weights(
-    task: TinyTask, tune: dict[str, Any], summary: str
-) -> None:
+def test_saved_run_reloads_its_quantized_weights(task, tune, summary):
     """The reloaded model has the validation loss that the run recorded."""
     result = task.run(tune=tune)
     run, quantize = task.folder / "run", tune["quantize"]
@@ -130,9 +128,7 @@ def test_quantized_experts_are_rejected(task: TinyTask, kind: str, tune: dict[st
     assert frozen not in task.console_output
 
 
-def test_unsupported_machine_is_rejected_before_reading_data(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_machine_is_rejected_before_reading_data(task, monkeypatch):
     """Only requested formats are rejected."""
 
     def fail_to_import() -> None:

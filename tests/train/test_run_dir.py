@@ -22,9 +22,7 @@ from finesight.train.run_dir import RunDir
         (["folder-2024", "folder-2024-05"], "folder-2024-05", "folder-2024-05-2"),
     ],
 )
-def test_finished_run_offers_a_free_folder(
-    tmp_path: Path, existing: list[str], run: str, expected: str
-) -> None:
+def test_finished_run_offers_a_free_folder(tmp_path, existing, run, expected):
     for name in existing:
         (tmp_path / name).mkdir()
         if not name.startswith("folder"):

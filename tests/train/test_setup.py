@@ -82,9 +82,7 @@ def test_wrong_starting_points_are_rejected(task: TinyTask) -> None:
         ({"merger": "full", "language": "lora"}, "model={0}"),
     ],
 )
-def test_resuming_with_a_new_schedule_names_the_commands(
-    task: TinyTask, tune: dict[str, object], start: str
-) -> None:
+def test_resuming_with_a_new_schedule_names_the_commands(task, tune, start):
     first, run = task.run(tune=tune), task.folder / "run"
     (run / "result.json").unlink()
     changes = "train.epochs=null", "train.steps=3", "train.learning_rate=0.001"

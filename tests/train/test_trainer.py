@@ -239,9 +239,7 @@ def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
     assert all(line["step_s"] > 0 for line in task.read_metrics() if "loss" in line)
 
 
-def test_changed_data_file_ends_with_checkpoint(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_data_file_ends_with_checkpoint(task, monkeypatch):
     """The run resumes after the file is restored."""
     file = task.folder / "train.jsonl"
     content, changed = file.read_bytes(), file.stat()
@@ -264,9 +262,7 @@ def test_changed_data_file_ends_with_checkpoint(
         ({"language": "lora", "embeddings": "full"}, False),
     ],
 )
-def test_parts_without_gradient_are_rejected_before_the_first_step(
-    task: TinyTask, tune: dict[str, str], is_rejected: bool
-) -> None:
+def test_parts_without_gradient_are_rejected_before_the_first_step(task, tune, is_rejected):
     file = task.folder / "train.jsonl"
     with_images = file.read_text().splitlines(keepends=True)
     text_only = [re.sub(r'\{"type": "image"[^}]*\}, ', "", line) for line in with_images]
@@ -284,9 +280,7 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(
     assert task.run("train.epochs=1", **settings).steps == 3
 
 
-def test_default_evaluations_and_overfitting_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_evaluations_and_overfitting_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer, "DEFAULT_INTERIM_SAMPLES", 2)
     task = TinyTask(tmp_path)
     task.recipe["train"] |= {"epochs": None, "steps": 50, "learning_rate": 0.005}

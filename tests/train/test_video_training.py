@@ -56,9 +56,7 @@ def test_training_step_equals_a_step_on_the_frames(tmp_path: Path, family: TinyF
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_cached_features_of_a_file_match(
-    tmp_path: Path, family: TinyFamily, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
     """Each file is decoded at most once for each chunk of features."""
     state = make_video_state(tmp_path / "task", family, vision_cache="memory")
     decoded: list[list[int]] = []

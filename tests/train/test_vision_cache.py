@@ -83,9 +83,7 @@ def insert_videos(data: Path, frames: dict[int, int]) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("cache", CACHES)
-def test_features_of_videos_and_images_match(
-    tmp_path: Path, family: TinyFamily, cache: str
-) -> None:
+def test_features_of_videos_and_images_match(tmp_path, family, cache):
     """Patches of an image hold two frames if the same chunk has a video, otherwise one."""
     folder = tmp_path / "task"
     make_train_state(folder, family=family)
@@ -168,9 +166,7 @@ def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
         ("fp32", 4, ("disk", "auto")),
     ],
 )
-def test_resumed_run_equals_uninterrupted_run(
-    task: TinyTask, assets: Path, precision: str, step: int, caches: tuple[str, str]
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(task, assets, precision, step, caches):
     """Features are loaded from disk, encoded again or stored in another tier, bit-identically."""
     task.recipe["tune"] = LORA | {"embeddings": "full"}
     task.recipe["train"]["precision"] = precision
@@ -194,9 +190,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lost_cache_files_end_with_checkpoint(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch, assets: Path, workers: int
-) -> None:
+def test_lost_cache_files_end_with_checkpoint(task, monkeypatch, assets, workers):
     """The resumed run has the same result."""
     settings = "train.vision_cache=disk", f"train.num_workers={workers}", "train.save_every=6"
     task.recipe["tune"] = LORA
@@ -217,9 +211,7 @@ def test_lost_cache_files_end_with_checkpoint(
         ("auto", "never", "every step: train.vision_cache=never; previous steps used cached feat"),
     ],
 )
-def test_changed_cache_setting_is_reported(
-    task: TinyTask, before: str, after: str, reason: str
-) -> None:
+def test_changed_cache_setting_is_reported(task, before, after, reason):
     """A run that started without the cache resumes without it."""
     task.recipe["tune"] = LORA
     task.recipe["train"]["vision_cache"] = before
@@ -269,9 +261,7 @@ def make_states(folder: Path, **train: Any) -> list[TrainState]:
 
 
 @pytest.mark.parametrize("cache", ["auto", "memory", "disk"])
-def test_each_rank_encodes_its_shard(
-    tmp_path: Path, run_ranks: RunRanks, assets: Path, cache: str
-) -> None:
+def test_each_rank_encodes_its_shard(tmp_path, run_ranks, assets, cache):
     folder = tmp_path / "task"
     alone = make_train_state(folder, vision_cache="memory")
     single = decide_vision_cache(alone).cache
@@ -314,9 +304,7 @@ def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, run_ranks: RunRanks, 
     assert {type(error) for error in errors} == {TrainingInterrupted}
 
 
-def test_write_error_on_one_rank_fails_all(
-    tmp_path: Path, run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_error_on_one_rank_fails_all(tmp_path, run_ranks, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 

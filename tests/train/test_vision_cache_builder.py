@@ -18,7 +18,6 @@ import torch
 from each_value import each
 from huggingface_hub import constants
 from PIL import Image
-from tiny_model import TinyFamily
 from tiny_task import TinyTask, edit_samples, read_losses
 from vision_cache_fixtures import (
     LORA,
@@ -28,7 +27,6 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
-from finesight.config import VisionCacheMode
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
@@ -36,7 +34,6 @@ from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.trainer import TrainState
 from finesight.train.training_run import StopRequest
 from finesight.train.vision_cache_builder import (
-    CacheTier,
     EncoderOffloader,
     FreeBytes,
     choose_cache_tier,
@@ -62,9 +59,7 @@ def test_trainable_encoder_disables_the_vision_cache(tmp_path: Path, part: str, 
     assert outcome.reason == "images are encoded in every step: the vision encoder is trainable"
 
 
-def test_single_epoch_disables_the_vision_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_epoch_disables_the_vision_cache(folder, monkeypatch):
     """Unless all of their features are on disk already, or images repeat."""
     state = make_train_state(folder, epochs=1)
     with monkeypatch.context() as patched:
@@ -184,9 +179,7 @@ def test_unwritable_cache_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("num_written", [0, 1])
-def test_write_error_of_the_disk_tier_disables_the_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
-) -> None:
+def test_write_error_of_the_disk_tier_disables_the_cache(folder, monkeypatch, num_written):
     """Without the missing files, training would read features that do not exist."""
     save_file, num_saved = vision_cache.save_file, itertools.count()
 
@@ -252,9 +245,7 @@ LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
         ("never", 0.15, H200, None),
     ],
 )
-def test_first_tier_with_enough_space_is_used(
-    setting: VisionCacheMode, size_gb: float, free: FreeBytes, tier: CacheTier | None
-) -> None:
+def test_first_tier_with_enough_space_is_used(setting, size_gb, free, tier):
     size = int(size_gb * GB)
     assert choose_cache_tier(setting, size, size, free) == tier
     if tier == "disk":
@@ -266,9 +257,7 @@ def test_first_tier_with_enough_space_is_used(
 
 @each("family", ["qwen2_vl", "qwen3_vl", "qwen"])
 @each("precision", ["fp32", "bf16"])
-def test_feature_bytes_match_actual_features(
-    tmp_path: Path, family: TinyFamily, precision: str
-) -> None:
+def test_feature_bytes_match_actual_features(tmp_path, family, precision):
     """Each image is in one sample; a model on the meta device suffices."""
     state = make_train_state(tmp_path / "task", family=family, precision=precision)
     features = read_all_features(state, build_vision_cache(state))

@@ -92,9 +92,7 @@ def make_aged_files(folder: Path, count: int) -> tuple[list[Path], int]:
     return paths, paths[0].stat().st_size
 
 
-def test_least_recently_used_files_are_evicted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_least_recently_used_files_are_evicted(tmp_path, monkeypatch):
     paths, size = make_aged_files(tmp_path, 5)
     monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 6 * size)
     with closing(VisionFileStore(tmp_path, "old")) as files:
@@ -121,9 +119,7 @@ def test_files_in_use_are_not_evicted(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [path.exists() for path in paths] == [False, True]
 
 
-def test_disk_reserve_is_never_used(
-    files: VisionFileStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_disk_reserve_is_never_used(files, tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     leftover = files.folder / ".a.1234.5678.tmp"
@@ -167,9 +163,7 @@ def test_chunk_size_is_bounded() -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_images_are_identified_by_model_input(
-    tmp_path: Path, workers: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_identified_by_model_input(tmp_path, workers, monkeypatch):
     monkeypatch.setattr(vision_cache, "SAMPLES_PER_ITEM", 2)
     folder = tmp_path / "task"
     state = make_train_state(folder)

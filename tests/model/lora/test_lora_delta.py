@@ -71,9 +71,7 @@ def preserved_fraction(group: FusedLinear, x_TI: Tensor, found: list[Tensor]) ->
 @pytest.mark.parametrize("kind", [None, INT8, FP8])
 @each("dtype", NARROW)
 @pytest.mark.parametrize("device", DEVICES)
-def test_small_lora_delta_is_not_lost_to_rounding(
-    names: list[str], bias: bool, kind: Kind, dtype: torch.dtype, device: str
-) -> None:
+def test_small_lora_delta_is_not_lost_to_rounding(names, bias, kind, dtype, device):
     group, x_TI = make_adapted_layer(names, bias, kind, device, dtype)
     found = group(x_TI)
     assert preserved_fraction(group, x_TI, list(found)) == pytest.approx(1.0, abs=0.1)

@@ -48,9 +48,7 @@ def write_adapter_folder(model: VisionLanguageModel, base: ModelFolder, folder: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["all parts", "some targets"])
 @torch.no_grad()
-def test_merged_folder_matches_adapter_peft_and_transformers(
-    family: str, how: str, tmp_path: Path
-) -> None:
+def test_merged_folder_matches_adapter_peft_and_transformers(family, how, tmp_path):
     base = write_model_folder(tmp_path / "base", make_config(family))
     model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE_SETTINGS[how])
     adapter = write_adapter_folder(model, base, tmp_path / "adapter")

@@ -34,9 +34,7 @@ def load_error(folder: Path) -> str:
         ({"target_modules": "("}, "not a regular expression"),
     ],
 )
-def test_unsupported_and_inconsistent_settings_are_rejected(
-    settings: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_and_inconsistent_settings_are_rejected(settings, message, tmp_path):
     """Those with tensors of their own are in `test_peft_io`."""
     assert message in load_error(edit_adapter_config(write_random_adapter(tmp_path), **settings))
 

@@ -40,9 +40,7 @@ def install_adapter(linear: FusedLinear, configs: Configs) -> LoraLinear:
 
 @FEW
 @given(st.lists(SIZES, min_size=1, max_size=4), SIZES, SIZES, CONFIGS, st.booleans(), st.booleans())
-def test_fused_matmul_matches_lora_linear(
-    widths: list[int], inputs: int, rows: int, config: LoraConfig, bias: bool, is_sharded: bool
-) -> None:
+def test_fused_matmul_matches_lora_linear(widths, inputs, rows, config, bias, is_sharded):
     """Outputs and all gradients, with the adapter in the weight's matrix and separately."""
     linear = make_linear(widths, inputs, bias)
     adapter = install_adapter(linear, dict.fromkeys(linear.output_sizes, config))
@@ -122,9 +120,7 @@ def expected_rows(linear: FusedLinear, adapters: list[LoraLinear | None], x_TI: 
 @FEW
 @given(st.data(), st.lists(SIZES, min_size=1, max_size=3), SIZES, st.booleans())
 @torch.no_grad()
-def test_multi_lora_matches_lora_linear(
-    data: st.DataObject, widths: list[int], inputs: int, bias: bool
-) -> None:
+def test_multi_lora_matches_lora_linear(data, widths, inputs, bias):
     """Adapters of any subset of the layers, with ranks and scales of their own, or none."""
     linear = make_linear(widths, inputs, bias)
     layer_configs = st.dictionaries(st.sampled_from(list(linear.output_sizes)), CONFIGS)
@@ -174,9 +170,7 @@ def test_scale_beyond_the_range_of_fp16() -> None:
 @settings(FEW, max_examples=15)
 @given(st.lists(st.integers(16, 300), min_size=1, max_size=3), st.integers(16, 900), CONFIGS)
 @torch.no_grad()
-def test_decode_kernel_matches_lora_linear(
-    widths: list[int], inputs: int, config: LoraConfig
-) -> None:
+def test_decode_kernel_matches_lora_linear(widths, inputs, config):
     """One row in bf16 with the kernel of the decode step, which rounds intermediate results."""
     from finesight.model.kernels import decoding
 

@@ -254,9 +254,7 @@ def test_other_quantization_has_priority(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("able", "is_supported"), [((7, 5), False), ((8, 0), False), ((8, 6), False), ((8, 9), True)]
 )
-def test_unsupported_gpu_is_rejected(
-    able: tuple[int, int], is_supported: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_gpu_is_rejected(able, is_supported, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     message = rf"compute capability {able[0]}\.{able[1]}"
@@ -392,9 +390,7 @@ def test_non_finite_activations_stay_in_their_row(wrong: float) -> None:
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [48, 1280, 2048])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RmsNorm])
-def test_fused_fp8_norm_matches_two_steps(
-    kind: type[nn.Module], width: int, dtype: torch.dtype
-) -> None:
+def test_fused_fp8_norm_matches_two_steps(kind, width, dtype):
     """Equal up to the summation order in fp32."""
     baseline = FusedLinear(width, WIDTHS, bias=False)
     norm = kind(width, eps=1e-6).to("cuda", dtype)
@@ -415,9 +411,7 @@ def test_fused_fp8_norm_matches_two_steps(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("width", [48, 1536])
-def test_fused_fp8_decoder_norm_matches_two_steps(
-    width: int, share: float, dtype: torch.dtype
-) -> None:
+def test_fused_fp8_decoder_norm_matches_two_steps(width, share, dtype):
     """Equal up to the summation order in fp32: FP8 stores change Triton's thread layout."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels.runtime import SeededDropout
@@ -445,13 +439,7 @@ def make_vision_encoder(folder: Path, family: TinyFamily, device: str) -> Vision
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "of_a_block"), FAMILIES.items())
-def test_frozen_vision_encoder_passes_codes(
-    family: TinyFamily,
-    of_a_block: int,
-    device: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_frozen_vision_encoder_passes_codes(family, of_a_block, device, tmp_path, monkeypatch):
     """The output equals that with per-layer quantization.
 
     On a GPU the sums of norms differ.

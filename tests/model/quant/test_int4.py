@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import Precision, TuneSettings
+from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
@@ -59,9 +59,7 @@ def make_matrix(tensors: dict[str, Tensor], shape: tuple[int, int], way: GptqCon
 @each("way", GPTQ_CONFIGS)
 @each("shape", SHAPES)
 @each("at_once", [base.CHUNK_ELEMENTS, 300])
-def test_dequantize_matches_reference(
-    shape: tuple[int, int], way: GptqConfig, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dequantize_matches_reference(shape, way, at_once, monkeypatch):
     """Includes a smaller last group."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     tensors, expected = pack_weight(random_values(shape), way)
@@ -80,9 +78,7 @@ def quantize(values: Tensor) -> RtnInt4Matrix:
 @each("shift", [-3.0, 0.0, 0.4, 3.0])
 @each("size", [1e-2, 1.0, 1e3])
 @each("at_once", [base.CHUNK_ELEMENTS, 300])
-def test_quantization_error_is_at_most_half_a_scale(
-    shape: tuple[int, int], shift: float, size: float, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantization_error_is_at_most_half_a_scale(shape, shift, size, at_once, monkeypatch):
     """Includes groups with one sign, a smaller last group, and zeros, which stay zero."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     values = (random_values(shape) + shift) * size
@@ -112,9 +108,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @each("config", GPTQ_CONFIGS)
-def test_model_matches_dequantized_bit_exactly(
-    source: ModelFolder, config: GptqConfig, tmp_path: Path
-) -> None:
+def test_model_matches_dequantized_bit_exactly(source, config, tmp_path):
     """Every linear layer of the decoder is quantized, and no other. Other parts can use NF4."""
     four, dense = write_quantized_model(source, tmp_path, config)
     assert stored_precision(four) == stored_precision(dense) == "fp32"
@@ -193,9 +187,7 @@ INT32 = torch.int32
     ],
     ids=str,
 )
-def test_damaged_weights_are_rejected(
-    ending: str, tensor: Tensor | None, message: str, tmp_path: Path
-) -> None:
+def test_damaged_weights_are_rejected(ending, tensor, message, tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     four, _ = write_quantized_model(tiny, tmp_path, GptqConfig(act_order=True))
     change_tensor(four, ending, tensor)
@@ -217,9 +209,7 @@ def test_fused_layers_must_share_quantization(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_dequantized_export_is_the_dense_model(
-    source: ModelFolder, precision: Precision, tmp_path: Path
-) -> None:
+def test_dequantized_export_is_the_dense_model(source, precision, tmp_path):
     config = GptqConfig(act_order=True, symmetric=False)
     four, dense = write_quantized_model(source, tmp_path, config)
     merged = merge_to_folder(four, None, tmp_path / "merged", precision)
@@ -241,9 +231,7 @@ def test_dequantized_export_is_the_dense_model(
     "way", [GptqConfig(), GptqConfig(64, True, False), GptqConfig(128)], ids=str
 )
 @each("shape", [(512, 1024), (40, 768), (96, 320)])
-def test_gpu_products_match_dequantized(
-    dtype: torch.dtype, rows: int, way: GptqConfig, shape: tuple[int, int]
-) -> None:
+def test_gpu_products_match_dequantized(dtype, rows, way, shape):
     tensors, dense = pack_weight(random_values(shape), way)
     matrix = make_matrix(tensors, shape, way).cuda()
     assert torch.equal(matrix.dequantize(dtype).cpu(), dense.to(dtype))

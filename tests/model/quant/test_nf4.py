@@ -51,9 +51,7 @@ def dequantize_reference(matrix: Nf4Matrix) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @each("dtype", TYPES)
 @each("shape", SHAPES)
-def test_codes_match_bitsandbytes_linear4bit(
-    shape: tuple[int, int], dtype: torch.dtype, device: str
-) -> None:
+def test_codes_match_bitsandbytes_linear4bit(shape, dtype, device):
     values = random_values(shape, dtype)
     kind = import_bitsandbytes("test").nn.Linear4bit
     theirs = kind(shape[1], shape[0], bias=False, compress_statistics=True, quant_type="nf4")

@@ -41,7 +41,7 @@ from finesight.model.quant.base import (
     QuantizedMatrix,
     find_quantized_weights,
 )
-from finesight.model.trainable import ModelPart, get_part
+from finesight.model.trainable import get_part
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
@@ -102,9 +102,7 @@ def test_error_and_memory_of_a_format(kind: str) -> None:
 @each("dtype", TYPES)
 @each("shape", [(7, 64), (2, 3, 64), (1, 64)])
 @each("is_adapted", [False, True])
-def test_output_and_gradients_match_dequantized(
-    kind: str, dtype: torch.dtype, shape: tuple[int, ...], is_adapted: bool
-) -> None:
+def test_output_and_gradients_match_dequantized(kind, dtype, shape, is_adapted):
     widths, results = {"q_proj": 40, "k_proj": 16, "v_proj": 16}, []
     for is_dense in (False, True):
         group = FusedLinear(64, widths, bias=True).to(dtype).requires_grad_(False)
@@ -138,13 +136,7 @@ def dequantize_model(model: VisionLanguageModel) -> VisionLanguageModel:
 @each("family", FAMILIES)
 @each("head", [False, True])
 @each("run_parts", [(), ("vision", "merger", "language")])
-def test_only_the_decoder_is_quantized(
-    kind: WeightFormat,
-    family: TinyFamily,
-    head: bool,
-    run_parts: tuple[ModelPart, ...],
-    tmp_path: Path,
-) -> None:
+def test_only_the_decoder_is_quantized(kind, family, head, run_parts, tmp_path):
     """Includes an untied head; the format overrides the NF4 parts of a run."""
     if head and family != "qwen2_5_vl":
         pytest.skip("one family shows it")
@@ -193,9 +185,7 @@ class LargestTensorMode(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("kind", ["parts in NF4", *FORMATS])
-def test_loading_holds_one_dense_matrix_at_a_time(
-    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_loading_holds_one_dense_matrix_at_a_time(kind, tmp_path, monkeypatch):
     # On a CPU bitsandbytes compares every element with all 16 values at once.
     for module in (base, nf4):
         monkeypatch.setattr(module, "CHUNK_ELEMENTS", 2048)
@@ -264,9 +254,7 @@ def compute_accuracy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Weig
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_quantized_model_accuracy_is_preserved(
-    kind: WeightFormat, compute_accuracy: Callable[[WeightFormat], float]
-) -> None:
+def test_quantized_model_accuracy_is_preserved(kind, compute_accuracy):
     """Allow two samples with other results."""
     assert compute_accuracy("auto") > 0.8
     assert abs(compute_accuracy(kind) - compute_accuracy("auto")) <= 2 / SAMPLES + 1e-9
@@ -277,9 +265,7 @@ def test_quantized_model_accuracy_is_preserved(
 @each("dtype", TYPES)
 @each("rows", [1, 2, MAX_GEMV_ROWS, MAX_GEMV_ROWS + 1, 40, MAX_GEMM_ROWS, MAX_GEMM_ROWS + 1])
 @each("shape", [(512, 1024), (40, 768), (97, 384), (24, 200)])
-def test_gpu_products_match_dequantized_weights(
-    kind: str, dtype: torch.dtype, rows: int, shape: tuple[int, int]
-) -> None:
+def test_gpu_products_match_dequantized_weights(kind, dtype, rows, shape):
     """Includes partially filled blocks, and sizes without a kernel."""
     matrix = make_matrix(kind, random_values(*shape).bfloat16(), "cuda")
     dense = matrix.dequantize(torch.float32).double()

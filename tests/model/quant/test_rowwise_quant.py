@@ -36,9 +36,7 @@ def max_error(matrix: RowwiseMatrix, values: Tensor) -> Tensor:
 @pytest.mark.parametrize("kind", KINDS)
 @each("shape", SHAPES)
 @each("size", [1e-30, 1e-3, 1.0, 1e30])
-def test_quantization_error_is_bounded(
-    kind: type[RowwiseMatrix], shape: tuple[int, int], size: float
-) -> None:
+def test_quantization_error_is_bounded(kind, shape, size):
     values = random_values(shape) * size
     # One output is dominated by a single element, and one is all zeros.
     values[0, 0] *= 100
@@ -62,9 +60,7 @@ def test_row_maximum_is_exact(kind: type[RowwiseMatrix]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 100])
-def test_values_are_rounded_once(
-    kind: type[RowwiseMatrix], at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_are_rounded_once(kind, at_once, monkeypatch):
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     matrix = quantize(kind, random_values((33, 80)))
     exact = matrix.codes_OI.double() * matrix.scales_O[:, None].double()

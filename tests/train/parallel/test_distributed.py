@@ -186,9 +186,7 @@ INTERRUPTED = TrainingInterrupted("checkpoint of step 3 written")
         ("fsdp", INTERRUPTED, False, RankTimeoutError),
     ],
 )
-def test_stop_signal_with_a_missing_rank(
-    parallel: str, error: Exception, saves: bool, raised: type[Exception] | None
-) -> None:
+def test_stop_signal_with_a_missing_rank(parallel, error, saves, raised):
     """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
     trainer = mock.MagicMock(is_main=True)
     trainer.state.parallel.is_sharded = parallel == "fsdp"
@@ -391,9 +389,7 @@ def test_context_shards_cover_every_sample() -> None:
         ("LOCAL_RANK", "", "LOCAL_RANK is not a number"),
     ],
 )
-def test_incomplete_launch_environment_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: str | None, output: str
-) -> None:
+def test_incomplete_launch_environment_is_rejected(tmp_path, capsys, name, value, output):
     task = TinyTask(tmp_path / "task")
     recipe = write_recipe(tmp_path / "r.yaml", task.recipe | {"output_dir": str(tmp_path / "run")})
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-from typing import Any
-
 import pytest
 import torch
-from hf_reference import make_config, max_relative_error
+from hf_reference import max_relative_error
 from torch import Tensor
 
 from finesight.model import layers
@@ -15,7 +12,6 @@ from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.layers import QUICK_GELU, TANH_GELU, FusedGelu
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8
-from finesight.model.weights_io import init_random_model
 
 if HAS_TRITON:
     from finesight.model.kernels import gemm_gelu as gemm_gelu_kernels
@@ -150,33 +146,3 @@ class TestKernel:
         )
         exact = gelu.eager(given.double())
         torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=1e-30)
-
-    @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-    def test_vision_encoder_output_matches_with_fused_gelu(self, family, monkeypatch):
-        """Training does not use the kernel: the backward pass has other kernels."""
-        card = torch.device("cuda")
-        settings = make_config(family, vision={"intermediate_size": 64})
-        wide = init_random_model(settings, 0, torch.float32, card)
-        grids, seed = ((1, 10, 12), (1, 4, 6)), torch.Generator().manual_seed(0)
-        channels = wide.config.vision.patch_dim
-        patches = torch.randint(0, 256, (144, channels), generator=seed).to(card, torch.uint8)
-        model = copy.deepcopy(wide).to(torch.bfloat16)
-        exact = wide.encode_images(patches, grids)
-        taken: list[Any] = []
-        launch = gemm_gelu_kernels.gemm_gelu
-
-        def counted(*given: Any, **factors: float) -> Tensor:
-            taken.append(given)
-            return launch(*given, **factors)
-
-        monkeypatch.setattr(gemm_gelu_kernels, "gemm_gelu", counted)
-        with torch.no_grad():
-            steps = model.encode_images(patches, grids)
-            assert not taken
-            monkeypatch.setattr(gemm_gelu_kernels, "saturates_device", lambda *_: True)
-            found = model.encode_images(patches, grids)
-        assert taken
-        assert max_relative_error(found, exact) <= 1.5 * max_relative_error(steps, exact)
-        taken.clear()
-        model.encode_images(patches, grids)
-        assert not taken

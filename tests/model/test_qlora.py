@@ -23,17 +23,15 @@ from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
 from torch import Tensor
 
-from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_module_name
 from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.quant.nf4 import Nf4Matrix
-from finesight.model.trainable import ModelPart, configure_tuning
+from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
-from finesight.model_folder import ModelFolder, locate_model
+from finesight.model_folder import ModelFolder
 from finesight.train.loss import fused_linear_cross_entropy
 
 FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
@@ -177,42 +175,3 @@ def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
     )
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
         assert torch.equal(full[name], baseline[name])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gpu_matches_cpu(family: str, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", family)
-    card = torch.device("cuda")
-    here = tune_with_lora(load_model(base, torch.float32, CPU, EVERY), TUNE)
-    there = load_model(base, torch.float32, card, EVERY)
-    configure_tuning(there, TuneSettings.model_validate(TUNE), seed=0)
-    own = dict(here.named_parameters())
-    for name, parameter in there.named_parameters():
-        parameter.data.copy_(own[name].data)
-    for name, buffer in here.named_buffers():
-        if buffer.dtype == torch.uint8:
-            changed = int((buffer != dict(there.named_buffers())[name].cpu()).sum())
-            # Another summation order of a mean may change a scale by one code.
-            assert changed <= max(2, buffer.numel() // 25)
-    theirs = make_reference_model(make_settings(family))
-    batch = pack_conversations(theirs, SAMPLES)
-    with torch.no_grad():
-        expected = here.compute_logits(here(batch))
-        found = there.compute_logits(there(batch.to(card))).cpu()
-    assert max_relative_error(found, expected) < 2e-2
-
-
-@pytest.mark.gpu
-def test_gpu_loading_peak_is_below_the_dense_model(tmp_path: Path) -> None:
-    folder, card = locate_model("finesight-tiny"), torch.device("cuda")
-    peaks = []
-    for four in (EVERY, ()):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        model = load_model(folder, torch.bfloat16, card, four)
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        assert any(isinstance(m, Nf4Matrix) for m in model.modules()) == bool(four)
-        del model
-    assert peaks[0] < 0.5 * peaks[1]

@@ -109,24 +109,6 @@ def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
     assert bool(saved) is adapted
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@each("rows", [1, 3, 8, 40, 2000])
-@each("inputs", [48, 128])
-def test_gpu_products_match_dequantized(dtype: torch.dtype, rows: int, inputs: int) -> None:
-    matrix = quantize(random_values((256, inputs), torch.bfloat16).cuda())
-    x = random_values((rows, inputs), dtype, seed=2).cuda().requires_grad_()
-    y = matrix(x, None)
-    y.float().square().sum().backward()
-    dense = matrix.dequantize(torch.float32).double()
-    expected = x.detach().double() @ dense.T
-    bound = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    assert float((y - expected).abs().max() / expected.abs().max()) < bound
-    back = (2 * y.detach()).double() @ dense
-    assert x.grad is not None
-    assert float((x.grad - back).abs().max() / back.abs().max()) < bound
-
-
 def test_bitsandbytes_downloads_no_kernels(tmp_path: Path) -> None:
     """An installed package `kernels` would download code for bitsandbytes."""
     (tmp_path / "kernels.py").write_text(

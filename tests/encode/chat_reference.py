@@ -1,7 +1,5 @@
 """Reference encoding of conversations by the published rules, through transformers."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -40,6 +38,18 @@ class ExpectedEncoding:
     published_position_ids_3T: np.ndarray
     patches_ND: np.ndarray
     grid_thw: list[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class ProcessedVisual:
+    """Process an image or video with the reference processor."""
+
+    kind: str
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    grid: tuple[int, int, int]
+    patches: np.ndarray
+    seconds: float
 
 
 class HFChatReference:
@@ -190,18 +200,6 @@ class HFChatReference:
             at += t * h * w
             following = max(max(row) for row in rows) + 1
         return np.array(rows).T
-
-
-@dataclass(frozen=True)
-class ProcessedVisual:
-    """Process an image or video with the reference processor."""
-
-    kind: str
-    original: tuple[int, int]
-    resized: tuple[int, int]
-    grid: tuple[int, int, int]
-    patches: np.ndarray
-    seconds: float
 
 
 def render_chat(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:

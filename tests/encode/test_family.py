@@ -1,7 +1,5 @@
 """Detection of families, and their box formats there and back."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

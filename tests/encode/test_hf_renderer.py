@@ -1,7 +1,5 @@
 """Samples through a family's own processor and template, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import sys

@@ -1,7 +1,5 @@
 """The renderer against the published template, tokenizer, processor and rope index."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

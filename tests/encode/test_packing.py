@@ -1,7 +1,5 @@
 """Concatenated samples: labels, image positions, shared prefixes and the token budget."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Encoding of prompts with untrusted images in worker processes."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Qwen3.5, 3.6 and 3.8 are rendered token by token like the published chat templates."""
 
-from __future__ import annotations
-
 import json
 import random
 from functools import cache

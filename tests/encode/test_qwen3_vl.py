@@ -1,7 +1,5 @@
 """Timestamps of videos and reasoning apart from answers in Qwen3-VL."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from case_files import load_cases

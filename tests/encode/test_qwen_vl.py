@@ -1,7 +1,5 @@
 """Encoding of the first Qwen-VL: published ids of whole conversations, images and errors."""
 
-from __future__ import annotations
-
 import json
 import random
 import zlib

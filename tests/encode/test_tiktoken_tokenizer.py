@@ -1,7 +1,5 @@
 """The tokenizer of the first Qwen: the ids of the published code, and invalid files."""
 
-from __future__ import annotations
-
 import base64
 import json
 import pickle

@@ -1,7 +1,5 @@
 """Text stays text, whatever it spells; token tables and filters of tokenized samples."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import unicodedata

@@ -1,7 +1,5 @@
 """Steps in few kernels compute what the layers compute."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

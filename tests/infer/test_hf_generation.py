@@ -1,7 +1,5 @@
 """Families without native code answer as transformers does by itself."""
 
-from __future__ import annotations
-
 import json
 from contextlib import closing
 from dataclasses import replace

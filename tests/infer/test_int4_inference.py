@@ -1,7 +1,5 @@
 """Answers of models in four bits: those of their dense twins, without ever making these."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

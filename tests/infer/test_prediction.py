@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import weakref
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The scheduler without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

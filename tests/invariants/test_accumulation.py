@@ -1,7 +1,5 @@
 """How a step's samples are shared out to packs does not matter: 1x8 = 2x4 = 8x1."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

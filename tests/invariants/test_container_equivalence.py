@@ -1,7 +1,5 @@
 """The same samples out of JSONL, tars and Parquet teach the same, to the last bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

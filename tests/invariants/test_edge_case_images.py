@@ -1,7 +1,5 @@
 """Unusual images: each is used or rejected with a reason, without a crash or much memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

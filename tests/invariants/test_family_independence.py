@@ -1,7 +1,5 @@
 """One set of samples with boxes trains a model of every family: only the model's name changes."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

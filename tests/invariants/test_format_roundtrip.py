@@ -1,7 +1,5 @@
 """Samples drawn at random go out in any format and come back the same, or are refused."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

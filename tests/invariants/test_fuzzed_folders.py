@@ -4,8 +4,6 @@ Each mutation is read by a command in a process of its own: exit 0 or 2 (3 for f
 20 s and 2 GB of memory, without a traceback.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

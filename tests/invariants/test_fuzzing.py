@@ -1,7 +1,5 @@
 """Spoilt data and recipes: read, or refused with a message; never a traceback."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

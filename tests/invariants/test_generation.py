@@ -1,7 +1,5 @@
 """Cached generation = uncached; batched = single; streamed = at once (principle 6)."""
 
-from __future__ import annotations
-
 import copy
 import gc
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """A family without native code trains, measures, answers and resumes like the native ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

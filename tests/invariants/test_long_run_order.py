@@ -4,8 +4,6 @@ Runs stop with a checkpoint or are killed without one, at random steps, and resu
 world size. Each start computes the order again, as a new process does.
 """
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Adapters chosen by request = each installed alone = each merged (principle 6)."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ This requires consistent tokens, loss masks, positions, end tokens, exported wei
 settings between training and prediction.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

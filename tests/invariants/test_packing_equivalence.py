@@ -1,7 +1,5 @@
 """A sample in a pack gives the numbers that it gives alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hf_reference import (

@@ -1,7 +1,5 @@
 """The package's own model learns with quantized frozen weights as with 16 bits."""
 
-from __future__ import annotations
-
 import io
 from pathlib import Path
 from statistics import fmean

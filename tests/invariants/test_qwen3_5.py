@@ -1,7 +1,5 @@
 """Qwen3.5, dense and with experts: training, evaluation, merging and transformers' answers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Random mixes of conversations in one batch are answered as each is alone."""
 
-from __future__ import annotations
-
 import random
 from typing import NamedTuple, get_args
 

@@ -1,7 +1,5 @@
 """Interrupted and resumed equals uninterrupted: whole final checkpoints, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """Shared prefixes of a pack: computed once, with the same loss and gradients."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args
 

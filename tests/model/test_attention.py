@@ -1,7 +1,5 @@
 """Attention backends of packed sequences: length buckets, explicit matmuls on a CPU, reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from each_value import each

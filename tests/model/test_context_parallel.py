@@ -1,7 +1,5 @@
 """Context parallelism: shards of a long sample give the results of one process."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """GPU: variable-length attention, the bucketed path, 16-bit dtypes, no host synchronization."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, replace
 from typing import Any
 

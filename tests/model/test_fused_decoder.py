@@ -1,7 +1,5 @@
 """Fused decoder layers: outputs and gradients as close to fp32 as those of unfused layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar

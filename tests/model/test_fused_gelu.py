@@ -1,7 +1,5 @@
 """Matmuls fused with GELU: at least as accurate as separate kernels."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hf_reference import max_relative_error

@@ -1,7 +1,5 @@
 """Elementwise operations: values, gradients, and kernels against eager torch."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

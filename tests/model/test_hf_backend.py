@@ -1,7 +1,5 @@
 """Models of other families through transformers: equal results, and rejected models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import hf_models

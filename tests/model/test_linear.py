@@ -1,7 +1,5 @@
 """LoRA layers against finite differences and peft, and their number of operations."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from lora_fixtures import GROUP_WIDTHS, make_group

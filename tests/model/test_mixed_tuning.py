@@ -1,7 +1,5 @@
 """Parts with different tuning modes: gradients against peft on transformers."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import peft

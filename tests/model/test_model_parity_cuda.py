@@ -1,7 +1,5 @@
 """The parity benchmark at a tiny size on a CPU."""
 
-from __future__ import annotations
-
 import json
 from types import ModuleType
 

@@ -1,7 +1,5 @@
 """Native models against transformers: logits and gradients of tiny random models in fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace

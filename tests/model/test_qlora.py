@@ -1,7 +1,5 @@
 """NF4 models: equal to transformers and peft, packed, and saved to folders."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

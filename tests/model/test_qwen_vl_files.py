@@ -1,7 +1,5 @@
 """Qwen-VL files: weight round trip, pickles, trainable parts, adapters."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

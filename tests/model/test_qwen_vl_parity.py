@@ -1,7 +1,5 @@
 """Native Qwen-VL against reference values of the published code, see qwen_vl_reference."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

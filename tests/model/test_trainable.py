@@ -1,7 +1,5 @@
 """Model parts and the trainable parameters of a recipe."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

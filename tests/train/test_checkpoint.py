@@ -1,7 +1,5 @@
 """Checkpoints of other versions, and snapshots that are written asynchronously."""
 
-from __future__ import annotations
-
 import errno
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Progress of stages and steps on a terminal and in a log."""
 
-from __future__ import annotations
-
 import io
 
 import pytest

@@ -1,7 +1,5 @@
 """CUDA graphs of small packs: selection, timing, and equality with eager training."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -184,7 +182,7 @@ class FakeEvent:
     def query(self) -> bool:
         return FakeEvent.is_finished
 
-    def elapsed_time(self, other: FakeEvent) -> float:
+    def elapsed_time(self, other: "FakeEvent") -> float:
         return 1000 * (other.at - self.at)
 
 

@@ -1,7 +1,5 @@
 """Data loading: independence from the number of workers, corrupt images, and waiting for data."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace

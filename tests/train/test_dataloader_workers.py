@@ -1,7 +1,5 @@
 """Reading in other processes: same items, errors as they are, deaths explained."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os

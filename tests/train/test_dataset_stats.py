@@ -1,7 +1,5 @@
 """Dataset scan: every skipped sample is counted, no sample is truncated, large data are sampled."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Evaluations of a run: the best one, comparable samples, and their records."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """End of a run: parameter audit, exported weights and logged comparison."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Counted FLOPs compared with the counter of torch, and with numbers computed by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

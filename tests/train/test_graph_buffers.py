@@ -1,7 +1,5 @@
 """Static buffers of CUDA graphs: padding does not change results, and shapes are few."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import replace
 from itertools import accumulate

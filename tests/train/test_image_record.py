@@ -1,7 +1,5 @@
 """Images that change between the start of a run and its resumption."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil

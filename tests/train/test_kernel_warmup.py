@@ -1,7 +1,5 @@
 """Kernel warm-up before the first step: it does not change the result."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Records of a run: metrics, tracking events, and the report during the run and at its end."""
 
-from __future__ import annotations
-
 import io
 import json
 import math

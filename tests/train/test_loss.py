@@ -1,7 +1,5 @@
 """Chunked loss compared with the cross entropy of torch: values and gradients."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

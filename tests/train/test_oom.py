@@ -1,7 +1,5 @@
 """What a step may take of a GPU's memory, and what is tried where that is too much."""
 
-from __future__ import annotations
-
 import torch
 
 from finesight.encode.packing import PackedBatch

@@ -1,7 +1,5 @@
 """Master weights: exact restoration and rounding. Muon: orthogonal steps, matrix by matrix."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Optimizers with fp32 master weights: AdamW, 8-bit AdamW, accumulation, scaling and state."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref

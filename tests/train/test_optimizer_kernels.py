@@ -1,7 +1,5 @@
 """Optimizer kernels on a GPU compared with the CPU implementation."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

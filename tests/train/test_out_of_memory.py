@@ -3,8 +3,6 @@
 A model that refuses packs above a number of tokens simulates a GPU with little memory.
 """
 
-from __future__ import annotations
-
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence

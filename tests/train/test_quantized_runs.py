@@ -1,7 +1,5 @@
 """Runs with frozen weights in NF4 or FP8: output files, and loading them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

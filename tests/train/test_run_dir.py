@@ -1,7 +1,5 @@
 """Run directory: one run, one process, no partial lines."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Samples of each step: a pure function of seed, epoch and position, faithful to the weights."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import chain
 from pathlib import Path

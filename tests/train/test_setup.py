@@ -1,7 +1,5 @@
 """Setup of a run: its starting point, and settings that are rejected before anything is written."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Runs of the tiny task: files, errors and console output; training steps."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

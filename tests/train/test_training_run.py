@@ -1,7 +1,5 @@
 """Signals and host settings of a run: the first signal is recorded, the second one acts."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading

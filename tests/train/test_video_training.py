@@ -1,7 +1,5 @@
 """Training on video files: equal to training on their frames, with and without vision cache."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Cached vision features equal those encoded in every step, on one rank and on several."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Vision cache decision: conditions, storage tiers, obstacles, and the offloaded encoder."""
 
-from __future__ import annotations
-
 import errno
 import io
 import itertools

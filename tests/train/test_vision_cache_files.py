@@ -1,7 +1,5 @@
 """Disk tier of the vision cache: atomic files, LRU eviction, locks, and chunks of images."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

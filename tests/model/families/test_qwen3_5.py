@@ -1,7 +1,5 @@
 """Qwen3.5: published parameters, adapters of all linear layers, and rejected configs."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Qwen-VL: published sizes and names, rejected configs, and rules beyond the network."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Small LoRA deltas survive rounding when added to base products."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -1,7 +1,5 @@
 """Merged models equal adapters, natively and in transformers; failed merges leave no files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Adapter configs: settings handled as in peft, and rejected settings."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Adapter files shared with peft: equal logits, and rejected files."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Fused matmuls, multi-LoRA and decode kernels against `LoraLinear` on random shapes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """FP8 matmuls and their inputs from fused kernels: errors, batch independence, equal codes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from pathlib import Path

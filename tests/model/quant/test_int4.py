@@ -1,7 +1,5 @@
 """GPTQ weights: dequantized values, matmuls and complete models."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """NF4 weights: codes equal to bitsandbytes, outputs and gradients equal to dequantized weights."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Quantization while loading: selected layers, generations, and rejected models."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import json

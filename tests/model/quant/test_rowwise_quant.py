@@ -1,7 +1,5 @@
 """INT8 and FP8 weights: codes, errors and matmuls."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from each_value import each

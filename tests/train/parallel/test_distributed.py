@@ -1,7 +1,5 @@
 """Distributed training: equality with single-process training, and failures of ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

@@ -1,7 +1,5 @@
 """Sharded training: equality with single-process training."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

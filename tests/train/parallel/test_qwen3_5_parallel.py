@@ -1,7 +1,5 @@
 """Qwen3.5 in several processes: DDP and FSDP equal a single process."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

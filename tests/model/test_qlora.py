@@ -6,7 +6,6 @@ from typing import Any
 import peft
 import pytest
 import torch
-from each_value import each
 from hf_reference import (
     CPU,
     make_config,
@@ -30,14 +29,12 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
-from finesight.train.loss import fused_linear_cross_entropy
 
 FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
 EVERY: tuple[ModelPart, ...] = ("vision", "merger", "language")
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.0}
 TUNE = {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA}
 SAMPLE = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
-SAMPLES = [SAMPLE, make_conversation(1, 11), make_conversation(2, 5, ("image", (1, 4, 6)), 7)]
 
 
 def make_settings(family: str, **changes: Any) -> dict[str, Any]:
@@ -114,31 +111,6 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in gradients.items():
         assert max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@each("dtype", [torch.float32, torch.bfloat16])
-@each("parts", [EVERY, ("language", "embeddings")])
-def test_loss_and_gradients_match_dequantized_bit_exactly(family, dtype, parts, tmp_path):
-    """Of the embeddings only the LM head is quantized."""
-    base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
-    batch = pack_conversations(make_reference_model(make_settings(family)), SAMPLES)
-    results = []
-    for is_dense in (False, True):
-        model = load_model(base, dtype, CPU, parts)
-        assert ("lm_head.weight" in find_quantized_weights(model)) == ("embeddings" in parts)
-        for module in model.modules():
-            if is_dense and isinstance(module, FusedLinear):
-                module.dequantize()
-        tune_with_lora(model, TUNE)
-        loss = fused_linear_cross_entropy(
-            model(batch), model.lm_head_weight, batch.labels_L, torch.tensor(1.0), chunk_size=5
-        )
-        loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        results.append([loss.detach(), *gradients])
-    for found, expected in zip(*results, strict=True):
-        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision",), ("vision", "merger")])

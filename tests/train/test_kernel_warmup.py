@@ -8,7 +8,6 @@ import torch
 from tiny_task import TinyTask
 
 from finesight.train import training_run as module
-from finesight.train.dataloader import StepDataset
 
 TUNES: dict[str, dict[str, Any]] = {
     "lora": {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
@@ -81,12 +80,3 @@ def test_compilation_errors_are_raised_at_the_end() -> None:
     x_D = torch.zeros(16, device="cuda")
     with pytest.raises(Exception, match="no_such_name"), compile_in_parallel(x_D.device):
         kernel[(1,)](x_D, 16)
-
-
-def test_cpu_needs_no_kernel_warmup(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("a step was read for its kernels")
-
-    monkeypatch.setattr(StepDataset, "get_step", never)
-    task.run()
-    assert len([line for line in task.read_metrics() if "loss" in line]) == 6

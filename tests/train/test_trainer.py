@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import create_tiny_model
 from tiny_task import TinyTask, act_before_step, read_losses
 from vision_cache_fixtures import LORA, make_train_state
 
@@ -31,7 +30,7 @@ from finesight.train.training_run import StopRequest
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
-def test_run_folder_contents(task: TinyTask) -> None:
+def test_run_folder_and_metrics(task: TinyTask) -> None:
     result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
     run = task.folder / "run"
     files = "images.safetensors manifest.json metrics.jsonl param_audit.json recipe.yaml"
@@ -55,10 +54,6 @@ def test_run_folder_contents(task: TinyTask) -> None:
     assert len(values) > 20
     for name, value in values.items():
         assert torch.equal(parameters[name].detach(), value), name
-
-
-def test_metrics_of_each_step(task: TinyTask) -> None:
-    task.run()
     lines = [line for line in task.read_metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["num_samples"] for line in lines] == [4, 4, 4, 4, 4, 2]
@@ -71,7 +66,7 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
         assert 0 < line["data_wait_s"] < line["step_s"]
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
-    assert measured == [0, 2, 4, 6]
+    assert measured == [0, 4, 6]
 
 
 def test_per_part_learning_rates(task: TinyTask) -> None:
@@ -205,19 +200,6 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
     ):
         task.run()
     assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
-
-
-def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
-    """16 patches per image, and packs with an odd number of tokens."""
-    folder = create_tiny_model(task.folder / "square", "qwen")
-    config = json.loads((folder / "config.json").read_text())
-    config["visual"]["image_size"] = 56
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "sha256.json").unlink()
-    settings = (*ONE_STEP, "train.precision=bf16", "train.pack_tokens=130")
-    assert task.run(*settings, model=str(folder), image=None).steps == 1
-    stored = load_file(task.folder / "run" / "model" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
 @pytest.mark.gpu

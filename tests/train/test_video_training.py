@@ -1,4 +1,4 @@
-"""Training on video files: equal to training on their frames, with and without vision cache."""
+"""Training on video files: cached features and fingerprints."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -8,55 +8,34 @@ import pytest
 from PIL import Image
 from tiny_model import TinyFamily
 from tiny_task import edit_samples
-from video_fixtures import save_frames, write_video
+from video_fixtures import write_video
 from vision_cache_fixtures import assert_features_match, build_vision_cache, make_train_state
 
 from finesight.data.corpus import open_sample_source
-from finesight.data.sample import VideoPart
 from finesight.data.video_file import iter_video_frames
 from finesight.encode import renderer as renderer_module
 from finesight.train.dataset_stats import list_image_paths, read_image_state
-from finesight.train.trainer import TrainState, train_step
-from finesight.train.training_run import StopRequest
+from finesight.train.trainer import TrainState
 
 SAMPLES = (1, 4, 5)
 
 
-def make_video_state(
-    folder: Path, family: TinyFamily, *, as_frames: bool = False, **train: str
-) -> TrainState:
+def make_video_state(folder: Path, family: TinyFamily) -> TrainState:
     """Replace three images by videos of 8 frames a second, of which four frames are sampled."""
     make_train_state(folder, family=family)
-    is_newer = family.startswith("qwen3")
-    indices = [0, 5, 10, 15] if is_newer else [0, 4, 8, 12]
     with edit_samples(folder / "train.jsonl") as samples:
         for number in SAMPLES:
             size = (56, 56 + 28 * number)
             path = write_video(folder / f"{number}.mp4", num_frames=16, size=size)
-            frames = save_frames(folder / f"frames{number}", [*iter_video_frames(path, indices)])
-            listed = VideoPart(frames=tuple(frames), fps=1.6 if is_newer else 2.0)
-            video = listed if as_frames else VideoPart(video=path.name)
-            part = video.model_dump(exclude_defaults=True) | {"type": "video"}
+            part = {"type": "video", "video": path.name}
             samples[number]["messages"][0]["content"][0] = part
-    return make_train_state(folder, **train)
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_5"])
-def test_training_step_equals_a_step_on_the_frames(tmp_path: Path, family: TinyFamily) -> None:
-    losses = []
-    for as_frames in (False, True):
-        state = make_video_state(tmp_path / str(as_frames), family, as_frames=as_frames)
-        steps = [state.step_dataset.get_step(number) for number in range(len(state.sampler))]
-        losses.append([train_step(state, step, StopRequest()).wait() for step in steps])
-        grids = [pack.grid_thw for step in steps for pack in step.packs]
-        assert any(grid[0] * len(pack) > 1 for pack in grids for grid in pack)
-    assert losses[0] == losses[1]
+    return make_train_state(folder, vision_cache="memory")
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
     """Each file is decoded at most once for each chunk of features."""
-    state = make_video_state(tmp_path / "task", family, vision_cache="memory")
+    state = make_video_state(tmp_path / "task", family)
     decoded: list[list[int]] = []
 
     def record(path: Path, frame_indices: Sequence[int]) -> Iterator[Image.Image]:

@@ -15,7 +15,6 @@ from tiny_model import TinyFamily
 from tiny_task import TinyTask, act_before_step, edit_samples, read_final_files, read_losses
 from vision_cache_fixtures import (
     LORA,
-    assert_features_match,
     build_vision_cache,
     decide_vision_cache,
     make_train_state,
@@ -77,19 +76,6 @@ def insert_videos(data: Path, frames: dict[int, int]) -> None:
                 Image.new("RGB", (56, 84), (frame * 40, number, 9)).save(data.parent / name)
             video = {"type": "video", "frames": names, "fps": 1.0}
             samples[number]["messages"][0]["content"].insert(0, video)
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-@pytest.mark.parametrize("cache", CACHES)
-def test_features_of_videos_and_images_match(tmp_path, family, cache):
-    """Patches of an image hold two frames if the same chunk has a video, otherwise one."""
-    folder = tmp_path / "task"
-    make_train_state(folder, family=family)
-    insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
-    state = make_train_state(folder, vision_cache=cache)
-    store = build_vision_cache(state)
-    assert len(store.reader.image_indices([3])) > 1
-    assert_features_match(state, store)
 
 
 def test_cached_run_matches_uncached_run(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ import io
 import itertools
 import json
 import os
-import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,12 +24,11 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import UserError
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.trainer import TrainState
-from finesight.train.training_run import StopRequest
 from finesight.train.vision_cache_builder import (
     EncoderOffloader,
     FreeBytes,
@@ -208,13 +206,6 @@ def test_concurrent_runs_share_the_cache(folder: Path) -> None:
     assert torch.equal(first, second)
     outcome = decide_vision_cache(states[0])
     assert outcome.num_from_disk == outcome.num_images
-
-
-def test_signal_interrupts_cache_build(folder: Path) -> None:
-    stop = StopRequest()
-    stop.signal = signal.SIGTERM
-    with pytest.raises(TrainingInterrupted):
-        decide_vision_cache(make_train_state(folder), stop=stop)
 
 
 GB = 10**9

@@ -1,6 +1,5 @@
 """Fused matmuls, multi-LoRA and decode kernels against `LoraLinear` on random shapes."""
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -162,31 +161,3 @@ def test_scale_beyond_the_range_of_fp16() -> None:
         routing.set_mask(routing.build_mask(index))
         torch.testing.assert_close(linear(x_TI)[0], output)
     assert not torch.allclose(base, expected)
-
-
-@pytest.mark.gpu
-@settings(FEW, max_examples=15)
-@given(st.lists(st.integers(16, 300), min_size=1, max_size=3), st.integers(16, 900), CONFIGS)
-@torch.no_grad()
-def test_decode_kernel_matches_lora_linear(widths, inputs, config):
-    """One row in bf16 with the kernel of the decode step, which rounds intermediate results."""
-    from finesight.model.kernels import decoding
-
-    linear = make_linear(widths, inputs, dtype=torch.float32)
-    adapters = [dict.fromkeys(list(linear.output_sizes)[:count], config) for count in (1, 3)]
-    routing, references = install_multi_lora(linear.to("cuda"), adapters)
-    routing.set_mask(routing.build_mask(1))
-    x_1I = torch.randn(1, inputs, device="cuda")
-    expected_1O = expected_rows(linear, references[1:], x_1I)
-    multi = linear.adapter
-    assert isinstance(multi, MultiLoraLinear)
-    low_1S = decoding.fused_gemv(
-        x_1I.bfloat16(), multi.lora_A_SI.bfloat16(), output_scale_1O=multi.rank_scales_TS
-    )
-    y_1O = decoding.fused_gemv(
-        x_1I.bfloat16(),
-        linear.weight.bfloat16(),
-        bias_O=linear.bias.bfloat16(),
-        lora_delta=decoding.GemvLoraDelta(low_1S, multi.lora_B_OS.bfloat16()),
-    )
-    assert (y_1O - expected_1O).norm() <= 0.02 * expected_1O.norm()

@@ -1,5 +1,6 @@
 """NF4 models: equal to transformers and peft, packed, and saved to folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hf_reference import (
 )
 from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
+from safetensors.torch import load_file
 from torch import Tensor
 
 from finesight.errors import UserError
@@ -27,7 +29,7 @@ from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model, save_model
+from finesight.model.weights_io import load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
 
 FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
@@ -137,6 +139,13 @@ def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
     again = tmp_path / "again"
     again.mkdir()
     save_model(model, base, again, torch.bfloat16, max_shard_bytes=100_000)
+    files = ModelFolder(again).weight_files()
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    index = json.loads((again / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16, torch.float32}
+    assert ModelFolder(again).config["torch_dtype"] == "float32"
+    assert stored_precision(ModelFolder(again)) == "fp32"
     found = load_model(ModelFolder(again), torch.bfloat16, CPU, parts).state_dict()
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())

@@ -18,7 +18,6 @@ from hf_reference import (
     reference_logits,
     write_model_folder,
 )
-from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -256,23 +255,6 @@ def test_stored_precision(tmp_path: Path) -> None:
         assert store(other, torch.bfloat16) == "fp32"
     with pytest.raises(UserError, match="weights of type I8"):
         store(torch.int8)
-
-
-def test_mixed_dtypes_are_indexed_correctly(tmp_path: Path) -> None:
-    """4-bit weights are written as published, the others in the dtype of the run."""
-    base = published(tmp_path / "base", make_config("qwen2_vl"))
-    (tmp_path / "saved").mkdir()
-    model = load_model(base, torch.float16, CPU, ["language"])
-    save_model(model, base, tmp_path / "saved", torch.float16, max_shard_bytes=80_000)
-    saved = ModelFolder(tmp_path / "saved")
-    tensors = [list(load_file(file).values()) for file in saved.weight_files()]
-    sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
-    index = json.loads((saved.path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(sizes)
-    assert max(sizes) <= 80_000
-    assert {t.dtype for some in tensors for t in some} == {torch.float16, torch.float32}
-    assert saved.config["torch_dtype"] == "float32"
-    assert merge_to_folder(saved, None, tmp_path / "merged").precision == "fp32"
 
 
 def test_copied_tensors_keep_their_dtype(tmp_path: Path) -> None:

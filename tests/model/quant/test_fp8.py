@@ -125,39 +125,6 @@ def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
         assert found.isfinite().all(1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_output_and_gradient_errors_are_bounded(dtype: torch.dtype) -> None:
-    """Check the bound for two operands off by a sixteenth, and 4 % in total."""
-    group = make_layer(dtype)
-    x_TI = random_rows((40, INPUTS)).to(dtype).requires_grad_()
-    y_TO = compute_fused(group, x_TI)
-    dy_TO = random_rows(tuple(y_TO.shape), 20).to(dtype)
-    y_TO.backward(dy_TO)
-    assert x_TI.grad is not None
-    assert (y_TO.dtype, x_TI.grad.dtype) == (dtype, dtype)
-    w_OI, bias = make_dense_weight().double(), group.bias
-    assert bias is not None
-    forward = y_TO.detach().double() - bias.double(), x_TI.detach().double(), w_OI.T
-    back = x_TI.grad.double(), dy_TO.double(), w_OI
-    for found, left, right in (forward, back):
-        exact = left @ right
-        rounded = torch.finfo(dtype).eps * (exact.abs() + bias.abs().max())
-        worst = (2 * OFF + OFF**2) * (left.abs() @ right.abs())
-        assert bool(((found - exact).abs() <= worst * 1.1 + 4 * rounded).all())
-        assert float((found - exact).norm() / exact.norm()) < 0.04
-
-
-def test_backward_uses_the_forward_codes() -> None:
-    """Only the gradient is rounded."""
-    group = make_layer()
-    dy_TO = random_rows((30, sum(WIDTHS.values())))
-    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group).matrices]))
-    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group).matrices]).double()
-    exact = rows.scales_T1.double() * (rows.codes_TI.double() @ codes_OI)
-    found = linear_concat_backward(dy_TO, get_fp8_weight(group)).double()
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_rows_are_independent_of_batch(device: str) -> None:
     """Bit-exact for FP8 codes, and up to the summation order of the matmul."""
@@ -280,15 +247,16 @@ def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
         assert float(off.double().mean()) < 0.01
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 33, 2000])
 @pytest.mark.parametrize("scale", [1, 16])
-def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
+def test_products_match_the_codes(rows, scale, device):
     """Compared with fp64, up to truncated GPU accumulation and one rounding to bf16."""
-    group = make_layer(torch.bfloat16, "cuda", scale)
+    dtype, bound = (torch.float32, 1e-6) if device == "cpu" else (torch.bfloat16, 4e-3)
+    group = make_layer(dtype, device, scale)
     weight = get_fp8_weight(group)
-    x_TI = random_rows((rows, scale * INPUTS)).cuda().bfloat16()
-    dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).cuda().bfloat16()
+    x_TI = random_rows((rows, scale * INPUTS)).to(device, dtype)
+    dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).to(device, dtype)
     w_OI = torch.cat(list(weight.dequantize_layers())).double()
     scales_O = torch.cat([layer.scales_O for layer in weight.matrices])
     forward = quantize_fp8(x_TI), w_OI.T, linear_concat(x_TI, weight, None)
@@ -299,7 +267,7 @@ def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
     )
     for rows_TI, right, found in (forward, back):
         exact = (rows_TI.codes_TI.double() * rows_TI.scales_T1) @ right
-        assert float((found.double() - exact).norm() / exact.norm()) < 4e-3
+        assert float((found.double() - exact).norm() / exact.norm()) < bound
 
 
 def equal(found: Fp8Rows, expected: Fp8Rows) -> bool:

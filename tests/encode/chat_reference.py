@@ -175,10 +175,7 @@ class HFChatReference:
         return positions[:, 0].numpy()
 
     def _published_rope_index(self, ids: list[int], seen: list[ProcessedVisual]) -> np.ndarray:
-        """Compute positions with the rule of the published code, one token at a time.
-
-        After an image or video, text continues at the largest position of any row plus one.
-        """
+        """Compute positions by token; text continues after the largest position of any row."""
         rows: list[tuple[int, int, int]] = []
         left, at, following = list(seen), 0, 0
         while at < len(ids):

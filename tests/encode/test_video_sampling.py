@@ -1,9 +1,4 @@
-"""Video files as model input: sampled frames, sizes, timestamps and positions of transformers.
-
-torchvision is not required: the sampling and resizing rules of the video processors of transformers
-are pure functions. The module of Qwen2-VL imports torchvision, so its function is compiled from the
-source of the installed package.
-"""
+"""Video files as model input, by functions of transformers compiled without torchvision."""
 
 from __future__ import annotations
 import __future__

@@ -20,8 +20,7 @@ PIECES = [b"</think>", b"\n\n", "中文".encode(), "😀".encode()[1:], b" stop"
 
 @pytest.fixture(scope="module")
 def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A token for each byte, an end token, and a few tokens of several bytes, which may begin and
-    end within a character."""
+    """Tokens for all bytes, an end token, and some of several bytes or parts of characters."""
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     letters = [chr(byte if byte in seen else next(others)) for byte in range(256)]

@@ -106,8 +106,7 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
 @pytest.mark.parametrize("late", [0, 1])
 @each("seed", range(12))
 def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
-    """Random requests, cancelled at random, in a cache that is too small for all of them; what is
-    not cancelled is answered as alone."""
+    """Random requests and cancellations, in a cache too small for all, are answered as alone."""
     model, rng = loaded_model[0], random.Random(seed)
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))

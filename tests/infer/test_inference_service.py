@@ -98,10 +98,7 @@ def ids_of(deltas: Iterable[CompletionDelta]) -> list[int]:
 
 
 def assert_idle(service: InferenceService) -> None:
-    """Check that no request runs, waits or holds a block after all have finished.
-
-    The thread of the service may still be in its last step.
-    """
+    """Check that nothing runs, waits or holds a block after the last step of the thread."""
     service.close()
     facts = service.get_stats()
     assert (facts.num_running, facts.num_waiting) == (0, 0)

@@ -53,8 +53,7 @@ def walk(
 
 
 def follows(renderer: NativeRenderer, constraint: GrammarConstraint, text: str) -> bool:
-    """Whether the text may come, special tokens by their names, in the largest tokens allowed (how
-    a forced piece is parted into tokens is llguidance's choice), and then the end."""
+    """Check that the text may come, in the largest tokens allowed, and then the end."""
     rest = text.encode()
     while rest:
         spelled = {

@@ -142,10 +142,7 @@ def test_equal_seeds_give_equal_draws():
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 4.0])
 def test_repetition_penalty_matches_paper(penalty):
-    """By the sign of the logit (Keskar et al. 2019), once however often a token came.
-
-    Log probabilities are those of the unmodified logits.
-    """
+    """By the sign of the logit, once per token (Keskar et al. 2019); log probabilities stay."""
     sampler = _make_sampler(repetition_penalty=penalty, logprobs=8, prompt=[1, 1, 5])
     seen = {1, 5}
     for step in range(40):

@@ -37,8 +37,7 @@ def make_train_state(
 
 
 def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a step, the latter from AdamW's first moments after it, which are a
-    tenth of the gradients."""
+    """Loss and gradients of a step: ten times AdamW's first moments after it."""
     loss, _ = train_step(session, step, StopRequest()).wait()
     moments = session.optimizer.optimizer_state()
     return loss, {
@@ -47,8 +46,7 @@ def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Te
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """In the Euclidean norm, of the expected: the largest of many thousand roundings of single
-    numbers would be a matter of luck."""
+    """Of the Euclidean norm: the largest rounding of many thousand numbers is a matter of luck."""
     return float((found - expected).norm() / expected.norm())
 
 
@@ -85,9 +83,7 @@ def test_loss_and_gradients_are_independent_of_packing(task, tmp_path, tune, see
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
-    """The model in fp64, whose own roundings would hide it: how much those of fp32 make of a sum
-    that nearly cancels depends on the processor. Nothing is clipped: one pack's norm is computed in
-    fp64, where a sum's is in fp32."""
+    """The model is in fp64, whose roundings hide nothing; a norm for clipping would be in fp32."""
     settings = {"seed": seed, "data_seed": seed, "max_grad_norm": None}
     found = gradients_of_packings(task, tmp_path, FULL_FINETUNE, double=True, **settings)
     _, expected = found.pop(1)

@@ -51,10 +51,7 @@ def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, 
 
 
 def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
-    """Check that training skips invalid images by name, at the start or in a step.
-
-    A run fails if more than a tenth of the images are invalid, so valid ones are added.
-    """
+    """Training skips invalid images by name; valid ones keep these below a tenth."""
     task = make_task(tmp_path / "task")
     valid = [
         EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"))
@@ -104,8 +101,7 @@ print(used * 1024 / 4096**2)
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
 @pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
 def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) -> None:
-    """16 million pixels: 12 bytes a pixel at the most, where whole copies took 16, and 25
-    of fractions; and the same bits."""
+    """16 million pixels take at most 12 bytes each, and the bits are the same."""
     values = np.random.default_rng(0).integers(0, 60_000, (4096, 4096))
     kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
     if mode in kinds:

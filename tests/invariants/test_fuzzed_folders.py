@@ -1,8 +1,4 @@
-"""Mutated recipes, models, adapters and runs: commands end well, in bounded time and memory.
-
-Each mutation is read by a command in a process of its own: exit 0 or 2 (3 for findings), within
-20 s and 2 GB of memory, without a traceback.
-"""
+"""Mutated recipes, models, adapters and runs: commands end well, in bounded time and memory."""
 
 import contextlib
 import os

@@ -1,8 +1,4 @@
-"""Simulated training of a day on ten million samples: only the sample order is computed.
-
-Runs stop with a checkpoint or are killed without one, at random steps, and resume with another
-world size. Each start computes the order again, as a new process does.
-"""
+"""The sample order of a day on ten million samples, with stops, kills and other world sizes."""
 
 import random
 from dataclasses import dataclass

@@ -121,10 +121,7 @@ def test_merged_model_answers_like_its_adapter(setup, expected):
 
 @pytest.mark.parametrize(("max_num_seqs", "late", "seed"), [(1, 0, 0), (5, 0, 1), (24, 1, 2)])
 def test_mixed_adapter_batch_matches_single_adapters(setup, expected, max_num_seqs, late, seed):
-    """Run all adapters and the base in one batch, in any order, twice.
-
-    The second time uses cached blocks and features, which each adapter has for itself.
-    """
+    """All adapters and the base in one batch, twice: then with cached blocks of each adapter."""
     engine = Engine(setup.multi_lora_model, (), max_num_seqs=max_num_seqs, num_cache_tokens=1 << 14)
     engine._max_pending = late
     order = [(name, n) for name in INDICES for n in range(len(setup.prompts))]

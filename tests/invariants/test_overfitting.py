@@ -1,8 +1,4 @@
-"""An overfitted run reproduces its answers.
-
-This requires consistent tokens, loss masks, positions, end tokens, exported weights and manifest
-settings between training and prediction.
-"""
+"""An overfitted run reproduces its answers: training and prediction are consistent."""
 
 import json
 import random
@@ -29,10 +25,7 @@ STEPS = 130
 
 
 def make_samples(folder: Path) -> list[LocatedSample]:
-    """Write noise images, three of each size, with formulas of all lengths and boxes as answers.
-
-    Only the image determines the correct answer.
-    """
+    """Write noise images that alone determine their answers: formulas of all lengths, boxes."""
     chance = random.Random(0)
     samples = []
     for i in range(12):

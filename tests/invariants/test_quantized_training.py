@@ -54,10 +54,7 @@ def import_tickets(folder: Path) -> dict[str, str]:
 
 @each_device
 def test_fp8_training_loss_matches_bf16(tmp_path: Path, device: str) -> None:
-    """Check that each mean over 20 steps and the validation loss are within 1 %.
-
-    Takes long: two runs of 40 steps of finesight-tiny, until the loss is halved.
-    """
+    """Within 1 %. Takes long: two runs of 40 steps of finesight-tiny, until the loss is halved."""
     data = import_tickets(tmp_path)
     settings = {"steps": 40, "batch_size": 4, "learning_rate": 5e-4, "device": device}
     validation_losses, means = {}, {}

@@ -35,10 +35,7 @@ def train_runs(
     how: str = "term",
     in_new_interpreter: bool = False,
 ) -> list[RunEnd]:
-    """Train runs in `output`, each stopped at its point, in a process of their own.
-
-    The hash seed is that of all forked processes, and differs from that of a new interpreter.
-    """
+    """Train runs in `output` in a process with another hash seed; stop each at its point."""
     arguments = [str(recipe), str(output), how]
     arguments += [f"{name}:{point}" for name, point in points.items()]
     if in_new_interpreter:
@@ -169,10 +166,7 @@ def test_killed_before_file_operations(task, uninterrupted_run, tmp_path):
 
 
 def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path: Path) -> None:
-    """Stop the run during every third call, and resume to the same last and best step.
-
-    Of equal scores, the best step has the lower loss, which is after the first step.
-    """
+    """Stopped during every third call; of equal scores, the best step has the lower loss."""
     (tmp_path / "mine.py").write_text("def same(case):\n    return 0.0\n")
     metric = {"metric": f"{tmp_path / 'mine.py'}:same", "max_new_tokens": 2}
     changed = task | {"eval": metric | {"every": 1, "patience": 1}}
@@ -187,10 +181,7 @@ def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path:
 
 
 def read_outcome(run: Path) -> tuple[dict[str, Any], object, object, bytes]:
-    """Return result, losses, tensors and predictions.
-
-    A stop before an evaluation saves a last state without its result.
-    """
+    """A stop before an evaluation saves a last state without its result, which is left out."""
     state = ("state.json", "sha256.json")
     files = read_final_files(run)
     tensors = {name: data for name, data in files.items() if not name.endswith(state)}

@@ -64,10 +64,7 @@ def wide_config(family: str) -> dict[str, Any]:
 
 
 def on_card(theirs: Any, dtype: torch.dtype) -> Any:
-    """Move the reference model to the GPU.
-
-    Only parameters have `dtype`: rotary tables stay fp32, and fp32 convolutions do not use TF32.
-    """
+    """Move the reference model; only its parameters have `dtype`, and fp32 does not use TF32."""
     torch.backends.cudnn.allow_tf32 = False
     for parameter in theirs.parameters():
         parameter.data = parameter.data.to(dtype)

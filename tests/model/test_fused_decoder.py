@@ -8,7 +8,6 @@ import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
 from each_value import each
-from lora_fixtures import quantize_linear
 from torch import Tensor
 
 from finesight.model import fused_decoder
@@ -18,8 +17,6 @@ from finesight.model.decoder import DecoderLayer
 from finesight.model.families.qwen3_5 import HybridDecoderLayer
 from finesight.model.layers import RotaryCosSin
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
-from finesight.model.lora import fused
-from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 
 pytestmark = pytest.mark.gpu
 
@@ -77,13 +74,6 @@ def initialize(
             for parameter in group.adapter.parameters():
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return made.to(CUDA).train()
-
-
-def to_fp8(made: DecoderLayer) -> DecoderLayer:
-    """Return the layer with FP8 weights."""
-    for group in groups(made):
-        quantize_linear(group, Fp8Matrix, Fp8Weight)
-    return made
 
 
 def groups(made: LayerType) -> list[FusedLinear]:
@@ -173,20 +163,6 @@ def test_fused_layer_is_deterministic() -> None:
     assert all(torch.equal(one.grads[name], other.grads[name]) for name in one.grads)
     another = run_pass(made, torch.bfloat16, None, seed=8, lengths=IN_ORDER)
     assert not torch.equal(one.y, another.y)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rank", "share"), [(None, 0.0), (16, 0.0), (16, 0.3)])
-def test_fused_fp8_norms_match_unfused(rank, share, dtype, monkeypatch):
-    """Bit-exact in both passes, and close to fp32."""
-    exact = run_pass(layer(rank), torch.float32, None, lengths=IN_ORDER)
-    made = to_fp8(layer(rank, share).to(dtype))
-    codes = run_pass(made, dtype, None, lengths=IN_ORDER)
-    monkeypatch.setattr(fused, "accepts_fp8_input", lambda _: False)
-    own = run_pass(made, dtype, None, lengths=IN_ORDER)
-    assert torch.equal(codes.y, own.y)
-    assert all(torch.equal(codes.grads[name], own.grads[name]) for name in own.grads)
-    assert share or relative_error(codes.y, exact.y) < 0.05
 
 
 def test_backward_uses_the_forward_dropout_mask() -> None:

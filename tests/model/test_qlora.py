@@ -40,10 +40,7 @@ SAMPLE = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2))
 
 
 def make_settings(family: str, **changes: Any) -> dict[str, Any]:
-    """Return a config whose widths are multiples of a block.
-
-    bitsandbytes fails with others on a CPU.
-    """
+    """Return a config of widths that bitsandbytes supports on a CPU: multiples of a block."""
     own = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
     if family != "qwen2_vl":
         own = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128}
@@ -64,10 +61,7 @@ def make_base(
 
 
 def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
-    """Load the base model for QLoRA in transformers.
-
-    In training mode: for inference on some CPUs, bitsandbytes always computes in bf16.
-    """
+    """Load for training: in inference, bitsandbytes always computes in bf16 on some CPUs."""
     import transformers
 
     four_bits = transformers.BitsAndBytesConfig(

@@ -1,6 +1,5 @@
 """Data loading: independence from the number of workers, corrupt images, and waiting for data."""
 
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,11 +9,9 @@ from typing import Any, Literal
 import pytest
 import torch
 from tiny_task import make_task
-from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
@@ -24,7 +21,6 @@ from finesight.train.dataloader import (
     DataWorkerError,
     StepBatch,
     StepDataset,
-    TensorSpec,
     catch_user_error,
     read_steps,
     time_data_waits,
@@ -112,33 +108,6 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
     assert "--shm-size" in str(found)
 
 
-class IndexFeatures:
-    """Cache whose features are the sample indices in bf16; sample 3 is corrupt."""
-
-    def check(self, sample: int, num_features: int) -> None:
-        assert num_features
-        if sample == 3:
-            raise CorruptImageError("gone")
-
-    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        return torch.bfloat16, (len(sample_indices), 2)
-
-    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        buffer.copy_(torch.tensor(sample_indices)[:, None].expand(-1, 2))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_cached_features_replace_images(folder: Path, workers: int) -> None:
-    data = make_dataset(folder).with_vision_cache(IndexFeatures())
-    steps = read_all(data, 0, workers)
-    assert contents(steps) == contents([data.get_step(number) for number in range(len(data))])
-    for step in steps:
-        assert all(batch.grid_thw == () and not len(batch.patches_ND) for batch in step.packs)
-        for members, known in zip(step.sample_indices, step.cache_inputs, strict=True):
-            assert known.tolist() == [[index, index] for index in members]
-    assert [dropped.id for step in steps for dropped in step.skipped] == ["train3"]
-
-
 def late_steps(delays_s: Sequence[float], sleep: Any) -> Iterator[StepBatch]:
     for number, delay_s in enumerate(delays_s):
         sleep(delay_s)
@@ -173,19 +142,3 @@ def test_gpu_wait_starts_after_queued_work(blocked_s, arrived_ms, expected):
     first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
     last: Any = SimpleNamespace(at=arrived_ms)
     assert DataWait(blocked_s, first, last).seconds == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("busy", [False, True])
-def test_gpu_wait_measurement(busy: bool) -> None:
-    waits = []
-    for _, wait in time_data_waits(late_steps([0.05] * 3, time.sleep), torch.device("cuda")):
-        waits.append(wait)
-        if busy:
-            # About a second, by the clock of the card, that the next data may take to come.
-            torch.cuda._sleep(2_000_000_000)
-    torch.cuda.synchronize()
-    # Nothing is queued before the first.
-    for wait in waits[1:]:
-        assert wait.blocked_s >= 0.05
-        assert (wait.seconds >= 0.04) is not busy

@@ -85,11 +85,7 @@ def make_counter(folder: Path, family: TinyFamily) -> FlopCounter:
 
 
 def test_attention_flops_hand_computed(tmp_path: Path) -> None:
-    """Width 64 in 2 layers and 32 in 2 blocks, three passes over the decoder.
-
-    The tiny Qwen2.5-VL has one windowed block. Qwen3.5 has one layer with a delta rule of 4 heads
-    of 16 x 16, and one layer with full attention.
-    """
+    """Width 64 in 2 layers and 32 in 2 blocks, one of them windowed; a delta rule of 4 heads."""
     lengths, grids = [10, 30], [(1, 4, 6), (2, 2, 2)]
     causal = (10**2 + 30**2) * 4 * 64 * 2 // 2
     full = (24**2 + 2 * 4**2) * 4 * 32

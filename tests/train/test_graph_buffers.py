@@ -282,8 +282,7 @@ def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run static buffers on a CPU, with attention over cumulative lengths and a loss without
-    padding."""
+    """Run static buffers on a CPU, with cumulative lengths and a loss without padding."""
     attend = attention.varlen_attention
 
     def attend_nonempty(
@@ -318,10 +317,7 @@ def assert_matches_model(
     rtol: float = 1.3e-6,
     grad_tolerance: float = 1e-5,
 ) -> None:
-    """Compare loss and gradients of a pack with those of the model itself.
-
-    The autograd graph ends here: its streams would break the next capture.
-    """
+    """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
     loss, found = runner.forward_backward(batch, None, weight), collect_grads(model)
     expected = compute_loss(model, model(batch), batch.labels_L, weight)
@@ -341,8 +337,7 @@ def without_images(batch: PackedBatch) -> PackedBatch:
 @pytest.mark.parametrize("parts", [PARTS, ("merger", "language")], ids=len)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_pack_gets_its_own_gradients(folder, family, parts, monkeypatch):
-    """Packs with small, large and no images alternate; gradients of one graph do not leak into the
-    next."""
+    """Packs with small, large and no images alternate; no gradient leaks into the next graph."""
     model = make_vision_model(folder, family, dict.fromkeys(parts, "full"))
     few, many = make_packs(folder, family, 3)[1], make_packs(folder, family, 5)[0]
     assert len(few.patches_ND) < len(many.patches_ND)

@@ -12,7 +12,6 @@ from each_value import each
 from PIL import Image
 from tiny_task import TinyTask, read_final_files
 
-from finesight import storage
 from finesight.data.corpus import open_sample_source
 from finesight.data.sample import Sample
 from finesight.errors import UserError
@@ -139,24 +138,6 @@ def test_record_survives_saving_and_compares_common_samples(tmp_path: Path) -> N
     found = ImageStates.from_states([0, 4, 9], [(7, 7), (2**63 - 1, 8), (4, 6)])
     assert found.find_changed(loaded["train"]) == [9]
     assert found.count_touched(loaded["train"]) == 1
-
-
-@pytest.mark.parametrize("on_invalid_sample", ["skip", "fail"])
-def test_damaged_image_may_be_repaired(task: TinyTask, on_invalid_sample: str) -> None:
-    image, run = task.folder / "train4.png", task.folder / "run"
-    full = image.read_bytes()
-    task.truncate_images("train4")
-    settings = (f"data.on_invalid_sample={on_invalid_sample}", "train.save_every=1")
-    if on_invalid_sample == "fail":
-        with pytest.raises(UserError, match=r"train4\.png"):
-            task.run(*settings)
-    else:
-        task.run(*settings)
-        (run / "result.json").unlink()
-        storage.remove_folder(run / "checkpoints" / "step-6")
-    image.write_bytes(full)
-    task.run(*settings, resume=True)
-    assert "data.train: corrupt images of 1 samples were replaced" in task.console_output
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("eval1", 60), ("eval1", 9), ("train4", 9)])

@@ -1,7 +1,4 @@
-"""Out-of-memory errors of the GPU: runs continue with smaller packs and the same results.
-
-A model that refuses packs above a number of tokens simulates a GPU with little memory.
-"""
+"""Out-of-memory errors, of models that refuse large packs: smaller packs, the same results."""
 
 import os
 import weakref
@@ -33,10 +30,7 @@ OomPredicate = Callable[[PackedBatch, VisionLanguageModel], bool]
 
 @contextmanager
 def simulate_oom(should_fail: OomPredicate) -> Iterator[list[int]]:
-    """Raise an out-of-memory error at the end of the backward pass of selected training packs.
-
-    Yields the tokens of all packs that were tried.
-    """
+    """Raise the error at the end of selected backward passes; yield the tokens of tried packs."""
     tried: list[int] = []
     is_failing = False
 

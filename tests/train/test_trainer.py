@@ -69,15 +69,6 @@ def test_run_folder_and_metrics(task: TinyTask) -> None:
     assert measured == [0, 4, 6]
 
 
-def test_per_part_learning_rates(task: TinyTask) -> None:
-    learning_rates = "train.learning_rate={default: 0.01, merger: 1e-6}"
-    result = task.run(learning_rates, "train.lr_schedule=constant")
-    changed = {row.part: row.relative_change for row in result.param_changes if row.is_trained}
-    assert changed["merger"] < changed["language"] / 100
-    first = next(line for line in task.read_metrics() if "lr" in line)
-    assert first["lr"] == {"merger": 1e-6, "language": 0.01}
-
-
 def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
     task.run(*ONE_STEP, tune={"language": "lora"}, name="lora")
     assert not (task.folder / "lora" / "model").exists()

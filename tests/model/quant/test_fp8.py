@@ -403,10 +403,7 @@ def make_vision_encoder(folder: Path, family: TinyFamily, device: str) -> Vision
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "of_a_block"), FAMILIES.items())
 def test_frozen_vision_encoder_passes_codes(family, of_a_block, device, tmp_path, monkeypatch):
-    """The output equals that with per-layer quantization.
-
-    On a GPU the sums of norms differ.
-    """
+    """The output equals that with per-layer quantization; on a GPU the sums of norms differ."""
     visual = make_vision_encoder(tmp_path, family, device)
     inputs = visual.patch_embed.proj.in_features
     generator = torch.Generator().manual_seed(0)

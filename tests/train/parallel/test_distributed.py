@@ -55,11 +55,7 @@ def assert_equal_losses(folder: Path, other: Path, rel: float = 1e-6) -> None:
 
 
 def assert_close(folder: Path, other: Path) -> None:
-    """Compare tensors by their root mean square error.
-
-    AdamW takes full steps for gradients that consist of rounding errors, so single elements may
-    differ.
-    """
+    """Compare by root mean square: AdamW takes full steps for gradients of rounding errors."""
     assert_equal_losses(folder, other)
     ours, theirs = read_trained_state(folder), read_trained_state(other)
     assert ours.keys() == theirs.keys()
@@ -197,10 +193,7 @@ def test_stop_signal_with_a_missing_rank(parallel, error, saves, raised):
 
 
 def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
-    """The last step has two samples for four ranks; each run resumes with another world size.
-
-    Takes long: six runs of up to four processes.
-    """
+    """Each run resumes with another world size. Takes long: six runs of up to four processes."""
     task = TinyTask(tmp_path / "task")
     alone, two, four = (run_to_completion(task, count, f"run{count}") for count in (1, 2, 4))
     assert_close(two, alone)
@@ -217,11 +210,7 @@ def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
 
 
 def test_evaluation_is_distributed(tmp_path: Path) -> None:
-    """Evaluate three validation samples, one of them corrupt, on four ranks, and compare with one.
-
-    Some ranks have no sample. Only the main process uses the tracker. Takes long: three runs of up
-    to four processes.
-    """
+    """Some ranks have no sample, one sample is corrupt. Takes long: three runs, four processes."""
     task = TinyTask(tmp_path / "task")
     task.recipe["track"] = ["tensorboard"]
     task.truncate_images("eval1")
@@ -247,10 +236,7 @@ def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -
 
 
 def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
-    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes.
-
-    Takes long: torchrun starts one of the runs, in processes that import torch.
-    """
+    """The repaired run resumes. Takes long: torchrun starts processes that import torch."""
     task = TinyTask(tmp_path / "task")
     whole = run_to_completion(task, 2, "whole", epochs=1)
     fail = "data.on_invalid_sample=fail"

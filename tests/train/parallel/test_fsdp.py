@@ -46,10 +46,7 @@ def read_trained_state(folder: Path) -> dict[str, Tensor]:
 
 
 def assert_close(folder: Path, other: Path) -> None:
-    """Compare weights by root mean square error, for tensors with significant gradients.
-
-    A key bias has only rounding errors as gradients, but AdamW takes full steps for it.
-    """
+    """Compare root mean squares of tensors with gradients beyond rounding (not key biases)."""
     assert dict(read_losses(folder)) == pytest.approx(dict(read_losses(other)), rel=1e-6)
     ours, theirs = read_trained_state(folder), read_trained_state(other)
     assert ours.keys() == theirs.keys()
@@ -67,10 +64,7 @@ def read_param_audit(folder: Path) -> list[list[Any]]:
 
 
 def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
-    """Resume each run with another world size, another sharding and smaller packs.
-
-    Some samples are then too long for one rank. Takes long: six runs of up to four processes.
-    """
+    """Resumed runs have other shards and smaller packs. Takes long: six runs, four processes."""
     task = make_mixed_task(tmp_path / "task")
     alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
     two = run_to_completion(task, 2, "two", tune=FULL_FINETUNE, parallel="fsdp")

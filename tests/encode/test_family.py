@@ -48,10 +48,7 @@ def test_family_is_detected_from_config(tmp_path: Path) -> None:
     vision = {"tokens_per_second": 25}
     fast = load_family(write_config(tmp_path / "fast", "qwen2_5_vl", vision_config=vision))
     assert fast == Qwen25VL(tokens_per_second=25)
-
-
-def test_every_encoded_family_has_a_model() -> None:
-    assert list(FAMILIES) == list(vlm.ARCHITECTURES)
+    assert list(FAMILIES) == list(vlm.ARCHITECTURES), "a family without a model"
 
 
 @each("value", ["2", 0, True, None])

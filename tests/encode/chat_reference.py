@@ -9,16 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLModel,
-    Qwen2VLConfig,
-    Qwen2VLModel,
-    Qwen3VLConfig,
-    Qwen3VLModel,
-)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart, VideoPart
@@ -57,7 +49,9 @@ class HFChatReference:
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
+        self.tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(folder.tokenizer_file)
+        )
         given = folder.preprocessor_config
         self.side = given["patch_size"]
         self.newest = folder.family == "qwen3_vl"
@@ -234,9 +228,9 @@ def build_rope_model(family: str) -> Any:
     text = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
     model, config = {
-        "qwen2_vl": (Qwen2VLModel, Qwen2VLConfig),
-        "qwen2_5_vl": (Qwen2_5_VLModel, Qwen2_5_VLConfig),
-        "qwen3_vl": (Qwen3VLModel, Qwen3VLConfig),
+        "qwen2_vl": (transformers.Qwen2VLModel, transformers.Qwen2VLConfig),
+        "qwen2_5_vl": (transformers.Qwen2_5_VLModel, transformers.Qwen2_5_VLConfig),
+        "qwen3_vl": (transformers.Qwen3VLModel, transformers.Qwen3VLConfig),
     }[family]
     if family == "qwen2_5_vl":
         vision["tokens_per_second"] = 2

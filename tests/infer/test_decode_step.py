@@ -1,16 +1,10 @@
 """Steps in few kernels compute what the layers compute."""
 
+import engine_fixtures
 import pytest
 import torch
 import torch.nn.functional as F
 from each_value import each
-from engine_fixtures import (
-    encode_mixed_questions,
-    generate_uncached,
-    install_adapters,
-    install_request_adapters,
-    run_requests,
-)
 from tiny_model import create_tiny_model
 
 from finesight.encode.renderer import NativeRenderer
@@ -110,7 +104,7 @@ def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, nor
     ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen"],
 )
 @each("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@each("change", [None, install_adapters, install_request_adapters])
+@each("change", [None, engine_fixtures.install_adapters, engine_fixtures.install_request_adapters])
 def test_fused_decode_matches_uncached_generation(family, dtype, change, tmp_path):
     """Equal in fp32; in 16 bits up to a first token that was as good as tied."""
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))
@@ -118,13 +112,13 @@ def test_fused_decode_matches_uncached_generation(family, dtype, change, tmp_pat
     if change is not None:
         change(model)
     assert supports_fused_decode(model) == (dtype != torch.float32 and family != "qwen")
-    prompts = encode_mixed_questions(NativeRenderer(tiny), tmp_path)
-    wanted = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
+    prompts = engine_fixtures.encode_mixed_questions(NativeRenderer(tiny), tmp_path)
+    wanted = [engine_fixtures.generate_uncached(model, prompt, STEPS) for prompt in prompts]
     adapter = None if model.lora_routing is None else 0
     for num_seqs, use_cuda_graphs in ((6, True), (6, False), (1, True), (3, True)):
         size = {"max_num_seqs": num_seqs, "num_cache_tokens": 5000}
         engine = Engine(model, (), **size, use_cuda_graphs=use_cuda_graphs)
-        answers = run_requests(engine, *prompts, tokens=STEPS, adapter=adapter)
+        answers = engine_fixtures.run_requests(engine, *prompts, tokens=STEPS, adapter=adapter)
         assert engine.num_free_blocks == engine.num_blocks
         for answer, generated in zip(answers, wanted, strict=True):
             found, ids, logits = answer.ids, generated.tokens, generated.logits

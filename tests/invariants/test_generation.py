@@ -5,22 +5,9 @@ import gc
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
+import engine_fixtures
 import pytest
 import torch
-from engine_fixtures import (
-    ForcedTokens,
-    Generated,
-    RequestEvents,
-    encode_mixed_questions,
-    generate_cached,
-    generate_uncached,
-    make_mixed_questions,
-    make_random_model,
-    make_sample,
-    run_engine,
-    step_engine,
-    write_noise_image,
-)
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.sample import LocatedSample
@@ -52,28 +39,32 @@ def setup(request, tmp_path_factory) -> GenerationSetup:
     folder = tmp_path_factory.mktemp(request.param)
     # Of the others' seed an answer is one token again and again, by chance.
     seed = {"qwen3_vl_moe": 2, "qwen3_5_moe": 3}.get(request.param, 0)
-    model, renderer = make_random_model(folder, request.param, seed)
+    model, renderer = engine_fixtures.make_random_model(folder, request.param, seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name.startswith("model.layers"):
                 parameter.mul_(2)
-    questions = make_mixed_questions(folder)
+    questions = engine_fixtures.make_mixed_questions(folder)
     if request.param != "qwen":
         frames = tuple(f"frame{number}.png" for number in range(5))
         for seed, name in enumerate(frames):
-            write_noise_image(folder / name, 84, 84, 10 + seed)
+            engine_fixtures.write_noise_image(folder / name, 84, 84, 10 + seed)
         parts = "a.png", frames[:3], "Which one moves?", frames[3:4], frames
-        questions.append(make_sample("videos", folder, *parts))
+        questions.append(engine_fixtures.make_sample("videos", folder, *parts))
     prompts = [renderer.encode_prompt(one) for one in questions]
     return GenerationSetup(model, renderer, questions, prompts)
 
 
 @pytest.fixture(scope="module")
-def uncached(setup: GenerationSetup) -> list[Generated]:
-    return [generate_uncached(setup.model, prompt, STEPS) for prompt in setup.prompts]
+def uncached(setup: GenerationSetup) -> list[engine_fixtures.Generated]:
+    return [
+        engine_fixtures.generate_uncached(setup.model, prompt, STEPS) for prompt in setup.prompts
+    ]
 
 
-def assert_equal(found: Sequence[Generated], wanted: Sequence[Generated]) -> None:
+def assert_equal(
+    found: Sequence[engine_fixtures.Generated], wanted: Sequence[engine_fixtures.Generated]
+) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.tokens == other.tokens
         for found_V, wanted_V in zip(one.logits, other.logits, strict=True):
@@ -88,21 +79,25 @@ def test_answers_differ_between_questions_and_steps(uncached):
 
 
 def test_cached_and_batched_equal_uncached(setup, uncached):
-    single = [generate_cached(setup.model, [prompt], STEPS)[0] for prompt in setup.prompts]
+    single = [
+        engine_fixtures.generate_cached(setup.model, [prompt], STEPS)[0] for prompt in setup.prompts
+    ]
     assert_equal(single, uncached)
-    assert_equal(generate_cached(setup.model, setup.prompts, STEPS), uncached)
+    assert_equal(engine_fixtures.generate_cached(setup.model, setup.prompts, STEPS), uncached)
 
 
 def test_finished_sequences_do_not_affect_others(setup, uncached):
-    generated = generate_cached(setup.model, setup.prompts, STEPS, drop_after=3)
-    dropped = [Generated(one.tokens[:4], one.logits[:4]) for one in uncached[::2]]
+    generated = engine_fixtures.generate_cached(setup.model, setup.prompts, STEPS, drop_after=3)
+    dropped = [engine_fixtures.Generated(one.tokens[:4], one.logits[:4]) for one in uncached[::2]]
     assert_equal(generated[1::2], uncached[1::2])
     assert_equal(generated[::2], dropped)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 16, 17, 40])
 def test_chunked_prefill_equals_full_prefill(setup, uncached, chunk):
-    assert_equal(generate_cached(setup.model, setup.prompts, STEPS, chunk=chunk), uncached)
+    assert_equal(
+        engine_fixtures.generate_cached(setup.model, setup.prompts, STEPS, chunk=chunk), uncached
+    )
 
 
 @pytest.mark.parametrize("budgets", [(1, 1), (7, 3), (40, 16), (64, 5), (200, 200)])
@@ -153,13 +148,13 @@ def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
         )
         narrow = SamplingParams(temperature=2.0, top_k=9, top_p=0.8, seed=4)
         penalized = SamplingParams(temperature=1.0, repetition_penalty=1.2, seed=-1)
-        backwards = ForcedTokens(output[::-1], vocabulary)
+        backwards = engine_fixtures.ForcedTokens(output[::-1], vocabulary)
         return [
             {},
             {"sampling_params": warm},
             {"sampling_params": narrow},
             {"sampling_params": greedy, "logprobs": 3},
-            {"constraint": ForcedTokens(output, vocabulary), "logprobs": 0},
+            {"constraint": engine_fixtures.ForcedTokens(output, vocabulary), "logprobs": 0},
             {"sampling_params": penalized, "constraint": backwards},
         ]
 
@@ -171,13 +166,13 @@ def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
     return requests
 
 
-def answer_alone(setup: GenerationSetup) -> list[RequestEvents]:
+def answer_alone(setup: GenerationSetup) -> list[engine_fixtures.RequestEvents]:
     """Answers of all requests, each in an engine of its own."""
     answers = []
     for request in make_requests(setup):
         engine = Engine(setup.model, (), max_num_seqs=1, num_cache_tokens=1024)
         ticket = engine.add_request(request)
-        answers.append(run_engine(engine)[ticket])
+        answers.append(engine_fixtures.run_engine(engine)[ticket])
     return answers
 
 
@@ -190,16 +185,16 @@ def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late)
     assert len({tuple(told.ids) for told in wanted if len(told.ids) == STEPS}) >= 6
     engine = Engine(setup.model, (), max_num_seqs=max_num_seqs, num_cache_tokens=tokens)
     engine._max_pending = late
-    output: dict[int, RequestEvents] = {}
+    output: dict[int, engine_fixtures.RequestEvents] = {}
     tickets = []
     cancelled = make_requests(setup)
     for number, request in enumerate(make_requests(setup)):
         gone = engine.add_request(cancelled[(number + 4) % len(wanted)])
         tickets.append(engine.add_request(request))
         for _ in range(number % 3):
-            step_engine(engine, output)
+            engine_fixtures.step_engine(engine, output)
         engine.cancel(gone)
-    run_engine(engine, output)
+    engine_fixtures.run_engine(engine, output)
     for ticket, alone in zip(tickets, wanted, strict=True):
         found = output[ticket]
         assert (found.ids, found.finish_reason) == (alone.ids, "length")
@@ -241,10 +236,10 @@ def test_gpu_batched_and_cached_equals_uncached(tmp_path, family, dtype, toleran
     # sizes are used, because half of the sequences are removed.
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny", family))
     model = load_model(tiny, dtype, torch.device("cuda")).eval()
-    prompts = encode_mixed_questions(NativeRenderer(tiny), tmp_path)
-    single = [generate_uncached(model, prompt, STEPS) for prompt in prompts]
+    prompts = engine_fixtures.encode_mixed_questions(NativeRenderer(tiny), tmp_path)
+    single = [engine_fixtures.generate_uncached(model, prompt, STEPS) for prompt in prompts]
     forced = [grown.tokens for grown in single]
-    batched = generate_cached(
+    batched = engine_fixtures.generate_cached(
         model, prompts, STEPS, chunk=chunk, drop_after=3, forced_tokens=forced
     )
     for found, wanted in zip(batched, single, strict=True):
@@ -263,7 +258,7 @@ def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
     options = {"num_cache_tokens": 8192, "use_cuda_graphs": use_cuda_graphs}
     engine = Engine(model, (), max_num_seqs=12, **options)
     tickets = [engine.add_request(request) for request in make_requests(setup)]
-    found = run_engine(engine)
+    found = engine_fixtures.run_engine(engine)
     assert [found[ticket].ids for ticket in tickets] == [one.ids for one in answer_alone(setup)]
 
 
@@ -272,7 +267,7 @@ def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
 def test_generation_frees_gpu_memory(tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(tiny, torch.bfloat16, torch.device("cuda")).eval()
-    prompts = encode_mixed_questions(NativeRenderer(tiny), tmp_path)
+    prompts = engine_fixtures.encode_mixed_questions(NativeRenderer(tiny), tmp_path)
     generate(model, prompts, max_new_tokens=STEPS, end_ids=())
     gc.collect()
     gc.disable()

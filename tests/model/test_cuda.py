@@ -3,28 +3,14 @@
 from dataclasses import asdict, replace
 from typing import Any
 
+import hf_reference
 import pytest
 import torch
 from each_value import each
-from hf_reference import (
-    make_config,
-    make_conversation,
-    make_native_model,
-    make_reference_model,
-    max_relative_error,
-    pack_conversations,
-    reference_logits,
-)
 from torch import Tensor
 
 from finesight.encode.packing import PackedBatch
-from finesight.model import layers
-from finesight.model.attention import (
-    Segments,
-    bucketed_attention,
-    supports_varlen_attention,
-    varlen_attention,
-)
+from finesight.model import attention, layers
 from finesight.model.layers import GatedMlp, RmsNorm, add_norm
 from finesight.model.linear import FusedLinear
 from finesight.model.vlm import VisionLanguageModel
@@ -33,10 +19,10 @@ pytestmark = pytest.mark.gpu
 
 CUDA = torch.device("cuda")
 SAMPLES = [
-    make_conversation(1, 3, ("image", (1, 10, 12)), 4),
-    make_conversation(2, 19),
-    make_conversation(3, 1, ("video", (3, 4, 6)), 2, ("image", (1, 2, 4)), 5),
-    make_conversation(4, 2, ("image", (1, 18, 10)), 1),
+    hf_reference.make_conversation(1, 3, ("image", (1, 10, 12)), 4),
+    hf_reference.make_conversation(2, 19),
+    hf_reference.make_conversation(3, 1, ("video", (3, 4, 6)), 2, ("image", (1, 2, 4)), 5),
+    hf_reference.make_conversation(4, 2, ("image", (1, 18, 10)), 1),
 ]
 LENGTHS = [33, 64, 1, 64, 130, 64]
 HOST = {
@@ -54,8 +40,8 @@ HALF = [torch.bfloat16, torch.float16]
 def wide_config(family: str) -> dict[str, Any]:
     """Return a config with head dimension 16, which the kernel supports."""
     if family.startswith("qwen3_vl"):
-        return make_config(family, vision={"hidden_size": 32})
-    return make_config(
+        return hf_reference.make_config(family, vision={"hidden_size": 32})
+    return hf_reference.make_config(
         family,
         hidden_size=64,
         rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]},
@@ -84,36 +70,36 @@ def heads(kv_heads: int, width: int, dtype: torch.dtype) -> list[Tensor]:
 @each("by_segment", [False, True])
 def test_half_precision_attention_matches_fp32_cpu(causal, kv_heads, width, dtype, by_segment):
     inputs = [x.requires_grad_() for x in heads(kv_heads, width, dtype)]
-    assert supports_varlen_attention(inputs[0])
-    segments = Segments.from_lengths(LENGTHS, CUDA)
+    assert attention.supports_varlen_attention(inputs[0])
+    segments = attention.Segments.from_lengths(LENGTHS, CUDA)
     if by_segment:
-        found = bucketed_attention(*inputs, segments.length_buckets, causal)
+        found = attention.bucketed_attention(*inputs, segments.length_buckets, causal)
     else:
-        found = varlen_attention(*inputs, segments, causal=causal)
+        found = attention.varlen_attention(*inputs, segments, causal=causal)
     exact = [x.detach().float().cpu().requires_grad_() for x in inputs]
-    expected = varlen_attention(
-        *exact, Segments.from_lengths(LENGTHS, torch.device("cpu")), causal=causal
+    expected = attention.varlen_attention(
+        *exact, attention.Segments.from_lengths(LENGTHS, torch.device("cpu")), causal=causal
     )
-    assert max_relative_error(found.cpu(), expected) < 0.01
+    assert hf_reference.max_relative_error(found.cpu(), expected) < 0.01
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1))
     ours = torch.autograd.grad((found * weights.to(found)).sum(), inputs)
     theirs = torch.autograd.grad((expected * weights).sum(), exact)
     for mine, other in zip(ours, theirs, strict=True):
-        assert max_relative_error(mine.cpu(), other) < 0.02
+        assert hf_reference.max_relative_error(mine.cpu(), other) < 0.02
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_bf16_error_is_not_larger_than_reference(family: str) -> None:
-    exact = on_card(make_reference_model(wide_config(family)), torch.float32)
-    batch = pack_conversations(exact, SAMPLES).to(CUDA)
+    exact = on_card(hf_reference.make_reference_model(wide_config(family)), torch.float32)
+    batch = hf_reference.pack_conversations(exact, SAMPLES).to(CUDA)
     with torch.no_grad():
-        expected = torch.cat([reference_logits(exact, sample) for sample in SAMPLES])
-        fine = make_native_model(wide_config(family), exact)
-        assert max_relative_error(fine.compute_logits(fine(batch)), expected) <= 1e-5
+        expected = torch.cat([hf_reference.reference_logits(exact, sample) for sample in SAMPLES])
+        fine = hf_reference.make_native_model(wide_config(family), exact)
+        assert hf_reference.max_relative_error(fine.compute_logits(fine(batch)), expected) <= 1e-5
         rough = on_card(exact, torch.bfloat16)
-        ours = make_native_model(wide_config(family), rough)
+        ours = hf_reference.make_native_model(wide_config(family), rough)
         found = ours.compute_logits(ours(batch))
-        theirs = torch.cat([reference_logits(rough, sample) for sample in SAMPLES])
+        theirs = torch.cat([hf_reference.reference_logits(rough, sample) for sample in SAMPLES])
     off = (found - expected).float().square().mean()
     assert off <= 1.5 * (theirs - expected).float().square().mean()
     assert off > 0
@@ -131,9 +117,9 @@ def encode_images(model: VisionLanguageModel, batch: PackedBatch) -> None:
 @pytest.mark.parametrize("work", [step, encode_images])
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
 def test_forward_and_step_do_not_synchronize(family, work):
-    theirs = make_reference_model(wide_config(family))
-    batch = pack_conversations(theirs, SAMPLES)
-    model = make_native_model(wide_config(family), on_card(theirs, torch.bfloat16))
+    theirs = hf_reference.make_reference_model(wide_config(family))
+    batch = hf_reference.pack_conversations(theirs, SAMPLES)
+    model = hf_reference.make_native_model(wide_config(family), on_card(theirs, torch.bfloat16))
     batch = replace(
         batch,
         **{name: tensor.pin_memory() for name, tensor in asdict(batch).items() if name in HOST},
@@ -156,14 +142,14 @@ def test_frozen_encoder_attention_matches_fp32_cpu(lengths, width, dtype):
     inputs = [*fused[64:-64].chunk(3, dim=1)]
     for own, drawn in zip(inputs, heads(4, width, dtype), strict=True):
         own.copy_(drawn.repeat(3, 1, 1)[: sum(lengths)])
-    segments = Segments.from_lengths(lengths, CUDA)
+    segments = attention.Segments.from_lengths(lengths, CUDA)
     with torch.no_grad():
-        found = varlen_attention(*inputs, segments, causal=False)
+        found = attention.varlen_attention(*inputs, segments, causal=False)
     exact = [x.float().cpu() for x in inputs]
-    expected = varlen_attention(
-        *exact, Segments.from_lengths(lengths, torch.device("cpu")), causal=False
+    expected = attention.varlen_attention(
+        *exact, attention.Segments.from_lengths(lengths, torch.device("cpu")), causal=False
     )
-    assert max_relative_error(found.cpu(), expected) < 0.01
+    assert hf_reference.max_relative_error(found.cpu(), expected) < 0.01
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
@@ -207,7 +193,9 @@ def test_odd_width_gated_mlp_error_is_bounded(trainable, dtype, monkeypatch):
         baseline = passed()
     assert len(found) == len(exact) == (6 if trainable else 2)
     for one, other, right in zip(found, baseline, exact, strict=True):
-        assert max_relative_error(one, right) <= 1.3 * max_relative_error(other, right)
+        assert hf_reference.max_relative_error(one, right) <= 1.3 * hf_reference.max_relative_error(
+            other, right
+        )
     # Changed storage of weights is detected at once.
     assert mlp.down_proj.bias is not None
     mlp.down_proj.bias.data *= 2

@@ -4,19 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import hf_reference
 import peft
 import pytest
 import torch
-from hf_reference import (
-    CPU,
-    make_config,
-    make_conversation,
-    make_reference_model,
-    max_relative_error,
-    pack_conversations,
-    reference_logits,
-    write_model_folder,
-)
 from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
 from safetensors.torch import load_file
@@ -36,7 +27,7 @@ FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
 EVERY: tuple[ModelPart, ...] = ("vision", "merger", "language")
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.0}
 TUNE = {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA}
-SAMPLE = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
+SAMPLE = hf_reference.make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
 
 
 def make_settings(family: str, **changes: Any) -> dict[str, Any]:
@@ -51,13 +42,15 @@ def make_settings(family: str, **changes: Any) -> dict[str, Any]:
     if family == "qwen3_5":
         more = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     more |= changes
-    return make_config(family, hidden_size=128, intermediate_size=192, vision=own, **more)
+    return hf_reference.make_config(
+        family, hidden_size=128, intermediate_size=192, vision=own, **more
+    )
 
 
 def make_base(
     folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> ModelFolder:
-    return write_model_folder(folder, make_settings(family, **changes), dtype)
+    return hf_reference.write_model_folder(folder, make_settings(family, **changes), dtype)
 
 
 def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
@@ -77,22 +70,22 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
 
 
 def logits(model: VisionLanguageModel, family: str) -> Tensor:
-    theirs = make_reference_model(make_settings(family))
-    return model.compute_logits(model(pack_conversations(theirs, [SAMPLE])))
+    theirs = hf_reference.make_reference_model(make_settings(family))
+    return model.compute_logits(model(hf_reference.pack_conversations(theirs, [SAMPLE])))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
-    model = tune_with_lora(load_model(base, torch.float32, CPU, EVERY), TUNE)
+    model = tune_with_lora(load_model(base, torch.float32, hf_reference.CPU, EVERY), TUNE)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_adapter(adapter, model, base_model=str(base.path))
     loaded = from_transformers(base, torch.float32)
     theirs = peft.PeftModel.from_pretrained(loaded, adapter, is_trainable=True).train()
     found = logits(model, family)
-    expected = reference_logits(theirs.base_model.model, SAMPLE)
-    assert max_relative_error(found, expected) <= 1e-5
+    expected = hf_reference.reference_logits(theirs.base_model.model, SAMPLE)
+    assert hf_reference.max_relative_error(found, expected) <= 1e-5
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -106,13 +99,15 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
     their_gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in gradients.items():
-        assert max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
+        assert hf_reference.max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision",), ("vision", "merger")])
 def test_only_linear_layers_of_chosen_parts_are_quantized(parts, tmp_path):
     base = make_base(tmp_path / "base", "qwen2_5_vl")
-    model, dense = (load_model(base, torch.bfloat16, CPU, stored) for stored in (parts, ()))
+    model, dense = (
+        load_model(base, torch.bfloat16, hf_reference.CPU, stored) for stored in (parts, ())
+    )
     prefixes = {"language": "model.layers.", "vision": "visual.blocks.", "merger": "visual.merger."}
     chosen = tuple(prefixes[part] for part in parts)
     groups = {n for n, module in dense.named_modules() if isinstance(module, FusedLinear)}
@@ -122,14 +117,14 @@ def test_only_linear_layers_of_chosen_parts_are_quantized(parts, tmp_path):
     for name, parameter in dense.named_parameters():
         assert name in expected or torch.equal(others[name], parameter)
     with pytest.raises(UserError, match="head of this model is tied to the embedding table"):
-        load_model(base, torch.float32, CPU, ("embeddings",))
+        load_model(base, torch.float32, hf_reference.CPU, ("embeddings",))
 
 
 def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
     """Saved in another dtype, the codes would differ after reloading."""
     base = make_base(tmp_path / "base", "qwen2_vl", torch.float32, tie_word_embeddings=False)
     parts = ("language", "embeddings")
-    model = load_model(base, torch.bfloat16, CPU, parts)
+    model = load_model(base, torch.bfloat16, hf_reference.CPU, parts)
     again = tmp_path / "again"
     again.mkdir()
     save_model(model, base, again, torch.bfloat16, max_shard_bytes=100_000)
@@ -140,11 +135,12 @@ def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in tensors} == {torch.bfloat16, torch.float32}
     assert ModelFolder(again).config["torch_dtype"] == "float32"
     assert stored_precision(ModelFolder(again)) == "fp32"
-    found = load_model(ModelFolder(again), torch.bfloat16, CPU, parts).state_dict()
+    found = load_model(ModelFolder(again), torch.bfloat16, hf_reference.CPU, parts).state_dict()
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
     full, baseline = (
-        load_model(folder, torch.float32, CPU).state_dict() for folder in (ModelFolder(again), base)
+        load_model(folder, torch.float32, hf_reference.CPU).state_dict()
+        for folder in (ModelFolder(again), base)
     )
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
         assert torch.equal(full[name], baseline[name])

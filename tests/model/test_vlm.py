@@ -1,16 +1,9 @@
 from dataclasses import replace
 from typing import Any
 
+import hf_reference
 import pytest
 import torch
-from hf_reference import (
-    make_config,
-    make_conversation,
-    make_native_model,
-    make_reference_model,
-    max_relative_error,
-    pack_conversations,
-)
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
@@ -19,9 +12,9 @@ from finesight.model.trainable import get_part
 from finesight.model.vlm import VisionLanguageModel
 
 SAMPLES = [
-    make_conversation(1, 3, ("image", (1, 10, 12)), 4),
-    make_conversation(2, 9),
-    make_conversation(3, 1, ("video", (2, 4, 6)), 2),
+    hf_reference.make_conversation(1, 3, ("image", (1, 10, 12)), 4),
+    hf_reference.make_conversation(2, 9),
+    hf_reference.make_conversation(3, 1, ("video", (2, 4, 6)), 2),
 ]
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
@@ -29,19 +22,19 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qw
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference_model(request: pytest.FixtureRequest) -> Any:
-    model = make_reference_model(make_config(request.param))
-    model.settings = make_config(request.param)
+    model = hf_reference.make_reference_model(hf_reference.make_config(request.param))
+    model.settings = hf_reference.make_config(request.param)
     return model
 
 
 @pytest.fixture
 def model(reference_model: Any) -> VisionLanguageModel:
-    return make_native_model(reference_model.settings, reference_model)
+    return hf_reference.make_native_model(reference_model.settings, reference_model)
 
 
 @pytest.fixture(scope="module")
 def batch(reference_model: Any) -> PackedBatch:
-    return pack_conversations(reference_model, SAMPLES)
+    return hf_reference.pack_conversations(reference_model, SAMPLES)
 
 
 def test_hidden_states_only_at_supervised_positions(model, batch):
@@ -49,7 +42,7 @@ def test_hidden_states_only_at_supervised_positions(model, batch):
     h_LD = model(batch)
     some = replace(batch, logit_indices_L=torch.tensor([4, 0, 17]))
     assert model(some).shape == (3, 48)
-    assert max_relative_error(model(some), h_LD[[4, 0, 17]]) < 1e-6
+    assert hf_reference.max_relative_error(model(some), h_LD[[4, 0, 17]]) < 1e-6
     elsewhere = replace(batch, ids_T=batch.ids_T.index_fill(0, batch.visual_indices_M, 7))
     assert torch.equal(model(elsewhere), h_LD)
     features_MKD = model.encode_images(batch.patches_ND, batch.grid_thw)
@@ -108,7 +101,7 @@ class NoiseAdapter(nn.Module):
 
 
 def with_noise_adapters(theirs: Any) -> VisionLanguageModel:
-    model = make_native_model(theirs.settings, theirs)
+    model = hf_reference.make_native_model(theirs.settings, theirs)
     for module in model.modules():
         if isinstance(module, FusedLinear):
             module.adapter = NoiseAdapter(module)

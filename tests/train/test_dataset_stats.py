@@ -14,15 +14,7 @@ from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.train.dataset_stats import (
-    MAX_PROMPT_CHARS,
-    SCAN_CHUNK_SIZE,
-    DatasetStats,
-    SampleStatsMap,
-    TrainingData,
-    compute_dataset_stats,
-    draw_subset,
-)
+from finesight.train import dataset_stats
 
 NUM_SAMPLES = 11
 
@@ -36,9 +28,9 @@ def open_task(folder: Path) -> tuple[Corpus, NativeRenderer]:
 
 def collect_stats(
     folder: Path, workers: int = 0, subset: list[int] | None = None, **settings: Any
-) -> DatasetStats:
+) -> dataset_stats.DatasetStats:
     data = DataSettings(train=(TrainFileSettings(path=folder / "train.jsonl"),), **settings)
-    return compute_dataset_stats(*open_task(folder), data, workers, subset=subset)
+    return dataset_stats.compute_dataset_stats(*open_task(folder), data, workers, subset=subset)
 
 
 @pytest.fixture
@@ -93,11 +85,11 @@ def test_invalid_box_is_never_skipped(folder: Path) -> None:
 
 
 def test_workers_give_equal_statistics(tmp_path: Path) -> None:
-    make_task(tmp_path, num_samples=8 * SCAN_CHUNK_SIZE + 3)
+    make_task(tmp_path, num_samples=8 * dataset_stats.SCAN_CHUNK_SIZE + 3)
     (tmp_path / "train70.png").write_bytes(b"")
     found = collect_stats(tmp_path)
     assert collect_stats(tmp_path, workers=2) == found
-    assert len(found.sample_indices) == 8 * SCAN_CHUNK_SIZE + 2
+    assert len(found.sample_indices) == 8 * dataset_stats.SCAN_CHUNK_SIZE + 2
 
 
 def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
@@ -109,21 +101,21 @@ def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
     assert (list(some.scanned_indices), some.skipped) == ([1, 4, 9], ())
     assert some.num_tokens == round(11 / 4 * sum(one.num_tokens for one in some.sample_stats))
     corpus, renderer = open_task(folder)
-    stats = SampleStatsMap(corpus, some, renderer, max_length=8192)
+    stats = dataset_stats.SampleStatsMap(corpus, some, renderer, max_length=8192)
     for index, expected in zip(full.sample_indices, full.sample_stats, strict=True):
         assert stats[index] == expected
     # An invalid sample costs nothing when the samples of a step are distributed.
     assert stats[3].num_tokens == stats[7].num_tokens == 0
-    assert SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
+    assert dataset_stats.SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
 
 
 def test_statistics_sample_is_deterministic() -> None:
-    drawn = draw_subset(10_000_000)
-    assert list(drawn) == list(draw_subset(10_000_000)) == sorted(set(drawn))
+    drawn = dataset_stats.draw_subset(10_000_000)
+    assert list(drawn) == list(dataset_stats.draw_subset(10_000_000)) == sorted(set(drawn))
     assert 9_900 < len(drawn) <= 10_000
     assert 0 <= drawn[0] < 10_000
     assert 9_990_000 < drawn[-1] < 10_000_000
-    assert list(drawn) != list(draw_subset(9_999_999))
+    assert list(drawn) != list(dataset_stats.draw_subset(9_999_999))
 
 
 def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
@@ -131,7 +123,7 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
     # Numbers of samples and of images: a question with several answers has several samples.
     counts = {
         **{"Read it.": (5, 5), "my secret": (1, 1), "my other secret": (7, 1), " Where? ": (4, 2)},
-        **{"": (2, 2), "x" * (MAX_PROMPT_CHARS + 1): (9, 9)},
+        **{"": (2, 2), "x" * (dataset_stats.MAX_PROMPT_CHARS + 1): (9, 9)},
     }
     lines = []
     for prompt, (count, num_images) in counts.items():
@@ -149,8 +141,8 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
     file.write_text("".join(lines))
     corpus = load_corpus((TrainFileSettings(path=file),))
     for indices, prompts in ((range(len(lines)), ("Read it.", "Where?")), ((), ())):
-        stats = DatasetStats(indices, (), 0, 0, 0)
-        assert TrainingData(corpus, stats).list_frequent_prompts() == prompts
+        stats = dataset_stats.DatasetStats(indices, (), 0, 0, 0)
+        assert dataset_stats.TrainingData(corpus, stats).list_frequent_prompts() == prompts
 
 
 @pytest.fixture
@@ -163,7 +155,9 @@ def large_task(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
 def corrupt_samples(task: TinyTask) -> dict[str, str]:
     """Corrupt four samples that are not scanned; return a part of each error."""
-    unscanned = [index for index in range(NUM_SAMPLES) if index not in draw_subset(NUM_SAMPLES)]
+    unscanned = [
+        index for index in range(NUM_SAMPLES) if index not in dataset_stats.draw_subset(NUM_SAMPLES)
+    ]
     broken, reversed_, long, damaged = unscanned[:4]
     path = task.folder / "train.jsonl"
     with edit_samples(path) as samples:
@@ -221,7 +215,7 @@ def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task: Ti
 def test_invalid_scanned_sample_raises_before_first_step(large_task: TinyTask) -> None:
     path = large_task.folder / "train.jsonl"
     lines = path.read_text().splitlines()
-    lines[draw_subset(NUM_SAMPLES)[0]] = "{"
+    lines[dataset_stats.draw_subset(NUM_SAMPLES)[0]] = "{"
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="broken JSON"):
         large_task.run()

@@ -39,14 +39,7 @@ from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_layer_name
 from finesight.model.linear import hub_name, iter_adapters
-from finesight.model.lora.peft_io import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    load_adapter,
-    load_trainable_adapter,
-    read_adapter,
-    save_adapter,
-)
+from finesight.model.lora import peft_io
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 
@@ -76,7 +69,7 @@ def test_saved_adapter_gives_the_same_logits_in_peft(family: str, how: str, tmp_
     theirs = make_reference_model(make_config(family))
     baseline = their_logits(theirs)
     ours = our_model(theirs, family, how)
-    save_adapter(tmp_path, ours, base_model="some/base")
+    peft_io.save_adapter(tmp_path, ours, base_model="some/base")
     with warnings.catch_warnings():
         # peft only warns about missing and unexpected keys.
         warnings.simplefilter("error", UserWarning)
@@ -120,7 +113,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     randomize_parameters(p for name, p in model.named_parameters() if ".lora_" in name)
     model.save_pretrained(tmp_path)
     expected = their_logits(theirs)
-    load_adapter(ours, tmp_path)
+    peft_io.load_adapter(ours, tmp_path)
     assert list_adapted_layers(ours) == list_peft_layers(model)
     assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected) <= get_tolerance(
         family
@@ -131,7 +124,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     # Round trip: whatever ranks and layers are loaded, peft reads the saved files equally.
     again = tmp_path / "again"
     again.mkdir()
-    save_adapter(again, ours, base_model="some/base")
+    peft_io.save_adapter(again, ours, base_model="some/base")
     fresh = make_reference_model(make_config(family))
     reloaded = peft.PeftModel.from_pretrained(fresh, again)
     assert list_peft_layers(reloaded) == list_adapted_layers(ours)
@@ -143,16 +136,16 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
 def test_transformers_4_key_names_are_accepted(family: str, tmp_path: Path) -> None:
     theirs = make_reference_model(make_config(family))
     ours = our_model(theirs, family, "all parts")
-    save_adapter(tmp_path, ours, base_model="some/base")
+    peft_io.save_adapter(tmp_path, ours, base_model="some/base")
     listed = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     listed += ["qkv", "attn.proj", "fc1", "fc2", "mlp.0", "mlp.2"]
     rename_adapter_keys(tmp_path, to_transformers4_name)
     edit_adapter_config(tmp_path, target_modules=listed)
-    keys = load_file(tmp_path / ADAPTER_WEIGHTS_FILE)
+    keys = load_file(tmp_path / peft_io.ADAPTER_WEIGHTS_FILE)
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
     assert "base_model.model.visual.merger.mlp.0.lora_B.weight" in keys
     old = make_native_model(make_config(family), theirs)
-    load_adapter(old, tmp_path)
+    peft_io.load_adapter(old, tmp_path)
     assert torch.equal(native_logits(old, theirs, SAMPLES), native_logits(ours, theirs, SAMPLES))
 
 
@@ -165,13 +158,13 @@ def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         options = {"base_model": "some/base", "base_fingerprint": "f00d"}
-        save_adapter(folder, ours, **options, master_values=exact)
-        contents.add((folder / ADAPTER_WEIGHTS_FILE).read_bytes())
+        peft_io.save_adapter(folder, ours, **options, master_values=exact)
+        contents.add((folder / peft_io.ADAPTER_WEIGHTS_FILE).read_bytes())
     assert len(contents) == 1
-    settings = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+    settings = json.loads((folder / peft_io.ADAPTER_CONFIG_FILE).read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 6, 0.1)
     assert settings["base_model_name_or_path"] == "some/base"
-    spec, saved = read_adapter(folder)
+    spec, saved = peft_io.read_adapter(folder)
     assert (spec.base_model, spec.base_fingerprint, spec.dropout) == ("some/base", "f00d", 0.1)
     assert saved.keys() == spec.configs.keys() == list_adapted_layers(ours)
     for path, _, adapter in iter_adapters(ours):
@@ -197,7 +190,7 @@ def test_mismatched_adapter_is_rejected_for_training(how, change, message, tmp_p
     tune = TUNE_SETTINGS[how] | {"lora": TUNE_SETTINGS[how]["lora"] | change}
     configure_tuning(model, TuneSettings.model_validate(tune), seed=9)
     with pytest.raises(UserError) as caught:
-        load_trainable_adapter(model, tmp_path)
+        peft_io.load_trainable_adapter(model, tmp_path)
     assert message in str(caught.value)
 
 
@@ -209,7 +202,7 @@ def load_error(folder: Path, **changes: Any) -> str:
     settings = make_config(changes.pop("family", "qwen2_vl"), **changes)
     model = make_native_model(settings, make_reference_model(settings))
     with pytest.raises(UserError) as caught:
-        load_adapter(model, folder)
+        peft_io.load_adapter(model, folder)
     assert not list(iter_adapters(model))
     return str(caught.value)
 
@@ -244,7 +237,7 @@ DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
 
 @pytest.mark.parametrize(("change", "message"), DAMAGES)
 def test_inconsistent_keys_are_rejected(change, message, tmp_path):
-    file = write_random_adapter(tmp_path) / ADAPTER_WEIGHTS_FILE
+    file = write_random_adapter(tmp_path) / peft_io.ADAPTER_WEIGHTS_FILE
     save_file(change(load_file(file)), file)
     assert message in load_error(tmp_path)
     # The same with the old names, and with a list where the pattern would name them.
@@ -279,7 +272,10 @@ def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: P
 
 def test_damaged_and_missing_files_are_rejected(tmp_path: Path) -> None:
     write_random_adapter(tmp_path)
-    config, weights = tmp_path / ADAPTER_CONFIG_FILE, tmp_path / ADAPTER_WEIGHTS_FILE
+    config, weights = (
+        tmp_path / peft_io.ADAPTER_CONFIG_FILE,
+        tmp_path / peft_io.ADAPTER_WEIGHTS_FILE,
+    )
     content = config.read_text()
     config.write_text(content[:50])
     assert "Invalid JSON" in load_error(tmp_path)

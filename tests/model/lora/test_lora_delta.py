@@ -76,16 +76,6 @@ def test_small_lora_delta_is_not_lost_to_rounding(names, bias, kind, dtype, devi
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("kind", [None, INT8, FP8])
-@pytest.mark.parametrize("device", DEVICES)
-def test_layer_without_adapter_is_unchanged(kind: Kind, device: str) -> None:
-    group, x_TI = make_adapted_layer(["up_proj"], True, kind, device)
-    gate_TO, _ = group(x_TI)
-    group.adapter = None
-    assert torch.equal(gate_TO, group(x_TI)[0])
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, INT8])
 @pytest.mark.parametrize("device", DEVICES)

@@ -335,21 +335,6 @@ def test_fused_fp8_gelu_matches_two_steps(width: int, dtype: torch.dtype, device
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
-def test_non_finite_activations_stay_in_their_row(wrong: float) -> None:
-    group = make_layer(torch.bfloat16, "cuda", inputs=1280)
-    x_ND = random_mixed_rows((3, 1280)).to("cuda", torch.bfloat16)
-    x_ND[1, 1279] = wrong
-    norm = nn.LayerNorm(1280, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        _, normed = add_norm(x_ND, x_ND, norm, group)
-        for rows in (normed, quantize_fp8_gelu(x_ND)):
-            assert isinstance(rows, Fp8Rows)
-            y_NO, *_ = group(rows)
-            assert y_NO.isfinite().all(1).tolist() == [True, False, True]
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [48, 1280, 2048])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RmsNorm])

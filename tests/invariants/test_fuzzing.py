@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from mutations import mutated_bytes, mutated_value
+from mutations import as_json, mutated_bytes, mutated_json
 from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
@@ -59,38 +59,14 @@ FILE_CONTENTS = (
     *(b"[" * 20_000, b"{a: " * 20_000, b"- " * 20_000, b"null: 2", b"1.5: x", b"a: 1\na: 2"),
 )
 NAMES = (
-    *(
-        "model",
-        "train.batch_size",
-        "train.learning_rate.default",
-        "data.train.0.path",
-        "data..x",
-        "",
-    ),
+    *("model", "train.batch_size", "train.learning_rate.default", "data.train.0.path", "data..x"),
+    "",
 )
 
 
 def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
     """A line of a data file that something is wrong with, mostly."""
-    record = mutated_value(rng, rng.choice((SAMPLE, good)))
-    text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
-    content = text.encode("utf-8", "surrogatepass")
-    match rng.randrange(12):
-        case 0 | 1 | 2 | 3 | 4:
-            return content
-        case 5 | 6:
-            return mutated_bytes(rng, content)
-        case 7:
-            return content[: rng.randrange(len(content))]
-        case 8:
-            return rng.choice((b"[", b'{"a":')) * rng.choice((10, 1000, 100_000)) + content
-        case 9:
-            deep = b"[" * 20_000 + b"]" * 20_000
-            return content.replace(b'"meta": {', b'"meta": {"deep": ' + deep + b", ", 1)
-        case 10:
-            return content.replace(b'"id":', b'"id": "b", "id":', 1)
-        case _:
-            return rng.choice((b"\xef\xbb\xbf" + content, text.encode("utf-16", "surrogatepass")))
+    return mutated_json(rng, as_json(rng.choice((SAMPLE, good))))
 
 
 def corrupt_recipe(rng: random.Random, good: str) -> bytes:

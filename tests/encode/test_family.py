@@ -94,21 +94,18 @@ def test_unknown_family_is_rejected(tmp_path: Path, name: str) -> None:
     assert raised.value.where == str(folder.path / "config.json")
 
 
-@each(
-    ("family", "resized", "bare"),
-    [
+def test_json_boxes_are_in_resized_pixels_or_thousandths():
+    for family, resized, bare in (
         (Qwen25VL(), (28, 28), [0, 0, 13, 28]),
         (Qwen3VL(), (32, 32), [0, 0, 467, 1000]),
         (Qwen3VL(), (320, 320), [0, 0, 467, 1000]),
-    ],
-)
-def test_json_boxes_are_in_resized_pixels_or_thousandths(family, resized, bare):
-    box = ImageBox('猫 "x"', (48, 36, 480, 361), (360, 480), (252, 336))
-    corners = [100, 100, 1000, 1000] if isinstance(family, Qwen3VL) else [34, 25, 336, 252]
-    alone = f'{{"bbox_2d": {corners}, "label": "猫 \\"x\\""}}'
-    assert family.write_boxes([box]) == [alone]
-    other = ImageBox(None, (-0.4, 0, 1.4, 3), (3, 3), resized)
-    assert family.write_boxes([box, other]) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
+    ):
+        box = ImageBox('猫 "x"', (48, 36, 480, 361), (360, 480), (252, 336))
+        corners = [100, 100, 1000, 1000] if isinstance(family, Qwen3VL) else [34, 25, 336, 252]
+        alone = f'{{"bbox_2d": {corners}, "label": "猫 \\"x\\""}}'
+        assert family.write_boxes([box]) == [alone]
+        other = ImageBox(None, (-0.4, 0, 1.4, 3), (3, 3), resized)
+        assert family.write_boxes([box, other]) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
 
 
 @each("family", [Qwen2VL(), QwenVL()])
@@ -139,9 +136,8 @@ def test_roundtrip_error_is_below_half_a_unit(family, box, count):
         assert abs(there - back) <= step / 2 + 1e-9
 
 
-@each(
-    ("text", "boxes"),
-    [
+def test_lenient_parsing_of_json_boxes():
+    for text, boxes in (
         ('{"bbox_2d": [10, 20, 30, 40], "label": "cat"}', [CAT]),
         ('```json\n[\n\t{"bbox_2d": [10, 20, 30.0, 40], "label": "cat"}\n]\n```<|im_end|>', [CAT]),
         ('I see {"label": "cat", "bbox_2d": [10, 20, 30, 40]} there', [CAT]),
@@ -160,10 +156,8 @@ def test_roundtrip_error_is_below_half_a_unit(family, box, count):
         ('{"bbox_2d": 7, "label": 5}', []),
         (r"\frac { a } { b } [ 1 ]", []),
         ('{"a":' + "[" * 100_000, []),
-    ],
-)
-def test_lenient_parsing_of_json_boxes(text: str, boxes: list[PredictedBox]) -> None:
-    assert Qwen25VL().read_boxes(text, (100, 200), (200, 100)) == boxes
+    ):
+        assert Qwen25VL().read_boxes(text, (100, 200), (200, 100)) == boxes
 
 
 PIECES = ['{"bbox_2d": ', "[", "]", "{", "}", '"', ",", "1", "9" * 400, "-", ".5", "null", " "]
@@ -179,9 +173,8 @@ def test_any_text_is_parsed_without_errors(pieces: list[str]) -> None:
 REF, REF_END, BOX, BOX_END = Qwen2VL.box_tokens
 
 
-@each(
-    ("text", "boxes"),
-    [
+def test_lenient_parsing_of_boxes_between_tokens():
+    for text, boxes in (
         (f"{BOX}(100,200),(300,400){BOX_END}", [BARE]),
         ("(100, 200) , ( 300.0,400 )", [BARE]),
         ("cat(100,200),(300,400)<|im_end|>", [BARE]),
@@ -197,13 +190,11 @@ REF, REF_END, BOX, BOX_END = Qwen2VL.box_tokens
         (f"{BOX}(100,200),(300{BOX_END}", []),
         (f"({'9' * 400},1),(2,3) (100,200),(300,400)", [BARE]),
         ("no box (1, 2)", []),
-    ],
-)
-def test_lenient_parsing_of_boxes_between_tokens(text: str, boxes: list[PredictedBox]) -> None:
-    assert Qwen2VL().read_boxes(text, (50, 200), (28, 28)) == boxes
-    for old, new in zip(Qwen2VL.box_tokens, QwenVL.box_tokens, strict=True):
-        text = text.replace(old, new)
-    assert QwenVL().read_boxes(text, (50, 200), (448, 448)) == boxes
+    ):
+        assert Qwen2VL().read_boxes(text, (50, 200), (28, 28)) == boxes
+        for old, new in zip(Qwen2VL.box_tokens, QwenVL.box_tokens, strict=True):
+            text = text.replace(old, new)
+        assert QwenVL().read_boxes(text, (50, 200), (448, 448)) == boxes
 
 
 @each("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])

@@ -58,27 +58,24 @@ def test_first_token_has_no_loss() -> None:
     assert batch.visual_indices_M.tolist() == []
 
 
-@pytest.mark.parametrize(
-    ("others", "supervised", "after", "image", "needed"),
-    [
+def test_tokens_after_last_label_are_removed():
+    for others, supervised, after, image, needed in (
         (5, 3, 0, None, 7),
         (5, 3, 4, None, 7),
         (0, 3, 2, None, 2),
         (5, 3, 4, (1, 3), 7),
         (5, 3, 4, (9, 11), 11),
         (6, 0, 0, None, 6),
-    ],
-)
-def test_tokens_after_last_label_are_removed(others, supervised, after, image, needed):
-    marks = [False] * others + [True] * supervised + [False] * after
-    sample = make_sample(list(range(len(marks))), marks, image)
-    batch, full = pack([sample]), pack([replace(sample, hf_inputs={"mask": torch.ones(1)})])
-    assert sample.tokenized.num_packed_tokens == needed
-    assert batch.ids_T.tolist() == list(range(needed))
-    assert full.lengths == (len(marks),)
-    for one in (batch, full):
-        assert one.labels_L.tolist() == [at for at, mark in enumerate(marks) if mark and at > 0]
-        assert (one.logit_indices_L + 1).tolist() == one.labels_L.tolist()
+    ):
+        marks = [False] * others + [True] * supervised + [False] * after
+        sample = make_sample(list(range(len(marks))), marks, image)
+        batch, full = pack([sample]), pack([replace(sample, hf_inputs={"mask": torch.ones(1)})])
+        assert sample.tokenized.num_packed_tokens == needed
+        assert batch.ids_T.tolist() == list(range(needed))
+        assert full.lengths == (len(marks),)
+        for one in (batch, full):
+            assert one.labels_L.tolist() == [at for at, mark in enumerate(marks) if mark and at > 0]
+            assert (one.logit_indices_L + 1).tolist() == one.labels_L.tolist()
 
 
 def compute_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[str, object]:
@@ -181,9 +178,8 @@ def test_shared_prefix_is_stored_once() -> None:
     assert (even.prefix_length, even.num_samples, even.num_tokens) == (5, 3, 24 + PAD_MULTIPLE - 14)
 
 
-@pytest.mark.parametrize(
-    ("ids", "image", "shared"),
-    [
+def test_shared_prefix_length():
+    for ids, image, shared in (
         # A multiple of four where texts diverge.
         (([1, 2, 3, 4, 5, 6, 20, 8, 9], [1, 2, 3, 4, 5, 7, 21, 8, 9]), None, 4),
         (([1, 2, 3, 4, 20, 8, 9], [1, 2, 3, 4, 21, 8, 9]), None, 4),
@@ -203,12 +199,10 @@ def test_shared_prefix_is_stored_once() -> None:
         (([1, 2, 3, 4, *range(10, 210)], [1, 2, 3, 4, *range(20, 220)]), None, 0),
         (([1, 2, 3, 4, 5, 6, 20, 8, 9],), None, 0),
         ((), None, 0),
-    ],
-)
-def test_shared_prefix_length(ids, image, shared):
-    samples = [make_prefixed(one, image).tokenized for one in ids]
-    orders = itertools.permutations(samples)
-    assert {find_shared_prefix_length(order) for order in orders} == {shared}
+    ):
+        samples = [make_prefixed(one, image).tokenized for one in ids]
+        orders = itertools.permutations(samples)
+        assert {find_shared_prefix_length(order) for order in orders} == {shared}
 
 
 def test_prefix_is_shared_from_two_percent_savings() -> None:

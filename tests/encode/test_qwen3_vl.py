@@ -74,26 +74,22 @@ def test_reasoning_and_answer_of_data(text: str, thought: str | None, answer: st
     assert parts.answer == (TextPart(text=answer),)
 
 
-@each(
-    ("text", "answer"),
-    [
+def test_reasoning_and_answer_of_generation():
+    for text, answer in (
         ("It is red.\n</think>\n\nRed.", ("It is red.", "Red.")),
         ("\n</think>\n\nRed.", ("", "Red.")),
         ("It is re", ("It is re", "")),
         ("a</think>b</think>c", ("a", "b</think>c")),
-    ],
-)
-def test_reasoning_and_answer_of_generation(text: str, answer: tuple[str, str]) -> None:
-    assert parse_reasoning(text) == answer
+    ):
+        assert parse_reasoning(text) == answer
 
 
 FIRST, SECOND = (f"<think>\nthought {n}\n</think>\n\nanswer {n}" for n in (1, 2))
 TOOL = "<tool_response>\n7\n</tool_response>"
 
 
-@each(
-    ("turns", "supervised"),
-    [
+def test_only_last_answer_keeps_its_reasoning(thinking_renderer):
+    for turns, supervised in (
         (
             ("one?", FIRST, "two?", SECOND),
             "answer 1<|im_end|>thought 2\n</think>\n\nanswer 2<|im_end|>",
@@ -104,16 +100,14 @@ TOOL = "<tool_response>\n7\n</tool_response>"
             "a\n</think>\n\nb<|im_end|>\nc<|im_end|>\n</think>\n\nd<|im_end|>",
         ),
         (("one?", "answer"), "\n</think>\n\nanswer<|im_end|>"),
-    ],
-)
-def test_only_last_answer_keeps_its_reasoning(thinking_renderer, turns, supervised):
-    located_sample = make_text_sample(*turns)
-    assert decode_supervised(thinking_renderer, located_sample) == supervised
-    ids_T = thinking_renderer.tokenize(located_sample).ids_T
-    text = thinking_renderer.tokenizer.decode(ids_T, skip_special_tokens=False)
-    last_answer = supervised.split("<|im_end|>")[-2]
-    assert text.endswith(f"<|im_start|>assistant\n<think>\n{last_answer}<|im_end|>\n")
-    assert text.count("<think>") == (2 if TOOL in turns else 1)
+    ):
+        located_sample = make_text_sample(*turns)
+        assert decode_supervised(thinking_renderer, located_sample) == supervised
+        ids_T = thinking_renderer.tokenize(located_sample).ids_T
+        text = thinking_renderer.tokenizer.decode(ids_T, skip_special_tokens=False)
+        last_answer = supervised.split("<|im_end|>")[-2]
+        assert text.endswith(f"<|im_start|>assistant\n<think>\n{last_answer}<|im_end|>\n")
+        assert text.count("<think>") == (2 if TOOL in turns else 1)
 
 
 @each("answer", ["<think>\na\n</think>\n\nb", "b", "\n\nthree", "<think>"])

@@ -71,9 +71,9 @@ def test_stream_matches_full_decoding(byte_tokenizer, ids):
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "wanted"),
-    [
+def test_answer_ends_before_first_stop_string(byte_tokenizer):
+    """Whether it comes in a token or over several; nothing that begins one is said before."""
+    for text, stop, wanted in (
         ("one stop two", (" stop",), "one"),
         ("one sto two", (" stop",), "one sto two"),
         ("one sto", (" stop",), "one sto"),
@@ -83,22 +83,19 @@ def test_stream_matches_full_decoding(byte_tokenizer, ids):
         ("later first", ("first", "later"), ""),
         ("a 中 b", ("中",), "a "),
         ("abcd", ("cd", "bcd"), "a"),
-    ],
-)
-def test_answer_ends_before_first_stop_string(byte_tokenizer, text, stop, wanted):
-    """Whether it comes in a token or over several; nothing that begins one is said before."""
-    rng = random.Random(0)
-    for _ in range(20):
-        ids = _in_pieces(text.encode(), rng)
-        detokenizer = IncrementalDetokenizer(byte_tokenizer, (), stop, False)
-        so_far = ""
-        for token in ids:
-            so_far += detokenizer.add_token(token)
-            assert wanted.startswith(so_far)
-        assert so_far + detokenizer.flush() == detokenizer.text == wanted
-        assert detokenizer.has_stopped == (wanted != text)
-        if detokenizer.has_stopped:
-            assert detokenizer.add_token(0x41) == detokenizer.flush() == ""
+    ):
+        rng = random.Random(0)
+        for _ in range(20):
+            ids = _in_pieces(text.encode(), rng)
+            detokenizer = IncrementalDetokenizer(byte_tokenizer, (), stop, False)
+            so_far = ""
+            for token in ids:
+                so_far += detokenizer.add_token(token)
+                assert wanted.startswith(so_far)
+            assert so_far + detokenizer.flush() == detokenizer.text == wanted
+            assert detokenizer.has_stopped == (wanted != text)
+            if detokenizer.has_stopped:
+                assert detokenizer.add_token(0x41) == detokenizer.flush() == ""
 
 
 def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
@@ -116,9 +113,9 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_reasoning_is_emitted_separately(byte_tokenizer):
+    """A stop string in the reasoning does not end the answer."""
+    for text in (
         "why\n</think>\n\nbecause",
         "why stop</think>because",
         "no end of it",
@@ -126,20 +123,17 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
         "a </thin> b </think>\n\n\n answer\n",
         "\n\n</think>\n中",
         "why\n</think>\n\nas </think> says",
-    ],
-)
-def test_reasoning_is_emitted_separately(byte_tokenizer, text):
-    """A stop string in the reasoning does not end the answer."""
-    rng = random.Random(1)
-    for _ in range(10):
-        detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (" stop",), True)
-        reasoning = ""
-        for token in _in_pieces(text.encode(), rng):
-            detokenizer.add_token(token)
+    ):
+        rng = random.Random(1)
+        for _ in range(10):
+            detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (" stop",), True)
+            reasoning = ""
+            for token in _in_pieces(text.encode(), rng):
+                detokenizer.add_token(token)
+                reasoning += detokenizer.take_reasoning()
+            detokenizer.flush()
             reasoning += detokenizer.take_reasoning()
-        detokenizer.flush()
-        reasoning += detokenizer.take_reasoning()
-        assert (reasoning, detokenizer.text) == parse_reasoning(text)
+            assert (reasoning, detokenizer.text) == parse_reasoning(text)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen"])

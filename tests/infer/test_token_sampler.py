@@ -228,9 +228,8 @@ def test_half_precision_logits_are_sampled_in_fp32(dtype):
     assert torch.equal(wide.logprobs_S, narrow.logprobs_S)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
+def test_invalid_sampling_params_are_rejected():
+    for name, value in (
         ("temperature", -0.1),
         ("temperature", 101.0),
         ("temperature", float("nan")),
@@ -240,13 +239,11 @@ def test_half_precision_logits_are_sampled_in_fp32(dtype):
         ("top_k", 10**400),
         ("repetition_penalty", 0.0),
         ("seed", 2**64),
-    ],
-)
-def test_invalid_sampling_params_are_rejected(name, value):
-    with pytest.raises(UserError, match=f"{name} is"):
-        SamplingParams(**{name: value})
-    with pytest.raises(UserError, match="empty stop string"):
-        GenerationOptions(stop_strings=("end", ""))
+    ):
+        with pytest.raises(UserError, match=f"{name} is"):
+            SamplingParams(**{name: value})
+        with pytest.raises(UserError, match="empty stop string"):
+            GenerationOptions(stop_strings=("end", ""))
 
 
 @pytest.mark.gpu

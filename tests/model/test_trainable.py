@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from each_value import each
 from hf_reference import CPU, make_config
 from lora_fixtures import list_adapted_layers
 
@@ -69,43 +68,37 @@ def test_lora_adapts_only_its_part(family: str, part: str) -> None:
     assert len(trainable_parameters(model)) > 0
 
 
-@each(
-    ("settings", "targets", "expected"),
-    [
+def test_targets_apply_only_to_lora_parts():
+    for settings, targets, expected in (
         # Not those of the frozen or fully trained vision encoder.
         ({"language": "lora"}, ["gate_proj"], ["model.layers.{}.mlp.gate_proj"]),
         ({"language": "lora", "vision": "full"}, ["q_proj"], ["model.layers.{}.self_attn.q_proj"]),
         ({"merger": "lora"}, ["mlp.2"], ["visual.merger.mlp.2"]),
-    ],
-)
-def test_targets_apply_only_to_lora_parts(settings, targets, expected):
-    model = make_model()
-    lora = {"target_modules": targets, "rank": 3, "alpha": 12, "dropout": 0.25}
-    configure_tuning(model, tune(**settings, lora=lora), 0)
-    layers = {name.format(index) for name in expected for index in range(2)}
-    assert list_adapted_layers(model) == layers
-    for _, _, adapter in iter_adapters(model):
-        assert adapter.dropout == 0.25
-        assert {(low.rank, low.scale) for low in adapter.configs.values()} == {(3, 4.0)}
-    learning = trainable_parameters(model)
-    assert {get_part(name) for name in learning} == settings.keys()
-    assert ("visual.patch_embed.proj.weight" in learning) == (settings.get("vision") == "full")
+    ):
+        model = make_model()
+        lora = {"target_modules": targets, "rank": 3, "alpha": 12, "dropout": 0.25}
+        configure_tuning(model, tune(**settings, lora=lora), 0)
+        layers = {name.format(index) for name in expected for index in range(2)}
+        assert list_adapted_layers(model) == layers
+        for _, _, adapter in iter_adapters(model):
+            assert adapter.dropout == 0.25
+            assert {(low.rank, low.scale) for low in adapter.configs.values()} == {(3, 4.0)}
+        learning = trainable_parameters(model)
+        assert {get_part(name) for name in learning} == settings.keys()
+        assert ("visual.patch_embed.proj.weight" in learning) == (settings.get("vision") == "full")
 
 
-@each(
-    ("parts", "targets", "message"),
-    [
+def test_unknown_targets_are_rejected():
+    for parts, targets, message in (
         (("language",), ["q_proj", "gate_porj"], "'gate_porj' matches no linear layer"),
         (("merger",), ["mlp.2x"], r"some of mlp\.2, mlp\.0"),
         (("language", "vision"), ["q_proj"], r"tune\.vision is lora"),
-    ],
-)
-def test_unknown_targets_are_rejected(parts, targets, message):
-    model = make_model()
-    settings = tune(**dict.fromkeys(parts, "lora"), lora={"target_modules": targets})
-    with pytest.raises(UserError, match=message):
-        configure_tuning(model, settings, 0)
-    assert not list_adapted_layers(model)
+    ):
+        model = make_model()
+        settings = tune(**dict.fromkeys(parts, "lora"), lora={"target_modules": targets})
+        with pytest.raises(UserError, match=message):
+            configure_tuning(model, settings, 0)
+        assert not list_adapted_layers(model)
 
 
 def test_initialization_depends_only_on_seed_and_name() -> None:

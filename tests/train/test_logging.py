@@ -161,9 +161,8 @@ NOISY = [0.1 * 2 ** (number % 6) for number in range(64)]
 HIGH = [20.0 + number % 5 for number in range(40)]
 
 
-@pytest.mark.parametrize(
-    ("loss", "recent", "is_spike"),
-    [
+def test_loss_spike_is_above_the_recent_level():
+    for loss, recent, is_spike in (
         (20.0, CALM, True),
         (4.3, CALM, True),
         (3.9, CALM, False),
@@ -173,10 +172,8 @@ HIGH = [20.0 + number % 5 for number in range(40)]
         (20.0, CALM[:MIN_LOSS_WINDOW], True),
         (20.0, [*CALM[:30], *HIGH[:10]], True),
         (20.0, [*CALM[:20], *HIGH], False),
-    ],
-)
-def test_loss_spike_is_above_the_recent_level(loss, recent, is_spike):
-    assert is_loss_spike(loss, recent) == is_spike
+    ):
+        assert is_loss_spike(loss, recent) == is_spike
 
 
 @pytest.fixture

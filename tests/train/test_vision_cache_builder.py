@@ -214,9 +214,8 @@ DESKTOP = FreeBytes(gpu=6 * GB, memory=20 * GB, disk=64 * GB)
 LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
 
 
-@each(
-    ("setting", "size_gb", "free", "tier"),
-    [
+def test_first_tier_with_enough_space_is_used():
+    for setting, size_gb, free, tier in (
         ("auto", 8, H200, "gpu"),
         ("auto", 9, H200, "memory"),
         ("auto", 31, H200, "memory"),
@@ -232,16 +231,14 @@ LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
         ("disk", 0.15, H200, "disk"),
         ("disk", 0.15, LAPTOP, None),
         ("never", 0.15, H200, None),
-    ],
-)
-def test_first_tier_with_enough_space_is_used(setting, size_gb, free, tier):
-    size = int(size_gb * GB)
-    assert choose_cache_tier(setting, size, size, free) == tier
-    if tier == "disk":
-        # Features on disk need no extra space.
-        full = FreeBytes(gpu=None, memory=0, disk=GB)
-        assert choose_cache_tier(setting, size, GB, full) == "disk"
-        assert choose_cache_tier(setting, size, 2 * GB, full) is None
+    ):
+        size = int(size_gb * GB)
+        assert choose_cache_tier(setting, size, size, free) == tier
+        if tier == "disk":
+            # Features on disk need no extra space.
+            full = FreeBytes(gpu=None, memory=0, disk=GB)
+            assert choose_cache_tier(setting, size, GB, full) == "disk"
+            assert choose_cache_tier(setting, size, 2 * GB, full) is None
 
 
 @each("family", ["qwen2_vl", "qwen3_vl", "qwen"])

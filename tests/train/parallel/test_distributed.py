@@ -172,24 +172,21 @@ TIMEOUT = RankTimeoutError("rank 1 did not respond", where="", expected="", reme
 INTERRUPTED = TrainingInterrupted("checkpoint of step 3 written")
 
 
-@pytest.mark.parametrize(
-    ("parallel", "error", "saves", "raised"),
-    [
+def test_stop_signal_with_a_missing_rank():
+    """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
+    for parallel, error, saves, raised in (
         ("ddp", TIMEOUT, True, TrainingInterrupted),
         ("fsdp", TIMEOUT, False, None),
         ("fsdp", INTERRUPTED, False, RankTimeoutError),
-    ],
-)
-def test_stop_signal_with_a_missing_rank(parallel, error, saves, raised):
-    """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
-    trainer = mock.MagicMock(is_main=True)
-    trainer.state.parallel.is_sharded = parallel == "fsdp"
-    trainer.stop.signal = signal.SIGTERM
-    trainer.build_interruption.return_value = INTERRUPTED
-    trainer.process_group.sync_failure.side_effect = TIMEOUT
-    with pytest.raises(raised) if raised else nullcontext():
-        Trainer.handle_failure(trainer, error)
-    assert trainer.save_checkpoint.called == saves
+    ):
+        trainer = mock.MagicMock(is_main=True)
+        trainer.state.parallel.is_sharded = parallel == "fsdp"
+        trainer.stop.signal = signal.SIGTERM
+        trainer.build_interruption.return_value = INTERRUPTED
+        trainer.process_group.sync_failure.side_effect = TIMEOUT
+        with pytest.raises(raised) if raised else nullcontext():
+            Trainer.handle_failure(trainer, error)
+        assert trainer.save_checkpoint.called == saves
 
 
 def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:

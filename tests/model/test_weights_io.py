@@ -50,16 +50,6 @@ def published(folder: Path, settings: dict[str, Any], theirs: Any = None) -> Mod
     return source
 
 
-def add_tensors(folder: ModelFolder, tensors: dict[str, Tensor]) -> None:
-    """Add tensors to the first weight file and to the index."""
-    file = folder.weight_files()[0]
-    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
-    index_file = folder.path / "model.safetensors.index.json"
-    index = json.loads(index_file.read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, file.name)
-    index_file.write_text(json.dumps(index))
-
-
 @pytest.fixture(params=FAMILIES)
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return make_config(request.param)
@@ -255,33 +245,6 @@ def test_stored_precision(tmp_path: Path) -> None:
         assert store(other, torch.bfloat16) == "fp32"
     with pytest.raises(UserError, match="weights of type I8"):
         store(torch.int8)
-
-
-def test_copied_tensors_keep_their_dtype(tmp_path: Path) -> None:
-    """Weights of multi-token prediction are written as published, even if only they are packed."""
-    source = published(tmp_path / "source", make_config("qwen3_5"))
-    copied = {
-        "mtp.fc.weight": torch.arange(8).to(torch.float8_e4m3fn),
-        "mtp.layers.0.mlp.up_proj.g_idx": torch.arange(3),
-        "mtp.layers.0.mlp.up_proj.qweight": torch.arange(3, dtype=torch.int32),
-    }
-    add_tensors(source, copied)
-    packing = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-    config = source.config | {"quantization_config": packing}
-    (source.path / "config.json").write_text(json.dumps(config))
-    source = ModelFolder(source.path)
-    (tmp_path / "saved").mkdir()
-    model = load_model(source, torch.float32, CPU)
-    save_model(model, source, tmp_path / "saved", torch.float32, 80_000)
-    saved = ModelFolder(tmp_path / "saved")
-    tensors = {n: t for file in saved.weight_files() for n, t in load_file(file).items()}
-    for name, tensor in copied.items():
-        assert tensors[name].dtype == tensor.dtype
-        assert tensors[name].view(torch.uint8).equal(tensor.view(torch.uint8))
-    assert "quantization_config" not in saved.config
-    add_tensors(source, {"mtp.fc.weight": torch.ones(2, dtype=torch.complex64)})
-    with pytest.raises(UserError, match=r"1 tensors are of another type: mtp\.fc\.weight C64"):
-        load_model(source, torch.float32, CPU)
 
 
 def test_random_model_depends_on_seed(settings: dict[str, Any]) -> None:

@@ -300,33 +300,21 @@ def test_oversized_validation_sample_ends_with_checkpoint(task, monkeypatch):
     assert [path.name for path in checkpoints.iterdir()] == ["step-3"]
 
 
-@pytest.mark.parametrize("capacity", [1, 0])
-def test_evaluation_batch_size_is_reduced(task, monkeypatch, capacity):
+def test_generation_that_never_fits_ends_with_checkpoint(task, monkeypatch):
     task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 4}
-    checkpoints = task.folder / "run" / "checkpoints"
-    if capacity:
-        task.run(name="plain")
-    real = ModelRunner.decode
+    checkpoints, real = task.folder / "run" / "checkpoints", ModelRunner.decode
 
     def decode(self: ModelRunner, rows: int, longest: int) -> torch.Tensor:
-        if rows > capacity and checkpoints.exists():
+        if checkpoints.exists():
             raise torch.OutOfMemoryError(OOM_MESSAGE)
         return real(self, rows, longest)
 
     monkeypatch.setattr(ModelRunner, "decode", decode)
-    if not capacity:
-        with pytest.raises(UserError, match=r"evaluation: the GPU memory[\s\S]*max_new_tokens"):
-            task.run()
-        assert sorted(path.name for path in checkpoints.iterdir()) == ["step-4", "step-6"]
-        return
-    task.run()
+    with pytest.raises(UserError, match=r"evaluation: the GPU memory[\s\S]*max_new_tokens"):
+        task.run()
     reduction = "memory is full: continuing with a batch of 1 answers (eval.batch_size)"
     assert task.console_output.count(reduction) == 1
-    found, expected = (
-        (task.folder / name / "predictions" / "after.jsonl").read_bytes()
-        for name in ("run", "plain")
-    )
-    assert found == expected
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["step-4", "step-6"]
 
 
 @pytest.mark.gpu

@@ -9,12 +9,8 @@ from finesight.infer.kv_cache import BlockHash, BlockManager, compute_block_hash
 S = 4
 
 
-def _key(number: int) -> bytes:
-    return number.to_bytes(2, "big")
-
-
 def test_prefix_blocks_are_evicted_last():
-    manager, keys = BlockManager(4), [_key(n) for n in range(3)]
+    manager, keys = BlockManager(4), [n.to_bytes(2, "big") for n in range(3)]
     first = manager.allocate(3)
     manager.cache_blocks(keys, first)
     manager.release(first)

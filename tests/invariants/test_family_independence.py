@@ -27,12 +27,6 @@ from finesight.report.data_pages import render_sample_page
 from finesight.train.training_run import train
 
 
-def make_box_sample(name: str, image: str, question: str, box: BoxPart) -> Sample:
-    content = (ImagePart(image=image), TextPart(text=question))
-    messages = Message(role="user", content=content), Message(role="assistant", content=(box,))
-    return Sample(id=name, messages=messages)
-
-
 def make_samples(folder: Path, number: int = 24) -> list[Sample]:
     """Write images of a red rectangle, and samples with its box."""
     rng = np.random.default_rng(7)
@@ -45,7 +39,9 @@ def make_samples(folder: Path, number: int = 24) -> list[Sample]:
         image.paste((200, 30, 30), (x1, y1, x2, y2))
         image.save(folder / f"{n}.png")
         box = BoxPart(label="red", xyxy=(x1, y1, x2, y2))
-        samples.append(make_box_sample(str(n), f"{n}.png", "Where is it red?", box))
+        content = (ImagePart(image=f"{n}.png"), TextPart(text="Where is it red?"))
+        turns = Message(role="user", content=content), Message(role="assistant", content=(box,))
+        samples.append(Sample(id=str(n), messages=turns))
     return samples
 
 

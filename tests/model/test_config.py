@@ -8,19 +8,13 @@ from each_value import each
 from hf_reference import CPU, make_config
 
 from finesight.errors import UserError
-from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
+from finesight.model.config import ConfigReader, parse_pixel_normalization
 from finesight.model.vlm import build_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
 
 CASES = load_cases("config")
 
 META = torch.device("meta")
-
-
-def geometry(settings: dict[str, Any]) -> ModelConfig:
-    return build_model(
-        ConfigReader(settings), ConfigReader(PREPROCESSOR_DEFAULTS), torch.float32, META
-    ).config
 
 
 @pytest.mark.parametrize(
@@ -41,8 +35,9 @@ def test_published_configs(shared: Path, name: str, num_parameters: int) -> None
 
 
 def assert_reported(family: str, change: dict[str, Any], key: str) -> None:
+    given = ConfigReader(make_config(family, **dict(change))), ConfigReader(PREPROCESSOR_DEFAULTS)
     with pytest.raises(UserError) as refused:
-        geometry(make_config(family, **dict(change)))
+        build_model(*given, torch.float32, META)
     assert key in refused.value.what
     assert refused.value.where == "config.json"
 

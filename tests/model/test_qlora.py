@@ -11,7 +11,6 @@ import torch
 from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
 from safetensors.torch import load_file
-from torch import Tensor
 
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_module_name
@@ -19,7 +18,6 @@ from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import ModelPart
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
 
@@ -69,11 +67,6 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
     return model.train()
 
 
-def logits(model: VisionLanguageModel, family: str) -> Tensor:
-    theirs = hf_reference.make_reference_model(make_settings(family))
-    return model.compute_logits(model(hf_reference.pack_conversations(theirs, [SAMPLE])))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", family)
@@ -83,7 +76,8 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
     save_adapter(adapter, model, base_model=str(base.path))
     loaded = from_transformers(base, torch.float32)
     theirs = peft.PeftModel.from_pretrained(loaded, adapter, is_trainable=True).train()
-    found = logits(model, family)
+    reference = hf_reference.make_reference_model(make_settings(family))
+    found = model.compute_logits(model(hf_reference.pack_conversations(reference, [SAMPLE])))
     expected = hf_reference.reference_logits(theirs.base_model.model, SAMPLE)
     assert hf_reference.max_relative_error(found, expected) <= 1e-5
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))

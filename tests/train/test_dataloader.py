@@ -108,12 +108,6 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
     assert "--shm-size" in str(found)
 
 
-def late_steps(delays_s: Sequence[float], sleep: Any) -> Iterator[StepBatch]:
-    for number, delay_s in enumerate(delays_s):
-        sleep(delay_s)
-        yield StepBatch(number, (), (), ())
-
-
 def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 100.0
 
@@ -121,9 +115,14 @@ def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
         nonlocal now
         now += seconds
 
+    def late_steps() -> Iterator[StepBatch]:
+        for number, delay_s in enumerate([2.0, 0.5, 0.0]):
+            advance(delay_s)
+            yield StepBatch(number, (), (), ())
+
     monkeypatch.setattr(dataloader, "time", SimpleNamespace(perf_counter=lambda: now))
     found = []
-    for step, wait in time_data_waits(late_steps([2.0, 0.5, 0.0], advance), torch.device("cpu")):
+    for step, wait in time_data_waits(late_steps(), torch.device("cpu")):
         advance(7.0)  # training
         found.append((step.step_index, wait.seconds))
     assert found == [(0, 2.0), (1, 0.5), (2, 0.0)]

@@ -221,12 +221,6 @@ def make_packs(folder: Path, family: str, each: int) -> list[PackedBatch]:
     return [pack(samples[at : at + each]) for at in range(0, 3 * each, each)]
 
 
-def compute_loss(
-    model: VisionLanguageModel, h_LD: Tensor, labels_L: Tensor, weight: Tensor
-) -> Tensor:
-    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, labels_L, weight)
-
-
 def assert_close_gradients(found: Tensor | None, expected: Tensor | None, most: float) -> None:
     """Compare the norm of the error with the norm of the gradient."""
     assert (found is None) == (expected is None)
@@ -320,7 +314,8 @@ def assert_matches_model(
     """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
     loss, found = runner.forward_backward(batch, None, weight), collect_grads(model)
-    expected = compute_loss(model, model(batch), batch.labels_L, weight)
+    head_VD = model.lm_head_weight
+    expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
     torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 0)
     parameters = list(trainable_parameters(model).values())
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from tiny_model import TinyFamily
 from tiny_task import edit_samples
 from video_fixtures import write_video
 from vision_cache_fixtures import assert_features_match, build_vision_cache, make_train_state
@@ -15,13 +14,14 @@ from finesight.data.corpus import open_sample_source
 from finesight.data.video_file import iter_video_frames
 from finesight.encode import renderer as renderer_module
 from finesight.train.dataset_stats import list_image_paths, read_image_state
-from finesight.train.trainer import TrainState
 
 SAMPLES = (1, 4, 5)
 
 
-def make_video_state(folder: Path, family: TinyFamily) -> TrainState:
-    """Replace three images by videos of 8 frames a second, of which four frames are sampled."""
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
+    """Four frames of each file are sampled, and decoded at most once per chunk of features."""
+    folder = tmp_path / "task"
     make_train_state(folder, family=family)
     with edit_samples(folder / "train.jsonl") as samples:
         for number in SAMPLES:
@@ -29,13 +29,7 @@ def make_video_state(folder: Path, family: TinyFamily) -> TrainState:
             path = write_video(folder / f"{number}.mp4", num_frames=16, size=size)
             part = {"type": "video", "video": path.name}
             samples[number]["messages"][0]["content"][0] = part
-    return make_train_state(folder, vision_cache="memory")
-
-
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
-    """Each file is decoded at most once for each chunk of features."""
-    state = make_video_state(tmp_path / "task", family)
+    state = make_train_state(folder, vision_cache="memory")
     decoded: list[list[int]] = []
 
     def record(path: Path, frame_indices: Sequence[int]) -> Iterator[Image.Image]:

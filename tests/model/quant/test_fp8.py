@@ -33,7 +33,6 @@ from finesight.model.quant.fp8 import (
     require_fp8_support,
 )
 from finesight.model.trainable import get_part
-from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder
 
@@ -71,14 +70,10 @@ def make_layer(
     group = FusedLinear(scale * inputs, widths, bias=True).to(device, dtype).requires_grad_(False)
     assert group.bias is not None
     group.bias.copy_(random_values(tuple(group.bias.shape), 1))
-    weight_OI = make_dense_weight(widths, scale * inputs)
-    return quantize_linear(group, Fp8Matrix, Fp8Weight, weight_OI=weight_OI)
-
-
-def make_dense_weight(widths: dict[str, int] = WIDTHS, inputs: int = INPUTS) -> Tensor:
-    """Return the weights before FP8 quantization, whose layers differ in magnitude."""
-    shapes = ((width, inputs) for width in widths.values())
-    return torch.cat([random_values(s, 2 + n) * 0.1 * (1 + n) for n, s in enumerate(shapes)])
+    # Layers differ in magnitude.
+    shapes = ((width, scale * inputs) for width in widths.values())
+    layers = [random_values(s, 2 + n) * 0.1 * (1 + n) for n, s in enumerate(shapes)]
+    return quantize_linear(group, Fp8Matrix, Fp8Weight, weight_OI=torch.cat(layers))
 
 
 def get_fp8_weight(group: FusedLinear) -> Fp8Weight:
@@ -378,18 +373,14 @@ def test_fused_fp8_decoder_norm_matches_two_steps(width, share, dtype):
     assert_nearly_equal(rows.codes_TI, expected.codes_TI)
 
 
-def make_vision_encoder(folder: Path, family: TinyFamily, device: str) -> VisionEncoder:
-    base = ModelFolder(create_tiny_model(folder / family, family, preset=TINY_PRESETS["small"]))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    visual = load_model(base, dtype, torch.device(device), fp8_parts=("vision",)).visual
-    return visual.requires_grad_(False).train()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "of_a_block"), FAMILIES.items())
 def test_frozen_vision_encoder_passes_codes(family, of_a_block, device, tmp_path, monkeypatch):
     """The output equals that with per-layer quantization; on a GPU the sums of norms differ."""
-    visual = make_vision_encoder(tmp_path, family, device)
+    base = ModelFolder(create_tiny_model(tmp_path / family, family, preset=TINY_PRESETS["small"]))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = load_model(base, dtype, torch.device(device), fp8_parts=("vision",))
+    visual = model.visual.requires_grad_(False).train()
     inputs = visual.patch_embed.proj.in_features
     generator = torch.Generator().manual_seed(0)
     patches_ND = torch.randint(0, 256, (168, inputs), generator=generator, dtype=torch.uint8)

@@ -40,7 +40,6 @@ from finesight.model.quant.base import (
     find_quantized_weights,
 )
 from finesight.model.trainable import get_part
-from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import MATRIX_TYPES, hub_tensors, load_model
 from finesight.model_folder import TINY_MODEL, ModelFolder
 
@@ -123,13 +122,6 @@ def test_output_and_gradients_match_dequantized(kind, dtype, shape, is_adapted):
         assert torch.equal(found, expected)
 
 
-def dequantize_model(model: VisionLanguageModel) -> VisionLanguageModel:
-    for module in model.modules():
-        if isinstance(module, FusedLinear):
-            module.dequantize()
-    return model.requires_grad_(False)
-
-
 @each("kind", FORMATS)
 @each("family", FAMILIES)
 @each("head", [False, True])
@@ -162,7 +154,10 @@ def test_adapter_stays_unmerged_on_quantized_weights(kind: WeightFormat, tmp_pat
     )
     assert find_quantized_weights(model)
     found = compute_logits(model, batch)
-    assert torch.equal(found, compute_logits(dequantize_model(model), batch))
+    for module in model.modules():
+        if isinstance(module, FusedLinear):
+            module.dequantize()
+    assert torch.equal(found, compute_logits(model.requires_grad_(False), batch))
     assert max_relative_error(found, compute_logits(baseline, batch)) > 0.01
 
 

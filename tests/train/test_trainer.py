@@ -225,23 +225,20 @@ def test_changed_data_file_ends_with_checkpoint(task, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("tune", "is_rejected"),
+    "tune",
     [
-        ({"merger": "full"}, True),
-        ({"vision": "lora", "merger": "frozen", "language": "lora"}, True),
-        ({"vision": "full", "merger": "lora"}, True),
-        ({"language": "lora", "embeddings": "full"}, False),
+        {"merger": "full"},
+        {"vision": "lora", "merger": "frozen"},
+        {"vision": "full", "merger": "lora"},
     ],
+    ids=str,
 )
-def test_parts_without_gradient_are_rejected_before_the_first_step(task, tune, is_rejected):
+def test_parts_without_gradient_are_rejected_before_the_first_step(task, tune):
     file = task.folder / "train.jsonl"
     with_images = file.read_text().splitlines(keepends=True)
     text_only = [re.sub(r'\{"type": "image"[^}]*\}, ', "", line) for line in with_images]
     file.write_text("".join(text_only))
     settings: dict[str, Any] = {"tune": tune | {"lora": {"rank": 4, "dropout": 0.0}}}
-    if not is_rejected:
-        assert task.run("train.epochs=1", **settings).steps == 3
-        return
     with pytest.raises(UserError, match="no gradient would reach") as caught:
         task.run(**settings)
     parts = [part for part in ("vision", "merger") if tune.get(part, "frozen") != "frozen"]
@@ -305,8 +302,12 @@ def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str
         assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
 
 
-def test_interrupted_step_leaves_no_state(tmp_path: Path) -> None:
+def test_interrupted_and_empty_steps_leave_no_state(tmp_path: Path) -> None:
     state, before = make_state(tmp_path / "task")
+    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
+    assert not output.is_applied
+    assert output.wait() == (0.0, 0.0)
+    assert has_weights(state, before)
     stop, step = StopRequest(), state.step_dataset.get_step(0)
     assert len(step.packs) >= 2
     state.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -333,14 +334,6 @@ def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) 
     hook.remove()
     assert math.isfinite(take_step(state).wait()[1])
     assert not has_weights(state, before)
-
-
-def test_empty_step_does_not_update_parameters(tmp_path: Path) -> None:
-    state, before = make_state(tmp_path / "task")
-    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
-    assert not output.is_applied
-    assert output.wait() == (0.0, 0.0)
-    assert has_weights(state, before)
 
 
 def test_dropout_seeds_differ_and_are_reproducible(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def convert(text: str, source: str, target: str, resized: ImageSize = RESIZED) -
 
 
 @each(("source", "target"), itertools.permutations(BOX_FORMATS, 2))
-def test_conversion_between_all_families(source: str, target: str) -> None:
+def test_conversion_between_all_families(source, target):
     converted = convert(f"Here: {TEXTS[source]}, you see.", source, target)
     assert converted == (f"Here: {TEXTS[target]}, you see.", 1)
     for text in ("", "A dog.", '{"a": [1, 2]}', "(1,2),(3,4)", "[", "x < y"):
@@ -78,7 +78,7 @@ def test_labels_lists_and_text_around_boxes(text, source, target, converted):
 
 
 @each(("text", "source", "target", "what"), CASES["test_invalid_boxes_are_rejected"])
-def test_invalid_boxes_are_rejected(text: str, source: str, target: str, what: str) -> None:
+def test_invalid_boxes_are_rejected(text, source, target, what):
     with pytest.raises(UserError, match=what) as caught:
         convert(text, source, target)
     assert caught.value.expected
@@ -108,14 +108,14 @@ def run_migration(
         {"id": "identity_0", "extra": {"response": OLD}},
     ],
 )
-def test_every_conversation_layout(tmp_path: Path, record: Any) -> None:
+def test_every_conversation_layout(tmp_path, record):
     text = json.dumps(record)
     written, done = run_migration(tmp_path, text)
     assert json.loads(written) == json.loads(text.replace(json.dumps(OLD), json.dumps(NEW)))
     assert done.num_boxes == text.count("<|box_start|>")
 
 
-def test_other_bytes_of_all_file_layouts_are_unchanged(tmp_path: Path) -> None:
+def test_other_bytes_of_all_file_layouts_are_unchanged(tmp_path):
     line = (
         '{ "id":1.50, "n" : 1e5, "n": NaN,\t"caption": "h\\u00fcndchen",\r\n'
         '  "response": "Ein H\\u00fcndchen %s", "query": "Hündchen\\/?\u2028"}\r\n'
@@ -131,7 +131,7 @@ def test_other_bytes_of_all_file_layouts_are_unchanged(tmp_path: Path) -> None:
         assert done.num_records == done.num_boxes == done.answers_with_boxes == num_records
 
 
-def test_only_answers_are_rewritten(tmp_path: Path) -> None:
+def test_only_answers_are_rewritten(tmp_path):
     rows = [
         {"query": f"What is {OLD}?", "response": "A dog."},
         {"query": "Where is it? Answer as JSON.", "response": OLD},
@@ -163,7 +163,7 @@ PART = {"type": "image_url", "image_url": {"url": "a.png"}}
         {"messages": [{"role": "user", "content": [PART, PART]}]},
     ],
 )
-def test_pixels_refer_to_resized_image(tmp_path: Path, image: dict[str, Any]) -> None:
+def test_pixels_refer_to_resized_image(tmp_path, image):
     write_gray_image(tmp_path / "a.png", 1000, 500)
     text = json.dumps({**image, "response": OLD})
     there, _ = run_migration(tmp_path, text, target="qwen2_5_vl", resize_spec=RESIZING)
@@ -185,7 +185,7 @@ def test_pixels_refer_to_resized_image(tmp_path: Path, image: dict[str, Any]) ->
         ({"image": "a.png", "response": "<|box_start|>"}, "invalid box in"),
     ],
 )
-def test_boxes_without_unique_image_are_rejected(tmp_path: Path, row: Any, what: str) -> None:
+def test_boxes_without_unique_image_are_rejected(tmp_path, row, what):
     write_gray_image(tmp_path / "a.png", 1000, 500)
     write_gray_image(tmp_path / "b.png")
     rows = [{"image": "a.png", "response": OLD}, {"response": "A record without boxes."}, row]
@@ -213,7 +213,7 @@ def test_invalid_arguments_and_files_are_rejected(tmp_path, content, change, mes
     assert caught.value.remedy
 
 
-def test_output_is_not_overwritten_and_input_must_exist(tmp_path: Path) -> None:
+def test_output_is_not_overwritten_and_input_must_exist(tmp_path):
     (tmp_path / "a.json").write_text("[]", encoding="utf-8")
     (tmp_path / "b.json").write_text("mine", encoding="utf-8")
     with pytest.raises(UserError, match="the file exists"):

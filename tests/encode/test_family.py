@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from finesight.encode.family import (
     ImageBox,
-    ModelFamily,
     PredictedBox,
     PromptPiece,
     SpecialToken,
@@ -40,7 +39,7 @@ def join(pieces: list[PromptPiece]) -> str:
     return "".join(one.token if isinstance(one, SpecialToken) else one for one in pieces)
 
 
-def test_family_is_detected_from_config(tmp_path: Path) -> None:
+def test_family_is_detected_from_config(tmp_path):
     found = {name: load_family(write_config(tmp_path / name, name, visual={})) for name in FAMILIES}
     assert {name: family.name for name, family in found.items()} == {n: n for n in FAMILIES}
     assert found["qwen2_vl"] == Qwen2VL()
@@ -52,7 +51,7 @@ def test_family_is_detected_from_config(tmp_path: Path) -> None:
 
 
 @each("value", ["2", 0, True, None])
-def test_invalid_tokens_per_second_is_rejected(value: object, tmp_path: Path) -> None:
+def test_invalid_tokens_per_second_is_rejected(value, tmp_path):
     vision = {"tokens_per_second": value}
     with pytest.raises(UserError, match=f"tokens_per_second is {value!r}"):
         load_family(write_config(tmp_path / "wrong", "qwen2_5_vl", vision_config=vision))
@@ -76,7 +75,7 @@ def test_thinking_edition_is_detected_from_template(tmp_path, name, content):
 
 
 @each("has_reasoning", [False, True])
-def test_single_mode_cannot_be_changed(has_reasoning: bool) -> None:
+def test_single_mode_cannot_be_changed(has_reasoning):
     family = Qwen3VL(has_reasoning=has_reasoning)
     assert family.with_thinking(ThinkingOptions(enable_thinking=has_reasoning)) == family
     with pytest.raises(UserError, match="the only mode of this model"):
@@ -86,7 +85,7 @@ def test_single_mode_cannot_be_changed(has_reasoning: bool) -> None:
 
 
 @each("name", ["qwen3_next", "llama", ""])
-def test_unknown_family_is_rejected(tmp_path: Path, name: str) -> None:
+def test_unknown_family_is_rejected(tmp_path, name):
     # The name of the folder does not matter.
     folder = write_config(tmp_path / "Qwen2-VL-2B-Instruct", name)
     with pytest.raises(UserError, match=f"family {name}") as raised:
@@ -109,7 +108,7 @@ def test_json_boxes_are_in_resized_pixels_or_thousandths():
 
 
 @each("family", [Qwen2VL(), QwenVL()])
-def test_boxes_between_special_tokens(family: ModelFamily) -> None:
+def test_boxes_between_special_tokens(family):
     start, end, box_start, box_end = map(SpecialToken, family.box_tokens or ())
     most = family.max_box_coordinate
     box = ImageBox("猫 <|box_end|>", (48, 36, 480, 359.9), (360, 480), (364, 476))
@@ -165,7 +164,7 @@ PIECES = ['{"bbox_2d": ', "[", "]", "{", "}", '"', ",", "1", "9" * 400, "-", ".5
 
 @settings(max_examples=1000)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=30))
-def test_any_text_is_parsed_without_errors(pieces: list[str]) -> None:
+def test_any_text_is_parsed_without_errors(pieces):
     for box in Qwen25VL().read_boxes("".join(pieces), (100, 200), (200, 100)):
         json.dumps(box.xyxy, allow_nan=False)
 

@@ -49,7 +49,7 @@ def mark_supervised(renderer: HfRenderer, located_sample: LocatedSample) -> str:
     return text
 
 
-def test_loss_mask_covers_answers_with_end_token(renderer: HfRenderer, tmp_path: Path) -> None:
+def test_loss_mask_covers_answers_with_end_token(renderer, tmp_path):
     located_sample = hf_models.make_sample(tmp_path, ("Which?", "red and blue"), ("Sure?", "yes"))
     assert mark_supervised(renderer, located_sample) == (
         f"<|im_start|>user\n{'<|image_pad|>' * 4}Which?<|im_end|>\n"
@@ -72,7 +72,7 @@ def test_images_are_processed_once_without_later_images(renderer, tmp_path, monk
     assert len(read) == 2 + 2 + 1
 
 
-def test_prompt_is_prefix_of_sample(renderer: HfRenderer, tmp_path: Path) -> None:
+def test_prompt_is_prefix_of_sample(renderer, tmp_path):
     turns = ("Which?", "red"), ("Sure?", "yes")
     located_sample = hf_models.make_sample(tmp_path, *turns, num_images=2)
     prompt, full = renderer.tokenize_prompt(located_sample), renderer.tokenize(located_sample)
@@ -86,7 +86,7 @@ def test_prompt_is_prefix_of_sample(renderer: HfRenderer, tmp_path: Path) -> Non
     assert copy.tokenize(located_sample).ids_T.tolist() == full.ids_T.tolist()
 
 
-def test_system_prompt_of_recipe(folder: Path, tmp_path: Path) -> None:
+def test_system_prompt_of_recipe(folder, tmp_path):
     renderer = HfRenderer(ModelFolder(folder), system_prompt="Be brief.")
     sample = hf_models.make_sample(tmp_path, ("Which?", "red"), num_images=0)
     start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
@@ -108,7 +108,7 @@ def test_image_rule_is_applied_before_processor(folder, tmp_path, rule, size):
     assert mark_supervised(renderer, located_sample).count("<|image_pad|>") == 4
 
 
-def test_reasoning_model_gets_empty_reasoning(folder: Path, tmp_path: Path) -> None:
+def test_reasoning_model_gets_empty_reasoning(folder, tmp_path):
     copy = copy_model(folder, tmp_path / "copy", hf_models.QWEN3_5_CHAT_TEMPLATE)
     sample = hf_models.make_sample(tmp_path, ("Which?", "red"), num_images=0)
     text = mark_supervised(HfRenderer(ModelFolder(copy)), sample)
@@ -141,7 +141,7 @@ def test_template_that_hides_the_answer_is_rejected(folder, tmp_path, template, 
         )
 
 
-def test_template_that_omits_images_is_rejected(folder: Path, tmp_path: Path) -> None:
+def test_template_that_omits_images_is_rejected(folder, tmp_path):
     is_image = "part['type'] == 'image'"
     first = hf_models.CHAT_TEMPLATE.replace(is_image, f"{is_image} and loop.first")
     template = first.replace("part['text']", "part['text'] | default('')")

@@ -74,19 +74,19 @@ def compare(folder: ModelFolder, images: ImageSet, numbers: range, *, videos: bo
         np.testing.assert_array_equal(patches_ND, expected.patches_ND)
 
 
-def test_conversations_match_reference(folder: ModelFolder, image_set: ImageSet) -> None:
+def test_conversations_match_reference(folder, image_set):
     compare(folder, image_set, range(60), videos=False)
     compare(folder, image_set, range(1000, 1030), videos=True)
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_published_models_match_reference(shared: Path, name: str, image_set: ImageSet) -> None:
+def test_published_models_match_reference(shared, name, image_set):
     published = ModelFolder(shared / "qwen_assets" / name)
     compare(published, image_set, range(220), videos=False)
     compare(published, image_set, range(1000, 1060), videos=True)
 
 
-def test_system_prompt_precedence(folder: ModelFolder) -> None:
+def test_system_prompt_precedence(folder):
     family = None if folder.family == "qwen3_vl" else "You are a helpful assistant."
     sample, own = make_text_sample("a", "b"), make_text_sample("a", "b", system="Own.")
     for recipe, located_sample, expected in (
@@ -102,7 +102,7 @@ def test_system_prompt_precedence(folder: ModelFolder) -> None:
 
 
 @each("answer", ["\n\nthree", " \n x", "b", "...\n", "\u0301accent", "<|im_end|>"])
-def test_prompt_is_prefix_of_sample(renderer: NativeRenderer, answer: str) -> None:
+def test_prompt_is_prefix_of_sample(renderer, answer):
     located_sample = make_text_sample("Where?", "There.", "And then?\n", answer)
     full, prompt = renderer.tokenize(located_sample), renderer.tokenize_prompt(located_sample)
     start = prompt.num_tokens
@@ -146,7 +146,7 @@ def test_special_tokens_in_texts_and_labels_stay_text(folder, renderer, image_se
     assert num_boxes == (folder.family == "qwen2_vl")
 
 
-def test_answer_text_is_cut_at_end_token(renderer: NativeRenderer) -> None:
+def test_answer_text_is_cut_at_end_token(renderer):
     end, pad = renderer.end_ids
     ids = [*renderer.tokenizer.encode("x = 1"), end, *renderer.tokenizer.encode("more"), pad]
     raw_text = "x = 1<|im_end|>more<|endoftext|>"
@@ -166,7 +166,7 @@ def test_image_rule_resizes_images(folder, image_set, rule):
                 assert max(span.resized_size) == (96 if is_newest else 84)
 
 
-def test_box_needs_an_image_of_any_turn(renderer: NativeRenderer, image_set: ImageSet) -> None:
+def test_box_needs_an_image_of_any_turn(renderer, image_set):
     box, image, text = (
         BoxPart(xyxy=(0, 0, 3, 3)),
         ImagePart(image="0.jpg"),
@@ -187,7 +187,7 @@ def test_box_outside_its_image_is_rejected(renderer, image_set, corners):
     assert raised.value.where == f"sample one ({image_set.folder / '0.jpg'})"
 
 
-def test_config_and_tokenizer_must_agree(tmp_path: Path) -> None:
+def test_config_and_tokenizer_must_agree(tmp_path):
     config = make_folder(tmp_path / "model", "qwen2_vl") / "config.json"
     config.write_text(config.read_text().replace('"image_token_id": 12', '"image_token_id": 99'))
     with pytest.raises(UserError, match=r"<\|image_pad\|> is 12 .* is 99"):

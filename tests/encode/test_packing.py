@@ -44,7 +44,7 @@ def make_prefixed(ids: list[int], image: tuple[int, int] | None = None) -> Encod
     return make_sample(ids, [False] * (len(ids) - 2) + [True] * 2, image)
 
 
-def test_first_token_has_no_loss() -> None:
+def test_first_token_has_no_loss():
     rows = (("a", [5, 6, 7], [True, False, True]), ("b", [8], [True]), ("c", [9, 10], [True, True]))
     batch = pack([make_sample(ids, supervised, name=name) for name, ids, supervised in rows])
     assert batch.sample_ids == ("a", "b", "c")
@@ -115,7 +115,7 @@ def test_removed_and_padding_tokens_do_not_change_the_loss(tmp_path, family, vid
         torch.testing.assert_close(compute_gradients(model, even), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_of_even_text_and_odd_patch_counts() -> None:
+def test_padding_of_even_text_and_odd_patch_counts():
     batch = pack([make_sample([3] * (PAD_MULTIPLE + 1), [True] * (PAD_MULTIPLE + 1))])
     even = pad_batch(batch, 2)
     assert (even.lengths, even.grid_thw) == ((PAD_MULTIPLE, PAD_MULTIPLE), ())
@@ -127,7 +127,7 @@ def test_padding_of_even_text_and_odd_patch_counts() -> None:
     assert len(odd.ids_T) % PAD_MULTIPLE == 0
 
 
-def test_packs_are_planned_first_fit_within_budget() -> None:
+def test_packs_are_planned_first_fit_within_budget():
     assert plan_packs([4, 3, 5, 2, 9, 1, 20, 1], 10) == [[0, 1, 3, 5], [2, 7], [4], [6]]
     assert plan_packs([], 10) == []
     assert plan_packs([10, 10], 10) == [[0], [1]]
@@ -144,7 +144,7 @@ def test_packs_are_planned_first_fit_within_budget() -> None:
         assert sum(sum(lengths[index] for index in members) <= 250 for members in packs) <= 1
 
 
-def test_pack_budget_counts_the_prefix_once() -> None:
+def test_pack_budget_counts_the_prefix_once():
     assert plan_packs([100, 100, 100, 100], 250) == [[0, 1], [2, 3]]
     assert plan_packs([100, 100, 100, 100], 250, 50) == [[0, 1, 2, 3]]
     assert plan_packs([100, 100, 100, 100], 249, 50) == [[0, 1, 2], [3]]
@@ -156,7 +156,7 @@ def test_pack_budget_counts_the_prefix_once() -> None:
     assert compute_min_budget([1001] * 40, 1000) == 1000 + 40 * 250
 
 
-def test_shared_prefix_is_stored_once() -> None:
+def test_shared_prefix_is_stored_once():
     same = [1, 2, 3, 4, 5]
     rests = (([6], None), ([7, 8, 9], (5, 7)), ([10, 11], None))
     samples = [make_prefixed([*same, *rest, 90, 91], image) for rest, image in rests]
@@ -205,6 +205,6 @@ def test_shared_prefix_length():
         assert {find_shared_prefix_length(order) for order in orders} == {shared}
 
 
-def test_prefix_is_shared_from_two_percent_savings() -> None:
+def test_prefix_is_shared_from_two_percent_savings():
     assert effective_prefix_length(4, [100, 100]) == 4
     assert effective_prefix_length(4, [100, 101]) == 0

@@ -52,7 +52,7 @@ def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
                 ask(service, image)
 
 
-def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path: Path) -> None:
+def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path):
     native = build_renderer(ModelFolder(hf_models.make_llava(tmp_path / "llava")))
     sample: LocatedSample = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     expected = native.load_patches(native.tokenize_prompt(sample))

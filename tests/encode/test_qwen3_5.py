@@ -169,7 +169,7 @@ def test_tokens_equal_published_template(name, thinking, effort, tmp_path):
             assert found.is_thinking == mode
 
 
-def test_answers_and_their_reasoning_are_supervised(tmp_path: Path) -> None:
+def test_answers_and_their_reasoning_are_supervised(tmp_path):
     renderer = NativeRenderer(make_model_folder("Qwen3.5-4B", tmp_path / "model"))
     thought, output = "<think>\nIt glows.\n</think>\n\n", "It glows.\n</think>\n\n"
     tool = "<tool_response>\n7\n</tool_response>"
@@ -189,7 +189,7 @@ def test_answers_and_their_reasoning_are_supervised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.8-27B"])
 @each("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
-def test_prompt_in_mode_of_sample_is_its_prefix(name: str, answer: str, tmp_path: Path) -> None:
+def test_prompt_in_mode_of_sample_is_its_prefix(name, answer, tmp_path):
     renderer = NativeRenderer(make_model_folder(name, tmp_path / "model"))
     located_sample = make_text_sample("Which?", answer)
     full = renderer.tokenize(located_sample)
@@ -205,7 +205,7 @@ def test_prompt_in_mode_of_sample_is_its_prefix(name: str, answer: str, tmp_path
     assert (completion.text, completion.reasoning) == ("red", reasoning)
 
 
-def test_mode_without_support_is_rejected(tmp_path: Path) -> None:
+def test_mode_without_support_is_rejected(tmp_path):
     newest, older = (
         NativeRenderer(make_model_folder(name, tmp_path / name))
         for name in ("Qwen3.8-27B", "Qwen3.5-4B")

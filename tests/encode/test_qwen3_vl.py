@@ -39,7 +39,7 @@ def thinking_renderer(tmp_path_factory: pytest.TempPathFactory) -> NativeRendere
 
 
 @each(("frames", "fps", "captions"), CASES["test_frame_pairs_have_timestamps"])
-def test_frame_pairs_have_timestamps(frames: int, fps: float, captions: list[str]) -> None:
+def test_frame_pairs_have_timestamps(frames, fps, captions):
     shots = Qwen3VL().split_video([number / fps for number in range(frames)], fps, 2)
     assert [shot.timestamp_text for shot in shots] == captions
     assert [shot.frame_slice for shot in shots] == [
@@ -68,7 +68,7 @@ def test_each_frame_pair_is_a_visual_span(instruct_renderer, tmp_path):
 
 
 @each(("text", "thought", "answer"), CASES["test_reasoning_and_answer_of_data"])
-def test_reasoning_and_answer_of_data(text: str, thought: str | None, answer: str) -> None:
+def test_reasoning_and_answer_of_data(text, thought, answer):
     parts = split_reasoning([TextPart(text=text)])
     assert parts.reasoning == (None if thought is None else (TextPart(text=thought),))
     assert parts.answer == (TextPart(text=answer),)
@@ -111,7 +111,7 @@ def test_only_last_answer_keeps_its_reasoning(thinking_renderer):
 
 
 @each("answer", ["<think>\na\n</think>\n\nb", "b", "\n\nthree", "<think>"])
-def test_prompt_is_prefix_of_sample(thinking_renderer: NativeRenderer, answer: str) -> None:
+def test_prompt_is_prefix_of_sample(thinking_renderer, answer):
     located_sample = make_text_sample("one?", "<think>x</think>y", "two?", answer)
     full = thinking_renderer.tokenize(located_sample)
     prompt = thinking_renderer.tokenize_prompt(located_sample)
@@ -149,7 +149,7 @@ def test_boxes_in_reasoning_are_supervised_but_not_the_answer(thinking_renderer,
     assert box.label == "cat"
 
 
-def test_instruct_model_treats_reasoning_as_text(instruct_renderer: NativeRenderer) -> None:
+def test_instruct_model_treats_reasoning_as_text(instruct_renderer):
     sample = make_text_sample("one?", "<think>a</think>b")
     assert decode_supervised(instruct_renderer, sample) == "<think>a</think>b<|im_end|>"
     assert not instruct_renderer.family.has_reasoning

@@ -72,7 +72,7 @@ def compute_checksum(values: NDArray[np.generic]) -> list[int]:
     return [len(values), zlib.crc32(values.astype("<i4").tobytes())]
 
 
-def test_ids_match_published_code(renderer: NativeRenderer, tmp_path: Path) -> None:
+def test_ids_match_published_code(renderer, tmp_path):
     for number in range(12):
         # Pixels are thousandths.
         Image.new("RGB", (1000, 1000)).save(tmp_path / f"{number}.png")
@@ -90,7 +90,7 @@ def test_ids_match_published_code(renderer: NativeRenderer, tmp_path: Path) -> N
         assert compute_checksum(outline.loss_mask_T | marks_T | after_T) == supervised
 
 
-def test_image_has_448_pixels_and_256_tokens(renderer: NativeRenderer, tmp_path: Path) -> None:
+def test_image_has_448_pixels_and_256_tokens(renderer, tmp_path):
     image = Image.effect_noise((300, 200), 80).convert("RGB")
     image.save(tmp_path / "a.png")
     encoded = renderer.encode_question([tmp_path / "a.png"], "What is it?")
@@ -110,7 +110,7 @@ def test_image_has_448_pixels_and_256_tokens(renderer: NativeRenderer, tmp_path:
     assert (squares.reshape(448, 448, 3) == np.asarray(expected)).all()
 
 
-def test_image_size_is_fixed_by_the_model(renderer: NativeRenderer) -> None:
+def test_image_size_is_fixed_by_the_model(renderer):
     folder, fixed = ModelFolder(ASSETS), ExactSize(height=448, width=448)
     assert renderer.image_rule == NativeRenderer(folder, fixed).image_rule == fixed
     with pytest.raises(UserError, match="longest_side=500") as caught:
@@ -118,7 +118,7 @@ def test_image_size_is_fixed_by_the_model(renderer: NativeRenderer) -> None:
     assert "448 x 448" in caught.value.expected
 
 
-def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path: Path) -> None:
+def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen"}', encoding="utf-8")
     with pytest.raises(UserError, match="a text-only Qwen model"):
         from_folder(ModelFolder(tmp_path))

@@ -58,7 +58,7 @@ def encode_pieces(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iter
             yield tokenizer.token_to_id("</img>")
 
 
-def test_ids_match_published_code(published: TiktokenTokenizer) -> None:
+def test_ids_match_published_code(published):
     for number, pieces in enumerate(make_strings(500, 7)):
         ids = np.array(list(encode_pieces(published, pieces)), "<i4")
         assert [len(ids), zlib.crc32(ids.tobytes())] == STORED["strings"][number], pieces
@@ -68,13 +68,13 @@ def test_ids_match_published_code(published: TiktokenTokenizer) -> None:
     assert published.list_special_tokens() == SPECIAL_TOKENS
 
 
-def test_user_text_never_becomes_a_special_token(published: TiktokenTokenizer) -> None:
+def test_user_text_never_becomes_a_special_token(published):
     for token in SPECIAL_TOKENS:
         ids = published.encode(f"a {token} b")
         assert max(ids) < published.token_to_id("<|endoftext|>"), token
 
 
-def test_tokens_of_a_small_vocabulary(small: Path) -> None:
+def test_tokens_of_a_small_vocabulary(small):
     tokenizer = pickle.loads(pickle.dumps(TiktokenTokenizer(small)))
     assert tokenizer.encode("abcab 图") == (257, 256, 258)
     assert tokenizer.encode("") == ()
@@ -95,14 +95,14 @@ def test_tokens_of_a_small_vocabulary(small: Path) -> None:
 
 
 @each(("content", "output"), CASES["test_invalid_file_is_rejected"])
-def test_invalid_file_is_rejected(tmp_path: Path, content: str, output: str) -> None:
+def test_invalid_file_is_rejected(tmp_path, content, output):
     path = tmp_path / "qwen.tiktoken"
     path.write_text(content, encoding="utf-8")
     with pytest.raises(UserError, match=output):
         TiktokenTokenizer(path)
 
 
-def test_missing_tiktoken_names_the_extra(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_tiktoken_names_the_extra(small, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     with pytest.raises(UserError, match="which is not installed") as caught:
         TiktokenTokenizer(small)

@@ -25,7 +25,6 @@ from video_fixtures import find_index, save_frames, write_video
 from finesight.config import ExactSize, LongestSide, PixelRange
 from finesight.data.sample import LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.data.video_file import iter_video_frames
-from finesight.encode.family import ModelFamily
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_5 import Qwen35
@@ -80,7 +79,7 @@ SAMPLERS = {
         (Qwen35(), "qwen3_vl"),
     ],
 )
-def test_sampled_frames_match_transformers(family: ModelFamily, name: str) -> None:
+def test_sampled_frames_match_transformers(family, name):
     for total in (*range(2, 200), 449, 450, 900, 5000, 36_001, 107_892):
         for video_fps in FPS:
             for fps in (0.5, 1.0, 2.0, 4.0):
@@ -115,7 +114,7 @@ def test_time_steps_match_transformers(family, fps):
     assert Qwen25VL(tokens_per_second=25).temporal_position_ids(3, 1.0).tolist() == [0, 25, 50]
 
 
-def test_video_sizes_match_transformers() -> None:
+def test_video_sizes_match_transformers():
     resize = load_function("qwen3_vl.video_processing_qwen3_vl", "smart_resize")
     config = PatchConfig(patch_size=16)
     rng = np.random.default_rng(0)
@@ -129,7 +128,7 @@ def test_video_sizes_match_transformers() -> None:
             assert compute_video_size(size, num_frames, LARGEST, limits, config) == expected
 
 
-def test_image_rule_limits_each_frame() -> None:
+def test_image_rule_limits_each_frame():
     config, limits = PatchConfig(patch_size=16), PixelRange(min_pixels=4096, max_pixels=25165824)
     size = (720, 1280)
     for rule in (RULE, ExactSize(height=320, width=640), LongestSide(longest_side=2048)):
@@ -153,7 +152,7 @@ def ask(part: VideoPart, *more: VideoPart, folder: Path) -> LocatedSample:
     )
 
 
-def test_video_file_equals_its_sampled_frames(tmp_path: Path, renderer: NativeRenderer) -> None:
+def test_video_file_equals_its_sampled_frames(tmp_path, renderer):
     clip = write_video(tmp_path / "clip.mp4")
     encoded = renderer.encode(ask(VideoPart(video=clip.name), folder=tmp_path))
     spans = encoded.tokenized.spans
@@ -189,7 +188,7 @@ def test_tokens_are_counted_without_decoding(tmp_path, renderer, monkeypatch):
         assert placeholders == tokenized.num_patches // 4
 
 
-def test_several_videos_in_a_sample(tmp_path: Path, renderer: NativeRenderer) -> None:
+def test_several_videos_in_a_sample(tmp_path, renderer):
     """The spans of a file are decoded in one pass; a repeated file starts again."""
     write_video(tmp_path / "a.mp4")
     write_video(tmp_path / "b.mp4", num_frames=8)
@@ -207,8 +206,8 @@ def test_several_videos_in_a_sample(tmp_path: Path, renderer: NativeRenderer) ->
 @each("fps", [0.7, 2.0, 3.0, 7.0])
 @each(("num_frames", "video_fps"), [(61, 10), (90, 24), (50, 30)])
 def test_positions_and_timestamps_match_transformers(
-    tmp_path: Path, renderer: NativeRenderer, num_frames: int, video_fps: int, fps: float
-) -> None:
+    tmp_path, renderer, num_frames, video_fps, fps
+):
     clip = write_video(tmp_path / "clip.mp4", num_frames, video_fps, size=(240, 320))
     tokenized = renderer.tokenize(ask(VideoPart(video=clip.name, fps=fps), folder=tmp_path))
     newer = renderer.family.name.startswith("qwen3")
@@ -235,7 +234,7 @@ def test_positions_and_timestamps_match_transformers(
     np.testing.assert_array_equal(tokenized.position_ids_3T[:, :stop], positions[:, 0, :stop])
 
 
-def test_published_limits_apply_to_video_files(shared: Path, tmp_path: Path) -> None:
+def test_published_limits_apply_to_video_files(shared, tmp_path):
     folder = ModelFolder(shared / "qwen_assets" / "Qwen3.5-0.8B")
     renderer = NativeRenderer(folder)
     write_video(tmp_path / "clip.mp4", num_frames=64, size=(1080, 1920))
@@ -247,7 +246,7 @@ def test_published_limits_apply_to_video_files(shared: Path, tmp_path: Path) -> 
     assert len(renderer.load_patches(replace(tokenized, spans=tokenized.spans[:2])).patches_ND) > 0
 
 
-def test_qwen_vl_rejects_video_files(tmp_path: Path) -> None:
+def test_qwen_vl_rejects_video_files(tmp_path):
     write_video(tmp_path / "clip.mp4")
     renderer = NativeRenderer(ModelFolder(make_folder(tmp_path / "model", "qwen")))
     with pytest.raises(UserError, match="a video of 4 frames") as caught:

@@ -60,7 +60,7 @@ def test_fused_gemv_with_norm_bias_and_residual(dtype, inputs, outputs):
 @NARROW
 @pytest.mark.parametrize("num_seqs", [1, 5])
 @pytest.mark.parametrize("normed", [False, True])
-def test_rotary_and_cache_write_are_fused(dtype: torch.dtype, num_seqs: int, normed: bool) -> None:
+def test_rotary_and_cache_write_are_fused(dtype, num_seqs, normed):
     from finesight.model.kernels import decoding
 
     heads, key_heads, width = 6, 2, 24

@@ -325,7 +325,7 @@ def test_adapters_keep_the_thinking_mode_of_their_runs(tmp_path):
                 assert (stream.build_prediction().reasoning is not None) == is_thinking
 
 
-def test_kv_cache_leaves_memory_to_linear_states() -> None:
+def test_kv_cache_leaves_memory_to_linear_states():
     """Use the sizes of Qwen3.5-27B: 154 MB of states per sequence."""
     config = replace(
         SMALL_DECODER,

@@ -48,7 +48,7 @@ def make_prompts(folder: Path) -> list[EncodedSample]:
 
 
 @pytest.mark.parametrize("source", [*FAMILIES, "quantized head"])
-def test_answers_match_the_dequantized_model(source: str, tmp_path: Path) -> None:
+def test_answers_match_the_dequantized_model(source, tmp_path):
     if source == "quantized head":
         models = write_and_load_quantized_head(tmp_path, CPU)
     else:

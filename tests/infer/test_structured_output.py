@@ -1,6 +1,5 @@
 import json
 import random
-from pathlib import Path
 
 import pytest
 from engine_fixtures import list_allowed
@@ -127,7 +126,7 @@ def test_unsupported_schemas_are_rejected(renderers):
             grammars.compile_json_schema(schema)
 
 
-def test_published_tokenizers(shared: Path):
+def test_published_tokenizers(shared):
     for name in ("Qwen-VL-Chat", "Qwen2.5-VL-7B-Instruct"):
         renderer = NativeRenderer(ModelFolder(shared / "qwen_assets" / name))
         grammars = GrammarCompiler(renderer, 151936)

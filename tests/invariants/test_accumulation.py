@@ -93,7 +93,7 @@ def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
             assert relative_error(other[name], gradient) <= 3e-7, f"{name} in {packs} packs"
 
 
-def test_loss_is_averaged_over_supervised_tokens(task: dict[str, Any], tmp_path: Path) -> None:
+def test_loss_is_averaged_over_supervised_tokens(task, tmp_path):
     """Answers of different lengths: a mean of the packs' means would be another number."""
     session = make_train_state(task, tmp_path, LORA, 1)
     step = session.step_dataset.get_step(0)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import edge_case_images
@@ -37,7 +36,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, Any]]) -> None:
+def test_each_image_is_encoded_or_rejected_with_reason(outcomes):
     """Training and the data check agree. No image takes 30 MB, even those of 3.6 billion pixels."""
     assert len(REFUSED) >= 100
     assert len(ODDS) - len(REFUSED) >= 150
@@ -50,7 +49,7 @@ def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, 
     assert sum(one["megabytes"] for one in outcomes) < 120 or sys.platform != "linux"
 
 
-def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
+def test_run_trains_on_valid_images_only(tmp_path):
     """Training skips invalid images by name; valid ones keep these below a tenth."""
     task = make_task(tmp_path / "task")
     valid = [
@@ -100,7 +99,7 @@ print(used * 1024 / 4096**2)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
 @pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
-def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) -> None:
+def test_high_bit_depth_conversion_is_memory_bounded(mode, tmp_path):
     """16 million pixels take at most 12 bytes each, and the bits are the same."""
     values = np.random.default_rng(0).integers(0, 60_000, (4096, 4096))
     kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}

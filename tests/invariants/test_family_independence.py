@@ -9,7 +9,7 @@ import pytest
 from conversation_fixtures import make_folder
 from PIL import Image
 from rich.console import Console
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import create_tiny_model
 
 from finesight.config import Recipe
 from finesight.data.sample import (
@@ -71,7 +71,7 @@ def test_box_error_is_within_half_a_step_for_each_family(renderer, tmp_path):
         assert_box_is_read_back(renderer, LocatedSample(sample, tmp_path))
 
 
-def test_sample_page_draws_boxes_correctly(renderer: NativeRenderer, tmp_path: Path) -> None:
+def test_sample_page_draws_boxes_correctly(renderer, tmp_path):
     samples = [LocatedSample(sample, tmp_path) for sample in make_samples(tmp_path, 6)]
     page = render_sample_page(renderer, samples, "here")
     text = page.partition('<script type="application/json" id="data">')[2]
@@ -86,7 +86,7 @@ def test_sample_page_draws_boxes_correctly(renderer: NativeRenderer, tmp_path: P
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_dataset_trains_every_family(family: TinyFamily, tmp_path: Path) -> None:
+def test_one_dataset_trains_every_family(family, tmp_path):
     data = tmp_path / "train.jsonl"
     write_samples(data, make_samples(tmp_path, 8))
     recipe = {

@@ -110,7 +110,7 @@ def check_messages(refused: list[UserError]) -> None:
         assert str(error).encode()
 
 
-def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
+def test_corrupt_lines_are_read_or_rejected(task):
     """By the path of training, to the patches; what is read comes back as it was written."""
     rng, path = random.Random(0), task / "spoilt.jsonl"
     rule = PixelRange(min_pixels=784, max_pixels=7056)
@@ -134,7 +134,7 @@ def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
     assert min(taken, len(refused)) > LINES // 25
 
 
-def test_corrupt_recipes_are_read_or_rejected(task: Path) -> None:
+def test_corrupt_recipes_are_read_or_rejected(task):
     rng, path = random.Random(0), task / "spoilt.yaml"
     shipped = (Path(__file__).parents[2] / "recipes").glob("*.yaml")
     goods = [dump_recipe(load_recipe(task / "recipe.yaml")), *(p.read_text() for p in shipped)]

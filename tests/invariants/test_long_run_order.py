@@ -79,7 +79,7 @@ def assert_shared(course: TrainSampler, step: int, count: int) -> None:
     assert max(costs) - min(costs) <= max(map(cost, course.batch_indices(step)))
 
 
-def test_elastic_restarts_visit_each_sample_once_per_epoch() -> None:
+def test_elastic_restarts_visit_each_sample_once_per_epoch():
     """Takes long: the order of ten million samples, computed again after each restart."""
     rng = random.Random(5)
     steps = len(make_sampler())

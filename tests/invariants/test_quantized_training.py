@@ -53,7 +53,7 @@ def import_tickets(folder: Path) -> dict[str, str]:
 
 
 @each_device
-def test_fp8_training_loss_matches_bf16(tmp_path: Path, device: str) -> None:
+def test_fp8_training_loss_matches_bf16(tmp_path, device):
     """Within 1 %. Takes long: two runs of 40 steps of finesight-tiny, until the loss is halved."""
     data = import_tickets(tmp_path)
     settings = {"steps": 40, "batch_size": 4, "learning_rate": 5e-4, "device": device}
@@ -71,7 +71,7 @@ def test_fp8_training_loss_matches_bf16(tmp_path: Path, device: str) -> None:
 
 
 @each_device
-def test_nf4_training_matches_bf16_accuracy_and_loss(tmp_path: Path, device: str) -> None:
+def test_nf4_training_matches_bf16_accuracy_and_loss(tmp_path, device):
     """Check that all validation answers of both runs are correct, with a final loss below 0.05."""
     data = make_task(tmp_path / "task", num_samples=40, num_eval_samples=12)["data"]
     settings = {"steps": 30, "batch_size": 8, "learning_rate": 1e-3, "device": device}

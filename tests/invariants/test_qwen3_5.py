@@ -95,13 +95,13 @@ def assert_equal_answers(folder: Path, tmp_path: Path) -> list[list[int]]:
     return answers
 
 
-def test_greedy_answers_equal_transformers(folder: Path, tmp_path: Path) -> None:
+def test_greedy_answers_equal_transformers(folder, tmp_path):
     answers = assert_equal_answers(folder, tmp_path)
     assert len({tuple(answer) for answer in answers}) == len(answers)
 
 
 @pytest.mark.parametrize("how", TUNES)
-def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path) -> None:
+def test_run_trains_evaluates_and_merges(folder, how, tmp_path):
     task = TinyTask(tmp_path / "task")
     task.recipe |= {"model": str(folder), "tune": TUNES[how]}
     settings = ("train.epochs=4", "train.device=cpu", "train.precision=fp32")
@@ -119,7 +119,7 @@ def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_decay_keeps_its_stored_dtype(folder: Path, stored: torch.dtype, tmp_path: Path) -> None:
+def test_decay_keeps_its_stored_dtype(folder, stored, tmp_path):
     """A bf16 model with A_log in fp32 or bf16 is trained in bf16 and written as it was stored."""
     base = shutil.copytree(folder, tmp_path / "base")
     suffixes = (".A_log", ".linear_attn.norm.weight")

@@ -106,7 +106,7 @@ def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
 
 
 @pytest.mark.fuzz
-def test_random_sample_mixes_equal_single_samples(loaded_model: LoadedModel) -> None:
+def test_random_sample_mixes_equal_single_samples(loaded_model):
     model, renderer = loaded_model.model, loaded_model.renderer
     alone: dict[tuple[int, int], object] = {}
     for mix in range(MIXES):

@@ -79,7 +79,7 @@ def uninterrupted_run(task, tmp_path_factory) -> UninterruptedRun:
     return UninterruptedRun(folder / "run", ending.calls)
 
 
-def test_task_has_the_expected_shape(uninterrupted_run: UninterruptedRun) -> None:
+def test_task_has_the_expected_shape(uninterrupted_run):
     names = set(read_final_files(uninterrupted_run.run))
     assert {"checkpoints/step-6/optimizer.safetensors", "model/model.safetensors"} < names
     assert len(read_final_files(uninterrupted_run.run)["adapter"]) > 10_000
@@ -141,8 +141,8 @@ def interrupt_at_calls(
     ids=["nf4", "fp8", "muon"],
 )
 def test_quantized_runs_and_optimizers_resume_bit_exactly(
-    task: dict[str, Any], tmp_path: Path, quantize: dict[str, Any], optimizer: str, every: int
-) -> None:
+    task, tmp_path, quantize, optimizer, every
+):
     adapted = {"vision": "lora"} if "fp8" in quantize else {}
     changed = task | {"tune": task["tune"] | adapted | {"quantize": quantize}}
     recipe = write_recipe(tmp_path / "recipe.yaml", changed, optimizer=optimizer)
@@ -165,7 +165,7 @@ def test_killed_before_file_operations(task, uninterrupted_run, tmp_path):
         assert_same_run(tmp_path / name, uninterrupted_run.run)
 
 
-def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path: Path) -> None:
+def test_early_stopping_is_the_same_after_resume(task, tmp_path):
     """Stopped during every third call; of equal scores, the best step has the lower loss."""
     (tmp_path / "mine.py").write_text("def same(case):\n    return 0.0\n")
     metric = {"metric": f"{tmp_path / 'mine.py'}:same", "max_new_tokens": 2}

@@ -84,7 +84,7 @@ def test_shared_prefix_loss_and_gradients_match(tmp_path, family, tune):
         assert max(off.values()) <= 2e-5, sorted(off.items(), key=lambda item: -item[1])[:5]
 
 
-def test_bf16_shared_prefix_error_is_not_larger(tmp_path: Path) -> None:
+def test_bf16_shared_prefix_error_is_not_larger(tmp_path):
     """Gradients of what is shared are summed over samples: not rounded on the way."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model"))
     samples = encode_samples(tmp_path, folder)

@@ -128,7 +128,7 @@ def test_shared_prefix_attention_matches_reference(lengths, device, dtype):
 @pytest.mark.parametrize("width", [16, 24])
 @pytest.mark.parametrize("spread", [1, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_bf16_error_is_close_to_fused_kernel(causal: bool, spread: int, width: int) -> None:
+def test_bf16_error_is_close_to_fused_kernel(causal, spread, width):
     """Values and gradients, including peaked attention, by root mean square."""
     segments = Segments.from_lengths(MIXED_LENGTHS, CPU)
     drawings = random_qkv(sum(segments.lengths), 4, 2, torch.float64, width)

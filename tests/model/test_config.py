@@ -1,4 +1,3 @@
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +25,7 @@ META = torch.device("meta")
         ("Qwen3-VL-Embedding-8B", 8767123696),
     ],
 )
-def test_published_configs(shared: Path, name: str, num_parameters: int) -> None:
+def test_published_configs(shared, name, num_parameters):
     folder = ModelFolder(shared / "qwen_assets" / name)
     model = build_model(
         ConfigReader(folder.config), ConfigReader(folder.preprocessor_config), torch.bfloat16, META
@@ -44,7 +43,7 @@ def assert_reported(family: str, change: dict[str, Any], key: str) -> None:
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @each(("change", "key"), load_cases("model_config_errors"))
-def test_invalid_config_values_are_reported(family: str, change: dict[str, Any], key: str) -> None:
+def test_invalid_config_values_are_reported(family, change, key):
     assert_reported(family, change, key)
 
 
@@ -67,7 +66,7 @@ def test_invalid_values_of_a_family_are_reported():
         (10**30, "an integer from 1 to 2147483647"),
     ],
 )
-def test_oversized_config_is_rejected(size: int, message: str) -> None:
+def test_oversized_config_is_rejected(size, message):
     settings = make_config("qwen3_vl", vision={"hidden_size": size})
     with pytest.raises(UserError, match=message):
         build_model(ConfigReader(settings), ConfigReader(PREPROCESSOR_DEFAULTS), torch.float32, CPU)
@@ -77,6 +76,6 @@ def test_oversized_config_is_rejected(size: int, message: str) -> None:
     "change",
     [{"image_mean": [0.5]}, {"image_std": "0.5"}, {"rescale_factor": 0}, {"do_normalize": False}],
 )
-def test_invalid_pixel_settings_are_rejected(change: dict[str, Any]) -> None:
+def test_invalid_pixel_settings_are_rejected(change):
     with pytest.raises(UserError, match=next(iter(change))):
         parse_pixel_normalization(ConfigReader({**PREPROCESSOR_DEFAULTS, **change}))

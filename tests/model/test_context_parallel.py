@@ -94,7 +94,7 @@ def test_context_shards_sum_to_the_full_sample(tiny, tmp_path, count, monkeypatc
     assert_same(group.run_all(compute_cached), full)
 
 
-def test_query_key_pairs_of_shards_are_balanced(tiny: Path, tmp_path: Path) -> None:
+def test_query_key_pairs_of_shards_are_balanced(tiny, tmp_path):
     outline = long_sample(tmp_path, tiny).tokenized
     shares = [ContextShard.from_sample(outline, number, 4) for number in range(4)]
     pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.token_ranges) for share in shares]

@@ -89,7 +89,7 @@ def test_half_precision_attention_matches_fp32_cpu(causal, kv_heads, width, dtyp
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"])
-def test_bf16_error_is_not_larger_than_reference(family: str) -> None:
+def test_bf16_error_is_not_larger_than_reference(family):
     exact = on_card(hf_reference.make_reference_model(wide_config(family)), torch.float32)
     batch = hf_reference.pack_conversations(exact, SAMPLES).to(CUDA)
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_frozen_encoder_attention_matches_fp32_cpu(lengths, width, dtype):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_fused_residual_norm_matches_two_steps(dtype: torch.dtype) -> None:
+def test_fused_residual_norm_matches_two_steps(dtype):
     generator = torch.Generator().manual_seed(0)
     x, y = (torch.randn(50, 1280, generator=generator).to(CUDA, dtype) for _ in range(2))
     for norm in (torch.nn.LayerNorm(1280, eps=1e-6), RmsNorm(1280, eps=1e-6)):

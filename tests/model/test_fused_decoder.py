@@ -156,7 +156,7 @@ def test_fused_hybrid_layer_error_is_bounded(index, rank, only, monkeypatch):
     compare_with_unfused(made, torch.bfloat16, only, 1.4, monkeypatch)
 
 
-def test_fused_layer_is_deterministic() -> None:
+def test_fused_layer_is_deterministic():
     made = layer(16, dropout=0.3)
     one, other = (run_pass(made, torch.bfloat16, None, lengths=IN_ORDER) for _ in range(2))
     assert torch.equal(one.y, other.y)
@@ -165,7 +165,7 @@ def test_fused_layer_is_deterministic() -> None:
     assert not torch.equal(one.y, another.y)
 
 
-def test_backward_uses_the_forward_dropout_mask() -> None:
+def test_backward_uses_the_forward_dropout_mask():
     """Kernels recompute the mask of the norm: gradients are zero exactly at dropped elements."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import swiglu as swiglu_kernels
@@ -195,7 +195,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
     assert float(by_column.std()) == pytest.approx((0.24 / 200) ** 0.5, rel=0.3)
 
 
-def test_dropout_masks_are_uncorrelated() -> None:
+def test_dropout_masks_are_uncorrelated():
     """Masks of adjacent rows, columns and layers agree as often as by chance."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels.runtime import SeededDropout
@@ -218,7 +218,7 @@ def test_dropout_masks_are_uncorrelated() -> None:
         assert abs(float(square.mean())) < 5 * spread
 
 
-def test_updated_adapter_is_used_in_next_pass() -> None:
+def test_updated_adapter_is_used_in_next_pass():
     from finesight.model.lora.fused import FusedWeightSync
 
     made, laying = layer(16).to(torch.bfloat16), FusedWeightSync()
@@ -237,7 +237,7 @@ def test_updated_adapter_is_used_in_next_pass() -> None:
     assert torch.equal(second.y, again.y)
 
 
-def test_second_backward_raises() -> None:
+def test_second_backward_raises():
     made = layer(16)
     x = torch.randn(
         TOKENS, CONFIG.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from finesight.model import layers
 from finesight.model.kernels.runtime import HAS_TRITON
-from finesight.model.layers import QUICK_GELU, TANH_GELU, FusedGelu
+from finesight.model.layers import QUICK_GELU, TANH_GELU
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8
 
@@ -42,14 +42,14 @@ def layer(width: int, outputs: int) -> FusedLinear:
 
 
 @pytest.mark.parametrize("gelu", GELUS.values(), ids=GELUS)
-def test_gelu_coefficients_match_reference(gelu: FusedGelu) -> None:
+def test_gelu_coefficients_match_reference(gelu):
     x = torch.linspace(-12, 12, 4001, dtype=torch.float64)
     expected = x * torch.sigmoid(gelu.linear * x + gelu.cubic * x**3)
     torch.testing.assert_close(gelu.eager(x), expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("trainable", [False, True])
-def test_eager_fallback_matches(trainable: bool) -> None:
+def test_eager_fallback_matches(trainable):
     x_ND = torch.linspace(-3, 3, 30).view(5, 6)
     group = layer(6, 4).requires_grad_(trainable)
     y_NF = x_ND @ group.weight.T + group.bias
@@ -122,7 +122,7 @@ class TestKernel:
         assert max_relative_error(found, exact) <= max_relative_error(steps, exact) + 1e-4
 
     @pytest.mark.parametrize("gelu", GELUS.values(), ids=GELUS)
-    def test_large_values_saturate_correctly(self, gelu: FusedGelu) -> None:
+    def test_large_values_saturate_correctly(self, gelu):
         x, w = torch.eye(16, device="cuda", dtype=HALF[0]), torch.eye(16, device="cuda")
         sizes = torch.tensor([0.0, 1, 10, 50, 52, 60, 1e2, 1e4]).repeat(2)
         sizes[8:] *= -1

@@ -24,7 +24,7 @@ def angles(tokens: int, width: int, dtype: torch.dtype = torch.float64) -> tuple
     return torch.cat([cos, cos], -1).to(dtype), torch.cat([-sin, sin], -1).to(dtype)
 
 
-def test_gradients_match_finite_differences() -> None:
+def test_gradients_match_finite_differences():
     x, y = random_values(4, 3, 6).requires_grad_(), random_values(4, 3, 6, seed=2).requires_grad_()
     cos, sin = angles(4, 6)
     assert torch.autograd.gradcheck(lambda x: fused_ops.apply_rotary(x, cos, sin), (x,))
@@ -36,7 +36,7 @@ def test_gradients_match_finite_differences() -> None:
     )
 
 
-def test_rms_norm_matches_torch_and_rounds_once() -> None:
+def test_rms_norm_matches_torch_and_rounds_once():
     x, weight = random_values(7, 64), random_values(64, seed=3)
     expected = F.rms_norm(x, (64,), weight, 1e-6)
     torch.testing.assert_close(fused_ops.rms_norm(x, weight, 1e-6), expected)
@@ -50,7 +50,7 @@ def test_rms_norm_matches_torch_and_rounds_once() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9])
-def test_dropout_rate_and_scaling(share: float, dtype: torch.dtype) -> None:
+def test_dropout_rate_and_scaling(share, dtype):
     torch.manual_seed(0)
     x = random_values(301, 333, dtype=dtype) + 10
     dropped, locations = fused_ops.dropout(x, share)
@@ -88,7 +88,7 @@ def _with_gradients(function: Callable[..., Tensor], inputs: list[Tensor]) -> li
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_kernels_round_like_eager(shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+def test_kernels_round_like_eager(shape, dtype):
     """Within a few 16-bit roundings of fp64, on contiguous tensors and slices."""
     tokens, heads, width = shape
     x = random_values(tokens, heads + 2, width, dtype=dtype).cuda()[:, 1:-1].requires_grad_()
@@ -105,7 +105,7 @@ def test_kernels_round_like_eager(shape: tuple[int, int, int], dtype: torch.dtyp
     assert run_both(fused_ops.swiglu, x, y)[0][0].dtype == dtype
 
 
-def test_half_precision_is_rotated_in_fp32() -> None:
+def test_half_precision_is_rotated_in_fp32():
     x_THD = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
     angles_TF = torch.rand(3, 4, generator=torch.Generator().manual_seed(1)) * 6
     half = x_THD.bfloat16()
@@ -118,7 +118,7 @@ def test_half_precision_is_rotated_in_fp32() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", [(16, 16, 80), (40, 8, 128), (6, 2, 64), (1, 1, 16)])
 @pytest.mark.parametrize("fine", [torch.float32, torch.bfloat16])
-def test_rotary_kernel_overwrites_its_input(sizes: tuple[int, int, int], fine: torch.dtype) -> None:
+def test_rotary_kernel_overwrites_its_input(sizes, fine):
     from finesight.model.kernels.rotary import QkvLayout, rotate_qk
 
     heads, rows = QkvLayout(*sizes), 37

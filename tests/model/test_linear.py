@@ -19,7 +19,7 @@ def with_random_adapter(
 
 
 @pytest.mark.parametrize("trains_input", [True, False])
-def test_gradients_match_finite_differences(trains_input: bool) -> None:
+def test_gradients_match_finite_differences(trains_input):
     group = make_group(dtype=torch.float64)
     layers = {"q_proj": LoraConfig(2, 3.0), "v_proj": LoraConfig(3, 1.0)}
     adapter = with_random_adapter(group, layers, dropout=0.3)
@@ -33,7 +33,7 @@ def test_gradients_match_finite_differences(trains_input: bool) -> None:
 
 
 @torch.no_grad()
-def test_dropout_applies_only_to_the_lora_branch() -> None:
+def test_dropout_applies_only_to_the_lora_branch():
     group = make_group()
     group.weight.zero_()
     group.bias.zero_()
@@ -50,7 +50,7 @@ def test_dropout_applies_only_to_the_lora_branch() -> None:
     assert torch.equal(torch.cat(group.eval()(x), 1), torch.ones(64, 12))
 
 
-def test_initial_values_of_an_adapter() -> None:
+def test_initial_values_of_an_adapter():
     """They depend on seed and path, and not on dtype or other layers; B is zero."""
     group, path = make_group(inputs=400), "model.layers.0.self_attn.qkv_proj"
 

@@ -68,7 +68,7 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path: Path) -> None:
+def test_logits_and_gradients_match_transformers_and_peft(family, tmp_path):
     base = make_base(tmp_path / "base", family)
     model = tune_with_lora(load_model(base, torch.float32, hf_reference.CPU, EVERY), TUNE)
     adapter = tmp_path / "adapter"
@@ -114,7 +114,7 @@ def test_only_linear_layers_of_chosen_parts_are_quantized(parts, tmp_path):
         load_model(base, torch.float32, hf_reference.CPU, ("embeddings",))
 
 
-def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
+def test_quantized_model_is_saved_in_base_precision(tmp_path):
     """Saved in another dtype, the codes would differ after reloading."""
     base = make_base(tmp_path / "base", "qwen2_vl", torch.float32, tie_word_embeddings=False)
     parts = ("language", "embeddings")

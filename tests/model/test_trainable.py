@@ -41,7 +41,7 @@ PREFIXES = {
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_parameter_prefix_determines_its_part(family: str) -> None:
+def test_parameter_prefix_determines_its_part(family):
     model = make_model(family, tie_word_embeddings=False)
     configure_tuning(model, tune(vision="lora", merger="lora", language="lora"), 0)
     names = [name for name, _ in model.named_parameters()]
@@ -53,7 +53,7 @@ def test_parameter_prefix_determines_its_part(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("part", ["vision", "merger", "language"])
-def test_lora_adapts_only_its_part(family: str, part: str) -> None:
+def test_lora_adapts_only_its_part(family, part):
     model = make_model(family)
     configure_tuning(model, tune(**{part: "lora"}), 0)
     matrices = {
@@ -101,7 +101,7 @@ def test_unknown_targets_are_rejected():
         assert not list_adapted_layers(model)
 
 
-def test_initialization_depends_only_on_seed_and_name() -> None:
+def test_initialization_depends_only_on_seed_and_name():
     def values(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
         model = make_model()
         configure_tuning(model, tune(**settings), seed)

@@ -86,7 +86,7 @@ def test_saved_model_loads_in_transformers(tmp_path, settings, tied, most):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied: bool) -> None:
+def test_transformers_model_loads(tmp_path, settings, tied):
     settings = settings | {"tie_word_embeddings": tied}
     theirs = make_reference_model(settings)
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -132,7 +132,7 @@ def test_expert_weights_load_in_either_layout(tmp_path, inner, outputs_first):
     assert max_relative_error(found, expected_logits(theirs)) <= 1e-5
 
 
-def test_tied_lm_head_may_be_stored(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_tied_lm_head_may_be_stored(tmp_path, settings):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     change(source, lambda tensors: {**tensors, "lm_head.weight": torch.zeros(100, 48)})
@@ -211,7 +211,7 @@ def test_mismatched_weight_file_is_rejected(tmp_path, how, what):
     assert str(source.path) in refused.value.where
 
 
-def test_damaged_file_is_rejected(tmp_path: Path) -> None:
+def test_damaged_file_is_rejected(tmp_path):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
     with write_folder(tmp_path / "merged") as folder:
         save_model(load_model(source, torch.float32, CPU), source, folder, torch.float32)
@@ -231,7 +231,7 @@ def test_damaged_file_is_rejected(tmp_path: Path) -> None:
         (tmp_path / "merged" / "sha256.json").unlink(missing_ok=True)
 
 
-def test_stored_precision(tmp_path: Path) -> None:
+def test_stored_precision(tmp_path):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
 
     def store(*dtypes: torch.dtype) -> str:
@@ -247,7 +247,7 @@ def test_stored_precision(tmp_path: Path) -> None:
         store(torch.int8)
 
 
-def test_random_model_depends_on_seed(settings: dict[str, Any]) -> None:
+def test_random_model_depends_on_seed(settings):
     first, same, other = (
         init_random_model(settings, seed, torch.bfloat16, CPU).state_dict() for seed in (1, 1, 2)
     )

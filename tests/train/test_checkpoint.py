@@ -84,7 +84,7 @@ class FullDisk(storage.FileSystem):
         raise OSError(errno.ENOSPC, "full")
 
 
-def test_async_checkpoint_is_a_snapshot(checkpoints: CheckpointManager) -> None:
+def test_async_checkpoint_is_a_snapshot(checkpoints):
     saving, disk = AsyncCheckpointer(checkpoints, is_async=True), BlockingDisk()
     weights, moments = make_tensors(1)
     with storage.use_file_system(disk):
@@ -102,7 +102,7 @@ def test_async_checkpoint_is_a_snapshot(checkpoints: CheckpointManager) -> None:
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_next_save_waits_for_previous(checkpoints: CheckpointManager, is_async: bool) -> None:
+def test_next_save_waits_for_previous(checkpoints, is_async):
     saving = AsyncCheckpointer(checkpoints, is_async=is_async)
     for step in (1, 2, 3):
         saving.save(make_state(step), *make_tensors(step))
@@ -111,7 +111,7 @@ def test_next_save_waits_for_previous(checkpoints: CheckpointManager, is_async: 
     assert checkpoints.steps() == [2, 3]
 
 
-def test_write_error_is_raised_by_next_call(checkpoints: CheckpointManager) -> None:
+def test_write_error_is_raised_by_next_call(checkpoints):
     saving = AsyncCheckpointer(checkpoints, is_async=True)
     with storage.use_file_system(FullDisk()):
         saving.save(make_state(1), *make_tensors(1))

@@ -198,7 +198,7 @@ def replay(timer: GraphTimer, tokens: int, seconds: float) -> None:
         FakeEvent.clock += seconds
 
 
-def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
+def test_fastest_launch_and_replay_are_compared(timer):
     """The time of a replay is known after the GPU finishes."""
     replay(timer, 1000, 0.06)
     for seconds in (3.0, 0.05, 0.2):
@@ -241,7 +241,7 @@ def test_launches_and_replays_are_timed(folder, monkeypatch, gpu, timer):
 
 
 @pytest.mark.gpu
-def test_dropout_is_equal_in_graph_and_eager(folder: Path) -> None:
+def test_dropout_is_equal_in_graph_and_eager(folder):
     """The vision encoder draws random numbers before the decoder seed."""
     cuda = torch.device("cuda")
     tune = VISION_LORA.model_copy(update={"lora": LORA.lora})
@@ -378,7 +378,7 @@ def make_text_pack(lengths: Sequence[int], prefix_length: int, seed: int) -> Pac
 
 
 @pytest.mark.gpu
-def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_graph_matches_eager_training(folder, monkeypatch):
     cuda = torch.device("cuda")
     model = make_model(torch.bfloat16, cuda, VISION_LORA)
     packs = [one.to(cuda) for one in make_packs(encode_samples(folder), monkeypatch)]

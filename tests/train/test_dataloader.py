@@ -62,7 +62,7 @@ def contents(steps: Sequence[StepBatch]) -> list[object]:
     return [(step.step_index, step.skipped, *map(to_nested_lists, step.packs)) for step in steps]
 
 
-def test_packs_are_equal_for_any_worker_count(folder: Path) -> None:
+def test_packs_are_equal_for_any_worker_count(folder):
     """Each sample occurs once, in packs within the token budget."""
     data = make_dataset(folder)
     steps = [data.get_step(number) for number in range(len(data))]
@@ -77,7 +77,7 @@ def test_packs_are_equal_for_any_worker_count(folder: Path) -> None:
     assert sum(step.num_tokens for step in steps) == sum(len(batch.ids_T) for batch in packs)
 
 
-def test_budget_counts_only_required_tokens(folder: Path) -> None:
+def test_budget_counts_only_required_tokens(folder):
     (full,) = make_dataset(folder, budget=10_000).get_step(0).packs
     needed = sum(full.lengths)
     for budget, num_packs in ((needed, 1), (needed - 1, 2), (1, 4)):
@@ -85,7 +85,7 @@ def test_budget_counts_only_required_tokens(folder: Path) -> None:
         assert len(packs) == num_packs, "a sample over the budget is packed alone"
 
 
-def test_shared_prefix_is_stored_once_per_pack(folder: Path) -> None:
+def test_shared_prefix_is_stored_once_per_pack(folder):
     shared = replace(make_dataset(folder), use_shared_prefix=True)
     for step, other in zip(read_all(shared), read_all(make_dataset(folder)), strict=True):
         assert sorted(sum(step.sample_indices, ())) == sorted(sum(other.sample_indices, ()))
@@ -97,7 +97,7 @@ def test_shared_prefix_is_stored_once_per_pack(folder: Path) -> None:
         assert sum(len(batch.ids_T) for batch in step.packs) < step.num_tokens
 
 
-def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_is_reported(folder, monkeypatch):
     def full(size: int) -> None:
         raise RuntimeError(f"unable to resize file </torch_1> to the right size: {size}\nmore")
 
@@ -108,7 +108,7 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
     assert "--shm-size" in str(found)
 
 
-def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_wait_is_blocked_time(monkeypatch):
     now = 100.0
 
     def advance(seconds: float) -> None:

@@ -39,7 +39,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_all_samples_are_counted(folder: Path) -> None:
+def test_all_samples_are_counted(folder):
     found = collect_stats(folder)
     assert (found.sample_indices, found.skipped) == (tuple(range(NUM_SAMPLES)), ())
     corpus, renderer = open_task(folder)
@@ -56,7 +56,7 @@ def test_all_samples_are_counted(folder: Path) -> None:
     assert collect_stats(folder).prefix_length < found.prefix_length
 
 
-def test_invalid_samples_are_skipped_with_reasons(folder: Path) -> None:
+def test_invalid_samples_are_skipped_with_reasons(folder):
     longest = collect_stats(folder).max_sample_tokens
     (folder / "train3.png").write_bytes(b"no picture")
     found = collect_stats(folder, max_length=longest - 1)
@@ -76,7 +76,7 @@ def test_invalid_samples_are_skipped_with_reasons(folder: Path) -> None:
         collect_stats(folder)
 
 
-def test_invalid_box_is_never_skipped(folder: Path) -> None:
+def test_invalid_box_is_never_skipped(folder):
     with edit_samples(folder / "train.jsonl") as samples:
         box = {"type": "box", "label": "x", "xyxy": [0, 0, 5000, 5000]}
         samples[4]["messages"][1]["content"] = [box]
@@ -84,7 +84,7 @@ def test_invalid_box_is_never_skipped(folder: Path) -> None:
         collect_stats(folder)
 
 
-def test_workers_give_equal_statistics(tmp_path: Path) -> None:
+def test_workers_give_equal_statistics(tmp_path):
     make_task(tmp_path, num_samples=8 * dataset_stats.SCAN_CHUNK_SIZE + 3)
     (tmp_path / "train70.png").write_bytes(b"")
     found = collect_stats(tmp_path)
@@ -92,7 +92,7 @@ def test_workers_give_equal_statistics(tmp_path: Path) -> None:
     assert len(found.sample_indices) == 8 * dataset_stats.SCAN_CHUNK_SIZE + 2
 
 
-def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
+def test_statistics_of_a_subset_are_scaled(folder):
     for number in (3, 7):
         (folder / f"train{number}.png").write_bytes(b"no picture")
     full, some = collect_stats(folder), collect_stats(folder, subset=[1, 3, 4, 9])
@@ -109,7 +109,7 @@ def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
     assert dataset_stats.SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
 
 
-def test_statistics_sample_is_deterministic() -> None:
+def test_statistics_sample_is_deterministic():
     drawn = dataset_stats.draw_subset(10_000_000)
     assert list(drawn) == list(dataset_stats.draw_subset(10_000_000)) == sorted(set(drawn))
     assert 9_900 < len(drawn) <= 10_000
@@ -118,7 +118,7 @@ def test_statistics_sample_is_deterministic() -> None:
     assert list(drawn) != list(dataset_stats.draw_subset(9_999_999))
 
 
-def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
+def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     """A rare prompt may be private, and the manifest is published with the model."""
     # Numbers of samples and of images: a question with several answers has several samples.
     counts = {
@@ -197,7 +197,7 @@ def test_statistics_of_large_dataset_are_estimates(large_task, monkeypatch):
     assert not (run / "result.json").exists()
 
 
-def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task: TinyTask) -> None:
+def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task):
     reasons = corrupt_samples(large_task)
     large_task.run("train.epochs=1")
     steps = [line for line in large_task.read_metrics() if "loss" in line]
@@ -212,7 +212,7 @@ def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task: Ti
         large_task.run("data.on_invalid_sample=fail", name="strict")
 
 
-def test_invalid_scanned_sample_raises_before_first_step(large_task: TinyTask) -> None:
+def test_invalid_scanned_sample_raises_before_first_step(large_task):
     path = large_task.folder / "train.jsonl"
     lines = path.read_text().splitlines()
     lines[dataset_stats.draw_subset(NUM_SAMPLES)[0]] = "{"
@@ -222,7 +222,7 @@ def test_invalid_scanned_sample_raises_before_first_step(large_task: TinyTask) -
     assert not (large_task.folder / "run").exists()
 
 
-def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task: TinyTask) -> None:
+def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task):
     corrupt_samples(large_task)
     large_task.run(name="whole")
     run, whole = large_task.rewind_to_checkpoint(), large_task.folder / "whole"

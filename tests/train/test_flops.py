@@ -84,7 +84,7 @@ def make_counter(folder: Path, family: TinyFamily) -> FlopCounter:
     return FlopCounter(make_model(torch.float32, CPU, TuneSettings(language="lora"), model_folder))
 
 
-def test_attention_flops_hand_computed(tmp_path: Path) -> None:
+def test_attention_flops_hand_computed(tmp_path):
     """Width 64 in 2 layers and 32 in 2 blocks, one of them windowed; a delta rule of 4 heads."""
     lengths, grids = [10, 30], [(1, 4, 6), (2, 2, 2)]
     causal = (10**2 + 30**2) * 4 * 64 * 2 // 2
@@ -98,7 +98,7 @@ def test_attention_flops_hand_computed(tmp_path: Path) -> None:
     assert linear == 3 * (causal // 2 + delta_rule)
 
 
-def test_shared_prefix_is_counted_once(tmp_path: Path) -> None:
+def test_shared_prefix_is_counted_once(tmp_path):
     """Compare a prefix of 10 tokens, shared by sequences of 20 and 5, with copies of it."""
     counter = make_counter(tmp_path, "qwen2_vl")
     once, apart = (

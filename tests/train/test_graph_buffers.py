@@ -138,7 +138,7 @@ def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncode
     assert len(inputs.batch.labels_L) >= batch.num_supervised_tokens
 
 
-def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> None:
+def test_merged_graph_shape_accepts_its_packs(samples):
     model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
     num_wider = 0
     for _ in range(100):
@@ -160,7 +160,7 @@ def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> N
     assert num_wider > 100
 
 
-def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
+def test_graph_rejects_incompatible_packs(samples):
     shape = GraphShape.from_batch(pack(samples[:4]))._replace(
         num_tokens=1024, num_sequences=16, num_features=512, num_labels=128
     )
@@ -184,7 +184,7 @@ def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
     assert long.fits(long._replace(max_seqlen=512))
 
 
-def test_static_gradients_keep_their_addresses() -> None:
+def test_static_gradients_keep_their_addresses():
     large = nn.Parameter(torch.ones(LARGE_PARAM_ELEMENTS))
     small, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     transposed = nn.Parameter(torch.ones(2, 3))
@@ -235,7 +235,7 @@ def without_empty(segments: Segments) -> Segments:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
+def test_graph_shape_fits_all_packs(folder, family):
     """Check that the cumulative lengths end at the last patch for all sizes of padding."""
     encoder = make_vision_model(folder, family).visual
     for each in (1, 2, 3, 5):
@@ -251,7 +251,7 @@ def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
                 assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
 
 
-def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capturable_vision_encoders(folder, monkeypatch):
     def is_captured(family: str, tune: dict[str, Any], checkpointed: float = 0.0) -> bool:
         return can_capture_vision(
             make_vision_model(folder, family, tune)

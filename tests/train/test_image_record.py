@@ -33,7 +33,7 @@ def replace_images(task: TinyTask, *names: str) -> None:
         Image.new("RGB", size, (1, 2, 3)).save(path)
 
 
-def test_resume_refuses_replaced_images(task: TinyTask) -> None:
+def test_resume_refuses_replaced_images(task):
     run = task.rewind_to_checkpoint()
     record = run / "images.safetensors"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -52,7 +52,7 @@ def test_resume_refuses_replaced_images(task: TinyTask) -> None:
     assert record.exists()
 
 
-def test_resume_with_copied_dataset_is_bit_identical(task: TinyTask) -> None:
+def test_resume_with_copied_dataset_is_bit_identical(task):
     run = task.rewind_to_checkpoint()
     shutil.copytree(run, task.folder / "same-data")
     copy = task.folder / "copy"
@@ -70,7 +70,7 @@ def test_resume_with_copied_dataset_is_bit_identical(task: TinyTask) -> None:
     assert read_final_files(run) == read_final_files(task.folder / "same-data")
 
 
-def test_replaced_image_inside_a_tar_is_refused(task: TinyTask) -> None:
+def test_replaced_image_inside_a_tar_is_refused(task):
     tars = task.folder / "tars"
     task.recipe["data"]["train"] = write_tar_shards(task.folder / "train.jsonl", tars, 4)
     task.rewind_to_checkpoint()
@@ -81,7 +81,7 @@ def test_replaced_image_inside_a_tar_is_refused(task: TinyTask) -> None:
         task.run(resume=True)
 
 
-def test_damaged_record_is_refused(task: TinyTask) -> None:
+def test_damaged_record_is_refused(task):
     record = task.rewind_to_checkpoint() / "images.safetensors"
     data = bytearray(record.read_bytes())
     data[-3] ^= 1
@@ -103,7 +103,7 @@ def make_sample(folder: Path, data: bytes) -> Sample:
     return open_sample_source(folder / "a.jsonl").read_sample(0)
 
 
-def test_fingerprint_covers_size_start_and_end(tmp_path: Path) -> None:
+def test_fingerprint_covers_size_start_and_end(tmp_path):
     data = random.Random(0).randbytes(3 * EDGE_BYTES)
     sample = make_sample(tmp_path, data)
     content, time = read_image_state(sample)
@@ -118,7 +118,7 @@ def test_fingerprint_covers_size_start_and_end(tmp_path: Path) -> None:
 
 
 @each("size", [0, 1, *(EDGE_BYTES + n for n in (-1, 0, 1)), 2 * EDGE_BYTES - 1, 2 * EDGE_BYTES])
-def test_fingerprint_covers_all_bytes_of_small_files(tmp_path: Path, size: int) -> None:
+def test_fingerprint_covers_all_bytes_of_small_files(tmp_path, size):
     data = random.Random(0).randbytes(size)
     content = read_image_state(make_sample(tmp_path, data)).content
     for location in random.Random(1).sample(range(size), min(size, 20)):
@@ -127,7 +127,7 @@ def test_fingerprint_covers_all_bytes_of_small_files(tmp_path: Path, size: int) 
         assert read_image_state(make_sample(tmp_path, bytes(other))).content != content
 
 
-def test_record_survives_saving_and_compares_common_samples(tmp_path: Path) -> None:
+def test_record_survives_saving_and_compares_common_samples(tmp_path):
     states = ImageStates.from_states([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
     save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.empty()})
     loaded = load_image_record(tmp_path / "r")

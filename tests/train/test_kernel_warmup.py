@@ -1,6 +1,5 @@
 """Kernel warm-up before the first step: it does not change the result."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -32,7 +31,7 @@ def test_warmup_does_not_update_parameters(tune, task, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
+def test_compilation_launches_no_kernel(tmp_path):
     from finesight.model.kernels import elementwise
     from finesight.model.kernels.runtime import compile_in_parallel
 
@@ -58,7 +57,7 @@ def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_pending_compilation_holds_no_memory() -> None:
+def test_pending_compilation_holds_no_memory():
     from finesight.model.kernels import elementwise
     from finesight.model.kernels.runtime import compile_in_parallel
 
@@ -69,7 +68,7 @@ def test_pending_compilation_holds_no_memory() -> None:
 
 
 @pytest.mark.gpu
-def test_compilation_errors_are_raised_at_the_end() -> None:
+def test_compilation_errors_are_raised_at_the_end():
     pytest.importorskip("triton")
     from finesight.model.kernels.runtime import compile_in_parallel, jit
 

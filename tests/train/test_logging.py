@@ -16,7 +16,6 @@ import pytest
 import torch
 from rich.console import Console
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
-from tiny_task import TinyTask
 
 from finesight.errors import TrainingInterrupted
 from finesight.storage import FileSystem, use_file_system
@@ -56,7 +55,7 @@ def read_status(page: str) -> str:
     return found[1]
 
 
-def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
+def test_report_at_every_evaluation_and_at_the_end(task):
     with use_file_system(disk := HistoryFileSystem()):
         task.run(eval=METRIC)
     expected = [f"not finished: {step} of 6 steps so far" for step in (0, 2, 4)]
@@ -85,7 +84,7 @@ def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
     assert read_status(page.read_text()) == "finished after 6 steps"
 
 
-def test_interrupted_run_has_a_report(task: TinyTask) -> None:
+def test_interrupted_run_has_a_report(task):
     task.recipe["eval"] = METRIC | {"every": None}
     disk = HistoryFileSystem(stop_at="step-2")
     with use_file_system(disk), pytest.raises(TrainingInterrupted):
@@ -102,7 +101,7 @@ def test_interrupted_run_has_a_report(task: TinyTask) -> None:
     assert (len(starts), starts[0]) == (2, 0)
 
 
-def test_run_survives_report_errors(task: TinyTask) -> None:
+def test_run_survives_report_errors(task):
     page = task.folder / "run" / "report.html"
     with use_file_system(HistoryFileSystem(refuse=True)):
         assert task.run(eval=METRIC).steps == 6
@@ -117,7 +116,7 @@ def test_run_survives_report_errors(task: TinyTask) -> None:
     assert page.read_text() == "precious"
 
 
-def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_reports_its_error(task, monkeypatch):
     def fail(*rest: object) -> None:
         raise ValueError("a fault of <ours>")
 
@@ -142,7 +141,7 @@ def live_report(tmp_path: Path) -> LiveReport:
     return LiveReport(RunDir(made.folder), TrainingConsole(Console(file=io.StringIO())), 0.001)
 
 
-def test_live_report_shows_newest_progress(tmp_path: Path, live_report: LiveReport) -> None:
+def test_live_report_shows_newest_progress(tmp_path, live_report):
     with use_file_system(disk := HistoryFileSystem()):
         with live_report.run_in_background(PROGRESS):
             RunDir(tmp_path / "run").append_metrics(make_step_line(9))

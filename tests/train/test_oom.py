@@ -6,7 +6,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.train.oom import MemoryBudget, max_unsplit_packs
 
 
-def test_memory_budget_is_reduced_to_the_minimum() -> None:
+def test_memory_budget_is_reduced_to_the_minimum():
     budget = MemoryBudget(pack_tokens=8192, activation_checkpointing=False)
     pack = PackedBatch(("a", "b"), (900, 101), (), *[torch.empty(0)] * 7)
     one = PackedBatch(("a",), (900,), (), *[torch.empty(0)] * 7)

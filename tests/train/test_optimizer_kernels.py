@@ -56,7 +56,7 @@ class OptimizerSetup:
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
-def test_gpu_step_matches_cpu(sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool) -> None:
+def test_gpu_step_matches_cpu(sizes, dtype, eight_bits):
     """One and several micro-batches, with parameters without gradients."""
     sides = [OptimizerSetup(sizes, dtype, eight_bits, device) for device in ("cpu", "cuda")]
     assert sides[1].gradients.tiles is not None
@@ -85,7 +85,7 @@ def test_gpu_step_matches_cpu(sizes: tuple[int, ...], dtype: torch.dtype, eight_
 
 @pytest.mark.parametrize("eight_bits", [False, True])
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_skipped_step_changes_no_state(dtype: torch.dtype, eight_bits: bool) -> None:
+def test_skipped_step_changes_no_state(dtype, eight_bits):
     """The other steps do not synchronize with the device."""
     broken, full = (OptimizerSetup(SIZES[1], dtype, eight_bits, "cuda") for _ in range(2))
     generator = torch.Generator().manual_seed(3)
@@ -108,7 +108,7 @@ def test_skipped_step_changes_no_state(dtype: torch.dtype, eight_bits: bool) -> 
         assert torch.equal(found, expected)
 
 
-def test_unaligned_gradient_is_read() -> None:
+def test_unaligned_gradient_is_read():
     sides = [OptimizerSetup((4096,), torch.bfloat16, False, device) for device in ("cpu", "cuda")]
     for side in sides:
         wide = torch.arange(4099.0).to(side.masters.params_E)
@@ -120,7 +120,7 @@ def test_unaligned_gradient_is_read() -> None:
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=["even", "odd"])
-def test_grad_norm_matches(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_grad_norm_matches(sizes, dtype):
     side = OptimizerSetup((*sizes, 4096), dtype, False, "cuda")
     assert side.gradients.squared_norm() == 0
     generator = torch.Generator().manual_seed(1)

@@ -100,7 +100,7 @@ def assert_bit_identical(task: TinyTask, other: str | Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_oom_run_matches_smaller_budget(task: TinyTask, workers: int) -> None:
+def test_oom_run_matches_smaller_budget(task, workers):
     setting = f"train.num_workers={workers}"
     with simulate_oom(exceeds_60_tokens) as tried:
         assert task.run(setting).steps == 6
@@ -142,7 +142,7 @@ def test_graph_memory_is_freed_before_packs_shrink(task, plain_run, monkeypatch)
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_failed_pack_frees_its_tensors(task: TinyTask, checkpointed: bool) -> None:
+def test_failed_pack_frees_its_tensors(task, checkpointed):
     outputs: list[weakref.ref[torch.Tensor]] = []
     alive: list[int] = []
 
@@ -167,7 +167,7 @@ def test_failed_pack_frees_its_tensors(task: TinyTask, checkpointed: bool) -> No
 
 
 @pytest.mark.parametrize("call", [2, 5, 9, 13, 17])
-def test_resumed_oom_run_equals_uninterrupted(task: TinyTask, limited_run: Path, call: int) -> None:
+def test_resumed_oom_run_equals_uninterrupted(task, limited_run, call):
     """Interrupt the step that fails, its second attempt, and later steps; with dropout."""
     num_calls = 0
 
@@ -192,7 +192,7 @@ def test_resumed_oom_run_equals_uninterrupted(task: TinyTask, limited_run: Path,
     assert budgets == expected
 
 
-def test_single_oversized_sample_enables_checkpointing(task: TinyTask) -> None:
+def test_single_oversized_sample_enables_checkpointing(task):
     def should_fail(batch: PackedBatch, model: VisionLanguageModel) -> bool:
         return sum(batch.lengths) > 30 and not model.activation_checkpointing
 
@@ -257,7 +257,7 @@ def limit_evaluation_memory(
         hook.remove()
 
 
-def test_validation_loss_uses_smaller_packs(task: TinyTask, plain_run: Path) -> None:
+def test_validation_loss_uses_smaller_packs(task, plain_run):
     """Training packs stay unchanged."""
     with limit_evaluation_memory(60):
         task.run()
@@ -318,7 +318,7 @@ def test_generation_that_never_fits_ends_with_checkpoint(task, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_real_gpu_out_of_memory(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_real_gpu_out_of_memory(task, monkeypatch):
     """Images of a thousand tokens; from the third step on, half of the memory is available."""
     settings = ("train.device=cuda", "train.num_workers=2", "train.pack_tokens=16384")
     settings += ("train.batch_size=11", "train.epochs=6")

@@ -33,7 +33,7 @@ def test_finished_run_offers_a_free_folder(tmp_path, existing, run, expected):
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_foreign_paths_are_rejected(tmp_path: Path, resume: bool) -> None:
+def test_foreign_paths_are_rejected(tmp_path, resume):
     folder, link, loop = (tmp_path / name for name in ("folder", "link", "loop"))
     folder.mkdir()
     (folder / "thesis.tex").touch()
@@ -62,7 +62,7 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_metrics_after_checkpoint_are_removed(run: RunDir) -> None:
+def test_metrics_after_checkpoint_are_removed(run):
     expected = [(0, False), (1, True), (2, True), (2, False), (3, True)]
     # The second call also removes the evaluation of step 2.
     for step, last_eval_step, count in ((3, 2, 5), (2, 0, 3)):
@@ -72,7 +72,7 @@ def test_metrics_after_checkpoint_are_removed(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("truncated", ['{"step": 6, "lo', '{"step": 6}', "7\n", "\x00\x00"])
-def test_truncated_last_line_is_removed(run: RunDir, truncated: str) -> None:
+def test_truncated_last_line_is_removed(run, truncated):
     with run.metrics_path.open("a") as file:
         file.write(truncated)
     assert len(run.read_metrics()) == 8

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask, edit_samples
+from tiny_task import edit_samples
 
-from finesight.config import ImageRule, LongestSide, PixelRange
+from finesight.config import LongestSide, PixelRange
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
@@ -23,7 +23,7 @@ LORA = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
-def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
+def test_training_continues_from_run_and_adapter(task):
     """Each source has the weights, the image size and the system prompt of the first run."""
     image_and_prompt = "image={height: 56, width: 28}", "data.system_prompt=Name colours."
     first = task.run(*image_and_prompt, tune=LORA, name="first")
@@ -50,7 +50,7 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     assert manifest["system_prompt"] == "Speak."
 
 
-def test_wrong_starting_points_are_rejected(task: TinyTask) -> None:
+def test_wrong_starting_points_are_rejected(task):
     task.run(*ONE_STEP, tune=LORA, name="first")
     task.run(*ONE_STEP, tune={"merger": "full"}, name="full")
     run, full = str(task.folder / "first"), task.folder / "full"
@@ -105,7 +105,7 @@ def test_resuming_with_a_new_schedule_names_the_commands(task, tune, start):
     ("rule", "min_pixels"),
     [(PixelRange(min_pixels=1568, max_pixels=7056), 1568), (LongestSide(longest_side=56), 3136)],
 )
-def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: int) -> None:
+def test_run_or_model_provides_missing_pixel_limit(rule, min_pixels):
     recipe = recipe_from_dict(
         {"model": TINY_MODEL, "data": {"train": "a.jsonl"}, "output_dir": "o"},
         ["image.max_pixels=5000"],
@@ -117,7 +117,7 @@ def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: 
 
 
 @pytest.mark.parametrize("num_thoughts", [0, 5, 6])
-def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: int) -> None:
+def test_run_uses_thinking_mode_of_most_samples(task, num_thoughts):
     """Six of the eleven samples with reasoning select thinking mode; five do not."""
     run = task.folder / "run"
     with edit_samples(task.folder / "train.jsonl") as samples:
@@ -136,14 +136,14 @@ def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: in
     assert all(("reasoning" in json.loads(line)) is is_thinking for line in lines)
 
 
-def test_images_in_both_splits_are_reported(task: TinyTask) -> None:
+def test_images_in_both_splits_are_reported(task):
     task.run(*ONE_STEP)
     assert "are also in data.train" not in task.console_output
     task.run(*ONE_STEP, f"data.eval={task.folder / 'train.jsonl'}", name="leaky")
     assert "11 images of data.eval also in data.train" in task.console_output
 
 
-def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:
+def test_resume_rejects_changed_settings_and_data(task):
     run = task.rewind_to_checkpoint()
     with pytest.raises(UserError) as caught:
         task.run("train.batch_size=5", "tune.lora.rank=4", "train.weight_decay=0.5", resume=True)
@@ -156,7 +156,7 @@ def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:
         task.run(resume=True)
 
 
-def test_eval_without_data_is_rejected(task: TinyTask) -> None:
+def test_eval_without_data_is_rejected(task):
     data = {"train": task.recipe["data"]["train"]}
     with pytest.raises(UserError, match=r"data\.eval"):
         task.run(data=data, eval={"metric": "ocr"})

@@ -30,7 +30,7 @@ from finesight.train.training_run import StopRequest
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
-def test_run_folder_and_metrics(task: TinyTask) -> None:
+def test_run_folder_and_metrics(task):
     result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
     run = task.folder / "run"
     files = "images.safetensors manifest.json metrics.jsonl param_audit.json recipe.yaml"
@@ -69,7 +69,7 @@ def test_run_folder_and_metrics(task: TinyTask) -> None:
     assert measured == [0, 4, 6]
 
 
-def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
+def test_lora_writes_adapter_and_full_writes_model(task):
     task.run(*ONE_STEP, tune={"language": "lora"}, name="lora")
     assert not (task.folder / "lora" / "model").exists()
     task.run(*ONE_STEP, tune={"language": "frozen", "vision": "full"}, name="full")
@@ -83,7 +83,7 @@ def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
     assert all(name.startswith("visual.") and "merger" not in name for name in changed)
 
 
-def test_existing_run_is_rejected(task: TinyTask) -> None:
+def test_existing_run_is_rejected(task):
     first, run = task.run(), task.folder / "run"
     with pytest.raises(UserError, match="contains a finished run"):
         task.run()
@@ -99,7 +99,7 @@ def test_existing_run_is_rejected(task: TinyTask) -> None:
     assert task.run(resume=True) == first
 
 
-def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
+def test_resume_from_damaged_checkpoint(task):
     task.recipe["train"]["keep_checkpoints"] = 3
     checkpoints = task.rewind_to_checkpoint() / "checkpoints"
     (checkpoints / "step-4" / "trainable.safetensors").write_bytes(b"x")
@@ -115,7 +115,7 @@ def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
     assert "to restart the run from step 0" in caught.value.remedy
 
 
-def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
+def test_corrupt_images_are_counted_and_run_continues(task):
     """One image has no header; another training and a validation image are truncated."""
     (task.folder / "train2.png").write_bytes(b"no picture")
     task.truncate_images("train5", "eval0")
@@ -132,7 +132,7 @@ def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
     assert not (task.folder / "strict").exists()
 
 
-def test_unreadable_validation_images_end_the_run(task: TinyTask) -> None:
+def test_unreadable_validation_images_end_the_run(task):
     task.truncate_images("eval0", "eval1", "eval2")
     with pytest.raises(UserError, match="none of 3 samples has decodable images"):
         task.run(name="blind")
@@ -140,7 +140,7 @@ def test_unreadable_validation_images_end_the_run(task: TinyTask) -> None:
         task.run("data.on_invalid_sample=fail", name="strict")
 
 
-def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None:
+def test_evaluations_describe_the_samples_that_were_read(task):
     task.recipe["eval"] = {"metric": "ocr", "every": 4, "max_new_tokens": 3}
     run = task.rewind_to_checkpoint()
     # Its header is readable, so it is still in the list of samples.
@@ -161,7 +161,7 @@ def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None
     assert text in result.as_table()
 
 
-def test_concurrent_run_is_rejected(task: TinyTask) -> None:
+def test_concurrent_run_is_rejected(task):
     """Later, the run resumes, with other settings that do not change its numbers."""
     run = RunDir(task.rewind_to_checkpoint())
     half_written = run.checkpoint_dir / ".step-6.partial"
@@ -176,7 +176,7 @@ def test_concurrent_run_is_rejected(task: TinyTask) -> None:
     assert [step for step, _ in read_losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
+def test_run_created_meanwhile_is_not_overwritten(task):
     class RacingDisk(storage.FileSystem):
         """Another process starts the same run just before this one creates the folder."""
 
@@ -194,7 +194,7 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
+def test_gpu_run_with_workers_resumes(task):
     settings = ("train.device=cuda", "train.precision=bf16", "train.num_workers=2")
     first = task.run(*settings)
     assert first.after.validation_loss < first.before.validation_loss
@@ -291,7 +291,7 @@ def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str) -> None:
+def test_every_precision_trains_with_fp32_masters(tmp_path, precision):
     state, masters = make_state(tmp_path / "task", precision)
     outputs = [take_step(state) for _ in range(6)]
     assert all(one.is_applied for one in outputs)
@@ -302,7 +302,7 @@ def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str
         assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
 
 
-def test_interrupted_and_empty_steps_leave_no_state(tmp_path: Path) -> None:
+def test_interrupted_and_empty_steps_leave_no_state(tmp_path):
     state, before = make_state(tmp_path / "task")
     output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
     assert not output.is_applied
@@ -317,7 +317,7 @@ def test_interrupted_and_empty_steps_leave_no_state(tmp_path: Path) -> None:
     assert state.optimizer.grad_norm() == 0
 
 
-def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) -> None:
+def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path):
     state, before = make_state(tmp_path / "task", "fp16")
     scaler = state.loss_scaler
     scaler.scale = 2.0**40
@@ -336,7 +336,7 @@ def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) 
     assert not has_weights(state, before)
 
 
-def test_dropout_seeds_differ_and_are_reproducible(tmp_path: Path) -> None:
+def test_dropout_seeds_differ_and_are_reproducible(tmp_path):
     (state, _), (again, masters) = (make_state(tmp_path / name) for name in "ab")
     seeds: list[int] = []
     state.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))

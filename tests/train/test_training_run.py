@@ -20,7 +20,7 @@ def default_sigint() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_first_signal_is_recorded(number: signal.Signals) -> None:
+def test_first_signal_is_recorded(number):
     before = [signal.getsignal(one) for one in SIGNALS]
     stop = StopRequest()
     with stop.install_handlers():
@@ -48,7 +48,7 @@ def test_second_signal_uses_the_default_handler(number):
     assert stop.signal == number
 
 
-def test_other_threads_install_no_handlers() -> None:
+def test_other_threads_install_no_handlers():
     seen = []
 
     def listen() -> None:

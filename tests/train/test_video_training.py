@@ -44,7 +44,7 @@ def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
     assert_features_match(state, cache)
 
 
-def test_fingerprint_covers_the_video_file(tmp_path: Path) -> None:
+def test_fingerprint_covers_the_video_file(tmp_path):
     path = write_video(tmp_path / "1.mp4")
     video = {"type": "video", "video": path.name}
     turns = [{"role": "user", "content": [video]}, {"role": "assistant", "content": "x"}]

@@ -40,7 +40,7 @@ def read_loss_values(task: TinyTask, name: str = "run") -> list[float]:
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
-def test_every_cache_tier_is_bit_exact(tmp_path: Path, family: TinyFamily) -> None:
+def test_every_cache_tier_is_bit_exact(tmp_path, family):
     """Compare chunks, with features of lower layers and of fixed size too, and those on disk."""
     folder = tmp_path / "task"
     make_train_state(folder, family=family)
@@ -78,7 +78,7 @@ def insert_videos(data: Path, frames: dict[int, int]) -> None:
             samples[number]["messages"][0]["content"].insert(0, video)
 
 
-def test_cached_run_matches_uncached_run(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_run_matches_uncached_run(task, monkeypatch):
     """Losses and answers are equal, with images and videos."""
     insert_videos(task.folder / "train.jsonl", {3: 5, 7: 2, 8: 1})
     insert_videos(task.folder / "eval.jsonl", {1: 3, 2: 1})
@@ -102,7 +102,7 @@ def test_cached_run_matches_uncached_run(task: TinyTask, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("budget", [1, 96])
-def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: str) -> None:
+def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
     """They are alone in a pack, or among others."""
     make_train_state(tmp_path / "task")
     mix_images(tmp_path / "task" / "train.jsonl")
@@ -124,7 +124,7 @@ def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: st
     assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
 
 
-def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
+def test_corrupt_image_skips_only_its_sample(task):
     """The missing features of its chunk are not read from disk."""
     task.truncate_images("train3")
     names = ("memory", "disk", "disk-again", "never")
@@ -271,7 +271,7 @@ def test_each_rank_encodes_its_shard(tmp_path, run_ranks, assets, cache):
     assert [bool(one.num_from_disk) for one in again] == [is_on_disk] * NUM_RANKS
 
 
-def test_rank_out_of_memory_disables_cache_for_all(tmp_path: Path, run_ranks: RunRanks) -> None:
+def test_rank_out_of_memory_disables_cache_for_all(tmp_path, run_ranks):
     def encode(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("so much and no more")
 
@@ -283,7 +283,7 @@ def test_rank_out_of_memory_disables_cache_for_all(tmp_path: Path, run_ranks: Ru
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, run_ranks: RunRanks, rank: int) -> None:
+def test_stop_signal_on_one_rank_stops_all(tmp_path, run_ranks, rank):
     errors = run_ranks(make_states(tmp_path / "task"), stopped_rank=rank)
     assert {type(error) for error in errors} == {TrainingInterrupted}
 
@@ -301,7 +301,7 @@ def test_write_error_on_one_rank_fails_all(tmp_path, run_ranks, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_every_cache_tier_on_gpu(task: TinyTask) -> None:
+def test_every_cache_tier_on_gpu(task):
     """The vision encoder is offloaded during steps, and reloaded for evaluation."""
     settings = "train.device=cuda", "train.precision=bf16", "train.num_workers=2"
     task.recipe["eval"] = {"metric": "classification", "every": 2, "max_new_tokens": 4}

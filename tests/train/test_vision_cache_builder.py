@@ -15,7 +15,7 @@ import torch
 from each_value import each
 from huggingface_hub import constants
 from PIL import Image
-from tiny_task import TinyTask, edit_samples, read_losses
+from tiny_task import edit_samples, read_losses
 from vision_cache_fixtures import (
     LORA,
     build_vision_cache,
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 
 @each("part", ["merger", "vision"])
 @each("mode", ["lora", "full"])
-def test_trainable_encoder_disables_the_vision_cache(tmp_path: Path, part: str, mode: str) -> None:
+def test_trainable_encoder_disables_the_vision_cache(tmp_path, part, mode):
     outcome = decide_vision_cache(make_train_state(tmp_path / "task", LORA | {part: mode}))
     assert outcome.cache is None
     assert outcome.reason == "images are encoded in every step: the vision encoder is trainable"
@@ -76,7 +76,7 @@ def test_single_epoch_disables_the_vision_cache(folder, monkeypatch):
     assert decide_vision_cache(state).num_images == 9
 
 
-def test_samples_without_images(task: TinyTask) -> None:
+def test_samples_without_images(task):
     with edit_samples(task.folder / "train.jsonl") as samples:
         for sample in samples:
             del sample["messages"][0]["content"][0]
@@ -84,7 +84,7 @@ def test_samples_without_images(task: TinyTask) -> None:
     assert "images are encoded in every step: the data contain no images" in task.console_output
 
 
-def test_features_that_fit_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_fit_nowhere(folder, monkeypatch):
     state = make_train_state(folder)
     monkeypatch.setattr(vision_cache_builder, "free_gpu_memory", lambda device: None)
     for memory, tier in ((2_000_000, "memory"), (1000, "disk")):
@@ -96,7 +96,7 @@ def test_features_that_fit_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert "(train.vision_cache=memory)" in limited.reason
 
 
-def test_changed_image_is_encoded_again(folder: Path, assets: Path) -> None:
+def test_changed_image_is_encoded_again(folder, assets):
     """The file has the same size and modification time."""
     before = build_vision_cache(make_train_state(folder))
     path = folder / "train0.png"
@@ -115,7 +115,7 @@ def test_changed_image_is_encoded_again(folder: Path, assets: Path) -> None:
     assert not torch.equal(read_all_features(state, before), fresh)
 
 
-def test_encoder_or_size_change_invalidates_the_cache(folder: Path) -> None:
+def test_encoder_or_size_change_invalidates_the_cache(folder):
     first = decide_vision_cache(make_train_state(folder))
     assert decide_vision_cache(make_train_state(folder)).num_from_disk == first.num_images
     recipe = json.loads((folder / "task.json").read_text())
@@ -131,7 +131,7 @@ def test_encoder_or_size_change_invalidates_the_cache(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_damaged_cache_files_are_rebuilt(folder: Path, assets: Path, cache: str) -> None:
+def test_damaged_cache_files_are_rebuilt(folder, assets, cache):
     state = make_train_state(folder, vision_cache=cache)
     expected = read_all_features(state, build_vision_cache(state))
     first, *others = sorted(assets.rglob("*.safetensors"))
@@ -152,7 +152,7 @@ def test_damaged_cache_files_are_rebuilt(folder: Path, assets: Path, cache: str)
         assert first.read_bytes() == full
 
 
-def test_unwritable_cache_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_folder(folder, monkeypatch):
     auto, disk = (make_train_state(folder, vision_cache=cache) for cache in ("auto", "disk"))
     blocked = folder / "file"
     blocked.write_text("in the way")
@@ -193,7 +193,7 @@ def test_write_error_of_the_disk_tier_disables_the_cache(folder, monkeypatch, nu
     assert output.getvalue().count(NO_DISK) == 1
 
 
-def test_concurrent_runs_share_the_cache(folder: Path) -> None:
+def test_concurrent_runs_share_the_cache(folder):
     states = [make_train_state(folder, vision_cache=cache) for cache in ("disk", "auto")]
     barrier = threading.Barrier(2)
 
@@ -252,7 +252,7 @@ def test_feature_bytes_match_actual_features(tmp_path, family, precision):
         assert estimate_feature_bytes(patches, model, dtype) == features.nbytes
 
 
-def test_memory_of_machine_and_container(tmp_path: Path) -> None:
+def test_memory_of_machine_and_container(tmp_path):
     assert free_gpu_memory(CPU) is None
     assert available_memory() > 0
     assert available_memory(tmp_path / "nothing", tmp_path / "nothing") > 1 << 20
@@ -282,7 +282,7 @@ def get_model(state: TrainState) -> VisionLanguageModel:
     return state.model
 
 
-def test_fingerprint_covers_weights_and_settings(state: TrainState) -> None:
+def test_fingerprint_covers_weights_and_settings(state):
     encoder = get_model(state).visual
     first = fingerprint_encoder(encoder, {"heads": 2}, CPU)
     assert fingerprint_encoder(encoder, {"heads": 2}, CPU) == first
@@ -303,7 +303,7 @@ def test_fingerprint_covers_weights_and_settings(state: TrainState) -> None:
         torch.set_num_threads(threads)
 
 
-def test_weights_are_offloaded_and_restored(state: TrainState) -> None:
+def test_weights_are_offloaded_and_restored(state):
     """Views of the weights, such as those of the parameter audit, are restored as well."""
     model = get_model(state)
     norm = model.model.norm.weight
@@ -336,7 +336,7 @@ def test_weights_are_offloaded_and_restored(state: TrainState) -> None:
     assert count_bytes() == full
 
 
-def test_offloaded_run_equals_resident_run(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_run_equals_resident_run(task, monkeypatch):
     """At its end, the run compares the frozen weights with the initial ones."""
     evaluation = {"metric": "classification", "every": 2, "max_new_tokens": 4}
     settings: dict[str, Any] = {"tune": LORA, "eval": evaluation}

@@ -38,7 +38,7 @@ def make_features(number: int, dtype: torch.dtype = torch.float32) -> torch.Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_written_features_are_read(files: VisionFileStore, dtype: torch.dtype) -> None:
+def test_written_features_are_read(files, dtype):
     features = make_features(1, dtype)
     written = files.write("a", features)
     buffer, rows = torch.empty(5, 2, 8, dtype=dtype), torch.empty(2, 2, 8, dtype=dtype)
@@ -56,7 +56,7 @@ def test_written_features_are_read(files: VisionFileStore, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("is_lost", [True, False])
-def test_missing_or_truncated_file_raises(files: VisionFileStore, is_lost: bool) -> None:
+def test_missing_or_truncated_file_raises(files, is_lost):
     stored = files.write("a", make_features(1))
     if is_lost:
         stored.path.unlink()
@@ -67,7 +67,7 @@ def test_missing_or_truncated_file_raises(files: VisionFileStore, is_lost: bool)
         read_rows(stored, 0, torch.empty(5, 2, 8))
 
 
-def test_invalid_header_is_rejected(files: VisionFileStore) -> None:
+def test_invalid_header_is_rejected(files):
     """Offsets point elsewhere within the file, or the header is deeply nested."""
     path = files.write("a", make_features(1)).path
     data = path.read_bytes()
@@ -104,7 +104,7 @@ def test_least_recently_used_files_are_evicted(tmp_path, monkeypatch):
     assert not any(path.exists() for path in paths)
 
 
-def test_files_in_use_are_not_evicted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_in_use_are_not_evicted(tmp_path, monkeypatch):
     paths, size = make_aged_files(tmp_path, 2)
     monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 2 * size)
     with closing(VisionFileStore(tmp_path, "old")) as reading:
@@ -135,7 +135,7 @@ def make_index(count: int, patches: int = 64) -> ImageIndex:
     return ImageIndex(tuple(sorted(image_refs, key=lambda one: one.key)), {}, {})
 
 
-def test_every_image_is_in_one_chunk() -> None:
+def test_every_image_is_in_one_chunk():
     index = make_index(1000)
     chunks = index.split_chunks()
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
@@ -153,7 +153,7 @@ def test_every_image_is_in_one_chunk() -> None:
     assert len(after - before) <= 10
 
 
-def test_chunk_size_is_bounded() -> None:
+def test_chunk_size_is_bounded():
     index = make_index(200, patches=2048)
     assert max(index.count_patches([chunk]) for chunk in index.split_chunks()) == CHUNK_PATCHES
     alone = make_index(20, patches=CHUNK_PATCHES + 4).split_chunks()

@@ -33,14 +33,14 @@ PARAMETERS = {
 }
 
 
-def test_decay_parameters_are_fp32_in_a_bf16_model() -> None:
+def test_decay_parameters_are_fp32_in_a_bf16_model():
     model = init_random_model(make_config("qwen3_5"), 0, torch.bfloat16, CPU)
     wide = {n for n, p in model.named_parameters() if p.dtype == torch.float32}
     suffixes = ("linear_attn.A_log", "linear_attn.norm.weight")
     assert wide == {f"model.layers.{n}.{suffix}" for n in range(3) for suffix in suffixes}
 
 
-def test_every_linear_layer_of_the_decoder_has_an_adapter() -> None:
+def test_every_linear_layer_of_the_decoder_has_an_adapter():
     model = init_random_model(make_config("qwen3_5_moe"), 0, torch.float32, CPU)
     layers = {name.rpartition(".")[2] for name in find_adaptable_layers(model) if "model" in name}
     assert {"q_proj", "k_proj", "v_proj", "o_proj", "in_proj_qkv", "in_proj_z"} <= layers
@@ -52,7 +52,7 @@ def test_every_linear_layer_of_the_decoder_has_an_adapter() -> None:
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
-def test_names_shapes_and_counts_are_published(name: str) -> None:
+def test_names_shapes_and_counts_are_published(name):
     table = ASSETS / name / "weights.tsv"
     if not table.exists():
         pytest.skip("no published files")

@@ -79,7 +79,7 @@ def test_small_lora_delta_is_not_lost_to_rounding(names, bias, kind, dtype, devi
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("kind", [None, INT8])
 @pytest.mark.parametrize("device", DEVICES)
-def test_multi_lora_delta_is_not_lost_to_rounding(bias: bool, kind: Kind, device: str) -> None:
+def test_multi_lora_delta_is_not_lost_to_rounding(bias, kind, device):
     group, x_TI = make_adapted_layer(list(WIDTHS), bias, kind, device)
     trained, multi_lora = group.adapter, MultiLora(nn.ModuleDict({"gate_up_proj": group.eval()}))
     multi_lora.collect_adapter()
@@ -100,7 +100,7 @@ def test_multi_lora_delta_is_not_lost_to_rounding(bias: bool, kind: Kind, device
 @pytest.mark.parametrize("apart", [False, True])
 @pytest.mark.parametrize("kind", [None, INT8, FP8])
 @pytest.mark.parametrize("device", [DEVICES[1]])
-def test_fused_layer_delta_is_not_lost_to_rounding(apart: bool, kind: Kind, device: str) -> None:
+def test_fused_layer_delta_is_not_lost_to_rounding(apart, kind, device):
     group, x_TI = make_adapted_layer(list(WIDTHS), True, kind, device)
     group.is_sharded = apart
     adapter = group.adapter
@@ -116,7 +116,7 @@ def test_fused_layer_delta_is_not_lost_to_rounding(apart: bool, kind: Kind, devi
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)
 @pytest.mark.parametrize("device", [DEVICES[1]])
-def test_stochastic_rounding_depends_on_value_and_column(dtype: torch.dtype, device: str) -> None:
+def test_stochastic_rounding_depends_on_value_and_column(dtype, device):
     """Rows are independent of the batch; non-finite values and zero deltas are unchanged."""
     generator = torch.Generator(device).manual_seed(2)
     y_TO, low_TR, b_OR = (

@@ -64,7 +64,7 @@ def test_merged_folder_matches_adapter_peft_and_transformers(family, how, tmp_pa
         assert hf_reference.max_relative_error(found, expected) <= get_tolerance(family)
 
 
-def test_merge_sums_in_fp32_and_rounds_once(tmp_path: Path) -> None:
+def test_merge_sums_in_fp32_and_rounds_once(tmp_path):
     base = hf_reference.write_model_folder(
         tmp_path / "base", hf_reference.make_config("qwen2_vl"), torch.bfloat16
     )

@@ -1,7 +1,6 @@
 """Adapter configs: settings handled as in peft, and rejected settings."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from case_files import load_cases
@@ -38,7 +37,7 @@ def test_unsupported_and_inconsistent_settings_are_rejected(settings, message, t
 
 
 @each("alpha", ["1e308", "1" + "0" * 400, "NaN", "-Infinity"])
-def test_alpha_beyond_fp32_is_rejected(alpha: str, tmp_path: Path) -> None:
+def test_alpha_beyond_fp32_is_rejected(alpha, tmp_path):
     path = write_random_adapter(tmp_path) / ADAPTER_CONFIG_FILE
     text = path.read_text()
     path.write_text(text.replace('"lora_alpha": 6', f'"lora_alpha": {alpha}'))
@@ -47,7 +46,7 @@ def test_alpha_beyond_fp32_is_rejected(alpha: str, tmp_path: Path) -> None:
     assert "alpha_pattern.q_proj" in load_error(tmp_path)
 
 
-def test_neutral_settings_are_accepted(tmp_path: Path) -> None:
+def test_neutral_settings_are_accepted(tmp_path):
     edit_adapter_config(
         write_random_adapter(tmp_path),
         peft_version="0.21.0",
@@ -63,7 +62,7 @@ def test_neutral_settings_are_accepted(tmp_path: Path) -> None:
 
 
 @each(("settings", "expected"), load_cases("peft_config_errors"))
-def test_target_modules_match_peft(settings: dict[str, Any], expected: bool) -> None:
+def test_target_modules_match_peft(settings, expected):
     from peft import LoraConfig
     from peft.tuners.tuners_utils import check_target_module_exists
 

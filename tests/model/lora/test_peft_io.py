@@ -65,7 +65,7 @@ def list_peft_layers(model: Any) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @each("how", TUNE_SETTINGS)
-def test_saved_adapter_gives_the_same_logits_in_peft(family: str, how: str, tmp_path: Path) -> None:
+def test_saved_adapter_gives_the_same_logits_in_peft(family, how, tmp_path):
     theirs = make_reference_model(make_config(family))
     baseline = their_logits(theirs)
     ours = our_model(theirs, family, how)
@@ -104,7 +104,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @each("how", PEFT_CONFIGS)
-def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Path) -> None:
+def test_peft_adapter_gives_the_same_logits(family, how, tmp_path):
     theirs = make_reference_model(make_config(family))
     ours = make_native_model(make_config(family), theirs)
     baseline = their_logits(theirs)
@@ -133,7 +133,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
 
 # transformers had its present names before Qwen3-VL was added.
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_transformers_4_key_names_are_accepted(family: str, tmp_path: Path) -> None:
+def test_transformers_4_key_names_are_accepted(family, tmp_path):
     theirs = make_reference_model(make_config(family))
     ours = our_model(theirs, family, "all parts")
     peft_io.save_adapter(tmp_path, ours, base_model="some/base")
@@ -149,7 +149,7 @@ def test_transformers_4_key_names_are_accepted(family: str, tmp_path: Path) -> N
     assert torch.equal(native_logits(old, theirs, SAMPLES), native_logits(ours, theirs, SAMPLES))
 
 
-def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
+def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path):
     """Master weights are saved instead of the parameters, deterministically."""
     ours = our_model(make_reference_model(make_config("qwen2_vl")), how="all parts").bfloat16()
     exact = {n: p.detach().float() + 1e-4 for n, p in ours.named_parameters() if ".adapter." in n}
@@ -258,7 +258,7 @@ def test_inconsistent_keys_are_rejected(change, message, tmp_path):
         ("trainable_token_indices", {"embed_tokens": [1, 2]}),
     ],
 )
-def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: Path) -> None:
+def test_unsupported_peft_setting_is_named(name, value, tmp_path):
     """The error names the setting, not the tensor keys that it changes."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **{name: value})
     model = peft.get_peft_model(make_reference_model(make_config("qwen2_vl")), config)
@@ -270,7 +270,7 @@ def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: P
     model.merge_and_unload()
 
 
-def test_damaged_and_missing_files_are_rejected(tmp_path: Path) -> None:
+def test_damaged_and_missing_files_are_rejected(tmp_path):
     write_random_adapter(tmp_path)
     config, weights = (
         tmp_path / peft_io.ADAPTER_CONFIG_FILE,
@@ -290,7 +290,7 @@ def test_damaged_and_missing_files_are_rejected(tmp_path: Path) -> None:
     assert "is a pickle" in load_error(tmp_path)
 
 
-def test_adapter_of_another_model_is_rejected(tmp_path: Path) -> None:
+def test_adapter_of_another_model_is_rejected(tmp_path):
     write_random_adapter(tmp_path, "qwen2_vl", "all parts")
     message = load_error(tmp_path, intermediate_size=84)
     assert "mlp.down_proj have shapes (4, 80) and (48, 4)" in message

@@ -68,7 +68,7 @@ def test_fused_matmul_matches_lora_linear(widths, inputs, rows, config, bias, is
         torch.testing.assert_close(matmul.lora_backward(dy_TO), matmul.backward(dy_TO)[1])
 
 
-def test_replaced_up_projections_are_fused_again() -> None:
+def test_replaced_up_projections_are_fused_again():
     linear = make_linear([5, 3], 6)
     config = dict.fromkeys(linear.output_sizes, LoraConfig(2, 4.0))
     install_adapter(linear, config)
@@ -78,7 +78,7 @@ def test_replaced_up_projections_are_fused_again() -> None:
     assert LoraMatmul.from_linear(linear).fused_weight_OJ is not first
 
 
-def test_weights_without_dense_values_are_not_fused() -> None:
+def test_weights_without_dense_values_are_not_fused():
     linear = make_linear([16], 32)
     FusedWeightSync().copy_up_projections([linear])
     assert linear.fused_lora_weight is None
@@ -143,7 +143,7 @@ def test_multi_lora_matches_lora_linear(data, widths, inputs, bias):
 
 
 @torch.no_grad()
-def test_scale_beyond_the_range_of_fp16() -> None:
+def test_scale_beyond_the_range_of_fp16():
     """An adapter with tiny weights may have a large alpha."""
     linear = make_linear([5], 6, dtype=torch.float16)
     adapter = install_adapter(linear, {"layer_0": LoraConfig(1, 1e6)})

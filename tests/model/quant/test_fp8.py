@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -92,7 +91,7 @@ def compute_fused(group: FusedLinear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
-def test_quantization_error_is_bounded(size: float) -> None:
+def test_quantization_error_is_bounded(size):
     """The largest value of a row is exact. Beyond the largest code there is only NaN."""
     x_TI = random_rows((2048, 30))
     x_TI = x_TI / x_TI.abs().max() * size
@@ -111,7 +110,7 @@ def test_quantization_error_is_bounded(size: float) -> None:
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("device", DEVICES)
-def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
+def test_non_finite_values_stay_in_their_row(wrong, device):
     group = make_layer(torch.bfloat16, device)
     x_TI = random_values((3, INPUTS)).to(device, torch.bfloat16)
     x_TI[1, 7] = wrong
@@ -121,7 +120,7 @@ def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_are_independent_of_batch(device: str) -> None:
+def test_rows_are_independent_of_batch(device):
     """Bit-exact for FP8 codes, and up to the summation order of the matmul."""
     x_TI = random_rows((300, 64)).to(device, torch.bfloat16)
     alone = [quantize_fp8(x_TI[[n]]) for n in range(300)]
@@ -135,7 +134,7 @@ def test_rows_are_independent_of_batch(device: str) -> None:
     torch.testing.assert_close(many / largest_T1, few / largest_T1, rtol=0.0, atol=5e-7)
 
 
-def test_evaluation_quantizes_only_weights() -> None:
+def test_evaluation_quantizes_only_weights():
     group, x_TI = make_layer().eval(), random_rows((12, INPUTS)).requires_grad_()
     dense_OI = torch.cat(list(get_fp8_weight(group).dequantize_layers()))
     found = compute_fused(group, x_TI)
@@ -149,7 +148,7 @@ def test_evaluation_quantizes_only_weights() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_adapter_uses_unquantized_inputs(training: bool) -> None:
+def test_adapter_uses_unquantized_inputs(training):
     """Adapter gradients equal those with dense weights; its input gradient is unrounded."""
     group, x_TI = make_layer().train(training), random_rows((20, INPUTS))
     adapter = LoraLinear(group, dict.fromkeys(WIDTHS, LoraConfig(3, 8.0)), 0.0).train(training)
@@ -178,7 +177,7 @@ def test_adapter_uses_unquantized_inputs(training: bool) -> None:
         assert torch.equal(mine, dense)
 
 
-def test_layers_with_unsupported_sizes_are_unchanged(tmp_path: Path) -> None:
+def test_layers_with_unsupported_sizes_are_unchanged(tmp_path):
     """Only linear layers of the selected parts are quantized."""
     odd = dataclasses.replace(TINY_PRESETS["test"], intermediate_size=136)
     folder = create_tiny_model(tmp_path / "tiny", "qwen2_5_vl", preset=odd)
@@ -200,7 +199,7 @@ def test_layers_with_unsupported_sizes_are_unchanged(tmp_path: Path) -> None:
     assert count_unquantized_layers(model, ("vision",)) == 0
 
 
-def test_other_quantization_has_priority(tmp_path: Path) -> None:
+def test_other_quantization_has_priority(tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(folder, torch.float32, CPU, (), "int8", ("vision", "language"))
     few = find_quantized_weights(model)
@@ -224,7 +223,7 @@ def test_unsupported_gpu_is_rejected(able, is_supported, monkeypatch):
 @pytest.mark.gpu
 @each("dtype", TYPES)
 @each("inputs", [16, 1536, 8960, 16384, 17920])
-def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
+def test_quantize_kernel_matches_eager(dtype, inputs):
     """Includes strided rows and rows longer than a program's registers."""
     x_TI = random_rows((37, inputs + 8)).clamp(-6e4, 6e4).to(dtype)[:, :inputs]
     x_TI[4] = 0
@@ -277,7 +276,7 @@ def assert_nearly_equal(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_fp8_codes_give_the_same_output(device: str) -> None:
+def test_fp8_codes_give_the_same_output(device):
     group = make_layer(torch.bfloat16, device, inputs=64)
     x_TI = random_mixed_rows((9, 64), 7).to(device, torch.bfloat16)
     with torch.no_grad():
@@ -289,7 +288,7 @@ def test_fp8_codes_give_the_same_output(device: str) -> None:
         assert torch.equal(fused_TO, linear_concat(x_TI, group.weight, group.bias))
 
 
-def test_layer_accepts_codes_only_as_sole_reader() -> None:
+def test_layer_accepts_codes_only_as_sole_reader():
     group, baseline = make_layer(inputs=64), FusedLinear(64, WIDTHS, bias=False)
     assert not group.accepts_fp8_input, "an input that something may go back to"
     with torch.no_grad():
@@ -304,7 +303,7 @@ def test_layer_accepts_codes_only_as_sole_reader() -> None:
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("width", [48, 1280])
-def test_norm_output_matches_reader_format(kind: type[nn.Module], width: int) -> None:
+def test_norm_output_matches_reader_format(kind, width):
     norm, group = kind(width, eps=1e-6), make_layer(inputs=width)
     x_ND, y_ND = random_mixed_rows((5, width), 3), random_mixed_rows((5, width), 4)
     for more in (None, y_ND):
@@ -322,7 +321,7 @@ def test_norm_output_matches_reader_format(kind: type[nn.Module], width: int) ->
 @pytest.mark.parametrize("device", DEVICES)
 @each("dtype", HALF)
 @each("width", [16, 48, 5120, 16384, 17920])
-def test_fused_fp8_gelu_matches_two_steps(width: int, dtype: torch.dtype, device: str) -> None:
+def test_fused_fp8_gelu_matches_two_steps(width, dtype, device):
     """Bit-exact: values are rounded to 16 bits before quantization."""
     x_TI = random_mixed_rows((37, width + 8), 5).to(device, dtype)[:, :width]
     x_TI[4] = 0

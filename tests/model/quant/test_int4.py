@@ -1,8 +1,6 @@
 """GPTQ weights: dequantized values, matmuls and complete models."""
 
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -90,7 +88,7 @@ def test_quantization_error_is_at_most_half_a_scale(shape, shift, size, at_once,
 
 
 @each("size", [0.0, 1e-9, 1e-6])
-def test_tiny_values_have_small_error(size: float) -> None:
+def test_tiny_values_have_small_error(size):
     values = random_values((4, 128)) * size
     found = quantize(values).dequantize(torch.float32)
     assert bool(found.isfinite().all())
@@ -124,7 +122,7 @@ def test_model_matches_dequantized_bit_exactly(source, config, tmp_path):
         assert torch.equal(*(compute_logits(model, batch) for model in models))
 
 
-def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> None:
+def test_saved_weights_match_published(source, tmp_path):
     """The 4-bit weights remain those of the base next to trained parts."""
     four, _ = write_quantized_model(source, tmp_path, GptqConfig(act_order=True))
     model = load_model(four, torch.float32, CPU)
@@ -138,7 +136,7 @@ def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> N
     assert ModelFolder(again).config["quantization_config"] == GptqConfig(act_order=True).config
 
 
-def test_full_training_of_int4_weights_is_rejected(source: ModelFolder, tmp_path: Path) -> None:
+def test_full_training_of_int4_weights_is_rejected(source, tmp_path):
     four, _ = write_quantized_model(source, tmp_path, GptqConfig())
     tune = TuneSettings.model_validate({"language": "full"})
     with pytest.raises(UserError, match="language is full, but the model has 4-bit weights"):
@@ -158,7 +156,7 @@ def test_full_training_of_int4_weights_is_rejected(source: ModelFolder, tmp_path
     ],
     ids=str,
 )
-def test_other_quantization_settings_are_rejected(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_other_quantization_settings_are_rejected(changes, tmp_path):
     source = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     change_config(source, quantization_config=GptqConfig().config | changes)
     named = f"{next(iter(changes))}': {next(iter(changes.values()))!r}"
@@ -193,7 +191,7 @@ def test_damaged_weights_are_rejected(ending, tensor, message, tmp_path):
         load_model(four, torch.float32, CPU)
 
 
-def test_fused_layers_must_share_quantization(tmp_path: Path) -> None:
+def test_fused_layers_must_share_quantization(tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     four, dense = write_quantized_model(tiny, tmp_path, GptqConfig())
     weights = load_file(dense.path / "model.safetensors")

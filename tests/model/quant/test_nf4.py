@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +62,7 @@ def test_codes_match_bitsandbytes_linear4bit(shape, dtype, device):
     assert torch.equal(ours.absmax_mean, state.offset)
 
 
-def test_chunked_quantization_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_quantization_matches(monkeypatch):
     values = random_values((96, 3420))
     full = quantize(values)
     monkeypatch.setattr(nf4, "CHUNK_ELEMENTS", 64 * 100)
@@ -74,7 +73,7 @@ def test_chunked_quantization_matches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @each("shape", SHAPES)
-def test_dequantize_matches_reference(shape: tuple[int, int], device: str) -> None:
+def test_dequantize_matches_reference(shape, device):
     """Includes rows that are no multiple of a block, where bitsandbytes fails on a CPU."""
     matrix = quantize(random_values(shape).to(device))
     expected = dequantize_reference(matrix)
@@ -87,7 +86,7 @@ def test_dequantize_matches_reference(shape: tuple[int, int], device: str) -> No
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
+def test_no_dense_weight_is_saved_for_backward(adapted):
     widths = {"q_proj": 40, "k_proj": 12, "v_proj": 12}
     group = FusedLinear(48, widths, bias=True).requires_grad_(False)
     group.set_quantized_weight(Nf4Matrix)
@@ -107,7 +106,7 @@ def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
     assert bool(saved) is adapted
 
 
-def test_bitsandbytes_downloads_no_kernels(tmp_path: Path) -> None:
+def test_bitsandbytes_downloads_no_kernels(tmp_path):
     """An installed package `kernels` would download code for bitsandbytes."""
     (tmp_path / "kernels.py").write_text(
         "print('imported')\ndef get_kernel(*_, **__):\n    print('fetched')\n    raise OSError\n"

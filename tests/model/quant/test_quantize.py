@@ -85,7 +85,7 @@ def make_matrix(kind: str, values: Tensor, device: str = "cpu") -> QuantizedMatr
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_error_and_memory_of_a_format(kind: str) -> None:
+def test_error_and_memory_of_a_format(kind):
     values = random_values(512, 1024)
     matrix = make_matrix(kind, values)
     off = matrix.dequantize(torch.float32) - values
@@ -141,7 +141,7 @@ def test_only_the_decoder_is_quantized(kind, family, head, run_parts, tmp_path):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_adapter_stays_unmerged_on_quantized_weights(kind: WeightFormat, tmp_path: Path) -> None:
+def test_adapter_stays_unmerged_on_quantized_weights(kind, tmp_path):
     folder = tiny(tmp_path)
     batch = pack_mixed_questions(folder, tmp_path)
     trained = load_model(folder, torch.float32, CPU)
@@ -197,7 +197,7 @@ def test_loading_holds_one_dense_matrix_at_a_time(kind, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_unsupported_models_are_rejected(kind: WeightFormat, tmp_path: Path) -> None:
+def test_unsupported_models_are_rejected(kind, tmp_path):
     experts = ModelFolder(create_tiny_model(tmp_path / "experts", "qwen3_vl_moe"))
     four, _ = write_quantized_model(tiny(tmp_path), tmp_path, GptqConfig())
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llava"}))
@@ -210,7 +210,7 @@ def test_unsupported_models_are_rejected(kind: WeightFormat, tmp_path: Path) -> 
             load_auto_model(folder, torch.float32, CPU, (), kind)
 
 
-def test_triton_interpreter_runs_all_kernels(tmp_path: Path) -> None:
+def test_triton_interpreter_runs_all_kernels(tmp_path):
     """Compare each format and tiling with the dequantized matrix, on a CPU."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
@@ -275,7 +275,7 @@ def test_gpu_products_match_dequantized_weights(kind, dtype, rows, shape):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("rows", [1, 5, MAX_GEMM_ROWS])
-def test_cuda_graph_product_matches(kind: str, rows: int) -> None:
+def test_cuda_graph_product_matches(kind, rows):
     """The matmul allocates no dense matrix."""
     outputs, inputs = 1024, 2048
     matrix = make_matrix(kind, random_values(outputs, inputs), "cuda")

@@ -87,7 +87,7 @@ def run_ranks(*errors: Exception | None) -> list[BaseException | None]:
         return list(pool.map(run_rank, make_ranks(len(errors))))
 
 
-def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
+def test_out_of_memory_reduces_budget_on_all_ranks():
     """The budgets are combined; the run ends if one sample is too large for a rank."""
 
     def full(*budget: float) -> GpuOutOfMemoryError:
@@ -107,7 +107,7 @@ def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
     assert run_ranks(None, None) == [None, None]
 
 
-def test_failure_is_reported_in_next_collective() -> None:
+def test_failure_is_reported_in_next_collective():
     """All ranks then exchange their state."""
     ranks = make_ranks(3)
 
@@ -129,7 +129,7 @@ def test_failure_is_reported_in_next_collective() -> None:
         assert all(one.result() == [[0, 15], [1, 0], [2, 15]] for one in futures)
 
 
-def test_ranks_at_different_steps_are_detected() -> None:
+def test_ranks_at_different_steps_are_detected():
     """The error contains both step numbers, or both collectives."""
     first, second = make_ranks(2)
     with ThreadPoolExecutor(1) as pool:
@@ -146,7 +146,7 @@ def test_ranks_at_different_steps_are_detected() -> None:
         assert isinstance(other.exception(), RankDesyncError)
 
 
-def test_rank_zero_waits_until_all_ranks_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_zero_waits_until_all_ranks_leave(monkeypatch):
     """Rank 0 hosts the store, which the other ranks read in their last collective."""
     store = dist.HashStore()
     monitors = [RankMonitor(store, rank, 3) for rank in range(3)]
@@ -161,7 +161,7 @@ def test_rank_zero_waits_until_all_ranks_leave(monkeypatch: pytest.MonkeyPatch) 
     RankMonitor(dist.HashStore(), 0, 2).leave()
 
 
-def test_killed_main_process_is_named() -> None:
+def test_killed_main_process_is_named():
     ended = dist.DistNetworkError("Connection reset by peer")
     store: Any = mock.Mock(**{"set.side_effect": ended, "check.side_effect": ended})
     with pytest.raises(RankTimeoutError, match="rank 0 of 2 did not respond"):
@@ -189,7 +189,7 @@ def test_stop_signal_with_a_missing_rank():
         assert trainer.save_checkpoint.called == saves
 
 
-def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
+def test_training_is_equal_for_any_world_size(tmp_path):
     """Each run resumes with another world size. Takes long: six runs of up to four processes."""
     task = TinyTask(tmp_path / "task")
     alone, two, four = (run_to_completion(task, count, f"run{count}") for count in (1, 2, 4))
@@ -206,7 +206,7 @@ def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
     assert sizes == [2, 1]
 
 
-def test_evaluation_is_distributed(tmp_path: Path) -> None:
+def test_evaluation_is_distributed(tmp_path):
     """Some ranks have no sample, one sample is corrupt. Takes long: three runs, four processes."""
     task = TinyTask(tmp_path / "task")
     task.recipe["track"] = ["tensorboard"]
@@ -226,13 +226,13 @@ def test_evaluation_is_distributed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon"])
-def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -> None:
+def test_other_optimizers_match_single_process(tmp_path, optimizer):
     task = TinyTask(tmp_path / "task")
     alone, two = (run_to_completion(task, n, f"run{n}", optimizer=optimizer) for n in (1, 2))
     assert_equal_losses(two, alone, rel=1e-4)
 
 
-def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
+def test_failing_rank_ends_all_ranks(tmp_path):
     """The repaired run resumes. Takes long: torchrun starts processes that import torch."""
     task = TinyTask(tmp_path / "task")
     whole = run_to_completion(task, 2, "whole", epochs=1)
@@ -263,7 +263,7 @@ def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pack_tokens", [100, 10])
-def test_corrupt_image_is_skipped_on_all_ranks(tmp_path: Path, pack_tokens: int) -> None:
+def test_corrupt_image_is_skipped_on_all_ranks(tmp_path, pack_tokens):
     """Check context parallelism with cached features, too."""
     task = TinyTask(tmp_path / "task")
     task.truncate_images("train3")
@@ -297,7 +297,7 @@ def find_rank(folder: Path, rank: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
 @pytest.mark.parametrize(("count", "rank"), [(2, 0), (2, 1), (4, 0), (4, 3)])
-def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, count: int, rank: int) -> None:
+def test_stop_signal_on_one_rank_stops_all(tmp_path, count, rank):
     """Each rank stops with a checkpoint of the last step: two under torchrun, four without it."""
     task = TinyTask(tmp_path / "task")
     folder, deadline = task.folder / "run", time.monotonic() + 120
@@ -326,7 +326,7 @@ def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, count: int, rank: int
     assert (folder / "checkpoints" / f"step-{last}").is_dir()
 
 
-def test_context_shards_cover_every_sample() -> None:
+def test_context_shards_cover_every_sample():
     class FixedSampler:
         def __len__(self) -> int:
             return 50

@@ -63,7 +63,7 @@ def read_param_audit(folder: Path) -> list[list[Any]]:
     return [[row[name] for name in names] for row in rows]
 
 
-def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
+def test_training_is_equal_for_1_2_and_4_ranks(tmp_path):
     """Resumed runs have other shards and smaller packs. Takes long: six runs, four processes."""
     task = make_mixed_task(tmp_path / "task")
     alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
@@ -97,7 +97,7 @@ def test_training_is_equal_for_1_2_and_4_ranks(tmp_path: Path) -> None:
         assert_close(folder, alone if folder is not alone else two)
 
 
-def test_lora_training_is_equal_when_sharded(tmp_path: Path) -> None:
+def test_lora_training_is_equal_when_sharded(tmp_path):
     """The base model is frozen, the merger fully trained; the fp32 results are equal."""
     task = make_mixed_task(tmp_path / "task")
     alone = run_to_completion(task, 1, "alone")
@@ -114,7 +114,7 @@ def test_lora_training_is_equal_when_sharded(tmp_path: Path) -> None:
             assert (tensor - theirs[key]).square().mean().sqrt() <= 1e-5, key
 
 
-def test_unsupported_sharding_is_rejected(tmp_path: Path) -> None:
+def test_unsupported_sharding_is_rejected(tmp_path):
     task = TinyTask(tmp_path / "task")
     path = write_recipe(tmp_path / "recipe.yaml", task.recipe | {"output_dir": "run"})
     recipe = load_recipe(path, ["train.parallel=fsdp", "train.optimizer=muon"])

@@ -45,7 +45,7 @@ def assert_resumes_bit_exactly(task: TinyTask, run: Path, count: int, **settings
 
 
 @pytest.mark.parametrize("family", ["qwen3_5", "qwen3_5_moe"])
-def test_losses_are_equal_for_one_and_two_ranks(family: TinyFamily, tmp_path: Path) -> None:
+def test_losses_are_equal_for_one_and_two_ranks(family, tmp_path):
     task = make_task(tmp_path, family)
     alone = run_to_completion(task, 1, "alone", tune=FULL_FINETUNE)
     for parallel in ("ddp", "fsdp"):
@@ -55,7 +55,7 @@ def test_losses_are_equal_for_one_and_two_ranks(family: TinyFamily, tmp_path: Pa
         assert_resumes_bit_exactly(task, alone, 1, tune=FULL_FINETUNE)
 
 
-def test_sharded_decay_parameters_are_trained_and_resumed(tmp_path: Path) -> None:
+def test_sharded_decay_parameters_are_trained_and_resumed(tmp_path):
     """Each rank updates its rows, in fp32 next to bf16 weights; resumed runs have the same bits."""
     task = make_task(tmp_path)
     settings = {"precision": "bf16", "tune": FULL_FINETUNE}
@@ -90,7 +90,7 @@ def load_bf16_model(folder: Path, tune: dict[str, Any]) -> VisionLanguageModel:
 
 @pytest.mark.usefixtures("single_rank")
 @pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA])
-def test_sharded_model_computes_the_decay_in_fp32(tune: dict[str, Any], tmp_path: Path) -> None:
+def test_sharded_model_computes_the_decay_in_fp32(tune, tmp_path):
     """With one rank, the bf16 hidden states of the sharded model have the same bits."""
     ids_T = torch.randint(0, 90, (70,), generator=torch.Generator().manual_seed(0))
     batch = PackedBatch(
@@ -120,7 +120,7 @@ def test_sharded_model_computes_the_decay_in_fp32(tune: dict[str, Any], tmp_path
 
 
 @pytest.mark.usefixtures("single_rank")
-def test_lora_gradients_of_several_packs_add_up_in_fp32(tmp_path: Path) -> None:
+def test_lora_gradients_of_several_packs_add_up_in_fp32(tmp_path):
     """LoRA weights are replicated, so FSDP does not sum their bf16 gradients."""
     model = load_bf16_model(tmp_path, LORA)
     strategy = FSDPStrategy(model, torch.bfloat16, "fsdp")

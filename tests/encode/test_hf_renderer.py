@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import hf_models
@@ -167,6 +168,20 @@ def test_unsupported_parts_are_rejected(renderer, tmp_path, part, message):
     if part["type"] == "box":
         with pytest.raises(UserError, match=message):
             renderer.tokenize_prompt(located_sample)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
+def test_package_required_by_processor_is_named(folder, tmp_path):
+    copy_model(folder, tmp_path)
+    (tmp_path / "processor_config.json").unlink()
+    for name, content in (
+        ("config", {"model_type": "glm4v"}),
+        ("preprocessor_config", {"image_processor_type": "Qwen2VLImageProcessor"}),
+        ("tokenizer_config", {"eos_token": "<|im_end|>"}),
+    ):
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"(?i)processor of glm4v: .*torchvision"):
+        build_renderer(ModelFolder(tmp_path))
 
 
 def test_missing_transformers_names_the_extra(monkeypatch, tmp_path):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finesight.model import fused_ops
-from finesight.model.layers import RotaryCosSin, apply_rotary_pos_emb
+from finesight.model.layers import RotaryCosSin, ZeroCenteredRmsNorm, apply_rotary_pos_emb
 
 SHAPES = [(5, 3, 16), (1, 1, 80), (260, 12, 128), (77, 32, 80), (3, 5, 6)]
 
@@ -46,6 +46,10 @@ def test_rms_norm_matches_torch_and_rounds_once():
     found = fused_ops.rms_norm(*narrow, 1e-6)
     assert found.dtype == torch.bfloat16
     torch.testing.assert_close(found.double(), exact, rtol=2**-8, atol=0)
+    norm = ZeroCenteredRmsNorm(64, eps=1e-6)
+    norm.weight.data = narrow[1]
+    exact = F.rms_norm(narrow[0].double(), (64,), 1 + narrow[1].double(), 1e-6)
+    torch.testing.assert_close(norm(narrow[0]).double(), exact, rtol=2**-8, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])

@@ -262,6 +262,8 @@ def test_products_match_the_codes(rows, scale, device):
     for rows_TI, right, found in (forward, back):
         exact = (rows_TI.codes_TI.double() * rows_TI.scales_T1) @ right
         assert float((found.double() - exact).norm() / exact.norm()) < bound
+    compute_fused(group, x_TI.requires_grad_()).backward(dy_TO)
+    assert torch.equal(x_TI.grad, back[2])
 
 
 def equal(found: Fp8Rows, expected: Fp8Rows) -> bool:

@@ -22,8 +22,6 @@ EMBEDDING_SYSTEM = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
 
 @dataclass(frozen=True)
 class ExpectedEncoding:
-    """Encoding of a conversation by the reference."""
-
     ids_T: np.ndarray
     loss_mask_T: np.ndarray
     position_ids_3T: np.ndarray
@@ -64,7 +62,6 @@ class HFChatReference:
         }
 
     def encode(self, located_sample: LocatedSample) -> ExpectedEncoding:
-        """Return ids, supervised markers, positions and patches of the whole conversation."""
         seen = [
             v
             for part in located_sample.sample.iter_parts()
@@ -194,7 +191,6 @@ class HFChatReference:
 
 
 def render_chat(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:
-    """Apply the published chat template."""
     own = messages[0]["role"] == "system" or system is None
     turns = [] if own else [("system", system)]
     for message in messages:
@@ -239,7 +235,6 @@ def build_rope_model(family: str) -> Any:
 
 
 def _group_boxes(message: Any) -> list[Any]:
-    """Return the parts of a turn, with adjacent boxes in lists."""
     runs: list[Any] = []
     for part in message.content:
         if isinstance(part, BoxPart) and runs and isinstance(runs[-1], list):

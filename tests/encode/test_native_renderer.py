@@ -49,13 +49,11 @@ def renderer(folder: ModelFolder) -> NativeRenderer:
 
 
 def make_sample(folder: Path, *turns: tuple[ContentPart, ...]) -> LocatedSample:
-    """Make a sample of alternating user and assistant turns."""
     messages = [Message(role=("user", "assistant")[n % 2], content=c) for n, c in enumerate(turns)]
     return LocatedSample(Sample(id="one", messages=tuple(messages)), folder)
 
 
 def compare(folder: ModelFolder, images: ImageSet, numbers: range, *, videos: bool) -> None:
-    """Compare the encodings of conversations with the reference."""
     reference, renderer = HFChatReference(folder), NativeRenderer(folder)
     for number in numbers:
         located_sample = make_conversation(number, images, videos=videos)

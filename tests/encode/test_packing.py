@@ -31,7 +31,6 @@ from finesight.train.loss import fused_linear_cross_entropy
 def make_sample(
     ids: list[int], supervised: list[bool], image: tuple[int, int] | None = None, name: str = "a"
 ) -> EncodedSample:
-    """Make a sample with an image at a range of its tokens."""
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     spans = (VisualSpan("image", *image, (1, 2, 4), (), (28, 56), (28, 56)),) if image else ()
     ids_T, mask_T = np.array(ids, dtype=np.int32), np.array(supervised)

@@ -30,7 +30,6 @@ IMAGE_TOKENS = 4
 
 
 def make_model_folder(name: str, target: Path) -> ModelFolder:
-    """Copy the small files of a published model."""
     target.mkdir()
     for file in ("config.json", "chat_template.jinja", "tokenizer_config.json"):
         (target / file).write_bytes((ASSETS / name / file).read_bytes())
@@ -43,7 +42,6 @@ def make_model_folder(name: str, target: Path) -> ModelFolder:
 
 
 def make_conversation(rng: random.Random) -> list[Message]:
-    """Make one to four questions with images, reasoning, tool responses and whitespace."""
     messages = []
     if rng.random() < 0.4:
         messages.append(Message(role="system", content=split_text(rng, make_text(rng))))
@@ -67,7 +65,6 @@ def make_answer(rng: random.Random) -> Message:
 
 
 def make_tool_turn(rng: random.Random) -> Message:
-    """Make one or two tool responses, or a question that looks similar."""
     responses = [f"<tool_response>{make_text(rng)}</tool_response>" for _ in range(2)]
     before, after = (rng.choice(["", "", "", "x"]) for _ in range(2))
     text = before + make_space(rng).join(responses[rng.randrange(2) :]) + after
@@ -116,7 +113,6 @@ def compile_template(text: str) -> Any:
 def render_published(
     folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
 ) -> str:
-    """Render messages with the published template."""
     turns: list[dict[str, Any]] = []
     for message in messages:
         content: list[dict[str, Any]] = [

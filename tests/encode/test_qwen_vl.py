@@ -39,7 +39,6 @@ def renderer() -> NativeRenderer:
 
 
 def make_conversation(rng: random.Random, number: int) -> Sample:
-    """Make one to four questions with up to three images each, and answers with boxes."""
     turns: list[Message] = []
     num_images = 0
     for question in range(rng.randrange(1, 5)):

@@ -40,7 +40,6 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def stream_text(
     tokenizer: TextTokenizer, ids: list[int], end_ids: tuple[int, ...] = ()
 ) -> list[str]:
-    """Return the text emitted with each token, and at the end."""
     detokenizer = IncrementalDetokenizer(tokenizer, end_ids, (), False)
     deltas = [detokenizer.add_token(token) for token in ids]
     deltas.append(detokenizer.flush())

@@ -65,7 +65,6 @@ def test_answers_match_the_dequantized_model(source, tmp_path):
 def force_decode(
     model: VisionLanguageModel, prompts: Sequence[EncodedSample], tokens: Sequence[Sequence[int]]
 ) -> list[Tensor]:
-    """The logits of each answer and step, the tokens being given."""
     generated = generate_cached(model, prompts, len(tokens[0]), forced_tokens=tokens)
     return [logits_V for answer in generated for logits_V in answer.logits]
 

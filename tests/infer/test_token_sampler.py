@@ -183,8 +183,6 @@ def test_logprobs_are_of_the_unmodified_logits():
 
 
 class FixedConstraint(DecodingConstraint):
-    """A constraint that always allows the same tokens."""
-
     def __init__(self, allowed: set[int], vocabulary: int) -> None:
         self._bits = build_bitmask(sorted(allowed), -(-vocabulary // 32))
 

@@ -57,7 +57,6 @@ def end_to_end(gradients: dict[str, Tensor]) -> Tensor:
 def gradients_of_packings(
     task: dict[str, Any], folder: Path, tune: dict[str, Any], *, double: bool = False, **train: Any
 ) -> dict[int, tuple[float, dict[str, Tensor]]]:
-    """Loss and gradients of the first step by its number of packs."""
     found = {}
     for packs, budget in ((8, 1), (2, 230), (1, 8192)):
         changed = task | {"train": task["train"] | train}

@@ -28,7 +28,6 @@ from finesight.train.training_run import train
 
 
 def make_samples(folder: Path, number: int = 24) -> list[Sample]:
-    """Write images of a red rectangle, and samples with its box."""
     rng = np.random.default_rng(7)
     samples = []
     for n in range(number):

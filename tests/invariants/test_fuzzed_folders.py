@@ -44,7 +44,6 @@ class Ended(NamedTuple):
 
 
 def run_forked(command: list[str], folder: Path) -> Ended:
-    """Carry out a command in a process that has imported everything already."""
     with tempfile.TemporaryFile("w+b") as file:
         child = os.fork()
         if child == 0:
@@ -118,7 +117,6 @@ OFTEN = (
 
 
 def mutated_recipe(rng: random.Random, content: bytes) -> bytes:
-    """A recipe that something is wrong with, mostly."""
     match rng.randrange(6):
         case 0:
             return rng.choice(ODD_FILES)

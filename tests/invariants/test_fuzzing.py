@@ -65,7 +65,6 @@ NAMES = (
 
 
 def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
-    """A line of a data file that something is wrong with, mostly."""
     return mutated_json(rng, as_json(rng.choice((SAMPLE, good))))
 
 
@@ -89,7 +88,6 @@ def corrupt_recipe(rng: random.Random, good: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task, and a recipe that names `spoilt.jsonl`."""
     folder = tmp_path_factory.mktemp("task")
     recipe = make_task(folder)
     recipe["data"] = {"train": str(folder / "spoilt.jsonl")}

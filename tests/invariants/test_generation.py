@@ -168,7 +168,6 @@ def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
 
 
 def answer_alone(setup: GenerationSetup) -> list[engine_fixtures.RequestEvents]:
-    """Answers of all requests, each in an engine of its own."""
     answers = []
     for request in make_requests(setup):
         engine = Engine(setup.model, (), max_num_seqs=1, num_cache_tokens=1024)

@@ -65,7 +65,6 @@ def setup(request, tmp_path_factory) -> MultiLoraSetup:
 def join_adapters(
     base: VisionLanguageModel, alone: Mapping[str, VisionLanguageModel], device: str = "cpu"
 ) -> VisionLanguageModel:
-    """Copy the base and all adapters to a device, as multi-LoRA."""
     model = copy.deepcopy(base).to(device)
     multi_lora = MultiLora(model)
     for name in ADAPTERS:
@@ -83,7 +82,6 @@ def make_request(prompt: EncodedSample, adapter: int | None = None) -> Generatio
 
 
 def answer_alone(model: VisionLanguageModel, prompts: list[EncodedSample]) -> list[RequestEvents]:
-    """Each alone, with log probabilities."""
     found = []
     for prompt in prompts:
         engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)

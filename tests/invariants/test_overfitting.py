@@ -41,7 +41,6 @@ def make_samples(folder: Path) -> list[LocatedSample]:
 def train_and_predict(
     folder: Path, family: str, tune: dict[str, object], samples: list[LocatedSample]
 ) -> tuple[RunResult, list[dict[str, Any]]]:
-    """Train on the samples, and predict the answers for their images."""
     write_samples(folder / "train.jsonl", [sample.sample for sample in samples])
     recipe = {
         "model": str(folder / "tiny"),

@@ -44,7 +44,6 @@ def train_tiny(
 
 
 def import_tickets(folder: Path) -> dict[str, str]:
-    """Write training tickets with JSON answers, and a validation split."""
     write_tickets(folder / "tickets", 172, 0)
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
     request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=12)

@@ -61,7 +61,6 @@ def assert_mtp_is_unchanged(written: Path, source: Path) -> None:
 
 
 def generate_with_transformers(folder: Path, prompt: EncodedSample, side: int = 16) -> list[int]:
-    """Return the greedy completion of the published code."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     patches = torch.from_numpy(prompt.patches_ND).unflatten(1, (3, -1)).double() / 255
     pixels = (patches - 0.5) / 0.5

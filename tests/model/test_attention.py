@@ -149,5 +149,4 @@ def test_bf16_error_is_close_to_fused_kernel(causal, spread, width):
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """Return the root mean square of the differences."""
     return float((found.detach().double() - exact.detach()).square().mean().sqrt())

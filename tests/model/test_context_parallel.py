@@ -49,7 +49,6 @@ def make_shards(encoded: EncodedSample, number: int, count: int) -> PackedBatch:
 def compute_loss_and_gradients(
     model: VisionLanguageModel, batch: PackedBatch, known_MKD: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the loss and the gradients of all parameters."""
     model = deepcopy(model)
     h_LD = model(batch, known_MKD)
     loss = fused_linear_cross_entropy(

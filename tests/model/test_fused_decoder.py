@@ -49,8 +49,6 @@ HYBRID_CONFIG = replace(
 
 @dataclass(frozen=True)
 class PassResult:
-    """Output and gradients of one pass, in fp32."""
-
     y: Tensor
     grads: Mapping[str, Tensor]
 
@@ -62,7 +60,6 @@ def layer(rank: int | None, dropout: float = 0.0, *, trainable: bool = False) ->
 def initialize(
     made: LayerType, rank: int | None, dropout: float = 0.0, *, trainable: bool = False
 ) -> LayerType:
-    """Draw the weights, and add adapters of this rank."""
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05

@@ -33,7 +33,6 @@ def random_values(*shape: int, dtype: torch.dtype, seed: int = 0, scale: float =
 
 
 def layer(width: int, outputs: int) -> FusedLinear:
-    """Return a frozen linear layer."""
     group = FusedLinear(width, {"fc": outputs}, bias=True).requires_grad_(False)
     generator = torch.Generator().manual_seed(1)
     for parameter in group.parameters():

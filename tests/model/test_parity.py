@@ -38,7 +38,6 @@ SAMPLES = [
 
 
 def make_pairs(family: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, native model and reference model of each config of a family."""
     for name, (own_family, changes) in MODELS.items():
         if own_family == family:
             settings = make_config(family, **deepcopy(changes))

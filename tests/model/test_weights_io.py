@@ -162,7 +162,6 @@ Tensors = dict[str, Tensor]
 
 
 def change(folder: ModelFolder, how: Callable[[Tensors], Tensors]) -> Path:
-    """Rewrite the first weight file."""
     file = folder.weight_files()[0]
     save_file(how(load_file(file)), file)
     return file

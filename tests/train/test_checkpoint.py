@@ -40,7 +40,6 @@ def make_state(step: int) -> CheckpointState:
 
 
 def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, two slices of one tensor, and the optimizer state."""
     flat_E = torch.arange(256.0) + value
     weights = {"a": flat_E[:100].view(10, 10), "b": flat_E[128:200]}
     return weights, {"num_steps": torch.tensor(float(value))}

@@ -86,7 +86,6 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 def run_packs(runner: CudaGraphRunner, packs: Sequence[PackedBatch]) -> int:
-    """Run packs, and return the number of graph replays and captures."""
     before = len(runner.graphs.keys)
     for batch in packs:
         runner.forward_backward(batch, None, WEIGHT)
@@ -169,8 +168,6 @@ def test_text_only_packs_give_encoder_no_gradients(folder, monkeypatch):
 
 
 class FakeEvent:
-    """CUDA event with a simulated clock and status."""
-
     clock, is_finished = 0.0, False
 
     def __init__(self, *, enable_timing: bool) -> None:
@@ -216,8 +213,6 @@ def test_fastest_launch_and_replay_are_compared(timer):
 
 def test_launches_and_replays_are_timed(folder, monkeypatch, gpu, timer):
     class ReplayingGraphCache(EagerGraphCache):
-        """Graph cache that replays from the third run on."""
-
         def contains(self, key: int) -> bool:
             return len(self.keys) > 1
 
@@ -260,7 +255,6 @@ def train_packs(
     packs: Sequence[PackedBatch],
     has_cache: bool = False,
 ) -> list[GraphStep]:
-    """Return the losses and gradients of packs, with cached image features or without."""
     results = []
     for number, batch in enumerate(packs):
         torch.manual_seed(number)
@@ -272,7 +266,6 @@ def train_packs(
 
 
 def assert_close(result: GraphStep, expected: GraphStep) -> None:
-    """Compare losses and gradients."""
     torch.testing.assert_close(result[0], expected[0], rtol=2e-3, atol=2e-3)
     for one, other in zip(result[1], expected[1], strict=True):
         assert (one is None) == (other is None)

@@ -154,7 +154,6 @@ def large_task(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
 
 def corrupt_samples(task: TinyTask) -> dict[str, str]:
-    """Corrupt four samples that are not scanned; return a part of each error."""
     unscanned = [
         index for index in range(NUM_SAMPLES) if index not in dataset_stats.draw_subset(NUM_SAMPLES)
     ]

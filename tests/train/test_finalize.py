@@ -188,7 +188,6 @@ def test_final_comparison_has_intervals(task):
 
 
 def make_audit(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor], ParamAudit]:
-    """A model with trained layers, frozen other parts, and its audit."""
     torch.manual_seed(0)
     model = nn.Module()
     model.visual = nn.ModuleDict({"blocks": nn.Linear(3, 5)})

@@ -109,7 +109,6 @@ def make_pack(
     prefix: int,
     count: int,
 ) -> PackedBatch:
-    """Create a pack of random sequence lengths in a range, with arbitrary content."""
     own = [rng.randint(*length_range) for _ in range(count)]
     lengths = (prefix, *own) if prefix else tuple(own)
     ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
@@ -216,13 +215,11 @@ def make_vision_model(folder: Path, family: str, tune: dict[str, Any] = ALL) -> 
 
 
 def make_packs(folder: Path, family: str, each: int) -> list[PackedBatch]:
-    """Create three packs of `each` samples."""
     samples = encode_samples(folder, ModelFolder(folder / family), max_pixels=30_000)
     return [pack(samples[at : at + each]) for at in range(0, 3 * each, each)]
 
 
 def assert_close_gradients(found: Tensor | None, expected: Tensor | None, most: float) -> None:
-    """Compare the norm of the error with the norm of the gradient."""
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
         assert float((found - expected).norm()) < most * float(expected.norm().clamp(min=1e-12))

@@ -25,7 +25,6 @@ from finesight.train.dataset_stats import (
 
 
 def replace_images(task: TinyTask, *names: str) -> None:
-    """Replace images by other ones of the same name and size."""
     for name in names:
         path = task.folder / f"{name}.png"
         with Image.open(path) as image:

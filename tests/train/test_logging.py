@@ -49,7 +49,6 @@ class HistoryFileSystem(FileSystem):
 
 
 def read_status(page: str) -> str:
-    """Return the run status of a report page."""
     found = re.search(r"The run is ([^.]+)\.", page)
     assert found is not None, "the page does not contain the status of the run"
     return found[1]
@@ -177,7 +176,6 @@ def test_loss_spike_is_above_the_recent_level():
 
 @pytest.fixture
 def tracker() -> mock.Mock:
-    """Tracker manager that records all calls."""
     return mock.Mock(is_active=True)
 
 

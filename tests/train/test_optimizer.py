@@ -51,7 +51,6 @@ def make_parameters(
 def backward(
     named: dict[str, nn.Parameter], seed: int, scale: float = 1.0, without: str = ""
 ) -> dict[str, Tensor]:
-    """Compute random gradients of all parameters but one, and return them."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()}
     drawn.pop(without, None)

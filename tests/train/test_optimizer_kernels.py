@@ -17,8 +17,6 @@ SIZES = [(5000 * 16, 256, 4096), (5003, 77)]
 
 
 class OptimizerSetup:
-    """A group of parameters, its gradients and its optimiser, on one device."""
-
     def __init__(
         self, sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool, device: str
     ) -> None:

@@ -70,7 +70,6 @@ def read_steps(task: TinyTask, name: str | Path = "run") -> list[dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def plain_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run without memory limit."""
     task = TinyTask(tmp_path_factory.mktemp("plain"))
     task.run()
     return task.folder / "run"

@@ -53,7 +53,6 @@ def test_foreign_paths_are_rejected(tmp_path, resume):
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """Run with evaluations of steps 0, 2 and 4."""
     run = RunDir(tmp_path)
     for step in range(5):
         if step % 2 == 0:

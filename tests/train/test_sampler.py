@@ -82,7 +82,6 @@ def make_steps(
     weights: tuple[float, ...] | None = None,
     **train: object,
 ) -> tuple[TrainSampler, list[list[int]]]:
-    """Return a sampler over files of these sizes, and the samples of its steps."""
     empty = np.empty(0, np.int64)
     files = [
         JsonlSamples(Path(), SampleIndex(np.arange(size + 1), empty, ""), (0, 0)) for size in sizes

@@ -276,7 +276,6 @@ def test_default_evaluations_and_overfitting_warning(tmp_path, monkeypatch):
 
 
 def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """Return a train state, and a copy of its master weights."""
     state = make_train_state(folder, LORA | {"merger": "full"}, precision=precision)
     return state, {name: value.clone() for name, value in state.optimizer.master_weights().items()}
 

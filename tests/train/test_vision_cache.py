@@ -68,7 +68,6 @@ def test_every_cache_tier_is_bit_exact(tmp_path, family):
 
 
 def insert_videos(data: Path, frames: dict[int, int]) -> None:
-    """Put a video with a number of frames before the image of some samples."""
     with edit_samples(data) as samples:
         for number, count in frames.items():
             names = [f"{data.stem}-{number}-{frame}.png" for frame in range(count)]
@@ -234,7 +233,6 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
 
 
 def make_states(folder: Path, **train: Any) -> list[TrainState]:
-    """Create the states of processes on one machine."""
     make_train_state(folder, **train)
     store, states = dist.HashStore(), []
     for rank in range(NUM_RANKS):

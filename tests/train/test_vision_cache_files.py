@@ -82,7 +82,6 @@ def test_invalid_header_is_rejected(files):
 
 
 def make_aged_files(folder: Path, count: int) -> tuple[list[Path], int]:
-    """Create files of one encoder, oldest first; return them and the size of each."""
     with closing(VisionFileStore(folder, "old")) as files:
         paths = [files.write(str(number), make_features(number)).path for number in range(count)]
     for number, path in enumerate(paths):

@@ -19,7 +19,6 @@ FEW = settings(max_examples=40, deadline=None, derandomize=True)
 def make_linear(
     widths: list[int], inputs: int, bias: bool = True, dtype: torch.dtype = torch.float64
 ) -> FusedLinear:
-    """Return a frozen fused linear with random weights."""
     torch.manual_seed(len(widths) + inputs)
     sizes = {f"layer_{index}": width for index, width in enumerate(widths)}
     linear = FusedLinear(inputs, sizes, bias=bias).to(dtype)

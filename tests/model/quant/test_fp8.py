@@ -56,7 +56,6 @@ def random_values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def random_mixed_rows(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Return rows of different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.randn(shape[0], 1, generator=generator)
 
@@ -64,7 +63,6 @@ def random_mixed_rows(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 def make_layer(
     dtype: torch.dtype = torch.float32, device: str = "cpu", scale: int = 1, inputs: int = INPUTS
 ) -> FusedLinear:
-    """Return a fused QKV projection with FP8 weights."""
     widths = {name: scale * width for name, width in WIDTHS.items()}
     group = FusedLinear(scale * inputs, widths, bias=True).to(device, dtype).requires_grad_(False)
     assert group.bias is not None

@@ -231,7 +231,6 @@ def test_triton_interpreter_runs_all_kernels(tmp_path):
 
 @pytest.fixture(scope="module")
 def compute_accuracy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[WeightFormat], float]:
-    """Return the accuracy for words in clutter, in fonts unknown to the bundled model."""
     file = write_task(tmp_path_factory.mktemp("drawn") / "street", SIGNS, SAMPLES, 7, "find")
     samples = [LocatedSample(sample, file.parent) for sample in read_samples(file)]
     settings = EvalSettings.model_validate(

@@ -64,7 +64,6 @@ def assert_close(folder: Path, other: Path) -> None:
 
 
 def make_ranks(count: int) -> list[ProcessGroup]:
-    """Create ranks that run in threads."""
     store = dist.HashStore()
     return [
         ProcessGroup(rank, count, monitor=RankMonitor(store, rank, count)) for rank in range(count)
@@ -72,8 +71,6 @@ def make_ranks(count: int) -> list[ProcessGroup]:
 
 
 def run_ranks(*errors: Exception | None) -> list[BaseException | None]:
-    """Return the exceptions of ranks that raise these errors in a collective context."""
-
     def run_rank(ranks: ProcessGroup) -> BaseException | None:
         try:
             with ranks.sync_errors():

@@ -130,19 +130,13 @@ def test_failed_run_reports_its_error(task, monkeypatch):
     assert 'role="status"' not in page.read_text()
 
 
-PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
-
-
-@pytest.fixture
-def live_report(tmp_path: Path) -> LiveReport:
+def test_live_report_shows_newest_progress(tmp_path):
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
-    return LiveReport(RunDir(made.folder), TrainingConsole(Console(file=io.StringIO())), 0.001)
-
-
-def test_live_report_shows_newest_progress(tmp_path, live_report):
+    console = TrainingConsole(Console(file=io.StringIO()))
+    progress = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
     with use_file_system(disk := HistoryFileSystem()):
-        with live_report.run_in_background(PROGRESS):
+        with LiveReport(RunDir(made.folder), console, 0.001).run_in_background(progress):
             RunDir(tmp_path / "run").append_metrics(make_step_line(9))
             end = time.monotonic() + PATIENCE
             while not any("step 9 of 60" in text for text in disk.pages):

@@ -1,5 +1,6 @@
 """GPU: variable-length attention, the bucketed path, 16-bit dtypes, no host synchronization."""
 
+import contextlib
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from finesight.encode.packing import PackedBatch
 from finesight.model import attention, layers
+from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.layers import GatedMlp, RmsNorm, add_norm
 from finesight.model.linear import FusedLinear
 from finesight.model.vlm import VisionLanguageModel
@@ -201,3 +203,54 @@ def test_odd_width_gated_mlp_error_is_bounded(trainable, dtype, monkeypatch):
     mlp.down_proj.bias.data *= 2
     mlp.down_proj.weight.data = mlp.down_proj.weight.data * 2
     torch.testing.assert_close(passed()[0], 2 * found[0])
+
+
+@pytest.mark.parametrize("output", [True, False])
+def test_failed_capture_falls_back_to_eager(output):
+    """Who waits for the card in it spoils it, whether or not he hears of that."""
+    torch.manual_seed(7)
+    expected = [torch.rand(3, device=CUDA) for _ in range(3)]
+    torch.manual_seed(7)
+    drawn = [torch.rand(3, device=CUDA)]
+    graphs, values = CudaGraphCache(CUDA), torch.ones(3, device=CUDA)
+
+    def wait() -> torch.Tensor:
+        with contextlib.nullcontext() if output else contextlib.suppress(RuntimeError):
+            values.sum().item()
+        return values * 2
+
+    assert graphs.run(1, wait).tolist() == [2, 2, 2]
+    with pytest.raises(RuntimeError):
+        graphs.run(1, wait)
+    drawn.append(torch.rand(3, device=CUDA))
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    # What another stream has used comes back once that is through.
+    with torch.cuda.stream(torch.cuda.Stream()):
+        lent = torch.empty(1 << 26, dtype=torch.uint8, device=CUDA)
+    lent.record_stream(torch.cuda.current_stream())
+    del lent
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before + (1 << 26)
+    again = CudaGraphCache(CUDA)
+    for _ in range(3):
+        assert again.run(1, lambda: values * 3).tolist() == [3, 3, 3]
+    drawn.append(torch.rand(3, device=CUDA))
+    assert torch.equal(torch.stack(drawn), torch.stack(expected))
+
+
+def test_graphs_are_captured_once_per_key():
+    """Request keys in any order; each call runs once, eagerly, captured or replayed."""
+    total = torch.zeros(8, device=CUDA)
+
+    def add(number: int) -> torch.Tensor:
+        total[:number] += number
+        return total[:number] * 2
+
+    graphs, wanted = CudaGraphCache(CUDA), torch.zeros(8)
+    for number in (1, 4, 1, 1, 4, 8, 4, 1, 8, 8):
+        wanted[:number] += number
+        found = graphs.run(number, lambda number=number: add(number))
+        assert torch.equal(found.cpu(), 2 * wanted[:number])
+    assert torch.equal(total.cpu(), wanted)

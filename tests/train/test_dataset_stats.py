@@ -6,9 +6,10 @@ from typing import Any
 
 import pytest
 from tiny_task import TinyTask, edit_samples, make_task, read_final_files, read_losses
+from video_fixtures import write_video
 
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.corpus import Corpus, load_corpus
+from finesight.data.corpus import Corpus, load_corpus, open_sample_source
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
@@ -228,3 +229,17 @@ def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task):
     large_task.run(resume=True)
     assert read_losses(run) == read_losses(whole)
     assert read_final_files(run) == read_final_files(whole)
+
+
+def test_fingerprint_covers_the_video_file(tmp_path):
+    path = write_video(tmp_path / "1.mp4")
+    video = {"type": "video", "video": path.name}
+    turns = [{"role": "user", "content": [video]}, {"role": "assistant", "content": "x"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"id": "1", "messages": turns}) + "\n")
+    sample = open_sample_source(data).read_sample(0)
+    assert dataset_stats.list_image_paths(sample) == {str(path)}
+    state = dataset_stats.read_image_state(sample)
+    assert dataset_stats.read_image_state(sample) == state
+    write_video(path, num_frames=15)
+    assert dataset_stats.read_image_state(sample).content != state.content

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,18 @@ from each_value import each
 from huggingface_hub import constants
 from PIL import Image
 from tiny_task import edit_samples, read_losses
+from video_fixtures import write_video
 from vision_cache_fixtures import (
     LORA,
+    assert_features_match,
     build_vision_cache,
     decide_vision_cache,
     make_train_state,
     read_all_features,
 )
 
+from finesight.data.video_file import iter_video_frames
+from finesight.encode import renderer as renderer_module
 from finesight.errors import UserError
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
@@ -113,6 +118,32 @@ def test_changed_image_is_encoded_again(folder, assets):
     fresh = read_all_features(state, build_vision_cache(state))
     assert torch.equal(read_all_features(state, outcome.cache), fresh)
     assert not torch.equal(read_all_features(state, before), fresh)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
+    """Four frames of each file are sampled, and decoded at most once per chunk of features."""
+    folder = tmp_path / "task"
+    make_train_state(folder, family=family)
+    with edit_samples(folder / "train.jsonl") as samples:
+        for number in (1, 4, 5):
+            size = (56, 56 + 28 * number)
+            path = write_video(folder / f"{number}.mp4", num_frames=16, size=size)
+            part = {"type": "video", "video": path.name}
+            samples[number]["messages"][0]["content"][0] = part
+    state = make_train_state(folder, vision_cache="memory")
+    decoded: list[list[int]] = []
+
+    def record(path: Path, frame_indices: Sequence[int]) -> Iterator[Image.Image]:
+        decoded.append(list(frame_indices))
+        return iter_video_frames(path, frame_indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renderer_module, "iter_video_frames", record)
+        cache = build_vision_cache(state)
+    assert sum(map(len, decoded)) == 4 * 3
+    assert len(decoded) <= 3 * len(cache.reader.image_index.split_chunks())
+    assert_features_match(state, cache)
 
 
 def test_encoder_or_size_change_invalidates_the_cache(folder):

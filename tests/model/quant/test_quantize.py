@@ -95,6 +95,35 @@ def test_error_and_memory_of_a_format(kind):
     assert 8 * num_bytes / values.numel() == pytest.approx(NUM_BITS[kind], abs=0.001)
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@each("shape", [(40, 64), (7, 3), (33, 80), (1, 1), (300, 17), (4096, 16)])
+@each("size", [1e-30, 1e-3, 1.0, 1e30])
+def test_rowwise_quantization_error_is_bounded(kind, shape, size):
+    """The largest value of a row is exact: beyond the largest FP8 code there is only NaN."""
+    values = random_values(*shape) * size
+    # One output is dominated by a single element, and one is all zeros.
+    values[0, 0] *= 100
+    values[-1] = 0 if len(values) > 1 else values[-1]
+    matrix = make_matrix(kind, values)
+    found, scales = matrix.dequantize(torch.float32), matrix.scales_O[:, None].expand_as(values)
+    bound = scales / 2 if kind == "int8" else (values.abs() / 16).maximum(scales * 2**-10)
+    assert bool(((found - values).abs() <= bound * (1 + 1e-5)).all())
+    assert len(values) == 1 or not found[-1].any()
+    largest = values.abs().argmax(1, keepdim=True)
+    found_O1, largest_O1 = (x.gather(1, largest) for x in (found, values))
+    torch.testing.assert_close(found_O1, largest_O1, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("at_once", [base.CHUNK_ELEMENTS, 100])
+def test_rowwise_values_are_rounded_once(kind, at_once, monkeypatch):
+    monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
+    matrix = make_matrix(kind, random_values(33, 80))
+    exact = matrix.codes_OI.double() * matrix.scales_O[:, None].double()
+    for dtype in TYPES:
+        assert torch.equal(matrix.dequantize(dtype), exact.float().to(dtype))
+
+
 @pytest.mark.parametrize("kind", FORMATS)
 @each("dtype", TYPES)
 @each("shape", [(7, 64), (2, 3, 64), (1, 64)])

@@ -10,12 +10,13 @@ from tiny_model import create_tiny_model
 from tiny_task import edit_samples
 
 from finesight.config import LongestSide, PixelRange
+from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
 from finesight.recipe import load_recipe, recipe_from_dict
-from finesight.train.oom import translate_oom_errors
+from finesight.train.oom import MemoryBudget, max_unsplit_packs, translate_oom_errors
 from finesight.train.setup import BaseModelRef
 from finesight.train.training_run import train
 
@@ -169,3 +170,22 @@ def test_host_out_of_memory_is_reported():
             allocate()
         with pytest.raises(RuntimeError, match="shapes"), translate_oom_errors():
             raise RuntimeError("shapes")
+
+
+def test_memory_budget_is_reduced_to_the_minimum():
+    budget = MemoryBudget(pack_tokens=8192, activation_checkpointing=False)
+    pack = PackedBatch(("a", "b"), (900, 101), (), *[torch.empty(0)] * 7)
+    one = PackedBatch(("a",), (900,), (), *[torch.empty(0)] * 7)
+    half = budget.next_smaller(pack, is_training=True)
+    assert half == MemoryBudget(pack_tokens=500, activation_checkpointing=False)
+    assert half.next_smaller(one, is_training=False) is None
+    duplicate = half.next_smaller(one, is_training=True)
+    assert duplicate == MemoryBudget(pack_tokens=500, activation_checkpointing=True)
+    assert duplicate.next_smaller(one, is_training=True) is None
+    split = duplicate.next_smaller(one, is_training=True, world_size=2)
+    assert split == MemoryBudget(pack_tokens=224, activation_checkpointing=True)
+    assert max_unsplit_packs(2) * split.pack_tokens < 900, "that sample is split from then on"
+    assert split.next_smaller(one, is_training=True, world_size=2) is None
+    assert duplicate.next_smaller(one, is_training=True, world_size=64) == MemoryBudget(
+        pack_tokens=14, activation_checkpointing=True
+    )

@@ -2,12 +2,15 @@
 
 import copy
 import gc
+import random
 from collections.abc import Sequence
 from typing import Any, NamedTuple, get_args
 
 import engine_fixtures
 import pytest
 import torch
+from conversation_fixtures import make_conversation, make_images
+from lora_fixtures import TUNE_SETTINGS, install_random_adapter
 from tiny_model import TinyFamily, create_tiny_model
 
 from finesight.data.sample import LocatedSample
@@ -18,13 +21,14 @@ from finesight.infer.decode_step import supports_fused_decode
 from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
+from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams
+from finesight.model.lora.multi import MultiLora
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 
 STEPS = 9
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class GenerationSetup(NamedTuple):
@@ -225,7 +229,6 @@ def test_streamed_equals_non_streamed(setup):
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("family", get_args(TinyFamily))
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05), (torch.float16, 0.01)]
@@ -252,7 +255,6 @@ def test_gpu_batched_and_cached_equals_uncached(tmp_path, family, dtype, toleran
 
 
 @pytest.mark.gpu
-@needs_gpu
 @pytest.mark.parametrize("use_cuda_graphs", [False, True])
 def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
     """All fp32 requests at once, by an engine whose host is a step behind."""
@@ -265,7 +267,6 @@ def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
 
 
 @pytest.mark.gpu
-@needs_gpu
 def test_generation_frees_gpu_memory(tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(tiny, torch.bfloat16, torch.device("cuda")).eval()
@@ -279,3 +280,101 @@ def test_generation_frees_gpu_memory(tmp_path):
         assert torch.cuda.memory_allocated() == before
     finally:
         gc.enable()
+
+
+MIXES = 40
+"""Of each family."""
+
+CACHE_TOKENS = 1 << 14
+"""Tokens of the cache of a request alone."""
+
+
+@pytest.fixture(scope="module", params=get_args(TinyFamily))
+def loaded_model(request, tmp_path_factory) -> GenerationSetup:
+    """A random model that carries two adapters, and forty conversations."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model, renderer = engine_fixtures.make_random_model(folder, request.param, seed=2)
+    multi_lora = MultiLora(model)
+    for seed, tune in enumerate(("all parts", "merger, vision encoder frozen")):
+        install_random_adapter(model, seed, TUNE_SETTINGS[tune])
+        multi_lora.collect_adapter()
+    model.lora_routing = multi_lora.install()
+    (folder / "images").mkdir()
+    images, videos = make_images(folder / "images"), request.param != "qwen"
+    conversations = [make_conversation(number, images, videos=videos) for number in range(40)]
+    prompts = [renderer.encode_prompt(one) for one in conversations]
+    return GenerationSetup(model, renderer, conversations, prompts)
+
+
+def draw_request(chance: random.Random, prompts: list[EncodedSample]) -> GenerationRequest:
+    sampling = SamplingParams()
+    if chance.random() < 0.3:
+        sampling = SamplingParams(temperature=chance.choice([0.5, 1.5]), seed=chance.randrange(9))
+    elif chance.random() < 0.2:
+        sampling = SamplingParams(repetition_penalty=1.2)
+    return GenerationRequest(
+        prompt=chance.choice(prompts),
+        max_new_tokens=chance.randint(1, 12),
+        sampling_params=sampling,
+        logprobs=1,
+        adapter_index=chance.choice([None, 0, 1]),
+    )
+
+
+@pytest.mark.fuzz
+def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
+    """Check any batch size, cache size and prefill budget, with late requests."""
+    model, end_ids = loaded_model.model, loaded_model.renderer.end_ids
+    answers: set[tuple[int, ...]] = set()
+    for mix in range(MIXES):
+        chance = random.Random(mix)
+        requests = [draw_request(chance, loaded_model.prompts) for _ in range(chance.randint(2, 8))]
+        alone = []
+        for request in requests:
+            engine = Engine(model, end_ids, max_num_seqs=1, num_cache_tokens=CACHE_TOKENS)
+            ticket = engine.add_request(request)
+            alone.append(engine_fixtures.run_engine(engine)[ticket])
+        budget, mixed_budget = chance.choice([64, 1000, 8192]), chance.choice([17, 300, 2048])
+        monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", budget)
+        monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", mixed_budget)
+        longest = max(len(one.prompt.tokenized.ids_T) + one.max_new_tokens for one in requests)
+        engine = Engine(
+            model,
+            end_ids,
+            max_num_seqs=chance.randint(1, 8),
+            num_cache_tokens=int(longest * chance.choice([1, 1.5, 8])),
+        )
+        engine._max_pending = chance.randint(0, 1)
+        result: dict[int, engine_fixtures.RequestEvents] = {}
+        tickets = []
+        for request in requests:
+            tickets.append(engine.add_request(request))
+            for _ in range(chance.randint(0, 2)):
+                engine_fixtures.step_engine(engine, result)
+        engine_fixtures.run_engine(engine, result)
+        for ticket, expected in zip(tickets, alone, strict=True):
+            found = result[ticket]
+            assert (found.ids, found.finish_reason) == (expected.ids, expected.finish_reason)
+            logprobs = [token.logprob for token in expected.tokens]
+            assert [token.logprob for token in found.tokens] == pytest.approx(logprobs, abs=1e-4)
+        answers |= {tuple(one.ids) for one in alone}
+    assert len(answers) > MIXES, "a model whose answers hardly differ shows nothing"
+
+
+@pytest.mark.fuzz
+def test_random_sample_mixes_equal_single_samples(loaded_model):
+    model, renderer = loaded_model.model, loaded_model.renderer
+    alone: dict[tuple[int, int], object] = {}
+    for mix in range(MIXES):
+        chance = random.Random(1000 + mix)
+        tokens = chance.choice([1, 5, 12])
+        members = [chance.randrange(len(loaded_model.prompts)) for _ in range(chance.randint(2, 8))]
+        for member in members:
+            if (member, tokens) not in alone:
+                one = [loaded_model.questions[member]]
+                made = predict(model, renderer, one, max_new_tokens=tokens, batch_size=1)
+                alone[member, tokens] = made[0]
+        mixed = [loaded_model.questions[member] for member in members]
+        size = chance.randint(1, 8)
+        batched = predict(model, renderer, mixed, max_new_tokens=tokens, batch_size=size)
+        assert batched == [alone[member, tokens] for member in members]

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
 import pytest
-import torch
 from engine_fixtures import (
     RequestEvents,
     make_mixed_questions,
@@ -189,7 +188,6 @@ def test_adapters_from_files_match_written_ones(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("use_cuda_graphs", [False, True])
 def test_multi_lora_on_gpu(setup, expected, use_cuda_graphs):
     """Check that graph replay uses the adapters of the current step."""

@@ -6,7 +6,6 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-import torch
 from rich.console import Console
 from tiny_task import make_task, read_losses
 
@@ -18,9 +17,8 @@ from finesight.train.finalize import RunResult
 from finesight.train.training_run import train
 
 LORA = {"rank": 16, "alpha": 16, "dropout": 0.0}
-NO_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 each_device = pytest.mark.parametrize(
-    "device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NO_GPU])]
+    "device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 )
 
 

@@ -1,7 +1,5 @@
 """Reference encoding of conversations by the published rules, through transformers."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass
@@ -11,16 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
-from transformers import (
-    PreTrainedTokenizerFast,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLModel,
-    Qwen2VLConfig,
-    Qwen2VLModel,
-    Qwen3VLConfig,
-    Qwen3VLModel,
-)
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart, VideoPart
@@ -32,8 +22,6 @@ EMBEDDING_SYSTEM = "<|im_start|>system\nRepresent the user's input.<|im_end|>\n"
 
 @dataclass(frozen=True)
 class ExpectedEncoding:
-    """Encoding of a conversation by the reference."""
-
     ids_T: np.ndarray
     loss_mask_T: np.ndarray
     position_ids_3T: np.ndarray
@@ -42,12 +30,26 @@ class ExpectedEncoding:
     grid_thw: list[tuple[int, int, int]]
 
 
+@dataclass(frozen=True)
+class ProcessedVisual:
+    """Process an image or video with the reference processor."""
+
+    kind: str
+    original: tuple[int, int]
+    resized: tuple[int, int]
+    grid: tuple[int, int, int]
+    patches: np.ndarray
+    seconds: float
+
+
 class HFChatReference:
     """Chat template, tokenizer, image processor and rope index of one model folder."""
 
     def __init__(self, folder: ModelFolder) -> None:
         self.folder = folder
-        self.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder.tokenizer_file))
+        self.tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_file=str(folder.tokenizer_file)
+        )
         given = folder.preprocessor_config
         self.side = given["patch_size"]
         self.newest = folder.family == "qwen3_vl"
@@ -60,7 +62,6 @@ class HFChatReference:
         }
 
     def encode(self, located_sample: LocatedSample) -> ExpectedEncoding:
-        """Return ids, supervised markers, positions and patches of the whole conversation."""
         seen = [
             v
             for part in located_sample.sample.iter_parts()
@@ -165,10 +166,7 @@ class HFChatReference:
         return positions[:, 0].numpy()
 
     def _published_rope_index(self, ids: list[int], seen: list[ProcessedVisual]) -> np.ndarray:
-        """Compute positions with the rule of the published code, one token at a time.
-
-        After an image or video, text continues at the largest position of any row plus one.
-        """
+        """Compute positions by token; text continues after the largest position of any row."""
         rows: list[tuple[int, int, int]] = []
         left, at, following = list(seen), 0, 0
         while at < len(ids):
@@ -192,20 +190,7 @@ class HFChatReference:
         return np.array(rows).T
 
 
-@dataclass(frozen=True)
-class ProcessedVisual:
-    """Process an image or video with the reference processor."""
-
-    kind: str
-    original: tuple[int, int]
-    resized: tuple[int, int]
-    grid: tuple[int, int, int]
-    patches: np.ndarray
-    seconds: float
-
-
 def render_chat(messages: list[dict[str, Any]], system: str | None = DEFAULT_SYSTEM) -> str:
-    """Apply the published chat template."""
     own = messages[0]["role"] == "system" or system is None
     turns = [] if own else [("system", system)]
     for message in messages:
@@ -239,9 +224,9 @@ def build_rope_model(family: str) -> Any:
     text = {"hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 128}
     text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "intermediate_size": 64}
     model, config = {
-        "qwen2_vl": (Qwen2VLModel, Qwen2VLConfig),
-        "qwen2_5_vl": (Qwen2_5_VLModel, Qwen2_5_VLConfig),
-        "qwen3_vl": (Qwen3VLModel, Qwen3VLConfig),
+        "qwen2_vl": (transformers.Qwen2VLModel, transformers.Qwen2VLConfig),
+        "qwen2_5_vl": (transformers.Qwen2_5_VLModel, transformers.Qwen2_5_VLConfig),
+        "qwen3_vl": (transformers.Qwen3VLModel, transformers.Qwen3VLConfig),
     }[family]
     if family == "qwen2_5_vl":
         vision["tokens_per_second"] = 2
@@ -250,7 +235,6 @@ def build_rope_model(family: str) -> Any:
 
 
 def _group_boxes(message: Any) -> list[Any]:
-    """Return the parts of a turn, with adjacent boxes in lists."""
     runs: list[Any] = []
     for part in message.content:
         if isinstance(part, BoxPart) and runs and isinstance(runs[-1], list):

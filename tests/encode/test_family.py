@@ -1,7 +1,5 @@
 """Detection of families, and their box formats there and back."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -13,7 +11,6 @@ from hypothesis import strategies as st
 
 from finesight.encode.family import (
     ImageBox,
-    ModelFamily,
     PredictedBox,
     PromptPiece,
     SpecialToken,
@@ -42,7 +39,7 @@ def join(pieces: list[PromptPiece]) -> str:
     return "".join(one.token if isinstance(one, SpecialToken) else one for one in pieces)
 
 
-def test_family_is_detected_from_config(tmp_path: Path) -> None:
+def test_family_is_detected_from_config(tmp_path):
     found = {name: load_family(write_config(tmp_path / name, name, visual={})) for name in FAMILIES}
     assert {name: family.name for name, family in found.items()} == {n: n for n in FAMILIES}
     assert found["qwen2_vl"] == Qwen2VL()
@@ -50,14 +47,11 @@ def test_family_is_detected_from_config(tmp_path: Path) -> None:
     vision = {"tokens_per_second": 25}
     fast = load_family(write_config(tmp_path / "fast", "qwen2_5_vl", vision_config=vision))
     assert fast == Qwen25VL(tokens_per_second=25)
-
-
-def test_every_encoded_family_has_a_model() -> None:
-    assert list(FAMILIES) == list(vlm.ARCHITECTURES)
+    assert list(FAMILIES) == list(vlm.ARCHITECTURES), "a family without a model"
 
 
 @each("value", ["2", 0, True, None])
-def test_invalid_tokens_per_second_is_rejected(value: object, tmp_path: Path) -> None:
+def test_invalid_tokens_per_second_is_rejected(value, tmp_path):
     vision = {"tokens_per_second": value}
     with pytest.raises(UserError, match=f"tokens_per_second is {value!r}"):
         load_family(write_config(tmp_path / "wrong", "qwen2_5_vl", vision_config=vision))
@@ -74,16 +68,14 @@ def test_invalid_tokens_per_second_is_rejected(value: object, tmp_path: Path) ->
         ("tokenizer_config.json", json.dumps({"chat_template": "<think>"})),
     ],
 )
-def test_thinking_edition_is_detected_from_template(
-    tmp_path: Path, name: str, content: str
-) -> None:
+def test_thinking_edition_is_detected_from_template(tmp_path, name, content):
     folder = write_config(tmp_path / "model", "qwen3_vl")
     (folder.path / name).write_text(content)
     assert load_family(folder) == Qwen3VL(has_reasoning=True)
 
 
 @each("has_reasoning", [False, True])
-def test_single_mode_cannot_be_changed(has_reasoning: bool) -> None:
+def test_single_mode_cannot_be_changed(has_reasoning):
     family = Qwen3VL(has_reasoning=has_reasoning)
     assert family.with_thinking(ThinkingOptions(enable_thinking=has_reasoning)) == family
     with pytest.raises(UserError, match="the only mode of this model"):
@@ -93,7 +85,7 @@ def test_single_mode_cannot_be_changed(has_reasoning: bool) -> None:
 
 
 @each("name", ["qwen3_next", "llama", ""])
-def test_unknown_family_is_rejected(tmp_path: Path, name: str) -> None:
+def test_unknown_family_is_rejected(tmp_path, name):
     # The name of the folder does not matter.
     folder = write_config(tmp_path / "Qwen2-VL-2B-Instruct", name)
     with pytest.raises(UserError, match=f"family {name}") as raised:
@@ -101,27 +93,22 @@ def test_unknown_family_is_rejected(tmp_path: Path, name: str) -> None:
     assert raised.value.where == str(folder.path / "config.json")
 
 
-@each(
-    ("family", "resized", "bare"),
-    [
+def test_json_boxes_are_in_resized_pixels_or_thousandths():
+    for family, resized, bare in (
         (Qwen25VL(), (28, 28), [0, 0, 13, 28]),
         (Qwen3VL(), (32, 32), [0, 0, 467, 1000]),
         (Qwen3VL(), (320, 320), [0, 0, 467, 1000]),
-    ],
-)
-def test_json_boxes_are_in_resized_pixels_or_thousandths(
-    family: ModelFamily, resized: tuple[int, int], bare: list[int]
-) -> None:
-    box = ImageBox('猫 "x"', (48, 36, 480, 361), (360, 480), (252, 336))
-    corners = [100, 100, 1000, 1000] if isinstance(family, Qwen3VL) else [34, 25, 336, 252]
-    alone = f'{{"bbox_2d": {corners}, "label": "猫 \\"x\\""}}'
-    assert family.write_boxes([box]) == [alone]
-    other = ImageBox(None, (-0.4, 0, 1.4, 3), (3, 3), resized)
-    assert family.write_boxes([box, other]) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
+    ):
+        box = ImageBox('猫 "x"', (48, 36, 480, 361), (360, 480), (252, 336))
+        corners = [100, 100, 1000, 1000] if isinstance(family, Qwen3VL) else [34, 25, 336, 252]
+        alone = f'{{"bbox_2d": {corners}, "label": "猫 \\"x\\""}}'
+        assert family.write_boxes([box]) == [alone]
+        other = ImageBox(None, (-0.4, 0, 1.4, 3), (3, 3), resized)
+        assert family.write_boxes([box, other]) == [f'[{alone}, {{"bbox_2d": {bare}}}]']
 
 
 @each("family", [Qwen2VL(), QwenVL()])
-def test_boxes_between_special_tokens(family: ModelFamily) -> None:
+def test_boxes_between_special_tokens(family):
     start, end, box_start, box_end = map(SpecialToken, family.box_tokens or ())
     most = family.max_box_coordinate
     box = ImageBox("猫 <|box_end|>", (48, 36, 480, 359.9), (360, 480), (364, 476))
@@ -138,9 +125,7 @@ LABELS = (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n", "a (1,2),(3,
 @pytest.mark.parametrize("family", [Qwen2VL(), Qwen25VL(), Qwen3VL()])
 @settings(max_examples=500)
 @given(box=image_boxes(28, LABELS), count=st.integers(1, 3))
-def test_roundtrip_error_is_below_half_a_unit(
-    family: ModelFamily, box: ImageBox, count: int
-) -> None:
+def test_roundtrip_error_is_below_half_a_unit(family, box, count):
     text = f"Here: {join(family.write_boxes([box] * count))}<|im_end|>"
     found = family.read_boxes(text, box.original_size, box.resized_size)
     assert [one.label for one in found] == [box.label] * count
@@ -150,9 +135,8 @@ def test_roundtrip_error_is_below_half_a_unit(
         assert abs(there - back) <= step / 2 + 1e-9
 
 
-@each(
-    ("text", "boxes"),
-    [
+def test_lenient_parsing_of_json_boxes():
+    for text, boxes in (
         ('{"bbox_2d": [10, 20, 30, 40], "label": "cat"}', [CAT]),
         ('```json\n[\n\t{"bbox_2d": [10, 20, 30.0, 40], "label": "cat"}\n]\n```<|im_end|>', [CAT]),
         ('I see {"label": "cat", "bbox_2d": [10, 20, 30, 40]} there', [CAT]),
@@ -171,10 +155,8 @@ def test_roundtrip_error_is_below_half_a_unit(
         ('{"bbox_2d": 7, "label": 5}', []),
         (r"\frac { a } { b } [ 1 ]", []),
         ('{"a":' + "[" * 100_000, []),
-    ],
-)
-def test_lenient_parsing_of_json_boxes(text: str, boxes: list[PredictedBox]) -> None:
-    assert Qwen25VL().read_boxes(text, (100, 200), (200, 100)) == boxes
+    ):
+        assert Qwen25VL().read_boxes(text, (100, 200), (200, 100)) == boxes
 
 
 PIECES = ['{"bbox_2d": ', "[", "]", "{", "}", '"', ",", "1", "9" * 400, "-", ".5", "null", " "]
@@ -182,7 +164,7 @@ PIECES = ['{"bbox_2d": ', "[", "]", "{", "}", '"', ",", "1", "9" * 400, "-", ".5
 
 @settings(max_examples=1000)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=30))
-def test_any_text_is_parsed_without_errors(pieces: list[str]) -> None:
+def test_any_text_is_parsed_without_errors(pieces):
     for box in Qwen25VL().read_boxes("".join(pieces), (100, 200), (200, 100)):
         json.dumps(box.xyxy, allow_nan=False)
 
@@ -190,9 +172,8 @@ def test_any_text_is_parsed_without_errors(pieces: list[str]) -> None:
 REF, REF_END, BOX, BOX_END = Qwen2VL.box_tokens
 
 
-@each(
-    ("text", "boxes"),
-    [
+def test_lenient_parsing_of_boxes_between_tokens():
+    for text, boxes in (
         (f"{BOX}(100,200),(300,400){BOX_END}", [BARE]),
         ("(100, 200) , ( 300.0,400 )", [BARE]),
         ("cat(100,200),(300,400)<|im_end|>", [BARE]),
@@ -208,13 +189,11 @@ REF, REF_END, BOX, BOX_END = Qwen2VL.box_tokens
         (f"{BOX}(100,200),(300{BOX_END}", []),
         (f"({'9' * 400},1),(2,3) (100,200),(300,400)", [BARE]),
         ("no box (1, 2)", []),
-    ],
-)
-def test_lenient_parsing_of_boxes_between_tokens(text: str, boxes: list[PredictedBox]) -> None:
-    assert Qwen2VL().read_boxes(text, (50, 200), (28, 28)) == boxes
-    for old, new in zip(Qwen2VL.box_tokens, QwenVL.box_tokens, strict=True):
-        text = text.replace(old, new)
-    assert QwenVL().read_boxes(text, (50, 200), (448, 448)) == boxes
+    ):
+        assert Qwen2VL().read_boxes(text, (50, 200), (28, 28)) == boxes
+        for old, new in zip(Qwen2VL.box_tokens, QwenVL.box_tokens, strict=True):
+            text = text.replace(old, new)
+        assert QwenVL().read_boxes(text, (50, 200), (448, 448)) == boxes
 
 
 @each("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
@@ -227,9 +206,7 @@ def test_lenient_parsing_of_boxes_between_tokens(text: str, boxes: list[Predicte
         ('{"', '": 1}'),
     ],
 )
-def test_boxes_in_json_strings_leave_valid_json(
-    family: ModelFamily, texts: tuple[str, ...]
-) -> None:
+def test_boxes_in_json_strings_leave_valid_json(family, texts):
     boxes = [
         [ImageBox('a "b"', (20.0, 30.0, 40.0, 50.0), (200, 300), (196, 308))] * n
         for n in range(1, len(texts))

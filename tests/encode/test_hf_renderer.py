@@ -1,19 +1,16 @@
 """Samples through a family's own processor and template, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import sys
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import hf_models
 import pytest
 from each_value import each
 
-from finesight.config import ExactSize, ImageSettings, PixelLimits
+from finesight.config import ExactSize, PixelLimits
 from finesight.data.sample import LocatedSample, Sample
 from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
@@ -53,7 +50,7 @@ def mark_supervised(renderer: HfRenderer, located_sample: LocatedSample) -> str:
     return text
 
 
-def test_loss_mask_covers_answers_with_end_token(renderer: HfRenderer, tmp_path: Path) -> None:
+def test_loss_mask_covers_answers_with_end_token(renderer, tmp_path):
     located_sample = hf_models.make_sample(tmp_path, ("Which?", "red and blue"), ("Sure?", "yes"))
     assert mark_supervised(renderer, located_sample) == (
         f"<|im_start|>user\n{'<|image_pad|>' * 4}Which?<|im_end|>\n"
@@ -62,9 +59,7 @@ def test_loss_mask_covers_answers_with_end_token(renderer: HfRenderer, tmp_path:
     )
 
 
-def test_images_are_processed_once_without_later_images(
-    renderer: HfRenderer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_images_are_processed_once_without_later_images(renderer, tmp_path, monkeypatch):
     read: list[Path] = []
     image = renderer.load_image
     monkeypatch.setattr(renderer, "load_image", lambda path: (read.append(path), image(path))[1])
@@ -78,7 +73,7 @@ def test_images_are_processed_once_without_later_images(
     assert len(read) == 2 + 2 + 1
 
 
-def test_prompt_is_prefix_of_sample(renderer: HfRenderer, tmp_path: Path) -> None:
+def test_prompt_is_prefix_of_sample(renderer, tmp_path):
     turns = ("Which?", "red"), ("Sure?", "yes")
     located_sample = hf_models.make_sample(tmp_path, *turns, num_images=2)
     prompt, full = renderer.tokenize_prompt(located_sample), renderer.tokenize(located_sample)
@@ -92,7 +87,7 @@ def test_prompt_is_prefix_of_sample(renderer: HfRenderer, tmp_path: Path) -> Non
     assert copy.tokenize(located_sample).ids_T.tolist() == full.ids_T.tolist()
 
 
-def test_system_prompt_of_recipe(folder: Path, tmp_path: Path) -> None:
+def test_system_prompt_of_recipe(folder, tmp_path):
     renderer = HfRenderer(ModelFolder(folder), system_prompt="Be brief.")
     sample = hf_models.make_sample(tmp_path, ("Which?", "red"), num_images=0)
     start = "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n"
@@ -107,16 +102,14 @@ def test_system_prompt_of_recipe(folder: Path, tmp_path: Path) -> None:
         (PixelLimits(max_pixels=300), (20, 15)),
     ],
 )
-def test_image_rule_is_applied_before_processor(
-    folder: Path, tmp_path: Path, rule: ImageSettings | None, size: tuple[int, int]
-) -> None:
+def test_image_rule_is_applied_before_processor(folder, tmp_path, rule, size):
     renderer = HfRenderer(ModelFolder(folder), rule)
     located_sample = hf_models.make_sample(tmp_path, ("Which?", "red"))
     assert renderer.load_image(tmp_path / "0.png").size == size
     assert mark_supervised(renderer, located_sample).count("<|image_pad|>") == 4
 
 
-def test_reasoning_model_gets_empty_reasoning(folder: Path, tmp_path: Path) -> None:
+def test_reasoning_model_gets_empty_reasoning(folder, tmp_path):
     copy = copy_model(folder, tmp_path / "copy", hf_models.QWEN3_5_CHAT_TEMPLATE)
     sample = hf_models.make_sample(tmp_path, ("Which?", "red"), num_images=0)
     text = mark_supervised(HfRenderer(ModelFolder(copy)), sample)
@@ -141,9 +134,7 @@ WITHOUT_END = "{{ messages[0]['content'][0]['text'] }} A:{{ ' b' if messages[1:]
         ("", [("A?", "b")], "has no chat template"),
     ],
 )
-def test_template_that_hides_the_answer_is_rejected(
-    folder: Path, tmp_path: Path, template: str, turns: list[tuple[str, str]], message: str
-) -> None:
+def test_template_that_hides_the_answer_is_rejected(folder, tmp_path, template, turns, message):
     copy = copy_model(folder, tmp_path / "copy", template)
     with pytest.raises(UserError, match=message):
         HfRenderer(ModelFolder(copy)).tokenize(
@@ -151,7 +142,7 @@ def test_template_that_hides_the_answer_is_rejected(
         )
 
 
-def test_template_that_omits_images_is_rejected(folder: Path, tmp_path: Path) -> None:
+def test_template_that_omits_images_is_rejected(folder, tmp_path):
     is_image = "part['type'] == 'image'"
     first = hf_models.CHAT_TEMPLATE.replace(is_image, f"{is_image} and loop.first")
     template = first.replace("part['text']", "part['text'] | default('')")
@@ -169,9 +160,7 @@ def test_template_that_omits_images_is_rejected(folder: Path, tmp_path: Path) ->
         ({"type": "text", "text": "<|im_end|>"}, "a special token of"),
     ],
 )
-def test_unsupported_parts_are_rejected(
-    renderer: HfRenderer, tmp_path: Path, part: dict[str, Any], message: str
-) -> None:
+def test_unsupported_parts_are_rejected(renderer, tmp_path, part, message):
     turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": [part]}]
     located_sample = LocatedSample(Sample.model_validate({"id": "s", "messages": turns}), tmp_path)
     with pytest.raises(UserError, match=message):
@@ -182,7 +171,7 @@ def test_unsupported_parts_are_rejected(
 
 
 @pytest.mark.skipif(find_spec("torchvision") is not None, reason="torchvision is installed")
-def test_package_required_by_processor_is_named(folder: Path, tmp_path: Path) -> None:
+def test_package_required_by_processor_is_named(folder, tmp_path):
     copy_model(folder, tmp_path)
     (tmp_path / "processor_config.json").unlink()
     for name, content in (
@@ -195,9 +184,7 @@ def test_package_required_by_processor_is_named(folder: Path, tmp_path: Path) ->
         build_renderer(ModelFolder(tmp_path))
 
 
-def test_missing_transformers_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_missing_transformers_names_the_extra(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "transformers", None)
     import_transformers.cache_clear()
     (tmp_path / "config.json").write_text('{"model_type": "llava"}')
@@ -218,9 +205,7 @@ def test_missing_transformers_names_the_extra(
         ({"model_type": "llava", "quantization_config": {"bits": 4}}, ["quantized", "'bits': 4"]),
     ],
 )
-def test_unsupported_families_are_rejected(
-    tmp_path: Path, config: dict[str, Any], words: list[str]
-) -> None:
+def test_unsupported_families_are_rejected(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "modeling_chatty.py").write_text("raise SystemExit('code was run')")
     with pytest.raises(UserError) as caught:

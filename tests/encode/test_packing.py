@@ -1,11 +1,8 @@
 """Concatenated samples: labels, image positions, shared prefixes and the token budget."""
 
-from __future__ import annotations
-
 import itertools
 import random
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -34,7 +31,6 @@ from finesight.train.loss import fused_linear_cross_entropy
 def make_sample(
     ids: list[int], supervised: list[bool], image: tuple[int, int] | None = None, name: str = "a"
 ) -> EncodedSample:
-    """Make a sample with an image at a range of its tokens."""
     positions = np.tile(np.arange(len(ids), dtype=np.int32), (3, 1))
     spans = (VisualSpan("image", *image, (1, 2, 4), (), (28, 56), (28, 56)),) if image else ()
     ids_T, mask_T = np.array(ids, dtype=np.int32), np.array(supervised)
@@ -47,7 +43,7 @@ def make_prefixed(ids: list[int], image: tuple[int, int] | None = None) -> Encod
     return make_sample(ids, [False] * (len(ids) - 2) + [True] * 2, image)
 
 
-def test_first_token_has_no_loss() -> None:
+def test_first_token_has_no_loss():
     rows = (("a", [5, 6, 7], [True, False, True]), ("b", [8], [True]), ("c", [9, 10], [True, True]))
     batch = pack([make_sample(ids, supervised, name=name) for name, ids, supervised in rows])
     assert batch.sample_ids == ("a", "b", "c")
@@ -61,29 +57,24 @@ def test_first_token_has_no_loss() -> None:
     assert batch.visual_indices_M.tolist() == []
 
 
-@pytest.mark.parametrize(
-    ("others", "supervised", "after", "image", "needed"),
-    [
+def test_tokens_after_last_label_are_removed():
+    for others, supervised, after, image, needed in (
         (5, 3, 0, None, 7),
         (5, 3, 4, None, 7),
         (0, 3, 2, None, 2),
         (5, 3, 4, (1, 3), 7),
         (5, 3, 4, (9, 11), 11),
         (6, 0, 0, None, 6),
-    ],
-)
-def test_tokens_after_last_label_are_removed(
-    others: int, supervised: int, after: int, image: tuple[int, int] | None, needed: int
-) -> None:
-    marks = [False] * others + [True] * supervised + [False] * after
-    sample = make_sample(list(range(len(marks))), marks, image)
-    batch, full = pack([sample]), pack([replace(sample, hf_inputs={"mask": torch.ones(1)})])
-    assert sample.tokenized.num_packed_tokens == needed
-    assert batch.ids_T.tolist() == list(range(needed))
-    assert full.lengths == (len(marks),)
-    for one in (batch, full):
-        assert one.labels_L.tolist() == [at for at, mark in enumerate(marks) if mark and at > 0]
-        assert (one.logit_indices_L + 1).tolist() == one.labels_L.tolist()
+    ):
+        marks = [False] * others + [True] * supervised + [False] * after
+        sample = make_sample(list(range(len(marks))), marks, image)
+        batch, full = pack([sample]), pack([replace(sample, hf_inputs={"mask": torch.ones(1)})])
+        assert sample.tokenized.num_packed_tokens == needed
+        assert batch.ids_T.tolist() == list(range(needed))
+        assert full.lengths == (len(marks),)
+        for one in (batch, full):
+            assert one.labels_L.tolist() == [at for at, mark in enumerate(marks) if mark and at > 0]
+            assert (one.logit_indices_L + 1).tolist() == one.labels_L.tolist()
 
 
 def compute_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[str, object]:
@@ -97,9 +88,7 @@ def compute_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[st
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @pytest.mark.parametrize("videos", [False, True])
-def test_removed_and_padding_tokens_do_not_change_the_loss(
-    tmp_path: Path, family: str, videos: bool
-) -> None:
+def test_removed_and_padding_tokens_do_not_change_the_loss(tmp_path, family, videos):
     images = make_images(tmp_path)
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     renderer = NativeRenderer(folder)
@@ -125,7 +114,7 @@ def test_removed_and_padding_tokens_do_not_change_the_loss(
         torch.testing.assert_close(compute_gradients(model, even), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_padding_of_even_text_and_odd_patch_counts() -> None:
+def test_padding_of_even_text_and_odd_patch_counts():
     batch = pack([make_sample([3] * (PAD_MULTIPLE + 1), [True] * (PAD_MULTIPLE + 1))])
     even = pad_batch(batch, 2)
     assert (even.lengths, even.grid_thw) == ((PAD_MULTIPLE, PAD_MULTIPLE), ())
@@ -137,7 +126,7 @@ def test_padding_of_even_text_and_odd_patch_counts() -> None:
     assert len(odd.ids_T) % PAD_MULTIPLE == 0
 
 
-def test_packs_are_planned_first_fit_within_budget() -> None:
+def test_packs_are_planned_first_fit_within_budget():
     assert plan_packs([4, 3, 5, 2, 9, 1, 20, 1], 10) == [[0, 1, 3, 5], [2, 7], [4], [6]]
     assert plan_packs([], 10) == []
     assert plan_packs([10, 10], 10) == [[0], [1]]
@@ -154,7 +143,7 @@ def test_packs_are_planned_first_fit_within_budget() -> None:
         assert sum(sum(lengths[index] for index in members) <= 250 for members in packs) <= 1
 
 
-def test_pack_budget_counts_the_prefix_once() -> None:
+def test_pack_budget_counts_the_prefix_once():
     assert plan_packs([100, 100, 100, 100], 250) == [[0, 1], [2, 3]]
     assert plan_packs([100, 100, 100, 100], 250, 50) == [[0, 1, 2, 3]]
     assert plan_packs([100, 100, 100, 100], 249, 50) == [[0, 1, 2], [3]]
@@ -166,7 +155,7 @@ def test_pack_budget_counts_the_prefix_once() -> None:
     assert compute_min_budget([1001] * 40, 1000) == 1000 + 40 * 250
 
 
-def test_shared_prefix_is_stored_once() -> None:
+def test_shared_prefix_is_stored_once():
     same = [1, 2, 3, 4, 5]
     rests = (([6], None), ([7, 8, 9], (5, 7)), ([10, 11], None))
     samples = [make_prefixed([*same, *rest, 90, 91], image) for rest, image in rests]
@@ -188,9 +177,8 @@ def test_shared_prefix_is_stored_once() -> None:
     assert (even.prefix_length, even.num_samples, even.num_tokens) == (5, 3, 24 + PAD_MULTIPLE - 14)
 
 
-@pytest.mark.parametrize(
-    ("ids", "image", "shared"),
-    [
+def test_shared_prefix_length():
+    for ids, image, shared in (
         # A multiple of four where texts diverge.
         (([1, 2, 3, 4, 5, 6, 20, 8, 9], [1, 2, 3, 4, 5, 7, 21, 8, 9]), None, 4),
         (([1, 2, 3, 4, 20, 8, 9], [1, 2, 3, 4, 21, 8, 9]), None, 4),
@@ -210,16 +198,12 @@ def test_shared_prefix_is_stored_once() -> None:
         (([1, 2, 3, 4, *range(10, 210)], [1, 2, 3, 4, *range(20, 220)]), None, 0),
         (([1, 2, 3, 4, 5, 6, 20, 8, 9],), None, 0),
         ((), None, 0),
-    ],
-)
-def test_shared_prefix_length(
-    ids: tuple[list[int], ...], image: tuple[int, int] | None, shared: int
-) -> None:
-    samples = [make_prefixed(one, image).tokenized for one in ids]
-    orders = itertools.permutations(samples)
-    assert {find_shared_prefix_length(order) for order in orders} == {shared}
+    ):
+        samples = [make_prefixed(one, image).tokenized for one in ids]
+        orders = itertools.permutations(samples)
+        assert {find_shared_prefix_length(order) for order in orders} == {shared}
 
 
-def test_prefix_is_shared_from_two_percent_savings() -> None:
+def test_prefix_is_shared_from_two_percent_savings():
     assert effective_prefix_length(4, [100, 100]) == 4
     assert effective_prefix_length(4, [100, 101]) == 0

@@ -1,7 +1,5 @@
 """Encoding of prompts with untrusted images in worker processes."""
 
-from __future__ import annotations
-
 import contextlib
 from pathlib import Path
 
@@ -25,9 +23,7 @@ from finesight.model_folder import ModelFolder
 from finesight.vision.image_reader import create_image_pool
 
 
-def test_chat_decodes_images_in_worker_processes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
     model = load_inference_model("finesight-tiny", "cpu", "fp32")
     image, question = write_shape_image(tmp_path, 0)
     hostile = tmp_path / "hostile.jpg"
@@ -56,7 +52,7 @@ def test_chat_decodes_images_in_worker_processes(
                 ask(service, image)
 
 
-def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path: Path) -> None:
+def test_transformers_inputs_are_encoded_in_worker_processes(tmp_path):
     native = build_renderer(ModelFolder(hf_models.make_llava(tmp_path / "llava")))
     sample: LocatedSample = hf_models.make_sample(tmp_path, ("Which colour?", ""))
     expected = native.load_patches(native.tokenize_prompt(sample))

@@ -1,7 +1,5 @@
 """Qwen3.5, 3.6 and 3.8 are rendered token by token like the published chat templates."""
 
-from __future__ import annotations
-
 import json
 import random
 from functools import cache
@@ -32,7 +30,6 @@ IMAGE_TOKENS = 4
 
 
 def make_model_folder(name: str, target: Path) -> ModelFolder:
-    """Copy the small files of a published model."""
     target.mkdir()
     for file in ("config.json", "chat_template.jinja", "tokenizer_config.json"):
         (target / file).write_bytes((ASSETS / name / file).read_bytes())
@@ -45,7 +42,6 @@ def make_model_folder(name: str, target: Path) -> ModelFolder:
 
 
 def make_conversation(rng: random.Random) -> list[Message]:
-    """Make one to four questions with images, reasoning, tool responses and whitespace."""
     messages = []
     if rng.random() < 0.4:
         messages.append(Message(role="system", content=split_text(rng, make_text(rng))))
@@ -69,7 +65,6 @@ def make_answer(rng: random.Random) -> Message:
 
 
 def make_tool_turn(rng: random.Random) -> Message:
-    """Make one or two tool responses, or a question that looks similar."""
     responses = [f"<tool_response>{make_text(rng)}</tool_response>" for _ in range(2)]
     before, after = (rng.choice(["", "", "", "x"]) for _ in range(2))
     text = before + make_space(rng).join(responses[rng.randrange(2) :]) + after
@@ -118,7 +113,6 @@ def compile_template(text: str) -> Any:
 def render_published(
     folder: ModelFolder, messages: list[Message], *, inline_reasoning: bool, **kwargs: Any
 ) -> str:
-    """Render messages with the published template."""
     turns: list[dict[str, Any]] = []
     for message in messages:
         content: list[dict[str, Any]] = [
@@ -137,9 +131,7 @@ def render_published(
 @pytest.mark.parametrize(
     ("name", "thinking", "effort"), CASES["test_tokens_equal_published_template"]
 )
-def test_tokens_equal_published_template(
-    name: str, thinking: bool, effort: str | None, tmp_path: Path
-) -> None:
+def test_tokens_equal_published_template(name, thinking, effort, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
     folder = make_model_folder(name, tmp_path / "model")
     effort_of_mode = effort if thinking else None
@@ -173,7 +165,7 @@ def test_tokens_equal_published_template(
             assert found.is_thinking == mode
 
 
-def test_answers_and_their_reasoning_are_supervised(tmp_path: Path) -> None:
+def test_answers_and_their_reasoning_are_supervised(tmp_path):
     renderer = NativeRenderer(make_model_folder("Qwen3.5-4B", tmp_path / "model"))
     thought, output = "<think>\nIt glows.\n</think>\n\n", "It glows.\n</think>\n\n"
     tool = "<tool_response>\n7\n</tool_response>"
@@ -193,7 +185,7 @@ def test_answers_and_their_reasoning_are_supervised(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.8-27B"])
 @each("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
-def test_prompt_in_mode_of_sample_is_its_prefix(name: str, answer: str, tmp_path: Path) -> None:
+def test_prompt_in_mode_of_sample_is_its_prefix(name, answer, tmp_path):
     renderer = NativeRenderer(make_model_folder(name, tmp_path / "model"))
     located_sample = make_text_sample("Which?", answer)
     full = renderer.tokenize(located_sample)
@@ -209,7 +201,7 @@ def test_prompt_in_mode_of_sample_is_its_prefix(name: str, answer: str, tmp_path
     assert (completion.text, completion.reasoning) == ("red", reasoning)
 
 
-def test_mode_without_support_is_rejected(tmp_path: Path) -> None:
+def test_mode_without_support_is_rejected(tmp_path):
     newest, older = (
         NativeRenderer(make_model_folder(name, tmp_path / name))
         for name in ("Qwen3.8-27B", "Qwen3.5-4B")

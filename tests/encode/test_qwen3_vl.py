@@ -1,9 +1,5 @@
 """Timestamps of videos and reasoning apart from answers in Qwen3-VL."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import numpy as np
 import pytest
 from case_files import load_cases
@@ -43,7 +39,7 @@ def thinking_renderer(tmp_path_factory: pytest.TempPathFactory) -> NativeRendere
 
 
 @each(("frames", "fps", "captions"), CASES["test_frame_pairs_have_timestamps"])
-def test_frame_pairs_have_timestamps(frames: int, fps: float, captions: list[str]) -> None:
+def test_frame_pairs_have_timestamps(frames, fps, captions):
     shots = Qwen3VL().split_video([number / fps for number in range(frames)], fps, 2)
     assert [shot.timestamp_text for shot in shots] == captions
     assert [shot.frame_slice for shot in shots] == [
@@ -51,9 +47,7 @@ def test_frame_pairs_have_timestamps(frames: int, fps: float, captions: list[str
     ]
 
 
-def test_each_frame_pair_is_a_visual_span(
-    instruct_renderer: NativeRenderer, tmp_path: Path
-) -> None:
+def test_each_frame_pair_is_a_visual_span(instruct_renderer, tmp_path):
     for name in "abc":
         Image.new("RGB", (70, 40), "red").save(tmp_path / f"{name}.png")
     film = VideoPart(frames=("a.png", "b.png", "c.png"), fps=2)
@@ -74,32 +68,28 @@ def test_each_frame_pair_is_a_visual_span(
 
 
 @each(("text", "thought", "answer"), CASES["test_reasoning_and_answer_of_data"])
-def test_reasoning_and_answer_of_data(text: str, thought: str | None, answer: str) -> None:
+def test_reasoning_and_answer_of_data(text, thought, answer):
     parts = split_reasoning([TextPart(text=text)])
     assert parts.reasoning == (None if thought is None else (TextPart(text=thought),))
     assert parts.answer == (TextPart(text=answer),)
 
 
-@each(
-    ("text", "answer"),
-    [
+def test_reasoning_and_answer_of_generation():
+    for text, answer in (
         ("It is red.\n</think>\n\nRed.", ("It is red.", "Red.")),
         ("\n</think>\n\nRed.", ("", "Red.")),
         ("It is re", ("It is re", "")),
         ("a</think>b</think>c", ("a", "b</think>c")),
-    ],
-)
-def test_reasoning_and_answer_of_generation(text: str, answer: tuple[str, str]) -> None:
-    assert parse_reasoning(text) == answer
+    ):
+        assert parse_reasoning(text) == answer
 
 
 FIRST, SECOND = (f"<think>\nthought {n}\n</think>\n\nanswer {n}" for n in (1, 2))
 TOOL = "<tool_response>\n7\n</tool_response>"
 
 
-@each(
-    ("turns", "supervised"),
-    [
+def test_only_last_answer_keeps_its_reasoning(thinking_renderer):
+    for turns, supervised in (
         (
             ("one?", FIRST, "two?", SECOND),
             "answer 1<|im_end|>thought 2\n</think>\n\nanswer 2<|im_end|>",
@@ -110,22 +100,18 @@ TOOL = "<tool_response>\n7\n</tool_response>"
             "a\n</think>\n\nb<|im_end|>\nc<|im_end|>\n</think>\n\nd<|im_end|>",
         ),
         (("one?", "answer"), "\n</think>\n\nanswer<|im_end|>"),
-    ],
-)
-def test_only_last_answer_keeps_its_reasoning(
-    thinking_renderer: NativeRenderer, turns: tuple[str, ...], supervised: str
-) -> None:
-    located_sample = make_text_sample(*turns)
-    assert decode_supervised(thinking_renderer, located_sample) == supervised
-    ids_T = thinking_renderer.tokenize(located_sample).ids_T
-    text = thinking_renderer.tokenizer.decode(ids_T, skip_special_tokens=False)
-    last_answer = supervised.split("<|im_end|>")[-2]
-    assert text.endswith(f"<|im_start|>assistant\n<think>\n{last_answer}<|im_end|>\n")
-    assert text.count("<think>") == (2 if TOOL in turns else 1)
+    ):
+        located_sample = make_text_sample(*turns)
+        assert decode_supervised(thinking_renderer, located_sample) == supervised
+        ids_T = thinking_renderer.tokenize(located_sample).ids_T
+        text = thinking_renderer.tokenizer.decode(ids_T, skip_special_tokens=False)
+        last_answer = supervised.split("<|im_end|>")[-2]
+        assert text.endswith(f"<|im_start|>assistant\n<think>\n{last_answer}<|im_end|>\n")
+        assert text.count("<think>") == (2 if TOOL in turns else 1)
 
 
 @each("answer", ["<think>\na\n</think>\n\nb", "b", "\n\nthree", "<think>"])
-def test_prompt_is_prefix_of_sample(thinking_renderer: NativeRenderer, answer: str) -> None:
+def test_prompt_is_prefix_of_sample(thinking_renderer, answer):
     located_sample = make_text_sample("one?", "<think>x</think>y", "two?", answer)
     full = thinking_renderer.tokenize(located_sample)
     prompt = thinking_renderer.tokenize_prompt(located_sample)
@@ -134,9 +120,7 @@ def test_prompt_is_prefix_of_sample(thinking_renderer: NativeRenderer, answer: s
     assert full.loss_mask_T[start:].tolist() == [True] * (full.num_tokens - start - 1) + [False]
 
 
-def test_boxes_in_reasoning_are_supervised_but_not_the_answer(
-    thinking_renderer: NativeRenderer, tmp_path: Path
-) -> None:
+def test_boxes_in_reasoning_are_supervised_but_not_the_answer(thinking_renderer, tmp_path):
     Image.new("RGB", (100, 100)).save(tmp_path / "a.png")
     thought, cat = BoxPart(xyxy=(1, 2, 3, 4)), BoxPart(label="cat", xyxy=(10, 20, 30, 40))
     end = TextPart(text="\n</think>\n\n")
@@ -165,7 +149,7 @@ def test_boxes_in_reasoning_are_supervised_but_not_the_answer(
     assert box.label == "cat"
 
 
-def test_instruct_model_treats_reasoning_as_text(instruct_renderer: NativeRenderer) -> None:
+def test_instruct_model_treats_reasoning_as_text(instruct_renderer):
     sample = make_text_sample("one?", "<think>a</think>b")
     assert decode_supervised(instruct_renderer, sample) == "<think>a</think>b<|im_end|>"
     assert not instruct_renderer.family.has_reasoning

@@ -1,17 +1,23 @@
 """Encoding of the first Qwen-VL: published ids of whole conversations, images and errors."""
 
-from __future__ import annotations
-
+import base64
 import json
+import pickle
 import random
+import sys
 import zlib
+from collections.abc import Iterator
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from case_files import load_cases
+from each_value import each
 from numpy.typing import NDArray
 from PIL import Image
-from tokenizer_strings import random_text_without_specials
+from tokenizer_strings import TextPiece, make_strings, random_text_without_specials
 
 from finesight.config import ExactSize, LongestSide
 from finesight.data.sample import (
@@ -25,6 +31,7 @@ from finesight.data.sample import (
 )
 from finesight.encode.qwen_vl import from_folder
 from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 
@@ -41,7 +48,6 @@ def renderer() -> NativeRenderer:
 
 
 def make_conversation(rng: random.Random, number: int) -> Sample:
-    """Make one to four questions with up to three images each, and answers with boxes."""
     turns: list[Message] = []
     num_images = 0
     for question in range(rng.randrange(1, 5)):
@@ -74,7 +80,7 @@ def compute_checksum(values: NDArray[np.generic]) -> list[int]:
     return [len(values), zlib.crc32(values.astype("<i4").tobytes())]
 
 
-def test_ids_match_published_code(renderer: NativeRenderer, tmp_path: Path) -> None:
+def test_ids_match_published_code(renderer, tmp_path):
     for number in range(12):
         # Pixels are thousandths.
         Image.new("RGB", (1000, 1000)).save(tmp_path / f"{number}.png")
@@ -92,7 +98,7 @@ def test_ids_match_published_code(renderer: NativeRenderer, tmp_path: Path) -> N
         assert compute_checksum(outline.loss_mask_T | marks_T | after_T) == supervised
 
 
-def test_image_has_448_pixels_and_256_tokens(renderer: NativeRenderer, tmp_path: Path) -> None:
+def test_image_has_448_pixels_and_256_tokens(renderer, tmp_path):
     image = Image.effect_noise((300, 200), 80).convert("RGB")
     image.save(tmp_path / "a.png")
     encoded = renderer.encode_question([tmp_path / "a.png"], "What is it?")
@@ -112,7 +118,7 @@ def test_image_has_448_pixels_and_256_tokens(renderer: NativeRenderer, tmp_path:
     assert (squares.reshape(448, 448, 3) == np.asarray(expected)).all()
 
 
-def test_image_size_is_fixed_by_the_model(renderer: NativeRenderer) -> None:
+def test_image_size_is_fixed_by_the_model(renderer):
     folder, fixed = ModelFolder(ASSETS), ExactSize(height=448, width=448)
     assert renderer.image_rule == NativeRenderer(folder, fixed).image_rule == fixed
     with pytest.raises(UserError, match="longest_side=500") as caught:
@@ -120,7 +126,7 @@ def test_image_size_is_fixed_by_the_model(renderer: NativeRenderer) -> None:
     assert "448 x 448" in caught.value.expected
 
 
-def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path: Path) -> None:
+def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "qwen"}', encoding="utf-8")
     with pytest.raises(UserError, match="a text-only Qwen model"):
         from_folder(ModelFolder(tmp_path))
@@ -132,3 +138,88 @@ def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path: Path)
     (tmp_path / "qwen.tiktoken").symlink_to(ASSETS / "qwen.tiktoken")
     with pytest.raises(UserError, match=r"151857 in qwen.tiktoken, but visual.image_start_id is 7"):
         NativeRenderer(ModelFolder(tmp_path))
+
+
+NUM_IMAGE_IDS = 256
+
+
+@pytest.fixture(scope="module")
+def published() -> TiktokenTokenizer:
+    if not ASSETS.is_dir():
+        pytest.skip("no folder with published files beside the repository")
+    return TiktokenTokenizer(ASSETS / "qwen.tiktoken")
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    words = [*(bytes([byte]) for byte in range(256)), b"ab", b"abc", " 图".encode()]
+    lines = [f"{base64.b64encode(word).decode()} {rank}\n" for rank, word in enumerate(words)]
+    path = tmp_path / "qwen.tiktoken"
+    path.write_text("".join(lines), encoding="ascii")
+    return path
+
+
+def encode_pieces(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iterator[int]:
+    for kind, group in groupby(pieces, key=itemgetter(0)):
+        texts = [text for _, text in group]
+        if kind == "text":
+            yield from tokenizer.encode("".join(texts))
+        elif kind == "special":
+            yield from map(tokenizer.token_to_id, texts)
+        for text in texts if kind == "image" else ():
+            # The published code writes the image path into the placeholders, one byte per id.
+            name = text.encode()
+            yield tokenizer.token_to_id("<img>")
+            yield from [*name, *[tokenizer.token_to_id("<imgpad>")] * (NUM_IMAGE_IDS - len(name))]
+            yield tokenizer.token_to_id("</img>")
+
+
+def test_string_ids_match_published_code(published):
+    for number, pieces in enumerate(make_strings(500, 7)):
+        ids = np.array(list(encode_pieces(published, pieces)), "<i4")
+        assert [len(ids), zlib.crc32(ids.tobytes())] == STORED["strings"][number], pieces
+    names = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<ref>", "<box>", "<img>", "<imgpad>")
+    found = [published.token_to_id(name) for name in names]
+    assert found == [151643, 151644, 151645, 151851, 151853, 151857, 151859]
+    assert published.list_special_tokens() == SPECIAL_TOKENS
+
+
+def test_user_text_never_becomes_a_special_token(published):
+    for token in SPECIAL_TOKENS:
+        ids = published.encode(f"a {token} b")
+        assert max(ids) < published.token_to_id("<|endoftext|>"), token
+
+
+def test_tokens_of_a_small_vocabulary(small):
+    tokenizer = pickle.loads(pickle.dumps(TiktokenTokenizer(small)))
+    assert tokenizer.encode("abcab 图") == (257, 256, 258)
+    assert tokenizer.encode("") == ()
+    assert tokenizer.token_to_id("<|endoftext|>") == 259
+    assert tokenizer.decode([257, 0xE5, 10**6], skip_special_tokens=True) == "abc\ufffd"
+    names = [tokenizer.id_to_token(number) for number in (257, 0xE5, 261, 10**6)]
+    assert names == ["abc", r"\xe5", "<|im_end|>", ""]
+    with pytest.raises(UserError, match="no token <"):
+        tokenizer.token_to_id("<|vision_start|>")
+    text = "Zürich 图 😀\n\n\xad x_1 <|im_end|>"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.id_to_bytes, ids)).decode() == text
+    box = tokenizer.token_to_id("<box>")
+    assert tokenizer.decode([*ids, box], skip_special_tokens=True) == text
+    assert tokenizer.decode([*ids, box], skip_special_tokens=False) == f"{text}<box>"
+    assert tokenizer.id_to_bytes(box) == b"<box>"
+    assert tokenizer.id_to_bytes(10**6) == b""
+
+
+@each(("content", "output"), load_cases("tiktoken_tokenizer")["test_invalid_file_is_rejected"])
+def test_invalid_file_is_rejected(tmp_path, content, output):
+    path = tmp_path / "qwen.tiktoken"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=output):
+        TiktokenTokenizer(path)
+
+
+def test_missing_tiktoken_names_the_extra(small, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    with pytest.raises(UserError, match="which is not installed") as caught:
+        TiktokenTokenizer(small)
+    assert caught.value.remedy == "pip install 'finesight[qwen-vl]'"

@@ -1,7 +1,5 @@
 """Text stays text, whatever it spells; token tables and filters of tokenized samples."""
 
-from __future__ import annotations
-
 import json
 import pickle
 import unicodedata
@@ -37,7 +35,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("model"), "qwen2_vl") / "tokenizer.json"
 
 
-def test_special_token_names_in_text_stay_text(path: Path) -> None:
+def test_special_token_names_in_text_stay_text(path):
     tokenizer = Tokenizer(path)
     sent = pickle.loads(pickle.dumps(tokenizer))
     for special in SPECIAL_TOKENS:
@@ -48,7 +46,7 @@ def test_special_token_names_in_text_stay_text(path: Path) -> None:
         assert sent.encode(text) == ids
 
 
-def test_tokens_decode_to_their_text(path: Path) -> None:
+def test_tokens_decode_to_their_text(path):
     tokenizer = Tokenizer(path)
     every = "".join(map(chr, range(0x20, 0x250))) + "\t\n\r\x00 你好 😀\xad"
     for text in (*WORDS, every):
@@ -65,7 +63,7 @@ def test_tokens_decode_to_their_text(path: Path) -> None:
         assert tokenizer.id_to_bytes(token_id) == token.encode()
 
 
-def test_unknown_token_and_broken_file(path: Path, tmp_path: Path) -> None:
+def test_unknown_token_and_broken_file(path, tmp_path):
     with pytest.raises(UserError, match=r"no token <\|none\|>"):
         Tokenizer(path).token_to_id("<|none|>")
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -74,13 +72,13 @@ def test_unknown_token_and_broken_file(path: Path, tmp_path: Path) -> None:
     assert raised.value.where == str(tmp_path / "tokenizer.json")
 
 
-def test_non_special_added_tokens_are_encoded(shared: Path) -> None:
+def test_non_special_added_tokens_are_encoded(shared):
     newer = Tokenizer(shared / "qwen_assets" / "Qwen2.5-VL-7B-Instruct" / "tokenizer.json")
     assert newer.encode("<tool_call>") == (151657,)
     assert 151655 not in newer.encode("<|image_pad|>")
 
 
-def test_token_cache_is_bounded_in_bytes() -> None:
+def test_token_cache_is_bounded_in_bytes():
     requested: list[str] = []
 
     def tokenize(text: str) -> tuple[int, ...]:
@@ -107,7 +105,7 @@ def test_token_cache_is_bounded_in_bytes() -> None:
     assert requested[-1] == texts[0]
 
 
-def test_token_table_covers_every_token_once(path: Path, tmp_path: Path) -> None:
+def test_token_table_covers_every_token_once(path, tmp_path):
     renderer, images = NativeRenderer(ModelFolder(path.parent)), make_images(tmp_path)
     for number in range(20):
         outline = renderer.tokenize(make_conversation(number, images, videos=True))
@@ -143,7 +141,7 @@ def make_tokenized(name: str, tokens: int, supervised: int = 1) -> TokenizedSamp
     return TokenizedSample(name, zeros, marks, np.zeros((3, tokens), dtype=np.int32), ())
 
 
-def test_invalid_samples_are_skipped_or_rejected() -> None:
+def test_invalid_samples_are_skipped_or_rejected():
     rows = (("a", 10), ("b", 11), ("c", 5, 0), ("d", 1), ("e", 9))
     mixed = [make_tokenized(*row) for row in rows]
     found = filter_samples(iter(mixed), 10, "skip")

@@ -1,9 +1,4 @@
-"""Video files as model input: sampled frames, sizes, timestamps and positions of transformers.
-
-torchvision is not required: the sampling and resizing rules of the video processors of transformers
-are pure functions. The module of Qwen2-VL imports torchvision, so its function is compiled from the
-source of the installed package.
-"""
+"""Video files as model input, by functions of transformers compiled without torchvision."""
 
 from __future__ import annotations
 import __future__
@@ -30,7 +25,6 @@ from video_fixtures import find_index, save_frames, write_video
 from finesight.config import ExactSize, LongestSide, PixelRange
 from finesight.data.sample import LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.data.video_file import iter_video_frames
-from finesight.encode.family import ModelFamily
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_5 import Qwen35
@@ -85,7 +79,7 @@ SAMPLERS = {
         (Qwen35(), "qwen3_vl"),
     ],
 )
-def test_sampled_frames_match_transformers(family: ModelFamily, name: str) -> None:
+def test_sampled_frames_match_transformers(family, name):
     for total in (*range(2, 200), 449, 450, 900, 5000, 36_001, 107_892):
         for video_fps in FPS:
             for fps in (0.5, 1.0, 2.0, 4.0):
@@ -102,7 +96,25 @@ def test_sampled_frames_match_transformers(family: ModelFamily, name: str) -> No
     assert len(family.sample_frames(100_000, 30.0, 2.0, 2)) == 768
 
 
-def test_video_sizes_match_transformers() -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
+@each("fps", [0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 2.5, 3.0, 6.0, 7.0, 11.0, 12.0, *FPS])
+def test_time_steps_match_transformers(family, fps):
+    groups, side = 400, 1600
+    grid = torch.tensor([[groups, 2, 2 * side]])
+    # transformers gets the seconds as a tensor, which is in single precision.
+    seconds = {"second_per_grid_ts": torch.tensor([2 / fps])} if family == "qwen2_5_vl" else {}
+    ids = torch.zeros(1, groups * side, dtype=torch.long)
+    rope_model = build_rope_model(family)
+    theirs, _ = rope_model.get_rope_index(
+        ids, torch.full_like(ids, 2), video_grid_thw=grid, **seconds
+    )
+    expected = theirs[0, 0].view(groups, side)[:, 0].tolist()
+    ours = Qwen2VL() if family == "qwen2_vl" else Qwen25VL(tokens_per_second=2)
+    assert ours.temporal_position_ids(groups, 2 / fps).tolist() == expected
+    assert Qwen25VL(tokens_per_second=25).temporal_position_ids(3, 1.0).tolist() == [0, 25, 50]
+
+
+def test_video_sizes_match_transformers():
     resize = load_function("qwen3_vl.video_processing_qwen3_vl", "smart_resize")
     config = PatchConfig(patch_size=16)
     rng = np.random.default_rng(0)
@@ -116,7 +128,7 @@ def test_video_sizes_match_transformers() -> None:
             assert compute_video_size(size, num_frames, LARGEST, limits, config) == expected
 
 
-def test_image_rule_limits_each_frame() -> None:
+def test_image_rule_limits_each_frame():
     config, limits = PatchConfig(patch_size=16), PixelRange(min_pixels=4096, max_pixels=25165824)
     size = (720, 1280)
     for rule in (RULE, ExactSize(height=320, width=640), LongestSide(longest_side=2048)):
@@ -140,7 +152,7 @@ def ask(part: VideoPart, *more: VideoPart, folder: Path) -> LocatedSample:
     )
 
 
-def test_video_file_equals_its_sampled_frames(tmp_path: Path, renderer: NativeRenderer) -> None:
+def test_video_file_equals_its_sampled_frames(tmp_path, renderer):
     clip = write_video(tmp_path / "clip.mp4")
     encoded = renderer.encode(ask(VideoPart(video=clip.name), folder=tmp_path))
     spans = encoded.tokenized.spans
@@ -160,9 +172,7 @@ def test_video_file_equals_its_sampled_frames(tmp_path: Path, renderer: NativeRe
     np.testing.assert_array_equal(encoded.patches_ND, expected.patches_ND)
 
 
-def test_tokens_are_counted_without_decoding(
-    tmp_path: Path, renderer: NativeRenderer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tokens_are_counted_without_decoding(tmp_path, renderer, monkeypatch):
     write_video(tmp_path / "clip.mp4", num_frames=37, fps=10, size=(60, 200))
     write_video(tmp_path / "odd.webm", num_frames=3, codec="libvpx-vp9")
     write_video(tmp_path / "one.mkv", num_frames=1)
@@ -178,7 +188,7 @@ def test_tokens_are_counted_without_decoding(
         assert placeholders == tokenized.num_patches // 4
 
 
-def test_several_videos_in_a_sample(tmp_path: Path, renderer: NativeRenderer) -> None:
+def test_several_videos_in_a_sample(tmp_path, renderer):
     """The spans of a file are decoded in one pass; a repeated file starts again."""
     write_video(tmp_path / "a.mp4")
     write_video(tmp_path / "b.mp4", num_frames=8)
@@ -196,8 +206,8 @@ def test_several_videos_in_a_sample(tmp_path: Path, renderer: NativeRenderer) ->
 @each("fps", [0.7, 2.0, 3.0, 7.0])
 @each(("num_frames", "video_fps"), [(61, 10), (90, 24), (50, 30)])
 def test_positions_and_timestamps_match_transformers(
-    tmp_path: Path, renderer: NativeRenderer, num_frames: int, video_fps: int, fps: float
-) -> None:
+    tmp_path, renderer, num_frames, video_fps, fps
+):
     clip = write_video(tmp_path / "clip.mp4", num_frames, video_fps, size=(240, 320))
     tokenized = renderer.tokenize(ask(VideoPart(video=clip.name, fps=fps), folder=tmp_path))
     newer = renderer.family.name.startswith("qwen3")
@@ -224,7 +234,7 @@ def test_positions_and_timestamps_match_transformers(
     np.testing.assert_array_equal(tokenized.position_ids_3T[:, :stop], positions[:, 0, :stop])
 
 
-def test_published_limits_apply_to_video_files(shared: Path, tmp_path: Path) -> None:
+def test_published_limits_apply_to_video_files(shared, tmp_path):
     folder = ModelFolder(shared / "qwen_assets" / "Qwen3.5-0.8B")
     renderer = NativeRenderer(folder)
     write_video(tmp_path / "clip.mp4", num_frames=64, size=(1080, 1920))
@@ -236,7 +246,7 @@ def test_published_limits_apply_to_video_files(shared: Path, tmp_path: Path) -> 
     assert len(renderer.load_patches(replace(tokenized, spans=tokenized.spans[:2])).patches_ND) > 0
 
 
-def test_qwen_vl_rejects_video_files(tmp_path: Path) -> None:
+def test_qwen_vl_rejects_video_files(tmp_path):
     write_video(tmp_path / "clip.mp4")
     renderer = NativeRenderer(ModelFolder(make_folder(tmp_path / "model", "qwen")))
     with pytest.raises(UserError, match="a video of 4 frames") as caught:

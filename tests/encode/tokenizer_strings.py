@@ -1,7 +1,5 @@
 """Strings of many kinds, drawn from a seed, to compare tokenizers."""
 
-from __future__ import annotations
-
 import random
 
 _WORD_TEXT = r"""

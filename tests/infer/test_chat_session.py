@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import asyncio
 import json
 import re
@@ -187,9 +185,8 @@ WITH_SCORE, SINGLE = (
 )
 
 
-@pytest.mark.parametrize(
-    ("raw", "boxes", "parts", "size"),
-    [
+def test_boxes_in_answer_become_parts():
+    for raw, boxes, parts, size in (
         (MARKED, (CAT, BOX), (TextPart(text="see "), CAT, BOX, TextPart(text=", so")), SIZE),
         ("<ref>a cat</ref><box>(1,2),(3,4)</box><|im_end|>", (CAT,), (CAT,), SIZE),
         (LISTED, (CAT, BOX), (CAT, BOX), SIZE),
@@ -199,11 +196,9 @@ WITH_SCORE, SINGLE = (
         (SINGLE, (BoxPart(xyxy=(1, 2, 9999, 40)),), None, SIZE),
         (SINGLE, (BoxPart(xyxy=(30, 2, 1, 40)),), None, SIZE),
         (SINGLE, (CAT,), None, None),
-    ],
-)
-def test_boxes_in_answer_become_parts(raw, boxes, parts, size):
-    prediction = Prediction("", (), "", raw, raw, boxes, 1, "stop")
-    assert build_answer_parts(prediction, size) == (parts or (TextPart(text=raw),))
+    ):
+        prediction = Prediction("", (), "", raw, raw, boxes, 1, "stop")
+        assert build_answer_parts(prediction, size) == (parts or (TextPart(text=raw),))
 
 
 def test_edit_replaces_a_turn_and_removes_later_ones(service, first, second):

@@ -1,12 +1,9 @@
-from __future__ import annotations
-
 import random
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import create_tiny_model
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -22,8 +19,7 @@ PIECES = [b"</think>", b"\n\n", "中文".encode(), "😀".encode()[1:], b" stop"
 
 @pytest.fixture(scope="module")
 def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """A token for each byte, an end token, and a few tokens of several bytes, which may begin and
-    end within a character."""
+    """Tokens for all bytes, an end token, and some of several bytes or parts of characters."""
     seen = {*range(33, 127), *range(161, 173), *range(174, 256)}
     others = iter(range(256, 512))
     letters = [chr(byte if byte in seen else next(others)) for byte in range(256)]
@@ -44,7 +40,6 @@ def byte_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def stream_text(
     tokenizer: TextTokenizer, ids: list[int], end_ids: tuple[int, ...] = ()
 ) -> list[str]:
-    """Return the text emitted with each token, and at the end."""
     detokenizer = IncrementalDetokenizer(tokenizer, end_ids, (), False)
     deltas = [detokenizer.add_token(token) for token in ids]
     deltas.append(detokenizer.flush())
@@ -74,9 +69,9 @@ def test_stream_matches_full_decoding(byte_tokenizer, ids):
     )
 
 
-@pytest.mark.parametrize(
-    ("text", "stop", "wanted"),
-    [
+def test_answer_ends_before_first_stop_string(byte_tokenizer):
+    """Whether it comes in a token or over several; nothing that begins one is said before."""
+    for text, stop, wanted in (
         ("one stop two", (" stop",), "one"),
         ("one sto two", (" stop",), "one sto two"),
         ("one sto", (" stop",), "one sto"),
@@ -86,22 +81,19 @@ def test_stream_matches_full_decoding(byte_tokenizer, ids):
         ("later first", ("first", "later"), ""),
         ("a 中 b", ("中",), "a "),
         ("abcd", ("cd", "bcd"), "a"),
-    ],
-)
-def test_answer_ends_before_first_stop_string(byte_tokenizer, text, stop, wanted):
-    """Whether it comes in a token or over several; nothing that begins one is said before."""
-    rng = random.Random(0)
-    for _ in range(20):
-        ids = _in_pieces(text.encode(), rng)
-        detokenizer = IncrementalDetokenizer(byte_tokenizer, (), stop, False)
-        so_far = ""
-        for token in ids:
-            so_far += detokenizer.add_token(token)
-            assert wanted.startswith(so_far)
-        assert so_far + detokenizer.flush() == detokenizer.text == wanted
-        assert detokenizer.has_stopped == (wanted != text)
-        if detokenizer.has_stopped:
-            assert detokenizer.add_token(0x41) == detokenizer.flush() == ""
+    ):
+        rng = random.Random(0)
+        for _ in range(20):
+            ids = _in_pieces(text.encode(), rng)
+            detokenizer = IncrementalDetokenizer(byte_tokenizer, (), stop, False)
+            so_far = ""
+            for token in ids:
+                so_far += detokenizer.add_token(token)
+                assert wanted.startswith(so_far)
+            assert so_far + detokenizer.flush() == detokenizer.text == wanted
+            assert detokenizer.has_stopped == (wanted != text)
+            if detokenizer.has_stopped:
+                assert detokenizer.add_token(0x41) == detokenizer.flush() == ""
 
 
 def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
@@ -119,9 +111,9 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
     return ids
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
+def test_reasoning_is_emitted_separately(byte_tokenizer):
+    """A stop string in the reasoning does not end the answer."""
+    for text in (
         "why\n</think>\n\nbecause",
         "why stop</think>because",
         "no end of it",
@@ -129,24 +121,21 @@ def _in_pieces(text: bytes, rng: random.Random) -> list[int]:
         "a </thin> b </think>\n\n\n answer\n",
         "\n\n</think>\n中",
         "why\n</think>\n\nas </think> says",
-    ],
-)
-def test_reasoning_is_emitted_separately(byte_tokenizer, text):
-    """A stop string in the reasoning does not end the answer."""
-    rng = random.Random(1)
-    for _ in range(10):
-        detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (" stop",), True)
-        reasoning = ""
-        for token in _in_pieces(text.encode(), rng):
-            detokenizer.add_token(token)
+    ):
+        rng = random.Random(1)
+        for _ in range(10):
+            detokenizer = IncrementalDetokenizer(byte_tokenizer, (), (" stop",), True)
+            reasoning = ""
+            for token in _in_pieces(text.encode(), rng):
+                detokenizer.add_token(token)
+                reasoning += detokenizer.take_reasoning()
+            detokenizer.flush()
             reasoning += detokenizer.take_reasoning()
-        detokenizer.flush()
-        reasoning += detokenizer.take_reasoning()
-        assert (reasoning, detokenizer.text) == parse_reasoning(text)
+            assert (reasoning, detokenizer.text) == parse_reasoning(text)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen"])
-def test_random_ids_match_the_renderer(tmp_path: Path, family: TinyFamily):
+def test_random_ids_match_the_renderer(tmp_path, family):
     """Includes special tokens, end tokens and ids beyond the vocabulary."""
     if family == "qwen":
         pytest.importorskip("tiktoken")

@@ -1,9 +1,6 @@
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import combinations
 from pathlib import Path
 
 import pytest
@@ -13,8 +10,6 @@ from engine_fixtures import (
     ForcedTokens,
     RequestEvents,
     encode_mixed_questions,
-    generate_cached,
-    generate_uncached,
     make_mixed_questions,
     make_request,
     make_sample,
@@ -25,10 +20,8 @@ from engine_fixtures import (
     step_engine,
     write_noise_image,
 )
-from hf_reference import max_relative_error
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import create_tiny_model
 
-from finesight.data.sample import LocatedSample
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
@@ -113,8 +106,7 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
 @pytest.mark.parametrize("late", [0, 1])
 @each("seed", range(12))
 def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
-    """Random requests, cancelled at random, in a cache that is too small for all of them; what is
-    not cancelled is answered as alone."""
+    """Random requests and cancellations, in a cache too small for all, are answered as alone."""
     model, rng = loaded_model[0], random.Random(seed)
     monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", rng.choice([8, 50, 8192]))
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", rng.choice([1, 20, 2048]))
@@ -408,68 +400,20 @@ def test_images_are_encoded_in_bounded_batches(loaded_model, prompts, monkeypatc
     assert max(call.num_patches for call in calls[1:]) <= largest
 
 
-NUM_STEPS = 4
-VIDEO_FAMILIES: list[TinyFamily] = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe"]
-
-
-@pytest.fixture(scope="module", params=VIDEO_FAMILIES)
-def video_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Loaded:
-    """A random model whose weights are large enough that attention matters."""
-    tiny = ModelFolder(create_tiny_model(tmp_path_factory.mktemp("tiny") / "m", request.param, 2))
-    model = load_model(tiny, torch.float32, CPU).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.ndim > 1 and name.startswith("model.layers"):
-                parameter.mul_(2)
-    return model, NativeRenderer(tiny)
-
-
-@pytest.fixture
-def questions(tmp_path: Path) -> dict[str, LocatedSample]:
-    """Text, images, and videos of one, two, three and five frames, alone and in one sample."""
-    for seed, (width, height) in enumerate([(84, 56), (112, 84)]):
-        write_noise_image(tmp_path / f"image{seed}.png", width, height, seed)
-    frames = tuple(f"frame{number}.png" for number in range(5))
-    for seed, name in enumerate(frames):
-        write_noise_image(tmp_path / name, 84, 84, 10 + seed)
-    contents: dict[str, tuple[str | tuple[str, ...], ...]] = {
-        "text": ("Why is the sky blue?",),
-        "image": ("image0.png", "What is it?"),
-        "one frame": (frames[:1], "What happens?"),
-        "two frames": (frames[1:3], "Who is there?"),
-        "five frames": (frames, "Count them."),
-        "both": ("image1.png", frames[:3], "image0.png", "Which one moves?"),
-    }
-    return {name: make_sample(name, tmp_path, *content) for name, content in contents.items()}
-
-
-def test_mixed_batch_matches_single_samples(video_model, questions):
-    model, renderer = video_model
-    prompts = {name: renderer.encode_prompt(one) for name, one in questions.items()}
-    alone = {name: generate_uncached(model, one, NUM_STEPS) for name, one in prompts.items()}
-    assert len({tuple(grown.tokens) for grown in alone.values()}) == len(alone)
-    for size in range(2, len(prompts) + 1):
-        for mix in combinations(prompts, size):
-            answers = generate_cached(model, [prompts[name] for name in mix], NUM_STEPS)
-            for found, name in zip(answers, mix, strict=True):
-                assert found.tokens == alone[name].tokens
-                for found_V, wanted_V in zip(found.logits, alone[name].logits, strict=True):
-                    assert max_relative_error(found_V, wanted_V) <= 1e-5
-
-
-def test_cached_image_is_reused_with_a_later_video(video_model, questions, tmp_path, monkeypatch):
+def test_cached_image_is_reused_with_a_later_video(loaded_model, tmp_path, monkeypatch):
     """Its features are reused, and so are the tokens up to the video of a later turn."""
-    model, renderer = video_model
-    frames = tuple(f"frame{number}.png" for number in range(4))
-    first = renderer.encode_prompt(make_sample("one", tmp_path, "image0.png", "What is it? " * 3))
-    later = renderer.encode_prompt(
-        make_sample("two", tmp_path, "image0.png", "What is it? " * 3, frames, "Now?")
-    )
-    alone = run_alone(model, later, NUM_STEPS)
+    model, renderer = loaded_model
+    for seed in range(4):
+        write_noise_image(tmp_path / f"{seed}.png", 84, 84, seed)
+    content = "0.png", "What is it? " * 3
+    first = renderer.encode_prompt(make_sample("one", tmp_path, *content))
+    frames = ("1.png", "2.png", "3.png")
+    later = renderer.encode_prompt(make_sample("two", tmp_path, *content, frames, "Now?"))
+    alone = run_alone(model, later)
     engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
-    run_requests(engine, first, tokens=NUM_STEPS)
+    run_requests(engine, first)
     calls = record_encoder_calls(model, monkeypatch)
-    (found,) = run_requests(engine, later, tokens=NUM_STEPS)
+    (found,) = run_requests(engine, later)
     assert found.ids == alone.ids
     assert [call.num_images for call in calls] == [len(later.tokenized.spans) - 1]
     image = first.tokenized.spans[0]

@@ -1,8 +1,5 @@
 """Families without native code answer as transformers does by itself."""
 
-from __future__ import annotations
-
-import json
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +10,6 @@ import pytest
 import torch
 from PIL import Image
 
-from finesight.cli.app import run_command
 from finesight.data.sample import LocatedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.infer.chat_session import ChatSession
@@ -107,27 +103,3 @@ def test_service_and_chat_match_predict(inference_model, samples, tmp_path):
             assert "".join(reply) == reply.text != ""
             assert reply.image_path == path
         assert chat.turns[0].replies[0].text == wanted[1].answer
-
-
-@pytest.mark.parametrize("command", ["predict", "train"])
-def test_model_with_remote_code_is_rejected(tmp_path, capsys, command):
-    folder = tmp_path / "chatty"
-    folder.mkdir()
-    auto = {"AutoConfig": "chatty.Config", "AutoModelForImageTextToText": "chatty.Model"}
-    (folder / "config.json").write_text(json.dumps({"model_type": "chatty", "auto_map": auto}))
-    (folder / "chatty.py").write_text(f"open({str(tmp_path / 'run')!r}, 'w')")
-    image = str(tmp_path / hf_models.write_image(tmp_path, 0))
-    arguments = [str(folder), image, "--prompt", "What?"]
-    if command == "train":
-        turns = [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "b"}]
-        (tmp_path / "data.jsonl").write_text(json.dumps({"id": "s", "messages": turns}))
-        recipe = {"model": str(folder), "output_dir": str(tmp_path / "out")}
-        recipe["data"] = {"train": str(tmp_path / "data.jsonl")}
-        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
-        arguments = [str(tmp_path / "recipe.yaml")]
-    assert run_command([command, *arguments]) == 2
-    output = capsys.readouterr().err
-    assert "the family chatty is unknown to transformers" in output
-    assert "remote code is never executed" in output
-    assert not (tmp_path / "run").exists()
-    assert not (tmp_path / "out").exists()

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -9,15 +7,8 @@ import torch
 from each_value import each
 from torch import Tensor
 
-from finesight.infer.kv_cache import (
-    DecodeAttention,
-    KVCache,
-    LinearStateCache,
-    PrefillAttention,
-    PrefillChunk,
-    get_kv_bytes_per_token,
-    get_linear_state_bytes,
-)
+from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
+from finesight.infer import kv_cache
 from finesight.model.attention import Segments
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.gated_delta_net import DeltaNetInputs, forward_packed
@@ -51,9 +42,9 @@ HYBRID = SimpleNamespace(
 
 def _cache(
     num_seqs: int, blocks: int, block_size: int, device: torch.device = CPU, **kind
-) -> KVCache:
+) -> kv_cache.KVCache:
     kind = {"dtype": torch.float32} | kind
-    return KVCache(
+    return kv_cache.KVCache(
         SIZE, num_blocks=blocks, block_size=block_size, max_num_seqs=num_seqs, device=device, **kind
     )
 
@@ -71,7 +62,7 @@ def _scatter_blocks(
     return [[free.pop() for _ in range(number)] for number in needed], sum(needed) + 1
 
 
-def _start(cache: KVCache, blocks: list[list[int]], lengths: tuple[int, ...]) -> None:
+def _start(cache: kv_cache.KVCache, blocks: list[list[int]], lengths: tuple[int, ...]) -> None:
     for row, (own, length) in enumerate(zip(blocks, lengths, strict=True)):
         cache.block_table_RB[row, : len(own)] = torch.tensor(own, dtype=torch.int32)
         cache.seq_lens_R[row] = cache.prompt_lens_R[row] = length
@@ -102,11 +93,11 @@ def test_decode_attends_only_to_its_sequence(stale):
     _start(cache, blocks, lengths)
     k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
     for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
-        chunk = PrefillChunk(own, 0, length, length)
+        chunk = kv_cache.PrefillChunk(own, 0, length, length)
         slots = torch.from_numpy(chunk.compute_slot_mapping(block_size, 0))
         cache.write(0, slots, k_TKD[:length], v_TKD[:length])
     for step in (1, 2):
-        attention = DecodeAttention(cache, len(lengths), max(lengths) + step)
+        attention = kv_cache.DecodeAttention(cache, len(lengths), max(lengths) + step)
         q_RHD = _random(len(lengths), HEADS, WIDTH, seed=step)
         now = [
             torch.stack([x[n + step - 1] for x, n in zip(xs, lengths, strict=True)])
@@ -124,7 +115,7 @@ def test_decode_attends_only_to_its_sequence(stale):
 def test_inactive_slot_does_not_advance_and_writes_to_block_0():
     cache = _cache(2, 4, 4)
     _start(cache, [[2]], (3,))
-    DecodeAttention(cache, 2, 4)(1, *(_random(2, heads, WIDTH) for _, heads in _HEADS))
+    kv_cache.DecodeAttention(cache, 2, 4)(1, *(_random(2, heads, WIDTH) for _, heads in _HEADS))
     assert cache.seq_lens_R.tolist() == [4, 0]
     written = cache.flat_keys(1).flatten(1).any(1).nonzero().flatten()
     assert written.tolist() == [0, 11]
@@ -133,18 +124,18 @@ def test_inactive_slot_does_not_advance_and_writes_to_block_0():
 def test_bytes_of_the_cache():
     cache = _cache(1, 3, 4, dtype=torch.bfloat16)
     taken = cache.keys_LPSKD.nbytes + cache.values_LPSKD.nbytes
-    assert get_kv_bytes_per_token(SIZE, torch.bfloat16) * 12 == taken
-    assert get_linear_state_bytes(SIZE, torch.bfloat16, 3) == 0
+    assert kv_cache.get_kv_bytes_per_token(SIZE, torch.bfloat16) * 12 == taken
+    assert kv_cache.get_linear_state_bytes(SIZE, torch.bfloat16, 3) == 0
     for max_num_seqs in (1, 3):
-        states = LinearStateCache(HYBRID, max_num_seqs, torch.bfloat16, CPU)
-        size = get_linear_state_bytes(HYBRID, torch.bfloat16, max_num_seqs)
+        states = kv_cache.LinearStateCache(HYBRID, max_num_seqs, torch.bfloat16, CPU)
+        size = kv_cache.get_linear_state_bytes(HYBRID, torch.bfloat16, max_num_seqs)
         assert size == sum(state.nbytes for state in states.get_layer(0))
 
 
 def test_first_chunks_do_not_read_linear_states():
     """First chunks ignore the slot of an earlier sequence; later chunks continue from theirs."""
     config, lengths, stops = HYBRID.linear_attention, (7, 3), (4, 3)
-    cache = KVCache(
+    cache = kv_cache.KVCache(
         HYBRID, num_blocks=3, block_size=8, max_num_seqs=2, dtype=torch.float32, device=CPU
     )
     inputs = DeltaNetInputs(
@@ -158,14 +149,18 @@ def test_first_chunks_do_not_read_linear_states():
     first, rest, other = inputs.split([stops[0], lengths[0] - stops[0], lengths[1]])
     tensors = ("qkv_TN", "log_decay_TH", "beta_TH")
     packed = replace(first, **{n: torch.cat([vars(first)[n], vars(other)[n]]) for n in tensors})
-    chunks = [PrefillChunk([n + 1], 0, stops[n], lengths[n], state_slot=n + 1) for n in range(2)]
-    attention = PrefillAttention(cache, chunks)
+    chunks = [
+        kv_cache.PrefillChunk([n + 1], 0, stops[n], lengths[n], state_slot=n + 1) for n in range(2)
+    ]
+    attention = kv_cache.PrefillAttention(cache, chunks)
     for state in cache.linear_states.get_layer(0):
         state.fill_(float("nan"))
     outputs = attention.linear_attention(0, packed)
     torch.testing.assert_close(outputs[: stops[0]], expected[: stops[0]])
     torch.testing.assert_close(outputs[stops[0] :], expected[lengths[0] :])
-    later = PrefillAttention(cache, [PrefillChunk([1], stops[0], lengths[0], lengths[0], 1)])
+    later = kv_cache.PrefillAttention(
+        cache, [kv_cache.PrefillChunk([1], stops[0], lengths[0], lengths[0], 1)]
+    )
     torch.testing.assert_close(
         later.linear_attention(0, rest), expected[stops[0] : lengths[0]], atol=1e-5, rtol=1e-5
     )
@@ -201,7 +196,7 @@ def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, wid
         for row, (mine, length) in enumerate(zip(blocks, lengths, strict=True)):
             table[row, : len(mine)] = torch.tensor(mine, dtype=torch.int32)
             at = torch.from_numpy(
-                PrefillChunk(mine, 0, length, length).compute_slot_mapping(block_size, 0)
+                kv_cache.PrefillChunk(mine, 0, length, length).compute_slot_mapping(block_size, 0)
             ).to(card)
             for store, x in zip((keys, values), own[row], strict=True):
                 store.flatten(0, 1).index_copy_(0, at, x.to(card, dtype))
@@ -212,3 +207,76 @@ def test_paged_kernel_matches_reference(stale, block_size, heads, key_heads, wid
             k, v = (x.to(dtype) for x in own[row])
             wanted = _reference_attention(q_RHD[row].cpu(), k, v)
             assert (found[row] - wanted).abs().max() <= bound * max(1.0, wanted.abs().max())
+
+
+BLOCK_SIZE = 4
+
+
+def test_prefix_blocks_are_evicted_last():
+    manager, keys = kv_cache.BlockManager(4), [n.to_bytes(2, "big") for n in range(3)]
+    first = manager.allocate(3)
+    manager.cache_blocks(keys, first)
+    manager.release(first)
+    assert manager.allocate(1) == [first[2]]
+    assert manager.acquire_cached(keys) == first[:2]
+    with pytest.raises(AssertionError, match="1 blocks requested, 0 free"):
+        manager.allocate(1)
+
+
+def _prompt(
+    tokens: int = 18, num_images: tuple[tuple[int, int], ...] = ((3, 6), (9, 13))
+) -> EncodedSample:
+    """Make images of one row of patches each, one token for a patch of one pixel."""
+    spans = tuple(
+        VisualSpan("image", start, stop, (1, 1, stop - start), (), (14, 14), (1, stop - start))
+        for start, stop in num_images
+    )
+    count = sum(stop - start for start, stop in num_images)
+    patches = np.arange(count * 3, dtype=np.uint8).reshape(count, 3)
+    positions = np.tile(np.arange(tokens, dtype=np.int32), (3, 1))
+    ids = np.arange(tokens, dtype=np.int32)
+    return EncodedSample(
+        TokenizedSample("s", ids, np.zeros(tokens, dtype=bool), positions, spans), patches
+    )
+
+
+def _keys(prompt: EncodedSample, cache_salt: str = "") -> list[kv_cache.BlockHash]:
+    return kv_cache.compute_block_hashes(
+        prompt.tokenized, kv_cache.hash_images(prompt), BLOCK_SIZE, cache_salt
+    )
+
+
+def _num_shared_blocks(one: EncodedSample, other: EncodedSample) -> int:
+    equal = [mine == theirs for mine, theirs in zip(_keys(one), _keys(other), strict=False)]
+    assert equal == sorted(equal, reverse=True), "alike after a difference"
+    return sum(equal)
+
+
+def test_prompts_share_blocks_up_to_first_difference():
+    assert [len(_keys(_prompt(tokens, ()))) for tokens in (3, 4, 7, 8)] == [0, 1, 1, 2]
+    prompt = _prompt()
+    assert _num_shared_blocks(prompt, _prompt()) == 4
+    assert _keys(prompt, "0 ")[0] not in (_keys(prompt, "1 ")[0], _keys(prompt)[0])
+    for at in range(16):
+        for name, index in (("ids_T", at), ("position_ids_3T", (at % 3, at))):
+            values = getattr(prompt.tokenized, name).copy()
+            values[index] = 99
+            changed = replace(prompt.tokenized, **{name: values})
+            assert (
+                _num_shared_blocks(prompt, replace(prompt, tokenized=changed)) == at // BLOCK_SIZE
+            )
+
+
+def test_changed_image_changes_the_block_hash():
+    # Two images across blocks, and one within a block.
+    prompts = _prompt(18, ((3, 6), (9, 13))), _prompt(18, ((5, 7),))
+    for which, patch, num_shared in ((0, 0, 0), (0, 2, 0), (0, 3, 2), (0, 6, 2), (1, 0, 1)):
+        prompt = prompts[which]
+        patches = prompt.patches_ND.copy()
+        patches[patch, 1] ^= 1
+        assert _num_shared_blocks(prompt, replace(prompt, patches_ND=patches)) == num_shared
+    prompt = _prompt(12, ((2, 6),))
+    (span,) = prompt.tokenized.spans
+    square = replace(span, grid_thw=(1, 2, 2), resized_size=(2, 2))
+    reshaped = replace(prompt, tokenized=replace(prompt.tokenized, spans=(square,)))
+    assert _num_shared_blocks(prompt, reshaped) == 0

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 import re
 import shutil
@@ -52,7 +50,6 @@ def _write_manifest(run: Path, base: Path, **changes: object) -> None:
 
 @pytest.fixture(scope="module")
 def trained(base: Path) -> VisionLanguageModel:
-    """The base with an adapter whose B is not zero."""
     model = load_model(ModelFolder(base), torch.float32, CPU)
     return install_random_adapter(model, 0, {"lora": {"rank": 4}})
 

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import weakref
 from pathlib import Path
 from typing import Any
@@ -32,9 +30,7 @@ from finesight.model_folder import ModelFolder
 
 
 @pytest.fixture(scope="module")
-def loaded_model(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> tuple[VisionLanguageModel, NativeRenderer]:
+def loaded_model(tmp_path_factory) -> tuple[VisionLanguageModel, NativeRenderer]:
     folder = ModelFolder(create_tiny_model(tmp_path_factory.mktemp("model") / "tiny"))
     return load_model(folder, torch.float32, torch.device("cpu")), NativeRenderer(folder)
 

@@ -1,7 +1,5 @@
 """The scheduler without a model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,7 +41,6 @@ def _add_requests(
 
 
 def _admit_all(scheduler: Scheduler) -> list[int]:
-    """Admit as many requests as possible and return their ids."""
     admitted = []
     while (sequence := scheduler.admit_next()) is not None:
         admitted.append(sequence.request_id)
@@ -64,7 +61,6 @@ def _run_prefill(scheduler: Scheduler) -> list[tuple[int, int]]:
 
 
 def _request_ids(scheduler: Scheduler) -> list[int]:
-    """Return the request id of each batch row."""
     assert [one.batch_index for one in scheduler.decoding] == list(range(len(scheduler.decoding)))
     return [sequence.request_id for sequence in scheduler.decoding]
 

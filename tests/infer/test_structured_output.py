@@ -1,8 +1,5 @@
-from __future__ import annotations
-
 import json
 import random
-from pathlib import Path
 
 import pytest
 from engine_fixtures import list_allowed
@@ -55,8 +52,7 @@ def walk(
 
 
 def follows(renderer: NativeRenderer, constraint: GrammarConstraint, text: str) -> bool:
-    """Whether the text may come, special tokens by their names, in the largest tokens allowed (how
-    a forced piece is parted into tokens is llguidance's choice), and then the end."""
+    """Check that the text may come, in the largest tokens allowed, and then the end."""
     rest = text.encode()
     while rest:
         spelled = {
@@ -130,7 +126,7 @@ def test_unsupported_schemas_are_rejected(renderers):
             grammars.compile_json_schema(schema)
 
 
-def test_published_tokenizers(shared: Path):
+def test_published_tokenizers(shared):
     for name in ("Qwen-VL-Chat", "Qwen2.5-VL-7B-Instruct"):
         renderer = NativeRenderer(ModelFolder(shared / "qwen_assets" / name))
         grammars = GrammarCompiler(renderer, 151936)

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import replace
 
@@ -144,10 +142,7 @@ def test_equal_seeds_give_equal_draws():
 
 @pytest.mark.parametrize("penalty", [0.5, 1.2, 4.0])
 def test_repetition_penalty_matches_paper(penalty):
-    """By the sign of the logit (Keskar et al. 2019), once however often a token came.
-
-    Log probabilities are those of the unmodified logits.
-    """
+    """By the sign of the logit, once per token (Keskar et al. 2019); log probabilities stay."""
     sampler = _make_sampler(repetition_penalty=penalty, logprobs=8, prompt=[1, 1, 5])
     seen = {1, 5}
     for step in range(40):
@@ -188,8 +183,6 @@ def test_logprobs_are_of_the_unmodified_logits():
 
 
 class FixedConstraint(DecodingConstraint):
-    """A constraint that always allows the same tokens."""
-
     def __init__(self, allowed: set[int], vocabulary: int) -> None:
         self._bits = build_bitmask(sorted(allowed), -(-vocabulary // 32))
 
@@ -233,9 +226,8 @@ def test_half_precision_logits_are_sampled_in_fp32(dtype):
     assert torch.equal(wide.logprobs_S, narrow.logprobs_S)
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
+def test_invalid_sampling_params_are_rejected():
+    for name, value in (
         ("temperature", -0.1),
         ("temperature", 101.0),
         ("temperature", float("nan")),
@@ -245,13 +237,11 @@ def test_half_precision_logits_are_sampled_in_fp32(dtype):
         ("top_k", 10**400),
         ("repetition_penalty", 0.0),
         ("seed", 2**64),
-    ],
-)
-def test_invalid_sampling_params_are_rejected(name, value):
-    with pytest.raises(UserError, match=f"{name} is"):
-        SamplingParams(**{name: value})
-    with pytest.raises(UserError, match="empty stop string"):
-        GenerationOptions(stop_strings=("end", ""))
+    ):
+        with pytest.raises(UserError, match=f"{name} is"):
+            SamplingParams(**{name: value})
+        with pytest.raises(UserError, match="empty stop string"):
+            GenerationOptions(stop_strings=("end", ""))
 
 
 @pytest.mark.gpu

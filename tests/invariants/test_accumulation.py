@@ -1,7 +1,5 @@
 """How a step's samples are shared out to packs does not matter: 1x8 = 2x4 = 8x1."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,8 +37,7 @@ def make_train_state(
 
 
 def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Tensor]]:
-    """Loss and gradients of a step, the latter from AdamW's first moments after it, which are a
-    tenth of the gradients."""
+    """Loss and gradients of a step: ten times AdamW's first moments after it."""
     loss, _ = train_step(session, step, StopRequest()).wait()
     moments = session.optimizer.optimizer_state()
     return loss, {
@@ -49,8 +46,7 @@ def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Te
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """In the Euclidean norm, of the expected: the largest of many thousand roundings of single
-    numbers would be a matter of luck."""
+    """Of the Euclidean norm: the largest rounding of many thousand numbers is a matter of luck."""
     return float((found - expected).norm() / expected.norm())
 
 
@@ -61,7 +57,6 @@ def end_to_end(gradients: dict[str, Tensor]) -> Tensor:
 def gradients_of_packings(
     task: dict[str, Any], folder: Path, tune: dict[str, Any], *, double: bool = False, **train: Any
 ) -> dict[int, tuple[float, dict[str, Tensor]]]:
-    """Loss and gradients of the first step by its number of packs."""
     found = {}
     for packs, budget in ((8, 1), (2, 230), (1, 8192)):
         changed = task | {"train": task["train"] | train}
@@ -76,9 +71,7 @@ def gradients_of_packings(
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA], ids=["full", "lora"])
-def test_loss_and_gradients_are_independent_of_packing(
-    task: dict[str, Any], tmp_path: Path, tune: dict[str, Any], seed: int
-) -> None:
+def test_loss_and_gradients_are_independent_of_packing(task, tmp_path, tune, seed):
     found = gradients_of_packings(task, tmp_path, tune, seed=seed, data_seed=seed)
     loss, expected = found.pop(1)
     assert max(gradient.abs().max().item() for gradient in expected.values()) > 1e-3
@@ -88,12 +81,8 @@ def test_loss_and_gradients_are_independent_of_packing(
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_fp64_gradients_are_independent_of_packing(
-    task: dict[str, Any], tmp_path: Path, seed: int
-) -> None:
-    """The model in fp64, whose own roundings would hide it: how much those of fp32 make of a sum
-    that nearly cancels depends on the processor. Nothing is clipped: one pack's norm is computed in
-    fp64, where a sum's is in fp32."""
+def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
+    """The model is in fp64, whose roundings hide nothing; a norm for clipping would be in fp32."""
     settings = {"seed": seed, "data_seed": seed, "max_grad_norm": None}
     found = gradients_of_packings(task, tmp_path, FULL_FINETUNE, double=True, **settings)
     _, expected = found.pop(1)
@@ -103,7 +92,7 @@ def test_fp64_gradients_are_independent_of_packing(
             assert relative_error(other[name], gradient) <= 3e-7, f"{name} in {packs} packs"
 
 
-def test_loss_is_averaged_over_supervised_tokens(task: dict[str, Any], tmp_path: Path) -> None:
+def test_loss_is_averaged_over_supervised_tokens(task, tmp_path):
     """Answers of different lengths: a mean of the packs' means would be another number."""
     session = make_train_state(task, tmp_path, LORA, 1)
     step = session.step_dataset.get_step(0)

@@ -1,7 +1,5 @@
 """The same samples out of JSONL, tars and Parquet teach the same, to the last bit."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -17,7 +15,7 @@ def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
 
 @pytest.mark.parametrize("cache", ["never", "disk"])
-def test_containers_give_identical_training(task: TinyTask, tmp_path: Path, cache: str) -> None:
+def test_containers_give_identical_training(task, tmp_path, cache):
     """Compare runs with and without a vision cache, whose key is the image content."""
     table = tmp_path / "train.jsonl"
     sources = {
@@ -42,7 +40,7 @@ def weights(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.glob("checkpoints/step-6/*.safetensors")}
 
 
-def test_tar_eval_samples_are_evaluated_and_shown(task: TinyTask, tmp_path: Path) -> None:
+def test_tar_eval_samples_are_evaluated_and_shown(task, tmp_path):
     validation = write_tar_shards(tmp_path / "eval.jsonl", tmp_path / "validation", each=2)
     data = {"train": str(tmp_path / "train.jsonl"), "eval": validation}
     eval_settings = {"metric": "qa", "max_new_tokens": 4}

@@ -1,12 +1,9 @@
 """Unusual images: each is used or rejected with a reason, without a crash or much memory."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import edge_case_images
@@ -39,7 +36,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
-def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, Any]]) -> None:
+def test_each_image_is_encoded_or_rejected_with_reason(outcomes):
     """Training and the data check agree. No image takes 30 MB, even those of 3.6 billion pixels."""
     assert len(REFUSED) >= 100
     assert len(ODDS) - len(REFUSED) >= 150
@@ -52,11 +49,8 @@ def test_each_image_is_encoded_or_rejected_with_reason(outcomes: list[dict[str, 
     assert sum(one["megabytes"] for one in outcomes) < 120 or sys.platform != "linux"
 
 
-def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
-    """Check that training skips invalid images by name, at the start or in a step.
-
-    A run fails if more than a tenth of the images are invalid, so valid ones are added.
-    """
+def test_run_trains_on_valid_images_only(tmp_path):
+    """Training skips invalid images by name; valid ones keep these below a tenth."""
     task = make_task(tmp_path / "task")
     valid = [
         EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"))
@@ -78,9 +72,7 @@ def test_run_trains_on_valid_images_only(tmp_path: Path) -> None:
     assert supervised == len(ODDS) - len(REFUSED) + NUM_VALID
 
 
-def test_data_check_reports_invalid_images(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_check_reports_invalid_images(tmp_path, capsys):
     data = write_samples(tmp_path, ODDS, "odd.jsonl")
     assert run_command(["check", str(data), "--json"]) == 2
     *findings, _ = map(json.loads, capsys.readouterr().out.splitlines())
@@ -107,9 +99,8 @@ print(used * 1024 / 4096**2)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak of memory is counted in kilobytes")
 @pytest.mark.parametrize("mode", ["F", "I", "I;16", "RGBA", "LA"])
-def test_high_bit_depth_conversion_is_memory_bounded(mode: str, tmp_path: Path) -> None:
-    """16 million pixels: 12 bytes a pixel at the most, where whole copies took 16, and 25
-    of fractions; and the same bits."""
+def test_high_bit_depth_conversion_is_memory_bounded(mode, tmp_path):
+    """16 million pixels take at most 12 bytes each, and the bits are the same."""
     values = np.random.default_rng(0).integers(0, 60_000, (4096, 4096))
     kinds = {"F": np.float32, "I": np.int32, "I;16": np.uint16}
     if mode in kinds:

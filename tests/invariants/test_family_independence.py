@@ -1,7 +1,5 @@
 """One set of samples with boxes trains a model of every family: only the model's name changes."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path
@@ -11,7 +9,7 @@ import pytest
 from conversation_fixtures import make_folder
 from PIL import Image
 from rich.console import Console
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import create_tiny_model
 
 from finesight.config import Recipe
 from finesight.data.sample import (
@@ -29,14 +27,7 @@ from finesight.report.data_pages import render_sample_page
 from finesight.train.training_run import train
 
 
-def make_box_sample(name: str, image: str, question: str, box: BoxPart) -> Sample:
-    content = (ImagePart(image=image), TextPart(text=question))
-    messages = Message(role="user", content=content), Message(role="assistant", content=(box,))
-    return Sample(id=name, messages=messages)
-
-
 def make_samples(folder: Path, number: int = 24) -> list[Sample]:
-    """Write images of a red rectangle, and samples with its box."""
     rng = np.random.default_rng(7)
     samples = []
     for n in range(number):
@@ -47,7 +38,9 @@ def make_samples(folder: Path, number: int = 24) -> list[Sample]:
         image.paste((200, 30, 30), (x1, y1, x2, y2))
         image.save(folder / f"{n}.png")
         box = BoxPart(label="red", xyxy=(x1, y1, x2, y2))
-        samples.append(make_box_sample(str(n), f"{n}.png", "Where is it red?", box))
+        content = (ImagePart(image=f"{n}.png"), TextPart(text="Where is it red?"))
+        turns = Message(role="user", content=content), Message(role="assistant", content=(box,))
+        samples.append(Sample(id=str(n), messages=turns))
     return samples
 
 
@@ -72,14 +65,12 @@ def renderer(request: pytest.FixtureRequest, tmp_path: Path) -> NativeRenderer:
     return NativeRenderer(ModelFolder(make_folder(tmp_path / "model", request.param)))
 
 
-def test_box_error_is_within_half_a_step_for_each_family(
-    renderer: NativeRenderer, tmp_path: Path
-) -> None:
+def test_box_error_is_within_half_a_step_for_each_family(renderer, tmp_path):
     for sample in make_samples(tmp_path):
         assert_box_is_read_back(renderer, LocatedSample(sample, tmp_path))
 
 
-def test_sample_page_draws_boxes_correctly(renderer: NativeRenderer, tmp_path: Path) -> None:
+def test_sample_page_draws_boxes_correctly(renderer, tmp_path):
     samples = [LocatedSample(sample, tmp_path) for sample in make_samples(tmp_path, 6)]
     page = render_sample_page(renderer, samples, "here")
     text = page.partition('<script type="application/json" id="data">')[2]
@@ -94,7 +85,7 @@ def test_sample_page_draws_boxes_correctly(renderer: NativeRenderer, tmp_path: P
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_dataset_trains_every_family(family: TinyFamily, tmp_path: Path) -> None:
+def test_one_dataset_trains_every_family(family, tmp_path):
     data = tmp_path / "train.jsonl"
     write_samples(data, make_samples(tmp_path, 8))
     recipe = {

@@ -1,7 +1,5 @@
 """Samples drawn at random go out in any format and come back the same, or are refused."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 
@@ -101,7 +99,7 @@ def is_usable(one: Sample) -> bool:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_random_samples_roundtrip_or_are_rejected(tmp_path: Path, name: str) -> None:
+def test_random_samples_roundtrip_or_are_rejected(tmp_path, name):
     for image, (width, height) in SIZES.items():
         write_gray_image(tmp_path / image, width, height)
     drawn = [one for one in (sample(f"{name}-{n}") for n in range(SAMPLES)) if is_usable(one)]

@@ -1,10 +1,4 @@
-"""Mutated recipes, models, adapters and runs: commands end well, in bounded time and memory.
-
-Each mutation is read by a command in a process of its own: exit 0 or 2 (3 for findings), within
-20 s and 2 GB of memory, without a traceback.
-"""
-
-from __future__ import annotations
+"""Mutated recipes, models, adapters and runs: commands end well, in bounded time and memory."""
 
 import contextlib
 import os
@@ -50,7 +44,6 @@ class Ended(NamedTuple):
 
 
 def run_forked(command: list[str], folder: Path) -> Ended:
-    """Carry out a command in a process that has imported everything already."""
     with tempfile.TemporaryFile("w+b") as file:
         child = os.fork()
         if child == 0:
@@ -124,7 +117,6 @@ OFTEN = (
 
 
 def mutated_recipe(rng: random.Random, content: bytes) -> bytes:
-    """A recipe that something is wrong with, mostly."""
     match rng.randrange(6):
         case 0:
             return rng.choice(ODD_FILES)
@@ -186,9 +178,7 @@ def prepared(rng: random.Random, original: Path, folder: Path, name: str) -> lis
 
 
 @pytest.mark.fuzz
-def test_commands_end_well_on_mutated_files(
-    original: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commands_end_well_on_mutated_files(original, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     names = (*OFTEN * 3, *COMMANDS)
     failures: list[str] = []

@@ -1,7 +1,5 @@
 """Spoilt data and recipes: read, or refused with a message; never a traceback."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import pytest
 import yaml
-from mutations import mutated_bytes, mutated_value
+from mutations import as_json, mutated_bytes, mutated_json
 from test_bounded_files import LAUGHS, MERGED
 from tiny_task import make_task
 
@@ -61,38 +59,13 @@ FILE_CONTENTS = (
     *(b"[" * 20_000, b"{a: " * 20_000, b"- " * 20_000, b"null: 2", b"1.5: x", b"a: 1\na: 2"),
 )
 NAMES = (
-    *(
-        "model",
-        "train.batch_size",
-        "train.learning_rate.default",
-        "data.train.0.path",
-        "data..x",
-        "",
-    ),
+    *("model", "train.batch_size", "train.learning_rate.default", "data.train.0.path", "data..x"),
+    "",
 )
 
 
 def corrupt_line(rng: random.Random, good: dict[str, Any]) -> bytes:
-    """A line of a data file that something is wrong with, mostly."""
-    record = mutated_value(rng, rng.choice((SAMPLE, good)))
-    text = json.dumps(record, ensure_ascii=rng.random() < 0.5)
-    content = text.encode("utf-8", "surrogatepass")
-    match rng.randrange(12):
-        case 0 | 1 | 2 | 3 | 4:
-            return content
-        case 5 | 6:
-            return mutated_bytes(rng, content)
-        case 7:
-            return content[: rng.randrange(len(content))]
-        case 8:
-            return rng.choice((b"[", b'{"a":')) * rng.choice((10, 1000, 100_000)) + content
-        case 9:
-            deep = b"[" * 20_000 + b"]" * 20_000
-            return content.replace(b'"meta": {', b'"meta": {"deep": ' + deep + b", ", 1)
-        case 10:
-            return content.replace(b'"id":', b'"id": "b", "id":', 1)
-        case _:
-            return rng.choice((b"\xef\xbb\xbf" + content, text.encode("utf-16", "surrogatepass")))
+    return mutated_json(rng, as_json(rng.choice((SAMPLE, good))))
 
 
 def corrupt_recipe(rng: random.Random, good: str) -> bytes:
@@ -115,7 +88,6 @@ def corrupt_recipe(rng: random.Random, good: str) -> bytes:
 
 @pytest.fixture(scope="module")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A task, and a recipe that names `spoilt.jsonl`."""
     folder = tmp_path_factory.mktemp("task")
     recipe = make_task(folder)
     recipe["data"] = {"train": str(folder / "spoilt.jsonl")}
@@ -136,7 +108,7 @@ def check_messages(refused: list[UserError]) -> None:
         assert str(error).encode()
 
 
-def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
+def test_corrupt_lines_are_read_or_rejected(task):
     """By the path of training, to the patches; what is read comes back as it was written."""
     rng, path = random.Random(0), task / "spoilt.jsonl"
     rule = PixelRange(min_pixels=784, max_pixels=7056)
@@ -160,7 +132,7 @@ def test_corrupt_lines_are_read_or_rejected(task: Path) -> None:
     assert min(taken, len(refused)) > LINES // 25
 
 
-def test_corrupt_recipes_are_read_or_rejected(task: Path) -> None:
+def test_corrupt_recipes_are_read_or_rejected(task):
     rng, path = random.Random(0), task / "spoilt.yaml"
     shipped = (Path(__file__).parents[2] / "recipes").glob("*.yaml")
     goods = [dump_recipe(load_recipe(task / "recipe.yaml")), *(p.read_text() for p in shipped)]
@@ -194,9 +166,7 @@ def run_commands(commands: list[list[str]], capsys: pytest.CaptureFixture[str]) 
 SHORT = ["train.steps=1", "train.epochs=null", "train.num_workers=0", "train.batch_size=2"]
 
 
-def test_commands_exit_cleanly_on_corrupt_data(
-    task: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_commands_exit_cleanly_on_corrupt_data(task, capsys):
     rng, good = random.Random(1), good_line(task)
     path, recipe = task / "spoilt.jsonl", str(task / "recipe.yaml")
     found: set[int] = set()
@@ -212,21 +182,4 @@ def test_commands_exit_cleanly_on_corrupt_data(
             ["data", "export", str(path), exported, "--to", "ms-swift"],
         ]
         found |= run_commands(commands, capsys)
-    assert {0, 2} <= found <= {0, 2, 3}
-
-
-def test_commands_exit_cleanly_on_corrupt_recipes(
-    task: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """No hub is asked for what a model's name has become."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.chdir(task)
-    rng, good = random.Random(2), (task / "recipe.yaml").read_text()
-    (task / "spoilt.jsonl").write_bytes((task / "train.jsonl").read_bytes())
-    found: set[int] = set()
-    for number in range(COMMANDS):
-        path = task / "spoilt.yaml"
-        path.write_bytes(corrupt_recipe(rng, good) if number else good.encode())
-        train = ["train", str(path), *SHORT, f"output_dir={task / f'tuned{number}'}"]
-        found |= run_commands([train, ["check", str(path)], ["plan", str(path)]], capsys)
     assert {0, 2} <= found <= {0, 2, 3}

@@ -1,7 +1,5 @@
 """A family without native code trains, measures, answers and resumes like the native ones."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -65,7 +63,7 @@ def logits(model: Any, run: Path, task: TinyTask) -> torch.Tensor:
     return found
 
 
-def test_loss_decreases_and_limits_are_reported(task: TinyTask, tuned: Path) -> None:
+def test_loss_decreases_and_limits_are_reported(task, tuned):
     output = task.console_output
     assert "has no native implementation in finesight and runs through transformers" in output
     for key in ("loss", "validation_loss"):
@@ -74,7 +72,7 @@ def test_loss_decreases_and_limits_are_reported(task: TinyTask, tuned: Path) -> 
     assert (tuned / "report.html").is_file()
 
 
-def test_adapter_gives_the_same_logits_in_peft(task: TinyTask, tuned: Path) -> None:
+def test_adapter_gives_the_same_logits_in_peft(task, tuned):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
@@ -86,9 +84,7 @@ def test_adapter_gives_the_same_logits_in_peft(task: TinyTask, tuned: Path) -> N
     assert (ours - baseline).abs().max() > 0.1
 
 
-def test_run_predicts_and_is_evaluated(
-    task: TinyTask, tuned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_run_predicts_and_is_evaluated(task, tuned, capsys):
     image = str(task.folder / "train0.png")
     assert command(["predict", str(tuned), image, "--prompt", "Which colour?", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["boxes"] == []
@@ -96,7 +92,7 @@ def test_run_predicts_and_is_evaluated(
     assert "qa: 2 samples" in capsys.readouterr().out
 
 
-def test_full_finetune_loads_in_transformers(task: TinyTask) -> None:
+def test_full_finetune_loads_in_transformers(task):
     from transformers import AutoModelForImageTextToText
 
     train = task.recipe["train"] | {"learning_rate": 0.001}
@@ -113,7 +109,7 @@ def test_full_finetune_loads_in_transformers(task: TinyTask) -> None:
     assert predict(answerer.model, answerer.renderer, requested, max_new_tokens=2, batch_size=1)
 
 
-def test_tied_lm_head_stays_tied(task: TinyTask, tmp_path: Path) -> None:
+def test_tied_lm_head_stays_tied(task, tmp_path):
     from transformers import AutoModelForImageTextToText
 
     model = hf_models.make_llava(tmp_path / "tied", tied=True)
@@ -125,7 +121,7 @@ def test_tied_lm_head_stays_tied(task: TinyTask, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(None, run, task), logits(theirs, run, task))
 
 
-def test_resumed_run_is_bit_identical(task: TinyTask) -> None:
+def test_resumed_run_is_bit_identical(task):
     task.run(name="straight", tune=ALL)
     task.run(name="resumed", tune=ALL)
     resumed = task.folder / "resumed"
@@ -136,7 +132,7 @@ def test_resumed_run_is_bit_identical(task: TinyTask) -> None:
     assert_same_run(resumed, task.folder / "straight")
 
 
-def test_settings_of_memory_and_workers_do_not_change_the_loss(task: TinyTask) -> None:
+def test_settings_of_memory_and_workers_do_not_change_the_loss(task):
     def train_two_steps(name: str, *overrides: str) -> list[float]:
         task.run("train.steps=2", "train.epochs=null", *overrides, name=name)
         return read_run_losses(task, name)
@@ -151,15 +147,13 @@ def test_settings_of_memory_and_workers_do_not_change_the_loss(task: TinyTask) -
     assert model.lm_head_weight.itemsize == 2
 
 
-def test_training_continues_from_adapter(task: TinyTask, tuned: Path) -> None:
+def test_training_continues_from_adapter(task, tuned):
     task.run("train.steps=1", "train.epochs=null", name="further", adapter=str(tuned))
     start = read_run_losses(task, "tuned")[0]
     assert read_run_losses(task, "further")[0] < 0.7 * start
 
 
-def test_data_commands_work_but_not_those_of_native_families(
-    task: TinyTask, tuned: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_data_commands_work_but_not_those_of_native_families(task, tuned, capsys):
     recipe = str(tuned / "recipe.yaml")
     assert command(["check", recipe]) == 0
     assert command(["show", recipe]) == 0

@@ -1,10 +1,4 @@
-"""Simulated training of a day on ten million samples: only the sample order is computed.
-
-Runs stop with a checkpoint or are killed without one, at random steps, and resume with another
-world size. Each start computes the order again, as a new process does.
-"""
-
-from __future__ import annotations
+"""The sample order of a day on ten million samples, with stops, kills and other world sizes."""
 
 import random
 from dataclasses import dataclass
@@ -85,7 +79,7 @@ def assert_shared(course: TrainSampler, step: int, count: int) -> None:
     assert max(costs) - min(costs) <= max(map(cost, course.batch_indices(step)))
 
 
-def test_elastic_restarts_visit_each_sample_once_per_epoch() -> None:
+def test_elastic_restarts_visit_each_sample_once_per_epoch():
     """Takes long: the order of ten million samples, computed again after each restart."""
     rng = random.Random(5)
     steps = len(make_sampler())

@@ -1,14 +1,11 @@
 """Adapters chosen by request = each installed alone = each merged (principle 6)."""
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Mapping
 from typing import Any, NamedTuple, get_args
 
 import pytest
-import torch
 from engine_fixtures import (
     RequestEvents,
     make_mixed_questions,
@@ -53,9 +50,7 @@ class MultiLoraSetup(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))
-def setup(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> MultiLoraSetup:
+def setup(request, tmp_path_factory) -> MultiLoraSetup:
     folder = tmp_path_factory.mktemp(request.param)
     base, renderer = make_random_model(folder, request.param)
     questions = make_mixed_questions(folder)
@@ -69,7 +64,6 @@ def setup(
 def join_adapters(
     base: VisionLanguageModel, alone: Mapping[str, VisionLanguageModel], device: str = "cpu"
 ) -> VisionLanguageModel:
-    """Copy the base and all adapters to a device, as multi-LoRA."""
     model = copy.deepcopy(base).to(device)
     multi_lora = MultiLora(model)
     for name in ADAPTERS:
@@ -87,7 +81,6 @@ def make_request(prompt: EncodedSample, adapter: int | None = None) -> Generatio
 
 
 def answer_alone(model: VisionLanguageModel, prompts: list[EncodedSample]) -> list[RequestEvents]:
-    """Each alone, with log probabilities."""
     found = []
     for prompt in prompts:
         engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
@@ -125,10 +118,7 @@ def test_merged_model_answers_like_its_adapter(setup, expected):
 
 @pytest.mark.parametrize(("max_num_seqs", "late", "seed"), [(1, 0, 0), (5, 0, 1), (24, 1, 2)])
 def test_mixed_adapter_batch_matches_single_adapters(setup, expected, max_num_seqs, late, seed):
-    """Run all adapters and the base in one batch, in any order, twice.
-
-    The second time uses cached blocks and features, which each adapter has for itself.
-    """
+    """All adapters and the base in one batch, twice: then with cached blocks of each adapter."""
     engine = Engine(setup.multi_lora_model, (), max_num_seqs=max_num_seqs, num_cache_tokens=1 << 14)
     engine._max_pending = late
     order = [(name, n) for name in INDICES for n in range(len(setup.prompts))]
@@ -198,7 +188,6 @@ def test_adapters_from_files_match_written_ones(tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("use_cuda_graphs", [False, True])
 def test_multi_lora_on_gpu(setup, expected, use_cuda_graphs):
     """Check that graph replay uses the adapters of the current step."""

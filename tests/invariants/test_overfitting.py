@@ -1,10 +1,4 @@
-"""An overfitted run reproduces its answers.
-
-This requires consistent tokens, loss masks, positions, end tokens, exported weights and manifest
-settings between training and prediction.
-"""
-
-from __future__ import annotations
+"""An overfitted run reproduces its answers: training and prediction are consistent."""
 
 import json
 import random
@@ -30,10 +24,7 @@ STEPS = 130
 
 
 def make_samples(folder: Path) -> list[LocatedSample]:
-    """Write noise images, three of each size, with formulas of all lengths and boxes as answers.
-
-    Only the image determines the correct answer.
-    """
+    """Write noise images that alone determine their answers: formulas of all lengths, boxes."""
     chance = random.Random(0)
     samples = []
     for i in range(12):
@@ -49,7 +40,6 @@ def make_samples(folder: Path) -> list[LocatedSample]:
 def train_and_predict(
     folder: Path, family: str, tune: dict[str, object], samples: list[LocatedSample]
 ) -> tuple[RunResult, list[dict[str, Any]]]:
-    """Train on the samples, and predict the answers for their images."""
     write_samples(folder / "train.jsonl", [sample.sample for sample in samples])
     recipe = {
         "model": str(folder / "tiny"),

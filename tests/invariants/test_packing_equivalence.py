@@ -1,7 +1,5 @@
 """A sample in a pack gives the numbers that it gives alone."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hf_reference import (
@@ -26,7 +24,7 @@ SAMPLES = [
 @pytest.mark.parametrize(
     "family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
 )
-def test_packed_logits_and_gradients_equal_single_samples(family: str) -> None:
+def test_packed_logits_and_gradients_equal_single_samples(family):
     theirs = make_reference_model(make_config(family))
     packed_model, alone = (make_native_model(make_config(family), theirs) for _ in range(2))
     batch = pack_conversations(theirs, SAMPLES)

@@ -1,7 +1,5 @@
 """Qwen3.5, dense and with experts: training, evaluation, merging and transformers' answers."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path
@@ -63,7 +61,6 @@ def assert_mtp_is_unchanged(written: Path, source: Path) -> None:
 
 
 def generate_with_transformers(folder: Path, prompt: EncodedSample, side: int = 16) -> list[int]:
-    """Return the greedy completion of the published code."""
     model = AutoModelForImageTextToText.from_pretrained(folder, dtype="auto").eval()
     patches = torch.from_numpy(prompt.patches_ND).unflatten(1, (3, -1)).double() / 255
     pixels = (patches - 0.5) / 0.5
@@ -97,13 +94,13 @@ def assert_equal_answers(folder: Path, tmp_path: Path) -> list[list[int]]:
     return answers
 
 
-def test_greedy_answers_equal_transformers(folder: Path, tmp_path: Path) -> None:
+def test_greedy_answers_equal_transformers(folder, tmp_path):
     answers = assert_equal_answers(folder, tmp_path)
     assert len({tuple(answer) for answer in answers}) == len(answers)
 
 
 @pytest.mark.parametrize("how", TUNES)
-def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path) -> None:
+def test_run_trains_evaluates_and_merges(folder, how, tmp_path):
     task = TinyTask(tmp_path / "task")
     task.recipe |= {"model": str(folder), "tune": TUNES[how]}
     settings = ("train.epochs=4", "train.device=cpu", "train.precision=fp32")
@@ -121,7 +118,7 @@ def test_run_trains_evaluates_and_merges(folder: Path, how: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_decay_keeps_its_stored_dtype(folder: Path, stored: torch.dtype, tmp_path: Path) -> None:
+def test_decay_keeps_its_stored_dtype(folder, stored, tmp_path):
     """A bf16 model with A_log in fp32 or bf16 is trained in bf16 and written as it was stored."""
     base = shutil.copytree(folder, tmp_path / "base")
     suffixes = (".A_log", ".linear_attn.norm.weight")

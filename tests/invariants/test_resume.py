@@ -1,7 +1,5 @@
 """Interrupted and resumed equals uninterrupted: whole final checkpoints, bit for bit."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -37,10 +35,7 @@ def train_runs(
     how: str = "term",
     in_new_interpreter: bool = False,
 ) -> list[RunEnd]:
-    """Train runs in `output`, each stopped at its point, in a process of their own.
-
-    The hash seed is that of all forked processes, and differs from that of a new interpreter.
-    """
+    """Train runs in `output` in a process with another hash seed; stop each at its point."""
     arguments = [str(recipe), str(output), how]
     arguments += [f"{name}:{point}" for name, point in points.items()]
     if in_new_interpreter:
@@ -75,9 +70,7 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def uninterrupted_run(
-    task: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
-) -> UninterruptedRun:
+def uninterrupted_run(task, tmp_path_factory) -> UninterruptedRun:
     """An uninterrupted run without worker processes, and how often it called the model."""
     folder = tmp_path_factory.mktemp("whole")
     recipe = write_recipe(folder / "recipe.yaml", task)
@@ -86,7 +79,7 @@ def uninterrupted_run(
     return UninterruptedRun(folder / "run", ending.calls)
 
 
-def test_task_has_the_expected_shape(uninterrupted_run: UninterruptedRun) -> None:
+def test_task_has_the_expected_shape(uninterrupted_run):
     names = set(read_final_files(uninterrupted_run.run))
     assert {"checkpoints/step-6/optimizer.safetensors", "model/model.safetensors"} < names
     assert len(read_final_files(uninterrupted_run.run)["adapter"]) > 10_000
@@ -96,9 +89,7 @@ def test_task_has_the_expected_shape(uninterrupted_run: UninterruptedRun) -> Non
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_interrupted_at_every_model_call(
-    task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path, workers: int
-) -> None:
+def test_interrupted_at_every_model_call(task, uninterrupted_run, tmp_path, workers):
     """Stop within and after every step, at epoch boundaries, and during evaluation."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task, num_workers=workers)
     names = {str(point): point for point in range(1, uninterrupted_run.calls + 1)}
@@ -115,9 +106,7 @@ def test_interrupted_at_every_model_call(
         assert_same_run(tmp_path / name, uninterrupted_run.run)
 
 
-def test_interrupted_repeatedly(
-    task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path
-) -> None:
+def test_interrupted_repeatedly(task, uninterrupted_run, tmp_path):
     """A new process for every three calls of the model, several of them within one epoch."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task, num_workers=2)
     stops = 0
@@ -152,8 +141,8 @@ def interrupt_at_calls(
     ids=["nf4", "fp8", "muon"],
 )
 def test_quantized_runs_and_optimizers_resume_bit_exactly(
-    task: dict[str, Any], tmp_path: Path, quantize: dict[str, Any], optimizer: str, every: int
-) -> None:
+    task, tmp_path, quantize, optimizer, every
+):
     adapted = {"vision": "lora"} if "fp8" in quantize else {}
     changed = task | {"tune": task["tune"] | adapted | {"quantize": quantize}}
     recipe = write_recipe(tmp_path / "recipe.yaml", changed, optimizer=optimizer)
@@ -161,9 +150,7 @@ def test_quantized_runs_and_optimizers_resume_bit_exactly(
         assert_same_run(run, tmp_path / "whole")
 
 
-def test_killed_before_file_operations(
-    task: dict[str, Any], uninterrupted_run: UninterruptedRun, tmp_path: Path
-) -> None:
+def test_killed_before_file_operations(task, uninterrupted_run, tmp_path):
     """Kill the run before every seventh file operation, and resume to the same result."""
     recipe = write_recipe(tmp_path / "recipe.yaml", task)
     points = {str(point): point for point in range(1, 176, 7)}
@@ -178,11 +165,8 @@ def test_killed_before_file_operations(
         assert_same_run(tmp_path / name, uninterrupted_run.run)
 
 
-def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path: Path) -> None:
-    """Stop the run during every third call, and resume to the same last and best step.
-
-    Of equal scores, the best step has the lower loss, which is after the first step.
-    """
+def test_early_stopping_is_the_same_after_resume(task, tmp_path):
+    """Stopped during every third call; of equal scores, the best step has the lower loss."""
     (tmp_path / "mine.py").write_text("def same(case):\n    return 0.0\n")
     metric = {"metric": f"{tmp_path / 'mine.py'}:same", "max_new_tokens": 2}
     changed = task | {"eval": metric | {"every": 1, "patience": 1}}
@@ -197,10 +181,7 @@ def test_early_stopping_is_the_same_after_resume(task: dict[str, Any], tmp_path:
 
 
 def read_outcome(run: Path) -> tuple[dict[str, Any], object, object, bytes]:
-    """Return result, losses, tensors and predictions.
-
-    A stop before an evaluation saves a last state without its result.
-    """
+    """A stop before an evaluation saves a last state without its result, which is left out."""
     state = ("state.json", "sha256.json")
     files = read_final_files(run)
     tensors = {name: data for name, data in files.items() if not name.endswith(state)}

@@ -1,7 +1,5 @@
 """Shared prefixes of a pack: computed once, with the same loss and gradients."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import get_args
 
@@ -60,9 +58,7 @@ def compute_loss_and_gradients(model: VisionLanguageModel, batch: PackedBatch) -
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
 @pytest.mark.parametrize("tune", [ALL, LORA], ids=["all", "lora"])
-def test_shared_prefix_loss_and_gradients_match(
-    tmp_path: Path, family: TinyFamily, tune: TuneSettings
-) -> None:
+def test_shared_prefix_loss_and_gradients_match(tmp_path, family, tune):
     """Check padded packs, and activation checkpointing in all layers."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     samples = encode_samples(tmp_path, folder)
@@ -88,7 +84,7 @@ def test_shared_prefix_loss_and_gradients_match(
         assert max(off.values()) <= 2e-5, sorted(off.items(), key=lambda item: -item[1])[:5]
 
 
-def test_bf16_shared_prefix_error_is_not_larger(tmp_path: Path) -> None:
+def test_bf16_shared_prefix_error_is_not_larger(tmp_path):
     """Gradients of what is shared are summed over samples: not rounded on the way."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model"))
     samples = encode_samples(tmp_path, folder)

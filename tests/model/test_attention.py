@@ -1,7 +1,5 @@
 """Attention backends of packed sequences: length buckets, explicit matmuls on a CPU, reference."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from each_value import each
@@ -17,6 +15,8 @@ from finesight.model.attention import (
     cpu_attention,
     varlen_attention,
 )
+
+MIXED_LENGTHS = [5, 9, 40, 33, 5, 64, 1, 70]
 
 
 def reference_attention(
@@ -56,15 +56,20 @@ def with_gradients(found: Tensor, inputs: list[Tensor]) -> list[Tensor]:
 
 @each("causal", [True, False])
 @each("kv_heads", [4, 2, 1])
-@each("lengths", [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], [5, 5, 2, 5, 2, 2, 1]])
-def test_segments_attend_only_to_themselves(
-    lengths: list[int], kv_heads: int, causal: bool
-) -> None:
+@each("lengths", [[7], [4, 4, 4], [1, 5, 2], [3, 1, 3, 1, 1, 3], MIXED_LENGTHS])
+def test_segments_attend_only_to_themselves(lengths, kv_heads, causal):
     inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
-    found = varlen_attention(*inputs, Segments.from_lengths(lengths, CPU), causal=causal)
-    expected = reference_attention(*inputs, lengths, causal)
-    pairs = zip(with_gradients(found, inputs), with_gradients(expected, inputs), strict=True)
-    assert all(max_relative_error(one, other) < 1e-12 for one, other in pairs)
+    buckets = bucket_by_length(lengths, CPU)
+    results = [
+        varlen_attention(*inputs, Segments.from_lengths(lengths, CPU), causal=causal),
+        bucketed_attention(*inputs, buckets, causal),
+        cpu_attention(*inputs, buckets, causal=causal),
+    ]
+    if causal:
+        results.append(cpu_attention(*inputs, bucket_with_padding(lengths, CPU), causal=True))
+    expected = with_gradients(reference_attention(*inputs, lengths, causal), inputs)
+    for result in results:
+        assert max(map(max_relative_error, with_gradients(result, inputs), expected)) < 1e-12
 
 
 def with_prefix_copies(lengths: list[int], q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
@@ -99,9 +104,7 @@ WITH_EMPTY_ONES = [33, 70, 12, 0, 0]
     ],
     ids=str,
 )
-def test_shared_prefix_attention_matches_reference(
-    lengths: list[int], device: str, dtype: torch.dtype
-) -> None:
+def test_shared_prefix_attention_matches_reference(lengths, device, dtype):
     """Forward and backward; gradients of the prefix are summed over all sequences."""
     generator = torch.Generator().manual_seed(0)
     q, k, v, weights = (
@@ -122,28 +125,12 @@ def test_shared_prefix_attention_matches_reference(
         assert float(away.norm() / other.detach().norm()) < most
 
 
-CPU_LENGTHS = [[7], [4, 4], [5, 9, 40, 33, 5, 64, 1, 70]]
-
-
-@each("kv_heads", [4, 2, 1])
-@each("lengths", CPU_LENGTHS)
-@each(("causal", "padding"), [(True, True), (True, False), (False, False)])
-def test_fp64_matches_fused_kernel(
-    lengths: list[int], kv_heads: int, causal: bool, padding: bool
-) -> None:
-    inputs = random_qkv(sum(lengths), 4, kv_heads, torch.float64)
-    runs = (bucket_with_padding if padding else bucket_by_length)(lengths, CPU)
-    found = with_gradients(cpu_attention(*inputs, runs, causal=causal), inputs)
-    fused = bucketed_attention(*inputs, bucket_by_length(lengths, CPU), causal)
-    assert max(map(max_relative_error, found, with_gradients(fused, inputs))) < 1e-12
-
-
 @pytest.mark.parametrize("width", [16, 24])
 @pytest.mark.parametrize("spread", [1, 4])
 @pytest.mark.parametrize("causal", [True, False])
-def test_bf16_error_is_close_to_fused_kernel(causal: bool, spread: int, width: int) -> None:
+def test_bf16_error_is_close_to_fused_kernel(causal, spread, width):
     """Values and gradients, including peaked attention, by root mean square."""
-    segments = Segments.from_lengths(CPU_LENGTHS[-1], CPU)
+    segments = Segments.from_lengths(MIXED_LENGTHS, CPU)
     drawings = random_qkv(sum(segments.lengths), 4, 2, torch.float64, width)
     factors = (spread, spread, 1)
     narrow, fused, wide = (
@@ -162,5 +149,4 @@ def test_bf16_error_is_close_to_fused_kernel(causal: bool, spread: int, width: i
 
 
 def error(found: Tensor, exact: Tensor) -> float:
-    """Return the root mean square of the differences."""
     return float((found.detach().double() - exact.detach()).square().mean().sqrt())

@@ -1,7 +1,3 @@
-from __future__ import annotations
-
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,19 +7,13 @@ from each_value import each
 from hf_reference import CPU, make_config
 
 from finesight.errors import UserError
-from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
+from finesight.model.config import ConfigReader, parse_pixel_normalization
 from finesight.model.vlm import build_model
 from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
 
 CASES = load_cases("config")
 
 META = torch.device("meta")
-
-
-def geometry(settings: dict[str, Any]) -> ModelConfig:
-    return build_model(
-        ConfigReader(settings), ConfigReader(PREPROCESSOR_DEFAULTS), torch.float32, META
-    ).config
 
 
 @pytest.mark.parametrize(
@@ -35,7 +25,7 @@ def geometry(settings: dict[str, Any]) -> ModelConfig:
         ("Qwen3-VL-Embedding-8B", 8767123696),
     ],
 )
-def test_published_configs(shared: Path, name: str, num_parameters: int) -> None:
+def test_published_configs(shared, name, num_parameters):
     folder = ModelFolder(shared / "qwen_assets" / name)
     model = build_model(
         ConfigReader(folder.config), ConfigReader(folder.preprocessor_config), torch.bfloat16, META
@@ -43,46 +33,29 @@ def test_published_configs(shared: Path, name: str, num_parameters: int) -> None
     assert sum(p.numel() for p in model.parameters()) == num_parameters
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def test_transformers_5_config_layout_is_equivalent(tmp_path: Path, family: str) -> None:
-    from transformers import AutoConfig
-
-    published = make_config(family, rope_theta=5000.0, tie_word_embeddings=False)
-    (tmp_path / "config.json").write_text(json.dumps(published))
-    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path / "nested")
-    nested = json.loads((tmp_path / "nested" / "config.json").read_text())
-    assert nested["text_config"]["hidden_size"] == 48
-    assert "rope_parameters" in nested["text_config"]
-    assert geometry(nested) == geometry(published)
-
-
 def assert_reported(family: str, change: dict[str, Any], key: str) -> None:
+    given = ConfigReader(make_config(family, **dict(change))), ConfigReader(PREPROCESSOR_DEFAULTS)
     with pytest.raises(UserError) as refused:
-        geometry(make_config(family, **dict(change)))
+        build_model(*given, torch.float32, META)
     assert key in refused.value.what
     assert refused.value.where == "config.json"
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
 @each(("change", "key"), load_cases("model_config_errors"))
-def test_invalid_config_values_are_reported(family: str, change: dict[str, Any], key: str) -> None:
+def test_invalid_config_values_are_reported(family, change, key):
     assert_reported(family, change, key)
 
 
-@each(
-    ("family", "change", "key"),
-    [
+def test_invalid_values_of_a_family_are_reported():
+    for family, change, key in (
         ("qwen2_5_vl", {"vision": {"window_size": 27}}, "vision_config.window_size"),
         ("qwen2_5_vl", {"vision": {"fullatt_block_indexes": [-1]}}, "fullatt_block_indexes"),
         ("qwen2_5_vl", {"vision": {"fullatt_block_indexes": [True]}}, "fullatt_block_indexes"),
         *(("qwen3_vl", *case) for case in CASES["test_invalid_qwen3_config_is_reported"]),
         *(("qwen3_vl_moe", *case) for case in CASES["test_invalid_moe_config_is_reported"]),
-    ],
-)
-def test_invalid_values_of_a_family_are_reported(
-    family: str, change: dict[str, Any], key: str
-) -> None:
-    assert_reported(family, change, key)
+    ):
+        assert_reported(family, change, key)
 
 
 @pytest.mark.parametrize(
@@ -93,7 +66,7 @@ def test_invalid_values_of_a_family_are_reported(
         (10**30, "an integer from 1 to 2147483647"),
     ],
 )
-def test_oversized_config_is_rejected(size: int, message: str) -> None:
+def test_oversized_config_is_rejected(size, message):
     settings = make_config("qwen3_vl", vision={"hidden_size": size})
     with pytest.raises(UserError, match=message):
         build_model(ConfigReader(settings), ConfigReader(PREPROCESSOR_DEFAULTS), torch.float32, CPU)
@@ -103,6 +76,6 @@ def test_oversized_config_is_rejected(size: int, message: str) -> None:
     "change",
     [{"image_mean": [0.5]}, {"image_std": "0.5"}, {"rescale_factor": 0}, {"do_normalize": False}],
 )
-def test_invalid_pixel_settings_are_rejected(change: dict[str, Any]) -> None:
+def test_invalid_pixel_settings_are_rejected(change):
     with pytest.raises(UserError, match=next(iter(change))):
         parse_pixel_normalization(ConfigReader({**PREPROCESSOR_DEFAULTS, **change}))

@@ -1,7 +1,5 @@
 """Context parallelism: shards of a long sample give the results of one process."""
 
-from __future__ import annotations
-
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -51,7 +49,6 @@ def make_shards(encoded: EncodedSample, number: int, count: int) -> PackedBatch:
 def compute_loss_and_gradients(
     model: VisionLanguageModel, batch: PackedBatch, known_MKD: Tensor | None = None
 ) -> list[Tensor]:
-    """Return the loss and the gradients of all parameters."""
     model = deepcopy(model)
     h_LD = model(batch, known_MKD)
     loss = fused_linear_cross_entropy(
@@ -69,9 +66,7 @@ def assert_same(shares: list[list[Tensor]], full: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("count", [2, 20])
-def test_context_shards_sum_to_the_full_sample(
-    tiny: Path, tmp_path: Path, count: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_context_shards_sum_to_the_full_sample(tiny, tmp_path, count, monkeypatch):
     """Use fp32 with encoded or cached features, with and without activation checkpointing."""
     encoded = long_sample(tmp_path, tiny)
     assert len(encoded.tokenized.spans) > 1
@@ -98,7 +93,7 @@ def test_context_shards_sum_to_the_full_sample(
     assert_same(group.run_all(compute_cached), full)
 
 
-def test_query_key_pairs_of_shards_are_balanced(tiny: Path, tmp_path: Path) -> None:
+def test_query_key_pairs_of_shards_are_balanced(tiny, tmp_path):
     outline = long_sample(tmp_path, tiny).tokenized
     shares = [ContextShard.from_sample(outline, number, 4) for number in range(4)]
     pairs = [sum(b * (b + 1) - a * (a + 1) for a, b in share.token_ranges) for share in shares]
@@ -106,9 +101,7 @@ def test_query_key_pairs_of_shards_are_balanced(tiny: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
-def test_gpu_kernels_support_context_shards(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_gpu_kernels_support_context_shards(tmp_path, monkeypatch):
     """Both chunks of a sample in one process, with collectives on itself."""
     monkeypatch.setattr(attention, "ALLGATHER", Tensor.copy_)
     monkeypatch.setattr(attention, "REDUCE_SCATTER", Tensor.copy_)

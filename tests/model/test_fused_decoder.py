@@ -1,16 +1,13 @@
 """Fused decoder layers: outputs and gradients as close to fp32 as those of unfused layers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
 from each_value import each
-from lora_fixtures import quantize_linear
 from torch import Tensor
 
 from finesight.model import fused_decoder
@@ -20,8 +17,6 @@ from finesight.model.decoder import DecoderLayer
 from finesight.model.families.qwen3_5 import HybridDecoderLayer
 from finesight.model.layers import RotaryCosSin
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
-from finesight.model.lora import fused
-from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 
 pytestmark = pytest.mark.gpu
 
@@ -54,8 +49,6 @@ HYBRID_CONFIG = replace(
 
 @dataclass(frozen=True)
 class PassResult:
-    """Output and gradients of one pass, in fp32."""
-
     y: Tensor
     grads: Mapping[str, Tensor]
 
@@ -67,7 +60,6 @@ def layer(rank: int | None, dropout: float = 0.0, *, trainable: bool = False) ->
 def initialize(
     made: LayerType, rank: int | None, dropout: float = 0.0, *, trainable: bool = False
 ) -> LayerType:
-    """Draw the weights, and add adapters of this rank."""
     generator = torch.Generator().manual_seed(0)
     for parameter in made.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
@@ -79,13 +71,6 @@ def initialize(
             for parameter in group.adapter.parameters():
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.05
     return made.to(CUDA).train()
-
-
-def to_fp8(made: DecoderLayer) -> DecoderLayer:
-    """Return the layer with FP8 weights."""
-    for group in groups(made):
-        quantize_linear(group, Fp8Matrix, Fp8Weight)
-    return made
 
 
 def groups(made: LayerType) -> list[FusedLinear]:
@@ -150,13 +135,7 @@ def compare_with_unfused(
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64, 128])
 @each("dtype", [torch.bfloat16, torch.float16])
 @each("apart", [False, True])
-def test_fused_layer_error_is_bounded(
-    rank: int | Literal["all trainable"] | None,
-    dtype: torch.dtype,
-    only: Tensor | None,
-    apart: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fused_layer_error_is_bounded(rank, dtype, only, apart, monkeypatch):
     made = layer(None, trainable=True) if rank == "all trainable" else layer(rank)
     for group in groups(made):
         group.is_sharded = apart
@@ -167,19 +146,14 @@ def test_fused_layer_error_is_bounded(
 @each("only", [None, ONLY])
 @pytest.mark.parametrize("rank", ["all trainable", None, 4, 64])
 @pytest.mark.parametrize("index", [0, 1], ids=["linear attention", "full attention"])
-def test_fused_hybrid_layer_error_is_bounded(
-    index: int,
-    rank: int | Literal["all trainable"] | None,
-    only: Tensor | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_fused_hybrid_layer_error_is_bounded(index, rank, only, monkeypatch):
     trainable = rank == "all trainable"
     made = HybridDecoderLayer(HYBRID_CONFIG, index)
     made = initialize(made, None if rank == "all trainable" else rank, trainable=trainable)
     compare_with_unfused(made, torch.bfloat16, only, 1.4, monkeypatch)
 
 
-def test_fused_layer_is_deterministic() -> None:
+def test_fused_layer_is_deterministic():
     made = layer(16, dropout=0.3)
     one, other = (run_pass(made, torch.bfloat16, None, lengths=IN_ORDER) for _ in range(2))
     assert torch.equal(one.y, other.y)
@@ -188,47 +162,8 @@ def test_fused_layer_is_deterministic() -> None:
     assert not torch.equal(one.y, another.y)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize(("rank", "share"), [(None, 0.0), (16, 0.0), (16, 0.3)])
-def test_fused_fp8_norms_match_unfused(
-    rank: int | None, share: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit-exact in both passes, and close to fp32."""
-    exact = run_pass(layer(rank), torch.float32, None, lengths=IN_ORDER)
-    made = to_fp8(layer(rank, share).to(dtype))
-    codes = run_pass(made, dtype, None, lengths=IN_ORDER)
-    monkeypatch.setattr(fused, "accepts_fp8_input", lambda _: False)
-    own = run_pass(made, dtype, None, lengths=IN_ORDER)
-    assert torch.equal(codes.y, own.y)
-    assert all(torch.equal(codes.grads[name], own.grads[name]) for name in own.grads)
-    assert share or relative_error(codes.y, exact.y) < 0.05
-
-
-def test_dropout_mean_matches_no_dropout() -> None:
-    """The mean output over many seeds equals that without dropout where the layer is linear."""
-    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-    from finesight.model.kernels.runtime import SeededDropout
-
-    generator = torch.Generator().manual_seed(2)
-    x = torch.randn(300, 384, generator=generator).to(CUDA, torch.bfloat16)
-    a = torch.randn(24, 384, generator=generator).to(CUDA, torch.bfloat16)
-    total = torch.zeros(300, 24, device=CUDA)
-    for seed in range(400):
-        seeds = torch.tensor([seed], dtype=torch.int32, device=CUDA)
-        total += lora_gemm_kernels.lora_down(x, a, SeededDropout(seeds, 5, 0.25, 1 / 0.75), 0)[
-            1
-        ].float()
-    exact = x.float() @ a.float().T
-    # Over 400 draws, the mean is off by sqrt(0.25 / 0.75 / 400) per row and column.
-    expected = (x.float().square() @ a.float().square().T).sqrt() * (1 / 3 / 400) ** 0.5
-    z = (total / 400 - exact) / expected
-    assert float(z.abs().max()) < 6.0
-    assert float(z.square().mean()) == pytest.approx(1.0, abs=0.15)
-
-
-def test_backward_uses_the_forward_dropout_mask() -> None:
-    """Several kernels recompute the mask: input gradients are zero exactly at dropped elements."""
-    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+def test_backward_uses_the_forward_dropout_mask():
+    """Kernels recompute the mask of the norm: gradients are zero exactly at dropped elements."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels import swiglu as swiglu_kernels
     from finesight.model.kernels.runtime import SeededDropout
@@ -237,19 +172,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
     drop = SeededDropout(seeds, salt=1, p=0.4, scale=1.0)
     ones = torch.ones(200, 128, device=CUDA, dtype=torch.bfloat16)
     eye = torch.eye(128, device=CUDA, dtype=torch.bfloat16)
-    full, forward = lora_gemm_kernels.lora_down(ones, eye, drop, 192)
-    assert torch.equal(full, torch.cat([ones, forward, torch.zeros_like(ones[:, :64])], 1))
-    back, by_a = lora_gemm_kernels.lora_down_backward(
-        ones, None, torch.zeros_like(ones), ones, eye, drop
-    )
-    assert torch.equal(back, forward)
-    assert torch.equal(by_a, ones.T @ forward)
-    buffer = torch.empty(200, 192, device=CUDA, dtype=torch.bfloat16)
-    dropped, scales = norm_kernels.rms_norm_dropout(ones, ones[0], 0.0, buffer[:, :128], drop)
-    assert torch.equal(dropped, forward)
-    assert torch.equal(buffer[:, :128], ones)
-    norm = lora_gemm_kernels.RmsNormStats(ones[0], scales)
-    assert torch.equal(lora_gemm_kernels.lora_A_grad(ones, norm, ones, eye, drop), by_a)
+    forward, _ = norm_kernels.rms_norm_dropout(ones, ones[0], 0.0, torch.empty_like(ones), drop)
     # silu(gate) up with gates so large that it equals their product.
     both = torch.cat([64 * ones, ones / 64], 1)
     gated, low = swiglu_kernels.swiglu_lora(both, eye, drop, 128)
@@ -269,7 +192,7 @@ def test_backward_uses_the_forward_dropout_mask() -> None:
     assert float(by_column.std()) == pytest.approx((0.24 / 200) ** 0.5, rel=0.3)
 
 
-def test_dropout_masks_are_uncorrelated() -> None:
+def test_dropout_masks_are_uncorrelated():
     """Masks of adjacent rows, columns and layers agree as often as by chance."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels.runtime import SeededDropout
@@ -292,7 +215,7 @@ def test_dropout_masks_are_uncorrelated() -> None:
         assert abs(float(square.mean())) < 5 * spread
 
 
-def test_updated_adapter_is_used_in_next_pass() -> None:
+def test_updated_adapter_is_used_in_next_pass():
     from finesight.model.lora.fused import FusedWeightSync
 
     made, laying = layer(16).to(torch.bfloat16), FusedWeightSync()
@@ -311,7 +234,7 @@ def test_updated_adapter_is_used_in_next_pass() -> None:
     assert torch.equal(second.y, again.y)
 
 
-def test_second_backward_raises() -> None:
+def test_second_backward_raises():
     made = layer(16)
     x = torch.randn(
         TOKENS, CONFIG.hidden_size, device=CUDA, dtype=torch.bfloat16, requires_grad=True
@@ -324,22 +247,97 @@ def test_second_backward_raises() -> None:
         y.sum().backward()
 
 
-@pytest.mark.parametrize("kind", ["rank", "scale", "part"])
-def test_unsupported_layers_fall_back(kind: str) -> None:
+@each("other", [LoraConfig(4, 8.0), LoraConfig(8, 4.0), None])
+def test_unsupported_layers_fall_back(other):
+    """One layer of a group has another rank or scale than the others, or the only adapter."""
     made = layer(16)
     group = made.self_attn.qkv_proj
-    if kind == "rank":
-        layers = {
-            name: LoraConfig(8 if name == "q_proj" else 4, 8.0) for name in group.output_sizes
-        }
-        group.adapter = LoraLinear(group, layers, 0.0)
-    if kind == "scale":
-        layers = {
-            name: LoraConfig(8, 8.0 if name == "q_proj" else 4.0) for name in group.output_sizes
-        }
-        group.adapter = LoraLinear(group, layers, 0.0)
-    if kind == "part":
-        group.adapter = LoraLinear(group, {"q_proj": LoraConfig(8, 8.0)}, 0.0)
+    layers = dict.fromkeys(group.output_sizes, other) | {"q_proj": LoraConfig(8, 8.0)}
+    group.adapter = LoraLinear(group, {name: one for name, one in layers.items() if one}, 0.0)
     made.to(CUDA)
     found = run_pass(made, torch.bfloat16, None)
     assert all(grad.isfinite().all() for grad in found.grads.values())
+
+
+RANKS = [1, 8, 24, 40, 64, 72, 100, 128, 192, 256, 300, 384]
+"""Single ranks, small ones, ranks split into two blocks, and the maximum."""
+
+
+def random_values(shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to("cuda", dtype)
+
+
+def error_norm(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm())
+
+
+def rounding(dtype: torch.dtype) -> float:
+    """Return the largest relative rounding error of one element."""
+    return torch.finfo(dtype).eps / 2
+
+
+@each("dtype", [torch.bfloat16, torch.float16])
+@each("share", [0.0, 0.3])
+@each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (300, 1536)])
+@each("ranks", [rank for rank in RANKS if rank <= 128])
+def test_forward_matches_fp64(ranks, rows, width, share, dtype):
+    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+    from finesight.model.kernels.runtime import SeededDropout
+    from finesight.model.lora.fused import padding_columns
+
+    x_TI, a_RI = random_values((rows, width), 1, dtype), random_values((ranks, width), 2, dtype)
+    drop = SeededDropout(torch.tensor([3], dtype=torch.int32, device="cuda"), 4, share, 0.7)
+    behind = padding_columns(width, ranks)
+    x_TJ, low_TR = lora_gemm_kernels.lora_down(x_TI, a_RI, drop, behind)
+    alone, same_TR = lora_gemm_kernels.lora_down(x_TI, a_RI, drop, 0)
+    assert alone is x_TI
+    assert error_norm(same_TR, low_TR.double()) < rounding(dtype)
+    empty = low_TR.new_zeros(rows, behind - ranks)
+    assert torch.equal(x_TJ, torch.cat([x_TI, low_TR, empty], 1))
+    exact = 0.7 * apply_dropout(x_TI, drop).double() @ a_RI.double().T
+    assert error_norm(low_TR, exact) < rounding(dtype)
+
+
+@each("dtype", [torch.bfloat16, torch.float16])
+@each("share", [0.0, 0.3])
+@each("normed", [False, True])
+@each(("rows", "width"), [(1, 64), (77, 176), (90, 99), (3000, 1536)])
+@each("ranks", RANKS)
+def test_backward_matches_fp64(ranks, rows, width, normed, share, dtype):
+    """Gradients are slices of wider rows, as in fused matmuls."""
+    from finesight.model.kernels import lora_gemm as lora_gemm_kernels
+    from finesight.model.kernels import norm as norm_kernels
+    from finesight.model.kernels.runtime import SeededDropout
+
+    x_TI, a_SI = random_values((rows, width), 1, dtype), random_values((ranks, width), 2, dtype)
+    dn_TJ = random_values((rows, width + ranks), 5, dtype)
+    dn_TI, dlow_TS = dn_TJ[:, :width], dn_TJ[:, width:]
+    drop = SeededDropout(torch.tensor([3], dtype=torch.int32, device="cuda"), 4, share, 0.7)
+    n_TI, norm = x_TI, None
+    if normed:
+        w_I, n_TI = random_values((width,), 6, dtype), torch.empty_like(x_TI)
+        _, scale_T = norm_kernels.rms_norm_dropout(x_TI, w_I, 1e-6, n_TI, drop)
+        norm = lora_gemm_kernels.RmsNormStats(w_I, scale_T)
+    stored_TI = apply_dropout(torch.ones_like(x_TI), drop).double()
+    dx_TI, da_SI = lora_gemm_kernels.lora_down_backward(x_TI, norm, dn_TI, dlow_TS, a_SI, drop)
+    exact = dn_TI.double() + 0.7 * stored_TI * (dlow_TS.double() @ a_SI.double())
+    assert error_norm(dx_TI, exact) < rounding(dtype)
+    assert error_norm(da_SI, 0.7 * dlow_TS.double().T @ (stored_TI * n_TI.double())) < rounding(
+        dtype
+    )
+    alone_SI = lora_gemm_kernels.lora_A_grad(x_TI, norm, dlow_TS, a_SI, drop)
+    assert error_norm(alone_SI, da_SI.double()) < rounding(dtype)
+    again = lora_gemm_kernels.lora_down_backward(x_TI, norm, dn_TI, dlow_TS, a_SI, drop)
+    assert torch.equal(again[1], da_SI)
+
+
+def apply_dropout(x_TI: Tensor, drop: Any) -> Tensor:
+    """Apply the dropout mask with another kernel, without a matmul."""
+    from finesight.model.kernels import norm as norm_kernels
+
+    ones_TI = torch.ones_like(x_TI)
+    stored_TI, _ = norm_kernels.rms_norm_dropout(
+        ones_TI, ones_TI[0], 0.0, torch.empty_like(x_TI), drop
+    )
+    return x_TI * stored_TI

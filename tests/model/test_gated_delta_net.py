@@ -1,7 +1,5 @@
 """The gated delta rule against its definition, token by token, and against transformers."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Models of other families through transformers: equal results, and rejected models."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import hf_models
@@ -44,9 +42,7 @@ def batch(folder: Path, tmp_path: Path) -> PackedBatch:
     return pack([build_renderer(ModelFolder(folder)).encode(located_sample)])
 
 
-def test_loss_and_gradients_match_transformers(
-    model: HfModel, folder: Path, batch: PackedBatch
-) -> None:
+def test_loss_and_gradients_match_transformers(model, folder, batch):
     from transformers import AutoModelForImageTextToText
 
     theirs = AutoModelForImageTextToText.from_pretrained(folder)
@@ -66,7 +62,7 @@ def test_loss_and_gradients_match_transformers(
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_each_part_follows_its_tune_setting(model: HfModel) -> None:
+def test_each_part_follows_its_tune_setting(model):
     parts = {get_part(name) for name, _ in model.named_parameters()}
     assert parts == {"vision", "merger", "language", "embeddings"}
     configure_tuning(model, TuneSettings(vision="lora", merger="full", language="frozen"), seed=0)
@@ -75,7 +71,7 @@ def test_each_part_follows_its_tune_setting(model: HfModel) -> None:
     assert all(".adapter." in name for name in learning if get_part(name) == "vision")
 
 
-def test_unsupported_models_are_rejected(model: HfModel, batch: PackedBatch) -> None:
+def test_unsupported_models_are_rejected(model, batch):
     model.inner.lm_head.register_forward_hook(lambda _, __, logits: 9 * torch.tanh(logits / 9))
     with pytest.raises(UserError, match="logits of llava differ"):
         model(batch)
@@ -85,14 +81,12 @@ def test_unsupported_models_are_rejected(model: HfModel, batch: PackedBatch) -> 
 
 
 @pytest.mark.parametrize(("name", "part"), CASES["test_parts_are_recognized_by_hf_names"])
-def test_parts_are_recognized_by_hf_names(name: str, part: str) -> None:
+def test_parts_are_recognized_by_hf_names(name, part):
     assert get_part(f"inner.{name}") == part
 
 
 @pytest.mark.parametrize("how", ["missing", "another shape", "pickled"])
-def test_mismatched_tensors_are_rejected(
-    model: HfModel, folder: Path, batch: PackedBatch, tmp_path: Path, how: str
-) -> None:
+def test_mismatched_tensors_are_rejected(model, folder, batch, tmp_path, how):
     """Pickled weights are converted and verified."""
     for file in folder.iterdir():
         if file.suffix != ".safetensors":

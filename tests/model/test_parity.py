@@ -1,7 +1,5 @@
 """Native models against transformers: logits and gradients of tiny random models in fp32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
@@ -40,7 +38,6 @@ SAMPLES = [
 
 
 def make_pairs(family: str) -> Iterator[tuple[str, Any, Any]]:
-    """Yield name, native model and reference model of each config of a family."""
     for name, (own_family, changes) in MODELS.items():
         if own_family == family:
             settings = make_config(family, **deepcopy(changes))
@@ -49,7 +46,7 @@ def make_pairs(family: str) -> Iterator[tuple[str, Any, Any]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_packed_logits_match_reference(family: str) -> None:
+def test_packed_logits_match_reference(family):
     for name, ours, theirs in make_pairs(family):
         # In fp32, the reference itself has an error of 1.1e-5 on some CPUs. Experts have no fp64.
         has_experts = hasattr(theirs.config.get_text_config(), "num_experts")
@@ -66,7 +63,7 @@ def test_packed_logits_match_reference(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_match_reference(family: str) -> None:
+def test_gradients_match_reference(family):
     """Relative to the largest gradient of each tensor, which is the stricter criterion."""
     samples = [TWO_IMAGES, TEXT, BOTH]
     for name, ours, theirs in make_pairs(family):

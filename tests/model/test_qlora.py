@@ -1,54 +1,35 @@
 """NF4 models: equal to transformers and peft, packed, and saved to folders."""
 
-from __future__ import annotations
-
+import json
 from pathlib import Path
 from typing import Any
 
+import hf_reference
 import peft
 import pytest
 import torch
-from each_value import each
-from hf_reference import (
-    CPU,
-    make_config,
-    make_conversation,
-    make_reference_model,
-    max_relative_error,
-    pack_conversations,
-    reference_logits,
-    write_model_folder,
-)
 from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
-from torch import Tensor
+from safetensors.torch import load_file
 
-from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_module_name
 from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.quant.nf4 import Nf4Matrix
-from finesight.model.trainable import ModelPart, configure_tuning
-from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model, save_model
-from finesight.model_folder import ModelFolder, locate_model
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.model.trainable import ModelPart
+from finesight.model.weights_io import load_model, save_model, stored_precision
+from finesight.model_folder import ModelFolder
 
 FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
 EVERY: tuple[ModelPart, ...] = ("vision", "merger", "language")
 LORA = {"rank": 4, "alpha": 6, "dropout": 0.0}
 TUNE = {"language": "lora", "vision": "lora", "merger": "lora", "lora": LORA}
-SAMPLE = make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
-SAMPLES = [SAMPLE, make_conversation(1, 11), make_conversation(2, 5, ("image", (1, 4, 6)), 7)]
+SAMPLE = hf_reference.make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)
 
 
 def make_settings(family: str, **changes: Any) -> dict[str, Any]:
-    """Return a config whose widths are multiples of a block.
-
-    bitsandbytes fails with others on a CPU.
-    """
+    """Return a config of widths that bitsandbytes supports on a CPU: multiples of a block."""
     own = {"embed_dim": 64, "hidden_size": 128, "mlp_ratio": 2}
     if family != "qwen2_vl":
         own = {"hidden_size": 64, "out_hidden_size": 128, "intermediate_size": 128}
@@ -59,20 +40,19 @@ def make_settings(family: str, **changes: Any) -> dict[str, Any]:
     if family == "qwen3_5":
         more = {"linear_key_head_dim": 32, "linear_value_head_dim": 32}
     more |= changes
-    return make_config(family, hidden_size=128, intermediate_size=192, vision=own, **more)
+    return hf_reference.make_config(
+        family, hidden_size=128, intermediate_size=192, vision=own, **more
+    )
 
 
 def make_base(
     folder: Path, family: str, dtype: torch.dtype = torch.bfloat16, **changes: Any
 ) -> ModelFolder:
-    return write_model_folder(folder, make_settings(family, **changes), dtype)
+    return hf_reference.write_model_folder(folder, make_settings(family, **changes), dtype)
 
 
 def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
-    """Load the base model for QLoRA in transformers.
-
-    In training mode: for inference on some CPUs, bitsandbytes always computes in bf16.
-    """
+    """Load for training: in inference, bitsandbytes always computes in bf16 on some CPUs."""
     import transformers
 
     four_bits = transformers.BitsAndBytesConfig(
@@ -87,23 +67,19 @@ def from_transformers(base: ModelFolder, dtype: torch.dtype) -> Any:
     return model.train()
 
 
-def logits(model: VisionLanguageModel, family: str) -> Tensor:
-    theirs = make_reference_model(make_settings(family))
-    return model.compute_logits(model(pack_conversations(theirs, [SAMPLE])))
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path: Path) -> None:
+def test_logits_and_gradients_match_transformers_and_peft(family, tmp_path):
     base = make_base(tmp_path / "base", family)
-    model = tune_with_lora(load_model(base, torch.float32, CPU, EVERY), TUNE)
+    model = tune_with_lora(load_model(base, torch.float32, hf_reference.CPU, EVERY), TUNE)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     save_adapter(adapter, model, base_model=str(base.path))
     loaded = from_transformers(base, torch.float32)
     theirs = peft.PeftModel.from_pretrained(loaded, adapter, is_trainable=True).train()
-    found = logits(model, family)
-    expected = reference_logits(theirs.base_model.model, SAMPLE)
-    assert max_relative_error(found, expected) <= 1e-5
+    reference = hf_reference.make_reference_model(make_settings(family))
+    found = model.compute_logits(model(hf_reference.pack_conversations(reference, [SAMPLE])))
+    expected = hf_reference.reference_logits(theirs.base_model.model, SAMPLE)
+    assert hf_reference.max_relative_error(found, expected) <= 1e-5
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(0))
     (found * weights).sum().backward()
     (expected * weights).sum().backward()
@@ -117,42 +93,15 @@ def test_logits_and_gradients_match_transformers_and_peft(family: str, tmp_path:
     their_gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in gradients.items():
-        assert max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-@each("dtype", [torch.float32, torch.bfloat16])
-@each("parts", [EVERY, ("language", "embeddings")])
-def test_loss_and_gradients_match_dequantized_bit_exactly(
-    family: str, dtype: torch.dtype, parts: tuple[ModelPart, ...], tmp_path: Path
-) -> None:
-    """Of the embeddings only the LM head is quantized."""
-    base = make_base(tmp_path / "base", family, tie_word_embeddings=False)
-    batch = pack_conversations(make_reference_model(make_settings(family)), SAMPLES)
-    results = []
-    for is_dense in (False, True):
-        model = load_model(base, dtype, CPU, parts)
-        assert ("lm_head.weight" in find_quantized_weights(model)) == ("embeddings" in parts)
-        for module in model.modules():
-            if is_dense and isinstance(module, FusedLinear):
-                module.dequantize()
-        tune_with_lora(model, TUNE)
-        loss = fused_linear_cross_entropy(
-            model(batch), model.lm_head_weight, batch.labels_L, torch.tensor(1.0), chunk_size=5
-        )
-        loss.backward()
-        gradients = [p.grad for p in model.parameters() if p.requires_grad]
-        results.append([loss.detach(), *gradients])
-    for found, expected in zip(*results, strict=True):
-        assert torch.equal(found, expected)
+        assert hf_reference.max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
 
 
 @pytest.mark.parametrize("parts", [("language",), ("vision",), ("vision", "merger")])
-def test_only_linear_layers_of_chosen_parts_are_quantized(
-    parts: tuple[ModelPart, ...], tmp_path: Path
-) -> None:
+def test_only_linear_layers_of_chosen_parts_are_quantized(parts, tmp_path):
     base = make_base(tmp_path / "base", "qwen2_5_vl")
-    model, dense = (load_model(base, torch.bfloat16, CPU, stored) for stored in (parts, ()))
+    model, dense = (
+        load_model(base, torch.bfloat16, hf_reference.CPU, stored) for stored in (parts, ())
+    )
     prefixes = {"language": "model.layers.", "vision": "visual.blocks.", "merger": "visual.merger."}
     chosen = tuple(prefixes[part] for part in parts)
     groups = {n for n, module in dense.named_modules() if isinstance(module, FusedLinear)}
@@ -162,61 +111,30 @@ def test_only_linear_layers_of_chosen_parts_are_quantized(
     for name, parameter in dense.named_parameters():
         assert name in expected or torch.equal(others[name], parameter)
     with pytest.raises(UserError, match="head of this model is tied to the embedding table"):
-        load_model(base, torch.float32, CPU, ("embeddings",))
+        load_model(base, torch.float32, hf_reference.CPU, ("embeddings",))
 
 
-def test_quantized_model_is_saved_in_base_precision(tmp_path: Path) -> None:
+def test_quantized_model_is_saved_in_base_precision(tmp_path):
     """Saved in another dtype, the codes would differ after reloading."""
     base = make_base(tmp_path / "base", "qwen2_vl", torch.float32, tie_word_embeddings=False)
     parts = ("language", "embeddings")
-    model = load_model(base, torch.bfloat16, CPU, parts)
+    model = load_model(base, torch.bfloat16, hf_reference.CPU, parts)
     again = tmp_path / "again"
     again.mkdir()
     save_model(model, base, again, torch.bfloat16, max_shard_bytes=100_000)
-    found = load_model(ModelFolder(again), torch.bfloat16, CPU, parts).state_dict()
+    files = ModelFolder(again).weight_files()
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    index = json.loads((again / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16, torch.float32}
+    assert ModelFolder(again).config["torch_dtype"] == "float32"
+    assert stored_precision(ModelFolder(again)) == "fp32"
+    found = load_model(ModelFolder(again), torch.bfloat16, hf_reference.CPU, parts).state_dict()
     assert found.keys() == model.state_dict().keys()
     assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
     full, baseline = (
-        load_model(folder, torch.float32, CPU).state_dict() for folder in (ModelFolder(again), base)
+        load_model(folder, torch.float32, hf_reference.CPU).state_dict()
+        for folder in (ModelFolder(again), base)
     )
     for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
         assert torch.equal(full[name], baseline[name])
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("family", FAMILIES)
-def test_gpu_matches_cpu(family: str, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", family)
-    card = torch.device("cuda")
-    here = tune_with_lora(load_model(base, torch.float32, CPU, EVERY), TUNE)
-    there = load_model(base, torch.float32, card, EVERY)
-    configure_tuning(there, TuneSettings.model_validate(TUNE), seed=0)
-    own = dict(here.named_parameters())
-    for name, parameter in there.named_parameters():
-        parameter.data.copy_(own[name].data)
-    for name, buffer in here.named_buffers():
-        if buffer.dtype == torch.uint8:
-            changed = int((buffer != dict(there.named_buffers())[name].cpu()).sum())
-            # Another summation order of a mean may change a scale by one code.
-            assert changed <= max(2, buffer.numel() // 25)
-    theirs = make_reference_model(make_settings(family))
-    batch = pack_conversations(theirs, SAMPLES)
-    with torch.no_grad():
-        expected = here.compute_logits(here(batch))
-        found = there.compute_logits(there(batch.to(card))).cpu()
-    assert max_relative_error(found, expected) < 2e-2
-
-
-@pytest.mark.gpu
-def test_gpu_loading_peak_is_below_the_dense_model(tmp_path: Path) -> None:
-    folder, card = locate_model("finesight-tiny"), torch.device("cuda")
-    peaks = []
-    for four in (EVERY, ()):
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        model = load_model(folder, torch.bfloat16, card, four)
-        peaks.append(torch.cuda.max_memory_allocated() - before)
-        assert any(isinstance(m, Nf4Matrix) for m in model.modules()) == bool(four)
-        del model
-    assert peaks[0] < 0.5 * peaks[1]

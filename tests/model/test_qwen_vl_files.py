@@ -1,9 +1,6 @@
 """Qwen-VL files: weight round trip, pickles, trainable parts, adapters."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +38,7 @@ def batch(tiny: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Packed
     return pack_mixed_questions(tiny, tmp_path_factory.mktemp("asked"))
 
 
-def test_weights_are_saved_under_published_names(tiny: ModelFolder, tmp_path: Path) -> None:
+def test_weights_are_saved_under_published_names(tiny, tmp_path):
     save_model(load_fp32(tiny), tiny, tmp_path, torch.float32, 300_000)
     before = load_file(tiny.path / "model.safetensors")
     files = ModelFolder(tmp_path).weight_files()
@@ -58,9 +55,7 @@ def test_weights_are_saved_under_published_names(tiny: ModelFolder, tmp_path: Pa
     }
 
 
-def test_pickled_weights_give_the_same_model(
-    tiny: ModelFolder, batch: PackedBatch, tmp_path: Path
-) -> None:
+def test_pickled_weights_give_the_same_model(tiny, batch, tmp_path):
     for name in ("config.json", "qwen.tiktoken"):
         (tmp_path / name).write_bytes((tiny.path / name).read_bytes())
     tensors = load_file(tiny.path / "model.safetensors")
@@ -80,7 +75,7 @@ def test_pickled_weights_give_the_same_model(
     assert names == {"config.json", "qwen.tiktoken", "model.safetensors"}
 
 
-def test_resampler_positions_are_not_trainable(tiny: ModelFolder, tmp_path: Path) -> None:
+def test_resampler_positions_are_not_trainable(tiny, tmp_path):
     model = load_fp32(tiny)
     parts = ("vision", "merger", "language", "embeddings")
     configure_tuning(model, TuneSettings.model_validate(dict.fromkeys(parts, "full")), 0)
@@ -96,7 +91,7 @@ def test_resampler_positions_are_not_trainable(tiny: ModelFolder, tmp_path: Path
         load_fp32(ModelFolder(tmp_path))
 
 
-def test_official_lora_config(tiny: ModelFolder, batch: PackedBatch, tmp_path: Path) -> None:
+def test_official_lora_config(tiny, batch, tmp_path):
     model = tune_with_lora(load_fp32(tiny), {"lora": OFFICIAL})
     save_adapter(tmp_path, model, base_model=str(tiny.path))
     layer = "base_model.model.transformer.h.{}.{}.lora_{}.weight"

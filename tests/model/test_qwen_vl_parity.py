@@ -1,7 +1,5 @@
 """Native Qwen-VL against reference values of the published code, see qwen_vl_reference."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
@@ -49,7 +47,7 @@ def _logits(model: VisionLanguageModel, batch: PackedBatch) -> torch.Tensor:
 
 
 @each(("number", "mode"), MODES)
-def test_logits_loss_and_gradients_match_published_code(number: int, mode: str) -> None:
+def test_logits_loss_and_gradients_match_published_code(number, mode):
     case = CASES[number]
     config = CONFIGS[case["config"]]
     model = make_native_model(config).train(mode == "training")
@@ -78,7 +76,7 @@ def test_logits_loss_and_gradients_match_published_code(number: int, mode: str) 
         assert difference <= 1e-4 * max(expected[-1], 1e-9), name
 
 
-def test_packed_sequences_match_single_sequences() -> None:
+def test_packed_sequences_match_single_sequences():
     several = [number for number, case in enumerate(CASES) if case["config"] == "few queries"]
     batch = _packed(*(CASES[number] for number in several))
     with torch.no_grad():
@@ -88,7 +86,7 @@ def test_packed_sequences_match_single_sequences() -> None:
 
 
 @pytest.mark.parametrize("name", dict.fromkeys(one["config"] for one in GENERATED))
-def test_generation_matches_published_code(name: str) -> None:
+def test_generation_matches_published_code(name):
     # All prompts in one batch, short and long ones; the published code supports one at a time.
     requested = [one for one in GENERATED if one["config"] == name]
     prompts = [

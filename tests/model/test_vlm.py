@@ -1,18 +1,9 @@
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
+import hf_reference
 import pytest
 import torch
-from hf_reference import (
-    make_config,
-    make_conversation,
-    make_native_model,
-    make_reference_model,
-    max_relative_error,
-    pack_conversations,
-)
 from torch import Tensor, nn
 
 from finesight.encode.packing import PackedBatch
@@ -21,9 +12,9 @@ from finesight.model.trainable import get_part
 from finesight.model.vlm import VisionLanguageModel
 
 SAMPLES = [
-    make_conversation(1, 3, ("image", (1, 10, 12)), 4),
-    make_conversation(2, 9),
-    make_conversation(3, 1, ("video", (2, 4, 6)), 2),
+    hf_reference.make_conversation(1, 3, ("image", (1, 10, 12)), 4),
+    hf_reference.make_conversation(2, 9),
+    hf_reference.make_conversation(3, 1, ("video", (2, 4, 6)), 2),
 ]
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"]
@@ -31,43 +22,41 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qw
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def reference_model(request: pytest.FixtureRequest) -> Any:
-    model = make_reference_model(make_config(request.param))
-    model.settings = make_config(request.param)
+    model = hf_reference.make_reference_model(hf_reference.make_config(request.param))
+    model.settings = hf_reference.make_config(request.param)
     return model
 
 
 @pytest.fixture
 def model(reference_model: Any) -> VisionLanguageModel:
-    return make_native_model(reference_model.settings, reference_model)
+    return hf_reference.make_native_model(reference_model.settings, reference_model)
 
 
 @pytest.fixture(scope="module")
 def batch(reference_model: Any) -> PackedBatch:
-    return pack_conversations(reference_model, SAMPLES)
+    return hf_reference.pack_conversations(reference_model, SAMPLES)
 
 
-def test_hidden_states_only_at_supervised_positions(
-    model: VisionLanguageModel, batch: PackedBatch
-) -> None:
+def test_hidden_states_only_at_supervised_positions(model, batch):
     """Token ids of the placeholders have no effect, nor has encoding images in advance."""
     h_LD = model(batch)
     some = replace(batch, logit_indices_L=torch.tensor([4, 0, 17]))
     assert model(some).shape == (3, 48)
-    assert max_relative_error(model(some), h_LD[[4, 0, 17]]) < 1e-6
+    assert hf_reference.max_relative_error(model(some), h_LD[[4, 0, 17]]) < 1e-6
     elsewhere = replace(batch, ids_T=batch.ids_T.index_fill(0, batch.visual_indices_M, 7))
     assert torch.equal(model(elsewhere), h_LD)
     features_MKD = model.encode_images(batch.patches_ND, batch.grid_thw)
     assert torch.equal(model(batch, features_MKD), h_LD)
 
 
-def test_missing_placeholders_raise(model: VisionLanguageModel, batch: PackedBatch) -> None:
+def test_missing_placeholders_raise(model, batch):
     with pytest.raises(AssertionError, match="41 placeholder tokens for 42 image features"):
         model(replace(batch, visual_indices_M=batch.visual_indices_M[1:]))
     with pytest.raises(AssertionError, match="167 patches for grids of 168"):
         model(replace(batch, patches_ND=batch.patches_ND[1:]))
 
 
-def test_single_frame_matches_repeated_frames(model: VisionLanguageModel) -> None:
+def test_single_frame_matches_repeated_frames(model):
     pixels = model.config.vision.patch_size**2
     one_NCP = torch.randint(0, 256, (16, 3, pixels), dtype=torch.uint8)
     both_ND = one_NCP.unsqueeze(2).expand(-1, -1, 2, -1).flatten(1)
@@ -78,7 +67,7 @@ def test_single_frame_matches_repeated_frames(model: VisionLanguageModel) -> Non
     assert torch.equal(found, expected)
 
 
-def test_frozen_encoder_builds_no_graph(model: VisionLanguageModel, batch: PackedBatch) -> None:
+def test_frozen_encoder_builds_no_graph(model, batch):
     """The merger and the adapters of a frozen encoder are trained."""
     for part in (model.visual, model.model.embed_tokens):
         part.requires_grad_(False)
@@ -112,16 +101,14 @@ class NoiseAdapter(nn.Module):
 
 
 def with_noise_adapters(theirs: Any) -> VisionLanguageModel:
-    model = make_native_model(theirs.settings, theirs)
+    model = hf_reference.make_native_model(theirs.settings, theirs)
     for module in model.modules():
         if isinstance(module, FusedLinear):
             module.adapter = NoiseAdapter(module)
     return model.train()
 
 
-def test_activation_checkpointing_is_bit_exact_with_dropout(
-    reference_model: Any, batch: PackedBatch
-) -> None:
+def test_activation_checkpointing_is_bit_exact_with_dropout(reference_model, batch):
     found, retained = [], []
 
     def count(tensor: Tensor) -> Tensor:

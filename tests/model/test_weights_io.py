@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from itertools import cycle
@@ -20,7 +18,6 @@ from hf_reference import (
     reference_logits,
     write_model_folder,
 )
-from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -53,16 +50,6 @@ def published(folder: Path, settings: dict[str, Any], theirs: Any = None) -> Mod
     return source
 
 
-def add_tensors(folder: ModelFolder, tensors: dict[str, Tensor]) -> None:
-    """Add tensors to the first weight file and to the index."""
-    file = folder.weight_files()[0]
-    save_file(load_file(file) | tensors, file, metadata={"format": "pt"})
-    index_file = folder.path / "model.safetensors.index.json"
-    index = json.loads(index_file.read_text())
-    index["weight_map"] |= dict.fromkeys(tensors, file.name)
-    index_file.write_text(json.dumps(index))
-
-
 @pytest.fixture(params=FAMILIES)
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     return make_config(request.param)
@@ -70,9 +57,7 @@ def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
 
 @each("tied", [True, False])
 @each("most", [5e9, 200_000])
-def test_saved_model_loads_in_transformers(
-    tmp_path: Path, settings: dict[str, Any], tied: bool, most: float
-) -> None:
+def test_saved_model_loads_in_transformers(tmp_path, settings, tied, most):
     settings = settings | {"tie_word_embeddings": tied}
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
@@ -101,7 +86,7 @@ def test_saved_model_loads_in_transformers(
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied: bool) -> None:
+def test_transformers_model_loads(tmp_path, settings, tied):
     settings = settings | {"tie_word_embeddings": tied}
     theirs = make_reference_model(settings)
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
@@ -112,9 +97,7 @@ def test_transformers_model_loads(tmp_path: Path, settings: dict[str, Any], tied
     assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected_logits(theirs)) <= 1e-5
 
 
-def test_published_and_transformers_5_names_are_equivalent(
-    tmp_path: Path, settings: dict[str, Any]
-) -> None:
+def test_published_and_transformers_5_names_are_equivalent(tmp_path, settings):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     expected = native_logits(load_model(source, torch.float32, CPU), theirs, SAMPLES)
@@ -136,9 +119,7 @@ def test_published_and_transformers_5_names_are_equivalent(
 
 @pytest.mark.parametrize("inner", [16, 24, 48])
 @pytest.mark.parametrize("outputs_first", [True, False])
-def test_expert_weights_load_in_either_layout(
-    tmp_path: Path, inner: int, outputs_first: bool
-) -> None:
+def test_expert_weights_load_in_either_layout(tmp_path, inner, outputs_first):
     """Includes a layer with one square stack, where only the other shows the layout."""
     settings = make_config("qwen3_vl_moe", moe_intermediate_size=inner)
     theirs = make_reference_model(settings)
@@ -151,7 +132,7 @@ def test_expert_weights_load_in_either_layout(
     assert max_relative_error(found, expected_logits(theirs)) <= 1e-5
 
 
-def test_tied_lm_head_may_be_stored(tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_tied_lm_head_may_be_stored(tmp_path, settings):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     change(source, lambda tensors: {**tensors, "lm_head.weight": torch.zeros(100, 48)})
@@ -160,9 +141,7 @@ def test_tied_lm_head_may_be_stored(tmp_path: Path, settings: dict[str, Any]) ->
 
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
-def test_dtypes_are_converted_while_loading(
-    tmp_path: Path, settings: dict[str, Any], stored: torch.dtype
-) -> None:
+def test_dtypes_are_converted_while_loading(tmp_path, settings, stored):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)
     target = tmp_path / "target"
@@ -183,7 +162,6 @@ Tensors = dict[str, Tensor]
 
 
 def change(folder: ModelFolder, how: Callable[[Tensors], Tensors]) -> Path:
-    """Rewrite the first weight file."""
     file = folder.weight_files()[0]
     save_file(how(load_file(file)), file)
     return file
@@ -223,9 +201,7 @@ MISMATCHES: list[tuple[Callable[[Tensors], Tensors], str]] = [
 @pytest.mark.parametrize(
     ("how", "what"), MISMATCHES, ids=["missing", "unknown", "name", "twice", "shape", "type"]
 )
-def test_mismatched_weight_file_is_rejected(
-    tmp_path: Path, how: Callable[[Tensors], Tensors], what: str
-) -> None:
+def test_mismatched_weight_file_is_rejected(tmp_path, how, what):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
     change(source, how)
     with pytest.raises(UserError) as refused:
@@ -234,7 +210,7 @@ def test_mismatched_weight_file_is_rejected(
     assert str(source.path) in refused.value.where
 
 
-def test_damaged_file_is_rejected(tmp_path: Path) -> None:
+def test_damaged_file_is_rejected(tmp_path):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
     with write_folder(tmp_path / "merged") as folder:
         save_model(load_model(source, torch.float32, CPU), source, folder, torch.float32)
@@ -254,7 +230,7 @@ def test_damaged_file_is_rejected(tmp_path: Path) -> None:
         (tmp_path / "merged" / "sha256.json").unlink(missing_ok=True)
 
 
-def test_stored_precision(tmp_path: Path) -> None:
+def test_stored_precision(tmp_path):
     source = published(tmp_path / "source", make_config("qwen2_vl"))
 
     def store(*dtypes: torch.dtype) -> str:
@@ -270,51 +246,7 @@ def test_stored_precision(tmp_path: Path) -> None:
         store(torch.int8)
 
 
-def test_mixed_dtypes_are_indexed_correctly(tmp_path: Path) -> None:
-    """4-bit weights are written as published, the others in the dtype of the run."""
-    base = published(tmp_path / "base", make_config("qwen2_vl"))
-    (tmp_path / "saved").mkdir()
-    model = load_model(base, torch.float16, CPU, ["language"])
-    save_model(model, base, tmp_path / "saved", torch.float16, max_shard_bytes=80_000)
-    saved = ModelFolder(tmp_path / "saved")
-    tensors = [list(load_file(file).values()) for file in saved.weight_files()]
-    sizes = [sum(tensor.nbytes for tensor in some) for some in tensors]
-    index = json.loads((saved.path / "model.safetensors.index.json").read_text())
-    assert index["metadata"]["total_size"] == sum(sizes)
-    assert max(sizes) <= 80_000
-    assert {t.dtype for some in tensors for t in some} == {torch.float16, torch.float32}
-    assert saved.config["torch_dtype"] == "float32"
-    assert merge_to_folder(saved, None, tmp_path / "merged").precision == "fp32"
-
-
-def test_copied_tensors_keep_their_dtype(tmp_path: Path) -> None:
-    """Weights of multi-token prediction are written as published, even if only they are packed."""
-    source = published(tmp_path / "source", make_config("qwen3_5"))
-    copied = {
-        "mtp.fc.weight": torch.arange(8).to(torch.float8_e4m3fn),
-        "mtp.layers.0.mlp.up_proj.g_idx": torch.arange(3),
-        "mtp.layers.0.mlp.up_proj.qweight": torch.arange(3, dtype=torch.int32),
-    }
-    add_tensors(source, copied)
-    packing = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": True}
-    config = source.config | {"quantization_config": packing}
-    (source.path / "config.json").write_text(json.dumps(config))
-    source = ModelFolder(source.path)
-    (tmp_path / "saved").mkdir()
-    model = load_model(source, torch.float32, CPU)
-    save_model(model, source, tmp_path / "saved", torch.float32, 80_000)
-    saved = ModelFolder(tmp_path / "saved")
-    tensors = {n: t for file in saved.weight_files() for n, t in load_file(file).items()}
-    for name, tensor in copied.items():
-        assert tensors[name].dtype == tensor.dtype
-        assert tensors[name].view(torch.uint8).equal(tensor.view(torch.uint8))
-    assert "quantization_config" not in saved.config
-    add_tensors(source, {"mtp.fc.weight": torch.ones(2, dtype=torch.complex64)})
-    with pytest.raises(UserError, match=r"1 tensors are of another type: mtp\.fc\.weight C64"):
-        load_model(source, torch.float32, CPU)
-
-
-def test_random_model_depends_on_seed(settings: dict[str, Any]) -> None:
+def test_random_model_depends_on_seed(settings):
     first, same, other = (
         init_random_model(settings, seed, torch.bfloat16, CPU).state_dict() for seed in (1, 1, 2)
     )

@@ -1,19 +1,10 @@
 """Fixtures for the tests of training."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
-import torch
 from huggingface_hub import constants
 from tiny_task import TinyTask
-
-
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip GPU tests without a GPU."""
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
 
 
 @pytest.fixture

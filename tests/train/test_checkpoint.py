@@ -1,12 +1,9 @@
 """Checkpoints of other versions, and snapshots that are written asynchronously."""
 
-from __future__ import annotations
-
 import errno
 import json
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import pytest
 import torch
@@ -43,27 +40,16 @@ def make_state(step: int) -> CheckpointState:
 
 
 def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights, two slices of one tensor, and the optimizer state."""
     flat_E = torch.arange(256.0) + value
     weights = {"a": flat_E[:100].view(10, 10), "b": flat_E[128:200]}
     return weights, {"num_steps": torch.tensor(float(value))}
-
-
-def assert_loads(checkpoints: CheckpointManager, step: int, value: float) -> None:
-    state, weights, moments = checkpoints.load_latest(print)
-    assert state == make_state(step)
-    expected_weights, expected_moments = make_tensors(value)
-    assert moments == expected_moments
-    assert all(torch.equal(dict(weights)[name], one) for name, one in expected_weights.items())
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [({"format_version": 1}, "has format 1"), ({"extra": 1}, "extra"), ({"step": "x"}, "step")],
 )
-def test_state_of_other_version_is_rejected(
-    checkpoints: CheckpointManager, change: dict[str, Any], words: str
-) -> None:
+def test_state_of_other_version_is_rejected(checkpoints, change, words):
     checkpoints.save(make_state(5), *make_tensors(5))
     folder = checkpoints.checkpoint_dir / "step-5"
     files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
@@ -97,7 +83,7 @@ class FullDisk(storage.FileSystem):
         raise OSError(errno.ENOSPC, "full")
 
 
-def test_async_checkpoint_is_a_snapshot(checkpoints: CheckpointManager) -> None:
+def test_async_checkpoint_is_a_snapshot(checkpoints):
     saving, disk = AsyncCheckpointer(checkpoints, is_async=True), BlockingDisk()
     weights, moments = make_tensors(1)
     with storage.use_file_system(disk):
@@ -107,11 +93,15 @@ def test_async_checkpoint_is_a_snapshot(checkpoints: CheckpointManager) -> None:
     weights["a"].fill_(7.0)
     disk.may.set()
     saving.wait()
-    assert_loads(checkpoints, 1, 1)
+    state, loaded_weights, loaded_moments = checkpoints.load_latest(print)
+    assert state == make_state(1)
+    expected, expected_moments = make_tensors(1)
+    assert loaded_moments == expected_moments
+    assert all(torch.equal(dict(loaded_weights)[name], one) for name, one in expected.items())
 
 
 @pytest.mark.parametrize("is_async", [True, False])
-def test_next_save_waits_for_previous(checkpoints: CheckpointManager, is_async: bool) -> None:
+def test_next_save_waits_for_previous(checkpoints, is_async):
     saving = AsyncCheckpointer(checkpoints, is_async=is_async)
     for step in (1, 2, 3):
         saving.save(make_state(step), *make_tensors(step))
@@ -120,7 +110,7 @@ def test_next_save_waits_for_previous(checkpoints: CheckpointManager, is_async: 
     assert checkpoints.steps() == [2, 3]
 
 
-def test_write_error_is_raised_by_next_call(checkpoints: CheckpointManager) -> None:
+def test_write_error_is_raised_by_next_call(checkpoints):
     saving = AsyncCheckpointer(checkpoints, is_async=True)
     with storage.use_file_system(FullDisk()):
         saving.save(make_state(1), *make_tensors(1))

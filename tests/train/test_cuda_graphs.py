@@ -1,7 +1,5 @@
 """CUDA graphs of small packs: selection, timing, and equality with eager training."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -88,16 +86,13 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 
 
 def run_packs(runner: CudaGraphRunner, packs: Sequence[PackedBatch]) -> int:
-    """Run packs, and return the number of graph replays and captures."""
     before = len(runner.graphs.keys)
     for batch in packs:
         runner.forward_backward(batch, None, WEIGHT)
     return len(runner.graphs.keys) - before
 
 
-def test_larger_packs_are_captured_if_launch_bound(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu
-) -> None:
+def test_larger_packs_are_captured_if_launch_bound(folder, monkeypatch, gpu):
     """Takes long: larger packs are captured only after many passes."""
     model_folder = ModelFolder(folder / "tiny")
     model = make_model(torch.float32, CPU, model_folder=model_folder).eval()
@@ -130,9 +125,7 @@ class FailingGraphCache(EagerGraphCache):
         raise torch.OutOfMemoryError("out of memory during capture")
 
 
-def test_capture_out_of_memory_disables_graphs(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_capture_out_of_memory_disables_graphs(folder, monkeypatch):
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
     model = make_model(torch.float32, CPU).eval()
@@ -157,9 +150,7 @@ def test_capture_out_of_memory_disables_graphs(
         assert all(torch.equal(one, other) for one, other in zip(grads, other_grads, strict=True))
 
 
-def test_text_only_packs_give_encoder_no_gradients(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_text_only_packs_give_encoder_no_gradients(folder, monkeypatch):
     """A batch with images may have a pack of texts only."""
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda model, device: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", FailingGraphCache)
@@ -177,8 +168,6 @@ def test_text_only_packs_give_encoder_no_gradients(
 
 
 class FakeEvent:
-    """CUDA event with a simulated clock and status."""
-
     clock, is_finished = 0.0, False
 
     def __init__(self, *, enable_timing: bool) -> None:
@@ -190,7 +179,7 @@ class FakeEvent:
     def query(self) -> bool:
         return FakeEvent.is_finished
 
-    def elapsed_time(self, other: FakeEvent) -> float:
+    def elapsed_time(self, other: "FakeEvent") -> float:
         return 1000 * (other.at - self.at)
 
 
@@ -206,7 +195,7 @@ def replay(timer: GraphTimer, tokens: int, seconds: float) -> None:
         FakeEvent.clock += seconds
 
 
-def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
+def test_fastest_launch_and_replay_are_compared(timer):
     """The time of a replay is known after the GPU finishes."""
     replay(timer, 1000, 0.06)
     for seconds in (3.0, 0.05, 0.2):
@@ -222,12 +211,8 @@ def test_fastest_launch_and_replay_are_compared(timer: GraphTimer) -> None:
     assert timer.is_replay_faster(1000) is True
 
 
-def test_launches_and_replays_are_timed(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, gpu: FakeGpu, timer: GraphTimer
-) -> None:
+def test_launches_and_replays_are_timed(folder, monkeypatch, gpu, timer):
     class ReplayingGraphCache(EagerGraphCache):
-        """Graph cache that replays from the third run on."""
-
         def contains(self, key: int) -> bool:
             return len(self.keys) > 1
 
@@ -251,7 +236,7 @@ def test_launches_and_replays_are_timed(
 
 
 @pytest.mark.gpu
-def test_dropout_is_equal_in_graph_and_eager(folder: Path) -> None:
+def test_dropout_is_equal_in_graph_and_eager(folder):
     """The vision encoder draws random numbers before the decoder seed."""
     cuda = torch.device("cuda")
     tune = VISION_LORA.model_copy(update={"lora": LORA.lora})
@@ -270,7 +255,6 @@ def train_packs(
     packs: Sequence[PackedBatch],
     has_cache: bool = False,
 ) -> list[GraphStep]:
-    """Return the losses and gradients of packs, with cached image features or without."""
     results = []
     for number, batch in enumerate(packs):
         torch.manual_seed(number)
@@ -282,7 +266,6 @@ def train_packs(
 
 
 def assert_close(result: GraphStep, expected: GraphStep) -> None:
-    """Compare losses and gradients."""
     torch.testing.assert_close(result[0], expected[0], rtol=2e-3, atol=2e-3)
     for one, other in zip(result[1], expected[1], strict=True):
         assert (one is None) == (other is None)
@@ -313,14 +296,8 @@ WAYS = [
     ],
 )
 def test_graph_replay_matches_eager_training(
-    folder: Path,
-    tune: TuneSettings,
-    has_cache: bool,
-    checkpointed: float,
-    packed: Callable[[Sequence[EncodedSample]], PackedBatch],
-    max_triton_seqlen: int,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    folder, tune, has_cache, checkpointed, packed, max_triton_seqlen, monkeypatch
+):
     cuda = torch.device("cuda")
     model = make_model(torch.bfloat16, cuda, tune)
     model.activation_checkpointing = checkpointed
@@ -346,9 +323,7 @@ def test_graph_replay_matches_eager_training(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("prefix_length", [0, 70])
-def test_graphs_of_linear_attention_match_eager_training(
-    tmp_path: Path, prefix_length: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graphs_of_linear_attention_match_eager_training(tmp_path, prefix_length, monkeypatch):
     """Packs of several lengths in one graph, with and without a shared prefix."""
     cuda = torch.device("cuda")
     tune = TuneSettings.model_validate({"lora": {"rank": 8, "dropout": 0.0}})
@@ -396,7 +371,7 @@ def make_text_pack(lengths: Sequence[int], prefix_length: int, seed: int) -> Pac
 
 
 @pytest.mark.gpu
-def test_shared_graph_matches_eager_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_graph_matches_eager_training(folder, monkeypatch):
     cuda = torch.device("cuda")
     model = make_model(torch.bfloat16, cuda, VISION_LORA)
     packs = [one.to(cuda) for one in make_packs(encode_samples(folder), monkeypatch)]

@@ -1,8 +1,5 @@
 """Data loading: independence from the number of workers, corrupt images, and waiting for data."""
 
-from __future__ import annotations
-
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,11 +9,9 @@ from typing import Any, Literal
 import pytest
 import torch
 from tiny_task import make_task
-from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
@@ -26,7 +21,6 @@ from finesight.train.dataloader import (
     DataWorkerError,
     StepBatch,
     StepDataset,
-    TensorSpec,
     catch_user_error,
     read_steps,
     time_data_waits,
@@ -68,7 +62,7 @@ def contents(steps: Sequence[StepBatch]) -> list[object]:
     return [(step.step_index, step.skipped, *map(to_nested_lists, step.packs)) for step in steps]
 
 
-def test_packs_are_equal_for_any_worker_count(folder: Path) -> None:
+def test_packs_are_equal_for_any_worker_count(folder):
     """Each sample occurs once, in packs within the token budget."""
     data = make_dataset(folder)
     steps = [data.get_step(number) for number in range(len(data))]
@@ -83,7 +77,7 @@ def test_packs_are_equal_for_any_worker_count(folder: Path) -> None:
     assert sum(step.num_tokens for step in steps) == sum(len(batch.ids_T) for batch in packs)
 
 
-def test_budget_counts_only_required_tokens(folder: Path) -> None:
+def test_budget_counts_only_required_tokens(folder):
     (full,) = make_dataset(folder, budget=10_000).get_step(0).packs
     needed = sum(full.lengths)
     for budget, num_packs in ((needed, 1), (needed - 1, 2), (1, 4)):
@@ -91,7 +85,7 @@ def test_budget_counts_only_required_tokens(folder: Path) -> None:
         assert len(packs) == num_packs, "a sample over the budget is packed alone"
 
 
-def test_shared_prefix_is_stored_once_per_pack(folder: Path) -> None:
+def test_shared_prefix_is_stored_once_per_pack(folder):
     shared = replace(make_dataset(folder), use_shared_prefix=True)
     for step, other in zip(read_all(shared), read_all(make_dataset(folder)), strict=True):
         assert sorted(sum(step.sample_indices, ())) == sorted(sum(other.sample_indices, ()))
@@ -103,7 +97,7 @@ def test_shared_prefix_is_stored_once_per_pack(folder: Path) -> None:
         assert sum(len(batch.ids_T) for batch in step.packs) < step.num_tokens
 
 
-def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_shared_memory_is_reported(folder, monkeypatch):
     def full(size: int) -> None:
         raise RuntimeError(f"unable to resize file </torch_1> to the right size: {size}\nmore")
 
@@ -114,49 +108,21 @@ def test_full_shared_memory_is_reported(folder: Path, monkeypatch: pytest.Monkey
     assert "--shm-size" in str(found)
 
 
-class IndexFeatures:
-    """Cache whose features are the sample indices in bf16; sample 3 is corrupt."""
-
-    def check(self, sample: int, num_features: int) -> None:
-        assert num_features
-        if sample == 3:
-            raise CorruptImageError("gone")
-
-    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        return torch.bfloat16, (len(sample_indices), 2)
-
-    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        buffer.copy_(torch.tensor(sample_indices)[:, None].expand(-1, 2))
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_cached_features_replace_images(folder: Path, workers: int) -> None:
-    data = make_dataset(folder).with_vision_cache(IndexFeatures())
-    steps = read_all(data, 0, workers)
-    assert contents(steps) == contents([data.get_step(number) for number in range(len(data))])
-    for step in steps:
-        assert all(batch.grid_thw == () and not len(batch.patches_ND) for batch in step.packs)
-        for members, known in zip(step.sample_indices, step.cache_inputs, strict=True):
-            assert known.tolist() == [[index, index] for index in members]
-    assert [dropped.id for step in steps for dropped in step.skipped] == ["train3"]
-
-
-def late_steps(delays_s: Sequence[float], sleep: Any) -> Iterator[StepBatch]:
-    for number, delay_s in enumerate(delays_s):
-        sleep(delay_s)
-        yield StepBatch(number, (), (), ())
-
-
-def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cpu_wait_is_blocked_time(monkeypatch):
     now = 100.0
 
     def advance(seconds: float) -> None:
         nonlocal now
         now += seconds
 
+    def late_steps() -> Iterator[StepBatch]:
+        for number, delay_s in enumerate([2.0, 0.5, 0.0]):
+            advance(delay_s)
+            yield StepBatch(number, (), (), ())
+
     monkeypatch.setattr(dataloader, "time", SimpleNamespace(perf_counter=lambda: now))
     found = []
-    for step, wait in time_data_waits(late_steps([2.0, 0.5, 0.0], advance), torch.device("cpu")):
+    for step, wait in time_data_waits(late_steps(), torch.device("cpu")):
         advance(7.0)  # training
         found.append((step.step_index, wait.seconds))
     assert found == [(0, 2.0), (1, 0.5), (2, 0.0)]
@@ -171,25 +137,7 @@ def test_cpu_wait_is_blocked_time(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param(0.001, 1050.0, 0.001, id="idle for another reason"),
     ],
 )
-def test_gpu_wait_starts_after_queued_work(
-    blocked_s: float, arrived_ms: float, expected: float
-) -> None:
+def test_gpu_wait_starts_after_queued_work(blocked_s, arrived_ms, expected):
     first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
     last: Any = SimpleNamespace(at=arrived_ms)
     assert DataWait(blocked_s, first, last).seconds == pytest.approx(expected, abs=1e-4)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("busy", [False, True])
-def test_gpu_wait_measurement(busy: bool) -> None:
-    waits = []
-    for _, wait in time_data_waits(late_steps([0.05] * 3, time.sleep), torch.device("cuda")):
-        waits.append(wait)
-        if busy:
-            # About a second, by the clock of the card, that the next data may take to come.
-            torch.cuda._sleep(2_000_000_000)
-    torch.cuda.synchronize()
-    # Nothing is queued before the first.
-    for wait in waits[1:]:
-        assert wait.blocked_s >= 0.05
-        assert (wait.seconds >= 0.04) is not busy

@@ -1,7 +1,5 @@
 """Reading in other processes: same items, errors as they are, deaths explained."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -51,7 +49,7 @@ def read(items: Callable[[int], Any], indices: range, workers: int) -> Iterator[
 
 
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_items_are_ordered(workers: int) -> None:
+def test_items_are_ordered(workers):
     """Reading does not use the random numbers of torch."""
     torch.manual_seed(1)
     expected = torch.rand(3)
@@ -70,9 +68,7 @@ def test_items_are_ordered(workers: int) -> None:
     ids=lambda error: type(error).__name__,
 )
 @pytest.mark.parametrize("workers", [0, 2])
-def test_errors_are_reraised_without_crash(
-    error: Exception, workers: int, list_workers: Callable[[], list[BaseProcess]]
-) -> None:
+def test_errors_are_reraised_without_crash(error, workers, list_workers):
     items = read(Items(3, error), range(60), workers)
     assert [next(items) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(type(error), match="it broke") as caught:
@@ -82,13 +78,13 @@ def test_errors_are_reraised_without_crash(
         assert list_workers() == []
 
 
-def test_workers_ignore_group_signals() -> None:
+def test_workers_ignore_group_signals():
     groups = set(read(ProcessGroupItems(), range(6), 2))
     assert len(groups) == 2
     assert os.getpgid(0) not in groups
 
 
-def test_no_process_remains_after_early_stop(list_workers: Callable[[], list[BaseProcess]]) -> None:
+def test_no_process_remains_after_early_stop(list_workers):
     items = read(Items(), range(60), 2)
     next(items)
     assert len(list_workers()) == 2
@@ -96,13 +92,13 @@ def test_no_process_remains_after_early_stop(list_workers: Callable[[], list[Bas
     assert list_workers() == []
 
 
-def test_repeatedly_killed_worker_is_explained() -> None:
+def test_repeatedly_killed_worker_is_explained():
     with pytest.raises(UserError, match=r"worker died[\s\S]*lower train\.num_workers") as caught:
         list(read(Items(2, signal.SIGKILL), range(50), 1))
     assert f"{MAX_RESTARTS + 1} times at the same item" in caught.value.what
 
 
-def test_ten_million_items_use_little_memory() -> None:
+def test_ten_million_items_use_little_memory():
     tracemalloc.start()
     try:
         items = read(Items(), range(10_000_000), 0)

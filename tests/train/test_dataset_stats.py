@@ -1,30 +1,21 @@
 """Dataset scan: every skipped sample is counted, no sample is truncated, large data are sampled."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tiny_task import TinyTask, edit_samples, make_task, read_final_files, read_losses
+from video_fixtures import write_video
 
 from finesight.config import DataSettings, PixelRange, TrainFileSettings
-from finesight.data.corpus import Corpus, load_corpus
+from finesight.data.corpus import Corpus, load_corpus, open_sample_source
 from finesight.data.image_header import CorruptImageError
 from finesight.encode.packing import find_shared_prefix_length
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.train.dataset_stats import (
-    MAX_PROMPT_CHARS,
-    SCAN_CHUNK_SIZE,
-    DatasetStats,
-    SampleStatsMap,
-    TrainingData,
-    compute_dataset_stats,
-    draw_subset,
-)
+from finesight.train import dataset_stats
 
 NUM_SAMPLES = 11
 
@@ -38,9 +29,9 @@ def open_task(folder: Path) -> tuple[Corpus, NativeRenderer]:
 
 def collect_stats(
     folder: Path, workers: int = 0, subset: list[int] | None = None, **settings: Any
-) -> DatasetStats:
+) -> dataset_stats.DatasetStats:
     data = DataSettings(train=(TrainFileSettings(path=folder / "train.jsonl"),), **settings)
-    return compute_dataset_stats(*open_task(folder), data, workers, subset=subset)
+    return dataset_stats.compute_dataset_stats(*open_task(folder), data, workers, subset=subset)
 
 
 @pytest.fixture
@@ -49,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_all_samples_are_counted(folder: Path) -> None:
+def test_all_samples_are_counted(folder):
     found = collect_stats(folder)
     assert (found.sample_indices, found.skipped) == (tuple(range(NUM_SAMPLES)), ())
     corpus, renderer = open_task(folder)
@@ -66,7 +57,7 @@ def test_all_samples_are_counted(folder: Path) -> None:
     assert collect_stats(folder).prefix_length < found.prefix_length
 
 
-def test_invalid_samples_are_skipped_with_reasons(folder: Path) -> None:
+def test_invalid_samples_are_skipped_with_reasons(folder):
     longest = collect_stats(folder).max_sample_tokens
     (folder / "train3.png").write_bytes(b"no picture")
     found = collect_stats(folder, max_length=longest - 1)
@@ -86,7 +77,7 @@ def test_invalid_samples_are_skipped_with_reasons(folder: Path) -> None:
         collect_stats(folder)
 
 
-def test_invalid_box_is_never_skipped(folder: Path) -> None:
+def test_invalid_box_is_never_skipped(folder):
     with edit_samples(folder / "train.jsonl") as samples:
         box = {"type": "box", "label": "x", "xyxy": [0, 0, 5000, 5000]}
         samples[4]["messages"][1]["content"] = [box]
@@ -94,15 +85,15 @@ def test_invalid_box_is_never_skipped(folder: Path) -> None:
         collect_stats(folder)
 
 
-def test_workers_give_equal_statistics(tmp_path: Path) -> None:
-    make_task(tmp_path, num_samples=8 * SCAN_CHUNK_SIZE + 3)
+def test_workers_give_equal_statistics(tmp_path):
+    make_task(tmp_path, num_samples=8 * dataset_stats.SCAN_CHUNK_SIZE + 3)
     (tmp_path / "train70.png").write_bytes(b"")
     found = collect_stats(tmp_path)
     assert collect_stats(tmp_path, workers=2) == found
-    assert len(found.sample_indices) == 8 * SCAN_CHUNK_SIZE + 2
+    assert len(found.sample_indices) == 8 * dataset_stats.SCAN_CHUNK_SIZE + 2
 
 
-def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
+def test_statistics_of_a_subset_are_scaled(folder):
     for number in (3, 7):
         (folder / f"train{number}.png").write_bytes(b"no picture")
     full, some = collect_stats(folder), collect_stats(folder, subset=[1, 3, 4, 9])
@@ -111,29 +102,29 @@ def test_statistics_of_a_subset_are_scaled(folder: Path) -> None:
     assert (list(some.scanned_indices), some.skipped) == ([1, 4, 9], ())
     assert some.num_tokens == round(11 / 4 * sum(one.num_tokens for one in some.sample_stats))
     corpus, renderer = open_task(folder)
-    stats = SampleStatsMap(corpus, some, renderer, max_length=8192)
+    stats = dataset_stats.SampleStatsMap(corpus, some, renderer, max_length=8192)
     for index, expected in zip(full.sample_indices, full.sample_stats, strict=True):
         assert stats[index] == expected
     # An invalid sample costs nothing when the samples of a step are distributed.
     assert stats[3].num_tokens == stats[7].num_tokens == 0
-    assert SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
+    assert dataset_stats.SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
 
 
-def test_statistics_sample_is_deterministic() -> None:
-    drawn = draw_subset(10_000_000)
-    assert list(drawn) == list(draw_subset(10_000_000)) == sorted(set(drawn))
+def test_statistics_sample_is_deterministic():
+    drawn = dataset_stats.draw_subset(10_000_000)
+    assert list(drawn) == list(dataset_stats.draw_subset(10_000_000)) == sorted(set(drawn))
     assert 9_900 < len(drawn) <= 10_000
     assert 0 <= drawn[0] < 10_000
     assert 9_990_000 < drawn[-1] < 10_000_000
-    assert list(drawn) != list(draw_subset(9_999_999))
+    assert list(drawn) != list(dataset_stats.draw_subset(9_999_999))
 
 
-def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
+def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     """A rare prompt may be private, and the manifest is published with the model."""
     # Numbers of samples and of images: a question with several answers has several samples.
     counts = {
         **{"Read it.": (5, 5), "my secret": (1, 1), "my other secret": (7, 1), " Where? ": (4, 2)},
-        **{"": (2, 2), "x" * (MAX_PROMPT_CHARS + 1): (9, 9)},
+        **{"": (2, 2), "x" * (dataset_stats.MAX_PROMPT_CHARS + 1): (9, 9)},
     }
     lines = []
     for prompt, (count, num_images) in counts.items():
@@ -151,8 +142,8 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path: Path) -> None:
     file.write_text("".join(lines))
     corpus = load_corpus((TrainFileSettings(path=file),))
     for indices, prompts in ((range(len(lines)), ("Read it.", "Where?")), ((), ())):
-        stats = DatasetStats(indices, (), 0, 0, 0)
-        assert TrainingData(corpus, stats).list_frequent_prompts() == prompts
+        stats = dataset_stats.DatasetStats(indices, (), 0, 0, 0)
+        assert dataset_stats.TrainingData(corpus, stats).list_frequent_prompts() == prompts
 
 
 @pytest.fixture
@@ -164,8 +155,9 @@ def large_task(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
 
 
 def corrupt_samples(task: TinyTask) -> dict[str, str]:
-    """Corrupt four samples that are not scanned; return a part of each error."""
-    unscanned = [index for index in range(NUM_SAMPLES) if index not in draw_subset(NUM_SAMPLES)]
+    unscanned = [
+        index for index in range(NUM_SAMPLES) if index not in dataset_stats.draw_subset(NUM_SAMPLES)
+    ]
     broken, reversed_, long, damaged = unscanned[:4]
     path = task.folder / "train.jsonl"
     with edit_samples(path) as samples:
@@ -184,9 +176,7 @@ def corrupt_samples(task: TinyTask) -> dict[str, str]:
     }
 
 
-def test_statistics_of_large_dataset_are_estimates(
-    large_task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_statistics_of_large_dataset_are_estimates(large_task, monkeypatch):
     large_task.recipe["tune"] = {"language": "lora"}
     run = large_task.rewind_to_checkpoint()
     for text in (
@@ -207,7 +197,7 @@ def test_statistics_of_large_dataset_are_estimates(
     assert not (run / "result.json").exists()
 
 
-def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task: TinyTask) -> None:
+def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task):
     reasons = corrupt_samples(large_task)
     large_task.run("train.epochs=1")
     steps = [line for line in large_task.read_metrics() if "loss" in line]
@@ -222,20 +212,34 @@ def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task: Ti
         large_task.run("data.on_invalid_sample=fail", name="strict")
 
 
-def test_invalid_scanned_sample_raises_before_first_step(large_task: TinyTask) -> None:
+def test_invalid_scanned_sample_raises_before_first_step(large_task):
     path = large_task.folder / "train.jsonl"
     lines = path.read_text().splitlines()
-    lines[draw_subset(NUM_SAMPLES)[0]] = "{"
+    lines[dataset_stats.draw_subset(NUM_SAMPLES)[0]] = "{"
     path.write_text("\n".join(lines) + "\n")
     with pytest.raises(UserError, match="broken JSON"):
         large_task.run()
     assert not (large_task.folder / "run").exists()
 
 
-def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task: TinyTask) -> None:
+def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task):
     corrupt_samples(large_task)
     large_task.run(name="whole")
     run, whole = large_task.rewind_to_checkpoint(), large_task.folder / "whole"
     large_task.run(resume=True)
     assert read_losses(run) == read_losses(whole)
     assert read_final_files(run) == read_final_files(whole)
+
+
+def test_fingerprint_covers_the_video_file(tmp_path):
+    path = write_video(tmp_path / "1.mp4")
+    video = {"type": "video", "video": path.name}
+    turns = [{"role": "user", "content": [video]}, {"role": "assistant", "content": "x"}]
+    data = tmp_path / "data.jsonl"
+    data.write_text(json.dumps({"id": "1", "messages": turns}) + "\n")
+    sample = open_sample_source(data).read_sample(0)
+    assert dataset_stats.list_image_paths(sample) == {str(path)}
+    state = dataset_stats.read_image_state(sample)
+    assert dataset_stats.read_image_state(sample) == state
+    write_video(path, num_frames=15)
+    assert dataset_stats.read_image_state(sample).content != state.content

@@ -1,7 +1,5 @@
 """Evaluations of a run: the best one, comparable samples, and their records."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 
@@ -17,7 +15,7 @@ def make_results(*scores: float, metric: str | None = "exact") -> list[EvalResul
     return [EvalResult(step, 1.0, {"exact": s, "cer": 0.5}, metric) for step, s in steps]
 
 
-def test_patience_counts_evaluations_since_best() -> None:
+def test_patience_counts_evaluations_since_best():
     for scores, expected in (
         ((0.1, 0.2), 0),
         ((0.2, 0.1), 1),
@@ -36,7 +34,7 @@ def test_patience_counts_evaluations_since_best() -> None:
     assert find_best_eval([*make_results(0.9, 0.8), *make_results(0.5, metric="cer")])[1] == 0
 
 
-def test_evaluations_of_other_samples_are_not_compared() -> None:
+def test_evaluations_of_other_samples_are_not_compared():
     first, second, third = (
         replace(one, num_samples=64, num_loss_samples=64) for one in make_results(0.9, 0.3, 0.2)
     )
@@ -51,7 +49,7 @@ def test_evaluations_of_other_samples_are_not_compared() -> None:
 
 
 @pytest.mark.parametrize("limit", [1, 64, 500, 1000, None])
-def test_common_subset_is_fixed_random_and_nested(limit: int | None) -> None:
+def test_common_subset_is_fixed_random_and_nested(limit):
     indices = [*range(0, 3000, 3)]
     chosen = select_eval_samples(indices, limit)
     assert len(chosen) == (limit or 1000)
@@ -65,7 +63,7 @@ def test_common_subset_is_fixed_random_and_nested(limit: int | None) -> None:
         assert 1000 < sum(chosen) / limit < 2000, "not the first rows"
 
 
-def test_evaluation_record_roundtrip() -> None:
+def test_evaluation_record_roundtrip():
     measured = EvalResult(
         7,
         1.25,

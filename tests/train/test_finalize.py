@@ -1,7 +1,5 @@
 """End of a run: parameter audit, exported weights and logged comparison."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -50,7 +48,7 @@ def list_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_worsening_run_stops_early(task: TinyTask) -> None:
+def test_worsening_run_stops_early(task):
     settings, run = metric(task, "falls", patience=3), task.folder / "run"
     result = task.run(eval=settings)
     assert (result.steps, result.stopped_early, result.samples) == (4, True, 16)
@@ -66,7 +64,7 @@ def test_worsening_run_stops_early(task: TinyTask) -> None:
     assert {one.low for one in again.metric_differences} == {None}
 
 
-def test_best_checkpoint_weights_are_restored(task: TinyTask) -> None:
+def test_best_checkpoint_weights_are_restored(task):
     """Step 2 has the best score, although the loss keeps falling."""
     settings = metric(task, "rises_and_falls", patience=2)
     result = task.run("train.keep_checkpoints=1", "train.save_every=1", eval=settings)
@@ -88,7 +86,7 @@ def test_best_checkpoint_weights_are_restored(task: TinyTask) -> None:
     assert list_names(run / "checkpoints") == ["step-2", "step-4"]
 
 
-def test_without_patience_last_weights_are_used(task: TinyTask) -> None:
+def test_without_patience_last_weights_are_used(task):
     result = task.run("train.keep_checkpoints=1", eval=metric(task, "rises_and_falls"))
     assert (result.weights_step, result.stopped_early) == (6, False)
     assert result.best_eval.step == 2
@@ -97,7 +95,7 @@ def test_without_patience_last_weights_are_used(task: TinyTask) -> None:
     assert list_names(task.folder / "run" / "checkpoints") == ["step-2", "step-6"]
 
 
-def test_last_weights_compete_with_best(task: TinyTask) -> None:
+def test_last_weights_compete_with_best(task):
     """The scores are equal, so the lowest loss decides. The metric is copied into the run."""
     result = task.run(eval=metric(task, "same", patience=50, every=4))
     run = task.folder / "run"
@@ -113,7 +111,7 @@ def test_last_weights_compete_with_best(task: TinyTask) -> None:
     assert not (task.folder / "broken").exists()
 
 
-def test_checkpoint_of_a_stopped_run_can_be_used(task: TinyTask) -> None:
+def test_checkpoint_of_a_stopped_run_can_be_used(task):
     task.run("train.keep_checkpoints=3", tune=ALL_LORA, eval=metric(task, "same", every=2))
     run = task.folder / "run"
     trained = load_inference_model(str(run), "cpu").model.state_dict()
@@ -141,7 +139,7 @@ def test_checkpoint_of_a_stopped_run_can_be_used(task: TinyTask) -> None:
     assert f"| validation_loss | {losses[0]:.4f} | {losses[2]:.4f} |" in card
 
 
-def test_checkpoint_without_some_lora_weights_is_rejected(task: TinyTask) -> None:
+def test_checkpoint_without_some_lora_weights_is_rejected(task):
     task.run(tune=ALL_LORA)
     folder = task.folder / "run" / "checkpoints" / "step-6"
     weights = load_file(folder / "trainable.safetensors")
@@ -156,7 +154,7 @@ def test_checkpoint_without_some_lora_weights_is_rejected(task: TinyTask) -> Non
     assert not (task.folder / "run" / "adapter-step-6").exists()
 
 
-def test_final_comparison_has_intervals(task: TinyTask) -> None:
+def test_final_comparison_has_intervals(task):
     task.recipe["eval"] = {"metric": "ocr", "max_new_tokens": 3}
     result, run = task.run(), task.folder / "run"
     loss, similarity, exact = result.metric_differences[:3]
@@ -190,7 +188,6 @@ def test_final_comparison_has_intervals(task: TinyTask) -> None:
 
 
 def make_audit(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor], ParamAudit]:
-    """A model with trained layers, frozen other parts, and its audit."""
     torch.manual_seed(0)
     model = nn.Module()
     model.visual = nn.ModuleDict({"blocks": nn.Linear(3, 5)})
@@ -201,7 +198,7 @@ def make_audit(dtype: torch.dtype) -> tuple[nn.Module, dict[str, torch.Tensor], 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_trained_parts_change_and_frozen_parts_do_not(dtype: torch.dtype) -> None:
+def test_trained_parts_change_and_frozen_parts_do_not(dtype):
     model, masters, audit = make_audit(dtype)
     weight = masters["model.layers.weight"]
     before = weight.norm()
@@ -222,7 +219,7 @@ def test_trained_parts_change_and_frozen_parts_do_not(dtype: torch.dtype) -> Non
         check_param_changes(audit.compute_changes(masters))
 
 
-def test_untrained_part_is_explained() -> None:
+def test_untrained_part_is_explained():
     _, masters, audit = make_audit(torch.float32)
     with pytest.raises(UserError, match=r"training did not change the 2[\s\S]*learning_rate"):
         check_param_changes(audit.compute_changes(masters))
@@ -231,7 +228,7 @@ def test_untrained_part_is_explained() -> None:
         check_param_changes(audit.compute_changes({"model.norm.weight"}))
 
 
-def test_change_outside_the_sample_is_detected() -> None:
+def test_change_outside_the_sample_is_detected():
     masters = {"model.embed_tokens.weight": torch.zeros(2 * SAMPLE_SIZE + 1)}
     audit = ParamAudit(nn.Module(), masters)
     masters["model.embed_tokens.weight"][1] = 1e-30

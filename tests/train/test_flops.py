@@ -1,11 +1,9 @@
 """Counted FLOPs compared with the counter of torch, and with numbers computed by hand."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 import pytest
 import torch
@@ -62,9 +60,7 @@ def delta_rule_without_matmul(
         {"language": "frozen", "merger": "full"},
     ],
 )
-def test_flops_match_torch_counter(
-    tmp_path: Path, family: TinyFamily, tune: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_flops_match_torch_counter(tmp_path, family, tune, monkeypatch):
     for name, function in (
         ("families.qwen_vl._interpolate_table", interpolate_without_matmul),
         ("gated_delta_net.chunk_gated_delta_rule", delta_rule_without_matmul),
@@ -88,12 +84,8 @@ def make_counter(folder: Path, family: TinyFamily) -> FlopCounter:
     return FlopCounter(make_model(torch.float32, CPU, TuneSettings(language="lora"), model_folder))
 
 
-def test_attention_flops_hand_computed(tmp_path: Path) -> None:
-    """Width 64 in 2 layers and 32 in 2 blocks, three passes over the decoder.
-
-    The tiny Qwen2.5-VL has one windowed block. Qwen3.5 has one layer with a delta rule of 4 heads
-    of 16 x 16, and one layer with full attention.
-    """
+def test_attention_flops_hand_computed(tmp_path):
+    """Width 64 in 2 layers and 32 in 2 blocks, one of them windowed; a delta rule of 4 heads."""
     lengths, grids = [10, 30], [(1, 4, 6), (2, 2, 2)]
     causal = (10**2 + 30**2) * 4 * 64 * 2 // 2
     full = (24**2 + 2 * 4**2) * 4 * 32
@@ -106,7 +98,7 @@ def test_attention_flops_hand_computed(tmp_path: Path) -> None:
     assert linear == 3 * (causal // 2 + delta_rule)
 
 
-def test_shared_prefix_is_counted_once(tmp_path: Path) -> None:
+def test_shared_prefix_is_counted_once(tmp_path):
     """Compare a prefix of 10 tokens, shared by sequences of 20 and 5, with copies of it."""
     counter = make_counter(tmp_path, "qwen2_vl")
     once, apart = (

@@ -1,9 +1,6 @@
 """Static buffers of CUDA graphs: padding does not change results, and shapes are few."""
 
-from __future__ import annotations
-
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -69,12 +66,7 @@ def samples(folder: Path) -> list[EncodedSample]:
 
 @pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize("packed", [pack, pack_shared_prefix])
-def test_pack_padding_does_not_change_results(
-    samples: list[EncodedSample],
-    packed: Callable[[Sequence[EncodedSample]], PackedBatch],
-    shared: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_pack_padding_does_not_change_results(samples, packed, shared, monkeypatch):
     """The buffers contained another pack before."""
     model = make_model(torch.float32, CPU).eval()
     batch, other = packed(samples[:5]), packed(samples[5:9])
@@ -117,7 +109,6 @@ def make_pack(
     prefix: int,
     count: int,
 ) -> PackedBatch:
-    """Create a pack of random sequence lengths in a range, with arbitrary content."""
     own = [rng.randint(*length_range) for _ in range(count)]
     lengths = (prefix, *own) if prefix else tuple(own)
     ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
@@ -146,22 +137,11 @@ def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncode
     assert len(inputs.batch.labels_L) >= batch.num_supervised_tokens
 
 
-def test_padding_stays_within_graph_shape(samples: list[EncodedSample]) -> None:
-    model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
-    for _ in range(300):
-        prefix, longest = rng.choice([0, 15, 200, 400]), rng.choice([5, 40, 140, 300])
-        count = rng.randint(2, min(60, 16_000 // longest))
-        batch = make_pack(template, rng, (1, longest), prefix, count)
-        shape = GraphShape.from_batch(batch)
-        inputs = GraphInputs.allocate(shape, batch, None, model.visual)
-        assert_filled(inputs, batch, model.visual)
-
-
-def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> None:
+def test_merged_graph_shape_accepts_its_packs(samples):
     model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
     num_wider = 0
     for _ in range(100):
-        prefix, most = rng.choice([0, 15, 200]), rng.choice([40, 140, 300])
+        prefix, most = rng.choice([0, 15, 200, 400]), rng.choice([5, 40, 140, 300])
         count, length_range = rng.randint(3, 20), (most // 2, most)
         packs = [
             make_pack(template, rng, length_range, prefix, count + rng.randint(0, 2))
@@ -179,7 +159,7 @@ def test_merged_graph_shape_accepts_its_packs(samples: list[EncodedSample]) -> N
     assert num_wider > 100
 
 
-def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
+def test_graph_rejects_incompatible_packs(samples):
     shape = GraphShape.from_batch(pack(samples[:4]))._replace(
         num_tokens=1024, num_sequences=16, num_features=512, num_labels=128
     )
@@ -203,7 +183,7 @@ def test_graph_rejects_incompatible_packs(samples: list[EncodedSample]) -> None:
     assert long.fits(long._replace(max_seqlen=512))
 
 
-def test_static_gradients_keep_their_addresses() -> None:
+def test_static_gradients_keep_their_addresses():
     large = nn.Parameter(torch.ones(LARGE_PARAM_ELEMENTS))
     small, idle = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     transposed = nn.Parameter(torch.ones(2, 3))
@@ -235,19 +215,11 @@ def make_vision_model(folder: Path, family: str, tune: dict[str, Any] = ALL) -> 
 
 
 def make_packs(folder: Path, family: str, each: int) -> list[PackedBatch]:
-    """Create three packs of `each` samples."""
     samples = encode_samples(folder, ModelFolder(folder / family), max_pixels=30_000)
     return [pack(samples[at : at + each]) for at in range(0, 3 * each, each)]
 
 
-def compute_loss(
-    model: VisionLanguageModel, h_LD: Tensor, labels_L: Tensor, weight: Tensor
-) -> Tensor:
-    return fused_linear_cross_entropy(h_LD, model.lm_head_weight, labels_L, weight)
-
-
 def assert_close_gradients(found: Tensor | None, expected: Tensor | None, most: float) -> None:
-    """Compare the norm of the error with the norm of the gradient."""
     assert (found is None) == (expected is None)
     if found is not None and expected is not None:
         assert float((found - expected).norm()) < most * float(expected.norm().clamp(min=1e-12))
@@ -260,7 +232,7 @@ def without_empty(segments: Segments) -> Segments:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
+def test_graph_shape_fits_all_packs(folder, family):
     """Check that the cumulative lengths end at the last patch for all sizes of padding."""
     encoder = make_vision_model(folder, family).visual
     for each in (1, 2, 3, 5):
@@ -276,7 +248,7 @@ def test_graph_shape_fits_all_packs(folder: Path, family: str) -> None:
                 assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
 
 
-def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_capturable_vision_encoders(folder, monkeypatch):
     def is_captured(family: str, tune: dict[str, Any], checkpointed: float = 0.0) -> bool:
         return can_capture_vision(
             make_vision_model(folder, family, tune)
@@ -301,8 +273,7 @@ def test_capturable_vision_encoders(folder: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Run static buffers on a CPU, with attention over cumulative lengths and a loss without
-    padding."""
+    """Run static buffers on a CPU, with cumulative lengths and a loss without padding."""
     attend = attention.varlen_attention
 
     def attend_nonempty(
@@ -337,13 +308,11 @@ def assert_matches_model(
     rtol: float = 1.3e-6,
     grad_tolerance: float = 1e-5,
 ) -> None:
-    """Compare loss and gradients of a pack with those of the model itself.
-
-    The autograd graph ends here: its streams would break the next capture.
-    """
+    """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
     loss, found = runner.forward_backward(batch, None, weight), collect_grads(model)
-    expected = compute_loss(model, model(batch), batch.labels_L, weight)
+    head_VD = model.lm_head_weight
+    expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
     torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 0)
     parameters = list(trainable_parameters(model).values())
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
@@ -359,11 +328,8 @@ def without_images(batch: PackedBatch) -> PackedBatch:
 @pytest.mark.usefixtures("eager_graphs")
 @pytest.mark.parametrize("parts", [PARTS, ("merger", "language")], ids=len)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_pack_gets_its_own_gradients(
-    folder: Path, family: str, parts: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Packs with small, large and no images alternate; gradients of one graph do not leak into the
-    next."""
+def test_each_pack_gets_its_own_gradients(folder, family, parts, monkeypatch):
+    """Packs with small, large and no images alternate; no gradient leaks into the next graph."""
     model = make_vision_model(folder, family, dict.fromkeys(parts, "full"))
     few, many = make_packs(folder, family, 3)[1], make_packs(folder, family, 5)[0]
     assert len(few.patches_ND) < len(many.patches_ND)
@@ -378,9 +344,7 @@ def test_each_pack_gets_its_own_gradients(
 
 @pytest.mark.usefixtures("eager_graphs")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_shared_graph_gives_each_pack_its_gradients(
-    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_graph_gives_each_pack_its_gradients(folder, family, monkeypatch):
     """The vision encoder runs eagerly; captured, it would need equal numbers of images."""
     for module, name, value in (
         (cuda_graphs, "MIN_STARVED_PACKS", 0),
@@ -403,9 +367,7 @@ def test_shared_graph_gives_each_pack_its_gradients(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", FAMILIES)
-def test_graph_encoder_matches_eager_training(
-    folder: Path, family: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_graph_encoder_matches_eager_training(folder, family, monkeypatch):
     cuda = torch.device("cuda")
     model = make_vision_model(folder, family).to(cuda, torch.bfloat16)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)

@@ -1,7 +1,5 @@
 """Images that change between the start of a run and its resumption."""
 
-from __future__ import annotations
-
 import os
 import random
 import shutil
@@ -14,7 +12,6 @@ from each_value import each
 from PIL import Image
 from tiny_task import TinyTask, read_final_files
 
-from finesight import storage
 from finesight.data.corpus import open_sample_source
 from finesight.data.sample import Sample
 from finesight.errors import UserError
@@ -28,7 +25,6 @@ from finesight.train.dataset_stats import (
 
 
 def replace_images(task: TinyTask, *names: str) -> None:
-    """Replace images by other ones of the same name and size."""
     for name in names:
         path = task.folder / f"{name}.png"
         with Image.open(path) as image:
@@ -36,7 +32,7 @@ def replace_images(task: TinyTask, *names: str) -> None:
         Image.new("RGB", size, (1, 2, 3)).save(path)
 
 
-def test_resume_refuses_replaced_images(task: TinyTask) -> None:
+def test_resume_refuses_replaced_images(task):
     run = task.rewind_to_checkpoint()
     record = run / "images.safetensors"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -55,7 +51,7 @@ def test_resume_refuses_replaced_images(task: TinyTask) -> None:
     assert record.exists()
 
 
-def test_resume_with_copied_dataset_is_bit_identical(task: TinyTask) -> None:
+def test_resume_with_copied_dataset_is_bit_identical(task):
     run = task.rewind_to_checkpoint()
     shutil.copytree(run, task.folder / "same-data")
     copy = task.folder / "copy"
@@ -73,7 +69,7 @@ def test_resume_with_copied_dataset_is_bit_identical(task: TinyTask) -> None:
     assert read_final_files(run) == read_final_files(task.folder / "same-data")
 
 
-def test_replaced_image_inside_a_tar_is_refused(task: TinyTask) -> None:
+def test_replaced_image_inside_a_tar_is_refused(task):
     tars = task.folder / "tars"
     task.recipe["data"]["train"] = write_tar_shards(task.folder / "train.jsonl", tars, 4)
     task.rewind_to_checkpoint()
@@ -84,7 +80,7 @@ def test_replaced_image_inside_a_tar_is_refused(task: TinyTask) -> None:
         task.run(resume=True)
 
 
-def test_damaged_record_is_refused(task: TinyTask) -> None:
+def test_damaged_record_is_refused(task):
     record = task.rewind_to_checkpoint() / "images.safetensors"
     data = bytearray(record.read_bytes())
     data[-3] ^= 1
@@ -106,7 +102,7 @@ def make_sample(folder: Path, data: bytes) -> Sample:
     return open_sample_source(folder / "a.jsonl").read_sample(0)
 
 
-def test_fingerprint_covers_size_start_and_end(tmp_path: Path) -> None:
+def test_fingerprint_covers_size_start_and_end(tmp_path):
     data = random.Random(0).randbytes(3 * EDGE_BYTES)
     sample = make_sample(tmp_path, data)
     content, time = read_image_state(sample)
@@ -121,7 +117,7 @@ def test_fingerprint_covers_size_start_and_end(tmp_path: Path) -> None:
 
 
 @each("size", [0, 1, *(EDGE_BYTES + n for n in (-1, 0, 1)), 2 * EDGE_BYTES - 1, 2 * EDGE_BYTES])
-def test_fingerprint_covers_all_bytes_of_small_files(tmp_path: Path, size: int) -> None:
+def test_fingerprint_covers_all_bytes_of_small_files(tmp_path, size):
     data = random.Random(0).randbytes(size)
     content = read_image_state(make_sample(tmp_path, data)).content
     for location in random.Random(1).sample(range(size), min(size, 20)):
@@ -130,7 +126,7 @@ def test_fingerprint_covers_all_bytes_of_small_files(tmp_path: Path, size: int) 
         assert read_image_state(make_sample(tmp_path, bytes(other))).content != content
 
 
-def test_record_survives_saving_and_compares_common_samples(tmp_path: Path) -> None:
+def test_record_survives_saving_and_compares_common_samples(tmp_path):
     states = ImageStates.from_states([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
     save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.empty()})
     loaded = load_image_record(tmp_path / "r")
@@ -143,28 +139,8 @@ def test_record_survives_saving_and_compares_common_samples(tmp_path: Path) -> N
     assert found.count_touched(loaded["train"]) == 1
 
 
-@pytest.mark.parametrize("on_invalid_sample", ["skip", "fail"])
-def test_damaged_image_may_be_repaired(task: TinyTask, on_invalid_sample: str) -> None:
-    image, run = task.folder / "train4.png", task.folder / "run"
-    full = image.read_bytes()
-    task.truncate_images("train4")
-    settings = (f"data.on_invalid_sample={on_invalid_sample}", "train.save_every=1")
-    if on_invalid_sample == "fail":
-        with pytest.raises(UserError, match=r"train4\.png"):
-            task.run(*settings)
-    else:
-        task.run(*settings)
-        (run / "result.json").unlink()
-        storage.remove_folder(run / "checkpoints" / "step-6")
-    image.write_bytes(full)
-    task.run(*settings, resume=True)
-    assert "data.train: corrupt images of 1 samples were replaced" in task.console_output
-
-
 @pytest.mark.parametrize(("name", "num_bytes"), [("eval1", 60), ("eval1", 9), ("train4", 9)])
-def test_skipped_image_may_be_repaired_if_the_samples_stay(
-    task: TinyTask, name: str, num_bytes: int
-) -> None:
+def test_skipped_image_may_be_repaired_if_the_samples_stay(task, name, num_bytes):
     image = task.folder / f"{name}.png"
     full = image.read_bytes()
     image.write_bytes(full[:num_bytes])

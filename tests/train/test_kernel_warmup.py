@@ -1,8 +1,5 @@
 """Kernel warm-up before the first step: it does not change the result."""
 
-from __future__ import annotations
-
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +7,6 @@ import torch
 from tiny_task import TinyTask
 
 from finesight.train import training_run as module
-from finesight.train.dataloader import StepDataset
 
 TUNES: dict[str, dict[str, Any]] = {
     "lora": {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}},
@@ -27,9 +23,7 @@ def losses(task: TinyTask, tune: dict[str, Any], name: str) -> list[float]:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("tune", TUNES)
-def test_warmup_does_not_update_parameters(
-    tune: str, task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_warmup_does_not_update_parameters(tune, task, monkeypatch):
     monkeypatch.setattr(module, "is_compile_cache_empty", lambda: False)
     baseline = losses(task, TUNES[tune], "plain")
     monkeypatch.setattr(module, "is_compile_cache_empty", lambda: True)
@@ -37,7 +31,7 @@ def test_warmup_does_not_update_parameters(
 
 
 @pytest.mark.gpu
-def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
+def test_compilation_launches_no_kernel(tmp_path):
     from finesight.model.kernels import elementwise
     from finesight.model.kernels.runtime import compile_in_parallel
 
@@ -63,7 +57,7 @@ def test_compilation_launches_no_kernel(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
-def test_pending_compilation_holds_no_memory() -> None:
+def test_pending_compilation_holds_no_memory():
     from finesight.model.kernels import elementwise
     from finesight.model.kernels.runtime import compile_in_parallel
 
@@ -74,7 +68,7 @@ def test_pending_compilation_holds_no_memory() -> None:
 
 
 @pytest.mark.gpu
-def test_compilation_errors_are_raised_at_the_end() -> None:
+def test_compilation_errors_are_raised_at_the_end():
     pytest.importorskip("triton")
     from finesight.model.kernels.runtime import compile_in_parallel, jit
 
@@ -85,12 +79,3 @@ def test_compilation_errors_are_raised_at_the_end() -> None:
     x_D = torch.zeros(16, device="cuda")
     with pytest.raises(Exception, match="no_such_name"), compile_in_parallel(x_D.device):
         kernel[(1,)](x_D, 16)
-
-
-def test_cpu_needs_no_kernel_warmup(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("a step was read for its kernels")
-
-    monkeypatch.setattr(StepDataset, "get_step", never)
-    task.run()
-    assert len([line for line in task.read_metrics() if "loss" in line]) == 6

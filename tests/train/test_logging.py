@@ -1,7 +1,5 @@
 """Records of a run: metrics, tracking events, and the report during the run and at its end."""
 
-from __future__ import annotations
-
 import io
 import json
 import math
@@ -18,8 +16,8 @@ import pytest
 import torch
 from rich.console import Console
 from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
-from tiny_task import TinyTask
 
+from finesight import progress as console_module
 from finesight.errors import TrainingInterrupted
 from finesight.progress import ProgressConsole
 from finesight.storage import FileSystem, use_file_system
@@ -52,13 +50,12 @@ class HistoryFileSystem(FileSystem):
 
 
 def read_status(page: str) -> str:
-    """Return the run status of a report page."""
     found = re.search(r"The run is ([^.]+)\.", page)
     assert found is not None, "the page does not contain the status of the run"
     return found[1]
 
 
-def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
+def test_report_at_every_evaluation_and_at_the_end(task):
     with use_file_system(disk := HistoryFileSystem()):
         task.run(eval=METRIC)
     expected = [f"not finished: {step} of 6 steps so far" for step in (0, 2, 4)]
@@ -87,7 +84,7 @@ def test_report_at_every_evaluation_and_at_the_end(task: TinyTask) -> None:
     assert read_status(page.read_text()) == "finished after 6 steps"
 
 
-def test_interrupted_run_has_a_report(task: TinyTask) -> None:
+def test_interrupted_run_has_a_report(task):
     task.recipe["eval"] = METRIC | {"every": None}
     disk = HistoryFileSystem(stop_at="step-2")
     with use_file_system(disk), pytest.raises(TrainingInterrupted):
@@ -104,7 +101,7 @@ def test_interrupted_run_has_a_report(task: TinyTask) -> None:
     assert (len(starts), starts[0]) == (2, 0)
 
 
-def test_run_survives_report_errors(task: TinyTask) -> None:
+def test_run_survives_report_errors(task):
     page = task.folder / "run" / "report.html"
     with use_file_system(HistoryFileSystem(refuse=True)):
         assert task.run(eval=METRIC).steps == 6
@@ -119,7 +116,7 @@ def test_run_survives_report_errors(task: TinyTask) -> None:
     assert page.read_text() == "precious"
 
 
-def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_reports_its_error(task, monkeypatch):
     def fail(*rest: object) -> None:
         raise ValueError("a fault of <ours>")
 
@@ -134,19 +131,13 @@ def test_failed_run_reports_its_error(task: TinyTask, monkeypatch: pytest.Monkey
     assert 'role="status"' not in page.read_text()
 
 
-PROGRESS = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
-
-
-@pytest.fixture
-def live_report(tmp_path: Path) -> LiveReport:
+def test_live_report_shows_newest_progress(tmp_path):
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
-    return LiveReport(RunDir(made.folder), ProgressConsole(Console(file=io.StringIO())), 0.001)
-
-
-def test_live_report_shows_newest_progress(tmp_path: Path, live_report: LiveReport) -> None:
+    console = ProgressConsole(Console(file=io.StringIO()))
+    progress = TrainProgress(MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
     with use_file_system(disk := HistoryFileSystem()):
-        with live_report.run_in_background(PROGRESS):
+        with LiveReport(RunDir(made.folder), console, 0.001).run_in_background(progress):
             RunDir(tmp_path / "run").append_metrics(make_step_line(9))
             end = time.monotonic() + PATIENCE
             while not any("step 9 of 60" in text for text in disk.pages):
@@ -163,9 +154,8 @@ NOISY = [0.1 * 2 ** (number % 6) for number in range(64)]
 HIGH = [20.0 + number % 5 for number in range(40)]
 
 
-@pytest.mark.parametrize(
-    ("loss", "recent", "is_spike"),
-    [
+def test_loss_spike_is_above_the_recent_level():
+    for loss, recent, is_spike in (
         (20.0, CALM, True),
         (4.3, CALM, True),
         (3.9, CALM, False),
@@ -175,17 +165,12 @@ HIGH = [20.0 + number % 5 for number in range(40)]
         (20.0, CALM[:MIN_LOSS_WINDOW], True),
         (20.0, [*CALM[:30], *HIGH[:10]], True),
         (20.0, [*CALM[:20], *HIGH], False),
-    ],
-)
-def test_loss_spike_is_above_the_recent_level(
-    loss: float, recent: list[float], is_spike: bool
-) -> None:
-    assert is_loss_spike(loss, recent) == is_spike
+    ):
+        assert is_loss_spike(loss, recent) == is_spike
 
 
 @pytest.fixture
 def tracker() -> mock.Mock:
-    """Tracker manager that records all calls."""
     return mock.Mock(is_active=True)
 
 
@@ -199,9 +184,7 @@ def events(tmp_path: Path, tracker: mock.Mock) -> TrackingEvents:
     ("name", "alert"),
     [("", None), ("nonfinite_samples", "non-finite step"), ("loss_spike_samples", "loss spike")],
 )
-def test_steps_are_tracked(
-    events: TrackingEvents, tracker: mock.Mock, name: str, alert: str | None
-) -> None:
+def test_steps_are_tracked(events, tracker, name, alert):
     metrics = {"step": 7, "loss": 2.5, "lr": {"language": 1e-4}, "num_samples": 16}
     metrics |= {"grad_norm": None, "nonfinite_samples": (), "loss_spike_samples": ()}
     events.log_step(metrics | {name: ("train.jsonl:3",)})
@@ -222,15 +205,7 @@ def test_steps_are_tracked(
         (None, (0.5, 2.0), (0.4, 1.9), None),
     ],
 )
-def test_worse_evaluation_sends_alert(
-    events: TrackingEvents,
-    tracker: mock.Mock,
-    tmp_path: Path,
-    headline: str | None,
-    before: tuple[float, float],
-    now: tuple[float, float],
-    worse: str | None,
-) -> None:
+def test_worse_evaluation_sends_alert(events, tracker, tmp_path, headline, before, now, worse):
     """The evaluation of other samples is not compared."""
     first, second = (
         EvalResult(step, loss, {headline: score} if headline else {}, headline)
@@ -251,3 +226,40 @@ def test_worse_evaluation_sends_alert(
     assert tracker.log_images.mock_calls == [mock.call(4, [])] * 2
     alerts = [call.args for call in tracker.send_alert.mock_calls]
     assert alerts == ([("warning", "worse than before training", worse)] if worse else [])
+
+
+EVERY_TEN_SECONDS = ["reading: 10/30, 20 s left", "reading: 20/30, 10 s left", "reading: 30/30"]
+# The first sample includes the warm-up.
+EVERY_SAMPLE = [
+    "reading: 1/30",
+    *(f"reading: {n}/30, {25 * (30 - n)} s left" for n in range(2, 30)),
+    "reading: 30/30",
+]
+
+
+@pytest.mark.parametrize(
+    ("step_s", "lines"), [(1.0, EVERY_TEN_SECONDS), (25.0, EVERY_SAMPLE), (0.1, [])]
+)
+def test_log_has_a_line_every_ten_seconds(monkeypatch, step_s, lines):
+    now = 0.0
+    monkeypatch.setattr(console_module.time, "perf_counter", lambda: now)
+    output = io.StringIO()
+    with ProgressConsole(Console(file=output)).progress_stage("reading", 30) as on_progress:
+        on_progress(0)
+        for _ in range(30):
+            now += step_s
+            on_progress(1)
+    assert output.getvalue().splitlines() == lines
+
+
+def test_significant_data_wait_is_shown():
+    for waits_s, percent in (((0.9, 0.01, 0.02, 0.03), {}), ((0.9, 0.0, 0.3, 0.6), {2: 15, 3: 30})):
+        output = io.StringIO()
+        metrics = {"loss": 1.0, "samples_per_s": 16.0, "tokens_per_s": 900.0, "mfu": None}
+        metrics |= {"peak_memory_gb": 1.0, "step_s": 1.0}
+        with ProgressConsole(Console(file=output, width=200)).step_progress(4, 0) as progress:
+            for step, wait_s in enumerate(waits_s, 1):
+                progress.update(metrics | {"step": step, "data_wait_s": wait_s})
+        for number, line in enumerate(output.getvalue().splitlines()):
+            expected = f"  peak 1.0 GB  {percent.get(number)} % waiting for data"
+            assert (expected in line) == ("waiting" in line) == (number in percent)

@@ -1,9 +1,5 @@
 """Master weights: exact restoration and rounding. Muon: orthogonal steps, matrix by matrix."""
 
-from __future__ import annotations
-
-from pathlib import Path
-
 import pytest
 import torch
 from case_files import load_cases
@@ -63,7 +59,7 @@ def take_step(masters: MasterWeightOptimizer, named: dict[str, nn.Parameter], se
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 20), (4, 30, 6)])
-def test_update_is_approximately_orthogonal(shape: tuple[int, int, int]) -> None:
+def test_update_is_approximately_orthogonal(shape):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     y = newton_schulz(x)
     lengths = torch.linalg.svdvals(y)
@@ -90,7 +86,7 @@ def take_reference_steps(
 
 
 @pytest.mark.parametrize("most", [1 << 26, 30, 1])
-def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, most: int) -> None:
+def test_stacked_steps_match_single_matrices(monkeypatch, most):
     """The number of matrices in a stack does not matter."""
     monkeypatch.setattr("finesight.train.optim_states.MAX_STACK_ELEMENTS", most)
     generator = torch.Generator().manual_seed(2)
@@ -113,7 +109,7 @@ def test_stacked_steps_match_single_matrices(monkeypatch: pytest.MonkeyPatch, mo
 
 
 @pytest.mark.gpu
-def test_cuda_graph_steps_match_eager_steps() -> None:
+def test_cuda_graph_steps_match_eager_steps():
     generator = torch.Generator("cuda").manual_seed(4)
     shapes = [(64, 96), (64, 96), (128, 64)]
     locations = [slice(0, 6144), slice(6144, 12288), slice(12288, 20480)]
@@ -136,7 +132,7 @@ def test_cuda_graph_steps_match_eager_steps() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_skipped_step_changes_no_state(dtype: torch.dtype) -> None:
+def test_skipped_step_changes_no_state(dtype):
     generator = torch.Generator("cuda").manual_seed(5)
     grads = torch.randn(4, 6144, device="cuda", generator=generator)
     changed = []
@@ -156,7 +152,7 @@ def test_skipped_step_changes_no_state(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_graph_uses_loaded_state() -> None:
+def test_cuda_graph_uses_loaded_state():
     """A CUDA graph stores addresses, so a new state tensor would be ignored."""
     named, again = (
         {name: nn.Parameter(p.detach().cuda()) for name, p in make_parameters().items()}
@@ -179,7 +175,7 @@ def test_cuda_graph_uses_loaded_state() -> None:
         assert torch.equal(parameter, again[name]), name
 
 
-def test_fused_layers_step_like_separate_layers() -> None:
+def test_fused_layers_step_like_separate_layers():
     stacked, apart = make_parameters(), make_parameters()
     names = [f"visual.blocks.0.attn.{number}.weight" for number in range(3)]
     pieces = apart.pop(QKV).detach().split(4)
@@ -194,7 +190,7 @@ def test_fused_layers_step_like_separate_layers() -> None:
     torch.testing.assert_close(stacked[QKV].detach(), found)
 
 
-def test_fused_layers_of_model_are_separated(tmp_path: Path) -> None:
+def test_fused_layers_of_model_are_separated(tmp_path):
     """This includes the ranks of their adapters."""
     folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(folder, torch.float32, torch.device("cpu"))
@@ -211,7 +207,7 @@ def test_fused_layers_of_model_are_separated(tmp_path: Path) -> None:
     assert stacked_row_counts(model)[name.replace("weight", "adapter.lora_A")] == (4, 4, 4)
 
 
-def test_stacked_experts_step_like_separate_matrices() -> None:
+def test_stacked_experts_step_like_separate_matrices():
     stack = "model.layers.0.mlp.experts.down_proj"
     generator = torch.Generator().manual_seed(3)
     start, grad = (torch.randn((3, 4, 6), generator=generator) for _ in range(2))
@@ -225,7 +221,7 @@ def test_stacked_experts_step_like_separate_matrices() -> None:
         torch.testing.assert_close(changed, take_reference_steps(one, [g], 0.01, 0.5))
 
 
-def test_non_matrix_parameters_use_adamw() -> None:
+def test_non_matrix_parameters_use_adamw():
     named = make_parameters()
     for name in CASES["test_non_matrix_parameters_use_adamw"]:
         named[name] = nn.Parameter(torch.ones((4, 3, 2, 2) if "proj" in name else (4, 6)))
@@ -246,7 +242,7 @@ def split(wide_N: Tensor) -> tuple[Tensor, Tensor]:
     return narrow_N, residual_N
 
 
-def test_split_roundtrip_for_any_bits() -> None:
+def test_split_roundtrip_for_any_bits():
     """Normal values, denormals, infinities and NaN."""
     generator = torch.Generator().manual_seed(0)
     bits_N = torch.randint(-(2**31), 2**31, (1 << 18,), generator=generator).to(torch.int32)
@@ -254,7 +250,7 @@ def test_split_roundtrip_for_any_bits() -> None:
     assert torch.equal(merged_N.view(torch.int32), bits_N)
 
 
-def test_upper_half_is_rounded_to_nearest_with_ties_away_from_zero() -> None:
+def test_upper_half_is_rounded_to_nearest_with_ties_away_from_zero():
     """The rounding of torch gives the same value for exported weights."""
     wide_N = torch.randn(1 << 16, generator=torch.Generator().manual_seed(2))
     ties_N = torch.tensor([0x3F808000 + 0x10000 * n for n in range(1000)], dtype=torch.int32)

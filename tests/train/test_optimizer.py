@@ -1,7 +1,5 @@
 """Optimizers with fp32 master weights: AdamW, 8-bit AdamW, accumulation, scaling and state."""
 
-from __future__ import annotations
-
 import gc
 import math
 import weakref
@@ -53,7 +51,6 @@ def make_parameters(
 def backward(
     named: dict[str, nn.Parameter], seed: int, scale: float = 1.0, without: str = ""
 ) -> dict[str, Tensor]:
-    """Compute random gradients of all parameters but one, and return them."""
     generator = torch.Generator().manual_seed(seed)
     drawn = {n: torch.randn(p.shape, generator=generator).to(p) for n, p in named.items()}
     drawn.pop(without, None)
@@ -78,7 +75,7 @@ def assert_equal_states(one: MasterWeightOptimizer, other: MasterWeightOptimizer
         assert torch.equal(found[name], value), name
 
 
-def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
+def test_fp32_matches_torch_adamw_with_groups_and_clipping():
     """The loss scale is removed before clipping."""
     named, baseline = make_parameters(), make_parameters()
     learning_rates = {"visual": 1e-3, "model.layers": 1e-2, "model.embed": 3e-3}
@@ -107,9 +104,7 @@ def test_fp32_matches_torch_adamw_with_groups_and_clipping() -> None:
 @each("dtype", DTYPES[:2])
 @each("num_steps", [0, 1, 4])
 @each(("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))])
-def test_state_resumes_bit_exactly(
-    kind: str, names: Iterable[str], dtype: torch.dtype, num_steps: int
-) -> None:
+def test_state_resumes_bit_exactly(kind, names, dtype, num_steps):
     """This includes a parameter that ends within a block, and Muon without AdamW parameters."""
     named, again = (make_parameters(dtype, names) for _ in range(2))
     masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
@@ -128,7 +123,7 @@ def test_state_resumes_bit_exactly(
 
 @each("kind", OPTIMIZERS)
 @each("wrong", [math.nan, math.inf])
-def test_nonfinite_step_leaves_state_unchanged(kind: str, wrong: float) -> None:
+def test_nonfinite_step_leaves_state_unchanged(kind, wrong):
     named, again = make_parameters(), make_parameters()
     masters, without = make_optimizer(named, kind), make_optimizer(again, kind)
     for seed in range(3):
@@ -141,7 +136,7 @@ def test_nonfinite_step_leaves_state_unchanged(kind: str, wrong: float) -> None:
     assert_equal_states(masters, without)
 
 
-def test_loss_scale_halves_on_overflow_and_recovers() -> None:
+def test_loss_scale_halves_on_overflow_and_recovers():
     scaler = LossScaler(is_enabled=True)
     assert not scaler.update(math.inf)
     assert not scaler.update(math.nan)
@@ -161,7 +156,7 @@ def test_loss_scale_halves_on_overflow_and_recovers() -> None:
 
 @each("micro", [1, 3])
 @each("dtype", DTYPES)
-def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None:
+def test_master_weights_match_fp32_adamw(dtype, micro):
     """Over many steps of sizes from far below to far above what the model's type can hold."""
     generator, shapes = torch.Generator().manual_seed(0), {MATRIX: (40, 32), BIAS: (64,)}
     named = {
@@ -201,7 +196,7 @@ def test_master_weights_match_fp32_adamw(dtype: torch.dtype, micro: int) -> None
 
 
 @pytest.mark.parametrize("signed", [True, False])
-def test_values_round_to_nearest_level_of_bitsandbytes(signed: bool) -> None:
+def test_values_round_to_nearest_level_of_bitsandbytes(signed):
     levels = optim_states.create_dynamic_map(signed)
     published = import_bitsandbytes("test").functional.create_dynamic_map(signed=signed)
     assert torch.equal(levels, published)
@@ -222,7 +217,7 @@ def test_values_round_to_nearest_level_of_bitsandbytes(signed: bool) -> None:
     assert not moment.read(slice(BLOCK_SIZE, 2 * BLOCK_SIZE)).any()
 
 
-def test_rare_gradient_gives_a_small_update() -> None:
+def test_rare_gradient_gives_a_small_update():
     """Were its second moment rounded to zero, the next step would be far too long."""
     parameter = nn.Parameter(torch.zeros(1, BLOCK_SIZE))
     masters = make_optimizer(
@@ -238,7 +233,7 @@ def test_rare_gradient_gives_a_small_update() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-def test_8bit_steps_are_close_to_adamw(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_8bit_steps_are_close_to_adamw(dtype, monkeypatch):
     """Chunks of a step may begin and end within a parameter."""
     changes = []
     for kind, chunk in (("adamw", 1 << 20), ("adamw_8bit", 1 << 20), ("adamw_8bit", 512)):
@@ -261,7 +256,7 @@ def test_8bit_steps_are_close_to_adamw(dtype: torch.dtype, monkeypatch: pytest.M
         assert not group.master_weights.read(padding).any()
 
 
-def test_optimizer_memory_is_released_with_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimizer_memory_is_released_with_the_run(monkeypatch):
     """A run in a long-lived process, such as a notebook, frees its memory."""
     monkeypatch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", 1)
     named = make_parameters(torch.bfloat16)
@@ -285,7 +280,7 @@ def has_sums(masters: MasterWeightOptimizer) -> bool:
     return any(one is not None for group in masters.param_groups for one in group.gradients.sums)
 
 
-def test_single_micro_batch_needs_no_accumulation() -> None:
+def test_single_micro_batch_needs_no_accumulation():
     named = make_parameters(torch.bfloat16)
     masters = make_optimizer(named)
     drawn = backward(named, 1, without=OTHER)
@@ -301,7 +296,7 @@ def test_single_micro_batch_needs_no_accumulation() -> None:
 
 @each("large", [1, 100, 1 << 20])
 @each("dtype", DTYPES)
-def test_gradients_are_accumulated_in_fp32(dtype: torch.dtype, large: int) -> None:
+def test_gradients_are_accumulated_in_fp32(dtype, large):
     """Some parameters get no gradient in some micro-batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", large)
@@ -323,7 +318,7 @@ def test_gradients_are_accumulated_in_fp32(dtype: torch.dtype, large: int) -> No
         assert masters.grad_norm() == 0
 
 
-def test_large_gradients_are_accumulated_during_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_gradients_are_accumulated_during_backward(monkeypatch):
     monkeypatch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", 1000)
     named = make_parameters(torch.bfloat16)
     masters = make_optimizer(named)
@@ -340,7 +335,7 @@ def test_large_gradients_are_accumulated_during_backward(monkeypatch: pytest.Mon
 
 @each("kind", OPTIMIZERS)
 @each("dtype", DTYPES)
-def test_accumulated_single_gradient_gives_equal_step(dtype: torch.dtype, kind: str) -> None:
+def test_accumulated_single_gradient_gives_equal_step(dtype, kind):
     """Dropped gradients of an aborted step leave no state."""
     named, again = make_parameters(dtype), make_parameters(dtype)
     masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
@@ -364,21 +359,18 @@ def lr_factors(total: int, **settings: object) -> list[float]:
     return [schedule.lr_factor(step) for step in range(total)]
 
 
-@pytest.mark.parametrize(
-    ("kind", "warmup", "expected"),
-    [
+def test_learning_rate_schedule():
+    for kind, warmup, expected in (
         ("cosine", 2, [0.5, 1, 1, 0.5 + 0.5**1.5, 0.5, 0.5 - 0.5**1.5]),
         ("linear", 0, [1, 0.8, 0.6, 0.4, 0.2]),
         ("constant", 2, [0.5, 1, 1, 1]),
-    ],
-)
-def test_learning_rate_schedule(kind: str, warmup: int, expected: list[float]) -> None:
-    assert lr_factors(len(expected), lr_schedule=kind, warmup=warmup) == pytest.approx(expected)
-    for total in (1, 2, 100):
-        assert all(0 < value <= 1 for value in lr_factors(total, lr_schedule=kind))
+    ):
+        assert lr_factors(len(expected), lr_schedule=kind, warmup=warmup) == pytest.approx(expected)
+        for total in (1, 2, 100):
+            assert all(0 < value <= 1 for value in lr_factors(total, lr_schedule=kind))
 
 
-def test_warmup_is_a_fraction_or_a_number_of_steps() -> None:
+def test_warmup_is_a_fraction_or_a_number_of_steps():
     assert [resolve_steps(*one) for one in ((0.03, 100), (0.03, 10), (7, 10))] == [3, 1, 7]
     with pytest.raises(UserError, match="100 warmup steps in a run of 50"):
         lr_factors(50, warmup=100)

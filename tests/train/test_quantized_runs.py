@@ -1,9 +1,6 @@
 """Runs with frozen weights in NF4 or FP8: output files, and loading them."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +10,6 @@ from hf_reference import CPU
 from lora_fixtures import merge_to_folder
 from safetensors.torch import load_file
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
@@ -51,9 +47,7 @@ def assert_equal_buffers(found: torch.nn.Module, expected: torch.nn.Module) -> N
         (FP8_NF4, ""),
     ],
 )
-def test_saved_run_reloads_its_quantized_weights(
-    task: TinyTask, tune: dict[str, Any], summary: str
-) -> None:
+def test_saved_run_reloads_its_quantized_weights(task, tune, summary):
     """The reloaded model has the validation loss that the run recorded."""
     result = task.run(tune=tune)
     run, quantize = task.folder / "run", tune["quantize"]
@@ -91,7 +85,7 @@ def test_saved_run_reloads_its_quantized_weights(
 
 
 @pytest.mark.parametrize("tune", [MIXED, FP8 | {"vision": "lora"}, FULL_FINETUNE])
-def test_activation_checkpointing_is_bit_exact(task: TinyTask, tune: dict[str, Any]) -> None:
+def test_activation_checkpointing_is_bit_exact(task, tune):
     """Also of dense weights, and of half of the layers."""
     tune = tune | {"lora": LORA["lora"] | {"dropout": 0.1}}
     results = [
@@ -102,7 +96,7 @@ def test_activation_checkpointing_is_bit_exact(task: TinyTask, tune: dict[str, A
 
 
 @pytest.mark.parametrize("tune", [MIXED, FP8 | {"merger": "full"}])
-def test_full_model_has_published_weights(task: TinyTask, tune: dict[str, Any]) -> None:
+def test_full_model_has_published_weights(task, tune):
     task.run("train.precision=bf16", tune=tune)
     base, trained = (
         load_file(task.folder / name / "model.safetensors") for name in ("tiny", "run/model")
@@ -116,7 +110,7 @@ def test_full_model_has_published_weights(task: TinyTask, tune: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(("kind", "tune"), [("nf4", LANGUAGE), ("fp8", FP8)])
-def test_quantized_experts_are_rejected(task: TinyTask, kind: str, tune: dict[str, Any]) -> None:
+def test_quantized_experts_are_rejected(task, kind, tune):
     """Quantization is refused for their part, and adapters leave them as they are."""
     folder = create_tiny_model(task.folder / "experts", "qwen3_vl_moe")
     with pytest.raises(UserError, match="experts, which remain in 16 bits") as refused:
@@ -130,9 +124,7 @@ def test_quantized_experts_are_rejected(task: TinyTask, kind: str, tune: dict[st
     assert frozen not in task.console_output
 
 
-def test_unsupported_machine_is_rejected_before_reading_data(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_machine_is_rejected_before_reading_data(task, monkeypatch):
     """Only requested formats are rejected."""
 
     def fail_to_import() -> None:
@@ -156,7 +148,7 @@ def test_unsupported_machine_is_rejected_before_reading_data(
 
 
 @pytest.mark.parametrize("tune", [LORA, {"language": "frozen", "merger": "full"}])
-def test_flops_match_dense_weights(tmp_path: Path, tune: dict[str, Any]) -> None:
+def test_flops_match_dense_weights(tmp_path, tune):
     folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen2_5_vl"))
     counts = []
     for parts in ((), ("vision", "language")):
@@ -166,7 +158,7 @@ def test_flops_match_dense_weights(tmp_path: Path, tune: dict[str, Any]) -> None
     assert counts[0] == counts[1]
 
 
-def test_bit_flip_in_frozen_codes_is_detected(tmp_path: Path) -> None:
+def test_bit_flip_in_frozen_codes_is_detected(tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     dense, model = (load_model(folder, torch.float32, CPU, parts) for parts in ((), ("language",)))
     audit = ParamAudit(model, {})
@@ -177,7 +169,7 @@ def test_bit_flip_in_frozen_codes_is_detected(tmp_path: Path) -> None:
     assert changed == {"vision": 0, "merger": 0, "language": 1, "embeddings": 0}
 
 
-def test_run_on_gptq_base_model(task: TinyTask) -> None:
+def test_run_on_gptq_base_model(task):
     """Adapters on frozen quantized weights, and a fully trained merger."""
     config = GptqConfig(act_order=True)
     four, dense = write_quantized_model(ModelFolder(task.folder / "tiny"), task.folder, config)
@@ -198,7 +190,7 @@ def test_run_on_gptq_base_model(task: TinyTask) -> None:
         task.run(tune={"language": "full"}, model=str(four.path), name="whole")
 
 
-def test_run_with_quantized_lm_head(task: TinyTask) -> None:
+def test_run_with_quantized_lm_head(task):
     tune = LORA | {"quantize": {"nf4": ["language", "embeddings"]}}
     with pytest.raises(UserError, match="head of this model is tied to the embedding table"):
         task.run(tune=tune, name="tied")

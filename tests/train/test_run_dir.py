@@ -1,7 +1,5 @@
 """Run directory: one run, one process, no partial lines."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -22,9 +20,7 @@ from finesight.train.run_dir import RunDir
         (["folder-2024", "folder-2024-05"], "folder-2024-05", "folder-2024-05-2"),
     ],
 )
-def test_finished_run_offers_a_free_folder(
-    tmp_path: Path, existing: list[str], run: str, expected: str
-) -> None:
+def test_finished_run_offers_a_free_folder(tmp_path, existing, run, expected):
     for name in existing:
         (tmp_path / name).mkdir()
         if not name.startswith("folder"):
@@ -37,7 +33,7 @@ def test_finished_run_offers_a_free_folder(
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_foreign_paths_are_rejected(tmp_path: Path, resume: bool) -> None:
+def test_foreign_paths_are_rejected(tmp_path, resume):
     folder, link, loop = (tmp_path / name for name in ("folder", "link", "loop"))
     folder.mkdir()
     (folder / "thesis.tex").touch()
@@ -57,7 +53,6 @@ def test_foreign_paths_are_rejected(tmp_path: Path, resume: bool) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDir:
-    """Run with evaluations of steps 0, 2 and 4."""
     run = RunDir(tmp_path)
     for step in range(5):
         if step % 2 == 0:
@@ -66,7 +61,7 @@ def run(tmp_path: Path) -> RunDir:
     return run
 
 
-def test_metrics_after_checkpoint_are_removed(run: RunDir) -> None:
+def test_metrics_after_checkpoint_are_removed(run):
     expected = [(0, False), (1, True), (2, True), (2, False), (3, True)]
     # The second call also removes the evaluation of step 2.
     for step, last_eval_step, count in ((3, 2, 5), (2, 0, 3)):
@@ -76,7 +71,7 @@ def test_metrics_after_checkpoint_are_removed(run: RunDir) -> None:
 
 
 @pytest.mark.parametrize("truncated", ['{"step": 6, "lo', '{"step": 6}', "7\n", "\x00\x00"])
-def test_truncated_last_line_is_removed(run: RunDir, truncated: str) -> None:
+def test_truncated_last_line_is_removed(run, truncated):
     with run.metrics_path.open("a") as file:
         file.write(truncated)
     assert len(run.read_metrics()) == 8

@@ -1,7 +1,5 @@
 """Samples of each step: a pure function of seed, epoch and position, faithful to the weights."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import chain
 from pathlib import Path
@@ -21,7 +19,7 @@ def epochs(order: SampleOrder, count: int) -> list[list[int]]:
     return [order.epoch_indices(epoch).tolist() for epoch in range(count)]
 
 
-def test_expected_sample_order() -> None:
+def test_expected_sample_order():
     """Runs resume by this order, so it is written down."""
     order = SampleOrder([5, 4, 3], [2, 0.5, 1 / 3], seed=0)
     assert epochs(order, 2) == [
@@ -34,7 +32,7 @@ def test_expected_sample_order() -> None:
     assert first != SampleOrder([50], [1.0], seed=1).epoch_indices(0).tolist()
 
 
-def test_order_is_a_function_of_position() -> None:
+def test_order_is_a_function_of_position():
     order = SampleOrder([5, 4], [1.0, 0.5], seed=1)
     expected = [*chain(*epochs(order, 4))]
     requested = [27, 0, 13, 13, 6, 7, 20, 1]
@@ -43,12 +41,12 @@ def test_order_is_a_function_of_position() -> None:
         assert [one.index_at(position) for position in range(28)] == expected
 
 
-def test_whole_weights_are_exact_in_each_epoch() -> None:
+def test_whole_weights_are_exact_in_each_epoch():
     for indices in epochs(SampleOrder([7, 3], [2.0, 1.0], seed=0), 5):
         assert Counter(indices) == {i: 2 if i < 7 else 1 for i in range(10)}
 
 
-def test_half_weight_alternates_between_halves() -> None:
+def test_half_weight_alternates_between_halves():
     order = SampleOrder([8], [0.5], seed=4)
     halves = [set(indices) for indices in epochs(order, 6)]
     assert order.epoch_length == 4
@@ -62,7 +60,7 @@ def test_half_weight_alternates_between_halves() -> None:
 
 
 @pytest.mark.parametrize(("weight", "size"), [(1.1, 50), (1.3, 10), (0.1, 30), (2.5, 4)])
-def test_fractional_weights_are_exact_over_epochs(weight: float, size: int) -> None:
+def test_fractional_weights_are_exact_over_epochs(weight, size):
     order = SampleOrder([size], [weight], seed=0)
     assert order.epoch_length == round(weight * size)
     assert {*Counter(chain(*epochs(order, 10))).values()} == {round(10 * weight)}
@@ -71,7 +69,7 @@ def test_fractional_weights_are_exact_over_epochs(weight: float, size: int) -> N
 
 @each("upper", [0, 3, 2**40, 2**63])
 @each("size", [0, 1, 2, 3, 1000, 4096])
-def test_partition_sort_matches_stable_argsort(upper: int, size: int) -> None:
+def test_partition_sort_matches_stable_argsort(upper, size):
     """Many draws agree in their upper bits, or in all."""
     raw = np.random.Philox(np.random.SeedSequence((size, upper))).random_raw(size)
     for draws in (raw, raw % np.uint64(500) + np.uint64(upper), raw | np.uint64(upper)):
@@ -84,7 +82,6 @@ def make_steps(
     weights: tuple[float, ...] | None = None,
     **train: object,
 ) -> tuple[TrainSampler, list[list[int]]]:
-    """Return a sampler over files of these sizes, and the samples of its steps."""
     empty = np.empty(0, np.int64)
     files = [
         JsonlSamples(Path(), SampleIndex(np.arange(size + 1), empty, ""), (0, 0)) for size in sizes
@@ -95,7 +92,7 @@ def make_steps(
     return sampler, [list(sampler.batch_indices(step)) for step in range(len(sampler))]
 
 
-def test_steps_continue_across_epoch_boundaries() -> None:
+def test_steps_continue_across_epoch_boundaries():
     _, taken = make_steps((7,), epochs=3, batch_size=5)
     assert [len(members) for members in taken] == [5, 5, 5, 5, 1]
     row = [*chain(*taken)]
@@ -107,14 +104,14 @@ def test_steps_continue_across_epoch_boundaries() -> None:
     assert [*chain(*make_steps((7,), epochs=3, data_seed=1)[1])] != row
 
 
-def test_run_length() -> None:
+def test_run_length():
     steps, _ = make_steps((7,), steps=9, batch_size=5)
     assert (len(steps), steps.num_samples) == (9, 45)
     assert make_steps((8,), epochs=0.5, batch_size=3)[0].num_samples == 4
     assert make_steps((8,), batch_size=3)[0].num_samples == 8
 
 
-def test_retained_samples_have_the_weight_of_their_file() -> None:
+def test_retained_samples_have_the_weight_of_their_file():
     retained = [0, 1, 2, 5, 6, 7, 8]
     _, (members,) = make_steps((3, 2, 4), retained, (1.0, 5.0, 2.0), batch_size=100)
     assert Counter(members) == {0: 1, 1: 1, 2: 1, 5: 2, 6: 2, 7: 2, 8: 2}
@@ -122,6 +119,6 @@ def test_retained_samples_have_the_weight_of_their_file() -> None:
     assert Counter(chain(*taken)) == dict.fromkeys([1, 3, 7, 8], 2)
 
 
-def test_sequential_order_takes_each_sample_once() -> None:
+def test_sequential_order_takes_each_sample_once():
     steps = SequentialSampler([2, 3, 5, 7, 11], batch_size=2)
     assert [list(steps.batch_indices(step)) for step in range(len(steps))] == [[2, 3], [5, 7], [11]]

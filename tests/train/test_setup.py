@@ -1,24 +1,22 @@
 """Setup of a run: its starting point, and settings that are rejected before anything is written."""
 
-from __future__ import annotations
-
 import json
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask, edit_samples
+from tiny_task import edit_samples
 
-from finesight.config import ImageRule, LongestSide, PixelRange
+from finesight.config import LongestSide, PixelRange
+from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
 from finesight.recipe import load_recipe, recipe_from_dict
-from finesight.train.oom import translate_oom_errors
+from finesight.train.oom import MemoryBudget, max_unsplit_packs, translate_oom_errors
 from finesight.train.setup import BaseModelRef
 from finesight.train.training_run import train
 
@@ -26,7 +24,7 @@ LORA = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
-def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
+def test_training_continues_from_run_and_adapter(task):
     """Each source has the weights, the image size and the system prompt of the first run."""
     image_and_prompt = "image={height: 56, width: 28}", "data.system_prompt=Name colours."
     first = task.run(*image_and_prompt, tune=LORA, name="first")
@@ -53,7 +51,7 @@ def test_training_continues_from_run_and_adapter(task: TinyTask) -> None:
     assert manifest["system_prompt"] == "Speak."
 
 
-def test_wrong_starting_points_are_rejected(task: TinyTask) -> None:
+def test_wrong_starting_points_are_rejected(task):
     task.run(*ONE_STEP, tune=LORA, name="first")
     task.run(*ONE_STEP, tune={"merger": "full"}, name="full")
     run, full = str(task.folder / "first"), task.folder / "full"
@@ -82,9 +80,7 @@ def test_wrong_starting_points_are_rejected(task: TinyTask) -> None:
         ({"merger": "full", "language": "lora"}, "model={0}"),
     ],
 )
-def test_resuming_with_a_new_schedule_names_the_commands(
-    task: TinyTask, tune: dict[str, object], start: str
-) -> None:
+def test_resuming_with_a_new_schedule_names_the_commands(task, tune, start):
     first, run = task.run(tune=tune), task.folder / "run"
     (run / "result.json").unlink()
     changes = "train.epochs=null", "train.steps=3", "train.learning_rate=0.001"
@@ -110,7 +106,7 @@ def test_resuming_with_a_new_schedule_names_the_commands(
     ("rule", "min_pixels"),
     [(PixelRange(min_pixels=1568, max_pixels=7056), 1568), (LongestSide(longest_side=56), 3136)],
 )
-def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: int) -> None:
+def test_run_or_model_provides_missing_pixel_limit(rule, min_pixels):
     recipe = recipe_from_dict(
         {"model": TINY_MODEL, "data": {"train": "a.jsonl"}, "output_dir": "o"},
         ["image.max_pixels=5000"],
@@ -122,7 +118,7 @@ def test_run_or_model_provides_missing_pixel_limit(rule: ImageRule, min_pixels: 
 
 
 @pytest.mark.parametrize("num_thoughts", [0, 5, 6])
-def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: int) -> None:
+def test_run_uses_thinking_mode_of_most_samples(task, num_thoughts):
     """Six of the eleven samples with reasoning select thinking mode; five do not."""
     run = task.folder / "run"
     with edit_samples(task.folder / "train.jsonl") as samples:
@@ -141,14 +137,14 @@ def test_run_uses_thinking_mode_of_most_samples(task: TinyTask, num_thoughts: in
     assert all(("reasoning" in json.loads(line)) is is_thinking for line in lines)
 
 
-def test_images_in_both_splits_are_reported(task: TinyTask) -> None:
+def test_images_in_both_splits_are_reported(task):
     task.run(*ONE_STEP)
     assert "are also in data.train" not in task.console_output
     task.run(*ONE_STEP, f"data.eval={task.folder / 'train.jsonl'}", name="leaky")
     assert "11 images of data.eval also in data.train" in task.console_output
 
 
-def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:
+def test_resume_rejects_changed_settings_and_data(task):
     run = task.rewind_to_checkpoint()
     with pytest.raises(UserError) as caught:
         task.run("train.batch_size=5", "tune.lora.rank=4", "train.weight_decay=0.5", resume=True)
@@ -161,18 +157,35 @@ def test_resume_rejects_changed_settings_and_data(task: TinyTask) -> None:
         task.run(resume=True)
 
 
-def test_eval_without_data_is_rejected(task: TinyTask) -> None:
+def test_eval_without_data_is_rejected(task):
     data = {"train": task.recipe["data"]["train"]}
     with pytest.raises(UserError, match=r"data\.eval"):
         task.run(data=data, eval={"metric": "ocr"})
     assert task.run(data=data).before is None
 
 
-@pytest.mark.parametrize(
-    "allocate", [lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 62)]
-)
-def test_host_out_of_memory_is_reported(allocate: Callable[[], object]) -> None:
-    with pytest.raises(UserError, match="the CPU memory is full"), translate_oom_errors():
-        allocate()
-    with pytest.raises(RuntimeError, match="shapes"), translate_oom_errors():
-        raise RuntimeError("shapes")
+def test_host_out_of_memory_is_reported():
+    for allocate in (lambda: torch.empty(1 << 60, dtype=torch.uint8), lambda: bytearray(1 << 62)):
+        with pytest.raises(UserError, match="the CPU memory is full"), translate_oom_errors():
+            allocate()
+        with pytest.raises(RuntimeError, match="shapes"), translate_oom_errors():
+            raise RuntimeError("shapes")
+
+
+def test_memory_budget_is_reduced_to_the_minimum():
+    budget = MemoryBudget(pack_tokens=8192, activation_checkpointing=False)
+    pack = PackedBatch(("a", "b"), (900, 101), (), *[torch.empty(0)] * 7)
+    one = PackedBatch(("a",), (900,), (), *[torch.empty(0)] * 7)
+    half = budget.next_smaller(pack, is_training=True)
+    assert half == MemoryBudget(pack_tokens=500, activation_checkpointing=False)
+    assert half.next_smaller(one, is_training=False) is None
+    duplicate = half.next_smaller(one, is_training=True)
+    assert duplicate == MemoryBudget(pack_tokens=500, activation_checkpointing=True)
+    assert duplicate.next_smaller(one, is_training=True) is None
+    split = duplicate.next_smaller(one, is_training=True, world_size=2)
+    assert split == MemoryBudget(pack_tokens=224, activation_checkpointing=True)
+    assert max_unsplit_packs(2) * split.pack_tokens < 900, "that sample is split from then on"
+    assert split.next_smaller(one, is_training=True, world_size=2) is None
+    assert duplicate.next_smaller(one, is_training=True, world_size=64) == MemoryBudget(
+        pack_tokens=14, activation_checkpointing=True
+    )

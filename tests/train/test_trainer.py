@@ -1,7 +1,5 @@
 """Runs of the tiny task: files, errors and console output; training steps."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -13,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_model import create_tiny_model
 from tiny_task import TinyTask, act_before_step, read_losses
 from vision_cache_fixtures import LORA, make_train_state
 
@@ -33,7 +30,7 @@ from finesight.train.training_run import StopRequest
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
 
-def test_run_folder_contents(task: TinyTask) -> None:
+def test_run_folder_and_metrics(task):
     result = task.run(eval={"metric": "ocr", "every": 4, "max_new_tokens": 6})
     run = task.folder / "run"
     files = "images.safetensors manifest.json metrics.jsonl param_audit.json recipe.yaml"
@@ -57,10 +54,6 @@ def test_run_folder_contents(task: TinyTask) -> None:
     assert len(values) > 20
     for name, value in values.items():
         assert torch.equal(parameters[name].detach(), value), name
-
-
-def test_metrics_of_each_step(task: TinyTask) -> None:
-    task.run()
     lines = [line for line in task.read_metrics() if "loss" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["num_samples"] for line in lines] == [4, 4, 4, 4, 4, 2]
@@ -73,19 +66,10 @@ def test_metrics_of_each_step(task: TinyTask) -> None:
         assert 0 < line["data_wait_s"] < line["step_s"]
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
-    assert measured == [0, 2, 4, 6]
+    assert measured == [0, 4, 6]
 
 
-def test_per_part_learning_rates(task: TinyTask) -> None:
-    learning_rates = "train.learning_rate={default: 0.01, merger: 1e-6}"
-    result = task.run(learning_rates, "train.lr_schedule=constant")
-    changed = {row.part: row.relative_change for row in result.param_changes if row.is_trained}
-    assert changed["merger"] < changed["language"] / 100
-    first = next(line for line in task.read_metrics() if "lr" in line)
-    assert first["lr"] == {"merger": 1e-6, "language": 0.01}
-
-
-def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
+def test_lora_writes_adapter_and_full_writes_model(task):
     task.run(*ONE_STEP, tune={"language": "lora"}, name="lora")
     assert not (task.folder / "lora" / "model").exists()
     task.run(*ONE_STEP, tune={"language": "frozen", "vision": "full"}, name="full")
@@ -99,7 +83,7 @@ def test_lora_writes_adapter_and_full_writes_model(task: TinyTask) -> None:
     assert all(name.startswith("visual.") and "merger" not in name for name in changed)
 
 
-def test_existing_run_is_rejected(task: TinyTask) -> None:
+def test_existing_run_is_rejected(task):
     first, run = task.run(), task.folder / "run"
     with pytest.raises(UserError, match="contains a finished run"):
         task.run()
@@ -115,7 +99,7 @@ def test_existing_run_is_rejected(task: TinyTask) -> None:
     assert task.run(resume=True) == first
 
 
-def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
+def test_resume_from_damaged_checkpoint(task):
     task.recipe["train"]["keep_checkpoints"] = 3
     checkpoints = task.rewind_to_checkpoint() / "checkpoints"
     (checkpoints / "step-4" / "trainable.safetensors").write_bytes(b"x")
@@ -131,7 +115,7 @@ def test_resume_from_damaged_checkpoint(task: TinyTask) -> None:
     assert "to restart the run from step 0" in caught.value.remedy
 
 
-def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
+def test_corrupt_images_are_counted_and_run_continues(task):
     """One image has no header; another training and a validation image are truncated."""
     (task.folder / "train2.png").write_bytes(b"no picture")
     task.truncate_images("train5", "eval0")
@@ -148,7 +132,7 @@ def test_corrupt_images_are_counted_and_run_continues(task: TinyTask) -> None:
     assert not (task.folder / "strict").exists()
 
 
-def test_unreadable_validation_images_end_the_run(task: TinyTask) -> None:
+def test_unreadable_validation_images_end_the_run(task):
     task.truncate_images("eval0", "eval1", "eval2")
     with pytest.raises(UserError, match="none of 3 samples has decodable images"):
         task.run(name="blind")
@@ -156,7 +140,7 @@ def test_unreadable_validation_images_end_the_run(task: TinyTask) -> None:
         task.run("data.on_invalid_sample=fail", name="strict")
 
 
-def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None:
+def test_evaluations_describe_the_samples_that_were_read(task):
     task.recipe["eval"] = {"metric": "ocr", "every": 4, "max_new_tokens": 3}
     run = task.rewind_to_checkpoint()
     # Its header is readable, so it is still in the list of samples.
@@ -178,7 +162,7 @@ def test_evaluations_describe_the_samples_that_were_read(task: TinyTask) -> None
     assert text in result.as_table()
 
 
-def test_concurrent_run_is_rejected(task: TinyTask) -> None:
+def test_concurrent_run_is_rejected(task):
     """Later, the run resumes, with other settings that do not change its numbers."""
     run = RunDir(task.rewind_to_checkpoint())
     half_written = run.checkpoint_dir / ".step-6.partial"
@@ -193,7 +177,7 @@ def test_concurrent_run_is_rejected(task: TinyTask) -> None:
     assert [step for step, _ in read_losses(task.folder / "run")] == [1, 2, 3, 4, 5, 6]
 
 
-def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
+def test_run_created_meanwhile_is_not_overwritten(task):
     class RacingDisk(storage.FileSystem):
         """Another process starts the same run just before this one creates the folder."""
 
@@ -210,21 +194,8 @@ def test_run_created_meanwhile_is_not_overwritten(task: TinyTask) -> None:
     assert [path.name for path in (task.folder / "run").iterdir()] == ["manifest.json"]
 
 
-def test_bf16_with_equal_image_sizes(task: TinyTask) -> None:
-    """16 patches per image, and packs with an odd number of tokens."""
-    folder = create_tiny_model(task.folder / "square", "qwen")
-    config = json.loads((folder / "config.json").read_text())
-    config["visual"]["image_size"] = 56
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "sha256.json").unlink()
-    settings = (*ONE_STEP, "train.precision=bf16", "train.pack_tokens=130")
-    assert task.run(*settings, model=str(folder), image=None).steps == 1
-    stored = load_file(task.folder / "run" / "model" / "model.safetensors")
-    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
-
-
 @pytest.mark.gpu
-def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
+def test_gpu_run_with_workers_resumes(task):
     settings = ("train.device=cuda", "train.precision=bf16", "train.num_workers=2")
     first = task.run(*settings)
     assert first.after.validation_loss < first.before.validation_loss
@@ -240,9 +211,7 @@ def test_gpu_run_with_workers_resumes(task: TinyTask) -> None:
     assert all(line["step_s"] > 0 for line in task.read_metrics() if "loss" in line)
 
 
-def test_changed_data_file_ends_with_checkpoint(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_data_file_ends_with_checkpoint(task, monkeypatch):
     """The run resumes after the file is restored."""
     file = task.folder / "train.jsonl"
     content, changed = file.read_bytes(), file.stat()
@@ -257,25 +226,20 @@ def test_changed_data_file_ends_with_checkpoint(
 
 
 @pytest.mark.parametrize(
-    ("tune", "is_rejected"),
+    "tune",
     [
-        ({"merger": "full"}, True),
-        ({"vision": "lora", "merger": "frozen", "language": "lora"}, True),
-        ({"vision": "full", "merger": "lora"}, True),
-        ({"language": "lora", "embeddings": "full"}, False),
+        {"merger": "full"},
+        {"vision": "lora", "merger": "frozen"},
+        {"vision": "full", "merger": "lora"},
     ],
+    ids=str,
 )
-def test_parts_without_gradient_are_rejected_before_the_first_step(
-    task: TinyTask, tune: dict[str, str], is_rejected: bool
-) -> None:
+def test_parts_without_gradient_are_rejected_before_the_first_step(task, tune):
     file = task.folder / "train.jsonl"
     with_images = file.read_text().splitlines(keepends=True)
     text_only = [re.sub(r'\{"type": "image"[^}]*\}, ', "", line) for line in with_images]
     file.write_text("".join(text_only))
     settings: dict[str, Any] = {"tune": tune | {"lora": {"rank": 4, "dropout": 0.0}}}
-    if not is_rejected:
-        assert task.run("train.epochs=1", **settings).steps == 3
-        return
     with pytest.raises(UserError, match="no gradient would reach") as caught:
         task.run(**settings)
     parts = [part for part in ("vision", "merger") if tune.get(part, "frozen") != "frozen"]
@@ -285,9 +249,7 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(
     assert task.run("train.epochs=1", **settings).steps == 3
 
 
-def test_default_evaluations_and_overfitting_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_evaluations_and_overfitting_warning(tmp_path, monkeypatch):
     monkeypatch.setattr(optimizer, "DEFAULT_INTERIM_SAMPLES", 2)
     task = TinyTask(tmp_path)
     task.recipe["train"] |= {"epochs": None, "steps": 50, "learning_rate": 0.005}
@@ -315,7 +277,6 @@ def test_default_evaluations_and_overfitting_warning(
 
 
 def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """Return a train state, and a copy of its master weights."""
     state = make_train_state(folder, LORA | {"merger": "full"}, precision=precision)
     return state, {name: value.clone() for name, value in state.optimizer.master_weights().items()}
 
@@ -330,7 +291,7 @@ def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str) -> None:
+def test_every_precision_trains_with_fp32_masters(tmp_path, precision):
     state, masters = make_state(tmp_path / "task", precision)
     outputs = [take_step(state) for _ in range(6)]
     assert all(one.is_applied for one in outputs)
@@ -341,8 +302,12 @@ def test_every_precision_trains_with_fp32_masters(tmp_path: Path, precision: str
         assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
 
 
-def test_interrupted_step_leaves_no_state(tmp_path: Path) -> None:
+def test_interrupted_and_empty_steps_leave_no_state(tmp_path):
     state, before = make_state(tmp_path / "task")
+    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
+    assert not output.is_applied
+    assert output.wait() == (0.0, 0.0)
+    assert has_weights(state, before)
     stop, step = StopRequest(), state.step_dataset.get_step(0)
     assert len(step.packs) >= 2
     state.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
@@ -352,7 +317,7 @@ def test_interrupted_step_leaves_no_state(tmp_path: Path) -> None:
     assert state.optimizer.grad_norm() == 0
 
 
-def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) -> None:
+def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path):
     state, before = make_state(tmp_path / "task", "fp16")
     scaler = state.loss_scaler
     scaler.scale = 2.0**40
@@ -371,15 +336,7 @@ def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path: Path) 
     assert not has_weights(state, before)
 
 
-def test_empty_step_does_not_update_parameters(tmp_path: Path) -> None:
-    state, before = make_state(tmp_path / "task")
-    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
-    assert not output.is_applied
-    assert output.wait() == (0.0, 0.0)
-    assert has_weights(state, before)
-
-
-def test_dropout_seeds_differ_and_are_reproducible(tmp_path: Path) -> None:
+def test_dropout_seeds_differ_and_are_reproducible(tmp_path):
     (state, _), (again, masters) = (make_state(tmp_path / name) for name in "ab")
     seeds: list[int] = []
     state.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))

@@ -1,7 +1,5 @@
 """Signals and host settings of a run: the first signal is recorded, the second one acts."""
 
-from __future__ import annotations
-
 import os
 import signal
 import threading
@@ -22,7 +20,7 @@ def default_sigint() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_first_signal_is_recorded(number: signal.Signals) -> None:
+def test_first_signal_is_recorded(number):
     before = [signal.getsignal(one) for one in SIGNALS]
     stop = StopRequest()
     with stop.install_handlers():
@@ -36,27 +34,21 @@ def test_first_signal_is_recorded(number: signal.Signals) -> None:
     assert [signal.getsignal(one) for one in SIGNALS] == before
 
 
-def test_second_signal_uses_the_default_handler() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_second_signal_uses_the_default_handler(number):
+    """A scheduler may signal all processes: a first signal after a remote stop is recorded."""
     stop = StopRequest()
     with stop.install_handlers():
-        os.kill(os.getpid(), signal.SIGTERM)
+        if number == signal.SIGINT:
+            stop.request(number)
+        os.kill(os.getpid(), number)
+        assert stop.signal == number
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
-    assert stop.signal == signal.SIGTERM
+    assert stop.signal == number
 
 
-def test_signal_after_remote_stop_is_recorded() -> None:
-    """A scheduler may signal all processes, one after the other."""
-    stop = StopRequest()
-    with stop.install_handlers():
-        stop.request(signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert stop.signal == signal.SIGINT
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_other_threads_install_no_handlers() -> None:
+def test_other_threads_install_no_handlers():
     seen = []
 
     def listen() -> None:

@@ -1,7 +1,5 @@
 """Cached vision features equal those encoded in every step, on one rank and on several."""
 
-from __future__ import annotations
-
 import signal
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,7 +15,6 @@ from tiny_model import TinyFamily
 from tiny_task import TinyTask, act_before_step, edit_samples, read_final_files, read_losses
 from vision_cache_fixtures import (
     LORA,
-    assert_features_match,
     build_vision_cache,
     decide_vision_cache,
     make_train_state,
@@ -43,7 +40,7 @@ def read_loss_values(task: TinyTask, name: str = "run") -> list[float]:
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
-def test_every_cache_tier_is_bit_exact(tmp_path: Path, family: TinyFamily) -> None:
+def test_every_cache_tier_is_bit_exact(tmp_path, family):
     """Compare chunks, with features of lower layers and of fixed size too, and those on disk."""
     folder = tmp_path / "task"
     make_train_state(folder, family=family)
@@ -71,7 +68,6 @@ def test_every_cache_tier_is_bit_exact(tmp_path: Path, family: TinyFamily) -> No
 
 
 def insert_videos(data: Path, frames: dict[int, int]) -> None:
-    """Put a video with a number of frames before the image of some samples."""
     with edit_samples(data) as samples:
         for number, count in frames.items():
             names = [f"{data.stem}-{number}-{frame}.png" for frame in range(count)]
@@ -81,22 +77,7 @@ def insert_videos(data: Path, frames: dict[int, int]) -> None:
             samples[number]["messages"][0]["content"].insert(0, video)
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-@pytest.mark.parametrize("cache", CACHES)
-def test_features_of_videos_and_images_match(
-    tmp_path: Path, family: TinyFamily, cache: str
-) -> None:
-    """Patches of an image hold two frames if the same chunk has a video, otherwise one."""
-    folder = tmp_path / "task"
-    make_train_state(folder, family=family)
-    insert_videos(folder / "train.jsonl", {3: 5, 7: 2})
-    state = make_train_state(folder, vision_cache=cache)
-    store = build_vision_cache(state)
-    assert len(store.reader.image_indices([3])) > 1
-    assert_features_match(state, store)
-
-
-def test_cached_run_matches_uncached_run(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_run_matches_uncached_run(task, monkeypatch):
     """Losses and answers are equal, with images and videos."""
     insert_videos(task.folder / "train.jsonl", {3: 5, 7: 2, 8: 1})
     insert_videos(task.folder / "eval.jsonl", {1: 3, 2: 1})
@@ -120,7 +101,7 @@ def test_cached_run_matches_uncached_run(task: TinyTask, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("budget", [1, 96])
-def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: str) -> None:
+def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
     """They are alone in a pack, or among others."""
     make_train_state(tmp_path / "task")
     mix_images(tmp_path / "task" / "train.jsonl")
@@ -142,7 +123,7 @@ def test_samples_with_zero_and_two_images(tmp_path: Path, budget: int, cache: st
     assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
 
 
-def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
+def test_corrupt_image_skips_only_its_sample(task):
     """The missing features of its chunk are not read from disk."""
     task.truncate_images("train3")
     names = ("memory", "disk", "disk-again", "never")
@@ -168,9 +149,7 @@ def test_corrupt_image_skips_only_its_sample(task: TinyTask) -> None:
         ("fp32", 4, ("disk", "auto")),
     ],
 )
-def test_resumed_run_equals_uninterrupted_run(
-    task: TinyTask, assets: Path, precision: str, step: int, caches: tuple[str, str]
-) -> None:
+def test_resumed_run_equals_uninterrupted_run(task, assets, precision, step, caches):
     """Features are loaded from disk, encoded again or stored in another tier, bit-identically."""
     task.recipe["tune"] = LORA | {"embeddings": "full"}
     task.recipe["train"]["precision"] = precision
@@ -194,9 +173,7 @@ def test_resumed_run_equals_uninterrupted_run(
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_lost_cache_files_end_with_checkpoint(
-    task: TinyTask, monkeypatch: pytest.MonkeyPatch, assets: Path, workers: int
-) -> None:
+def test_lost_cache_files_end_with_checkpoint(task, monkeypatch, assets, workers):
     """The resumed run has the same result."""
     settings = "train.vision_cache=disk", f"train.num_workers={workers}", "train.save_every=6"
     task.recipe["tune"] = LORA
@@ -217,9 +194,7 @@ def test_lost_cache_files_end_with_checkpoint(
         ("auto", "never", "every step: train.vision_cache=never; previous steps used cached feat"),
     ],
 )
-def test_changed_cache_setting_is_reported(
-    task: TinyTask, before: str, after: str, reason: str
-) -> None:
+def test_changed_cache_setting_is_reported(task, before, after, reason):
     """A run that started without the cache resumes without it."""
     task.recipe["tune"] = LORA
     task.recipe["train"]["vision_cache"] = before
@@ -258,7 +233,6 @@ def run_ranks(monkeypatch: pytest.MonkeyPatch) -> RunRanks:
 
 
 def make_states(folder: Path, **train: Any) -> list[TrainState]:
-    """Create the states of processes on one machine."""
     make_train_state(folder, **train)
     store, states = dist.HashStore(), []
     for rank in range(NUM_RANKS):
@@ -269,9 +243,7 @@ def make_states(folder: Path, **train: Any) -> list[TrainState]:
 
 
 @pytest.mark.parametrize("cache", ["auto", "memory", "disk"])
-def test_each_rank_encodes_its_shard(
-    tmp_path: Path, run_ranks: RunRanks, assets: Path, cache: str
-) -> None:
+def test_each_rank_encodes_its_shard(tmp_path, run_ranks, assets, cache):
     folder = tmp_path / "task"
     alone = make_train_state(folder, vision_cache="memory")
     single = decide_vision_cache(alone).cache
@@ -297,7 +269,7 @@ def test_each_rank_encodes_its_shard(
     assert [bool(one.num_from_disk) for one in again] == [is_on_disk] * NUM_RANKS
 
 
-def test_rank_out_of_memory_disables_cache_for_all(tmp_path: Path, run_ranks: RunRanks) -> None:
+def test_rank_out_of_memory_disables_cache_for_all(tmp_path, run_ranks):
     def encode(*_: object) -> torch.Tensor:
         raise torch.OutOfMemoryError("so much and no more")
 
@@ -309,14 +281,12 @@ def test_rank_out_of_memory_disables_cache_for_all(tmp_path: Path, run_ranks: Ru
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, run_ranks: RunRanks, rank: int) -> None:
+def test_stop_signal_on_one_rank_stops_all(tmp_path, run_ranks, rank):
     errors = run_ranks(make_states(tmp_path / "task"), stopped_rank=rank)
     assert {type(error) for error in errors} == {TrainingInterrupted}
 
 
-def test_write_error_on_one_rank_fails_all(
-    tmp_path: Path, run_ranks: RunRanks, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_write_error_on_one_rank_fails_all(tmp_path, run_ranks, monkeypatch):
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
@@ -329,7 +299,7 @@ def test_write_error_on_one_rank_fails_all(
 
 
 @pytest.mark.gpu
-def test_every_cache_tier_on_gpu(task: TinyTask) -> None:
+def test_every_cache_tier_on_gpu(task):
     """The vision encoder is offloaded during steps, and reloaded for evaluation."""
     settings = "train.device=cuda", "train.precision=bf16", "train.num_workers=2"
     task.recipe["eval"] = {"metric": "classification", "every": 2, "max_new_tokens": 4}

@@ -1,15 +1,16 @@
 """Vision cache decision: conditions, storage tiers, obstacles, and the offloaded encoder."""
 
-from __future__ import annotations
-
 import errno
+import hashlib
 import io
 import itertools
 import json
 import os
-import signal
+import shutil
 import threading
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,25 +19,36 @@ import torch
 from each_value import each
 from huggingface_hub import constants
 from PIL import Image
-from tiny_model import TinyFamily
-from tiny_task import TinyTask, edit_samples, read_losses
+from safetensors.torch import load_file
+from tiny_task import edit_samples, read_losses
+from video_fixtures import write_video
 from vision_cache_fixtures import (
     LORA,
+    assert_features_match,
     build_vision_cache,
     decide_vision_cache,
     make_train_state,
     read_all_features,
 )
 
-from finesight.config import VisionCacheMode
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.data.image_header import CorruptImageError
+from finesight.data.video_file import iter_video_frames
+from finesight.encode import renderer as renderer_module
+from finesight.encode.tokenization import VisualSpan
+from finesight.errors import UserError
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.trainer import TrainState
-from finesight.train.training_run import StopRequest
+from finesight.train.vision_cache import (
+    CHUNK_PATCHES,
+    ImageIndex,
+    ImageRef,
+    VisionFileStore,
+    index_images,
+    read_rows,
+)
 from finesight.train.vision_cache_builder import (
-    CacheTier,
     EncoderOffloader,
     FreeBytes,
     choose_cache_tier,
@@ -56,15 +68,13 @@ def folder(tmp_path: Path) -> Path:
 
 @each("part", ["merger", "vision"])
 @each("mode", ["lora", "full"])
-def test_trainable_encoder_disables_the_vision_cache(tmp_path: Path, part: str, mode: str) -> None:
+def test_trainable_encoder_disables_the_vision_cache(tmp_path, part, mode):
     outcome = decide_vision_cache(make_train_state(tmp_path / "task", LORA | {part: mode}))
     assert outcome.cache is None
     assert outcome.reason == "images are encoded in every step: the vision encoder is trainable"
 
 
-def test_single_epoch_disables_the_vision_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_epoch_disables_the_vision_cache(folder, monkeypatch):
     """Unless all of their features are on disk already, or images repeat."""
     state = make_train_state(folder, epochs=1)
     with monkeypatch.context() as patched:
@@ -85,7 +95,7 @@ def test_single_epoch_disables_the_vision_cache(
     assert decide_vision_cache(state).num_images == 9
 
 
-def test_samples_without_images(task: TinyTask) -> None:
+def test_samples_without_images(task):
     with edit_samples(task.folder / "train.jsonl") as samples:
         for sample in samples:
             del sample["messages"][0]["content"][0]
@@ -93,7 +103,7 @@ def test_samples_without_images(task: TinyTask) -> None:
     assert "images are encoded in every step: the data contain no images" in task.console_output
 
 
-def test_features_that_fit_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_fit_nowhere(folder, monkeypatch):
     state = make_train_state(folder)
     monkeypatch.setattr(vision_cache_builder, "free_gpu_memory", lambda device: None)
     for memory, tier in ((2_000_000, "memory"), (1000, "disk")):
@@ -105,7 +115,7 @@ def test_features_that_fit_nowhere(folder: Path, monkeypatch: pytest.MonkeyPatch
     assert "(train.vision_cache=memory)" in limited.reason
 
 
-def test_changed_image_is_encoded_again(folder: Path, assets: Path) -> None:
+def test_changed_image_is_encoded_again(folder, assets):
     """The file has the same size and modification time."""
     before = build_vision_cache(make_train_state(folder))
     path = folder / "train0.png"
@@ -124,7 +134,33 @@ def test_changed_image_is_encoded_again(folder: Path, assets: Path) -> None:
     assert not torch.equal(read_all_features(state, before), fresh)
 
 
-def test_encoder_or_size_change_invalidates_the_cache(folder: Path) -> None:
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_cached_features_of_a_file_match(tmp_path, family, monkeypatch):
+    """Four frames of each file are sampled, and decoded at most once per chunk of features."""
+    folder = tmp_path / "task"
+    make_train_state(folder, family=family)
+    with edit_samples(folder / "train.jsonl") as samples:
+        for number in (1, 4, 5):
+            size = (56, 56 + 28 * number)
+            path = write_video(folder / f"{number}.mp4", num_frames=16, size=size)
+            part = {"type": "video", "video": path.name}
+            samples[number]["messages"][0]["content"][0] = part
+    state = make_train_state(folder, vision_cache="memory")
+    decoded: list[list[int]] = []
+
+    def record(path: Path, frame_indices: Sequence[int]) -> Iterator[Image.Image]:
+        decoded.append(list(frame_indices))
+        return iter_video_frames(path, frame_indices)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(renderer_module, "iter_video_frames", record)
+        cache = build_vision_cache(state)
+    assert sum(map(len, decoded)) == 4 * 3
+    assert len(decoded) <= 3 * len(cache.reader.image_index.split_chunks())
+    assert_features_match(state, cache)
+
+
+def test_encoder_or_size_change_invalidates_the_cache(folder):
     first = decide_vision_cache(make_train_state(folder))
     assert decide_vision_cache(make_train_state(folder)).num_from_disk == first.num_images
     recipe = json.loads((folder / "task.json").read_text())
@@ -140,7 +176,7 @@ def test_encoder_or_size_change_invalidates_the_cache(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("cache", ["auto", "disk"])
-def test_damaged_cache_files_are_rebuilt(folder: Path, assets: Path, cache: str) -> None:
+def test_damaged_cache_files_are_rebuilt(folder, assets, cache):
     state = make_train_state(folder, vision_cache=cache)
     expected = read_all_features(state, build_vision_cache(state))
     first, *others = sorted(assets.rglob("*.safetensors"))
@@ -161,7 +197,7 @@ def test_damaged_cache_files_are_rebuilt(folder: Path, assets: Path, cache: str)
         assert first.read_bytes() == full
 
 
-def test_unwritable_cache_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_cache_folder(folder, monkeypatch):
     auto, disk = (make_train_state(folder, vision_cache=cache) for cache in ("auto", "disk"))
     blocked = folder / "file"
     blocked.write_text("in the way")
@@ -184,9 +220,7 @@ def test_unwritable_cache_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("num_written", [0, 1])
-def test_write_error_of_the_disk_tier_disables_the_cache(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, num_written: int
-) -> None:
+def test_write_error_of_the_disk_tier_disables_the_cache(folder, monkeypatch, num_written):
     """Without the missing files, training would read features that do not exist."""
     save_file, num_saved = vision_cache.save_file, itertools.count()
 
@@ -204,7 +238,7 @@ def test_write_error_of_the_disk_tier_disables_the_cache(
     assert output.getvalue().count(NO_DISK) == 1
 
 
-def test_concurrent_runs_share_the_cache(folder: Path) -> None:
+def test_concurrent_runs_share_the_cache(folder):
     states = [make_train_state(folder, vision_cache=cache) for cache in ("disk", "auto")]
     barrier = threading.Barrier(2)
 
@@ -219,22 +253,14 @@ def test_concurrent_runs_share_the_cache(folder: Path) -> None:
     assert outcome.num_from_disk == outcome.num_images
 
 
-def test_signal_interrupts_cache_build(folder: Path) -> None:
-    stop = StopRequest()
-    stop.signal = signal.SIGTERM
-    with pytest.raises(TrainingInterrupted):
-        decide_vision_cache(make_train_state(folder), stop=stop)
-
-
 GB = 10**9
 H200 = FreeBytes(gpu=130 * GB, memory=120 * GB, disk=64 * GB)
 DESKTOP = FreeBytes(gpu=6 * GB, memory=20 * GB, disk=64 * GB)
 LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
 
 
-@each(
-    ("setting", "size_gb", "free", "tier"),
-    [
+def test_first_tier_with_enough_space_is_used():
+    for setting, size_gb, free, tier in (
         ("auto", 8, H200, "gpu"),
         ("auto", 9, H200, "memory"),
         ("auto", 31, H200, "memory"),
@@ -250,25 +276,19 @@ LAPTOP = FreeBytes(gpu=None, memory=4 * GB, disk=0)
         ("disk", 0.15, H200, "disk"),
         ("disk", 0.15, LAPTOP, None),
         ("never", 0.15, H200, None),
-    ],
-)
-def test_first_tier_with_enough_space_is_used(
-    setting: VisionCacheMode, size_gb: float, free: FreeBytes, tier: CacheTier | None
-) -> None:
-    size = int(size_gb * GB)
-    assert choose_cache_tier(setting, size, size, free) == tier
-    if tier == "disk":
-        # Features on disk need no extra space.
-        full = FreeBytes(gpu=None, memory=0, disk=GB)
-        assert choose_cache_tier(setting, size, GB, full) == "disk"
-        assert choose_cache_tier(setting, size, 2 * GB, full) is None
+    ):
+        size = int(size_gb * GB)
+        assert choose_cache_tier(setting, size, size, free) == tier
+        if tier == "disk":
+            # Features on disk need no extra space.
+            full = FreeBytes(gpu=None, memory=0, disk=GB)
+            assert choose_cache_tier(setting, size, GB, full) == "disk"
+            assert choose_cache_tier(setting, size, 2 * GB, full) is None
 
 
 @each("family", ["qwen2_vl", "qwen3_vl", "qwen"])
 @each("precision", ["fp32", "bf16"])
-def test_feature_bytes_match_actual_features(
-    tmp_path: Path, family: TinyFamily, precision: str
-) -> None:
+def test_feature_bytes_match_actual_features(tmp_path, family, precision):
     """Each image is in one sample; a model on the meta device suffices."""
     state = make_train_state(tmp_path / "task", family=family, precision=precision)
     features = read_all_features(state, build_vision_cache(state))
@@ -277,7 +297,7 @@ def test_feature_bytes_match_actual_features(
         assert estimate_feature_bytes(patches, model, dtype) == features.nbytes
 
 
-def test_memory_of_machine_and_container(tmp_path: Path) -> None:
+def test_memory_of_machine_and_container(tmp_path):
     assert free_gpu_memory(CPU) is None
     assert available_memory() > 0
     assert available_memory(tmp_path / "nothing", tmp_path / "nothing") > 1 << 20
@@ -307,7 +327,7 @@ def get_model(state: TrainState) -> VisionLanguageModel:
     return state.model
 
 
-def test_fingerprint_covers_weights_and_settings(state: TrainState) -> None:
+def test_fingerprint_covers_weights_and_settings(state):
     encoder = get_model(state).visual
     first = fingerprint_encoder(encoder, {"heads": 2}, CPU)
     assert fingerprint_encoder(encoder, {"heads": 2}, CPU) == first
@@ -328,7 +348,7 @@ def test_fingerprint_covers_weights_and_settings(state: TrainState) -> None:
         torch.set_num_threads(threads)
 
 
-def test_weights_are_offloaded_and_restored(state: TrainState) -> None:
+def test_weights_are_offloaded_and_restored(state):
     """Views of the weights, such as those of the parameter audit, are restored as well."""
     model = get_model(state)
     norm = model.model.norm.weight
@@ -361,7 +381,7 @@ def test_weights_are_offloaded_and_restored(state: TrainState) -> None:
     assert count_bytes() == full
 
 
-def test_offloaded_run_equals_resident_run(task: TinyTask, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_run_equals_resident_run(task, monkeypatch):
     """At its end, the run compares the frozen weights with the initial ones."""
     evaluation = {"metric": "classification", "every": 2, "max_new_tokens": 4}
     settings: dict[str, Any] = {"tune": LORA, "eval": evaluation}
@@ -389,3 +409,158 @@ def test_offloaded_run_equals_resident_run(task: TinyTask, monkeypatch: pytest.M
     )
     assert first == second
     assert len(first) == 4
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[VisionFileStore]:
+    with closing(VisionFileStore(tmp_path, "encoder")) as store:
+        yield store
+
+
+def make_features(number: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(5, 2, 8, generator=torch.Generator().manual_seed(number)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_written_features_are_read(files, dtype):
+    features = make_features(1, dtype)
+    written = files.write("a", features)
+    buffer, rows = torch.empty(5, 2, 8, dtype=dtype), torch.empty(2, 2, 8, dtype=dtype)
+    assert files.read("a", buffer) == written
+    read_rows(written, 3, rows)
+    assert torch.equal(buffer, features)
+    assert torch.equal(rows, features[3:])
+    assert torch.equal(load_file(written.path)["features"], features)
+    assert files.read("b", buffer) is None
+    assert [path.name for path in files.folder.iterdir()] == ["a.safetensors"]
+    # A file of another dtype is removed.
+    other = torch.float16 if dtype == torch.bfloat16 else torch.bfloat16
+    assert files.read("a", torch.empty(5, 2, 8, dtype=other)) is None
+    assert not files.has_chunk("a")
+
+
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_missing_or_truncated_file_raises(files, is_lost):
+    stored = files.write("a", make_features(1))
+    if is_lost:
+        stored.path.unlink()
+    else:
+        os.truncate(stored.path, stored.path.stat().st_size - 1)
+    words = r"a\.safetensors: cached image features[^\n]*(No such file|cut off)"
+    with pytest.raises(UserError, match=words):
+        read_rows(stored, 0, torch.empty(5, 2, 8))
+
+
+def test_invalid_header_is_rejected(files):
+    """Offsets point elsewhere within the file, or the header is deeply nested."""
+    path = files.write("a", make_features(1)).path
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["features"]["data_offsets"] = [4, len(data) - 8 - length + 4]
+    shifted = json.dumps(header, separators=(",", ":")).encode().ljust(length)
+    for text in (shifted, b"[" * 200_000):
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        assert files.read("a", torch.empty(5, 2, 8)) is None
+        assert not path.exists()
+
+
+def make_aged_files(folder: Path, count: int) -> tuple[list[Path], int]:
+    with closing(VisionFileStore(folder, "old")) as files:
+        paths = [files.write(str(number), make_features(number)).path for number in range(count)]
+    for number, path in enumerate(paths):
+        os.utime(path, (number, number))
+    return paths, paths[0].stat().st_size
+
+
+def test_least_recently_used_files_are_evicted(tmp_path, monkeypatch):
+    paths, size = make_aged_files(tmp_path, 5)
+    monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 6 * size)
+    with closing(VisionFileStore(tmp_path, "old")) as files:
+        assert files.read("0", torch.empty(5, 2, 8)) is not None, "used just now"
+        assert files.evict(["1"], size) == size
+        assert all(path.exists() for path in paths)
+        assert files.evict(["1"], 3 * size) == 3 * size
+    assert [path.exists() for path in paths] == [True, True, False, False, True]
+    with closing(VisionFileStore(tmp_path, "new")) as files:
+        assert files.evict([], 9 * size) == 6 * size, "all are gone, and it is not enough"
+    assert not any(path.exists() for path in paths)
+
+
+def test_files_in_use_are_not_evicted(tmp_path, monkeypatch):
+    paths, size = make_aged_files(tmp_path, 2)
+    monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 2 * size)
+    with closing(VisionFileStore(tmp_path, "old")) as reading:
+        reading.evict(["0", "1"], 0)
+        with closing(VisionFileStore(tmp_path, "new")) as files:
+            assert files.evict([], size) == 0
+        assert all(path.exists() for path in paths)
+    with closing(VisionFileStore(tmp_path, "new")) as files:
+        assert files.evict([], size) == size
+    assert [path.exists() for path in paths] == [False, True]
+
+
+def test_disk_reserve_is_never_used(files, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    leftover = files.folder / ".a.1234.5678.tmp"
+    leftover.write_bytes(b"of a killed process")
+    assert files.evict([], 0) == 500
+    assert not leftover.exists()
+
+
+def make_index(count: int, patches: int = 64) -> ImageIndex:
+    image_refs = []
+    for number in range(count):
+        key = hashlib.sha256(str(number).encode()).hexdigest()
+        span = VisualSpan("image", 0, patches // 4, (1, 4, patches // 4), (), (0, 0), (0, 0))
+        image_refs.append(ImageRef(key, span))
+    return ImageIndex(tuple(sorted(image_refs, key=lambda one: one.key)), {}, {})
+
+
+def test_every_image_is_in_one_chunk():
+    index = make_index(1000)
+    chunks = index.split_chunks()
+    assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
+    assert chunks[-1].stop == index.count_images(chunks) == 1000
+    assert index.count_patches(chunks) == 64_000
+    assert 45 < len(chunks) < 80, "sixteen to a chunk, in the mean"
+    first, second = chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]
+    assert 0.5 < index.count_images(first) / index.count_images(second) < 2
+    assert make_index(0).split_chunks() == []
+    assert make_index(3).feature_offsets_P1.tolist() == [0, 16, 32, 48]
+    # Few new images change few chunks.
+    before, after = ({c.name for c in make_index(n).split_chunks()} for n in (1000, 1005))
+    assert len(before) == len(chunks)
+    assert len(before - after) <= 5
+    assert len(after - before) <= 10
+
+
+def test_chunk_size_is_bounded():
+    index = make_index(200, patches=2048)
+    assert max(index.count_patches([chunk]) for chunk in index.split_chunks()) == CHUNK_PATCHES
+    alone = make_index(20, patches=CHUNK_PATCHES + 4).split_chunks()
+    assert [chunk.stop - chunk.start for chunk in alone] == [1] * 20
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_identified_by_model_input(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr(vision_cache, "SAMPLES_PER_ITEM", 2)
+    folder = tmp_path / "task"
+    state = make_train_state(folder)
+    (folder / "train1.png").write_bytes((folder / "train0.png").read_bytes())
+    (folder / "train5.png").unlink()
+    counted: list[int] = []
+    corpus, renderer = state.train_data.corpus, state.renderer
+    samples = state.train_data.stats.sample_indices
+    found = index_images(corpus, renderer, samples, workers, counted.append)
+    assert sum(counted) == 11
+    assert list(found.corrupt_samples) == [5]
+    assert isinstance(found.corrupt_samples[5], CorruptImageError)
+    assert sorted(found.images_by_sample) == [index for index in range(11) if index != 5]
+    assert found.images_by_sample[0] == found.images_by_sample[1]
+    keys = [one.key for one in found.image_refs]
+    assert keys == sorted(set(keys))
+    for index, (number,) in found.images_by_sample.items():
+        (span,) = renderer.tokenize(corpus[index]).spans
+        assert found.image_refs[number].num_features == span.stop - span.start

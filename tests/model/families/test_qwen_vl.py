@@ -1,10 +1,7 @@
 """Qwen-VL: published sizes and names, rejected configs, and rules beyond the network."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -41,7 +38,7 @@ def published() -> list[HubTensor]:
         return list(hub_tensors(VisionLanguageModel(ARCHITECTURE, geometry, visual)))
 
 
-def test_published_model_tensor_count_and_size(published: list[HubTensor]) -> None:
+def test_published_model_tensor_count_and_size(published):
     # The sizes in the index that its weights were published with.
     assert len(published) == 853
     size = dict.fromkeys(MODEL_PARTS, 0)
@@ -52,7 +49,7 @@ def test_published_model_tensor_count_and_size(published: list[HubTensor]) -> No
     assert millions == {"vision": 1843, "merger": 93, "language": 6477, "embeddings": 1245}
 
 
-def test_published_name_mapping_roundtrip(published: list[HubTensor]) -> None:
+def test_published_name_mapping_roundtrip(published):
     names = {tensor.name: ARCHITECTURE.to_hub_name(tensor.name) for tensor in published}
     assert all(ARCHITECTURE.to_native_name(theirs) == ours for ours, theirs in names.items())
     shapes = {names[tensor.name]: tensor.shape for tensor in published}
@@ -85,7 +82,7 @@ def test_published_name_mapping_roundtrip(published: list[HubTensor]) -> None:
 @pytest.mark.parametrize(
     ("side", "width", "products"), CASES["test_resampler_positions_match_published"]
 )
-def test_resampler_positions_match_published(side: int, width: int, products: list[float]) -> None:
+def test_resampler_positions_match_published(side, width, products):
     found = sincos_positions(side, width)
     vectors = np.random.RandomState(5).standard_normal((3, found.size))
     assert np.abs(vectors @ found.flatten() - products).max() < 1e-3
@@ -98,7 +95,7 @@ def test_resampler_positions_match_published(side: int, width: int, products: li
     ("changes", "message"),
     [*CASES["test_unsupported_configs_are_rejected"], ({"visual": None}, "visual is missing")],
 )
-def test_unsupported_configs_are_rejected(changes: dict[str, Any], message: str) -> None:
+def test_unsupported_configs_are_rejected(changes, message):
     config = CONFIGS["few queries"]
     if changes.get("visual"):
         changes = changes | {"visual": config["visual"] | changes["visual"]}

@@ -1,23 +1,12 @@
 """Merged models equal adapters, natively and in transformers; failed merges leave no files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
+import hf_reference
 import peft
 import pytest
 import torch
-from hf_reference import (
-    CPU,
-    make_config,
-    make_conversation,
-    make_reference_model,
-    max_relative_error,
-    native_logits,
-    reference_logits,
-    write_model_folder,
-)
 from lora_fixtures import (
     FAMILIES,
     LORA,
@@ -36,7 +25,7 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.storage import verify_folder
 
-SAMPLES = [make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)]
+SAMPLES = [hf_reference.make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4)]
 
 
 def write_adapter_folder(model: VisionLanguageModel, base: ModelFolder, folder: Path) -> Path:
@@ -48,36 +37,39 @@ def write_adapter_folder(model: VisionLanguageModel, base: ModelFolder, folder: 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("how", ["all parts", "some targets"])
 @torch.no_grad()
-def test_merged_folder_matches_adapter_peft_and_transformers(
-    family: str, how: str, tmp_path: Path
-) -> None:
-    base = write_model_folder(tmp_path / "base", make_config(family))
-    model = tune_with_lora(load_model(base, torch.float32, CPU), TUNE_SETTINGS[how])
+def test_merged_folder_matches_adapter_peft_and_transformers(family, how, tmp_path):
+    base = hf_reference.write_model_folder(tmp_path / "base", hf_reference.make_config(family))
+    model = tune_with_lora(load_model(base, torch.float32, hf_reference.CPU), TUNE_SETTINGS[how])
     adapter = write_adapter_folder(model, base, tmp_path / "adapter")
     layers = sum(len(a.configs) for _, _, a in iter_adapters(model))
     merged = merge_to_folder(base, adapter, tmp_path / "merged")
     assert (merged.merged_layers, merged.precision) == (layers, "fp32")
     verify_folder(merged.folder)
 
-    theirs = make_reference_model(make_config(family))
-    expected = native_logits(model, theirs, SAMPLES)
-    assert max_relative_error(reference_logits(theirs, SAMPLES[0]), expected) > 1e-2
-    here = load_model(ModelFolder(merged.folder), torch.float32, CPU)
+    theirs = hf_reference.make_reference_model(hf_reference.make_config(family))
+    expected = hf_reference.native_logits(model, theirs, SAMPLES)
+    assert (
+        hf_reference.max_relative_error(hf_reference.reference_logits(theirs, SAMPLES[0]), expected)
+        > 1e-2
+    )
+    here = load_model(ModelFolder(merged.folder), torch.float32, hf_reference.CPU)
     loaded, report = type(theirs).from_pretrained(merged.folder, output_loading_info=True)
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     peft.PeftModel.from_pretrained(theirs, adapter).merge_and_unload()
     for found in (
-        native_logits(here, theirs, SAMPLES),
-        reference_logits(loaded.eval(), SAMPLES[0]),
-        reference_logits(theirs, SAMPLES[0]),
+        hf_reference.native_logits(here, theirs, SAMPLES),
+        hf_reference.reference_logits(loaded.eval(), SAMPLES[0]),
+        hf_reference.reference_logits(theirs, SAMPLES[0]),
     ):
-        assert max_relative_error(found, expected) <= get_tolerance(family)
+        assert hf_reference.max_relative_error(found, expected) <= get_tolerance(family)
 
 
-def test_merge_sums_in_fp32_and_rounds_once(tmp_path: Path) -> None:
-    base = write_model_folder(tmp_path / "base", make_config("qwen2_vl"), torch.bfloat16)
+def test_merge_sums_in_fp32_and_rounds_once(tmp_path):
+    base = hf_reference.write_model_folder(
+        tmp_path / "base", hf_reference.make_config("qwen2_vl"), torch.bfloat16
+    )
     tune = {"language": "lora", "lora": LORA | {"target_modules": ["v_proj"]}}
-    model = tune_with_lora(load_model(base, torch.float32, CPU), tune)
+    model = tune_with_lora(load_model(base, torch.float32, hf_reference.CPU), tune)
     adapter = write_adapter_folder(model, base, tmp_path / "adapter")
     name = "model.layers.1.self_attn.v_proj.weight"
     theirs = "base_model.model.model.language_model.layers.1.self_attn.v_proj"

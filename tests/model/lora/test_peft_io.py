@@ -1,7 +1,5 @@
 """Adapter files shared with peft: equal logits, and rejected files."""
 
-from __future__ import annotations
-
 import json
 import warnings
 from collections.abc import Callable
@@ -11,6 +9,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from case_files import load_cases
 from each_value import each
 from hf_reference import (
     make_config,
@@ -41,14 +40,7 @@ from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.families.architecture import to_layer_name
 from finesight.model.linear import hub_name, iter_adapters
-from finesight.model.lora.peft_io import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    load_adapter,
-    load_trainable_adapter,
-    read_adapter,
-    save_adapter,
-)
+from finesight.model.lora import peft_io
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 
@@ -74,11 +66,11 @@ def list_peft_layers(model: Any) -> set[str]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @each("how", TUNE_SETTINGS)
-def test_saved_adapter_gives_the_same_logits_in_peft(family: str, how: str, tmp_path: Path) -> None:
+def test_saved_adapter_gives_the_same_logits_in_peft(family, how, tmp_path):
     theirs = make_reference_model(make_config(family))
     baseline = their_logits(theirs)
     ours = our_model(theirs, family, how)
-    save_adapter(tmp_path, ours, base_model="some/base")
+    peft_io.save_adapter(tmp_path, ours, base_model="some/base")
     with warnings.catch_warnings():
         # peft only warns about missing and unexpected keys.
         warnings.simplefilter("error", UserWarning)
@@ -113,7 +105,7 @@ PEFT_CONFIGS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 @each("how", PEFT_CONFIGS)
-def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Path) -> None:
+def test_peft_adapter_gives_the_same_logits(family, how, tmp_path):
     theirs = make_reference_model(make_config(family))
     ours = make_native_model(make_config(family), theirs)
     baseline = their_logits(theirs)
@@ -122,7 +114,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     randomize_parameters(p for name, p in model.named_parameters() if ".lora_" in name)
     model.save_pretrained(tmp_path)
     expected = their_logits(theirs)
-    load_adapter(ours, tmp_path)
+    peft_io.load_adapter(ours, tmp_path)
     assert list_adapted_layers(ours) == list_peft_layers(model)
     assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected) <= get_tolerance(
         family
@@ -133,7 +125,7 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
     # Round trip: whatever ranks and layers are loaded, peft reads the saved files equally.
     again = tmp_path / "again"
     again.mkdir()
-    save_adapter(again, ours, base_model="some/base")
+    peft_io.save_adapter(again, ours, base_model="some/base")
     fresh = make_reference_model(make_config(family))
     reloaded = peft.PeftModel.from_pretrained(fresh, again)
     assert list_peft_layers(reloaded) == list_adapted_layers(ours)
@@ -142,23 +134,23 @@ def test_peft_adapter_gives_the_same_logits(family: str, how: str, tmp_path: Pat
 
 # transformers had its present names before Qwen3-VL was added.
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_transformers_4_key_names_are_accepted(family: str, tmp_path: Path) -> None:
+def test_transformers_4_key_names_are_accepted(family, tmp_path):
     theirs = make_reference_model(make_config(family))
     ours = our_model(theirs, family, "all parts")
-    save_adapter(tmp_path, ours, base_model="some/base")
+    peft_io.save_adapter(tmp_path, ours, base_model="some/base")
     listed = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     listed += ["qkv", "attn.proj", "fc1", "fc2", "mlp.0", "mlp.2"]
     rename_adapter_keys(tmp_path, to_transformers4_name)
     edit_adapter_config(tmp_path, target_modules=listed)
-    keys = load_file(tmp_path / ADAPTER_WEIGHTS_FILE)
+    keys = load_file(tmp_path / peft_io.ADAPTER_WEIGHTS_FILE)
     assert "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight" in keys
     assert "base_model.model.visual.merger.mlp.0.lora_B.weight" in keys
     old = make_native_model(make_config(family), theirs)
-    load_adapter(old, tmp_path)
+    peft_io.load_adapter(old, tmp_path)
     assert torch.equal(native_logits(old, theirs, SAMPLES), native_logits(ours, theirs, SAMPLES))
 
 
-def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
+def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path):
     """Master weights are saved instead of the parameters, deterministically."""
     ours = our_model(make_reference_model(make_config("qwen2_vl")), how="all parts").bfloat16()
     exact = {n: p.detach().float() + 1e-4 for n, p in ours.named_parameters() if ".adapter." in n}
@@ -167,13 +159,13 @@ def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         options = {"base_model": "some/base", "base_fingerprint": "f00d"}
-        save_adapter(folder, ours, **options, master_values=exact)
-        contents.add((folder / ADAPTER_WEIGHTS_FILE).read_bytes())
+        peft_io.save_adapter(folder, ours, **options, master_values=exact)
+        contents.add((folder / peft_io.ADAPTER_WEIGHTS_FILE).read_bytes())
     assert len(contents) == 1
-    settings = json.loads((folder / ADAPTER_CONFIG_FILE).read_text())
+    settings = json.loads((folder / peft_io.ADAPTER_CONFIG_FILE).read_text())
     assert (settings["r"], settings["lora_alpha"], settings["lora_dropout"]) == (4, 6, 0.1)
     assert settings["base_model_name_or_path"] == "some/base"
-    spec, saved = read_adapter(folder)
+    spec, saved = peft_io.read_adapter(folder)
     assert (spec.base_model, spec.base_fingerprint, spec.dropout) == ("some/base", "f00d", 0.1)
     assert saved.keys() == spec.configs.keys() == list_adapted_layers(ours)
     for path, _, adapter in iter_adapters(ours):
@@ -192,16 +184,14 @@ def test_saved_adapter_is_fp32_with_base_fingerprint(tmp_path: Path) -> None:
         ("language", {"alpha": 8}, "expected: rank 4 and scale 2"),
     ],
 )
-def test_mismatched_adapter_is_rejected_for_training(
-    how: str, change: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_mismatched_adapter_is_rejected_for_training(how, change, message, tmp_path):
     write_random_adapter(tmp_path)
     settings = make_config("qwen2_vl")
     model = make_native_model(settings, make_reference_model(settings))
     tune = TUNE_SETTINGS[how] | {"lora": TUNE_SETTINGS[how]["lora"] | change}
     configure_tuning(model, TuneSettings.model_validate(tune), seed=9)
     with pytest.raises(UserError) as caught:
-        load_trainable_adapter(model, tmp_path)
+        peft_io.load_trainable_adapter(model, tmp_path)
     assert message in str(caught.value)
 
 
@@ -213,7 +203,7 @@ def load_error(folder: Path, **changes: Any) -> str:
     settings = make_config(changes.pop("family", "qwen2_vl"), **changes)
     model = make_native_model(settings, make_reference_model(settings))
     with pytest.raises(UserError) as caught:
-        load_adapter(model, folder)
+        peft_io.load_adapter(model, folder)
     assert not list(iter_adapters(model))
     return str(caught.value)
 
@@ -247,10 +237,8 @@ DAMAGES: list[tuple[Callable[[Tensors], Tensors], str]] = [
 
 
 @pytest.mark.parametrize(("change", "message"), DAMAGES)
-def test_inconsistent_keys_are_rejected(
-    change: Callable[[Tensors], Tensors], message: str, tmp_path: Path
-) -> None:
-    file = write_random_adapter(tmp_path) / ADAPTER_WEIGHTS_FILE
+def test_inconsistent_keys_are_rejected(change, message, tmp_path):
+    file = write_random_adapter(tmp_path) / peft_io.ADAPTER_WEIGHTS_FILE
     save_file(change(load_file(file)), file)
     assert message in load_error(tmp_path)
     # The same with the old names, and with a list where the pattern would name them.
@@ -271,7 +259,7 @@ def test_inconsistent_keys_are_rejected(
         ("trainable_token_indices", {"embed_tokens": [1, 2]}),
     ],
 )
-def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: Path) -> None:
+def test_unsupported_peft_setting_is_named(name, value, tmp_path):
     """The error names the setting, not the tensor keys that it changes."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], **{name: value})
     model = peft.get_peft_model(make_reference_model(make_config("qwen2_vl")), config)
@@ -283,9 +271,12 @@ def test_unsupported_peft_setting_is_named(name: str, value: object, tmp_path: P
     model.merge_and_unload()
 
 
-def test_damaged_and_missing_files_are_rejected(tmp_path: Path) -> None:
+def test_damaged_and_missing_files_are_rejected(tmp_path):
     write_random_adapter(tmp_path)
-    config, weights = tmp_path / ADAPTER_CONFIG_FILE, tmp_path / ADAPTER_WEIGHTS_FILE
+    config, weights = (
+        tmp_path / peft_io.ADAPTER_CONFIG_FILE,
+        tmp_path / peft_io.ADAPTER_WEIGHTS_FILE,
+    )
     content = config.read_text()
     config.write_text(content[:50])
     assert "Invalid JSON" in load_error(tmp_path)
@@ -300,10 +291,72 @@ def test_damaged_and_missing_files_are_rejected(tmp_path: Path) -> None:
     assert "is a pickle" in load_error(tmp_path)
 
 
-def test_adapter_of_another_model_is_rejected(tmp_path: Path) -> None:
+def test_adapter_of_another_model_is_rejected(tmp_path):
     write_random_adapter(tmp_path, "qwen2_vl", "all parts")
     message = load_error(tmp_path, intermediate_size=84)
     assert "mlp.down_proj have shapes (4, 80) and (48, 4)" in message
     assert "expected: (4, 84) and (48, 4) for this model" in message
     message = load_error(tmp_path, family="qwen2_5_vl")
     assert "keys are no layers of the model: visual.blocks.0.mlp.fc1" in message
+
+
+def read_error(folder: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        peft_io.read_adapter(folder)
+    assert str(folder / peft_io.ADAPTER_CONFIG_FILE) in str(caught.value)
+    return str(caught.value)
+
+
+@each(
+    ("settings", "message"),
+    [
+        ({"init_lora_weights": "pissa"}, "merge_and_unload"),
+        ({"a_setting_of_tomorrow": {"x": 1}}, "merge_and_unload"),
+        ({"peft_type": "LOHA"}, "merge_and_unload"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "train the adapter again"),
+        ({"peft_type": "PREFIX_TUNING", "use_dora": True}, "with peft_type=LORA"),
+        ({"r": 8}, "has rank 8, but 4"),
+        ({"r": "4"}, "r: Input should be a valid integer"),
+        ({"target_modules": "("}, "not a regular expression"),
+    ],
+)
+def test_unsupported_and_inconsistent_settings_are_rejected(settings, message, tmp_path):
+    """Those with tensors of their own are in `test_peft_io`."""
+    assert message in read_error(edit_adapter_config(write_random_adapter(tmp_path), **settings))
+
+
+@each("alpha", ["1e308", "1" + "0" * 400, "NaN", "-Infinity"])
+def test_alpha_beyond_fp32_is_rejected(alpha, tmp_path):
+    path = write_random_adapter(tmp_path) / peft_io.ADAPTER_CONFIG_FILE
+    text = path.read_text()
+    path.write_text(text.replace('"lora_alpha": 6', f'"lora_alpha": {alpha}'))
+    assert "lora_alpha" in read_error(tmp_path)
+    path.write_text(text.replace('"alpha_pattern": {}', f'"alpha_pattern": {{"q_proj": {alpha}}}'))
+    assert "alpha_pattern.q_proj" in read_error(tmp_path)
+
+
+def test_neutral_settings_are_accepted(tmp_path):
+    edit_adapter_config(
+        write_random_adapter(tmp_path),
+        peft_version="0.21.0",
+        use_dora=False,
+        layer_replication=None,
+        megatron_core="megatron.core",
+        init_lora_weights="gaussian",
+        loftq_config={},
+        a_setting_of_tomorrow=None,
+    )
+    spec, _ = peft_io.read_adapter(tmp_path)
+    assert {(low.rank, low.scale) for low in spec.configs.values()} == {(4, 1.5)}
+
+
+@each(("settings", "expected"), load_cases("peft_config_errors"))
+def test_target_modules_match_peft(settings, expected):
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    name = "model.language_model.layers.12.self_attn.q_proj"
+    assert peft_io.PeftConfig(**settings).is_target(name) == expected
+    if settings["target_modules"] not in (None, "all-linear"):  # peft resolves these elsewhere.
+        found = check_target_module_exists(LoraConfig(**settings), name)
+        assert (bool(found) and type(found).__name__ != "_ExcludedModule") == expected

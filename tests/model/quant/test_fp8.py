@@ -1,10 +1,7 @@
 """FP8 matmuls and their inputs from fused kernels: errors, batch independence, equal codes."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-from pathlib import Path
 
 import pytest
 import torch
@@ -35,7 +32,6 @@ from finesight.model.quant.fp8 import (
     require_fp8_support,
 )
 from finesight.model.trainable import get_part
-from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder
 
@@ -60,7 +56,6 @@ def random_values(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 
 
 def random_mixed_rows(shape: tuple[int, ...], seed: int = 0) -> Tensor:
-    """Return rows of different magnitudes."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator) * torch.randn(shape[0], 1, generator=generator)
 
@@ -68,19 +63,14 @@ def random_mixed_rows(shape: tuple[int, ...], seed: int = 0) -> Tensor:
 def make_layer(
     dtype: torch.dtype = torch.float32, device: str = "cpu", scale: int = 1, inputs: int = INPUTS
 ) -> FusedLinear:
-    """Return a fused QKV projection with FP8 weights."""
     widths = {name: scale * width for name, width in WIDTHS.items()}
     group = FusedLinear(scale * inputs, widths, bias=True).to(device, dtype).requires_grad_(False)
     assert group.bias is not None
     group.bias.copy_(random_values(tuple(group.bias.shape), 1))
-    weight_OI = make_dense_weight(widths, scale * inputs)
-    return quantize_linear(group, Fp8Matrix, Fp8Weight, weight_OI=weight_OI)
-
-
-def make_dense_weight(widths: dict[str, int] = WIDTHS, inputs: int = INPUTS) -> Tensor:
-    """Return the weights before FP8 quantization, whose layers differ in magnitude."""
-    shapes = ((width, inputs) for width in widths.values())
-    return torch.cat([random_values(s, 2 + n) * 0.1 * (1 + n) for n, s in enumerate(shapes)])
+    # Layers differ in magnitude.
+    shapes = ((width, scale * inputs) for width in widths.values())
+    layers = [random_values(s, 2 + n) * 0.1 * (1 + n) for n, s in enumerate(shapes)]
+    return quantize_linear(group, Fp8Matrix, Fp8Weight, weight_OI=torch.cat(layers))
 
 
 def get_fp8_weight(group: FusedLinear) -> Fp8Weight:
@@ -99,7 +89,7 @@ def compute_fused(group: FusedLinear, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e30])
-def test_quantization_error_is_bounded(size: float) -> None:
+def test_quantization_error_is_bounded(size):
     """The largest value of a row is exact. Beyond the largest code there is only NaN."""
     x_TI = random_rows((2048, 30))
     x_TI = x_TI / x_TI.abs().max() * size
@@ -118,7 +108,7 @@ def test_quantization_error_is_bounded(size: float) -> None:
 
 @pytest.mark.parametrize("wrong", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("device", DEVICES)
-def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
+def test_non_finite_values_stay_in_their_row(wrong, device):
     group = make_layer(torch.bfloat16, device)
     x_TI = random_values((3, INPUTS)).to(device, torch.bfloat16)
     x_TI[1, 7] = wrong
@@ -128,43 +118,7 @@ def test_non_finite_values_stay_in_their_row(wrong: float, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-def test_output_and_gradient_errors_are_bounded(dtype: torch.dtype, device: str) -> None:
-    """Check the bound for two operands off by a sixteenth, and 4 % in total."""
-    group = make_layer(dtype, device)
-    x_TI = random_rows((40, INPUTS)).to(device, dtype).requires_grad_()
-    y_TO = compute_fused(group, x_TI)
-    dy_TO = random_rows(tuple(y_TO.shape), 20).to(device, dtype)
-    y_TO.backward(dy_TO)
-    assert x_TI.grad is not None
-    assert (y_TO.dtype, x_TI.grad.dtype) == (dtype, dtype)
-    w_OI, bias = make_dense_weight().double().to(device), group.bias
-    assert bias is not None
-    forward = y_TO.detach().double() - bias.double(), x_TI.detach().double(), w_OI.T
-    back = x_TI.grad.double(), dy_TO.double(), w_OI
-    for found, left, right in (forward, back):
-        exact = left @ right
-        # With row scales, GPUs return bf16 only.
-        given = torch.bfloat16 if device == "cuda" else dtype
-        rounded = torch.finfo(given).eps * (exact.abs() + bias.abs().max())
-        worst = (2 * OFF + OFF**2) * (left.abs() @ right.abs())
-        assert bool(((found - exact).abs() <= worst * 1.1 + 4 * rounded).all())
-        assert float((found - exact).norm() / exact.norm()) < 0.04
-
-
-def test_backward_uses_the_forward_codes() -> None:
-    """Only the gradient is rounded."""
-    group = make_layer()
-    dy_TO = random_rows((30, sum(WIDTHS.values())))
-    rows = quantize_fp8(dy_TO, torch.cat([m.scales_O for m in get_fp8_weight(group).matrices]))
-    codes_OI = torch.cat([m.codes_OI for m in get_fp8_weight(group).matrices]).double()
-    exact = rows.scales_T1.double() * (rows.codes_TI.double() @ codes_OI)
-    found = linear_concat_backward(dy_TO, get_fp8_weight(group)).double()
-    torch.testing.assert_close(found, exact, rtol=1e-5, atol=1e-6 * float(exact.abs().max()))
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_rows_are_independent_of_batch(device: str) -> None:
+def test_rows_are_independent_of_batch(device):
     """Bit-exact for FP8 codes, and up to the summation order of the matmul."""
     x_TI = random_rows((300, 64)).to(device, torch.bfloat16)
     alone = [quantize_fp8(x_TI[[n]]) for n in range(300)]
@@ -178,7 +132,7 @@ def test_rows_are_independent_of_batch(device: str) -> None:
     torch.testing.assert_close(many / largest_T1, few / largest_T1, rtol=0.0, atol=5e-7)
 
 
-def test_evaluation_quantizes_only_weights() -> None:
+def test_evaluation_quantizes_only_weights():
     group, x_TI = make_layer().eval(), random_rows((12, INPUTS)).requires_grad_()
     dense_OI = torch.cat(list(get_fp8_weight(group).dequantize_layers()))
     found = compute_fused(group, x_TI)
@@ -192,7 +146,7 @@ def test_evaluation_quantizes_only_weights() -> None:
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_adapter_uses_unquantized_inputs(training: bool) -> None:
+def test_adapter_uses_unquantized_inputs(training):
     """Adapter gradients equal those with dense weights; its input gradient is unrounded."""
     group, x_TI = make_layer().train(training), random_rows((20, INPUTS))
     adapter = LoraLinear(group, dict.fromkeys(WIDTHS, LoraConfig(3, 8.0)), 0.0).train(training)
@@ -221,7 +175,7 @@ def test_adapter_uses_unquantized_inputs(training: bool) -> None:
         assert torch.equal(mine, dense)
 
 
-def test_layers_with_unsupported_sizes_are_unchanged(tmp_path: Path) -> None:
+def test_layers_with_unsupported_sizes_are_unchanged(tmp_path):
     """Only linear layers of the selected parts are quantized."""
     odd = dataclasses.replace(TINY_PRESETS["test"], intermediate_size=136)
     folder = create_tiny_model(tmp_path / "tiny", "qwen2_5_vl", preset=odd)
@@ -243,7 +197,7 @@ def test_layers_with_unsupported_sizes_are_unchanged(tmp_path: Path) -> None:
     assert count_unquantized_layers(model, ("vision",)) == 0
 
 
-def test_other_quantization_has_priority(tmp_path: Path) -> None:
+def test_other_quantization_has_priority(tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     model = load_model(folder, torch.float32, CPU, (), "int8", ("vision", "language"))
     few = find_quantized_weights(model)
@@ -254,9 +208,7 @@ def test_other_quantization_has_priority(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("able", "is_supported"), [((7, 5), False), ((8, 0), False), ((8, 6), False), ((8, 9), True)]
 )
-def test_unsupported_gpu_is_rejected(
-    able: tuple[int, int], is_supported: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_gpu_is_rejected(able, is_supported, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: able)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     message = rf"compute capability {able[0]}\.{able[1]}"
@@ -269,7 +221,7 @@ def test_unsupported_gpu_is_rejected(
 @pytest.mark.gpu
 @each("dtype", TYPES)
 @each("inputs", [16, 1536, 8960, 16384, 17920])
-def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
+def test_quantize_kernel_matches_eager(dtype, inputs):
     """Includes strided rows and rows longer than a program's registers."""
     x_TI = random_rows((37, inputs + 8)).clamp(-6e4, 6e4).to(dtype)[:, :inputs]
     x_TI[4] = 0
@@ -287,15 +239,16 @@ def test_quantize_kernel_matches_eager(dtype: torch.dtype, inputs: int) -> None:
         assert float(off.double().mean()) < 0.01
 
 
-@pytest.mark.gpu
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("rows", [1, 33, 2000])
 @pytest.mark.parametrize("scale", [1, 16])
-def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
+def test_products_match_the_codes(rows, scale, device):
     """Compared with fp64, up to truncated GPU accumulation and one rounding to bf16."""
-    group = make_layer(torch.bfloat16, "cuda", scale)
+    dtype, bound = (torch.float32, 1e-6) if device == "cpu" else (torch.bfloat16, 4e-3)
+    group = make_layer(dtype, device, scale)
     weight = get_fp8_weight(group)
-    x_TI = random_rows((rows, scale * INPUTS)).cuda().bfloat16()
-    dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).cuda().bfloat16()
+    x_TI = random_rows((rows, scale * INPUTS)).to(device, dtype)
+    dy_TO = random_rows((rows, scale * sum(WIDTHS.values())), 40).to(device, dtype)
     w_OI = torch.cat(list(weight.dequantize_layers())).double()
     scales_O = torch.cat([layer.scales_O for layer in weight.matrices])
     forward = quantize_fp8(x_TI), w_OI.T, linear_concat(x_TI, weight, None)
@@ -306,7 +259,9 @@ def test_gpu_products_match_the_codes(rows: int, scale: int) -> None:
     )
     for rows_TI, right, found in (forward, back):
         exact = (rows_TI.codes_TI.double() * rows_TI.scales_T1) @ right
-        assert float((found.double() - exact).norm() / exact.norm()) < 4e-3
+        assert float((found.double() - exact).norm() / exact.norm()) < bound
+    compute_fused(group, x_TI.requires_grad_()).backward(dy_TO)
+    assert torch.equal(x_TI.grad, back[2])
 
 
 def equal(found: Fp8Rows, expected: Fp8Rows) -> bool:
@@ -321,7 +276,7 @@ def assert_nearly_equal(found: Tensor, expected: Tensor) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_fp8_codes_give_the_same_output(device: str) -> None:
+def test_fp8_codes_give_the_same_output(device):
     group = make_layer(torch.bfloat16, device, inputs=64)
     x_TI = random_mixed_rows((9, 64), 7).to(device, torch.bfloat16)
     with torch.no_grad():
@@ -333,7 +288,7 @@ def test_fp8_codes_give_the_same_output(device: str) -> None:
         assert torch.equal(fused_TO, linear_concat(x_TI, group.weight, group.bias))
 
 
-def test_layer_accepts_codes_only_as_sole_reader() -> None:
+def test_layer_accepts_codes_only_as_sole_reader():
     group, baseline = make_layer(inputs=64), FusedLinear(64, WIDTHS, bias=False)
     assert not group.accepts_fp8_input, "an input that something may go back to"
     with torch.no_grad():
@@ -348,7 +303,7 @@ def test_layer_accepts_codes_only_as_sole_reader() -> None:
 
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RmsNorm])
 @pytest.mark.parametrize("width", [48, 1280])
-def test_norm_output_matches_reader_format(kind: type[nn.Module], width: int) -> None:
+def test_norm_output_matches_reader_format(kind, width):
     norm, group = kind(width, eps=1e-6), make_layer(inputs=width)
     x_ND, y_ND = random_mixed_rows((5, width), 3), random_mixed_rows((5, width), 4)
     for more in (None, y_ND):
@@ -366,7 +321,7 @@ def test_norm_output_matches_reader_format(kind: type[nn.Module], width: int) ->
 @pytest.mark.parametrize("device", DEVICES)
 @each("dtype", HALF)
 @each("width", [16, 48, 5120, 16384, 17920])
-def test_fused_fp8_gelu_matches_two_steps(width: int, dtype: torch.dtype, device: str) -> None:
+def test_fused_fp8_gelu_matches_two_steps(width, dtype, device):
     """Bit-exact: values are rounded to 16 bits before quantization."""
     x_TI = random_mixed_rows((37, width + 8), 5).to(device, dtype)[:, :width]
     x_TI[4] = 0
@@ -374,27 +329,10 @@ def test_fused_fp8_gelu_matches_two_steps(width: int, dtype: torch.dtype, device
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("wrong", [float("inf"), float("nan")])
-def test_non_finite_activations_stay_in_their_row(wrong: float) -> None:
-    group = make_layer(torch.bfloat16, "cuda", inputs=1280)
-    x_ND = random_mixed_rows((3, 1280)).to("cuda", torch.bfloat16)
-    x_ND[1, 1279] = wrong
-    norm = nn.LayerNorm(1280, device="cuda", dtype=torch.bfloat16)
-    with torch.no_grad():
-        _, normed = add_norm(x_ND, x_ND, norm, group)
-        for rows in (normed, quantize_fp8_gelu(x_ND)):
-            assert isinstance(rows, Fp8Rows)
-            y_NO, *_ = group(rows)
-            assert y_NO.isfinite().all(1).tolist() == [True, False, True]
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("width", [48, 1280, 2048])
 @pytest.mark.parametrize("kind", [nn.LayerNorm, RmsNorm])
-def test_fused_fp8_norm_matches_two_steps(
-    kind: type[nn.Module], width: int, dtype: torch.dtype
-) -> None:
+def test_fused_fp8_norm_matches_two_steps(kind, width, dtype):
     """Equal up to the summation order in fp32."""
     baseline = FusedLinear(width, WIDTHS, bias=False)
     norm = kind(width, eps=1e-6).to("cuda", dtype)
@@ -415,9 +353,7 @@ def test_fused_fp8_norm_matches_two_steps(
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.3])
 @pytest.mark.parametrize("width", [48, 1536])
-def test_fused_fp8_decoder_norm_matches_two_steps(
-    width: int, share: float, dtype: torch.dtype
-) -> None:
+def test_fused_fp8_decoder_norm_matches_two_steps(width, share, dtype):
     """Equal up to the summation order in fp32: FP8 stores change Triton's thread layout."""
     from finesight.model.kernels import norm as norm_kernels
     from finesight.model.kernels.runtime import SeededDropout
@@ -436,27 +372,14 @@ def test_fused_fp8_decoder_norm_matches_two_steps(
     assert_nearly_equal(rows.codes_TI, expected.codes_TI)
 
 
-def make_vision_encoder(folder: Path, family: TinyFamily, device: str) -> VisionEncoder:
-    base = ModelFolder(create_tiny_model(folder / family, family, preset=TINY_PRESETS["small"]))
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    visual = load_model(base, dtype, torch.device(device), fp8_parts=("vision",)).visual
-    return visual.requires_grad_(False).train()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize(("family", "of_a_block"), FAMILIES.items())
-def test_frozen_vision_encoder_passes_codes(
-    family: TinyFamily,
-    of_a_block: int,
-    device: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """The output equals that with per-layer quantization.
-
-    On a GPU the sums of norms differ.
-    """
-    visual = make_vision_encoder(tmp_path, family, device)
+def test_frozen_vision_encoder_passes_codes(family, of_a_block, device, tmp_path, monkeypatch):
+    """The output equals that with per-layer quantization; on a GPU the sums of norms differ."""
+    base = ModelFolder(create_tiny_model(tmp_path / family, family, preset=TINY_PRESETS["small"]))
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    model = load_model(base, dtype, torch.device(device), fp8_parts=("vision",))
+    visual = model.visual.requires_grad_(False).train()
     inputs = visual.patch_embed.proj.in_features
     generator = torch.Generator().manual_seed(0)
     patches_ND = torch.randint(0, 256, (168, inputs), generator=generator, dtype=torch.uint8)

@@ -1,10 +1,6 @@
 """GPTQ weights: dequantized values, matmuls and complete models."""
 
-from __future__ import annotations
-
 import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -25,11 +21,16 @@ from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import Precision, TuneSettings
+from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
-from finesight.model.quant.base import find_quantized_weights
+from finesight.model.quant.base import (
+    PackedInput,
+    RmsNormParams,
+    find_quantized_weights,
+    pack_inputs,
+)
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
 from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
@@ -59,9 +60,7 @@ def make_matrix(tensors: dict[str, Tensor], shape: tuple[int, int], way: GptqCon
 @each("way", GPTQ_CONFIGS)
 @each("shape", SHAPES)
 @each("at_once", [base.CHUNK_ELEMENTS, 300])
-def test_dequantize_matches_reference(
-    shape: tuple[int, int], way: GptqConfig, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_dequantize_matches_reference(shape, way, at_once, monkeypatch):
     """Includes a smaller last group."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     tensors, expected = pack_weight(random_values(shape), way)
@@ -80,9 +79,7 @@ def quantize(values: Tensor) -> RtnInt4Matrix:
 @each("shift", [-3.0, 0.0, 0.4, 3.0])
 @each("size", [1e-2, 1.0, 1e3])
 @each("at_once", [base.CHUNK_ELEMENTS, 300])
-def test_quantization_error_is_at_most_half_a_scale(
-    shape: tuple[int, int], shift: float, size: float, at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_quantization_error_is_at_most_half_a_scale(shape, shift, size, at_once, monkeypatch):
     """Includes groups with one sign, a smaller last group, and zeros, which stay zero."""
     monkeypatch.setattr(base, "CHUNK_ELEMENTS", at_once)
     values = (random_values(shape) + shift) * size
@@ -96,7 +93,7 @@ def test_quantization_error_is_at_most_half_a_scale(
 
 
 @each("size", [0.0, 1e-9, 1e-6])
-def test_tiny_values_have_small_error(size: float) -> None:
+def test_tiny_values_have_small_error(size):
     values = random_values((4, 128)) * size
     found = quantize(values).dequantize(torch.float32)
     assert bool(found.isfinite().all())
@@ -112,9 +109,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @each("config", GPTQ_CONFIGS)
-def test_model_matches_dequantized_bit_exactly(
-    source: ModelFolder, config: GptqConfig, tmp_path: Path
-) -> None:
+def test_model_matches_dequantized_bit_exactly(source, config, tmp_path):
     """Every linear layer of the decoder is quantized, and no other. Other parts can use NF4."""
     four, dense = write_quantized_model(source, tmp_path, config)
     assert stored_precision(four) == stored_precision(dense) == "fp32"
@@ -132,7 +127,7 @@ def test_model_matches_dequantized_bit_exactly(
         assert torch.equal(*(compute_logits(model, batch) for model in models))
 
 
-def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> None:
+def test_saved_weights_match_published(source, tmp_path):
     """The 4-bit weights remain those of the base next to trained parts."""
     four, _ = write_quantized_model(source, tmp_path, GptqConfig(act_order=True))
     model = load_model(four, torch.float32, CPU)
@@ -146,7 +141,7 @@ def test_saved_weights_match_published(source: ModelFolder, tmp_path: Path) -> N
     assert ModelFolder(again).config["quantization_config"] == GptqConfig(act_order=True).config
 
 
-def test_full_training_of_int4_weights_is_rejected(source: ModelFolder, tmp_path: Path) -> None:
+def test_full_training_of_int4_weights_is_rejected(source, tmp_path):
     four, _ = write_quantized_model(source, tmp_path, GptqConfig())
     tune = TuneSettings.model_validate({"language": "full"})
     with pytest.raises(UserError, match="language is full, but the model has 4-bit weights"):
@@ -166,7 +161,7 @@ def test_full_training_of_int4_weights_is_rejected(source: ModelFolder, tmp_path
     ],
     ids=str,
 )
-def test_other_quantization_settings_are_rejected(changes: dict[str, Any], tmp_path: Path) -> None:
+def test_other_quantization_settings_are_rejected(changes, tmp_path):
     source = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     change_config(source, quantization_config=GptqConfig().config | changes)
     named = f"{next(iter(changes))}': {next(iter(changes.values()))!r}"
@@ -193,9 +188,7 @@ INT32 = torch.int32
     ],
     ids=str,
 )
-def test_damaged_weights_are_rejected(
-    ending: str, tensor: Tensor | None, message: str, tmp_path: Path
-) -> None:
+def test_damaged_weights_are_rejected(ending, tensor, message, tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     four, _ = write_quantized_model(tiny, tmp_path, GptqConfig(act_order=True))
     change_tensor(four, ending, tensor)
@@ -203,7 +196,7 @@ def test_damaged_weights_are_rejected(
         load_model(four, torch.float32, CPU)
 
 
-def test_fused_layers_must_share_quantization(tmp_path: Path) -> None:
+def test_fused_layers_must_share_quantization(tmp_path):
     tiny = ModelFolder(create_tiny_model(tmp_path / "tiny"))
     four, dense = write_quantized_model(tiny, tmp_path, GptqConfig())
     weights = load_file(dense.path / "model.safetensors")
@@ -217,9 +210,7 @@ def test_fused_layers_must_share_quantization(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32"])
-def test_dequantized_export_is_the_dense_model(
-    source: ModelFolder, precision: Precision, tmp_path: Path
-) -> None:
+def test_dequantized_export_is_the_dense_model(source, precision, tmp_path):
     config = GptqConfig(act_order=True, symmetric=False)
     four, dense = write_quantized_model(source, tmp_path, config)
     merged = merge_to_folder(four, None, tmp_path / "merged", precision)
@@ -241,9 +232,7 @@ def test_dequantized_export_is_the_dense_model(
     "way", [GptqConfig(), GptqConfig(64, True, False), GptqConfig(128)], ids=str
 )
 @each("shape", [(512, 1024), (40, 768), (96, 320)])
-def test_gpu_products_match_dequantized(
-    dtype: torch.dtype, rows: int, way: GptqConfig, shape: tuple[int, int]
-) -> None:
+def test_gpu_products_match_dequantized(dtype, rows, way, shape):
     tensors, dense = pack_weight(random_values(shape), way)
     matrix = make_matrix(tensors, shape, way).cuda()
     assert torch.equal(matrix.dequantize(dtype).cpu(), dense.to(dtype))
@@ -259,3 +248,32 @@ def test_gpu_products_match_dequantized(
         back = (2 * y.detach()).double() @ dense.cuda().double()
         assert x.grad is not None
         assert max_relative_error(x.grad.double(), back) < bound
+
+
+class PermutedMatrix:
+    """Matrix with or without permuted columns, of which only the input is packed."""
+
+    def __init__(self, order: list[int] | None) -> None:
+        self.order, self.num_packed, self.is_unpermuted = order, 0, order is None
+
+    def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
+        self.num_packed += 1
+        return PackedInput(x_1I if self.order is None else x_1I[:, self.order], None)
+
+
+BACK = [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("orders", "times"),
+    [([None, None, None], 1), ([BACK, None, None], 3), ([None, BACK, None], 3), ([BACK], 1)],
+)
+def test_each_matrix_uses_its_input_permutation(orders, times):
+    x_1I = torch.arange(8.0).unsqueeze(0)
+    matrices = [PermutedMatrix(order) for order in orders]
+    found = list(pack_inputs(matrices, x_1I, None))
+    assert len(found) == len(orders)
+    for order, words in zip(orders, found, strict=True):
+        wanted = x_1I if order is None else x_1I[:, order]
+        assert torch.equal(words.values_8N, wanted)
+    assert sum(matrix.num_packed for matrix in matrices) == times

@@ -1,11 +1,8 @@
 """NF4 weights: codes equal to bitsandbytes, outputs and gradients equal to dequantized weights."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -51,9 +48,7 @@ def dequantize_reference(matrix: Nf4Matrix) -> Tensor:
 @pytest.mark.parametrize("device", DEVICES)
 @each("dtype", TYPES)
 @each("shape", SHAPES)
-def test_codes_match_bitsandbytes_linear4bit(
-    shape: tuple[int, int], dtype: torch.dtype, device: str
-) -> None:
+def test_codes_match_bitsandbytes_linear4bit(shape, dtype, device):
     values = random_values(shape, dtype)
     kind = import_bitsandbytes("test").nn.Linear4bit
     theirs = kind(shape[1], shape[0], bias=False, compress_statistics=True, quant_type="nf4")
@@ -67,7 +62,7 @@ def test_codes_match_bitsandbytes_linear4bit(
     assert torch.equal(ours.absmax_mean, state.offset)
 
 
-def test_chunked_quantization_matches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunked_quantization_matches(monkeypatch):
     values = random_values((96, 3420))
     full = quantize(values)
     monkeypatch.setattr(nf4, "CHUNK_ELEMENTS", 64 * 100)
@@ -78,7 +73,7 @@ def test_chunked_quantization_matches(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("device", DEVICES)
 @each("shape", SHAPES)
-def test_dequantize_matches_reference(shape: tuple[int, int], device: str) -> None:
+def test_dequantize_matches_reference(shape, device):
     """Includes rows that are no multiple of a block, where bitsandbytes fails on a CPU."""
     matrix = quantize(random_values(shape).to(device))
     expected = dequantize_reference(matrix)
@@ -91,7 +86,7 @@ def test_dequantize_matches_reference(shape: tuple[int, int], device: str) -> No
 
 
 @pytest.mark.parametrize("adapted", [False, True])
-def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
+def test_no_dense_weight_is_saved_for_backward(adapted):
     widths = {"q_proj": 40, "k_proj": 12, "v_proj": 12}
     group = FusedLinear(48, widths, bias=True).requires_grad_(False)
     group.set_quantized_weight(Nf4Matrix)
@@ -111,25 +106,7 @@ def test_no_dense_weight_is_saved_for_backward(adapted: bool) -> None:
     assert bool(saved) is adapted
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
-@each("rows", [1, 3, 8, 40, 2000])
-@each("inputs", [48, 128])
-def test_gpu_products_match_dequantized(dtype: torch.dtype, rows: int, inputs: int) -> None:
-    matrix = quantize(random_values((256, inputs), torch.bfloat16).cuda())
-    x = random_values((rows, inputs), dtype, seed=2).cuda().requires_grad_()
-    y = matrix(x, None)
-    y.float().square().sum().backward()
-    dense = matrix.dequantize(torch.float32).double()
-    expected = x.detach().double() @ dense.T
-    bound = {torch.float32: 1e-3, torch.bfloat16: 2e-2, torch.float16: 3e-3}[dtype]
-    assert float((y - expected).abs().max() / expected.abs().max()) < bound
-    back = (2 * y.detach()).double() @ dense
-    assert x.grad is not None
-    assert float((x.grad - back).abs().max() / back.abs().max()) < bound
-
-
-def test_bitsandbytes_downloads_no_kernels(tmp_path: Path) -> None:
+def test_bitsandbytes_downloads_no_kernels(tmp_path):
     """An installed package `kernels` would download code for bitsandbytes."""
     (tmp_path / "kernels.py").write_text(
         "print('imported')\ndef get_kernel(*_, **__):\n    print('fetched')\n    raise OSError\n"

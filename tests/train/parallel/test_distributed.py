@@ -1,7 +1,5 @@
 """Distributed training: equality with single-process training, and failures of ranks."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -57,11 +55,7 @@ def assert_equal_losses(folder: Path, other: Path, rel: float = 1e-6) -> None:
 
 
 def assert_close(folder: Path, other: Path) -> None:
-    """Compare tensors by their root mean square error.
-
-    AdamW takes full steps for gradients that consist of rounding errors, so single elements may
-    differ.
-    """
+    """Compare by root mean square: AdamW takes full steps for gradients of rounding errors."""
     assert_equal_losses(folder, other)
     ours, theirs = read_trained_state(folder), read_trained_state(other)
     assert ours.keys() == theirs.keys()
@@ -70,7 +64,6 @@ def assert_close(folder: Path, other: Path) -> None:
 
 
 def make_ranks(count: int) -> list[ProcessGroup]:
-    """Create ranks that run in threads."""
     store = dist.HashStore()
     return [
         ProcessGroup(rank, count, monitor=RankMonitor(store, rank, count)) for rank in range(count)
@@ -78,8 +71,6 @@ def make_ranks(count: int) -> list[ProcessGroup]:
 
 
 def run_ranks(*errors: Exception | None) -> list[BaseException | None]:
-    """Return the exceptions of ranks that raise these errors in a collective context."""
-
     def run_rank(ranks: ProcessGroup) -> BaseException | None:
         try:
             with ranks.sync_errors():
@@ -93,7 +84,7 @@ def run_ranks(*errors: Exception | None) -> list[BaseException | None]:
         return list(pool.map(run_rank, make_ranks(len(errors))))
 
 
-def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
+def test_out_of_memory_reduces_budget_on_all_ranks():
     """The budgets are combined; the run ends if one sample is too large for a rank."""
 
     def full(*budget: float) -> GpuOutOfMemoryError:
@@ -113,7 +104,7 @@ def test_out_of_memory_reduces_budget_on_all_ranks() -> None:
     assert run_ranks(None, None) == [None, None]
 
 
-def test_failure_is_reported_in_next_collective() -> None:
+def test_failure_is_reported_in_next_collective():
     """All ranks then exchange their state."""
     ranks = make_ranks(3)
 
@@ -135,7 +126,7 @@ def test_failure_is_reported_in_next_collective() -> None:
         assert all(one.result() == [[0, 15], [1, 0], [2, 15]] for one in futures)
 
 
-def test_ranks_at_different_steps_are_detected() -> None:
+def test_ranks_at_different_steps_are_detected():
     """The error contains both step numbers, or both collectives."""
     first, second = make_ranks(2)
     with ThreadPoolExecutor(1) as pool:
@@ -152,7 +143,7 @@ def test_ranks_at_different_steps_are_detected() -> None:
         assert isinstance(other.exception(), RankDesyncError)
 
 
-def test_rank_zero_waits_until_all_ranks_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rank_zero_waits_until_all_ranks_leave(monkeypatch):
     """Rank 0 hosts the store, which the other ranks read in their last collective."""
     store = dist.HashStore()
     monitors = [RankMonitor(store, rank, 3) for rank in range(3)]
@@ -167,7 +158,7 @@ def test_rank_zero_waits_until_all_ranks_leave(monkeypatch: pytest.MonkeyPatch) 
     RankMonitor(dist.HashStore(), 0, 2).leave()
 
 
-def test_killed_main_process_is_named() -> None:
+def test_killed_main_process_is_named():
     ended = dist.DistNetworkError("Connection reset by peer")
     store: Any = mock.Mock(**{"set.side_effect": ended, "check.side_effect": ended})
     with pytest.raises(RankTimeoutError, match="rank 0 of 2 did not respond"):
@@ -178,33 +169,25 @@ TIMEOUT = RankTimeoutError("rank 1 did not respond", where="", expected="", reme
 INTERRUPTED = TrainingInterrupted("checkpoint of step 3 written")
 
 
-@pytest.mark.parametrize(
-    ("parallel", "error", "saves", "raised"),
-    [
+def test_stop_signal_with_a_missing_rank():
+    """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
+    for parallel, error, saves, raised in (
         ("ddp", TIMEOUT, True, TrainingInterrupted),
         ("fsdp", TIMEOUT, False, None),
         ("fsdp", INTERRUPTED, False, RankTimeoutError),
-    ],
-)
-def test_stop_signal_with_a_missing_rank(
-    parallel: str, error: Exception, saves: bool, raised: type[Exception] | None
-) -> None:
-    """A sharded run saves no checkpoint without the missing rank, and does not claim one."""
-    trainer = mock.MagicMock(is_main=True)
-    trainer.state.parallel.is_sharded = parallel == "fsdp"
-    trainer.stop.signal = signal.SIGTERM
-    trainer.build_interruption.return_value = INTERRUPTED
-    trainer.process_group.sync_failure.side_effect = TIMEOUT
-    with pytest.raises(raised) if raised else nullcontext():
-        Trainer.handle_failure(trainer, error)
-    assert trainer.save_checkpoint.called == saves
+    ):
+        trainer = mock.MagicMock(is_main=True)
+        trainer.state.parallel.is_sharded = parallel == "fsdp"
+        trainer.stop.signal = signal.SIGTERM
+        trainer.build_interruption.return_value = INTERRUPTED
+        trainer.process_group.sync_failure.side_effect = TIMEOUT
+        with pytest.raises(raised) if raised else nullcontext():
+            Trainer.handle_failure(trainer, error)
+        assert trainer.save_checkpoint.called == saves
 
 
-def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
-    """The last step has two samples for four ranks; each run resumes with another world size.
-
-    Takes long: six runs of up to four processes.
-    """
+def test_training_is_equal_for_any_world_size(tmp_path):
+    """Each run resumes with another world size. Takes long: six runs of up to four processes."""
     task = TinyTask(tmp_path / "task")
     alone, two, four = (run_to_completion(task, count, f"run{count}") for count in (1, 2, 4))
     assert_close(two, alone)
@@ -220,12 +203,8 @@ def test_training_is_equal_for_any_world_size(tmp_path: Path) -> None:
     assert sizes == [2, 1]
 
 
-def test_evaluation_is_distributed(tmp_path: Path) -> None:
-    """Evaluate three validation samples, one of them corrupt, on four ranks, and compare with one.
-
-    Some ranks have no sample. Only the main process uses the tracker. Takes long: three runs of up
-    to four processes.
-    """
+def test_evaluation_is_distributed(tmp_path):
+    """Some ranks have no sample, one sample is corrupt. Takes long: three runs, four processes."""
     task = TinyTask(tmp_path / "task")
     task.recipe["track"] = ["tensorboard"]
     task.truncate_images("eval1")
@@ -244,17 +223,14 @@ def test_evaluation_is_distributed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon"])
-def test_other_optimizers_match_single_process(tmp_path: Path, optimizer: str) -> None:
+def test_other_optimizers_match_single_process(tmp_path, optimizer):
     task = TinyTask(tmp_path / "task")
     alone, two = (run_to_completion(task, n, f"run{n}", optimizer=optimizer) for n in (1, 2))
     assert_equal_losses(two, alone, rel=1e-4)
 
 
-def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
-    """A corrupt image on one rank ends the run on all ranks; the repaired run resumes.
-
-    Takes long: torchrun starts one of the runs, in processes that import torch.
-    """
+def test_failing_rank_ends_all_ranks(tmp_path):
+    """The repaired run resumes. Takes long: torchrun starts processes that import torch."""
     task = TinyTask(tmp_path / "task")
     whole = run_to_completion(task, 2, "whole", epochs=1)
     fail = "data.on_invalid_sample=fail"
@@ -284,7 +260,7 @@ def test_failing_rank_ends_all_ranks(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("pack_tokens", [100, 10])
-def test_corrupt_image_is_skipped_on_all_ranks(tmp_path: Path, pack_tokens: int) -> None:
+def test_corrupt_image_is_skipped_on_all_ranks(tmp_path, pack_tokens):
     """Check context parallelism with cached features, too."""
     task = TinyTask(tmp_path / "task")
     task.truncate_images("train3")
@@ -318,7 +294,7 @@ def find_rank(folder: Path, rank: int) -> int:
 
 @pytest.mark.skipif(not Path("/proc").is_dir(), reason="processes are found in /proc")
 @pytest.mark.parametrize(("count", "rank"), [(2, 0), (2, 1), (4, 0), (4, 3)])
-def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, count: int, rank: int) -> None:
+def test_stop_signal_on_one_rank_stops_all(tmp_path, count, rank):
     """Each rank stops with a checkpoint of the last step: two under torchrun, four without it."""
     task = TinyTask(tmp_path / "task")
     folder, deadline = task.folder / "run", time.monotonic() + 120
@@ -347,7 +323,7 @@ def test_stop_signal_on_one_rank_stops_all(tmp_path: Path, count: int, rank: int
     assert (folder / "checkpoints" / f"step-{last}").is_dir()
 
 
-def test_context_shards_cover_every_sample() -> None:
+def test_context_shards_cover_every_sample():
     class FixedSampler:
         def __len__(self) -> int:
             return 50
@@ -391,9 +367,7 @@ def test_context_shards_cover_every_sample() -> None:
         ("LOCAL_RANK", "", "LOCAL_RANK is not a number"),
     ],
 )
-def test_incomplete_launch_environment_is_rejected(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, value: str | None, output: str
-) -> None:
+def test_incomplete_launch_environment_is_rejected(tmp_path, capsys, name, value, output):
     task = TinyTask(tmp_path / "task")
     recipe = write_recipe(tmp_path / "r.yaml", task.recipe | {"output_dir": str(tmp_path / "run")})
     environment = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}

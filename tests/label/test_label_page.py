@@ -10,26 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from axe import AxeChecker
+from browser import wait_for
 from hostile_requests import make_jpeg2000, make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
     FIELDS,
     MODEL,
+    check_layouts,
     draw_images,
     make_suggestion,
     open_boxes_session,
-    open_fields_session,
-)
-from label_page_driver import (
-    check_layouts,
     open_client,
+    open_fields_session,
     press,
     read_answers,
     run_in_page,
     save,
     serve,
-    wait_for,
 )
 from PIL import Image
 from starlette.testclient import TestClient
@@ -414,8 +411,7 @@ def test_listed_image_is_opened_with_its_history(tmp_path, browser):
         browser.run("document.querySelector('#history').open = true;")
         history = browser.run("return document.querySelector('#history').innerText;")
         assert ("Rabe" in history, history.count(MODEL)) == (True, 1)
-        checker = AxeChecker()
-        assert checker.find_layout_problems(browser) == []
+        assert browser.find_layout_problems() == []
 
 
 def test_unreadable_images_are_shown_and_skipped(tmp_path, browser):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from case_files import load_cases
 from service_fixture import write_shape_image
-from thinking_fixtures import ANSWER, THOUGHT
+from tiny_task import ANSWER, THOUGHT
 from typer.testing import CliRunner
 from web_server_fixture import ScriptedService
 

@@ -21,7 +21,6 @@ from finesight.data.sample import (
     VideoPart,
 )
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import PRETOKENIZE_PATTERN
 
 WORDS = (
     *("a cat sits on the table, and it's 42 years old.", "What is written here?", "DON'T", "x"),
@@ -127,7 +126,10 @@ def make_folder(folder: Path, family: str) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = pre_tokenizers.Split(Regex(PRETOKENIZE_PATTERN), behavior="isolated")
+    pattern = (
+        r"'s|'t|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

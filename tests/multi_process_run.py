@@ -118,10 +118,12 @@ def _run_forked(
     target: Callable[..., int | None],
     arguments: tuple[Any, ...],
 ) -> None:
-    for path, numbers in ((output, (1, 2)), (errors or output, (2,) if errors else ())):
-        with path.open("a") as file:
-            for number in numbers:
-                os.dup2(file.fileno(), number)
+    with output.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if errors is not None:
+        with errors.open("w") as file:
+            os.dup2(file.fileno(), 2)
     os.environ.clear()
     os.environ.update(environment)
     # The fork server has read this variable of an earlier test.

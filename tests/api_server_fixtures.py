@@ -1,7 +1,5 @@
 """Local API server with the bundled model."""
 
-from __future__ import annotations
-
 import atexit
 import base64
 import contextlib
@@ -18,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hostile_requests import make_schema_format
 from openai import OpenAI
 from PIL import Image
 
@@ -27,8 +26,6 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.serve.api_schema import ServerLimits
 from finesight.serve.api_server import ApiServer, bind_socket, create_worker_pool, make_app
-from finesight.serve.image_sources import DEFAULT_IMAGE_FORMATS, ImageFetcher
-from finesight.serve.label_studio_backend import LabelStudioOptions
 from finesight.serve.request_middleware import RequestMiddleware
 from finesight.worker_pool import WorkerPool
 
@@ -64,18 +61,6 @@ class RunningServer:
         return connection
 
 
-def make_service(
-    inference_model: InferenceModel, limits: ServerLimits = LIMITS
-) -> InferenceService:
-    """Create a service with a small KV cache."""
-    return InferenceService(
-        inference_model,
-        max_num_seqs=limits.max_num_seqs,
-        max_waiting=limits.max_queue,
-        kv_cache_bytes=1 << 26,
-    )
-
-
 @cache
 def get_worker_pool(renderer: NativeRenderer, vocabulary: int) -> WorkerPool:
     """Return worker processes shared by all servers of the test process."""
@@ -92,26 +77,17 @@ def run_server(
     *,
     keys: Sequence[str] = (),
     limits: ServerLimits = LIMITS,
-    fetcher: ImageFetcher | None = None,
-    formats: Sequence[str] = DEFAULT_IMAGE_FORMATS,
-    label_studio: LabelStudioOptions | None = None,
+    **options: Any,
 ) -> Iterator[RunningServer]:
-    """Run a server in a thread within the block."""
-    service = make_service(inference_model, limits)
+    """Run a server with options of `make_app` in a thread within the block."""
+    sizes = {"max_num_seqs": limits.max_num_seqs, "max_waiting": limits.max_queue}
+    service = InferenceService(inference_model, kv_cache_bytes=1 << 26, **sizes)
     assert isinstance(inference_model.renderer, NativeRenderer)
     assert isinstance(inference_model.model, VisionLanguageModel)
     vocabulary = inference_model.model.config.decoder.vocab_size
-    app = make_app(
-        service,
-        get_worker_pool(inference_model.renderer, vocabulary),
-        vocabulary,
-        folder,
-        api_keys=keys,
-        limits=limits,
-        fetcher=fetcher,
-        image_formats=formats,
-        label_studio=label_studio,
-    )
+    workers = get_worker_pool(inference_model.renderer, vocabulary)
+    options |= {"api_keys": keys, "limits": limits}
+    app = make_app(service, workers, vocabulary, folder, **options)
     listener = bind_socket("127.0.0.1", 0, keys)
     ready = threading.Event()
     server = ApiServer(app, replace(limits, shutdown_timeout_s=10.0), ready.set)
@@ -139,7 +115,6 @@ def make_data_url(data: bytes) -> str:
 
 
 def make_image_part(url: str) -> dict[str, Any]:
-    """Make an image part of a message."""
     return {"type": "image_url", "image_url": {"url": url}}
 
 
@@ -151,21 +126,12 @@ def make_messages(*parts: str | dict[str, Any]) -> list[Any]:
 
 KEY = "first-key-0123456789"
 PROMPT = "What is in the picture?"
-ENDLESS_REQUEST: dict[str, Any] = {
-    "max_tokens": 2000,
-    "response_format": {
-        "type": "json_schema",
-        "json_schema": {
-            "name": "numbers",
-            "schema": {"type": "array", "items": {"type": "integer"}, "minItems": 9999},
-        },
-    },
-}
+NUMBERS = {"type": "array", "items": {"type": "integer"}, "minItems": 9999}
+ENDLESS_REQUEST = {"max_tokens": 2000, "response_format": make_schema_format(NUMBERS)}
 """Request whose answer does not end by itself."""
 
 
 def wait_until_idle(server: RunningServer, seconds: float = 20.0) -> ServiceStats:
-    """Wait until the service is idle and return its statistics."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         facts = server.service.get_stats()
@@ -199,14 +165,8 @@ def make_auth_header(key: str) -> dict[str, str]:
 
 
 def make_request_body(server: RunningServer, *parts: Any, **given: Any) -> str:
-    """Make the body of a request."""
-    body = {
-        "model": server.service.model_names[0],
-        "messages": make_messages(*parts),
-        "max_tokens": 4,
-        **given,
-    }
-    return json.dumps(body)
+    body = {"model": server.service.model_names[0], "messages": make_messages(*parts)}
+    return json.dumps(body | {"max_tokens": 4} | given)
 
 
 def post_chat(

@@ -1,9 +1,6 @@
 """Server process for load tests, with memory measurement and concurrent attackers."""
 
-from __future__ import annotations
-
 import contextlib
-import http.client
 import os
 import signal
 import subprocess
@@ -15,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+import psutil
 from hostile_requests import (
     CHAT,
     HostileRequest,
@@ -48,21 +47,17 @@ class AttackedServer:
     def read_memory(self) -> dict[int, int]:
         """Return the resident bytes of the server and its descendants by process."""
         found = {}
-        for pid in list_process_tree(self.process.pid):
-            with contextlib.suppress(OSError):
-                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-                found[pid] = pages * os.sysconf("SC_PAGE_SIZE")
+        for process in list_process_tree(self.process.pid):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                found[process.pid] = process.memory_info().rss
         return found
 
     def request(self, method: str, path: str, body: bytes | None = None) -> tuple[float, int]:
         """Send a request and return its duration and status."""
+        url, headers = f"http://127.0.0.1:{self.port}{path}", {"Content-Type": "application/json"}
         began = time.monotonic()
-        there = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
-        with contextlib.closing(there):
-            there.request(method, path, body, {"Content-Type": "application/json"})
-            answer = there.getresponse()
-            answer.read()
-        return time.monotonic() - began, answer.status
+        answer = httpx.request(method, url, content=body, headers=headers, timeout=300)
+        return time.monotonic() - began, answer.status_code
 
     def make_ordinary_body(self, number: int) -> bytes:
         """Make an ordinary request. Every second one contains an image."""
@@ -145,16 +140,6 @@ def run_attack(
     return stats
 
 
-def list_process_tree(pid: int) -> set[int]:
-    """Return a process and all of its descendants."""
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            with contextlib.suppress(OSError):
-                stat = Path(f"/proc/{entry}/stat").read_text().rsplit(")", 1)[1].split()
-                if stat[0] != "Z":
-                    parents[int(entry)] = int(stat[1])
-    found = {pid}
-    while more := {child for child, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
+def list_process_tree(pid: int) -> list[psutil.Process]:
+    process = psutil.Process(pid)
+    return [process, *process.children(recursive=True)]

@@ -1,7 +1,5 @@
 """Images with one white rectangle, and round trips of datasets through the box formats."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +7,28 @@ from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
 from finesight.data.exporter import ExportSummary, export_dataset
+from finesight.data.formats.dataset_format import DatasetFormat, ImportContext, ImportExample
+from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
-from finesight.data.sample import BoxPart, LocatedSample, Sample, TextPart, read_samples
+from finesight.data.row_reader import SourceRow
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    read_samples,
+)
 from finesight.encode.family import ImageBox
 from finesight.vision.image_processing import load_image
 
 PixelBox = tuple[int, int, int, int]
 
-LABEL_FILES = {
-    "coco": "annotations.json",
-    "label-studio": "tasks.json",
-    "label-studio-predictions": "tasks.json",
-}
+LABEL_FILES = {"coco": "annotations.json"}
+LABEL_FILES |= dict.fromkeys(("label-studio", "label-studio-predictions"), "tasks.json")
 """Names of the exported files that an import needs, for formats without a folder."""
 
 
@@ -32,9 +39,8 @@ def image_boxes(
     """Draw boxes in images whose resized sides are multiples of a factor."""
     original_size = draw(st.tuples(*[st.integers(1, 3000)] * 2))
     multiples = draw(st.tuples(*[st.integers(1, max_multiple)] * 2))
-    xs, ys = (
-        sorted(draw(st.tuples(*[st.floats(0, side)] * 2))) for side in reversed(original_size)
-    )
+    height, width = original_size
+    xs, ys = (sorted(draw(st.tuples(*[st.floats(0, side)] * 2))) for side in (width, height))
     resized_size = multiples[0] * factor, multiples[1] * factor
     label = draw(st.sampled_from(labels))
     return ImageBox(label, (xs[0], ys[0], xs[1], ys[1]), original_size, resized_size)
@@ -58,51 +64,71 @@ def find_box(path: Path) -> PixelBox:
 
 
 def import_samples(source: Path, out: Path, **options: Any) -> tuple[list[Sample], ImportSummary]:
-    """The samples that an import of `source` writes, and its summary; `wishes` are a Request's."""
     summary = import_dataset(source, out, ImportOptions(**options))
     return read_samples(out / "data.jsonl"), summary
 
 
 def check_export_roundtrip(source: Path, tmp_path: Path, **options: Any) -> ExportSummary:
-    """Import, export with copied images, import again, and compare the samples.
-
-    Images are compared by content. Returns the summary of the export.
-    """
+    """Import, export, import again, and compare samples and image contents."""
     first, summary = import_samples(source, tmp_path / "first", **options)
-    located_sample = [LocatedSample(sample, tmp_path / "first") for sample in first]
+    located_samples = [LocatedSample(sample, tmp_path / "first") for sample in first]
     exported = tmp_path / "exported"
-    done = export_dataset(located_sample, exported, summary.format, copy_images=True)
+    done = export_dataset(located_samples, exported, summary.format, copy_images=True)
     again = exported / LABEL_FILES.get(summary.format, "")
     second, seen = import_samples(again, tmp_path / "second", **options)
     assert seen.format == summary.format
-    assert _with_image_contents(second, tmp_path / "second") == _with_image_contents(
-        first, tmp_path / "first"
-    )
+    assert read_contents(second, tmp_path / "second") == read_contents(first, tmp_path / "first")
     return done
+
+
+def read_contents(samples: list[Sample], folder: Path) -> list[Sample]:
+    return [one.map_paths(lambda name: (folder / name).read_bytes().hex()) for one in samples]
 
 
 def list_answers(samples: list[Sample]) -> list[list[object]]:
     """Of each sample's last turn: texts, and boxes as (label, corners)."""
-    return [[_summarize_part(part) for part in sample.messages[-1].content] for sample in samples]
-
-
-def list_questions(samples: list[Sample]) -> list[str]:
-    """The text of each sample's first turn."""
     return [
-        "".join(part.text for part in sample.messages[0].content if isinstance(part, TextPart))
+        [
+            (part.label, part.xyxy) if isinstance(part, BoxPart) else getattr(part, "text", part)
+            for part in sample.messages[-1].content
+        ]
         for sample in samples
     ]
 
 
-def _summarize_part(part: object) -> object:
-    if isinstance(part, BoxPart):
-        return part.label, part.xyxy
-    assert isinstance(part, TextPart), f"{part} in an answer"
-    return part.text
+def list_questions(samples: list[Sample]) -> list[str]:
+    """The text of each sample's first turn."""
+    questions = [sample.messages[0].content for sample in samples]
+    return ["".join(getattr(part, "text", "") for part in parts) for parts in questions]
 
 
-def _with_image_contents(samples: list[Sample], folder: Path) -> list[Sample]:
-    def content(name: str) -> str:
-        return (folder / name).read_bytes().hex()
+def parse_record(
+    data_format: DatasetFormat, record: dict[str, Any], folder: Path, **context_fields: Any
+) -> ImportExample:
+    """Make the case of a record whose images are in `folder`; `said` are fields of Reading."""
+    row = SourceRow(number=3, location="line 3", record=record, stem="rows")
+    (case,) = data_format.parse_examples(
+        row, ImportContext(ImageResolver(folder, folder / "out"), **context_fields)
+    )
+    return case
 
-    return [sample.map_paths(content) for sample in samples]
+
+def summarize_content(content: tuple[ContentPart, ...]) -> list[object]:
+    """Return text unchanged, an image as its file name, a box as (image, label, corners)."""
+    return [
+        part.text
+        if isinstance(part, TextPart)
+        else Path(part.image)
+        if isinstance(part, ImagePart)
+        else (part.image, part.label, part.xyxy)
+        for part in content
+    ]
+
+
+def list_turns(case: ImportExample) -> list[tuple[str, list[object]]]:
+    """Role and content of every turn, the first answer last."""
+    last = Message(role="assistant", content=case.answers[0])
+    return [
+        (message.role, summarize_content(message.content))
+        for message in (*case.prompt_messages, last)
+    ]

@@ -1,9 +1,9 @@
-"""Headless Chromium for page tests."""
+"""Headless Chromium for page tests, and accessibility checks with axe-core."""
 
-from __future__ import annotations
-
+import importlib.resources
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
@@ -15,6 +15,9 @@ from case_files import load_cases
 
 PHONE_WIDTH, DESKTOP_WIDTH = 390, 1440
 """Tested page widths in CSS pixels."""
+
+WAIT_TIMEOUT_S = 60.0
+"""Timeout of all waits."""
 
 XSS_PAYLOADS = tuple(load_cases("xss_payloads"))
 """Texts that execute a script if a page does not escape them."""
@@ -44,10 +47,7 @@ if (!document.documentElement.lang || !document.title) found.push(document.docum
 return found.map((at) => at.outerHTML.slice(0, 120));
 """
 
-NAMED_KEYS: dict[str, dict[str, Any]] = {
-    "Enter": {"text": "\r", "windowsVirtualKeyCode": 13},
-    "Tab": {"windowsVirtualKeyCode": 9},
-}
+KEY_CODES = {"Enter": 13, "Escape": 27, "Tab": 9, "Delete": 46, "ArrowLeft": 37, "ArrowRight": 39}
 
 
 class Browser:
@@ -65,6 +65,14 @@ class Browser:
     ) -> None:
         """Open a file with a width and color scheme."""
         self.visit(page.as_uri(), width, height, dark=dark)
+
+    def open_checked(self, file: Path, width: int = DESKTOP_WIDTH, *, dark: bool = False) -> None:
+        """Open a file and check that it fits, is accessible, and requests nothing else."""
+        self.open(file, width, dark=dark)
+        assert self.messages() == []
+        assert self.requests() == [file.as_uri()]
+        assert self.overflow_width() == 0
+        assert self.unlabeled_elements() == []
 
     def visit(
         self, address: str, width: int = DESKTOP_WIDTH, height: int = 900, *, dark: bool = False
@@ -97,15 +105,42 @@ class Browser:
         """Execute a function body in the page and return its value."""
         return self.driver.execute_script(script)
 
-    def press(self, *keys: str) -> None:
-        """Press and release keys by their JavaScript names."""
+    def wait_for(self, script: str) -> None:
+        """Wait until an expression or function body returns true."""
+        body = script if "return " in script else f"return !!({script});"
+        end = time.monotonic() + WAIT_TIMEOUT_S
+        while not self.run(body):
+            if time.monotonic() > end:
+                text = self.run("return document.body.innerText;")
+                raise AssertionError(f"not within {WAIT_TIMEOUT_S} s: {script}\n{text}")
+            time.sleep(0.02)
+
+    def count(self, selector: str) -> int:
+        """Count the elements of a CSS selector."""
+        return int(self.run(f"return document.querySelectorAll({selector!r}).length;"))
+
+    def read_texts(self, selector: str) -> list[str]:
+        """Return the texts of the elements of a CSS selector."""
+        script = f"return [...document.querySelectorAll({selector!r})].map((e) => e.textContent);"
+        return [str(text) for text in self.run(script)]
+
+    def click(self, selector: str) -> None:
+        """Click an element in one script, since the page may replace it at any time."""
+        self.wait_for(f"document.querySelector({selector!r})")
+        self.run(f"document.querySelector({selector!r}).click();")
+
+    def press(self, *keys: str, modifiers: int | None = None) -> None:
+        """Press keys by their JavaScript names, with modifiers: 2 for Ctrl, 8 for Shift."""
         for key in keys:
-            text = {"text": key} if len(key) == 1 else NAMED_KEYS.get(key, {})
-            self._send_command("Input.dispatchKeyEvent", {"type": "keyDown", "key": key, **text})
-            self._send_command("Input.dispatchKeyEvent", {"type": "keyUp", "key": key})
+            values: dict[str, Any] = {"key": key, "modifiers": modifiers or 0}
+            if key in KEY_CODES:
+                values["windowsVirtualKeyCode"] = KEY_CODES[key]
+            if len(key) == 1 or (key == "Enter" and modifiers is None):
+                values["text"] = "\r" if key == "Enter" else key
+            for kind in ("keyDown", "keyUp"):
+                self._send_command("Input.dispatchKeyEvent", {"type": kind, **values})
 
     def executed_payloads(self) -> list[int]:
-        """Return the numbers of executed payloads."""
         return [int(number) for number in self.run("return window.ran;")]
 
     def messages(self) -> list[str]:
@@ -142,8 +177,47 @@ class Browser:
         """Return elements without a label, and skipped heading levels."""
         return [str(found) for found in self.run(UNLABELED_SCRIPT)]
 
+    def find_violations(self) -> list[str]:
+        """Return serious violations of accessibility rules, without those in frames."""
+        if not self.run("return !!window.axe;"):
+            pytest.importorskip("axe_core_python", reason="axe-core-python is not installed")
+            file = importlib.resources.files("axe_core_python") / "axe.min.js"
+            self.run(file.read_text("utf-8"))
+        result: Any = self.driver.execute_async_script(
+            "const options = {iframes: false, resultTypes: ['violations']};"
+            "axe.run(options).then(arguments[arguments.length - 1]);"
+        )
+        return [
+            f"{one['id']}: {one['nodes'][0]['html'][:200]}"
+            for one in result["violations"]
+            if one["impact"] in ("serious", "critical")
+        ]
+
+    def find_layout_problems(self) -> list[str]:
+        """Return violations, overflow and scrolled tables in all layouts, without reloading."""
+        found = []
+        for width, dark in self.iter_layouts():
+            problems = self.find_violations()
+            if overflow := self.overflow_width():
+                problems.append(f"overflow of {overflow} px")
+            problems += [f"scrolled table {text!r}" for text in self.scrolled_tables()]
+            found += [f"{width} px, {'dark' if dark else 'light'}: {one}" for one in problems]
+        return found
+
+    def assert_nothing_executed(self, file: Path) -> None:
+        """Check that no text of the open page was executed or requested anything."""
+        self.settle()
+        assert self.executed_payloads() == []
+        assert self.messages() == []
+        assert self.requests() == [file.as_uri()]
+
     def _send_command(self, command: str, parameters: dict[str, Any]) -> None:
         self.driver.execute_cdp_cmd(command, parameters)
+
+
+click, count, read_texts = Browser.click, Browser.count, Browser.read_texts
+open_page, assert_nothing_executed = Browser.open_checked, Browser.assert_nothing_executed
+wait_for = Browser.wait_for
 
 
 @contextmanager

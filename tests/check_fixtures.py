@@ -1,6 +1,4 @@
-"""Records of samples in few words, for tests of the check."""
-
-from __future__ import annotations
+"""Records of samples for tests of the check."""
 
 import json
 from collections.abc import Iterable
@@ -20,19 +18,11 @@ def make_record(
     image: str | Path | None, question: str = "What?", answer: str | None = "A square.", *boxes: Any
 ) -> SampleRecord:
     """Make a question about an image with its answer; each box is four numbers."""
-    user_content: list[SampleRecord] = (
-        [] if image is None else [{"type": "image", "image": str(image)}]
-    )
-    user_content.append({"type": "text", "text": question})
-    assistant_content: list[SampleRecord] = (
-        [] if answer is None else [{"type": "text", "text": answer}]
-    )
-    assistant_content += [{"type": "box", "image": 0, "xyxy": list(box)} for box in boxes]
-    turns = [
-        {"role": "user", "content": user_content},
-        {"role": "assistant", "content": assistant_content},
-    ]
-    return {"messages": turns}
+    images = [] if image is None else [{"type": "image", "image": str(image)}]
+    answers: list[Any] = [] if answer is None else [{"type": "text", "text": answer}]
+    answers += [{"type": "box", "image": 0, "xyxy": list(box)} for box in boxes]
+    user = {"role": "user", "content": [*images, {"type": "text", "text": question}]}
+    return {"messages": [user, {"role": "assistant", "content": answers}]}
 
 
 def write_records(path: Path, records: Iterable[SampleRecord]) -> Path:

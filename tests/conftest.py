@@ -1,7 +1,5 @@
 """Fixtures that every area uses."""
 
-from __future__ import annotations
-
 import gc
 import importlib.util
 import os
@@ -123,7 +121,7 @@ def pytest_collection_finish() -> None:
 @pytest.fixture(scope="session")
 def thinking_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run of a model with a thinking mode, which tests only read."""
-    from thinking_fixtures import train_run
+    from tiny_task import train_run
 
     return train_run(tmp_path_factory.mktemp("thinking") / "task")
 

@@ -1,7 +1,5 @@
 """JSONL files with their images, packed as tar and Parquet with the same samples."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile
@@ -19,12 +17,18 @@ def read_rows(table: Path) -> list[DataRow]:
     return [json.loads(line) for line in table.read_text().splitlines()]
 
 
-def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
+def make_tar(files: Mapping[str, bytes]) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w") as tar:
         for name, data in files.items():
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
+    return content.getvalue()
+
+
+def write_tar(path: Path, files: Mapping[str, bytes]) -> Path:
+    path.write_bytes(make_tar(files))
     return path
 
 
@@ -54,15 +58,11 @@ def write_tar_shards(table: Path, folder: Path, each: int) -> str:
 def write_parquet(
     table: Path, path: Path, group: int = 4, texts: bool = False, rows: Sequence[DataRow] = ()
 ) -> Path:
-    """Write one file that contains its images, in row groups of the given size.
-
-    `texts` stores messages as JSON texts, otherwise they are lists of structs.
-    """
+    """Write one file with its images; messages are lists of structs, or JSON texts."""
     packed = []
     for row in rows or read_rows(table):
-        images = [
-            {"path": name, "bytes": (table.parent / name).read_bytes()} for name in list_images(row)
-        ]
+        files = [(name, (table.parent / name).read_bytes()) for name in list_images(row)]
+        images = [{"path": name, "bytes": data} for name, data in files]
         messages = json.dumps(row["messages"]) if texts else list(map(_to_struct, row["messages"]))
         packed.append(row | {"messages": messages, "images": images})
     parquet.write_table(pyarrow.Table.from_pylist(packed), path, row_group_size=group)

@@ -1,12 +1,10 @@
 """Conversations to encode, made from a seed, and the folder of a small model to encode them for."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 from PIL import Image
@@ -25,28 +23,11 @@ from finesight.data.sample import (
 from finesight.encode.renderer import NativeRenderer
 
 WORDS = (
-    "a cat sits on the table, and it's 42 years old.",
-    "What is written here?",
-    "请描述这张图片。",
-    "图中有三只猫!",
-    "\\frac { a } { b } = 3 . 1 4",
-    "naïve café e\u0301",
-    "😀 smile",
-    " leading space",
-    "trailing space ",
-    "line\nbreak",
-    "two\n\nbreaks\r\n",
-    "\ttab",
-    "x",
-    "1234567890",
-    "{'a': [1, 2]}",
-    "<b>bold</b> <|not a token|>",
-    "DON'T",
-    "...\n",
-    "\n",
-    "  \n  ",
-    "日本語のテキスト",
-    "русский текст",
+    *("a cat sits on the table, and it's 42 years old.", "What is written here?", "DON'T", "x"),
+    *("请描述这张图片。", "图中有三只猫!", "日本語のテキスト", "русский текст"),
+    *("naïve café e\u0301", "\\frac { a } { b } = 3 . 1 4", "😀 smile", " leading space", "\ttab"),
+    *("line\nbreak", "two\n\nbreaks\r\n", "...\n", "\n", "  \n  ", "1234567890", "{'a': [1, 2]}"),
+    *("trailing space ", "<b>bold</b> <|not a token|>"),
 )
 
 
@@ -86,14 +67,12 @@ def make_images(folder: Path, seed: int = 0) -> ImageSet:
 def make_conversation(number: int, images: ImageSet, *, videos: bool = False) -> LocatedSample:
     """Make conversation `number`: 1 to 4 rounds with images in user turns and boxes in answers."""
     chance = random.Random(number)
-    messages = []
+    messages, shown = [], list[str]()
     if chance.random() < 0.4:
         messages.append(Message(role="system", content=(_random_text(chance),)))
-    shown: list[str] = []
     for _ in range(chance.randint(1, 4)):
-        messages.append(
-            Message(role="user", content=_random_question(chance, images, shown, videos))
-        )
+        question = _random_question(chance, images, shown, videos)
+        messages.append(Message(role="user", content=question))
         messages.append(Message(role="assistant", content=_random_answer(chance, images, shown)))
     sample = Sample(id=f"conversation {number}", messages=tuple(messages))
     return LocatedSample(sample, images.folder)
@@ -141,22 +120,18 @@ def _random_answer(
 
 
 def make_folder(folder: Path, family: str) -> Path:
-    """A model's folder without weights, its byte-level BPE trained on WORDS; of the first Qwen-VL
-    a small model."""
+    """Write a model folder without weights, with a tokenizer trained on WORDS."""
     if family == "qwen":
         return create_tiny_model(folder / "tiny", "qwen")
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
-    split = (
+    pattern = (
         r"'s|'t|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(split), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
@@ -182,17 +157,15 @@ def make_folder(folder: Path, family: str) -> Path:
 
 def make_text_sample(*turns: str, system: str | None = None) -> LocatedSample:
     """Make a sample of alternating user and assistant texts."""
-    roles: tuple[Literal["user", "assistant"], ...] = ("user", "assistant")
+    roles = zip(cycle(("user", "assistant")), turns)
+    texts = [("system", system)] if system is not None else []
     messages = [
-        Message(role=roles[n % 2], content=(TextPart(text=text),)) for n, text in enumerate(turns)
+        Message(role=role, content=(TextPart(text=text),)) for role, text in [*texts, *roles]
     ]
-    if system is not None:
-        messages.insert(0, Message(role="system", content=(TextPart(text=system),)))
     return LocatedSample(Sample(id="chat", messages=tuple(messages)), Path())
 
 
 def decode_supervised(renderer: NativeRenderer, located_sample: LocatedSample) -> str:
-    """Return the supervised text of a sample."""
     tokenized = renderer.tokenize(located_sample)
-    supervised = tokenized.ids_T[tokenized.loss_mask_T]
-    return renderer.tokenizer.decode(supervised, skip_special_tokens=False)
+    ids = tokenized.ids_T[tokenized.loss_mask_T]
+    return renderer.tokenizer.decode(ids, skip_special_tokens=False)

@@ -1,7 +1,5 @@
 """Disks that are full or kill their process at a chosen operation."""
 
-from __future__ import annotations
-
 import errno
 import os
 import shutil
@@ -16,8 +14,15 @@ from finesight import storage
 class FailingDisk(storage.FileSystem):
     """Fails at write operation `fail_at` and all later ones, in the middle of writing data."""
 
+    counted: tuple[str, ...] = ("make_folder", "create", "open_append", "sync", "sync_path")
+
     def __init__(self, fail_at: int) -> None:
         self.operations_left = fail_at
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in type(self).counted:
+            self._count_operation()
+        return super().__getattribute__(name)
 
     def _count_operation(self) -> None:
         self.operations_left -= 1
@@ -25,7 +30,6 @@ class FailingDisk(storage.FileSystem):
             self.fail()
 
     def fail(self) -> None:
-        """Raise the error of a full disk."""
         raise OSError(errno.ENOSPC, "No space left on device")
 
     def write(self, file: int, data: memoryview) -> int:
@@ -35,30 +39,13 @@ class FailingDisk(storage.FileSystem):
         return super().write(file, data)
 
 
-def _count_operations(disk: type[FailingDisk], *names: str) -> None:
-    """Let a disk count these operations."""
-    for name in names:
-        operation = getattr(storage.FileSystem, name)
-
-        def count(self: FailingDisk, *arguments: Any, operation: Any = operation) -> Any:
-            self._count_operation()
-            return operation(self, *arguments)
-
-        setattr(disk, name, count)
-
-
-_count_operations(FailingDisk, "make_folder", "create", "open_append", "sync", "sync_path")
-
-
 class CrashingDisk(FailingDisk):
     """Kills its process at operation `fail_at`; counts renames and removals, too."""
 
+    counted = (*FailingDisk.counted, "rename", "truncate", "remove_file", "remove_tree")
+
     def fail(self) -> None:
-        """Kill this process with SIGKILL."""
         os.kill(os.getpid(), signal.SIGKILL)
-
-
-_count_operations(CrashingDisk, "rename", "truncate", "remove_file", "remove_tree")
 
 
 class PowerLossDisk(CrashingDisk):

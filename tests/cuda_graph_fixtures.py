@@ -1,7 +1,5 @@
 """Packs of a tiny task, trainable models and graph caches for the CUDA graph tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 

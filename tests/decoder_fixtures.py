@@ -1,7 +1,5 @@
 """Decoder configuration for tests of single layers."""
 
-from __future__ import annotations
-
 from finesight.model.config import DecoderConfig
 
 SMALL_DECODER = DecoderConfig(

@@ -1,7 +1,5 @@
 """Parse the code blocks of documentation pages."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,7 @@ _COMMENTS = {"sh": r"(^|\s)#.*", "python": r"(^|\s)#(?! %%).*", "yaml": r"(^|\s)
 
 @dataclass(frozen=True)
 class CodeBlock:
-    """A code block with its language, output file (caption) and requirements that tests cannot
-    meet."""
+    """A code block with its output file (caption), and needs that tests cannot meet."""
 
     page: Path
     line: int
@@ -37,10 +34,8 @@ class CodeBlock:
     @property
     def code(self) -> str:
         """Return the code without comments, which are in the language of the page."""
-        pattern = _COMMENTS.get(self.language)
-        lines = self.text.splitlines()
-        if pattern:
-            lines = [re.sub(pattern, "", line).rstrip() for line in lines]
+        pattern = _COMMENTS.get(self.language, "$^")
+        lines = [re.sub(pattern, "", line).rstrip() for line in self.text.splitlines()]
         return "\n".join(line for line in lines if line)
 
 
@@ -52,14 +47,9 @@ def list_pages(language: str) -> dict[str, Path]:
 
 
 def list_code_blocks(page: Path) -> list[CodeBlock]:
-    """Return the code blocks of a page in order."""
-    found: list[CodeBlock] = []
-    before: Token | None = None
-    for token in MarkdownIt().parse(page.read_text(encoding="utf-8")):
-        if token.type == "fence":
-            found.append(_parse_block(page, token, before))
-        before = token
-    return found
+    tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
+    pairs = zip(tokens, [None, *tokens], strict=False)
+    return [_parse_block(page, one, before) for one, before in pairs if one.type == "fence"]
 
 
 def _parse_block(page: Path, token: Token, before: Token | None) -> CodeBlock:
@@ -71,15 +61,12 @@ def _parse_block(page: Path, token: Token, before: Token | None) -> CodeBlock:
         assert options is not None
         given = re.search(r":caption: (.+)", options[0])
         caption, text = (given[1] if given else None), text[options.end() :]
-    needs = None
-    if before is not None and before.type == "html_block":
-        title = _NEEDS.search(before.content)
-        needs = title[1] if title else None
+    comment = before.content if before is not None and before.type == "html_block" else ""
+    needs = _NEEDS.search(comment)
     assert token.map is not None
-    return CodeBlock(page, token.map[0] + 1, language, text, caption, needs)
+    return CodeBlock(page, token.map[0] + 1, language, text, caption, needs and needs[1])
 
 
 def list_heading_levels(page: Path) -> list[int]:
-    """Return the heading levels of a page."""
     tokens = MarkdownIt().parse(page.read_text(encoding="utf-8"))
     return [int(token.tag[1]) for token in tokens if token.type == "heading_open"]

@@ -1,24 +1,33 @@
-"""Run the code blocks of documentation pages in one shell and one folder."""
+"""Run the code blocks of documentation pages in one shell, with hubs of tiny models and data."""
 
-from __future__ import annotations
-
+import csv
 import json
 import os
 import re
-import select
+import shutil
 import subprocess
 import sys
-import time
+import threading
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
+from case_files import load_cases
 from docs_code_blocks import CodeBlock
+from fake_hub_servers import HuggingFaceHandler, ModelScopeHandler, run_hub_server
+from hub_fixtures import make_image_cell, make_parquet
+from PIL import Image
+from tiny_model import create_tiny_model
 
+from finesight.model_folder import TINY_MODEL, locate_model
+from finesight.synth.tickets import write_tickets
+
+READER = load_cases("docs_reader")
 BLOCK_TIMEOUT_S = 300.0
-"""Timeout of one block."""
-
-SERVER_COMMAND = re.compile(r"finesight (serve|web|studio)\b(?!.*&[ \t]*(#.*)?$)", re.MULTILINE)
+SERVER_COMMAND = re.compile(
+    r"^finesight (?:serve|web|studio)\b(?!.*&[ \t]*(?:#.*)?$).*\n?", re.MULTILINE
+)
 """Commands that run until Ctrl-C; the page continues in another terminal."""
 
 START_SERVER = """\
@@ -38,73 +47,54 @@ if [ "$server" ]; then
   server=
 fi
 """
-
-_DONE_COMMAND = r"printf '\n@done %s\n'"
-
-_PYTHON_LOOP = """
-import json, sys, traceback
-told, names = sys.stdout, {"__name__": "__main__"}
+DONE_COMMAND = r"printf '\n@done\n'"
+PYTHON_LOOP = """
+import json, sys
+names = {"__name__": "__main__"}
 for line in sys.stdin:
-    try:
-        exec(compile(json.loads(line), "<block>", "exec"), names)
-        told.write("\\n@done 0\\n")
-    except BaseException:
-        traceback.print_exc()
-        told.write("\\n@done 1\\n")
-    told.flush()
+    exec(compile(json.loads(line), "<block>", "exec"), names)
+    print("\\n@done", flush=True)
 """
 
 
 class InteractiveProcess:
-    """A shell or interpreter that runs code blocks one after another."""
+    """A shell or interpreter that runs code blocks one after another, and ends with an error."""
 
     def __init__(self, command: list[str], folder: Path, env: Mapping[str, str]) -> None:
-        self._process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=dict(env),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=dict(env), start_new_session=True, **pipes
         )
 
-    def run_line(self, line: str) -> tuple[int, str]:
-        """Run one line and return its exit status and output."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{line}\n".encode())
-        self._process.stdin.flush()
-        output, until = b"", time.monotonic() + BLOCK_TIMEOUT_S
-        while not (done := re.search(rb"\n@done (\d+)\n", output)):
-            left = until - time.monotonic()
-            ready, _, _ = select.select([self._process.stdout], [], [], max(0.0, left))
-            piece = os.read(self._process.stdout.fileno(), 65536) if ready else b""
-            if not piece:
-                return -1, output.decode(errors="replace") + ("" if ready else "\n(still running)")
-            output += piece
-        return int(done[1]), output[: done.start()].decode(errors="replace")
-
-    def terminate(self) -> None:
-        """Kill the process."""
-        self._process.kill()
-        self._process.wait()
+    def run_line(self, line: str) -> str:
+        timer = threading.Timer(BLOCK_TIMEOUT_S, self.process.kill)
+        timer.start()
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
+        output = ""
+        for piece in iter(self.process.stdout.readline, b""):
+            if piece == b"@done\n":
+                timer.cancel()
+                return output
+            output += piece.decode(errors="replace")
+        timer.cancel()
+        raise AssertionError(f"exit code {self.process.wait()}: {line}\n{output[-3000:]}")
 
 
 class DocsTerminal:
     """Runs code blocks and returns their output. A failed block raises AssertionError."""
 
     def __init__(self, folder: Path, env: Mapping[str, str]) -> None:
-        self.folder = folder
-        self._env = env
-        self._number = 0
+        self.folder, self._env, self._number = folder, env, 0
         self._shell = InteractiveProcess(["bash", "--norc"], folder, env)
         # A failed command ends the shell. Job control gives each job its own process group.
-        self._shell.run_line(f"set -emo pipefail; server=; {_DONE_COMMAND} 0")
+        self._shell.run_line(f"set -emo pipefail; server=; {DONE_COMMAND}")
 
     @cached_property
     def _python(self) -> InteractiveProcess:
-        command = [sys.executable, "-u", "-c", _PYTHON_LOOP]
+        command = [sys.executable, "-u", "-c", PYTHON_LOOP]
         return InteractiveProcess(command, self.folder, self._env)
 
     def run_block(self, block: CodeBlock) -> str:
@@ -115,46 +105,110 @@ class DocsTerminal:
             file.write_text(block.text, encoding="utf-8")
             return ""
         if block.language == "python":
-            status, output = self._python.run_line(json.dumps(block.text))
-            assert status == 0, f"{block}: {output}"
-            return output
+            return self._python.run_line(json.dumps(block.text))
         if block.language == "console":
             # Run `$ COMMAND` with the lines after `> ` as input.
             command, *lines = block.text.splitlines()
             typed = [line.removeprefix("> ") for line in lines]
-            return self._run_shell(block, "\n".join([f"{command[2:]} << 'END'", *typed, "END\n"]))
-        return "".join(self._run_shell(block, text) for text in _split_commands(block.text))
+            return self._run_shell("\n".join([f"{command[2:]} << 'END'", *typed, "END\n"]))
+        # A server command runs alone, until the next one or the end of the page.
+        ends = [end for found in SERVER_COMMAND.finditer(block.text) for end in found.span()]
+        pieces = zip([0, *ends], [*ends, len(block.text)], strict=True)
+        texts = [block.text[start:end] for start, end in pieces]
+        return "".join(self._run_shell(text) for text in texts if text.strip())
 
-    def _run_shell(self, block: CodeBlock, text: str) -> str:
-        """Run commands. A server runs until the next one or the end of the page."""
+    def _run_shell(self, text: str) -> str:
         self._number += 1
         script = self.folder.with_name(f"{self.folder.name}-{self._number}.sh")
         if SERVER_COMMAND.match(text):
             start = START_SERVER.format(command=text.rstrip(), log=script.with_suffix(".log"))
             text = INTERRUPT_SERVER + start
         script.write_text(text, encoding="utf-8")
-        status, output = self._shell.run_line(f". {script} < /dev/null; {_DONE_COMMAND} 0")
-        assert status == 0, f"{block}: it ended in\n{text}\n{output[-3000:]}"
-        return output
+        return self._shell.run_line(f". {script} < /dev/null; {DONE_COMMAND}")
 
     def close(self) -> None:
-        """Stop all processes."""
-        status, output = self._shell.run_line(f"{INTERRUPT_SERVER}{_DONE_COMMAND} 0")
-        self._shell.terminate()
-        self._python.terminate()
-        assert status == 0, output
+        """Interrupt the server, and stop all processes."""
+        try:
+            if self._shell.process.poll() is None:
+                self._shell.run_line(f"{INTERRUPT_SERVER}{DONE_COMMAND}")
+        finally:
+            for one in (self._shell, self._python):
+                one.process.kill()
+                one.process.wait()
 
 
-def _split_commands(text: str) -> Iterator[str]:
-    """Yield server commands alone, and the other commands in groups."""
-    gathered = ""
-    for line in text.splitlines(keepends=True):
-        if SERVER_COMMAND.match(line):
-            if gathered.strip():
-                yield gathered
-            yield line
-            gathered = ""
-        else:
-            gathered += line
-    if gathered.strip():
-        yield gathered
+def build_model_repositories(folder: Path) -> dict[str, dict[str, bytes]]:
+    found = {"Qwen/Qwen2-VL-2B-Instruct": locate_model(TINY_MODEL).path}
+    for name, family in READER["models"].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        found[name] = create_tiny_model(folder / name, family)
+    return {
+        f"models/{name}": {one.name: one.read_bytes() for one in path.iterdir() if one.is_file()}
+        for name, path in found.items()
+    }
+
+
+def build_dataset_repositories(num_rows: int = 140) -> dict[str, dict[str, bytes]]:
+    """Build all datasets of the documentation, larger than their validation splits."""
+    question = {"question": "Where is the word?", "answer": "word", "bbox": [4.0, 6.0, 20.0, 12.0]}
+    captions, formulas, boxes = [], [], []
+    for n in range(num_rows):
+        image = {"image": make_image_cell(n)}
+        captions.append(image | {"caption": f"an image of {n} things", "image_id": n})
+        formulas.append(image | {"text": rf"x ^ {{ {n} }}"})
+        boxes.append(image | question | {"dataset_id": str(n)})
+    sets = {
+        "modelscope/coco_2014_caption": captions,
+        "AI-ModelScope/LaTeX_OCR": formulas,
+        "jrzhang/TextVQA_GT_bbox": boxes,
+        "Tina12345/textVQA_groundingtask_bbox": boxes,
+    }
+    file = "data/train-00000-of-00001.parquet"
+    return {f"datasets/{name}": {file: make_parquet(rows)} for name, rows in sets.items()}
+
+
+@contextmanager
+def run_fake_hubs(
+    repositories: dict[str, dict[str, bytes]], home: Path
+) -> Iterator[dict[str, str]]:
+    """Run both hubs locally. Yields the environment variables of a reader."""
+    with run_hub_server(HuggingFaceHandler) as first, run_hub_server(ModelScopeHandler) as second:
+        for server in (first, second):
+            server.repositories.update(repositories)
+        # Nothing is installed; another test checks the names of the extras.
+        (home / "shims").mkdir(parents=True)
+        (home / "shims" / "pip").symlink_to(shutil.which("true") or "/bin/true")
+        folders = [home / "shims", Path(sys.executable).parent, "/usr/local/bin:/usr/bin:/bin"]
+        names = ("LANG", "PYTHONPATH", "TMPDIR", "OMP_NUM_THREADS")
+        yield {name: os.environ[name] for name in names if name in os.environ} | {
+            "HOME": str(home),
+            "PATH": os.pathsep.join(map(str, folders)),
+            "HF_ENDPOINT": first.url,
+            "MODELSCOPE_ENDPOINT": second.url,
+            "HF_HOME": str(home / "hub"),
+            "MODELSCOPE_CACHE": str(home / "modelscope"),
+        }
+
+
+def prepare_page_folder(name: str, prepared: Path, folder: Path) -> None:
+    """Prepare the working folder of a page; some pages start in an empty folder."""
+    if name.startswith(("api.md", "quickstart-own-data.md", "tutorials/")):
+        folder.mkdir(parents=True)
+    elif name == "README.md":
+        create_reader_folder(folder)
+    else:
+        shutil.copytree(prepared, folder)
+
+
+def create_reader_folder(folder: Path) -> None:
+    """Write a table of labels, images and a recipe."""
+    folder.mkdir(parents=True)
+    table = write_tickets(folder / "drawn", 24, seed=1)
+    with table.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    with (folder / "labels.csv").open("w", encoding="utf-8", newline="") as stream:
+        labels = [[f"drawn/{row['image']}", row["seat"]] for row in rows]
+        csv.writer(stream).writerows([["path", "text"], *labels])
+    for name in ("new.jpg", "cat.jpg", "ticket.png"):
+        Image.open(folder / labels[0][0]).convert("RGB").save(folder / name)
+    (folder / "recipe.yaml").write_text(READER["recipe"], encoding="utf-8")

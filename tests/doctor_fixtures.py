@@ -1,7 +1,5 @@
 """What tests of `finesight doctor` plant faults with: environments, packages, and shells."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
@@ -16,13 +14,11 @@ ROOT = Path(__file__).parents[1]
 
 
 def find_diagnosis(findings: Iterable[Diagnosis], code: str) -> Diagnosis:
-    """The one finding of that code."""
     (found,) = [one for one in findings if one.code == code]
     return found
 
 
 def list_codes(findings: Iterable[Diagnosis], severity: str = "error") -> list[str]:
-    """The codes of all findings that are as severe."""
     return [one.code for one in findings if one.severity == severity]
 
 
@@ -48,18 +44,15 @@ def make_wheel(folder: Path, name: str, version: str) -> None:
     """A package without any file, for pip to install."""
     folder.mkdir(parents=True, exist_ok=True)
     stem = f"{name.replace('-', '_')}-{version}"
-    info = f"{stem}.dist-info"
+    about = "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+    files = {"METADATA": _metadata(name, version, ()), "WHEEL": about, "RECORD": ""}
     with zipfile.ZipFile(folder / f"{stem}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", _metadata(name, version, ()))
-        wheel.writestr(
-            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
-        )
-        wheel.writestr(f"{info}/RECORD", "")
+        for file, text in files.items():
+            wheel.writestr(f"{stem}.dist-info/{file}", text)
 
 
 class VirtualEnvironment:
-    """A virtual environment that sees every package of the one that runs the tests, and before
-    them its own, into which `pip` installs from `wheels` alone."""
+    """A virtual environment above that of the tests; `pip` installs from `wheels` alone."""
 
     def __init__(self, folder: Path) -> None:
         venv.create(folder, symlinks=True)
@@ -73,21 +66,15 @@ class VirtualEnvironment:
 
     def shell(self, command: str, **more: str) -> subprocess.CompletedProcess[str]:
         """A line typed into a shell, in which `pip` reaches nothing but `wheels`."""
-        local = {
-            "PIP_NO_INDEX": "1",
-            "PIP_FIND_LINKS": self.wheels.as_uri(),
-            "PIP_NO_CACHE_DIR": "1",
-        }
-        variables = {**os.environ, **local, "PYTHONPATH": str(ROOT / "src"), **more}
-        return subprocess.run(
-            ["bash", "-c", command], capture_output=True, text=True, env=variables, cwd=ROOT
-        )
+        pip = {"PIP_NO_INDEX": "1", "PIP_NO_CACHE_DIR": "1", "PIP_FIND_LINKS": self.wheels.as_uri()}
+        variables = {**os.environ, **pip, "PYTHONPATH": str(ROOT / "src"), **more}
+        words, options = ["bash", "-c", command], {"capture_output": True, "text": True}
+        return subprocess.run(words, env=variables, cwd=ROOT, **options)
 
 
 def run_remedy(remedy: str, variables: Mapping[str, str]) -> dict[str, str]:
     """The variables `before`, and what typing the remedy into a shell makes of them."""
-    done = subprocess.run(
-        ["bash", "-c", f"{remedy} && env -0"], capture_output=True, check=True, env=dict(variables)
-    )
-    pairs = [pair.partition("=") for pair in done.stdout.decode().split("\0") if pair]
+    command = ["bash", "-c", f"{remedy} && env -0"]
+    output = subprocess.check_output(command, text=True, env=dict(variables))
+    pairs = [pair.partition("=") for pair in output.split("\0") if pair]
     return {name: value for name, _, value in pairs if name not in ("_", "SHLVL", "OLDPWD")}

@@ -1,7 +1,5 @@
 """Run a test for all values of a grid in one case, in place of `pytest.mark.parametrize`."""
 
-from __future__ import annotations
-
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Sequence

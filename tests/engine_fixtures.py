@@ -1,11 +1,9 @@
 """Generated images and questions, answers token by token, and a slow reference."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,30 +13,15 @@ from PIL import Image
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.data.sample import (
-    BoxPart,
-    ContentPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-    VideoPart,
-)
+from finesight.data.sample import BoxPart, LocatedSample, Sample
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
+from finesight.infer import request
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
 from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.model_runner import ModelRunner
-from finesight.infer.request import (
-    DecodingConstraint,
-    EngineEvent,
-    FinishReason,
-    GeneratedToken,
-    GenerationRequest,
-)
 from finesight.infer.scheduler import PromptState
 from finesight.infer.structured_output import build_bitmask
 from finesight.model.attention import PackedAttention, Segments
@@ -60,35 +43,33 @@ def make_sample(
     name: str, folder: Path, *content: str | tuple[str, ...], answer: str | BoxPart | None = None
 ) -> LocatedSample:
     """A sample from file names (ending in .png), frames of videos and texts, and its answer."""
-    parts = tuple(map(_to_part, content))
-    messages = [Message(role="user", content=parts)]
+    parts: list[dict[str, Any]] = []
+    for piece in content:
+        if isinstance(piece, tuple):
+            parts.append({"type": "video", "frames": piece, "fps": 2.0})
+        else:
+            kind = "image" if piece.endswith(".png") else "text"
+            parts.append({"type": kind, kind: piece})
+    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
     if answer is not None:
-        part = TextPart(text=answer) if isinstance(answer, str) else answer
-        messages.append(Message(role="assistant", content=(part,)))
-    return LocatedSample(Sample(id=name, messages=tuple(messages)), folder)
-
-
-def _to_part(piece: str | tuple[str, ...]) -> ContentPart:
-    if isinstance(piece, tuple):
-        return VideoPart(frames=piece, fps=2.0)
-    return ImagePart(image=piece) if piece.endswith(".png") else TextPart(text=piece)
+        part = {"type": "text", "text": answer} if isinstance(answer, str) else answer
+        messages.append({"role": "assistant", "content": [part]})
+    return LocatedSample(Sample.model_validate({"id": name, "messages": messages}), folder)
 
 
 def make_mixed_questions(folder: Path) -> list[LocatedSample]:
     """Make questions of different lengths with no, one and two images of several sizes."""
-    sizes = {"a.png": (84, 56), "b.png": (56, 140), "c.png": (112, 112)}
-    for seed, (name, (width, height)) in enumerate(sizes.items()):
-        write_noise_image(folder / name, width, height, seed)
-    return [
-        make_sample("one", folder, "a.png", "What is in the picture?"),
-        make_sample("text", folder, "Why?"),
-        make_sample("two", folder, "b.png", "and then", "c.png", "which is larger?"),
-        make_sample("tall", folder, "b.png", "Read it."),
-        make_sample(
-            "again", folder, "c.png", "Where is the text? Answer with a box, please, and say why."
-        ),
-        make_sample("words", folder, "Tell me about the weather in three lines of plain text."),
-    ]
+    for seed, (name, size) in enumerate({"a": (84, 56), "b": (56, 140), "c": (112, 112)}.items()):
+        write_noise_image(folder / f"{name}.png", *size, seed)
+    questions = {
+        "one": ("a.png", "What is in the picture?"),
+        "text": ("Why?",),
+        "two": ("b.png", "and then", "c.png", "which is larger?"),
+        "tall": ("b.png", "Read it."),
+        "again": ("c.png", "Where is the text? Answer with a box, please, and say why."),
+        "words": ("Tell me about the weather in three lines of plain text.",),
+    }
+    return [make_sample(name, folder, *content) for name, content in questions.items()]
 
 
 def make_random_model(
@@ -118,7 +99,7 @@ def compute_logits(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
     return model.eval().compute_logits(model(batch))
 
 
-class ForcedTokens(DecodingConstraint):
+class ForcedTokens(request.DecodingConstraint):
     """A constraint that allows one token after another, whatever the model would say."""
 
     def __init__(self, tokens: Sequence[int], vocab_size: int) -> None:
@@ -138,8 +119,8 @@ class ForcedTokens(DecodingConstraint):
 class RequestEvents:
     """What an engine has told of a request."""
 
-    tokens: list[GeneratedToken] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
+    tokens: list[request.GeneratedToken] = field(default_factory=list)
+    finish_reason: request.FinishReason | None = None
     error: UserError | None = None
     num_cached_tokens: int = 0
 
@@ -147,17 +128,14 @@ class RequestEvents:
     def ids(self) -> list[int]:
         return [token.id for token in self.tokens]
 
-    def add_event(self, event: EngineEvent) -> None:
+    def add_event(self, event: request.EngineEvent) -> None:
         """Nothing may come after the end."""
         assert self.finish_reason is None, f"{event} after the end"
         assert self.error is None, f"{event} after an error"
         if event.token is not None:
             self.tokens.append(event.token)
-        self.finish_reason, self.error, self.num_cached_tokens = (
-            event.finish_reason,
-            event.error,
-            event.num_cached_tokens,
-        )
+        self.finish_reason, self.error = event.finish_reason, event.error
+        self.num_cached_tokens = event.num_cached_tokens
 
 
 def step_engine(engine: Engine, events_by_ticket: dict[int, RequestEvents]) -> None:
@@ -176,7 +154,7 @@ def run_engine(
     return events_by_ticket
 
 
-def list_allowed(constraint: DecodingConstraint) -> list[int]:
+def list_allowed(constraint: request.DecodingConstraint) -> list[int]:
     """The tokens that may come next."""
     bits = np.unpackbits(constraint.compute_bitmask().view(np.uint8), bitorder="little")
     return np.flatnonzero(bits).tolist()
@@ -226,47 +204,35 @@ def generate_cached(
 ) -> list[Generated]:
     """Answer all requests in one batch with the KV cache, and with the given adapters.
 
-    Prompts are prefilled `chunk` tokens at a time. After `drop_after` steps every second sequence
-    is removed. `forced_tokens` replace the most probable tokens.
+    Prompts are prefilled in chunks. After `drop_after` steps every second sequence is removed.
     """
     needed = [-(-(prompt.tokenized.num_tokens + steps) // CPU_BLOCK_SIZE) for prompt in prompts]
-    model_runner = ModelRunner(
-        model, max_num_seqs=len(prompts), num_blocks=sum(needed) + 1, block_size=CPU_BLOCK_SIZE
-    )
+    sizes = {"num_blocks": sum(needed) + 1, "block_size": CPU_BLOCK_SIZE}
+    model_runner = ModelRunner(model, max_num_seqs=len(prompts), **sizes)
     # Blocks of a sequence are scattered.
     free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
     adapter = None if model.lora_routing is None else 0
-    requests = [
-        PromptState(
-            prompt,
-            [free.pop() for _ in range(number)],
-            adapter,
-            hash_images(prompt),
-            state_slot=len(prompts) - index,
-        )
-        for index, (prompt, number) in enumerate(zip(prompts, needed, strict=True))
-    ]
+    requests = []
+    for slot, prompt, number in zip(range(len(prompts), 0, -1), prompts, needed, strict=True):
+        blocks = [free.pop() for _ in range(number)]
+        state = PromptState(prompt, blocks, adapter, hash_images(prompt), state_slot=slot)
+        requests.append(state)
     found = [Generated() for _ in prompts]
 
     def append_token(index: int, logits_V: Tensor) -> Tensor:
         answer = found[index]
-        token = (
-            int(logits_V.argmax())
-            if forced_tokens is None
-            else forced_tokens[index][len(answer.tokens)]
-        )
+        token = int(logits_V.argmax())
+        if forced_tokens is not None:
+            token = forced_tokens[index][len(answer.tokens)]
         answer.tokens.append(token)
         answer.logits.append(logits_V.clone())
         return torch.tensor([token], device=logits_V.device)
 
     owner: list[int] = []
-    while unread := [
-        n for n, prompt in enumerate(requests) if prompt.num_computed_tokens < prompt.num_tokens
-    ]:
+    while unread := [n for n, p in enumerate(requests) if p.num_computed_tokens < p.num_tokens]:
         unfinished = [requests[n] for n in unread]
-        stops = [
-            min(p.num_tokens, p.num_computed_tokens + (chunk or p.num_tokens)) for p in unfinished
-        ]
+        limits = [p.num_computed_tokens + (chunk or p.num_tokens) for p in unfinished]
+        stops = [min(p.num_tokens, end) for p, end in zip(unfinished, limits, strict=True)]
         logits_RV = model_runner.prefill(unfinished, stops)
         done = [n for n in unread if requests[n].num_computed_tokens == requests[n].num_tokens]
         for who, logits_V in zip(done, () if logits_RV is None else logits_RV, strict=True):
@@ -302,9 +268,9 @@ def generate_uncached(model: VisionLanguageModel, prompt: EncodedSample, steps: 
 
 def make_request(
     prompt: EncodedSample, tokens: int = 9, adapter: int | None = None
-) -> GenerationRequest:
+) -> request.GenerationRequest:
     """A greedy request for so many tokens."""
-    return GenerationRequest(prompt=prompt, max_new_tokens=tokens, adapter_index=adapter)
+    return request.GenerationRequest(prompt=prompt, max_new_tokens=tokens, adapter_index=adapter)
 
 
 def run_requests(

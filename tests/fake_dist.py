@@ -1,7 +1,5 @@
 """Ranks as threads, with the collectives of torch.distributed."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

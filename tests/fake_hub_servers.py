@@ -2,12 +2,12 @@
 
 Hugging Face's: /api/models/NAME/revision/REV, /api/models/NAME/tree/REV in pages joined by Link
 headers, /NAME/resolve/REV/PATH with X-Repo-Commit, and for files in LFS a redirect to another
-host with X-Linked-Etag and X-Linked-Size. ModelScope's: /api/v1/models/NAME/repo/files in one
-piece, /api/v1/datasets/NAME/repo/tree in pages, /api/v1/.../repo?FilePath=.
+host with X-Linked-Etag and X-Linked-Size; uploads by /api/repos/create, preupload, LFS batch and
+commit. ModelScope's: /api/v1/models/NAME/repo/files in one piece, /api/v1/datasets/NAME/repo/tree
+in pages, /api/v1/.../repo?FilePath=; uploads by /api/v1/models, LFS batch and commit.
 """
 
-from __future__ import annotations
-
+import base64
 import contextlib
 import hashlib
 import json
@@ -28,14 +28,10 @@ LFS_THRESHOLD = 1000
 
 @dataclass(slots=True)
 class HubFaults:
-    """Injected server faults.
+    """Injected server faults by path.
 
-    Attributes:
-        cuts: Byte counts after which responses for a path end, one entry per response.
-        stalls: Byte counts after which the next response waits for `resume_event`.
-        corrupted: Paths with other bytes.
-        redirect_url: Target of redirects instead of the other host.
-        statuses: Response statuses for a path.
+    `cuts` are byte counts after which responses end, and `stalls` byte counts after which the next
+    response waits for `resume_event`. `redirect_url` replaces the storage host.
     """
 
     cuts: dict[str, list[int]] = field(default_factory=dict)
@@ -63,7 +59,7 @@ class FakeHubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, handler: type[HubHandler], storage: FakeHubServer | None = None) -> None:
+    def __init__(self, handler: "type[HubHandler]", storage: "FakeHubServer | None" = None) -> None:
         super().__init__(("127.0.0.1", 0), handler)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
@@ -108,13 +104,16 @@ class HubHandler(BaseHTTPRequestHandler):
         """Respond to a request with a body, which only hubs of uploads support."""
         self.send(501)
 
+    def send_head(self, status: int, headers: Mapping[str, str]) -> None:
+        self.send_response(status)
+        for name, value in headers.items():
+            self.send_header(name, value)
+        self.end_headers()
+
     def send(
         self, status: int, body: bytes = b"", headers: Mapping[str, str] | None = None
     ) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
+        self.send_head(status, {"Content-Length": str(len(body)), **(headers or {})})
         if self.command != "HEAD":
             self.wfile.write(body)
 
@@ -131,7 +130,8 @@ class HubHandler(BaseHTTPRequestHandler):
         """Send a file or the requested range of it, with the faults of its name."""
         faults = self.server.faults
         if faults.statuses.get(name):
-            return self.send(faults.statuses[name].pop(0), b"later", {"Retry-After": "0"})
+            self.send(faults.statuses[name].pop(0), b"later", {"Retry-After": "0"})
+            return
         if name in faults.corrupted:
             data = bytes(len(data))
         first, status, more = 0, 200, {"Accept-Ranges": "bytes", **headers}
@@ -140,20 +140,17 @@ class HubHandler(BaseHTTPRequestHandler):
         if byte_range and not faults.without_ranges and not changed:
             first, status = int(byte_range[1]), 206
             if first >= len(data):
-                return self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+                self.send(416, b"", {"Content-Range": f"bytes */{len(data)}"})
+                return
             total = "*" if faults.without_sizes else len(data)
             more["Content-Range"] = f"bytes {first}-{len(data) - 1}/{total}"
         if faults.without_sizes:
             more["Connection"] = "close"
         else:
             more["Content-Length"] = str(len(data) - first)
-        self.send_response(status)
-        for header, value in more.items():
-            self.send_header(header, value)
-        self.end_headers()
+        self.send_head(status, more)
         if self.command == "GET":
             self._write_with_faults(name, data, first)
-        return None
 
     def _write_with_faults(self, name: str, data: bytes, first: int) -> None:
         faults = self.server.faults
@@ -179,9 +176,30 @@ class HubHandler(BaseHTTPRequestHandler):
         base = self.server.faults.redirect_url or f"{self.server.storage.url}/{digest}"
         self.send(302, b"Found", {"Location": f"{base}?Signature=x", **headers})
 
+    def add_upload_actions(self, objects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Add the upload URL to each large file that does not exist."""
+        assert self.server.storage is not None
+        storage = self.server.storage
+        for one in objects:
+            if one["oid"] not in storage.blobs:
+                url = f"{storage.url}/{one['oid']}?Signature=x"
+                one["actions"] = {"upload": {"href": url}}
+        return objects
+
+    def create_repository(self, name: str, is_private: bool) -> None:
+        self.server.repositories[f"models/{name}"] = {}
+        if is_private:
+            self.server.gated.add(f"models/{name}")
+
+    def commit_file(self, name: str, path: str, content: str, sha256: str | None) -> None:
+        """Add a file to a repository: base64 text, or a large file that was uploaded before."""
+        assert self.server.storage is not None
+        stored = self.server.storage.blobs[sha256][1] if sha256 else base64.b64decode(content)
+        self.server.repositories[name][path] = stored
+
 
 class LfsStorageHandler(HubHandler):
-    """Storage of large files, which rejects tokens as S3 does: here they would be a leak."""
+    """Storage of large files by digest; as S3, it rejects tokens, which would be leaked."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         if "Authorization" in self.headers or "Cookie" in self.headers:
@@ -190,13 +208,27 @@ class LfsStorageHandler(HubHandler):
             name, data = self.server.blobs[path.strip("/")]
             self.send_file(name, data, {"ETag": f'"{path.strip("/")}"'})
 
+    def receive(self, path: str, body: bytes) -> None:
+        statuses = self.server.faults.statuses.get("PUT")
+        if "Authorization" in self.headers or "Cookie" in self.headers:
+            self.send(400, b"Only one auth mechanism allowed")
+        elif statuses:
+            self.send(statuses.pop(0), b"later")
+        elif hashlib.sha256(body).hexdigest() != path.strip("/"):
+            self.send(400, b"BadDigest")
+        else:
+            self.server.blobs[path.strip("/")] = ("", body)
+            self.send(200)
+
 
 class HuggingFaceHandler(HubHandler):
     """Hugging Face's hub."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
         resolve = re.fullmatch(r"/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-        api = re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path)
+        api = re.fullmatch(
+            r"/api/(models|datasets)/([^/]+/[^/]+)(?:/(revision|tree)/([^/]+))?", path
+        )
         if "Authorization" in self.headers and not self.has_token():
             self.send_error_code(401, None, "Invalid credentials in Authorization header")
         elif resolve:
@@ -204,8 +236,41 @@ class HuggingFaceHandler(HubHandler):
             self._send_file(kind, unquote(resolve[3]), unquote(resolve[4]))
         elif api:
             name = f"{api[1]}/{api[2]}"
-            if self.check_revision(name, unquote(api[4])):
-                self._send_info(api[2]) if api[3] == "revision" else self._send_tree(name, query)
+            if self.check_revision(name, unquote(api[4] or "main")):
+                self._send_tree(name, query) if api[3] == "tree" else self._send_info(name)
+        else:
+            self.send(404)
+
+    def receive(self, path: str, body: bytes) -> None:
+        statuses = self.server.faults.statuses.get(path)
+        commit = re.match(r"/api/models/([^/]+/[^/]+)/commit/", path)
+        lines = [json.loads(line) for line in body.splitlines()]
+        if not self.has_token():
+            self.send_error_code(401, None, "no right to write")
+        elif statuses:
+            self.send_json({"error": "later"}, statuses.pop(0))
+        elif path == "/api/repos/create":
+            name = f"{lines[0]['organization']}/{lines[0]['name']}"
+            self.create_repository(name, lines[0].get("visibility") == "private")
+            self.send_json({"url": f"{self.server.url}/{name}"})
+        elif path == "/api/validate-yaml":
+            self.send_json({"errors": [], "warnings": []})
+        elif "/preupload/" in path:
+            files = [{"path": one["path"], "shouldIgnore": False} for one in lines[0]["files"]]
+            for file, one in zip(files, lines[0]["files"], strict=True):
+                file["uploadMode"] = "lfs" if one["size"] >= LFS_THRESHOLD else "regular"
+            self.send_json({"files": files})
+        elif path.endswith("/info/lfs/objects/batch"):
+            objects = self.add_upload_actions(lines[0]["objects"])
+            self.send_json({"transfer": "basic", "objects": objects})
+        elif commit:
+            for line in lines:
+                value = line["value"]
+                if line["key"] in ("file", "lfsFile"):
+                    content, sha256 = value.get("content", ""), value.get("oid")
+                    self.commit_file(f"models/{commit[1]}", value["path"], content, sha256)
+            url = f"{self.server.url}/{commit[1]}/commit/{COMMIT}"
+            self.send_json({"commitUrl": url, "commitOid": COMMIT})
         else:
             self.send(404)
 
@@ -224,7 +289,8 @@ class HuggingFaceHandler(HubHandler):
         return False
 
     def _send_info(self, name: str) -> None:
-        self.send_json({"_id": "1", "id": name, "sha": COMMIT, "siblings": [], "tags": []})
+        info = {"_id": "1", "id": name.partition("/")[2], "sha": COMMIT, "siblings": [], "tags": []}
+        self.send_json(info | {"private": name in self.server.gated})
 
     def _send_tree(self, name: str, query: dict[str, list[str]]) -> None:
         entries = [{"type": "directory", "oid": "0" * 40, "size": 0, "path": "data"}]
@@ -256,7 +322,9 @@ class ModelScopeHandler(HubHandler):
     """ModelScope's hub."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
-        found = re.fullmatch(r"/api/v1/(models|datasets)/([^/]+/[^/]+)/repo(/tree|/files)?", path)
+        found = re.fullmatch(
+            r"/api/v1/(models|datasets)/([^/]+/[^/]+)(/repo)?(/tree|/files)?", path
+        )
         name = f"{found[1]}/{found[2]}" if found else ""
         if not found or query.get("Revision", ["master"])[0] not in ("master", "v1"):
             self.send_error_code(404, 10010205001, "Not found")
@@ -265,9 +333,30 @@ class ModelScopeHandler(HubHandler):
         elif name in self.server.gated and not self.has_token():
             self.send_error_code(403, 10030000001, "无访问权限")
         elif found[3] is None:
+            self.send_data({"Visibility": 1 if name in self.server.gated else 5})
+        elif found[4] is None:
             self._send_file(name, query["FilePath"][0])
-        elif found[3] == ("/tree" if found[1] == "datasets" else "/files"):
+        elif found[4] == ("/tree" if found[1] == "datasets" else "/files"):
             self._send_tree(name, query, paged=found[1] == "datasets")
+        else:
+            self.send_error_code(404, 404, "no such endpoint")
+
+    def receive(self, path: str, body: bytes) -> None:
+        content = json.loads(body)
+        found = re.fullmatch(r"/api/v1/repos/(models/[^/]+/[^/]+)/(info|commit)/.+", path)
+        if not self.has_token():
+            self.send_error_code(403, 10030000001, "无权限")
+        elif path == "/api/v1/models":
+            name = f"{content['Path']}/{content['Name']}"
+            self.create_repository(name, content["Visibility"] == 1)
+            self.send_data({"Name": content["Name"]})
+        elif found and found[2] == "info":
+            self.send_data({"objects": self.add_upload_actions(content["objects"])})
+        elif found:
+            for action in content["actions"]:
+                sha256 = action["sha256"] if action["type"] == "lfs" else None
+                self.commit_file(found[1], action["path"], action["content"], sha256)
+            self.send_data({"Oid": COMMIT})
         else:
             self.send_error_code(404, 404, "no such endpoint")
 
@@ -311,10 +400,8 @@ def git_blob_sha1(data: bytes) -> str:
 
 def _make_hf_entry(path: str, data: bytes) -> dict[str, Any]:
     entry = {"type": "file", "oid": git_blob_sha1(data), "size": len(data), "path": path}
-    if len(data) < LFS_THRESHOLD:
-        return entry
     lfs = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 134}
-    return {**entry, "lfs": lfs, "xetHash": "ab" * 32}
+    return entry if len(data) < LFS_THRESHOLD else {**entry, "lfs": lfs, "xetHash": "ab" * 32}
 
 
 def _make_ms_entry(path: str, data: bytes) -> dict[str, Any]:
@@ -325,15 +412,11 @@ def _make_ms_entry(path: str, data: bytes) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def run_hub_server(
-    handler: type[HubHandler], storage_handler: type[HubHandler] = LfsStorageHandler
-) -> Iterator[FakeHubServer]:
+def run_hub_server(handler: type[HubHandler]) -> Iterator[FakeHubServer]:
     """Run a hub and its storage of large files within the block."""
-    storage = FakeHubServer(storage_handler)
+    storage = FakeHubServer(LfsStorageHandler)
     hub = FakeHubServer(handler, storage)
-    with contextlib.ExitStack() as stack:
-        for server in (storage, hub):
-            stack.enter_context(run_in_thread(server))
+    with run_in_thread(storage), run_in_thread(hub):
         yield hub
 
 

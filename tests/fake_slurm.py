@@ -3,8 +3,6 @@
 Usage: python fake_slurm.py COMMAND ARGUMENTS..., with FAKE_SLURM the folder for what is told.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal

@@ -1,7 +1,5 @@
 """Models in four bits as AutoGPTQ publishes them, packed number by number, and dense twins."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass
@@ -37,26 +35,15 @@ class GptqConfig:
     @property
     def config(self) -> dict[str, Any]:
         """Its `quantization_config`, as in the published release."""
-        return {
-            "bits": 4,
-            "damp_percent": 0.01,
-            "desc_act": self.act_order,
-            "group_size": self.group,
-            "model_file_base_name": "model",
-            "model_name_or_path": None,
-            "quant_method": "gptq",
-            "static_groups": False,
-            "sym": self.symmetric,
-            "true_sequential": True,
-        }
+        config = {"quant_method": "gptq", "bits": 4, "group_size": self.group, "damp_percent": 0.01}
+        config |= {"sym": self.symmetric, "desc_act": self.act_order, "static_groups": False}
+        config |= {"model_file_base_name": "model", "model_name_or_path": None}
+        return config | {"true_sequential": True}
 
 
 GPTQ_CONFIGS = [
-    GptqConfig(),
-    GptqConfig(act_order=True),
-    GptqConfig(symmetric=False),
+    *(GptqConfig(), GptqConfig(act_order=True), GptqConfig(symmetric=False), GptqConfig(group=-1)),
     GptqConfig(group=64, act_order=True, symmetric=False),
-    GptqConfig(group=-1),
 ]
 
 
@@ -71,35 +58,27 @@ def pack_weight(
     order = rng.permutation(inputs) if gptq_config.act_order else np.arange(inputs)
     g_idx = np.empty(inputs, np.int32)
     g_idx[order] = np.arange(inputs) // group
-    groups = int(g_idx.max()) + 1
-    scales = np.empty((groups, outputs), np.float16)
-    zeros = np.full((groups, outputs), 8, np.int64)
-    for g in range(groups):
-        own = w[:, g_idx == g]
-        scales[g] = (np.abs(own).max(axis=1) / 7 + 1e-4).astype(np.float16)
-        if not gptq_config.symmetric:
-            zeros[g] = rng.integers(0, 16, outputs)
-    codes = np.empty((inputs, outputs), np.int64)
-    dense = np.empty((outputs, inputs), np.float32)
-    for i in range(inputs):
-        scale, zero = scales[g_idx[i]].astype(np.float32), zeros[g_idx[i]]
-        codes[i] = np.clip(np.round(w[:, i] / scale) + zero, 0, 15)
-        dense[:, i] = scale * (codes[i] - zero)
-    tensors = {
-        "qweight": _pack_eight_nibbles(codes),
-        "qzeros": _pack_eight_nibbles(((zeros - 1) % 16).T).T.copy(),
-        "scales": scales,
-        "g_idx": g_idx,
-    }
-    return {name: torch.from_numpy(array) for name, array in tensors.items()}, torch.tensor(dense)
+    groups = range(g_idx.max() + 1)
+    largest = np.stack([np.abs(w[:, g_idx == g]).max(axis=1) for g in groups])
+    scales = (largest / 7 + 1e-4).astype(np.float16)
+    zeros = np.full((len(groups), outputs), 8, np.int64)
+    if not gptq_config.symmetric:
+        zeros = rng.integers(0, 16, zeros.shape)
+    scale, zero = scales[g_idx].astype(np.float32), zeros[g_idx]
+    codes = np.clip(np.round(w.T / scale) + zero, 0, 15).astype(np.int64)
+    dense = scale * (codes - zero).astype(np.float32)
+    qzeros = _pack_eight_nibbles(((zeros - 1) % 16).T).T
+    arrays = {"qweight": _pack_eight_nibbles(codes), "qzeros": qzeros}
+    arrays |= {"scales": scales, "g_idx": g_idx}
+    tensors = {name: torch.tensor(array) for name, array in arrays.items()}
+    return tensors, torch.tensor(np.ascontiguousarray(dense.T))
 
 
 def _pack_eight_nibbles(values: NDArray[np.int64]) -> NDArray[np.int32]:
     """[8 A, B] to [A, B], the first of eight in the lowest bits."""
-    words = np.zeros((len(values) // 8, values.shape[1]), np.uint32)
-    for i, row in enumerate(values):
-        words[i // 8] |= row.astype(np.uint32) << np.uint32(4 * (i % 8))
-    return words.view(np.int32)
+    shifts = 4 * np.arange(8, dtype=np.uint32)[:, None]
+    nibbles = values.reshape(-1, 8, values.shape[1]).astype(np.uint32)
+    return np.bitwise_or.reduce(nibbles << shifts, axis=1).view(np.int32)
 
 
 def write_quantized_model(

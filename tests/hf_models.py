@@ -1,57 +1,26 @@
 """Small random models of families without native code, made on the spot."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
+from case_files import load_cases
 from PIL import Image
 from tiny_model import create_tiny_model
-from tokenizers import Tokenizer
 
 from finesight.data.sample import LocatedSample, Sample
 
-CHAT_TEMPLATE = """\
-{%- for turn in messages -%}
-{{ '<|im_start|>' + turn['role'] + '\\n' }}
-{%- for part in turn['content'] -%}
-{{ '<|image_pad|>' if part['type'] == 'image' else part['text'] }}
-{%- endfor -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{{ '<|im_start|>assistant\\n' if add_generation_prompt else '' }}"""
-
-IMAGE_SIZE, PATCH = 28, 14
-
-VISION_CONFIG = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": IMAGE_SIZE,
-    "patch_size": PATCH,
-}
-LLAMA_CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-}
+_CASES = load_cases("hf_models")
+CHAT_TEMPLATE, QWEN3_5_CHAT_TEMPLATE = _CASES["chat_template"], _CASES["qwen3_5_chat_template"]
+VISION_CONFIG, LLAMA_CONFIG = _CASES["vision"], _CASES["llama"]
+IMAGE_SIZE, PATCH = VISION_CONFIG["image_size"], VISION_CONFIG["patch_size"]
 
 
 def make_llava(folder: Path, template: str = CHAT_TEMPLATE, tied: bool = False) -> Path:
     """Configure a LLaVA: a CLIP encoder of two layers, a projector, a Llama of two layers."""
     from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
-
-    try:
-        from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-    except ImportError:  # where it still was the only one
-        from transformers import CLIPImageProcessor as CLIPImageProcessorPil
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     tokenizer = make_tokenizer(folder)
     image = tokenizer.convert_tokens_to_ids("<|image_pad|>")
@@ -81,13 +50,10 @@ def make_tokenizer(folder: Path) -> Any:
     """The small tokenizer of the native tests, for transformers."""
     from transformers import PreTrainedTokenizerFast
 
-    create_tiny_model(folder.parent / f"{folder.name} tokenizer")
-    file = folder.parent / f"{folder.name} tokenizer" / "tokenizer.json"
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_file(str(file)),
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-    )
+    tiny = create_tiny_model(folder.parent / f"{folder.name} tokenizer")
+    file = str(tiny / "tokenizer.json")
+    tokens = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    return PreTrainedTokenizerFast(tokenizer_file=file, **tokens)
 
 
 @torch.no_grad()
@@ -104,43 +70,31 @@ def save_model(folder: Path, model: Any, processor: Any) -> None:
 def make_sample(
     folder: Path, *turns: tuple[str, str], num_images: int = 1, name: str = "s"
 ) -> LocatedSample:
-    """Make a conversation of (question, answer) pairs with its images in the first turn.
-
-    The last answer may be empty for a prompt.
-    """
-    messages = []
-    for at, (question, answer) in enumerate(turns):
-        shown = [
-            {"type": "image", "image": write_image(folder, n)}
-            for n in range(0 if at else num_images)
-        ]
-        messages.append({"role": "user", "content": [*shown, {"type": "text", "text": question}]})
+    """Make a conversation of (question, answer) pairs; the last answer may be empty."""
+    content = [{"type": "image", "image": write_image(folder, n)} for n in range(num_images)]
+    messages: list[dict[str, Any]] = []
+    for question, answer in turns:
+        content.append({"type": "text", "text": question})
+        messages.append({"role": "user", "content": content})
+        content = []
         if answer:
             messages.append({"role": "assistant", "content": answer})
-    return LocatedSample(
-        Sample.model_validate_json(json.dumps({"id": name, "messages": messages})), folder
-    )
+    text = json.dumps({"id": name, "messages": messages})
+    return LocatedSample(Sample.model_validate_json(text), folder)
 
 
 def write_image(folder: Path, number: int) -> str:
-    """Make an image of one color."""
-    name = f"{number}.png"
-    Image.new("RGB", (40 + 10 * number, 30), (250 - 90 * number, 80 * number, 20)).save(
-        folder / name
-    )
-    return name
+    color = (250 - 90 * number, 80 * number, 20)
+    Image.new("RGB", (40 + 10 * number, 30), color).save(folder / f"{number}.png")
+    return f"{number}.png"
 
 
 def make_idefics3(folder: Path) -> Path:
     """Configure an Idefics3, like SmolVLM, which splits large images into tiles between tokens."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
-
-    try:
-        from transformers.models.idefics3.image_processing_pil_idefics3 import (
-            Idefics3ImageProcessorPil,
-        )
-    except ImportError:
-        from transformers import Idefics3ImageProcessor as Idefics3ImageProcessorPil
+    from transformers.models.idefics3.image_processing_pil_idefics3 import (
+        Idefics3ImageProcessorPil,
+    )
 
     tokenizer = make_tokenizer(folder)
     marks = ["<image>", "<fake_token_around_image>", "<global-img>"]
@@ -163,24 +117,3 @@ def make_idefics3(folder: Path) -> Path:
     torch.manual_seed(0)
     save_model(folder, Idefics3ForConditionalGeneration(config), processor)
     return folder
-
-
-QWEN3_5_CHAT_TEMPLATE = """\
-{%- for turn in messages -%}
-{{ '<|im_start|>' + turn['role'] + '\\n' }}
-{%- if turn['role'] == 'assistant' and loop.last -%}{{ '<think>\\n\\n</think>\\n\\n' }}{%- endif -%}
-{%- for part in turn['content'] -%}
-{%- if part['type'] == 'image' -%}
-{{ '<|vision_start|><|image_pad|><|vision_end|>' }}
-{%- else -%}
-{{ part['text'] }}
-{%- endif -%}
-{%- endfor -%}
-{{ '<|im_end|>\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{ '<|im_start|>assistant\\n<think>\\n' }}
-{{- '\\n</think>\\n\\n' if enable_thinking is defined and enable_thinking is false }}
-{%- endif -%}
-"""
-"""Like those of published models that think: an earlier answer loses its empty thought."""

@@ -1,7 +1,5 @@
 """The reference models of transformers, small and random, and packs that both sides can read."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from copy import deepcopy
@@ -23,21 +21,9 @@ from finesight.model_folder import PREPROCESSOR_DEFAULTS, ModelFolder
 from finesight.vision.image_processing import GridTHW
 
 IMAGE, VIDEO, START, END = 96, 97, 98, 99
-TOKEN_IDS = {
-    "image_token_id": IMAGE,
-    "video_token_id": VIDEO,
-    "vision_start_token_id": START,
-    "vision_end_token_id": END,
-}
+TOKEN_IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+TOKEN_IDS |= {"vision_start_token_id": START, "vision_end_token_id": END}
 CONFIGS = load_cases("tiny_configs")
-TRANSFORMERS_NAMES = {
-    "qwen2_vl": "Qwen2VL",
-    "qwen2_5_vl": "Qwen2_5_VL",
-    "qwen3_vl": "Qwen3VL",
-    "qwen3_vl_moe": "Qwen3VLMoe",
-    "qwen3_5": "Qwen3_5",
-    "qwen3_5_moe": "Qwen3_5Moe",
-}
 CPU = torch.device("cpu")
 
 
@@ -56,13 +42,11 @@ def make_config(family: str, **changes: Any) -> dict[str, Any]:
 
 def make_reference_model(settings: dict[str, Any], seed: int = 0, attention: str = "sdpa") -> Any:
     """The transformers model of this config.json, every parameter random, in fp32."""
-    import transformers
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     family = settings["model_type"]
-    name = TRANSFORMERS_NAMES[family]
-    typed = getattr(transformers, f"{name}Config").from_dict(deepcopy(settings))
-    typed._attn_implementation = attention
-    model = getattr(transformers, f"{name}ForConditionalGeneration")(typed).eval()
+    config = AutoConfig.for_model(**deepcopy(settings))
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -130,12 +114,18 @@ class ConversationSpec:
     seed: int
     parts: tuple[ConversationPart, ...]
 
-    def build_for(self, model: Any) -> RandomConversation:
-        """As the reference model's family reads it: Qwen3-VL takes the pairs of frames of a video
-        one by one, with text before each."""
-        newest = model.config.model_type.startswith("qwen3_")
-        parts = _split_video_frames(self.parts) if newest else self.parts
-        return _draw_conversation(self.seed, parts, side=16 if newest else 14)
+    def build_for(self, model: Any) -> "RandomConversation":
+        """Build the input of a family; Qwen3-VL takes pairs of frames with text before each."""
+        if not model.config.model_type.startswith("qwen3_"):
+            return _draw_conversation(self.seed, self.parts, side=14)
+        parts: list[ConversationPart] = []
+        for part in self.parts:
+            if isinstance(part, int) or part[0] == "image":
+                parts.append(part)
+            else:
+                t, h, w = part[1]
+                parts += [2, ("video", (1, h, w))] * t
+        return _draw_conversation(self.seed, parts, side=16)
 
 
 def make_conversation(seed: int, *parts: ConversationPart) -> ConversationSpec:
@@ -157,10 +147,8 @@ class RandomConversation:
         chosen = [p for (k, _), p in zip(self.media, self.patches, strict=True) if k == kind]
         if not chosen:
             return None
-        mean, std = (
-            torch.tensor(PREPROCESSOR_DEFAULTS[key], dtype=torch.float64)[:, None]
-            for key in ("image_mean", "image_std")
-        )
+        values = [PREPROCESSOR_DEFAULTS[key] for key in ("image_mean", "image_std")]
+        mean, std = torch.tensor(values, dtype=torch.float64)[:, :, None]
         unit = torch.cat(chosen).unflatten(1, (3, -1)).double() / 255
         return ((unit - mean) / std).flatten(1).float()
 
@@ -173,9 +161,7 @@ def _draw_conversation(
     seed: int, parts: Sequence[ConversationPart], side: int
 ) -> RandomConversation:
     rng = np.random.default_rng(seed)
-    ids: list[int] = []
-    kinds: list[int] = []
-    media, patches = [], []
+    ids, kinds, media, patches = [], [], [], []
     for part in parts:
         if isinstance(part, int):
             ids += rng.integers(0, IMAGE, part).tolist()
@@ -186,22 +172,9 @@ def _draw_conversation(
         ids += [START, *[IMAGE if kind == "image" else VIDEO] * count, END]
         kinds += [0, *[1 if kind == "image" else 2] * count, 0]
         media.append(part)
-        patches.append(
-            torch.from_numpy(rng.integers(0, 256, (t * h * w, 6 * side**2), dtype=np.uint8))
-        )
+        pixels = rng.integers(0, 256, (t * h * w, 6 * side**2), dtype=np.uint8)
+        patches.append(torch.from_numpy(pixels))
     return RandomConversation(torch.tensor(ids), torch.tensor(kinds), tuple(media), tuple(patches))
-
-
-def _split_video_frames(parts: Sequence[ConversationPart]) -> list[ConversationPart]:
-    """Videos as pairs of frames with two tokens of text before each."""
-    apart: list[ConversationPart] = []
-    for part in parts:
-        if isinstance(part, int) or part[0] == "image":
-            apart.append(part)
-        else:
-            t, h, w = part[1]
-            apart += [2, ("video", (1, h, w))] * t
-    return apart
 
 
 def reference_position_ids(model: Any, sample: RandomConversation) -> Tensor:
@@ -220,22 +193,17 @@ def reference_position_ids(model: Any, sample: RandomConversation) -> Tensor:
 def reference_logits(model: Any, spec: ConversationSpec) -> Tensor:
     """Logits [T, V] of one sample alone."""
     sample = spec.build_for(model)
-    device = next(model.parameters()).device
-
-    def to_device(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(device)
-
-    output = model(
-        input_ids=sample.ids_T[None].to(device),
-        position_ids=reference_position_ids(model, sample)[:, None].to(device),
-        mm_token_type_ids=sample.kinds_T[None].to(device),
-        pixel_values=to_device(sample.pixels("image")),
-        pixel_values_videos=to_device(sample.pixels("video")),
-        image_grid_thw=to_device(sample.grids("image")),
-        video_grid_thw=to_device(sample.grids("video")),
-        use_cache=False,
-    )
-    return output.logits[0]
+    inputs = {
+        "input_ids": sample.ids_T[None],
+        "position_ids": reference_position_ids(model, sample)[:, None],
+        "mm_token_type_ids": sample.kinds_T[None],
+        "pixel_values": sample.pixels("image"),
+        "pixel_values_videos": sample.pixels("video"),
+        "image_grid_thw": sample.grids("image"),
+        "video_grid_thw": sample.grids("video"),
+    }
+    given = {name: one.to(model.device) for name, one in inputs.items() if one is not None}
+    return model(**given, use_cache=False).logits[0]
 
 
 def pack_conversations(model: Any, specs: Sequence[ConversationSpec]) -> PackedBatch:
@@ -245,19 +213,17 @@ def pack_conversations(model: Any, specs: Sequence[ConversationSpec]) -> PackedB
     ids_T = torch.cat([sample.ids_T for sample in samples])
     kinds_T = torch.cat([sample.kinds_T for sample in samples])
     patches = [patch for sample in samples for patch in sample.patches]
-    every_T = torch.arange(len(ids_T))
+    positions = [reference_position_ids(model, sample) for sample in samples]
     return PackedBatch(
         sample_ids=tuple(str(number) for number in range(len(samples))),
         lengths=lengths,
         grid_thw=tuple(grid for sample in samples for _, grid in sample.media),
         ids_T=ids_T,
-        position_ids_3T=torch.cat(
-            [reference_position_ids(model, sample) for sample in samples], dim=1
-        ),
+        position_ids_3T=torch.cat(positions, dim=1),
         cu_seqlens_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
         patches_ND=torch.cat(patches) if patches else torch.empty(0, 6, dtype=torch.uint8),
         visual_indices_M=(kinds_T > 0).nonzero().squeeze(1),
-        logit_indices_L=every_T,
+        logit_indices_L=torch.arange(len(ids_T)),
         labels_L=ids_T,
     )
 

@@ -1,7 +1,5 @@
 """Generators of requests that try to stall a server or to exhaust its memory."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -10,10 +8,12 @@ import socket
 import struct
 import zlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from case_files import load_cases
+from mutations import VALUES, mutated_bytes, mutated_value
 from PIL import Image
 
 SIDE = 7_900
@@ -53,7 +53,6 @@ class HostileRequest:
 
 
 def make_chat_body(model: str, content: Any, **more: Any) -> bytes:
-    """Make the body of a chat completion."""
     body = {"model": model, "messages": [{"role": "user", "content": content}], **more}
     return json.dumps({"max_tokens": 64, **body}).encode()
 
@@ -96,10 +95,7 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
-SLOW_TOOL = {
-    "type": "function",
-    "function": {"name": "f", "parameters": SCHEMAS["intersection"]},
-}
+SLOW_TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMAS["intersection"]}}
 
 
 @cache
@@ -176,64 +172,59 @@ def make_multipart_form(data: bytes) -> tuple[bytes, str]:
 
 
 CHAT, FILES = "/v1/chat/completions", "/v1/files"
+MANY_MESSAGES = b'{"model":"a","messages":[' + b"1," * 100_000 + b"1]}"
 
 
 def request_makers(
     model: str, flood: int, length: int
 ) -> dict[str, Callable[[int], HostileRequest]]:
-    """Return makers of hostile requests by name."""
 
     def requested(name: str, content: Any, **more: Any) -> HostileRequest:
         return HostileRequest(name, CHAT, make_chat_body(model, content, **more))
 
     def shown(name: str, data: bytes, times: int = 1, **more: Any) -> HostileRequest:
-        return requested(
-            name, [*[make_image_content(data)] * times, {"type": "text", "text": "What?"}], **more
-        )
-
-    def uploaded(name: str, data: bytes) -> HostileRequest:
-        return HostileRequest(name, FILES, *make_multipart_form(data))
+        parts = [make_image_content(data)] * times
+        return requested(name, [*parts, {"type": "text", "text": "What?"}], **more)
 
     makers: dict[str, Callable[[int], HostileRequest]] = {
-        f"schema: {name}": lambda _, name=name, schema=schema: requested(  # type: ignore[misc]
-            name, "Answer.", response_format=make_schema_format(schema), max_tokens=400
-        )
-        for name, schema in SCHEMAS.items()
-    }
-    for text in ("digits", "jamo", "marks"):
-        # Beyond the limit of characters, or just within it.
-        makers[f"text: {text}"] = lambda seed, text=text: requested(  # type: ignore[misc]
-            text, make_long_text(text, length if seed % 2 else 400_000, seed)
-        )
-    for kind in ("JPEG", "GIF", "PNG"):
-        makers[f"header: {kind}"] = lambda _, kind=kind: shown(  # type: ignore[misc]
-            kind, make_header_flood(kind, flood)
-        )
-        makers[f"upload: {kind}"] = lambda _, kind=kind: uploaded(  # type: ignore[misc]
-            kind, make_header_flood(kind, flood)
-        )
-    makers |= {
         "image: JPEG 2000": lambda _: shown("JPEG 2000", make_jpeg2000(), 8),
         "image: progressive": lambda _: shown("progressive", make_progressive_jpeg(), 4, n=4),
         "image: cut off": lambda _: shown("cut off", make_small_image("PNG")[:60]),
-        "tools": lambda _: requested(
-            "tools", "Call it.", tools=[SLOW_TOOL], tool_choice="required"
-        ),
+        "tools": lambda _: requested("tools", "Call.", tools=[SLOW_TOOL], tool_choice="required"),
         "body: escapes": lambda seed: requested("escapes", f"{seed}" + "\u4e00" * (flood // 6)),
         "body: brackets": lambda _: HostileRequest("brackets", CHAT, b"[" * flood),
-        "body: values": lambda _: HostileRequest(
-            "values", CHAT, b'{"model":"a","messages":[' + b"1," * 100_000 + b"1]}"
-        ),
+        "body: values": lambda _: HostileRequest("values", CHAT, MANY_MESSAGES),
         "body: not UTF-8": lambda seed: HostileRequest(
             "not UTF-8", CHAT, random.Random(seed).randbytes(50_000)
         ),
-        "disconnect": lambda seed: HostileRequest(
-            "disconnect",
-            CHAT,
-            make_chat_body(model, make_long_text("digits", flood, seed)),
+        "disconnect": lambda seed: replace(
+            requested("disconnect", make_long_text("digits", flood, seed)),
             cut=random.Random(seed).random(),
         ),
     }
+
+    def add_schema(name: str, schema: dict[str, Any]) -> None:
+        given = {"response_format": make_schema_format(schema), "max_tokens": 400}
+        makers[f"schema: {name}"] = lambda _: requested(name, "Answer.", **given)
+
+    def add_text(kind: str) -> None:
+        # Beyond the limit of characters, or just within it.
+        makers[f"text: {kind}"] = lambda seed: requested(
+            kind, make_long_text(kind, length if seed % 2 else 400_000, seed)
+        )
+
+    def add_header(kind: str) -> None:
+        makers[f"header: {kind}"] = lambda _: shown(kind, make_header_flood(kind, flood))
+        makers[f"upload: {kind}"] = lambda _: HostileRequest(
+            kind, FILES, *make_multipart_form(make_header_flood(kind, flood))
+        )
+
+    for name, schema in SCHEMAS.items():
+        add_schema(name, schema)
+    for kind in ("digits", "jamo", "marks"):
+        add_text(kind)
+    for kind in ("JPEG", "GIF", "PNG"):
+        add_header(kind)
     return makers
 
 
@@ -246,3 +237,48 @@ def hostile_requests(
     random.Random(0).shuffle(names)
     for seed, name in enumerate(names):
         yield makers[name](seed)
+
+
+BODY_VALUES: tuple[Any, ...] = (
+    *({"type": None}, {"type": "text"}, {"a": {}}, "user", "data:", "data:image/png;base64,AAAA"),
+    *("https://localhost/a.png", "http://[", "\U0001f600" * 50, {str(n): n for n in range(300)}),
+)
+"""Replacement values that a request may contain, in addition to those of any JSON."""
+
+_PARTS = load_cases("request_bodies")
+
+
+def _make_valid_body(model: str, rng: random.Random) -> dict[str, Any]:
+    text = {"type": "text", "text": "What is in the image?"}
+    image = make_image_content(make_small_image(rng.choice(["PNG", "JPEG", "GIF", "WEBP"])))
+    messages: list[dict[str, Any]] = [{"role": "user", "content": rng.choice(["Hello", [text]])}]
+    if rng.random() < 0.3:
+        messages = [{"role": "user", "content": [image, text]}]
+    if rng.random() < 0.3:
+        answer, *others = _PARTS["dialog"]
+        messages += [answer | {"content": rng.choice(["Yes", "", None])}, *others]
+    if rng.random() < 0.3:
+        messages.insert(0, {"role": rng.choice(["system", "developer"]), "content": "Be brief."})
+    body: dict[str, Any] = {"model": model, "messages": messages, "max_tokens": 2}
+    formats = [{"type": name} for name in ("json_object", "boxes", "text")]
+    response_format = rng.choice([make_schema_format(_PARTS["schema"]), *formats])
+    tool_choice = rng.choice(["none", "auto", "required"])
+    optional = _PARTS["optional"] | {"response_format": response_format}
+    optional |= {"tools": [_PARTS["tool"]], "tool_choice": tool_choice}
+    body |= {key: optional[key] for key in rng.sample(sorted(optional), rng.randint(0, 5))}
+    # Nothing is shared with other bodies, or within this one.
+    valid: dict[str, Any] = json.loads(json.dumps(body))
+    return valid
+
+
+def make_fuzzed_body(model: str, seed: int) -> bytes:
+    """Make a body by seed: one in twenty is valid, one in four has corrupted bytes."""
+    rng = random.Random(seed)
+    body = _make_valid_body(model, rng)
+    if seed % 20:
+        body = mutated_value(rng, body, values=(*VALUES, *BODY_VALUES))
+        # The parser is tested, not how long the model may speak.
+        if isinstance(body, dict):
+            body.setdefault("max_tokens", 2)
+    data = json.dumps(body).encode("utf-8", "surrogatepass")
+    return mutated_bytes(rng, data) if seed % 4 == 3 else data

@@ -1,7 +1,5 @@
 """What a page of a file holds: the data of its script, and what is read without it."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

@@ -1,31 +1,26 @@
 """Fixtures of local hub servers."""
 
-from __future__ import annotations
-
 import hashlib
 import io
+import json
 import shutil
 import socket
 import ssl
 import subprocess
+import zipfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_hub_servers as fake
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from fake_hub_servers import (
-    FakeHubServer,
-    HubHandler,
-    HuggingFaceHandler,
-    ModelScopeHandler,
-    run_hub_server,
-    run_in_thread,
-)
+from container_fixtures import make_tar as make_tar
 from huggingface_hub import constants
 from PIL import Image
 
+from finesight.data.sample import Sample
 from finesight.hub import download
 
 
@@ -42,9 +37,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def huggingface(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
+def huggingface(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.FakeHubServer]:
     """Local server of the Hugging Face hub."""
-    with run_hub_server(HuggingFaceHandler) as hub:
+    with fake.run_hub_server(fake.HuggingFaceHandler) as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -52,15 +47,15 @@ def huggingface(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHu
 
 
 @pytest.fixture
-def modelscope(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
+def modelscope(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[fake.FakeHubServer]:
     """Local server of the ModelScope hub."""
-    with run_hub_server(ModelScopeHandler) as hub:
+    with fake.run_hub_server(fake.ModelScopeHandler) as hub:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", hub.url)
         monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS", 0)
         yield hub
 
 
-class FileHandler(HubHandler):
+class FileHandler(fake.HubHandler):
     """Serves the file /NAME, and redirects /to/URL."""
 
     def respond(self, path: str, query: dict[str, list[str]]) -> None:
@@ -96,16 +91,16 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.fixture
 def web_server(
     certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[FakeHubServer]:
+) -> Iterator[fake.FakeHubServer]:
     """HTTPS file server."""
     certificate_file, key = certificate
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate_file))
-    server = FakeHubServer(FileHandler)
+    server = fake.FakeHubServer(FileHandler)
     server.repositories["files"] = {}
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate_file, key)
     server.socket = context.wrap_socket(server.socket, server_side=True)
-    with run_in_thread(server):
+    with fake.run_in_thread(server):
         yield server
 
 
@@ -136,5 +131,33 @@ def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:
 
 
 def make_image_cell(gray_level: int) -> dict[str, Any]:
-    """Return a cell of an Image column."""
     return {"bytes": make_png(gray_level), "path": f"{gray_level}.png"}
+
+
+def get_text(sample: Sample, message: int) -> str:
+    return "".join(getattr(part, "text", "") for part in sample.messages[message].content)
+
+
+def read_image_bytes(sample: Sample, out: Path) -> bytes:
+    return (out / sample.messages[0].content[0].image).read_bytes()
+
+
+def build_coco_files(folder: str = "") -> dict[str, bytes]:
+    """Write the COCO layout: a document, and images in a folder beside it."""
+    document = {
+        "images": [{"id": n, "file_name": f"{n}.png", "width": 64, "height": 48} for n in (1, 2)],
+        "annotations": [
+            {"id": n, "image_id": n, "category_id": 1, "bbox": [1, 2, 3, 4]} for n in (1, 2)
+        ],
+        "categories": [{"id": 1, "name": "dog"}],
+    }
+    images = {f"{folder}images/{n}.png": make_png(n) for n in (1, 2)}
+    return {f"{folder}instances.json": json.dumps(document).encode(), **images}
+
+
+def make_zip(files: dict[str, bytes]) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return file.getvalue()

@@ -1,7 +1,5 @@
 """Small images and files for tests of data."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,7 +9,6 @@ from PIL import Image
 
 
 def write_gray_image(path: Path, width: int = 40, height: int = 20, gray_level: int = 0) -> Path:
-    """Make a gray image of that size."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("L", (width, height), gray_level).save(path)
     return path

@@ -1,27 +1,30 @@
 """Images to label, and suggestions without a model."""
 
-from __future__ import annotations
-
 import base64
 import json
 import random
-import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
+from browser import Browser
 from PIL import Image, ImageDraw
+from starlette.testclient import TestClient
+from web_server_fixture import run_app
 
-from finesight.data.sample import BoxPart, TextPart
+from finesight.app.access import Access
+from finesight.app.label_page import make_label_app
+from finesight.data.sample import BoxPart, TextPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
-from finesight.label.label_store import AnswerContent, SuggestedPart, Suggestion
+from finesight.label.label_store import LABELS_FILE, AnswerContent, SuggestedPart, Suggestion
+from finesight.vision.image_reader import create_image_pool
 
 MODEL = "finesight-tiny"
 COLORS = ("red", "green", "blue")
-FIELDS = (
-    {"shop": "Vade Mart", "total": 3},
-    {"shop": "Olp", "total": 2**53 + 1},
-    {"shop": "Rab", "total": 8},
-)
+TOTALS = {"Vade Mart": 3, "Olp": 2**53 + 1, "Rab": 8}
+FIELDS = tuple({"shop": shop, "total": total} for shop, total in TOTALS.items())
 CORNERS = ((10.0, 20.0, 40.0, 50.0), (60.0, 20.0, 90.0, 45.0))
 
 
@@ -49,19 +52,12 @@ def draw_dots(folder: Path, count: int) -> dict[str, str]:
 def ask_server(address: str, image: Path) -> str:
     """Return the answer of an OpenAI-compatible server about an image."""
     url = f"data:image/png;base64,{base64.b64encode(image.read_bytes()).decode()}"
-    content = [
-        {"type": "image_url", "image_url": {"url": url}},
-        {"type": "text", "text": "Which color?"},
-    ]
-    with urllib.request.urlopen(f"{address}models", timeout=60) as answer:
-        model = json.load(answer)["data"][0]["id"]
+    image_part = {"type": "image_url", "image_url": {"url": url}}
+    content = [image_part, {"type": "text", "text": "Which color?"}]
+    model = httpx.get(f"{address}models", timeout=60).json()["data"][0]["id"]
     body = {"model": model, "messages": [{"role": "user", "content": content}]}
-    headers = {"content-type": "application/json"}
-    request = urllib.request.Request(
-        f"{address}chat/completions", json.dumps(body).encode(), headers
-    )
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return str(json.load(answer)["choices"][0]["message"]["content"])
+    answer = httpx.post(f"{address}chat/completions", json=body, timeout=60)
+    return str(answer.json()["choices"][0]["message"]["content"])
 
 
 def make_suggestion(
@@ -93,12 +89,54 @@ def open_fields_session(folder: Path) -> LabelSession:
 
 def open_boxes_session(folder: Path) -> LabelSession:
     """Open a session with two suggested boxes, shop and total, in each of two images."""
-    photos = draw_images(folder, 2)
-    names = ("shop", "total")
-    session = open_session(
-        folder / "labels", MODEL, [photos], prompt="Find.", kind="boxes", choices=names
-    )
+    photos, names = draw_images(folder, 2), ("shop", "total")
+    options = {"prompt": "Find.", "kind": "boxes", "choices": names}
+    session = open_session(folder / "labels", MODEL, [photos], **options)
     boxes = [BoxPart(label=name, xyxy=xyxy) for name, xyxy in zip(names, CORNERS, strict=True)]
     suggestions = [make_suggestion(str(photos / f"{i}.png"), boxes, 0.4, 0.8) for i in range(2)]
     session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
     return session
+
+
+@contextmanager
+def open_client(session: LabelSession, password: str | None = None) -> Iterator[TestClient]:
+    pool = create_image_pool()
+    app = make_label_app(session, Access(password), pool)
+    with closing(pool), session.store, TestClient(app, "http://127.0.0.1") as client:
+        yield client
+
+
+def read_answers(folder: Path) -> dict[str, str]:
+    samples = read_samples(folder / LABELS_FILE)
+    return {Path(one.id).name: one.messages[-1].content[0].text for one in samples}
+
+
+def save(client: TestClient, item: dict[str, Any], **values: object) -> Any:
+    return client.post("/decision", json={"id": item["id"], "action": "save", **values})
+
+
+@contextmanager
+def serve(session: LabelSession) -> Iterator[str]:
+    pool = create_image_pool()
+    app = make_label_app(session, Access(), pool)
+    with closing(pool), session.store, run_app(app) as port:
+        yield f"http://127.0.0.1:{port}"
+
+
+def run_in_page(browser: Browser, script: str) -> Any:
+    """Run a function body with the exports of the page's script as `page`."""
+    url = 'new URL("static/label.js", document.baseURI)'
+    return browser.run(f"return import({url}).then((page) => {{ {script} }});")
+
+
+def press(browser: Browser, key: str, modifiers: int = 0) -> None:
+    browser.press(key, modifiers=modifiers)
+
+
+def check_layouts(browser: Browser, address: str) -> None:
+    for lang in ("en", "zh"):
+        browser.visit(f"{address}/?lang={lang}")
+        browser.wait_for("document.querySelector('#form .row')")
+        browser.wait_for("document.querySelector('#image').naturalWidth")
+        assert browser.find_layout_problems() == [], lang
+        assert browser.messages() == []

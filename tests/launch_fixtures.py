@@ -1,7 +1,5 @@
 """Jobs of a tiny task, started on this machine as an engine would start them."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import time
@@ -22,23 +20,13 @@ def run_job_script(folder: Path, text: str, tasks: int) -> subprocess.Popen[str]
     if not commands.exists():
         fake_slurm.install(commands)
     (folder / "job.sh").write_text(text)
-    environment = {
-        "PATH": f"{commands}:{os.environ['PATH']}",
-        "FAKE_SLURM": str(commands),
-        "OMP_NUM_THREADS": "1",
-        "SLURM_JOB_ID": str(os.getpid()),
-        "SLURM_JOB_NODELIST": "node[1-2]",
-        "SLURM_NTASKS": str(tasks),
-        "MASTER_ADDR": "127.0.0.1",
-    }
-    return subprocess.Popen(
-        ["bash", str(folder / "job.sh")],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    environment = {"PATH": f"{commands}:{os.environ['PATH']}", "FAKE_SLURM": str(commands)}
+    environment |= {"OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    environment |= {"SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment |= {"SLURM_NTASKS": str(tasks)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    command = ["bash", str(folder / "job.sh")]
+    return subprocess.Popen(command, env=os.environ | environment, start_new_session=True, **pipes)
 
 
 def make_job(

@@ -1,11 +1,9 @@
 """Random adapters of tiny models and modified adapter files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,18 +14,7 @@ from torch import Tensor, nn
 from finesight.config import Precision, TuneSettings
 from finesight.manifest import Manifest
 from finesight.model.linear import FusedLinear, hub_name, iter_adapters
-from finesight.model.lora.merge import (
-    dequantize_model,
-    merge_adapters,
-    resolve_precision,
-    save_merged_model,
-)
-from finesight.model.lora.peft_io import (
-    ADAPTER_CONFIG_FILE,
-    ADAPTER_WEIGHTS_FILE,
-    load_adapter,
-    save_adapter,
-)
+from finesight.model.lora import merge, peft_io
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import DTYPES, load_model
@@ -69,10 +56,8 @@ def make_group(
 def quantize_linear(
     group: FusedLinear, *types: type[Any], weight_OI: Tensor | None = None
 ) -> FusedLinear:
-    """Quantize the dense weight of a fused linear, or another one."""
     weight_OI = group.weight.detach() if weight_OI is None else weight_OI
-    weights = weight_OI.split(list(group.output_sizes.values()))
-    device = group.weight.device
+    weights, device = weight_OI.split(list(group.output_sizes.values())), group.weight.device
     group.set_quantized_weight(*types)
     group.weight.to(device)
     for matrix, dense_OI in zip(group.weight.matrices, weights, strict=True):
@@ -82,33 +67,30 @@ def quantize_linear(
 
 
 @torch.no_grad()
-def randomize_parameters(parameters: Iterable[nn.Parameter]) -> None:
+def randomize_parameters(
+    parameters: Iterable[nn.Parameter], seed: int = 5, std: float = 0.1
+) -> None:
     """Randomize factors; B is nonzero so that a missing B changes results."""
-    generator = torch.Generator().manual_seed(5)
+    generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:
-        parameter.normal_(0.0, 0.1, generator=generator)
+        parameter.normal_(0.0, std, generator=generator)
 
 
-def tune_with_lora(model: VisionLanguageModel, tune: dict[str, Any]) -> VisionLanguageModel:
+def tune_with_lora(
+    model: VisionLanguageModel, tune: dict[str, Any], seed: int = 5, std: float = 0.1
+) -> VisionLanguageModel:
     """Add random adapters to the model and set evaluation mode."""
     configure_tuning(model, TuneSettings.model_validate(tune), seed=0)
-    randomize_parameters(
-        factor for _, _, adapter in iter_adapters(model) for factor in adapter.parameters()
-    )
+    factors = [one for _, _, adapter in iter_adapters(model) for one in adapter.parameters()]
+    randomize_parameters(factors, seed, std)
     return model.eval()
 
 
-@torch.no_grad()
 def install_random_adapter(
     model: VisionLanguageModel, seed: int, tune: dict[str, Any]
 ) -> VisionLanguageModel:
     """Install an adapter of random values, large enough to change generations."""
-    configure_tuning(model, TuneSettings.model_validate(tune), seed=0)
-    generator = torch.Generator().manual_seed(seed)
-    for _, _, adapter in iter_adapters(model):
-        for factor in adapter.parameters():
-            factor.normal_(0.0, 0.3, generator=generator)
-    return model.eval()
+    return tune_with_lora(model, tune, seed, std=0.3)
 
 
 def list_adapted_layers(model: VisionLanguageModel) -> set[str]:
@@ -121,40 +103,30 @@ def write_random_adapter(
 ) -> Path:
     """Write a random adapter of the tiny model to files."""
     model = make_native_model(make_config(family), make_reference_model(make_config(family)))
-    save_adapter(folder, tune_with_lora(model, TUNE_SETTINGS[tune_name]), base_model="some/base")
+    peft_io.save_adapter(
+        folder, tune_with_lora(model, TUNE_SETTINGS[tune_name]), base_model="some/base"
+    )
     return folder
 
 
 def rename_adapter_keys(folder: Path, change: Callable[[str], str]) -> Path:
     """Rename the adapter's keys and drop those that `change` maps to an empty string."""
-    tensors = {
-        change(key): tensor for key, tensor in load_file(folder / ADAPTER_WEIGHTS_FILE).items()
-    }
+    file = folder / peft_io.ADAPTER_WEIGHTS_FILE
+    tensors = {change(key): tensor for key, tensor in load_file(file).items()}
     tensors.pop("", None)
-    save_file(tensors, folder / ADAPTER_WEIGHTS_FILE)
+    save_file(tensors, file)
     return folder
 
 
 def edit_adapter_config(folder: Path, **settings: Any) -> Path:
     """Change settings in the adapter's config."""
-    content = json.loads((folder / ADAPTER_CONFIG_FILE).read_text()) | settings
-    (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(content))
+    content = json.loads((folder / peft_io.ADAPTER_CONFIG_FILE).read_text()) | settings
+    (folder / peft_io.ADAPTER_CONFIG_FILE).write_text(json.dumps(content))
     return folder
 
 
 def to_transformers4_name(key: str) -> str:
-    """Return the key that peft writes with transformers 4."""
     return key.replace(".model.language_model.", ".model.").replace(".model.visual.", ".visual.")
-
-
-@dataclass(frozen=True)
-class MergeResult:
-    """Result of `merge_to_folder`."""
-
-    folder: Path
-    merged_layers: int
-    dequantized_layers: int
-    precision: str
 
 
 def merge_to_folder(
@@ -163,14 +135,15 @@ def merge_to_folder(
     out: Path,
     precision: Precision = "auto",
     manifest: Manifest | None = None,
-) -> MergeResult:
+) -> SimpleNamespace:
     """Merge an adapter into its base model on the CPU, without comparing the results."""
     with write_folder(out) as folder:
-        resolved, compute_dtype = resolve_precision(base_folder, precision)
+        resolved, compute_dtype = merge.resolve_precision(base_folder, precision)
         model = load_model(base_folder, compute_dtype, torch.device("cpu"))
-        dequantized_layers = dequantize_model(model)
+        dequantized_layers = merge.dequantize_model(model)
         if adapter is not None:
-            load_adapter(model, adapter, base_folder=base_folder, dtype=torch.float32)
-        merged_layers = merge_adapters(model)
-        save_merged_model(model, base_folder, folder, DTYPES[resolved], manifest)
-    return MergeResult(out, merged_layers, dequantized_layers, resolved)
+            peft_io.load_adapter(model, adapter, base_folder=base_folder, dtype=torch.float32)
+        merged_layers = merge.merge_adapters(model)
+        merge.save_merged_model(model, base_folder, folder, DTYPES[resolved], manifest)
+    counts = {"merged_layers": merged_layers, "dequantized_layers": dequantized_layers}
+    return SimpleNamespace(folder=out, precision=resolved, **counts)

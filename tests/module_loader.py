@@ -1,7 +1,5 @@
 """Modules of folders that are no packages, loaded by their path."""
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Distributed runs, started as users start them or in forked processes."""
 
-from __future__ import annotations
-
 import gc
 import multiprocessing
 import os
@@ -17,9 +15,9 @@ import torch
 import torch.distributed as dist
 from huggingface_hub import constants
 from tiny_task import TinyTask, write_recipe
+from tiny_task import rewind_to_checkpoint as rewind_to_checkpoint
 
 from finesight.cli.app import run_command
-from finesight.storage import remove_folder
 
 # Without dropout, whose masks depend on the rank.
 TUNE = {"merger": "full", "language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.0}}
@@ -38,14 +36,11 @@ def start_run(
 ) -> subprocess.Popen[str]:
     """Start a run by torchrun, with training settings and optionally `tune`."""
     recipe = _write_recipe(task, name, **settings)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
-    return subprocess.Popen(
-        [sys.executable, *launcher, "-m", "finesight", "train", str(recipe), *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "RUN_OF_TEST": str(task.folder / name)},
-    )
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={count}", "-m", "finesight", "train", str(recipe), *words]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RUN_OF_TEST": str(task.folder / name)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment, **pipes)
 
 
 def run_to_completion(task: TinyTask, count: int, name: str, *words: str, **settings: Any) -> Path:
@@ -84,26 +79,17 @@ def fork_ranks(
     *arguments: Any,
     has_agent_store: bool = True,
 ) -> list[ForkServerProcess]:
-    """Call a function in one forked rank per output file.
+    """Call a function that returns its exit code in one forked rank per output file.
 
-    Args:
-        port: Port of the store.
-        outputs: Files for the output of each rank.
-        target: Function of `arguments` that returns the exit code of its process.
-        has_agent_store: Whether this process has the store, as torchrun has, instead of rank 0.
+    With `has_agent_store`, this process has the store, as torchrun has, instead of rank 0.
     """
-    rendezvous = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": str(has_agent_store),
-        "TORCHELASTIC_RESTART_COUNT": "0",
-        "WORLD_SIZE": str(len(outputs)),
-    }
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    rendezvous |= {"TORCHELASTIC_USE_AGENT_STORE": str(has_agent_store)}
+    rendezvous |= {"TORCHELASTIC_RESTART_COUNT": "0", "WORLD_SIZE": str(len(outputs))}
     ranks = []
     for rank, output in enumerate(outputs):
-        environment = dict(os.environ)
-        if len(outputs) > 1:
-            environment |= rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        own = rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        environment = os.environ | (own if len(outputs) > 1 else {})
         ranks.append(fork_process(output, target, *arguments, environment=environment))
     return ranks
 
@@ -115,14 +101,7 @@ def fork_process(
     environment: Mapping[str, str] = os.environ,
     errors: Path | None = None,
 ) -> ForkServerProcess:
-    """Call a function in a process that the fork server forks after its imports.
-
-    Args:
-        output: File for the standard output.
-        target: Function of `arguments` that returns the exit code of the process.
-        environment: Environment of the process.
-        errors: File for the standard error; `output` if None.
-    """
+    """Call a function that returns its exit code in a process forked after all imports."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*PRELOADED])
     process = context.Process(
@@ -152,10 +131,3 @@ def _run_forked(
     torch.set_num_threads(1)
     gc.freeze()  # a collection would copy the memory that is shared with the fork server
     sys.exit(target(*arguments))
-
-
-def rewind_to_checkpoint(folder: Path) -> Path:
-    """Restore the run to the checkpoint of its fourth step."""
-    (folder / "result.json").unlink()
-    remove_folder(folder / "checkpoints" / "step-6")
-    return folder

@@ -1,27 +1,16 @@
 """Mutations of JSON, JSON Lines and YAML files, drawn from a seed."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 NUMERIC_VALUES = (0, -1, 1, 2, 3, 0.5, 1e-300, 1e308, 10**9, 2**31, 2**63, 10**30, 10**400)
 NOT_FINITE = (float("nan"), float("inf"), float("-inf"))
 SIMPLE_VALUES = (
-    None,
-    True,
-    False,
-    "",
-    [],
-    {},
-    [[]],
-    [None],
-    {"": None},
-    [0] * 10_000,
-    "x" * 100_000,
+    *(None, True, False, "", [], {}, [[]], [None], {"": None}, [0] * 10_000, "x" * 100_000),
 )
 TEXTS = ("NaN", "\0", "a\0b", "\u202e", "1", "..", ".", "/", "~", "a/b", "\ud800", "(", "[a-", "%s")
 PATHS = ("/dev/zero", "/etc/passwd", "/proc/self/mem", "file:///x", "../../x", "s3://x/y", "a b")
@@ -36,25 +25,25 @@ ODD_FILES = (
 )
 
 
-def at(node: Any, path: tuple[Any, ...]) -> Any:
-    """The value at the end of a way."""
-    for key in path:
-        node = node[key]
-    return node
+def iter_entries(node: object, few: int, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+    """Yield holder and key of the first values of each list and object."""
+    items = enumerate(node) if isinstance(node, list) else ()
+    for key, value in list(node.items() if isinstance(node, dict) else items)[:few]:
+        yield node, key
+        if depth < 20:
+            yield from iter_entries(value, few, depth + 1)
 
 
 def mutated_value(
     rng: random.Random, content: Any, few: int = 200, values: Sequence[Any] = VALUES
 ) -> Any:
-    """A copy with one to four values exchanged, lost, added, wrapped or repeated. Of large files
-    the first `few` values of each list and object are drawn more often than the others."""
+    """Return a copy with one to four values exchanged, lost, added, wrapped or repeated."""
     content = deepcopy(content)
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        found = [path for path in _first_ways(content, few) if path]
-        if not found:
+        entries = list(iter_entries(content, few))
+        if not entries:
             return deepcopy(rng.choice(values))
-        *above, key = rng.choice(found)
-        holder = at(content, tuple(above))
+        holder, key = rng.choice(entries)
         match rng.randrange(8):
             case 0 | 1 | 2 | 3:
                 holder[key] = deepcopy(rng.choice(values))
@@ -63,40 +52,34 @@ def mutated_value(
             case 5:
                 holder[key] = rng.choice(([holder[key]], {"type": holder[key]}))
             case 6:
-                holder[key] = deepcopy(at(content, rng.choice(found)))
+                other, other_key = rng.choice(entries)
+                holder[key] = deepcopy(other[other_key])
+            case _ if isinstance(holder, dict):
+                holder[rng.choice(TEXTS)] = deepcopy(holder[key])
             case _:
-                if isinstance(holder, dict):
-                    holder[rng.choice(TEXTS)] = deepcopy(holder[key])
-                else:
-                    holder += [deepcopy(holder[key]) for _ in range(rng.choice((1, 100)))]
+                holder += [deepcopy(holder[key]) for _ in range(rng.choice((1, 100)))]
     return content
 
 
-def _first_ways(node: object, few: int, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    yield path
-    inner = list(node.items()) if isinstance(node, dict) else []
-    items = list(enumerate(node)) if isinstance(node, list) else inner
-    if len(path) > 20:
-        return
-    for key, value in items[:few]:
-        yield from _first_ways(value, few, (*path, key))
-
-
 def mutated_bytes(rng: random.Random, content: bytes) -> bytes:
-    """Bytes changed, lost or repeated."""
+    """Bytes changed, lost, repeated or cut off."""
     found = bytearray(content or b"x")
     for _ in range(rng.choice((1, 2, 5, 20))):
         location = rng.randrange(len(found))
-        match rng.randrange(4):
+        match rng.randrange(6):
             case 0:
                 found[location] = rng.randrange(256)
             case 1:
-                found[location] = rng.choice(b":-{}[]&*!|>'\"%@`#,? \n\t\x000123456789eE.")
+                found[location] = rng.choice(b":-{}[]&*!|<>'\"%@`#,?/ \n\t\x000123456789eE.")
             case 2:
                 del found[location : location + rng.randrange(1, 20)]
-                found = found or bytearray(b"x")
-            case _:
+            case 3:
                 found[location:location] = found[rng.randrange(len(found)) :][:20]
+            case 4:
+                found[location : location + 8] = rng.choice((b"\xff" * 8, b"\0" * 8, b"\x7f" * 8))
+            case _ if rng.random() < 0.3:
+                del found[location:]
+        found = found or bytearray(b"x")
     return bytes(found)
 
 
@@ -142,3 +125,9 @@ def mutated_lines(rng: random.Random, content: bytes) -> bytes:
                 except (ValueError, RecursionError):
                     lines[location] = b"{}"
     return b"\n".join(lines) + rng.choice((b"\n", b""))
+
+
+def read_peak_memory() -> int:
+    """Return the peak resident memory in bytes; `ru_maxrss` would include that of the parent."""
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    return next(int(line.split()[1]) for line in status.splitlines() if "VmHWM" in line) * 1024

@@ -1,10 +1,9 @@
 """Steps with non-finite losses or gradients; also a rank of a distributed run."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 from unittest.mock import patch
@@ -12,9 +11,11 @@ from unittest.mock import patch
 import pytest
 from tiny_task import act_before_step
 
+from finesight.cli.app import run_command
 from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
+from finesight.train.parallel import distributed
 from finesight.train.trainer import StepOutput, TrainState, train_step
 from finesight.train.training_run import train
 
@@ -59,3 +60,9 @@ def train_with_corrupt_steps(kind: CorruptionKind, steps: Collection[int], recip
     """Train a recipe; the function of each rank of a distributed run."""
     with corrupt_steps(kind, steps):
         train(load_recipe(recipe))
+
+
+def train_with_short_timeout(recipe: Path) -> int:
+    """Train a recipe, and return the exit code of the command."""
+    with patch.object(distributed, "COLLECTIVE_TIMEOUT", timedelta(seconds=3)):
+        return run_command(["train", str(recipe)])

@@ -1,22 +1,15 @@
 """Models, packed batches and traced steps for tests of estimated memory."""
 
-from __future__ import annotations
-
 import gc
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from memory_profile import profile_memory
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from finesight.config import (
-    PixelRange,
-    QuantizablePart,
-    Recipe,
-    TrainFileSettings,
-    TuneSettings,
-)
+from finesight import config
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack
 from finesight.encode.renderer import NativeRenderer
@@ -38,9 +31,11 @@ def make_batch(
     folder: ModelFolder, data: Path, shares_prefix: bool = False, limit: int | None = None
 ) -> PackedBatch:
     """Pack the samples of a file, with a shared prefix or without."""
-    image_rule = None if folder.family == "qwen" else PixelRange(min_pixels=784, max_pixels=7056)
+    image_rule = (
+        None if folder.family == "qwen" else config.PixelRange(min_pixels=784, max_pixels=7056)
+    )
     renderer = NativeRenderer(folder, image_rule)
-    corpus = load_corpus((TrainFileSettings(path=data),))
+    corpus = load_corpus((config.TrainFileSettings(path=data),))
     samples = [renderer.encode(sample) for sample in corpus.read_samples()[:limit]]
     prefix = find_shared_prefix_length([sample.tokenized for sample in samples])
     return pack(samples, prefix_length=prefix if shares_prefix else 0)
@@ -56,32 +51,26 @@ def make_model(
     folder: ModelFolder, dtype: torch.dtype, tune: Tune, device: str = "cpu"
 ) -> VisionLanguageModel:
     model = load_model(folder, dtype, torch.device(device)).train()
-    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    configure_tuning(model, config.TuneSettings.model_validate(tune), 0)
     return model
 
 
 def plan_tiny_model(
     target: TargetDevice,
     tune: Tune | None = None,
-    nf4_parts: tuple[QuantizablePart, ...] = (),
+    nf4_parts: tuple[config.QuantizablePart, ...] = (),
     **train: Any,
 ) -> PlannedModel:
     """Plan a recipe of finesight-tiny with LoRA unless `tune` tells otherwise."""
-    recipe = Recipe.model_validate(
-        {
-            "model": "finesight-tiny",
-            "data": {"train": "none"},
-            "tune": {"language": "lora"} | (tune or {}),
-            "train": {"num_workers": 4, **train},
-            "output_dir": "none",
-        }
-    )
+    settings = {"model": "finesight-tiny", "data": {"train": "none"}, "output_dir": "none"}
+    settings |= {"tune": {"language": "lora"} | (tune or {}), "train": {"num_workers": 4, **train}}
+    recipe = config.Recipe.model_validate(settings)
     return build_planned_model(locate_model("finesight-tiny"), recipe, nf4_parts, target)
 
 
 def make_tracer(folder: ModelFolder, compute: ComputeTarget, tune: Tune) -> StepTracer:
     model = build_meta_model(folder, compute.dtype, (), ()).train()
-    configure_tuning(model, TuneSettings.model_validate(tune), 0)
+    configure_tuning(model, config.TuneSettings.model_validate(tune), 0)
     return StepTracer(model, compute)
 
 
@@ -92,10 +81,6 @@ def compute_loss(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:
     return fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, scale)
 
 
-def run_forward_backward(model: VisionLanguageModel, batch: PackedBatch) -> None:
-    compute_loss(model, batch).backward()  # type: ignore[no-untyped-call]
-
-
 def measure_peak(
     folder: ModelFolder,
     batch: PackedBatch,
@@ -103,18 +88,19 @@ def measure_peak(
     tune: Tune,
     checkpointed_fraction: float,
 ) -> tuple[int, int]:
-    """Return the estimated and the measured peak of a forward and backward pass on the CPU.
-
-    Both include gradients, but not memory that was allocated before.
-    """
+    """Return the estimated and measured peak of a forward and backward pass, with gradients."""
     model = make_model(folder, dtype, tune)
     model.activation_checkpointing = checkpointed_fraction
-    run_forward_backward(model, batch)
+    compute_loss(model, batch).backward()
     model.zero_grad(set_to_none=True)
     # Reference cycles of the previous model must not be freed while memory is measured.
     gc.collect()
-    with profile_memory() as measured:
-        run_forward_backward(model, batch)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        compute_loss(model, batch).backward()
+    assert profiled.profiler is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]
+    peak_bytes = max(accumulate(sizes, initial=0))
     tracer = make_tracer(folder, ComputeTarget(is_cuda=False, dtype=dtype), tune)
     memory = tracer.trace(make_planned_pack(batch), checkpointed_fraction)
-    return memory.total, measured.peak_bytes
+    return memory.total, peak_bytes

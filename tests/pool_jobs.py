@@ -1,7 +1,5 @@
 """Jobs for a pool of workers, of which some go wrong."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time
@@ -45,8 +43,7 @@ def hoard(state: dict[str, Any], size: int) -> JobOutput:
 
 
 def crash(state: dict[str, Any]) -> JobOutput:
-    os.kill(os.getpid(), signal.SIGSEGV)
-    return JobOutput()
+    return JobOutput(os.kill(os.getpid(), signal.SIGSEGV))
 
 
 def refuse(state: dict[str, Any]) -> JobOutput:
@@ -58,11 +55,5 @@ def fail(state: dict[str, Any]) -> JobOutput:
 
 
 def limits(state: dict[str, Any]) -> JobOutput:
-    return JobOutput(
-        {
-            "nice": os.nice(0),
-            "group": os.getpgrp(),
-            "open": sorted(os.listdir("/proc/self/fd")),
-            "environment": sorted(os.environ),
-        }
-    )
+    facts = {"open": sorted(os.listdir("/proc/self/fd")), "environment": sorted(os.environ)}
+    return JobOutput(facts | {"nice": os.nice(0), "group": os.getpgrp()})

@@ -7,8 +7,6 @@ Weights, tokens and images are not stored: both sides draw them with the rules b
 were computed in fp32 with torch 2.13 on a CPU.
 """
 
-from __future__ import annotations
-
 import json
 import zlib
 from collections.abc import Mapping, Sequence

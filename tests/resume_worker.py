@@ -2,26 +2,22 @@
 
 Usage: python resume_worker.py RECIPE OUTPUT term|kill NAME:POINT...
 
-Each run is in OUTPUT/NAME and resumes if it exists. With `term`, a point is a number of model
-calls:
-SIGTERM arrives during that call. With `kill`, it is a number of file operations: a child is killed
-before that operation. Point 0 is never reached. Prints the name, the end status and the number of
-model calls of each run.
+Each run is in OUTPUT/NAME and resumes if it exists. SIGTERM arrives during model call POINT, or a
+child is killed before file operation POINT; point 0 is never reached. Prints the name, the end
+status and the number of model calls of each run.
 """
-
-from __future__ import annotations
 
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
-from crash_disk import CrashingDisk
+from crash_disk import run_in_crashing_child
 from rich.console import Console
 from torch.nn.modules.module import register_module_forward_pre_hook
 
-from finesight import storage
 from finesight.errors import TrainingInterrupted
 from finesight.model.vlm import VisionLanguageModel
 from finesight.recipe import load_recipe
@@ -52,17 +48,6 @@ def run_training(recipe: Path, output: Path) -> str:
     return "done"
 
 
-def run_until_crash(recipe: Path, output: Path, operations: int) -> str:
-    """Train in a child that crashes at a file operation, and return its end status."""
-    child = os.fork()
-    if child == 0:
-        with storage.use_file_system(CrashingDisk(operations)):
-            run_training(recipe, output)
-        os._exit(0)
-    status = os.waitpid(child, 0)[1]
-    return "killed" if os.WIFSIGNALED(status) else f"exit-{os.WEXITSTATUS(status)}"
-
-
 def main(recipe: str, output: str, how: str, *points: str) -> None:
     torch.set_num_threads(1)
     alarm = SignalAtCall()
@@ -71,7 +56,9 @@ def main(recipe: str, output: str, how: str, *points: str) -> None:
         alarm.calls, alarm.signal_at = 0, int(point) if how == "term" else 0
         folder = Path(output) / name
         if how == "kill":
-            ending = run_until_crash(Path(recipe), folder, int(point))
+            train_there = partial(run_training, Path(recipe))
+            is_complete = run_in_crashing_child(int(point), train_there, folder)
+            ending = "exit-0" if is_complete else "killed"
         else:
             ending = run_training(Path(recipe), folder)
         print(f"{name} {ending} {alarm.calls}", flush=True)

@@ -3,8 +3,6 @@
 Usage: `python slow_shutdown_server.py SECONDS`. SECONDS is the shutdown timeout; prints its port.
 """
 
-from __future__ import annotations
-
 import sys
 
 from finesight.infer.model_loader import load_inference_model

@@ -1,7 +1,5 @@
 """Client and handlers of a studio page without a browser."""
 
-from __future__ import annotations
-
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -75,16 +73,9 @@ def write_recipe(folder: Path, name: str, data: str) -> Path:
     return folder / f"{name}.yaml"
 
 
-FORM_OF_ACTION = {
-    "import": "import",
-    "label": "label",
-    "review": "label",
-    "create-recipe": "recipe",
-    "save-recipe": "editor",
-    "merge": "merge",
-    "export": "merge",
-    "write-gguf": "merge",
-}
+FORM_OF_ACTION = {"import": "import", "create-recipe": "recipe", "save-recipe": "editor"}
+FORM_OF_ACTION |= dict.fromkeys(("label", "review"), "label")
+FORM_OF_ACTION |= dict.fromkeys(("merge", "export", "write-gguf"), "merge")
 
 
 def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any) -> Any:

@@ -1,7 +1,5 @@
 """The Python API, and the page about it, every block of which is run."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re
@@ -13,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from case_files import load_cases
 from docs_code_blocks import DOCS, list_code_blocks
 from each_value import each
 from PIL import Image
@@ -171,41 +170,26 @@ def test_read_samples_accepts_files_and_questions(task, tmp_path):
     assert len(api.read_samples(requested, require_answer=False)) == 1
 
 
-TINY = "finesight-tiny"
 INVALID_CALLS = [
-    (lambda model, image: model.generate(image, "Hi", max_new_tokens=0), "max_new_tokens"),
-    (lambda model, _: model.generate_batch([], batch_size=0), "batch_size"),
-    (lambda model, _: model.generate("missing.png", "Hi"), "missing.png"),
-    (lambda model, _: next(model.stream("missing.png", "Hi")), "missing.png"),
-    (lambda model, _: api.draw_boxes(model.generate([], "Hi", max_new_tokens=1)), "draw"),
-    (lambda *_: api.read_samples("missing.jsonl"), "missing.jsonl"),
-    (lambda *_: api.read_samples("missing.jsonl", limit=0), "limit"),
-    (lambda *_: api.load_model("./missing"), "model"),
-    (lambda *_: api.load_model(TINY, device="cuda:1"), "device"),
-    (lambda *_: api.load_model(TINY, precision="bfloat16"), "precision"),
-    (lambda *_: api.load_model(TINY, weight_format="int3"), "weight_format"),
-    (lambda *_: api.evaluate("./missing", limit=-1), "limit"),
-    (lambda *_: api.evaluate(TINY, "missing.jsonl"), "metric"),
-    (lambda *_: api.evaluate(TINY, metric="qa"), "data"),
-    (lambda *_: api.train("missing.yaml"), "missing.yaml"),
-    (lambda *_: api.train({"model": "m"}), "recipe"),
-    (lambda *_: api.import_data("missing.csv", "out"), "missing.csv"),
-    (lambda *_: api.import_data("missing.csv", "out", limit=0), "limit"),
-    (lambda *_: api.import_data("missing.csv", "out", eval_last=0), "eval_last"),
-    (lambda *_: api.import_data("missing.csv", "out", train_fraction=2), "train_fraction"),
-    (
-        lambda *_: api.import_data("missing.csv", "out", train_fraction=0.5, eval_last=2),
-        "eval_last",
-    ),
-    (lambda *_: api.check_data("missing.jsonl"), "missing.jsonl"),
+    (lambda model: model.generate([], "Hi", max_new_tokens=0), "max_new_tokens"),
+    (lambda model: model.generate_batch([], batch_size=0), "batch_size"),
+    (lambda model: model.generate("missing.png", "Hi"), "missing.png"),
+    (lambda model: next(model.stream("missing.png", "Hi")), "missing.png"),
+    (lambda model: api.draw_boxes(model.generate([], "Hi", max_new_tokens=1)), "draw"),
 ]
+for name, arguments, options, where in load_cases("api")["test_invalid_calls"]:
+    INVALID_CALLS.append((lambda _, c=(name, arguments, options): call_api(*c), where))
+
+
+def call_api(name, arguments, options):
+    return getattr(api, name)(*arguments, **options)
 
 
 @each(("call", "where"), INVALID_CALLS)
-def test_invalid_calls_are_reported(model, image_path, tmp_path, monkeypatch, call, where):
+def test_invalid_calls_are_reported(model, tmp_path, monkeypatch, call, where):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as caught:
-        call(model, image_path)
+        call(model)
     assert where in caught.value.where
     assert caught.value.remedy or "settings are wrong" in caught.value.what
     assert "--" not in str(caught.value), "options of a command"

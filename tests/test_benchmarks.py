@@ -1,7 +1,5 @@
 """Small runs of benchmarks."""
 
-from __future__ import annotations
-
 import json
 import re
 import subprocess

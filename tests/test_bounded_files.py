@@ -1,39 +1,26 @@
 """Files of others: regular, of bounded size, JSON and YAML within bounds."""
 
-from __future__ import annotations
-
+import itertools
 import math
 import os
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
+from unicodedata import normalize
 
 import pytest
 import yaml
 from each_value import each
 
-from finesight.bounded_files import (
-    MAX_ALIASED_VALUES,
-    MAX_DEPTH,
-    MAX_LINE_BYTES,
-    ComposedYaml,
-    TooManyValuesError,
-    load_yaml,
-    parse_json,
-    read_bytes,
-    read_json,
-    read_json_object,
-    read_lines,
-    read_text,
-)
+from finesight import bounded_files as files
 from finesight.errors import UserError
 
 READERS: list[Callable[[Path], object]] = [
-    lambda path: read_bytes(path, expected="a file"),
-    lambda path: read_text(path, expected="a file"),
-    read_json,
-    read_json_object,
-    lambda path: list(read_lines(path, expected="lines")),
+    lambda path: files.read_bytes(path, expected="a file"),
+    lambda path: files.read_text(path, expected="a file"),
+    files.read_json,
+    files.read_json_object,
+    lambda path: list(files.read_lines(path, expected="lines")),
 ]
 
 
@@ -56,19 +43,19 @@ def test_only_regular_files_are_read(
 def test_a_larger_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "large"
     path.write_bytes(b"x" * 11)
-    assert len(read_bytes(path, expected="a file", max_bytes=11)) == 11
+    assert len(files.read_bytes(path, expected="a file", max_bytes=11)) == 11
     with pytest.raises(UserError, match="more than 10 bytes"):
-        read_bytes(path, expected="a file", max_bytes=10)
+        files.read_bytes(path, expected="a file", max_bytes=10)
 
 
 @pytest.mark.parametrize("open_and_close", ["[]", '{"a":}'])
 def test_json_of_any_depth_is_read_or_refused_by_a_value_error(open_and_close: str) -> None:
     half = len(open_and_close) // 2 if open_and_close == "[]" else 5
     start, end = open_and_close[:half], open_and_close[half:]
-    assert parse_json(start * 150 + "0" + end * 150) is not None
+    assert files.parse_json(start * 150 + "0" + end * 150) is not None
     for depth in (300, 5_000, 1_000_000):
         with pytest.raises(ValueError, match="recursion limit"):
-            parse_json(start * depth + "0" + end * depth)
+            files.parse_json(start * depth + "0" + end * depth)
 
 
 @pytest.mark.parametrize(
@@ -76,12 +63,12 @@ def test_json_of_any_depth_is_read_or_refused_by_a_value_error(open_and_close: s
 )
 def test_whatever_is_no_json_is_a_value_error(text: str | bytes) -> None:
     with pytest.raises(ValueError, match=r".+"):
-        parse_json(text)
+        files.parse_json(text)
 
 
 def test_non_finite_values_are_read() -> None:
     """Metrics have NaN for the figures of a step without any."""
-    found = parse_json('{"loss": NaN, "norm": -Infinity, "large": 1e400}')
+    found = files.parse_json('{"loss": NaN, "norm": -Infinity, "large": 1e400}')
     assert math.isnan(found["loss"])
     assert (found["norm"], found["large"]) == (-math.inf, math.inf)
 
@@ -89,16 +76,20 @@ def test_non_finite_values_are_read() -> None:
 @pytest.mark.parametrize("text", ["[]", "3", "null", "{"])
 def test_an_object_is_wanted(text: str, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
+    path.write_text('{"a": [1]}')
+    assert files.read_json_object(path) == {"a": [1]}
     path.write_text(text)
     with pytest.raises(UserError, match=r"contains a \w+, not an object|not readable as JSON"):
-        read_json_object(path)
+        files.read_json_object(path)
 
 
 def test_long_lines_are_cut_and_the_next_ones_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    path.write_bytes(b"1\n" + b"2" * (2 * MAX_LINE_BYTES + 3) + b"\n3\n" + b"4" * MAX_LINE_BYTES)
-    lines = list(read_lines(path, expected="lines"))
-    assert lines == [b"1\n", b"2" * MAX_LINE_BYTES, b"3\n", b"4" * MAX_LINE_BYTES]
+    path.write_bytes(
+        b"1\n" + b"2" * (2 * files.MAX_LINE_BYTES + 3) + b"\n3\n" + b"4" * files.MAX_LINE_BYTES
+    )
+    lines = list(files.read_lines(path, expected="lines"))
+    assert lines == [b"1\n", b"2" * files.MAX_LINE_BYTES, b"3\n", b"4" * files.MAX_LINE_BYTES]
 
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
@@ -117,8 +108,10 @@ MERGED = "a: &a {x: 1}\n" + "".join(
 def test_billion_laughs_is_rejected_early(text: str) -> None:
     tracemalloc.start()
     try:
-        for read in (load_yaml, ComposedYaml):
-            with pytest.raises(yaml.YAMLError, match=f"more than {MAX_ALIASED_VALUES} values"):
+        for read in (files.load_yaml, files.ComposedYaml):
+            with pytest.raises(
+                yaml.YAMLError, match=f"more than {files.MAX_ALIASED_VALUES} values"
+            ):
                 read(text)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
@@ -128,26 +121,29 @@ def test_billion_laughs_is_rejected_early(text: str) -> None:
 def test_aliases_and_merge_keys() -> None:
     text = "a: &a {x: 1, y: 2}\nb: {<<: *a, y: 3}\nc: [*a, *a]\n"
     both = {"x": 1, "y": 2}
-    assert load_yaml(text) == {"a": both, "b": {"x": 1, "y": 3}, "c": [both, both]}
+    assert files.load_yaml(text) == {"a": both, "b": {"x": 1, "y": 3}, "c": [both, both]}
 
 
 @pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
 def test_nesting_depth_is_limited(opening: str) -> None:
-    with pytest.raises(yaml.YAMLError, match=f"more than {MAX_DEPTH}"):
-        load_yaml(opening * 20_000)
+    with pytest.raises(yaml.YAMLError, match=f"more than {files.MAX_DEPTH}"):
+        files.load_yaml(opening * 20_000)
     closing = {"[": "]", "{a: ": "}"}.get(opening, "")
     assert (
-        ComposedYaml(opening * (MAX_DEPTH // 4) + "x" + closing * (MAX_DEPTH // 4)).root is not None
+        files.ComposedYaml(
+            opening * (files.MAX_DEPTH // 4) + "x" + closing * (files.MAX_DEPTH // 4)
+        ).root
+        is not None
     )
 
 
 def test_too_many_values_are_refused_with_location() -> None:
     text = "".join(f"k{number}: {number}\n" for number in range(1000))
-    with pytest.raises(TooManyValuesError, match="more than 100 values") as caught:
-        ComposedYaml(text, 100)
+    with pytest.raises(files.TooManyValuesError, match="more than 100 values") as caught:
+        files.ComposedYaml(text, 100)
     assert caught.value.problem_mark is not None
     assert caught.value.problem_mark.line == 49
-    assert ComposedYaml("[1, 2, 3, 4, 5, 6]", 7).data() == [1, 2, 3, 4, 5, 6]
+    assert files.ComposedYaml("[1, 2, 3, 4, 5, 6]", 7).data() == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize(
@@ -170,7 +166,61 @@ def test_too_many_values_are_refused_with_location() -> None:
 )
 def test_invalid_values_are_rejected(value: str) -> None:
     with pytest.raises(yaml.MarkedYAMLError) as caught:
-        load_yaml(f"first: 1\nsecond: {value}\n")
+        files.load_yaml(f"first: 1\nsecond: {value}\n")
     assert caught.value.problem_mark is not None
     assert caught.value.problem_mark.line == 1
     assert len(str(caught.value.problem)) < 200
+
+
+CAT = "\u4e2d\u6587\u732b"
+
+
+def in_gbk(name: str) -> str:
+    """A name in GBK as Python gives it from a folder."""
+    return os.fsdecode(name.encode("gbk"))
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jpg", "a.jpg"),
+        (f"{CAT}.jpg", f"{CAT}.jpg"),
+        (in_gbk(f"{CAT}.jpg"), f"{CAT}.jpg"),
+        (f"{CAT}/{in_gbk(CAT)}/a.jpg", f"{CAT}/{CAT}/a.jpg"),
+        ("caf\udce9.jpg", "caf%E9.jpg"),
+        ("a\udcff\udcfeb", "a%FF%FEb"),
+        ("\ud83d.jpg", "%3D.jpg"),
+    ],
+)
+def test_readable_names(name: str, text: str) -> None:
+    assert files.to_readable_name(name) == text
+    assert files.is_utf8(files.to_readable_name(name))
+    assert files.is_utf8(name) is (name == text)
+
+
+def test_spellings_of_a_path() -> None:
+    assert list(files.iter_spellings("a/b.jpg")) == ["a/b.jpg"]
+    assert list(files.iter_spellings("a\\b.jpg")) == ["a\\b.jpg", "a/b.jpg"]
+    misread = f"{CAT}.jpg".encode("gbk").decode("cp437")
+    assert list(files.iter_spellings(f"{CAT}.jpg")) == [f"{CAT}.jpg", in_gbk(f"{CAT}.jpg"), misread]
+    assert list(files.iter_spellings("\udcd6.jpg")) == ["\udcd6.jpg"]
+
+
+@pytest.mark.parametrize(("folder_form", "form"), list(itertools.product(("NFC", "NFD"), repeat=2)))
+def test_composed_and_decomposed_names_are_equal(
+    tmp_path: Path, folder_form: str, form: str
+) -> None:
+    folder, stem = normalize(folder_form, "Übung"), normalize(form, "Käse-가")
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / f"{stem}.jpg").touch()
+    for spelling in ("NFC", "NFD"):
+        name = normalize(spelling, "Übung/Käse-가.jpg")
+        assert files.find_existing(tmp_path, name) == tmp_path / folder / f"{stem}.jpg"
+
+
+@pytest.mark.parametrize("there", [CAT, in_gbk(CAT), CAT.encode("gbk").decode("cp437")])
+def test_a_name_is_found_however_it_was_unpacked(tmp_path: Path, there: str) -> None:
+    (tmp_path / f"{there}.jpg").touch()
+    assert files.find_existing(tmp_path, f"{CAT}.jpg") == tmp_path / f"{there}.jpg"
+    assert files.find_existing(tmp_path, "other.jpg") is None
+    assert files.find_existing(tmp_path, "a\0b") is None

@@ -1,7 +1,5 @@
 """The package's own model by its name: in every command, from every directory, in any venv."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -125,25 +123,6 @@ def test_wrong_bundled_model_is_rejected_as_base(task: Path, tmp_path: Path, mod
     ((code, shown),) = later.run(task, ["predict", "run", "train0.png", "--prompt", "a"])
     assert code == 2
     assert "the base model of the run" in shown
-
-
-def test_bundled_name_is_never_a_local_folder(
-    task: Path, this_installation: PackageCopy, tmp_path: Path
-) -> None:
-    shutil.copytree(task / "run", tmp_path / TINY_MODEL)
-    (tmp_path / TINY_MODEL / "manifest.json").write_text("broken")
-    ask = [str(task / "train0.png"), "--prompt", "Which colour?", "--max-new-tokens", "3"]
-    bare, dotted, slashed, run = this_installation.run(
-        tmp_path,
-        ["predict", TINY_MODEL, *ask],
-        ["predict", f"./{TINY_MODEL}", *ask],
-        ["predict", f"{TINY_MODEL}/", *ask],
-        ["predict", str(task / "run"), *ask],
-    )
-    assert bare[0] == run[0] == 0
-    for code, shown in (dotted, slashed):
-        assert code == 2
-        assert f"{TINY_MODEL}/manifest.json" in shown
 
 
 def test_installation_without_model_is_reported(task: Path, tmp_path: Path) -> None:

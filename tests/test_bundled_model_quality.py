@@ -4,8 +4,6 @@ Bounds are well below the results of pretraining, which used other images. These
 the path from file to answer works, not the quality of the model.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

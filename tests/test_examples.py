@@ -1,7 +1,5 @@
 """Run the examples with smaller sizes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of generated documentation: tables, commands, links, module list."""
 
-from __future__ import annotations
-
 import re
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tests of model folders: their files, and errors about them."""
 
-from __future__ import annotations
-
 import json
 from fnmatch import fnmatch
 from pathlib import Path
@@ -72,7 +70,8 @@ def test_bundled_model_is_found_by_name(
         assert get_portable_name(ModelFolder(path)) == TINY_MODEL
     monkeypatch.chdir(tmp_path)
     assert get_portable_name(ModelFolder(Path("model"))) == str(folder.resolve())
-    assert resolve_model_path(TINY_MODEL) == TINY_MODEL_FOLDER
+    (tmp_path / TINY_MODEL).mkdir()
+    assert resolve_model_path(TINY_MODEL) == locate_model(TINY_MODEL).path == TINY_MODEL_FOLDER
     for name in (f"./{TINY_MODEL}", f"{TINY_MODEL}/"):
         assert resolve_model_path(name) == Path(TINY_MODEL)
     assert resolve_model_path("~/a") == Path.home() / "a"

@@ -1,7 +1,5 @@
 """Tests of pickled weights: converted once, without executing code."""
 
-from __future__ import annotations
-
 import json
 import multiprocessing
 import os

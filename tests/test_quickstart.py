@@ -1,7 +1,5 @@
 """Small quickstart: every stage, the printed commands, and resuming."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import io

@@ -1,7 +1,6 @@
-"""Recipes: loaded, overridden, written back, and rejected with location and remedy."""
+"""Recipes: loaded, overridden, written back, and rejected; documented and shipped ones."""
 
-from __future__ import annotations
-
+import csv
 import json
 import re
 import shlex
@@ -11,19 +10,15 @@ import pytest
 import yaml
 from case_files import load_cases
 from each_value import each
+from hub_fixtures import make_parquet
+from PIL import Image
 from test_bounded_files import LAUGHS
 
+from finesight import recipe as recipes
+from finesight.cli.app import run_command
 from finesight.config import ExactSize, LongestSide, Recipe
+from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
-from finesight.recipe import (
-    MAX_REPORTED_ERRORS,
-    choose_duration,
-    dump_recipe,
-    list_setting_names,
-    load_recipe,
-    load_trainer_settings,
-    recipe_from_dict,
-)
 
 CASES = load_cases("recipe")
 REPLACEMENTS = load_cases("setting_replacements")
@@ -40,7 +35,7 @@ def _write_recipe(folder: Path, text: str) -> Path:
 
 def _load_error(folder: Path, text: str, *overrides: str) -> UserError:
     with pytest.raises(UserError) as caught:
-        load_recipe(_write_recipe(folder, text), overrides)
+        recipes.load_recipe(_write_recipe(folder, text), overrides)
     return caught.value
 
 
@@ -58,19 +53,19 @@ def _get_setting(recipe: Recipe, name: str) -> object:
 def test_minimal_recipe_uses_defaults(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     text = SHORTEST.replace("runs/one", "~/runs/one").replace("a.jsonl", "~/a.jsonl")
-    recipe = load_recipe(_write_recipe(tmp_path, text))
+    recipe = recipes.load_recipe(_write_recipe(tmp_path, text))
     assert recipe.data.train[0].path == tmp_path / "a.jsonl"
     assert recipe.output_dir == tmp_path / "runs" / "one"
     assert (recipe.train.learning_rate.default, recipe.tune.lora.rank) == (1e-4, 64)
-    assert "weight_decay: 0.0" in dump_recipe(recipe), "defaults in force are written out"
+    assert "weight_decay: 0.0" in recipes.dump_recipe(recipe), "defaults in force are written out"
 
 
 @each(("override", "name", "expected"), CASES["test_setting_values"])
 def test_setting_values(tmp_path, override, name, expected):
     text = SHORTEST + "eval: {metric: ocr}\n"
-    recipe = load_recipe(_write_recipe(tmp_path, text), [override])
+    recipe = recipes.load_recipe(_write_recipe(tmp_path, text), [override])
     assert json.dumps(_get_setting(recipe, name)) == json.dumps(expected)
-    assert load_recipe(_write_recipe(tmp_path, dump_recipe(recipe))) == recipe
+    assert recipes.load_recipe(_write_recipe(tmp_path, recipes.dump_recipe(recipe))) == recipe
 
 
 @each("row", CASES["test_invalid_settings"])
@@ -114,7 +109,7 @@ BASES = {
 @each(("override", "name", "expected"), CASES["test_overrides_of_short_and_long_forms"])
 def test_overrides_of_short_and_long_forms(tmp_path, base, override, name, expected):
     text = f"model: some/model\noutput_dir: runs/one\n{BASES[base]}"
-    recipe = load_recipe(_write_recipe(tmp_path, text), [override])
+    recipe = recipes.load_recipe(_write_recipe(tmp_path, text), [override])
     assert _get_setting(recipe, name) == expected
 
 
@@ -126,18 +121,18 @@ def test_override_of_one_of_several_entries_needs_an_index(tmp_path, override, i
     )
     words = ["has 2 entries", "expected: an index from 0 to 1", f"use {indexed} for the first"]
     assert _missing_words(_load_error(tmp_path, text, override), words) == []
-    changed = load_recipe(_write_recipe(tmp_path, text), [indexed, "data.train.1.limit=7"])
+    changed = recipes.load_recipe(_write_recipe(tmp_path, text), [indexed, "data.train.1.limit=7"])
     assert changed.data.train[1].limit == 7
 
 
 def test_override_replaces_settings_that_it_excludes(tmp_path):
     text = SHORTEST + "image: {height: 112, width: 504}\ntrain: {epochs: 2}\n"
     path = _write_recipe(tmp_path, text)
-    recipe = load_recipe(path, ["image.longest_side=512", "train.steps=10"])
+    recipe = recipes.load_recipe(path, ["image.longest_side=512", "train.steps=10"])
     assert recipe.image == LongestSide(longest_side=512)
     assert (recipe.train.steps, recipe.train.epochs) == (10, None)
-    assert load_recipe(path, ["image.width=112"]).image == ExactSize(height=112, width=112)
-    assert load_recipe(path, ["train.steps=null"]).train.epochs == 2
+    assert recipes.load_recipe(path, ["image.width=112"]).image == ExactSize(height=112, width=112)
+    assert recipes.load_recipe(path, ["train.steps=null"]).train.epochs == 2
     assert "both set" in _load_error(tmp_path, text, "train.steps=1", "train.epochs=1").what
     error = _load_error(tmp_path, text, "image.longest_side=512", "image.max_pixels=100")
     assert "image.max_pixels: this setting excludes the others" in error.what
@@ -154,25 +149,25 @@ def test_settings_of_other_trainers_are_replaced(tmp_path, override, remedy):
         assert _load_error(tmp_path, f"{text}{name}: {value}\n").remedy == error.remedy
     replacement = error.remedy.removeprefix("use ").partition(": ")[0]
     if "use" in remedy and "=" in replacement and " or " not in replacement:
-        load_recipe(_write_recipe(tmp_path, text), shlex.split(replacement))
+        recipes.load_recipe(_write_recipe(tmp_path, text), shlex.split(replacement))
 
 
 def test_every_setting_of_other_trainers_has_advice():
-    content = load_trainer_settings()
+    content = recipes.load_trainer_settings()
     least = {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": "o"}
     for trainer in ("transformers", "LLaMA-Factory", "ms-swift"):
         keys = content[trainer]["converted"].split() + list(content[trainer].get("aliases", {}))
         keys += ["dataloader_pin_memory", "galore_rank"]  # by the prefix of a group of settings
         for key in set(keys) - {"model", "output_dir"}:
             with pytest.raises(UserError) as caught:
-                recipe_from_dict(least | {key: "4"})
+                recipes.recipe_from_dict(least | {key: "4"})
             assert caught.value.remedy.startswith(("use ", "remove it: ")), key
 
 
 def test_replacements_are_settings():
-    names = [tuple(name.split(".")) for name in list_setting_names()]
+    names = [tuple(name.split(".")) for name in recipes.list_setting_names()]
     known = {".".join(name[:depth]) for name in names for depth in range(1, len(name) + 1)}
-    content = load_trainer_settings()
+    content = recipes.load_trainer_settings()
     renamed = [{"use": f"{name}={{}}"} for name in content["renamed"]]
     for group in content["replacements"] + renamed:
         texts = [group["use"]]
@@ -201,7 +196,7 @@ def test_unreadable_recipe(tmp_path, text, line, words):
 def test_missing_recipe_suggests_closest_name(tmp_path):
     path = _write_recipe(tmp_path, SHORTEST)
     with pytest.raises(UserError, match="no such file") as caught:
-        load_recipe(path.with_name("recipes.yaml"))
+        recipes.load_recipe(path.with_name("recipes.yaml"))
     assert str(path) in caught.value.remedy
 
 
@@ -214,19 +209,21 @@ def test_other_files_are_rejected(tmp_path):
         (Path("/dev/zero"), "a device"),
     ):
         with pytest.raises(UserError, match=words):
-            load_recipe(path)
+            recipes.load_recipe(path)
     run_recipe = _write_recipe(tmp_path, SHORTEST)
     with pytest.raises(UserError, match=f"give the recipe of this run: {run_recipe}"):
-        load_recipe(tmp_path)
+        recipes.load_recipe(tmp_path)
 
 
 def test_very_many_mistakes_are_counted_and_the_first_explained(tmp_path):
     """Each costs a search for the nearest name: 100,000 took minutes, and so did their message."""
     unknown = {f"k{number}": number for number in range(100_000)}
     with pytest.raises(UserError, match="100,000 settings are wrong") as caught:
-        recipe_from_dict({"model": "m", "data": {"train": "a.jsonl"}, "output_dir": "o"} | unknown)
-    assert caught.value.what.count("unknown setting") == MAX_REPORTED_ERRORS
-    assert f"and {100_000 - MAX_REPORTED_ERRORS:,} more" in caught.value.what
+        recipes.recipe_from_dict(
+            {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": "o"} | unknown
+        )
+    assert caught.value.what.count("unknown setting") == recipes.MAX_REPORTED_ERRORS
+    assert f"and {100_000 - recipes.MAX_REPORTED_ERRORS:,} more" in caught.value.what
     text = SHORTEST + "eval:\n" + "".join(f"  k{number}: 0\n" for number in range(5_000))
     error = _load_error(tmp_path, text)
     assert "5,001 settings are wrong" in error.what
@@ -253,7 +250,7 @@ def test_large_recipes_are_rejected(tmp_path):
 )
 def test_duration_follows_the_number_of_samples(num_samples, is_short, key, value):
     batch_size = 8 if (num_samples or 0) < 200 else 16
-    [(name, text)] = choose_duration(num_samples, batch_size, is_short).items()
+    [(name, text)] = recipes.choose_duration(num_samples, batch_size, is_short).items()
     assert (name, yaml.safe_load(text)) == (f"train.{key}", value)
     assert 20 < len(text.partition("  # ")[2]) < 80
 
@@ -271,8 +268,154 @@ def test_inputs_are_also_found_in_the_folder_of_the_recipe(tmp_path, monkeypatch
         (folder / name).touch()
     (tmp_path / "both.jsonl").touch()
     monkeypatch.chdir(tmp_path)
-    recipe = load_recipe(_write_recipe(folder, text).relative_to(tmp_path), ["data.eval=c.jsonl"])
+    recipe = recipes.load_recipe(
+        _write_recipe(folder, text).relative_to(tmp_path), ["data.eval=c.jsonl"]
+    )
     paths = [str(file.path) for file in (*recipe.data.train, *recipe.data.eval)]
     assert paths == ["both.jsonl", "recipes/shards/*.tar", "recipes/c.jsonl", "c.jsonl"]
     assert (recipe.model, str(recipe.adapter)) == ("recipes/weights", "adapter")
     assert (recipe.eval.metric, str(recipe.output_dir)) == ("recipes/score.py:f", "runs/one")
+
+
+SETTINGS = load_cases("settings")
+
+
+PAGE = (Path(__file__).parents[1] / "docs" / "en" / "recipe.md").read_text(encoding="utf-8")
+ROWS = {
+    name: (default, meaning)
+    for table in re.findall(r"^\| setting \|.*\n(?:\|.*\n)+", PAGE, re.MULTILINE)
+    for name, default, meaning in re.findall(
+        r"^\| `([a-z0-9_.]+)` \| (.*?) ?\| (.*?) ?\|$", table, re.MULTILINE
+    )
+}
+"""Default and meaning of each setting on the page."""
+
+LEAST = "model: m\noutput_dir: runs/one\neval: {metric: ocr}\n"
+RECIPE_FORMS = {
+    "short": "data: {train: a.jsonl, eval: b.jsonl}\ntrack: wandb\ntrain: {learning_rate: 1e-5}\n",
+    "long": "data: {train: [{path: a.jsonl}], eval: {path: b.jsonl}}\ntrack: [{kind: wandb}]\n"
+    "train: {learning_rate: {default: 1e-5}, epochs: 2}\nimage: {longest_side: 512}\n",
+}
+REQUIRED_SETTINGS = {
+    "image.height": ["image.width=280"],
+    "image.width": ["image.height=280"],
+    "eval.patience": ["eval.every=0.5"],
+    "track.uri": ["track.kind=swanlab"],
+}
+"""Settings that require another one."""
+
+
+def test_settings_are_listed_and_documented():
+    assert sorted(recipes.list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
+    assert len(SETTINGS) <= 60
+
+
+def _list_documented_values(name: str) -> list[str]:
+    """Return the default of a setting on the page if it is a value, and the examples."""
+    default, meaning = ROWS[name]
+    values = r"((?:`[^`]+`(?:, or | or |, )?)+)"
+    texts = re.findall(rf"(?:for example|such as) {values}", meaning)
+    if default in ("", "all", "none", "default", "planned", "the family's", "the model's"):
+        texts = texts or re.findall(rf"^{values}", meaning)
+    else:
+        texts.append(f"`{default}`")
+    return re.findall("`([^`]+)`", " ".join(texts))
+
+
+@each("text", RECIPE_FORMS.values())
+@each("name", SETTINGS)
+def test_documented_values_can_be_overridden(tmp_path, text, name):
+    values = _list_documented_values(name)
+    assert values, "the page has neither a default nor an example"
+    path = tmp_path / "recipe.yaml"
+    path.write_text(LEAST + text)
+    for value in values:
+        overrides = [f"{name}={value}", *REQUIRED_SETTINGS.get(name, ())]
+        node = recipes.load_recipe(path, overrides).model_dump(mode="json")
+        for part in name.split("."):
+            (node,) = node if isinstance(node, list) else (node,)
+            node = node[part]
+        expected = yaml.safe_load(value)
+        if isinstance(node, list):
+            assert sorted(node) == sorted(expected if isinstance(expected, list) else [expected])
+        else:
+            assert node == expected or float(node) == float(expected)
+
+
+SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+
+
+def _commands(recipe: Path) -> list[list[str]]:
+    """The commands in a recipe's comments, without the word finesight."""
+    comments = [line[1:] for line in recipe.read_text().splitlines() if line.startswith("#")]
+    text = re.sub(r"\\\n", " ", "\n".join(comments))
+    return [shlex.split(line)[1:] for line in text.splitlines() if line.strip()[:9] == "finesight"]
+
+
+PREPARATIONS = [
+    pytest.param(recipe, command, id=f"{recipe.stem}-{command[2]}")
+    for recipe in SHIPPED
+    for command in _commands(recipe)
+]
+
+
+@pytest.fixture
+def _source_data(tmp_path, monkeypatch):
+    """A working folder with small files of the names and columns that the comments speak of."""
+    monkeypatch.chdir(tmp_path)
+    rows = []
+    for number in range(400):
+        path = f"images/{number}.png"
+        Path(path).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40, 30), (number % 256, number // 256, 0)).save(path)
+        row = {"image_path": path, "text": f"x ^ {number}", "caption": f"Number {number}."}
+        rows.append(row | {"number": str(number), "date": "2 May 2026", "total": f"${number}.00"})
+    for name in ("coco.csv", "latex_ocr_train.csv", "invoices.csv"):
+        with Path(name).open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    question = "COCO Yes: <|vision_start|>{image_path}<|vision_end|>"
+    questions = dict.fromkeys(("data_vl.json", "dataset.json"), question)
+    # As the first Qwen-VL's script reads them.
+    questions["chat.json"] = "Picture 1: <img>{image_path}</img>\nWhat is it?"
+    for name, question in questions.items():
+        Path(name).write_text(json.dumps([_converse(row, question) for row in rows]))
+    box = {"question": "Where is it?", "bbox": [3.0, 4.0, 20.0, 10.0]}
+    images = [{"bytes": Path(row["image_path"]).read_bytes(), "path": None} for row in rows]
+    Path("textvqa.parquet").write_bytes(make_parquet([{"image": one, **box} for one in images]))
+
+
+def _converse(row: dict[str, str], question: str) -> dict[str, object]:
+    texts = {"user": question.format_map(row), "assistant": row["caption"]}
+    turns = [{"from": role, "value": text} for role, text in texts.items()]
+    return {"id": row["image_path"], "conversations": turns}
+
+
+@each("recipe", SHIPPED)
+def test_recipe_is_valid(recipe):
+    loaded = recipes.load_recipe(recipe)
+    assert loaded.data.eval, f"{recipe} has no validation data"
+    assert loaded.eval is not None, f"{recipe} measures nothing"
+    assert _commands(recipe), f"{recipe} does not say how to prepare its data"
+
+
+@pytest.mark.parametrize(("recipe", "command"), PREPARATIONS)
+@pytest.mark.usefixtures("_source_data")
+def test_commands_in_comments_prepare_the_data(recipe, command):
+    assert run_command(command) == 0
+    data = recipes.load_recipe(recipe).data
+    train = read_samples(data.train[0].path)
+    validation = read_samples(data.eval[0].path)
+    assert len(train) + len(validation) == 400
+    answer = train[0].messages[-1].content[0]
+    metric = recipes.load_recipe(recipe).eval.metric
+    if metric == "grounding":
+        assert isinstance(answer, BoxPart)
+        assert answer.xyxy == (3.0, 4.0, 23.0, 14.0)
+    elif metric == "json":
+        fields = json.loads(answer.text)
+        assert fields["total"] == f"${fields['number']}.00"
+        assert list(fields) == ["number", "date", "total"]
+    else:
+        assert answer.text.startswith(("x ^", "Number"))

@@ -1,10 +1,7 @@
 """Remedies of errors: what they name exists, and following them changes the outcome."""
 
-from __future__ import annotations
-
 import ast
 import difflib
-import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -12,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from click.testing import CliRunner
 from image_fixtures import write_gray_image, write_jsonl
 
@@ -118,53 +116,15 @@ def test_commands_options_formats_and_settings_of_remedies_exist():
     ]
 
 
-RECIPE = """\
-model: finesight-tiny
-data: {train: samples.jsonl}
-tune: {language: lora, lora: {rank: 4, alpha: 8}}
-train: {steps: 1, batch_size: 2}
-output_dir: run
-"""
-TURNS = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "a cat"}]
-COCO = {
-    "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 20}],
-    "categories": [{"id": 1, "name": "cat"}],
-    "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [0.1, 0.1, 0.5, 0.5]}],
-}
-INVALID_INPUTS: dict[str, dict[str, str]] = {
-    "import table.csv out": {"COLUMN": "caption"},
-    "import table.csv out --format tabel --map image=image --map answer=caption": {},
-    "import rows.jsonl out": {},
-    "import coco.json out": {},
-    "init table.csv --yes --task grounding --map image=image --map answer=caption": {
-        "box=COLUMN": "box=region",
-        "label=COLUMN": "label=caption",
-    },
-    "init samples.jsonl --yes --task grounding": {"grounding": "qa"},
-    "train samples.jsonl": {},
-    "check samples.jsonl --max-length 1000": {"FOLDER": "finesight-tiny"},
-    "plan recipe.yaml batch_size=1": {},
-    "plan recipe.yaml --learning_rate 1e-5": {},
-    "predict finesight-tiny a.png": {},
-    "eval finesight-tiny --data samples.jsonl --metric captions eval.limit=1": {},
-}
-"""Commands that fail, and values of the placeholders in their remedies."""
+CASES = load_cases("remedies")
 
 
 @pytest.fixture
 def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write_gray_image(tmp_path / "a.png")
-    turns = [
-        {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
-        {"role": "assistant", "content": [{"type": "text", "text": "a cat"}]},
-    ]
-    write_jsonl(tmp_path / "samples.jsonl", [{"id": "1", "messages": turns}])
-    (tmp_path / "table.csv").write_text('image,caption,region\na.png,cat,"1,1,9,9"\n')
-    rows = [{"image": name, "conversations": TURNS} for name in ("a.png", "missing.png")]
-    write_jsonl(tmp_path / "rows.jsonl", rows)
-    (tmp_path / "coco.json").write_text(json.dumps(COCO))
-    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    for name, text in CASES["files"].items():
+        (tmp_path / name).write_text(text)
 
 
 def run(words: list[str]) -> tuple[int, UserError | None]:
@@ -193,7 +153,7 @@ def follow(words: list[str], remedy: str, values: dict[str, str]) -> Iterator[li
         yield [*words, *(word for option in options for word in shlex.split(option))]
 
 
-@pytest.mark.parametrize("command", INVALID_INPUTS)
+@pytest.mark.parametrize("command", CASES["commands"])
 @pytest.mark.usefixtures("_inputs")
 def test_followed_remedies_lead_to_success(command):
     """A remedy may lead to the next error, but not to one that was seen before."""
@@ -205,7 +165,7 @@ def test_followed_remedies_lead_to_success(command):
             break
         assert error is not None
         if str(error) not in seen:
-            commands += follow(words, error.remedy, INVALID_INPUTS[command])
+            commands += follow(words, error.remedy, CASES["commands"][command])
         seen.add(str(error))
     assert seen
     assert code == 0, seen

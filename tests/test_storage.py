@@ -1,7 +1,5 @@
 """Files exist whole or not at all: killed at every operation, full disk, flipped bits."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

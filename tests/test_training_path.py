@@ -1,7 +1,5 @@
 """A training step, and an image on its way to the loss, pass through few source files."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,6 +1,3 @@
-from __future__ import annotations
-
-import contextlib
 import os
 import signal
 import subprocess
@@ -14,10 +11,12 @@ from typing import Any
 
 import numpy as np
 import pool_jobs as jobs
+import psutil
 import pytest
 
 from finesight import worker_pool as area
 from finesight.errors import UserError
+from finesight.storage import FileLock
 from finesight.worker_pool import (
     WORKER_NICENESS,
     JobOutput,
@@ -58,19 +57,10 @@ def call(pool: WorkerPool, job: Callable[..., JobOutput], *args: Any, **limits: 
         return worker.call(job, *args, **{"max_cpu_s": 1} | limits)
 
 
-def members(group: int) -> set[int]:
-    """Processes of a process group."""
-    found = set()
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        with contextlib.suppress(ProcessLookupError):
-            if os.getpgid(int(entry)) == group:
-                found.add(int(entry))
-    return found
-
-
-def alive(pid: int) -> bool:
-    """Wait two seconds for the end of a process."""
-    for _ in range(100):
+def alive(pid: int, seconds: float = 2.0) -> bool:
+    """Wait for the end of a process."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
         try:
             stat = Path(f"/proc/{pid}/stat").read_text()
         except FileNotFoundError:
@@ -192,11 +182,11 @@ def test_no_process_survives_its_parent():
         assert parent.stdout is not None
         busy, template = int(parent.stdout.readline()), int(parent.stdout.readline())
         # Its idle worker as well.
-        group = members(template)
+        group = {template, *(one.pid for one in psutil.Process(template).children(recursive=True))}
         time.sleep(0.3)
         parent.kill()
     assert {busy, template} < group
-    assert all(not alive(pid) for pid in group)
+    assert not any(map(alive, group))
 
 
 def test_workers_have_low_priority_and_no_pool_handles(pool):
@@ -239,3 +229,58 @@ def test_failing_setup_is_reported_at_start():
         WorkerPool(jobs.fail, {}, num_idle=1, memory_bytes=MIB).start()
     with pytest.raises(OSError, match="ended"):
         WorkerPool(jobs.crash, {}, num_idle=1, memory_bytes=MIB).start()
+
+
+KILLED_BEFORE_WORKER_STARTS = """
+import multiprocessing, os, signal, time
+from finesight.worker_pool import exit_with_parent
+
+def work():
+    time.sleep(0.5)  # the parent is dead by now
+    exit_with_parent()
+    time.sleep(600)
+
+workers = [multiprocessing.get_context("fork").Process(target=work) for _ in range(3)]
+for worker in workers:
+    worker.start()
+print(*(worker.pid for worker in workers), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_forked_process_does_not_hold_lock(tmp_path: Path) -> None:
+    lock = FileLock(tmp_path)
+    lock.acquire()
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+        os._exit(0)
+    try:
+        lock.close()
+        with FileLock(tmp_path) as other:
+            other.acquire(wait=False)
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def test_fork_does_not_release_lock_of_parent(tmp_path: Path) -> None:
+    with FileLock(tmp_path) as lock:
+        lock.acquire()
+        child = os.fork()
+        if child == 0:
+            lock.close()  # closed already: no other file of that number may be closed
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        with FileLock(tmp_path) as other, pytest.raises(BlockingIOError):
+            other.acquire(wait=False)
+
+
+def test_worker_of_a_killed_parent_exits_at_start() -> None:
+    command = [sys.executable, "-c", KILLED_BEFORE_WORKER_STARTS]
+    parent = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    assert parent.returncode == -signal.SIGKILL
+    left = [pid for pid in map(int, parent.stdout.split()) if alive(pid, seconds=60)]
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    assert not left

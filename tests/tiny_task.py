@@ -1,7 +1,5 @@
 """Task for training a tiny model in a second: colours of small images of mixed sizes."""
 
-from __future__ import annotations
-
 import io
 import json
 import random
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from case_files import load_cases
 from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
@@ -24,63 +23,28 @@ from finesight.train.finalize import RunResult
 from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.training_run import train
 
-COLORS = {
-    "red": (255, 0, 0),
-    "green": (0, 255, 0),
-    "light blue": (90, 90, 255),
-    "white": (255,) * 3,
-}
+COLORS = {"red": "#f00", "green": "#0f0", "light blue": "#5a5aff", "white": "#fff"}
 
 
 def make_task(folder: Path, num_samples: int = 11, num_eval_samples: int = 3) -> dict[str, Any]:
-    """Write model, images and data to a folder, and return a recipe without output folder.
-
-    The 11 samples in batches of 4 over two epochs give six steps. The third step crosses the epoch
-    boundary, and the last one has two samples. All steps except the last have several packs.
-    """
+    """Write model, images and data to a folder, and return a recipe without output folder."""
     folder.mkdir(exist_ok=True)
     create_tiny_model(folder / "tiny")
     rng = random.Random(0)
     for name, count in (("train", num_samples), ("eval", num_eval_samples)):
         lines = [json.dumps(_make_sample(folder, f"{name}{i}", rng)) for i in range(count)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return {
-        "model": str(folder / "tiny"),
-        "data": {"train": str(folder / "train.jsonl"), "eval": str(folder / "eval.jsonl")},
-        "image": {"min_pixels": 784, "max_pixels": 7056},
-        "tune": {
-            "merger": "full",
-            "language": "lora",
-            "lora": {"rank": 4, "alpha": 8, "dropout": 0.1},
-        },
-        "train": {
-            "epochs": 2,
-            "batch_size": 4,
-            "pack_tokens": 100,
-            "learning_rate": 0.01,
-            "weight_decay": 0.01,
-            "num_workers": 0,
-            "device": "cpu",
-            "save_every": 2,
-        },
-    }
+    data = {name: str(folder / f"{name}.jsonl") for name in ("train", "eval")}
+    return {"model": str(folder / "tiny"), "data": data} | load_cases("tiny_task")
 
 
 def _make_sample(folder: Path, name: str, rng: random.Random) -> dict[str, Any]:
     color = rng.choice(list(COLORS))
     size = rng.choice([28, 56, 84]), rng.choice([28, 56, 84])
     Image.new("RGB", size, COLORS[color]).save(folder / f"{name}.png")
-    user_content = [
-        {"type": "image", "image": f"{name}.png"},
-        {"type": "text", "text": "Which colour?"},
-    ]
-    return {
-        "id": name,
-        "messages": [
-            {"role": "user", "content": user_content},
-            {"role": "assistant", "content": color},
-        ],
-    }
+    image = {"type": "image", "image": f"{name}.png"}
+    question = {"role": "user", "content": [image, {"type": "text", "text": "Which colour?"}]}
+    return {"id": name, "messages": [question, {"role": "assistant", "content": color}]}
 
 
 @contextmanager
@@ -112,10 +76,15 @@ def read_final_files(run: Path) -> dict[str, bytes]:
 def read_losses(run: Path) -> list[tuple[int, float]]:
     """Return (step, loss) of all metrics lines with a loss."""
     metrics = run / "metrics.jsonl"
-    lines = (
-        [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
-    )
+    lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def rewind_to_checkpoint(run: Path) -> Path:
+    """Restore a run to the checkpoint of its fourth step, as if it was interrupted after it."""
+    (run / "result.json").unlink()
+    storage.remove_folder(run / "checkpoints" / "step-6")
+    return run
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -161,10 +130,7 @@ class TinyTask:
     def rewind_to_checkpoint(self, *overrides: str) -> Path:
         """Return a run that was interrupted after the checkpoint of step 4."""
         self.run(*overrides)
-        run = self.folder / "run"
-        (run / "result.json").unlink()
-        storage.remove_folder(run / "checkpoints" / "step-6")
-        return run
+        return rewind_to_checkpoint(self.folder / "run")
 
 
 def act_before_step(patch: pytest.MonkeyPatch, index: int, act: Callable[[], object]) -> None:
@@ -177,3 +143,38 @@ def act_before_step(patch: pytest.MonkeyPatch, index: int, act: Callable[[], obj
         return real(state, step, *rest)
 
     patch.setattr(trainer, "train_step", train_step)
+
+
+THOUGHT, ANSWER = "It is plain.\nSo say it.", "Red it is."
+FULL = {"language": "full", "embeddings": "full"}
+
+
+def train_run(
+    folder: Path,
+    *,
+    model: Path | None = None,
+    num_thoughts: int = 6,
+    steps: int = 40,
+    tune: dict[str, Any] | None = None,
+) -> Path:
+    """Train a run with reasoning in some of its 11 samples; six make thinking its default mode.
+
+    The chat template defines reasoning efforts, as that of Qwen3.8.
+    """
+    task = TinyTask(folder)
+    if model is None:
+        model = create_tiny_model(folder / "qwen3_8", "qwen3_5")
+        template = model / "chat_template.json"
+        content = json.loads(template.read_text())
+        content["chat_template"] += "{# reasoning_effort #}"
+        template.write_text(json.dumps(content))
+        (model / "sha256.json").unlink()
+    with edit_samples(folder / "train.jsonl") as samples:
+        for number, sample in enumerate(samples):
+            thought = f"<think>\n{THOUGHT}\n</think>\n\n" if number < num_thoughts else ""
+            sample["messages"][-1]["content"] = thought + ANSWER
+    name, overrides = f"run-{num_thoughts}", ("train.epochs=null", "train.save_every=null")
+    del task.recipe["data"]["eval"]
+    task.recipe |= {"model": str(model), "tune": tune or FULL}
+    task.run(*overrides, f"train.steps={steps}", "train.seed=1", name=name)
+    return folder / name

@@ -1,7 +1,5 @@
 """Run with all installed trackers, and what each of them has logged of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -16,19 +14,14 @@ from typing import Any
 
 import pytest
 import yaml
-from tiny_task import TinyTask
+from tiny_task import TinyTask, rewind_to_checkpoint
 
-from finesight import storage
 from finesight.config import TrackerKind
 from finesight.track.backends import TRACKERS
 
 METRIC = {"metric": "ocr", "every": 2, "max_new_tokens": 4}
-PLANTED_SECRETS = {
-    "variable": "planted-in-the-environment",
-    "token": "hf_PlantedPlantedPlantedPlanted",
-    "password": "planted-password",
-    "query": "planted-in-a-query",
-}
+PLANTED_SECRETS = {name: f"planted-{name}" for name in ("variable", "password", "query")}
+PLANTED_SECRETS["token"] = "hf_PlantedPlantedPlantedPlanted"
 """Secrets in the settings of the run."""
 
 PROMPT = (
@@ -61,13 +54,13 @@ def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
     home = folder / "alice"
     home.mkdir()
     mlflow, trackio = str(folder / "mlruns"), str(folder / "trackio")
+    settings = {"HOME": str(home), "SOME_SERVICE_API_KEY": PLANTED_SECRETS["variable"]}
+    settings |= {"TRACKIO_DIR": trackio, "MLFLOW_ALLOW_FILE_STORE": "true"}
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(LOGS_OF_PACKAGES)]:
             patch.delenv(name)
-        patch.setenv("HOME", str(home))
-        patch.setenv("SOME_SERVICE_API_KEY", PLANTED_SECRETS["variable"])
-        patch.setenv("TRACKIO_DIR", trackio)
-        patch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+        for name, value in settings.items():
+            patch.setenv(name, value)
         patch.chdir(folder)
         task = TinyTask(home)
         task.recipe["data"]["system_prompt"] = PROMPT
@@ -75,9 +68,7 @@ def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
         track = [{"kind": k, "uri": mlflow if k == "mlflow" else None} for k in installed]
         task.run(eval=METRIC, track=track)
         first_output = task.console_output
-        run = task.folder / "run"
-        (run / "result.json").unlink()
-        storage.remove_folder(run / "checkpoints" / "step-6")
+        run = rewind_to_checkpoint(task.folder / "run")
         task.run(resume=True, eval=METRIC, track=track)
         losses = {line["step"]: line["loss"] for line in task.read_metrics() if "loss" in line}
         yield TrackedRun(run, (first_output, task.console_output), losses, mlflow, trackio)
@@ -149,8 +140,7 @@ def read_swanlab(run: TrackedRun) -> LoggedRun:
         (file,) = folder.glob("*.swanlab")
         reader.open(file)
         for line in reader:
-            record = Record()
-            record.ParseFromString(line)
+            record = Record.FromString(line)
             if record.HasField("start"):
                 names.add((record.start.project, record.start.name, record.start.id))
             if record.HasField("scalar"):
@@ -181,16 +171,13 @@ def read_wandb_records(file: Path) -> Iterator[Any]:
     block_size, head_size = 32768, 7
     data, at, full = file.read_bytes(), head_size, b""
     while at + head_size <= len(data):
-        if block_size - at % block_size < head_size:
-            at += block_size - at % block_size
-            continue
         _, length, kind = struct.unpack_from("<IHB", data, at)
         full += data[at + head_size : at + head_size + length]
         at += head_size + length
+        if block_size - at % block_size < head_size:
+            at += block_size - at % block_size
         if kind in (1, 4):  # all of a record, or its last piece
-            record = Record()
-            record.ParseFromString(full)
-            yield record
+            yield Record.FromString(full)
             full = b""
 
 
@@ -218,12 +205,10 @@ def read_wandb(run: TrackedRun) -> LoggedRun:
     assert (axes, exit_codes) == ({"step"}, [0, 0])
     metrics = merge_parts(parts)
     path = metrics["examples/1.path"][6]
-    image = next(run.folder("wandb").glob(f"wandb/offline-run-*/files/{path}"))
+    image = next(run.folder("wandb").glob(f"wandb/offline-run-*/files/{path}")).read_bytes()
     captions = {step: str(text) for step, text in metrics["examples/1.caption"].items()}
     losses = [part["loss"] for part in parts]
-    return LoggedRun(
-        names, metrics, losses, flatten(settings), captions, image.read_bytes(), alerts
-    )
+    return LoggedRun(names, metrics, losses, flatten(settings), captions, image, alerts)
 
 
 def read_mlflow(run: TrackedRun) -> LoggedRun:
@@ -290,9 +275,56 @@ def read_trackio(run: TrackedRun) -> LoggedRun:
 
 
 READERS = {
-    "tensorboard": read_tensorboard,
-    "swanlab": read_swanlab,
-    "wandb": read_wandb,
-    "mlflow": read_mlflow,
-    "trackio": read_trackio,
+    one.__name__.removeprefix("read_"): one
+    for one in (read_tensorboard, read_swanlab, read_wandb, read_mlflow, read_trackio)
 }
+
+
+SWANLAB_SOURCE = '''
+"""Like SwanLab, as far as a run needs it; `broken` is called at every figure."""
+import os, sys, threading, types
+
+calls = 0
+def broken():
+    {fault}
+
+class Run:
+    id, mode, dir = "fake", "offline", __import__("pathlib").Path("run-fake")
+    def log(self, data, step=None):
+        global calls
+        calls += 1
+        broken()
+    def finish(self, state="success", error=None):
+        open("finished-" + state, "x").close()
+
+class Settings:
+    Probe = Terminal = staticmethod(lambda **given: given)
+    api_key, mode = None, "online"
+    integration = types.SimpleNamespace(webhook=types.SimpleNamespace(url=""))
+    def __init__(self, **given):
+        pass
+
+def init(**given):
+    return Run()
+Image = Text = lambda *given, **named: given
+'''
+
+FAULT_CODE = {
+    "raises": "if calls == 3: raise ConnectionError('planted: the server is gone')",
+    "hangs": "threading.Event().wait()",
+    "dies": "if calls == 3: os._exit(9)",
+    "crashes": "if calls == 3: os.kill(os.getpid(), 11)",
+}
+
+
+def install_broken_tracker(monkeypatch: pytest.MonkeyPatch, folder: Path, fault: str) -> None:
+    """Install a faulty `swanlab` package for this process and its children."""
+    install_package(monkeypatch, folder, "swanlab", SWANLAB_SOURCE.format(fault=FAULT_CODE[fault]))
+
+
+def install_package(monkeypatch: pytest.MonkeyPatch, folder: Path, name: str, source: str) -> None:
+    package = folder / f"{name}-packages"
+    package.mkdir()
+    (package / f"{name}.py").write_text(source)
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.setenv("PYTHONPATH", str(package), prepend=":")

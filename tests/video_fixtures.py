@@ -1,7 +1,5 @@
 """Small video files whose frames have their index as gray level."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,13 +10,8 @@ from PIL import Image
 av = pytest.importorskip("av", reason="the package av is not installed")
 pytest.importorskip("av.filter")
 
-LOSSLESS: dict[str, dict[str, str]] = {
-    "libx264": {"qp": "0"},
-    "libvpx-vp9": {"lossless": "1"},
-    "libvpx": {"b": "2M", "deadline": "good"},
-    "mpeg4": {"b": "4M"},
-    "libsvtav1": {"crf": "5"},
-}
+LOSSLESS = {"libx264": {"qp": "0"}, "libvpx-vp9": {"lossless": "1"}, "libsvtav1": {"crf": "5"}}
+LOSSLESS |= {"libvpx": {"b": "2M", "deadline": "good"}, "mpeg4": {"b": "4M"}}
 FIRST_LEVEL, LEVEL_STEP = 20, 3
 
 
@@ -38,19 +31,16 @@ def write_video(
     """Write a video of `num_frames` frames; `find_index` returns the index of a frame."""
     height, width = size
     with av.open(str(path), "w", options=dict(options or {})) as container:
-        stream = container.add_stream(
-            codec, fps, options={**LOSSLESS[codec], "bf": str(num_b_frames)}
-        )
+        codec_options = LOSSLESS[codec] | {"bf": str(num_b_frames)}
+        stream = container.add_stream(codec, fps, options=codec_options)
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         audio = container.add_stream("libopus", 48_000) if with_audio else None
         packets = []
         if not num_frames:
             container.start_encoding()
         for index in range(num_frames):
-            level = (FIRST_LEVEL + LEVEL_STEP * index) % 256
-            gray = np.full((height, width, 3), level, dtype=np.uint8)
-            # A black corner makes rotation visible.
-            gray[:16, :16] = 0
+            gray = np.full((height, width, 3), FIRST_LEVEL + LEVEL_STEP * index).astype(np.uint8)
+            gray[:16, :16] = 0  # a black corner makes rotation visible
             packets += stream.encode(av.VideoFrame.from_ndarray(gray, format="rgb24"))
         for packet in [*packets, *stream.encode()]:
             packet.pts = packet.pts * pts_step + first_pts
@@ -72,11 +62,8 @@ def write_audio(path: Path) -> Path:
 def _encode_silence(stream: av.AudioStream, seconds: float) -> list[av.Packet]:
     graph = av.filter.Graph()
     source = graph.add("anullsrc", f"r=48000:cl=stereo:nb_samples=960:d={seconds}")
-    converter = graph.add("aformat", "sample_fmts=s16")
     sink = graph.add("abuffersink")
-    source.link_to(converter)
-    converter.link_to(sink)
-    graph.configure()
+    graph.link_nodes(source, graph.add("aformat", "sample_fmts=s16"), sink).configure()
     packets = []
     for _ in range(int(seconds * 50)):
         packets += stream.encode(sink.pull())

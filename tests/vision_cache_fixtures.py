@@ -1,7 +1,5 @@
 """Train states of the tiny task for the vision cache tests."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import ExitStack
@@ -35,8 +33,7 @@ def make_train_state(
         if family != "qwen2_vl":
             recipe["model"] = str(create_tiny_model(folder / family, family))
         if family == "qwen":
-            # It requires a single image size.
-            del recipe["image"]
+            del recipe["image"]  # it requires a single image size
         (folder / "task.json").write_text(json.dumps(recipe))
     recipe = json.loads((folder / "task.json").read_text())
     path = write_recipe(folder / "recipe.yaml", recipe, **train)
@@ -63,7 +60,6 @@ def decide_vision_cache(
 
 
 def build_vision_cache(state: TrainState) -> VisionCache:
-    """Return the vision cache of a train state."""
     cache = decide_vision_cache(state).cache
     assert cache is not None
     return cache

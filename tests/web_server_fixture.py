@@ -1,9 +1,8 @@
 """Chat page on loopback in a thread, with a scripted model."""
 
-from __future__ import annotations
-
 import asyncio
 import atexit
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
@@ -11,14 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import uvicorn
+from browser import DESKTOP_WIDTH, Browser
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_page import make_chat_app
 from finesight.app.chat_store import ChatStore
 from finesight.app.server import bind_socket, create_server_config
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
 from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
@@ -58,11 +59,9 @@ class ScriptedGeneration:
         self.finish_reason = "cancelled"
 
     def build_prediction(self) -> Prediction:
-        image_parts = [p for p in self.located.sample.iter_parts() if isinstance(p, ImagePart)]
-        images = tuple(Path(part.image) for part in image_parts)
-        return Prediction(
-            "", images, "", self.generated_text, self.generated_text, self.boxes, 1, "stop"
-        )
+        parts, text = self.located.sample.iter_parts(), self.generated_text
+        images = tuple(Path(part.image) for part in parts if isinstance(part, ImagePart))
+        return Prediction("", images, "", text, text, self.boxes, 1, "stop")
 
 
 @dataclass
@@ -87,8 +86,7 @@ class ScriptedService:
     ) -> ScriptedGeneration:
         self.requests.append(options)
         questions = [m for m in located_sample.sample.messages if m.role == "user"]
-        parts = questions[-1].content
-        text = "".join(part.text for part in parts if isinstance(part, TextPart))
+        text = "".join(getattr(part, "text", "") for part in questions[-1].content)
         if text == "refuse":
             raise UserError("<b>refused</b>", where="parrot", expected="another", remedy="ask it")
         return ScriptedGeneration(located_sample, *self.answer(text), self.is_endless)
@@ -114,6 +112,25 @@ class RunningWebPage:
 
 
 @contextmanager
+def run_app(
+    app: Any, listener: socket.socket | None = None, proxies: Sequence[str] = ()
+) -> Iterator[int]:
+    """Run an application in a thread within the block. Yields its port."""
+    with listener or bind_socket("127.0.0.1", 0) as bound:
+        server = uvicorn.Server(create_server_config(app, proxies))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
+        thread.start()
+        try:
+            while not server.started:
+                assert thread.is_alive(), "the server has ended"
+                time.sleep(0.02)
+            yield bound.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@contextmanager
 def run_web_page(
     service: object,
     password: str | None = None,
@@ -125,14 +142,66 @@ def run_web_page(
         port = listener.getsockname()[1]
         store = ChatStore(service, folder, get_image_pool())  # type: ignore[arg-type]
         app = make_chat_app(store, Access(password, loopback, f"finesight-chat-{port}"))
-        server = uvicorn.Server(create_server_config(app, proxies))
-        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
-        thread.start()
-        try:
-            while not server.started:
-                assert thread.is_alive(), "the server has ended"
-                time.sleep(0.02)
+        with run_app(app, listener, proxies):
             yield RunningWebPage(f"http://127.0.0.1:{port}/", port, store, folder, app)
-        finally:
-            server.should_exit = True
-            thread.join()
+
+
+class ChatPageDriver:
+    """Chat page in a browser with a width and language."""
+
+    def __init__(
+        self, browser: Browser, address: str, width: int = DESKTOP_WIDTH, language: str = "en-GB,en"
+    ) -> None:
+        self.browser, self.driver = browser, browser.driver
+        self.wait_for_script, self.click = browser.wait_for, browser.click
+        self.read_texts = browser.read_texts
+        send_command = self.driver.execute_cdp_cmd
+        send_command("Network.enable", {})
+        # Cookies identify the browser, whose conversations the page shows.
+        send_command("Network.clearBrowserCookies", {})
+        send_command("Network.setExtraHTTPHeaders", {"headers": {"Accept-Language": language}})
+        browser.visit(address, width)
+        self.wait_for_script("return !!document.querySelector('h1 span, .sign-in');")
+
+    def attach_images(self, images: Sequence[Path]) -> None:
+        """Attach images to the next question."""
+        self.driver.find_element("css selector", "#files").send_keys("\n".join(map(str, images)))
+        count = "document.querySelectorAll('#attachments img').length"
+        self.wait_for_script(f"{count} === {len(images)}")
+
+    def ask(self, text: str, images: Sequence[Path] = ()) -> None:
+        """Submit a question and wait for the answer."""
+        turns = self.count_turns()
+        self.submit(text, images)
+        self.wait_for_script(f"return document.querySelectorAll('.turn').length === {turns + 1};")
+        self.wait_until_idle()
+
+    def submit(self, text: str, images: Sequence[Path] = ()) -> None:
+        """Submit a question without waiting."""
+        if images:
+            self.attach_images(images)
+        self.driver.execute_script(
+            "arguments[0].focus(); document.execCommand('insertText', false, arguments[1]);",
+            self.driver.find_element("css selector", "#question"),
+            text,
+        )
+        self.click("#send")
+
+    def wait_until_idle(self) -> None:
+        """Wait until generation is complete."""
+        self.wait_for_script(
+            "return !document.querySelector('.streaming')"
+            " && !document.querySelector('#send').hidden;"
+        )
+
+    def click_button(self, words: str) -> None:
+        found = (
+            "[...document.querySelectorAll('#tools button, #head button')]"
+            f".find(at => at.textContent.trim() === {words!r} && !at.disabled)"
+        )
+        self.wait_for_script(f"return !!{found};")
+        self.browser.run(f"{found}.click();")
+
+    def count_turns(self) -> int:
+        """Return the number of displayed turns."""
+        return self.browser.count(".turn")

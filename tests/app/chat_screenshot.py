@@ -1,16 +1,13 @@
 """Generate docs/images/web.png: PYTHONPATH=tests:pretraining python tests/app/chat_screenshot.py"""
 
-from __future__ import annotations
-
 import io
 import tempfile
 from pathlib import Path
 
 from browser import launch_chromium
-from chat_page_driver import ChatPageDriver
 from PIL import Image
 from service_fixture import run_service, write_shape_image
-from web_server_fixture import run_web_page
+from web_server_fixture import ChatPageDriver, run_web_page
 
 TARGET = Path(__file__).parents[2] / "docs" / "images" / "web.png"
 NUM_COLORS = 96

@@ -23,7 +23,7 @@ from case_files import load_cases
 from each_value import each
 from PIL import Image
 from service_fixture import run_service
-from thinking_fixtures import ANSWER, THOUGHT
+from tiny_task import ANSWER, THOUGHT
 from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.app import access, server, uploads

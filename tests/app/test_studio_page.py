@@ -20,12 +20,9 @@ from typing import get_args
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
-from axe import AxeChecker
 from browser import Browser
-from chat_page_driver import ChatPageDriver
-from comparison_fixtures import make_run, make_sign_answers
 from label_fixtures import COLORS, ask_server, draw_dots
-from run_dir_fixtures import MANIFEST, TUNE
+from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
     click_button,
@@ -36,6 +33,7 @@ from studio_fixtures import (
     write_job,
     write_recipe,
 )
+from web_server_fixture import ChatPageDriver
 
 from finesight.app.jobs import JobStore
 from finesight.app.studio_page import FORMS, OPERATIONS_OF_STEPS, Form, StudioPage, list_options
@@ -51,7 +49,6 @@ from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
-WAIT_TIMEOUT_S = 60.0
 NUM_LABELS = 30
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
@@ -656,6 +653,7 @@ class StudioDriver:
 
     def __init__(self, browser: Browser, address: str) -> None:
         self.browser, self.address = browser, address
+        self.wait_for = browser.wait_for
 
     def open(self, step: str, lang: str = "en") -> None:
         self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
@@ -669,14 +667,6 @@ class StudioDriver:
         self.browser.driver.refresh()
         self.wait_for(state)
         self.check()
-
-    def wait_for(self, condition: str) -> None:
-        end = time.monotonic() + WAIT_TIMEOUT_S
-        while not self.browser.run(f"return !!({condition});"):
-            if time.monotonic() > end:
-                text = self.browser.run("return document.body.innerText;")
-                raise AssertionError(f"not within {WAIT_TIMEOUT_S} s: {condition}\n{text}")
-            time.sleep(0.1)
 
     def fill(self, **texts: str) -> None:
         for name, text in texts.items():
@@ -806,11 +796,10 @@ def test_unlabeled_images_become_a_served_model(
     studio.wait_for_job("stopped")
     studio.check()
 
-    checker = AxeChecker()
     for step, lang in product(STEPS, get_args(Language)):
         studio.open(step, lang)
         texts = browser.run(VISIBLE_LABELS_SCRIPT)
         chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
         assert chinese == (texts if lang == "zh" else []), step
-        assert checker.find_layout_problems(browser) == [], (step, lang)
+        assert browser.find_layout_problems() == [], (step, lang)
         studio.check()

@@ -6,8 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
-from archive_fixtures import build_coco_files, get_text, make_tar, make_zip, read_image_bytes
-from hub_fixtures import cache, certificate, make_png, web_server, without_sockets
+from hub_fixtures import (
+    build_coco_files,
+    cache,
+    certificate,
+    get_text,
+    make_png,
+    make_tar,
+    make_zip,
+    read_image_bytes,
+    web_server,
+    without_sockets,
+)
 
 from finesight.data.sample import read_samples
 

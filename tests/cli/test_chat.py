@@ -12,7 +12,7 @@ import pytest
 from case_files import load_cases
 from click.testing import CliRunner
 from service_fixture import write_shape_image
-from thinking_fixtures import ANSWER, THOUGHT
+from tiny_task import ANSWER, THOUGHT
 from web_server_fixture import ScriptedService
 
 from finesight.cli.app import app

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from comparison_fixtures import make_run, make_sign_answers
+from run_dir_fixtures import make_run, make_sign_answers
 
 HALF, FULL = [0.5] * 8, [1.0] * 8
 PAGE = ("--out", "page.html", "--language", "en")

@@ -8,8 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub_servers import TOKEN, FakeHubServer, run_hub_server
-from fake_upload_servers import UploadModelScopeHandler, UploadStorageHandler
+from fake_hub_servers import (
+    TOKEN,
+    FakeHubServer,
+    ModelScopeHandler,
+    run_hub_server,
+)
 from hf_reference import CPU
 from hub_fixtures import cache
 from lora_fixtures import tune_with_lora
@@ -36,7 +40,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def hub(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHubServer]:
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
-    with run_hub_server(UploadModelScopeHandler, UploadStorageHandler) as server:
+    with run_hub_server(ModelScopeHandler) as server:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
         yield server
 

@@ -12,8 +12,8 @@ import torch
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
-from thinking_fixtures import train_run
 from tiny_model import create_tiny_model
+from tiny_task import train_run
 
 from finesight.config import PixelRange, TuneSettings
 from finesight.export import verified_merge

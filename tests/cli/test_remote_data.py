@@ -10,15 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from archive_fixtures import build_coco_files, get_text, make_tar, make_zip, read_image_bytes
 from fake_hub_servers import TOKEN, FakeHubServer
 from hub_fixtures import (
+    build_coco_files,
     cache,
+    get_text,
     huggingface,
     make_image_cell,
     make_parquet,
     make_png,
+    make_tar,
+    make_zip,
     modelscope,
+    read_image_bytes,
     without_sockets,
 )
 

@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from archive_fixtures import get_text
 from fake_hub_servers import FakeHubServer, HuggingFaceHandler, ModelScopeHandler, run_hub_server
-from hub_fixtures import make_image_cell, make_parquet
+from hub_fixtures import get_text, make_image_cell, make_parquet
 
 from finesight.data.sample import read_samples
 

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub_servers import TOKEN, run_hub_server
-from fake_upload_servers import UploadModelScopeHandler, UploadStorageHandler
+from fake_hub_servers import TOKEN, ModelScopeHandler, run_hub_server
 from hub_fixtures import cache
 from tiny_task import make_task, read_final_files, read_losses, write_recipe
 
@@ -68,7 +67,7 @@ def test_finished_run_is_pushed(recipe, tmp_path, cache, cli, monkeypatch):
         monkeypatch.setenv("HF_HUB_OFFLINE", offline)
         assert words in cli(*train, address, code=2).err
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", TOKEN)
-    with run_hub_server(UploadModelScopeHandler, UploadStorageHandler) as server:
+    with run_hub_server(ModelScopeHandler) as server:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
         server.repositories["models/me/receipts"] = {}
         assert "exists and is public" in cli(*train, address, code=2).err

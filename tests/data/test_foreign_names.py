@@ -19,7 +19,7 @@ import pytest
 import yaml
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
-from test_file_names import CAT, in_gbk
+from test_bounded_files import CAT, in_gbk
 from tiny_task import make_task
 
 from finesight.cli.app import run_command

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fuzzed_sources import COCO, FIFTYONE, JPEG, LABEL_STUDIO, LABELME, MAPPED, PNG, ROWS
+from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.conversation_rows import REASONING_KEYS
@@ -137,15 +137,16 @@ def test_many_mutated_rows(tmp_path: Path, kind: str) -> None:
     check_mutations(kind, 5000, tmp_path)
 
 
-DOCUMENTS = {"coco": COCO, "labelme": LABELME, "fiftyone": FIFTYONE, "label-studio": LABEL_STUDIO}
-DOCUMENT_FILES = {"fiftyone": "labels.json"}
+DOCUMENT_FILES = dict.fromkeys(("coco", "labelme", "label-studio"), "a.json")
+DOCUMENT_FILES["fiftyone"] = "labels.json"
+DOCUMENTS = {kind: SOURCES[kind]["files"][name] for kind, name in DOCUMENT_FILES.items()}
 
 
 def check_documents(kind: str, count: int, folder: Path) -> None:
     """Import annotation files with further keys, and fail if one is neither stored nor named."""
     (folder / "a.png").write_bytes(PNG)
     (folder / "b.jpg").write_bytes(JPEG)
-    file = folder / DOCUMENT_FILES.get(kind, "a.json")
+    file = folder / DOCUMENT_FILES[kind]
     (folder / "data.json").write_text('{"a.png": "a.png", "b.jpg": "b.jpg"}')
     num_imported = 0
     for number in range(count):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,15 +16,15 @@ import click
 import pytest
 import yaml
 from docs_code_blocks import ROOT, CodeBlock, list_code_blocks, list_heading_levels, list_pages
-from docs_environment import (
-    PREPARED_COMMANDS,
+from docs_terminal import (
+    READER,
+    DocsTerminal,
     build_dataset_repositories,
     build_model_repositories,
     create_reader_folder,
     prepare_page_folder,
     run_fake_hubs,
 )
-from docs_terminal import DocsTerminal
 from each_value import each
 
 from finesight.cli.app import app
@@ -33,6 +34,7 @@ ENGLISH, CHINESE = list_pages("en"), list_pages("zh")
 RUNNABLE_PAGES = {"README.md": ROOT / "README.md", **ENGLISH}
 BLOCKS = [block for page in RUNNABLE_PAGES.values() for block in list_code_blocks(page)]
 TYPED = ("sh", "python", "console")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 
 
 def test_both_languages_have_the_same_pages() -> None:
@@ -55,9 +57,11 @@ def normalize_block(block: CodeBlock) -> tuple[str, str | None, str | None, str]
 
 @each("block", [b for b in BLOCKS if b.language == "sh"])
 def test_commands_in_code_blocks_exist(block: CodeBlock) -> None:
-    """Check command names and options without running the commands."""
+    """Check commands, options, and extras of `pip install` without running the commands."""
     for words in _commands(block.text):
         check_command(words, f"{block}: {shlex.join(words)}")
+    extras = ",".join(re.findall(r"finesight\[(.+?)\]", block.text)).split(",")
+    assert set(extras) <= PROJECT["optional-dependencies"].keys() | {""}, block
 
 
 def _commands(text: str) -> Iterator[list[str]]:
@@ -132,7 +136,7 @@ def prepared_repositories(
     folder = tmp_path_factory.mktemp("prepared") / "folder"
     create_reader_folder(folder)
     reader = DocsTerminal(folder, reader_env)
-    reader.run_block(CodeBlock(Path(__file__), 0, "sh", PREPARED_COMMANDS, None, None))
+    reader.run_block(CodeBlock(Path(__file__), 0, "sh", READER["commands"], None, None))
     reader.close()
     return folder
 
@@ -157,6 +161,9 @@ def test_code_blocks_of_page_run(
             output = None
             if block.needs is None and (block.caption or block.language in TYPED):
                 output = reader.run_block(block)
+    except AssertionError as error:
+        error.add_note(str(block))
+        raise
     finally:
         reader.close()
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 import pytest
 from case_files import load_cases
 from each_value import each
-from fake_hub_servers import TOKEN, FakeHubServer, run_hub_server
-from fake_upload_servers import (
-    UploadHuggingFaceHandler,
-    UploadModelScopeHandler,
-    UploadStorageHandler,
+from fake_hub_servers import (
+    TOKEN,
+    FakeHubServer,
+    HuggingFaceHandler,
+    ModelScopeHandler,
+    run_hub_server,
 )
 from huggingface_hub import constants
 from tiny_model import create_tiny_model
@@ -52,8 +53,8 @@ def target(
     request: pytest.FixtureRequest, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Target]:
     monkeypatch.setenv(VARIABLES[request.param], TOKEN)
-    kind = UploadHuggingFaceHandler if request.param == "hf" else UploadModelScopeHandler
-    with run_hub_server(kind, UploadStorageHandler) as server:
+    kind = HuggingFaceHandler if request.param == "hf" else ModelScopeHandler
+    with run_hub_server(kind) as server:
         monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.url)
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)

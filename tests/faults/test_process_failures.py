@@ -10,9 +10,8 @@ import time
 
 import pytest
 from each_value import each
-from hung_rank import train_with_short_timeout
 from multi_process_run import fork_ranks
-from nonfinite_step import before_steps
+from nonfinite_step import before_steps, train_with_short_timeout
 from tiny_task import TinyTask, assert_same_run, read_losses, write_recipe
 
 from finesight.cli.app import run_command

@@ -14,8 +14,8 @@ import pytest
 import torch
 from decoder_fixtures import SMALL_DECODER
 from engine_fixtures import make_mixed_questions, make_sample
-from thinking_fixtures import train_run
 from tiny_model import create_tiny_model
+from tiny_task import train_run
 
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import ThinkingOptions

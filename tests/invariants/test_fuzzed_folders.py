@@ -16,8 +16,14 @@ from typing import NamedTuple
 import pytest
 import torch
 import yaml
-from fuzz_worker import read_peak_memory
-from mutations import ODD_FILES, mutated_bytes, mutated_json, mutated_lines, mutated_value
+from mutations import (
+    ODD_FILES,
+    mutated_bytes,
+    mutated_json,
+    mutated_lines,
+    mutated_value,
+    read_peak_memory,
+)
 from tiny_task import TinyTask
 
 from finesight.cli.app import run_command

@@ -7,21 +7,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import Browser
+from browser import Browser, wait_for
 from label_fixtures import (
     MODEL,
+    check_layouts,
     draw_images,
     make_suggestion,
-)
-from label_page_driver import (
-    check_layouts,
     open_client,
     press,
     read_answers,
     run_in_page,
     save,
     serve,
-    wait_for,
 )
 
 from finesight.label.label_session import LabelSession, open_session

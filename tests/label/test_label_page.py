@@ -10,24 +10,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import wait_for
 from hostile_requests import make_jpeg2000, make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
     FIELDS,
     MODEL,
+    check_layouts,
     draw_images,
     make_suggestion,
     open_boxes_session,
-    open_fields_session,
-)
-from label_page_driver import (
-    check_layouts,
     open_client,
+    open_fields_session,
     press,
     read_answers,
+    run_in_page,
     save,
     serve,
-    wait_for,
 )
 from PIL import Image
 from starlette.testclient import TestClient
@@ -376,6 +375,68 @@ def test_fields_are_labeled_by_keyboard_and_survive_a_reload(tmp_path, browser):
             "1.png": json.dumps({**FIELDS[1], "shop": "Olpa"}),
         }
         check_layouts(browser, address)
+
+
+def test_listed_image_is_opened_with_its_history(tmp_path, browser):
+    rows = "document.querySelectorAll('#list-items button')"
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
+        browser.run("document.querySelector('#list').open = true;")
+        wait_for(browser, f"{rows}.length === 3 && {rows}[1].ariaCurrent === 'true'")
+        browser.run("document.querySelector('#list-text').focus();")
+        browser.run("document.execCommand('insertText', false, 'rab');")
+        wait_for(browser, f"{rows}.length === 1 && {rows}[0].innerText.includes('accepted')")
+        press(browser, "Enter")  # saves nothing
+        browser.run(f"{rows}[0].click();")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        press(browser, "e")
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        browser.run("document.execCommand('insertText', false, 'Rabe');")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
+        assert read_answers(tmp_path / "labels") == {
+            "2.png": json.dumps(FIELDS[2] | {"shop": "Rabe"})
+        }
+        browser.run(f"{rows}[0].click();")
+        wait_for(browser, "document.querySelector('#history del')?.textContent.includes('Rab')")
+        browser.run("document.querySelector('#history').open = true;")
+        history = browser.run("return document.querySelector('#history').innerText;")
+        assert ("Rabe" in history, history.count(MODEL)) == (True, 1)
+        assert browser.find_layout_problems() == []
+
+
+def test_unreadable_images_are_shown_and_skipped(tmp_path, browser):
+    photos = draw_images(tmp_path)
+    (photos / "0.png").write_bytes(b"no image")
+    # The header of this image is readable, and its pixels are not.
+    (photos / "1.png").write_bytes((photos / "1.png").read_bytes()[:50])
+    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
+    text = "document.querySelector('#unreadable:not([hidden])')?.textContent"
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        for name in ("0.png", "1.png"):
+            wait_for(browser, f"document.querySelector('#name').textContent === '{name}'")
+            wait_for(browser, f"{text}?.startsWith('The image cannot be read.')")
+            press(browser, "s")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        wait_for(browser, f"{text} === undefined")
+        # Letters after a command are commands.
+        counts = "document.querySelector('#counts').textContent"
+        for key, count in (("s", 3), ("u", 2), ("s", 3), ("u", 2), ("u", 1)):
+            press(browser, key)
+            wait_for(browser, f"{counts}.includes('skipped {count}')")
+            while run_in_page(browser, "return page.isSaving;"):
+                browser.settle()
+        assert browser.run("return document.activeElement.id;") == ""
+        run_in_page(browser, "return page.open(2);")
+        browser.driver.refresh()
+        # The empty text of a readable image has the focus: letters are no commands.
+        wait_for(browser, "document.activeElement.id === 'answer'")
+        press(browser, "s")
+        wait_for(browser, "document.querySelector('#answer').value === 's'")
 
 
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):

@@ -10,8 +10,15 @@ from typing import Any
 
 import pytest
 from hostile_requests import make_progressive_jpeg
-from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
-from label_page_driver import open_client, save
+from label_fixtures import (
+    CORNERS,
+    MODEL,
+    draw_images,
+    make_suggestion,
+    open_client,
+    open_fields_session,
+    save,
+)
 from PIL import Image
 from PIL.Image import Transpose
 from video_fixtures import write_video

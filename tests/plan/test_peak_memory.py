@@ -9,11 +9,11 @@ import pytest
 import torch
 from plan_fixtures import (
     Tune,
+    compute_loss,
     make_batch,
     make_model,
     make_tracer,
     measure_peak,
-    run_forward_backward,
 )
 from tiny_task import make_task
 
@@ -92,7 +92,7 @@ def test_static_memory_matches_a_run(
     assert estimated.num_trainable == pytest.approx(num_values, rel=0.01)
     is_fp32 = dtype == torch.float32
     assert estimated.master_weight_bytes == (0 if is_fp32 else 2 * estimated.num_trainable)
-    run_forward_backward(model, make_batch(TINY, data))
+    compute_loss(model, make_batch(TINY, data)).backward()
     grad_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     # Large gradients are accumulated into existing sums and then freed.
     accumulated_ids = estimated.accumulated_ids[False]

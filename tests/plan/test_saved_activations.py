@@ -17,7 +17,6 @@ from plan_fixtures import (
     make_planned_pack,
     make_tracer,
     measure_peak,
-    run_forward_backward,
 )
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
@@ -110,7 +109,7 @@ def test_traced_gpu_memory_matches_allocated_memory(task: Path, family: str) -> 
     device_batch = batch.to(torch.device("cuda"))
     for tune in tunes:
         model = make_model(folder, compute.dtype, TUNES[tune], "cuda")
-        run_forward_backward(model, device_batch)
+        compute_loss(model, device_batch).backward()
         model.zero_grad(set_to_none=True)
         before = torch.cuda.memory_allocated()
         loss = compute_loss(model, device_batch)

@@ -5,20 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from axe import AxeChecker
 from browser import Browser
-from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
+from run_dir_fixtures import RECIPE, make_run, make_sign_answers, start_record
 from tiny_task import make_task, write_recipe
 
 from finesight.cli.app import run_command
 from finesight.report.compare_page import write_compare_page
 from finesight.report.i18n import Language
 from finesight.report.run_page import write_report
-
-
-@pytest.fixture(scope="module")
-def axe() -> AxeChecker:
-    return AxeChecker()
 
 
 @pytest.fixture
@@ -38,7 +32,6 @@ def runs(tmp_path: Path) -> list[Path]:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_pages_have_no_severe_violations(
     browser: Browser,
-    axe: AxeChecker,
     runs: list[Path],
     tmp_path: Path,
     language: Language,
@@ -53,8 +46,8 @@ def test_pages_have_no_severe_violations(
     for file in (page, check, show, *reports):
         browser.open(file)
         browser.run("for (const at of document.querySelectorAll('details')) at.open = true;")
-        assert axe.find_layout_problems(browser) == [], file.name
+        assert browser.find_layout_problems() == [], file.name
         assert browser.messages() == [], file.name
     for button in ("[data-view=grid]", ".tile"):
         browser.run(f"document.querySelector('{button}').click();")
-        assert axe.find_layout_problems(browser) == [], button
+        assert browser.find_layout_problems() == [], button

@@ -7,12 +7,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import (
+    DESKTOP_WIDTH,
+    PHONE_WIDTH,
+    XSS_PAYLOADS,
+    Browser,
+    assert_nothing_executed,
+    click,
+    count,
+    open_page,
+    read_texts,
+)
 from check_fixtures import make_record, run_check, write_records
 from each_value import each
 from html_text import read_script_data, read_visible_text
 from image_fixtures import write_gray_image
-from page_checks import assert_nothing_executed, click, count, open_page, read_texts
 
 from finesight.check.check_issues import (
     ISSUE_TYPES,

@@ -6,11 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
-from browser import XSS_PAYLOADS, Browser
-from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
+from browser import XSS_PAYLOADS, Browser, assert_nothing_executed, count, read_texts
 from html_text import read_script_data, read_visible_text
-from page_checks import assert_nothing_executed, count, read_texts
-from run_dir_fixtures import make_prediction_line
+from run_dir_fixtures import RECIPE, make_prediction_line, make_run, make_sign_answers, start_record
 
 from finesight.report.compare_page import compare_runs, render_compare_page, write_compare_page
 from finesight.report.comparison import compare_samples

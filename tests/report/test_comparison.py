@@ -7,8 +7,15 @@ import shutil
 from pathlib import Path
 
 import pytest
-from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
-from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
+from run_dir_fixtures import (
+    RECIPE,
+    START_RECORD,
+    FakeRunDir,
+    make_run,
+    make_sign_answers,
+    make_step_line,
+    start_record,
+)
 
 from finesight.errors import UserError
 from finesight.evaluate.metric_difference import compare_prediction_files

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from case_files import load_cases
-from comparison_fixtures import RECIPE, make_run, make_sign_answers, start_record
-from run_dir_fixtures import FakeRunDir
+from run_dir_fixtures import RECIPE, FakeRunDir, make_run, make_sign_answers, start_record
 
 import finesight.app.pages  # noqa: F401 - adds the texts of the application
 from finesight.report import i18n, run_reader, summary

@@ -11,10 +11,19 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import (
+    DESKTOP_WIDTH,
+    PHONE_WIDTH,
+    XSS_PAYLOADS,
+    Browser,
+    assert_nothing_executed,
+    click,
+    count,
+    open_page,
+    read_texts,
+)
 from each_value import each
 from html_text import read_script_data, read_visible_text
-from page_checks import assert_nothing_executed, click, count, open_page, read_texts
 from PIL import Image
 from run_dir_fixtures import (
     START_RECORD,

@@ -9,11 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import (
+    DESKTOP_WIDTH,
+    PHONE_WIDTH,
+    XSS_PAYLOADS,
+    Browser,
+    assert_nothing_executed,
+    open_page,
+    read_texts,
+)
 from conversation_fixtures import make_conversation, make_folder, make_images
 from each_value import each
 from html_text import read_script_data
-from page_checks import assert_nothing_executed, open_page, read_texts
 from PIL import Image, ImageDraw
 
 from finesight.config import ExactSize

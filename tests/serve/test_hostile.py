@@ -27,7 +27,6 @@ from api_server_fixtures import (
 )
 from attack_client import MIB, MODEL, run_attack, start_server_process
 from each_value import each
-from fuzzed_bodies import make_fuzzed_body
 from hostile_requests import (
     CHAT,
     FILES,
@@ -35,6 +34,7 @@ from hostile_requests import (
     SLOW_TOOL,
     HostileRequest,
     hostile_requests,
+    make_fuzzed_body,
     make_header_flood,
     make_image_content,
     make_jpeg2000,
@@ -179,7 +179,7 @@ def test_additional_image_formats(inference_model, strict_server, tmp_path):
         assert "expected one of JPEG, PNG, WEBP, GIF" in error["message"]
     formats = read_formats(["tiff", "JPEG 2000"])
     assert formats == ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "JPEG2000")
-    with run_server(inference_model, tmp_path, formats=formats) as server:
+    with run_server(inference_model, tmp_path, image_formats=formats) as server:
         assert post_image(server, save_image("TIFF"))[0] == 200
         assert post_image(server, save_image("BMP"))[0] == 400
     with pytest.raises(UserError, match="unknown image format 'EPS'") as raised:

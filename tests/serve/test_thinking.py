@@ -11,7 +11,7 @@ import pytest
 from api_server_fixtures import RunningServer, run_server
 from each_value import each
 from openai import BadRequestError, OpenAI
-from thinking_fixtures import ANSWER, THOUGHT
+from tiny_task import ANSWER, THOUGHT
 
 from finesight.infer.model_loader import load_inference_model
 

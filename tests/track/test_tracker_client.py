@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import queue
 import select
 import signal
@@ -13,7 +14,7 @@ import time
 from pathlib import Path
 
 import pytest
-from broken_trackers import install_broken_tracker
+from tracking_fixtures import install_broken_tracker
 
 from finesight.config import TrackerSettings
 from finesight.track import tracker_manager, tracker_process
@@ -138,8 +139,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_tracker_of_killed_run_marks_it_failed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for folder in (Path(__file__).parent, Path(__file__).parents[1]):
-        monkeypatch.setenv("PYTHONPATH", str(folder), prepend=":")
+    folders = [str(Path(__file__).parent), *sys.path]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
     killed = subprocess.run([sys.executable, "-c", PARENT, str(tmp_path)])
     assert killed.returncode == -signal.SIGKILL
     deadline = time.monotonic() + LONG

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from broken_trackers import install_broken_tracker, make_unimportable
 from tiny_task import TinyTask, read_final_files, read_losses
+from tracking_fixtures import install_broken_tracker, install_package
 
 from finesight.config import Recipe
 from finesight.errors import TrainingInterrupted, UserError
@@ -49,7 +49,7 @@ def test_failing_tracker_does_not_affect_the_run(
     fault: str,
 ) -> None:
     install_broken_tracker(monkeypatch, tmp_path, fault)
-    make_unimportable(monkeypatch, tmp_path, "wandb")
+    install_package(monkeypatch, tmp_path, "wandb", "import a_missing_library\n")
     if fault == "hangs":
         monkeypatch.setitem(tracker_manager.FINISH_TIMEOUTS_S, "finished", 0.2)
     trackers = ["swanlab"] if fault == "hangs" else ["swanlab", "wandb", "tensorboard"]
@@ -63,7 +63,7 @@ def test_failing_tracker_does_not_affect_the_run(
         assert "waiting for swanlab (at most 0.2 s)" in output
     else:
         assert failed == ["swanlab", "wandb"]
-        assert "wandb: ModuleNotFoundError: No module named 'a_library_that_has_gone'" in output
+        assert "wandb: ModuleNotFoundError: No module named 'a_missing_library'" in output
         (file,) = (tmp_path / "run" / "track" / "tensorboard").iterdir()
         assert b"run finished" in file.read_bytes(), "the working tracker continues"
 

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from box_fixtures import summarize_content
 from case_files import load_cases
-from format_fixtures import summarize_content
 
 from finesight.data.formats.conversation_rows import format_answer, parse_answer
 from finesight.data.formats.dataset_format import ImportContext, RowImages

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from box_fixtures import list_turns, parse_record
 from case_files import load_cases
-from format_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.conversations import MS_SWIFT

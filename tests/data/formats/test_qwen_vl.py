@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_fixtures import list_turns, parse_record
+from box_fixtures import list_turns, parse_record
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.conversations import QWEN_VL as FORMAT

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from box_fixtures import list_turns, parse_record, summarize_content
 from case_files import load_cases
-from format_fixtures import list_turns, parse_record, summarize_content
 
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from format_fixtures import parse_record
+from box_fixtures import parse_record
 from image_fixtures import write_gray_image
 from video_fixtures import write_audio, write_video
 

@@ -31,6 +31,10 @@ class InvalidBoxError(UserError):
     """Raised when box coordinates are invalid or lie outside the image."""
 
 
+class StrayBoxError(InvalidBoxError):
+    """Raised for a box without area in its image, such as a stray click: it marks no object."""
+
+
 BOX_DECIMALS = 6
 
 MAX_OVERHANG_PX = 1.0
@@ -124,8 +128,8 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     """Clip a box that exceeds its image by no more than a rounding error.
 
     Raises:
-        InvalidBoxError: The box is inverted, has no area, or exceeds the image by more than
-            `MAX_OVERHANG_PX`.
+        StrayBoxError: The box has no area in the image.
+        InvalidBoxError: The box is inverted, or exceeds the image by more than `MAX_OVERHANG_PX`.
     """
     height, width = image_size
     x1, y1, x2, y2 = box
@@ -146,7 +150,9 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
-    raise InvalidBoxError(
+    corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    is_stray = all(map(math.isfinite, box)) and clip_box(corners, image_size) is None
+    raise (StrayBoxError if is_stray else InvalidBoxError)(
         f"the box [{coordinates}] in pixels (read as {convention.format} in units of"
         f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
@@ -158,8 +164,7 @@ def _suggest_convention(convention: BoxConvention) -> str:
     other = "xywh" if convention.format == "xyxy" else "xyxy"
     return (
         f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1 or 1000; otherwise correct the row, or give"
-        " --on-invalid-box clip, or drop for boxes outside of sentences"
+        f"{convention.units}, give --box-units pixel, 1 or 1000"
     )
 
 

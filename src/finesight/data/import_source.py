@@ -193,6 +193,7 @@ class ImportSource:
             box_units=options.box_units,
             box_task=options.box_task,
             lenient=lenient,
+            has_box_options="boxes" in self.data_format.supported_options,
             on_invalid_box=options.on_invalid_box
             or ("clip" if options.on_invalid_row == "skip" else "fail"),
         )

@@ -229,19 +229,19 @@ def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "dog", "empty_dog"),
+    ("make", "dog", "empty_dog", "wide_dog"),
     [
-        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]"),
-        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4"),
-        (voc, "<xmax>12<", "<xmax>4<"),
-        (labelme, "[12, 5]", "[4, 5]"),
-        (cvat, 'xbr="12.00"', 'xbr="4.00"'),
-        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]"),
-        (label_studio, '"width": 20', '"width": 0'),
+        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]", "[4, 5, 80, 8]"),
+        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4", "0.2 0.45 0.9 0.4"),
+        (voc, "<xmax>12<", "<xmax>4<", "<xmax>80<"),
+        (labelme, "[12, 5]", "[4, 5]", "[80, 5]"),
+        (cvat, 'xbr="12.00"', 'xbr="4.00"', 'xbr="80"'),
+        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]", "0.25, 2, 0.4]"),
+        (label_studio, '"width": 20', '"width": 0', '"width": 200'),
     ],
 )
-def test_box_without_area_is_skipped(
-    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str
+def test_stray_boxes_keep_their_class_in_the_question(
+    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str, wide_dog: str
 ) -> None:
     source = write_changed(make, tmp_path / "set", dog, empty_dog)
     with pytest.raises(UserError, match="no area"):
@@ -251,6 +251,13 @@ def test_box_without_area_is_skipped(
         samples, summary = import_samples(source, tmp_path / str(number), **options)
         assert list_answers(samples) == [[("dog", WHITE), ("lawn", (0, 0, 40, 20))]]
         assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+    source = write_changed(make, tmp_path / "wide", dog, wide_dog)
+    samples, summary = import_samples(source, tmp_path / "lawn", on_invalid_box="drop")
+    assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
+    assert samples[0].meta["classes"] == ["lawn"]
+    assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+    with pytest.raises(UserError, match="for which the question would ask"):
+        import_samples(source, tmp_path / "all", on_invalid_box="drop", prompt="Find all.")
 
 
 @pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])

@@ -360,8 +360,10 @@ def test_empty_box_cell_means_no_objects(folder: Path, box: object) -> None:
         ("Locate these classes: cat, dog, owl.", "Locate these classes: cat, owl."),
         ("Locate these classes: dog, owl, cat.", "Locate these classes: owl, cat."),
         ("Locate cat, owl, or dog?", "Locate cat, owl?"),
-        ("Locate every dogfish.", "Locate every dogfish."),
+        ("Locate every dogfish and cat.", "Locate every dogfish and cat."),
         ("Locate each dog in the image.", None),
+        ("Locate every dogfish.", None),
+        ("Find all objects.", None),
     ],
 )
 def test_question_does_not_name_a_class_without_its_box(
@@ -374,6 +376,10 @@ def test_question_does_not_name_a_class_without_its_box(
         with pytest.raises(InvalidBoxError, match="no area"):
             parse_record(FORMAT, record, folder, prompt=prompt, **options)
         return
+    for other in ({"b": [[1, 1, 9, 9], [5, 5, 2000, 9]], "l": ["cat", "cat"]}, {"l": None}):
+        wide = {**record, "b": [[1, 1, 9, 9], [5, 5, 2000, 9]]} | other
+        with pytest.raises(InvalidBoxError, match="outside its image; the answer would be"):
+            parse_record(FORMAT, wide, folder, prompt="Locate each cat.", **options)
     found = parse_record(FORMAT, record, folder, prompt=prompt, **options)
     assert list_turns(found) == [
         ("user", [folder / "b.png", question]),

@@ -8,8 +8,9 @@ The answer for an image without objects is `none`, which is scored as no boxes; 
 an image.
 
 A shape other than a box gives its enclosing box. If an object has none, such as a keypoint or a
-crowd, the question about its image does not ask for its class. If the class is unknown, the
-template does not list the classes, or no box is left, the image is skipped.
+crowd, the question about its image does not ask for its class. The same applies to a dropped box,
+except that a stray box without area counts only if no other box has its class. If the class is
+unknown, the template does not list the classes, or no box is left, the image is skipped.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import find_existing
-from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError
+from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError, StrayBoxError
 from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
@@ -135,7 +136,9 @@ def _list_subfolders(folder: Path) -> list[Path]:
 UNKNOWN_LABEL = ""
 """Label of an object without a box whose class is unknown."""
 
-NOTE_OMITTED_CLASSES = "classes of objects without a box (not in the question about their image)"
+NOTE_OMITTED_CLASSES = (
+    "classes of objects without a valid box (not in the question about their image)"
+)
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
 
 
@@ -166,11 +169,11 @@ MAX_PROMPT_CLASSES = 20
 NO_OBJECTS_ANSWER = "none"
 
 REASON_OBJECT_WITHOUT_BOX = (
-    "images with objects without a box, for which the question would ask; to import the images,"
+    "images with objects without a valid box, for which the question would ask; to import them,"
     " remove these objects from the annotations"
 )
 REASON_UNLISTED_CLASSES = (
-    "images with objects without a box, for which the question would ask; to leave out their"
+    "images with objects without a valid box, for which the question would ask; to leave out their"
     " classes, give --prompt with {labels}, or --box-task grounding"
 )
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
@@ -272,24 +275,23 @@ def build_detection_examples(
 def _locate_objects(
     objects: Sequence[ObjectAnnotation], images: RowImages, convention: BoxConvention
 ) -> tuple[list[tuple[BoxPart, Mapping[str, Any]]], set[str]]:
-    """Return the boxes of objects with their attributes, and the labels of objects without a box.
+    """Return the boxes of objects with their attributes, and the labels of objects without one.
 
-    The label of a skipped box counts only if no other box has it.
+    The label of a stray box counts only if no other box has it.
     """
-    omitted = {obj.label for obj in objects if obj.coordinates is None}
     boxes: list[tuple[BoxPart, Mapping[str, Any]]] = []
-    skipped: set[str] = set()
+    omitted, stray = set[str](), set[str]()
     for obj in objects:
-        if obj.coordinates is None:
-            continue
-        box = images.create_valid_box(obj.coordinates, obj.label, convention)
-        if box is None:
-            skipped.add(obj.label)
-        else:
+        box = None
+        if obj.coordinates is not None:
+            box = images.create_valid_box(obj.coordinates, obj.label, convention)
+        if isinstance(box, BoxPart):
             boxes.append((box, obj.attributes))
+        else:
+            (stray if isinstance(box, StrayBoxError) else omitted).add(obj.label)
     # By label, then from top to bottom and left to right.
     boxes.sort(key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[n] for n in (1, 0, 3, 2))))
-    return boxes, omitted | (skipped - {str(box.label) for box, _ in boxes})
+    return boxes, omitted | (stray - {str(box.label) for box, _ in boxes})
 
 
 def build_class_prompt(num_classes: int) -> str:

@@ -401,6 +401,7 @@ def test_notations_of_box_tokens(tmp_path: Path, notation: str) -> None:
         ("<|box_start|>(1,2),(3,4),(5,6)<|box_end|>", "not a box"),
         ('{"bbox_2d": [1, 2, 3, 4], "color": "red"}', "attributes of boxes are not supported yet"),
         ('{"items": [{"bbox_2d": [1, 2, 3, 4]}]}', "nested in JSON are not supported yet"),
+        ("<|quad_start|>(1,2),(3,4),(5,6),(7,8)<|quad_end|>", "the placeholder"),
     ],
 )
 def test_unsupported_boxes_are_named(tmp_path: Path, answer: str, what: str) -> None:

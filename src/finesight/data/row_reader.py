@@ -18,8 +18,8 @@ import re
 import tarfile
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, time
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -105,12 +105,14 @@ class RowReader:
             number of rows, without such a split.
         text_format: Detected delimiter and encoding of a table, its sheet, or the classes of
             folders, for messages.
+        other_keys: Number of keys of the source, outside of its rows, that its format does not use.
     """
 
     num_rows: int
     iter_range: Callable[[int, int], Iterator[SourceRow]]
     eval_start: int | None = None
     text_format: str = ""
+    other_keys: Mapping[str, int] = field(default_factory=dict)
 
 
 ItemT = TypeVar("ItemT")

@@ -575,11 +575,8 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             expected="one complete JSON object per line",
             remedy=remedy,
         )
-    if (
-        error_type == "extra_forbidden"
-        and len(error_location) == 1
-        and error_location[0] in FOREIGN_KEYS
-    ):
+    is_foreign = len(error_location) == 1 and error_location[0] in FOREIGN_KEYS
+    if error_type == "extra_forbidden" and is_foreign:
         return UserError(
             f"the key {key}: a row of another dataset format, not a sample",
             where=where,

@@ -108,6 +108,15 @@ def test_detection(tmp_path: Path) -> None:
         "segmentation (ignored)": 4,
         NOTE_OMITTED_CLASSES: 1,
     }
+    assert summary.other_keys["supercategory of categories, not imported"] == 3
+    images = [
+        {"coco_url": f"http://images.org/{image.pop('file_name')}", **image}
+        for image in instances()["images"]
+    ]
+    file.write_text(json.dumps({**instances(), "images": images, "contributors": ["J"]}))
+    again, summary = import_samples(file, tmp_path / "lvis")
+    assert list_answers(again) == list_answers(samples)
+    assert summary.other_keys["contributors of files, not imported"] == 1
 
 
 def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
 
 from finesight.data.exporter import export_dataset
+from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import NOTE_SKIPPED_BOX
 from finesight.data.formats.image_annotations import (
     NOTE_OMITTED_BOXES,
@@ -256,6 +257,10 @@ def test_stray_boxes_keep_their_class_in_the_question(
     assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
     assert samples[0].meta["classes"] == ["lawn"]
     assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+    with pytest.raises(UserError, match="outside its image") as caught:
+        import_samples(source, tmp_path / "fail")
+    has_options = "boxes" in get_format(summary.format).supported_options
+    assert ("--box-format" in caught.value.remedy) == has_options
     with pytest.raises(UserError, match="for which the question would ask"):
         import_samples(source, tmp_path / "all", on_invalid_box="drop", prompt="Find all.")
 

@@ -130,6 +130,9 @@ or refuses the row.
 NOTE_THOUSANDTHS = (
     "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
 )
+NOTE_PIXELS = (
+    "boxes of bbox_2d in texts, read as pixels of the original image; --box-units changes it"
+)
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
 
@@ -137,7 +140,7 @@ IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
 
 _PLACEHOLDERS = re.compile(
-    r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
+    r"<\|(?:vision|image|video|box|quad|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
     r"|<image>|<bbox>|<ref-object>"
 )
 
@@ -236,18 +239,19 @@ class ImportContext:
         try:
             clipped_box = clip_to_image(pixel_box, image_size, convention)
         except InvalidBoxError as error:
-            inner_box = clip_box(pixel_box, image_size) if self.on_invalid_box == "clip" else None
-            if inner_box is None or inner_box == pixel_box:  # empty, or not in pixels
-                hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
+            inner_box = clip_box(pixel_box, image_size)
+            is_clippable = inner_box != pixel_box  # else not in pixels
+            if inner_box is not None and is_clippable and self.on_invalid_box == "clip":
+                self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+                return inner_box
+            hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
+            options = ", or give --on-invalid-box clip"
+            if self.on_invalid_box == "fail":
+                options += ", or drop for boxes outside of sentences"
+            elif inner_box is None or not is_clippable:
                 options = ", or leave it out"
-                if self.on_invalid_box == "fail":
-                    options = (
-                        ", or give --on-invalid-box clip, or drop for boxes outside of sentences"
-                    )
-                error.remedy = f"{hint}correct the row{options}"
-                raise
-            self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
-            return inner_box
+            error.remedy = f"{hint}correct the row{options}"
+            raise
         self.num_clipped += clipped_box != pixel_box
         return clipped_box
 
@@ -364,7 +368,7 @@ class RowImages:
     def create_boxes(
         self, values: Iterable[tuple[object, str | None]], default: BoxConvention
     ) -> list[BoxPart]:
-        """Create the box parts of pairs of coordinates and label, except stray boxes.
+        """Create the box parts of `bbox_2d` values with their labels, except stray boxes.
 
         Raises:
             InvalidBoxError: A box is invalid, and the import does not drop it, it may mark an
@@ -376,6 +380,8 @@ class RowImages:
         for error in errors:
             if not boxes or not isinstance(error, StrayBoxError):
                 raise forbid_drop(error)
+        is_assumed = default.units == "pixel" and self._context.box_units is None
+        self._context.row_notes[NOTE_PIXELS] += len(boxes) * is_assumed
         return boxes
 
     def require_single_image(self) -> None:

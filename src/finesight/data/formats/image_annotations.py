@@ -31,6 +31,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RowImages,
+    join_text,
     make_text_part,
 )
 from finesight.data.image_header import (
@@ -590,9 +591,7 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
         if not isinstance(part, TextPart) or part.text.strip()
     ]
     attributes_list = sample.meta.get("boxes", ())
-    if [part.text for part in parts if isinstance(part, TextPart)] == [NO_OBJECTS_ANSWER] and len(
-        parts
-    ) == 1:
+    if parts == [TextPart(text=NO_OBJECTS_ANSWER)]:
         return
     for box_index, part in enumerate(parts):
         if not isinstance(part, BoxPart) or part.label is None or not part.label.strip():
@@ -612,12 +611,11 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
 
 def _get_answer_text(sample: Sample) -> str:
     parts = sample.messages[-1].content
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
-    if len(texts) != len(parts):
+    if not all(isinstance(part, TextPart) for part in parts):
         raise UserError(
             "a mix of answers with and without boxes",
             where=f"sample {sample.id}",
             expected="only text answers",
             remedy="export the samples with boxes separately",
         )
-    return "".join(texts)
+    return join_text(parts)

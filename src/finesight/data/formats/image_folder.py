@@ -74,9 +74,8 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
         record = {"id": image.stem, "image": str(image), "text": str(text) if text else None}
         return SourceRow(row_number, str(image), record, source.stem)
 
-    return rows_from_items(
-        images, make_row
-    ), f"{num_with_text} images with a text file of the same name"
+    reason = f"{num_with_text} images with a text file of the same name"
+    return rows_from_items(images, make_row), reason
 
 
 def _get_pair_key(path: Path) -> str:

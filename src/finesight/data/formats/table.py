@@ -795,11 +795,8 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
     first_box = next(
         (n for n, part in enumerate(content) if isinstance(part, BoxPart)), len(content)
     )
-    leading_parts, boxes = (
-        content[:first_box],
-        [part for part in content[first_box:] if isinstance(part, BoxPart)],
-    )
-    text = format_answer(leading_parts, len(image_names))
+    boxes = [part for part in content[first_box:] if isinstance(part, BoxPart)]
+    text = format_answer(content[:first_box], len(image_names))
     if len(boxes) < len(content) - first_box or (text and boxes and not text.endswith("\n")):
         text, boxes = format_answer(content, len(image_names)), []
     if any(box.label is not None and not box.label.strip() for box in boxes):

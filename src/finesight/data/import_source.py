@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -621,21 +620,7 @@ def detect_columns(
             open_source(path, options)  # raises the error of a table, if it is one
             return path, options
         columns = _resolve_ambiguous_columns(path, records, columns, ask_question)
-        if not columns.keys() & {"answer", "fields", "box"}:
-            raise UserError(
-                f"no answer column among {', '.join(map(str, records[0]))}",
-                where=str(path),
-                expected="a column with the answers",
-                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
-            )
-        if (found := table_format.find_unsupported_column(records, columns)) is not None:
-            mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
-            raise UserError(
-                f"the column {found[0]!r}: {found[1]}",
-                where=str(path),
-                expected="a table of questions and answers",
-                remedy=f"remove the column, or leave it out with {mapping}",
-            )
+        table_format.check_guessed_columns(records, columns, str(path))
         options, opened = replace(options, columns=columns), None
     opened = opened or open_source(path, options)
     box = opened.column_map.get("box")

@@ -361,7 +361,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             f"the box {list(box.xyxy)}",
             where=where,
             expected="[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2",
-            remedy="convert other box formats with `finesight import`",
+            remedy="correct or remove the box; `finesight import` converts boxes of other formats",
         )
 
 

@@ -320,9 +320,14 @@ def test_unlisted_and_duplicate_image_ids(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", document)
     _, summary = import_samples(file, tmp_path / "out")
     assert summary.detected_by.endswith("; annotations of 1 images that it does not list")
-    document["images"][2]["id"] = 37777
-    with pytest.raises(UserError, match="2 images have the id 37777"):
-        import_samples(write(tmp_path / "coco", document), tmp_path / "other")
+    document["categories"][2]["name"] = "dog"
+    samples, _ = import_samples(write(tmp_path / "coco", document), tmp_path / "same")
+    assert list_questions(samples)[0].endswith(": dog, person.")
+    for kind, number in (("categories", 18), ("images", 37777)):
+        document[kind][2]["id"] = number
+        with pytest.raises(UserError, match=f"2 {kind} have the id {number}"):
+            import_samples(write(tmp_path / "coco", document), tmp_path / "other")
+        document[kind][2]["id"] = 7
 
 
 def test_annotations_without_boxes_or_captions(tmp_path: Path) -> None:

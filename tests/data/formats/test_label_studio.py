@@ -71,7 +71,7 @@ def test_results_of_each_task(root: Path, tmp_path: Path) -> None:
     predicted = annotation(region("guess"), model_version="1")
     source = write_tasks(
         root,
-        {"annotations": [new, old], "predictions": [predicted], "meta": {"room": 1}},
+        {"annotations": [new, old], "predictions": [predicted], "meta": {"shift": 1}},
         {"annotations": [new, truth]},
         {"annotations": [], "predictions": [predicted]},
         {"annotations": [annotation(region("x"), was_cancelled=True)], "predictions": [predicted]},
@@ -89,7 +89,7 @@ def test_results_of_each_task(root: Path, tmp_path: Path) -> None:
         "tasks with several annotations (the ground truth or the newest is used)": 2,
         "tasks without annotations (predictions are used)": 1,
     }
-    names = ("meta of tasks", "meta.room of tasks", "lead_time of annotations")
+    names = ("meta of tasks", "meta.shift of tasks", "lead_time of annotations")
     assert summary.other_keys.items() >= {(f"{name}, not imported", 1) for name in names}
     samples, _ = import_samples(source, tmp_path / "predicted", format="label-studio-predictions")
     assert list_answers(samples) == [[("guess", WHITE)]] * 3

@@ -290,7 +290,7 @@ class RowMedia(RowImages):
                     f"{len(files)} {kind}s are listed, {num_remaining} of them have no"
                     f" `<{kind}>` in the text and no part",
                     expected=f"one placeholder per {kind}",
-                    remedy="correct the row",
+                    remedy=f"write `<{kind}>` into the question about it, or remove the {kind}",
                 )
 
 

@@ -254,7 +254,8 @@ def build_detection_examples(
                 expected=f"at most {MAX_CLASSES:,}",
                 remedy="use --box-task grounding, which asks for one class per question",
             )
-        class_names = [name for name in annotation.class_names if name not in omitted]
+        names = dict.fromkeys(annotation.class_names)
+        class_names = [name for name in names if name not in omitted]
         question = format_prompt(template, template, {"labels": ", ".join(class_names)})
         meta = annotation.meta | ({"classes": class_names} if has_class_list else {})
         return [_build_example(row.id, [image, *question], boxes_with_attributes, meta)]
@@ -290,7 +291,6 @@ def _locate_objects(
             boxes.append((box, obj.attributes))
         else:
             (stray if isinstance(box, StrayBoxError) else omitted).add(obj.label)
-    # By label, then from top to bottom and left to right.
     boxes.sort(key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[n] for n in (1, 0, 3, 2))))
     return boxes, omitted | (stray - {str(box.label) for box, _ in boxes})
 

@@ -204,14 +204,8 @@ def map_imagefolder_columns(
     if columns.keys() & {"answer", "fields", "box"}:
         return {"image": "file_name", **columns}
     guessed = table.guess_columns(records) | {"image": "file_name"}
-    if not guessed.keys() & {"answer", "box"}:
-        raise UserError(
-            f"no answer column among {', '.join(map(str, records[0]))}",
-            where="--map",
-            expected="columns with known names, such as caption, or question and answer, or objects"
-            " with bbox and categories; or a single column",
-            remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
-        )
+    guessed.pop("fields", None)
+    table.check_guessed_columns(records, guessed | dict(columns), "--map")
     return guessed | dict(columns)
 
 

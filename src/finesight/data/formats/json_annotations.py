@@ -116,8 +116,7 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             expected="annotations with `bbox` (instances) or `caption`",
             remedy="use the document of the instances or of the captions",
         )
-    ids = Counter(str(image.get("id")) for image in images)
-    _reject_duplicate_ids(ids, source)
+    ids, _ = (_count_ids(kind, document[kind], source) for kind in ("images", "categories"))
     folder = find_image_folder(source, [_get_file_name(image) for image in images])
     names = {
         str(item.get("id")): item["name"]
@@ -231,15 +230,17 @@ def _read_object(file: Path, marker: bytes = b"") -> Record | None:
     return document if isinstance(document, dict) else None
 
 
-def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
-    duplicate, count = ids.most_common(1)[0]
+def _count_ids(kind: str, items: Sequence[Record], source: Path) -> Counter[str]:
+    ids = Counter(str(item.get("id")) for item in items)
+    duplicate, count = next(iter(ids.most_common(1)), ("", 0))
     if count > 1:
         raise UserError(
-            f"{count} images have the id {duplicate}",
+            f"{count} {kind} have the id {duplicate}",
             where=str(source),
-            expected="a unique ID per image",
-            remedy="assign new IDs to the images and their annotations",
+            expected=f"unique IDs of {kind}",
+            remedy=f"assign new IDs to the {kind} and their annotations",
         )
+    return ids
 
 
 def _get_file_name(image: Record) -> str:

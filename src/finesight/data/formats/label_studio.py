@@ -420,8 +420,8 @@ def _expand_min(record: Record) -> Record:
         if values and len(shapes) == len(values):
             for index, shape in enumerate(shapes):
                 sizes = {key: shape.pop(key) for key in _SIZE_KEYS if key in shape}
-                ids = {"id": f"{name}-{index}", "from_name": name}
-                results.append({**sizes, **ids, "value": shape})
+                names = {"id": f"{name}-{index}", "from_name": name}
+                results.append({**sizes, **names, "value": shape})
         elif values and all(map(_is_text, values)):
             results.append({"id": name, "from_name": name, "value": {"text": values}})
         elif name != "id":

@@ -517,10 +517,20 @@ def _match_name(label: str) -> str:
     return rf"(?a:(?<!\w){re.escape(label)}(?!\w))"
 
 
-def find_unsupported_column(
-    records: Sequence[Record], columns: Mapping[str, str]
-) -> tuple[str, str] | None:
-    """Return a column that no role uses but an answer depends on, and its meaning."""
+def check_guessed_columns(
+    records: Sequence[Record], columns: Mapping[str, str], where: str
+) -> None:
+    """Raise UserError if no column has the answers, or an answer depends on an unused column."""
+    if not columns.keys() & {"answer", "fields", "box"}:
+        raise UserError(
+            f"no answer column among {', '.join(map(str, records[0]))}",
+            where=where,
+            expected="a column with a known name, such as answer, caption, or objects with bbox and"
+            " categories; or a single column besides the image",
+            remedy=f"name the column: --map image={columns['image']} --map answer=COLUMN, or --map"
+            " fields=COLUMN,COLUMN",
+        )
+    mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
     for name in list_unused_columns(records[0], columns):
         values = [get_cell(record, name) for record in records]
         for value in values:
@@ -528,8 +538,12 @@ def find_unsupported_column(
             is_constant = meaning is LOSS and len(set(map(str, values))) == 1
             is_needed = meaning in (REASONING, LOSS, PREFERENCE) or name == "history"
             if meaning is not None and is_needed and not is_constant:
-                return str(name), meaning.what
-    return None
+                raise UserError(
+                    f"the column {str(name)!r}: {meaning.what}",
+                    where=where,
+                    expected="a table of questions and answers",
+                    remedy=f"remove the column, or leave it out with {mapping}",
+                )
 
 
 def _read_cell(record: Record, context: ImportContext, role: str) -> object:

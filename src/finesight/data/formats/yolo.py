@@ -126,10 +126,10 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         context.skipped_rows[REASON_NO_LABEL_FILE] += 1
         return []
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     objects = [
         _parse_label_line(line, line_number, record, context.row_notes)
-        for line_number, line in lines
+        for line_number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
     ]
     annotation = ImageAnnotation(record["image"], objects, record["classes"], meta=record["meta"])
     return build_detection_examples(row, annotation, context, YOLO_BOX_CONVENTION)

@@ -267,12 +267,6 @@ def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
     assert paths[:2] == paths[2:]
 
 
-def test_clipped_boxes_are_counted(tmp_path: Path) -> None:
-    source = table(tmp_path, *"ab", box=[0, 0, 40.5, 20])
-    request = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
-    assert import_dataset(source, tmp_path / "out", request).num_clipped_boxes == 2
-
-
 def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:
     source = table(tmp_path, *"abcdefgh")
     for letter in "abcdef":

@@ -8,7 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
+from box_fixtures import (
+    LABEL_FILES,
+    find_box,
+    import_samples,
+    list_answers,
+    list_questions,
+    write_box_image,
+)
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats import get_format
@@ -121,7 +128,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_detection(source: Path, tmp_path: Path) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
-    dogs = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
+    dogs = [("dog", find_box(*(tmp_path / "set").rglob("a.png"))), ("dog", (4, 5, 12, 13))]
     assert list_answers(samples) == [[*dogs, ("lawn", (0, 0, 40, 20))]]
     requested = "Locate every object of these classes in the image: dog, lawn."
     assert list_questions(samples) == [requested]

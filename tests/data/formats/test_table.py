@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample
 from finesight.data.formats.table import (
     FORMAT,
+    check_guessed_columns,
     find_box_format,
-    find_unsupported_column,
     guess_box_options,
     guess_columns,
     suggest_mapping,
@@ -311,7 +312,9 @@ def test_roles_are_guessed(names: str, expected: str) -> None:
         records.append({"image": f"{i}.png", "after": f"{i + 1}.png", "mask": "m.png", **texts})
     columns = guess_columns(records)
     assert dict(pair.split("=") for pair in expected.split()).items() <= columns.items()
-    assert (find_unsupported_column(records, columns) is not None) == ("rejected" in names)
+    is_preference = "rejected" in names
+    with pytest.raises(UserError, match="rejected") if is_preference else nullcontext():
+        check_guessed_columns(records, columns, "here")
 
 
 @pytest.mark.parametrize(
@@ -320,10 +323,9 @@ def test_roles_are_guessed(names: str, expected: str) -> None:
 def test_columns_that_an_answer_depends_on_are_found(name: str, value: object) -> None:
     records = [{"image": "a.png", "q": "x", "a": "y", name: value}]
     columns = {"image": "image", "question": "q", "answer": "a"}
-    found = find_unsupported_column(records, columns)
-    assert found is not None
-    assert found[0] == name
-    assert find_unsupported_column([{**records[0], name: None}], columns) is None
+    with pytest.raises(UserError, match=f"the column '{name}'"):
+        check_guessed_columns(records, columns, "here")
+    check_guessed_columns([{**records[0], name: None}], columns, "here")
 
 
 def test_options_follow_the_question(folder: Path) -> None:

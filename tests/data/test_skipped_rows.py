@@ -88,7 +88,7 @@ def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> N
         if expected is None:
             with pytest.raises(UserError, match="the answer would be incomplete") as caught:
                 import_dataset(source, tmp_path / "x", replace(options, on_invalid_box=policy))
-            assert "--on-invalid-box" not in caught.value.remedy
+            assert ("--on-invalid-box clip" in caught.value.remedy) == (others == [wide])
             continue
         summary = import_dataset(source, out, replace(options, on_invalid_box=policy))
         (sample,) = read_samples(out / "data.jsonl")

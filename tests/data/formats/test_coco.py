@@ -112,7 +112,7 @@ def test_detection(tmp_path: Path) -> None:
     assert list_questions(samples)[0] == "Locate every dog in the image."
     assert summary.skipped_rows == {REASON_NO_OBJECTS: 1}
     images = [
-        {"coco_url": f"http://images.org/{image.pop('file_name')}", **image}
+        image | {"coco_url": f"http://images.org/{image['file_name']}", "file_name": None}
         for image in instances()["images"]
     ]
     file.write_text(json.dumps({**instances(), "images": images, "contributors": ["J"]}))

@@ -168,7 +168,10 @@ def check_documents(kind: str, count: int, folder: Path) -> None:
     assert num_imported > count / 2
 
 
-SHAPE_KEYS = {"bbox", "file_name", "points", "bounding_box", "rectanglelabels", "from_name"}
+SHAPE_KEYS = {
+    *("bbox", "file_name", "points", "bounding_box", "rectanglelabels", "from_name", "name"),
+    *("annotations", "shapes", "result", "labels"),
+}
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)

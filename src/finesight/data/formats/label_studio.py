@@ -403,7 +403,7 @@ def _select_results(
     other_keys: Counter[str] = Counter()
     count_keys([data], (), "tasks", other_keys)
     count_keys([task], ("id", "data", *_RESULT_KEYS), "tasks", other_keys)
-    count_keys([selected], _ANNOTATION_USED_KEYS, "annotations", other_keys)
+    count_keys([*annotations, *predictions], _ANNOTATION_USED_KEYS, "annotations", other_keys)
     return LabeledTask(location, reference, results, other_keys, notes=tuple(notes))
 
 

@@ -245,11 +245,11 @@ class ImportContext:
                 self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
                 return inner_box
             hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
-            options = ", or give --on-invalid-box clip"
-            if self.on_invalid_box == "fail":
-                options += ", or drop for boxes outside of sentences"
-            elif inner_box is None or not is_clippable:
-                options = ", or leave it out"
+            options = ", or leave it out"
+            if self.on_invalid_box == "fail" and is_clippable:
+                options = ", or give --on-invalid-box clip, or drop for boxes outside of sentences"
+            elif inner_box is not None and is_clippable:
+                options = ", or give --on-invalid-box clip"
             error.remedy = f"{hint}correct the row{options}"
             raise
         self.num_clipped += clipped_box != pixel_box

@@ -475,6 +475,17 @@ def test_python_function_asks_only_through_a_callable():
     assert api.init(table, out="out") == Path("out/recipe.yaml")
 
 
+@pytest.mark.parametrize(("answer", "question"), [("customer", "c0"), ("-", "Return it.")])
+def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, question):
+    write_table(".", 4, customer="c{i}", city="t{i}")
+    more = ("city", "qa") if answer == "customer" else ("customer,city", "json", "Return it.")
+    output = answer_questions(monkeypatch, "labels.csv", answer, *more, "")
+    assert "Question column (customer or city; - for two answers) [customer]: " in output
+    sample, *_ = read_samples(Path("labels-finetune/data/data.jsonl"))
+    assert sample.messages[0].content[1].text == question
+    assert sample.messages[1].content[0].text in ("t0", '{"customer": "c0", "city": "t0"}')
+
+
 def test_labels_with_one_answer_column_or_several(cli):
     table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
     refused = cli("init", table, *YES, code=2).err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from case_files import load_cases
 from image_fixtures import write_gray_image
 from PIL import Image
 
-from finesight import storage
 from finesight.data.exporter import export_dataset
 from finesight.data.formats import FORMATS
 from finesight.data.import_source import ImportOptions
@@ -333,31 +331,6 @@ def test_unknown_format(tmp_path: Path) -> None:
         )
     assert caught.value.where == "--to"
     assert caught.value.remedy == "did you mean ms-swift?"
-
-
-def test_existing_folder_is_unchanged(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        export_dataset(
-            make_located_samples(tmp_path, ONE_IMAGE[0]),
-            tmp_path / "out",
-            "llava",
-            copy_images=False,
-        )
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-class FullDisk(storage.FileSystem):
-    def write(self, file: int, data: memoryview) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-
-def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
-    samples = make_located_samples(tmp_path, ONE_IMAGE[0])
-    before = sorted(tmp_path.iterdir())
-    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="cannot be written"):
-        export_dataset(samples, tmp_path / "out", "llava", copy_images=False)
-    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:

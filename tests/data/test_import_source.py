@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,23 @@ def test_columns_of_unknown_names_are_asked_for(tmp_path: Path, values: str, opt
     with pytest.raises(UserError) as caught:
         import_source.detect_columns(tmp_path / "rows.csv", ImportOptions())
     assert option in caught.value.remedy
+
+
+@pytest.mark.parametrize("line", ["{i}.png,A dog.", "{i}.png,10,20,60,50,dog"])
+def test_suggested_columns_of_a_table_without_header_work(tmp_path: Path, line: str) -> None:
+    for index in range(4):
+        write_gray_image(tmp_path / f"{index}.png", 200, 100)
+    (tmp_path / "rows.csv").write_text("\n".join(line.format(i=i) for i in range(4)))
+    with pytest.raises(UserError) as caught:
+        import_source.open_source(tmp_path / "rows.csv", ImportOptions())
+    columns = dict(re.findall(r"--map (\w+)=([\d,]+)", caught.value.remedy))
+    import_dataset(
+        tmp_path / "rows.csv", tmp_path / "out", ImportOptions(columns=columns, prompt="?")
+    )
+    (sample, *others) = read_samples(tmp_path / "out" / "data.jsonl")
+    assert len(others) == 3
+    expected = ["A dog."] if "A" in line else ["dog"]
+    assert [getattr(p, "label", None) or p.text for p in sample.messages[1].content] == expected
 
 
 @pytest.mark.parametrize(

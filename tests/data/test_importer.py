@@ -231,19 +231,6 @@ def test_embedded_parquet_images(tmp_path: Path) -> None:
     verify_folder(tmp_path / "out")
 
 
-def test_ids_are_made_unique(tmp_path: Path) -> None:
-    source = write_jsonl(
-        tmp_path / "rows.jsonl",
-        [{"id": name, "query": "q", "response": "r"} for name in ("x", "y", "x")],
-    )
-    import_dataset(source, tmp_path / "out", ImportOptions())
-    assert [s.id for s in read_samples(tmp_path / "out" / "data.jsonl")] == [
-        "x-row1",
-        "y",
-        "x-row3",
-    ]
-
-
 def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     rows = [{"id": name, "query": "q", "response": "r"} for name in ("a", "a", "a", "a-row1")]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -265,12 +252,6 @@ def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
         ).read_samples()
     ]
     assert paths[:2] == paths[2:]
-
-
-def test_clipped_boxes_are_counted(tmp_path: Path) -> None:
-    source = table(tmp_path, *"ab", box=[0, 0, 40.5, 20])
-    request = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
-    assert import_dataset(source, tmp_path / "out", request).num_clipped_boxes == 2
 
 
 def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:

@@ -169,7 +169,10 @@ def check_documents(kind: str, count: int, folder: Path) -> None:
     assert num_imported > count / 2
 
 
-SHAPE_KEYS = {"bbox", "file_name", "points", "bounding_box", "rectanglelabels", "from_name"}
+SHAPE_KEYS = {
+    *("bbox", "file_name", "points", "bounding_box", "rectanglelabels", "from_name", "name"),
+    *("annotations", "shapes", "result", "labels"),
+}
 
 
 @pytest.mark.parametrize("kind", DOCUMENTS)
@@ -402,6 +405,7 @@ def test_notations_of_box_tokens(tmp_path: Path, notation: str) -> None:
         ("<|box_start|>(1,2),(3,4),(5,6)<|box_end|>", "not a box"),
         ('{"bbox_2d": [1, 2, 3, 4], "color": "red"}', "attributes of boxes are not supported yet"),
         ('{"items": [{"bbox_2d": [1, 2, 3, 4]}]}', "nested in JSON are not supported yet"),
+        ("<|quad_start|>(1,2),(3,4),(5,6),(7,8)<|quad_end|>", "the placeholder"),
     ],
 )
 def test_unsupported_boxes_are_named(tmp_path: Path, answer: str, what: str) -> None:

@@ -183,6 +183,13 @@ def test_delimiter_and_encoding(tmp_path: Path, encoding: str, delimiter: str, s
         open_row_file(table, "ascii")
 
 
+def test_csv_columns_without_a_name_are_numbered(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text(",image, \n0,a.png,zebra\n")
+    (row,) = open_row_file(tmp_path / "a.csv").iter_range(0, 9)
+    names = {"unnamed column 1": "0", "image": "a.png", "unnamed column 3": "zebra"}
+    assert row.record == names
+
+
 def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workbook = openpyxl.Workbook()
     sheet = workbook.active

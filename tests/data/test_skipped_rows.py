@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from image_fixtures import write_gray_image, write_jsonl
 
-from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX
+from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX, NOTE_SKIPPED_BOX
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import REASON_NOT_SELECTED, import_dataset
 from finesight.data.sample import read_samples
@@ -17,6 +17,7 @@ from finesight.errors import UserError
 from finesight.storage import verify_folder
 
 COLUMNS = {"image": "image", "answer": "answer"}
+NOTES = (NOTE_CLIPPED_BOX, NOTE_SKIPPED_BOX)
 
 
 def skip_options(limit: int | None = None) -> ImportOptions:
@@ -66,18 +67,33 @@ def test_no_list_is_written_without_invalid_rows(tmp_path: Path) -> None:
 @pytest.mark.parametrize("in_text", [False, True])
 def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> None:
     write_gray_image(tmp_path / "a.png")
-    boxes = [[2, 3, 20, 10], [5, 5, 5, 9], [30, 3, 43, 22], [50, 3, 60, 12], [9, 9, 3, 3]]
-    text = json.dumps([{"bbox_2d": box, "label": "x"} for box in boxes])
-    column = {"answer": text} if in_text else {"box": boxes}
-    source = write_jsonl(tmp_path / "rows.jsonl", [{"image": "a.png", **column}])
-    options = ImportOptions(columns={name: name for name in ("image", *column)}, prompt="?")
-    for policy, clipped in (("clip", [[30, 3, 40, 20]]), ("drop", [])):
-        out = tmp_path / policy
+    valid, strays, wide, inverted = (
+        [2, 3, 20, 10],
+        [[5, 5, 5, 9], [50, 3, 60, 12]],
+        [30, 3, 43, 22],
+        [9, 9, 3, 3],
+    )
+    name = "answer" if in_text else "box"
+    options = ImportOptions(columns={"image": "image", name: name}, prompt="?")
+    for policy, others, expected in (
+        ("drop", strays, [valid]),
+        ("clip", [*strays, wide], [valid, [30, 3, 40, 20]]),
+        ("drop", [wide], None),
+        ("clip", [inverted], None),
+    ):
+        boxes = [valid, *others]
+        text = json.dumps([{"bbox_2d": box, "label": "x"} for box in boxes])
+        row = {"image": "a.png", name: text if in_text else boxes}
+        source, out = write_jsonl(tmp_path / "rows.jsonl", [row]), tmp_path / policy
+        if expected is None:
+            with pytest.raises(UserError, match="the answer would be incomplete") as caught:
+                import_dataset(source, tmp_path / "x", replace(options, on_invalid_box=policy))
+            assert ("--on-invalid-box clip" in caught.value.remedy) == (others == [wide])
+            continue
         summary = import_dataset(source, out, replace(options, on_invalid_box=policy))
         (sample,) = read_samples(out / "data.jsonl")
-        expected = [boxes[0], *clipped]
         assert [list(part.xyxy) for part in sample.messages[-1].content] == expected
-        assert sum(summary.source_notes.values()) == 4
+        assert sum(summary.source_notes.get(note, 0) for note in NOTES) == len(others)
 
 
 def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:

@@ -31,6 +31,10 @@ class InvalidBoxError(UserError):
     """Raised when box coordinates are invalid or lie outside the image."""
 
 
+class StrayBoxError(InvalidBoxError):
+    """Raised for a box without area in its image, such as a stray click: it marks no object."""
+
+
 BOX_DECIMALS = 6
 
 MAX_OVERHANG_PX = 1.0
@@ -124,8 +128,8 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     """Clip a box that exceeds its image by no more than a rounding error.
 
     Raises:
-        InvalidBoxError: The box is inverted, has no area, or exceeds the image by more than
-            `MAX_OVERHANG_PX`.
+        StrayBoxError: The box has no area in the image.
+        InvalidBoxError: The box is inverted, or exceeds the image by more than `MAX_OVERHANG_PX`.
     """
     height, width = image_size
     x1, y1, x2, y2 = box
@@ -146,7 +150,9 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
-    raise InvalidBoxError(
+    corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+    is_stray = all(map(math.isfinite, box)) and clip_box(corners, image_size) is None
+    raise (StrayBoxError if is_stray else InvalidBoxError)(
         f"the box [{coordinates}] in pixels (read as {convention.format} in units of"
         f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
@@ -158,8 +164,7 @@ def _suggest_convention(convention: BoxConvention) -> str:
     other = "xywh" if convention.format == "xyxy" else "xyxy"
     return (
         f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1 or 1000; otherwise correct the row, or give"
-        " --on-invalid-box clip, or drop for boxes outside of sentences"
+        f"{convention.units}, give --box-units pixel, 1 or 1000"
     )
 
 
@@ -283,10 +288,19 @@ _NUMBER = r"-?\d+(?:\.\d+)?"
 _FOUR = rf"{_NUMBER}(?:[\s,;]+{_NUMBER}){{3}}"
 _PAIR = rf"\(\s*{_NUMBER}\s*,\s*{_NUMBER}\s*\)"
 _LIST = rf"\[\s*{_FOUR}\s*\]|\(\s*{_FOUR}\s*\)|{_PAIR}\s*,?\s*{_PAIR}"
-_TEXT_BOX = re.compile(
-    rf"(?:<ref>(?P<label>[^<>]*)</ref>)?<box>\s*(?P<tagged>\[?(?:{_LIST}|{_FOUR})\]?)\s*</box>"
-    rf"|(?P<tokens>(?:<loc_?\d{{1,4}}>){{4}})|(?<!\"box_2d\":)(?<!\"box_2d\": )(?:{_LIST})"
+_LABEL = (
+    r"(?:<ref>|<\|object_ref_start\|>)(?P<label>(?:(?!</?ref>|<\|object_ref_).)*)"
+    r"(?:</ref>|<\|object_ref_end\|>)"
 )
+_TEXT_BOX = re.compile(
+    rf"(?s:(?:{_LABEL}\s*)?(?:<box>|(?P<token><\|box_start\|>))"
+    r"(?P<tagged>(?:(?!</?box>|<\|box_).)*)(?:</box>|<\|box_end\|>))"
+    rf"|(?P<location>(?:<loc_?\d{{1,4}}>){{4}})|(?<!\"box_2d\":)(?<!\"box_2d\": )(?:{_LIST})"
+)
+"""Box in a text: in the tags of Qwen-VL or Qwen2-VL, as location tokens, or a list of numbers."""
+
+_TAGGED = re.compile(r"[\s\d.,;()\[\]-]*")
+_INNER_LIST = re.compile(r"\[[^\[\]()]*\]")
 _LISTS = {
     "boxes": re.compile(_LIST),
     "points": re.compile(rf"[(\[]\s*{_NUMBER}\s*,\s*{_NUMBER}\s*[)\]]"),
@@ -353,55 +367,73 @@ MIN_EXTENT = 0.1
 
 COORDINATE_REMEDIES = {
     "boxes": "give --box-units pixel, 1000 or 1 at import, which converts [x1, y1, x2, y2] and"
-    " (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d",
+    " (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in questions, write them"
+    " as box parts of samples",
     "points": "samples have no points yet: write each point in the units of the model",
 }
 
 
 class TextBox(NamedTuple):
-    """Coordinates, label and default convention of a box in a text, not validated."""
+    """Coordinates, label and default convention of a box in a text, not validated.
 
-    coordinates: list[float]
+    The coordinates are those of all boxes in a tag, or empty if its text is no box.
+    """
+
+    text: str
+    coordinates: list[list[float]]
     label: str | None
     convention: BoxConvention
 
 
 def split_at_text_boxes(
-    text: str, list_limits: tuple[float, float] | None
+    text: str, list_limits: tuple[float, float] | None, *, is_tagged: bool = False
 ) -> Iterator[str | TextBox]:
     """Split an answer into non-empty texts, and boxes whose notation defines the units.
 
     A box that is a value in JSON gets quotes, so that the renderer can write it in any notation.
+    Adjacent tags have the label before the first of them.
 
     Args:
         list_limits: Maximum x and y in the units that the user gives for lists of four numbers.
             None leaves lists in the text.
+        is_tagged: All tags are boxes in thousandths, as in Qwen-VL.
     """
-    found = _TEXT_BOX.finditer(text) if _DIGIT.search(text) else ()
     matches = [
         match
-        for match in found
-        if _has_units(match) or (list_limits is not None and _is_box(match, list_limits))
+        for match in (_TEXT_BOX.finditer(text) if re.search("[<0-9]", text) else ())
+        if _has_units(match, is_tagged=is_tagged)
+        or (list_limits is not None and _is_box(match, list_limits))
     ]
     json_values = _find_json_values(text, matches)
-    end, quote = 0, ""
+    end, quote, label = 0, "", None
     for match in matches:
         before = quote + text[end : match.start()]
         quote = '"' if match.start() in json_values else ""
         yield from filter(None, [before + quote])
-        numbers = [float(number) for number in re.findall(_NUMBER, match["tagged"] or match[0])]
-        if match["tokens"] and "_" not in match[0]:  # y first, on a grid of 1024
-            numbers = [numbers[n] * 1000 / 1024 for n in (1, 0, 3, 2)]
-        convention = BoxConvention(units="1000") if _has_units(match) else BoxConvention()
-        yield TextBox(numbers, match["label"], convention)
+        label = match["label"] if match["label"] is not None or before else label
+        has_units = _has_units(match, is_tagged=is_tagged)
+        convention = BoxConvention(units="1000") if has_units else BoxConvention()
+        yield TextBox(match["tagged"] or match[0], _list_boxes(match), label, convention)
         end = match.end()
     yield from filter(None, [quote + text[end:]])
 
 
+def _list_boxes(match: re.Match[str]) -> list[list[float]]:
+    """Return the coordinates of a box, or of several in brackets each; empty if it is no box."""
+    text = match[0] if match["tagged"] is None else match["tagged"]
+    lists = [text, *_INNER_LIST.findall(text)]
+    numbers, *inner = ([float(number) for number in re.findall(_NUMBER, one)] for one in lists)
+    if match["location"] and "_" not in text:  # y first, on a grid of 1024
+        return [[numbers[n] * 1000 / 1024 for n in (1, 0, 3, 2)]]
+    boxes = [numbers] if len(numbers) == 4 else inner
+    is_valid = match["tagged"] is None or _TAGGED.fullmatch(text)
+    return boxes if is_valid and {4} == set(map(len, boxes)) else []
+
+
 def _is_box(match: re.Match[str], limits: tuple[float, float]) -> bool:
     """Return whether a list of four numbers may be a box, rather than points or other values."""
-    if match["tagged"]:
-        return True
+    if match["tagged"] is not None:
+        return bool(_list_boxes(match))
     before, after = match.string[: match.start()][-80:], match.string[match.end() :][:80]
     is_longer = match[0].count("(") == 2 and (
         re.search(rf"{_PAIR}[\s,;]*$", before) or re.match(rf"[\s,;]*{_PAIR}", after)
@@ -414,9 +446,12 @@ def _is_box(match: re.Match[str], limits: tuple[float, float]) -> bool:
     return not (is_longer or is_outside or is_other or _OTHER_LIST.search(before))
 
 
-def _has_units(match: re.Match[str]) -> bool:
-    """Return whether a notation implies a grid: location tokens, or corners in a box tag."""
-    return bool(match["tokens"]) or (match["tagged"] or "").startswith(("(", "[["))
+def _has_units(match: re.Match[str], *, is_tagged: bool) -> bool:
+    """Return whether a notation implies a grid: special tokens, or corners in a box tag."""
+    if match["tagged"] is None:
+        return match["location"] is not None
+    is_grid = match["tagged"].lstrip().startswith(("(", "[[")) and bool(_list_boxes(match))
+    return is_grid or is_tagged or match["token"] is not None
 
 
 def _find_json_values(text: str, matches: Sequence[re.Match[str]]) -> set[int]:
@@ -534,12 +569,11 @@ class TextCoordinates:
 
 def _fits(numbers: Sequence[float], image_size: tuple[int, int], has_word: bool) -> bool:
     """Return whether numbers are a point, or a box of two corners, in any units of an image."""
-    is_ordered = len(numbers) != 4 or (numbers[0] < numbers[2] and numbers[1] < numbers[3])
     height, width = image_size
     is_inside = max(numbers[::2]) <= width + 1 and max(numbers[1::2]) <= height + 1
     is_fraction = max(numbers) <= 1 and any(value % 1 for value in numbers)
     return (
-        (is_ordered or has_word)
+        (_is_ordered(numbers) or has_word)
         and min(numbers) >= 0
         and (is_inside or max(numbers) <= 1000)
         and (is_fraction or max(numbers) >= MIN_EXTENT * min(image_size))

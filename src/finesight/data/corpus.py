@@ -210,15 +210,10 @@ def open_tar_samples(path: Path) -> TarSamples:
 def read_first_json(path: Path) -> bytes | None:
     """Return the JSON file of the first sample in a tar, None without one."""
     with open_tar(path) as tar:
-        members = next(iter_member_groups(tar), [])
-        return next(
-            (
-                tar.read_member(member)
-                for member in members
-                if split_member_name(member)[1] == "json"
-            ),
-            None,
-        )
+        for member in next(iter_member_groups(tar), []):
+            if split_member_name(member)[1] == "json":
+                return tar.read_member(member)
+    return None
 
 
 def _build_tar_index(path: Path) -> SampleIndex:
@@ -298,10 +293,8 @@ def open_parquet_samples(path: Path) -> ParquetSamples:
         return SampleIndex(np.zeros(1, np.int64), ends, sha256_file(path))
 
     with open_data_file(path) as file:
-        index, file_state = (
-            load_or_build_index(file, path, "parquet", build_index),
-            read_file_state(file),
-        )
+        index = load_or_build_index(file, path, "parquet", build_index)
+        file_state = read_file_state(file)
     num_rows = int(index.extra_B[-1]) if len(index.extra_B) else 0
     return ParquetSamples(path, index, file_state, num_rows, has_images(path))
 

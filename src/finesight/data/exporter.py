@@ -5,10 +5,12 @@ The folder is created only if the export succeeds.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO
 
 from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import DatasetFormat, ExportContext
@@ -60,16 +62,8 @@ def export_dataset(
         image_names = name_images(
             dict.fromkeys(resolved_paths.values()), staging, out, copy=copy_images
         )
-        sizes: dict[Path, tuple[int, int]] = {}
-
-        def read_size(path: Path) -> tuple[int, int]:
-            if path not in sizes:
-                sizes[path] = read_image_size(path)
-            return sizes[path]
-
-        writing = ExportContext(
-            {path: image_names[resolved] for path, resolved in resolved_paths.items()}, read_size
-        )
+        names = {path: image_names[resolved] for path, resolved in resolved_paths.items()}
+        writing = ExportContext(names, cache(read_image_size))
         files = _write_files(data_format.write_files(samples, writing), staging)
         notes = (*_note_exif_orientations(samples, data_format), *writing.notes)
     return ExportSummary(
@@ -105,32 +99,17 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
 
 
 def _write_files(chunks: Iterator[tuple[str, bytes]], staging: Path) -> list[str]:
-    """Write chunks of (file name, content) and return the file names in order.
-
-    Consecutive chunks of the same file share one file handle.
-    """
-    current_name, stream = "", None
+    """Write chunks of (file name, content) and return the file names in order."""
     names: dict[str, None] = {}
     with translate_os_errors(staging):
-        try:
-            for name, content in chunks:
-                assert ".." not in Path(name).parts, f"{name} is outside the output folder"
-                if name != current_name or stream is None:
-                    stream = _open_next(stream, staging / name)
-                    current_name = name
-                stream.write(content)
-                names[name] = None
-        finally:
-            if stream is not None:
-                stream.close()
+        for name, group in itertools.groupby(chunks, key=itemgetter(0)):
+            assert ".." not in Path(name).parts, f"{name} is outside the output folder"
+            names[name] = None
+            path = staging / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("ab") as file:
+                file.writelines(content for _, content in group)
     return list(names)
-
-
-def _open_next(stream: BinaryIO | None, path: Path) -> BinaryIO:
-    if stream is not None:
-        stream.close()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("ab")
 
 
 def _note_exif_orientations(
@@ -142,16 +121,13 @@ def _note_exif_orientations(
     """
     if data_format.name == "samples":
         return
-    image_paths = {
-        path for located_sample in samples for path in _iter_boxed_images(located_sample)
-    }
+    image_paths = set(itertools.chain.from_iterable(map(_iter_boxed_images, samples)))
     num_rotated = sum(map(_is_exif_rotated, image_paths))
     if num_rotated:
         yield (
             f"{num_rotated} images with boxes have an EXIF orientation. Boxes are written in"
-            " coordinates"
-            " after rotation; programs that ignore it (ms-swift, LLaMA-Factory) misplace them:"
-            " rotate the stored images first"
+            " coordinates after rotation; programs that ignore it (ms-swift, LLaMA-Factory)"
+            " misplace them: rotate the stored images first"
         )
 
 

@@ -95,22 +95,23 @@ class ImageResolver:
             value = value.get("bytes") or value.get("path")
         if isinstance(value, bytes):
             return self._save_image(value)
-        if isinstance(value, str) and value in self._found:
-            return self._found[value]
-        if isinstance(value, str) and is_base64_image(value):
-            value = f"data:image;base64,{value}"
-        if isinstance(value, str) and value.lstrip()[:5].lower() == "data:":
-            return self._save_image(_decode_data_url(value.strip()))
-        if self._web_images is not None and isinstance(value, str) and "://" in value:
-            return self._fetch_image(self._web_images, value.strip())
-        if isinstance(value, str) and value.strip():
-            found = self._found[value] = self._resolve_path(value.strip())
-            return found
-        raise UserError(
-            f"an image given as {type(value).__name__} {str(value)[:60]!r}",
-            expected="a path, or an image column in Parquet",
-            remedy="correct the row, or name another column",
-        )
+        name = value.strip() if isinstance(value, str) else ""
+        if not name:
+            raise UserError(
+                f"an image given as {type(value).__name__} {str(value)[:60]!r}",
+                expected="a path, or an image column in Parquet",
+                remedy="correct the row, or name another column",
+            )
+        if name in self._found:
+            return self._found[name]
+        if is_base64_image(name):
+            name = f"data:image;base64,{name}"
+        if name[:5].lower() == "data:":
+            return self._save_image(_decode_data_url(name))
+        if self._web_images is not None and "://" in name:
+            return self._fetch_image(self._web_images, name)
+        found = self._found[name] = self._resolve_path(name)
+        return found
 
     def image_size(self, path: Path) -> tuple[int, int]:
         """Return height and width in pixels of an image or video, upright, cached per path."""

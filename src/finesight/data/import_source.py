@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -193,6 +192,7 @@ class ImportSource:
             box_units=options.box_units,
             box_task=options.box_task,
             lenient=lenient,
+            has_box_options="boxes" in self.data_format.supported_options,
             on_invalid_box=options.on_invalid_box
             or ("clip" if options.on_invalid_row == "skip" else "fail"),
         )
@@ -591,11 +591,17 @@ def count_unlabeled_images(folder: Path) -> int:
     return 0
 
 
-def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOptions]:
+def detect_columns(
+    path: Path, options: ImportOptions, ask_question: Callable[[list[str]], str] | None = None
+) -> tuple[Path, ImportOptions]:
     """Return the file or folder to import, and the options with the column roles of a table.
 
     The roles are empty if the format of the data is detected without them. Roles in `options` are
     not changed. Box format and units are set if the values contradict the names of the columns.
+
+    Args:
+        ask_question: Function that asks which of two unknown text columns is the question; any
+            other text makes both a JSON answer. None raises UserError for such columns.
     """
     opened = None
     try:
@@ -604,7 +610,7 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
         listing = list_folder(path).files if path.is_dir() else ()
         files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) == 1 and files[0].is_file():
-            return detect_columns(files[0], options)
+            return detect_columns(files[0], options, ask_question)
         if not path.is_file():
             raise
     if not options.columns and (opened is None or _is_question_table(opened, options)):
@@ -613,22 +619,8 @@ def detect_columns(path: Path, options: ImportOptions) -> tuple[Path, ImportOpti
         if "image" not in columns or len(columns) < 2:
             open_source(path, options)  # raises the error of a table, if it is one
             return path, options
-        _reject_ambiguous_columns(path, records, columns)
-        if not columns.keys() & {"answer", "fields", "box"}:
-            raise UserError(
-                f"no answer column among {', '.join(map(str, records[0]))}",
-                where=str(path),
-                expected="a column with the answers",
-                remedy="name the column: --map image=COLUMN --map answer=COLUMN",
-            )
-        if (found := table_format.find_unsupported_column(records, columns)) is not None:
-            mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
-            raise UserError(
-                f"the column {found[0]!r}: {found[1]}",
-                where=str(path),
-                expected="a table of questions and answers",
-                remedy=f"remove the column, or leave it out with {mapping}",
-            )
+        columns = _resolve_ambiguous_columns(path, records, columns, ask_question)
+        table_format.check_guessed_columns(records, columns, str(path))
         options, opened = replace(options, columns=columns), None
     opened = opened or open_source(path, options)
     box = opened.column_map.get("box")
@@ -651,12 +643,18 @@ def _is_question_table(source: ImportSource, options: ImportOptions) -> bool:
     return not is_marked and "image" in table_format.guess_columns(records)
 
 
-def _reject_ambiguous_columns(
-    path: Path, records: Sequence[Record], columns: Mapping[str, str]
-) -> None:
-    """Raise UserError for boxes or texts in columns whose names do not state their role."""
+def _resolve_ambiguous_columns(
+    path: Path,
+    records: Sequence[Record],
+    columns: dict[str, str],
+    ask_question: Callable[[list[str]], str] | None,
+) -> dict[str, str]:
+    """Raise UserError for boxes or texts in columns whose names do not state their role.
+
+    With `ask_question`, return the columns with the roles of two texts that the user gives.
+    """
     if "box" in columns:
-        return
+        return columns
     sizes = [_find_size(record, columns["image"], path.parent) for record in records]
     names = list(map(str, records[0]))
     for start in range(len(names) - 3):
@@ -670,8 +668,11 @@ def _reject_ambiguous_columns(
                 remedy=f"give --map image={columns['image']} --map box={box}{option}, or without"
                 f" boxes: --map image={columns['image']} --map answer=COLUMN",
             )
-    if table_format.has_unknown_texts(records, columns):
-        image, (first, second) = f"--map image={columns['image']}", columns["fields"].split(",")
+    if not table_format.has_unknown_texts(records, columns):
+        return columns
+    first, second = columns["fields"].split(",")
+    if ask_question is None:
+        image = f"--map image={columns['image']}"
         raise UserError(
             f"the columns {first} and {second} may be a question and its answer, or two answers",
             where=str(path),
@@ -679,6 +680,11 @@ def _reject_ambiguous_columns(
             remedy=f"give {image} --map question={first} --map answer={second}, or for answers in"
             f" JSON: {image} --map fields={first},{second}",
         )
+    question = ask_question([first, second])
+    if question not in (first, second):
+        return columns
+    answer = second if question == first else first
+    return {"image": columns["image"], "question": question, "answer": answer}
 
 
 def _find_size(record: Record, image: str, folder: Path) -> tuple[float, float] | None:

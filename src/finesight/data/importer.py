@@ -172,10 +172,7 @@ def split_by_image(
             expected=f"enough groups for training and {num_eval_rows} validation rows",
             remedy="import more rows, or choose another fraction",
         )
-    eval_row_set = set(eval_rows)
-    return [row_index for row_index in range(len(rows)) if row_index not in eval_row_set], sorted(
-        eval_rows
-    )
+    return sorted(set(range(len(rows))).difference(eval_rows)), sorted(eval_rows)
 
 
 def group_rows(rows: Sequence[ImageKeys]) -> list[list[int]]:
@@ -543,7 +540,7 @@ def _parse_rows(
     rows: list[RowExamples] = []
     locations: list[str] = []
     skipped = _InvalidRows()
-    other_keys: Counter[str] = Counter()
+    other_keys = Counter(source.rows.other_keys)
     repaired: list[tuple[str, UserError]] = []
     coordinates = TextCoordinates()
     skipped_spool = spool if options.on_invalid_row == "skip" else None
@@ -785,11 +782,8 @@ def _suggest_format(
         candidate.parse_examples(row, context)
     except UserError:
         return None
-    return (
-        None
-        if candidate is data_format
-        else f"--format {candidate.name}: {row.location} has {detected_by}"
-    )
+    hint = f"--format {candidate.name}: {row.location} has {detected_by}"
+    return None if candidate is data_format else hint
 
 
 def _build_import_error(

@@ -18,8 +18,8 @@ import re
 import tarfile
 import zipfile
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, time
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -105,12 +105,14 @@ class RowReader:
             number of rows, without such a split.
         text_format: Detected delimiter and encoding of a table, its sheet, or the classes of
             folders, for messages.
+        other_keys: Number of keys of the source, outside of its rows, that its format does not use.
     """
 
     num_rows: int
     iter_range: Callable[[int, int], Iterator[SourceRow]]
     eval_start: int | None = None
     text_format: str = ""
+    other_keys: Mapping[str, int] = field(default_factory=dict)
 
 
 ItemT = TypeVar("ItemT")
@@ -488,10 +490,11 @@ def _parse_csv(
     reader = csv.DictReader(text, delimiter=delimiter, strict=True)
     try:
         names, header_note = _name_columns(reader.fieldnames or (), no_header, source)
+        columns = [name or f"unnamed column {n}" for n, name in enumerate(names, start=1)]
         if header_note:
             text.seek(0)
-            columns = list(map(str, names))
-            reader = csv.DictReader(text, columns, delimiter=delimiter, strict=True)
+            reader = csv.DictReader(text, delimiter=delimiter, strict=True)
+        reader.fieldnames = columns
         for row_number, record in enumerate(reader, start=1):
             if None in record or None in record.values():
                 raise UserError(
@@ -521,10 +524,9 @@ def _name_columns(
     if first_row and (no_header or any(map(is_image_value, first_row))):
         names = [str(number) for number in range(1, len(first_row) + 1)]
         return [*names], f"; no header, columns {names[0]} to {names[-1]}"
-    header = [None if name is None else str(name) for name in first_row]
+    header = [None if name is None or not str(name).strip() else str(name) for name in first_row]
     remedy = "rename the columns in the first line, or if it contains values, import the file"
-    names = [name for name in header if name is not None]
-    _reject_duplicate_columns(names, f"{source}:1", f"{remedy} with --no-header")
+    _reject_duplicate_columns([*filter(None, header)], f"{source}:1", f"{remedy} with --no-header")
     return header, ""
 
 

@@ -361,7 +361,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             f"the box {list(box.xyxy)}",
             where=where,
             expected="[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2",
-            remedy="convert other box formats with `finesight import`",
+            remedy="correct or remove the box; `finesight import` converts boxes of other formats",
         )
 
 
@@ -575,11 +575,8 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             expected="one complete JSON object per line",
             remedy=remedy,
         )
-    if (
-        error_type == "extra_forbidden"
-        and len(error_location) == 1
-        and error_location[0] in FOREIGN_KEYS
-    ):
+    is_foreign = len(error_location) == 1 and error_location[0] in FOREIGN_KEYS
+    if error_type == "extra_forbidden" and is_foreign:
         return UserError(
             f"the key {key}: a row of another dataset format, not a sample",
             where=where,

@@ -107,11 +107,8 @@ def select_repository_files(repository: HubRepository) -> list[str]:
 
 def read_card(repository: HubRepository) -> str:
     """Download and read the start of the dataset card; "" without a card."""
-    return (
-        read_local_card(repository.fetch_files([CARD_FILE]))
-        if CARD_FILE in repository.paths
-        else ""
-    )
+    has_card = CARD_FILE in repository.paths
+    return read_local_card(repository.fetch_files([CARD_FILE])) if has_card else ""
 
 
 def read_local_card(folder: Path) -> str:
@@ -397,13 +394,8 @@ def _skip_single_folders(folder: Path) -> Path:
 
 def _prepare_local_folder(folder: Path, options: ImportOptions) -> FetchedSource:
     """Return a local folder unchanged or, if it contains Parquet files, select its rows."""
-    listing = list_folder(folder)
-    suffixes = {suffix for suffix in ROW_SUFFIXES if listing.files_with_suffix(suffix)}
-    return (
-        _prepare_folder(folder, options)
-        if ".parquet" in suffixes
-        else FetchedSource(folder, options)
-    )
+    has_parquet = list_folder(folder).files_with_suffix(".parquet")
+    return _prepare_folder(folder, options) if has_parquet else FetchedSource(folder, options)
 
 
 def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
@@ -427,11 +419,8 @@ def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions)
 
     Image paths in a single file are relative to its own folder.
     """
-    notes = (
-        (f"split {selection.split}, not {', '.join(selection.other_splits)}",)
-        if selection.other_splits
-        else ()
-    )
+    others = ", ".join(selection.other_splits)
+    notes = (f"split {selection.split}, not {others}",) if others else ()
     files = tuple(folder / path for path in selection.row_files)
     if len(files) == 1:
         return FetchedSource(files[0], options, notes)
@@ -450,12 +439,10 @@ def _fetch_hub_dataset(source: str, work_folder: Path, options: ImportOptions) -
         rows, folder = _fetch_needed_files(repository, selection.row_files, options)
         if not is_tar_file(Path(rows[0])) or is_webdataset(folder / rows[0]):
             fetched = _select_rows(folder, replace(selection, row_files=rows), options)
-            num_skipped = len(selection.row_files) - len(rows)
-            note = (
-                f"{num_skipped} of {len(selection.row_files)} files not downloaded:"
-                " not needed for --rows",
-            )
-            return replace(fetched, notes=(*fetched.notes, *(note if num_skipped else ())))
+            num_files = len(selection.row_files)
+            note = f"{num_files - len(rows)} of {num_files} files not downloaded: not needed for"
+            notes = [f"{note} --rows"] * (len(rows) < num_files)
+            return replace(fetched, notes=(*fetched.notes, *notes))
     folder = repository.fetch_files([*selection.row_files, *selection.support_files])
     _link_files(folder, [*selection.row_files, *selection.support_files], work_folder)
     rows = tuple(path for path in selection.row_files if not is_archive(path))

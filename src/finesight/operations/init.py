@@ -157,6 +157,7 @@ def init(
         *([f"        {summary.text_format}"] if summary.text_format else []),
         *(f"        {file}: {text}" for file, text in files.items()),
         *(f"        {line}" for line in summary.list_skipped()),
+        *(f"        {count} {note}" for note, count in summary.source_notes.items()),
         *(f"        {role}: {column}" for role, column in options.columns.items()),
         *_describe_box_format(options),
         *([f"        box units: {options.box_units}"] if options.box_units else []),
@@ -206,9 +207,8 @@ def _describe_box_format(options: ImportOptions) -> list[str]:
         return []
     if options.box_format:
         return [f"        box format: {options.box_format}, by the values"]
-    box_format = get_default_convention(column).format
-    hint = "assumed; for another one, import with --box-format"
-    return [f"        box format: {box_format} ({hint})"]
+    default = f"{get_default_convention(column).format} (assumed; for another one, import with"
+    return [f"        box format: {default} --box-format)"]
 
 
 def _format_example(file: Path) -> str:
@@ -329,7 +329,11 @@ def _select_source(
 
     if options.row_files:
         return path, options
-    path, detected = detect_columns(path, options)
+
+    def ask_question(names: list[str]) -> str:
+        return _ask(f"Question column ({' or '.join(names)}; - for two answers)", names[0], yes)
+
+    path, detected = detect_columns(path, options, None if yes else ask_question)
     columns = dict(detected.columns)
     if options.columns or not columns:
         return path, detected

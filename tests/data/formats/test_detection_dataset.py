@@ -8,9 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from box_fixtures import LABEL_FILES, import_samples, list_answers, list_questions, write_box_image
+from box_fixtures import (
+    LABEL_FILES,
+    find_box,
+    import_samples,
+    list_answers,
+    list_questions,
+    write_box_image,
+)
 
 from finesight.data.exporter import export_dataset
+from finesight.data.formats import get_format
 from finesight.data.formats.dataset_format import NOTE_SKIPPED_BOX
 from finesight.data.formats.image_annotations import (
     NOTE_OMITTED_BOXES,
@@ -120,7 +128,7 @@ def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def test_detection(source: Path, tmp_path: Path) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
-    dogs = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
+    dogs = [("dog", find_box(*(tmp_path / "set").rglob("a.png"))), ("dog", (4, 5, 12, 13))]
     assert list_answers(samples) == [[*dogs, ("lawn", (0, 0, 40, 20))]]
     requested = "Locate every object of these classes in the image: dog, lawn."
     assert list_questions(samples) == [requested]
@@ -229,19 +237,19 @@ def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "dog", "empty_dog"),
+    ("make", "dog", "empty_dog", "wide_dog"),
     [
-        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]"),
-        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4"),
-        (voc, "<xmax>12<", "<xmax>4<"),
-        (labelme, "[12, 5]", "[4, 5]"),
-        (cvat, 'xbr="12.00"', 'xbr="4.00"'),
-        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]"),
-        (label_studio, '"width": 20', '"width": 0'),
+        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]", "[4, 5, 80, 8]"),
+        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4", "0.2 0.45 0.9 0.4"),
+        (voc, "<xmax>12<", "<xmax>4<", "<xmax>80<"),
+        (labelme, "[12, 5]", "[4, 5]", "[80, 5]"),
+        (cvat, 'xbr="12.00"', 'xbr="4.00"', 'xbr="80"'),
+        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]", "0.25, 2, 0.4]"),
+        (label_studio, '"width": 20', '"width": 0', '"width": 200'),
     ],
 )
-def test_box_without_area_is_skipped(
-    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str
+def test_stray_boxes_keep_their_class_in_the_question(
+    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str, wide_dog: str
 ) -> None:
     source = write_changed(make, tmp_path / "set", dog, empty_dog)
     with pytest.raises(UserError, match="no area"):
@@ -251,6 +259,17 @@ def test_box_without_area_is_skipped(
         samples, summary = import_samples(source, tmp_path / str(number), **options)
         assert list_answers(samples) == [[("dog", WHITE), ("lawn", (0, 0, 40, 20))]]
         assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+    source = write_changed(make, tmp_path / "wide", dog, wide_dog)
+    samples, summary = import_samples(source, tmp_path / "lawn", on_invalid_box="drop")
+    assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
+    assert samples[0].meta["classes"] == ["lawn"]
+    assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
+    with pytest.raises(UserError, match="outside its image") as caught:
+        import_samples(source, tmp_path / "fail")
+    has_options = "boxes" in get_format(summary.format).supported_options
+    assert ("--box-format" in caught.value.remedy) == has_options
+    with pytest.raises(UserError, match="for which the question would ask"):
+        import_samples(source, tmp_path / "all", on_invalid_box="drop", prompt="Find all.")
 
 
 @pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])

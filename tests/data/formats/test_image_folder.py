@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pyarrow
@@ -196,6 +197,14 @@ def test_imagefolder_columns(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no column 'yy' for --map answer=yy") as caught:
         import_samples(root, tmp_path / "two", prompt="What?", columns={"answer": "yy"})
     assert caught.value.remedy == "did you mean y?"
+    write_jsonl(
+        root / "metadata.jsonl", [{**row, "answer": "A", "cot": "It is so."} for row in rows]
+    )
+    with pytest.raises(UserError, match="'cot': a reasoning text") as caught:
+        import_samples(root, tmp_path / "cot", prompt="What?")
+    columns = dict(re.findall(r"--map (\w+)=(\w+)", caught.value.remedy))
+    _, summary = import_samples(root, tmp_path / "cot", prompt="What?", columns=columns)
+    assert summary.unused_columns == ("x", "y", "cot")
 
 
 @pytest.mark.parametrize("requested", [None, "imagefolder"])

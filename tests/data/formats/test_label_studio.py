@@ -66,12 +66,12 @@ def write_tasks(root: Path, *tasks: dict[str, Any]) -> Path:
 
 def test_results_of_each_task(root: Path, tmp_path: Path) -> None:
     old = annotation(region("old"), updated_at="2026-01-01")
-    new = annotation(region("new"), updated_at="2026-02-01")
+    new = annotation(region("new"), updated_at="2026-02-01", lead_time=3)
     truth = annotation(region("truth"), updated_at="2025-01-01", ground_truth=True)
     predicted = annotation(region("guess"), model_version="1")
     source = write_tasks(
         root,
-        {"annotations": [new, old], "predictions": [predicted]},
+        {"annotations": [new, old], "predictions": [predicted], "meta": {"shift": 1}},
         {"annotations": [new, truth]},
         {"annotations": [], "predictions": [predicted]},
         {"annotations": [annotation(region("x"), was_cancelled=True)], "predictions": [predicted]},
@@ -89,6 +89,9 @@ def test_results_of_each_task(root: Path, tmp_path: Path) -> None:
         "tasks with several annotations (the ground truth or the newest is used)": 2,
         "tasks without annotations (predictions are used)": 1,
     }
+    counts = {"meta of tasks": 1, "meta.shift of tasks": 1, "lead_time of annotations": 2}
+    for name, count in counts.items():
+        assert summary.other_keys[f"{name}, not imported"] == count
     samples, _ = import_samples(source, tmp_path / "predicted", format="label-studio-predictions")
     assert list_answers(samples) == [[("guess", WHITE)]] * 3
     (root / "rows.jsonl").write_text('{"image": "a.png"}')
@@ -228,9 +231,12 @@ def test_json_min(root: Path, tmp_path: Path) -> None:
     samples, summary = import_samples(root / "min.json", tmp_path / "boxes")
     assert list_answers(samples) == [[("dog", WHITE)]]
     assert summary.format == "label-studio"
-    (root / "min.json").write_text(json.dumps([{**common, "caption": "A dog.", "lead_time": 2.5}]))
-    samples, _ = import_samples(root / "min.json", tmp_path / "texts")
+    keys = ("annotator", "annotation_id")
+    assert summary.other_keys == {f"{key} of tasks, not imported": 1 for key in keys}
+    (root / "min.json").write_text(json.dumps([{**common, "caption": "A dog.", "rating": 2.5}]))
+    samples, summary = import_samples(root / "min.json", tmp_path / "texts")
     assert list_answers(samples) == [["A dog."]]
+    assert summary.other_keys.keys() > {"rating of tasks, not imported"}
 
 
 def test_choices_roundtrip(root: Path, tmp_path: Path) -> None:

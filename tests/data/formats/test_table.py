@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,8 @@ from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample
 from finesight.data.formats.table import (
     FORMAT,
+    check_guessed_columns,
     find_box_format,
-    find_unsupported_column,
     guess_box_options,
     guess_columns,
     suggest_mapping,
@@ -311,7 +312,9 @@ def test_roles_are_guessed(names: str, expected: str) -> None:
         records.append({"image": f"{i}.png", "after": f"{i + 1}.png", "mask": "m.png", **texts})
     columns = guess_columns(records)
     assert dict(pair.split("=") for pair in expected.split()).items() <= columns.items()
-    assert (find_unsupported_column(records, columns) is not None) == ("rejected" in names)
+    is_preference = "rejected" in names
+    with pytest.raises(UserError, match="rejected") if is_preference else nullcontext():
+        check_guessed_columns(records, columns, "here")
 
 
 @pytest.mark.parametrize(
@@ -320,10 +323,9 @@ def test_roles_are_guessed(names: str, expected: str) -> None:
 def test_columns_that_an_answer_depends_on_are_found(name: str, value: object) -> None:
     records = [{"image": "a.png", "q": "x", "a": "y", name: value}]
     columns = {"image": "image", "question": "q", "answer": "a"}
-    found = find_unsupported_column(records, columns)
-    assert found is not None
-    assert found[0] == name
-    assert find_unsupported_column([{**records[0], name: None}], columns) is None
+    with pytest.raises(UserError, match=f"the column '{name}'"):
+        check_guessed_columns(records, columns, "here")
+    check_guessed_columns([{**records[0], name: None}], columns, "here")
 
 
 def test_options_follow_the_question(folder: Path) -> None:
@@ -360,8 +362,10 @@ def test_empty_box_cell_means_no_objects(folder: Path, box: object) -> None:
         ("Locate these classes: cat, dog, owl.", "Locate these classes: cat, owl."),
         ("Locate these classes: dog, owl, cat.", "Locate these classes: owl, cat."),
         ("Locate cat, owl, or dog?", "Locate cat, owl?"),
-        ("Locate every dogfish.", "Locate every dogfish."),
+        ("Locate every dogfish and cat.", "Locate every dogfish and cat."),
         ("Locate each dog in the image.", None),
+        ("Locate every dogfish.", None),
+        ("Find all objects.", None),
     ],
 )
 def test_question_does_not_name_a_class_without_its_box(
@@ -374,6 +378,10 @@ def test_question_does_not_name_a_class_without_its_box(
         with pytest.raises(InvalidBoxError, match="no area"):
             parse_record(FORMAT, record, folder, prompt=prompt, **options)
         return
+    for other in ({"b": [[1, 1, 9, 9], [5, 5, 2000, 9]], "l": ["cat", "cat"]}, {"l": None}):
+        wide = {**record, "b": [[1, 1, 9, 9], [5, 5, 2000, 9]]} | other
+        with pytest.raises(InvalidBoxError, match="outside its image; the answer would be"):
+            parse_record(FORMAT, wide, folder, prompt="Locate each cat.", **options)
     found = parse_record(FORMAT, record, folder, prompt=prompt, **options)
     assert list_turns(found) == [
         ("user", [folder / "b.png", question]),

@@ -13,7 +13,7 @@ from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import DataChecker, inputs_from_files
-from finesight.data.formats.dataset_format import NOTE_THOUSANDTHS
+from finesight.data.formats.dataset_format import NOTE_PIXELS, NOTE_THOUSANDTHS
 from finesight.data.import_source import ImportOptions
 from finesight.errors import UserError
 
@@ -33,6 +33,13 @@ def write_rows(root: Path, answer: str, question: str = "find fruit") -> Path:
         ("<ref>a</ref><box>(80,70),(150,90)</box>", None, [("a", (24, 14, 45, 18))]),
         ("a<box>[[80, 70, 150, 90]]</box>", None, ["a", (None, (24, 14, 45, 18))]),
         ("<box>80 70 150 90</box>", "pixel", [(None, (80, 70, 150, 90))]),
+        ('{"bbox_2d": [80, 70, 150, 90]}', None, [(None, (80, 70, 150, 90))]),
+        ('{"bbox_2d": [80, 70, 150, 90]}', "1000", [(None, (24, 14, 45, 18))]),
+        (
+            "<ref>a</ref><box>(80,70),(150,90)</box><box>(1,2),(10,20)</box>",
+            None,
+            [("a", (24, 14, 45, 18)), ("a", (0.3, 0.4, 3, 4))],
+        ),
         ("at [80, 70, 150, 90].", "1000", ["at ", (None, (24, 14, 45, 18)), "."]),
         ("(0.1, 0.2), (0.5, 0.5)", "1", [(None, (30, 40, 150, 100))]),
         (
@@ -48,8 +55,9 @@ def test_boxes_with_known_units_are_converted(
 ) -> None:
     samples, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "o", box_units=units)
     assert list_answers(samples) == [expected] * 3
-    is_assumed = units is None and "bbox_2d" not in answer
-    assert summary.source_notes == ({NOTE_THOUSANDTHS: 3} if is_assumed else {})
+    note = NOTE_PIXELS if "bbox_2d" in answer else NOTE_THOUSANDTHS
+    num_boxes = sum(isinstance(part, tuple) for part in expected)
+    assert summary.source_notes == ({note: 3 * num_boxes} if units is None else {})
 
 
 @pytest.mark.parametrize(

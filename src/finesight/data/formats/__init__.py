@@ -103,9 +103,14 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
         reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
     )
     suggestion = f"write the rows in its form, {closest.description}"
+    names = list(map(str, records[0]))
+    has_names = names != list(map(str, range(1, len(names) + 1)))
+    mapping = _suggest_mapping(names if has_names else list(map(str, records[0].values())))
     if closest is table.FORMAT:
-        suggestion = f"name its columns, perhaps with {table.suggest_mapping(records[0])}"
-    suggestion += _suggest_no_header(list(map(str, records[0])))
+        columns = table.suggest_mapping(records[0]) if has_names or not mapping else mapping
+        suggestion = f"name its columns, perhaps with {columns}"
+    if has_names and mapping:
+        suggestion += f"; if the first line contains values, import with --no-header {mapping}"
     raise UserError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
@@ -114,8 +119,8 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     )
 
 
-def _suggest_no_header(cells: Sequence[str]) -> str:
-    """Return a remedy for column names with numbers, which are perhaps values; else ""."""
+def _suggest_mapping(cells: Sequence[str]) -> str:
+    """Return `--map` options for a first line with numbers, which are perhaps values; else ""."""
     is_number = [re.fullmatch(r"[+-]?\d+(?:\.\d+)?", cell) is not None for cell in cells]
     if not any(is_number):
         return ""
@@ -124,6 +129,6 @@ def _suggest_no_header(cells: Sequence[str]) -> str:
     image = str(texts[0]) if starts or len(texts) > 1 else "COLUMN"
     first = starts[0] if starts else 0
     box = ",".join(str(first + n) for n in range(1, 5))
-    answer = f"--map box={box}" if starts else f"--map answer={texts[-1]}"
-    mapping = f"--map image={image} {answer}"
-    return f"; if the first line contains values, import with --no-header {mapping}"
+    label = f" --map label={texts[1]}" if len(texts) > 1 else ""
+    answer = f"--map box={box}{label}" if starts else f"--map answer={texts[-1]}"
+    return f"--map image={image} {answer}"

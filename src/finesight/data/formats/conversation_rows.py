@@ -1,11 +1,10 @@
 """Parse and write conversation rows: turns, boxes in answers, and metadata.
 
-Boxes in answers have the syntax of Qwen2.5-VL or Qwen2-VL. Qwen2.5-VL writes JSON with `bbox_2d`,
-one object or a list, with corners in pixels of the original image. Text around the JSON is
-preserved. A ```json fence is removed, because each model family adds its own. Qwen2-VL writes
-<|object_ref_start|>dog<|object_ref_end|><|box_start|>(88,99),(500,700)<|box_end|> on a grid of
-1000. The options --box-format and --box-units override both conventions. Boxes are parsed rather
-than left as text, because coordinates in text would be wrong after the image is resized.
+Qwen2.5-VL writes boxes in answers as JSON with `bbox_2d`, one object or a list, with corners in
+pixels of the original image. A ```json fence is removed, because each model family adds its own.
+Qwen2-VL writes tags such as <|box_start|>(88,99),(500,700)<|box_end|> on a grid of 1000; see
+`boxes` for the grammar. The options --box-format and --box-units override both conventions. Boxes
+are parsed, because coordinates in text would be wrong after the image is resized.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ from finesight.data.formats.dataset_format import (
     describe_value,
     make_text_part,
     merge_text_parts,
-    split_at_pattern,
     strip_object_refs,
 )
 from finesight.data.formats.row_keys import (
@@ -104,41 +102,23 @@ TURN_KEYS = frozenset(("system", *itertools.chain(*_TURN_LISTS, *_TURN_PAIRS)))
 RESERVED_KEYS = TURN_KEYS.union(("id", "label", "objects", *IMAGE_KEYS, *VIDEO_KEYS))
 """Metadata keys that are not exported, because a dataset format would read them as content."""
 
-_COORDINATE = re.compile(r"-?\d+(?:\.\d+)?")
-_BOX_TEXT = re.compile(r"[\s\d.,;()\[\]-]*")
-_BOXES_IN_BRACKETS = re.compile(r"\[[^\[\]()]*\]")
-_TOKEN_BOX = r"<\|box_start\|>(?P<box>(?:(?!<\|box_).)*)<\|box_end\|>"
-_TOKEN_BOXES = re.compile(
-    r"(?:<\|object_ref_start\|>(?P<label>(?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*)?"
-    rf"(?P<boxes>{_TOKEN_BOX.replace('?P<box>', '?:')}"
-    rf"(?:{_TOKEN_BOX.replace('?P<box>', '?:')})*)",
-    re.DOTALL,
-)
 
-
-def create_token_boxes(
-    texts: Iterable[str], match: re.Match[str], images: RowImages
-) -> Iterator[BoxPart]:
-    """Create boxes from the texts between box tokens, such as (x1,y1),(x2,y2).
-
-    Several boxes are in brackets each: [[x1, y1, x2, y2], ...].
+def create_text_boxes(found: TextBox, images: RowImages) -> Iterator[BoxPart]:
+    """Create the boxes of a tag, a list or location tokens in a text.
 
     Raises:
-        InvalidRowError: A text is not a box.
+        InvalidRowError: The text in the tag is not a box.
     """
-    for text in texts:
-        numbers = _COORDINATE.findall(text)
-        boxes = [_COORDINATE.findall(box) for box in _BOXES_IN_BRACKETS.findall(text)]
-        boxes = [numbers] if len(numbers) == 4 else boxes
-        if not boxes or {4} != set(map(len, boxes)) or not _BOX_TEXT.fullmatch(text):
-            what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
-            raise InvalidRowError(
-                f"{text[:60]!r} between box tokens: {what}",
-                "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
-                "correct the row, or leave it out",
-            )
-        for box in boxes:
-            yield images.create_text_box(box, match["label"], BoxConvention(units="1000"))
+    if not found.coordinates:
+        numbers = re.findall(r"-?\d+(?:\.\d+)?", found.text)
+        what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
+        raise InvalidRowError(
+            f"{found.text[:60]!r} between box tokens: {what}",
+            "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
+            "correct the row, or leave it out",
+        )
+    for box in found.coordinates:
+        yield images.create_text_box(box, found.label, found.convention)
 
 
 def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart]:
@@ -148,32 +128,28 @@ def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart
 
 def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     """Parse an answer text into text parts and box parts."""
-    for piece in split_at_pattern(answer, _TOKEN_BOXES) if "<|box_start|>" in answer else [answer]:
-        if not isinstance(piece, str):
-            images.require_single_image()
-            texts = re.findall(_TOKEN_BOX, piece["boxes"], re.DOTALL)
-            yield from create_token_boxes(texts, piece, images)
-        elif BOX_KEY not in piece:
-            yield from _parse_plain_text(piece, images)
-        else:
-            for text_or_boxes in _iter_json_boxes(strip_code_fences(piece)):
-                if isinstance(text_or_boxes, str):
-                    yield from _parse_plain_text(text_or_boxes, images)
-                    continue
-                images.require_single_image()
-                yield from images.create_boxes(text_or_boxes, BoxConvention())
+    if BOX_KEY not in answer:
+        yield from _parse_plain_text(answer, images)
+        return
+    for text_or_boxes in _iter_json_boxes(strip_code_fences(answer)):
+        if isinstance(text_or_boxes, str):
+            yield from _parse_plain_text(text_or_boxes, images)
+            continue
+        images.require_single_image()
+        yield from images.create_boxes(text_or_boxes, BoxConvention())
 
 
 def _parse_plain_text(text: str, images: RowImages) -> Iterator[ContentPart]:
-    """Parse a text without JSON boxes and box tokens; other notations may follow one image."""
+    """Parse a text without JSON boxes; other notations than box tokens may follow one image."""
     pieces: Iterable[str | TextBox] = filter(None, [text])
-    if len(images.paths) == 1:
+    if len(images.paths) == 1 or "<|box_start|>" in text:
+        images.require_single_image()
         pieces = split_at_text_boxes(text, images.list_limits)
     for piece in pieces:
         if isinstance(piece, str):
             yield strip_object_refs(piece)
         else:
-            yield images.create_text_box(piece.coordinates, piece.label, piece.convention)
+            yield from create_text_boxes(piece, images)
 
 
 def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
@@ -314,7 +290,7 @@ class RowMedia(RowImages):
                     f"{len(files)} {kind}s are listed, {num_remaining} of them have no"
                     f" `<{kind}>` in the text and no part",
                     expected=f"one placeholder per {kind}",
-                    remedy="correct the row",
+                    remedy=f"write `<{kind}>` into the question about it, or remove the {kind}",
                 )
 
 

@@ -28,8 +28,7 @@ ms-swift and query-response, listed files without any placeholder precede the fi
 In ms-swift, `<ref-object>` is replaced by the next of `ref`, and `<bbox>` by the next of `bbox`. A
 box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
 0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
-their label; elsewhere it is text. References without a placeholder are counted, and ignored as in
-ms-swift.
+their label; elsewhere it is text.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finesight.data.boxes import BOX_KEY, BoxConvention
+from finesight.data.boxes import BOX_KEY, BoxConvention, split_at_text_boxes
 from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
     PartRenderer,
@@ -50,7 +49,7 @@ from finesight.data.formats.conversation_rows import (
     Turn,
     add_box_note,
     build_turns_example,
-    create_token_boxes,
+    create_text_boxes,
     encode_row,
     format_answer,
     list_images,
@@ -95,12 +94,9 @@ _IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|av
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 """Names of the roles in LLaVA and sharegpt."""
 
-_REF_TEXT = r"(?s:(?:(?!</?ref>).)*)"
-_BOX = r"<box>((?:(?!</?box>)(?s:.))*)</box>"
 _QWEN_VL_TAGS = re.compile(
     r"(?:Picture \d+:\s*)?<img>(?P<path>[^<]*)</img>\n?"
-    rf"|(?:<ref>(?P<label>{_REF_TEXT})</ref>)?(?P<boxes>(?:{_BOX})+)"
-    rf"|<ref>(?P<words>{_REF_TEXT})</ref>"
+    r"|<ref>(?P<words>(?s:(?:(?!</?ref>).)*))</ref>(?!\s*<box>)"
 )
 
 LLAVA_FILE = "data.json"
@@ -254,7 +250,8 @@ def _detect_qwen_vl(records: Sequence[Record]) -> str | None:
     texts = [text for record in records for _, text in list_turn_texts(record)]
     if any("<image>" in text for text in texts) and not any("<img>" in text for text in texts):
         return None
-    first = next((match[0] for text in texts for match in _QWEN_VL_TAGS.finditer(text)), None)
+    marks = re.compile(rf"{_QWEN_VL_TAGS.pattern}|<box>[^<]*</box>")
+    first = next((match[0] for text in texts for match in marks.finditer(text)), None)
     return f"a turn contains {first.strip()[:60]!r}" if first else None
 
 
@@ -264,14 +261,15 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
 
     def parse_turn(role: Role, text: str) -> Iterator[ContentPart]:
         for piece in split_at_pattern(text, _QWEN_VL_TAGS):
-            if isinstance(piece, str):
-                yield make_text_part(piece)
-            elif piece["path"] is not None:
-                yield images.add_image(piece["path"])
-            elif piece["boxes"] is None:
-                yield make_text_part(piece["words"])
-            else:
-                yield from create_token_boxes(re.findall(_BOX, piece["boxes"]), piece, images)
+            if not isinstance(piece, str):
+                is_text = piece["path"] is None
+                yield make_text_part(piece["words"]) if is_text else images.add_image(piece["path"])
+                continue
+            for text_or_box in split_at_text_boxes(piece, None, is_tagged=True):
+                if isinstance(text_or_box, str):
+                    yield make_text_part(text_or_box)
+                else:
+                    yield from create_text_boxes(text_or_box, images)
 
     turns = parse_turns(row.record, context)
     return build_turns_example(row, context, turns, parse_turn, None)

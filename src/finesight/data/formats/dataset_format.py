@@ -18,6 +18,7 @@ from finesight.data.boxes import (
     BoxFormat,
     BoxUnits,
     InvalidBoxError,
+    StrayBoxError,
     clip_box,
     clip_to_image,
     parse_coordinates,
@@ -121,11 +122,16 @@ BoxTask = Literal["detection", "grounding"]
 InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 """Treatment of invalid boxes: an error of the row, drop the box, or clip it to the image.
 
-A box without area inside the image is dropped with `clip`, too.
+A box without area inside the image is dropped with `clip`, too. A dropped box that may mark an
+object must not be missing in the answer: the question leaves out its class, or the import skips
+or refuses the row.
 """
 
 NOTE_THOUSANDTHS = (
     "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
+)
+NOTE_PIXELS = (
+    "boxes of bbox_2d in texts, read as pixels of the original image; --box-units changes it"
 )
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
@@ -134,7 +140,7 @@ IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos")
 
 _PLACEHOLDERS = re.compile(
-    r"<\|(?:vision|image|video|box|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
+    r"<\|(?:vision|image|video|box|quad|object_ref)_\w+\|>|<img>|<(?:box|quad)>\s*[(\[]"
     r"|<image>|<bbox>|<ref-object>"
 )
 
@@ -179,6 +185,7 @@ class ImportContext:
         box_units: Box units from the user; None uses the default of the dataset format.
         box_task: Whether box datasets become detection or grounding questions.
         lenient: Accept every box unchanged, for data checks.
+        has_box_options: Whether the format supports --box-format and --box-units.
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
         num_clipped: Number of boxes that exceeded their image by a rounding error.
         row_notes: Counts of content of the current row that samples do not represent.
@@ -193,6 +200,7 @@ class ImportContext:
     box_units: BoxUnits | None = None
     box_task: BoxTask = "detection"
     lenient: bool = False
+    has_box_options: bool = True
     on_invalid_box: InvalidBoxPolicy = "fail"
     raw_boxes: list[RawBox] = field(default_factory=list)
     num_clipped: int = 0
@@ -231,11 +239,19 @@ class ImportContext:
         try:
             clipped_box = clip_to_image(pixel_box, image_size, convention)
         except InvalidBoxError as error:
-            inner_box = clip_box(pixel_box, image_size) if self.on_invalid_box == "clip" else None
-            if inner_box is None or inner_box == pixel_box:  # empty, or not in pixels
-                raise
-            self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
-            return inner_box
+            inner_box = clip_box(pixel_box, image_size)
+            is_clippable = inner_box != pixel_box  # else not in pixels
+            if inner_box is not None and is_clippable and self.on_invalid_box == "clip":
+                self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+                return inner_box
+            hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
+            options = ", or leave it out"
+            if self.on_invalid_box == "fail" and is_clippable:
+                options = ", or give --on-invalid-box clip, or drop for boxes outside of sentences"
+            elif inner_box is not None and is_clippable:
+                options = ", or give --on-invalid-box clip"
+            error.remedy = f"{hint}correct the row{options}"
+            raise
         self.num_clipped += clipped_box != pixel_box
         return clipped_box
 
@@ -328,15 +344,15 @@ class RowImages:
 
     def create_valid_box(
         self, value: object, label: str | None, default: BoxConvention
-    ) -> BoxPart | None:
-        """Create a box part, or return None for an invalid box that the import drops."""
+    ) -> BoxPart | InvalidBoxError:
+        """Create a box part, or return the error of an invalid box that the import drops."""
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
             if self._context.on_invalid_box == "fail":
                 raise
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
-            return None
+            return error
 
     def create_text_box(self, value: object, label: str | None, default: BoxConvention) -> BoxPart:
         """Create the part of a box within a text, which an import cannot drop."""
@@ -347,25 +363,26 @@ class RowImages:
         except InvalidBoxError as error:
             if self._context.on_invalid_box != "drop":
                 raise
-            raise InvalidBoxError(
-                f"{error.what}; a box within a text cannot be dropped",
-                expected=error.expected,
-                remedy="correct the row, or leave it out",
-            ) from error
+            raise forbid_drop(error, "a box within a text cannot be dropped") from error
 
     def create_boxes(
         self, values: Iterable[tuple[object, str | None]], default: BoxConvention
     ) -> list[BoxPart]:
-        """Create the box parts of pairs of coordinates and label, except dropped boxes.
+        """Create the box parts of `bbox_2d` values with their labels, except stray boxes.
 
         Raises:
-            InvalidBoxError: A box is invalid, and the import does not drop it or no other is left.
+            InvalidBoxError: A box is invalid, and the import does not drop it, it may mark an
+                object, or no other is left.
         """
-        boxes = [self.create_valid_box(*pair, default) for pair in values]
-        valid_boxes = [box for box in boxes if box is not None]
-        if boxes and not valid_boxes:
-            raise self._context.invalid_boxes[-1][1]
-        return valid_boxes
+        found = [self.create_valid_box(*pair, default) for pair in values]
+        boxes = [one for one in found if isinstance(one, BoxPart)]
+        errors = [one for one in found if isinstance(one, InvalidBoxError)]
+        for error in errors:
+            if not boxes or not isinstance(error, StrayBoxError):
+                raise forbid_drop(error)
+        is_assumed = default.units == "pixel" and self._context.box_units is None
+        self._context.row_notes[NOTE_PIXELS] += len(boxes) * is_assumed
+        return boxes
 
     def require_single_image(self) -> None:
         """Raise UserError unless the row has exactly one image, to which all boxes belong."""
@@ -375,6 +392,13 @@ class RowImages:
                 expected="one image, so that the image of each box is unambiguous",
                 remedy="write the rows as samples, where each box has an image index",
             )
+
+
+def forbid_drop(
+    error: InvalidBoxError, reason: str = "the answer would be incomplete without the box"
+) -> InvalidBoxError:
+    """Return the error of an invalid box that the import must not drop."""
+    return InvalidBoxError(f"{error.what}; {reason}", expected=error.expected, remedy=error.remedy)
 
 
 @dataclass(slots=True)

@@ -8,8 +8,9 @@ The answer for an image without objects is `none`, which is scored as no boxes; 
 an image.
 
 A shape other than a box gives its enclosing box. If an object has none, such as a keypoint or a
-crowd, the question about its image does not ask for its class. If the class is unknown, the
-template does not list the classes, or no box is left, the image is skipped.
+crowd, the question about its image does not ask for its class. The same applies to a dropped box,
+except that a stray box without area counts only if no other box has its class. If the class is
+unknown, the template does not list the classes, or no box is left, the image is skipped.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import find_existing
-from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError
+from finesight.data.boxes import BOX_DECIMALS, Box, BoxConvention, InvalidBoxError, StrayBoxError
 from finesight.data.formats.dataset_format import (
     ExportContext,
     ImportContext,
     ImportExample,
     InvalidOptionError,
     RowImages,
+    join_text,
     make_text_part,
 )
 from finesight.data.image_header import (
@@ -135,7 +137,9 @@ def _list_subfolders(folder: Path) -> list[Path]:
 UNKNOWN_LABEL = ""
 """Label of an object without a box whose class is unknown."""
 
-NOTE_OMITTED_CLASSES = "classes of objects without a box (not in the question about their image)"
+NOTE_OMITTED_CLASSES = (
+    "classes of objects without a valid box (not in the question about their image)"
+)
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
 
 
@@ -166,11 +170,11 @@ MAX_PROMPT_CLASSES = 20
 NO_OBJECTS_ANSWER = "none"
 
 REASON_OBJECT_WITHOUT_BOX = (
-    "images with objects without a box, for which the question would ask; to import the images,"
+    "images with objects without a valid box, for which the question would ask; to import them,"
     " remove these objects from the annotations"
 )
 REASON_UNLISTED_CLASSES = (
-    "images with objects without a box, for which the question would ask; to leave out their"
+    "images with objects without a valid box, for which the question would ask; to leave out their"
     " classes, give --prompt with {labels}, or --box-task grounding"
 )
 REASON_NO_OBJECTS = "images without objects (skipped by --box-task grounding)"
@@ -250,7 +254,8 @@ def build_detection_examples(
                 expected=f"at most {MAX_CLASSES:,}",
                 remedy="use --box-task grounding, which asks for one class per question",
             )
-        class_names = [name for name in annotation.class_names if name not in omitted]
+        names = dict.fromkeys(annotation.class_names)
+        class_names = [name for name in names if name not in omitted]
         question = format_prompt(template, template, {"labels": ", ".join(class_names)})
         meta = annotation.meta | ({"classes": class_names} if has_class_list else {})
         return [_build_example(row.id, [image, *question], boxes_with_attributes, meta)]
@@ -272,24 +277,22 @@ def build_detection_examples(
 def _locate_objects(
     objects: Sequence[ObjectAnnotation], images: RowImages, convention: BoxConvention
 ) -> tuple[list[tuple[BoxPart, Mapping[str, Any]]], set[str]]:
-    """Return the boxes of objects with their attributes, and the labels of objects without a box.
+    """Return the boxes of objects with their attributes, and the labels of objects without one.
 
-    The label of a skipped box counts only if no other box has it.
+    The label of a stray box counts only if no other box has it.
     """
-    omitted = {obj.label for obj in objects if obj.coordinates is None}
     boxes: list[tuple[BoxPart, Mapping[str, Any]]] = []
-    skipped: set[str] = set()
+    omitted, stray = set[str](), set[str]()
     for obj in objects:
-        if obj.coordinates is None:
-            continue
-        box = images.create_valid_box(obj.coordinates, obj.label, convention)
-        if box is None:
-            skipped.add(obj.label)
-        else:
+        box = None
+        if obj.coordinates is not None:
+            box = images.create_valid_box(obj.coordinates, obj.label, convention)
+        if isinstance(box, BoxPart):
             boxes.append((box, obj.attributes))
-    # By label, then from top to bottom and left to right.
+        else:
+            (stray if isinstance(box, StrayBoxError) else omitted).add(obj.label)
     boxes.sort(key=lambda pair: (str(pair[0].label), *(pair[0].xyxy[n] for n in (1, 0, 3, 2))))
-    return boxes, omitted | (skipped - {str(box.label) for box, _ in boxes})
+    return boxes, omitted | (stray - {str(box.label) for box, _ in boxes})
 
 
 def build_class_prompt(num_classes: int) -> str:
@@ -588,9 +591,7 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
         if not isinstance(part, TextPart) or part.text.strip()
     ]
     attributes_list = sample.meta.get("boxes", ())
-    if [part.text for part in parts if isinstance(part, TextPart)] == [NO_OBJECTS_ANSWER] and len(
-        parts
-    ) == 1:
+    if parts == [TextPart(text=NO_OBJECTS_ANSWER)]:
         return
     for box_index, part in enumerate(parts):
         if not isinstance(part, BoxPart) or part.label is None or not part.label.strip():
@@ -610,12 +611,11 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
 
 def _get_answer_text(sample: Sample) -> str:
     parts = sample.messages[-1].content
-    texts = [part.text for part in parts if isinstance(part, TextPart)]
-    if len(texts) != len(parts):
+    if not all(isinstance(part, TextPart) for part in parts):
         raise UserError(
             "a mix of answers with and without boxes",
             where=f"sample {sample.id}",
             expected="only text answers",
             remedy="export the samples with boxes separately",
         )
-    return "".join(texts)
+    return join_text(parts)

@@ -74,9 +74,8 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
         record = {"id": image.stem, "image": str(image), "text": str(text) if text else None}
         return SourceRow(row_number, str(image), record, source.stem)
 
-    return rows_from_items(
-        images, make_row
-    ), f"{num_with_text} images with a text file of the same name"
+    reason = f"{num_with_text} images with a text file of the same name"
+    return rows_from_items(images, make_row), reason
 
 
 def _get_pair_key(path: Path) -> str:
@@ -205,14 +204,8 @@ def map_imagefolder_columns(
     if columns.keys() & {"answer", "fields", "box"}:
         return {"image": "file_name", **columns}
     guessed = table.guess_columns(records) | {"image": "file_name"}
-    if not guessed.keys() & {"answer", "box"}:
-        raise UserError(
-            f"no answer column among {', '.join(map(str, records[0]))}",
-            where="--map",
-            expected="columns with known names, such as caption, or question and answer, or objects"
-            " with bbox and categories; or a single column",
-            remedy="name the column: --map answer=COLUMN, or --map fields=COLUMN,COLUMN",
-        )
+    guessed.pop("fields", None)
+    table.check_guessed_columns(records, guessed | dict(columns), "--map")
     return guessed | dict(columns)
 
 

@@ -2,10 +2,9 @@
 
 coco: a document of captions or instances.
 
-A box is its top left corner and size in pixels, 0-based. Without a box, the enclosing box of the
-polygons in `segmentation` is used. Several captions of an image are answers to the same question.
-Crowd regions and other annotations have no box. Area and keypoints are ignored. Images
-are searched as by `find_image_folder`.
+A box is its top left corner and size in pixels, 0-based, or the enclosing box of the polygons in
+`segmentation`. Several captions of an image are answers to the same question. Crowd regions and
+other annotations have no box.
 
 fiftyone: FiftyOneImageDetectionDataset and FiftyOneImageClassificationDataset, folders with
 labels.json.
@@ -15,17 +14,13 @@ labels.json.
 
 A box is its top left corner and size, scaled to 1. A label is a class name or an index into
 `classes`. Keys are image paths in the folder `data` without suffix. A file data.json with the image
-path of each key replaces the folder. Images without a label are skipped and counted. The attributes
-of a box are stored in the metadata; its confidence is ignored.
+path of each key replaces the folder.
 
 labelme: a folder of JSON files, one per image, with `shapes`.
 
-A rectangle is given by two opposite corners in any order; some tools write all four. A polygon,
-circle, line or mask is converted to its bounding box; points have none. Coordinates are in pixels,
-0-based, after EXIF rotation.
-
-The image path is relative to the JSON file. If the image is missing, it is saved from `imageData`.
-Images without a JSON file are considered unlabeled and ignored.
+A rectangle is given by two opposite corners in any order; some tools write all four. Coordinates
+are in pixels, 0-based, after EXIF rotation. The image path is relative to the JSON file. If the
+image is missing, it is saved from `imageData`. Images without a JSON file are ignored.
 """
 
 from __future__ import annotations
@@ -38,9 +33,11 @@ import math
 import os
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from unicodedata import normalize
+from urllib.parse import urlsplit
 
 from finesight.bounded_files import find_existing, parse_unique_json
 from finesight.data.boxes import BoxConvention, InvalidBoxError, find_bounds
@@ -84,6 +81,7 @@ from finesight.data.sample import LocatedSample, check_json, read_data_file
 from finesight.errors import UserError
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
+_LIST_KEYS = ("images", "annotations", "categories")
 _IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
 _ANNOTATION_KEYS = (
     *("id", "image_id", "category_id", "bbox", "iscrowd", "area"),
@@ -109,7 +107,7 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     document = _read_document(source)
     if document is None:
         return None
-    images, annotations = document["images"], document["annotations"]
+    images, annotations, categories = (document[key] for key in _LIST_KEYS)
     has_boxes = any(key in item for item in annotations for key in ("bbox", "segmentation"))
     if not images or not (has_boxes or any("caption" in item for item in annotations)):
         raise UserError(
@@ -118,12 +116,11 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             expected="annotations with `bbox` (instances) or `caption`",
             remedy="use the document of the instances or of the captions",
         )
-    ids = Counter(str(image.get("id")) for image in images)
-    _reject_duplicate_ids(ids, source)
+    ids, _ = (_count_ids(kind, document[kind], source) for kind in ("images", "categories"))
     folder = find_image_folder(source, [_get_file_name(image) for image in images])
     names = {
         str(item.get("id")): item["name"]
-        for item in document["categories"]
+        for item in categories
         if isinstance(item.get("name"), str) and item["name"].strip()
     }
     by_image: defaultdict[str, list[Record]] = defaultdict(list)
@@ -145,10 +142,12 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     label_key = "bbox" if has_boxes else "caption"
     reason = f"images, annotations with {label_key}: COCO {task}, images in {folder}"
     num_unlisted = sum(image_id not in ids for image_id in by_image)
-    reason += (
-        f"; annotations of {num_unlisted} images that it does not list" if num_unlisted else ""
-    )
-    return rows_from_items(images, make_row), reason
+    if num_unlisted:
+        reason += f"; annotations of {num_unlisted} images that it does not list"
+    other_keys: Counter[str] = Counter()
+    count_keys([dict.fromkeys(document, 1)], _LIST_KEYS, "files", other_keys)
+    count_keys(categories, ("id", "name"), "categories", other_keys)
+    return replace(rows_from_items(images, make_row), other_keys=other_keys), reason
 
 
 def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -189,11 +188,8 @@ def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
         ids = list(range(1, len(records) + 1))
     annotations: list[Record] = []
     for image_id, record in zip(ids, records, strict=True):
-        record_annotations = (
-            _iter_annotations(record, classes)
-            if is_detection
-            else [{"caption": text} for text in record.answers]
-        )
+        captions = [{"caption": text} for text in record.answers]
+        record_annotations = _iter_annotations(record, classes) if is_detection else captions
         context.lost_counts[LOST_WHITESPACE] += sum(text != text.strip() for text in record.answers)
         first_id = len(annotations) + 1
         annotations += [
@@ -212,13 +208,14 @@ def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     yield "annotations.json", (json.dumps(document, ensure_ascii=False, indent=1) + "\n").encode()
 
 
-def _read_document(source: Path) -> dict[str, list[Record]] | None:
-    """Return the lists of images, annotations and categories of a COCO document, else None."""
+def _read_document(source: Path) -> Record | None:
+    """Return a COCO document with its lists of images, annotations and categories, else None."""
     document = _read_object(source, b'"annotations"') or {}
-    lists = {key: document.get(key) or [] for key in ("images", "annotations", "categories")}
+    lists = {key: document.get(key) or [] for key in _LIST_KEYS}
     if not document or not all(isinstance(items, list) for items in lists.values()):
         return None
-    return lists if all(isinstance(r, dict) for items in lists.values() for r in items) else None
+    is_valid = all(isinstance(item, dict) for items in lists.values() for item in items)
+    return document | lists if is_valid else None
 
 
 def _read_object(file: Path, marker: bytes = b"") -> Record | None:
@@ -233,20 +230,23 @@ def _read_object(file: Path, marker: bytes = b"") -> Record | None:
     return document if isinstance(document, dict) else None
 
 
-def _reject_duplicate_ids(ids: Counter[str], source: Path) -> None:
-    duplicate, count = ids.most_common(1)[0]
+def _count_ids(kind: str, items: Sequence[Record], source: Path) -> Counter[str]:
+    ids = Counter(str(item.get("id")) for item in items)
+    duplicate, count = next(iter(ids.most_common(1)), ("", 0))
     if count > 1:
         raise UserError(
-            f"{count} images have the id {duplicate}",
+            f"{count} {kind} have the id {duplicate}",
             where=str(source),
-            expected="a unique ID per image",
-            remedy="assign new IDs to the images and their annotations",
+            expected=f"unique IDs of {kind}",
+            remedy=f"assign new IDs to the {kind} and their annotations",
         )
+    return ids
 
 
 def _get_file_name(image: Record) -> str:
-    """Return the file name of an image with forward slashes; some tools write backslashes."""
-    return str(image.get("file_name")).replace("\\", "/")
+    """Return the file name of an image with forward slashes; LVIS has its URL only."""
+    name = image.get("file_name") or urlsplit(str(image.get("coco_url"))).path.lstrip("/")
+    return str(name).replace("\\", "/")
 
 
 def _find_box(
@@ -311,17 +311,9 @@ def _read_caption(annotation: Record) -> str:
 
 def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:
     height, width = context.image_size(image_record.image_path)
-    entry = {
-        "id": image_id,
-        "file_name": context.image_name(image_record.image_path),
-        "width": width,
-        "height": height,
-    }
-    return (
-        entry
-        if "license" not in image_record.meta
-        else {**entry, "license": image_record.meta["license"]}
-    )
+    name = context.image_name(image_record.image_path)
+    entry = {"id": image_id, "file_name": name, "width": width, "height": height}
+    return entry | {key: image_record.meta[key] for key in ("license",) if key in image_record.meta}
 
 
 def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[Record]:
@@ -364,7 +356,9 @@ def _open_fiftyone(source: Path) -> tuple[RowReader, str] | None:
 
     kind = "detection" if is_detection else "classification"
     reason = f"{LABELS_FILE} with labels: FiftyOne {kind}, {len(classes)} classes"
-    return rows_from_items(list(labels), make_row), reason
+    other_keys: Counter[str] = Counter()
+    count_keys([dict.fromkeys(document, 1)], ("classes", "labels"), "files", other_keys)
+    return replace(rows_from_items(list(labels), make_row), other_keys=other_keys), reason
 
 
 def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -581,7 +575,7 @@ def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
     shapes: list[Record] = [
         {
             "label": box.label,
-            "points": [_format_point(box.xyxy[:2]), _format_point(box.xyxy[2:])],
+            "points": [list(map(float, box.xyxy[:2])), list(map(float, box.xyxy[2:]))],
             "group_id": None,
             "description": "",
             "shape_type": "rectangle",
@@ -598,10 +592,6 @@ def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
         "imageHeight": height,
         "imageWidth": width,
     }
-
-
-def _format_point(point: Sequence[float]) -> list[float]:
-    return [float(value) for value in point]
 
 
 COCO = DatasetFormat(

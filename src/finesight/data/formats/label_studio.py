@@ -5,11 +5,9 @@
    "original_width": 640, "original_height": 480,
    "value": {"x": 10, "y": 20, "width": 30, "height": 5, "rectanglelabels": ["dog"]}}]}]}]
 
-Boxes are in percent of the image. Of several annotations of a task, the ground truth is used, else
-the newest. Predictions are used for tasks without annotations. A dataset with regions becomes
-questions about boxes; the label of a region with text is its text, and its class is stored in the
-metadata. Other datasets become questions about the whole image: a class, a text, or several
-controls as a JSON object.
+Boxes are in percent of the image. A dataset with regions becomes questions about boxes; the label
+of a region with text is its text, and its class is stored in the metadata. Other datasets become
+questions about the whole image: a class, a text, or several controls as a JSON object.
 
 The server addresses of images are searched as paths in the folder of the file, see
 `find_image_folder`, without leading folders if necessary, and without the random prefix of uploads.
@@ -99,14 +97,14 @@ class LabeledTask:
 
     Attributes:
         location: Location of the task for messages.
-        data: Data of the task besides the image.
+        other_keys: Number of unused keys of the task, its data and its annotation.
         skip_reason: Reason why the task has no results, "" otherwise.
     """
 
     location: str
     reference: str
     results: tuple[Record, ...] = ()
-    data: Mapping[str, Any] = field(default_factory=dict)
+    other_keys: Counter[str] = field(default_factory=Counter)
     skip_reason: str = ""
     notes: tuple[str, ...] = ()
 
@@ -160,7 +158,7 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     if task.skip_reason:
         context.skipped_rows[task.skip_reason] += 1
         return []
-    count_keys([task.data], (), "tasks", context.other_keys)
+    context.other_keys.update(task.other_keys)
     count_keys(task.results, _RESULT_USED_KEYS, "results", context.other_keys)
     values = (one["value"] for one in task.results if isinstance(one.get("value"), dict))
     count_keys(values, _VALUE_USED_KEYS, "results", context.other_keys)
@@ -372,6 +370,7 @@ def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] |
 
 
 _RESULT_KEYS = ("annotations", "completions", "predictions")
+_ANNOTATION_USED_KEYS = ("result", "ground_truth", "created_at", "updated_at")
 
 
 def _select_results(
@@ -381,8 +380,6 @@ def _select_results(
     location = f"task {task.get('id', number)}"
     reference = _get_image_reference(task["data"], f"{source}, {location}")
     data = {key: value for key, value in task["data"].items() if value != reference}
-    if task["data"].get("annotation_id") is not None:  # JSON-MIN, whose texts are answers
-        data = {}
     annotations, predictions = (
         [one for one in as_list(value) if isinstance(one, dict)]
         for value in (task.get("annotations") or task.get("completions"), task.get("predictions"))
@@ -403,7 +400,11 @@ def _select_results(
     notes = [NOTE_SEVERAL] * (len(valid) > 1)
     notes += [NOTE_PREDICTIONS] * (is_prediction and results_from == "annotations")
     results = tuple(one for one in as_list(selected.get("result")) if isinstance(one, dict))
-    return LabeledTask(location, reference, results, data, notes=tuple(notes))
+    other_keys: Counter[str] = Counter()
+    count_keys([data], (), "tasks", other_keys)
+    count_keys([task], ("id", "data", *_RESULT_KEYS), "tasks", other_keys)
+    count_keys([*annotations, *predictions], _ANNOTATION_USED_KEYS, "annotations", other_keys)
+    return LabeledTask(location, reference, results, other_keys, notes=tuple(notes))
 
 
 def _expand_min(record: Record) -> Record:
@@ -412,20 +413,24 @@ def _expand_min(record: Record) -> Record:
     Data and texts are not distinguished there, so texts other than the image are answers.
     """
     results: list[Record] = []
+    data: Record = {}
     for name, value in record.items():
-        values = as_list(value)
-        if name in _MIN_KEYS or not values:
-            continue
+        values = [] if name in _MIN_KEYS else as_list(value)
         shapes = [one for one in values if isinstance(one, dict)]
-        if len(shapes) == len(values):
-            results += [
-                {**shape, "id": f"{name}-{index}", "from_name": name, "value": shape}
-                for index, shape in enumerate(shapes)
-            ]
-        elif all(isinstance(one, str) and not _is_image_reference(one) for one in values):
-            value = {"text": values}
-            results.append({"id": name, "from_name": name, "value": value})
-    return {"id": record.get("id"), "data": record, "annotations": [{"result": results}]}
+        if values and len(shapes) == len(values):
+            for index, shape in enumerate(shapes):
+                sizes = {key: shape.pop(key) for key in _SIZE_KEYS if key in shape}
+                names = {"id": f"{name}-{index}", "from_name": name}
+                results.append({**sizes, **names, "value": shape})
+        elif values and all(map(_is_text, values)):
+            results.append({"id": name, "from_name": name, "value": {"text": values}})
+        elif name != "id":
+            data[name] = value
+    return {"id": record.get("id"), "data": data, "annotations": [{"result": results}]}
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and not _is_image_reference(value)
 
 
 def _is_image_reference(value: object) -> bool:
@@ -634,18 +639,10 @@ def _parse_answers(
     if len(project.controls) == 1:
         kind, values = answers[project.controls[0]]
         texts = list(dict.fromkeys(map(str, values)))
-        if kind == "choices":
-            return [
-                build_text_example(
-                    row.id,
-                    image,
-                    [", ".join(texts)],
-                    project.choices,
-                    context,
-                    {"classes": list(project.choices)},
-                )
-            ]
-        return [build_text_example(row.id, image, texts, (), context)]
+        if kind != "choices":
+            return [build_text_example(row.id, image, texts, (), context)]
+        texts, meta = [", ".join(texts)], {"classes": list(project.choices)}
+        return [build_text_example(row.id, image, texts, project.choices, context, meta)]
     fields = {
         name: values[0] if len(values) == 1 else values
         for name in project.controls

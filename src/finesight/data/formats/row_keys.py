@@ -22,7 +22,7 @@ ROWS, TURNS, PARTS = "rows", "turns", "content parts"
 
 _COLUMN_KEYS = frozenset(
     (
-        *("type", "text", "image", "image_url", "video", "video_url", "url", "path"),
+        *("type", "text", "image", "image_url", "video", "video_url", "url", "path", "index"),
         *("from", "value", "role", "content"),
     )
 )

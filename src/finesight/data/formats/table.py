@@ -24,6 +24,8 @@ from finesight.data.boxes import (
     BoxConvention,
     BoxFormat,
     BoxUnits,
+    InvalidBoxError,
+    StrayBoxError,
     parse_coordinates,
 )
 from finesight.data.formats.conversation_rows import (
@@ -33,7 +35,6 @@ from finesight.data.formats.conversation_rows import (
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
-    NOTE_SKIPPED_BOX,
     DatasetFormat,
     ExportContext,
     Files,
@@ -44,6 +45,8 @@ from finesight.data.formats.dataset_format import (
     UnexpectedPlaceholderError,
     as_list,
     decode_json_list,
+    forbid_drop,
+    join_text,
     make_text_part,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -429,8 +432,8 @@ def parse_row(row: SourceRow, context: ImportContext) -> ImportExample:
     if question is not None:
         parts.append(make_text_part(_get_text(question, "question")))
     boxes, omitted = _create_boxes(row, context, images)
-    content = context.add_prompt(parts)
-    user = Message(role="user", content=_omit_classes(content, omitted, context))
+    content = _omit_classes(context.add_prompt(parts), omitted, boxes)
+    user = Message(role="user", content=content)
     line_end = "\n" if boxes else ""
     answers_text = as_list(_read_cell(row.record, context, "answer"))
     check_limit(len(answers_text), MAX_ANSWERS, "answers")
@@ -485,29 +488,49 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
 
 
 def _omit_classes(
-    content: tuple[ContentPart, ...], omitted: set[str], context: ImportContext
+    content: tuple[ContentPart, ...],
+    omitted: Mapping[str, InvalidBoxError],
+    boxes: Sequence[BoxPart],
 ) -> tuple[ContentPart, ...]:
     """Remove the classes whose boxes are dropped from the list of classes in a question.
 
     Raises:
-        InvalidBoxError: The question still names such a class.
+        InvalidBoxError: The question still asks for such a class, or for no class in particular.
     """
-    for label in sorted(omitted):
-        name = rf"(?a:(?<!\w){re.escape(label)}(?!\w))"
+    for label, error in omitted.items():
+        name = _match_name(label)
         in_list = re.compile(rf"(?:^|(?<=[:：,、] )){name}, |, (?:and |or )?{name}(?=$|[\s.,;:?!])")
+        previous = join_text(content, "\n")
         content = tuple(
             TextPart(text=in_list.sub("", part.text)) if part.type == "text" else part
             for part in content
         )
-        if any(re.search(name, part.text) for part in content if part.type == "text"):
-            raise next(error for note, error in context.invalid_boxes if note == NOTE_SKIPPED_BOX)
+        question = join_text(content, "\n")
+        names = {_match_name(str(box.label)) for box in boxes}
+        is_listed = question != previous or any(re.search(one, question) for one in names)
+        if re.search(name, question) or not is_listed:
+            raise forbid_drop(error)
     return content
 
 
-def find_unsupported_column(
-    records: Sequence[Record], columns: Mapping[str, str]
-) -> tuple[str, str] | None:
-    """Return a column that no role uses but an answer depends on, and its meaning."""
+def _match_name(label: str) -> str:
+    return rf"(?a:(?<!\w){re.escape(label)}(?!\w))"
+
+
+def check_guessed_columns(
+    records: Sequence[Record], columns: Mapping[str, str], where: str
+) -> None:
+    """Raise UserError if no column has the answers, or an answer depends on an unused column."""
+    if not columns.keys() & {"answer", "fields", "box"}:
+        raise UserError(
+            f"no answer column among {', '.join(map(str, records[0]))}",
+            where=where,
+            expected="a column with a known name, such as answer, caption, or objects with bbox and"
+            " categories; or a single column besides the image",
+            remedy=f"name the column: --map image={columns['image']} --map answer=COLUMN, or --map"
+            " fields=COLUMN,COLUMN",
+        )
+    mapping = " ".join(f"--map {shlex.quote(f'{k}={v}')}" for k, v in columns.items())
     for name in list_unused_columns(records[0], columns):
         values = [get_cell(record, name) for record in records]
         for value in values:
@@ -515,8 +538,12 @@ def find_unsupported_column(
             is_constant = meaning is LOSS and len(set(map(str, values))) == 1
             is_needed = meaning in (REASONING, LOSS, PREFERENCE) or name == "history"
             if meaning is not None and is_needed and not is_constant:
-                return str(name), meaning.what
-    return None
+                raise UserError(
+                    f"the column {str(name)!r}: {meaning.what}",
+                    where=where,
+                    expected="a table of questions and answers",
+                    remedy=f"remove the column, or leave it out with {mapping}",
+                )
 
 
 def _read_cell(record: Record, context: ImportContext, role: str) -> object:
@@ -652,8 +679,8 @@ def _json_default(value: object) -> str:
 
 def _create_boxes(
     row: SourceRow, context: ImportContext, images: RowImages
-) -> tuple[tuple[BoxPart, ...], set[str]]:
-    """Return the boxes of a row, and the labels of which all boxes are dropped."""
+) -> tuple[tuple[BoxPart, ...], dict[str, InvalidBoxError]]:
+    """Return the boxes of a row, and the errors of dropped boxes by labels without another box."""
     pairs: list[tuple[object, str | None]] = []
     convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
@@ -669,13 +696,21 @@ def _create_boxes(
                 f"{len(names)} labels for {len(boxes)} boxes", "a label for each box"
             )
         pairs += itertools.zip_longest(boxes, names)
-    parts = images.create_boxes(pairs, convention)
+    found = [images.create_valid_box(*pair, convention) for pair in pairs]
+    parts = tuple(one for one in found if isinstance(one, BoxPart))
     labels = {part.label for part in parts}
     if "" in labels:
         raise InvalidRowError(
             "a box without a label beside others with one", "a label for each box"
         )
-    return tuple(parts), {label for _, label in pairs if label} - labels
+    omitted: dict[str, InvalidBoxError] = {}
+    for (_, label), box in zip(pairs, found, strict=True):
+        if isinstance(box, BoxPart) or (isinstance(box, StrayBoxError) and label in labels):
+            continue
+        if not parts or label in labels or not (label or isinstance(box, StrayBoxError)):
+            raise forbid_drop(box)
+        omitted |= {label: box} if label else {}
+    return parts, omitted
 
 
 def get_default_convention(column: str) -> BoxConvention:
@@ -774,11 +809,8 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
     first_box = next(
         (n for n, part in enumerate(content) if isinstance(part, BoxPart)), len(content)
     )
-    leading_parts, boxes = (
-        content[:first_box],
-        [part for part in content[first_box:] if isinstance(part, BoxPart)],
-    )
-    text = format_answer(leading_parts, len(image_names))
+    boxes = [part for part in content[first_box:] if isinstance(part, BoxPart)]
+    text = format_answer(content[:first_box], len(image_names))
     if len(boxes) < len(content) - first_box or (text and boxes and not text.endswith("\n")):
         text, boxes = format_answer(content, len(image_names)), []
     if any(box.label is not None and not box.label.strip() for box in boxes):

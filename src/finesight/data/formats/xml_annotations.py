@@ -5,17 +5,12 @@ XML with a DOCTYPE is rejected, because it could declare entities.
 voc: a folder of XML files, one per image, with a `bndbox` per object.
 
 The VOC development kit counts pixels from 1, inclusive, so a box starts at xmin - 1 and ends at
-xmax. Use --box-format xyxy for tools that count from 0. `difficult`, `truncated` and `occluded` are
-stored in the metadata.
-
-The image is searched next to the XML file, and in `JPEGImages`, `images` and the `folder` of the
-annotation, next to the folder of the XML file.
+xmax. Use --box-format xyxy for tools that count from 0.
 
 cvat: an XML file with the shapes and tags of all images.
 
-Polygons, polylines, masks and rotated boxes are converted to their bounding boxes. Other shapes and
-tags have no box. Attributes and `occluded` are stored in the metadata. In a file without shapes,
-the tags of an image are its class. Images are searched as by `find_image_folder`.
+Other shapes than boxes, polygons, polylines and masks have no box. Attributes and `occluded` are
+stored in the metadata. In a file without shapes, the tags of an image are its class.
 """
 
 from __future__ import annotations

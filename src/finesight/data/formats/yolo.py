@@ -5,11 +5,9 @@ labels/train/a.txt, or of a single folder with classes.txt. Coordinates are norm
 size, and the class is an index of the list of names. Labels are next to the image, or in the path
 with `images` replaced by `labels`.
 
-An empty label file is an image without objects; an image without a label file is skipped and
-counted. Lines with polygon corners become their bounding box and are counted. If data.yaml has
-`kpt_shape`, the values after the box are keypoints and ignored. Splits are ordered train, test,
-val, so that --eval-last uses the last one for validation. The metadata of each sample contains its
-split.
+An empty label file is an image without objects. If data.yaml has `kpt_shape`, the values after the
+box are keypoints and ignored. Splits are ordered train, test, val, so that --eval-last uses the
+last one for validation.
 """
 
 from __future__ import annotations
@@ -128,10 +126,10 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         context.skipped_rows[REASON_NO_LABEL_FILE] += 1
         return []
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
-    lines = [(n, line) for n, line in enumerate(text.split("\n"), 1) if line.strip()]
     objects = [
         _parse_label_line(line, line_number, record, context.row_notes)
-        for line_number, line in lines
+        for line_number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
     ]
     annotation = ImageAnnotation(record["image"], objects, record["classes"], meta=record["meta"])
     return build_detection_examples(row, annotation, context, YOLO_BOX_CONVENTION)
@@ -280,9 +278,8 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
     lines = [line for file in label_files for line in _first_lines(file)]
     label_lines = [line for line in lines if line.strip()]
     # Tolerate some invalid lines; they are reported when their row is parsed.
-    if not label_lines or 2 * sum(
-        _LABEL_LINE.fullmatch(line) is not None for line in label_lines
-    ) <= len(label_lines):
+    num_valid = sum(map(bool, map(_LABEL_LINE.fullmatch, label_lines)))
+    if 2 * num_valid <= len(label_lines):
         return None
     for name in CLASS_NAME_FILES:
         if (source / name).is_file():
@@ -318,11 +315,8 @@ def _find_label_file(image: Path) -> Path:
     if "images" in parts[:-1]:
         images_index = len(parts) - 2 - parts[-2::-1].index("images")
         parts[images_index] = "labels"
-        labels_folder, inner_path = (
-            Path(*parts[: images_index + 1]),
-            Path(*parts[images_index + 1 :]),
-        )
-        mirrored = find_existing(labels_folder, str(inner_path.with_suffix(".txt")))
+        inner_path = Path(*parts[images_index + 1 :]).with_suffix(".txt")
+        mirrored = find_existing(Path(*parts[: images_index + 1]), str(inner_path))
         if mirrored is not None and mirrored.is_file():
             return mirrored
     sibling = image.with_suffix(".txt")

@@ -28,8 +28,7 @@ from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.app import access, server, uploads
 from finesight.app.access import MAX_MESSAGE_BYTES
-from finesight.app.chat_html import render_turns
-from finesight.app.chat_page import BROWSER_COOKIE, BROWSER_COOKIE_AGE_S
+from finesight.app.chat_page import BROWSER_COOKIE, BROWSER_COOKIE_AGE_S, render_turns
 from finesight.app.chat_store import MAX_IMAGE_BYTES
 from finesight.app.uploads import UPLOAD_TTL_S
 from finesight.encode.family import ThinkingOptions

@@ -12,8 +12,13 @@ from browser import XSS_PAYLOADS
 from each_value import each
 from web_server_fixture import ScriptedService, get_image_pool
 
-from finesight.app.chat_html import MAX_FORMULAS, render_answer, render_chats, render_turns
-from finesight.app.chat_page import ChatPage
+from finesight.app.chat_page import (
+    MAX_FORMULAS,
+    ChatPage,
+    render_answer,
+    render_chats,
+    render_turns,
+)
 from finesight.app.chat_store import ChatStore, StoredChat
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS

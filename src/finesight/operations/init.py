@@ -331,9 +331,9 @@ def _select_source(
         return path, options
 
     def ask_question(names: list[str]) -> str:
-        return _ask(f"Question column ({' or '.join(names)}; - for two answers)", names[0], yes)
+        return _ask(f"Question column ({' or '.join(names)}; - for two answers)", names[0], ask)
 
-    path, detected = detect_columns(path, options, None if yes else ask_question)
+    path, detected = detect_columns(path, options, None if ask is None else ask_question)
     columns = dict(detected.columns)
     if options.columns or not columns:
         return path, detected

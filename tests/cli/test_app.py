@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import subprocess
@@ -20,11 +21,15 @@ from finesight.cli.app import (
     run_command,
 )
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.operations import OPERATIONS
+from finesight.operations import OPERATIONS, find_operation
+from finesight.operations.operation import list_parameters
 
 CASES = load_cases("app")
 INTERACTIVE_COMMANDS = ("chat", "web", "serve", "studio", "label")
 """Commands that run until they are stopped and print no results."""
+
+PYTHON_PARAMETERS = {"ask", "on_record", "has_main_guard", "settings"}
+"""Parameters of operations that are no options of commands."""
 
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi", "gradio")
 
@@ -40,6 +45,10 @@ def test_every_command_has_a_plain_help_text_with_an_example(cli):
         assert "docs/" not in text
         assert "--json" in text or name in INTERACTIVE_COMMANDS, name
         assert name.partition(" ")[0] in overview
+        operation = find_operation(name).load()
+        given = inspect.signature(operation).parameters.values()
+        own = {one.name for one in given if one.kind is not one.VAR_KEYWORD} - PYTHON_PARAMETERS
+        assert own <= {one.name for one in list_parameters(operation)}, name
     assert "finesight train [OPTIONS] RECIPE [KEY=VALUE]..." in cli("train", "--help").out
     assert "finesight compare [OPTIONS] RUN..." in cli("compare", "--help").out
 

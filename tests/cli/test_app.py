@@ -28,8 +28,8 @@ CASES = load_cases("app")
 INTERACTIVE_COMMANDS = ("chat", "web", "serve", "studio", "label")
 """Commands that run until they are stopped and print no results."""
 
-CALLBACKS = {"ask", "on_record", "has_main_guard"}
-"""Parameters of operations that are no options."""
+PYTHON_PARAMETERS = {"ask", "on_record", "has_main_guard", "settings"}
+"""Parameters of operations that are no options of commands."""
 
 HEAVY = ("torch", "numpy", "PIL", "transformers", "rich", "tokenizers", "fastapi", "gradio")
 
@@ -47,7 +47,7 @@ def test_every_command_has_a_plain_help_text_with_an_example(cli):
         assert name.partition(" ")[0] in overview
         operation = find_operation(name).load()
         given = inspect.signature(operation).parameters.values()
-        own = {one.name for one in given if one.kind is not one.VAR_KEYWORD} - CALLBACKS
+        own = {one.name for one in given if one.kind is not one.VAR_KEYWORD} - PYTHON_PARAMETERS
         assert own <= {one.name for one in list_parameters(operation)}, name
     assert "finesight train [OPTIONS] RECIPE [KEY=VALUE]..." in cli("train", "--help").out
     assert "finesight compare [OPTIONS] RUN..." in cli("compare", "--help").out

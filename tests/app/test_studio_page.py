@@ -149,7 +149,8 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archiv
     assert started[0][-6:-2] == ["--map", "image=image", "--map", "answer=class"]
     with contextlib.chdir(folder):
         assert run_command(started[0]) == 0
-    assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
+    imported = [(folder / f"data/a/{name}.jsonl").read_text() for name in ("train", "eval")]
+    assert sum(text.count("\n") for text in imported) == 24
 
 
 def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):

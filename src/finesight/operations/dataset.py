@@ -451,17 +451,17 @@ def _run_check(
                 report_issue, on_progress, single_process=not has_main_guard
             )
         lines = format_summary(result, MAX_PRINTED_ISSUES)
-        if html:
-            with use_language(language or detect_language()):
-                write_page(html, render_check_page(result))
         fixed = None
-        if fix:
-            try:
+        try:
+            if html:
+                with use_language(language or detect_language()):
+                    write_page(html, render_check_page(result))
+            if fix:
                 fixed = checker.fixer.write(Path(folder), fix, images, checker.sources)
-            except UserError:
-                console.log("\n".join(lines))  # the issues that prevent it
-                raise
-            lines += ["", *fixed.as_lines()]
+                lines += ["", *fixed.as_lines()]
+        except UserError:
+            console.log("\n".join(lines))  # the issues, which may prevent the correction
+            raise
     data = summary_to_dict(result, fixed)
     return Outcome(result, lines, data, exit_code=result.exit_code), checker.fixer.can_write
 

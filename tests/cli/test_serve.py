@@ -63,7 +63,7 @@ def serve_fake(monkeypatch, cli):
         names = {get_model_name(run): None}
         loaded = SimpleNamespace(manifest="of a run", adapters=names, model=model)
         for name in ("load_multi_adapter_model", "resolve_model_source"):
-            monkeypatch.setattr(model_loader, name, lambda *arguments: loaded)
+            monkeypatch.setattr(model_loader, name, lambda *arguments, **options: loaded)
         monkeypatch.setattr(api_server, "run_api_server", run_server)
         return cli("serve", run, *options, "--port", "0"), limits[0]
 

@@ -164,7 +164,11 @@ ACCELERATE = "deepspeed_config: {zero_stage: 2}\nnum_processes: 8\n"
             f"model = AutoModelForVision2Seq.from_pretrained('{MODEL}')\n"
             "data = load_dataset('a/b', split=['train[:10%]', 'val'])\n"
             "SFTTrainer(model, args=SFTConfig(), data_collator=collate, train_dataset=data[0])",
-            {"model": MODEL, "max_length": 1024, "command": "finesight import hf:a/b samples/b"},
+            {
+                "model": MODEL,
+                "max_length": 1024,
+                "import": {"source": "hf:a/b", "out": "samples/b"},
+            },
             {"dataset_train_split", "data_collator"},
         ),
         (
@@ -196,7 +200,7 @@ ACCELERATE = "deepspeed_config: {zero_stage: 2}\nnum_processes: 8\n"
         (
             "a.yaml",
             CONFIG.replace("dataset_name: rows.jsonl", "datasets: [{path: a/b, split: x}]"),
-            {"command": "finesight import hf:a/b:x samples/b"},
+            {"import": {"source": "hf:a/b:x", "out": "samples/b"}},
             set(),
         ),
     ],
@@ -208,7 +212,7 @@ def test_settings_of_scripts_and_launchers_are_kept(name, text, settings, noted,
     done = convert_config(tmp_path / name, tmp_path / "recipe.yaml")
     made = load_converted_recipe(tmp_path)
     found = {
-        **{"model": made.model, "command": [*done.import_commands, ""][0]},
+        **{"model": made.model, "import": [*done.imports, None][0]},
         **{"max_length": made.data.max_length, "parallel": made.train.parallel},
         **{"batch_size": made.train.batch_size, "output_dir": str(made.output_dir)},
     }

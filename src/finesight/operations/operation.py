@@ -376,4 +376,5 @@ def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arg
                     values[parameter.name] = parameter.convert(values[parameter.name])
         return operation(*bound.args, **bound.kwargs).value
 
+    call.__module__ = "finesight.api"  # where the documentation looks for it
     return call

@@ -317,7 +317,7 @@ class ChatPage:
         self._can_compare = BASE_MODEL_NAME in self._model_names[1:]
 
     def render(self, language: Language, studio: str) -> str:
-        """Render the page without a conversation, with a link to its studio, if it has one."""
+        """Render the page without a conversation. It links to its studio, if there is one."""
         defaults = ChatSettings(
             max_new_tokens=self._default_max_new_tokens,
             thinking=bool(self._default_thinking),

@@ -376,22 +376,33 @@ class StudioPage:
                     expected="a name of finesight",
                     remedy="use it in a terminal",
                 )
-            value: object = text
-            if parameter.kind == "flag":
-                value = text == YES_NO[0]
-            elif parameter.info.path == "name":
-                check = self.view.workspace.check_model
-                value = [*map(check, text.split())] if parameter.is_multiple else check(text)
-            elif parameter.is_multiple:
-                value = text.split()
-            elif parameter.kind == "path":
-                value = as_argument(self.view.workspace.resolve(text, field))
-            elif parameter.kind in ("integer", "number"):
-                with contextlib.suppress(ValueError):
-                    value = int(text) if parameter.kind == "integer" else float(text)
-                value = parameter.convert(value)
-            words += parameter.format_words(value)
+            try:
+                words += parameter.format_words(self._parse_option(parameter, text))
+            except UserError as error:
+                # The page marks the field.
+                raise UserError(
+                    error.what, where=field, expected=error.expected, remedy=error.remedy
+                ) from error
         return words
+
+    def _parse_option(self, parameter: OperationParameter, text: str) -> object:
+        """Return the value of an option that a user has entered. Paths are in the workspace."""
+        if parameter.kind == "flag":
+            return text == YES_NO[0]
+        if parameter.info.path == "name":
+            check = self.view.workspace.check_model
+            return [*map(check, text.split())] if parameter.is_multiple else check(text)
+        if parameter.is_multiple:
+            return text.split()
+        if parameter.kind == "path":
+            must_exist = parameter.info.path.startswith("existing")
+            path = self.view.workspace.resolve(text, parameter.name, must_exist=must_exist)
+            return as_argument(path)
+        if parameter.kind in ("integer", "number"):
+            with contextlib.suppress(ValueError):
+                number = int(text) if parameter.kind == "integer" else float(text)
+                return parameter.convert(number)
+        return parameter.convert(text)
 
     def _build_import(self, form: Form, *, unpack: bool = True) -> tuple[Path, list[str]]:
         """Return the data set and the import command of a form. The source may be missing yet.

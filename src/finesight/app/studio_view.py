@@ -402,12 +402,11 @@ def _describe_job_error(job: Job) -> str:
     parts = job.read_outcome().error
     if parts is None:
         return ""
-    error = UserError(parts.what, where=parts.where, expected=parts.expected, remedy=parts.remedy)
-    return describe_error(error, name_actions)
+    return describe_error(UserError(**parts.model_dump()), name_actions)
 
 
 def _list_proposed(job: Job, current_step: str) -> list[str]:
-    """Return the proposed commands that no step of the page has, such as corrections of data."""
+    """Return the proposed commands that only a terminal can run."""
     steps = job.read_outcome().next_steps
     own = [step for step in steps if COMMAND_STEPS.get(step.operation) == current_step]
     return [format_command(*Step(step.operation, step.arguments).words) for step in own]

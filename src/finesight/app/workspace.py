@@ -249,7 +249,7 @@ class Workspace:
         """Return whether a path in the workspace is a file of the studio, or a link to one."""
         return STUDIO_FOLDER in Path(os.path.realpath(path)).relative_to(self.folder).parts
 
-    def resolve(self, text: str, where: str) -> Path:
+    def resolve(self, text: str, where: str, *, must_exist: bool = True) -> Path:
         """Return the path that a user has entered, relative to the workspace.
 
         Raises:
@@ -276,7 +276,7 @@ class Workspace:
             raise UserError(
                 f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
             )
-        if not os.path.exists(path):
+        if must_exist and not os.path.exists(path):
             raise UserError(
                 f"{name:.300} does not exist",
                 where=where,

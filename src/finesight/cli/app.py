@@ -118,7 +118,7 @@ def build_command(name: str, operation: Operation) -> click.Command:
     if "ask" in inspect.signature(function).parameters:
         text = "Ask no questions: use the detected settings."
         params.append(click.Option(["use_defaults", "--yes"], is_flag=True, help=text))
-    if operation.json_help and "as_json" not in {one.name for one in parameters}:
+    if operation.json_help:
         text = f"{operation.json_help} on standard output; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
     return OperationCommand(
@@ -145,7 +145,7 @@ def _run(
     **given: Any,
 ) -> None:
     """Run an operation, and print its outcome."""
-    arguments, given = {}, {**given, "as_json": as_json}
+    arguments: dict[str, Any] = {}
     for parameter in parameters:
         value = given[parameter.name]
         if parameter.is_multiple:
@@ -264,8 +264,7 @@ class OutcomeReport:
     def add_error(self, error: UserError) -> bool:
         """Write an error, and return whether there is a file."""
         parts = ("what", "where", "expected", "remedy")
-        values = (error.what, error.where, error.expected, error.remedy)
-        return self._write({"error": dict(zip(parts, values, strict=True))})
+        return self._write({"error": {part: vars(error)[part] for part in parts}})
 
     def _write(self, content: object) -> bool:
         if self.file:

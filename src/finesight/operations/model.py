@@ -12,10 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.operations.operation import Outcome, StrPath, check_counts, to_name
-from finesight.operations.options import (
-    LoadingOptions,
-    RunOrModelArgument,
-)
+from finesight.operations.options import LoadingOptions, RunOrModelArgument
 
 if TYPE_CHECKING:
     import numpy as np

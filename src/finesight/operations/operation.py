@@ -327,7 +327,7 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationP
     # The values of a mapping are written as KEY=VALUE.
     origins = (list, Sequence, Mapping)
     containers = [one for one in kinds if typing.get_origin(one) in origins]
-    containers.sort(key=lambda one: str(typing.get_origin(one)).endswith("Mapping'>"))
+    containers.sort(key=lambda one: origins.index(typing.get_origin(one)))
     choices: tuple[str, ...] = ()
     # A value that may also be a path or text is one value.
     containers = [] if kinds & {*KINDS} else containers

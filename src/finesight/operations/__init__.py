@@ -53,7 +53,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
     },
     "Training": {
         "plan": Operation(
-            "dataset:plan", "Estimate memory and time of a run and suggest settings that fit."
+            "training:plan", "Estimate memory and time of a run and suggest settings that fit."
         ),
         "train": Operation("training:train", "Fine-tune a model with a recipe."),
         "launch": Operation("training:launch", "Write a training job for several GPUs or nodes."),

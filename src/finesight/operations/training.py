@@ -1,4 +1,4 @@
-"""`finesight train`, `launch` and `convert`: start and prepare training runs."""
+"""Plan, start and prepare training runs; convert those of other trainers."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from finesight.convert.external_config import ConversionNote
     from finesight.convert.recipe_converter import ConvertedRecipe
     from finesight.launch.launch_job import LaunchJob
+    from finesight.plan.run_plan import RunPlan
     from finesight.recipe import Overrides
     from finesight.train.finalize import RunResult
 
@@ -40,6 +41,49 @@ ForceOption = Annotated[
         "Start even if the predicted peak memory exceeds that of the device.", option="--force"
     ),
 ]
+
+
+EXIT_DOES_NOT_FIT = 2
+
+
+def plan(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    gpu: Annotated[str | None, Parameter(metavar="NAME")] = None,
+) -> Outcome[RunPlan]:
+    """Estimate memory and time of a run and suggest settings that fit.
+
+    Prints the tokens per sample, the FLOPs of each model part, and memory and training time in two
+    columns: for the recipe as written, and for chosen settings that fit into 90 % of the memory.
+    The last line is the command that trains with the chosen settings. The recipe is not modified.
+
+    Reads image headers and the configuration and tokenizer of the model, but no weights.
+
+    Exit code: 0 if the run fits, 2 if no setting makes it fit.
+
+    Example: finesight plan recipes/latex_ocr_qwen2_vl_2b.yaml --gpu "RTX 4090"
+
+    Args:
+        gpu: GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this machine,
+            measured in about a second.
+    """
+    from finesight.plan.plan_format import format_plan, plan_to_dict
+    from finesight.plan.run_plan import plan_run
+    from finesight.progress import ProgressConsole
+    from finesight.recipe import load_recipe
+
+    run_plan = plan_run(load_recipe(Path(recipe), overrides or ()), gpu, ProgressConsole())
+    fits, given = run_plan.chosen_estimate.fits, overrides or ()
+    if isinstance(given, Mapping):
+        given = [f"{key}={value}" for key, value in given.items()]
+    step = Step("train", {"recipe": recipe, "overrides": [*given, *run_plan.overrides]})
+    return Outcome(
+        run_plan,
+        format_plan(run_plan),
+        plan_to_dict(run_plan),
+        [step] if fits else [],
+        exit_code=0 if fits else EXIT_DOES_NOT_FIT,
+    )
 
 
 def convert(

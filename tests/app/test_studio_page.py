@@ -146,11 +146,10 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archiv
             file.rename(home / "shapes" / file.name)
         files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
     assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
-    assert started[0][-6:-2] == ["--map", "image=image", "--map", "answer=class"]
+    assert started[0][-4:] == ["--map", "image=image", "--map", "answer=class"]
     with contextlib.chdir(folder):
         assert run_command(started[0]) == 0
-    imported = [(folder / f"data/a/{name}.jsonl").read_text() for name in ("train", "eval")]
-    assert sum(text.count("\n") for text in imported) == 24
+    assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
 
 
 def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
@@ -217,6 +216,7 @@ def test_options_of_operations_are_fields_of_the_page(folder, page, started):
         for operation in operations:
             names = {f"{operation}:{one.name}" for one in list_options(operation)}
             assert names <= {*re.findall(r' name="([\w:]+)"', shown[step])}, operation
+    assert 'name="import:train_fraction" value="0.9"' in shown["data"]
     (folder / "new.jsonl").write_text("")
     texts = {"eval:data": "new.jsonl", "eval:limit": "3", "eval:thinking": "no", "eval:device": ""}
     texts["eval:out"] = "answers.jsonl"  # a new file

@@ -346,6 +346,7 @@ class StudioPage:
         """Return the values of the fields for the selected items, or those of the last command."""
         values = {one.name: one.value for fields in FORMS.values() for one in fields}
         values |= {f"{op}:{one.name}": "" for op in OWN_PARAMETERS for one in list_options(op)}
+        values["import:train_fraction"] = DEFAULT_IMPORT_FRACTION
         selection, job = state.selection, state.job
         values["label-prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
         # Commands apply to the model that was merged last.
@@ -440,10 +441,7 @@ class StudioPage:
         # The messages of commands write the option before each pair.
         pairs = [pair.removeprefix("--map=") for pair in pairs if pair not in ("", "--map")]
         arguments += [word for pair in pairs for word in ("--map", pair)]
-        options = self._read_options("import", form)
-        if not {"--train-fraction", "--eval-last"} & {*options}:
-            options += ["--train-fraction", DEFAULT_IMPORT_FRACTION]
-        return target, [*arguments, *options]
+        return target, [*arguments, *self._read_options("import", form)]
 
     def _import(self, state: StudioState, form: Form) -> str:
         workspace, name, source = self.view.workspace, form.get("name"), form.get("source")

@@ -61,7 +61,7 @@ def train_and_predict(
     images = [str(folder / f"{i}.png") for i in range(len(samples))]
     words = [
         "predict",
-        result.run_dir,
+        str(result.run_dir),
         *images,
         "--prompt",
         "Read it.",
@@ -69,7 +69,7 @@ def train_and_predict(
         "--device",
         "cpu",
     ]
-    predicted = CliRunner().invoke(app, ["predict", *words])
+    predicted = CliRunner().invoke(app, words)
     assert predicted.exit_code == 0, predicted.output
     return result, [json.loads(line) for line in predicted.stdout.splitlines()]
 

@@ -124,3 +124,9 @@ def test_locale_selects_the_language(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert detect_language() == chosen
+
+
+def test_nouns_after_one_are_singular() -> None:
+    text = "{:,} of {:,} steps on {} boxes, {}s"
+    assert translate(text, 1, 1, 1, 1) == "1 of 1 step on 1 box, 1s"
+    assert translate(text, 1, 2, 3, 4) == "1 of 2 steps on 3 boxes, 4s"

@@ -34,7 +34,7 @@ from rich.progress import (
 )
 
 from finesight import __version__
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.hub.archive import safe_join
 from finesight.storage import make_folder, require_free_space, translate_os_errors, write_file
 
@@ -571,7 +571,7 @@ def _show_progress(
     """
     console = Console(stderr=True)
     if not console.is_terminal:
-        line = f"{source}: downloading {num_files} files, {total_bytes:,} bytes"
+        line = f"{source}: downloading {format_count(num_files, 'file')}, {total_bytes:,} bytes"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     description = TextColumn("{task.description}", markup=False)
     columns = description, BarColumn(20), DownloadColumn(), TransferSpeedColumn()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finesight.errors import UserError, format_command
+from finesight.errors import UserError, format_command, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
 from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
 from finesight.operations.options import DeviceOption
@@ -301,7 +301,7 @@ def _upload(
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if confirm:
             message = f"Upload {get_model_name(str(Path(source).resolve()))} with finesight"
-            with console.activity(f"uploading {len(files)} files to {address}"):
+            with console.activity(f"uploading {format_count(len(files), 'file')} to {address}"):
                 page = publish_model(address, files, public=public, message=message)
     return HubUpload(str(address), public, sizes, page)
 
@@ -309,7 +309,9 @@ def _upload(
 def _format_upload(upload: HubUpload) -> list[str]:
     lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
     total, visibility = sum(upload.files.values()), "public" if upload.public else "private"
-    lines.append(f"{total:>16,}  bytes in {len(lines)} files to {upload.to}, {visibility}")
+    lines.append(
+        f"{total:>16,}  bytes in {format_count(len(lines), 'file')} to {upload.to}, {visibility}"
+    )
     return [*lines, upload.page or "nothing was uploaded"]
 
 

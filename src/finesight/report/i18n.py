@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.resources
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -24,6 +25,11 @@ LANGUAGE_TAGS: dict[Language, str] = {"en": "en", "zh": "zh-Hans"}
 """BCP 47 language tags for the `lang` attribute of pages."""
 
 _TRANSLATION_FOLDERS = [importlib.resources.files("finesight.report") / "templates"]
+
+_COUNTED_NOUN = re.compile(
+    r"(\{[^}]*\})(?:( (?:box|epoch|image|issue|sample|source|step|token))e?s\b)?"
+)
+"""A field of a text with the noun that it counts, the latter without its plural."""
 
 _LANGUAGE: ContextVar[Language] = ContextVar("language", default="en")
 
@@ -55,10 +61,17 @@ def detect_language() -> Language:
 def translate(text: str, *values: object) -> str:
     """Translate an English text to the current language and format it with `values`.
 
-    Texts without a translation, such as names and error messages, remain in English.
+    Texts without a translation, such as names and error messages, remain in English. English nouns
+    after a value of 1 are singular.
     """
+    following = iter(values)
+
+    def write_field(match: re.Match[str]) -> str:
+        is_one = next(following, None) == 1
+        return f"{match[1]}{match[2] or ''}" if is_one else match[0]
+
     translated = get_translations().get(text, text)
-    return translated.format(*values) if values else translated
+    return _COUNTED_NOUN.sub(write_field, translated).format(*values) if values else translated
 
 
 def translate_markup(text: str, *values: object) -> Markup:

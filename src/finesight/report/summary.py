@@ -143,12 +143,11 @@ def summarize_run(run_record: RunRecord) -> str:
     num_samples = count_training_samples(run_record)
     epoch = run_record.steps[-1].get("epoch") if run_record.steps else 0
     samples_text = translate(" on {:,} samples", num_samples) if num_samples else ""
-    epochs = ", {:.4g} epoch" if epoch == 1 else ", {:.4g} epochs"
     return translate(
         "{} fine-tuned{}{}: {}. The run is {}.",
         get_model_name(run_record),
         samples_text,
-        translate(epochs, epoch) if epoch else "",
+        translate(", {:.4g} epochs", epoch) if epoch else "",
         describe_trained_parts(run_record),
         describe_progress(run_record),
     )

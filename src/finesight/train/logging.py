@@ -103,7 +103,7 @@ class TrackingEvents:
 
     def log_result(self, result: RunResult) -> None:
         """Send an alert that the run has finished, with its result."""
-        text = f"{result.steps} steps"
+        text = format_count(result.steps, "step")
         if result.before is not None and result.after is not None:
             name, before = _primary_score(result.before)
             _, after = _primary_score(result.after)
@@ -127,7 +127,7 @@ def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | Non
     is_comparable = current.as_best_eval().is_comparable_to(baseline.as_best_eval())
     if not is_comparable or not (new > old if name in LOWER_IS_BETTER else new < old):
         return None
-    return f"{name} {new:.4f} after {current.step} steps, {old:.4f} before"
+    return f"{name} {new:.4f} after {format_count(current.step, 'step')}, {old:.4f} before"
 
 
 MAX_CONSECUTIVE_NONFINITE = 5

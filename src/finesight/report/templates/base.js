@@ -23,7 +23,11 @@ const TRANSLATIONS = JSON.parse(document.body.dataset.translations);
 
 function translate(text, ...values) {
   let index = 0;
-  return (TRANSLATIONS[text] || text).replace(/\{\}/g, () => values[index++]);
+  // An English noun after 1 is singular.
+  return (TRANSLATIONS[text] || text).replace(/\{\}(?:( (?:box|frame|token))e?s\b)?/g, (field, noun = "") => {
+    const value = String(values[index++]);
+    return value + (value === "1" ? noun : field.slice(2));
+  });
 }
 
 function createElement(tag, attributes = {}, ...children) {

@@ -16,10 +16,6 @@ function showInvisible(text) {
 }
 
 /* A count with its noun; both texts contain a placeholder for it. */
-function formatCount(count, singular, plural) {
-  return translate(count === 1 ? singular : plural, count.toLocaleString("en"));
-}
-
 function formatSize([height, width]) {
   return `${width} × ${height}`;
 }
@@ -37,14 +33,14 @@ function drawImages(sample) {
       .map(({xyxy, label, boxIndex}) =>
         ({xyxy, label: label === null ? `${boxIndex + 1}` : `${boxIndex + 1} ${label}`}));
     const alt = translate("{} as model input, {}", image.name,
-      formatCount(boxes.length, "{} box", "{} boxes"));
+      translate("{} boxes", boxes.length.toLocaleString("en")));
     const frames = image.frames.map((frame, index) => drawImage(frame, index ? [] : boxes,
       index ? translate("frame {} of {}", index + 1, image.name) : alt));
     const sizes = translate("{} resized to {} pixels, {} patches, {}",
       formatSize(image.original_size), formatSize(image.resized_size), image.grid_thw.join(" × "),
-      formatCount(image.num_tokens, "{} token", "{} tokens"));
+      translate("{} tokens", image.num_tokens.toLocaleString("en")));
     const kind = image.kind === "video"
-      ? translate(", video of {}", formatCount(frames.length, "{} frame", "{} frames")) : "";
+      ? translate(", video of {}", translate("{} frames", frames.length)) : "";
     return createElement("div", {},
       frames.length > 1
         ? createElement("div", {class: "frames", tabindex: 0}, ...frames) : frames[0],
@@ -66,7 +62,7 @@ function drawBoxes(sample) {
     createElement("td", {class: "mono", "data-label": names[3]}, formatCorners(box.original_box))));
   const isEqual = sample.boxes.length === sample.num_sample_boxes;
   const counts = translate("{} parsed from the tokens, {} in the sample",
-    formatCount(sample.boxes.length, "{} box", "{} boxes"), sample.num_sample_boxes);
+    translate("{} boxes", sample.boxes.length.toLocaleString("en")), sample.num_sample_boxes);
   return [
     createElement("p", {class: isEqual ? "small soft" : "small warn"}, counts),
     createElement("div",
@@ -87,7 +83,7 @@ function drawToken(row, sample) {
   }
   const {grid_thw: grid, name} = sample.images[row.image_index];
   const text = translate("Image {}: {} {}, grid {}, {}", row.image_index + 1,
-    formatCount(row.end - row.start + 1, "{} token", "{} tokens"), row.text, grid.join(" × "), name);
+    translate("{} tokens", row.end - row.start + 1), row.text, grid.join(" × "), name);
   return createElement("span", {class: `${classes} image-block`, tabindex: -1}, text);
 }
 

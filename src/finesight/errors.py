@@ -79,7 +79,7 @@ def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy
 
 def format_count(count: int, noun: str) -> str:
     """Format a number with a regular noun."""
-    return f"{count} {noun}{'' if count == 1 else 's'}"
+    return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith(('s', 'x')) else 's'}"
 
 
 def format_command(*words: str | Path) -> str:

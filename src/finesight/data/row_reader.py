@@ -43,7 +43,7 @@ from finesight.data.parquet_reader import (
     translate_parquet_errors,
 )
 from finesight.data.sample import check_json, read_data_file
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 from finesight.hub.archive import TarArchive, open_tar
 from finesight.storage import DIGESTS_FILE
 
@@ -844,7 +844,7 @@ def open_annotation_files(
         record = {"id": file.stem, "file": str(file), "classes": classes}
         return SourceRow(row_number, str(file), record, source.stem)
 
-    return rows_from_items(files, make_row), f"{description}, {len(classes)} classes"
+    return rows_from_items(files, make_row), f"{description}, {format_count(len(classes), 'class')}"
 
 
 def is_json_object(path: Path) -> bool:

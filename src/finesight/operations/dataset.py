@@ -146,7 +146,9 @@ def _format_summary(source: StrPath, summary: ImportSummary) -> list[str]:
     if summary.skipped_rows_file is not None:
         lines.append(f"  {summary.skipped_rows_file}: invalid rows with reasons")
     if summary.num_clipped_boxes:
-        lines.append(f"  {summary.num_clipped_boxes} boxes clipped by at most 1 pixel")
+        lines.append(
+            f"  {format_count(summary.num_clipped_boxes, 'box')} clipped by at most 1 pixel"
+        )
     lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
     lines += [f"  {line}" for line in summary.list_other_keys()]
     if summary.unused_columns:
@@ -298,8 +300,9 @@ def _resolve_resize_rule(model: str | None, pairs: Sequence[str]) -> ResizeSpec 
 
 def _format_conversion(summary: MigrationResult) -> list[str]:
     lines = [
-        f"{summary.file}: {summary.num_records} records, {summary.num_boxes} boxes rewritten in "
-        f"{summary.answers_with_boxes} answers",
+        f"{summary.file}: {format_count(summary.num_records, 'record')},"
+        f" {format_count(summary.num_boxes, 'box')} rewritten in"
+        f" {summary.answers_with_boxes} answers",
         f"  {summary.answers_without_boxes} answers without boxes",
     ]
     if summary.unconverted:

@@ -53,7 +53,7 @@ from finesight.data.sample import (
     Message,
     read_text_file,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 REASON_NO_TEXT_FILE = "images without a text file of the same name"
 
@@ -260,7 +260,7 @@ def open_class_folders(source: Path, *, is_requested: bool = False) -> tuple[Row
     shown = f"classes: {', '.join(counts[:MAX_SHOWN_CLASSES])}{more}"
     reader = rows_from_items(images, make_row)
     rows = replace(reader, eval_start=num_train, text_format=shown)
-    return rows, f"one folder per class, {len(classes)} classes{note}"
+    return rows, f"one folder per class, {format_count(len(classes), 'class')}{note}"
 
 
 def parse_class_row(row: SourceRow, context: ImportContext) -> ImportExample:

@@ -78,7 +78,7 @@ from finesight.data.row_reader import (
     rows_from_items,
 )
 from finesight.data.sample import LocatedSample, check_json, read_data_file
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 _LIST_KEYS = ("images", "annotations", "categories")
@@ -138,7 +138,7 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
         }
         return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
 
-    task = f"instances of {len(names)} classes" if has_boxes else "captions"
+    task = f"instances of {format_count(len(names), 'class')}" if has_boxes else "captions"
     label_key = "bbox" if has_boxes else "caption"
     reason = f"images, annotations with {label_key}: COCO {task}, images in {folder}"
     num_unlisted = sum(image_id not in ids for image_id in by_image)
@@ -355,7 +355,7 @@ def _open_fiftyone(source: Path) -> tuple[RowReader, str] | None:
         return SourceRow(row_number, f"label {key!r}", record, source.stem)
 
     kind = "detection" if is_detection else "classification"
-    reason = f"{LABELS_FILE} with labels: FiftyOne {kind}, {len(classes)} classes"
+    reason = f"{LABELS_FILE} with labels: FiftyOne {kind}, {format_count(len(classes), 'class')}"
     other_keys: Counter[str] = Counter()
     count_keys([dict.fromkeys(document, 1)], ("classes", "labels"), "files", other_keys)
     return replace(rows_from_items(list(labels), make_row), other_keys=other_keys), reason

@@ -57,7 +57,7 @@ from finesight.data.formats.xml_annotations import parse_xml
 from finesight.data.image_header import IMAGE_SUFFIXES, ImageSize
 from finesight.data.row_reader import Record, RowReader, SourceRow, rows_from_items
 from finesight.data.sample import LocatedSample, read_data_file
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 SPOTTING_PROMPT = "Locate and read every text in the image."
 """Default question about regions with texts; `--prompt` overrides it."""
@@ -147,7 +147,7 @@ def open_tasks(
         record = {"id": stem, "image": image, "task": task, "project": project}
         return SourceRow(row_number, task.location, record, source.stem)
 
-    count = f"regions of {len(project.classes)} classes"
+    count = f"regions of {format_count(len(project.classes), 'class')}"
     found = count if project.has_regions else f"answers of {', '.join(project.controls)}"
     return rows_from_items(tasks, make_row), f"tasks with {results_from}: Label Studio, {found}"
 

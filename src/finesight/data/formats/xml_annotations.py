@@ -67,7 +67,7 @@ from finesight.data.row_reader import (
     rows_from_items,
 )
 from finesight.data.sample import MAX_LABEL_FILE_BYTES, LocatedSample, read_data_file
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 BNDBOX_TAGS = ("xmin", "ymin", "xmax", "ymax")
 OBJECT_FLAGS = ("difficult", "truncated", "occluded")
@@ -292,9 +292,8 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
         return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
 
     task = "shapes" if shapes else "tags"
-    reason = (
-        f"<annotations> with <image>: CVAT {task} of {len(classes)} classes, images in {folder}"
-    )
+    count = format_count(len(classes), "class")
+    reason = f"<annotations> with <image>: CVAT {task} of {count}, images in {folder}"
     return rows_from_items(images, make_row), reason
 
 

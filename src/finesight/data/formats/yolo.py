@@ -61,7 +61,7 @@ from finesight.data.sample import (
     read_data_file,
     read_text_file,
 )
-from finesight.errors import UserError
+from finesight.errors import UserError, format_count
 
 YOLO_BOX_CONVENTION = BoxConvention(format="cxcywh", units="1")
 SPLITS = ("train", "test", "val")
@@ -114,7 +114,8 @@ def open_folder(source: Path) -> tuple[RowReader, str] | None:
 
     counts = Counter(split for split, _ in dataset.images if split)
     parts = ", ".join(f"{split} {count}" for split, count in counts.items())
-    reason = f"{dataset.detected_by}: {len(names)} classes{', images: ' if parts else ''}{parts}"
+    reason = f"{dataset.detected_by}: {format_count(len(names), 'class')}"
+    reason += f", images: {parts}" if parts else ""
     return rows_from_items(dataset.images, make_row), reason
 
 

@@ -20,7 +20,7 @@ from finesight.model.attention import select_shard_features
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.objectives.sft import fused_linear_cross_entropy
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen"]
 

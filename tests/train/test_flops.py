@@ -18,9 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from finesight.config import TuneSettings
 from finesight.encode.packing import pack
 from finesight.model_folder import ModelFolder
-from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.dry_run import PlannedPack
 from finesight.train.flops import FlopCounter
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.objectives.sft import fused_linear_cross_entropy
 
 
 def count_addmm(

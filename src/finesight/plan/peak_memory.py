@@ -15,8 +15,7 @@ from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.dry_run import ComputeTarget, StepMemory, StepTracer
-from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepMemory, StepTracer
 from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
 from finesight.train.graph_buffers import (
     GraphShape,

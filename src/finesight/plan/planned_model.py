@@ -21,6 +21,7 @@ from finesight.plan.dry_run import StepTracer
 from finesight.plan.peak_memory import PersistentMemory, compute_persistent_memory
 from finesight.plan.step_time import StepTimeEstimator
 from finesight.plan.target_device import TargetDevice
+from finesight.train.objectives.sft import SftObjective
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def build_planned_model(
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), recipe.tune, train.seed)
     persistent = compute_persistent_memory(model, train, target.compute)
-    tracer = StepTracer(model, target.compute)
+    tracer = StepTracer(model, SftObjective(), target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
         model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, train, num_workers)

@@ -21,8 +21,8 @@ from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_by
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS
+from finesight.plan.dry_run import PlannedPack, build_planned_pack, iter_planned_steps
 from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
-from finesight.plan.planned_pack import PlannedPack, build_planned_pack, iter_planned_steps
 from finesight.plan.settings_search import (
     PlannedSettings,
     PlannedSteps,

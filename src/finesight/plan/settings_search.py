@@ -16,6 +16,7 @@ from statistics import fmean
 from finesight.config import QuantizablePart
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.model.vlm import VisionLanguageModel
+from finesight.plan.dry_run import PlannedPack, plan_step_packs
 from finesight.plan.peak_memory import (
     USABLE_MEMORY_FRACTION,
     PeakMemory,
@@ -23,7 +24,6 @@ from finesight.plan.peak_memory import (
     compute_peak_memory,
 )
 from finesight.plan.planned_model import PlannedModel
-from finesight.plan.planned_pack import PlannedPack, plan_step_packs
 from finesight.plan.step_time import StepTime, average_step_times
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats

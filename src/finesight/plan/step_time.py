@@ -24,9 +24,8 @@ from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.fp8 import Fp8Weight
 from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.dry_run import StepTracer
+from finesight.plan.dry_run import PlannedPack, StepTracer
 from finesight.plan.peak_memory import PersistentMemory, plan_graph
-from finesight.plan.planned_pack import PlannedPack
 from finesight.plan.target_device import TargetDevice
 from finesight.train.flops import FlopBreakdown, FlopCounter
 

@@ -29,10 +29,12 @@ from finesight.encode.packing import (
     PackedBatch,
     find_shared_prefix_length,
     pack,
+    pad_batch,
     plan_packs,
 )
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
+from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.image_processing import concat_shape
 from finesight.worker_pool import exit_with_parent
@@ -285,6 +287,30 @@ class StepBatch:
         """CRC-32 of the IDs of the split samples, to compare ranks; 0 without split samples."""
         names = [name for batch in self.packs[: self.num_split_packs] for name in batch.sample_ids]
         return crc32(json.dumps(names).encode()) if names else 0
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoader:
+    """Loader of packed batches to the device.
+
+    Attributes:
+        pads_shapes: Whether to pad packs to a few shapes, for 16-bit training on a CPU. oneDNN
+            compiles a kernel for every new shape.
+        padding_merge_size: Merge size for padding patches; None for encoders with a fixed image
+            size.
+    """
+
+    parallel: ParallelStrategy
+    device: torch.device
+    pads_shapes: bool
+    padding_merge_size: int | None
+
+    def load(self, packed_batch: PackedBatch) -> PackedBatch:
+        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
+        packed_batch = self.parallel.prepare_batch(packed_batch)
+        if self.pads_shapes and packed_batch.context_shard is None:
+            return pad_batch(packed_batch, self.padding_merge_size)
+        return packed_batch.to(self.device)
 
 
 IndexedSample = tuple[int, EncodedSample]

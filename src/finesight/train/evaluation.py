@@ -31,7 +31,6 @@ from finesight.evaluate.eval_case import select_eval_samples
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.train.checkpoint import BestEval
 from finesight.train.dataloader import SkippedSample, read_steps
-from finesight.train.loss import fused_linear_cross_entropy
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
@@ -489,10 +488,9 @@ def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor
 
     This is a separate function so that the tensors of the pack are freed on return.
     """
-    model, batch = state.model, state.to_device(packed_batch)
-    return fused_linear_cross_entropy(
-        model(batch), model.lm_head_weight, batch.labels_L, unit_weight
-    )
+    model, batch, objective = state.model, state.device_loader.load(packed_batch), state.objective
+    inputs = objective.loss_inputs(batch, unit_weight)
+    return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 
 def peak_memory_gb(device: torch.device) -> float:

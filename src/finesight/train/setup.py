@@ -42,7 +42,7 @@ from finesight.train.checkpoint import (
     check_resume_config,
 )
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import default_num_workers
+from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
     SampleStatsMap,
     TrainingData,
@@ -54,6 +54,7 @@ from finesight.train.dataset_stats import (
 )
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
+from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
@@ -297,6 +298,7 @@ def build_train_state(
             nonfinite_steps=stored.nonfinite_steps,
             consecutive_nonfinite_steps=stored.consecutive_nonfinite_steps,
         )
+    objective = SftObjective()
     state = TrainState(
         recipe=recipe,
         run_dir=run_dir,
@@ -316,9 +318,23 @@ def build_train_state(
         ),
         model=model.train(),
         parallel=parallel,
+        device_loader=DeviceLoader(
+            parallel,
+            hardware.device,
+            pads_shapes=not isinstance(model, HfModel)
+            and hardware.device.type == "cpu"
+            and hardware.dtype != torch.float32,
+            padding_merge_size=None
+            if isinstance(model, HfModel) or not model.visual.supports_padding
+            else model.config.vision.merge_size,
+        ),
         optimizer=optimizer,
+        objective=objective,
         graph_runner=CudaGraphRunner(
-            model, list(parallel.trainable_params.values()), is_local=not parallel.is_sharded
+            model,
+            objective,
+            list(parallel.trainable_params.values()),
+            is_local=not parallel.is_sharded,
         ),
         param_audit=ParamAudit(model, optimizer.master_weights()),
         loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
@@ -326,12 +342,6 @@ def build_train_state(
         flop_counter=flop_counter,
         resume_config=resume_config,
         progress=progress,
-        pads_shapes=not isinstance(model, HfModel)
-        and hardware.device.type == "cpu"
-        and hardware.dtype != torch.float32,
-        padding_merge_size=None
-        if isinstance(model, HfModel) or not model.visual.supports_padding
-        else model.config.vision.merge_size,
     )
     if checkpoint is not None:
         stored, weights, optimizer_state = checkpoint

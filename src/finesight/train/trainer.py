@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.packing import PackedBatch, dummy_batch, pad_batch
+from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
 from finesight.model.attention import select_shard_features
 from finesight.progress import ProgressConsole
@@ -33,6 +33,7 @@ from finesight.train.checkpoint import (
 )
 from finesight.train.dataloader import (
     DataWorkerError,
+    DeviceLoader,
     SkippedSample,
     StepBatch,
     StepDataset,
@@ -41,6 +42,7 @@ from finesight.train.dataloader import (
     time_data_waits,
 )
 from finesight.train.evaluation import find_best_eval, load_eval_history, run_evaluation
+from finesight.train.objectives import Objective
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
@@ -117,7 +119,9 @@ class TrainState:
     step_dataset: StepDataset
     model: AnyModel
     parallel: ParallelStrategy
+    device_loader: DeviceLoader
     optimizer: MasterWeightOptimizer
+    objective: Objective
     graph_runner: CudaGraphRunner
     param_audit: ParamAudit
     loss_scaler: LossScaler
@@ -125,13 +129,6 @@ class TrainState:
     flop_counter: FlopCounter | NullFlopCounter
     resume_config: dict[str, Any]
     progress: TrainProgress
-    pads_shapes: bool
-    """True if packs are padded to a few shapes, for 16-bit training on a CPU.
-
-    oneDNN compiles a kernel for every new shape.
-    """
-    padding_merge_size: int | None
-    """Merge size for padding patches; None for encoders with a fixed image size."""
 
     def check_ranks_match(self) -> None:
         """Verify that all ranks have the same settings, model, data and images.
@@ -183,13 +180,6 @@ class TrainState:
         return self.validation_data.build_step_dataset(
             self.renderer, sampler, pack_tokens, self.recipe.data
         )
-
-    def to_device(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
-        packed_batch = self.parallel.prepare_batch(packed_batch)
-        if self.pads_shapes and packed_batch.context_shard is None:
-            return pad_batch(packed_batch, self.padding_merge_size)
-        return packed_batch.to(self.hardware.device)
 
     def zero_grad(self) -> None:
         """Discard the gradients of a skipped or aborted step."""
@@ -369,19 +359,52 @@ def train_step(
         GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
         RankDesyncError: This rank failed while the other ranks wait in a collective.
     """
-    optimizer, loss_scaler = state.optimizer, state.loss_scaler
-    loss_scale = loss_scaler.scale
-    process_group = state.hardware.process_group
+    optimizer, parallel, loss_scaler = state.optimizer, state.parallel, state.loss_scaler
+    device, process_group = state.hardware.device, state.hardware.process_group
+    loss_scale, step_index = loss_scaler.scale, step_batch.step_index
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
-    total = _accumulate_all_packs(state, step_batch, global_stats, stop, vision_cache)
+    num_tokens = global_stats.num_supervised_tokens
+    loss_weight = torch.full((), loss_scale / max(1, num_tokens), device=device)
+    total = torch.zeros((), device=device)
+    try:
+        for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
+            group_loss = torch.zeros((), device=device)
+            with sync_context:
+                for micro_index, packed_batch in packs:
+                    # In a distributed run, the other ranks would wait for this one.
+                    if stop.signal is not None and process_group.is_single_process:
+                        raise TrainingInterrupted(
+                            f"in step {step_index + 1}, which is repeated on resume"
+                        )
+                    global_index = micro_index * process_group.world_size + process_group.rank
+                    torch.manual_seed(
+                        micro_batch_seed(state.recipe.train.seed, step_index, global_index)
+                    )
+                    is_dummy = not packed_batch.sample_ids
+                    pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
+                    cached = None if vision_cache is None else step_batch.cache_inputs[micro_index]
+                    with _translate_pack_oom(state, packed_batch):
+                        if micro_index:
+                            parallel.accumulate_gradients(optimizer)
+                        # The tensors of the pack have no name here, so that they are freed.
+                        group_loss += forward_backward(
+                            state.graph_runner,
+                            state.device_loader.load(packed_batch),
+                            _load_features(packed_batch, vision_cache, cached),
+                            pack_weight,
+                        )
+                total += group_loss
+    except Exception:
+        state.zero_grad()
+        raise
     process_group.all_reduce(total)
-    grad_norm = state.parallel.reduce_gradients(optimizer)
+    grad_norm = parallel.reduce_gradients(optimizer)
     step_output = StepOutput(
         step_batch=step_batch,
         global_stats=global_stats,
         budget=state.progress.budget,
-        lr_factor=state.lr_schedule.lr_factor(step_batch.step_index),
-        is_applied=global_stats.num_supervised_tokens > 0,
+        lr_factor=state.lr_schedule.lr_factor(step_index),
+        is_applied=num_tokens > 0,
         loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
         event=record_event(total.device, enable_timing=True),
     )
@@ -396,47 +419,91 @@ def train_step(
     optimizer.step(
         step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
     )
-    state.parallel.sync_params()
+    parallel.sync_params()
     return step_output
 
 
-def _accumulate_all_packs(
-    state: TrainState,
-    step_batch: StepBatch,
-    global_stats: GlobalStepStats,
-    stop: StopRequest,
-    vision_cache: VisionCache | None,
+def forward_backward(
+    graph_runner: CudaGraphRunner,
+    batch: PackedBatch,
+    features_MKD: Tensor | None,
+    loss_weight: Tensor,
 ) -> Tensor:
-    """Accumulate the gradients of all packs of a step.
+    """Run the forward and backward pass of a pack, and return its weighted loss on the device.
+
+    A CUDA graph runs both passes if one fits the pack and is faster.
+
+    Args:
+        features_MKD: Cached image features; None to run the vision encoder.
+        loss_weight: Scalar on the device that multiplies the summed loss.
+    """
+    model, objective = graph_runner.model, graph_runner.objective
+    loss_inputs = objective.loss_inputs(batch, loss_weight)
+    if graph_runner.graphs is not None:
+        graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
+        if graph_loss is not None:
+            return graph_loss
+    start = time.perf_counter()
+    h_LD = model(batch, features_MKD)
+    loss = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
+    if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
+        loss.backward()  # type: ignore[no-untyped-call]
+    if graph_runner.graphs is not None:
+        graph_runner.record_eager(loss, time.perf_counter() - start)
+    return loss.detach()
+
+
+def _load_features(
+    packed_batch: PackedBatch, vision_cache: VisionCache | None, cache_inputs: Tensor | None
+) -> Tensor | None:
+    """Load the cached image features of a pack to the device; None without a cache."""
+    if vision_cache is None or cache_inputs is None:
+        return None
+    if packed_batch.context_shard is not None:
+        cache_inputs = select_shard_features(cache_inputs, packed_batch.context_shard)
+    return vision_cache.load_features(cache_inputs)
+
+
+@contextmanager
+def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterator[None]:
+    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # A retry can use the memory of the freed CUDA graphs.
+        has_freed_memory = state.graph_runner.release_graphs()
+        can_split = state.max_unsplit_tokens is not None
+        raise build_pack_oom_error(
+            error,
+            packed_batch,
+            state.progress.budget,
+            is_training=True,
+            world_size=state.hardware.process_group.world_size if can_split else 1,
+            has_freed_memory=has_freed_memory,
+        ) from None
+
+
+def _group_packs(
+    state: TrainState, step_batch: StepBatch, max_packs: int
+) -> Iterator[tuple[AbstractContextManager[None], list[tuple[int, PackedBatch]]]]:
+    """Yield the packs of a step in groups, with the context that reports errors to other ranks.
 
     Packs whose layers communicate with other ranks come first: all packs of a sharded model, or
     those of split samples.
 
-    Returns:
-        Loss of this rank's packs times the loss scale.
+    Args:
+        max_packs: Largest number of packs on one rank.
     """
     process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
     # All ranks of a sharded model must run the same number of packs.
-    num_dummies = global_stats.max_packs - len(step_batch.packs) if is_sharded else 0
+    num_dummies = max_packs - len(step_batch.packs) if is_sharded else 0
     packs = [*enumerate([*step_batch.packs, *[dummy_batch()] * num_dummies])]
     num_synced = len(packs) if is_sharded else step_batch.num_split_packs
-    total = torch.zeros((), device=state.hardware.device)
-    try:
-        if num_synced:
-            with _raise_desync(process_group):
-                total += _accumulate_gradients(
-                    state, step_batch, global_stats, packs[:num_synced], stop, vision_cache
-                )
-        if not is_sharded:
-            # Agree on success before the all-reduce, so that a failed rank cannot block the others.
-            with process_group.sync_errors():
-                total += _accumulate_gradients(
-                    state, step_batch, global_stats, packs[num_synced:], stop, vision_cache
-                )
-    except Exception:
-        state.zero_grad()
-        raise
-    return total
+    if num_synced:
+        yield _raise_desync(process_group), packs[:num_synced]
+    if not is_sharded:
+        # Agree on success before the all-reduce, so that a failed rank cannot block the others.
+        yield process_group.sync_errors(), packs[num_synced:]
 
 
 @contextmanager
@@ -456,87 +523,6 @@ def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
             if is_oom
             else "start again with --resume",
         ) from error
-
-
-def _accumulate_gradients(
-    state: TrainState,
-    step_batch: StepBatch,
-    global_stats: GlobalStepStats,
-    packs: Sequence[tuple[int, PackedBatch]],
-    stop: StopRequest,
-    vision_cache: VisionCache | None,
-) -> Tensor:
-    """Accumulate the gradients of several packs.
-
-    Args:
-        step_batch: Step data of this rank.
-        global_stats: Statistics over all ranks.
-        packs: Packs with their micro-batch indices.
-        stop: Stop request, checked between packs.
-        vision_cache: Cached image features, if any.
-
-    Returns:
-        Sum of the losses, divided by the supervised tokens of all ranks and multiplied by the loss
-        scale.
-    """
-    device = state.hardware.device
-    total = torch.zeros((), device=device)
-    loss_weight = torch.full(
-        (), state.loss_scaler.scale / max(1, global_stats.num_supervised_tokens), device=device
-    )
-    process_group = state.hardware.process_group
-    for micro_index, packed_batch in packs:
-        # In a distributed run, the other ranks would wait for this one.
-        if stop.signal is not None and process_group.is_single_process:
-            raise TrainingInterrupted(
-                f"in step {step_batch.step_index + 1}, which is repeated on resume"
-            )
-        global_index = micro_index * process_group.world_size + process_group.rank
-        torch.manual_seed(
-            micro_batch_seed(state.recipe.train.seed, step_batch.step_index, global_index)
-        )
-        cache_inputs = None if vision_cache is None else step_batch.cache_inputs[micro_index]
-        pack_weight = loss_weight if packed_batch.sample_ids else torch.zeros_like(loss_weight)
-        try:
-            if micro_index:
-                state.parallel.accumulate_gradients(state.optimizer)
-            total += _forward_backward(state, packed_batch, pack_weight, vision_cache, cache_inputs)
-        except torch.OutOfMemoryError as error:
-            # A retry can use the memory of the freed CUDA graphs.
-            has_freed_memory = state.graph_runner.release_graphs()
-            world_size = 1 if state.max_unsplit_tokens is None else process_group.world_size
-            budget = state.progress.budget
-            raise build_pack_oom_error(
-                error,
-                packed_batch,
-                budget,
-                is_training=True,
-                world_size=world_size,
-                has_freed_memory=has_freed_memory,
-            ) from None
-    return total
-
-
-def _forward_backward(
-    state: TrainState,
-    packed_batch: PackedBatch,
-    loss_weight: Tensor,
-    vision_cache: VisionCache | None,
-    cache_inputs: Tensor | None,
-) -> Tensor:
-    """Run the forward and backward pass of a pack, and return its weighted loss.
-
-    This is a separate function so that the tensors of the pack are freed on return.
-    """
-    batch = state.to_device(packed_batch)
-    if cache_inputs is not None and packed_batch.context_shard is not None:
-        cache_inputs = select_shard_features(cache_inputs, packed_batch.context_shard)
-    features_MKD = (
-        None
-        if vision_cache is None or cache_inputs is None
-        else vision_cache.load_features(cache_inputs)
-    )
-    return state.graph_runner.forward_backward(batch, features_MKD, loss_weight)
 
 
 RECOVERABLE_ERRORS = (
@@ -690,13 +676,13 @@ class Trainer:
             read_steps(dataset, progress.step, hardware.num_workers, pin_memory)
         ) as step_batches:
             for step_batch, data_wait in time_data_waits(step_batches, hardware.device):
-                step_output = self.train_step(step_batch, vision_cache)
+                step_output = self.run_step(step_batch, vision_cache)
                 progress.step += 1
                 self.metrics_logger.log_step(step_output, data_wait)
                 if not self.on_step_end():
                     break
 
-    def train_step(self, step_batch: StepBatch, vision_cache: VisionCache | None) -> StepOutput:
+    def run_step(self, step_batch: StepBatch, vision_cache: VisionCache | None) -> StepOutput:
         """Run one training step on all ranks, unless a rank received a stop signal.
 
         Raises:

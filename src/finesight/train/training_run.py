@@ -207,7 +207,7 @@ def warm_up_kernels(state: TrainState) -> None:
         variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
         for packed_batch in variants.values():
             with torch.random.fork_rng([device]), compile_in_parallel(device):
-                state.graph_runner.warm_up(state.to_device(packed_batch))
+                state.graph_runner.warm_up(state.device_loader.load(packed_batch))
     except Exception as error:
         logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
     finally:

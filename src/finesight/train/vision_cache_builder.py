@@ -778,8 +778,9 @@ class VisionCacheBuilder:
             return ChunkFeatures(chunk, features_MKD.zero_(), corrupt_images)
         (patches_ND,) = block.tensors()
         grids = tuple(image_refs[n].span.grid_thw for n in valid)
-        if state.pads_shapes and state.padding_merge_size is not None:
-            patches_ND, grids = pad_patches(patches_ND, grids, state.padding_merge_size)
+        merge_size = state.device_loader.padding_merge_size
+        if state.device_loader.pads_shapes and merge_size is not None:
+            patches_ND, grids = pad_patches(patches_ND, grids, merge_size)
         patches_ND = patches_ND.to(state.hardware.device, non_blocking=True)
         encoded_MKD = self._model.encode_images(patches_ND, grids)
         if not corrupt_images:

@@ -20,7 +20,7 @@ from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import optimizer
+from finesight.train import evaluation
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
@@ -250,7 +250,7 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(task, tune):
 
 
 def test_default_evaluations_and_overfitting_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(optimizer, "DEFAULT_INTERIM_SAMPLES", 2)
+    monkeypatch.setattr(evaluation, "DEFAULT_INTERIM_SAMPLES", 2)
     task = TinyTask(tmp_path)
     task.recipe["train"] |= {"epochs": None, "steps": 50, "learning_rate": 0.005}
     file = tmp_path / "eval.jsonl"

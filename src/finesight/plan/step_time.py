@@ -17,7 +17,6 @@ from statistics import fmean
 
 import torch
 
-from finesight.config import TrainSettings
 from finesight.model.decoder import FusibleLayer
 from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.quant.base import find_quantized_weights
@@ -71,20 +70,6 @@ CPU_EFFICIENCY = DeviceEfficiency(
 )
 CPU_16BIT_EFFICIENCY = replace(CPU_EFFICIENCY, matmul_fraction=0.28)
 """Efficiency of a CPU in 16 bits, measured with finesight-tiny, whose matrices are small."""
-
-OPTIMIZER_BYTES_PER_PARAM = {"adamw": 60, "adamw_8bit": 270, "muon": 80}
-"""Bytes of memory traffic of an optimizer step per trainable parameter, by optimizer.
-
-Counts the gradient norm, clipping, optimizer states, master weights and weights. 8-bit states are
-dequantized and quantized again.
-"""
-
-FUSED_OPTIMIZER_BYTES_PER_PARAM = {"adamw": 28, "adamw_8bit": 29}
-"""Bytes of memory traffic per trainable parameter of the fused AdamW kernel.
-
-AdamW moves 26 bytes and reads the gradient once more for its norm. With 8-bit states, the kernel
-moves 16 bytes, but takes as long as this value.
-"""
 
 FP8_SPEEDUP = 1.4
 """Speedup of matrix products in FP8 over 16 bits, including the time of quantization."""
@@ -154,7 +139,6 @@ class StepTimeEstimator:
         tracer: StepTracer,
         target: TargetDevice,
         persistent: PersistentMemory,
-        train: TrainSettings,
         num_workers: int,
     ) -> None:
         model = tracer.model
@@ -163,11 +147,7 @@ class StepTimeEstimator:
         on_cpu = CPU_EFFICIENCY if target.dtype == torch.float32 else CPU_16BIT_EFFICIENCY
         self._efficiency = GPU_EFFICIENCY if target.compute.is_cuda else on_cpu
         self._flop_counter = FlopCounter(model)
-        num_trainable = persistent.num_trainable
-        bytes_per_param = OPTIMIZER_BYTES_PER_PARAM[train.optimizer]
-        if target.compute.is_cuda:
-            bytes_per_param = FUSED_OPTIMIZER_BYTES_PER_PARAM.get(train.optimizer, bytes_per_param)
-        self._optimizer_s = bytes_per_param * num_trainable / target.memory_bandwidth
+        self._optimizer_s = persistent.optimizer_traffic_bytes / target.memory_bandwidth
         quantized = find_quantized_weights(model)
         dequantized = (w.num_elements for w in quantized.values() if not isinstance(w, Fp8Weight))
         self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * sum(dequantized)

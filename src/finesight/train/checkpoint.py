@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.bounded_files import read_bytes
+from finesight.config import TrainSettings
 from finesight.errors import UserError
 from finesight.storage import (
     move_folder,
@@ -32,6 +33,7 @@ from finesight.storage import (
     verify_folder,
     write_folder,
 )
+from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
@@ -42,6 +44,17 @@ WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE = (
 )
 
 FORMAT_VERSION = 2
+
+
+DEFAULT_SAVE_INTERVAL = 0.25
+"""Default interval between two checkpoints, as a fraction of the run."""
+
+
+def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
+    """Return the number of steps between two checkpoints; 0 saves only the last step."""
+    return resolve_steps(
+        DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
+    )
 
 
 class BestEval(BaseModel):

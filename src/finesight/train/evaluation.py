@@ -31,13 +31,13 @@ from finesight.evaluate.eval_case import select_eval_samples
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.train.checkpoint import BestEval
 from finesight.train.dataloader import SkippedSample, read_steps
+from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
     build_pack_oom_error,
     retry_on_oom,
 )
-from finesight.train.optimizer import build_nonfinite_error, resolve_interim_limit
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
 
@@ -46,6 +46,27 @@ if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
     from finesight.train.trainer import TrainState
     from finesight.train.training_run import StopRequest
+
+
+DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
+"""Default interval between two evaluations: fraction of the run, and minimum number of steps."""
+
+DEFAULT_INTERIM_SAMPLES = 64
+"""Size of the subset on which evaluations at the default interval are compared."""
+
+
+def resolve_eval_interval(settings: EvalSettings, total_steps: int) -> int:
+    """Return the number of steps between two evaluations; 0 for none during training."""
+    if settings.every is None:
+        return max(MIN_DEFAULT_EVAL_STEPS, resolve_steps(DEFAULT_EVAL_INTERVAL, total_steps))
+    return resolve_steps(settings.every, total_steps)
+
+
+def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
+    """Return the size of the subset on which evaluations are compared; None for all samples."""
+    if settings is None or settings.every is not None:
+        return None
+    return DEFAULT_INTERIM_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -394,6 +415,16 @@ class MeanLoss(NamedTuple):
     indices: list[int]
 
 
+def _build_nonfinite_error(loss: float, step: int) -> UserError:
+    """Create the error for a non-finite validation loss."""
+    return UserError(
+        f"the validation loss of step {step} is {loss}",
+        where="training",
+        expected="a finite value; steps after the last checkpoint are lost",
+        remedy="lower train.learning_rate, lengthen train.warmup, or use train.precision=bf16",
+    )
+
+
 def _mean_losses(
     state: TrainState, loss_sums: Sequence[LossSum]
 ) -> tuple[list[MeanLoss], list[SkippedSample]]:
@@ -423,7 +454,7 @@ def _mean_losses(
             )
         loss = math.fsum(parts) / sum(token_counts)
         if not math.isfinite(loss):
-            raise build_nonfinite_error(loss, "validation loss", state.progress.step)
+            raise _build_nonfinite_error(loss, state.progress.step)
         losses.append(MeanLoss(loss, sorted(chain.from_iterable(indices_by_part))))
     return losses, skipped
 

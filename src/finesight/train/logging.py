@@ -33,9 +33,13 @@ from finesight.progress import ProgressConsole, StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
+from finesight.train.evaluation import (
+    EvalResult,
+    load_eval_history,
+    peak_memory_gb,
+    resolve_interim_limit,
+)
 from finesight.train.finalize import RunResult
-from finesight.train.optimizer import resolve_interim_limit
 from finesight.train.setup import library_versions
 from finesight.train.trainer import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult

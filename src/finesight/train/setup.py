@@ -54,9 +54,10 @@ from finesight.train.dataset_stats import (
 )
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
+from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
     SINGLE_PROCESS,
     DDPStrategy,

@@ -30,6 +30,7 @@ from finesight.train.checkpoint import (
     CheckpointManager,
     CheckpointState,
     TrainProgress,
+    resolve_save_interval,
 )
 from finesight.train.dataloader import (
     DataWorkerError,
@@ -41,17 +42,18 @@ from finesight.train.dataloader import (
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import find_best_eval, load_eval_history, run_evaluation
+from finesight.train.evaluation import (
+    find_best_eval,
+    load_eval_history,
+    resolve_eval_interval,
+    run_evaluation,
+)
 from finesight.train.objectives import Objective
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
     build_pack_oom_error,
     retry_on_oom,
-)
-from finesight.train.optimizer import (
-    resolve_eval_interval,
-    resolve_save_interval,
 )
 from finesight.train.parallel.distributed import (
     SINGLE_PROCESS,
@@ -72,7 +74,8 @@ if TYPE_CHECKING:
     from finesight.train.finalize import LiveReport, ParamAudit, RunResult
     from finesight.train.flops import FlopCounter, NullFlopCounter
     from finesight.train.logging import MetricsLogger
-    from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
+    from finesight.train.lr_schedule import LRSchedule
+    from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
     from finesight.train.run_dir import RunDir
     from finesight.train.setup import BaseModelRef
     from finesight.train.training_run import StopRequest

@@ -27,6 +27,7 @@ from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
+from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import save_image_record
 from finesight.train.finalize import (
     LiveReport,
@@ -37,7 +38,6 @@ from finesight.train.finalize import (
 )
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.oom import translate_oom_errors
-from finesight.train.optimizer import resolve_save_interval
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import InputCheck, build_manifest, build_train_state

@@ -25,7 +25,7 @@ from finesight.recipe import load_recipe
 from finesight.train.dataset_stats import load_training_data
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import RunInputs, resolve_base_model
-from finesight.train.trainer import Hardware
+from finesight.train.state import Hardware
 
 
 @pytest.fixture

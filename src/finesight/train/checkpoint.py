@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -37,11 +37,9 @@ from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
-WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE = (
-    "trainable.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
+WEIGHTS_FILE = "trainable.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
 
 FORMAT_VERSION = 2
 
@@ -144,6 +142,17 @@ class TrainProgress:
     best: BestEval | None = None
     nonfinite_steps: int = 0
     consecutive_nonfinite_steps: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields of `CheckpointState` with the same names."""
+        return asdict(self)
+
+    def load_state_dict(self, stored: CheckpointState) -> None:
+        """Restore the progress of a checkpoint, with the smaller of both memory budgets."""
+        self.budget = stored.budget.min_with(self.budget)
+        self.step, self.last_eval_step, self.best = stored.step, stored.last_eval_step, stored.best
+        self.nonfinite_steps = stored.nonfinite_steps
+        self.consecutive_nonfinite_steps = stored.consecutive_nonfinite_steps
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
@@ -491,11 +500,9 @@ class AsyncCheckpointer:
         is_async: bool,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._checkpoint_manager, self._is_async, self._process_group = (
-            checkpoint_manager,
-            is_async,
-            process_group,
-        )
+        self._checkpoint_manager = checkpoint_manager
+        self._is_async = is_async
+        self._process_group = process_group
         self._staging_buffer = _StagingBuffer()
         self._thread: Thread | None = None
         self._error: BaseException | None = None

@@ -289,6 +289,35 @@ class StepBatch:
         return crc32(json.dumps(names).encode()) if names else 0
 
 
+class GlobalStepStats(NamedTuple):
+    """Statistics of a step over all ranks.
+
+    Attributes:
+        num_supervised_tokens: Number of tokens that contribute to the loss.
+        max_packs: Largest number of packs on one rank.
+        skipped: Samples that were skipped because reading or encoding failed.
+        signal: Number of a stop signal that any rank received, or 0.
+    """
+
+    num_supervised_tokens: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    max_packs: int = 0
+    skipped: tuple[SkippedSample, ...] = ()
+    signal: int = 0
+
+    @classmethod
+    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
+        """Compute the statistics of a step on this rank alone."""
+        metrics = (
+            step_batch.num_supervised_tokens,
+            step_batch.num_samples,
+            step_batch.num_tokens,
+            len(step_batch.packs),
+        )
+        return cls(*metrics, step_batch.skipped, signal)
+
+
 @dataclass(frozen=True, slots=True)
 class DeviceLoader:
     """Loader of packed batches to the device.

@@ -40,12 +40,11 @@ from finesight.train.oom import (
 )
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
+from finesight.train.state import StopRequest, TrainState
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
     from finesight.infer.prediction import Prediction
-    from finesight.train.trainer import TrainState
-    from finesight.train.training_run import StopRequest
 
 
 DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
@@ -219,9 +218,9 @@ def run_evaluation(
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A single sample exceeds the GPU memory.
     """
-    assert state.validation_data is not None, "no validation data"
-    indices, settings = state.validation_data.stats.sample_indices, state.recipe.eval
-    process_group, corpus = state.hardware.process_group, state.validation_data.corpus
+    assert state.data.validation is not None, "no validation data"
+    indices, settings = state.data.validation.stats.sample_indices, state.run.recipe.eval
+    process_group, corpus = state.run.hardware.process_group, state.data.validation.corpus
     subset = select_eval_samples(indices, resolve_interim_limit(settings))
     common = frozenset(subset)
     evaluated = indices if is_complete else subset
@@ -235,8 +234,8 @@ def run_evaluation(
                 compute_validation_loss(state, budget, on_progress, stop, part) for part in parts
             ]
 
-    budget, device = state.progress.budget, state.hardware.device
-    with state.parallel.summon_full_params():
+    budget, device = state.progress.budget, state.run.hardware.device
+    with state.engine.parallel.summon_full_params():
         with process_group.sync_errors():
             loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
         losses, skipped = _mean_losses(state, loss_sums)
@@ -271,8 +270,8 @@ def _record_skipped(
         f"{format_count(len(reasons), 'validation sample')} skipped, {name}: {reason};"
         " evaluations of other samples are not compared with this one"
     )
-    if state.hardware.process_group.is_main:
-        state.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
+    if state.run.hardware.process_group.is_main:
+        state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
 
 
 def _build_eval_result(
@@ -306,8 +305,8 @@ def _build_eval_result(
 
 
 def _compute_digest(state: TrainState, indices: Sequence[int]) -> str:
-    assert state.validation_data is not None, "no validation data"
-    samples = json.dumps([state.validation_data.corpus.fingerprint, *indices])
+    assert state.data.validation is not None, "no validation data"
+    samples = json.dumps([state.data.validation.corpus.fingerprint, *indices])
     return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
 
@@ -323,13 +322,11 @@ def _evaluate_generation(
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
 
-    metric, process_group = (
-        custom_metric.resolve_metric_path(settings.metric, state.run_dir.path),
-        state.hardware.process_group,
-    )
+    metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
+    process_group = state.run.hardware.process_group
 
     def on_batch_reduced(batch: int) -> None:
-        state.graph_runner.release_graphs()
+        state.engine.graph_runner.release_graphs()
         console.log(
             f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
         )
@@ -343,11 +340,11 @@ def _evaluate_generation(
             stop.raise_if_requested()
 
         return evaluate(
-            state.model,
-            state.renderer,
+            state.engine.model,
+            state.data.renderer,
             samples,
             settings.model_copy(update={"metric": metric}),
-            predictions_file=state.run_dir.predictions_dir / f"{name}.jsonl"
+            predictions_file=state.run.run_dir.predictions_dir / f"{name}.jsonl"
             if process_group.is_main
             else None,
             on_progress=on_generated,
@@ -438,7 +435,7 @@ def _mean_losses(
     Raises:
         UserError: All samples of the first part have corrupt images, or a loss is not finite.
     """
-    payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sums))
+    payloads = state.run.hardware.process_group.all_gather_str(json.dumps(loss_sums))
     sums_by_rank = [json.loads(payload) for payload in payloads]
     losses, skipped = list[MeanLoss](), list[SkippedSample]()
     for num_parts in range(1, len(loss_sums) + 1):
@@ -481,8 +478,8 @@ def compute_validation_loss(
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.model
-    hardware = state.hardware
+    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
+    hardware = state.run.hardware
     total = torch.zeros((), device=hardware.device, dtype=torch.float64)
     unit_weight = torch.ones((), device=hardware.device)
     num_tokens = 0
@@ -497,7 +494,7 @@ def compute_validation_loss(
                     try:
                         total += _pack_loss(state, packed_batch, unit_weight)
                     except torch.OutOfMemoryError as error:
-                        has_freed_memory = state.graph_runner.release_graphs()
+                        has_freed_memory = state.engine.graph_runner.release_graphs()
                         raise build_pack_oom_error(
                             error,
                             packed_batch,
@@ -519,7 +516,9 @@ def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor
 
     This is a separate function so that the tensors of the pack are freed on return.
     """
-    model, batch, objective = state.model, state.device_loader.load(packed_batch), state.objective
+    model = state.engine.model
+    batch = state.engine.device_loader.load(packed_batch)
+    objective = state.engine.objective
     inputs = objective.loss_inputs(batch, unit_weight)
     return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 

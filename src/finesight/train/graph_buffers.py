@@ -152,10 +152,8 @@ class GraphVisionInputs:
     @torch.no_grad()
     def copy_from(self, batch: PackedBatch, vision_encoder: VisionEncoder) -> None:
         """Copy the patches and layout of a pack to the buffers, without synchronization."""
-        num_patches, layout = (
-            len(batch.patches_ND),
-            vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device),
-        )
+        num_patches = len(batch.patches_ND)
+        layout = vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device)
         self.patches_NB[:num_patches].copy_(batch.patches_ND)
         self.patches_NB[num_patches:].zero_()
         self.layout.position_ids_N2[:num_patches].copy_(layout.position_ids_N2)
@@ -242,10 +240,8 @@ class GraphGradients:
         finally:
             for handle in handles:
                 handle.remove()
-        param_gradients, extra_gradients = (
-            gradients[: len(self._trainable_params)],
-            gradients[len(self._trainable_params) :],
-        )
+        param_gradients = gradients[: len(self._trainable_params)]
+        extra_gradients = gradients[len(self._trainable_params) :]
         for (_, buffer), gradient in zip(extra_outputs, extra_gradients, strict=True):
             buffer.copy_(gradient)
         large = self._large_indices.values()

@@ -101,10 +101,8 @@ class GradientAccumulator:
 
     def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
         self.param_slices, self.device = param_slices, param_slices[0].parameter.device
-        self._length, self._starts = (
-            length,
-            [param_slice.flat_slice.start for param_slice in param_slices],
-        )
+        self._length = length
+        self._starts = [param_slice.flat_slice.start for param_slice in param_slices]
         self._flat_E: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(param_slices)
         # Whether the sum contains a gradient of this step.
@@ -254,10 +252,8 @@ class GradientAccumulator:
         first = max(0, bisect_right(self._starts, flat_slice.start) - 1)
         for index in range(first, bisect_left(self._starts, flat_slice.stop)):
             param_range = self.param_slices[index].flat_slice
-            start, stop = (
-                max(param_range.start, flat_slice.start),
-                min(param_range.stop, flat_slice.stop),
-            )
+            start = max(param_range.start, flat_slice.start)
+            stop = min(param_range.stop, flat_slice.stop)
             param_grad = self.param_slices[index].parameter.grad
             gradient = self.sums[index] if self._has_sum[index] else param_grad
             if start < stop and gradient is not None:
@@ -356,10 +352,8 @@ class AdamW:
             self.exp_avg = OptimState8bit(num_elements, device, signed=True)
             self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
         else:
-            self.exp_avg, self.exp_avg_sq = (
-                OptimState(num_elements, device),
-                OptimState(num_elements, device),
-            )
+            self.exp_avg = OptimState(num_elements, device)
+            self.exp_avg_sq = OptimState(num_elements, device)
         self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
         self._next_num_steps = self._num_steps.clone()
 
@@ -788,8 +782,6 @@ class LossScaler:
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.scale, self.growth_tracker = (
-            float(state_dict["scale"]),
-            int(state_dict["growth_tracker"]),
-        )
+        self.scale = float(state_dict["scale"])
+        self.growth_tracker = int(state_dict["growth_tracker"])
         self.num_skipped = int(state_dict["num_skipped"])

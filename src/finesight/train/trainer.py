@@ -1,7 +1,6 @@
 """Training loop of every rank, and the training step: all packs, then one optimizer step.
 
-Setup creates the `TrainState`, which the trainer updates. It refers to model, data and optimizer by
-their types only, so that the trainer imports none of the modules that load them.
+Modules that load data and models are imported for their types only.
 """
 
 from __future__ import annotations
@@ -10,10 +9,10 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -27,17 +26,13 @@ from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
     AsyncCheckpointer,
-    CheckpointManager,
-    CheckpointState,
-    TrainProgress,
     resolve_save_interval,
 )
 from finesight.train.dataloader import (
     DataWorkerError,
-    DeviceLoader,
+    GlobalStepStats,
     SkippedSample,
     StepBatch,
-    StepDataset,
     read_steps,
     record_event,
     time_data_waits,
@@ -48,7 +43,6 @@ from finesight.train.evaluation import (
     resolve_eval_interval,
     run_evaluation,
 )
-from finesight.train.objectives import Objective
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
@@ -56,202 +50,19 @@ from finesight.train.oom import (
     retry_on_oom,
 )
 from finesight.train.parallel.distributed import (
-    SINGLE_PROCESS,
-    ParallelStrategy,
     PeerFailedError,
     ProcessGroup,
     RankDesyncError,
     RankTimeoutError,
 )
-from finesight.train.sampler import DistributedSampler, SequentialSampler, TrainSampler
+from finesight.train.state import StepOutput, StopRequest, TrainState
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
-    from finesight.encode.renderer import Renderer
-    from finesight.model.hf_backend import AnyModel
     from finesight.train.cuda_graphs import CudaGraphRunner
-    from finesight.train.dataset_stats import ImageStates, TrainingData
-    from finesight.train.finalize import LiveReport, ParamAudit, RunResult
-    from finesight.train.flops import FlopCounter, NullFlopCounter
+    from finesight.train.finalize import LiveReport, RunResult
     from finesight.train.logging import MetricsLogger
-    from finesight.train.lr_schedule import LRSchedule
-    from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
-    from finesight.train.run_dir import RunDir
-    from finesight.train.setup import BaseModelRef
-    from finesight.train.training_run import StopRequest
     from finesight.train.vision_cache import VisionCache
     from finesight.train.vision_cache_builder import VisionFeatures
-
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Hardware settings of a rank.
-
-    Attributes:
-        device: Device of the model.
-        dtype: Compute dtype.
-        num_workers: Number of data loader workers.
-        peak_flops: Measured peak FLOP/s of the device.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    num_workers: int
-    peak_flops: float
-    process_group: ProcessGroup = SINGLE_PROCESS
-
-    @property
-    def precision(self) -> str:
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        return names[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """State of a training run: settings, data, model, optimizer and progress."""
-
-    recipe: Recipe
-    run_dir: RunDir
-    checkpoint_manager: CheckpointManager
-    hardware: Hardware
-    base_model: BaseModelRef
-    renderer: Renderer
-    train_data: TrainingData
-    validation_data: TrainingData | None
-    sampler: TrainSampler
-    step_dataset: StepDataset
-    model: AnyModel
-    parallel: ParallelStrategy
-    device_loader: DeviceLoader
-    optimizer: MasterWeightOptimizer
-    objective: Objective
-    graph_runner: CudaGraphRunner
-    param_audit: ParamAudit
-    loss_scaler: LossScaler
-    lr_schedule: LRSchedule
-    flop_counter: FlopCounter | NullFlopCounter
-    resume_config: dict[str, Any]
-    progress: TrainProgress
-
-    def check_ranks_match(self) -> None:
-        """Verify that all ranks have the same settings, model, data and images.
-
-        Raises:
-            UserError: The configurations differ.
-        """
-        train_settings = self.recipe.train.model_dump(mode="json")
-        shared_settings = {
-            name: train_settings[name]
-            for name in ("parallel", "pack_tokens", "activation_checkpointing")
-        }
-        images = {split: states.digest for split, states in self.images().items()}
-        self.hardware.process_group.check_identical(
-            self.resume_config | shared_settings | {"images": images}
-        )
-
-    def images(self) -> dict[str, ImageStates]:
-        """Return the image fingerprints of each split (`train`, `eval`)."""
-        splits = {"train": self.train_data, "eval": self.validation_data}
-        return {name: data.stats.images for name, data in splits.items() if data is not None}
-
-    @property
-    def shard_group(self) -> ProcessGroup:
-        """Process group over which the model is sharded; a single process without sharding."""
-        return self.hardware.process_group if self.parallel.is_sharded else SINGLE_PROCESS
-
-    @property
-    def max_unsplit_tokens(self) -> int | None:
-        """Maximum number of tokens of a sample that is not split over the ranks.
-
-        None if samples are never split.
-        """
-        sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
-        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
-
-    def build_validation_dataset(self, pack_tokens: int, indices: Sequence[int]) -> StepDataset:
-        """Create the dataset of this rank's share of validation samples.
-
-        It does not use shared prefixes: in evaluation mode, some families compute a token depending
-        on the length of its sample (`model.families.qwen_vl`).
-
-        Args:
-            indices: Corpus indices of the samples of all ranks.
-        """
-        assert self.validation_data is not None, "no validation data"
-        own_indices = self.hardware.process_group.shard(indices)
-        sampler = SequentialSampler(own_indices, self.recipe.train.batch_size)
-        return self.validation_data.build_step_dataset(
-            self.renderer, sampler, pack_tokens, self.recipe.data
-        )
-
-    def zero_grad(self) -> None:
-        """Discard the gradients of a skipped or aborted step."""
-        self.optimizer.zero_grad()
-        self.parallel.zero_grad()
-
-    def load_state(
-        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
-    ) -> None:
-        """Restore master weights and optimizer state from complete checkpoint tensors."""
-        self.optimizer.load_state(
-            self.parallel.shard_state(weights), self.parallel.shard_state(optimizer_state)
-        )
-        self.parallel.sync_params()
-
-    def apply_budget(self, budget: MemoryBudget) -> None:
-        """Use a memory budget from the next step on."""
-        self.progress.budget = budget
-        self.model.activation_checkpointing = budget.activation_checkpointing
-
-    def checkpoint_state(self) -> CheckpointState:
-        """Return the state that a checkpoint stores in addition to tensors."""
-        step = self.progress.step
-        return CheckpointState(
-            step=step,
-            consumed_samples=min(step * self.recipe.train.batch_size, self.sampler.num_samples),
-            last_eval_step=self.progress.last_eval_step,
-            best=self.progress.best,
-            loss_scale=self.loss_scaler.state_dict(),
-            budget=self.progress.budget,
-            nonfinite_steps=self.progress.nonfinite_steps,
-            consecutive_nonfinite_steps=self.progress.consecutive_nonfinite_steps,
-            resume_config=self.resume_config,
-        )
-
-    def estimate_checkpoint_bytes(self) -> int:
-        """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
-        moments = self.optimizer.optimizer_state().values()
-        rank_bytes = 4 * self.optimizer.num_params + sum(moment.nbytes for moment in moments)
-        return rank_bytes * self.shard_group.world_size
-
-
-class GlobalStepStats(NamedTuple):
-    """Statistics of a step over all ranks.
-
-    Attributes:
-        num_supervised_tokens: Number of tokens that contribute to the loss.
-        max_packs: Largest number of packs on one rank.
-        skipped: Samples that were skipped because reading or encoding failed.
-        signal: Number of a stop signal that any rank received, or 0.
-    """
-
-    num_supervised_tokens: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    max_packs: int = 0
-    skipped: tuple[SkippedSample, ...] = ()
-    signal: int = 0
-
-    @classmethod
-    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Compute the statistics of a step on this rank alone."""
-        metrics = (
-            step_batch.num_supervised_tokens,
-            step_batch.num_samples,
-            step_batch.num_tokens,
-            len(step_batch.packs),
-        )
-        return cls(*metrics, step_batch.skipped, signal)
 
 
 def sync_step(
@@ -294,37 +105,6 @@ def sync_step(
     return GlobalStepStats(*totals, tuple(skipped), max(signals))
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Result of a training step, which the device may still be computing.
-
-    Attributes:
-        step_batch: Step data of this rank.
-        global_stats: Statistics over all ranks.
-        budget: Memory budget of the step.
-        lr_factor: Factor of the learning rate schedule.
-        is_applied: False if the gradients overflowed in fp16, or no sample was valid.
-        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
-            after `event`. If one of them is not finite, the device has skipped the update.
-        event: CUDA event after the copy to the CPU; None on a CPU.
-    """
-
-    step_batch: StepBatch
-    global_stats: GlobalStepStats
-    budget: MemoryBudget
-    lr_factor: float
-    is_applied: bool
-    loss_and_norm_2: Tensor
-    event: torch.cuda.Event | None
-
-    def wait(self) -> tuple[float, float]:
-        """Wait for the device, and return the loss and the gradient norm."""
-        if self.event is not None:
-            self.event.synchronize()
-        loss, norm = self.loss_and_norm_2.tolist()
-        return loss, norm
-
-
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
     """Derive the random seed of a micro-batch from the seed of the run.
 
@@ -362,8 +142,9 @@ def train_step(
         GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
         RankDesyncError: This rank failed while the other ranks wait in a collective.
     """
-    optimizer, parallel, loss_scaler = state.optimizer, state.parallel, state.loss_scaler
-    device, process_group = state.hardware.device, state.hardware.process_group
+    engine, optimizer, parallel = state.engine, state.engine.optimizer, state.engine.parallel
+    loss_scaler = engine.loss_scaler
+    device, process_group = state.run.hardware.device, state.run.hardware.process_group
     loss_scale, step_index = loss_scaler.scale, step_batch.step_index
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
     num_tokens = global_stats.num_supervised_tokens
@@ -381,7 +162,7 @@ def train_step(
                         )
                     global_index = micro_index * process_group.world_size + process_group.rank
                     torch.manual_seed(
-                        micro_batch_seed(state.recipe.train.seed, step_index, global_index)
+                        micro_batch_seed(state.run.recipe.train.seed, step_index, global_index)
                     )
                     is_dummy = not packed_batch.sample_ids
                     pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
@@ -391,14 +172,14 @@ def train_step(
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
                         group_loss += forward_backward(
-                            state.graph_runner,
-                            state.device_loader.load(packed_batch),
+                            state.engine.graph_runner,
+                            state.engine.device_loader.load(packed_batch),
                             _load_features(packed_batch, vision_cache, cached),
                             pack_weight,
                         )
                 total += group_loss
     except Exception:
-        state.zero_grad()
+        state.engine.zero_grad()
         raise
     process_group.all_reduce(total)
     grad_norm = parallel.reduce_gradients(optimizer)
@@ -406,7 +187,7 @@ def train_step(
         step_batch=step_batch,
         global_stats=global_stats,
         budget=state.progress.budget,
-        lr_factor=state.lr_schedule.lr_factor(step_index),
+        lr_factor=state.engine.lr_schedule.lr_factor(step_index),
         is_applied=num_tokens > 0,
         loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
         event=record_event(total.device, enable_timing=True),
@@ -417,7 +198,7 @@ def train_step(
         # The loss scale of the next step depends on the norm.
         loss, grad_norm_value = step_output.wait()
         if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
-            state.zero_grad()
+            state.engine.zero_grad()
             return replace(step_output, is_applied=False)
     optimizer.step(
         step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
@@ -474,14 +255,14 @@ def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterato
         yield
     except torch.OutOfMemoryError as error:
         # A retry can use the memory of the freed CUDA graphs.
-        has_freed_memory = state.graph_runner.release_graphs()
+        has_freed_memory = state.engine.graph_runner.release_graphs()
         can_split = state.max_unsplit_tokens is not None
         raise build_pack_oom_error(
             error,
             packed_batch,
             state.progress.budget,
             is_training=True,
-            world_size=state.hardware.process_group.world_size if can_split else 1,
+            world_size=state.run.hardware.process_group.world_size if can_split else 1,
             has_freed_memory=has_freed_memory,
         ) from None
 
@@ -497,7 +278,7 @@ def _group_packs(
     Args:
         max_packs: Largest number of packs on one rank.
     """
-    process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
+    process_group, is_sharded = state.run.hardware.process_group, state.engine.parallel.is_sharded
     # All ranks of a sharded model must run the same number of packs.
     num_dummies = max_packs - len(step_batch.packs) if is_sharded else 0
     packs = [*enumerate([*step_batch.packs, *[dummy_batch()] * num_dummies])]
@@ -562,22 +343,22 @@ class Trainer:
         self.state, self.console, self.stop = state, console, stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
         self.live_report = live_report
-        self.total_steps = len(state.sampler)
-        settings, eval_settings = state.recipe.train, state.recipe.eval
+        self.total_steps = len(state.data.sampler)
+        settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
         # Without a metric, compute the cheap validation loss with every checkpoint.
         eval_interval = self.save_interval
         if eval_settings is not None:
             eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
-        self.eval_interval = eval_interval if state.validation_data else 0
+        self.eval_interval = eval_interval if state.data.validation else 0
         self.early_stopping_patience = eval_settings.patience if eval_settings else None
-        on_gpu = state.hardware.device.type == "cuda"
+        on_gpu = state.run.hardware.device.type == "cuda"
         self.checkpointer = AsyncCheckpointer(
-            state.checkpoint_manager,
-            is_async=on_gpu and state.optimizer.num_params <= MAX_ASYNC_PARAMS,
+            state.run.checkpoint_manager,
+            is_async=on_gpu and state.engine.optimizer.num_params <= MAX_ASYNC_PARAMS,
             process_group=state.shard_group.new_group(),
         )
-        self.process_group = state.hardware.process_group
+        self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
 
     def run(self, finalize: Callable[[], RunResult | None]) -> RunResult | None:
@@ -593,11 +374,11 @@ class Trainer:
         if progress.step:
             self.console.log(f"resuming after step {progress.step} of {self.total_steps}")
         try:
-            if self.state.validation_data is not None and progress.last_eval_step < 0:
+            if self.state.data.validation is not None and progress.last_eval_step < 0:
                 self.evaluate("before")
             self.run_steps()
             self.save_checkpoint()
-            if self.state.validation_data is not None and progress.last_eval_step < progress.step:
+            if self.state.data.validation is not None and progress.last_eval_step < progress.step:
                 self.evaluate(
                     "after" if self.early_stopping_patience is None else f"step-{progress.step}"
                 )
@@ -626,7 +407,7 @@ class Trainer:
             RankTimeoutError: A sharded run was stopped, and a rank did not respond.
         """
         is_recoverable = not self.is_main or isinstance(error, RECOVERABLE_ERRORS)
-        is_sharded = self.state.parallel.is_sharded
+        is_sharded = self.state.engine.parallel.is_sharded
         # All ranks write a sharded checkpoint, so all have to respond.
         can_save = is_recoverable and not is_sharded
         if not isinstance(error, RankDesyncError):
@@ -654,7 +435,7 @@ class Trainer:
         """Run the remaining steps with evaluations and checkpoints, until early stopping."""
         if not self.on_step_end() or self.state.progress.step == self.total_steps:
             return
-        budget, device = self.state.progress.budget, self.state.hardware.device
+        budget, device = self.state.progress.budget, self.state.run.hardware.device
         with (
             self.vision_features.open(self.metrics_logger.log_vision_cache) as vision_cache,
             self.metrics_logger.show_progress(self.total_steps),
@@ -671,14 +452,13 @@ class Trainer:
         """Run the remaining steps within a memory budget."""
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
-        hardware, dataset = state.hardware, state.step_dataset.with_pack_tokens(budget.pack_tokens)
+        device, num_workers = state.run.hardware.device, state.run.hardware.num_workers
+        dataset = state.data.step_dataset.with_pack_tokens(budget.pack_tokens)
         if vision_cache is not None:
             dataset = dataset.with_vision_cache(vision_cache.reader)
-        pin_memory = hardware.device.type == "cuda"
-        with closing(
-            read_steps(dataset, progress.step, hardware.num_workers, pin_memory)
-        ) as step_batches:
-            for step_batch, data_wait in time_data_waits(step_batches, hardware.device):
+        step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
+        with closing(step_batches):
+            for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)
                 progress.step += 1
                 self.metrics_logger.log_step(step_output, data_wait)
@@ -707,10 +487,8 @@ class Trainer:
         Returns:
             False if early stopping ends the run.
         """
-        should_evaluate, should_save = (
-            self.is_due(self.eval_interval),
-            self.is_due(self.save_interval),
-        )
+        should_evaluate = self.is_due(self.eval_interval)
+        should_save = self.is_due(self.save_interval)
         # In a distributed run, all ranks stop before the next step.
         is_single_process = self.process_group.is_single_process
         should_stop = is_single_process and self.stop.signal is not None
@@ -735,7 +513,7 @@ class Trainer:
         """
         if self.early_stopping_patience is None:
             return False
-        _, num_evals = find_best_eval(load_eval_history(self.state.run_dir))
+        _, num_evals = find_best_eval(load_eval_history(self.state.run.run_dir))
         if not self.decide_on_main(num_evals >= self.early_stopping_patience):
             return False
         self.console.log(
@@ -778,17 +556,16 @@ class Trainer:
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last finished step, unless it exists."""
         state = self.state
-        if not state.progress.step or not (self.is_main or state.parallel.is_sharded):
+        if not state.progress.step or not (self.is_main or state.engine.parallel.is_sharded):
             return
         with state.shard_group.sync_errors():
             if self.is_main:
                 self.check_disk_space()
                 # A checkpoint must not refer to an evaluation that a power failure can lose.
-                state.run_dir.flush()
+                state.run.run_dir.flush()
             # Raise errors of the previous checkpoint before the other ranks start to wait.
             self.checkpointer.wait()
-        tensors = state.optimizer.master_weights(), state.optimizer.optimizer_state()
-        self.checkpointer.save(state.checkpoint_state(), *tensors)
+        self.checkpointer.save(state.state_dict(), *state.engine.state_dict())
 
     def decide_on_main(self, decision: bool) -> bool:
         """Return the decision of the main process on all ranks."""
@@ -800,7 +577,7 @@ class Trainer:
         Raises:
             UserError: There is not enough free space.
         """
-        step, checkpoint_manager = self.state.progress.step, self.state.checkpoint_manager
+        step, checkpoint_manager = self.state.progress.step, self.state.run.checkpoint_manager
         if step not in checkpoint_manager.steps():
             require_free_space(
                 checkpoint_manager.checkpoint_dir,
@@ -814,8 +591,8 @@ class Trainer:
         step = self.state.progress.step
         message = f"checkpoint of step {step} written" if step else "no step was finished"
         assert self.stop.signal is not None, "an interruption without a signal"
-        run_dir, hint = self.state.run_dir, ""
-        if step and not self.state.recipe.tune.has_mode("full"):
+        run_dir, hint = self.state.run.run_dir, ""
+        if step and not self.state.run.recipe.tune.has_mode("full"):
             hint = f", or use {run_dir.checkpoint_dir / f'step-{step}'} as a model"
         return TrainingInterrupted(
             f"stopped by {self.stop.signal.name}, {message} in {run_dir.path};"

@@ -26,10 +26,10 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.model.trainable import trainable_parameters
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
+from finesight.train.optimizer import MasterWeightOptimizer
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel
-    from finesight.train.optimizer import MasterWeightOptimizer
 
 T = TypeVar("T")
 

@@ -19,7 +19,7 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
 from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
 from finesight.plan.settings_search import PlannedModel, build_meta_model, build_planned_model
-from finesight.plan.target_device import TargetDevice
+from finesight.plan.step_time import TargetDevice
 from finesight.train.objectives.sft import SftObjective, fused_linear_cross_entropy
 
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))

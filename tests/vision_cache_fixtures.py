@@ -2,7 +2,6 @@
 
 import io
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
 from finesight.train.state import StopRequest, TrainState
 from finesight.train.vision_cache import VisionCache
-from finesight.train.vision_cache_builder import VisionCacheResult, open_vision_cache
+from finesight.train.vision_cache_builder import VisionCacheResult, VisionFeatures
 
 LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 
@@ -52,10 +51,13 @@ def mix_images(data: Path) -> None:
 def decide_vision_cache(
     state: TrainState, output: io.StringIO | None = None, stop: StopRequest | None = None
 ) -> VisionCacheResult:
-    """Return the result of `open_vision_cache`; files are not evicted in tests."""
+    """Return the result of the vision cache; files are not evicted in tests."""
     console = ProgressConsole(Console(file=output or io.StringIO(), width=300))
-    with ExitStack() as stack:
-        return stack.enter_context(open_vision_cache(state, console, stop or StopRequest()))
+    results: list[VisionCacheResult] = []
+    with VisionFeatures(state, console, stop or StopRequest()).open(
+        lambda _, result: results.append(result)
+    ):
+        return results[0]
 
 
 def build_vision_cache(state: TrainState) -> VisionCache:

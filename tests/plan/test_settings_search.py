@@ -15,7 +15,7 @@ from finesight.plan.settings_search import (
     PlannedSteps,
     SettingsSearch,
 )
-from finesight.plan.target_device import build_named_target
+from finesight.plan.step_time import build_named_target
 from finesight.train.dataset_stats import SampleStats
 
 

@@ -176,7 +176,7 @@ def tracker() -> mock.Mock:
 
 @pytest.fixture
 def events(tmp_path: Path, tracker: mock.Mock) -> TrackingEvents:
-    state: Any = SimpleNamespace(run_dir=RunDir(tmp_path))
+    state: Any = SimpleNamespace(run=SimpleNamespace(run_dir=RunDir(tmp_path)))
     return TrackingEvents(state, tracker)
 
 

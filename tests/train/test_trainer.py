@@ -346,6 +346,6 @@ def test_dropout_seeds_differ_and_are_reproducible(tmp_path):
         torch.rand(len(masters))  # other random numbers in between do not matter
         take_step(one, 0)
         take_step(one, 1)
-    assert has_weights(state, again.optimizer.master_weights())
+    assert has_weights(state, again.engine.optimizer.master_weights())
     assert len(set(seeds)) == len(seeds) >= 4
     assert micro_batch_seed(0, 1, 2) != micro_batch_seed(1, 1, 2)

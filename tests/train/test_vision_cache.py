@@ -114,7 +114,7 @@ def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
     assert len(store.reader.image_indices([2])) == 2
     cached_dataset, texts, pairs = state.data.step_dataset.with_vision_cache(store.reader), 0, 0
     for number in range(len(state.data.sampler)):
-        step = other.step_dataset.get_step(number)
+        step = other.data.step_dataset.get_step(number)
         texts += sum(not batch.grid_thw for batch in step.packs)
         pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
         expected = train_step(other, step, StopRequest()).wait()

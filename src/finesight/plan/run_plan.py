@@ -31,11 +31,11 @@ from finesight.plan.settings_search import (
     build_meta_model,
     build_planned_model,
 )
-from finesight.plan.step_time import estimate_startup_seconds
-from finesight.plan.target_device import (
+from finesight.plan.step_time import (
     TargetDevice,
     build_local_target,
     build_named_target,
+    estimate_startup_seconds,
     measure_local_target,
 )
 from finesight.progress import ProgressConsole

@@ -36,8 +36,7 @@ from finesight.plan.peak_memory import (
     compute_peak_memory,
     compute_persistent_memory,
 )
-from finesight.plan.step_time import StepTime, StepTimeEstimator, average_step_times
-from finesight.plan.target_device import TargetDevice
+from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, average_step_times
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision

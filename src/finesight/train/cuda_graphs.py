@@ -25,7 +25,6 @@ from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
 from finesight.model.kernels.runtime import HAS_TRITON
-from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.dataloader import record_event
 from finesight.train.graph_buffers import (
@@ -237,7 +236,7 @@ class CudaGraphRunner:
             )
         if inputs is None:
             return None, features_MKD
-        inputs.copy_from(batch, features_MKD, loss_inputs, self.vision_encoder)
+        inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
         loss = self._replay(inputs)
         if loss is None:
             # Outside the except block, because the traceback keeps tensors alive.
@@ -293,9 +292,9 @@ class CudaGraphRunner:
             ):
                 continue
             inputs = GraphInputs.allocate(
-                shape, batch, features_MKD, loss_inputs, self.vision_encoder
+                shape, batch, features_MKD, loss_inputs, self.native_model.visual
             )
-            inputs.copy_from(batch, features_MKD, loss_inputs, self.vision_encoder)
+            inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
             try:
                 self.run_static(inputs)
             finally:
@@ -314,10 +313,10 @@ class CudaGraphRunner:
         return had_graphs
 
     @property
-    def vision_encoder(self) -> VisionEncoder:
-        """Vision encoder of the native model."""
+    def native_model(self) -> VisionLanguageModel:
+        """Model of a native family; others have no CUDA graphs."""
         assert isinstance(self.model, VisionLanguageModel), "only native models use CUDA graphs"
-        return self.model.visual
+        return self.model
 
     def _vision_graph_shape(
         self, batch: PackedBatch, features_MKD: Tensor | None
@@ -326,8 +325,7 @@ class CudaGraphRunner:
 
         The result is None if the encoder must run outside of the graph.
         """
-        model = self.model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
+        model = self.native_model
         if features_MKD is not None or not self._captures_vision:
             return None
         if not should_capture_vision(len(batch.patches_ND), model.activation_checkpointing):
@@ -374,7 +372,7 @@ class CudaGraphRunner:
             # Keep the memory for eager passes.
             return None
         self.static_inputs[shape] = GraphInputs.allocate(
-            shape, batch, features_MKD, loss_inputs, self.vision_encoder
+            shape, batch, features_MKD, loss_inputs, self.native_model.visual
         )
         return self.static_inputs[shape]
 
@@ -418,11 +416,9 @@ class CudaGraphRunner:
 
     def _encode_images(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
         """Return the image features of a pack, with their autograd graph if they are trainable."""
-        model = self.model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
         if features_MKD is not None or not batch.grid_thw:
             return features_MKD
-        return model.encode_images(batch.patches_ND, batch.grid_thw)
+        return self.native_model.encode_images(batch.patches_ND, batch.grid_thw)
 
     @property
     def _is_starved(self) -> bool:
@@ -432,8 +428,7 @@ class CudaGraphRunner:
     def _should_capture(
         self, shape: GraphShape, batch: PackedBatch, features_MKD: Tensor | None, max_tokens: int
     ) -> bool:
-        model = self.model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
+        model = self.native_model
         is_vision_trainable = features_MKD is not None and features_MKD.requires_grad
         if not (
             shape.vision_shape
@@ -448,8 +443,7 @@ class CudaGraphRunner:
 
     def run_static(self, inputs: GraphInputs) -> Tensor:
         """Run the forward and backward pass from static buffers to static gradient buffers."""
-        model = self.model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
+        model = self.native_model
         vision_inputs = inputs.vision_inputs
         features_MKD = (
             inputs.features_MKD if vision_inputs is None else vision_inputs.encode(model.visual)

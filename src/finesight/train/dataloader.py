@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
@@ -309,13 +310,8 @@ class GlobalStepStats(NamedTuple):
     @classmethod
     def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
         """Compute the statistics of a step on this rank alone."""
-        metrics = (
-            step_batch.num_supervised_tokens,
-            step_batch.num_samples,
-            step_batch.num_tokens,
-            len(step_batch.packs),
-        )
-        return cls(*metrics, step_batch.skipped, signal)
+        counts = step_batch.num_supervised_tokens, step_batch.num_samples, step_batch.num_tokens
+        return cls(*counts, len(step_batch.packs), step_batch.skipped, signal)
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,16 +354,22 @@ class TensorBlock:
     bytes_N: Tensor
 
     @classmethod
-    def allocate(cls, *specs: TensorSpec) -> TensorBlock:
+    def allocate(cls, *specs: TensorSpec, pin_memory: bool = False) -> TensorBlock:
         """Allocate uninitialized tensors; data loader workers allocate them in shared memory.
 
         Shared memory avoids a copy to the main process, as in the default collate function of
         PyTorch.
 
+        Args:
+            pin_memory: Whether to pin the memory, if the system allows it and has a GPU.
+
         Raises:
             DataWorkerError: There is not enough shared memory.
         """
         size = sum(_aligned_size(dtype, shape) for dtype, shape in specs)
+        if pin_memory and torch.cuda.is_available():
+            with suppress(RuntimeError):  # The system limits pinned memory.
+                return cls(specs, torch.empty(size, dtype=torch.uint8, pin_memory=True))
         if get_worker_info() is None:
             return cls(specs, torch.empty(size, dtype=torch.uint8))
         try:
@@ -581,7 +583,7 @@ class StepDataset:
             (index, replace(encoded, patches_ND=encoded.patches_ND[slice(*shard.patch_range)]))
             for (index, encoded), shard in zip(samples, shards, strict=True)
         ]
-        return sharded_samples, shards, skipped if sampler.reports_skipped else []
+        return sharded_samples, shards, skipped if sampler.process_group.is_main else []
 
     def _read_samples(
         self, indices: Iterable[int]

@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -117,16 +117,7 @@ class EvalResult:
 
     def as_best_eval(self) -> BestEval:
         """Return the fields that rank evaluations."""
-        return BestEval(
-            step=self.step,
-            validation_loss=self.validation_loss,
-            primary_metric=self.primary_metric,
-            primary_score=self.primary_score,
-            num_samples=self.num_samples,
-            num_loss_samples=self.num_loss_samples,
-            sample_set=self.sample_set,
-            score_set=self.score_set,
-        )
+        return BestEval.model_validate(self, from_attributes=True)
 
     @classmethod
     def from_metrics(cls, line: dict[str, Any]) -> EvalResult | None:
@@ -137,12 +128,13 @@ class EvalResult:
             name: ConfidenceInterval(*ends) if ends else None
             for name, ends in line.get("intervals", {}).items()
         }
-        metrics = line["step"], line["validation_loss"], line["scores"], line["primary_metric"]
-        counts = line.get("num_samples"), line.get("num_loss_samples", line.get("num_samples"))
-        texts = line.get("details", {}), line.get("notes", {})
+        names = (field.name for field in fields(cls))
+        values = {name: line[name] for name in names if name in line}
+        # Results of earlier versions have one count and one digest.
+        values.setdefault("num_loss_samples", line.get("num_samples"))
+        values.setdefault("score_set", line.get("sample_set"))
         full = cls.from_metrics(line.get("full") or {})
-        digests = line.get("sample_set"), line.get("score_set", line.get("sample_set"))
-        return cls(*metrics, intervals, *texts, *counts, *digests, full)
+        return cls(**values | {"intervals": intervals, "full": full})
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
@@ -405,21 +397,8 @@ class LossSum(NamedTuple):
     indices: tuple[int, ...]
 
 
-class MeanLoss(NamedTuple):
-    """Mean validation loss per supervised token, and corpus indices of its samples, sorted."""
-
-    loss: float
-    indices: list[int]
-
-
-def _build_nonfinite_error(loss: float, step: int) -> UserError:
-    """Create the error for a non-finite validation loss."""
-    return UserError(
-        f"the validation loss of step {step} is {loss}",
-        where="training",
-        expected="a finite value; steps after the last checkpoint are lost",
-        remedy="lower train.learning_rate, lengthen train.warmup, or use train.precision=bf16",
-    )
+MeanLoss = tuple[float, list[int]]
+"""Mean validation loss per supervised token, and corpus indices of its samples, sorted."""
 
 
 def _mean_losses(
@@ -451,8 +430,14 @@ def _mean_losses(
             )
         loss = math.fsum(parts) / sum(token_counts)
         if not math.isfinite(loss):
-            raise _build_nonfinite_error(loss, state.progress.step)
-        losses.append(MeanLoss(loss, sorted(chain.from_iterable(indices_by_part))))
+            raise UserError(
+                f"the validation loss of step {state.progress.step} is {loss}",
+                where="training",
+                expected="a finite value; steps after the last checkpoint are lost",
+                remedy="lower train.learning_rate, lengthen train.warmup, or use"
+                " train.precision=bf16",
+            )
+        losses.append((loss, sorted(chain.from_iterable(indices_by_part))))
     return losses, skipped
 
 
@@ -496,11 +481,7 @@ def compute_validation_loss(
                     except torch.OutOfMemoryError as error:
                         has_freed_memory = state.engine.graph_runner.release_graphs()
                         raise build_pack_oom_error(
-                            error,
-                            packed_batch,
-                            budget,
-                            is_training=False,
-                            has_freed_memory=has_freed_memory,
+                            error, packed_batch, budget, False, has_freed_memory=has_freed_memory
                         ) from None
                     num_tokens += packed_batch.num_supervised_tokens
                 skipped += step_batch.skipped

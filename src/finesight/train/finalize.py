@@ -83,10 +83,6 @@ class ParamChange:
     num_with_grad: int
     relative_change: float
 
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of an entry of `param_audit.json`."""
-        return asdict(self)
-
 
 class ParamAudit:
     """Record of the initial parameters of a run, for comparison at its end.
@@ -354,9 +350,16 @@ def finalize_run(
     step = int(process_group.broadcast_str(str(step)))
     if not (process_group.is_main or state.engine.parallel.is_sharded):
         return None
-    with load_final_weights(state, step, param_audit) as param_changes:
+    if step != state.progress.step:
+        remedy = "set eval.patience=null and resume to use the weights of the last step"
+        _, weights, optimizer_state = state.run.checkpoint_manager.load(step, remedy)
+        state.engine.load_state_dict(weights, optimizer_state)
+    param_changes = param_audit.compute_changes(
+        state.engine.optimizer.params_with_grad(), state.shard_group
+    )
+    with state.engine.parallel.summon_full_params():
         if process_group.is_main:
-            run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
+            run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
             console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
         if process_group.is_main:
@@ -393,28 +396,6 @@ def finalize_run(
     console.log(f"Try it:  {_format_predict_command(run_dir.path, run_dir)}")
     console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
     return run_result
-
-
-@contextmanager
-def load_final_weights(
-    state: TrainState, step: int, param_audit: ParamAudit
-) -> Iterator[list[ParamChange]]:
-    """Load the weights of a step and unshard the model within the context.
-
-    All ranks of a sharded run must call this function.
-
-    Yields:
-        Changes of the parameters since the start of the run.
-    """
-    if step != state.progress.step:
-        remedy = "set eval.patience=null and resume to use the weights of the last step"
-        _, weights, optimizer_state = state.run.checkpoint_manager.load(step, remedy)
-        state.engine.load_state_dict(weights, optimizer_state)
-    param_changes = param_audit.compute_changes(
-        state.engine.optimizer.params_with_grad(), state.shard_group
-    )
-    with state.engine.parallel.summon_full_params():
-        yield param_changes
 
 
 def write_run_report(

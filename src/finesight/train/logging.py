@@ -334,7 +334,7 @@ class MetricsLogger:
         self, state: TrainState, console: ProgressConsole, tracking: TrackerManager
     ) -> None:
         self._state, self._console = state, console
-        self._tracking_events = TrackingEvents(state, tracking)
+        self.tracking_events = TrackingEvents(state, tracking)
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
@@ -371,7 +371,7 @@ class MetricsLogger:
             },
         }
         self._append_metrics(entry | facts)
-        self._tracking_events.log_start(facts)
+        self.tracking_events.log_start(facts)
 
     def _append_metrics(self, metrics: Mapping[str, Any]) -> None:
         if self._state.run.hardware.process_group.is_main:
@@ -423,7 +423,7 @@ class MetricsLogger:
         step_output, data_wait = pending
         metrics = self._build_metrics(step_output, data_wait)
         self._append_metrics(metrics)
-        self._tracking_events.log_step(metrics)
+        self.tracking_events.log_step(metrics)
         skipped_samples = step_output.global_stats.skipped
         for skipped in skipped_samples:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
@@ -477,7 +477,7 @@ class MetricsLogger:
             seconds: Duration of the evaluation.
         """
         self._append_metrics(eval_result.as_json() | {"eval_s": seconds})
-        self._tracking_events.log_evaluation(eval_result, name, self._common_ids)
+        self.tracking_events.log_evaluation(eval_result, name, self._common_ids)
         assert self._state.data.validation is not None, "no validation data"
         num_all = len(self._state.data.validation.stats.sample_indices)
         num_common = min(resolve_interim_limit(self._state.run.recipe.eval) or num_all, num_all)
@@ -526,23 +526,21 @@ class MetricsLogger:
         text = describe_overfitting(run_dir.path, [*run_dir.iter_metrics()])
         if text is not None:
             self._console.log(f"warning: {text}")
-            self._tracking_events.log_overfitting(text)
+            self.tracking_events.log_overfitting(text)
             self._has_warned = True
-
-    def log_result(self, result: RunResult) -> None:
-        """Send the result of the run to the experiment trackers."""
-        self._tracking_events.log_result(result)
 
 
 def count_flops(state: TrainState, batch: PackedBatch) -> float:
-    """Count the FLOPs of a pack on this rank.
+    """Count the FLOPs of a pack on this rank; 0 if they are unknown.
 
     The shards of a split sample count equally.
     """
-    context_shard = batch.context_shard
+    flop_counter, context_shard = state.engine.flop_counter, batch.context_shard
+    if flop_counter is None:
+        return 0.0
     if context_shard is None:
-        return state.engine.flop_counter.count(batch)
-    return state.engine.flop_counter.count(context_shard.sample_shape) / context_shard.world_size
+        return flop_counter.count(batch)
+    return flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
 def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:

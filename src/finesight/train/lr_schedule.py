@@ -9,10 +9,7 @@ from finesight.errors import UserError
 
 
 def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
-    """Convert a number of steps or a fraction of the run to steps.
-
-    Fractions are rounded up.
-    """
+    """Convert a number of steps or a fraction of the run to steps, rounded up."""
     return value if isinstance(value, int) else math.ceil(value * total_steps)
 
 

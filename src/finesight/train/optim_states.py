@@ -110,27 +110,6 @@ NUM_DECADES = 7
 """Number of powers of ten below one that the 8-bit levels cover."""
 
 
-class AdamWHyperparams(NamedTuple):
-    """Hyperparameters of an AdamW step."""
-
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-
-    @property
-    def decay_factor(self) -> float:
-        """Factor that multiplies the weights for decoupled weight decay."""
-        return 1 - self.lr * self.weight_decay
-
-    def step_size(self, num_steps: int) -> float:
-        """Return the learning rate divided by the bias correction of the first moment."""
-        return self.lr / (1 - self.betas[0] ** num_steps)
-
-    def bias_correction2_sqrt(self, num_steps: int) -> float:
-        """Return the square root of the bias correction of the second moment."""
-        return float((1 - self.betas[1] ** num_steps) ** 0.5)
-
-
 class OptimState:
     """AdamW moment (first or second) of a parameter group in fp32, initially zero.
 
@@ -249,9 +228,6 @@ Training, section 2.2).
 MAX_STACK_ELEMENTS = 1 << 26
 """Maximum number of elements of matrices that are orthogonalized in one batch; limits memory."""
 
-MUON_TRAFFIC_BYTES = 80
-"""Bytes of memory traffic per element of a step."""
-
 MAX_MUON_CHUNK_ELEMENTS = 1 << 24
 """Maximum number of master weight elements that are updated at once; limits memory."""
 
@@ -331,8 +307,8 @@ class Muon:
         return 3 * torch.float32.itemsize * min(len(self._master_weights), MAX_STACK_ELEMENTS)
 
     def traffic_bytes(self, is_cuda: bool) -> int:
-        """Return the bytes of memory traffic of a step."""
-        return MUON_TRAFFIC_BYTES * len(self._master_weights)
+        """Return the bytes of memory traffic of a step, 80 per element."""
+        return 80 * len(self._master_weights)
 
     def _orthogonalize(self) -> None:
         """Compute the updates, as a CUDA graph for small groups on a GPU.

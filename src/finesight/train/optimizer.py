@@ -39,7 +39,6 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train.optim_states import (
-    AdamWHyperparams,
     MatrixSlice,
     Muon,
     OptimState,
@@ -290,21 +289,16 @@ class Optimizer(Protocol):
     def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
         """Update the master weights from the accumulated gradients.
 
-        A step whose `grad_factor` is NaN is skipped.
-
         Args:
             grad_factor: Scalar on the device that multiplies all gradients, for clipping and
-                unscaling.
+                unscaling; NaN skips the step.
         """
         ...
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """Return views of the state of one parameter by name, for saving and loading checkpoints.
+        """Return views of the state of the parameter in a slice of the group, for checkpoints.
 
         The last tensor stays zero until the parameter receives a non-zero gradient.
-
-        Args:
-            flat_slice: Elements of the parameter in its group.
         """
         ...
 
@@ -323,9 +317,7 @@ MAX_CHUNK_ELEMENTS, STEP_BYTES_PER_ELEMENT = 1 << 20, 20
 ADAMW_TRAFFIC_BYTES = {False: {False: 60, True: 28}, True: {False: 270, True: 29}}
 """Bytes of memory traffic per element of an AdamW step, by use of 8-bit moments and of the kernel.
 
-Without the kernel, 8-bit moments are dequantized and quantized again. The kernel moves 26 bytes and
-reads the gradient once more for its norm. With 8-bit moments, it moves 16 bytes, but takes as long
-as this value.
+With 8-bit moments, the kernel moves 16 bytes, but takes as long as this value.
 """
 
 
@@ -376,46 +368,34 @@ class AdamW:
         A skipped step is not counted. With the Triton kernel, the host does not synchronize with
         the device.
         """
-        hparams = AdamWHyperparams(lr, weight_decay, self._betas)
+        decay_factor = 1 - lr * weight_decay
         tiles, master = self._gradients.tiles, self._master_weights
         gradients = self._gradients.per_parameter()
         if tiles is not None:
             step_counts = self._num_steps, self._next_num_steps
             moments = [(one.values_E, one.scale_B) for one in (self.exp_avg, self.exp_avg_sq)]
             group = tiles, gradients, (master.params_E, master.residual_E), moments
-            adamw.adamw_step(
-                *group, grad_factor, step_counts, lr, hparams.decay_factor, self._betas
-            )
+            adamw.adamw_step(*group, grad_factor, step_counts, lr, decay_factor, self._betas)
             self._next_num_steps, self._num_steps = step_counts
             return
         if not grad_factor.isfinite():
             return
         self.num_steps += 1
-        num_steps = self.num_steps
-        for start in range(0, len(self._master_weights), MAX_CHUNK_ELEMENTS):
-            self._step_chunk(
-                slice(start, min(start + MAX_CHUNK_ELEMENTS, len(self._master_weights))),
-                grad_factor,
-                hparams,
-                num_steps,
-            )
-
-    def _step_chunk(
-        self, flat_slice: slice, grad_factor: Tensor, hparams: AdamWHyperparams, num_steps: int
-    ) -> None:
-        beta_1, beta_2 = hparams.betas
-        grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
-        exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
-        exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
-        exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
-        self.exp_avg.write(exp_avg_M, flat_slice)
-        self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
-        # The update uses the moments before rounding.
-        denom_M = exp_avg_sq_M.sqrt().div_(hparams.bias_correction2_sqrt(num_steps)).add_(ADAM_EPS)
-        master_M = self._master_weights.read(flat_slice).mul_(hparams.decay_factor)
-        self._master_weights.write(
-            master_M.addcdiv_(exp_avg_M, denom_M, value=-hparams.step_size(num_steps)), flat_slice
-        )
+        beta_1, beta_2 = self._betas
+        step_size = lr / (1 - beta_1**self.num_steps)
+        bias_correction2_sqrt = float((1 - beta_2**self.num_steps) ** 0.5)
+        for start in range(0, len(master), MAX_CHUNK_ELEMENTS):
+            flat_slice = slice(start, min(start + MAX_CHUNK_ELEMENTS, len(master)))
+            grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
+            exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
+            exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
+            exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
+            self.exp_avg.write(exp_avg_M, flat_slice)
+            self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
+            # The update uses the moments before rounding.
+            denom_M = exp_avg_sq_M.sqrt().div_(bias_correction2_sqrt).add_(ADAM_EPS)
+            master_M = master.read(flat_slice).mul_(decay_factor)
+            master.write(master_M.addcdiv_(exp_avg_M, denom_M, value=-step_size), flat_slice)
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
         """Return views of the moments; the second moment is last, because squares cannot cancel."""
@@ -476,14 +456,6 @@ class ParamGroup:
         self.master_weights = SplitBf16Master(params_E)
         self.gradients = GradientAccumulator(self.param_slices, end)
 
-    @property
-    def is_matmul(self) -> bool:
-        """True if all parameters of the group are weight matrices, or stacks of them."""
-        return all(
-            _is_matmul_weight(param_slice.name, param_slice.parameter)
-            for param_slice in self.param_slices
-        )
-
     def create_optimizer(
         self, train: TrainSettings, stacked_rows: Mapping[str, Sequence[int]]
     ) -> None:
@@ -495,7 +467,8 @@ class ParamGroup:
         Args:
             stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
         """
-        if train.optimizer == "muon" and self.is_matmul:
+        is_matmul = all(_is_matmul_weight(one.name, one.parameter) for one in self.param_slices)
+        if train.optimizer == "muon" and is_matmul:
             matrices = (
                 matrix
                 for param_slice in self.param_slices
@@ -506,7 +479,7 @@ class ParamGroup:
             self.gradients.use_flat_buffer()
             self.optimizer = Muon(self.master_weights, self.gradients.flat_gradient, matrices)
         else:
-            use_8bit = train.optimizer == "adamw_8bit" and self.is_matmul
+            use_8bit = train.optimizer == "adamw_8bit" and is_matmul
             self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
 
     def step(self, grad_factor: Tensor, lr_factor: float) -> None:
@@ -748,10 +721,8 @@ class LossScaler:
     INIT_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**15, 1.0, 1000
 
     def __init__(self, is_enabled: bool) -> None:
-        self.is_enabled = is_enabled
-        self.scale = self.INIT_SCALE if is_enabled else 1.0
-        self.growth_tracker = 0
-        self.num_skipped = 0
+        self.is_enabled, self.scale = is_enabled, self.INIT_SCALE if is_enabled else 1.0
+        self.growth_tracker = self.num_skipped = 0
 
     def update(self, grad_norm: float) -> bool:
         """Update the loss scale after the backward pass of a step.

@@ -53,7 +53,7 @@ from finesight.train.dataset_stats import (
     load_training_data,
 )
 from finesight.train.finalize import ParamAudit
-from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
+from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
@@ -246,7 +246,7 @@ def build_train_state(
                 inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler)
                 check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
-    flop_counter = NullFlopCounter() if isinstance(model, HfModel) else FlopCounter(model)
+    flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     sample_stats = (
         train_data.build_sample_stats(renderer, recipe.data)
         if train_data.stats.is_complete
@@ -310,7 +310,7 @@ def build_train_state(
             lr_schedule=lr_schedule,
             flop_counter=flop_counter,
         ),
-        TrainProgress(budget),
+        TrainProgress(budget=budget),
     )
     param_audit = ParamAudit(model, optimizer.master_weights())
     if checkpoint is not None:
@@ -351,7 +351,7 @@ def build_rank_sampler(
     sampler: StepSampler,
     process_group: ProcessGroup,
     sample_stats: SampleStatsMap | None,
-    flop_counter: FlopCounter | NullFlopCounter,
+    flop_counter: FlopCounter | None,
     pack_tokens: int,
     *,
     can_split_samples: bool,
@@ -364,7 +364,7 @@ def build_rank_sampler(
         sampler: Sampler of complete steps, returned unchanged in a single-process run.
         sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
             of samples, because the ranks must agree on the costs.
-        flop_counter: Counter that estimates the cost of a sample.
+        flop_counter: Counter that estimates the cost of a sample; None to use its tokens.
         can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:
@@ -375,13 +375,9 @@ def build_rank_sampler(
 
     def estimate_cost(index: int) -> float:
         sample = stats[index]
-        num_tokens = max(0, sample.num_packed_tokens - stats.prefix_length)
-        return (
-            flop_counter.count(
-                SampleShape((num_tokens,), sample.grid_thw, sample.num_supervised_tokens)
-            )
-            or sample.num_packed_tokens
-        )
+        lengths = (max(0, sample.num_packed_tokens - stats.prefix_length),)
+        shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
+        return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
     def count_tokens(index: int) -> int:
         return stats[index].num_packed_tokens

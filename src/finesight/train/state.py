@@ -26,6 +26,7 @@ from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
+from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
 from finesight.train.oom import MemoryBudget
@@ -37,8 +38,7 @@ from finesight.train.sampler import DistributedSampler, SequentialSampler, Train
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel
     from finesight.train.cuda_graphs import CudaGraphRunner
-    from finesight.train.dataset_stats import ImageStates, TrainingData
-    from finesight.train.flops import FlopCounter, NullFlopCounter
+    from finesight.train.flops import FlopCounter
 
 PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
@@ -200,7 +200,7 @@ class TrainEngine:
     graph_runner: CudaGraphRunner
     loss_scaler: LossScaler
     lr_schedule: LRSchedule
-    flop_counter: FlopCounter | NullFlopCounter
+    flop_counter: FlopCounter | None
 
     def zero_grad(self) -> None:
         """Discard the gradients of a skipped or aborted step."""

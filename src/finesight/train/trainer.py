@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +21,6 @@ from torch import Tensor
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
-from finesight.model.attention import select_shard_features
 from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
@@ -142,9 +142,9 @@ def train_step(
         GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
         RankDesyncError: This rank failed while the other ranks wait in a collective.
     """
-    engine, optimizer, parallel = state.engine, state.engine.optimizer, state.engine.parallel
-    loss_scaler = engine.loss_scaler
-    device, process_group = state.run.hardware.device, state.run.hardware.process_group
+    engine, hardware, seed = state.engine, state.run.hardware, state.run.recipe.train.seed
+    optimizer, parallel, loss_scaler = engine.optimizer, engine.parallel, engine.loss_scaler
+    device, process_group = hardware.device, hardware.process_group
     loss_scale, step_index = loss_scaler.scale, step_batch.step_index
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
     num_tokens = global_stats.num_supervised_tokens
@@ -161,25 +161,26 @@ def train_step(
                             f"in step {step_index + 1}, which is repeated on resume"
                         )
                     global_index = micro_index * process_group.world_size + process_group.rank
-                    torch.manual_seed(
-                        micro_batch_seed(state.run.recipe.train.seed, step_index, global_index)
-                    )
+                    torch.manual_seed(micro_batch_seed(seed, step_index, global_index))
                     is_dummy = not packed_batch.sample_ids
                     pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
-                    cached = None if vision_cache is None else step_batch.cache_inputs[micro_index]
                     with _translate_pack_oom(state, packed_batch):
                         if micro_index:
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
                         group_loss += forward_backward(
-                            state.engine.graph_runner,
-                            state.engine.device_loader.load(packed_batch),
-                            _load_features(packed_batch, vision_cache, cached),
+                            engine.graph_runner,
+                            engine.device_loader.load(packed_batch),
+                            None
+                            if vision_cache is None
+                            else vision_cache.load_features(
+                                step_batch.cache_inputs[micro_index], packed_batch.context_shard
+                            ),
                             pack_weight,
                         )
                 total += group_loss
     except Exception:
-        state.engine.zero_grad()
+        engine.zero_grad()
         raise
     process_group.all_reduce(total)
     grad_norm = parallel.reduce_gradients(optimizer)
@@ -187,7 +188,7 @@ def train_step(
         step_batch=step_batch,
         global_stats=global_stats,
         budget=state.progress.budget,
-        lr_factor=state.engine.lr_schedule.lr_factor(step_index),
+        lr_factor=engine.lr_schedule.lr_factor(step_index),
         is_applied=num_tokens > 0,
         loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
         event=record_event(total.device, enable_timing=True),
@@ -198,7 +199,7 @@ def train_step(
         # The loss scale of the next step depends on the norm.
         loss, grad_norm_value = step_output.wait()
         if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
-            state.engine.zero_grad()
+            engine.zero_grad()
             return replace(step_output, is_applied=False)
     optimizer.step(
         step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
@@ -237,17 +238,6 @@ def forward_backward(
     return loss.detach()
 
 
-def _load_features(
-    packed_batch: PackedBatch, vision_cache: VisionCache | None, cache_inputs: Tensor | None
-) -> Tensor | None:
-    """Load the cached image features of a pack to the device; None without a cache."""
-    if vision_cache is None or cache_inputs is None:
-        return None
-    if packed_batch.context_shard is not None:
-        cache_inputs = select_shard_features(cache_inputs, packed_batch.context_shard)
-    return vision_cache.load_features(cache_inputs)
-
-
 @contextmanager
 def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterator[None]:
     """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
@@ -257,13 +247,10 @@ def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterato
         # A retry can use the memory of the freed CUDA graphs.
         has_freed_memory = state.engine.graph_runner.release_graphs()
         can_split = state.max_unsplit_tokens is not None
+        world_size = state.run.hardware.process_group.world_size if can_split else 1
+        budget = state.progress.budget
         raise build_pack_oom_error(
-            error,
-            packed_batch,
-            state.progress.budget,
-            is_training=True,
-            world_size=state.run.hardware.process_group.world_size if can_split else 1,
-            has_freed_memory=has_freed_memory,
+            error, packed_batch, budget, True, world_size, has_freed_memory=has_freed_memory
         ) from None
 
 
@@ -440,15 +427,11 @@ class Trainer:
             self.vision_features.open(self.metrics_logger.log_vision_cache) as vision_cache,
             self.metrics_logger.show_progress(self.total_steps),
         ):
-            retry_on_oom(
-                budget,
-                device,
-                self.console.log,
-                lambda smaller_budget: self.run_steps_in_budget(smaller_budget, vision_cache),
-            )
+            run_steps = partial(self.run_steps_in_budget, vision_cache)
+            retry_on_oom(budget, device, self.console.log, run_steps)
             self.metrics_logger.flush()
 
-    def run_steps_in_budget(self, budget: MemoryBudget, vision_cache: VisionCache | None) -> None:
+    def run_steps_in_budget(self, vision_cache: VisionCache | None, budget: MemoryBudget) -> None:
         """Run the remaining steps within a memory budget."""
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
@@ -558,9 +541,16 @@ class Trainer:
         state = self.state
         if not state.progress.step or not (self.is_main or state.engine.parallel.is_sharded):
             return
+        step, manager = state.progress.step, state.run.checkpoint_manager
         with state.shard_group.sync_errors():
             if self.is_main:
-                self.check_disk_space()
+                if step not in manager.steps():
+                    require_free_space(
+                        manager.checkpoint_dir,
+                        state.estimate_checkpoint_bytes(),
+                        f"a checkpoint of step {step}",
+                        "free some space, then start again with --resume",
+                    )
                 # A checkpoint must not refer to an evaluation that a power failure can lose.
                 state.run.run_dir.flush()
             # Raise errors of the previous checkpoint before the other ranks start to wait.
@@ -570,21 +560,6 @@ class Trainer:
     def decide_on_main(self, decision: bool) -> bool:
         """Return the decision of the main process on all ranks."""
         return self.process_group.broadcast_str("yes" if decision else "") == "yes"
-
-    def check_disk_space(self) -> None:
-        """Verify that the disk has space for another checkpoint.
-
-        Raises:
-            UserError: There is not enough free space.
-        """
-        step, checkpoint_manager = self.state.progress.step, self.state.run.checkpoint_manager
-        if step not in checkpoint_manager.steps():
-            require_free_space(
-                checkpoint_manager.checkpoint_dir,
-                self.state.estimate_checkpoint_bytes(),
-                f"a checkpoint of step {step}",
-                "free some space, then start again with --resume",
-            )
 
     def build_interruption(self) -> TrainingInterrupted:
         """Build the exception that names the checkpoint of a stopped run and how to resume."""

@@ -304,58 +304,42 @@ class VisionFeatures:
     def open(self, log: Callable[[float, VisionCacheResult], None]) -> Iterator[VisionCache | None]:
         """Build the vision cache if it pays off, and provide it within the context.
 
+        The cache requires a frozen vision encoder, images that are used several times or have
+        features on disk, and space for the features. A resumed run does not use the cache if it
+        started without it.
+
         Args:
             log: Callback for the seconds to build the cache, and the result.
 
         Yields:
             Vision cache; None to encode images in every step.
         """
-        start = time.perf_counter()
-        with open_vision_cache(self._state, self._console, self._stop) as result:
+        start, state = time.perf_counter(), self._state
+        with ExitStack() as stack:
+            builder = VisionCacheBuilder(state, self._console, self._stop)
+            stack.callback(builder.close)
+            try:
+                result = builder.build()
+            except _CacheUnavailable as blocker:
+                reason = f"images are encoded in every step: {blocker}"
+                if state.progress.step and _was_started_with_cache(state):
+                    reason += (
+                        "; previous steps used cached features, so the last bits of results may"
+                        " differ"
+                    )
+                result = VisionCacheResult(None, reason)
+                release_memory(state.run.hardware.device)
+            if result.tier != "disk":
+                # Other runs may now remove the files.
+                stack.close()
             log(time.perf_counter() - start, result)
-            offload = result.cache is not None and should_offload(self._state.run.hardware.device)
+            offload = result.cache is not None and should_offload(state.run.hardware.device)
             with self._offloader.offload() if offload else nullcontext():
                 yield result.cache
 
     def reload_encoder(self) -> AbstractContextManager[None]:
         """Keep the weights of the vision encoder on the device within the context."""
         return self._offloader.reload()
-
-
-@contextmanager
-def open_vision_cache(
-    state: TrainState, console: ProgressConsole, stop: StopRequest
-) -> Iterator[VisionCacheResult]:
-    """Build the vision cache if it pays off, and provide it within the context.
-
-    The cache requires a frozen vision encoder, images that are used several times or have features
-    on disk, and space for the features. A resumed run does not use the cache if it started without
-    it.
-
-    Args:
-        stop: Stop request, checked between chunks.
-
-    Raises:
-        TrainingInterrupted: A stop was requested.
-        UserError: The disk is not writable, and `train.vision_cache` is `disk`.
-    """
-    with ExitStack() as stack:
-        builder = VisionCacheBuilder(state, console, stop)
-        stack.callback(builder.close)
-        try:
-            result = builder.build()
-        except _CacheUnavailable as blocker:
-            reason = f"images are encoded in every step: {blocker}"
-            if state.progress.step and _was_started_with_cache(state):
-                reason += (
-                    "; previous steps used cached features, so the last bits of results may differ"
-                )
-            result = VisionCacheResult(None, reason)
-            release_memory(state.run.hardware.device)
-        if result.tier != "disk":
-            # Other runs may now remove the files.
-            stack.close()
-        yield result
 
 
 class _CacheUnavailable(Exception):

@@ -13,19 +13,16 @@ from finesight.encode.packing import PackedBatch
 class Objective(Protocol):
     """Loss of a packed batch, computed from the hidden states of its supervised tokens.
 
-    The training step, CUDA graphs, evaluation and the memory estimate of a plan use both methods.
+    Training step, CUDA graphs, evaluation and memory estimates use it. Shapes: L supervised tokens,
+    D model width, V vocabulary size. Objectives with several responses per prompt need additions:
 
-    Shapes: L supervised tokens, D model width, V vocabulary size.
-
-    Objectives with several responses per prompt need the following additions:
-
-    - Units. `encode.packing.plan_packs` keeps a unit in one pack: the chosen and the rejected
-      response (DPO), or the responses of a group (GRPO). Prompt and image are the shared prefix.
-    - Loss inputs, one value per supervised token. DPO: the index of the response, and the stored
-      log-probability under the reference model. GRPO: the advantage, and the log-probabilities
-      under the sampler and the reference model. `PackedBatch` carries them.
-    - Metrics besides the loss, such as the reward margin (DPO) or the clip ratio (GRPO). They are
-      sums over tokens, which the step adds to its all-reduce of the loss.
+    - Units: `plan_packs` keeps a pair (DPO) or a group (GRPO) in one pack. Prompt and image are the
+      shared prefix.
+    - Loss inputs per supervised token, in `PackedBatch`. DPO: index of the response, stored
+      log-probability of the reference model. GRPO: advantage, log-probabilities of the sampler and
+      of the reference model.
+    - Metrics besides the loss, such as the reward margin (DPO) or the clip ratio (GRPO), as sums
+      over tokens that the step adds to its all-reduce of the loss.
     """
 
     def loss_inputs(self, batch: PackedBatch, loss_weight: Tensor) -> dict[str, Tensor]:

@@ -127,7 +127,7 @@ def compute_persistent_memory(
     tensors = [*model.parameters(), *model.buffers()]
     num_trainable = sum(len(group.master_weights) for group in param_groups)
     # Muon accumulates the gradients of matrices even with one pack per step.
-    always_summed = [group for group in param_groups if group.gradients.is_flat]
+    always_summed = [group for group in param_groups if group.gradients.sums[0] is not None]
     num_summed = sum(len(group.master_weights) for group in always_summed)
     residuals = [group.master_weights.residual_E for group in param_groups]
     return PersistentMemory(

@@ -226,6 +226,8 @@ class CudaGraphRunner:
         max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
         if self._is_starved:
             max_tokens = MAX_GRAPH_TOKENS_STARVED
+        # A graph with the encoder saves the most launches. The other one takes its features as
+        # input, so that the encoder has to run first.
         inputs = self._get_or_allocate_inputs(
             self._vision_graph_shape(batch, features_MKD), batch, None, loss_inputs, max_tokens
         )
@@ -347,6 +349,7 @@ class CudaGraphRunner:
         """
         if shape is None:
             return None
+        # In order of cost: an exact graph, padding to a wider one, memory and warm-up of a new one.
         if shape in self.static_inputs:
             return self.static_inputs[shape]
         if not self._should_capture(shape, batch, features_MKD, max_tokens):

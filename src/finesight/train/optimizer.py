@@ -152,11 +152,6 @@ class GradientAccumulator:
             self.sums[index] = sum_
         return sum_
 
-    @property
-    def is_flat(self) -> bool:
-        """True if the sums exist even for one micro-batch."""
-        return self._flat_E is not None
-
     def use_flat_buffer(self) -> None:
         """Store the fp32 gradient sums in one flat tensor, even for one micro-batch.
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,13 +56,14 @@ from finesight.train.parallel.distributed import (
     RankTimeoutError,
 )
 from finesight.train.state import StepOutput, StopRequest, TrainState
+from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
     from finesight.train.cuda_graphs import CudaGraphRunner
-    from finesight.train.finalize import LiveReport, RunResult
     from finesight.train.logging import MetricsLogger
-    from finesight.train.vision_cache import VisionCache
     from finesight.train.vision_cache_builder import VisionFeatures
+
+T = TypeVar("T")
 
 
 def sync_step(
@@ -315,7 +316,7 @@ class Trainer:
         stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
-        live_report: Report of the run in progress.
+        write_report: Function that updates the report of the run in progress.
     """
 
     def __init__(
@@ -325,11 +326,11 @@ class Trainer:
         stop: StopRequest,
         metrics_logger: MetricsLogger,
         vision_features: VisionFeatures,
-        live_report: LiveReport,
+        write_report: Callable[[], None],
     ) -> None:
         self.state, self.console, self.stop = state, console, stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
-        self.live_report = live_report
+        self.write_report = write_report
         self.total_steps = len(state.data.sampler)
         settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
@@ -348,14 +349,13 @@ class Trainer:
         self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
 
-    def run(self, finalize: Callable[[], RunResult | None]) -> RunResult | None:
+    def run(self, finalize: Callable[[], T]) -> T:
         """Run the remaining steps and evaluations, and return the result.
 
         A checkpoint is saved when the run is interrupted or fails with a recoverable error.
 
         Args:
-            finalize: Function that exports the weights and returns the result, or None on other
-                ranks than the main process.
+            finalize: Function that exports the weights and returns the result.
         """
         progress = self.state.progress
         if progress.step:
@@ -370,7 +370,6 @@ class Trainer:
                     "after" if self.early_stopping_patience is None else f"step-{progress.step}"
                 )
             self.checkpointer.wait()
-            self.live_report.stop()
             result = finalize()
             # The other ranks wait for the main process.
             self.process_group.all_gather_str("")
@@ -534,7 +533,7 @@ class Trainer:
         if self.is_main and progress.step < self.total_steps:
             # Not in the report thread: data loader workers may be forked next, and would inherit
             # the locks of a thread that decodes images.
-            self.live_report.write()
+            self.write_report()
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last finished step, unless it exists."""

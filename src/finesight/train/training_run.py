@@ -218,13 +218,18 @@ def _train_rank(
         console.log(describe_run(state))
         vision_features = VisionFeatures(state, console, stop)
         live_report = LiveReport(run_dir, console)
-        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report)
+        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report.write)
+
+        def finalize() -> RunResult | None:
+            live_report.stop()
+            return finalize_run(state, console, param_audit)
+
         with (
             stop.install_handlers(),
             configure_host(state.run.hardware.device),
             live_report.run_in_background(state.progress) if is_main else nullcontext(),
         ):
-            result = trainer.run(lambda: finalize_run(state, console, param_audit))
+            result = trainer.run(finalize)
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result

@@ -43,7 +43,6 @@ from finesight.encode.packing import ContextShard
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
-from finesight.model.attention import select_shard_features
 from finesight.model_folder import MAX_HEADER_BYTES
 from finesight.progress import ProgressCallback
 from finesight.storage import FileLock, make_folder, translate_os_errors
@@ -678,7 +677,8 @@ class VisionCache:
             context_shard: Part of a split sample that this rank processes.
         """
         if context_shard is not None:
-            cache_inputs = select_shard_features(cache_inputs, context_shard)
+            ranges = context_shard.feature_ranges
+            cache_inputs = torch.cat([cache_inputs[start:stop] for start, stop in ranges])
         on_device = cache_inputs.to(self.device, non_blocking=True)
         return (
             on_device if self.features_AKD is None else self.features_AKD.index_select(0, on_device)

@@ -458,6 +458,8 @@ class VisionCacheBuilder:
         Raises:
             _CacheUnavailable: The cache cannot be used.
         """
+        # The ranks exchange features, so each phase starts only if all ranks finished the previous
+        # one: a rank that falls back alone would block the others.
         is_single_use = self._run_on_all_ranks(self._open_store_if_useful)
         self._image_index = self._run_on_all_ranks(self._index_images)
         self._feature_offsets_P1 = self._image_index.feature_offsets_P1
@@ -466,6 +468,7 @@ class VisionCacheBuilder:
         on_disk = [chunk for chunk in chunks if self._store and self._store.has_chunk(chunk.name)]
         num_bytes = self._count_bytes(chunks)
         missing_bytes = num_bytes - self._count_bytes(on_disk)
+        # After the eviction of old files, whose space counts as free.
         free = self._measure_free_bytes(chunks, missing_bytes)
 
         def start_build() -> list[ImageChunk]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,8 +25,10 @@ from finesight.model.trainable import (
     ModelPart,
     get_part,
 )
-from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.image_processing import GridTHW
+
+if TYPE_CHECKING:
+    from finesight.model.vlm import VisionLanguageModel
 
 LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
 """Name prefixes of the parameters in layers with activation checkpointing."""

@@ -1,8 +1,4 @@
-"""State of a training run: run context, data, model and optimizer, progress.
-
-Modules that load data and models are imported for their types only, so that the trainer does not
-import them.
-"""
+"""State of a training run: run context, data, model and optimizer, progress."""
 
 from __future__ import annotations
 
@@ -27,6 +23,7 @@ from finesight.model_folder import ModelFolder
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
 from finesight.train.dataset_stats import ImageStates, TrainingData
+from finesight.train.flops import FlopCounter
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
 from finesight.train.oom import MemoryBudget
@@ -38,7 +35,6 @@ from finesight.train.sampler import DistributedSampler, SequentialSampler, Train
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel
     from finesight.train.cuda_graphs import CudaGraphRunner
-    from finesight.train.flops import FlopCounter
 
 PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""

@@ -1,6 +1,6 @@
 """Training loop of every rank, and the training step: all packs, then one optimizer step.
 
-Modules that load data and models are imported for their types only.
+Modules that import models are imported for their types only.
 """
 
 from __future__ import annotations

@@ -333,11 +333,8 @@ def finalize_run(
     before: EvalResult | None = None
     after = eval_history[-1] if len(eval_history) > 1 else None
     step = state.progress.step
-    if (
-        best_eval is not None
-        and state.run.recipe.eval is not None
-        and state.run.recipe.eval.patience
-    ):
+    settings = state.run.recipe.eval
+    if best_eval is not None and settings is not None and settings.patience:
         after = best_eval
         if best_eval.step != step:
             step = best_eval.step

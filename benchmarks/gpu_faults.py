@@ -97,7 +97,7 @@ def run_rank(arguments: list[str]) -> int:
     def limit_memory(session: Any, step: Any, *rest: Any) -> Any:
         if step.step_index == FAULT_STEP - 1:
             # A CUDA graph has its memory already: measure a step without graphs.
-            session.graph_runner.release_graphs()
+            session.engine.graph_runner.release_graphs()
             torch.cuda.reset_peak_memory_stats()
         if step.step_index == FAULT_STEP:
             step_bytes = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()

@@ -40,7 +40,9 @@ from finesight.model.weights_io import init_random_model, supports_fp8_matmul
 from finesight.model_folder import locate_model
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.objectives.sft import SftObjective
 from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.trainer import forward_backward
 from finesight.vision.image_processing import GridTHW
 
 DEVICE = torch.device("cuda")
@@ -110,13 +112,15 @@ class TrainedModel:
             self.trainable_params, TrainSettings(), stacked_row_counts(self.model)
         )
         self.graph_runner = CudaGraphRunner(
-            self.model.train(), list(self.trainable_params.values())
+            self.model.train(), SftObjective(), list(self.trainable_params.values())
         )
 
     def reset_graphs(self) -> None:
         """Discard the CUDA graphs of earlier measurements."""
         self.graph_runner.release_graphs()
-        self.graph_runner = CudaGraphRunner(self.model, list(self.trainable_params.values()))
+        self.graph_runner = CudaGraphRunner(
+            self.model, SftObjective(), list(self.trainable_params.values())
+        )
 
     @torch.no_grad()
     def encode_images(self, batch: PackedBatch) -> Tensor:
@@ -126,7 +130,7 @@ class TrainedModel:
     def step(self, batch: PackedBatch, features: Tensor | None) -> None:
         """Run forward, backward and optimizer step."""
         share = torch.full((), 1.0 / batch.num_supervised_tokens, device=DEVICE)
-        self.graph_runner.forward_backward(batch, features, share)
+        forward_backward(self.graph_runner, batch, features, share)
         self.optimizer.step(1.0, self.optimizer.grad_norm())
 
 

@@ -148,7 +148,7 @@ def measure_sample_costs(
         num_patches=patches / len(lengths),
         max_tokens=max(lengths),
         flops=sum(map(arithmetic.count, batches)) / len(lengths),
-        attention_flops=sum(arithmetic.count_attention(b.lengths, b.grid_thw) for b in batches)
+        attention_flops=sum(sum(arithmetic.count_attention(b.lengths, b.grid_thw)) for b in batches)
         / len(lengths),
         peak_flops=peak,
     )

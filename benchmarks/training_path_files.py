@@ -20,9 +20,9 @@ from rich.console import Console
 
 import finesight
 from finesight.recipe import load_recipe
-from finesight.train.dataloader import StepDataset
-from finesight.train.loss import fused_linear_cross_entropy
-from finesight.train.trainer import Trainer, TrainState
+from finesight.train.dataloader import DeviceLoader, StepDataset
+from finesight.train.objectives.sft import fused_linear_cross_entropy
+from finesight.train.trainer import Trainer
 from finesight.train.training_run import train
 
 PACKAGE = f"{Path(finesight.__file__).parent}/"
@@ -33,7 +33,7 @@ class PathProfiler:
     """Profile function that records the files of the package whose functions run on a path.
 
     Attributes:
-        step_files: Files between the start and the end of `Trainer.train_step`.
+        step_files: Files between the start and the end of `Trainer.run_step`.
         image_files: Files that read, encode and pack a step, and those from its transfer to the
             device to the loss.
     """
@@ -51,9 +51,9 @@ class PathProfiler:
             self._leave(code)
 
     def _enter(self, code: CodeType) -> None:
-        self._in_step |= code is Trainer.train_step.__code__
+        self._in_step |= code is Trainer.run_step.__code__
         self._in_load |= code is StepDataset.load_step.__code__
-        self._in_forward |= self._in_step and code is TrainState.to_device.__code__
+        self._in_forward |= self._in_step and code is DeviceLoader.load.__code__
         name = code.co_filename.removeprefix(PACKAGE)
         if name == code.co_filename:
             return
@@ -63,7 +63,7 @@ class PathProfiler:
             self.image_files.add(name)
 
     def _leave(self, code: CodeType) -> None:
-        self._in_step &= code is not Trainer.train_step.__code__
+        self._in_step &= code is not Trainer.run_step.__code__
         self._in_load &= code is not StepDataset.load_step.__code__
         self._in_forward &= code is not fused_linear_cross_entropy.__code__
 

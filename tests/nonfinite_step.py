@@ -16,7 +16,8 @@ from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.parallel import distributed
-from finesight.train.trainer import StepOutput, TrainState, train_step
+from finesight.train.state import StepOutput, TrainState
+from finesight.train.trainer import train_step
 from finesight.train.training_run import train
 
 CorruptionKind = Literal["loss", "gradient", "jump"]
@@ -33,11 +34,11 @@ def corrupt_steps(kind: CorruptionKind, steps: Collection[int]) -> Iterator[None
         if step.step_index + 1 not in steps:
             return train_step(session, step, *rest)
         if kind == "gradient":
-            first = session.optimizer.param_groups[0].param_slices[0].parameter
+            first = session.engine.optimizer.param_groups[0].param_slices[0].parameter
             hook = first.register_hook(lambda gradient: gradient * math.inf)
         else:
             by = math.nan if kind == "loss" else -100.0
-            hook = session.model.register_forward_hook(lambda *called: called[-1] * by)
+            hook = session.engine.model.register_forward_hook(lambda *called: called[-1] * by)
         try:
             return train_step(session, step, *rest)
         finally:

@@ -17,11 +17,10 @@ from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder, locate_model
-from finesight.plan.dry_run import ComputeTarget, StepTracer
-from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
-from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.target_device import TargetDevice
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepTracer
+from finesight.plan.settings_search import PlannedModel, build_meta_model, build_planned_model
+from finesight.plan.step_time import TargetDevice
+from finesight.train.objectives.sft import SftObjective, fused_linear_cross_entropy
 
 GPU = ComputeTarget(is_cuda=True, dtype=torch.bfloat16, capability=(9, 0))
 Tune = dict[str, Any]
@@ -71,7 +70,7 @@ def plan_tiny_model(
 def make_tracer(folder: ModelFolder, compute: ComputeTarget, tune: Tune) -> StepTracer:
     model = build_meta_model(folder, compute.dtype, (), ()).train()
     configure_tuning(model, config.TuneSettings.model_validate(tune), 0)
-    return StepTracer(model, compute)
+    return StepTracer(model, SftObjective(), compute)
 
 
 def compute_loss(model: VisionLanguageModel, batch: PackedBatch) -> Tensor:

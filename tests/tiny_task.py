@@ -20,7 +20,7 @@ from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
-from finesight.train.trainer import StepOutput, TrainState
+from finesight.train.state import StepOutput, TrainState
 from finesight.train.training_run import train
 
 COLORS = {"red": "#f00", "green": "#0f0", "light blue": "#5a5aff", "white": "#fff"}

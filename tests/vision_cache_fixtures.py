@@ -2,7 +2,6 @@
 
 import io
 import json
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.trainer import TrainState
-from finesight.train.training_run import StopRequest
+from finesight.train.state import StopRequest, TrainState
 from finesight.train.vision_cache import VisionCache
-from finesight.train.vision_cache_builder import VisionCacheResult, open_vision_cache
+from finesight.train.vision_cache_builder import VisionCacheResult, VisionFeatures
 
 LORA = {"language": "lora", "lora": {"rank": 4, "alpha": 8, "dropout": 0.1}}
 
@@ -38,7 +36,7 @@ def make_train_state(
     recipe = json.loads((folder / "task.json").read_text())
     path = write_recipe(folder / "recipe.yaml", recipe, **train)
     console = ProgressConsole(Console(file=io.StringIO()))
-    return build_train_state(load_recipe(path), RunDir(folder / "run"), console, resume=False)
+    return build_train_state(load_recipe(path), RunDir(folder / "run"), console, resume=False)[0]
 
 
 def mix_images(data: Path) -> None:
@@ -53,10 +51,13 @@ def mix_images(data: Path) -> None:
 def decide_vision_cache(
     state: TrainState, output: io.StringIO | None = None, stop: StopRequest | None = None
 ) -> VisionCacheResult:
-    """Return the result of `open_vision_cache`; files are not evicted in tests."""
+    """Return the result of the vision cache; files are not evicted in tests."""
     console = ProgressConsole(Console(file=output or io.StringIO(), width=300))
-    with ExitStack() as stack:
-        return stack.enter_context(open_vision_cache(state, console, stop or StopRequest()))
+    results: list[VisionCacheResult] = []
+    with VisionFeatures(state, console, stop or StopRequest()).open(
+        lambda _, result: results.append(result)
+    ):
+        return results[0]
 
 
 def build_vision_cache(state: TrainState) -> VisionCache:
@@ -68,7 +69,7 @@ def build_vision_cache(state: TrainState) -> VisionCache:
 def read_all_features(state: TrainState, cache: VisionCache | None) -> Tensor:
     """Return the features of all images, sample by sample."""
     assert cache is not None
-    indices = state.train_data.stats.sample_indices
+    indices = state.data.train.stats.sample_indices
     dtype, shape = cache.reader.tensor_spec(indices)
     buffer = torch.empty(shape, dtype=dtype)
     cache.reader.write_to(indices, buffer)
@@ -77,11 +78,11 @@ def read_all_features(state: TrainState, cache: VisionCache | None) -> Tensor:
 
 def assert_features_match(state: TrainState, cache: VisionCache) -> None:
     """Compare the cached features of each pack with those of the encoder."""
-    cached_dataset = state.step_dataset.with_vision_cache(cache.reader)
-    for number in range(len(state.sampler)):
-        step, cached = state.step_dataset.get_step(number), cached_dataset.get_step(number)
+    cached_dataset = state.data.step_dataset.with_vision_cache(cache.reader)
+    for number in range(len(state.data.sampler)):
+        step, cached = state.data.step_dataset.get_step(number), cached_dataset.get_step(number)
         for batch, other, inputs in zip(step.packs, cached.packs, cached.cache_inputs, strict=True):
             assert (other.grid_thw, len(other.patches_ND)) == ((), 0)
             assert torch.equal(batch.ids_T, other.ids_T)
-            expected = state.model.encode_images(batch.patches_ND, batch.grid_thw)
+            expected = state.engine.model.encode_images(batch.patches_ND, batch.grid_thw)
             torch.testing.assert_close(cache.load_features(inputs), expected)

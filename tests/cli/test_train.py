@@ -22,7 +22,7 @@ from tiny_task import make_task, read_final_files, read_losses, write_recipe
 from finesight import storage
 from finesight.cli.app import run_command
 from finesight.hub import repository
-from finesight.plan import run_plan, target_device
+from finesight.plan import run_plan, step_time
 from finesight.train import setup
 
 __all__ = ["cache"]
@@ -222,7 +222,7 @@ def test_prediction_before_weights_are_loaded(
     recipe, tmp_path, cli, monkeypatch, memory_gb, flops, option, exit_code, words
 ):
     monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
-    monkeypatch.setattr(target_device, "total_memory", lambda: round(memory_gb * 1e9))
+    monkeypatch.setattr(step_time, "total_memory", lambda: round(memory_gb * 1e9))
     monkeypatch.setattr(setup, "measure_peak_flops", lambda device, dtype: flops)
     arguments = (recipe, f"output_dir={tmp_path / 'run'}", *option)
     messages = cli("train", *arguments, code=exit_code).err

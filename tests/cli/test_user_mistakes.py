@@ -27,7 +27,7 @@ from finesight import storage
 from finesight.app import start
 from finesight.cli.app import run_command
 from finesight.label.label_store import JOURNAL_FILE
-from finesight.plan import run_plan, target_device
+from finesight.plan import run_plan, step_time
 from finesight.train import setup
 from finesight.train.run_dir import RunDir
 
@@ -103,7 +103,7 @@ def occupy_port(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> None:
 
 def limit_memory(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
-    patch.setattr(target_device, "total_memory", lambda: 500_000_000)
+    patch.setattr(step_time, "total_memory", lambda: 500_000_000)
     patch.setattr(setup, "measure_peak_flops", lambda device, dtype: 1e12)
 
 

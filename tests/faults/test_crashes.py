@@ -144,7 +144,7 @@ def test_crash_while_writing_metrics(crash: CrashTest) -> None:
         append(run, 3, 4)
 
     def check(store: Path, least: int = 2) -> None:
-        steps = [line["step"] for line in RunDir(store).read_metrics()]
+        steps = [line["step"] for line in RunDir(store).iter_metrics()]
         assert steps == [1, 2, 3, 4][: len(steps)]
         assert len(steps) >= least
 

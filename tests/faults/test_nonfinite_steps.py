@@ -27,14 +27,14 @@ from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.trainer import TrainState, train_step
-from finesight.train.training_run import StopRequest
+from finesight.train.state import StopRequest, TrainState
+from finesight.train.trainer import train_step
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
 
 
 def state_of(session: TrainState) -> dict[str, torch.Tensor]:
-    masters = session.optimizer
+    masters = session.engine.optimizer
     return {
         name: tensor.clone()
         for name, tensor in (*masters.master_weights().items(), *masters.optimizer_state().items())
@@ -52,18 +52,20 @@ def test_nonfinite_step_does_not_update_state(
     path = write_recipe(task.folder / "recipe.yaml", recipe, optimizer=optimizer)
     screen = ProgressConsole(Console(file=sys.stderr))
     broken, full = (
-        build_train_state(load_recipe(path), RunDir(task.folder / "run"), screen, resume=False)
+        build_train_state(load_recipe(path), RunDir(task.folder / "run"), screen, resume=False)[0]
         for _ in range(2)
     )
     for session in (broken, full):
-        train_step(session, session.step_dataset.get_step(0), StopRequest())
+        train_step(session, session.data.step_dataset.get_step(0), StopRequest())
     before = state_of(broken)
     with corrupt_steps(kind, [2]):
-        figures = trainer.train_step(broken, broken.step_dataset.get_step(1), StopRequest()).wait()
+        figures = trainer.train_step(
+            broken, broken.data.step_dataset.get_step(1), StopRequest()
+        ).wait()
     assert not math.isfinite(sum(figures))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(broken).items())
     for session in (broken, full):
-        train_step(session, session.step_dataset.get_step(2), StopRequest())
+        train_step(session, session.data.step_dataset.get_step(2), StopRequest())
     expected = state_of(full)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(broken).items())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in expected.items())

@@ -15,8 +15,8 @@ from finesight.recipe import load_recipe
 from finesight.train.dataloader import StepBatch
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.trainer import TrainState, train_step
-from finesight.train.training_run import StopRequest
+from finesight.train.state import StopRequest, TrainState
+from finesight.train.trainer import train_step
 
 FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
 LORA = {"language": "lora", "lora": {"rank": 4, "dropout": 0.0}}
@@ -33,13 +33,13 @@ def make_train_state(
     recipe = task | {"tune": tune, "output_dir": str(folder / "run")}
     path = write_recipe(folder / f"{budget}.yaml", recipe, batch_size=8, pack_tokens=budget)
     screen = ProgressConsole(Console(file=sys.stderr))
-    return build_train_state(load_recipe(path), RunDir(folder / "run"), screen, resume=False)
+    return build_train_state(load_recipe(path), RunDir(folder / "run"), screen, resume=False)[0]
 
 
 def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step: ten times AdamW's first moments after it."""
     loss, _ = train_step(session, step, StopRequest()).wait()
-    moments = session.optimizer.optimizer_state()
+    moments = session.engine.optimizer.optimizer_state()
     return loss, {
         name: 10 * moment for name, moment in moments.items() if name.startswith("exp_avg.")
     }
@@ -62,8 +62,8 @@ def gradients_of_packings(
         changed = task | {"train": task["train"] | train}
         session = make_train_state(changed, folder, tune, budget)
         if double:
-            session.model.double()
-        step = session.step_dataset.get_step(0)
+            session.engine.model.double()
+        step = session.data.step_dataset.get_step(0)
         assert len(step.packs) == packs
         found[packs] = gradients(session, step)
     return found
@@ -95,12 +95,12 @@ def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
 def test_loss_is_averaged_over_supervised_tokens(task, tmp_path):
     """Answers of different lengths: a mean of the packs' means would be another number."""
     session = make_train_state(task, tmp_path, LORA, 1)
-    step = session.step_dataset.get_step(0)
+    step = session.data.step_dataset.get_step(0)
     assert len({batch.num_supervised_tokens for batch in step.packs}) > 1
     with torch.no_grad():
         each = []
         for batch in step.packs:
-            logits_LV = session.model.compute_logits(session.model(batch))
+            logits_LV = session.engine.model.compute_logits(session.engine.model(batch))
             each.append(torch.nn.functional.cross_entropy(logits_LV, batch.labels_L))
     counts = torch.tensor([batch.num_supervised_tokens for batch in step.packs])
     losses = torch.stack(each)

@@ -19,7 +19,7 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.objectives.sft import fused_linear_cross_entropy
 
 ALL = TuneSettings.model_validate(
     dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuda_graph_fixtures import make_loss_inputs
 from plan_fixtures import GPU, Tune, make_batch, make_model, make_planned_pack, make_tracer
 from tiny_model import TinyFamily, create_tiny_model
 from tiny_task import make_task
@@ -17,6 +18,7 @@ from finesight.config import TrainSettings
 from finesight.encode.packing import PackedBatch
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model_folder import ModelFolder, locate_model
+from finesight.plan.dry_run import PlannedPack, build_planned_pack
 from finesight.plan.peak_memory import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
@@ -25,7 +27,6 @@ from finesight.plan.peak_memory import (
     compute_persistent_memory,
     plan_graph,
 )
-from finesight.plan.planned_pack import PlannedPack, build_planned_pack
 from finesight.plan.settings_search import PlannedSteps
 from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import MAX_GRAPHS
@@ -61,7 +62,8 @@ def tune_model(tune: Tune) -> VisionLanguageModel:
 
 
 def list_values(inputs: GraphInputs) -> list[object]:
-    return [getattr(inputs.batch, field.name) for field in fields(inputs.batch)]
+    values = [getattr(inputs.batch, field.name) for field in fields(inputs.batch)]
+    return [*values, inputs.loss_inputs["labels_L"]]
 
 
 def count_bytes(values: Iterable[object]) -> int:
@@ -72,7 +74,9 @@ def count_bytes(values: Iterable[object]) -> int:
 def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: Tune) -> None:
     model = tune_model(tune)
     features = model.encode_images(batch.patches_ND, batch.grid_thw)
-    inputs = GraphInputs.allocate(GraphShape.from_batch(batch), batch, features, model.visual)
+    inputs = GraphInputs.allocate(
+        GraphShape.from_batch(batch), batch, features, make_loss_inputs(batch), model.visual
+    )
     plan = plan_graph(model, GPU, 0.0, make_planned_pack(batch))
     assert plan is not None
     assert plan.shape == inputs.shape
@@ -88,7 +92,7 @@ def test_vision_graph_buffer_sizes_match_a_run(
     folder = ModelFolder(create_tiny_model(tmp_path / family, family))
     model = make_model(folder, torch.bfloat16, VISION_LORA_NO_DROPOUT)
     shape = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
-    inputs = GraphInputs.allocate(shape, batch, None, model.visual)
+    inputs = GraphInputs.allocate(shape, batch, None, make_loss_inputs(batch), model.visual)
     plan, vision = plan_graph(model, GPU, 0.0, make_planned_pack(batch)), inputs.vision_inputs
     assert plan is not None
     assert vision is not None

@@ -12,10 +12,10 @@ import pytest
 
 from finesight.config import QuantizablePart, Recipe
 from finesight.model_folder import ModelFolder
+from finesight.plan.dry_run import PlannedPack
 from finesight.plan.peak_memory import compute_peak_memory
-from finesight.plan.planned_model import build_planned_model
-from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.target_device import build_named_target
+from finesight.plan.settings_search import build_planned_model
+from finesight.plan.step_time import build_named_target
 from finesight.vision.image_processing import GridTHW
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"

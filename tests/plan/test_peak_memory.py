@@ -117,6 +117,7 @@ def test_memory_parts_sum_to_the_peak() -> None:
         multi_pack_grad_sum_bytes=7,
         optimizer_state_bytes=40,
         optimizer_step_bytes=5,
+        optimizer_traffic_bytes=0,
     )
     gpu, cpu = (
         make_tracer(TINY, ComputeTarget(is_cuda=is_cuda, dtype=torch.bfloat16), LORA)

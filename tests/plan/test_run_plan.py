@@ -19,13 +19,13 @@ from finesight.errors import UserError
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
 from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan_run
-from finesight.plan.target_device import TargetDevice, build_local_target, build_named_target
+from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
 from finesight.train.dataset_stats import load_training_data
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import RunInputs, resolve_base_model
-from finesight.train.trainer import Hardware
+from finesight.train.state import Hardware
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ from plan_fixtures import plan_tiny_model
 
 from finesight.config import QuantizablePart
 from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
-from finesight.plan.planned_model import PlannedModel
 from finesight.plan.settings_search import (
     MIN_EFFICIENT_PACK_TOKENS,
+    PlannedModel,
     PlannedSettings,
     PlannedSteps,
     SettingsSearch,
 )
-from finesight.plan.target_device import build_named_target
+from finesight.plan.step_time import build_named_target
 from finesight.train.dataset_stats import SampleStats
 
 

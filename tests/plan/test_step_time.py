@@ -9,9 +9,15 @@ import pytest
 import torch
 from plan_fixtures import plan_tiny_model
 
-from finesight.plan.planned_pack import PlannedPack
-from finesight.plan.step_time import FP8_SPEEDUP, StepTime, StepTimeEstimator
-from finesight.plan.target_device import TargetDevice, build_named_target, measure_local_target
+from finesight.plan.dry_run import PlannedPack
+from finesight.plan.step_time import (
+    FP8_SPEEDUP,
+    StepTime,
+    StepTimeEstimator,
+    TargetDevice,
+    build_named_target,
+    measure_local_target,
+)
 
 PACK = PlannedPack((500,) * 40, ((1, 20, 20),) * 40, 4000)
 FULL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}

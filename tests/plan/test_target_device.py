@@ -9,7 +9,7 @@ from case_files import load_cases
 from each_value import each
 
 from finesight.errors import UserError
-from finesight.plan.target_device import build_named_target, find_gpu_spec
+from finesight.plan.step_time import build_named_target, find_gpu_spec
 
 CASES = load_cases("target_device")
 

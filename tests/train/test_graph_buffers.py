@@ -1,6 +1,7 @@
 """Static buffers of CUDA graphs: padding does not change results, and shapes are few."""
 
 import random
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
@@ -14,6 +15,7 @@ from cuda_graph_fixtures import (
     collect_grads,
     encode_images,
     encode_samples,
+    make_loss_inputs,
     make_model,
     make_runner,
     pack_shared_prefix,
@@ -41,10 +43,11 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.objectives import sft
+from finesight.train.objectives.sft import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
+from finesight.train.trainer import forward_backward
 
-ONE = torch.tensor(1.0)
 PARTS = "vision", "merger", "language", "embeddings"
 ALL = dict.fromkeys(PARTS, "full")
 FAMILIES = ["qwen2_vl", "qwen2_5_vl"]
@@ -78,15 +81,15 @@ def test_pack_padding_does_not_change_results(samples, packed, shared, monkeypat
         shape = shape.widen([larger])
         assert shape.fits(larger)
         assert shape != GraphShape.from_batch(batch)
-    inputs = GraphInputs.allocate(shape, batch, features, model.visual)
+    inputs = GraphInputs.allocate(shape, batch, features, make_loss_inputs(batch), model.visual)
     static, longest = (
         max(compute_context_lengths(one.lengths, one.prefix_length))
         for one in (inputs.batch, batch)
     )
     assert static == shape.max_seqlen >= longest
     assert inputs.batch.prefix_length == batch.prefix_length
-    inputs.copy_from(other, encode_images(model, other), torch.tensor(2.0), model.visual)
-    inputs.copy_from(batch, features, torch.tensor(0.5), model.visual)
+    inputs.copy_from(other, encode_images(model, other), make_loss_inputs(other), model.visual)
+    inputs.copy_from(batch, features, make_loss_inputs(batch, 0.5), model.visual)
     lengths = inputs.batch.cu_seqlens_S1.diff().tolist()
     assert len(lengths) == shape.num_sequences
     assert lengths[: len(batch.lengths)] == list(batch.lengths)
@@ -97,9 +100,10 @@ def test_pack_padding_does_not_change_results(samples, packed, shared, monkeypat
     num_labels = batch.num_supervised_tokens
     found = model(filled, inputs.features_MKD)[:num_labels]
     torch.testing.assert_close(found, model(batch, features))
-    assert torch.equal(inputs.batch.labels_L[:num_labels], batch.labels_L)
-    assert set(inputs.batch.labels_L[num_labels:].tolist()) <= {-1}
-    assert inputs.loss_weight.item() == 0.5
+    labels_L = inputs.loss_inputs["labels_L"]
+    assert torch.equal(labels_L[:num_labels], batch.labels_L)
+    assert set(labels_L[num_labels:].tolist()) <= {-1}
+    assert inputs.loss_inputs["loss_weight"].item() == 0.5
 
 
 def make_pack(
@@ -127,14 +131,14 @@ def make_pack(
 
 def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncoder) -> None:
     """Fill the buffers with a pack, and check the lengths of its sequences and of the padding."""
-    inputs.copy_from(batch, None, ONE, encoder)
+    inputs.copy_from(batch, None, make_loss_inputs(batch), encoder)
     lengths, prefix = inputs.batch.cu_seqlens_S1.diff(), batch.prefix_length
     assert lengths[: len(batch.lengths)].tolist() == list(batch.lengths)
     assert int(lengths.sum()) == inputs.shape.num_tokens
     assert int(lengths.min()) >= 0
     # Padding sequences continue from the shared prefix as well.
     assert int(lengths[prefix > 0 :].max()) + prefix <= inputs.shape.max_seqlen
-    assert len(inputs.batch.labels_L) >= batch.num_supervised_tokens
+    assert len(inputs.loss_inputs["labels_L"]) >= batch.num_supervised_tokens
 
 
 def test_merged_graph_shape_accepts_its_packs(samples):
@@ -151,7 +155,9 @@ def test_merged_graph_shape_accepts_its_packs(samples):
         shape = shapes[0].widen(shapes[1:])
         assert shape.fits(shapes[0])
         assert shape.num_tokens <= shapes[0].num_tokens * 9 // 8
-        inputs = GraphInputs.allocate(shape, packs[0], None, model.visual)
+        inputs = GraphInputs.allocate(
+            shape, packs[0], None, make_loss_inputs(packs[0]), model.visual
+        )
         for own, batch in zip(shapes, packs, strict=True):
             if shape.fits(own):
                 num_wider += own != shape
@@ -241,8 +247,8 @@ def test_graph_shape_fits_all_packs(folder, family):
             shape = GraphShape.from_batch(batch, vision_shape)
             patches = vision_shape.num_patches
             assert shape.num_features * encoder.config.merge_size**2 == patches
-            inputs = GraphInputs.allocate(shape, batch, None, encoder)
-            inputs.copy_from(batch, None, torch.tensor(1.0), encoder)
+            inputs = GraphInputs.allocate(shape, batch, None, make_loss_inputs(batch), encoder)
+            inputs.copy_from(batch, None, make_loss_inputs(batch), encoder)
             for own in inputs.vision_inputs.layout.segments:
                 assert int(own.cu_seqlens_S1[-1]) == patches
                 assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
@@ -295,7 +301,7 @@ def eager_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for module in (attention, layers):
         monkeypatch.setattr(module, "varlen_attention", attend_nonempty)
-    monkeypatch.setattr(cuda_graphs, "fused_linear_cross_entropy", compute_loss_of_labels)
+    monkeypatch.setattr(sft, "fused_linear_cross_entropy", compute_loss_of_labels)
     monkeypatch.setattr(cuda_graphs, "is_capturable", lambda *_: True)
     monkeypatch.setattr(cuda_graphs, "CudaGraphCache", EagerGraphCache)
     monkeypatch.setattr(cuda_graphs, "NUM_WARMUP_PACKS", 0)
@@ -310,7 +316,7 @@ def assert_matches_model(
 ) -> None:
     """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
-    loss, found = runner.forward_backward(batch, None, weight), collect_grads(model)
+    loss, found = forward_backward(runner, batch, None, weight), collect_grads(model)
     head_VD = model.lm_head_weight
     expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
     torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 0)
@@ -363,6 +369,34 @@ def test_shared_graph_gives_each_pack_its_gradients(folder, family, monkeypatch)
     for batch in (few, more, texts, few, more, texts, few):
         assert_matches_model(runner, model, batch)
     assert runner.graphs.keys == [0, 0, 1, 0, 0, 1, 0]
+
+
+class PolicyGradient(sft.SftObjective):
+    """Objective with a value per token in addition to the labels."""
+
+    def loss_inputs(self, batch: PackedBatch, loss_weight: Tensor) -> dict[str, Tensor]:
+        advantages_L = torch.linspace(-1, 1, batch.num_supervised_tokens)
+        return super().loss_inputs(batch, loss_weight) | {"advantages_L": advantages_L}
+
+    def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        logprobs_LV = torch.log_softmax(h_LD @ head_VD.T, 1)
+        logprobs_L = logprobs_LV.gather(1, inputs["labels_L"].clamp(min=0)[:, None])[:, 0]
+        return -(inputs["advantages_L"] * logprobs_L).sum() * inputs["loss_weight"]
+
+
+@pytest.mark.usefixtures("eager_graphs")
+def test_graph_has_the_inputs_of_each_objective(folder):
+    model, weight = make_vision_model(folder, "qwen2_vl"), torch.tensor(0.1)
+    runner, eager = (
+        CudaGraphRunner(model, PolicyGradient(), list(trainable_parameters(model).values()))
+        for _ in range(2)
+    )
+    eager.release_graphs()
+    for batch in make_packs(folder, "qwen2_vl", 3):
+        replayed = forward_backward(runner, batch, None, weight), collect_grads(model)
+        expected = forward_backward(eager, batch, None, weight), collect_grads(model)
+        torch.testing.assert_close(replayed, expected)
+    assert runner.graphs.keys
 
 
 @pytest.mark.gpu

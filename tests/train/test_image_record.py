@@ -128,7 +128,7 @@ def test_fingerprint_covers_all_bytes_of_small_files(tmp_path, size):
 
 def test_record_survives_saving_and_compares_common_samples(tmp_path):
     states = ImageStates.from_states([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
-    save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.empty()})
+    save_image_record(tmp_path / "r", {"train": states, "eval": ImageStates.from_states((), ())})
     loaded = load_image_record(tmp_path / "r")
     assert loaded.keys() == {"train", "eval"}
     assert loaded["train"].digest == states.digest

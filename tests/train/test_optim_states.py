@@ -97,10 +97,10 @@ def test_stacked_steps_match_single_matrices(monkeypatch, most):
     flat_E = torch.cat([master.flatten() for master in masters])
     grad_E = torch.zeros_like(flat_E)
     matrices = [MatrixSlice(p, *shape) for p, shape in zip(locations, shapes, strict=True)]
-    muon = Muon(SplitBf16Master(flat_E), grad_E, matrices)
+    muon = Muon(SplitBf16Master(flat_E), grad_E.detach, matrices)
     for of_step in grads:
         grad_E.copy_(torch.cat([4 * grad.flatten() for grad in of_step]))
-        muon.step(0.1, 0.5, torch.tensor(0.25))
+        muon.step(torch.tensor(0.25), 0.1, 0.5)
     for location, master, of_matrix in zip(
         locations, masters, zip(*grads, strict=True), strict=True
     ):
@@ -119,11 +119,11 @@ def test_cuda_graph_steps_match_eager_steps():
     changed = []
     for recorded in (True, False):
         master_E, grad_E = start.clone(), torch.zeros_like(start)
-        muon = Muon(SplitBf16Master(master_E), grad_E, matrices)
+        muon = Muon(SplitBf16Master(master_E), grad_E.detach, matrices)
         for grad, learning_rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
             muon.is_warmed_up &= recorded
-            muon.step(learning_rate, 0.5, torch.ones((), device="cuda"))
+            muon.step(torch.ones((), device="cuda"), learning_rate, 0.5)
         assert (muon.graph is not None) is recorded
         changed.append((master_E, muon.momentum_E))
     for one, other in zip(*changed, strict=True):
@@ -139,13 +139,13 @@ def test_skipped_step_changes_no_state(dtype):
     for broken in (True, False):
         masters = SplitBf16Master(torch.ones(6144, device="cuda", dtype=dtype))
         grad_E = torch.zeros(6144, device="cuda")
-        muon = Muon(masters, grad_E, [MatrixSlice(slice(0, 6144), 64, 96)])
+        muon = Muon(masters, grad_E.detach, [MatrixSlice(slice(0, 6144), 64, 96)])
         for grad in grads:
             if broken:
                 grad_E.fill_(torch.nan)
-                muon.step(0.1, 0.5, torch.full((), torch.nan, device="cuda"))
+                muon.step(torch.full((), torch.nan, device="cuda"), 0.1, 0.5)
             grad_E.copy_(grad)
-            muon.step(0.1, 0.5, torch.ones((), device="cuda"))
+            muon.step(torch.ones((), device="cuda"), 0.1, 0.5)
         changed.append((masters.read(slice(0, 6144)), muon.momentum_E))
     for one, other in zip(*changed, strict=True):
         assert torch.equal(one, other)

@@ -66,7 +66,7 @@ def test_metrics_after_checkpoint_are_removed(run):
     # The second call also removes the evaluation of step 2.
     for step, last_eval_step, count in ((3, 2, 5), (2, 0, 3)):
         run.truncate_metrics(step, last_eval_step)
-        lines = [(line["step"], "loss" in line) for line in run.read_metrics()]
+        lines = [(line["step"], "loss" in line) for line in run.iter_metrics()]
         assert lines == expected[:count]
 
 
@@ -74,7 +74,7 @@ def test_metrics_after_checkpoint_are_removed(run):
 def test_truncated_last_line_is_removed(run, truncated):
     with run.metrics_path.open("a") as file:
         file.write(truncated)
-    assert len(run.read_metrics()) == 8
+    assert len([*run.iter_metrics()]) == 8
     run.truncate_metrics(step=100, last_eval_step=100)
     run.append_metrics({"step": 6, "loss": 0.1})
     lines = [json.loads(line) for line in run.metrics_path.read_text().splitlines()]

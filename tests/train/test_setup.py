@@ -17,7 +17,7 @@ from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL, locate_model
 from finesight.recipe import load_recipe, recipe_from_dict
 from finesight.train.oom import MemoryBudget, max_unsplit_packs, translate_oom_errors
-from finesight.train.setup import BaseModelRef
+from finesight.train.state import BaseModelRef
 from finesight.train.training_run import train
 
 LORA = {"language": "lora", "lora": {"rank": 2, "dropout": 0.0}}

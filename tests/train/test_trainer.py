@@ -20,12 +20,12 @@ from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import optimizer
+from finesight.train import evaluation
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
-from finesight.train.trainer import StepOutput, TrainState, micro_batch_seed, train_step
-from finesight.train.training_run import StopRequest
+from finesight.train.state import StepOutput, StopRequest, TrainState
+from finesight.train.trainer import micro_batch_seed, train_step
 
 ONE_STEP = ("train.steps=1", "train.epochs=null")
 
@@ -250,7 +250,7 @@ def test_parts_without_gradient_are_rejected_before_the_first_step(task, tune):
 
 
 def test_default_evaluations_and_overfitting_warning(tmp_path, monkeypatch):
-    monkeypatch.setattr(optimizer, "DEFAULT_INTERIM_SAMPLES", 2)
+    monkeypatch.setattr(evaluation, "DEFAULT_INTERIM_SAMPLES", 2)
     task = TinyTask(tmp_path)
     task.recipe["train"] |= {"epochs": None, "steps": 50, "learning_rate": 0.005}
     file = tmp_path / "eval.jsonl"
@@ -278,15 +278,17 @@ def test_default_evaluations_and_overfitting_warning(tmp_path, monkeypatch):
 
 def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[str, torch.Tensor]]:
     state = make_train_state(folder, LORA | {"merger": "full"}, precision=precision)
-    return state, {name: value.clone() for name, value in state.optimizer.master_weights().items()}
+    return state, {
+        name: value.clone() for name, value in state.engine.optimizer.master_weights().items()
+    }
 
 
 def take_step(state: TrainState, number: int = 0) -> StepOutput:
-    return train_step(state, state.step_dataset.get_step(number), StopRequest())
+    return train_step(state, state.data.step_dataset.get_step(number), StopRequest())
 
 
 def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
-    found = state.optimizer.master_weights()
+    found = state.engine.optimizer.master_weights()
     return all(torch.equal(found[name], value) for name, value in expected.items())
 
 
@@ -297,9 +299,9 @@ def test_every_precision_trains_with_fp32_masters(tmp_path, precision):
     assert all(one.is_applied for one in outputs)
     assert outputs[-1].wait()[0] < outputs[0].wait()[0] - 0.2
     assert {value.dtype for value in masters.values()} == {torch.float32}
-    parameters = dict(state.model.named_parameters())
-    for name, value in state.optimizer.export_weights().items():
-        assert torch.equal(parameters[name].detach(), value.to(state.hardware.dtype))
+    parameters = dict(state.engine.model.named_parameters())
+    for name, value in state.engine.optimizer.export_weights().items():
+        assert torch.equal(parameters[name].detach(), value.to(state.run.hardware.dtype))
 
 
 def test_interrupted_and_empty_steps_leave_no_state(tmp_path):
@@ -308,26 +310,26 @@ def test_interrupted_and_empty_steps_leave_no_state(tmp_path):
     assert not output.is_applied
     assert output.wait() == (0.0, 0.0)
     assert has_weights(state, before)
-    stop, step = StopRequest(), state.step_dataset.get_step(0)
+    stop, step = StopRequest(), state.data.step_dataset.get_step(0)
     assert len(step.packs) >= 2
-    state.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    state.engine.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with stop.install_handlers(), pytest.raises(TrainingInterrupted):
         train_step(state, step, stop)
     assert has_weights(state, before)
-    assert state.optimizer.grad_norm() == 0
+    assert state.engine.optimizer.grad_norm() == 0
 
 
 def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path):
     state, before = make_state(tmp_path / "task", "fp16")
-    scaler = state.loss_scaler
+    scaler = state.engine.loss_scaler
     scaler.scale = 2.0**40
     assert not take_step(state).is_applied
     assert (scaler.scale, scaler.num_skipped) == (2.0**39, 1)
     assert has_weights(state, before)
-    assert state.optimizer.grad_norm() == 0
+    assert state.engine.optimizer.grad_norm() == 0
     # An overflow at the minimum scale persists.
     scaler.scale = scaler.MIN_SCALE
-    hook = state.model.register_forward_hook(lambda model, inputs, output: output * math.inf)
+    hook = state.engine.model.register_forward_hook(lambda model, inputs, output: output * math.inf)
     assert not math.isfinite(sum(take_step(state).wait()))
     assert scaler.scale == scaler.MIN_SCALE
     assert has_weights(state, before)
@@ -339,11 +341,11 @@ def test_fp16_overflow_lowers_the_loss_scale_and_skips_the_step(tmp_path):
 def test_dropout_seeds_differ_and_are_reproducible(tmp_path):
     (state, _), (again, masters) = (make_state(tmp_path / name) for name in "ab")
     seeds: list[int] = []
-    state.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
+    state.engine.model.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
     for one in (state, again):
         torch.rand(len(masters))  # other random numbers in between do not matter
         take_step(one, 0)
         take_step(one, 1)
-    assert has_weights(state, again.optimizer.master_weights())
+    assert has_weights(state, again.engine.optimizer.master_weights())
     assert len(set(seeds)) == len(seeds) >= 4
     assert micro_batch_seed(0, 1, 2) != micro_batch_seed(1, 1, 2)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 
 from finesight.errors import TrainingInterrupted
-from finesight.train.training_run import PREEMPTION_SIGNALS, SIGNALS, StopRequest
+from finesight.train.state import PREEMPTION_SIGNALS, SIGNALS, StopRequest
 
 
 @pytest.fixture(autouse=True)

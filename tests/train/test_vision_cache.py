@@ -28,8 +28,8 @@ from finesight.encode.tokenization import TokenizedSample
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
-from finesight.train.trainer import TrainState, train_step
-from finesight.train.training_run import StopRequest
+from finesight.train.state import StopRequest, TrainState
+from finesight.train.trainer import train_step
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 CACHES = ["memory", "disk"]
@@ -54,8 +54,8 @@ def test_every_cache_tier_is_bit_exact(tmp_path, family):
         spans = tuple(image_ref.span for image_ref in index.image_refs[chunk.start : chunk.stop])
         empty = torch.empty(0, dtype=torch.int32).numpy()
         outline = TokenizedSample("", empty, empty > 0, empty.reshape(3, 0), spans)
-        patches = torch.from_numpy(state.renderer.load_patches(outline).patches_ND)
-        encoded = state.model.encode_images(patches, [span.grid_thw for span in spans])
+        patches = torch.from_numpy(state.data.renderer.load_patches(outline).patches_ND)
+        encoded = state.engine.model.encode_images(patches, [span.grid_thw for span in spans])
         offsets = cache.reader.feature_offsets_P1
         assert torch.equal(features_MKD[offsets[chunk.start] : offsets[chunk.stop]], encoded)
     expected = read_all_features(state, cache)
@@ -112,9 +112,9 @@ def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
     store = build_vision_cache(state)
     assert [number for number in range(11) if not store.reader.image_indices([number])] == [1, 6]
     assert len(store.reader.image_indices([2])) == 2
-    cached_dataset, texts, pairs = state.step_dataset.with_vision_cache(store.reader), 0, 0
-    for number in range(len(state.sampler)):
-        step = other.step_dataset.get_step(number)
+    cached_dataset, texts, pairs = state.data.step_dataset.with_vision_cache(store.reader), 0, 0
+    for number in range(len(state.data.sampler)):
+        step = other.data.step_dataset.get_step(number)
         texts += sum(not batch.grid_thw for batch in step.packs)
         pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
         expected = train_step(other, step, StopRequest()).wait()
@@ -238,7 +238,8 @@ def make_states(folder: Path, **train: Any) -> list[TrainState]:
     for rank in range(NUM_RANKS):
         state = make_train_state(folder, **train)
         ranks = ProcessGroup(rank, NUM_RANKS, rank, NUM_RANKS, RankMonitor(store, rank, NUM_RANKS))
-        states.append(replace(state, hardware=replace(state.hardware, process_group=ranks)))
+        hardware = replace(state.run.hardware, process_group=ranks)
+        states.append(replace(state, run=replace(state.run, hardware=hardware)))
     return states
 
 
@@ -251,13 +252,13 @@ def test_each_rank_encodes_its_shard(tmp_path, run_ranks, assets, cache):
     states = make_states(folder, vision_cache=cache)
     patches = [0] * NUM_RANKS
     for rank, state in enumerate(states):
-        encode = state.model.encode_images
+        encode = state.engine.model.encode_images
 
         def count(*inputs: Any, rank: int = rank, encode: Any = encode) -> torch.Tensor:
             patches[rank] += len(inputs[0])
             return encode(*inputs)
 
-        state.model.encode_images = count  # type: ignore[method-assign]
+        state.engine.model.encode_images = count  # type: ignore[method-assign]
     for state, result in zip(states, run_ranks(states), strict=True):
         assert result.tier == ("disk" if cache == "disk" else "memory")
         assert torch.allclose(read_all_features(state, result.cache), expected, atol=1e-6)

@@ -39,7 +39,7 @@ from finesight.errors import UserError
 from finesight.host_memory import available_memory
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train import vision_cache, vision_cache_builder
-from finesight.train.trainer import TrainState
+from finesight.train.state import TrainState
 from finesight.train.vision_cache import (
     CHUNK_PATCHES,
     ImageIndex,
@@ -90,8 +90,8 @@ def test_single_epoch_disables_the_vision_cache(folder, monkeypatch):
     with edit_samples(folder / "train.jsonl") as samples:
         samples += [{**sample, "id": f"again-{sample['id']}"} for sample in samples]
     state = make_train_state(folder, epochs=1)
-    assert state.train_data.stats.num_images == 22
-    assert state.train_data.stats.num_unique_images == 11
+    assert state.data.train.stats.num_images == 22
+    assert state.data.train.stats.num_unique_images == 11
     assert decide_vision_cache(state).num_images == 9
 
 
@@ -170,7 +170,7 @@ def test_encoder_or_size_change_invalidates_the_cache(folder):
     (folder / "task.json").write_text(json.dumps(recipe))
     state = make_train_state(folder)
     with torch.no_grad():
-        state.model.visual.merger.mlp["2"].bias[3] += 1e-3
+        state.engine.model.visual.merger.mlp["2"].bias[3] += 1e-3
     assert decide_vision_cache(state).num_from_disk == 0
     assert decide_vision_cache(make_train_state(folder, precision="bf16")).num_from_disk == 0
 
@@ -292,7 +292,7 @@ def test_feature_bytes_match_actual_features(tmp_path, family, precision):
     """Each image is in one sample; a model on the meta device suffices."""
     state = make_train_state(tmp_path / "task", family=family, precision=precision)
     features = read_all_features(state, build_vision_cache(state))
-    patches, dtype = state.train_data.stats.num_patches, state.hardware.dtype
+    patches, dtype = state.data.train.stats.num_patches, state.run.hardware.dtype
     for model in (get_model(state), get_model(state).to("meta")):
         assert estimate_feature_bytes(patches, model, dtype) == features.nbytes
 
@@ -323,8 +323,8 @@ def state(folder: Path) -> TrainState:
 
 
 def get_model(state: TrainState) -> VisionLanguageModel:
-    assert isinstance(state.model, VisionLanguageModel)
-    return state.model
+    assert isinstance(state.engine.model, VisionLanguageModel)
+    return state.engine.model
 
 
 def test_fingerprint_covers_weights_and_settings(state):
@@ -353,7 +353,7 @@ def test_weights_are_offloaded_and_restored(state):
     model = get_model(state)
     norm = model.model.norm.weight
     model.visual.register_buffer("shared", norm.detach())
-    batch = state.step_dataset.get_step(0).packs[0]
+    batch = state.data.step_dataset.get_step(0).packs[0]
     expected = model.encode_images(batch.patches_ND, batch.grid_thw)
     views = [parameter.detach() for parameter in model.visual.parameters()]
     before = [view.clone() for view in views]
@@ -551,8 +551,8 @@ def test_images_are_identified_by_model_input(tmp_path, workers, monkeypatch):
     (folder / "train1.png").write_bytes((folder / "train0.png").read_bytes())
     (folder / "train5.png").unlink()
     counted: list[int] = []
-    corpus, renderer = state.train_data.corpus, state.renderer
-    samples = state.train_data.stats.sample_indices
+    corpus, renderer = state.data.train.corpus, state.data.renderer
+    samples = state.data.train.stats.sample_indices
     found = index_images(corpus, renderer, samples, workers, counted.append)
     assert sum(counted) == 11
     assert list(found.corrupt_samples) == [5]

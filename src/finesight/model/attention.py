@@ -674,11 +674,6 @@ def exchange_features(features_MFD: Tensor, shard: ContextShard) -> Tensor:
     return all_PMFD.flatten(0, 1).index_select(0, source_indices_M)
 
 
-def select_shard_features(features_M: Tensor, shard: ContextShard) -> Tensor:
-    """Select the features of this rank's image tokens from those of the full sample."""
-    return torch.cat([features_M[start:stop] for start, stop in shard.feature_ranges])
-
-
 def pad_rows(x: Tensor, num_rows: int) -> Tensor:
     """Pad a tensor with zero rows to `num_rows` rows."""
     return F.pad(x, (0, 0) * (x.ndim - 1) + (0, num_rows - len(x))) if len(x) < num_rows else x

@@ -10,13 +10,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 from finesight.config import TrainSettings
-from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.model.linear import stacked_row_counts
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
-from finesight.plan.dry_run import ComputeTarget, StepMemory, StepTracer
-from finesight.plan.planned_pack import PlannedPack
+from finesight.plan.dry_run import ComputeTarget, PlannedPack, StepMemory, StepTracer
 from finesight.train.cuda_graphs import MAX_GRAPHS, has_few_trainable_params, should_capture
 from finesight.train.graph_buffers import (
     GraphShape,
@@ -24,19 +22,14 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.optim_states import MAX_STACK_ELEMENTS
 from finesight.train.optimizer import (
     LARGE_PARAM_ELEMENTS,
-    MAX_CHUNK_ELEMENTS,
     MasterWeightOptimizer,
     ParamGroup,
 )
 
 FP32_BYTES, INDEX_BYTES, CU_SEQLEN_BYTES = 4, 8, 4
 """Bytes of an fp32 element, of an int64 index, and of an element of `cu_seqlens` (int32)."""
-
-ADAMW_STEP_BYTES = 20
-"""Workspace bytes per parameter of an AdamW step on a CPU, without a kernel (`train.optimizer`)."""
 
 CUBLAS_WORKSPACE_BYTES = 70 << 20
 """Bytes of the cuBLAS workspace that torch allocates on compute capability 9.0.
@@ -74,6 +67,7 @@ class PersistentMemory:
         multi_pack_grad_sum_bytes: Bytes of buffers that exist only with several packs per step.
         optimizer_state_bytes: Bytes of the optimizer states.
         optimizer_step_bytes: Workspace bytes of an optimizer step.
+        optimizer_traffic_bytes: Bytes of memory traffic of an optimizer step.
         accumulated_ids: ids of parameters whose gradients are added to the accumulation buffer
             immediately, for steps with one pack and for steps with several packs.
     """
@@ -85,6 +79,7 @@ class PersistentMemory:
     multi_pack_grad_sum_bytes: int
     optimizer_state_bytes: int
     optimizer_step_bytes: int
+    optimizer_traffic_bytes: int
     accumulated_ids: tuple[frozenset[int], frozenset[int]] = (frozenset(), frozenset())
 
 
@@ -125,14 +120,14 @@ def compute_persistent_memory(
     As in a run, the parameters of the model become views of the parameter groups of the optimizer.
     """
     trainable_params = trainable_parameters(model)
-    # Parameter groups of the optimizer, without optimizer state.
     param_groups = MasterWeightOptimizer(
-        trainable_params, train.model_copy(update={"optimizer": "adamw"}), stacked_row_counts(model)
+        trainable_params, train, stacked_row_counts(model)
     ).param_groups
+    optimizers = [group.optimizer for group in param_groups]
     tensors = [*model.parameters(), *model.buffers()]
     num_trainable = sum(len(group.master_weights) for group in param_groups)
     # Muon accumulates the gradients of matrices even with one pack per step.
-    always_summed = [g for g in param_groups if g.is_matmul and train.optimizer == "muon"]
+    always_summed = [group for group in param_groups if group.gradients.sums[0] is not None]
     num_summed = sum(len(group.master_weights) for group in always_summed)
     residuals = [group.master_weights.residual_E for group in param_groups]
     return PersistentMemory(
@@ -143,10 +138,9 @@ def compute_persistent_memory(
         ),
         grad_sum_bytes=FP32_BYTES * num_summed,
         multi_pack_grad_sum_bytes=FP32_BYTES * (num_trainable - num_summed),
-        optimizer_state_bytes=sum(_optimizer_state_bytes(group, train) for group in param_groups),
-        optimizer_step_bytes=max(
-            _optimizer_step_bytes(group, train, compute) for group in param_groups
-        ),
+        optimizer_state_bytes=sum(group.state_bytes for group in param_groups),
+        optimizer_step_bytes=max(one.workspace_bytes(compute.is_cuda) for one in optimizers),
+        optimizer_traffic_bytes=sum(one.traffic_bytes(compute.is_cuda) for one in optimizers),
         accumulated_ids=(_accumulated_ids(always_summed), _accumulated_ids(param_groups)),
     )
 
@@ -156,23 +150,6 @@ def _accumulated_ids(groups: Iterable[ParamGroup]) -> frozenset[int]:
     return frozenset(
         id(p.parameter) for p in param_slices if p.parameter.numel() >= LARGE_PARAM_ELEMENTS
     )
-
-
-def _optimizer_state_bytes(group: ParamGroup, train: TrainSettings) -> int:
-    num_elements = len(group.master_weights)
-    if group.is_matmul and train.optimizer == "muon":
-        return FP32_BYTES * num_elements
-    if group.is_matmul and train.optimizer == "adamw_8bit":
-        return 2 * (num_elements + FP32_BYTES * num_elements // BLOCK_SIZE)
-    return 2 * FP32_BYTES * num_elements
-
-
-def _optimizer_step_bytes(group: ParamGroup, train: TrainSettings, compute: ComputeTarget) -> int:
-    """Return the workspace bytes of an optimizer step; 0 for the AdamW kernel."""
-    num_elements = len(group.master_weights)
-    if group.is_matmul and train.optimizer == "muon":
-        return 3 * FP32_BYTES * min(num_elements, MAX_STACK_ELEMENTS)
-    return 0 if compute.is_cuda else ADAMW_STEP_BYTES * min(num_elements, MAX_CHUNK_ELEMENTS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,27 +21,29 @@ from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_by
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS
-from finesight.plan.planned_model import PlannedModel, build_meta_model, build_planned_model
-from finesight.plan.planned_pack import PlannedPack, build_planned_pack, iter_planned_steps
+from finesight.plan.dry_run import PlannedPack, build_planned_pack, iter_planned_steps
 from finesight.plan.settings_search import (
+    PlannedModel,
     PlannedSettings,
     PlannedSteps,
     SettingsEstimate,
     SettingsSearch,
+    build_meta_model,
+    build_planned_model,
 )
-from finesight.plan.step_time import estimate_startup_seconds
-from finesight.plan.target_device import (
+from finesight.plan.step_time import (
     TargetDevice,
     build_local_target,
     build_named_target,
+    estimate_startup_seconds,
     measure_local_target,
 )
 from finesight.progress import ProgressConsole
 from finesight.report.summary import format_duration
 from finesight.train.dataloader import MAX_WORKERS
 from finesight.train.dataset_stats import DatasetStats, SampleStats, load_training_data
+from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 from finesight.train.flops import FlopCounter
-from finesight.train.optimizer import resolve_eval_interval, resolve_interim_limit
 from finesight.train.sampler import TrainSampler
 from finesight.train.setup import RunInputs, check_trainable_parts, resolve_base_model
 

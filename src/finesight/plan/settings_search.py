@@ -1,33 +1,46 @@
 """Search for the fastest settings of a run that fit the device memory.
 
-The search covers the pack size, activation checkpointing and NF4 quantization.
+The model is built on the meta device. The search covers the pack size, activation checkpointing and
+NF4 quantization.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter
 from statistics import fmean
 
-from finesight.config import QuantizablePart
+import torch
+
+from finesight.config import QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
+from finesight.encode.renderer import is_native
+from finesight.errors import UserError
+from finesight.model.linear import find_adaptable_layers
+from finesight.model.quant.base import find_quantized_weights
+from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
+from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
+from finesight.model.weights_io import build_empty_model
+from finesight.model_folder import ModelFolder
+from finesight.plan.dry_run import PlannedPack, StepTracer, plan_step_packs
 from finesight.plan.peak_memory import (
     USABLE_MEMORY_FRACTION,
     PeakMemory,
+    PersistentMemory,
     compute_graph_shape,
     compute_peak_memory,
+    compute_persistent_memory,
 )
-from finesight.plan.planned_model import PlannedModel
-from finesight.plan.planned_pack import PlannedPack, plan_step_packs
-from finesight.plan.step_time import StepTime, average_step_times
+from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, average_step_times
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
+from finesight.train.objectives.sft import SftObjective
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
@@ -39,6 +52,86 @@ MAX_TIMED_STEPS = 40
 """Maximum number of training steps whose time is estimated, since steps are similar."""
 
 PACK_SIZES = ("num_tokens", "num_patches", "num_supervised_tokens", "num_attention_scores")
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """Model on the meta device, with its traces and estimates."""
+
+    model: VisionLanguageModel
+    tracer: StepTracer
+    persistent: PersistentMemory
+    step_timer: StepTimeEstimator
+
+    @property
+    def num_layers(self) -> int:
+        """Number of decoder layers."""
+        return len(self.model.model.layers)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters, including adapters and quantized weights."""
+        num_quantized = sum(
+            weight.num_elements for weight in find_quantized_weights(self.model).values()
+        )
+        return num_quantized + sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def num_trainable(self) -> int:
+        """Number of trainable parameters."""
+        return sum(parameter.numel() for parameter in trainable_parameters(self.model).values())
+
+    @property
+    def is_encoder_frozen(self) -> bool:
+        """True if the vision encoder and its mergers are frozen.
+
+        Image features are then constant, so that a vision cache is possible.
+        """
+        return not any(parameter.requires_grad for parameter in self.model.visual.parameters())
+
+
+def build_planned_model(
+    folder: ModelFolder,
+    recipe: Recipe,
+    nf4_parts: tuple[QuantizablePart, ...],
+    target: TargetDevice,
+) -> PlannedModel:
+    """Build a planned model from the small files of a model folder, without reading weights.
+
+    Raises:
+        UserError: The family has no native implementation, so the layers are unknown.
+    """
+    if not is_native(folder):
+        raise UserError(
+            f"family {folder.family} uses the transformers backend",
+            where=recipe.model,
+            expected="a model of a native family; the memory of other layers is unknown",
+            remedy="start with train.pack_tokens=1024, and increase it while memory is available",
+        )
+    fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
+    model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
+    configure_tuning(model.train(), recipe.tune, train.seed)
+    persistent = compute_persistent_memory(model, train, target.compute)
+    tracer = StepTracer(model, SftObjective(), target.compute)
+    num_workers = target.num_workers if train.num_workers is None else train.num_workers
+    return PlannedModel(
+        model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, num_workers)
+    )
+
+
+def build_meta_model(
+    folder: ModelFolder,
+    dtype: torch.dtype,
+    nf4_parts: Collection[ModelPart],
+    fp8_parts: Collection[ModelPart],
+) -> VisionLanguageModel:
+    """Build the model that `model.weights_io.load_model` would load, on the meta device."""
+    model = build_empty_model(folder, dtype, nf4_parts, fp8_parts=fp8_parts)
+    group_size = gptq_group_size(folder)
+    if group_size is not None:
+        layers = [name for name in find_adaptable_layers(model) if get_part(name) == "language"]
+        quantize_gptq_layers(model, layers, group_size, str(folder.path))
+    return model
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,6 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import copy_context
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from finesight.bounded_files import read_bytes
+from finesight.config import TrainSettings
 from finesight.errors import UserError
 from finesight.storage import (
     move_folder,
@@ -32,16 +32,27 @@ from finesight.storage import (
     verify_folder,
     write_folder,
 )
+from finesight.train.dataloader import TensorBlock
+from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import MemoryBudget
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
-WEIGHTS_FILE, OPTIMIZER_FILE, STATE_FILE = (
-    "trainable.safetensors",
-    "optimizer.safetensors",
-    "state.json",
-)
+WEIGHTS_FILE = "trainable.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
 
 FORMAT_VERSION = 2
+
+
+DEFAULT_SAVE_INTERVAL = 0.25
+"""Default interval between two checkpoints, as a fraction of the run."""
+
+
+def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
+    """Return the number of steps between two checkpoints; 0 saves only the last step."""
+    return resolve_steps(
+        DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
+    )
 
 
 class BestEval(BaseModel):
@@ -93,37 +104,18 @@ class BestEval(BaseModel):
         )
 
 
-class CheckpointState(BaseModel):
-    """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
+class TrainProgress(BaseModel):
+    """Mutable progress of a run.
 
     Attributes:
         step: Number of finished steps.
-        consumed_samples: Number of samples consumed since the start of the run.
         last_eval_step: Step of the last evaluation, or -1 before the first one.
         best: Best evaluation so far.
-        loss_scale: State of the fp16 loss scaler.
         nonfinite_steps: Number of skipped steps with a non-finite loss or gradient.
         consecutive_nonfinite_steps: Number of consecutive non-finite steps up to this step.
-        resume_config: Settings and fingerprints that must be the same on resume, by name.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    format_version: int = FORMAT_VERSION
-    step: int
-    consumed_samples: int
-    last_eval_step: int
-    best: BestEval | None
-    loss_scale: dict[str, float]
-    budget: MemoryBudget
-    nonfinite_steps: int = 0
-    consecutive_nonfinite_steps: int = 0
-    resume_config: dict[str, Any]
-
-
-@dataclass(slots=True)
-class TrainProgress:
-    """Mutable progress counters of a run; `CheckpointState` describes the fields."""
+    model_config = ConfigDict(extra="forbid")
 
     budget: MemoryBudget
     step: int = 0
@@ -131,6 +123,34 @@ class TrainProgress:
     best: BestEval | None = None
     nonfinite_steps: int = 0
     consecutive_nonfinite_steps: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the fields of the progress by name."""
+        return dict(self)
+
+    def load_state_dict(self, stored: TrainProgress) -> None:
+        """Restore the progress of a checkpoint, with the smaller of both memory budgets."""
+        self.budget = stored.budget.min_with(self.budget)
+        self.step, self.last_eval_step, self.best = stored.step, stored.last_eval_step, stored.best
+        self.nonfinite_steps = stored.nonfinite_steps
+        self.consecutive_nonfinite_steps = stored.consecutive_nonfinite_steps
+
+
+class CheckpointState(TrainProgress):
+    """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
+
+    Attributes:
+        consumed_samples: Number of samples consumed since the start of the run.
+        loss_scale: State of the fp16 loss scaler.
+        resume_config: Settings and fingerprints that must be the same on resume, by name.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    consumed_samples: int
+    loss_scale: dict[str, float]
+    resume_config: dict[str, Any]
 
 
 class CheckpointTensors(Mapping[str, Tensor]):
@@ -417,9 +437,6 @@ MAX_ASYNC_PARAMS = 400_000_000
 The CPU copy takes 12 bytes per parameter: the fp32 weight and two fp32 moments.
 """
 
-_ALIGNMENT = 64
-"""Alignment of the tensors in the staging buffer, in bytes."""
-
 
 class _StagingBuffer:
     """Reusable CPU buffer for a copy of all checkpoint tensors.
@@ -429,7 +446,7 @@ class _StagingBuffer:
     """
 
     def __init__(self) -> None:
-        self._bytes_N: Tensor | None = None
+        self._block: TensorBlock | None = None
 
     def copy_tensors(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
         """Copy several mappings of tensors to the buffer and return the mappings of the copies.
@@ -437,32 +454,20 @@ class _StagingBuffer:
         The first call allocates the buffer, so later calls must pass tensors of the same names and
         shapes. The copies are complete on return.
         """
-        if self._bytes_N is None:
+        if self._block is None:
             # Only in the first call, because some tensors are computed on access.
-            self._bytes_N = _allocate_pinned(
-                sum(_align(t.nbytes) for tensors in tensor_sets for t in tensors.values())
+            tensors = (tensor for one in tensor_sets for tensor in one.values())
+            self._block = TensorBlock.allocate(
+                *((tensor.dtype, tuple(tensor.shape)) for tensor in tensors), pin_memory=True
             )
-        offset, copies = 0, [dict[str, Tensor]() for _ in tensor_sets]
-        for tensors, copied in zip(tensor_sets, copies, strict=True):
-            for name, tensor in tensors.items():
-                buffer = self._bytes_N[offset : offset + tensor.nbytes].view(tensor.dtype)
-                copied[name] = buffer.view(tensor.shape).copy_(tensor, non_blocking=True)
-                offset += _align(tensor.nbytes)
+        buffers = self._block.tensors()
+        copies = [
+            {name: next(buffers).copy_(tensor, non_blocking=True) for name, tensor in one.items()}
+            for one in tensor_sets
+        ]
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         return copies
-
-
-def _allocate_pinned(size: int) -> Tensor:
-    try:
-        return torch.empty(size, dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-    except RuntimeError:
-        # The system limits pinned memory.
-        return torch.empty(size, dtype=torch.uint8)
-
-
-def _align(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class AsyncCheckpointer:
@@ -478,11 +483,9 @@ class AsyncCheckpointer:
         is_async: bool,
         process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
-        self._checkpoint_manager, self._is_async, self._process_group = (
-            checkpoint_manager,
-            is_async,
-            process_group,
-        )
+        self._checkpoint_manager = checkpoint_manager
+        self._is_async = is_async
+        self._process_group = process_group
         self._staging_buffer = _StagingBuffer()
         self._thread: Thread | None = None
         self._error: BaseException | None = None

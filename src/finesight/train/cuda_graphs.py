@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import logging
 import math
-import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -26,7 +25,6 @@ from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.decoder import FusibleLayer
 from finesight.model.hf_backend import AnyModel
 from finesight.model.kernels.runtime import HAS_TRITON
-from finesight.model.vision_encoder import VisionEncoder
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.dataloader import record_event
 from finesight.train.graph_buffers import (
@@ -39,7 +37,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.objectives import Objective
 
 
 class GraphTimer:
@@ -174,13 +172,18 @@ def has_half_free(device: torch.device) -> bool:
 
 
 class CudaGraphRunner:
-    """Runner of the forward and backward pass of every pack: eager, or as a CUDA graph.
+    """Runner of the forward and backward pass of a pack as a CUDA graph, if one fits.
 
-    All passes are eager if the model, the device or the sharding mode does not support graphs.
+    It has no graphs if the model, the device or the sharding mode does not support them.
     """
 
     def __init__(
-        self, model: AnyModel, trainable_params: Sequence[nn.Parameter], *, is_local: bool = True
+        self,
+        model: AnyModel,
+        objective: Objective,
+        trainable_params: Sequence[nn.Parameter],
+        *,
+        is_local: bool = True,
     ) -> None:
         """Create the runner without capturing any graph.
 
@@ -188,7 +191,7 @@ class CudaGraphRunner:
             is_local: Whether a pass needs no communication with other ranks. Otherwise, all passes
                 are eager.
         """
-        self._model = model
+        self.model, self.objective = model, objective
         self._trainable_params = list(trainable_params)
         self.shape_counts: Counter[GraphShape] = Counter()
         self.static_inputs: dict[GraphShape, GraphInputs] = {}
@@ -205,47 +208,53 @@ class CudaGraphRunner:
         use_graphs = is_local and is_capturable(model, device) and has_few_trainable_params(model)
         self.graphs = CudaGraphCache(device) if use_graphs else None
 
-    def forward_backward(
-        self, batch: PackedBatch, features_MKD: Tensor | None, loss_weight: Tensor
-    ) -> Tensor:
-        """Run the forward and backward pass of a pack, and set `parameter.grad`.
-
-        The pass is a graph replay if a graph fits the pack and is faster, otherwise eager.
+    def replay(
+        self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Run the forward and backward pass as a CUDA graph if one fits the pack and is faster.
 
         Args:
             features_MKD: Cached image features; None to run the vision encoder.
-            loss_weight: Scalar on the device that multiplies the summed loss.
 
         Returns:
-            Weighted loss, a scalar on the device.
+            Loss on the device, after setting `parameter.grad`; None if both passes have to run
+            eagerly. Image features, if they are cached or were encoded.
         """
-        if self.graphs is None or batch.context_shard is not None:
-            return self.run_eager(batch, features_MKD, loss_weight)
+        if batch.context_shard is not None:
+            return None, features_MKD
         self._poll_launch()
         max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
         if self._is_starved:
             max_tokens = MAX_GRAPH_TOKENS_STARVED
+        # A graph with the encoder saves the most launches. The other one takes its features as
+        # input, so that the encoder has to run first.
         inputs = self._get_or_allocate_inputs(
-            self._vision_graph_shape(batch, features_MKD), batch, None, max_tokens
+            self._vision_graph_shape(batch, features_MKD), batch, None, loss_inputs, max_tokens
         )
         if inputs is None:
             features_MKD = self._encode_images(batch, features_MKD)
             inputs = self._get_or_allocate_inputs(
-                GraphShape.from_batch(batch), batch, features_MKD, max_tokens
+                GraphShape.from_batch(batch), batch, features_MKD, loss_inputs, max_tokens
             )
         if inputs is None:
-            return self.run_eager(batch, features_MKD, loss_weight)
-        inputs.copy_from(batch, features_MKD, loss_weight, self.vision_encoder)
+            return None, features_MKD
+        inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
         loss = self._replay(inputs)
         if loss is None:
             # Outside the except block, because the traceback keeps tensors alive.
             self.release_graphs()
-            return self.run_eager(batch, features_MKD, loss_weight)
+            return None, features_MKD
         self._gradients.assign_grads(
             self._vision_param_indices if inputs.vision_inputs is None else ()
         )
         inputs.backward_features(features_MKD)
-        return loss
+        return loss, features_MKD
+
+    def record_eager(self, loss: Tensor, seconds: float) -> None:
+        """Record an eager pass with its host time, to compare it with replays."""
+        if loss.requires_grad:
+            self.timer.record_launch(seconds)
+        self._launch_event = record_event(loss.device)
 
     def _replay(self, inputs: GraphInputs) -> Tensor | None:
         """Replay a CUDA graph, or capture it on first use.
@@ -266,10 +275,15 @@ class CudaGraphRunner:
 
     def warm_up(self, batch: PackedBatch) -> None:
         """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
-        loss_weight = torch.zeros((), device=batch.ids_T.device)
-        self.run_eager(batch, None, loss_weight)
+        loss_inputs = self.objective.loss_inputs(batch, torch.zeros((), device=batch.ids_T.device))
+        loss = self.objective.compute_loss(
+            self.model(batch), self.model.lm_head_weight, loss_inputs
+        )
+        if loss.requires_grad:
+            loss.backward()  # type: ignore[no-untyped-call]
         if self.graphs is None:
             return
+        self._launch_event = record_event(loss.device)
         uncaptured_vision = GraphShape.from_batch(batch), self._encode_images(batch, None)
         for shape, features_MKD in (
             (self._vision_graph_shape(batch, None), None),
@@ -279,8 +293,10 @@ class CudaGraphRunner:
                 shape, batch, features_MKD, MAX_GRAPH_TOKENS
             ):
                 continue
-            inputs = GraphInputs.allocate(shape, batch, features_MKD, self.vision_encoder)
-            inputs.copy_from(batch, features_MKD, loss_weight, self.vision_encoder)
+            inputs = GraphInputs.allocate(
+                shape, batch, features_MKD, loss_inputs, self.native_model.visual
+            )
+            inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
             try:
                 self.run_static(inputs)
             finally:
@@ -299,10 +315,10 @@ class CudaGraphRunner:
         return had_graphs
 
     @property
-    def vision_encoder(self) -> VisionEncoder:
-        """Vision encoder of the native model."""
-        assert isinstance(self._model, VisionLanguageModel), "only native models use CUDA graphs"
-        return self._model.visual
+    def native_model(self) -> VisionLanguageModel:
+        """Model of a native family; others have no CUDA graphs."""
+        assert isinstance(self.model, VisionLanguageModel), "only native models use CUDA graphs"
+        return self.model
 
     def _vision_graph_shape(
         self, batch: PackedBatch, features_MKD: Tensor | None
@@ -311,8 +327,7 @@ class CudaGraphRunner:
 
         The result is None if the encoder must run outside of the graph.
         """
-        model = self._model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
+        model = self.native_model
         if features_MKD is not None or not self._captures_vision:
             return None
         if not should_capture_vision(len(batch.patches_ND), model.activation_checkpointing):
@@ -324,6 +339,7 @@ class CudaGraphRunner:
         shape: GraphShape | None,
         batch: PackedBatch,
         features_MKD: Tensor | None,
+        loss_inputs: Mapping[str, Tensor],
         max_tokens: int,
     ) -> GraphInputs | None:
         """Return the static buffers of the CUDA graph for a pack.
@@ -333,6 +349,7 @@ class CudaGraphRunner:
         """
         if shape is None:
             return None
+        # In order of cost: an exact graph, padding to a wider one, memory and warm-up of a new one.
         if shape in self.static_inputs:
             return self.static_inputs[shape]
         if not self._should_capture(shape, batch, features_MKD, max_tokens):
@@ -358,7 +375,7 @@ class CudaGraphRunner:
             # Keep the memory for eager passes.
             return None
         self.static_inputs[shape] = GraphInputs.allocate(
-            shape, batch, features_MKD, self.vision_encoder
+            shape, batch, features_MKD, loss_inputs, self.native_model.visual
         )
         return self.static_inputs[shape]
 
@@ -402,11 +419,9 @@ class CudaGraphRunner:
 
     def _encode_images(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
         """Return the image features of a pack, with their autograd graph if they are trainable."""
-        model = self._model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
         if features_MKD is not None or not batch.grid_thw:
             return features_MKD
-        return model.encode_images(batch.patches_ND, batch.grid_thw)
+        return self.native_model.encode_images(batch.patches_ND, batch.grid_thw)
 
     @property
     def _is_starved(self) -> bool:
@@ -416,8 +431,7 @@ class CudaGraphRunner:
     def _should_capture(
         self, shape: GraphShape, batch: PackedBatch, features_MKD: Tensor | None, max_tokens: int
     ) -> bool:
-        model = self._model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
+        model = self.native_model
         is_vision_trainable = features_MKD is not None and features_MKD.requires_grad
         if not (
             shape.vision_shape
@@ -430,33 +444,14 @@ class CudaGraphRunner:
             model, len(batch.ids_T), len(batch.labels_L), model.activation_checkpointing, max_tokens
         )
 
-    def run_eager(
-        self, batch: PackedBatch, features_MKD: Tensor | None, loss_weight: Tensor
-    ) -> Tensor:
-        """Run the forward and backward pass without a graph; return the weighted loss."""
-        start = time.perf_counter()
-        h_LD = self._model(batch, features_MKD)
-        loss = fused_linear_cross_entropy(
-            h_LD, self._model.lm_head_weight, batch.labels_L, loss_weight
-        )
-        if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.timer.record_launch(time.perf_counter() - start)
-        if self.graphs is not None:
-            self._launch_event = record_event(loss.device)
-        return loss.detach()
-
     def run_static(self, inputs: GraphInputs) -> Tensor:
         """Run the forward and backward pass from static buffers to static gradient buffers."""
-        model = self._model
-        assert isinstance(model, VisionLanguageModel), "only native models use CUDA graphs"
+        model = self.native_model
         vision_inputs = inputs.vision_inputs
         features_MKD = (
             inputs.features_MKD if vision_inputs is None else vision_inputs.encode(model.visual)
         )
         h_LD = model(inputs.batch, features_MKD, inputs.seed_1)
-        loss = fused_linear_cross_entropy(
-            h_LD, model.lm_head_weight, inputs.batch.labels_L, inputs.loss_weight
-        )
+        loss = self.objective.compute_loss(h_LD, model.lm_head_weight, inputs.loss_inputs)
         self._gradients.backward(loss, inputs.trainable_features)
         return loss.detach()

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
@@ -29,10 +30,12 @@ from finesight.encode.packing import (
     PackedBatch,
     find_shared_prefix_length,
     pack,
+    pad_batch,
     plan_packs,
 )
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
+from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.vision.image_processing import concat_shape
 from finesight.worker_pool import exit_with_parent
@@ -287,6 +290,54 @@ class StepBatch:
         return crc32(json.dumps(names).encode()) if names else 0
 
 
+class GlobalStepStats(NamedTuple):
+    """Statistics of a step over all ranks.
+
+    Attributes:
+        num_supervised_tokens: Number of tokens that contribute to the loss.
+        max_packs: Largest number of packs on one rank.
+        skipped: Samples that were skipped because reading or encoding failed.
+        signal: Number of a stop signal that any rank received, or 0.
+    """
+
+    num_supervised_tokens: int = 0
+    num_samples: int = 0
+    num_tokens: int = 0
+    max_packs: int = 0
+    skipped: tuple[SkippedSample, ...] = ()
+    signal: int = 0
+
+    @classmethod
+    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
+        """Compute the statistics of a step on this rank alone."""
+        counts = step_batch.num_supervised_tokens, step_batch.num_samples, step_batch.num_tokens
+        return cls(*counts, len(step_batch.packs), step_batch.skipped, signal)
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLoader:
+    """Loader of packed batches to the device.
+
+    Attributes:
+        pads_shapes: Whether to pad packs to a few shapes, for 16-bit training on a CPU. oneDNN
+            compiles a kernel for every new shape.
+        padding_merge_size: Merge size for padding patches; None for encoders with a fixed image
+            size.
+    """
+
+    parallel: ParallelStrategy
+    device: torch.device
+    pads_shapes: bool
+    padding_merge_size: int | None
+
+    def load(self, packed_batch: PackedBatch) -> PackedBatch:
+        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
+        packed_batch = self.parallel.prepare_batch(packed_batch)
+        if self.pads_shapes and packed_batch.context_shard is None:
+            return pad_batch(packed_batch, self.padding_merge_size)
+        return packed_batch.to(self.device)
+
+
 IndexedSample = tuple[int, EncodedSample]
 """Corpus index of a sample, and the encoded sample."""
 
@@ -303,16 +354,22 @@ class TensorBlock:
     bytes_N: Tensor
 
     @classmethod
-    def allocate(cls, *specs: TensorSpec) -> TensorBlock:
+    def allocate(cls, *specs: TensorSpec, pin_memory: bool = False) -> TensorBlock:
         """Allocate uninitialized tensors; data loader workers allocate them in shared memory.
 
         Shared memory avoids a copy to the main process, as in the default collate function of
         PyTorch.
 
+        Args:
+            pin_memory: Whether to pin the memory, if the system allows it and has a GPU.
+
         Raises:
             DataWorkerError: There is not enough shared memory.
         """
         size = sum(_aligned_size(dtype, shape) for dtype, shape in specs)
+        if pin_memory and torch.cuda.is_available():
+            with suppress(RuntimeError):  # The system limits pinned memory.
+                return cls(specs, torch.empty(size, dtype=torch.uint8, pin_memory=True))
         if get_worker_info() is None:
             return cls(specs, torch.empty(size, dtype=torch.uint8))
         try:
@@ -526,7 +583,7 @@ class StepDataset:
             (index, replace(encoded, patches_ND=encoded.patches_ND[slice(*shard.patch_range)]))
             for (index, encoded), shard in zip(samples, shards, strict=True)
         ]
-        return sharded_samples, shards, skipped if sampler.reports_skipped else []
+        return sharded_samples, shards, skipped if sampler.process_group.is_main else []
 
     def _read_samples(
         self, indices: Iterable[int]

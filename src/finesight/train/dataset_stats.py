@@ -133,11 +133,6 @@ class ImageStates:
         contents, times = zip(*states, strict=True) if samples else ((), ())
         return cls(*(np.array(column, dtype=np.int64) for column in (samples, contents, times)))
 
-    @classmethod
-    def empty(cls) -> ImageStates:
-        """Return an instance without samples."""
-        return cls.from_states((), ())
-
     @property
     def digest(self) -> str:
         """SHA-256 of the image contents of all samples, without modification times."""
@@ -340,7 +335,9 @@ class DatasetStats:
     scanned_indices: Sequence[int] = ()
     num_scanned: int = 0
     prefix_length: int = 0
-    images: ImageStates = field(default_factory=ImageStates.empty, compare=False)
+    images: ImageStates = field(
+        default_factory=partial(ImageStates.from_states, (), ()), compare=False
+    )
 
     @property
     def is_complete(self) -> bool:

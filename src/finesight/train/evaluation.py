@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,22 +31,41 @@ from finesight.evaluate.eval_case import select_eval_samples
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.train.checkpoint import BestEval
 from finesight.train.dataloader import SkippedSample, read_steps
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
     build_pack_oom_error,
     retry_on_oom,
 )
-from finesight.train.optimizer import build_nonfinite_error, resolve_interim_limit
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
+from finesight.train.state import StopRequest, TrainState
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
     from finesight.infer.prediction import Prediction
-    from finesight.train.trainer import TrainState
-    from finesight.train.training_run import StopRequest
+
+
+DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
+"""Default interval between two evaluations: fraction of the run, and minimum number of steps."""
+
+DEFAULT_INTERIM_SAMPLES = 64
+"""Size of the subset on which evaluations at the default interval are compared."""
+
+
+def resolve_eval_interval(settings: EvalSettings, total_steps: int) -> int:
+    """Return the number of steps between two evaluations; 0 for none during training."""
+    if settings.every is None:
+        return max(MIN_DEFAULT_EVAL_STEPS, resolve_steps(DEFAULT_EVAL_INTERVAL, total_steps))
+    return resolve_steps(settings.every, total_steps)
+
+
+def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
+    """Return the size of the subset on which evaluations are compared; None for all samples."""
+    if settings is None or settings.every is not None:
+        return None
+    return DEFAULT_INTERIM_SAMPLES
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +117,7 @@ class EvalResult:
 
     def as_best_eval(self) -> BestEval:
         """Return the fields that rank evaluations."""
-        return BestEval(
-            step=self.step,
-            validation_loss=self.validation_loss,
-            primary_metric=self.primary_metric,
-            primary_score=self.primary_score,
-            num_samples=self.num_samples,
-            num_loss_samples=self.num_loss_samples,
-            sample_set=self.sample_set,
-            score_set=self.score_set,
-        )
+        return BestEval.model_validate(self, from_attributes=True)
 
     @classmethod
     def from_metrics(cls, line: dict[str, Any]) -> EvalResult | None:
@@ -118,12 +128,13 @@ class EvalResult:
             name: ConfidenceInterval(*ends) if ends else None
             for name, ends in line.get("intervals", {}).items()
         }
-        metrics = line["step"], line["validation_loss"], line["scores"], line["primary_metric"]
-        counts = line.get("num_samples"), line.get("num_loss_samples", line.get("num_samples"))
-        texts = line.get("details", {}), line.get("notes", {})
+        names = (field.name for field in fields(cls))
+        values = {name: line[name] for name in names if name in line}
+        # Results of earlier versions have one count and one digest.
+        values.setdefault("num_loss_samples", line.get("num_samples"))
+        values.setdefault("score_set", line.get("sample_set"))
         full = cls.from_metrics(line.get("full") or {})
-        digests = line.get("sample_set"), line.get("score_set", line.get("sample_set"))
-        return cls(*metrics, intervals, *texts, *counts, *digests, full)
+        return cls(**values | {"intervals": intervals, "full": full})
 
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
@@ -199,9 +210,9 @@ def run_evaluation(
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A single sample exceeds the GPU memory.
     """
-    assert state.validation_data is not None, "no validation data"
-    indices, settings = state.validation_data.stats.sample_indices, state.recipe.eval
-    process_group, corpus = state.hardware.process_group, state.validation_data.corpus
+    assert state.data.validation is not None, "no validation data"
+    indices, settings = state.data.validation.stats.sample_indices, state.run.recipe.eval
+    process_group, corpus = state.run.hardware.process_group, state.data.validation.corpus
     subset = select_eval_samples(indices, resolve_interim_limit(settings))
     common = frozenset(subset)
     evaluated = indices if is_complete else subset
@@ -215,8 +226,8 @@ def run_evaluation(
                 compute_validation_loss(state, budget, on_progress, stop, part) for part in parts
             ]
 
-    budget, device = state.progress.budget, state.hardware.device
-    with state.parallel.summon_full_params():
+    budget, device = state.progress.budget, state.run.hardware.device
+    with state.engine.parallel.summon_full_params():
         with process_group.sync_errors():
             loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
         losses, skipped = _mean_losses(state, loss_sums)
@@ -251,8 +262,8 @@ def _record_skipped(
         f"{format_count(len(reasons), 'validation sample')} skipped, {name}: {reason};"
         " evaluations of other samples are not compared with this one"
     )
-    if state.hardware.process_group.is_main:
-        state.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
+    if state.run.hardware.process_group.is_main:
+        state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
 
 
 def _build_eval_result(
@@ -286,8 +297,8 @@ def _build_eval_result(
 
 
 def _compute_digest(state: TrainState, indices: Sequence[int]) -> str:
-    assert state.validation_data is not None, "no validation data"
-    samples = json.dumps([state.validation_data.corpus.fingerprint, *indices])
+    assert state.data.validation is not None, "no validation data"
+    samples = json.dumps([state.data.validation.corpus.fingerprint, *indices])
     return hashlib.sha256(samples.encode()).hexdigest()[:16]
 
 
@@ -303,13 +314,11 @@ def _evaluate_generation(
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
 
-    metric, process_group = (
-        custom_metric.resolve_metric_path(settings.metric, state.run_dir.path),
-        state.hardware.process_group,
-    )
+    metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
+    process_group = state.run.hardware.process_group
 
     def on_batch_reduced(batch: int) -> None:
-        state.graph_runner.release_graphs()
+        state.engine.graph_runner.release_graphs()
         console.log(
             f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
         )
@@ -323,11 +332,11 @@ def _evaluate_generation(
             stop.raise_if_requested()
 
         return evaluate(
-            state.model,
-            state.renderer,
+            state.engine.model,
+            state.data.renderer,
             samples,
             settings.model_copy(update={"metric": metric}),
-            predictions_file=state.run_dir.predictions_dir / f"{name}.jsonl"
+            predictions_file=state.run.run_dir.predictions_dir / f"{name}.jsonl"
             if process_group.is_main
             else None,
             on_progress=on_generated,
@@ -388,11 +397,8 @@ class LossSum(NamedTuple):
     indices: tuple[int, ...]
 
 
-class MeanLoss(NamedTuple):
-    """Mean validation loss per supervised token, and corpus indices of its samples, sorted."""
-
-    loss: float
-    indices: list[int]
+MeanLoss = tuple[float, list[int]]
+"""Mean validation loss per supervised token, and corpus indices of its samples, sorted."""
 
 
 def _mean_losses(
@@ -408,7 +414,7 @@ def _mean_losses(
     Raises:
         UserError: All samples of the first part have corrupt images, or a loss is not finite.
     """
-    payloads = state.hardware.process_group.all_gather_str(json.dumps(loss_sums))
+    payloads = state.run.hardware.process_group.all_gather_str(json.dumps(loss_sums))
     sums_by_rank = [json.loads(payload) for payload in payloads]
     losses, skipped = list[MeanLoss](), list[SkippedSample]()
     for num_parts in range(1, len(loss_sums) + 1):
@@ -424,8 +430,14 @@ def _mean_losses(
             )
         loss = math.fsum(parts) / sum(token_counts)
         if not math.isfinite(loss):
-            raise build_nonfinite_error(loss, "validation loss", state.progress.step)
-        losses.append(MeanLoss(loss, sorted(chain.from_iterable(indices_by_part))))
+            raise UserError(
+                f"the validation loss of step {state.progress.step} is {loss}",
+                where="training",
+                expected="a finite value; steps after the last checkpoint are lost",
+                remedy="lower train.learning_rate, lengthen train.warmup, or use"
+                " train.precision=bf16",
+            )
+        losses.append((loss, sorted(chain.from_iterable(indices_by_part))))
     return losses, skipped
 
 
@@ -451,8 +463,8 @@ def compute_validation_loss(
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.model
-    hardware = state.hardware
+    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
+    hardware = state.run.hardware
     total = torch.zeros((), device=hardware.device, dtype=torch.float64)
     unit_weight = torch.ones((), device=hardware.device)
     num_tokens = 0
@@ -467,13 +479,9 @@ def compute_validation_loss(
                     try:
                         total += _pack_loss(state, packed_batch, unit_weight)
                     except torch.OutOfMemoryError as error:
-                        has_freed_memory = state.graph_runner.release_graphs()
+                        has_freed_memory = state.engine.graph_runner.release_graphs()
                         raise build_pack_oom_error(
-                            error,
-                            packed_batch,
-                            budget,
-                            is_training=False,
-                            has_freed_memory=has_freed_memory,
+                            error, packed_batch, budget, False, has_freed_memory=has_freed_memory
                         ) from None
                     num_tokens += packed_batch.num_supervised_tokens
                 skipped += step_batch.skipped
@@ -489,10 +497,11 @@ def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor
 
     This is a separate function so that the tensors of the pack are freed on return.
     """
-    model, batch = state.model, state.to_device(packed_batch)
-    return fused_linear_cross_entropy(
-        model(batch), model.lm_head_weight, batch.labels_L, unit_weight
-    )
+    model = state.engine.model
+    batch = state.engine.device_loader.load(packed_batch)
+    objective = state.engine.objective
+    inputs = objective.loss_inputs(batch, unit_weight)
+    return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 
 def peak_memory_gb(device: torch.device) -> float:

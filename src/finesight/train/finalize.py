@@ -47,7 +47,7 @@ from finesight.train.evaluation import (
 )
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.run_dir import RunDir
-from finesight.train.trainer import TrainState
+from finesight.train.state import TrainState
 
 if TYPE_CHECKING:
     from finesight.report.run_page import LiveReportState
@@ -82,10 +82,6 @@ class ParamChange:
     num_changed: int
     num_with_grad: int
     relative_change: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of an entry of `param_audit.json`."""
-        return asdict(self)
 
 
 class ParamAudit:
@@ -316,7 +312,9 @@ class RunResult(BaseModel):
         return "\n".join(lines)
 
 
-def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | None:
+def finalize_run(
+    state: TrainState, console: ProgressConsole, param_audit: ParamAudit
+) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -329,13 +327,14 @@ def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | Non
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir, process_group = state.run_dir, state.hardware.process_group
+    run_dir, process_group = state.run.run_dir, state.run.hardware.process_group
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
     before: EvalResult | None = None
     after = eval_history[-1] if len(eval_history) > 1 else None
     step = state.progress.step
-    if best_eval is not None and state.recipe.eval is not None and state.recipe.eval.patience:
+    settings = state.run.recipe.eval
+    if best_eval is not None and settings is not None and settings.patience:
         after = best_eval
         if best_eval.step != step:
             step = best_eval.step
@@ -346,11 +345,18 @@ def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | Non
     if after is not None and len(eval_history) > 1:
         before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
-    if not (process_group.is_main or state.parallel.is_sharded):
+    if not (process_group.is_main or state.engine.parallel.is_sharded):
         return None
-    with load_final_weights(state, step) as param_changes:
+    if step != state.progress.step:
+        remedy = "set eval.patience=null and resume to use the weights of the last step"
+        _, weights, optimizer_state = state.run.checkpoint_manager.load(step, remedy)
+        state.engine.load_state_dict(weights, optimizer_state)
+    param_changes = param_audit.compute_changes(
+        state.engine.optimizer.params_with_grad(), state.shard_group
+    )
+    with state.engine.parallel.summon_full_params():
         if process_group.is_main:
-            run_dir.write(PARAM_AUDIT_FILE, [change.as_json() for change in param_changes])
+            run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
             console.log(format_param_changes(param_changes))
         check_param_changes(param_changes)
         if process_group.is_main:
@@ -368,8 +374,8 @@ def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | Non
     run_result = RunResult(
         run_dir=str(run_dir.path),
         steps=state.progress.step,
-        samples=state.checkpoint_state().consumed_samples,
-        skipped_samples=len(state.train_data.stats.skipped) + num_late_skipped,
+        samples=state.state_dict().consumed_samples,
+        skipped_samples=len(state.data.train.stats.skipped) + num_late_skipped,
         loss=loss,
         before=before,
         after=after,
@@ -379,7 +385,7 @@ def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | Non
         else (),
         best_eval=best_eval.as_best_eval() if best_eval else None,
         weights_step=after.step if after else state.progress.step,
-        stopped_early=state.progress.step < len(state.sampler),
+        stopped_early=state.progress.step < len(state.data.sampler),
     )
     run_dir.write_result(run_result.as_json())
     _log_summary(run_result, eval_history[-1] if eval_history else None, run_dir, console)
@@ -387,26 +393,6 @@ def finalize_run(state: TrainState, console: ProgressConsole) -> RunResult | Non
     console.log(f"Try it:  {_format_predict_command(run_dir.path, run_dir)}")
     console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
     return run_result
-
-
-@contextmanager
-def load_final_weights(state: TrainState, step: int) -> Iterator[list[ParamChange]]:
-    """Load the weights of a step and unshard the model within the context.
-
-    All ranks of a sharded run must call this function.
-
-    Yields:
-        Changes of the parameters since the start of the run.
-    """
-    if step != state.progress.step:
-        remedy = "set eval.patience=null and resume to use the weights of the last step"
-        _, weights, optimizer_state = state.checkpoint_manager.load(step, remedy)
-        state.load_state(weights, optimizer_state)
-    param_changes = state.param_audit.compute_changes(
-        state.optimizer.params_with_grad(), state.shard_group
-    )
-    with state.parallel.summon_full_params():
-        yield param_changes
 
 
 def write_run_report(
@@ -452,7 +438,7 @@ def _compute_differences(
     differences = []
     if old.has_loss_of(new):
         differences.append(build_unsampled_difference("validation_loss", *losses))
-    settings, run_dir = state.recipe.eval, state.run_dir
+    settings, run_dir = state.run.recipe.eval, state.run.run_dir
     if settings is None or not old.has_scores_of(new):
         return differences
     metric = custom_metric.resolve_metric_path(settings.metric, run_dir.path)
@@ -511,15 +497,15 @@ def _log_summary(
 
 def _save_weights(state: TrainState, step: int) -> None:
     """Export fully fine-tuned parts to `model/`, and adapters to `adapter/`."""
-    run_dir, base, model = state.run_dir, state.base_model, state.model
-    has_full_parts = state.recipe.tune.has_mode("full")
+    run_dir, base, model = state.run.run_dir, state.run.base_model, state.engine.model
+    has_full_parts = state.run.recipe.tune.has_mode("full")
     lora_layers = [(layer, adapter) for _, layer, adapter in iter_adapters(model)]
     if has_full_parts and not run_dir.model_dir.exists():
         with write_folder(run_dir.model_dir) as folder:
             for layer, _ in lora_layers:
                 layer.adapter = None
             try:
-                save_auto_model(model, base.folder, folder, state.hardware.dtype)
+                save_auto_model(model, base.folder, folder, state.run.hardware.dtype)
             finally:
                 for layer, adapter in lora_layers:
                     layer.adapter = adapter
@@ -529,10 +515,10 @@ def _save_weights(state: TrainState, step: int) -> None:
     adapter_base = ModelFolder(run_dir.model_dir) if has_full_parts else base.folder
     base_name = str(run_dir.model_dir.resolve()) if has_full_parts else base.name
     weights: Mapping[str, Tensor]
-    if state.parallel.is_sharded:
-        _, weights, _ = state.checkpoint_manager.load(step, "start again with --resume")
+    if state.engine.parallel.is_sharded:
+        _, weights, _ = state.run.checkpoint_manager.load(step, "start again with --resume")
     else:
-        weights = state.optimizer.export_weights()
+        weights = state.engine.optimizer.export_weights()
     with write_folder(run_dir.adapter_dir) as folder:
         save_adapter(
             folder,

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -25,8 +25,10 @@ from finesight.model.trainable import (
     ModelPart,
     get_part,
 )
-from finesight.model.vlm import VisionLanguageModel
 from finesight.vision.image_processing import GridTHW
+
+if TYPE_CHECKING:
+    from finesight.model.vlm import VisionLanguageModel
 
 LAYER_PREFIXES = ("model.layers.", "visual.blocks.")
 """Name prefixes of the parameters in layers with activation checkpointing."""
@@ -147,7 +149,7 @@ class FlopCounter:
         }
         return FlopBreakdown(
             matmul_by_part,
-            *self._count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
+            *self.count_attention(batch.lengths, batch.grid_thw, batch.prefix_length),
         )
 
     def count_checkpointing(self, batch: PackShape, fraction: float) -> float:
@@ -162,22 +164,14 @@ class FlopCounter:
             language_flops * (self._decoder_passes == 3) + vision_flops * (self._vision_passes == 3)
         )
 
-    def count_matmul(self, batch: PackShape) -> int:
-        """Count the FLOPs of the matrix products with weights in a forward and backward pass."""
-        return sum(self.count_by_part(batch).matmul_by_part.values())
-
-    def count_attention(self, lengths: Sequence[int], grid_thw: Sequence[GridTHW]) -> int:
-        """Count the FLOPs of attention in a forward and backward pass.
+    def count_attention(
+        self, lengths: Sequence[int], grid_thw: Sequence[GridTHW], prefix_length: int = 0
+    ) -> tuple[int, int]:
+        """Count the FLOPs of attention, separately for the decoder and the vision encoder.
 
         The forward pass takes 4 x queries x keys x width FLOPs, or half of them with a causal mask.
         The backward pass takes two times as many.
         """
-        return sum(self._count_attention(lengths, grid_thw))
-
-    def _count_attention(
-        self, lengths: Sequence[int], grid_thw: Sequence[GridTHW], prefix_length: int = 0
-    ) -> tuple[int, int]:
-        """Count the FLOPs of attention, separately for the decoder and the vision encoder."""
         decoder_config, vision_config = self._config.decoder, self._config.vision
         num_windowed, window = self._window_config
         width = decoder_config.num_heads * decoder_config.head_dim
@@ -209,14 +203,6 @@ class FlopCounter:
             return 0
         num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
         return 6 * sum(lengths) * num_layers * linear.key_head_dim * linear.value_size
-
-
-class NullFlopCounter:
-    """FLOP counter for models of the transformers backend, whose shapes are unknown."""
-
-    def count(self, batch: PackShape) -> float:
-        """Return 0, which means unknown."""
-        return 0.0
 
 
 def _patch_fraction(name: str) -> float:

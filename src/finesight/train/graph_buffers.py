@@ -10,7 +10,7 @@ a supervised token; N patches, B bytes of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -152,10 +152,8 @@ class GraphVisionInputs:
     @torch.no_grad()
     def copy_from(self, batch: PackedBatch, vision_encoder: VisionEncoder) -> None:
         """Copy the patches and layout of a pack to the buffers, without synchronization."""
-        num_patches, layout = (
-            len(batch.patches_ND),
-            vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device),
-        )
+        num_patches = len(batch.patches_ND)
+        layout = vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device)
         self.patches_NB[:num_patches].copy_(batch.patches_ND)
         self.patches_NB[num_patches:].zero_()
         self.layout.position_ids_N2[:num_patches].copy_(layout.position_ids_N2)
@@ -242,10 +240,8 @@ class GraphGradients:
         finally:
             for handle in handles:
                 handle.remove()
-        param_gradients, extra_gradients = (
-            gradients[: len(self._trainable_params)],
-            gradients[len(self._trainable_params) :],
-        )
+        param_gradients = gradients[: len(self._trainable_params)]
+        extra_gradients = gradients[len(self._trainable_params) :]
         for (_, buffer), gradient in zip(extra_outputs, extra_gradients, strict=True):
             buffer.copy_(gradient)
         large = self._large_indices.values()
@@ -429,7 +425,7 @@ class GraphInputs:
         batch: Packed batch with padded tensors.
         vision_inputs: Inputs of the vision encoder; None if the encoder is not in the graph.
         features_MKD: Image features; None for text, or if the graph contains the encoder.
-        loss_weight: Scalar that multiplies the loss.
+        loss_inputs: Inputs of the loss, with padding (`Objective.loss_inputs`).
         seed_1: Random seed of dropout.
         features_grad_MKD: Gradient of trainable image features, an output of the graph.
     """
@@ -438,7 +434,7 @@ class GraphInputs:
     batch: PackedBatch
     vision_inputs: GraphVisionInputs | None
     features_MKD: Tensor | None
-    loss_weight: Tensor
+    loss_inputs: dict[str, Tensor]
     seed_1: Tensor
     features_grad_MKD: Tensor | None
 
@@ -448,6 +444,7 @@ class GraphInputs:
         shape: GraphShape,
         batch: PackedBatch,
         features_MKD: Tensor | None,
+        loss_inputs: Mapping[str, Tensor],
         vision_encoder: VisionEncoder,
     ) -> GraphInputs:
         """Allocate the buffers of a graph.
@@ -455,6 +452,7 @@ class GraphInputs:
         Args:
             batch: Pack that the graph can run, for dtypes and device.
             features_MKD: Image features of this pack, if they are an input of the graph.
+            loss_inputs: Inputs of the loss of this pack, for dtypes and dimensions.
         """
         device = batch.ids_T.device
 
@@ -472,8 +470,12 @@ class GraphInputs:
             patches_ND=batch.patches_ND.new_empty(0, batch.patches_ND.shape[1]),
             visual_indices_M=zeros(shape.num_features),
             logit_indices_L=zeros(shape.num_labels),
-            labels_L=zeros(shape.num_labels),
+            labels_L=zeros(0),
         )
+        loss_buffers = {
+            name: zeros(*(shape.num_labels, *value.shape[1:])[: value.dim()], dtype=value.dtype)
+            for name, value in loss_inputs.items()
+        }
         features, features_grad = None, None
         if features_MKD is not None:
             features = zeros(shape.num_features, *features_MKD.shape[1:], dtype=features_MKD.dtype)
@@ -485,15 +487,15 @@ class GraphInputs:
             if shape.vision_shape is None
             else GraphVisionInputs.allocate(shape.vision_shape, batch, vision_encoder)
         )
-        loss_weight, seed_1 = torch.zeros((), device=device), zeros(1).int()
-        return cls(shape, buffers, vision_inputs, features, loss_weight, seed_1, features_grad)
+        seed_1 = zeros(1).int()
+        return cls(shape, buffers, vision_inputs, features, loss_buffers, seed_1, features_grad)
 
     @torch.no_grad()
     def copy_from(
         self,
         batch: PackedBatch,
         features_MKD: Tensor | None,
-        loss_weight: Tensor,
+        loss_inputs: Mapping[str, Tensor],
         vision_encoder: VisionEncoder,
     ) -> None:
         """Copy a pack to the buffers with padding, without synchronizing with the device."""
@@ -514,7 +516,6 @@ class GraphInputs:
             (ends * self.shape.max_suffix_length + num_tokens).clamp_(max=self.shape.num_tokens)
         )
         _copy_padded(static_batch.logit_indices_L, batch.logit_indices_L, 0)
-        _copy_padded(static_batch.labels_L, batch.labels_L, -1)
         _copy_padded(
             static_batch.visual_indices_M, batch.visual_indices_M, self.shape.num_tokens - 1
         )
@@ -522,7 +523,12 @@ class GraphInputs:
             _copy_padded(self.features_MKD, features_MKD, 0)
         if self.vision_inputs is not None:
             self.vision_inputs.copy_from(batch, vision_encoder)
-        self.loss_weight.copy_(loss_weight)
+        for name, value in loss_inputs.items():
+            buffer = self.loss_inputs[name]
+            if value.dim():
+                _copy_padded(buffer, value, 0 if value.is_floating_point() else -1)
+            else:
+                buffer.copy_(value)
         self.seed_1.random_(2**31 - 1)
 
     @property

@@ -33,11 +33,15 @@ from finesight.progress import ProgressConsole, StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.evaluation import EvalResult, load_eval_history, peak_memory_gb
+from finesight.train.evaluation import (
+    EvalResult,
+    load_eval_history,
+    peak_memory_gb,
+    resolve_interim_limit,
+)
 from finesight.train.finalize import RunResult
-from finesight.train.optimizer import resolve_interim_limit
 from finesight.train.setup import library_versions
-from finesight.train.trainer import StepOutput, TrainState
+from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 FULL_PREFIX = "all_samples/"
@@ -52,7 +56,7 @@ class TrackingEvents:
 
     def log_start(self, facts: Mapping[str, Any]) -> None:
         """Send the start of a run, with hardware and data."""
-        parallel = self._state.parallel
+        parallel = self._state.engine.parallel
         self._tracking.start_run({**facts, "num_trainable_params": parallel.num_trainable_params})
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
@@ -88,12 +92,12 @@ class TrackingEvents:
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
 
-        predictions_dir = self._state.run_dir.predictions_dir
+        predictions_dir = self._state.run.run_dir.predictions_dir
         images = render_example_images(
             predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl", sample_ids
         )
         self._tracking.log_images(eval_result.step, images)
-        baseline = load_eval_history(self._state.run_dir)[0]
+        baseline = load_eval_history(self._state.run.run_dir)[0]
         if (text := _describe_regression(baseline, eval_result)) is not None:
             self._tracking.send_alert("warning", "worse than before training", text)
 
@@ -182,7 +186,7 @@ class AnomalyDetector:
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._corrupt_samples: dict[str, str] = {}
         self._nonfinite_samples: list[str] = []
-        for line in state.run_dir.iter_metrics():
+        for line in state.run.run_dir.iter_metrics():
             if "loss" in line:
                 self._restore_step(line)
 
@@ -230,7 +234,7 @@ class AnomalyDetector:
         Raises:
             UserError: A limit is exceeded; the error lists the samples.
         """
-        progress, dataset_stats = self._state.progress, self._state.train_data.stats
+        progress, dataset_stats = self._state.progress, self._state.data.train.stats
         if progress.consecutive_nonfinite_steps >= MAX_CONSECUTIVE_NONFINITE:
             raise UserError(
                 f"{progress.consecutive_nonfinite_steps} steps in a row had a non-finite loss or"
@@ -261,9 +265,9 @@ class AnomalyDetector:
 
     def _sample_locations(self, step_index: int) -> tuple[str, ...]:
         """Return the file locations of all samples of a step, including those of other ranks."""
-        corpus = self._state.train_data.corpus
+        corpus = self._state.data.train.corpus
         return tuple(
-            corpus.location(index) for index in self._state.sampler.batch_indices(step_index)
+            corpus.location(index) for index in self._state.data.sampler.batch_indices(step_index)
         )
 
 
@@ -330,26 +334,26 @@ class MetricsLogger:
         self, state: TrainState, console: ProgressConsole, tracking: TrackerManager
     ) -> None:
         self._state, self._console = state, console
-        self._tracking_events = TrackingEvents(state, tracking)
+        self.tracking_events = TrackingEvents(state, tracking)
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
         self._has_warned, self._is_peak_valid = False, True
-        self._timer = StepTimer(state.hardware.device)
+        self._timer = StepTimer(state.run.hardware.device)
 
     def log_start(self, seconds: float) -> None:
         """Log the start or resume of a run, with hardware, data and library versions."""
-        state, hardware = self._state, self._state.hardware
-        data_by_split = {"train": state.train_data, "eval": state.validation_data}
+        state, hardware = self._state, self._state.run.hardware
+        data_by_split = {"train": state.data.train, "eval": state.data.validation}
         entry = {
             "step": state.progress.step,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "setup_s": seconds,
             "working_dir": str(Path.cwd()),
-            "size_histograms": build_size_histograms(state.train_data.stats.sample_stats),
+            "size_histograms": build_size_histograms(state.data.train.stats.sample_stats),
         }
         facts = {
-            "total_steps": len(state.sampler),
+            "total_steps": len(state.data.sampler),
             "device": get_device_name(hardware.device),
             "precision": hardware.precision,
             "num_workers": hardware.num_workers,
@@ -367,11 +371,11 @@ class MetricsLogger:
             },
         }
         self._append_metrics(entry | facts)
-        self._tracking_events.log_start(facts)
+        self.tracking_events.log_start(facts)
 
     def _append_metrics(self, metrics: Mapping[str, Any]) -> None:
-        if self._state.hardware.process_group.is_main:
-            self._state.run_dir.append_metrics(metrics)
+        if self._state.run.hardware.process_group.is_main:
+            self._state.run.run_dir.append_metrics(metrics)
 
     def log_vision_cache(self, seconds: float, result: VisionCacheResult) -> None:
         """Log the vision cache, or the reason for training without it.
@@ -419,12 +423,12 @@ class MetricsLogger:
         step_output, data_wait = pending
         metrics = self._build_metrics(step_output, data_wait)
         self._append_metrics(metrics)
-        self._tracking_events.log_step(metrics)
+        self.tracking_events.log_step(metrics)
         skipped_samples = step_output.global_stats.skipped
         for skipped in skipped_samples:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
-        if skipped_samples and self._state.hardware.process_group.is_main:
-            self._state.run_dir.append_skipped_samples(skipped_samples, metrics["step"])
+        if skipped_samples and self._state.run.hardware.process_group.is_main:
+            self._state.run.run_dir.append_skipped_samples(skipped_samples, metrics["step"])
         if self._step_progress is not None:
             self._step_progress.update(metrics)
         self._anomaly_detector.raise_if_exceeded()
@@ -435,24 +439,25 @@ class MetricsLogger:
         state, step_batch = self._state, step_output.step_batch
         global_stats = step_output.global_stats
         position = min(
-            (step_batch.step_index + 1) * state.recipe.train.batch_size, state.sampler.num_samples
+            (step_batch.step_index + 1) * state.run.recipe.train.batch_size,
+            state.data.sampler.num_samples,
         )
         flops = sum(count_flops(state, batch) for batch in step_batch.packs)
-        mfu = flops / seconds / state.hardware.peak_flops
+        mfu = flops / seconds / state.run.hardware.peak_flops
         self._is_peak_valid &= mfu <= 1
         return {
             "step": step_batch.step_index + 1,
-            "epoch": round(position / state.sampler.epoch_length, 4),
+            "epoch": round(position / state.data.sampler.epoch_length, 4),
             "loss": step_check.loss,
             "grad_norm": step_check.grad_norm,
-            "lr": state.optimizer.learning_rates(step_output.lr_factor),
+            "lr": state.engine.optimizer.learning_rates(step_output.lr_factor),
             "num_samples": global_stats.num_samples,
             "num_tokens": global_stats.num_tokens,
             "num_supervised_tokens": global_stats.num_supervised_tokens,
             "num_packs": len(step_batch.packs),
             **step_output.budget.model_dump(),
             "skipped_samples": [skipped.id for skipped in global_stats.skipped],
-            "skipped_steps": state.loss_scaler.num_skipped + state.progress.nonfinite_steps,
+            "skipped_steps": state.engine.loss_scaler.num_skipped + state.progress.nonfinite_steps,
             "nonfinite_samples": step_check.nonfinite_samples,
             "loss_spike_samples": step_check.spike_samples,
             "step_s": seconds,
@@ -461,7 +466,7 @@ class MetricsLogger:
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for unknown FLOPs (transformers backend) and a peak measured on a busy device.
             "mfu": mfu if mfu > 0 and self._is_peak_valid else None,
-            "peak_memory_gb": peak_memory_gb(state.hardware.device),
+            "peak_memory_gb": peak_memory_gb(state.run.hardware.device),
         }
 
     def log_evaluation(self, eval_result: EvalResult, name: str, seconds: float) -> None:
@@ -472,10 +477,10 @@ class MetricsLogger:
             seconds: Duration of the evaluation.
         """
         self._append_metrics(eval_result.as_json() | {"eval_s": seconds})
-        self._tracking_events.log_evaluation(eval_result, name, self._common_ids)
-        assert self._state.validation_data is not None, "no validation data"
-        num_all = len(self._state.validation_data.stats.sample_indices)
-        num_common = min(resolve_interim_limit(self._state.recipe.eval) or num_all, num_all)
+        self.tracking_events.log_evaluation(eval_result, name, self._common_ids)
+        assert self._state.data.validation is not None, "no validation data"
+        num_all = len(self._state.data.validation.stats.sample_indices)
+        num_common = min(resolve_interim_limit(self._state.run.recipe.eval) or num_all, num_all)
         for result in filter(None, (eval_result, eval_result.full)):
             num_samples = num_all if result is eval_result.full else num_common
             labels = [f"common subset: {num_samples} of {num_all} samples"]
@@ -485,7 +490,7 @@ class MetricsLogger:
                 if count not in (None, num_samples) and (result.scores or kind == "loss"):
                     labels.append(f"{kind} of {format_count(count, 'sample')}")
             self._log_scores(result, f"  ({', '.join(labels)})" if labels else "")
-        if self._state.hardware.process_group.is_main and not self._has_warned:
+        if self._state.run.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
         for line in (
             note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
@@ -495,7 +500,8 @@ class MetricsLogger:
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:
         """IDs of the samples that all evaluations have in common; None for all samples."""
-        data, limit = self._state.validation_data, resolve_interim_limit(self._state.recipe.eval)
+        data = self._state.data.validation
+        limit = resolve_interim_limit(self._state.run.recipe.eval)
         if data is None or limit is None:
             return None
         indices = select_eval_samples(data.stats.sample_indices, limit)
@@ -516,27 +522,25 @@ class MetricsLogger:
         """Log the first sign of overfitting, and send it as an alert."""
         from finesight.report.summary import describe_overfitting
 
-        run_dir = self._state.run_dir
+        run_dir = self._state.run.run_dir
         text = describe_overfitting(run_dir.path, [*run_dir.iter_metrics()])
         if text is not None:
             self._console.log(f"warning: {text}")
-            self._tracking_events.log_overfitting(text)
+            self.tracking_events.log_overfitting(text)
             self._has_warned = True
-
-    def log_result(self, result: RunResult) -> None:
-        """Send the result of the run to the experiment trackers."""
-        self._tracking_events.log_result(result)
 
 
 def count_flops(state: TrainState, batch: PackedBatch) -> float:
-    """Count the FLOPs of a pack on this rank.
+    """Count the FLOPs of a pack on this rank; 0 if they are unknown.
 
     The shards of a split sample count equally.
     """
-    context_shard = batch.context_shard
+    flop_counter, context_shard = state.engine.flop_counter, batch.context_shard
+    if flop_counter is None:
+        return 0.0
     if context_shard is None:
-        return state.flop_counter.count(batch)
-    return state.flop_counter.count(context_shard.sample_shape) / context_shard.world_size
+        return flop_counter.count(batch)
+    return flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
 def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:
@@ -558,7 +562,7 @@ def get_device_name(device: torch.device) -> str:
 
 def describe_run(state: TrainState) -> str:
     """Describe trainable parameters, number of steps, precision and device in one line."""
-    recipe, hardware = state.recipe, state.hardware
+    recipe, hardware = state.run.recipe, state.run.hardware
     tune = recipe.tune
     modes = {
         "vision": tune.vision,
@@ -567,15 +571,15 @@ def describe_run(state: TrainState) -> str:
         "embeddings": tune.embeddings,
     }
     trained = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
-    num_trainable = state.parallel.num_trainable_params
-    num_params = sum(parameter.numel() for parameter in state.model.parameters())
-    quantized = find_quantized_weights(state.model)
+    num_trainable = state.engine.parallel.num_trainable_params
+    num_params = sum(parameter.numel() for parameter in state.engine.model.parameters())
+    quantized = find_quantized_weights(state.engine.model)
     num_params += sum(weight.num_elements for weight in quantized.values())
-    epochs = state.sampler.num_samples / state.sampler.epoch_length
+    epochs = state.data.sampler.num_samples / state.data.sampler.epoch_length
     return (
         f"training {trained}: {num_trainable:,} of {num_params:,} parameters"
         f"{_describe_frozen_weights(state, quantized)};"
-        f" {format_count(len(state.sampler), 'step')} of"
+        f" {format_count(len(state.data.sampler), 'step')} of"
         f" {format_count(recipe.train.batch_size, 'sample')} ({epochs:.2f} epochs)"
         f" in {hardware.precision} on {hardware.device}, {hardware.num_workers} data loader workers"
     )
@@ -583,11 +587,11 @@ def describe_run(state: TrainState) -> str:
 
 def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> str:
     """Describe the quantized and FP8 weights of the model; empty if there are none."""
-    tune, notes = state.recipe.tune, []
+    tune, notes = state.run.recipe.tune, []
     if tune.quantize.nf4:
         notes.append(f"frozen weights of {' and '.join(tune.quantize.nf4)} in NF4")
     if tune.quantize.fp8:
-        num_unquantized = count_unquantized_layers(state.model, tune.quantize.fp8)
+        num_unquantized = count_unquantized_layers(state.engine.model, tune.quantize.fp8)
         exception = (
             f", except {num_unquantized} layers with unsupported sizes" if num_unquantized else ""
         )
@@ -598,7 +602,7 @@ def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> s
     )
     if prequantized:
         notes.append(f"weights of {' and '.join(prequantized)} in 4 bits, as published")
-    has_experts = any(isinstance(module, MoeExperts) for module in state.model.modules())
+    has_experts = any(isinstance(module, MoeExperts) for module in state.engine.model.modules())
     if tune.language == "lora" and has_experts:
         notes.append("experts have no adapters and are frozen")
     return "".join(f" ({note})" for note in notes)

@@ -93,17 +93,7 @@ class GpuOutOfMemoryError(UserError):
             run must end.
     """
 
-    def __init__(
-        self,
-        what: str,
-        *,
-        where: str = "",
-        expected: str = "",
-        remedy: str = "",
-        next_budget: MemoryBudget | None = None,
-    ) -> None:
-        super().__init__(what, where=where, expected=expected, remedy=remedy)
-        self.next_budget = next_budget
+    next_budget: MemoryBudget | None = None
 
 
 def build_pack_oom_error(
@@ -126,7 +116,7 @@ def build_pack_oom_error(
     location = (
         f"sample {first:.80}" if num_samples == 1 else f"{num_samples} samples from {first:.80} on"
     )
-    return GpuOutOfMemoryError(
+    oom_error = GpuOutOfMemoryError(
         f"the GPU memory is full: {first_error_line(error)}",
         where=f"{location}, {sum(batch.lengths):,} tokens and {len(batch.patches_ND):,} patches",
         expected="sufficient memory for one sample at a time"
@@ -134,10 +124,10 @@ def build_pack_oom_error(
         remedy="end other programs on this GPU and start again with --resume, or start a new run"
         " with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit frozen"
         " weights (tune.quantize.nf4=[language])",
-        next_budget=budget
-        if has_freed_memory
-        else budget.next_smaller(batch, is_training, world_size),
     )
+    smaller = budget.next_smaller(batch, is_training, world_size)
+    oom_error.next_budget = budget if has_freed_memory else smaller
+    return oom_error
 
 
 def build_generation_oom_error(error: torch.OutOfMemoryError) -> GpuOutOfMemoryError:

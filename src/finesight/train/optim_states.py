@@ -14,7 +14,7 @@ complete blocks, B = E / 256 blocks of N = 256 elements. Muon: N matrices of R r
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -110,27 +110,6 @@ NUM_DECADES = 7
 """Number of powers of ten below one that the 8-bit levels cover."""
 
 
-class AdamWHyperparams(NamedTuple):
-    """Hyperparameters of an AdamW step."""
-
-    lr: float
-    weight_decay: float
-    betas: tuple[float, float]
-
-    @property
-    def decay_factor(self) -> float:
-        """Factor that multiplies the weights for decoupled weight decay."""
-        return 1 - self.lr * self.weight_decay
-
-    def step_size(self, num_steps: int) -> float:
-        """Return the learning rate divided by the bias correction of the first moment."""
-        return self.lr / (1 - self.betas[0] ** num_steps)
-
-    def bias_correction2_sqrt(self, num_steps: int) -> float:
-        """Return the square root of the bias correction of the second moment."""
-        return float((1 - self.betas[1] ** num_steps) ** 0.5)
-
-
 class OptimState:
     """AdamW moment (first or second) of a parameter group in fp32, initially zero.
 
@@ -171,12 +150,13 @@ class OptimState8bit(OptimState):
             f"{num_elements} elements are not a multiple of the block size"
         )
         self.signed = signed
-        self._levels = create_dynamic_map(signed).to(device)
+        levels = create_dynamic_map(signed)
+        self._levels = levels.to(device)
         self._boundaries = (self._levels[1:] + self._levels[:-1]) / 2
         if not signed:
             # Non-zero values never round to zero, because the update divides by them.
             self._boundaries[0] = 0.0
-        zero = int((self._levels == 0).nonzero())
+        zero = int((levels == 0).nonzero())
         self.values_E = torch.full((num_elements,), zero, dtype=torch.uint8, device=device)
         self.scale_B = torch.zeros(num_elements // BLOCK_SIZE, device=device)
 
@@ -266,13 +246,21 @@ class Muon:
 
     Args:
         master_weights: fp32 master weights of the group.
-        grad_E: Flat gradient buffer of the group.
+        read_gradient: Function that accumulates the gradients of the group in a flat tensor [E],
+            which is the same in every call.
         matrices: Locations and shapes of the matrices.
     """
 
+    num_steps = 0
+    """Not counted: the update has no bias correction."""
+
     def __init__(
-        self, master_weights: SplitBf16Master, grad_E: Tensor, matrices: Iterable[MatrixSlice]
+        self,
+        master_weights: SplitBf16Master,
+        read_gradient: Callable[[], Tensor],
+        matrices: Iterable[MatrixSlice],
     ) -> None:
+        grad_E, self._read_gradient = read_gradient(), read_gradient
         self.momentum_E = torch.zeros_like(grad_E)
         self._master_weights, self._grad_E = master_weights, grad_E
         slices_by_shape: dict[tuple[int, int], list[slice]] = {}
@@ -290,16 +278,13 @@ class Muon:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     @torch.no_grad()
-    def step(self, lr: float, weight_decay: float, grad_factor: Tensor) -> None:
+    def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
         """Update the master weights by the orthogonalized Nesterov momentum.
 
-        A step whose `grad_factor` is NaN is skipped. The gradient buffer is overwritten. The host
-        synchronizes with the device only to capture the CUDA graph of a small group.
-
-        Args:
-            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
-                unscaling.
+        The gradient buffer is overwritten. The host synchronizes with the device only to capture
+        the CUDA graph of a small group.
         """
+        self._read_gradient()
         is_nonfinite = grad_factor.isnan()
         self._grad_E.mul_(grad_factor).masked_fill_(is_nonfinite, 0.0)
         self._lerp_weight.fill_(1 - MOMENTUM).masked_fill_(is_nonfinite, 0.0)
@@ -312,6 +297,18 @@ class Muon:
             self._master_weights.write(
                 master_N.addcmul_(self._grad_E[flat_slice], step_size), flat_slice
             )
+
+    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
+        """Return a view of the momentum of one parameter."""
+        return {"momentum": self.momentum_E[flat_slice].view(shape)}
+
+    def workspace_bytes(self, is_cuda: bool) -> int:
+        """Return the temporary bytes of a step: three copies of the largest stack."""
+        return 3 * torch.float32.itemsize * min(len(self._master_weights), MAX_STACK_ELEMENTS)
+
+    def traffic_bytes(self, is_cuda: bool) -> int:
+        """Return the bytes of memory traffic of a step, 80 per element."""
+        return 80 * len(self._master_weights)
 
     def _orthogonalize(self) -> None:
         """Compute the updates, as a CUDA graph for small groups on a GPU.

@@ -22,12 +22,12 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finesight.config import EvalSettings, StepsOrFraction, TrainSettings
-from finesight.errors import UserError
+from finesight.config import TrainSettings
 from finesight.model.kernels import adamw
 from finesight.model.kernels.adamw import ADAM_EPS, BLOCK_SIZE
 from finesight.model.kernels.runtime import HAS_TRITON
@@ -39,7 +39,6 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train.optim_states import (
-    AdamWHyperparams,
     MatrixSlice,
     Muon,
     OptimState,
@@ -47,75 +46,6 @@ from finesight.train.optim_states import (
     SplitBf16Master,
     break_bf16_ties,
 )
-
-DEFAULT_SAVE_INTERVAL = 0.25
-"""Default interval between two checkpoints, as a fraction of the run."""
-
-DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
-"""Default interval between two evaluations: fraction of the run, and minimum number of steps."""
-
-DEFAULT_INTERIM_SAMPLES = 64
-"""Size of the subset on which evaluations at the default interval are compared."""
-
-
-def resolve_steps(value: StepsOrFraction, total_steps: int) -> int:
-    """Convert a number of steps or a fraction of the run to steps.
-
-    Fractions are rounded up.
-    """
-    return value if isinstance(value, int) else math.ceil(value * total_steps)
-
-
-def resolve_eval_interval(settings: EvalSettings, total_steps: int) -> int:
-    """Return the number of steps between two evaluations; 0 for none during training."""
-    if settings.every is None:
-        return max(MIN_DEFAULT_EVAL_STEPS, resolve_steps(DEFAULT_EVAL_INTERVAL, total_steps))
-    return resolve_steps(settings.every, total_steps)
-
-
-def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
-    """Return the size of the subset on which evaluations are compared; None for all samples."""
-    if settings is None or settings.every is not None:
-        return None
-    return DEFAULT_INTERIM_SAMPLES
-
-
-def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
-    """Return the number of steps between two checkpoints; 0 saves only the last step."""
-    return resolve_steps(
-        DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
-    )
-
-
-class LRSchedule:
-    """Learning rate schedule: linear warmup, then cosine, linear or no decay.
-
-    The factor is positive in every step, including the first and the last one.
-
-    Raises:
-        UserError: The warmup is not shorter than the run.
-    """
-
-    def __init__(self, train: TrainSettings, total_steps: int) -> None:
-        self.kind, self.total_steps = train.lr_schedule, total_steps
-        self.warmup_steps = resolve_steps(train.warmup, total_steps)
-        if self.warmup_steps >= total_steps and self.warmup_steps > 1:
-            raise UserError(
-                f"{self.warmup_steps} warmup steps in a run of {total_steps} steps",
-                where="train.warmup",
-                expected=f"fewer than {total_steps} steps, or a fraction of the run such as 0.03",
-                remedy="lower train.warmup or train for more steps",
-            )
-
-    def lr_factor(self, step: int) -> float:
-        """Return the factor in (0, 1] that multiplies the learning rates in a step."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        progress = (step - self.warmup_steps) / max(1, self.total_steps - self.warmup_steps)
-        if self.kind == "cosine":
-            return 0.5 * (1 + math.cos(math.pi * progress))
-        return 1 - progress if self.kind == "linear" else 1.0
-
 
 LARGE_PARAM_ELEMENTS = 1 << 20
 """Number of elements from which a parameter's gradient is accumulated by an autograd hook.
@@ -170,10 +100,8 @@ class GradientAccumulator:
 
     def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
         self.param_slices, self.device = param_slices, param_slices[0].parameter.device
-        self._length, self._starts = (
-            length,
-            [param_slice.flat_slice.start for param_slice in param_slices],
-        )
+        self._length = length
+        self._starts = [param_slice.flat_slice.start for param_slice in param_slices]
         self._flat_E: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(param_slices)
         # Whether the sum contains a gradient of this step.
@@ -318,10 +246,8 @@ class GradientAccumulator:
         first = max(0, bisect_right(self._starts, flat_slice.start) - 1)
         for index in range(first, bisect_left(self._starts, flat_slice.stop)):
             param_range = self.param_slices[index].flat_slice
-            start, stop = (
-                max(param_range.start, flat_slice.start),
-                min(param_range.stop, flat_slice.stop),
-            )
+            start = max(param_range.start, flat_slice.start)
+            stop = min(param_range.stop, flat_slice.stop)
             param_grad = self.param_slices[index].parameter.grad
             gradient = self.sums[index] if self._has_sum[index] else param_grad
             if start < stop and gradient is not None:
@@ -349,8 +275,45 @@ class GradientAccumulator:
             self.sums = [None] * len(self.param_slices)
 
 
-MAX_CHUNK_ELEMENTS = 1 << 20
-"""Elements per chunk of the step without Triton; each element takes about 20 temporary bytes."""
+class Optimizer(Protocol):
+    """Optimizer of one parameter group. `finesight plan` creates it on the meta device."""
+
+    num_steps: int
+    """Number of applied steps; 0 if the update does not depend on it."""
+
+    def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
+        """Update the master weights from the accumulated gradients.
+
+        Args:
+            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
+                unscaling; NaN skips the step.
+        """
+        ...
+
+    def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
+        """Return views of the state of the parameter in a slice of the group, for checkpoints.
+
+        The last tensor stays zero until the parameter receives a non-zero gradient.
+        """
+        ...
+
+    def workspace_bytes(self, is_cuda: bool) -> int:
+        """Return the temporary bytes of a step."""
+        ...
+
+    def traffic_bytes(self, is_cuda: bool) -> int:
+        """Return the bytes of memory traffic of a step, with gradient norm and clipping."""
+        ...
+
+
+MAX_CHUNK_ELEMENTS, STEP_BYTES_PER_ELEMENT = 1 << 20, 20
+"""Elements per chunk of the AdamW step without Triton, and temporary bytes per element."""
+
+ADAMW_TRAFFIC_BYTES = {False: {False: 60, True: 28}, True: {False: 270, True: 29}}
+"""Bytes of memory traffic per element of an AdamW step, by use of 8-bit moments and of the kernel.
+
+With 8-bit moments, the kernel moves 16 bytes, but takes as long as this value.
+"""
 
 
 class AdamW:
@@ -368,6 +331,7 @@ class AdamW:
         use_8bit: bool = False,
     ) -> None:
         self._master_weights, self._gradients, self._betas = master_weights, gradients, betas
+        self._use_8bit = use_8bit
         num_elements, device = len(master_weights), master_weights.params_E.device
         self.exp_avg: OptimState
         self.exp_avg_sq: OptimState
@@ -375,10 +339,8 @@ class AdamW:
             self.exp_avg = OptimState8bit(num_elements, device, signed=True)
             self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
         else:
-            self.exp_avg, self.exp_avg_sq = (
-                OptimState(num_elements, device),
-                OptimState(num_elements, device),
-            )
+            self.exp_avg = OptimState(num_elements, device)
+            self.exp_avg_sq = OptimState(num_elements, device)
         self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
         self._next_num_steps = self._num_steps.clone()
 
@@ -396,70 +358,56 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
-        """Update the master weights from the accumulated gradients.
+        """Update the master weights; see `Optimizer.step`.
 
-        A step whose `grad_factor` is NaN is skipped and not counted. With the Triton kernel, the
-        host does not synchronize with the device.
-
-        Args:
-            grad_factor: Scalar on the device that multiplies all gradients, for clipping and
-                unscaling.
+        A skipped step is not counted. With the Triton kernel, the host does not synchronize with
+        the device.
         """
-        hparams = AdamWHyperparams(lr, weight_decay, self._betas)
+        decay_factor = 1 - lr * weight_decay
         tiles, master = self._gradients.tiles, self._master_weights
         gradients = self._gradients.per_parameter()
         if tiles is not None:
             step_counts = self._num_steps, self._next_num_steps
             moments = [(one.values_E, one.scale_B) for one in (self.exp_avg, self.exp_avg_sq)]
             group = tiles, gradients, (master.params_E, master.residual_E), moments
-            adamw.adamw_step(
-                *group, grad_factor, step_counts, lr, hparams.decay_factor, self._betas
-            )
+            adamw.adamw_step(*group, grad_factor, step_counts, lr, decay_factor, self._betas)
             self._next_num_steps, self._num_steps = step_counts
             return
         if not grad_factor.isfinite():
             return
         self.num_steps += 1
-        num_steps = self.num_steps
-        for start in range(0, len(self._master_weights), MAX_CHUNK_ELEMENTS):
-            self._step_chunk(
-                slice(start, min(start + MAX_CHUNK_ELEMENTS, len(self._master_weights))),
-                grad_factor,
-                hparams,
-                num_steps,
-            )
-
-    def _step_chunk(
-        self, flat_slice: slice, grad_factor: Tensor, hparams: AdamWHyperparams, num_steps: int
-    ) -> None:
-        beta_1, beta_2 = hparams.betas
-        grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
-        exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
-        exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
-        exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
-        self.exp_avg.write(exp_avg_M, flat_slice)
-        self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
-        # The update uses the moments before rounding.
-        denom_M = exp_avg_sq_M.sqrt().div_(hparams.bias_correction2_sqrt(num_steps)).add_(ADAM_EPS)
-        master_M = self._master_weights.read(flat_slice).mul_(hparams.decay_factor)
-        self._master_weights.write(
-            master_M.addcdiv_(exp_avg_M, denom_M, value=-hparams.step_size(num_steps)), flat_slice
-        )
+        beta_1, beta_2 = self._betas
+        step_size = lr / (1 - beta_1**self.num_steps)
+        bias_correction2_sqrt = float((1 - beta_2**self.num_steps) ** 0.5)
+        for start in range(0, len(master), MAX_CHUNK_ELEMENTS):
+            flat_slice = slice(start, min(start + MAX_CHUNK_ELEMENTS, len(master)))
+            grad_M = self._gradients.read_slice(flat_slice).mul_(grad_factor)
+            exp_avg_M = self.exp_avg.read(flat_slice).lerp_(grad_M, 1 - beta_1)
+            exp_avg_sq_M = self.exp_avg_sq.read(flat_slice).mul_(beta_2)
+            exp_avg_sq_M.addcmul_(grad_M, grad_M, value=1 - beta_2)
+            self.exp_avg.write(exp_avg_M, flat_slice)
+            self.exp_avg_sq.write(exp_avg_sq_M, flat_slice)
+            # The update uses the moments before rounding.
+            denom_M = exp_avg_sq_M.sqrt().div_(bias_correction2_sqrt).add_(ADAM_EPS)
+            master_M = master.read(flat_slice).mul_(decay_factor)
+            master.write(master_M.addcdiv_(exp_avg_M, denom_M, value=-step_size), flat_slice)
 
     def state_tensors(self, flat_slice: slice, shape: torch.Size) -> dict[str, Tensor]:
-        """Return views of the AdamW moments of one parameter, for saving and loading checkpoints.
-
-        The last tensor belongs to the second moment. It stays zero until the parameter receives a
-        non-zero gradient, because a sum of squares cannot cancel.
-
-        Args:
-            flat_slice: Elements of the parameter in its group.
-        """
+        """Return views of the moments; the second moment is last, because squares cannot cancel."""
         return {
             f"{name}{suffix}": tensor
             for name, state in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq))
             for suffix, tensor in state.state_tensors(flat_slice, shape).items()
         }
+
+    def workspace_bytes(self, is_cuda: bool) -> int:
+        """Return the temporary bytes of a step; 0 for the kernel."""
+        num_elements = min(len(self._master_weights), MAX_CHUNK_ELEMENTS)
+        return 0 if is_cuda else STEP_BYTES_PER_ELEMENT * num_elements
+
+    def traffic_bytes(self, is_cuda: bool) -> int:
+        """Return the bytes of memory traffic of a step."""
+        return ADAMW_TRAFFIC_BYTES[self._use_8bit][is_cuda] * len(self._master_weights)
 
 
 _ALIGNMENT = 64
@@ -473,7 +421,7 @@ class ParamGroup:
     parameter starts at a multiple of `alignment` elements.
     """
 
-    optimizer: Muon | AdamW
+    optimizer: Optimizer
 
     def __init__(
         self,
@@ -503,14 +451,6 @@ class ParamGroup:
         self.master_weights = SplitBf16Master(params_E)
         self.gradients = GradientAccumulator(self.param_slices, end)
 
-    @property
-    def is_matmul(self) -> bool:
-        """True if all parameters of the group are weight matrices, or stacks of them."""
-        return all(
-            _is_matmul_weight(param_slice.name, param_slice.parameter)
-            for param_slice in self.param_slices
-        )
-
     def create_optimizer(
         self, train: TrainSettings, stacked_rows: Mapping[str, Sequence[int]]
     ) -> None:
@@ -522,7 +462,8 @@ class ParamGroup:
         Args:
             stacked_rows: Number of rows of each matrix in stacked parameters, by parameter name.
         """
-        if train.optimizer == "muon" and self.is_matmul:
+        is_matmul = all(_is_matmul_weight(one.name, one.parameter) for one in self.param_slices)
+        if train.optimizer == "muon" and is_matmul:
             matrices = (
                 matrix
                 for param_slice in self.param_slices
@@ -531,9 +472,9 @@ class ParamGroup:
                 )
             )
             self.gradients.use_flat_buffer()
-            self.optimizer = Muon(self.master_weights, self.gradients.flat_gradient(), matrices)
+            self.optimizer = Muon(self.master_weights, self.gradients.flat_gradient, matrices)
         else:
-            use_8bit = train.optimizer == "adamw_8bit" and self.is_matmul
+            use_8bit = train.optimizer == "adamw_8bit" and is_matmul
             self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
 
     def step(self, grad_factor: Tensor, lr_factor: float) -> None:
@@ -543,22 +484,19 @@ class ParamGroup:
             grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
             lr_factor: Factor of the learning rate schedule.
         """
-        lr = self.lr * lr_factor
-        if isinstance(self.optimizer, Muon):
-            self.gradients.flat_gradient()
-            self.optimizer.step(lr, self.weight_decay, grad_factor)
-        else:
-            self.optimizer.step(grad_factor, lr, self.weight_decay)
+        self.optimizer.step(grad_factor, self.lr * lr_factor, self.weight_decay)
         self.gradients.zero_grad()
 
     def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
-        """Return views of the optimizer state of one parameter, by state name.
-
-        The last tensor is zero as long as all gradients of the parameter were zero.
-        """
-        if isinstance(self.optimizer, Muon):
-            return {"momentum": param_slice.view(self.optimizer.momentum_E)}
+        """Return views of the optimizer state of one parameter, by state name."""
         return self.optimizer.state_tensors(param_slice.flat_slice, param_slice.parameter.shape)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of the optimizer state, with the padding between parameters."""
+        length = len(self.master_weights)
+        state = self.optimizer.state_tensors(slice(0, length), torch.Size([length]))
+        return sum(tensor.nbytes for tensor in state.values())
 
 
 class MasterWeightMap(Mapping[str, Tensor]):
@@ -691,12 +629,8 @@ class MasterWeightOptimizer:
         - `exp_avg_scale.NAME`, `exp_avg_sq_scale.NAME`: scales of 8-bit moments.
         - `momentum.NAME`: Muon momentum.
         """
-        step_counts = [
-            group.optimizer.num_steps
-            for group in self.param_groups
-            if isinstance(group.optimizer, AdamW)
-        ]
-        return {"num_steps": torch.tensor(float(step_counts[0] if step_counts else 0))} | {
+        num_steps = max(group.optimizer.num_steps for group in self.param_groups)
+        return {"num_steps": torch.tensor(float(num_steps))} | {
             f"{state_name}.{param_slice.name}": tensor
             for group in self.param_groups
             for param_slice in group.param_slices
@@ -726,8 +660,7 @@ class MasterWeightOptimizer:
         differing = sorted(set(self.master_weights()) ^ set(weights))
         assert not differing, f"{len(differing)} parameters differ, the first is {differing[0]}"
         for group in self.param_groups:
-            if isinstance(group.optimizer, AdamW):
-                group.optimizer.num_steps = int(optimizer_state["num_steps"])
+            group.optimizer.num_steps = int(optimizer_state["num_steps"])
             for param_slice in group.param_slices:
                 group.master_weights.load(
                     weights[param_slice.name].flatten(), param_slice.flat_slice
@@ -783,10 +716,8 @@ class LossScaler:
     INIT_SCALE, MIN_SCALE, GROWTH_INTERVAL = 2.0**15, 1.0, 1000
 
     def __init__(self, is_enabled: bool) -> None:
-        self.is_enabled = is_enabled
-        self.scale = self.INIT_SCALE if is_enabled else 1.0
-        self.growth_tracker = 0
-        self.num_skipped = 0
+        self.is_enabled, self.scale = is_enabled, self.INIT_SCALE if is_enabled else 1.0
+        self.growth_tracker = self.num_skipped = 0
 
     def update(self, grad_norm: float) -> bool:
         """Update the loss scale after the backward pass of a step.
@@ -817,18 +748,6 @@ class LossScaler:
 
     def load_state_dict(self, state_dict: Mapping[str, float]) -> None:
         """Restore the state that `state_dict` returned."""
-        self.scale, self.growth_tracker = (
-            float(state_dict["scale"]),
-            int(state_dict["growth_tracker"]),
-        )
+        self.scale = float(state_dict["scale"])
+        self.growth_tracker = int(state_dict["growth_tracker"])
         self.num_skipped = int(state_dict["num_skipped"])
-
-
-def build_nonfinite_error(value: float, quantity: str, step: int) -> UserError:
-    """Create the error for a non-finite quantity, such as the validation loss."""
-    return UserError(
-        f"the {quantity} of step {step} is {value}",
-        where="training",
-        expected="a finite value; steps after the last checkpoint are lost",
-        remedy="lower train.learning_rate, lengthen train.warmup, or use train.precision=bf16",
-    )

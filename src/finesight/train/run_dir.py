@@ -281,10 +281,6 @@ class RunDir:
                 num_bytes += size
             truncate_file(self.metrics_path, num_bytes)
 
-    def read_metrics(self) -> list[dict[str, Any]]:
-        """Return all lines of `metrics.jsonl`."""
-        return list(self.iter_metrics())
-
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Iterate over the lines of `metrics.jsonl`, without loading the complete file."""
         if self.metrics_path.exists():

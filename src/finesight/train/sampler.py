@@ -227,11 +227,6 @@ class DistributedSampler:
         )
 
     @property
-    def reports_skipped(self) -> bool:
-        """True on the main process, which reports skipped split samples."""
-        return self.process_group.is_main
-
-    @property
     def max_unsplit_tokens(self) -> int | None:
         """Maximum number of tokens of a sample that is not split over the ranks.
 

@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import PixelLimits, PixelRange, Recipe, TuneSettings
+from finesight.config import Recipe, TuneSettings
 from finesight.encode.packing import SampleShape
-from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.renderer import Renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
@@ -32,7 +32,7 @@ from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
-from finesight.model_folder import ModelFolder, get_portable_name
+from finesight.model_folder import get_portable_name
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.train.checkpoint import (
@@ -42,7 +42,7 @@ from finesight.train.checkpoint import (
     check_resume_config,
 )
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataloader import default_num_workers
+from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
     SampleStatsMap,
     TrainingData,
@@ -53,9 +53,11 @@ from finesight.train.dataset_stats import (
     load_training_data,
 )
 from finesight.train.finalize import ParamAudit
-from finesight.train.flops import FlopCounter, NullFlopCounter, measure_peak_flops
+from finesight.train.flops import FlopCounter, measure_peak_flops
+from finesight.train.lr_schedule import LRSchedule
+from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
     SINGLE_PROCESS,
     DDPStrategy,
@@ -64,38 +66,14 @@ from finesight.train.parallel.distributed import (
 )
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
-from finesight.train.trainer import Hardware, TrainState
-
-
-@dataclass(frozen=True, slots=True)
-class BaseModelRef:
-    """Base model that a run starts from.
-
-    Attributes:
-        name: Name stored in manifests and adapters: an absolute path, or the name of a hub model.
-        adapter: Folder of an adapter to continue training; None to start with a new one.
-        manifest: Manifest of the run that produced the model or adapter, if any.
-    """
-
-    name: str
-    folder: ModelFolder
-    adapter: Path | None
-    manifest: Manifest | None
-
-    def build_renderer(self, recipe: Recipe) -> Renderer:
-        """Create the renderer (tokenizer, chat template and image processor) of a recipe.
-
-        Image settings and the system prompt that the recipe does not set are read from the manifest
-        of the run that produced the model.
-        """
-        image_rule, system_prompt = recipe.image, recipe.data.system_prompt
-        if self.manifest is not None:
-            run_rule = self.manifest.image_rule
-            if isinstance(image_rule, PixelLimits) and isinstance(run_rule, PixelRange):
-                image_rule = image_rule.complete(run_rule)
-            image_rule = run_rule if image_rule is None else image_rule
-            system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
-        return build_renderer(self.folder, image_rule, system_prompt)
+from finesight.train.state import (
+    BaseModelRef,
+    Hardware,
+    RunContext,
+    RunData,
+    TrainEngine,
+    TrainState,
+)
 
 
 def resolve_base_model(recipe: Recipe) -> BaseModelRef:
@@ -167,7 +145,9 @@ def library_versions() -> dict[str, str]:
 
 def build_manifest(state: TrainState) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
-    base_model, renderer, settings = state.base_model, state.renderer, state.recipe.eval
+    base_model = state.run.base_model
+    renderer = state.data.renderer
+    settings = state.run.recipe.eval
     return Manifest(
         family=base_model.folder.family,
         base_model=base_model.name,
@@ -176,11 +156,11 @@ def build_manifest(state: TrainState) -> Manifest:
         system_prompt=renderer.system_prompt,
         enable_thinking=renderer.has_reasoning if renderer.renders_reasoning else None,
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
-        tune=state.recipe.tune,
+        tune=state.run.recipe.tune,
         versions=library_versions(),
         metric=next((name for name in TASK_METRICS if settings and name == settings.metric), None),
         max_new_tokens=None if settings is None else settings.max_new_tokens,
-        prompts=state.train_data.list_frequent_prompts(),
+        prompts=state.data.train.list_frequent_prompts(),
     )
 
 
@@ -207,7 +187,7 @@ def build_train_state(
     resume: bool,
     process_group: ProcessGroup = SINGLE_PROCESS,
     check_inputs: InputCheck | None = None,
-) -> TrainState:
+) -> tuple[TrainState, ParamAudit]:
     """Load and check everything that a training run needs.
 
     Small files are read first, so that errors appear before the weights are loaded. With `resume`,
@@ -217,6 +197,9 @@ def build_train_state(
         console: Console for progress and messages.
         resume: Whether to restore the newest checkpoint.
         check_inputs: Further check of a new run, before the weights are loaded.
+
+    Returns:
+        State of the run, and the record of its initial parameters.
 
     Raises:
         UserError: Settings, data, model or checkpoint are invalid.
@@ -263,7 +246,7 @@ def build_train_state(
                 inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler)
                 check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
-    flop_counter = NullFlopCounter() if isinstance(model, HfModel) else FlopCounter(model)
+    flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     sample_stats = (
         train_data.build_sample_stats(renderer, recipe.data)
         if train_data.stats.is_complete
@@ -286,60 +269,57 @@ def build_train_state(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
-    progress = TrainProgress(budget)
-    if checkpoint is not None:
-        stored = checkpoint[0]
-        progress = TrainProgress(
-            budget=stored.budget.min_with(budget),
-            step=stored.step,
-            last_eval_step=stored.last_eval_step,
-            best=stored.best,
-            nonfinite_steps=stored.nonfinite_steps,
-            consecutive_nonfinite_steps=stored.consecutive_nonfinite_steps,
-        )
+    objective = SftObjective()
     state = TrainState(
-        recipe=recipe,
-        run_dir=run_dir,
-        checkpoint_manager=checkpoint_manager,
-        hardware=hardware,
-        base_model=base_model,
-        renderer=renderer,
-        train_data=train_data,
-        validation_data=validation_data,
-        sampler=sampler,
-        step_dataset=train_data.build_step_dataset(
+        RunContext(recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config),
+        RunData(
             renderer,
-            rank_sampler,
-            recipe.train.pack_tokens,
-            recipe.data,
-            use_shared_prefix=not isinstance(model, HfModel),
+            train_data,
+            validation_data,
+            sampler,
+            step_dataset=train_data.build_step_dataset(
+                renderer,
+                rank_sampler,
+                recipe.train.pack_tokens,
+                recipe.data,
+                use_shared_prefix=not isinstance(model, HfModel),
+            ),
         ),
-        model=model.train(),
-        parallel=parallel,
-        optimizer=optimizer,
-        graph_runner=CudaGraphRunner(
-            model, list(parallel.trainable_params.values()), is_local=not parallel.is_sharded
+        TrainEngine(
+            model=model.train(),
+            objective=objective,
+            parallel=parallel,
+            device_loader=DeviceLoader(
+                parallel,
+                hardware.device,
+                pads_shapes=not isinstance(model, HfModel)
+                and hardware.device.type == "cpu"
+                and hardware.dtype != torch.float32,
+                padding_merge_size=None
+                if isinstance(model, HfModel) or not model.visual.supports_padding
+                else model.config.vision.merge_size,
+            ),
+            optimizer=optimizer,
+            graph_runner=CudaGraphRunner(
+                model,
+                objective,
+                list(parallel.trainable_params.values()),
+                is_local=not parallel.is_sharded,
+            ),
+            loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
+            lr_schedule=lr_schedule,
+            flop_counter=flop_counter,
         ),
-        param_audit=ParamAudit(model, optimizer.master_weights()),
-        loss_scaler=LossScaler(is_enabled=hardware.dtype == torch.float16),
-        lr_schedule=lr_schedule,
-        flop_counter=flop_counter,
-        resume_config=resume_config,
-        progress=progress,
-        pads_shapes=not isinstance(model, HfModel)
-        and hardware.device.type == "cpu"
-        and hardware.dtype != torch.float32,
-        padding_merge_size=None
-        if isinstance(model, HfModel) or not model.visual.supports_padding
-        else model.config.vision.merge_size,
+        TrainProgress(budget=budget),
     )
+    param_audit = ParamAudit(model, optimizer.master_weights())
     if checkpoint is not None:
         stored, weights, optimizer_state = checkpoint
-        state.load_state(weights, optimizer_state)
-        state.loss_scaler.load_state_dict(stored.loss_scale)
-    state.apply_budget(progress.budget)
+        state.engine.load_state_dict(weights, optimizer_state)
+        state.load_state_dict(stored)
+    state.apply_budget(state.progress.budget)
     _log_overrides(state, budget, console)
-    return state
+    return state, param_audit
 
 
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
@@ -371,7 +351,7 @@ def build_rank_sampler(
     sampler: StepSampler,
     process_group: ProcessGroup,
     sample_stats: SampleStatsMap | None,
-    flop_counter: FlopCounter | NullFlopCounter,
+    flop_counter: FlopCounter | None,
     pack_tokens: int,
     *,
     can_split_samples: bool,
@@ -384,7 +364,7 @@ def build_rank_sampler(
         sampler: Sampler of complete steps, returned unchanged in a single-process run.
         sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
             of samples, because the ranks must agree on the costs.
-        flop_counter: Counter that estimates the cost of a sample.
+        flop_counter: Counter that estimates the cost of a sample; None to use its tokens.
         can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:
@@ -395,13 +375,9 @@ def build_rank_sampler(
 
     def estimate_cost(index: int) -> float:
         sample = stats[index]
-        num_tokens = max(0, sample.num_packed_tokens - stats.prefix_length)
-        return (
-            flop_counter.count(
-                SampleShape((num_tokens,), sample.grid_thw, sample.num_supervised_tokens)
-            )
-            or sample.num_packed_tokens
-        )
+        lengths = (max(0, sample.num_packed_tokens - stats.prefix_length),)
+        shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
+        return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
     def count_tokens(index: int) -> int:
         return stats[index].num_packed_tokens
@@ -454,7 +430,7 @@ def _log_overrides(state: TrainState, requested: MemoryBudget, console: Progress
         console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
     max_tokens = state.max_unsplit_tokens
     if max_tokens is not None and any(
-        sample.num_packed_tokens > max_tokens for sample in state.train_data.stats.sample_stats
+        sample.num_packed_tokens > max_tokens for sample in state.data.train.stats.sample_stats
     ):
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 

@@ -1,7 +1,6 @@
 """Training loop of every rank, and the training step: all packs, then one optimizer step.
 
-Setup creates the `TrainState`, which the trainer updates. It refers to model, data and optimizer by
-their types only, so that the trainer imports none of the modules that load them.
+Modules that import models are imported for their types only.
 """
 
 from __future__ import annotations
@@ -10,255 +9,61 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
 from finesight.data.line_index import UnreadableFileError
-from finesight.encode.packing import PackedBatch, dummy_batch, pad_batch
+from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
-from finesight.model.attention import select_shard_features
 from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
     AsyncCheckpointer,
-    CheckpointManager,
-    CheckpointState,
-    TrainProgress,
+    resolve_save_interval,
 )
 from finesight.train.dataloader import (
     DataWorkerError,
+    GlobalStepStats,
     SkippedSample,
     StepBatch,
-    StepDataset,
     read_steps,
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import find_best_eval, load_eval_history, run_evaluation
+from finesight.train.evaluation import (
+    find_best_eval,
+    load_eval_history,
+    resolve_eval_interval,
+    run_evaluation,
+)
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
     build_pack_oom_error,
     retry_on_oom,
 )
-from finesight.train.optimizer import (
-    resolve_eval_interval,
-    resolve_save_interval,
-)
 from finesight.train.parallel.distributed import (
-    SINGLE_PROCESS,
-    ParallelStrategy,
     PeerFailedError,
     ProcessGroup,
     RankDesyncError,
     RankTimeoutError,
 )
-from finesight.train.sampler import DistributedSampler, SequentialSampler, TrainSampler
+from finesight.train.state import StepOutput, StopRequest, TrainState
+from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
-    from finesight.config import Recipe
-    from finesight.encode.renderer import Renderer
-    from finesight.model.hf_backend import AnyModel
     from finesight.train.cuda_graphs import CudaGraphRunner
-    from finesight.train.dataset_stats import ImageStates, TrainingData
-    from finesight.train.finalize import LiveReport, ParamAudit, RunResult
-    from finesight.train.flops import FlopCounter, NullFlopCounter
     from finesight.train.logging import MetricsLogger
-    from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
-    from finesight.train.run_dir import RunDir
-    from finesight.train.setup import BaseModelRef
-    from finesight.train.training_run import StopRequest
-    from finesight.train.vision_cache import VisionCache
     from finesight.train.vision_cache_builder import VisionFeatures
 
-
-@dataclass(frozen=True, slots=True)
-class Hardware:
-    """Hardware settings of a rank.
-
-    Attributes:
-        device: Device of the model.
-        dtype: Compute dtype.
-        num_workers: Number of data loader workers.
-        peak_flops: Measured peak FLOP/s of the device.
-    """
-
-    device: torch.device
-    dtype: torch.dtype
-    num_workers: int
-    peak_flops: float
-    process_group: ProcessGroup = SINGLE_PROCESS
-
-    @property
-    def precision(self) -> str:
-        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
-        return names[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class TrainState:
-    """State of a training run: settings, data, model, optimizer and progress."""
-
-    recipe: Recipe
-    run_dir: RunDir
-    checkpoint_manager: CheckpointManager
-    hardware: Hardware
-    base_model: BaseModelRef
-    renderer: Renderer
-    train_data: TrainingData
-    validation_data: TrainingData | None
-    sampler: TrainSampler
-    step_dataset: StepDataset
-    model: AnyModel
-    parallel: ParallelStrategy
-    optimizer: MasterWeightOptimizer
-    graph_runner: CudaGraphRunner
-    param_audit: ParamAudit
-    loss_scaler: LossScaler
-    lr_schedule: LRSchedule
-    flop_counter: FlopCounter | NullFlopCounter
-    resume_config: dict[str, Any]
-    progress: TrainProgress
-    pads_shapes: bool
-    """True if packs are padded to a few shapes, for 16-bit training on a CPU.
-
-    oneDNN compiles a kernel for every new shape.
-    """
-    padding_merge_size: int | None
-    """Merge size for padding patches; None for encoders with a fixed image size."""
-
-    def check_ranks_match(self) -> None:
-        """Verify that all ranks have the same settings, model, data and images.
-
-        Raises:
-            UserError: The configurations differ.
-        """
-        train_settings = self.recipe.train.model_dump(mode="json")
-        shared_settings = {
-            name: train_settings[name]
-            for name in ("parallel", "pack_tokens", "activation_checkpointing")
-        }
-        images = {split: states.digest for split, states in self.images().items()}
-        self.hardware.process_group.check_identical(
-            self.resume_config | shared_settings | {"images": images}
-        )
-
-    def images(self) -> dict[str, ImageStates]:
-        """Return the image fingerprints of each split (`train`, `eval`)."""
-        splits = {"train": self.train_data, "eval": self.validation_data}
-        return {name: data.stats.images for name, data in splits.items() if data is not None}
-
-    @property
-    def shard_group(self) -> ProcessGroup:
-        """Process group over which the model is sharded; a single process without sharding."""
-        return self.hardware.process_group if self.parallel.is_sharded else SINGLE_PROCESS
-
-    @property
-    def max_unsplit_tokens(self) -> int | None:
-        """Maximum number of tokens of a sample that is not split over the ranks.
-
-        None if samples are never split.
-        """
-        sampler = self.step_dataset.with_pack_tokens(self.progress.budget.pack_tokens).sampler
-        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
-
-    def build_validation_dataset(self, pack_tokens: int, indices: Sequence[int]) -> StepDataset:
-        """Create the dataset of this rank's share of validation samples.
-
-        It does not use shared prefixes: in evaluation mode, some families compute a token depending
-        on the length of its sample (`model.families.qwen_vl`).
-
-        Args:
-            indices: Corpus indices of the samples of all ranks.
-        """
-        assert self.validation_data is not None, "no validation data"
-        own_indices = self.hardware.process_group.shard(indices)
-        sampler = SequentialSampler(own_indices, self.recipe.train.batch_size)
-        return self.validation_data.build_step_dataset(
-            self.renderer, sampler, pack_tokens, self.recipe.data
-        )
-
-    def to_device(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Move a packed batch to the device, after padding it if `pads_shapes` is set."""
-        packed_batch = self.parallel.prepare_batch(packed_batch)
-        if self.pads_shapes and packed_batch.context_shard is None:
-            return pad_batch(packed_batch, self.padding_merge_size)
-        return packed_batch.to(self.hardware.device)
-
-    def zero_grad(self) -> None:
-        """Discard the gradients of a skipped or aborted step."""
-        self.optimizer.zero_grad()
-        self.parallel.zero_grad()
-
-    def load_state(
-        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
-    ) -> None:
-        """Restore master weights and optimizer state from complete checkpoint tensors."""
-        self.optimizer.load_state(
-            self.parallel.shard_state(weights), self.parallel.shard_state(optimizer_state)
-        )
-        self.parallel.sync_params()
-
-    def apply_budget(self, budget: MemoryBudget) -> None:
-        """Use a memory budget from the next step on."""
-        self.progress.budget = budget
-        self.model.activation_checkpointing = budget.activation_checkpointing
-
-    def checkpoint_state(self) -> CheckpointState:
-        """Return the state that a checkpoint stores in addition to tensors."""
-        step = self.progress.step
-        return CheckpointState(
-            step=step,
-            consumed_samples=min(step * self.recipe.train.batch_size, self.sampler.num_samples),
-            last_eval_step=self.progress.last_eval_step,
-            best=self.progress.best,
-            loss_scale=self.loss_scaler.state_dict(),
-            budget=self.progress.budget,
-            nonfinite_steps=self.progress.nonfinite_steps,
-            consecutive_nonfinite_steps=self.progress.consecutive_nonfinite_steps,
-            resume_config=self.resume_config,
-        )
-
-    def estimate_checkpoint_bytes(self) -> int:
-        """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
-        moments = self.optimizer.optimizer_state().values()
-        rank_bytes = 4 * self.optimizer.num_params + sum(moment.nbytes for moment in moments)
-        return rank_bytes * self.shard_group.world_size
-
-
-class GlobalStepStats(NamedTuple):
-    """Statistics of a step over all ranks.
-
-    Attributes:
-        num_supervised_tokens: Number of tokens that contribute to the loss.
-        max_packs: Largest number of packs on one rank.
-        skipped: Samples that were skipped because reading or encoding failed.
-        signal: Number of a stop signal that any rank received, or 0.
-    """
-
-    num_supervised_tokens: int = 0
-    num_samples: int = 0
-    num_tokens: int = 0
-    max_packs: int = 0
-    skipped: tuple[SkippedSample, ...] = ()
-    signal: int = 0
-
-    @classmethod
-    def from_step(cls, step_batch: StepBatch, signal: int = 0) -> GlobalStepStats:
-        """Compute the statistics of a step on this rank alone."""
-        metrics = (
-            step_batch.num_supervised_tokens,
-            step_batch.num_samples,
-            step_batch.num_tokens,
-            len(step_batch.packs),
-        )
-        return cls(*metrics, step_batch.skipped, signal)
+T = TypeVar("T")
 
 
 def sync_step(
@@ -301,37 +106,6 @@ def sync_step(
     return GlobalStepStats(*totals, tuple(skipped), max(signals))
 
 
-@dataclass(frozen=True, slots=True)
-class StepOutput:
-    """Result of a training step, which the device may still be computing.
-
-    Attributes:
-        step_batch: Step data of this rank.
-        global_stats: Statistics over all ranks.
-        budget: Memory budget of the step.
-        lr_factor: Factor of the learning rate schedule.
-        is_applied: False if the gradients overflowed in fp16, or no sample was valid.
-        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
-            after `event`. If one of them is not finite, the device has skipped the update.
-        event: CUDA event after the copy to the CPU; None on a CPU.
-    """
-
-    step_batch: StepBatch
-    global_stats: GlobalStepStats
-    budget: MemoryBudget
-    lr_factor: float
-    is_applied: bool
-    loss_and_norm_2: Tensor
-    event: torch.cuda.Event | None
-
-    def wait(self) -> tuple[float, float]:
-        """Wait for the device, and return the loss and the gradient norm."""
-        if self.event is not None:
-            self.event.synchronize()
-        loss, norm = self.loss_and_norm_2.tolist()
-        return loss, norm
-
-
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
     """Derive the random seed of a micro-batch from the seed of the run.
 
@@ -369,19 +143,54 @@ def train_step(
         GpuOutOfMemoryError: A pack exceeds the GPU memory; no parameter is updated.
         RankDesyncError: This rank failed while the other ranks wait in a collective.
     """
-    optimizer, loss_scaler = state.optimizer, state.loss_scaler
-    loss_scale = loss_scaler.scale
-    process_group = state.hardware.process_group
+    engine, hardware, seed = state.engine, state.run.hardware, state.run.recipe.train.seed
+    optimizer, parallel, loss_scaler = engine.optimizer, engine.parallel, engine.loss_scaler
+    device, process_group = hardware.device, hardware.process_group
+    loss_scale, step_index = loss_scaler.scale, step_batch.step_index
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
-    total = _accumulate_all_packs(state, step_batch, global_stats, stop, vision_cache)
+    num_tokens = global_stats.num_supervised_tokens
+    loss_weight = torch.full((), loss_scale / max(1, num_tokens), device=device)
+    total = torch.zeros((), device=device)
+    try:
+        for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
+            group_loss = torch.zeros((), device=device)
+            with sync_context:
+                for micro_index, packed_batch in packs:
+                    # In a distributed run, the other ranks would wait for this one.
+                    if stop.signal is not None and process_group.is_single_process:
+                        raise TrainingInterrupted(
+                            f"in step {step_index + 1}, which is repeated on resume"
+                        )
+                    global_index = micro_index * process_group.world_size + process_group.rank
+                    torch.manual_seed(micro_batch_seed(seed, step_index, global_index))
+                    is_dummy = not packed_batch.sample_ids
+                    pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
+                    with _translate_pack_oom(state, packed_batch):
+                        if micro_index:
+                            parallel.accumulate_gradients(optimizer)
+                        # The tensors of the pack have no name here, so that they are freed.
+                        group_loss += forward_backward(
+                            engine.graph_runner,
+                            engine.device_loader.load(packed_batch),
+                            None
+                            if vision_cache is None
+                            else vision_cache.load_features(
+                                step_batch.cache_inputs[micro_index], packed_batch.context_shard
+                            ),
+                            pack_weight,
+                        )
+                total += group_loss
+    except Exception:
+        engine.zero_grad()
+        raise
     process_group.all_reduce(total)
-    grad_norm = state.parallel.reduce_gradients(optimizer)
+    grad_norm = parallel.reduce_gradients(optimizer)
     step_output = StepOutput(
         step_batch=step_batch,
         global_stats=global_stats,
         budget=state.progress.budget,
-        lr_factor=state.lr_schedule.lr_factor(step_batch.step_index),
-        is_applied=global_stats.num_supervised_tokens > 0,
+        lr_factor=engine.lr_schedule.lr_factor(step_index),
+        is_applied=num_tokens > 0,
         loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
         event=record_event(total.device, enable_timing=True),
     )
@@ -391,52 +200,82 @@ def train_step(
         # The loss scale of the next step depends on the norm.
         loss, grad_norm_value = step_output.wait()
         if math.isfinite(loss) and not loss_scaler.update(grad_norm_value):
-            state.zero_grad()
+            engine.zero_grad()
             return replace(step_output, is_applied=False)
     optimizer.step(
         step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
     )
-    state.parallel.sync_params()
+    parallel.sync_params()
     return step_output
 
 
-def _accumulate_all_packs(
-    state: TrainState,
-    step_batch: StepBatch,
-    global_stats: GlobalStepStats,
-    stop: StopRequest,
-    vision_cache: VisionCache | None,
+def forward_backward(
+    graph_runner: CudaGraphRunner,
+    batch: PackedBatch,
+    features_MKD: Tensor | None,
+    loss_weight: Tensor,
 ) -> Tensor:
-    """Accumulate the gradients of all packs of a step.
+    """Run the forward and backward pass of a pack, and return its weighted loss on the device.
+
+    A CUDA graph runs both passes if one fits the pack and is faster.
+
+    Args:
+        features_MKD: Cached image features; None to run the vision encoder.
+        loss_weight: Scalar on the device that multiplies the summed loss.
+    """
+    model, objective = graph_runner.model, graph_runner.objective
+    loss_inputs = objective.loss_inputs(batch, loss_weight)
+    if graph_runner.graphs is not None:
+        graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
+        if graph_loss is not None:
+            return graph_loss
+    start = time.perf_counter()
+    h_LD = model(batch, features_MKD)
+    loss = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
+    if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
+        loss.backward()  # type: ignore[no-untyped-call]
+    if graph_runner.graphs is not None:
+        graph_runner.record_eager(loss, time.perf_counter() - start)
+    return loss.detach()
+
+
+@contextmanager
+def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterator[None]:
+    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # A retry can use the memory of the freed CUDA graphs.
+        has_freed_memory = state.engine.graph_runner.release_graphs()
+        can_split = state.max_unsplit_tokens is not None
+        world_size = state.run.hardware.process_group.world_size if can_split else 1
+        budget = state.progress.budget
+        raise build_pack_oom_error(
+            error, packed_batch, budget, True, world_size, has_freed_memory=has_freed_memory
+        ) from None
+
+
+def _group_packs(
+    state: TrainState, step_batch: StepBatch, max_packs: int
+) -> Iterator[tuple[AbstractContextManager[None], list[tuple[int, PackedBatch]]]]:
+    """Yield the packs of a step in groups, with the context that reports errors to other ranks.
 
     Packs whose layers communicate with other ranks come first: all packs of a sharded model, or
     those of split samples.
 
-    Returns:
-        Loss of this rank's packs times the loss scale.
+    Args:
+        max_packs: Largest number of packs on one rank.
     """
-    process_group, is_sharded = state.hardware.process_group, state.parallel.is_sharded
+    process_group, is_sharded = state.run.hardware.process_group, state.engine.parallel.is_sharded
     # All ranks of a sharded model must run the same number of packs.
-    num_dummies = global_stats.max_packs - len(step_batch.packs) if is_sharded else 0
+    num_dummies = max_packs - len(step_batch.packs) if is_sharded else 0
     packs = [*enumerate([*step_batch.packs, *[dummy_batch()] * num_dummies])]
     num_synced = len(packs) if is_sharded else step_batch.num_split_packs
-    total = torch.zeros((), device=state.hardware.device)
-    try:
-        if num_synced:
-            with _raise_desync(process_group):
-                total += _accumulate_gradients(
-                    state, step_batch, global_stats, packs[:num_synced], stop, vision_cache
-                )
-        if not is_sharded:
-            # Agree on success before the all-reduce, so that a failed rank cannot block the others.
-            with process_group.sync_errors():
-                total += _accumulate_gradients(
-                    state, step_batch, global_stats, packs[num_synced:], stop, vision_cache
-                )
-    except Exception:
-        state.zero_grad()
-        raise
-    return total
+    if num_synced:
+        yield _raise_desync(process_group), packs[:num_synced]
+    if not is_sharded:
+        # Agree on success before the all-reduce, so that a failed rank cannot block the others.
+        yield process_group.sync_errors(), packs[num_synced:]
 
 
 @contextmanager
@@ -458,87 +297,6 @@ def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
         ) from error
 
 
-def _accumulate_gradients(
-    state: TrainState,
-    step_batch: StepBatch,
-    global_stats: GlobalStepStats,
-    packs: Sequence[tuple[int, PackedBatch]],
-    stop: StopRequest,
-    vision_cache: VisionCache | None,
-) -> Tensor:
-    """Accumulate the gradients of several packs.
-
-    Args:
-        step_batch: Step data of this rank.
-        global_stats: Statistics over all ranks.
-        packs: Packs with their micro-batch indices.
-        stop: Stop request, checked between packs.
-        vision_cache: Cached image features, if any.
-
-    Returns:
-        Sum of the losses, divided by the supervised tokens of all ranks and multiplied by the loss
-        scale.
-    """
-    device = state.hardware.device
-    total = torch.zeros((), device=device)
-    loss_weight = torch.full(
-        (), state.loss_scaler.scale / max(1, global_stats.num_supervised_tokens), device=device
-    )
-    process_group = state.hardware.process_group
-    for micro_index, packed_batch in packs:
-        # In a distributed run, the other ranks would wait for this one.
-        if stop.signal is not None and process_group.is_single_process:
-            raise TrainingInterrupted(
-                f"in step {step_batch.step_index + 1}, which is repeated on resume"
-            )
-        global_index = micro_index * process_group.world_size + process_group.rank
-        torch.manual_seed(
-            micro_batch_seed(state.recipe.train.seed, step_batch.step_index, global_index)
-        )
-        cache_inputs = None if vision_cache is None else step_batch.cache_inputs[micro_index]
-        pack_weight = loss_weight if packed_batch.sample_ids else torch.zeros_like(loss_weight)
-        try:
-            if micro_index:
-                state.parallel.accumulate_gradients(state.optimizer)
-            total += _forward_backward(state, packed_batch, pack_weight, vision_cache, cache_inputs)
-        except torch.OutOfMemoryError as error:
-            # A retry can use the memory of the freed CUDA graphs.
-            has_freed_memory = state.graph_runner.release_graphs()
-            world_size = 1 if state.max_unsplit_tokens is None else process_group.world_size
-            budget = state.progress.budget
-            raise build_pack_oom_error(
-                error,
-                packed_batch,
-                budget,
-                is_training=True,
-                world_size=world_size,
-                has_freed_memory=has_freed_memory,
-            ) from None
-    return total
-
-
-def _forward_backward(
-    state: TrainState,
-    packed_batch: PackedBatch,
-    loss_weight: Tensor,
-    vision_cache: VisionCache | None,
-    cache_inputs: Tensor | None,
-) -> Tensor:
-    """Run the forward and backward pass of a pack, and return its weighted loss.
-
-    This is a separate function so that the tensors of the pack are freed on return.
-    """
-    batch = state.to_device(packed_batch)
-    if cache_inputs is not None and packed_batch.context_shard is not None:
-        cache_inputs = select_shard_features(cache_inputs, packed_batch.context_shard)
-    features_MKD = (
-        None
-        if vision_cache is None or cache_inputs is None
-        else vision_cache.load_features(cache_inputs)
-    )
-    return state.graph_runner.forward_backward(batch, features_MKD, loss_weight)
-
-
 RECOVERABLE_ERRORS = (
     TrainingInterrupted,
     DataWorkerError,
@@ -558,7 +316,7 @@ class Trainer:
         stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
-        live_report: Report of the run in progress.
+        write_report: Function that updates the report of the run in progress.
     """
 
     def __init__(
@@ -568,52 +326,50 @@ class Trainer:
         stop: StopRequest,
         metrics_logger: MetricsLogger,
         vision_features: VisionFeatures,
-        live_report: LiveReport,
+        write_report: Callable[[], None],
     ) -> None:
         self.state, self.console, self.stop = state, console, stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
-        self.live_report = live_report
-        self.total_steps = len(state.sampler)
-        settings, eval_settings = state.recipe.train, state.recipe.eval
+        self.write_report = write_report
+        self.total_steps = len(state.data.sampler)
+        settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
         # Without a metric, compute the cheap validation loss with every checkpoint.
         eval_interval = self.save_interval
         if eval_settings is not None:
             eval_interval = resolve_eval_interval(eval_settings, self.total_steps)
-        self.eval_interval = eval_interval if state.validation_data else 0
+        self.eval_interval = eval_interval if state.data.validation else 0
         self.early_stopping_patience = eval_settings.patience if eval_settings else None
-        on_gpu = state.hardware.device.type == "cuda"
+        on_gpu = state.run.hardware.device.type == "cuda"
         self.checkpointer = AsyncCheckpointer(
-            state.checkpoint_manager,
-            is_async=on_gpu and state.optimizer.num_params <= MAX_ASYNC_PARAMS,
+            state.run.checkpoint_manager,
+            is_async=on_gpu and state.engine.optimizer.num_params <= MAX_ASYNC_PARAMS,
             process_group=state.shard_group.new_group(),
         )
-        self.process_group = state.hardware.process_group
+        self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
 
-    def run(self, finalize: Callable[[], RunResult | None]) -> RunResult | None:
+    def run(self, finalize: Callable[[], T]) -> T:
         """Run the remaining steps and evaluations, and return the result.
 
         A checkpoint is saved when the run is interrupted or fails with a recoverable error.
 
         Args:
-            finalize: Function that exports the weights and returns the result, or None on other
-                ranks than the main process.
+            finalize: Function that exports the weights and returns the result.
         """
         progress = self.state.progress
         if progress.step:
             self.console.log(f"resuming after step {progress.step} of {self.total_steps}")
         try:
-            if self.state.validation_data is not None and progress.last_eval_step < 0:
+            if self.state.data.validation is not None and progress.last_eval_step < 0:
                 self.evaluate("before")
             self.run_steps()
             self.save_checkpoint()
-            if self.state.validation_data is not None and progress.last_eval_step < progress.step:
+            if self.state.data.validation is not None and progress.last_eval_step < progress.step:
                 self.evaluate(
                     "after" if self.early_stopping_patience is None else f"step-{progress.step}"
                 )
             self.checkpointer.wait()
-            self.live_report.stop()
             result = finalize()
             # The other ranks wait for the main process.
             self.process_group.all_gather_str("")
@@ -637,7 +393,7 @@ class Trainer:
             RankTimeoutError: A sharded run was stopped, and a rank did not respond.
         """
         is_recoverable = not self.is_main or isinstance(error, RECOVERABLE_ERRORS)
-        is_sharded = self.state.parallel.is_sharded
+        is_sharded = self.state.engine.parallel.is_sharded
         # All ranks write a sharded checkpoint, so all have to respond.
         can_save = is_recoverable and not is_sharded
         if not isinstance(error, RankDesyncError):
@@ -665,38 +421,33 @@ class Trainer:
         """Run the remaining steps with evaluations and checkpoints, until early stopping."""
         if not self.on_step_end() or self.state.progress.step == self.total_steps:
             return
-        budget, device = self.state.progress.budget, self.state.hardware.device
+        budget, device = self.state.progress.budget, self.state.run.hardware.device
         with (
             self.vision_features.open(self.metrics_logger.log_vision_cache) as vision_cache,
             self.metrics_logger.show_progress(self.total_steps),
         ):
-            retry_on_oom(
-                budget,
-                device,
-                self.console.log,
-                lambda smaller_budget: self.run_steps_in_budget(smaller_budget, vision_cache),
-            )
+            run_steps = partial(self.run_steps_in_budget, vision_cache)
+            retry_on_oom(budget, device, self.console.log, run_steps)
             self.metrics_logger.flush()
 
-    def run_steps_in_budget(self, budget: MemoryBudget, vision_cache: VisionCache | None) -> None:
+    def run_steps_in_budget(self, vision_cache: VisionCache | None, budget: MemoryBudget) -> None:
         """Run the remaining steps within a memory budget."""
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
-        hardware, dataset = state.hardware, state.step_dataset.with_pack_tokens(budget.pack_tokens)
+        device, num_workers = state.run.hardware.device, state.run.hardware.num_workers
+        dataset = state.data.step_dataset.with_pack_tokens(budget.pack_tokens)
         if vision_cache is not None:
             dataset = dataset.with_vision_cache(vision_cache.reader)
-        pin_memory = hardware.device.type == "cuda"
-        with closing(
-            read_steps(dataset, progress.step, hardware.num_workers, pin_memory)
-        ) as step_batches:
-            for step_batch, data_wait in time_data_waits(step_batches, hardware.device):
-                step_output = self.train_step(step_batch, vision_cache)
+        step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
+        with closing(step_batches):
+            for step_batch, data_wait in time_data_waits(step_batches, device):
+                step_output = self.run_step(step_batch, vision_cache)
                 progress.step += 1
                 self.metrics_logger.log_step(step_output, data_wait)
                 if not self.on_step_end():
                     break
 
-    def train_step(self, step_batch: StepBatch, vision_cache: VisionCache | None) -> StepOutput:
+    def run_step(self, step_batch: StepBatch, vision_cache: VisionCache | None) -> StepOutput:
         """Run one training step on all ranks, unless a rank received a stop signal.
 
         Raises:
@@ -718,10 +469,8 @@ class Trainer:
         Returns:
             False if early stopping ends the run.
         """
-        should_evaluate, should_save = (
-            self.is_due(self.eval_interval),
-            self.is_due(self.save_interval),
-        )
+        should_evaluate = self.is_due(self.eval_interval)
+        should_save = self.is_due(self.save_interval)
         # In a distributed run, all ranks stop before the next step.
         is_single_process = self.process_group.is_single_process
         should_stop = is_single_process and self.stop.signal is not None
@@ -746,7 +495,7 @@ class Trainer:
         """
         if self.early_stopping_patience is None:
             return False
-        _, num_evals = find_best_eval(load_eval_history(self.state.run_dir))
+        _, num_evals = find_best_eval(load_eval_history(self.state.run.run_dir))
         if not self.decide_on_main(num_evals >= self.early_stopping_patience):
             return False
         self.console.log(
@@ -784,49 +533,40 @@ class Trainer:
         if self.is_main and progress.step < self.total_steps:
             # Not in the report thread: data loader workers may be forked next, and would inherit
             # the locks of a thread that decodes images.
-            self.live_report.write()
+            self.write_report()
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last finished step, unless it exists."""
         state = self.state
-        if not state.progress.step or not (self.is_main or state.parallel.is_sharded):
+        if not state.progress.step or not (self.is_main or state.engine.parallel.is_sharded):
             return
+        step, manager = state.progress.step, state.run.checkpoint_manager
         with state.shard_group.sync_errors():
             if self.is_main:
-                self.check_disk_space()
+                if step not in manager.steps():
+                    require_free_space(
+                        manager.checkpoint_dir,
+                        state.estimate_checkpoint_bytes(),
+                        f"a checkpoint of step {step}",
+                        "free some space, then start again with --resume",
+                    )
                 # A checkpoint must not refer to an evaluation that a power failure can lose.
-                state.run_dir.flush()
+                state.run.run_dir.flush()
             # Raise errors of the previous checkpoint before the other ranks start to wait.
             self.checkpointer.wait()
-        tensors = state.optimizer.master_weights(), state.optimizer.optimizer_state()
-        self.checkpointer.save(state.checkpoint_state(), *tensors)
+        self.checkpointer.save(state.state_dict(), *state.engine.state_dict())
 
     def decide_on_main(self, decision: bool) -> bool:
         """Return the decision of the main process on all ranks."""
         return self.process_group.broadcast_str("yes" if decision else "") == "yes"
-
-    def check_disk_space(self) -> None:
-        """Verify that the disk has space for another checkpoint.
-
-        Raises:
-            UserError: There is not enough free space.
-        """
-        step, checkpoint_manager = self.state.progress.step, self.state.checkpoint_manager
-        if step not in checkpoint_manager.steps():
-            require_free_space(
-                checkpoint_manager.checkpoint_dir,
-                self.state.estimate_checkpoint_bytes(),
-                f"a checkpoint of step {step}",
-                "free some space, then start again with --resume",
-            )
 
     def build_interruption(self) -> TrainingInterrupted:
         """Build the exception that names the checkpoint of a stopped run and how to resume."""
         step = self.state.progress.step
         message = f"checkpoint of step {step} written" if step else "no step was finished"
         assert self.stop.signal is not None, "an interruption without a signal"
-        run_dir, hint = self.state.run_dir, ""
-        if step and not self.state.recipe.tune.has_mode("full"):
+        run_dir, hint = self.state.run.run_dir, ""
+        if step and not self.state.run.recipe.tune.has_mode("full"):
             hint = f", or use {run_dir.checkpoint_dir / f'step-{step}'} as a model"
         return TrainingInterrupted(
             f"stopped by {self.stop.signal.name}, {message} in {run_dir.path};"

@@ -1,32 +1,25 @@
-"""Public function `train`: sets up a run, trains and writes the result.
-
-A signal stops a run gracefully (`StopRequest`).
-"""
+"""Public function `train`: sets up a run, trains and writes the result."""
 
 from __future__ import annotations
 
 import ctypes
 import logging
-import os
 import platform
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from types import FrameType
 
 import torch
 from rich.console import Console
 
 from finesight.config import Recipe
-from finesight.errors import TrainingInterrupted
 from finesight.model.kernels.runtime import HAS_TRITON, compile_in_parallel, is_compile_cache_empty
 from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
+from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import save_image_record
 from finesight.train.finalize import (
     LiveReport,
@@ -37,73 +30,12 @@ from finesight.train.finalize import (
 )
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.oom import translate_oom_errors
-from finesight.train.optimizer import resolve_save_interval
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import InputCheck, build_manifest, build_train_state
-from finesight.train.trainer import Trainer, TrainState
+from finesight.train.state import StopRequest, TrainState
+from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
-
-PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
-"""Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
-
-SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
-
-
-class StopRequest:
-    """Request to stop the run gracefully, set by a signal."""
-
-    def __init__(self) -> None:
-        self.signal: signal.Signals | None = None
-        """Received signal, possibly of another rank."""
-        self._has_arrived = False
-
-    @contextmanager
-    def install_handlers(self) -> Iterator[None]:
-        """Install signal handlers within the context, which set the stop request.
-
-        A second signal has its previous effect, except for preemption signals, which are then
-        ignored. In other threads than the main thread, no handlers are installed.
-        """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        previous_handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
-
-        def handle_signal(signal_number: int, frame: FrameType | None) -> None:
-            # A signal relayed by another rank does not count as the first one.
-            if not self._has_arrived:
-                self._has_arrived = True
-                self.request(signal_number)
-                return
-            if signal_number in PREEMPTION_SIGNALS:
-                return
-            signal.signal(
-                signal_number, previous_handlers[signal.Signals(signal_number)] or signal.SIG_DFL
-            )
-            os.kill(os.getpid(), signal_number)
-
-        for signum in SIGNALS:
-            signal.signal(signum, handle_signal)
-        try:
-            yield
-        finally:
-            for signum, handler in previous_handlers.items():
-                signal.signal(signum, handler or signal.SIG_DFL)
-
-    def request(self, signal_number: int) -> None:
-        """Set the stop request for a signal, possibly of another rank; ignore 0."""
-        if signal_number and self.signal is None:
-            self.signal = signal.Signals(signal_number)
-
-    def raise_if_requested(self) -> None:
-        """Raise if a stop was requested.
-
-        Raises:
-            TrainingInterrupted: A signal has arrived.
-        """
-        if self.signal is not None:
-            raise TrainingInterrupted(f"{self.signal.name} has arrived")
 
 
 def check_disk_space(state: TrainState, num_existing: int) -> None:
@@ -118,21 +50,20 @@ def check_disk_space(state: TrainState, num_existing: int) -> None:
     Raises:
         UserError: There is not enough free space.
     """
-    recipe, total_steps = state.recipe, len(state.sampler)
-    checkpoint_size, interval = (
-        state.estimate_checkpoint_bytes(),
-        resolve_save_interval(recipe.train, total_steps),
-    )
+    recipe, total_steps = state.run.recipe, len(state.data.sampler)
+    checkpoint_size = state.estimate_checkpoint_bytes()
+    interval = resolve_save_interval(recipe.train, total_steps)
     num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
     num_new = max(
         1,
         min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1) - num_existing,
     )
-    weight_bytes = 4 * state.parallel.num_trainable_params if recipe.tune.has_mode("lora") else 0
+    num_trainable = state.engine.parallel.num_trainable_params
+    weight_bytes = 4 * num_trainable if recipe.tune.has_mode("lora") else 0
     if recipe.tune.has_mode("full"):
-        weight_bytes += sum(parameter.nbytes for parameter in state.model.parameters())
+        weight_bytes += sum(parameter.nbytes for parameter in state.engine.model.parameters())
     require_free_space(
-        state.run_dir.path,
+        state.run.run_dir.path,
         num_new * checkpoint_size + weight_bytes,
         f"{num_new} checkpoints of {checkpoint_size / 1e9:.3g} GB and"
         f" {weight_bytes / 1e9:.3g} GB of trained weights",
@@ -151,41 +82,30 @@ _LARGE_THRESHOLD = 1 << 30
 
 @contextmanager
 def configure_host(device: torch.device) -> Iterator[None]:
-    """Apply the CPU thread and allocator settings for a device within the context.
+    """Apply the thread and allocator settings of the CPU for a device within the context.
 
     With a GPU, PyTorch uses one CPU thread, because more would compete with the data loader
-    workers.
+    workers. On a CPU, freed memory stays in the process: by default, glibc returns large blocks to
+    the system, and page faults of new blocks take a tenth of the step time of a small model. Blocks
+    above 1 GiB are still returned.
     """
     num_threads = torch.get_num_threads()
+    has_glibc = device.type == "cpu" and platform.libc_ver()[0] == "glibc"
+    libc = ctypes.CDLL(None) if has_glibc else None
     if device.type == "cuda":
         torch.set_num_threads(1)
+    elif libc is not None:
+        libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_THRESHOLD)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
     try:
-        with retain_freed_memory(device):
-            yield
+        yield
     finally:
         if device.type == "cuda":
             torch.set_num_threads(num_threads)
-
-
-@contextmanager
-def retain_freed_memory(device: torch.device) -> Iterator[None]:
-    """Keep freed CPU memory in the process within the context, for training on a CPU.
-
-    By default, glibc returns large blocks to the system. Page faults of new blocks then take a
-    tenth of the step time of a small model. Blocks above 1 GiB are still returned.
-    """
-    if device.type != "cpu" or platform.libc_ver()[0] != "glibc":
-        yield
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, _LARGE_THRESHOLD)
-    libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
-    try:
-        yield
-    finally:
-        libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
-        libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
-        libc.malloc_trim(0)
+        elif libc is not None:
+            libc.mallopt(_M_MMAP_THRESHOLD, _DEFAULT_THRESHOLD)
+            libc.mallopt(_M_TRIM_THRESHOLD, _DEFAULT_THRESHOLD)
+            libc.malloc_trim(0)
 
 
 def warm_up_kernels(state: TrainState) -> None:
@@ -194,24 +114,24 @@ def warm_up_kernels(state: TrainState) -> None:
     This is done only if the Triton cache is empty. No parameter is updated. Errors are only logged
     at debug level, because the training step raises them again.
     """
-    device = state.hardware.device
-    is_native = isinstance(state.model, VisionLanguageModel)
-    if not (HAS_TRITON and device.type == "cuda" and is_native) or state.parallel.is_sharded:
+    device = state.run.hardware.device
+    is_native = isinstance(state.engine.model, VisionLanguageModel)
+    if not (HAS_TRITON and device.type == "cuda" and is_native) or state.engine.parallel.is_sharded:
         return
-    if not is_compile_cache_empty() or state.progress.step == len(state.sampler):
+    if not is_compile_cache_empty() or state.progress.step == len(state.data.sampler):
         return
     try:
-        packs = state.step_dataset.get_step(state.progress.step).packs
+        packs = state.data.step_dataset.get_step(state.progress.step).packs
         # Split packs need all ranks. Packs with and without shared prefix use other kernels.
         unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
         variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
         for packed_batch in variants.values():
             with torch.random.fork_rng([device]), compile_in_parallel(device):
-                state.graph_runner.warm_up(state.to_device(packed_batch))
+                state.engine.graph_runner.warm_up(state.engine.device_loader.load(packed_batch))
     except Exception as error:
         logging.getLogger(__name__).debug("kernels were not compiled beforehand: %s", error)
     finally:
-        state.optimizer.zero_grad()
+        state.engine.optimizer.zero_grad()
 
 
 def train(
@@ -275,9 +195,11 @@ def _train_rank(
                 write_run_report(run_dir, console)
             return result if is_main else None
         require_packages(recipe.track)
-        state = build_train_state(recipe, run_dir, console, is_resumed, process_group, check_inputs)
+        state, param_audit = build_train_state(
+            recipe, run_dir, console, is_resumed, process_group, check_inputs
+        )
         if is_main:
-            check_disk_space(state, len(state.checkpoint_manager.steps()))
+            check_disk_space(state, len(state.run.checkpoint_manager.steps()))
         if is_main and not is_resumed:
             stack.enter_context(run_dir.lock())
             # Another process may have started meanwhile.
@@ -296,25 +218,30 @@ def _train_rank(
         console.log(describe_run(state))
         vision_features = VisionFeatures(state, console, stop)
         live_report = LiveReport(run_dir, console)
-        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report)
+        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report.write)
+
+        def finalize() -> RunResult | None:
+            live_report.stop()
+            return finalize_run(state, console, param_audit)
+
         with (
             stop.install_handlers(),
-            configure_host(state.hardware.device),
+            configure_host(state.run.hardware.device),
             live_report.run_in_background(state.progress) if is_main else nullcontext(),
         ):
-            result = trainer.run(lambda: finalize_run(state, console))
+            result = trainer.run(finalize)
         if result is not None:
-            metrics_logger.log_result(result)
+            metrics_logger.tracking_events.log_result(result)
         return result
 
 
 def _prepare_run_dir(state: TrainState) -> None:
     """Write the files of a new run, or remove what a resumed run writes again."""
-    run_dir, progress = state.run_dir, state.progress
+    run_dir, progress = state.run.run_dir, state.progress
     if not progress.step:
-        run_dir.initialize(state.recipe, build_manifest(state))
-    save_image_record(run_dir.images_path, state.images())
-    state.checkpoint_manager.quarantine_after(progress.step)
+        run_dir.initialize(state.run.recipe, build_manifest(state))
+    save_image_record(run_dir.images_path, state.data.images())
+    state.run.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)
-    run_dir.copy_metric(state.recipe)
-    run_dir.write_skipped_samples(state.train_data.stats.skipped, progress.step)
+    run_dir.copy_metric(state.run.recipe)
+    run_dir.write_skipped_samples(state.data.train.stats.skipped, progress.step)

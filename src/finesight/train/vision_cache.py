@@ -39,6 +39,7 @@ from finesight.bounded_files import parse_json
 from finesight.data.corpus import Corpus
 from finesight.data.image_header import CorruptImageError, sha256_content
 from finesight.data.line_index import UnreadableFileError
+from finesight.encode.packing import ContextShard
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
@@ -666,12 +667,18 @@ class VisionCache:
     device: torch.device
     features_AKD: Tensor | None = None
 
-    def load_features(self, cache_inputs: Tensor) -> Tensor:
+    def load_features(
+        self, cache_inputs: Tensor, context_shard: ContextShard | None = None
+    ) -> Tensor:
         """Return the image features [M, K, D] of a pack on the device, without synchronization.
 
         Args:
             cache_inputs: Features or feature indices that the data loader has sent.
+            context_shard: Part of a split sample that this rank processes.
         """
+        if context_shard is not None:
+            ranges = context_shard.feature_ranges
+            cache_inputs = torch.cat([cache_inputs[start:stop] for start, stop in ranges])
         on_device = cache_inputs.to(self.device, non_blocking=True)
         return (
             on_device if self.features_AKD is None else self.features_AKD.index_select(0, on_device)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import PIL
@@ -40,6 +40,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.progress import ProgressConsole
 from finesight.train.dataloader import TensorBlock, prefetch_items, record_event
 from finesight.train.oom import first_error_line, release_memory
+from finesight.train.state import StopRequest, TrainState
 from finesight.train.vision_cache import (
     FeatureWriter,
     ImageChunk,
@@ -54,10 +55,6 @@ from finesight.train.vision_cache import (
     vision_cache_root,
 )
 from finesight.vision.image_processing import concat_patches, concat_shape
-
-if TYPE_CHECKING:
-    from finesight.train.trainer import TrainState
-    from finesight.train.training_run import StopRequest
 
 T = TypeVar("T")
 CacheTier = Literal["gpu", "memory", "disk"]
@@ -301,11 +298,15 @@ class VisionFeatures:
 
     def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
         self._state, self._console, self._stop = state, console, stop
-        self._offloader = EncoderOffloader(state.model)
+        self._offloader = EncoderOffloader(state.engine.model)
 
     @contextmanager
     def open(self, log: Callable[[float, VisionCacheResult], None]) -> Iterator[VisionCache | None]:
         """Build the vision cache if it pays off, and provide it within the context.
+
+        The cache requires a frozen vision encoder, images that are used several times or have
+        features on disk, and space for the features. A resumed run does not use the cache if it
+        started without it.
 
         Args:
             log: Callback for the seconds to build the cache, and the result.
@@ -313,10 +314,26 @@ class VisionFeatures:
         Yields:
             Vision cache; None to encode images in every step.
         """
-        start = time.perf_counter()
-        with open_vision_cache(self._state, self._console, self._stop) as result:
+        start, state = time.perf_counter(), self._state
+        with ExitStack() as stack:
+            builder = VisionCacheBuilder(state, self._console, self._stop)
+            stack.callback(builder.close)
+            try:
+                result = builder.build()
+            except _CacheUnavailable as blocker:
+                reason = f"images are encoded in every step: {blocker}"
+                if state.progress.step and _was_started_with_cache(state):
+                    reason += (
+                        "; previous steps used cached features, so the last bits of results may"
+                        " differ"
+                    )
+                result = VisionCacheResult(None, reason)
+                release_memory(state.run.hardware.device)
+            if result.tier != "disk":
+                # Other runs may now remove the files.
+                stack.close()
             log(time.perf_counter() - start, result)
-            offload = result.cache is not None and should_offload(self._state.hardware.device)
+            offload = result.cache is not None and should_offload(state.run.hardware.device)
             with self._offloader.offload() if offload else nullcontext():
                 yield result.cache
 
@@ -325,60 +342,24 @@ class VisionFeatures:
         return self._offloader.reload()
 
 
-@contextmanager
-def open_vision_cache(
-    state: TrainState, console: ProgressConsole, stop: StopRequest
-) -> Iterator[VisionCacheResult]:
-    """Build the vision cache if it pays off, and provide it within the context.
-
-    The cache requires a frozen vision encoder, images that are used several times or have features
-    on disk, and space for the features. A resumed run does not use the cache if it started without
-    it.
-
-    Args:
-        stop: Stop request, checked between chunks.
-
-    Raises:
-        TrainingInterrupted: A stop was requested.
-        UserError: The disk is not writable, and `train.vision_cache` is `disk`.
-    """
-    with ExitStack() as stack:
-        builder = VisionCacheBuilder(state, console, stop)
-        stack.callback(builder.close)
-        try:
-            result = builder.build()
-        except _CacheUnavailable as blocker:
-            reason = f"images are encoded in every step: {blocker}"
-            if state.progress.step and _was_started_with_cache(state):
-                reason += (
-                    "; previous steps used cached features, so the last bits of results may differ"
-                )
-            result = VisionCacheResult(None, reason)
-            release_memory(state.hardware.device)
-        if result.tier != "disk":
-            # Other runs may now remove the files.
-            stack.close()
-        yield result
-
-
 class _CacheUnavailable(Exception):
     """Raised with the reason when the vision cache cannot be used."""
 
 
 def _find_cache_blocker(state: TrainState) -> str | None:
     """Return why recipe, model or data prevent a vision cache; None if caching is possible."""
-    model = state.model
-    if not state.train_data.stats.num_patches:
+    model = state.engine.model
+    if not state.data.train.stats.num_patches:
         return "the data contain no images"
     if not isinstance(model, VisionLanguageModel):
-        return f"{state.base_model.folder.family} uses the transformers backend"
+        return f"{state.run.base_model.folder.family} uses the transformers backend"
     if any(parameter.requires_grad for parameter in model.visual.parameters()):
         return "the vision encoder is trainable"
-    if state.parallel.is_sharded:
-        return f"the vision encoder is sharded (train.parallel={state.recipe.train.parallel})"
-    if not state.train_data.stats.is_complete:
+    if state.engine.parallel.is_sharded:
+        return f"the vision encoder is sharded (train.parallel={state.run.recipe.train.parallel})"
+    if not state.data.train.stats.is_complete:
         return "the dataset is too large for a full scan"
-    if state.recipe.train.vision_cache == "never":
+    if state.run.recipe.train.vision_cache == "never":
         return "train.vision_cache=never"
     if state.progress.step and not _was_started_with_cache(state):
         return "the run started without the vision cache"
@@ -387,7 +368,7 @@ def _find_cache_blocker(state: TrainState) -> str | None:
 
 def _was_started_with_cache(state: TrainState) -> bool:
     """Return whether the previous steps of a resumed run used cached features."""
-    lines = [line for line in state.run_dir.iter_metrics() if "images" in line]
+    lines = [line for line in state.run.run_dir.iter_metrics() if "images" in line]
     return bool(lines) and bool(lines[-1]["images"])
 
 
@@ -452,8 +433,8 @@ class VisionCacheBuilder:
 
     def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
         self._state, self._console, self._stop = state, console, stop
-        self._process_group = state.hardware.process_group
-        self._setting = state.recipe.train.vision_cache
+        self._process_group = state.run.hardware.process_group
+        self._setting = state.run.recipe.train.vision_cache
         self._store: VisionFileStore | None = None
         self._writer: FeatureWriter | None = None
         self._stored: dict[ImageChunk, StoredChunk] = {}
@@ -462,7 +443,7 @@ class VisionCacheBuilder:
 
     @property
     def _model(self) -> VisionLanguageModel:
-        model = self._state.model
+        model = self._state.engine.model
         assert isinstance(model, VisionLanguageModel), "a model of the transformers backend"
         return model
 
@@ -477,6 +458,8 @@ class VisionCacheBuilder:
         Raises:
             _CacheUnavailable: The cache cannot be used.
         """
+        # The ranks exchange features, so each phase starts only if all ranks finished the previous
+        # one: a rank that falls back alone would block the others.
         is_single_use = self._run_on_all_ranks(self._open_store_if_useful)
         self._image_index = self._run_on_all_ranks(self._index_images)
         self._feature_offsets_P1 = self._image_index.feature_offsets_P1
@@ -485,6 +468,7 @@ class VisionCacheBuilder:
         on_disk = [chunk for chunk in chunks if self._store and self._store.has_chunk(chunk.name)]
         num_bytes = self._count_bytes(chunks)
         missing_bytes = num_bytes - self._count_bytes(on_disk)
+        # After the eviction of old files, whose space counts as free.
         free = self._measure_free_bytes(chunks, missing_bytes)
 
         def start_build() -> list[ImageChunk]:
@@ -561,15 +545,15 @@ class VisionCacheBuilder:
         blocker = _find_cache_blocker(state)
         if blocker is not None:
             raise _CacheUnavailable(blocker)
-        stats, root = state.train_data.stats, vision_cache_root()
-        num_uses = stats.num_images * state.sampler.num_samples
+        stats, root = state.data.train.stats, vision_cache_root()
+        num_uses = stats.num_images * state.data.sampler.num_samples
         is_single_use = not state.progress.step and num_uses <= stats.num_unique_images * len(
             stats.sample_indices
         )
         if is_single_use and not root.is_dir():
             raise _CacheUnavailable(REASON_SINGLE_USE)
         if self._setting != "memory":
-            folder, device = state.base_model.folder, state.hardware.device
+            folder, device = state.run.base_model.folder, state.run.hardware.device
             settings = {"config": folder.config, "preprocessor": folder.preprocessor_config}
             encoder_hash = fingerprint_encoder(self._model.visual, settings, device)
             is_local_main = self._process_group.local_rank == 0
@@ -588,19 +572,19 @@ class VisionCacheBuilder:
         self._console.log(f"the vision cache does not use the disk: {error.where}: {error.what}")
 
     def _index_images(self) -> ImageIndex:
-        state, indices = self._state, self._state.train_data.stats.sample_indices
+        state, indices = self._state, self._state.data.train.stats.sample_indices
         with self._console.progress_stage("hashing images", len(indices)) as on_progress:
 
             def on_count(count: int) -> None:
                 on_progress(count)
                 self._stop.raise_if_requested()
 
-            source = state.train_data.corpus, state.renderer, indices
-            return index_images(*source, state.hardware.num_workers, on_count)
+            source = state.data.train.corpus, state.data.renderer, indices
+            return index_images(*source, state.run.hardware.num_workers, on_count)
 
     def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
         num_patches = self._image_index.count_patches(chunks)
-        return estimate_feature_bytes(num_patches, self._model, self._state.hardware.dtype)
+        return estimate_feature_bytes(num_patches, self._model, self._state.run.hardware.dtype)
 
     def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
         """Return the minimum free space over all ranks, by storage tier.
@@ -616,7 +600,7 @@ class VisionCacheBuilder:
             return [] if process_group.local_rank else [self._store.evict(names, missing_bytes)]
 
         disk = self._run_on_all_ranks(evict_local)
-        gpu = free_gpu_memory(self._state.hardware.device)
+        gpu = free_gpu_memory(self._state.run.hardware.device)
         memory = available_memory() // process_group.local_world_size
         disks, memories, gpus = zip(
             *self._all_gather([disk, memory, [] if gpu is None else [gpu]]), strict=True
@@ -629,7 +613,7 @@ class VisionCacheBuilder:
 
     def _allocate(self, tier: CacheTier) -> None:
         """Allocate the features of all images in the storage tier; nothing for the disk."""
-        model, hardware = self._model, self._state.hardware
+        model, hardware = self._model, self._state.run.hardware
         self._tier = tier
         self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
         self._features_AKD = torch.empty(
@@ -691,13 +675,13 @@ class VisionCacheBuilder:
             if self._tier == "disk":
                 raise _CacheUnavailable(f"{error.where}: {error.what}")
 
-        own_chunks, num_workers = process_group.shard(chunks), state.hardware.num_workers
+        own_chunks, num_workers = process_group.shard(chunks), state.run.hardware.num_workers
         decode_chunk = partial(
             _decode_chunk,
             self._image_index,
             own_chunks,
-            state.renderer,
-            state.recipe.data.on_invalid_sample,
+            state.data.renderer,
+            state.run.recipe.data.on_invalid_sample,
         )
         with ExitStack() as stack:
             if self._store and write_to_disk and process_group.local_rank == 0:
@@ -707,7 +691,7 @@ class VisionCacheBuilder:
                 decode_chunk,
                 range(len(own_chunks)),
                 min(num_workers, len(own_chunks)),
-                state.hardware.device.type == "cuda",
+                state.run.hardware.device.type == "cuda",
             )
             # The workers end when the generator is closed.
             decoded = stack.enter_context(closing(chunk for chunk in decoded_chunks))
@@ -738,7 +722,7 @@ class VisionCacheBuilder:
         self, decoded_chunks: Iterator[DecodedChunk], chunks: Sequence[ImageChunk]
     ) -> Sequence[ChunkFeatures]:
         """Encode one chunk on each rank, and broadcast the features of all these chunks."""
-        rank, device = self._process_group.rank, self._state.hardware.device
+        rank, device = self._process_group.rank, self._state.run.hardware.device
 
         def encode_own_chunk() -> list[ChunkFeatures]:
             self._stop.raise_if_requested()
@@ -773,14 +757,15 @@ class VisionCacheBuilder:
         state, image_refs = self._state, self._image_index.image_refs
         chunk, block, corrupt_images = decoded_chunk
         valid = [n for n in range(chunk.start, chunk.stop) if n not in corrupt_images]
-        features_MKD = self._new_features(chunk, state.hardware.device)
+        features_MKD = self._new_features(chunk, state.run.hardware.device)
         if not valid:
             return ChunkFeatures(chunk, features_MKD.zero_(), corrupt_images)
         (patches_ND,) = block.tensors()
         grids = tuple(image_refs[n].span.grid_thw for n in valid)
-        if state.pads_shapes and state.padding_merge_size is not None:
-            patches_ND, grids = pad_patches(patches_ND, grids, state.padding_merge_size)
-        patches_ND = patches_ND.to(state.hardware.device, non_blocking=True)
+        merge_size = state.engine.device_loader.padding_merge_size
+        if state.engine.device_loader.pads_shapes and merge_size is not None:
+            patches_ND, grids = pad_patches(patches_ND, grids, merge_size)
+        patches_ND = patches_ND.to(state.run.hardware.device, non_blocking=True)
         encoded_MKD = self._model.encode_images(patches_ND, grids)
         if not corrupt_images:
             # Without the features of padding patches.
@@ -834,7 +819,7 @@ class VisionCacheBuilder:
             self._image_index,
             corrupt_samples={**self._image_index.corrupt_samples, **corrupt_samples},
         )
-        offsets_P1, device = self._feature_offsets_P1, self._state.hardware.device
+        offsets_P1, device = self._feature_offsets_P1, self._state.run.hardware.device
         if self._tier == "gpu":
             return VisionCache(VisionIndexReader(index, offsets_P1), device, self._features_AKD)
         if self._tier == "memory":

@@ -90,7 +90,9 @@ def test_out_of_memory_reduces_budget_on_all_ranks():
     def full(*budget: float) -> GpuOutOfMemoryError:
         keys = "pack_tokens", "activation_checkpointing"
         below = MemoryBudget(**dict(zip(keys, budget, strict=True))) if budget else None
-        return GpuOutOfMemoryError("full", next_budget=below)
+        error = GpuOutOfMemoryError("full")
+        error.next_budget = below
+        return error
 
     raised = run_ranks(full(64, 0.5), None, full(512, 1))
     assert {type(error) for error in raised} == {GpuOutOfMemoryError}
@@ -177,7 +179,7 @@ def test_stop_signal_with_a_missing_rank():
         ("fsdp", INTERRUPTED, False, RankTimeoutError),
     ):
         trainer = mock.MagicMock(is_main=True)
-        trainer.state.parallel.is_sharded = parallel == "fsdp"
+        trainer.state.engine.parallel.is_sharded = parallel == "fsdp"
         trainer.stop.signal = signal.SIGTERM
         trainer.build_interruption.return_value = INTERRUPTED
         trainer.process_group.sync_failure.side_effect = TIMEOUT

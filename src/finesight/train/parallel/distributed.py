@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
@@ -26,10 +26,10 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.model.trainable import trainable_parameters
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget
+from finesight.train.optimizer import MasterWeightOptimizer
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel
-    from finesight.train.optimizer import MasterWeightOptimizer
 
 T = TypeVar("T")
 
@@ -427,6 +427,8 @@ def init_distributed() -> Iterator[ProcessGroup]:
 class ParallelStrategy(Protocol):
     """Interface of a mode of `train.parallel`; all ranks call the same methods in the same order.
 
+    The defaults are those of a replicated model.
+
     - `ddp` replicates the model and all-reduces gradients.
     - `zero2` shards master weights, gradients and optimizer state (Rajbhandari et al. 2020,
       arXiv:1910.02054).
@@ -450,7 +452,7 @@ class ParallelStrategy(Protocol):
 
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Extend a packed batch where needed, so that every rank runs the same layers."""
-        ...
+        return packed_batch
 
     def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
         """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""
@@ -466,11 +468,11 @@ class ParallelStrategy(Protocol):
 
     def sync_params(self) -> None:
         """Copy the updated master weights to the model after an optimizer step."""
-        ...
+        return
 
     def zero_grad(self) -> None:
-        """Discard the gradients of a skipped or aborted step."""
-        ...
+        """Discard the gradients of a skipped or aborted step outside of the optimizer."""
+        return
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Select the shard of this rank from complete checkpoint tensors.
@@ -478,14 +480,14 @@ class ParallelStrategy(Protocol):
         Args:
             tensors: Tensors by parameter name, optionally with a prefix such as `exp_avg.`.
         """
-        ...
+        return tensors
 
     def summon_full_params(self) -> AbstractContextManager[None]:
         """Provide the unsharded model on every rank within the context."""
-        ...
+        return nullcontext()
 
 
-class DDPStrategy:
+class DDPStrategy(ParallelStrategy):
     """Data parallelism with a replica of the model on every rank."""
 
     is_sharded = False
@@ -496,10 +498,6 @@ class DDPStrategy:
             parameter.numel() for parameter in self.trainable_params.values()
         )
         self._process_group = process_group
-
-    def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
-        """Return the batch unchanged."""
-        return packed_batch
 
     def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
         """Accumulate the gradients in the optimizer."""
@@ -513,18 +511,3 @@ class DDPStrategy:
         if not self._process_group.is_single_process:
             optimizer.all_reduce_gradients(self._process_group.all_reduce)
         return optimizer.grad_norm()
-
-    def sync_params(self) -> None:
-        """No-op: the model parameters are part of the master weights."""
-
-    def zero_grad(self) -> None:
-        """No-op: the optimizer clears the gradients."""
-
-    def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Return all tensors, since the model is not sharded."""
-        return tensors
-
-    @contextmanager
-    def summon_full_params(self) -> Iterator[None]:
-        """No-op: every rank has the complete model."""
-        yield

@@ -1,4 +1,4 @@
-"""Fused language model head and cross entropy, computed in chunks of logits.
+"""Supervised fine-tuning: fused language model head and cross entropy, in chunks of logits.
 
 Only hidden states that predict supervised tokens are multiplied with the head, so the logits of a
 complete pack are never stored.
@@ -9,17 +9,30 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from finesight.encode.packing import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""
+
+
+class SftObjective:
+    """Objective of supervised fine-tuning: cross entropy of the supervised tokens."""
+
+    def loss_inputs(self, batch: PackedBatch, loss_weight: Tensor) -> dict[str, Tensor]:
+        """Return the labels and the loss weight."""
+        return {"labels_L": batch.labels_L, "loss_weight": loss_weight}
+
+    def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the cross entropy."""
+        return fused_linear_cross_entropy(h_LD, head_VD, inputs["labels_L"], inputs["loss_weight"])
 
 
 def fused_linear_cross_entropy(

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from each_value import each
 from torch import Tensor
 
-from finesight.train.loss import fused_linear_cross_entropy
+from finesight.train.objectives.sft import fused_linear_cross_entropy
 
 L, D, V = 37, 16, 101
 

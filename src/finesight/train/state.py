@@ -1,0 +1,333 @@
+"""State of a training run: run context, data, model and optimizer, progress."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from finesight.config import PixelLimits, PixelRange, Recipe
+from finesight.encode.renderer import Renderer, build_renderer
+from finesight.errors import TrainingInterrupted
+from finesight.manifest import Manifest
+from finesight.model_folder import ModelFolder
+from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
+from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
+from finesight.train.dataset_stats import ImageStates, TrainingData
+from finesight.train.flops import FlopCounter
+from finesight.train.lr_schedule import LRSchedule
+from finesight.train.objectives import Objective
+from finesight.train.oom import MemoryBudget
+from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
+from finesight.train.run_dir import RunDir
+from finesight.train.sampler import DistributedSampler, SequentialSampler, TrainSampler
+
+if TYPE_CHECKING:
+    from finesight.model.hf_backend import AnyModel
+    from finesight.train.cuda_graphs import CudaGraphRunner
+
+PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+"""Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
+
+
+class StopRequest:
+    """Request to stop the run gracefully, set by a signal."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        """Received signal, possibly of another rank."""
+        self._has_arrived = False
+
+    @contextmanager
+    def install_handlers(self) -> Iterator[None]:
+        """Install signal handlers within the context, which set the stop request.
+
+        A second signal has its previous effect, except for preemption signals, which are then
+        ignored. In other threads than the main thread, no handlers are installed.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        previous_handlers = {signum: signal.getsignal(signum) for signum in SIGNALS}
+
+        def handle_signal(signal_number: int, frame: FrameType | None) -> None:
+            # A signal relayed by another rank does not count as the first one.
+            if not self._has_arrived:
+                self._has_arrived = True
+                self.request(signal_number)
+                return
+            if signal_number in PREEMPTION_SIGNALS:
+                return
+            signal.signal(
+                signal_number, previous_handlers[signal.Signals(signal_number)] or signal.SIG_DFL
+            )
+            os.kill(os.getpid(), signal_number)
+
+        for signum in SIGNALS:
+            signal.signal(signum, handle_signal)
+        try:
+            yield
+        finally:
+            for signum, handler in previous_handlers.items():
+                signal.signal(signum, handler or signal.SIG_DFL)
+
+    def request(self, signal_number: int) -> None:
+        """Set the stop request for a signal, possibly of another rank; ignore 0."""
+        if signal_number and self.signal is None:
+            self.signal = signal.Signals(signal_number)
+
+    def raise_if_requested(self) -> None:
+        """Raise if a stop was requested.
+
+        Raises:
+            TrainingInterrupted: A signal has arrived.
+        """
+        if self.signal is not None:
+            raise TrainingInterrupted(f"{self.signal.name} has arrived")
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Hardware settings of a rank.
+
+    Attributes:
+        device: Device of the model.
+        dtype: Compute dtype.
+        num_workers: Number of data loader workers.
+        peak_flops: Measured peak FLOP/s of the device.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    num_workers: int
+    peak_flops: float
+    process_group: ProcessGroup = SINGLE_PROCESS
+
+    @property
+    def precision(self) -> str:
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+        return names[self.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModelRef:
+    """Base model that a run starts from.
+
+    Attributes:
+        name: Name stored in manifests and adapters: an absolute path, or the name of a hub model.
+        adapter: Folder of an adapter to continue training; None to start with a new one.
+        manifest: Manifest of the run that produced the model or adapter, if any.
+    """
+
+    name: str
+    folder: ModelFolder
+    adapter: Path | None
+    manifest: Manifest | None
+
+    def build_renderer(self, recipe: Recipe) -> Renderer:
+        """Create the renderer (tokenizer, chat template and image processor) of a recipe.
+
+        Image settings and the system prompt that the recipe does not set are read from the manifest
+        of the run that produced the model.
+        """
+        image_rule, system_prompt = recipe.image, recipe.data.system_prompt
+        if self.manifest is not None:
+            run_rule = self.manifest.image_rule
+            if isinstance(image_rule, PixelLimits) and isinstance(run_rule, PixelRange):
+                image_rule = image_rule.complete(run_rule)
+            image_rule = run_rule if image_rule is None else image_rule
+            system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
+        return build_renderer(self.folder, image_rule, system_prompt)
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """Settings, files and hardware of a run, which do not change.
+
+    Attributes:
+        resume_config: Settings and fingerprints that must be the same when the run is resumed.
+    """
+
+    recipe: Recipe
+    run_dir: RunDir
+    checkpoint_manager: CheckpointManager
+    hardware: Hardware
+    base_model: BaseModelRef
+    resume_config: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class RunData:
+    """Training and validation data of a run, and the steps of this rank."""
+
+    renderer: Renderer
+    train: TrainingData
+    validation: TrainingData | None
+    sampler: TrainSampler
+    step_dataset: StepDataset
+
+    def images(self) -> dict[str, ImageStates]:
+        """Return the image fingerprints of each split (`train`, `eval`)."""
+        splits = {"train": self.train, "eval": self.validation}
+        return {name: data.stats.images for name, data in splits.items() if data is not None}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainEngine:
+    """Model and optimizer of a run, with the components of a training step."""
+
+    model: AnyModel
+    objective: Objective
+    parallel: ParallelStrategy
+    device_loader: DeviceLoader
+    optimizer: MasterWeightOptimizer
+    graph_runner: CudaGraphRunner
+    loss_scaler: LossScaler
+    lr_schedule: LRSchedule
+    flop_counter: FlopCounter | None
+
+    def zero_grad(self) -> None:
+        """Discard the gradients of a skipped or aborted step."""
+        self.optimizer.zero_grad()
+        self.parallel.zero_grad()
+
+    def state_dict(self) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+        """Return master weights and optimizer state, or the shards of this rank."""
+        return self.optimizer.master_weights(), self.optimizer.optimizer_state()
+
+    def load_state_dict(
+        self, weights: Mapping[str, Tensor], optimizer_state: Mapping[str, Tensor]
+    ) -> None:
+        """Restore master weights and optimizer state from complete checkpoint tensors."""
+        self.optimizer.load_state(
+            self.parallel.shard_state(weights), self.parallel.shard_state(optimizer_state)
+        )
+        self.parallel.sync_params()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainState:
+    """State of a training run."""
+
+    run: RunContext
+    data: RunData
+    engine: TrainEngine
+    progress: TrainProgress
+
+    def check_ranks_match(self) -> None:
+        """Verify that all ranks have the same settings, model, data and images.
+
+        Raises:
+            UserError: The configurations differ.
+        """
+        train_settings = self.run.recipe.train.model_dump(mode="json")
+        shared_settings = {
+            name: train_settings[name]
+            for name in ("parallel", "pack_tokens", "activation_checkpointing")
+        }
+        images = {split: states.digest for split, states in self.data.images().items()}
+        self.run.hardware.process_group.check_identical(
+            self.run.resume_config | shared_settings | {"images": images}
+        )
+
+    @property
+    def shard_group(self) -> ProcessGroup:
+        """Process group over which the model is sharded; a single process without sharding."""
+        is_sharded = self.engine.parallel.is_sharded
+        return self.run.hardware.process_group if is_sharded else SINGLE_PROCESS
+
+    @property
+    def max_unsplit_tokens(self) -> int | None:
+        """Maximum number of tokens of a sample that is not split over the ranks.
+
+        None if samples are never split.
+        """
+        pack_tokens = self.progress.budget.pack_tokens
+        sampler = self.data.step_dataset.with_pack_tokens(pack_tokens).sampler
+        return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
+
+    def build_validation_dataset(self, pack_tokens: int, indices: Sequence[int]) -> StepDataset:
+        """Create the dataset of this rank's share of validation samples.
+
+        It does not use shared prefixes: in evaluation mode, some families compute a token depending
+        on the length of its sample (`model.families.qwen_vl`).
+
+        Args:
+            indices: Corpus indices of the samples of all ranks.
+        """
+        assert self.data.validation is not None, "no validation data"
+        recipe, own_indices = self.run.recipe, self.run.hardware.process_group.shard(indices)
+        sampler = SequentialSampler(own_indices, recipe.train.batch_size)
+        return self.data.validation.build_step_dataset(
+            self.data.renderer, sampler, pack_tokens, recipe.data
+        )
+
+    def apply_budget(self, budget: MemoryBudget) -> None:
+        """Use a memory budget from the next step on."""
+        self.progress.budget = budget
+        self.engine.model.activation_checkpointing = budget.activation_checkpointing
+
+    def state_dict(self) -> CheckpointState:
+        """Return the state that a checkpoint stores in addition to tensors."""
+        batch_size, sampler = self.run.recipe.train.batch_size, self.data.sampler
+        return CheckpointState(
+            consumed_samples=min(self.progress.step * batch_size, sampler.num_samples),
+            loss_scale=self.engine.loss_scaler.state_dict(),
+            resume_config=self.run.resume_config,
+            **self.progress.state_dict(),
+        )
+
+    def load_state_dict(self, stored: CheckpointState) -> None:
+        """Restore the state that `state_dict` returned, and use the smaller memory budget."""
+        self.engine.loss_scaler.load_state_dict(stored.loss_scale)
+        self.progress.load_state_dict(stored)
+
+    def estimate_checkpoint_bytes(self) -> int:
+        """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""
+        optimizer = self.engine.optimizer
+        moments = optimizer.optimizer_state().values()
+        rank_bytes = 4 * optimizer.num_params + sum(moment.nbytes for moment in moments)
+        return rank_bytes * self.shard_group.world_size
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Result of a training step, which the device may still be computing.
+
+    Attributes:
+        step_batch: Step data of this rank.
+        global_stats: Statistics over all ranks.
+        budget: Memory budget of the step.
+        lr_factor: Factor of the learning rate schedule.
+        is_applied: False if the gradients overflowed in fp16, or no sample was valid.
+        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
+            after `event`. If one of them is not finite, the device has skipped the update.
+        event: CUDA event after the copy to the CPU; None on a CPU.
+    """
+
+    step_batch: StepBatch
+    global_stats: GlobalStepStats
+    budget: MemoryBudget
+    lr_factor: float
+    is_applied: bool
+    loss_and_norm_2: Tensor
+    event: torch.cuda.Event | None
+
+    def wait(self) -> tuple[float, float]:
+        """Wait for the device, and return the loss and the gradient norm."""
+        if self.event is not None:
+            self.event.synchronize()
+        loss, norm = self.loss_and_norm_2.tolist()
+        return loss, norm

@@ -29,7 +29,7 @@ from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 from finesight.app import access, server, uploads
 from finesight.app.access import MAX_MESSAGE_BYTES
 from finesight.app.chat_page import BROWSER_COOKIE, BROWSER_COOKIE_AGE_S, render_turns
-from finesight.app.chat_store import MAX_IMAGE_BYTES
+from finesight.app.chat_store import MAX_FILE_BYTES
 from finesight.app.uploads import UPLOAD_TTL_S
 from finesight.encode.family import ThinkingOptions
 from finesight.infer.request import GenerationOptions
@@ -261,7 +261,7 @@ def test_uploads_stay_in_their_folder(open_page):
 def test_request_body_limits(open_page):
     much = b"x" * (MAX_MESSAGE_BYTES + 1)
     assert ask(open_page, "POST", CHATS, much).status == 413
-    for path, limit in ((UPLOADS, MAX_IMAGE_BYTES), (CHATS, MAX_MESSAGE_BYTES)):
+    for path, limit in ((UPLOADS, MAX_FILE_BYTES), (CHATS, MAX_MESSAGE_BYTES)):
         length = {"content_length": str(limit + 1)}
         assert ask(open_page, "POST", path, b"", **length).status == 413
     chunks = iter([b"x" * 65536] * (MAX_MESSAGE_BYTES // 65536 + 2))

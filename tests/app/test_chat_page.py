@@ -186,12 +186,12 @@ def test_finetuned_and_base_model_answer_in_parallel(browser, image_paths, tmp_p
     run = write_random_adapter(tmp_path / "shapes")
     with run_service(str(run)) as service, run_web_page(service) as page:
         visit = ChatPageDriver(browser, page.address, DESKTOP_WIDTH)
-        visit.click("#compare")
+        browser.run("document.querySelector('#compare').value = 'base';")
         visit.ask(question, [image])
         assert visit.read_texts(".reply h3") == ["shapes", "base"]
         tuned, base = visit.read_texts(".reply .message-text")
         assert tuned != base
-        visit.click("#compare")
+        browser.run("document.querySelector('#compare').value = '';")
         visit.ask("Why?")
         assert len(visit.read_texts(".reply")) == 3
         assert_page_is_clean(browser, page.address)
@@ -206,7 +206,7 @@ def test_html_payloads_and_errors_are_shown_as_text(browser, tmp_path):
     with run_web_page(ScriptedService(answer, model_names=names)) as page:
         visit = ChatPageDriver(browser, page.address)
         assert visit.read_texts("h1 span") == [names[0]]
-        visit.click("#compare")
+        browser.run("document.querySelector('#compare').value = 'base';")
         for number, payload in enumerate(XSS_PAYLOADS):
             image = tmp_path / f"{payload.replace('/', '')[:90]}.png"
             Image.new("RGB", (64, 48), (number, 0, 0)).save(image)
@@ -265,7 +265,7 @@ def test_conversation_is_stored_answered_and_changed(tmp_path):
     with open_client(service, tmp_path / "private") as client:
         image = client.post("/uploads?name=a.png", content=(tmp_path / "a.png").read_bytes()).json()
         settings = {"max_new_tokens": 9, "temperature": 0.5, "seed": 7, "thinking": True}
-        state = send(client, "Who?", files=[image["id"]], settings={**settings, "compare": True})
+        state = send(client, "Who?", files=[image["id"]], settings={**settings, "compare": "base"})
         token = state["token"]
         assert (state["num_turns"], state["has_images"], state["is_generating"]) == (1, True, False)
         assert state["turns"].count("&lt;i&gt;Who?</p>") == 2
@@ -318,7 +318,7 @@ def test_requests_reach_no_conversation_of_another_browser(tmp_path):
     "change",
     [
         *({"settings": {**SETTINGS, name: value}} for name, value in (
-            *(("compare", "x"), ("max_new_tokens", 0), ("max_new_tokens", 1e308)),
+            *(("compare", 1), ("max_new_tokens", 0), ("max_new_tokens", 1e308)),
             *(("temperature", -1), ("temperature", None), ("top_p", 0), ("top_k", -1)),
             *(("repetition_penalty", 9), ("seed", 0.5), ("seed", -2), ("seed", 2**53)),
             *(("system_prompt", "x" * 20_001), ("unknown", 1)),
@@ -365,6 +365,13 @@ def test_two_tabs_follow_an_answer_until_both_are_closed(monkeypatch):
         while chat.is_generating:
             time.sleep(0.02)
         assert reply.finish_reason == "cancelled"
+        # A timer of this answer does not stop the next one, which no tab receives yet.
+        [turn] = chat.session.turns
+        monkeypatch.setattr(chat_page, "UNFOLLOWED_S", 60)
+        request("send", {"text": "Again?", "settings": SETTINGS}).close()
+        chat.stop_unfollowed(turn)
+        assert chat.session.turns[1].replies[0].finish_reason is None
+        chat.stop()
 
 
 async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

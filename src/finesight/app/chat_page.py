@@ -32,7 +32,7 @@ from starlette.types import Receive, Scope, Send
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_store import (
     MAX_CHATS_PER_BROWSER,
-    MAX_IMAGE_BYTES,
+    MAX_FILE_BYTES,
     MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
@@ -288,13 +288,16 @@ class AnswerStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._chat.num_streams += 1
+        turns = self._chat.session.turns[-1:]
         try:
             with use_language(self._language):
                 await super().__call__(scope, receive, send)
         finally:
             self._chat.num_streams -= 1
-            loop = asyncio.get_running_loop()
-            loop.call_later(UNFOLLOWED_S, self._chat.stop_unfollowed)
+            for turn in turns:
+                asyncio.get_running_loop().call_later(
+                    UNFOLLOWED_S, self._chat.stop_unfollowed, turn
+                )
 
 
 class ChatPage:
@@ -314,7 +317,6 @@ class ChatPage:
         self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
         default = None if manifest is None else manifest.max_new_tokens
         self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
-        self._can_compare = BASE_MODEL_NAME in self._model_names[1:]
 
     def render(self, language: Language, studio: str) -> str:
         """Render the page without a conversation. It links to its studio, if there is one."""
@@ -338,7 +340,8 @@ class ChatPage:
             max_chars=MAX_MESSAGE_CHARS,
             model=self._model_names[0],
             prompts=self._prompts,
-            can_compare=self._can_compare,
+            others=self._model_names[1:],
+            base_name=BASE_MODEL_NAME,
             has_thinking=self._default_thinking is not None,
         )
 
@@ -390,7 +393,7 @@ class ChatPage:
         task = asyncio.create_task(_receive_replies(chat, turn))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed)
+        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, turn)
 
     async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
         """Yield events with the last turn during its generation, and the state at its end."""
@@ -423,9 +426,8 @@ class ChatPage:
             if self._default_thinking is None
             else ThinkingOptions(enable_thinking=settings.thinking),
         )
-        can_compare = settings.compare and self._can_compare
-        names = (None, BASE_MODEL_NAME) if can_compare else (None,)
-        return [replace(options, model=name) for name in names]
+        others = [name for name in self._model_names[1:] if name == settings.compare]
+        return [replace(options, model=name) for name in (None, *others)]
 
     def undo(self, chat: StoredChat) -> str:
         """Remove the last turn, unless it is being generated, and return its question."""
@@ -585,6 +587,8 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
         for image in [*find_chat(request).images.values()]:
             if image.number == number and image.display_path.is_file():
                 headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
+                if "video" in request.query_params and image.is_video:
+                    return FileResponse(image.path, headers=headers)
                 return FileResponse(image.display_path, media_type="image/webp", headers=headers)
         raise HTTPException(404, "no such image")
 
@@ -627,5 +631,5 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:
     """Build the chat page as an ASGI application with access control."""
-    access = replace(access, max_upload_bytes=MAX_IMAGE_BYTES)
+    access = replace(access, max_upload_bytes=MAX_FILE_BYTES)
     return AccessMiddleware(create_app(build_chat_routes(store)), access)

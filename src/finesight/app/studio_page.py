@@ -243,18 +243,29 @@ def list_options(operation: str) -> list[OperationParameter]:
     return [one for one in parameters if not one.is_positional and one.name not in own]
 
 
-def _build_field(operation: str, parameter: OperationParameter) -> FormField:
-    """Build the field of an option; an empty one keeps the default."""
+def _build_field(
+    operation: str, parameter: OperationParameter, runs: Sequence[str] = ()
+) -> FormField:
+    """Build the field of an option; an empty one keeps the default.
+
+    Args:
+        runs: Other runs of the workspace, from which an option for a run is chosen.
+    """
+    name = f"{operation}:{parameter.name}"
+    if parameter.info.metavar == "RUN" and runs:
+        return FormField(name, "Another run of the same model", choices=runs, default="none")
     is_flag = parameter.kind == "flag"
     default = parameter.default
     is_shown = not is_flag and default not in (None, (), "")
     return FormField(
-        f"{operation}:{parameter.name}",
+        name,
         parameter.option.partition("/")[0],
         placeholder=str(default) if is_shown else parameter.info.metavar,
-        choices=YES_NO if is_flag else parameter.choices,
+        # The empty choice keeps the default.
+        choices=YES_NO if is_flag else [one for one in parameter.choices if one != default],
         default=str(default) if is_shown else "",
         hint=parameter.help,
+        is_advanced=True,
     )
 
 
@@ -318,13 +329,14 @@ class StudioPage:
         used = state.dataset.files if state.dataset else set()
         others = [str(one.path) for one in state.content.datasets if not one.files & used]
         job = state.job
+        runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",
             selection.lang,
             selection=state.selection,
             forms=FORMS,
             options={
-                operation: [_build_field(operation, one) for one in list_options(operation)]
+                operation: [_build_field(operation, one, runs) for one in list_options(operation)]
                 for operation in OPERATIONS_OF_STEPS.get(selection.step, ())
             },
             values=values,

@@ -154,10 +154,15 @@ class StudioState:
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """Row of the table of runs, with its first and last primary metric."""
+    """Row of the table of runs, with its first and last primary metric.
+
+    Attributes:
+        description: Progress as a sentence, with the remaining time.
+    """
 
     path: str
     status: str
+    description: str
     step: int
     total_steps: int | None
     metric: str
@@ -292,11 +297,9 @@ class StudioView:
 
     def _build_charts(self, state: StudioState) -> list[Any]:
         """Return the curves of the run that the selected recipe has started."""
-        if state.selection.step != "train" or state.recipe is None:
+        if state.selection.step != "train" or state.recipe is None or state.run is None:
             return []
-        if state.run is None:
-            return []
-        return build_run_charts(read_run(self.workspace.folder / state.run))
+        return build_run_charts(self._read_run(state.run))
 
     def find_run(self, recipe: Path) -> Path | None:
         """Return the output folder of a recipe, which may not exist yet."""
@@ -351,21 +354,26 @@ class StudioView:
 
     def describe_run(self, run: Path) -> RunRow:
         """Return the row of a run in the table of runs."""
-        folder = self.workspace.folder / run
-        files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
-        versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
-        record = _read_run_version(folder, versions)
+        record = self._read_run(run)
         name = record.primary_metric or "validation_loss"
         values = [read_metrics(line).get(name) for line in select_evaluations(record)]
         status = get_run_status(record)
         return RunRow(
             path=str(run),
             status=status.kind,
+            description=status.description,
             step=status.step,
             total_steps=status.total_steps,
             metric=format_metric_name(name) if values else "",
             scores=[format_value(v) for v in values if v is not None],
         )
+
+    def _read_run(self, run: Path) -> RunRecord:
+        """Read a run, unless it has not changed since the last time."""
+        folder = self.workspace.folder / run
+        files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
+        versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+        return _read_run_version(folder, versions)
 
 
 def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> Any:

@@ -191,7 +191,9 @@ const readSettings = () => {
 
 const showAttachments = () => {
   byId("attachments").replaceChildren(...attachments.map((one) => create("li", {},
-    create("img", { src: one.url, alt: one.file.name }),
+    one.file.type.startsWith("video/")
+      ? create("video", { src: one.url, "aria-label": one.file.name, muted: true })
+      : create("img", { src: one.url, alt: one.file.name }),
     create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
       onclick: () => { detach([one]); byId("question").focus(); } }, "×"))));
   showImageHint(document.querySelector(".thumbs") !== null);

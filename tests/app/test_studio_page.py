@@ -186,7 +186,6 @@ def test_only_the_converter_of_the_command_line_runs(folder):
         text = page.render(Selection(step="export"))
         assert ("Write GGUF" in text, "write-gguf" in page.actions) == (converter is not None,) * 2
         assert "convert.py" not in text
-    assert "--converter convert_hf" in read_live(folder, "step=export")["top"]
 
 
 def test_options_of_operations_are_fields_of_the_page(folder, page, started):

@@ -40,7 +40,6 @@ from finesight.app.studio_view import (
     StudioState,
     StudioView,
     name_actions,
-    split_words,
 )
 from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
@@ -199,6 +198,9 @@ OPERATIONS_OF_STEPS = {
 
 YES_NO = ("yes", "no")
 
+RUN_LABELS = {"web": "Compare with another run", "serve": "Serve another run of the model, too"}
+"""Label of the field for another run, by operation."""
+
 QUESTIONS = (
     ("Describe images", "Describe the image."),
     ("Read text", "Read the text."),
@@ -253,7 +255,7 @@ def _build_field(
     """
     name = f"{operation}:{parameter.name}"
     if parameter.info.metavar == "RUN" and runs:
-        return FormField(name, "Another run of the same model", choices=runs, default="none")
+        return FormField(name, RUN_LABELS[operation], choices=runs, default="none")
     is_flag = parameter.kind == "flag"
     default = parameter.default
     is_shown = not is_flag and default not in (None, (), "")
@@ -308,7 +310,7 @@ class StudioPage:
             return self.actions[name](state, form)
 
     def preview(self, name: str, selection: Selection, form: Form) -> str:
-        """Return the command that a form would start, as HTML; empty for an incomplete form."""
+        """Return the command that a form would start; empty for an incomplete form."""
         _check_texts(form)
         state = self.view.read_state(selection, use_newest=False)
         with translate_os_errors(self.view.workspace.folder):
@@ -316,7 +318,7 @@ class StudioPage:
                 arguments = self._build_labels(state, form) if form.get("images") else []
             else:
                 arguments = self._build_import(form, unpack=False)[1]
-        return split_words(format_command(*arguments)) if arguments else ""
+        return format_command(*arguments) if arguments else ""
 
     def render(self, selection: Selection) -> str:
         """Render the page with the values of its forms."""

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from markupsafe import Markup
-
 from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error, render_page
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
@@ -104,16 +102,10 @@ class Selection:
     @classmethod
     def parse(cls, params: Mapping[str, str], language: Language) -> Selection:
         """Read a selection from query parameters. Invalid values are ignored."""
+        names = {"data", "recipe", "run", "job", "images"} & params.keys()
         step = params.get("step", "")
-        return cls(
-            step=step if step in STEPS else STEPS[0],
-            data=params.get("data", ""),
-            recipe=params.get("recipe", ""),
-            run=params.get("run", ""),
-            job=params.get("job", ""),
-            lang=language,
-            images=params.get("images", ""),
-        )
+        items = {name: params[name] for name in names}
+        return cls(step=step if step in STEPS else STEPS[0], lang=language, **items)
 
     def link(self, **changes: str) -> str:
         """Return the URL of the page after changes. Without `job`, the newest job is selected."""
@@ -244,7 +236,6 @@ class StudioView:
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
                 "step_names": STEP_NAMES,
                 "no_run": NO_RUN,
-                "split_words": split_words,
             }
             top, bottom = (
                 render_page(f"studio_{name}.html", selection.lang, **values)
@@ -271,10 +262,6 @@ class StudioView:
             return [["report", as_argument(run)]]
         if step == "chat" and weights is not None:
             return [["web", as_argument(weights)]]
-        if step == "export":
-            model = as_argument((state.content.models or [Path("models/NAME")])[0])
-            options = ["--converter", "convert_hf_to_gguf.py"]
-            return [["export", model, f"gguf/{Path(model).name}", *options]]
         return []
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
@@ -439,8 +426,3 @@ def name_actions(advice: str) -> str:
 
     advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
     return _OPTION.sub(name_field, advice)
-
-
-def split_words(command: str) -> Markup:
-    """Render a command whose lines break between words only, not after a hyphen."""
-    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))

@@ -53,7 +53,7 @@ export const upload = async (file) => {
 export const describe = (error) =>
   translate(error instanceof TypeError ? "The server does not answer." : error.message);
 
-export const copyText = async (text) => {
+const copyText = async (text) => {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   // Browsers have no clipboard API on a page without TLS.
   const field = create("textarea");
@@ -63,3 +63,43 @@ export const copyText = async (text) => {
   document.execCommand("copy");
   return field.remove();
 };
+
+export const copy = async (button) => {
+  const { copy: text, copied } = button.dataset, label = button.textContent;
+  await copyText(text);
+  button.focus();
+  if (label === copied) return;
+  button.textContent = copied;
+  setTimeout(() => { button.textContent = label; }, 1500);
+};
+
+/** Changes only what differs, so that the focus, open parts and forms of the user stay. */
+export const update = (target, source) => {
+  const known = [...target.childNodes], nodes = [...source.childNodes];
+  nodes.forEach((node, index) => {
+    const old = known[index];
+    if (!old) target.append(node);
+    else if (old.nodeName !== node.nodeName) old.replaceWith(node);
+    else if (old.nodeType !== Node.ELEMENT_NODE) {
+      if (old.data !== node.data) old.data = node.data;
+    } else {
+      updateAttributes(old, node);
+      update(old, node);
+    }
+  });
+  for (const old of known.slice(nodes.length)) old.remove();
+};
+
+export const updateAttributes = (old, node) => {
+  for (const { name } of [...old.attributes]) {
+    if (!node.hasAttribute(name) && !["open", "hidden"].includes(name)) old.removeAttribute(name);
+  }
+  for (const { name, value } of node.attributes) {
+    if (old.getAttribute(name) === value || ["open", "hidden"].includes(name)) continue;
+    old.setAttribute(name, value);
+    // The reasoning is folded when the answer begins.
+    if (name === "data-open") old.open = value !== "";
+  }
+};
+
+export const parse = (html) => new DOMParser().parseFromString(html, "text/html").body;

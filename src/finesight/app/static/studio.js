@@ -1,4 +1,4 @@
-import { byId, copyText, create, describe, request, RequestError, translate, upload } from "./app.js";
+import { byId, copy, create, describe, parse, request, RequestError, translate, update, upload } from "./app.js";
 
 const shown = {};
 // Buttons that would start the running command again.
@@ -10,24 +10,11 @@ const uploaded = new Map(); // Uploads by file, for another attempt after an err
 
 const replace = (id, html) => {
   if (shown[id] === html) return;
-  const place = byId(id), log = place.querySelector(".log");
+  const log = byId(id).querySelector(".log");
   const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-  const scroll = log?.scrollTop ?? 0;
-  const marked = [...place.querySelectorAll("input:checked")].map((box) => box.value);
-  const opened = [...place.querySelectorAll("details[open]")].map((item) => item.id);
-  const frame = place.querySelector("iframe"), focused = document.activeElement;
-  const focusUrl = place.contains(focused) ? focused.href ?? focused.dataset.url : "";
-  place.innerHTML = html;
-  // A frame that shows the same page keeps its position.
-  const newFrame = place.querySelector("iframe");
-  if (frame && newFrame && frame.src === newFrame.src) newFrame.replaceWith(frame);
-  for (const box of place.querySelectorAll("input[type=checkbox]")) box.checked = marked.includes(box.value);
-  for (const item of place.querySelectorAll("details")) item.open = opened.includes(item.id);
-  const newLog = place.querySelector(".log");
-  if (newLog) newLog.scrollTop = isAtEnd ? newLog.scrollHeight : scroll;
-  if (focusUrl) {
-    [...place.querySelectorAll("a, button")].find((at) => (at.href ?? at.dataset.url) === focusUrl)?.focus();
-  }
+  update(byId(id), parse(html));
+  const newLog = byId(id).querySelector(".log");
+  if (newLog && isAtEnd) newLog.scrollTop = newLog.scrollHeight;
   shown[id] = html;
 };
 
@@ -39,7 +26,7 @@ const enableButtons = () => {
   }
 };
 
-const update = async () => {
+const refresh = async () => {
   let delay = 8000;
   const query = location.search;
   try {
@@ -56,7 +43,7 @@ const update = async () => {
     }
     if (["running", "stopping"].includes(status)) delay = 1500;
   } catch { /* The studio was stopped; another attempt follows. */ }
-  setTimeout(update, delay);
+  setTimeout(refresh, delay);
 };
 
 // Actions
@@ -130,7 +117,7 @@ const preview = async (form) => {
   if (number !== previewNumber) return; // The answer to a later change may come first.
   const { command, hint } = answer;
   const place = form.querySelector(".preview");
-  if (command) place.innerHTML = `<div class="command"><code>${command}</code></div>`;
+  if (command) place.replaceChildren(create("div", { class: "command" }, create("code", {}, command)));
   else place.replaceChildren(...(hint ? [create("p", { class: "hint" }, hint)] : []));
 };
 let previewTimer = 0;
@@ -168,8 +155,7 @@ document.addEventListener("click", async (event) => {
     event.preventDefault();
     await act(button);
   } else if (button?.dataset.copy) {
-    await copyText(button.dataset.copy);
-    button.textContent = "✓";
+    await copy(button);
   } else if (button && "prompt" in button.dataset) {
     byId("prompt").value = button.dataset.prompt;
     byId("name").value ||= button.dataset.name;
@@ -179,4 +165,4 @@ document.addEventListener("click", async (event) => {
   }
 });
 showKinds();
-update();
+refresh();

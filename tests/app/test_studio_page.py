@@ -7,7 +7,6 @@ import html
 import json
 import os
 import re
-import shlex
 import shutil
 import time
 from pathlib import Path
@@ -176,7 +175,6 @@ def test_only_runs_of_the_workspace_are_shown(folder):
             assert client.get(f"/view/report?{query}").status_code == 404, query
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
-        assert client.post("/preview/other", json={}).status_code == 404
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
 
 
@@ -338,13 +336,6 @@ def test_labelling_needs_no_run(folder, page, started):
         assert click_button(page, "label", text, *form) == ""
         words = started.pop()
         assert words[1] == model
-        # The shown command has the options of the form.
-        names = (field.name for field in FORMS["label"])
-        body = {"texts": dict(zip(names, form, strict=True))}
-        with open_client(folder) as client:
-            command = client.post(f"/preview/label?{text}", json=body).json()["command"]
-        command = re.sub("<.*?>", "", html.unescape(command))
-        assert shlex.split(command) == ["finesight", *words]
         assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
         assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
 
@@ -546,7 +537,7 @@ def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
     assert click_button(page, "create-recipe", urlencode(query), [], *values) == ""
     data = workspace.load_recipe(Path("recipes/both.yaml")).data
     assert (str(data.train[0].path), str(data.eval[0].path)) == pair
-    message = click_button(page, "ask-delete", "step=data&data=data/a")
+    message = click_button(page, "delete", "step=data&data=data/a")
     assert "is used by the data set data/a-" in message
 
 
@@ -596,8 +587,6 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder, page):
     write_file(folder / ".finesight/check/data--a.html", b"old")
     assert "No data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
-    assert click_button(page, "ask-delete", "step=data&data=data/a") == ""
-    assert (folder / "data/a/data.jsonl").exists()
     assert click_button(page, "delete", "step=data&data=data/a") == ""
     assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
@@ -620,11 +609,9 @@ def test_recipe_without_an_unfinished_run_is_deleted(folder, page):
     (run / "result.json").rename(folder / "result.json")
     query = "step=plan&recipe=recipes/a.yaml"
     assert "not created by" in click_button(page, "delete", "step=plan&recipe=own.yaml")
-    assert "used by the unfinished run runs/a" in click_button(page, "ask-delete", query)
+    assert "used by the unfinished run runs/a" in click_button(page, "delete", query)
     (folder / "result.json").rename(run / "result.json")
     assert read_live(folder, "step=plan")["top"].count('class="delete"') == 1
-    assert click_button(page, "ask-delete", query) == ""
-    assert file.exists()
     assert click_button(page, "delete", query) == ""
     assert not file.exists()
     assert (folder / "own.yaml").exists()

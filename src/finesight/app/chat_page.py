@@ -11,7 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
@@ -36,11 +36,7 @@ from finesight.app.chat_store import (
     MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
-    MAX_REPETITION_PENALTY,
-    MAX_SEED,
-    MAX_TEMPERATURE,
     MAX_TITLE_CHARS,
-    MAX_TOP_K,
     ChatImage,
     ChatSettings,
     ChatStore,
@@ -81,7 +77,7 @@ MIN_WORDS = 4
 """Number of words from which an answer is prose, for example that of the base model."""
 
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
-_STRING_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*')
+_MARKED_NUMBER = re.compile(r'"\\u0000([^"]*)"')
 _CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
 _NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
 _FORMULA = re.compile(
@@ -163,25 +159,16 @@ def _render_formula(source: str) -> Markup | None:
 
 def _format_json(text: str) -> str | None:
     """Indent a JSON object, or a list of objects; None for other texts."""
-    numbers: list[str] = []
-
-    def replace(match: re.Match[str]) -> str:
-        if match[0].startswith('"'):
-            return match[0]
-        numbers.append(match[0])
-        return str(len(numbers) - 1)
-
     # ValueError also if an integer has too many digits.
     with suppress(ValueError):
         value = parse_json(text)
         items = value if isinstance(value, list) else [value]
-        if items and all(isinstance(item, dict) for item in items):
-            # Numbers are indices meanwhile: the parser would drop digits, as of 12.50.
-            indices = parse_json(_STRING_OR_NUMBER.sub(replace, text))
-            formatted = json.dumps(indices, ensure_ascii=False, indent=2)
-            formatted = _STRING_OR_NUMBER.sub(
-                lambda match: match[0] if match[0][0] == '"' else numbers[int(match[0])], formatted
-            )
+        if items and "\\u0000" not in text and all(isinstance(item, dict) for item in items):
+            # Numbers are marked texts meanwhile: the parser would drop digits, as of 12.50.
+            mark = "\0{}".format
+            value = json.loads(text, parse_float=mark, parse_int=mark)
+            formatted = json.dumps(value, ensure_ascii=False, indent=2)
+            formatted = _MARKED_NUMBER.sub(r"\1", formatted)
             # Lists of numbers, such as box corners, on one line. Strings contain no line breaks.
             formatted = _NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), formatted)
             return formatted if len(formatted) <= MAX_JSON_CHARS else None
@@ -236,14 +223,8 @@ UPDATE_INTERVAL_S = 0.08
 UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
-SETTING_BOUNDS = {
-    "temperature": (0, MAX_TEMPERATURE, "any"),
-    "top_p": (0.01, 1, "any"),
-    "top_k": (0, MAX_TOP_K, 1),
-    "repetition_penalty": (1, MAX_REPETITION_PENALTY, "any"),
-    "seed": (-1, MAX_SEED, 1),
-}
-"""Minimum, maximum and step of the numbers of `ChatSettings`."""
+STEPS_OF_SETTINGS = dict.fromkeys(("temperature", "top_p", "repetition_penalty"), "any")
+"""Step of the number fields of `ChatSettings` with fractions."""
 
 SCRIPT_TEXTS = (
     *("The server does not answer.", "request too large", "Delete"),
@@ -300,6 +281,14 @@ class AnswerStream(StreamingResponse):
                 )
 
 
+def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
+    """Return minimum, maximum and step of the numbers of `ChatSettings`."""
+    fields = ChatSettings.model_json_schema()["properties"].items()
+    numbers = {name: field for name, field in fields if "maximum" in field}
+    steps = STEPS_OF_SETTINGS
+    return {n: (one["minimum"], one["maximum"], steps.get(n, 1)) for n, one in numbers.items()}
+
+
 class ChatPage:
     """Requests of the chat page for several users, each with a cookie of the browser."""
 
@@ -336,7 +325,7 @@ class ChatPage:
             settings=settings,
             studio=studio,
             defaults=defaults.model_dump(),
-            bounds=SETTING_BOUNDS | {"max_new_tokens": (1, self._max_new_tokens, 1)},
+            bounds=_read_bounds() | {"max_new_tokens": (1, self._max_new_tokens, 1)},
             max_chars=MAX_MESSAGE_CHARS,
             model=self._model_names[0],
             prompts=self._prompts,
@@ -549,15 +538,11 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 
     async def send(request: Request) -> Response:
         chat, message = find_chat(request), await parse_body(request, SendRequest)
-        return await answer(
-            request, chat, message.settings, lambda options: send_message(chat, message, options)
-        )
+        return await answer(request, chat, message.settings, partial(send_message, chat, message))
 
     async def edit(request: Request) -> Response:
         chat, message = find_chat(request), await parse_body(request, EditRequest)
-        return await answer(
-            request, chat, message.settings, lambda options: edit_message(chat, message, options)
-        )
+        return await answer(request, chat, message.settings, partial(edit_message, chat, message))
 
     async def regenerate(request: Request) -> Response:
         chat, message = find_chat(request), await parse_body(request, SettingsRequest)

@@ -97,7 +97,7 @@ class ChatSettings(BaseModel, frozen=True, extra="forbid"):
     thinking: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
     temperature: Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)] = 0
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1
+    top_p: Annotated[FiniteFloat, Field(ge=0.01, le=1)] = 1
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
     repetition_penalty: Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)] = 1
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] = -1

@@ -47,13 +47,10 @@ from finesight.config import TaskName
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
-from finesight.hub.archive import is_archive
 from finesight.label.label_store import JOURNAL_FILE, AnswerKind
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import OperationParameter, list_parameters
-from finesight.report.i18n import use_language
-from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
@@ -283,7 +280,6 @@ class StudioPage:
     def __post_init__(self) -> None:
         self.actions = {
             "import": self._import,
-            "ask-delete": partial(self._delete, ask_only=True),
             "delete": self._delete,
             "label": self._label,
             "review": partial(self._label, review=True),
@@ -308,17 +304,6 @@ class StudioPage:
         state = self.view.read_state(selection, use_newest=False)
         with translate_os_errors(self.view.workspace.folder):
             return self.actions[name](state, form)
-
-    def preview(self, name: str, selection: Selection, form: Form) -> str:
-        """Return the command that a form would start; empty for an incomplete form."""
-        _check_texts(form)
-        state = self.view.read_state(selection, use_newest=False)
-        with translate_os_errors(self.view.workspace.folder):
-            if name == "label":
-                arguments = self._build_labels(state, form) if form.get("images") else []
-            else:
-                arguments = self._build_import(form, unpack=False)[1]
-        return format_command(*arguments) if arguments else ""
 
     def render(self, selection: Selection) -> str:
         """Render the page with the values of its forms."""
@@ -419,12 +404,8 @@ class StudioPage:
                 return parameter.convert(number)
         return parameter.convert(text)
 
-    def _build_import(self, form: Form, *, unpack: bool = True) -> tuple[Path, list[str]]:
-        """Return the data set and the import command of a form. The source may be missing yet.
-
-        Args:
-            unpack: Detect the columns of a table in an archive, too.
-        """
+    def _build_import(self, form: Form) -> tuple[Path, list[str]]:
+        """Return the data set and the import command of a form. The source may be missing yet."""
         source, prompt, columns = form.get("source"), form.get("prompt"), form.get("columns")
         target = self.view.workspace.check_new_name("data", form.get("name"))
         path = self.view.workspace.resolve(source, "source") if source else Path("uploads/…")
@@ -439,7 +420,7 @@ class StudioPage:
                 expected="ROLE=COLUMN pairs separated by spaces",
                 remedy="for example image=path answer=caption",
             ) from error
-        if source and not any(pairs) and (unpack or not is_archive(path.name)):
+        if source and not any(pairs):
             table, roles, box_format, box_units = self.view.workspace.detect_source(path)
             arguments[1] = as_argument(table)
             pairs = [f"{role}={column}" for role, column in roles.items()]
@@ -510,25 +491,20 @@ class StudioPage:
             if any(self.view.workspace.is_overlapping(word, folder) for folder in folders)
         ]
 
-    def _delete(self, state: StudioState, form: Form, *, ask_only: bool = False) -> str:
-        """Delete the selected data set or, in the step Plan, recipe, unless something uses it.
-
-        Args:
-            ask_only: Check the uses only, before the page asks for confirmation.
-        """
+    def _delete(self, state: StudioState, form: Form) -> str:
+        """Delete the selected data set or, in the step Plan, recipe, unless something uses it."""
         if state.selection.step == "plan":
-            return self._delete_recipe(state, ask_only)
+            return self._delete_recipe(state)
         if state.dataset is None:
             raise _missing("data")
         path, runs = state.dataset.path, state.content.runs
         running = [run for run in runs if self.view.describe_run(run).status == "running"]
         commands = self._find_commands(path, Path("uploads", path.name))
         paths = self.view.workspace.list_deleted(state.dataset, running, commands)
-        if not ask_only:
-            self.view.workspace.move_to_trash(*paths)
+        self.view.workspace.move_to_trash(*paths)
         return state.selection.link(data="")
 
-    def _delete_recipe(self, state: StudioState, ask_only: bool) -> str:
+    def _delete_recipe(self, state: StudioState) -> str:
         if state.recipe is None:
             raise _missing("recipe")
         uses = self._find_commands(state.recipe)
@@ -546,8 +522,7 @@ class StudioPage:
                 expected="a recipe in the folder recipes without an unfinished run",
                 remedy="finish the run in the step Train" if uses else "delete it in a terminal",
             )
-        if not ask_only:
-            self.view.workspace.move_to_trash(state.recipe)
+        self.view.workspace.move_to_trash(state.recipe)
         return state.selection.link(recipe="")
 
     def _check_labels(self, source: str) -> None:
@@ -790,19 +765,6 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         url = await to_thread.run_sync(page.run_action, name, read_selection(request), form)
         return JSONResponse({"url": url})
 
-    async def post_preview(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in ("import", "label"):
-            raise HTTPException(404, "no such form")
-        form, selection = await parse_body(request, Form), read_selection(request)
-        try:
-            command = await to_thread.run_sync(page.preview, name, selection, form)
-            return JSONResponse({"command": command})
-        except UserError as error:
-            # The form is not complete yet.
-            with use_language(selection.lang):
-                return JSONResponse({"hint": describe_error(error, name_actions)})
-
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
         try:
@@ -821,7 +783,6 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),
-        Route("/preview/{name}", post_preview, methods=["POST"]),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]
     return AccessMiddleware(create_app(routes, name_actions), access)

@@ -85,6 +85,7 @@ const readForm = (form) => {
 
 const act = async (button) => {
   const { action, title, confirm, url } = button.dataset;
+  if (confirm && !window.confirm(confirm)) return;
   const query = url ? new URL(url, location).search : location.search;
   isActing = true;
   enableButtons();
@@ -92,11 +93,7 @@ const act = async (button) => {
   try {
     const uploads = action === "import" ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
-    let answer = await request(`actions/${action}${query}`, body);
-    if (action === "ask-delete") {
-      if (!window.confirm(confirm)) return;
-      answer = await request(`actions/delete${query}`, body);
-    }
+    const answer = await request(`actions/${action}${query}`, body);
     if (action === "save-recipe") isEdited = false;
     location.assign(answer.url);
   } catch (error) {
@@ -106,21 +103,6 @@ const act = async (button) => {
     enableButtons();
   }
 };
-
-// The command that a form would start
-
-let previewNumber = 0;
-
-const preview = async (form) => {
-  const url = `preview/${form.dataset.preview}${location.search}`, number = ++previewNumber;
-  const answer = await request(url, readForm(form)).catch((error) => ({ hint: describe(error) }));
-  if (number !== previewNumber) return; // The answer to a later change may come first.
-  const { command, hint } = answer;
-  const place = form.querySelector(".preview");
-  if (command) place.replaceChildren(create("div", { class: "command" }, create("code", {}, command)));
-  else place.replaceChildren(...(hint ? [create("p", { class: "hint" }, hint)] : []));
-};
-let previewTimer = 0;
 
 const showKinds = () => {
   const kind = byId("kind")?.value;
@@ -133,10 +115,6 @@ document.addEventListener("input", (event) => {
   if (event.target.id === "editor") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   showKinds();
-  const form = event.target.form;
-  if (!form?.dataset.preview) return;
-  clearTimeout(previewTimer);
-  previewTimer = setTimeout(() => preview(form), 300);
 });
 addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
 document.addEventListener("submit", (event) => {

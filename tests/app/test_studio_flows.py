@@ -86,7 +86,7 @@ class StudioDriver:
                 " for (const one of document.querySelectorAll('details'))"
                 " one.open ||= one.contains(field);"
                 " field.dispatchEvent(new Event('input', { bubbles: true }));",
-                name.replace("_", "-"),
+                name,
                 text,
             )
         self.browser.settle()
@@ -164,7 +164,7 @@ def test_unlabeled_images_become_a_served_model(
 ) -> None:
     images = draw_dots(folder / "images", 200)
     studio.open("label")
-    values = {"label_prompt": "Which color?", "labels_name": "dots", "kind": "classes"}
+    values = {"label-prompt": "Which color?", "labels-name": "dots", "kind": "classes"}
     studio.fill(images="images", classes=",".join(COLORS), **values)
     studio.click("label")
     browser.visit(studio.open_page())
@@ -182,8 +182,8 @@ def test_unlabeled_images_become_a_served_model(
     studio.click("start")
     studio.reload("document.querySelector('#bottom iframe')")
     studio.open("plan")
-    values = {"epochs": "10", "learning_rate": "2e-3", "metric": "classification"}
-    studio.fill(recipe_name="dots", **values)
+    values = {"train.epochs": "10", "train.learning_rate": "2e-3"}
+    studio.fill(**values, **{"recipe-name": "dots", "eval.metric": "classification"})
     studio.click("create-recipe")
     studio.wait_for("document.querySelector('#editor')?.value.includes('epochs: 10')")
     studio.run("plan", "start")
@@ -250,7 +250,7 @@ def test_wrong_labels_are_corrected_and_trained(
     assert corrected.count((10, 9, 30, 29)) == 1
 
     studio.open("plan")
-    studio.fill(recipe_name="corrected", steps="2")
+    studio.fill(**{"recipe-name": "corrected", "train.steps": "2"})
     studio.click("create-recipe")
     path = file.relative_to(folder)
     studio.wait_for(f"document.querySelector('#editor')?.value.includes('{path}')")

@@ -54,7 +54,7 @@ from finesight.app.pages import (
     translate_texts,
 )
 from finesight.bounded_files import parse_json
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, is_video_path
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
 from finesight.evaluate.mathml import FormulaConverter, render_mathml
@@ -104,6 +104,7 @@ def render_turns(chat: StoredChat, turns: Sequence[ChatTurn], first_index: int =
         get_boxed_width=_get_boxed_width,
         get_box_areas=_get_box_areas,
         render_answer=render_answer,
+        is_video=is_video_path,
     )
 
 
@@ -223,9 +224,6 @@ UPDATE_INTERVAL_S = 0.08
 UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
-STEPS_OF_SETTINGS = dict.fromkeys(("temperature", "top_p", "repetition_penalty"), "any")
-"""Step of the number fields of `ChatSettings` with fractions."""
-
 SCRIPT_TEXTS = (
     *("The server does not answer.", "request too large", "Delete"),
     "The server has no disk space for more images. Delete chats, or try again later.",
@@ -285,8 +283,11 @@ def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
     """Return minimum, maximum and step of the numbers of `ChatSettings`."""
     fields = ChatSettings.model_json_schema()["properties"].items()
     numbers = {name: field for name, field in fields if "maximum" in field}
-    steps = STEPS_OF_SETTINGS
-    return {n: (one["minimum"], one["maximum"], steps.get(n, 1)) for n, one in numbers.items()}
+    steps = {"number": "any", "integer": 1}
+    return {
+        name: (field["minimum"], field["maximum"], steps[field["type"]])
+        for name, field in numbers.items()
+    }
 
 
 class ChatPage:
@@ -569,11 +570,11 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 
     def get_image(request: Request) -> Response:
         number = request.path_params["number"]
-        for image in [*find_chat(request).images.values()]:
+        for path, image in [*find_chat(request).images.items()]:
             if image.number == number and image.display_path.is_file():
                 headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
-                if "video" in request.query_params and image.is_video:
-                    return FileResponse(image.path, headers=headers)
+                if "video" in request.query_params and is_video_path(path):
+                    return FileResponse(path, headers=headers)
                 return FileResponse(image.display_path, media_type="image/webp", headers=headers)
         raise HTTPException(404, "no such image")
 

@@ -24,7 +24,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from finesight.app.pages import Utf8Text
 from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import is_video_path, write_samples
+from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, ChatTurn
 from finesight.infer.inference_service import InferenceService
@@ -69,7 +69,6 @@ class ChatImage:
         number: Number of the image in the conversation, from 1.
         display_path: Copy without metadata that the browser receives. It may be smaller. That of a
             video is its first frame.
-        path: File that the model receives.
     """
 
     name: str
@@ -77,11 +76,6 @@ class ChatImage:
     width: int
     height: int
     display_path: Path
-    path: Path
-
-    @property
-    def is_video(self) -> bool:
-        return is_video_path(self.path)
 
 
 class ChatSettings(BaseModel, frozen=True, extra="forbid"):
@@ -213,7 +207,7 @@ class StoredChat:
         display_path = self.folder / f"display-{number}.webp"
         display_path.write_bytes(display_copy)
         path = self.folder / f"{number}-{upload.name[-80:]}"
-        self.images[path] = ChatImage(upload.name, number, width, height, display_path, path)
+        self.images[path] = ChatImage(upload.name, number, width, height, display_path)
         return path
 
     def _reserve(self, num_bytes: int) -> DiskReservation:

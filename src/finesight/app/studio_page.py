@@ -151,14 +151,14 @@ FORMS: dict[str, tuple[FormField, ...]] = {
         FormField("recipe-name", "Name of the recipe and its run", "tickets"),
         FormField("model", "Model: a name on a hub, or a folder", value=TINY_MODEL),
         FormField(
-            "metric",
+            "eval.metric",
             "Metric (empty: chosen from the answers)",
             choices=get_args(TaskName),
             is_advanced=True,
         ),
-        FormField("epochs", "Epochs", "chosen from the data", is_advanced=True),
-        FormField("steps", "Steps instead of epochs", "chosen from the data", is_advanced=True),
-        FormField("learning-rate", "Learning rate", "chosen from the model", is_advanced=True),
+        FormField("train.epochs", "Epochs", "from the data", is_advanced=True),
+        FormField("train.steps", "Steps instead of epochs", "from the data", is_advanced=True),
+        FormField("train.learning_rate", "Learning rate", "from the model", is_advanced=True),
     ),
     "editor": (FormField("editor", "Selected recipe", lines=12),),
     "merge": (FormField("merged-name", "Name of the merged model", "tickets"),),
@@ -542,19 +542,14 @@ class StudioPage:
     def _create_recipe(self, state: StudioState, form: Form) -> str:
         if state.dataset is None:
             raise _missing("data")
-        if form.get("epochs") and form.get("steps"):
+        if form.get("train.epochs") and form.get("train.steps"):
             raise UserError(
                 "both “Epochs” and “Steps instead of epochs” are given",
-                where="epochs",
+                where="train.epochs",
                 expected="one of them, or none: then the data decide",
                 remedy="clear one of the two fields",
             )
-        settings = {
-            "train.epochs": form.get("epochs"),
-            "train.steps": form.get("steps"),
-            "train.learning_rate": form.get("learning-rate"),
-            "eval.metric": form.get("metric"),
-        }
+        settings = {one.name: form.get(one.name) for one in FORMS["recipe"] if "." in one.name}
         chosen = {str(state.dataset.path), *form.others}
         datasets = [one for one in state.content.datasets if str(one.path) in chosen]
         name, model = form.get("recipe-name"), form.get("model")

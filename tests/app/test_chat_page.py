@@ -11,7 +11,7 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
@@ -32,9 +32,13 @@ from finesight.app.chat_page import BROWSER_COOKIE, make_chat_app
 from finesight.app.chat_store import ChatStore
 from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.encode.family import ThinkingOptions
+from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
+from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams
 from finesight.manifest import Manifest
+from finesight.model_folder import TINY_MODEL
 from finesight.vision.image_processing import load_image
+from finesight.vision.image_reader import create_image_pool
 
 __all__ = ["certificate"]
 
@@ -195,6 +199,40 @@ def test_finetuned_and_base_model_answer_in_parallel(browser, image_paths, tmp_p
         visit.ask("Why?")
         assert len(visit.read_texts(".reply")) == 3
         assert_page_is_clean(browser, page.address)
+
+
+def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
+    clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
+    pool = create_image_pool(load_inference_model(TINY_MODEL, "cpu").renderer, encode_prompt)
+    with (
+        closing(pool),
+        run_service(TINY_MODEL, PromptEncoder(pool).encode) as service,
+        run_web_page(service, pool=pool) as page,
+    ):
+        visit = ChatPageDriver(browser, page.address, PHONE_WIDTH)
+        visit.ask("What is shown?", [clip])
+        [chat] = page.store.list_all()
+        [reply] = chat.session.turns[0].replies
+        assert (reply.image_path, reply.boxes) == (None, ())
+        assert visit.read_texts(".reply .message-text") == [reply.prediction.answer]
+        loaded = "const video = document.querySelector('.question video'); video.load();"
+        visit.wait_for_script(f"{loaded} return video.poster && video.clientHeight > 20;")
+        types = "fetch(one).then((got) => got.headers.get('content-type'))"
+        urls = "[video.src, video.poster]"
+        script = f"return Promise.all({urls}.map((one) => {types}));"
+        assert browser.run(f"{loaded} {script}") == ["video/mp4", "image/webp"]
+        visit.ask("Why?")
+        assert_page_is_clean(browser, page.address)
+        assert browser.find_layout_problems() == []
+    # Without PyAV, the page says what to install.
+    (tmp_path / "without/av").mkdir(parents=True)
+    (tmp_path / "without/av/__init__.py").write_text("raise ImportError('missing')")
+    monkeypatch.syspath_prepend(tmp_path / "without")
+    with closing(create_image_pool()) as pool, run_web_page(ScriptedService(), pool=pool) as page:
+        visit = ChatPageDriver(browser, page.address)
+        visit.submit("What is shown?", [clip])
+        visit.wait_for_script("return !document.querySelector('#error').hidden;")
+        assert 'pip install "finesight[video]"' in visit.read_texts("#error")[0]
 
 
 def test_html_payloads_and_errors_are_shown_as_text(browser, tmp_path):

@@ -439,6 +439,23 @@ def test_unreadable_images_are_shown_and_skipped(tmp_path, browser):
         wait_for(browser, "document.querySelector('#answer').value === 's'")
 
 
+def test_suggestions_are_accepted_at_once_and_reopened(tmp_path, browser):
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        browser.run("document.querySelector('#min-confidence').value = 75;")
+        browser.click("#bulk button")
+        wait_for(browser, "document.querySelector('#notice').textContent === 'Accepted: 2'")
+        # The image with the uncertain suggestion stays open.
+        assert browser.read_texts("#name") == ["2.png"]
+        assert read_answers(tmp_path / "labels").keys() == {"0.png", "1.png"}
+        browser.click("#undo")
+        wait_for(browser, "document.querySelector('#notice').textContent === 'Reopened: 2'")
+        wait_for(browser, "document.querySelector('#done').textContent.startsWith('0 of 3')")
+        assert (tmp_path / "labels" / LABELS_FILE).read_bytes() == b""
+        assert browser.messages() == []
+
+
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):
     with serve(open_boxes_session(tmp_path)) as address:
         browser.visit(f"{address}/?lang=en")

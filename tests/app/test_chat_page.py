@@ -18,11 +18,11 @@ from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import PHONE_WIDTH, XSS_PAYLOADS, Browser
 from each_value import each
 from hub_fixtures import certificate
 from PIL import Image
-from service_fixture import run_service, write_random_adapter, write_shape_image
+from service_fixture import run_service, write_shape_image
 from starlette.testclient import TestClient
 from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, run_web_page
 
@@ -182,22 +182,6 @@ def test_stop_regenerate_and_undo(browser, image_paths):
         visit.click_button("Undo")
         visit.wait_for_script("return !document.querySelector('#welcome').hidden;")
         visit.wait_for_script("return document.querySelector('#question').value === 'Say it.';")
-        assert_page_is_clean(browser, page.address)
-
-
-def test_finetuned_and_base_model_answer_in_parallel(browser, image_paths, tmp_path):
-    (image, question), _ = image_paths
-    run = write_random_adapter(tmp_path / "shapes")
-    with run_service(str(run)) as service, run_web_page(service) as page:
-        visit = ChatPageDriver(browser, page.address, DESKTOP_WIDTH)
-        browser.run("document.querySelector('#compare').value = 'base';")
-        visit.ask(question, [image])
-        assert visit.read_texts(".reply h3") == ["shapes", "base"]
-        tuned, base = visit.read_texts(".reply .message-text")
-        assert tuned != base
-        browser.run("document.querySelector('#compare').value = '';")
-        visit.ask("Why?")
-        assert len(visit.read_texts(".reply")) == 3
         assert_page_is_clean(browser, page.address)
 
 

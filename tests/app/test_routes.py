@@ -56,6 +56,7 @@ def test_routes_need_the_sign_in(tmp_path: Path, make: Callable[[Path], AccessMi
                 assert (answer.status_code, answer.headers["location"]) == (303, "sign-in")
             else:
                 assert answer.status_code == 401, (method, path)
+    assert client.get("/favicon.ico").status_code == 204
 
 
 @pytest.mark.parametrize(("make", "step"), [(make_chat, "chat"), (make_label, "label")])

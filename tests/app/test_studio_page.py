@@ -150,18 +150,6 @@ def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
     assert [fields[name] for name in names] == ["photos", "old", "text"]
 
 
-def test_every_page_requires_the_password(folder):
-    with open_client(folder, "right-password") as client:
-        paths = ("/live", "/view/report?run=a", "/view/check", "/pages/1/", "/uploads")
-        assert [client.get(path).status_code for path in paths] == [401] * len(paths)
-        assert client.get("/").headers["location"] == "sign-in"
-        assert client.get("/static/studio.css").status_code == 200
-        assert client.get("/favicon.ico").status_code == 204
-        client.post("/sign-in", content="password=right-password")
-        assert "finesight" in client.cookies
-        assert client.get("/live").status_code == 200
-
-
 def test_only_runs_of_the_workspace_are_shown(folder):
     for name in ("runs/a", "runs/b", "../outside"):
         add_run(folder, name)

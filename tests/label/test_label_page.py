@@ -323,18 +323,6 @@ def test_invalid_decisions_change_nothing(tmp_path, change, text):
         assert client.get("/items/2").status_code == 404
 
 
-def test_requests_need_the_password_and_the_origin(tmp_path):
-    with open_client(open_fields_session(tmp_path), "secret-password") as client:
-        for path in ("/items", "/items/0", "/images/0/0"):
-            assert client.get(path).status_code == 401
-        client.post("/sign-in", data={"password": "secret-password"})
-        assert client.get("/items").status_code == 200
-        headers = {"origin": "http://other.example"}
-        assert client.post("/decision", json={}, headers=headers).status_code == 403
-        for path, status in (("/items", 405), ("/other", 404)):
-            assert client.post(path, json={}).status_code == status
-
-
 def test_names_and_texts_are_escaped(tmp_path):
     session = open_fields_session(tmp_path)
     session.model = '"><script>alert(1)</script>'

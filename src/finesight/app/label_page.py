@@ -138,7 +138,7 @@ class LabelPage:
         }
         can_accept = not self._session.review and any(item.suggestion for item in self._items)
         values = {"settings": settings, "task": task, "model": self._session.model}
-        values |= {"can_accept": can_accept}
+        values |= {"can_accept": can_accept, "folder": str(self._session.store.folder)}
         return render_page("label.html", language, **values, studio=studio)
 
     def list_items(self) -> dict[str, Any]:

@@ -17,32 +17,23 @@ export const create = (name, attributes = {}, ...children) => {
   return element;
 };
 
-/** Error of a request that the server has refused. */
-export class RequestError extends Error {
-  constructor(message, status, field = "") {
-    super(message);
-    Object.assign(this, { status, field });
-  }
-}
-
 const check = async (response) => {
   if (response.status === 401) location.reload();
   if (response.ok) return response;
   let content = {};
   try { content = await response.clone().json(); } catch { /* The text is no JSON. */ }
-  throw new RequestError(content.error ?? (await response.text()), response.status, content.field);
+  const error = new Error(content.error ?? (await response.text()));
+  throw Object.assign(error, { status: response.status, field: content.field ?? "" });
 };
 
 const language = () => ({ "accept-language": document.documentElement.lang });
 
-/** Response to a GET request or, with a body, to a POST request. */
-export const fetchResponse = async (url, body, options = {}) => {
+/** Answer to a GET request or, with a body, to a POST request. */
+export const request = async (url, body) => {
   const headers = body ? { ...language(), "content-type": "application/json" } : language();
   const post = body && { method: "POST", body: JSON.stringify(body) };
-  return check(await fetch(url, { headers, ...post, ...options }));
+  return (await check(await fetch(url, { headers, ...post }))).json();
 };
-
-export const request = async (url, body) => (await fetchResponse(url, body)).json();
 
 /** Uploads a file, and returns its ID and name. */
 export const upload = async (file) => {
@@ -79,7 +70,8 @@ export const update = (target, source) => {
   nodes.forEach((node, index) => {
     const old = known[index];
     if (!old) target.append(node);
-    else if (old.nodeName !== node.nodeName) old.replaceWith(node);
+    // A mark belongs to its value, not to its position.
+    else if (old.nodeName !== node.nodeName || old.defaultValue !== node.defaultValue) old.replaceWith(node);
     else if (old.nodeType !== Node.ELEMENT_NODE) {
       if (old.data !== node.data) old.data = node.data;
     } else {

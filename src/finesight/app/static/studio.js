@@ -1,4 +1,4 @@
-import { byId, copy, create, describe, parse, request, RequestError, translate, update, upload } from "./app.js";
+import { byId, copy, create, describe, parse, request, translate, update, upload } from "./app.js";
 
 const shown = {};
 // Buttons that would start the running command again.
@@ -57,7 +57,7 @@ const report = (title, error) => {
   byId("message").replaceChildren(create("strong", {}, title), create("br"), text);
   byId("message").hidden = false;
   byId("message").scrollIntoView({ block: "nearest" });
-  const field = error instanceof RequestError && error.field ? findField(error.field) : null;
+  const field = error.field ? findField(error.field) : null;
   if (!field) return;
   for (let at = field.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
   field.setAttribute("aria-invalid", "true");

@@ -283,7 +283,7 @@ def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
     """Return minimum, maximum and step of the numbers of `ChatSettings`."""
     fields = ChatSettings.model_json_schema()["properties"].items()
     numbers = {name: field for name, field in fields if "maximum" in field}
-    steps = {"number": "any", "integer": 1}
+    steps: dict[str, str | int] = {"number": "any", "integer": 1}
     return {
         name: (field["minimum"], field["maximum"], steps[field["type"]])
         for name, field in numbers.items()

@@ -12,8 +12,6 @@ import pytest
 from studio_fixtures import read_live, write_job
 
 from finesight.app.jobs import JOB_FILE, PID_FILE, Job, JobStore
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 
 CHECK_CODES = (0, 2, 3)
@@ -89,17 +87,6 @@ def test_check_that_has_not_written_its_page_has_failed(folder, age_s, status):
     page.touch()
     os.utime(page, (time.time() + age_s,) * 2)
     assert write_job(folder, "check", "check a", **options).status == status
-
-
-def test_logs_of_checks_are_distinguished(folder):
-    """A data check with errors and one that cannot write its page have the same exit code."""
-    import_dataset(folder / "photos", folder / "a", ImportOptions(prompt="Color?"))
-    (folder / "photos/00.png").unlink()
-    for page, status in (("check.html", "finished"), ("/dev/null/check.html", "failed")):
-        words = ["check", "a/data.jsonl", "--html", page]
-        job = JobStore(folder).start("check", "a", words, ok_exit_codes=CHECK_CODES, result=page)
-        assert wait_for_end(job) == status, job.read_log()
-        assert "image-missing" in job.read_log()
 
 
 def test_running_server_precedes_a_newer_command(folder):

@@ -289,19 +289,6 @@ def test_items_are_listed_by_state_and_text(tmp_path):
         assert sizes == [(120, 80), (96, 64)]
 
 
-def test_unreadable_image_can_be_skipped(tmp_path):
-    photos = draw_images(tmp_path)
-    (photos / "0.png").write_bytes(b"no image")
-    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
-    with open_client(session) as client:
-        item, other = (client.get(f"/items/{index}").json() for index in range(2))
-        errors = [one["images"][0]["error"] for one in (item, other)]
-        assert ("0.png" in errors[0], errors[1]) == (True, "")
-        saved = save(client, item, text="a")
-        assert (saved.status_code, "0.png" in saved.text) == (422, True)
-        assert save(client, item, action="skip").json()["counts"]["skipped"] == 1
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [

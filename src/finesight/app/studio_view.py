@@ -25,11 +25,7 @@ from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.operations.operation import Step
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
-from finesight.report.i18n import (
-    Language,
-    translate,
-    use_language,
-)
+from finesight.report.i18n import Language, translate, use_language
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run

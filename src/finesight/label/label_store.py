@@ -467,9 +467,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             if item.suggestion is not None:
                 values |= item.suggestion.model_dump(include={"model", "confidence"})
             self._append(item, **values)
-            flush_file(self._journal)
             self._num_unwritten += 1
-        if not self._is_bulk and self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
+        if self._is_bulk:
+            return
+        flush_file(self._journal)
+        if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
             try:
                 self.write_labels()
             except UserError as error:
@@ -479,12 +481,13 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     @contextmanager
     def write_once(self) -> Iterator[None]:
-        """Write `labels.jsonl` once, after all decisions within the context."""
+        """Flush the journal and write the labels once, after all decisions within the context."""
         self._is_bulk = True
         try:
             yield
         finally:
             self._is_bulk = False
+            flush_file(self._journal)
         if self._num_unwritten:
             self.write_labels()
 

@@ -190,6 +190,7 @@ const undo = async () => {
 const decideMany = async (decision) => {
   if (isSaving) return;
   isSaving = true;
+  notify("…"); // Thousands of images take seconds.
   try {
     const { indices } = await request("decisions", decision), isAccepted = decision.action === "accept";
     const earlier = readStored(undoKey) ?? [];

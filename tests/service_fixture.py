@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from lora_fixtures import TUNE_SETTINGS, tune_with_lora
 from synthetic_tasks.tasks import SyntheticTask, iter_samples_of_kind
@@ -25,11 +26,10 @@ def write_random_adapter(folder: Path) -> Path:
 
 
 @contextmanager
-def run_service(run_or_model: str) -> Iterator[InferenceService]:
+def run_service(run_or_model: str, encode_prompt: Any = None) -> Iterator[InferenceService]:
     """Run the service within the block."""
-    service = InferenceService(
-        load_multi_adapter_model(run_or_model, (), "cpu", "fp32"), max_num_seqs=8
-    )
+    model = load_multi_adapter_model(run_or_model, (), "cpu", "fp32")
+    service = InferenceService(model, max_num_seqs=8, encode_prompt=encode_prompt)
     try:
         yield service
     finally:

@@ -136,11 +136,12 @@ def run_web_page(
     password: str | None = None,
     loopback: bool = True,
     proxies: Sequence[str] = (),
+    pool: WorkerPool | None = None,
 ) -> Iterator[RunningWebPage]:
     """Run the page within the block."""
     with bind_socket("127.0.0.1", 0) as listener, temporary_folder("web") as folder:
         port = listener.getsockname()[1]
-        store = ChatStore(service, folder, get_image_pool())  # type: ignore[arg-type]
+        store = ChatStore(service, folder, pool or get_image_pool())  # type: ignore[arg-type]
         app = make_chat_app(store, Access(password, loopback, f"finesight-chat-{port}"))
         with run_app(app, listener, proxies):
             yield RunningWebPage(f"http://127.0.0.1:{port}/", port, store, folder, app)
@@ -166,7 +167,7 @@ class ChatPageDriver:
     def attach_images(self, images: Sequence[Path]) -> None:
         """Attach images to the next question."""
         self.driver.find_element("css selector", "#files").send_keys("\n".join(map(str, images)))
-        count = "document.querySelectorAll('#attachments img').length"
+        count = "document.querySelectorAll('#attachments li').length"
         self.wait_for_script(f"{count} === {len(images)}")
 
     def ask(self, text: str, images: Sequence[Path] = ()) -> None:

@@ -11,18 +11,18 @@ import time
 import urllib.request
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 from urllib.error import HTTPError
 
 import pytest
-from browser import DESKTOP_WIDTH, PHONE_WIDTH, XSS_PAYLOADS, Browser
+from browser import PHONE_WIDTH, XSS_PAYLOADS, Browser
 from each_value import each
 from hub_fixtures import certificate
 from PIL import Image
-from service_fixture import run_service, write_random_adapter, write_shape_image
+from service_fixture import run_service, write_shape_image
 from starlette.testclient import TestClient
 from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, run_web_page
 
@@ -31,10 +31,13 @@ from finesight.app.access import Access
 from finesight.app.chat_page import BROWSER_COOKIE, make_chat_app
 from finesight.app.chat_store import ChatStore
 from finesight.data.sample import BoxPart, ImagePart, read_samples
-from finesight.encode.family import ThinkingOptions
+from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
+from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams
 from finesight.manifest import Manifest
+from finesight.model_folder import TINY_MODEL
 from finesight.vision.image_processing import load_image
+from finesight.vision.image_reader import create_image_pool
 
 __all__ = ["certificate"]
 
@@ -181,20 +184,38 @@ def test_stop_regenerate_and_undo(browser, image_paths):
         assert_page_is_clean(browser, page.address)
 
 
-def test_finetuned_and_base_model_answer_in_parallel(browser, image_paths, tmp_path):
-    (image, question), _ = image_paths
-    run = write_random_adapter(tmp_path / "shapes")
-    with run_service(str(run)) as service, run_web_page(service) as page:
-        visit = ChatPageDriver(browser, page.address, DESKTOP_WIDTH)
-        visit.click("#compare")
-        visit.ask(question, [image])
-        assert visit.read_texts(".reply h3") == ["shapes", "base"]
-        tuned, base = visit.read_texts(".reply .message-text")
-        assert tuned != base
-        visit.click("#compare")
+def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
+    clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
+    pool = create_image_pool(load_inference_model(TINY_MODEL, "cpu").renderer, encode_prompt)
+    with (
+        closing(pool),
+        run_service(TINY_MODEL, PromptEncoder(pool).encode) as service,
+        run_web_page(service, pool=pool) as page,
+    ):
+        visit = ChatPageDriver(browser, page.address, PHONE_WIDTH)
+        visit.ask("What is shown?", [clip])
+        [chat] = page.store.list_all()
+        [reply] = chat.session.turns[0].replies
+        assert (reply.image_path, reply.boxes) == (None, ())
+        assert visit.read_texts(".reply .message-text") == [reply.prediction.answer]
+        loaded = "const video = document.querySelector('.question video'); video.load();"
+        visit.wait_for_script(f"{loaded} return video.poster && video.clientHeight > 20;")
+        types = "fetch(one).then((got) => got.headers.get('content-type'))"
+        urls = "[video.src, video.poster]"
+        script = f"return Promise.all({urls}.map((one) => {types}));"
+        assert browser.run(f"{loaded} {script}") == ["video/mp4", "image/webp"]
         visit.ask("Why?")
-        assert len(visit.read_texts(".reply")) == 3
         assert_page_is_clean(browser, page.address)
+        assert browser.find_layout_problems() == []
+    # Without PyAV, the page says what to install.
+    (tmp_path / "without/av").mkdir(parents=True)
+    (tmp_path / "without/av/__init__.py").write_text("raise ImportError('missing')")
+    monkeypatch.syspath_prepend(tmp_path / "without")
+    with closing(create_image_pool()) as pool, run_web_page(ScriptedService(), pool=pool) as page:
+        visit = ChatPageDriver(browser, page.address)
+        visit.submit("What is shown?", [clip])
+        visit.wait_for_script("return !document.querySelector('#error').hidden;")
+        assert 'pip install "finesight[video]"' in visit.read_texts("#error")[0]
 
 
 def test_html_payloads_and_errors_are_shown_as_text(browser, tmp_path):
@@ -206,7 +227,7 @@ def test_html_payloads_and_errors_are_shown_as_text(browser, tmp_path):
     with run_web_page(ScriptedService(answer, model_names=names)) as page:
         visit = ChatPageDriver(browser, page.address)
         assert visit.read_texts("h1 span") == [names[0]]
-        visit.click("#compare")
+        browser.run("document.querySelector('#compare').value = 'base';")
         for number, payload in enumerate(XSS_PAYLOADS):
             image = tmp_path / f"{payload.replace('/', '')[:90]}.png"
             Image.new("RGB", (64, 48), (number, 0, 0)).save(image)
@@ -259,41 +280,6 @@ def read_state(client: TestClient, token: str) -> Any:
     return json.loads(last.removeprefix("data: "))["state"]
 
 
-def test_conversation_is_stored_answered_and_changed(tmp_path):
-    service = ScriptedService(lambda text: (f"<i>{text}", ()), default_thinking=False)
-    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
-    with open_client(service, tmp_path / "private") as client:
-        image = client.post("/uploads?name=a.png", content=(tmp_path / "a.png").read_bytes()).json()
-        settings = {"max_new_tokens": 9, "temperature": 0.5, "seed": 7, "thinking": True}
-        state = send(client, "Who?", files=[image["id"]], settings={**settings, "compare": True})
-        token = state["token"]
-        assert (state["num_turns"], state["has_images"], state["is_generating"]) == (1, True, False)
-        assert state["turns"].count("&lt;i&gt;Who?</p>") == 2
-        assert [options.model for options in service.requests] == ["parrot", "base"]
-        for options in service.requests:
-            assert options.sampling_params == SamplingParams(temperature=0.5, seed=7)
-            assert options.thinking == ThinkingOptions(enable_thinking=True)
-        assert client.get(f"/images/{token}/1").headers["content-type"] == "image/webp"
-        assert client.get(f"/images/{token}/2").status_code == 404
-        # A page that knows the revision receives no turns.
-        same = client.get(f"/chats/{token}?revision={state['revision']}").json()
-        assert "turns" not in same
-        assert same["settings"]["temperature"] == 0.5
-        send(client, "Why?", token)
-        body = {"index": 0, "text": "When?", "settings": SETTINGS}
-        assert client.post(f"/chats/{token}/edit", json=body).status_code == 200
-        assert read_state(client, token)["num_turns"] == 1
-        client.post(f"/chats/{token}/regenerate", json={"settings": SETTINGS})
-        assert "When?" in read_state(client, token)["turns"]
-        client.post(f"/chats/{token}/rename", json={"title": " <b>T "})
-        assert "&lt;b&gt;T</button>" in client.get("/chats").json()["chats"]
-        undone = client.post(f"/chats/{token}/undo", json={}).json()
-        assert (undone["text"], undone["num_turns"]) == ("When?", 0)
-        assert client.get(f"/images/{token}/1").status_code == 404
-        client.post(f"/chats/{token}/delete", json={})
-        assert client.get(f"/chats/{token}").status_code == 404
-
-
 def test_requests_reach_no_conversation_of_another_browser(tmp_path):
     with open_client(ScriptedService(), tmp_path / "private") as client:
         token = send(client, "secret")["token"]
@@ -318,7 +304,7 @@ def test_requests_reach_no_conversation_of_another_browser(tmp_path):
     "change",
     [
         *({"settings": {**SETTINGS, name: value}} for name, value in (
-            *(("compare", "x"), ("max_new_tokens", 0), ("max_new_tokens", 1e308)),
+            *(("compare", 1), ("max_new_tokens", 0), ("max_new_tokens", 1e308)),
             *(("temperature", -1), ("temperature", None), ("top_p", 0), ("top_k", -1)),
             *(("repetition_penalty", 9), ("seed", 0.5), ("seed", -2), ("seed", 2**53)),
             *(("system_prompt", "x" * 20_001), ("unknown", 1)),
@@ -412,8 +398,9 @@ def test_password_sign_in_behind_a_tls_proxy(browser, certificate, tmp_path):
         for password, then in (("wrong-password", "[role=alert]"), (PASSWORD, "h1 span")):
             browser.driver.find_element("css selector", "input").send_keys(f"{password}\n")
             visit.wait_for_script(f"return !!document.querySelector('{then}');")
-        cookies = {one["name"]: one["httpOnly"] for one in browser.driver.get_cookies()}
-        assert cookies == {f"finesight-chat-{page.port}": True, BROWSER_COOKIE: True}
+        cookies = {one["name"]: one for one in browser.driver.get_cookies()}
+        assert cookies.keys() == {f"finesight-chat-{page.port}", BROWSER_COOKIE}
+        assert all(one["httpOnly"] and one["secure"] for one in cookies.values())
         visit.ask("What is it?", [tmp_path / "red.png"])
         assert visit.read_texts(".reply .message-text") == ["What is it?"]
         assert len(visit.read_texts(".question img")) == 1

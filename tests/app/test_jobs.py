@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from studio_fixtures import read_live, write_job
 
 from finesight.app.jobs import JOB_FILE, PID_FILE, Job, JobStore
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 
-RECIPE = """\
-model: finesight-tiny
-data: {train: data/photos/train.jsonl, eval: data/photos/eval.jsonl}
-train: {steps: 40, batch_size: 4, device: cpu}
-eval: {metric: classification, max_new_tokens: 4}
-output_dir: runs/photos
-"""
 CHECK_CODES = (0, 2, 3)
 
 
@@ -60,36 +47,6 @@ def test_command_runs_in_the_workspace(folder, source, status, exit_code, output
     assert output in (error.expected if error else job.read_log())
     assert job.command == f"finesight import {source} data/a --prompt 'Color?'"
     assert (folder / "data" / "a" / "data.jsonl").exists() == (exit_code == 0)
-
-
-def test_training_survives_the_studio_and_is_stopped_and_resumed(folder: Path) -> None:
-    options = ImportOptions(prompt="Which color?", eval_last=4)
-    import_dataset(folder / "photos", folder / "data" / "photos", options)
-    (folder / "recipe.yaml").write_text(RECIPE)
-    start = (
-        "from pathlib import Path; from finesight.app.jobs import JobStore;"
-        " JobStore(Path()).start('train', 'recipe.yaml', ['train', 'recipe.yaml', '--resume'])"
-    )
-    subprocess.run([sys.executable, "-c", start], cwd=folder, check=True)
-    jobs, run = JobStore(folder), folder / "runs" / "photos"
-    (job,) = jobs.list_jobs("train", "recipe.yaml")
-    assert job.status == "running"
-    with pytest.raises(UserError, match="already running"):
-        jobs.start("train", "recipe.yaml", job.arguments)
-    metrics = run / "metrics.jsonl"
-    wait_for(lambda: metrics.is_file() and '"loss"' in metrics.read_text())
-    job.stop()
-    assert job.is_stopping
-    job.stop()
-    assert wait_for_end(job) == "stopped"
-    assert job.exit_code == 75
-    assert [*(run / "checkpoints").glob("step-*")]
-    resumed = jobs.start("train", "recipe.yaml", job.arguments)
-    assert wait_for_end(resumed) == "finished", resumed.read_log()
-    assert [found.id for found in jobs.list_jobs("train")] == [resumed.id, job.id]
-    assert json.loads((run / "result.json").read_text())["after"]
-    with pytest.raises(UserError, match="the command is finished"):
-        resumed.stop()
 
 
 def test_killed_and_damaged_jobs(folder):
@@ -130,17 +87,6 @@ def test_check_that_has_not_written_its_page_has_failed(folder, age_s, status):
     page.touch()
     os.utime(page, (time.time() + age_s,) * 2)
     assert write_job(folder, "check", "check a", **options).status == status
-
-
-def test_logs_of_checks_are_distinguished(folder):
-    """A data check with errors and one that cannot write its page have the same exit code."""
-    import_dataset(folder / "photos", folder / "a", ImportOptions(prompt="Color?"))
-    (folder / "photos/00.png").unlink()
-    for page, status in (("check.html", "finished"), ("/dev/null/check.html", "failed")):
-        words = ["check", "a/data.jsonl", "--html", page]
-        job = JobStore(folder).start("check", "a", words, ok_exit_codes=CHECK_CODES, result=page)
-        assert wait_for_end(job) == status, job.read_log()
-        assert "image-missing" in job.read_log()
 
 
 def test_running_server_precedes_a_newer_command(folder):

@@ -23,6 +23,7 @@ from finesight.app.pages import PREFIX_HEADER
 from finesight.app.studio_page import make_studio_app
 
 ACCESS = Access("right-password")
+PREFIX = {PREFIX_HEADER: "/pages/1"}
 
 
 def make_chat(folder: Path) -> AccessMiddleware:
@@ -56,6 +57,7 @@ def test_routes_need_the_sign_in(tmp_path: Path, make: Callable[[Path], AccessMi
                 assert (answer.status_code, answer.headers["location"]) == (303, "sign-in")
             else:
                 assert answer.status_code == 401, (method, path)
+    assert client.get("/favicon.ico").status_code == 204
 
 
 @pytest.mark.parametrize(("make", "step"), [(make_chat, "chat"), (make_label, "label")])
@@ -65,5 +67,7 @@ def test_pages_of_jobs_link_to_their_studio(
     client = TestClient(make(tmp_path), "http://127.0.0.1")
     client.post("/sign-in", data={"password": ACCESS.password})
     link = f'href="../../?step={step}"'
-    assert link in client.get("/", headers={PREFIX_HEADER: "/pages/1"}).text
+    assert link in client.get("/", headers=PREFIX).text
     assert link not in client.get("/").text
+    train_link = "../../?step=plan&amp;data="
+    assert (train_link in client.get("/", headers=PREFIX).text) == (step == "label")

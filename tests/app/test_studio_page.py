@@ -7,21 +7,13 @@ import html
 import json
 import os
 import re
-import shlex
 import shutil
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Iterator, Sequence
-from itertools import product
 from pathlib import Path
-from typing import get_args
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
-from browser import Browser
-from label_fixtures import COLORS, ask_server, draw_dots
+from label_fixtures import draw_dots
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
@@ -33,7 +25,6 @@ from studio_fixtures import (
     write_job,
     write_recipe,
 )
-from web_server_fixture import ChatPageDriver
 
 from finesight.app.jobs import JobStore
 from finesight.app.studio_page import FORMS, OPERATIONS_OF_STEPS, Form, StudioPage, list_options
@@ -45,7 +36,6 @@ from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.manifest import read_example
 from finesight.model_folder import TINY_MODEL
-from finesight.report.i18n import Language
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
@@ -53,16 +43,6 @@ NUM_LABELS = 30
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
 RECIPE_FORM = ([], "r", TINY_MODEL, "", "", "", "")
-
-
-LINK = "document.querySelector('a.open')"
-"""Link to the server that the studio has started."""
-
-VISIBLE_LABELS_SCRIPT = """
-const labels = [...document.querySelectorAll("form :is(label, button), summary, h2, th, #top p")];
-const texts = labels.filter((at) => at.offsetParent).map((at) => at.innerText);
-return texts.filter((text) => /\\p{L}/u.test(text));
-"""
 
 
 def add_run(folder: Path, name: str = "runs/a") -> Path:
@@ -170,18 +150,6 @@ def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
     assert [fields[name] for name in names] == ["photos", "old", "text"]
 
 
-def test_every_page_requires_the_password(folder):
-    with open_client(folder, "right-password") as client:
-        paths = ("/live", "/view/report?run=a", "/view/check", "/pages/1/", "/uploads")
-        assert [client.get(path).status_code for path in paths] == [401] * len(paths)
-        assert client.get("/").headers["location"] == "sign-in"
-        assert client.get("/static/studio.css").status_code == 200
-        assert client.get("/favicon.ico").status_code == 204
-        client.post("/sign-in", content="password=right-password")
-        assert "finesight" in client.cookies
-        assert client.get("/live").status_code == 200
-
-
 def test_only_runs_of_the_workspace_are_shown(folder):
     for name in ("runs/a", "runs/b", "../outside"):
         add_run(folder, name)
@@ -195,7 +163,6 @@ def test_only_runs_of_the_workspace_are_shown(folder):
             assert client.get(f"/view/report?{query}").status_code == 404, query
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
-        assert client.post("/preview/other", json={}).status_code == 404
         assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
 
 
@@ -205,7 +172,6 @@ def test_only_the_converter_of_the_command_line_runs(folder):
         text = page.render(Selection(step="export"))
         assert ("Write GGUF" in text, "write-gguf" in page.actions) == (converter is not None,) * 2
         assert "convert.py" not in text
-    assert "--converter convert_hf" in read_live(folder, "step=export")["top"]
 
 
 def test_options_of_operations_are_fields_of_the_page(folder, page, started):
@@ -358,13 +324,6 @@ def test_labelling_needs_no_run(folder, page, started):
         assert click_button(page, "label", text, *form) == ""
         words = started.pop()
         assert words[1] == model
-        # The shown command has the options of the form.
-        names = (field.name for field in FORMS["label"])
-        body = {"texts": dict(zip(names, form, strict=True))}
-        with open_client(folder) as client:
-            command = client.post(f"/preview/label?{text}", json=body).json()["command"]
-        command = re.sub("<.*?>", "", html.unescape(command))
-        assert shlex.split(command) == ["finesight", *words]
         assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
         assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
 
@@ -566,7 +525,7 @@ def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
     assert click_button(page, "create-recipe", urlencode(query), [], *values) == ""
     data = workspace.load_recipe(Path("recipes/both.yaml")).data
     assert (str(data.train[0].path), str(data.eval[0].path)) == pair
-    message = click_button(page, "ask-delete", "step=data&data=data/a")
+    message = click_button(page, "delete", "step=data&data=data/a")
     assert "is used by the data set data/a-" in message
 
 
@@ -616,8 +575,6 @@ def test_unused_data_set_is_deleted_with_its_uploads(folder, page):
     write_file(folder / ".finesight/check/data--a.html", b"old")
     assert "No data set" in click_button(page, "delete", "step=data&data=data/c")
     assert "not created by the studio" in click_button(page, "delete", "step=data&data=own")
-    assert click_button(page, "ask-delete", "step=data&data=data/a") == ""
-    assert (folder / "data/a/data.jsonl").exists()
     assert click_button(page, "delete", "step=data&data=data/a") == ""
     assert sorted(path.name for path in folder.glob("data/*")) == ["b"]
     assert sorted(path.name for path in uploads.iterdir()) == ["b"]
@@ -640,168 +597,9 @@ def test_recipe_without_an_unfinished_run_is_deleted(folder, page):
     (run / "result.json").rename(folder / "result.json")
     query = "step=plan&recipe=recipes/a.yaml"
     assert "not created by" in click_button(page, "delete", "step=plan&recipe=own.yaml")
-    assert "used by the unfinished run runs/a" in click_button(page, "ask-delete", query)
+    assert "used by the unfinished run runs/a" in click_button(page, "delete", query)
     (folder / "result.json").rename(run / "result.json")
     assert read_live(folder, "step=plan")["top"].count('class="delete"') == 1
-    assert click_button(page, "ask-delete", query) == ""
-    assert file.exists()
     assert click_button(page, "delete", query) == ""
     assert not file.exists()
     assert (folder / "own.yaml").exists()
-
-
-class StudioDriver:
-    """Studio page in a browser."""
-
-    def __init__(self, browser: Browser, address: str) -> None:
-        self.browser, self.address = browser, address
-        self.wait_for = browser.wait_for
-
-    def open(self, step: str, lang: str = "en") -> None:
-        self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
-        self.wait_for("document.querySelector('#top nav')")
-        self.check()
-
-    def reload(self, state: str) -> None:
-        """Wait for a state, which the page must show again after a reload, without errors."""
-        self.wait_for(state)
-        self.check()
-        self.browser.driver.refresh()
-        self.wait_for(state)
-        self.check()
-
-    def fill(self, **texts: str) -> None:
-        for name, text in texts.items():
-            self.browser.driver.execute_script(
-                "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
-                " for (const one of document.querySelectorAll('details'))"
-                " one.open ||= one.contains(field);"
-                " field.dispatchEvent(new Event('input', { bubbles: true }));",
-                name.replace("_", "-"),
-                text,
-            )
-        self.browser.settle()
-
-    def upload(self, files: Sequence[Path]) -> None:
-        field = self.browser.driver.find_element("css selector", "#upload")
-        field.send_keys("\n".join(map(str, files)))
-
-    def click(self, action: str) -> None:
-        button = f"button[data-action='{action}']"
-        self.wait_for(f'document.querySelector("{button}")?.disabled === false')
-        self.browser.run(f'document.querySelector("{button}").click();')
-
-    def wait_for_job(self, status: str) -> None:
-        chip = "document.querySelector('.job .chip')"
-        self.wait_for(f"{chip}?.textContent.trim().startsWith('{status}')")
-
-    def check(self) -> None:
-        # Chromium notes each refused request.
-        assert [text for text in self.browser.messages() if "status of 422" not in text] == []
-        assert self.browser.overflow_width() == 0
-
-
-@pytest.fixture
-def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
-    command = [sys.executable, "-m", "finesight", "studio", str(folder), "--port", "0", "--no-auth"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        try:
-            yield StudioDriver(browser, process.stdout.readline().strip())
-        finally:
-            # Jobs outlive the studio, also after a failed test.
-            for job in JobStore(folder).list_jobs():
-                with contextlib.suppress(UserError):
-                    job.stop()
-            process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-
-
-def test_unlabeled_images_become_a_served_model(
-    folder: Path, studio: StudioDriver, browser: Browser
-) -> None:
-    images = draw_dots(folder / "images", 200)
-
-    studio.open("data")
-    studio.fill(source="../images", name="dots", prompt="Which color?")
-    studio.wait_for("document.querySelector('.preview .hint')")
-    studio.click("import")
-    studio.wait_for("document.querySelector('#message').innerText.includes('outside')")
-    studio.fill(source="images")
-    command = "finesight import images data/dots --prompt 'Which color?' --train-fraction 0.9"
-    studio.wait_for(f'document.querySelector(".preview code")?.textContent === "{command}"')
-    studio.click("import")
-    studio.wait_for("document.querySelector('#message').innerText.includes('step Label')")
-    studio.fill(source="", name="uploaded")
-    studio.upload(sorted((folder / "photos").iterdir()))
-    studio.click("import")
-    studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
-    studio.wait_for_job("finished")
-    studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
-
-    studio.open("label")
-    values = {"label_prompt": "Which color?", "labels_name": "dots", "kind": "classes"}
-    studio.fill(images="images", classes=",".join(COLORS), **values)
-    studio.click("label")
-    studio.reload(LINK)
-    browser.visit(browser.run(f"return {LINK}.href;"))
-    studio.wait_for("document.querySelector('#position')?.textContent.includes('1 of 200')")
-    for index in range(NUM_LABELS):
-        name = browser.run("return document.querySelector('#name').textContent;")
-        browser.press(str(1 + COLORS.index(images[name])), "Enter")
-        shown = f"document.querySelector('#position')?.textContent.includes('{index + 2} of')"
-        studio.wait_for(shown)
-    studio.reload(f"document.querySelector('#done')?.textContent === '{NUM_LABELS} of 200 done'")
-    studio.open("label")
-    studio.click("stop")
-    studio.wait_for_job("stopped")
-    studio.reload("document.querySelector('td a')?.textContent === 'data/dots'")
-    assert browser.run("return document.querySelector('td.number').textContent;") == "24"
-
-    studio.open("check")
-    studio.click("start")
-    studio.reload("document.querySelector('#bottom iframe')")
-    studio.open("plan")
-    values = {"epochs": "10", "learning_rate": "2e-3", "metric": "classification"}
-    studio.fill(recipe_name="dots", **values)
-    studio.click("create-recipe")
-    studio.wait_for("document.querySelector('#editor')?.value.includes('epochs: 10')")
-    studio.wait_for("document.querySelector('#editor').value.includes('classification')")
-    studio.click("start")
-    studio.wait_for_job("finished")
-    studio.reload("document.querySelector('#editor')?.value.includes('epochs: 10')")
-    studio.open("train")
-    studio.click("start")
-    studio.wait_for_job("finished")
-    studio.reload("document.querySelectorAll('.chart').length > 2")
-    studio.open("results")
-    studio.reload("document.querySelector('td:last-child')?.textContent.includes('accuracy')")
-
-    studio.open("chat")
-    studio.click("chat")
-    studio.reload(LINK)
-    chat = ChatPageDriver(browser, browser.run(f"return {LINK}.href;"))
-    labeled = json.loads((folder / "data/dots/labels.jsonl").read_text().splitlines()[0])
-    image = folder / "images" / Path(labeled["id"]).name
-    chat.ask("Which color?", [image])
-    assert chat.read_texts(".reply .message-text") == [images[image.name]]
-    studio.reload("document.querySelector('.reply .message-text')")
-    studio.open("chat")
-    studio.click("stop")
-    studio.wait_for_job("stopped")
-    studio.open("export")
-    studio.click("serve")
-    studio.reload(LINK)
-    models = browser.run(f"return {LINK}.href;")
-    assert ask_server(models.removesuffix("models"), image) == images[image.name]
-    studio.click("stop")
-    studio.wait_for_job("stopped")
-    studio.check()
-
-    for step, lang in product(STEPS, get_args(Language)):
-        studio.open(step, lang)
-        texts = browser.run(VISIBLE_LABELS_SCRIPT)
-        chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
-        assert chinese == (texts if lang == "zh" else []), step
-        assert browser.find_layout_problems() == [], (step, lang)
-        studio.check()

@@ -74,6 +74,19 @@ def test_streamed_reply_matches_predict(service, first):
     assert "".join(asyncio.run(listen())) == reply.text
 
 
+def test_boxes_refer_to_an_image_beside_a_video(service, first, tmp_path):
+    clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
+    chat = ChatSession(service)
+    _ask(chat, first[1], clip, first[0])
+    reply = chat.turns[0].replies[0]
+    assert (reply.image_path, {box.image for box in reply.boxes} <= {0}) == (first[0], True)
+    _ask(chat, "Why?", clip)
+    assert chat.turns[1].replies[0].image_path == first[0]
+    [sample] = chat.to_samples(str)
+    types = [part.type for part in sample.messages[0].content]
+    assert types == ["video", "image", "text"]
+
+
 def test_saved_session_gives_the_same_answer(service, first, second, tmp_path):
     """Its supervised tokens are those that were generated."""
     chat = ChatSession(service)

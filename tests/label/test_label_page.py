@@ -289,19 +289,6 @@ def test_items_are_listed_by_state_and_text(tmp_path):
         assert sizes == [(120, 80), (96, 64)]
 
 
-def test_unreadable_image_can_be_skipped(tmp_path):
-    photos = draw_images(tmp_path)
-    (photos / "0.png").write_bytes(b"no image")
-    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.")
-    with open_client(session) as client:
-        item, other = (client.get(f"/items/{index}").json() for index in range(2))
-        errors = [one["images"][0]["error"] for one in (item, other)]
-        assert ("0.png" in errors[0], errors[1]) == (True, "")
-        saved = save(client, item, text="a")
-        assert (saved.status_code, "0.png" in saved.text) == (422, True)
-        assert save(client, item, action="skip").json()["counts"]["skipped"] == 1
-
-
 @pytest.mark.parametrize(
     ("change", "text"),
     [
@@ -321,18 +308,6 @@ def test_invalid_decisions_change_nothing(tmp_path, change, text):
         assert (answer.status_code, text in answer.text) == (422, True)
         assert client.get("/items").json()["counts"]["open"] == 2
         assert client.get("/items/2").status_code == 404
-
-
-def test_requests_need_the_password_and_the_origin(tmp_path):
-    with open_client(open_fields_session(tmp_path), "secret-password") as client:
-        for path in ("/items", "/items/0", "/images/0/0"):
-            assert client.get(path).status_code == 401
-        client.post("/sign-in", data={"password": "secret-password"})
-        assert client.get("/items").status_code == 200
-        headers = {"origin": "http://other.example"}
-        assert client.post("/decision", json={}, headers=headers).status_code == 403
-        for path, status in (("/items", 405), ("/other", 404)):
-            assert client.post(path, json={}).status_code == status
 
 
 def test_names_and_texts_are_escaped(tmp_path):
@@ -437,6 +412,23 @@ def test_unreadable_images_are_shown_and_skipped(tmp_path, browser):
         wait_for(browser, "document.activeElement.id === 'answer'")
         press(browser, "s")
         wait_for(browser, "document.querySelector('#answer').value === 's'")
+
+
+def test_suggestions_are_accepted_at_once_and_reopened(tmp_path, browser):
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelector('#name').textContent === '2.png'")
+        browser.run("document.querySelector('#min-confidence').value = 75;")
+        browser.click("#bulk button")
+        wait_for(browser, "document.querySelector('#notice').textContent === 'Accepted: 2'")
+        # The image with the uncertain suggestion stays open.
+        assert browser.read_texts("#name") == ["2.png"]
+        assert read_answers(tmp_path / "labels").keys() == {"0.png", "1.png"}
+        browser.click("#undo")
+        wait_for(browser, "document.querySelector('#notice').textContent === 'Reopened: 2'")
+        wait_for(browser, "document.querySelector('#done').textContent.startsWith('0 of 3')")
+        assert (tmp_path / "labels" / LABELS_FILE).read_bytes() == b""
+        assert browser.messages() == []
 
 
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):

@@ -11,7 +11,7 @@ import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import IO, Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
@@ -32,15 +32,11 @@ from starlette.types import Receive, Scope, Send
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_store import (
     MAX_CHATS_PER_BROWSER,
-    MAX_IMAGE_BYTES,
+    MAX_FILE_BYTES,
     MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
-    MAX_REPETITION_PENALTY,
-    MAX_SEED,
-    MAX_TEMPERATURE,
     MAX_TITLE_CHARS,
-    MAX_TOP_K,
     ChatImage,
     ChatSettings,
     ChatStore,
@@ -58,7 +54,7 @@ from finesight.app.pages import (
     translate_texts,
 )
 from finesight.bounded_files import parse_json
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, is_video_path
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
 from finesight.evaluate.mathml import FormulaConverter, render_mathml
@@ -81,7 +77,7 @@ MIN_WORDS = 4
 """Number of words from which an answer is prose, for example that of the base model."""
 
 _WORD = re.compile(r"(?<![\\A-Za-z{])[A-Za-z]{4,}")
-_STRING_OR_NUMBER = re.compile(r'"(?:[^"\\]|\\.)*"|-?[0-9][0-9.eE+-]*')
+_MARKED_NUMBER = re.compile(r'"\\u0000([^"]*)"')
 _CODE_FENCE = re.compile(r"\A```(?:json)?\n(.*)\n```\Z", re.DOTALL)
 _NUMBER_LIST = re.compile(r"\[\n[-+\d.eE,\s]+\]")
 _FORMULA = re.compile(
@@ -108,6 +104,7 @@ def render_turns(chat: StoredChat, turns: Sequence[ChatTurn], first_index: int =
         get_boxed_width=_get_boxed_width,
         get_box_areas=_get_box_areas,
         render_answer=render_answer,
+        is_video=is_video_path,
     )
 
 
@@ -163,25 +160,16 @@ def _render_formula(source: str) -> Markup | None:
 
 def _format_json(text: str) -> str | None:
     """Indent a JSON object, or a list of objects; None for other texts."""
-    numbers: list[str] = []
-
-    def replace(match: re.Match[str]) -> str:
-        if match[0].startswith('"'):
-            return match[0]
-        numbers.append(match[0])
-        return str(len(numbers) - 1)
-
     # ValueError also if an integer has too many digits.
     with suppress(ValueError):
         value = parse_json(text)
         items = value if isinstance(value, list) else [value]
-        if items and all(isinstance(item, dict) for item in items):
-            # Numbers are indices meanwhile: the parser would drop digits, as of 12.50.
-            indices = parse_json(_STRING_OR_NUMBER.sub(replace, text))
-            formatted = json.dumps(indices, ensure_ascii=False, indent=2)
-            formatted = _STRING_OR_NUMBER.sub(
-                lambda match: match[0] if match[0][0] == '"' else numbers[int(match[0])], formatted
-            )
+        if items and "\\u0000" not in text and all(isinstance(item, dict) for item in items):
+            # Numbers are marked texts meanwhile: the parser would drop digits, as of 12.50.
+            mark = "\0{}".format
+            value = json.loads(text, parse_float=mark, parse_int=mark)
+            formatted = json.dumps(value, ensure_ascii=False, indent=2)
+            formatted = _MARKED_NUMBER.sub(r"\1", formatted)
             # Lists of numbers, such as box corners, on one line. Strings contain no line breaks.
             formatted = _NUMBER_LIST.sub(lambda match: " ".join(match[0].split()), formatted)
             return formatted if len(formatted) <= MAX_JSON_CHARS else None
@@ -236,15 +224,6 @@ UPDATE_INTERVAL_S = 0.08
 UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
-SETTING_BOUNDS = {
-    "temperature": (0, MAX_TEMPERATURE, "any"),
-    "top_p": (0.01, 1, "any"),
-    "top_k": (0, MAX_TOP_K, 1),
-    "repetition_penalty": (1, MAX_REPETITION_PENALTY, "any"),
-    "seed": (-1, MAX_SEED, 1),
-}
-"""Minimum, maximum and step of the numbers of `ChatSettings`."""
-
 SCRIPT_TEXTS = (
     *("The server does not answer.", "request too large", "Delete"),
     "The server has no disk space for more images. Delete chats, or try again later.",
@@ -288,13 +267,27 @@ class AnswerStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._chat.num_streams += 1
+        turns = self._chat.session.turns[-1:]
         try:
             with use_language(self._language):
                 await super().__call__(scope, receive, send)
         finally:
             self._chat.num_streams -= 1
-            loop = asyncio.get_running_loop()
-            loop.call_later(UNFOLLOWED_S, self._chat.stop_unfollowed)
+            for turn in turns:
+                asyncio.get_running_loop().call_later(
+                    UNFOLLOWED_S, self._chat.stop_unfollowed, turn
+                )
+
+
+def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
+    """Return minimum, maximum and step of the numbers of `ChatSettings`."""
+    fields = ChatSettings.model_json_schema()["properties"].items()
+    numbers = {name: field for name, field in fields if "maximum" in field}
+    steps: dict[str, str | int] = {"number": "any", "integer": 1}
+    return {
+        name: (field["minimum"], field["maximum"], steps[field["type"]])
+        for name, field in numbers.items()
+    }
 
 
 class ChatPage:
@@ -314,7 +307,6 @@ class ChatPage:
         self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
         default = None if manifest is None else manifest.max_new_tokens
         self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
-        self._can_compare = BASE_MODEL_NAME in self._model_names[1:]
 
     def render(self, language: Language, studio: str) -> str:
         """Render the page without a conversation. It links to its studio, if there is one."""
@@ -334,11 +326,12 @@ class ChatPage:
             settings=settings,
             studio=studio,
             defaults=defaults.model_dump(),
-            bounds=SETTING_BOUNDS | {"max_new_tokens": (1, self._max_new_tokens, 1)},
+            bounds=_read_bounds() | {"max_new_tokens": (1, self._max_new_tokens, 1)},
             max_chars=MAX_MESSAGE_CHARS,
             model=self._model_names[0],
             prompts=self._prompts,
-            can_compare=self._can_compare,
+            others=self._model_names[1:],
+            base_name=BASE_MODEL_NAME,
             has_thinking=self._default_thinking is not None,
         )
 
@@ -390,7 +383,7 @@ class ChatPage:
         task = asyncio.create_task(_receive_replies(chat, turn))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed)
+        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, turn)
 
     async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
         """Yield events with the last turn during its generation, and the state at its end."""
@@ -423,9 +416,8 @@ class ChatPage:
             if self._default_thinking is None
             else ThinkingOptions(enable_thinking=settings.thinking),
         )
-        can_compare = settings.compare and self._can_compare
-        names = (None, BASE_MODEL_NAME) if can_compare else (None,)
-        return [replace(options, model=name) for name in names]
+        others = [name for name in self._model_names[1:] if name == settings.compare]
+        return [replace(options, model=name) for name in (None, *others)]
 
     def undo(self, chat: StoredChat) -> str:
         """Remove the last turn, unless it is being generated, and return its question."""
@@ -547,15 +539,11 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 
     async def send(request: Request) -> Response:
         chat, message = find_chat(request), await parse_body(request, SendRequest)
-        return await answer(
-            request, chat, message.settings, lambda options: send_message(chat, message, options)
-        )
+        return await answer(request, chat, message.settings, partial(send_message, chat, message))
 
     async def edit(request: Request) -> Response:
         chat, message = find_chat(request), await parse_body(request, EditRequest)
-        return await answer(
-            request, chat, message.settings, lambda options: edit_message(chat, message, options)
-        )
+        return await answer(request, chat, message.settings, partial(edit_message, chat, message))
 
     async def regenerate(request: Request) -> Response:
         chat, message = find_chat(request), await parse_body(request, SettingsRequest)
@@ -582,9 +570,11 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 
     def get_image(request: Request) -> Response:
         number = request.path_params["number"]
-        for image in [*find_chat(request).images.values()]:
+        for path, image in [*find_chat(request).images.items()]:
             if image.number == number and image.display_path.is_file():
                 headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
+                if "video" in request.query_params and is_video_path(path):
+                    return FileResponse(path, headers=headers)
                 return FileResponse(image.display_path, media_type="image/webp", headers=headers)
         raise HTTPException(404, "no such image")
 
@@ -627,5 +617,5 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
 
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:
     """Build the chat page as an ASGI application with access control."""
-    access = replace(access, max_upload_bytes=MAX_IMAGE_BYTES)
+    access = replace(access, max_upload_bytes=MAX_FILE_BYTES)
     return AccessMiddleware(create_app(build_chat_routes(store)), access)

@@ -26,13 +26,14 @@ from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, Up
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
-from finesight.infer.chat_session import ChatSession
+from finesight.infer.chat_session import ChatSession, ChatTurn
 from finesight.infer.inference_service import InferenceService
 from finesight.report.i18n import translate
 from finesight.vision.image_reader import ImageReader
 from finesight.worker_pool import WorkerPool
 
-MAX_IMAGE_BYTES = 20 << 20
+MAX_FILE_BYTES = 100 << 20
+"""Maximum size of an uploaded image or video in bytes."""
 
 MAX_IMAGES_PER_MESSAGE = 8
 MAX_IMAGES_PER_CHAT = 64
@@ -62,11 +63,12 @@ MAX_DISPLAY_BYTES = 4 << 20
 
 @dataclass(frozen=True, slots=True)
 class ChatImage:
-    """Image of a conversation.
+    """Image or video of a conversation.
 
     Attributes:
         number: Number of the image in the conversation, from 1.
-        display_path: Copy without metadata that the browser receives. It may be smaller.
+        display_path: Copy without metadata that the browser receives. It may be smaller. That of a
+            video is its first frame.
     """
 
     name: str
@@ -80,15 +82,16 @@ class ChatSettings(BaseModel, frozen=True, extra="forbid"):
     """Settings of the chat page for the next answers.
 
     Attributes:
+        compare: Name of another model that answers, too; empty for none.
         seed: Random seed; -1 for another one in each answer.
         system_prompt: System prompt; empty for that of the model or run.
     """
 
-    compare: bool = False
+    compare: Annotated[Utf8Text, Field(max_length=1000)] = ""
     thinking: bool = False
     max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
     temperature: Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)] = 0
-    top_p: Annotated[FiniteFloat, Field(gt=0, le=1)] = 1
+    top_p: Annotated[FiniteFloat, Field(ge=0.01, le=1)] = 1
     top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
     repetition_penalty: Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)] = 1
     seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] = -1
@@ -147,9 +150,9 @@ class StoredChat:
             for reply in turn.replies:
                 reply.cancel()
 
-    def stop_unfollowed(self) -> None:
-        """Stop the answer if no tab receives it."""
-        if self.is_generating and not self.num_streams:
+    def stop_unfollowed(self, turn: ChatTurn) -> None:
+        """Stop the answer to the last turn, if it is still this one and no tab receives it."""
+        if self.is_generating and not self.num_streams and self.session.turns[-1:] == [turn]:
             self.stop()
 
     def get_image_size(self, path: Path) -> ImageSize:
@@ -267,7 +270,7 @@ class ChatStore:
             subfolder.mkdir(parents=True)
         self.budget = DiskBudget(uploads, self._folder)
         self.budget.free_space = self._free_space
-        self.uploads = UploadStore(uploads, self.budget, MAX_IMAGE_BYTES)
+        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES)
         self._chats: dict[str, StoredChat] = {}
         self._lock = threading.Lock()
 

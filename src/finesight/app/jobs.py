@@ -15,7 +15,7 @@ import secrets
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
@@ -242,13 +242,13 @@ class JobStore:
         target: str,
         arguments: Sequence[str],
         *,
-        ok_exit_codes: Sequence[int] = (0,),
-        result: str = "",
         port: int = 0,
-        has_page: bool = False,
-        form: Mapping[str, str] | None = None,
+        **attributes: Any,
     ) -> Job:
         """Start a command in a process that outlives this one.
+
+        Args:
+            attributes: Further attributes of the job.
 
         Raises:
             UserError: The same command is running, or another server uses its target or port.
@@ -275,11 +275,8 @@ class JobStore:
                 target=target,
                 arguments=tuple(arguments),
                 started_at=datetime.now(UTC),
-                ok_exit_codes=tuple(ok_exit_codes),
-                result=result,
                 port=port,
-                has_page=has_page,
-                form=dict(form or {}),
+                **attributes,
             )
             return self._start_process(job)
 

@@ -9,11 +9,12 @@ import hashlib
 import json
 import secrets
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from anyio import CapacityLimiter, to_thread
-from pydantic import BaseModel, Field, FiniteFloat
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
@@ -63,6 +64,7 @@ SCRIPT_TEXTS = (
     *("The image cannot be read.", "No objects", "Answer without JSON:", "Your unsaved answer:"),
     *("before:", "after:", "1 image", "{} images", "No image matches", "unsaved"),
     *("suggested: {}, not one of the classes", "text, not a number", "text, not true or false"),
+    *("Accepted: {}", "Reopened: {}"),
     *("Nothing to undo", "Undone: {}", "Saved without your later changes"),
 )
 """Texts of the script, which are translated on the page."""
@@ -92,6 +94,14 @@ class DecisionRequest(BaseModel, frozen=True):
     edits: dict[int, Utf8Text] | None = None
     question: Annotated[list[Utf8Text], Field(max_length=1000)] | None = None
     boxes: Annotated[list[BoxAnswer], Field(max_length=10_000)] = []
+
+
+class BulkRequest(BaseModel, frozen=True):
+    """Accept all open suggestions from a confidence on, or reopen items by index."""
+
+    action: Literal["accept", "reopen"]
+    min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
+    indices: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)] = []
 
 
 class LabelPage:
@@ -126,7 +136,9 @@ class LabelPage:
             "no_objects": NO_OBJECTS_ANSWER,
             "texts": translate_texts(SCRIPT_TEXTS, language),
         }
+        can_accept = not self._session.review and any(item.suggestion for item in self._items)
         values = {"settings": settings, "task": task, "model": self._session.model}
+        values |= {"can_accept": can_accept, "folder": str(self._session.store.folder)}
         return render_page("label.html", language, **values, studio=studio)
 
     def list_items(self) -> dict[str, Any]:
@@ -205,23 +217,49 @@ class LabelPage:
                     remedy="reload the page",
                 )
             if request.action == "save":
-                text = request.text
-                if request.edits is not None:
-                    text = self._session.edit_fields(text, request.edits)
-                self._session.check_answer(item, text, bool(request.boxes))
-                updated = request.model_copy(update={"text": text})
-                sizes = [self._images.read_size(path) for path in item.images]
-                content = _build_content(item, updated, sizes)
-                self._check_classes(item, updated)
-                if not content:
-                    raise self._build_empty_error(request)
-                self._session.save(item, content, request.question)
+                self._save(item, request)
             elif request.action == "skip":
                 store.skip(request.id)
             else:
                 store.reopen(request.id)
             index = self._index_by_id[request.id]
             return {"item": self.describe(index), "counts": store.count_events()}
+
+    def decide_many(self, request: BulkRequest) -> dict[str, Any]:
+        """Accept the suggestions that a person could accept, or reopen items."""
+        session, indices = self._session, request.indices
+        with self._lock, session.store.write_once():
+            if request.action == "accept":
+                indices = [*self._accept(request.min_confidence)]
+            else:
+                for index in indices:
+                    session.store.reopen(self._find_item(index).sample.sample.id)
+            return {"indices": indices, "counts": session.store.count_events()}
+
+    def _accept(self, min_confidence: float) -> Iterator[int]:
+        for index, item in enumerate(self._items):
+            confidence = item.suggestion.confidence if item.suggestion else None
+            is_open = item.decision is None and not item.draft
+            if is_open and confidence is not None and confidence >= min_confidence:
+                answer = describe_answer(self._session.select_suggestion(item))
+                values = {"id": item.sample.sample.id, "action": "save", **answer}
+                # Invalid suggestions stay open.
+                with suppress(UserError, ValidationError):
+                    self._save(item, DecisionRequest.model_validate(values))
+                    yield index
+
+    def _save(self, item: LabelItem, request: DecisionRequest) -> None:
+        text = request.text
+        if request.edits is not None:
+            text = self._session.edit_fields(text, request.edits)
+        self._session.check_answer(item, text, bool(request.boxes))
+        updated = request.model_copy(update={"text": text})
+        sizes = [self._images.read_size(path) for path in item.images]
+        content = _build_content(item, updated, sizes)
+        self._check_classes(item, updated)
+        if not content:
+            raise self._build_empty_error(request)
+        self._session.save(item, content, request.question)
 
     def _check_classes(self, item: LabelItem, request: DecisionRequest) -> None:
         """Raise UserError for a class that is none of the choices of the user.
@@ -333,6 +371,10 @@ def build_label_routes(session: LabelSession, pool: WorkerPool) -> list[Route]:
         decision = await parse_body(request, DecisionRequest)
         return JSONResponse(await to_thread.run_sync(page.decide, decision))
 
+    async def post_decisions(request: Request) -> Response:
+        decision = await parse_body(request, BulkRequest)
+        return JSONResponse(await to_thread.run_sync(page.decide_many, decision))
+
     return [
         Route("/", get_page),
         Route("/items", get_items),
@@ -340,6 +382,7 @@ def build_label_routes(session: LabelSession, pool: WorkerPool) -> list[Route]:
         Route("/items/{index:int}", get_item),
         Route("/images/{index:int}/{number:int}", get_image),
         Route("/decision", post_decision, methods=["POST"]),
+        Route("/decisions", post_decisions, methods=["POST"]),
     ]
 
 

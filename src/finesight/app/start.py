@@ -47,9 +47,20 @@ TrustedProxyOption = Annotated[
 ]
 
 
+AdapterOption = Annotated[
+    list[str] | None,
+    Parameter(
+        "Additional run or adapter of the same base model. Requests and the chat select it by "
+        "folder name. Repeatable.",
+        metavar="RUN",
+        path="name",
+    ),
+]
+
+
 def serve(
     run_or_model: RunOrModelArgument,
-    adapter: Annotated[list[str] | None, Parameter(metavar="RUN", path="name")] = None,
+    adapter: AdapterOption = None,
     host: str = "127.0.0.1",
     port: PortOption = 8000,
     key_file: Path | None = None,
@@ -74,8 +85,6 @@ def serve(
     Example: finesight serve runs/latex
 
     Args:
-        adapter: Additional run or adapter of the same base model. Requests select it by folder
-            name. Repeatable.
         host: Address to listen on. 127.0.0.1: this machine only. 0.0.0.0: also the network, which
             requires an API key, as does --trusted-proxy.
         key_file: File with one API key per line, each of at least 16 characters. Requests then need
@@ -260,6 +269,7 @@ OpenOption = Annotated[bool, Parameter("Open the page in the default browser.", 
 
 def web(
     run_or_model: RunOrModelArgument,
+    adapter: AdapterOption = None,
     host: PageHostOption = "127.0.0.1",
     port: PortOption = 7860,
     password_file: PasswordFileOption = None,
@@ -271,7 +281,8 @@ def web(
 ) -> None:
     """Start a chat UI in the browser.
 
-    The page shows predicted boxes, formulas and JSON, and compares answers with the base model.
+    The page shows predicted boxes, formulas and JSON, and compares answers of runs and of their
+    base model.
     Prints its address. Ctrl-C stops the server. Requires finesight[web].
 
     Example: finesight web runs/latex
@@ -290,7 +301,7 @@ def web(
     from finesight.vision.image_reader import create_image_pool
 
     with bind_page(host, port, socket_file) as listener:
-        inference_model = load_adapters(run_or_model, (), **loading)
+        inference_model = load_adapters(run_or_model, adapter or (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
         pool = create_image_pool(inference_model.renderer, encode_prompt)
         service = InferenceService(

@@ -40,7 +40,6 @@ from finesight.app.studio_view import (
     StudioState,
     StudioView,
     name_actions,
-    split_words,
 )
 from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
@@ -48,13 +47,10 @@ from finesight.config import TaskName
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
-from finesight.hub.archive import is_archive
 from finesight.label.label_store import JOURNAL_FILE, AnswerKind
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import OperationParameter, list_parameters
-from finesight.report.i18n import use_language
-from finesight.report.summary import format_command
 from finesight.storage import translate_os_errors
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
@@ -155,14 +151,14 @@ FORMS: dict[str, tuple[FormField, ...]] = {
         FormField("recipe-name", "Name of the recipe and its run", "tickets"),
         FormField("model", "Model: a name on a hub, or a folder", value=TINY_MODEL),
         FormField(
-            "metric",
+            "eval.metric",
             "Metric (empty: chosen from the answers)",
             choices=get_args(TaskName),
             is_advanced=True,
         ),
-        FormField("epochs", "Epochs", "chosen from the data", is_advanced=True),
-        FormField("steps", "Steps instead of epochs", "chosen from the data", is_advanced=True),
-        FormField("learning-rate", "Learning rate", "chosen from the model", is_advanced=True),
+        FormField("train.epochs", "Epochs", "from the data", is_advanced=True),
+        FormField("train.steps", "Steps instead of epochs", "from the data", is_advanced=True),
+        FormField("train.learning_rate", "Learning rate", "from the model", is_advanced=True),
     ),
     "editor": (FormField("editor", "Selected recipe", lines=12),),
     "merge": (FormField("merged-name", "Name of the merged model", "tickets"),),
@@ -198,6 +194,9 @@ OPERATIONS_OF_STEPS = {
 """Operations of each step with options."""
 
 YES_NO = ("yes", "no")
+
+RUN_LABELS = {"web": "Compare with another run", "serve": "Serve another run of the model, too"}
+"""Label of the field for another run, by operation."""
 
 QUESTIONS = (
     ("Describe images", "Describe the image."),
@@ -243,18 +242,29 @@ def list_options(operation: str) -> list[OperationParameter]:
     return [one for one in parameters if not one.is_positional and one.name not in own]
 
 
-def _build_field(operation: str, parameter: OperationParameter) -> FormField:
-    """Build the field of an option; an empty one keeps the default."""
+def _build_field(
+    operation: str, parameter: OperationParameter, runs: Sequence[str] = ()
+) -> FormField:
+    """Build the field of an option; an empty one keeps the default.
+
+    Args:
+        runs: Other runs of the workspace, from which an option for a run is chosen.
+    """
+    name = f"{operation}:{parameter.name}"
+    if parameter.info.metavar == "RUN" and runs:
+        return FormField(name, RUN_LABELS[operation], choices=runs, default="none")
     is_flag = parameter.kind == "flag"
     default = parameter.default
     is_shown = not is_flag and default not in (None, (), "")
     return FormField(
-        f"{operation}:{parameter.name}",
+        name,
         parameter.option.partition("/")[0],
         placeholder=str(default) if is_shown else parameter.info.metavar,
-        choices=YES_NO if is_flag else parameter.choices,
+        # The empty choice keeps the default.
+        choices=YES_NO if is_flag else [one for one in parameter.choices if one != default],
         default=str(default) if is_shown else "",
         hint=parameter.help,
+        is_advanced=True,
     )
 
 
@@ -270,7 +280,6 @@ class StudioPage:
     def __post_init__(self) -> None:
         self.actions = {
             "import": self._import,
-            "ask-delete": partial(self._delete, ask_only=True),
             "delete": self._delete,
             "label": self._label,
             "review": partial(self._label, review=True),
@@ -296,17 +305,6 @@ class StudioPage:
         with translate_os_errors(self.view.workspace.folder):
             return self.actions[name](state, form)
 
-    def preview(self, name: str, selection: Selection, form: Form) -> str:
-        """Return the command that a form would start, as HTML; empty for an incomplete form."""
-        _check_texts(form)
-        state = self.view.read_state(selection, use_newest=False)
-        with translate_os_errors(self.view.workspace.folder):
-            if name == "label":
-                arguments = self._build_labels(state, form) if form.get("images") else []
-            else:
-                arguments = self._build_import(form, unpack=False)[1]
-        return split_words(format_command(*arguments)) if arguments else ""
-
     def render(self, selection: Selection) -> str:
         """Render the page with the values of its forms."""
         state = self.view.read_state(selection)
@@ -318,13 +316,14 @@ class StudioPage:
         used = state.dataset.files if state.dataset else set()
         others = [str(one.path) for one in state.content.datasets if not one.files & used]
         job = state.job
+        runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",
             selection.lang,
             selection=state.selection,
             forms=FORMS,
             options={
-                operation: [_build_field(operation, one) for one in list_options(operation)]
+                operation: [_build_field(operation, one, runs) for one in list_options(operation)]
                 for operation in OPERATIONS_OF_STEPS.get(selection.step, ())
             },
             values=values,
@@ -405,12 +404,8 @@ class StudioPage:
                 return parameter.convert(number)
         return parameter.convert(text)
 
-    def _build_import(self, form: Form, *, unpack: bool = True) -> tuple[Path, list[str]]:
-        """Return the data set and the import command of a form. The source may be missing yet.
-
-        Args:
-            unpack: Detect the columns of a table in an archive, too.
-        """
+    def _build_import(self, form: Form) -> tuple[Path, list[str]]:
+        """Return the data set and the import command of a form. The source may be missing yet."""
         source, prompt, columns = form.get("source"), form.get("prompt"), form.get("columns")
         target = self.view.workspace.check_new_name("data", form.get("name"))
         path = self.view.workspace.resolve(source, "source") if source else Path("uploads/…")
@@ -425,7 +420,7 @@ class StudioPage:
                 expected="ROLE=COLUMN pairs separated by spaces",
                 remedy="for example image=path answer=caption",
             ) from error
-        if source and not any(pairs) and (unpack or not is_archive(path.name)):
+        if source and not any(pairs):
             table, roles, box_format, box_units = self.view.workspace.detect_source(path)
             arguments[1] = as_argument(table)
             pairs = [f"{role}={column}" for role, column in roles.items()]
@@ -496,25 +491,20 @@ class StudioPage:
             if any(self.view.workspace.is_overlapping(word, folder) for folder in folders)
         ]
 
-    def _delete(self, state: StudioState, form: Form, *, ask_only: bool = False) -> str:
-        """Delete the selected data set or, in the step Plan, recipe, unless something uses it.
-
-        Args:
-            ask_only: Check the uses only, before the page asks for confirmation.
-        """
+    def _delete(self, state: StudioState, form: Form) -> str:
+        """Delete the selected data set or, in the step Plan, recipe, unless something uses it."""
         if state.selection.step == "plan":
-            return self._delete_recipe(state, ask_only)
+            return self._delete_recipe(state)
         if state.dataset is None:
             raise _missing("data")
         path, runs = state.dataset.path, state.content.runs
         running = [run for run in runs if self.view.describe_run(run).status == "running"]
         commands = self._find_commands(path, Path("uploads", path.name))
         paths = self.view.workspace.list_deleted(state.dataset, running, commands)
-        if not ask_only:
-            self.view.workspace.move_to_trash(*paths)
+        self.view.workspace.move_to_trash(*paths)
         return state.selection.link(data="")
 
-    def _delete_recipe(self, state: StudioState, ask_only: bool) -> str:
+    def _delete_recipe(self, state: StudioState) -> str:
         if state.recipe is None:
             raise _missing("recipe")
         uses = self._find_commands(state.recipe)
@@ -532,8 +522,7 @@ class StudioPage:
                 expected="a recipe in the folder recipes without an unfinished run",
                 remedy="finish the run in the step Train" if uses else "delete it in a terminal",
             )
-        if not ask_only:
-            self.view.workspace.move_to_trash(state.recipe)
+        self.view.workspace.move_to_trash(state.recipe)
         return state.selection.link(recipe="")
 
     def _check_labels(self, source: str) -> None:
@@ -553,19 +542,14 @@ class StudioPage:
     def _create_recipe(self, state: StudioState, form: Form) -> str:
         if state.dataset is None:
             raise _missing("data")
-        if form.get("epochs") and form.get("steps"):
+        if form.get("train.epochs") and form.get("train.steps"):
             raise UserError(
                 "both “Epochs” and “Steps instead of epochs” are given",
-                where="epochs",
+                where="train.epochs",
                 expected="one of them, or none: then the data decide",
                 remedy="clear one of the two fields",
             )
-        settings = {
-            "train.epochs": form.get("epochs"),
-            "train.steps": form.get("steps"),
-            "train.learning_rate": form.get("learning-rate"),
-            "eval.metric": form.get("metric"),
-        }
+        settings = {one.name: form.get(one.name) for one in FORMS["recipe"] if "." in one.name}
         chosen = {str(state.dataset.path), *form.others}
         datasets = [one for one in state.content.datasets if str(one.path) in chosen]
         name, model = form.get("recipe-name"), form.get("model")
@@ -776,19 +760,6 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         url = await to_thread.run_sync(page.run_action, name, read_selection(request), form)
         return JSONResponse({"url": url})
 
-    async def post_preview(request: Request) -> Response:
-        name = request.path_params["name"]
-        if name not in ("import", "label"):
-            raise HTTPException(404, "no such form")
-        form, selection = await parse_body(request, Form), read_selection(request)
-        try:
-            command = await to_thread.run_sync(page.preview, name, selection, form)
-            return JSONResponse({"command": command})
-        except UserError as error:
-            # The form is not complete yet.
-            with use_language(selection.lang):
-                return JSONResponse({"hint": describe_error(error, name_actions)})
-
     def get_view(request: Request) -> Response:
         selection, params = read_selection(request), request.query_params
         try:
@@ -807,7 +778,6 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),
-        Route("/preview/{name}", post_preview, methods=["POST"]),
         make_proxy_route(lambda job_id: view.jobs.find(job_id).socket),
     ]
     return AccessMiddleware(create_app(routes, name_actions), access)

@@ -17,8 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from markupsafe import Markup
-
 from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error, render_page
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
@@ -27,11 +25,7 @@ from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.operations.operation import Step
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
-from finesight.report.i18n import (
-    Language,
-    translate,
-    use_language,
-)
+from finesight.report.i18n import Language, translate, use_language
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
@@ -104,16 +98,10 @@ class Selection:
     @classmethod
     def parse(cls, params: Mapping[str, str], language: Language) -> Selection:
         """Read a selection from query parameters. Invalid values are ignored."""
+        names = {"data", "recipe", "run", "job", "images"} & params.keys()
         step = params.get("step", "")
-        return cls(
-            step=step if step in STEPS else STEPS[0],
-            data=params.get("data", ""),
-            recipe=params.get("recipe", ""),
-            run=params.get("run", ""),
-            job=params.get("job", ""),
-            lang=language,
-            images=params.get("images", ""),
-        )
+        items = {name: params[name] for name in names}
+        return cls(step=step if step in STEPS else STEPS[0], lang=language, **items)
 
     def link(self, **changes: str) -> str:
         """Return the URL of the page after changes. Without `job`, the newest job is selected."""
@@ -154,10 +142,15 @@ class StudioState:
 
 @dataclass(frozen=True, slots=True)
 class RunRow:
-    """Row of the table of runs, with its first and last primary metric."""
+    """Row of the table of runs, with its first and last primary metric.
+
+    Attributes:
+        description: Progress as a sentence, with the remaining time.
+    """
 
     path: str
     status: str
+    description: str
     step: int
     total_steps: int | None
     metric: str
@@ -239,7 +232,6 @@ class StudioView:
                 "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
                 "step_names": STEP_NAMES,
                 "no_run": NO_RUN,
-                "split_words": split_words,
             }
             top, bottom = (
                 render_page(f"studio_{name}.html", selection.lang, **values)
@@ -266,10 +258,6 @@ class StudioView:
             return [["report", as_argument(run)]]
         if step == "chat" and weights is not None:
             return [["web", as_argument(weights)]]
-        if step == "export":
-            model = as_argument((state.content.models or [Path("models/NAME")])[0])
-            options = ["--converter", "convert_hf_to_gguf.py"]
-            return [["export", model, f"gguf/{Path(model).name}", *options]]
         return []
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
@@ -292,11 +280,9 @@ class StudioView:
 
     def _build_charts(self, state: StudioState) -> list[Any]:
         """Return the curves of the run that the selected recipe has started."""
-        if state.selection.step != "train" or state.recipe is None:
+        if state.selection.step != "train" or state.recipe is None or state.run is None:
             return []
-        if state.run is None:
-            return []
-        return build_run_charts(read_run(self.workspace.folder / state.run))
+        return build_run_charts(self._read_run(state.run))
 
     def find_run(self, recipe: Path) -> Path | None:
         """Return the output folder of a recipe, which may not exist yet."""
@@ -351,21 +337,26 @@ class StudioView:
 
     def describe_run(self, run: Path) -> RunRow:
         """Return the row of a run in the table of runs."""
-        folder = self.workspace.folder / run
-        files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
-        versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
-        record = _read_run_version(folder, versions)
+        record = self._read_run(run)
         name = record.primary_metric or "validation_loss"
         values = [read_metrics(line).get(name) for line in select_evaluations(record)]
         status = get_run_status(record)
         return RunRow(
             path=str(run),
             status=status.kind,
+            description=status.description,
             step=status.step,
             total_steps=status.total_steps,
             metric=format_metric_name(name) if values else "",
             scores=[format_value(v) for v in values if v is not None],
         )
+
+    def _read_run(self, run: Path) -> RunRecord:
+        """Read a run, unless it has not changed since the last time."""
+        folder = self.workspace.folder / run
+        files = [folder / name for name in (METRICS_FILE, RESULT_FILE)]
+        versions = tuple(file.stat().st_mtime_ns if file.is_file() else 0 for file in files)
+        return _read_run_version(folder, versions)
 
 
 def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> Any:
@@ -431,8 +422,3 @@ def name_actions(advice: str) -> str:
 
     advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
     return _OPTION.sub(name_field, advice)
-
-
-def split_words(command: str) -> Markup:
-    """Render a command whose lines break between words only, not after a hyphen."""
-    return Markup(" ").join(Markup("<span>{}</span>").format(word) for word in command.split(" "))

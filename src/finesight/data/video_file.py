@@ -28,6 +28,7 @@ from finesight.data.image_header import (
     MissingImageError,
     TruncatedImageError,
     build_file_error,
+    read_image_size,
     resolve_content,
     split_container_path,
 )
@@ -88,6 +89,11 @@ def read_video_header(path: Path) -> VideoHeader:
             path, "no such video", "an existing file", remedy, MissingImageError
         ) from error
     return _read_header(path, (state.st_ino, state.st_size, state.st_mtime_ns))
+
+
+def read_visual_size(path: Path) -> ImageSize:
+    """Read height and width of an image, or of the frames of a video file."""
+    return read_video_header(path).size if is_video_path(path) else read_image_size(path)
 
 
 def iter_video_frames(path: Path, frame_indices: Sequence[int]) -> Iterator[Image.Image]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from finesight.data.sample import ImagePart, LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
@@ -45,11 +44,7 @@ class PromptEncoder:
                 )
         except WorkerLostError as error:
             raise UserError("not encoded, because the server stops", where="prompt") from error
-        parts = located_sample.sample.iter_parts()
-        files = [
-            located_sample.resolve_path(part.image) for part in parts if isinstance(part, ImagePart)
-        ]
-        tokenized = unpack_tokenized(reply, located_sample.sample.id, files)
+        tokenized = unpack_tokenized(reply, located_sample.sample.id)
         patches_ND, *inputs = reply.arrays[2:]
         hf_inputs = {
             name: torch.from_numpy(array.copy())
@@ -59,34 +54,27 @@ class PromptEncoder:
 
 
 def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:
-    """Convert a tokenized prompt with images to the output of a job, without its files."""
-    spans = [
-        [span.start, span.stop, span.grid_thw, span.original_size, span.resized_size]
-        for span in tokenized.spans
-    ]
+    """Convert a tokenized prompt with images and videos to the output of a job."""
+    spans = [asdict(span) | {"files": [*map(str, span.files)]} for span in tokenized.spans]
     return JobOutput(
         {"spans": spans, "is_thinking": tokenized.is_thinking},
         [tokenized.ids_T, tokenized.position_ids_3T],
     )
 
 
-def unpack_tokenized(reply: WorkerReply, sample_id: str, files: Sequence[Path]) -> TokenizedSample:
-    """Restore a tokenized prompt from the output of a job and the file of each image."""
+def unpack_tokenized(reply: WorkerReply, sample_id: str) -> TokenizedSample:
+    """Restore a tokenized prompt from the output of a job."""
     ids_T, positions_3T = reply.arrays[:2]
-    # Prompts for the transformers backend have no spans.
-    span_files = files if reply.value["spans"] else ()
-    spans = tuple(
-        VisualSpan("image", start, stop, tuple(grid), (file,), tuple(size), tuple(resized_size))
-        for (start, stop, grid, size, resized_size), file in zip(
-            reply.value["spans"], span_files, strict=True
-        )
-    )
+    spans = []
+    for values in reply.value["spans"]:
+        values = {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
+        spans.append(VisualSpan(**values | {"files": tuple(map(Path, values["files"]))}))
     return TokenizedSample(
         id=sample_id,
         ids_T=ids_T.view(np.int32),
         loss_mask_T=np.zeros(len(ids_T), dtype=np.bool_),
         position_ids_3T=positions_3T.view(np.int32),
-        spans=spans,
+        spans=tuple(spans),
         is_thinking=reply.value["is_thinking"],
     )
 

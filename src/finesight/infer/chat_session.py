@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, filterfalse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,20 +21,21 @@ from finesight.data.boxes import (
     split_at_boxes,
     strip_code_fences,
 )
-from finesight.data.image_header import ImageSize, read_image_size
+from finesight.data.image_header import ImageSize
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
-    ImagePart,
     LocatedSample,
     Message,
     Sample,
     TextPart,
+    is_video_path,
     write_samples,
 )
+from finesight.data.video_file import read_visual_size
 from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
-from finesight.infer.prediction import Prediction, draw_boxes, find_unused_path
+from finesight.infer.prediction import Prediction, build_user_message, draw_boxes, find_unused_path
 from finesight.infer.request import FinishReason, GenerationOptions
 from finesight.storage import raise_if_exists, write_file
 from finesight.vision.image_processing import load_image
@@ -126,13 +128,13 @@ class ChatSession:
 
     Attributes:
         system_prompt: System prompt of new replies; None for that of the model or run.
-        read_size: Returns height and width of an image, or raises UserError if it has none.
+        read_size: Returns height and width of an image or video, or raises UserError.
     """
 
     service: InferenceService
     turns: list[ChatTurn] = field(default_factory=list)
     system_prompt: str | None = None
-    read_size: Callable[[Path], ImageSize] = read_image_size
+    read_size: Callable[[Path], ImageSize] = read_visual_size
 
     def send(
         self, text: str, image_paths: Sequence[Path], options: Sequence[GenerationOptions]
@@ -251,18 +253,16 @@ class ChatSession:
     ) -> ChatReply:
         model = self.service.model_names[0] if options.model is None else options.model
         turns = _select_answered_turns(self.turns, model)
-        images_by_turn = [*(turn.image_paths for turn in turns), tuple(image_paths)]
-        target_image = next(
-            (turn_images[0] for turn_images in reversed(images_by_turn) if turn_images), None
-        )
+        paths_by_turn = *(turn.image_paths for turn in turns), image_paths
+        images_by_turn = [[*filterfalse(is_video_path, paths)] for paths in paths_by_turn]
+        target_image = next((images[0] for images in reversed(images_by_turn) if images), None)
         messages = [
             *self._build_system_messages(),
             *_build_messages(turns, model),
-            _build_user_message(text, image_paths),
+            build_user_message(text, image_paths),
         ]
-        image_index = None
-        if target_image is not None:
-            image_index = [path for some in images_by_turn for path in some].index(target_image)
+        images = [*chain.from_iterable(images_by_turn)]
+        image_index = None if target_image is None else images.index(target_image)
         sample = Sample(id=f"turn {len(turns) + 1}", messages=tuple(messages))
         stream = self.service.submit(
             LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
@@ -279,16 +279,11 @@ def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTu
     return [turn for turn in turns if turn.reply_from(model).content]
 
 
-def _build_user_message(text: str, image_paths: Sequence[Path]) -> Message:
-    parts: list[ContentPart] = [ImagePart(image=str(path)) for path in image_paths]
-    return Message(role="user", content=(*parts, TextPart(text=text)))
-
-
 def _build_messages(turns: Sequence[ChatTurn], model: str) -> Iterator[Message]:
     seen_images: list[Path] = []
     for turn in turns:
-        yield _build_user_message(turn.text, turn.image_paths)
-        seen_images += turn.image_paths
+        yield build_user_message(turn.text, turn.image_paths)
+        seen_images += filterfalse(is_video_path, turn.image_paths)
         reply = turn.reply_from(model)
         image_index = 0 if reply.image_path is None else seen_images.index(reply.image_path)
         content = tuple(

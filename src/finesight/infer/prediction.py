@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from finesight.data.image_header import CorruptImageError, read_image_size
+from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -27,7 +27,7 @@ from finesight.data.sample import (
     VideoPart,
     is_video_path,
 )
-from finesight.data.video_file import read_video_header
+from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer.engine import iter_completions
@@ -119,16 +119,19 @@ def build_question(image_paths: Sequence[Path], prompt: str, sample_id: str) -> 
     Raises:
         CorruptImageError: An image is missing or unreadable.
     """
-    parts: list[ImagePart | VideoPart] = []
     for path in image_paths:
-        if is_video_path(path):
-            read_video_header(path)
-            parts.append(VideoPart(video=str(path)))
-        else:
-            read_image_size(path)
-            parts.append(ImagePart(image=str(path)))
-    message = Message(role="user", content=(*parts, TextPart(text=prompt)))
+        read_visual_size(path)
+    message = build_user_message(prompt, image_paths)
     return LocatedSample(Sample(id=sample_id, messages=(message,)), Path())
+
+
+def build_user_message(text: str, paths: Sequence[Path]) -> Message:
+    """Build a user turn that contains images or video files, then text."""
+    parts = (
+        VideoPart(video=str(path)) if is_video_path(path) else ImagePart(image=str(path))
+        for path in paths
+    )
+    return Message(role="user", content=(*parts, TextPart(text=text)))
 
 
 def build_questions(image_paths: Sequence[Path], prompt: str) -> list[LocatedSample]:

@@ -12,9 +12,9 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
@@ -234,6 +234,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         self._images = ImageReader(create_image_pool())
         # Key of the pixels and, for an unreadable file, the reason.
         self._decoded: dict[str, tuple[str, str]] = {}
+        self._is_bulk = False
         try:
             self._acquire()
             self._journal_stat = os.stat(self._journal)
@@ -466,8 +467,10 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             if item.suggestion is not None:
                 values |= item.suggestion.model_dump(include={"model", "confidence"})
             self._append(item, **values)
-            flush_file(self._journal)
             self._num_unwritten += 1
+        if self._is_bulk:
+            return
+        flush_file(self._journal)
         if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
             try:
                 self.write_labels()
@@ -475,6 +478,18 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 error.what += f"; the decision is kept in {JOURNAL_FILE}"
                 error.remedy = "correct the cause; the next decision or session writes the file"
                 raise
+
+    @contextmanager
+    def write_once(self) -> Iterator[None]:
+        """Flush the journal and write the labels once, after all decisions within the context."""
+        self._is_bulk = True
+        try:
+            yield
+        finally:
+            self._is_bulk = False
+            flush_file(self._journal)
+        if self._num_unwritten:
+            self.write_labels()
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
         """Decode images and videos in workers; return the reasons of unreadable samples by ID."""

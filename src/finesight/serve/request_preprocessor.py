@@ -138,7 +138,7 @@ class RequestPreprocessor:
             ]
         empty_patches = np.empty((0, reply.value["patch_dim"]), dtype=np.uint8)
         decoded = [array.view(np.uint8) for array in patches]
-        tokenized = unpack_tokenized(reply, "request", files)
+        tokenized = unpack_tokenized(reply, "request")
         return EncodedSample(tokenized, concat_patches(decoded or [empty_patches]))
 
     def parse_label_studio_body(self, body: bytearray) -> dict[str, Any]:

@@ -21,11 +21,10 @@ from finesight.data.image_header import (
     CorruptImageError,
     ImageSize,
     decode_image,
-    read_image_size,
     sha256_content,
 )
 from finesight.data.sample import is_video_path
-from finesight.data.video_file import iter_video_frames, read_video_header
+from finesight.data.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
 from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
@@ -77,7 +76,7 @@ class ImageReader:
     def encode(
         self, path: Path, max_side: int, image_format: str = "WEBP"
     ) -> tuple[ImageSize, bytes]:
-        """Return the original size of an image, and a copy without metadata within `max_side`."""
+        """Return the size, and a copy without metadata, of an image or the start of a video."""
         reply = self.call(_encode_copy, path, max_side, image_format)
         height, width = reply.value
         return (int(height), int(width)), reply.arrays[0].tobytes()
@@ -87,7 +86,7 @@ class ImageReader:
         try:
             with self.pool.borrow_worker() as worker:
                 if is_video_path(path):
-                    return worker.call(job, path, max_cpu_s=MAX_VIDEO_CPU_S)
+                    return worker.call(job, path, *args, max_cpu_s=MAX_VIDEO_CPU_S)
                 size = worker.call(read_size, path, max_cpu_s=MAX_IMAGE_CPU_S)
                 if job is read_size:
                     return size
@@ -122,8 +121,8 @@ def load_state(state: Any, job: Callable[..., JobOutput] | None) -> Any:
 
 
 def read_size(state: Any, path: Path) -> JobOutput:
-    """Read the size of an image in a worker process."""
-    return JobOutput(read_image_size(path))
+    """Read the size of an image or video in a worker process."""
+    return JobOutput(read_visual_size(path))
 
 
 def decode_pixels(state: Any, path: Path) -> JobOutput:
@@ -140,8 +139,9 @@ def load_pixels(state: Any, path: Path, min_side: int | None) -> JobOutput:
 
 
 def _encode_copy(state: Any, path: Path, max_side: int, image_format: str) -> JobOutput:
-    size, buffer = read_image_size(path), io.BytesIO()
-    image = load_image(path, min_side=max_side)
+    size, buffer = read_visual_size(path), io.BytesIO()
+    frames = iter_video_frames(path, [0]) if is_video_path(path) else iter(())
+    image = next(frames, None) or load_image(path, min_side=max_side)
     image.thumbnail((max_side, max_side))
     image.save(buffer, format=image_format, quality=90)
     return JobOutput(size, [np.frombuffer(buffer.getvalue(), np.uint8)])

@@ -17,32 +17,23 @@ export const create = (name, attributes = {}, ...children) => {
   return element;
 };
 
-/** Error of a request that the server has refused. */
-export class RequestError extends Error {
-  constructor(message, status, field = "") {
-    super(message);
-    Object.assign(this, { status, field });
-  }
-}
-
 const check = async (response) => {
   if (response.status === 401) location.reload();
   if (response.ok) return response;
   let content = {};
   try { content = await response.clone().json(); } catch { /* The text is no JSON. */ }
-  throw new RequestError(content.error ?? (await response.text()), response.status, content.field);
+  const error = new Error(content.error ?? (await response.text()));
+  throw Object.assign(error, { status: response.status, field: content.field ?? "" });
 };
 
 const language = () => ({ "accept-language": document.documentElement.lang });
 
-/** Response to a GET request or, with a body, to a POST request. */
-export const fetchResponse = async (url, body, options = {}) => {
+/** Answer to a GET request or, with a body, to a POST request. */
+export const request = async (url, body) => {
   const headers = body ? { ...language(), "content-type": "application/json" } : language();
   const post = body && { method: "POST", body: JSON.stringify(body) };
-  return check(await fetch(url, { headers, ...post, ...options }));
+  return (await check(await fetch(url, { headers, ...post }))).json();
 };
-
-export const request = async (url, body) => (await fetchResponse(url, body)).json();
 
 /** Uploads a file, and returns its ID and name. */
 export const upload = async (file) => {
@@ -53,7 +44,7 @@ export const upload = async (file) => {
 export const describe = (error) =>
   translate(error instanceof TypeError ? "The server does not answer." : error.message);
 
-export const copyText = async (text) => {
+const copyText = async (text) => {
   if (navigator.clipboard) return navigator.clipboard.writeText(text);
   // Browsers have no clipboard API on a page without TLS.
   const field = create("textarea");
@@ -63,3 +54,44 @@ export const copyText = async (text) => {
   document.execCommand("copy");
   return field.remove();
 };
+
+export const copy = async (button) => {
+  const { copy: text, copied } = button.dataset, label = button.textContent;
+  await copyText(text);
+  button.focus();
+  if (label === copied) return;
+  button.textContent = copied;
+  setTimeout(() => { button.textContent = label; }, 1500);
+};
+
+/** Changes only what differs, so that the focus, open parts and forms of the user stay. */
+export const update = (target, source) => {
+  const known = [...target.childNodes], nodes = [...source.childNodes];
+  nodes.forEach((node, index) => {
+    const old = known[index];
+    if (!old) target.append(node);
+    // A mark belongs to its value, not to its position.
+    else if (old.nodeName !== node.nodeName || old.defaultValue !== node.defaultValue) old.replaceWith(node);
+    else if (old.nodeType !== Node.ELEMENT_NODE) {
+      if (old.data !== node.data) old.data = node.data;
+    } else {
+      updateAttributes(old, node);
+      update(old, node);
+    }
+  });
+  for (const old of known.slice(nodes.length)) old.remove();
+};
+
+export const updateAttributes = (old, node) => {
+  for (const { name } of [...old.attributes]) {
+    if (!node.hasAttribute(name) && !["open", "hidden"].includes(name)) old.removeAttribute(name);
+  }
+  for (const { name, value } of node.attributes) {
+    if (old.getAttribute(name) === value || ["open", "hidden"].includes(name)) continue;
+    old.setAttribute(name, value);
+    // The reasoning is folded when the answer begins.
+    if (name === "data-open") old.open = value !== "";
+  }
+};
+
+export const parse = (html) => new DOMParser().parseFromString(html, "text/html").body;

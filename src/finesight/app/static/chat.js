@@ -1,4 +1,6 @@
-import { byId, copyText, create, describe, request, settings, translate, upload } from "./app.js";
+import {
+  byId, copy, create, describe, parse, request, settings, translate, update, updateAttributes, upload
+} from "./app.js";
 
 const NO_SPACE = "The server has no disk space for more images. Delete chats, or try again later.";
 const streams = new Map();
@@ -24,37 +26,6 @@ const attempt = async (action) => {
 };
 
 // Conversation
-
-// Changes only what differs, so that the focus, open parts and forms of the user stay.
-const update = (target, source) => {
-  const known = [...target.childNodes], nodes = [...source.childNodes];
-  nodes.forEach((node, index) => {
-    const old = known[index];
-    if (!old) target.append(node);
-    else if (old.nodeName !== node.nodeName) old.replaceWith(node);
-    else if (old.nodeType !== Node.ELEMENT_NODE) {
-      if (old.data !== node.data) old.data = node.data;
-    } else {
-      updateAttributes(old, node);
-      update(old, node);
-    }
-  });
-  for (const old of known.slice(nodes.length)) old.remove();
-};
-
-const updateAttributes = (old, node) => {
-  for (const { name } of [...old.attributes]) {
-    if (!node.hasAttribute(name) && !["open", "hidden"].includes(name)) old.removeAttribute(name);
-  }
-  for (const { name, value } of node.attributes) {
-    if (old.getAttribute(name) === value || ["open", "hidden"].includes(name)) continue;
-    old.setAttribute(name, value);
-    // The reasoning is folded when the answer begins.
-    if (name === "data-open") old.open = value !== "";
-  }
-};
-
-const parse = (html) => new DOMParser().parseFromString(html, "text/html").body;
 
 // The end of the conversation stays visible, unless the user has scrolled up.
 const followEnd = (change) => {
@@ -191,7 +162,9 @@ const readSettings = () => {
 
 const showAttachments = () => {
   byId("attachments").replaceChildren(...attachments.map((one) => create("li", {},
-    create("img", { src: one.url, alt: one.file.name }),
+    one.file.type.startsWith("video/")
+      ? create("video", { src: one.url, "aria-label": one.file.name, muted: true })
+      : create("img", { src: one.url, alt: one.file.name }),
     create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
       onclick: () => { detach([one]); byId("question").focus(); } }, "×"))));
   showImageHint(document.querySelector(".thumbs") !== null);
@@ -313,15 +286,6 @@ const showForm = (form, isShown) => {
     field.focus();
     field.setSelectionRange(field.value.length, field.value.length);
   } else form.parentElement.querySelector("[data-form]").focus();
-};
-
-const copy = async (button) => {
-  const { copy: text, copied } = button.dataset, label = button.textContent;
-  await copyText(text);
-  button.focus();
-  if (label === copied) return;
-  button.textContent = copied;
-  setTimeout(() => { button.textContent = label; }, 1500);
 };
 
 // A click enlarges an image to the window, the next one to its pixels or twice the window.

@@ -173,6 +173,7 @@ const undo = async () => {
     return;
   }
   const index = findUndone();
+  if (Array.isArray(index)) return decideMany({ action: "reopen", indices: index });
   if (index < 0) {
     notify(translate("Nothing to undo"));
     return;
@@ -184,7 +185,26 @@ const undo = async () => {
   refresh();
   notify(translate("Undone: {}", `${translate(decision)} · ${name}`));
 };
-// The last image decided on this page, or else the shown one; -1 if it is open.
+
+// Accepts all suggestions from a confidence on, which one undo reopens.
+const decideMany = async (decision) => {
+  if (isSaving) return;
+  isSaving = true;
+  notify("…"); // Thousands of images take seconds.
+  try {
+    const { indices } = await request("decisions", decision), isAccepted = decision.action === "accept";
+    const earlier = readStored(undoKey) ?? [];
+    store(undoKey, isAccepted ? [...earlier, ...(indices.length ? [indices] : [])] : earlier.slice(0, -1));
+    await loadItems();
+    await open(isAccepted ? Math.max(0, findOpen(item.index - 1)) : indices[0]);
+    showList();
+    notify(translate(isAccepted ? "Accepted: {}" : "Reopened: {}", indices.length));
+  } catch (error) {
+    report("Not saved", error);
+  } finally { isSaving = false; }
+};
+
+// The last image decided on this page, or several, or else the shown one; -1 if it is open.
 const findUndone = () => readStored(undoKey)?.at(-1) ?? (decisions[item.index] ? item.index : -1);
 
 // Answer
@@ -226,7 +246,7 @@ const refresh = () => {
       ? translate("No suggestion") : isSuggested && item.confidence !== null
         ? translate("confidence {}", `${Math.floor(100 * item.confidence)} %`) : "";
   byId("reset").hidden = !isChanged();
-  byId("undo").disabled = findUndone() < 0;
+  byId("undo").disabled = findUndone() === -1;
   for (const update of updates) update();
 };
 
@@ -697,7 +717,7 @@ document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
   const { key, target } = event, isBoxes = settings.kind === "boxes", isArrow = key.startsWith("Arrow");
-  if (target.matches?.("#list :is(input, select, button)")) return;
+  if (target.matches?.(":is(#list, #bulk) :is(input, select, button)")) return;
   const isText = target.matches?.("input:not([type=radio]), textarea"), isSelect = target.matches?.("select");
   if (key === "Escape") {
     if (target.matches?.("input, textarea, select")) target.blur();
@@ -737,6 +757,10 @@ byId("form").addEventListener("submit", (event) => event.preventDefault());
 byId("save").addEventListener("click", () => decide("save"));
 byId("skip").addEventListener("click", () => decide("skip"));
 byId("undo").addEventListener("click", undo);
+byId("bulk")?.addEventListener("submit", (event) => {
+  event.preventDefault();
+  decideMany({ action: "accept", min_confidence: byId("min-confidence").value / 100 });
+});
 byId("reset").addEventListener("click", () => {
   answer = makeAnswer(item);
   selected = -1;

@@ -1,4 +1,4 @@
-import { byId, copyText, create, describe, request, RequestError, translate, upload } from "./app.js";
+import { byId, copy, create, describe, parse, request, translate, update, upload } from "./app.js";
 
 const shown = {};
 // Buttons that would start the running command again.
@@ -10,24 +10,11 @@ const uploaded = new Map(); // Uploads by file, for another attempt after an err
 
 const replace = (id, html) => {
   if (shown[id] === html) return;
-  const place = byId(id), log = place.querySelector(".log");
+  const log = byId(id).querySelector(".log");
   const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-  const scroll = log?.scrollTop ?? 0;
-  const marked = [...place.querySelectorAll("input:checked")].map((box) => box.value);
-  const opened = [...place.querySelectorAll("details[open]")].map((item) => item.id);
-  const frame = place.querySelector("iframe"), focused = document.activeElement;
-  const focusUrl = place.contains(focused) ? focused.href ?? focused.dataset.url : "";
-  place.innerHTML = html;
-  // A frame that shows the same page keeps its position.
-  const newFrame = place.querySelector("iframe");
-  if (frame && newFrame && frame.src === newFrame.src) newFrame.replaceWith(frame);
-  for (const box of place.querySelectorAll("input[type=checkbox]")) box.checked = marked.includes(box.value);
-  for (const item of place.querySelectorAll("details")) item.open = opened.includes(item.id);
-  const newLog = place.querySelector(".log");
-  if (newLog) newLog.scrollTop = isAtEnd ? newLog.scrollHeight : scroll;
-  if (focusUrl) {
-    [...place.querySelectorAll("a, button")].find((at) => (at.href ?? at.dataset.url) === focusUrl)?.focus();
-  }
+  update(byId(id), parse(html));
+  const newLog = byId(id).querySelector(".log");
+  if (newLog && isAtEnd) newLog.scrollTop = newLog.scrollHeight;
   shown[id] = html;
 };
 
@@ -39,7 +26,7 @@ const enableButtons = () => {
   }
 };
 
-const update = async () => {
+const refresh = async () => {
   let delay = 8000;
   const query = location.search;
   try {
@@ -56,7 +43,7 @@ const update = async () => {
     }
     if (["running", "stopping"].includes(status)) delay = 1500;
   } catch { /* The studio was stopped; another attempt follows. */ }
-  setTimeout(update, delay);
+  setTimeout(refresh, delay);
 };
 
 // Actions
@@ -70,7 +57,7 @@ const report = (title, error) => {
   byId("message").replaceChildren(create("strong", {}, title), create("br"), text);
   byId("message").hidden = false;
   byId("message").scrollIntoView({ block: "nearest" });
-  const field = error instanceof RequestError && error.field ? findField(error.field) : null;
+  const field = error.field ? findField(error.field) : null;
   if (!field) return;
   for (let at = field.closest("details"); at; at = at.parentElement.closest("details")) at.open = true;
   field.setAttribute("aria-invalid", "true");
@@ -98,6 +85,7 @@ const readForm = (form) => {
 
 const act = async (button) => {
   const { action, title, confirm, url } = button.dataset;
+  if (confirm && !window.confirm(confirm)) return;
   const query = url ? new URL(url, location).search : location.search;
   isActing = true;
   enableButtons();
@@ -105,11 +93,7 @@ const act = async (button) => {
   try {
     const uploads = action === "import" ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
-    let answer = await request(`actions/${action}${query}`, body);
-    if (action === "ask-delete") {
-      if (!window.confirm(confirm)) return;
-      answer = await request(`actions/delete${query}`, body);
-    }
+    const answer = await request(`actions/${action}${query}`, body);
     if (action === "save-recipe") isEdited = false;
     location.assign(answer.url);
   } catch (error) {
@@ -119,21 +103,6 @@ const act = async (button) => {
     enableButtons();
   }
 };
-
-// The command that a form would start
-
-let previewNumber = 0;
-
-const preview = async (form) => {
-  const url = `preview/${form.dataset.preview}${location.search}`, number = ++previewNumber;
-  const answer = await request(url, readForm(form)).catch((error) => ({ hint: describe(error) }));
-  if (number !== previewNumber) return; // The answer to a later change may come first.
-  const { command, hint } = answer;
-  const place = form.querySelector(".preview");
-  if (command) place.innerHTML = `<div class="command"><code>${command}</code></div>`;
-  else place.replaceChildren(...(hint ? [create("p", { class: "hint" }, hint)] : []));
-};
-let previewTimer = 0;
 
 const showKinds = () => {
   const kind = byId("kind")?.value;
@@ -146,10 +115,6 @@ document.addEventListener("input", (event) => {
   if (event.target.id === "editor") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   showKinds();
-  const form = event.target.form;
-  if (!form?.dataset.preview) return;
-  clearTimeout(previewTimer);
-  previewTimer = setTimeout(() => preview(form), 300);
 });
 addEventListener("beforeunload", (event) => { if (isEdited) event.preventDefault(); });
 document.addEventListener("submit", (event) => {
@@ -168,8 +133,7 @@ document.addEventListener("click", async (event) => {
     event.preventDefault();
     await act(button);
   } else if (button?.dataset.copy) {
-    await copyText(button.dataset.copy);
-    button.textContent = "✓";
+    await copy(button);
   } else if (button && "prompt" in button.dataset) {
     byId("prompt").value = button.dataset.prompt;
     byId("name").value ||= button.dataset.name;
@@ -179,4 +143,4 @@ document.addEventListener("click", async (event) => {
   }
 });
 showKinds();
-update();
+refresh();

@@ -1,0 +1,325 @@
+"""Ways through the studio in a browser, without a terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import product
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from browser import Browser
+from label_fixtures import COLORS, ask_server, draw_dots
+from web_server_fixture import ChatPageDriver
+
+from finesight.app.jobs import JobStore
+from finesight.app.studio_view import STEPS
+from finesight.cli.app import run_command
+from finesight.data.import_source import ImportOptions
+from finesight.data.importer import import_dataset
+from finesight.data.sample import BoxPart, read_samples
+from finesight.errors import UserError
+from finesight.report.i18n import Language
+
+NUM_LABELS = 30
+LINK = "document.querySelector('a.open')"
+"""Link to the server that the studio has started."""
+
+VISIBLE_LABELS_SCRIPT = """
+const labels = [...document.querySelectorAll("form :is(label, button), summary, h2, th, #top p")];
+const texts = labels.filter((at) => at.offsetParent).map((at) => at.innerText);
+return texts.filter((text) => /\\p{L}/u.test(text));
+"""
+
+RECIPE = """\
+model: finesight-tiny
+data: {{train: data/photos/train.jsonl, eval: data/photos/eval.jsonl}}
+train: {{steps: {steps}, batch_size: 4, device: cpu}}
+eval: {{metric: classification, max_new_tokens: 4}}
+output_dir: runs/{name}
+"""
+
+
+class StudioDriver:
+    """Studio process and its page in a browser."""
+
+    def __init__(self, folder: Path, browser: Browser) -> None:
+        self.folder, self.browser, self.wait_for = folder, browser, browser.wait_for
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "finesight", "studio", str(self.folder), "--no-auth"]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        options = {"stdout": subprocess.PIPE, "text": True, "env": environment}
+        self.process = subprocess.Popen([*command, "--port", "0"], **options)
+        self.address = self.process.stdout.readline().strip()
+
+    def end(self, number: int = signal.SIGINT) -> int:
+        self.process.send_signal(number)
+        with self.process:
+            return self.process.wait(30)
+
+    def open(self, step: str, lang: str = "en") -> None:
+        self.browser.visit(f"{self.address}/?step={step}&lang={lang}")
+        self.wait_for("document.querySelector('#top nav')")
+        self.check()
+
+    def reload(self, state: str) -> None:
+        """Wait for a state, which the page must show again after a reload, without errors."""
+        self.wait_for(state)
+        self.check()
+        self.browser.driver.refresh()
+        self.wait_for(state)
+        self.check()
+
+    def fill(self, **texts: str) -> None:
+        for name, text in texts.items():
+            self.browser.driver.execute_script(
+                "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
+                " for (const one of document.querySelectorAll('details'))"
+                " one.open ||= one.contains(field);"
+                " field.dispatchEvent(new Event('input', { bubbles: true }));",
+                name,
+                text,
+            )
+        self.browser.settle()
+
+    def upload(self, files: Sequence[Path]) -> None:
+        field = self.browser.driver.find_element("css selector", "#upload")
+        field.send_keys("\n".join(map(str, files)))
+
+    def click(self, action: str) -> None:
+        button = f"button[data-action='{action}']"
+        self.wait_for(f'document.querySelector("{button}")?.disabled === false')
+        self.browser.run(f'document.querySelector("{button}").click();')
+
+    def run(self, step: str, action: str, status: str = "finished") -> None:
+        """Start a command in its step, and wait for its end."""
+        self.open(step)
+        self.click(action)
+        self.wait_for_job(status)
+
+    def open_page(self) -> str:
+        """Wait for the server that a step has started, and return its address."""
+        self.reload(LINK)
+        return str(self.browser.run(f"return {LINK}.href;"))
+
+    def wait_for_job(self, status: str) -> None:
+        chip = "document.querySelector('.job .chip')"
+        self.wait_for(f"{chip}?.textContent.trim().startsWith('{status}')")
+
+    def check(self) -> None:
+        # Chromium notes each refused request.
+        assert [text for text in self.browser.messages() if "status of 422" not in text] == []
+        assert self.browser.overflow_width() == 0
+
+
+@pytest.fixture
+def studio(folder: Path, browser: Browser) -> Iterator[StudioDriver]:
+    driver = StudioDriver(folder, browser)
+    try:
+        yield driver
+    finally:
+        # Jobs outlive the studio, also after a failed test.
+        for job in JobStore(folder).list_jobs():
+            with contextlib.suppress(UserError):
+                job.stop()
+        assert driver.end() == 0
+
+
+def import_photos(folder: Path, *runs: tuple[str, int]) -> None:
+    """Import the photos, and write recipes of runs with a number of steps."""
+    options = ImportOptions(prompt="Which color?", eval_last=4)
+    import_dataset(folder / "photos", folder / "data/photos", options)
+    for name, steps in runs:
+        (folder / f"{name}.yaml").write_text(RECIPE.format(name=name, steps=steps))
+
+
+def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -> None:
+    draw_dots(folder / "images", 3)
+    studio.open("data")
+    studio.fill(source="../images", name="dots", prompt="Which color?")
+    studio.click("import")
+    studio.wait_for("document.querySelector('#message').innerText.includes('outside')")
+    studio.fill(source="images")
+    studio.click("import")
+    studio.wait_for("document.querySelector('#message').innerText.includes('step Label')")
+    studio.fill(source="", name="uploaded")
+    studio.upload(sorted((folder / "photos").iterdir()))
+    studio.click("import")
+    studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
+    studio.wait_for_job("finished")
+    studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
+
+
+def test_unlabeled_images_become_a_served_model(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    images = draw_dots(folder / "images", 200)
+    studio.open("label")
+    values = {"label-prompt": "Which color?", "labels-name": "dots", "kind": "classes"}
+    studio.fill(images="images", classes=",".join(COLORS), **values)
+    studio.click("label")
+    browser.visit(studio.open_page())
+    studio.wait_for("document.querySelector('#position')?.textContent.includes('1 of 200')")
+    for index in range(NUM_LABELS):
+        name = browser.run("return document.querySelector('#name').textContent;")
+        browser.press(str(1 + COLORS.index(images[name])), "Enter")
+        shown = f"document.querySelector('#position')?.textContent.includes('{index + 2} of')"
+        studio.wait_for(shown)
+    studio.reload(f"document.querySelector('#done')?.textContent === '{NUM_LABELS} of 200 done'")
+    studio.run("label", "stop", "stopped")
+    studio.reload("document.querySelector('td a')?.textContent === 'data/dots'")
+
+    studio.open("check")
+    studio.click("start")
+    studio.reload("document.querySelector('#bottom iframe')")
+    studio.open("plan")
+    values = {"train.epochs": "10", "train.learning_rate": "2e-3"}
+    studio.fill(**values, **{"recipe-name": "dots", "eval.metric": "classification"})
+    studio.click("create-recipe")
+    studio.wait_for("document.querySelector('#editor')?.value.includes('epochs: 10')")
+    studio.run("plan", "start")
+    studio.run("train", "start")
+    studio.reload("document.querySelectorAll('.chart').length > 2")
+    studio.open("results")
+    studio.reload("document.querySelector('td:last-child')?.textContent.includes('accuracy')")
+
+    studio.open("chat")
+    studio.click("chat")
+    chat = ChatPageDriver(browser, studio.open_page())
+    labeled = json.loads((folder / "data/dots/labels.jsonl").read_text().splitlines()[0])
+    image = folder / "images" / Path(labeled["id"]).name
+    chat.ask("Which color?", [image])
+    assert chat.read_texts(".reply .message-text") == [images[image.name]]
+    studio.run("chat", "stop", "stopped")
+    studio.open("export")
+    studio.click("serve")
+    models = studio.open_page()
+    assert ask_server(models.removesuffix("models"), image) == images[image.name]
+    studio.run("export", "stop", "stopped")
+
+
+def test_wrong_labels_are_corrected_and_trained(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    names = [*draw_dots(folder / "dots", 12)]
+    images = [{"id": i, "file_name": one, "width": 56, "height": 56} for i, one in enumerate(names)]
+    categories = [{"id": index, "name": name} for index, name in enumerate(COLORS)]
+    boxes = [
+        {"id": i, "image_id": i, "category_id": i % 3, "bbox": [9, 9, 20, 20]} for i in range(12)
+    ]
+    coco = {"images": images, "annotations": boxes, "categories": categories}
+    (folder / "dots/labels.json").write_text(json.dumps(coco))
+    studio.open("data")
+    studio.fill(source="dots/labels.json", name="dots")
+    studio.click("import")
+    studio.wait_for_job("finished")
+
+    studio.open("label")
+    studio.click("review")
+    browser.visit(studio.open_page())
+    studio.wait_for("document.querySelector('#confidence')?.textContent.startsWith('error score')")
+    # The first box is shifted, the second one gets another label.
+    for index in (1, 2):
+        studio.wait_for("document.querySelectorAll('#overlay rect').length === 1")
+        first = "document.querySelector('.legend span').textContent.slice(2)"
+        is_first = browser.run(f"return document.querySelector('#box-0').value === {first};")
+        browser.press("b", "ArrowRight" if index == 1 else "2" if is_first else "1")
+        browser.press("Escape", "Enter")
+        counts = "document.querySelector('#counts').textContent"
+        studio.wait_for(f"{counts}.includes('corrected {index}')")
+        shown = "document.querySelector('#position').textContent"
+        studio.wait_for(f"{shown}.includes('{index + 1} of')")
+    studio.check()
+    studio.run("label", "stop", "stopped")
+    [file] = (folder / "data").glob("*-review/labels.jsonl")
+    corrected = [
+        part.xyxy
+        for sample in read_samples(file)
+        for part in sample.messages[-1].content
+        if isinstance(part, BoxPart)
+    ]
+    assert corrected.count((10, 9, 30, 29)) == 1
+
+    studio.open("plan")
+    studio.fill(**{"recipe-name": "corrected", "train.steps": "2"})
+    studio.click("create-recipe")
+    path = file.relative_to(folder)
+    studio.wait_for(f"document.querySelector('#editor')?.value.includes('{path}')")
+    studio.run("train", "start")
+    studio.reload("document.querySelectorAll('.chart').length > 2")
+
+
+def test_training_is_found_again_stopped_and_resumed(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    import_photos(folder, ("photos", 120))
+    studio.open("train")
+    studio.click("start")
+    studio.wait_for("document.querySelector('.job')?.innerText.includes('remaining')")
+    studio.wait_for("document.querySelector('.job progress')?.value > 1")
+    studio.wait_for("document.querySelectorAll('.chart').length > 2")
+    assert browser.find_layout_problems() == []
+    studio.check()
+    browser.driver.get("about:blank")
+    studio.end(signal.SIGKILL)
+    studio.start()
+    studio.open("train")
+    studio.wait_for_job("running")
+    studio.click("stop")
+    studio.wait_for_job("stopped: checkpoint saved")
+    assert [*(folder / "runs/photos/checkpoints").glob("step-*")]
+    studio.click("start")
+    studio.wait_for_job("finished")
+    studio.reload("document.querySelector('.next')?.href.includes('step=results')")
+
+
+def test_two_runs_are_compared_in_report_and_chat(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    import_photos(folder, ("one", 1), ("two", 2))
+    with contextlib.chdir(folder):
+        for name in ("one", "two"):
+            assert run_command(["train", f"{name}.yaml"]) == 0
+    studio.open("results")
+    studio.wait_for("document.querySelectorAll('td input[name=run]').length === 2")
+    browser.run("document.querySelector('#top form').target = '';")
+    browser.run("for (const box of document.querySelectorAll('td input')) box.checked = true;")
+    browser.run("document.querySelector('button[data-missing]').click();")
+    studio.wait_for("location.pathname === '/view/report'")
+    studio.wait_for(
+        "return /one[^]*two|two[^]*one/.test(document.querySelector('main').innerText);"
+    )
+
+    studio.open("chat")
+    studio.fill(**{"web:adapter": "runs/one"})
+    studio.click("chat")
+    chat = ChatPageDriver(browser, studio.open_page())
+    browser.run("document.querySelector('#compare').value = 'one';")
+    chat.ask("Which color?", [folder / "photos/00.png"])
+    assert chat.read_texts(".reply h3") == ["two", "one"]
+    studio.check()
+    studio.run("chat", "stop", "stopped")
+
+
+def test_every_step_fits_and_is_accessible_in_both_languages(
+    folder: Path, studio: StudioDriver, browser: Browser
+) -> None:
+    import_photos(folder, ("one", 1))
+    with contextlib.chdir(folder):
+        assert run_command(["train", "one.yaml"]) == 0
+    for step, lang in product(STEPS, get_args(Language)):
+        studio.open(step, lang)
+        texts = browser.run(VISIBLE_LABELS_SCRIPT)
+        chinese = [text for text in texts if re.search("[\u4e00-\u9fff]", text)]
+        assert chinese == (texts if lang == "zh" else []), step
+        assert browser.find_layout_problems() == [], (step, lang)
+        studio.check()

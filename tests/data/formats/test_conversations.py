@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from box_fixtures import list_turns, parse_record
+from each_value import each
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.conversations import CONVERSATIONS
@@ -101,7 +102,7 @@ def test_empty_turn_does_not_prevent_detection() -> None:
     assert detect_format([record(("user", "q"), ("gpt", "a")), empty], "here")[0] is CONVERSATIONS
 
 
-@pytest.mark.parametrize(
+@each(
     ("rows", "what"),
     [
         (

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from box_fixtures import list_turns, parse_record
 from case_files import load_cases
+from each_value import each
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.conversations import MS_SWIFT
@@ -108,7 +109,7 @@ def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
     ]
 
 
-@pytest.mark.parametrize(
+@each(
     ("rows", "what"),
     [
         (record("<image><image>?", "x"), "without an image: 1 image listed"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from box_fixtures import list_turns, parse_record
+from each_value import each
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.message_parts import OPENAI as FORMAT
@@ -31,7 +32,7 @@ def record(*content: object, answer: object = "Danbo", **more: Any) -> dict[str,
 
 
 def test_example_of_openai_guide(folder: Path) -> None:
-    (folder / "out").mkdir()
+    (folder / "out").mkdir(exist_ok=True)
     data = (folder / "a.png").read_bytes()
     url = f"data:image/png;base64,{base64.b64encode(data).decode()}"
     rows = {
@@ -105,7 +106,7 @@ def test_metadata_is_preserved(folder: Path) -> None:
     assert (case.id, case.meta) == ("7", {"source": "book"})
 
 
-@pytest.mark.parametrize(
+@each(
     ("rows", "what"),
     [
         (record(image_part({"url": "https://example.com/a.png"})), "a web URL"),
@@ -130,7 +131,7 @@ def test_metadata_is_preserved(folder: Path) -> None:
     ],
 )
 def test_invalid_rows_are_rejected(folder: Path, rows: dict[str, Any], what: str) -> None:
-    (folder / "out").mkdir()
+    (folder / "out").mkdir(exist_ok=True)
     with pytest.raises(UserError, match=what) as caught:
         parse_record(FORMAT, rows, folder)
     assert caught.value.expected

@@ -187,7 +187,7 @@ def test_valid_sources_are_imported(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_some_spoilt_sources(tmp_path: Path) -> None:
-    fuzz(10 * len(MAKERS), tmp_path)
+    fuzz(20 * len(MAKERS), tmp_path)
 
 
 @pytest.mark.fuzz

@@ -1,6 +1,7 @@
 """Records of samples for tests of the check."""
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,7 @@ def run_check(
     train: Path, validation: Path | None = None, model: ModelRequirements | None = None, **read: Any
 ) -> CheckResult:
     """What a check of one source, or of two sides, finds."""
-    saved = train.parent / f"saved {train.name}"
-    saved.mkdir()
+    saved = Path(tempfile.mkdtemp(prefix="saved", dir=train.parent))
     request = ImportOptions(**{"format": "samples", **read})
     subjects = inputs_from_files([train], [validation] if validation else [], request)
     return DataChecker(subjects, saved, model).run()[0]

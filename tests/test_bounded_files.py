@@ -146,7 +146,7 @@ def test_too_many_values_are_refused_with_location() -> None:
     assert files.ComposedYaml("[1, 2, 3, 4, 5, 6]", 7).data() == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.parametrize(
+@each(
     "value",
     [
         "2020-13-45",

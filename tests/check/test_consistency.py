@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
+from each_value import each
 from PIL import Image
 from shape_images import write_shape_images
 
@@ -43,7 +44,7 @@ def test_repeated_sample_is_reported_as_duplicate(folder):
     assert finding.what.endswith("data.jsonl:1")
 
 
-@pytest.mark.parametrize(("one", "other", "contradict"), CASES["test_contradicting_answers"])
+@each(("one", "other", "contradict"), CASES["test_contradicting_answers"])
 def test_contradicting_answers(folder, one, other, contradict):
     result = check_records(
         folder, *(make_record(image_name(0), "How?", answer) for answer in (one, other))
@@ -119,8 +120,8 @@ def test_dominant_answer_is_reported(folder):
     assert "15 of 25 answers are 'yes'" in result.issues[0].what
 
 
-@pytest.mark.parametrize(("rare", "is_similar"), CASES["test_rare_similar_answers"])
-@pytest.mark.parametrize("num_rare", [1, 2, 3])
+@each(("rare", "is_similar"), CASES["test_rare_similar_answers"])
+@each("num_rare", [1, 3])
 def test_rare_similar_answers(folder, rare, is_similar, num_rare):
     answers = ["square"] * 60 + ["disc 1"] * 60 + ["cat"] * 60 + [rare] * num_rare
     records = [
@@ -139,7 +140,7 @@ def test_rare_similar_answers(folder, rare, is_similar, num_rare):
         assert "if it is misspelled" in one.remedy
 
 
-@pytest.mark.parametrize(("rare", "frequent", "similar"), CASES["test_classes_are_no_misspellings"])
+@each(("rare", "frequent", "similar"), CASES["test_classes_are_no_misspellings"])
 def test_classes_are_no_misspellings(rare, frequent, similar):
     counts = Counter({frequent: 60, rare: 3})
     assert [*dataset_issues.find_similar(counts)] == ([(rare, frequent)] if similar else [])

@@ -151,7 +151,7 @@ def test_without_images_only_bounds_are_used(objects: list[BoxClaim]) -> None:
     assert blind(scaled_by(0.5)) == []
 
 
-@pytest.mark.parametrize("loose", [0.1, 0.25, 0.5])
+@pytest.mark.parametrize("loose", [0.1, 0.5])
 def test_loose_boxes_are_not_reported_as_resized(loose: float) -> None:
     claims = [claim for number in range(150) for claim in draw(number, loose)]
     assert codes(claims) == []

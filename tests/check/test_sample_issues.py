@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
+from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
 from video_fixtures import write_audio, write_video
@@ -127,7 +128,7 @@ def test_empty_answer(folder, answer):
     }
 
 
-@pytest.mark.parametrize(
+@each(
     ("question", "answer", "code"),
     [
         ("What?", "<think>\nIt has four corners", "unpaired-reasoning"),
@@ -193,7 +194,7 @@ BOXES = {
 }
 
 
-@pytest.mark.parametrize(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
+@each(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
 def test_invalid_box(folder, code, box):
     result = check_records(folder, make_record("0.png", "Where?", None, box, [1, 2, 50, 40]))
     assert count_codes(result) == {code: 1}
@@ -246,9 +247,7 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize(
-    ("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts]
-)
+@each(("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts])
 def test_forbidden_text(folder, code, text):
     assert count_codes(check_records(folder, make_record("0.png", text))) == {code: 1}
 

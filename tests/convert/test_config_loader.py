@@ -16,6 +16,7 @@ from convert_fixtures import (
     load_converted_recipe,
     notes_by_setting,
 )
+from each_value import each
 
 from finesight.convert.external_config import load_rules
 from finesight.convert.recipe_converter import convert_config
@@ -28,7 +29,7 @@ DEEP = ("a.json", "[" * 100_000, "cannot be read")
 START = "swift sft --model Qwen/Qwen2-VL-2B-Instruct --dataset a.jsonl"
 
 
-@pytest.mark.parametrize(("name", "text", "words"), [*CASES["files"], DEEP])
+@each(("name", "text", "words"), [*CASES["files"], DEEP])
 def test_files_without_settings_are_rejected(name, text, words, tmp_path):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=words):
@@ -120,8 +121,8 @@ def test_random_settings_raise_no_traceback(program, tmp_path, monkeypatch):
     chance = random.Random(7)
     names = [*sorted(rules.converted), *rules.other, *rules.aliases, "ENV", "made up", "é"]
     written = 0
-    for turn in range(160):
-        count = 1 if turn < 110 else chance.randint(2, 6)
+    for turn in range(80):
+        count = 1 if turn < 55 else chance.randint(2, 6)
         drawn = {name: chance.choice(VALUES) for name in chance.sample(names, count)}
         try:
             done = convert_settings(tmp_path, base | drawn)
@@ -130,7 +131,7 @@ def test_random_settings_raise_no_traceback(program, tmp_path, monkeypatch):
         written += 1
         load_converted_recipe(tmp_path)
         assert yaml.safe_load(done.recipe_text)
-    assert written > 40
+    assert written > 20
 
 
 def test_random_scripts_raise_no_traceback(tmp_path):
@@ -146,8 +147,8 @@ def test_random_scripts_raise_no_traceback(tmp_path):
         load_converted_recipe(tmp_path)
 
 
-@pytest.mark.parametrize(("launcher", "processes"), CASES["launchers"])
-@pytest.mark.parametrize("program", ["swift/cli/sft.py --model", "src/train.py --stage sft"])
+@each(("launcher", "processes"), CASES["launchers"])
+@each("program", ["swift/cli/sft.py --model", "src/train.py --stage sft"])
 def test_launcher_gives_process_count(launcher, processes, program, tmp_path):
     factory = "src" in program
     model = "--do_train --model_name_or_path" if factory else ""

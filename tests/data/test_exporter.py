@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from case_files import load_cases
+from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
 
@@ -122,8 +123,8 @@ def with_image_contents(samples: list[Sample], folder: Path) -> list[Sample]:
     ]
 
 
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("copy", [False, True])
+@each("name", CASES)
+@each("copy", [False, True])
 def test_roundtrip(tmp_path: Path, name: str, copy: bool) -> None:
     samples = make_located_samples(tmp_path, *CASES[name])
     done = export_dataset(samples, tmp_path / "deep" / "out", name, copy_images=copy)
@@ -241,7 +242,7 @@ VIDEO = {"type": "video", "frames": ["in/a.png", "in/b.png"]}
 BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "conversation", "what"),
     [
         ("ms-swift", turns([VIDEO, text("?")], "x"), "a video in a question"),

@@ -57,15 +57,6 @@ def check_row_counts(summary: ImportSummary) -> bool:
     return summary.num_rows == used + sum(summary.skipped_rows.values())
 
 
-def test_one_file_without_eval_split(tmp_path: Path) -> None:
-    summary = import_dataset(table(tmp_path, *"abc"), tmp_path / "out", ANSWERS)
-    assert words(tmp_path / "out" / "data.jsonl") == ["a0", "b1", "c2"]
-    assert (summary.format, summary.detected_by, summary.num_images) == ("table", "--map", 3)
-    assert summary.skipped_rows == {}
-    assert check_row_counts(summary)
-    verify_folder(tmp_path / "out")
-
-
 def test_paths_are_relative_to_output_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -382,24 +373,6 @@ def test_inapplicable_options_are_rejected(
     assert not (tmp_path / "out").exists()
 
 
-def test_real_captions(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "captions" / "captions.jsonl"
-    columns = {"image": "image", "answer": "captions"}
-    request = ImportOptions(columns=columns, prompt="COCO Yes:")
-    summary = import_dataset(source, tmp_path / "train", request)
-    assert (summary.num_rows, summary.skipped_rows) == (101, {})
-    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(101, 505)]
-    request = ImportOptions(columns=columns, prompt="COCO Yes:", eval_last=101)
-    summary = import_dataset(source, tmp_path / "eval", request)
-    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(101, 101)]
-    originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    samples = read_samples(tmp_path / "eval" / "eval.jsonl")
-    for sample, original in zip(samples, originals, strict=True):
-        answers = (sample.messages[-1].content[0].text, *sample.references)
-        assert list(answers) == original["captions"]
-    assert all(path.is_file() for path in list_image_paths(samples, tmp_path / "eval"))
-
-
 @pytest.mark.parametrize("form", ["xyxy", "xywh"])
 def test_real_boxes(shared: Path, tmp_path: Path, form: str) -> None:
     source = shared / "data" / "grounding" / "grounding.jsonl"
@@ -423,19 +396,3 @@ def test_real_boxes_in_the_wrong_format_are_rejected(shared: Path, tmp_path: Pat
     with pytest.raises(UserError, match="of 534 rows are invalid") as caught:
         import_dataset(source, tmp_path / "out", options)
     assert "--box-format xywh" in caught.value.remedy
-
-
-def test_real_formulas(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "latex_ocr" / "latex_ocr.jsonl"
-    columns = {"image": "image", "answer": "latex"}
-    summary = import_dataset(
-        source,
-        tmp_path / "out",
-        ImportOptions(columns=columns, prompt="LaTeX?", train_fraction=0.9),
-    )
-    assert (summary.num_rows, summary.skipped_rows) == (1000, {})
-    assert sum(written.num_samples for written in summary.output_files) == 1000
-    train = list_image_paths(read_samples(tmp_path / "out" / "train.jsonl"), tmp_path / "out")
-    validation = list_image_paths(read_samples(tmp_path / "out" / "eval.jsonl"), tmp_path / "out")
-    assert not {p.read_bytes() for p in train} & {p.read_bytes() for p in validation}
-    assert abs(len(validation) - 100) <= 1

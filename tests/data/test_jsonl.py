@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from each_value import each
 
 from finesight.data.sample import (
     BoxPart,
@@ -97,7 +98,7 @@ def test_sample_paths_are_relative_to_file(tmp_path: Path) -> None:
     assert LocatedSample(SAMPLE, tmp_path).resolve_path("/else/c.png") == Path("/else/c.png")
 
 
-@pytest.mark.parametrize(
+@each(
     ("line", "what"),
     [
         ('{"id": "a", "messages"', "broken JSON"),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from each_value import each
 from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
 from finesight.data.formats import detect_format, get_format
@@ -126,7 +127,7 @@ def check_mutations(kind: str, count: int, folder: Path) -> None:
     assert num_parsed > count / 20
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@each("kind", KINDS)
 def test_some_mutated_rows(tmp_path: Path, kind: str) -> None:
     check_mutations(kind, 100, tmp_path)
 
@@ -204,7 +205,7 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
     return example, context.other_keys
 
 
-@pytest.mark.parametrize(
+@each(
     ("record", "what"),
     [
         (chat({**ANSWER, "loss": False}), "loss of single turns, which is not supported yet"),

@@ -13,6 +13,7 @@ from typing import Any
 
 import openpyxl
 import pytest
+from each_value import each
 from image_fixtures import write_jsonl
 
 from finesight.data import row_reader
@@ -100,7 +101,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert caught.value.remedy == "pip install 'finesight[hub]'"
 
 
-@pytest.mark.parametrize(
+@each(
     ("name", "content", "where", "what"),
     [
         ("a.jsonl", b'{"a": 1}\n{"a": \n', "a.jsonl:2", "broken JSON"),
@@ -164,9 +165,9 @@ SENTENCES = {
 }
 
 
-@pytest.mark.parametrize("encoding", SENTENCES)
-@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
-@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+@each("encoding", SENTENCES)
+@each("delimiter", [",", ";", "\t", "|"])
+@each("suffix", ["csv", "tsv"])
 def test_delimiter_and_encoding(tmp_path: Path, encoding: str, delimiter: str, suffix: str) -> None:
     records = [{"n": str(n), "text": SENTENCES[encoding], "x": "1,5"} for n in range(4)]
     path = as_csv(tmp_path / "utf8.csv", records, delimiter)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from each_value import each
 
 from finesight.data.importer import split_by_image, split_last_rows
 from finesight.errors import UserError
@@ -30,7 +31,7 @@ def test_too_many_eval_rows() -> None:
         split_last_rows(keys("a", "a"), 1)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@each("seed", range(20))
 def test_split_keeps_rows_of_an_image_together(seed: int) -> None:
     draw = random.Random(seed)
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"

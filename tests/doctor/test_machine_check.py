@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes, run_remedy
+from each_value import each
 
 from finesight.doctor import machine_check
 from finesight.doctor.diagnosis import Diagnosis
@@ -83,7 +84,7 @@ def test_scarce_resources_are_reported(
         assert int(done.stdout) >= 256
 
 
-@pytest.mark.parametrize(("name", "value", "kind"), CASES["malformed_variables"])
+@each(("name", "value", "kind"), CASES["malformed_variables"])
 def test_bad_variable_is_found_and_remedy_fixes_it(name: str, value: str, kind: str) -> None:
     around = {**PATH, name: value}
     (found,) = machine_check.check_environment(around)

@@ -7,8 +7,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-import pytest
 import yaml
+from each_value import each
 from mutations import mutated_value
 from PIL import Image
 from run_dir_fixtures import (
@@ -79,7 +79,7 @@ def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
     return made
 
 
-@pytest.mark.parametrize("seed", range(16))
+@each("seed", range(16))
 def test_corrupt_records_still_give_remedies(tmp_path: Path, seed: int) -> None:
     Image.new("1", (200, 100)).save(tmp_path / "image.png")
     made = write_run(tmp_path / "run", random.Random(seed))

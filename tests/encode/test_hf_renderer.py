@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hf_models
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.config import ExactSize, PixelLimits
@@ -16,6 +17,8 @@ from finesight.encode.hf_renderer import HfRenderer, import_transformers
 from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+
+CASES = load_cases("hf_renderer")
 
 
 @pytest.fixture(scope="module")
@@ -192,19 +195,7 @@ def test_missing_transformers_names_the_extra(monkeypatch, tmp_path):
         build_renderer(ModelFolder(tmp_path))
 
 
-@each(
-    ("config", "words"),
-    [
-        (
-            {"model_type": "chatty", "auto_map": {"AutoModel": "modeling_chatty.Chatty"}},
-            ["chatty", "modeling_chatty.Chatty", "qwen2_vl", "remote code is never"],
-        ),
-        ({"model_type": "chatty"}, ["chatty", "unknown to", "install a transformers"]),
-        ({"model_type": "llama"}, ["llama", "has no image-text-to-text class"]),
-        ({"model_type": "florence2"}, ["is an encoder-decoder model"]),
-        ({"model_type": "llava", "quantization_config": {"bits": 4}}, ["quantized", "'bits': 4"]),
-    ],
-)
+@each(("config", "words"), CASES["test_unsupported_families_are_rejected"])
 def test_unsupported_families_are_rejected(tmp_path, config, words):
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "modeling_chatty.py").write_text("raise SystemExit('code was run')")

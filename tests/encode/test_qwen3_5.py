@@ -2,6 +2,7 @@
 
 import json
 import random
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ pytestmark = pytest.mark.skipif(
     not (ASSETS / "Qwen3.5-4B" / "tokenizer.json").exists(), reason="no published files"
 )
 IMAGE_TOKENS = 4
+
+
+@pytest.fixture(scope="module")
+def renderers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], NativeRenderer]:
+    """Function that returns the renderer of a model; loading a tokenizer takes a second."""
+    folder = tmp_path_factory.mktemp("models")
+    return cache(lambda name: NativeRenderer(make_model_folder(name, folder / name)))
 
 
 def make_model_folder(name: str, target: Path) -> ModelFolder:
@@ -131,18 +139,17 @@ def render_published(
 @pytest.mark.parametrize(
     ("name", "thinking", "effort"), CASES["test_tokens_equal_published_template"]
 )
-def test_tokens_equal_published_template(name, thinking, effort, tmp_path):
+def test_tokens_equal_published_template(name, thinking, effort, renderers, tmp_path):
     Image.new("RGB", (64, 64)).save(tmp_path / "image.png")
-    folder = make_model_folder(name, tmp_path / "model")
     effort_of_mode = effort if thinking else None
     options = ThinkingOptions(enable_thinking=thinking, reasoning_effort=effort_of_mode)
-    renderer = NativeRenderer(folder).with_thinking(options)
+    renderer = renderers(name).with_thinking(options)
     assert renderer.has_reasoning == thinking
     assert isinstance(renderer.family, Qwen35)
     assert renderer.family.preserves_reasoning == (name == "Qwen3.8-27B")
     rng = random.Random(f"{name} {thinking} {effort}")
     kwargs = {} if effort is None else {"reasoning_effort": effort}
-    for number in range(200):
+    for number in range(60):
         messages = make_conversation(rng)
         sample = Sample(id=str(number), messages=tuple(messages))
         for is_prompt in (False, True):
@@ -150,7 +157,7 @@ def test_tokens_equal_published_template(name, thinking, effort, tmp_path):
             thought = get_text(messages[-1]).partition("<think>")[2].partition("</think>")[0]
             mode = thinking if is_prompt else bool(thought.strip())
             rendered = render_published(
-                folder,
+                ModelFolder(ASSETS / name),
                 messages[:-1] if is_prompt else messages,
                 inline_reasoning=effort is None,
                 add_generation_prompt=is_prompt,
@@ -165,8 +172,8 @@ def test_tokens_equal_published_template(name, thinking, effort, tmp_path):
             assert found.is_thinking == mode
 
 
-def test_answers_and_their_reasoning_are_supervised(tmp_path):
-    renderer = NativeRenderer(make_model_folder("Qwen3.5-4B", tmp_path / "model"))
+def test_answers_and_their_reasoning_are_supervised(renderers):
+    renderer = renderers("Qwen3.5-4B")
     thought, output = "<think>\nIt glows.\n</think>\n\n", "It glows.\n</think>\n\n"
     tool = "<tool_response>\n7\n</tool_response>"
     for turns, expected in (
@@ -185,8 +192,8 @@ def test_answers_and_their_reasoning_are_supervised(tmp_path):
 
 @pytest.mark.parametrize("name", ["Qwen3.5-4B", "Qwen3.8-27B"])
 @each("answer", ["red", "<think>\nIt glows.\n</think>\n\nred"])
-def test_prompt_in_mode_of_sample_is_its_prefix(name, answer, tmp_path):
-    renderer = NativeRenderer(make_model_folder(name, tmp_path / "model"))
+def test_prompt_in_mode_of_sample_is_its_prefix(name, answer, renderers):
+    renderer = renderers(name)
     located_sample = make_text_sample("Which?", answer)
     full = renderer.tokenize(located_sample)
     options = ThinkingOptions(enable_thinking=full.is_thinking)
@@ -201,11 +208,8 @@ def test_prompt_in_mode_of_sample_is_its_prefix(name, answer, tmp_path):
     assert (completion.text, completion.reasoning) == ("red", reasoning)
 
 
-def test_mode_without_support_is_rejected(tmp_path):
-    newest, older = (
-        NativeRenderer(make_model_folder(name, tmp_path / name))
-        for name in ("Qwen3.8-27B", "Qwen3.5-4B")
-    )
+def test_mode_without_support_is_rejected(renderers):
+    newest, older = renderers("Qwen3.8-27B"), renderers("Qwen3.5-4B")
     assert newest.with_thinking(ThinkingOptions(reasoning_effort="low")).has_reasoning
     thinking = newest.with_thinking(ThinkingOptions(enable_thinking=True))
     assert not thinking.with_thinking(ThinkingOptions(reasoning_effort="none")).has_reasoning

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.data.sample import BoxPart
@@ -26,6 +27,8 @@ from finesight.evaluate.metric_difference import (
     read_predictions,
 )
 from finesight.infer.prediction import Prediction
+
+CASES = load_cases("metric_difference")
 
 
 def make_answers(*answers: str, truth: str = "abcd") -> list[EvalCase]:
@@ -92,14 +95,7 @@ def test_answers_are_paired_by_sample_id_and_in_order() -> None:
 
 
 @each(
-    ("name", "before", "after", "verdict"),
-    [
-        ("validation_loss", 2.0, 1.0, "better"),
-        ("validation_loss", 1.0, 1.0, "no clear change"),
-        ("exact", 1.0, 0.5, "worse"),
-        # A change displayed as -0.0000.
-        ("bleu", 4e-5, 0.0, "no clear change"),
-    ],
+    ("name", "before", "after", "verdict"), CASES["test_metric_without_resamples_compares_values"]
 )
 def test_metric_without_resamples_compares_values(
     name: str, before: float, after: float, verdict: str

@@ -43,7 +43,7 @@ TOKENS = st.integers(0, 99).flatmap(
 )
 
 
-@settings(max_examples=200)
+@settings(max_examples=60)
 @given(TOKENS, TOKENS)
 def test_edit_distance_matches_reference(a: list[str], b: list[str]) -> None:
     assert compute_edit_distance(a, b) == compute_distance_by_table(a, b)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 import torch
 import yaml
+from case_files import load_cases
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
 from lora_fixtures import tune_with_lora
@@ -31,6 +32,8 @@ from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, save_adapter
 from finesight.model.weights_io import load_model
 from finesight.model_folder import TINY_MODEL_FOLDER, ModelFolder
 from finesight.storage import verify_folder
+
+CASES = load_cases("verified_merge")
 
 TUNE: dict[str, Any] = {
     "language": "lora",
@@ -295,15 +298,7 @@ def test_fp16_overflow_is_rejected(run: MergeableRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "changes", "message"),
-    [
-        ("config.json", {"rope_theta": 10000.0}, "saving and loading the folder changes"),
-        (
-            "manifest.json",
-            {"image_rule": {"min_pixels": 3136, "max_pixels": 12544}},
-            "the merged folder encodes generated 0 as",
-        ),
-    ],
+    ("file", "changes", "message"), CASES["test_folder_with_other_settings_is_rejected"]
 )
 def test_folder_with_other_settings_is_rejected(
     run_template: MergeableRun,

@@ -104,7 +104,7 @@ def test_overflow_does_not_affect_other_requests(loaded_model, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("late", [0, 1])
-@each("seed", range(12))
+@each("seed", range(6))
 def test_random_requests_leak_no_blocks(loaded_model, prompts, seed, late, monkeypatch):
     """Random requests and cancellations, in a cache too small for all, are answered as alone."""
     model, rng = loaded_model[0], random.Random(seed)

@@ -150,14 +150,14 @@ def test_closed_event_loop_does_not_affect_others(service, question_set):
     assert left.finish_reason == "cancelled"
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_cancelling_at_any_stage_frees_blocks(start_service, question_set, seed):
     """Cancel requests in all states: submitted, waiting, in prefill, decoding and finished."""
     rng, (_, questions, answers) = random.Random(seed), question_set
     service = start_service(rng.choice([1, 2, 5]), kv_cache_bytes=1 << 22)
     retained: list[tuple[int, GenerationStream]] = []
     cancelled: list[GenerationStream] = []
-    for _ in range(30):
+    for _ in range(20):
         which = rng.randrange(len(questions))
         if rng.random() < 0.5:
             retained.append((which, service.submit(questions[which], OPTIONS)))

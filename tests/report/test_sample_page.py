@@ -72,7 +72,7 @@ def make_sample(
 
 def test_tokens_match_the_tokenized_sample(renderer: NativeRenderer, tmp_path: Path) -> None:
     images = make_images(tmp_path)
-    samples = [make_conversation(number, images, videos=True) for number in range(12)]
+    samples = [make_conversation(number, images, videos=True) for number in range(6)]
     page = render_sample_page(renderer, samples, "a source of samples")
     outlines = [renderer.tokenize(located_sample) for located_sample in samples]
     records = read_script_data(page)["samples"]

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from run_dir_fixtures import (
     START_RECORD,
@@ -17,6 +18,8 @@ from run_dir_fixtures import (
 
 from finesight.report import summary
 from finesight.report.run_reader import read_run
+
+CASES = load_cases("summary")
 
 
 @pytest.fixture
@@ -104,21 +107,7 @@ def make_evaluations(losses: tuple[float, ...], scores: tuple[float, ...]) -> li
 
 @each(
     ("losses", "scores", "train_losses", "words"),
-    [
-        ((3, 2, 2.1, 2.5), (0, 3, 2, 3), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
-        # The score improves and falls, then improves.
-        ((3, 2, 2.1, 2.5), (0, 3, 4, 1), (3, 2, 1), "from 2 after step 20 to 2.5 after step 60"),
-        ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
-        # The training loss diverges; the validation loss recovers, or is flat.
-        ((3, 2, 2.1, 2.5), (0, 1, 2, 3), (1, 2, 3), None),
-        ((3, 2, 1.9, 2.5), (0, 1, 2, 3), (3, 2, 1), None),
-        ((3, 2, 2.001, 2.002), (0, 1, 2, 3), (3, 2, 1), None),
-        # The score falls by more than its interval, or by less.
-        ((3, 2, 1.9, 1.8), (1, 8, 5, 3), (3, 2, 1), "exact fell, from 0.8 after step 20 to 0.3"),
-        ((3, 2, 1.9, 1.8), (1, 8, 7.9, 7.8), (3, 2, 1), None),
-        # The first of three evaluations has other samples.
-        ((3, 2, 2.5), (0, 1, 2), (3, 2), None),
-    ],
+    CASES["test_overfitting_is_reported_with_best_checkpoint"],
 )
 def test_overfitting_is_reported_with_best_checkpoint(
     tmp_path: Path,

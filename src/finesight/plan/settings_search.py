@@ -273,11 +273,10 @@ class SettingsSearch:
         planned = self._build_model(settings.nf4_parts)
         packed_steps = self._steps.timed_steps(settings.pack_tokens)
         peak = self.estimate_peak(settings)
-        use_graphs = peak.cuda_graphs > 0
         time_step = partial(
             planned.step_timer.estimate_step,
             activation_checkpointing=settings.activation_checkpointing,
-            use_graphs=use_graphs,
+            use_graphs=peak.cuda_graphs > 0,
         )
         cached_step_s = None
         if planned.is_encoder_frozen:
@@ -363,15 +362,16 @@ class SettingsSearch:
         """
         num_layers = self._build_model(nf4_parts).num_layers
         # Rounded up to the two decimals of a recipe.
-        counts = range(num_layers + 1)
-        fractions = [min(1.0, math.ceil(100 * count / num_layers) / 100) for count in counts]
+        fractions = [math.ceil(100 * count / num_layers) / 100 for count in range(num_layers + 1)]
 
         def fits(fraction: float) -> bool:
             return self._fits_memory(PlannedSettings(token_budget, fraction, nf4_parts))
 
+        if fits(0.0):  # the most frequent case
+            return 0.0
         if not fits(1.0):
             return None
-        return fractions[bisect_left(fractions, True, hi=num_layers, key=fits)]
+        return fractions[bisect_left(fractions, True, lo=1, hi=num_layers, key=fits)]
 
     def _find_max_budget(self, settings: PlannedSettings) -> PlannedSettings:
         """Replace the token budget by the largest multiple of `PACK_TOKENS_STEP` that fits."""

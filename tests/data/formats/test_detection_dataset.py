@@ -16,6 +16,7 @@ from box_fixtures import (
     list_questions,
     write_box_image,
 )
+from each_value import each
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats import get_format
@@ -147,10 +148,8 @@ def test_grounding(source: Path, tmp_path: Path) -> None:
     assert [sample.id for sample in samples] == ["a-dog", "a-lawn"]
 
 
-@pytest.mark.parametrize(
-    "to", ["coco", "yolo", "voc", "labelme", "cvat", "fiftyone", *list(LABEL_FILES)[1:]]
-)
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
+@each("to", ["coco", "yolo", "voc", "labelme", "cvat", "fiftyone", *list(LABEL_FILES)[1:]])
+@each("ask", ["detection", "grounding"])
 def test_conversion_between_all_box_formats(
     source: Path, tmp_path: Path, to: str, ask: str
 ) -> None:
@@ -272,7 +271,7 @@ def test_stray_boxes_keep_their_class_in_the_question(
         import_samples(source, tmp_path / "all", on_invalid_box="drop", prompt="Find all.")
 
 
-@pytest.mark.parametrize("to", ["coco", "voc", "labelme", "fiftyone"])
+@each("to", ["coco", "voc", "labelme", "fiftyone"])
 def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]

@@ -223,19 +223,7 @@ def test_encoding_of_imagefolder_metadata(tmp_path: Path, requested: str | None)
 
 
 @pytest.mark.parametrize(
-    ("names", "reason", "requested"),
-    [
-        (("a.png", "cat/b.png"), "the image a.png is outside", None),
-        (("Val/b.png", "test/c.png"), "split folders without train: Val, test", None),
-        (("cat/a.png", "cat/b.png"), "1 class folders with images: cat", None),
-        (("Masks/a.png", "b/b.png"), "only with --format classes", "classes: Masks (1), b (1)"),
-        (("TEST/a.png", "cat/b.png"), "only with --format classes", "classes: TEST (1), cat (1)"),
-        (
-            ("cat/a.png", "dog/b.png", "x.xml"),
-            "only with --format classes",
-            "classes: cat (1), dog (1)",
-        ),
-    ],
+    ("names", "reason", "requested"), CASES["test_other_folders_are_no_classes"]
 )
 def test_other_folders_are_no_classes(
     tmp_path: Path, names: tuple[str, ...], reason: str, requested: str | None

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from box_fixtures import find_box, write_box_image
+from each_value import each
 
 from finesight.data.exporter import export_dataset
 from finesight.data.import_source import ImportOptions
@@ -125,7 +125,7 @@ def matches_white_pixels(samples: list[Sample], folder: Path) -> bool:
     return box.label == "white" and box.xyxy == find_box(folder / image.image)
 
 
-@pytest.mark.parametrize(("name", "row", "wishes"), ROWS)
+@each(("name", "row", "wishes"), ROWS)
 def test_box_matches_white_pixels(
     tmp_path: Path, name: str, row: dict[str, Any], wishes: dict[str, Any]
 ) -> None:

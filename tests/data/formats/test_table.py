@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import pytest
 from box_fixtures import list_turns, parse_record, summarize_content
 from case_files import load_cases
+from each_value import each
 
 from finesight.data.boxes import InvalidBoxError
 from finesight.data.formats.dataset_format import ImportExample
@@ -26,25 +26,29 @@ from finesight.errors import UserError
 CASES = load_cases("table")
 
 NAN = float("nan")
+LONG_NUMBERS = [
+    ({"b": text}, "image=image box=b", "the box") for text in ("[" * 5000, "1 2 3 1" + "0" * 400)
+]
 
 
-def case(folder: Path, record: dict[str, Any], columns: str, **output: Any) -> ImportExample:
-    mapped = dict(pair.split("=") for pair in columns.split())
+def case(folder: Path, record: dict[str, Any], columns: Any, **output: Any) -> ImportExample:
+    is_text = isinstance(columns, str)
+    mapped = dict(pair.split("=") for pair in columns.split()) if is_text else columns
     return parse_record(FORMAT, {"image": "b.png", **record}, folder, columns=mapped, **output)
 
 
-def test_question_and_prompt_follow_the_image(folder: Path) -> None:
-    found = case(
-        folder, {"q": "who?", "a": 7}, "image=image question=q answer=a", prompt="One word."
-    )
-    assert list_turns(found) == [
-        ("user", [folder / "b.png", "who?\nOne word."]),
-        ("assistant", ["7"]),
-    ]
-    assert list_turns(case(folder, {"a": "x"}, "image=image answer=a", prompt="Read."))[0] == (
-        "user",
-        [folder / "b.png", "Read."],
-    )
+def summarize(content: list[Any]) -> list[object]:
+    """Return images as names, and boxes as lists of label and corners."""
+    names = [part.name if isinstance(part, Path) else part for part in content]
+    return [[part[1], *part[2]] if isinstance(part, tuple) else part for part in names]
+
+
+@each("row", CASES["test_rows_become_samples"])
+def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
+    found = case(folder, row["record"], row["map"], **{"prompt": "?", **row.get("options", {})})
+    assert summarize(list_turns(found)[0][1]) == row.get("user", ["b.png", "?"])
+    answers = [summarize(summarize_content(answer)) for answer in found.answers]
+    assert answers == row["answers"]
 
 
 def test_list_of_answers(folder: Path) -> None:
@@ -63,177 +67,7 @@ def test_list_of_answers(folder: Path) -> None:
     assert measured.references == ("y", "x")
 
 
-@pytest.mark.parametrize("box", CASES["test_box_is_the_answer_without_answer_column"])
-def test_box_is_the_answer_without_answer_column(folder: Path, box: object) -> None:
-    found = case(folder, {"b": box, "l": "cat"}, "image=image box=b label=l", prompt="?")
-    assert list_turns(found)[1] == ("assistant", [(0, "cat", (1.0, 2.0, 3.0, 4.0))])
-
-
-def test_box_format_and_units(folder: Path) -> None:
-    found = case(
-        folder,
-        {"b": [0.5, 0.5, 0.1, 0.2]},
-        "image=image box=b",
-        prompt="?",
-        box_format="cxcywh",
-        box_units="1",
-    )
-    assert list_turns(found)[1][1] == [(0, None, pytest.approx((450.0, 200.0, 550.0, 300.0)))]
-
-
-def test_several_boxes_with_labels(folder: Path) -> None:
-    record = {"b": [[1, 2, 3, 4], [5, 6, 7, 8]], "l": ["cat", "dog"]}
-    assert list_turns(case(folder, record, "image=image box=b label=l", prompt="?"))[1][1] == [
-        (0, "cat", (1.0, 2.0, 3.0, 4.0)),
-        (0, "dog", (5.0, 6.0, 7.0, 8.0)),
-    ]
-
-
-@pytest.mark.parametrize("text", ["[1,2,3,4],[5,6,7,8]", "[[1 2 3 4]\n [5 6 7 8]]"])
-def test_several_boxes_in_text_cell(folder: Path, text: str) -> None:
-    found = list_turns(case(folder, {"b": text}, "image=image box=b", prompt="?"))[1][1]
-    assert found == [(0, None, (1.0, 2.0, 3.0, 4.0)), (0, None, (5.0, 6.0, 7.0, 8.0))]
-
-
-def test_json_boxes_in_answer(folder: Path) -> None:
-    found = case(folder, {"a": '{"bbox_2d": [1, 2, 3, 4]}'}, "image=image answer=a", prompt="?")
-    assert list_turns(found)[1][1] == [(0, None, (1.0, 2.0, 3.0, 4.0))]
-
-
-def test_columns_become_json_answer_fields(folder: Path) -> None:
-    record = {"from": "Zürich", "seat": "7C", "price": 12.5, "none": None, "empty": "", "nan": NAN}
-    columns = "image=image fields=from,price,none,empty,nan,seat"
-    found = case(folder, record, columns, prompt="?")
-    assert list_turns(found)[1] == (
-        "assistant",
-        ['{"from": "Zürich", "price": 12.5, "seat": "7C"}'],
-    )
-    assert len(found.answers) == 1
-
-
-@pytest.mark.parametrize(
-    ("value", "written"),
-    [
-        ("12", '"12"'),
-        (["a", {"b": 1}], '["a", {"b": 1}]'),
-        (datetime.date(2027, 3, 14), '"2027-03-14"'),
-    ],
-)
-def test_single_json_field(folder: Path, value: object, written: str) -> None:
-    found = case(folder, {"a,b": value}, "image=image fields=a,b", prompt="?")
-    assert list_turns(found)[1][1] == [f'{{"a,b": {written}}}']
-
-
-def test_field_values_stay_text(folder: Path) -> None:
-    record = {"bbox_2d": [1, 2, 3, 4], "label": "cat"}
-    text = '{"bbox_2d": [1, 2, 3, 4], "label": "cat"}'
-    found = case(folder, record, "image=image fields=bbox_2d,label", prompt="?")
-    assert list_turns(found)[1] == ("assistant", [text])
-    from_csv = case(
-        folder, {**record, "bbox_2d": "1 2 3 4"}, "image=image fields=bbox_2d,label", prompt="?"
-    )
-    assert list_turns(from_csv)[1][1] == [text.replace("[1, 2, 3, 4]", '"1 2 3 4"')]
-
-
-def test_blank_cells_are_omitted_fields(folder: Path) -> None:
-    record = {"a": " ", "b": "\t\n", "c": " x "}
-    found = case(folder, record, "image=image fields=a,b,c", prompt="?")
-    assert list_turns(found)[1][1] == ['{"c": " x "}']
-
-
-def test_spaces_around_column_names(folder: Path) -> None:
-    record = {"a": 1, " b ": 2, "x": 1, "y": 2, "z": 3, "w": 4}
-    columns = {"image": "image", "fields": " a, b ", "box": "x, y, z, w"}
-    found = parse_record(FORMAT, {"image": "b.png", **record}, folder, columns=columns, prompt="?")
-    assert list_turns(found)[1][1] == ['{"a": 1, " b ": 2}\n', (0, None, (1.0, 2.0, 3.0, 4.0))]
-
-
-def test_json_fields_precede_the_box(folder: Path) -> None:
-    record = {"a": "x", "b": [1, 2, 3, 4]}
-    found = case(folder, record, "image=image fields=a box=b", prompt="?")
-    assert list_turns(found)[1][1] == ['{"a": "x"}\n', (0, None, (1.0, 2.0, 3.0, 4.0))]
-
-
-def test_empty_image_list(folder: Path) -> None:
-    found = case(folder, {"image": [], "a": "x"}, "image=image answer=a", prompt="?")
-    assert list_turns(found)[0][1] == ["?"]
-
-
-def test_box_from_four_columns(folder: Path) -> None:
-    record = {"x": "1", "y": "2", "w": "3", "h": "4"}
-    found = case(folder, record, "image=image box=x,y,w,h", prompt="?", box_format="xywh")
-    assert list_turns(found)[1][1] == [(0, None, (1.0, 2.0, 4.0, 6.0))]
-
-
-def test_box_follows_the_answer_text(folder: Path) -> None:
-    found = case(
-        folder, {"a": ["stop", "Stop"], "b": [1, 2, 3, 4]}, "image=image answer=a box=b", prompt="?"
-    )
-    box = (0, None, (1.0, 2.0, 3.0, 4.0))
-    assert [summarize_content(answer) for answer in found.answers] == [
-        ["stop\n", box],
-        ["Stop\n", box],
-    ]
-    assert found.to_eval_sample().references == ("Stop",)
-
-
-def test_several_images(folder: Path) -> None:
-    record = {"image": ["a.png", "b.png"], "a": "x"}
-    assert list_turns(case(folder, record, "image=image answer=a", prompt="?"))[0][1] == [
-        folder / "a.png",
-        folder / "b.png",
-        "?",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("record", "columns", "what"),
-    [
-        ({"a": "x"}, "image=photo answer=a", "no column 'photo'"),
-        ({"a": ""}, "image=image answer=a", "the answer is ''"),
-        ({"a": ["x", None]}, "image=image answer=a", "the answer is 'None'"),
-        ({"a": {"raw": "x"}}, "image=image answer=a", "the answer is"),
-        ({"a": []}, "image=image answer=a", "no answer"),
-        ({"a": "x", "q": " "}, "image=image answer=a question=q", "the question is"),
-        ({"a": float("nan")}, "image=image answer=a", "the answer is 'nan'"),
-        ({"a": "see <|vision_start|>"}, "image=image answer=a", "the placeholder"),
-        ({"image": None, "a": "x"}, "image=image answer=a", "an image given as NoneType"),
-        ({"b": "1 2 3"}, "image=image box=b", "the box"),
-        ({"b": "1 2 3 4 5 6 7 8"}, "image=image box=b", "the box"),
-        ({"b": "None", "a": "x"}, "image=image box=b answer=a", "the box 'None'"),
-        ({"b": "[" * 5000}, "image=image box=b", "the box"),
-        ({"b": "1 2 3 1" + "0" * 400}, "image=image box=b", "the box"),
-        ({"b": "left"}, "image=image box=b", "the box 'left'"),
-        ({"b": [[1, 2, 3, 4], [5]]}, "image=image box=b", r"the box '\[5\]'"),
-        ({"b": [1, 2, 3, 4], "l": ["a", "b"]}, "image=image box=b label=l", "2 labels for 1"),
-        ({"b": [1, 2, 3, 4], "l": {"a": None}}, "image=image box=b label=l", "the label is"),
-        ({"b": [1, 2, 3, 4], "image": ["a.png"] * 2}, "image=image box=b", "2 images"),
-        ({"b": [1, 2, 3, 4]}, "box=b", "0 images"),
-        ({"image": "", "a": "x"}, "image=image answer=a", "an image given as str"),
-        ({"a": "", "b": None}, "image=image fields=a,b", "no answer in image, a,b"),
-        ({"a": "x"}, "image=image fields=a,c", "no column 'c' for --map fields=a,c"),
-        ({"a": " ", "b": "\t"}, "image=image fields=a,b", "no answer in image, a,b"),
-        ({"a": 1, "b": [NAN]}, "image=image fields=a,b", "column 'b' .* cannot be written as JSON"),
-        ({"a": b"raw", "b": 1}, "image=image fields=a,b", "column 'a' .*3 bytes that are not text"),
-        (
-            {"a": 1, "b": "<image>"},
-            "image=image fields=a,b",
-            "column 'b': the placeholder '<image>'",
-        ),
-        (
-            {"a": 1, "b": {"<bbox>": 2}},
-            "image=image fields=a,b",
-            "column 'b': the placeholder '<bbox>'",
-        ),
-        (
-            {"<image>": 1},
-            "image=image fields=<image>",
-            "column '<image>': the placeholder '<image>'",
-        ),
-        ({"a": 1, "b": 2}, "image=image fields=b,a,b", "duplicate column 'b' in fields=b,a,b"),
-        ({"a": "x", "b": "y"}, "image=image fields=b answer=a", "fields=b together with answer=a"),
-    ],
-)
+@each(("record", "columns", "what"), [*CASES["test_invalid_rows"], *LONG_NUMBERS])
 def test_invalid_rows_are_rejected(
     folder: Path, record: dict[str, Any], columns: str, what: str
 ) -> None:
@@ -326,13 +160,6 @@ def test_columns_that_an_answer_depends_on_are_found(name: str, value: object) -
     with pytest.raises(UserError, match=f"the column '{name}'"):
         check_guessed_columns(records, columns, "here")
     check_guessed_columns([{**records[0], name: None}], columns, "here")
-
-
-def test_options_follow_the_question(folder: Path) -> None:
-    record = {"q": "which?", "A": "cat", "option_b": "dog", "C": None, "a": "A", "more": ""}
-    columns = {"image": "image,more", "question": "q,A,option_b,C", "answer": "a"}
-    found = parse_record(FORMAT, {"image": "b.png", **record}, folder, columns=columns)
-    assert list_turns(found)[0][1] == [folder / "b.png", "which?\nA. cat\nB. dog"]
 
 
 def test_list_of_options_follows_the_question(folder: Path) -> None:

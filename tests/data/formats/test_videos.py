@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from box_fixtures import parse_record
+from each_value import each
 from image_fixtures import write_gray_image
 from video_fixtures import write_audio, write_video
 
@@ -123,7 +124,7 @@ def parse(form: DatasetFormat, row: dict[str, Any], folder: Path) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ROWS)
+@each("name", ROWS)
 def test_video_files_become_video_parts(media: Path, name: str) -> None:
     format_name, row, expected = ROWS[name]
     form, _ = detect_format([row], "here")

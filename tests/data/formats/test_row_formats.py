@@ -1,0 +1,93 @@
+"""Rows of conversation formats: samples, errors and detection, as listed in row_formats.yaml.
+
+The rows follow the documentation of each format: ms-swift's "Custom Dataset", the README of
+LLaMA-Factory's folder `data`, LLaVA's "Finetune LLaVA on Custom Datasets", OpenAI's guide "Vision
+fine-tuning", and the tutorials of Qwen2-VL. Images are a.png of 40 x 20 pixels and b.png of
+1000 x 500.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from box_fixtures import list_turns, parse_record
+from case_files import load_cases
+from each_value import each
+
+from finesight.data.formats import detect_format, get_format
+from finesight.errors import UserError
+
+CASES = load_cases("row_formats")
+
+
+def list_cases(kind: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(name, case) for name, group in CASES.items() for case in group.get(kind, ())]
+
+
+def parse(folder: Path, name: str, case: dict[str, Any]) -> Any:
+    """Parse the record of a case, with the folder of the images in place of FOLDER."""
+    (folder / "out").mkdir(exist_ok=True)
+    record = json.loads(json.dumps(case["record"]).replace("FOLDER", str(folder)))
+    return parse_record(get_format(name), record, folder, **case.get("options", {}))
+
+
+def summarize(content: list[Any], folder: Path) -> list[object]:
+    """Return images as {"image": name}, and boxes as lists of image, label and corners."""
+    return [
+        {"image": part.relative_to(folder).as_posix()}
+        if isinstance(part, Path)
+        else part
+        if isinstance(part, str)
+        else [*part[:2], *(round(value, 6) for value in part[2])]
+        for part in content
+    ]
+
+
+@each(("name", "case"), list_cases("samples"))
+def test_rows_become_samples(folder: Path, name: str, case: dict[str, Any]) -> None:
+    example = parse(folder, name, case)
+    turns = [[role, summarize(content, folder)] for role, content in list_turns(example)]
+    assert turns == case["turns"]
+    assert (example.id, example.meta) == (case.get("id", "rows-3"), case.get("meta", {}))
+    assert list(example.to_eval_sample().references) == case.get("references", [])
+
+
+@each(("name", "case"), list_cases("errors"))
+def test_invalid_rows_are_rejected(folder: Path, name: str, case: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=case["error"]) as caught:
+        parse(folder, name, case)
+    assert caught.value.expected
+    assert caught.value.remedy
+    assert case.get("remedy", "") in caught.value.remedy
+
+
+@each(("name", "case"), list_cases("detected"))
+def test_format_of_rows_is_detected(name: str, case: dict[str, Any]) -> None:
+    data_format, reason = detect_format(case["records"], "here")
+    assert data_format.name == name
+    assert case.get("reason", "") in reason
+
+
+def test_image_in_data_url_is_saved(folder: Path) -> None:
+    data = (folder / "a.png").read_bytes()
+    url = {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}", "detail": "high"}
+    messages = [
+        {"role": "developer", "content": "You identify uncommon cheeses."},
+        {"role": "user", "content": "What is this cheese?"},
+        {"role": "user", "content": [{"type": "image_url", "image_url": url}]},
+        {"role": "assistant", "content": "Danbo", "weight": 1},
+    ]
+    saved = folder / "out" / "images" / "000001.png"
+    assert list_turns(parse(folder, "openai", {"record": {"messages": messages}})) == [
+        ("system", ["You identify uncommon cheeses."]),
+        ("user", ["What is this cheese?", saved]),
+        ("assistant", ["Danbo"]),
+    ]
+    assert saved.read_bytes() == data
+    data_format, reason = detect_format([{"messages": messages}], "here")
+    assert data_format.name == "openai"
+    assert "1 parts of type image_url" in reason

@@ -6,15 +6,16 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finesight.bounded_files import read_bytes, read_lines
-from finesight.config import ImageRule, TaskName, TuneSettings
+from finesight.config import ImageRule, TuneSettings
 from finesight.errors import UserError
+from finesight.plugins import PluginRecord, require_plugins
 
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
@@ -61,12 +62,13 @@ class Manifest(BaseModel):
         system_prompt: System prompt of the run; None for a family without one.
         enable_thinking: Thinking mode of the majority of the training samples; None for a family
             without reasoning.
-        metric: Built-in metric of the evaluation, which implies the format of the answers; None for
-            a custom metric, or without an evaluation.
+        metric: Task metric of the evaluation, which implies the format of the answers; None for a
+            custom metric, or without an evaluation.
         max_new_tokens: Maximum completion length of the evaluation; None without an evaluation.
         prompts: Most frequent prompts of the training samples, which the chat page suggests.
         has_images: Whether the training samples have images; `load_manifest` reads it from the
             metrics of a run. None if unknown.
+        plugins: Plug-ins that the recipe and the model need.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,10 +83,11 @@ class Manifest(BaseModel):
     eos_token: str
     tune: TuneSettings
     versions: dict[str, str]
-    metric: TaskName | None = None
+    metric: str | None = None
     max_new_tokens: int | None = None
     prompts: tuple[str, ...] = ()
     has_images: bool | None = None
+    plugins: tuple[PluginRecord, ...] = ()
 
 
 def find_run_dir(run_or_checkpoint: Path) -> Path:
@@ -122,11 +125,33 @@ def read_example(run_dir: Path) -> tuple[str, str]:
 
 
 def load_manifest(path: Path) -> Manifest:
-    """Read and validate a manifest."""
+    """Read and validate a manifest. Raises UserError if the plug-in of its model is missing."""
+    manifest = _read_manifest(path)
+    model_plugins = [one for one in manifest.plugins if one.kind in ("families", "architectures")]
+    require_plugins(model_plugins, str(path))
+    if manifest.has_images is None:
+        with suppress(UserError, ValueError, LookupError, TypeError):
+            start = json.loads(
+                next(read_lines(path.parent / METRICS_FILE, expected="metrics"), b"")
+            )
+            has_images = bool(start["size_histograms"]["patches"])
+            return manifest.model_copy(update={"has_images": has_images})
+    return manifest
+
+
+def require_run_plugins(run_dir: Path) -> None:
+    """Raise UserError if a plug-in of a run is missing. An invalid manifest is not reported."""
+    plugins: Sequence[PluginRecord] = ()
+    with suppress(UserError):
+        plugins = _read_manifest(run_dir / MANIFEST_FILE).plugins
+    require_plugins(plugins, str(run_dir))
+
+
+def _read_manifest(path: Path) -> Manifest:
     content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
     _check_format_version(content, path)
     try:
-        manifest = Manifest.model_validate_json(content)
+        return Manifest.model_validate_json(content)
     except ValidationError as error:
         first_error = error.errors(include_url=False)[0]
         key = ".".join(map(str, first_error["loc"])) or "the file"
@@ -136,14 +161,6 @@ def load_manifest(path: Path) -> Manifest:
             expected=first_error["msg"],
             remedy=_REMEDY,
         ) from error
-    if manifest.has_images is None:
-        with suppress(UserError, ValueError, LookupError, TypeError):
-            start = json.loads(
-                next(read_lines(path.parent / METRICS_FILE, expected="metrics"), b"")
-            )
-            has_images = bool(start["size_histograms"]["patches"])
-            return manifest.model_copy(update={"has_images": has_images})
-    return manifest
 
 
 def _check_format_version(content: bytes, path: Path) -> None:

@@ -24,7 +24,7 @@ from pydantic_core import ErrorDetails
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import UserError, shorten, suggest_name
-from finesight.manifest import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE, require_run_plugins
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
@@ -203,7 +203,6 @@ _EXPECTED_BY_TYPE = {
     "is_instance_of": "a path",
     "finite_number": "a finite number",
     "literal_error": "one of {expected}",
-    "string_pattern_mismatch": "a function in a Python file, such as metric.py:score",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "less_than": "a number below {lt}",
@@ -268,7 +267,13 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
             remedy="start from one of the files in recipes/",
         )
     _resolve_paths(content, path.parent)
-    return _validate_recipe(content, str(path), lines, overrides)
+    try:
+        return _validate_recipe(content, str(path), lines, overrides)
+    except UserError:
+        # The names of missing plug-ins are invalid. The manifest of the run has their packages.
+        for folder in (path.parent, Path(str(content.get("output_dir")))):
+            require_run_plugins(folder)
+        raise
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:

@@ -21,7 +21,7 @@ from finesight.data.corpus import (
     read_first_json,
     read_first_record,
 )
-from finesight.data.formats import FORMATS, detect_format, get_format
+from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
 from finesight.data.formats.conversations import LLAMA_FACTORY
 from finesight.data.formats.dataset_format import (
@@ -424,7 +424,8 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="remove --no-header",
         )
     as_table = options.columns and (source.is_file() or options.row_files)
-    candidates = [requested] if requested else [] if as_table else FORMATS
+    # Plug-ins are not imported for row files, whose format is detected later.
+    candidates = [requested] if requested else [] if as_table else iter_formats(is_folder)
     for data_format in candidates:
         opener = (data_format.open_requested if requested else None) or data_format.open_dataset
         result = None if opener is None else opener(source)
@@ -440,7 +441,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         )
     if is_folder:
         folder_formats = [
-            data_format for data_format in FORMATS if data_format.open_dataset is not None
+            data_format for data_format in iter_formats() if data_format.open_dataset is not None
         ]
         listing = list_folder(source)
         has_only_images = len(listing.image_files()) == len(listing.files) > 0

@@ -63,6 +63,7 @@ from finesight.encode.tokenization import (
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.plugins import Registry
 from finesight.vision.image_processing import (
     GridTHW,
     compute_video_size,
@@ -287,7 +288,7 @@ class _RenderState:
     temporal_ids: list[NDArray[np.int64]]
 
 
-FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
+_BUILT_IN: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen2_vl": qwen2_vl.from_folder,
     "qwen2_5_vl": qwen2_5_vl.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
@@ -296,7 +297,8 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen3_5_moe": qwen3_5.from_folder,
     "qwen": qwen_vl.from_folder,
 }
-"""Constructors of native families by `model_type` of config.json. Add new families here."""
+FAMILIES = Registry("families", Callable, _BUILT_IN)
+"""Constructors of native families by `model_type` of config.json."""
 
 
 def load_family(folder: ModelFolder) -> ModelFamily:

@@ -6,8 +6,9 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack
+from typing import TYPE_CHECKING, Annotated, Unpack, get_args
 
+from finesight.config import TaskName
 from finesight.errors import UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
@@ -31,7 +32,14 @@ EXIT_ERROR_FOUND = 2
 def evaluate(
     run_or_model: ModelArgument,
     data: StrPath | None = None,
-    metric: str | None = None,
+    metric: Annotated[
+        str | None,
+        Parameter(
+            f"{', '.join(get_args(TaskName))}, or FILE.py:FUNCTION for a custom metric. Default "
+            "for a run: the metric of its recipe; required otherwise.",
+            plugins="metrics",
+        ),
+    ] = None,
     limit: Annotated[int | None, Parameter(minimum=1)] = None,
     batch_size: Annotated[int | None, Parameter(minimum=1)] = None,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
@@ -51,9 +59,6 @@ def evaluate(
     Args:
         data: JSONL file of samples with answers. Default for a run: its validation split; required
             otherwise.
-        metric: captions, latex, ocr, qa, classification, json, grounding or detection, or
-            FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe;
-            required otherwise.
         limit: Evaluate N randomly selected samples, always the same. Default for a run: of its
             recipe, else all.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted. Default

@@ -128,12 +128,8 @@ def read_text(
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected=expected,
-            remedy=remedy,
-        ) from error
+        what = f"byte {error.start} is not UTF-8 text"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy) from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -200,12 +196,8 @@ def read_json_object(
     """
     content = read_json(path, expected=expected, remedy=remedy)
     if not isinstance(content, dict):
-        raise UserError(
-            f"contains a {type(content).__name__}, not an object",
-            where=str(path),
-            expected=expected,
-            remedy=remedy,
-        )
+        what = f"contains a {type(content).__name__}, not an object"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy)
     return content
 
 
@@ -348,9 +340,7 @@ def load_yaml(text: str | bytes) -> Any:
 
     Raises YAMLError for any error, including malformed values (0x_, month 13) and exceeded limits.
     """
-    loader = _BoundedLoader(text, MAX_VALUES)
-    node = loader.get_single_node()
-    return None if node is None else loader.construct_document(node)
+    return ComposedYaml(text).data()
 
 
 class TooManyValuesError(yaml.MarkedYAMLError):
@@ -367,7 +357,7 @@ class ComposedYaml:
         yaml.YAMLError: See `load_yaml`.
     """
 
-    def __init__(self, text: str, values: int = MAX_VALUES) -> None:
+    def __init__(self, text: str | bytes, values: int = MAX_VALUES) -> None:
         self._loader = _BoundedLoader(text, values)
         self.root: yaml.Node | None = self._loader.get_single_node()
 

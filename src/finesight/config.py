@@ -261,20 +261,17 @@ class TuneSettings(SettingsSection):
             "language": self.language,
             "embeddings": self.embeddings,
         }
-        for part in self.quantize.nf4 or ():
+        nf4, fp8 = self.quantize.nf4 or (), self.quantize.fp8 or ()
+        for part in (*nf4, *fp8):
             if modes[part] == "full":
+                setting = "quantize.nf4" if part in nf4 else "quantize.fp8"
                 allowed = "frozen" if part == "embeddings" else "lora or frozen"
                 raise ValueError(
-                    f"{part} is full and in quantize.nf4: 4-bit weights cannot be trained;"
-                    f" set tune.{part} to {allowed}, or remove it from quantize.nf4"
+                    f"{part} is full and in {setting}: quantized weights cannot be trained;"
+                    f" set tune.{part} to {allowed}, or remove it from {setting}"
                 )
-        for part in self.quantize.fp8 or ():
-            if modes[part] == "full":
-                raise ValueError(
-                    f"{part} is full and in quantize.fp8: only frozen weights can be in FP8;"
-                    f" set tune.{part} to lora or frozen, or remove it from quantize.fp8"
-                )
-            if part in (self.quantize.nf4 or ()):
+        for part in fp8:
+            if part in nf4:
                 raise ValueError(
                     f"{part} is in quantize.nf4 and in quantize.fp8: remove it from one of them"
                 )

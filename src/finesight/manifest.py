@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -103,27 +102,6 @@ def find_newest_checkpoint(run_dir: Path) -> Path | None:
     return max(numbered, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def read_example(run_dir: Path) -> tuple[str, str]:
-    """Return an image and a prompt for example commands: those of the first validation prediction.
-
-    Without predictions, the prompt is the most frequent one of the training samples. Without an
-    image file or a prompt, they are `IMAGE` and `TEXT`.
-    """
-    record: dict[str, object] = {}
-    with suppress(UserError):
-        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
-    for name in ("before.jsonl", "after.jsonl"):
-        with suppress(UserError, ValueError):
-            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
-            record |= json.loads(next(lines, b"{}"))
-    path, prompt = record.get("image"), record.get("prompt")
-    path = next(iter(path), None) if isinstance(path, list) else path
-    # Paths of imported data contain "..", which the file system resolves differently after a link.
-    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
-    image = image if os.path.isfile(image) else str(path if path else image)
-    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
-
-
 def load_manifest(path: Path) -> Manifest:
     """Read and validate a manifest. Raises UserError if the plug-in of its model is missing."""
     manifest = _read_manifest(path)
@@ -149,7 +127,17 @@ def require_run_plugins(run_dir: Path) -> None:
 
 def _read_manifest(path: Path) -> Manifest:
     content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
-    _check_format_version(content, path)
+    # Other versions have other keys. Version 1 named this one "format".
+    with suppress(ValueError, RecursionError, AttributeError):
+        record = json.loads(content)
+        version = record.get("format_version", record.get("format", FORMAT_VERSION))
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"manifest has format version {version!r:.80}",
+                where=str(path),
+                expected=f"format version {FORMAT_VERSION}",
+                remedy="use the finesight version that wrote the run, or train again",
+            )
     try:
         return Manifest.model_validate_json(content)
     except ValidationError as error:
@@ -161,22 +149,3 @@ def _read_manifest(path: Path) -> Manifest:
             expected=first_error["msg"],
             remedy=_REMEDY,
         ) from error
-
-
-def _check_format_version(content: bytes, path: Path) -> None:
-    """Raise UserError for a manifest of another version, before its keys are validated."""
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        return  # Reported as invalid JSON by the validation.
-    if not isinstance(record, dict):
-        return
-    # Version 1 named the key "format".
-    version = record.get("format_version", record.get("format", FORMAT_VERSION))
-    if version != FORMAT_VERSION:
-        raise UserError(
-            f"manifest has format version {version!r:.80}",
-            where=str(path),
-            expected=f"format version {FORMAT_VERSION}",
-            remedy="use the finesight version that wrote the run, or train again",
-        )

@@ -117,7 +117,7 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
     printed = cli("train", "photos-finetune/recipe.yaml", *short)
     # The complete command, with an image and the prompt of the training.
-    command = shlex.split(printed.err.partition("Try it:  finesight ")[2].splitlines()[0])
+    command = shlex.split(printed.next_steps.splitlines()[0])[1:]
     image = command[2]
     assert re.fullmatch(r"photos/images/\d+\.png", image)
     assert command[3:] == ["--prompt", "Describe the image."]

@@ -37,7 +37,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.formats.message_parts import SAMPLES, example_from_sample
+from finesight.data.formats.message_parts import SAMPLES, detect_samples, example_from_sample
 from finesight.data.image_header import read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
@@ -276,7 +276,9 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     if data_format is None:
         data_format, detected_by = _detect_format(first_records, source, rows, options)
     check_format_options(data_format, detected_by, options)
-    column_map = data_format.map_columns(first_records, options.columns)
+    column_map: Mapping[str, str] = options.columns
+    if data_format.map_columns is not None:
+        column_map = data_format.map_columns(first_records, column_map)
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
@@ -534,7 +536,7 @@ def is_sample_source(path: Path) -> bool:
     with_images = record.pop("images", None) is not None
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
-    return SAMPLES.detect([record]) is not None and not (with_images and is_text)
+    return detect_samples([record]) is not None and not (with_images and is_text)
 
 
 def _read_first_tar_record(path: Path) -> dict[str, object] | None:

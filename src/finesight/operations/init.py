@@ -262,8 +262,7 @@ def _init_labels(
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
-    from finesight.recipe import choose_duration
-    from finesight.recipe_template import format_recipe
+    from finesight.recipe_template import choose_duration, format_recipe
     from finesight.storage import write_file
 
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))

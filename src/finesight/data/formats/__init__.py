@@ -89,7 +89,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     """Detect the dataset format of the first records of a source."""
     records = list(map(decode_json_lists, records))
     for data_format in iter_formats():
-        detected_by = data_format.detect(records)
+        detected_by = data_format.detect and data_format.detect(records)
         if detected_by is not None:
             return data_format, detected_by
     for number, record in enumerate(records, start=1):

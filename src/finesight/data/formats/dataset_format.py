@@ -482,14 +482,6 @@ def describe_value(value: object) -> str:
     return repr(text)
 
 
-def _detect_nothing(records: Sequence[Record]) -> None:
-    """Do not detect a format by its records."""
-
-
-def _keep_columns(_: Sequence[Record], columns: Mapping[str, str]) -> Mapping[str, str]:
-    return columns
-
-
 @dataclass(frozen=True, slots=True)
 class DatasetFormat:
     """A dataset format: how to detect, parse and write it.
@@ -511,11 +503,11 @@ class DatasetFormat:
     name: str
     description: str
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
-    detect: Callable[[Sequence[Record]], str | None] = _detect_nothing
+    detect: Callable[[Sequence[Record]], str | None] | None = None
     supported_options: frozenset[str] = frozenset({"prompt", "boxes"})
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
-    map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = _keep_columns
+    map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
 
     @property

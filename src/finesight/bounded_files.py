@@ -111,9 +111,8 @@ def read_bytes(
     ):
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise UserError(
-            f"has more than {max_bytes:,} bytes", where=str(path), expected=expected, remedy=remedy
-        )
+        what = f"has more than {max_bytes:,} bytes"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy)
     return content
 
 
@@ -182,9 +181,8 @@ def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the 
     try:
         return parse_json(content)
     except ValueError as error:
-        raise UserError(
-            f"not readable as JSON: {error}", where=str(path), expected=expected, remedy=remedy
-        ) from error
+        what = f"not readable as JSON: {error}"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy) from error
 
 
 def read_json_object(
@@ -399,9 +397,8 @@ class _BoundedLoader(yaml.SafeLoader):
             self._num_values += 1
             self._sizes[node] = self._num_values - num_before
         if self._num_aliased > MAX_ALIASED_VALUES:
-            raise _build_error(
-                f"aliases that expand to more than {MAX_ALIASED_VALUES} values", event
-            )
+            problem = f"aliases that expand to more than {MAX_ALIASED_VALUES} values"
+            raise _build_error(problem, event)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -409,16 +406,13 @@ class _BoundedLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise _build_error(
-                f"{shorten(repr(node.value), 60)} cannot be read as {kind}", node
-            ) from error
+            shown, kind = shorten(repr(node.value), 60), node.tag.rpartition(":")[2]
+            raise _build_error(f"{shown} cannot be read as {kind}", node) from error
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise _build_error(f"a number of {value.bit_length()} bits", node)
         if isinstance(value, str) and _UNWRITABLE.search(value):
-            raise _build_error(
-                f"{shorten(repr(value), 60)} has a character that is invalid in file names", node
-            )
+            shown = shorten(repr(value), 60)
+            raise _build_error(f"{shown} has a character that is invalid in file names", node)
         return value
 
 

@@ -270,11 +270,9 @@ class TuneSettings(SettingsSection):
                     f"{part} is full and in {setting}: quantized weights cannot be trained;"
                     f" set tune.{part} to {allowed}, or remove it from {setting}"
                 )
-        for part in fp8:
-            if part in nf4:
-                raise ValueError(
-                    f"{part} is in quantize.nf4 and in quantize.fp8: remove it from one of them"
-                )
+        if both := [part for part in fp8 if part in nf4]:
+            settings = "quantize.nf4 and in quantize.fp8"
+            raise ValueError(f"{both[0]} is in {settings}: remove it from one of them")
         return self
 
     @model_validator(mode="after")

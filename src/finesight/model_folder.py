@@ -267,11 +267,7 @@ class ModelFolder:
         set_values = {key: value for key, value in settings.items() if value is not None}
         merged = {**PREPROCESSOR_DEFAULTS, **size_settings, **set_values}
         for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
-            value = merged[key]
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise self._build_config_error(
-                    f"{key} is {value!r}", "an integer of at least 1", name, PREPROCESSOR_FILE
-                )
+            self._check_count(key, merged[key], name, PREPROCESSOR_FILE)
         if merged["min_pixels"] > merged["max_pixels"]:
             raise self._build_config_error(
                 f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
@@ -299,12 +295,8 @@ class ModelFolder:
         visual = section if isinstance(section, dict) else {}
         values = {"image_size": 0, "patch_size": 0, "n_queries": 256}
         for key, default in values.items():
-            value = visual.get(key, default)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise self._build_config_error(
-                    f"visual.{key} is {visual.get(key)!r}", "an integer of at least 1"
-                )
-            values[key] = value
+            values[key] = visual.get(key, default)
+            self._check_count(f"visual.{key}", values[key])
         image_size, patch_size, num_queries = values.values()
         return {
             "image_size": image_size,
@@ -433,6 +425,11 @@ class ModelFolder:
             )
         return sorted(set(weight_map.values()))
 
+    def _check_count(self, key: str, value: object, *files: str) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            what = f"{key} is {value!r}"
+            raise self._build_config_error(what, "an integer of at least 1", *files)
+
     def _build_config_error(
         self, what: str, expected: str, name: str = "config.json", published: str = "config.json"
     ) -> UserError:
@@ -527,9 +524,8 @@ def resolve_model_path(name_or_path: str) -> Path:
 
     The bare name `finesight-tiny` is the bundled folder; `~` is the home folder.
     """
-    return (
-        TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else Path(os.path.expanduser(name_or_path))
-    )
+    path = Path(os.path.expanduser(name_or_path))
+    return TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else path
 
 
 def get_portable_name(folder: ModelFolder) -> str:

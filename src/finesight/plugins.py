@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
-    from importlib.metadata import EntryPoint
+    from importlib.metadata import EntryPoints
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class PluginRecord:
 def require_plugins(plugins: Iterable[PluginRecord], where: str) -> None:
     """Raise UserError if a plug-in of a run is not installed."""
     for one in plugins:
-        if one.name not in _scan(one.kind, (*sys.path,)):
+        if one.name not in _scan(one.kind, (*sys.path,)).names:
             raise UserError(
                 f"the plug-in {one.name} (finesight.{one.kind}) is not installed",
                 where=where,
@@ -44,14 +44,11 @@ def require_plugins(plugins: Iterable[PluginRecord], where: str) -> None:
 
 
 @cache
-def _scan(kind: PluginKind, path: tuple[str, ...]) -> dict[str, list[EntryPoint]]:
-    """Return the entry points of a kind by name. Their packages are not imported."""
+def _scan(kind: PluginKind, path: tuple[str, ...]) -> EntryPoints:
+    """Return the entry points of a kind. Their packages are not imported."""
     from importlib.metadata import entry_points  # slow to import
 
-    found: dict[str, list[EntryPoint]] = {}
-    for entry in entry_points(group=f"finesight.{kind}"):
-        found.setdefault(entry.name, []).append(entry)
-    return found
+    return entry_points(group=f"finesight.{kind}")
 
 
 class Registry(Generic[T]):
@@ -76,14 +73,14 @@ class Registry(Generic[T]):
     @property
     def plugin_names(self) -> list[str]:
         """Names that plug-ins add."""
-        return [name for name in _scan(self._kind, (*sys.path,)) if name not in self._built_in]
+        return sorted(_scan(self._kind, (*sys.path,)).names - {*self._built_in})
 
     def find_plugin(self, name: str) -> PluginRecord | None:
         """Return the plug-in of a name; None for a built-in or unknown name.
 
         Raises UserError if several packages define the name.
         """
-        entries = _scan(self._kind, (*sys.path,)).get(name, [])
+        entries = _scan(self._kind, (*sys.path,)).select(name=name)
         packages = sorted((one.dist.name, one.dist.version) for one in entries if one.dist)
         owners = ["finesight"] * (name in self._built_in) + [" ".join(one) for one in packages]
         if len(owners) > 1:
@@ -103,7 +100,7 @@ class Registry(Generic[T]):
         plugin, problem = self.find_plugin(name), ""
         if plugin is None:
             return self._built_in[name]
-        (entry,) = _scan(self._kind, (*sys.path,))[name]
+        (entry,) = _scan(self._kind, (*sys.path,)).select(name=name)
         try:
             item = entry.load()
             fits = issubclass if isinstance(item, type) else isinstance

@@ -50,12 +50,8 @@ def read_recipe_text(path: Path) -> str:
     """
     if os.path.isdir(path):
         recipe = path / RECIPE_FILE
-        raise UserError(
-            "is a folder",
-            where=str(path),
-            expected="a YAML file",
-            remedy=f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file",
-        )
+        remedy = f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file"
+        raise UserError("is a folder", where=str(path), expected="a YAML file", remedy=remedy)
     if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
         raise UserError(
             "is a data file",

@@ -546,15 +546,12 @@ def verify_folder(path: Path) -> None:
     """Verify that the files of a folder written by `write_folder` match its list of digests."""
     manifest, listing = path / DIGESTS_FILE, "file names with their SHA-256"
     remedy = "restore the folder from a copy, or delete it and make it again"
-    if not path.is_dir():
-        expected, remedy = f"a folder with {DIGESTS_FILE}", "check the path"
-        raise UserError(
-            f"missing folder {path.name}", where=str(path), expected=expected, remedy=remedy
-        )
 
     def fail(what: str, where: Path, expected: str) -> NoReturn:
         raise UserError(what, where=str(where), expected=expected, remedy=remedy)
 
+    if not path.is_dir():
+        fail(f"missing folder {path.name}", path, f"a folder with {DIGESTS_FILE}")
     if not manifest.is_file():
         what = f"{DIGESTS_FILE} is missing: the folder is incomplete"
         fail(what, path, "every file that was written, and their digests")

@@ -409,10 +409,7 @@ def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
 
 
 def _is_folder_dataset(folder: Path) -> bool:
-    return any(
-        form.open_dataset is not None and form.open_dataset(folder) is not None
-        for form in iter_formats()
-    )
+    return any(form.open_dataset and form.open_dataset(folder) for form in iter_formats())
 
 
 def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions) -> FetchedSource:

@@ -304,12 +304,9 @@ FAMILIES = Registry("families", Callable, _BUILT_IN)
 def load_family(folder: ModelFolder) -> ModelFamily:
     """Create the `ModelFamily` of the model in a folder."""
     if folder.family not in FAMILIES:
-        raise UserError(
-            f"unsupported model family {folder.family}",
-            where=str(folder.path / "config.json"),
-            expected=f"one of {', '.join(FAMILIES)}",
-            remedy="choose a model of one of these families",
-        )
+        what, remedy = f"unsupported model family {folder.family}", "choose a model of another one"
+        where, expected = str(folder.path / "config.json"), f"one of {', '.join(FAMILIES)}"
+        raise UserError(what, where=where, expected=expected, remedy=remedy)
     return FAMILIES[folder.family](folder)
 
 

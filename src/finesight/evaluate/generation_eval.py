@@ -75,7 +75,8 @@ def load_eval_inputs(
     if recipe is None:
         check_model_path(run_or_model)
     if "metric" not in settings:
-        raise _build_missing_error("metric", _list_metrics(), run_or_model)
+        expected = f"{', '.join(TASK_METRICS)}, or FILE.py:FUNCTION"
+        raise _build_missing_error("metric", expected, run_or_model)
     if data is not None:
         samples = [LocatedSample(sample, data.parent) for sample in read_samples(data)]
     elif recipe is not None and recipe.data.eval:
@@ -100,10 +101,6 @@ def _build_missing_error(setting: str, expected: str, run_or_model: str) -> User
     )
 
 
-def _list_metrics() -> str:
-    return f"{', '.join(TASK_METRICS)}, or a function in a Python file: metric.py:function"
-
-
 def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
     """Build the error of invalid evaluation settings."""
     messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
@@ -111,9 +108,8 @@ def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> U
     problem, expected = f"{name} is {settings[name]}", messages[name]
     remedy = "correct the value, or omit it"
     if name == "metric":
-        value, expected = str(settings[name]), _list_metrics()
-        problem, remedy = f"unknown metric {value!r}", "choose one of these"
-        remedy = suggest_name(value, TASK_METRICS, remedy)
+        problem, expected = f"unknown metric {str(settings[name])!r}", expected.removeprefix("not ")
+        remedy = suggest_name(str(settings[name]), TASK_METRICS, "choose one of these")
     return UserError(problem, where=name, expected=expected, remedy=remedy)
 
 

@@ -53,7 +53,6 @@ _BUILT_IN = {
     "qwen": qwen_vl.ARCHITECTURE,
 }
 ARCHITECTURES = Registry("architectures", Architecture, _BUILT_IN)
-"""Model families by `model_type` of config.json."""
 
 
 class VisionLanguageModel(nn.Module):
@@ -248,10 +247,9 @@ def build_model(
     hf_config: ConfigReader, preprocessor: ConfigReader, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
     """Build a model with uninitialized parameters from its config.json."""
-    family = hf_config.get_str("model_type")
-    if family not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(hf_config.get_str("model_type"))
+    if architecture is None:
         hf_config.raise_invalid("model_type", " or ".join(ARCHITECTURES))
-    architecture = ARCHITECTURES[family]
     decoder_config = architecture.parse_decoder_config(hf_config)
     with raise_on_failed_allocation(hf_config.file), torch.device("meta"):
         visual = architecture.build_vision_encoder(

@@ -116,12 +116,8 @@ def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
         )
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
-            raise UserError(
-                f"{path} is given {count} times",
-                where=COMMAND,
-                expected="different runs",
-                remedy="Give each run only once.",
-            )
+            what, remedy = f"{path} is given {count} times", "Give each run only once."
+            raise UserError(what, where=COMMAND, expected="different runs", remedy=remedy)
     # The shortest path suffixes that are unique.
     parts = [path.resolve().parts for path in paths]
     names = [str(path) for path in paths]

@@ -41,7 +41,6 @@ class Tracker(ABC):
     `tracker_manager.RESPONSE_TIMEOUT_S`.
 
     Attributes:
-        extra: Extra of finesight with the package; empty for a plug-in.
         telemetry_off_env: Environment variables that disable error and usage reports of the
             package. Variables that the user sets take precedence.
     """

@@ -489,11 +489,10 @@ def _log_summary(
         )
         if f"{value:.4f}" == f"{final:.4f}":
             return
-        checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
         subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
         console.log(
             f"{subset}The {metric_name} was better after step {best.step} ({value:.4f});"
-            f" its checkpoint is {checkpoint}"
+            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
         )
 
 

@@ -15,8 +15,7 @@ def parse_row(row, context):
 
 
 def score(cases):
-    errors = [abs(len(case.answer) - len(case.references[0])) for case in cases]
-    scores = [{"length": 1 / (1 + error)} for error in errors]
+    scores = [{"correct": float(case.answer.lstrip("0") in case.references)} for case in cases]
     return MetricResult(scores, mean_metrics(scores))
 
 
@@ -39,4 +38,4 @@ class CsvTracker(Tracker):
 
 
 FORMAT = DatasetFormat("meter-log", '{"photo": "path", "kwh": "..."}', parse_row)
-METRIC = TaskMetric("length", score)
+METRIC = TaskMetric("correct", score)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from docs_code_blocks import list_code_blocks
 from html_text import read_visible_text
 from image_fixtures import write_gray_image, write_jsonl
 from tiny_model import create_tiny_model
@@ -86,11 +87,11 @@ def test_package_adds_format_metric_and_tracker(recipe, site, monkeypatch, cli):
     install(site, monkeypatch)
     run = recipe.parent / "run"
     rows = [line.split(",") for line in (run / "track/csv/metrics.csv").read_text().splitlines()]
-    assert {("0", "scores/length"), ("1", "loss")} <= {(step, name) for step, name, _ in rows}
+    assert {("0", "scores/correct"), ("1", "loss")} <= {(step, name) for step, name, _ in rows}
     result = cli("eval", run, "--json").json
-    assert (result["primary_metric"], len(result["intervals"]["length"])) == ("length", 2)
+    assert (result["primary_metric"], len(result["intervals"]["correct"])) == ("correct", 2)
     cli("report", run)
-    assert "length" in read_visible_text((run / "report.html").read_text())
+    assert "correct" in read_visible_text((run / "report.html").read_text())
     plugins = json.loads((run / "manifest.json").read_text())["plugins"]
     found = [PluginRecord(**plugin) for plugin in plugins]
     names = [("trackers", "csv"), ("metrics", "meter-reading")]
@@ -112,6 +113,12 @@ def test_help_and_suggestions_name_plugins(recipe, site, monkeypatch, cli):
         words = [sys.executable, "-c", code, command, "--help"]
         printed = subprocess.run(words, capture_output=True, text=True)
         assert f"Plug-ins:{name}." in "".join(printed.stdout.split())
+
+
+def test_page_contains_the_example():
+    files = {f"examples/plugin/{file.name}": file.read_text("utf-8") for file in EXAMPLE.iterdir()}
+    blocks = list_code_blocks(EXAMPLE.parents[1] / "docs" / "en" / "plugins.md")
+    assert {one.caption: one.text for one in blocks if one.caption} == files
 
 
 def test_objects_of_plugins_can_be_pickled(site, monkeypatch):

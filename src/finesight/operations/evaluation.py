@@ -6,9 +6,8 @@ import os
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Unpack, get_args
+from typing import TYPE_CHECKING, Annotated, Unpack
 
-from finesight.config import TaskName
 from finesight.errors import UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
@@ -35,8 +34,9 @@ def evaluate(
     metric: Annotated[
         str | None,
         Parameter(
-            f"{', '.join(get_args(TaskName))}, or FILE.py:FUNCTION for a custom metric. Default "
-            "for a run: the metric of its recipe; required otherwise.",
+            "captions, latex, ocr, qa, classification, json, grounding or detection, or "
+            "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
+            "required otherwise.",
             plugins="metrics",
         ),
     ] = None,

@@ -1,7 +1,7 @@
 """Trackers: TensorBoard, SwanLab, Weights & Biases, MLflow and Trackio.
 
 A new tracker needs a subclass of `Tracker`, an entry in `TRACKERS`, and a name in
-`config.TrackerKind`. The main process uses this module as well, so tracker packages are imported in
+`config.TrackerName`. The main process uses this module as well, so tracker packages are imported in
 methods only.
 """
 

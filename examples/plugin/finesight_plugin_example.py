@@ -2,6 +2,7 @@
 
 from finesight.data.formats.dataset_format import DatasetFormat, RowImages, build_example
 from finesight.data.sample import TextPart
+from finesight.errors import UserError
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.task_metrics import TaskMetric
 from finesight.track.backends import Tracker
@@ -9,9 +10,12 @@ from finesight.track.tracker_records import RunStarted
 
 
 def parse_row(row, context):
-    image, answer = RowImages(context).add_image(row.record["photo"]), str(row.record["kwh"])
+    if "kwh" not in row.record:
+        raise UserError("no reading", expected="the key kwh", remedy="add it, or remove the row")
+    image = RowImages(context).add_image(row.record.get("photo"))
     question = context.add_prompt([image, TextPart(text="Read the meter.")])
-    return build_example(row.id, [("user", question), ("assistant", (TextPart(text=answer),))], {})
+    answer = (TextPart(text=str(row.record["kwh"])),)
+    return build_example(row.id, [("user", question), ("assistant", answer)], {})
 
 
 def score(cases):

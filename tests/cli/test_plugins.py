@@ -121,10 +121,27 @@ def test_page_contains_the_example():
     assert {one.caption: one.text for one in blocks if one.caption} == files
 
 
-def test_objects_of_plugins_can_be_pickled(site, monkeypatch):
+def test_other_processes_can_unpickle_objects_of_plugins(site, monkeypatch):
     install(site, monkeypatch)
-    for item in (get_format("meter-log"), TASK_METRICS["meter-reading"]):
-        assert pickle.loads(pickle.dumps(item)) == item
+    items = pickle.dumps([get_format("meter-log"), TASK_METRICS["meter-reading"]])
+    code = "import pickle, sys; print(len(pickle.load(sys.stdin.buffer)))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, input=items, stdout=subprocess.PIPE).stdout == b"2\n"
+
+
+def test_studio_offers_metrics_of_plugins(site, monkeypatch):
+    install(site, monkeypatch)
+    code = "from finesight.app.studio_page import FORMS; print(FORMS['recipe'])"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert "'meter-reading'" in done.stdout
+
+
+def test_invalid_row_of_a_plugin_format_is_named(recipe, site, tmp_path, monkeypatch, cli):
+    install(site, monkeypatch)
+    source = write_jsonl(tmp_path / "log.jsonl", [{"photo": str(recipe.parent / "1.png")}])
+    text = cli("import", source, tmp_path / "out", "--format", "meter-log", code=2).text
+    assert "line 1" in text
+    assert "no reading" in text
 
 
 @pytest.mark.parametrize(

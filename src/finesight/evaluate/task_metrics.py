@@ -84,10 +84,10 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     """
     task = get_task_metric(metric)
     reference_kind = task.reference_kind
-    if reference_kind == "anything":
-        _dry_run_metric(metric, task.score_fn, references[0])
     has_reference = [_has_reference_kind(reference_kind, reference) for reference in references]
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
+        if metric not in _BUILT_IN:
+            _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
         return
     problem = f"none of {len(references)} references has {reference_kind} content"
     expected = f"samples whose last turn has a {reference_kind} part"
@@ -117,7 +117,7 @@ def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool
 
 
 def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
-    """Score a reference and an empty answer with a custom metric.
+    """Score a reference and an empty answer with a custom metric or a plug-in.
 
     Errors then occur before generation.
     """

@@ -19,6 +19,7 @@ from finesight.cli.app import run_command
 from finesight.config import ExactSize, LongestSide, Recipe
 from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
+from finesight.recipe_template import choose_duration
 
 CASES = load_cases("recipe")
 REPLACEMENTS = load_cases("setting_replacements")
@@ -250,7 +251,7 @@ def test_large_recipes_are_rejected(tmp_path):
 )
 def test_duration_follows_the_number_of_samples(num_samples, is_short, key, value):
     batch_size = 8 if (num_samples or 0) < 200 else 16
-    [(name, text)] = recipes.choose_duration(num_samples, batch_size, is_short).items()
+    [(name, text)] = choose_duration(num_samples, batch_size, is_short).items()
     assert (name, yaml.safe_load(text)) == (f"train.{key}", value)
     assert 20 < len(text.partition("  # ")[2]) < 80
 

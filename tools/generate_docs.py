@@ -40,7 +40,7 @@ FOLDER_SUMMARIES = {
 EXTRA_PATHS = {
     "pretraining": "Training of finesight-tiny from scratch.",
     "recipes": "Recipes of the tutorials.",
-    "examples": "Examples of the Python API: the quickstart and a notebook for a free GPU.",
+    "examples": "Python API: quickstart, notebook for a free GPU; a plug-in.",
     "docs": "Documentation in English and Chinese; `make docs` builds it.",
     "constraints.txt": "Tested versions of all dependencies.",
     "Containerfile": "Container image with the command, for GPU or CPU.",

@@ -111,9 +111,8 @@ def read_bytes(
     ):
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise UserError(
-            f"has more than {max_bytes:,} bytes", where=str(path), expected=expected, remedy=remedy
-        )
+        what = f"has more than {max_bytes:,} bytes"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy)
     return content
 
 
@@ -128,12 +127,8 @@ def read_text(
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected=expected,
-            remedy=remedy,
-        ) from error
+        what = f"byte {error.start} is not UTF-8 text"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy) from error
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -186,9 +181,8 @@ def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the 
     try:
         return parse_json(content)
     except ValueError as error:
-        raise UserError(
-            f"not readable as JSON: {error}", where=str(path), expected=expected, remedy=remedy
-        ) from error
+        what = f"not readable as JSON: {error}"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy) from error
 
 
 def read_json_object(
@@ -200,12 +194,8 @@ def read_json_object(
     """
     content = read_json(path, expected=expected, remedy=remedy)
     if not isinstance(content, dict):
-        raise UserError(
-            f"contains a {type(content).__name__}, not an object",
-            where=str(path),
-            expected=expected,
-            remedy=remedy,
-        )
+        what = f"contains a {type(content).__name__}, not an object"
+        raise UserError(what, where=str(path), expected=expected, remedy=remedy)
     return content
 
 
@@ -348,9 +338,7 @@ def load_yaml(text: str | bytes) -> Any:
 
     Raises YAMLError for any error, including malformed values (0x_, month 13) and exceeded limits.
     """
-    loader = _BoundedLoader(text, MAX_VALUES)
-    node = loader.get_single_node()
-    return None if node is None else loader.construct_document(node)
+    return ComposedYaml(text).data()
 
 
 class TooManyValuesError(yaml.MarkedYAMLError):
@@ -367,7 +355,7 @@ class ComposedYaml:
         yaml.YAMLError: See `load_yaml`.
     """
 
-    def __init__(self, text: str, values: int = MAX_VALUES) -> None:
+    def __init__(self, text: str | bytes, values: int = MAX_VALUES) -> None:
         self._loader = _BoundedLoader(text, values)
         self.root: yaml.Node | None = self._loader.get_single_node()
 
@@ -409,9 +397,8 @@ class _BoundedLoader(yaml.SafeLoader):
             self._num_values += 1
             self._sizes[node] = self._num_values - num_before
         if self._num_aliased > MAX_ALIASED_VALUES:
-            raise _build_error(
-                f"aliases that expand to more than {MAX_ALIASED_VALUES} values", event
-            )
+            problem = f"aliases that expand to more than {MAX_ALIASED_VALUES} values"
+            raise _build_error(problem, event)
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
@@ -419,16 +406,13 @@ class _BoundedLoader(yaml.SafeLoader):
         try:
             value = super().construct_object(node, deep)
         except (ValueError, LookupError, AttributeError, TypeError, ArithmeticError) as error:
-            kind = node.tag.rpartition(":")[2]
-            raise _build_error(
-                f"{shorten(repr(node.value), 60)} cannot be read as {kind}", node
-            ) from error
+            shown, kind = shorten(repr(node.value), 60), node.tag.rpartition(":")[2]
+            raise _build_error(f"{shown} cannot be read as {kind}", node) from error
         if isinstance(value, int) and value.bit_length() > MAX_INT_BITS:
             raise _build_error(f"a number of {value.bit_length()} bits", node)
         if isinstance(value, str) and _UNWRITABLE.search(value):
-            raise _build_error(
-                f"{shorten(repr(value), 60)} has a character that is invalid in file names", node
-            )
+            shown = shorten(repr(value), 60)
+            raise _build_error(f"{shown} has a character that is invalid in file names", node)
         return value
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
+
+from finesight.plugins import Registry
 
 
 class SettingsSection(BaseModel):
@@ -258,23 +261,18 @@ class TuneSettings(SettingsSection):
             "language": self.language,
             "embeddings": self.embeddings,
         }
-        for part in self.quantize.nf4 or ():
+        nf4, fp8 = self.quantize.nf4 or (), self.quantize.fp8 or ()
+        for part in (*nf4, *fp8):
             if modes[part] == "full":
+                setting = "quantize.nf4" if part in nf4 else "quantize.fp8"
                 allowed = "frozen" if part == "embeddings" else "lora or frozen"
                 raise ValueError(
-                    f"{part} is full and in quantize.nf4: 4-bit weights cannot be trained;"
-                    f" set tune.{part} to {allowed}, or remove it from quantize.nf4"
+                    f"{part} is full and in {setting}: quantized weights cannot be trained;"
+                    f" set tune.{part} to {allowed}, or remove it from {setting}"
                 )
-        for part in self.quantize.fp8 or ():
-            if modes[part] == "full":
-                raise ValueError(
-                    f"{part} is full and in quantize.fp8: only frozen weights can be in FP8;"
-                    f" set tune.{part} to lora or frozen, or remove it from quantize.fp8"
-                )
-            if part in (self.quantize.nf4 or ()):
-                raise ValueError(
-                    f"{part} is in quantize.nf4 and in quantize.fp8: remove it from one of them"
-                )
+        if both := [part for part in fp8 if part in nf4]:
+            settings = "quantize.nf4 and in quantize.fp8"
+            raise ValueError(f"{both[0]} is in {settings}: remove it from one of them")
         return self
 
     @model_validator(mode="after")
@@ -354,11 +352,27 @@ class TrainSettings(SettingsSection):
 TaskName = Literal[
     "captions", "latex", "ocr", "qa", "classification", "json", "grounding", "detection"
 ]
+METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
-CustomMetric = Annotated[str, Field(pattern=r"\.py:[A-Za-z_]\w*$")]
-"""A custom metric: a function in a Python file, as `path/to/metric.py:function`."""
 
-MetricSpec = TaskName | CustomMetric
+def _check_name(names: Registry[None], value: object, or_: str = "") -> str:
+    """Return the name of a built-in object or of a plug-in, which is not imported yet."""
+    if isinstance(value, str) and value in names:
+        names.find_plugin(value)
+        return value
+    expected = f"{', '.join(map(repr, names))}{or_}"
+    raise PydanticCustomError("literal_error", "not one of {expected}", {"expected": expected})
+
+
+def _check_metric(value: object) -> str:
+    if isinstance(value, str) and re.search(r"\.py:[A-Za-z_]\w*$", value):
+        return value
+    or_ = " or a function in a Python file, such as metric.py:score"
+    return _check_name(METRIC_NAMES, value, or_)
+
+
+MetricSpec = Annotated[TaskName | str, BeforeValidator(_check_metric)]
+"""A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
 
 class EvalSettings(SettingsSection):
@@ -392,9 +406,11 @@ class EvalSettings(SettingsSection):
         return self
 
 
-TrackerKind = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
+TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
+_TRACKER_NAMES = Registry("trackers", object, dict.fromkeys(get_args(TrackerName)))
+TrackerKind = Annotated[TrackerName | str, BeforeValidator(partial(_check_name, _TRACKER_NAMES))]
 
-TRACKER_MODES: dict[TrackerKind, tuple[str, ...]] = {
+TRACKER_MODES: dict[str, tuple[str, ...]] = {
     "swanlab": ("cloud", "local", "offline"),
     "wandb": ("cloud", "offline"),
 }

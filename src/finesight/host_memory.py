@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 _CGROUP = Path("/sys/fs/cgroup")
@@ -26,39 +27,33 @@ def available_memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
     limit = _read_limit(cgroup / "memory.max")
     used = _read_limit(cgroup / "memory.current")
     if limit is not None and used is not None:
-        free = min(free, limit - used + _read_inactive_file_bytes(cgroup / "memory.stat"))
+        # Its inactive page cache is reclaimable.
+        lines = _read(cgroup / "memory.stat").splitlines()
+        cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
+        free = min(free, limit - used + sum(cached))
     return max(0, free)
 
 
 def _read_mem_available(meminfo: Path) -> int:
-    try:
-        lines = meminfo.read_text().splitlines()
-    except OSError:
-        # Systems without /proc: assume that half of the memory is available.
-        return _physical_memory() // 2
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    for line in _read(meminfo).splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    # Systems without /proc: assume that half of the memory is available.
+    return _physical_memory() // 2
 
 
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
+def _read(file: Path) -> str:
+    """Read a file of the kernel; empty if it is missing."""
+    with suppress(OSError):
+        return file.read_text().strip()
+    return ""
+
+
 def _read_limit(file: Path) -> int | None:
-    """Read a number of bytes from a cgroup file, such as memory.max.
-
-    Returns None if the file is missing or contains `max` (no limit).
-    """
-    try:
-        text = file.read_text().strip()
-    except OSError:
-        return None
+    """Read a number of bytes from a cgroup file; None if it is missing or `max` (no limit)."""
+    text = _read(file)
     return int(text) if text.isdecimal() else None
-
-
-def _read_inactive_file_bytes(file: Path) -> int:
-    """Read the reclaimable page cache of a container in bytes, from its memory.stat file."""
-    try:
-        lines = file.read_text().splitlines()
-    except OSError:
-        return 0
-    return next((int(line.split()[1]) for line in lines if line.startswith("inactive_file ")), 0)

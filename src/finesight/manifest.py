@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from finesight.bounded_files import read_bytes, read_lines
-from finesight.config import ImageRule, TaskName, TuneSettings
+from finesight.config import ImageRule, TuneSettings
 from finesight.errors import UserError
+from finesight.plugins import PluginRecord, require_plugins
 
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
@@ -61,12 +61,13 @@ class Manifest(BaseModel):
         system_prompt: System prompt of the run; None for a family without one.
         enable_thinking: Thinking mode of the majority of the training samples; None for a family
             without reasoning.
-        metric: Built-in metric of the evaluation, which implies the format of the answers; None for
-            a custom metric, or without an evaluation.
+        metric: Task metric of the evaluation, which implies the format of the answers; None for a
+            custom metric, or without an evaluation.
         max_new_tokens: Maximum completion length of the evaluation; None without an evaluation.
         prompts: Most frequent prompts of the training samples, which the chat page suggests.
         has_images: Whether the training samples have images; `load_manifest` reads it from the
             metrics of a run. None if unknown.
+        plugins: Plug-ins that the recipe and the model need.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -81,10 +82,11 @@ class Manifest(BaseModel):
     eos_token: str
     tune: TuneSettings
     versions: dict[str, str]
-    metric: TaskName | None = None
+    metric: str | None = None
     max_new_tokens: int | None = None
     prompts: tuple[str, ...] = ()
     has_images: bool | None = None
+    plugins: tuple[PluginRecord, ...] = ()
 
 
 def find_run_dir(run_or_checkpoint: Path) -> Path:
@@ -100,42 +102,11 @@ def find_newest_checkpoint(run_dir: Path) -> Path | None:
     return max(numbered, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
-def read_example(run_dir: Path) -> tuple[str, str]:
-    """Return an image and a prompt for example commands: those of the first validation prediction.
-
-    Without predictions, the prompt is the most frequent one of the training samples. Without an
-    image file or a prompt, they are `IMAGE` and `TEXT`.
-    """
-    record: dict[str, object] = {}
-    with suppress(UserError):
-        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
-    for name in ("before.jsonl", "after.jsonl"):
-        with suppress(UserError, ValueError):
-            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
-            record |= json.loads(next(lines, b"{}"))
-    path, prompt = record.get("image"), record.get("prompt")
-    path = next(iter(path), None) if isinstance(path, list) else path
-    # Paths of imported data contain "..", which the file system resolves differently after a link.
-    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
-    image = image if os.path.isfile(image) else str(path if path else image)
-    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
-
-
 def load_manifest(path: Path) -> Manifest:
-    """Read and validate a manifest."""
-    content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
-    _check_format_version(content, path)
-    try:
-        manifest = Manifest.model_validate_json(content)
-    except ValidationError as error:
-        first_error = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first_error["loc"])) or "the file"
-        raise UserError(
-            f"{key} is {first_error['input']!r:.80}",
-            where=str(path),
-            expected=first_error["msg"],
-            remedy=_REMEDY,
-        ) from error
+    """Read and validate a manifest. Raises UserError if the plug-in of its model is missing."""
+    manifest = _read_manifest(path)
+    model_plugins = [one for one in manifest.plugins if one.kind in ("families", "architectures")]
+    require_plugins(model_plugins, str(path))
     if manifest.has_images is None:
         with suppress(UserError, ValueError, LookupError, TypeError):
             start = json.loads(
@@ -146,20 +117,35 @@ def load_manifest(path: Path) -> Manifest:
     return manifest
 
 
-def _check_format_version(content: bytes, path: Path) -> None:
-    """Raise UserError for a manifest of another version, before its keys are validated."""
-    try:
+def require_run_plugins(run_dir: Path) -> None:
+    """Raise UserError if a plug-in of a run is missing. An invalid manifest is not reported."""
+    plugins: Sequence[PluginRecord] = ()
+    with suppress(UserError):
+        plugins = _read_manifest(run_dir / MANIFEST_FILE).plugins
+    require_plugins(plugins, str(run_dir))
+
+
+def _read_manifest(path: Path) -> Manifest:
+    content = read_bytes(path, expected="the manifest of a run", remedy=_REMEDY)
+    # Other versions have other keys. Version 1 named this one "format".
+    with suppress(ValueError, RecursionError, AttributeError):
         record = json.loads(content)
-    except (ValueError, RecursionError):
-        return  # Reported as invalid JSON by the validation.
-    if not isinstance(record, dict):
-        return
-    # Version 1 named the key "format".
-    version = record.get("format_version", record.get("format", FORMAT_VERSION))
-    if version != FORMAT_VERSION:
+        version = record.get("format_version", record.get("format", FORMAT_VERSION))
+        if version != FORMAT_VERSION:
+            raise UserError(
+                f"manifest has format version {version!r:.80}",
+                where=str(path),
+                expected=f"format version {FORMAT_VERSION}",
+                remedy="use the finesight version that wrote the run, or train again",
+            )
+    try:
+        return Manifest.model_validate_json(content)
+    except ValidationError as error:
+        first_error = error.errors(include_url=False)[0]
+        key = ".".join(map(str, first_error["loc"])) or "the file"
         raise UserError(
-            f"manifest has format version {version!r:.80}",
+            f"{key} is {first_error['input']!r:.80}",
             where=str(path),
-            expected=f"format version {FORMAT_VERSION}",
-            remedy="use the finesight version that wrote the run, or train again",
-        )
+            expected=first_error["msg"],
+            remedy=_REMEDY,
+        ) from error

@@ -45,7 +45,9 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
     """
     if _is_up_to_date(files, target):
         return
-    with _lock_folder(target.parent):
+    with FileLock(target.parent) as lock:
+        with contextlib.suppress(OSError):  # some network file systems know no locks
+            lock.acquire()
         if _is_up_to_date(files, target):
             return
         if target.exists():
@@ -64,18 +66,6 @@ def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
     except UserError:
         return False
     return bool(recorded_sources == _describe_sources(files))
-
-
-@contextlib.contextmanager
-def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder for the `with` block.
-
-    It is released at the latest when this process ends.
-    """
-    with FileLock(folder) as lock:
-        with contextlib.suppress(OSError):  # some network file systems know no locks
-            lock.acquire()
-        yield
 
 
 def _convert(files: Sequence[Path], target: Path) -> None:
@@ -131,7 +121,9 @@ def _torch_load(file: Path) -> object:
             warnings.simplefilter("ignore")
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise _build_error(file, _describe_unpickling_error(str(error))) from error
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        code = f"a pickle that would execute {match[1]} when it is read" if match else ""
+        raise _build_error(file, code or "not a pickle of tensors") from error
     except OSError as error:
         raise _build_error(file, f"cannot be read: {error.strerror}") from error
     except Exception as error:  # a damaged file can raise nearly anything inside torch
@@ -154,16 +146,6 @@ def _describe_unsupported(tensor: Tensor) -> str:
     if tensor.nbytes > tensor.untyped_storage().nbytes():
         return f"a tensor of {tensor.nbytes} bytes in a smaller file"
     return ""
-
-
-def _describe_unpickling_error(message: str) -> str:
-    """Shorten the message with which the loader of torch rejects a pickle."""
-    match = re.search(r"GLOBAL (\S+)", message)
-    return (
-        f"a pickle that would execute {match[1]} when it is read"
-        if match
-        else "not a pickle of tensors"
-    )
 
 
 def _build_error(file: Path, reason: str) -> UserError:
@@ -285,11 +267,7 @@ class ModelFolder:
         set_values = {key: value for key, value in settings.items() if value is not None}
         merged = {**PREPROCESSOR_DEFAULTS, **size_settings, **set_values}
         for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
-            value = merged[key]
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise self._build_config_error(
-                    f"{key} is {value!r}", "an integer of at least 1", name, PREPROCESSOR_FILE
-                )
+            self._check_count(key, merged[key], name, PREPROCESSOR_FILE)
         if merged["min_pixels"] > merged["max_pixels"]:
             raise self._build_config_error(
                 f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
@@ -304,10 +282,9 @@ class ModelFolder:
             return "config.json", self._fixed_size_settings()
         if self.find_file(PREPROCESSOR_FILE) is not None:
             return PREPROCESSOR_FILE, self._read_json_file(PREPROCESSOR_FILE)
-        if self.find_file(PROCESSOR_FILE) is not None:
-            nested = self._read_json_file(PROCESSOR_FILE).get("image_processor")
-            if isinstance(nested, dict):
-                return PROCESSOR_FILE, nested
+        nested = self._read_optional(PROCESSOR_FILE).get("image_processor")
+        if isinstance(nested, dict):
+            return PROCESSOR_FILE, nested
         if self.family not in _FAMILIES_WITH_DEFAULTS:
             self._require_file(PREPROCESSOR_FILE)
         return PREPROCESSOR_FILE, {}
@@ -318,12 +295,8 @@ class ModelFolder:
         visual = section if isinstance(section, dict) else {}
         values = {"image_size": 0, "patch_size": 0, "n_queries": 256}
         for key, default in values.items():
-            value = visual.get(key, default)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise self._build_config_error(
-                    f"visual.{key} is {visual.get(key)!r}", "an integer of at least 1"
-                )
-            values[key] = value
+            values[key] = visual.get(key, default)
+            self._check_count(f"visual.{key}", values[key])
         image_size, patch_size, num_queries = values.values()
         return {
             "image_size": image_size,
@@ -341,11 +314,7 @@ class ModelFolder:
         if template is not None:
             return read_text(template, expected="a Jinja template", remedy=_DOWNLOAD_AGAIN)
         for name in ("chat_template.json", "tokenizer_config.json"):
-            template_text = (
-                self._read_json_file(name).get("chat_template")
-                if self.find_file(name) is not None
-                else None
-            )
+            template_text = self._read_optional(name).get("chat_template")
             if isinstance(template_text, str):
                 return template_text
         return ""
@@ -353,17 +322,14 @@ class ModelFolder:
     @cached_property
     def generation_config(self) -> dict[str, Any]:
         """Content of `generation_config.json`, empty if the file is missing."""
-        name = "generation_config.json"
-        return self._read_json_file(name) if self.find_file(name) is not None else {}
+        return self._read_optional("generation_config.json")
 
     @cached_property
     def video_preprocessor_config(self) -> dict[str, Any]:
         """Video preprocessor settings, empty for a folder without them."""
         if self.find_file(VIDEO_PREPROCESSOR_FILE) is not None:
             return self._read_json_file(VIDEO_PREPROCESSOR_FILE)
-        if self.find_file(PROCESSOR_FILE) is None:
-            return {}
-        nested = self._read_json_file(PROCESSOR_FILE).get("video_processor")
+        nested = self._read_optional(PROCESSOR_FILE).get("video_processor")
         return nested if isinstance(nested, dict) else {}
 
     @cached_property
@@ -445,7 +411,7 @@ class ModelFolder:
         return [] if single is None else [single]
 
     def _read_shard_names(self, index: Path) -> list[str]:
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json_object(index, remedy=_DOWNLOAD_AGAIN).get("weight_map")
         is_valid = isinstance(weight_map, dict) and all(
             isinstance(name, str) and Path(name).name == name for name in weight_map.values()
         )
@@ -459,6 +425,11 @@ class ModelFolder:
             )
         return sorted(set(weight_map.values()))
 
+    def _check_count(self, key: str, value: object, *files: str) -> None:
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            what = f"{key} is {value!r}"
+            raise self._build_config_error(what, "an integer of at least 1", *files)
+
     def _build_config_error(
         self, what: str, expected: str, name: str = "config.json", published: str = "config.json"
     ) -> UserError:
@@ -466,7 +437,10 @@ class ModelFolder:
         return UserError(what, where=str(self.path / name), expected=expected, remedy=remedy)
 
     def _read_json_file(self, name: str) -> dict[str, Any]:
-        return _read_json(self._require_file(name))
+        return read_json_object(self._require_file(name), remedy=_DOWNLOAD_AGAIN)
+
+    def _read_optional(self, name: str) -> dict[str, Any]:
+        return {} if self.find_file(name) is None else self._read_json_file(name)
 
     def _require_file(self, name: str) -> Path:
         path = self.find_file(name)
@@ -550,9 +524,8 @@ def resolve_model_path(name_or_path: str) -> Path:
 
     The bare name `finesight-tiny` is the bundled folder; `~` is the home folder.
     """
-    return (
-        TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else Path(os.path.expanduser(name_or_path))
-    )
+    path = Path(os.path.expanduser(name_or_path))
+    return TINY_MODEL_FOLDER if name_or_path == TINY_MODEL else path
 
 
 def get_portable_name(folder: ModelFolder) -> str:
@@ -583,10 +556,6 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
             expected=error.expected,
             remedy=error.remedy,
         ) from error
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return read_json_object(path, remedy=_DOWNLOAD_AGAIN)
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:

@@ -27,7 +27,6 @@ ProgressCallback = Callable[[int], None]
 MAX_LOG_LINES = 20
 """Approximate maximum number of step lines printed when the output is not a terminal."""
 
-
 LOG_INTERVAL_S = 10.0
 """Minimum seconds between two lines of a stage when the output is not a terminal."""
 

@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass
 from functools import cache
 from glob import glob
 from itertools import islice
@@ -24,7 +23,7 @@ from pydantic_core import ErrorDetails
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import UserError, shorten, suggest_name
-from finesight.manifest import RECIPE_FILE
+from finesight.manifest import RECIPE_FILE, require_run_plugins
 
 MAX_RECIPE_BYTES = 2**20
 """Maximum size of a recipe file in bytes; typical recipes have a few thousand."""
@@ -51,12 +50,8 @@ def read_recipe_text(path: Path) -> str:
     """
     if os.path.isdir(path):
         recipe = path / RECIPE_FILE
-        raise UserError(
-            "is a folder",
-            where=str(path),
-            expected="a YAML file",
-            remedy=f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file",
-        )
+        remedy = f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file"
+        raise UserError("is a folder", where=str(path), expected="a YAML file", remedy=remedy)
     if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
         raise UserError(
             "is a data file",
@@ -191,19 +186,14 @@ _EXCLUDED_SETTINGS: Mapping[str, set[str]] = {"train.epochs": {"steps"}, "train.
 _LIST_INDEX = re.compile("[0-9]{1,9}")
 
 _EXPECTED_BY_TYPE = {
-    "int_type": "an integer",
-    "int_parsing": "an integer",
-    "int_from_float": "an integer",
-    "float_type": "a number, such as 0.1",
-    "float_parsing": "a number, such as 0.1",
+    **dict.fromkeys(("int_type", "int_parsing", "int_from_float"), "an integer"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number, such as 0.1"),
     "bool_type": "true or false",
     "string_type": "text",
     "tuple_type": "a list",
-    "path_type": "a path",
-    "is_instance_of": "a path",
+    **dict.fromkeys(("path_type", "is_instance_of"), "a path"),
     "finite_number": "a finite number",
     "literal_error": "one of {expected}",
-    "string_pattern_mismatch": "a function in a Python file, such as metric.py:score",
     "greater_than": "a number above {gt}",
     "greater_than_equal": "a number of at least {ge}",
     "less_than": "a number below {lt}",
@@ -228,16 +218,6 @@ _EXAMPLES = {
     "width": "280",
     "longest_side": "512",
 }
-
-
-@dataclass(frozen=True)
-class _SettingError:
-    """An invalid setting: its key, and problem, expected value and remedy for the message."""
-
-    key: SettingKey
-    what: str
-    expected: str
-    remedy: str
 
 
 Overrides = Sequence[str] | Mapping[str, object]
@@ -268,7 +248,13 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
             remedy="start from one of the files in recipes/",
         )
     _resolve_paths(content, path.parent)
-    return _validate_recipe(content, str(path), lines, overrides)
+    try:
+        return _validate_recipe(content, str(path), lines, overrides)
+    except UserError:
+        # The names of missing plug-ins are invalid. The manifest of the run has their packages.
+        for folder in (path.parent, Path(str(content.get("output_dir")))):
+            require_run_plugins(folder)
+        raise
 
 
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
@@ -330,49 +316,29 @@ def _validate_recipe(
         return Recipe.model_validate(content)
     except ValidationError as error:
         wrong = _wrong_settings(error.errors(include_url=False), content)
-        setting_errors = [
-            _build_setting_error(key, group)
-            for key, group in islice(wrong.items(), MAX_REPORTED_ERRORS)
-        ]
-        locations = [_format_location(where, m.key, lines, overridden) for m in setting_errors]
+        setting_errors = []
+        for key, group in islice(wrong.items(), MAX_REPORTED_ERRORS):
+            what, expected, remedy = _explain_error(key, group)
+            name = f"{shorten(format_key(key), MAX_SHOWN_CHARS)}: " if key else ""
+            location = _format_location(where, key, lines, overridden)
+            setting_errors.append(
+                UserError(name + what, where=location, expected=expected, remedy=remedy)
+            )
         num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
         remedy = "to convert the configuration of another trainer: finesight convert FILE RECIPE"
         remedy *= num_foreign >= MIN_FOREIGN_SETTINGS
-        raise _to_user_error(where, setting_errors, locations, len(wrong), remedy) from error
+        if len(wrong) == 1:
+            raise setting_errors[0] from error
+        count = len(wrong) - len(setting_errors)
+        messages = [*map(str, setting_errors), *([f"and {count:,} more"] if count else [])]
+        problem = "\n".join([f"{len(wrong):,} settings are wrong", *messages])
+        raise UserError(problem, where=where, remedy=remedy) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
     """Format all settings of a recipe, including defaults, as YAML for `load_recipe`."""
     content = recipe.model_dump(mode="json")
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
-
-
-MIN_STEPS, MAX_SHORT_STEPS = 100, 200
-"""Minimum steps of a run, and the maximum of a model that trains on a CPU."""
-
-
-def choose_duration(num_samples: int | None, batch_size: int, is_short: bool) -> dict[str, str]:
-    """Choose the duration of a LoRA run, as a setting and its value with a comment.
-
-    LoRA fine-tuning usually takes 3 to 5 epochs, and 1 of large datasets. A few dozen samples need
-    more epochs, because the adapters start at zero and learn in the first steps.
-
-    Args:
-        num_samples: Number of training samples; None if they are not labelled yet.
-        is_short: Whether the model trains on a CPU.
-    """
-    if num_samples is None:
-        reason = "for a few dozen labels; with hundreds, replace it by epochs: 5"
-        return {"train.steps": f"{MIN_STEPS}  # {reason}"}
-    epochs = 5 if num_samples < 1000 else 3 if num_samples < 3000 else 1
-    steps = epochs * -(-num_samples // batch_size)
-    bounded = min(max(steps, MIN_STEPS), MAX_SHORT_STEPS if is_short else steps + MIN_STEPS)
-    if bounded == steps:
-        reason = f"{steps} steps; 3 to 5 epochs are usual, 1 for 3,000 samples or more"
-        return {"train.epochs": f"{epochs}  # {reason}"}
-    num_epochs = f"{bounded * batch_size / num_samples:.1f}".removesuffix(".0")
-    reason = f"at least {MIN_STEPS} steps" if bounded > steps else "short for training on a CPU"
-    return {"train.steps": f"{bounded}  # {num_epochs} epochs; {reason}"}
 
 
 def list_setting_names(section: type[SettingsSection] = Recipe) -> list[str]:
@@ -558,31 +524,30 @@ def _locate_error(
     return tuple(key), len(key) if union_depth is None else union_depth, member
 
 
-def _build_setting_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> _SettingError:
+def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str, str, str]:
+    """Return the problem of a setting, the expected value and the remedy."""
     first = errors[0]
     value = _truncate_repr(first["input"])
     if first["type"] == "extra_forbidden":
         siblings = _list_group_names(key[:-1])
         if key[-1] in siblings:
             what = "this setting excludes the others of its section"
-            return _SettingError(key, what, "settings of one rule", "remove it or the others")
+            return what, "settings of one rule", "remove it or the others"
         remedy = _suggest_remedy(key, first["input"])
-        expected = f"one of {', '.join(siblings)}"
-        return _SettingError(key, f"unknown setting, given {value}", expected, remedy)
+        return f"unknown setting, given {value}", f"one of {', '.join(siblings)}", remedy
     if first["type"] == "missing" and first["loc"][-1] == key[-1]:
         example = _EXAMPLES[str(key[-1])]
         group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
-        remedy = f"add {key[-1]} {group}"
-        return _SettingError(key, "this setting is missing", f"for example {example}", remedy)
+        return "this setting is missing", f"for example {example}", f"add {key[-1]} {group}"
     if first["type"] in ("value_error", "conflict"):
         reason = first["msg"].removeprefix("Value error, ")
         remedy = first.get("ctx", {}).get("remedy", "change one of them")
-        return _SettingError(key, reason, "consistent settings", remedy)
+        return reason, "consistent settings", remedy
     expected = " or ".join(dict.fromkeys(_format_expected(key, error) for error in errors))
     remedy = f"change {format_key(key)}" if key else "correct the name"
     choices = re.findall("'([^']*)'", expected) if first["type"] == "literal_error" else []
     remedy = suggest_name(str(first["input"]), choices, remedy, f"{format_key(key)}: ")
-    return _SettingError(key, f"has the invalid value {value}", expected, remedy)
+    return f"has the invalid value {value}", expected, remedy
 
 
 def _format_expected(key: SettingKey, error: ErrorDetails) -> str:
@@ -747,27 +712,3 @@ def _format_location(
         if key[:depth] in lines:
             return f"{source}:{lines[key[:depth]]}"
     return source
-
-
-def _to_user_error(
-    where: str, setting_errors: list[_SettingError], locations: list[str], count: int, remedy: str
-) -> UserError:
-    """Combine the errors of several settings into one UserError.
-
-    `count` is the number of all invalid settings, including those without a description. `remedy`
-    applies to all of them.
-    """
-    errors = [
-        UserError(
-            f"{shorten(format_key(m.key), MAX_SHOWN_CHARS)}: {m.what}" if m.key else m.what,
-            where=location,
-            expected=m.expected,
-            remedy=m.remedy,
-        )
-        for m, location in zip(setting_errors, locations, strict=True)
-    ]
-    if count == 1:
-        return errors[0]
-    messages = "\n".join(str(error) for error in errors)
-    more = f"\nand {count - len(errors):,} more" if count > len(errors) else ""
-    return UserError(f"{count:,} settings are wrong\n{messages}{more}", where=where, remedy=remedy)

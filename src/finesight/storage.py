@@ -194,25 +194,18 @@ def translate_os_errors(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except OSError as error:
-        if error.errno not in _REMEDIES:
-            raise
-        raise _build_write_error(path, error.errno) from error
-    except SafetensorError as error:
-        # Its writer reports errors of the system as text only.
+    except (OSError, SafetensorError) as error:
+        # The writer of safetensors reports errors of the system as text only.
         match = re.search(r"os error (\d+)", str(error))
-        if not match or int(match[1]) not in _REMEDIES:
+        number = error.errno if isinstance(error, OSError) else int(match[1]) if match else 0
+        if number not in _REMEDIES:
             raise
-        raise _build_write_error(path, int(match[1])) from error
-
-
-def _build_write_error(path: Path, error_number: int) -> UserError:
-    return UserError(
-        f"cannot be written: {os.strerror(error_number).lower()}",
-        where=str(path),
-        expected="a writable location with free space",
-        remedy=_REMEDIES[error_number],
-    )
+        raise UserError(
+            f"cannot be written: {os.strerror(number).lower()}",
+            where=str(path),
+            expected="a writable location with free space",
+            remedy=_REMEDIES[number],
+        ) from error
 
 
 def require_free_space(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:
@@ -553,15 +546,12 @@ def verify_folder(path: Path) -> None:
     """Verify that the files of a folder written by `write_folder` match its list of digests."""
     manifest, listing = path / DIGESTS_FILE, "file names with their SHA-256"
     remedy = "restore the folder from a copy, or delete it and make it again"
-    if not path.is_dir():
-        expected, remedy = f"a folder with {DIGESTS_FILE}", "check the path"
-        raise UserError(
-            f"missing folder {path.name}", where=str(path), expected=expected, remedy=remedy
-        )
 
     def fail(what: str, where: Path, expected: str) -> NoReturn:
         raise UserError(what, where=str(where), expected=expected, remedy=remedy)
 
+    if not path.is_dir():
+        fail(f"missing folder {path.name}", path, f"a folder with {DIGESTS_FILE}")
     if not manifest.is_file():
         what = f"{DIGESTS_FILE} is missing: the folder is incomplete"
         fail(what, path, "every file that was written, and their digests")

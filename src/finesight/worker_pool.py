@@ -172,9 +172,11 @@ def _signal_hangup(connection: socket.socket) -> None:
     fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-def _run_job(
-    job: WorkerJob, state: Any, connection: socket.socket
-) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
+_Reply = tuple[dict[str, Any], Sequence[NDArray[np.generic]]]
+"""Reply of a worker: JSON data and arrays."""
+
+
+def _run_job(job: WorkerJob, state: Any, connection: socket.socket) -> _Reply:
     """Run a job, and return the reply.
 
     The kernel kills this process if the job exceeds a time limit or is canceled.
@@ -194,9 +196,7 @@ def _run_job(
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _outcome(
-    function: Callable[[], JobOutput],
-) -> tuple[dict[str, Any], Sequence[NDArray[np.generic]]]:
+def _outcome(function: Callable[[], JobOutput]) -> _Reply:
     try:
         output = function()
     except UserError as error:

@@ -117,7 +117,7 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     short = ["train.steps=2", "eval.limit=2", "eval.max_new_tokens=4"]
     printed = cli("train", "photos-finetune/recipe.yaml", *short)
     # The complete command, with an image and the prompt of the training.
-    command = shlex.split(printed.err.partition("Try it:  finesight ")[2].splitlines()[0])
+    command = shlex.split(printed.next_steps.splitlines()[0])[1:]
     image = command[2]
     assert re.fullmatch(r"photos/images/\d+\.png", image)
     assert command[3:] == ["--prompt", "Describe the image."]
@@ -176,7 +176,7 @@ def test_unlabeled_images_become_a_served_model(cli):
             assert answer["item"]["decision"] == "written"
     assert errors[-1] == f"next: {train.strip()}"
     printed = cli(*shlex.split(train)[1:], "train.steps=30")
-    assert f"next: {serve.strip()}\n" in printed.err
+    assert serve.strip() in printed.next_steps
     image = Path("photos", Path(read_samples(labels)[0].id).name)
     with run_server(serve) as (address, _):
         assert ask_server(f"{address}/", image) == colors[image.name]

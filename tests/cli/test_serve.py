@@ -17,7 +17,7 @@ from openai import OpenAI
 
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
-from finesight.manifest import read_example
+from finesight.operations.training import read_example
 from finesight.serve import api_server
 
 KEY = "a-key-of-this-test-0123456789"

@@ -96,7 +96,7 @@ def test_run_folder_is_resumed_by_its_recipe(recipe, tmp_path, cli, monkeypatch)
     overrides = ("output_dir=runs/one", f"data.train={labels}")
     messages = cli("train", recipe, *overrides, "--resume").err
     assert "runs/one: no run to resume; a new run starts" in messages
-    assert messages.endswith("next: finesight label runs/one IMAGES\n")
+    assert messages.endswith("\n  finesight label runs/one IMAGES\n")
     messages = cli("train", "runs/one", "--resume").err
     assert "runs/one: the run is already complete, so nothing was trained" in messages
     assert "model=runs/one output_dir=runs/one-2" in messages

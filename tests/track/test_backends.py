@@ -15,7 +15,7 @@ from each_value import each
 from tiny_task import TinyTask
 from tracking_fixtures import READERS, TrackedRun
 
-from finesight.config import TrackerKind, TrackerSettings
+from finesight.config import TrackerKind, TrackerName, TrackerSettings
 from finesight.errors import UserError
 from finesight.track.backends import TRACKERS, require_packages
 from finesight.track.tracker_records import AlertRecord, FinishRecord, StartRecord
@@ -113,7 +113,7 @@ def test_swanlab_sends_alerts_to_webhook(
     assert str(tmp_path) not in json.dumps(bodies)
 
 
-@each("kind", get_args(TrackerKind))
+@each("kind", get_args(TrackerName))
 def test_missing_package_error_names_the_extra(
     kind: TrackerKind, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -120,7 +120,8 @@ def serve(
             remedy="pip install 'finesight[serve]'",
         ) from error
     from finesight.infer.model_loader import resolve_model_source
-    from finesight.manifest import find_run_dir, read_example
+    from finesight.manifest import find_run_dir
+    from finesight.operations.training import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         raise UserError(

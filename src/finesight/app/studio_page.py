@@ -43,7 +43,7 @@ from finesight.app.studio_view import (
 )
 from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
-from finesight.config import TaskName
+from finesight.config import METRIC_NAMES
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
@@ -153,7 +153,7 @@ FORMS: dict[str, tuple[FormField, ...]] = {
         FormField(
             "eval.metric",
             "Metric (empty: chosen from the answers)",
-            choices=get_args(TaskName),
+            choices=[*METRIC_NAMES],
             is_advanced=True,
         ),
         FormField("train.epochs", "Epochs", "from the data", is_advanced=True),

@@ -18,12 +18,12 @@ from glob import iglob
 from itertools import chain, permutations
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 
 from finesight.bounded_files import load_yaml
-from finesight.config import TRACKER_MODES, Recipe, TaskName, TrainFileSettings, is_url
+from finesight.config import METRIC_NAMES, TRACKER_MODES, Recipe, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
@@ -611,7 +611,7 @@ class Workspace:
             files = [own, *map(Path, iglob(pattern, recursive=True))]
             if not all(self._contains(file) and not self._is_internal(file) for file in files):
                 problem = f"{path} is outside of the workspace {self.folder}, or of the studio"
-        if recipe.eval is not None and recipe.eval.metric not in get_args(TaskName):
+        if recipe.eval is not None and recipe.eval.metric not in METRIC_NAMES:
             problem = (
                 f"eval.metric {recipe.eval.metric} is a Python file, which the studio never runs"
             )
@@ -622,7 +622,7 @@ class Workspace:
             raise UserError(
                 problem,
                 where=str(where),
-                expected="data and output_dir in the workspace, a built-in metric, no track.uri",
+                expected="data and output_dir in the workspace, a metric by its name, no track.uri",
                 remedy="change the setting, or train in a terminal",
             )
 

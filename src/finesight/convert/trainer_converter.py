@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from finesight.config import TaskName
+from finesight.config import METRIC_NAMES
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -206,7 +206,7 @@ class TrainerConverter:
         except UserError:
             task = None
         if task is None or self.objective is not None:
-            tasks = ", ".join(get_args(TaskName))
+            tasks = ", ".join(METRIC_NAMES)
             text = f"set by the answers, which {source} does not show here: one of {tasks}"
             self.draft.note("eval.metric", "none", text)
             return

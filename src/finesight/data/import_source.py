@@ -21,7 +21,7 @@ from finesight.data.corpus import (
     read_first_json,
     read_first_record,
 )
-from finesight.data.formats import FORMATS, detect_format, get_format
+from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
 from finesight.data.formats.conversations import LLAMA_FACTORY
 from finesight.data.formats.dataset_format import (
@@ -37,7 +37,7 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.formats.message_parts import SAMPLES, example_from_sample
+from finesight.data.formats.message_parts import SAMPLES, detect_samples, example_from_sample
 from finesight.data.image_header import read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
@@ -276,7 +276,9 @@ def open_source(source: Path, options: ImportOptions) -> ImportSource:
     if data_format is None:
         data_format, detected_by = _detect_format(first_records, source, rows, options)
     check_format_options(data_format, detected_by, options)
-    column_map = data_format.map_columns(first_records, options.columns)
+    column_map: Mapping[str, str] = options.columns
+    if data_format.map_columns is not None:
+        column_map = data_format.map_columns(first_records, column_map)
     known = dict.fromkeys(key for record in first_records for key in record)
     for role, column in column_map.items():
         table_format.find_columns(known, role, column, str(source))
@@ -424,7 +426,8 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="remove --no-header",
         )
     as_table = options.columns and (source.is_file() or options.row_files)
-    candidates = [requested] if requested else [] if as_table else FORMATS
+    # Plug-ins are not imported for row files, whose format is detected later.
+    candidates = [requested] if requested else [] if as_table else iter_formats(is_folder)
     for data_format in candidates:
         opener = (data_format.open_requested if requested else None) or data_format.open_dataset
         result = None if opener is None else opener(source)
@@ -440,7 +443,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
         )
     if is_folder:
         folder_formats = [
-            data_format for data_format in FORMATS if data_format.open_dataset is not None
+            data_format for data_format in iter_formats() if data_format.open_dataset is not None
         ]
         listing = list_folder(source)
         has_only_images = len(listing.image_files()) == len(listing.files) > 0
@@ -533,7 +536,7 @@ def is_sample_source(path: Path) -> bool:
     with_images = record.pop("images", None) is not None
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
-    return SAMPLES.detect([record]) is not None and not (with_images and is_text)
+    return detect_samples([record]) is not None and not (with_images and is_text)
 
 
 def _read_first_tar_record(path: Path) -> dict[str, object] | None:

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from finesight.bounded_files import load_yaml, reject_special_file
-from finesight.data.formats import FORMATS
+from finesight.data.formats import iter_formats
 from finesight.data.formats.image_folder import SPLIT_ALIASES
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
@@ -409,9 +409,7 @@ def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
 
 
 def _is_folder_dataset(folder: Path) -> bool:
-    return any(
-        form.open_dataset is not None and form.open_dataset(folder) is not None for form in FORMATS
-    )
+    return any(form.open_dataset and form.open_dataset(folder) for form in iter_formats())
 
 
 def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions) -> FetchedSource:

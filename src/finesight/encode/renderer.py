@@ -63,6 +63,7 @@ from finesight.encode.tokenization import (
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
+from finesight.plugins import Registry
 from finesight.vision.image_processing import (
     GridTHW,
     compute_video_size,
@@ -287,7 +288,7 @@ class _RenderState:
     temporal_ids: list[NDArray[np.int64]]
 
 
-FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
+_BUILT_IN: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen2_vl": qwen2_vl.from_folder,
     "qwen2_5_vl": qwen2_5_vl.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
@@ -296,18 +297,16 @@ FAMILIES: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen3_5_moe": qwen3_5.from_folder,
     "qwen": qwen_vl.from_folder,
 }
-"""Constructors of native families by `model_type` of config.json. Add new families here."""
+FAMILIES = Registry("families", Callable, _BUILT_IN)
+"""Constructors of native families by `model_type` of config.json."""
 
 
 def load_family(folder: ModelFolder) -> ModelFamily:
     """Create the `ModelFamily` of the model in a folder."""
     if folder.family not in FAMILIES:
-        raise UserError(
-            f"unsupported model family {folder.family}",
-            where=str(folder.path / "config.json"),
-            expected=f"one of {', '.join(FAMILIES)}",
-            remedy="choose a model of one of these families",
-        )
+        what, remedy = f"unsupported model family {folder.family}", "choose a model of another one"
+        where, expected = str(folder.path / "config.json"), f"one of {', '.join(FAMILIES)}"
+        raise UserError(what, where=where, expected=expected, remedy=remedy)
     return FAMILIES[folder.family](folder)
 
 

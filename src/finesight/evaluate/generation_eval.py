@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -16,7 +15,7 @@ from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.renderer import Renderer
-from finesight.errors import UserError, format_count
+from finesight.errors import UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import (
@@ -40,8 +39,6 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model_folder import check_model_path
 from finesight.recipe import load_recipe
 from finesight.storage import write_file
-
-METRIC_CHOICES = f"{', '.join(TASK_METRICS)}, or a function in a Python file: metric.py:function"
 
 
 def load_eval_inputs(
@@ -78,7 +75,8 @@ def load_eval_inputs(
     if recipe is None:
         check_model_path(run_or_model)
     if "metric" not in settings:
-        raise _build_missing_error("metric", METRIC_CHOICES, run_or_model)
+        expected = f"{', '.join(TASK_METRICS)}, or FILE.py:FUNCTION"
+        raise _build_missing_error("metric", expected, run_or_model)
     if data is not None:
         samples = [LocatedSample(sample, data.parent) for sample in read_samples(data)]
     elif recipe is not None and recipe.data.eval:
@@ -110,9 +108,8 @@ def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> U
     problem, expected = f"{name} is {settings[name]}", messages[name]
     remedy = "correct the value, or omit it"
     if name == "metric":
-        suggestions = difflib.get_close_matches(str(settings[name]), TASK_METRICS, n=1)
-        problem, expected = f"unknown metric {str(settings[name])!r}", METRIC_CHOICES
-        remedy = f"did you mean {suggestions[0]}?" if suggestions else "choose one of these"
+        problem, expected = f"unknown metric {str(settings[name])!r}", expected.removeprefix("not ")
+        remedy = suggest_name(str(settings[name]), TASK_METRICS, "choose one of these")
     return UserError(problem, where=name, expected=expected, remedy=remedy)
 
 

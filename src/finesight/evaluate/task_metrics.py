@@ -1,7 +1,7 @@
 """Registry of task metrics with their primary scores.
 
 A new metric is a module with a function `score_NAME(cases) -> MetricResult`, an entry in
-TASK_METRICS, and its name in config.TaskName.
+TASK_METRICS, and its name in config.TaskName. Other packages add metrics as plug-ins.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from finesight.evaluate.eval_case import (
     ReferenceAnswer,
     mean_metrics,
 )
+from finesight.plugins import Registry
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +44,7 @@ class TaskMetric:
     reference_kind: Literal["text", "box", "json", "anything"] = "text"
 
 
-TASK_METRICS: dict[TaskName, TaskMetric] = {
+_BUILT_IN: dict[TaskName, TaskMetric] = {
     "captions": TaskMetric("cider_d", caption_metrics.score_captions),
     "latex": TaskMetric("similarity", latex_metrics.score_latex),
     "ocr": TaskMetric("similarity", text_metrics.score_ocr),
@@ -53,6 +54,7 @@ TASK_METRICS: dict[TaskName, TaskMetric] = {
     "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
     "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
 }
+TASK_METRICS = Registry("metrics", TaskMetric, _BUILT_IN)
 
 LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})
 
@@ -68,7 +70,7 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
         return TaskMetric(
             None, custom_metric.load_custom_metric(*path_and_function), reference_kind="anything"
         )
-    return next(task for name, task in TASK_METRICS.items() if name == metric)
+    return TASK_METRICS[metric]
 
 
 def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) -> None:
@@ -82,10 +84,10 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     """
     task = get_task_metric(metric)
     reference_kind = task.reference_kind
-    if reference_kind == "anything":
-        _dry_run_metric(metric, task.score_fn, references[0])
     has_reference = [_has_reference_kind(reference_kind, reference) for reference in references]
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
+        if metric not in _BUILT_IN:
+            _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
         return
     problem = f"none of {len(references)} references has {reference_kind} content"
     expected = f"samples whose last turn has a {reference_kind} part"
@@ -96,7 +98,7 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
             problem = f"the reference {text[:80]!r} is not JSON"
     fitting = [
         name
-        for name, other in TASK_METRICS.items()
+        for name, other in _BUILT_IN.items()
         if all(_has_reference_kind(other.reference_kind, reference) for reference in references)
     ]
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
@@ -115,7 +117,7 @@ def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool
 
 
 def _dry_run_metric(metric: MetricSpec, metric_fn: MetricFn, reference: ReferenceAnswer) -> None:
-    """Score a reference and an empty answer with a custom metric.
+    """Score a reference and an empty answer with a custom metric or a plug-in.
 
     Errors then occur before generation.
     """
@@ -142,5 +144,5 @@ def compute_metrics(metric: MetricSpec, cases: Sequence[EvalCase]) -> MetricResu
 
 def get_primary_metric(metric: MetricSpec, scores: MetricValues) -> str:
     """Return the name of the primary score; for a custom metric, the first score."""
-    matching = [task for name, task in TASK_METRICS.items() if name == metric]
-    return (matching[0].primary_metric if matching else None) or next(iter(scores))
+    task = TASK_METRICS.get(metric)
+    return (task.primary_metric if task else None) or next(iter(scores))

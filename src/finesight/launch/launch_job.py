@@ -166,12 +166,9 @@ def validate_name(value: str | None, option: str) -> str | None:
     Raises UserError for a value with other characters than those of names.
     """
     if value is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.,:/@+-]*", value):
-        raise UserError(
-            f"{value!r} is not a name",
-            where=option,
-            expected="letters, digits and _ . , : / @ + -",
-            remedy="use the name as listed by the engine",
-        )
+        what, remedy = f"{value!r} is not a name", "use the name as listed by the engine"
+        expected = "letters, digits and _ . , : / @ + -"
+        raise UserError(what, where=option, expected=expected, remedy=remedy)
     return value
 
 

@@ -6,7 +6,7 @@ tokens that need logits, V vocabulary, R sequences of a decode step.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -40,9 +40,10 @@ from finesight.model.lora.fused import FusedWeightSync
 from finesight.model.lora.multi import LoraRouting
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
+from finesight.plugins import Registry
 from finesight.vision.image_processing import GridTHW
 
-ARCHITECTURES: Mapping[str, Architecture] = {
+_BUILT_IN = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,
     "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
@@ -51,7 +52,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen3_5_moe": qwen3_5.MOE_ARCHITECTURE,
     "qwen": qwen_vl.ARCHITECTURE,
 }
-"""Model families by `model_type` of config.json; a new family is a module and an entry here."""
+ARCHITECTURES = Registry("architectures", Architecture, _BUILT_IN)
 
 
 class VisionLanguageModel(nn.Module):
@@ -246,10 +247,9 @@ def build_model(
     hf_config: ConfigReader, preprocessor: ConfigReader, dtype: torch.dtype, device: torch.device
 ) -> VisionLanguageModel:
     """Build a model with uninitialized parameters from its config.json."""
-    family = hf_config.get_str("model_type")
-    if family not in ARCHITECTURES:
+    architecture = ARCHITECTURES.get(hf_config.get_str("model_type"))
+    if architecture is None:
         hf_config.raise_invalid("model_type", " or ".join(ARCHITECTURES))
-    architecture = ARCHITECTURES[family]
     decoder_config = architecture.parse_decoder_config(hf_config)
     with raise_on_failed_allocation(hf_config.file), torch.device("meta"):
         visual = architecture.build_vision_encoder(

@@ -31,7 +31,15 @@ EXIT_ERROR_FOUND = 2
 def evaluate(
     run_or_model: ModelArgument,
     data: StrPath | None = None,
-    metric: str | None = None,
+    metric: Annotated[
+        str | None,
+        Parameter(
+            "captions, latex, ocr, qa, classification, json, grounding or detection, or "
+            "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
+            "required otherwise.",
+            plugins="metrics",
+        ),
+    ] = None,
     limit: Annotated[int | None, Parameter(minimum=1)] = None,
     batch_size: Annotated[int | None, Parameter(minimum=1)] = None,
     max_new_tokens: Annotated[int | None, Parameter(minimum=1)] = None,
@@ -51,9 +59,6 @@ def evaluate(
     Args:
         data: JSONL file of samples with answers. Default for a run: its validation split; required
             otherwise.
-        metric: captions, latex, ocr, qa, classification, json, grounding or detection, or
-            FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe;
-            required otherwise.
         limit: Evaluate N randomly selected samples, always the same. Default for a run: of its
             recipe, else all.
         batch_size: Answers generated at the same time; halved when GPU memory is exhausted. Default
@@ -271,13 +276,10 @@ def doctor(
     Args:
         subject: Run folder, or model or adapter folder. Default: this machine.
     """
-    from finesight.doctor import diagnostics
+    from finesight.doctor import diagnose, diagnose_machine
     from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
 
-    if subject is None:
-        diagnosis = diagnostics.diagnose_machine(os.environ)
-    else:
-        diagnosis = diagnostics.diagnose(str(subject))
+    diagnosis = diagnose_machine(os.environ) if subject is None else diagnose(str(subject))
     exit_code = EXIT_ERROR_FOUND if count_severity(diagnosis, "error") else 0
     data, lines = diagnoses_to_dict(diagnosis), [*format_diagnoses(diagnosis)]
     return Outcome(diagnosis, lines, data, exit_code=exit_code)

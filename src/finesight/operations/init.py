@@ -80,6 +80,7 @@ def init(
             f"{', '.join(TASKS)}. Default: by the answers, or by the prompt without labels.",
             option="--task",
             metavar="TASK",
+            plugins="metrics",
         ),
     ] = None,
     model: str | None = None,
@@ -99,6 +100,7 @@ def init(
         out: Folder to create. Default: DATA with -finetune, in the current directory.
         model: Model folder or hub name. Default: by GPU memory.
     """
+    from finesight.config import METRIC_NAMES
     from finesight.data.image_header import CorruptImageError
     from finesight.data.import_source import ImportOptions, count_unlabeled_images
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
@@ -111,8 +113,8 @@ def init(
     from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
     from finesight.storage import raise_if_exists, write_file
 
-    if metric is not None and metric not in TASKS:
-        names, remedy = ", ".join(TASKS), suggest_name(metric, TASKS, "choose one of these")
+    if metric is not None and metric not in (tasks := [*TASKS, *METRIC_NAMES.plugin_names]):
+        names, remedy = ", ".join(tasks), suggest_name(metric, tasks, "choose one of these")
         raise UserError(f"unknown task {metric!r}", where="--task", expected=names, remedy=remedy)
     source = str(data or _ask("Dataset (file, folder or hf:OWNER/NAME)", ".", ask))
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
@@ -262,8 +264,7 @@ def _init_labels(
     from finesight.data.import_source import PROMPTS, DetectedTask
     from finesight.label.label_store import EVAL_FILE, LABELS_FILE
     from finesight.model_folder import TINY_MODEL, locate_model
-    from finesight.recipe import choose_duration
-    from finesight.recipe_template import format_recipe
+    from finesight.recipe_template import choose_duration, format_recipe
     from finesight.storage import write_file
 
     is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
 from finesight.errors import UserError
+from finesight.plugins import PluginKind, Registry
 
 Result = TypeVar("Result")
 Arguments = ParamSpec("Arguments")
@@ -50,6 +51,7 @@ class Parameter:
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
         default: Default value in a group of options, a `TypedDict` that `**` unpacks.
+        plugins: Kind of the plug-ins that the help lists.
     """
 
     help: str = ""
@@ -61,6 +63,7 @@ class Parameter:
     minimum: float | None = None
     maximum: float | None = None
     default: object = None
+    plugins: PluginKind | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,6 +322,8 @@ def _find_info(hint: Any) -> Parameter:
 
 def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationParameter:
     info = _find_info(hint)
+    if info.plugins and (names := Registry(info.plugins, object, {}).plugin_names):
+        text += f" Plug-ins: {', '.join(names)}."
     # `Annotated` has its type as the origin, as has no other hint of a parameter.
     type_ = hint.__origin__ if hasattr(hint, "__metadata__") else hint
     alternatives = {*_list_alternatives(type_)}

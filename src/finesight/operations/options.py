@@ -91,6 +91,7 @@ SourceFormatOption = Annotated[
         "voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, imagefolder, folder "
         "or classes. Default: detected from the content.",
         metavar="NAME",
+        plugins="formats",
     ),
 ]
 

@@ -116,12 +116,8 @@ def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
         )
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
-            raise UserError(
-                f"{path} is given {count} times",
-                where=COMMAND,
-                expected="different runs",
-                remedy="Give each run only once.",
-            )
+            what, remedy = f"{path} is given {count} times", "Give each run only once."
+            raise UserError(what, where=COMMAND, expected="different runs", remedy=remedy)
     # The shortest path suffixes that are unique.
     parts = [path.resolve().parts for path in paths]
     names = [str(path) for path in paths]
@@ -187,9 +183,9 @@ def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
     for metric, other_run in metrics.items():
         if other_run.score_names == run.score_names:
             return replace(run, metric=metric)
-    task_metric = next((task for task in TASK_METRICS if [task] == list(metrics)), None)
+    task_metric = next(iter(metrics), "")
     cases = [prediction.case for prediction in run.predictions.values()]
-    if task_metric is None or not cases:
+    if len(metrics) != 1 or task_metric not in TASK_METRICS or not cases:
         return run
     try:
         check_references(task_metric, [(case.references, case.reference_boxes) for case in cases])
@@ -334,13 +330,12 @@ ComputeResultFn = Callable[[ComparedRun, tuple[SampleKey, ...]], MetricResult | 
 def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResult | None:
     """Return the metric result of a run on the given samples.
 
-    Built-in metrics are computed again. Custom metrics are not executed: the result is the mean of
+    Task metrics are computed again. Custom metrics are not executed: the result is the mean of
     recorded scores, or None if the predictions have different score names.
     """
     predictions = [run.predictions[key] for key in keys]
-    task = next((task for task in TASK_METRICS if task == run.metric), None)
-    if task is not None and predictions:
-        return compute_metrics(task, [prediction.case for prediction in predictions])
+    if run.metric is not None and run.metric in TASK_METRICS and predictions:
+        return compute_metrics(run.metric, [prediction.case for prediction in predictions])
     if len({frozenset(prediction.scores) for prediction in predictions}) != 1:
         return None
     per_sample = [prediction.scores for prediction in predictions]

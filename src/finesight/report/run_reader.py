@@ -29,6 +29,7 @@ from finesight.manifest import (
     RECIPE_FILE,
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
+    require_run_plugins,
 )
 from finesight.storage import DIGESTS_FILE
 
@@ -117,7 +118,7 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
     """Read the content of a run directory.
 
     Raises:
-        UserError: `folder` is not a run directory.
+        UserError: `folder` is not a run directory, or lacks a plug-in.
     """
     if not (folder / MANIFEST_FILE).is_file():
         raise UserError(
@@ -126,6 +127,7 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
             expected=f"a folder with {MANIFEST_FILE} from `finesight train`",
             remedy=suggest_similar_path(folder, "give the output_dir of a run"),
         )
+    require_run_plugins(folder)
     reader = _RunFolderReader(folder)
     lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]

@@ -1,7 +1,7 @@
 """Trackers: TensorBoard, SwanLab, Weights & Biases, MLflow and Trackio.
 
 A new tracker needs a subclass of `Tracker`, an entry in `TRACKERS`, and a name in
-`config.TrackerKind`. The main process uses this module as well, so tracker packages are imported in
+`config.TrackerName`. The main process uses this module as well, so tracker packages are imported in
 methods only.
 """
 
@@ -18,8 +18,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
-from finesight.config import TRACKER_MODES, TrackerKind, TrackerSettings
+from finesight.config import TRACKER_MODES, TrackerSettings
 from finesight.errors import UserError
+from finesight.plugins import Registry
 from finesight.track.tracker_records import (
     EXAMPLES_KEY,
     AlertLevel,
@@ -44,7 +45,7 @@ class Tracker(ABC):
             package. Variables that the user sets take precedence.
     """
 
-    extra: ClassVar[str]
+    extra: ClassVar[str] = ""
     telemetry_off_env: ClassVar[Mapping[str, str]] = {}
 
     @abstractmethod
@@ -459,13 +460,14 @@ class TrackioTracker(_LoggingTracker):
         self._run.finish()
 
 
-TRACKERS: dict[TrackerKind, type[Tracker]] = {
+_BUILT_IN: dict[str, type[Tracker]] = {
     "swanlab": SwanLabTracker,
     "tensorboard": TensorBoardTracker,
     "wandb": WandbTracker,
     "mlflow": MLflowTracker,
     "trackio": TrackioTracker,
 }
+TRACKERS = Registry("trackers", Tracker, _BUILT_IN)
 
 ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "error": "ERROR"}
 
@@ -473,7 +475,8 @@ ALERT_LEVEL_NAMES: dict[AlertLevel, str] = {"info": "INFO", "warning": "WARN", "
 def require_packages(trackers: Sequence[TrackerSettings]) -> None:
     """Raise UserError if the package of a tracker is not installed. Imports no package."""
     for tracker in trackers:
-        packages: dict[str, str] = {tracker.kind: f"'finesight[{TRACKERS[tracker.kind].extra}]'"}
+        extra = TRACKERS[tracker.kind].extra
+        packages = {tracker.kind: f"'finesight[{extra}]'"} if extra else {}
         if tracker.kind == "swanlab" and tracker.uri == "local":
             packages["swanboard"] = "'swanlab[dashboard]'"
         for package, install in packages.items():

@@ -14,7 +14,7 @@ import sys
 import threading
 import traceback
 from contextlib import suppress
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from finesight.config import TrackerKind
 from finesight.track.backends import TRACKERS, Tracker
@@ -96,4 +96,4 @@ def _dispatch_record(
 
 
 if __name__ == "__main__":
-    main(cast(TrackerKind, sys.argv[1]), socket.socket(fileno=int(sys.argv[2])))
+    main(sys.argv[1], socket.socket(fileno=int(sys.argv[2])))

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from math import fsum, isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,7 +28,7 @@ from finesight.evaluate.metric_difference import (
     compare_prediction_files,
     format_differences,
 )
-from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE, read_example
+from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import save_auto_model
 from finesight.model.linear import iter_adapters
 from finesight.model.lora.peft_io import save_adapter
@@ -390,8 +389,6 @@ def finalize_run(
     run_dir.write_result(run_result.as_json())
     _log_summary(run_result, eval_history[-1] if eval_history else None, run_dir, console)
     write_run_report(run_dir, console)
-    console.log(f"Try it:  {_format_predict_command(run_dir.path, run_dir)}")
-    console.log(f"next: {shlex.join(['finesight', 'serve', str(run_dir.path)])}")
     return run_result
 
 
@@ -458,13 +455,6 @@ def _compute_differences(
     ]
 
 
-def _format_predict_command(run_or_checkpoint: Path, run_dir: RunDir) -> str:
-    """Return a command with an image and a prompt of the run."""
-    image, prompt = read_example(run_dir.path)
-    words = ["finesight", "predict", str(run_or_checkpoint), image, "--prompt", prompt]
-    return shlex.join(words)
-
-
 def _log_summary(
     result: RunResult, last: EvalResult | None, run_dir: RunDir, console: ProgressConsole
 ) -> None:
@@ -485,13 +475,10 @@ def _log_summary(
         )
         if f"{value:.4f}" == f"{final:.4f}":
             return
-        checkpoint = run_dir.checkpoint_dir / f"step-{best.step}"
-        command = _format_predict_command(checkpoint, run_dir)
-        hint = "" if run_dir.model_dir.exists() else f": {command}"
         subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
         console.log(
             f"{subset}The {metric_name} was better after step {best.step} ({value:.4f});"
-            f" its checkpoint is {checkpoint}{hint}"
+            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
         )
 
 

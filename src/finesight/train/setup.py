@@ -18,7 +18,7 @@ import torch
 from finesight import __version__
 from finesight.config import Recipe, TuneSettings
 from finesight.encode.packing import SampleShape
-from finesight.encode.renderer import Renderer
+from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
@@ -32,9 +32,12 @@ from finesight.model.lora.peft_io import load_trainable_adapter
 from finesight.model.quant.fp8 import require_fp8_support
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
+from finesight.model.vlm import ARCHITECTURES
 from finesight.model_folder import get_portable_name
+from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
+from finesight.track.backends import TRACKERS
 from finesight.train.checkpoint import (
     Checkpoint,
     CheckpointManager,
@@ -158,10 +161,20 @@ def build_manifest(state: TrainState) -> Manifest:
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
         tune=state.run.recipe.tune,
         versions=library_versions(),
-        metric=next((name for name in TASK_METRICS if settings and name == settings.metric), None),
+        metric=settings.metric if settings and settings.metric in TASK_METRICS else None,
         max_new_tokens=None if settings is None else settings.max_new_tokens,
         prompts=state.data.train.list_frequent_prompts(),
+        plugins=_list_plugins(state.run.recipe, base_model.folder.family),
     )
+
+
+def _list_plugins(recipe: Recipe, family: str) -> tuple[PluginRecord, ...]:
+    """Return the plug-ins that a run needs."""
+    found = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
+    found += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
+    if recipe.eval is not None:
+        found.append(TASK_METRICS.find_plugin(recipe.eval.metric))
+    return tuple(filter(None, found))
 
 
 @dataclass(frozen=True, slots=True)

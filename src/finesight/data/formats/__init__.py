@@ -1,14 +1,14 @@
 """Registry of dataset formats that can be imported and exported.
 
 To add a format, write a module with a `FORMAT` (description, detection, parser and writer), add it
-to `FORMATS` below and to the help of `--format` in operations/options.py, and copy a row from its
-documentation to tests/data/formats/test_documented.py.
+to `FORMATS` below, and copy a row from its documentation to tests/data/formats/test_documented.py.
+Other packages add formats as plug-ins.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from finesight.data.formats import (
     conversations,
@@ -29,6 +29,7 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError
 from finesight.errors import UserError, suggest_name
+from finesight.plugins import Registry
 
 FORMATS = (
     json_annotations.COCO,
@@ -53,11 +54,19 @@ FORMATS = (
     conversations.CONVERSATIONS,
     table.FORMAT,
 )
-"""All dataset formats, in the order in which detection tries them.
+"""Built-in dataset formats, in the order in which detection tries them.
 
 Specific formats come before general ones: `conversations` matches any turns, and `table` accepts
 any columns.
 """
+
+REGISTRY = Registry("formats", DatasetFormat, {one.name: one for one in FORMATS})
+
+
+def iter_formats(with_plugins: bool = True) -> Iterator[DatasetFormat]:
+    """Yield the built-in formats, then those of plug-ins, which are imported at their turn."""
+    yield from FORMATS
+    yield from (REGISTRY[name] for name in REGISTRY.plugin_names if with_plugins)
 
 
 def get_format(name: str, option: str = "--format") -> DatasetFormat:
@@ -66,23 +75,21 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
     Args:
         name: Name of the format, such as "coco".
     """
-    for data_format in FORMATS:
-        if data_format.name == name:
-            return data_format
-    names = [data_format.name for data_format in FORMATS]
+    if name in REGISTRY:
+        return REGISTRY[name]
     raise UserError(
         f"unknown format {name!r}",
         where=option,
-        expected=f"one of {', '.join(names)}",
-        remedy=suggest_name(name, names, f"name one of these with {option}"),
+        expected=f"one of {', '.join(REGISTRY)}",
+        remedy=suggest_name(name, REGISTRY, f"name one of these with {option}"),
     )
 
 
 def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
     """Detect the dataset format of the first records of a source."""
     records = list(map(decode_json_lists, records))
-    for data_format in FORMATS:
-        detected_by = data_format.detect(records)
+    for data_format in iter_formats():
+        detected_by = data_format.detect and data_format.detect(records)
         if detected_by is not None:
             return data_format, detected_by
     for number, record in enumerate(records, start=1):
@@ -114,7 +121,7 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     raise UserError(
         f"the format cannot be detected from rows with the keys {', '.join(map(str, records[0]))}",
         where=where,
-        expected=f"one of {', '.join(data_format.name for data_format in FORMATS)}",
+        expected=f"one of {', '.join(REGISTRY)}",
         remedy=f"the closest is {closest.name}: {suggestion}",
     )
 

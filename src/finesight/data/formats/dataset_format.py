@@ -503,13 +503,11 @@ class DatasetFormat:
     name: str
     description: str
     parse_row: Callable[[SourceRow, ImportContext], ImportExample | list[ImportExample]]
-    detect: Callable[[Sequence[Record]], str | None] = lambda records: None
+    detect: Callable[[Sequence[Record]], str | None] | None = None
     supported_options: frozenset[str] = frozenset({"prompt", "boxes"})
     open_dataset: Callable[[Path], tuple[RowReader, str] | None] | None = None
     open_requested: Callable[[Path], tuple[RowReader, str] | None] | None = None
-    map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] = (
-        lambda _, columns: columns
-    )
+    map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
 
     @property

@@ -203,7 +203,7 @@ def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> F
     add_box_note(samples, context)
 
 
-def _detect_samples(records: Sequence[Record]) -> str | None:
+def detect_samples(records: Sequence[Record]) -> str | None:
     """Detect native samples, and return the reason for the match or None.
 
     Chat messages of other formats look alike. Therefore any key that samples do not have excludes a
@@ -299,7 +299,7 @@ SAMPLES = DatasetFormat(
     description=(
         '"messages": [{"role": "user", "content": [{"type": "image", "image": "path"}, ...]}]'
     ),
-    detect=_detect_samples,
+    detect=detect_samples,
     parse_row=_parse_sample,
     supported_options=frozenset(),
     write_files=_write_samples,

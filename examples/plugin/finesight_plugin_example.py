@@ -1,0 +1,45 @@
+"""A data format, a metric and a tracker for finesight: readings of meters."""
+
+from finesight.data.formats.dataset_format import DatasetFormat, RowImages, build_example
+from finesight.data.sample import TextPart
+from finesight.errors import UserError
+from finesight.evaluate.eval_case import MetricResult, mean_metrics
+from finesight.evaluate.task_metrics import TaskMetric
+from finesight.track.backends import Tracker
+from finesight.track.tracker_records import RunStarted
+
+
+def parse_row(row, context):
+    if "kwh" not in row.record:
+        raise UserError("no reading", expected="the key kwh", remedy="add it, or remove the row")
+    image = RowImages(context).add_image(row.record.get("photo"))
+    question = context.add_prompt([image, TextPart(text="Read the meter.")])
+    answer = (TextPart(text=str(row.record["kwh"])),)
+    return build_example(row.id, [("user", question), ("assistant", answer)], {})
+
+
+def score(cases):
+    scores = [{"correct": float(case.answer.lstrip("0") in case.references)} for case in cases]
+    return MetricResult(scores, mean_metrics(scores))
+
+
+class CsvTracker(Tracker):
+    def start_run(self, record):
+        record.folder.mkdir(parents=True, exist_ok=True)
+        self.file = (record.folder / "metrics.csv").open("a")
+        return RunStarted(id=None, message=f"metrics in {self.file.name}")
+
+    def log_metrics(self, record):
+        for step in record.steps:
+            self.file.writelines(f"{step.step},{n},{v}\n" for n, v in step.values.items())
+
+    def log_images(self, record): ...
+
+    def send_alert(self, record): ...
+
+    def finish_run(self, record):
+        self.file.close()
+
+
+FORMAT = DatasetFormat("meter-log", '{"photo": "path", "kwh": "..."}', parse_row)
+METRIC = TaskMetric("correct", score)

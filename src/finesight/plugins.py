@@ -1,0 +1,119 @@
+"""Registries of named objects, which other packages extend by entry points (plug-ins)."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from inspect import isabstract
+from shlex import quote
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar, cast
+
+from finesight.errors import UserError
+
+if TYPE_CHECKING:
+    from importlib.metadata import EntryPoints
+
+T = TypeVar("T")
+
+PluginKind = Literal["formats", "metrics", "trackers", "families", "architectures"]
+"""Kind of a plug-in. Its entry points are in the group `finesight.KIND`."""
+
+
+@dataclass(frozen=True, slots=True)
+class PluginRecord:
+    """A plug-in and the package that defines it, as in the manifest of a run."""
+
+    kind: PluginKind
+    name: str
+    package: str
+    version: str
+
+
+def require_plugins(plugins: Iterable[PluginRecord], where: str) -> None:
+    """Raise UserError if a plug-in of a run is not installed."""
+    for one in plugins:
+        if one.name not in _scan(one.kind, (*sys.path,)).names:
+            raise UserError(
+                f"the plug-in {one.name} (finesight.{one.kind}) is not installed",
+                where=where,
+                expected=f"the package {one.package} {one.version}, with which the run was trained",
+                remedy=f"pip install {quote(f'{one.package}=={one.version}')}",
+            )
+
+
+@cache
+def _scan(kind: PluginKind, path: tuple[str, ...]) -> EntryPoints:
+    """Return the entry points of a kind. Their packages are not imported."""
+    from importlib.metadata import entry_points  # slow to import
+
+    return entry_points(group=f"finesight.{kind}")
+
+
+class Registry(Generic[T]):
+    """Objects of a kind by name: the built-in ones, then those of plug-ins.
+
+    Listing names imports no plug-in, a look-up imports one.
+
+    Args:
+        interface: Class of the objects, or base class if the objects are classes.
+    """
+
+    def __init__(self, kind: PluginKind, interface: Any, built_in: Mapping[Any, T]) -> None:
+        self._kind, self._interface, self._built_in = kind, interface, built_in
+
+    def __iter__(self) -> Iterator[str]:
+        yield from self._built_in
+        yield from self.plugin_names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._built_in or name in self.plugin_names
+
+    @property
+    def plugin_names(self) -> list[str]:
+        """Names that plug-ins add."""
+        return sorted(_scan(self._kind, (*sys.path,)).names - {*self._built_in})
+
+    def find_plugin(self, name: str) -> PluginRecord | None:
+        """Return the plug-in of a name; None for a built-in or unknown name.
+
+        Raises UserError if several packages define the name.
+        """
+        entries = _scan(self._kind, (*sys.path,)).select(name=name)
+        packages = sorted((one.dist.name, one.dist.version) for one in entries if one.dist)
+        owners = ["finesight"] * (name in self._built_in) + [" ".join(one) for one in packages]
+        if len(owners) > 1:
+            raise UserError(
+                f"several packages define it: {', '.join(owners)}",
+                where=f"plug-in {name} (finesight.{self._kind})",
+                expected="one package that defines the name",
+                remedy=f"pip uninstall {quote(packages[-1][0])}",
+            )
+        return PluginRecord(self._kind, name, *packages[0]) if packages else None
+
+    def get(self, name: str) -> T | None:
+        """Return an object, or None for an unknown name."""
+        return self[name] if name in self else None  # noqa: SIM401 (it is no dict)
+
+    def __getitem__(self, name: str) -> T:
+        plugin, problem = self.find_plugin(name), ""
+        if plugin is None:
+            return self._built_in[name]
+        (entry,) = _scan(self._kind, (*sys.path,)).select(name=name)
+        try:
+            item = entry.load()
+            fits = issubclass if isinstance(item, type) else isinstance
+            if not fits(item, self._interface) or isabstract(item):
+                problem = f"{item!r:.80} does not implement {self._interface.__name__}"
+        except (Exception, SystemExit) as error:
+            problem = f"{type(error).__name__}: {error}"
+        if problem:
+            raise UserError(
+                problem,
+                where=f"plug-in {name} of {plugin.package} {plugin.version}"
+                f" (finesight.{self._kind}: {entry.value})",
+                expected=f"an importable object that implements {self._interface.__name__}",
+                remedy=f"update the package, or remove it: pip uninstall {quote(plugin.package)}",
+            )
+        return cast(T, item)

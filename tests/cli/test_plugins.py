@@ -1,0 +1,236 @@
+"""Tests of plug-ins: formats, metrics, trackers and families of other packages."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from docs_code_blocks import list_code_blocks
+from html_text import read_visible_text
+from image_fixtures import write_gray_image, write_jsonl
+from tiny_model import create_tiny_model
+
+from finesight.cli.app import run_command
+from finesight.data.formats import get_format
+from finesight.evaluate.task_metrics import TASK_METRICS
+from finesight.plugins import PluginRecord
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
+PACKAGE = "finesight-plugin-example"
+
+Cli = Callable[..., Any]
+
+
+def install(folder: Path, patch: pytest.MonkeyPatch) -> None:
+    """Add a folder of packages to the path of this process, and of those that it starts."""
+    patch.syspath_prepend(folder)
+    patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+
+
+def write_package(folder: Path, name: str, entries: dict[str, str], code: str = "") -> None:
+    """Write an installed package with entry points by kind and name."""
+    metadata = folder / f"{name}-1.0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    groups = [(*key.split(), target) for key, target in entries.items()]
+    lines = [f"[finesight.{kind}]\n{entry} = {target}\n" for kind, entry, target in groups]
+    (metadata / "entry_points.txt").write_text("".join(lines))
+    (folder / f"{name}.py").write_text(code)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the example into a folder with pip, without network."""
+    folder = tmp_path_factory.mktemp("plugin")
+    source = shutil.copytree(EXAMPLE, folder / "source")
+    options = ["--no-index", "--no-deps", "--no-build-isolation", "--no-compile", "--quiet"]
+    pip = [sys.executable, "-m", "pip", "install", *options]
+    subprocess.run([*pip, "--target", folder / "site", source], check=True)
+    return folder / "site"
+
+
+@pytest.fixture(scope="module")
+def recipe(site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Train a step with the format, the metric and the tracker of the example."""
+    folder = tmp_path_factory.mktemp("meters")
+    for number in range(12):
+        write_gray_image(folder / f"{number}.png", 56, 56, 20 * number)
+    rows = [{"id": f"m{n}", "photo": f"{n}.png", "kwh": 37 * n} for n in range(12)]
+    source, data = write_jsonl(folder / "log.jsonl", rows), folder / "data"
+    settings = {
+        "model": str(create_tiny_model(folder / "tiny")),
+        "data": {name: str(data / f"{name}.jsonl") for name in ("train", "eval")},
+        "train": {"steps": 1, "batch_size": 2, "num_workers": 0, "device": "cpu"},
+        "eval": {"metric": "meter-reading", "max_new_tokens": 4},
+        "track": "csv",
+        "output_dir": str(folder / "run"),
+    }
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(json.dumps(settings))
+    with pytest.MonkeyPatch.context() as patch:
+        install(site, patch)
+        words = ["import", source, data, "--format", "meter-log", "--eval-last", 8]
+        assert run_command([*map(str, words)]) == 0
+        assert run_command(["train", str(recipe)]) == 0
+    return recipe
+
+
+def test_package_adds_format_metric_and_tracker(recipe, site, monkeypatch, cli):
+    install(site, monkeypatch)
+    run = recipe.parent / "run"
+    rows = [line.split(",") for line in (run / "track/csv/metrics.csv").read_text().splitlines()]
+    assert {("0", "scores/correct"), ("1", "loss")} <= {(step, name) for step, name, _ in rows}
+    result = cli("eval", run, "--json").json
+    assert (result["primary_metric"], len(result["intervals"]["correct"])) == ("correct", 2)
+    cli("report", run)
+    assert "correct" in read_visible_text((run / "report.html").read_text())
+    plugins = json.loads((run / "manifest.json").read_text())["plugins"]
+    found = [PluginRecord(**plugin) for plugin in plugins]
+    names = [("trackers", "csv"), ("metrics", "meter-reading")]
+    assert found == [PluginRecord(kind, name, PACKAGE, "1.0") for kind, name in names]
+
+
+def test_help_and_suggestions_name_plugins(recipe, site, monkeypatch, cli):
+    install(site, monkeypatch)
+    source, out = recipe.parent / "log.jsonl", recipe.parent / "other"
+    misspelled = {
+        "meter-log?": ("import", source, out, "--format", "meter-lo"),
+        "eval.metric: meter-reading?": ("plan", recipe, "eval.metric=meter-readin"),
+        "did you mean meter-reading?": ("eval", recipe.parent / "run", "--metric", "meter-readin"),
+    }
+    for suggestion, words in misspelled.items():
+        assert suggestion in cli(*words, code=2).text
+    code = "from finesight.cli.app import main; main()"
+    for command, name in {"import": "meter-log", "eval": "meter-reading"}.items():
+        words = [sys.executable, "-c", code, command, "--help"]
+        printed = subprocess.run(words, capture_output=True, text=True)
+        assert f"Plug-ins:{name}." in "".join(printed.stdout.split())
+
+
+def test_page_contains_the_example():
+    files = {f"examples/plugin/{file.name}": file.read_text("utf-8") for file in EXAMPLE.iterdir()}
+    blocks = list_code_blocks(EXAMPLE.parents[1] / "docs" / "en" / "plugins.md")
+    assert {one.caption: one.text for one in blocks if one.caption} == files
+
+
+def test_other_processes_can_unpickle_objects_of_plugins(site, monkeypatch):
+    install(site, monkeypatch)
+    items = pickle.dumps([get_format("meter-log"), TASK_METRICS["meter-reading"]])
+    code = "import pickle, sys; print(len(pickle.load(sys.stdin.buffer)))"
+    command = [sys.executable, "-c", code]
+    assert subprocess.run(command, input=items, stdout=subprocess.PIPE).stdout == b"2\n"
+
+
+def test_studio_offers_metrics_of_plugins(site, monkeypatch):
+    install(site, monkeypatch)
+    code = "from finesight.app.studio_page import FORMS; print(FORMS['recipe'])"
+    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert "'meter-reading'" in done.stdout
+
+
+def test_invalid_row_of_a_plugin_format_is_named(recipe, site, tmp_path, monkeypatch, cli):
+    install(site, monkeypatch)
+    source = write_jsonl(tmp_path / "log.jsonl", [{"photo": str(recipe.parent / "1.png")}])
+    text = cli("import", source, tmp_path / "out", "--format", "meter-log", code=2).text
+    assert "line 1" in text
+    assert "no reading" in text
+
+
+@pytest.mark.parametrize(
+    "command", ["eval RUN", "report RUN", "doctor RUN", "train RECIPE --resume"]
+)
+def test_run_without_its_plugin_names_the_package(recipe, command, cli):
+    words = command.replace("RUN", str(recipe.parent / "run")).replace("RECIPE", str(recipe))
+    assert f"pip install {PACKAGE}==1.0" in cli(*words.split(), code=2).text
+
+
+def test_model_of_a_run_needs_no_metric_and_tracker(recipe, cli):
+    words = ("--prompt", "Read the meter.", "--max-new-tokens", 2)
+    cli("predict", recipe.parent / "run", recipe.parent / "3.png", *words)
+
+
+BROKEN = {
+    "ModuleNotFoundError": ("formats meters", "absent:FORMAT", ""),
+    "AttributeError": ("formats meters", "broken:FORMAT", ""),
+    "ZeroDivisionError": ("formats meters", "broken:FORMAT", "1 / 0"),
+    "SystemExit": ("formats meters", "broken:FORMAT", "raise SystemExit(1)"),
+    "does not implement DatasetFormat": ("formats meters", "broken:FORMAT", "FORMAT = print"),
+    "does not implement TaskMetric": ("metrics meters", "broken:score", "def score(cases): ..."),
+    "does not implement Tracker": (
+        "trackers meters",
+        "broken:Csv",
+        "from finesight.track.backends import Tracker\nclass Csv(Tracker): ...",
+    ),
+}
+
+
+@pytest.mark.parametrize("problem", BROKEN)
+def test_broken_plugin_is_a_user_error(problem, recipe, tmp_path, monkeypatch, cli):
+    """The error has the package, the entry point and the cause. Other commands are unaffected."""
+    key, target, code = BROKEN[problem]
+    write_package(tmp_path / "site", "broken", {key: target}, code)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    install(tmp_path / "site", monkeypatch)
+    kind = key.split()[0]
+    data = recipe.parent / "data"
+    commands = {
+        "formats": ("import", recipe.parent / "log.jsonl", tmp_path / "new", "--format", "meters"),
+        "metrics": ("eval", "finesight-tiny", "--data", data / "eval.jsonl", "--metric", "meters"),
+        "trackers": (
+            "train",
+            recipe,
+            "track=meters",
+            "eval=null",
+            f"output_dir={tmp_path / 'run'}",
+        ),
+    }
+    text = cli(*commands[kind], code=2).text
+    assert all(part in text for part in (problem, "broken 1.0", f"finesight.{kind}", target))
+    cli("import", data / "eval.jsonl", tmp_path / "copied")
+
+
+def test_name_of_two_packages_is_refused(recipe, tmp_path, monkeypatch, cli):
+    write_package(tmp_path, "first", {"formats meters": "first:F", "formats yolo": "first:F"})
+    write_package(tmp_path, "second", {"formats meters": "second:F", "trackers wandb": "second:T"})
+    install(tmp_path, monkeypatch)
+    source = recipe.parent / "log.jsonl"
+    changed = ("track=wandb", "eval.metric=ocr", f"output_dir={tmp_path}")
+    for packages, words in {
+        ("first 1.0", "second 1.0"): ("import", source, tmp_path / "out", "--format", "meters"),
+        ("finesight", "first 1.0"): ("import", source, tmp_path / "out", "--format", "yolo"),
+        ("finesight", "second 1.0"): ("plan", recipe, *changed),
+    }.items():
+        text = cli(*words, code=2).text
+        assert f"several packages define it: {', '.join(packages)}" in text
+    cli("import", recipe.parent / "data" / "eval.jsonl", tmp_path / "copied")
+
+
+def test_family_of_a_package_equals_the_native_one(recipe, tmp_path, monkeypatch, cli):
+    entries = {"families acme_vl": "acme:from_folder", "architectures acme_vl": "acme:ARCHITECTURE"}
+    code = (
+        "from finesight.encode.qwen2_vl import from_folder\n"
+        "from finesight.model.families.qwen2_vl import ARCHITECTURE\n"
+    )
+    write_package(tmp_path / "site", "acme", entries, code)
+    renamed = shutil.copytree(recipe.parent / "tiny", tmp_path / "renamed")
+    config = (renamed / "config.json").read_text().replace('"qwen2_vl"', '"acme_vl"')
+    (renamed / "config.json").write_text(config)
+    (renamed / "sha256.json").unlink()
+    words = ["--prompt", "Read the meter.", "--max-new-tokens", 8, "--json"]
+    with monkeypatch.context() as patch:
+        install(tmp_path / "site", patch)
+        models = recipe.parent / "tiny", renamed
+        answers = [cli("predict", model, recipe.parent / "3.png", *words).json for model in models]
+        run = [f"model={renamed}", f"output_dir={tmp_path / 'run'}", "eval=null", "track=[]"]
+        cli("train", recipe, *run)
+    assert answers[0]["answer"] == answers[1]["answer"]
+    text = cli("predict", tmp_path / "run", recipe.parent / "3.png", *words, code=2).text
+    assert "pip install acme==1.0" in text

@@ -302,16 +302,16 @@ def _format_conversion(summary: MigrationResult) -> list[str]:
     lines = [
         f"{summary.file}: {format_count(summary.num_records, 'record')},"
         f" {format_count(summary.num_boxes, 'box')} rewritten in"
-        f" {summary.answers_with_boxes} answers",
-        f"  {summary.answers_without_boxes} answers without boxes",
+        f" {format_count(summary.answers_with_boxes, 'answer')}",
+        f"  {format_count(summary.answers_without_boxes, 'answer')} without boxes",
     ]
     if summary.unconverted:
         record_names = ", ".join(summary.unconverted[:MAX_PRINTED_RECORDS])
         ellipsis = ", ..." if len(summary.unconverted) > MAX_PRINTED_RECORDS else ""
         lines.append(
-            f"  warning: other texts of {len(summary.unconverted)} records contain points or "
-            f"describe the box format ({record_names}{ellipsis}). They are unchanged: check that "
-            "they match the answers"
+            "  warning: there are points or descriptions of the box format in other texts of "
+            f"{format_count(len(summary.unconverted), 'record')} ({record_names}{ellipsis}). "
+            "They are unchanged: check that they match the answers"
         )
     return lines
 

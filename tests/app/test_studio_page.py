@@ -338,6 +338,15 @@ def test_train_step_selects_the_run_of_the_recipe(folder):
         assert ("charts" in found["bottom"]) == (recipe == "a")
 
 
+def test_no_run_starts_while_its_labels_change(folder, page, started):
+    write_recipe(folder, "a", "data/dots/labels.jsonl")
+    for name, is_refused in (("dots", True), ("other", False)):
+        write_job(folder, "label", f"label tiny images --out data/{name}", exit_code=None)
+        message = click_button(page, "start", "step=train&recipe=a.yaml")
+        assert ("data/dots, whose labelling page is open" in message) == is_refused
+    assert len(started) == 1
+
+
 @pytest.mark.parametrize(
     ("button", "query", "values", "problem"),
     [

@@ -36,6 +36,7 @@ from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.training import read_example
+from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
@@ -326,6 +327,16 @@ def test_labelling_needs_no_run(folder, page, started):
         assert words[1] == model
         assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
         assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
+
+
+def test_run_without_its_plugins_is_listed(folder):
+    plugins = [{"kind": "metrics", "name": "gone", "package": "gone", "version": "1"}]
+    manifest = {**MANIFEST, "format_version": 2, "tune": {**TUNE, "merger": "lora"}}
+    (add_run(folder) / "manifest.json").write_text(json.dumps({**manifest, "plugins": plugins}))
+    assert "runs/a" in read_live(folder, "step=train")["top"]
+    # Its report names the missing package.
+    with pytest.raises(UserError, match="gone==1"):
+        read_run(folder / "runs/a")
 
 
 def test_train_step_selects_the_run_of_the_recipe(folder):

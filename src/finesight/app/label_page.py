@@ -96,11 +96,7 @@ class DecisionRequest(BaseModel, frozen=True):
 
 
 class BulkRequest(BaseModel, frozen=True):
-    """Accept all open suggestions from a confidence on, or reopen accepted items.
-
-    Attributes:
-        items: Index and revision of the items to reopen. Those decided again since stay.
-    """
+    """Accept all open suggestions from a confidence on, or reopen items by index and revision."""
 
     action: Literal["accept", "reopen"]
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -229,7 +225,7 @@ class LabelPage:
             return {"item": self.describe(index), "counts": store.count_events()}
 
     def decide_many(self, request: BulkRequest) -> dict[str, Any]:
-        """Accept the suggestions that a person could accept, or reopen items."""
+        """Accept the suggestions that a person could accept, or reopen items of a revision."""
         store, changed = self._session.store, []
         with self._lock, store.write_once():
             if request.action == "accept":

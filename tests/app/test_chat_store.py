@@ -194,7 +194,7 @@ def test_refused_messages_leave_their_uploads_in_place(chat, tmp_path):
     assert ([*chat.folder.iterdir()], chat.images) == ([], {})
     for _ in range(chat_store.MAX_IMAGES_PER_CHAT):
         add(chat, image)
-    with pytest.raises(UserError, match="1 images"):
+    with pytest.raises(UserError, match="1 image; at most 8"):
         add(chat, image)
 
 

@@ -73,8 +73,8 @@ def read_box() -> dict[str, object]:
 
 def test_converted_boxes_are_counted(cli):
     output = cli(*CONVERT, "qwen3_vl").out
-    assert "new.jsonl: 2 records, 1 boxes rewritten in 1 answers" in output
-    assert "1 answers without boxes" in output
+    assert "new.jsonl: 2 records, 1 box rewritten in 1 answer" in output
+    assert "1 answer without boxes" in output
     assert "warning: other texts of 1 records" in output
     assert "(line 1)" in output
     assert read_box() == {"bbox_2d": [100, 200, 300, 900], "label": "dog"}

@@ -302,8 +302,8 @@ def _format_conversion(summary: MigrationResult) -> list[str]:
     lines = [
         f"{summary.file}: {format_count(summary.num_records, 'record')},"
         f" {format_count(summary.num_boxes, 'box')} rewritten in"
-        f" {summary.answers_with_boxes} answers",
-        f"  {summary.answers_without_boxes} answers without boxes",
+        f" {format_count(summary.answers_with_boxes, 'answer')}",
+        f"  {format_count(summary.answers_without_boxes, 'answer')} without boxes",
     ]
     if summary.unconverted:
         record_names = ", ".join(summary.unconverted[:MAX_PRINTED_RECORDS])

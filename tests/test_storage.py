@@ -214,6 +214,7 @@ def test_every_bit_flip_is_reported_with_digests(tmp_path: Path) -> None:
     ("damage", "message"),
     [
         (lambda folder: (folder / "a").unlink(), "the file a is missing"),
+        (lambda folder: folder.rename(folder.parent / "y"), "(?s)missing folder x.*check the path"),
         (lambda folder: (folder / storage.DIGESTS_FILE).unlink(), "is missing: the folder is inco"),
         (lambda folder: (folder / storage.DIGESTS_FILE).write_text("{"), "not readable as JSON"),
         (lambda folder: (folder / storage.DIGESTS_FILE).write_text("{}"), "expected: file names"),

@@ -551,6 +551,7 @@ def verify_folder(path: Path) -> None:
         raise UserError(what, where=str(where), expected=expected, remedy=remedy)
 
     if not path.is_dir():
+        remedy = "check the path"
         fail(f"missing folder {path.name}", path, f"a folder with {DIGESTS_FILE}")
     if not manifest.is_file():
         what = f"{DIGESTS_FILE} is missing: the folder is incomplete"

@@ -327,16 +327,30 @@ def test_malformed_messages_are_refused(tmp_path, change, capfd):
 
 def test_two_tabs_follow_an_answer_until_both_are_closed(monkeypatch):
     monkeypatch.setattr(chat_page, "UNFOLLOWED_S", 0.3)
-    with run_web_page(ScriptedService(is_endless=True)) as page:
+    gate = threading.Event()
+
+    def answer(text: str) -> tuple[str, tuple[BoxPart, ...]]:
+        gate.wait()
+        return text, ()
+
+    with run_web_page(ScriptedService(answer, is_endless=True)) as page:
         chat = page.store.create(None)
 
         def request(path: str, body: object = None) -> Any:
             data = None if body is None else json.dumps(body).encode()
             return urllib.request.urlopen(f"{page.address}chats/{chat.token}/{path}", data, 30)
 
-        request("send", {"text": "What?", "settings": SETTINGS}).close()
+        body = {"text": "What?", "settings": SETTINGS}
+        sender = threading.Thread(target=request, args=("send", body))
+        sender.start()
+        while not chat.is_generating:
+            time.sleep(0.02)
+        # The second tab follows the answer while its images are read.
+        second = request("stream")
+        gate.set()
+        sender.join()
         [reply] = chat.session.turns[0].replies
-        first, second = request("stream"), request("stream")
+        first = request("stream")
         assert b'"index": 0' in first.readline()
         assert b'"index": 0' in second.readline()
         with pytest.raises(HTTPError, match="422"):

@@ -36,6 +36,7 @@ from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.training import read_example
+from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
@@ -328,6 +329,16 @@ def test_labelling_needs_no_run(folder, page, started):
         assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
 
 
+def test_run_without_its_plugins_is_listed(folder):
+    plugins = [{"kind": "metrics", "name": "gone", "package": "gone", "version": "1"}]
+    manifest = {**MANIFEST, "format_version": 2, "tune": {**TUNE, "merger": "lora"}}
+    (add_run(folder) / "manifest.json").write_text(json.dumps({**manifest, "plugins": plugins}))
+    assert "runs/a" in read_live(folder, "step=train")["top"]
+    # Its report names the missing package.
+    with pytest.raises(UserError, match="gone==1"):
+        read_run(folder / "runs/a")
+
+
 def test_train_step_selects_the_run_of_the_recipe(folder):
     add_run(folder)
     for name in ("a", "b"):
@@ -336,6 +347,15 @@ def test_train_step_selects_the_run_of_the_recipe(folder):
         found = read_live(folder, f"step=train&recipe={recipe}.yaml&run={shown}")
         assert f"run=runs%2F{recipe}" in found["url"]
         assert ("charts" in found["bottom"]) == (recipe == "a")
+
+
+def test_no_run_starts_while_its_labels_change(folder, page, started):
+    write_recipe(folder, "a", "data/dots/labels.jsonl")
+    for name, is_refused in (("dots", True), ("other", False)):
+        write_job(folder, "label", f"label tiny images --out data/{name}", exit_code=None)
+        message = click_button(page, "start", "step=train&recipe=a.yaml")
+        assert ("data/dots, whose labelling page is open" in message) == is_refused
+    assert len(started) == 1
 
 
 @pytest.mark.parametrize(

@@ -160,6 +160,19 @@ def test_parallel_models_use_their_own_history(pair, first):
     assert one[1] == other[1]
 
 
+def test_history_omits_answers_about_an_image_of_an_unanswered_turn(pair, first):
+    image, question = first
+    both = [*SHORT, GenerationOptions(model=pair.model_names[1], max_new_tokens=60)]
+    chat = ChatSession(pair)
+    answered, cancelled = chat.send(question, [image], both).replies
+    cancelled.cancel()
+    assert ([*answered, *cancelled] != [], cancelled.content) == (True, ())
+    _ask(chat, question)
+    # The other model has no image in its history.
+    reply = chat.send(question, [], both).replies[1]
+    assert ("".join(reply) != "", reply.image_path) == (True, None)
+
+
 def test_rejected_question_leaves_session_unchanged(service, first, tmp_path):
     chat, other = ChatSession(service), [GenerationOptions(model="other")]
     _ask(chat, first[1], first[0])

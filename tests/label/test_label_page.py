@@ -6,6 +6,7 @@ import io
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from errno import ENOSPC
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +42,11 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.infer.model_loader import load_inference_model
+from finesight.label import label_store
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE
 from finesight.model_folder import TINY_MODEL
+from finesight.storage import translate_os_errors
 from finesight.vision import image_reader
 
 DRAGGED = ((70, 60), (100, 75))
@@ -429,6 +432,29 @@ def test_suggestions_are_accepted_at_once_and_reopened(tmp_path, browser):
         wait_for(browser, "document.querySelector('#done').textContent.startsWith('0 of 3')")
         assert (tmp_path / "labels" / LABELS_FILE).read_bytes() == b""
         assert browser.messages() == []
+
+
+def test_accepting_at_once_hides_no_error_and_undoes_no_other_decision(tmp_path, monkeypatch):
+    def fill_disk(path: Path, line: str) -> None:
+        with translate_os_errors(path):
+            raise OSError(ENOSPC, "full")
+
+    accept = {"action": "accept", "min_confidence": 0.75}
+    with open_client(open_fields_session(tmp_path)) as client:
+        with monkeypatch.context() as patch:
+            patch.setattr(label_store, "append_line", fill_disk)
+            assert "no space left" in client.post("/decisions", json=accept).text
+        (tmp_path / "labels").rename(tmp_path / "moved")
+        assert "moved or deleted" in client.post("/decisions", json=accept).text
+        (tmp_path / "moved").rename(tmp_path / "labels")
+        accepted = client.post("/decisions", json=accept).json()["items"]
+        assert [index for index, _ in accepted] == [1, 2]
+        # Another tab decides again.
+        save(client, client.get("/items/1").json(), text='{"a": 1}')
+        undo = client.post("/decisions", json={"action": "reopen", "items": accepted}).json()
+        assert [index for index, _ in undo["items"]] == [2]
+        assert client.get("/items/1").json()["decision"] == "corrected"
+        assert len(read_answers(tmp_path / "labels")) == 1
 
 
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,12 @@ from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import ImageReader, create_image_pool
 from finesight.worker_pool import Worker, WorkerReply
 
-SERVER_PACKAGES = ("label", "serve", "studio", "web")
+SERVER_PACKAGES = ("app", "label", "serve")
 WORKER_MODULES = {"serve/preprocessing_jobs.py"}
 """Modules whose functions run in worker processes."""
 
 IMAGE_FUNCTIONS = {"PIL", "load_image", "read_image_size", "open_image_header", "check_pixels"}
+IMAGE_FUNCTIONS |= {"read_visual_size", "read_video_header", "iter_video_frames"}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,12 @@ def test_limit_of_time_grows_with_the_pixels(
     monkeypatch.setattr(image_reader, "LIMITED_PIXELS", 200)
     Image.new("L", (pixels // 10, 10)).save(tmp_path / "a.png")
     reader.check(tmp_path / "a.png")
-    assert limits == [4.0, limit]
+    # The first frame of a video needs less time than all of them.
+    (tmp_path / "a.mp4").touch()
+    for read in (reader.check, partial(reader.encode, max_side=9), reader.read_size):
+        with pytest.raises(CorruptImageError):
+            read(tmp_path / "a.mp4")
+    assert limits == [4.0, limit, 120.0, 20.0, 20.0]
 
 
 def test_servers_read_images_in_worker_processes_only() -> None:

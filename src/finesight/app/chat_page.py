@@ -267,13 +267,13 @@ class AnswerStream(StreamingResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._chat.num_streams += 1
-        turns = self._chat.session.turns[-1:]
         try:
             with use_language(self._language):
                 await super().__call__(scope, receive, send)
         finally:
             self._chat.num_streams -= 1
-            for turn in turns:
+            # A tab may have followed the start of the answer, before its turn.
+            for turn in self._chat.session.turns[-1:]:
                 asyncio.get_running_loop().call_later(
                     UNFOLLOWED_S, self._chat.stop_unfollowed, turn
                 )

@@ -10,7 +10,6 @@ import json
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from anyio import CapacityLimiter, to_thread
@@ -97,11 +96,11 @@ class DecisionRequest(BaseModel, frozen=True):
 
 
 class BulkRequest(BaseModel, frozen=True):
-    """Accept all open suggestions from a confidence on, or reopen items by index."""
+    """Accept all open suggestions from a confidence on, or reopen items by index and revision."""
 
     action: Literal["accept", "reopen"]
     min_confidence: Annotated[float, Field(ge=0, le=1)] = 0.0
-    indices: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000_000)] = []
+    items: list[tuple[Annotated[int, Field(ge=0)], int]] = []
 
 
 class LabelPage:
@@ -226,27 +225,33 @@ class LabelPage:
             return {"item": self.describe(index), "counts": store.count_events()}
 
     def decide_many(self, request: BulkRequest) -> dict[str, Any]:
-        """Accept the suggestions that a person could accept, or reopen items."""
-        session, indices = self._session, request.indices
-        with self._lock, session.store.write_once():
+        """Accept the suggestions that a person could accept, or reopen items of a revision."""
+        store, changed = self._session.store, []
+        with self._lock, store.write_once():
             if request.action == "accept":
-                indices = [*self._accept(request.min_confidence)]
-            else:
-                for index in indices:
-                    session.store.reopen(self._find_item(index).sample.sample.id)
-            return {"indices": indices, "counts": session.store.count_events()}
+                changed = [*self._accept(request.min_confidence)]
+            for index, revision in request.items:
+                item = self._find_item(index)
+                if len(item.history) == revision:
+                    store.reopen(item.sample.sample.id)
+                    changed.append((index, len(item.history)))
+            return {"items": changed, "counts": store.count_events()}
 
-    def _accept(self, min_confidence: float) -> Iterator[int]:
+    def _accept(self, min_confidence: float) -> Iterator[tuple[int, int]]:
         for index, item in enumerate(self._items):
             confidence = item.suggestion.confidence if item.suggestion else None
             is_open = item.decision is None and not item.draft
             if is_open and confidence is not None and confidence >= min_confidence:
                 answer = describe_answer(self._session.select_suggestion(item))
                 values = {"id": item.sample.sample.id, "action": "save", **answer}
-                # Invalid suggestions stay open.
-                with suppress(UserError, ValidationError):
+                try:
                     self._save(item, DecisionRequest.model_validate(values))
-                    yield index
+                except (UserError, ValidationError) as error:
+                    # Invalid suggestions stay open. Errors of the disk end the request.
+                    if isinstance(error.__cause__, OSError):
+                        raise
+                else:
+                    yield index, len(item.history)
 
     def _save(self, item: LabelItem, request: DecisionRequest) -> None:
         text = request.text

@@ -693,10 +693,23 @@ class StudioPage:
             output_dir = self.view.workspace.load_recipe(state.recipe).output_dir
             folder = self.view.workspace.folder
             run = os.path.relpath(os.path.realpath(folder / output_dir), folder) if is_train else ""
+            if is_train:
+                self._check_labelling(state.recipe)
         if is_check and state.dataset is not None:
             result, codes = str(state.dataset.check_page), CHECK_EXIT_CODES
             return self._start(state, state.target, command, ok_exit_codes=codes, result=result)
         return self._start(state, state.target, command, run=run)
+
+    def _check_labelling(self, recipe: Path) -> None:
+        """Raise UserError if an open labelling page would change the data during the run."""
+        workspace = self.view.workspace
+        for job in self.view.jobs.list_running():
+            folder = job.arguments[-1]
+            root = os.path.realpath(workspace.folder / folder)
+            if job.arguments[0] == "label" and workspace.uses_files(recipe, root):
+                what = f"the run reads the labels of {folder}, whose labelling page is open"
+                expected, remedy = "data that do not change", "stop the page in the step Label"
+                raise UserError(what, where=str(recipe), expected=expected, remedy=remedy)
 
     def _start(
         self,

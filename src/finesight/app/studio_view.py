@@ -368,7 +368,8 @@ def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> 
 
 @lru_cache(maxsize=64)
 def _read_run_version(folder: Path, versions: tuple[int, ...]) -> RunRecord:
-    return read_run(folder)
+    # A run without its plug-ins must not hide the other runs.
+    return read_run(folder, with_plugins=False)
 
 
 def _find_next_data(state: StudioState) -> str:

@@ -428,7 +428,7 @@ class Workspace:
             is_other = os.path.realpath(home) != root
             if is_other and any(self.is_overlapping(name, folder) for name in sources):
                 uses.append(f"the data set {path}")
-        uses += [f"the recipe {recipe}" for recipe in recipes if self._uses_files(recipe, root)]
+        uses += [f"the recipe {recipe}" for recipe in recipes if self.uses_files(recipe, root)]
         for dataset in datasets:
             home_path = os.path.realpath(self.folder / dataset.path)
             # Image paths are relative to the data set, or absolute.
@@ -451,7 +451,7 @@ class Workspace:
         is_parent = self.folder in path.parents and root.is_relative_to(path)
         return is_parent or path.is_relative_to(root)
 
-    def _uses_files(self, recipe: Path, root: str) -> bool:
+    def uses_files(self, recipe: Path, root: str) -> bool:
         """Return whether data of a recipe, also of an invalid one, are files of a folder."""
         text = ""
         try:

@@ -244,9 +244,8 @@ class ChatSession:
         return target
 
     def _build_system_messages(self) -> tuple[Message, ...]:
-        if self.system_prompt is None:
-            return ()
-        return (Message(role="system", content=(TextPart(text=self.system_prompt),)),)
+        parts = [] if self.system_prompt is None else [TextPart(text=self.system_prompt)]
+        return tuple(Message(role="system", content=(part,)) for part in parts)
 
     def _start_reply(
         self, text: str, image_paths: Sequence[Path], options: GenerationOptions
@@ -256,14 +255,11 @@ class ChatSession:
         paths_by_turn = *(turn.image_paths for turn in turns), image_paths
         images_by_turn = [[*filterfalse(is_video_path, paths)] for paths in paths_by_turn]
         target_image = next((images[0] for images in reversed(images_by_turn) if images), None)
-        messages = [
-            *self._build_system_messages(),
-            *_build_messages(turns, model),
-            build_user_message(text, image_paths),
-        ]
+        history = *self._build_system_messages(), *_build_messages(turns, model)
+        messages = *history, build_user_message(text, image_paths)
         images = [*chain.from_iterable(images_by_turn)]
         image_index = None if target_image is None else images.index(target_image)
-        sample = Sample(id=f"turn {len(turns) + 1}", messages=tuple(messages))
+        sample = Sample(id=f"turn {len(turns) + 1}", messages=messages)
         stream = self.service.submit(
             LocatedSample(sample, Path()), replace(options, model=model), image_index=image_index
         )
@@ -276,7 +272,13 @@ def _build_empty_error(where: str, what: str, expected: str) -> UserError:
 
 
 def _select_answered_turns(turns: Sequence[ChatTurn], model: str) -> list[ChatTurn]:
-    return [turn for turn in turns if turn.reply_from(model).content]
+    """Return the turns with an answer, unless it is about an image of a turn without one."""
+    answered: list[ChatTurn] = []
+    for turn in turns:
+        images = {None, *chain.from_iterable(one.image_paths for one in (*answered, turn))}
+        if (reply := turn.reply_from(model)).content and reply.image_path in images:
+            answered.append(turn)
+    return answered
 
 
 def _build_messages(turns: Sequence[ChatTurn], model: str) -> Iterator[Message]:

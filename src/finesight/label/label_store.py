@@ -472,16 +472,20 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return
         flush_file(self._journal)
         if self._num_unwritten > len(self._items) // LABELS_PER_WRITE:
-            try:
-                self.write_labels()
-            except UserError as error:
-                error.what += f"; the decision is kept in {JOURNAL_FILE}"
-                error.remedy = "correct the cause; the next decision or session writes the file"
-                raise
+            self._write_decided()
+
+    def _write_decided(self) -> None:
+        try:
+            self.write_labels()
+        except UserError as error:
+            error.what += f"; the decision is kept in {JOURNAL_FILE}"
+            error.remedy = "correct the cause; the next decision or session writes the file"
+            raise
 
     @contextmanager
     def write_once(self) -> Iterator[None]:
         """Flush the journal and write the labels once, after all decisions within the context."""
+        self._check_folder()
         self._is_bulk = True
         try:
             yield
@@ -489,7 +493,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             self._is_bulk = False
             flush_file(self._journal)
         if self._num_unwritten:
-            self.write_labels()
+            self._write_decided()
 
     def decode_images(self, samples: Iterable[LocatedSample]) -> dict[str, str]:
         """Decode images and videos in workers; return the reasons of unreadable samples by ID."""

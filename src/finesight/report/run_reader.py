@@ -114,7 +114,9 @@ class RunRecord:
         return [paths[name] for name in ("before", *interim_names, "after") if name in paths]
 
 
-def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
+def read_run(
+    folder: Path, where: str = "finesight report", *, with_plugins: bool = True
+) -> RunRecord:
     """Read the content of a run directory.
 
     Raises:
@@ -127,7 +129,8 @@ def read_run(folder: Path, where: str = "finesight report") -> RunRecord:
             expected=f"a folder with {MANIFEST_FILE} from `finesight train`",
             remedy=suggest_similar_path(folder, "give the output_dir of a run"),
         )
-    require_run_plugins(folder)
+    if with_plugins:
+        require_run_plugins(folder)
     reader = _RunFolderReader(folder)
     lines = [_drop_invalid_values(line) for line in reader.read_lines(METRICS_FILE)]
     lines = [line for line in lines if line.get("step") is not None]

@@ -36,8 +36,8 @@ LIMITED_PIXELS, MAX_LIMIT_FACTOR = 8_000_000, 5.0
 The limit of a larger image is proportional to its pixels, up to `MAX_LIMIT_FACTOR` times as much.
 """
 
-MAX_VIDEO_CPU_S = 120.0
-"""CPU seconds to decode a video file."""
+MAX_VIDEO_CPU_S, MAX_VIDEO_START_CPU_S = 120.0, 20.0
+"""CPU seconds to decode a video file, and to read its header and first frame."""
 
 MAX_WORKER_MEMORY_BYTES = 1 << 30
 NUM_IMAGE_WORKERS = 2
@@ -86,16 +86,15 @@ class ImageReader:
         try:
             with self.pool.borrow_worker() as worker:
                 if is_video_path(path):
-                    return worker.call(job, path, *args, max_cpu_s=MAX_VIDEO_CPU_S)
+                    seconds = MAX_VIDEO_CPU_S if job is decode_pixels else MAX_VIDEO_START_CPU_S
+                    return worker.call(job, path, *args, max_cpu_s=seconds)
                 size = worker.call(read_size, path, max_cpu_s=MAX_IMAGE_CPU_S)
                 if job is read_size:
                     return size
                 factor = min(max(1.0, math.prod(size.value) / LIMITED_PIXELS), MAX_LIMIT_FACTOR)
                 return worker.call(job, path, *args, max_cpu_s=MAX_IMAGE_CPU_S * factor)
         except WorkerLostError as error:
-            raise CorruptImageError(
-                "not read, because the server stops", where=str(path)
-            ) from error
+            raise CorruptImageError("not read: the server stops", where=str(path)) from error
         except UserError as error:
             where, what, expected, remedy = error.where, error.what, error.expected, error.remedy
             raise CorruptImageError(

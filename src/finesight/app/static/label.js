@@ -173,7 +173,7 @@ const undo = async () => {
     return;
   }
   const index = findUndone();
-  if (Array.isArray(index)) return decideMany({ action: "reopen", indices: index });
+  if (Array.isArray(index)) return decideMany({ action: "reopen", items: index });
   if (index < 0) {
     notify(translate("Nothing to undo"));
     return;
@@ -192,13 +192,13 @@ const decideMany = async (decision) => {
   isSaving = true;
   notify("…"); // Thousands of images take seconds.
   try {
-    const { indices } = await request("decisions", decision), isAccepted = decision.action === "accept";
+    const { items } = await request("decisions", decision), isAccepted = decision.action === "accept";
     const earlier = readStored(undoKey) ?? [];
-    store(undoKey, isAccepted ? [...earlier, ...(indices.length ? [indices] : [])] : earlier.slice(0, -1));
+    store(undoKey, isAccepted ? [...earlier, ...(items.length ? [items] : [])] : earlier.slice(0, -1));
     await loadItems();
-    await open(isAccepted ? Math.max(0, findOpen(item.index - 1)) : indices[0]);
+    await open(isAccepted || !items.length ? Math.max(0, findOpen(item.index - 1)) : items[0][0]);
     showList();
-    notify(translate(isAccepted ? "Accepted: {}" : "Reopened: {}", indices.length));
+    notify(translate(isAccepted ? "Accepted: {}" : "Reopened: {}", items.length));
   } catch (error) {
     report("Not saved", error);
   } finally { isSaving = false; }

@@ -275,7 +275,7 @@ def test_rank_out_of_memory_disables_cache_for_all(tmp_path, run_ranks):
         raise torch.OutOfMemoryError("so much and no more")
 
     states = make_states(tmp_path / "task")
-    states[1].model.encode_images = encode  # type: ignore[method-assign]
+    states[1].engine.model.encode_images = encode  # type: ignore[method-assign]
     for result in run_ranks(states):
         assert result.cache is None
         assert "the GPU memory is full (so much and no more)" in result.reason

@@ -47,13 +47,22 @@ def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 @pytest.mark.parametrize(
     ("change", "words"),
-    [({"format_version": 1}, "has format 1"), ({"extra": 1}, "extra"), ({"step": "x"}, "step")],
+    [
+        ({"format_version": 1}, "has format 1"),
+        ({"extra": 1}, "extra"),
+        ({"step": "x"}, "step"),
+        ({"step": None}, "step: Field required"),
+        ({"last_eval_step": None}, "last_eval_step: Field required"),
+    ],
 )
 def test_state_of_other_version_is_rejected(checkpoints, change, words):
     checkpoints.save(make_state(5), *make_tensors(5))
     folder = checkpoints.checkpoint_dir / "step-5"
     files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, OPTIMIZER_FILE)}
-    files[STATE_FILE] = json.dumps(json.loads((folder / STATE_FILE).read_text()) | change).encode()
+    stored = json.loads((folder / STATE_FILE).read_text()) | change
+    for name in (name for name, value in change.items() if value is None):
+        del stored[name]
+    files[STATE_FILE] = json.dumps(stored).encode()
     storage.remove_folder(folder)
     with storage.write_folder(folder) as new:
         for name, data in files.items():

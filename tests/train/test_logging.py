@@ -135,7 +135,8 @@ def test_live_report_shows_newest_progress(tmp_path):
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
     console = ProgressConsole(Console(file=io.StringIO()))
-    progress = TrainProgress(budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0))
+    budget = MemoryBudget(pack_tokens=100, activation_checkpointing=0.0)
+    progress = TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
     with use_file_system(disk := HistoryFileSystem()):
         with LiveReport(RunDir(made.folder), console, 0.001).run_in_background(progress):
             RunDir(tmp_path / "run").append_metrics(make_step_line(9))

@@ -118,9 +118,9 @@ class TrainProgress(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     budget: MemoryBudget
-    step: int = 0
-    last_eval_step: int = -1
-    best: BestEval | None = None
+    step: int
+    last_eval_step: int
+    best: BestEval | None
     nonfinite_steps: int = 0
     consecutive_nonfinite_steps: int = 0
 

@@ -323,7 +323,7 @@ def build_train_state(
             lr_schedule=lr_schedule,
             flop_counter=flop_counter,
         ),
-        TrainProgress(budget=budget),
+        TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None),
     )
     param_audit = ParamAudit(model, optimizer.master_weights())
     if checkpoint is not None:

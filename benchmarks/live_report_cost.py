@@ -88,9 +88,9 @@ def main() -> None:
         for answers in (run.path / PREDICTIONS_FOLDER).iterdir():
             os.utime(answers)
         page.write()
-        with page.run_in_background(
-            TrainProgress(MemoryBudget(pack_tokens=8192, activation_checkpointing=0.0))
-        ):
+        budget = MemoryBudget(pack_tokens=8192, activation_checkpointing=0.0)
+        progress = TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
+        with page.run_in_background(progress):
             run_matmuls(args.seconds)
     result = {
         "command": " ".join(["benchmarks/live_report_cost.py", *sys.argv[1:]]),

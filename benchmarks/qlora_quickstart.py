@@ -28,10 +28,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
 
 def prepare_quickstart(folder: Path, seed: int) -> Path:
     """Generate and import the tickets of the quickstart. Returns the recipe."""
-    from finesight.quickstart_demo import PROMPT, QuickstartSettings, write_recipe
-
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
+    from finesight.operations.quickstart import PROMPT, QuickstartSettings, write_recipe
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
     plan = QuickstartSettings(seed=seed)

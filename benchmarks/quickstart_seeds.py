@@ -26,10 +26,9 @@ SEEDS = (0, 1, 2)
 QUICKSTART_SCRIPT = """
 import json, sys
 from pathlib import Path
-from rich.console import Console
-from finesight.quickstart_demo import Plan, quickstart
-done = quickstart(Path(sys.argv[1]), Console(stderr=True), Plan(seed=int(sys.argv[2])))
-print(json.dumps(done.as_json()))
+from finesight.operations.quickstart import QuickstartSettings, quickstart
+outcome = quickstart(Path(sys.argv[1]), QuickstartSettings(seed=int(sys.argv[2])))
+print(json.dumps(outcome.data))
 """
 
 

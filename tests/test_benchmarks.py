@@ -80,3 +80,11 @@ def test_results_name_existing_benchmarks():
     }
     assert len(named) > 20
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+def test_imported_names_of_the_package_exist():
+    """Also those within functions, and in scripts for other processes."""
+    statement = re.compile(r"from finesight(?:\.[\w.]+)? import (?:\([^)]*\)|.+)")
+    for file in (ROOT / "benchmarks").glob("*.py"):
+        for line in statement.findall(file.read_text()):
+            exec(line, {})  # raises ImportError

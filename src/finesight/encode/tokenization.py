@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -498,6 +498,8 @@ class TokenizedSample:
             section 2.1).
         is_thinking: Whether the sample is rendered in thinking mode. A prompt then ends within the
             reasoning section.
+        response_starts: Start of each response of a preference pair. The tokens before the first
+            one are the prompt of all responses, which a pack contains once.
     """
 
     id: str
@@ -506,6 +508,7 @@ class TokenizedSample:
     position_ids_3T: NDArray[np.int32]
     spans: tuple[VisualSpan, ...]
     is_thinking: bool = field(default=False, kw_only=True)
+    response_starts: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def num_tokens(self) -> int:
@@ -522,9 +525,13 @@ class TokenizedSample:
     @property
     def num_answer_tokens(self) -> int:
         """Number of supervised tokens of the last answer, which an evaluation generates."""
-        supervised = np.flatnonzero(self.loss_mask_T[1:])
-        gaps = np.flatnonzero(np.diff(supervised) > 1)
-        return len(supervised) - (int(gaps[-1]) + 1 if len(gaps) else 0)
+        return self.num_supervised_tokens - int(self.loss_mask_T[1 : self._last_answer_start].sum())
+
+    @property
+    def _last_answer_start(self) -> int:
+        """Index of the first supervised token of the last answer."""
+        starts = np.flatnonzero(self.loss_mask_T[1:] & ~self.loss_mask_T[:-1])
+        return int(starts[-1]) + 1 if len(starts) else self.num_tokens
 
     @property
     def num_packed_tokens(self) -> int:
@@ -541,6 +548,40 @@ class TokenizedSample:
     @property
     def num_patches(self) -> int:
         return sum(t * h * w for t, h, w in (span.grid_thw for span in self.spans))
+
+    def join_rejected(self, rejected: TokenizedSample) -> TokenizedSample:
+        """Return the preference pair of this sample and of the same sample with a worse answer.
+
+        Only the last answer of each is supervised. A response begins with the last token of the
+        prompt, which predicts its first token, and ends with its last supervised token.
+        """
+        responses = self, rejected
+        starts = [one._last_answer_start for one in responses]
+        stops = [int(np.flatnonzero(one.loss_mask_T)[-1]) + 1 for one in responses]
+        prompts = np.stack([one.ids_T[: min(starts) - 1] for one in responses])
+        # Prompts differ if only one answer contains reasoning.
+        mismatches = np.flatnonzero(prompts[0] != prompts[1])
+        prompt_length = int(mismatches[0]) if len(mismatches) else prompts.shape[1]
+        assert not self.spans or self.spans[-1].stop <= prompt_length, f"images of {self.id} differ"
+        slices = [slice(prompt_length, stop) for stop in stops]
+        pairs = [*zip(responses, slices, strict=True)]
+        masks = [
+            np.arange(prompt_length, stop) >= start
+            for start, stop in zip(starts, stops, strict=True)
+        ]
+        return replace(
+            self,
+            ids_T=np.concatenate([prompts[0, :prompt_length], *(one.ids_T[s] for one, s in pairs)]),
+            loss_mask_T=np.concatenate([np.zeros(prompt_length, np.bool_), *masks]),
+            position_ids_3T=np.concatenate(
+                [
+                    self.position_ids_3T[:, :prompt_length],
+                    *(one.position_ids_3T[:, s] for one, s in pairs),
+                ],
+                axis=1,
+            ),
+            response_starts=(prompt_length, stops[0]),
+        )
 
 
 @dataclass(frozen=True, slots=True)

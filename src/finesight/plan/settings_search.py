@@ -110,7 +110,7 @@ def build_planned_model(
         )
     fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
-    configure_tuning(model.train(), recipe.tune, train.seed)
+    configure_tuning(model.train(), recipe.effective_tune, train.seed)
     persistent = compute_persistent_memory(model, train, target.compute)
     tracer = StepTracer(model, SftObjective(), target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers

@@ -88,6 +88,7 @@ class TrackingEvents:
             if result is not None:
                 scores = {f"{prefix}scores/{name}": x for name, x in result.scores.items()}
                 loss = {f"{prefix}validation_loss": result.validation_loss}
+                loss |= {f"{prefix}eval_{name}": x for name, x in result.loss_metrics.items()}
                 self._tracking.log_metrics(eval_result.step, loss | scores)
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
@@ -450,6 +451,7 @@ class MetricsLogger:
             "epoch": round(position / state.data.sampler.epoch_length, 4),
             "loss": step_check.loss,
             "grad_norm": step_check.grad_norm,
+            **step_output.list_metrics(state.engine.objective),
             "lr": state.engine.optimizer.learning_rates(step_output.lr_factor),
             "num_samples": global_stats.num_samples,
             "num_tokens": global_stats.num_tokens,

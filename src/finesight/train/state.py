@@ -149,7 +149,12 @@ class BaseModelRef:
                 image_rule = image_rule.complete(run_rule)
             image_rule = run_rule if image_rule is None else image_rule
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
-        return build_renderer(self.folder, image_rule, system_prompt)
+        renderer = build_renderer(self.folder, image_rule, system_prompt)
+        renderer.rejected_answers = "require"
+        if recipe.train.objective == "sft":
+            is_ignored = recipe.data.rejected_answers == "ignore"
+            renderer.rejected_answers = "ignore" if is_ignored else "forbid"
+        return renderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,8 +317,8 @@ class StepOutput:
         budget: Memory budget of the step.
         lr_factor: Factor of the learning rate schedule.
         is_applied: False if the gradients overflowed in fp16, or no sample was valid.
-        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
-            after `event`. If one of them is not finite, the device has skipped the update.
+        results: Gradient norm, mean loss and mean metrics of the objective. The CPU tensor is valid
+            after `event`. If norm or loss are not finite, the device has skipped the update.
         event: CUDA event after the copy to the CPU; None on a CPU.
     """
 
@@ -322,12 +327,16 @@ class StepOutput:
     budget: MemoryBudget
     lr_factor: float
     is_applied: bool
-    loss_and_norm_2: Tensor
+    results: Tensor
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[float, float]:
         """Wait for the device, and return the loss and the gradient norm."""
         if self.event is not None:
             self.event.synchronize()
-        loss, norm = self.loss_and_norm_2.tolist()
+        norm, loss, *_ = self.results.tolist()
         return loss, norm
+
+    def list_metrics(self, objective: Objective) -> dict[str, float]:
+        """Return the mean metrics of the objective by name; call it after `wait`."""
+        return dict(zip(objective.metric_names, self.results[2:].tolist(), strict=True))

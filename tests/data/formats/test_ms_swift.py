@@ -123,7 +123,6 @@ def test_equivalent_row_layouts(folder: Path, rows: dict[str, Any]) -> None:
         (record("<image>?", "<bbox>", objects={"bbox": [], "image_id": [-1]}), "image_id"),
         (record("<image>?", "<bbox>", objects={"bbox": [], "bbox_type": "norm1000"}), "norm1000"),
         (record("<image>?", "<bbox>", objects=[{"caption": "x"}]), "objects"),
-        (record("<image>?", "x", rejected_response="y"), "'rejected_response'"),
         (record("<image>?", "x", videos=["a.mp4"]), "no such image"),
         (record("<video><video>?", "x", videos=["a.mp4"]), "no such image"),
         (record("<image>?", "x", audios=["a.wav"]), "'audios'"),

@@ -231,9 +231,9 @@ def pack(
     if first_sample.tokenized.response_starts:
         assert len(samples) == 1, f"{first_sample.tokenized.id} must be packed alone"
         # The prompt with its images is the shared prefix of the responses.
-        bounds = 0, *first_sample.tokenized.response_starts, *ends
-        prefix_length = bounds[1]
-        token_ranges = [(tokenized_samples[0], *bound) for bound in pairwise(bounds)]
+        limits = 0, *first_sample.tokenized.response_starts, *ends
+        prefix_length = limits[1]
+        token_ranges = [(tokenized_samples[0], *limit) for limit in pairwise(limits)]
     elif prefix_length:
         common_length = len(
             reduce(SharedPrefix.intersect, map(SharedPrefix.from_sample, tokenized_samples)).ids_P

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
@@ -30,7 +30,13 @@ from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import select_eval_samples
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.train.checkpoint import BestEval
-from finesight.train.dataloader import GlobalStepStats, SkippedSample, read_steps
+from finesight.train.dataloader import (
+    GlobalStepStats,
+    SkippedSample,
+    StepBatch,
+    StepDataset,
+    read_steps,
+)
 from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import (
     MemoryBudget,
@@ -444,7 +450,6 @@ def _mean_losses(
     return losses, skipped
 
 
-@torch.no_grad()
 def compute_validation_loss(
     state: TrainState,
     budget: MemoryBudget,
@@ -467,42 +472,55 @@ def compute_validation_loss(
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
     data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
-    hardware = state.run.hardware
     objective = state.engine.objective
-    num_values = 1 + len(objective.metric_names)
-    total = torch.zeros(num_values, device=hardware.device, dtype=torch.float64)
-    unit_weight = torch.ones((), device=hardware.device)
+    num_values, device = 1 + len(objective.metric_names), state.run.hardware.device
+    total = torch.zeros(num_values, device=device, dtype=torch.float64)
     num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
     model.eval()
     try:
-        step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
-        with closing(step_batches) as steps:
-            for step_batch in steps:
-                stop.raise_if_requested()
-                packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
-                for packed_batch, sample_indices in packs:
-                    try:
-                        total += _pack_loss(state, packed_batch, unit_weight, sample_indices)
-                    except torch.OutOfMemoryError as error:
-                        has_freed_memory = state.engine.graph_runner.release_graphs()
-                        raise build_pack_oom_error(
-                            error, packed_batch, budget, False, has_freed_memory=has_freed_memory
-                        ) from None
-                num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
-                skipped += step_batch.skipped
-                read += chain.from_iterable(step_batch.sample_indices)
-                on_progress(step_batch.num_samples + len(step_batch.skipped))
+        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress, stop):
+            for loss in values:
+                total += loss
+            num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
+            skipped += step_batch.skipped
+            read += chain.from_iterable(step_batch.sample_indices)
     finally:
         model.train()
     return LossSum(tuple(total.tolist()), num_terms, tuple(skipped), tuple(read))
 
 
-def _pack_loss(
+@torch.no_grad()
+def iter_step_losses(
     state: TrainState,
-    packed_batch: PackedBatch,
-    unit_weight: Tensor,
-    sample_indices: Sequence[int],
+    data: StepDataset,
+    split: str,
+    budget: MemoryBudget,
+    on_progress: ProgressCallback,
+    stop: StopRequest,
+) -> Iterator[tuple[StepBatch, list[Tensor]]]:
+    """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
+    hardware = state.run.hardware
+    step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
+    with closing(step_batches) as steps:
+        for step_batch in steps:
+            stop.raise_if_requested()
+            values = []
+            packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
+            for packed_batch, sample_indices in packs:
+                try:
+                    values.append(_pack_loss(state, packed_batch, split, sample_indices))
+                except torch.OutOfMemoryError as error:
+                    has_freed_memory = state.engine.graph_runner.release_graphs()
+                    raise build_pack_oom_error(
+                        error, packed_batch, budget, False, has_freed_memory=has_freed_memory
+                    ) from None
+            yield step_batch, values
+            on_progress(step_batch.num_samples + len(step_batch.skipped))
+
+
+def _pack_loss(
+    state: TrainState, packed_batch: PackedBatch, split: str, sample_indices: Sequence[int]
 ) -> Tensor:
     """Return the summed loss and metrics of a pack.
 
@@ -510,8 +528,8 @@ def _pack_loss(
     """
     model = state.engine.model
     batch = state.engine.device_loader.load(packed_batch)
-    objective = state.engine.objective
-    inputs = objective.loss_inputs(batch, unit_weight, "eval", sample_indices)
+    objective, unit_weight = state.engine.objective, torch.ones((), device=batch.ids_T.device)
+    inputs = objective.loss_inputs(batch, unit_weight, split, sample_indices)
     return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 

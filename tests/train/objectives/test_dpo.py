@@ -178,8 +178,7 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     assert result.before.validation_loss == pytest.approx(math.log(2), abs=1e-5)
     assert result.after.validation_loss < 0.5
     tensors = load_file(pair_task.folder / "run" / REFERENCE_FILE)
-    assert tensors["train.logps"].shape == (11, 2)
-    assert tensors["eval.logps"].shape == (3, 2)
+    assert {name: len(table) for name, table in tensors.items()} == {"train": 11, "eval": 3}
 
 
 def test_resumed_run_equals_uninterrupted_run(pair_task):

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import closing
-from pathlib import Path
-from typing import Any
+from itertools import chain
 
 import numpy as np
 import torch
@@ -27,8 +25,9 @@ from finesight.config import DpoSettings
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.progress import ProgressCallback, ProgressConsole
-from finesight.train.dataloader import GlobalStepStats, read_steps
+from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
+from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import StopRequest, TrainState
@@ -204,7 +203,15 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
     assert isinstance(objective, DpoObjective), f"{objective} has no reference model"
     path = state.run.run_dir.path / REFERENCE_FILE
     if state.progress.step:
-        objective.reference_logps = load_references(path)
+        try:
+            objective.reference_logps = _index_references(load_tensors(path))
+        except (SafetensorError, OSError, ValueError) as error:
+            raise UserError(
+                f"the log-probabilities of the reference model cannot be read: {error}",
+                where=str(path),
+                expected="the file that the run wrote before its first step",
+                remedy="restore the file from a copy, or start a new run with another output_dir",
+            ) from error
         return
     sampler, validation = state.data.sampler, state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))
@@ -213,22 +220,24 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
         indices["eval"] = sorted(validation.stats.sample_indices)
     found = {}
     for split, split_indices in indices.items():
-        num_own = len(hardware.process_group.shard(split_indices))
+        own_indices = hardware.process_group.shard(split_indices)
         with (
-            console.progress_stage(f"reference model, data.{split}", num_own) as on_progress,
+            console.progress_stage(f"reference, data.{split}", len(own_indices)) as on_progress,
             state.engine.parallel.summon_full_params(),
             hardware.process_group.sync_errors(),
         ):
-            found[split] = _compute_references(state, split, split_indices, on_progress, stop)
-    for payload in hardware.process_group.all_gather_str(json.dumps(found)):
-        for split, rows in json.loads(payload).items():
-            by_index = {index: (chosen, rejected) for index, chosen, rejected in rows}
-            objective.reference_logps.setdefault(split, {}).update(by_index)
+            found[split] = _compute_references(state, split, own_indices, on_progress, stop)
+    payloads = hardware.process_group.all_gather_str(json.dumps(found))
+    tables = [*map(json.loads, payloads)]
+    references = {
+        split: np.array([row for table in tables for row in table[split]], dtype=np.float64)
+        for split in indices
+    }
+    objective.reference_logps = _index_references(references)
     if hardware.process_group.is_main:
-        save_references(path, objective.reference_logps)
+        save_tensors(path, references)
 
 
-@torch.no_grad()
 def _compute_references(
     state: TrainState,
     split: str,
@@ -236,71 +245,28 @@ def _compute_references(
     on_progress: ProgressCallback,
     stop: StopRequest,
 ) -> list[tuple[int, float, float]]:
-    """Compute the log-probabilities of this rank's share of the pairs of a split.
+    """Compute the corpus index and the two log-probabilities of each pair.
 
     The model is in the mode in which the run processes the split.
     """
-    hardware, recipe, engine = state.run.hardware, state.run.recipe, state.engine
+    recipe, budget = state.run.recipe, state.progress.budget
     data = state.data.train if split == "train" else state.data.validation
     assert data is not None, f"no data of the split {split}"
-    sampler = SequentialSampler(hardware.process_group.shard(indices), recipe.train.batch_size)
-    dataset = data.build_step_dataset(
-        state.data.renderer, sampler, state.progress.budget.pack_tokens, recipe.data
-    )
-    unit_weight = torch.ones((), device=hardware.device)
+    sampler = SequentialSampler(indices, recipe.train.batch_size)
+    dataset = data.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
     read, logps = list[int](), list[Tensor]()
-    on_gpu = hardware.device.type == "cuda"
-    engine.model.train(split == "train")
-    with closing(read_steps(dataset, 0, hardware.num_workers, on_gpu)) as steps:
-        for step_batch in steps:
-            stop.raise_if_requested()
-            for packed_batch, (index,) in zip(
-                step_batch.packs, step_batch.sample_indices, strict=True
-            ):
-                batch = engine.device_loader.load(packed_batch)
-                inputs = engine.objective.loss_inputs(batch, unit_weight)
-                values = engine.objective.compute_loss(
-                    engine.model(batch), engine.model.lm_head_weight, inputs
-                )
-                read.append(index)
-                logps.append(values[-2:])
-            on_progress(step_batch.num_samples + len(step_batch.skipped))
-    engine.model.train()
+    state.engine.model.train(split == "train")
+    steps = iter_step_losses(state, dataset, split, budget, on_progress, stop)
+    for step_batch, values in steps:
+        read += chain.from_iterable(step_batch.sample_indices)
+        logps += [value[-2:] for value in values]
+    state.engine.model.train()
     pairs = torch.stack(logps).tolist() if logps else []
     return [(index, *pair) for index, pair in zip(read, pairs, strict=True)]
 
 
-def save_references(path: Path, reference_logps: Mapping[str, Mapping[int, LogpPair]]) -> None:
-    """Write the log-probabilities of the reference model to a file, atomically."""
-    tensors: dict[str, NDArray[Any]] = {}
-    for split, logps in reference_logps.items():
-        tensors[f"{split}.samples"] = np.array([*logps], dtype=np.int64)
-        tensors[f"{split}.logps"] = np.array([*logps.values()], dtype=np.float64)
-    save_tensors(path, tensors)
-
-
-def load_references(path: Path) -> dict[str, dict[int, LogpPair]]:
-    """Read the log-probabilities that `save_references` wrote.
-
-    Raises:
-        UserError: The file is missing or corrupt.
-    """
-    try:
-        tensors = load_tensors(path)
-        return {
-            split: dict(
-                zip(
-                    tensors[f"{split}.samples"].tolist(),
-                    map(tuple, tensors[f"{split}.logps"].tolist()),
-                    strict=True,
-                )
-            )
-            for split in {name.partition(".")[0] for name in tensors}
-        }
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise UserError(
-            f"the log-probabilities of the reference model cannot be read: {error}",
-            where=str(path),
-            expected="the file that the run wrote before its first step",
-            remedy="restore the file from a copy, or start a new run with another output_dir",
-        ) from error
+def _index_references(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, dict[int, LogpPair]]:
+    return {
+        split: {int(index): (chosen, rejected) for index, chosen, rejected in table.tolist()}
+        for split, table in tables.items()
+    }

@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from finesight.cli.app import run_command
-from finesight.doctor import diagnostics
+from finesight.doctor import machine_check
 from finesight.doctor.diagnosis import format_diagnoses, load_catalog, make_diagnosis
 from finesight.doctor.machine_check import TorchInfo
 
@@ -45,7 +45,7 @@ def test_diagnosis_lines_and_commands():
 @pytest.fixture
 def diagnose(monkeypatch, capsys):
     """Diagnose a machine with a healthy torch, without network."""
-    monkeypatch.setattr(diagnostics.machine_check, "probe_torch", lambda: TorchInfo("2.13.0+cpu"))
+    monkeypatch.setattr(machine_check, "probe_torch", lambda: TorchInfo("2.13.0+cpu"))
     for name in ("HF_TOKEN", "https_proxy", "http_proxy", "HF_ENDPOINT"):
         monkeypatch.delenv(name, raising=False)
 
@@ -92,7 +92,7 @@ def test_diagnosis_works_with_broken_torch(tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('broken')\n")
     script = (
         f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "import finesight.cli.app, finesight.doctor.diagnostics as e\n"
+        "import finesight.cli.app, finesight.doctor.diagnosis as e\n"
         "try: e.diagnose('nothing')\nexcept e.UserError: print('refused')\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

@@ -21,7 +21,7 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
-from finesight.doctor.diagnostics import diagnose
+from finesight.doctor.diagnosis import diagnose
 
 RECIPE = {
     "model": "m",

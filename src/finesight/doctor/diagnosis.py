@@ -7,11 +7,14 @@ import shlex
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import UserError, escape_unprintable, suggest_similar_path
+from finesight.manifest import MANIFEST_FILE
+from finesight.model_folder import resolve_model_path
 
 DiagnosisSeverity = Literal["error", "warning", "ok"]
 """`error`: something fails or gives wrong results. `warning`: something can be improved."""
@@ -100,3 +103,53 @@ def diagnoses_to_dict(sections: DiagnosisSections) -> dict[str, Any]:
     """Convert diagnoses to a JSON object (`finesight doctor --json`)."""
     lines = [{"section": title} | asdict(one) for title, found in sections.items() for one in found]
     return {"num_errors": count_severity(sections, "error"), "diagnoses": lines}
+
+
+def diagnose_machine(environment: Mapping[str, str]) -> DiagnosisSections:
+    """Check this machine: hardware, packages, torch, GPUs and environment variables."""
+    # The modules of the checks import this one.
+    from finesight.doctor import machine_check, package_check
+
+    packages, torch_info = package_check.list_packages(), machine_check.probe_torch()
+    gpu_system = machine_check.inspect_gpu_system(environment)
+    sections: dict[str, Iterable[Diagnosis]] = {
+        "machine": machine_check.check_machine(environment, Path.cwd()),
+        "packages": package_check.check_packages(packages),
+        "torch and GPUs": machine_check.check_gpus(gpu_system, torch_info, packages, environment),
+        "environment": machine_check.check_environment(environment),
+        "extras": package_check.check_extras(packages),
+    }
+    return {title: tuple(found) for title, found in sections.items()}
+
+
+def diagnose(subject: str) -> DiagnosisSections:
+    """Check the run, model folder or adapter folder with a path.
+
+    Raises:
+        UserError: The path is none of these.
+    """
+    from finesight.doctor import model_check, package_check, run_check
+    from finesight.report.run_reader import read_run
+
+    path = resolve_model_path(subject)
+    if (path / MANIFEST_FILE).is_file() and not (path / "config.json").is_file():
+        run = read_run(path)
+        return {
+            "run end": run_check.check_run_end(run),
+            "training": run_check.check_training(run),
+            "predictions": run_check.check_predictions(run),
+        }
+    if (path / model_check.ADAPTER_CONFIG_FILE).is_file():
+        return {"adapter": [model_check.check_adapter(path)]}
+    if path.is_dir():
+        return {"model": model_check.check_model(path, package_check.list_packages())}
+    raise UserError(
+        f"no folder {subject!r}",
+        where="finesight doctor",
+        expected="a run, or the folder of an adapter or model; no argument for this machine",
+        remedy=suggest_similar_path(
+            path,
+            "correct the path; download a model of a hub first (finesight download); to check a"
+            " recipe: finesight plan RECIPE",
+        ),
+    )

@@ -235,9 +235,8 @@ def pack(
         prefix_length = limits[1]
         token_ranges = [(tokenized_samples[0], *limit) for limit in pairwise(limits)]
     elif prefix_length:
-        common_length = len(
-            reduce(SharedPrefix.intersect, map(SharedPrefix.from_sample, tokenized_samples)).ids_P
-        )
+        prefixes = map(SharedPrefix.from_sample, tokenized_samples)
+        common_length = len(reduce(SharedPrefix.intersect, prefixes).ids_P)
         assert prefix_length <= common_length, (
             f"the samples share {common_length} tokens, not {prefix_length}"
         )

@@ -393,7 +393,15 @@ class Renderer(ABC):
         """
         sample = located_sample.sample
         if self.rejected_answers == ("forbid" if sample.rejected else "require"):
-            raise _build_pair_error(sample)
+            raise UserError(
+                f"{'a' if sample.rejected else 'no'} rejected answer",
+                where=f"sample {sample.id}",
+                expected="preference pairs for train.objective=dpo, other samples for sft",
+                remedy="set train.objective=dpo to train on pairs, or data.rejected_answers=ignore"
+                " to train on the chosen answers only"
+                if sample.rejected
+                else "add the rejected answer, or set train.objective=sft",
+            )
         tokenized = self._tokenize_messages(
             located_sample, sample.messages, add_generation_prompt=False
         )
@@ -767,23 +775,6 @@ class NativeRenderer(Renderer):
                 expected="the same id in both files",
                 remedy="use both files of the same model",
             )
-
-
-def _build_pair_error(sample: Sample) -> UserError:
-    if sample.rejected:
-        return UserError(
-            "a rejected answer, which train.objective=sft does not use",
-            where=f"sample {sample.id}",
-            expected="samples without `rejected`, or a run that trains on pairs",
-            remedy="set train.objective=dpo to train on pairs, or data.rejected_answers=ignore to"
-            " train on the chosen answers only",
-        )
-    return UserError(
-        "no rejected answer",
-        where=f"sample {sample.id}",
-        expected="preference pairs, samples with `rejected`, for train.objective=dpo",
-        remedy="add the rejected answer, or set train.objective=sft",
-    )
 
 
 def _has_reasoning(messages: Sequence[Message]) -> bool:

@@ -271,13 +271,12 @@ def doctor(
     Args:
         subject: Run folder, or model or adapter folder. Default: this machine.
     """
-    from finesight.doctor import diagnostics
-    from finesight.doctor.diagnosis import count_severity, diagnoses_to_dict, format_diagnoses
+    from finesight.doctor import diagnosis as doctor
 
     if subject is None:
-        diagnosis = diagnostics.diagnose_machine(os.environ)
+        diagnosis = doctor.diagnose_machine(os.environ)
     else:
-        diagnosis = diagnostics.diagnose(str(subject))
-    exit_code = EXIT_ERROR_FOUND if count_severity(diagnosis, "error") else 0
-    data, lines = diagnoses_to_dict(diagnosis), [*format_diagnoses(diagnosis)]
+        diagnosis = doctor.diagnose(str(subject))
+    exit_code = EXIT_ERROR_FOUND if doctor.count_severity(diagnosis, "error") else 0
+    data, lines = doctor.diagnoses_to_dict(diagnosis), [*doctor.format_diagnoses(diagnosis)]
     return Outcome(diagnosis, lines, data, exit_code=exit_code)

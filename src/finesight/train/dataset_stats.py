@@ -368,6 +368,7 @@ class SampleStats(NamedTuple):
         leaked_images: Paths of validation images that occur in the sample.
         is_thinking: Whether the sample is rendered in thinking mode.
         num_answer_tokens: Number of supervised tokens of the last answer.
+        response_starts: Start of each response of a preference pair.
     """
 
     id: str
@@ -379,6 +380,7 @@ class SampleStats(NamedTuple):
     leaked_images: frozenset[str]
     is_thinking: bool = False
     num_answer_tokens: int = 0
+    response_starts: tuple[int, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -420,6 +422,7 @@ def _scan_sample(
         leaked_images=frozenset(paths & watched_images),
         is_thinking=tokenized.is_thinking,
         num_answer_tokens=tokenized.num_answer_tokens,
+        response_starts=tokenized.response_starts,
     )
     return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
 

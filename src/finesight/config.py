@@ -105,17 +105,13 @@ EvalFiles = Annotated[tuple[DataFileSettings, ...], BeforeValidator(_as_files)]
 
 
 class DataSettings(SettingsSection):
-    """Section `data` of a recipe: training and validation data.
-
-    `rejected_answers` allows supervised fine-tuning on the chosen answers of preference pairs.
-    """
+    """Section `data` of a recipe: training and validation data."""
 
     train: TrainFiles
     eval: EvalFiles = ()
     system_prompt: str | None = None
     max_length: PositiveInt = 8192
     on_invalid_sample: Literal["skip", "fail"] = "skip"
-    rejected_answers: Literal["fail", "ignore"] = "fail"
 
 
 class PixelLimits(SettingsSection):
@@ -351,6 +347,7 @@ class TrainSettings(SettingsSection):
 
     Attributes:
         objective: Supervised fine-tuning, or direct preference optimization on pairs of answers.
+            The default is supervised fine-tuning on data without pairs.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -359,7 +356,7 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo"] = "sft"
+    objective: Literal["sft", "dpo"] | None = None
     dpo: DpoSettings = DpoSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
@@ -496,7 +493,7 @@ class Recipe(SettingsSection):
     @property
     def effective_tune(self) -> TuneSettings:
         """Section `tune`, without dropout for DPO, which compares likelihoods of two models."""
-        if self.train.objective == "sft":
+        if self.train.objective != "dpo":
             return self.tune
         lora = self.tune.lora.model_copy(update={"dropout": 0.0})
         return self.tune.model_copy(update={"lora": lora})

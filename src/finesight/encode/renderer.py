@@ -396,9 +396,9 @@ class Renderer(ABC):
             raise UserError(
                 f"{'a' if sample.rejected else 'no'} rejected answer",
                 where=f"sample {sample.id}",
-                expected="preference pairs for train.objective=dpo, other samples for sft",
-                remedy="set train.objective=dpo to train on pairs, or data.rejected_answers=ignore"
-                " to train on the chosen answers only"
+                expected="preference pairs for train.objective=dpo, else other samples",
+                remedy="set train.objective=dpo to train on pairs, or train.objective=sft to train"
+                " on the chosen answers only"
                 if sample.rejected
                 else "add the rejected answer, or set train.objective=sft",
             )

@@ -262,7 +262,7 @@ def build_train_state(
         sample_stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=recipe.train.objective == "sft" and supports_context_parallelism(model),
+        can_split_samples=recipe.train.objective != "dpo" and supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -331,7 +331,7 @@ def build_objective(train: TrainSettings, family: str) -> Objective:
     Raises:
         UserError: The model family does not support `train.objective`.
     """
-    if train.objective == "sft":
+    if train.objective != "dpo":
         return SftObjective()
     # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
     if family not in ARCHITECTURES or family == "qwen":
@@ -539,7 +539,7 @@ def _build_resume_config(
     settings |= {
         f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
     }
-    if recipe.train.objective == "sft":
+    if recipe.train.objective != "dpo":
         # Checkpoints of earlier versions have no objective.
         del settings["train.objective"], settings["train.dpo"]
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.renderer import RejectedAnswers, Renderer, build_renderer
 from finesight.errors import TrainingInterrupted
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
@@ -40,6 +40,14 @@ PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
+
+
+REJECTED_ANSWERS: Mapping[str | None, RejectedAnswers] = {
+    None: "forbid",
+    "sft": "ignore",
+    "dpo": "require",
+}
+"""Treatment of rejected answers by `train.objective`."""
 
 
 class StopRequest:
@@ -150,10 +158,7 @@ class BaseModelRef:
             image_rule = run_rule if image_rule is None else image_rule
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
-        renderer.rejected_answers = "require"
-        if recipe.train.objective == "sft":
-            is_ignored = recipe.data.rejected_answers == "ignore"
-            renderer.rejected_answers = "ignore" if is_ignored else "forbid"
+        renderer.rejected_answers = REJECTED_ANSWERS[recipe.train.objective]
         return renderer
 
 

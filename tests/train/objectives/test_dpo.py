@@ -216,7 +216,7 @@ def test_rejected_answers_need_an_objective(pair_task):
     with pytest.raises(UserError, match="rejected answer") as caught:
         pair_task.run()
     assert "train.objective=dpo" in caught.value.remedy
-    pair_task.run("data.rejected_answers=ignore", name="chosen")
+    pair_task.run("train.objective=sft", name="chosen")
     ignored = json.dumps([line.get("loss") for line in pair_task.read_metrics("chosen")])
     for split in ("train", "eval"):
         with edit_samples(pair_task.folder / f"{split}.jsonl") as samples:

@@ -454,11 +454,7 @@ def _fetch_hub_dataset(source: str, work_folder: Path, options: ImportOptions) -
 def _fetch_needed_files(
     repository: HubRepository, rows: Sequence[str], options: ImportOptions
 ) -> tuple[tuple[str, ...], Path]:
-    """Download the row files up to the last row that `--rows` and `--limit` select.
-
-    Returns:
-        Paths of the downloaded files, and the folder that they are relative to.
-    """
+    """Download the row files up to the last row that `--rows` and `--limit` select."""
     max_rows = _max_row(options)
     if max_rows is None:
         return tuple(rows), repository.fetch_files(rows)

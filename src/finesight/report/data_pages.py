@@ -447,12 +447,7 @@ def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) ->
 def _build_image_record(
     issue_image: IssueImage, images: dict[Path, InlineImage | str]
 ) -> dict[str, Any]:
-    """Return the page data of an image: its name, index and boxes with finite corners.
-
-    Args:
-        images: Thumbnails of the page by path, to which the image is added. Each image is included
-            once, unreadable ones as an error message.
-    """
+    """Return the page data of an image: its name, index and boxes with finite corners."""
     path = issue_image.path
     if path not in images:
         try:

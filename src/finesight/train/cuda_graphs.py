@@ -257,12 +257,7 @@ class CudaGraphRunner:
         self._launch_event = record_event(loss.device)
 
     def _replay(self, inputs: GraphInputs) -> Tensor | None:
-        """Replay a CUDA graph, or capture it on first use.
-
-        Returns:
-            Loss; None if the graph failed, usually for lack of memory. The caller then runs the
-            pack eagerly, which raises the errors of the pack itself.
-        """
+        """Replay a CUDA graph, or capture it on first use."""
         assert self.graphs is not None, "CUDA graphs are disabled"
         graph_index = [*self.static_inputs].index(inputs.shape)
         is_timed = inputs.vision_inputs is None and self.graphs.contains(graph_index)

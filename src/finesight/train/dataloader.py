@@ -571,12 +571,7 @@ class StepDataset:
     def _read_split_samples(
         self, step_index: int
     ) -> tuple[list[IndexedSample], list[ContextShard], list[SkippedSample]]:
-        """Read the samples of a step that are split over all ranks.
-
-        Returns:
-            Encoded samples with only the patches of this rank, their shards, and the skipped
-            samples if this rank reports them.
-        """
+        """Read the samples of a step that are split over all ranks."""
         sampler = self.sampler
         if not isinstance(sampler, DistributedSampler):
             return [], [], []

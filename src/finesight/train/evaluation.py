@@ -281,11 +281,7 @@ def _build_eval_result(
     scored: Sequence[int],
     full: EvalResult | None = None,
 ) -> EvalResult:
-    """Build the result of an evaluation of validation samples.
-
-    Args:
-        scored: Corpus indices of the samples for which an answer was requested.
-    """
+    """Build the result of an evaluation of validation samples."""
     (loss, *metrics), read = mean_loss
     answered = [scored[position] for position in generation.positions] if generation else read
     return EvalResult(
@@ -416,12 +412,6 @@ def _mean_losses(
     """Return the mean loss of the first part and of all parts together, and the skipped samples.
 
     The result is the same on all ranks.
-
-    Args:
-        loss_sums: Sums of this rank over each part of the validation samples.
-
-    Raises:
-        UserError: All samples of the first part have corrupt images, or a loss is not finite.
     """
     payloads = state.run.hardware.process_group.all_gather_str(json.dumps(loss_sums))
     sums_by_rank = [json.loads(payload) for payload in payloads]

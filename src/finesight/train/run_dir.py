@@ -291,9 +291,6 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Iterate over the complete lines of `metrics.jsonl`, each with its size in bytes.
 
     The iteration ends at the first incomplete line.
-
-    Raises:
-        UserError: The path is not a regular file, or a value of a line has the wrong type.
     """
     lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
     for line_number, line in enumerate(lines, start=1):

@@ -427,11 +427,7 @@ def _check_images(
     validation_data: TrainingData | None,
     console: ProgressConsole,
 ) -> None:
-    """Verify that the images have not changed since the start of the run.
-
-    Raises:
-        UserError: Images have changed.
-    """
+    """Verify that the images have not changed since the start of the run."""
     if not run_dir.images_path.exists():
         console.log(
             f"{run_dir.images_path} is missing: images are not compared with the start of the run"

@@ -267,9 +267,6 @@ def _group_packs(
 
     Packs whose layers communicate with other ranks come first: all packs of a sharded model, or
     those of split samples.
-
-    Args:
-        max_packs: Largest number of packs on one rank.
     """
     process_group, is_sharded = state.run.hardware.process_group, state.engine.parallel.is_sharded
     # All ranks of a sharded model must run the same number of packs.

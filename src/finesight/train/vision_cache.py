@@ -470,11 +470,7 @@ class FeatureWriter:
 
 
 def _read_verified(file: BinaryIO, features_MKD: Tensor) -> int:
-    """Read the features in an open file and verify their SHA-256; return their byte offset.
-
-    Raises:
-        ValueError: The file does not contain features of this shape and dtype, or is corrupt.
-    """
+    """Read the features in an open file and verify their SHA-256; return their byte offset."""
     length = int.from_bytes(file.read(8), "little")
     if length > MAX_HEADER_BYTES:
         raise ValueError(f"a header of {length} bytes")

@@ -391,11 +391,7 @@ def _decode_chunk(
     on_invalid_sample: Literal["skip", "fail"],
     index: int,
 ) -> DecodedChunk:
-    """Decode the images of a chunk; data loader workers call this function.
-
-    Raises:
-        UserError: An image is corrupt and `on_invalid_sample` is `fail`.
-    """
+    """Decode the images of a chunk; data loader workers call this function."""
     chunk, patches = chunks[index], []
     corrupt_images: CorruptImages = {}
     empty_ids_T, position_ids = np.empty(0, dtype=np.int32), np.empty((3, 0), dtype=np.int32)
@@ -505,12 +501,7 @@ class VisionCacheBuilder:
         )
 
     def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:
-        """Call a function that must succeed on all ranks; return the local result.
-
-        Raises:
-            TrainingInterrupted: A rank received a stop signal; raised on all ranks.
-            _CacheUnavailable: The cache is unavailable on a rank; raised on all ranks.
-        """
+        """Call a function that must succeed on all ranks; return the local result."""
         results: list[T] = []
         blocker = ""
         with self._process_group.sync_errors():
@@ -536,11 +527,7 @@ class VisionCacheBuilder:
         return [*map(json.loads, self._process_group.all_gather_str(json.dumps(value)))]
 
     def _open_store_if_useful(self) -> bool:
-        """Open the feature files; return whether a new run uses each image at most once.
-
-        Raises:
-            _CacheUnavailable: The cache cannot be used or does not pay off.
-        """
+        """Open the feature files; return whether a new run uses each image at most once."""
         state = self._state
         blocker = _find_cache_blocker(state)
         if blocker is not None:

@@ -186,12 +186,7 @@ def _build_example(
     placeholder: re.Pattern[str] = IMAGE_PLACEHOLDER,
     objects: _ObjectQueue | None = None,
 ) -> ImportExample:
-    """Build a training example from turns whose placeholders stand for images and objects.
-
-    Args:
-        objects: References and boxes. With them, listed images without any placeholder precede the
-            first question, and a question may be an image path.
-    """
+    """Build a training example from turns whose placeholders stand for images and objects."""
     videos = list_images(row.record, VIDEO_KEYS)
     if videos:
         placeholder = re.compile(f"{placeholder.pattern}|<video>", re.DOTALL)

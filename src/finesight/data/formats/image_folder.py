@@ -143,13 +143,7 @@ _METADATA_NAME = re.compile(r"metadata\.(?:csv|jsonl|parquet)", re.IGNORECASE)
 
 
 def _order_by_split(root: Path, files: Sequence[Path]) -> tuple[list[Path], int, str]:
-    """Order files of split folders: training, then validation.
-
-    Returns:
-        The files of both splits, the number of training files, and a description of the splits,
-            which is empty without split folders. The test split counts as validation if there is
-            no other one, and is left out otherwise.
-    """
+    """Order files of split folders: training, then validation."""
     names = {file: file.relative_to(root).parts[:-1] for file in files}
     split_names = {
         file: SPLIT_ALIASES.get(parts[0].lower()) for file, parts in names.items() if parts

@@ -492,11 +492,7 @@ def _omit_classes(
     omitted: Mapping[str, InvalidBoxError],
     boxes: Sequence[BoxPart],
 ) -> tuple[ContentPart, ...]:
-    """Remove the classes whose boxes are dropped from the list of classes in a question.
-
-    Raises:
-        InvalidBoxError: The question still asks for such a class, or for no class in particular.
-    """
+    """Remove the classes whose boxes are dropped from the list of classes in a question."""
     for label, error in omitted.items():
         name = _match_name(label)
         in_list = re.compile(rf"(?:^|(?<=[:：,、] )){name}, |, (?:and |or )?{name}(?=$|[\s.,;:?!])")

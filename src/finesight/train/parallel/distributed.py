@@ -267,19 +267,7 @@ class ProcessGroup:
         return self.all_gather_str(value)[0].decode()
 
     def _exchange(self, kind: str, value: str, step: int | None = None) -> list[bytes]:
-        """Exchange strings with all ranks, which must be in the same collective and step.
-
-        Args:
-            step: Index of the step that begins; the current step by default.
-
-        Returns:
-            Strings in rank order, encoded in UTF-8.
-
-        Raises:
-            PeerFailedError: A rank has failed.
-            RankDesyncError: The ranks are in different steps or collectives.
-            RankTimeoutError: A rank did not arrive.
-        """
+        """Exchange strings with all ranks, which must be in the same collective and step."""
         messages = self._all_gather_messages(kind, value, step)
         self._raise_peer_failure(
             [rank for rank, message in enumerate(messages) if message.kind == "failure"]

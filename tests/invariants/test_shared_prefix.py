@@ -102,7 +102,7 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
         pair = renderer.encode(LocatedSample(rejected, tmp_path))
         model.zero_grad()
         batch = pack([pair])
-        inputs = objective.loss_inputs(batch, torch.tensor(1.0), "train", [7])
+        inputs = objective.loss_inputs(batch, torch.tensor(1.0), ("train", (7,)))
         values = objective.compute_loss(model(batch), model.lm_head_weight, inputs)
         values[0].backward()
         found = {

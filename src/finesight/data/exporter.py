@@ -115,10 +115,7 @@ def _write_files(chunks: Iterator[tuple[str, bytes]], staging: Path) -> list[str
 def _note_exif_orientations(
     samples: Sequence[LocatedSample], data_format: DatasetFormat
 ) -> Iterator[str]:
-    """Yield a note if samples have boxes in images with an EXIF orientation.
-
-    Programs that ignore the orientation show these boxes at the wrong position.
-    """
+    """Yield a note if samples have boxes in images with an EXIF orientation."""
     if data_format.name == "samples":
         return
     image_paths = set(itertools.chain.from_iterable(map(_iter_boxed_images, samples)))

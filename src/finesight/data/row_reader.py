@@ -208,10 +208,7 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
 
 
 def _open_json(source: Path) -> RowReader:
-    """Open a file that contains a JSON array of objects or one object per line.
-
-    The content decides, not the suffix.
-    """
+    """Open a file that contains a JSON array of objects or one object per line."""
     with open_data_file(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
     if head.startswith(b"["):
@@ -403,10 +400,7 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
 
 
 def _open_xlsx(source: Path, no_header: bool) -> RowReader:
-    """Open the active sheet of an Excel workbook; its first non-empty row names the columns.
-
-    Rows have the numbers of the sheet.
-    """
+    """Open the active sheet of an Excel workbook; its first non-empty row names the columns."""
     try:
         from openpyxl import load_workbook
     except ImportError as error:
@@ -887,10 +881,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder sorted by name, without hidden ones.
-
-    An unreadable folder has no entries.
-    """
+    """Return the entries of a folder sorted by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]

@@ -173,10 +173,7 @@ def _is_row_file(path: str) -> bool:
 
 
 def _add_support_files(rows: tuple[str, ...], data_paths: Sequence[str]) -> SelectedFiles:
-    """Add the files that rows may reference, such as images and archives, to row files.
-
-    Parquet and tar files contain their images and need no other files.
-    """
+    """Add the files that rows may reference, such as images and archives, to row files."""
     if all(path.lower().endswith(SELF_CONTAINED_SUFFIXES) for path in rows):
         return SelectedFiles(rows, ())
     others = [path for path in data_paths if path not in rows and not _is_row_file(path)]
@@ -415,10 +412,7 @@ def _is_folder_dataset(folder: Path) -> bool:
 
 
 def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions) -> FetchedSource:
-    """Return a single row file as the source, or several row files concatenated.
-
-    Image paths in a single file are relative to its own folder.
-    """
+    """Return a single row file as the source, or several row files concatenated."""
     others = ", ".join(selection.other_splits)
     notes = (f"split {selection.split}, not {others}",) if others else ()
     files = tuple(folder / path for path in selection.row_files)

@@ -318,10 +318,7 @@ class CudaGraphRunner:
     def _vision_graph_shape(
         self, batch: PackedBatch, features_MKD: Tensor | None
     ) -> GraphShape | None:
-        """Return the shape of a CUDA graph that contains the vision encoder.
-
-        The result is None if the encoder must run outside of the graph.
-        """
+        """Return the shape of a CUDA graph that contains the vision encoder."""
         model = self.native_model
         if features_MKD is not None or not self._captures_vision:
             return None
@@ -390,10 +387,7 @@ class CudaGraphRunner:
         return widest
 
     def _should_share_graph(self, shape: GraphShape, is_frequent: bool) -> bool:
-        """Return whether one new graph should serve packs of several similar shapes.
-
-        Half of the `MAX_GRAPHS` graphs are reserved for frequent shapes.
-        """
+        """Return whether one new graph should serve packs of several similar shapes."""
         if shape.vision_shape is not None:
             # Image sizes of several packs rarely match.
             return False

@@ -38,6 +38,7 @@ from finesight.train.dataloader import (
     read_steps,
 )
 from finesight.train.lr_schedule import resolve_steps
+from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
@@ -352,10 +353,7 @@ def _evaluate_generation(
 
 
 def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> PredictFn:
-    """Wrap a generation function so that each rank generates for its share of the samples.
-
-    The wrapped function returns the predictions for all samples on every rank.
-    """
+    """Wrap a generation function so that each rank generates for its share of the samples."""
     from finesight.evaluate.generation_eval import PredictOutput
 
     adapter: TypeAdapter[PredictOutput] = TypeAdapter(PredictOutput)
@@ -409,10 +407,7 @@ MeanLoss = tuple[list[float], list[int]]
 def _mean_losses(
     state: TrainState, loss_sums: Sequence[LossSum]
 ) -> tuple[list[MeanLoss], list[SkippedSample]]:
-    """Return the mean loss of the first part and of all parts together, and the skipped samples.
-
-    The result is the same on all ranks.
-    """
+    """Return the mean loss of the first part and of all parts together, and the skipped samples."""
     payloads = state.run.hardware.process_group.all_gather_str(json.dumps(loss_sums))
     sums_by_rank = [json.loads(payload) for payload in payloads]
     losses, skipped = list[MeanLoss](), list[SkippedSample]()
@@ -499,7 +494,7 @@ def iter_step_losses(
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:
                 try:
-                    values.append(_pack_loss(state, packed_batch, split, sample_indices))
+                    values.append(_pack_loss(state, packed_batch, (split, sample_indices)))
                 except torch.OutOfMemoryError as error:
                     has_freed_memory = state.engine.graph_runner.release_graphs()
                     raise build_pack_oom_error(
@@ -509,9 +504,7 @@ def iter_step_losses(
             on_progress(step_batch.num_samples + len(step_batch.skipped))
 
 
-def _pack_loss(
-    state: TrainState, packed_batch: PackedBatch, split: str, sample_indices: Sequence[int]
-) -> Tensor:
+def _pack_loss(state: TrainState, packed_batch: PackedBatch, key: PackKey) -> Tensor:
     """Return the summed loss and metrics of a pack.
 
     This is a separate function so that the tensors of the pack are freed on return.
@@ -519,7 +512,7 @@ def _pack_loss(
     model = state.engine.model
     batch = state.engine.device_loader.load(packed_batch)
     objective, unit_weight = state.engine.objective, torch.ones((), device=batch.ids_T.device)
-    inputs = objective.loss_inputs(batch, unit_weight, split, sample_indices)
+    inputs = objective.loss_inputs(batch, unit_weight, key)
     return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 

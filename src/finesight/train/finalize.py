@@ -429,10 +429,7 @@ def write_run_report(
 def _compute_differences(
     state: TrainState, before: EvalResult, after: EvalResult
 ) -> list[MetricDifference]:
-    """Compute the metric differences between the evaluations before and after training.
-
-    Metrics of different samples are omitted.
-    """
+    """Compute the metric differences between the evaluations before and after training."""
     old, new = before.as_best_eval(), after.as_best_eval()
     losses = before.validation_loss, after.validation_loss
     differences = []
@@ -468,10 +465,7 @@ def _format_predict_command(run_or_checkpoint: Path, run_dir: RunDir) -> str:
 def _log_summary(
     result: RunResult, last: EvalResult | None, run_dir: RunDir, console: ProgressConsole
 ) -> None:
-    """Log the metrics, and the best checkpoint if it is not the exported one.
-
-    The checkpoints are compared by the last evaluation, on the common subset of the run.
-    """
+    """Log the metrics, and the best checkpoint if it is not the exported one."""
     after, best = result.after, result.best_eval
     if after is not None:
         console.log(result.as_table())

@@ -311,10 +311,7 @@ class Muon:
         return 80 * len(self._master_weights)
 
     def _orthogonalize(self) -> None:
-        """Compute the updates, as a CUDA graph for small groups on a GPU.
-
-        The first call runs eagerly, and the second one captures the graph.
-        """
+        """Compute the updates, as a CUDA graph for small groups on a GPU."""
         if (
             not self._grad_E.is_cuda
             or self._grad_E.numel() > MAX_GRAPH_ELEMENTS

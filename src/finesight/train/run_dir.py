@@ -288,10 +288,7 @@ class RunDir:
 
 
 def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Iterate over the complete lines of `metrics.jsonl`, each with its size in bytes.
-
-    The iteration ends at the first incomplete line.
-    """
+    """Iterate over the complete lines of `metrics.jsonl`, each with its size in bytes."""
     lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
     for line_number, line in enumerate(lines, start=1):
         try:

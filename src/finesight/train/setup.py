@@ -476,10 +476,7 @@ def _load_latest_checkpoint(
     resume: bool,
     console: ProgressConsole,
 ) -> Checkpoint | None:
-    """Load the checkpoint to resume from; None to start with step 0.
-
-    Only the main process verifies the digests; the other ranks load the same step.
-    """
+    """Load the checkpoint to resume from; None to start with step 0."""
     checkpoint = None
     with process_group.sync_errors():
         if process_group.is_main and resume:

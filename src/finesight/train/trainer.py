@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -43,6 +43,7 @@ from finesight.train.evaluation import (
     resolve_eval_interval,
     run_evaluation,
 )
+from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
@@ -180,7 +181,7 @@ def train_step(
                                 step_batch.cache_inputs[micro_index], packed_batch.context_shard
                             ),
                             pack_weight,
-                            () if is_dummy else step_batch.sample_indices[micro_index],
+                            None if is_dummy else ("train", step_batch.sample_indices[micro_index]),
                         )
                 total += group_loss
     except Exception:
@@ -217,7 +218,7 @@ def forward_backward(
     batch: PackedBatch,
     features_MKD: Tensor | None,
     loss_weight: Tensor,
-    sample_indices: Sequence[int] = (),
+    key: PackKey | None = None,
 ) -> Tensor:
     """Run the forward and backward pass of a pack, and return weighted loss and metrics.
 
@@ -226,10 +227,10 @@ def forward_backward(
     Args:
         features_MKD: Cached image features; None to run the vision encoder.
         loss_weight: Scalar on the device that multiplies the summed loss.
-        sample_indices: Corpus indices of the samples of the pack.
+        key: Samples of the pack, if known.
     """
     model, objective = graph_runner.model, graph_runner.objective
-    loss_inputs = objective.loss_inputs(batch, loss_weight, "train", sample_indices)
+    loss_inputs = objective.loss_inputs(batch, loss_weight, key)
     if graph_runner.graphs is not None:
         graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
         if graph_loss is not None:

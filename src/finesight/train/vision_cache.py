@@ -353,10 +353,7 @@ class VisionFileStore:
         return available_bytes()
 
     def _is_alone(self) -> bool:
-        """Acquire the exclusive lock; return False if another run uses the store.
-
-        The result is also False on a file system without locks.
-        """
+        """Acquire the exclusive lock; return False if another run uses the store."""
         try:
             self._lock_fd.acquire(wait=False)
         except OSError:

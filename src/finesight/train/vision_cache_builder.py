@@ -574,10 +574,7 @@ class VisionCacheBuilder:
         return estimate_feature_bytes(num_patches, self._model, self._state.run.hardware.dtype)
 
     def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
-        """Return the minimum free space over all ranks, by storage tier.
-
-        One rank per machine first evicts old files to make space for `missing_bytes`.
-        """
+        """Return the minimum free space over all ranks, by storage tier."""
         process_group = self._process_group
         names = [chunk.name for chunk in chunks]
 

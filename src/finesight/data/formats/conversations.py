@@ -271,10 +271,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write conversations in the syntax of Qwen-VL.
-
-    Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
-    """
+    """Write conversations in the syntax of Qwen-VL."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context, "{}")

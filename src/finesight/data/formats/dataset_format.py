@@ -64,11 +64,11 @@ class ImportExample:
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""
-        if len(self.answers) == 1:
-            return [self._build_sample(self.id, self.answers[0], self.references)]
+        names = [format_answer_id(self.id, number + 1) for number in range(len(self.answers))]
+        names = names if len(names) > 1 else [self.id]
         return [
-            self._build_sample(format_answer_id(self.id, answer_number), answer, self.references)
-            for answer_number, answer in enumerate(self.answers, start=1)
+            self._build_sample(name, answer, self.references)
+            for name, answer in zip(names, self.answers, strict=True)
         ]
 
     def to_eval_sample(self) -> Sample:
@@ -439,6 +439,7 @@ _TURN_KEYS = (
     *("messages", "conversations", "conversation", "prompt", "completion", "history"),
     *("chosen", "rejected", "rejected_messages"),
 )
+_REJECTED_KEYS = "rejected_response", "rejected_messages"
 _OBJECT_KEYS = ("images", "image", "videos", "objects")
 
 MAX_LITERAL_CHARS = 2**20
@@ -471,29 +472,23 @@ def split_preference(record: Record) -> list[Record]:
     `rejected`). Any other row is returned alone.
     """
     pair = "chosen", "rejected"
+    others = {k: v for k, v in record.items() if k not in (*pair, *_REJECTED_KEYS)}
     if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
-        others = {key: value for key, value in record.items() if key not in pair}
-        turns = next((k for k in ("conversations", "messages") if has_value(record.get(k))), "")
         for question, key in (("instruction", "output"), ("prompt", "completion")):
             if question in record:
                 return [{**others, key: record[name]} for name in pair]
-        if turns:
-            return [
-                {**others, turns: [*as_list(record[turns]), *as_list(record[name])]}
-                for name in pair
-            ]
-        if all(isinstance(record[name], list) for name in pair):
-            return [{**others, "messages": record[name]} for name in pair]
-    messages, rejected = record.get("messages"), record.get("rejected_messages")
-    others = {k: v for k, v in record.items() if k not in ("rejected_response", *_TURN_KEYS[-1:])}
+        turns = next((k for k in ("conversations", "messages") if has_value(record.get(k))), None)
+        if turns is not None or all(isinstance(record[name], list) for name in pair):
+            key, prompt = turns or "messages", as_list(record.get(turns or "messages"))
+            return [{**others, key: [*prompt, *as_list(record[name])]} for name in pair]
+    messages, (text, rejected) = record.get("messages"), map(record.get, _REJECTED_KEYS)
+    if isinstance(text, str) and text:
+        if "response" in record:
+            return [others, {**others, "response": text}]
+        if isinstance(messages, list):
+            rejected = [*messages[:-1], {"role": "assistant", "content": text}]
     if isinstance(rejected, list) and rejected:
         return [others, {**others, "messages": rejected}]
-    rejected = record.get("rejected_response")
-    if isinstance(rejected, str) and rejected and isinstance(messages, list) and messages:
-        answer = {"role": "assistant", "content": rejected}
-        return [others, {**others, "messages": [*messages[:-1], answer]}]
-    if isinstance(rejected, str) and rejected and "response" in record:
-        return [others, {**others, "response": rejected}]
     return [record]
 
 

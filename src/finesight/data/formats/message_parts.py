@@ -268,14 +268,8 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
     if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
         sample = sample.with_parts(fitted)
     *turns, answer = sample.messages
-    return ImportExample(
-        id=sample.id,
-        prompt_messages=tuple(turns),
-        answers=(answer.content,),
-        references=sample.references,
-        meta=sample.meta,
-        rejected=sample.rejected,
-    )
+    texts = sample.references, sample.meta, sample.rejected
+    return ImportExample(sample.id, tuple(turns), (answer.content,), *texts)
 
 
 def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

@@ -10,6 +10,9 @@ from torch import Tensor
 from finesight.encode.packing import PackedBatch
 from finesight.train.dataloader import GlobalStepStats
 
+PackKey = tuple[str, tuple[int, ...]]
+"""Split (`train` or `eval`) and corpus indices of the samples of a pack."""
+
 
 class Objective(Protocol):
     """Loss of a packed batch, computed from the hidden states of its supervised tokens.
@@ -28,11 +31,7 @@ class Objective(Protocol):
         ...
 
     def loss_inputs(
-        self,
-        batch: PackedBatch,
-        loss_weight: Tensor,
-        split: str = "train",
-        sample_indices: Sequence[int] = (),
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
     ) -> dict[str, Tensor]:
         """Return the inputs of the loss other than the hidden states, by name.
 
@@ -41,8 +40,7 @@ class Objective(Protocol):
 
         Args:
             loss_weight: fp32 scalar on the device that multiplies the loss.
-            split: Split of the samples, `train` or `eval`.
-            sample_indices: Corpus indices of the samples of the pack, if known.
+            key: Samples of the pack, if known.
         """
         ...
 

@@ -28,6 +28,7 @@ from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
+from finesight.train.objectives import PackKey
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import StopRequest, TrainState
@@ -61,24 +62,30 @@ class DpoObjective:
         return stats.num_samples
 
     def loss_inputs(
-        self,
-        batch: PackedBatch,
-        loss_weight: Tensor,
-        split: str = "train",
-        sample_indices: Sequence[int] = (),
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
     ) -> dict[str, Tensor]:
         """Return labels, response of each label (0 is chosen, 1 rejected) and reference values."""
         labels_L, cu_seqlens_S1 = batch.labels_L, batch.cu_seqlens_S1
         # The first sequence is the prompt.
         logit_indices_L = batch.logit_indices_L[: len(labels_L)].to(cu_seqlens_S1.dtype)
         response_L = torch.searchsorted(cu_seqlens_S1, logit_indices_L, right=True) - 2
-        chosen, rejected = self._get_reference(batch, split, sample_indices)
+        reference = (0.0, 0.0)
+        if key is not None and self.reference_logps:
+            split, (index,) = key
+            if index not in self.reference_logps[split]:
+                raise UserError(
+                    "no reference log-probabilities",
+                    where=f"sample {batch.sample_ids[0]}",
+                    expected="images that were readable when the run started",
+                    remedy="start a new run with another output_dir",
+                )
+            reference = self.reference_logps[split][index]
         return {
             "labels_L": labels_L,
             "response_L": response_L,
             "loss_weight": loss_weight,
-            "reference_chosen": torch.full_like(loss_weight, chosen),
-            "reference_rejected": torch.full_like(loss_weight, rejected),
+            "reference_chosen": torch.full_like(loss_weight, reference[0]),
+            "reference_rejected": torch.full_like(loss_weight, reference[1]),
         }
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -99,22 +106,6 @@ class DpoObjective:
         )
         values = torch.cat([loss[None], metrics, logps_2.detach()])
         return values * inputs["loss_weight"]
-
-    def _get_reference(
-        self, batch: PackedBatch, split: str, sample_indices: Sequence[int]
-    ) -> LogpPair:
-        logps = self.reference_logps.get(split)
-        if logps is None or not sample_indices:
-            return 0.0, 0.0
-        (index,) = sample_indices
-        if index not in logps:
-            raise UserError(
-                "no reference log-probabilities",
-                where=f"sample {batch.sample_ids[0]}",
-                expected="images that were readable when the run started",
-                remedy="start a new run with another output_dir",
-            )
-        return logps[index]
 
 
 def compute_token_logps(h_LD: Tensor, head_VD: Tensor, labels_L: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
 from finesight.train.dataloader import GlobalStepStats
+from finesight.train.objectives import PackKey
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""
@@ -34,11 +35,7 @@ class SftObjective:
         return stats.num_supervised_tokens
 
     def loss_inputs(
-        self,
-        batch: PackedBatch,
-        loss_weight: Tensor,
-        split: str = "train",
-        sample_indices: Sequence[int] = (),
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
     ) -> dict[str, Tensor]:
         """Return the labels and the loss weight."""
         return {"labels_L": batch.labels_L, "loss_weight": loss_weight}

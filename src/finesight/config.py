@@ -310,13 +310,9 @@ DpoLossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down
 
 
 class DpoSettings(SettingsSection):
-    """Section `train.dpo` of a recipe: settings of preference tuning, with the names of TRL.
+    """Section `train.dpo` of a recipe: a weighted sum of losses of pairs, with the names of TRL.
 
-    The loss is the weighted sum of the losses in `loss_type`: DPO (`sigmoid`, Rafailov et al.
-    2023), IPO (Azar et al. 2023), `hinge` (Zhao et al. 2023), `robust` DPO (Chowdhury et al. 2024),
-    APO (D'Oosterlinck et al. 2024), and the mean negative log-likelihood per token of the chosen
-    answer (`sft`, Pang et al. 2024). `label_smoothing` is the share of swapped pairs that `robust`
-    assumes.
+    `label_smoothing` is the share of swapped pairs that the loss `robust` assumes.
     """
 
     beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1

@@ -44,10 +44,7 @@ def _physical_memory() -> int:
 
 
 def _read_limit(file: Path) -> int | None:
-    """Read a number of bytes from a cgroup file, such as memory.max.
-
-    Returns None if the file is missing or contains `max` (no limit).
-    """
+    """Read a number of bytes from a cgroup file, such as memory.max."""
     try:
         text = file.read_text().strip()
     except OSError:

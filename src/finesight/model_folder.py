@@ -68,10 +68,7 @@ def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
 
 @contextlib.contextmanager
 def _lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder for the `with` block.
-
-    It is released at the latest when this process ends.
-    """
+    """Hold a lock on a folder for the `with` block."""
     with FileLock(folder) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()
@@ -139,10 +136,7 @@ def _torch_load(file: Path) -> object:
 
 
 def _describe_unsupported(tensor: Tensor) -> str:
-    """Describe why a tensor cannot be written to safetensors, such as a sparse layout.
-
-    Returns an empty text for supported tensors.
-    """
+    """Describe why a tensor cannot be written to safetensors, such as a sparse layout."""
     import torch
 
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -590,10 +584,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
-    """Yield all layer counts in a config, with their full keys.
-
-    Nested sections are included.
-    """
+    """Yield all layer counts in a config, with their full keys."""
     if not isinstance(content, dict):
         return
     for key, value in content.items():

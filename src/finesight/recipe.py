@@ -139,12 +139,7 @@ def _collect_lines(
     lines: dict[SettingKey, int],
     ancestors: tuple[yaml.Node, ...],
 ) -> None:
-    """Store the line of each key in a YAML node in `lines`.
-
-    Args:
-        lines: Receives the line of each key, counted from 1.
-        ancestors: Nodes that contain `node`, to detect aliases that contain themselves.
-    """
+    """Store the line of each key in a YAML node in `lines`."""
     if node in ancestors:  # by an alias
         raise UserError(
             f"{format_key(key)} contains itself",
@@ -308,13 +303,7 @@ def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> R
 def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
-    """Apply overrides to parsed settings, and validate the result.
-
-    Args:
-        content: Nested settings; modified by the overrides.
-
-    Raises UserError with all invalid settings.
-    """
+    """Apply overrides to parsed settings, and validate the result."""
     assignments: list[tuple[str, object, str]]
     if isinstance(overrides, Mapping):
         assignments = [
@@ -464,10 +453,7 @@ def _list_excluded(
 
 
 def _expand_short_form(value: object, field: FieldInfo | None, inner: str | int) -> Any:
-    """Convert the value of a setting to the form that can contain the key `inner`.
-
-    This is a list for an index. For a name, it is a group: that of the only entry of a list.
-    """
+    """Convert the value of a setting to the form that can contain the key `inner`."""
     if field is None:
         return {} if value is None else value
     is_list = get_origin(field.annotation) is tuple
@@ -601,11 +587,7 @@ def _list_group_names(group: SettingKey) -> list[str]:
 
 
 def _suggest_remedy(key: SettingKey, value: object) -> str:
-    """Return the remedy for an unknown setting.
-
-    A name of another trainer is replaced, else a name of another section or a similar one is
-    suggested. Settings of the same section have precedence.
-    """
+    """Return the remedy for an unknown setting."""
     wanted = str(key[-1]).replace("-", "_")
     if len(wanted) > MAX_SHOWN_CHARS:
         return "remove it or correct its name"
@@ -658,10 +640,7 @@ def _list_paths() -> list[tuple[str, ...]]:
 
 
 def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | None:
-    """Return the name with the spelling closest to `wanted`, or None if no spelling is similar.
-
-    An abbreviation, the first half of a spelling, is similar.
-    """
+    """Return the name with the spelling closest to `wanted`, or None if no spelling is similar."""
 
     def similarity(one: str) -> float:
         if one.startswith(wanted) and 2 * len(wanted) >= len(one):
@@ -752,11 +731,7 @@ def _format_location(
 def _to_user_error(
     where: str, setting_errors: list[_SettingError], locations: list[str], count: int, remedy: str
 ) -> UserError:
-    """Combine the errors of several settings into one UserError.
-
-    `count` is the number of all invalid settings, including those without a description. `remedy`
-    applies to all of them.
-    """
+    """Combine the errors of several settings into one UserError."""
     errors = [
         UserError(
             f"{shorten(format_key(m.key), MAX_SHOWN_CHARS)}: {m.what}" if m.key else m.what,

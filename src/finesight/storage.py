@@ -316,10 +316,7 @@ def _create_partial_folder(target: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _hold_new_folder(make: Callable[[], Path]) -> Iterator[Path]:
-    """Yield a new locked folder, and remove it after the `with` block.
-
-    The lock shows other processes that the folder is in use.
-    """
+    """Yield a new locked folder, and remove it after the `with` block."""
     while True:
         folder = make()
         try:

@@ -138,10 +138,7 @@ def main(number: int) -> None:
 
 
 def _run_worker(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -> None:
-    """Run the jobs that the pool sends until it closes the connection.
-
-    Ends the process and never returns.
-    """
+    """Run the jobs that the pool sends until it closes the connection."""
     status = 1
     try:
         _apply_limits(memory_bytes, nice)
@@ -213,10 +210,7 @@ def _outcome(
 
 
 def _apply_limits(memory_bytes: int, nice: int) -> None:
-    """Set CPU priority and memory limit of this worker, and discard its output.
-
-    Native code may print untrusted input.
-    """
+    """Set CPU priority and memory limit of this worker, and discard its output."""
     devnull = os.open(os.devnull, os.O_RDWR)
     for fd in (0, 1, 2):
         os.dup2(devnull, fd)

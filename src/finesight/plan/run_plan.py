@@ -327,10 +327,7 @@ def _select_target(recipe: Recipe, gpu: str | None, precision: Precision) -> Tar
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
-    """Return a bf16 target on a CPU that supports bf16, as an alternative to the recipe.
-
-    Returns the target of the recipe on a GPU, or if the recipe sets a precision.
-    """
+    """Return a bf16 target on a CPU that supports bf16, as an alternative to the recipe."""
     if (
         recipe_target.compute.is_cuda
         or recipe.train.precision != "auto"

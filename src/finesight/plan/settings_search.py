@@ -357,10 +357,7 @@ class SettingsSearch:
     def _find_min_checkpointing(
         self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
     ) -> float | None:
-        """Find the smallest fraction of layers with activation checkpointing that fits.
-
-        Returns None if the token budget does not fit even with all layers.
-        """
+        """Find the smallest fraction of layers with activation checkpointing that fits."""
         num_layers = self._build_model(nf4_parts).num_layers
         # Rounded up to the two decimals of a recipe.
         counts = range(num_layers + 1)

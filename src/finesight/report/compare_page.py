@@ -110,10 +110,7 @@ def _build_rows(
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
-    """Convert nested settings to texts by dotted name.
-
-    Lists and empty sections count as values.
-    """
+    """Convert nested settings to texts by dotted name."""
     if isinstance(content, dict) and content:
         flattened: dict[str, str] = {}
         for name, value in content.items():

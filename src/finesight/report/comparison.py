@@ -178,11 +178,7 @@ def _read_predictions(path: Path) -> dict[SampleKey, ScoredPrediction]:
 
 
 def _infer_metric(run: ComparedRun, runs: Sequence[ComparedRun]) -> ComparedRun:
-    """Set the task metric of a prediction file, which does not record it.
-
-    It is the metric of a run whose predictions have the same score names. Otherwise, the scores of
-    the metric of all runs are computed if the file contains the references.
-    """
+    """Set the task metric of a prediction file, which does not record it."""
     metrics = {other_run.metric: other_run for other_run in runs if other_run.metric is not None}
     for metric, other_run in metrics.items():
         if other_run.score_names == run.score_names:

@@ -135,10 +135,7 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
 
 
 def _iter_turns(renderer: NativeRenderer, tokenized: TokenizedSample) -> Iterator[dict[str, Any]]:
-    """Yield the role, the token rows and the raw text of each turn.
-
-    The raw text has no image placeholders.
-    """
+    """Yield the role, the token rows and the raw text of each turn."""
     start_id = renderer.tokenizer.token_to_id(IM_START)
     turn: list[TokenRow] = []
     for row in (*iter_token_rows(tokenized, renderer.tokenizer), None):

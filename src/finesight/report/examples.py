@@ -401,10 +401,7 @@ class ExampleDataBuilder:
     def _build_thumbnails(
         self, lines: Iterable[JsonObject]
     ) -> tuple[list[JsonData | None], dict[str, int]]:
-        """Return the thumbnails of all images of the given samples, and their indices by path.
-
-        A thumbnail that cannot be created has an error message.
-        """
+        """Return the thumbnails of all images of the given samples, and their indices by path."""
         paths = dict.fromkeys(path for line in lines for path in read_image_paths(line))
         image_indices = {path: index for index, path in enumerate(paths)}
         max_pixels = min(
@@ -436,10 +433,7 @@ class ExampleDataBuilder:
     def _make_thumbnail(
         self, max_pixels: int, max_source_pixels: int, name: str
     ) -> JsonData | None:
-        """Return the thumbnail of an image, or an error message if it is unreadable.
-
-        Returns None without decoding if the image has more than `max_source_pixels`.
-        """
+        """Return the thumbnail of an image, or an error message if it is unreadable."""
         try:
             path = find_image(name, self._folders)
             height, width = read_image_size(path)

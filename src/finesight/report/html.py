@@ -172,9 +172,6 @@ def _read_asset(name: str, *, optional: bool = False) -> str:
 
 
 def _to_safe_json(data: object) -> str:
-    """Return JSON that can be embedded in a script element.
-
-    It contains no characters that could end the element or start a comment.
-    """
+    """Return JSON that can be embedded in a script element."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -247,10 +247,7 @@ def _build_result_context(
 
 
 def _describe_best(run_record: RunRecord, name: str, final_evaluation: JsonObject) -> str:
-    """Describe an earlier evaluation in which a metric was better than in the last one.
-
-    Returns an empty string if there is none.
-    """
+    """Describe an earlier evaluation in which a metric was better than in the last one."""
     sign = -1 if name in LOWER_IS_BETTER else 1
     count = "num_loss_samples" if name == VALIDATION_LOSS else "num_samples"
     lines = list_comparable_evaluations(run_record.evaluations, count)
@@ -377,10 +374,7 @@ def _name_evaluations(run_record: RunRecord, evaluations: Sequence[JsonObject]) 
 def _read_differences(
     run_record: RunRecord, evaluations: Sequence[JsonObject]
 ) -> dict[str, MetricDifference]:
-    """Return the differences between the first and last evaluation by metric.
-
-    A finished run has recorded them. For other runs, they are estimated from per-sample scores.
-    """
+    """Return the differences between the first and last evaluation by metric."""
     recorded = (run_record.result or {}).get("metric_differences")
     with suppress(ValidationError):
         if differences := _DIFFERENCES.validate_python(recorded or []):

@@ -457,9 +457,8 @@ def compute_validation_loss(
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
     data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
-    objective = state.engine.objective
-    num_values, device = 1 + len(objective.metric_names), state.run.hardware.device
-    total = torch.zeros(num_values, device=device, dtype=torch.float64)
+    objective, device = state.engine.objective, state.run.hardware.device
+    total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
     num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
     model.eval()

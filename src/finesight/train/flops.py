@@ -206,11 +206,7 @@ class FlopCounter:
 
 
 def _patch_fraction(name: str) -> float:
-    """Return the fraction of a merger parameter that is multiplied with patches.
-
-    The rest is multiplied with image tokens. In a resampler, keys and values are computed from
-    patches.
-    """
+    """Return the fraction of a merger parameter that is multiplied with patches."""
     if name.startswith("visual.merger.attn_pool.kv_proj."):
         return 1.0
     return 2 / 3 if name == "visual.merger.attn_pool.attn.in_proj_weight" else 0.0

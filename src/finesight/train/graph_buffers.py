@@ -185,10 +185,7 @@ class GraphVisionInputs:
 def _copy_segments(
     buffer_segments: Segments, segments: Segments, num_patches: int, max_patches: int
 ) -> None:
-    """Copy cumulative segment lengths to a buffer, followed by padding.
-
-    Dummy segments cover the padding patches; empty segments fill the rest of the buffer.
-    """
+    """Copy cumulative segment lengths to a buffer, followed by padding."""
     count = len(segments.lengths)
     buffer_segments.cu_seqlens_S1[: count + 1].copy_(segments.cu_seqlens_S1)
     num_padding = len(buffer_segments.cu_seqlens_S1) - count - 1

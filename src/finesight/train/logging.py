@@ -510,9 +510,8 @@ class MetricsLogger:
         return frozenset(data.corpus[index].sample.id for index in indices)
 
     def _log_scores(self, result: EvalResult, label: str) -> None:
-        rewards = ("rewards/accuracies", "rewards/margins")
-        pairs = {name: result.loss_metrics[name] for name in rewards if name in result.loss_metrics}
-        scores = pairs | result.scores
+        metrics = result.loss_metrics.items()
+        scores = {name: x for name, x in metrics if name == "rewards/accuracies"} | result.scores
         summary = "  ".join(f"{score} {value:.4f}" for score, value in scores.items())
         if interval := result.intervals.get(result.primary_metric or ""):
             ends = f"{interval.low:.4f} to {interval.high:.4f}"

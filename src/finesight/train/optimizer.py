@@ -672,10 +672,7 @@ class MasterWeightOptimizer:
 def _build_param_groups(
     trainable_params: Mapping[str, nn.Parameter], train: TrainSettings
 ) -> Iterator[ParamGroup]:
-    """Group parameters by model part and dtype, and into matrices, embeddings and vectors.
-
-    Vectors, such as biases and norm weights, have no weight decay.
-    """
+    """Group parameters by model part and dtype, and into matrices, embeddings and vectors."""
     alignment = BLOCK_SIZE if train.optimizer == "adamw_8bit" else _ALIGNMENT
     learning_rates = train.learning_rate
     lr_by_part: dict[ModelPart, float | None] = {

@@ -648,10 +648,7 @@ class VisionCacheBuilder:
         return [chunk for chunk in chunks_on_disk if chunk in self._stored]
 
     def _encode_chunks(self, chunks: Sequence[ImageChunk], write_to_disk: bool) -> None:
-        """Encode the images of the missing chunks and store their features on all ranks.
-
-        Each rank encodes every `world_size`-th chunk. One rank per machine writes the files.
-        """
+        """Encode the images of the missing chunks and store their features on all ranks."""
         state, process_group = self._state, self._process_group
 
         def handle_write_error(error: UserError) -> None:

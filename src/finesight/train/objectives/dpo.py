@@ -143,8 +143,10 @@ def compute_pair_losses(
 ) -> Tensor:
     """Return the weighted sum of the losses of each pair, [N].
 
-    The definitions are those of TRL 1.16 (`DPOTrainer`). The `sft` loss is the mean over the tokens
-    of each chosen response; TRL averages over the tokens of a micro-batch.
+    The definitions are those of TRL 1.16 (`DPOTrainer`): DPO (Rafailov et al. 2023), IPO (Azar et
+    al. 2023), hinge (Zhao et al. 2023), robust DPO (Chowdhury et al. 2024), APO (D'Oosterlinck et
+    al. 2024) and SFT (Pang et al. 2024). SFT is the mean over the tokens of each chosen response;
+    TRL averages over the tokens of a micro-batch.
 
     Args:
         logps_2N: Log-probabilities of the chosen and of the rejected responses.

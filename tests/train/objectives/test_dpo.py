@@ -12,8 +12,15 @@ from safetensors.numpy import load_file
 from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
 from torch import Tensor
 
-from finesight.config import DpoSettings
+from finesight.config import DataSettings, DpoSettings
+from finesight.data.corpus import load_corpus
+from finesight.encode.packing import pack
+from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.plan.dry_run import plan_step_packs
+from finesight.report.run_page import render_run_page
+from finesight.train.dataset_stats import compute_dataset_stats
 from finesight.train.objectives.dpo import (
     REFERENCE_FILE,
     compute_pair_losses,
@@ -179,6 +186,21 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     assert result.after.validation_loss < 0.5
     tensors = load_file(pair_task.folder / "run" / REFERENCE_FILE)
     assert {name: len(table) for name, table in tensors.items()} == {"train": 11, "eval": 3}
+    page = render_run_page(pair_task.folder / "run")
+    assert "reward margin" in page
+    assert "mean over pairs" in page
+
+
+def test_planned_packs_match_packs_of_pairs(pair_task):
+    """Each pair is one pack, whose prompt is a shared prefix."""
+    renderer = NativeRenderer(ModelFolder(pair_task.folder / "tiny"))
+    corpus = load_corpus(DataSettings.model_validate(pair_task.recipe["data"]).train)
+    settings = DataSettings(train=pair_task.folder / "train.jsonl")
+    stats = compute_dataset_stats(corpus, renderer, settings, 0).sample_stats
+    batches = [pack([renderer.encode(corpus[index])]) for index in range(len(corpus))]
+    planned = plan_step_packs(stats, 10_000)
+    assert [one.lengths for one in planned] == [batch.lengths for batch in batches]
+    assert [one.prefix_length for one in planned] == [batch.prefix_length for batch in batches]
 
 
 def test_resumed_run_equals_uninterrupted_run(pair_task):

@@ -256,6 +256,7 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         (chat(ANSWER, bbox=[1, 2, 3, 4]), "a label"),
         (chat(ANSWER, label=False), "preference data"),
         (chat(ANSWER, rejected_response=["Here."]), "preference data"),
+        (chat(ANSWER, rejected="There."), "equal to the chosen one"),
         ({**chat(ANSWER), "rejected_messages": [USER]}, "no answer at the end"),
         (
             {**chat(ANSWER), "rejected_messages": [{**USER, "content": "Who?"}, WORSE]},

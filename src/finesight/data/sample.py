@@ -262,6 +262,13 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
     if sample.rejected:
         validate_roles(sample.messages, where)
         check_messages(sample.rejected_messages, (), f"{where}, rejected")
+        if sample.rejected == sample.messages[-1].content:
+            raise InvalidTurnsError(
+                "a rejected answer equal to the chosen one",
+                where=where,
+                expected="two different answers",
+                remedy="correct the rejected answer, or remove the sample",
+            )
 
 
 def check_messages(

@@ -304,6 +304,34 @@ def _as_learning_rates(value: object) -> object:
     return value if isinstance(value, dict | LearningRates) else {"default": value}
 
 
+DpoLossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "sft"]
+
+
+class DpoSettings(SettingsSection):
+    """Section `train.dpo` of a recipe: a weighted sum of losses of pairs, with the names of TRL.
+
+    `label_smoothing` is the share of swapped pairs that the loss `robust` assumes.
+    """
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
+    loss_type: Annotated[
+        tuple[DpoLossType, ...], BeforeValidator(_as_names), Field(min_length=1)
+    ] = ("sigmoid",)
+    loss_weights: Annotated[tuple[CoercedFloat, ...], BeforeValidator(_as_tuple)] | None = None
+    label_smoothing: Annotated[CoercedFloat, Field(ge=0.0, lt=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> Self:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} losses of"
+                " loss_type: give one weight per loss"
+            )
+        if self.label_smoothing and "robust" not in self.loss_type:
+            raise ValueError("label_smoothing applies to loss_type=robust only: set one of them")
+        return self
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -312,6 +340,8 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
+        objective: Supervised fine-tuning, or direct preference optimization on pairs of answers.
+            The default is supervised fine-tuning on data without pairs.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -320,6 +350,8 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
+    objective: Literal["sft", "dpo"] | None = None
+    dpo: DpoSettings = DpoSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
@@ -469,6 +501,14 @@ class Recipe(SettingsSection):
     eval: EvalSettings | None = None
     track: TrackerList = ()
     output_dir: ExpandedPath
+
+    @property
+    def effective_tune(self) -> TuneSettings:
+        """Section `tune`, without dropout for DPO, which compares likelihoods of two models."""
+        if self.train.objective != "dpo":
+            return self.tune
+        lora = self.tune.lora.model_copy(update={"dropout": 0.0})
+        return self.tune.model_copy(update={"lora": lora})
 
     @field_validator("track")
     @classmethod

@@ -130,9 +130,9 @@ class TrainerConverter:
             return
         self.objective = name
         text = (
-            f"{reason} is not supported: the recipe is a supervised fine-tuning with the same"
-            " model, adapter and schedule; import data with answers, such as the chosen ones, and"
-            " set train.learning_rate"
+            f"{reason} is not converted: the recipe is a supervised fine-tuning with the same"
+            " model, adapter and schedule; import data with answers, or pairs for"
+            " train.objective=dpo, and set train.learning_rate"
         )
         self.draft.note(key, name, text, differs=True)
 

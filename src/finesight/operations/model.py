@@ -6,8 +6,9 @@ Shapes: T tokens, N image patches, D values per patch.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -19,7 +20,12 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from finesight.data.sample import LocatedSample
-    from finesight.encode.tokenization import EncodedSample, TextTokenizer, VisualSpan
+    from finesight.encode.tokenization import (
+        EncodedSample,
+        TextTokenizer,
+        TokenizedSample,
+        VisualSpan,
+    )
     from finesight.infer.model_loader import InferenceModel
     from finesight.infer.prediction import Prediction
 
@@ -76,8 +82,6 @@ class Encoding:
         return self.encoded.patches_ND
 
     def __repr__(self) -> str:
-        from finesight.encode.tokenization import format_token_table
-
         return "\n".join(format_token_table(self.encoded.tokenized, self.tokenizer))
 
 
@@ -244,3 +248,68 @@ def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedS
     names: Sequence[object] = images if is_many else [images]  # type: ignore[assignment]
     files = [Path(os.path.expanduser(to_name(name))) for name in names]
     return build_sample(files, prompt, str(files[0]) if len(files) == 1 else prompt)
+
+
+def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[str]:
+    """Yield the lines of a text table with the tokens of a sample.
+
+    The columns are token index, token id, loss (a star marks supervised tokens), position ids and
+    text.
+    """
+    from finesight.encode.tokenization import iter_token_rows
+
+    span_counts = Counter(span.kind for span in tokenized.spans)
+    video_summary = f", video segments: {span_counts['video']}" if span_counts["video"] else ""
+    image_summary = (
+        f"images: {span_counts['image']}{video_summary} (patches: {tokenized.num_patches})"
+    )
+    yield f"sample {tokenized.id}"
+    yield (
+        f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
+        f" {image_summary}"
+    )
+    yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
+    for row in iter_token_rows(tokenized, tokenizer):
+        loss_mark = "*" if row.is_supervised else ""
+        if row.span is None:
+            token_range, text = str(row.start), repr(row.text)
+            position_text = _format_position(row.first_position)
+        else:
+            token_range = f"{row.start}-{row.stop - 1}"
+            position_text = (
+                f"{_format_position(row.first_position)} to {_format_position(row.last_position)}"
+            )
+            text = f"{row.stop - row.start} x {row.text} {_format_span(row.span)}"
+        yield f"{token_range:>11} {row.id:>7} {loss_mark:<7} {position_text:<27} {text}"
+
+
+def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:
+    """Convert the token table of a sample to JSON data: token counts, images and rows."""
+    from finesight.encode.tokenization import iter_token_rows
+
+    return {
+        "id": tokenized.id,
+        "num_tokens": tokenized.num_tokens,
+        "num_supervised_tokens": tokenized.num_supervised_tokens,
+        "images": [
+            {**asdict(span), "files": [str(file) for file in span.files]}
+            for span in tokenized.spans
+        ],
+        "rows": [
+            {key: value for key, value in asdict(row).items() if key != "span"}
+            for row in iter_token_rows(tokenized, tokenizer)
+        ],
+    }
+
+
+def _format_position(position: tuple[int, int, int]) -> str:
+    return "{}, {}, {}".format(*position)
+
+
+def _format_span(span: VisualSpan) -> str:
+    (height, width), (resized_height, resized_width) = span.original_size, span.resized_size
+    size = f"{width}x{height} as {resized_width}x{resized_height}"
+    frame_note = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
+    if span.frame_indices:
+        frame_note = f", frames {', '.join(map(str, span.frame_indices))}"
+    return f"({span.files[0]}{frame_note}, {size}, grid {' x '.join(map(str, span.grid_thw))})"

@@ -71,8 +71,13 @@ METRIC_TEXTS = {
     "bleu_2": ("BLEU-2", ""),
     "bleu_3": ("BLEU-3", ""),
     "bleu_4": ("BLEU-4", ""),
+    "rewards/accuracies": ("reward accuracy", "pairs whose chosen answer has the larger reward"),
+    "rewards/margins": ("reward margin", "reward of the chosen minus that of the rejected answer"),
 }
 """Display names and descriptions of built-in metrics. Others are displayed by their own name."""
+
+PAIR_METRICS = "rewards/accuracies", "rewards/margins"
+"""Metrics of preference pairs in steps and evaluations, computed with the loss."""
 
 IntervalBounds = tuple[float, float]
 
@@ -208,6 +213,7 @@ def describe_metric(metric: str) -> str:
 def read_metrics(line: JsonObject) -> dict[str, float]:
     """Return all metrics of an evaluation that are finite, including the validation loss."""
     values = as_object(line.get("scores")) | {VALIDATION_LOSS: line.get(VALIDATION_LOSS)}
+    values |= {name: as_object(line.get("loss_metrics")).get(name) for name in PAIR_METRICS}
     return {str(name): float(value) for name, value in values.items() if is_finite(value)}
 
 

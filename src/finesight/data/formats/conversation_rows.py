@@ -571,6 +571,7 @@ def encode_row(
         if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
     context.lost_counts["references"] += len(sample.references)
+    context.lost_counts["rejected answers"] += bool(sample.rejected)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
     meta = {key: value for key, value in sample.meta.items() if key not in reserved}
     return json.dumps({"id": sample.id, **fields, **meta}, ensure_ascii=False)

@@ -8,7 +8,15 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, Self, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from finesight.plugins import Registry
@@ -332,6 +340,54 @@ class DpoSettings(SettingsSection):
         return self
 
 
+class GrpoSettings(SettingsSection):
+    """Section `train.grpo` of a recipe: policy optimization by rewards, with the names of TRL.
+
+    `loss_type` is GRPO (Shao et al. 2024), DAPO (Yu et al. 2025), Dr. GRPO (Liu et al. 2025), BNPO,
+    CISPO (MiniMax 2025) or SAPO (Gao et al. 2025). GSPO (Zheng et al. 2025) is
+    `importance_sampling_level=sequence` with `loss_type=grpo`.
+
+    Attributes:
+        num_generations: Responses of each sample, the group in which rewards are compared.
+        max_completion_length: Maximum number of tokens of a response.
+        epsilon_high: Upper clipping of the probability ratio; by default 0.28 for DAPO, `epsilon`
+            for others. For CISPO, the largest ratio itself, by default 5.
+        beta: Weight of the KL divergence from the model without adapter.
+        scale_rewards: Whether advantages are divided by the standard deviation of the group, of all
+            groups of a step, or not at all.
+        num_iterations: Updates with the same responses.
+        importance_sampling_mode: Correction of the difference between sampler and trainer.
+        max_refills: Number of times that groups with equal rewards are replaced in a step.
+        batch_size: Largest number of responses that are generated at once.
+    """
+
+    num_generations: Annotated[int, Field(ge=2, le=1024)] = 8
+    max_completion_length: Annotated[int, Field(gt=0, le=1_048_576)] = 512
+    temperature: Annotated[CoercedFloat, Field(gt=0.0, le=100.0)] = 1.0
+    loss_type: Literal["dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"] = "dapo"
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    epsilon: Annotated[CoercedFloat, Field(gt=0.0, lt=1.0)] = 0.2
+    epsilon_high: Annotated[CoercedFloat, Field(gt=0.0)] | None = None
+    beta: Annotated[CoercedFloat, Field(ge=0.0)] = 0.0
+    use_bias_correction_kl: bool = True
+    scale_rewards: Literal["group", "batch", "none"] = "group"
+    num_iterations: Annotated[int, Field(ge=1, le=16)] = 1
+    mask_truncated_completions: bool = False
+    importance_sampling_mode: Literal[
+        "sequence_mask", "sequence_truncate", "token_mask", "token_truncate", "none"
+    ] = "sequence_mask"
+    importance_sampling_clip_max: Annotated[CoercedFloat, Field(gt=1.0)] = 3.0
+    max_refills: Annotated[int, Field(ge=0, le=16)] = 1
+    batch_size: PositiveInt = 256
+
+    @property
+    def effective_epsilon_high(self) -> float:
+        """Upper clipping of the probability ratio, with the default of the loss."""
+        defaults = {"cispo": 5.0, "dapo": 0.28}
+        default = defaults.get(self.loss_type, self.epsilon)
+        return default if self.epsilon_high is None else self.epsilon_high
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -340,8 +396,9 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
-        objective: Supervised fine-tuning, or direct preference optimization on pairs of answers.
-            The default is supervised fine-tuning on data without pairs.
+        objective: Supervised fine-tuning, direct preference optimization on pairs of answers, or
+            group relative policy optimization of rewards. The default is supervised fine-tuning on
+            data without pairs.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -350,8 +407,9 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo"] | None = None
+    objective: Literal["sft", "dpo", "grpo"] | None = None
     dpo: DpoSettings = DpoSettings()
+    grpo: GrpoSettings = GrpoSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
@@ -438,6 +496,63 @@ class EvalSettings(SettingsSection):
         return self
 
 
+RewardName = Literal["exact", "boxes", "click", "format", "length", "repetition"]
+REWARD_NAMES = Registry("rewards", object, dict.fromkeys(get_args(RewardName)))
+
+
+def _check_reward(value: object) -> str:
+    name = value.partition(".")[0] if isinstance(value, str) else value
+    if isinstance(name, str) and name in METRIC_NAMES and not str(value).endswith("."):
+        _check_name(METRIC_NAMES, name)
+        return str(value)
+    if isinstance(value, str) and re.search(r"\.py:[A-Za-z_]\w*$", value):
+        return value
+    or_ = ", a metric such as json or latex.similarity, or a function such as rewards.py:score"
+    return _check_name(REWARD_NAMES, value, or_)
+
+
+def _check_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"not a regular expression: {error}") from error
+    return pattern
+
+
+class RewardSettings(SettingsSection):
+    """An item of `rewards` in a recipe: the function that scores a response, and its weight.
+
+    Attributes:
+        name: Built-in reward, metric of `eval.metric` with an optional score, as in
+            `latex.similarity`, or `path/to/rewards.py:function`.
+        pattern: Regular expression that the complete answer matches, for the reward `format`.
+        max_length: Number of characters up to which the reward `length` is 1.
+    """
+
+    name: Annotated[str, BeforeValidator(_check_reward)]
+    weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
+    pattern: Annotated[str, AfterValidator(_check_pattern)] | None = None
+    max_length: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Self:
+        options = {"format": self.pattern, "length": self.max_length}
+        names = {"format": "pattern", "length": "max_length"}
+        for reward, value in options.items():
+            if (value is None) == (self.name == reward):
+                problem = "requires" if value is None else "does not use"
+                raise ValueError(f"the reward {self.name} {problem} {names[reward]}")
+        return self
+
+
+def _as_rewards(value: object) -> object:
+    items = value if isinstance(value, list | tuple) else [value]
+    return tuple({"name": item} if isinstance(item, str) else item for item in items)
+
+
+RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(_as_rewards)]
+
+
 TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
 _TRACKER_NAMES = Registry("trackers", object, dict.fromkeys(get_args(TrackerName)))
 TrackerKind = Annotated[TrackerName | str, BeforeValidator(partial(_check_name, _TRACKER_NAMES))]
@@ -498,14 +613,33 @@ class Recipe(SettingsSection):
     image: ImageSettings | None = None
     tune: TuneSettings = TuneSettings()
     train: TrainSettings = TrainSettings()
+    rewards: RewardList = ()
     eval: EvalSettings | None = None
     track: TrackerList = ()
     output_dir: ExpandedPath
 
+    @model_validator(mode="after")
+    def _check_rewards(self) -> Self:
+        if self.rewards and self.train.objective != "grpo":
+            raise ValueError("rewards apply to train.objective=grpo only: set it")
+        if self.train.objective == "grpo" and not self.rewards:
+            raise ValueError("train.objective=grpo requires rewards, such as rewards: [exact]")
+        if self.train.objective == "grpo" and self.train.grpo.beta and self.tune.has_mode("full"):
+            raise ValueError(
+                "train.grpo.beta refers to the model without adapter, which full tuning changes:"
+                " set it to 0, or set all parts of tune to lora or frozen"
+            )
+        if self.train.objective == "grpo" and self.train.grpo.beta and self.adapter is not None:
+            raise ValueError(
+                "train.grpo.beta refers to the model without adapter, but adapter is set: set it to"
+                " 0, or merge the adapter and start from the merged model"
+            )
+        return self
+
     @property
     def effective_tune(self) -> TuneSettings:
-        """Section `tune`, without dropout for DPO, which compares likelihoods of two models."""
-        if self.train.objective != "dpo":
+        """Section `tune`, without dropout for DPO and GRPO, which compare likelihoods."""
+        if self.train.objective not in ("dpo", "grpo"):
             return self.tune
         lora = self.tune.lora.model_copy(update={"dropout": 0.0})
         return self.tune.model_copy(update={"lora": lora})

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-PluginKind = Literal["formats", "metrics", "trackers", "families", "architectures"]
+PluginKind = Literal["formats", "metrics", "rewards", "trackers", "families", "architectures"]
 """Kind of a plug-in. Its entry points are in the group `finesight.KIND`."""
 
 

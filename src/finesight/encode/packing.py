@@ -69,6 +69,7 @@ class PackedBatch:
         context_shard: Shard of a sample under context parallelism, else None. All other fields are
             sharded, too.
         prefix_length: Length of the shared prefix; 0 without one.
+        loss_inputs: Inputs of the objective by name, each [L], such as advantages of tokens.
     """
 
     sample_ids: tuple[str, ...]
@@ -84,6 +85,7 @@ class PackedBatch:
     hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     context_shard: ContextShard | None = None
     prefix_length: int = 0
+    loss_inputs: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:
@@ -114,10 +116,13 @@ class PackedBatch:
             visual_indices_M=self.visual_indices_M.to(device, non_blocking=True),
             logit_indices_L=self.logit_indices_L.to(device, non_blocking=True),
             labels_L=self.labels_L.to(device, non_blocking=True),
-            hf_inputs={
-                n: value.to(device, non_blocking=True) for n, value in self.hf_inputs.items()
-            },
+            hf_inputs=_copy_tensors(self.hf_inputs, device),
+            loss_inputs=_copy_tensors(self.loss_inputs, device),
         )
+
+
+def _copy_tensors(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
 
 class SharedPrefix(NamedTuple):

@@ -79,6 +79,11 @@ from finesight.vision.image_processing import (
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
+VISUAL_TOKENS = frozenset(
+    ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+)
+"""Special tokens around and instead of images and videos."""
+
 RejectedAnswers = Literal["use", "require", "ignore", "forbid"]
 """Treatment of the rejected answers of samples (`Sample.rejected`)."""
 
@@ -411,6 +416,12 @@ class Renderer(ABC):
                 located_sample, sample.rejected_messages, add_generation_prompt=False
             )
         )
+
+    @property
+    def visual_token_ids(self) -> tuple[int, ...]:
+        """Ids of placeholders of images and videos, which an answer must not contain."""
+        names = set(self.tokenizer.list_special_tokens()) & VISUAL_TOKENS
+        return tuple(sorted(map(self.tokenizer.token_to_id, names)))
 
     def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:
         """Tokenize the prompt of a sample for generation; no token is supervised.

@@ -73,13 +73,24 @@ def load_custom_metric(file: Path, function: str) -> MetricFn:
     Raises:
         UserError: The file fails, or the function does not exist.
     """
+    metric_fn, namespace = load_function(file, function)
+    primary_metric = namespace.get("HEADLINE")
+    return lambda cases: _score_cases(metric_fn, file, function, primary_metric, cases)
+
+
+def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any], dict[str, Any]]:
+    """Execute a Python file, and return one of its functions and its variables.
+
+    Raises:
+        UserError: The file fails, or the function does not exist.
+    """
     require_metric_file(file)
     try:
         namespace = runpy.run_path(str(file))
     except (Exception, SystemExit) as error:
-        raise _build_function_error(error, file, "during execution of the file") from error
-    metric_fn = namespace.get(function)
-    if not callable(metric_fn):
+        raise build_function_error(error, file, "during execution of the file") from error
+    found = namespace.get(function)
+    if not callable(found):
         names = sorted(n for n, v in namespace.items() if callable(v) and not n.startswith("_"))
         raise UserError(
             f"no function {function!r}",
@@ -87,8 +98,7 @@ def load_custom_metric(file: Path, function: str) -> MetricFn:
             expected=EXPECTED_FUNCTION,
             remedy=f"use one of {', '.join(names)}" if names else f"define {function}(case)",
         )
-    primary_metric = namespace.get("HEADLINE")
-    return lambda cases: _score_cases(metric_fn, file, function, primary_metric, cases)
+    return found, namespace
 
 
 def require_metric_file(file: Path) -> None:
@@ -98,7 +108,7 @@ def require_metric_file(file: Path) -> None:
             "no such file",
             where=str(file),
             expected="a Python file with the metric function",
-            remedy="correct eval.metric, which is relative to the working directory",
+            remedy="correct the path, which is relative to the working directory",
         )
 
 
@@ -120,7 +130,7 @@ def _score_cases(
             value = metric_fn(case)
         except (Exception, SystemExit) as error:
             context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
-            raise _build_function_error(error, file, context) from error
+            raise build_function_error(error, file, context) from error
         values = value if isinstance(value, dict) else {function_name: value}
         require(values, f"no score for sample {case.id!r}")
         for name, number in values.items():
@@ -140,7 +150,7 @@ def _score_cases(
     return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
 
 
-def _build_function_error(error: BaseException, file: Path, context: str) -> UserError:
+def build_function_error(error: BaseException, file: Path, context: str) -> UserError:
     """Build the error for an exception in a metric file, with the line number."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(file)]

@@ -25,7 +25,14 @@ from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.kv_cache import get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
-from finesight.infer.request import EngineEvent, FinishReason, GeneratedToken, GenerationRequest
+from finesight.infer.request import (
+    GREEDY_SAMPLING,
+    EngineEvent,
+    FinishReason,
+    GeneratedToken,
+    GenerationRequest,
+    SamplingParams,
+)
 from finesight.infer.scheduler import (
     MASK_WAIT_PER_TOKEN_S,
     MAX_MASK_WAIT_S,
@@ -531,8 +538,9 @@ def iter_completions(
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
     logprobs: bool = False,
+    sampling: Callable[[int], SamplingParams] | None = None,
 ) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
-    """Generate greedy completions with continuous batching, and yield each at its end.
+    """Generate completions with continuous batching, greedy by default; yield each at its end.
 
     A completion ends with one of `end_ids` (included), after `max_new_tokens` tokens, or at the
     last position of the model. Except for rounding, completions do not depend on the batch.
@@ -543,6 +551,8 @@ def iter_completions(
         on_progress: Called after each step with the number of completions that ended in it; an
             exception stops generation.
         logprobs: Whether the tokens have log probabilities.
+        sampling: Sampling parameters of an index. Log probabilities are then those of the
+            distribution that is sampled from.
     """
     if not prompt_lengths:
         return
@@ -564,7 +574,11 @@ def iter_completions(
                 index, prompt = next_prompt
                 max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
                 request = GenerationRequest(
-                    prompt=prompt, max_new_tokens=max_tokens, logprobs=0 if logprobs else None
+                    prompt=prompt,
+                    max_new_tokens=max_tokens,
+                    sampling_params=sampling(index) if sampling else GREEDY_SAMPLING,
+                    logprobs=0 if logprobs else None,
+                    processed_logprobs=sampling is not None,
                 )
                 active[engine.add_request(request)] = (index, prompt.tokenized, [])
         num_finished = 0

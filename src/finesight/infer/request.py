@@ -50,6 +50,7 @@ class SamplingParams:
         repetition_penalty: Divides positive and multiplies negative logits of tokens in the prompt
             and the completion (Keskar et al. 2019, CTRL). Use 1 for boxes and formulas, whose
             tokens repeat.
+        banned_ids: Tokens that are never sampled, such as placeholders of images.
     """
 
     temperature: float = 0.0
@@ -57,6 +58,7 @@ class SamplingParams:
     top_k: int = 0
     seed: int | None = None
     repetition_penalty: float = 1.0
+    banned_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         seed, penalty = self.seed, self.repetition_penalty
@@ -116,7 +118,8 @@ class GenerationOptions:
 class GeneratedToken:
     """A generated token with its log probability, if requested.
 
-    Log probabilities are computed from the raw logits, before sampling parameters and constraints.
+    Log probabilities are computed from the raw logits, before sampling parameters and constraints;
+    those of a request with `processed_logprobs` are of the distribution that is sampled from.
 
     Attributes:
         logprob: Log probability of the token; None if not requested.
@@ -162,12 +165,15 @@ class GenerationRequest:
     Attributes:
         adapter_index: Index of a loaded adapter; None for the base model.
         image_hashes: Pixel hash of each image or video; computed if None.
+        processed_logprobs: Whether log probabilities are those after temperature, penalty and
+            constraints; top-k and top-p do not change them.
     """
 
     prompt: EncodedSample
     max_new_tokens: int
     sampling_params: SamplingParams = GREEDY_SAMPLING
     logprobs: int | None = None
+    processed_logprobs: bool = False
     constraint: DecodingConstraint | None = None
     adapter_index: int | None = None
     image_hashes: tuple[bytes, ...] | None = None

@@ -171,7 +171,11 @@ class Scheduler:
             request=request,
             prompt=PromptState(request.prompt, [], request.adapter_index, image_hashes),
             sampler=TokenSampler(
-                request.sampling_params, request.logprobs, request.constraint, tokenized.ids_T
+                request.sampling_params,
+                request.logprobs,
+                request.constraint,
+                tokenized.ids_T,
+                request.processed_logprobs,
             ),
             cache_salt=cache_salt,
             block_hashes=[]

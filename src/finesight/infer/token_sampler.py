@@ -30,8 +30,10 @@ class TokenSampler:
         logprobs: int | None,
         constraint: DecodingConstraint | None,
         prompt_ids: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]],
+        processed_logprobs: bool = False,
     ) -> None:
         self.sampling_params, self.logprobs, self.constraint = sampling_params, logprobs, constraint
+        self.processed_logprobs = processed_logprobs
         self._bitmask: NDArray[np.int32] | None = None
         self._prompt_ids = np.unique(np.asarray(prompt_ids, dtype=np.int64))
         self._seen_V: Tensor | None = None
@@ -42,9 +44,10 @@ class TokenSampler:
     @property
     def is_argmax_only(self) -> bool:
         """True for greedy decoding without penalty, constraint and log probabilities."""
-        has_penalty = self.sampling_params.repetition_penalty != 1.0
+        params = self.sampling_params
+        is_unchanged = params.repetition_penalty == 1.0 and not params.banned_ids
         is_unconstrained = self.constraint is None and self.logprobs is None
-        return self.sampling_params.is_greedy and is_unconstrained and not has_penalty
+        return params.is_greedy and is_unconstrained and is_unchanged
 
     def prepare_bitmask(self) -> None:
         """Compute the next bitmask, so that errors of the constraint occur before sampling."""
@@ -101,7 +104,8 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
     The result of a row is independent of the other rows.
     """
     raw_SV = logits_SV.float()
-    processed_SV = _apply_constraints(_apply_penalties(raw_SV, samplers), samplers)
+    processed_SV = _apply_penalties(raw_SV, samplers)
+    processed_SV = _ban_ids(_apply_constraints(processed_SV, samplers), samplers)
     ids_S = processed_SV.argmax(-1)
     rows_by_filter: dict[bool, list[int]] = {True: [], False: []}
     for row, sampler in enumerate(samplers):
@@ -112,11 +116,18 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
         if selected_rows:
             rows_S = copy_to_device(np.array(selected_rows), logits_SV.device)
             selected = [samplers[row] for row in selected_rows]
-            probs_SV = _compute_probs(processed_SV.index_select(0, rows_S), selected)
+            probs_SV = _scale(processed_SV.index_select(0, rows_S), selected).softmax(-1)
             draw_ids = _sample_filtered if is_filtered else _sample_inverse_cdf
             ids_S = ids_S.index_copy(0, rows_S, draw_ids(probs_SV, selected))
     for row, sampler in enumerate(samplers):
         sampler.record_token(ids_S[row : row + 1])
+    processed_rows = [row for row, sampler in enumerate(samplers) if sampler.processed_logprobs]
+    if processed_rows:
+        rows_S = copy_to_device(np.array(processed_rows), logits_SV.device)
+        scaled_SV = _scale(
+            processed_SV.index_select(0, rows_S), [samplers[r] for r in processed_rows]
+        )
+        raw_SV = raw_SV.index_copy(0, rows_S, scaled_SV)
     return _build_sampled_tokens(raw_SV, ids_S, samplers)
 
 
@@ -147,15 +158,30 @@ def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> T
     return logits_SV.index_copy(0, rows_S, constrained_SV)
 
 
+def _ban_ids(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    rows_by_ids: dict[tuple[int, ...], list[int]] = {}
+    for row, sampler in enumerate(samplers):
+        if sampler.sampling_params.banned_ids:
+            rows_by_ids.setdefault(sampler.sampling_params.banned_ids, []).append(row)
+    for ids, rows in rows_by_ids.items():
+        indices = (
+            copy_to_device(np.array(rows)[:, None], logits_SV.device),
+            copy_to_device(np.array(ids), logits_SV.device),
+        )
+        logits_SV = logits_SV.index_put(indices, logits_SV.new_tensor(-torch.inf))
+    return logits_SV
+
+
 def _to_column(values: Sequence[float], reference: Tensor) -> Tensor:
     return copy_to_device(np.array(values, dtype=np.float32), reference.device).unsqueeze(1)
 
 
-def _compute_probs(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+def _scale(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
+    """Return the logits divided by the temperatures, with a maximum of 0."""
     # Shift the maximum to 0, so that no temperature overflows.
     shifted_SV = logits_SV - logits_SV.amax(-1, keepdim=True)
     temperatures = [max(c.sampling_params.temperature, _MIN_TEMPERATURE) for c in samplers]
-    return (shifted_SV / _to_column(temperatures, logits_SV)).softmax(-1)
+    return shifted_SV / _to_column(temperatures, logits_SV)
 
 
 def _sample_inverse_cdf(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:

@@ -13,9 +13,9 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 from zlib import crc32
@@ -258,6 +258,7 @@ class StepBatch:
         skipped: Samples that were skipped because reading or encoding failed.
         sample_indices: Corpus indices of the samples of each pack.
         cache_inputs: Vision cache inputs of each pack; empty without a vision cache.
+        metrics: Metrics of the data over all ranks by name, such as rewards.
     """
 
     step_index: int
@@ -265,6 +266,7 @@ class StepBatch:
     skipped: tuple[SkippedSample, ...]
     sample_indices: tuple[tuple[int, ...], ...]
     cache_inputs: tuple[Tensor, ...] = ()
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_samples(self) -> int:

@@ -162,6 +162,12 @@ class TrainSampler:
         )
         return [self._indices[self._order.index_at(position)] for position in positions]
 
+    def replacement_indices(self, number: int) -> Sequence[int]:
+        """Return samples of the order after the end of the run, `train.batch_size` for a number."""
+        start = self.num_samples + number * self._batch_size
+        positions = range(start, start + self._batch_size)
+        return [self._indices[self._order.index_at(position)] for position in positions]
+
 
 class SequentialSampler:
     """Sampler that returns every valid sample once, in order."""

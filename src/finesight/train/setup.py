@@ -60,6 +60,7 @@ from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
 from finesight.train.objectives.dpo import DpoObjective
+from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
@@ -225,8 +226,8 @@ def build_train_state(
     if recipe.tune.quantize.fp8:
         require_fp8_support(hardware.device, "tune.quantize.fp8")
     base_model = resolve_base_model(recipe)
-    objective = build_objective(recipe.train, base_model.folder.family)
     renderer = base_model.build_renderer(recipe)
+    objective = build_objective(recipe.train, base_model.folder.family, renderer.visual_token_ids)
     if recipe.eval is not None and recipe.data.eval:
         get_task_metric(
             custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
@@ -274,7 +275,8 @@ def build_train_state(
         sample_stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=recipe.train.objective != "dpo" and supports_context_parallelism(model),
+        can_split_samples=recipe.train.objective not in ("dpo", "grpo")
+        and supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -337,13 +339,15 @@ def build_train_state(
     return state, param_audit
 
 
-def build_objective(train: TrainSettings, family: str) -> Objective:
-    """Create the objective of a run.
+def build_objective(
+    train: TrainSettings, family: str, banned_ids: tuple[int, ...] = ()
+) -> Objective:
+    """Create the objective of a run, whose responses never contain `banned_ids`.
 
     Raises:
         UserError: The model family does not support `train.objective`.
     """
-    if train.objective != "dpo":
+    if train.objective not in ("dpo", "grpo"):
         return SftObjective()
     # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
     if family not in ARCHITECTURES or family == "qwen":
@@ -353,7 +357,9 @@ def build_objective(train: TrainSettings, family: str) -> Objective:
             expected="a natively implemented model family since Qwen2-VL",
             remedy="choose another model, or set train.objective=sft",
         )
-    return DpoObjective(train.dpo)
+    if train.objective == "dpo":
+        return DpoObjective(train.dpo)
+    return GrpoObjective(train.grpo, banned_ids)
 
 
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
@@ -551,9 +557,9 @@ def _build_resume_config(
     settings |= {
         f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
     }
-    if recipe.train.objective != "dpo":
+    if recipe.train.objective not in ("dpo", "grpo"):
         # Checkpoints of earlier versions have no objective.
-        del settings["train.objective"], settings["train.dpo"]
+        del settings["train.objective"], settings["train.dpo"], settings["train.grpo"]
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

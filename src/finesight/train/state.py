@@ -45,6 +45,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
 REJECTED_ANSWERS: Mapping[str | None, RejectedAnswers] = {
     None: "forbid",
     "sft": "ignore",
+    "grpo": "ignore",
     "dpo": "require",
 }
 """Treatment of rejected answers by `train.objective`."""
@@ -343,5 +344,6 @@ class StepOutput:
         return loss, norm
 
     def list_metrics(self, objective: Objective) -> dict[str, float]:
-        """Return the mean metrics of the objective by name; call it after `wait`."""
-        return dict(zip(objective.metric_names, self.results[2:].tolist(), strict=True))
+        """Return metrics of the data and of the objective by name; call it after `wait`."""
+        values = zip(objective.metric_names, self.results[2:].tolist(), strict=True)
+        return {**self.step_batch.metrics, **dict(values)}

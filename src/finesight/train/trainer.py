@@ -445,6 +445,11 @@ class Trainer:
         if vision_cache is not None:
             dataset = dataset.with_vision_cache(vision_cache.reader)
         step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
+        if state.run.recipe.train.objective == "grpo":
+            # Other objectives need no inference engine.
+            from finesight.train.rollout import Rollout
+
+            step_batches = Rollout(state, self.stop).read_steps(progress.step)
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)
@@ -465,6 +470,8 @@ class Trainer:
         if global_stats.signal and not self.process_group.is_single_process:
             self.stop.request(global_stats.signal)
             self.stop.raise_if_requested()
+        for _ in range(1, self.state.engine.objective.num_updates):
+            train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
         return train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
 
     def on_step_end(self) -> bool:

@@ -22,9 +22,11 @@ class Objective(Protocol):
 
     Attributes:
         metric_names: Names of the metrics that are computed with the loss.
+        num_updates: Number of optimizer steps with the data of a training step.
     """
 
     metric_names: tuple[str, ...]
+    num_updates: int
 
     def count_terms(self, stats: GlobalStepStats) -> int:
         """Return the number of terms of a step, such as tokens, over which the loss is a mean."""

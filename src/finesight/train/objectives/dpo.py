@@ -52,6 +52,7 @@ class DpoObjective:
         *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected"),
     )
+    num_updates: int = 1
 
     def __init__(self, settings: DpoSettings) -> None:
         self.settings = settings
@@ -65,10 +66,6 @@ class DpoObjective:
         self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
     ) -> dict[str, Tensor]:
         """Return labels, response of each label (0 is chosen, 1 rejected) and reference values."""
-        labels_L, cu_seqlens_S1 = batch.labels_L, batch.cu_seqlens_S1
-        # The first sequence is the prompt.
-        logit_indices_L = batch.logit_indices_L[: len(labels_L)].to(cu_seqlens_S1.dtype)
-        response_L = torch.searchsorted(cu_seqlens_S1, logit_indices_L, right=True) - 2
         reference = (0.0, 0.0)
         if key is not None and self.reference_logps:
             split, (index,) = key
@@ -81,8 +78,8 @@ class DpoObjective:
                 )
             reference = self.reference_logps[split][index]
         return {
-            "labels_L": labels_L,
-            "response_L": response_L,
+            "labels_L": batch.labels_L,
+            "response_L": find_responses(batch),
             "loss_weight": loss_weight,
             "reference_chosen": torch.full_like(loss_weight, reference[0]),
             "reference_rejected": torch.full_like(loss_weight, reference[1]),
@@ -108,7 +105,20 @@ class DpoObjective:
         return values * inputs["loss_weight"]
 
 
-def compute_token_logps(h_LD: Tensor, head_VD: Tensor, labels_L: Tensor) -> Tensor:
+def find_responses(batch: PackedBatch) -> Tensor:
+    """Return the index of the response of each label, [L]; the first sequence is the prompt."""
+    cu_seqlens_S1 = batch.cu_seqlens_S1
+    logit_indices_L = batch.logit_indices_L[: len(batch.labels_L)].to(cu_seqlens_S1.dtype)
+    return torch.searchsorted(cu_seqlens_S1, logit_indices_L, right=True) - 2
+
+
+def compute_token_logps(
+    h_LD: Tensor,
+    head_VD: Tensor,
+    labels_L: Tensor,
+    temperature: float = 1.0,
+    banned_ids: Sequence[int] = (),
+) -> Tensor:
     """Return the log-probability of each label, [L], in fp32 or higher.
 
     The logits are computed in chunks of at most `MAX_LOGITS_BYTES`, and again in the backward pass.
@@ -116,6 +126,8 @@ def compute_token_logps(h_LD: Tensor, head_VD: Tensor, labels_L: Tensor) -> Tens
     Args:
         h_LD: Hidden states, possibly followed by padding.
         labels_L: Labels; -1 for padding, whose result has no meaning.
+        temperature: Divisor of the logits.
+        banned_ids: Tokens with probability zero.
     """
     chunk_size = max(1, MAX_LOGITS_BYTES // (4 * len(head_VD)))
     labels_L = labels_L.long().clamp(min=0)
@@ -123,6 +135,10 @@ def compute_token_logps(h_LD: Tensor, head_VD: Tensor, labels_L: Tensor) -> Tens
     def compute_chunk(h_CD: Tensor, labels_C: Tensor) -> Tensor:
         logits_CV = h_CD @ head_VD.T
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
+        if temperature != 1.0:
+            logits_CV = logits_CV / temperature
+        for banned_id in banned_ids:
+            logits_CV[:, banned_id] = -torch.inf
         return logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1)
 
     chunks = zip(

@@ -29,6 +29,7 @@ class SftObjective:
     """Objective of supervised fine-tuning: cross entropy of the supervised tokens."""
 
     metric_names: tuple[str, ...] = ()
+    num_updates: int = 1
 
     def count_terms(self, stats: GlobalStepStats) -> int:
         """Return the number of supervised tokens."""

@@ -1,0 +1,231 @@
+"""Rewards of responses for `train.objective=grpo`.
+
+A reward is a number for each response, usually from 0 to 1. Metrics of `eval.metric` are rewards,
+too. A function in a Python file receives an `EvalCase`, and returns a number, or None for no score.
+It runs in a process of its own, with limits of time and memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import numbers
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from finesight.config import RewardSettings
+from finesight.data.sample import BoxPart
+from finesight.errors import UserError
+from finesight.evaluate import custom_metric
+from finesight.evaluate.box_metrics import match_boxes
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.task_metrics import get_task_metric
+from finesight.evaluate.text_metrics import normalize_text
+from finesight.plugins import Registry
+from finesight.worker_pool import JobOutput, WorkerLimitError, WorkerPool
+
+MAX_CPU_S = 30.0
+"""Maximum seconds of CPU time of a function for the responses of one group."""
+
+MAX_MEMORY_BYTES = 2 << 30
+
+REPEATED_NGRAM = 4
+"""Number of words of the n-grams that the reward `repetition` counts."""
+
+EXPECTED_FUNCTION = "a function of one case that returns a finite number, or None"
+
+
+class RewardError(UserError):
+    """Raised when a reward function fails; the run can continue after it is corrected."""
+
+
+def score_exact(case: EvalCase) -> float:
+    """Return 1 if the answer equals a reference up to whitespace."""
+    return float(normalize_text(case.answer) in map(normalize_text, case.references))
+
+
+def score_boxes(case: EvalCase) -> float:
+    """Return the mean of IoU, hit and size terms over the boxes, as one-to-one matches.
+
+    The hit is 1 if the center of the box lies in the reference. It alone would favor small boxes,
+    and the IoU alone large ones (Zhou et al. 2025, GUI-G1). Missing and additional boxes cost the
+    same. A wrong answer gets 0.
+    """
+    max_boxes = max(len(case.boxes), len(case.reference_boxes))
+    if not max_boxes:
+        return 1.0
+    total = 0.0
+    for i, j, overlap in match_boxes(case.boxes, case.reference_boxes):
+        box, reference = case.boxes[i], case.reference_boxes[j]
+        areas = sorted((_compute_area(box), _compute_area(reference)))
+        size = areas[0] / areas[1] if areas[1] else 0.0
+        total += (overlap + _contains_center(reference, box) + size) / 3
+    return total / max_boxes
+
+
+def score_click(case: EvalCase) -> float:
+    """Return 1 if the center of the first box lies in a reference box."""
+    is_hit = bool(case.boxes) and any(
+        _contains_center(reference, case.boxes[0]) for reference in case.reference_boxes
+    )
+    return float(is_hit)
+
+
+def score_repetition(case: EvalCase) -> float:
+    """Return the share of distinct n-grams of words; 1 for answers without repetition."""
+    words = case.answer.split()
+    ngrams = [tuple(words[i : i + REPEATED_NGRAM]) for i in range(len(words) - REPEATED_NGRAM + 1)]
+    return len(Counter(ngrams)) / len(ngrams) if ngrams else 1.0
+
+
+def score_format(pattern: re.Pattern[str], case: EvalCase) -> float:
+    """Return 1 if the pattern matches the complete answer."""
+    return float(pattern.fullmatch(case.answer.strip()) is not None)
+
+
+def score_length(max_length: int, case: EvalCase) -> float:
+    """Return 1 up to `max_length` characters, then linearly less, and 0 from twice as many."""
+    excess = len(case.answer) - max_length
+    return min(1.0, max(0.0, 1.0 - excess / max_length))
+
+
+def _compute_area(box: BoxPart) -> float:
+    x1, y1, x2, y2 = box.xyxy
+    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
+
+
+def _contains_center(outer: BoxPart, box: BoxPart) -> bool:
+    x, y = (box.xyxy[0] + box.xyxy[2]) / 2, (box.xyxy[1] + box.xyxy[3]) / 2
+    x1, y1, x2, y2 = outer.xyxy
+    return outer.image == box.image and x1 <= x <= x2 and y1 <= y <= y2
+
+
+RewardFn = Callable[[Sequence[EvalCase]], list[float | None]]
+
+CaseRewardFn = Callable[[EvalCase], float]
+
+_BUILT_IN: dict[str, CaseRewardFn] = {
+    "exact": score_exact,
+    "boxes": score_boxes,
+    "click": score_click,
+    "repetition": score_repetition,
+}
+REWARDS = Registry("rewards", object, _BUILT_IN)
+
+
+class RewardScorer(contextlib.AbstractContextManager["RewardScorer"]):
+    """Scorer of responses by all rewards of a recipe. Close it to end the worker processes.
+
+    Raises:
+        UserError: The file of a reward function is missing.
+    """
+
+    def __init__(self, rewards: Sequence[RewardSettings]) -> None:
+        self.names = _name_rewards(rewards)
+        self.weights = [reward.weight for reward in rewards]
+        self._pools: list[WorkerPool] = []
+        self._functions = [self._build_function(reward) for reward in rewards]
+
+    def __exit__(self, *raised: object) -> None:
+        for pool in self._pools:
+            pool.close()
+
+    def score(self, cases: Sequence[EvalCase]) -> list[list[float | None]]:
+        """Return the scores of each reward; None for a response that is not scored.
+
+        Raises:
+            RewardError: A function failed, or exceeded a limit.
+        """
+        return [function(cases) for function in self._functions]
+
+    def _build_function(self, reward: RewardSettings) -> RewardFn:
+        name = reward.name
+        score_case: CaseRewardFn | None = None
+        location = custom_metric.parse_metric_path(name)
+        if location is not None:
+            custom_metric.require_metric_file(location[0])
+            pool = WorkerPool(_load_function, *location, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
+            self._pools.append(pool)
+            return partial(_score_in_worker, pool, name)
+        if reward.pattern is not None:
+            score_case = partial(score_format, re.compile(reward.pattern, re.DOTALL))
+        if reward.max_length is not None:
+            score_case = partial(score_length, reward.max_length)
+        if name in REWARDS:
+            score_case = REWARDS[name]
+        if score_case is None:
+            return partial(_score_by_metric, *name.partition(".")[::2])
+        return partial(_score_cases, score_case)
+
+
+def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
+    """Return short names for metrics, which number repeated ones."""
+    names = [reward.name.rpartition(":")[2] for reward in rewards]
+    return [
+        name if names.count(name) == 1 else f"{name}_{names[: i + 1].count(name)}"
+        for i, name in enumerate(names)
+    ]
+
+
+def _score_cases(score_case: CaseRewardFn, cases: Sequence[EvalCase]) -> list[float | None]:
+    return [score_case(case) for case in cases]
+
+
+def _score_by_metric(metric: str, score: str, cases: Sequence[EvalCase]) -> list[float | None]:
+    """Return a score of each case; by default, the first one of the metric."""
+    per_sample = get_task_metric(metric).score_fn(cases).per_sample
+    if score and score not in per_sample[0]:
+        raise RewardError(
+            f"no score {score!r}",
+            where=f"rewards, {metric}.{score}",
+            expected=f"one of {', '.join(per_sample[0])}",
+            remedy="correct the name of the score",
+        )
+    return [scores.get(score or next(iter(scores))) for scores in per_sample]
+
+
+LoadedFunction = tuple[Callable[[EvalCase], Any], Path]
+"""Reward function and its file, the state of a worker."""
+
+
+def _load_function(file: Path, function: str) -> LoadedFunction:
+    """Load a reward function in the template process."""
+    return custom_metric.load_function(file, function)[0], file
+
+
+def _score_in_worker(pool: WorkerPool, name: str, cases: Sequence[EvalCase]) -> list[float | None]:
+    where, what, remedy = name, "", "correct the function, then start again with --resume"
+    try:
+        with pool.borrow_worker() as worker:
+            return list(worker.call(_run_function, list(cases), max_cpu_s=MAX_CPU_S).value)
+    except WorkerLimitError as error:
+        what = f"the function {error.what}"
+    except UserError as error:
+        where, what = error.where or name, error.what
+    raise RewardError(what, where=where, expected=EXPECTED_FUNCTION, remedy=remedy)
+
+
+def _run_function(loaded: LoadedFunction, cases: list[EvalCase]) -> JobOutput:
+    """Score cases in a worker process."""
+    function, file = loaded
+    values: list[float | None] = []
+    pid = os.getpid()
+    for case in cases:
+        context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
+        try:
+            value = function(case)
+            if value is not None and not isinstance(value, numbers.Real):
+                raise TypeError(f"the result is {value!r:.80}")
+        except (Exception, SystemExit) as error:
+            raise custom_metric.build_function_error(error, file, context) from error
+        finally:
+            if os.getpid() != pid:  # a process that the function has forked
+                os._exit(1)
+        number = math.nan if value is None else float(value)
+        values.append(number if math.isfinite(number) else None)
+    return JobOutput(values)

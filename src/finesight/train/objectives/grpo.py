@@ -1,0 +1,157 @@
+"""Group relative policy optimization (Shao et al. 2024, GRPO) and its variants, as in TRL 1.16.
+
+A pack contains the prompt with its images once, then the responses of a group. Log-probabilities
+are those of the distribution that the responses were sampled from.
+
+Shapes: L supervised tokens, D model width, V vocabulary size, N responses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from finesight.config import GrpoSettings
+from finesight.encode.packing import PackedBatch
+from finesight.train.objectives import PackKey
+from finesight.train.objectives.dpo import compute_token_logps, find_responses
+from finesight.train.objectives.sft import SftObjective
+
+SAPO_TEMPERATURES = 1.0, 1.05
+"""Temperatures of SAPO for positive and other advantages (Gao et al. 2025)."""
+
+
+class GrpoObjective(SftObjective):
+    """Policy loss of sampled responses; for batches without rewards, the cross entropy.
+
+    Args:
+        banned_ids: Tokens that the responses never contain.
+    """
+
+    metric_names: tuple[str, ...] = (
+        *("entropy", "kl", "clip_ratio/low_mean", "clip_ratio/high_mean"),
+        "sampling/sampling_logp_difference/mean",
+        "sampling/importance_sampling_ratio/mean",
+    )
+
+    def __init__(self, settings: GrpoSettings, banned_ids: tuple[int, ...]) -> None:
+        self.settings, self.banned_ids = settings, banned_ids
+        self.num_updates = settings.num_iterations
+
+    def loss_inputs(
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
+    ) -> dict[str, Tensor]:
+        """Return labels, response of each label, and what `Rollout` knows of each token."""
+        inputs = super().loss_inputs(batch, loss_weight)
+        if batch.loss_inputs:
+            inputs |= {"response_L": find_responses(batch), **batch.loss_inputs}
+        return inputs
+
+    def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sums of loss and metrics over the tokens of a group."""
+        if "advantages_L" not in inputs:
+            loss = super().compute_loss(h_LD, head_VD, inputs)
+            return torch.cat([loss, loss.new_zeros(len(self.metric_names))])
+        logps_L = compute_token_logps(
+            h_LD, head_VD, inputs["labels_L"], self.settings.temperature, self.banned_ids
+        )
+        losses_L, metrics_ML = compute_token_losses(
+            self.settings,
+            logps_L,
+            inputs["sampled_logps_L"],
+            inputs.get("reference_logps_L"),
+            inputs["advantages_L"],
+            inputs["response_L"],
+        )
+        weights_L = inputs["token_weights_L"]
+        # Padding has no weight, but possibly infinite values.
+        is_token_L = weights_L > 0
+        values_L = torch.stack([losses_L * weights_L, *metrics_ML]).where(is_token_L, 0)
+        return values_L.sum(1) * inputs["loss_weight"]
+
+
+def compute_token_losses(
+    settings: GrpoSettings,
+    logps_L: Tensor,
+    sampled_logps_L: Tensor,
+    reference_logps_L: Tensor | None,
+    advantages_L: Tensor,
+    response_L: Tensor,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss of each token, [L], and the metrics `GrpoObjective.metric_names`, each [L].
+
+    With one update per rollout, the ratio to the old policy is one, and its gradient remains. The
+    loss is then multiplied by the ratio of trainer and sampler, which differ by rounding. Several
+    updates use the log-probabilities of the sampler as those of the old policy.
+
+    Args:
+        sampled_logps_L: Log-probabilities of the sampler.
+        reference_logps_L: Log-probabilities of the reference model; None without KL divergence.
+        response_L: Index of the response of each token, from 0; negative for padding.
+    """
+    is_on_policy = settings.num_iterations == 1
+    old_logps_L = logps_L.detach() if is_on_policy else sampled_logps_L
+    log_ratio_L = logps_L - old_logps_L
+    if settings.importance_sampling_level == "sequence":
+        log_ratio_L = mean_of_responses(log_ratio_L, response_L, settings.num_generations)
+    ratio_L = log_ratio_L.exp()
+    low, high = 1 - settings.epsilon, 1 + settings.effective_epsilon_high
+    if settings.loss_type == "cispo":
+        weights_L = ratio_L.clamp(max=settings.effective_epsilon_high).detach()
+        losses_L = -weights_L * advantages_L * logps_L
+    elif settings.loss_type == "sapo":
+        positive, other = SAPO_TEMPERATURES
+        tau_L = torch.where(advantages_L > 0, positive, other)
+        losses_L = -torch.sigmoid(tau_L * (ratio_L - 1)) * 4 / tau_L * advantages_L
+    else:
+        clipped_L = ratio_L.clamp(low, high)
+        losses_L = -torch.minimum(ratio_L * advantages_L, clipped_L * advantages_L)
+    correction_L = torch.ones_like(losses_L)
+    if is_on_policy:
+        correction_L = compute_correction(settings, (old_logps_L - sampled_logps_L), response_L)
+        losses_L = losses_L * correction_L
+    kl_L = torch.zeros_like(losses_L)
+    if reference_logps_L is not None:
+        difference_L = reference_logps_L - logps_L
+        # The estimator k3 of Schulman (2020).
+        kl_L = difference_L.exp() - difference_L - 1
+        if settings.use_bias_correction_kl:
+            kl_L = kl_L * ratio_L
+        losses_L = losses_L + settings.beta * kl_L
+    metrics = (
+        -logps_L,
+        kl_L,
+        (ratio_L < low) & (advantages_L < 0),
+        (ratio_L > high) & (advantages_L > 0),
+        (logps_L - sampled_logps_L).abs(),
+        correction_L,
+    )
+    return losses_L, tuple(metric_L.detach().to(losses_L.dtype) for metric_L in metrics)
+
+
+def compute_correction(settings: GrpoSettings, log_ratio_L: Tensor, response_L: Tensor) -> Tensor:
+    """Return the importance sampling ratio of trainer and sampler, [L], truncated or masked."""
+    mode, clip_max = settings.importance_sampling_mode, settings.importance_sampling_clip_max
+    if mode == "none":
+        return torch.ones_like(log_ratio_L)
+    if mode.startswith("sequence"):
+        log_ratio_L = sum_of_responses(log_ratio_L, response_L, settings.num_generations)
+    ratio_L = log_ratio_L.exp()
+    if mode.endswith("truncate"):
+        return ratio_L.clamp(max=clip_max)
+    return ratio_L.masked_fill(ratio_L > clip_max, 0)
+
+
+def sum_of_responses(x_L: Tensor, response_L: Tensor, num_responses: int) -> Tensor:
+    """Return the sum over the tokens of its response for each token, [L]."""
+    is_response_NL = response_L == torch.arange(num_responses, device=x_L.device)[:, None]
+    sums_N = x_L.where(is_response_NL, 0).sum(1)
+    return sums_N[response_L.clamp(min=0)]
+
+
+def mean_of_responses(x_L: Tensor, response_L: Tensor, num_responses: int) -> Tensor:
+    """Return the mean over the tokens of its response for each token, [L]."""
+    counts_L = sum_of_responses(torch.ones_like(x_L), response_L, num_responses)
+    return sum_of_responses(x_L, response_L, num_responses) / counts_L.clamp(min=1)

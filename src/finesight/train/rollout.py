@@ -1,0 +1,380 @@
+"""Rollouts for GRPO: responses of the current model, their rewards and advantages.
+
+The inference engine runs in the training process, on the weights of the step. Responses depend only
+on weights, seed, step and sample, so a resumed run generates the same ones.
+
+Shapes: Q groups, G responses of a group, F rewards, L supervised tokens, T tokens.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel
+from torch import Tensor
+
+from finesight.data.image_header import CorruptImageError
+from finesight.data.sample import LocatedSample
+from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.tokenization import EncodedSample
+from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.evaluate.rewards import RewardScorer
+from finesight.infer.engine import iter_completions
+from finesight.infer.kv_cache import append_tokens
+from finesight.infer.prediction import NUM_READER_THREADS, build_prediction
+from finesight.infer.request import GeneratedToken, SamplingParams
+from finesight.model.hf_backend import AnyModel
+from finesight.model.linear import LoraLinear
+from finesight.train.dataloader import SkippedSample, StepBatch
+from finesight.train.objectives.dpo import compute_token_logps
+from finesight.train.state import StopRequest, TrainState
+
+FloatArray = NDArray[np.float64]
+
+STD_EPSILON = 1e-4
+"""Added to the standard deviation of rewards, as in TRL."""
+
+
+class Group(NamedTuple):
+    """Encoded prompt of a sample, its responses, and their rewards [G, F], NaN if not scored."""
+
+    sample_index: int
+    prompt: EncodedSample
+    responses: list[list[GeneratedToken]]
+    is_truncated: list[bool]
+    rewards_GF: FloatArray
+
+
+class RolloutRecord(BaseModel):
+    """Responses of a step on one rank, as all ranks exchange them.
+
+    Attributes:
+        rewards: Rewards by group, response and reward function; None if not scored.
+        num_useful: Number of groups of the update.
+        num_tokens: Number of tokens of the update.
+    """
+
+    rewards: list[list[list[float | None]]]
+    lengths: list[int]
+    is_truncated: list[bool]
+    num_useful: int
+    num_tokens: int
+
+
+class Rollout:
+    """Sampler of responses to the prompts of training steps, on this rank."""
+
+    def __init__(self, state: TrainState, stop: StopRequest) -> None:
+        recipe = state.run.recipe
+        self.state, self.stop = state, stop
+        self.settings, self.seed = recipe.train.grpo, recipe.train.seed
+        self.batch_size = self.settings.batch_size
+        self.banned_ids = state.data.renderer.visual_token_ids
+        self.scorer = RewardScorer(recipe.rewards)
+        self.weights_F = np.array(self.scorer.weights)
+
+    def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
+        """Yield the steps from `start` on, each generated when it is requested."""
+        with self.scorer:
+            for step in range(start, len(self.state.data.sampler)):
+                yield self.build_step(step)
+
+    def build_step(self, step: int) -> StepBatch:
+        """Generate, score and pack the responses of a step.
+
+        Raises:
+            TrainingInterrupted: A stop was requested.
+            RewardError: A reward function failed.
+        """
+        process_group = self.state.run.hardware.process_group
+        skipped: list[SkippedSample] = []
+        with self.state.engine.parallel.summon_full_params(), process_group.sync_errors():
+            sampled, useful = self.sample_useful(step, skipped)
+        own = RolloutRecord(
+            rewards=[_as_lists(group.rewards_GF) for group in sampled],
+            lengths=[len(tokens) for group in sampled for tokens in group.responses],
+            is_truncated=[flag for group in sampled for flag in group.is_truncated],
+            num_useful=len(useful),
+            num_tokens=sum(map(self.count_tokens, useful)),
+        )
+        payloads = process_group.all_gather_str(own.model_dump_json())
+        records = [RolloutRecord.model_validate_json(payload) for payload in payloads]
+        rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
+        packs = [
+            (group.sample_index, packed_batch)
+            for group in useful
+            for packed_batch in self.pack_group(group, records, rewards_QGF)
+        ]
+        return StepBatch(
+            step,
+            tuple(packed_batch for _, packed_batch in packs),
+            tuple(skipped),
+            tuple((index,) for index, _ in packs),
+            metrics=describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
+        )
+
+    def sample_useful(
+        self, step: int, skipped: list[SkippedSample]
+    ) -> tuple[list[Group], list[Group]]:
+        """Sample the groups of a step, and return all of them and those with different rewards.
+
+        Groups with equal rewards have no gradient. Groups of later samples replace them, up to
+        `train.grpo.max_refills` times.
+        """
+        state, max_refills = self.state, self.settings.max_refills
+        indices = state.data.step_dataset.sampler.batch_indices(step)
+        num_wanted = len(indices)
+        sampled, useful = list[Group](), list[Group]()
+        for attempt in range(max_refills + 1):
+            if attempt:
+                others = state.data.sampler.replacement_indices(step * max_refills + attempt - 1)
+                own = state.run.hardware.process_group.shard(others)
+                indices = own[: num_wanted - len(useful)]
+            groups = self.sample_groups(step, indices, skipped)
+            sampled += groups
+            useful += [one for one in groups if np.ptp(_weigh(one.rewards_GF, self.weights_F)) > 0]
+            if len(useful) >= num_wanted:
+                break
+        return sampled, useful
+
+    def sample_groups(
+        self, step: int, indices: Sequence[int], skipped: list[SkippedSample]
+    ) -> list[Group]:
+        """Generate and score the responses of samples; unreadable ones are skipped."""
+        state, renderer = self.state, self.state.data.renderer
+        samples = [state.data.train.corpus.read_validated(index) for index in indices]
+        prompts: list[tuple[int, LocatedSample, EncodedSample]] = []
+        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
+            futures = [pool.submit(renderer.encode_prompt, sample) for sample in samples]
+            for index, sample, future in zip(indices, samples, futures, strict=True):
+                try:
+                    prompts.append((index, sample, future.result()))
+                except CorruptImageError as error:
+                    if state.run.recipe.data.on_invalid_sample == "fail":
+                        raise
+                    skipped.append(SkippedSample(sample.sample.id, str(error).splitlines()[0]))
+        responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
+        groups = []
+        for (index, sample, prompt), tokens in zip(prompts, responses, strict=True):
+            predictions = [
+                build_prediction(renderer, sample, prompt.tokenized, [one.id for one in ids])
+                for ids in tokens
+            ]
+            references = get_reference_answer(
+                sample.sample, has_reasoning=renderer.renders_reasoning
+            )
+            cases = [
+                EvalCase(one.answer, one.boxes, *references, one.id, one.finish_reason == "stop")
+                for one in predictions
+            ]
+            rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
+            is_truncated = [not case.ended_with_eos for case in cases]
+            groups.append(Group(index, prompt, tokens, is_truncated, rewards_FG.T))
+        return groups
+
+    def generate(
+        self, step: int, prompts: Sequence[tuple[int, EncodedSample]]
+    ) -> list[list[list[GeneratedToken]]]:
+        """Sample the responses of each prompt; prompts share their keys and values."""
+        count, total = len(prompts), len(prompts) * self.settings.num_generations
+        tokens_by_request: dict[int, list[GeneratedToken]] = {}
+
+        def build_sampling(request: int) -> SamplingParams:
+            number, position = divmod(request, count)
+            name = f"{self.seed}/{step}/{prompts[position][0]}/{number}"
+            return SamplingParams(
+                temperature=self.settings.temperature,
+                seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"),
+                banned_ids=self.banned_ids,
+            )
+
+        def on_progress(num_finished: int) -> None:
+            if self.state.run.hardware.process_group.is_single_process:
+                self.stop.raise_if_requested()
+
+        model = self.state.engine.model
+        model.eval()
+        try:
+            while len(tokens_by_request) < total:
+                # The first responses of all prompts precede the others, which reuse their prompts.
+                waiting = [n for n in range(total) if n not in tokens_by_request]
+                try:
+                    for request, _, tokens in iter_completions(
+                        model,
+                        [(n, prompts[n % count][1]) for n in waiting],
+                        [prompts[n % count][1].tokenized.num_tokens for n in waiting],
+                        max_new_tokens=self.settings.max_completion_length,
+                        end_ids=self.state.data.renderer.end_ids,
+                        batch_size=self.batch_size,
+                        on_progress=on_progress,
+                        logprobs=True,
+                        sampling=build_sampling,
+                    ):
+                        tokens_by_request[request] = tokens
+                except torch.OutOfMemoryError:
+                    self.state.engine.graph_runner.release_graphs()
+                    self.batch_size = min(self.batch_size, len(waiting)) // 2
+                    if not self.batch_size:
+                        raise
+                    # Outside of the block, no exception refers to frames that hold GPU memory.
+                gc.collect()
+        finally:
+            model.train()
+        numbers = range(self.settings.num_generations)
+        return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
+
+    def count_tokens(self, group: Group) -> int:
+        """Return the number of tokens of a group that contribute to the loss."""
+        return sum(len(group.responses[i]) for i in self.list_used(group))
+
+    def list_used(self, group: Group) -> list[int]:
+        """Return the responses of a group that contribute to the loss."""
+        is_masked = self.settings.mask_truncated_completions
+        return [n for n, flag in enumerate(group.is_truncated) if not (flag and is_masked)]
+
+    def pack_group(
+        self, group: Group, records: Sequence[RolloutRecord], rewards_QGF: FloatArray
+    ) -> Iterator[PackedBatch]:
+        """Pack a group, in several packs if it exceeds the token budget.
+
+        Args:
+            records: Responses of the step on all ranks.
+            rewards_QGF: Rewards of the step on all ranks.
+        """
+        totals_G = _weigh(group.rewards_GF, self.weights_F)
+        scale = 1.0
+        if self.settings.scale_rewards != "none":
+            is_group = self.settings.scale_rewards == "group"
+            totals = totals_G if is_group else _weigh(rewards_QGF, self.weights_F)
+            scale = float(np.nanstd(totals, ddof=1)) + STD_EPSILON
+        advantages_G = np.nan_to_num((totals_G - np.nanmean(totals_G)) / scale)
+        num_responses = sum(one.num_useful for one in records) * self.settings.num_generations
+        mean_length = sum(one.num_tokens for one in records) / num_responses
+        budget = self.state.progress.budget.pack_tokens - group.prompt.tokenized.num_tokens
+        chunks: list[list[int]] = [[]]
+        for n in self.list_used(group):
+            length = sum(len(group.responses[other]) + 1 for other in chunks[-1])
+            if chunks[-1] and length + len(group.responses[n]) + 1 > budget:
+                chunks.append([])
+            chunks[-1].append(n)
+        for chunk in filter(None, chunks):
+            responses = [group.responses[n] for n in chunk]
+            encoded = join_responses(group.prompt, responses)
+            lengths = np.array([len(tokens) for tokens in responses])
+            # The loss is divided by the number of tokens of the step.
+            weights_G = {
+                "grpo": mean_length / lengths,
+                "sapo": mean_length / lengths,
+                "dr_grpo": np.full(len(chunk), mean_length / self.settings.max_completion_length),
+            }.get(self.settings.loss_type, np.ones(len(chunk)))
+            inputs = {
+                "advantages_L": np.repeat(advantages_G[chunk], lengths),
+                "token_weights_L": np.repeat(weights_G, lengths),
+                "sampled_logps_L": np.array([one.logprob for ids in responses for one in ids]),
+            }
+            tensors = {name: torch.from_numpy(x).float() for name, x in inputs.items()}
+            packed_batch = pack([encoded])
+            if self.settings.beta:
+                tensors["reference_logps_L"] = self.compute_reference(packed_batch)
+            yield replace(packed_batch, loss_inputs=tensors)
+
+    @torch.no_grad()
+    def compute_reference(self, packed_batch: PackedBatch) -> Tensor:
+        """Return the log-probabilities of the model without adapter, [L]."""
+        engine = self.state.engine
+        batch = engine.device_loader.load(packed_batch)
+        with disable_adapters(engine.model):
+            logps_L = compute_token_logps(
+                engine.model(batch),
+                engine.model.lm_head_weight,
+                batch.labels_L,
+                self.settings.temperature,
+                self.banned_ids,
+            )
+        return logps_L.float().cpu()
+
+
+def join_responses(
+    prompt: EncodedSample, responses: Sequence[Sequence[GeneratedToken]]
+) -> EncodedSample:
+    """Return the sample with the responses of a prompt, of which all tokens are supervised.
+
+    A response begins with the last token of the prompt, which predicts its first token.
+    """
+    tokenized = prompt.tokenized
+    start = tokenized.num_tokens - 1
+    branches = [append_tokens(tokenized, [one.id for one in tokens]) for tokens in responses]
+    ids, positions = [tokenized.ids_T[:start]], [tokenized.position_ids_3T[:, :start]]
+    masks, starts = [np.zeros(start, dtype=np.bool_)], list[int]()
+    for branch in branches:
+        starts.append(sum(map(len, ids)))
+        ids.append(branch.ids_T[start:])
+        positions.append(branch.position_ids_3T[:, start:])
+        masks.append(np.arange(len(ids[-1])) > 0)
+    joined = replace(
+        tokenized,
+        ids_T=np.concatenate(ids),
+        loss_mask_T=np.concatenate(masks),
+        position_ids_3T=np.concatenate(positions, axis=1),
+        response_starts=tuple(starts),
+    )
+    return replace(prompt, tokenized=joined)
+
+
+@contextmanager
+def disable_adapters(model: AnyModel) -> Iterator[None]:
+    """Set the up-projections of all LoRA adapters to zero within the context."""
+    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    parameters = [parameter for layer in layers for parameter in layer.lora_B.values()]
+    saved = [parameter.detach().clone() for parameter in parameters]
+    torch._foreach_zero_(parameters)
+    try:
+        yield
+    finally:
+        torch._foreach_copy_(parameters, saved)
+
+
+def describe_rewards(
+    names: Sequence[str],
+    weights_F: FloatArray,
+    rewards_QGF: FloatArray,
+    records: Sequence[RolloutRecord],
+) -> Mapping[str, float]:
+    """Return the metrics of the responses of a step, with the names of TRL."""
+    lengths = np.array([length for one in records for length in one.lengths])
+    if not len(lengths):
+        return {}
+    totals_QG = _weigh(rewards_QGF, weights_F)
+    spread_Q = np.nanstd(totals_QG, axis=1, ddof=1)
+    metrics = {
+        "reward": np.nanmean(totals_QG),
+        "reward_std": np.nanmean(spread_Q),
+        "frac_reward_zero_std": (spread_Q == 0).mean(),
+        "completions/mean_length": lengths.mean(),
+        "completions/min_length": lengths.min(),
+        "completions/max_length": lengths.max(),
+        "completions/clipped_ratio": np.mean([f for one in records for f in one.is_truncated]),
+    }
+    for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, 2, 0), strict=True):
+        metrics[f"rewards/{name}/mean"] = np.nanmean(rewards_QG)
+        metrics[f"rewards/{name}/std"] = np.nanstd(rewards_QG, ddof=1)
+    return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+
+
+def _weigh(rewards: FloatArray, weights_F: FloatArray) -> FloatArray:
+    """Return the weighted sums over the last axis; NaN for responses that no reward scores."""
+    sums: FloatArray = np.nansum(rewards * weights_F, axis=-1)
+    return np.where(np.isnan(rewards).all(axis=-1), np.nan, sums)
+
+
+def _as_lists(rewards_GF: FloatArray) -> list[list[float | None]]:
+    return [[None if np.isnan(x) else float(x) for x in row] for row in rewards_GF]

@@ -42,6 +42,10 @@ METRIC_COPY_FILE = "metric.py"
 EXPECTED_FUNCTION = "a function of one case that returns a finite number or a dict of them"
 
 
+class RewardError(UserError):
+    """Raised when a reward function fails; the run can continue after it is corrected."""
+
+
 def parse_metric_path(metric: str) -> tuple[Path, str] | None:
     """Split `path/to/metric.py:function` into file and function; None for a task name."""
     file, colon, function = metric.rpartition(":")

@@ -40,10 +40,6 @@ REPEATED_NGRAM = 4
 EXPECTED_FUNCTION = "a function of one case that returns a finite number, or None"
 
 
-class RewardError(UserError):
-    """Raised when a reward function fails; the run can continue after it is corrected."""
-
-
 def score_exact(case: EvalCase) -> float:
     """Return 1 if the answer equals a reference up to whitespace."""
     return float(normalize_text(case.answer) in map(normalize_text, case.references))
@@ -180,7 +176,7 @@ def _score_by_metric(metric: str, score: str, cases: Sequence[EvalCase]) -> list
     """Return a score of each case; by default, the first one of the metric."""
     per_sample = get_task_metric(metric).score_fn(cases).per_sample
     if score and score not in per_sample[0]:
-        raise RewardError(
+        raise custom_metric.RewardError(
             f"no score {score!r}",
             where=f"rewards, {metric}.{score}",
             expected=f"one of {', '.join(per_sample[0])}",
@@ -207,7 +203,7 @@ def _score_in_worker(pool: WorkerPool, name: str, cases: Sequence[EvalCase]) -> 
         what = f"the function {error.what}"
     except UserError as error:
         where, what = error.where or name, error.what
-    raise RewardError(what, where=where, expected=EXPECTED_FUNCTION, remedy=remedy)
+    raise custom_metric.RewardError(what, where=where, expected=EXPECTED_FUNCTION, remedy=remedy)
 
 
 def _run_function(loaded: LoadedFunction, cases: list[EvalCase]) -> JobOutput:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,10 +22,13 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
+from finesight.data.boxes import iou
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample
+from finesight.encode.family import FRAME_1000, scale_box
 from finesight.encode.packing import PackedBatch, pack
-from finesight.encode.tokenization import EncodedSample
+from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.rewards import RewardScorer
 from finesight.infer.engine import iter_completions
@@ -42,6 +45,15 @@ FloatArray = NDArray[np.float64]
 
 STD_EPSILON = 1e-4
 """Added to the standard deviation of rewards, as in TRL."""
+
+NUM_CHECKED_RESPONSES = 128
+"""Number of responses after which a run warns that nearly all rewards are 0."""
+
+MAX_USELESS_SHARE = 0.02
+"""Share of responses with a reward up to which a run warns."""
+
+MIN_FRAME_GAIN = 0.3
+"""Gain of the mean IoU in another coordinate frame from which a warning names it."""
 
 
 class Group(NamedTuple):
@@ -70,10 +82,74 @@ class RolloutRecord(BaseModel):
     num_tokens: int
 
 
+class RewardCheck:
+    """Check of the first responses of a run, which warns once if nearly all rewards are 0.
+
+    The warning names the coordinate frame in which predicted boxes would match the references.
+    """
+
+    def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
+        self._renderer, self._log = renderer, log
+        self._num_responses = self._num_rewarded = 0
+        self._overlaps: dict[str, list[float]] = {}
+
+    def add(
+        self, cases: Sequence[EvalCase], totals_G: FloatArray, spans: Sequence[VisualSpan]
+    ) -> None:
+        """Count the responses of a group with their weighted rewards, and warn if necessary."""
+        if self._num_responses >= NUM_CHECKED_RESPONSES:
+            return
+        self._num_responses += len(cases)
+        self._num_rewarded += int((np.nan_to_num(totals_G) > 0).sum())
+        if isinstance(self._renderer, NativeRenderer):
+            images = [span for span in spans if span.kind == "image"]
+            self._compare_boxes(self._renderer, cases, images)
+        is_useless = self._num_rewarded <= MAX_USELESS_SHARE * self._num_responses
+        if self._num_responses >= NUM_CHECKED_RESPONSES and is_useless:
+            self._log(self._describe())
+
+    def _compare_boxes(
+        self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
+    ) -> None:
+        """Collect the IoU of predicted boxes and references, in each coordinate frame."""
+        pairs = [
+            (images[box.image], box, reference)
+            for case in cases
+            for box, reference in zip(case.boxes, case.reference_boxes, strict=False)
+        ]
+        for image, box, reference in pairs:
+            own = renderer.family.box_frame(image.resized_size)
+            raw = scale_box(box.xyxy, image.original_size, own)
+            for name, frame in {
+                "": own,
+                "thousandths of the image": FRAME_1000,
+                "pixels of the image": image.original_size,
+                "pixels of the resized image": image.resized_size,
+                "fractions of the image": (1, 1),
+            }.items():
+                found = scale_box(raw, frame, image.original_size)
+                self._overlaps.setdefault(name, []).append(iou(found, reference.xyxy))
+
+    def _describe(self) -> str:
+        text = (
+            f"{self._num_responses - self._num_rewarded} of the first {self._num_responses}"
+            " responses have no reward: fine-tune with train.objective=sft on some labelled samples"
+            " first, or check rewards and the format of the answers"
+        )
+        means = {name: float(np.mean(one)) for name, one in self._overlaps.items()}
+        best = max(means, key=means.__getitem__, default="")
+        if best and means[best] >= means[""] + MIN_FRAME_GAIN:
+            text += (
+                f"; the boxes match the references as {best} (mean IoU {means[best]:.2f}, now"
+                f" {means['']:.2f}): boxes of answers or of data have another coordinate frame"
+            )
+        return text
+
+
 class Rollout:
     """Sampler of responses to the prompts of training steps, on this rank."""
 
-    def __init__(self, state: TrainState, stop: StopRequest) -> None:
+    def __init__(self, state: TrainState, stop: StopRequest, log: Callable[[str], None]) -> None:
         recipe = state.run.recipe
         self.state, self.stop = state, stop
         self.settings, self.seed = recipe.train.grpo, recipe.train.seed
@@ -81,6 +157,7 @@ class Rollout:
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards)
         self.weights_F = np.array(self.scorer.weights)
+        self.check = RewardCheck(state.data.renderer, log)
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
@@ -179,6 +256,8 @@ class Rollout:
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
             is_truncated = [not case.ended_with_eos for case in cases]
             groups.append(Group(index, prompt, tokens, is_truncated, rewards_FG.T))
+            totals_G = _weigh(rewards_FG.T, self.weights_F)
+            self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
 
     def generate(

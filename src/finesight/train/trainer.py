@@ -21,6 +21,7 @@ from torch import Tensor
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
+from finesight.evaluate.custom_metric import RewardError
 from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
@@ -305,6 +306,7 @@ def _raise_desync(process_group: ProcessGroup) -> Iterator[None]:
 
 RECOVERABLE_ERRORS = (
     TrainingInterrupted,
+    RewardError,
     DataWorkerError,
     UnreadableFileError,
     GpuOutOfMemoryError,
@@ -449,7 +451,7 @@ class Trainer:
             # Other objectives need no inference engine.
             from finesight.train.rollout import Rollout
 
-            step_batches = Rollout(state, self.stop).read_steps(progress.step)
+            step_batches = Rollout(state, self.stop, self.console.log).read_steps(progress.step)
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)

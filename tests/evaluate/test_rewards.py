@@ -1,0 +1,120 @@
+"""Rewards of responses: built-in ones, metrics, and functions that misbehave."""
+
+import math
+import os
+
+import pytest
+from each_value import each
+
+from finesight.config import RewardSettings
+from finesight.data.sample import BoxPart
+from finesight.evaluate import rewards
+from finesight.evaluate.custom_metric import RewardError
+from finesight.evaluate.eval_case import EvalCase
+from finesight.evaluate.rewards import RewardScorer
+
+
+def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
+    found, expected = (
+        tuple(BoxPart(image=0, xyxy=one) for one in both) for both in (boxes, reference_boxes)
+    )
+    return EvalCase(answer, found, (reference,), expected, "sample-1")
+
+
+def score(reward: object, *cases: EvalCase) -> list[float | None]:
+    settings = {"name": reward} if isinstance(reward, str) else reward
+    with RewardScorer([RewardSettings.model_validate(settings)]) as scorer:
+        (scores,) = scorer.score(cases)
+    return scores
+
+
+BOX = (10, 10, 30, 30)
+
+
+@each(
+    ("reward", "case", "expected"),
+    [
+        ("exact", make_case(" a  b ", "a b"), 1),
+        ("exact", make_case("a", "b"), 0),
+        ("json.f1", make_case('{"a": 1}', '{"a": 1, "b": 2}'), 2 / 3),
+        ("latex", make_case("x^2", "x^2"), 1),
+        ("boxes", make_case(boxes=[BOX], reference_boxes=[BOX]), 1),
+        # IoU 0.25, a hit, and a quarter of the size.
+        ("boxes", make_case(boxes=[(15, 15, 25, 25)], reference_boxes=[BOX]), 0.5),
+        # A second box halves the reward, and no box gets none.
+        ("boxes", make_case(boxes=[BOX, (60, 60, 70, 70)], reference_boxes=[BOX]), 0.5),
+        ("boxes", make_case(reference_boxes=[BOX]), 0),
+        ("click", make_case(boxes=[(18, 18, 20, 20)], reference_boxes=[BOX]), 1),
+        ("click", make_case(boxes=[(40, 40, 41, 41)], reference_boxes=[BOX]), 0),
+        ({"name": "format", "pattern": r"<b>.*</b>"}, make_case("<b>1\n2</b>"), 1),
+        ({"name": "format", "pattern": r"\d+"}, make_case("12 a"), 0),
+        ({"name": "length", "max_length": 4}, make_case("abcdef"), 0.5),
+        ("repetition", make_case("a b c d " * 4), 4 / 13),
+    ],
+)
+def test_built_in_rewards(reward, case, expected):
+    assert score(reward, case) == [pytest.approx(expected)]
+
+
+FUNCTIONS = """
+import os, time
+
+def fine(case): return len(case.answer)
+def missing(case): return None if case.answer == "a" else float("nan") if case.answer else 1
+def fails(case): return 1 / 0
+def hangs(case): time.sleep(1000)
+def spins(case):
+    while True: pass
+def shape(case): return [1.0]
+def prints(case): print("x" * 2_000_000); return 1
+def exits(case): os._exit(3)
+def raises_exit(case): raise SystemExit
+def forks(case):
+    os.fork()
+    return 1
+def eats(case): return len(bytearray(1 << 40))
+"""
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3)
+    path = tmp_path / "rewards.py"
+    path.write_text(FUNCTIONS)
+    return path
+
+
+def test_functions_score_responses(file):
+    cases = [make_case("a"), make_case("bb"), make_case("")]
+    assert score(f"{file}:fine", *cases) == [1, 2, 0]
+    assert score(f"{file}:missing", *cases) == [None, None, 1]
+    assert score(f"{file}:prints", *cases) == [1, 1, 1]
+    pid = os.getpid()
+    assert score(f"{file}:forks", *cases) == [1, 1, 1]
+    assert os.getpid() == pid
+
+
+@each(
+    ("function", "text"),
+    [
+        ("fails", "ZeroDivisionError"),
+        ("hangs", "took more than"),
+        ("spins", "took more than"),
+        ("shape", "the result is"),
+        ("exits", "crashed"),
+        ("raises_exit", "SystemExit"),
+        ("eats", "MemoryError"),
+        ("absent", "no function 'absent'"),
+    ],
+)
+def test_failures_name_the_function(file, function, text):
+    with pytest.raises(RewardError, match=text) as caught:
+        score(f"{file}:{function}", make_case("a"))
+    assert "rewards.py" in caught.value.where
+    assert "--resume" in caught.value.remedy
+
+
+def test_unknown_score_of_a_metric():
+    with pytest.raises(RewardError, match="no score 'g1'"):
+        score("json.g1", make_case("{}", "{}"))
+    assert not math.isnan(score("json.exact", make_case("{}", "{}"))[0])

@@ -1,0 +1,359 @@
+"""GRPO: losses compared with a formula per response and TRL, rollouts, and runs with rewards."""
+
+from collections import defaultdict
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from each_value import each
+from PIL import Image
+from tiny_model import create_tiny_model
+from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
+from torch import Tensor
+
+from finesight.config import GrpoSettings
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Message, Sample
+from finesight.encode.family import scale_box
+from finesight.encode.renderer import NativeRenderer
+from finesight.errors import UserError
+from finesight.evaluate.custom_metric import RewardError
+from finesight.evaluate.eval_case import EvalCase
+from finesight.model_folder import ModelFolder
+from finesight.train.objectives.grpo import compute_token_losses
+from finesight.train.rollout import RewardCheck, Rollout
+
+LOSS_TYPES = "dapo", "grpo", "dr_grpo", "bnpo", "cispo", "sapo"
+MODES = "sequence_mask", "sequence_truncate", "token_mask", "token_truncate"
+NUM_RESPONSES, MAX_LENGTH = 6, 7
+
+VARIANTS = [
+    {"loss_type": loss_type, "importance_sampling_level": level, "beta": beta, "is_first": first}
+    | {"use_bias_correction_kl": first, "importance_sampling_mode": MODES[number % 4]}
+    for number, loss_type in enumerate(LOSS_TYPES)
+    for level in ("token", "sequence")
+    for beta in (0.0, 0.04)
+    for first in (True, False)
+]
+
+
+def make_settings(is_first: bool, **settings: object) -> GrpoSettings:
+    number = {"num_generations": NUM_RESPONSES, "num_iterations": 1 if is_first else 2}
+    return GrpoSettings.model_validate(settings | number)
+
+
+def draw_group() -> dict[str, Tensor]:
+    """Log-probabilities of trainer, sampler and reference, [N, T], mask and advantages."""
+    torch.manual_seed(0)
+    shape, double = (NUM_RESPONSES, MAX_LENGTH), torch.float64
+    logps = -3 * torch.rand(shape, dtype=double)
+    lengths = torch.randint(1, MAX_LENGTH + 1, (NUM_RESPONSES, 1))
+    return {
+        "logps": logps,
+        "sampled": logps + 0.6 * torch.randn(shape, dtype=double),
+        "reference": logps + 0.3 * torch.randn(shape, dtype=double),
+        "mask": torch.arange(MAX_LENGTH) < lengths,
+        "advantages": torch.randn(NUM_RESPONSES, dtype=double),
+    }
+
+
+def compute_loss(settings: GrpoSettings, group: dict[str, Tensor], logps: Tensor) -> Tensor:
+    """Return the loss of one group as a training step normalizes it."""
+    mask = group["mask"]
+    lengths, total = mask.sum(1).double(), mask.sum().double()
+    advantages, responses = (
+        one[:, None].expand(mask.shape)[mask]
+        for one in (group["advantages"], torch.arange(NUM_RESPONSES))
+    )
+    reference = group["reference"][mask] if settings.beta else None
+    losses, _ = compute_token_losses(
+        settings, logps[mask], group["sampled"][mask], reference, advantages, responses
+    )
+    weights = torch.ones(NUM_RESPONSES, dtype=torch.float64)
+    if settings.loss_type in ("grpo", "sapo"):
+        weights = total / (NUM_RESPONSES * lengths)
+    if settings.loss_type == "dr_grpo":
+        weights *= total / (NUM_RESPONSES * MAX_LENGTH)
+    return (losses * weights[:, None].expand(mask.shape)[mask]).sum() / total
+
+
+def compute_expected_loss(
+    settings: GrpoSettings, group: dict[str, Tensor], logps: Tensor
+) -> Tensor:
+    """Compute the loss response by response, from the definitions."""
+    total, is_first = torch.zeros((), dtype=torch.float64), settings.num_iterations == 1
+    num_tokens = int(group["mask"].sum())
+    for n, length in enumerate(group["mask"].sum(1).tolist()):
+        logp, sampled, reference = (
+            one[n, :length] for one in (logps, group["sampled"], group["reference"])
+        )
+        advantage = group["advantages"][n]
+        old = logp.detach() if is_first else sampled
+        ratio = (logp - old).exp()
+        if settings.importance_sampling_level == "sequence":
+            ratio = (logp - old).mean().exp().expand(length)
+        if settings.loss_type == "cispo":
+            loss = -ratio.detach().clamp(max=5.0) * advantage * logp
+        elif settings.loss_type == "sapo":
+            tau = 1.0 if advantage > 0 else float(np.float32(1.05))
+            loss = -4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+        else:
+            high = 1.28 if settings.loss_type == "dapo" else 1.2
+            loss = -torch.minimum(ratio * advantage, ratio.clamp(0.8, high) * advantage)
+        correction = (old - sampled).exp()
+        if settings.importance_sampling_mode.startswith("sequence"):
+            correction = correction.prod().expand(length)
+        is_large = correction > 3
+        is_truncated = settings.importance_sampling_mode.endswith("truncate")
+        correction = torch.where(is_large, 3.0 if is_truncated else 0.0, correction)
+        loss = loss * correction if is_first else loss
+        kl = (reference - logp).exp() - (reference - logp) - 1
+        kl = kl * ratio if settings.use_bias_correction_kl else kl
+        loss = loss + settings.beta * kl
+        if settings.loss_type in ("grpo", "sapo"):
+            total = total + loss.mean() / NUM_RESPONSES
+        elif settings.loss_type == "dr_grpo":
+            total = total + loss.sum() / (NUM_RESPONSES * MAX_LENGTH)
+        else:
+            total = total + loss.sum() / num_tokens
+    return total
+
+
+def compute_trl_loss(settings: GrpoSettings, group: dict[str, Tensor], logps: Tensor) -> Tensor:
+    """Compute the loss of the trainer of TRL, with a model that returns given log-probabilities."""
+    trainer_type = pytest.importorskip("trl", reason="TRL is not installed").GRPOTrainer
+
+    def same(value: object, *_: object, **__: object) -> object:
+        return value
+
+    is_first, mode = settings.num_iterations == 1, settings.importance_sampling_mode
+    difference = (group["logps"] - group["sampled"]) * group["mask"]
+    if mode.startswith("sequence"):
+        difference = difference.sum(1, keepdim=True)
+    ratio = difference.exp()
+    is_truncated = mode.endswith("truncate")
+    ratio = ratio.clamp(max=3.0) if is_truncated else ratio.masked_fill(ratio > 3.0, 0)
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(
+            use_bias_correction_kl=settings.use_bias_correction_kl,
+            delta=None,
+            sapo_temperature_pos=1.0,
+            sapo_temperature_neg=1.05,
+            steps_per_generation=1,
+        ),
+        accelerator=SimpleNamespace(
+            gather=same,
+            gather_for_metrics=same,
+            reduce=same,
+            num_processes=1,
+            pad_across_processes=same,
+        ),
+        aux_loss_enabled=False,
+        top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None,
+        importance_sampling_level=settings.importance_sampling_level,
+        beta=settings.beta,
+        loss_type=settings.loss_type,
+        epsilon_low=settings.epsilon,
+        epsilon_high=settings.effective_epsilon_high,
+        use_vllm=is_first,
+        vllm_importance_sampling_correction=is_first,
+        model=SimpleNamespace(training=True),
+        current_gradient_accumulation_steps=1,
+        max_completion_length=MAX_LENGTH,
+        _entropy_bonus_enabled=False,
+        _metrics={"train": defaultdict(list)},
+        _get_per_token_logps_and_entropies=lambda *_, **__: (logps, torch.zeros_like(logps), None),
+    )
+    mask = group["mask"].double()
+    inputs = {
+        "prompt_ids": torch.zeros(NUM_RESPONSES, 1, dtype=torch.long),
+        "prompt_mask": torch.ones(NUM_RESPONSES, 1),
+        "completion_ids": torch.zeros_like(mask, dtype=torch.long),
+        "completion_mask": mask,
+        "advantages": group["advantages"],
+        "ref_per_token_logps": group["reference"],
+        "num_items_in_batch": mask.sum(),
+        "importance_sampling_ratio": ratio,
+        "old_per_token_logps": None if is_first else group["sampled"],
+    }
+    loss: Tensor = trainer_type._compute_loss(trainer, None, inputs)
+    return loss
+
+
+@each("expected_loss", [compute_expected_loss, compute_trl_loss])
+@each("variant", VARIANTS)
+def test_losses_and_gradients_match(expected_loss, variant):
+    settings, group = make_settings(**variant), draw_group()
+    found, expected = (
+        (loss, *torch.autograd.grad(loss, logps))
+        for compute in (compute_loss, expected_loss)
+        for logps in [group["logps"].clone().requires_grad_()]
+        for loss in [compute(settings, group, logps)]
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+REWARD = """
+def early(case):
+    return sum(letter < "n" for letter in case.answer) / max(1, len(case.answer))
+
+def unscored(case):
+    return None if len(case.answer) % 2 else float("nan") if case.answer else 1.0
+"""
+
+
+@pytest.fixture
+def reward_task(tmp_path) -> TinyTask:
+    """Task with a function that rewards letters at the start of the alphabet."""
+    task = TinyTask(tmp_path)
+    (tmp_path / "rewards.py").write_text(REWARD)
+    task.recipe["rewards"] = [f"{tmp_path / 'rewards.py'}:early", {"name": "exact", "weight": 0.5}]
+    task.recipe["train"] |= {
+        "objective": "grpo",
+        "grpo": {"num_generations": 4, "max_completion_length": 8, "max_refills": 0},
+    }
+    return task
+
+
+def read_steps(task: TinyTask, name: str = "run") -> list[dict[str, float]]:
+    return [line for line in task.read_metrics(name) if "loss" in line]
+
+
+def test_run_raises_the_reward(reward_task):
+    """Sampler and trainer agree, and the prompt is packed once for a group."""
+    # At a low temperature, the nearly equal logits of a random model can concentrate.
+    sharp = "train.grpo.temperature=0.1", "train.grpo.max_completion_length=4"
+    size = "train.steps=20", "train.epochs=null", "train.save_every=null"
+    reward_task.run(*sharp, *size, "train.learning_rate=0.003", "train.grpo.num_generations=8")
+    steps = read_steps(reward_task)
+    rewards = [line["reward"] for line in steps]
+    assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.15
+    assert steps[0]["rewards/early/mean"] == pytest.approx(rewards[0], abs=1e-6)
+    differences = [line["sampling/sampling_logp_difference/mean"] for line in steps]
+    assert max(differences) <= 2e-6
+    ratios = [line["sampling/importance_sampling_ratio/mean"] for line in steps]
+    assert ratios == pytest.approx([1] * len(steps), abs=1e-4)
+    assert all(line["completions/max_length"] <= 4 for line in steps)
+
+
+def test_resumed_run_equals_uninterrupted_run(reward_task):
+    two_updates = "train.grpo.num_iterations=2", "train.grpo.max_refills=2"
+    reward_task.run(*two_updates, name="expected")
+    reward_task.run(*two_updates)
+    run = rewind_to_checkpoint(reward_task.folder / "run")
+    reward_task.run(*two_updates, resume=True)
+    assert_same_run(run, reward_task.folder / "expected")
+
+
+def test_failed_reward_saves_a_checkpoint(reward_task):
+    rewards = reward_task.folder / "rewards.py"
+    reward_task.run(name="expected")
+    checkpoint = reward_task.folder / "run" / "checkpoints" / "step-2"
+    # Of the start of the alphabet: the step after the first checkpoint fails.
+    failure = f"import os\n    1 / (not os.path.exists({str(checkpoint)!r}))\n    return sum"
+    rewards.write_text(REWARD.replace("return sum", failure))
+    with pytest.raises(RewardError, match=r"ZeroDivisionError.*sample") as caught:
+        reward_task.run()
+    assert "rewards.py:4" in caught.value.where
+    rewards.write_text(REWARD)
+    reward_task.run(resume=True)
+    assert_same_run(reward_task.folder / "run", reward_task.folder / "expected")
+
+
+def test_settings_change_what_is_learned(reward_task):
+    """A reference model, unscored and truncated responses, and several packs of a group."""
+    steps = ("train.steps=2", "train.epochs=null", "train.save_every=null")
+    losses = {}
+    for name, overrides in {
+        "plain": (),
+        "packs": ("train.pack_tokens=1",),
+        "reference": ("train.grpo.beta=0.5", "train.grpo.temperature=2.0", "tune.merger=lora"),
+        "truncated": ("train.grpo.mask_truncated_completions=true",),
+        "batch": ("train.grpo.scale_rewards=batch", "train.grpo.loss_type=grpo"),
+    }.items():
+        reward_task.run(*steps, *overrides, name=name)
+        lines = read_steps(reward_task, name)
+        losses[name] = [line["loss"] for line in lines]
+        num_tokens = [16 * line["completions/mean_length"] for line in lines]
+        num_used = [line["num_supervised_tokens"] for line in lines]
+        assert (num_used == num_tokens) == (name != "truncated"), name
+        if name == "reference":
+            assert lines[0]["kl"] == pytest.approx(0, abs=1e-6)
+            assert lines[1]["kl"] > 1e-6
+    assert losses["packs"] == pytest.approx(losses["plain"], abs=1e-5)
+    reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:unscored"]
+    with pytest.raises(UserError, match="training did not change"):
+        reward_task.run(*steps, name="unscored")
+
+
+def test_unreadable_images_are_skipped(reward_task):
+    reward_task.run("train.steps=1", "train.epochs=null", name="plain")
+    image = reward_task.folder / "train0.png"
+    content = image.read_bytes()
+    with edit_samples(reward_task.folder / "train.jsonl") as samples:
+        del samples[4:]
+    original = Rollout.sample_groups
+
+    def damage(*args):
+        image.write_bytes(content[:50])
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rollout, "sample_groups", damage)
+        reward_task.run("train.steps=1", "train.epochs=null", "data.on_invalid_sample=skip")
+    (step,) = read_steps(reward_task)
+    assert step["skipped_samples"] == ["train0"]
+
+
+FRAMES = {"thousandths of the image": (1000, 1000), "pixels of the image": (800, 400)}
+
+
+@each("frame", [*FRAMES, ""])
+def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
+    """The model is of a family with boxes in pixels of the resized image."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen2_5_vl"))
+    renderer = NativeRenderer(folder)
+    Image.new("RGB", (400, 800)).save(tmp_path / "image.png")
+    part = ImagePart(image=str(tmp_path / "image.png"))
+    question = Sample(id="a", messages=(Message(role="user", content=(part,)),))
+    (span,) = renderer.tokenize_prompt(LocatedSample(question, tmp_path)).spans
+    reference = BoxPart(image=0, xyxy=(100, 200, 300, 600))
+    # The model writes the reference in the frame, or another box.
+    is_other = frame not in FRAMES
+    written = (0, 0, 1, 1) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
+    found = scale_box(written, span.resized_size, (800, 400))
+    case = EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,))
+    lines: list[str] = []
+    check = RewardCheck(renderer, lines.append)
+    for _ in range(40):
+        check.add([case] * 4, np.zeros(4), [span])
+    (line,) = lines
+    assert "128 of the first 128 responses have no reward" in line
+    assert ("coordinate frame" in line) == bool(frame)
+    assert frame in line
+    rewarded = RewardCheck(renderer, lines.append)
+    for _ in range(40):
+        rewarded.add([case] * 4, np.array([0, 0, 0, 0.5]), [span])
+    assert len(lines) == 1
+
+
+@each(
+    ("recipe", "text"),
+    [
+        ({"rewards": []}, "requires rewards"),
+        ({"rewards": ["exakt"]}, "'exact'"),
+        ({"rewards": [{"name": "format", "pattern": "("}]}, "regular expression"),
+        ({"rewards": ["format"]}, "requires pattern"),
+        ({"rewards": [{"name": "exact", "pattern": "a"}]}, "does not use pattern"),
+        ({"tune": {"language": "full"}, "train": {"grpo": {"beta": 0.1}}}, "adapter"),
+        ({"train": {"objective": "sft"}}, "objective=grpo only"),
+    ],
+)
+def test_recipes_are_checked(tmp_path, recipe, text):
+    task = TinyTask(tmp_path)
+    base = {"rewards": ["exact"], "train": {}}
+    merged = base | recipe
+    train = task.recipe["train"] | {"objective": "grpo"} | merged.pop("train")
+    with pytest.raises(UserError, match=text):
+        task.run(**merged, train=train)

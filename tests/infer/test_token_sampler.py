@@ -94,6 +94,28 @@ def test_near_zero_temperature_is_greedy(temperature, top_k):
     assert _draw(logits_SV, *samplers) == logits_SV.argmax(-1).tolist()
 
 
+def test_banned_tokens_have_no_probability():
+    """Processed log probabilities are those of the distribution that is sampled from."""
+    logits_SV, banned = _logits(2), (1, 4)
+    samplers = [
+        TokenSampler(
+            SamplingParams(temperature=temperature, seed=0, banned_ids=banned), 0, None, (), True
+        )
+        for temperature in (100.0, 0.5)
+    ]
+    drawn = [sample_tokens(logits_SV, samplers) for _ in range(200)]
+    ids = torch.stack([one.ids_S for one in drawn])
+    assert set(ids[:, 0].tolist()) == set(range(VOCABULARY)) - set(banned)
+    allowed = logits_SV.clone()
+    allowed[:, banned] = -torch.inf
+    expected = (allowed / torch.tensor([[100.0], [0.5]])).log_softmax(-1)
+    for one in drawn:
+        torch.testing.assert_close(one.logprobs_S, expected.gather(1, one.ids_S[:, None])[:, 0])
+    greedy = _make_sampler(banned_ids=tuple(logits_SV.argmax(-1).tolist()))
+    assert not greedy.is_argmax_only
+    assert _draw(logits_SV, greedy, greedy)[0] not in greedy.sampling_params.banned_ids
+
+
 def _kinds() -> list[TokenSampler]:
     some, few = FixedConstraint({1, 3, 4, 6}, 8), FixedConstraint({0, 7}, 8)
     return [

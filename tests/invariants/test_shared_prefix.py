@@ -15,6 +15,8 @@ from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
+from finesight.infer.engine import iter_completions
+from finesight.infer.request import SamplingParams
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -25,6 +27,7 @@ from finesight.train.objectives.dpo import (
     compute_token_logps,
 )
 from finesight.train.objectives.sft import fused_linear_cross_entropy
+from finesight.train.rollout import join_responses
 
 ALL = TuneSettings.model_validate(
     dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
@@ -133,6 +136,56 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
         for name, gradient in found.items():
             expected = trainable_parameters(model)[name].grad
             assert max_relative_error(gradient, expected) <= 1e-4, name
+
+
+@pytest.mark.parametrize("family", [family for family in get_args(TinyFamily) if family != "qwen"])
+def test_group_of_responses_matches_single_responses(tmp_path, family):
+    """Sampled log-probabilities equal those of the trainer, packed together or one by one."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
+    model, renderer = tune_model(folder, LORA, torch.float32), NativeRenderer(folder)
+    for name, parameter in trainable_parameters(model).items():
+        if ".adapter.lora_B" in name:
+            parameter.data.normal_(0, 0.1)
+    sample = make_conversation(1, make_images(tmp_path), videos=True).sample
+    prompt = renderer.encode_prompt(LocatedSample(sample, tmp_path))
+    banned = renderer.visual_token_ids
+    lengths = 3, 9, 1, 6
+    model.eval()
+    completions = iter_completions(
+        model,
+        [(n, prompt) for n in range(len(lengths))],
+        [prompt.tokenized.num_tokens] * len(lengths),
+        max_new_tokens=9,
+        end_ids=[],
+        batch_size=4,
+        logprobs=True,
+        sampling=lambda n: SamplingParams(temperature=5.0, seed=n, banned_ids=banned),
+    )
+    tokens = {n: found[: lengths[n]] for n, _, found in completions}
+    model.train()
+    responses = [tokens[n] for n in range(len(lengths))]
+    results = []
+    for groups in ([responses], [[one] for one in responses]):
+        model.zero_grad()
+        batches = [pack([join_responses(prompt, group)]) for group in groups]
+        logps = torch.cat(
+            [
+                compute_token_logps(model(batch), model.lm_head_weight, batch.labels_L, 5.0, banned)
+                for batch in batches
+            ]
+        )
+        (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
+        named = trainable_parameters(model).items()
+        grads = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        results.append((logps.detach(), grads))
+    (found, found_grads), (expected, expected_grads) = results
+    sampled = torch.tensor([one.logprob for group in responses for one in group])
+    assert not {one.id for group in responses for one in group} & set(banned)
+    assert len(batches) == len(lengths)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.testing.assert_close(sampled, expected, rtol=0, atol=5e-5)
+    for name, gradient in found_grads.items():
+        assert max_relative_error(gradient, expected_grads[name]) <= 1e-4, name
 
 
 def test_bf16_shared_prefix_error_is_not_larger(tmp_path):

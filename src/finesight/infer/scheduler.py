@@ -208,6 +208,10 @@ class Scheduler:
         if not (self.waiting and has_capacity):
             return None
         sequence, prompt = self.waiting[0], self.waiting[0].prompt
+        # An equal prompt in progress is computed once, and its blocks are reused afterwards.
+        hashes = sequence.block_hashes
+        if hashes and any(other.block_hashes == hashes for other in self.prefilling):
+            return None
         max_tokens = prompt.num_tokens + sequence.request.max_new_tokens
         # The last prompt token is always computed: its logits are not cached.
         reusable_hashes = sequence.block_hashes[: (prompt.num_tokens - 1) // self.block_size]

@@ -303,6 +303,11 @@ REQUIRED_SETTINGS = {
     "eval.patience": ["eval.every=0.5"],
     "track.uri": ["track.kind=swanlab"],
     "train.dpo.loss_weights": ["train.dpo.loss_type=[sigmoid,sft]"],
+    "train.objective=grpo": ["rewards=[exact]"],
+    "rewards.name": ["train.objective=grpo"],
+    "rewards.weight": ["train.objective=grpo", "rewards.name=exact"],
+    "rewards.pattern": ["train.objective=grpo", "rewards.name=format"],
+    "rewards.max_length": ["train.objective=grpo", "rewards.name=length"],
 }
 """Settings that require another one."""
 
@@ -310,7 +315,7 @@ REQUIRED_SETTINGS = {
 def test_settings_are_listed_and_documented():
     assert sorted(recipes.list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
     # The objective and its section do not count.
-    objectives = ("train.objective", "train.dpo.")
+    objectives = ("train.objective", "train.dpo.", "train.grpo.", "rewards.")
     assert sum(not name.startswith(objectives) for name in SETTINGS) <= 60
 
 
@@ -334,7 +339,9 @@ def test_documented_values_can_be_overridden(tmp_path, text, name):
     path = tmp_path / "recipe.yaml"
     path.write_text(LEAST + text)
     for value in values:
-        overrides = [f"{name}={value}", *REQUIRED_SETTINGS.get(name, ())]
+        override = f"{name}={value}"
+        required = REQUIRED_SETTINGS.get(override) or REQUIRED_SETTINGS.get(name, [])
+        overrides = [override, *required]
         node = recipes.load_recipe(path, overrides).model_dump(mode="json")
         for part in name.split("."):
             (node,) = node if isinstance(node, list) else (node,)

@@ -26,12 +26,16 @@ from finesight.model.attention import (
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DeepstackFeatures, FusibleLayer
-from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
-from finesight.model.families.architecture import (
+from finesight.model.families import (
     QWEN_VL_MAPPING,
     TRANSFORMERS_V5_MAPPING,
     Architecture,
     KeyMapping,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
+    qwen_vl,
 )
 from finesight.model.gated_delta_net import supports_kernels
 from finesight.model.layers import requires_host_sync

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from finesight.bounded_files import read_bytes
 from finesight.errors import UserError
-from finesight.model.families.architecture import (
+from finesight.model.families import (
     QWEN_VL_MAPPING,
     TRANSFORMERS_V5_MAPPING,
     KeyMapping,

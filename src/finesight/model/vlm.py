@@ -27,8 +27,7 @@ from finesight.model.attention import (
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DeepstackFeatures, FusibleLayer
 from finesight.model.families import (
-    QWEN_VL_MAPPING,
-    TRANSFORMERS_V5_MAPPING,
+    KEY_MAPPINGS,
     Architecture,
     KeyMapping,
     qwen2_5_vl,
@@ -66,7 +65,7 @@ class VisionLanguageModel(nn.Module):
     (`hub_tensors` in `model.weights_io` lists them separately).
     """
 
-    adapter_key_mappings: tuple[KeyMapping, ...] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
+    adapter_key_mappings: tuple[KeyMapping, ...] = KEY_MAPPINGS
     """Supported mappings between native layer names and PEFT module names."""
 
     def __init__(

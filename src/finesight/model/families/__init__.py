@@ -26,6 +26,8 @@ QWEN_VL_MAPPING: KeyMapping = (
 )
 """Mapping to the module names in the published code of the first Qwen-VL."""
 
+KEY_MAPPINGS = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
+
 
 def replace_prefix(name: str, prefixes: Iterable[tuple[str, str]]) -> str:
     """Replace the first old prefix that matches by the new one; other names are unchanged."""
@@ -42,16 +44,13 @@ def to_module_name(layer: str, key_mapping: KeyMapping = TRANSFORMERS_V5_MAPPING
     return replace_prefix(layer, key_mapping)
 
 
-def to_layer_name(
-    module: str, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
-) -> str:
+def to_layer_name(module: str, key_mappings: Sequence[KeyMapping] = KEY_MAPPINGS) -> str:
     """Map a PEFT module name of transformers 4 or 5 to the native layer name."""
     return replace_prefix(module, ((new, old) for old, new in chain(*key_mappings)))
 
 
 TRANSFORMERS_V5_PREFIXES = {"model.": "model.language_model.", "visual.": "model.visual."}
-"""Tensor name prefixes that transformers 5 writes, by native prefix. They are accepted for every
-family."""
+"""Tensor name prefixes of transformers 5 by native prefix, accepted for every family."""
 
 
 @dataclass(frozen=True)

@@ -124,11 +124,18 @@ def read_text(
     Raises UserError like `read_bytes`.
     """
     content = read_bytes(path, expected=expected, remedy=remedy, max_bytes=max_bytes)
+    return decode_text(content, path, expected, remedy)
+
+
+def decode_text(
+    content: bytes, where: object, expected: str = "text in UTF-8", remedy: str = "save it as UTF-8"
+) -> str:
+    """Decode UTF-8. Raises UserError with the position of the first other byte."""
     try:
         return content.decode()
     except UnicodeDecodeError as error:
         what = f"byte {error.start} is not UTF-8 text"
-        raise UserError(what, where=str(path), expected=expected, remedy=remedy) from error
+        raise UserError(what, where=str(where), expected=expected, remedy=remedy) from error
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -20,7 +20,13 @@ from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
+from finesight.bounded_files import (
+    ComposedYaml,
+    TooManyValuesError,
+    decode_text,
+    load_yaml,
+    translate_os_errors,
+)
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
@@ -74,15 +80,7 @@ def read_recipe_text(path: Path) -> str:
             expected="a YAML file of settings",
             remedy=_TOO_LARGE_REMEDY,
         )
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected="a YAML file in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
+    return decode_text(content, path)
 
 
 def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:

@@ -47,6 +47,7 @@ from finesight.data.row_reader import (
     RowReader,
     SourceRow,
     concat_rows,
+    is_object_text,
     is_tar_file,
     list_folder,
     open_row_file,
@@ -749,7 +750,7 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     if fmean(map(bool, box_counts)) > 0.5:
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
         return "detection" if max(box_counts) > 1 or has_classes else "grounding"
-    if fmean(map(_is_json_object, answers)) > 0.8:
+    if fmean(map(is_object_text, answers)) > 0.8:
         return "json"
     if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
         return "latex"
@@ -776,10 +777,3 @@ def _is_closed_set(answers: Sequence[str]) -> bool:
     is_short = fmean(len(answer.split()) for answer in answers) < 4
     max_classes = len(answers) / 3 if is_short else len(answers) ** 0.5
     return num_repeated >= 0.8 * len(answers) and len(counts) <= max(2, max_classes)
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(parse_json(text), dict)
-    except ValueError:
-        return False

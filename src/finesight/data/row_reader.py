@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from finesight.bounded_files import (
+    decode_text,
     parse_unique_json,
     reject_special_file,
     to_readable_name,
@@ -236,10 +237,10 @@ def _reject_single_object(source: Path) -> None:
     Only the first line is read if it is a complete object.
     """
     with open_data_file(source) as file:
-        if _is_object(next(enumerate_lines(file, source), (1, b""))[1]):
+        if is_object_text(next(enumerate_lines(file, source), (1, b""))[1]):
             return
     content = read_data_file(source)
-    if _is_object(content):
+    if is_object_text(content):
         raise UserError(
             f"one object with the keys {', '.join(parse_unique_json(content))[:80]}",
             where=str(source),
@@ -248,7 +249,8 @@ def _reject_single_object(source: Path) -> None:
         )
 
 
-def _is_object(content: bytes) -> bool:
+def is_object_text(content: bytes | str) -> bool:
+    """Return whether a text is a JSON object without duplicate keys."""
     try:
         return isinstance(parse_unique_json(content), dict)
     except ValueError:
@@ -674,7 +676,8 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     for member in members:
         suffix = split_member_name(member)[1]
         if suffix in TEXT_SUFFIXES or suffix == "json":
-            text = _read_member_text(tar, member)
+            where = f"{tar.archive}, {member.name}"
+            text = decode_text(_read_member(tar, member), where).rstrip("\r\n")
             values = (
                 _parse_member_json(text, member, tar.archive)
                 if suffix == "json"
@@ -702,18 +705,6 @@ def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Reco
             remedy="create the tar again",
         ) from error
     return content if isinstance(content, dict) else {"json": content}
-
-
-def _read_member_text(tar: TarArchive, member: tarfile.TarInfo) -> str:
-    try:
-        return _read_member(tar, member).decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{member.name}: byte {error.start} is not UTF-8 text",
-            where=str(tar.archive),
-            expected="texts in UTF-8",
-            remedy="create the tar again",
-        ) from error
 
 
 def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
@@ -887,10 +878,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder sorted by name, without hidden ones.
-
-    An unreadable folder has no entries.
-    """
+    """Return the readable entries of a folder sorted by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]

@@ -120,10 +120,7 @@ class TrainerConverter:
         )
 
     def set_objective(self, key: str, name: str) -> None:
-        """Set the objective, or accept the settings that it shares with supervised fine-tuning.
-
-        Raises UserError for an objective without them.
-        """
+        """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
         if name == "dpo":
             self.draft.set("train.objective", name)
             for beta in filter(self.config.has, ("beta", "pref_beta")):

@@ -28,6 +28,7 @@ from pydantic import (
 )
 
 from finesight import storage
+from finesight.bounded_files import translate_os_errors
 from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
 from finesight.data.line_index import (
     UTF8_BOM,
@@ -259,16 +260,23 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
     which read the image header.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
+    validate_rejected(sample, where)
     if sample.rejected:
-        validate_roles(sample.messages, where)
         check_messages(sample.rejected_messages, (), f"{where}, rejected")
-        if sample.rejected == sample.messages[-1].content:
-            raise InvalidTurnsError(
-                "a rejected answer equal to the chosen one",
-                where=where,
-                expected="two different answers",
-                remedy="correct the rejected answer, or remove the sample",
-            )
+
+
+def validate_rejected(sample: Sample, where: str) -> None:
+    """Raise UserError if a rejected answer has no different chosen answer."""
+    if not sample.rejected:
+        return
+    validate_roles(sample.messages, where)
+    if sample.rejected == sample.messages[-1].content:
+        raise InvalidRowError(
+            "a rejected answer equal to the chosen one",
+            "two different answers",
+            "correct the rejected answer, or remove the sample",
+            where=where,
+        )
 
 
 def check_messages(
@@ -547,15 +555,8 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
 
 def read_text_file(path: Path, max_bytes: int | None = None) -> str:
     """Read the text of a data file in UTF-8; see `read_data_file`."""
-    try:
+    with translate_os_errors(path, expected="a file in UTF-8", remedy="save the file as UTF-8"):
         return read_data_file(path, max_bytes).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected="a file in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
 
 
 def parse_sample(line: bytes, where: str) -> Sample:

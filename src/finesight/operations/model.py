@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -258,58 +258,46 @@ def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> 
     """
     from finesight.encode.tokenization import iter_token_rows
 
-    span_counts = Counter(span.kind for span in tokenized.spans)
-    video_summary = f", video segments: {span_counts['video']}" if span_counts["video"] else ""
-    image_summary = (
-        f"images: {span_counts['image']}{video_summary} (patches: {tokenized.num_patches})"
-    )
+    counts = Counter(span.kind for span in tokenized.spans)
+    video_summary = f", video segments: {counts['video']}" if counts["video"] else ""
     yield f"sample {tokenized.id}"
     yield (
         f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
-        f" {image_summary}"
+        f" images: {counts['image']}{video_summary} (patches: {tokenized.num_patches})"
     )
     yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
     for row in iter_token_rows(tokenized, tokenizer):
-        loss_mark = "*" if row.is_supervised else ""
-        if row.span is None:
-            token_range, text = str(row.start), repr(row.text)
-            position_text = _format_position(row.first_position)
-        else:
-            token_range = f"{row.start}-{row.stop - 1}"
-            position_text = (
-                f"{_format_position(row.first_position)} to {_format_position(row.last_position)}"
-            )
+        tokens, text = str(row.start), repr(row.text)
+        positions = ", ".join(map(str, row.first_position))
+        if row.span is not None:
+            tokens = f"{row.start}-{row.stop - 1}"
+            positions += f" to {', '.join(map(str, row.last_position))}"
             text = f"{row.stop - row.start} x {row.text} {_format_span(row.span)}"
-        yield f"{token_range:>11} {row.id:>7} {loss_mark:<7} {position_text:<27} {text}"
+        mark = "*" if row.is_supervised else ""
+        yield f"{tokens:>11} {row.id:>7} {mark:<7} {positions:<27} {text}"
 
 
 def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Convert the token table of a sample to JSON data: token counts, images and rows."""
     from finesight.encode.tokenization import iter_token_rows
 
+    spans = [{**asdict(span), "files": [*map(str, span.files)]} for span in tokenized.spans]
+    rows = [asdict(replace(row, span=None)) for row in iter_token_rows(tokenized, tokenizer)]
     return {
         "id": tokenized.id,
         "num_tokens": tokenized.num_tokens,
         "num_supervised_tokens": tokenized.num_supervised_tokens,
-        "images": [
-            {**asdict(span), "files": [str(file) for file in span.files]}
-            for span in tokenized.spans
-        ],
-        "rows": [
-            {key: value for key, value in asdict(row).items() if key != "span"}
-            for row in iter_token_rows(tokenized, tokenizer)
-        ],
+        "images": spans,
+        "rows": [{key: value for key, value in row.items() if key != "span"} for row in rows],
     }
 
 
-def _format_position(position: tuple[int, int, int]) -> str:
-    return "{}, {}, {}".format(*position)
-
-
 def _format_span(span: VisualSpan) -> str:
-    (height, width), (resized_height, resized_width) = span.original_size, span.resized_size
-    size = f"{width}x{height} as {resized_width}x{resized_height}"
-    frame_note = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
+    size, resized = (
+        f"{width}x{height}" for height, width in (span.original_size, span.resized_size)
+    )
+    frames = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
     if span.frame_indices:
-        frame_note = f", frames {', '.join(map(str, span.frame_indices))}"
-    return f"({span.files[0]}{frame_note}, {size}, grid {' x '.join(map(str, span.grid_thw))})"
+        frames = f", frames {', '.join(map(str, span.frame_indices))}"
+    grid = " x ".join(map(str, span.grid_thw))
+    return f"({span.files[0]}{frames}, {size} as {resized}, grid {grid})"

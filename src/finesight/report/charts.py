@@ -12,14 +12,10 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Any, Literal
 
+from finesight.evaluate.task_metrics import PAIR_METRICS
 from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
-from finesight.report.metric_rows import (
-    PAIR_METRICS,
-    format_metric_name,
-    read_interval,
-    read_metrics,
-)
+from finesight.report.metric_rows import format_metric_name, read_interval, read_metrics
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,

@@ -22,7 +22,7 @@ import torch
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError, format_count
-from finesight.evaluate.eval_case import note_lines, select_eval_samples
+from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.model.layers import MoeExperts
@@ -33,12 +33,7 @@ from finesight.progress import ProgressConsole, StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.evaluation import (
-    EvalResult,
-    load_eval_history,
-    peak_memory_gb,
-    resolve_interim_limit,
-)
+from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
 from finesight.train.finalize import RunResult
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState

@@ -22,6 +22,7 @@ from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
 from finesight.evaluate.custom_metric import RewardError
+from finesight.evaluate.eval_case import find_best_eval
 from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
@@ -38,12 +39,7 @@ from finesight.train.dataloader import (
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import (
-    find_best_eval,
-    load_eval_history,
-    resolve_eval_interval,
-    run_evaluation,
-)
+from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
 from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     GpuOutOfMemoryError,

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
-from finesight.errors import UserError, shorten
+from finesight.errors import Step, UserError, shorten
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
@@ -510,9 +509,9 @@ def check_model_path(name: str) -> HubAddress | None:
     remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
     expected, recipe = _EXPECTED_MODEL, path.parent / RECIPE_FILE
     if path.name == "run" and recipe.is_file():
-        # The folder that `finesight init` has written.
-        remedy = f"train it first: finesight train {quote(str(recipe))}"
-        raise UserError(f"no folder {name}", where="model", expected=expected, remedy=remedy)
+        # The folder of a new recipe.
+        step = Step("train", {"recipe": str(recipe)}, "train it first")
+        raise UserError(f"no folder {name}", where="model", expected=expected, remedy=step)
     if address is not None:
         expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"
         remedy += f", or give hf:{name} for a model of the hub"

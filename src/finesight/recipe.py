@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
-from finesight.errors import UserError, shorten, suggest_name
+from finesight.errors import Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
 
 MAX_RECIPE_BYTES = 2**20
@@ -57,7 +57,7 @@ def read_recipe_text(path: Path) -> str:
             "is a data file",
             where=str(path),
             expected="a recipe, a YAML file of settings",
-            remedy=f"write one for these data: {shlex.join(['finesight', 'init', str(path)])}",
+            remedy=Step("init", {"data": str(path)}, "write one for these data"),
         )
     remedy = "check the path and its permissions"
     with translate_os_errors(path, expected="a YAML file", remedy=remedy):
@@ -175,7 +175,7 @@ MIN_SIMILARITY = 0.75
 """Minimum similarity (difflib ratio) of a suggested setting: one wrong letter of four."""
 
 MIN_FOREIGN_SETTINGS = 3
-"""Minimum number of unknown settings of another trainer to suggest `finesight convert`."""
+"""Minimum number of unknown settings of another trainer to suggest a conversion."""
 
 MIN_WORD_CHARS = 5
 """Minimum length of a word of a name that suggests a setting of the same section."""
@@ -325,14 +325,15 @@ def _validate_recipe(
                 UserError(name + what, where=location, expected=expected, remedy=remedy)
             )
         num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
-        remedy = "to convert the configuration of another trainer: finesight convert FILE RECIPE"
-        remedy *= num_foreign >= MIN_FOREIGN_SETTINGS
+        purpose = "to convert the configuration of another trainer"
+        step = Step("convert", {"source": "FILE", "recipe": "RECIPE"}, purpose)
         if len(wrong) == 1:
             raise setting_errors[0] from error
         count = len(wrong) - len(setting_errors)
         messages = [*map(str, setting_errors), *([f"and {count:,} more"] if count else [])]
         problem = "\n".join([f"{len(wrong):,} settings are wrong", *messages])
-        raise UserError(problem, where=where, remedy=remedy) from error
+        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
+        raise UserError(problem, where=where, remedy=step if is_foreign else "") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -449,7 +449,7 @@ def _get_resized_size(
         raise UserError(
             f"a box in a record of {len(image_names)} images",
             expected="exactly one image, whose size defines the box coordinates",
-            remedy="remove the record, or use `finesight import`",
+            remedy="remove the record, or import the file",
         )
     path = images.resolve(image_names[0])
     return compute_resized_size(

@@ -787,7 +787,7 @@ def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) 
             where=f"sample {sample_id} ({image.files[0]})",
             expected=f"[x1, y1, x2, y2] with x1 < x2 up to {width} and y1 < y2 up to {height}",
             remedy="use pixels of the original image after EXIF rotation;"
-            " `finesight import --box-format --box-units` converts boxes",
+            " an import with --box-format and --box-units converts boxes",
         )
     return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size)
 

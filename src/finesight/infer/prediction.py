@@ -76,7 +76,7 @@ class Prediction:
         return self.answer
 
     def as_json(self) -> dict[str, Any]:
-        """Return the prediction as a record of `finesight predict --json`.
+        """Return the prediction as a JSON record.
 
         `image` is a path, a list of several paths, or None.
         """

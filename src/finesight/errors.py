@@ -140,13 +140,12 @@ def suggest_similar_path(path: Path, otherwise: Remedy = "check the path") -> Re
     if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
         return "run the command in the parent folder (cd ..), in which it exists"
     if path.name in {"labels.jsonl", "labels_eval.jsonl"}:
+        # Existing labels are all for training: there is no fraction, or only one label.
+        is_new = not (path.parent / "labels.jsonl").exists()
+        purpose = "label images first" if is_new else "label at least 2 images, some for validation"
         arguments: dict[str, object] = {"run_or_model": "MODEL", "sources": ["IMAGES"]}
         arguments |= {"out": str(path.parent), "train_fraction": LABEL_TRAIN_FRACTION}
-        if (path.parent / "labels.jsonl").exists():
-            # All labels are for training: there is no fraction, or only one label.
-            purpose = "label at least 2 images, some of them for validation"
-            return Step("label", arguments, purpose)
-        return Step("label", arguments | {"prompt": "TEXT"}, "label images first")
+        return Step("label", arguments | {"prompt": "TEXT" if is_new else None}, purpose)
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
     return suggest_name(path.name, siblings, "", f"{path.parent}/") or otherwise
 
@@ -166,7 +165,4 @@ def build_bind_error(host: str, port: int, error: Exception) -> UserError:
 
 
 class TrainingInterrupted(Exception):
-    """Raised when a run was interrupted and saved a checkpoint.
-
-    Commands then exit with code 75.
-    """
+    """Raised when a run was interrupted and saved a checkpoint; commands exit with code 75."""

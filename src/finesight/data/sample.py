@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import operator
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -416,7 +415,7 @@ def open_jsonl_samples(path: Path) -> JsonlSamples:
             "is a table, not a file of samples",
             where=str(path),
             expected="a .jsonl, .parquet or .tar file of samples",
-            remedy=f"import it: {shlex.join(['finesight', 'init', str(path)])}",
+            remedy=Step("init", {"data": str(path)}, "import it"),
         )
     lines = index_lines(path)
     return JsonlSamples(path, lines.index, lines.file_state)

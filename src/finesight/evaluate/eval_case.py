@@ -10,7 +10,7 @@ import numpy as np
 
 from finesight.data.sample import BoxPart, Sample, TextPart
 from finesight.encode.renderer import split_reasoning
-from finesight.errors import Step, UserError
+from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
     ConfidenceInterval,
@@ -137,11 +137,10 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
     """
     last_message = sample.messages[-1]
     if last_message.role != "assistant":
-        arguments = {"run_or_model": "MODEL", "data": "FILE"}
         raise UserError(
             f"sample {sample.id!r} ends with a {last_message.role} turn",
             expected="an assistant turn with the reference answer at the end",
-            remedy=Step("predict", arguments, "evaluate on samples with answers, or predict them"),
+            remedy="evaluate on samples with answers, or predict their answers",
         )
     content = (
         split_reasoning(last_message.content).answer if has_reasoning else last_message.content

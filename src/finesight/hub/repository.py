@@ -106,7 +106,7 @@ class HubRepository:
                 f"{missing[0]} of {source}{more_note} is not downloaded, and HF_HUB_OFFLINE is set",
                 where=str(folder),
                 expected="all required files",
-                remedy=Step("download", {"source": source}, _OFFLINE_REMEDY),
+                remedy=Step("download", {"source": source}, "unset HF_HUB_OFFLINE, or online"),
             )
         if missing:
             with Downloader(_get_hub(self.address).build_site(self.address)) as downloader:
@@ -279,16 +279,13 @@ def _get_listing_path(address: HubAddress) -> Path:
     )
 
 
-_OFFLINE_REMEDY = "unset HF_HUB_OFFLINE, or with a connection"
-
-
 def _load_listing(address: HubAddress, listing_path: Path) -> HubRepository:
     if not listing_path.exists():
         raise UserError(
             f"{address} is not downloaded, and HF_HUB_OFFLINE is set",
             where=str(listing_path.parent.parent),
             expected="a downloaded copy",
-            remedy=Step("download", {"source": str(address)}, _OFFLINE_REMEDY),
+            remedy=Step("download", {"source": str(address)}, "unset HF_HUB_OFFLINE, or online"),
         )
     expected = "the file listing of a model or dataset, written by a download"
     remedy = str(Step("download", {"source": str(address)}, "delete it, and with a connection"))

@@ -321,8 +321,7 @@ def _resolve_run(
         what = f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished"
         where, newest = str(run_dir), find_newest_checkpoint(run_dir)
         if newest is not None and model_dir is None:
-            purpose = f"give its newest checkpoint, {newest}, or resume it"
-            remedy = Step("train", resume, purpose)
+            remedy = Step("train", resume, f"give its newest checkpoint, {newest}, or resume it")
     if what:
         expected = "a finished run, or a checkpoint of LoRA training"
         raise UserError(what, where=where, expected=expected, remedy=remedy)

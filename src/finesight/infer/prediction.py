@@ -301,10 +301,7 @@ def build_prediction(
         ),
         answer=completion.text,
         raw_text=completion.raw_text,
-        boxes=tuple(
-            BoxPart(image=image_index, label=box.label, xyxy=box.xyxy)
-            for box in renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)
-        ),
+        boxes=tuple(renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)),
         num_tokens=len(output_ids),
         finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
         reasoning=completion.reasoning,

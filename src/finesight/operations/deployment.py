@@ -266,11 +266,7 @@ def export(
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
         steps = [] if confirm else [Step("export", arguments)]
         return Outcome(upload, _format_upload(upload), asdict(upload), steps)
-    from finesight.export.deployment import (
-        find_converter,
-        format_llama_server_command,
-        write_gguf,
-    )
+    from finesight.export.deployment import find_converter, format_llama_server_command, write_gguf
 
     program = find_converter(to_path(converter))
     with console.activity(f"converting {name} to GGUF"):

@@ -12,13 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from finesight.errors import (
-    LABEL_TRAIN_FRACTION,
-    Step,
-    UserError,
-    format_count,
-    suggest_name,
-)
+from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError, format_count, suggest_name
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import ColumnsOption, NoHeaderOption, PromptOption
 

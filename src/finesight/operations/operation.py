@@ -151,12 +151,7 @@ class OperationParameter:
         elif info.maximum is not None and value > info.maximum:
             expected = f"a number of at most {info.maximum:g}"
         if expected:
-            raise UserError(
-                f"{self.name} is {value!r}",
-                where=self.name,
-                expected=expected,
-                remedy="correct or remove it",
-            )
+            raise _build_value_error(self.name, value, expected)
         return value
 
 
@@ -183,12 +178,12 @@ def check_counts(**counts: int | None) -> None:
     """Raise UserError if one of the named counts is below 1; None is valid."""
     for name, count in counts.items():
         if count is not None and count < 1:
-            raise UserError(
-                f"{name} is {count}",
-                where=name,
-                expected="an integer of at least 1",
-                remedy="correct or remove it",
-            )
+            raise _build_value_error(name, count, "an integer of at least 1")
+
+
+def _build_value_error(name: str, value: object, expected: str) -> UserError:
+    remedy = "correct or remove it"
+    return UserError(f"{name} is {value!r}", where=name, expected=expected, remedy=remedy)
 
 
 def format_step(step: Step, program: str = "finesight") -> str:

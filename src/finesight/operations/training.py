@@ -231,12 +231,7 @@ def _load_recipe(
     recipe: StrPath | Recipe | Mapping[str, Any], overrides: Overrides
 ) -> tuple[Recipe, Path | None, int | None]:
     """Return settings, their file, and the number of steps that overridden epochs replace."""
-    from finesight.recipe import (
-        parse_recipe,
-        read_recipe_text,
-        recipe_from_dict,
-        recipe_from_text,
-    )
+    from finesight.recipe import parse_recipe, read_recipe_text, recipe_from_dict, recipe_from_text
 
     file: Path | None = None
     content: Any

@@ -41,13 +41,7 @@ from finesight.report.metric_rows import (
     read_interval,
     read_metrics,
 )
-from finesight.report.run_reader import (
-    JsonObject,
-    RunRecord,
-    as_object,
-    get_sample_set,
-    read_run,
-)
+from finesight.report.run_reader import JsonObject, RunRecord, as_object, get_sample_set, read_run
 from finesight.report.summary import RunStatus, get_data_stats, get_run_status
 
 MAX_RUNS = 8

@@ -58,7 +58,7 @@ def make_diagnosis(
         step: dict[str, object] = {n: str(text).format(**values) for n, text in templates.items()}
         if "overrides" in step:
             step["overrides"] = [*templates["overrides"], *values["overrides"]]
-        values["step"], entry = Step(operation, step), {"remedy": "{step}", **entry}
+        values["command"], entry = Step(operation, step), {"remedy": "{command}", **entry}
     texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
     severity = severity or entry.get("severity", "error")
     return Diagnosis(code.partition(".")[0], severity, *map(escape_unprintable, texts))

@@ -368,7 +368,7 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
             "start",
             "step=plan&recipe=mine.yaml",
             (),
-            "the step “Plan”: the command is already running",
+            "the command is already running",
         ),
         (
             "create-recipe",

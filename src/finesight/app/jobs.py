@@ -202,7 +202,7 @@ class Job(BaseModel, frozen=True):
         is_starting = self.status == "running"
         raise UserError(
             "the command is still starting" if is_starting else f"the command is {self.status}",
-            where=self.command,
+            where=self.step,
             expected="" if is_starting else "a running command",
             remedy="Try again in a few seconds." if is_starting else "reload the page",
         )
@@ -258,7 +258,7 @@ class JobStore:
                         "the command is already running"
                         if is_same
                         else f"port {port} is used by another server of this workspace",
-                        where=running.command,
+                        where=running.step,
                         expected="one process per command and port",
                         remedy="wait for its end, or stop it",
                     )

@@ -107,7 +107,7 @@ def test_run_survives_report_errors(task):
         assert task.run(eval=METRIC).steps == 6
     failure = "writing the report failed (RuntimeError: a fault of the report's"
     assert task.console_output.count(failure) == 4
-    assert f"`finesight report {task.folder / 'run'}` creates it later" in task.console_output
+    assert f"to create it later: finesight report {task.folder / 'run'}" in task.console_output
     assert not page.exists()
     page.write_text("precious")
     (page.parent / "result.json").unlink()

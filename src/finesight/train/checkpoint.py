@@ -23,7 +23,7 @@ from torch import Tensor
 
 from finesight.bounded_files import read_bytes
 from finesight.config import TrainSettings
-from finesight.errors import UserError
+from finesight.errors import Remedy, UserError
 from finesight.storage import (
     move_folder,
     remove_folder,
@@ -175,7 +175,7 @@ class CheckpointTensors(Mapping[str, Tensor]):
                 raise UserError(
                     f"not readable as safetensors: {error}",
                     where=str(path),
-                    expected="a file as `finesight train` wrote it",
+                    expected="a file as training wrote it",
                     remedy=f"delete {path.parent} to resume from the previous checkpoint",
                 ) from error
 
@@ -403,7 +403,7 @@ def check_resume_config(
     stored: Mapping[str, Any],
     current: Mapping[str, Any],
     where: Path,
-    suggest: Callable[[Mapping[str, Any]], str] | None = None,
+    suggest: Callable[[Mapping[str, Any]], Remedy] | None = None,
 ) -> None:
     """Verify that settings and fingerprints have not changed since a checkpoint was written.
 
@@ -420,6 +420,7 @@ def check_resume_config(
     current = json.loads(json.dumps(current))
     different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
+        remedy: Remedy
         remedy = "resume with the original recipe and data, or set another output_dir"
         if suggest is not None and all(name.startswith("train.") for name in different):
             remedy = suggest({name: current.get(name) for name in different})

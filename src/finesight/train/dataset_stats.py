@@ -33,7 +33,7 @@ from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import filter_samples, find_sample_error
-from finesight.errors import UserError, format_count
+from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
@@ -642,11 +642,12 @@ def load_training_data(
         UserError: The data are invalid, or a metric is set without validation data.
     """
     if recipe.eval is not None and not recipe.data.eval:
+        arguments = {"source": "SOURCE", "out": "OUT", "train_fraction": 0.9}
         raise UserError(
             f"eval.metric is {recipe.eval.metric}, but there is no validation data",
             where="data.eval",
             expected="a JSONL file of validation samples",
-            remedy="set data.eval, for example by `finesight import --train-fraction 0.9`",
+            remedy=Step("import", arguments, "set data.eval, for example by an import"),
         )
     if recipe.eval is not None:
         metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)

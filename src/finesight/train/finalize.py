@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextvars
 import json
-import shlex
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
@@ -19,7 +18,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
@@ -416,7 +415,7 @@ def write_run_report(
     except Exception as error:
         console.log(
             f"writing the report failed ({type(error).__name__}: {error});"
-            f" `finesight report {shlex.quote(str(run_dir.path))}` creates it later"
+            f" {Step('report', {'run': run_dir.path}, 'to create it later')}"
         )
     else:
         if run_dir.read_result() is not None:
@@ -531,7 +530,7 @@ def load_result(run_dir: RunDir) -> RunResult | None:
         raise UserError(
             f"not a valid result: {error.errors(include_url=False)[0]['msg']}",
             where=str(run_dir.path / RESULT_FILE),
-            expected="the file as `finesight train` wrote it",
+            expected="the file as training wrote it",
             remedy="delete it; --resume then writes it again",
         ) from error
 

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError, format_count
+from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
@@ -241,20 +241,21 @@ class AnomalyDetector:
                 f" gradient; their samples: {_format_locations(self._nonfinite_samples)}",
                 where="training",
                 expected="finite values; the weights are those before these steps",
-                remedy="check these samples (finesight check), lower train.learning_rate,"
+                remedy="check these samples, lower train.learning_rate,"
                 " lengthen train.warmup, or use train.precision=bf16",
             )
         num_samples = len(dataset_stats.sample_indices)
         max_corrupt = max(MIN_CORRUPT_LIMIT, MAX_CORRUPT_FRACTION * num_samples)
         if len(self._corrupt_samples) > max_corrupt:
             name, reason = next(reversed(self._corrupt_samples.items()))
+            purpose = "restore the images and start again with --resume, or remove the samples"
+            arguments = {"sources": ["SAMPLES"], "fix": "FIXED"}
             raise UserError(
                 f"{len(self._corrupt_samples)} of {num_samples} samples have corrupt images,"
                 f" the last one {name}: {reason}",
                 where="data.train",
                 expected=f"at most {round(max_corrupt)} of them",
-                remedy="restore the images and start again with --resume, or remove the samples"
-                " with `finesight check --fix`",
+                remedy=Step("check", arguments, purpose),
             )
 
     def _log_loss_spike(self, step_index: int, loss: float) -> None:

@@ -276,7 +276,7 @@ class GradientAccumulator:
 
 
 class Optimizer(Protocol):
-    """Optimizer of one parameter group. `finesight plan` creates it on the meta device."""
+    """Optimizer of one parameter group. A plan creates it on the meta device."""
 
     num_steps: int
     """Number of applied steps; 0 if the update does not depend on it."""

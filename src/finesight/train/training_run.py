@@ -188,8 +188,8 @@ def _train_rank(
             console.log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
             console.log(
-                f"{run_dir.path}: the run is already complete, so nothing was trained. To train"
-                f" further: {run_dir.format_further_run(recipe, run_dir.path)}"
+                f"{run_dir.path}: the run is already complete, so nothing was trained."
+                f" {run_dir.suggest_further_run(recipe, run_dir.path, 'To train further')}"
             )
             if is_main and not run_dir.report_path.exists():
                 write_run_report(run_dir, console)

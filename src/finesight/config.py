@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -28,6 +28,11 @@ def _as_names(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
 
 
+Name = TypeVar("Name", bound=str)
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_names), Field(min_length=1)]
+"""One or more names; a single one needs no list."""
+
+
 def _as_path(value: object) -> object:
     return Path(os.path.expanduser(value)) if isinstance(value, str) else value
 
@@ -46,10 +51,7 @@ ExpandedPath = Annotated[Path, BeforeValidator(_as_path)]
 CoercedFloat = Annotated[float, BeforeValidator(_as_float)]
 
 MAX_COUNT = 1_000_000_000
-"""Maximum of settings that are counts.
-
-Larger values are typing errors, and would exhaust the memory.
-"""
+"""Maximum of settings that are counts; larger ones are typing errors that exhaust the memory."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 StepCount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -152,20 +154,14 @@ class PixelRange(PixelLimits):
 
 
 class ExactSize(SettingsSection):
-    """Image rule that resizes every image to one size.
-
-    Height and width are rounded to multiples of the patch size.
-    """
+    """Image rule that resizes every image to one size, rounded to multiples of the patch size."""
 
     height: SideLength
     width: SideLength
 
 
 class LongestSide(SettingsSection):
-    """Image rule that scales the longer side to a number of pixels.
-
-    The aspect ratio is kept.
-    """
+    """Image rule that scales the longer side to a number of pixels; the aspect ratio is kept."""
 
     longest_side: SideLength
 
@@ -204,10 +200,7 @@ class LoraSettings(SettingsSection):
 
 
 QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
-"""Parts of the model that NF4 can quantize.
-
-Of the embeddings, only the output head is quantized, since the embedding table is only a lookup.
-"""
+"""Parts that NF4 can quantize; of the embeddings, only the output head: the rest is a lookup."""
 
 
 Fp8Part = Literal["vision", "language"]
@@ -224,13 +217,8 @@ class QuantizeSettings(SettingsSection):
     (Micikevicius et al. 2022).
     """
 
-    nf4: (
-        Annotated[tuple[QuantizablePart, ...], BeforeValidator(_as_names), Field(min_length=1)]
-        | None
-    ) = None
-    fp8: Annotated[tuple[Fp8Part, ...], BeforeValidator(_as_names), Field(min_length=1)] | None = (
-        None
-    )
+    nf4: Names[QuantizablePart] | None = None
+    fp8: Names[Fp8Part] | None = None
 
     @field_validator("nf4", "fp8")
     @classmethod
@@ -238,9 +226,7 @@ class QuantizeSettings(SettingsSection):
         cls, parts: tuple[QuantizablePart, ...] | None
     ) -> tuple[QuantizablePart, ...] | None:
         """Sort the parts, so that their order in the recipe does not matter."""
-        if parts is None:
-            return None
-        return tuple(part for part in get_args(QuantizablePart) if part in parts)
+        return parts and tuple(part for part in get_args(QuantizablePart) if part in parts)
 
 
 class TuneSettings(SettingsSection):
@@ -255,12 +241,7 @@ class TuneSettings(SettingsSection):
 
     @model_validator(mode="after")
     def _check_quantized_parts_frozen(self) -> TuneSettings:
-        modes = {
-            "vision": self.vision,
-            "merger": self.merger,
-            "language": self.language,
-            "embeddings": self.embeddings,
-        }
+        modes = dict(self)
         nf4, fp8 = self.quantize.nf4 or (), self.quantize.fp8 or ()
         for part in (*nf4, *fp8):
             if modes[part] == "full":
@@ -304,6 +285,45 @@ def _as_learning_rates(value: object) -> object:
     return value if isinstance(value, dict | LearningRates) else {"default": value}
 
 
+DpoLossType = Literal["sigmoid", "ipo", "hinge", "robust", "apo_zero", "apo_down", "sft"]
+
+
+class DpoSettings(SettingsSection):
+    """Section `train.dpo` of a recipe: a weighted sum of losses of pairs, with the names of TRL.
+
+    `label_smoothing` is the share of swapped pairs that the loss `robust` assumes.
+    """
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
+    loss_type: Names[DpoLossType] = ("sigmoid",)
+    loss_weights: Annotated[tuple[CoercedFloat, ...], BeforeValidator(_as_tuple)] | None = None
+    label_smoothing: Annotated[CoercedFloat, Field(ge=0.0, lt=0.5)] = 0.0
+
+    @model_validator(mode="after")
+    def _check_losses(self) -> Self:
+        if self.loss_weights is not None and len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"{len(self.loss_weights)} loss_weights for {len(self.loss_type)} losses of"
+                " loss_type: give one weight per loss"
+            )
+        if self.label_smoothing and "robust" not in self.loss_type:
+            raise ValueError("label_smoothing applies to loss_type=robust only: set one of them")
+        return self
+
+
+class OrpoSettings(SettingsSection):
+    """Section `train.orpo` of a recipe: weight of the odds ratio loss (Hong et al. 2024)."""
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
+
+
+class SimpoSettings(SettingsSection):
+    """Section `train.simpo` of a recipe: scale and target margin of rewards (Meng et al. 2024)."""
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 2.0
+    simpo_gamma: Annotated[CoercedFloat, Field(ge=0.0)] = 1.0
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -312,6 +332,8 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
+        objective: Supervised fine-tuning, or DPO, ORPO or SimPO on pairs of answers. The default
+            is supervised fine-tuning on data without pairs.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -320,6 +342,10 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
+    objective: Literal["sft", "dpo", "orpo", "simpo"] | None = None
+    dpo: DpoSettings = DpoSettings()
+    orpo: OrpoSettings = OrpoSettings()
+    simpo: SimpoSettings = SimpoSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16

@@ -130,10 +130,7 @@ def _torch_load(file: Path) -> object:
 
 
 def _describe_unsupported(tensor: Tensor) -> str:
-    """Describe why a tensor cannot be written to safetensors, such as a sparse layout.
-
-    Returns an empty text for supported tensors.
-    """
+    """Describe why safetensors cannot store a tensor, such as its layout; empty if it can."""
     import torch
 
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -164,8 +161,7 @@ DOWNLOAD_PATTERNS = (
 is included because the digests of finesight folders list it."""
 
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
-"""Index of weights stored as pickles, for models without safetensors; see
-`finesight.model_folder`."""
+"""Index of weights stored as pickles, for models without safetensors."""
 
 CONVERTED_FOLDER = "finesight-safetensors"
 """Subfolder of a model folder for pickled weights that were converted to safetensors."""
@@ -549,10 +545,7 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
-    """Yield all layer counts in a config, with their full keys.
-
-    Nested sections are included.
-    """
+    """Yield all layer counts in a config and its sections, with their full keys."""
     if not isinstance(content, dict):
         return
     for key, value in content.items():

@@ -60,18 +60,15 @@ def read_recipe_text(path: Path) -> str:
     if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
         step = Step("init", {"data": str(path)}, "write one for these data")
         raise reject("is a data file", step)
-    with translate_os_errors(path, "a YAML file", "check the path and its permissions"):
+    remedy = "check the path, its permissions and its encoding"
+    with translate_os_errors(path, "a YAML file in UTF-8", remedy):
         if path.is_char_device():  # such as /dev/zero, without an end
             raise reject("is a device", "check the path")
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
             content = file.read(MAX_RECIPE_BYTES + 1)
-    if len(content) > MAX_RECIPE_BYTES:
-        raise reject(f"has more than {MAX_RECIPE_BYTES:,} bytes", _TOO_LARGE_REMEDY)
-    try:
+        if len(content) > MAX_RECIPE_BYTES:
+            raise reject(f"has more than {MAX_RECIPE_BYTES:,} bytes", _TOO_LARGE_REMEDY)
         return content.decode()
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start} is not UTF-8 text"
-        raise reject(what, "save the file as UTF-8") from error
 
 
 def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
@@ -123,12 +120,7 @@ def _collect_lines(
     lines: dict[SettingKey, int],
     ancestors: tuple[yaml.Node, ...],
 ) -> None:
-    """Store the line of each key in a YAML node in `lines`.
-
-    Args:
-        lines: Receives the line of each key, counted from 1.
-        ancestors: Nodes that contain `node`, to detect aliases that contain themselves.
-    """
+    """Store the line of each key, from 1, in `lines`. Nodes that contain `node` are `ancestors`."""
     if node in ancestors:  # by an alias
         raise UserError(
             f"{format_key(key)} contains itself",
@@ -190,10 +182,7 @@ _EXPECTED_BY_TYPE = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
-"""Description of the expected value for each pydantic error type.
-
-Braces are replaced by values of the error context.
-"""
+"""Description of the expected value by pydantic error type; braces are values of its context."""
 
 _EXAMPLES = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",
@@ -283,13 +272,7 @@ def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> R
 def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
-    """Apply overrides to parsed settings, and validate the result.
-
-    Args:
-        content: Nested settings; modified by the overrides.
-
-    Raises UserError with all invalid settings.
-    """
+    """Apply overrides to `content`, and validate it. Raises UserError with all invalid settings."""
     assignments: list[tuple[str, object, str]]
     if isinstance(overrides, Mapping):
         assignments = [

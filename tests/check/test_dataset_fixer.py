@@ -28,6 +28,9 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+REJECTED = [{"type": "box", "label": "x", "xyxy": [90, 55, 80, 50]}]
+
+
 def test_fix_result_of_each_sample(folder):
     records = [
         make_record("0.png"),
@@ -38,14 +41,15 @@ def test_fix_result_of_each_sample(folder):
         make_record("4.png", "<image>\nWhat?"),
         make_record("0.png"),
         make_record("5.png", "What?<|im_end|>"),
+        {**make_record("5.png", "Where?", None, [1, 2, 3, 9]), "rejected": REJECTED},
     ]
     source = write_records(folder / "data.jsonl", records)
     before = source.read_bytes()
     done = run_fix(source, folder / "out")
     assert source.read_bytes() == before
-    assert (done.num_changed, done.num_skipped) == (3, 4)
+    assert (done.num_changed, done.num_skipped) == (4, 4)
     retained = read_samples(folder / "out/data.jsonl")
-    assert [one.id for one in retained] == ["s1", "s3", "s5", "s6"]
+    assert [one.id for one in retained] == ["s1", "s3", "s5", "s6", "s9"]
     assert retained[1].messages[1].content[0].xyxy == (80, 50, 90, 55)
     assert [part.xyxy for part in retained[2].messages[1].content] == [
         (0, 0, 100, 50),
@@ -53,6 +57,7 @@ def test_fix_result_of_each_sample(folder):
     ]
     assert [part.type for part in retained[3].messages[0].content] == ["image", "text"]
     assert retained[3].messages[0].content[1].text == "What?"
+    assert retained[4].rejected[0].xyxy == (80, 50, 90, 55)
     left_out = rows(folder / "out/skipped_samples.jsonl")
     assert {row["sample_id"]: row["code"] for row in left_out} == {
         "s2": "image-missing",
@@ -66,6 +71,8 @@ def test_fix_result_of_each_sample(folder):
     (message,) = changes["s3"]["messages"]
     assert message["before"][0]["xyxy"] == [90, 55, 80, 50]
     assert message["after"][0]["xyxy"] == [80, 50, 90, 55]
+    (message,) = changes["s9"]["messages"]
+    assert (message["message"], message["after"][0]["xyxy"]) == (2, [80, 50, 90, 55])
 
 
 def test_fixed_dataset_has_no_issues(folder):

@@ -219,6 +219,23 @@ def test_when_typed_placeholder_can_be_fixed(folder, text, certain):
     assert fix == ("placeholders removed" if certain else None)
 
 
+@each(
+    ("rejected", "codes"),
+    [
+        ([{"type": "box", "label": "x", "xyxy": [0, 0, 500, 60]}], {"box-outside": 1}),
+        (" ", {"empty-answer": 1}),
+        ("<|im_end|>", {"special-token-in-text": 1}),
+        ("A cat.", {"invalid-row": 1}),
+        ("A dog.", {}),
+        ("</think>", {}),  # a preference may be about the format
+    ],
+)
+def test_issues_of_a_rejected_answer_are_reported_once(folder, rejected, codes):
+    pair = {**make_record("0.png", "What?", "A cat."), "rejected": rejected}
+    others = [{**pair, "id": f"p{n}", "rejected": f"Number {n}."} for n in range(2)]
+    assert count_codes(check_records(folder, pair, *others)) == codes
+
+
 def test_box_without_image(folder):
     record = make_record("0.png", "Where?", None, [1, 2, 50, 40])
     record["messages"][1]["content"][0]["image"] = 1

@@ -101,12 +101,10 @@ CASES = {
     "query-response": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
     "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
     "llava": (*ONE_IMAGE, *TEXT_ONLY),
-    "image-path": ONE_IMAGE,
     "table": ONE_IMAGE,
     "qwen-vl": (*SEVERAL, *TEXT_ONLY, *ON_THE_GRID),
 }
 WISHES = {
-    "image-path": ImportOptions(prompt="What is this?"),
     "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")}),
 }
 
@@ -142,10 +140,32 @@ def test_roundtrip(tmp_path: Path, name: str, copy: bool) -> None:
     )
 
 
+PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "query-response", "llava")
+
+
+@each("name", [*PAIR_FORMATS, "conversations", "table", "qwen-vl", "folder"])
+def test_preference_pairs_are_kept_or_counted(tmp_path: Path, name: str) -> None:
+    samples = make_located_samples(tmp_path, ONE_IMAGE[0], rejected="A barn.")
+    done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
+    is_kept = name in (*PAIR_FORMATS, "conversations", "qwen-vl")
+    assert done.lost_counts.get("rejected answers", 0) == (not is_kept)
+    if is_kept:
+        imported = import_dataset(data_file(tmp_path / "out"), tmp_path / "back", ImportOptions())
+        back = read_samples(tmp_path / "back" / "data.jsonl")
+        assert (imported.format, back[0].rejected) == (name, samples[0].sample.rejected)
+
+
+def test_rejected_boxes_of_shared_objects_are_counted(tmp_path: Path) -> None:
+    samples = make_located_samples(tmp_path, ONE_IMAGE[1], rejected=[box(1, 2, 3, 4)])
+    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
+    assert done.lost_counts == {"rejected answers": 1}
+
+
 def test_every_row_format_has_a_roundtrip_case() -> None:
-    assert {form.name for form in FORMATS if form.open_dataset is None} == set(CASES)
     import_only = {form.name for form in FORMATS if form.write_files is None}
-    assert import_only == {"imagefolder", "classes"}
+    assert import_only == {"imagefolder", "classes", "image-path"}
+    row_formats = {form.name for form in FORMATS if form.open_dataset is None}
+    assert row_formats - {"image-path"} == set(CASES)
 
 
 def export_first_row(
@@ -259,8 +279,6 @@ BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
         ("query-response", turns(BOX[0], [text("["), *BOX[1], text("]")]), "are ambiguous"),
         ("llava", SEVERAL[0], "2 images"),
         ("llava", ROUNDS[0], "turns of system"),
-        ("image-path", SEVERAL[0], "a question of text, image"),
-        ("image-path", TEXT_ONLY[0], "a question of text"),
         ("table", ROUNDS[0], "turns of system"),
         ("table", SEVERAL[0], "an image after text"),
         ("qwen-vl", IN_EACH[0], "a box in image"),
@@ -280,27 +298,11 @@ def test_unsupported_content_error_has_reason(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "conversations", "what"),
-    [
-        ("image-path", [turns([IMAGE_PART, text(q)], "x") for q in "ab"], "the question 'b'"),
-        (
-            "table",
-            [turns([IMAGE_PART, *t], "x") for t in ([], [text("?")])],
-            "mix of samples with and without questions",
-        ),
-    ],
-)
-def test_conflicting_prompts_are_rejected(
-    tmp_path: Path, name: str, conversations: list[Any], what: str
-) -> None:
-    with pytest.raises(UserError, match=what):
-        export_dataset(
-            make_located_samples(tmp_path, *conversations),
-            tmp_path / "out",
-            name,
-            copy_images=False,
-        )
+def test_table_with_and_without_questions_is_rejected(tmp_path: Path) -> None:
+    conversations = [turns([IMAGE_PART, *t], "x") for t in ([], [text("?")])]
+    samples = make_located_samples(tmp_path, *conversations)
+    with pytest.raises(UserError, match="mix of samples with and without questions"):
+        export_dataset(samples, tmp_path / "out", "table", copy_images=False)
 
 
 def test_table_without_questions(tmp_path: Path) -> None:

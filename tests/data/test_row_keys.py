@@ -19,12 +19,13 @@ from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.conversation_rows import REASONING_KEYS
-from finesight.data.formats.dataset_format import ImportContext
+from finesight.data.formats.dataset_format import ImportContext, join_text
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.data.row_reader import SourceRow
+from finesight.data.sample import sample_from_dict, sample_to_dict
 from finesight.errors import UserError
 
 FORMATS = {"alpaca": "llama-factory", "swift-pairs": "ms-swift"}
@@ -192,7 +193,41 @@ def chat(*turns: dict[str, Any], **row: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": question}, *turns], **row}
 
 
+USER = {"role": "user", "content": "<image>Where?"}
 ANSWER = {"role": "assistant", "content": "There."}
+WORSE = {"role": "assistant", "content": "Here."}
+TURNS = [{"from": "human", "value": "<image>Where?"}]
+TEXTS = {"chosen": "There.", "rejected": "Here.", "images": ["a.png"]}
+PAIRS = {
+    "trl": {"prompt": "<image>Where?", **TEXTS, "score_chosen": 9.5},
+    "trl-messages": {**TEXTS, "prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
+    "trl-implicit": {**TEXTS, "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+    "ms-swift": {"messages": [USER, ANSWER], "images": ["a.png"], "rejected_response": "Here."},
+    "ms-swift-messages": {**chat(ANSWER), "rejected_messages": chat(WORSE)["messages"]},
+    "query-response": {
+        **{"query": "<image>Where?", "response": "There.", "images": ["a.png"]},
+        "rejected_response": "Here.",
+    },
+    "sharegpt": {
+        **{"conversations": TURNS, "images": ["a.png"]},
+        "chosen": {"from": "gpt", "value": "There."},
+        "rejected": {"from": "gpt", "value": "Here."},
+    },
+    "alpaca": {"instruction": "<image>Where?", "input": "", **TEXTS},
+    "samples": {**chat(ANSWER), "rejected": "Here."},
+}
+"""Rows of preference data in the layouts of several programs."""
+
+
+@each("name", [*PAIRS])
+def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
+    (sample,) = parse(PAIRS[name], tmp_path)[0].to_train_samples()
+    assert [part.type for part in sample.messages[0].content] == ["image", "text"]
+    assert sample.messages[0].content[1].text == "Where?"
+    assert join_text(sample.messages[1].content) == "There."
+    assert join_text(sample.rejected) == "Here."
+    assert sample_from_dict(sample_to_dict(sample), "here") == sample
+    assert set(sample.meta) <= {"score_chosen"}
 
 
 def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
@@ -220,7 +255,13 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         (chat({**ANSWER, "label": "dog"}), "a label"),
         (chat(ANSWER, bbox=[1, 2, 3, 4]), "a label"),
         (chat(ANSWER, label=False), "preference data"),
-        ({"prompt": "Where?", "chosen": "There.", "rejected": "Here."}, "preference data"),
+        (chat(ANSWER, rejected_response=["Here."]), "preference data"),
+        (chat(ANSWER, rejected="There."), "equal to the chosen one"),
+        ({**chat(ANSWER), "rejected_messages": [USER]}, "no answer at the end"),
+        (
+            {**chat(ANSWER), "rejected_messages": [{**USER, "content": "Who?"}, WORSE]},
+            "prompts of both answers differ",
+        ),
     ],
 )
 def test_content_of_further_keys_is_refused(

@@ -10,7 +10,7 @@ from hf_reference import max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import TuneSettings
+from finesight.config import DpoSettings, TuneSettings
 from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
 from finesight.encode.renderer import NativeRenderer
@@ -19,6 +19,11 @@ from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
+from finesight.train.objectives.dpo import (
+    PairObjective,
+    compute_pair_losses,
+    compute_token_logps,
+)
 from finesight.train.objectives.sft import fused_linear_cross_entropy
 
 ALL = TuneSettings.model_validate(
@@ -82,6 +87,52 @@ def test_shared_prefix_loss_and_gradients_match(tmp_path, family, tune):
     for numbers in found.values():
         off = {name: max_relative_error(numbers[name], value) for name, value in expected.items()}
         assert max(off.values()) <= 2e-5, sorted(off.items(), key=lambda item: -item[1])[:5]
+
+
+@pytest.mark.parametrize("family", [family for family in get_args(TinyFamily) if family != "qwen"])
+def test_preference_pair_matches_two_samples(tmp_path, family):
+    """Only the last answers count; the images before them are encoded once."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
+    model, renderer = tune_model(folder, ALL, torch.float32), NativeRenderer(folder)
+    images, objective = make_images(tmp_path), PairObjective(DpoSettings(beta=0.3))
+    objective.reference_logps["train"] = {7: (-8.0, -9.0)}
+    for number in (1, 3):
+        chosen = make_conversation(number, images, videos=True).sample
+        rejected = chosen.model_copy(update={"rejected": (TextPart(text="No, it is not."),)})
+        pair = renderer.encode(LocatedSample(rejected, tmp_path))
+        model.zero_grad()
+        batch = pack([pair])
+        inputs = objective.loss_inputs(batch, torch.tensor(1.0), ("train", (7,)))
+        values = objective.compute_loss(model(batch), model.lm_head_weight, inputs)
+        values[0].backward()
+        found = {
+            n: p.grad.clone() for n, p in trainable_parameters(model).items() if p.grad is not None
+        }
+        model.zero_grad()
+        logps, lengths = [], []
+        for messages in (chosen.messages, rejected.rejected_messages):
+            single = renderer.encode(
+                LocatedSample(chosen.model_copy(update={"messages": messages}), tmp_path)
+            )
+            alone = pack([single])
+            token_logps = compute_token_logps(model(alone), model.lm_head_weight, alone.labels_L)
+            lengths.append(single.tokenized.num_answer_tokens)
+            logps.append(token_logps[-lengths[-1] :].sum())
+        assert len(batch.patches_ND) == len(alone.patches_ND)
+        assert batch.num_supervised_tokens == sum(lengths)
+        reference = torch.tensor([[-8.0], [-9.0]])
+        loss = compute_pair_losses(
+            objective.settings,
+            torch.stack(logps)[:, None],
+            reference,
+            torch.tensor(lengths)[:, None],
+        ).sum()
+        loss.backward()
+        torch.testing.assert_close(values[0], loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(values[-2:], torch.stack(logps), rtol=1e-5, atol=1e-4)
+        for name, gradient in found.items():
+            expected = trainable_parameters(model)[name].grad
+            assert max_relative_error(gradient, expected) <= 1e-4, name
 
 
 def test_bf16_shared_prefix_error_is_not_larger(tmp_path):

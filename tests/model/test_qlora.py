@@ -13,7 +13,7 @@ from lora_fixtures import tune_with_lora
 from safetensors.torch import load_file
 
 from finesight.errors import UserError
-from finesight.model.families.architecture import to_module_name
+from finesight.model.families import to_module_name
 from finesight.model.linear import FusedLinear, hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.quant.base import find_quantized_weights

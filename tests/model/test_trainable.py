@@ -22,7 +22,7 @@ from torch import Tensor
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
-from finesight.model.families.architecture import to_module_name
+from finesight.model.families import to_module_name
 from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import MODEL_PARTS, configure_tuning, get_part, trainable_parameters

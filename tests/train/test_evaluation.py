@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 
 from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.evaluate.eval_case import select_eval_samples
-from finesight.train.evaluation import EvalResult, find_best_eval
+from finesight.evaluate.eval_case import EvalResult, find_best_eval, select_eval_samples
 
 
 def make_results(*scores: float, metric: str | None = "exact") -> list[EvalResult]:

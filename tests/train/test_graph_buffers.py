@@ -7,6 +7,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cuda_graph_fixtures import (
@@ -24,7 +25,7 @@ from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor, nn
 
-from finesight.config import TuneSettings
+from finesight.config import DpoSettings, TuneSettings
 from finesight.encode.packing import PackedBatch, compute_context_lengths, pack
 from finesight.encode.tokenization import EncodedSample
 from finesight.model import attention, layers
@@ -43,7 +44,8 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives import sft
+from finesight.train.objectives import PackKey, sft
+from finesight.train.objectives.dpo import PairObjective
 from finesight.train.objectives.sft import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 from finesight.train.trainer import forward_backward
@@ -319,7 +321,8 @@ def assert_matches_model(
     loss, found = forward_backward(runner, batch, None, weight), collect_grads(model)
     head_VD = model.lm_head_weight
     expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
-    torch.testing.assert_close(loss, expected.detach(), rtol=rtol, atol=1e-5 if rtol < 1e-3 else 0)
+    atol = 1e-5 if rtol < 1e-3 else 0
+    torch.testing.assert_close(loss, expected.detach()[None], rtol=rtol, atol=atol)
     parameters = list(trainable_parameters(model).values())
     gradients = torch.autograd.grad(expected, parameters, allow_unused=True)
     for mine, theirs in zip(found, gradients, strict=True):
@@ -374,25 +377,42 @@ def test_shared_graph_gives_each_pack_its_gradients(folder, family, monkeypatch)
 class PolicyGradient(sft.SftObjective):
     """Objective with a value per token in addition to the labels."""
 
-    def loss_inputs(self, batch: PackedBatch, loss_weight: Tensor) -> dict[str, Tensor]:
+    def loss_inputs(
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
+    ) -> dict[str, Tensor]:
         advantages_L = torch.linspace(-1, 1, batch.num_supervised_tokens)
         return super().loss_inputs(batch, loss_weight) | {"advantages_L": advantages_L}
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         logprobs_LV = torch.log_softmax(h_LD @ head_VD.T, 1)
         logprobs_L = logprobs_LV.gather(1, inputs["labels_L"].clamp(min=0)[:, None])[:, 0]
-        return -(inputs["advantages_L"] * logprobs_L).sum() * inputs["loss_weight"]
+        return -(inputs["advantages_L"] * logprobs_L).sum()[None] * inputs["loss_weight"]
+
+
+def make_pairs(folder: Path, family: str) -> list[PackedBatch]:
+    """Make packs of preference pairs, each of a conversation with two different answers."""
+    first, *others = encode_samples(folder, ModelFolder(folder / family), max_pixels=30_000)
+    pairs = []
+    for encoded in (first, *others[:2]):
+        chosen = encoded.tokenized
+        ids_T = np.where(chosen.loss_mask_T, chosen.ids_T[::-1], chosen.ids_T)
+        pair = chosen.join_rejected(replace(chosen, ids_T=ids_T))
+        pairs.append(pack([replace(encoded, tokenized=pair)]))
+    return pairs
 
 
 @pytest.mark.usefixtures("eager_graphs")
-def test_graph_has_the_inputs_of_each_objective(folder):
+@pytest.mark.parametrize("has_pairs", [False, True])
+def test_graph_has_the_inputs_of_each_objective(folder, has_pairs):
     model, weight = make_vision_model(folder, "qwen2_vl"), torch.tensor(0.1)
+    objective = PairObjective(DpoSettings()) if has_pairs else PolicyGradient()
     runner, eager = (
-        CudaGraphRunner(model, PolicyGradient(), list(trainable_parameters(model).values()))
+        CudaGraphRunner(model, objective, list(trainable_parameters(model).values()))
         for _ in range(2)
     )
     eager.release_graphs()
-    for batch in make_packs(folder, "qwen2_vl", 3):
+    packs = make_pairs(folder, "qwen2_vl") if has_pairs else make_packs(folder, "qwen2_vl", 3)
+    for batch in packs:
         replayed = forward_backward(runner, batch, None, weight), collect_grads(model)
         expected = forward_backward(eager, batch, None, weight), collect_grads(model)
         torch.testing.assert_close(replayed, expected)

@@ -19,10 +19,10 @@ from run_dir_fixtures import START_RECORD, FakeRunDir, make_step_line
 
 from finesight import progress as console_module
 from finesight.errors import TrainingInterrupted
+from finesight.evaluate.eval_case import EvalResult
 from finesight.progress import ProgressConsole
 from finesight.storage import FileSystem, use_file_system
 from finesight.train.checkpoint import TrainProgress
-from finesight.train.evaluation import EvalResult
 from finesight.train.finalize import LiveReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.oom import MemoryBudget

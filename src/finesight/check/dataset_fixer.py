@@ -155,21 +155,20 @@ def _fix_sample(sample: Sample, fixes: set[FixAction], catalog: ImageCatalog) ->
         box = sort_corners(part.xyxy, size) if x2 < x1 or y2 < y1 else clip_box(part.xyxy, size)
         return part if box is None else part.model_copy(update={"xyxy": box})
 
-    messages = tuple(
-        message.model_copy(update={"content": tuple(map(fix_part, message.content))})
-        for message in sample.messages
-    )
-    return sample.model_copy(update={"messages": messages})
+    return sample.with_parts(fix_part)
 
 
 def _describe_change(
     where: str, before: Sample, after: Sample, fixes: set[FixAction]
 ) -> dict[str, Any]:
-    """Describe a changed sample as JSON data, with messages before and after."""
-    pairs = zip(sample_to_dict(before)["messages"], sample_to_dict(after)["messages"], strict=True)
+    """Describe a changed sample as JSON data: messages, then the rejected answer if it has one."""
+    contents = [
+        [*(message["content"] for message in one["messages"]), one.get("rejected")]
+        for one in map(sample_to_dict, (before, after))
+    ]
     messages = [
-        {"message": index, "before": one["content"], "after": other["content"]}
-        for index, (one, other) in enumerate(pairs)
+        {"message": index, "before": one, "after": other}
+        for index, (one, other) in enumerate(zip(*contents, strict=True))
         if one != other
     ]
     return {"location": where, "sample_id": before.id, "fixes": sorted(fixes), "messages": messages}

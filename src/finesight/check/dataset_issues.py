@@ -5,7 +5,6 @@ Leakage is a validation image in the training data, also as a re-encoded copy.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import Box, iou
 from finesight.data.formats.dataset_format import join_text
+from finesight.data.row_reader import is_object_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
 from finesight.errors import shorten
 
@@ -88,10 +88,11 @@ class ConsistencyChecker:
     def add_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
         """Add a sample, and yield an issue if it duplicates an earlier sample."""
         turns = sample.messages[:-1]
-        prompt_hash = hash(tuple(self._hash_message(turn) for turn in turns))
+        # A prompt may have several pairs.
+        prompt_hash = hash((*map(self._hash_message, turns), sample.rejected))
         answer = self._record_answer(sample, location)
         self._question_counts[answer.question_hash] += 1
-        if _is_json_object(join_text(sample.messages[-1].content)):
+        if is_object_text(join_text(sample.messages[-1].content)):
             self._json_counts[answer.question_hash] += 1
         elif not answer.boxes:
             self._texts.append(answer)
@@ -111,7 +112,7 @@ class ConsistencyChecker:
                 "remove one of the two, unless the duplicate is intended",
                 fix="skipped",
             )
-        elif _are_contradictory(first, answer):
+        elif not sample.rejected and _are_contradictory(first, answer):
             self._conflicts.append((first, answer))
 
     def find_global_issues(
@@ -277,13 +278,6 @@ def _is_within(a: str, b: str, num_edits: int) -> bool:
     pairs = [(a[1:], b), (a, b[1:]), (a[1:], b[1:])]
     pairs += [(a[2:], b[2:])] if a[:2] == b[1::-1] else []
     return a == b or (num_edits > 0 and any(_is_within(*pair, num_edits - 1) for pair in pairs))
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return text.lstrip().startswith("{") and isinstance(json.loads(text), dict)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _are_contradictory(one: _AnswerRecord, other: _AnswerRecord) -> bool:

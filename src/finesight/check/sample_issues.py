@@ -19,7 +19,6 @@ from finesight.data.boxes import MAX_OVERHANG_PX, Box, clip_box
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
-    InvalidTurnsError,
     Message,
     Sample,
     TextPart,
@@ -27,9 +26,10 @@ from finesight.data.sample import (
     build_video_as_image_error,
     is_video_path,
     list_media_paths,
+    validate_rejected,
     validate_roles,
 )
-from finesight.errors import shorten
+from finesight.errors import UserError, shorten
 
 MIN_BOX_SIDE = 2.0
 """Side length in pixels below which a box is reported as tiny."""
@@ -247,13 +247,22 @@ def find_sample_issues(
     """
     try:
         validate_roles(sample.messages, "")
-    except InvalidTurnsError as error:
+        validate_rejected(sample, "")
+    except UserError as error:
         yield issue_from_error(error, location)
-    yield from _check_turns(sample, location)
     yield from _check_reasoning(sample, location)
-    yield from _check_images(sample, location, catalog)
-    yield from find_text_issues(sample, location, special_tokens)
-    yield from find_box_issues(sample, location, catalog)
+    # Both answers of a preference pair share the prompt and its issues.
+    seen: set[tuple[str, str]] = set()
+    for messages in (sample.messages, *([sample.rejected_messages] if sample.rejected else [])):
+        one = sample.model_copy(update={"messages": messages})
+        found = [
+            *_check_turns(one, location),
+            *_check_images(one, location, catalog),
+            *find_text_issues(one, location, special_tokens),
+            *find_box_issues(one, location, catalog),
+        ]
+        yield from (issue for issue in found if (issue.code, issue.what) not in seen)
+        seen.update((issue.code, issue.what) for issue in found)
 
 
 def iter_media_paths(sample: Sample) -> Iterator[str]:

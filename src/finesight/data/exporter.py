@@ -55,7 +55,7 @@ def export_dataset(
             f"{format_name} can be imported only",
             where="--to",
             expected="a format with an exporter",
-            remedy="export to folder or llava" if format_name == "classes" else "export to table",
+            remedy="export to folder, table or conversations",
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)

@@ -47,6 +47,7 @@ from finesight.data.row_reader import (
     RowReader,
     SourceRow,
     concat_rows,
+    is_object_text,
     is_tar_file,
     list_folder,
     open_row_file,
@@ -99,11 +100,13 @@ class DetectedTask:
         metric: Name of the task metric.
         prompt: Suggested question about every image; None if the samples contain questions.
         max_new_tokens: Upper bound of the answer length in tokens.
+        has_pairs: Whether all samples are preference pairs.
     """
 
     metric: str
     prompt: str | None
     max_new_tokens: int
+    has_pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -540,12 +543,10 @@ def is_sample_source(path: Path) -> bool:
 
 
 def _read_first_tar_record(path: Path) -> dict[str, object] | None:
-    content = read_first_json(path)
-    try:
-        record = None if content is None else parse_json(content)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+    with suppress(ValueError):
+        record = parse_json(read_first_json(path) or b"null")
+        return record if isinstance(record, dict) else None
+    return None
 
 
 def open_unvalidated_samples(
@@ -733,7 +734,8 @@ def detect_task(
         prompt = format_class_prompt(set(answers))
     longest = max(map(len, answers)) + 32 * max(map(len, boxes))
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
-    return DetectedTask(metric, prompt if questions == {""} else None, max_new_tokens)
+    prompt, has_pairs = prompt if questions == {""} else None, all(one.rejected for one in samples)
+    return DetectedTask(metric, prompt, max_new_tokens, has_pairs)
 
 
 def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str | None]]) -> str:
@@ -749,7 +751,7 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     if fmean(map(bool, box_counts)) > 0.5:
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
         return "detection" if max(box_counts) > 1 or has_classes else "grounding"
-    if fmean(map(_is_json_object, answers)) > 0.8:
+    if fmean(map(is_object_text, answers)) > 0.8:
         return "json"
     if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:
         return "latex"
@@ -776,10 +778,3 @@ def _is_closed_set(answers: Sequence[str]) -> bool:
     is_short = fmean(len(answer.split()) for answer in answers) < 4
     max_classes = len(answers) / 3 if is_short else len(answers) ** 0.5
     return num_repeated >= 0.8 * len(answers) and len(counts) <= max(2, max_classes)
-
-
-def _is_json_object(text: str) -> bool:
-    try:
-        return isinstance(parse_json(text), dict)
-    except ValueError:
-        return False

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import numpy as np
 
@@ -49,13 +49,12 @@ from finesight.data.sample import (
     ImagePart,
     InvalidTurnsError,
     LimitExceededError,
-    Message,
+    Sample,
     check_limit,
-    check_messages,
     encode_json_line,
     is_video_path,
     sample_fields,
-    to_json_data,
+    validate_sample,
 )
 from finesight.errors import UserError, escape_surrogates, format_count
 from finesight.host_memory import available_memory, num_allowed_cpus
@@ -709,12 +708,9 @@ def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_
             return names.name(image)
 
         training = []
-        for answer in example.answers:
-            messages = (*example.prompt_messages, Message(role="assistant", content=answer))
-            check_messages(messages, example.references, "")
-            training.append(
-                _encode_sample(example.id, messages, example.references, example.meta, name)
-            )
+        for sample in example.to_train_samples():
+            validate_sample(sample, "")
+            training.append(_encode_sample(sample, name))
             size += len(training[-1])
             if size > MAX_ROW_BYTES:
                 raise LimitExceededError(
@@ -726,8 +722,7 @@ def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_
                 )
         evaluation = training[0]
         if len(example.answers) > 1:
-            one = example.to_eval_sample()
-            evaluation = _encode_sample(one.id, one.messages, one.references, one.meta, name)
+            evaluation = _encode_sample(example.to_eval_sample(), name)
         encoded.append(_EncodedExample(example.id, tuple(training), evaluation, tuple(images)))
     return encoded
 
@@ -738,27 +733,19 @@ def _spool_example(example: _EncodedExample, spool: Spool) -> _SpooledExample:
     return _SpooledExample(example.id, training, evaluation, example.images)
 
 
-def _encode_sample(
-    id_: str,
-    messages: Sequence[Message],
-    references: Sequence[str],
-    meta: dict[str, Any],
-    name: Callable[[str], str],
-) -> bytes:
+def _encode_sample(sample: Sample, name: Callable[[str], str]) -> bytes:
     """Encode a sample as JSON without its opening brace and ID, which `_format_line` adds."""
     try:
-        fields = sample_fields(messages, references, to_json_data(meta), name)
-        encoded = encode_json_line(fields)[1:].encode()
-        id_.encode()
+        encoded = encode_json_line(sample_fields(sample, name))[1:].encode()
+        sample.id.encode()
     except UnicodeEncodeError as error:
         raise UserError(
             f"text with a lone surrogate, {error.object[error.start]!r}",
             expected="text that can be encoded as UTF-8",
             remedy="correct the row: it was probably truncated within a character",
         ) from error
-    check_limit(
-        len(encoded) + MAX_ESCAPED_BYTES * len(id_), MAX_LINE_BYTES - LINE_OVERHEAD_BYTES, "bytes"
-    )
+    size = len(encoded) + MAX_ESCAPED_BYTES * len(sample.id)
+    check_limit(size, MAX_LINE_BYTES - LINE_OVERHEAD_BYTES, "bytes")
     return encoded
 
 

@@ -96,10 +96,7 @@ def _convert_column(column: Any) -> list[Any]:
 
 
 def _convert_value(scalar: Any) -> Any:
-    """Convert a pyarrow scalar to a Python value.
-
-    The scalar may contain nested times that Python cannot represent; see `_convert_time`.
-    """
+    """Convert a pyarrow scalar to a Python value, with nested times by `_convert_time`."""
     from pyarrow import types
 
     try:

@@ -208,10 +208,7 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
 
 
 def _open_json(source: Path) -> RowReader:
-    """Open a file that contains a JSON array of objects or one object per line.
-
-    The content decides, not the suffix.
-    """
+    """Open a JSON array of objects, or one object per line; the suffix does not matter."""
     with open_data_file(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
     if head.startswith(b"["):
@@ -236,10 +233,10 @@ def _reject_single_object(source: Path) -> None:
     Only the first line is read if it is a complete object.
     """
     with open_data_file(source) as file:
-        if _is_object(next(enumerate_lines(file, source), (1, b""))[1]):
+        if is_object_text(next(enumerate_lines(file, source), (1, b""))[1]):
             return
     content = read_data_file(source)
-    if _is_object(content):
+    if is_object_text(content):
         raise UserError(
             f"one object with the keys {', '.join(parse_unique_json(content))[:80]}",
             where=str(source),
@@ -248,7 +245,8 @@ def _reject_single_object(source: Path) -> None:
         )
 
 
-def _is_object(content: bytes) -> bool:
+def is_object_text(content: bytes | str) -> bool:
+    """Return whether a text is a JSON object without duplicate keys."""
     try:
         return isinstance(parse_unique_json(content), dict)
     except ValueError:
@@ -674,7 +672,9 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     for member in members:
         suffix = split_member_name(member)[1]
         if suffix in TEXT_SUFFIXES or suffix == "json":
-            text = _read_member_text(tar, member)
+            path, remedy = Path(f"{tar.archive}, {member.name}"), "create the tar again"
+            with translate_os_errors(path, expected="a text in UTF-8", remedy=remedy):
+                text = _read_member(tar, member).decode().rstrip("\r\n")
             values = (
                 _parse_member_json(text, member, tar.archive)
                 if suffix == "json"
@@ -702,18 +702,6 @@ def _parse_member_json(text: str, member: tarfile.TarInfo, source: Path) -> Reco
             remedy="create the tar again",
         ) from error
     return content if isinstance(content, dict) else {"json": content}
-
-
-def _read_member_text(tar: TarArchive, member: tarfile.TarInfo) -> str:
-    try:
-        return _read_member(tar, member).decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{member.name}: byte {error.start} is not UTF-8 text",
-            where=str(tar.archive),
-            expected="texts in UTF-8",
-            remedy="create the tar again",
-        ) from error
 
 
 def _read_member(tar: TarArchive, member: tarfile.TarInfo) -> bytes:
@@ -888,10 +876,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
-    """Return the entries of a folder sorted by name, without hidden ones.
-
-    An unreadable folder has no entries.
-    """
+    """Return the readable entries of a folder sorted by name, without hidden ones."""
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]

@@ -27,6 +27,7 @@ from pydantic import (
 )
 
 from finesight import storage
+from finesight.bounded_files import translate_os_errors
 from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
 from finesight.data.line_index import (
     UTF8_BOM,
@@ -185,16 +186,23 @@ class Sample(FrozenModel):
     """A conversation about images for training or evaluation.
 
     Attributes:
+        rejected: Worse answer than the last message, in a preference pair; empty without a pair.
         references: Further correct answers to the last user turn, used only for scoring.
     """
 
     id: str
     messages: tuple[Message, ...] = Field(min_length=1)
+    rejected: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)] = ()
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = Field(default_factory=dict)
 
+    @property
+    def rejected_messages(self) -> tuple[Message, ...]:
+        """Messages with the rejected answer instead of the last one."""
+        return *self.messages[:-1], Message(role="assistant", content=self.rejected)
+
     def iter_parts(self) -> Iterator[ContentPart]:
-        """Yield the content parts of all messages in order."""
+        """Yield the content parts of all messages in order, without the rejected answer."""
         return (part for message in self.messages for part in message.content)
 
     def map_paths(self, rename: Callable[[str], str]) -> Sample:
@@ -208,9 +216,8 @@ class Sample(FrozenModel):
             parts = tuple(map(changed, message.content))
             same = all(map(operator.is_, parts, message.content))
             messages.append(message if same else Message(role=message.role, content=parts))
-        return Sample(
-            id=self.id, messages=tuple(messages), references=self.references, meta=self.meta
-        )
+        rejected = tuple(map(changed, self.rejected))
+        return self.model_copy(update={"messages": tuple(messages), "rejected": rejected})
 
 
 def list_media_paths(part: ContentPart) -> tuple[str, ...]:
@@ -252,6 +259,23 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
     which read the image header.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
+    validate_rejected(sample, where)
+    if sample.rejected:
+        check_messages(sample.rejected_messages, (), f"{where}, rejected")
+
+
+def validate_rejected(sample: Sample, where: str) -> None:
+    """Raise UserError if a rejected answer has no different chosen answer."""
+    if not sample.rejected:
+        return
+    validate_roles(sample.messages, where)
+    if sample.rejected == sample.messages[-1].content:
+        raise InvalidRowError(
+            "a rejected answer equal to the chosen one",
+            "two different answers",
+            "correct the rejected answer, or remove the sample",
+            where=where,
+        )
 
 
 def check_messages(
@@ -453,16 +477,10 @@ def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) 
     Args:
         renamed: Function that maps each image and frame path to the path to write. None keeps them.
     """
-    fields = sample_fields(sample.messages, sample.references, sample.meta, renamed or str)
-    return {"id": sample.id, **fields}
+    return {"id": sample.id, **sample_fields(sample, renamed or str)}
 
 
-def sample_fields(
-    messages: Sequence[Message],
-    references: Sequence[str],
-    meta: dict[str, Any],
-    renamed: Callable[[str], str],
-) -> dict[str, Any]:
+def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, Any]:
     """Build the JSON data of a sample without its ID; see `sample_to_dict`."""
     record: dict[str, Any] = {
         "messages": [
@@ -470,13 +488,15 @@ def sample_fields(
                 "role": message.role,
                 "content": [_part_record(part, renamed) for part in message.content],
             }
-            for message in messages
+            for message in sample.messages
         ]
     }
-    if references:
-        record["references"] = list(references)
-    if meta:
-        record["meta"] = meta
+    if sample.rejected:
+        record["rejected"] = [_part_record(part, renamed) for part in sample.rejected]
+    if sample.references:
+        record["references"] = list(sample.references)
+    if sample.meta:
+        record["meta"] = to_json_data(sample.meta)
     return record
 
 
@@ -537,15 +557,8 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
 
 def read_text_file(path: Path, max_bytes: int | None = None) -> str:
     """Read the text of a data file in UTF-8; see `read_data_file`."""
-    try:
+    with translate_os_errors(path, expected="a file in UTF-8", remedy="save the file as UTF-8"):
         return read_data_file(path, max_bytes).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"byte {error.start} is not UTF-8 text",
-            where=str(path),
-            expected="a file in UTF-8",
-            remedy="save the file as UTF-8",
-        ) from error
 
 
 def parse_sample(line: bytes, where: str) -> Sample:

@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import accumulate, groupby
+from itertools import accumulate, groupby, pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +56,8 @@ def copy_to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
 class PackedBatch:
     """Packed batch of concatenated sequences, with the patches of all images in token order.
 
-    A sequence is one sample. With a shared prefix, the first sequence is the prefix of all samples
-    and the other sequences continue it.
+    A sequence is one sample, or one response of a preference pair. With a shared prefix, the first
+    sequence is the prefix of all others, which continue it.
 
     Attributes:
         cu_seqlens_S1: Cumulative sequence lengths, starting at 0 (int32).
@@ -228,10 +228,15 @@ def pack(
     token_ranges = [
         (one, prefix_length, end) for one, end in zip(tokenized_samples, ends, strict=True)
     ]
-    if prefix_length:
-        common_length = len(
-            reduce(SharedPrefix.intersect, map(SharedPrefix.from_sample, tokenized_samples)).ids_P
-        )
+    if first_sample.tokenized.response_starts:
+        assert len(samples) == 1, f"{first_sample.tokenized.id} must be packed alone"
+        # The prompt with its images is the shared prefix of the responses.
+        limits = 0, *first_sample.tokenized.response_starts, *ends
+        prefix_length = limits[1]
+        token_ranges = [(tokenized_samples[0], *limit) for limit in pairwise(limits)]
+    elif prefix_length:
+        prefixes = map(SharedPrefix.from_sample, tokenized_samples)
+        common_length = len(reduce(SharedPrefix.intersect, prefixes).ids_P)
         assert prefix_length <= common_length, (
             f"the samples share {common_length} tokens, not {prefix_length}"
         )
@@ -240,6 +245,8 @@ def pack(
     cu_seqlens = compute_cu_seqlens(lengths)
     # Index of each sample's first token if the prefix directly preceded its other tokens.
     sample_offsets = cu_seqlens[-len(tokenized_samples) - 1 : -1] - prefix_length
+    if first_sample.tokenized.response_starts:
+        sample_offsets = cu_seqlens[:1]
     ids_T = np.concatenate([one.ids_T[a:b] for one, a, b in token_ranges])
     logit_indices, labels = [], []
     for (one, start, end), offset in zip(token_ranges, cu_seqlens[:-1], strict=True):

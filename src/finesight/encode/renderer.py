@@ -78,6 +78,9 @@ from finesight.vision.image_processing import (
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
+RejectedAnswers = Literal["use", "require", "ignore", "forbid"]
+"""Treatment of the rejected answers of samples (`Sample.rejected`)."""
+
 
 @dataclass(frozen=True, slots=True)
 class ReasoningAndAnswer:
@@ -319,8 +322,11 @@ class Renderer(ABC):
 
     Attributes:
         system_prompt: System prompt of samples without one; None for the default of the model.
+        rejected_answers: Treatment of rejected answers of samples. By default, a sample with one is
+            a preference pair.
     """
 
+    rejected_answers: RejectedAnswers = "use"
     image_rule: ImageRule
     system_prompt: str | None
     tokenizer: TextTokenizer
@@ -380,10 +386,29 @@ class Renderer(ABC):
 
         Raises:
             CorruptImageError: An image cannot be used, or its aspect ratio exceeds 200.
-            UserError: The model does not support a part of the sample, or a box exceeds its image.
+            UserError: The model does not support a part of the sample, a box exceeds its image, or
+                `rejected_answers` excludes the sample.
         """
-        return self._tokenize_messages(
-            located_sample, located_sample.sample.messages, add_generation_prompt=False
+        sample = located_sample.sample
+        if self.rejected_answers == ("forbid" if sample.rejected else "require"):
+            raise UserError(
+                f"{'a' if sample.rejected else 'no'} rejected answer",
+                where=f"sample {sample.id}",
+                expected="preference pairs for train.objective=dpo, else other samples",
+                remedy="set train.objective=dpo to train on pairs, or train.objective=sft to train"
+                " on the chosen answers only"
+                if sample.rejected
+                else "add the rejected answer, or set train.objective=sft",
+            )
+        tokenized = self._tokenize_messages(
+            located_sample, sample.messages, add_generation_prompt=False
+        )
+        if not sample.rejected or self.rejected_answers == "ignore":
+            return tokenized
+        return tokenized.join_rejected(
+            self._tokenize_messages(
+                located_sample, sample.rejected_messages, add_generation_prompt=False
+            )
         )
 
     def tokenize_prompt(self, located_sample: LocatedSample) -> TokenizedSample:

@@ -15,10 +15,10 @@ import sys
 import threading
 import unicodedata
 from abc import ABC, abstractmethod
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -498,6 +498,8 @@ class TokenizedSample:
             section 2.1).
         is_thinking: Whether the sample is rendered in thinking mode. A prompt then ends within the
             reasoning section.
+        response_starts: Start of each response of a preference pair. The tokens before the first
+            one are the prompt of all responses, which a pack contains once.
     """
 
     id: str
@@ -506,6 +508,7 @@ class TokenizedSample:
     position_ids_3T: NDArray[np.int32]
     spans: tuple[VisualSpan, ...]
     is_thinking: bool = field(default=False, kw_only=True)
+    response_starts: tuple[int, ...] = field(default=(), kw_only=True)
 
     @property
     def num_tokens(self) -> int:
@@ -522,9 +525,13 @@ class TokenizedSample:
     @property
     def num_answer_tokens(self) -> int:
         """Number of supervised tokens of the last answer, which an evaluation generates."""
-        supervised = np.flatnonzero(self.loss_mask_T[1:])
-        gaps = np.flatnonzero(np.diff(supervised) > 1)
-        return len(supervised) - (int(gaps[-1]) + 1 if len(gaps) else 0)
+        return self.num_supervised_tokens - int(self.loss_mask_T[1 : self._last_answer_start].sum())
+
+    @property
+    def _last_answer_start(self) -> int:
+        """Index of the first supervised token of the last answer."""
+        starts = np.flatnonzero(self.loss_mask_T[1:] & ~self.loss_mask_T[:-1])
+        return int(starts[-1]) + 1 if len(starts) else self.num_tokens
 
     @property
     def num_packed_tokens(self) -> int:
@@ -541,6 +548,31 @@ class TokenizedSample:
     @property
     def num_patches(self) -> int:
         return sum(t * h * w for t, h, w in (span.grid_thw for span in self.spans))
+
+    def join_rejected(self, rejected: TokenizedSample) -> TokenizedSample:
+        """Return the preference pair of this sample and of the same sample with a worse answer.
+
+        Only the last answer of each is supervised. A response begins with the last token of the
+        prompt, which predicts its first token, and ends with its last supervised token.
+        """
+        responses = self, rejected
+        starts = [one._last_answer_start for one in responses]
+        stops = [int(np.flatnonzero(one.loss_mask_T)[-1]) + 1 for one in responses]
+        length = min(starts) - 1
+        # Prompts differ if only one answer contains reasoning.
+        mismatches = np.flatnonzero(self.ids_T[:length] != rejected.ids_T[:length])
+        length = int(mismatches[0]) if len(mismatches) else length
+        assert not self.spans or self.spans[-1].stop <= length, f"images of {self.id} differ"
+        masks = [np.arange(stop) >= start for start, stop in zip(starts, stops, strict=True)]
+        slices = slice(stops[0]), slice(length, stops[1])
+        positions = [one.position_ids_3T[:, s] for one, s in zip(responses, slices, strict=True)]
+        return replace(
+            self,
+            ids_T=np.concatenate([self.ids_T[slices[0]], rejected.ids_T[slices[1]]]),
+            loss_mask_T=np.concatenate([masks[0], masks[1][length:]]),
+            position_ids_3T=np.concatenate(positions, axis=1),
+            response_starts=(length, stops[0]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -627,25 +659,20 @@ def filter_samples(
 
 def find_sample_error(sample: CountedSample, max_length: int) -> UserError | None:
     """Return an error if a sample cannot be used for training, else None."""
+    where = f"sample {sample.id}"
     if sample.num_tokens > max_length:
-        return _build_length_error(sample.id, sample.num_tokens, max_length)
-    return None if sample.num_supervised_tokens else _build_no_answer_error(sample.id)
-
-
-def _build_length_error(sample_id: str, num_tokens: int, max_length: int) -> UserError:
-    return UserError(
-        f"{num_tokens} tokens",
-        where=f"sample {sample_id}",
-        expected=f"at most {max_length} tokens (data.max_length)",
-        remedy="raise data.max_length, set a smaller image size, or set"
-        " data.on_invalid_sample: skip",
-    )
-
-
-def _build_no_answer_error(sample_id: str) -> UserError:
+        return UserError(
+            f"{sample.num_tokens} tokens",
+            where=where,
+            expected=f"at most {max_length} tokens (data.max_length)",
+            remedy="raise data.max_length, set a smaller image size, or set"
+            " data.on_invalid_sample: skip",
+        )
+    if sample.num_supervised_tokens:
+        return None
     return UserError(
         "no assistant turn, so no supervised tokens",
-        where=f"sample {sample_id}",
+        where=where,
         expected="an assistant turn in every sample",
         remedy="remove the sample, or set data.on_invalid_sample: skip",
     )
@@ -695,67 +722,6 @@ def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Ite
         index = stop
 
 
-def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[str]:
-    """Yield the lines of a text table with the tokens of a sample.
-
-    The columns are token index, token id, loss (a star marks supervised tokens), position ids and
-    text.
-    """
-    span_counts = Counter(span.kind for span in tokenized.spans)
-    video_summary = f", video segments: {span_counts['video']}" if span_counts["video"] else ""
-    image_summary = (
-        f"images: {span_counts['image']}{video_summary} (patches: {tokenized.num_patches})"
-    )
-    yield f"sample {tokenized.id}"
-    yield (
-        f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
-        f" {image_summary}"
-    )
-    yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
-    for row in iter_token_rows(tokenized, tokenizer):
-        loss_mark = "*" if row.is_supervised else ""
-        if row.span is None:
-            token_range, text = str(row.start), repr(row.text)
-            position_text = _format_position(row.first_position)
-        else:
-            token_range = f"{row.start}-{row.stop - 1}"
-            position_text = (
-                f"{_format_position(row.first_position)} to {_format_position(row.last_position)}"
-            )
-            text = f"{row.stop - row.start} x {row.text} {_format_span(row.span)}"
-        yield f"{token_range:>11} {row.id:>7} {loss_mark:<7} {position_text:<27} {text}"
-
-
-def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """Convert the token table of a sample to JSON data: token counts, images and rows."""
-    return {
-        "id": tokenized.id,
-        "num_tokens": tokenized.num_tokens,
-        "num_supervised_tokens": tokenized.num_supervised_tokens,
-        "images": [
-            {**asdict(span), "files": [str(file) for file in span.files]}
-            for span in tokenized.spans
-        ],
-        "rows": [
-            {key: value for key, value in asdict(row).items() if key != "span"}
-            for row in iter_token_rows(tokenized, tokenizer)
-        ],
-    }
-
-
 def _get_position(tokenized: TokenizedSample, index: int) -> PositionTHW:
     time, height, width = (int(row[index]) for row in tokenized.position_ids_3T)
     return time, height, width
-
-
-def _format_position(position: PositionTHW) -> str:
-    return "{}, {}, {}".format(*position)
-
-
-def _format_span(span: VisualSpan) -> str:
-    (height, width), (resized_height, resized_width) = span.original_size, span.resized_size
-    size = f"{width}x{height} as {resized_width}x{resized_height}"
-    frame_note = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
-    if span.frame_indices:
-        frame_note = f", frames {', '.join(map(str, span.frame_indices))}"
-    return f"({span.files[0]}{frame_note}, {size}, grid {' x '.join(map(str, span.grid_thw))})"

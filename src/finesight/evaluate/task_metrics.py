@@ -1,7 +1,8 @@
 """Registry of task metrics with their primary scores.
 
-A new metric is a module with a function `score_NAME(cases) -> MetricResult`, an entry in
-TASK_METRICS, and its name in config.TaskName. Other packages add metrics as plug-ins.
+A new metric is a module with a function `score_NAME(cases) -> MetricResult`, entries in
+TASK_METRICS and METRIC_TEXTS, and its name in config.TaskName. Other packages add metrics as
+plug-ins.
 """
 
 from __future__ import annotations
@@ -56,7 +57,58 @@ _BUILT_IN: dict[TaskName, TaskMetric] = {
 }
 TASK_METRICS = Registry("metrics", TaskMetric, _BUILT_IN)
 
-LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "validation_loss"})
+VALIDATION_LOSS = "validation_loss"
+
+METRIC_TEXTS = {
+    VALIDATION_LOSS: (
+        "validation loss",
+        "cross-entropy of the reference answers, in nats per token",
+    ),
+    "similarity": ("similarity", "1 minus the normalized edit distance"),
+    "exact": ("exact match", "answers equal to a reference"),
+    "exact_folded": (
+        "exact match, ignoring case and width",
+        "exact match, ignoring case and character width",
+    ),
+    "edit_distance": ("edit distance", "token edits per answer"),
+    "cer": ("CER", "character edits divided by the characters of the references"),
+    "wer": ("WER", "word edits divided by the words of the references"),
+    "rendered": ("equal when rendered", "formulas whose rendered image equals that of a reference"),
+    "rendered_share": ("renderable share", "samples with a reference that can be rendered"),
+    "ended_with_eos": ("ended with EOS", "answers that ended before the token limit"),
+    "accuracy": ("accuracy", "answers with the correct class"),
+    "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
+    "f1": ("F1", "harmonic mean of precision and recall over words, classes or fields"),
+    "ap": ("AP", "average precision over ten IoU thresholds, 0.5 to 0.95"),
+    "accuracy_at_0.5": ("accuracy at IoU 0.5", "boxes with an IoU of at least 0.5"),
+    "accuracy_at_0.75": ("accuracy at IoU 0.75", "boxes with an IoU of at least 0.75"),
+    "mean_iou": ("mean IoU", "overlap with the reference boxes"),
+    "parse_rate": ("parsable answers", "answers that could be parsed"),
+    "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
+    "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
+    "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
+    "iou": ("IoU", ""),
+    "hit": ("hit at IoU 0.5", ""),
+    "hit_at_0.75": ("hit at IoU 0.75", ""),
+    "f1_macro": ("macro F1", ""),
+    "f1_at_0.5": ("F1 at IoU 0.5", ""),
+    "precision_at_0.5": ("precision at IoU 0.5", ""),
+    "recall_at_0.5": ("recall at IoU 0.5", ""),
+    "ap_50": ("AP at IoU 0.5", ""),
+    "ap_75": ("AP at IoU 0.75", ""),
+    "bleu_1": ("BLEU-1", ""),
+    "bleu_2": ("BLEU-2", ""),
+    "bleu_3": ("BLEU-3", ""),
+    "bleu_4": ("BLEU-4", ""),
+    "rewards/accuracies": ("reward accuracy", "pairs whose chosen answer has the larger reward"),
+    "rewards/margins": ("reward margin", "reward of the chosen minus that of the rejected answer"),
+}
+"""Display names and descriptions of built-in metrics. Others are displayed by their own name."""
+
+PAIR_METRICS = "rewards/accuracies", "rewards/margins"
+"""Metrics of preference pairs in steps and evaluations, computed with the loss."""
+
+LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", VALIDATION_LOSS})
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:

@@ -18,7 +18,7 @@ from finesight.config import WeightFormat
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
-from finesight.model.families.architecture import KeyMapping
+from finesight.model.families import KeyMapping
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.trainable import HF_PREFIX, ModelPart
 from finesight.model.vlm import VisionLanguageModel

@@ -26,12 +26,15 @@ from finesight.model.attention import (
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DeepstackFeatures, FusibleLayer
-from finesight.model.families import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
-from finesight.model.families.architecture import (
-    QWEN_VL_MAPPING,
-    TRANSFORMERS_V5_MAPPING,
+from finesight.model.families import (
+    KEY_MAPPINGS,
     Architecture,
     KeyMapping,
+    qwen2_5_vl,
+    qwen2_vl,
+    qwen3_5,
+    qwen3_vl,
+    qwen_vl,
 )
 from finesight.model.gated_delta_net import supports_kernels
 from finesight.model.layers import requires_host_sync
@@ -62,7 +65,7 @@ class VisionLanguageModel(nn.Module):
     (`hub_tensors` in `model.weights_io` lists them separately).
     """
 
-    adapter_key_mappings: tuple[KeyMapping, ...] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
+    adapter_key_mappings: tuple[KeyMapping, ...] = KEY_MAPPINGS
     """Supported mappings between native layer names and PEFT module names."""
 
     def __init__(
@@ -72,10 +75,8 @@ class VisionLanguageModel(nn.Module):
         self.architecture = architecture
         self.config = config
         self.activation_checkpointing = 0.0
-        """Fraction of layers with activation checkpointing, from 0 to 1.
-
-        The setting is called `gradient_checkpointing` in transformers.
-        """
+        """Fraction of layers with activation checkpointing (`gradient_checkpointing` in
+        transformers), from 0 to 1."""
         self.lora_routing: LoraRouting | None = None
         self._fused_weight_sync = FusedWeightSync()
         self.visual = visual

@@ -495,8 +495,8 @@ def show(
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
     from finesight.encode.renderer import NativeRenderer, build_renderer
-    from finesight.encode.tokenization import format_token_table, token_table_to_dict
     from finesight.model_folder import locate_model
+    from finesight.operations.model import format_token_table, token_table_to_dict
     from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page

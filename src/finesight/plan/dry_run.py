@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -329,7 +330,10 @@ def build_planned_pack(samples: Sequence[SampleStats], prefix_length: int = 0) -
     """Build the pack of the given samples. A shared prefix counts once."""
     lengths = [sample.num_packed_tokens for sample in samples]
     prefix_length = prefix_length if len(samples) > 1 else 0
-    if prefix_length:
+    if starts := samples[0].response_starts:
+        lengths = [stop - start for start, stop in pairwise([0, *starts, *lengths])]
+        prefix_length = starts[0]
+    elif prefix_length:
         lengths = [prefix_length, *(length - prefix_length for length in lengths)]
     return PlannedPack(
         tuple(lengths),
@@ -345,7 +349,8 @@ def plan_step_packs(
     """Split the samples of a training step into packs."""
     lengths = [sample.num_packed_tokens for sample in samples]
     prefix_length = effective_prefix_length(prefix_length, lengths)
-    groups = plan_packs(lengths, token_budget, prefix_length)
+    has_pairs = any(sample.response_starts for sample in samples)
+    groups = plan_packs(lengths, 1 if has_pairs else token_budget, prefix_length)
     return [
         build_planned_pack([samples[index] for index in group], prefix_length) for group in groups
     ]
@@ -504,7 +509,7 @@ class StepTracer:
             del h_LD
             tracker.start_backward()
             # Of an edge, because the backward pass of a tensor would run without the emulation.
-            torch.autograd.backward(get_gradient_edge(loss))
+            torch.autograd.backward(get_gradient_edge(loss[0]))
         for hook in hooks:
             hook.remove()
         del loss

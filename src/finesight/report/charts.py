@@ -12,6 +12,7 @@ from itertools import pairwise
 from operator import itemgetter
 from typing import Any, Literal
 
+from finesight.evaluate.task_metrics import PAIR_METRICS
 from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import format_metric_name, read_interval, read_metrics
@@ -330,7 +331,8 @@ def build_histogram(
 def build_run_charts(run_record: RunRecord) -> list[Chart]:
     """Build the charts of a run report, without charts that have no values.
 
-    They show loss, primary metric, learning rate, gradient norm, throughput and MFU.
+    They show loss, primary metric, reward accuracy and margin of preference pairs, learning rate,
+    gradient norm, throughput and MFU.
     """
 
     def read_series(title: str, key: str, factor: float = 1.0) -> list[ChartSeries]:
@@ -345,20 +347,23 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
         return [ChartSeries(title, points, "faint"), ChartSeries(translate("smoothed"), smoothed)]
 
     evaluations = list_comparable_evaluations(run_record.evaluations)
-    validation_points = filter_finite(
-        (line.get("step"), read_metrics(line).get("validation_loss")) for line in evaluations
-    )
+
+    def build_split_chart(title: str, key: str, eval_key: str, note: str = "") -> Chart | None:
+        """Build a chart of a value of all steps and of all evaluations."""
+        points = filter_finite(
+            (line.get("step"), read_metrics(line).get(eval_key)) for line in evaluations
+        )
+        series = read_series(translate("training"), key)
+        validation = ChartSeries(translate("validation"), points, "marks")
+        return build_chart(title, [*series, validation], note + subset_text)
+
     subset_text = _describe_subset(run_record.evaluations, evaluations, "num_loss_samples")
+    is_sft = not any(key in line for line in run_record.steps[:1] for key in PAIR_METRICS)
+    loss_text = translate("nats per supervised token" if is_sft else "mean over pairs")
     samples_text, mfu_text = translate("samples/s"), translate("% of the measured peak FLOPS")
     charts = [
-        build_chart(
-            translate("Loss"),
-            [
-                *read_series(translate("training"), "loss"),
-                ChartSeries(translate("validation"), validation_points, "marks"),
-            ],
-            translate("nats per supervised token") + subset_text,
-        ),
+        build_split_chart(translate("Loss"), "loss", "validation_loss", loss_text),
+        *(build_split_chart(format_metric_name(key), key, key) for key in PAIR_METRICS),
         _build_primary_metric_chart(run_record),
         build_chart(translate("Learning rate"), _build_lr_series(run_record)),
         build_chart(

@@ -12,6 +12,7 @@ from typing import Any
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
+from finesight.evaluate.task_metrics import VALIDATION_LOSS
 from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.report import summary
 from finesight.report.charts import (
@@ -38,7 +39,6 @@ from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,
-    VALIDATION_LOSS,
     format_metric_name,
     format_notes,
     read_metrics,

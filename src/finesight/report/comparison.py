@@ -25,15 +25,15 @@ from finesight.evaluate.metric_difference import (
 )
 from finesight.evaluate.task_metrics import (
     LOWER_IS_BETTER,
+    METRIC_TEXTS,
     TASK_METRICS,
+    VALIDATION_LOSS,
     check_references,
     compute_metrics,
 )
 from finesight.report.examples import MAX_SCORES, ExampleSet, build_example_set
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
-    METRIC_TEXTS,
-    VALIDATION_LOSS,
     IntervalBounds,
     MetricChange,
     get_note,

@@ -14,7 +14,12 @@ from finesight.evaluate.metric_difference import (
     build_unsampled_difference,
     count_correct,
 )
-from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.evaluate.task_metrics import (
+    LOWER_IS_BETTER,
+    METRIC_TEXTS,
+    PAIR_METRICS,
+    VALIDATION_LOSS,
+)
 from finesight.report.i18n import translate
 from finesight.report.run_reader import OTHER_SAMPLES, JsonObject, as_object, is_finite
 
@@ -27,52 +32,6 @@ VERDICT_TEXTS: dict[Verdict, str] = {
     "same": "no change",
     "": "",
 }
-
-VALIDATION_LOSS = "validation_loss"
-
-METRIC_TEXTS = {
-    VALIDATION_LOSS: (
-        "validation loss",
-        "cross-entropy of the reference answers, in nats per token",
-    ),
-    "similarity": ("similarity", "1 minus the normalized edit distance"),
-    "exact": ("exact match", "answers equal to a reference"),
-    "exact_folded": (
-        "exact match, ignoring case and width",
-        "exact match, ignoring case and character width",
-    ),
-    "edit_distance": ("edit distance", "token edits per answer"),
-    "cer": ("CER", "character edits divided by the characters of the references"),
-    "wer": ("WER", "word edits divided by the words of the references"),
-    "rendered": ("equal when rendered", "formulas whose rendered image equals that of a reference"),
-    "rendered_share": ("renderable share", "samples with a reference that can be rendered"),
-    "ended_with_eos": ("ended with EOS", "answers that ended before the token limit"),
-    "accuracy": ("accuracy", "answers with the correct class"),
-    "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
-    "f1": ("F1", "harmonic mean of precision and recall over words, classes or fields"),
-    "ap": ("AP", "average precision over ten IoU thresholds, 0.5 to 0.95"),
-    "accuracy_at_0.5": ("accuracy at IoU 0.5", "boxes with an IoU of at least 0.5"),
-    "accuracy_at_0.75": ("accuracy at IoU 0.75", "boxes with an IoU of at least 0.75"),
-    "mean_iou": ("mean IoU", "overlap with the reference boxes"),
-    "parse_rate": ("parsable answers", "answers that could be parsed"),
-    "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
-    "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
-    "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
-    "iou": ("IoU", ""),
-    "hit": ("hit at IoU 0.5", ""),
-    "hit_at_0.75": ("hit at IoU 0.75", ""),
-    "f1_macro": ("macro F1", ""),
-    "f1_at_0.5": ("F1 at IoU 0.5", ""),
-    "precision_at_0.5": ("precision at IoU 0.5", ""),
-    "recall_at_0.5": ("recall at IoU 0.5", ""),
-    "ap_50": ("AP at IoU 0.5", ""),
-    "ap_75": ("AP at IoU 0.75", ""),
-    "bleu_1": ("BLEU-1", ""),
-    "bleu_2": ("BLEU-2", ""),
-    "bleu_3": ("BLEU-3", ""),
-    "bleu_4": ("BLEU-4", ""),
-}
-"""Display names and descriptions of built-in metrics. Others are displayed by their own name."""
 
 IntervalBounds = tuple[float, float]
 
@@ -208,6 +167,7 @@ def describe_metric(metric: str) -> str:
 def read_metrics(line: JsonObject) -> dict[str, float]:
     """Return all metrics of an evaluation that are finite, including the validation loss."""
     values = as_object(line.get("scores")) | {VALIDATION_LOSS: line.get(VALIDATION_LOSS)}
+    values |= {name: as_object(line.get("loss_metrics")).get(name) for name in PAIR_METRICS}
     return {str(name): float(value) for name, value in values.items() if is_finite(value)}
 
 

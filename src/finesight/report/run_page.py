@@ -17,7 +17,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import MetricDifference
-from finesight.evaluate.task_metrics import LOWER_IS_BETTER
+from finesight.evaluate.task_metrics import LOWER_IS_BETTER, VALIDATION_LOSS
 from finesight.manifest import REPORT_FILE
 from finesight.report import summary
 from finesight.report.charts import build_run_charts
@@ -38,7 +38,6 @@ from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,
-    VALIDATION_LOSS,
     build_metric_rows,
     describe_change,
     format_metric_name,

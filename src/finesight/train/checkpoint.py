@@ -24,6 +24,7 @@ from torch import Tensor
 from finesight.bounded_files import read_bytes
 from finesight.config import TrainSettings
 from finesight.errors import Remedy, UserError
+from finesight.evaluate.eval_case import BestEval
 from finesight.storage import (
     move_folder,
     remove_folder,
@@ -53,55 +54,6 @@ def resolve_save_interval(train: TrainSettings, total_steps: int) -> int:
     return resolve_steps(
         DEFAULT_SAVE_INTERVAL if train.save_every is None else train.save_every, total_steps
     )
-
-
-class BestEval(BaseModel):
-    """Step and scores of the best evaluation of a run so far.
-
-    Evaluations are ranked by the primary metric. The validation loss breaks ties, and ranks
-    evaluations without a metric.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    step: int
-    validation_loss: float
-    primary_metric: str | None = None
-    primary_score: float | None = None
-    num_samples: int | None = None
-    num_loss_samples: int | None = None
-    sample_set: str | None = None
-    score_set: str | None = None
-
-    def is_comparable_to(self, other: BestEval) -> bool:
-        """Return whether both evaluations have the same metric and samples."""
-        return self.primary_metric == other.primary_metric and self.has_scores_of(other)
-
-    def has_scores_of(self, other: BestEval) -> bool:
-        """Return whether the scores of both evaluations are of the same samples."""
-        # Results of earlier versions have one digest.
-        own, others = ((one.num_samples, one.score_set or one.sample_set) for one in (self, other))
-        return own == others
-
-    def has_loss_of(self, other: BestEval) -> bool:
-        """Return whether the losses of both evaluations are means over the same samples."""
-        own, others = ((one.num_loss_samples, one.sample_set) for one in (self, other))
-        return own == others
-
-    def is_better_than(self, other: BestEval | None) -> bool:
-        """Return whether this evaluation is better than another one.
-
-        It is also considered better than None and than an evaluation that is not comparable. Losses
-        over different samples are not compared.
-        """
-        if other is None or not self.is_comparable_to(other):
-            return True
-        own_score, other_score = self.primary_score or 0.0, other.primary_score or 0.0
-        return own_score > other_score or (
-            own_score == other_score
-            and self.has_loss_of(other)
-            and self.validation_loss < other.validation_loss
-        )
 
 
 class TrainProgress(BaseModel):

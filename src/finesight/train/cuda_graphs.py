@@ -280,7 +280,7 @@ class CudaGraphRunner:
             self.model(batch), self.model.lm_head_weight, loss_inputs
         )
         if loss.requires_grad:
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss[0].backward()  # type: ignore[no-untyped-call]
         if self.graphs is None:
             return
         self._launch_event = record_event(loss.device)
@@ -453,5 +453,5 @@ class CudaGraphRunner:
         )
         h_LD = model(inputs.batch, features_MKD, inputs.seed_1)
         loss = self.objective.compute_loss(h_LD, model.lm_head_weight, inputs.loss_inputs)
-        self._gradients.backward(loss, inputs.trainable_features)
+        self._gradients.backward(loss[0], inputs.trainable_features)
         return loss.detach()

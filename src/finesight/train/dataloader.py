@@ -527,8 +527,11 @@ class StepDataset:
         """
         split_samples, shards, skipped = self._read_split_samples(step_index)
         own_samples, own_skipped = self._read_samples(self.sampler.batch_indices(step_index))
-        # Inputs of a Hugging Face processor cannot be packed.
-        budget = 1 if any(encoded.hf_inputs for _, encoded in own_samples) else self.pack_tokens
+        # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
+        is_single = any(
+            encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in own_samples
+        )
+        budget = 1 if is_single else self.pack_tokens
         prefix_length = (
             find_shared_prefix_length([encoded.tokenized for _, encoded in own_samples])
             if self.use_shared_prefix

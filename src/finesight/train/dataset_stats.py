@@ -168,7 +168,12 @@ def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
             _COLUMN_NAMES, (states.samples_N, states.contents_N, states.times_N), strict=True
         )
     }
-    write_file(path, save(tensors, {_CHECKSUM_KEY: _checksum(tensors)}))
+    save_tensors(path, tensors)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write tensors with their checksum to a safetensors file, atomically."""
+    write_file(path, save(dict(tensors), {_CHECKSUM_KEY: _checksum(tensors)}))
 
 
 def load_image_record(path: Path) -> dict[str, ImageStates]:
@@ -178,29 +183,37 @@ def load_image_record(path: Path) -> dict[str, ImageStates]:
         UserError: The file is corrupt.
     """
     try:
-        reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
-        with reader as file:
-            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-            checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
+        tensors = load_tensors(path)
         splits = sorted({name.rpartition(".")[0] for name in tensors})
-        record = {
+        return {
             split: ImageStates(*(tensors[f"{split}.{name}"] for name in _COLUMN_NAMES))
             for split in splits
         }
-        error_text = "" if checksum == _checksum(tensors) else "the checksum does not match"
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        error_text = str(error)
-    if error_text:
         raise UserError(
-            f"the fingerprints of the images cannot be read: {error_text}",
+            f"the fingerprints of the images cannot be read: {error}",
             where=str(path),
             expected="the file as the run wrote it",
             remedy=f"delete {path} to resume without comparing images",
-        )
-    return record
+        ) from error
 
 
-def _checksum(tensors: Mapping[str, NDArray[np.int64]]) -> str:
+def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """Read the tensors that `save_tensors` wrote.
+
+    Raises:
+        SafetensorError, OSError or ValueError: The file is missing or corrupt.
+    """
+    reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
+    with reader as file:
+        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
+    if checksum != _checksum(tensors):
+        raise ValueError("the checksum does not match")
+    return tensors
+
+
+def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(f"{name} {len(tensors[name])}\n".encode() + tensors[name].tobytes())
@@ -355,6 +368,7 @@ class SampleStats(NamedTuple):
         leaked_images: Paths of validation images that occur in the sample.
         is_thinking: Whether the sample is rendered in thinking mode.
         num_answer_tokens: Number of supervised tokens of the last answer.
+        response_starts: Start of each response of a preference pair.
     """
 
     id: str
@@ -366,6 +380,7 @@ class SampleStats(NamedTuple):
     leaked_images: frozenset[str]
     is_thinking: bool = False
     num_answer_tokens: int = 0
+    response_starts: tuple[int, ...] = ()
 
     @property
     def num_patches(self) -> int:
@@ -407,6 +422,7 @@ def _scan_sample(
         leaked_images=frozenset(paths & watched_images),
         is_thinking=tokenized.is_thinking,
         num_answer_tokens=tokenized.num_answer_tokens,
+        response_starts=tokenized.response_starts,
     )
     return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
 

@@ -10,12 +10,11 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -26,12 +25,17 @@ from finesight.data.sample import LocatedSample
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
-from finesight.evaluate.bootstrap import ConfidenceInterval
-from finesight.evaluate.eval_case import select_eval_samples
+from finesight.evaluate.eval_case import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback, ProgressConsole
-from finesight.train.checkpoint import BestEval
-from finesight.train.dataloader import SkippedSample, read_steps
+from finesight.train.dataloader import (
+    GlobalStepStats,
+    SkippedSample,
+    StepBatch,
+    StepDataset,
+    read_steps,
+)
 from finesight.train.lr_schedule import resolve_steps
+from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
@@ -68,119 +72,11 @@ def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
     return DEFAULT_INTERIM_SAMPLES
 
 
-@dataclass(frozen=True, slots=True)
-class EvalResult:
-    """Result of one evaluation on the validation split.
-
-    Attributes:
-        step: Number of finished steps.
-        validation_loss: Mean loss per supervised token in nats.
-        scores: Task metrics by name; empty without a metric.
-        primary_metric: Name of the metric that ranks evaluations; None without a metric.
-        intervals: Confidence interval of each score; None if there is none.
-        details: Additional results of the task, such as scores per class.
-        notes: Reasons for missing intervals, and warnings.
-        num_samples: Number of validation samples of the scores; None if unknown.
-        num_loss_samples: Number of validation samples of the loss; None if unknown.
-        sample_set: Digest of the samples of the loss, without unreadable ones. Results are compared
-            only if it is equal. None for results of earlier versions.
-        score_set: Digest of the samples of the scores. None for results of earlier versions.
-        full: Result of all samples, if this is the result of a subset and all were evaluated.
-    """
-
-    step: int
-    validation_loss: float
-    scores: dict[str, float]
-    primary_metric: str | None
-    intervals: dict[str, ConfidenceInterval | None] = field(default_factory=dict)
-    details: dict[str, Any] = field(default_factory=dict)
-    notes: dict[str, str] = field(default_factory=dict)
-    num_samples: int | None = None
-    num_loss_samples: int | None = None
-    sample_set: str | None = None
-    score_set: str | None = None
-    full: EvalResult | None = None
-
-    @property
-    def on_all_samples(self) -> EvalResult:
-        """Result of all evaluated samples, for the comparison before and after training."""
-        return self.full or self
-
-    @property
-    def primary_score(self) -> float | None:
-        """Score of the primary metric; None without a metric."""
-        return None if self.primary_metric is None else self.scores[self.primary_metric]
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the content of the `metrics.jsonl` line of this evaluation."""
-        return asdict(self)
-
-    def as_best_eval(self) -> BestEval:
-        """Return the fields that rank evaluations."""
-        return BestEval.model_validate(self, from_attributes=True)
-
-    @classmethod
-    def from_metrics(cls, line: dict[str, Any]) -> EvalResult | None:
-        """Parse the evaluation in a line of `metrics.jsonl`; return None for other lines."""
-        if "validation_loss" not in line:
-            return None
-        intervals = {
-            name: ConfidenceInterval(*ends) if ends else None
-            for name, ends in line.get("intervals", {}).items()
-        }
-        names = (field.name for field in fields(cls))
-        values = {name: line[name] for name in names if name in line}
-        # Results of earlier versions have one count and one digest.
-        values.setdefault("num_loss_samples", line.get("num_samples"))
-        values.setdefault("score_set", line.get("sample_set"))
-        full = cls.from_metrics(line.get("full") or {})
-        return cls(**values | {"intervals": intervals, "full": full})
-
-
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
     """Return all evaluations of a run; the first one precedes the first step."""
     return [
         m for line in run_dir.iter_metrics() if (m := EvalResult.from_metrics(line)) is not None
     ]
-
-
-def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, int]:
-    """Find the best evaluation with the metric and samples of the last one.
-
-    Evaluations are ranked by the primary metric, then by the validation loss. The evaluation before
-    the first step is ignored, because scores may drop at first and recover.
-
-    Args:
-        results: Evaluations of the run, in order.
-
-    Returns:
-        The first of the best evaluations, and the number of comparable ones after it.
-    """
-    best: EvalResult | None = None
-    num_later = 0
-    for result in results:
-        last = results[-1].as_best_eval()
-        if not result.step or not result.as_best_eval().is_comparable_to(last):
-            continue
-        if best is None or result.as_best_eval().is_better_than(best.as_best_eval()):
-            best, num_later = result, 0
-        else:
-            num_later += 1
-    return best, num_later
-
-
-def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:
-    """Return two results of the same samples: of all, or of the common subset.
-
-    If both have other samples, the results of all samples are returned.
-    """
-
-    def count_equal_sets(pair: tuple[EvalResult, EvalResult]) -> int:
-        old, new = (one.as_best_eval() for one in pair)
-        return 2 * old.has_scores_of(new) + old.has_loss_of(new)
-
-    pairs = (before.on_all_samples, after.on_all_samples), (before, after)
-    return max(pairs, key=count_equal_sets)
 
 
 def run_evaluation(
@@ -278,11 +174,12 @@ def _build_eval_result(
     Args:
         scored: Corpus indices of the samples for which an answer was requested.
     """
-    loss, read = mean_loss
+    (loss, *metrics), read = mean_loss
     answered = [scored[position] for position in generation.positions] if generation else read
     return EvalResult(
         step=state.progress.step,
         validation_loss=loss,
+        loss_metrics=dict(zip(state.engine.objective.metric_names, metrics, strict=True)),
         scores=generation.scores if generation else {},
         primary_metric=generation.primary_metric if generation else None,
         intervals=generation.intervals if generation else {},
@@ -385,20 +282,20 @@ class LossSum(NamedTuple):
     """Summed validation loss of one rank.
 
     Attributes:
-        loss: Sum of the cross entropy in nats.
-        num_tokens: Number of supervised tokens.
+        sums: Sums of the loss and of the metrics of the objective.
+        num_terms: Number of terms of the sums (`Objective.count_terms`).
         skipped: Samples that were skipped because of corrupt images.
         indices: Corpus indices of the other samples.
     """
 
-    loss: float
-    num_tokens: int
+    sums: tuple[float, ...]
+    num_terms: int
     skipped: tuple[SkippedSample, ...]
     indices: tuple[int, ...]
 
 
-MeanLoss = tuple[float, list[int]]
-"""Mean validation loss per supervised token, and corpus indices of its samples, sorted."""
+MeanLoss = tuple[list[float], list[int]]
+"""Mean validation loss and metrics, and corpus indices of the samples, sorted."""
 
 
 def _mean_losses(
@@ -419,17 +316,17 @@ def _mean_losses(
     losses, skipped = list[MeanLoss](), list[SkippedSample]()
     for num_parts in range(1, len(loss_sums) + 1):
         sums = [one for rank_sums in sums_by_rank for one in rank_sums[:num_parts]]
-        parts, token_counts, skipped_by_part, indices_by_part = zip(*sums, strict=True)
+        parts, term_counts, skipped_by_part, indices_by_part = zip(*sums, strict=True)
         skipped = [SkippedSample(*sample) for part in skipped_by_part for sample in part]
-        if not sum(token_counts):
+        if not sum(term_counts):
             raise UserError(
                 f"none of {len(skipped)} samples has decodable images",
                 where="data.eval",
                 expected="valid images",
                 remedy=f"fix the images; the first error is: {skipped[0].reason}",
             )
-        loss = math.fsum(parts) / sum(token_counts)
-        if not math.isfinite(loss):
+        means = [math.fsum(values) / sum(term_counts) for values in zip(*parts, strict=True)]
+        if not math.isfinite(loss := means[0]):
             raise UserError(
                 f"the validation loss of step {state.progress.step} is {loss}",
                 where="training",
@@ -437,11 +334,10 @@ def _mean_losses(
                 remedy="lower train.learning_rate, lengthen train.warmup, or use"
                 " train.precision=bf16",
             )
-        losses.append((loss, sorted(chain.from_iterable(indices_by_part))))
+        losses.append((means, sorted(chain.from_iterable(indices_by_part))))
     return losses, skipped
 
 
-@torch.no_grad()
 def compute_validation_loss(
     state: TrainState,
     budget: MemoryBudget,
@@ -449,7 +345,7 @@ def compute_validation_loss(
     stop: StopRequest,
     indices: Sequence[int],
 ) -> LossSum:
-    """Sum the cross entropy over the supervised tokens of this rank's validation samples.
+    """Sum the loss and the metrics of the objective over this rank's validation samples.
 
     The model is in evaluation mode, so dropout is disabled.
 
@@ -464,43 +360,61 @@ def compute_validation_loss(
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
     data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
-    hardware = state.run.hardware
-    total = torch.zeros((), device=hardware.device, dtype=torch.float64)
-    unit_weight = torch.ones((), device=hardware.device)
-    num_tokens = 0
+    objective, device = state.engine.objective, state.run.hardware.device
+    total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
+    num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
     model.eval()
     try:
-        step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
-        with closing(step_batches) as steps:
-            for step_batch in steps:
-                stop.raise_if_requested()
-                for packed_batch in step_batch.packs:
-                    try:
-                        total += _pack_loss(state, packed_batch, unit_weight)
-                    except torch.OutOfMemoryError as error:
-                        has_freed_memory = state.engine.graph_runner.release_graphs()
-                        raise build_pack_oom_error(
-                            error, packed_batch, budget, False, has_freed_memory=has_freed_memory
-                        ) from None
-                    num_tokens += packed_batch.num_supervised_tokens
-                skipped += step_batch.skipped
-                read += chain.from_iterable(step_batch.sample_indices)
-                on_progress(step_batch.num_samples + len(step_batch.skipped))
+        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress, stop):
+            for loss in values:
+                total += loss
+            num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
+            skipped += step_batch.skipped
+            read += chain.from_iterable(step_batch.sample_indices)
     finally:
         model.train()
-    return LossSum(total.item(), num_tokens, tuple(skipped), tuple(read))
+    return LossSum(tuple(total.tolist()), num_terms, tuple(skipped), tuple(read))
 
 
-def _pack_loss(state: TrainState, packed_batch: PackedBatch, unit_weight: Tensor) -> Tensor:
-    """Return the summed loss of a pack.
+@torch.no_grad()
+def iter_step_losses(
+    state: TrainState,
+    data: StepDataset,
+    split: str,
+    budget: MemoryBudget,
+    on_progress: ProgressCallback,
+    stop: StopRequest,
+) -> Iterator[tuple[StepBatch, list[Tensor]]]:
+    """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
+    hardware = state.run.hardware
+    step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
+    with closing(step_batches) as steps:
+        for step_batch in steps:
+            stop.raise_if_requested()
+            values = []
+            packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
+            for packed_batch, sample_indices in packs:
+                try:
+                    values.append(_pack_loss(state, packed_batch, (split, sample_indices)))
+                except torch.OutOfMemoryError as error:
+                    has_freed_memory = state.engine.graph_runner.release_graphs()
+                    raise build_pack_oom_error(
+                        error, packed_batch, budget, False, has_freed_memory=has_freed_memory
+                    ) from None
+            yield step_batch, values
+            on_progress(step_batch.num_samples + len(step_batch.skipped))
+
+
+def _pack_loss(state: TrainState, packed_batch: PackedBatch, key: PackKey) -> Tensor:
+    """Return the summed loss and metrics of a pack.
 
     This is a separate function so that the tensors of the pack are freed on return.
     """
     model = state.engine.model
     batch = state.engine.device_loader.load(packed_batch)
-    objective = state.engine.objective
-    inputs = objective.loss_inputs(batch, unit_weight)
+    objective, unit_weight = state.engine.objective, torch.ones((), device=batch.ids_T.device)
+    inputs = objective.loss_inputs(batch, unit_weight, key)
     return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 

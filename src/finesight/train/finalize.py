@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
+from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, pair_results
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
     MetricDifference,
@@ -36,13 +37,8 @@ from finesight.model.trainable import MODEL_PARTS, ModelPart, get_part
 from finesight.model_folder import ModelFolder
 from finesight.progress import ProgressConsole
 from finesight.storage import write_file, write_folder
-from finesight.train.checkpoint import BestEval, TrainProgress
-from finesight.train.evaluation import (
-    EvalResult,
-    find_best_eval,
-    load_eval_history,
-    pair_results,
-)
+from finesight.train.checkpoint import TrainProgress
+from finesight.train.evaluation import load_eval_history
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 from finesight.train.run_dir import RunDir
 from finesight.train.state import TrainState

@@ -22,7 +22,7 @@ import torch
 
 from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError, format_count
-from finesight.evaluate.eval_case import note_lines, select_eval_samples
+from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.model.layers import MoeExperts
@@ -33,12 +33,7 @@ from finesight.progress import ProgressConsole, StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.evaluation import (
-    EvalResult,
-    load_eval_history,
-    peak_memory_gb,
-    resolve_interim_limit,
-)
+from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
 from finesight.train.finalize import RunResult
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
@@ -88,6 +83,7 @@ class TrackingEvents:
             if result is not None:
                 scores = {f"{prefix}scores/{name}": x for name, x in result.scores.items()}
                 loss = {f"{prefix}validation_loss": result.validation_loss}
+                loss |= {f"{prefix}eval_{name}": x for name, x in result.loss_metrics.items()}
                 self._tracking.log_metrics(eval_result.step, loss | scores)
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
@@ -451,6 +447,7 @@ class MetricsLogger:
             "epoch": round(position / state.data.sampler.epoch_length, 4),
             "loss": step_check.loss,
             "grad_norm": step_check.grad_norm,
+            **step_output.list_metrics(state.engine.objective),
             "lr": state.engine.optimizer.learning_rates(step_output.lr_factor),
             "num_samples": global_stats.num_samples,
             "num_tokens": global_stats.num_tokens,
@@ -509,7 +506,9 @@ class MetricsLogger:
         return frozenset(data.corpus[index].sample.id for index in indices)
 
     def _log_scores(self, result: EvalResult, label: str) -> None:
-        summary = "  ".join(f"{score} {value:.4f}" for score, value in result.scores.items())
+        metrics = result.loss_metrics.items()
+        scores = {name: x for name, x in metrics if name == "rewards/accuracies"} | result.scores
+        summary = "  ".join(f"{score} {value:.4f}" for score, value in scores.items())
         if interval := result.intervals.get(result.primary_metric or ""):
             ends = f"{interval.low:.4f} to {interval.high:.4f}"
             summary += f"  ({result.primary_metric}: 95 % interval {ends})"

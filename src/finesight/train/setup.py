@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, TuneSettings
+from finesight.config import Recipe, TrainSettings, TuneSettings
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.errors import UserError
@@ -58,6 +58,8 @@ from finesight.train.dataset_stats import (
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
+from finesight.train.objectives import Objective
+from finesight.train.objectives.dpo import PairObjective, get_pair_settings
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
@@ -223,6 +225,7 @@ def build_train_state(
     if recipe.tune.quantize.fp8:
         require_fp8_support(hardware.device, "tune.quantize.fp8")
     base_model = resolve_base_model(recipe)
+    objective = build_objective(recipe.train, base_model.folder.family)
     renderer = base_model.build_renderer(recipe)
     if recipe.eval is not None and recipe.data.eval:
         get_task_metric(
@@ -271,7 +274,8 @@ def build_train_state(
         sample_stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=supports_context_parallelism(model),
+        can_split_samples=get_pair_settings(recipe.train) is None
+        and supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -282,7 +286,6 @@ def build_train_state(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
-    objective = SftObjective()
     state = TrainState(
         RunContext(recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config),
         RunData(
@@ -333,6 +336,34 @@ def build_train_state(
     state.apply_budget(state.progress.budget)
     _log_overrides(state, budget, console)
     return state, param_audit
+
+
+def build_objective(train: TrainSettings, family: str) -> Objective:
+    """Create the objective of a run.
+
+    Raises:
+        UserError: The model family does not support `train.objective`.
+    """
+    settings = get_pair_settings(train)
+    if settings is None:
+        return SftObjective()
+    # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
+    if family not in ARCHITECTURES or family == "qwen":
+        raise UserError(
+            f"train.objective={train.objective} does not support the family {family}",
+            where="train.objective",
+            expected="a natively implemented model family since Qwen2-VL",
+            remedy="choose another model, or set train.objective=sft",
+        )
+    return PairObjective(settings)
+
+
+def resolve_tune(recipe: Recipe) -> TuneSettings:
+    """Return the section `tune`, without dropout for pairs, whose likelihoods are compared."""
+    if get_pair_settings(recipe.train) is None:
+        return recipe.tune
+    lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
+    return recipe.tune.model_copy(update={"lora": lora})
 
 
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
@@ -457,7 +488,7 @@ def _load_model(
         model = load_auto_model(
             base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8
         )
-    configure_tuning(model, recipe.tune, recipe.train.seed)
+    configure_tuning(model, resolve_tune(recipe), recipe.train.seed)
     if base_model.adapter is not None:
         load_trainable_adapter(model, base_model.adapter, base_folder=base_model.folder)
     if isinstance(model, HfModel):
@@ -530,6 +561,12 @@ def _build_resume_config(
     settings |= {
         f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
     }
+    for name in ("dpo", "orpo", "simpo"):
+        if recipe.train.objective != name:
+            del settings[f"train.{name}"]
+    if get_pair_settings(recipe.train) is None:
+        # Checkpoints of earlier versions have no objective.
+        del settings["train.objective"]
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

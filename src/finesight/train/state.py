@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import Renderer, build_renderer
+from finesight.encode.renderer import RejectedAnswers, Renderer, build_renderer
 from finesight.errors import TrainingInterrupted
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
@@ -40,6 +40,14 @@ PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 """Signals that job schedulers send before the time limit (`sbatch --signal=USR1@300`)."""
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
+
+
+REJECTED_ANSWERS: Mapping[str | None, RejectedAnswers] = {
+    None: "forbid",
+    "sft": "ignore",
+    **dict.fromkeys(("dpo", "orpo", "simpo"), "require"),
+}
+"""Treatment of rejected answers by `train.objective`."""
 
 
 class StopRequest:
@@ -149,7 +157,9 @@ class BaseModelRef:
                 image_rule = image_rule.complete(run_rule)
             image_rule = run_rule if image_rule is None else image_rule
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
-        return build_renderer(self.folder, image_rule, system_prompt)
+        renderer = build_renderer(self.folder, image_rule, system_prompt)
+        renderer.rejected_answers = REJECTED_ANSWERS[recipe.train.objective]
+        return renderer
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,8 +322,8 @@ class StepOutput:
         budget: Memory budget of the step.
         lr_factor: Factor of the learning rate schedule.
         is_applied: False if the gradients overflowed in fp16, or no sample was valid.
-        loss_and_norm_2: Mean loss per supervised token and gradient norm. The CPU tensor is valid
-            after `event`. If one of them is not finite, the device has skipped the update.
+        results: Gradient norm, mean loss and mean metrics of the objective. The CPU tensor is valid
+            after `event`. If norm or loss are not finite, the device has skipped the update.
         event: CUDA event after the copy to the CPU; None on a CPU.
     """
 
@@ -322,12 +332,16 @@ class StepOutput:
     budget: MemoryBudget
     lr_factor: float
     is_applied: bool
-    loss_and_norm_2: Tensor
+    results: Tensor
     event: torch.cuda.Event | None
 
     def wait(self) -> tuple[float, float]:
         """Wait for the device, and return the loss and the gradient norm."""
         if self.event is not None:
             self.event.synchronize()
-        loss, norm = self.loss_and_norm_2.tolist()
+        norm, loss, *_ = self.results.tolist()
         return loss, norm
+
+    def list_metrics(self, objective: Objective) -> dict[str, float]:
+        """Return the mean metrics of the objective by name; call it after `wait`."""
+        return dict(zip(objective.metric_names, self.results[2:].tolist(), strict=True))

@@ -21,6 +21,7 @@ from torch import Tensor
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
+from finesight.evaluate.eval_case import find_best_eval
 from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
@@ -37,12 +38,8 @@ from finesight.train.dataloader import (
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import (
-    find_best_eval,
-    load_eval_history,
-    resolve_eval_interval,
-    run_evaluation,
-)
+from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
+from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
@@ -145,15 +142,17 @@ def train_step(
     """
     engine, hardware, seed = state.engine, state.run.hardware, state.run.recipe.train.seed
     optimizer, parallel, loss_scaler = engine.optimizer, engine.parallel, engine.loss_scaler
+    objective = engine.objective
     device, process_group = hardware.device, hardware.process_group
     loss_scale, step_index = loss_scaler.scale, step_batch.step_index
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
-    num_tokens = global_stats.num_supervised_tokens
-    loss_weight = torch.full((), loss_scale / max(1, num_tokens), device=device)
-    total = torch.zeros((), device=device)
+    num_terms = objective.count_terms(global_stats)
+    loss_weight = torch.full((), loss_scale / max(1, num_terms), device=device)
+    # Loss and metrics.
+    total = torch.zeros(1 + len(objective.metric_names), device=device)
     try:
         for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
-            group_loss = torch.zeros((), device=device)
+            group_loss = torch.zeros_like(total)
             with sync_context:
                 for micro_index, packed_batch in packs:
                     # In a distributed run, the other ranks would wait for this one.
@@ -178,6 +177,7 @@ def train_step(
                                 step_batch.cache_inputs[micro_index], packed_batch.context_shard
                             ),
                             pack_weight,
+                            None if is_dummy else ("train", step_batch.sample_indices[micro_index]),
                         )
                 total += group_loss
     except Exception:
@@ -190,8 +190,8 @@ def train_step(
         global_stats=global_stats,
         budget=state.progress.budget,
         lr_factor=engine.lr_schedule.lr_factor(step_index),
-        is_applied=num_tokens > 0,
-        loss_and_norm_2=(torch.stack([total, grad_norm]) / loss_scale).to("cpu", non_blocking=True),
+        is_applied=num_terms > 0,
+        results=(torch.cat([grad_norm[None], total]) / loss_scale).to("cpu", non_blocking=True),
         event=record_event(total.device, enable_timing=True),
     )
     if not step_output.is_applied:
@@ -203,7 +203,7 @@ def train_step(
             engine.zero_grad()
             return replace(step_output, is_applied=False)
     optimizer.step(
-        step_output.lr_factor, grad_norm.masked_fill(~total.isfinite(), math.nan), loss_scale
+        step_output.lr_factor, grad_norm.masked_fill(~total[0].isfinite(), math.nan), loss_scale
     )
     parallel.sync_params()
     return step_output
@@ -214,17 +214,19 @@ def forward_backward(
     batch: PackedBatch,
     features_MKD: Tensor | None,
     loss_weight: Tensor,
+    key: PackKey | None = None,
 ) -> Tensor:
-    """Run the forward and backward pass of a pack, and return its weighted loss on the device.
+    """Run the forward and backward pass of a pack, and return weighted loss and metrics.
 
     A CUDA graph runs both passes if one fits the pack and is faster.
 
     Args:
         features_MKD: Cached image features; None to run the vision encoder.
         loss_weight: Scalar on the device that multiplies the summed loss.
+        key: Samples of the pack, if known.
     """
     model, objective = graph_runner.model, graph_runner.objective
-    loss_inputs = objective.loss_inputs(batch, loss_weight)
+    loss_inputs = objective.loss_inputs(batch, loss_weight, key)
     if graph_runner.graphs is not None:
         graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
         if graph_loss is not None:
@@ -233,7 +235,7 @@ def forward_backward(
     h_LD = model(batch, features_MKD)
     loss = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
     if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss[0].backward()  # type: ignore[no-untyped-call]
     if graph_runner.graphs is not None:
         graph_runner.record_eager(loss, time.perf_counter() - start)
     return loss.detach()

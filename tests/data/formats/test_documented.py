@@ -122,17 +122,7 @@ CONVERSATIONS = [
         ],
     }
 ]
-IMAGE_PATH = [
-    {
-        "id": "identity_1",
-        "conversations": [
-            {"role": "user", "value": "a.png"},
-            {"role": "assistant", "value": "x ^ { 2 }"},
-        ],
-    }
-]
 TABLE = [{"image": "a.png", "question": "Which?", "answer": "This.", "box": None, "label": None}]
-NO_IMAGE = {"prompt": "Which formula is it?"}
 COLUMNS = {"columns": {"image": "image", "question": "question", "answer": "answer"}}
 
 EXAMPLES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
@@ -143,7 +133,6 @@ EXAMPLES: list[tuple[str, list[dict[str, Any]], dict[str, Any]]] = [
     ("query-response", QUERY, {}),
     ("qwen-vl", QWEN_VL, {}),
     ("conversations", CONVERSATIONS, {}),
-    ("image-path", IMAGE_PATH, NO_IMAGE),
     ("table", TABLE, COLUMNS),
 ]
 

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from finesight.config import TuneSettings
 from finesight.errors import UserError
-from finesight.model.families.architecture import to_layer_name
+from finesight.model.families import to_layer_name
 from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora import peft_io
 from finesight.model.trainable import configure_tuning

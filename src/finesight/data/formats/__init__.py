@@ -25,6 +25,7 @@ from finesight.data.formats.dataset_format import (
     DatasetFormat,
     decode_json_lists,
     describe_value,
+    split_preference,
 )
 from finesight.data.row_reader import Record
 from finesight.data.sample import InvalidRowError
@@ -87,7 +88,7 @@ def get_format(name: str, option: str = "--format") -> DatasetFormat:
 
 def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat, str]:
     """Detect the dataset format of the first records of a source."""
-    records = list(map(decode_json_lists, records))
+    records = [split_preference(decode_json_lists(record))[0] for record in records]
     for data_format in iter_formats():
         detected_by = data_format.detect and data_format.detect(records)
         if detected_by is not None:

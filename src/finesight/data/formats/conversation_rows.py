@@ -13,6 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -551,11 +552,16 @@ def encode_row(
 ) -> str:
     """Encode the row of a sample as JSON: ID, content from `make_fields`, and metadata.
 
-    References and metadata under reserved keys are not written; they are counted as lost content.
+    References, metadata under reserved keys, and rejected answers whose rows differ in more than
+    the turns are not written; they are counted as lost content.
     """
     sample = located_sample.sample
     try:
         fields = make_fields(located_sample)
+        if sample.rejected:
+            update = {"messages": sample.rejected_messages}
+            others = make_fields(replace(located_sample, sample=sample.model_copy(update=update)))
+            fields |= _pair_turns(fields, others)
     except UserError as error:
         raise UserError(
             f"the sample {sample.id!r} cannot be written: {error.what}",
@@ -570,9 +576,27 @@ def encode_row(
         if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
     context.lost_counts["references"] += len(sample.references)
+    context.lost_counts["rejected answers"] += bool(sample.rejected and not fields.keys() & _PAIR)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
     meta = {key: value for key, value in sample.meta.items() if key not in reserved}
     return json.dumps({"id": sample.id, **fields, **meta}, ensure_ascii=False)
+
+
+_PAIR = {"rejected", "rejected_messages", "rejected_response"}
+
+
+def _pair_turns(chosen: Record, rejected: Record) -> Record:
+    """Return the fields that make the row of a chosen answer a preference pair, if possible."""
+    differing = [key for key in chosen if chosen[key] != rejected.get(key)]
+    if differing == ["messages"]:
+        return {"rejected_messages": rejected["messages"]}
+    if differing == ["response"]:
+        return {"rejected_response": rejected["response"]}
+    if differing == ["conversations"]:
+        *turns, answer = chosen["conversations"]
+        worse = rejected["conversations"][-1]
+        return {"conversations": turns, "chosen": answer, "rejected": worse}
+    return {}
 
 
 def add_box_note(

@@ -35,7 +35,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,13 +99,6 @@ _QWEN_VL_TAGS = re.compile(
 )
 
 LLAVA_FILE = "data.json"
-DATASET_INFO = {
-    "finesight": {
-        "file_name": JSONL_FILE,
-        "formatting": "sharegpt",
-        "columns": {"messages": "conversations", "images": "images"},
-    }
-}
 BOX_NOTE = (
     ". LLaMA-Factory trains on these coordinates unchanged, even if it resizes images to"
     " image_max_pixels (768 x 768 unless set): set that above your largest image"
@@ -276,10 +268,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write conversations in the syntax of Qwen-VL.
-
-    Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
-    """
+    """Write the syntax of Qwen-VL, with boxes rounded to its grid of 1000 (at most 999)."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context, "{}")
@@ -373,47 +362,6 @@ def _write_conversations(samples: Sequence[LocatedSample], context: ExportContex
     add_box_note(samples, context)
 
 
-def _write_image_path(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write the image path as first user message, and report the common question as a note."""
-    prompts: set[str] = set()
-
-    def make_fields(located_sample: LocatedSample) -> Record:
-        turns, image_names = render_turns(located_sample, context)
-        user_index = next(index for index, (role, _) in enumerate(turns) if role == "user")
-        image, *rest = located_sample.sample.messages[user_index].content or (None,)
-        texts = [part.text for part in rest if isinstance(part, TextPart)]
-        if not isinstance(image, ImagePart) or len(texts) < len(rest):
-            types = (part.type for part in located_sample.sample.messages[user_index].content)
-            raise _build_unsupported_error(f"a question of {', '.join(types)}")
-        name, prompt = image_names[0], "".join(texts)
-        prompts.add(prompt)
-        later_questions = [text for role, text in turns[user_index + 1 :] if role == "user"]
-        is_supported = (
-            len(image_names) == 1
-            and is_image_path(name)
-            and not any(map(is_image_path, later_questions))
-            and len(prompts) == 1
-        )
-        if not is_supported:
-            raise _build_unsupported_error(f"the question {prompt[:60]!r} about {name!r}")
-        turns[user_index] = ("user", name)
-        return {"conversations": [{"from": role, "value": text} for role, text in turns]}
-
-    yield from write_rows(samples, context, make_fields)
-    add_box_note(samples, context)
-    context.notes.append(
-        f"the rows do not contain the question; --prompt {shlex.quote(prompts.pop())} does"
-    )
-
-
-def _build_unsupported_error(what: str) -> UserError:
-    return UserError(
-        what,
-        expected="one image with a common suffix, then the same question in every sample",
-        remedy="export to conversations, which supports both",
-    )
-
-
 def _write_llava(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write a JSON array of conversations about at most one image, without system prompt."""
 
@@ -445,7 +393,12 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
         return {"conversations": rows, "images": image_names}
 
     yield from write_rows(samples, context, make_fields)
-    yield "dataset_info.json", f"{json.dumps(DATASET_INFO, indent=2)}\n".encode()
+    info: Record = {"file_name": JSONL_FILE, "formatting": "sharegpt"}
+    info["columns"] = {"messages": "conversations", "images": "images"}
+    if all(located_sample.sample.rejected for located_sample in samples):
+        info["ranking"] = True
+        info["columns"] |= {"chosen": "chosen", "rejected": "rejected"}
+    yield "dataset_info.json", f"{json.dumps({'finesight': info}, indent=2)}\n".encode()
     add_box_note(samples, context, BOX_NOTE)
 
 
@@ -633,7 +586,6 @@ IMAGE_PATH = DatasetFormat(
     description='"conversations": [{"role": "user", "value": "path"}, ...], question by --prompt',
     detect=_detect_image_path,
     parse_row=_parse_image_path,
-    write_files=_write_image_path,
 )
 LLAVA = DatasetFormat(
     name="llava",

@@ -23,7 +23,7 @@ from finesight.data.boxes import (
     clip_to_image,
     parse_coordinates,
 )
-from finesight.data.formats.row_keys import sort_keys
+from finesight.data.formats.row_keys import has_value, sort_keys
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import Record, RowReader, SourceRow
 from finesight.data.sample import (
@@ -31,6 +31,7 @@ from finesight.data.sample import (
     BoxPart,
     ContentPart,
     ImagePart,
+    InvalidRowError,
     InvalidTurnsError,
     LocatedSample,
     Message,
@@ -51,6 +52,7 @@ class ImportExample:
 
     Attributes:
         references: Further correct answers that are used only for scoring.
+        rejected: Worse answer than the only one of `answers`, in preference data.
     """
 
     id: str
@@ -58,14 +60,15 @@ class ImportExample:
     answers: tuple[tuple[ContentPart, ...], ...]
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
+    rejected: tuple[ContentPart, ...] = ()
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""
-        if len(self.answers) == 1:
-            return [self._build_sample(self.id, self.answers[0], self.references)]
+        names = [format_answer_id(self.id, number + 1) for number in range(len(self.answers))]
+        names = names if len(names) > 1 else [self.id]
         return [
-            self._build_sample(format_answer_id(self.id, answer_number), answer, self.references)
-            for answer_number, answer in enumerate(self.answers, start=1)
+            self._build_sample(name, answer, self.references)
+            for name, answer in zip(names, self.answers, strict=True)
         ]
 
     def to_eval_sample(self) -> Sample:
@@ -81,8 +84,13 @@ class ImportExample:
         self, sample_id: str, answer: tuple[ContentPart, ...], references: tuple[str, ...]
     ) -> Sample:
         last = Message(role="assistant", content=answer)
-        messages = (*self.prompt_messages, last)
-        return Sample(id=sample_id, messages=messages, references=references, meta=self.meta)
+        return Sample(
+            id=sample_id,
+            messages=(*self.prompt_messages, last),
+            rejected=self.rejected,
+            references=references,
+            meta=self.meta,
+        )
 
 
 def format_answer_id(name: str, number: int) -> str:
@@ -427,7 +435,11 @@ class ExportContext:
         return self.read_size(path)
 
 
-_TURN_KEYS = ("messages", "conversations", "conversation", "prompt", "completion", "history")
+_TURN_KEYS = (
+    *("messages", "conversations", "conversation", "prompt", "completion", "history"),
+    *("chosen", "rejected", "rejected_messages"),
+)
+_REJECTED_KEYS = "rejected_response", "rejected_messages"
 _OBJECT_KEYS = ("images", "image", "videos", "objects")
 
 MAX_LITERAL_CHARS = 2**20
@@ -450,6 +462,34 @@ def decode_json_lists(record: Record) -> Record:
         for key, text in texts.items()
     }
     return {**record, **decoded} if texts else record
+
+
+def split_preference(record: Record) -> list[Record]:
+    """Return the rows of the chosen and of the rejected answer of a preference row.
+
+    Supported are the keys of TRL (`prompt`, `chosen`, `rejected`), ms-swift (`rejected_response`,
+    `rejected_messages`) and LLaMA-Factory (`conversations` or `instruction` with `chosen` and
+    `rejected`). Any other row is returned alone.
+    """
+    pair = "chosen", "rejected"
+    others = {k: v for k, v in record.items() if k not in (*pair, *_REJECTED_KEYS)}
+    if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
+        for question, key in (("instruction", "output"), ("prompt", "completion")):
+            if question in record:
+                return [{**others, key: record[name]} for name in pair]
+        turns = next((k for k in ("conversations", "messages") if has_value(record.get(k))), None)
+        if turns is not None or all(isinstance(record[name], list) for name in pair):
+            key, prompt = turns or "messages", as_list(record.get(turns or "messages"))
+            return [{**others, key: [*prompt, *as_list(record[name])]} for name in pair]
+    messages, (text, rejected) = record.get("messages"), map(record.get, _REJECTED_KEYS)
+    if isinstance(text, str) and text:
+        if "response" in record:
+            return [others, {**others, "response": text}]
+        if isinstance(messages, list):
+            rejected = [*messages[:-1], {"role": "assistant", "content": text}]
+    if isinstance(rejected, list) and rejected:
+        return [others, {**others, "messages": rejected}]
+    return [record]
 
 
 def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:
@@ -522,9 +562,25 @@ class DatasetFormat:
         """
         for notes in (context.row_notes, context.other_keys, context.invalid_boxes):
             notes.clear()
-        if "map" not in self.supported_options:
-            row = replace(row, record=decode_json_lists(row.record))
-        result = self.parse_row(row, context)
+        if "map" in self.supported_options:
+            result = self.parse_row(row, context)
+            return [result] if isinstance(result, ImportExample) else result
+        records = split_preference(decode_json_lists(row.record))
+        # The keys of the chosen row are counted, so it is parsed last.
+        *rejected, result = (self._parse(row, record, context) for record in reversed(records))
+        for (other,) in rejected:
+            (chosen,) = result
+            if chosen.prompt_messages != other.prompt_messages:
+                raise InvalidRowError(
+                    f"the prompts of both answers differ: {chosen.prompt_messages!s:.60}",
+                    "a chosen and a rejected answer to one prompt",
+                )
+            result = [replace(chosen, rejected=other.answers[0])]
+        return result
+
+    def _parse(self, row: SourceRow, record: Record, context: ImportContext) -> list[ImportExample]:
+        context.other_keys.clear()
+        result = self.parse_row(replace(row, record=record), context)
         return [result] if isinstance(result, ImportExample) else result
 
 

@@ -51,7 +51,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     as_list,
 )
-from finesight.data.formats.row_keys import PARTS, ROWS, has_value, iter_nested, sort_keys
+from finesight.data.formats.row_keys import PARTS, has_value, iter_nested, sort_keys
 from finesight.data.image_resolver import encode_data_url
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
@@ -76,16 +76,15 @@ from finesight.errors import UserError
 
 _KINDS = ("image", "video")
 _TAGS = re.compile("(<image>|<video>)")
-_PREFERENCE_KEYS = frozenset(("chosen", "rejected"))
 _Turn = tuple[Role, list[object]]
 
 
 def _detect_openai(records: Sequence[Record]) -> str | None:
     """Detect messages of which at least one has typed parts, and return the reason or None.
 
-    Prompts with completions, or with chosen and rejected answers, match as well.
+    Prompts with completions match as well.
     """
-    if all({"prompt", "completion"} <= r.keys() or _PREFERENCE_KEYS & r.keys() for r in records):
+    if all({"prompt", "completion"} <= record.keys() for record in records):
         return f"completions or chosen answers in all of the first {len(records)}, as in TRL"
     num_parts = 0
     for record in records:
@@ -102,8 +101,6 @@ def _detect_openai(records: Sequence[Record]) -> str | None:
 
 def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a row of chat messages, or of prompt and completion."""
-    preference = {key: row.record[key] for key in sorted(_PREFERENCE_KEYS & row.record.keys())}
-    sort_keys(preference, (), ROWS, Counter())
     has_files = bool(list_images(row.record, (*IMAGE_KEYS, *VIDEO_KEYS)))
     turns: list[_Turn] = [
         (role, content if isinstance(content, list) else _split_text(content, has_files=has_files))
@@ -268,10 +265,11 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
         xyxy = context.read_box(part.xyxy, images[part.image], BoxConvention(), part.label)
         return part.model_copy(update={"xyxy": xyxy})
 
-    if any(part.type == "box" for part in sample.iter_parts()):
+    if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
         sample = sample.with_parts(fitted)
     *turns, answer = sample.messages
-    return ImportExample(sample.id, tuple(turns), (answer.content,), sample.references, sample.meta)
+    texts = sample.references, sample.meta, sample.rejected
+    return ImportExample(sample.id, tuple(turns), (answer.content,), *texts)
 
 
 def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

@@ -103,8 +103,8 @@ class KeyMeaning(NamedTuple):
 
 TOOL_CALLS = KeyMeaning("tool calls, which are not supported yet", "leave out these rows")
 PREFERENCE = KeyMeaning(
-    "preference data; an import reads correct answers only",
-    "keep the better answer only: as `completion` after `prompt`, or as last turn of `messages`",
+    "preference data without a pair of a chosen and a rejected answer",
+    "add the other answer, or keep the better one only: as last turn of `messages`",
 )
 MEDIA = KeyMeaning(
     "an image, a video or audio that the format does not use",
@@ -163,7 +163,8 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     is_json = is_structure or (isinstance(value, str) and value.lstrip().startswith(("[", "{")))
     if is_json and _has(words, _TOOLS):
         return TOOL_CALLS
-    if _has(words, _PREFERENCE) or (name == "label" and value is False):
+    is_score = isinstance(value, int | float) and not isinstance(value, bool)
+    if (_has(words, _PREFERENCE) and not is_score) or (name == "label" and value is False):
         return PREFERENCE
     if _is_row_media(key, value, image_names):
         return MEDIA

@@ -20,7 +20,7 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
-from finesight.model.families.architecture import Architecture
+from finesight.model.families import Architecture
 from finesight.model.layers import GatedMlp, PatchMerger, RmsNorm, VisionBlock
 from finesight.model.vision_encoder import (
     MAX_CACHED_GRIDS,

@@ -12,7 +12,7 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
-from finesight.model.families.architecture import Architecture
+from finesight.model.families import Architecture
 from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows

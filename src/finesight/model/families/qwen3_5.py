@@ -27,7 +27,7 @@ from finesight.model.config import (
     parse_decoder_config,
 )
 from finesight.model.decoder import Decoder, FusibleLayer
-from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
+from finesight.model.families import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.families.qwen3_vl import (
     build_vision_encoder,
     interleaved_mrope_axes,

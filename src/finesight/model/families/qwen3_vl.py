@@ -27,7 +27,7 @@ from finesight.model.config import (
     parse_decoder_config,
     parse_vision_config,
 )
-from finesight.model.families.architecture import TRANSFORMERS_V5_PREFIXES, Architecture
+from finesight.model.families import TRANSFORMERS_V5_PREFIXES, Architecture
 from finesight.model.layers import TANH_GELU, FeedForward, VisionBlock, empty_embedding
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows

@@ -24,7 +24,7 @@ from finesight.encode.packing import copy_to_device
 from finesight.model.attention import AttentionBackend, Segments, varlen_attention
 from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization, VisionConfig
 from finesight.model.decoder import Decoder
-from finesight.model.families.architecture import QWEN_VL_MAPPING, Architecture
+from finesight.model.families import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_ops import swiglu
 from finesight.model.layers import (
     RmsNorm,

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 
 from finesight.bounded_files import read_bytes
 from finesight.errors import UserError
-from finesight.model.families.architecture import (
-    QWEN_VL_MAPPING,
+from finesight.model.families import (
+    KEY_MAPPINGS,
     TRANSFORMERS_V5_MAPPING,
     KeyMapping,
     to_layer_name,
@@ -397,7 +397,7 @@ def _group_layer_indices(names: list[str]) -> dict[tuple[str, str], list[int]]:
 
 
 def read_adapter(
-    folder: Path, key_mappings: Sequence[KeyMapping] = (TRANSFORMERS_V5_MAPPING, QWEN_VL_MAPPING)
+    folder: Path, key_mappings: Sequence[KeyMapping] = KEY_MAPPINGS
 ) -> tuple[AdapterSpec, dict[str, LoraFactors]]:
     """Read a PEFT adapter: its description, and the LoRA matrices by native layer name.
 

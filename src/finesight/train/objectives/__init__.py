@@ -8,24 +8,31 @@ from typing import Protocol
 from torch import Tensor
 
 from finesight.encode.packing import PackedBatch
+from finesight.train.dataloader import GlobalStepStats
+
+PackKey = tuple[str, tuple[int, ...]]
+"""Split (`train` or `eval`) and corpus indices of the samples of a pack."""
 
 
 class Objective(Protocol):
     """Loss of a packed batch, computed from the hidden states of its supervised tokens.
 
     Training step, CUDA graphs, evaluation and memory estimates use it. Shapes: L supervised tokens,
-    D model width, V vocabulary size. Objectives with several responses per prompt need additions:
+    D model width, V vocabulary size, M metrics.
 
-    - Units: `plan_packs` keeps a pair (DPO) or a group (GRPO) in one pack. Prompt and image are the
-      shared prefix.
-    - Loss inputs per supervised token, in `PackedBatch`. DPO: index of the response, stored
-      log-probability of the reference model. GRPO: advantage, log-probabilities of the sampler and
-      of the reference model.
-    - Metrics besides the loss, such as the reward margin (DPO) or the clip ratio (GRPO), as sums
-      over tokens that the step adds to its all-reduce of the loss.
+    Attributes:
+        metric_names: Names of the metrics that are computed with the loss.
     """
 
-    def loss_inputs(self, batch: PackedBatch, loss_weight: Tensor) -> dict[str, Tensor]:
+    metric_names: tuple[str, ...]
+
+    def count_terms(self, stats: GlobalStepStats) -> int:
+        """Return the number of terms of a step, such as tokens, over which the loss is a mean."""
+        ...
+
+    def loss_inputs(
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
+    ) -> dict[str, Tensor]:
         """Return the inputs of the loss other than the hidden states, by name.
 
         A CUDA graph copies them to static buffers. Each is a scalar, or has one row per supervised
@@ -33,11 +40,14 @@ class Objective(Protocol):
 
         Args:
             loss_weight: fp32 scalar on the device that multiplies the loss.
+            key: Samples of the pack, if known.
         """
         ...
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted loss, an fp32 scalar, without synchronizing with the device.
+        """Return the weighted sums of loss and metrics, [1 + M], without synchronizing.
+
+        Metrics have no gradient.
 
         Args:
             h_LD: Hidden states of the supervised tokens, followed by padding.

@@ -18,6 +18,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from finesight.encode.packing import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
+from finesight.train.dataloader import GlobalStepStats
+from finesight.train.objectives import PackKey
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""
@@ -26,13 +28,22 @@ MAX_LOGITS_BYTES = 1 << 28
 class SftObjective:
     """Objective of supervised fine-tuning: cross entropy of the supervised tokens."""
 
-    def loss_inputs(self, batch: PackedBatch, loss_weight: Tensor) -> dict[str, Tensor]:
+    metric_names: tuple[str, ...] = ()
+
+    def count_terms(self, stats: GlobalStepStats) -> int:
+        """Return the number of supervised tokens."""
+        return stats.num_supervised_tokens
+
+    def loss_inputs(
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
+    ) -> dict[str, Tensor]:
         """Return the labels and the loss weight."""
         return {"labels_L": batch.labels_L, "loss_weight": loss_weight}
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum of the cross entropy."""
-        return fused_linear_cross_entropy(h_LD, head_VD, inputs["labels_L"], inputs["loss_weight"])
+        """Return the weighted sum of the cross entropy, [1]."""
+        labels_L, loss_weight = inputs["labels_L"], inputs["loss_weight"]
+        return fused_linear_cross_entropy(h_LD, head_VD, labels_L, loss_weight)[None]
 
 
 def fused_linear_cross_entropy(

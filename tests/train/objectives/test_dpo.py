@@ -1,0 +1,346 @@
+"""Preference tuning: losses compared with formulas and TRL, and runs on preference pairs."""
+
+import json
+import math
+from collections import defaultdict
+from types import SimpleNamespace
+
+import pytest
+import torch
+from each_value import each
+from rich.console import Console
+from safetensors.numpy import load_file
+from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
+from torch import Tensor
+
+from finesight.config import DataSettings, DpoSettings, OrpoSettings, SimpoSettings
+from finesight.data.corpus import load_corpus
+from finesight.encode.packing import pack
+from finesight.encode.renderer import NativeRenderer
+from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
+from finesight.plan.dry_run import plan_step_packs
+from finesight.plan.run_plan import plan_run
+from finesight.progress import ProgressConsole
+from finesight.recipe import recipe_from_dict
+from finesight.report.run_page import render_run_page
+from finesight.train.cuda_graphs import CudaGraphRunner
+from finesight.train.dataset_stats import compute_dataset_stats
+from finesight.train.objectives.dpo import (
+    REFERENCE_FILE,
+    PairObjective,
+    compute_mean_losses,
+    compute_pair_losses,
+    compute_token_logps,
+)
+
+PAIR = (-3.0, -5.0), (-4.0, -4.5), (3, 5)
+"""Log-probabilities of chosen and rejected, those of the reference, and lengths."""
+
+LOSSES = {
+    # The ratios are 1 and -0.5, and beta is 0.2.
+    "sigmoid": -math.log(1 / (1 + math.exp(-0.3))),
+    "hinge": 0.7,
+    "ipo": (1 / 3 + 0.5 / 5 - 2.5) ** 2,
+    "robust": (-0.9 * math.log(1 / (1 + math.exp(-0.3))) + 0.1 * math.log(1 / (1 + math.exp(0.3))))
+    / 0.8,
+    "apo_zero": 1 - 1 / (1 + math.exp(-0.2)) + 1 / (1 + math.exp(0.1)),
+    "apo_down": 1 / (1 + math.exp(-0.2)) + 1 - 1 / (1 + math.exp(-0.3)),
+    "sft": 1.0,
+}
+
+
+def make_settings(loss_type: object, **more: object) -> DpoSettings:
+    has_robust = "robust" in str(loss_type)
+    smoothing = {"label_smoothing": 0.1} if has_robust else {}
+    return DpoSettings.model_validate({"loss_type": loss_type, "beta": 0.2, **smoothing, **more})
+
+
+@each("loss_type", [*LOSSES])
+def test_losses_match_formulas(loss_type):
+    logps, reference, lengths = (torch.tensor(one, dtype=torch.float64)[:, None] for one in PAIR)
+    loss = compute_pair_losses(make_settings(loss_type), logps, reference, lengths)
+    assert loss.item() == pytest.approx(LOSSES[loss_type], abs=1e-12)
+    weighted = make_settings([loss_type, "sft"], loss_weights=[0.5, 2])
+    assert compute_pair_losses(weighted, logps, reference, lengths).item() == pytest.approx(
+        0.5 * LOSSES[loss_type] + 2, abs=1e-12
+    )
+
+
+def compute_trl_loss(
+    settings: DpoSettings, logps_RT: Tensor, mask_RT: Tensor, reference_2N: Tensor
+) -> Tensor:
+    """Compute the loss of the trainer of TRL, with a model that returns given log-probabilities."""
+    trainer_type = pytest.importorskip("trl", reason="TRL is not installed").DPOTrainer
+
+    def same(value: object, *_: object) -> object:
+        return value
+
+    zeros = torch.zeros_like(logps_RT)
+    outputs = SimpleNamespace(
+        log_probs=logps_RT * mask_RT, entropy=zeros, mean_logits=zeros, is_top1=zeros.bool()
+    )
+
+    class Model:
+        training = True
+
+        def __call__(self, **_: object) -> object:
+            return outputs
+
+    trainer = SimpleNamespace(
+        model=Model(),
+        accelerator=SimpleNamespace(device="cpu", gather=same, gather_for_metrics=same),
+        aux_loss_enabled=False,
+        ld_alpha=None,
+        precompute_ref_logps=True,
+        f_divergence_type="reverse_kl",
+        loss_types=list(settings.loss_type),
+        loss_weights=list(settings.loss_weights or [1.0] * len(settings.loss_type)),
+        beta=settings.beta,
+        label_smoothing=settings.label_smoothing,
+        use_weighting=False,
+        _metrics={"train": defaultdict(list)},
+        _total_train_tokens=0,
+        _tp_size=1,
+    )
+    padded_mask = torch.cat([torch.zeros_like(mask_RT[:, :1]), mask_RT], 1).long()
+    inputs = {
+        "completion_mask": padded_mask,
+        "input_ids": padded_mask,
+        "attention_mask": padded_mask,
+        "ref_chosen_logps": reference_2N[0],
+        "ref_rejected_logps": reference_2N[1],
+    }
+    loss: Tensor = trainer_type._compute_loss(trainer, trainer.model, inputs, False)
+    return loss
+
+
+@each("loss_type", [*LOSSES, ["sigmoid", "sft"], ["robust", "ipo", "apo_zero"]])
+def test_losses_and_gradients_match_trl(loss_type):
+    """The `sft` loss of TRL is a mean over the tokens of a batch: here, all are of equal length."""
+    torch.manual_seed(0)
+    num_pairs, num_tokens = 5, 9
+    logps_RT = -torch.rand(2 * num_pairs, num_tokens, dtype=torch.float64)
+    logps_RT.requires_grad_()
+    mask_RT = torch.ones_like(logps_RT).bool()
+    if "sft" not in loss_type:
+        mask_RT = torch.arange(num_tokens) < torch.randint(1, num_tokens, (2 * num_pairs, 1))
+    reference_2N = -5 * torch.rand(2, num_pairs, dtype=torch.float64)
+    weights = (
+        [0.3 + index for index in range(len(loss_type))] if isinstance(loss_type, list) else [1]
+    )
+    settings = make_settings(loss_type, loss_weights=weights)
+    logps_2N = (logps_RT * mask_RT).sum(1).view(2, num_pairs)
+    losses_N = compute_pair_losses(settings, logps_2N, reference_2N, mask_RT.sum(1).view(2, -1))
+    expected = compute_trl_loss(settings, logps_RT, mask_RT, reference_2N)
+    torch.testing.assert_close(losses_N.mean(), expected, rtol=0, atol=1e-9)
+    (found_grad,) = torch.autograd.grad(losses_N.mean(), logps_RT)
+    (expected_grad,) = torch.autograd.grad(expected, logps_RT)
+    torch.testing.assert_close(found_grad, expected_grad, rtol=0, atol=1e-9)
+
+
+@each("objective", ["orpo", "simpo"])
+def test_mean_losses_and_gradients_match_trl(objective):
+    """TRL computes ORPO in fp32. Its likelihood term, which includes the prompt, is left out."""
+    tolerance = {"rtol": 0, "atol": 1e-6 if objective == "orpo" else 1e-9}
+    name = {"orpo": "orpo", "simpo": "cpo"}[objective]
+    module = pytest.importorskip(f"trl.experimental.{name}", reason="TRL is not installed")
+    means_2N = -torch.rand(2, 5, dtype=torch.float64).requires_grad_() - 1e-3
+    if objective == "orpo":
+        settings = OrpoSettings(beta=0.2)
+        stub = SimpleNamespace(beta=0.2, accelerator=SimpleNamespace(device="cpu"))
+        losses_N = module.ORPOTrainer.odds_ratio_loss(stub, *means_2N)[0]
+        expected_N = -means_2N[0] - losses_N.double()
+    else:
+        settings = SimpoSettings(beta=2.5, simpo_gamma=0.7)
+        stub = SimpleNamespace(
+            **{
+                "loss_type": "simpo",
+                "beta": 2.5,
+                "simpo_gamma": 0.7,
+                "label_smoothing": 0,
+                "alpha": 0.0,
+            },
+            accelerator=SimpleNamespace(device="cpu"),
+        )
+        expected_N = module.CPOTrainer.cpo_loss(stub, *means_2N)[0]
+    found_N = compute_mean_losses(settings, means_2N)
+    torch.testing.assert_close(found_N, expected_N, **tolerance)
+    (found_grad,) = torch.autograd.grad(found_N.sum(), means_2N)
+    (expected_grad,) = torch.autograd.grad(expected_N.sum(), means_2N)
+    torch.testing.assert_close(found_grad, expected_grad, **tolerance)
+
+
+def test_mean_losses_match_formulas():
+    means = torch.tensor([[-0.5], [-1.2]], dtype=torch.float64)
+    chosen, rejected = (p / (1 - p) for p in (math.exp(-0.5), math.exp(-1.2)))
+    odds_loss = -math.log(1 / (1 + rejected / chosen))
+    for settings, expected in (
+        (OrpoSettings(beta=0.3), 0.5 + 0.3 * odds_loss),
+        (SimpoSettings(beta=2, simpo_gamma=0.4), math.log(1 + math.exp(0.4 - 2 * 0.7))),
+    ):
+        assert compute_mean_losses(settings, means).item() == pytest.approx(expected, abs=1e-12)
+
+
+@each("max_bytes", [1, 4 * 101 * 5, 1 << 28])
+def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
+    monkeypatch.setattr("finesight.train.objectives.dpo.MAX_LOGITS_BYTES", max_bytes)
+    torch.manual_seed(0)
+    h_LD, head_VD = (
+        torch.randn(rows, 16, dtype=torch.float64).requires_grad_() for rows in (9, 101)
+    )
+    labels_L = torch.randint(101, (7,))
+    found = compute_token_logps(h_LD, head_VD, labels_L)
+    expected = (h_LD[:7] @ head_VD.T).log_softmax(1).gather(1, labels_L[:, None])[:, 0]
+    weights = torch.rand(7, dtype=torch.float64)
+    torch.testing.assert_close(found, expected)
+    for one in (h_LD, head_VD):
+        grads = (
+            torch.autograd.grad((x * weights).sum(), one, retain_graph=True)[0]
+            for x in (found, expected)
+        )
+        torch.testing.assert_close(*grads)
+
+
+def add_rejected(task: TinyTask) -> None:
+    """Add a rejected answer to each sample: another colour, which depends on the chosen one."""
+    colors = ["red", "green", "light blue", "white", "red"]
+    for split in ("train", "eval"):
+        with edit_samples(task.folder / f"{split}.jsonl") as samples:
+            for sample in samples:
+                chosen = sample["messages"][-1]["content"]
+                sample["rejected"] = colors[colors.index(chosen) + 1]
+
+
+@pytest.fixture
+def pair_task(tmp_path) -> TinyTask:
+    task = TinyTask(tmp_path)
+    add_rejected(task)
+    return task
+
+
+DPO = "train.objective=dpo", "train.dpo.beta=0.5"
+
+
+def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
+    """The reference equals the model before the first step, so that the loss is log 2."""
+    result = pair_task.run(*DPO, "train.learning_rate=0.003", "train.epochs=12")
+    first, *_ = (line for line in pair_task.read_metrics() if "loss" in line)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    before, after = result.before.loss_metrics, result.after.loss_metrics
+    assert before["rewards/accuracies"] <= 0.5
+    assert after["rewards/accuracies"] == 1
+    assert after["rewards/margins"] > 0.5
+    assert result.before.validation_loss == pytest.approx(math.log(2), abs=1e-5)
+    assert result.after.validation_loss < 0.5
+    tensors = load_file(pair_task.folder / "run" / REFERENCE_FILE)
+    assert {name: len(table) for name, table in tensors.items()} == {"train": 11, "eval": 3}
+    page = render_run_page(pair_task.folder / "run")
+    assert "reward margin" in page
+    assert "mean over pairs" in page
+
+
+@each(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
+def test_runs_without_reference_model_raise_reward_accuracy(pair_task, objective, learning_rate):
+    options = f"train.objective={objective}", f"train.learning_rate={learning_rate}"
+    result = pair_task.run(*options, "train.epochs=12", name=objective)
+    assert result.after.loss_metrics["rewards/accuracies"] == 1
+    assert result.after.validation_loss < result.before.validation_loss
+    assert not (pair_task.folder / objective / REFERENCE_FILE).exists()
+
+
+def test_planned_packs_match_packs_of_pairs(pair_task):
+    """Each pair is one pack, whose prompt is a shared prefix."""
+    renderer = NativeRenderer(ModelFolder(pair_task.folder / "tiny"))
+    corpus = load_corpus(DataSettings.model_validate(pair_task.recipe["data"]).train)
+    settings = DataSettings(train=pair_task.folder / "train.jsonl")
+    stats = compute_dataset_stats(corpus, renderer, settings, 0).sample_stats
+    batches = [pack([renderer.encode(corpus[index])]) for index in range(len(corpus))]
+    planned = plan_step_packs(stats, 10_000)
+    assert [one.lengths for one in planned] == [batch.lengths for batch in batches]
+    assert [one.prefix_length for one in planned] == [batch.prefix_length for batch in batches]
+
+
+def test_planned_start_includes_the_reference_model(pair_task):
+    """The reference pass is a third of the training steps of an epoch, and of validation."""
+    console = ProgressConsole(Console(quiet=True))
+    plans = [
+        plan_run(
+            recipe_from_dict({**pair_task.recipe, "output_dir": "r"}, overrides), None, console
+        )
+        for overrides in (["train.objective=sft"], [*DPO])
+    ]
+    added_s = plans[1].startup_s - plans[0].startup_s
+    step_s = plans[1].chosen_estimate.step_time.total
+    assert added_s > plans[1].total_steps / pair_task.recipe["train"]["epochs"] * step_s / 3 * 0.9
+
+
+def test_reference_pass_continues_after_the_memory_was_full(pair_task, monkeypatch):
+    compute, losses = PairObjective.compute_loss, []
+
+    def compute_loss(*args):
+        losses.append(None)
+        if len(losses) == 3:
+            raise torch.OutOfMemoryError("full")
+        return compute(*args)
+
+    monkeypatch.setattr(PairObjective, "compute_loss", compute_loss)
+    monkeypatch.setattr(CudaGraphRunner, "release_graphs", lambda _: len(losses) == 3)
+    pair_task.run(*DPO, "train.steps=1", "train.epochs=null")
+    tensors = load_file(pair_task.folder / "run" / REFERENCE_FILE)
+    assert [len(set(tensors[split][:, 0])) for split in ("train", "eval")] == [4, 3]
+    assert [len(tensors[split]) for split in ("train", "eval")] == [4, 3]
+
+
+def test_resumed_run_equals_uninterrupted_run(pair_task):
+    expected = pair_task.folder / "expected"
+    pair_task.run(*DPO, name="expected")
+    pair_task.run(*DPO)
+    run = rewind_to_checkpoint(pair_task.folder / "run")
+    pair_task.run(*DPO, resume=True)
+    assert_same_run(run, expected)
+    rewind_to_checkpoint(run)
+    (run / REFERENCE_FILE).write_bytes(b"damaged")
+    with pytest.raises(UserError, match="reference model cannot be read"):
+        pair_task.run(*DPO, resume=True)
+
+
+def test_packing_and_batches_do_not_change_results(pair_task):
+    """Activation checkpointing and a vision cache are equivalent as well."""
+    losses = []
+    for number, overrides in enumerate(
+        [
+            (),
+            ("train.activation_checkpointing=true",),
+            ("train.vision_cache=memory", "tune.merger=frozen"),
+        ]
+    ):
+        common = "tune.merger=frozen", "train.steps=3", "train.epochs=null", "train.save_every=null"
+        pair_task.run(*DPO, *common, *overrides, name=f"run-{number}")
+        lines = pair_task.read_metrics(f"run-{number}")
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert losses[2] == pytest.approx(losses[0], rel=1e-4)
+
+
+def test_rejected_answers_need_an_objective(pair_task):
+    with pytest.raises(UserError, match="rejected answer") as caught:
+        pair_task.run()
+    assert "train.objective=dpo" in caught.value.remedy
+    pair_task.run("train.objective=sft", name="chosen")
+    ignored = json.dumps([line.get("loss") for line in pair_task.read_metrics("chosen")])
+    for split in ("train", "eval"):
+        with edit_samples(pair_task.folder / f"{split}.jsonl") as samples:
+            for sample in samples:
+                del sample["rejected"]
+    pair_task.run(name="plain")
+    assert json.dumps([line.get("loss") for line in pair_task.read_metrics("plain")]) == ignored
+    with pytest.raises(UserError, match="no rejected answer"):
+        pair_task.run(*DPO, name="dpo")
+
+
+def test_settings_are_checked():
+    for settings in ({"loss_weights": [1, 2]}, {"label_smoothing": 0.1}, {"loss_type": []}):
+        with pytest.raises(ValueError, match="loss"):
+            DpoSettings.model_validate(settings)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextvars
 import json
 import shlex
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -552,26 +550,20 @@ def format_param_changes(changes: list[ParamChange]) -> str:
 
 
 REPORT_INTERVAL_S = 60.0
-"""Minimum number of seconds between two periodic updates."""
+"""Minimum number of seconds between two updates of the report in the training loop."""
 
 MIN_IDLE_RATIO = 300
-"""Minimum ratio of the update interval to the CPU time of an update.
-
-The thread shares the Python interpreter with the training step, and takes at most 1/300 of its
-time.
-"""
+"""Minimum ratio of the update interval to the duration of an update."""
 
 
 class LiveReport:
-    """Writer of the report of a run in progress, on demand and periodically."""
+    """Writer of the report of a run in progress, on demand and in the training loop."""
 
     def __init__(
         self, run_dir: RunDir, console: ProgressConsole, interval_s: float = REPORT_INTERVAL_S
     ) -> None:
         self._run_dir, self._console, self._min_interval_s = run_dir, console, interval_s
-        self._write_lock = threading.Lock()
-        self._stop_event = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._due_s = time.perf_counter() + interval_s
 
     @cached_property
     def _live(self) -> LiveReportState:
@@ -579,66 +571,38 @@ class LiveReport:
 
         return LiveReportState(interval_s=self._min_interval_s)
 
-    @property
-    def interval_s(self) -> float:
-        """Current number of seconds between two periodic updates."""
-        return self._live.interval_s
-
     def write(self) -> None:
         """Write the report now; errors are logged."""
-        with self._write_lock:
-            write_run_report(self._run_dir, self._console, self._live, is_complete=False)
+        write_run_report(self._run_dir, self._console, self._live, is_complete=False)
 
-    def stop(self) -> None:
-        """Stop the background thread after its current update."""
-        self._stop_event.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def write_if_due(self) -> bool:
+        """Write the report once per interval, in at most 1/300 of the time; return if it did."""
+        if time.perf_counter() < self._due_s:
+            return False
+        live, start = self._live, time.perf_counter()
+        self.write()
+        end = time.perf_counter()
+        live.interval_s = max(self._min_interval_s, MIN_IDLE_RATIO * (end - start))
+        self._due_s = end + live.interval_s
+        return True
 
-    @contextmanager
-    def run_in_background(self, progress: TrainProgress) -> Iterator[None]:
-        """Update the report periodically within the context.
 
-        An exception in the context is recorded in `metrics.jsonl` with the current step, shown in a
-        final report, and raised again.
-        """
-        # Import the report now: workers may be forked while the thread runs.
-        live, context = self._live, contextvars.copy_context()
-        arguments = [self._write_loop, live]
-        self._thread = threading.Thread(target=context.run, args=arguments, daemon=True)
-        self._thread.start()
-        try:
-            yield
-        except Exception as error:
-            self.stop()
-            self._record_end(error, progress.step)
-            write_run_report(self._run_dir, self._console, is_complete=False)
-            raise
-        finally:
-            self.stop()
-
-    def _write_loop(self, live: LiveReportState) -> None:
-        while not self._stop_event.wait(live.interval_s):
-            start = time.thread_time()
-            self.write()
-            live.interval_s = max(
-                self._min_interval_s, MIN_IDLE_RATIO * (time.thread_time() - start)
-            )
-
-    def _record_end(self, error: Exception, step: int) -> None:
+@contextmanager
+def record_failure(
+    run_dir: RunDir, console: ProgressConsole, progress: TrainProgress
+) -> Iterator[None]:
+    """Record an exception in the context in `metrics.jsonl` and in the report; raise it again."""
+    try:
+        yield
+    except Exception as error:
         status = "interrupted" if isinstance(error, TrainingInterrupted) else "failed"
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
+        end = {"ended_at": ended_at, "status": status, "reason": _describe_error(error)}
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
-            self._run_dir.append_metrics(
-                {
-                    "step": step,
-                    "ended_at": ended_at,
-                    "status": status,
-                    "reason": _describe_error(error),
-                }
-            )
+            run_dir.append_metrics({"step": progress.step, **end})
+        write_run_report(run_dir, console, is_complete=False)
+        raise
 
 
 def _describe_error(error: Exception) -> str:

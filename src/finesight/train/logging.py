@@ -34,7 +34,7 @@ from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
-from finesight.train.finalize import RunResult
+from finesight.train.finalize import LiveReport, RunResult
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
@@ -324,12 +324,19 @@ class MetricsLogger:
 
     A step is logged after the next one has been queued, so that the device stays busy while the
     host waits for the results. All ranks check the steps. Only the main process writes files.
+
+    Args:
+        live_report: Report of the run in progress; None on the other ranks.
     """
 
     def __init__(
-        self, state: TrainState, console: ProgressConsole, tracking: TrackerManager
+        self,
+        state: TrainState,
+        console: ProgressConsole,
+        tracking: TrackerManager,
+        live_report: LiveReport | None = None,
     ) -> None:
-        self._state, self._console = state, console
+        self._state, self._console, self._live_report = state, console, live_report
         self.tracking_events = TrackingEvents(state, tracking)
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
@@ -406,6 +413,9 @@ class MetricsLogger:
         self._pending = step_output, data_wait
         if step_output.event is None:
             self.flush()
+        # A GPU computes the pending step meanwhile.
+        if self._live_report and self._live_report.write_if_due() and self._pending is None:
+            self.restart_timer()
 
     def flush(self) -> None:
         """Wait for the pending step and log it.
@@ -493,6 +503,8 @@ class MetricsLogger:
             note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
         ):
             self._console.log(line)
+        if self._live_report and eval_result.step < len(self._state.data.sampler):
+            self._live_report.write()
 
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:

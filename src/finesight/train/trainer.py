@@ -318,7 +318,6 @@ class Trainer:
         stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
-        write_report: Function that updates the report of the run in progress.
     """
 
     def __init__(
@@ -328,11 +327,9 @@ class Trainer:
         stop: StopRequest,
         metrics_logger: MetricsLogger,
         vision_features: VisionFeatures,
-        write_report: Callable[[], None],
     ) -> None:
         self.state, self.console, self.stop = state, console, stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
-        self.write_report = write_report
         self.total_steps = len(state.data.sampler)
         settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
@@ -532,10 +529,6 @@ class Trainer:
         if is_best and 0 < progress.step < self.total_steps:
             progress.best = best_eval
             self.save_checkpoint()
-        if self.is_main and progress.step < self.total_steps:
-            # Not in the report thread: data loader workers may be forked next, and would inherit
-            # the locks of a thread that decodes images.
-            self.write_report()
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last finished step, unless it exists."""

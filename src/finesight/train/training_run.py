@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -26,6 +27,7 @@ from finesight.train.finalize import (
     RunResult,
     finalize_run,
     load_result,
+    record_failure,
     write_run_report,
 )
 from finesight.train.logging import MetricsLogger, describe_run
@@ -212,7 +214,8 @@ def _train_rank(
                 _prepare_run_dir(state)
             trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
             tracking = stack.enter_context(trackers)
-        metrics_logger = MetricsLogger(state, console, tracking)
+        live_report = LiveReport(run_dir, console) if is_main else None
+        metrics_logger = MetricsLogger(state, console, tracking, live_report)
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
@@ -221,19 +224,13 @@ def _train_rank(
             with stop.install_handlers():
                 prepare_references(state, console, stop)
         vision_features = VisionFeatures(state, console, stop)
-        live_report = LiveReport(run_dir, console)
-        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report.write)
-
-        def finalize() -> RunResult | None:
-            live_report.stop()
-            return finalize_run(state, console, param_audit)
-
+        trainer = Trainer(state, console, stop, metrics_logger, vision_features)
         with (
             stop.install_handlers(),
             configure_host(state.run.hardware.device),
-            live_report.run_in_background(state.progress) if is_main else nullcontext(),
+            record_failure(run_dir, console, state.progress) if is_main else nullcontext(),
         ):
-            result = trainer.run(finalize)
+            result = trainer.run(partial(finalize_run, state, console, param_audit))
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result

@@ -123,19 +123,8 @@ def read_text(
 
     Raises UserError like `read_bytes`.
     """
-    content = read_bytes(path, expected=expected, remedy=remedy, max_bytes=max_bytes)
-    return decode_text(content, path, expected, remedy)
-
-
-def decode_text(
-    content: bytes, where: object, expected: str = "text in UTF-8", remedy: str = "save it as UTF-8"
-) -> str:
-    """Decode UTF-8. Raises UserError with the position of the first other byte."""
-    try:
-        return content.decode()
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start} is not UTF-8 text"
-        raise UserError(what, where=str(where), expected=expected, remedy=remedy) from error
+    with translate_os_errors(path, expected=expected, remedy=remedy):
+        return read_bytes(path, expected=expected, remedy=remedy, max_bytes=max_bytes).decode()
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -227,11 +216,14 @@ def read_lines(
 def translate_os_errors(
     path: Path, *, expected: str, remedy: str, error_class: type[UserError] = UserError
 ) -> Iterator[None]:
-    """Convert an OSError or a SpecialFileError to an `error_class` about `path`."""
+    """Convert an error of reading or decoding a file to an `error_class` about `path`."""
     try:
         yield
     except SpecialFileError as error:
         raise error_class(error.what, where=str(path), expected=expected, remedy=remedy) from error
+    except UnicodeDecodeError as error:
+        what = f"byte {error.start} is not UTF-8 text"
+        raise error_class(what, where=str(path), expected=expected, remedy=remedy) from error
     except OSError as error:
         missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
         raise error_class(

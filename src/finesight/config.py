@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self, get_args
+from typing import Annotated, Literal, Self, TypeVar, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -26,6 +26,11 @@ def _as_tuple(value: object) -> object:
 
 def _as_names(value: object) -> object:
     return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
+Name = TypeVar("Name", bound=str)
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_names), Field(min_length=1)]
+"""One or more names; a single one needs no list."""
 
 
 def _as_path(value: object) -> object:
@@ -224,13 +229,8 @@ class QuantizeSettings(SettingsSection):
     (Micikevicius et al. 2022).
     """
 
-    nf4: (
-        Annotated[tuple[QuantizablePart, ...], BeforeValidator(_as_names), Field(min_length=1)]
-        | None
-    ) = None
-    fp8: Annotated[tuple[Fp8Part, ...], BeforeValidator(_as_names), Field(min_length=1)] | None = (
-        None
-    )
+    nf4: Names[QuantizablePart] | None = None
+    fp8: Names[Fp8Part] | None = None
 
     @field_validator("nf4", "fp8")
     @classmethod
@@ -238,9 +238,7 @@ class QuantizeSettings(SettingsSection):
         cls, parts: tuple[QuantizablePart, ...] | None
     ) -> tuple[QuantizablePart, ...] | None:
         """Sort the parts, so that their order in the recipe does not matter."""
-        if parts is None:
-            return None
-        return tuple(part for part in get_args(QuantizablePart) if part in parts)
+        return parts and tuple(part for part in get_args(QuantizablePart) if part in parts)
 
 
 class TuneSettings(SettingsSection):
@@ -255,12 +253,7 @@ class TuneSettings(SettingsSection):
 
     @model_validator(mode="after")
     def _check_quantized_parts_frozen(self) -> TuneSettings:
-        modes = {
-            "vision": self.vision,
-            "merger": self.merger,
-            "language": self.language,
-            "embeddings": self.embeddings,
-        }
+        modes = dict(self)
         nf4, fp8 = self.quantize.nf4 or (), self.quantize.fp8 or ()
         for part in (*nf4, *fp8):
             if modes[part] == "full":
@@ -314,9 +307,7 @@ class DpoSettings(SettingsSection):
     """
 
     beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
-    loss_type: Annotated[
-        tuple[DpoLossType, ...], BeforeValidator(_as_names), Field(min_length=1)
-    ] = ("sigmoid",)
+    loss_type: Names[DpoLossType] = ("sigmoid",)
     loss_weights: Annotated[tuple[CoercedFloat, ...], BeforeValidator(_as_tuple)] | None = None
     label_smoothing: Annotated[CoercedFloat, Field(ge=0.0, lt=0.5)] = 0.0
 
@@ -501,14 +492,6 @@ class Recipe(SettingsSection):
     eval: EvalSettings | None = None
     track: TrackerList = ()
     output_dir: ExpandedPath
-
-    @property
-    def effective_tune(self) -> TuneSettings:
-        """Section `tune`, without dropout for DPO, which compares likelihoods of two models."""
-        if self.train.objective != "dpo":
-            return self.tune
-        lora = self.tune.lora.model_copy(update={"dropout": 0.0})
-        return self.tune.model_copy(update={"lora": lora})
 
     @field_validator("track")
     @classmethod

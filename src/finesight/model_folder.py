@@ -131,10 +131,7 @@ def _torch_load(file: Path) -> object:
 
 
 def _describe_unsupported(tensor: Tensor) -> str:
-    """Describe why a tensor cannot be written to safetensors, such as a sparse layout.
-
-    Returns an empty text for supported tensors.
-    """
+    """Describe why safetensors cannot store a tensor, such as its layout; empty if it can."""
     import torch
 
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -559,10 +556,7 @@ def _open_hub_model(name: str, address: HubAddress) -> ModelFolder:
 
 
 def _iter_layer_counts(content: object, at: str = "") -> Iterator[tuple[str, float]]:
-    """Yield all layer counts in a config, with their full keys.
-
-    Nested sections are included.
-    """
+    """Yield all layer counts in a config and its sections, with their full keys."""
     if not isinstance(content, dict):
         return
     for key, value in content.items():

@@ -20,13 +20,7 @@ from pydantic import BeforeValidator, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from finesight.bounded_files import (
-    ComposedYaml,
-    TooManyValuesError,
-    decode_text,
-    load_yaml,
-    translate_os_errors,
-)
+from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
 from finesight.errors import UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
@@ -65,22 +59,22 @@ def read_recipe_text(path: Path) -> str:
             expected="a recipe, a YAML file of settings",
             remedy=f"write one for these data: {shlex.join(['finesight', 'init', str(path)])}",
         )
-    remedy = "check the path and its permissions"
-    with translate_os_errors(path, expected="a YAML file", remedy=remedy):
+    remedy = "check the path, its permissions and its encoding"
+    with translate_os_errors(path, expected="a YAML file in UTF-8", remedy=remedy):
         if path.is_char_device():  # such as /dev/zero, without an end
             raise UserError(
                 "is a device", where=str(path), expected="a YAML file", remedy="check the path"
             )
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
             content = file.read(MAX_RECIPE_BYTES + 1)
-    if len(content) > MAX_RECIPE_BYTES:
-        raise UserError(
-            f"has more than {MAX_RECIPE_BYTES:,} bytes",
-            where=str(path),
-            expected="a YAML file of settings",
-            remedy=_TOO_LARGE_REMEDY,
-        )
-    return decode_text(content, path)
+        if len(content) > MAX_RECIPE_BYTES:
+            raise UserError(
+                f"has more than {MAX_RECIPE_BYTES:,} bytes",
+                where=str(path),
+                expected="a YAML file of settings",
+                remedy=_TOO_LARGE_REMEDY,
+            )
+        return content.decode()
 
 
 def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
@@ -132,12 +126,7 @@ def _collect_lines(
     lines: dict[SettingKey, int],
     ancestors: tuple[yaml.Node, ...],
 ) -> None:
-    """Store the line of each key in a YAML node in `lines`.
-
-    Args:
-        lines: Receives the line of each key, counted from 1.
-        ancestors: Nodes that contain `node`, to detect aliases that contain themselves.
-    """
+    """Store the line of each key, from 1, in `lines`. Nodes that contain `node` are `ancestors`."""
     if node in ancestors:  # by an alias
         raise UserError(
             f"{format_key(key)} contains itself",
@@ -292,13 +281,7 @@ def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> R
 def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
-    """Apply overrides to parsed settings, and validate the result.
-
-    Args:
-        content: Nested settings; modified by the overrides.
-
-    Raises UserError with all invalid settings.
-    """
+    """Apply overrides to `content`, and validate it. Raises UserError with all invalid settings."""
     assignments: list[tuple[str, object, str]]
     if isinstance(overrides, Mapping):
         assignments = [

@@ -34,8 +34,8 @@ from finesight.cli.app import run_command
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
+from finesight.evaluate.metric_difference import read_example
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.training import read_example
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file

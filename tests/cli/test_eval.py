@@ -11,7 +11,7 @@ from tiny_task import TinyTask
 
 from finesight.data.sample import write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
-from finesight.operations.evaluation import describe_changed_data
+from finesight.report.summary import describe_changed_data
 
 
 @pytest.fixture(scope="module")

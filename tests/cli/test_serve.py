@@ -15,9 +15,9 @@ import pytest
 import torch
 from openai import OpenAI
 
+from finesight.evaluate.metric_difference import read_example
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
-from finesight.operations.training import read_example
 from finesight.serve import api_server
 
 KEY = "a-key-of-this-test-0123456789"

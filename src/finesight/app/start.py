@@ -27,13 +27,11 @@ from finesight.operations.options import (
 
 if TYPE_CHECKING:
     import socket
-    from collections.abc import Sequence
 
     from finesight.app.access import Access
     from finesight.config import Recipe
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
-    from finesight.label.label_session import LabelSession
     from finesight.progress import ProgressConsole
 
 
@@ -119,9 +117,8 @@ def serve(
             expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
+    from finesight.evaluate.metric_difference import read_example
     from finesight.infer.model_loader import resolve_model_source
-    from finesight.manifest import find_run_dir
-    from finesight.operations.training import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         raise UserError(
@@ -309,8 +306,8 @@ def web(
             inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
         )
         try:
-            shown_password = password if is_generated else None
-            print_page_address(host, listener, shown_password, open_page=open_page)
+            shown = password if is_generated else None
+            print_page_address(host, listener, shown, open_page=open_page)
             with temporary_folder("web") as folder, closing(pool):
                 pool.start()
                 store = ChatStore(service, folder, pool)
@@ -607,6 +604,10 @@ def label(
         listener = None
         if not suggest_only:
             require_web("finesight label")
+            from finesight.app.label_page import make_label_app
+            from finesight.app.server import serve_app
+            from finesight.vision.image_reader import create_image_pool
+
             # A port in use is reported before the suggestions, which take minutes.
             listener = stack.enter_context(bind_page(host, port, socket_file))
         options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
@@ -634,7 +635,8 @@ def label(
             no_auth = no_auth or socket_file is not None
             password, is_generated = resolve_password(host, password_file, no_auth, proxies)
             print_page_address(host, listener, password if is_generated else None)
-            _run_page(session, listener, password, proxies)
+            pool, access = create_image_pool(), make_access("label", listener, password)
+            serve_app(make_label_app(session, access, pool), listener, pool, proxies)
     for one in suggested:
         if on_record is not None:
             on_record({key: value for key, value in one.items() if key != "history"})
@@ -770,17 +772,3 @@ def _format_suggestion(values: Mapping[str, Any]) -> str:
     boxes = (f"{box['label'] or 'box'} {box['xyxy']}" for box in answer["boxes"])
     text = answer["text"] or ", ".join(boxes)
     return f"{'-' if score is None else f'{score:.3f}'}  {values['id']}  {text}"
-
-
-def _run_page(
-    session: LabelSession,
-    listener: socket.socket,
-    password: str | None,
-    trusted_proxies: Sequence[str],
-) -> None:
-    from finesight.app.label_page import make_label_app
-    from finesight.app.server import serve_app
-    from finesight.vision.image_reader import create_image_pool
-
-    pool, access = create_image_pool(), make_access("label", listener, password)
-    serve_app(make_label_app(session, access, pool), listener, pool, trusted_proxies)

@@ -42,10 +42,6 @@ class ExportSummary:
     notes: tuple[str, ...]
 
 
-_OTHER_FORMATS = {"classes": "folder or llava", "image-path": "conversations"}
-"""Formats to export to instead of some that have no exporter."""
-
-
 def export_dataset(
     samples: Sequence[LocatedSample], out: Path, format_name: str, *, copy_images: bool
 ) -> ExportSummary:
@@ -59,7 +55,7 @@ def export_dataset(
             f"{format_name} can be imported only",
             where="--to",
             expected="a format with an exporter",
-            remedy=f"export to {_OTHER_FORMATS.get(format_name, 'table')}",
+            remedy="export to folder, table or conversations",
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)

@@ -541,12 +541,10 @@ def is_sample_source(path: Path) -> bool:
 
 
 def _read_first_tar_record(path: Path) -> dict[str, object] | None:
-    content = read_first_json(path)
-    try:
-        record = None if content is None else parse_json(content)
-    except ValueError:
-        return None
-    return record if isinstance(record, dict) else None
+    with suppress(ValueError):
+        record = parse_json(read_first_json(path) or b"null")
+        return record if isinstance(record, dict) else None
+    return None
 
 
 def open_unvalidated_samples(

@@ -26,7 +26,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 from finesight.bounded_files import (
-    decode_text,
     parse_unique_json,
     reject_special_file,
     to_readable_name,
@@ -209,10 +208,7 @@ def _decode_utf8(content: bytes, source: Path, line: int) -> str:
 
 
 def _open_json(source: Path) -> RowReader:
-    """Open a file that contains a JSON array of objects or one object per line.
-
-    The content decides, not the suffix.
-    """
+    """Open a JSON array of objects, or one object per line; the suffix does not matter."""
     with open_data_file(source) as file:
         head = file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip()
     if head.startswith(b"["):
@@ -676,8 +672,9 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     for member in members:
         suffix = split_member_name(member)[1]
         if suffix in TEXT_SUFFIXES or suffix == "json":
-            where = f"{tar.archive}, {member.name}"
-            text = decode_text(_read_member(tar, member), where).rstrip("\r\n")
+            path, remedy = Path(f"{tar.archive}, {member.name}"), "create the tar again"
+            with translate_os_errors(path, expected="a text in UTF-8", remedy=remedy):
+                text = _read_member(tar, member).decode().rstrip("\r\n")
             values = (
                 _parse_member_json(text, member, tar.archive)
                 if suffix == "json"

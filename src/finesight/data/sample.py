@@ -28,7 +28,7 @@ from pydantic import (
 )
 
 from finesight import storage
-from finesight.bounded_files import decode_text
+from finesight.bounded_files import translate_os_errors
 from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
 from finesight.data.line_index import (
     UTF8_BOM,
@@ -555,7 +555,8 @@ def read_data_file(path: Path, max_bytes: int | None = None) -> bytes:
 
 def read_text_file(path: Path, max_bytes: int | None = None) -> str:
     """Read the text of a data file in UTF-8; see `read_data_file`."""
-    return decode_text(read_data_file(path, max_bytes), path)
+    with translate_os_errors(path, expected="a file in UTF-8", remedy="save the file as UTF-8"):
+        return read_data_file(path, max_bytes).decode()
 
 
 def parse_sample(line: bytes, where: str) -> Sample:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -25,6 +27,7 @@ from finesight.evaluate.bootstrap import (
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
+from finesight.manifest import MANIFEST_FILE, PREDICTIONS_FOLDER, load_manifest
 
 if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
@@ -92,6 +95,27 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
         )
         predictions.append(ScoredPrediction(case, record_fields.scores, record))
     return predictions
+
+
+def read_example(run_dir: Path) -> tuple[str, str]:
+    """Return an image and a prompt for example commands: those of the first validation prediction.
+
+    Without predictions, the prompt is the most frequent one of the training samples. Without an
+    image file or a prompt, they are `IMAGE` and `TEXT`.
+    """
+    record: dict[str, object] = {}
+    with suppress(UserError):
+        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
+    for name in ("before.jsonl", "after.jsonl"):
+        with suppress(UserError, ValueError):
+            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
+            record |= json.loads(next(lines, b"{}"))
+    path, prompt = record.get("image"), record.get("prompt")
+    path = next(iter(path), None) if isinstance(path, list) else path
+    # Paths of imported data contain "..", which the file system resolves differently after a link.
+    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
+    image = image if os.path.isfile(image) else str(path if path else image)
+    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
 
 
 class _PredictionRecord(BaseModel):

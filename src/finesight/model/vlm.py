@@ -75,10 +75,8 @@ class VisionLanguageModel(nn.Module):
         self.architecture = architecture
         self.config = config
         self.activation_checkpointing = 0.0
-        """Fraction of layers with activation checkpointing, from 0 to 1.
-
-        The setting is called `gradient_checkpointing` in transformers.
-        """
+        """Fraction of layers with activation checkpointing (`gradient_checkpointing` in
+        transformers), from 0 to 1."""
         self.lora_routing: LoraRouting | None = None
         self._fused_weight_sync = FusedWeightSync()
         self.visual = visual

@@ -71,6 +71,7 @@ def evaluate(
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
     from finesight.progress import ProgressConsole
+    from finesight.report.summary import describe_changed_data
 
     console, name = ProgressConsole(), get_model_name(run_or_model)
     samples, settings = load_eval_inputs(
@@ -96,25 +97,6 @@ def evaluate(
     for sample, reason in result.corrupt_samples:
         console.log(f"skipped: sample {sample}: {reason}")
     return Outcome(result, result.as_table().splitlines(), result.as_json())
-
-
-def describe_changed_data(run: str) -> str:
-    """Describe a change of the validation data since a run started; empty without a change."""
-    from finesight.data.corpus import load_corpus
-    from finesight.manifest import MANIFEST_FILE, RECIPE_FILE, find_run_dir
-    from finesight.recipe import load_recipe
-    from finesight.report.run_reader import read_run
-    from finesight.report.summary import get_data_stats
-
-    folder = find_run_dir(Path(run))
-    if not (folder / MANIFEST_FILE).is_file():
-        return ""  # an adapter without the records of a run
-    recorded = get_data_stats(read_run(folder, "finesight eval"), "eval")
-    corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
-    if recorded.get("fingerprint") in (None, corpus.fingerprint):
-        return ""
-    counts = f"{format_count(recorded.get('num_samples', 0), 'sample')}, now {len(corpus)}"
-    return f"the validation data changed since the run ({counts}): its report has other scores"
 
 
 def predict(

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
@@ -170,6 +169,7 @@ def train(
             none. Repeat the same recipe and overrides, or give the run folder.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
+    from finesight.evaluate.metric_difference import read_example
     from finesight.progress import ProgressConsole
 
     overrides, console = overrides or (), ProgressConsole()
@@ -252,30 +252,6 @@ def _load_recipe(
     has_epochs = any(override.partition("=")[0] == "train.epochs" for override in overrides)
     section = content.get("train") if has_epochs else None
     return settings, file, section.get("steps") if isinstance(section, Mapping) else None
-
-
-def read_example(run_dir: Path) -> tuple[str, str]:
-    """Return an image and a prompt for example commands: those of the first validation prediction.
-
-    Without predictions, the prompt is the most frequent one of the training samples. Without an
-    image file or a prompt, they are `IMAGE` and `TEXT`.
-    """
-    from finesight.bounded_files import read_lines
-    from finesight.manifest import MANIFEST_FILE, PREDICTIONS_FOLDER, load_manifest
-
-    record: dict[str, object] = {}
-    with suppress(UserError):
-        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
-    for name in ("before.jsonl", "after.jsonl"):
-        with suppress(UserError, ValueError):
-            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
-            record |= json.loads(next(lines, b"{}"))
-    path, prompt = record.get("image"), record.get("prompt")
-    path = next(iter(path), None) if isinstance(path, list) else path
-    # Paths of imported data contain "..", which the file system resolves differently after a link.
-    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
-    image = image if os.path.isfile(image) else str(path if path else image)
-    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
 
 
 def find_label_step(recipe: Recipe) -> Step | None:

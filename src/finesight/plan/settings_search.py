@@ -40,7 +40,7 @@ from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, 
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
-from finesight.train.setup import build_objective
+from finesight.train.setup import build_objective, resolve_tune
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
 """Pack size in tokens that saturates a GPU. Smaller packs are launch-bound."""
@@ -110,7 +110,7 @@ def build_planned_model(
         )
     fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
-    configure_tuning(model.train(), recipe.effective_tune, train.seed)
+    configure_tuning(model.train(), resolve_tune(recipe), train.seed)
     persistent = compute_persistent_memory(model, train, target.compute)
     tracer = StepTracer(model, build_objective(train, folder.family), target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
@@ -356,10 +356,7 @@ class SettingsSearch:
     def _find_min_checkpointing(
         self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
     ) -> float | None:
-        """Find the smallest fraction of layers with activation checkpointing that fits.
-
-        Returns None if the token budget does not fit even with all layers.
-        """
+        """Find the smallest fraction of checkpointed layers that fits; None if none does."""
         num_layers = self._build_model(nf4_parts).num_layers
         # Rounded up to the two decimals of a recipe.
         fractions = [math.ceil(100 * count / num_layers) / 100 for count in range(num_layers + 1)]

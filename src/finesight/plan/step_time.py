@@ -236,10 +236,7 @@ def build_local_target(
 
 
 def _measure_bandwidth(device: torch.device) -> float:
-    """Measure the memory bandwidth with copies that exceed all caches.
-
-    Returns bytes per second, reads and writes together.
-    """
+    """Measure the memory bandwidth, reads and writes in bytes/s, with copies above all caches."""
     num_elements, num_rounds = (1 << 28, 5) if device.type == "cuda" else (1 << 25, 3)
     source = torch.ones(num_elements, device=device)
     target = torch.empty_like(source)

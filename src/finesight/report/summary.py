@@ -14,7 +14,15 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.manifest import CHECKPOINTS_FOLDER, MAX_DATA_WAIT_FRACTION, METRICS_FILE
+from finesight.errors import format_count
+from finesight.manifest import (
+    CHECKPOINTS_FOLDER,
+    MANIFEST_FILE,
+    MAX_DATA_WAIT_FRACTION,
+    METRICS_FILE,
+    RECIPE_FILE,
+    find_run_dir,
+)
 from finesight.report.i18n import translate
 from finesight.report.run_reader import (
     JsonObject,
@@ -22,6 +30,7 @@ from finesight.report.run_reader import (
     as_object,
     is_finite,
     list_comparable_evaluations,
+    read_run,
 )
 
 NOT_RECORDED = "not recorded"
@@ -67,6 +76,22 @@ def get_last_start(run_record: RunRecord) -> JsonObject:
 def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
     """Return the recorded statistics of a data split (`train` or `eval`)."""
     return as_object(as_object(get_last_start(run_record).get("data")).get(name))
+
+
+def describe_changed_data(run: str) -> str:
+    """Describe a change of the validation data since a run started; empty without a change."""
+    from finesight.data.corpus import load_corpus
+    from finesight.recipe import load_recipe
+
+    folder = find_run_dir(Path(run))
+    if not (folder / MANIFEST_FILE).is_file():
+        return ""  # an adapter without the records of a run
+    recorded = get_data_stats(read_run(folder, "finesight eval"), "eval")
+    corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
+    if recorded.get("fingerprint") in (None, corpus.fingerprint):
+        return ""
+    counts = f"{format_count(recorded.get('num_samples', 0), 'sample')}, now {len(corpus)}"
+    return f"the validation data changed since the run ({counts}): its report has other scores"
 
 
 def get_last_step(run_record: RunRecord) -> int:

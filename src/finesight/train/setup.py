@@ -356,6 +356,14 @@ def build_objective(train: TrainSettings, family: str) -> Objective:
     return DpoObjective(train.dpo)
 
 
+def resolve_tune(recipe: Recipe) -> TuneSettings:
+    """Return the section `tune`, without dropout for DPO, which compares two models."""
+    if recipe.train.objective != "dpo":
+        return recipe.tune
+    lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
+    return recipe.tune.model_copy(update={"lora": lora})
+
+
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
     """Verify that the samples of a run give every trainable part of the model a gradient.
 
@@ -478,7 +486,7 @@ def _load_model(
         model = load_auto_model(
             base_model.folder, hardware.dtype, hardware.device, nf4, fp8_parts=fp8
         )
-    configure_tuning(model, recipe.effective_tune, recipe.train.seed)
+    configure_tuning(model, resolve_tune(recipe), recipe.train.seed)
     if base_model.adapter is not None:
         load_trainable_adapter(model, base_model.adapter, base_folder=base_model.folder)
     if isinstance(model, HfModel):

@@ -553,8 +553,8 @@ def encode_row(
 ) -> str:
     """Encode the row of a sample as JSON: ID, content from `make_fields`, and metadata.
 
-    References and metadata under reserved keys are not written; they are counted as lost content.
-    The same applies to a rejected answer whose row differs in more than the turns.
+    References, metadata under reserved keys, and rejected answers whose rows differ in more than
+    the turns are not written; they are counted as lost content.
     """
     sample = located_sample.sample
     try:
@@ -577,14 +577,13 @@ def encode_row(
         if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
     context.lost_counts["references"] += len(sample.references)
-    is_lost = bool(sample.rejected) and not _REJECTED_KEYS & fields.keys()
-    context.lost_counts["rejected answers"] += is_lost
+    context.lost_counts["rejected answers"] += bool(sample.rejected and not fields.keys() & _PAIR)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
     meta = {key: value for key, value in sample.meta.items() if key not in reserved}
     return json.dumps({"id": sample.id, **fields, **meta}, ensure_ascii=False)
 
 
-_REJECTED_KEYS = {"rejected", "rejected_messages", "rejected_response"}
+_PAIR = {"rejected", "rejected_messages", "rejected_response"}
 
 
 def _pair_turns(chosen: Record, rejected: Record) -> Record:

@@ -268,10 +268,7 @@ def _parse_qwen_vl(row: SourceRow, context: ImportContext) -> ImportExample:
 
 
 def _write_qwen_vl(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
-    """Write conversations in the syntax of Qwen-VL.
-
-    Box coordinates are rounded to its grid of 1000, with 999 as the maximum.
-    """
+    """Write the syntax of Qwen-VL, with boxes rounded to its grid of 1000 (at most 999)."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context, "{}")

@@ -472,11 +472,7 @@ def get_local_path(reference: str) -> str | None:
 
 
 def _find_images(source: Path, prefix: str, references: Sequence[str]) -> dict[str, str]:
-    """Map the references of images with an address prefix to paths of local images.
-
-    Raises:
-        UserError: Several images match a reference without leading folders.
-    """
+    """Map image references with a prefix to local paths. Raises UserError for ambiguous ones."""
     names = {
         one: PurePosixPath(path)
         for one in dict.fromkeys(references)

@@ -492,11 +492,7 @@ def _omit_classes(
     omitted: Mapping[str, InvalidBoxError],
     boxes: Sequence[BoxPart],
 ) -> tuple[ContentPart, ...]:
-    """Remove the classes whose boxes are dropped from the list of classes in a question.
-
-    Raises:
-        InvalidBoxError: The question still asks for such a class, or for no class in particular.
-    """
+    """Remove classes of dropped boxes from a question, or raise if it still asks for such boxes."""
     for label, error in omitted.items():
         name = _match_name(label)
         in_list = re.compile(rf"(?:^|(?<=[:：,、] )){name}, |, (?:and |or )?{name}(?=$|[\s.,;:?!])")

@@ -37,7 +37,7 @@ from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
-from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, prefetch_items
+from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, scan_samples
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 
@@ -311,9 +311,6 @@ PARTIAL_SCAN_SAMPLES = 10_000
 MAX_PROMPTS, MAX_PROMPT_SAMPLES, MAX_PROMPT_CHARS = 4, 500, 400
 """Maximum number of prompts in the manifest, of samples read for them, and of their characters."""
 
-SCAN_CHUNK_SIZE = 64
-"""Number of samples per item of the scan, loaded by one data loader worker."""
-
 
 @dataclass(frozen=True, slots=True)
 class DatasetStats:
@@ -394,14 +391,6 @@ class _ScanResult(NamedTuple):
     stats: SampleStats
     shared_prefix: SharedPrefix
     images: ImageState
-
-
-def _scan_chunk(
-    scan_sample: Callable[[int], _ScanResult], indices: Sequence[int], chunk_index: int
-) -> list[_ScanResult | UserError]:
-    """Scan up to `SCAN_CHUNK_SIZE` samples; a sample with an error gives the error."""
-    start = chunk_index * SCAN_CHUNK_SIZE
-    return [catch_user_error(scan_sample, i) for i in indices[start : start + SCAN_CHUNK_SIZE]]
 
 
 def _scan_sample(
@@ -485,12 +474,7 @@ def compute_dataset_stats(
         UserError: A sample is invalid, or no valid sample is left.
     """
     indices = range(len(corpus)) if subset is None else subset
-    chunks = range(-(-len(indices) // SCAN_CHUNK_SIZE))
     scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
-    scan_chunk = partial(_scan_chunk, scan_sample, indices)
-    result_lists = prefetch_items(
-        scan_chunk, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
-    )
     corrupt_samples: dict[int, str] = {}
     all_stats: list[SampleStats] = []
     states: list[ImageState] = []
@@ -499,27 +483,23 @@ def compute_dataset_stats(
 
     def iter_stats() -> Iterator[SampleStats]:
         nonlocal shared_prefix
-        index = 0
-        for results in result_lists:
-            for result in results:
-                if isinstance(result, _ScanResult):
-                    if find_sample_error(result.stats, data.max_length) is None:
-                        shared_prefix = (
-                            result.shared_prefix
-                            if shared_prefix is None
-                            else shared_prefix.intersect(result.shared_prefix)
-                        )
-                    all_stats.append(result.stats)
-                    states.append(result.images)
-                    leaked_images.update(result.stats.leaked_images)
-                    yield result.stats
-                elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
-                    corrupt_samples[index] = str(result).splitlines()[0]
-                else:
-                    raise result
-                index += 1
-            if on_progress is not None:
-                on_progress(len(results))
+        results = scan_samples(scan_sample, indices, num_workers, on_progress)
+        for position, result in enumerate(results):
+            if isinstance(result, _ScanResult):
+                if find_sample_error(result.stats, data.max_length) is None:
+                    shared_prefix = (
+                        result.shared_prefix
+                        if shared_prefix is None
+                        else shared_prefix.intersect(result.shared_prefix)
+                    )
+                all_stats.append(result.stats)
+                states.append(result.images)
+                leaked_images.update(result.stats.leaked_images)
+                yield result.stats
+            elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
+                corrupt_samples[position] = str(result).splitlines()[0]
+            else:
+                raise result
         if not all_stats:
             raise UserError(
                 f"none of {len(indices)} samples has readable images",

@@ -47,7 +47,6 @@ EDGE_BYTES = 8 * 1024
 MAX_LISTED_IMAGES = 5
 """Maximum number of changed images listed in a message."""
 
-_COLUMN_NAMES = ("samples", "contents", "times")
 _CHECKSUM_KEY = "sha256"
 
 
@@ -119,56 +118,14 @@ def _read_edges(path: Path) -> tuple[int, bytes, int]:
     return state.st_size, ends, state.st_mtime_ns
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageStates:
-    """Image fingerprints of several samples, in the order of their corpus indices."""
-
-    samples_N: NDArray[np.int64]
-    contents_N: NDArray[np.int64]
-    times_N: NDArray[np.int64]
-
-    @classmethod
-    def from_states(cls, samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
-        """Combine the fingerprints of single samples; `samples` are their corpus indices."""
-        contents, times = zip(*states, strict=True) if samples else ((), ())
-        return cls(*(np.array(column, dtype=np.int64) for column in (samples, contents, times)))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the image contents of all samples, without modification times."""
-        digest = hashlib.sha256(self.samples_N.tobytes())
-        digest.update(self.contents_N.tobytes())
-        return digest.hexdigest()
-
-    def find_changed(self, recorded: ImageStates) -> list[int]:
-        """Return the corpus indices of samples whose image contents differ from `recorded`."""
-        at, recorded_at = self._match_samples(recorded)
-        other_N = self.contents_N[at] != recorded.contents_N[recorded_at]
-        samples: list[int] = self.samples_N[at][other_N].tolist()
-        return samples
-
-    def count_touched(self, recorded: ImageStates) -> int:
-        """Count the samples whose image modification times differ from `recorded`."""
-        at, recorded_at = self._match_samples(recorded)
-        return int(np.count_nonzero(self.times_N[at] != recorded.times_N[recorded_at]))
-
-    def _match_samples(self, other: ImageStates) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        _, own, others = np.intersect1d(
-            self.samples_N, other.samples_N, assume_unique=True, return_indices=True
-        )
-        return own, others
+ImageStates = NDArray[np.int64]
+"""Image fingerprints of several samples: rows of corpus index, content and time, [N, 3]."""
 
 
-def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
-    """Write the image fingerprints of each split to a file, atomically."""
-    tensors = {
-        f"{split}.{name}": column
-        for split, states in record.items()
-        for name, column in zip(
-            _COLUMN_NAMES, (states.samples_N, states.contents_N, states.times_N), strict=True
-        )
-    }
-    save_tensors(path, tensors)
+def build_image_states(samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
+    """Combine the fingerprints of single samples; `samples` are their corpus indices."""
+    rows = [(index, *state) for index, state in zip(samples, states, strict=True)]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -177,25 +134,23 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 
 def load_image_record(path: Path) -> dict[str, ImageStates]:
-    """Read the image fingerprints of each split that `save_image_record` wrote.
+    """Read the image fingerprints of each split, which `save_tensors` wrote.
 
     Raises:
         UserError: The file is corrupt.
     """
     try:
-        tensors = load_tensors(path)
-        splits = sorted({name.rpartition(".")[0] for name in tensors})
-        return {
-            split: ImageStates(*(tensors[f"{split}.{name}"] for name in _COLUMN_NAMES))
-            for split in splits
-        }
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        record = load_tensors(path)
+        if "train" not in record:
+            raise ValueError("no images of data.train")
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"the fingerprints of the images cannot be read: {error}",
             where=str(path),
             expected="the file as the run wrote it",
             remedy=f"delete {path} to resume without comparing images",
         ) from error
+    return record
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
@@ -257,7 +212,11 @@ def check_images(
     """
     corpus, current, num_repaired = data.corpus, data.stats.images, 0
     changed: list[str] = []
-    for index in current.find_changed(recorded):
+    _, rows, recorded_rows = np.intersect1d(
+        current[:, 0], recorded[:, 0], assume_unique=True, return_indices=True
+    )
+    differs = current[rows] != recorded[recorded_rows]
+    for index in current[rows[differs[:, 1]], 0].tolist():
         sample = corpus[index]
         first, *others = map(str, list_sample_images(sample))
         names = json.dumps(sample.sample.id), first, *others
@@ -266,9 +225,9 @@ def check_images(
         else:
             note = f" (or one of {len(others)} others of its sample)" if others else ""
             changed.append(first + note)
-    extra = np.setxor1d(current.samples_N, recorded.samples_N).tolist()
+    extra = np.setxor1d(current[:, 0], recorded[:, 0]).tolist()
     if split == "train":  # a scan of more samples than at the start is no change of images
-        known, errors = {*recorded.samples_N.tolist()}, reported_errors
+        known, errors = {*recorded[:, 0].tolist()}, reported_errors
         extra = [n for n in extra if n in known or json.dumps(corpus[n].sample.id) in errors]
     if extra and data.stats.is_complete:
         files = {str(path) for index in extra for path in list_sample_images(corpus[index])}
@@ -289,7 +248,7 @@ def check_images(
             expected="the images of the start of the run",
             remedy=f"restore them, or delete {path} to resume with the current images",
         )
-    if touched := current.count_touched(recorded):
+    if touched := np.count_nonzero(differs[:, 2]):
         log(
             f"data.{split}: the images of {touched} samples have another modification time than"
             f" at the start of the run; their sizes and their first and last"
@@ -345,9 +304,7 @@ class DatasetStats:
     scanned_indices: Sequence[int] = ()
     num_scanned: int = 0
     prefix_length: int = 0
-    images: ImageStates = field(
-        default_factory=partial(ImageStates.from_states, (), ()), compare=False
-    )
+    images: ImageStates = field(default_factory=partial(build_image_states, (), ()), compare=False)
 
     @property
     def is_complete(self) -> bool:
@@ -445,11 +402,7 @@ class SampleStatsMap(dict[int, SampleStats]):
 
 def list_image_paths(sample: LocatedSample) -> set[str]:
     """Return the absolute paths of all images and video frames of a sample."""
-    return {
-        os.path.abspath(sample.folder / name)
-        for part in sample.sample.iter_parts()
-        for name in list_media_paths(part)
-    }
+    return {*map(os.path.abspath, list_sample_images(sample))}
 
 
 def compute_dataset_stats(
@@ -527,7 +480,7 @@ def compute_dataset_stats(
         scanned_indices=sample_indices,
         num_scanned=len(indices),
         prefix_length=0 if shared_prefix is None else shared_prefix.length,
-        images=ImageStates.from_states(sample_indices, [states[i] for i in chosen.sample_indices]),
+        images=build_image_states(sample_indices, [states[i] for i in chosen.sample_indices]),
     )
     if subset is not None:
         return scanned

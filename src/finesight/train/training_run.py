@@ -21,7 +21,7 @@ from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.checkpoint import resolve_save_interval
-from finesight.train.dataset_stats import save_image_record
+from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
     LiveReport,
     RunResult,
@@ -241,7 +241,7 @@ def _prepare_run_dir(state: TrainState) -> None:
     run_dir, progress = state.run.run_dir, state.progress
     if not progress.step:
         run_dir.initialize(state.run.recipe, build_manifest(state))
-    save_image_record(run_dir.images_path, state.data.images())
+    save_tensors(run_dir.images_path, state.data.images())
     state.run.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)
     run_dir.copy_metric(state.run.recipe)

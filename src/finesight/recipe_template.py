@@ -94,9 +94,8 @@ def format_recipe(
             has chosen. Empty ones keep the values of the task.
     """
     is_tiny = model == TINY_MODEL
-    learning_rate = "1.0e-4"
-    if is_tiny:
-        learning_rate = "2.0e-3  # a small model needs more than the usual 1.0e-4"
+    usual, high = ("5.0e-6", "5.0e-4") if task.has_pairs else ("1.0e-4", "2.0e-3")
+    learning_rate = f"{high}  # small models need more than the usual {usual}" if is_tiny else usual
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
     batch_size = 16 if num_samples >= 200 else 8
@@ -105,7 +104,8 @@ def format_recipe(
         for key, text in chosen.items()
         if key in ("train.steps", "train.epochs")
     } or choose_duration(num_samples, batch_size, is_short=is_tiny)
-    train = [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
+    train = ["objective: dpo  # on pairs of answers; sft: on the chosen ones"] * task.has_pairs
+    train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
     for override in overrides:

@@ -136,12 +136,33 @@ def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
     assert (made["tune"]["vision"], made["tune"]["lora"]["alpha"]) == ("lora", 8)
     assert not done.imports
     for settings in (
-        LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.1},
+        LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.1},
         SWIFT_SETTINGS | {"rlhf_type": "grpo", "num_generations": 4},
     ):
         done = convert_settings(tmp_path, settings)
         assert {"stage", "rlhf_type"} & set(notes_by_setting(done, "differs"))
         assert load_converted_recipe(tmp_path).train.batch_size
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3},
+        SWIFT_SETTINGS | {"rlhf_type": "dpo", "beta": 0.3},
+        {
+            "model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct",
+            "beta": 0.3,
+            "dataset_name": "a.jsonl",
+        },
+    ],
+)
+def test_dpo_becomes_the_objective_of_the_recipe(tmp_path, settings):
+    done = convert_settings(tmp_path, settings)
+    train = load_converted_recipe(tmp_path).train
+    assert (train.objective, train.dpo.beta) == ("dpo", 0.3)
+    assert done.imports
+    assert not {"stage", "rlhf_type", "beta", "pref_beta"} & set(notes_by_setting(done, "differs"))
+    assert not {"beta", "pref_beta"} & set(notes_by_setting(done, "unknown"))
 
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"
@@ -196,7 +217,7 @@ ACCELERATE = "deepspeed_config: {zero_stage: 2}\nnum_processes: 8\n"
             {"parallel": "fsdp", "batch_size": 32, "max_length": 128_000},
             {"stage"},
         ),
-        ("a.yaml", f"{CONFIG}beta: 0.1", {"max_length": 1024}, {"stage"}),
+        ("a.yaml", f"{CONFIG}beta: 0.1", {"max_length": 1024}, set()),
         (
             "a.yaml",
             CONFIG.replace("dataset_name: rows.jsonl", "datasets: [{path: a/b, split: x}]"),

@@ -280,8 +280,7 @@ def web(
     """Start a chat UI in the browser.
 
     The page shows predicted boxes, formulas and JSON, and compares answers of runs and of their
-    base model.
-    Prints its address. Ctrl-C stops the server. Requires finesight[web].
+    base model. Prints its address. Ctrl-C stops the server. Requires finesight[web].
 
     Example: finesight web runs/latex
     """

@@ -120,19 +120,21 @@ class TrainerConverter:
         )
 
     def set_objective(self, key: str, name: str) -> None:
-        """Accept supervised fine-tuning, and the settings that another objective shares with it.
-
-        Raises UserError for an objective without them.
-        """
+        """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
+        if name == "dpo":
+            self.draft.set("train.objective", name)
+            for beta in filter(self.config.has, ("beta", "pref_beta")):
+                self.copy_setting("train.dpo.beta", beta)
+            return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
             self.require_method(key, ("sft",), name)
             return
         self.objective = name
         text = (
-            f"{reason} is not converted: the recipe is a supervised fine-tuning with the same"
-            " model, adapter and schedule; import data with answers, or pairs for"
-            " train.objective=dpo, and set train.learning_rate"
+            f"{reason} is not supported: the recipe is a supervised fine-tuning with the same"
+            " model, adapter and schedule; import data with answers, such as the chosen ones, and"
+            " set train.learning_rate"
         )
         self.draft.note(key, name, text, differs=True)
 

@@ -271,12 +271,7 @@ def open_image_header(
 
 
 def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -> Image.Image:
-    """Open an image with Pillow, with the plugin pillow-heif if it is a HEIF file.
-
-    Raises:
-        UnidentifiedImageError: The file has none of the formats.
-        MissingPackageError: The file is a HEIF file, and pillow-heif is not installed.
-    """
+    """Open an image with Pillow. Raises MissingPackageError if a HEIF file needs pillow-heif."""
     try:
         Image.init()
         return Image.open(source, formats=[name for name in formats if name in Image.OPEN])

@@ -565,13 +565,13 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
 
         sample = located.sample.map_paths(rename)
-        messages = sample.messages
-        messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        messages = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
         answer, meta = Message(role="assistant", content=content), _match_meta(item, content)
         if question:
             messages = (*messages[:-1], _replace_texts(messages[-1], question))
             meta.setdefault(ORIGINAL_PROMPT_KEY, get_question(sample))
-        update: dict[str, Any] = {"messages": (*messages, answer), "meta": meta}
+        worse = sample.rejected if sample.rejected != answer.content else ()
+        update: dict[str, Any] = {"messages": (*messages, answer), "rejected": worse, "meta": meta}
         update["references"] = _match_references(item, content)
         return LocatedSample(sample.model_copy(update=update), self.folder)
 

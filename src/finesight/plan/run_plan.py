@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,7 +22,7 @@ from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_by
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
 from finesight.model.trainable import MODEL_PARTS
-from finesight.plan.dry_run import PlannedPack, build_planned_pack, iter_planned_steps
+from finesight.plan.dry_run import PlannedPack, iter_planned_steps, plan_step_packs
 from finesight.plan.settings_search import (
     PlannedModel,
     PlannedSettings,
@@ -141,12 +142,10 @@ def _estimate_forward_s(
     planned: PlannedModel, stats: Sequence[SampleStats], batch_size: int
 ) -> float:
     """Estimate the seconds of forward passes, about a third of the work of training steps."""
-    packs = [
-        build_planned_pack(stats[start : start + batch_size])
-        for start in range(0, len(stats), batch_size)
-    ]
+    batches = (stats[start : start + batch_size] for start in range(0, len(stats), batch_size))
+    steps = (plan_step_packs(batch, sys.maxsize) for batch in batches)
     estimate_step = partial(planned.step_timer.estimate_step, use_graphs=False)
-    return sum(estimate_step([pack], 0.0).total for pack in packs) / 3
+    return sum(estimate_step(packs, 0.0).total for packs in steps) / 3
 
 
 def _estimate_generation_bytes(
@@ -235,9 +234,7 @@ class RunPlan:
 
 
 def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPlan:
-    """Estimate the memory and time of a run, and choose settings that fit.
-
-    No files are written.
+    """Estimate the memory and time of a run, and choose settings that fit, without writing files.
 
     Args:
         recipe: Recipe of the run.
@@ -293,6 +290,12 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     evaluation = EvaluationEstimate(0, 0, 0.0, 0)
     if validation_stats:
         evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))
+    startup_s = estimate_startup_seconds(model.persistent, target)
+    batch_size = recipe.train.batch_size
+    if recipe.train.objective == "dpo":  # log-probabilities of the reference model
+        num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
+        startup_s += num_steps * chosen_estimate.step_time.total / 3
+        startup_s += _estimate_forward_s(model, validation_stats, batch_size)
     num_workers = _choose_num_workers(recipe, chosen_estimate, target)
     return RunPlan(
         family=base_model.folder.family,
@@ -305,14 +308,14 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
             model, planned_steps.timed_steps(chosen_estimate.settings.pack_tokens)
         ),
         total_steps=len(sampler),
-        batch_size=recipe.train.batch_size,
+        batch_size=batch_size,
         num_samples=sampler.num_samples,
         recipe_estimate=recipe_estimate,
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,
         feature_bytes=_compute_feature_bytes(model, train_data.stats.num_patches, target),
         num_workers=num_workers,
-        startup_s=estimate_startup_seconds(model.persistent, target),
+        startup_s=startup_s,
         overrides=_list_overrides(
             recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
         ),
@@ -327,10 +330,7 @@ def _select_target(recipe: Recipe, gpu: str | None, precision: Precision) -> Tar
 
 
 def _prefer_bf16(recipe: Recipe, gpu: str | None, recipe_target: TargetDevice) -> TargetDevice:
-    """Return a bf16 target on a CPU that supports bf16, as an alternative to the recipe.
-
-    Returns the target of the recipe on a GPU, or if the recipe sets a precision.
-    """
+    """Return a bf16 target if a CPU supports it and the recipe leaves it open, else its own."""
     if (
         recipe_target.compute.is_cuda
         or recipe.train.precision != "auto"

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from each_value import each
+from rich.console import Console
 from safetensors.numpy import load_file
 from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
 from torch import Tensor
@@ -19,10 +20,15 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import plan_step_packs
+from finesight.plan.run_plan import plan_run
+from finesight.progress import ProgressConsole
+from finesight.recipe import recipe_from_dict
 from finesight.report.run_page import render_run_page
+from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import compute_dataset_stats
 from finesight.train.objectives.dpo import (
     REFERENCE_FILE,
+    DpoObjective,
     compute_pair_losses,
     compute_token_logps,
 )
@@ -201,6 +207,37 @@ def test_planned_packs_match_packs_of_pairs(pair_task):
     planned = plan_step_packs(stats, 10_000)
     assert [one.lengths for one in planned] == [batch.lengths for batch in batches]
     assert [one.prefix_length for one in planned] == [batch.prefix_length for batch in batches]
+
+
+def test_planned_start_includes_the_reference_model(pair_task):
+    """The reference pass is a third of the training steps of an epoch, and of validation."""
+    console = ProgressConsole(Console(quiet=True))
+    plans = [
+        plan_run(
+            recipe_from_dict({**pair_task.recipe, "output_dir": "r"}, overrides), None, console
+        )
+        for overrides in (["train.objective=sft"], [*DPO])
+    ]
+    added_s = plans[1].startup_s - plans[0].startup_s
+    step_s = plans[1].chosen_estimate.step_time.total
+    assert added_s > plans[1].total_steps / pair_task.recipe["train"]["epochs"] * step_s / 3 * 0.9
+
+
+def test_reference_pass_continues_after_the_memory_was_full(pair_task, monkeypatch):
+    compute, losses = DpoObjective.compute_loss, []
+
+    def compute_loss(*args):
+        losses.append(None)
+        if len(losses) == 3:
+            raise torch.OutOfMemoryError("full")
+        return compute(*args)
+
+    monkeypatch.setattr(DpoObjective, "compute_loss", compute_loss)
+    monkeypatch.setattr(CudaGraphRunner, "release_graphs", lambda _: len(losses) == 3)
+    pair_task.run(*DPO, "train.steps=1", "train.epochs=null")
+    tensors = load_file(pair_task.folder / "run" / REFERENCE_FILE)
+    assert [len(set(tensors[split][:, 0])) for split in ("train", "eval")] == [4, 3]
+    assert [len(tensors[split]) for split in ("train", "eval")] == [4, 3]
 
 
 def test_resumed_run_equals_uninterrupted_run(pair_task):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from itertools import chain
 
 import numpy as np
@@ -30,6 +31,7 @@ from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives import PackKey
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES
+from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import StopRequest, TrainState
 
@@ -214,12 +216,16 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
     found = {}
     for split, split_indices in indices.items():
         own_indices = hardware.process_group.shard(split_indices)
+        found[split] = list[tuple[int, float, float]]()
         with (
             console.progress_stage(f"reference, data.{split}", len(own_indices)) as on_progress,
             state.engine.parallel.summon_full_params(),
             hardware.process_group.sync_errors(),
         ):
-            found[split] = _compute_references(state, split, own_indices, on_progress, stop)
+            add_references = partial(
+                _add_references, state, split, own_indices, found[split], on_progress, stop
+            )
+            retry_on_oom(state.progress.budget, hardware.device, console.log, add_references)
     payloads = hardware.process_group.all_gather_str(json.dumps(found))
     tables = [*map(json.loads, payloads)]
     references = {
@@ -231,31 +237,36 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
         save_tensors(path, references)
 
 
-def _compute_references(
+def _add_references(
     state: TrainState,
     split: str,
     indices: Sequence[int],
+    found: list[tuple[int, float, float]],
     on_progress: ProgressCallback,
     stop: StopRequest,
-) -> list[tuple[int, float, float]]:
-    """Compute the corpus index and the two log-probabilities of each pair.
+    budget: MemoryBudget,
+) -> None:
+    """Add the corpus index and the two log-probabilities of each pair that `found` lacks.
 
     The model is in the mode in which the run processes the split.
     """
-    recipe, budget = state.run.recipe, state.progress.budget
+    recipe = state.run.recipe
     data = state.data.train if split == "train" else state.data.validation
     assert data is not None, f"no data of the split {split}"
-    sampler = SequentialSampler(indices, recipe.train.batch_size)
+    known = {index for index, *_ in found}
+    missing = [index for index in indices if index not in known]
+    sampler = SequentialSampler(missing, recipe.train.batch_size)
     dataset = data.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
-    read, logps = list[int](), list[Tensor]()
     state.engine.model.train(split == "train")
-    steps = iter_step_losses(state, dataset, split, budget, on_progress, stop)
-    for step_batch, values in steps:
-        read += chain.from_iterable(step_batch.sample_indices)
-        logps += [value[-2:] for value in values]
-    state.engine.model.train()
-    pairs = torch.stack(logps).tolist() if logps else []
-    return [(index, *pair) for index, pair in zip(read, pairs, strict=True)]
+    try:
+        for step_batch, values in iter_step_losses(
+            state, dataset, split, budget, on_progress, stop
+        ):
+            logps = torch.stack([value[-2:] for value in values]).tolist() if values else []
+            read = chain.from_iterable(step_batch.sample_indices)
+            found += [(index, *pair) for index, pair in zip(read, logps, strict=True)]
+    finally:
+        state.engine.model.train()
 
 
 def _index_references(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, dict[int, LogpPair]]:

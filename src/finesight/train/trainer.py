@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -82,9 +83,9 @@ def sync_step(
     local_stats = GlobalStepStats.from_step(step_batch, signal)
     if process_group.is_single_process:
         return local_stats
-    own_values = (step_batch.split_checksum, *local_stats[:4], len(step_batch.skipped), signal)
-    payloads = process_group.start_step(step_batch.step_index, json.dumps(own_values))
-    checksums, supervised, samples, tokens, packs, skipped_counts, signals = zip(
+    own_values = json.dumps([step_batch.split_checksum, *local_stats])
+    payloads = process_group.start_step(step_batch.step_index, own_values)
+    checksums, supervised, samples, tokens, packs, skipped, signals = zip(
         *map(json.loads, payloads), strict=True
     )
     if len({*checksums}) > 1:
@@ -95,12 +96,9 @@ def sync_step(
             remedy="verify that every machine can read the images of the sample, then start"
             " again with --resume",
         )
-    skipped: list[SkippedSample] = []
-    if any(skipped_counts):
-        for payload in process_group.all_gather_str(json.dumps(step_batch.skipped)):
-            skipped += [SkippedSample(*sample) for sample in json.loads(payload)]
     totals = sum(supervised), sum(samples), sum(tokens), max(packs)
-    return GlobalStepStats(*totals, tuple(skipped), max(signals))
+    all_skipped = tuple(SkippedSample(*sample) for sample in chain.from_iterable(skipped))
+    return GlobalStepStats(*totals, all_skipped, max(signals))
 
 
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:

@@ -477,16 +477,6 @@ class ParamGroup:
             use_8bit = train.optimizer == "adamw_8bit" and is_matmul
             self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
 
-    def step(self, grad_factor: Tensor, lr_factor: float) -> None:
-        """Update the parameters of the group and clear their gradients.
-
-        Args:
-            grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
-            lr_factor: Factor of the learning rate schedule.
-        """
-        self.optimizer.step(grad_factor, self.lr * lr_factor, self.weight_decay)
-        self.gradients.zero_grad()
-
     def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
         """Return views of the optimizer state of one parameter, by state name."""
         return self.optimizer.state_tensors(param_slice.flat_slice, param_slice.parameter.shape)
@@ -597,7 +587,9 @@ class MasterWeightOptimizer:
                 self.max_grad_norm / (grad_norm / loss_scale + 1e-6)
             ).clamp(max=1.0)
         for group in self.param_groups:
-            group.step(grad_factor.to(group.gradients.device), lr_factor)
+            factor = grad_factor.to(group.gradients.device)
+            group.optimizer.step(factor, group.lr * lr_factor, group.weight_decay)
+            group.gradients.zero_grad()
 
     def zero_grad(self) -> None:
         """Discard all gradients of an aborted step and free the fp32 sums."""

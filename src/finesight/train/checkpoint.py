@@ -8,7 +8,7 @@ continues.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
@@ -37,6 +37,7 @@ from finesight.storage import (
 from finesight.train.dataloader import TensorBlock
 from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import MemoryBudget
+from finesight.train.optimizer import LazyTensors
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
 WEIGHTS_FILE = "trainable.safetensors"
@@ -105,48 +106,11 @@ class CheckpointState(TrainProgress):
     resume_config: dict[str, Any]
 
 
-class CheckpointTensors(Mapping[str, Tensor]):
-    """Mapping from names to the tensors of safetensors files, which are read on access.
-
-    A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
-    equal in all files.
-
-    Raises:
-        UserError: A file is corrupt.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._files: dict[str, list[Any]] = {}
-        for path in paths:
-            try:
-                # The methods of the file object are untyped.
-                file: Any = safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118
-                    self._files.setdefault(name, []).append(file)
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"not readable as safetensors: {error}",
-                    where=str(path),
-                    expected="a file as `finesight train` wrote it",
-                    remedy=f"delete {path.parent} to resume from the previous checkpoint",
-                ) from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        rows: list[Tensor] = [file.get_tensor(name) for file in self._files[name]]
-        return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
-
-
 class CorruptCheckpointError(UserError):
     """Raised when a checkpoint file is missing or was changed after it was written."""
 
 
-Checkpoint = tuple[CheckpointState, CheckpointTensors, CheckpointTensors]
+Checkpoint = tuple[CheckpointState, LazyTensors, LazyTensors]
 """State without tensors, master weights and optimizer state."""
 
 
@@ -306,10 +270,41 @@ def _shard_name(name: str, rank: int, world_size: int) -> str:
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _open_tensors(folder: Path, name: str) -> CheckpointTensors:
+def _read_files(paths: Sequence[Path]) -> LazyTensors:
+    """Return the tensors of safetensors files, which are read on access.
+
+    A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
+    equal in all files.
+
+    Raises:
+        UserError: A file is corrupt.
+    """
+    files: dict[str, list[Any]] = {}
+    for path in paths:
+        try:
+            # The methods of the file object are untyped.
+            file: Any = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118
+                files.setdefault(name, []).append(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"not readable as safetensors: {error}",
+                where=str(path),
+                expected="a file as `finesight train` wrote it",
+                remedy=f"delete {path.parent} to resume from the previous checkpoint",
+            ) from error
+
+    def read(name: str) -> Tensor:
+        rows: list[Tensor] = [file.get_tensor(name) for file in files[name]]
+        return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
+
+    return LazyTensors({name: partial(read, name) for name in files})
+
+
+def _open_tensors(folder: Path, name: str) -> LazyTensors:
     unsharded = folder / name
     if unsharded.is_file():
-        return CheckpointTensors([unsharded])
+        return _read_files([unsharded])
     stem, _, extension = name.rpartition(".")
     shards = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
     expected = [_shard_name(name, rank, len(shards)) for rank in range(len(shards))]
@@ -320,7 +315,7 @@ def _open_tensors(folder: Path, name: str) -> CheckpointTensors:
             expected=f"{name}, or all of its shards",
             remedy=f"delete {folder}, and start again with --resume",
         )
-    return CheckpointTensors(shards)
+    return _read_files(shards)
 
 
 def _read_state(path: Path, remedy: str) -> CheckpointState:

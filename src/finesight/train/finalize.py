@@ -24,6 +24,7 @@ from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, p
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
     MetricDifference,
+    align_columns,
     build_unsampled_difference,
     compare_prediction_files,
     format_differences,
@@ -466,7 +467,7 @@ def _save_weights(state: TrainState, step: int) -> None:
     if state.engine.parallel.is_sharded:
         _, weights, _ = state.run.checkpoint_manager.load(step, "start again with --resume")
     else:
-        weights = state.engine.optimizer.export_weights()
+        weights = state.engine.optimizer.master_weights(break_ties=True)
     with write_folder(run_dir.adapter_dir) as folder:
         save_adapter(
             folder,
@@ -506,14 +507,7 @@ def format_param_changes(changes: list[ParamChange]) -> str:
         cells.append(
             (change.part, "trained" if change.is_trained else "frozen", *counts, relative_change)
         )
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if column < 2 and not cell[:1].isdigit() else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    return align_columns(cells, 2)
 
 
 REPORT_INTERVAL_S = 60.0

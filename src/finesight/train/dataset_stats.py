@@ -99,23 +99,12 @@ def list_sample_images(sample: LocatedSample) -> list[Path]:
 def _read_edges(path: Path) -> tuple[int, bytes, int]:
     """Return size, first and last bytes, and modification time of an image file."""
     inside = resolve_content(path)
-    if not isinstance(inside, Path):
-        content = inside.getvalue()
-        archive = Path(split_container_path(str(path))[0])
-        return (
-            len(content),
-            content[:EDGE_BYTES] + content[EDGE_BYTES:][-EDGE_BYTES:],
-            archive.stat().st_mtime_ns,
-        )
-    file = os.open(inside, os.O_RDONLY)
-    try:
-        state = os.fstat(file)
-        ends = os.pread(file, EDGE_BYTES, 0)
-        if state.st_size > EDGE_BYTES:
-            ends += os.pread(file, EDGE_BYTES, max(EDGE_BYTES, state.st_size - EDGE_BYTES))
-    finally:
-        os.close(file)
-    return state.st_size, ends, state.st_mtime_ns
+    with inside.open("rb") if isinstance(inside, Path) else inside as file:
+        ends, size = file.read(EDGE_BYTES), file.seek(0, os.SEEK_END)
+        file.seek(max(EDGE_BYTES, size - EDGE_BYTES))
+        ends += file.read()
+    source = inside if isinstance(inside, Path) else Path(split_container_path(str(path))[0])
+    return size, ends, source.stat().st_mtime_ns
 
 
 ImageStates = NDArray[np.int64]
@@ -319,7 +308,6 @@ class SampleStats(NamedTuple):
         num_packed_tokens: Number of tokens that the sample takes in a pack.
         grid_thw: Patch grid of each image or video.
         image_hashes: Short digests of the image paths.
-        leaked_images: Paths of validation images that occur in the sample.
         is_thinking: Whether the sample is rendered in thinking mode.
         num_answer_tokens: Number of supervised tokens of the last answer.
         response_starts: Start of each response of a preference pair.
@@ -331,7 +319,6 @@ class SampleStats(NamedTuple):
     num_supervised_tokens: int
     grid_thw: tuple[GridTHW, ...]
     image_hashes: tuple[bytes, ...]
-    leaked_images: frozenset[str]
     is_thinking: bool = False
     num_answer_tokens: int = 0
     response_starts: tuple[int, ...] = ()
@@ -343,11 +330,16 @@ class SampleStats(NamedTuple):
 
 
 class _ScanResult(NamedTuple):
-    """Scan result of one sample: statistics, shared prefix and image fingerprints."""
+    """Scan result of one sample: statistics, shared prefix and images.
+
+    Attributes:
+        leaked_images: Paths of validation images that occur in the sample.
+    """
 
     stats: SampleStats
     shared_prefix: SharedPrefix
     images: ImageState
+    leaked_images: Set[str]
 
 
 def _scan_sample(
@@ -365,12 +357,12 @@ def _scan_sample(
         image_hashes=tuple(
             hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths
         ),
-        leaked_images=frozenset(paths & watched_images),
         is_thinking=tokenized.is_thinking,
         num_answer_tokens=tokenized.num_answer_tokens,
         response_starts=tokenized.response_starts,
     )
-    return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
+    shared_prefix, leaked_images = SharedPrefix.from_sample(tokenized), paths & watched_images
+    return _ScanResult(stats, shared_prefix, read_image_state(sample), leaked_images)
 
 
 class SampleStatsMap(dict[int, SampleStats]):
@@ -396,7 +388,7 @@ class SampleStatsMap(dict[int, SampleStats]):
             isinstance(result, UserError)
             or find_sample_error(result.stats, self._max_length) is not None
         ):
-            return SampleStats("", 0, 0, 0, (), (), frozenset())
+            return SampleStats("", 0, 0, 0, (), ())
         return result.stats
 
 
@@ -427,6 +419,7 @@ def compute_dataset_stats(
         UserError: A sample is invalid, or no valid sample is left.
     """
     indices = range(len(corpus)) if subset is None else subset
+    scale = len(corpus) / len(indices)
     scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
     corrupt_samples: dict[int, str] = {}
     all_stats: list[SampleStats] = []
@@ -440,14 +433,11 @@ def compute_dataset_stats(
         for position, result in enumerate(results):
             if isinstance(result, _ScanResult):
                 if find_sample_error(result.stats, data.max_length) is None:
-                    shared_prefix = (
-                        result.shared_prefix
-                        if shared_prefix is None
-                        else shared_prefix.intersect(result.shared_prefix)
-                    )
+                    prefix = result.shared_prefix
+                    shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
                 all_stats.append(result.stats)
                 states.append(result.images)
-                leaked_images.update(result.stats.leaked_images)
+                leaked_images.update(result.leaked_images)
                 yield result.stats
             elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
                 corrupt_samples[position] = str(result).splitlines()[0]
@@ -470,10 +460,8 @@ def compute_dataset_stats(
         sample_indices=range(len(corpus)),
         skipped=(),
         # A partial scan is extrapolated to the complete dataset.
-        num_tokens=round(len(corpus) / len(indices) * sum(chosen.token_counts)),
-        num_patches=round(
-            len(corpus) / len(indices) * sum(stats.num_patches for stats in sample_stats)
-        ),
+        num_tokens=round(scale * sum(chosen.token_counts)),
+        num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
         max_sample_tokens=max(chosen.token_counts),
         leaked_images=frozenset(leaked_images),
         sample_stats=sample_stats,
@@ -487,14 +475,13 @@ def compute_dataset_stats(
     reasons = [(corpus[index].sample.id, reason) for index, reason in corrupt_samples.items()]
     reasons += [(name, f"over {data.max_length} tokens") for name in chosen.too_long_ids]
     reasons += [(name, "no supervised tokens") for name in chosen.unsupervised_ids]
+    image_hashes = [image_hash for stats in sample_stats for image_hash in stats.image_hashes]
     return replace(
         scanned,
         sample_indices=sample_indices,
         skipped=tuple(SkippedSample(*reason) for reason in reasons),
-        num_images=sum(len(stats.image_hashes) for stats in sample_stats),
-        num_unique_images=len(
-            {image_hash for stats in sample_stats for image_hash in stats.image_hashes}
-        ),
+        num_images=len(image_hashes),
+        num_unique_images=len({*image_hashes}),
     )
 
 

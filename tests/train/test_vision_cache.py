@@ -64,6 +64,7 @@ def test_every_cache_tier_is_bit_exact(tmp_path, family):
         outcome = decide_vision_cache(other)
         assert outcome.tier == ("memory" if setting == "auto" else setting)
         assert outcome.num_from_disk == num_from_disk
+        assert outcome.num_bytes == features_MKD.nbytes
         assert torch.equal(read_all_features(other, outcome.cache), expected)
 
 

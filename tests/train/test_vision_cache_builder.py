@@ -53,7 +53,6 @@ from finesight.train.vision_cache import (
 )
 from finesight.train.vision_cache_builder import (
     EncoderOffloader,
-    estimate_feature_bytes,
     fingerprint_encoder,
     free_gpu_memory,
     index_images,
@@ -288,17 +287,6 @@ def test_first_tier_with_enough_space_is_used():
             assert choose_cache_tier(setting, size, 2 * GB, full) is None
 
 
-@each("family", ["qwen2_vl", "qwen3_vl", "qwen"])
-@each("precision", ["fp32", "bf16"])
-def test_feature_bytes_match_actual_features(tmp_path, family, precision):
-    """Each image is in one sample; a model on the meta device suffices."""
-    state = make_train_state(tmp_path / "task", family=family, precision=precision)
-    features = read_all_features(state, build_vision_cache(state))
-    patches, dtype = state.data.train.stats.num_patches, state.run.hardware.dtype
-    for model in (get_model(state), get_model(state).to("meta")):
-        assert estimate_feature_bytes(patches, model, dtype) == features.nbytes
-
-
 def test_memory_of_machine_and_container(tmp_path):
     assert free_gpu_memory(CPU) == 0
     assert available_memory() > 0
@@ -530,7 +518,6 @@ def test_every_image_is_in_one_chunk():
     chunks = index.split_chunks()
     assert [chunk.start for chunk in chunks] == [0, *(chunk.stop for chunk in chunks[:-1])]
     assert chunks[-1].stop == index.count_images(chunks) == 1000
-    assert index.count_patches(chunks) == 64_000
     assert 45 < len(chunks) < 80, "sixteen to a chunk, in the mean"
     first, second = chunks[: len(chunks) // 2], chunks[len(chunks) // 2 :]
     assert 0.5 < index.count_images(first) / index.count_images(second) < 2
@@ -545,7 +532,7 @@ def test_every_image_is_in_one_chunk():
 
 def test_chunk_size_is_bounded():
     index = make_index(200, patches=2048)
-    assert max(index.count_patches([chunk]) for chunk in index.split_chunks()) == CHUNK_PATCHES
+    assert max(chunk.stop - chunk.start for chunk in index.split_chunks()) == CHUNK_PATCHES // 2048
     alone = make_index(20, patches=CHUNK_PATCHES + 4).split_chunks()
     assert [chunk.stop - chunk.start for chunk in alone] == [1] * 20
 

@@ -102,13 +102,6 @@ class ImageIndex:
         """Count the images in several chunks."""
         return sum(chunk.stop - chunk.start for chunk in chunks)
 
-    def count_patches(self, chunks: Sequence[ImageChunk]) -> int:
-        """Count the patches in several chunks."""
-        image_refs = self.image_refs
-        return sum(
-            image_refs[n].num_patches for chunk in chunks for n in range(chunk.start, chunk.stop)
-        )
-
     def split_chunks(self) -> list[ImageChunk]:
         """Split the images into content-defined chunks, so that other datasets can reuse them.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sys
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, closing, contextmanage
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
-from itertools import chain, compress
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -67,9 +68,6 @@ CorruptImages = dict[int, CorruptImageError]
 
 ENCODER_VERSION = 5
 """Version of the encoder computation and preprocessing; increase it when features change."""
-
-READ_BATCH_CHUNKS = 64
-"""Number of chunks that are read from disk between two checks for stop signals."""
 
 MAX_PENDING_CHUNKS = 8
 """Maximum number of chunks that wait to be written to disk; limits memory."""
@@ -268,16 +266,6 @@ class EncoderOffloader:
 
 def _view_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def estimate_feature_bytes(num_patches: int, model: VisionLanguageModel, dtype: torch.dtype) -> int:
-    """Compute the size in bytes of the cached features of a number of patches.
-
-    The weights of the model are not read. The result is an upper bound if samples share images.
-    """
-    num_features = num_patches // model.visual.config.merge_size**2
-    width = model.visual.features_per_token * model.config.decoder.hidden_size
-    return num_features * width * dtype.itemsize
 
 
 def free_gpu_memory(device: torch.device) -> int:
@@ -613,8 +601,16 @@ class VisionCacheBuilder:
             return index_images(*source, state.run.hardware.num_workers, on_count)
 
     def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
-        num_patches = self._image_index.count_patches(chunks)
-        return estimate_feature_bytes(num_patches, self._model, self._state.run.hardware.dtype)
+        offsets_P1 = self._image_index.feature_offsets_P1
+        num_features = sum(int(offsets_P1[c.stop] - offsets_P1[c.start]) for c in chunks)
+        return (
+            num_features * math.prod(self._feature_shape) * self._state.run.hardware.dtype.itemsize
+        )
+
+    @property
+    def _feature_shape(self) -> tuple[int, int]:
+        """Shape [K, D] of the features of an image token."""
+        return self._model.visual.features_per_token, self._model.config.decoder.hidden_size
 
     def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
         """Return the minimum free space over all ranks, by storage tier.
@@ -638,9 +634,8 @@ class VisionCacheBuilder:
 
     def _allocate(self, tier: CacheTier) -> None:
         """Allocate the features of all images in the storage tier; nothing for the disk."""
-        model, hardware = self._model, self._state.run.hardware
+        hardware = self._state.run.hardware
         self._tier = tier
-        self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
         self._features_AKD = torch.empty(
             (
                 0 if tier == "disk" else int(self._image_index.feature_offsets_P1[-1]),
@@ -667,6 +662,7 @@ class VisionCacheBuilder:
             return []
 
         def load_chunk(chunk: ImageChunk) -> bool:
+            self._stop.raise_if_requested()
             is_direct = self._tier == "memory"
             features = self._chunk_view(chunk) if is_direct else self._new_features(chunk, "cpu")
             is_valid = store.read(chunk.name, features)
@@ -679,11 +675,11 @@ class VisionCacheBuilder:
             self._console.progress_stage("reading features", len(chunks_on_disk)) as on_progress,
             ThreadPoolExecutor(NUM_READER_THREADS) as pool,
         ):
-            for start in range(0, len(chunks_on_disk), READ_BATCH_CHUNKS):
-                self._stop.raise_if_requested()
-                batch = chunks_on_disk[start : start + READ_BATCH_CHUNKS]
-                loaded += compress(batch, pool.map(load_chunk, batch))
-                on_progress(len(batch))
+            for chunk, is_valid in zip(
+                chunks_on_disk, pool.map(load_chunk, chunks_on_disk), strict=True
+            ):
+                loaded += [chunk] * is_valid
+                on_progress(1)
         num_corrupt = len(chunks_on_disk) - len(loaded)
         if num_corrupt:
             self._console.log(

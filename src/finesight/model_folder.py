@@ -162,8 +162,7 @@ DOWNLOAD_PATTERNS = (
 is included because the digests of finesight folders list it."""
 
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
-"""Index of weights stored as pickles, for models without safetensors; see
-`finesight.model_folder`."""
+"""Index of weights stored as pickles, for models without safetensors."""
 
 CONVERTED_FOLDER = "finesight-safetensors"
 """Subfolder of a model folder for pickled weights that were converted to safetensors."""

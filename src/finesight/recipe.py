@@ -188,10 +188,7 @@ _EXPECTED_BY_TYPE = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
-"""Description of the expected value for each pydantic error type.
-
-Braces are replaced by values of the error context.
-"""
+"""Description of the expected value by pydantic error type; braces are values of its context."""
 
 _EXAMPLES = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",

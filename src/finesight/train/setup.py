@@ -59,7 +59,7 @@ from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
-from finesight.train.objectives.dpo import DpoObjective
+from finesight.train.objectives.dpo import PairObjective, get_pair_settings
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
@@ -269,7 +269,8 @@ def build_train_state(
         train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=recipe.train.objective != "dpo" and supports_context_parallelism(model),
+        can_split_samples=get_pair_settings(recipe.train) is None
+        and supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -338,7 +339,8 @@ def build_objective(train: TrainSettings, family: str) -> Objective:
     Raises:
         UserError: The model family does not support `train.objective`.
     """
-    if train.objective != "dpo":
+    settings = get_pair_settings(train)
+    if settings is None:
         return SftObjective()
     # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
     if family not in ARCHITECTURES or family == "qwen":
@@ -348,12 +350,12 @@ def build_objective(train: TrainSettings, family: str) -> Objective:
             expected="a natively implemented model family since Qwen2-VL",
             remedy="choose another model, or set train.objective=sft",
         )
-    return DpoObjective(train.dpo)
+    return PairObjective(settings)
 
 
 def resolve_tune(recipe: Recipe) -> TuneSettings:
-    """Return the section `tune`, without dropout for DPO, which compares two models."""
-    if recipe.train.objective != "dpo":
+    """Return the section `tune`, without dropout for pairs, whose likelihoods are compared."""
+    if get_pair_settings(recipe.train) is None:
         return recipe.tune
     lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
     return recipe.tune.model_copy(update={"lora": lora})
@@ -549,9 +551,12 @@ def _build_resume_config(
     settings |= {
         f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
     }
-    if recipe.train.objective != "dpo":
+    for name in ("dpo", "orpo", "simpo"):
+        if recipe.train.objective != name:
+            del settings[f"train.{name}"]
+    if get_pair_settings(recipe.train) is None:
         # Checkpoints of earlier versions have no objective.
-        del settings["train.objective"], settings["train.dpo"]
+        del settings["train.objective"]
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

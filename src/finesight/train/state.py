@@ -46,7 +46,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
 REJECTED_ANSWERS: Mapping[str | None, RejectedAnswers] = {
     None: "forbid",
     "sft": "ignore",
-    "dpo": "require",
+    **dict.fromkeys(("dpo", "orpo", "simpo"), "require"),
 }
 """Treatment of rejected answers by `train.objective`."""
 

@@ -31,7 +31,7 @@ from finesight.train.finalize import (
     write_run_report,
 )
 from finesight.train.logging import MetricsLogger, describe_run
-from finesight.train.objectives.dpo import DpoObjective, prepare_references
+from finesight.train.objectives.dpo import prepare_references
 from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
@@ -220,7 +220,7 @@ def _train_rank(
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         console.log(describe_run(state))
-        if isinstance(state.engine.objective, DpoObjective):
+        if recipe.train.objective == "dpo":
             with stop.install_handlers():
                 prepare_references(state, console, stop)
         vision_features = VisionFeatures(state, console, stop)

@@ -84,7 +84,7 @@ UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"
 
 @dataclass
 class LiveReportState:
-    """Cache of the report that the training process writes every `interval_s` seconds.
+    """Cache of the report that the training loop writes every `interval_s` seconds.
 
     Examples are rendered again only after new predictions. Each thumbnail is created once.
     """

@@ -47,7 +47,7 @@ from finesight.train.checkpoint import (
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
-    SampleStatsMap,
+    DatasetStats,
     TrainingData,
     check_images,
     collect_reported_errors,
@@ -263,15 +263,10 @@ def build_train_state(
                 check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
-    sample_stats = (
-        train_data.build_sample_stats(renderer, recipe.data)
-        if train_data.stats.is_complete
-        else None
-    )
     rank_sampler = build_rank_sampler(
         sampler,
         hardware.process_group,
-        sample_stats,
+        train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
         can_split_samples=get_pair_settings(recipe.train) is None
@@ -394,7 +389,7 @@ def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: Train
 def build_rank_sampler(
     sampler: StepSampler,
     process_group: ProcessGroup,
-    sample_stats: SampleStatsMap | None,
+    stats: DatasetStats,
     flop_counter: FlopCounter | None,
     pack_tokens: int,
     *,
@@ -406,33 +401,28 @@ def build_rank_sampler(
 
     Args:
         sampler: Sampler of complete steps, returned unchanged in a single-process run.
-        sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
-            of samples, because the ranks must agree on the costs.
+        stats: Statistics of the dataset. After a partial scan, all ranks get the same number of
+            samples, because the ranks must agree on the costs.
         flop_counter: Counter that estimates the cost of a sample; None to use its tokens.
         can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:
         return sampler
-    if sample_stats is None:
+    if not stats.is_complete:
         return DistributedSampler(sampler, process_group, lambda index: 1.0, None, pack_tokens)
-    stats = sample_stats
+    samples = dict(zip(stats.scanned_indices, stats.sample_stats, strict=True))
 
     def estimate_cost(index: int) -> float:
-        sample = stats[index]
+        sample = samples[index]
         lengths = (max(0, sample.num_packed_tokens - stats.prefix_length),)
         shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
         return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
     def count_tokens(index: int) -> int:
-        return stats[index].num_packed_tokens
+        return samples[index].num_packed_tokens
 
-    return DistributedSampler(
-        sampler,
-        process_group,
-        estimate_cost,
-        count_tokens if can_split_samples else None,
-        pack_tokens,
-    )
+    count_fn = count_tokens if can_split_samples else None
+    return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
 def supports_context_parallelism(model: AnyModel) -> bool:

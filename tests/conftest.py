@@ -13,6 +13,7 @@ from hypothesis import settings
 from module_loader import load_module
 from tiers import SLOW_MARKERS, is_longest, is_slow, may_contain_tests
 
+import finesight.operations.operation  # noqa: F401 (which formats the steps of errors)
 from finesight.errors import UserError
 
 TESTS = Path(__file__).parent

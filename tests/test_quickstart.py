@@ -86,7 +86,7 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
     ]
     assert answers[0] == answers[1]
     assert [command[0] for command in others] == ["check", "train"]
-    others += [step.words for step in outcome.next_steps]
+    others += [shlex.split(str(step))[1:] for step in outcome.next_steps]
     names = [step.operation for step in outcome.next_steps]
     assert names == ["show", "predict", "eval", "chat", "merge", "init"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))

@@ -1,9 +1,10 @@
-"""Remedies of errors: what they name exists, and following them changes the outcome."""
+"""Remedies and proposed steps: what they name exists, and following them changes the outcome."""
 
 import ast
 import difflib
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -13,16 +14,17 @@ from case_files import load_cases
 from click.testing import CliRunner
 from image_fixtures import write_gray_image, write_jsonl
 
+from finesight import api
 from finesight.cli.app import app, run_command
 from finesight.data.formats import FORMATS
 from finesight.doctor.diagnosis import load_catalog
-from finesight.errors import UserError, format_command
+from finesight.errors import Remedy, Step, UserError
 from finesight.operations import OPERATIONS
-from finesight.operations.operation import list_parameters
+from finesight.operations.operation import format_call, format_command, list_parameters
 from finesight.recipe import list_setting_names
 
 SOURCE = Path(__file__).parents[1] / "src" / "finesight"
-PROSE = ("from", "is", "or", "that", "version")
+COMMAND = re.compile(rf"finesight (?:{'|'.join(n for g in OPERATIONS.values() for n in g)})\b")
 OTHER_PROGRAMS = re.compile(
     r"(?:du|ps|torchrun|docker|podman|pip|kubectl|nvidia-smi|sbatch|llama|vllm|python)\b[^;`]*"
 )
@@ -73,26 +75,18 @@ def iter_texts(node: ast.AST) -> Iterator[str]:
 
 
 @cache
-def list_options(name: str = "") -> set[str]:
-    """Return the options of the operations whose name starts with a name."""
-    found = [o for group in OPERATIONS.values() for n, o in group.items() if n.startswith(name)]
+def list_options() -> set[str]:
+    """Return the options of all operations."""
+    found = [operation for group in OPERATIONS.values() for operation in group.values()]
     parameters = [one for operation in found for one in list_parameters(operation.load())]
     options = [one.option for one in parameters if not one.is_positional]
     return {part for option in options for part in option.split("/")}
 
 
 def iter_unknown(text: str) -> Iterator[str]:
-    """Yield commands, options, formats and settings in a remedy that do not exist."""
+    """Yield options, formats and settings in a text that do not exist, and commands."""
     text = OTHER_PROGRAMS.sub("", text)
-    for match in re.finditer(r"finesight((?: [a-z][a-z-]+){1,2})([^;`()]*)", text):
-        first, *rest = match[1].split()
-        name = " ".join([first, *rest[:1]]) if first == "data" else first
-        if not any(name in group for group in OPERATIONS.values()):
-            if first not in PROSE:
-                yield f"finesight {first}"
-        else:
-            options = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", match[2].partition(", ")[0]))
-            yield from (f"{match[1]} {option}" for option in options - list_options(name))
+    yield from COMMAND.findall(text)
     everything = list_options() | {"--help"}
     yield from set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) - everything
     formats = {data_format.name for data_format in FORMATS}
@@ -107,13 +101,72 @@ def iter_unknown(text: str) -> Iterator[str]:
 REMEDIES = sorted(set(iter_remedies()))
 
 
-def test_commands_options_formats_and_settings_of_remedies_exist():
+def test_options_formats_and_settings_of_remedies_exist():
     assert len(REMEDIES) > 600
     unknown = {source: [*iter_unknown(text)] for source, text in REMEDIES}
     assert {source: names for source, names in unknown.items() if names} == {}
-    assert [*iter_unknown("finesight imports A; --formats; --format cocos; train.step=1")] == [
-        *("finesight imports", "--formats", "cocos", "train.step")
+    assert [*iter_unknown("finesight import A; --formats; --format cocos; train.step=1")] == [
+        *("finesight import", "--formats", "cocos", "train.step")
     ]
+
+
+def iter_steps() -> Iterator[tuple[str, str, set[str]]]:
+    """Yield location, operation and names of arguments of all steps in the source."""
+    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+    scopes = [(path, n) for path, tree in trees.items() for n in ast.walk(tree)]
+    for path, scope in scopes:
+        nodes = [*ast.walk(scope)] if isinstance(scope, ast.FunctionDef) else []
+        named = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
+        for node in nodes:
+            match node:
+                case ast.Call(ast.Name("Step"), [ast.Constant(str(operation)), arguments, *_]):
+                    known = named.get(ast.unparse(arguments), arguments)
+                    keys = known.keys if isinstance(known, ast.Dict) else []
+                    names = {key.value for key in keys if isinstance(key, ast.Constant)}
+                    yield f"{path.name}:{node.lineno}", operation, names
+    for code, entry in load_catalog().items():
+        if "step" in entry:
+            yield f"diagnoses.yaml: {code}", entry["step"][0], {*entry["step"][1]}
+
+
+def test_steps_have_operations_with_their_arguments():
+    steps = [*iter_steps()]
+    assert len(steps) > 60
+    for location, name, arguments in steps:
+        operation = next(group[name] for group in OPERATIONS.values() if name in group)
+        known = {one.name for one in list_parameters(operation.load())}
+        assert arguments <= known, f"{location}: {name} {arguments - known}"
+
+
+def iter_strings(path: Path) -> Iterator[str]:
+    """Yield the strings of a module, or the text of another file."""
+    text = path.read_text("utf-8")
+    if path.suffix != ".py":
+        yield text
+        return
+    for node in ast.walk(ast.parse(text)):
+        yield from iter_texts(node) if isinstance(node, ast.Constant | ast.JoinedStr) else ()
+
+
+def test_modules_below_operations_contain_no_commands():
+    project = tomllib.loads((SOURCE.parents[1] / "pyproject.toml").read_text("utf-8"))
+    layers = project["tool"]["importlinter"]["contracts"][0]["layers"]
+    below = layers[layers.index("finesight.operations") + 1 :]
+    found = {}
+    for layer in (name.rpartition(".")[2] for name in below):
+        for path in [*SOURCE.glob(f"{layer}.*"), *(SOURCE / layer).rglob("*.*")]:
+            if path.suffix in {".py", ".yaml", ".html", ".js", ".sh"}:
+                commands = [c for text in iter_strings(path) for c in COMMAND.findall(text)]
+                found |= {path.name: commands} if commands else {}
+    assert found == {}
+
+
+def test_python_functions_raise_errors_that_name_python_functions(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{}])
+    with pytest.raises(UserError) as raised:
+        api.train(tmp_path / "a.jsonl")
+    assert f"finesight.api.init(data={str(tmp_path / 'a.jsonl')!r})" in str(raised.value)
+    assert format_call(Step("serve", {"run_or_model": "run"})) == "finesight serve run"
 
 
 CASES = load_cases("remedies")
@@ -134,14 +187,16 @@ def run(words: list[str]) -> tuple[int, UserError | None]:
     return result.exit_code, error
 
 
-def follow(words: list[str], remedy: str, values: dict[str, str]) -> Iterator[list[str]]:
+def follow(words: list[str], remedy: Remedy, values: dict[str, str]) -> Iterator[list[str]]:
     """Yield the commands of each alternative in a remedy, with its placeholders replaced."""
+    while isinstance(remedy, Step):
+        command = shlex.split(format_command(remedy))[1:]
+        yield [values.get(word, word) for word in command]
+        remedy = remedy.alternative or ""
     for placeholder, value in values.items():
         remedy = remedy.replace(placeholder, value)
     words = [values.get(word, word) for word in words]
     for alternative in re.split("[;,] or ", remedy):
-        if command := re.search(r"finesight ((?:[^;`:]|:(?! ))+)", alternative):
-            yield shlex.split(command[1])
         if name := re.match(r"did you mean (\S+)\?", alternative):
             near = difflib.get_close_matches(name[1], words, 1)
             yield [name[1] if word in near else word for word in words]
@@ -191,7 +246,7 @@ def test_next_commands_name_the_program_as_started(
     monkeypatch.setenv("PATH", str(file.parent) if on_path else "")
     monkeypatch.setattr("sys.argv", [str(file)])
     expected = program.format(parent=tmp_path.parent)
-    assert format_command("train", "a b.yaml") == f"{expected} train 'a b.yaml'"
+    assert format_command(Step("train", {"recipe": "a b.yaml"})) == f"{expected} train 'a b.yaml'"
     write_jsonl(tmp_path / "a.jsonl", [{}])
     assert run_command(["train", "a.jsonl"]) == 2
     assert f"{expected} init a.jsonl" in capsys.readouterr().err

@@ -105,10 +105,7 @@ def read_bytes(
 
     Folders, named pipes, devices and larger files are rejected before they are read.
     """
-    with (
-        translate_os_errors(path, expected=expected, remedy=remedy),
-        open_regular_file(path) as file,
-    ):
+    with translate_os_errors(path, expected, remedy), open_regular_file(path) as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
         what = f"has more than {max_bytes:,} bytes"
@@ -202,10 +199,7 @@ def read_lines(
 
     A line of more than `max_bytes` bytes is truncated and has no line end.
     """
-    with (
-        translate_os_errors(path, expected=expected, remedy=remedy),
-        open_regular_file(path) as file,
-    ):
+    with translate_os_errors(path, expected, remedy), open_regular_file(path) as file:
         while line := file.readline(max_bytes):
             yield line
             while len(line) == max_bytes and not line.endswith(b"\n"):
@@ -214,7 +208,7 @@ def read_lines(
 
 @contextmanager
 def translate_os_errors(
-    path: Path, *, expected: str, remedy: str, error_class: type[UserError] = UserError
+    path: Path, expected: str, remedy: str, error_class: type[UserError] = UserError
 ) -> Iterator[None]:
     """Convert an error of reading or decoding a file to an `error_class` about `path`."""
     try:

@@ -59,10 +59,7 @@ ExpandedPath = Annotated[Path, BeforeValidator(_as_path)]
 CoercedFloat = Annotated[float, BeforeValidator(_as_float)]
 
 MAX_COUNT = 1_000_000_000
-"""Maximum of settings that are counts.
-
-Larger values are typing errors, and would exhaust the memory.
-"""
+"""Maximum of settings that are counts; larger ones are typing errors that exhaust the memory."""
 
 PositiveInt = Annotated[int, Field(gt=0, le=MAX_COUNT)]
 StepCount = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -165,20 +162,14 @@ class PixelRange(PixelLimits):
 
 
 class ExactSize(SettingsSection):
-    """Image rule that resizes every image to one size.
-
-    Height and width are rounded to multiples of the patch size.
-    """
+    """Image rule that resizes every image to one size, rounded to multiples of the patch size."""
 
     height: SideLength
     width: SideLength
 
 
 class LongestSide(SettingsSection):
-    """Image rule that scales the longer side to a number of pixels.
-
-    The aspect ratio is kept.
-    """
+    """Image rule that scales the longer side to a number of pixels; the aspect ratio is kept."""
 
     longest_side: SideLength
 
@@ -217,10 +208,7 @@ class LoraSettings(SettingsSection):
 
 
 QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
-"""Parts of the model that NF4 can quantize.
-
-Of the embeddings, only the output head is quantized, since the embedding table is only a lookup.
-"""
+"""Parts that NF4 can quantize; of the embeddings, only the output head: the rest is a lookup."""
 
 
 Fp8Part = Literal["vision", "language"]
@@ -379,6 +367,19 @@ class GrpoSettings(SettingsSection):
         return default if self.epsilon_high is None else self.epsilon_high
 
 
+class OrpoSettings(SettingsSection):
+    """Section `train.orpo` of a recipe: weight of the odds ratio loss (Hong et al. 2024)."""
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
+
+
+class SimpoSettings(SettingsSection):
+    """Section `train.simpo` of a recipe: scale and target margin of rewards (Meng et al. 2024)."""
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 2.0
+    simpo_gamma: Annotated[CoercedFloat, Field(ge=0.0)] = 1.0
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -387,9 +388,8 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
-        objective: Supervised fine-tuning, direct preference optimization on pairs of answers, or
-            group relative policy optimization of rewards. The default is supervised fine-tuning on
-            data without pairs.
+        objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; GRPO by rewards.
+            The default is supervised fine-tuning on data without pairs.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -398,8 +398,10 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo", "grpo"] | None = None
+    objective: Literal["sft", "dpo", "orpo", "simpo", "grpo"] | None = None
     dpo: DpoSettings = DpoSettings()
+    orpo: OrpoSettings = OrpoSettings()
+    simpo: SimpoSettings = SimpoSettings()
     grpo: GrpoSettings = GrpoSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None

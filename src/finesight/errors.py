@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import re
 import socket
-from shlex import quote
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from pathlib import Path
 
 _UNPRINTABLE = re.compile(
@@ -46,6 +48,45 @@ def escape_surrogates(text: str) -> str:
     return text.encode("utf-8", "backslashreplace").decode()
 
 
+@dataclass(frozen=True, slots=True)
+class Step:
+    """An operation with its arguments, proposed as the next one.
+
+    As a text, it has the format that the operations have set, because only they know options.
+
+    Attributes:
+        purpose: Reason or condition, such as `label images first`.
+        alternative: Another step with the same effect.
+    """
+
+    operation: str
+    arguments: Mapping[str, object]
+    purpose: str = ""
+    alternative: Step | None = None
+
+    def __str__(self) -> str:
+        return self.format(_format_step)
+
+    def format(self, format_step: Callable[[Step], str]) -> str:
+        """Return purpose and text of the step and its alternative."""
+        steps = [self, self.alternative] if self.alternative else [self]
+        parts = (filter(None, [step.purpose, format_step(step)]) for step in steps)
+        return "; ".join(map(": ".join, parts))
+
+
+Remedy = str | Step
+"""How to fix a problem."""
+
+
+_format_step: Callable[[Step], str] = attrgetter("operation")
+
+
+def set_step_format(format_step: Callable[[Step], str]) -> None:
+    """Set the function that formats operation and arguments of a step in messages."""
+    global _format_step
+    _format_step = format_step
+
+
 class UserError(Exception):
     """Raised for a problem that the user can fix; commands then exit with code 2.
 
@@ -53,11 +94,11 @@ class UserError(Exception):
     safe to print.
     """
 
-    def __init__(self, what: str, *, where: str = "", expected: str = "", remedy: str = "") -> None:
-        self.what, self.where, self.expected, self.remedy = (
-            escape_unprintable(shorten(part, MAX_PART_CHARS))
-            for part in (what, where, expected, remedy)
-        )
+    def __init__(
+        self, what: str, *, where: str = "", expected: str = "", remedy: Remedy = ""
+    ) -> None:
+        self.what, self.where, self.expected = map(_escape_part, (what, where, expected))
+        self.remedy = remedy if isinstance(remedy, Step) else _escape_part(remedy)
         super().__init__(str(self))
 
     def __str__(self) -> str:
@@ -65,37 +106,22 @@ class UserError(Exception):
         if self.expected:
             lines.append(f"  expected: {self.expected}")
         if self.remedy:
-            lines.append(f"  remedy: {self.remedy}")
+            lines.append(f"  remedy: {_escape_part(str(self.remedy))}")
         return "\n".join(lines)
 
     def __reduce__(self) -> tuple[object, ...]:
         # Exceptions with keyword arguments cannot be unpickled by default.
-        return _rebuild, (type(self), self.what, self.where, self.expected, self.remedy)
+        build = partial(type(self), where=self.where, expected=self.expected, remedy=self.remedy)
+        return build, (self.what,)
 
 
-def _rebuild(kind: type[UserError], what: str, where: str, expected: str, remedy: str) -> UserError:
-    return kind(what, where=where, expected=expected, remedy=remedy)
+def _escape_part(text: str) -> str:
+    return escape_unprintable(shorten(text, MAX_PART_CHARS))
 
 
 def format_count(count: int, noun: str) -> str:
     """Format a number with a regular noun."""
     return f"{count} {noun}{'' if count == 1 else 'es' if noun.endswith(('s', 'x')) else 's'}"
-
-
-def format_command(*words: str | Path) -> str:
-    """Format a finesight command for the shell in which this process was started.
-
-    A program that the shell would not find, such as .venv/bin/finesight, keeps its path.
-    """
-    import shutil
-    import sys
-
-    program = "finesight"
-    started = os.path.abspath(sys.argv[0])
-    if os.path.basename(started) == program and shutil.which(program) != started:
-        relative = os.path.relpath(started)
-        program = started if relative.startswith(os.pardir) else os.path.join(".", relative)
-    return " ".join(map(quote, [program, *map(str, words)]))
 
 
 def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = "") -> str:
@@ -106,22 +132,22 @@ def suggest_name(name: str, names: Iterable[str], otherwise: str, prefix: str = 
     return f"did you mean {prefix}{similar[0]}?" if similar else otherwise
 
 
-def suggest_similar_path(path: Path, otherwise: str = "check the path") -> str:
+def suggest_similar_path(path: Path, otherwise: Remedy = "check the path") -> Remedy:
     """Return a remedy for a missing file: the most similar name in its folder, or `otherwise`.
 
-    Paths in recipes start at the working directory of `finesight init`, often the parent folder.
+    Paths in recipes start at the working directory of their creation, often the parent folder.
     """
     if not path.is_absolute() and os.path.exists(os.path.join("..", path)):
         return "run the command in the parent folder (cd ..), in which it exists"
     if path.name in {"labels.jsonl", "labels_eval.jsonl"}:
-        command = f"finesight label MODEL IMAGES --out {quote(str(path.parent))}"
-        option = f"--train-fraction {LABEL_TRAIN_FRACTION}"
-        if (path.parent / "labels.jsonl").exists():
-            # All labels are for training: there is no fraction, or only one label.
-            return f"label at least 2 images, some of them for validation: {command} {option}"
-        return f'label images first: {command} --prompt "..." {option}'
+        # Existing labels are all for training: there is no fraction, or only one label.
+        is_new = not (path.parent / "labels.jsonl").exists()
+        purpose = "label images first" if is_new else "label at least 2 images, some for validation"
+        arguments: dict[str, object] = {"run_or_model": "MODEL", "sources": ["IMAGES"]}
+        arguments |= {"out": str(path.parent), "train_fraction": LABEL_TRAIN_FRACTION}
+        return Step("label", arguments | {"prompt": "TEXT" if is_new else None}, purpose)
     siblings = [p.name for p in path.parent.iterdir() if p != path] if path.parent.is_dir() else []
-    return suggest_name(path.name, siblings, otherwise, f"{path.parent}/")
+    return suggest_name(path.name, siblings, "", f"{path.parent}/") or otherwise
 
 
 def build_bind_error(host: str, port: int, error: Exception) -> UserError:
@@ -139,7 +165,4 @@ def build_bind_error(host: str, port: int, error: Exception) -> UserError:
 
 
 class TrainingInterrupted(Exception):
-    """Raised when a run was interrupted and saved a checkpoint.
-
-    Commands then exit with code 75.
-    """
+    """Raised when a run was interrupted and saved a checkpoint; commands exit with code 75."""

@@ -15,11 +15,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from finesight.bounded_files import read_bytes, read_json, read_json_object, read_text
-from finesight.errors import UserError, shorten
+from finesight.errors import Remedy, Step, UserError, shorten
 from finesight.hub.address import HubAddress, is_hub_address, parse_model_address
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.storage import FileLock, remove_folder, write_folder
@@ -162,8 +161,7 @@ DOWNLOAD_PATTERNS = (
 is included because the digests of finesight folders list it."""
 
 PICKLE_INDEX_FILE = "pytorch_model.bin.index.json"
-"""Index of weights stored as pickles, for models without safetensors; see
-`finesight.model_folder`."""
+"""Index of weights stored as pickles, for models without safetensors."""
 
 CONVERTED_FOLDER = "finesight-safetensors"
 """Subfolder of a model folder for pickled weights that were converted to safetensors."""
@@ -266,12 +264,8 @@ class ModelFolder:
         for key in ("patch_size", "merge_size", "temporal_patch_size", *size_keys):
             self._check_count(key, merged[key], name, PREPROCESSOR_FILE)
         if merged["min_pixels"] > merged["max_pixels"]:
-            raise self._build_config_error(
-                f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}",
-                "a range of pixels",
-                name,
-                PREPROCESSOR_FILE,
-            )
+            what = f"min_pixels {merged['min_pixels']} is above max_pixels {merged['max_pixels']}"
+            raise self._build_config_error(what, "a range of pixels", name, PREPROCESSOR_FILE)
         return merged
 
     def _read_image_settings(self) -> tuple[str, dict[str, Any]]:
@@ -366,7 +360,7 @@ class ModelFolder:
         """
         self.fetch_weights()
         single = self.find_file("model.safetensors")
-        index = self._find_index()
+        index = self.find_file("model.safetensors.index.json")
         if index is not None:
             return [self._require_file(name) for name in self._read_shard_names(index)]
         if single is not None:
@@ -390,16 +384,13 @@ class ModelFolder:
         values, so that it takes milliseconds.
         """
         sha256 = hashlib.sha256()
-        index = self._find_index()
+        index = self.find_file("model.safetensors.index.json")
         if index is not None:
             sha256.update(read_bytes(index, expected="an index of weights", remedy=_DOWNLOAD_AGAIN))
         for path in self.weight_files():
             sha256.update(path.name.encode())
             sha256.update(_read_header(path))
         return sha256.hexdigest()
-
-    def _find_index(self) -> Path | None:
-        return self.find_file("model.safetensors.index.json")
 
     def _find_pickle_files(self) -> list[Path]:
         index, single = self.find_file(PICKLE_INDEX_FILE), self.find_file("pytorch_model.bin")
@@ -481,21 +472,20 @@ def check_model_path(name: str) -> HubAddress | None:
         UserError: The name is a missing path or a file.
     """
     path = resolve_model_path(name)
+
+    def reject(what: str, remedy: Remedy, expected: str = _EXPECTED_MODEL) -> UserError:
+        return UserError(what, where="model", expected=expected, remedy=remedy)
+
     # os.path accepts invalid paths: unknown home folders, names that are too long.
     if name and os.path.isdir(path):
         if not any((path / file).exists() for file in ("config.json", MANIFEST_FILE)):
             runs = sorted(file.parent for file in path.glob(f"*/{MANIFEST_FILE}"))
             if runs:
-                raise UserError(
-                    f"{name} is no model, but contains {', '.join(r.name for r in runs)}",
-                    where="model",
-                    expected=_EXPECTED_MODEL,
-                    remedy=f"did you mean {runs[0]}?",
-                )
+                what = f"{name} is no model, but contains {', '.join(r.name for r in runs)}"
+                raise reject(what, f"did you mean {runs[0]}?")
         return None
     if os.path.isfile(path):
-        remedy = f"give the folder, {path.parent}"
-        raise UserError(f"{name} is a file", where="model", expected=_EXPECTED_MODEL, remedy=remedy)
+        raise reject(f"{name} is a file", f"give the folder, {path.parent}")
     address = parse_model_address(name)
     if address is not None and (is_hub_address(name) or not path.parent.is_dir()):
         return address
@@ -504,16 +494,15 @@ def check_model_path(name: str) -> HubAddress | None:
         names = sorted(entry.name for entry in os.scandir(path.parent) if entry.is_dir())
     known = [*names, TINY_MODEL] if path.parent == Path() else names
     similar = difflib.get_close_matches(path.name, known, n=1, cutoff=0.5)
-    remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
-    expected, recipe = _EXPECTED_MODEL, path.parent / RECIPE_FILE
+    what, recipe = f"no folder {name}", path.parent / RECIPE_FILE
     if path.name == "run" and recipe.is_file():
-        # The folder that `finesight init` has written.
-        remedy = f"train it first: finesight train {quote(str(recipe))}"
-        raise UserError(f"no folder {name}", where="model", expected=expected, remedy=remedy)
-    if address is not None:
-        expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"
-        remedy += f", or give hf:{name} for a model of the hub"
-    raise UserError(f"no folder {name}", where="model", expected=expected, remedy=remedy)
+        # The folder of a new recipe.
+        raise reject(what, Step("train", {"recipe": str(recipe)}, "train it first"))
+    remedy = f"use {path.parent / similar[0]}" if similar else "correct the path"
+    if address is None:
+        raise reject(what, remedy)
+    expected = f"a folder in {path.parent}/: {', '.join(names[:8]) or 'it has none'}"
+    raise reject(what, f"{remedy}, or give hf:{name} for a model of the hub", expected)
 
 
 def resolve_model_path(name_or_path: str) -> Path:

@@ -106,6 +106,8 @@ class Registry(Generic[T]):
             fits = issubclass if isinstance(item, type) else isinstance
             if not fits(item, self._interface) or isabstract(item):
                 problem = f"{item!r:.80} does not implement {self._interface.__name__}"
+            elif self._kind == "formats" and item.name != name:
+                problem = f"the format is named {item.name!r:.60}, its entry point {name!r}"
         except (Exception, SystemExit) as error:
             problem = f"{type(error).__name__}: {error}"
         if problem:

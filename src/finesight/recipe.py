@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from finesight.bounded_files import ComposedYaml, TooManyValuesError, load_yaml, translate_os_errors
 from finesight.config import Recipe, SettingsSection
-from finesight.errors import UserError, shorten, suggest_name
+from finesight.errors import Remedy, Step, UserError, shorten, suggest_name
 from finesight.manifest import RECIPE_FILE, require_run_plugins
 
 MAX_RECIPE_BYTES = 2**20
@@ -48,32 +48,26 @@ def read_recipe_text(path: Path) -> str:
 
     Raises UserError if the file is missing, too large, or not UTF-8 text.
     """
+
+    def reject(what: str, remedy: Remedy) -> UserError:
+        expected = "a recipe, a YAML file of settings"
+        return UserError(what, where=str(path), expected=expected, remedy=remedy)
+
     if os.path.isdir(path):
         recipe = path / RECIPE_FILE
         remedy = f"give the recipe of this run: {recipe}" if recipe.is_file() else "give a file"
-        raise UserError("is a folder", where=str(path), expected="a YAML file", remedy=remedy)
+        raise reject("is a folder", remedy)
     if path.suffix.lower() in _DATA_SUFFIXES and path.is_file():
-        raise UserError(
-            "is a data file",
-            where=str(path),
-            expected="a recipe, a YAML file of settings",
-            remedy=f"write one for these data: {shlex.join(['finesight', 'init', str(path)])}",
-        )
+        step = Step("init", {"data": str(path)}, "write one for these data")
+        raise reject("is a data file", step)
     remedy = "check the path, its permissions and its encoding"
-    with translate_os_errors(path, expected="a YAML file in UTF-8", remedy=remedy):
+    with translate_os_errors(path, "a YAML file in UTF-8", remedy):
         if path.is_char_device():  # such as /dev/zero, without an end
-            raise UserError(
-                "is a device", where=str(path), expected="a YAML file", remedy="check the path"
-            )
+            raise reject("is a device", "check the path")
         with path.open("rb") as file:  # a pipe, too: <(envsubst < recipe.yaml)
             content = file.read(MAX_RECIPE_BYTES + 1)
         if len(content) > MAX_RECIPE_BYTES:
-            raise UserError(
-                f"has more than {MAX_RECIPE_BYTES:,} bytes",
-                where=str(path),
-                expected="a YAML file of settings",
-                remedy=_TOO_LARGE_REMEDY,
-            )
+            raise reject(f"has more than {MAX_RECIPE_BYTES:,} bytes", _TOO_LARGE_REMEDY)
         return content.decode()
 
 
@@ -162,7 +156,7 @@ MIN_SIMILARITY = 0.75
 """Minimum similarity (difflib ratio) of a suggested setting: one wrong letter of four."""
 
 MIN_FOREIGN_SETTINGS = 3
-"""Minimum number of unknown settings of another trainer to suggest `finesight convert`."""
+"""Minimum number of unknown settings of another trainer to suggest a conversion."""
 
 MIN_WORD_CHARS = 5
 """Minimum length of a word of a name that suggests a setting of the same section."""
@@ -188,10 +182,7 @@ _EXPECTED_BY_TYPE = {
     "too_short": "a list of at least {min_length}",
     "too_long": "a list of at most {max_length}",
 }
-"""Description of the expected value for each pydantic error type.
-
-Braces are replaced by values of the error context.
-"""
+"""Description of the expected value by pydantic error type; braces are values of its context."""
 
 _EXAMPLES = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",
@@ -306,14 +297,15 @@ def _validate_recipe(
                 UserError(name + what, where=location, expected=expected, remedy=remedy)
             )
         num_foreign = sum(len(key) == 1 and key[0] in _load_advice() for key in wrong)
-        remedy = "to convert the configuration of another trainer: finesight convert FILE RECIPE"
-        remedy *= num_foreign >= MIN_FOREIGN_SETTINGS
+        purpose = "to convert the configuration of another trainer"
+        step = Step("convert", {"source": "FILE", "recipe": "RECIPE"}, purpose)
         if len(wrong) == 1:
             raise setting_errors[0] from error
         count = len(wrong) - len(setting_errors)
         messages = [*map(str, setting_errors), *([f"and {count:,} more"] if count else [])]
         problem = "\n".join([f"{len(wrong):,} settings are wrong", *messages])
-        raise UserError(problem, where=where, remedy=remedy) from error
+        is_foreign = num_foreign >= MIN_FOREIGN_SETTINGS
+        raise UserError(problem, where=where, remedy=step if is_foreign else "") from error
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -1,9 +1,8 @@
-"""Recipe with comments that `finesight init` and the studio write."""
+"""Recipe with comments for a new run."""
 
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.data.import_source import DetectedTask
+from finesight.errors import Step
 from finesight.model_folder import TINY_MODEL
 
 NUM_EVAL_ROWS = 200
@@ -23,7 +23,7 @@ DEFAULT_MAX_PIXELS = 802_816
 
 _RECIPE = """\
 # Written by {author}.
-# Override settings on the command line: finesight train {recipe} train.learning_rate=5.0e-5
+# {override}
 model: {model}
 data:
 {data}{image}tune:  # trained parts of the model: frozen, lora (adapters) or full
@@ -123,9 +123,10 @@ def format_recipe(
         f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
         f" max_new_tokens: {task.max_new_tokens}}}\n"
     )
+    arguments = {"recipe": recipe, "overrides": ["train.learning_rate=5.0e-5"]}
     return _RECIPE.format(
         author=author,
-        recipe=shlex.quote(str(recipe)),
+        override=Step("train", arguments, "Override settings on the command line"),
         model=_quote(model),
         data=train_data + _format_files("eval", eval_lines),
         image=""

@@ -200,7 +200,7 @@ def _outcome(function: Callable[[], JobOutput]) -> _Reply:
     try:
         output = function()
     except UserError as error:
-        words = [error.what, error.where, error.expected, error.remedy]
+        words = [error.what, error.where, error.expected, str(error.remedy)]
         return {"user_error": words}, ()
     except MemoryError:
         return {"out_of_memory": True}, ()

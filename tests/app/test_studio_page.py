@@ -368,7 +368,7 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
             "start",
             "step=plan&recipe=mine.yaml",
             (),
-            "the step “Plan”: the command is already running",
+            "the command is already running",
         ),
         (
             "create-recipe",
@@ -420,8 +420,16 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(page):
         (
             "train",
             "train r",
-            {"what": "a", "remedy": "check the data (finesight check), or set a lower rate"},
-            "check the data (the step “Check”), or set a lower rate",
+            {
+                "what": "a",
+                "remedy": {
+                    "operation": "check",
+                    "arguments": {"sources": "a"},
+                    "purpose": "set a lower rate, or check the data",
+                    "alternative": {"operation": "check", "arguments": {"fix": "b"}},
+                },
+            },
+            "set a lower rate, or check the data: the step “Check”; finesight check --fix b",
         ),
     ],
 )

@@ -33,13 +33,15 @@ def test_diagnosis_lines_and_commands():
         "two",
         "  ERROR    the run is a; b",
         "           why: c: d",
-        "           $ finesight train e",
-        "           $ f --resume",
+        "           $ finesight train 'e",
+        "           $ f' --resume",
         "1 error, 2 warnings",
     ]
     for code, entry in load_catalog().items():
         is_ok = entry.get("severity") == "ok"
-        assert set(entry) - {"severity"} == ({"what"} if is_ok else {"what", "why", "remedy"}), code
+        texts = {"what"} if is_ok else {"what", "why"}
+        assert set(entry) - {"severity", "remedy", "step"} == texts, code
+        assert is_ok != bool(entry.keys() & {"remedy", "step"}), code
 
 
 @pytest.fixture

@@ -157,15 +157,15 @@ def test_unlabeled_images_become_a_served_model(cli):
     colors = draw_dots(Path("photos"), 200)
     printed = cli("init", "photos", "--yes", "--prompt", "Which color?")
     label, train, serve = printed.next_steps.splitlines()
-    command = "finesight label MODEL IMAGES --out photos-finetune/data"
-    remedy = f'label images first: {command} --prompt "..." --train-fraction 0.8'
+    split = "--out photos-finetune/data --train-fraction 0.8"
+    remedy = f"label images first: finesight label MODEL IMAGES --prompt TEXT {split}"
     assert remedy in cli(*shlex.split(train)[1:], code=2).err
     # Without --train-fraction, all labels are training samples.
     labels = Path("photos-finetune/data/labels.jsonl")
     labels.parent.mkdir()
     labels.touch()
-    assert suggest_similar_path(labels.with_name("labels_eval.jsonl")) == (
-        f"label at least 2 images, some of them for validation: {command} --train-fraction 0.8"
+    assert str(suggest_similar_path(labels.with_name("labels_eval.jsonl"))) == (
+        f"label at least 2 images, some for validation: finesight label MODEL IMAGES {split}"
     )
     labels.unlink()
     with run_server(label) as (address, errors):

@@ -185,7 +185,7 @@ def test_further_rounds_continue_the_labels_of_the_run(label):
     recipe = load_recipe(write_recipe("[old.jsonl, mine/labels.jsonl]"))
     words = ("run", "photos", *PROMPT)
     continuing = "continuing the labels in mine, training data of run"
-    assert find_label_step(recipe).words == ["label", "run", "photos"]
+    assert str(find_label_step(recipe)) == "finesight label run photos"
     assert continuing in label(*words)
     assert "0 open, 0 accepted, 1 corrected, 0 skipped: labels" in label(*words, "--out", "labels")
     # A folder of reviewed labels contains no new images.
@@ -256,7 +256,7 @@ def test_reviews_have_a_folder_each(label):
     lines = ["reviewed labels: labels-review-3", f"{train} {again}"]
     assert run(FIRST_LABELS, "--review", train=trained) == lines
     command = find_label_step(load_recipe(Path("run/recipe.yaml")))
-    assert command.words == ["label", "run", "photos"]
+    assert str(command) == "finesight label run photos"
     assert run("photos", train=trained) == [
         "continuing the labels in labels, training data of run",
         f"next: finesight label run {FIRST_LABELS} --out labels-review-3 --review",

@@ -163,6 +163,11 @@ BROKEN = {
     "ZeroDivisionError": ("formats meters", "broken:FORMAT", "1 / 0"),
     "SystemExit": ("formats meters", "broken:FORMAT", "raise SystemExit(1)"),
     "does not implement DatasetFormat": ("formats meters", "broken:FORMAT", "FORMAT = print"),
+    "the format is named 'coco', its entry point 'meters'": (
+        "formats meters",
+        "broken:FORMAT",
+        "from finesight.data.formats.json_annotations import COCO as FORMAT",
+    ),
     "does not implement TaskMetric": ("metrics meters", "broken:score", "def score(cases): ..."),
     "does not implement Tracker": (
         "trackers meters",

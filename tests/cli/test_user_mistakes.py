@@ -281,7 +281,7 @@ MISTAKES = {
     "metric-without-validation-data": Mistake(
         "train recipe.yaml output_dir=out data.eval=[] eval.metric=ocr",
         "data.eval: eval.metric is ocr, but there is no validation data",
-        "set data.eval, for example by `finesight import --train-fraction 0.9`",
+        "set data.eval, for example by an import: finesight import SOURCE OUT --train-fraction 0.9",
     ),
     "resume-with-another-recipe": Mistake(
         "train recipe.yaml --resume output_dir=stopped train.batch_size=3",
@@ -297,14 +297,14 @@ MISTAKES = {
     # Results, inference and deployment
     "mistyped-run": Mistake(
         "report rnu",
-        "finesight report: rnu is not a run directory",
+        "report: rnu is not a run directory",
         "did you mean ./run?",
     ),
     "evaluation-of-mistyped-run": Mistake("eval rnu", "model: no folder rnu", "use run"),
     "question-without-prompt": Mistake(
         "predict run photos/0.png",
-        "finesight predict: 1 image, no --prompt and no --data",
-        'for example: finesight predict run photos/0.png --prompt "What is this?"',
+        "predict: 1 image, no --prompt and no --data",
+        "for example: finesight predict run photos/0.png --prompt 'What is this?'",
     ),
     "port-in-use": Mistake(
         "serve run --port $PORT",
@@ -314,7 +314,7 @@ MISTAKES = {
     ),
     "missing-extra": Mistake(
         "web run",
-        "finesight web: starlette and uvicorn cannot be imported",
+        "web: starlette and uvicorn cannot be imported",
         "pip install 'finesight[web]'",
         hide_web_packages,
     ),

@@ -9,13 +9,8 @@ from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finesight.encode.family import (
-    ImageBox,
-    PredictedBox,
-    PromptPiece,
-    SpecialToken,
-    ThinkingOptions,
-)
+from finesight.data.sample import BoxPart
+from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.qwen3_vl import Qwen3VL
@@ -26,7 +21,7 @@ from finesight.model import vlm
 from finesight.model_folder import ModelFolder
 
 ONE, TWO = (20.0, 10.0, 60.0, 20.0), (0.0, 0.0, 200.0, 50.0)
-CAT, BARE = PredictedBox("cat", ONE), PredictedBox(None, ONE)
+CAT, BARE = BoxPart(label="cat", xyxy=ONE), BoxPart(label=None, xyxy=ONE)
 
 
 def write_config(path: Path, family: str, **config: object) -> ModelFolder:
@@ -148,7 +143,7 @@ def test_lenient_parsing_of_json_boxes():
         ("[10, 20, 30, 40]", [BARE]),
         ("```json\n[10, 20, 30, 40]\n```", [BARE]),
         ("the list [10, 20, 30, 40] of numbers", []),
-        (r'{"bbox_2d": [10, 20, 30, 40], "label": "\ud83d"}', [PredictedBox("?", ONE)]),
+        (r'{"bbox_2d": [10, 20, 30, 40], "label": "\ud83d"}', [BoxPart(label="?", xyxy=ONE)]),
         ('{"bbox_2d": [10, 20, 30]}', []),
         ('{"bbox_2d": [10, 20, 30, NaN]}', []),
         ('{"bbox_2d": [10, 20, 30, {}]}', []),
@@ -179,11 +174,11 @@ def test_lenient_parsing_of_boxes_between_tokens():
         ("cat(100,200),(300,400)<|im_end|>", [BARE]),
         (
             f"{REF}cat{REF_END}{BOX}(100,200),(300,400){BOX_END}{BOX}(0,0),(1000,1000){BOX_END}",
-            [CAT, PredictedBox("cat", TWO)],
+            [CAT, BoxPart(label="cat", xyxy=TWO)],
         ),
         (
             f"{REF}cat{REF_END}(100,200),(300,400) and (0,0),(1000,1000)",
-            [CAT, PredictedBox(None, TWO)],
+            [CAT, BoxPart(label=None, xyxy=TWO)],
         ),
         (f"{REF}sky{REF_END} over {REF}cat{REF_END}{BOX}(100,200),(300,400){BOX_END}", [CAT]),
         (f"{BOX}(100,200),(300{BOX_END}", []),

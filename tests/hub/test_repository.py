@@ -103,7 +103,7 @@ def test_killed_download_is_resumed_by_next_process(
     model.server.faults.cuts["model.safetensors"] = [200_000, 0, 0, 0, 0]
     with pytest.raises(UserError, match="received 200000 of 256000 bytes") as raised:
         model.fetch()
-    assert "start again to resume the download" in raised.value.remedy
+    assert "start again to resume the download" in str(raised.value.remedy)
     model.server.lfs_requests.clear()
     if change == "partial file":
         (partial,) = cache.rglob(".model.safetensors.partial")
@@ -134,7 +134,7 @@ def test_insufficient_disk_space(model: RemoteModel, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10_000))
     with pytest.raises(UserError, match="1e-05 GB are free on this disk") as raised:
         model.fetch()
-    assert "--to" in raised.value.remedy
+    assert "--to" in str(raised.value.remedy)
     assert not model.server.lfs_requests
 
 
@@ -162,8 +162,8 @@ def test_token_is_sent_only_to_the_hub(model: RemoteModel, monkeypatch: pytest.M
     with pytest.raises(UserError, match="gated") as raised:
         model.fetch()
     variable = {"hf": "HF_TOKEN", "modelscope": "MODELSCOPE_API_TOKEN"}[model.address.hub]
-    assert f"export {variable}=" in raised.value.remedy
-    assert f"{model.server.url}/" in raised.value.remedy
+    assert f"export {variable}=" in str(raised.value.remedy)
+    assert f"{model.server.url}/" in str(raised.value.remedy)
     monkeypatch.setenv(variable, TOKEN)
     model.fetch()
     assert f"Bearer {TOKEN}" in [request.token for request in model.server.requests]
@@ -183,7 +183,7 @@ def test_offline_mode_uses_the_cache(
     other = parse_address(f"{model.address.hub}:Some/other")
     with pytest.raises(UserError, match="is not downloaded, and HF_HUB_OFFLINE") as raised:
         fetch_model(other, DOWNLOAD_PATTERNS)
-    assert f"finesight download {other}" in raised.value.remedy
+    assert f"finesight download {other}" in str(raised.value.remedy)
 
 
 def test_revisions_and_missing_repositories(model: RemoteModel) -> None:
@@ -335,7 +335,7 @@ def test_connection_error(
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", endpoint)
     with pytest.raises(UserError, match=f"{hub}:Some/model is not available") as raised:
         open_repository(parse_address(f"{hub}:Some/model"))
-    assert "check the connection" in raised.value.remedy
+    assert "check the connection" in str(raised.value.remedy)
 
 
 def test_invalid_names_and_answers(

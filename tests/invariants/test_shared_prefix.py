@@ -22,7 +22,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.objectives.dpo import (
-    DpoObjective,
+    PairObjective,
     compute_pair_losses,
     compute_token_logps,
 )
@@ -97,7 +97,7 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
     """Only the last answers count; the images before them are encoded once."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
     model, renderer = tune_model(folder, ALL, torch.float32), NativeRenderer(folder)
-    images, objective = make_images(tmp_path), DpoObjective(DpoSettings(beta=0.3))
+    images, objective = make_images(tmp_path), PairObjective(DpoSettings(beta=0.3))
     objective.reference_logps["train"] = {7: (-8.0, -9.0)}
     for number in (1, 3):
         chosen = make_conversation(number, images, videos=True).sample

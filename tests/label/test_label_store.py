@@ -344,11 +344,14 @@ def test_answered_samples_of_other_sources_are_kept(tmp_path):
 def test_references_follow_the_corrected_answer(tmp_path, corrected, references):
     """An evaluation must not accept the replaced answer as correct."""
     (sample,) = read_samples(write_answers(tmp_path, "cat"))
-    sample = sample.model_copy(update={"references": ("cat", "kitty", "pet")})
+    update = {"references": ("cat", "kitty", "pet"), "rejected": (TextPart(text="dog"),)}
+    sample = sample.model_copy(update=update)
     write_samples(tmp_path / "data.jsonl", [sample])
     answer(tmp_path / "labels", [tmp_path / "data.jsonl"], corrected, review=True)
     (labeled,) = read_samples(tmp_path / "labels" / LABELS_FILE)
     assert get_reference_answer(labeled) == ((corrected, *references), ())
+    # Both answers of a pair differ.
+    assert labeled.rejected == (() if corrected == "dog" else (TextPart(text="dog"),))
     # They stay with a corrected box: the text of the answer has not changed.
     box = BoxPart(label="cat", xyxy=(1, 1, 5, 5))
     sources = [tmp_path / "data.jsonl"]

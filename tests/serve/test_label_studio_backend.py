@@ -139,7 +139,7 @@ def test_other_requests_of_the_protocol(backend: RunningServer, server: RunningS
     assert post(backend, "setup", {"access_token": "x"}) == (200, {"model_version": name})
     assert post(backend, "webhook", {"action": "ANNOTATION_CREATED"}) == (200, {})
     status, output = post(backend, "webhook", {"action": "START_TRAINING"})
-    assert (status, "finesight train" in output["error"]["message"]) == (400, True)
+    assert (status, "train with them" in output["error"]["message"]) == (400, True)
     assert post(server, "setup", {})[0] == 404
 
 

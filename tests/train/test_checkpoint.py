@@ -48,7 +48,7 @@ def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 1}, "has format 1"),
+        ({"format_version": 1, "step": None}, "format_version: Input should be 2"),
         ({"extra": 1}, "extra"),
         ({"step": "x"}, "step"),
         ({"step": None}, "step: Field required"),

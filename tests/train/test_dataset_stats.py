@@ -16,6 +16,7 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.train import dataset_stats
+from finesight.train.dataloader import SCAN_CHUNK_SIZE
 
 NUM_SAMPLES = 11
 
@@ -86,11 +87,11 @@ def test_invalid_box_is_never_skipped(folder):
 
 
 def test_workers_give_equal_statistics(tmp_path):
-    make_task(tmp_path, num_samples=8 * dataset_stats.SCAN_CHUNK_SIZE + 3)
+    make_task(tmp_path, num_samples=8 * SCAN_CHUNK_SIZE + 3)
     (tmp_path / "train70.png").write_bytes(b"")
     found = collect_stats(tmp_path)
     assert collect_stats(tmp_path, workers=2) == found
-    assert len(found.sample_indices) == 8 * dataset_stats.SCAN_CHUNK_SIZE + 2
+    assert len(found.sample_indices) == 8 * SCAN_CHUNK_SIZE + 2
 
 
 def test_statistics_of_a_subset_are_scaled(folder):

@@ -45,7 +45,7 @@ from finesight.train.graph_buffers import (
     should_capture_vision,
 )
 from finesight.train.objectives import PackKey, sft
-from finesight.train.objectives.dpo import DpoObjective
+from finesight.train.objectives.dpo import PairObjective
 from finesight.train.objectives.sft import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 from finesight.train.trainer import forward_backward
@@ -405,7 +405,7 @@ def make_pairs(folder: Path, family: str) -> list[PackedBatch]:
 @pytest.mark.parametrize("has_pairs", [False, True])
 def test_graph_has_the_inputs_of_each_objective(folder, has_pairs):
     model, weight = make_vision_model(folder, "qwen2_vl"), torch.tensor(0.1)
-    objective = DpoObjective(DpoSettings()) if has_pairs else PolicyGradient()
+    objective = PairObjective(DpoSettings()) if has_pairs else PolicyGradient()
     runner, eager = (
         CudaGraphRunner(model, objective, list(trainable_parameters(model).values()))
         for _ in range(2)

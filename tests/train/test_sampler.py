@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from each_value import each
 
 from finesight.config import TrainSettings
 from finesight.data.corpus import Corpus
 from finesight.data.line_index import SampleIndex
 from finesight.data.sample import JsonlSamples
-from finesight.train.sampler import SampleOrder, SequentialSampler, TrainSampler, stable_argsort
+from finesight.train.sampler import SampleOrder, SequentialSampler, TrainSampler
 
 
 def epochs(order: SampleOrder, count: int) -> list[list[int]]:
@@ -65,15 +64,6 @@ def test_fractional_weights_are_exact_over_epochs(weight, size):
     assert order.epoch_length == round(weight * size)
     assert {*Counter(chain(*epochs(order, 10))).values()} == {round(10 * weight)}
     assert SampleOrder([10, 3], [1.0, 0.01], seed=0).epoch_length == 11, "at least one sample"
-
-
-@each("upper", [0, 3, 2**40, 2**63])
-@each("size", [0, 1, 2, 3, 1000, 4096])
-def test_partition_sort_matches_stable_argsort(upper, size):
-    """Many draws agree in their upper bits, or in all."""
-    raw = np.random.Philox(np.random.SeedSequence((size, upper))).random_raw(size)
-    for draws in (raw, raw % np.uint64(500) + np.uint64(upper), raw | np.uint64(upper)):
-        assert stable_argsort(draws).tolist() == np.argsort(draws, kind="stable").tolist()
 
 
 def make_steps(

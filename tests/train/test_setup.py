@@ -86,7 +86,7 @@ def test_resuming_with_a_new_schedule_names_the_commands(task, tune, start):
     changes = "train.epochs=null", "train.steps=3", "train.learning_rate=0.001"
     with pytest.raises(UserError, match=r"train\.steps is 3 now") as caught:
         task.run(*changes, tune=tune, resume=True)
-    resume, separator, further = caught.value.remedy.partition("; ")
+    resume, separator, further = str(caught.value.remedy).partition("; ")
     assert separator
     assert resume.endswith(f": finesight train {run} --resume")
     assert train(load_recipe(run / "recipe.yaml"), resume=True) == first

@@ -56,7 +56,7 @@ def test_every_cache_tier_is_bit_exact(tmp_path, family):
         outline = TokenizedSample("", empty, empty > 0, empty.reshape(3, 0), spans)
         patches = torch.from_numpy(state.data.renderer.load_patches(outline).patches_ND)
         encoded = state.engine.model.encode_images(patches, [span.grid_thw for span in spans])
-        offsets = cache.reader.feature_offsets_P1
+        offsets = index.feature_offsets_P1
         assert torch.equal(features_MKD[offsets[chunk.start] : offsets[chunk.stop]], encoded)
     expected = read_all_features(state, cache)
     for setting, num_from_disk in (("disk", 0), ("disk", num_images), ("auto", num_images)):
@@ -64,6 +64,7 @@ def test_every_cache_tier_is_bit_exact(tmp_path, family):
         outcome = decide_vision_cache(other)
         assert outcome.tier == ("memory" if setting == "auto" else setting)
         assert outcome.num_from_disk == num_from_disk
+        assert outcome.num_bytes == features_MKD.nbytes
         assert torch.equal(read_all_features(other, outcome.cache), expected)
 
 

@@ -12,6 +12,7 @@ import contextlib
 import fcntl
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -25,9 +26,8 @@ import httpx2
 from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
-from finesight.errors import UserError
+from finesight.errors import Remedy, Step, UserError
 from finesight.operations.operation import OUTCOME_VARIABLE
-from finesight.report.summary import format_command
 from finesight.storage import FileLock, make_folder, write_file
 
 JOBS_FOLDER = Path(".finesight", "jobs")
@@ -61,21 +61,14 @@ class ErrorParts(BaseModel, frozen=True):
     what: str
     where: str = ""
     expected: str = ""
-    remedy: str = ""
-
-
-class NextStep(BaseModel, frozen=True):
-    """Operation that a command proposes at its end, with its arguments."""
-
-    operation: str
-    arguments: dict[str, Any]
+    remedy: Remedy = ""
 
 
 class JobOutcome(BaseModel, frozen=True):
     """Outcome of a command."""
 
     error: ErrorParts | None = None
-    next_steps: tuple[NextStep, ...] = ()
+    next_steps: tuple[Step, ...] = ()
 
 
 class Job(BaseModel, frozen=True):
@@ -122,7 +115,7 @@ class Job(BaseModel, frozen=True):
     @property
     def command(self) -> str:
         """Command line, as typed in a terminal in the workspace."""
-        return format_command(*self.arguments)
+        return shlex.join(["finesight", *self.arguments])
 
     @property
     def exit_code(self) -> int | None:
@@ -209,7 +202,7 @@ class Job(BaseModel, frozen=True):
         is_starting = self.status == "running"
         raise UserError(
             "the command is still starting" if is_starting else f"the command is {self.status}",
-            where=self.command,
+            where=self.step,
             expected="" if is_starting else "a running command",
             remedy="Try again in a few seconds." if is_starting else "reload the page",
         )
@@ -265,7 +258,7 @@ class JobStore:
                         "the command is already running"
                         if is_same
                         else f"port {port} is used by another server of this workspace",
-                        where=running.command,
+                        where=running.step,
                         expected="one process per command and port",
                         remedy="wait for its end, or stop it",
                     )

@@ -17,7 +17,7 @@ from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from finesight.bounded_files import is_utf8
-from finesight.errors import UserError
+from finesight.errors import Remedy, Step, UserError
 from finesight.report.html import create_environment
 from finesight.report.i18n import (
     LANGUAGE_TAGS,
@@ -81,7 +81,9 @@ Utf8Text = Annotated[str, AfterValidator(_check_text)]
 """Text that samples can store. JSON may contain lone surrogates."""
 
 
-def create_app(routes: Sequence[BaseRoute], name_actions: Callable[[str], str] = str) -> Starlette:
+def create_app(
+    routes: Sequence[BaseRoute], name_actions: Callable[[Remedy], str] = str
+) -> Starlette:
     """Create the application of a page with its static files and errors as JSON.
 
     Args:
@@ -113,15 +115,16 @@ def create_app(routes: Sequence[BaseRoute], name_actions: Callable[[str], str] =
     return Starlette(routes=[static, *routes], exception_handlers=handlers)
 
 
-def describe_error(error: UserError, name_actions: Callable[[str], str] = str) -> str:
+def describe_error(error: UserError, name_actions: Callable[[Remedy], str] = str) -> str:
     """Return the message of an error in the current language, without folders of the server.
 
     The page marks fields, so that their names are left out.
 
     Args:
-        name_actions: Replaces commands and options by what the page has.
+        name_actions: Replaces operations and options by what the page has.
     """
-    what, expected, remedy = map(_translate_error, (error.what, error.expected, error.remedy))
+    what, expected = map(_translate_error, (error.what, error.expected))
+    remedy = error.remedy if isinstance(error.remedy, Step) else _translate_error(error.remedy)
     where = name_actions(error.where)
     prefix = f"{Path(where).name}: " if re.search(r"[ ./]", where) else ""
     lines = [prefix + what, expected and translate("expected: {}", expected), name_actions(remedy)]

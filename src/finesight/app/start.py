@@ -14,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from finesight.errors import LABEL_TRAIN_FRACTION, UserError
+from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.operations.model import load_adapters, load_model
-from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
+from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
     LoadingOptions,
     MaxNewTokensOption,
@@ -113,7 +113,7 @@ def serve(
     except ImportError as error:
         raise UserError(
             f"the package {error.name} cannot be imported: {error}",
-            where="finesight serve",
+            where="serve",
             expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
@@ -284,7 +284,7 @@ def web(
 
     Example: finesight web runs/latex
     """
-    require_web("finesight web")
+    require_web("web")
     proxies = check_proxies(trusted_proxy)
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
@@ -345,7 +345,7 @@ def studio(
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
     """
-    require_web("finesight studio")
+    require_web("studio")
     # The page starts commands as this user, so other users of the machine need a password too.
     proxies = check_proxies(trusted_proxy)
     password, is_generated = resolve_password(
@@ -602,7 +602,7 @@ def label(
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
-            require_web("finesight label")
+            require_web("label")
             from finesight.app.label_page import make_label_app
             from finesight.app.server import serve_app
             from finesight.vision.image_reader import create_image_pool

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -20,16 +21,16 @@ from urllib.parse import urlencode
 from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error, render_page
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
-from finesight.errors import UserError
+from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
-from finesight.operations.operation import Step
+from finesight.operations.operation import format_step
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
 from finesight.report.i18n import Language, translate, use_language
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
-from finesight.report.summary import format_command, get_run_status
+from finesight.report.summary import get_run_status
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -62,11 +63,6 @@ COMMAND_STEPS = {
 }
 """Step of the page by command."""
 
-_COMMAND = re.compile(
-    # The page cannot fix data.
-    rf"`?\bfinesight (?!check\b[^\n]* --fix)({'|'.join(COMMAND_STEPS)})\b"
-    r"(?:'[^'\n]*'|(?!, or |: )[^\n`;),'])*`?"
-)
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -221,7 +217,9 @@ class StudioView:
                 and status == "running"
                 and job.is_ready,
                 "workspace": self.workspace.folder,
-                "commands": [format_command(*words) for words in self.list_commands(state)],
+                "commands": [
+                    shlex.join(["finesight", *words]) for words in self.list_commands(state)
+                ],
                 "runs": [self.describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
@@ -394,32 +392,36 @@ def _describe_job_error(job: Job) -> str:
     parts = job.read_outcome().error
     if parts is None:
         return ""
-    return describe_error(UserError(**parts.model_dump()), name_actions)
+    return describe_error(UserError(**dict(parts)), name_actions)
 
 
 def _list_proposed(job: Job, current_step: str) -> list[str]:
     """Return the proposed commands that only a terminal can run."""
     steps = job.read_outcome().next_steps
     own = [step for step in steps if COMMAND_STEPS.get(step.operation) == current_step]
-    return [format_command(*Step(step.operation, step.arguments).words) for step in own]
+    return [*map(str, own)]
 
 
-def name_actions(advice: str) -> str:
-    """Replace commands and options in advice by steps and fields of the page.
+def _name_step(step: Step) -> str:
+    command, name = format_step(step), COMMAND_STEPS.get(step.operation)
+    # A new recipe combines data sets. The page cannot fix data.
+    name = "plan" if "data.train=" in command else name
+    if name is None or "fix" in step.arguments:
+        return command
+    return translate("the step “{}”", translate(STEP_NAMES[name]))
 
-    Messages of functions and commands name what a terminal has. Fields of other options have their
-    names.
+
+def name_actions(advice: Remedy) -> str:
+    """Replace operations and options in advice by steps and fields of the page.
+
+    Fields of other options have their names.
     """
+    if isinstance(advice, Step):
+        return advice.format(_name_step)
 
     def name_field(match: re.Match[str]) -> str:
         if match[0] not in FIELD_NAMES:
             return match[0]
         return f"“{re.split(r' ?[(（]', translate(FIELD_NAMES[match[0]]))[0]}”"
 
-    def name_step(match: re.Match[str]) -> str:
-        # A new recipe combines data sets.
-        step = "plan" if "data.train=" in match[0] else COMMAND_STEPS[match[1]]
-        return translate("the step “{}”", translate(STEP_NAMES[step]))
-
-    advice = _NEXT_COLUMN.sub(r"\1", _COMMAND.sub(name_step, advice))
-    return _OPTION.sub(name_field, advice)
+    return _OPTION.sub(name_field, _NEXT_COLUMN.sub(r"\1", advice))

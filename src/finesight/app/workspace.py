@@ -277,12 +277,11 @@ class Workspace:
                 f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
             )
         if must_exist and not os.path.exists(path):
-            raise UserError(
-                f"{name:.300} does not exist",
-                where=where,
-                expected=expected,
-                remedy=suggest_similar_path(path).replace(f"{self.folder}{os.sep}", ""),
-            )
+            similar = suggest_similar_path(path)
+            if isinstance(similar, str):
+                similar = similar.replace(f"{self.folder}{os.sep}", "")
+            what = f"{name:.300} does not exist"
+            raise UserError(what, where=where, expected=expected, remedy=similar)
         return relative
 
     def check_new_name(self, parent: str, name: str, suffix: str = "") -> Path:

@@ -1,4 +1,4 @@
-"""Issue types of `finesight check`, the result of a check, and its text and JSON formats."""
+"""Issue types of the data check, its result, and its text and JSON formats."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ removed from the text.
 """
 
 EXIT_CODES: dict[Severity, int] = {"error": 2, "warning": 3, "note": 0}
-"""Exit code of `finesight check` by the highest severity, most severe first.
+"""Exit code of the data check by the highest severity, most severe first.
 
 The exit code is 0 without issues.
 """
@@ -264,7 +264,7 @@ class CheckResult:
 
     @property
     def exit_code(self) -> int:
-        """Exit code of `finesight check`."""
+        """Exit code of the data check."""
         return 0 if self.severity is None else EXIT_CODES[self.severity]
 
     @property
@@ -274,7 +274,7 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class FixResult:
-    """Result of `finesight check --fix`.
+    """Result of a fix of the data.
 
     Attributes:
         num_skipped: Number of samples and rows that were not written.
@@ -326,7 +326,7 @@ def issue_from_error(error: UserError, location: SampleLocation) -> CheckIssue:
         "invalid-row",
     )
     what = f"{error.where}: {error.what}" if error.where else error.what
-    remedy = "; ".join(filter(None, [error.expected, error.remedy]))
+    remedy = "; ".join(filter(None, [error.expected, str(error.remedy)]))
     return location.create_issue(code, what, remedy)
 
 

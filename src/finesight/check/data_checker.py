@@ -61,7 +61,7 @@ from finesight.data.sample import (
 )
 from finesight.encode.renderer import Renderer, build_renderer
 from finesight.encode.tokenization import load_tokenizer
-from finesight.errors import UserError, shorten
+from finesight.errors import Step, UserError, shorten
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
 from finesight.manifest import count_half_octaves
@@ -160,8 +160,9 @@ def _reject_remote_source(source: Path) -> None:
             "archives and remote sources cannot be checked directly",
             where=str(source),
             expected="local files or folders, unpacked",
-            remedy="import it first (`finesight import SOURCE OUT`, the source written in the"
-            " same way), then check OUT",
+            remedy=Step(
+                "import", {"source": str(source), "out": "OUT"}, "import it, and check OUT"
+            ),
         )
 
 

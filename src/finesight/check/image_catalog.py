@@ -535,7 +535,7 @@ def _inspect_image(path: Path) -> ImageInfo:
         code = next(code for kind, code in _CODE_BY_ERROR.items() if isinstance(error, kind))
         if code == ISSUE_IMAGE_MISSING:
             return ImageInfo(issue_code=code)
-        return ImageInfo(issue_code=code, error=error.what, remedy=error.remedy)
+        return ImageInfo(issue_code=code, error=error.what, remedy=str(error.remedy))
     size = (width, height) if orientation in TRANSPOSED_ORIENTATIONS else (height, width)
     if max(size) > MAX_ASPECT_RATIO * min(size):
         error_text = f"{size[1]} x {size[0]}, one side over {MAX_ASPECT_RATIO} times the other"

@@ -164,7 +164,7 @@ def find_text_issues(
         return
     yield from _check_placeholders(sample, location)
     stripped_texts = [_IMAGE_PLACEHOLDER.sub("", text) for text in texts]
-    box_remedy = "write boxes as box parts in pixels; `finesight import` reads them"
+    box_remedy = "write boxes as box parts in pixels; an import reads them"
     for pattern, code, remedy in (
         (_TYPED_PLACEHOLDER, "placeholder-in-text", _REMEDY),
         (_TYPED_BOX, "box-in-text", box_remedy),

@@ -11,10 +11,9 @@ import contextlib
 import inspect
 import json
 import os
-import re
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache, partial
 from io import TextIOWrapper
 from itertools import zip_longest
@@ -26,11 +25,11 @@ from click import shell_completion
 
 from finesight import __version__
 from finesight.errors import (
+    Step,
     TrainingInterrupted,
     UserError,
     escape_surrogates,
     escape_unprintable,
-    format_command,
 )
 from finesight.host_memory import num_allowed_cpus
 from finesight.operations import OPERATIONS, find_operation
@@ -39,7 +38,7 @@ from finesight.operations.operation import (
     Operation,
     OperationParameter,
     Outcome,
-    Step,
+    format_command,
     list_parameters,
 )
 
@@ -174,7 +173,7 @@ def _run(
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
     report = click.get_current_context().obj
     is_reported = report is not None and report.add_steps(outcome.next_steps)
-    commands = [format_command(*step.words) for step in outcome.next_steps]
+    commands = [*map(format_command, outcome.next_steps)]
     if commands and not as_json and not is_reported:
         text = "\n  ".join(["next:", *commands]) if commands[1:] else f"next: {commands[0]}"
         click.echo(text, err=True)
@@ -259,7 +258,7 @@ class OutcomeReport:
 
     def add_steps(self, steps: Sequence[Step]) -> bool:
         """Write the next steps, and return whether there is a file."""
-        return self._write({"next_steps": [asdict(step) for step in steps]})
+        return self._write({"next_steps": steps})
 
     def add_error(self, error: UserError) -> bool:
         """Write an error, and return whether there is a file."""
@@ -268,7 +267,9 @@ class OutcomeReport:
 
     def _write(self, content: object) -> bool:
         if self.file:
-            Path(self.file).write_text(json.dumps(content, default=str), encoding="utf-8")
+            from pydantic_core import to_json
+
+            Path(self.file).write_bytes(to_json(content, fallback=str))
         return bool(self.file)
 
 
@@ -387,9 +388,9 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     except UserError as error:
         if report.add_error(error):
             return EXIT_USER_ERROR
-        names = "|".join(name for group in OPERATIONS.values() for name in group)
-        program = format_command().replace("\\", r"\\")
-        click.echo(re.sub(rf"\bfinesight(?= (?:{names})\b)", program, f"error: {error}"), err=True)
+        if isinstance(error.remedy, Step):
+            error.remedy = error.remedy.format(format_command)
+        click.echo(f"error: {error}", err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
         click.echo(str(interrupt), err=True)

@@ -17,11 +17,7 @@ import click
 from finesight.errors import UserError, escape_unprintable
 from finesight.operations.model import load_adapters
 from finesight.operations.operation import Parameter
-from finesight.operations.options import (
-    LoadingOptions,
-    MaxNewTokensOption,
-    RunOrModelArgument,
-)
+from finesight.operations.options import LoadingOptions, MaxNewTokensOption, RunOrModelArgument
 
 if TYPE_CHECKING:
     from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn

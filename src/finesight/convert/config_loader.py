@@ -15,7 +15,7 @@ import yaml
 from finesight.bounded_files import load_yaml, parse_json, read_text
 from finesight.convert.external_config import ExternalConfig, SourceProgram, load_rules
 from finesight.convert.python_script import AmbiguousConfigError, Script, evaluate_constant
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import Remedy, Step, UserError, suggest_similar_path
 from finesight.recipe import invert_groups, load_trainer_settings
 
 UNKNOWN_COUNT = "unknown"
@@ -95,9 +95,8 @@ def load_external_config(path: Path) -> ExternalConfig:
         return _config_from_script(_read_text(path), path)
     content = _parse_content(path)
     if isinstance(content.get("data"), dict) and "model" in content and "output_dir" in content:
-        raise _build_error(
-            path, "is a finesight recipe already", f"finesight train {shlex.quote(str(path))}"
-        )
+        step = Step("train", {"recipe": str(path)})
+        raise _build_error(path, "is a finesight recipe already", step)
     if "model_name_or_path" in content:
         is_trl = content.keys() & _TRL_KEYS and not content.keys() & _LLAMA_FACTORY_KEYS
         return _build_config("TRL" if is_trl else "LLaMA-Factory", content, path, {})
@@ -107,12 +106,13 @@ def load_external_config(path: Path) -> ExternalConfig:
     raise _build_error(path, what, "use the file that started the training")
 
 
-def _build_error(path: Path, what: str, remedy: str) -> UserError:
+def _build_error(path: Path, what: str, remedy: Remedy) -> UserError:
     return UserError(what, where=str(path), expected=_EXPECTED, remedy=remedy)
 
 
 def _read_text(path: Path) -> str:
-    remedy = suggest_similar_path(path) if not path.exists() else "use a UTF-8 file of at most 4 MB"
+    remedy = "use a UTF-8 file of at most 4 MB"
+    remedy = remedy if path.exists() else str(suggest_similar_path(path))
     text = read_text(path, expected=_EXPECTED, remedy=remedy, max_bytes=4_000_000)
     return text.removeprefix("\ufeff").replace("\r\n", "\n")
 
@@ -210,8 +210,8 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     if len(trainings) != 1:
         what = [*others, "contains no command of ms-swift, LLaMA-Factory or TRL"][0]
         what = f"contains {len(trainings)} training commands" if trainings else what
-        remedy = "convert a copy with one training command, or write a recipe: finesight init DATA"
-        raise _build_error(path, what, remedy)
+        purpose = "convert a copy with one training command, or write a recipe"
+        raise _build_error(path, what, Step("init", {"data": "DATA"}, purpose))
     ((program, name, launcher, arguments, environment),) = trainings
     values = [environment[name] for name in environment.keys() & CONVERTED_VARIABLES]
     counted = _PEER_OPTION.sub("", " ".join(launcher)).split()

@@ -15,7 +15,7 @@ _FREEZE_KEYS = {
     "language": "freeze_language_model",
 }
 _STANDARD_COLUMNS = {"messages", "conversations", "images", "system", "history", "instruction"}
-"""Column names that `finesight import` detects without `--map`, besides `input` and `output`."""
+"""Column names that an import detects without a mapping, besides `input` and `output`."""
 
 
 class LlamaFactoryConverter(TrainerConverter):
@@ -30,7 +30,7 @@ class LlamaFactoryConverter(TrainerConverter):
                 "is not a training: do_train is not set",
                 where=config.where,
                 expected="a configuration with `do_train: true` and a dataset",
-                remedy="to merge, predict or evaluate: finesight merge, predict or eval",
+                remedy="merge, predict or evaluate with the operation of that name",
             )
         self.set_objective("stage", config.get_str("stage") or "sft")
         method = self.require_method("finetuning_type", ("lora", "full"))

@@ -55,7 +55,7 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     converter = converters.get(config.program, TrlConverter)(config)
     converter.fill_recipe()
     draft = converter.draft
-    text = draft.to_yaml(f"From {config.program}, {source.name}, by `finesight convert`.")
+    text = draft.to_yaml(f"Converted from {config.program}, {source.name}.")
     try:
         Recipe.model_validate(load_yaml(text))
     except ValidationError as error:

@@ -37,7 +37,7 @@ _EMBEDDING_MODULES = {"embed_tokens", "lm_head", "all-embedding", "wte"}
 
 
 class DatasetSource(NamedTuple):
-    """File, folder or hub address for `finesight import`, number of rows, and name of a dataset."""
+    """File, folder or hub address for an import, number of rows, and name of a dataset."""
 
     name: str
     limit: int | None = None
@@ -190,7 +190,7 @@ class TrainerConverter:
                 files["data.eval"] += [f"{folder}/eval.jsonl"] if split else []
         for name, paths in files.items():
             if paths:
-                comment = "from the commands printed by `finesight convert`"
+                comment = "from the imports that the conversion has printed"
                 comment = "import data with answers" if self.objective else comment
                 value = paths[0] if len(paths) == 1 else paths
                 self.draft.set(name, value, comment * (name == "data.train"))

@@ -210,13 +210,6 @@ class JsonMatch(NamedTuple):
     value: Any
 
 
-class JsonBox(NamedTuple):
-    """Coordinates and label of a box as parsed from JSON, not validated."""
-
-    coordinates: Any
-    label: str | None
-
-
 def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
     """Yield the outermost JSON values in a text that start with one of `openings`.
 
@@ -275,12 +268,12 @@ def split_at_boxes(text: str) -> Iterator[str | list[object]]:
     yield text[end:]
 
 
-def parse_json_box(value: object) -> JsonBox | None:
-    """Parse a JSON object with `bbox_2d` and an optional label; return None for other values."""
+def parse_json_box(value: object) -> tuple[Any, str | None] | None:
+    """Return `bbox_2d` and the optional label of a JSON object; None for other values."""
     if not isinstance(value, dict) or not {BOX_KEY} <= value.keys() <= {BOX_KEY, *LABEL_KEYS}:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
-    return JsonBox(value[BOX_KEY], labels[0] if labels else None)
+    return value[BOX_KEY], labels[0] if labels else None
 
 
 _DIGIT = re.compile("[0-9]")

@@ -52,7 +52,7 @@ from finesight.data.sample import (
     sample_from_dict,
     validate_sample,
 )
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import Step, UserError, suggest_similar_path
 from finesight.hub.archive import TarArchive, open_tar
 from finesight.storage import sha256_file
 from finesight.worker_pool import exit_with_parent
@@ -237,7 +237,7 @@ def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
         f"no sample next to {members[0].name}",
         where=str(tar.archive),
         expected="a .json file with a sample per image: 0001.json, 0001.jpg, 0002.json, ...",
-        remedy="import other tar files with `finesight import`",
+        remedy=Step("import", {"source": str(tar.archive), "out": "OUT"}, "import other tar files"),
     )
 
 

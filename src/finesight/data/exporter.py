@@ -45,7 +45,7 @@ class ExportSummary:
 def export_dataset(
     samples: Sequence[LocatedSample], out: Path, format_name: str, *, copy_images: bool
 ) -> ExportSummary:
-    """Export samples to a folder in a format that `finesight import` can read.
+    """Export samples to a folder in a format that an import can read.
 
     Images are referenced by their path relative to `out`, or copied to the folder `out`/images.
     """
@@ -91,7 +91,7 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
                     "no such image",
                     where=f"the sample {located_sample.sample.id!r}, {path}",
                     expected="an existing file",
-                    remedy="`finesight check` lists all of them",
+                    remedy="check the samples for a list of all of them",
                 )
             # Resolve the folder first: `..` is relative to the target of a link.
             resolved_paths[path] = path.parent.resolve() / path.name

@@ -365,9 +365,10 @@ class _InvalidRows:
         The traceback of the error is removed, because it references the full row and its images.
         """
         error.__traceback__ = error.__cause__ = error.__context__ = None
-        if len(self.described[error.remedy]) < MAX_DESCRIBED_ROWS:
-            self.described[error.remedy].append((location, error))
-        self.remedies[error.remedy] += 1
+        remedy = str(error.remedy)
+        if len(self.described[remedy]) < MAX_DESCRIBED_ROWS:
+            self.described[remedy].append((location, error))
+        self.remedies[remedy] += 1
         reason, text = get_skip_reason(error), ": ".join(filter(None, (error.where, error.what)))
         self.reasons[reason] += 1
         self.first_errors.setdefault(reason, f"{location}, {text}")

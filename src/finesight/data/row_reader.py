@@ -43,7 +43,7 @@ from finesight.data.parquet_reader import (
     translate_parquet_errors,
 )
 from finesight.data.sample import check_json, read_data_file
-from finesight.errors import UserError, format_count
+from finesight.errors import Remedy, Step, UserError, format_count
 from finesight.hub.archive import TarArchive, open_tar
 from finesight.storage import DIGESTS_FILE
 
@@ -744,7 +744,7 @@ class FolderListing:
         """Count the files of the folder by suffix."""
         return Counter(path.suffix.lower() or "no suffix" for path in self.files)
 
-    def suggest_source(self) -> str:
+    def suggest_source(self) -> Remedy:
         """Return a suggestion for a folder that no dataset format can open.
 
         It names the closest format and the files that it misses.
@@ -754,7 +754,7 @@ class FolderListing:
                 by_stem = {path.stem: path for path in files}
                 train, evaluation = by_stem.get("train"), by_stem.get("eval")
                 has_both = train is not None and evaluation is not None
-                more = f"; `finesight check` also takes --against {evaluation}" * has_both
+                more = f"; a check also takes --against {evaluation}" * has_both
                 return f"give the file itself, such as {train or files[0]}{more}"
         if self.files_with_suffix(".xml"):
             first = self.files_with_suffix(".xml")[0]
@@ -766,11 +766,12 @@ class FolderListing:
                 f"found {names[0]} and {names[1]}"
             )
         if self.image_files():
-            return (
+            purpose = (
                 "add a table or a .txt file with the answer next to each image, sort the images"
-                f" into one folder per class, or label them: finesight label MODEL {self.root}"
-                " --prompt TEXT"
+                " into one folder per class, or label them"
             )
+            arguments = {"run_or_model": "MODEL", "sources": [str(self.root)], "prompt": "TEXT"}
+            return Step("label", arguments, purpose)
         return "give the folder with the images and labels, or the file with the rows"
 
     def __str__(self) -> str:

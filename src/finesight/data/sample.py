@@ -10,9 +10,8 @@ from __future__ import annotations
 import json
 import math
 import operator
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -37,7 +36,7 @@ from finesight.data.line_index import (
     open_data_file,
     read_lines,
 )
-from finesight.errors import UserError, suggest_name
+from finesight.errors import Step, UserError, suggest_name
 
 MAX_BOXES = 10_000
 """Maximum number of boxes in a sample, which are about 300,000 tokens as text."""
@@ -256,7 +255,7 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
 
     Messages are an optional system message, followed by alternating user and assistant messages
     that start with the user. Images are in user turns. Boxes have a positive area and a valid image
-    index. Whether a box is inside its image is checked by `finesight import` and the renderer,
+    index. Whether a box is inside its image is checked by imports and the renderer,
     which read the image header.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
@@ -385,7 +384,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             f"the box {list(box.xyxy)}",
             where=where,
             expected="[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2",
-            remedy="correct or remove the box; `finesight import` converts boxes of other formats",
+            remedy="correct or remove the box; an import converts boxes of other formats",
         )
 
 
@@ -440,10 +439,13 @@ def open_jsonl_samples(path: Path) -> JsonlSamples:
             "is a table, not a file of samples",
             where=str(path),
             expected="a .jsonl, .parquet or .tar file of samples",
-            remedy=f"import it: {shlex.join(['finesight', 'init', str(path)])}",
+            remedy=Step("init", {"data": str(path)}, "import it"),
         )
     lines = index_lines(path)
     return JsonlSamples(path, lines.index, lines.file_state)
+
+
+_IMPORT = Step("import", {"source": "SOURCE", "out": "OUT"}, "import the file first")
 
 
 def build_no_samples_error(path: Path | str) -> UserError:
@@ -452,7 +454,7 @@ def build_no_samples_error(path: Path | str) -> UserError:
         "contains no samples",
         where=str(path),
         expected="one sample per line",
-        remedy="create the file with `finesight import`",
+        remedy=replace(_IMPORT, purpose="create the file by an import"),
     )
 
 
@@ -580,7 +582,7 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
     value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    remedy = "correct the line, or create the file again with `finesight import`"
+    remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
     if error_type == "json_invalid":
         return UserError(
             f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
@@ -594,7 +596,7 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             f"the key {key}: a row of another dataset format, not a sample",
             where=where,
             expected=f"the keys {', '.join(Sample.model_fields)}",
-            remedy="import it with `finesight import` first",
+            remedy=_IMPORT,
         )
     if error_type == "extra_forbidden":
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
@@ -609,7 +611,7 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
             remedy=otherwise if name.endswith(names) else suggest_name(name, names, otherwise),
         )
     if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
-        remedy = "import the file with `finesight import` first"
+        remedy = _IMPORT
     expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"

@@ -518,6 +518,6 @@ def _add_file(
                 f"{target.name} is duplicated in this repository, with different content",
                 where=source,
                 expected="one file per path after the archives are unpacked",
-                remedy="`finesight download` it, unpack the archives into folders of their own, and"
+                remedy="download it, unpack the archives into folders of their own, and"
                 " import the one that you want",
             )

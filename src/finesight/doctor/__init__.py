@@ -1,4 +1,4 @@
-"""Run all checks of `finesight doctor` on a machine, run or model."""
+"""Diagnosis of a machine, run or model: all checks."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finesight.doctor import machine_check, model_check, package_check, run_check
 from finesight.doctor.diagnosis import Diagnosis, DiagnosisSections
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import Step, UserError, suggest_similar_path
 from finesight.manifest import MANIFEST_FILE
 from finesight.model_folder import resolve_model_path
 from finesight.report.run_reader import read_run
@@ -45,13 +45,12 @@ def diagnose(subject: str) -> DiagnosisSections:
         return {"adapter": [model_check.check_adapter(path)]}
     if path.is_dir():
         return {"model": model_check.check_model(path, package_check.list_packages())}
+    plan = Step("plan", {"recipe": subject}, "to check a recipe")
+    purpose = "correct the path, or download a model of a hub first"
+    download = Step("download", {"source": subject}, purpose, plan)
     raise UserError(
         f"no folder {subject!r}",
-        where="finesight doctor",
+        where="doctor",
         expected="a run, or the folder of an adapter or model; no argument for this machine",
-        remedy=suggest_similar_path(
-            path,
-            "correct the path; download a model of a hub first (finesight download); to check a"
-            " recipe: finesight plan RECIPE",
-        ),
+        remedy=suggest_similar_path(path, download),
     )

@@ -1,4 +1,4 @@
-"""Results of `finesight doctor`: problem, reason, and the command that fixes it."""
+"""Diagnoses: problem, reason, and the command that fixes it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from finesight.errors import UserError, escape_unprintable
+from finesight.errors import Step, UserError, escape_unprintable
 
 DiagnosisSeverity = Literal["error", "warning", "ok"]
 """`error`: something fails or gives wrong results. `warning`: something can be improved."""
@@ -44,13 +44,21 @@ def load_catalog() -> Mapping[str, Mapping[str, Any]]:
 
 
 def make_diagnosis(
-    code: str, severity: DiagnosisSeverity | None = None, /, **values: object
+    code: str, severity: DiagnosisSeverity | None = None, /, **values: Any
 ) -> Diagnosis:
     """Create a diagnosis from its texts in the catalog, in which `values` fill the placeholders.
+
+    The list `overrides` of the values follows the overrides of the step in the catalog.
 
     `code` may contain a variant after a period. The default of `severity` is in the catalog.
     """
     entry = load_catalog()[code]
+    if "step" in entry:
+        operation, templates = entry["step"]
+        step: dict[str, object] = {n: str(text).format(**values) for n, text in templates.items()}
+        if "overrides" in step:
+            step["overrides"] = [*templates["overrides"], *values["overrides"]]
+        values["command"], entry = Step(operation, step), {"remedy": "{command}", **entry}
     texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
     severity = severity or entry.get("severity", "error")
     return Diagnosis(code.partition(".")[0], severity, *map(escape_unprintable, texts))
@@ -58,7 +66,8 @@ def make_diagnosis(
 
 def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnosis:
     """Convert a UserError to a diagnosis. Its own remedy becomes part of the reason."""
-    why = "; ".join(filter(None, [error.expected and f"expected: {error.expected}", error.remedy]))
+    expected = error.expected and f"expected: {error.expected}"
+    why = "; ".join(filter(None, [expected, str(error.remedy)]))
     texts = map(escape_unprintable, (describe_error(error), why, remedy))
     return Diagnosis(code, "error", *texts)
 
@@ -97,6 +106,6 @@ def format_diagnoses(sections: DiagnosisSections) -> Iterator[str]:
 
 
 def diagnoses_to_dict(sections: DiagnosisSections) -> dict[str, Any]:
-    """Convert diagnoses to a JSON object (`finesight doctor --json`)."""
+    """Convert diagnoses to a JSON object."""
     lines = [{"section": title} | asdict(one) for title, found in sections.items() for one in found]
     return {"num_errors": count_severity(sections, "error"), "diagnoses": lines}

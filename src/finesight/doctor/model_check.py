@@ -16,7 +16,7 @@ from finesight.doctor.diagnosis import (
 )
 from finesight.doctor.package_check import PACKAGE_NAME, InstalledPackages, install_command
 from finesight.encode.renderer import FAMILIES
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.model_folder import ModelFolder
 from finesight.storage import DIGESTS_FILE, verify_folder
 
@@ -85,9 +85,8 @@ def redownload_command(path: Path) -> str:
     cache = re.search(r"finesight/(hf|modelscope)/(?:[^/]+/)?models/([^/]+/[^/]+)", str(path))
     if match := hf_cache or cache:
         source = (f"{match[1]}/" if hf_cache else f"{match[1]}:") + match[2]
-        download = join_command("finesight", "download", source)
-        return f"{join_command('rm', '-r', path)} && {download}"
-    return join_command("finesight", "download", "OWNER/NAME", "--to", f"{path}-again")
+        return f"{join_command('rm', '-r', path)} && {Step('download', {'source': source})}"
+    return str(Step("download", {"source": "OWNER/NAME", "to": f"{path}-again"}))
 
 
 def _is_pointer(file: Path) -> bool:

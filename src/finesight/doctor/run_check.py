@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ValidationError
@@ -62,23 +63,19 @@ REPETITION_PATTERN = re.compile(r"(.{1,60}?)\1{3,}.{0,60}$", re.DOTALL)
 
 
 def diagnose_run(
-    run_record: RunRecord, code: str, severity: DiagnosisSeverity | None = None, /, **values: object
+    run_record: RunRecord, code: str, severity: DiagnosisSeverity | None = None, /, **values: Any
 ) -> Diagnosis:
     """Create a diagnosis of a run. Remedies contain its folder, its recipe and a new folder.
 
-    The list `overrides` contains settings of the remedy.
+    The list `overrides` contains settings of the next run.
     """
     folder, suffix = run_record.folder, 2
     while (output := folder.with_name(f"{folder.name}-{suffix}")).exists():
         suffix += 1
-    overrides = values.pop("overrides", ())
-    assert isinstance(overrides, list | tuple), "overrides are a list"
-    commands = {
-        "folder": join_command(folder),
-        "recipe": join_command(folder / manifest.RECIPE_FILE),
-        "output": join_command(*overrides, f"output_dir={output}"),
-    }
-    return make_diagnosis(code, severity, **commands | values)
+    values["overrides"] = [*values.get("overrides", ()), f"output_dir={output}"]
+    values |= {"folder": folder, "quoted_folder": join_command(folder)}
+    values["recipe"] = folder / manifest.RECIPE_FILE
+    return make_diagnosis(code, severity, **values)
 
 
 def load_run_recipe(run_record: RunRecord) -> Recipe:
@@ -175,8 +172,7 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
         if fingerprint != expected:
             values = {"path": path, "fingerprint": fingerprint, "expected": str(expected)}
             code = "base-changed" if path.is_dir() else "base-missing"
-            words = {"name": join_command(path.name), "model": join_command(path)}
-            yield diagnose_run(run_record, code, **values, **words)
+            yield diagnose_run(run_record, code, **values, name=join_command(path.name))
     for name in (manifest.ADAPTER_FOLDER, manifest.MODEL_FOLDER):
         folder = run_record.folder / name
         try:

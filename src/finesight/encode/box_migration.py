@@ -21,14 +21,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from finesight.config import ImageRule
-from finesight.data.boxes import BOX_KEY, parse_json_box, split_at_boxes, strip_code_fences
+from finesight.data.boxes import BOX_KEY, Box, parse_json_box, split_at_boxes, strip_code_fences
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.sample import read_text_file
 from finesight.encode.family import (
     FRAME_1000,
-    BoxCorners,
     ImageBox,
     ModelFamily,
     SpecialToken,
@@ -64,23 +63,14 @@ _FORMAT_PATTERNS = {
 
 
 @dataclass(frozen=True, slots=True)
-class ParsedBox:
-    """A box parsed from an answer, in the coordinates of the source format.
-
-    `shares_label` is True if the label is written only once, before an earlier adjacent box.
-    """
-
-    label: str | None
-    xyxy: BoxCorners
-    shares_label: bool = False
-
-
-@dataclass(frozen=True, slots=True)
 class LabelReference:
     """A label in reference tokens that is not followed by a box."""
 
     text: str
 
+
+_Piece = str | LabelReference | list[tuple[str | None, Box]]
+"""Part of an answer: a text, a label, or adjacent boxes with their labels."""
 
 FrameSizes = Callable[[], tuple[ImageSize, ImageSize]]
 """Function that returns the source and the target coordinate frame (height, width)."""
@@ -111,9 +101,10 @@ def convert_boxes(
             )
     if source_format in _JSON_FORMATS and target_format in _JSON_FORMATS:
         return _rescale_json_boxes(text, source_format, get_frames)
-    pieces = list(
-        (_parse_json if source_format in _JSON_FORMATS else _parse_token_boxes)(text, source_format)
-    )
+    if source_format in _JSON_FORMATS:
+        pieces = [*_parse_json(text, source_format)]
+    else:
+        pieces = [*_parse_token_boxes(text, source_format, target_format)]
     num_boxes = sum(len(piece) for piece in pieces if isinstance(piece, list))
     families: dict[str, ModelFamily] = {"qwen_vl": QwenVL(), "qwen2_vl": Qwen2VL()}
     written = families.get(target_format, Qwen25VL()).write_segments(
@@ -145,7 +136,7 @@ def _rescale_json_boxes(text: str, source_format: str, get_frames: FrameSizes) -
     return converted, num_boxes
 
 
-def _parse_json(text: str, source_format: str) -> Iterator[str | LabelReference | list[ParsedBox]]:
+def _parse_json(text: str, source_format: str) -> Iterator[_Piece]:
     for piece in split_at_boxes(strip_code_fences(text)):
         if not isinstance(piece, str):
             yield [_parse_json_box(value, source_format) for value in piece]
@@ -155,7 +146,7 @@ def _parse_json(text: str, source_format: str) -> Iterator[str | LabelReference 
             yield piece
 
 
-def _parse_json_box(value: object, source_format: str) -> ParsedBox:
+def _parse_json_box(value: object, source_format: str) -> tuple[str | None, Box]:
     item = parse_json_box(value)
     if item is None:
         raise UserError(
@@ -164,20 +155,18 @@ def _parse_json_box(value: object, source_format: str) -> ParsedBox:
             remedy="remove the other keys, or convert to a JSON format",
         )
     try:
-        x1, y1, x2, y2 = (float(number) for number in item.coordinates)
+        x1, y1, x2, y2 = (float(number) for number in item[0])
     except (TypeError, ValueError) as error:
         raise _build_unreadable_error(str(value), source_format) from error
-    return ParsedBox(item.label, (x1, y1, x2, y2))
+    return item[1], (x1, y1, x2, y2)
 
 
-def _parse_token_boxes(
-    text: str, source_format: str
-) -> Iterator[str | LabelReference | list[ParsedBox]]:
+def _parse_token_boxes(text: str, source_format: str, target_format: str) -> Iterator[_Piece]:
     markers = BOX_TOKENS.values() if source_format == "qwen_vl" else BOX_TOKENS
     ref, ref_end, box, box_end = map(re.escape, markers)
     label_pattern = rf"{ref}((?:(?!{ref_end}).)*){ref_end}"
     box_pattern = rf"(?:{label_pattern}\s*)?{box}\s*{_POINT}\s*,\s*{_POINT}\s*{box_end}"
-    adjacent_boxes: list[ParsedBox] = []
+    adjacent_boxes: list[tuple[str | None, Box]] = []
     end = 0
     for match in re.finditer(rf"{box_pattern}|{label_pattern}", text, re.DOTALL):
         label, *coordinates, reference = match.groups()
@@ -190,13 +179,11 @@ def _parse_token_boxes(
         if reference is not None:
             yield LabelReference(reference)
             continue
-        shares_label = label is None and bool(adjacent_boxes)
+        # A label shared by several boxes is written once, except in JSON.
+        if label is None and adjacent_boxes and target_format in _JSON_FORMATS:
+            label = adjacent_boxes[-1][0]
         x1, y1, x2, y2 = (float(number) for number in coordinates)
-        adjacent_boxes.append(
-            ParsedBox(
-                adjacent_boxes[-1].label if shares_label else label, (x1, y1, x2, y2), shares_label
-            )
-        )
+        adjacent_boxes.append((label, (x1, y1, x2, y2)))
     yield from ([adjacent_boxes] if adjacent_boxes else [])
     yield _require_no_boxes(text[end:], source_format)
 
@@ -208,7 +195,7 @@ def _require_no_boxes(text: str, source_format: str) -> str:
 
 
 def _to_segment(
-    piece: str | LabelReference | list[ParsedBox],
+    piece: _Piece,
     source_format: str,
     target_format: str,
     get_frames: FrameSizes,
@@ -221,15 +208,11 @@ def _to_segment(
         return piece.text if is_json else f"{start}{piece.text}{end}"
     source_frame, target_frame = get_frames()
     boxes = []
-    for box in piece:
-        _check_in_frame(box.xyxy, source_frame, source_format)
-        # A label shared by several boxes is written once.
-        label = None if box.shares_label and not is_json else box.label
+    for label, xyxy in piece:
+        _check_in_frame(xyxy, source_frame, source_format)
         if label and not is_json:
             _check_label(label, target_format)
-        boxes.append(
-            ImageBox(label, box.xyxy, original_size=source_frame, resized_size=target_frame)
-        )
+        boxes.append(ImageBox(label, xyxy, source_frame, target_frame))
     return boxes
 
 
@@ -243,7 +226,7 @@ def _check_label(label: str, target_format: str) -> None:
         )
 
 
-def _check_in_frame(xyxy: BoxCorners, frame: ImageSize, source_format: str) -> None:
+def _check_in_frame(xyxy: Box, frame: ImageSize, source_format: str) -> None:
     """Raise UserError for an inverted box or a box outside its frame."""
     height, width = frame
     x1, y1, x2, y2 = xyxy
@@ -449,7 +432,7 @@ def _get_resized_size(
         raise UserError(
             f"a box in a record of {len(image_names)} images",
             expected="exactly one image, whose size defines the box coordinates",
-            remedy="remove the record, or use `finesight import`",
+            remedy="remove the record, or import the file",
         )
     path = images.resolve(image_names[0])
     return compute_resized_size(

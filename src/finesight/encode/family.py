@@ -18,13 +18,10 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import BOX_KEY, LABEL_KEYS, iter_json_values
+from finesight.data.boxes import BOX_KEY, LABEL_KEYS, Box, iter_json_values
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import ContentPart, Message, TextPart
+from finesight.data.sample import BoxPart, ContentPart, Message, TextPart
 from finesight.errors import UserError
-
-BoxCorners = tuple[float, float, float, float]
-"""A box as left, top, right, bottom."""
 
 FRAME_1000: ImageSize = (1000, 1000)
 """Coordinate frame (height, width) of boxes in thousandths of the image size."""
@@ -86,19 +83,11 @@ DEFAULT_THINKING = ThinkingOptions()
 
 
 @dataclass(frozen=True, slots=True)
-class PredictedBox:
-    """A bounding box parsed from a generated answer, in pixels of the original image."""
-
-    label: str | None
-    xyxy: BoxCorners
-
-
-@dataclass(frozen=True, slots=True)
 class ImageBox:
-    """A bounding box of a sample before formatting, in pixels of the original image."""
+    """A bounding box before formatting, in the frame of `original_size`."""
 
     label: str | None
-    xyxy: BoxCorners
+    xyxy: Box
     original_size: ImageSize
     resized_size: ImageSize
 
@@ -282,7 +271,7 @@ class ModelFamily(ABC):
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
-    ) -> list[PredictedBox]:
+    ) -> list[BoxPart]:
         """Parse the boxes of a generated answer, in pixels of the original image.
 
         Args:
@@ -336,14 +325,14 @@ def is_question(message: Message) -> bool:
     return message.role == "user" and not is_tool_response
 
 
-def scale_box(xyxy: BoxCorners, source_frame: ImageSize, target_frame: ImageSize) -> BoxCorners:
+def scale_box(xyxy: Box, source_frame: ImageSize, target_frame: ImageSize) -> Box:
     """Scale box corners from one coordinate frame (height, width) to another."""
     scale_x, scale_y = target_frame[1] / source_frame[1], target_frame[0] / source_frame[0]
     x1, y1, x2, y2 = xyxy
     return x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
 
 
-def round_to_frame(xyxy: BoxCorners, frame: ImageSize) -> tuple[int, int, int, int]:
+def round_to_frame(xyxy: Box, frame: ImageSize) -> tuple[int, int, int, int]:
     """Round box corners to integers (halves up) and clamp them to a frame (height, width)."""
     height, width = frame
     x1, y1, x2, y2 = (math.floor(value + 0.5) for value in xyxy)
@@ -372,7 +361,7 @@ _FOUR_VALUES = re.compile(rf"\[{_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}\]")
 _ONLY_VALUES = re.compile(r"(?:```(?:json)?)?[\s\d\[\],.-]*(?:```)?\s*")
 
 
-def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[PredictedBox]:
+def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> list[BoxPart]:
     """Parse the boxes of an answer and scale them from `frame` to the original image.
 
     Accepts text and code fences around the JSON, truncated lists, missing labels and fractions.
@@ -383,13 +372,13 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
         parsed = [(None, _parse_corners(match.groups())) for match in _FOUR_VALUES.finditer(text)]
     return [
-        PredictedBox(label, scale_box(corners, frame, original_size))
+        BoxPart(label=label, xyxy=scale_box(corners, frame, original_size))
         for label, corners in parsed
         if corners is not None
     ]
 
 
-def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, BoxCorners | None]]:
+def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, Box | None]]:
     """Yield the label and corners of every JSON object with the key `bbox_2d`.
 
     Corners are None if they are invalid.
@@ -399,7 +388,7 @@ def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, BoxCorners | None]
         yield from _iter_nested_boxes(found.value)
 
 
-def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, BoxCorners | None]]:
+def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Box | None]]:
     if isinstance(value, list):
         for item in value:
             yield from _iter_nested_boxes(item)
@@ -416,7 +405,7 @@ def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, BoxCorners |
             yield from _iter_nested_boxes(item)
 
 
-def _parse_corners(values: object) -> BoxCorners | None:
+def _parse_corners(values: object) -> Box | None:
     """Convert a JSON list of four finite values to box corners; None for other input."""
     if not isinstance(values, list | tuple) or len(values) != 4:
         return None

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from finesight.config import ImageRule, ImageSettings, PixelLimits, PixelRange
 from finesight.data.image_header import MAX_IMAGE_PIXELS
-from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, TextPart
-from finesight.encode.family import PredictedBox, ThinkingOptions
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, LocatedSample, Message, TextPart
+from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.encode.tokenization import (
     LARGEST_ID,
@@ -230,7 +230,7 @@ class HfRenderer(Renderer):
 
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
-    ) -> list[PredictedBox]:
+    ) -> list[BoxPart]:
         """Return an empty list, because the box format of the family is unknown."""
         return []
 

@@ -14,11 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
+from finesight.data.sample import BoxPart
 from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
     ModelFamily,
-    PredictedBox,
     PromptPiece,
     SpecialToken,
     round_to_frame,
@@ -57,13 +57,13 @@ class Qwen2VL(ModelFamily):
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
-    ) -> list[PredictedBox]:
+    ) -> list[BoxPart]:
         """Parse the boxes of an answer and scale them to pixels of the original image.
 
         Missing special tokens, spaces and fractions are accepted. An unlabeled box directly after
         another box gets the label of that box, because the family writes a shared label once.
         """
-        boxes: list[PredictedBox] = []
+        boxes: list[BoxPart] = []
         label, end = None, 0
         for match in _BOX.finditer(text):
             is_adjacent = boxes and not text[end : match.start()].strip()
@@ -73,7 +73,7 @@ class Qwen2VL(ModelFamily):
             corners = scale_box((x1, y1, x2, y2), FRAME_1000, original_size)
             # Degenerate completions may contain coordinates that overflow a float.
             if all(map(math.isfinite, corners)):
-                boxes.append(PredictedBox(label, corners))
+                boxes.append(BoxPart(label=label, xyxy=corners))
         return boxes
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:

@@ -12,10 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode import family
-from finesight.encode.family import (
-    ModelFamily,
-    VideoSegment,
-)
+from finesight.encode.family import ModelFamily, VideoSegment
 from finesight.model_folder import ModelFolder
 
 

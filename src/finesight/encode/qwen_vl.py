@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
+from finesight.data.sample import BoxPart
 from finesight.encode.family import (
     FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
     ImageBox,
     ModelFamily,
-    PredictedBox,
     PromptPiece,
     SpecialToken,
     VideoSegment,
@@ -65,7 +65,7 @@ class QwenVL(ModelFamily):
 
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
-    ) -> list[PredictedBox]:
+    ) -> list[BoxPart]:
         """Parse the boxes of an answer and scale them to pixels of the original image.
 
         Accepts the same deviations from the box format as `Qwen2VL.read_boxes`.

@@ -45,7 +45,6 @@ from finesight.encode.family import (
     THINK_START,
     ImageBox,
     ModelFamily,
-    PredictedBox,
     PromptPiece,
     SpecialToken,
     ThinkingOptions,
@@ -378,7 +377,7 @@ class Renderer(ABC):
     @abstractmethod
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
-    ) -> list[PredictedBox]:
+    ) -> list[BoxPart]:
         """Parse the boxes of an answer, in pixels of an original image.
 
         Args:
@@ -545,13 +544,13 @@ class NativeRenderer(Renderer):
 
     def parse_boxes(
         self, raw_text: str, spans: Sequence[VisualSpan], image_index: int = 0
-    ) -> list[PredictedBox]:
+    ) -> list[BoxPart]:
         images = [span for span in spans if span.kind == "image"]
         if not images:
             return []
-        return self.family.read_boxes(
-            raw_text, images[image_index].original_size, images[image_index].resized_size
-        )
+        sizes = images[image_index].original_size, images[image_index].resized_size
+        boxes = self.family.read_boxes(raw_text, *sizes)
+        return [box.model_copy(update={"image": image_index}) for box in boxes]
 
     def _tokenize_messages(
         self,
@@ -823,7 +822,7 @@ def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) 
             where=f"sample {sample_id} ({image.files[0]})",
             expected=f"[x1, y1, x2, y2] with x1 < x2 up to {width} and y1 < y2 up to {height}",
             remedy="use pixels of the original image after EXIF rotation;"
-            " `finesight import --box-format --box-units` converts boxes",
+            " an import with --box-format and --box-units converts boxes",
         )
     return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size)
 

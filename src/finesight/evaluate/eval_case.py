@@ -141,7 +141,7 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
         raise UserError(
             f"sample {sample.id!r} ends with a {last_message.role} turn",
             expected="an assistant turn with the reference answer at the end",
-            remedy="evaluate on samples with answers, or use `finesight predict --data`",
+            remedy="evaluate on samples with answers, or predict their answers",
         )
     content = (
         split_reasoning(last_message.content).answer if has_reasoning else last_message.content

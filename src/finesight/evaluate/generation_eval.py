@@ -15,7 +15,7 @@ from finesight.data.corpus import load_corpus
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample, read_samples
 from finesight.encode.renderer import Renderer
-from finesight.errors import UserError, format_count, suggest_name
+from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import (
@@ -227,11 +227,12 @@ def evaluate(
     chosen = select_eval_samples(range(len(samples)), settings.limit)
     selected = [samples[i] for i in chosen]
     if not selected:
+        arguments = {"source": "SOURCE", "out": "OUT", "eval_last": 200}
         raise UserError(
             f"{len(selected)} samples to evaluate",
             where="evaluation data",
             expected="at least one sample with an answer",
-            remedy="set validation samples, for example with `finesight import --eval-last`",
+            remedy=Step("import", arguments, "set validation samples, for example by an import"),
         )
     references = [
         get_reference_answer(sample.sample, has_reasoning=renderer.renders_reasoning)

@@ -1,24 +1,21 @@
-"""Rendering of formulas with ziamath in child processes, to compare their appearance.
+"""Rendering of formulas with ziamath, to compare their appearance.
 
-Generated formulas may crash the renderer, run forever or exhaust memory, so each is rendered in a
-child process with time and memory limits. This file is also the program of the child process: it
-reads one JSON string per line and prints the digest of the rendered formula, or null.
+Generated formulas may crash the renderer, run forever or exhaust memory, so worker processes with
+limits of time and memory render them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
 import os
-import select
-import signal
-import subprocess
-import sys
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from importlib import util
-from types import FrameType
+from contextlib import closing
+from functools import partial
+from importlib import import_module, util
+from typing import Any
+
+from finesight.worker_pool import JobOutput, WorkerLimitError, WorkerPool
 
 MAX_FORMULA_LENGTH = 4000
 """Maximum number of characters of a formula that is rendered.
@@ -28,9 +25,6 @@ Formulas of published datasets have at most about 1,000.
 
 RENDER_CPU_SECONDS = 2
 """CPU time limit per formula; typical formulas take 0.04 s."""
-
-RESPONSE_TIMEOUT_S = 60
-"""Timeout for a response of the child process on a busy machine."""
 
 MAX_MEMORY_BYTES = 2 * 10**9
 MAX_RENDER_PROCESSES = 4
@@ -57,95 +51,29 @@ def render_digests(formulas: Iterable[str]) -> dict[str, str | None]:
     missing = sorted(requested - _digest_cache.keys())
     num_processes = min(MAX_RENDER_PROCESSES, os.cpu_count() or 1, len(missing))
     if num_processes:
-        chunks = [missing[first::num_processes] for first in range(num_processes)]
-        with ThreadPoolExecutor(num_processes) as pool:
-            for chunk, digests in zip(chunks, pool.map(_render_chunk, chunks), strict=True):
-                _digest_cache.update(zip(chunk, digests, strict=True))
+        limits = {"num_idle": num_processes, "memory_bytes": MAX_MEMORY_BYTES}
+        workers = WorkerPool(import_module, "ziamath", **limits)
+        with closing(workers), ThreadPoolExecutor(num_processes) as threads:
+            digests = threads.map(partial(_request_digest, workers), missing)
+            _digest_cache.update(zip(missing, digests, strict=True))
     return {formula: _digest_cache[formula] for formula in requested}
 
 
-def _render_chunk(formulas: list[str]) -> list[str | None]:
-    """Return the digest of each formula, in order.
-
-    A child process that crashes or does not respond is replaced.
-    """
-    digests: list[str | None] = []
-    while len(digests) < len(formulas):
-        with start_render_process() as process:
-            for formula in formulas[len(digests) :]:
-                response = (
-                    request_digest(process, formula)
-                    if len(formula) <= MAX_FORMULA_LENGTH
-                    else "null"
-                )
-                digests.append(json.loads(response) if response else None)
-                if not response:
-                    break
-            process.kill()
-    return digests
-
-
-def start_render_process() -> subprocess.Popen[str]:
-    """Start the child process, which renders formulas."""
-    # Run as a script with -P: the child process does not import finesight.
-    command = [sys.executable, "-P", __file__]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        encoding="utf-8",
-        # Only the parent receives Ctrl-C; the child exits when its stdin closes.
-        start_new_session=True,
-    )
-
-
-def request_digest(process: subprocess.Popen[str], formula: str) -> str:
-    """Return the response line for a formula, or an empty string on failure."""
-    assert process.stdin is not None, "the child process has no stdin"
-    assert process.stdout is not None, "the child process has no stdout"
+def _request_digest(workers: WorkerPool, formula: str) -> str | None:
+    if len(formula) > MAX_FORMULA_LENGTH:
+        return None
     try:
-        process.stdin.write(json.dumps(formula) + "\n")
-        process.stdin.flush()
-    except OSError:
-        # The process is dead. Close stdin here, because a later close would flush and raise.
-        with contextlib.suppress(OSError):
-            process.stdin.close()
-        return ""
-    ready, _, _ = select.select([process.stdout], [], [], RESPONSE_TIMEOUT_S)
-    return process.stdout.readline() if ready else ""
+        with workers.borrow_worker() as worker:
+            reply = worker.call(_render_digest, formula, max_cpu_s=RENDER_CPU_SECONDS)
+    except WorkerLimitError:
+        return None
+    return None if reply.value is None else str(reply.value)
 
 
-def _raise_timeout(signal_number: int, frame: FrameType | None) -> None:
-    raise TimeoutError(f"more than {RENDER_CPU_SECONDS} s")
-
-
-def _render_digest(formula: str) -> str | None:
-    import ziamath
-
-    signal.setitimer(signal.ITIMER_PROF, RENDER_CPU_SECONDS)
+def _render_digest(ziamath: Any, formula: str) -> JobOutput:
+    """Render a formula in a worker process."""
     try:
         svg = ziamath.Latex(formula).svg()
-        return hashlib.sha256(svg.encode()).hexdigest()[:32]
     except Exception:  # the parser raises various exceptions for generated formulas
-        return None
-    finally:
-        signal.setitimer(signal.ITIMER_PROF, 0)
-
-
-def _run_render_process() -> None:
-    """Run the child process, which renders formulas from stdin."""
-    import resource
-
-    # Not supported on all platforms.
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_MEMORY_BYTES, MAX_MEMORY_BYTES))
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGPROF, _raise_timeout)
-    for line in sys.stdin:
-        print(json.dumps(_render_digest(json.loads(line))), flush=True)
-
-
-if __name__ == "__main__":
-    _run_render_process()
+        return JobOutput()
+    return JobOutput(hashlib.sha256(svg.encode()).hexdigest()[:32])

@@ -69,7 +69,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
         UserError: A line is invalid. The message contains the line number.
     """
     predictions = []
-    lines = read_lines(path, expected="predictions in the format of `finesight eval --out`")
+    lines = read_lines(path, expected="predictions in the format of an evaluation")
     for line_number, line in enumerate(lines, start=1):
         try:
             record = parse_json(line)
@@ -82,7 +82,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
             raise UserError(
                 f"not a scored prediction: {problem}",
                 where=f"{path}:{line_number}",
-                expected="a line in the format of `finesight train` or `finesight eval --out`",
+                expected="a line in the format of a training run or an evaluation",
                 remedy="create the file again",
             ) from error
         case = EvalCase(

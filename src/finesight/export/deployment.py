@@ -24,7 +24,7 @@ from typing import Any, Literal
 
 from finesight.config import ImageRule, PixelRange
 from finesight.encode.renderer import load_family
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.export.hf_files import HF_ARCHITECTURES, find_missing_files, require_merged_model
 from finesight.infer.model_loader import ModelSource
 from finesight.manifest import Manifest
@@ -116,9 +116,9 @@ def write_gguf(
         raise UserError(
             f"{folder.path.name} is of the family {folder.family}"
             + (", with an adapter" if model_source.adapter is not None else ""),
-            where="finesight export",
+            where="export",
             expected=f"a merged model of the families {', '.join(SUPPORTED_FAMILIES)}",
-            remedy="merge the adapter first: finesight merge RUN OUT",
+            remedy=Step("merge", {"source": "RUN", "out": "OUT"}, "merge the adapter first"),
         )
     raise_if_exists(out)
     weight_files = folder.weight_files()
@@ -231,7 +231,7 @@ def build_serving_commands(model_source: ModelSource, source: str) -> ServingCom
             f"{source} is of the family {model_source.folder.family}",
             where="serving",
             expected=f"one of {', '.join(HF_ARCHITECTURES)}",
-            remedy="serve it with finesight serve",
+            remedy=Step("serve", {"run_or_model": source}, "serve it with finesight"),
         )
     model_source.folder.fetch_weights()  # file names that these engines expect
     folder, settings = model_source.folder, get_prompt_settings(model_source.manifest)

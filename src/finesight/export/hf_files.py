@@ -6,11 +6,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.infer.model_loader import ModelSource
 from finesight.model_folder import (
     DOWNLOAD_PATTERNS,
@@ -68,7 +67,7 @@ _SAMPLING_KEYS = {
     *("diversity_penalty", "length_penalty", "penalty_alpha", "presence_penalty"),
     *("frequency_penalty", "max_new_tokens", "max_length"),
 }
-"""Generation settings that are removed, since `finesight predict` does not use them."""
+"""Generation settings that are removed, since predictions do not use them."""
 
 
 def complete_hf_folder(folder: Path, family: str, end_ids: Sequence[int]) -> None:
@@ -153,7 +152,7 @@ def require_merged_model(
             f"{source} is an adapter on a base",
             where=where,
             expected=f"a merged model{reason}",
-            remedy=f"finesight merge {quote(source)} OUT, then use OUT",
+            remedy=Step("merge", {"source": source, "out": "OUT"}, "merge it, and use OUT"),
         )
 
 
@@ -164,7 +163,7 @@ def list_uploads(model_source: ModelSource, source: str) -> dict[str, Path]:
 
     Raises UserError for an adapter, and for a folder whose files changed since they were written.
     """
-    require_merged_model(model_source, source, "finesight export")
+    require_merged_model(model_source, source, "export")
     folder = model_source.folder
     weight_files = folder.weight_files()
     if (folder.path / DIGESTS_FILE).is_file():

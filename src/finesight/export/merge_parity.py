@@ -373,5 +373,5 @@ def _build_parity_error(what: str, limit: str) -> UserError:
         where="parity",
         expected=f"at most {limit}",
         remedy="no files were written; use --precision fp32 to avoid rounding, or use the"
-        " adapter (finesight predict RUN)",
+        " adapter in place of the merged model",
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +15,7 @@ import yaml
 
 from finesight import __version__
 from finesight.bounded_files import load_yaml, read_bytes, read_json_object
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.evaluate.eval_case import note_lines
 from finesight.export.deployment import format_serving_commands, get_prompt_settings
 from finesight.export.hf_files import HF_ARCHITECTURES, list_uploads
@@ -118,10 +117,11 @@ def _render_adapter_card(model_source: ModelSource, source: Path) -> str:
     ]
     if model_source.quantization_summary:
         summary.append(f"Training used {model_source.quantization_summary} weights of the base.")
+    question = {"run_or_model": title, "images": ["IMAGE"], "prompt": "TEXT"}
     usage = (
-        f"finesight download OWNER/NAME --to {shlex.quote(title)}\n"
-        f"finesight predict {shlex.quote(title)} IMAGE --prompt TEXT\n"
-        f"finesight merge {shlex.quote(title)} merged --base {shlex.quote(base)}"
+        f"{Step('download', {'source': 'OWNER/NAME', 'to': title})}\n"
+        f"{Step('predict', question)}\n"
+        f"{Step('merge', {'source': title, 'out': 'merged', 'base': base})}"
     )
     blocks = [
         _format_front_matter(model_source, "peft"),
@@ -323,12 +323,10 @@ def _format_parity(info: VerifiedMerge) -> str:
 
 def _format_serving(folder: ModelFolder, info: VerifiedMerge) -> str:
     title = "## Serving"
-    name = shlex.quote(info.folder.name)
-    commands = ("predict", " IMAGE --prompt TEXT"), ("chat", ""), ("web", ""), ("serve", "")
-    command_lines = "\n".join(
-        f"finesight {command} {name}{arguments}" for command, arguments in commands
-    )
-    command_lines = f"```sh\n{command_lines}\n```"
+    name = {"run_or_model": info.folder.name}
+    steps = [Step("predict", name | {"images": ["IMAGE"], "prompt": "TEXT"})]
+    steps += [Step(operation, name) for operation in ("chat", "web", "serve")]
+    command_lines = "\n".join(["```sh", *map(str, steps), "```"])
     if folder.family not in HF_ARCHITECTURES:
         return f"{title}\n\n{command_lines}"
     settings = get_prompt_settings(info.model_source.manifest)

@@ -159,9 +159,7 @@ class HubAccess:
                 f"the repository {address} exists and is {'private' if public else 'public'}",
                 where=self.get_page(address),
                 expected=f"a {'public' if public else 'private'} repository, or a new name",
-                remedy="remove --public"
-                if public
-                else "give another name, or run `finesight export` with --public",
+                remedy="remove --public" if public else "give another name, or add --public",
             )
 
     def build_refusal_error(

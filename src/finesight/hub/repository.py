@@ -19,7 +19,7 @@ from typing import Protocol
 from urllib.parse import quote
 
 from finesight.bounded_files import read_json_object
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.hub.address import HubAccess, HubAddress
 from finesight.hub.archive import safe_join
 from finesight.hub.download import Downloader, HttpSite, RemoteFile, is_offline, raise_if_offline
@@ -106,8 +106,7 @@ class HubRepository:
                 f"{missing[0]} of {source}{more_note} is not downloaded, and HF_HUB_OFFLINE is set",
                 where=str(folder),
                 expected="all required files",
-                remedy=f"unset HF_HUB_OFFLINE, or run `finesight download {source}` with a"
-                " connection",
+                remedy=Step("download", {"source": source}, "unset HF_HUB_OFFLINE, or online"),
             )
         if missing:
             with Downloader(_get_hub(self.address).build_site(self.address)) as downloader:
@@ -286,10 +285,10 @@ def _load_listing(address: HubAddress, listing_path: Path) -> HubRepository:
             f"{address} is not downloaded, and HF_HUB_OFFLINE is set",
             where=str(listing_path.parent.parent),
             expected="a downloaded copy",
-            remedy=f"unset HF_HUB_OFFLINE, or run `finesight download {address}` with a connection",
+            remedy=Step("download", {"source": str(address)}, "unset HF_HUB_OFFLINE, or online"),
         )
-    expected = "the file listing of a model or dataset, written by `finesight download`"
-    remedy = f"delete it, and run `finesight download {address}` with a connection"
+    expected = "the file listing of a model or dataset, written by a download"
+    remedy = str(Step("download", {"source": str(address)}, "delete it, and with a connection"))
     try:
         content = read_json_object(listing_path, expected=expected, remedy=remedy)
         files = tuple(RemoteFile(**file) for file in content["files"])

@@ -17,7 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 import httpx2
 
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.hub.download import WEB_SCHEMES, Downloader, HttpSite, RemoteFile, strip_query
 from finesight.storage import write_folder_once
 
@@ -177,11 +177,12 @@ def _build_fetch_error(url: str, error: Exception) -> UserError:
 def _open_file_system(url: str) -> tuple[Any, str]:
     scheme = url.partition("://")[0].lower()
     if scheme in WEB_SCHEMES:
+        arguments = {"source": url, "out": "OUT", "allow_host": ["HOST"]}
         raise UserError(
             "an address of the web",
             where=url,
             expected="a local file, or one in object storage such as s3://BUCKET/NAME",
-            remedy="import it with `finesight import --allow-host HOST`",
+            remedy=Step("import", arguments, "import it"),
         )
     try:
         import fsspec

@@ -1,4 +1,4 @@
-"""Chat sessions with one or more models, for `finesight chat` and `finesight web`.
+"""Chat sessions with one or more models, for the terminal and the browser.
 
 A user message is sent to one model, or to several models in parallel. Each model continues from its
 own replies. If a model gave no reply to a turn, it continues from the reply of the first model.

@@ -6,7 +6,6 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from shlex import quote
 from typing import Literal, NoReturn
 
 import torch
@@ -15,7 +14,7 @@ from safetensors.torch import load_file
 from finesight.config import Device, Precision, WeightFormat
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.encode.renderer import Renderer, build_renderer
-from finesight.errors import UserError
+from finesight.errors import Remedy, Step, UserError
 from finesight.manifest import (
     MANIFEST_FILE,
     RECIPE_FILE,
@@ -96,7 +95,7 @@ def load_inference_model(
     weight_format: WeightFormat = "auto",
     thinking: ThinkingOptions = DEFAULT_THINKING,
 ) -> InferenceModel:
-    """Load a single model for inference, as in `finesight predict` and `finesight eval`.
+    """Load a single model for inference, for predictions and evaluations.
 
     Args:
         run_or_model: Run folder (its manifest sets image size, system prompt and base model), one
@@ -218,7 +217,7 @@ def _check_same_base(
 def get_model_name(run_or_model: str) -> str:
     """Return the model name for requests: the folder name, or a hub name without owner.
 
-    A folder `run`, as `finesight init` names it, has the name of its parent folder. The name of a
+    A folder `run`, as new recipes name it, has the name of its parent folder. The name of a
     checkpoint starts with that of its run.
     """
     path = Path(run_or_model)
@@ -313,7 +312,8 @@ def _resolve_run(
         checkpoint = None if adapter_dir.is_dir() else checkpoint
     missing = [f"{part.name}/" for part in (model_dir, adapter_dir) if part and not part.is_dir()]
     what, where = "", "model"
-    remedy = f"resume it: finesight train {quote(str(run_dir / RECIPE_FILE))} --resume"
+    resume = {"recipe": str(run_dir / RECIPE_FILE), "resume": True}
+    remedy: Remedy = Step("train", resume, "resume it")
     if model_dir is not None and checkpoint is not None:
         what = f"{checkpoint} is a checkpoint of full fine-tuning, which is no model"
         remedy = remedy if missing else f"give the run, {run_dir}"
@@ -321,7 +321,7 @@ def _resolve_run(
         what = f"{run_dir.name} has no {' and no '.join(missing)}: the run is not finished"
         where, newest = str(run_dir), find_newest_checkpoint(run_dir)
         if newest is not None and model_dir is None:
-            remedy += f", or give its newest checkpoint, {newest}"
+            remedy = Step("train", resume, f"give its newest checkpoint, {newest}, or resume it")
     if what:
         expected = "a finished run, or a checkpoint of LoRA training"
         raise UserError(what, where=where, expected=expected, remedy=remedy)

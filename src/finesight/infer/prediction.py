@@ -76,7 +76,7 @@ class Prediction:
         return self.answer
 
     def as_json(self) -> dict[str, Any]:
-        """Return the prediction as a record of `finesight predict --json`.
+        """Return the prediction as a JSON record.
 
         `image` is a path, a list of several paths, or None.
         """
@@ -301,10 +301,7 @@ def build_prediction(
         ),
         answer=completion.text,
         raw_text=completion.raw_text,
-        boxes=tuple(
-            BoxPart(image=image_index, label=box.label, xyxy=box.xyxy)
-            for box in renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)
-        ),
+        boxes=tuple(renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)),
         num_tokens=len(output_ids),
         finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
         reasoning=completion.reasoning,

@@ -2,7 +2,7 @@
 
 `journal.jsonl` is append-only, with one entry per suggestion and decision, and flushed to disk
 after each decision. An incomplete last line, left by a crash, is removed. `labels.jsonl` is written
-atomically from the journal and contains the labeled samples; `finesight train` reads it. With a
+atomically from the journal and contains the labeled samples for training. With a
 training fraction, some of them are in `labels_eval.jsonl` instead.
 """
 
@@ -107,7 +107,7 @@ class JournalEntry(BaseModel):
         content: Suggested answer, or the label of the sample; empty if a skipped or reopened sample
             has none.
         parts: Confidence of each part of the suggestion.
-        score: Score of `finesight label --review`; None for a suggestion of a new label.
+        score: Score of a review; None for a suggestion of a new label.
         sample: Digest of the images or else the questions, to notice another sample with this ID.
         version: Digest of question and existing answer. A changed sample is open again.
         question: Corrected texts of the question; empty for an unchanged one.
@@ -280,7 +280,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 raise UserError(
                     f"line {number} is not an entry: {line[:80]!r}",
                     where=str(self._journal),
-                    expected="entries of `finesight label`",
+                    expected="entries of the journal of a label folder",
                     remedy="restore the file from a copy, or remove this line",
                 ) from error
         return entries
@@ -565,13 +565,13 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
 
         sample = located.sample.map_paths(rename)
-        messages = sample.messages
-        messages = messages[:-1] if messages[-1].role == "assistant" else messages
+        messages = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
         answer, meta = Message(role="assistant", content=content), _match_meta(item, content)
         if question:
             messages = (*messages[:-1], _replace_texts(messages[-1], question))
             meta.setdefault(ORIGINAL_PROMPT_KEY, get_question(sample))
-        update: dict[str, Any] = {"messages": (*messages, answer), "meta": meta}
+        worse = sample.rejected if sample.rejected != answer.content else ()
+        update: dict[str, Any] = {"messages": (*messages, answer), "rejected": worse, "meta": meta}
         update["references"] = _match_references(item, content)
         return LocatedSample(sample.model_copy(update=update), self.folder)
 

@@ -1,4 +1,4 @@
-"""Training job of `finesight launch`: recipe, nodes, commands, job file and submission.
+"""Training job: recipe, nodes, commands, job file and submission.
 
 The formats of job files are documented by torchrun (docs.pytorch.org, "torchrun (Elastic
 Launch)"), Slurm (slurm.schedmd.com, manual pages of sbatch, srun, scancel and scontrol), SkyPilot
@@ -13,14 +13,14 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.manifest import RESULT_FILE
 from finesight.recipe import load_recipe
 from finesight.storage import raise_if_exists, write_file
@@ -99,7 +99,7 @@ class LaunchJob:
     working_dir: Path
     node_spec: NodeSpec
     python: str = sys.executable
-    train_options: tuple[str, ...] = ()
+    train_options: Mapping[str, object] = field(default_factory=dict)
 
     @classmethod
     def from_recipe(
@@ -108,7 +108,7 @@ class LaunchJob:
         overrides: Sequence[str],
         name: str | None,
         node_spec: NodeSpec,
-        train_options: Sequence[str] = (),
+        train_options: Mapping[str, object] | None = None,
     ) -> LaunchJob:
         """Build the job of a recipe. Without `name`, the output folder names it.
 
@@ -132,7 +132,7 @@ class LaunchJob:
             output_dir,
             Path.cwd(),
             node_spec,
-            train_options=tuple(train_options),
+            train_options=train_options or {},
         )
 
     @property
@@ -140,8 +140,8 @@ class LaunchJob:
         """Arguments of the Python interpreter for training with `--resume`, quoted for a shell."""
         # A path that starts with a dash would be an option.
         recipe = f"./{self.recipe}" if str(self.recipe).startswith("-") else str(self.recipe)
-        words = ["-m", "finesight", "train", recipe, *self.overrides, "--resume"]
-        return shlex.join([*words, *self.train_options])
+        arguments = {"recipe": recipe, "overrides": self.overrides, "resume": True}
+        return f"-m {Step('train', arguments | {**self.train_options})}"
 
     @property
     def result_file(self) -> str:

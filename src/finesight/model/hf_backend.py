@@ -29,7 +29,7 @@ from finesight.storage import DIGESTS_FILE, verify_folder
 LIMITATIONS = (
     "has no native implementation in finesight and runs through transformers. Samples run one at a "
     "time, without packing; images are processed again in every epoch, and once more to count "
-    "tokens; FLOPs are not counted; boxes, videos, tune.quantize and `finesight merge` are not "
+    "tokens; FLOPs are not counted; boxes, videos, tune.quantize and merging are not "
     "supported; experts of a mixture are trained completely or not at all"
 )
 """Limitations of this backend, logged after the family name at the start of a run."""

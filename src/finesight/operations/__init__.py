@@ -30,7 +30,7 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
     "Data": {
         "import": Operation("dataset:import_data", "Import a dataset as samples."),
         "check": Operation(
-            "dataset:check",
+            "dataset:check_data",
             "Validate samples.",
             json_help="Print one JSON object per issue, then one summary,",
         ),

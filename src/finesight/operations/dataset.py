@@ -8,8 +8,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finesight.errors import UserError, format_count
-from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
+from finesight.errors import Step, UserError, format_count
+from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
     BoxFormatOption,
     BoxTaskOption,
@@ -323,7 +323,7 @@ MAX_ISSUES = 1000
 """Maximum number of examples per kind of issue in the result and on the HTML page."""
 
 
-def check(
+def check_data(
     sources: Annotated[Sequence[StrPath], Parameter(metavar="SOURCE")],
     against: Annotated[Sequence[StrPath], Parameter(metavar="EVAL")] = (),
     format: SourceFormatOption = None,

@@ -8,9 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finesight.errors import UserError, format_command, format_count
+from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
-from finesight.operations.operation import Outcome, Parameter, Step, StrPath, to_path
+from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import DeviceOption
 
 if TYPE_CHECKING:
@@ -126,7 +126,7 @@ def merge(
     ):
         raise UserError(
             f"{source} has no adapter",
-            where="finesight merge",
+            where="merge",
             expected="a run, an adapter folder, or a 4-bit GPTQ model",
             remedy=f"use {source} directly: there is nothing to merge",
         )
@@ -266,11 +266,7 @@ def export(
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
         steps = [] if confirm else [Step("export", arguments)]
         return Outcome(upload, _format_upload(upload), asdict(upload), steps)
-    from finesight.export.deployment import (
-        find_converter,
-        format_llama_server_command,
-        write_gguf,
-    )
+    from finesight.export.deployment import find_converter, format_llama_server_command, write_gguf
 
     program = find_converter(to_path(converter))
     with console.activity(f"converting {name} to GGUF"):
@@ -326,9 +322,9 @@ def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:
         source = resolve_model_source(str(run_dir))
         upload = _upload(source, str(run_dir), out, console, public=False, confirm=True)
     except Exception as error:  # whatever fails, the run is complete
-        command = format_command("export", run_dir, out, "--yes")
         console.log(f"the upload failed, but the run is complete: {error}")
-        console.log(f"to upload it again: {command}")
+        arguments = {"source": run_dir, "out": out, "confirm": True}
+        console.log(str(Step("export", arguments, "to upload it again")))
         return EXIT_UPLOAD_FAILED
     console.log(f"uploaded: {upload.page}")
     return 0

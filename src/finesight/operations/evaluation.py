@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
-from finesight.errors import UserError, format_count, suggest_similar_path
+from finesight.errors import Step, UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
@@ -160,19 +159,18 @@ def _load_samples(
         ]
     for image in images:
         if not image.exists() or image.is_dir():
-            what, remedy = "no such image", suggest_similar_path(image)
-            if image.is_dir():
-                what, remedy = "a folder", f"give its images: {image}/*"
+            is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"
+            remedy = f"give its images: {image}/*" if is_folder else suggest_similar_path(image)
             raise UserError(what, where=str(image), expected="an image file", remedy=remedy)
     if prompt is not None and data is None:
         return build_questions(images, prompt)
-    example = shlex.join(["finesight", "predict", run_or_model, str([*images, "IMAGE"][0])])
+    example = {"run_or_model": run_or_model, "images": [[*images, "IMAGE"][0]]}
     raise UserError(
         f"{format_count(len(images), 'image')}, "
         f"{'no ' if prompt is None else ''}--prompt and {'no ' if data is None else ''}--data",
-        where="finesight predict",
+        where="predict",
         expected="images with --prompt TEXT, or --data FILE.jsonl alone",
-        remedy=f'for example: {example} --prompt "What is this?"',
+        remedy=Step("predict", example | {"prompt": "What is this?"}, "for example"),
     )
 
 

@@ -12,14 +12,8 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from finesight.errors import (
-    LABEL_TRAIN_FRACTION,
-    UserError,
-    format_command,
-    format_count,
-    suggest_name,
-)
-from finesight.operations.operation import Outcome, Parameter, Step, StrPath
+from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError, format_count, suggest_name
+from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import ColumnsOption, NoHeaderOption, PromptOption
 
 if TYPE_CHECKING:
@@ -195,7 +189,7 @@ def init(
         "skipped_rows": summary.skipped_rows,
         "fits": fits,
         "has_data_errors": has_errors,
-        "next": [format_command(*step.words) for step in steps],
+        "next": [*map(format_command, steps)],
     }
     return Outcome(recipe, lines, result, steps)
 
@@ -316,7 +310,7 @@ def _init_labels(
         "recipe": str(recipe),
         "metric": metric,
         "prompt": prompt,
-        "next": [format_command(*step.words) for step in steps],
+        "next": [*map(format_command, steps)],
         "placeholder": placeholder,
     }
     return Outcome(recipe, lines, result, steps)

@@ -8,6 +8,9 @@ from __future__ import annotations
 import builtins
 import inspect
 import os
+import shlex
+import shutil
+import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
-from finesight.errors import UserError
+from finesight.errors import Step, UserError, set_step_format
 from finesight.plugins import PluginKind, Registry
 
 Result = TypeVar("Result")
@@ -148,12 +151,7 @@ class OperationParameter:
         elif info.maximum is not None and value > info.maximum:
             expected = f"a number of at most {info.maximum:g}"
         if expected:
-            raise UserError(
-                f"{self.name} is {value!r}",
-                where=self.name,
-                expected=expected,
-                remedy="correct or remove it",
-            )
+            raise _build_value_error(self.name, value, expected)
         return value
 
 
@@ -180,33 +178,52 @@ def check_counts(**counts: int | None) -> None:
     """Raise UserError if one of the named counts is below 1; None is valid."""
     for name, count in counts.items():
         if count is not None and count < 1:
-            raise UserError(
-                f"{name} is {count}",
-                where=name,
-                expected="an integer of at least 1",
-                remedy="correct or remove it",
-            )
+            raise _build_value_error(name, count, "an integer of at least 1")
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """An operation with its arguments, proposed as the next one."""
+def _build_value_error(name: str, value: object, expected: str) -> UserError:
+    remedy = "correct or remove it"
+    return UserError(f"{name} is {value!r}", where=name, expected=expected, remedy=remedy)
 
-    operation: str
-    arguments: Mapping[str, object]
 
-    @property
-    def words(self) -> list[str]:
-        """Words of its command line after the program."""
-        from finesight.operations import find_operation
+def format_step(step: Step, program: str = "finesight") -> str:
+    """Format the command line of a step, without its purpose."""
+    from finesight.operations import find_operation
 
-        parameters = list_parameters(find_operation(self.operation).load())
-        known = [one for one in parameters if one.name in self.arguments]
-        assert len(known) == len(self.arguments), f"{self.operation} lacks {self.arguments}"
-        # Options follow the positional arguments.
-        known.sort(key=lambda one: not one.is_positional)
-        words = [word for one in known for word in one.format_words(self.arguments[one.name])]
-        return [*self.operation.split(), *words]
+    parameters = list_parameters(find_operation(step.operation).load())
+    known = [one for one in parameters if one.name in step.arguments]
+    assert len(known) == len(step.arguments), f"{step.operation} lacks {step.arguments}"
+    # Options follow the positional arguments.
+    known.sort(key=lambda one: not one.is_positional)
+    words = [word for one in known for word in one.format_words(step.arguments[one.name])]
+    return shlex.join([program, *step.operation.split(), *words])
+
+
+set_step_format(format_step)
+
+
+def format_command(step: Step) -> str:
+    """Format the command line of a step for the shell in which this process was started.
+
+    A program that the shell would not find, such as .venv/bin/finesight, keeps its path.
+    """
+    program = "finesight"
+    started = os.path.abspath(sys.argv[0])
+    if os.path.basename(started) == program and shutil.which(program) != started:
+        relative = os.path.relpath(started)
+        program = started if relative.startswith(os.pardir) else os.path.join(".", relative)
+    return format_step(step, program)
+
+
+def format_call(step: Step) -> str:
+    """Format the call of a step in Python, or its command if Python has no function for it."""
+    from finesight.operations import find_operation
+
+    module, _, function = find_operation(step.operation).target.partition(":")
+    if "." in module:
+        return format_step(step)
+    arguments = ", ".join(f"{name}={value!r}" for name, value in step.arguments.items())
+    return f"finesight.api.{function}({arguments})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,7 +396,12 @@ def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arg
             for values in (bound.arguments, *options):
                 if parameter.name in values:
                     values[parameter.name] = parameter.convert(values[parameter.name])
-        return operation(*bound.args, **bound.kwargs).value
+        try:
+            return operation(*bound.args, **bound.kwargs).value
+        except UserError as error:
+            if isinstance(error.remedy, Step):
+                error.remedy = error.remedy.format(format_call)
+            raise
 
     call.__module__ = "finesight.api"  # where the documentation looks for it
     return call

@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from finesight.errors import TrainingInterrupted, UserError, format_command, shorten
-from finesight.operations.dataset import check, import_data
-from finesight.operations.operation import Outcome, Parameter, Step, StrPath
+from finesight.errors import Step, TrainingInterrupted, UserError, shorten
+from finesight.operations.dataset import check_data, import_data
+from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.training import train
 
 if TYPE_CHECKING:
@@ -123,7 +123,7 @@ def quickstart(
         import_data(table, data, columns=columns, prompt=PROMPT, eval_last=settings.num_eval_rows)
     log("3. Check the data")
     log(_format_step("check", sources=[recipe]))
-    for line in check([recipe]).lines:
+    for line in check_data([recipe]).lines:
         log(f"   {line}")
     log(f"4. Train {settings.model}, with an evaluation before and after")
     log(_format_step("train", recipe=recipe))
@@ -149,7 +149,7 @@ def quickstart(
 
 
 def _format_step(operation: str, **arguments: object) -> str:
-    return f"   $ {format_command(*Step(operation, arguments).words)}"
+    return f"   $ {format_command(Step(operation, arguments))}"
 
 
 def write_recipe(out: Path, plan: QuickstartSettings) -> Path:

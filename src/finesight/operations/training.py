@@ -12,8 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from finesight.errors import UserError
-from finesight.operations.operation import Outcome, Parameter, Step, StrPath
+from finesight.errors import Step, UserError
+from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import OverridesArgument, RecipeArgument, TrustMetricOption
 
 if TYPE_CHECKING:
@@ -109,8 +109,7 @@ def convert(
     conversion = convert_config(Path(source), Path(recipe))
     lines = [f"{recipe}: from {conversion.program}, {source}", *_format_notes(conversion.notes)]
     imports = [Step("import", arguments) for arguments in conversion.imports]
-    commands = [shlex.join(["finesight", *step.words]) for step in imports]
-    data = asdict(conversion) | {"import_commands": commands}
+    data = asdict(conversion) | {"import_commands": [*map(str, imports)]}
     del data["imports"]
     return Outcome(conversion, lines, data, [*imports, Step("train", {"recipe": recipe})])
 
@@ -183,12 +182,13 @@ def train(
     if replaced_steps is not None and is_main:
         console.log(f"train.epochs replaces train.steps: {replaced_steps} of the recipe")
     if push is not None and settings.tune.has_mode("full") and settings.tune.has_mode("lora"):
+        merge = {"source": str(settings.output_dir), "out": "OUT"}
+        export = Step("export", {"source": "OUT", "out": push, "confirm": True}, "then")
         raise UserError(
             "the run trains an adapter and complete parts, which must be merged first",
             where="--push",
             expected="tune with lora only, or with full only",
-            remedy="remove --push; after training: finesight merge"
-            f" {shlex.quote(str(settings.output_dir))} OUT, then finesight export OUT {push} --yes",
+            remedy=Step("merge", merge, "remove --push; after training", export),
         )
     check_recipe_metric(settings, file, overrides, trust=trust_metric)
     if push is not None and is_main:
@@ -231,12 +231,7 @@ def _load_recipe(
     recipe: StrPath | Recipe | Mapping[str, Any], overrides: Overrides
 ) -> tuple[Recipe, Path | None, int | None]:
     """Return settings, their file, and the number of steps that overridden epochs replace."""
-    from finesight.recipe import (
-        parse_recipe,
-        read_recipe_text,
-        recipe_from_dict,
-        recipe_from_text,
-    )
+    from finesight.recipe import parse_recipe, read_recipe_text, recipe_from_dict, recipe_from_text
 
     file: Path | None = None
     content: Any
@@ -389,11 +384,12 @@ def launch(
         from finesight.hub.repository import check_publish_address
 
         check_publish_address(parse_address(push))
-    train_options = [*(["--push", push] if push is not None else []), *["--force"] * force]
     node_spec = NodeSpec.parse(nodes, gpus_per_node)
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-    job = LaunchJob.from_recipe(Path(recipe), overrides or (), name, node_spec, train_options)
+    job = LaunchJob.from_recipe(
+        Path(recipe), overrides or (), name, node_spec, {"push": push, "force": force}
+    )
     file = Path(out or f"{job.name}{FILE_SUFFIXES[engine]}")
     write_job_file(file, _build_job_text(engine, job, engine_options))
     output = submit_job(engine, file) if submit else None

@@ -1,6 +1,6 @@
 """Build the plan of a run from its recipe, image headers and model shapes.
 
-A plan estimates memory and time, and chooses settings that fit the device (`finesight plan`).
+A plan estimates memory and time, and chooses settings that fit the device.
 """
 
 from __future__ import annotations
@@ -558,7 +558,7 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
         f"the predicted peak memory is {peak_bytes / 1e9:.1f} GB, and {target.name} has"
         f" {target.memory_bytes / 1e9:.1f} GB",
         where=f"model {recipe.model}",
-        expected="a run that fits; `finesight plan` shows the memory by part",
+        expected="a run that fits; its plan shows the memory by part",
         remedy=f"{remedy}; start anyway with --force",
     )
 

@@ -1,4 +1,4 @@
-"""HTML page of `finesight compare`: metrics, settings and answers of several runs."""
+"""HTML page of a comparison: metrics, settings and answers of several runs."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ class RunComparison:
     warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
-        """Return the comparison as JSON data (`finesight compare --json`)."""
+        """Return the comparison as JSON data."""
         return {
             "runs": [
                 {

@@ -11,9 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from shlex import quote
 
-from finesight.errors import UserError, suggest_similar_path
+from finesight.errors import Step, UserError, suggest_similar_path
 from finesight.evaluate.bootstrap import UNBOUNDED
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.metric_difference import (
@@ -42,16 +41,8 @@ from finesight.report.metric_rows import (
     read_interval,
     read_metrics,
 )
-from finesight.report.run_reader import (
-    JsonObject,
-    RunRecord,
-    as_object,
-    get_sample_set,
-    read_run,
-)
+from finesight.report.run_reader import JsonObject, RunRecord, as_object, get_sample_set, read_run
 from finesight.report.summary import RunStatus, get_data_stats, get_run_status
-
-COMMAND = "finesight compare"
 
 MAX_RUNS = 8
 """Maximum number of compared runs, since a page has limited columns and colors."""
@@ -110,14 +101,14 @@ def read_compared_runs(paths: Sequence[Path]) -> list[ComparedRun]:
     if not 2 <= len(paths) <= MAX_RUNS:
         raise UserError(
             f"unexpected number of runs: {len(paths)}",
-            where=COMMAND,
+            where="compare",
             expected=f"2 to {MAX_RUNS} runs",
             remedy="Give the directories of the runs.",
         )
     for path, count in Counter(path.resolve() for path in paths).items():
         if count > 1:
             what, remedy = f"{path} is given {count} times", "Give each run only once."
-            raise UserError(what, where=COMMAND, expected="different runs", remedy=remedy)
+            raise UserError(what, where="compare", expected="different runs", remedy=remedy)
     # The shortest path suffixes that are unique.
     parts = [path.resolve().parts for path in paths]
     names = [str(path) for path in paths]
@@ -138,18 +129,19 @@ def _read_compared_run(letter: str, name: str, path: Path) -> ComparedRun:
     if not path.exists():
         raise UserError(
             f"no such file or directory: {path}",
-            where=COMMAND,
-            expected="a run directory, or a file of `finesight eval --out`",
+            where="compare",
+            expected="a run directory, or a file of answers with scores",
             remedy=suggest_similar_path(path),
         )
-    run_record = read_run(path, COMMAND)
+    run_record = read_run(path, "compare")
     if not run_record.evaluations:
+        arguments = {"run_or_model": str(path), "data": "FILE", "metric": "captions"}
+        arguments["out"] = "predictions.jsonl"
         raise UserError(
             f"{path} has no evaluation",
-            where=COMMAND,
+            where="compare",
             expected="runs with validation samples (data.eval) and at least one evaluation",
-            remedy=f"Omit it, or evaluate it with finesight eval {quote(str(path))} --data FILE"
-            " --metric NAME --out predictions.jsonl and give predictions.jsonl instead.",
+            remedy=Step("eval", arguments, "omit it, or evaluate it and give predictions.jsonl"),
         )
     # The figures of the last prediction file.
     last = run_record.evaluations[-1]

@@ -19,7 +19,7 @@ from finesight.check.check_issues import (
 )
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
-from finesight.encode.family import PredictedBox, scale_box
+from finesight.encode.family import scale_box
 from finesight.encode.renderer import IM_START, NativeRenderer
 from finesight.encode.tokenization import (
     EncodedSample,
@@ -208,7 +208,7 @@ def _parse_boxes(
     texts: Sequence[str],
     images: Sequence[VisualSpan],
     sample_boxes: Sequence[BoxPart],
-) -> list[tuple[VisualSpan, PredictedBox]]:
+) -> list[tuple[VisualSpan, BoxPart]]:
     """Parse boxes from the texts of all turns, in pixels of the resized images.
 
     The text does not identify images. If the number of boxes equals that of the sample, they are

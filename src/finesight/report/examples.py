@@ -256,7 +256,7 @@ def read_incorrect_lines(predictions: Path, primary_metric: str | None) -> list[
         raise UserError(
             f"none of {len(lines)} predictions has a score of {primary_metric or 'any metric'}",
             where=str(predictions),
-            expected="per-sample scores, as `finesight train` and `finesight eval --out` write",
+            expected="scores of samples, as training and evaluation write",
             remedy="set eval.metric in the recipe, and evaluate again",
         )
     return [line for line in lines if metric in read_scores(line) and not is_correct(line, metric)]

@@ -1,4 +1,4 @@
-"""HTML report of a run (`finesight report`), also written during training."""
+"""HTML report of a run, also written during training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, VALIDATION_LOSS
@@ -84,7 +84,7 @@ UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"
 
 @dataclass
 class LiveReportState:
-    """Cache of the report that the training process writes every `interval_s` seconds.
+    """Cache of the report that the training loop writes every `interval_s` seconds.
 
     Examples are rendered again only after new predictions. Each thumbnail is created once.
     """
@@ -151,7 +151,9 @@ def write_incorrect_predictions(run_dir: Path, out: Path) -> int:
             f"{run_dir.name} has no predictions",
             where=str(run_dir),
             expected="a run with an evaluation",
-            remedy="set eval in the recipe, or run `finesight eval RUN --out FILE`",
+            remedy=Step(
+                "eval", {"run_or_model": str(run_dir)}, "set eval in the recipe, or evaluate it"
+            ),
         )
     lines = read_incorrect_lines(run_record.predictions_files[-1], run_record.primary_metric)
     raise_if_exists(out)
@@ -213,7 +215,7 @@ def render_run_page(
         ),
         formulas_unavailable=_get_metric(run_record) == "latex"
         and not FormulaConverter().is_available,
-        report_command=summary.format_command("report", str(run_record.folder)),
+        report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
         **_build_examples_context(run_record, examples),
         **TEMPLATE_FUNCTIONS,

@@ -114,9 +114,7 @@ class RunRecord:
         return [paths[name] for name in ("before", *interim_names, "after") if name in paths]
 
 
-def read_run(
-    folder: Path, where: str = "finesight report", *, with_plugins: bool = True
-) -> RunRecord:
+def read_run(folder: Path, where: str = "report", *, with_plugins: bool = True) -> RunRecord:
     """Read the content of a run directory.
 
     Raises:
@@ -126,7 +124,7 @@ def read_run(
         raise UserError(
             f"{folder} is not a run directory",
             where=where,
-            expected=f"a folder with {MANIFEST_FILE} from `finesight train`",
+            expected=f"a folder with {MANIFEST_FILE} from training",
             remedy=suggest_similar_path(folder, "give the output_dir of a run"),
         )
     if with_plugins:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import math
 import os
-import shlex
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.errors import format_count
+from finesight.errors import Step, format_count
 from finesight.manifest import (
     CHECKPOINTS_FOLDER,
     MANIFEST_FILE,
@@ -86,7 +85,7 @@ def describe_changed_data(run: str) -> str:
     folder = find_run_dir(Path(run))
     if not (folder / MANIFEST_FILE).is_file():
         return ""  # an adapter without the records of a run
-    recorded = get_data_stats(read_run(folder, "finesight eval"), "eval")
+    recorded = get_data_stats(read_run(folder, "eval"), "eval")
     corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
     if recorded.get("fingerprint") in (None, corpus.fingerprint):
         return ""
@@ -415,29 +414,27 @@ def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
 
 
 def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
-    """Return shell commands that use, resume or repeat a run.
+    """Return the operations that use, resume or repeat a run, in the format of messages.
 
     Args:
         prompt: Prompt of a validation sample, used as an example.
     """
     folder = str(run_record.folder)
     recipe = f"{folder}/recipe.yaml"
-    commands: dict[str, tuple[str, ...]] = {}
+    steps = dict[str, Step]()
     if run_record.weight_digests:
         example_prompt = prompt if prompt and len(prompt) <= 200 else "TEXT"
-        commands["Predict"] = "predict", folder, "IMAGE", "--prompt", example_prompt
-        commands["Evaluate again"] = "eval", folder
+        question = {"run_or_model": folder, "images": ["IMAGE"], "prompt": example_prompt}
+        steps["Predict"] = Step("predict", question)
+        steps["Evaluate again"] = Step("eval", {"run_or_model": folder})
         if any(name.startswith("adapter/") for name in run_record.weight_digests):
-            commands["Merge for other inference engines"] = "merge", folder, f"{folder}-merged"
+            merge = Step("merge", {"source": folder, "out": f"{folder}-merged"})
+            steps["Merge for other inference engines"] = merge
     elif run_record.result is None:
-        commands["Resume"] = "train", recipe, "--resume"
-    commands["Train again"] = "train", recipe, f"output_dir={folder}-again"
-    return [(translate(name), format_command(*words)) for name, words in commands.items()]
-
-
-def format_command(*arguments: str) -> str:
-    """Format a finesight command for the shell."""
-    return shlex.join(["finesight", *arguments])
+        steps["Resume"] = Step("train", {"recipe": recipe, "resume": True})
+    overrides = [f"output_dir={folder}-again"]
+    steps["Train again"] = Step("train", {"recipe": recipe, "overrides": overrides})
+    return [(translate(name), str(step)) for name, step in steps.items()]
 
 
 def format_duration(seconds: float) -> str:

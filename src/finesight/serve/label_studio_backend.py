@@ -122,7 +122,7 @@ class LabelStudioHandler:
     async def receive_event(self, request: Request) -> Response:
         """Accept an event of a webhook, and reject the start of a training."""
         if (await self._parse_body(request))["action"] == TRAINING_ACTION:
-            message = "the server does not train; export the labels and run `finesight train`"
+            message = "the server does not train; export the labels and train with them"
             raise ApiError(400, message, "action")
         return JSONResponse({})
 

@@ -359,7 +359,7 @@ class MLflowTracker(Tracker):
             existing = client.get_experiment_by_name(project)
             experiment = existing.experiment_id if existing else client.create_experiment(project)
             # Override the default tags, which contain the user name and command path.
-            tags = {"mlflow.user": "finesight", "mlflow.source.name": "finesight train"}
+            tags = {"mlflow.user": "finesight", "mlflow.source.name": "finesight"}
             run = client.create_run(experiment, run_name=record.name, tags=tags)
             self._run_id = run.info.run_id
             parameters = [

@@ -8,12 +8,13 @@ continues.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
+from functools import partial
 from pathlib import Path
-from threading import Thread
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from finesight.bounded_files import read_bytes
 from finesight.config import TrainSettings
-from finesight.errors import UserError
+from finesight.errors import Remedy, UserError
 from finesight.evaluate.eval_case import BestEval
 from finesight.storage import (
     move_folder,
@@ -36,14 +37,14 @@ from finesight.storage import (
 from finesight.train.dataloader import TensorBlock
 from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import MemoryBudget
+from finesight.train.optimizer import LazyTensors
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
 WEIGHTS_FILE = "trainable.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 STATE_FILE = "state.json"
 
-FORMAT_VERSION = 2
-
+FORMAT_VERSION: Literal[2] = 2
 
 DEFAULT_SAVE_INTERVAL = 0.25
 """Default interval between two checkpoints, as a fraction of the run."""
@@ -99,54 +100,17 @@ class CheckpointState(TrainProgress):
 
     model_config = ConfigDict(frozen=True)
 
-    format_version: int = FORMAT_VERSION
+    format_version: Literal[2] = FORMAT_VERSION
     consumed_samples: int
     loss_scale: dict[str, float]
     resume_config: dict[str, Any]
-
-
-class CheckpointTensors(Mapping[str, Tensor]):
-    """Mapping from names to the tensors of safetensors files, which are read on access.
-
-    A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
-    equal in all files.
-
-    Raises:
-        UserError: A file is corrupt.
-    """
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._files: dict[str, list[Any]] = {}
-        for path in paths:
-            try:
-                # The methods of the file object are untyped.
-                file: Any = safe_open(path, framework="pt")
-                for name in file.keys():  # noqa: SIM118
-                    self._files.setdefault(name, []).append(file)
-            except (SafetensorError, OSError) as error:
-                raise UserError(
-                    f"not readable as safetensors: {error}",
-                    where=str(path),
-                    expected="a file as `finesight train` wrote it",
-                    remedy=f"delete {path.parent} to resume from the previous checkpoint",
-                ) from error
-
-    def __getitem__(self, name: str) -> Tensor:
-        rows: list[Tensor] = [file.get_tensor(name) for file in self._files[name]]
-        return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        return len(self._files)
 
 
 class CorruptCheckpointError(UserError):
     """Raised when a checkpoint file is missing or was changed after it was written."""
 
 
-Checkpoint = tuple[CheckpointState, CheckpointTensors, CheckpointTensors]
+Checkpoint = tuple[CheckpointState, LazyTensors, LazyTensors]
 """State without tensors, master weights and optimizer state."""
 
 
@@ -306,10 +270,41 @@ def _shard_name(name: str, rank: int, world_size: int) -> str:
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _open_tensors(folder: Path, name: str) -> CheckpointTensors:
+def _read_files(paths: Sequence[Path]) -> LazyTensors:
+    """Return the tensors of safetensors files, which are read on access.
+
+    A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
+    equal in all files.
+
+    Raises:
+        UserError: A file is corrupt.
+    """
+    files: dict[str, list[Any]] = {}
+    for path in paths:
+        try:
+            # The methods of the file object are untyped.
+            file: Any = safe_open(path, framework="pt")
+            for name in file.keys():  # noqa: SIM118
+                files.setdefault(name, []).append(file)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"not readable as safetensors: {error}",
+                where=str(path),
+                expected="a file as training wrote it",
+                remedy=f"delete {path.parent} to resume from the previous checkpoint",
+            ) from error
+
+    def read(name: str) -> Tensor:
+        rows: list[Tensor] = [file.get_tensor(name) for file in files[name]]
+        return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
+
+    return LazyTensors({name: partial(read, name) for name in files})
+
+
+def _open_tensors(folder: Path, name: str) -> LazyTensors:
     unsharded = folder / name
     if unsharded.is_file():
-        return CheckpointTensors([unsharded])
+        return _read_files([unsharded])
     stem, _, extension = name.rpartition(".")
     shards = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
     expected = [_shard_name(name, rank, len(shards)) for rank in range(len(shards))]
@@ -320,42 +315,30 @@ def _open_tensors(folder: Path, name: str) -> CheckpointTensors:
             expected=f"{name}, or all of its shards",
             remedy=f"delete {folder}, and start again with --resume",
         )
-    return CheckpointTensors(shards)
-
-
-class _StateVersion(BaseModel):
-    """Format version of a state file; all other fields are ignored."""
-
-    format_version: int = 1
+    return _read_files(shards)
 
 
 def _read_state(path: Path, remedy: str) -> CheckpointState:
-    content = read_bytes(path, expected=f"a state of format {FORMAT_VERSION}", remedy=remedy)
+    expected = f"a state of format {FORMAT_VERSION}"
+    content = read_bytes(path, expected=expected, remedy=remedy)
     try:
-        version = _StateVersion.model_validate_json(content).format_version
-        if version == FORMAT_VERSION:
-            return CheckpointState.model_validate_json(content)
+        return CheckpointState.model_validate_json(content)
     except ValidationError as error:
-        first = error.errors(include_url=False)[0]
+        problems = {".".join(map(str, one["loc"])): one["msg"] for one in error.errors()}
+        name = "format_version" if "format_version" in problems else next(iter(problems))
         raise UserError(
-            f"{'.'.join(map(str, first['loc'])) or 'the file'}: {first['msg']}",
+            f"{name or 'the file'}: {problems[name]}",
             where=str(path),
-            expected=f"a state of format {FORMAT_VERSION}",
+            expected=expected,
             remedy=f"continue with the finesight that wrote it, or {remedy}",
         ) from error
-    raise UserError(
-        f"the checkpoint has format {version}",
-        where=str(path),
-        expected=f"format {FORMAT_VERSION}",
-        remedy=f"continue with the finesight that wrote it, or {remedy}",
-    )
 
 
 def check_resume_config(
     stored: Mapping[str, Any],
     current: Mapping[str, Any],
     where: Path,
-    suggest: Callable[[Mapping[str, Any]], str] | None = None,
+    suggest: Callable[[Mapping[str, Any]], Remedy] | None = None,
 ) -> None:
     """Verify that settings and fingerprints have not changed since a checkpoint was written.
 
@@ -372,6 +355,7 @@ def check_resume_config(
     current = json.loads(json.dumps(current))
     different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
+        remedy: Remedy
         remedy = "resume with the original recipe and data, or set another output_dir"
         if suggest is not None and all(name.startswith("train.") for name in different):
             remedy = suggest({name: current.get(name) for name in different})
@@ -390,38 +374,6 @@ The CPU copy takes 12 bytes per parameter: the fp32 weight and two fp32 moments.
 """
 
 
-class _StagingBuffer:
-    """Reusable CPU buffer for a copy of all checkpoint tensors.
-
-    The buffer is in pinned memory if the system allows it, because copies from a GPU are then
-    faster.
-    """
-
-    def __init__(self) -> None:
-        self._block: TensorBlock | None = None
-
-    def copy_tensors(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
-        """Copy several mappings of tensors to the buffer and return the mappings of the copies.
-
-        The first call allocates the buffer, so later calls must pass tensors of the same names and
-        shapes. The copies are complete on return.
-        """
-        if self._block is None:
-            # Only in the first call, because some tensors are computed on access.
-            tensors = (tensor for one in tensor_sets for tensor in one.values())
-            self._block = TensorBlock.allocate(
-                *((tensor.dtype, tuple(tensor.shape)) for tensor in tensors), pin_memory=True
-            )
-        buffers = self._block.tensors()
-        copies = [
-            {name: next(buffers).copy_(tensor, non_blocking=True) for name, tensor in one.items()}
-            for one in tensor_sets
-        ]
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return copies
-
-
 class AsyncCheckpointer:
     """Writer of checkpoints in a background thread, one checkpoint at a time.
 
@@ -438,9 +390,8 @@ class AsyncCheckpointer:
         self._checkpoint_manager = checkpoint_manager
         self._is_async = is_async
         self._process_group = process_group
-        self._staging_buffer = _StagingBuffer()
-        self._thread: Thread | None = None
-        self._error: BaseException | None = None
+        self._staging_block: TensorBlock | None = None
+        self._write: Future[None] | None = None
 
     def save(
         self,
@@ -460,22 +411,35 @@ class AsyncCheckpointer:
         if is_written or not self._is_async:
             self._checkpoint_manager.save(state, weights, optimizer_state, self._process_group)
             return
-        copies = self._staging_buffer.copy_tensors((weights, optimizer_state))
-        # The thread inherits the context variables.
-        context = copy_context()
-        self._thread = Thread(target=context.run, args=(self._write, state, *copies))
-        self._thread.start()
+        # The thread inherits the context variables, and ends with this checkpoint.
+        weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
+        arguments = state, weights, optimizer_state, self._process_group
+        pool = ThreadPoolExecutor(1)
+        self._write = pool.submit(
+            copy_context().run, partial(self._checkpoint_manager.save, *arguments)
+        )
+        pool.shutdown(wait=False)
 
-    def _write(
-        self,
-        state: CheckpointState,
-        weights: Mapping[str, Tensor],
-        optimizer_state: Mapping[str, Tensor],
-    ) -> None:
-        try:
-            self._checkpoint_manager.save(state, weights, optimizer_state, self._process_group)
-        except BaseException as error:
-            self._error = error
+    def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
+        """Copy several mappings of tensors to a reusable CPU buffer; complete on return.
+
+        The first call allocates the buffer, in pinned memory if the system allows it, because
+        copies from a GPU are then faster. Later calls must pass the same names and shapes.
+        """
+        if self._staging_block is None:
+            # Only in the first call, because some tensors are computed on access.
+            tensors = (tensor for one in tensor_sets for tensor in one.values())
+            self._staging_block = TensorBlock.allocate(
+                *((tensor.dtype, tuple(tensor.shape)) for tensor in tensors), pin_memory=True
+            )
+        buffers = self._staging_block.tensors()
+        copies = [
+            {name: next(buffers).copy_(tensor, non_blocking=True) for name, tensor in one.items()}
+            for one in tensor_sets
+        ]
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return copies
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is written; raise its error if writing failed."""
@@ -485,8 +449,5 @@ class AsyncCheckpointer:
 
     def join(self) -> BaseException | None:
         """Wait until the pending checkpoint is written; return its error instead of raising it."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        return error
+        write, self._write = self._write, None
+        return None if write is None else write.exception()

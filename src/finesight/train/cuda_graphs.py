@@ -100,7 +100,7 @@ def _create_event() -> torch.cuda.Event:
 MAX_GRAPH_TOKENS_STARVED = 16384
 """Maximum tokens of a pack in a CUDA graph while the host starves the device.
 
-The memory estimate of `finesight plan` does not include these graphs.
+The memory estimate of a plan does not include these graphs.
 """
 
 MIN_STARVED_PACKS = 8

@@ -16,8 +16,9 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 from zlib import crc32
 
 import torch
@@ -35,8 +36,10 @@ from finesight.encode.packing import (
 )
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
+from finesight.progress import ProgressCallback
 from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.sampler import DistributedSampler, StepSampler
+from finesight.train.vision_cache import VisionCacheReader
 from finesight.vision.image_processing import concat_shape
 from finesight.worker_pool import exit_with_parent
 
@@ -208,39 +211,43 @@ def catch_user_error(load_item: Callable[[int], Item], index: int) -> Item | Use
         return error
 
 
+SCAN_CHUNK_SIZE = 64
+"""Number of samples per item of a scan, loaded by one data loader worker."""
+
+
+def scan_samples(
+    scan_sample: Callable[[int], Item],
+    indices: Sequence[int],
+    num_workers: int,
+    on_progress: ProgressCallback | None = None,
+) -> Generator[Item | UserError, None, None]:
+    """Iterate over the results of a function for samples, in order; errors are results as well.
+
+    Args:
+        scan_sample: Function from a corpus index to a result; must be picklable.
+        num_workers: Maximum number of worker processes.
+        on_progress: Callback for the number of newly scanned samples.
+    """
+    starts = range(0, len(indices), SCAN_CHUNK_SIZE)
+    scan_chunk = partial(_scan_chunk, scan_sample, indices)
+    for chunk in prefetch_items(scan_chunk, starts, min(num_workers, len(starts) // 4), False):
+        yield from chunk
+        if on_progress is not None:
+            on_progress(len(chunk))
+
+
+def _scan_chunk(
+    scan_sample: Callable[[int], Item], indices: Sequence[int], start: int
+) -> list[Item | UserError]:
+    chunk = indices[start : start + SCAN_CHUNK_SIZE]
+    return [catch_user_error(scan_sample, index) for index in chunk]
+
+
 _ALIGNMENT = 64
 """Alignment of the tensors in a `TensorBlock`, in bytes."""
 
 TensorSpec = tuple[torch.dtype, tuple[int, ...]]
 """Dtype and shape of a tensor."""
-
-
-class VisionCacheReader(Protocol):
-    """Interface for reading cached image features in data loader workers.
-
-    The cache inputs of a pack are the features of its images, or their indices if the features are
-    on the GPU.
-    """
-
-    def check(self, sample: int, num_features: int) -> None:
-        """Verify that a sample can use the cached features of its images.
-
-        Raises:
-            CorruptImageError: An image was corrupt, or its number of image tokens has changed.
-        """
-        ...
-
-    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the dtype and shape of the cache inputs of a pack."""
-        ...
-
-    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Write the cache inputs of a pack to a buffer.
-
-        Args:
-            buffer: Tensor with the dtype and shape of `tensor_spec`.
-        """
-        ...
 
 
 class SkippedSample(NamedTuple):

@@ -33,11 +33,11 @@ from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import filter_samples, find_sample_error
-from finesight.errors import UserError, format_count
+from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
-from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, prefetch_items
+from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, scan_samples
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 
@@ -47,7 +47,6 @@ EDGE_BYTES = 8 * 1024
 MAX_LISTED_IMAGES = 5
 """Maximum number of changed images listed in a message."""
 
-_COLUMN_NAMES = ("samples", "contents", "times")
 _CHECKSUM_KEY = "sha256"
 
 
@@ -100,75 +99,22 @@ def list_sample_images(sample: LocatedSample) -> list[Path]:
 def _read_edges(path: Path) -> tuple[int, bytes, int]:
     """Return size, first and last bytes, and modification time of an image file."""
     inside = resolve_content(path)
-    if not isinstance(inside, Path):
-        content = inside.getvalue()
-        archive = Path(split_container_path(str(path))[0])
-        return (
-            len(content),
-            content[:EDGE_BYTES] + content[EDGE_BYTES:][-EDGE_BYTES:],
-            archive.stat().st_mtime_ns,
-        )
-    file = os.open(inside, os.O_RDONLY)
-    try:
-        state = os.fstat(file)
-        ends = os.pread(file, EDGE_BYTES, 0)
-        if state.st_size > EDGE_BYTES:
-            ends += os.pread(file, EDGE_BYTES, max(EDGE_BYTES, state.st_size - EDGE_BYTES))
-    finally:
-        os.close(file)
-    return state.st_size, ends, state.st_mtime_ns
+    with inside.open("rb") if isinstance(inside, Path) else inside as file:
+        ends, size = file.read(EDGE_BYTES), file.seek(0, os.SEEK_END)
+        file.seek(max(EDGE_BYTES, size - EDGE_BYTES))
+        ends += file.read()
+    source = inside if isinstance(inside, Path) else Path(split_container_path(str(path))[0])
+    return size, ends, source.stat().st_mtime_ns
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageStates:
-    """Image fingerprints of several samples, in the order of their corpus indices."""
-
-    samples_N: NDArray[np.int64]
-    contents_N: NDArray[np.int64]
-    times_N: NDArray[np.int64]
-
-    @classmethod
-    def from_states(cls, samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
-        """Combine the fingerprints of single samples; `samples` are their corpus indices."""
-        contents, times = zip(*states, strict=True) if samples else ((), ())
-        return cls(*(np.array(column, dtype=np.int64) for column in (samples, contents, times)))
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the image contents of all samples, without modification times."""
-        digest = hashlib.sha256(self.samples_N.tobytes())
-        digest.update(self.contents_N.tobytes())
-        return digest.hexdigest()
-
-    def find_changed(self, recorded: ImageStates) -> list[int]:
-        """Return the corpus indices of samples whose image contents differ from `recorded`."""
-        at, recorded_at = self._match_samples(recorded)
-        other_N = self.contents_N[at] != recorded.contents_N[recorded_at]
-        samples: list[int] = self.samples_N[at][other_N].tolist()
-        return samples
-
-    def count_touched(self, recorded: ImageStates) -> int:
-        """Count the samples whose image modification times differ from `recorded`."""
-        at, recorded_at = self._match_samples(recorded)
-        return int(np.count_nonzero(self.times_N[at] != recorded.times_N[recorded_at]))
-
-    def _match_samples(self, other: ImageStates) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-        _, own, others = np.intersect1d(
-            self.samples_N, other.samples_N, assume_unique=True, return_indices=True
-        )
-        return own, others
+ImageStates = NDArray[np.int64]
+"""Image fingerprints of several samples: rows of corpus index, content and time, [N, 3]."""
 
 
-def save_image_record(path: Path, record: Mapping[str, ImageStates]) -> None:
-    """Write the image fingerprints of each split to a file, atomically."""
-    tensors = {
-        f"{split}.{name}": column
-        for split, states in record.items()
-        for name, column in zip(
-            _COLUMN_NAMES, (states.samples_N, states.contents_N, states.times_N), strict=True
-        )
-    }
-    save_tensors(path, tensors)
+def build_image_states(samples: Sequence[int], states: Iterable[ImageState]) -> ImageStates:
+    """Combine the fingerprints of single samples; `samples` are their corpus indices."""
+    rows = [(index, *state) for index, state in zip(samples, states, strict=True)]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
 
 
 def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
@@ -177,25 +123,23 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
 
 
 def load_image_record(path: Path) -> dict[str, ImageStates]:
-    """Read the image fingerprints of each split that `save_image_record` wrote.
+    """Read the image fingerprints of each split, which `save_tensors` wrote.
 
     Raises:
         UserError: The file is corrupt.
     """
     try:
-        tensors = load_tensors(path)
-        splits = sorted({name.rpartition(".")[0] for name in tensors})
-        return {
-            split: ImageStates(*(tensors[f"{split}.{name}"] for name in _COLUMN_NAMES))
-            for split in splits
-        }
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        record = load_tensors(path)
+        if "train" not in record:
+            raise ValueError("no images of data.train")
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(
             f"the fingerprints of the images cannot be read: {error}",
             where=str(path),
             expected="the file as the run wrote it",
             remedy=f"delete {path} to resume without comparing images",
         ) from error
+    return record
 
 
 def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
@@ -257,7 +201,11 @@ def check_images(
     """
     corpus, current, num_repaired = data.corpus, data.stats.images, 0
     changed: list[str] = []
-    for index in current.find_changed(recorded):
+    _, rows, recorded_rows = np.intersect1d(
+        current[:, 0], recorded[:, 0], assume_unique=True, return_indices=True
+    )
+    differs = current[rows] != recorded[recorded_rows]
+    for index in current[rows[differs[:, 1]], 0].tolist():
         sample = corpus[index]
         first, *others = map(str, list_sample_images(sample))
         names = json.dumps(sample.sample.id), first, *others
@@ -266,9 +214,9 @@ def check_images(
         else:
             note = f" (or one of {len(others)} others of its sample)" if others else ""
             changed.append(first + note)
-    extra = np.setxor1d(current.samples_N, recorded.samples_N).tolist()
+    extra = np.setxor1d(current[:, 0], recorded[:, 0]).tolist()
     if split == "train":  # a scan of more samples than at the start is no change of images
-        known, errors = {*recorded.samples_N.tolist()}, reported_errors
+        known, errors = {*recorded[:, 0].tolist()}, reported_errors
         extra = [n for n in extra if n in known or json.dumps(corpus[n].sample.id) in errors]
     if extra and data.stats.is_complete:
         files = {str(path) for index in extra for path in list_sample_images(corpus[index])}
@@ -289,7 +237,7 @@ def check_images(
             expected="the images of the start of the run",
             remedy=f"restore them, or delete {path} to resume with the current images",
         )
-    if touched := current.count_touched(recorded):
+    if touched := np.count_nonzero(differs[:, 2]):
         log(
             f"data.{split}: the images of {touched} samples have another modification time than"
             f" at the start of the run; their sizes and their first and last"
@@ -310,9 +258,6 @@ PARTIAL_SCAN_SAMPLES = 10_000
 
 MAX_PROMPTS, MAX_PROMPT_SAMPLES, MAX_PROMPT_CHARS = 4, 500, 400
 """Maximum number of prompts in the manifest, of samples read for them, and of their characters."""
-
-SCAN_CHUNK_SIZE = 64
-"""Number of samples per item of the scan, loaded by one data loader worker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -348,9 +293,7 @@ class DatasetStats:
     scanned_indices: Sequence[int] = ()
     num_scanned: int = 0
     prefix_length: int = 0
-    images: ImageStates = field(
-        default_factory=partial(ImageStates.from_states, (), ()), compare=False
-    )
+    images: ImageStates = field(default_factory=partial(build_image_states, (), ()), compare=False)
 
     @property
     def is_complete(self) -> bool:
@@ -365,7 +308,6 @@ class SampleStats(NamedTuple):
         num_packed_tokens: Number of tokens that the sample takes in a pack.
         grid_thw: Patch grid of each image or video.
         image_hashes: Short digests of the image paths.
-        leaked_images: Paths of validation images that occur in the sample.
         is_thinking: Whether the sample is rendered in thinking mode.
         num_answer_tokens: Number of supervised tokens of the last answer.
         response_starts: Start of each response of a preference pair.
@@ -377,7 +319,6 @@ class SampleStats(NamedTuple):
     num_supervised_tokens: int
     grid_thw: tuple[GridTHW, ...]
     image_hashes: tuple[bytes, ...]
-    leaked_images: frozenset[str]
     is_thinking: bool = False
     num_answer_tokens: int = 0
     response_starts: tuple[int, ...] = ()
@@ -389,19 +330,16 @@ class SampleStats(NamedTuple):
 
 
 class _ScanResult(NamedTuple):
-    """Scan result of one sample: statistics, shared prefix and image fingerprints."""
+    """Scan result of one sample: statistics, shared prefix and images.
+
+    Attributes:
+        leaked_images: Paths of validation images that occur in the sample.
+    """
 
     stats: SampleStats
     shared_prefix: SharedPrefix
     images: ImageState
-
-
-def _scan_chunk(
-    scan_sample: Callable[[int], _ScanResult], indices: Sequence[int], chunk_index: int
-) -> list[_ScanResult | UserError]:
-    """Scan up to `SCAN_CHUNK_SIZE` samples; a sample with an error gives the error."""
-    start = chunk_index * SCAN_CHUNK_SIZE
-    return [catch_user_error(scan_sample, i) for i in indices[start : start + SCAN_CHUNK_SIZE]]
+    leaked_images: Set[str]
 
 
 def _scan_sample(
@@ -419,12 +357,12 @@ def _scan_sample(
         image_hashes=tuple(
             hashlib.blake2b(os.fsencode(path), digest_size=8).digest() for path in paths
         ),
-        leaked_images=frozenset(paths & watched_images),
         is_thinking=tokenized.is_thinking,
         num_answer_tokens=tokenized.num_answer_tokens,
         response_starts=tokenized.response_starts,
     )
-    return _ScanResult(stats, SharedPrefix.from_sample(tokenized), read_image_state(sample))
+    shared_prefix, leaked_images = SharedPrefix.from_sample(tokenized), paths & watched_images
+    return _ScanResult(stats, shared_prefix, read_image_state(sample), leaked_images)
 
 
 class SampleStatsMap(dict[int, SampleStats]):
@@ -450,17 +388,13 @@ class SampleStatsMap(dict[int, SampleStats]):
             isinstance(result, UserError)
             or find_sample_error(result.stats, self._max_length) is not None
         ):
-            return SampleStats("", 0, 0, 0, (), (), frozenset())
+            return SampleStats("", 0, 0, 0, (), ())
         return result.stats
 
 
 def list_image_paths(sample: LocatedSample) -> set[str]:
     """Return the absolute paths of all images and video frames of a sample."""
-    return {
-        os.path.abspath(sample.folder / name)
-        for part in sample.sample.iter_parts()
-        for name in list_media_paths(part)
-    }
+    return {*map(os.path.abspath, list_sample_images(sample))}
 
 
 def compute_dataset_stats(
@@ -485,12 +419,8 @@ def compute_dataset_stats(
         UserError: A sample is invalid, or no valid sample is left.
     """
     indices = range(len(corpus)) if subset is None else subset
-    chunks = range(-(-len(indices) // SCAN_CHUNK_SIZE))
+    scale = len(corpus) / len(indices)
     scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
-    scan_chunk = partial(_scan_chunk, scan_sample, indices)
-    result_lists = prefetch_items(
-        scan_chunk, chunks, min(num_workers, len(chunks) // 4), pin_memory=False
-    )
     corrupt_samples: dict[int, str] = {}
     all_stats: list[SampleStats] = []
     states: list[ImageState] = []
@@ -499,27 +429,20 @@ def compute_dataset_stats(
 
     def iter_stats() -> Iterator[SampleStats]:
         nonlocal shared_prefix
-        index = 0
-        for results in result_lists:
-            for result in results:
-                if isinstance(result, _ScanResult):
-                    if find_sample_error(result.stats, data.max_length) is None:
-                        shared_prefix = (
-                            result.shared_prefix
-                            if shared_prefix is None
-                            else shared_prefix.intersect(result.shared_prefix)
-                        )
-                    all_stats.append(result.stats)
-                    states.append(result.images)
-                    leaked_images.update(result.stats.leaked_images)
-                    yield result.stats
-                elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
-                    corrupt_samples[index] = str(result).splitlines()[0]
-                else:
-                    raise result
-                index += 1
-            if on_progress is not None:
-                on_progress(len(results))
+        results = scan_samples(scan_sample, indices, num_workers, on_progress)
+        for position, result in enumerate(results):
+            if isinstance(result, _ScanResult):
+                if find_sample_error(result.stats, data.max_length) is None:
+                    prefix = result.shared_prefix
+                    shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
+                all_stats.append(result.stats)
+                states.append(result.images)
+                leaked_images.update(result.leaked_images)
+                yield result.stats
+            elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
+                corrupt_samples[position] = str(result).splitlines()[0]
+            else:
+                raise result
         if not all_stats:
             raise UserError(
                 f"none of {len(indices)} samples has readable images",
@@ -537,31 +460,28 @@ def compute_dataset_stats(
         sample_indices=range(len(corpus)),
         skipped=(),
         # A partial scan is extrapolated to the complete dataset.
-        num_tokens=round(len(corpus) / len(indices) * sum(chosen.token_counts)),
-        num_patches=round(
-            len(corpus) / len(indices) * sum(stats.num_patches for stats in sample_stats)
-        ),
+        num_tokens=round(scale * sum(chosen.token_counts)),
+        num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
         max_sample_tokens=max(chosen.token_counts),
         leaked_images=frozenset(leaked_images),
         sample_stats=sample_stats,
         scanned_indices=sample_indices,
         num_scanned=len(indices),
         prefix_length=0 if shared_prefix is None else shared_prefix.length,
-        images=ImageStates.from_states(sample_indices, [states[i] for i in chosen.sample_indices]),
+        images=build_image_states(sample_indices, [states[i] for i in chosen.sample_indices]),
     )
     if subset is not None:
         return scanned
     reasons = [(corpus[index].sample.id, reason) for index, reason in corrupt_samples.items()]
     reasons += [(name, f"over {data.max_length} tokens") for name in chosen.too_long_ids]
     reasons += [(name, "no supervised tokens") for name in chosen.unsupervised_ids]
+    image_hashes = [image_hash for stats in sample_stats for image_hash in stats.image_hashes]
     return replace(
         scanned,
         sample_indices=sample_indices,
         skipped=tuple(SkippedSample(*reason) for reason in reasons),
-        num_images=sum(len(stats.image_hashes) for stats in sample_stats),
-        num_unique_images=len(
-            {image_hash for stats in sample_stats for image_hash in stats.image_hashes}
-        ),
+        num_images=len(image_hashes),
+        num_unique_images=len({*image_hashes}),
     )
 
 
@@ -658,11 +578,12 @@ def load_training_data(
         UserError: The data are invalid, or a metric is set without validation data.
     """
     if recipe.eval is not None and not recipe.data.eval:
+        arguments = {"source": "SOURCE", "out": "OUT", "train_fraction": 0.9}
         raise UserError(
             f"eval.metric is {recipe.eval.metric}, but there is no validation data",
             where="data.eval",
             expected="a JSONL file of validation samples",
-            remedy="set data.eval, for example by `finesight import --train-fraction 0.9`",
+            remedy=Step("import", arguments, "set data.eval, for example by an import"),
         )
     if recipe.eval is not None:
         metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import contextvars
 import json
-import shlex
-import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
+from itertools import product
 from math import fsum, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,12 +17,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
-from finesight.errors import TrainingInterrupted, UserError
+from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, pair_results
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
     MetricDifference,
+    align_columns,
     build_unsampled_difference,
     compare_prediction_files,
     format_differences,
@@ -96,23 +95,20 @@ class ParamAudit:
         }
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
-        frozen = {name: _local_tensor(tensor).numel() for name, tensor in self._frozen.items()}
-        frozen |= {name: weight.num_elements for name, weight in self._quantized.items()}
-        trained = {name: tensor.numel() for name, tensor in master_weights.items()}
-        self._param_counts = {True: trained, False: frozen}
-        self._sums = self._compute_checksums()
-        self._start_samples = {
-            name: _sample_values(tensor).clone() for name, tensor in master_weights.items()
-        }
+        self._start = {record.name: record for record in self._iter_records()}
 
-    def _compute_checksums(self) -> dict[str, int]:
-        frozen = {
-            name: _local_tensor(parameter.detach()) for name, parameter in self._frozen.items()
-        }
-        sums = compute_checksums(frozen) | compute_checksums(self._master_weights)
+    def _iter_records(self) -> Iterator[_ParamRecord]:
+        """Yield the current records of the local shards of all parameters."""
+        for name, parameter in self._frozen.items():
+            tensor = _local_tensor(parameter.detach())
+            yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor))
         for name, weight in self._quantized.items():
-            sums[name] = sum(compute_checksums(dict(weight.named_buffers())).values())
-        return sums
+            checksum = torch.stack([compute_checksum(one) for one in weight.buffers()]).sum()
+            yield _ParamRecord(name, weight.num_elements, checksum)
+        for name, tensor in self._master_weights.items():
+            flat_E = tensor.reshape(-1)
+            sample = flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)].clone()
+            yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor), sample)
 
     def compute_changes(
         self, params_with_grad: Collection[str], process_group: ProcessGroup = SINGLE_PROCESS
@@ -126,76 +122,53 @@ class ParamAudit:
         Returns:
             Changes by model part, separately for trainable and frozen parameters.
         """
-        sums = self._compute_checksums()
-        own_changes = {
-            name: _TensorChange(
-                is_trained,
-                # Quantized weights are replicated on every rank.
-                0 if name in self._quantized and not process_group.is_main else num_params,
-                sums[name] != self._sums[name],
-                name in params_with_grad,
-                *(self._sampled_change(name) if is_trained else (0.0, 0.0)),
-            )
-            for is_trained, param_counts in self._param_counts.items()
-            for name, num_params in param_counts.items()
-        }
-        changes_by_name: dict[str, _TensorChange] = {}
-        for payload in process_group.all_gather_str(json.dumps(own_changes)):
-            # The changes of all shards of a parameter are added.
+        own_sums: dict[str, list[float]] = {}
+        for name, num_params, checksum, sample in self._iter_records():
+            start = self._start[name]
+            squares = [0.0, 0.0]
+            if sample is not None and start.sample is not None:
+                squares = [float(x.square().sum()) for x in (sample - start.sample, start.sample)]
+            # Quantized weights are replicated on every rank.
+            is_counted = name not in self._quantized or process_group.is_main
+            flags = bool(checksum != start.checksum), name in params_with_grad, sample is not None
+            own_sums[name] = [is_counted * num_params, *flags, *squares]
+        sums_by_group: dict[tuple[ModelPart, bool], dict[str, list[float]]] = {}
+        for payload in process_group.all_gather_str(json.dumps(own_sums)):
             for name, shard in json.loads(payload).items():
-                total = zip(changes_by_name.get(name, _TensorChange()), shard, strict=True)
-                changes_by_name[name] = _TensorChange(*(a + b for a, b in total))
+                sums = sums_by_group.setdefault((get_part(name), shard[3] > 0), {})
+                # The values of all shards of a parameter are added.
+                sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 6), shard, strict=True)]
         param_changes = []
-        for part in MODEL_PARTS:
-            for is_trained in self._param_counts:
-                changes = [
-                    change
-                    for name, change in changes_by_name.items()
-                    if get_part(name) == part and bool(change.is_trained) == is_trained
-                ]
-                if not changes:
-                    continue
-                change_norm = fsum(change.change_sq for change in changes) ** 0.5
-                start_norm = fsum(change.start_sq for change in changes) ** 0.5
+        for part, is_trained in product(MODEL_PARTS, (True, False)):
+            if sums := sums_by_group.get((part, is_trained), {}):
+                counts, changed, with_grad, _, *norms = [*zip(*sums.values(), strict=True)]
+                change_norm, start_norm = (fsum(squares) ** 0.5 for squares in norms)
                 ratio = float("inf") if change_norm else 0.0
-                param_changes.append(
-                    ParamChange(
-                        part=part,
-                        is_trained=is_trained,
-                        num_tensors=len(changes),
-                        num_params=sum(change.num_params for change in changes),
-                        num_changed=sum(change.is_changed > 0 for change in changes),
-                        num_with_grad=sum(change.has_grad > 0 for change in changes),
-                        relative_change=change_norm / start_norm if start_norm else ratio,
-                    )
+                change = ParamChange(
+                    part=part,
+                    is_trained=is_trained,
+                    num_tensors=len(sums),
+                    num_params=int(sum(counts)),
+                    num_changed=sum(map(bool, changed)),
+                    num_with_grad=sum(map(bool, with_grad)),
+                    relative_change=change_norm / start_norm if start_norm else ratio,
                 )
+                param_changes.append(change)
         return param_changes
 
-    def _sampled_change(self, name: str) -> tuple[float, float]:
-        """Return the squared norms of the change and of the initial values, of sampled elements."""
-        start = self._start_samples[name]
-        change = _sample_values(self._master_weights[name]) - start
-        return float(change.square().sum()), float(start.square().sum())
 
-
-class _TensorChange(NamedTuple):
-    """Change of a parameter, or sums over its shards.
+class _ParamRecord(NamedTuple):
+    """Values of a parameter, or of its local shard, at one time.
 
     Attributes:
-        is_trained: Whether the parameter is trainable; a count of shards, as the other flags.
-        num_params: Number of elements.
-        is_changed: Whether at least one bit changed.
-        has_grad: Whether the parameter received a non-zero gradient.
-        change_sq: Squared norm of the change of the sampled elements.
-        start_sq: Squared norm of the initial sampled elements.
+        checksum: Sum of the bits, a scalar on the device.
+        sample: Copy of evenly spaced elements; None for a frozen parameter.
     """
 
-    is_trained: int = 0
-    num_params: int = 0
-    is_changed: int = 0
-    has_grad: int = 0
-    change_sq: float = 0.0
-    start_sq: float = 0.0
+    name: str
+    num_params: int
+    checksum: Tensor
+    sample: Tensor | None = None
 
 
 def _local_tensor(tensor: Tensor) -> Tensor:
@@ -207,23 +180,15 @@ def _local_tensor(tensor: Tensor) -> Tensor:
     return tensor if to_local is None else to_local()
 
 
-def compute_checksums(tensors: Mapping[str, Tensor]) -> dict[str, int]:
-    """Sum the bits of each tensor as integers.
+def compute_checksum(tensor: Tensor) -> Tensor:
+    """Sum the bits of a tensor as integers, on its device.
 
     A change of a single element always changes the sum.
     """
-    sums = []
-    for tensor in tensors.values():
-        bits_E = tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize])
-        # In chunks, because torch first converts to int64.
-        chunks = torch.split(bits_E, CHECKSUM_CHUNK_ELEMENTS)
-        sums.append(torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum())
-    return dict(zip(tensors, torch.stack(sums).tolist(), strict=True)) if sums else {}
-
-
-def _sample_values(tensor: Tensor) -> Tensor:
-    flat_E = tensor.reshape(-1)
-    return flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)]
+    bits_E = tensor.reshape(-1).view(_INT_DTYPES[tensor.itemsize])
+    # In chunks, because torch first converts to int64.
+    chunks = torch.split(bits_E, CHECKSUM_CHUNK_ELEMENTS)
+    return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
 
 
 def check_param_changes(param_changes: Iterable[ParamChange]) -> None:
@@ -412,7 +377,7 @@ def write_run_report(
     except Exception as error:
         console.log(
             f"writing the report failed ({type(error).__name__}: {error});"
-            f" `finesight report {shlex.quote(str(run_dir.path))}` creates it later"
+            f" {Step('report', {'run': run_dir.path}, 'to create it later')}"
         )
     else:
         if run_dir.read_result() is not None:
@@ -501,7 +466,7 @@ def _save_weights(state: TrainState, step: int) -> None:
     if state.engine.parallel.is_sharded:
         _, weights, _ = state.run.checkpoint_manager.load(step, "start again with --resume")
     else:
-        weights = state.engine.optimizer.export_weights()
+        weights = state.engine.optimizer.master_weights(break_ties=True)
     with write_folder(run_dir.adapter_dir) as folder:
         save_adapter(
             folder,
@@ -527,7 +492,7 @@ def load_result(run_dir: RunDir) -> RunResult | None:
         raise UserError(
             f"not a valid result: {error.errors(include_url=False)[0]['msg']}",
             where=str(run_dir.path / RESULT_FILE),
-            expected="the file as `finesight train` wrote it",
+            expected="the file as training wrote it",
             remedy="delete it; --resume then writes it again",
         ) from error
 
@@ -541,37 +506,24 @@ def format_param_changes(changes: list[ParamChange]) -> str:
         cells.append(
             (change.part, "trained" if change.is_trained else "frozen", *counts, relative_change)
         )
-    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-    return "\n".join(
-        "  ".join(
-            f"{cell:<{width}}" if column < 2 and not cell[:1].isdigit() else f"{cell:>{width}}"
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    )
+    return align_columns(cells, 2)
 
 
 REPORT_INTERVAL_S = 60.0
-"""Minimum number of seconds between two periodic updates."""
+"""Minimum number of seconds between two updates of the report in the training loop."""
 
 MIN_IDLE_RATIO = 300
-"""Minimum ratio of the update interval to the CPU time of an update.
-
-The thread shares the Python interpreter with the training step, and takes at most 1/300 of its
-time.
-"""
+"""Minimum ratio of the update interval to the duration of an update."""
 
 
 class LiveReport:
-    """Writer of the report of a run in progress, on demand and periodically."""
+    """Writer of the report of a run in progress, on demand and in the training loop."""
 
     def __init__(
         self, run_dir: RunDir, console: ProgressConsole, interval_s: float = REPORT_INTERVAL_S
     ) -> None:
         self._run_dir, self._console, self._min_interval_s = run_dir, console, interval_s
-        self._write_lock = threading.Lock()
-        self._stop_event = threading.Event()
-        self._thread: threading.Thread | None = None
+        self._due_s = time.perf_counter() + interval_s
 
     @cached_property
     def _live(self) -> LiveReportState:
@@ -579,66 +531,38 @@ class LiveReport:
 
         return LiveReportState(interval_s=self._min_interval_s)
 
-    @property
-    def interval_s(self) -> float:
-        """Current number of seconds between two periodic updates."""
-        return self._live.interval_s
-
     def write(self) -> None:
         """Write the report now; errors are logged."""
-        with self._write_lock:
-            write_run_report(self._run_dir, self._console, self._live, is_complete=False)
+        write_run_report(self._run_dir, self._console, self._live, is_complete=False)
 
-    def stop(self) -> None:
-        """Stop the background thread after its current update."""
-        self._stop_event.set()
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def write_if_due(self) -> bool:
+        """Write the report once per interval, in at most 1/300 of the time; return if it did."""
+        if time.perf_counter() < self._due_s:
+            return False
+        live, start = self._live, time.perf_counter()
+        self.write()
+        end = time.perf_counter()
+        live.interval_s = max(self._min_interval_s, MIN_IDLE_RATIO * (end - start))
+        self._due_s = end + live.interval_s
+        return True
 
-    @contextmanager
-    def run_in_background(self, progress: TrainProgress) -> Iterator[None]:
-        """Update the report periodically within the context.
 
-        An exception in the context is recorded in `metrics.jsonl` with the current step, shown in a
-        final report, and raised again.
-        """
-        # Import the report now: workers may be forked while the thread runs.
-        live, context = self._live, contextvars.copy_context()
-        arguments = [self._write_loop, live]
-        self._thread = threading.Thread(target=context.run, args=arguments, daemon=True)
-        self._thread.start()
-        try:
-            yield
-        except Exception as error:
-            self.stop()
-            self._record_end(error, progress.step)
-            write_run_report(self._run_dir, self._console, is_complete=False)
-            raise
-        finally:
-            self.stop()
-
-    def _write_loop(self, live: LiveReportState) -> None:
-        while not self._stop_event.wait(live.interval_s):
-            start = time.thread_time()
-            self.write()
-            live.interval_s = max(
-                self._min_interval_s, MIN_IDLE_RATIO * (time.thread_time() - start)
-            )
-
-    def _record_end(self, error: Exception, step: int) -> None:
+@contextmanager
+def record_failure(
+    run_dir: RunDir, console: ProgressConsole, progress: TrainProgress
+) -> Iterator[None]:
+    """Record an exception in the context in `metrics.jsonl` and in the report; raise it again."""
+    try:
+        yield
+    except Exception as error:
         status = "interrupted" if isinstance(error, TrainingInterrupted) else "failed"
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
+        end = {"ended_at": ended_at, "status": status, "reason": _describe_error(error)}
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
-            self._run_dir.append_metrics(
-                {
-                    "step": step,
-                    "ended_at": ended_at,
-                    "status": status,
-                    "reason": _describe_error(error),
-                }
-            )
+            run_dir.append_metrics({"step": progress.step, **end})
+        write_run_report(run_dir, console, is_complete=False)
+        raise
 
 
 def _describe_error(error: Exception) -> str:

@@ -288,7 +288,7 @@ MAX_GRAPH_TOKENS_CACHED = 8192
 """Maximum number of tokens of a CUDA graph if the image features are cached.
 
 Without the vision encoder, the device has less work while the host launches kernels. The memory
-estimate of `finesight plan` ignores packs above `MAX_GRAPH_TOKENS`.
+estimate of a plan ignores packs above `MAX_GRAPH_TOKENS`.
 """
 
 MAX_PADDING_DIVISOR = 8

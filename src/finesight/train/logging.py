@@ -16,12 +16,12 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError, format_count
+from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
@@ -34,7 +34,7 @@ from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
-from finesight.train.finalize import RunResult
+from finesight.train.finalize import LiveReport, RunResult
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
@@ -152,23 +152,6 @@ MAX_LISTED_SAMPLES = 64
 """Maximum number of samples listed in a message; `metrics.jsonl` lists all."""
 
 
-class StepCheck(NamedTuple):
-    """Checked loss and gradient norm of a training step, with the samples of an anomaly.
-
-    Attributes:
-        loss: Mean loss; NaN if it is not finite, None if the step had no supervised tokens or
-            overflowed in fp16.
-        grad_norm: Gradient norm, with the same special values.
-        nonfinite_samples: Locations of all samples of a non-finite step; otherwise empty.
-        spike_samples: Locations of all samples of a step with a loss spike; otherwise empty.
-    """
-
-    loss: float | None
-    grad_norm: float | None
-    nonfinite_samples: tuple[str, ...] = ()
-    spike_samples: tuple[str, ...] = ()
-
-
 class AnomalyDetector:
     """Detector of non-finite steps, loss spikes and corrupt images; checks the steps in order.
 
@@ -183,27 +166,38 @@ class AnomalyDetector:
         self._corrupt_samples: dict[str, str] = {}
         self._nonfinite_samples: list[str] = []
         for line in state.run.run_dir.iter_metrics():
-            if "loss" in line:
-                self._restore_step(line)
+            if line.get("nonfinite_samples"):
+                self._nonfinite_samples += line["nonfinite_samples"]
+            elif line.get("loss") is not None:
+                self._nonfinite_samples = []
+                self._losses.append(line["loss"])
 
-    def check_step(self, step_output: StepOutput) -> StepCheck:
+    def check_step(self, step_output: StepOutput) -> dict[str, Any]:
         """Wait for a training step, check its loss and gradient norm, and update the counters.
 
         Non-finite steps and loss spikes are logged.
+
+        Returns:
+            Loss and gradient norm: NaN if they are not finite, None if the step had no supervised
+            tokens or overflowed in fp16. Locations of all samples of a non-finite step and of a
+            step with a loss spike.
         """
         self._corrupt_samples |= step_output.global_stats.skipped
         loss, grad_norm = step_output.wait()
         progress, step_index = self._state.progress, step_output.step_batch.step_index
+        checked: dict[str, Any] = {"nonfinite_samples": (), "loss_spike_samples": ()}
         if not step_output.is_applied:
-            return StepCheck(None, None)
+            return {"loss": None, "grad_norm": None, **checked}
         if math.isfinite(loss) and math.isfinite(grad_norm):
             progress.consecutive_nonfinite_steps, self._nonfinite_samples = 0, []
-            is_spike = is_loss_spike(loss, self._losses)
-            if is_spike:
-                self._log_loss_spike(step_index, loss)
+            if is_loss_spike(loss, self._losses):
+                self._log(
+                    f"loss spike in step {step_index + 1}: {loss:.4g}, the median of the previous"
+                    f" {len(self._losses)} losses is {median(self._losses):.4g}"
+                )
+                checked["loss_spike_samples"] = self._sample_locations(step_index)
             self._losses.append(loss)
-            spike_samples = self._sample_locations(step_index) if is_spike else ()
-            return StepCheck(loss, grad_norm, spike_samples=spike_samples)
+            return {"loss": loss, "grad_norm": grad_norm, **checked}
         sample_locations = self._sample_locations(step_index)
         progress.nonfinite_steps += 1
         progress.consecutive_nonfinite_steps += 1
@@ -214,15 +208,8 @@ class AnomalyDetector:
             f" ends after {MAX_CONSECUTIVE_NONFINITE};"
             f" samples: {_format_locations(sample_locations)}"
         )
-        return StepCheck(_or_nan(loss), _or_nan(grad_norm), nonfinite_samples=sample_locations)
-
-    def _restore_step(self, line: Mapping[str, Any]) -> None:
-        """Restore the recent losses and non-finite samples from one line of `metrics.jsonl`."""
-        if line.get("nonfinite_samples"):
-            self._nonfinite_samples += line["nonfinite_samples"]
-        elif line["loss"] is not None:
-            self._nonfinite_samples = []
-            self._losses.append(line["loss"])
+        values = {"loss": _or_nan(loss), "grad_norm": _or_nan(grad_norm)}
+        return values | checked | {"nonfinite_samples": sample_locations}
 
     def raise_if_exceeded(self) -> None:
         """Raise if the run has too many non-finite steps or corrupt images.
@@ -237,27 +224,22 @@ class AnomalyDetector:
                 f" gradient; their samples: {_format_locations(self._nonfinite_samples)}",
                 where="training",
                 expected="finite values; the weights are those before these steps",
-                remedy="check these samples (finesight check), lower train.learning_rate,"
+                remedy="check these samples, lower train.learning_rate,"
                 " lengthen train.warmup, or use train.precision=bf16",
             )
         num_samples = len(dataset_stats.sample_indices)
         max_corrupt = max(MIN_CORRUPT_LIMIT, MAX_CORRUPT_FRACTION * num_samples)
         if len(self._corrupt_samples) > max_corrupt:
             name, reason = next(reversed(self._corrupt_samples.items()))
+            purpose = "restore the images and start again with --resume, or remove the samples"
+            arguments = {"sources": ["SAMPLES"], "fix": "FIXED"}
             raise UserError(
                 f"{len(self._corrupt_samples)} of {num_samples} samples have corrupt images,"
                 f" the last one {name}: {reason}",
                 where="data.train",
                 expected=f"at most {round(max_corrupt)} of them",
-                remedy="restore the images and start again with --resume, or remove the samples"
-                " with `finesight check --fix`",
+                remedy=Step("check", arguments, purpose),
             )
-
-    def _log_loss_spike(self, step_index: int, loss: float) -> None:
-        self._log(
-            f"loss spike in step {step_index + 1}: {loss:.4g}, the median of the previous"
-            f" {len(self._losses)} losses is {median(self._losses):.4g}"
-        )
 
     def _sample_locations(self, step_index: int) -> tuple[str, ...]:
         """Return the file locations of all samples of a step, including those of other ranks."""
@@ -324,12 +306,19 @@ class MetricsLogger:
 
     A step is logged after the next one has been queued, so that the device stays busy while the
     host waits for the results. All ranks check the steps. Only the main process writes files.
+
+    Args:
+        live_report: Report of the run in progress; None on the other ranks.
     """
 
     def __init__(
-        self, state: TrainState, console: ProgressConsole, tracking: TrackerManager
+        self,
+        state: TrainState,
+        console: ProgressConsole,
+        tracking: TrackerManager,
+        live_report: LiveReport | None = None,
     ) -> None:
-        self._state, self._console = state, console
+        self._state, self._console, self._live_report = state, console, live_report
         self.tracking_events = TrackingEvents(state, tracking)
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
@@ -406,6 +395,9 @@ class MetricsLogger:
         self._pending = step_output, data_wait
         if step_output.event is None:
             self.flush()
+        # A GPU computes the pending step meanwhile.
+        if self._live_report and self._live_report.write_if_due() and self._pending is None:
+            self.restart_timer()
 
     def flush(self) -> None:
         """Wait for the pending step and log it.
@@ -430,7 +422,7 @@ class MetricsLogger:
         self._anomaly_detector.raise_if_exceeded()
 
     def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
-        step_check = self._anomaly_detector.check_step(step_output)
+        checked = self._anomaly_detector.check_step(step_output)
         seconds = self._timer.lap(step_output.event)
         state, step_batch = self._state, step_output.step_batch
         global_stats = step_output.global_stats
@@ -444,8 +436,7 @@ class MetricsLogger:
         return {
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.data.sampler.epoch_length, 4),
-            "loss": step_check.loss,
-            "grad_norm": step_check.grad_norm,
+            **checked,
             **step_output.list_metrics(state.engine.objective),
             "lr": state.engine.optimizer.learning_rates(step_output.lr_factor),
             "num_samples": global_stats.num_samples,
@@ -455,8 +446,6 @@ class MetricsLogger:
             **step_output.budget.model_dump(),
             "skipped_samples": [skipped.id for skipped in global_stats.skipped],
             "skipped_steps": state.engine.loss_scaler.num_skipped + state.progress.nonfinite_steps,
-            "nonfinite_samples": step_check.nonfinite_samples,
-            "loss_spike_samples": step_check.spike_samples,
             "step_s": seconds,
             "data_wait_s": data_wait.seconds,
             "samples_per_s": global_stats.num_samples / seconds,
@@ -493,6 +482,8 @@ class MetricsLogger:
             note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
         ):
             self._console.log(line)
+        if self._live_report and eval_result.step < len(self._state.data.sampler):
+            self._live_report.write()
 
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:

@@ -22,6 +22,7 @@ import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -276,7 +277,7 @@ class GradientAccumulator:
 
 
 class Optimizer(Protocol):
-    """Optimizer of one parameter group. `finesight plan` creates it on the meta device."""
+    """Optimizer of one parameter group. A plan creates it on the meta device."""
 
     num_steps: int
     """Number of applied steps; 0 if the update does not depend on it."""
@@ -477,16 +478,6 @@ class ParamGroup:
             use_8bit = train.optimizer == "adamw_8bit" and is_matmul
             self.optimizer = AdamW(self.master_weights, self.gradients, train.betas, use_8bit)
 
-    def step(self, grad_factor: Tensor, lr_factor: float) -> None:
-        """Update the parameters of the group and clear their gradients.
-
-        Args:
-            grad_factor: Scalar on the device that multiplies the gradients; NaN skips the step.
-            lr_factor: Factor of the learning rate schedule.
-        """
-        self.optimizer.step(grad_factor, self.lr * lr_factor, self.weight_decay)
-        self.gradients.zero_grad()
-
     def state_tensors(self, param_slice: ParamSlice) -> dict[str, Tensor]:
         """Return views of the optimizer state of one parameter, by state name."""
         return self.optimizer.state_tensors(param_slice.flat_slice, param_slice.parameter.shape)
@@ -499,33 +490,20 @@ class ParamGroup:
         return sum(tensor.nbytes for tensor in state.values())
 
 
-class MasterWeightMap(Mapping[str, Tensor]):
-    """Mapping from native parameter names to fp32 master weights, which are computed on access.
+class LazyTensors(Mapping[str, Tensor]):
+    """Mapping from names to tensors, which functions compute or read on each access."""
 
-    With `break_ties`, the values round to the bf16 parameters under round-half-to-even, the
-    rounding of PyTorch.
-    """
-
-    def __init__(self, groups: Sequence[ParamGroup], break_ties: bool) -> None:
-        self._param_slices = {
-            param_slice.name: (group, param_slice)
-            for group in groups
-            for param_slice in group.param_slices
-        }
-        self._break_ties = break_ties
+    def __init__(self, load_fns: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._load_fns = load_fns
 
     def __getitem__(self, name: str) -> Tensor:
-        group, param_slice = self._param_slices[name]
-        weight_E = group.master_weights.read(param_slice.flat_slice)
-        if self._break_ties and group.master_weights.params_E.dtype == torch.bfloat16:
-            weight_E = break_bf16_ties(weight_E)
-        return weight_E.view(param_slice.parameter.shape)
+        return self._load_fns[name]()
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._param_slices)
+        return iter(self._load_fns)
 
     def __len__(self) -> int:
-        return len(self._param_slices)
+        return len(self._load_fns)
 
 
 class MasterWeightOptimizer:
@@ -597,7 +575,9 @@ class MasterWeightOptimizer:
                 self.max_grad_norm / (grad_norm / loss_scale + 1e-6)
             ).clamp(max=1.0)
         for group in self.param_groups:
-            group.step(grad_factor.to(group.gradients.device), lr_factor)
+            factor = grad_factor.to(group.gradients.device)
+            group.optimizer.step(factor, group.lr * lr_factor, group.weight_decay)
+            group.gradients.zero_grad()
 
     def zero_grad(self) -> None:
         """Discard all gradients of an aborted step and free the fp32 sums."""
@@ -608,16 +588,28 @@ class MasterWeightOptimizer:
         """Return the current learning rate of each trainable part."""
         return {group.part: group.lr * lr_factor for group in self.param_groups}
 
-    def master_weights(self) -> MasterWeightMap:
-        """Return the fp32 master weights by native name."""
-        return MasterWeightMap(self.param_groups, break_ties=False)
+    def master_weights(self, break_ties: bool = False) -> LazyTensors:
+        """Return the fp32 master weights by native name, which are computed on access.
 
-    def export_weights(self) -> MasterWeightMap:
-        """Return fp32 weights for export, which round to the bf16 parameters in other libraries.
-
-        They differ from `master_weights` in the last bit of values halfway between two bf16 values.
+        Args:
+            break_ties: Whether the values round to the bf16 parameters under round-half-to-even,
+                the rounding of PyTorch and other libraries. They differ in the last bit of values
+                halfway between two bf16 values.
         """
-        return MasterWeightMap(self.param_groups, break_ties=True)
+
+        def read(group: ParamGroup, param_slice: ParamSlice) -> Tensor:
+            weight_E = group.master_weights.read(param_slice.flat_slice)
+            if break_ties and group.master_weights.params_E.dtype == torch.bfloat16:
+                weight_E = break_bf16_ties(weight_E)
+            return weight_E.view(param_slice.parameter.shape)
+
+        return LazyTensors(
+            {
+                param_slice.name: partial(read, group, param_slice)
+                for group in self.param_groups
+                for param_slice in group.param_slices
+            }
+        )
 
     def optimizer_state(self) -> dict[str, Tensor]:
         """Return the optimizer state as tensors, for a checkpoint.

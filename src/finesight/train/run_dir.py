@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_bytes, read_lines
 from finesight.config import MAX_COUNT, Recipe
-from finesight.errors import UserError
+from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -45,7 +44,7 @@ from finesight.storage import (
     write_file,
 )
 
-_LINE_EXPECTED = "a line of metrics as `finesight train` wrote it"
+_LINE_EXPECTED = "a line of metrics as training wrote it"
 _LINE_REMEDY = "restore the file from a copy, or truncate it before the corrupt line"
 
 
@@ -111,21 +110,20 @@ class RunDir:
             what, expected = problem
             raise UserError(what, where=str(self.path), expected=expected, remedy=remedy)
 
-    def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> str:
-        """Return the commands that resume without changes of settings, or start with them."""
-        command = shlex.join(["finesight", "train", str(self.path), "--resume"])
-        resume = f"to keep the settings of the run: {command}"
+    def suggest_restart(self, recipe: Recipe, checkpoint: Path, changes: Mapping[str, Any]) -> Step:
+        """Return the steps that resume without changes of settings, or start with them."""
+        purpose, source = "to start from the checkpoint with the new ones", checkpoint
         if recipe.tune.has_mode("full"):
-            further = self.format_further_run(recipe, self.path, changes)
-            start = "after the run has finished, to train its final weights with the new ones"
-            return f"{resume}; {start}: {further}"
-        further = self.format_further_run(recipe, checkpoint, changes)
-        return f"{resume}; to start from the checkpoint with the new ones: {further}"
+            purpose = "after the run has finished, to train its final weights with the new ones"
+            source = self.path
+        further = self.suggest_further_run(recipe, source, purpose, changes)
+        arguments = {"recipe": str(self.path), "resume": True}
+        return Step("train", arguments, "to keep the settings of the run", further)
 
-    def format_further_run(
-        self, recipe: Recipe, source: Path, changes: Mapping[str, Any] | None = None
-    ) -> str:
-        """Return the command of a new run that starts from the weights of this one.
+    def suggest_further_run(
+        self, recipe: Recipe, source: Path, purpose: str, changes: Mapping[str, Any] | None = None
+    ) -> Step:
+        """Return the step of a new run that starts from the weights of this one.
 
         Args:
             source: The run, or one of its LoRA checkpoints.
@@ -141,7 +139,7 @@ class RunDir:
             *(["adapter=null"] if is_model and recipe.adapter is not None else []),
             f"output_dir={self.next_path}",
         ]
-        return shlex.join(["finesight", "train", str(self.path / RECIPE_FILE), *words])
+        return Step("train", {"recipe": str(self.path / RECIPE_FILE), "overrides": words}, purpose)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -184,7 +182,7 @@ class RunDir:
                 "a path of the recipe is not valid UTF-8, which the manifest requires",
                 where=str(self.path),
                 expected="UTF-8 paths of model, data and output_dir",
-                remedy="rename the folder; `finesight import` renames images",
+                remedy="rename the folder; an import renames images",
             ) from error
         write_file(self.path / MANIFEST_FILE, f"{text}\n".encode())
         write_file(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
@@ -260,7 +258,7 @@ class RunDir:
             return None
         return read_bytes(
             path,
-            expected="the file as `finesight train` wrote it",
+            expected="the file as training wrote it",
             remedy="delete it; --resume then writes it again",
         )
 

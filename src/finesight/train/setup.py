@@ -47,7 +47,7 @@ from finesight.train.checkpoint import (
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
-    SampleStatsMap,
+    DatasetStats,
     TrainingData,
     check_images,
     collect_reported_errors,
@@ -59,7 +59,7 @@ from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
-from finesight.train.objectives.dpo import DpoObjective
+from finesight.train.objectives.dpo import PairObjective, get_pair_settings
 from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
@@ -264,18 +264,13 @@ def build_train_state(
                 check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
-    sample_stats = (
-        train_data.build_sample_stats(renderer, recipe.data)
-        if train_data.stats.is_complete
-        else None
-    )
     rank_sampler = build_rank_sampler(
         sampler,
         hardware.process_group,
-        sample_stats,
+        train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
-        can_split_samples=recipe.train.objective not in ("dpo", "grpo")
+        can_split_samples=recipe.train.objective in (None, "sft")
         and supports_context_parallelism(model),
     )
     stacked_rows = stacked_row_counts(model)
@@ -347,7 +342,7 @@ def build_objective(
     Raises:
         UserError: The model family does not support `train.objective`.
     """
-    if train.objective not in ("dpo", "grpo"):
+    if train.objective in (None, "sft"):
         return SftObjective()
     # In evaluation mode, Qwen-VL computes a token depending on the length of its sample.
     if family not in ARCHITECTURES or family == "qwen":
@@ -357,14 +352,16 @@ def build_objective(
             expected="a natively implemented model family since Qwen2-VL",
             remedy="choose another model, or set train.objective=sft",
         )
-    if train.objective == "dpo":
-        return DpoObjective(train.dpo)
-    return GrpoObjective(train.grpo, banned_ids)
+    if train.objective == "grpo":
+        return GrpoObjective(train.grpo, banned_ids)
+    settings = get_pair_settings(train)
+    assert settings is not None, f"{train.objective} has no settings"
+    return PairObjective(settings)
 
 
 def resolve_tune(recipe: Recipe) -> TuneSettings:
-    """Return the section `tune`, without dropout for DPO and GRPO, which compare likelihoods."""
-    if recipe.train.objective not in ("dpo", "grpo"):
+    """Return the section `tune`, without dropout for objectives that compare likelihoods."""
+    if recipe.train.objective in (None, "sft"):
         return recipe.tune
     lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
     return recipe.tune.model_copy(update={"lora": lora})
@@ -398,7 +395,7 @@ def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: Train
 def build_rank_sampler(
     sampler: StepSampler,
     process_group: ProcessGroup,
-    sample_stats: SampleStatsMap | None,
+    stats: DatasetStats,
     flop_counter: FlopCounter | None,
     pack_tokens: int,
     *,
@@ -410,33 +407,28 @@ def build_rank_sampler(
 
     Args:
         sampler: Sampler of complete steps, returned unchanged in a single-process run.
-        sample_stats: Statistics of all samples. Without them (None), all ranks get the same number
-            of samples, because the ranks must agree on the costs.
+        stats: Statistics of the dataset. After a partial scan, all ranks get the same number of
+            samples, because the ranks must agree on the costs.
         flop_counter: Counter that estimates the cost of a sample; None to use its tokens.
         can_split_samples: Split long samples over all ranks (context parallelism).
     """
     if process_group.is_single_process:
         return sampler
-    if sample_stats is None:
+    if not stats.is_complete:
         return DistributedSampler(sampler, process_group, lambda index: 1.0, None, pack_tokens)
-    stats = sample_stats
+    samples = dict(zip(stats.scanned_indices, stats.sample_stats, strict=True))
 
     def estimate_cost(index: int) -> float:
-        sample = stats[index]
+        sample = samples[index]
         lengths = (max(0, sample.num_packed_tokens - stats.prefix_length),)
         shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
         return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
     def count_tokens(index: int) -> int:
-        return stats[index].num_packed_tokens
+        return samples[index].num_packed_tokens
 
-    return DistributedSampler(
-        sampler,
-        process_group,
-        estimate_cost,
-        count_tokens if can_split_samples else None,
-        pack_tokens,
-    )
+    count_fn = count_tokens if can_split_samples else None
+    return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
 def supports_context_parallelism(model: AnyModel) -> bool:
@@ -565,9 +557,12 @@ def _build_resume_config(
     settings |= {
         f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
     }
-    if recipe.train.objective not in ("dpo", "grpo"):
+    for name in ("dpo", "orpo", "simpo", "grpo"):
+        if recipe.train.objective != name:
+            del settings[f"train.{name}"]
+    if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.
-        del settings["train.objective"], settings["train.dpo"], settings["train.grpo"]
+        del settings["train.objective"]
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -83,9 +84,9 @@ def sync_step(
     local_stats = GlobalStepStats.from_step(step_batch, signal)
     if process_group.is_single_process:
         return local_stats
-    own_values = (step_batch.split_checksum, *local_stats[:4], len(step_batch.skipped), signal)
-    payloads = process_group.start_step(step_batch.step_index, json.dumps(own_values))
-    checksums, supervised, samples, tokens, packs, skipped_counts, signals = zip(
+    own_values = json.dumps([step_batch.split_checksum, *local_stats])
+    payloads = process_group.start_step(step_batch.step_index, own_values)
+    checksums, supervised, samples, tokens, packs, skipped, signals = zip(
         *map(json.loads, payloads), strict=True
     )
     if len({*checksums}) > 1:
@@ -96,12 +97,9 @@ def sync_step(
             remedy="verify that every machine can read the images of the sample, then start"
             " again with --resume",
         )
-    skipped: list[SkippedSample] = []
-    if any(skipped_counts):
-        for payload in process_group.all_gather_str(json.dumps(step_batch.skipped)):
-            skipped += [SkippedSample(*sample) for sample in json.loads(payload)]
     totals = sum(supervised), sum(samples), sum(tokens), max(packs)
-    return GlobalStepStats(*totals, tuple(skipped), max(signals))
+    all_skipped = tuple(SkippedSample(*sample) for sample in chain.from_iterable(skipped))
+    return GlobalStepStats(*totals, all_skipped, max(signals))
 
 
 def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
@@ -320,7 +318,6 @@ class Trainer:
         stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
-        write_report: Function that updates the report of the run in progress.
     """
 
     def __init__(
@@ -330,11 +327,9 @@ class Trainer:
         stop: StopRequest,
         metrics_logger: MetricsLogger,
         vision_features: VisionFeatures,
-        write_report: Callable[[], None],
     ) -> None:
         self.state, self.console, self.stop = state, console, stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
-        self.write_report = write_report
         self.total_steps = len(state.data.sampler)
         settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
         self.save_interval = resolve_save_interval(settings, self.total_steps)
@@ -541,10 +536,6 @@ class Trainer:
         if is_best and 0 < progress.step < self.total_steps:
             progress.best = best_eval
             self.save_checkpoint()
-        if self.is_main and progress.step < self.total_steps:
-            # Not in the report thread: data loader workers may be forked next, and would inherit
-            # the locks of a thread that decodes images.
-            self.write_report()
 
     def save_checkpoint(self) -> None:
         """Save a checkpoint of the last finished step, unless it exists."""

@@ -8,6 +8,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 
 import torch
 from rich.console import Console
@@ -20,16 +21,17 @@ from finesight.storage import require_free_space
 from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.checkpoint import resolve_save_interval
-from finesight.train.dataset_stats import save_image_record
+from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
     LiveReport,
     RunResult,
     finalize_run,
     load_result,
+    record_failure,
     write_run_report,
 )
 from finesight.train.logging import MetricsLogger, describe_run
-from finesight.train.objectives.dpo import DpoObjective, prepare_references
+from finesight.train.objectives.dpo import prepare_references
 from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
@@ -189,8 +191,8 @@ def _train_rank(
             console.log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
             console.log(
-                f"{run_dir.path}: the run is already complete, so nothing was trained. To train"
-                f" further: {run_dir.format_further_run(recipe, run_dir.path)}"
+                f"{run_dir.path}: the run is already complete, so nothing was trained."
+                f" {run_dir.suggest_further_run(recipe, run_dir.path, 'To train further')}"
             )
             if is_main and not run_dir.report_path.exists():
                 write_run_report(run_dir, console)
@@ -212,28 +214,23 @@ def _train_rank(
                 _prepare_run_dir(state)
             trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
             tracking = stack.enter_context(trackers)
-        metrics_logger = MetricsLogger(state, console, tracking)
+        live_report = LiveReport(run_dir, console) if is_main else None
+        metrics_logger = MetricsLogger(state, console, tracking, live_report)
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         console.log(describe_run(state))
-        if isinstance(state.engine.objective, DpoObjective):
+        if recipe.train.objective == "dpo":
             with stop.install_handlers():
                 prepare_references(state, console, stop)
         vision_features = VisionFeatures(state, console, stop)
-        live_report = LiveReport(run_dir, console)
-        trainer = Trainer(state, console, stop, metrics_logger, vision_features, live_report.write)
-
-        def finalize() -> RunResult | None:
-            live_report.stop()
-            return finalize_run(state, console, param_audit)
-
+        trainer = Trainer(state, console, stop, metrics_logger, vision_features)
         with (
             stop.install_handlers(),
             configure_host(state.run.hardware.device),
-            live_report.run_in_background(state.progress) if is_main else nullcontext(),
+            record_failure(run_dir, console, state.progress) if is_main else nullcontext(),
         ):
-            result = trainer.run(finalize)
+            result = trainer.run(partial(finalize_run, state, console, param_audit))
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result
@@ -244,7 +241,7 @@ def _prepare_run_dir(state: TrainState) -> None:
     run_dir, progress = state.run.run_dir, state.progress
     if not progress.step:
         run_dir.initialize(state.run.recipe, build_manifest(state))
-    save_image_record(run_dir.images_path, state.data.images())
+    save_tensors(run_dir.images_path, state.data.images())
     state.run.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)
     run_dir.copy_metric(state.run.recipe)

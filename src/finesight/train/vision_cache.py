@@ -12,52 +12,35 @@ per token, D width.
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import json
 import os
 import shutil
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, suppress
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finesight.bounded_files import parse_json
-from finesight.data.corpus import Corpus
-from finesight.data.image_header import CorruptImageError, sha256_content
+from finesight.config import VisionCacheMode
+from finesight.data.image_header import CorruptImageError
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import ContextShard
-from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
-from finesight.model_folder import MAX_HEADER_BYTES
-from finesight.progress import ProgressCallback
 from finesight.storage import FileLock, make_folder, translate_os_errors
-from finesight.train.dataloader import (
-    TensorSpec,
-    VisionCacheReader,
-    catch_user_error,
-    prefetch_items,
-)
 
 CHUNK_PATCHES = 16384
 """Number of patches at which a chunk ends; limits the memory for encoding it."""
-
-SAMPLES_PER_ITEM = 64
-"""Number of samples per item of the index scan, loaded by one data loader worker."""
 
 
 class ImageRef(NamedTuple):
@@ -96,7 +79,7 @@ class ImageChunk:
     stop: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class ImageIndex:
     """Unique images of a dataset.
 
@@ -110,7 +93,7 @@ class ImageIndex:
     images_by_sample: Mapping[int, tuple[int, ...]]
     corrupt_samples: Mapping[int, CorruptImageError]
 
-    @property
+    @cached_property
     def feature_offsets_P1(self) -> NDArray[np.int64]:
         """Start of each image in the concatenated features, and the total number of features."""
         return np.cumsum([0, *(image_ref.num_features for image_ref in self.image_refs)])
@@ -118,13 +101,6 @@ class ImageIndex:
     def count_images(self, chunks: Sequence[ImageChunk]) -> int:
         """Count the images in several chunks."""
         return sum(chunk.stop - chunk.start for chunk in chunks)
-
-    def count_patches(self, chunks: Sequence[ImageChunk]) -> int:
-        """Count the patches in several chunks."""
-        image_refs = self.image_refs
-        return sum(
-            image_refs[n].num_patches for chunk in chunks for n in range(chunk.start, chunk.stop)
-        )
 
     def split_chunks(self) -> list[ImageChunk]:
         """Split the images into content-defined chunks, so that other datasets can reuse them.
@@ -147,102 +123,54 @@ class ImageIndex:
         ]
 
 
-class _ImageRefReader:
-    """Reader of the images of up to `SAMPLES_PER_ITEM` samples per call."""
+CacheTier = Literal["gpu", "memory", "disk"]
 
-    def __init__(self, corpus: Corpus, renderer: Renderer, samples: Sequence[int]) -> None:
-        self._corpus, self._renderer, self._samples = corpus, renderer, samples
-        self._digests: dict[Path, str] = {}
+MAX_GPU_FRACTION = 1 / 16
+"""Maximum fraction of the free GPU memory, after loading the model, for cached features.
 
-    def __call__(self, item_index: int) -> list[list[ImageRef] | UserError]:
-        start = item_index * SAMPLES_PER_ITEM
-        chunk = self._samples[start : start + SAMPLES_PER_ITEM]
-        return [catch_user_error(self._read_image_refs, index) for index in chunk]
+Training and evaluation need an unknown amount of the rest, and the other tiers are fast enough as
+well.
+"""
 
-    def _read_image_refs(self, index: int) -> list[ImageRef]:
-        spans = self._renderer.tokenize(self._corpus[index]).spans
-        return [ImageRef(self._compute_key(span), span) for span in spans]
-
-    def _compute_key(self, span: VisualSpan) -> str:
-        key_fields: list[object] = [
-            [self._file_digest(file) for file in span.files],
-            span.kind,
-            span.resized_size,
-            span.grid_thw,
-        ]
-        if not span.frame_indices:
-            return hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()
-        # Spans of a video file are adjacent and in order, so that a chunk decodes the file once.
-        digests = [hashlib.sha256(json.dumps(key_fields[:3]).encode()).hexdigest()[:32]]
-        digests.append(f"{span.frame_indices[0]:08x}")
-        key_fields += [span.frame_indices, version("av")]
-        digests.append(hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()[:24])
-        return "".join(digests)
-
-    def _file_digest(self, file: Path) -> str:
-        # Samples with the same image are often adjacent.
-        if file not in self._digests:
-            try:
-                self._digests[file] = sha256_content(file)
-            except OSError as error:
-                raise CorruptImageError(
-                    f"cannot be read: {error.strerror or error}",
-                    where=str(file),
-                    expected="a readable image during the complete run",
-                    remedy="restore the image, or correct its permissions",
-                ) from error
-        return self._digests[file]
+MAX_RAM_FRACTION = 1 / 2
+"""Maximum fraction of the available CPU memory for cached features."""
 
 
-def index_images(
-    corpus: Corpus,
-    renderer: Renderer,
-    samples: Sequence[int],
-    num_workers: int,
-    on_progress: ProgressCallback,
-) -> ImageIndex:
-    """Hash the image files of samples, and build an index of the unique images.
+class FreeBytes(NamedTuple):
+    """Free bytes for cached features in each storage tier.
 
-    Raises:
-        UserError: A sample has an error other than a corrupt image.
+    Attributes:
+        gpu: GPU memory; 0 without a GPU.
+        memory: CPU memory per rank.
+        disk: Disk space.
     """
-    item_indices = range(-(-len(samples) // SAMPLES_PER_ITEM))
-    refs_by_sample: dict[int, list[ImageRef]] = {}
-    corrupt_samples: dict[int, CorruptImageError] = {}
-    indices = iter(samples)
-    result_lists = prefetch_items(
-        _ImageRefReader(corpus, renderer, samples),
-        item_indices,
-        min(num_workers, len(item_indices) // 4),
-        pin_memory=False,
-    )
-    with closing(result for result in result_lists) as results:
-        # Drop the last reference, so that the workers end with the block.
-        del result_lists
-        for result in results:
-            for image_refs in result:
-                index = next(indices)
-                if isinstance(image_refs, CorruptImageError):
-                    corrupt_samples[index] = image_refs
-                elif isinstance(image_refs, UserError):
-                    raise image_refs
-                else:
-                    refs_by_sample[index] = image_refs
-            on_progress(len(result))
-    unique_refs = {
-        image_ref.key: image_ref
-        for image_refs in refs_by_sample.values()
-        for image_ref in image_refs
-    }
-    index_by_key = {key: idx for idx, key in enumerate(sorted(unique_refs))}
-    return ImageIndex(
-        image_refs=tuple(unique_refs[key] for key in index_by_key),
-        images_by_sample={
-            index: tuple(index_by_key[s.key] for s in refs_by_sample[index])
-            for index in refs_by_sample
-        },
-        corrupt_samples=corrupt_samples,
-    )
+
+    gpu: int
+    memory: int
+    disk: int
+
+
+def choose_cache_tier(
+    setting: VisionCacheMode, needed_bytes: int, missing_bytes: int, free: FreeBytes
+) -> CacheTier | None:
+    """Choose the fastest storage tier with enough free space: GPU, CPU memory, then disk.
+
+    The setting restricts the choice: `memory` excludes the disk, and `disk` allows only the disk.
+
+    Args:
+        needed_bytes: Size of all features.
+        missing_bytes: Size of the features that are not yet on disk.
+        free: Free bytes in each tier.
+
+    Returns:
+        Storage tier; None if no tier fits, or for `never`.
+    """
+    if setting in ("auto", "memory"):
+        if needed_bytes <= MAX_GPU_FRACTION * free.gpu:
+            return "gpu"
+        if needed_bytes <= MAX_RAM_FRACTION * free.memory:
+            return "memory"
+    return "disk" if setting in ("auto", "disk") and missing_bytes <= free.disk else None
 
 
 MAX_STORE_BYTES = 64 << 30
@@ -251,12 +179,6 @@ MAX_STORE_BYTES = 64 << 30
 MAX_FREE_FRACTION = 0.5
 """Maximum fraction of the free disk space for new feature files."""
 
-MAX_PENDING_CHUNKS = 8
-"""Maximum number of chunks that wait to be written to disk; limits memory."""
-
-NUM_WRITER_THREADS = 2
-
-_DTYPE_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 _TENSOR_KEY, _SHA256_KEY = "features", "sha256"
 
 
@@ -266,13 +188,6 @@ def vision_cache_root() -> Path:
     from huggingface_hub import constants
 
     return Path(constants.HF_ASSETS_CACHE) / "finesight" / "vision_cache"
-
-
-class StoredChunk(NamedTuple):
-    """Feature file of a chunk of images, and the byte offset of its features."""
-
-    path: Path
-    data_offset: int
 
 
 class VisionFileStore:
@@ -329,7 +244,12 @@ class VisionFileStore:
         Returns:
             Number of bytes available for new files.
         """
-        is_exclusive = self._use_lock and self._is_alone()
+        is_exclusive = False
+        # Fails while another run uses the store, and on a file system without locks.
+        with suppress(OSError):
+            if self._use_lock:
+                self._lock_fd.acquire(wait=False)
+                is_exclusive = True
         files = self._list_files()
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.root).free
@@ -352,17 +272,6 @@ class VisionFileStore:
                 self._lock_fd.acquire(shared=True)
         return available_bytes()
 
-    def _is_alone(self) -> bool:
-        """Acquire the exclusive lock; return False if another run uses the store.
-
-        The result is also False on a file system without locks.
-        """
-        try:
-            self._lock_fd.acquire(wait=False)
-        except OSError:
-            return False
-        return True
-
     def _list_files(self) -> list[tuple[float, int, Path]]:
         """Return the time of last use, the size and the path of all feature files."""
         stats = []
@@ -374,7 +283,7 @@ class VisionFileStore:
             stats.append((stat.st_mtime, stat.st_size, path))
         return stats
 
-    def write(self, name: str, features_MKD: Tensor) -> StoredChunk:
+    def write(self, name: str, features_MKD: Tensor) -> None:
         """Write the features of a chunk to a file, atomically.
 
         Args:
@@ -388,9 +297,8 @@ class VisionFileStore:
         temp_path = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}.tmp")
         try:
             with translate_os_errors(path):
-                metadata = {_SHA256_KEY: hashlib.sha256(_as_bytes(features_MKD)).hexdigest()}
+                metadata = {_SHA256_KEY: compute_sha256(features_MKD)}
                 save_file({_TENSOR_KEY: features_MKD}, temp_path, metadata)
-                data_offset = temp_path.stat().st_size - len(_as_bytes(features_MKD))
                 os.replace(temp_path, path)
         except (OSError, SafetensorError) as error:
             raise UserError(
@@ -402,149 +310,56 @@ class VisionFileStore:
         finally:
             with suppress(OSError):
                 temp_path.unlink()
-        return StoredChunk(path, data_offset)
 
-    def read(self, name: str, features_MKD: Tensor) -> StoredChunk | None:
+    def read(self, name: str, features_MKD: Tensor) -> bool:
         """Read and verify the features of a chunk.
 
         Args:
             features_MKD: Contiguous CPU tensor that receives the features.
 
         Returns:
-            The file; None if it is missing or corrupt. A corrupt file is removed.
+            False if the file is missing or corrupt. A corrupt file is removed.
         """
         path = self.chunk_path(name)
         try:
-            with path.open("rb") as file:
-                data_offset = _read_verified(file, features_MKD)
+            reader: Any = safe_open(path, framework="pt")  # its methods are untyped
+            with reader as file:
+                stored_MKD = file.get_tensor(_TENSOR_KEY)
+                digest = (file.metadata() or {}).get(_SHA256_KEY)
         except FileNotFoundError:
-            return None
-        except (ValueError, OSError):
-            with suppress(OSError):
-                path.unlink()
-            return None
+            return False
+        except (SafetensorError, OSError):
+            stored_MKD, digest = torch.empty(0), None
+        specs = [(tensor.dtype, tensor.shape) for tensor in (stored_MKD, features_MKD)]
+        is_valid = specs[0] == specs[1] and digest == compute_sha256(stored_MKD)
         # Files of other users may be read-only.
         with suppress(OSError):
-            os.utime(path)
-        return StoredChunk(path, data_offset)
+            os.utime(path) if is_valid else path.unlink()
+        if is_valid:
+            features_MKD.copy_(stored_MKD)
+        return is_valid
 
 
-class FeatureWriter:
-    """Writer of image features to disk in background threads; call `close` to end them.
-
-    Args:
-        store: Feature files on disk.
-        on_error: Callback for the first error, after which no more files are written.
-    """
-
-    def __init__(self, store: VisionFileStore, on_error: Callable[[UserError], None]) -> None:
-        self._store, self._on_error, self._is_active = store, on_error, True
-        self._pool = ThreadPoolExecutor(NUM_WRITER_THREADS)
-        self._pending: deque[tuple[ImageChunk, Future[StoredChunk]]] = deque()
-        self._stored: dict[ImageChunk, StoredChunk] = {}
-
-    def write(self, chunk: ImageChunk, features_MKD: Tensor, name: str) -> None:
-        """Queue features on the CPU for the file `name`; blocks while the queue is full."""
-        if self._is_active:
-            self._pending.append((chunk, self._pool.submit(self._store.write, name, features_MKD)))
-        self._wait_until_pending(MAX_PENDING_CHUNKS)
-
-    def flush(self) -> dict[ImageChunk, StoredChunk]:
-        """Wait for all queued chunks, and return all files written so far."""
-        self._wait_until_pending(0)
-        return self._stored
-
-    def close(self) -> None:
-        """End the threads; queued chunks are discarded."""
-        self._pool.shutdown(cancel_futures=True)
-
-    def _wait_until_pending(self, count: int) -> None:
-        while len(self._pending) > count:
-            chunk, future = self._pending.popleft()
-            try:
-                self._stored[chunk] = future.result()
-            except UserError as error:
-                if self._is_active:
-                    self._is_active = False
-                    self._on_error(error)
-
-
-def _read_verified(file: BinaryIO, features_MKD: Tensor) -> int:
-    """Read the features in an open file and verify their SHA-256; return their byte offset.
-
-    Raises:
-        ValueError: The file does not contain features of this shape and dtype, or is corrupt.
-    """
-    length = int.from_bytes(file.read(8), "little")
-    if length > MAX_HEADER_BYTES:
-        raise ValueError(f"a header of {length} bytes")
-    header: Any = parse_json(file.read(length))
-    buffer = _as_bytes(features_MKD)
-    expected_spec = {
-        "dtype": _DTYPE_NAMES[features_MKD.dtype],
-        "shape": list(features_MKD.shape),
-        "data_offsets": [0, len(buffer)],
-    }
-    if not isinstance(header, dict) or header.get(_TENSOR_KEY) != expected_spec:
-        raise ValueError("another tensor")
-    metadata = header.get("__metadata__")
-    _read_into(file, buffer)
-    digest = hashlib.sha256(buffer).hexdigest()
-    if not isinstance(metadata, dict) or metadata.get(_SHA256_KEY) != digest:
-        raise ValueError("other bytes")
-    return 8 + length
-
-
-def _read_into(file: BinaryIO, buffer: memoryview) -> None:
-    """Fill a buffer with the next bytes of a file; raise ValueError if it is too short."""
-    if file.readinto(buffer) < len(buffer):  # type: ignore[attr-defined]
-        raise ValueError("cut off")
-
-
-def _as_bytes(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor as bytes, without a copy."""
-    assert tensor.is_contiguous(), "a tensor that is not contiguous"
-    return tensor.view(-1).view(torch.uint8).numpy().data
-
-
-def read_rows(stored_chunk: StoredChunk, start_row: int, features_MKD: Tensor) -> None:
-    """Read the features of consecutive image tokens of a chunk, without verifying them.
-
-    Args:
-        start_row: Index of the first image token in the chunk.
-        features_MKD: Contiguous CPU tensor that receives the features.
-
-    Raises:
-        UnreadableFileError: The file is missing, truncated or unreadable.
-    """
-    buffer = _as_bytes(features_MKD)
-    row_bytes = len(buffer) // max(1, len(features_MKD))
-    try:
-        with stored_chunk.path.open("rb") as file:
-            file.seek(stored_chunk.data_offset + start_row * row_bytes)
-            _read_into(file, buffer)
-    except (OSError, ValueError) as error:
-        reason = os.strerror(error.errno or errno.EIO) if isinstance(error, OSError) else error
-        raise UnreadableFileError(
-            f"cached image features cannot be read: {reason}",
-            where=str(stored_chunk.path),
-            expected="the file as it was at the start of training",
-            remedy="start again with --resume to encode missing images again",
-        ) from error
+def compute_sha256(tensor: Tensor) -> str:
+    """Return the SHA-256 of the memory of a contiguous CPU tensor."""
+    return hashlib.sha256(tensor.view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
 @dataclass(frozen=True)
-class VisionIndexReader(VisionCacheReader):
-    """Vision cache reader for features on the GPU; the data loader sends only feature indices.
+class VisionCacheReader:
+    """Reader of the vision cache inputs of a pack in data loader workers.
+
+    This class reads the indices of features on the GPU, and its subclasses read features.
 
     Attributes:
         image_index: Unique images of the dataset.
-        feature_offsets_P1: Start of each image in the concatenated features, and their total
-            number.
+        dtype: Dtype of the inputs.
+        token_shape: Shape of the inputs of an image token: (K, D) of features, () of indices.
     """
 
     image_index: ImageIndex
-    feature_offsets_P1: NDArray[np.int64]
+    dtype: torch.dtype
+    token_shape: tuple[int, ...]
 
     def check(self, sample: int, num_features: int) -> None:
         """Verify that a sample can use the cached features of its images.
@@ -581,34 +396,27 @@ class VisionIndexReader(VisionCacheReader):
             for image_index in self.image_indices(sample_indices)
         )
 
-    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the dtype and shape of the feature indices of a pack: int64 [M]."""
-        return torch.int64, (self.count_features(sample_indices),)
+    def tensor_spec(self, sample_indices: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Return the dtype and shape of the inputs of a pack, [M, ...]."""
+        return self.dtype, (self.count_features(sample_indices), *self.token_shape)
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Write the feature indices of the images of a pack to a buffer, in order."""
-        offsets = self.feature_offsets_P1
+        """Write the inputs of a pack to a buffer with the dtype and shape of `tensor_spec`.
+
+        Raises:
+            UnreadableFileError: A file is missing or truncated.
+        """
+        offsets = self.image_index.feature_offsets_P1
         ranges = [np.arange(offsets[n], offsets[n + 1]) for n in self.image_indices(sample_indices)]
         if ranges:
             np.concatenate(ranges, out=buffer.numpy())
 
 
 @dataclass(frozen=True)
-class VisionRamReader(VisionIndexReader):
-    """Vision cache reader for features in CPU memory; the data loader sends features.
-
-    Attributes:
-        features_AKD: Features of all images.
-    """
+class VisionRamReader(VisionCacheReader):
+    """Vision cache reader for features in CPU memory."""
 
     features_AKD: Tensor
-
-    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the dtype and shape of the features of a pack: [M, K, D]."""
-        return self.features_AKD.dtype, (
-            self.count_features(sample_indices),
-            *self.features_AKD.shape[1:],
-        )
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
         """Copy the features of a pack to a buffer."""
@@ -618,40 +426,44 @@ class VisionRamReader(VisionIndexReader):
 
 
 @dataclass(frozen=True)
-class VisionDiskReader(VisionIndexReader):
-    """Vision cache reader for features on disk; the data loader sends features.
+class VisionDiskReader(VisionCacheReader):
+    """Vision cache reader for features on disk.
 
     Attributes:
-        files: File of each chunk of images.
+        paths: File of each chunk of images.
         first_images: Index of the first image of each chunk.
-        feature_shape: Shape (K, D) of the features of a token.
     """
 
-    files: Sequence[StoredChunk]
+    paths: Sequence[Path]
     first_images: NDArray[np.int64]
-    feature_shape: tuple[int, int]
-    dtype: torch.dtype
-
-    def tensor_spec(self, sample_indices: Sequence[int]) -> TensorSpec:
-        """Return the dtype and shape of the features of a pack: [M, K, D]."""
-        return self.dtype, (self.count_features(sample_indices), *self.feature_shape)
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Read the features of a pack from disk into a buffer.
-
-        Raises:
-            UnreadableFileError: A file is missing or truncated.
-        """
-        start = 0
-        for image_index in self.image_indices(sample_indices):
-            stop = start + self.image_index.image_refs[image_index].num_features
-            chunk = int(np.searchsorted(self.first_images, image_index, "right")) - 1
-            start_row = (
-                self.feature_offsets_P1[image_index]
-                - self.feature_offsets_P1[self.first_images[chunk]]
-            )
-            read_rows(self.files[chunk], int(start_row), buffer[start:stop])
+        """Read the features of a pack from disk into a buffer, without verifying them."""
+        offsets, start = self.image_index.feature_offsets_P1, 0
+        for image in self.image_indices(sample_indices):
+            chunk = int(np.searchsorted(self.first_images, image, "right")) - 1
+            first_row = offsets[self.first_images[chunk]]
+            rows = slice(int(offsets[image] - first_row), int(offsets[image + 1] - first_row))
+            stop = start + rows.stop - rows.start
+            buffer[start:stop] = self._read_rows(self.paths[chunk], rows)
             start = stop
+
+    def _read_rows(self, path: Path, rows: slice) -> Tensor:
+        try:
+            reader: Any = safe_open(path, framework="pt")
+            with reader as file:
+                features_MKD: Tensor = file.get_slice(_TENSOR_KEY)[rows]
+        except (SafetensorError, OSError) as error:
+            reason = (
+                os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+            )
+            raise UnreadableFileError(
+                f"cached image features cannot be read: {reason}",
+                where=str(path),
+                expected="the file as it was at the start of training",
+                remedy="start again with --resume to encode missing images again",
+            ) from error
+        return features_MKD
 
 
 @dataclass(frozen=True, slots=True)
@@ -663,7 +475,7 @@ class VisionCache:
         features_AKD: Features on the device if the reader sends only indices; otherwise None.
     """
 
-    reader: VisionIndexReader
+    reader: VisionCacheReader
     device: torch.device
     features_AKD: Tensor | None = None
 

@@ -11,12 +11,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
+from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar
@@ -27,59 +31,122 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from finesight.config import VisionCacheMode
-from finesight.data.image_header import CorruptImageError
+from finesight.data.corpus import Corpus
+from finesight.data.image_header import CorruptImageError, sha256_content
 from finesight.encode.packing import pad_patches
 from finesight.encode.renderer import Renderer
-from finesight.encode.tokenization import TokenizedSample, iter_video_runs
+from finesight.encode.tokenization import TokenizedSample, VisualSpan, iter_video_runs
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
 from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.progress import ProgressConsole
-from finesight.train.dataloader import TensorBlock, prefetch_items, record_event
+from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.train.dataloader import TensorBlock, prefetch_items, record_event, scan_samples
 from finesight.train.oom import first_error_line, release_memory
 from finesight.train.state import StopRequest, TrainState
 from finesight.train.vision_cache import (
-    FeatureWriter,
+    CacheTier,
+    FreeBytes,
     ImageChunk,
     ImageIndex,
-    StoredChunk,
+    ImageRef,
     VisionCache,
+    VisionCacheReader,
     VisionDiskReader,
     VisionFileStore,
-    VisionIndexReader,
     VisionRamReader,
-    index_images,
+    choose_cache_tier,
+    compute_sha256,
     vision_cache_root,
 )
 from finesight.vision.image_processing import concat_patches, concat_shape
 
 T = TypeVar("T")
-CacheTier = Literal["gpu", "memory", "disk"]
 CorruptImages = dict[int, CorruptImageError]
 """Errors of corrupt images, by index of the image in an `ImageIndex`."""
 
 ENCODER_VERSION = 5
 """Version of the encoder computation and preprocessing; increase it when features change."""
 
-MAX_GPU_FRACTION = 1 / 16
-"""Maximum fraction of the free GPU memory, after loading the model, for cached features.
+MAX_PENDING_CHUNKS = 8
+"""Maximum number of chunks that wait to be written to disk; limits memory."""
 
-Training and evaluation need an unknown amount of the rest, and the other tiers are fast enough as
-well.
-"""
-
-MAX_RAM_FRACTION = 1 / 2
-"""Maximum fraction of the available CPU memory for cached features."""
-
-READ_BATCH_CHUNKS = 64
-"""Number of chunks that are read from disk between two checks for stop signals."""
-
-NUM_HASH_THREADS, NUM_READER_THREADS = 8, 4
+NUM_HASH_THREADS, NUM_READER_THREADS, NUM_WRITER_THREADS = 8, 4, 2
 
 REASON_SINGLE_USE = "each image is used once, and not all features are on disk"
+
+
+def _read_image_refs(corpus: Corpus, renderer: Renderer, index: int) -> list[ImageRef]:
+    spans = renderer.tokenize(corpus[index]).spans
+    return [ImageRef(_compute_key(span), span) for span in spans]
+
+
+def _compute_key(span: VisualSpan) -> str:
+    key_fields: list[object] = [
+        [_compute_file_digest(file) for file in span.files],
+        span.kind,
+        span.resized_size,
+        span.grid_thw,
+    ]
+    if not span.frame_indices:
+        return hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()
+    # Spans of a video file are adjacent and in order, so that a chunk decodes the file once.
+    digests = [hashlib.sha256(json.dumps(key_fields[:3]).encode()).hexdigest()[:32]]
+    digests.append(f"{span.frame_indices[0]:08x}")
+    key_fields += [span.frame_indices, version("av")]
+    digests.append(hashlib.sha256(json.dumps(key_fields).encode()).hexdigest()[:24])
+    return "".join(digests)
+
+
+@lru_cache(maxsize=64)  # samples with the same image are often adjacent
+def _compute_file_digest(file: Path) -> str:
+    try:
+        return sha256_content(file)
+    except OSError as error:
+        raise CorruptImageError(
+            f"cannot be read: {error.strerror or error}",
+            where=str(file),
+            expected="a readable image during the complete run",
+            remedy="restore the image, or correct its permissions",
+        ) from error
+
+
+def index_images(
+    corpus: Corpus,
+    renderer: Renderer,
+    samples: Sequence[int],
+    num_workers: int,
+    on_progress: ProgressCallback,
+) -> ImageIndex:
+    """Hash the image files of samples, and build an index of the unique images.
+
+    Raises:
+        UserError: A sample has an error other than a corrupt image.
+    """
+    refs_by_sample: dict[int, list[ImageRef]] = {}
+    corrupt_samples: dict[int, CorruptImageError] = {}
+    # The images may have changed since an earlier scan.
+    _compute_file_digest.cache_clear()
+    read_image_refs = partial(_read_image_refs, corpus, renderer)
+    with closing(scan_samples(read_image_refs, samples, num_workers, on_progress)) as results:
+        for index, result in zip(samples, results, strict=True):
+            if isinstance(result, CorruptImageError):
+                corrupt_samples[index] = result
+            elif isinstance(result, UserError):
+                raise result
+            else:
+                refs_by_sample[index] = result
+    refs_by_key = {ref.key: ref for refs in refs_by_sample.values() for ref in refs}
+    index_by_key = {key: n for n, key in enumerate(sorted(refs_by_key))}
+    return ImageIndex(
+        image_refs=tuple(refs_by_key[key] for key in index_by_key),
+        images_by_sample={
+            index: tuple(index_by_key[ref.key] for ref in refs)
+            for index, refs in refs_by_sample.items()
+        },
+        corrupt_samples=corrupt_samples,
+    )
 
 
 def fingerprint_encoder(
@@ -97,7 +164,7 @@ def fingerprint_encoder(
     def compute_digest(tensor: Tensor) -> str:
         # A copy, because storage exported to numpy cannot be resized.
         copy = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
-        return hashlib.sha256(copy.view(-1).view(torch.uint8).numpy().data).hexdigest()
+        return compute_sha256(copy)
 
     tensors = {**dict(vision_encoder.named_parameters()), **dict(vision_encoder.named_buffers())}
     with ThreadPoolExecutor(NUM_HASH_THREADS) as pool:
@@ -201,61 +268,13 @@ def _view_bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
-@dataclass(frozen=True, slots=True)
-class FreeBytes:
-    """Free bytes for cached features in each storage tier.
-
-    Attributes:
-        gpu: GPU memory; None without a GPU.
-        memory: CPU memory per rank.
-        disk: Disk space.
-    """
-
-    gpu: int | None
-    memory: int
-    disk: int
-
-
-def estimate_feature_bytes(num_patches: int, model: VisionLanguageModel, dtype: torch.dtype) -> int:
-    """Compute the size in bytes of the cached features of a number of patches.
-
-    The weights of the model are not read. The result is an upper bound if samples share images.
-    """
-    num_features = num_patches // model.visual.config.merge_size**2
-    width = model.visual.features_per_token * model.config.decoder.hidden_size
-    return num_features * width * dtype.itemsize
-
-
-def choose_cache_tier(
-    setting: VisionCacheMode, needed_bytes: int, missing_bytes: int, free: FreeBytes
-) -> CacheTier | None:
-    """Choose the fastest storage tier with enough free space: GPU, CPU memory, then disk.
-
-    The setting restricts the choice: `memory` excludes the disk, and `disk` allows only the disk.
-
-    Args:
-        needed_bytes: Size of all features.
-        missing_bytes: Size of the features that are not yet on disk.
-        free: Free bytes in each tier.
-
-    Returns:
-        Storage tier; None if no tier fits, or for `never`.
-    """
-    if setting in ("auto", "memory"):
-        if free.gpu is not None and needed_bytes <= MAX_GPU_FRACTION * free.gpu:
-            return "gpu"
-        if needed_bytes <= MAX_RAM_FRACTION * free.memory:
-            return "memory"
-    return "disk" if setting in ("auto", "disk") and missing_bytes <= free.disk else None
-
-
-def free_gpu_memory(device: torch.device) -> int | None:
-    """Return the bytes of GPU memory available to this process; None on a CPU.
+def free_gpu_memory(device: torch.device) -> int:
+    """Return the bytes of GPU memory available to this process; 0 on a CPU.
 
     Memory that PyTorch has cached but does not use counts as available.
     """
     if device.type != "cuda":
-        return None
+        return 0
     free, _ = torch.cuda.mem_get_info(device)
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
@@ -438,8 +457,8 @@ class VisionCacheBuilder:
         self._process_group = state.run.hardware.process_group
         self._setting = state.run.recipe.train.vision_cache
         self._store: VisionFileStore | None = None
-        self._writer: FeatureWriter | None = None
-        self._stored: dict[ImageChunk, StoredChunk] = {}
+        self._writer_pool: ThreadPoolExecutor | None = None
+        self._writes: deque[Future[None]] = deque()
         self._corrupt_images: CorruptImages = {}
         self._pending: tuple[ChunkFeatures, torch.cuda.Event | None] | None = None
 
@@ -464,8 +483,7 @@ class VisionCacheBuilder:
         # one: a rank that falls back alone would block the others.
         is_single_use = self._run_on_all_ranks(self._open_store_if_useful)
         self._image_index = self._run_on_all_ranks(self._index_images)
-        self._feature_offsets_P1 = self._image_index.feature_offsets_P1
-        chunks = self._image_index.split_chunks()
+        self._chunks = chunks = self._image_index.split_chunks()
         self._process_group.check_identical({"images": [chunk.name for chunk in chunks]})
         on_disk = [chunk for chunk in chunks if self._store and self._store.has_chunk(chunk.name)]
         num_bytes = self._count_bytes(chunks)
@@ -478,7 +496,7 @@ class VisionCacheBuilder:
                 raise _CacheUnavailable(REASON_SINGLE_USE)
             tier = choose_cache_tier(self._setting, num_bytes, missing_bytes, free)
             if tier is None:
-                gpu = "" if free.gpu is None else f", {_format_bytes(free.gpu)} on the GPU"
+                gpu = f", {_format_bytes(free.gpu)} on the GPU" if free.gpu else ""
                 raise _CacheUnavailable(
                     f"the features need {_format_bytes(num_bytes)}, but only"
                     f" {_format_bytes(free.memory)} in memory{gpu} and {_format_bytes(free.disk)}"
@@ -500,7 +518,7 @@ class VisionCacheBuilder:
             f"vision cache: features of {num_images} images ({_format_bytes(num_bytes)}),"
             f" stored {location}"
         )
-        if self._store is not None and self._stored:
+        if self._store is not None:
             reason += f"; {num_from_disk} of them loaded from {self._store.root}"
         return VisionCacheResult(
             self._build_cache(), reason, self._tier, num_images, num_from_disk, num_bytes
@@ -585,53 +603,58 @@ class VisionCacheBuilder:
             return index_images(*source, state.run.hardware.num_workers, on_count)
 
     def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
-        num_patches = self._image_index.count_patches(chunks)
-        return estimate_feature_bytes(num_patches, self._model, self._state.run.hardware.dtype)
+        offsets_P1 = self._image_index.feature_offsets_P1
+        num_features = sum(int(offsets_P1[c.stop] - offsets_P1[c.start]) for c in chunks)
+        return (
+            num_features * math.prod(self._feature_shape) * self._state.run.hardware.dtype.itemsize
+        )
+
+    @property
+    def _feature_shape(self) -> tuple[int, int]:
+        """Shape [K, D] of the features of an image token."""
+        return self._model.visual.features_per_token, self._model.config.decoder.hidden_size
 
     def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
         """Return the minimum free space over all ranks, by storage tier.
 
         One rank per machine first evicts old files to make space for `missing_bytes`.
         """
-        process_group = self._process_group
-        names = [chunk.name for chunk in chunks]
 
-        def evict_local() -> list[int]:
+        def evict_local() -> int:
             if self._store is None:
-                return [0]
-            return [] if process_group.local_rank else [self._store.evict(names, missing_bytes)]
+                return 0
+            if self._process_group.local_rank:
+                # Another rank reports the disk of this machine.
+                return sys.maxsize
+            return self._store.evict([chunk.name for chunk in chunks], missing_bytes)
 
         disk = self._run_on_all_ranks(evict_local)
         gpu = free_gpu_memory(self._state.run.hardware.device)
-        memory = available_memory() // process_group.local_world_size
-        disks, memories, gpus = zip(
-            *self._all_gather([disk, memory, [] if gpu is None else [gpu]]), strict=True
-        )
-        return FreeBytes(
-            gpu=min(chain.from_iterable(gpus), default=None),
-            memory=min(memories),
-            disk=min(chain.from_iterable(disks)),
-        )
+        memory = available_memory() // self._process_group.local_world_size
+        free_by_rank = self._all_gather(FreeBytes(gpu, memory, disk))
+        return FreeBytes(*map(min, zip(*free_by_rank, strict=True)))
 
     def _allocate(self, tier: CacheTier) -> None:
         """Allocate the features of all images in the storage tier; nothing for the disk."""
-        model, hardware = self._model, self._state.run.hardware
+        hardware = self._state.run.hardware
         self._tier = tier
-        self._feature_shape = model.visual.features_per_token, model.config.decoder.hidden_size
         self._features_AKD = torch.empty(
-            (0 if tier == "disk" else int(self._feature_offsets_P1[-1]), *self._feature_shape),
+            (
+                0 if tier == "disk" else int(self._image_index.feature_offsets_P1[-1]),
+                *self._feature_shape,
+            ),
             dtype=hardware.dtype,
             device=hardware.device if tier == "gpu" else "cpu",
         )
 
     def _new_features(self, chunk: ImageChunk, device: torch.device | str) -> Tensor:
         """Allocate uninitialized features [M, K, D] of a chunk."""
-        offsets_P1 = self._feature_offsets_P1
+        offsets_P1 = self._image_index.feature_offsets_P1
         shape = int(offsets_P1[chunk.stop] - offsets_P1[chunk.start]), *self._feature_shape
         return torch.empty(shape, dtype=self._features_AKD.dtype, device=device)
 
     def _chunk_view(self, chunk: ImageChunk) -> Tensor:
-        offsets_P1 = self._feature_offsets_P1
+        offsets_P1 = self._image_index.feature_offsets_P1
         return self._features_AKD[offsets_P1[chunk.start] : offsets_P1[chunk.stop]]
 
     def _load_chunks(self, chunks_on_disk: Sequence[ImageChunk]) -> list[ImageChunk]:
@@ -640,30 +663,32 @@ class VisionCacheBuilder:
         if store is None:
             return []
 
-        def load_chunk(chunk: ImageChunk) -> None:
+        def load_chunk(chunk: ImageChunk) -> bool:
+            self._stop.raise_if_requested()
             is_direct = self._tier == "memory"
             features = self._chunk_view(chunk) if is_direct else self._new_features(chunk, "cpu")
-            stored = store.read(chunk.name, features)
-            if stored is not None:
-                if self._tier == "gpu":
-                    self._chunk_view(chunk).copy_(features)
-                self._stored[chunk] = stored
+            is_valid = store.read(chunk.name, features)
+            if is_valid and self._tier == "gpu":
+                self._chunk_view(chunk).copy_(features)
+            return is_valid
 
+        loaded: list[ImageChunk] = []
         with (
             self._console.progress_stage("reading features", len(chunks_on_disk)) as on_progress,
             ThreadPoolExecutor(NUM_READER_THREADS) as pool,
         ):
-            for start in range(0, len(chunks_on_disk), READ_BATCH_CHUNKS):
-                self._stop.raise_if_requested()
-                batch = chunks_on_disk[start : start + READ_BATCH_CHUNKS]
-                on_progress(len([*pool.map(load_chunk, batch)]))
-        num_corrupt = len(chunks_on_disk) - len(self._stored)
+            for chunk, is_valid in zip(
+                chunks_on_disk, pool.map(load_chunk, chunks_on_disk), strict=True
+            ):
+                loaded += [chunk] * is_valid
+                on_progress(1)
+        num_corrupt = len(chunks_on_disk) - len(loaded)
         if num_corrupt:
             self._console.log(
                 f"{num_corrupt} of {len(chunks_on_disk)} vision cache files in {store.folder} were"
                 " corrupt and are computed again"
             )
-        return [chunk for chunk in chunks_on_disk if chunk in self._stored]
+        return loaded
 
     def _encode_chunks(self, chunks: Sequence[ImageChunk], write_to_disk: bool) -> None:
         """Encode the images of the missing chunks and store their features on all ranks.
@@ -671,11 +696,6 @@ class VisionCacheBuilder:
         Each rank encodes every `world_size`-th chunk. One rank per machine writes the files.
         """
         state, process_group = self._state, self._process_group
-
-        def handle_write_error(error: UserError) -> None:
-            self._disable_disk(error)
-            if self._tier == "disk":
-                raise _CacheUnavailable(f"{error.where}: {error.what}")
 
         own_chunks, num_workers = process_group.shard(chunks), state.run.hardware.num_workers
         decode_chunk = partial(
@@ -687,8 +707,7 @@ class VisionCacheBuilder:
         )
         with ExitStack() as stack:
             if self._store and write_to_disk and process_group.local_rank == 0:
-                self._writer = FeatureWriter(self._store, handle_write_error)
-                stack.enter_context(closing(self._writer))
+                self._writer_pool = stack.enter_context(ThreadPoolExecutor(NUM_WRITER_THREADS))
             decoded_chunks = prefetch_items(
                 decode_chunk,
                 range(len(own_chunks)),
@@ -708,17 +727,27 @@ class VisionCacheBuilder:
                 self._run_on_all_ranks(partial(self._store_chunks, results))
                 on_progress(self._image_index.count_images(batch))
 
-            def flush_writer() -> dict[ImageChunk, StoredChunk]:
+            def finish_writes() -> None:
                 self._finish_pending()
-                return {} if self._writer is None else self._writer.flush()
+                self._wait_for_writes(0)
 
-            written = self._run_on_all_ranks(flush_writer)
-        own = [(c.start, str(file.path), file.data_offset) for c, file in written.items()]
-        # The files of the rank that writes on this machine.
-        writer_rank = process_group.rank - process_group.local_rank
-        by_start = {chunk.start: chunk for chunk in chunks}
-        for chunk_start, path, data_offset in self._all_gather(own)[writer_rank]:
-            self._stored[by_start[chunk_start]] = StoredChunk(Path(path), data_offset)
+            self._run_on_all_ranks(finish_writes)
+
+    def _wait_for_writes(self, max_pending: int) -> None:
+        """Wait until at most `max_pending` chunks are being written; no more after an error.
+
+        Raises:
+            _CacheUnavailable: The features are needed on disk, and cannot be written.
+        """
+        while len(self._writes) > max_pending:
+            try:
+                self._writes.popleft().result()
+            except UserError as error:
+                self._writes.clear()
+                self._writer_pool = None
+                self._disable_disk(error)
+                if self._tier == "disk":
+                    raise _CacheUnavailable(f"{error.where}: {error.what}") from error
 
     def _encode_on_all_ranks(
         self, decoded_chunks: Iterator[DecodedChunk], chunks: Sequence[ImageChunk]
@@ -738,20 +767,16 @@ class VisionCacheBuilder:
         results = self._run_on_all_ranks(encode_own_chunk)
         if self._process_group.is_single_process:
             return results
-        corrupt_images = results[rank].corrupt_images if rank < len(results) else {}
-        errors = [(n, e.what, e.where, e.expected, e.remedy) for n, e in corrupt_images.items()]
-        errors_by_rank = self._all_gather(errors)
+        own_errors = results[rank].corrupt_images if rank < len(results) else {}
+        errors_by_rank = self._all_gather(
+            [(n, e.what, e.where, e.expected, e.remedy) for n, e in own_errors.items()]
+        )
         for source, result in enumerate(results):
             dist.broadcast(result.features_MKD, src=source)
-        return [
-            result._replace(
-                corrupt_images={
-                    n: CorruptImageError(what, where=where, expected=expected, remedy=remedy)
-                    for n, what, where, expected, remedy in rank_errors
-                }
-            )
-            for result, rank_errors in zip(results, errors_by_rank, strict=False)
-        ]
+            for n, what, where, expected, remedy in errors_by_rank[source]:
+                error = CorruptImageError(what, where=where, expected=expected, remedy=remedy)
+                result.corrupt_images[n] = error
+        return results
 
     @torch.no_grad()
     def _encode_chunk(self, decoded_chunk: DecodedChunk) -> ChunkFeatures:
@@ -775,7 +800,10 @@ class VisionCacheBuilder:
         features_MKD.zero_()
         counts = [image_refs[n].num_features for n in valid]
         for n, features in zip(valid, torch.split(encoded_MKD[: sum(counts)], counts), strict=True):
-            start = int(self._feature_offsets_P1[n] - self._feature_offsets_P1[chunk.start])
+            start = int(
+                self._image_index.feature_offsets_P1[n]
+                - self._image_index.feature_offsets_P1[chunk.start]
+            )
             features_MKD[start : start + len(features)] = features
         return ChunkFeatures(chunk, features_MKD, corrupt_images)
 
@@ -789,7 +817,7 @@ class VisionCacheBuilder:
             self._corrupt_images |= result.corrupt_images
             if self._tier == "gpu":
                 self._chunk_view(result.chunk).copy_(features_MKD)
-            if features_MKD.is_cuda and (self._tier != "gpu" or self._writer is not None):
+            if features_MKD.is_cuda and (self._tier != "gpu" or self._writer_pool is not None):
                 features_MKD = features_MKD.to("cpu", non_blocking=True)
                 event = record_event(result.features_MKD.device)
             self._finish_pending()
@@ -804,10 +832,15 @@ class VisionCacheBuilder:
             event.synchronize()
         if self._tier == "memory":
             features_MKD = self._chunk_view(chunk).copy_(features_MKD)
+        if self._writer_pool and self._store and (not corrupt_images or self._tier == "disk"):
+            name = self._get_file_name(chunk)
+            self._writes.append(self._writer_pool.submit(self._store.write, name, features_MKD))
+            self._wait_for_writes(MAX_PENDING_CHUNKS)
+
+    def _get_file_name(self, chunk: ImageChunk) -> str:
         # Incomplete chunks are private to this run; other runs must detect corrupt images.
-        name = chunk.name + "-corrupt" * bool(corrupt_images)
-        if self._writer is not None and (not corrupt_images or self._tier == "disk"):
-            self._writer.write(chunk, features_MKD, name)
+        is_corrupt = not self._corrupt_images.keys().isdisjoint(range(chunk.start, chunk.stop))
+        return chunk.name + "-corrupt" * is_corrupt
 
     def _build_cache(self) -> VisionCache:
         """Create the vision cache after all chunks are stored."""
@@ -821,21 +854,18 @@ class VisionCacheBuilder:
             self._image_index,
             corrupt_samples={**self._image_index.corrupt_samples, **corrupt_samples},
         )
-        offsets_P1, device = self._feature_offsets_P1, self._state.run.hardware.device
+        device, dtype = self._state.run.hardware.device, self._features_AKD.dtype
         if self._tier == "gpu":
-            return VisionCache(VisionIndexReader(index, offsets_P1), device, self._features_AKD)
+            reader = VisionCacheReader(index, torch.int64, ())
+            return VisionCache(reader, device, self._features_AKD)
         if self._tier == "memory":
-            return VisionCache(VisionRamReader(index, offsets_P1, self._features_AKD), device)
-        chunks = sorted(self._stored, key=lambda chunk: chunk.start)
-        reader = VisionDiskReader(
-            index,
-            offsets_P1,
-            [self._stored[chunk] for chunk in chunks],
-            np.array([chunk.start for chunk in chunks]),
-            self._feature_shape,
-            self._features_AKD.dtype,
-        )
-        return VisionCache(reader, device)
+            source = index, dtype, self._feature_shape, self._features_AKD
+            return VisionCache(VisionRamReader(*source), device)
+        assert self._store is not None, "the disk tier has no folder"
+        paths = [self._store.chunk_path(self._get_file_name(chunk)) for chunk in self._chunks]
+        starts = np.array([chunk.start for chunk in self._chunks])
+        files = VisionDiskReader(index, dtype, self._feature_shape, paths, starts)
+        return VisionCache(files, device)
 
 
 def _format_bytes(num_bytes: int) -> str:

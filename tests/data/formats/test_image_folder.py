@@ -62,7 +62,7 @@ def test_text_file_is_the_answer(root: Path, tmp_path: Path) -> None:
 def test_prompt_is_required(root: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="without text") as caught:
         import_samples(root, tmp_path / "out")
-    assert "--prompt" in caught.value.remedy
+    assert "--prompt" in str(caught.value.remedy)
 
 
 def test_roundtrip(root: Path, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_two_texts_for_one_image_are_rejected(tmp_path: Path) -> None:
                 located_sample, ExportContext({path: "images/a.png"}, read_image_size)
             )
         )
-    assert "coco" in caught.value.remedy
+    assert "coco" in str(caught.value.remedy)
 
 
 @pytest.mark.parametrize(("files", "remedy"), CASES["test_unknown_folders_are_rejected"])
@@ -110,7 +110,7 @@ def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: 
         (root / name).write_text("?", encoding="utf-8")
     with pytest.raises(UserError, match="a folder without a known dataset format") as caught:
         import_samples(root, tmp_path / "out")
-    assert remedy in caught.value.remedy
+    assert remedy in str(caught.value.remedy)
     assert str(len(files)) not in "0" or "no file" in caught.value.what
     assert ("not classes" in caught.value.what) == ("a.png" in files)
     has_only_images = files == ["a.png"]

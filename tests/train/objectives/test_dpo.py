@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
 from torch import Tensor
 
-from finesight.config import DataSettings, DpoSettings
+from finesight.config import DataSettings, DpoSettings, OrpoSettings, SimpoSettings
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
@@ -28,7 +28,8 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import compute_dataset_stats
 from finesight.train.objectives.dpo import (
     REFERENCE_FILE,
-    DpoObjective,
+    PairObjective,
+    compute_mean_losses,
     compute_pair_losses,
     compute_token_logps,
 )
@@ -138,6 +139,49 @@ def test_losses_and_gradients_match_trl(loss_type):
     torch.testing.assert_close(found_grad, expected_grad, rtol=0, atol=1e-9)
 
 
+@each("objective", ["orpo", "simpo"])
+def test_mean_losses_and_gradients_match_trl(objective):
+    """TRL computes ORPO in fp32. Its likelihood term, which includes the prompt, is left out."""
+    tolerance = {"rtol": 0, "atol": 1e-6 if objective == "orpo" else 1e-9}
+    name = {"orpo": "orpo", "simpo": "cpo"}[objective]
+    module = pytest.importorskip(f"trl.experimental.{name}", reason="TRL is not installed")
+    means_2N = -torch.rand(2, 5, dtype=torch.float64).requires_grad_() - 1e-3
+    if objective == "orpo":
+        settings = OrpoSettings(beta=0.2)
+        stub = SimpleNamespace(beta=0.2, accelerator=SimpleNamespace(device="cpu"))
+        losses_N = module.ORPOTrainer.odds_ratio_loss(stub, *means_2N)[0]
+        expected_N = -means_2N[0] - losses_N.double()
+    else:
+        settings = SimpoSettings(beta=2.5, simpo_gamma=0.7)
+        stub = SimpleNamespace(
+            **{
+                "loss_type": "simpo",
+                "beta": 2.5,
+                "simpo_gamma": 0.7,
+                "label_smoothing": 0,
+                "alpha": 0.0,
+            },
+            accelerator=SimpleNamespace(device="cpu"),
+        )
+        expected_N = module.CPOTrainer.cpo_loss(stub, *means_2N)[0]
+    found_N = compute_mean_losses(settings, means_2N)
+    torch.testing.assert_close(found_N, expected_N, **tolerance)
+    (found_grad,) = torch.autograd.grad(found_N.sum(), means_2N)
+    (expected_grad,) = torch.autograd.grad(expected_N.sum(), means_2N)
+    torch.testing.assert_close(found_grad, expected_grad, **tolerance)
+
+
+def test_mean_losses_match_formulas():
+    means = torch.tensor([[-0.5], [-1.2]], dtype=torch.float64)
+    chosen, rejected = (p / (1 - p) for p in (math.exp(-0.5), math.exp(-1.2)))
+    odds_loss = -math.log(1 / (1 + rejected / chosen))
+    for settings, expected in (
+        (OrpoSettings(beta=0.3), 0.5 + 0.3 * odds_loss),
+        (SimpoSettings(beta=2, simpo_gamma=0.4), math.log(1 + math.exp(0.4 - 2 * 0.7))),
+    ):
+        assert compute_mean_losses(settings, means).item() == pytest.approx(expected, abs=1e-12)
+
+
 @each("max_bytes", [1, 4 * 101 * 5, 1 << 28])
 def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
     monkeypatch.setattr("finesight.train.objectives.dpo.MAX_LOGITS_BYTES", max_bytes)
@@ -197,6 +241,15 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     assert "mean over pairs" in page
 
 
+@each(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
+def test_runs_without_reference_model_raise_reward_accuracy(pair_task, objective, learning_rate):
+    options = f"train.objective={objective}", f"train.learning_rate={learning_rate}"
+    result = pair_task.run(*options, "train.epochs=12", name=objective)
+    assert result.after.loss_metrics["rewards/accuracies"] == 1
+    assert result.after.validation_loss < result.before.validation_loss
+    assert not (pair_task.folder / objective / REFERENCE_FILE).exists()
+
+
 def test_planned_packs_match_packs_of_pairs(pair_task):
     """Each pair is one pack, whose prompt is a shared prefix."""
     renderer = NativeRenderer(ModelFolder(pair_task.folder / "tiny"))
@@ -224,7 +277,7 @@ def test_planned_start_includes_the_reference_model(pair_task):
 
 
 def test_reference_pass_continues_after_the_memory_was_full(pair_task, monkeypatch):
-    compute, losses = DpoObjective.compute_loss, []
+    compute, losses = PairObjective.compute_loss, []
 
     def compute_loss(*args):
         losses.append(None)
@@ -232,7 +285,7 @@ def test_reference_pass_continues_after_the_memory_was_full(pair_task, monkeypat
             raise torch.OutOfMemoryError("full")
         return compute(*args)
 
-    monkeypatch.setattr(DpoObjective, "compute_loss", compute_loss)
+    monkeypatch.setattr(PairObjective, "compute_loss", compute_loss)
     monkeypatch.setattr(CudaGraphRunner, "release_graphs", lambda _: len(losses) == 3)
     pair_task.run(*DPO, "train.steps=1", "train.epochs=null")
     tensors = load_file(pair_task.folder / "run" / REFERENCE_FILE)

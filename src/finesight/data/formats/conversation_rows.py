@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 from finesight.data.boxes import (
     BOX_KEY,
     BoxConvention,
-    JsonBox,
     TextBox,
     parse_json_box,
     split_at_boxes,
@@ -73,7 +72,7 @@ from finesight.errors import UserError, format_count
 
 ContentT = TypeVar("ContentT")
 Turn = tuple[Role, str]
-JsonBoxes = list[JsonBox]
+JsonBoxes = list[tuple[Any, str | None]]
 
 JSONL_FILE = "data.jsonl"
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
@@ -163,7 +162,7 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
         last = segments[-1] if segments else None
         if isinstance(part, BoxPart):
             label = None if part.label is None else make_text_part(part.label).text
-            box = JsonBox([format_number(value) for value in part.xyxy], label)
+            box = [format_number(value) for value in part.xyxy], label
             if isinstance(last, list):
                 last.append(box)
             else:

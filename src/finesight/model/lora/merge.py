@@ -86,7 +86,7 @@ def require_native_family(base_folder: ModelFolder) -> None:
     if not is_native(base_folder):
         raise UserError(
             f"a model of the family {base_folder.family}, which has no native implementation",
-            where="finesight merge",
+            where="merge",
             expected="a native family",
             remedy="merge it with peft: PeftModel.from_pretrained(...).merge_and_unload()",
         )

@@ -527,8 +527,7 @@ def load_trainable_adapter(
     }
     where = str(folder)
     remedy = (
-        "set tune as the adapter was trained, or merge the adapter (finesight merge) and start "
-        "from the merged model"
+        "set tune as the adapter was trained, or merge the adapter and start from the merged model"
     )
     extra = [name for name in spec.configs if name not in expected]
     _raise_for_keys(extra, "have no adapter here", where, remedy)

@@ -139,7 +139,7 @@ function enlargeExample(examples, index) {
   if (!dialog.open) dialog.showModal();
 }
 
-/* A line of a prediction file, as `finesight report --incorrect` writes it. */
+/* A line of a prediction file, as in a file of incorrect answers. */
 function toPredictionLine(example) {
   const prediction = example.predictions.findLast(Boolean);
   const [gold = "", ...references] = example.references;

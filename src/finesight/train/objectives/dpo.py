@@ -1,4 +1,4 @@
-"""Direct preference optimization (Rafailov et al. 2023) and its variants, equal to those of TRL.
+"""Preference objectives: DPO (Rafailov et al. 2023) and its variants, ORPO and SimPO.
 
 A pack contains one preference pair: the prompt with its images, which both responses share, then
 the chosen and the rejected response. The reference model is the model before the first step. Its
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finesight.config import DpoSettings
+from finesight.config import DpoSettings, OrpoSettings, SimpoSettings, TrainSettings
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.progress import ProgressCallback, ProgressConsole
@@ -41,9 +41,19 @@ REFERENCE_FILE = "reference_logps.safetensors"
 LogpPair = tuple[float, float]
 """Log-probabilities of the chosen and of the rejected response."""
 
+PairSettings = DpoSettings | OrpoSettings | SimpoSettings
 
-class DpoObjective:
-    """Objective of preference tuning: the losses of `train.dpo`, as a mean over pairs.
+
+def get_pair_settings(train: TrainSettings) -> PairSettings | None:
+    """Return the settings of the objective if it trains on preference pairs, else None."""
+    settings: dict[str, PairSettings] = {"dpo": train.dpo, "orpo": train.orpo, "simpo": train.simpo}
+    return settings.get(train.objective or "")
+
+
+class PairObjective:
+    """Objective of preference tuning: the losses of DPO, ORPO or SimPO, as a mean over pairs.
+
+    ORPO and SimPO need no reference model. Their rewards are mean log-probabilities per token.
 
     Attributes:
         reference_logps: Log-probabilities of the reference model by split (`train`, `eval`) and
@@ -56,7 +66,7 @@ class DpoObjective:
     )
     num_updates: int = 1
 
-    def __init__(self, settings: DpoSettings) -> None:
+    def __init__(self, settings: PairSettings) -> None:
         self.settings = settings
         self.reference_logps: dict[str, dict[int, LogpPair]] = {}
 
@@ -95,10 +105,16 @@ class DpoObjective:
         logps_2 = (logps_L * is_response_2L).sum(1)
         lengths_2 = is_response_2L.sum(1)
         reference_2 = torch.stack([inputs["reference_chosen"], inputs["reference_rejected"]])
-        loss = compute_pair_losses(
-            self.settings, logps_2[:, None], reference_2[:, None], lengths_2[:, None]
-        ).sum()
-        rewards_2 = self.settings.beta * (logps_2 - reference_2)
+        settings = self.settings
+        if isinstance(settings, DpoSettings):
+            (loss,) = compute_pair_losses(
+                settings, logps_2[:, None], reference_2[:, None], lengths_2[:, None]
+            )
+            rewards_2 = settings.beta * (logps_2 - reference_2)
+        else:
+            means_2 = logps_2 / lengths_2.clamp(min=1)
+            (loss,) = compute_mean_losses(settings, means_2[:, None])
+            rewards_2 = settings.beta * means_2
         chosen, rejected = rewards_2.detach().unbind()
         metrics = torch.stack(
             [chosen, rejected, (chosen > rejected).to(chosen.dtype), chosen - rejected]
@@ -200,6 +216,23 @@ def compute_pair_losses(
     return total_N
 
 
+def compute_mean_losses(settings: OrpoSettings | SimpoSettings, means_2N: Tensor) -> Tensor:
+    """Return the ORPO or SimPO loss of each pair, [N].
+
+    The definitions are those of TRL 1.16 (`ORPOTrainer`, `CPOTrainer` with `simpo`), but ORPO has
+    the mean negative log-likelihood of each chosen response, without its prompt.
+
+    Args:
+        means_2N: Mean log-probabilities per token of the chosen and of the rejected responses.
+    """
+    if isinstance(settings, SimpoSettings):
+        margins_N = means_2N[0] - means_2N[1]
+        return -F.logsigmoid(settings.beta * margins_N - settings.simpo_gamma)
+    # The odds of a certain response are infinite.
+    odds_2N = means_2N - (-torch.expm1(means_2N.clamp(max=-1e-6))).log()
+    return -means_2N[0] - settings.beta * F.logsigmoid(odds_2N[0] - odds_2N[1])
+
+
 def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
     """Compute the log-probabilities of the reference model, or load those of a resumed run.
 
@@ -211,7 +244,7 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
         TrainingInterrupted: A stop was requested.
     """
     objective, hardware = state.engine.objective, state.run.hardware
-    assert isinstance(objective, DpoObjective), f"{objective} has no reference model"
+    assert isinstance(objective, PairObjective), f"{objective} has no reference model"
     path = state.run.run_dir.path / REFERENCE_FILE
     if state.progress.step:
         try:

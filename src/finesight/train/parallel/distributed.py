@@ -407,7 +407,7 @@ def init_distributed() -> Iterator[ProcessGroup]:
             f"WORLD_SIZE is {variables['WORLD_SIZE']}, and {problem}",
             where="the environment",
             expected=f"the variables that torchrun sets: {', '.join(REQUIRED_ENV_VARS)}",
-            remedy="start with torchrun --nproc-per-node N -m finesight train RECIPE",
+            remedy="start the training with torchrun --nproc-per-node N -m finesight ...",
         )
     local_rank = int(variables["LOCAL_RANK"])
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", local_rank + 1))

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain, pairwise
 
 import torch
@@ -29,7 +30,7 @@ from finesight.encode.packing import PackedBatch, append_dummy_image
 from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.optimizer import MasterWeightOptimizer
+from finesight.train.optimizer import LazyTensors, MasterWeightOptimizer
 
 MIN_UNIT_PARAMS = 256_000_000
 """Minimum number of parameters of an FSDP unit, which is all-gathered at once."""
@@ -220,7 +221,18 @@ class FSDPStrategy:
 
     def shard_state(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return a mapping that slices the shard of this rank from each tensor on access."""
-        return _LocalShards(tensors, self._row_ranges)
+        slice_fns: dict[str, Callable[[], Tensor]] = {}
+        for name in tensors:
+            # The name of a parameter, with or without a prefix such as `exp_avg.`.
+            for param_name in (name, name.partition(".")[2]):
+                if param_name in self._row_ranges:
+                    slice_fns[name] = partial(
+                        _read_rows, tensors, name, self._row_ranges[param_name]
+                    )
+                    break
+            if "." not in name and name not in slice_fns:
+                slice_fns[name] = partial(tensors.__getitem__, name)
+        return LazyTensors(slice_fns)
 
     @contextmanager
     def summon_full_params(self) -> Iterator[None]:
@@ -271,29 +283,5 @@ def _count_params(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-class _LocalShards(Mapping[str, Tensor]):
-    """Mapping of the slices of complete tensors that belong to this rank, created on access."""
-
-    def __init__(self, full_tensors: Mapping[str, Tensor], row_ranges: Mapping[str, slice]) -> None:
-        self._full_tensors, self._row_ranges = full_tensors, row_ranges
-        self._names = [
-            name
-            for name in full_tensors
-            if "." not in name or _find_rows(name, row_ranges) is not None
-        ]
-
-    def __getitem__(self, name: str) -> Tensor:
-        rows = _find_rows(name, self._row_ranges)
-        return self._full_tensors[name] if rows is None else self._full_tensors[name][rows]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-
-def _find_rows(name: str, row_ranges: Mapping[str, slice]) -> slice | None:
-    """Find the rows of a parameter by its name, with or without a prefix such as `exp_avg.`."""
-    rows = row_ranges.get(name)
-    return row_ranges.get(name.partition(".")[2]) if rows is None else rows
+def _read_rows(tensors: Mapping[str, Tensor], name: str, rows: slice) -> Tensor:
+    return tensors[name][rows]

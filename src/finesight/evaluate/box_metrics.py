@@ -94,6 +94,38 @@ def compute_box_scores(
     }
 
 
+def compute_box_reward(predicted: Sequence[BoxPart], references: Sequence[BoxPart]) -> float:
+    """Return the mean over the boxes of IoU, hit and ratio of the areas, as a reward.
+
+    The hit is 1 if the center of a box lies in its reference. Alone, it would favor small boxes,
+    and the IoU large ones (Zhou et al. 2025, GUI-G1). Missing and additional boxes cost the same.
+    """
+    max_boxes = max(len(predicted), len(references))
+    total = 0.0
+    for i, j, overlap in match_boxes(predicted, references):
+        areas = sorted(_compute_area(one) for one in (predicted[i], references[j]))
+        size = areas[0] / areas[1] if areas[1] else 0.0
+        total += (overlap + _contains_center(references[j], predicted[i]) + size) / 3
+    return total / max_boxes if max_boxes else 1.0
+
+
+def compute_click_reward(predicted: Sequence[BoxPart], references: Sequence[BoxPart]) -> float:
+    """Return 1 if the center of the first box lies in a reference box."""
+    hits = (_contains_center(reference, predicted[0]) for reference in references)
+    return float(bool(predicted) and any(hits))
+
+
+def _compute_area(box: BoxPart) -> float:
+    x1, y1, x2, y2 = box.xyxy
+    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
+
+
+def _contains_center(outer: BoxPart, box: BoxPart) -> bool:
+    x, y = (box.xyxy[0] + box.xyxy[2]) / 2, (box.xyxy[1] + box.xyxy[3]) / 2
+    x1, y1, x2, y2 = outer.xyxy
+    return outer.image == box.image and x1 <= x <= x2 and y1 <= y <= y2
+
+
 def normalize_label(box: BoxPart) -> str:
     """Return the label in lower case with normalized whitespace; empty without a label."""
     return " ".join((box.label or "").casefold().split())

@@ -19,10 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from finesight.config import RewardSettings
-from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.box_metrics import match_boxes
+from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import get_task_metric
 from finesight.evaluate.text_metrics import normalize_text
@@ -45,33 +44,6 @@ def score_exact(case: EvalCase) -> float:
     return float(normalize_text(case.answer) in map(normalize_text, case.references))
 
 
-def score_boxes(case: EvalCase) -> float:
-    """Return the mean of IoU, hit and size terms over the boxes, as one-to-one matches.
-
-    The hit is 1 if the center of the box lies in the reference. It alone would favor small boxes,
-    and the IoU alone large ones (Zhou et al. 2025, GUI-G1). Missing and additional boxes cost the
-    same. A wrong answer gets 0.
-    """
-    max_boxes = max(len(case.boxes), len(case.reference_boxes))
-    if not max_boxes:
-        return 1.0
-    total = 0.0
-    for i, j, overlap in match_boxes(case.boxes, case.reference_boxes):
-        box, reference = case.boxes[i], case.reference_boxes[j]
-        areas = sorted((_compute_area(box), _compute_area(reference)))
-        size = areas[0] / areas[1] if areas[1] else 0.0
-        total += (overlap + _contains_center(reference, box) + size) / 3
-    return total / max_boxes
-
-
-def score_click(case: EvalCase) -> float:
-    """Return 1 if the center of the first box lies in a reference box."""
-    is_hit = bool(case.boxes) and any(
-        _contains_center(reference, case.boxes[0]) for reference in case.reference_boxes
-    )
-    return float(is_hit)
-
-
 def score_repetition(case: EvalCase) -> float:
     """Return the share of distinct n-grams of words; 1 for answers without repetition."""
     words = case.answer.split()
@@ -90,25 +62,14 @@ def score_length(max_length: int, case: EvalCase) -> float:
     return min(1.0, max(0.0, 1.0 - excess / max_length))
 
 
-def _compute_area(box: BoxPart) -> float:
-    x1, y1, x2, y2 = box.xyxy
-    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
-
-
-def _contains_center(outer: BoxPart, box: BoxPart) -> bool:
-    x, y = (box.xyxy[0] + box.xyxy[2]) / 2, (box.xyxy[1] + box.xyxy[3]) / 2
-    x1, y1, x2, y2 = outer.xyxy
-    return outer.image == box.image and x1 <= x <= x2 and y1 <= y <= y2
-
-
 RewardFn = Callable[[Sequence[EvalCase]], list[float | None]]
 
 CaseRewardFn = Callable[[EvalCase], float]
 
 _BUILT_IN: dict[str, CaseRewardFn] = {
     "exact": score_exact,
-    "boxes": score_boxes,
-    "click": score_click,
+    "boxes": lambda case: compute_box_reward(case.boxes, case.reference_boxes),
+    "click": lambda case: compute_click_reward(case.boxes, case.reference_boxes),
     "repetition": score_repetition,
 }
 REWARDS = Registry("rewards", object, _BUILT_IN)

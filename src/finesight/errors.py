@@ -99,7 +99,7 @@ class UserError(Exception):
     ) -> None:
         self.what, self.where, self.expected = map(_escape_part, (what, where, expected))
         self.remedy = remedy if isinstance(remedy, Step) else _escape_part(remedy)
-        super().__init__(str(self))
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

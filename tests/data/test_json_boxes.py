@@ -9,7 +9,6 @@ import pytest
 
 from finesight.data.boxes import (
     MAX_JSON_DEPTH,
-    JsonBox,
     iter_json_values,
     parse_json_box,
     split_at_boxes,
@@ -81,7 +80,7 @@ def test_only_fences_around_boxes_are_removed() -> None:
 
 
 def test_box_item_with_optional_label() -> None:
-    assert parse_json_box(json.loads(ONE)) == JsonBox([1, 2, 3, 4], "dog")
-    assert parse_json_box({"bbox_2d": "x", "text_content": 5}) == JsonBox("x", "5")
+    assert parse_json_box(json.loads(ONE)) == ([1, 2, 3, 4], "dog")
+    assert parse_json_box({"bbox_2d": "x", "text_content": 5}) == ("x", "5")
     assert parse_json_box({"bbox_2d": [], "score": 1}) is None
     assert parse_json_box([1, 2, 3, 4]) is None

@@ -275,7 +275,7 @@ class TrainerConverter:
         draft.set("train.data_seed", seed if data_seed is None else data_seed)
 
     def count_gpus(self, num_visible: int) -> tuple[int, str]:
-        """Return the number of processes (by default `num_visible`, or 1), and a note if unknown."""
+        """Return the number of processes (default: `num_visible`, or 1), and a note if unknown."""
         config = self.config
         if recorded := config.get_int("global_world_size"):
             return max(1, recorded), ""

@@ -47,14 +47,6 @@ def test_fingerprint_covers_content_limits_and_weights(tmp_path: Path) -> None:
     assert load_corpus((TrainFileSettings(path=Path(changed)),)).fingerprint == prints[0]
 
 
-def test_unanswered_sample_is_for_prediction_only(tmp_path: Path) -> None:
-    question = {"id": "a", "messages": [{"role": "user", "content": "q"}]}
-    file = TrainFileSettings(path=write_jsonl(tmp_path / "a.jsonl", [question]))
-    assert ids(load_corpus((file,), require_answer=False)) == ["a"]
-    with pytest.raises(UserError, match="no answer"):
-        load_corpus((file,)).read_samples()
-
-
 def test_samples_are_read_lazily(tmp_path: Path) -> None:
     """What is wrong with one is said when it is its turn, with file and line."""
     path = write(tmp_path / "1.jsonl", "a", "b")

@@ -303,16 +303,6 @@ def test_conflicting_prompts_are_rejected(
         )
 
 
-def test_table_without_questions(tmp_path: Path) -> None:
-    done = export_dataset(
-        make_located_samples(tmp_path, turns([IMAGE_PART], "x")),
-        tmp_path / "o",
-        "table",
-        copy_images=False,
-    )
-    assert done.notes[-1].endswith('--map image=image --map answer=answer --prompt ""')
-
-
 def test_missing_image(tmp_path: Path) -> None:
     samples = make_located_samples(tmp_path, ONE_IMAGE[0])
     (tmp_path / "in" / "a.png").unlink()
@@ -320,33 +310,6 @@ def test_missing_image(tmp_path: Path) -> None:
         export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
     assert "'s0'" in caught.value.where
     assert not (tmp_path / "out").exists()
-
-
-def test_unknown_format(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown format 'swift'") as caught:
-        export_dataset(
-            make_located_samples(tmp_path, ONE_IMAGE[0]),
-            tmp_path / "out",
-            "swift",
-            copy_images=False,
-        )
-    assert caught.value.where == "--to"
-    assert caught.value.remedy == "did you mean ms-swift?"
-
-
-def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
-    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns))
-    samples = read_samples(tmp_path / "one" / "data.jsonl")
-    where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
-    for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):
-        export_dataset(where, tmp_path / name, name, copy_images=False)
-        summary = import_dataset(
-            data_file(tmp_path / name), tmp_path / f"{name}-2", ImportOptions()
-        )
-        assert (summary.format, summary.num_clipped_boxes) == (name, 0)
-        assert read_samples(tmp_path / f"{name}-2" / "data.jsonl") == samples
 
 
 @pytest.mark.parametrize(

@@ -20,10 +20,6 @@ from finesight.data.image_header import (
 )
 
 
-def test_height_precedes_width(tmp_path: Path) -> None:
-    assert read_image_size(write_gray_image(tmp_path / "a.png", width=40, height=20)) == (20, 40)
-
-
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
 def test_exif_rotation_swaps_sides(tmp_path: Path, suffix: str) -> None:
     exif = Image.Exif()

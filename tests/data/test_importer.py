@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +14,6 @@ from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
 from finesight import storage
-from finesight.config import TrainFileSettings
-from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import (
     REASON_IMAGE_IN_EVAL,
@@ -161,19 +158,6 @@ def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "train.jsonl").exists()
 
 
-def test_split_by_image(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", train_fraction=0.75, seed=3)
-    summary = import_dataset(table(tmp_path, *"aabbccdd"), tmp_path / "out", request)
-    train, validation = (
-        {word[0] for word in words(tmp_path / "out" / name)}
-        for name in ("train.jsonl", "eval.jsonl")
-    )
-    assert len(train) == 3
-    assert len(validation) == 1
-    assert not train & validation
-    assert check_row_counts(summary)
-
-
 def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     source = table(tmp_path, *"ab", answers=["x", "y", "z"])
     request = ImportOptions(
@@ -186,18 +170,6 @@ def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     assert sample.references == ("y", "z")
     assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(1, 3), (1, 1)]
     assert summary.unused_columns == ("answer",)
-
-
-def test_copied_images(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", copy_images=True)
-    import_dataset(table(tmp_path, *"aba"), tmp_path / "out", request)
-    names = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
-    assert names == ["a.png", "b.png"]
-    samples = read_samples(tmp_path / "out" / "data.jsonl")
-    assert {sample.messages[0].content[0].image for sample in samples} == {
-        "images/a.png",
-        "images/b.png",
-    }
 
 
 def test_embedded_parquet_images(tmp_path: Path) -> None:
@@ -228,21 +200,6 @@ def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     import_dataset(source, tmp_path / "out", ImportOptions())
     ids = [sample.id for sample in read_samples(tmp_path / "out" / "data.jsonl")]
     assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
-
-
-def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
-    import_dataset(table(tmp_path, *"ab"), tmp_path / "one", ANSWERS)
-    first = tmp_path / "one" / "data.jsonl"
-    summary = import_dataset(first, tmp_path / "two" / "deeper", ImportOptions())
-    assert summary.format == "samples"
-    again = tmp_path / "two" / "deeper" / "data.jsonl"
-    paths = [
-        list_image_paths([located_sample.sample], located_sample.folder)[0].resolve()
-        for located_sample in load_corpus(
-            (TrainFileSettings(path=first), TrainFileSettings(path=again))
-        ).read_samples()
-    ]
-    assert paths[:2] == paths[2:]
 
 
 def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:
@@ -371,28 +328,3 @@ def test_inapplicable_options_are_rejected(
     assert caught.value.expected
     assert caught.value.remedy
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("form", ["xyxy", "xywh"])
-def test_real_boxes(shared: Path, tmp_path: Path, form: str) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": f"bbox_{form}"}
-    summary = import_dataset(
-        source, tmp_path / "out", ImportOptions(columns=columns, box_format=form)
-    )
-    assert (summary.num_rows, summary.skipped_rows, summary.num_clipped_boxes) == (534, {}, 0)
-    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(534, 534)]
-    originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    for sample, original in zip(
-        read_samples(tmp_path / "out" / "data.jsonl"), originals, strict=True
-    ):
-        assert list(sample.messages[-1].content[0].xyxy) == original["bbox_xyxy"]
-
-
-def test_real_boxes_in_the_wrong_format_are_rejected(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": "bbox_xywh"}
-    options = ImportOptions(columns=columns, box_format="xyxy")
-    with pytest.raises(UserError, match="of 534 rows are invalid") as caught:
-        import_dataset(source, tmp_path / "out", options)
-    assert "--box-format xywh" in caught.value.remedy

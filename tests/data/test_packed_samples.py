@@ -173,13 +173,6 @@ def test_images_outside_the_container_are_not_read(
         read_image_size(image_file(load(path), 0))
 
 
-def test_image_missing_from_tar(table: Path, tmp_path: Path) -> None:
-    row = read_rows(table)[0]
-    tar = write_tar(tmp_path / "a.tar", {"s0.json": json.dumps(row).encode()})
-    with pytest.raises(CorruptImageError, match=r"a\.tar/images\.d/0\.png: no such image"):
-        read_image_size(image_file(load(tar), 0))
-
-
 def test_truncated_tar_is_detected(table: Path, tmp_path: Path) -> None:
     write_tar_shards(table, tmp_path / "one", 9)
     path = tmp_path / "one" / "000.tar"

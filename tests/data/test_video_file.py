@@ -54,12 +54,6 @@ def test_header_counts_the_decoded_frames(tmp_path: Path, name: str) -> None:
     assert [find_index(frame) for frame in iter_video_frames(path, [3, 4, 11])] == [3, 4, 11]
 
 
-def test_decoding_is_deterministic(clip: Path) -> None:
-    first, second = ([*iter_video_frames(clip, EVERY_FRAME)] for _ in range(2))
-    assert first == second
-    assert {frame.mode for frame in first} == {"RGB"}
-
-
 def test_frames_before_an_edit_list_are_neither_counted_nor_decoded(tmp_path: Path) -> None:
     path = write_video(tmp_path / "cut.mp4", first_pts=-3)
     assert read_video_header(path).num_frames == 13

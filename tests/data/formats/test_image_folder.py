@@ -59,12 +59,6 @@ def test_text_file_is_the_answer(root: Path, tmp_path: Path) -> None:
     assert summary.skipped_rows == {"images without a text file of the same name": 1}
 
 
-def test_prompt_is_required(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="without text") as caught:
-        import_samples(root, tmp_path / "out")
-    assert "--prompt" in caught.value.remedy
-
-
 def test_roundtrip(root: Path, tmp_path: Path) -> None:
     check_export_roundtrip(root, tmp_path, prompt="What is this?")
 
@@ -119,12 +113,6 @@ def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: 
         with pytest.raises(UserError) as requested:
             import_samples(root, tmp_path / "out", format="classes")
         assert requested.value.what == "0 class folders with images"
-
-
-def test_windows_line_endings(root: Path, tmp_path: Path) -> None:
-    (root / "a.txt").write_bytes(b"A dog.\r\nIt barks.\r\n")
-    samples, _ = import_samples(root, tmp_path / "out", prompt="What is this?")
-    assert list_answers(samples)[0] == ["A dog.\nIt barks."]
 
 
 def write_images(root: Path, *names: str) -> Path:

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from box_fixtures import (
-    check_export_roundtrip,
     find_box,
     import_samples,
     list_answers,
@@ -83,21 +82,12 @@ def test_detection(root: Path, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
-    check_export_roundtrip(root, tmp_path, box_task=ask)
-
-
 def test_four_corner_shapes_and_windows_paths(root: Path, tmp_path: Path) -> None:
     corners = [[12, 3], [31, 3], [31, 17], [12, 17]]
     (root / "json").mkdir()
     save(root / "json", record(imagePath="..\\a.png", shapes=[shape("dog", corners)]))
     samples, _ = import_samples(root / "json", tmp_path / "out")
     assert list_answers(samples) == [[("dog", WHITE)]]
-
-
-def test_single_file(root: Path, tmp_path: Path) -> None:
-    assert len(import_samples(root / "a.json", tmp_path / "out")[0]) == 1
 
 
 def test_embedded_image(root: Path, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Several data files as one sequence with a fingerprint."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,13 +1,10 @@
 """Round trips of samples through foreign formats, with images and boxes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
@@ -19,8 +16,6 @@ from finesight.data.importer import import_dataset
 from finesight.data.sample import LocatedSample, Sample, read_samples, sample_from_dict
 from finesight.errors import UserError
 from finesight.storage import verify_folder
-
-TABLES = load_cases("exporter")
 
 IMAGE_PART = {"type": "image", "image": "in/a.png"}
 SECOND = {"type": "image", "image": "in/b.png"}
@@ -218,14 +213,6 @@ def test_unsupported_fields_are_counted(tmp_path: Path) -> None:
     done = export_dataset(samples, tmp_path / "same", "samples", copy_images=False)
     assert done.lost_counts == {}
     assert read_samples(tmp_path / "same" / "data.jsonl")[0].references == ("One.", "Two.")
-
-
-@pytest.mark.parametrize(("name", "note"), TABLES["test_export_notes"])
-def test_export_notes(tmp_path: Path, name: str, note: str) -> None:
-    done = export_dataset(
-        make_located_samples(tmp_path, *ONE_IMAGE), tmp_path / "out", name, copy_images=False
-    )
-    assert note in " ".join(done.notes)
 
 
 def test_exif_rotated_images_with_boxes_are_reported(tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Image sizes from headers, and files that are rejected before decoding."""
 
-from __future__ import annotations
-
 import os
 import pickle
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A source read leniently, faults and all, and what an opened source refuses."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

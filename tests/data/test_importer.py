@@ -1,7 +1,5 @@
 """A foreign file becomes a folder of samples, whole or not at all, with every row accounted for."""
 
-from __future__ import annotations
-
 import errno
 import os
 from dataclasses import replace
@@ -279,22 +277,6 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 of 1 rows are invalid") as caught:
         import_dataset(source, tmp_path / "4", ImportOptions(format="ms-swift"))
     assert caught.value.remedy.startswith("give --format conversations: line 1 has turns")
-
-
-def test_rows_of_other_format_suggest_it(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "a.png")
-    rows: list[dict[str, Any]] = [{"messages": captured_text("Hello")}] * 100
-    rows.append({"messages": captured_text("<image>House?"), "images": ["a.png"]})
-    source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match="1 of 101 rows are invalid") as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert caught.value.remedy.startswith("give --format ms-swift: line 101 has messages")
-    summary = import_dataset(source, tmp_path / "out", ImportOptions(format="ms-swift"))
-    assert summary.output_files[0].num_samples == 101
-
-
-def captured_text(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
 
 
 @pytest.mark.parametrize(

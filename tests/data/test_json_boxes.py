@@ -1,7 +1,5 @@
 """JSON is found wherever it stands in a text, and boxes in it are told from the words around."""
 
-from __future__ import annotations
-
 import json
 import signal
 

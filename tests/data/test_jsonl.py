@@ -1,7 +1,5 @@
 """Samples go into files and come back; everything else is refused with its line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -118,12 +116,6 @@ def test_integral_coordinates_have_no_decimal_point(tmp_path: Path) -> None:
 def test_invalid_line_error_has_line_number(tmp_path: Path, line: str | bytes, what: str) -> None:
     with pytest.raises(UserError, match=what):
         raise load_error(tmp_path / "a.jsonl", line)
-
-
-def test_unknown_key_suggests_closest_one(tmp_path: Path) -> None:
-    error = load_error(tmp_path / "a.jsonl", json.dumps(record(refrences=["x"])))
-    assert "refrences" in error.what
-    assert error.remedy == "did you mean references?"
 
 
 def test_misspelled_key_is_reported_first(tmp_path: Path) -> None:

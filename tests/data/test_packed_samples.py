@@ -1,7 +1,5 @@
 """Samples in tars and Parquet files: the same ones as in JSONL, by shards, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rows of JSON, JSON Lines, CSV and Parquet files."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

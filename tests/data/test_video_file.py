@@ -1,7 +1,5 @@
 """Video files: frame count without decoding, decoded frames, and files that are rejected."""
 
-from __future__ import annotations
-
 import os
 import random
 import struct

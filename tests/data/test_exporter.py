@@ -299,6 +299,21 @@ def test_missing_image(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
+    source = shared / "data" / "grounding" / "grounding.jsonl"
+    columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
+    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns))
+    samples = read_samples(tmp_path / "one" / "data.jsonl")
+    where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
+    for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):
+        export_dataset(where, tmp_path / name, name, copy_images=False)
+        summary = import_dataset(
+            data_file(tmp_path / name), tmp_path / f"{name}-2", ImportOptions()
+        )
+        assert (summary.format, summary.num_clipped_boxes) == (name, 0)
+        assert read_samples(tmp_path / f"{name}-2" / "data.jsonl") == samples
+
+
 @pytest.mark.parametrize(
     "form", ["ms-swift", "llama-factory", "query-response", "conversations", "qwen-vl"]
 )

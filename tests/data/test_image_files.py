@@ -2,6 +2,9 @@
 
 import io
 import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pillow_heif
@@ -9,6 +12,7 @@ import pytest
 from image_fixtures import write_jsonl
 from PIL import Image
 
+from finesight.data import importer
 from finesight.data.image_header import read_image_size
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
@@ -78,6 +82,30 @@ def test_truncated_images_are_refused(tmp_path: Path, name: str) -> None:
     assert f"line 2: {tmp_path / name}: " in caught.value.what
     assert "the image again" in caught.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("memory", "threads"), [(0, 1), (2**31, 4), (2**50, 16)])
+def test_decoding_threads_and_progress(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, threads: int
+) -> None:
+    counts: list[object] = []
+
+    def start_pool(num_threads: int) -> ThreadPoolExecutor:
+        counts.append(num_threads)
+        return ThreadPoolExecutor(num_threads)
+
+    @contextmanager
+    def progress_stage(title: str, total: int) -> Iterator[Callable[[int], None]]:
+        counts.extend((title, total))
+        yield counts.append
+
+    monkeypatch.setattr(importer, "ThreadPoolExecutor", start_pool)
+    monkeypatch.setattr(importer, "num_allowed_cpus", lambda: 64)
+    monkeypatch.setattr(importer, "available_memory", lambda: memory)
+    source = write_jsonl(tmp_path / "a.jsonl", [{"image": write_noise(tmp_path / "a.png").name}])
+    options = ImportOptions(columns={"image": "image", "answer": "image"}, prompt="?")
+    import_dataset(source, tmp_path / "out", options, progress_stage)
+    assert counts == ["images", 1, threads, 1]
 
 
 def test_errors_are_grouped_by_kind(tmp_path: Path) -> None:

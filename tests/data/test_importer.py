@@ -156,6 +156,19 @@ def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "train.jsonl").exists()
 
 
+def test_split_by_image(tmp_path: Path) -> None:
+    request = ImportOptions(columns=ANSWERS.columns, prompt="?", train_fraction=0.75, seed=3)
+    summary = import_dataset(table(tmp_path, *"aabbccdd"), tmp_path / "out", request)
+    train, validation = (
+        {word[0] for word in words(tmp_path / "out" / name)}
+        for name in ("train.jsonl", "eval.jsonl")
+    )
+    assert len(train) == 3
+    assert len(validation) == 1
+    assert not train & validation
+    assert check_row_counts(summary)
+
+
 def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     source = table(tmp_path, *"ab", answers=["x", "y", "z"])
     request = ImportOptions(

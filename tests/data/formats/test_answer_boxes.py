@@ -33,6 +33,16 @@ def test_answer_is_parsed(folder: Path, text: str, parts: list[Any]) -> None:
     assert found == [one if isinstance(one, str) else pytest.approx(one) for one in parts]
 
 
+def test_written_text_reads_back_the_same(folder: Path) -> None:
+    box = BoxPart(xyxy=(1, 2.5, 3, 4), label='a "b"')
+    content = (TextPart(text="In [1]: "), box, BoxPart(xyxy=(5, 6, 7, 8)), TextPart(text="!"))
+    text = format_answer(content, 1)
+    assert text == (
+        'In [1]: [{"bbox_2d": [1, 2.5, 3, 4], "label": "a \\"b\\""}, {"bbox_2d": [5, 6, 7, 8]}]!'
+    )
+    assert answer(folder, text) == summarize_content(content)
+
+
 @pytest.mark.parametrize(
     ("content", "images"),
     [

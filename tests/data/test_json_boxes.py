@@ -1,7 +1,5 @@
 """JSON is found wherever it stands in a text, and boxes in it are told from the words around."""
 
-from __future__ import annotations
-
 import json
 import signal
 
@@ -27,10 +25,6 @@ def test_top_level_values_are_found_in_order() -> None:
     assert [one.value for one in iter_json_values(f"[{ONE}, {ONE}, {{", "{")] == [
         json.loads(ONE)
     ] * 2
-
-
-def test_deeply_nested_json_is_skipped() -> None:
-    assert list(iter_json_values("[" * 100_000, "{")) == []
 
 
 def test_value_over_the_limit_of_levels_is_passed_over() -> None:

@@ -260,10 +260,11 @@ def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> 
 
     counts = Counter(span.kind for span in tokenized.spans)
     video_summary = f", video segments: {counts['video']}" if counts["video"] else ""
+    rejected = "".join(f", rejected answer from {start}" for start in tokenized.response_starts[1:])
     yield f"sample {tokenized.id}"
     yield (
         f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
-        f" images: {counts['image']}{video_summary} (patches: {tokenized.num_patches})"
+        f" images: {counts['image']}{video_summary} (patches: {tokenized.num_patches}){rejected}"
     )
     yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
     for row in iter_token_rows(tokenized, tokenizer):

@@ -75,10 +75,6 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {},
     ),
     (
-        {"conversations": turns(read_box([*WHITE]), "a.png")},
-        {"prompt": "?"},
-    ),
-    (
         "qwen-vl",
         {
             "conversations": turns(

@@ -10,6 +10,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
@@ -26,15 +27,28 @@ from studio_fixtures import (
     write_recipe,
 )
 
+from finesight.app import studio_view
 from finesight.app.jobs import JobStore
-from finesight.app.studio_page import FORMS, OPERATIONS_OF_STEPS, Form, StudioPage, list_options
-from finesight.app.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
+from finesight.app.studio_page import Form, StudioPage
+from finesight.app.studio_view import (
+    FORMS,
+    FORMS_OF_STEPS,
+    STEPS,
+    Selection,
+    StudioView,
+    build_form,
+    list_field_names,
+    list_form_parameters,
+)
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
-from finesight.cli.app import run_command
+from finesight.cli.app import build_command, run_command
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
+from finesight.operations import evaluation, find_operation
+from finesight.operations.operation import Outcome, Parameter, as_function
+from finesight.operations.options import RunOrModelArgument
 from finesight.operations.training import read_example
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
@@ -74,15 +88,15 @@ def upload_files(folder: Path) -> list[Path]:
         ("table.csv", "What?", "", ["--map", "image=photo", "--map", "answer=text"]),
         ("table.csv", "What?", "--map image=photo --map answer=text", ["image=photo"]),
         ("table.csv", "What?", "image=photo answer=text", ["--map", "answer=text"]),
-        ("images", "What?", "", "24 images without labels"),
-        ("images", "What?", "", "table.csv or label the images in the step Label"),
+        ("label:sources", "What?", "", "24 images without labels"),
+        ("label:sources", "What?", "", "table.csv or label the images in the step Label"),
         ("table.csv", "", "", "Prompt"),
     ],
 )
 def test_import_form_is_checked_before_the_command_starts(
     folder, page, started, source, prompt, columns, found
 ):
-    draw_dots(folder / "images", 24)
+    draw_dots(folder / "label:sources", 24)
     (folder / "table.csv").write_text("photo,text\nphotos/00.png,a b\nphotos/01.png,c d\n")
     message = click_button(page, "import", "step=data", None, source, "a", prompt, columns)
     if isinstance(found, str):
@@ -127,7 +141,7 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archiv
             file.rename(home / "shapes" / file.name)
         files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
     assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
-    assert started[0][-4:] == ["--map", "image=image", "--map", "answer=class"]
+    assert started[0][3:7] == ["--map", "image=image", "--map", "answer=class"]
     with contextlib.chdir(folder):
         assert run_command(started[0]) == 0
     assert len((folder / "data/a/data.jsonl").read_text().splitlines()) == 24
@@ -136,17 +150,17 @@ def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archiv
 def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
     # They precede the form of an earlier command.
     form = ("photos", "Color?", "old", TINY_MODEL, "text", "", "", "0.8")
-    texts = dict(zip((field.name for field in FORMS["label"]), form, strict=False))
+    texts = {f"label:{name}": text for name, text in zip(FORMS["label"], form, strict=False)}
     write_job(folder, "label", "label finesight-tiny photos", form=texts)
     files = sorted((folder / "photos").glob("*.png"))
     message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "", "", "0.9")
     query = dict(parse_qsl(urlsplit(url).query))
     assert (message, query["step"], started) == ("", "label", [])
-    names = ("images", "labels-name", "kind")
+    names = ("label:sources", "label:out", "label:kind")
     fields = read_fields(page, query)
     assert [fields[name] for name in names] == ["uploads/dots", "dots", ""]
     assert "images=uploads%2Fdots" in read_live(folder, url[3:])["url"]
-    assert "images" not in call_page(page, "label", query, *form)[1]
+    assert "label:sources" not in call_page(page, "label", query, *form)[1]
     fields = read_fields(page, {"step": "label"})
     assert [fields[name] for name in names] == ["photos", "old", "text"]
 
@@ -175,28 +189,58 @@ def test_only_the_converter_of_the_command_line_runs(folder):
         assert "convert.py" not in text
 
 
-def test_options_of_operations_are_fields_of_the_page(folder, page, started):
-    """A new option of an operation needs no change of the page."""
+def evaluate_more(
+    run_or_model: RunOrModelArgument,
+    tolerance: Annotated[float | None, Parameter(minimum=0)] = None,
+) -> Outcome[float]:
+    """Evaluate with a new option.
+
+    Args:
+        tolerance: Accepted difference.
+    """
+    return Outcome(tolerance or 0.0)
+
+
+def test_new_option_of_an_operation_appears_in_command_function_and_form(
+    folder, page, started, monkeypatch
+):
     add_run(folder)
-    shown = {step: page.render(Selection(step=step, run="runs/a")) for step in STEPS}
-    for step, operations in OPERATIONS_OF_STEPS.items():
-        for operation in operations:
-            names = {f"{operation}:{one.name}" for one in list_options(operation)}
-            assert names <= {*re.findall(r' name="([\w:]+)"', shown[step])}, operation
-    assert 'name="import:train_fraction" value="0.9"' in shown["data"]
+    monkeypatch.setattr(evaluation, "evaluate", evaluate_more)
+    with monkeypatch.context() as patch:
+        patch.setattr(studio_view, "list_form_parameters", list_form_parameters.__wrapped__)
+        selection = Selection(step="results", run="runs/a")
+        assert 'name="eval:tolerance"' in page.render(selection)
+        page.run_action("evaluate", selection, Form(texts={"eval:tolerance": "0.5"}))
+        assert started == [["eval", "runs/a", "--tolerance", "0.5"]]
+        with pytest.raises(UserError, match="at least 0") as caught:
+            page.run_action("evaluate", selection, Form(texts={"eval:tolerance": "-1"}))
+    assert caught.value.where == "eval:tolerance"
+    command = build_command("eval", find_operation("eval"))
+    assert "--tolerance" in {word for param in command.params for word in param.opts}
+    assert as_function(evaluation.evaluate)("runs/a", tolerance=0.25) == 0.25
+
+
+def test_options_of_operations_are_fields_of_the_page(folder, page, started):
+    add_run(folder)
+    for step in STEPS:
+        shown = re.findall(r' name="([\w:.]+)"', page.render(Selection(step=step, run="runs/a")))
+        names = {one.name for form in FORMS_OF_STEPS[step] for one in build_form(form)}
+        assert {name for name in names if not name.startswith("export:")} <= {*shown}, step
     (folder / "new.jsonl").write_text("")
     texts = {"eval:data": "new.jsonl", "eval:limit": "3", "eval:thinking": "no", "eval:device": ""}
     texts["eval:out"] = "answers.jsonl"  # a new file
     selection = Selection(step="results", run="runs/a")
     page.run_action("evaluate", selection, Form(texts=texts))
-    weights = started[0][1]
     words = ["--data", "new.jsonl", "--limit", "3", "--out", "answers.jsonl", "--no-thinking"]
-    assert started == [["eval", weights, *words]]
+    assert started == [["eval", "runs/a", *words]]
     invalid = {"data": "../other.jsonl", "metric": "new.py:score", "limit": "0", "batch_size": "a"}
     for name, text in invalid.items():
         with pytest.raises(UserError) as caught:
             page.run_action("evaluate", selection, Form(texts={f"eval:{name}": text}))
         assert caught.value.where == f"eval:{name}"
+    texts = {"import:source": "photos", "import:out": "a", "import:rows": "0:3"}
+    page.run_action("import", Selection(), Form(texts=texts))
+    assert started[1] == ["import", "photos", "data/a", "--rows", "0:3"]
 
 
 def test_file_names_are_escaped(folder):
@@ -236,12 +280,12 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
 
 def test_label_form_offers_a_prompt_and_keeps_its_values(folder, page):
     query = {"step": "label", "lang": "en"}
-    assert read_fields(page, query)["label-prompt"] == ""
+    assert read_fields(page, query)["label:prompt"] == ""
     assert "Prompt (required)" in page.render(Selection.parse(query, "en"))
     add_data(folder, "a")
-    assert read_fields(page, query)["label-prompt"] == "Which color?"
+    assert read_fields(page, query)["label:prompt"] == "Which color?"
     assert "Prompt (required)" not in page.render(Selection.parse(query, "en"))
-    form = ["photos", "Color?", "colors", TINY_MODEL, "wrong", "", "", "0.8"]
+    form = ["photos", "Color?", "colors", "photos", "text", "", "", "0.8"]
     message, url = call_page(page, "label", query, *form)
     assert message == ""
     [job] = JobStore(folder).list_jobs("label")
@@ -249,8 +293,16 @@ def test_label_form_offers_a_prompt_and_keeps_its_values(folder, page):
         time.sleep(0.05)
     assert job.status == "failed"
     fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
-    names = ("images", "label-prompt", "labels-name", "label-model", "kind", "classes", "fields")
-    assert [fields[name] for name in (*names, "label-fraction")] == form
+    names = (
+        "label:sources",
+        "label:prompt",
+        "label:out",
+        "label:run_or_model",
+        "label:kind",
+        "label:classes",
+        "label:fields",
+    )
+    assert [fields[name] for name in (*names, "label:train_fraction")] == form
 
 
 def test_export_form_names_the_merged_model(folder, page, started):
@@ -261,9 +313,9 @@ def test_export_form_names_the_merged_model(folder, page, started):
         for file in ("config.json", "model.safetensors"):
             write_file(folder / "models" / name / file, b"")
         os.utime(folder / "models" / name, (9 - age, 9 - age))
-    assert read_fields(page, query)["merged-name"] == "newer"
+    assert read_fields(page, query)["merge:out"] == "newer"
     write_job(folder, "export", "merge runs/a models/mine", exit_code=0, target="runs/a")
-    assert read_fields(page, query)["merged-name"] == "mine"
+    assert read_fields(page, query)["merge:out"] == "mine"
     assert started == []
 
 
@@ -325,8 +377,8 @@ def test_labelling_needs_no_run(folder, page, started):
         assert click_button(page, "label", text, *form) == ""
         words = started.pop()
         assert words[1] == model
-        assert {"--prompt=Color?", "--kind=classes", "--train-fraction=0.8"} < {*words}
-        assert ("--classes=red, blue" in words, "--fields=a, b" in words) == (True, False)
+        options = ["--prompt", "Color?", "--out", "data/x", "--kind", "classes"]
+        assert words[3:] == [*options, "--classes", "red, blue", "--train-fraction", "0.8"]
 
 
 def test_run_without_its_plugins_is_listed(folder):
@@ -400,9 +452,13 @@ def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query,
     assert not re.search("finesight import|null", message)
 
 
-def test_names_of_fields_in_messages_are_labels_of_the_page(page):
-    pages = "".join(page.render(Selection(step=step)) for step in STEPS)
-    assert [name for name in FIELD_NAMES.values() if f">{name}<" not in pages] == []
+def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
+    add_run(folder)
+    pages = "".join(page.render(Selection(step=step, run="runs/a")) for step in STEPS)
+    names = {**list_field_names()}
+    for option in ("--outtype", "--resume"):
+        assert names.pop(option)
+    assert [name for name in names.values() if f">{name}<" not in pages] == []
 
 
 @pytest.mark.parametrize(
@@ -479,8 +535,8 @@ def test_review_has_a_folder_of_its_own(folder, page, started):
     def review() -> tuple[str, str]:
         assert click_button(page, button, "step=label&data=data/a", *form) == ""
         words = started.pop()
-        assert "--fields=a, b" in words
-        assert not any(word.startswith("--train-fraction") for word in words)
+        assert words[words.index("--fields") + 1] == "a, b"
+        assert "--train-fraction" not in words
         return words[2], words[words.index("--out") + 1]
 
     assert review() == ("data/a/data.jsonl", "data/a-review")
@@ -497,8 +553,7 @@ def test_review_has_a_folder_of_its_own(folder, page, started):
         assert click_button(page, "label", "step=label", *form) == ""
         words = started.pop()
         assert words[words.index("--out") + 1] == "data/labels"
-        assert ("--train-fraction=0.5" in words) == (fraction == "0.5")
-        assert "--train-fraction=0.8" not in words
+        assert ("--train-fraction" in words) == (fraction == "0.5")
 
 
 def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
@@ -515,7 +570,7 @@ def test_reviewed_labels_replace_those_of_the_data_set(folder, page, started):
             words = started.pop()
             assert words[2] == f"data/a/{'eval' if split else 'train'}.jsonl"
             assert words[words.index("--out") + 1] == name
-            assert not any("--train-fraction" in word for word in words)
+            assert "--train-fraction" not in words
             # The command creates these files.
             (folder / name).mkdir(exist_ok=True)
             reviewed = json.dumps([str(folder / words[2])])

@@ -105,14 +105,14 @@ const act = async (button) => {
 };
 
 const showKinds = () => {
-  const kind = byId("kind")?.value;
+  const kind = byId("label:kind")?.value;
   for (const field of document.querySelectorAll("[data-kinds]")) {
     field.hidden = !field.dataset.kinds.split(" ").includes(kind);
   }
 };
 
 document.addEventListener("input", (event) => {
-  if (event.target.id === "editor") isEdited = true;
+  if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   showKinds();
 });
@@ -135,8 +135,8 @@ document.addEventListener("click", async (event) => {
   } else if (button?.dataset.copy) {
     await copy(button);
   } else if (button && "prompt" in button.dataset) {
-    byId("prompt").value = button.dataset.prompt;
-    byId("name").value ||= button.dataset.name;
+    byId("import:prompt").value = button.dataset.prompt;
+    byId("import:out").value ||= button.dataset.name;
     for (const one of button.parentElement.querySelectorAll("button")) {
       one.setAttribute("aria-pressed", one === button);
     }

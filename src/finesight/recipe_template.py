@@ -108,13 +108,6 @@ def format_recipe(
     train = [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, name = key.split(".", 1)
-        if section == "train":
-            train.append(f"{name}: {value}  # chosen by the plan for this device")
-        elif name == "quantize.nf4":
-            tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
     max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
     lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
     train_data = _format_files("train", lines[:num_train_files])
@@ -123,7 +116,7 @@ def format_recipe(
         f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
         f" max_new_tokens: {task.max_new_tokens}}}\n"
     )
-    return _RECIPE.format(
+    text = _RECIPE.format(
         author=author,
         recipe=shlex.quote(str(recipe)),
         model=_quote(model),
@@ -136,6 +129,37 @@ def format_recipe(
         eval_settings=eval_settings if eval_lines else "",
         run=_quote(run),
     )
+    return override_settings(text, overrides)
+
+
+def override_settings(text: str, overrides: Sequence[str]) -> str:
+    """Return the text of a recipe with other values of settings. Its comments stay.
+
+    Args:
+        overrides: Settings as KEY=VALUE. A missing one becomes the first of its section.
+    """
+    for key, _, value in (override.partition("=") for override in overrides):
+        node, keys = yaml.compose(text, yaml.SafeLoader), key.split(".")
+        while keys and isinstance(node, yaml.MappingNode):
+            found = [item for name, item in node.value if name.value == keys[0]]
+            if not found:
+                break
+            node, keys = found[0], keys[1:]
+        start, stop = node.start_mark.index, node.end_mark.index
+        if keys and isinstance(node, yaml.MappingNode):
+            first, is_flow = keys.pop(0), bool(node.flow_style)
+            value = f"{first}: {_nest(keys, value)}"
+            value += ", " if is_flow else f"\n{' ' * node.start_mark.column}"
+            start = stop = start + is_flow
+        else:
+            value = _nest(keys, value)
+            stop = start + len(text[start:stop].rstrip())
+        text = text[:start] + value + text[stop:]
+    return text
+
+
+def _nest(keys: Sequence[str], value: str) -> str:
+    return "".join(f"{{{key}: " for key in keys) + value + "}" * len(keys)
 
 
 def _format_yaml(text: str) -> str:

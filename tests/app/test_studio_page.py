@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import time
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -28,7 +29,7 @@ from studio_fixtures import (
 )
 
 from finesight.app import studio_view
-from finesight.app.jobs import JobStore
+from finesight.app.jobs import Job, JobStore
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
     FORMS,
@@ -47,9 +48,10 @@ from finesight.data.importer import import_dataset
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import evaluation, find_operation
-from finesight.operations.operation import Outcome, Parameter, as_function
+from finesight.operations.operation import Outcome, Parameter, Step, as_function
 from finesight.operations.options import RunOrModelArgument
-from finesight.operations.training import read_example
+from finesight.operations.training import advise_run, read_example
+from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
@@ -489,14 +491,66 @@ def test_errors_of_commands_name_fields_and_steps(folder, step, arguments, error
     assert "finesight train is fun</pre>" in page
 
 
-def test_proposed_correction_is_shown_as_a_command(folder):
-    job = write_job(folder, "check", "check a", exit_code=0)
-    fix = {"operation": "check", "arguments": {"sources": ["a"], "fix": "b"}}
-    steps = {"next_steps": [fix, {"operation": "plan", "arguments": {"recipe": "r"}}]}
-    write_file(job.folder / "outcome.json", json.dumps(steps).encode())
-    page = read_live(folder, "step=check&lang=en")["bottom"]
-    assert 'data-copy="finesight check a --fix b"' in page
-    assert "finesight plan" not in page
+def follow(page: StudioPage, query: str, operation: str) -> dict[str, str]:
+    """Click the button of a proposal, and return the query of the page that opens."""
+    selection = Selection.parse(dict(parse_qsl(query)), "en")
+    url = page.run_action("follow", selection, Form(texts={"operation": operation}))
+    return dict(parse_qsl(urlsplit(url).query))
+
+
+def write_outcome(job: Job, *steps: Step) -> None:
+    content = {"next_steps": [asdict(step) for step in steps]}
+    write_file(job.folder / "outcome.json", json.dumps(content).encode())
+
+
+def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
+    add_data(folder, "a")
+    query = "step=check&data=data/a&lang=en&job=1"
+    job = write_job(folder, "check", "check data/a/data.jsonl", exit_code=0, target="data/a")
+    fix = {"sources": ["data/a/data.jsonl"], "fix": "b"}
+    write_outcome(job, Step("check", fix), Step("plan", {"recipe": "r"}))
+    assert read_live(folder, query)["bottom"].count('data-action="follow"') == 1
+    assert follow(page, query, "check")["data"] == "data/a-fixed"
+    assert started == [["check", "data/a/data.jsonl", "--fix", "data/a-fixed"]]
+    with pytest.raises(UserError, match="nothing is proposed"):
+        follow(page, query, "plan")
+    # The settings of a plan change the recipe once.
+    recipe = write_recipe(folder, "mine", "data/a/data.jsonl")
+    os.utime(recipe, (0, 0))
+    job = write_job(folder, "plan", "plan mine.yaml", exit_code=0, target="mine.yaml")
+    overrides = ["train.pack_tokens=2048", "tune.quantize.nf4=[language]"]
+    write_outcome(job, Step("train", {"recipe": "mine.yaml", "overrides": overrides}))
+    query = "step=plan&recipe=mine.yaml&lang=zh&job=1"
+    assert "使用这些设置" in read_live(folder, query)["bottom"]
+    assert follow(page, query, "train")["recipe"] == "mine.yaml"
+    settings = load_recipe(recipe)
+    assert (settings.train.pack_tokens, settings.tune.quantize.nf4) == (2048, ("language",))
+    assert "follow" not in read_live(folder, query)["bottom"]
+
+
+def test_advice_after_training_is_followed_by_buttons(folder, page):
+    run = add_run(folder)
+    write_recipe(folder, "a", "a.jsonl").replace(run / "recipe.yaml")
+    record = read_run(run)
+    losses = [record.steps[-1] | {"step": step, "loss": 2 / step} for step in range(11, 41)]
+    result = {**record.result, "after": {"scores": {"accuracy": 0.25}, "num_samples": 12}}
+    advice = advise_run(replace(record, steps=losses, result=result), Path("runs/a"))
+    train, label = advice
+    assert label.reason == "3 of 12 answers are correct: label about 95 more images"
+    assert train.arguments["overrides"][-1] == "output_dir=runs/a-2"
+    assert advise_run(replace(record, result=None), run) == []
+    [serve] = advise_run(replace(record, steps=[], result={**result, "after": None}), run)
+    assert serve.operation == "serve"
+    (run / "result.json").write_text(json.dumps(result))
+    lines = [json.dumps(line) for line in losses]
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n".join(lines) + "\n")
+    query = "step=results&run=runs/a&lang=zh"
+    assert "3 / 12 个回答正确" in read_live(folder, query)["bottom"]
+    assert follow(page, query, "label")["step"] == "label"
+    for _ in range(2):
+        assert follow(page, query, "train")["recipe"] == "recipes/a-2.yaml"
+    assert load_recipe(folder / "recipes/a-2.yaml").output_dir == Path("runs/a-2")
 
 
 def test_link_leads_to_the_next_step_once_a_result_exists(folder):

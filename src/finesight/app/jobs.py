@@ -26,7 +26,7 @@ from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
 from finesight.errors import UserError
-from finesight.operations.operation import OUTCOME_VARIABLE
+from finesight.operations.operation import OUTCOME_VARIABLE, Step
 from finesight.report.summary import format_command
 from finesight.storage import FileLock, make_folder, write_file
 
@@ -64,18 +64,11 @@ class ErrorParts(BaseModel, frozen=True):
     remedy: str = ""
 
 
-class NextStep(BaseModel, frozen=True):
-    """Operation that a command proposes at its end, with its arguments."""
-
-    operation: str
-    arguments: dict[str, Any]
-
-
 class JobOutcome(BaseModel, frozen=True):
     """Outcome of a command."""
 
     error: ErrorParts | None = None
-    next_steps: tuple[NextStep, ...] = ()
+    next_steps: tuple[Step, ...] = ()
 
 
 class Job(BaseModel, frozen=True):

@@ -131,6 +131,7 @@ class StudioPage:
             "create-recipe": self._create_recipe,
             "save-recipe": self._save_recipe,
             "export": self._export,
+            "follow": self._follow,
             "stop": self._stop,
             "stop-again": partial(self._stop, again=True),
         }
@@ -486,6 +487,27 @@ class StudioPage:
         job = self.view.jobs.find(state.selection.job)
         job.stop(again=again)
         return state.selection.link_job(job)
+
+    def _follow(self, state: StudioState, form: Form) -> str:
+        """Follow a proposal: change the recipe, write another one, correct data, or open a step."""
+        workspace, proposals = self.view.workspace, self.view.list_proposals(state)
+        step = next((one for _, one in proposals if one.operation == form.get("operation")), None)
+        if step is None:
+            raise UserError(
+                "nothing is proposed any more", where="follow", remedy="reload the page"
+            )
+        overrides: Any = step.arguments.get("overrides", ())
+        if step.operation == "check" and state.dataset is not None:
+            fixed = workspace.check_new_name("data", f"{state.dataset.path.name}-fixed")
+            return self._start(state, "check", {**step.arguments, "fix": fixed}, data=str(fixed))
+        if step.operation != "train":
+            name = "label" if step.operation == "label" else "export"
+            return state.selection.link(step=name, run=str(state.run))
+        if state.selection.step == "plan" and state.recipe is not None:
+            workspace.override_recipe(state.recipe, overrides)
+            return state.selection.link(job=state.selection.job)
+        recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
+        return state.selection.link(step="train", recipe=str(recipe), run="")
 
     def _check_labelling(self, recipe: Path) -> None:
         """Raise UserError if an open labelling page would change the data during the run."""

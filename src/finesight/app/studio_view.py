@@ -26,13 +26,14 @@ from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import OperationParameter, Step, list_parameters
+from finesight.operations.training import advise_run
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
 from finesight.report.i18n import Language, translate, use_language
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
-from finesight.report.summary import format_command, get_run_status
+from finesight.report.summary import get_run_status
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -146,14 +147,13 @@ OPTIONS_OF_SERVERS = (
 
 YES_NO = ("yes", "no")
 
-SHOWN_OPERATIONS = {
-    "check": "check",
-    "plan": "plan",
-    "train": "train",
-    "results": "report",
-    "chat": "web",
+PROPOSALS = {
+    "check": "Write a corrected copy",
+    "label": "Label more images",
+    "serve": "Start a server",
+    "train": "Train longer",
 }
-"""Operation of a step whose arguments depend on the selection and the workspace only."""
+"""Button of a proposed step by operation."""
 
 
 @cache
@@ -387,14 +387,13 @@ class StudioView:
                 "running": running,
                 "log": job.read_log() if job else "",
                 "error": _describe_job_error(job) if job and status == "failed" else "",
-                "proposed": _list_proposed(job, selection.step) if job else [],
+                "proposals": self.list_proposals(state),
                 "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None
                 and job.is_server
                 and status == "running"
                 and job.is_ready,
                 "workspace": self.workspace.folder,
-                "commands": [format_command(*words) for words in self.list_commands(state)],
                 "runs": [self.describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
@@ -414,12 +413,21 @@ class StudioView:
         page = {"top": top, "bottom": bottom, "status": status, "url": url}
         return page | {"has_data": state.dataset is not None}
 
-    def list_commands(self, state: StudioState) -> list[list[str]]:
-        """Return the commands of a step that depend on the selection and the workspace only."""
-        if operation := SHOWN_OPERATIONS.get(state.selection.step):
-            with contextlib.suppress(UserError):
-                return [Step(operation, self.select_arguments(operation, state)).words]
-        return []
+    def list_proposals(self, state: StudioState) -> list[tuple[str, Step]]:
+        """Return the steps that a command or run proposes, with the buttons that follow them."""
+        step, job = state.selection.step, state.job
+        if step in ("train", "results") and state.run is not None:
+            is_ended = job is None or job.status != "running"
+            record = self._read_run(state.run) if is_ended else None
+            advice = advise_run(record, state.run) if record else []
+            return [(PROPOSALS[one.operation], one) for one in advice]
+        steps = job.read_outcome().next_steps if job and job.status == "finished" else ()
+        if step == "plan" and job is not None:
+            saved_at = self._read_saved_time(state.recipe)
+            is_outdated = saved_at is not None and saved_at > job.started_at
+            own = [one for one in steps if one.arguments.get("overrides") and not is_outdated]
+            return [("Use these settings", one) for one in own]
+        return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
 
     def select_arguments(self, operation: str, state: StudioState) -> dict[str, Any]:
         """Return the arguments of an operation that are selected.
@@ -593,13 +601,6 @@ def _describe_job_error(job: Job) -> str:
     if parts is None:
         return ""
     return describe_error(UserError(**parts.model_dump()), name_actions)
-
-
-def _list_proposed(job: Job, current_step: str) -> list[str]:
-    """Return the proposed commands that only a terminal can run."""
-    steps = job.read_outcome().next_steps
-    own = [step for step in steps if COMMAND_STEPS.get(step.operation) == current_step]
-    return [format_command(*Step(step.operation, step.arguments).words) for step in own]
 
 
 def name_actions(advice: str) -> str:

@@ -54,7 +54,7 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
-from finesight.recipe_template import format_recipe
+from finesight.recipe_template import format_recipe, override_settings
 from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
@@ -590,6 +590,20 @@ class Workspace:
                     remedy="copy your changes, reload the page, and edit the recipe again",
                 )
             write_file(file, text.encode())
+
+    def override_recipe(self, path: Path, overrides: Sequence[str]) -> None:
+        """Change settings of a recipe, whose comments stay."""
+        text, digest = self.read_recipe(path)
+        self.save_recipe(path, override_settings(text, overrides), digest)
+
+    def copy_recipe(self, path: Path, overrides: Sequence[str]) -> Path:
+        """Write the recipe of a further run, unless it exists, with the name of the run."""
+        text = override_settings(self.read_recipe(path)[0], overrides)
+        copy = Path("recipes", f"{recipe_from_text(text, path).output_dir.name}.yaml")
+        if not (self.folder / copy).is_file():
+            self.check_new_name("recipes", copy.stem, copy.suffix)
+            self.save_recipe(copy, text, hashlib.sha256(b"").hexdigest())
+        return copy
 
     def load_recipe(self, path: Path) -> Recipe:
         """Load a recipe that `check_recipe_paths` accepts."""

@@ -190,10 +190,15 @@ def check_counts(**counts: int | None) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """An operation with its arguments, proposed as the next one."""
+    """An operation with its arguments, proposed as the next one.
+
+    Attributes:
+        reason: Why it is proposed; empty if it needs no reason.
+    """
 
     operation: str
     arguments: Mapping[str, object]
+    reason: str = ""
 
     @property
     def words(self) -> list[str]:

@@ -84,7 +84,7 @@ const readForm = (form) => {
 };
 
 const act = async (button) => {
-  const { action, title, confirm, url } = button.dataset;
+  const { action, title, confirm, url, operation } = button.dataset;
   if (confirm && !window.confirm(confirm)) return;
   const query = url ? new URL(url, location).search : location.search;
   isActing = true;
@@ -93,6 +93,7 @@ const act = async (button) => {
   try {
     const uploads = action === "import" ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
+    if (operation) body.texts = { operation };
     const answer = await request(`actions/${action}${query}`, body);
     if (action === "save-recipe") isEdited = false;
     location.assign(answer.url);

@@ -27,8 +27,8 @@ from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.app import access, server, uploads
 from finesight.app.access import MAX_MESSAGE_BYTES
-from finesight.app.chat_page import BROWSER_COOKIE, BROWSER_COOKIE_AGE_S, render_turns
-from finesight.app.chat_store import MAX_FILE_BYTES
+from finesight.app.chat_page import BROWSER_COOKIE_AGE_S, render_turns
+from finesight.app.chat_store import BROWSER_COOKIE, MAX_FILE_BYTES
 from finesight.encode.family import ThinkingOptions
 from finesight.infer.request import GenerationOptions
 

@@ -28,8 +28,8 @@ from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, 
 
 from finesight.app import chat_page
 from finesight.app.access import Access
-from finesight.app.chat_page import BROWSER_COOKIE, make_chat_app
-from finesight.app.chat_store import ChatStore
+from finesight.app.chat_page import make_chat_app
+from finesight.app.chat_store import BROWSER_COOKIE, ChatStore
 from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
 from finesight.infer.model_loader import load_inference_model

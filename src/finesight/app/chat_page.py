@@ -31,6 +31,7 @@ from starlette.types import Receive, Scope, Send
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_store import (
+    BROWSER_COOKIE,
     MAX_CHATS_PER_BROWSER,
     MAX_FILE_BYTES,
     MAX_IMAGES_PER_MESSAGE,
@@ -41,6 +42,7 @@ from finesight.app.chat_store import (
     ChatSettings,
     ChatStore,
     StoredChat,
+    get_browser_id,
 )
 from finesight.app.pages import (
     FILE_HEADERS,
@@ -210,10 +212,8 @@ def _get_box_areas(
         yield left, top, right - left, bottom - top, box.label
 
 
-BROWSER_COOKIE, BROWSER_COOKIE_AGE_S = "finesight-browser", 30 * 24 * 3600
-"""Name and lifetime of the cookie with the secret ID of a browser, which owns conversations."""
-
-BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
+BROWSER_COOKIE_AGE_S = 30 * 24 * 3600
+"""Lifetime of the cookie with the secret ID of a browser."""
 
 BASE_MODEL_NAME = "base"
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -471,12 +471,6 @@ def _describe_failure(error: BaseException) -> str:
 
 def _format_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
-
-
-def get_browser_id(request: Request) -> str | None:
-    """Return the secret ID in the cookie of a browser; None without a valid one."""
-    value = request.cookies.get(BROWSER_COOKIE, "")
-    return value if BROWSER_ID.fullmatch(value) else None
 
 
 def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:

@@ -7,6 +7,7 @@ replaced or the server stops. Without cookies, its secret token gives access.
 from __future__ import annotations
 
 import contextlib
+import re
 import secrets
 import shutil
 import tempfile
@@ -20,9 +21,17 @@ from pathlib import Path
 from typing import IO, Annotated
 
 from pydantic import BaseModel, Field, FiniteFloat
+from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
-from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
+from finesight.app.uploads import (
+    MAX_STORED_BYTES,
+    DiskBudget,
+    DiskFullError,
+    DiskReservation,
+    UploadStore,
+    iter_files,
+)
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
@@ -34,6 +43,9 @@ from finesight.worker_pool import WorkerPool
 
 MAX_FILE_BYTES = 100 << 20
 """Maximum size of an uploaded image or video in bytes."""
+
+MAX_BROWSER_BYTES = MAX_STORED_BYTES // 4
+"""Maximum size of the files of a browser, so that it leaves space to others."""
 
 MAX_IMAGES_PER_MESSAGE = 8
 MAX_IMAGES_PER_CHAT = 64
@@ -217,6 +229,10 @@ class StoredChat:
             what = "The server has no disk space for more images. Delete chats, or try again later."
             raise UserError(translate(what)) from error
 
+    def count_bytes(self) -> int:
+        """Return the size of the files of the conversation."""
+        return sum(state.st_size for _, state in iter_files(self.folder))
+
     def remove_images(self, image_paths: Sequence[Path]) -> None:
         """Delete those of the given images that no turn of the conversation uses."""
         in_use = {path for turn in self.session.turns for path in turn.image_paths}
@@ -255,6 +271,18 @@ class StoredChat:
         return archive
 
 
+BROWSER_COOKIE = "finesight-browser"
+"""Name of the cookie with the secret ID of a browser, which owns conversations."""
+
+BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+def get_browser_id(request: Request) -> str | None:
+    """Return the secret ID in the cookie of a browser; None without a valid one."""
+    value = request.cookies.get(BROWSER_COOKIE, "")
+    return value if BROWSER_ID.fullmatch(value) else None
+
+
 class ChatStore:
     """Stores the conversations of all browsers.
 
@@ -270,7 +298,7 @@ class ChatStore:
             subfolder.mkdir(parents=True)
         self.budget = DiskBudget(uploads, self._folder)
         self.budget.free_space = self._free_space
-        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES)
+        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES, self._count_free)
         self._chats: dict[str, StoredChat] = {}
         self._lock = threading.Lock()
 
@@ -329,6 +357,12 @@ class ChatStore:
             pass
         shutil.rmtree(chat.folder, ignore_errors=True)
 
+    def _count_free(self, request: Request) -> tuple[str, int]:
+        """Return the ID of a browser, and the bytes that its conversations leave to it."""
+        browser_id = get_browser_id(request)
+        chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
+        return browser_id or "", MAX_BROWSER_BYTES - sum(chat.count_bytes() for chat in chats)
+
     def _evict(self, chats: Sequence[StoredChat], limit: int) -> None:
         """Delete conversations that generate no answer until there is one fewer than a limit.
 
@@ -352,7 +386,7 @@ class ChatStore:
             for chat in self.list_all()
             if chat.used_at < shown_since and not chat.is_generating
         ]
-        sizes = [sum(file.stat().st_size for file in chat.folder.iterdir()) for chat in chats]
+        sizes = [chat.count_bytes() for chat in chats]
         surplus = sum(sizes) - num_bytes
         if surplus < 0:
             return False

@@ -7,6 +7,7 @@ import os
 import re
 import secrets
 import shutil
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -77,7 +78,7 @@ class DiskBudget:
         """Delete uploads beyond an age, then count the bytes of all stored files."""
         min_mtime, total = time.time() - max_age_s, 0
         for root in (self._uploads, *self._others):
-            for file, state in _iter_files(root):
+            for file, state in iter_files(root):
                 if root == self._uploads and state.st_mtime < min_mtime:
                     shutil.rmtree(file.parent, ignore_errors=True)
                 else:
@@ -85,7 +86,8 @@ class DiskBudget:
         return total
 
 
-def _iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+def iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Yield the files of a folder and its subfolders with their states."""
     for folder, _, names in os.walk(root):
         for file in (Path(folder, name) for name in names):
             # Files of a closed chat may disappear in the meantime.
@@ -119,10 +121,29 @@ class UploadStore:
 
     Args:
         max_bytes: Maximum size of a file. The access middleware checks it first.
+        count_free: Returns how many bytes the user of a request may still upload, besides the
+            uploads of the user that no chat has taken over.
     """
 
-    def __init__(self, folder: Path, budget: DiskBudget, max_bytes: int) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        budget: DiskBudget,
+        max_bytes: int,
+        count_free: Callable[[Request], tuple[str, int]] = lambda request: ("", sys.maxsize),
+    ) -> None:
         self._folder, self._budget, self._max_bytes = folder, budget, max_bytes
+        self._count_free = count_free
+        # Owner and size by ID, also of uploads that are deleted or taken over.
+        self._uploads: dict[str, tuple[str, int]] = {}
+
+    def _check_owner(self, request: Request, upload_id: str, size: int) -> None:
+        """Add an upload of a user. Raises DiskFullError if the user has too many."""
+        owner, free = self._count_free(request)
+        kept = {key: one for key, one in self._uploads.items() if (self._folder / key).exists()}
+        if size + sum(bytes for one, bytes in kept.values() if one == owner) > free:
+            raise DiskFullError
+        self._uploads = {**kept, upload_id: (owner, size)}
 
     async def receive(self, request: Request) -> Response:
         """Store the body of a request, whose query has the name of the file. Return its ID."""
@@ -130,13 +151,14 @@ class UploadStore:
         upload_id, name = secrets.token_urlsafe(24), _clean_name(request.query_params.get("name"))
         folder = self._folder / upload_id
         try:
+            folder.mkdir(mode=0o700)
             # In a thread, because all files are counted.
-            with await to_thread.run_sync(self._budget.reserve, size) as reservation:
-                folder.mkdir(mode=0o700)
-                with (folder / name).open("wb") as file:
-                    async for chunk in request.stream():
-                        await to_thread.run_sync(file.write, chunk)
-                        reservation.write(len(chunk))
+            reservation = await to_thread.run_sync(self._budget.reserve, size)
+            with reservation, (folder / name).open("wb") as file:
+                self._check_owner(request, upload_id, size)
+                async for chunk in request.stream():
+                    await to_thread.run_sync(file.write, chunk)
+                    reservation.write(len(chunk))
         except BaseException as error:
             shutil.rmtree(folder, ignore_errors=True)
             is_full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)

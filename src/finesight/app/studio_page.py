@@ -284,7 +284,7 @@ class StudioPage:
                 return state.selection.link(step="label", images=source)
         try:
             path = workspace.resolve(source, "import:source")
-            arguments = self._detect_columns(path, arguments)
+            arguments["source"] = as_argument(path)
             target, texts = str(arguments["out"]), {**texts, "import:source": source}
             url = self._start(state, "import", arguments, target=target, data=target, form=texts)
             self.uploads.remove(form.uploads)
@@ -294,23 +294,6 @@ class StudioPage:
             if is_new:
                 workspace.move_to_trash(uploads)
             raise
-
-    def _detect_columns(self, path: Path, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Complete the arguments of an import by its table and, if none are given, columns."""
-        arguments = {**arguments, "source": as_argument(path)}
-        if arguments.get("columns"):
-            return arguments
-        table, roles, box_format, box_units = self.view.workspace.detect_source(path)
-        if roles and "question" not in roles and "prompt" not in arguments:
-            raise UserError(
-                "the field Prompt is empty, and the table has no column of questions",
-                where="import:prompt",
-                expected="a question about every image",
-                remedy="enter one, such as: Read the text.",
-            )
-        found = {"columns": roles, "box_format": box_format, "box_units": box_units}
-        detected = {name: value for name, value in found.items() if value}
-        return {**detected, **arguments, "source": as_argument(table)}
 
     def _find_commands(self, *folders: Path) -> list[str]:
         """Return the running commands that use a file in the folders or a parent folder."""

@@ -27,13 +27,10 @@ from finesight.config import METRIC_NAMES, TRACKER_MODES, Recipe, TrainFileSetti
 from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
-    ImportOptions,
-    detect_columns,
     detect_task,
 )
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
-from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
@@ -373,13 +370,6 @@ class Workspace:
         with self.pool.borrow_worker() as worker:
             return worker.call(function, *args, max_cpu_s=JOB_CPU_SECONDS).value
 
-    def detect_source(self, path: Path) -> tuple[Path, dict[str, str], str | None, str | None]:
-        """Return the result of `detect_source`, without roles if it exceeds a limit or fails."""
-        with contextlib.suppress(WorkerLimitError, WorkerJobError):
-            table, *values = self.run_job(detect_source, self.folder, path)
-            return Path(table), *values
-        return path, {}, None, None
-
     def move_to_trash(self, *paths: Path) -> None:
         """Move the existing files and folders to a new trash folder. An error moves all back.
 
@@ -419,24 +409,21 @@ class Workspace:
         """
         root, uses = os.path.realpath(self.folder / folder), []
         recipes = [run / RECIPE_FILE for run in running]
-        datasets = self.scan().datasets
         for home, names in self._walk():
-            path = home.relative_to(self.folder)
+            path, home_path = home.relative_to(self.folder), os.path.realpath(home)
             if MANIFEST_FILE not in names:
                 recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
-            sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
-            is_other = os.path.realpath(home) != root
-            if is_other and any(self.is_overlapping(name, folder) for name in sources):
-                uses.append(f"the data set {path}")
-        uses += [f"the recipe {recipe}" for recipe in recipes if self.uses_files(recipe, root)]
-        for dataset in datasets:
-            home_path = os.path.realpath(self.folder / dataset.path)
+            if home_path == root:
+                continue
             # Image paths are relative to the data set, or absolute.
             words = [f'"{path}/'.encode() for path in (os.path.relpath(root, home_path), root)]
-            for file in (dataset.train_file, dataset.eval_file) if home_path != root else ():
-                with (self.folder / (file or os.devnull)).open("rb") as lines:
-                    if any(word in line for line in lines for word in words):
-                        uses.append(f"the data set {dataset.path}")
+            sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
+            is_used = any(self.is_overlapping(name, folder) for name in sources)
+            for name in names.intersection(chain(*DATA_FILES.items())):
+                with (home / name).open("rb") as lines:
+                    is_used = is_used or any(word in line for line in lines for word in words)
+            uses += [f"the data set {path}"] if is_used else []
+        uses += [f"the recipe {recipe}" for recipe in recipes if self.uses_files(recipe, root)]
         for journal in Path(root).rglob(JOURNAL_FILE):
             with contextlib.suppress(OSError), FileLock(journal) as lock:
                 try:
@@ -702,24 +689,6 @@ def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:
             make_folder(target.parent)
             files[name].rename(target)
     return JobOutput()
-
-
-def detect_source(state: Any, workspace: Path, path: Path) -> JobOutput:
-    """Return the table of a source, its column roles, and the format and units of its boxes.
-
-    Roles are empty if the command detects the format. A source without a known format is returned
-    unchanged, for the error of the command. So is an archive, which is unpacked here only.
-    """
-    table, options = path, ImportOptions()
-    with contextlib.suppress(UserError):
-        if is_archive(path.name):
-            folder = workspace / STUDIO_FOLDER / "unpacked"
-            with fetch_source(str(workspace / path), folder, options) as fetched:
-                options = detect_columns(fetched.path, fetched.options)[1]
-        else:
-            found, options = detect_columns(workspace / path, options)
-            table = found.relative_to(workspace) if options.columns else path
-    return JobOutput([str(table), dict(options.columns), options.box_format, options.box_units])
 
 
 def as_argument(path: Path) -> str:

@@ -48,19 +48,15 @@ MIN_STEPS, MAX_SHORT_STEPS = 100, 200
 """Minimum steps of a run, and the maximum of a model that trains on a CPU."""
 
 
-def choose_duration(num_samples: int | None, batch_size: int, is_short: bool) -> dict[str, str]:
+def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
     """Choose the duration of a LoRA run, as a setting and its value with a comment.
 
     LoRA fine-tuning usually takes 3 to 5 epochs, and 1 of large datasets. A few dozen samples need
     more epochs, because the adapters start at zero and learn in the first steps.
 
     Args:
-        num_samples: Number of training samples; None if they are not labelled yet.
         is_short: Whether the model trains on a CPU.
     """
-    if num_samples is None:
-        reason = "for a few dozen labels; with hundreds, replace it by epochs: 5"
-        return {"train.steps": f"{MIN_STEPS}  # {reason}"}
     epochs = 5 if num_samples < 1000 else 3 if num_samples < 3000 else 1
     steps = epochs * -(-num_samples // batch_size)
     bounded = min(max(steps, MIN_STEPS), MAX_SHORT_STEPS if is_short else steps + MIN_STEPS)

@@ -70,7 +70,7 @@ def count_bytes(folder: Path) -> int:
 
 
 def test_uploads_of_a_browser_leave_space_to_others(store, monkeypatch):
-    monkeypatch.setattr(chat_store, "MAX_BROWSER_BYTES", 250)
+    monkeypatch.setattr(uploads, "MAX_OWNER_BYTES", 250)
     client = TestClient(create_app([Route("/uploads", store.uploads.receive, methods=["POST"])]))
     ids = []
 

@@ -7,6 +7,7 @@ replaced or the server stops. Without cookies, its secret token gives access.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import re
 import secrets
 import shutil
@@ -24,14 +25,7 @@ from pydantic import BaseModel, Field, FiniteFloat
 from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
-from finesight.app.uploads import (
-    MAX_STORED_BYTES,
-    DiskBudget,
-    DiskFullError,
-    DiskReservation,
-    UploadStore,
-    iter_files,
-)
+from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
@@ -43,9 +37,6 @@ from finesight.worker_pool import WorkerPool
 
 MAX_FILE_BYTES = 100 << 20
 """Maximum size of an uploaded image or video in bytes."""
-
-MAX_BROWSER_BYTES = MAX_STORED_BYTES // 4
-"""Maximum size of the files of a browser, so that it leaves space to others."""
 
 MAX_IMAGES_PER_MESSAGE = 8
 MAX_IMAGES_PER_CHAT = 64
@@ -224,14 +215,10 @@ class StoredChat:
 
     def _reserve(self, num_bytes: int) -> DiskReservation:
         try:
-            return self.budget.reserve(num_bytes)
+            return self.budget.reserve(num_bytes, _make_owner(self.browser_id))
         except DiskFullError as error:
             what = "The server has no disk space for more images. Delete chats, or try again later."
             raise UserError(translate(what)) from error
-
-    def count_bytes(self) -> int:
-        """Return the size of the files of the conversation."""
-        return sum(state.st_size for _, state in iter_files(self.folder))
 
     def remove_images(self, image_paths: Sequence[Path]) -> None:
         """Delete those of the given images that no turn of the conversation uses."""
@@ -283,6 +270,15 @@ def get_browser_id(request: Request) -> str | None:
     return value if BROWSER_ID.fullmatch(value) else None
 
 
+def find_owner(request: Request) -> str:
+    """Return the start of the names of the folders of a browser."""
+    return _make_owner(get_browser_id(request))
+
+
+def _make_owner(browser_id: str | None) -> str:
+    return hashlib.sha256((browser_id or "").encode()).hexdigest()[:8]
+
+
 class ChatStore:
     """Stores the conversations of all browsers.
 
@@ -298,7 +294,7 @@ class ChatStore:
             subfolder.mkdir(parents=True)
         self.budget = DiskBudget(uploads, self._folder)
         self.budget.free_space = self._free_space
-        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES, self._count_free)
+        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES, find_owner)
         self._chats: dict[str, StoredChat] = {}
         self._lock = threading.Lock()
 
@@ -315,7 +311,7 @@ class ChatStore:
             own_chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
             self._evict(own_chats, MAX_CHATS_PER_BROWSER)
         self._evict(self.list_all(), MAX_CHATS)
-        folder = self._folder / secrets.token_hex(16)
+        folder = self._folder / (_make_owner(browser_id) + secrets.token_hex(16))
         folder.mkdir()
         session = ChatSession(self.service)
         chat = StoredChat(session, folder, browser_id, self.budget, self._reader, self.uploads)
@@ -357,12 +353,6 @@ class ChatStore:
             pass
         shutil.rmtree(chat.folder, ignore_errors=True)
 
-    def _count_free(self, request: Request) -> tuple[str, int]:
-        """Return the ID of a browser, and the bytes that its conversations leave to it."""
-        browser_id = get_browser_id(request)
-        chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
-        return browser_id or "", MAX_BROWSER_BYTES - sum(chat.count_bytes() for chat in chats)
-
     def _evict(self, chats: Sequence[StoredChat], limit: int) -> None:
         """Delete conversations that generate no answer until there is one fewer than a limit.
 
@@ -386,7 +376,7 @@ class ChatStore:
             for chat in self.list_all()
             if chat.used_at < shown_since and not chat.is_generating
         ]
-        sizes = [chat.count_bytes() for chat in chats]
+        sizes = [sum(file.stat().st_size for file in chat.folder.iterdir()) for chat in chats]
         surplus = sum(sizes) - num_bytes
         if surplus < 0:
             return False

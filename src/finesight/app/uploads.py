@@ -7,9 +7,9 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
@@ -31,6 +31,9 @@ UPLOAD_TTL_S, MIN_UPLOAD_TTL_S = 3600, 300
 Chats and data sets take over the files that they use.
 """
 
+MAX_OWNER_BYTES = MAX_STORED_BYTES // 4
+"""Maximum size of the stored files of an owner, who so leaves space to others."""
+
 MAX_NAME_BYTES = 200
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
@@ -48,46 +51,51 @@ class DiskBudget:
 
     def __init__(self, uploads: Path, *others: Path) -> None:
         self._uploads, self._others = uploads, others
-        self._reserved = 0
+        self._reserved = Counter[str]()
         self.free_space: Callable[[int], bool] = lambda num_bytes: False
         """Deletes unused files of a number of bytes, or returns False without deleting any."""
         self._lock = threading.Lock()
 
-    def reserve(self, num_bytes: int) -> DiskReservation:
+    def reserve(self, num_bytes: int, owner: str = "") -> DiskReservation:
         """Reserve disk space before writing files.
 
+        Args:
+            owner: Start of the names of the folders of a user, with a limit of its own.
+
         Raises:
-            DiskFullError: The stored and reserved bytes would exceed the limit.
+            DiskFullError: The stored and reserved bytes would exceed a limit.
         """
         with self._lock:
             limit, max_age_s = MAX_STORED_BYTES - num_bytes, UPLOAD_TTL_S
-            while (excess := self._count_stored_bytes(max_age_s) + self._reserved - limit) > 0:
+            while (excess := self._count_bytes(max_age_s) + self._reserved.total() - limit) > 0:
                 if max_age_s == UPLOAD_TTL_S:
                     max_age_s = MIN_UPLOAD_TTL_S
                 elif not self.free_space(excess):
                     raise DiskFullError
-            self._reserved += num_bytes
-        return DiskReservation(self, num_bytes)
+            own = self._count_bytes(max_age_s, owner) + self._reserved[owner]
+            if owner and own + num_bytes > MAX_OWNER_BYTES:
+                raise DiskFullError
+            self._reserved[owner] += num_bytes
+        return DiskReservation(self, num_bytes, owner)
 
-    def free(self, num_bytes: int) -> None:
-        """Release reserved bytes."""
+    def free(self, num_bytes: int, owner: str) -> None:
+        """Release reserved bytes of an owner."""
         with self._lock:
-            self._reserved -= num_bytes
+            self._reserved[owner] -= num_bytes
 
-    def _count_stored_bytes(self, max_age_s: float) -> int:
-        """Delete uploads beyond an age, then count the bytes of all stored files."""
+    def _count_bytes(self, max_age_s: float, owner: str = "") -> int:
+        """Delete uploads beyond an age, then count the bytes of all stored files of an owner."""
         min_mtime, total = time.time() - max_age_s, 0
         for root in (self._uploads, *self._others):
-            for file, state in iter_files(root):
+            for file, state in _iter_files(root):
                 if root == self._uploads and state.st_mtime < min_mtime:
                     shutil.rmtree(file.parent, ignore_errors=True)
-                else:
+                elif file.relative_to(root).parts[0].startswith(owner):
                     total += state.st_size
         return total
 
 
-def iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """Yield the files of a folder and its subfolders with their states."""
+def _iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
     for folder, _, names in os.walk(root):
         for file in (Path(folder, name) for name in names):
             # Files of a closed chat may disappear in the meantime.
@@ -101,12 +109,13 @@ class DiskReservation(contextlib.AbstractContextManager["DiskReservation"]):
 
     budget: DiskBudget
     remaining: int
+    owner: str = ""
 
     def write(self, num_bytes: int) -> None:
         """Reduce the reservation by bytes of files, which are counted by their size."""
         num_bytes = min(num_bytes, self.remaining)
         self.remaining -= num_bytes
-        self.budget.free(num_bytes)
+        self.budget.free(num_bytes, self.owner)
 
     def release(self) -> None:
         """Release the rest of the reservation."""
@@ -121,8 +130,7 @@ class UploadStore:
 
     Args:
         max_bytes: Maximum size of a file. The access middleware checks it first.
-        count_free: Returns how many bytes the user of a request may still upload, besides the
-            uploads of the user that no chat has taken over.
+        find_owner: Returns the owner of the uploads of a request; empty for one without a limit.
     """
 
     def __init__(
@@ -130,32 +138,22 @@ class UploadStore:
         folder: Path,
         budget: DiskBudget,
         max_bytes: int,
-        count_free: Callable[[Request], tuple[str, int]] = lambda request: ("", sys.maxsize),
+        find_owner: Callable[[Request], str] = lambda request: "",
     ) -> None:
         self._folder, self._budget, self._max_bytes = folder, budget, max_bytes
-        self._count_free = count_free
-        # Owner and size by ID, also of uploads that are deleted or taken over.
-        self._uploads: dict[str, tuple[str, int]] = {}
-
-    def _check_owner(self, request: Request, upload_id: str, size: int) -> None:
-        """Add an upload of a user. Raises DiskFullError if the user has too many."""
-        owner, free = self._count_free(request)
-        kept = {key: one for key, one in self._uploads.items() if (self._folder / key).exists()}
-        if size + sum(bytes for one, bytes in kept.values() if one == owner) > free:
-            raise DiskFullError
-        self._uploads = {**kept, upload_id: (owner, size)}
+        self._find_owner = find_owner
 
     async def receive(self, request: Request) -> Response:
         """Store the body of a request, whose query has the name of the file. Return its ID."""
         size = int(request.headers.get("content-length", self._max_bytes))
-        upload_id, name = secrets.token_urlsafe(24), _clean_name(request.query_params.get("name"))
+        owner, name = self._find_owner(request), _clean_name(request.query_params.get("name"))
+        upload_id = owner + secrets.token_urlsafe(24)
         folder = self._folder / upload_id
         try:
             folder.mkdir(mode=0o700)
             # In a thread, because all files are counted.
-            reservation = await to_thread.run_sync(self._budget.reserve, size)
+            reservation = await to_thread.run_sync(self._budget.reserve, size, owner)
             with reservation, (folder / name).open("wb") as file:
-                self._check_owner(request, upload_id, size)
                 async for chunk in request.stream():
                     await to_thread.run_sync(file.write, chunk)
                     reservation.write(len(chunk))
@@ -170,7 +168,7 @@ class UploadStore:
     def find(self, upload_id: str) -> Path:
         """Return the file of an upload. Raises UserError for an unknown or expired ID."""
         with contextlib.suppress(OSError, StopIteration):
-            if re.fullmatch(r"[\w-]{32}", upload_id):
+            if re.fullmatch(r"[\w-]{32,40}", upload_id):
                 return next((self._folder / upload_id).iterdir())
         raise UserError(
             "an uploaded file has expired",

@@ -150,7 +150,7 @@ def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -
     studio.wait_for("document.querySelector('#message').innerText.includes('outside')")
     studio.fill("import", source="images")
     studio.click("import")
-    studio.wait_for("document.querySelector('#message').innerText.includes('step Label')")
+    studio.wait_for("document.querySelector('.job .error')?.innerText.includes('step “Label”')")
     studio.fill("import", source="", out="uploaded")
     studio.upload(sorted((folder / "photos").iterdir()))
     studio.click("import")

@@ -15,7 +15,6 @@ from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
-from label_fixtures import draw_dots
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
@@ -92,14 +91,11 @@ def upload_files(folder: Path) -> list[Path]:
         ("table.csv", "image=photo answer=text", ["--map", "answer=text"]),
         ("table.csv", "image=photo 'answer", "open quote"),
         ("table.csv", "image", "not a mapping"),
-        ("images", "", "24 images without labels"),
-        ("images", "", "table.csv or label the images in the step Label"),
     ],
 )
 def test_import_form_is_checked_before_the_command_starts(
     folder, page, started, source, columns, found
 ):
-    draw_dots(folder / "images", 24)
     (folder / "table.csv").write_text("photo,text\nphotos/00.png,a b\nphotos/01.png,c d\n")
     message = click_button(page, "import", "step=data", None, source, "a", "What?", columns)
     if isinstance(found, str):

@@ -37,7 +37,6 @@ from finesight.app.chat_store import (
     MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
-    MAX_TITLE_CHARS,
     ChatImage,
     ChatSettings,
     ChatStore,
@@ -249,12 +248,6 @@ class EditRequest(SettingsRequest, frozen=True):
 
     text: Utf8Text
     index: Annotated[int, Field(ge=0)]
-
-
-class RenameRequest(BaseModel, frozen=True):
-    """New title of a conversation; empty for the start of the first question."""
-
-    title: Annotated[Utf8Text, Field(max_length=1000)]
 
 
 class AnswerStream(StreamingResponse):
@@ -553,11 +546,6 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
         find_chat(request).stop()
         return JSONResponse({})
 
-    async def rename(request: Request) -> Response:
-        chat, title = find_chat(request), (await parse_body(request, RenameRequest)).title
-        chat.title = title.strip()[:MAX_TITLE_CHARS]
-        return JSONResponse({})
-
     def delete(request: Request) -> Response:
         store.delete(find_chat(request))
         return JSONResponse({})
@@ -590,7 +578,6 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
         "regenerate": regenerate,
         "undo": undo,
         "stop": stop,
-        "rename": rename,
         "delete": delete,
     }
     return [

@@ -122,7 +122,6 @@ class StoredChat:
     budget: DiskBudget
     reader: ImageReader
     uploads: UploadStore
-    title: str = ""
     settings: ChatSettings | None = None
     is_generating: bool = False
     error: str = ""
@@ -135,10 +134,10 @@ class StoredChat:
 
     @property
     def display_title(self) -> str:
-        """Title given by the user, or the start of the first question."""
+        """Start of the first question, or else the name of its first image."""
         first_turn = self.session.turns[0] if self.session.turns else None
         names = [self.images[path].name for path in first_turn.image_paths] if first_turn else []
-        texts = (self.title, first_turn.text if first_turn else "", *names)
+        texts = (first_turn.text if first_turn else "", *names)
         title = next((text for text in texts if text.strip()), "")
         return " ".join(title.split())[:MAX_TITLE_CHARS]
 

@@ -46,9 +46,8 @@ from finesight.app.studio_view import (
     name_actions,
 )
 from finesight.app.uploads import UploadStore
-from finesight.app.workspace import STUDIO_FOLDER, TABLE_SUFFIXES, as_argument
+from finesight.app.workspace import STUDIO_FOLDER, as_argument
 from finesight.data.image_header import IMAGE_SUFFIXES
-from finesight.data.import_source import count_unlabeled_images
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.operations.operation import OperationParameter, Step
@@ -264,16 +263,14 @@ class StudioPage:
             self._read_form("import", form.model_copy(update={"texts": texts})),
             False,
         )
-        if source:
-            self._check_labels(source)
-        elif uses := self._find_commands(uploads):
-            raise UserError(
-                f"the earlier upload is used by {uses[0]}",
-                where="import:out",
-                expected="the name of a data set that is not being imported",
-                remedy="wait for the end of the command, or choose another name",
-            )
-        else:
+        if form.uploads:
+            if uses := self._find_commands(uploads):
+                raise UserError(
+                    f"the earlier upload is used by {uses[0]}",
+                    where="import:out",
+                    expected="the name of a data set that is not being imported",
+                    remedy="wait for the end of the command, or choose another name",
+                )
             folder = workspace.folder / uploads
             is_new = not folder.exists()
             source = str(workspace.save_uploads([*map(self.uploads.find, form.uploads)], name))
@@ -338,20 +335,6 @@ class StudioPage:
         self.view.workspace.move_to_trash(state.recipe)
         return state.selection.link(recipe="")
 
-    def _check_labels(self, source: str) -> None:
-        """Raise UserError for a folder of images without labels, before the import fails."""
-        folder = self.view.workspace.folder / source
-        if not (count := count_unlabeled_images(folder)):
-            return
-        tables = [file for file in folder.parent.iterdir() if file.suffix in TABLE_SUFFIXES]
-        remedies = [f"enter {Path(source).parent / file.name}" for file in sorted(tables)]
-        raise UserError(
-            f"{count} images without labels",
-            where="import:source",
-            expected="labels: a table, or a text or annotation file for each image",
-            remedy=" or ".join([*remedies[:3], "label the images in the step Label"]),
-        )
-
     def _create_recipe(self, state: StudioState, form: Form) -> str:
         if state.dataset is None:
             raise build_missing_error("data")
@@ -392,17 +375,13 @@ class StudioPage:
         elif operation == "web":
             options["has_page"] = True
         elif operation == "serve":
-            options["port"] = arguments["port"] = self._find_port()
+            with socket.create_server(("127.0.0.1", 0)) as free:
+                port = self.access.api_port or int(free.getsockname()[1])
+            options["port"] = arguments["port"] = port
             if self.access.password is not None:
                 # The key is the same for all servers of the workspace.
                 arguments["key_file"] = self._write_api_key()
         return self._start(state, operation, arguments, **options)
-
-    def _find_port(self) -> int:
-        if self.access.api_port:
-            return self.access.api_port
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            return int(free.getsockname()[1])
 
     def _label(self, state: StudioState, form: Form, *, review: bool = False) -> str:
         """Start the labelling page with the selected run or, without weights of one, a model.

@@ -580,20 +580,6 @@ def open_unvalidated_samples(
     return UnvalidatedSource(source, options, output_folder)
 
 
-def count_unlabeled_images(folder: Path) -> int:
-    """Return the number of images in a folder without labels; 0 for any other source."""
-    if not folder.is_dir():
-        return 0
-    listing = list_folder(folder)
-    if not listing.count_suffixes().keys().isdisjoint((".txt", ".xml", ".tar", *ROW_SUFFIXES)):
-        return 0
-    try:
-        open_source(folder, ImportOptions())  # opens class folders
-    except UserError:
-        return len(listing.image_files())
-    return 0
-
-
 def detect_columns(
     path: Path, options: ImportOptions, ask_question: Callable[[list[str]], str] | None = None
 ) -> tuple[Path, ImportOptions]:

@@ -598,9 +598,7 @@ def _find_outcome(job: Job) -> str:
 def _describe_job_error(job: Job) -> str:
     """Return the message of the error with which a command has ended; empty without one."""
     parts = job.read_outcome().error
-    if parts is None:
-        return ""
-    return describe_error(UserError(**parts.model_dump()), name_actions)
+    return describe_error(UserError(**parts.model_dump()), name_actions) if parts else ""
 
 
 def name_actions(advice: str) -> str:

@@ -24,8 +24,7 @@ PACKAGE_NAME = "finesight"
 InstalledPackages = Mapping[str, Sequence[Distribution]]
 """Distributions by canonical name. The first one of a name is the one that is imported."""
 
-DEV_EXTRAS = ("dev",)
-"""Extras for the development of finesight, which are not checked."""
+DEV_EXTRAS = ("dev",)  # They are not checked.
 
 PIP_COMMAND = (sys.executable, "-m", "pip")
 """Command that runs pip of the current Python interpreter."""
@@ -120,7 +119,11 @@ def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
 
 
 def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
-    """Check that the extras in the metadata of finesight are complete."""
+    """Check that the extras of finesight are complete, and list the plug-ins of other packages."""
+    for plugin, *_ in packages.values():
+        for one in plugin.entry_points:
+            if one.group.startswith(f"{PACKAGE_NAME}."):
+                yield make_diagnosis("plugin", entry=one, package=plugin)
     package = next(iter(packages.get(PACKAGE_NAME, ())), None)
     for name in (package.metadata.get_all("Provides-Extra") or ()) if package else ():
         missing = [
@@ -132,7 +135,7 @@ def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
         if name not in DEV_EXTRAS and missing:
             description = load_catalog()[f"extra.{name}"]["what"]
             values = {"description": description, "missing": ", ".join(missing)}
-            install = install_command(f"{PACKAGE_NAME}[{name}]")
-            yield make_diagnosis("extra-missing", **values, install=install)
+            values["install"] = install_command(f"{PACKAGE_NAME}[{name}]")
+            yield make_diagnosis("extra-missing", **values)
         elif name not in DEV_EXTRAS:
             yield make_diagnosis(f"extra.{name}")

@@ -77,7 +77,7 @@ class FormField:
     parameter: OperationParameter | None = None
 
 
-FORMS: Mapping[str, Mapping[str, FormField | None]] = {
+FORMS: dict[str, Mapping[str, FormField | None]] = {
     "import": {
         "source": FormField("Or a file or folder in the workspace", "photos"),
         "out": FormField("Name of the data set", "tickets", folder="data"),
@@ -191,8 +191,8 @@ def _describe_parameter(
     """Complete a field by the type of its parameter, and without a label by its description."""
     default, is_flag = parameter.default, parameter.kind == "flag"
     # The empty choice keeps the default.
-    choices = YES_NO if is_flag else [one for one in parameter.choices if one != default]
-    choices = runs if parameter.info.metavar == "RUN" else choices
+    choices: Sequence[str] = [one for one in parameter.choices if one != default]
+    choices = YES_NO if is_flag else runs if parameter.info.metavar == "RUN" else choices
     if field.label:
         return replace(field, choices=choices, parameter=parameter)
     shown = "" if is_flag or default in (None, ()) else str(default)

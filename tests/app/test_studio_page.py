@@ -507,7 +507,7 @@ def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
     assert read_live(folder, query)["bottom"].count('data-action="follow"') == 1
     assert follow(page, query, "check")["data"] == "data/a-fixed"
     assert started == [["check", "data/a/data.jsonl", "--fix", "data/a-fixed"]]
-    with pytest.raises(UserError, match="nothing is proposed"):
+    with pytest.raises(UserError, match="no longer proposed"):
         follow(page, query, "plan")
     # The settings of a plan change the recipe once.
     recipe = write_recipe(folder, "mine", "data/a/data.jsonl")

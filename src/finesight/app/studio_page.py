@@ -50,6 +50,7 @@ from finesight.app.workspace import STUDIO_FOLDER, as_argument
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, UserError
 from finesight.label.label_store import JOURNAL_FILE
+from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import OperationParameter, Step
 from finesight.storage import translate_os_errors
 
@@ -166,10 +167,8 @@ class StudioPage:
             others=others,
             digest=digest,
             questions=QUESTIONS,
-            has_data=bool(state.content.datasets),
-            has_recipe=bool(state.content.recipes),
-            has_weights=state.run is not None
-            and self.view.workspace.find_weights(state.run) is not None,
+            content=state.content,
+            has_weights=bool(state.run and self.view.workspace.find_weights(state.run)),
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label:prompt"] and state.run is None,
@@ -185,10 +184,13 @@ class StudioPage:
         # Commands apply to the model that was merged last.
         merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]
-        values["merge:out"] = Path((merged or [""])[0]).name
-        is_label = selection.step == "label"
+        values["merge:out"] = Path((*merged, state.run or "")[0]).name
+        values["import:out"] = self.view.workspace.find_free_name("data", "data/{}", "uploads/{}")
+        if state.dataset is not None:
+            name, paths = state.dataset.path.name, ("recipes/{}.yaml", "runs/{}")
+            values["recipe:name"] = self.view.workspace.find_free_name(name, *paths)
         # New images to label precede those of an earlier command.
-        if job is not None and not selection.images and (is_label or job.status != "finished"):
+        if job and not selection.images and (selection.step == "label" or job.status != "finished"):
             values |= job.form
         if selection.images:
             values["label:sources"] = selection.images
@@ -199,16 +201,14 @@ class StudioPage:
         """Return the arguments of an operation that a form gives."""
         arguments = {}
         for one in build_form(name):
-            text, is_shown = (
-                form.get(one.name),
-                not one.kinds or form.get("label:kind") in one.kinds,
-            )
-            if one.parameter is not None and is_shown and (text or one.folder):
+            text, parameter = form.get(one.name), one.parameter
+            if one.kinds and form.get("label:kind") not in one.kinds:
+                continue
+            if parameter is not None and (text or one.folder):
                 try:
-                    arguments[one.parameter.name] = self._parse(one.parameter, one.folder, text)
+                    arguments[parameter.name] = self._parse(parameter, one.folder, text)
                 except UserError as error:
-                    # The page marks the field.
-                    error.where = one.name
+                    error.where = one.name  # The page marks the field.
                     raise
         return arguments
 
@@ -235,7 +235,11 @@ class StudioPage:
         check = workspace.check_model if info.path == "name" else str
         if parameter.is_multiple:
             # The messages of commands write the option before each value.
-            words = (word.removeprefix("--map=") for word in _split_words(text))
+            try:
+                words = [word.removeprefix("--map=") for word in shlex.split(text)]
+            except ValueError as error:
+                what = f"{text!r:.200} has an open quote"
+                raise UserError(what, remedy="close the quote") from error
             values = [check(word) for word in words if word != "--map"]
             parameter.convert(values)
             return values
@@ -364,9 +368,7 @@ class StudioPage:
         operation, options = operation or state.selection.step, dict[str, Any]()
         arguments = self.view.select_arguments(operation, state)
         arguments |= self._read_form(operation, form)
-        if operation == "check":
-            options = {"ok_exit_codes": CHECK_EXIT_CODES, "result": arguments["html"]}
-        elif state.recipe is not None and operation in ("plan", "train"):
+        if state.recipe is not None and operation in ("plan", "train"):
             output_dir = self.view.workspace.load_recipe(state.recipe).output_dir
             if operation == "train":
                 self._check_labelling(state.recipe)
@@ -416,10 +418,9 @@ class StudioPage:
                 del arguments["train_fraction"]
         weights = workspace.find_weights(state.run) if state.run else None
         arguments |= {"sources": [as_argument(source)], "out": target}
+        arguments.setdefault("run_or_model", TINY_MODEL)
         if weights is not None:
             arguments["run_or_model"] = as_argument(weights)
-        elif "run_or_model" not in arguments:
-            workspace.check_model("")
         return self._start(state, "label", arguments, has_page=True, form=form.texts)
 
     def _write_api_key(self) -> Path:
@@ -455,13 +456,12 @@ class StudioPage:
         workspace, proposals = self.view.workspace, self.view.list_proposals(state)
         step = next((one for _, one in proposals if one.operation == form.get("operation")), None)
         if step is None:
-            raise UserError(
-                "nothing is proposed any more", where="follow", remedy="reload the page"
-            )
+            raise build_missing_error("operation")
         overrides: Any = step.arguments.get("overrides", ())
         if step.operation == "check" and state.dataset is not None:
             fixed = workspace.check_new_name("data", f"{state.dataset.path.name}-fixed")
-            return self._start(state, "check", {**step.arguments, "fix": fixed}, data=str(fixed))
+            arguments = {**step.arguments, "fix": fixed}
+            return self._start(state, "check", arguments, data=str(fixed))
         if step.operation != "train":
             name = "label" if step.operation == "label" else "export"
             return state.selection.link(step=name, run=str(state.run))
@@ -502,23 +502,15 @@ class StudioPage:
             options: Arguments of `JobStore.start`.
         """
         words, target = Step(operation, arguments).words, state.target if target is None else target
+        if operation == "check":
+            options["ok_exit_codes"] = CHECK_EXIT_CODES
+            options["result"] = str(arguments.get("html") or arguments["fix"])
         job = self.view.jobs.start(state.selection.step, target, words, **options)
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}
         return state.selection.link(
             job=job.id, images="", **{key: item for key, item in items.items() if item}
         )
-
-
-def _split_words(text: str) -> list[str]:
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(
-            f"{text!r:.200} has an open quote",
-            expected="words separated by spaces",
-            remedy="close the quote",
-        ) from error
 
 
 def _check_texts(form: Form) -> None:

@@ -192,9 +192,11 @@ def _describe_parameter(
     default, is_flag = parameter.default, parameter.kind == "flag"
     # The empty choice keeps the default.
     choices: Sequence[str] = [one for one in parameter.choices if one != default]
-    choices = YES_NO if is_flag else runs if parameter.info.metavar == "RUN" else choices
+    is_run = parameter.info.metavar == "RUN"
+    choices = YES_NO if is_flag else runs if is_run else choices
     if field.label:
-        return replace(field, choices=choices, parameter=parameter)
+        is_advanced = field.is_advanced or (is_run and not runs)
+        return replace(field, choices=choices, parameter=parameter, is_advanced=is_advanced)
     shown = "" if is_flag or default in (None, ()) else str(default)
     return FormField(
         label=parameter.name.replace("_", " ").capitalize(),
@@ -239,6 +241,7 @@ MISSING_MESSAGES = {
     "label:sources": "No images are given. Enter a file or folder, or upload images in the step"
     " Data.",
     "label:split": "The data set has no validation samples. Review those for training.",
+    "operation": "This is no longer proposed. Reload the page.",
     "merge:out": "No merged model is given. Merge one, or enter its name.",
 }
 """Message about a missing item or an empty field by its name."""

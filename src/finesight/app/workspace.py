@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
-from itertools import chain, permutations
+from itertools import chain, count, permutations
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -61,7 +61,6 @@ from finesight.storage import (
     working_folder,
     write_file,
 )
-from finesight.train.run_dir import RunDir
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
@@ -198,9 +197,7 @@ class Workspace:
                 return file, folder
         suffix = "-eval-review" if file.name in DATA_FILES.values() else "-review"
         name = re.sub(r"\W+", "-", file.parent.name + suffix).strip("-")[-50:]
-        target = self.folder / "data" / name
-        target = RunDir(target).next_path if os.path.lexists(target) else target
-        return file, target.relative_to(self.folder)
+        return file, Path("data", self.find_free_name(name, "data/{}"))
 
     def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
         """Yield folders with their file names, without those inside of runs and models."""
@@ -303,6 +300,14 @@ class Workspace:
                 remedy="choose another name",
             )
         return path
+
+    def find_free_name(self, name: str, *paths: str) -> str:
+        """Return a name, with a number if necessary, by which no path exists: `data/{}`."""
+
+        def is_free(one: str) -> bool:
+            return not any(os.path.lexists(self.folder / path.format(one)) for path in paths)
+
+        return next(filter(is_free, chain([name], (f"{name}-{number}" for number in count(2)))))
 
     def check_model(self, name: str) -> str:
         """Return a model name that a user has entered: a hub name, or a folder in the workspace."""

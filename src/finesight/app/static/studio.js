@@ -137,7 +137,6 @@ document.addEventListener("click", async (event) => {
     await copy(button);
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
-    byId("import:out").value ||= button.dataset.name;
     for (const one of button.parentElement.querySelectorAll("button")) {
       one.setAttribute("aria-pressed", one === button);
     }

@@ -600,7 +600,7 @@ def detect_columns(
         files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) == 1 and files[0].is_file():
             return detect_columns(files[0], options, ask_question)
-        if not path.is_file():
+        if not (path.is_file() and path.suffix.lower() in ROW_SUFFIXES):
             raise
     if not options.columns and (opened is None or _is_question_table(opened, options)):
         records = _read_preview(open_row_file(path, options.encoding, no_header=options.no_header))

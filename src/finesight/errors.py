@@ -19,7 +19,6 @@ _UNPRINTABLE = re.compile(
 )
 """Characters that would move the cursor, change colors or reorder text, or cannot be encoded."""
 
-
 MAX_PART_CHARS = 10_000
 """Maximum number of characters per part of a message.
 
@@ -76,7 +75,6 @@ class Step:
 
 Remedy = str | Step
 """How to fix a problem."""
-
 
 _format_step: Callable[[Step], str] = attrgetter("operation")
 

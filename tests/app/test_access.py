@@ -27,8 +27,8 @@ from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
 
 from finesight.app import access, server, uploads
 from finesight.app.access import MAX_MESSAGE_BYTES
-from finesight.app.chat_page import BROWSER_COOKIE, BROWSER_COOKIE_AGE_S, render_turns
-from finesight.app.chat_store import MAX_FILE_BYTES
+from finesight.app.chat_page import BROWSER_COOKIE_AGE_S, render_turns
+from finesight.app.chat_store import BROWSER_COOKIE, MAX_FILE_BYTES
 from finesight.encode.family import ThinkingOptions
 from finesight.infer.request import GenerationOptions
 
@@ -278,7 +278,7 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
 def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
     token = open_page.store.create(None).token
     for body in (b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000):
-        for name in ("send", "edit", "regenerate", "rename"):
+        for name in ("send", "edit", "regenerate"):
             assert ask(open_page, "POST", f"{CHATS}/{token}/{name}", body).status == 422, body[:20]
     for path in (f"static/{'a' * 1900}", f"chats/{'a' * 1900}", "chats/%00%ff/stream"):
         assert ask(open_page, "GET", f"/{path}").status == 404, path

@@ -11,10 +11,13 @@ from pathlib import Path
 import pytest
 from engine_fixtures import write_noise_image
 from PIL import Image
+from starlette.routing import Route
+from starlette.testclient import TestClient
 from web_server_fixture import ScriptedService, get_image_pool
 
 from finesight.app import chat_store, uploads
-from finesight.app.chat_store import ChatStore, StoredChat
+from finesight.app.chat_store import BROWSER_COOKIE, ChatStore, StoredChat
+from finesight.app.pages import create_app
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.request import GenerationOptions
@@ -66,6 +69,25 @@ def count_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
+def test_uploads_of_a_browser_leave_space_to_others(store, monkeypatch):
+    monkeypatch.setattr(uploads, "MAX_OWNER_BYTES", 250)
+    client = TestClient(create_app([Route("/uploads", store.uploads.receive, methods=["POST"])]))
+    ids = []
+
+    def send(browser: str) -> int:
+        headers = {"cookie": f"{BROWSER_COOKIE}={browser * 43}"}
+        answer = client.post("/uploads", content=b"a" * 100, headers=headers)
+        ids.append(answer.json().get("id", ""))
+        return answer.status_code
+
+    assert [send("a") for _ in range(3)] == [200, 200, 507]
+    assert send("b") == 200
+    # The files of a conversation count, too.
+    store.uploads.remove(ids[:2])
+    (store.create("a" * 43).folder / "1-image").write_bytes(b"a" * 100)
+    assert [send("a"), send("a")] == [200, 507]
+
+
 def test_images_over_the_disk_limit_are_rejected(store, chat, noise, tmp_path, monkeypatch):
     monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 5 * len(noise))
     monkeypatch.setattr(chat_store, "MAX_DISPLAY_BYTES", len(noise))
@@ -113,8 +135,7 @@ def test_conversations_are_listed_by_their_last_change(store, chat):
     assert chat.display_title == ("a " * 100)[: chat_store.MAX_TITLE_CHARS]
     second = store.create("browser")
     ask(second, "b")
-    second.title = "Letters"
-    assert [one.display_title[:7] for one in store.list_chats("browser")] == ["Letters", "a a a a"]
+    assert [one.display_title[:7] for one in store.list_chats("browser")] == ["b", "a a a a"]
     ask(chat, "c")
     assert store.list_chats("browser") == [chat, second]
 

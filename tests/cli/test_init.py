@@ -155,13 +155,14 @@ def read_json(address: str, body: object = None) -> Any:
 
 def test_unlabeled_images_become_a_served_model(cli):
     colors = draw_dots(Path("photos"), 200)
-    printed = cli("init", "photos", "--yes", "--prompt", "Which color?")
-    label, train, serve = printed.next_steps.splitlines()
-    split = "--out photos-finetune/data --train-fraction 0.8"
-    remedy = f"label images first: finesight label MODEL IMAGES --prompt TEXT {split}"
-    assert remedy in cli(*shlex.split(train)[1:], code=2).err
-    # Without --train-fraction, all labels are training samples.
-    labels = Path("photos-finetune/data/labels.jsonl")
+    remedy = "label them: finesight label MODEL photos --prompt TEXT"
+    assert remedy in cli("init", "photos", "--yes", code=2).err
+    label = "finesight label finesight-tiny photos --out labels --no-suggestions"
+    label += " --prompt 'Which color?'"
+    labels, split = Path("labels/labels.jsonl"), "--out labels --train-fraction 0.8"
+    assert str(suggest_similar_path(labels)) == (
+        f"label images first: finesight label MODEL IMAGES --prompt TEXT {split}"
+    )
     labels.parent.mkdir()
     labels.touch()
     assert str(suggest_similar_path(labels.with_name("labels_eval.jsonl"))) == (
@@ -174,9 +175,12 @@ def test_unlabeled_images_become_a_served_model(cli):
             decision = {"id": sample_id, "action": "save", "text": colors[Path(sample_id).name]}
             answer = read_json(f"{address}/decision", decision)
             assert answer["item"]["decision"] == "written"
-    assert errors[-1] == f"next: {train.strip()}"
+    assert errors[-1] == "next: finesight init labels/labels.jsonl"
+    printed = cli(*shlex.split(errors[-1])[2:], "--yes")
+    train = printed.next_steps.splitlines()[0]
     printed = cli(*shlex.split(train)[1:], "train.steps=30")
-    assert serve.strip() in printed.next_steps
+    serve = "finesight serve labels-finetune/run"
+    assert serve in printed.next_steps
     image = Path("photos", Path(read_samples(labels)[0].id).name)
     with run_server(serve) as (address, _):
         assert ask_server(f"{address}/", image) == colors[image.name]
@@ -516,30 +520,7 @@ def test_labels_with_one_answer_column_or_several(cli):
     assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "metric"),
-    [
-        ("Which color?", "qa"),
-        ("Describe it.", "captions"),
-        ("Return name, price as JSON.", "json"),
-        ("Was kostet es, als json?", "json"),
-        ("以JSON返回名称。", "json"),
-        ("Describe the jsonl file.", "captions"),
-    ],
-)
-def test_question_about_unlabeled_images_selects_the_metric(prompt, metric, run_init):
-    draw_dots(Path("photos"), 3)
-    assert run_init("photos", "--yes", "--prompt", prompt)["metric"] == metric
-    recipe = Path("photos-finetune/recipe.yaml").read_text()
-    comment = "for a few dozen labels; with hundreds, replace it by epochs: 5"
-    assert f"steps: 100  # {comment}\n" in recipe
-    assert yaml.safe_load(recipe)["eval"]["metric"] == metric
-
-
 def test_option_sets_the_task(run_init, cli):
-    draw_dots(Path("photos"), 3)
-    found = run_init("photos", "--yes", "--task", "json")
-    assert (found["metric"], found["prompt"]) == ("json", "Return the fields as JSON.")
     table = write_table("table", 3, caption="a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")
     assert (found["metric"], found["prompt"]) == ("qa", "Answer the question.")
@@ -547,56 +528,8 @@ def test_option_sets_the_task(run_init, cli):
     assert "image show: a photo of house 0, a photo of house 1, " in found["prompt"]
     # Answers that are no JSON cannot be evaluated as JSON.
     cli("init", table, "--task", "json", *YES, code=2)
-    cli("init", "photos", "--task", "poems", *YES, code=2)
+    cli("init", table, "--task", "poems", *YES, code=2)
     assert not Path("out").exists()
-    draw_dots(Path("one"), 1)
-    assert "data    one: 1 image without labels\n" in cli("init", "one", "--yes").out
-
-
-@pytest.mark.parametrize(
-    ("answers", "label", "metric"),
-    [
-        (
-            ("classification", "Which color?", "red,green", ""),
-            "--prompt 'Which color?' --out photos-finetune/data --classes red,green",
-            "classification",
-        ),
-        (
-            ("json", "", "total, date,", ""),
-            "--prompt 'Return total, date as JSON.' --out photos-finetune/data"
-            " --kind fields --fields total,date",
-            "json",
-        ),
-    ],
-)
-def test_names_of_unlabeled_images_are_asked(monkeypatch, answers, label, metric):
-    draw_dots(Path("photos"), 3)
-    output = answer_questions(monkeypatch, "photos", *answers)
-    options = f"{label} --train-fraction 0.8 --no-suggestions"
-    assert f"finesight label finesight-tiny photos {options}\n" in output
-    recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
-    assert recipe["eval"]["metric"] == metric
-    assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("words", "options", "prompt"),
-    [
-        (["--task", "classification"], "--classes A,B ", "What is it?"),
-        (["--task", "json"], "--kind fields --fields A,B ", "Return the fields as JSON."),
-        (
-            ["--prompt", "Return shop, date and total as JSON."],
-            "--kind fields --fields shop,date,total ",
-            "Return shop, date and total as JSON.",
-        ),
-    ],
-)
-def test_names_of_unlabeled_images_are_proposed(words, options, prompt, run_init):
-    draw_dots(Path("photos"), 3)
-    found = run_init("photos", "--yes", *words)
-    assert found["prompt"] == prompt
-    assert f" --out photos-finetune/data {options}--train-fraction" in found["next"][0]
-    assert found["placeholder"] == ("A,B" if "A,B" in options else None)
 
 
 @pytest.mark.usefixtures("no_plan")

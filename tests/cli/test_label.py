@@ -110,15 +110,6 @@ def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):
         assert not any(line.startswith("next:") for line in label(*words))
     train = f'\'data.train=["old.jsonl", "{FIRST_LABELS}"]\' output_dir=first-2'
     assert label(*words)[-1] == f"next: finesight train first/recipe.yaml {train}"
-    # With the recipe of `finesight init`, which names the labels.
-    recipe = "model: finesight-tiny\ndata: {train: data/labels.jsonl}\noutput_dir: first\n"
-    Path("recipe.yaml").write_text(recipe)
-    Path("first-2").mkdir()
-    last_line = label(*words, "--out", "data")[-1]
-    assert last_line == "next: finesight train recipe.yaml output_dir=first-3"
-    Path("recipe.yaml").write_text(recipe.replace("}", ", eval: data/labels_eval.jsonl}"))
-    last_line = label(*words, "--out", "data")[-1].replace(f"{Path.cwd()}/", "")
-    assert last_line == "next: finesight label first photos --out data --train-fraction 0.8"
     Path("first/recipe.yaml").write_text("model: [")
     assert label(*words)[-1] == f"next: finesight init {FIRST_LABELS}"
 

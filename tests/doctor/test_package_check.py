@@ -96,12 +96,16 @@ def test_requirement_of_extra_is_a_hint(tmp_path: Path) -> None:
     write_package_metadata(tmp_path, "bitsandbytes", "0.50.2")
     (there,) = package_check.check_extras(package_check.list_packages([str(tmp_path)]))
     assert (there.code, there.severity) == ("extra", "ok")
+    entries = tmp_path.glob("planted-1.0.dist-info")
+    (next(entries) / "entry_points.txt").write_text("[finesight.metrics]\nscore = a:b\n")
+    plugin, _ = package_check.check_extras(package_check.list_packages([str(tmp_path)]))
+    assert plugin.what == "plug-in score (finesight.metrics): planted 1.0"
 
 
 def test_every_user_extra_has_a_description() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     described = {code[6:] for code in load_catalog() if code.startswith("extra.")}
-    assert {*described, *package_check.DEV_EXTRAS} == {*project["optional-dependencies"]}
+    assert {*described, "dev"} == {*project["optional-dependencies"]}
 
 
 def test_uninstalled_sources_are_reported(tmp_path: Path) -> None:

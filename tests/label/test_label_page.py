@@ -434,6 +434,54 @@ def test_suggestions_are_accepted_at_once_and_reopened(tmp_path, browser):
         assert browser.messages() == []
 
 
+def test_uncertain_suggestions_are_hidden(tmp_path, browser):
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        first = "document.querySelector('#field-0')?.value"
+        wait_for(browser, f"{first} !== undefined && {first} !== ''")
+        for value, shown, text in ((101, False, "off"), (0, True, "0 %")):
+            browser.run(
+                f"const slider = document.querySelector('#threshold'); slider.value = {value};"
+                " slider.dispatchEvent(new Event('input', { bubbles: true }));"
+            )
+            wait_for(browser, f"({first} !== '') === {str(shown).lower()}")
+            assert browser.read_texts("#threshold-value") == [text]
+            assert browser.run("return document.querySelector('#reset').hidden;")
+        assert browser.messages() == []
+
+
+def test_image_is_zoomed_and_moved(tmp_path, browser):
+    scale = "return document.querySelector('#image').getBoundingClientRect()"
+    with serve(open_boxes_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
+        before = browser.run(f"{scale}.width;")
+        press(browser, "+")
+        assert browser.run(f"{scale}.width;") == pytest.approx(1.5 * before, rel=0.01)
+        browser.run(
+            "const stage = document.querySelector('#stage'), { left, top } = "
+            "stage.getBoundingClientRect(); const at = { clientX: left + 9, clientY: top + 9, "
+            "bubbles: true, cancelable: true }; for (let i = 0; i < 3; i++) "
+            "stage.dispatchEvent(new WheelEvent('wheel', { ...at, deltaY: -400 }));"
+        )
+        assert browser.run(f"{scale}.width;") == pytest.approx(16 * before, rel=0.01)
+        left = browser.run(f"{scale}.left;")
+        browser.run(
+            "const stage = document.querySelector('#overlay'), { left, top } = document"
+            ".querySelector('#stage').getBoundingClientRect(); const send = (name, x) => "
+            "stage.dispatchEvent(new PointerEvent(name, { clientX: left + x, clientY: top + 9, "
+            "pointerId: 1, pointerType: 'mouse', shiftKey: true, bubbles: true, "
+            "cancelable: true }));"
+            "send('pointerdown', 50); send('pointermove', 40); send('pointerup', 40);"
+        )
+        assert browser.run(f"{scale}.left;") == pytest.approx(left - 10, abs=1)
+        for _ in range(8):
+            browser.click("#zoom-out")
+        assert browser.run(f"{scale}.width;") == pytest.approx(before)
+        assert browser.count("#overlay rect") == 2
+        assert browser.messages() == []
+
+
 def test_accepting_at_once_hides_no_error_and_undoes_no_other_decision(tmp_path, monkeypatch):
     def fill_disk(path: Path, line: str) -> None:
         with translate_os_errors(path):
@@ -538,6 +586,7 @@ def test_question_of_each_sample_is_shown_and_corrected(tmp_path, browser):
         assert second.meta == {}
         # The next session shows the corrected question, and cannot empty it.
         with open_client(open_session(out, MODEL, [source], review=True)) as client:
+            assert "one by one" in client.post("/decisions", json={"action": "accept"}).text
             item, other = (client.get(f"/items/{index}").json() for index in range(2))
             assert (item["decision"], item["question"][0]) == ("corrected", "Find a blue car in ")
             refused = save(client, item, boxes=item["answer"]["boxes"], question=["", " "])

@@ -139,11 +139,10 @@ class TrainerConverter:
             return
         self.objective = name
         text = (
-            f"{reason} is not supported: the recipe is a supervised fine-tuning with the same"
-            " model, adapter and schedule; import data with answers, such as the chosen ones, and"
-            " set train.learning_rate"
+            "is not supported: the recipe is a supervised fine-tuning with the same model, adapter"
+            " and schedule; import data with answers, and set train.learning_rate"
         )
-        self.draft.note(key, name, text, differs=True)
+        self.draft.note(key, name, f"{reason} {text}", differs=True)
 
     def set_model(
         self, model: str, hints: tuple[str | None, ...], hub: str, adapters: str

@@ -18,9 +18,9 @@ from finesight.config import DataSettings, DpoSettings, OrpoSettings, SimpoSetti
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import format_token_table
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.operations.model import format_token_table
 from finesight.plan.dry_run import plan_step_packs
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole

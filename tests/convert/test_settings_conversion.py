@@ -54,6 +54,8 @@ TESTED_BELOW = {
     *("stage", "dataset_dir", "max_samples", "task_type", "bnb_4bit_quant_type"),
     *("quantization_method", "quantization_type", "double_quantization"),
     "bnb_4bit_use_double_quant",
+    # With their objectives in test_trl.
+    *("rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"),
 }
 
 

@@ -66,7 +66,8 @@ def make_diagnosis(
 
 def user_error_to_diagnosis(code: str, error: UserError, remedy: str) -> Diagnosis:
     """Convert a UserError to a diagnosis. Its own remedy becomes part of the reason."""
-    why = f"expected: {error.expected}; {error.remedy}" if error.expected else str(error.remedy)
+    expected = error.expected and f"expected: {error.expected}"
+    why = "; ".join(filter(None, [expected, str(error.remedy)]))
     texts = map(escape_unprintable, (describe_error(error), why, remedy))
     return Diagnosis(code, "error", *texts)
 

@@ -117,9 +117,8 @@ def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
 def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
     """Check that the extras of finesight are complete, and list the plug-ins of other packages."""
     for plugin, *_ in packages.values():
-        for one in plugin.entry_points:
-            if one.group.startswith(f"{PACKAGE_NAME}."):
-                yield make_diagnosis("plugin", entry=one, package=plugin)
+        own = [one for one in plugin.entry_points if one.group.startswith(f"{PACKAGE_NAME}.")]
+        yield from (make_diagnosis("plugin", entry=one, package=plugin) for one in own)
     package = next(iter(packages.get(PACKAGE_NAME, ())), None)
     for name in (package.metadata.get_all("Provides-Extra") or ()) if package else ():
         missing = [

@@ -13,6 +13,7 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
+from case_files import load_cases
 from label_fixtures import draw_dots
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
@@ -40,7 +41,8 @@ from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
-NUM_LABELS = 30
+CASES = load_cases("studio_page")
+
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
 RECIPE_FORM = ([], "r", TINY_MODEL, "", "", "", "")
@@ -70,14 +72,7 @@ def upload_files(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize(
     ("source", "prompt", "columns", "found"),
-    [
-        ("table.csv", "What?", "", ["--map", "image=photo", "--map", "answer=text"]),
-        ("table.csv", "What?", "--map image=photo --map answer=text", ["image=photo"]),
-        ("table.csv", "What?", "image=photo answer=text", ["--map", "answer=text"]),
-        ("images", "What?", "", "24 images without labels"),
-        ("images", "What?", "", "table.csv or label the images in the step Label"),
-        ("table.csv", "", "", "Prompt"),
-    ],
+    CASES["test_import_form_is_checked_before_the_command_starts"],
 )
 def test_import_form_is_checked_before_the_command_starts(
     folder, page, started, source, prompt, columns, found
@@ -360,33 +355,7 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
 
 @pytest.mark.parametrize(
     ("button", "query", "values", "problem"),
-    [
-        ("start", "step=check", (), "step Data"),
-        ("start", "step=plan", (), "step Plan"),
-        ("chat", "step=chat", (), "step Train"),
-        (
-            "start",
-            "step=plan&recipe=mine.yaml",
-            (),
-            "the step “Plan”: the command is already running",
-        ),
-        (
-            "create-recipe",
-            "step=plan&data=data/a",
-            ([], "r", TINY_MODEL, "", "3", "100", ""),
-            "“Epochs” and “Steps instead of epochs”",
-        ),
-        ("create-recipe", "step=plan&data=data/bad&lang=zh", RECIPE_FORM, "步骤“数据”"),
-        ("create-recipe", "step=plan&data=data/bad", RECIPE_FORM, "the step “Data”"),
-        ("label", "step=label", ("", *LABEL_FORM[1:]), "No images are given."),
-        ("label", "step=label&lang=zh", ("", *LABEL_FORM[1:]), "未给出图像。"),
-        (
-            "review",
-            "step=label&data=data/a",
-            (*LABEL_FORM, "for validation"),
-            "The data set has no validation samples",
-        ),
-    ],
+    CASES["test_messages_name_fields_and_steps_of_the_page"],
 )
 def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query, values, problem):
     if "data=" in query:
@@ -406,24 +375,7 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(page):
 
 
 @pytest.mark.parametrize(
-    ("step", "arguments", "error", "shown"),
-    [
-        (
-            "data",
-            "import a b",
-            {"what": "a", "remedy": "with --map image=a --map answer=b, or --prompt"},
-            "with “Columns” image=a answer=b, or “Prompt”",
-        ),
-        ("train", "train r", {"what": "a", "remedy": "use --resume"}, "use “Start or resume”"),
-        # Other parts may quote data.
-        ("train", "train r", {"what": "type --out a"}, "type --out a"),
-        (
-            "train",
-            "train r",
-            {"what": "a", "remedy": "check the data (finesight check), or set a lower rate"},
-            "check the data (the step “Check”), or set a lower rate",
-        ),
-    ],
+    ("step", "arguments", "error", "shown"), CASES["test_errors_of_commands_name_fields_and_steps"]
 )
 def test_errors_of_commands_name_fields_and_steps(folder, step, arguments, error, shown):
     job = write_job(folder, step, arguments, log="finesight train is fun")

@@ -6,13 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from check_fixtures import count_codes, run_check
 from image_fixtures import write_gray_image, write_jsonl
 
-
-def make_conversation_row(question: str, answer: str = "A square.", **more):
-    output = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
-    return {"conversations": output, **more}
+CASES = load_cases("row_issues")
 
 
 @pytest.fixture
@@ -21,40 +19,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("record", "code"),
-    [
-        (make_conversation_row("<image>\nWhat?", image="a.png"), None),
-        (
-            make_conversation_row("<image>\n<image>\nWhat?", image="a.png"),
-            "placeholder-count-mismatch",
-        ),
-        (make_conversation_row("What?", image="a.png"), "placeholder-count-mismatch"),
-        (make_conversation_row("<image>\nWhat?", image="gone.png"), "image-missing"),
-        (
-            make_conversation_row("<image>\nWhat?", image="https://images/a.png"),
-            "image-missing",
-        ),
-        (
-            make_conversation_row("<image>\nWhat?<|image_pad|>", image="a.png"),
-            "placeholder-in-text",
-        ),
-        (make_conversation_row("<image>\nWhat?", "", image="a.png"), "empty-answer"),
-        (
-            make_conversation_row("<image>\nWhat?", "A square.<|im_end|>", image="a.png"),
-            "special-token-in-text",
-        ),
-        (
-            {"conversations": make_conversation_row("<image>")["conversations"][:1]},
-            "placeholder-count-mismatch",
-        ),
-        (
-            {"conversations": make_conversation_row("What?")["conversations"][:1]},
-            "invalid-role-order",
-        ),
-        ({"conversations": [{"from": "human"}]}, "invalid-row"),
-    ],
-)
+@pytest.mark.parametrize(("record", "code"), CASES["test_invalid_conversation_row"])
 def test_invalid_conversation_row(folder, record, code):
     source = write_jsonl(folder / "rows.jsonl", [record])
     found = run_check(source, format="llava")

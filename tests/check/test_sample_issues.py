@@ -128,29 +128,7 @@ def test_empty_answer(folder, answer):
     }
 
 
-@each(
-    ("question", "answer", "code"),
-    [
-        ("What?", "<think>\nIt has four corners", "unpaired-reasoning"),
-        ("What?", "<think>a</think>b</think>c", "unpaired-reasoning"),
-        ("What?", "<think>a<think>b</think></think>c", "unpaired-reasoning"),
-        ("What?", "<think>a</think><think>b</think>c", "unpaired-reasoning"),
-        ("What?", "</think>a<think>b", "unpaired-reasoning"),
-        ("What?", "Well. <think>a</think>b", "unpaired-reasoning"),
-        ("What?", "a\n</think>\n\nb", "misplaced-reasoning"),
-        ("<think>a</think>What?", "b", "misplaced-reasoning"),
-        ("What?", "<think>a</think> \n", "empty-answer"),
-        ("What?", "<thinking>a</thinking>b", "misplaced-reasoning"),
-        ("What?", "a</THINK> b", "misplaced-reasoning"),
-        ("What?", " [THINK]a[/THINK]b", "misplaced-reasoning"),
-        ("What?", "<|begin_of_thought|>a<|end_of_thought|>b", "misplaced-reasoning"),
-        ("What?", "Text `</think>`", "misplaced-reasoning"),
-        ("What?", "Write `<think>` or `</reasoning>`:\n```\n<think>\n```", None),
-        ("What?", "<think>a `<think>` tag</think>b", None),
-        ("What?", "<a><reasoning>b</reasoning></a>", None),
-        ("Write <think> </think> first.", " <think>\n\n</think>\n\nb", None),
-    ],
-)
+@each(("question", "answer", "code"), CASES["test_reasoning_tags"])
 def test_reasoning_tags(folder, question, answer, code):
     split, whole = make_record("0.png", question), make_record("1.png", question, answer)
     split["messages"][1]["content"] = [{"type": "text", "text": letter} for letter in answer]
@@ -184,14 +162,7 @@ def test_row_that_is_no_sample(folder):
     assert result.num_samples == 0
 
 
-BOXES = {
-    "box-outside": ([0, 0, 102, 60], [-5, 0, 50, 50], [200, 200, 300, 300], [100, 10, 101, 20]),
-    "box-inverted": ([90, 10, 20, 50], [20, 50, 90, 10], [90, 55, 80, 50]),
-    "box-empty": ([10, 10, 10, 40], [10, 10, 40, 10], [5, 5, 5, 5]),
-    "box-at-edge": ([0, 0, 100.5, 60], [-1, 5, 50, 61]),
-    "box-tiny": ([10, 10, 11, 40],),
-    "box-covers-image": ([0, 0, 100, 60], [0, 0, 99.9, 59.9]),
-}
+BOXES = CASES["boxes"]
 
 
 @each(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
@@ -230,21 +201,7 @@ def test_boxes_of_missing_image_are_not_checked(folder):
     assert count_codes(result) == {"image-missing": 1}
 
 
-TEXTS = {
-    "placeholder-count-mismatch": (
-        "<image><image> What?",
-        "Picture 1: <img>a.jpg</img>\n<image> What?",
-    ),
-    "placeholder-in-text": (
-        "<image>\nWhat?",
-        "a <|image_pad|> b",
-        "<|video_pad|>",
-        "<video>",
-        "<imgpad>",
-    ),
-    "special-token-in-text": ("What?<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|extra_7|>"),
-    "box-in-text": ("<ref>a dog</ref>", "<box>(1,2),(3,4)</box>", '{"bbox_2d": [1, 2, 3, 4]}'),
-}
+TEXTS = CASES["texts"]
 
 
 @each(("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts])

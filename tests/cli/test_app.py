@@ -15,8 +15,6 @@ from case_files import load_cases
 
 from finesight.cli import app as app_module
 from finesight.cli.app import (
-    LONG_SPIN_COUNT,
-    SHORT_SPIN_COUNT,
     configure_openmp_spin,
     run_command,
 )
@@ -159,17 +157,7 @@ def test_shell_completion(words, found):
 
 @pytest.mark.parametrize(
     ("loadavg", "cores", "variables", "expected"),
-    [
-        ("1.90 1.20 0.80 1/345 6789\n", 2, {}, LONG_SPIN_COUNT),
-        ("0.00 0.00 0.00 2/345 6789\n", 2, {}, SHORT_SPIN_COUNT),
-        ("0.00 0.00 0.00 2/345 6789\n", 16, {}, LONG_SPIN_COUNT),
-        ("0.00 0.00 0.00 9/345 6789\n", 16, {}, SHORT_SPIN_COUNT),
-        ("", 2, {}, SHORT_SPIN_COUNT),
-        (None, 2, {}, SHORT_SPIN_COUNT),
-        ("0.00 0.00 0.00 1/345 6789\n", 2, {"GOMP_SPINCOUNT": "7"}, 7),
-        ("0.00 0.00 0.00 1/345 6789\n", 2, {"WORLD_SIZE": "2"}, SHORT_SPIN_COUNT),
-        ("0.00 0.00 0.00 1/345 6789\n", 2, {"WORLD_SIZE": "two"}, SHORT_SPIN_COUNT),
-    ],
+    CASES["test_openmp_threads_spin_long_only_on_idle_cores"],
 )
 def test_openmp_threads_spin_long_only_on_idle_cores(
     loadavg, cores, variables, expected, tmp_path, monkeypatch

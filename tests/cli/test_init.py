@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import yaml
+from case_files import load_cases
 from click.testing import CliRunner
 from each_value import each
 from image_fixtures import write_jsonl
@@ -33,6 +34,8 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
+
+CASES = load_cases("init")
 
 COLORS = ("red", "green", "blue", "white")
 JSON_HEADERS = {"content-type": "application/json"}
@@ -182,46 +185,8 @@ def test_unlabeled_images_become_a_served_model(cli):
         assert ask_server(f"{address}/", image) == colors[image.name]
 
 
-def ask_classes(*names: str) -> str:
-    classes = ", ".join(names)
-    return f"Which of these classes does the image show: {classes}? Answer with the class only."
-
-
-STATES = ("the invoice is still open", "the invoice is still paid", "the invoice is still sent")
-ORDERS = ("invoice open", "invoice paid", "order open", "order paid")
-DOORS = [f"a {COLORS[n % 4]} car with {n % 3 + n // 8} doors" for n in range(24)]
-HALVES = [f"{30 + n // 2}" for n in range(24)]
-LONG = "because of {i} " + "a b " * 3
-DESCRIBE = "Describe the image."
-
-
 @pytest.mark.usefixtures("no_plan")
-@each(
-    ("columns", "metric", "prompt"),
-    [
-        ({"caption": "a photo of house {i} here"}, "captions", DESCRIBE),
-        ({"latex": r"\frac{{i}}{2}"}, "latex", "Write the formula as LaTeX."),
-        ({"plate": "AB {i}"}, "ocr", "Read the text."),
-        ({"reading": HALVES}, "ocr", "Read the text."),
-        ({"question": ["Read the line.", "Transcribe."], "answer": "line {i}"}, "ocr", None),
-        ({"question": ["Describe.", "Caption:"], "answer": "a dog on grass {i}"}, "captions", None),
-        ({"label": ["cat", "dog"]}, "classification", ask_classes("cat", "dog")),
-        (
-            {"shop": "s{i}", "invoice_id": "{i}", "id": "{i}"},
-            "json",
-            "Return shop, invoice_id as JSON.",
-        ),
-        ({"question": "How many {i}?", "answer": "{i}"}, "qa", None),
-        ({"question": ["Is it 0?", "Is it 1?", "Is it 2?"], "answer": "{i} of 9"}, "qa", None),
-        ({"question": ["is it 0", "is it 1", "is it 2"], "answer": "{i} of 9"}, "qa", None),
-        ({"question": "Is it {i}?", "answer": ["yes", "no", "2"]}, "classification", None),
-        ({"question": "Why {i}?", "answer": LONG}, "captions", None),
-        ({"status": [*ORDERS]}, "classification", ask_classes(*ORDERS)),
-        ({"status": [*STATES]}, "classification", ask_classes(*STATES)),
-        ({"caption": DOORS}, "captions", DESCRIBE),
-        ({"bbox": "[1, 2, 20, 20]", "label": "thing {i}"}, "grounding", "Locate the object."),
-    ],
-)
+@each(("columns", "metric", "prompt"), CASES["test_task_of_a_table_is_detected"])
 def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init):
     found = run_init(write_table(f"{tmp_path}", 24, **columns), "--out", tmp_path / "out")
     assert (found["metric"], found["prompt"]) == (metric, prompt)
@@ -232,18 +197,7 @@ def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init
 
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
-    ("question", "answer", "other"),
-    [
-        ("prefix", "suffix", ""),
-        ("problem", "solution", "level"),
-        ("Prompt", "Completion", "source"),
-        ("input", "target", "split"),
-        ("user_prompt", "model_response", "system_prompt"),
-        ("question_text", "gt_answer", "question_id"),
-        ("instruction,input", "output", "task"),
-        ("query", "reply", ""),
-        ("q", "a", ""),
-    ],
+    ("question", "answer", "other"), CASES["test_question_and_answer_are_known_by_name"]
 )
 def test_question_and_answer_are_known_by_name(question, answer, other, run_init):
     names = filter(None, [answer, other, *question.split(",")])
@@ -257,29 +211,9 @@ def test_question_and_answer_are_known_by_name(question, answer, other, run_init
     assert answered.split()[0] == answer
 
 
-MESSAGES = [{"role": "user", "content": "q {}"}, {"role": "assistant", "content": "a {}"}]
-
-
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
-    ("row", "remedy", "fixed"),
-    [
-        (
-            {"messages": MESSAGES, "image_path": "{}.png"},
-            "rename the key image_path to images",
-            {"messages": MESSAGES, "images": "{}.png"},
-        ),
-        (
-            {"messages": MESSAGES, "media": {"files": ["{}.png"]}},
-            "move media.files to the key images",
-            {"messages": MESSAGES, "images": ["{}.png"]},
-        ),
-        (
-            {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
-            "give --map image=pic --map answer=response --map question=query",
-            None,
-        ),
-    ],
+    ("row", "remedy", "fixed"), CASES["test_unrecognized_images_are_no_text_task"]
 )
 def test_unrecognized_images_are_no_text_task(row, remedy, fixed, cli):
     def write(row: dict[str, Any]) -> None:
@@ -502,15 +436,7 @@ def test_labels_with_one_answer_column_or_several(cli):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "metric"),
-    [
-        ("Which color?", "qa"),
-        ("Describe it.", "captions"),
-        ("Return name, price as JSON.", "json"),
-        ("Was kostet es, als json?", "json"),
-        ("以JSON返回名称。", "json"),
-        ("Describe the jsonl file.", "captions"),
-    ],
+    ("prompt", "metric"), CASES["test_question_about_unlabeled_images_selects_the_metric"]
 )
 def test_question_about_unlabeled_images_selects_the_metric(prompt, metric, run_init):
     draw_dots(Path("photos"), 3)
@@ -539,20 +465,7 @@ def test_option_sets_the_task(run_init, cli):
 
 
 @pytest.mark.parametrize(
-    ("answers", "label", "metric"),
-    [
-        (
-            ("classification", "Which color?", "red,green", ""),
-            "--prompt 'Which color?' --out photos-finetune/data --classes red,green",
-            "classification",
-        ),
-        (
-            ("json", "", "total, date,", ""),
-            "--prompt 'Return total, date as JSON.' --out photos-finetune/data"
-            " --kind fields --fields total,date",
-            "json",
-        ),
-    ],
+    ("answers", "label", "metric"), CASES["test_names_of_unlabeled_images_are_asked"]
 )
 def test_names_of_unlabeled_images_are_asked(monkeypatch, answers, label, metric):
     draw_dots(Path("photos"), 3)
@@ -565,16 +478,7 @@ def test_names_of_unlabeled_images_are_asked(monkeypatch, answers, label, metric
 
 
 @pytest.mark.parametrize(
-    ("words", "options", "prompt"),
-    [
-        (["--task", "classification"], "--classes A,B ", "What is it?"),
-        (["--task", "json"], "--kind fields --fields A,B ", "Return the fields as JSON."),
-        (
-            ["--prompt", "Return shop, date and total as JSON."],
-            "--kind fields --fields shop,date,total ",
-            "Return shop, date and total as JSON.",
-        ),
-    ],
+    ("words", "options", "prompt"), CASES["test_names_of_unlabeled_images_are_proposed"]
 )
 def test_names_of_unlabeled_images_are_proposed(words, options, prompt, run_init):
     draw_dots(Path("photos"), 3)

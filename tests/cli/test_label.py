@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from label_fixtures import draw_images
 
 from finesight import progress
@@ -22,6 +23,8 @@ from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_sam
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.operations.training import find_label_step
 from finesight.recipe import load_recipe
+
+CASES = load_cases("label")
 
 PROMPT = ("--prompt", "Describe the image.")
 TINY = ("finesight-tiny", "--device", "cpu", "--max-new-tokens", "8")
@@ -125,21 +128,7 @@ def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):
 
 @pytest.mark.parametrize(
     ("train", "reviewed", "fraction", "expected"),
-    [
-        # Training would use the validation samples, too.
-        ("a.jsonl", ["a.jsonl", "eval.jsonl"], (), f"check {REVIEWED}"),
-        # The other files of the pattern would be missing.
-        ("'[ab].jsonl'", ["a.jsonl"], (), f"check {REVIEWED}"),
-        # The labels are both training and validation samples.
-        ("a.jsonl", ["eval.jsonl"], ("--train-fraction", "0.5"), f"check {REVIEWED}"),
-        (
-            "a.jsonl",
-            ["a.jsonl"],
-            ("--train-fraction", "0.5"),
-            f"train run/recipe.yaml 'data.train=[\"{REVIEWED}\"]'"
-            " data.eval=labels-review/labels_eval.jsonl output_dir=run-2",
-        ),
-    ],
+    CASES["test_command_after_a_review_trains_no_validation_samples"],
 )
 def test_command_after_a_review_trains_no_validation_samples(
     label, monkeypatch, train, reviewed, fraction, expected

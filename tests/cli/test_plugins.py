@@ -8,11 +8,10 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from case_files import load_cases
 from docs_code_blocks import list_code_blocks
 from html_text import read_visible_text
 from image_fixtures import write_gray_image, write_jsonl
@@ -23,10 +22,10 @@ from finesight.data.formats import get_format
 from finesight.evaluate.task_metrics import TASK_METRICS
 from finesight.plugins import PluginRecord
 
+CASES = load_cases("plugins")
+
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PACKAGE = "finesight-plugin-example"
-
-Cli = Callable[..., Any]
 
 
 def install(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -157,19 +156,7 @@ def test_model_of_a_run_needs_no_metric_and_tracker(recipe, cli):
     cli("predict", recipe.parent / "run", recipe.parent / "3.png", *words)
 
 
-BROKEN = {
-    "ModuleNotFoundError": ("formats meters", "absent:FORMAT", ""),
-    "AttributeError": ("formats meters", "broken:FORMAT", ""),
-    "ZeroDivisionError": ("formats meters", "broken:FORMAT", "1 / 0"),
-    "SystemExit": ("formats meters", "broken:FORMAT", "raise SystemExit(1)"),
-    "does not implement DatasetFormat": ("formats meters", "broken:FORMAT", "FORMAT = print"),
-    "does not implement TaskMetric": ("metrics meters", "broken:score", "def score(cases): ..."),
-    "does not implement Tracker": (
-        "trackers meters",
-        "broken:Csv",
-        "from finesight.track.backends import Tracker\nclass Csv(Tracker): ...",
-    ),
-}
+BROKEN = CASES["broken"]
 
 
 @pytest.mark.parametrize("problem", BROKEN)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from convert_fixtures import (
     LLAMA_FACTORY_SETTINGS,
     SWIFT_SETTINGS,
@@ -18,32 +19,9 @@ from image_fixtures import write_gray_image, write_jsonl
 from finesight.convert.recipe_converter import ConvertedRecipe, convert_config
 from finesight.errors import UserError
 
-UNSLOTH = """
-from unsloth import FastVisionModel, is_bf16_supported
-MODEL, RANK = "not used", None
-RANK_OF_LORA = 8
-class Config:
-    lr: float = 2e-4
-model, tokenizer = FastVisionModel.from_pretrained(
-    "unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", load_in_4bit=True, use_gradient_checkpointing="unsloth"
-)
-model = FastVisionModel.get_peft_model(
-    model, finetune_vision_layers=True, finetune_language_layers=True, r=RANK_OF_LORA,
-    lora_alpha=RANK_OF_LORA * 2, lora_dropout=0, bias="none", random_state=3407,
-)
-processor = AutoProcessor.from_pretrained("other", max_pixels=640 * 28 * 28)
-dataset = load_dataset("unsloth/LaTeX_OCR", split="train[:3000]")
-trainer = SFTTrainer(
-    model=model, train_dataset=dataset,
-    args=SFTConfig(
-        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=30,
-        learning_rate=Config.lr, bf16=is_bf16_supported(), optim="adamw_8bit", seed=RANK,
-        max_seq_length=2048, output_dir=folder() / "outputs", made_up=1,
-    ),
-)
-if False:
-    model, _ = FastVisionModel.from_pretrained("lora_model")
-"""
+CASES = load_cases("trl")
+
+UNSLOTH = CASES["unsloth"]
 TRL = """
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
@@ -51,27 +29,11 @@ peft_config = LoraConfig(target_modules=["q_proj", "gate_proj"], r=32)
 args = GRPOConfig(num_train_epochs=2, learning_rate=1e-5, num_generations=8)
 GRPOTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=args, reward_funcs=[score])
 """
-SERIES = """
-MODEL_NAME="Qwen/Qwen2.5-VL-3B-Instruct"
-TOTAL=16; PER=2
-OPTIONS="--freeze_merger False --deepspeed scripts/zero3.json"
-ACCUMULATION=$((TOTAL / (PER * 4)))
-deepspeed --num_gpus 4 src/train/train_sft.py --lora_enable True --lora_rank ${RANK:-16} \\
-    --model_id $MODEL_NAME --data_path data.json --freeze_vision_tower True $OPTIONS \\
-    --image_max_pixels $((1280 * 28 * 28)) --per_device_train_batch_size "$PER" \\
-    --gradient_accumulation_steps ${ACCUMULATION} --merger_lr 1e-5 --output_dir 'out/$1'
-"""
+SERIES = CASES["series"]
 CLI = """
 accelerate launch --num_processes 2 trl/scripts/sft.py --config sft.yaml --learning_rate 3e-5
 """
-CLI_FILE = """
-model_name_or_path: OpenGVLab/InternVL3-2B
-dataset_name: rows.jsonl
-eval_dataset_name: rows.jsonl
-eval_steps: 50
-use_peft: true
-lora_r: 4
-"""
+CLI_FILE = CASES["cli_file"]
 
 
 def convert(folder: Path, name: str, text: str) -> tuple[ConvertedRecipe, dict[str, object]]:
@@ -229,32 +191,12 @@ def test_script_of_another_kind_is_refused_with_the_next_command(command, tmp_pa
     assert "finesight init" in str(caught.value.remedy)
 
 
-SCRIPT = """
-from trl import SFTConfig, SFTTrainer
-lr = 1e-4
-{before}
-cfg = SFTConfig(output_dir="out", {arguments})
-{after}
-SFTTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=cfg)
-"""
+SCRIPT = CASES["script"]
 
 
 @pytest.mark.parametrize(
     ("before", "arguments", "after", "expected"),
-    [
-        ("kw = dict(num_train_epochs=2, seed=f())", "**kw", "", (2, ["seed"])),
-        ("kw = {'num_train_epochs': 2}", "**(kw | dict(seed=4))", "", (2, [])),
-        ("kw = {'num_train_epochs': 2}\nkw['seed'] = 3", "**kw, num_train_epochs=4", "", "**kw"),
-        ("", "**{'num_train_epochs': 2, **load()}", "", (2, ["**load()"])),
-        ("", "num_train_epochs=2, learning_rate=args.lr", "", (2, ["learning_rate"])),
-        ("other = SFTConfig(seed=5, weight_decay=0.3)", "num_train_epochs=2", "", (2, [])),
-        ("", "seed=3", "cfg.num_train_epochs = 9\nsetattr(cfg, 'seed', f())", (9, ["seed"])),
-        ("", "seed=3", "if x:\n    cfg.num_train_epochs = 9", (3, ["num_train_epochs"])),
-        ("if x:\n    n = 2", "num_train_epochs=n", "", (3, ["num_train_epochs"])),
-        ("def f():\n    n = 2", "num_train_epochs=n", "", (3, ["num_train_epochs"])),
-        ("class C:\n    n = 2\nc = C()", "num_train_epochs=c.n", "", (2, [])),
-        ("class C:\n    n = 2\nC.n = 4", "num_train_epochs=C.n", "", (3, ["num_train_epochs"])),
-    ],
+    CASES["test_only_constants_of_the_used_configuration_are_read"],
 )
 def test_only_constants_of_the_used_configuration_are_read(
     before, arguments, after, expected, tmp_path

@@ -47,16 +47,7 @@ def test_file_instead_of_cache_folder_is_found(
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "code", "severity"),
-    [
-        ("available_memory", GB // 2, "low-memory", "error"),
-        ("available_memory", 3 * GB, "low-memory", "warning"),
-        ("free", 0, "low-shared-memory", "error"),
-        ("free", 64_000_000, "low-shared-memory", "warning"),
-        ("free", 1000, "disk-full", "error"),
-        ("free", GB // 2, "disk-full", "warning"),
-        ("limit", 64, "low-open-files-limit", "error"),
-    ],
+    ("name", "value", "code", "severity"), CASES["test_scarce_resources_are_reported"]
 )
 def test_scarce_resources_are_reported(
     name: str, value: int, code: str, severity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

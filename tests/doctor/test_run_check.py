@@ -95,19 +95,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(
-    ("curve", "code", "severity", "settings"),
-    [
-        ("destroyed", "learning-rate-too-high", "error", {"default": 1e-4, "language": 2e-4}),
-        ("rising", "learning-rate-too-high", "error", {"default": 1e-4, "language": 2e-4}),
-        ("stood", "loss", "ok", {}),
-        ("noisy", "loss-flat", "error", "show"),
-        ("converging", "loss", "ok", {}),
-        ("converged", "loss", "ok", {}),
-        ("flat", "loss-flat", "error", "show"),
-        ("low", "low-initial-loss", "warning", "show"),
-        ("short", "too-short", "warning", {"epochs": 6.0}),
-        ("jumping", "loss-spikes", "warning", {"warmup": 0.1}),
-    ],
+    ("curve", "code", "severity", "settings"), CASES["test_loss_curve_has_its_diagnosis_and_remedy"]
 )
 def test_loss_curve_has_its_diagnosis_and_remedy(
     curve: str, code: str, severity: str, settings: object, tmp_path: Path

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from case_files import load_cases
 from each_value import each
 from mutations import mutated_value
 from PIL import Image
@@ -23,14 +24,9 @@ from run_dir_fixtures import (
 
 from finesight.doctor import diagnose
 
-RECIPE = {
-    "model": "m",
-    "data": {"train": [{"path": "t.jsonl"}], "eval": [{"path": "e.jsonl"}]},
-    "image": {"height": 112, "width": 504},
-    "train": {"epochs": 2.0, "learning_rate": {"default": 1e-3, "language": 2e-3}},
-    "eval": {"metric": "latex", "limit": 50},
-    "output_dir": "r",
-}
+CASES = load_cases("run_corrupt_records")
+
+RECIPE = CASES["recipe"]
 VERDICTS = ("worse", "better", "no clear change")
 
 

@@ -6,11 +6,14 @@ import hashlib
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from fake_hub_servers import FakeHubServer
 
 from finesight.errors import UserError
 from finesight.hub import url_files
 from finesight.hub.url_files import fetch_url
+
+CASES = load_cases("url_files")
 
 DATA = bytes(range(256)) * 2000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -43,18 +46,7 @@ def test_changed_file_is_downloaded_again(
     assert fetch_url(address(server), ["localhost"], tmp_path).read_bytes() == DATA
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("https://example.com/a.zip", r"from example\.com are not .*[\s\S]*--allow-host example"),
-        ("http://localhost/a", "is not a supported URL"),
-        ("ftp://localhost/a", "is not a supported URL"),
-        ("file:///etc/passwd", "is not a supported URL"),
-        ("https:///a", "is not a supported URL"),
-        ("https://[", "is not a supported URL"),
-        ("https://localhost/offline", "HF_HUB_OFFLINE is set"),
-    ],
-)
+@pytest.mark.parametrize(("source", "message"), CASES["test_requests_that_are_never_sent"])
 def test_requests_that_are_never_sent(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from browser import wait_for
+from case_files import load_cases
 from hostile_requests import make_jpeg2000, make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
@@ -49,6 +50,8 @@ from finesight.model_folder import TINY_MODEL
 from finesight.storage import translate_os_errors
 from finesight.vision import image_reader
 
+CASES = load_cases("label_page")
+
 DRAGGED = ((70, 60), (100, 75))
 """Start and end of a new box in pixels of the image."""
 
@@ -83,15 +86,7 @@ def test_answers_are_saved_skipped_and_reopened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "edits", "message"),
-    [
-        ("other", None, "not JSON: 'other'"),
-        ("", None, "the answer is empty"),
-        # The page shows the fields of the template.
-        ("", {}, "the answer is empty"),
-        ("no JSON", {}, "the answer is empty"),
-        *((text, None, "expected: a JSON object") for text in ("[1, 2]", '"a"', "12", "[{}]")),
-    ],
+    ("text", "edits", "message"), CASES["test_untouched_and_invalid_fields_are_refused"]
 )
 def test_untouched_and_invalid_fields_are_refused(tmp_path, text, edits, message):
     session = open_fields_session(tmp_path)
@@ -104,26 +99,13 @@ def test_untouched_and_invalid_fields_are_refused(tmp_path, text, edits, message
 
 
 @pytest.mark.parametrize(
-    ("answers", "options", "kind", "template"),
-    [
-        # One box among three suggestions does not hide the texts.
-        ((CORNERS, "Olp", "Rab"), {}, "text", None),
-        ((CORNERS, CORNERS, "Rab"), {}, "boxes", None),
-        # Images without objects are not counted.
-        ((CORNERS, "none", "none"), {}, "boxes", None),
-        ((CORNERS, CORNERS, "Rab"), {"kind": "text"}, "text", None),
-        (('{"a": "x"}', '{"b": 1, "a": "y"}', "Rab"), {}, "fields", {"a": "", "b": 0}),
-        (('{"a": "x"}', '{"a": "y"}', '{"a": "z", "c": 1}'), {}, "fields", {"a": ""}),
-        (('{"a": "x"}', "Olp", "Rab"), {}, "text", None),
-        (('{"a": "x"}', "Olp", "Rab"), {"kind": "fields"}, "fields", None),
-        (("red", "red", "red"), {}, "text", None),
-    ],
+    ("answers", "options", "kind", "template"), CASES["test_kind_is_that_of_most_suggestions"]
 )
 def test_kind_is_that_of_most_suggestions(tmp_path, answers, options, kind, template):
     photos = draw_images(tmp_path)
     session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", **options)
     for index, answer in enumerate(answers):
-        parts = [BoxPart(label="shop", xyxy=answer[0])] if answer is CORNERS else answer
+        parts = [BoxPart(label="shop", xyxy=CORNERS[0])] if answer == "boxes" else answer
         fields = len(json.loads(parts)) if isinstance(parts, str) and parts[0] == "{" else 1
         suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * fields)
         session.store.add_suggestions([(suggestion, None)], MODEL)
@@ -135,25 +117,8 @@ def test_kind_is_that_of_most_suggestions(tmp_path, answers, options, kind, temp
 RECEIPT = '{"shop":"Olp", "price": 12.50, "id": 9007199254740993, "paid": null, "vat": true}'
 
 
-FILLED = '{"shop": "", "price": null, "id": null, "paid": null, "vat": true}'
-"""Template of the test after an edit of `vat`."""
-
-
 @pytest.mark.parametrize(
-    ("text", "edits", "expected"),
-    [
-        (RECEIPT, {}, RECEIPT),
-        (RECEIPT, {0: 'a "b"'}, RECEIPT.replace('"Olp"', '"a \\"b\\""')),
-        (RECEIPT, {1: " 13.00 "}, RECEIPT.replace("12.50", "13.00")),
-        (RECEIPT, {1: "", 4: "false"}, RECEIPT.replace("12.50", "null").replace("true", "false")),
-        (RECEIPT, {1: "1,5"}, RECEIPT.replace("12.50", '"1,5"')),
-        # The template knows the type of a value that the suggestion left empty.
-        (RECEIPT, {3: "7.10"}, RECEIPT.replace("null", "7.10")),
-        ("", {1: "3.50", 4: "true"}, FILLED.replace("null", "3.50", 1)),
-        ("no JSON", {4: "true"}, FILLED),
-        ('{"a": [1.10, {"b": 2}]}', {1: "3"}, '{"a": [1.10, {"b": 3}]}'),
-        ('{"a": NaN}', {4: "true"}, FILLED),
-    ],
+    ("text", "edits", "expected"), CASES["test_edited_fields_leave_the_rest_of_the_answer"]
 )
 def test_edited_fields_leave_the_rest_of_the_answer(tmp_path, text, edits, expected):
     session = open_fields_session(tmp_path)
@@ -292,19 +257,7 @@ def test_items_are_listed_by_state_and_text(tmp_path):
         assert sizes == [(120, 80), (96, 64)]
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"boxes": [{"label": "shop", "xyxy": [10, 10, 300, 50]}]}, "outside its image"),
-        ({"boxes": [{"label": "shop", "xyxy": [40, 10, 30, 50]}]}, "inverted corners"),
-        ({"boxes": [{"label": "other", "xyxy": [10, 10, 30, 50]}]}, "'other' is not one"),
-        ({"boxes": [{"label": None, "xyxy": [10, 10, 30, 50]}]}, "box 1 has no class"),
-        ({"boxes": [{"image": 1, "xyxy": [1, 1, 9, 9]}]}, "image 1"),
-        ({"boxes": [], "text": " "}, "the answer is empty"),
-        ({"id": "../other"}, "not a sample"),
-        ({"action": "delete"}, "action"),
-    ],
-)
+@pytest.mark.parametrize(("change", "text"), CASES["test_invalid_decisions_change_nothing"])
 def test_invalid_decisions_change_nothing(tmp_path, change, text):
     with open_client(open_boxes_session(tmp_path)) as client:
         answer = save(client, client.get("/items/0").json(), **change)

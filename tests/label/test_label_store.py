@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from hostile_requests import make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
@@ -42,6 +43,8 @@ from finesight.label.label_session import detect_task, open_session, read_run_ex
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.storage import FileSystem, use_file_system
 from finesight.vision import image_reader
+
+CASES = load_cases("label_store")
 
 
 def list_texts(folder: Path) -> list[str]:
@@ -223,19 +226,7 @@ def test_labeled_samples_are_not_listed_without_review(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("sources", "prompt", "message"),
-    [
-        (["photos"], None, "images have no prompt"),
-        (["photo"], "Read.", "photo does not exist"),
-        (["data.jsonl", "data.jsonl"], "Read.", "several samples have the ID"),
-        (["empty"], "Read.", "no images and no samples"),
-        (["data.jsonl", "--review"], None, "data.jsonl: no sample has an answer"),
-        (
-            ["photos", "--review"],
-            "Read.",
-            "photos: no sample has an answer\n.*\n  remedy: remove --re",
-        ),
-    ],
+    ("sources", "prompt", "message"), CASES["test_invalid_sources_are_rejected"]
 )
 def test_invalid_sources_are_rejected(tmp_path, monkeypatch, sources, prompt, message):
     write_answers(tmp_path, None, None)
@@ -248,18 +239,7 @@ def test_invalid_sources_are_rejected(tmp_path, monkeypatch, sources, prompt, me
 
 
 @pytest.mark.parametrize(
-    ("answers", "kind", "template"),
-    [
-        (
-            ['{"a": 1, "b": ["x", "y"], "c": null, "d": null}', '{"a": 2, "c": true}'],
-            "fields",
-            {"a": 0, "b": [""], "c": False, "d": None},
-        ),
-        (["[1, 2]", '{"a": 2}'], "text", None),
-        (["[1, 2]", '{"a": 2}', '{"a": 3}'], "fields", {"a": 0}),
-        (["red", "green"] * 4, "classes", None),
-        (["a long caption", "another"], "text", None),
-    ],
+    ("answers", "kind", "template"), CASES["test_task_is_detected_from_answers"]
 )
 def test_task_is_detected_from_answers(tmp_path, answers, kind, template):
     data = write_answers(tmp_path, *answers, None)

@@ -8,6 +8,7 @@ import random
 import re
 
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.manifest import count_half_octaves
@@ -30,19 +31,10 @@ from finesight.report.charts import (
     smooth_points,
 )
 
+CASES = load_cases("charts")
 
-@each(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.0013, 6.26, [0, 2, 4, 6, 8]),
-        (-1.0, 3.0, [-1, 0, 1, 2, 3]),
-        (1e-5, 8e-4, [0, 2e-4, 4e-4, 6e-4, 8e-4]),
-        (0.995, 0.9953, [0.995, 0.9951, 0.9952, 0.9953]),
-        (0.0, 0.0, [-1, -0.5, 0, 0.5, 1]),
-        (40.0, 40.0 + 1e-14, [20, 30, 40, 50, 60]),
-    ],
-)
+
+@each(("low", "high", "ticks"), CASES["test_ticks_are_round_and_cover_the_values"])
 def test_ticks_are_round_and_cover_the_values(low: float, high: float, ticks: list[float]) -> None:
     assert compute_ticks(low, high, 5, include_ends=True) == pytest.approx(ticks)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from PIL import Image
 from run_dir_fixtures import make_prediction_line
@@ -28,6 +29,8 @@ from finesight.report.examples import (
     read_boxes,
 )
 from finesight.vision.image_processing import load_image
+
+CASES = load_cases("example_data")
 
 
 def example(before: Any = None, after: Any = None) -> Example:
@@ -138,41 +141,17 @@ def test_long_answers_are_truncated() -> None:
     assert len(found["predictions"][1]["boxes"][0]["label"]) == 80
 
 
-@each(
-    ("answer", "reference", "pairs"),
-    [
-        ("the quick red fox", "the quick brown fox jumps", [("red", "brown"), ("", "jumps")]),
-        ("a  b", "a b", []),
-        ("AB12C", "AB13C", [("2", "3")]),
-        ("一只红猫", "一只黑猫在跑", [("红", "黑"), ("", "在跑")]),
-        ("a 😀 b", "a b", [("😀", "")]),
-        (r"\frac ab", r"\frac cb", [("ab", "cb")]),
-        ("nothing in common", "words of another text", None),
-        ("word " * 300, "word other " * 300, None),
-    ],
-)
-def test_differences_of_texts(
-    answer: str, reference: str, pairs: list[tuple[str, str]] | None
-) -> None:
+TOO_LONG = ("word " * 300, "word other " * 300, None)
+
+
+@each(("answer", "reference", "pairs"), [*CASES["test_differences_of_texts"], TOO_LONG])
+def test_differences_of_texts(answer: str, reference: str, pairs: list[list[str]] | None) -> None:
     spans = diff_texts(answer, reference)
-    found = spans and [(answer[a:b], reference[c:d]) for a, b, c, d in spans]
+    found = spans and [[answer[a:b], reference[c:d]] for a, b, c, d in spans]
     assert found == pairs
 
 
-@each(
-    ("answer", "reference", "fields"),
-    [
-        ('{"n": 1.0, "x": null}', '{"n": 1}', {"differences": [], "num_equal": 1}),
-        (
-            '{"a": [2, 3], "c": "y"}',
-            '{"a": [3, 4], "b": "x"}',
-            {"differences": [["a", ["4"], ["2"]], ["b", ["x"], []], ["c", [], ["y"]]]}
-            | {"num_equal": 1},
-        ),
-        ("no JSON", '{"a": 1}', None),
-        ("12", "12", None),
-    ],
-)
+@each(("answer", "reference", "fields"), CASES["test_differences_of_json_fields"])
 def test_differences_of_json_fields(answer: str, reference: str, fields: object) -> None:
     found = diff_fields(answer, reference)
     if found:

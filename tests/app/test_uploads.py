@@ -52,9 +52,7 @@ def client(store: UploadStore) -> Iterator[TestClient]:
         ("é" * 300 + ".png", "é" * 98 + ".png"),
     ],
 )
-def test_names_are_last_parts_of_paths(
-    client: TestClient, store: UploadStore, name: str, expected: str
-) -> None:
+def test_names_are_last_parts_of_paths(client, store, name, expected):
     answer = client.post("/uploads", params={"name": name}, content=b"data").json()
     file = store.find(answer["id"])
     assert (file.name, answer["name"], file.read_bytes()) == (expected, expected, b"data")
@@ -66,9 +64,7 @@ def test_unknown_ids_are_refused(store: UploadStore, upload_id: str) -> None:
         store.find(upload_id)
 
 
-def test_large_uploads_and_full_disks_leave_nothing(
-    client: TestClient, folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_uploads_and_full_disks_leave_nothing(client, folders, monkeypatch):
     assert client.post("/uploads?name=a", content=b"x" * (LIMIT + 1)).status_code == 413
     chunks = (b"x" * LIMIT for _ in range(2))
     assert client.post("/uploads?name=a", content=chunks).status_code == 413

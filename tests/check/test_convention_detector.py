@@ -108,9 +108,7 @@ def test_correct_boxes_raise_no_convention_issue(objects: list[BoxClaim]) -> Non
         ("boxes-resized", scaled_by(2.0)),
     ],
 )
-def test_wrong_box_convention_is_detected(
-    objects: list[BoxClaim], code: str, change: BoxTransform
-) -> None:
+def test_wrong_box_convention_is_detected(objects, code, change):
     assert codes(apply_convention(objects, change)) == [code]
 
 
@@ -157,9 +155,7 @@ def test_loose_boxes_are_not_reported_as_resized(loose: float) -> None:
     assert codes(claims) == []
 
 
-def test_boxes_unrelated_to_images_raise_no_issue(
-    objects: list[BoxClaim],
-) -> None:
+def test_boxes_unrelated_to_images_raise_no_issue(objects):
     rng = random.Random(0)
     shuffled = [claim.coordinates for claim in objects if claim.image_size == (300, 300)]
     claims = [replace(claim, coordinates=rng.choice(shuffled)) for claim in objects]
@@ -242,9 +238,7 @@ def test_mixed_conventions_are_detected(objects: list[BoxClaim]) -> None:
         (scaled_by(0.6), BoxFrame("factor", 0.6, 0.6)),
     ],
 )
-def test_resized_frame_size_is_estimated(
-    objects: list[BoxClaim], change: BoxTransform, frame: BoxFrame
-) -> None:
+def test_resized_frame_size_is_estimated(objects, change, frame):
     table = BoxClaimTable(apply_convention(objects, change))
     found = find_frame(table, ImageEvidence(table, get_image_evidence), "xyxy")
     assert found.hypothesis.frame.base == frame.base
@@ -317,9 +311,7 @@ def test_boxes_after_exif_rotation_raise_no_issue(exif_rotated: list[BoxClaim]) 
     assert find_convention_issues(upright) == []
 
 
-def test_exif_issue_is_found_among_upright_images(
-    objects: list[BoxClaim], exif_rotated: list[BoxClaim]
-) -> None:
+def test_exif_issue_is_found_among_upright_images(objects, exif_rotated):
     found = find_convention_issues(
         [*objects, *exif_rotated],
         lambda path: IMAGE_EVIDENCE[path] if path in IMAGE_EVIDENCE else open_edge_contrast(path),
@@ -347,8 +339,6 @@ def real_claims(shared: Path, change: BoxTransform) -> list[BoxClaim]:
     ("expected", "change"),
     [([], scaled_by(1.0)), (["boxes-xywh"], xywh), (["boxes-resized"], scaled_by(0.5))],
 )
-def test_verdicts_on_real_word_and_receipt_boxes(
-    shared: Path, expected: list[str], change: BoxTransform
-) -> None:
+def test_verdicts_on_real_word_and_receipt_boxes(shared, expected, change):
     claims = real_claims(shared, change)
     assert [verdict.code for verdict in find_convention_issues(claims)] == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from each_value import each
-from image_fixtures import write_gray_image
+from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 from video_fixtures import write_audio, write_video
 
@@ -20,6 +21,7 @@ CASES = load_cases("sample_issues")
 def folder(tmp_path: Path) -> Path:
     for number in range(4):
         write_gray_image(tmp_path / f"{number}.png", 100, 60, gray_level=number)
+    write_gray_image(tmp_path / "a.png", 100, 60)
     return tmp_path
 
 
@@ -212,3 +214,30 @@ def test_forbidden_text(folder, code, text):
 @pytest.mark.parametrize("text", CASES["test_allowed_text"])
 def test_allowed_text(folder, text):
     assert count_codes(check_records(folder, make_record("0.png", text))) == {}
+
+
+@pytest.mark.parametrize(("record", "code"), CASES["test_invalid_conversation_row"])
+def test_invalid_conversation_row(folder, record, code):
+    source = write_jsonl(folder / "rows.jsonl", [record])
+    found = run_check(source, format="llava")
+    assert count_codes(found) == ({code: 1} if code else {}), json.dumps(record)
+
+
+@pytest.mark.parametrize("answer", ["", "  ", None])
+def test_table_row_without_answer(folder, answer):
+    source = write_jsonl(folder / "rows.jsonl", [{"image": "a.png", "text": answer}])
+    columns = {"image": "image", "answer": "text"}
+    found = run_check(source, format="table", columns=columns, prompt="What?")
+    assert count_codes(found) == {"empty-answer": 1}
+
+
+def test_box_issues_of_table_rows(folder):
+    # Rows with the same image and question would be one sample.
+    boxes = {"a.png": [50, 10, 60, 20], "./a.png": [90, 10, 200, 20]}
+    rows = [{"image": name, "box": box} for name, box in boxes.items()]
+    source = write_jsonl(folder / "rows.jsonl", rows)
+    columns = {"image": "image", "box": "box"}
+    found = run_check(source, format="table", columns=columns, prompt="Where?")
+    assert count_codes(found) == {"box-outside": 1}
+    assert found.issues[0].where == f"{source}:2"
+    assert found.issues[0].images[0].boxes == ((90, 10, 200, 20),)

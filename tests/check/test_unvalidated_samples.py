@@ -73,9 +73,7 @@ def summarize_issues(found: CheckResult) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("packed", [tars, tar, structs, texts])
-def test_container_formats_give_the_same_issues_as_jsonl(
-    folder: Path, packed: Callable[[Path], Path]
-) -> None:
+def test_container_formats_give_the_same_issues_as_jsonl(folder, packed):
     train, validation = (
         write_records(folder / "t.jsonl", FAULTY),
         write_records(folder / "e.jsonl", VALIDATION),
@@ -180,9 +178,7 @@ def test_fixed_samples_keep_their_images(folder: Path, packed: Callable[[Path], 
         ({"1.json": json.dumps({"id": "1", **make_record(None)}).encode()}, False),
     ],
 )
-def test_other_webdatasets_are_read_like_imports(
-    tmp_path: Path, files: dict[str, bytes], is_imported: bool
-) -> None:
+def test_other_webdatasets_are_read_like_imports(tmp_path, files, is_imported):
     source = write_tar(tmp_path / "a.tar", files)
     (found,) = inputs_from_files([source], [], ImportOptions())
     assert found.is_imported is is_imported

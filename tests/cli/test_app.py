@@ -64,19 +64,6 @@ def test_help_does_not_import_heavy_packages():
     assert done.stdout.splitlines()[-1].startswith("finesight ")
 
 
-def test_user_error_exits_with_2_and_message(tmp_path, cli):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: m\ndata: {train: a.jsonl}\noutput_dir: r\ntrain: {batchsize: 8}\n")
-    printed = cli("train", recipe, code=2)
-    problem, expected, remedy = printed.err.splitlines()
-    assert (printed.out, problem) == (
-        "",
-        f"error: {recipe}:4: train.batchsize: unknown setting, given 8",
-    )
-    assert expected.startswith("  expected: one of epochs, steps, batch_size, ")
-    assert remedy == "  remedy: did you mean train.batch_size?"
-
-
 @pytest.mark.parametrize(
     ("options", "option", "remedy"), CASES["test_option_of_another_trainer_is_replaced"]
 )

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -94,14 +93,6 @@ def test_suggestions_are_printed_once_and_answered_on_the_page(cli):
         assert page.wait(60) == 0
     (sample,) = read_samples(Path("labels", LABELS_FILE))
     assert sample.messages[-1].content == (TextPart(text="a cat"),)
-
-
-def test_port_in_use_is_reported_before_the_suggestions(cli):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        error = cli("label", *TINY, "photos", *PROMPT, "--port", port, code=2).err
-    assert error.startswith(f"error: cannot listen on 127.0.0.1:{port} (")
-    assert not Path("labels").exists()
 
 
 def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):

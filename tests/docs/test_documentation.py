@@ -146,9 +146,7 @@ def has_typed_blocks(name: str) -> bool:
 
 
 @pytest.mark.parametrize("name", filter(has_typed_blocks, RUNNABLE_PAGES))
-def test_code_blocks_of_page_run(
-    name: str, reader_env: dict[str, str], request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
+def test_code_blocks_of_page_run(name, reader_env, request, tmp_path):
     folder = tmp_path / "folder"
     prepare_page_folder(name, request.getfixturevalue("prepared_repositories"), folder)
     reader = DocsTerminal(folder, reader_env)

@@ -38,9 +38,7 @@ def test_healthy_machine_has_no_issue(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [one.code for one in found][:4] == ["machine", "disk", "disk", "disk"]
 
 
-def test_file_instead_of_cache_folder_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_instead_of_cache_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     found = diagnose(tmp_path, monkeypatch, HF_HOME=str(tmp_path / "file"))
     assert str(tmp_path / "file") in find_diagnosis(found, "not-writable").what
@@ -49,9 +47,7 @@ def test_file_instead_of_cache_folder_is_found(
 @pytest.mark.parametrize(
     ("name", "value", "code", "severity"), CASES["test_scarce_resources_are_reported"]
 )
-def test_scarce_resources_are_reported(
-    name: str, value: int, code: str, severity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scarce_resources_are_reported(name, value, code, severity, tmp_path, monkeypatch):
     (tmp_path / "my models" / "large").mkdir(parents=True)
     if name == "limit":
         monkeypatch.setattr(machine_check.resource, "getrlimit", lambda _: (value, value))
@@ -94,9 +90,7 @@ def test_valid_environment_has_no_issue(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environment", "code", "severity"), CASES["test_harmful_variable_is_found"]
 )
-def test_harmful_variable_is_found(
-    environment: dict[str, str], code: str, severity: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harmful_variable_is_found(environment, code, severity, monkeypatch):
     monkeypatch.setattr(machine_check.importlib.util, "find_spec", lambda name: None)
     (found,) = machine_check.check_environment(environment)
     assert (found.code, found.severity) == (code, severity)
@@ -128,13 +122,7 @@ def test_old_gpu_uses_fp16_and_busy_gpu_is_reported() -> None:
 
 
 @pytest.mark.parametrize(("system", "torch_info", "gpu", "code", "word"), CASES["gpus"])
-def test_torch_and_driver_mismatch(
-    system: dict[str, object],
-    torch_info: dict[str, object],
-    gpu: dict[str, object] | None,
-    code: str,
-    word: str,
-) -> None:
+def test_torch_and_driver_mismatch(system, torch_info, gpu, code, word):
     gpus = () if gpu is None else (H200._replace(**gpu),)
     module_file = str(distribution("torch").locate_file("torch/__init__.py"))
     info = CUDA._replace(gpus=gpus, module_file=module_file)._replace(**torch_info)
@@ -222,9 +210,7 @@ def test_every_gpu_of_torch_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "error"), CASES["test_broken_torch_is_found_and_remedy_unsets_the_path"]
 )
-def test_broken_torch_is_found_and_remedy_unsets_the_path(
-    tmp_path: Path, source: str, error: str
-) -> None:
+def test_broken_torch_is_found_and_remedy_unsets_the_path(tmp_path, source, error):
     info, path = probe(tmp_path, source), python_path(tmp_path)
     assert error in info.error
     found = find_diagnosis(diagnose_gpus(DRIVEN, info, PYTHONPATH=path), "torch-broken")

@@ -97,9 +97,7 @@ LOSSES = {
 @pytest.mark.parametrize(
     ("curve", "code", "severity", "settings"), CASES["test_loss_curve_has_its_diagnosis_and_remedy"]
 )
-def test_loss_curve_has_its_diagnosis_and_remedy(
-    curve: str, code: str, severity: str, settings: object, tmp_path: Path
-) -> None:
+def test_loss_curve_has_its_diagnosis_and_remedy(curve, code, severity, settings, tmp_path):
     found = [one for one in diagnose(tmp_path, LOSSES[curve]) if one.code == code]
     assert [one.severity for one in found] == [severity]
     if settings == "show":
@@ -118,9 +116,7 @@ def test_loss_curve_has_its_diagnosis_and_remedy(
         ({0: 1.0, 30: 1.2, 60: 1.5}, None, "train", {"epochs": 2.0}),
     ],
 )
-def test_overfitting_suggests_a_shorter_run(
-    validation_losses, metric, section, expected, tmp_path: Path
-) -> None:
+def test_overfitting_suggests_a_shorter_run(validation_losses, metric, section, expected, tmp_path):
     lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
     for step, loss in validation_losses.items():
         lines.append(make_evaluation_line(step, 0.5, validation_loss=loss))
@@ -142,9 +138,7 @@ def test_overfitting_suggests_a_shorter_run(
 @pytest.mark.parametrize(
     ("scores", "is_reported"), [((5.0, 5.7, 6.4), False), ((6.4, 6.0, 5.7), True)]
 )
-def test_improving_score_takes_precedence_over_the_loss(
-    scores, is_reported: bool, tmp_path: Path
-) -> None:
+def test_improving_score_takes_precedence_over_the_loss(scores, is_reported, tmp_path):
     lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
     for step, loss, score in zip((20, 40, 60), (1.0, 1.2, 1.5), scores, strict=True):
         lines.append(make_evaluation_line(step, score, validation_loss=loss))
@@ -211,8 +205,8 @@ PEAK = [make_evaluation_line(n, score) for n, score in ((0, 0.5), (30, 0.7), (60
     ],
 )
 def test_predictions_have_their_diagnosis_and_remedy(
-    change, lines, answers, code, severity, words, fake_run_dir: FakeRunDir
-) -> None:
+    change, lines, answers, code, severity, words, fake_run_dir
+):
     if lines:
         fake_run_dir.write_lines("metrics.jsonl", lines)
     if change:
@@ -272,14 +266,7 @@ def to_frame(
 @pytest.mark.parametrize(
     ("output", "right", "image", "words"), CASES["test_boxes_in_wrong_frame_are_detected"]
 )
-def test_boxes_in_wrong_frame_are_detected(
-    fake_run_dir: FakeRunDir,
-    tmp_path: Path,
-    output: str,
-    right: str,
-    image: JsonLine | None,
-    words: str,
-) -> None:
+def test_boxes_in_wrong_frame_are_detected(fake_run_dir, tmp_path, output, right, image, words):
     fake_run_dir.write("recipe.yaml", yaml.safe_dump(EVAL_RECIPE | {"image": image}))
     boxes(fake_run_dir, tmp_path, output, right, off=0.02)
     found = find_diagnosis(diagnose_predictions(fake_run_dir), "box-convention-mismatch")
@@ -288,9 +275,7 @@ def test_boxes_in_wrong_frame_are_detected(
 
 
 @pytest.mark.parametrize("off", [0.0, 0.1, 1.0])
-def test_inaccurate_boxes_are_in_the_right_frame(
-    fake_run_dir: FakeRunDir, tmp_path: Path, off: float
-) -> None:
+def test_inaccurate_boxes_are_in_the_right_frame(fake_run_dir, tmp_path, off):
     boxes(fake_run_dir, tmp_path, "pixels", off=off)
     assert "box-convention-mismatch" not in list_codes(diagnose_predictions(fake_run_dir))
 

@@ -199,9 +199,7 @@ def test_running_run_is_not_touched(unfinished_run: Path) -> None:
     assert find_diagnosis(found, "run-end").what == "the run is running"
 
 
-def test_doctor_command_prints_all_findings(
-    unfinished_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_command_prints_all_findings(unfinished_run, capsys):
     assert run_command(["doctor", str(unfinished_run)]) == 2
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("  ERROR    the run is not finished") for line in lines)

@@ -97,9 +97,7 @@ def test_interrupted_download_is_resumed(model: RemoteModel) -> None:
 
 
 @pytest.mark.parametrize("change", ["none", "partial file", "server without ranges"])
-def test_killed_download_is_resumed_by_next_process(
-    model: RemoteModel, cache: Path, change: str
-) -> None:
+def test_killed_download_is_resumed_by_next_process(model, cache, change):
     model.server.faults.cuts["model.safetensors"] = [200_000, 0, 0, 0, 0]
     with pytest.raises(UserError, match="received 200000 of 256000 bytes") as raised:
         model.fetch()
@@ -170,9 +168,7 @@ def test_token_is_sent_only_to_the_hub(model: RemoteModel, monkeypatch: pytest.M
     assert {request.token for request in model.server.lfs_requests} == {None}
 
 
-def test_offline_mode_uses_the_cache(
-    request: pytest.FixtureRequest, model: RemoteModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_mode_uses_the_cache(request, model, monkeypatch):
     folder = model.fetch()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     request.getfixturevalue("without_sockets")
@@ -259,9 +255,7 @@ def test_cache_is_separate_per_endpoint(cache: Path, monkeypatch: pytest.MonkeyP
     assert raised.value.where.endswith("finesight/hf/models/Some/model")
 
 
-def test_concurrent_deliveries_create_one_folder(
-    huggingface: FakeHubServer, tmp_path: Path
-) -> None:
+def test_concurrent_deliveries_create_one_folder(huggingface, tmp_path):
     huggingface.repositories[NAME] = {"config.json": b"{}"}
     opened = open_repository(parse_address("hf:Some/model"))
     target = tmp_path / "models" / "mine"
@@ -282,9 +276,7 @@ def test_concurrent_deliveries_create_one_folder(
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_huggingface_hub_cache_is_reused(
-    huggingface: FakeHubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_huggingface_hub_cache_is_reused(huggingface, cache, monkeypatch):
     huggingface.repositories[NAME] = dict(MODEL)
     folder = cache / "hub" / "models--Some--model" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
@@ -303,18 +295,14 @@ def test_huggingface_hub_cache_is_reused(
 
 
 @pytest.mark.parametrize("commit", ["..", "../../x", "a\0b", "main", "", "a" * 300])
-def test_invalid_commit_is_rejected(
-    huggingface: FakeHubServer, monkeypatch: pytest.MonkeyPatch, commit: str
-) -> None:
+def test_invalid_commit_is_rejected(huggingface, monkeypatch, commit):
     huggingface.repositories[NAME] = dict(MODEL)
     monkeypatch.setattr(fake_hub_servers, "COMMIT", commit)
     with pytest.raises(UserError, match="invalid commit"):
         open_repository(parse_address("hf:Some/model"))
 
 
-def test_invalid_tokens_are_not_shown(
-    huggingface: FakeHubServer, modelscope: FakeHubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_tokens_are_not_shown(huggingface, modelscope, monkeypatch):
     huggingface.repositories[NAME] = dict(MODEL)
     monkeypatch.setenv("HF_TOKEN", "hf_outdated")
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "töken")
@@ -328,9 +316,7 @@ def test_invalid_tokens_are_not_shown(
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://[", "nothing"])
 @pytest.mark.parametrize("hub", ["hf", "modelscope"])
-def test_connection_error(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, hub: str, endpoint: str
-) -> None:
+def test_connection_error(cache, monkeypatch, hub, endpoint):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", endpoint)
     with pytest.raises(UserError, match=f"{hub}:Some/model is not available") as raised:
@@ -338,9 +324,7 @@ def test_connection_error(
     assert "check the connection" in raised.value.remedy
 
 
-def test_invalid_names_and_answers(
-    huggingface: FakeHubServer, modelscope: FakeHubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_names_and_answers(huggingface, modelscope, monkeypatch):
     with pytest.raises(UserError, match="hf:Some/a--b is not available"):
         open_repository(parse_address("hf:Some/a--b"))
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"{modelscope.url}/nothing")

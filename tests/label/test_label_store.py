@@ -178,9 +178,7 @@ def test_equal_pixels_are_in_one_split(tmp_path: Path) -> None:
     assert not {*train} & {*validation}
 
 
-def test_frames_and_videos_are_decoded_within_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frames_and_videos_are_decoded_within_limits(tmp_path, monkeypatch):
     frames = [f"photos/{path.name}" for path in draw_images(tmp_path, 2).iterdir()]
     write_video(tmp_path / "a.mp4")
     videos = [VideoPart(frames=tuple(frames)), VideoPart(video="a.mp4")]

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_graph_fixtures import make_loss_inputs
 from plan_fixtures import GPU, Tune, make_batch, make_model, make_planned_pack, make_tracer
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
@@ -86,9 +85,7 @@ def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: Tune) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_vision_graph_buffer_sizes_match_a_run(
-    batch: PackedBatch, family: TinyFamily, tmp_path: Path
-) -> None:
+def test_vision_graph_buffer_sizes_match_a_run(batch, family, tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / family, family))
     model = make_model(folder, torch.bfloat16, VISION_LORA_NO_DROPOUT)
     shape = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
@@ -106,9 +103,7 @@ def test_vision_graph_buffer_sizes_match_a_run(
     assert plan.buffer_bytes == count_bytes(values)
 
 
-def test_only_small_packs_are_captured(
-    small_pack: PlannedPack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_small_packs_are_captured(small_pack, monkeypatch):
     model = tune_model(LORA)
     partial_model = tune_model({"language": "lora", "lora": {"target_modules": ["q_proj"]}})
     long_pack = replace(small_pack, lengths=(MAX_GRAPH_TOKENS + 1,))
@@ -178,9 +173,7 @@ def test_excess_graph_shapes_run_eagerly() -> None:
     [(LORA, 128, range(2, 82, 2)), (VISION_LORA_NO_DROPOUT, 32, (2, 4, 6, 8))],
     ids=["frozen", "lora"],
 )
-def test_one_pack_of_each_graph_shape_is_estimated(
-    tune: Tune, height: int, widths: Sequence[int]
-) -> None:
+def test_one_pack_of_each_graph_shape_is_estimated(tune, height, widths):
     """A shape depends on the image tokens, and on the patches only with a captured encoder."""
     model = tune_model(tune)
     stats = [

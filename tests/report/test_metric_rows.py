@@ -8,7 +8,7 @@ import pytest
 from each_value import each
 from run_dir_fixtures import make_evaluation_line
 
-from finesight.evaluate.metric_difference import MetricDifference, Verdict
+from finesight.evaluate.metric_difference import MetricDifference
 from finesight.report.metric_rows import (
     MetricRow,
     build_metric_rows,
@@ -65,9 +65,7 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
         (None, None, "better", "", "The confidence interval of the difference is unknown"),
     ],
 )
-def test_verdict_of_comparison_is_used(
-    low: float | None, high: float | None, verdict: Verdict, words: str, output: str
-) -> None:
+def test_verdict_of_comparison_is_used(low, high, verdict, words, output):
     difference = MetricDifference("similarity", 0.2, 0.9, low, high, verdict)
     found = build_rows(0.2, 0.9, similarity=difference)[0]
     assert (found.name, found.verdict_text) == ("similarity", words)

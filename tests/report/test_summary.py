@@ -110,12 +110,8 @@ def make_evaluations(losses: tuple[float, ...], scores: tuple[float, ...]) -> li
     CASES["test_overfitting_is_reported_with_best_checkpoint"],
 )
 def test_overfitting_is_reported_with_best_checkpoint(
-    tmp_path: Path,
-    losses: tuple[float, ...],
-    scores: tuple[float, ...],
-    train_losses: tuple[float, ...],
-    words: str | None,
-) -> None:
+    tmp_path, losses, scores, train_losses, words
+):
     run = FakeRunDir(tmp_path / "run")
     (run.folder / "checkpoints" / "step-20").mkdir(parents=True)
     num_steps = 20 * (len(losses) - 1)
@@ -142,9 +138,7 @@ def test_overfitting_is_reported_with_best_checkpoint(
         ((0.9, 0.8, 0.7, 0.6), (10, 9, 8, 7), "exact"),
     ],
 )
-def test_model_before_training_may_be_the_best(
-    tmp_path: Path, losses: tuple[float, ...], scores: tuple[float, ...], best: str
-) -> None:
+def test_model_before_training_may_be_the_best(tmp_path, losses, scores, best):
     steps = [{"step": n, "loss": 1 / n} for n in range(1, 61)]
     lines = [*steps, *make_evaluations(losses, scores)]
     text = summary.describe_overfitting(tmp_path, lines)
@@ -181,14 +175,6 @@ def test_out_of_memory_recovery_is_reported(run: FakeRunDir) -> None:
     ]
     run.write_lines("metrics.jsonl", [START_RECORD, *lines[:2]])
     assert summary.list_remarks(read_run(run.folder)) == []
-
-
-def test_vision_cache_time_is_a_phase(run: FakeRunDir) -> None:
-    outcome = {"step": 0, "vision_cache_s": 10.0, "images": 950}
-    run.write_lines("metrics.jsonl", [START_RECORD, outcome, *map(make_step_line, range(1, 21))])
-    assert list_phases(run) == [("setup", 12.5), ("vision cache", 10.0), ("training steps", 10.0)]
-    expected = {"samples/s": "16", "tokens/s": "1,000", "median step": "500 ms"}
-    assert expected.items() <= read_cost(run).items()
 
 
 def test_skipped_samples_are_grouped_by_reason(run: FakeRunDir) -> None:

@@ -233,21 +233,6 @@ def test_files_that_cannot_be_read_are_skipped(workspace):
     assert as_argument(Path("hf:a/b")) == "./hf:a/b"
 
 
-def test_recipe_without_settings_has_the_values_of_init(workspace):
-    dataset = add_data(workspace, "a", replace(OPTIONS, train_fraction=0.75))
-    settings = {"train.steps": "7", "train.learning_rate": "1e-3", "eval.metric": "captions"}
-    for name, given, expected in (
-        ("a", {}, (100, 2e-3, "classification")),
-        ("b", settings, (7, 1e-3, "captions")),
-    ):
-        path = workspace.create_recipe(name, [dataset], TINY_MODEL, given)
-        recipe = workspace.load_recipe(path)
-        found = (recipe.train.steps, recipe.train.learning_rate.default, recipe.eval.metric)
-        assert found == expected
-    with pytest.raises(UserError, match=r"did you mean eval\.metric: captions"):
-        workspace.create_recipe("c", [dataset], TINY_MODEL, {"eval.metric": "caption"})
-
-
 @pytest.mark.parametrize("user", ["", "recipe", "labels", "foreign", "table"])
 def test_uploads_in_use_are_not_deleted_with_their_data_set(workspace, user):
     folder = workspace.folder

@@ -62,12 +62,6 @@ def test_prediction_files(make_runs, cli):
     assert "Unknown for prediction files" in Path("page.html").read_text()
 
 
-def test_notes_name_the_metric_keys(make_runs, cli):
-    notes = cli("compare", *make_runs(HALF[:3], FULL[:3]), *PAGE).lines
-    assert "validation_loss: no interval: only the sum over all samples is known" in notes
-    assert any(line.startswith("similarity: no interval: ") for line in notes), notes
-
-
 def test_scores_of_common_samples_are_shown(make_runs, cli):
     runs = make_runs(HALF, [*HALF, *FULL[:4]])
     line = cli("compare", *runs, *PAGE).lines[2]
@@ -77,14 +71,6 @@ def test_scores_of_common_samples_are_shown(make_runs, cli):
     common = metrics["similarity"]["common_samples"]
     assert (common["num_samples"], common["before"]) == (8, common["after"])
     assert "common_samples" not in metrics["validation_loss"]
-
-
-def test_few_predictions_have_one_rule(make_runs, cli):
-    make_runs(HALF, [*HALF[1:], 1.0])
-    lines = cli("compare", "first.jsonl", "other.jsonl", *PAGE).lines
-    (line,) = [line for line in lines if line.startswith("B other.jsonl  similarity")]
-    assert " to " in line
-    assert not [line for line in lines if "similarity: no interval" in line]
 
 
 def test_no_page_is_written_for_invalid_arguments(make_runs, cli):

@@ -174,14 +174,6 @@ def test_further_rounds_continue_the_labels_of_the_run(label):
     assert continuing not in label(*words)
 
 
-def test_review_ranks_existing_answers(cli):
-    for index in range(2):
-        write_data(f"{index}.jsonl", index)
-    lines = cli("label", *TINY, "0.jsonl", "1.jsonl", "--review", "--suggest-only").lines
-    scores = [float(line.split()[0]) for line in lines]
-    assert (len(scores), scores) == (2, sorted(scores, reverse=True))
-
-
 def test_next_command_imports_labels_again(label):
     """The data of the first import contains the earlier labels, some of them for validation."""
     imported, run = "labels-finetune/data/train.jsonl", "labels-finetune/run"

@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import unquote
 
 import pytest
-import yaml
 from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, huggingface, modelscope, without_sockets
 from tiny_task import make_task, write_recipe
@@ -99,18 +98,3 @@ def test_offline_training_reports_missing_weights(hub, model, monkeypatch, cli, 
     request.getfixturevalue("without_sockets")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     cli(*TRAIN)
-
-
-def test_adapter_base_is_checked_against_hub_weights(hub, model, cli):
-    recipe = yaml.safe_load(Path("recipe.yaml").read_text()) | {"tune": {"language": "lora"}}
-    write_recipe(Path("recipe.yaml"), recipe | {"model": "task/tiny"})
-    cli(*TRAIN)
-    cli(*PLAN, f"model={model}", "adapter=run")
-    assert requested_files(hub) == sorted(hub.repositories["models/Some/tiny"])
-
-
-def test_serving_commands_need_the_full_model(hub, model, cli):
-    output = cli("export", model).out
-    folder = locate_model(model).path
-    assert f"vllm serve {folder}" in output
-    assert (folder / WEIGHTS).is_file()

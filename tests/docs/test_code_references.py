@@ -1,10 +1,9 @@
-"""Tests of references to code: paths and modules named in pages and docstrings exist."""
+"""Tests of references to code: files named in pages and docstrings exist."""
 
 from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from docs_code_blocks import list_pages
@@ -18,8 +17,6 @@ PAGES = [
     *(*sorted(ROOT.glob("README*.md")), ROOT / "CONTRIBUTING.md", ROOT / "benchmarks/README.md"),
 ]
 PATH = re.compile(r"(?<![\w./-])(?:[\w.-]+/)*[\w-]+\.py\b")
-DOTTED_NAME = re.compile(r"`(?:finesight\.)?([a-z_]\w*(?:\.\w+)+)(?:\(\))?`")
-
 PLACEHOLDERS = re.compile(r"NAME|FILE|AREA/test_[xX]\.py|AREA/x\.py")
 USER_FILES = {
     *("ask.py", "draw.py", "metric.py", "train.py", "path/to/metric.py", "metrics/plates.py"),
@@ -27,16 +24,7 @@ USER_FILES = {
     "llama.cpp/convert_hf_to_gguf.py",
 }
 """Files that a reader writes or that belong to another project."""
-OTHER_NAMES = {"model.encode"}
-"""Dotted names whose first part is a variable of an example."""
-FILE_SUFFIXES = (".py", ".json", ".jsonl", ".yaml", ".html", ".safetensors", ".gguf")
-
 FILE_NAMES = {path.name for folder in ("src", "tests") for path in (ROOT / folder).rglob("*.py")}
-SETTINGS = {
-    node.target.id
-    for node in ast.walk(ast.parse((PACKAGE / "config.py").read_text("utf-8")))
-    if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-}
 
 
 def exists_path(path: str) -> bool:
@@ -48,37 +36,13 @@ def exists_path(path: str) -> bool:
     return any((root / path).is_file() for root in (ROOT, PACKAGE))
 
 
-def exists_name(name: str) -> bool:
-    """Check a dotted name: a module, a name that a module defines, or a setting."""
-    folder, parts = PACKAGE, name.split(".")
-    is_known = (PACKAGE / parts[0]).is_dir() or (PACKAGE / f"{parts[0]}.py").is_file()
-    if not is_known or name.endswith(FILE_SUFFIXES) or name in OTHER_NAMES or parts[1] in SETTINGS:
-        return True
-    while parts and (folder / parts[0]).is_dir():
-        folder /= parts.pop(0)
-    if not parts:
-        return True
-    module = folder / f"{parts[0]}.py"
-    if not module.is_file() or len(parts) == 1:
-        return module.is_file()
-    return defines(module, parts[1])
-
-
-def defines(module: Path, name: str) -> bool:
-    """Check if a module defines a function, class, method, constant or field of this name."""
-    last = name.rpartition(".")[2]
-    definition = rf"(?:\bdef|\bclass) {last}\b|^\s*(?:self\.)?{last}\b.*[:=]"
-    return re.search(definition, module.read_text("utf-8"), re.MULTILINE) is not None
-
-
-def iter_missing(text: str) -> Iterator[str]:
-    yield from (path for path in PATH.findall(text) if not exists_path(path))
-    yield from (name for name in DOTTED_NAME.findall(text) if not exists_name(name))
+def list_missing(text: str) -> list[str]:
+    return [path for path in PATH.findall(text) if not exists_path(path)]
 
 
 @each("page", PAGES)
 def test_code_named_in_page_exists(page: Path) -> None:
-    assert [*iter_missing(page.read_text("utf-8"))] == []
+    assert list_missing(page.read_text("utf-8")) == []
 
 
 def test_code_named_in_docstrings_exists() -> None:
@@ -87,6 +51,6 @@ def test_code_named_in_docstrings_exists() -> None:
         for path in sorted(PACKAGE.rglob("*.py"))
         for node in ast.walk(ast.parse(path.read_text("utf-8")))
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
-        for reference in iter_missing(str(node.value.value))
+        for reference in list_missing(str(node.value.value))
     ]
     assert missing == []

@@ -177,16 +177,6 @@ def test_suggestions_of_another_kind_are_dropped(tmp_path, kind, suggestion):
     assert [part.type for part in sample.messages[-1].content] == ["text"]
 
 
-def test_existing_labels_determine_the_kind(tmp_path):
-    suggestions = (CORNERS,) * 3
-    with open_client(open_receipts(tmp_path, *suggestions)) as client:
-        save(client, client.get("/items/0").json(), text='{"name": "Olp"}')
-    session = open_receipts(tmp_path, kind=None)
-    with open_client(session) as client:
-        assert session.task.kind == "fields"
-        assert list_fields(client.get("/items/1").json()) == {"name": ""}
-
-
 @pytest.mark.parametrize("suggestions", [(), (CORNERS,) * 3, ('Read: {"name": "Ol',) * 3])
 def test_first_saved_object_has_the_fields_of_the_next_images(tmp_path, suggestions):
     with open_client(open_receipts(tmp_path, *suggestions)) as client:

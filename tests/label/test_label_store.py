@@ -213,16 +213,6 @@ def test_review_replaces_answers_and_keeps_others(tmp_path):
     assert list_texts(tmp_path / "labels") == ["red", "gray", "blue"]
 
 
-def test_labeled_samples_are_not_listed_without_review(tmp_path):
-    data = write_answers(tmp_path, "red", None, "red", "red")
-    session = open_session(tmp_path / "labels", MODEL, [data])
-    assert (session.task.kind, session.task.choices) == ("classes", ("red",))
-    with session.store as store:
-        assert [item.sample.sample.id for item in store.items] == ["s1"]
-        store.save_label("s1", (TextPart(text="green"),))
-    assert list_texts(tmp_path / "labels") == ["red", "green", "red", "red"]
-
-
 @pytest.mark.parametrize(
     ("sources", "prompt", "message"), CASES["test_invalid_sources_are_rejected"]
 )

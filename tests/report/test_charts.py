@@ -106,18 +106,6 @@ def test_chart_stays_within_its_frame() -> None:
     assert [tick.label for tick in drawing.y_ticks] == ["0", "1", "2", "3"]
 
 
-def test_markers_and_error_bars_have_positions() -> None:
-    drawing = build_chart(
-        "s", [ChartSeries("s", [(0, 0.5), (10, 0.75)], "marks", [(10, 0.25, 1.0)])]
-    )
-    (line,) = drawing.lines
-    assert len(line.markers) == 2
-    ((x, high, low),) = line.error_bars
-    assert x == line.markers[1][0]
-    assert high < line.markers[1][1] < low
-    assert (drawing.data["y"][0], drawing.data["y"][1]) == (0.2, 1.0)
-
-
 def test_single_point_is_a_marker_with_the_tick_of_its_step() -> None:
     drawing = build_chart("s", [ChartSeries("s", [(0.0, 1.0)]), ChartSeries("none", [])])
     assert drawing is not None

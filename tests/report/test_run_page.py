@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -105,21 +103,6 @@ def test_finished_run(run: FakeRunDir) -> None:
     ]
 
 
-def test_run_before_first_step(tmp_path: Path) -> None:
-    made = FakeRunDir(tmp_path / "run")
-    made.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.2)])
-    made.write_predictions("before", [make_prediction_line("a", "x", "y", 0.5)])
-    page = render_run_page(made.folder)
-    text, data = read_visible_text(page), read_script_data(page)
-    assert "not finished: 0 of 60 steps so far" in text
-    assert "evaluated once" in text
-    assert [one["predictions"][1] for one in data["examples"]] == [None]
-    assert data["evaluation_names"] == ["before"]
-    without = make_evaluation_line(0, 0.2, scores={"ended_with_eos": 1.0})
-    made.write_lines("metrics.jsonl", [START_RECORD, without])
-    assert "could not be computed" in read_visible_text(render_run_page(made.folder))
-
-
 def test_running_run_compares_available_evaluations(tmp_path: Path) -> None:
     made = FakeRunDir(tmp_path / "run")
     steps = [make_step_line(step) for step in range(1, 41)]
@@ -212,23 +195,6 @@ def test_latest_evaluation_is_paired_with_equal_samples(tmp_path, sets, before, 
     assert ("has other samples" in text) == (len(before) < 2)
     charts = {c.title: c.caption for c in build_run_charts(read_run(run.folder))}
     assert ("the same 7 samples" in charts["Loss"]) == (len({s[0] for s in sets.split()}) > 1)
-
-
-def test_run_of_older_version(run: FakeRunDir) -> None:
-    before, after = (
-        {"step": step, "validation_loss": 2.0 - score, "scores": {"similarity": score}}
-        | {"primary_metric": "similarity"}
-        for step, score in ((0, 0.2), (60, 0.9))
-    )
-    run.write_lines("metrics.jsonl", [before, *map(make_step_line, range(1, 61)), after])
-    run.write("result.json", json.dumps({"steps": 60, "before": before, "after": after}))
-    run.write("param_audit.json", "{")
-    shutil.rmtree(run.folder / "predictions")
-    text = read_visible_text(render_run_page(run.folder))
-    assert "0.2000 → 0.9000 The similarity increased" in text  # no interval, so no verdict
-    assert "device not recorded" in text
-    assert "training data not recorded" in text
-    assert "Unreadable files, not shown: param_audit.json" in text
 
 
 def test_formulas_without_latex2mathml(run: FakeRunDir, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,5 @@
 """Workspace with generated images, and a shared browser."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 

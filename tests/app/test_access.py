@@ -1,7 +1,5 @@
 """Tests of sign-in, origins, limits and uploads with the chat page, without a browser."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json

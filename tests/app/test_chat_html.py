@@ -1,7 +1,5 @@
 """Tests of the HTML of the chat page: formulas, JSON and escaping."""
 
-from __future__ import annotations
-
 import asyncio
 from html.parser import HTMLParser
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Browser tests of the chat page: one flow each."""
 
-from __future__ import annotations
-
 import io
 import json
 import threading

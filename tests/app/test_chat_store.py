@@ -1,7 +1,5 @@
 """Tests of stored conversations: owners, uploaded images, and limits."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import secrets

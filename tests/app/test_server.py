@@ -1,7 +1,5 @@
 """Requests under a prefix reach the page of a job over a Unix socket."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 import time

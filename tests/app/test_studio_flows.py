@@ -1,7 +1,5 @@
 """Ways through the studio in a browser, without a terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Tests of the studio page: access and forms without a browser, and the way to a chat reply."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json

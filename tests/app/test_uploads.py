@@ -1,7 +1,5 @@
 """Uploads are stored within limits, found by their secret ID, and leave nothing after failures."""
 
-from __future__ import annotations
-
 import errno
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tests of the paths and files that the studio accepts."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

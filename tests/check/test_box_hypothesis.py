@@ -1,7 +1,5 @@
 """Readings of numbers, against boxes worked out by hand and Pillow's own turns."""
 
-from __future__ import annotations
-
 import tracemalloc
 from pathlib import Path
 

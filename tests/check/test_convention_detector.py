@@ -1,7 +1,5 @@
 """Conventions planted in sources of drawn objects, whose true boxes are known."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

@@ -1,7 +1,5 @@
 """A check of many samples: order, counts, what is kept, and who is told."""
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Tests of `--fix`: certain corrections, skipped samples, and the list of both."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Image inspection in worker processes: each content once, in input order."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

@@ -1,7 +1,5 @@
 """Every fault that a sample shows, planted into sound samples, is found where it was planted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

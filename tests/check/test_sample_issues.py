@@ -1,7 +1,5 @@
 """What a sample shows by itself, through the whole check."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

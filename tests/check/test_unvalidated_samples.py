@@ -1,7 +1,5 @@
 """Samples in tars, Parquet files and shards are found wrong as the same ones in JSONL are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tests of the command line: help, exit codes, error messages, threads."""
 
-from __future__ import annotations
-
 import errno
 import inspect
 import os

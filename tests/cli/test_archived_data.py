@@ -1,7 +1,5 @@
 """Tests of `import` with archives, WebDatasets and web sources."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of invalid input: exit code 2, a complete message, and no partial files."""
 
-from __future__ import annotations
-
 import errno
 import json
 import shutil

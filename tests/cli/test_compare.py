@@ -1,7 +1,5 @@
 """Tests of `finesight compare`: table, page, invalid arguments."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path

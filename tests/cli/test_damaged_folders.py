@@ -1,7 +1,5 @@
 """Tests of damaged or malicious model and run folders: exit code 2 or a note, no traceback."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Tests of the commands `finesight data export` and `finesight data convert-boxes`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

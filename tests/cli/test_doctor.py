@@ -1,7 +1,5 @@
 """Tests of the command `finesight doctor`: diagnoses, output, exit codes."""
 
-from __future__ import annotations
-
 import json
 import socket
 import subprocess

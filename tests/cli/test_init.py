@@ -1,7 +1,5 @@
 """Tests of the command `finesight init`: from data to a trained model, and detection."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re

@@ -1,7 +1,5 @@
 """Tests of `finesight label`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex

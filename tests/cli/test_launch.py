@@ -1,7 +1,5 @@
 """Tests of the command `finesight launch`: job files, output, submission."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of `finesight merge` with runs and adapters."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

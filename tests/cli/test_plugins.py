@@ -1,7 +1,5 @@
 """Tests of plug-ins: formats, metrics, trackers and families of other packages."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle

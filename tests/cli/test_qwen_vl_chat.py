@@ -1,7 +1,5 @@
 """Run the Qwen-VL (2023) tutorial with commands: import, LoRA, chat with boxes, merging."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tests of `import` and `download` with hubs."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence

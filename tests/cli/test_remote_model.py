@@ -1,7 +1,5 @@
 """Tests of commands with hub models: inspection downloads small files, training all files."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from urllib.parse import unquote

@@ -1,7 +1,5 @@
 """Tests of hub access in subprocesses: endpoint variables and kills."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

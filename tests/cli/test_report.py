@@ -1,7 +1,5 @@
 """Tests of `finesight report`: output page and invalid arguments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

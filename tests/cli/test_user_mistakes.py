@@ -3,8 +3,6 @@
 Each case runs a command line in a workspace with images, a table, data, a recipe and a run.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Scripts and configurations of TRL, Unsloth and Qwen-VL-Series-Finetune, and other objectives."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

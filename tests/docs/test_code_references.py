@@ -1,7 +1,5 @@
 """Tests of references to code: files named in pages and docstrings exist."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

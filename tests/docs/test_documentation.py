@@ -3,8 +3,6 @@
 `make test-docs` runs all blocks of all pages. Without `--type-blocks`, blocks are only parsed.
 """
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -1,7 +1,5 @@
 """Memory, disks, limits, environment variables, GPUs and torch: detected, and fixed by remedies."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess

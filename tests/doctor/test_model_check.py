@@ -1,7 +1,5 @@
 """Folders of models, damaged in one place each, and the command that brings a sound one."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil

@@ -1,7 +1,5 @@
 """Conflicting, missing and duplicate packages: detected, and fixed by the remedy."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tomllib

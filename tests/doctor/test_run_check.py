@@ -1,7 +1,5 @@
 """Diagnoses of handwritten training curves and predictions, in one table each."""
 
-from __future__ import annotations
-
 import math
 import random
 import shlex

@@ -1,7 +1,5 @@
 """Records that are damaged anywhere: whatever stands in them, `doctor` says something."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

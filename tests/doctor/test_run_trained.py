@@ -1,7 +1,5 @@
 """Runs that really went wrong, and the printed commands that set them right."""
 
-from __future__ import annotations
-
 import fcntl
 import json
 import os

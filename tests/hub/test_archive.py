@@ -1,7 +1,5 @@
 """Archives: extraction, and rejection of malicious and corrupt archives."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import shutil

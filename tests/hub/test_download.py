@@ -1,7 +1,5 @@
 """Invalid, endless and large responses of servers raise UserError."""
 
-from __future__ import annotations
-
 import gzip
 import threading
 import tracemalloc

@@ -1,7 +1,5 @@
 """Repositories of both hubs: listing, download, resumption, verification, offline use."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Web downloads: allowed hosts, HTTPS, size limit."""
 
-from __future__ import annotations
-
 import hashlib
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tests of the labelling page: requests without a browser, and labelling by keyboard in one."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Tests of the journal and of the file of labels."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os

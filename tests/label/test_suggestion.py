@@ -1,7 +1,5 @@
 """Tests of suggestions: confidences of fields, boxes and texts, and their order."""
 
-from __future__ import annotations
-
 import math
 import re
 from copy import copy

@@ -1,7 +1,5 @@
 """What a job is made of, and what is refused before anything is written."""
 
-from __future__ import annotations
-
 import subprocess
 from collections.abc import Callable
 from pathlib import Path

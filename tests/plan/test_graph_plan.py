@@ -1,7 +1,5 @@
 """Estimated memory of CUDA graphs compared with their static buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
 

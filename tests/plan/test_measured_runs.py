@@ -1,7 +1,5 @@
 """Estimates compared with measured runs on one H200 (benchmarks/results)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass, replace
 from itertools import product

@@ -1,7 +1,5 @@
 """Estimated persistent and peak memory compared with allocations on a CPU."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The plan of a recipe compared with its run."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import nullcontext

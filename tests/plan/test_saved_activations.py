@@ -1,7 +1,5 @@
 """Traced saved activations compared with memory that the real model allocates."""
 
-from __future__ import annotations
-
 import gc
 from pathlib import Path
 from typing import get_args

@@ -1,7 +1,5 @@
 """Settings search: chosen settings fit into memory and cost as little time as possible."""
 
-from __future__ import annotations
-
 from functools import lru_cache
 
 from plan_fixtures import plan_tiny_model

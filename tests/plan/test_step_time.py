@@ -1,7 +1,5 @@
 """Step time estimates: effects of GPU, precision, graphs and settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

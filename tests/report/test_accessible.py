@@ -1,7 +1,5 @@
 """Accessibility tests of the pages with axe-core."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of chart scales, downsampling and smoothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import random

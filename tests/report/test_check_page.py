@@ -1,7 +1,5 @@
 """Tests of the data check page."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Classification and selection of examples, and differences from recorded scores."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Tests of self-contained pages and of escaping."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import importlib.resources

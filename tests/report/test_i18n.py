@@ -1,7 +1,5 @@
 """Tests that the Chinese table covers all page texts, and contains no others."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

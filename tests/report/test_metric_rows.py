@@ -1,7 +1,5 @@
 """Tests of metric rows and their descriptions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of reports of finished, old, running and hostile runs, also in a browser."""
 
-from __future__ import annotations
-
 import html
 import sys
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Tests of the run status by recorded events and folder lock."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from collections.abc import Iterator

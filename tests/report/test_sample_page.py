@@ -1,7 +1,5 @@
 """Tests that the sample page shows exactly the model input."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

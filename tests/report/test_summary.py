@@ -1,7 +1,5 @@
 """Tests of the run summary."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Tickets: what the table says is what is printed, mostly new, and not known to pre-training."""
 
-from __future__ import annotations
-
 import csv
 import json
 import random

@@ -1,7 +1,5 @@
 """Logs of each tracker about a real run, and missing packages of trackers."""
 
-from __future__ import annotations
-
 import json
 import sys
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tests that offline trackers open no connections, not even for error reports."""
 
-from __future__ import annotations
-
 import io
 import os
 import socket

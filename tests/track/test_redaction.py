@@ -1,7 +1,5 @@
 """Tests of redaction in settings, texts and a complete run."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

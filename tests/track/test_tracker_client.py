@@ -1,7 +1,5 @@
 """Tests of the queue, thread and process of a tracker with short timeouts."""
 
-from __future__ import annotations
-
 import io
 import os
 import queue

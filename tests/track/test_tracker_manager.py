@@ -1,7 +1,5 @@
 """Tests that failing, hanging and crashing trackers do not affect the run."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fake_hub_servers import TOKEN
 from hub_fixtures import (
     build_coco_files,
     cache,
@@ -77,22 +76,6 @@ def test_needed_files_of_a_subset_are_fetched(modelscope, tmp_path, cli):
     )
     cli("import", "modelscope:Some/set:full", tmp_path / "three", *COLUMNS)
     assert len(read(tmp_path / "three")) == 3
-
-
-def test_gated_and_missing_datasets(huggingface, tmp_path, cli, monkeypatch):
-    huggingface.repositories["datasets/Some/set"] = shards("train", FORMULAS, 1)
-    huggingface.gated.add("datasets/Some/set")
-    out, other = tmp_path / "out", tmp_path / "other"
-    error = cli("import", "hf:Some/set", out, *COLUMNS, code=2).err
-    address = f"{huggingface.url}/datasets/Some/set"
-    for words in ("hf:datasets/Some/set is gated", "HF_TOKEN", address):
-        assert words in error
-    assert not out.exists()
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    cli("import", "hf:Some/set", out, *COLUMNS)
-    assert "no split 'test'" in cli("import", "hf:Some/set:test", other, *COLUMNS, code=2).err
-    error = cli("import", "hf:Some/none", other, *COLUMNS, code=2).err
-    assert "hf:datasets/Some/none does not exist or is private" in error
 
 
 def test_tars_zips_and_folders_on_hub(huggingface, tmp_path, cli):

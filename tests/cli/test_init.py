@@ -280,51 +280,6 @@ def test_boxes_of_an_image_are_one_sample(tmp_path, layout, metadata, run_init):
         assert [part.label for part in parts] == [*LABELS]
 
 
-def write_coco(per_image: int, num_classes: int) -> None:
-    boxes = [
-        {"id": i, "image_id": i // per_image, "category_id": i % num_classes, "bbox": [i, 1, 9, 9]}
-        for i in range(22 * per_image)
-    ]
-    images = [{"id": i, "file_name": f"images/{i}.png"} for i in range(22)]
-    classes = [{"id": i, "name": LABELS[i]} for i in range(num_classes)]
-    content = {"images": images, "annotations": boxes, "categories": classes}
-    Path("coco.json").write_text(json.dumps(content))
-
-
-def write_chats() -> None:
-    rows = []
-    for i in range(22):
-        question = {"role": "user", "content": "<image>What is it?"}
-        answer = {"role": "assistant", "content": f"It is the photo number {i}."}
-        rows.append({"images": [f"images/{i}.png"], "messages": [question, answer]})
-    write_jsonl(Path("chats.jsonl"), rows)
-
-
-def write_texts() -> None:
-    for i in range(22):
-        Path(f"images/{i}.txt").write_text(f"x_{{{i}}}")
-
-
-@pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize(
-    ("write", "source", "name", "metric", "prompt"),
-    [
-        (lambda: write_coco(2, 1), "coco.json", "coco", "detection", None),
-        (lambda: write_coco(1, 2), "coco.json", "coco", "detection", None),
-        (write_chats, ".", "ms-swift", "captions", None),
-        (write_texts, "images", "folder", "latex", "Write the formula as LaTeX."),
-    ],
-    ids=["boxes", "single-boxes", "conversations", "text-files"],
-)
-def test_other_formats_are_detected(write, source, name, metric, prompt, run_init):
-    for i in range(22):
-        write_image(Path(f"images/{i}.png"), i)
-    write()
-    found = run_init(source, *YES)
-    assert (found["format"], found["metric"], found["prompt"]) == (name, metric, prompt)
-    assert found["has_data_errors"] is False
-
-
 @pytest.mark.usefixtures("no_plan")
 def test_split_of_the_source_is_kept(run_init):
     for i in range(24):

@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-import pytest
 from each_value import each
 from run_dir_fixtures import make_evaluation_line
 
@@ -11,7 +10,6 @@ from finesight.report.metric_rows import (
     MetricRow,
     build_metric_rows,
     describe_change,
-    describe_metric,
     format_interval,
     format_notes,
     get_note,
@@ -36,22 +34,6 @@ def test_number_of_correct_answers_is_shown() -> None:
     assert found["similarity"].before_correct == ""
     custom = [line | {"metric": "score.py:grade"} for line in lines]  # 0.6 may be partial credits
     assert not any(one.before_correct for one in build_metric_rows(custom, {}))
-
-
-def test_primary_score_is_first_and_loss_is_last() -> None:
-    before = make_evaluation_line(0, 0.2, scores={"ended_with_eos": 0.5, "similarity": 0.2})
-    after = make_evaluation_line(
-        9, 0.9, scores={"ended_with_eos": 1.0, "similarity": 0.9, "new": 1.0}
-    )
-    found = build_metric_rows([before, after], {})
-    assert [one.name for one in found] == ["similarity", "ended_with_eos", "new", "validation_loss"]
-    assert [one.is_primary for one in found] == [True, False, False, False]
-    is_error = ["lower is better" in describe_metric(one.name) for one in found]
-    assert is_error == [False, False, False, True]
-    assert found[0].before_interval == pytest.approx((0.15, 0.25))
-    assert [one.verdict for one in found] == ["", "", "", "better"]  # no intervals
-    assert found[2].before is None
-    assert found[2].change is None
 
 
 @each(

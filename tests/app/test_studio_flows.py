@@ -224,32 +224,6 @@ def test_training_is_found_again_stopped_and_resumed(folder, studio, browser):
     studio.reload("document.querySelector('.next')?.href.includes('step=results')")
 
 
-def test_two_runs_are_compared_in_report_and_chat(folder, studio, browser):
-    import_photos(folder, ("one", 1), ("two", 2))
-    with contextlib.chdir(folder):
-        for name in ("one", "two"):
-            assert run_command(["train", f"{name}.yaml"]) == 0
-    studio.open("results")
-    studio.wait_for("document.querySelectorAll('td input[name=run]').length === 2")
-    browser.run("document.querySelector('#top form').target = '';")
-    browser.run("for (const box of document.querySelectorAll('td input')) box.checked = true;")
-    browser.run("document.querySelector('button[data-missing]').click();")
-    studio.wait_for("location.pathname === '/view/report'")
-    studio.wait_for(
-        "return /one[^]*two|two[^]*one/.test(document.querySelector('main').innerText);"
-    )
-
-    studio.open("chat")
-    studio.fill(**{"web:adapter": "runs/one"})
-    studio.click("chat")
-    chat = ChatPageDriver(browser, studio.open_page())
-    browser.run("document.querySelector('#compare').value = 'one';")
-    chat.ask("Which color?", [folder / "photos/00.png"])
-    assert chat.read_texts(".reply h3") == ["two", "one"]
-    studio.check()
-    studio.run("chat", "stop", "stopped")
-
-
 def test_every_step_fits_and_is_accessible_in_both_languages(folder, studio, browser):
     import_photos(folder, ("one", 1))
     with contextlib.chdir(folder):

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -25,7 +24,6 @@ from studio_fixtures import (
     write_recipe,
 )
 
-from finesight.app.jobs import JobStore
 from finesight.app.studio_page import FORMS, OPERATIONS_OF_STEPS, Form, StudioPage, list_options
 from finesight.app.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
@@ -227,25 +225,6 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
     assert not any(key in word for word in started[0])
 
 
-def test_label_form_offers_a_prompt_and_keeps_its_values(folder, page):
-    query = {"step": "label", "lang": "en"}
-    assert read_fields(page, query)["label-prompt"] == ""
-    assert "Prompt (required)" in page.render(Selection.parse(query, "en"))
-    add_data(folder, "a")
-    assert read_fields(page, query)["label-prompt"] == "Which color?"
-    assert "Prompt (required)" not in page.render(Selection.parse(query, "en"))
-    form = ["photos", "Color?", "colors", TINY_MODEL, "wrong", "", "", "0.8"]
-    message, url = call_page(page, "label", query, *form)
-    assert message == ""
-    [job] = JobStore(folder).list_jobs("label")
-    while job.status == "running":
-        time.sleep(0.05)
-    assert job.status == "failed"
-    fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
-    names = ("images", "label-prompt", "labels-name", "label-model", "kind", "classes", "fields")
-    assert [fields[name] for name in (*names, "label-fraction")] == form
-
-
 def test_export_form_names_the_merged_model(folder, page, started):
     add_run(folder)
     query = {"step": "export", "run": "runs/a", "lang": "en"}
@@ -258,16 +237,6 @@ def test_export_form_names_the_merged_model(folder, page, started):
     write_job(folder, "export", "merge runs/a models/mine", exit_code=0, target="runs/a")
     assert read_fields(page, query)["merged-name"] == "mine"
     assert started == []
-
-
-def test_recipe_form_offers_the_other_data_sets(folder, page):
-    add_data(folder, "a", "b", "c")
-    query = {"step": "plan", "data": "data/b", "lang": "en"}
-    assert sorted(read_others(page, query)) == ["data/a", "data/c"]
-    values = (["data/c"], "both", *RECIPE_FORM[2:])
-    assert call_page(page, "create-recipe", query, *values)[0] == ""
-    files = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data.train
-    assert sorted(str(file.path) for file in files) == [f"data/{name}/data.jsonl" for name in "bc"]
 
 
 def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started):

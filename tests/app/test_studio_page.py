@@ -301,16 +301,6 @@ def test_run_without_its_plugins_is_listed(folder):
         read_run(folder / "runs/a")
 
 
-def test_train_step_selects_the_run_of_the_recipe(folder):
-    add_run(folder)
-    for name in ("a", "b"):
-        write_recipe(folder, name, "a.jsonl")
-    for recipe, shown in (("a", "runs/b"), ("b", "runs/a")):
-        found = read_live(folder, f"step=train&recipe={recipe}.yaml&run={shown}")
-        assert f"run=runs%2F{recipe}" in found["url"]
-        assert ("charts" in found["bottom"]) == (recipe == "a")
-
-
 def test_no_run_starts_while_its_labels_change(folder, page, started):
     write_recipe(folder, "a", "data/dots/labels.jsonl")
     for name, is_refused in (("dots", True), ("other", False)):

@@ -15,10 +15,8 @@ from pyarrow import parquet
 from finesight.check.check_issues import CheckResult
 from finesight.check.data_checker import (
     CheckInput,
-    DataChecker,
     inputs_from_files,
 )
-from finesight.check.image_catalog import MIN_PARALLEL_SAMPLES
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions
@@ -136,20 +134,6 @@ def test_rows_that_are_no_samples_are_counted(folder: Path) -> None:
     parquet.write_table(table, folder / "a.parquet")
     found = run_check(folder / "a.parquet")
     assert found.issue_counts == {"invalid-row": 2}
-
-
-def test_parallel_reading_of_containers_gives_the_same_result(folder: Path) -> None:
-    records = [
-        make_record(f"{n % 8}.png", f"Question {n}?", f"{n}") for n in range(MIN_PARALLEL_SAMPLES)
-    ]
-    source = structs(write_records(folder / "t.jsonl", records))
-    (folder / "saved").mkdir()
-    found, album = DataChecker(
-        inputs_from_files([source], [], ImportOptions()), folder / "saved"
-    ).run()
-    assert found.issue_counts == {}
-    assert (found.num_images, found.num_unique_images) == (MIN_PARALLEL_SAMPLES, 8)
-    assert album[album.example_paths[3]].size == (60, 103)
 
 
 @pytest.mark.parametrize("packed", [tars, structs])

@@ -195,30 +195,6 @@ def test_first_saved_object_has_the_fields_of_the_next_images(tmp_path, suggesti
     assert json.loads(session.task.template) == {"price": 0.0, "paid": ""}
 
 
-def test_named_fields_are_shown_from_the_first_image_on(tmp_path):
-    names, suggested = ("name", "price"), '{"price": 1.50, "name": "Vade"}'
-    answers = (json.dumps(FIELDS[0]), suggested, "no JSON")
-    session = open_receipts(tmp_path, *answers, kind=None, field_names=names)
-    with open_client(session) as client:
-        items = [client.get(f"/items/{index}").json() for index in range(3)]
-        # A suggestion with other keys is shown beside the fields.
-        assert [list_fields(item) for item in items] == [
-            {"name": "", "price": ""},
-            {"price": "1.50", "name": "Vade"},
-            {"name": "", "price": ""},
-        ]
-        assert items[0]["suggestion"]["text"] == answers[0]
-        events = [
-            save(client, items[0], edits={0: "Olp", 1: "2"}).json()["item"]["decision"],
-            save(client, items[1], text=suggested, edits={}).json()["item"]["decision"],
-        ]
-        assert events == ["written", "accepted"]
-    assert read_answers(tmp_path / "labels") == {
-        "0.png": '{"name": "Olp", "price": "2"}',
-        "1.png": suggested,
-    }
-
-
 def test_items_are_listed_by_state_and_text(tmp_path):
     def list_names(client: TestClient, **query: object) -> list[str]:
         found = client.get("/search", params=query).json()

@@ -121,6 +121,17 @@ def test_recipe_is_created_and_validated(workspace):
         workspace.create_recipe("a", [dataset], TINY_MODEL, settings)
 
 
+def test_recipe_of_several_data_sets(workspace):
+    for name, fraction in (("a", None), ("b", 0.5)):
+        images = shutil.copytree(workspace.folder / "photos", workspace.folder / f"photos-{name}")
+        options = replace(OPTIONS, train_fraction=fraction)
+        import_dataset(images, workspace.folder / "data" / name, options)
+    datasets = sorted(workspace.scan().datasets, key=lambda one: one.path)
+    data = workspace.load_recipe(workspace.create_recipe("a", datasets, TINY_MODEL, {})).data
+    assert [str(file.path) for file in data.train] == ["data/a/data.jsonl", "data/b/train.jsonl"]
+    assert [str(file.path) for file in data.eval] == ["data/b/eval.jsonl"]
+
+
 def test_prompt_is_that_of_the_run_or_of_the_data_set(workspace):
     dataset = add_data(workspace, "a")
     assert workspace.read_prompt(None, None) == ""

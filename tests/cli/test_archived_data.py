@@ -64,6 +64,15 @@ def test_symlink_at_unpack_folder_is_not_followed(tmp_path, cli):
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
+def test_import_webdataset(tmp_path, cli):
+    shard, out = tmp_path / "shard.tar", tmp_path / "out"
+    shard.write_bytes(make_tar({"1.png": make_png(1), "1.txt": b"Number 1."}))
+    columns = ["--map", "image=image", "--map", "answer=txt"]
+    assert " ".join(columns) in cli("import", shard, out, "--prompt", "Say.", code=2).err
+    cli("import", shard, out, *columns, "--prompt", "Say.")
+    assert read_images(out) == [make_png(1)]
+
+
 def test_import_with_images_from_web(web_server, tmp_path, cli):
     web_server.repositories["files"] |= {f"{n}.png": make_png(n) for n in range(3)}
     base = f"https://localhost:{web_server.server_address[1]}"
@@ -77,6 +86,9 @@ def test_import_with_images_from_web(web_server, tmp_path, cli):
     assert "--allow-host localhost" in cli("import", f"{base}/0.zip", out, code=2).err
     assert web_server.requests == []
     allowed = ("--allow-host", "localhost")
+    web_server.repositories["files"]["dogs.zip"] = make_zip(build_coco_files("dogs/"))
+    cli("import", f"{base}/dogs.zip", tmp_path / "dogs", *allowed)
+    assert read_images(tmp_path / "dogs") == [make_png(1), make_png(2)]
     cli("import", source, out, *allowed, "--on-invalid-row", "skip")
     assert read_images(out) == [make_png(n) for n in range(3)]
     skipped = (out / "skipped_rows.jsonl").read_text()

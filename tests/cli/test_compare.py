@@ -37,6 +37,18 @@ def test_comparison_table_and_page(runs, cli):
     assert "verdict" not in first["metrics"]["similarity"]
 
 
+def test_prediction_file_with_common_samples(runs, tmp_path, cli):
+    file = Path("other.jsonl")
+    lines = Path("other/predictions/after.jsonl").read_text().splitlines(keepends=True)
+    file.write_text("".join(lines[:6]))
+    line = next(one for one in cli("compare", "first", file, *PAGE).lines if "B other" in one)
+    assert line.split()[2:4] == ["similarity", "1.0000"]
+    assert line.endswith("(0.5333 and 1.0000 on 6 common samples)")
+    assert "Unknown for prediction files" in Path("page.html").read_text()
+    metrics = cli("compare", "first", file, *PAGE, "--json").json["runs"][1]["metrics"]
+    assert metrics["similarity"]["common_samples"]["num_samples"] == 6
+
+
 def test_no_page_is_written_for_invalid_arguments(runs, cli):
     page = Path("page.html")
     for given in (["first"], ["first", "first"], ["first", "."]):

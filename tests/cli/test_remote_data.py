@@ -109,6 +109,15 @@ def test_tars_zips_and_folders_on_hub(huggingface, tmp_path, cli):
     assert not list(tmp_path.glob(".*"))
 
 
+def test_downloaded_parquet_folder(modelscope, tmp_path, cli):
+    modelscope.repositories["datasets/Some/set"] = shards("train", FORMULAS, 3)
+    folder, out = tmp_path / "set", tmp_path / "out"
+    error = cli("download", "modelscope:datasets/Some/set", "--to", folder).err
+    assert error.endswith(f"next: finesight import {folder} set\n")
+    cli("import", folder, out, *COLUMNS)
+    assert len(read(out)) == 30
+
+
 def test_download_command(huggingface, tmp_path, cli):
     files = {"config.json": b"{}", "model.safetensors": bytes(5000)}
     huggingface.repositories["models/Some/model"] = files | {"code.py": b""}

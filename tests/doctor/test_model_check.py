@@ -4,7 +4,6 @@ import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -47,7 +46,6 @@ def _delete_shard(path: Path) -> None:
 
 
 MIXED_INDEX = json.dumps({"weight_map": {"lm_head.x": WEIGHTS}})
-Damage = Callable[[bytes], bytes] | None
 
 
 @pytest.mark.parametrize(

@@ -37,9 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Arguments of the commands that a page would start."""
     commands: list[list[str]] = []
 
-    def start(
-        jobs: JobStore, step: str, target: str, arguments: list[str], **options: object
-    ) -> SimpleNamespace:
+    def start(jobs, step, target, arguments, **options):
         commands.append(arguments)
         return SimpleNamespace(id="1")
 

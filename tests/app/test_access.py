@@ -70,18 +70,14 @@ class Response(NamedTuple):
     body: bytes
 
 
-def connect(
-    page: RunningWebPage, address: str = ""
-) -> contextlib.closing[http.client.HTTPConnection]:
+def connect(page, address=""):
     source = (address, 0) if address else None
     return contextlib.closing(
         http.client.HTTPConnection("127.0.0.1", page.port, timeout=20, source_address=source)
     )
 
 
-def ask(
-    page: RunningWebPage, method: str, path: str, body: bytes | None = None, **headers: str
-) -> Response:
+def ask(page, method, path, body=None, **headers):
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     with connect(page) as connection:
         connection.request(method, path, body, named)

@@ -116,9 +116,7 @@ def test_chinese_paragraphs_have_no_line_breaks() -> None:
 
 
 @pytest.fixture(scope="session")
-def reader_env(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[dict[str, str]]:
+def reader_env(request, tmp_path_factory):
     if not request.config.getoption("--type-blocks"):
         pytest.skip("blocks are typed by `make test-docs`")
     folder = tmp_path_factory.mktemp("reader")
@@ -128,9 +126,7 @@ def reader_env(
 
 
 @pytest.fixture(scope="session")
-def prepared_repositories(
-    reader_env: dict[str, str], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def prepared_repositories(reader_env, tmp_path_factory):
     folder = tmp_path_factory.mktemp("prepared") / "folder"
     create_reader_folder(folder)
     reader = DocsTerminal(folder, reader_env)

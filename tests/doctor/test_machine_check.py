@@ -13,7 +13,6 @@ from doctor_fixtures import find_diagnosis, list_codes, run_remedy
 from each_value import each
 
 from finesight.doctor import machine_check
-from finesight.doctor.diagnosis import Diagnosis
 from finesight.doctor.machine_check import GB, GpuInfo, GpuSystem, TorchInfo
 
 CASES = load_cases("doctor")
@@ -23,9 +22,7 @@ H200 = GpuInfo("NVIDIA H200", (9, 0), 150 * GB, 149 * GB, "")
 CUDA = TorchInfo("2.13.0+cu126", cuda_version="12.6", arch_list=("sm_80", "sm_90"), gpus=(H200,))
 
 
-def diagnose(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, free: int = 500 * GB, **environment: str
-) -> list[Diagnosis]:
+def diagnose(folder, monkeypatch, free=500 * GB, **environment):
     monkeypatch.setattr(machine_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     return list(machine_check.check_machine({"HF_HOME": str(folder), **environment}, folder))
 
@@ -98,9 +95,7 @@ def test_harmful_variable_is_found(environment, code, severity, monkeypatch):
         assert found.remedy.endswith("-m pip install socksio")
 
 
-def diagnose_gpus(
-    system: GpuSystem, torch_info: TorchInfo, has_packages: bool = False, **environment: str
-) -> list[Diagnosis]:
+def diagnose_gpus(system, torch_info, has_packages=False, **environment):
     packages = {name: [distribution("torch")] for name in ("torch", "triton") if has_packages}
     return list(machine_check.check_gpus(system, torch_info, packages, environment))
 

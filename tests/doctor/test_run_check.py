@@ -4,7 +4,6 @@ import json
 import math
 import random
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +48,7 @@ def diagnose(folder: Path, lines: list[JsonLine], recipe: JsonLine = RECIPE) -> 
     return run_check.check_training(read_run(made.folder))
 
 
-def steps(
-    loss: Callable[[int], float], count: int = 60, noise: float = 0.03, **more: object
-) -> list[JsonLine]:
+def steps(loss, count=60, noise=0.03, **more):
     """Steps with such losses, which scatter a little."""
     return [
         make_step_line(n, **more, loss=loss(n) + noise * math.sin(7 * n))
@@ -227,9 +224,7 @@ def test_predictions_have_their_diagnosis_and_remedy(
 SIZES = ((640, 480), (300, 500), (1000, 200), (800, 800))
 
 
-def boxes(
-    made: FakeRunDir, tmp_path: Path, message: str, right: str = "pixels", off: float = 0.0
-) -> None:
+def boxes(made, tmp_path, message, right="pixels", off=0.0):
     """Answers whose boxes, and labels, are written in some frame; all are good but for it."""
     rng = random.Random(1)
     lines = []
@@ -250,9 +245,7 @@ def boxes(
     made.write_predictions("after", lines)
 
 
-def to_frame(
-    box: tuple[float, float, float, float], frame: str, width: int, height: int
-) -> tuple[float, ...]:
+def to_frame(box, frame, width, height):
     x1, y1, x2, y2 = box
     if frame == "thousandths":
         return tuple(1000 * v / side for v, side in zip(box, (width, height) * 2, strict=True))

@@ -29,9 +29,7 @@ SPECIAL_TYPES = {
 }
 
 
-def zipped(
-    files: dict[str, bytes], mode: int = 0o100644, compression: int = zipfile.ZIP_DEFLATED
-) -> bytes:
+def zipped(files, mode=0o100644, compression=zipfile.ZIP_DEFLATED):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         for name, data in files.items():
@@ -41,9 +39,7 @@ def zipped(
     return out.getvalue()
 
 
-def tarred(
-    files: dict[str, bytes], suffix: str = "", kind: bytes = tarfile.REGTYPE, **header: str
-) -> bytes:
+def tarred(files, suffix="", kind=tarfile.REGTYPE, **header):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=f"w:{suffix}", format=tarfile.PAX_FORMAT) as file:
         for name, data in files.items():

@@ -176,9 +176,7 @@ def test_partial_download_is_never_used(bucket, cache_folder, monkeypatch, fault
         "no credentials": NoCredentialsError("Unable to locate credentials"),
     }
 
-    def get_faulty_file(
-        file_system: MemoryFileSystem, name: str, target: str, *arguments: Any
-    ) -> None:
+    def get_faulty_file(file_system, name, target, *arguments):
         Path(target).write_bytes(b"on" if fault == "short" else b"one")
         if fault in errors:
             raise errors[fault]

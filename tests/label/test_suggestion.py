@@ -24,7 +24,6 @@ from finesight.encode.renderer import NativeRenderer, build_renderer
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import build_prediction, build_question
 from finesight.infer.request import GeneratedToken
-from finesight.label.label_store import Suggestion
 from finesight.label.suggestion import (
     build_suggestion,
     combine_scores,
@@ -42,9 +41,7 @@ def renderer() -> NativeRenderer:
     return build_renderer(locate_model(TINY_MODEL))
 
 
-def suggest(
-    renderer: NativeRenderer, folder: Path, answer: str, uncertain: dict[str, float]
-) -> Suggestion:
+def suggest(renderer, folder, answer, uncertain):
     """Build the suggestion of an answer whose tokens have the probability 1, except for some.
 
     Args:

@@ -67,16 +67,12 @@ def test_recipe_path_starting_with_dash(tmp_path: Path) -> None:
 NASTY = 'it\'s $(touch stolen) `id` "x"'
 
 
-def make_job(
-    nodes: str = "2", recipe: str = f"{NASTY}.yaml", output: str = "runs/first"
-) -> LaunchJob:
+def make_job(nodes="2", recipe=f"{NASTY}.yaml", output="runs/first"):
     overrides, machines = (f"data.system_prompt={NASTY}",), NodeSpec.parse(nodes, 8)
     return LaunchJob("first", Path(recipe), overrides, Path(output), Path(), machines)
 
 
-def build_skypilot(
-    job: LaunchJob, store: str = "s3://bucket/folder", accelerator: str | None = "H100"
-) -> str:
+def build_skypilot(job, store="s3://bucket/folder", accelerator="H100"):
     image = ContainerImage("registry.example/finesight:1", store)
     return build_skypilot_task(job, image, accelerator)
 

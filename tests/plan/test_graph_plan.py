@@ -19,7 +19,6 @@ from finesight.plan.dry_run import PlannedPack, build_planned_pack
 from finesight.plan.peak_memory import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
-    PeakMemory,
     compute_peak_memory,
     compute_persistent_memory,
     plan_graph,
@@ -119,9 +118,7 @@ def test_only_small_packs_are_captured(small_pack, monkeypatch):
     assert plan_graph(model, GPU, 0.0, small_pack) is None
 
 
-def compute_peak(
-    tune: Tune, packs: Sequence[PlannedPack], checkpointed_fraction: float = 0.0
-) -> PeakMemory:
+def compute_peak(tune, packs, checkpointed_fraction=0.0):
     tracer = make_tracer(TINY, GPU, tune)
     persistent = compute_persistent_memory(tracer.model, TrainSettings(), GPU)
     return compute_peak_memory(

@@ -37,9 +37,7 @@ def make_steps(num_samples: int, num_tokens: int) -> PlannedSteps:
 STEPS = make_steps(20, 1000)
 
 
-def make_search(
-    memory_gb: float = 141, steps: PlannedSteps = STEPS, can_resize: bool = True
-) -> SettingsSearch:
+def make_search(memory_gb=141, steps=STEPS, can_resize=True):
     return SettingsSearch(plan_model, steps, round(memory_gb * 1e9), [()], can_resize)
 
 

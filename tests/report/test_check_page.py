@@ -39,9 +39,7 @@ def make_result(findings: list[CheckIssue], **more: int) -> CheckResult:
     return CheckResult((source,), dict(counts), tuple(findings), 40, 30, {"box-outside": 7})
 
 
-def make_issue(
-    number: int, code: str, *shown: IssueImage, text: str = "what is wrong"
-) -> CheckIssue:
+def make_issue(number, code, *shown, text="what is wrong"):
     location = f"labels.jsonl:{number}"
     return CheckIssue(code, location, text, "fix it", sample_id=f"s{number}", images=shown)
 

@@ -19,7 +19,7 @@ from finesight.config import MetricSpec
 from finesight.data.sample import BoxPart
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.mathml import FormulaConverter
-from finesight.evaluate.metric_difference import MetricDifference, compare_cases
+from finesight.evaluate.metric_difference import compare_cases
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.report import examples
 from finesight.report.examples import (
@@ -168,9 +168,7 @@ def write_scored(path: Path, metric: MetricSpec, cases: list[EvalCase]) -> Path:
     return write_predictions(path, *lines)
 
 
-def estimate(
-    folder: Path, metric: MetricSpec, **recorded: float
-) -> tuple[dict[str, MetricDifference], list[MetricDifference]]:
+def estimate(folder, metric, **recorded):
     """Return the differences from recorded scores, and those of the full comparison."""
     before, after = make_cases(metric, 2), make_cases(metric, 7)
     files = [write_scored(folder / n, metric, c) for n, c in (("b", before), ("a", after))]

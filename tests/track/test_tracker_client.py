@@ -50,9 +50,7 @@ class IdleClient(TrackerClient):
         pass
 
 
-def start_tracker(
-    folder: Path, steps: int = 0, kind: type[TrackerClient] = TrackerClient
-) -> TrackerClient:
+def start_tracker(folder, steps=0, kind=TrackerClient):
     client = kind("swanlab", folder / "log")
     client.submit(begin(folder))
     for step in range(steps):

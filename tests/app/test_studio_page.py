@@ -25,7 +25,7 @@ from studio_fixtures import (
 )
 
 from finesight.app.studio_page import FORMS, OPERATIONS_OF_STEPS, Form, StudioPage, list_options
-from finesight.app.studio_view import FIELD_NAMES, STEPS, Selection, StudioView
+from finesight.app.studio_view import FIELD_NAMES, STEPS, Selection
 from finesight.app.workspace import UPLOAD_MARKER, Workspace
 from finesight.cli.app import run_command
 from finesight.data.import_source import ImportOptions
@@ -195,16 +195,6 @@ def test_file_names_are_escaped(folder):
     for step in STEPS:
         shown = read_live(folder, f"step={step}&recipe=<b>.yaml&job=<b>")
         assert "<b>" not in shown["top"] + shown["bottom"], step
-
-
-def test_url_names_the_shown_items_and_actions_use_no_others(folder):
-    write_recipe(folder, "a", "a.jsonl")
-    for query, shown in (("", "a.yaml"), ("&recipe=b.yaml", "b.yaml")):
-        url = read_live(folder, f"step=train{query}")["url"]
-        assert url.startswith(f"./?step=train&recipe={shown}&")
-    view = StudioView(Workspace(folder))
-    for selection, recipe in ((Selection(recipe="a.yaml"), Path("a.yaml")), (Selection(), None)):
-        assert view.read_state(selection, use_newest=False).recipe == recipe
 
 
 @pytest.mark.parametrize("password", ["right-password", None])

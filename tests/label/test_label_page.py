@@ -462,22 +462,6 @@ def test_question_of_each_sample_is_shown_and_corrected(tmp_path, browser):
             assert save(client, other, action="skip").status_code == 200
 
 
-@pytest.mark.parametrize(
-    ("labels", "choices"),
-    [
-        (["car", "dog"] * 3, ("car", "dog")),
-        (["car", "dog", "cup"] * 2, ()),
-        ([f"object {index}" for index in range(20)], ()),
-    ],
-)
-def test_only_closed_sets_of_classes_have_keys(tmp_path, labels, choices):
-    source = write_boxes(tmp_path, labels)
-    session = open_session(tmp_path / "labels", MODEL, [source], review=True)
-    session.complete_task()
-    session.store.close()
-    assert (session.task.choices, session.task.names) == (choices, tuple(dict.fromkeys(labels)))
-
-
 @pytest.mark.parametrize("make_image", [make_jpeg2000, make_progressive_jpeg])
 def test_hostile_image_is_decoded_within_limits(tmp_path, monkeypatch, make_image):
     monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
@@ -524,21 +508,6 @@ def test_invalid_decision_is_an_error_of_the_user(tmp_path, body):
         assert answer.status_code in (400, 422), answer.text
         assert {"error", "detail"} & answer.json().keys()
         assert client.get("/items").json()["counts"]["open"] == 3
-
-
-def test_corrected_prompt_of_one_image_is_not_that_of_others(tmp_path):
-    photos, out = draw_images(tmp_path), tmp_path / "labels"
-    for kept in (0, 1):
-        with open_client(open_session(out, MODEL, [photos], prompt="Read.", kind="text")) as client:
-            items = [client.get(f"/items/{index}").json() for index in range(3)]
-            assert [item["question"][0] for item in items] == [
-                "Read all." if kept else "Read.",
-                *["Read."] * 2,
-            ]
-            save(client, items[0], text="a", question=["Read all."])
-    assert [one.messages[0].content[1] for one in read_samples(out / LABELS_FILE)] == [
-        TextPart(text="Read all.")
-    ]
 
 
 DELAY_SCRIPT = """window.realFetch ??= window.fetch;

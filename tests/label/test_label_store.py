@@ -22,8 +22,6 @@ from PIL import Image
 from PIL.Image import Transpose
 from video_fixtures import write_video
 
-from finesight.config import DataFileSettings
-from finesight.data.corpus import load_corpus
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -115,19 +113,6 @@ def test_session_continues_after_a_crash(tmp_path, damage):
 def test_second_process_is_rejected(tmp_path):
     with open_fields_session(tmp_path).store, pytest.raises(UserError, match="another process"):
         open_session(tmp_path / "labels", MODEL, [tmp_path / "photos"], prompt="Read.")
-
-
-def test_labels_are_training_data(tmp_path, monkeypatch):
-    with open_fields_session(tmp_path).store as store:
-        for item in store.items:
-            store.save_label(item.sample.sample.id, item.proposal)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    corpus = load_corpus([DataFileSettings(path=tmp_path / "labels" / LABELS_FILE)])
-    for located in corpus.read_samples():
-        (image,) = (part for part in located.sample.iter_parts() if isinstance(part, ImagePart))
-        assert located.resolve_path(image.image).is_file()
-        assert not Path(image.image).is_absolute()
 
 
 def test_labels_are_split_in_the_same_way_in_each_session(tmp_path: Path) -> None:

@@ -29,10 +29,8 @@ from finesight.plan import run_plan, step_time
 from finesight.train import setup
 from finesight.train.run_dir import RunDir
 
-TABLE = ["image,text", *(f"photos/{n}.png,ticket {n}" for n in range(4))]
-XYWH_ROWS = [f'{{"image": "photos/{n}.png", "box": [30, 30, 20, 20]}}' for n in range(4)]
-FRACTION_ROWS = [f'{{"image": "photos/{n}.png", "box": [0.1, 0.1, 0.5, 0.5]}}' for n in range(4)]
-SCRIPT = "BASE=Qwen/Qwen2-VL-2B\nswift sft --model $MODEL --dataset a.jsonl --output_dir out\n"
+MISTAKES = load_cases("user_mistakes")
+FILES = MISTAKES.pop("files")
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +45,9 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
             shutil.copy(f"photos/{n}.png", f"pairs/{n}.png")
             Path(f"pairs/{n}.txt").write_text(f"ticket {n}" * (n != 2))
         pillow_heif.from_pillow(Image.new("RGB", (56, 56))).save("photo.heic")
-        Path("heic.csv").write_text("image,text\nphoto.heic,a dog\n")
-        for file, rows in {
-            "labels.csv": TABLE,
-            "moved/labels.csv": [row.replace("photos/", "images/") for row in TABLE],
-            "xywh.jsonl": XYWH_ROWS,
-            "fractions.jsonl": FRACTION_ROWS,
-        }.items():
-            Path(file).write_text("\n".join(rows) + "\n")
-        Path("utf16.csv").write_text("\n".join(TABLE), encoding="utf-16-le")
-        Path("train.sh").write_text(SCRIPT)
+        for file, content in FILES.items():
+            Path(file).write_text(content)
+        Path("utf16.csv").write_text(FILES["labels.csv"].rstrip("\n"), encoding="utf-16-le")
         recipe = make_task(Path("task")) | {"output_dir": "run"}
         recipe["tune"]["merger"] = "lora"
         recipe["train"] |= {"epochs": None, "steps": 2, "save_every": 1}
@@ -125,7 +116,6 @@ PREPARATIONS = {
         *(train_elsewhere, label_elsewhere, forget_token),
     )
 }
-MISTAKES = load_cases("user_mistakes")
 
 
 def read_contents(folder: Path) -> dict[Path, tuple[int, int]]:

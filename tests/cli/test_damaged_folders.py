@@ -17,19 +17,7 @@ CASES = load_cases("damaged_folders")
 
 DEEP = "[" * 200_000 + "]" * 200_000
 MODEL, RUN = Path("task/tiny"), Path("run")
-QUESTION = "task/train0.png --prompt Which? --max-new-tokens 2"
-COMMANDS = {
-    "predict": f"predict run {QUESTION}",
-    "ask": f"predict task/tiny {QUESTION}",
-    "report": "report run",
-    "doctor": "doctor run",
-    "examine": "doctor task/tiny",
-    "merge": "merge run merged",
-    "resume": "train recipe.yaml --resume",
-    "train": "train recipe.yaml output_dir=new",
-    "plan": "plan recipe.yaml --gpu T4",
-    "show": "show recipe.yaml",
-}
+COMMANDS = CASES["commands"]
 
 
 @pytest.fixture(scope="module")

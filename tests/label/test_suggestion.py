@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from case_files import load_cases
 from label_fixtures import draw_images
 
 from finesight.data.sample import (
@@ -34,6 +35,8 @@ from finesight.label.suggestion import (
     suggest_labels,
 )
 from finesight.model_folder import TINY_MODEL, locate_model
+
+CASES = load_cases("suggestion")
 
 
 @pytest.fixture(scope="module")
@@ -70,22 +73,12 @@ def suggest(renderer, folder, answer, uncertain):
 
 
 @pytest.mark.parametrize(
-    ("answer", "uncertain", "parts", "confidence"),
-    [
-        (
-            '{"shop": "Olp", "items": [{"price": 3.5}]}',
-            {"Olp": 0.5, "3.5": 0.8},
-            {("shop",): 0.5, ("items", 0, "price"): 0.8},
-            0.4,
-        ),
-        ('{"shop": "Olp", "total": 3}', {"total": 0.25}, {("shop",): 1.0, ("total",): 1.0}, 0.25),
-        ("Tür 7", {"T": 0.5, "7": 0.5}, {(): 0.25}, 0.25),
-        ('{"shop": "Olp"', {"Olp": 0.5}, {(): 0.5}, 0.5),
-    ],
+    ("answer", "uncertain", "parts", "confidence"), CASES["test_confidence_of_texts"]
 )
 def test_confidence_of_texts(renderer, tmp_path, answer, uncertain, parts, confidence):
     suggestion = suggest(renderer, tmp_path, answer, uncertain)
-    assert {part.path: part.confidence for part in suggestion.parts} == pytest.approx(parts)
+    found = {part.path: part.confidence for part in suggestion.parts}
+    assert found == pytest.approx({tuple(path): value for path, value in parts})
     assert suggestion.confidence == pytest.approx(confidence)
     assert suggestion.content[0].text == answer
     assert suggestion.loss == pytest.approx(-math.log(confidence))
@@ -115,18 +108,11 @@ def test_confidence_of_boxes(renderer, tmp_path, family, template, separator):
 
 @pytest.mark.parametrize(
     ("text", "leaves"),
-    [
-        ('x {"a": "b\\"c", "n": [1, {"k": null}], "e": {}, "t": true} y',
-         [("a", '"b\\"c"'), ("n.0", "1"), ("n.1.k", "null"), ("t", "true")]),
-        ('{"a": 1, "b": "x', [("a", "1")]),
-        ("[" * 5000, []),
-        ('{"a": x}', []),
-        ("none", []),
-    ],
-)  # fmt: skip
+    [*CASES["test_json_leaves_are_located"], ("[" * 5000, [])],
+)
 def test_json_leaves_are_located(text, leaves):
     found = list(iter_json_leaves(text))
-    assert [(".".join(map(str, one.path)), text[one.start : one.stop]) for one in found] == leaves
+    assert [[".".join(map(str, one.path)), text[one.start : one.stop]] for one in found] == leaves
 
 
 @pytest.fixture(scope="module")

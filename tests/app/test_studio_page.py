@@ -266,6 +266,9 @@ def test_labelling_needs_no_run(folder, page, started):
     add_run(folder)
     form = ["photos", "Color?", "x", TINY_MODEL, "classes", "red, blue", "a, b", "0.8", ""]
     assert "自动检测" in page.render(Selection(step="label", lang="zh"))
+    for run, needs_prompt in (("", False), ("-", True)):
+        text = page.render(Selection.parse({"step": "label", "run": run}, "en"))
+        assert ("Prompt (required)" in text) == needs_prompt
     shown = read_live(folder, "step=label&lang=en")["top"]
     [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
     query = urlsplit(html.unescape(link)).query

@@ -9,6 +9,19 @@ from finesight.report.run_page import render_run_page
 from finesight.report.run_reader import read_run
 
 
+def test_damaged_files_are_listed(tmp_path: Path) -> None:
+    run = FakeRunDir(tmp_path / "run")
+    run.write_metrics(steps=3)
+    for name in ("param_audit.json", "result.json", "recipe.yaml"):
+        run.write(name, "{")
+    with (run.folder / "metrics.jsonl").open("a") as stream:
+        stream.write('{"step": 4, "lo')
+    record = read_run(run.folder)
+    assert sorted(record.unreadable_files) == ["param_audit.json", "recipe.yaml", "result.json"]
+    assert (record.param_changes, record.result, record.recipe) == (None, None, {})
+    assert len(record.steps) == 3
+
+
 def test_fingerprints_of_newest_checkpoint(tmp_path: Path) -> None:
     run = FakeRunDir(tmp_path / "run")
     for step, name in ((9, "old"), (10, "new")):

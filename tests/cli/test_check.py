@@ -102,6 +102,18 @@ def test_summary_table_and_first_issues(folder, cli):
     assert {"too-long", "leaked-image", "boxes-xywh"} <= set(summary["skipped_checks"])
 
 
+def test_video_frames_are_counted_apart_from_images(folder, cli):
+    records = [VALID_RECORD, make_record("1.png", "Which?"), make_record("2.png", "What?")]
+    video = {"type": "video", "frames": ["3.png", "4.png", "5.png", "6.png"]}
+    for record in records[1:]:
+        record["messages"][0]["content"][0] = video
+    source = write_records(folder / "data.jsonl", records)
+    assert "1 image and 4 video frames, 5 unique" in cli("check", source).out
+    summary = cli("check", source, "--json").json
+    counts = ("num_images", "num_video_frames", "num_unique_images")
+    assert [summary[name] for name in counts] == [1, 4, 5]
+
+
 def test_rows_that_are_no_samples_are_counted(folder, cli):
     broken = {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}
     source = write_records(folder / "data.jsonl", [VALID_RECORD, broken, broken, broken])

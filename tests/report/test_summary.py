@@ -69,6 +69,21 @@ def test_finished_run(run: FakeRunDir) -> None:
     )
 
 
+def test_unfinished_run_reports_progress_and_resume_command(run: FakeRunDir) -> None:
+    record = read_run(run.folder)
+    assert "not finished: 0 steps so far" in summary.summarize_run(record)
+    assert summary.summarize_cost(record) == [("training steps", "none yet")]
+    assert list_phases(run) == []
+    assert ("trained weights", "not written yet") in summary.list_checksums(record)
+    steps = map(make_step_line, range(1, 21))
+    run.write_lines("metrics.jsonl", [START_RECORD, make_evaluation_line(0, 0.1), *steps])
+    record = read_run(run.folder)
+    assert summary.describe_progress(record) == "not finished: 20 of 60 steps so far"
+    commands = dict(summary.list_commands(record, "What?"))
+    assert commands["Resume"] == f"finesight train {run.folder}/recipe.yaml --resume"
+    assert "Predict" not in commands
+
+
 def test_mfu_above_the_measured_peak_is_omitted(run: FakeRunDir) -> None:
     lines = [make_step_line(n + 1, mfu=mfu) for n, mfu in enumerate((4.73, 0.2, 0.4))]
     run.write_lines("metrics.jsonl", lines)

@@ -74,6 +74,8 @@ def test_needed_files_of_a_subset_are_fetched(modelscope, tmp_path, cli):
     assert (
         "split train, not validation" in cli("import", "modelscope:Some/set", full, *COLUMNS).text
     )
+    missing = ("import", "modelscope:Some/set:test", tmp_path / "none", *COLUMNS)
+    assert "no split 'test'" in cli(*missing, code=2).err
     cli("import", "modelscope:Some/set:full", tmp_path / "three", *COLUMNS)
     assert len(read(tmp_path / "three")) == 3
 

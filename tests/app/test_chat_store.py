@@ -1,7 +1,5 @@
 """Tests of stored conversations: owners, uploaded images, and limits."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import secrets
@@ -114,21 +112,6 @@ def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch)
     chat.export_archive().close()
 
 
-def test_conversations_belong_to_their_browser(store, chat):
-    anonymous = store.create(None)
-    for browser in ("another browser", None):
-        assert store.find(chat.token, browser) is None
-        # Without cookies, the token is the secret.
-        assert store.find(anonymous.token, browser) is anonymous
-        assert store.list_chats(browser) == []
-    assert store.find(chat.token, "browser") is chat
-    assert store.find("é", "browser") is None
-    assert chat.folder != anonymous.folder
-    store.delete(chat)
-    assert store.find(chat.token, "browser") is None
-    assert not chat.folder.exists()
-
-
 def test_conversations_are_listed_by_their_last_change(store, chat):
     assert store.list_chats("browser") == [], "without turns"
     ask(chat, "a \n" * 100)
@@ -219,16 +202,6 @@ def test_refused_messages_leave_their_uploads_in_place(chat, tmp_path):
         add(chat, image)
 
 
-def test_unreferenced_images_are_removed(chat, tmp_path):
-    paths = add(chat, write_noise_image(tmp_path / "a.png", 30, 30).read_bytes())
-    turn = chat.session.send("What?", paths, [GenerationOptions()])
-    chat.remove_images(turn.image_paths)
-    assert paths[0].exists()
-    chat.session.undo()
-    chat.remove_images(turn.image_paths)
-    assert ([*chat.folder.iterdir()], chat.images) == ([], {})
-
-
 def test_answer_stops_when_no_tab_follows_it(store, chat):
     store.service.is_endless = True
     earlier, turn = (chat.session.send("What?", [], [GenerationOptions()]) for _ in range(2))
@@ -246,21 +219,6 @@ def test_answer_stops_when_no_tab_follows_it(store, chat):
     asyncio.run(asyncio.wait_for(run(), 10))
     assert reply.finish_reason == "cancelled"
     assert len(reply.text) >= 100
-
-
-def test_conversations_that_no_tab_shows_are_deleted_for_new_images(store, noise, monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 6 * len(noise))
-    hidden, shown = store.create("browser"), store.create("other browser")
-    for one in (hidden, shown):
-        ask(one, "What?", noise)
-    age(hidden)
-    monkeypatch.setattr(chat_store, "MAX_DISPLAY_BYTES", len(noise))
-    third = store.create("third")
-    add(third, noise, noise)
-    assert (hidden.folder.exists(), shown.folder.exists()) == (False, True)
-    with pytest.raises(UserError, match="no disk space"):
-        add(third, noise, noise)
-    assert shown.folder.exists()
 
 
 def test_no_more_conversations_are_deleted_than_needed(store, noise, tmp_path, monkeypatch):

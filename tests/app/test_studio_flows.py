@@ -1,7 +1,5 @@
 """Ways through the studio in a browser, without a terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -159,9 +157,7 @@ def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -
     studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
 
 
-def test_unlabeled_images_become_a_served_model(
-    folder: Path, studio: StudioDriver, browser: Browser
-) -> None:
+def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     images = draw_dots(folder / "images", 200)
     studio.open("label")
     values = {"prompt": "Which color?", "out": "dots", "kind": "classes"}

@@ -1,7 +1,5 @@
 """Tests of the studio page: access and forms without a browser, and the way to a chat reply."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import json
@@ -15,6 +13,7 @@ from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
+from case_files import load_cases
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
@@ -35,7 +34,6 @@ from finesight.app.studio_view import (
     FORMS_OF_STEPS,
     STEPS,
     Selection,
-    StudioView,
     build_form,
     list_field_names,
     list_form_parameters,
@@ -56,7 +54,8 @@ from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 
-NUM_LABELS = 30
+CASES = load_cases("studio_page")
+
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
 RECIPE_FORM = ([], "r", TINY_MODEL, "", "", "", "")
@@ -248,16 +247,6 @@ def test_file_names_are_escaped(folder):
         assert "<b>" not in shown["top"] + shown["bottom"], step
 
 
-def test_url_names_the_shown_items_and_actions_use_no_others(folder):
-    write_recipe(folder, "a", "a.jsonl")
-    for query, shown in (("", "a.yaml"), ("&recipe=b.yaml", "b.yaml")):
-        url = read_live(folder, f"step=train{query}")["url"]
-        assert url.startswith(f"./?step=train&recipe={shown}&")
-    view = StudioView(Workspace(folder))
-    for selection, recipe in ((Selection(recipe="a.yaml"), Path("a.yaml")), (Selection(), None)):
-        assert view.read_state(selection, use_newest=False).recipe == recipe
-
-
 @pytest.mark.parametrize("password", ["right-password", None])
 def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, started):
     add_run(folder)
@@ -317,16 +306,6 @@ def test_export_form_names_the_merged_model(folder, page, started):
     assert started == []
 
 
-def test_recipe_form_offers_the_other_data_sets(folder, page):
-    add_data(folder, "a", "b", "c")
-    query = {"step": "plan", "data": "data/b", "lang": "en"}
-    assert sorted(read_others(page, query)) == ["data/a", "data/c"]
-    values = (["data/c"], "both", *RECIPE_FORM[2:])
-    assert call_page(page, "create-recipe", query, *values)[0] == ""
-    files = Workspace(folder).load_recipe(Path("recipes/both.yaml")).data.train
-    assert sorted(str(file.path) for file in files) == [f"data/{name}/data.jsonl" for name in "bc"]
-
-
 def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started):
     run = add_run(folder)
     manifest = {**MANIFEST, "format_version": 2, "prompts": ["Which color?"]}
@@ -364,6 +343,9 @@ def test_labelling_needs_no_run(folder, page, started):
     add_run(folder)
     form = ["photos", "Color?", "x", TINY_MODEL, "classes", "red, blue", "a, b", "0.8", ""]
     assert "自动检测" in page.render(Selection(step="label", lang="zh"))
+    for run, needs_prompt in (("", False), ("-", True)):
+        text = page.render(Selection.parse({"step": "label", "run": run}, "en"))
+        assert ("Prompt (required)" in text) == needs_prompt
     shown = read_live(folder, "step=label&lang=en")["top"]
     [link] = re.findall(r'href="([^"]*)">No run: use the model', shown)
     query = urlsplit(html.unescape(link)).query
@@ -387,16 +369,6 @@ def test_run_without_its_plugins_is_listed(folder):
     # Its report names the missing package.
     with pytest.raises(UserError, match="gone==1"):
         read_run(folder / "runs/a")
-
-
-def test_train_step_selects_the_run_of_the_recipe(folder):
-    add_run(folder)
-    for name in ("a", "b"):
-        write_recipe(folder, name, "a.jsonl")
-    for recipe, shown in (("a", "runs/b"), ("b", "runs/a")):
-        found = read_live(folder, f"step=train&recipe={recipe}.yaml&run={shown}")
-        assert f"run=runs%2F{recipe}" in found["url"]
-        assert ("charts" in found["bottom"]) == (recipe == "a")
 
 
 def test_no_run_starts_while_its_labels_change(folder, page, started):

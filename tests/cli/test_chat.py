@@ -1,10 +1,7 @@
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,7 @@ def image_question(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
     return write_shape_image(tmp_path_factory.mktemp("images with blanks"), 0)
 
 
-def run_chat(
-    *lines: str, model: object = "finesight-tiny", options: Iterable[str] = ()
-) -> list[str]:
+def run_chat(*lines, model="finesight-tiny", options=()):
     """Return the printed lines; an error message is the last line."""
     typed = "".join(f"{line}\n" for line in lines)
     command = ["chat", str(model), "--device", "cpu", "--precision", "fp32", *options]
@@ -83,9 +78,7 @@ def test_script_ends_at_first_error(line, output, monkeypatch, tmp_path):
     assert output in run_chat(line, "never asked")[-1]
 
 
-def run_terminal(
-    patch: pytest.MonkeyPatch, lines: Iterable[str], has_images: bool | None, is_interactive: bool
-) -> tuple[list[Any], list[str]]:
+def run_terminal(patch, lines, has_images, is_interactive):
     """Type lines into a terminal, and return the turns and the prompts of the terminal."""
     manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
     session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]

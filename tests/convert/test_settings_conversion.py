@@ -1,7 +1,5 @@
 """Settings, each against what LLaMA-Factory 0.9.5 and ms-swift 4.6.0 do with it."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import partial

@@ -1,7 +1,5 @@
 """Conflicting, missing and duplicate packages: detected, and fixed by the remedy."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tomllib
@@ -51,9 +49,7 @@ def faulty_environment(tmp_path_factory: pytest.TempPathFactory) -> VirtualEnvir
     return made
 
 
-def test_package_issues_are_found_and_commands_fix_them(
-    faulty_environment: VirtualEnvironment, tmp_path: Path
-) -> None:
+def test_package_issues_are_found_and_commands_fix_them(faulty_environment, tmp_path):
     # A torch that is broken, too, is read more quickly, and hides nothing of the rest.
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12')\n")

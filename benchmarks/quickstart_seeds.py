@@ -58,8 +58,8 @@ def measure_seed(seed: int) -> dict[str, Any]:
         "seed": seed,
         "seconds": round(time.monotonic() - start, 1),
         "seconds_of_steps": round(steps, 1),
-        "before": result["result"]["before"],
-        "after": result["result"]["after"],
+        "before": result["before"],
+        "after": result["after"],
     }
     print(seed, found["seconds"], found["after"]["scores"], flush=True)
     return found

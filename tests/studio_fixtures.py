@@ -16,14 +16,8 @@ from web_server_fixture import get_image_pool
 from finesight.app.access import Access
 from finesight.app.jobs import JOB_FILE, Job
 from finesight.app.pages import describe_error
-from finesight.app.studio_page import (
-    FORMS,
-    Form,
-    ServerAccess,
-    StudioPage,
-    make_studio_app,
-)
-from finesight.app.studio_view import Selection, StudioView, name_actions
+from finesight.app.studio_page import Form, ServerAccess, StudioPage, make_studio_app
+from finesight.app.studio_view import FORMS, Selection, StudioView, name_actions
 from finesight.app.uploads import DiskBudget, UploadStore
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
@@ -90,7 +84,8 @@ def call_page(page: StudioPage, action: str, query: dict[str, str], *values: Any
         uploads = [store_upload(page, Path(file)) for file in files or ()]
     if action == "create-recipe":
         others, *values = values
-    names = [field.name for field in FORMS.get(FORM_OF_ACTION.get(action, ""), ())]
+    form_name = FORM_OF_ACTION.get(action, "")
+    names = [f"{form_name}:{name}" for name in FORMS.get(form_name, ())]
     names += ["digest"] if action == "save-recipe" else []
     texts = dict(zip(names, values, strict=False))
     selection = Selection.parse(query, "zh" if query.get("lang") == "zh" else "en")

@@ -5,7 +5,6 @@ import json
 import re
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -209,16 +208,6 @@ def test_in_memory_images_are_rejected(model, image):
     for call in (api.read_samples, api.load_model, lambda names: api.evaluate(model, names, "qa")):
         with pytest.raises(UserError, match="a list instead"):
             call(["a.jsonl"])
-
-
-def test_model_is_thread_safe(model, task):
-    images = sorted(Path(task["model"]).parent.glob("train*.png"))[:3]
-
-    def answer(one):
-        return model.generate(one, "Which colour?", max_new_tokens=8)
-
-    with ThreadPoolExecutor(3) as pool:
-        assert list(pool.map(answer, images)) == [answer(one) for one in images]
 
 
 def test_training_works_inside_an_event_loop(task, tmp_path):

@@ -250,7 +250,7 @@ def test_large_recipes_are_rejected(tmp_path):
     CASES["test_duration_follows_the_number_of_samples"],
 )
 def test_duration_follows_the_number_of_samples(num_samples, is_short, key, value):
-    batch_size = 8 if (num_samples or 0) < 200 else 16
+    batch_size = 8 if num_samples < 200 else 16
     [(name, text)] = choose_duration(num_samples, batch_size, is_short).items()
     assert (name, yaml.safe_load(text)) == (f"train.{key}", value)
     assert 20 < len(text.partition("  # ")[2]) < 80

@@ -15,12 +15,18 @@ from click.testing import CliRunner
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight import api
+from finesight.app.jobs import JobOutcome
 from finesight.cli.app import app, run_command
 from finesight.data.formats import FORMATS
 from finesight.doctor.diagnosis import load_catalog
 from finesight.errors import Remedy, Step, UserError
 from finesight.operations import OPERATIONS
-from finesight.operations.operation import format_call, format_command, list_parameters
+from finesight.operations.operation import (
+    OUTCOME_VARIABLE,
+    format_call,
+    format_command,
+    list_parameters,
+)
 from finesight.recipe import list_setting_names
 
 SOURCE = Path(__file__).parents[1] / "src" / "finesight"
@@ -159,6 +165,15 @@ def test_modules_below_operations_contain_no_commands():
                 commands = [c for text in iter_strings(path) for c in COMMAND.findall(text)]
                 found |= {path.name: commands} if commands else {}
     assert found == {}
+
+
+def test_error_of_a_job_keeps_the_step(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", [{}])
+    monkeypatch.setenv(OUTCOME_VARIABLE, str(tmp_path / "outcome.json"))
+    assert run_command(["train", str(tmp_path / "a.jsonl")]) == 2
+    error = JobOutcome.model_validate_json((tmp_path / "outcome.json").read_text()).error
+    arguments = {"data": str(tmp_path / "a.jsonl")}
+    assert error.remedy == Step("init", arguments, "write one for these data")
 
 
 def test_python_functions_raise_errors_that_name_python_functions(tmp_path):

@@ -315,7 +315,7 @@ class DpoSettings(SettingsSection):
                 " loss_type: give one weight per loss"
             )
         if self.label_smoothing and "robust" not in self.loss_type:
-            raise ValueError("label_smoothing applies to loss_type=robust only: set one of them")
+            raise ValueError(f"label_smoothing={self.label_smoothing} needs loss_type=robust")
         return self
 
 
@@ -428,7 +428,9 @@ class TrainSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_single_duration(self) -> TrainSettings:
         if self.epochs is not None and self.steps is not None:
-            raise ValueError("epochs and steps are both set: set one of them to null")
+            raise ValueError(
+                f"epochs={self.epochs} and steps={self.steps} are both set: set one of them to null"
+            )
         return self
 
 

@@ -19,7 +19,6 @@ _UNPRINTABLE = re.compile(
 )
 """Characters that would move the cursor, change colors or reorder text, or cannot be encoded."""
 
-
 MAX_PART_CHARS = 10_000
 """Maximum number of characters per part of a message.
 
@@ -77,7 +76,6 @@ class Step:
 Remedy = str | Step
 """How to fix a problem."""
 
-
 _format_step: Callable[[Step], str] = attrgetter("operation")
 
 
@@ -99,7 +97,7 @@ class UserError(Exception):
     ) -> None:
         self.what, self.where, self.expected = map(_escape_part, (what, where, expected))
         self.remedy = remedy if isinstance(remedy, Step) else _escape_part(remedy)
-        super().__init__(str(self))
+        super().__init__(self.what)
 
     def __str__(self) -> str:
         lines = [f"{self.where}: {self.what}" if self.where else self.what]

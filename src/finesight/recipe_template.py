@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -48,19 +49,15 @@ MIN_STEPS, MAX_SHORT_STEPS = 100, 200
 """Minimum steps of a run, and the maximum of a model that trains on a CPU."""
 
 
-def choose_duration(num_samples: int | None, batch_size: int, is_short: bool) -> dict[str, str]:
+def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
     """Choose the duration of a LoRA run, as a setting and its value with a comment.
 
     LoRA fine-tuning usually takes 3 to 5 epochs, and 1 of large datasets. A few dozen samples need
     more epochs, because the adapters start at zero and learn in the first steps.
 
     Args:
-        num_samples: Number of training samples; None if they are not labelled yet.
         is_short: Whether the model trains on a CPU.
     """
-    if num_samples is None:
-        reason = "for a few dozen labels; with hundreds, replace it by epochs: 5"
-        return {"train.steps": f"{MIN_STEPS}  # {reason}"}
     epochs = 5 if num_samples < 1000 else 3 if num_samples < 3000 else 1
     steps = epochs * -(-num_samples // batch_size)
     bounded = min(max(steps, MIN_STEPS), MAX_SHORT_STEPS if is_short else steps + MIN_STEPS)
@@ -108,13 +105,6 @@ def format_recipe(
     train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
-    for override in overrides:
-        key, _, value = override.partition("=")
-        section, name = key.split(".", 1)
-        if section == "train":
-            train.append(f"{name}: {value}  # chosen by the plan for this device")
-        elif name == "quantize.nf4":
-            tune += f"  quantize: {{nf4: {value}}}  # QLoRA: frozen weights in 4 bits\n"
     max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
     lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
     train_data = _format_files("train", lines[:num_train_files])
@@ -124,7 +114,7 @@ def format_recipe(
         f" max_new_tokens: {task.max_new_tokens}}}\n"
     )
     arguments = {"recipe": recipe, "overrides": ["train.learning_rate=5.0e-5"]}
-    return _RECIPE.format(
+    text = _RECIPE.format(
         author=author,
         override=Step("train", arguments, "Override settings on the command line"),
         model=_quote(model),
@@ -137,6 +127,38 @@ def format_recipe(
         eval_settings=eval_settings if eval_lines else "",
         run=_quote(run),
     )
+    return override_settings(text, overrides)
+
+
+def override_settings(text: str, overrides: Sequence[str]) -> str:
+    """Return the text of a recipe with other values of settings. Its comments stay.
+
+    Args:
+        overrides: Settings as KEY=VALUE. A missing one becomes the first of its section.
+    """
+    node: Any
+    for key, _, value in (override.partition("=") for override in overrides):
+        node, keys = yaml.compose(text, yaml.SafeLoader), key.split(".")
+        while keys and isinstance(node, yaml.MappingNode):
+            found = [item for name, item in node.value if name.value == keys[0]]
+            if not found:
+                break
+            node, keys = found[0], keys[1:]
+        start, stop = node.start_mark.index, node.end_mark.index
+        if keys and isinstance(node, yaml.MappingNode):
+            first, is_flow = keys.pop(0), bool(node.flow_style)
+            value = f"{first}: {_nest(keys, value)}"
+            value += ", " if is_flow else f"\n{' ' * node.start_mark.column}"
+            start = stop = start + is_flow
+        else:
+            value = _nest(keys, value)
+            stop = start + len(text[start:stop].rstrip())
+        text = text[:start] + value + text[stop:]
+    return text
+
+
+def _nest(keys: Sequence[str], value: str) -> str:
+    return "".join(f"{{{key}: " for key in keys) + value + "}" * len(keys)
 
 
 def _format_yaml(text: str) -> str:

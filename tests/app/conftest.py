@@ -1,7 +1,5 @@
 """Workspace with generated images, and a shared browser."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -39,9 +37,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Arguments of the commands that a page would start."""
     commands: list[list[str]] = []
 
-    def start(
-        jobs: JobStore, step: str, target: str, arguments: list[str], **options: object
-    ) -> SimpleNamespace:
+    def start(jobs, step, target, arguments, **options):
         commands.append(arguments)
         return SimpleNamespace(id="1")
 

@@ -1,7 +1,5 @@
 """Tests of sign-in, origins, limits and uploads with the chat page, without a browser."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import json
@@ -13,22 +11,37 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
 import pytest
 from case_files import load_cases
 from each_value import each
+from label_fixtures import open_fields_session
 from PIL import Image
 from service_fixture import run_service
+from starlette.applications import Starlette
+from starlette.routing import Route
+from starlette.testclient import TestClient
+from studio_fixtures import make_page
 from tiny_task import ANSWER, THOUGHT
-from web_server_fixture import RunningWebPage, ScriptedService, run_web_page
+from web_server_fixture import RunningWebPage, ScriptedService, get_image_pool, run_web_page
 
 from finesight.app import access, server, uploads
-from finesight.app.access import MAX_MESSAGE_BYTES
-from finesight.app.chat_page import BROWSER_COOKIE, BROWSER_COOKIE_AGE_S, render_turns
-from finesight.app.chat_store import MAX_FILE_BYTES
+from finesight.app.access import MAX_MESSAGE_BYTES, Access, AccessMiddleware
+from finesight.app.chat_page import (
+    BROWSER_COOKIE,
+    BROWSER_COOKIE_AGE_S,
+    make_chat_app,
+    render_turns,
+)
+from finesight.app.chat_store import MAX_FILE_BYTES, ChatStore
+from finesight.app.label_page import make_label_app
+from finesight.app.pages import PREFIX_HEADER
+from finesight.app.studio_page import make_studio_app
 from finesight.encode.family import ThinkingOptions
 from finesight.infer.request import GenerationOptions
 
@@ -57,18 +70,14 @@ class Response(NamedTuple):
     body: bytes
 
 
-def connect(
-    page: RunningWebPage, address: str = ""
-) -> contextlib.closing[http.client.HTTPConnection]:
+def connect(page, address=""):
     source = (address, 0) if address else None
     return contextlib.closing(
         http.client.HTTPConnection("127.0.0.1", page.port, timeout=20, source_address=source)
     )
 
 
-def ask(
-    page: RunningWebPage, method: str, path: str, body: bytes | None = None, **headers: str
-) -> Response:
+def ask(page, method, path, body=None, **headers):
     named = {name.replace("_", "-"): value for name, value in headers.items()}
     with connect(page) as connection:
         connection.request(method, path, body, named)
@@ -204,7 +213,10 @@ def test_other_hosts_and_origins_are_rejected(open_page):
 def test_origin_must_have_the_host_and_port_of_the_request(locked_page, host, origin, status):
     for forwarded in ({}, {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}):
         headers = {"host": host, "origin": origin} | forwarded
-        assert ask(locked_page, "POST", "/sign-in", SIGN_IN, **headers).status == status
+        answer = ask(locked_page, "POST", "/sign-in", SIGN_IN, **headers)
+        assert answer.status == status
+        is_secure = "Secure" in answer.headers.get("set-cookie", "")
+        assert is_secure == (status == 303 and origin.startswith("https:"))
 
 
 BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"}
@@ -278,7 +290,7 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
 def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
     token = open_page.store.create(None).token
     for body in (b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000):
-        for name in ("send", "edit", "regenerate", "rename"):
+        for name in ("send", "edit", "regenerate"):
             assert ask(open_page, "POST", f"{CHATS}/{token}/{name}", body).status == 422, body[:20]
     for path in (f"static/{'a' * 1900}", f"chats/{'a' * 1900}", "chats/%00%ff/stream"):
         assert ask(open_page, "GET", f"/{path}").status == 404, path
@@ -361,3 +373,53 @@ def test_browser_id_is_secret_and_lasts(open_page, locked_page):
     for odd in ("", "x", "a" * 42, "a" * 44, "../" * 15):
         cookie = f"{BROWSER_COOKIE}={odd}"
         assert "set-cookie" in ask(open_page, "GET", "/", cookie=cookie).headers
+
+
+ACCESS = Access("right-password")
+
+PREFIX = {PREFIX_HEADER: "/pages/1"}
+
+
+def make_chat(folder: Path) -> AccessMiddleware:
+    return make_chat_app(ChatStore(ScriptedService(), folder / "chat", get_image_pool()), ACCESS)
+
+
+def make_label(folder: Path) -> AccessMiddleware:
+    session = open_fields_session(folder)
+    with closing(session.store):
+        return make_label_app(session, ACCESS, get_image_pool())
+
+
+def make_studio(folder: Path) -> AccessMiddleware:
+    return make_studio_app(make_page(folder / "work"), ACCESS)
+
+
+@pytest.mark.parametrize("make", [make_chat, make_label, make_studio])
+def test_routes_need_the_sign_in(tmp_path: Path, make: Callable[[Path], AccessMiddleware]) -> None:
+    app = make(tmp_path)
+    assert isinstance(app.app, Starlette)
+    routes = [route for route in app.app.routes if isinstance(route, Route)]
+    assert len(routes) == len(app.app.routes) > 5
+    client = TestClient(app, "http://127.0.0.1", follow_redirects=False)
+    for route in routes:
+        path = re.sub(r"{.*?}", "1", route.path)
+        for method in sorted(route.methods or ()):
+            answer = client.request(method, path)
+            if path == "/static/1":
+                assert answer.status_code == 404
+            elif path == "/":
+                assert (answer.status_code, answer.headers["location"]) == (303, "sign-in")
+            else:
+                assert answer.status_code == 401, (method, path)
+    assert client.get("/favicon.ico").status_code == 204
+
+
+@pytest.mark.parametrize(("make", "step"), [(make_chat, "chat"), (make_label, "label")])
+def test_pages_of_jobs_link_to_their_studio(tmp_path, make, step):
+    client = TestClient(make(tmp_path), "http://127.0.0.1")
+    client.post("/sign-in", data={"password": ACCESS.password})
+    link = f'href="../../?step={step}"'
+    assert link in client.get("/", headers=PREFIX).text
+    assert link not in client.get("/").text
+    train_link = "../../?step=plan&amp;data="
+    assert (train_link in client.get("/", headers=PREFIX).text) == (step == "label")

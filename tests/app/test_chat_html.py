@@ -1,7 +1,5 @@
 """Tests of the HTML of the chat page: formulas, JSON and escaping."""
 
-from __future__ import annotations
-
 import asyncio
 from html.parser import HTMLParser
 from pathlib import Path
@@ -9,6 +7,7 @@ from secrets import token_hex
 
 import pytest
 from browser import XSS_PAYLOADS
+from case_files import load_cases
 from each_value import each
 from web_server_fixture import ScriptedService, get_image_pool
 
@@ -25,6 +24,8 @@ from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
 from finesight.infer.request import GenerationOptions
 from finesight.manifest import Manifest
 
+CASES = load_cases("chat_html")
+
 LATEX = Manifest.model_construct(metric="latex", prompts=(), has_images=False)
 
 PLAIN = {"div", "span", "pre"}
@@ -40,6 +41,10 @@ HOSTILE = [
     r"$$\htmlStyle{background:url(x)}{x} \class{a}{x} \url{javascript:alert(1)}$$",
     r"\(\includegraphics[onerror=alert(1)]{x}\)",
 ]
+
+
+MANY_FORMULAS = ("$x$ " * (MAX_FORMULAS + 1), "x " * MAX_FORMULAS + "$x$ ", MAX_FORMULAS)
+JSON_BOMBS = ("[" * 100_000, '{"a": ' + "9" * 5000 + "}")
 
 
 class ParsedPage(HTMLParser):
@@ -80,17 +85,7 @@ def answer(folder: Path, text: str, manifest: Manifest | None = None) -> StoredC
 
 @pytest.mark.parametrize(
     ("source", "text", "num_formulas"),
-    [
-        (r"The area is $\pi r^2$.", "The area is πr2.", 1),
-        (r"\(x\) and \[y\] and $$z$$", "x and y and z", 3),
-        ("It costs $5 and $6, or US$7.", None, 0),
-        (r"An open $x, \$5 and $ y $.", None, 0),
-        ("$\\frac{$ stays, $x$ does not", "$\\frac{$ stays, x does not", 1),
-        ("a <b>$x$</b>", "a <b>x</b>", 1),
-        (r"\frac{a}{b}", None, 0),
-        ("plain *text*", None, 0),
-        ("$x$ " * (MAX_FORMULAS + 1), "x " * MAX_FORMULAS + "$x$ ", MAX_FORMULAS),
-    ],
+    [*CASES["test_formulas_with_delimiters_are_rendered"], MANY_FORMULAS],
 )
 def test_formulas_with_delimiters_are_rendered(source, text, num_formulas):
     pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
@@ -114,20 +109,7 @@ def test_bare_latex_is_rendered_for_runs_with_the_latex_metric(tmp_path):
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [
-        ('{"b": 1, "a": {"x": "ü\\n"}}', '{\n  "b": 1,\n  "a": {\n    "x": "ü\\n"\n  }\n}'),
-        ('```json\n[{"box": [1, 2.5,\n 3]}]\n```', '[\n  {\n    "box": [ 1, 2.5, 3 ]\n  }\n]'),
-        ('{"a": "[\\n 1 ]"}', '{\n  "a": "[\\n 1 ]"\n}'),
-        ("[1, 2, 3, 4]", None),
-        ('{"a": 1', None),
-        ("[" * 100_000, None),
-        ('{"a": ' + "9" * 5000 + "}", None),
-        (
-            '{"a": 12.50, "b": [1.10, -2e+3], "c": "1.50", "a": 9007199254740993.0}',
-            '{\n  "a": 9007199254740993.0,\n  "b": [ 1.10, -2e+3 ],\n  "c": "1.50"\n}',
-        ),
-        ("{}[", None),
-    ],
+    [*CASES["test_json_is_indented"], *((text, None) for text in JSON_BOMBS)],
 )
 def test_json_is_indented(source, expected):
     rendered = render_answer(source, is_formula=False)

@@ -1,7 +1,5 @@
 """Tests of the processes that the studio starts, without a browser."""
 
-from __future__ import annotations
-
 import os
 import signal
 import time

@@ -1,7 +1,5 @@
 """Ways through the studio in a browser, without a terminal."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -79,14 +77,14 @@ class StudioDriver:
         self.wait_for(state)
         self.check()
 
-    def fill(self, **texts: str) -> None:
+    def fill(self, form: str, **texts: str) -> None:
         for name, text in texts.items():
             self.browser.driver.execute_script(
                 "const field = document.getElementById(arguments[0]); field.value = arguments[1];"
                 " for (const one of document.querySelectorAll('details'))"
                 " one.open ||= one.contains(field);"
                 " field.dispatchEvent(new Event('input', { bubbles: true }));",
-                name,
+                f"{form}:{name}",
                 text,
             )
         self.browser.settle()
@@ -145,13 +143,13 @@ def import_photos(folder: Path, *runs: tuple[str, int]) -> None:
 def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -> None:
     draw_dots(folder / "images", 3)
     studio.open("data")
-    studio.fill(source="../images", name="dots", prompt="Which color?")
+    studio.fill("import", source="../images", out="dots", prompt="Which color?")
     studio.click("import")
     studio.wait_for("document.querySelector('#message').innerText.includes('outside')")
-    studio.fill(source="images")
+    studio.fill("import", source="images")
     studio.click("import")
-    studio.wait_for("document.querySelector('#message').innerText.includes('step Label')")
-    studio.fill(source="", name="uploaded")
+    studio.wait_for("document.querySelector('.job .error')?.innerText.includes('step “Label”')")
+    studio.fill("import", source="", out="uploaded")
     studio.upload(sorted((folder / "photos").iterdir()))
     studio.click("import")
     studio.wait_for("document.querySelector('.job code')?.textContent.includes('uploads/')")
@@ -159,13 +157,11 @@ def test_sources_are_imported_and_uploaded(folder: Path, studio: StudioDriver) -
     studio.reload("document.querySelector('td a')?.textContent === 'data/uploaded'")
 
 
-def test_unlabeled_images_become_a_served_model(
-    folder: Path, studio: StudioDriver, browser: Browser
-) -> None:
+def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     images = draw_dots(folder / "images", 200)
     studio.open("label")
-    values = {"label-prompt": "Which color?", "labels-name": "dots", "kind": "classes"}
-    studio.fill(images="images", classes=",".join(COLORS), **values)
+    values = {"prompt": "Which color?", "out": "dots", "kind": "classes"}
+    studio.fill("label", sources="images", classes=",".join(COLORS), **values)
     studio.click("label")
     browser.visit(studio.open_page())
     studio.wait_for("document.querySelector('#position')?.textContent.includes('1 of 200')")
@@ -183,9 +179,11 @@ def test_unlabeled_images_become_a_served_model(
     studio.reload("document.querySelector('#bottom iframe')")
     studio.open("plan")
     values = {"train.epochs": "10", "train.learning_rate": "2e-3"}
-    studio.fill(**values, **{"recipe-name": "dots", "eval.metric": "classification"})
+    studio.fill("recipe", name="dots", **values, **{"eval.metric": "classification"})
     studio.click("create-recipe")
-    studio.wait_for("document.querySelector('#editor')?.value.includes('epochs: 10')")
+    studio.wait_for(
+        "document.querySelector('textarea[name=\"editor:text\"]')?.value.includes('epochs: 10')"
+    )
     studio.run("plan", "start")
     studio.run("train", "start")
     studio.reload("document.querySelectorAll('.chart').length > 2")
@@ -219,7 +217,7 @@ def test_wrong_labels_are_corrected_and_trained(
     coco = {"images": images, "annotations": boxes, "categories": categories}
     (folder / "dots/labels.json").write_text(json.dumps(coco))
     studio.open("data")
-    studio.fill(source="dots/labels.json", name="dots")
+    studio.fill("import", source="dots/labels.json", out="dots")
     studio.click("import")
     studio.wait_for_job("finished")
 
@@ -250,10 +248,12 @@ def test_wrong_labels_are_corrected_and_trained(
     assert corrected.count((10, 9, 30, 29)) == 1
 
     studio.open("plan")
-    studio.fill(**{"recipe-name": "corrected", "train.steps": "2"})
+    studio.fill("recipe", name="corrected", **{"train.steps": "2"})
     studio.click("create-recipe")
     path = file.relative_to(folder)
-    studio.wait_for(f"document.querySelector('#editor')?.value.includes('{path}')")
+    studio.wait_for(
+        f"document.querySelector('textarea[name=\"editor:text\"]')?.value.includes('{path}')"
+    )
     studio.run("train", "start")
     studio.reload("document.querySelectorAll('.chart').length > 2")
 
@@ -300,7 +300,7 @@ def test_two_runs_are_compared_in_report_and_chat(
     )
 
     studio.open("chat")
-    studio.fill(**{"web:adapter": "runs/one"})
+    studio.fill("web", adapter="runs/one")
     studio.click("chat")
     chat = ChatPageDriver(browser, studio.open_page())
     browser.run("document.querySelector('#compare').value = 'one';")

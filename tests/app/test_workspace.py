@@ -1,7 +1,5 @@
 """Tests of the paths and files that the studio accepts."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -11,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from studio_fixtures import click_button, write_job, write_recipe
 from web_server_fixture import get_image_pool
 
@@ -23,6 +22,8 @@ from finesight.label.label_session import open_session
 from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
 from finesight.train.run_dir import RunDir
+
+CASES = load_cases("workspace")
 
 OPTIONS = ImportOptions(prompt="Which color?")
 
@@ -50,22 +51,7 @@ def test_path_in_the_workspace(workspace, path):
     assert resolved.parts[0] == "photos"
 
 
-@pytest.mark.parametrize(
-    ("path", "problem"),
-    [
-        ("", "is not a valid path"),
-        ("--help", "is not a valid path"),
-        ("photos\0", "is not a valid path"),
-        ("..", "outside of the workspace"),
-        ("/etc/hosts", "outside of the workspace"),
-        ("../secret.txt", "outside of the workspace"),
-        ("link/secret.txt", "outside of the workspace"),
-        ("link/missing", "outside of the workspace"),
-        (".finesight", "a file of the studio"),
-        ("studio-link/api-key", "a file of the studio"),
-        ("photo", "did you mean photos?"),
-    ],
-)
+@pytest.mark.parametrize(("path", "problem"), CASES["test_other_paths_are_rejected"])
 def test_other_paths_are_rejected(workspace, path, problem):
     with pytest.raises(UserError, match=r".") as raised:
         workspace.resolve(path, "source")
@@ -256,21 +242,6 @@ def test_files_that_cannot_be_read_are_skipped(workspace):
     assert as_argument(Path("hf:a/b")) == "./hf:a/b"
 
 
-def test_recipe_without_settings_has_the_values_of_init(workspace):
-    dataset = add_data(workspace, "a", replace(OPTIONS, train_fraction=0.75))
-    settings = {"train.steps": "7", "train.learning_rate": "1e-3", "eval.metric": "captions"}
-    for name, given, expected in (
-        ("a", {}, (100, 2e-3, "classification")),
-        ("b", settings, (7, 1e-3, "captions")),
-    ):
-        path = workspace.create_recipe(name, [dataset], TINY_MODEL, given)
-        recipe = workspace.load_recipe(path)
-        found = (recipe.train.steps, recipe.train.learning_rate.default, recipe.eval.metric)
-        assert found == expected
-    with pytest.raises(UserError, match=r"did you mean eval\.metric: captions"):
-        workspace.create_recipe("c", [dataset], TINY_MODEL, {"eval.metric": "caption"})
-
-
 @pytest.mark.parametrize("user", ["", "recipe", "labels", "foreign", "table"])
 def test_uploads_in_use_are_not_deleted_with_their_data_set(workspace, user):
     folder = workspace.folder
@@ -292,23 +263,7 @@ def test_uploads_in_use_are_not_deleted_with_their_data_set(workspace, user):
     assert uploads.exists() == bool(user)
 
 
-@pytest.mark.parametrize(
-    ("user", "problem"),
-    [
-        ("recipe data/a/data.jsonl", "used by the recipe mine.yaml"),
-        ("recipe data/*/data.jsonl", "used by the recipe mine.yaml"),
-        ("recipe data/a/data.jsonl}\nstepz: {a: 5", "used by the recipe mine.yaml"),
-        ("recipe data/a/data.jsonl}\ntrain: [{", "used by the recipe mine.yaml"),
-        ("run in progress", "used by the recipe runs/a/recipe.yaml"),
-        ("run below data/a/run", "contains data/a/run"),
-        ("data set data/a/v2", "contains data/a/v2"),
-        ("labels of its images", "used by the data set data/labels"),
-        ("session", "used by the labelling page of data/a"),
-        ("command data", "used by the running command in the step Label"),
-        ("command data/a", "used by the running command in the step Label"),
-        ("command uploads/a", "used by the running command in the step Label"),
-    ],
-)
+@pytest.mark.parametrize(("user", "problem"), CASES["test_data_set_in_use_is_not_deleted"])
 def test_data_set_in_use_is_not_deleted(workspace, page, user, problem):
     folder, (kind, _, name) = workspace.folder, user.partition(" ")
     add_data(workspace, "a", replace(OPTIONS, copy_images=True))

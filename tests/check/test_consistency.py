@@ -1,7 +1,5 @@
 """Consistency of samples: duplicates, contradictions, uniform answers, and leaked images."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A check of many samples: order, counts, what is kept, and who is told."""
 
-from __future__ import annotations
-
 import itertools
 import subprocess
 import sys
@@ -11,9 +9,8 @@ import pytest
 from case_files import load_cases
 from check_fixtures import make_record, write_records
 from image_fixtures import write_gray_image
-from PIL import Image
 
-from finesight.check.check_issues import ISSUE_TYPES, CheckIssue
+from finesight.check.check_issues import CheckIssue
 from finesight.check.data_checker import (
     BoxClaimCollector,
     DataChecker,
@@ -68,46 +65,6 @@ def test_unguarded_script_can_run_check(folder):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
     assert done.stdout == f"{MIN_PARALLEL_SAMPLES + 1}\n"
-
-
-def test_most_severe_issues_come_first(folder):
-    records = [
-        make_record("a.png", "Where?", None, [0, 0, 100, 60]),
-        make_record("a.png", "One?", "yes"),
-        make_record("a.png", "One?", "no"),
-        make_record("gone.png"),
-    ]
-    (folder / "saved").mkdir()
-    source = write_records(folder / "data.jsonl", records)
-    found, _ = DataChecker(inputs_from_files([source], [], ImportOptions()), folder / "saved").run()
-    assert list(found.issue_counts) == [
-        "image-missing",
-        "contradictory-answers",
-        "box-covers-image",
-    ]
-    assert [finding.code for finding in found.issues] == list(found.issue_counts)
-    assert found.affected_samples == {
-        "image-missing": 1,
-        "contradictory-answers": 1,
-        "box-covers-image": 1,
-    }
-    assert set(found.issue_counts) <= set(ISSUE_TYPES)
-
-
-def test_thousandth_boxes_are_reported_for_the_source(folder):
-    records = []
-    for number in range(40):
-        size = (600 + 7 * number, 300 + 5 * number)
-        Image.new("L", size, number).save(folder / f"{number}.png")
-        box = [100 + number, 200, 900 + number, 950]
-        records.append(make_record(f"{number}.png", f"Where is {number}?", None, box))
-    (folder / "saved").mkdir()
-    source = write_records(folder / "data.jsonl", records)
-    found, _ = DataChecker(inputs_from_files([source], [], ImportOptions()), folder / "saved").run()
-    first = found.issues[0]
-    assert (first.code, first.where, first.sample_id) == ("boxes-thousandths", str(source), "")
-    assert first.evidence, "without a reason"
-    assert found.affected_samples["boxes-thousandths"] == 0
 
 
 def test_excess_boxes_are_subsampled_evenly(folder):

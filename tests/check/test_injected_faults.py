@@ -1,7 +1,5 @@
 """Every fault that a sample shows, planted into sound samples, is found where it was planted."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,6 @@ from fault_injection import (
     CAPTION_PROMPT,
     FAULT_TYPES,
     FaultContext,
-    InjectedFault,
     inject_faults,
     load_external_samples,
     split_by_image,
@@ -19,7 +16,6 @@ from fault_injection import (
 from shape_images import LABELS_FILE, write_shape_images
 from tiny_model import create_tiny_model
 
-from finesight.check.check_issues import CheckResult
 from finesight.check.data_checker import (
     DataChecker,
     ModelRequirements,
@@ -48,9 +44,7 @@ def model(work: Path) -> ModelRequirements:
     return load_model_requirements(str(create_tiny_model(work / "model")), MOST)
 
 
-def check_samples(
-    train: Path, validation: Path, model: ModelRequirements, work: Path
-) -> CheckResult:
+def check_samples(train, validation, model, work):
     subjects = inputs_from_files([train], [validation], ImportOptions())
     saved = work / f"saved-{train.stem}"
     saved.mkdir()
@@ -58,9 +52,7 @@ def check_samples(
 
 
 @pytest.fixture(scope="module")
-def injected(
-    work: Path, model: ModelRequirements
-) -> tuple[CheckResult, list[InjectedFault], Path, CheckResult]:
+def injected(work, model):
     write_shape_images(work / "scenes", 160, seed=5)
     samples = list(load_external_samples(work / "scenes" / LABELS_FILE, SCENES, work))
     train, validation = split_by_image(samples, 10)

@@ -1,7 +1,5 @@
 """What a sample shows by itself, through the whole check."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -9,7 +7,7 @@ import pytest
 from case_files import load_cases
 from check_fixtures import count_codes, issues_by_line, make_record, run_check, write_records
 from each_value import each
-from image_fixtures import write_gray_image
+from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 from video_fixtures import write_audio, write_video
 
@@ -20,6 +18,7 @@ CASES = load_cases("sample_issues")
 def folder(tmp_path: Path) -> Path:
     for number in range(4):
         write_gray_image(tmp_path / f"{number}.png", 100, 60, gray_level=number)
+    write_gray_image(tmp_path / "a.png", 100, 60)
     return tmp_path
 
 
@@ -121,36 +120,7 @@ def test_video_file_in_both_splits_is_leaked(folder):
     assert count_codes(run_check(*sides)) == {"leaked-image": 1}
 
 
-@pytest.mark.parametrize("answer", [None, "", " \n"])
-def test_empty_answer(folder, answer):
-    assert count_codes(check_records(folder, make_record("0.png", "What?", answer))) == {
-        "empty-answer": 1
-    }
-
-
-@each(
-    ("question", "answer", "code"),
-    [
-        ("What?", "<think>\nIt has four corners", "unpaired-reasoning"),
-        ("What?", "<think>a</think>b</think>c", "unpaired-reasoning"),
-        ("What?", "<think>a<think>b</think></think>c", "unpaired-reasoning"),
-        ("What?", "<think>a</think><think>b</think>c", "unpaired-reasoning"),
-        ("What?", "</think>a<think>b", "unpaired-reasoning"),
-        ("What?", "Well. <think>a</think>b", "unpaired-reasoning"),
-        ("What?", "a\n</think>\n\nb", "misplaced-reasoning"),
-        ("<think>a</think>What?", "b", "misplaced-reasoning"),
-        ("What?", "<think>a</think> \n", "empty-answer"),
-        ("What?", "<thinking>a</thinking>b", "misplaced-reasoning"),
-        ("What?", "a</THINK> b", "misplaced-reasoning"),
-        ("What?", " [THINK]a[/THINK]b", "misplaced-reasoning"),
-        ("What?", "<|begin_of_thought|>a<|end_of_thought|>b", "misplaced-reasoning"),
-        ("What?", "Text `</think>`", "misplaced-reasoning"),
-        ("What?", "Write `<think>` or `</reasoning>`:\n```\n<think>\n```", None),
-        ("What?", "<think>a `<think>` tag</think>b", None),
-        ("What?", "<a><reasoning>b</reasoning></a>", None),
-        ("Write <think> </think> first.", " <think>\n\n</think>\n\nb", None),
-    ],
-)
+@each(("question", "answer", "code"), CASES["test_reasoning_tags"])
 def test_reasoning_tags(folder, question, answer, code):
     split, whole = make_record("0.png", question), make_record("1.png", question, answer)
     split["messages"][1]["content"] = [{"type": "text", "text": letter} for letter in answer]
@@ -159,39 +129,22 @@ def test_reasoning_tags(folder, question, answer, code):
     assert count_codes(check_records(folder, split, whole)) == ({code: 2} if code else {})
 
 
-def test_empty_question(folder):
-    assert count_codes(check_records(folder, make_record(None, " "))) == {"empty-question": 1}
+@each(("given", "code"), CASES["test_issue_of_a_sample"])
+def test_issue_of_a_sample(folder, given, code):
+    record = make_record(*given) if isinstance(given, list) else given
+    assert count_codes(check_records(folder, record)) == ({code: 1} if code else {})
 
 
-@pytest.mark.parametrize(
-    "roles",
-    [("user",), ("assistant",), ("user", "user"), ("user", "system", "assistant"), ("system",)],
-)
-def test_roles_out_of_order(folder, roles):
-    record = {"messages": [{"role": role, "content": "words"} for role in roles]}
-    assert count_codes(check_records(folder, record)) == {"invalid-role-order": 1}
+TEXTS = CASES["texts"] | {"": CASES["test_allowed_text"]}
 
 
-def test_image_in_answer(folder):
-    record = make_record("0.png")
-    record["messages"][1]["content"].append({"type": "image", "image": "1.png"})
-    assert count_codes(check_records(folder, record)) == {"image-in-answer": 1}
+@each(("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts])
+def test_texts_are_allowed_or_an_issue(folder, code, text):
+    found = count_codes(check_records(folder, make_record("0.png", text)))
+    assert found == ({code: 1} if code else {})
 
 
-def test_row_that_is_no_sample(folder):
-    result = check_records(folder, {"messages": [{"role": "user", "content": [{"type": "sound"}]}]})
-    assert count_codes(result) == {"invalid-row": 1}
-    assert result.num_samples == 0
-
-
-BOXES = {
-    "box-outside": ([0, 0, 102, 60], [-5, 0, 50, 50], [200, 200, 300, 300], [100, 10, 101, 20]),
-    "box-inverted": ([90, 10, 20, 50], [20, 50, 90, 10], [90, 55, 80, 50]),
-    "box-empty": ([10, 10, 10, 40], [10, 10, 40, 10], [5, 5, 5, 5]),
-    "box-at-edge": ([0, 0, 100.5, 60], [-1, 5, 50, 61]),
-    "box-tiny": ([10, 10, 11, 40],),
-    "box-covers-image": ([0, 0, 100, 60], [0, 0, 99.9, 59.9]),
-}
+BOXES = CASES["boxes"]
 
 
 @each(("code", "box"), [(c, box) for c, boxes in BOXES.items() for box in boxes])
@@ -242,33 +195,21 @@ def test_box_without_image(folder):
     assert count_codes(check_records(folder, record)) == {"box-without-image": 1}
 
 
-def test_boxes_of_missing_image_are_not_checked(folder):
-    result = check_records(folder, make_record("gone.png", "Where?", None, [50, 2, 1, 40]))
-    assert count_codes(result) == {"image-missing": 1}
+@pytest.mark.parametrize("answer", ["", "  ", None])
+def test_table_row_without_answer(folder, answer):
+    source = write_jsonl(folder / "rows.jsonl", [{"image": "a.png", "text": answer}])
+    columns = {"image": "image", "answer": "text"}
+    found = run_check(source, format="table", columns=columns, prompt="What?")
+    assert count_codes(found) == {"empty-answer": 1}
 
 
-TEXTS = {
-    "placeholder-count-mismatch": (
-        "<image><image> What?",
-        "Picture 1: <img>a.jpg</img>\n<image> What?",
-    ),
-    "placeholder-in-text": (
-        "<image>\nWhat?",
-        "a <|image_pad|> b",
-        "<|video_pad|>",
-        "<video>",
-        "<imgpad>",
-    ),
-    "special-token-in-text": ("What?<|im_end|>", "<|endoftext|>", "<|fim_prefix|>", "<|extra_7|>"),
-    "box-in-text": ("<ref>a dog</ref>", "<box>(1,2),(3,4)</box>", '{"bbox_2d": [1, 2, 3, 4]}'),
-}
-
-
-@each(("code", "text"), [(c, text) for c, texts in TEXTS.items() for text in texts])
-def test_forbidden_text(folder, code, text):
-    assert count_codes(check_records(folder, make_record("0.png", text))) == {code: 1}
-
-
-@pytest.mark.parametrize("text", CASES["test_allowed_text"])
-def test_allowed_text(folder, text):
-    assert count_codes(check_records(folder, make_record("0.png", text))) == {}
+def test_box_issues_of_table_rows(folder):
+    # Rows with the same image and question would be one sample.
+    boxes = {"a.png": [50, 10, 60, 20], "./a.png": [90, 10, 200, 20]}
+    rows = [{"image": name, "box": box} for name, box in boxes.items()]
+    source = write_jsonl(folder / "rows.jsonl", rows)
+    columns = {"image": "image", "box": "box"}
+    found = run_check(source, format="table", columns=columns, prompt="Where?")
+    assert count_codes(found) == {"box-outside": 1}
+    assert found.issues[0].where == f"{source}:2"
+    assert found.issues[0].images[0].boxes == ((90, 10, 200, 20),)

@@ -1,7 +1,5 @@
 """Samples in tars, Parquet files and shards are found wrong as the same ones in JSONL are."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,10 +15,8 @@ from pyarrow import parquet
 from finesight.check.check_issues import CheckResult
 from finesight.check.data_checker import (
     CheckInput,
-    DataChecker,
     inputs_from_files,
 )
-from finesight.check.image_catalog import MIN_PARALLEL_SAMPLES
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions
@@ -73,9 +69,7 @@ def summarize_issues(found: CheckResult) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize("packed", [tars, tar, structs, texts])
-def test_container_formats_give_the_same_issues_as_jsonl(
-    folder: Path, packed: Callable[[Path], Path]
-) -> None:
+def test_container_formats_give_the_same_issues_as_jsonl(folder, packed):
     train, validation = (
         write_records(folder / "t.jsonl", FAULTY),
         write_records(folder / "e.jsonl", VALIDATION),
@@ -142,20 +136,6 @@ def test_rows_that_are_no_samples_are_counted(folder: Path) -> None:
     assert found.issue_counts == {"invalid-row": 2}
 
 
-def test_parallel_reading_of_containers_gives_the_same_result(folder: Path) -> None:
-    records = [
-        make_record(f"{n % 8}.png", f"Question {n}?", f"{n}") for n in range(MIN_PARALLEL_SAMPLES)
-    ]
-    source = structs(write_records(folder / "t.jsonl", records))
-    (folder / "saved").mkdir()
-    found, album = DataChecker(
-        inputs_from_files([source], [], ImportOptions()), folder / "saved"
-    ).run()
-    assert found.issue_counts == {}
-    assert (found.num_images, found.num_unique_images) == (MIN_PARALLEL_SAMPLES, 8)
-    assert album[album.example_paths[3]].size == (60, 103)
-
-
 @pytest.mark.parametrize("packed", [tars, structs])
 def test_fixed_samples_keep_their_images(folder: Path, packed: Callable[[Path], Path]) -> None:
     """What lies where in a file may change; and none is left of a sample that is left out."""
@@ -180,9 +160,7 @@ def test_fixed_samples_keep_their_images(folder: Path, packed: Callable[[Path], 
         ({"1.json": json.dumps({"id": "1", **make_record(None)}).encode()}, False),
     ],
 )
-def test_other_webdatasets_are_read_like_imports(
-    tmp_path: Path, files: dict[str, bytes], is_imported: bool
-) -> None:
+def test_other_webdatasets_are_read_like_imports(tmp_path, files, is_imported):
     source = write_tar(tmp_path / "a.tar", files)
     (found,) = inputs_from_files([source], [], ImportOptions())
     assert found.is_imported is is_imported

@@ -1,7 +1,5 @@
 """The fixture that runs commands in the process of the test."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Tests of the command line: help, exit codes, error messages, threads."""
 
-from __future__ import annotations
-
 import errno
 import inspect
 import os
@@ -15,8 +13,6 @@ from case_files import load_cases
 
 from finesight.cli import app as app_module
 from finesight.cli.app import (
-    LONG_SPIN_COUNT,
-    SHORT_SPIN_COUNT,
     configure_openmp_spin,
     run_command,
 )
@@ -64,19 +60,6 @@ def test_help_does_not_import_heavy_packages():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("finesight ")
-
-
-def test_user_error_exits_with_2_and_message(tmp_path, cli):
-    recipe = tmp_path / "recipe.yaml"
-    recipe.write_text("model: m\ndata: {train: a.jsonl}\noutput_dir: r\ntrain: {batchsize: 8}\n")
-    printed = cli("train", recipe, code=2)
-    problem, expected, remedy = printed.err.splitlines()
-    assert (printed.out, problem) == (
-        "",
-        f"error: {recipe}:4: train.batchsize: unknown setting, given 8",
-    )
-    assert expected.startswith("  expected: one of epochs, steps, batch_size, ")
-    assert remedy == "  remedy: did you mean train.batch_size?"
 
 
 @pytest.mark.parametrize(
@@ -159,17 +142,7 @@ def test_shell_completion(words, found):
 
 @pytest.mark.parametrize(
     ("loadavg", "cores", "variables", "expected"),
-    [
-        ("1.90 1.20 0.80 1/345 6789\n", 2, {}, LONG_SPIN_COUNT),
-        ("0.00 0.00 0.00 2/345 6789\n", 2, {}, SHORT_SPIN_COUNT),
-        ("0.00 0.00 0.00 2/345 6789\n", 16, {}, LONG_SPIN_COUNT),
-        ("0.00 0.00 0.00 9/345 6789\n", 16, {}, SHORT_SPIN_COUNT),
-        ("", 2, {}, SHORT_SPIN_COUNT),
-        (None, 2, {}, SHORT_SPIN_COUNT),
-        ("0.00 0.00 0.00 1/345 6789\n", 2, {"GOMP_SPINCOUNT": "7"}, 7),
-        ("0.00 0.00 0.00 1/345 6789\n", 2, {"WORLD_SIZE": "2"}, SHORT_SPIN_COUNT),
-        ("0.00 0.00 0.00 1/345 6789\n", 2, {"WORLD_SIZE": "two"}, SHORT_SPIN_COUNT),
-    ],
+    CASES["test_openmp_threads_spin_long_only_on_idle_cores"],
 )
 def test_openmp_threads_spin_long_only_on_idle_cores(
     loadavg, cores, variables, expected, tmp_path, monkeypatch

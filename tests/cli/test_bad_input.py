@@ -1,75 +1,20 @@
 """Tests of invalid input: exit code 2, a complete message, and no partial files."""
 
-from __future__ import annotations
-
 import errno
-import json
 import shutil
-import zlib
 from contextlib import chdir
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
+from PIL import Image
 from tiny_task import make_task, write_recipe
 
 from finesight import storage
 from finesight.cli.app import run_command
 
 TRAIN = "train recipe.yaml output_dir=run "
-STRICT = f"{TRAIN} data.on_invalid_sample=fail"
-PREDICT = "predict done a.png --prompt Which?"
-TURNS = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}]
-SAMPLE = json.dumps({"id": "a", "messages": TURNS})
-IMAGES = {f"task/train{n}.png": b"a letter" for n in range(11)}
-
-
-def make_bomb() -> bytes:
-    """Return a PNG of 10,000 x 10,000 black pixels with 1 bit each, about 12 KB."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        body = name + data
-        return len(data).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
-
-    side = (10_000).to_bytes(4, "big")
-    header = chunk(b"IHDR", side + side + bytes([1, 0, 0, 0, 0]))
-    pixels = chunk(b"IDAT", zlib.compress(bytes(10_000 * 1251), 9))
-    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
-
-
-BOMB = make_bomb()
-# Command line, changed files (None: removed), and words of the message.
-CASES: dict[str, tuple[str, dict[str, bytes | None], list[str]]] = {
-    "missing-image": (STRICT, {"task/train3.png": None}, ["train3.png", "no such image"]),
-    "missing-question": (PREDICT, {}, ["a.png", "no such image"]),
-    "empty-data": (f"{TRAIN} data.train=a.jsonl", {"a.jsonl": b""}, ["a.jsonl", "no samples"]),
-    "broken-line": (
-        f"{TRAIN} data.train=a.jsonl",
-        {"a.jsonl": f'{SAMPLE}\n{{"id": \n'.encode()},
-        ["a.jsonl:2", "JSON"],
-    ),
-    "line-of-wrong-type": (
-        f"{TRAIN} data.train=a.jsonl",
-        {"a.jsonl": f"{SAMPLE}\n[]\n".encode()},
-        ["a.jsonl:2"],
-    ),
-    "no-image": (STRICT, {"task/train3.png": b"a letter"}, ["train3.png", "not an image"]),
-    "no-valid-image": (TRAIN, IMAGES, ["data", "none of 11 samples", "not an image"]),
-    "no-image-for-predict": (PREDICT, {"a.png": b"a letter"}, ["a.png", "not an image"]),
-    "bomb": (STRICT, {"task/train3.png": BOMB}, ["train3.png", "10000 x 10000", "at most"]),
-    "bomb-for-predict": (PREDICT, {"a.png": BOMB}, ["a.png", "10000 x 10000", "at most"]),
-    "model-without-weights": (TRAIN, {"task/tiny/model.safetensors": None}, ["tiny", "weights"]),
-    "long-samples": (f"{TRAIN} data.max_length=3", {}, ["none of 11 samples"]),
-    "long-warmup": (
-        f"{TRAIN} train.warmup=50",
-        {},
-        ["train.warmup", "50 warmup steps in a run of 6 steps"],
-    ),
-    "two-adapters": (
-        f"{TRAIN} model=done adapter=done/adapter",
-        {},
-        ["adapter", "already has an adapter", "remove adapter"],
-    ),
-}
+CASES = load_cases("bad_input")
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +49,14 @@ def check_message(printed_text: str, words: list[str]) -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_exits_with_2_and_writes_no_files(name, cli):
     command, files, words = CASES[name]
-    for file, content in files.items():
-        if content is None:
-            Path(file).unlink()
-        else:
-            Path(file).write_bytes(content)
+    for pattern, content in files.items():
+        for file in [*Path().glob(pattern)] or [Path(pattern)]:
+            if content is None:
+                file.unlink()
+            elif content == "BOMB":
+                Image.new("1", (10_000, 10_000)).save(file)
+            else:
+                file.write_text(content)
     before = read_contents()
     check_message(cli(*command.split(), code=2).err, words)
     assert read_contents() == before

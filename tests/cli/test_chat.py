@@ -1,10 +1,7 @@
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +31,7 @@ def image_question(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]
     return write_shape_image(tmp_path_factory.mktemp("images with blanks"), 0)
 
 
-def run_chat(
-    *lines: str, model: object = "finesight-tiny", options: Iterable[str] = ()
-) -> list[str]:
+def run_chat(*lines, model="finesight-tiny", options=()):
     """Return the printed lines; an error message is the last line."""
     typed = "".join(f"{line}\n" for line in lines)
     command = ["chat", str(model), "--device", "cpu", "--precision", "fp32", *options]
@@ -83,9 +78,7 @@ def test_script_ends_at_first_error(line, output, monkeypatch, tmp_path):
     assert output in run_chat(line, "never asked")[-1]
 
 
-def run_terminal(
-    patch: pytest.MonkeyPatch, lines: Iterable[str], has_images: bool | None, is_interactive: bool
-) -> tuple[list[Any], list[str]]:
+def run_terminal(patch, lines, has_images, is_interactive):
     """Type lines into a terminal, and return the turns and the prompts of the terminal."""
     manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
     session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]
@@ -107,32 +100,13 @@ def run_terminal(
 @pytest.mark.parametrize("has_images", [True, False, None])
 @pytest.mark.parametrize("is_interactive", [True, False])
 def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_interactive):
-    lines = ["What is it?", "missing.png", f"'{image_question[0]}'"]
-    sent, prompts = run_terminal(monkeypatch, lines, has_images, is_interactive)
-    printed = capsys.readouterr()
-    assert ("Training prompt: What is it?\n" in printed.out) == is_interactive
-    if is_interactive and has_images:
-        assert sent == [("What is it?", (image_question[0],))]
-        assert prompts == ["> ", *["image, or Enter for none: "] * 2, "> "]
-        assert "Attach an image with /image PATH." in printed.out
-        assert "missing.png" in printed.err
-    else:
-        assert [text for text, _ in sent] == lines
-        assert "ttach" not in printed.out
-
-
-def test_commands_at_the_image_question(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "images").mkdir()
-    path, _ = write_shape_image(tmp_path / "images", 0)
-    lines = ["What is it?", "/help", "/undo", "/imagesX", f"/image {path}", "/quit"]
-    sent, prompts = run_terminal(monkeypatch, lines, has_images=True, is_interactive=True)
-    assert sent == [("What is it?", (path,))]
-    assert prompts.count("image, or Enter for none: ") == 4
-    printed = capsys.readouterr()
-    assert "print this list" in printed.out
-    assert "nothing to undo" in printed.out
-    assert "error: /imagesX: no such" in printed.err
+    lines = [f"/image '{image_question[0]}'", "What is it?"]
+    sent, _ = run_terminal(monkeypatch, lines, has_images, is_interactive)
+    printed = capsys.readouterr().out
+    assert ("Training prompt: What is it?\n" in printed) == is_interactive
+    assert sent == [("What is it?", (image_question[0],))]
+    is_hinted = "Attach an image with /image PATH." in printed
+    assert is_hinted == bool(is_interactive and has_images)
 
 
 def test_truncated_reply_depends_on_seed(image_question):

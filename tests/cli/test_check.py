@@ -1,7 +1,5 @@
 """Tests of the command `finesight check`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -79,8 +77,9 @@ def test_wrong_box_conventions_are_fixed_by_an_option_of_the_import(
 @pytest.mark.parametrize("source", ["hf:a/b", "modelscope:a/b:train", "https://h.com/a.zip", "zip"])
 def test_remote_source_must_be_imported_first(tmp_path, source, cli):
     (tmp_path / "a.zip").write_bytes(b"PK")
-    error = cli("check", tmp_path / "a.zip" if source == "zip" else source, code=2).err
-    assert "remedy: import it first" in error
+    source = tmp_path / "a.zip" if source == "zip" else source
+    error = cli("check", source, code=2).err
+    assert f"remedy: import it first: finesight import {source} OUT" in error
 
 
 def test_summary_table_and_first_issues(folder, cli):

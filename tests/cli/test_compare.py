@@ -1,37 +1,24 @@
 """Tests of `finesight compare`: table, page, invalid arguments."""
 
-from __future__ import annotations
-
-import shutil
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 from run_dir_fixtures import make_run, make_sign_answers
 
-HALF, FULL = [0.5] * 8, [1.0] * 8
 PAGE = ("--out", "page.html", "--language", "en")
 
 
 @pytest.fixture
-def make_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Callable[[Sequence[float], Sequence[float]], list[str]]:
-    """Make two runs in the working directory with these correct fractions of the answers."""
+def runs(tmp_path, monkeypatch):
+    """Make two runs in the working directory, with half of each answer correct, and all of it."""
     monkeypatch.chdir(tmp_path)
-
-    def make(*marks: Sequence[float]) -> list[str]:
-        runs = dict(zip(("first", "other"), marks, strict=True))
-        for name, one in runs.items():
-            make_run(Path(name), make_sign_answers(tmp_path, one))
-            shutil.copy(Path(name, "predictions/after.jsonl"), f"{name}.jsonl")
-        return list(runs)
-
-    return make
+    for name, fraction in (("first", 0.5), ("other", 1.0)):
+        make_run(Path(name), make_sign_answers(tmp_path, [fraction] * 8))
+    return ["first", "other"]
 
 
-def test_comparison_table_and_page(make_runs, cli):
-    runs, page = make_runs(HALF, FULL), Path("page.html")
+def test_comparison_table_and_page(runs, cli):
+    page = Path("page.html")
     cli("compare", *runs, *PAGE)
     lines = cli("compare", *runs, *PAGE).lines
     assert lines[0].split() == ["run", "metric", "value", "difference", "95", "%", "interval"]
@@ -50,45 +37,27 @@ def test_comparison_table_and_page(make_runs, cli):
     assert "verdict" not in first["metrics"]["similarity"]
 
 
-def test_prediction_files(make_runs, cli):
-    make_runs(HALF, FULL)
-    rows = [line.split() for line in cli("compare", "first.jsonl", "other.jsonl", *PAGE).lines]
-    assert ["A", "first.jsonl", "similarity", "0.5000"] in rows
-    assert ["B", "other.jsonl", "similarity", "1.0000", "+0.5000"] in [row[:5] for row in rows]
-    text = Path("page.html").read_text()
-    assert "are equal" not in text
-    assert "Unknown for prediction files" in text
-    cli("compare", "first", "first.jsonl", *PAGE)
+def test_prediction_files_are_compared_on_common_samples(runs, cli):
+    files = []
+    for name, count in zip(runs, (8, 6), strict=True):
+        lines = Path(name, "predictions/after.jsonl").read_text().splitlines(keepends=True)
+        files.append(Path(f"{name}.jsonl"))
+        files[-1].write_text("".join(lines[:count]))
+    line = next(
+        one
+        for one in cli("compare", *files, *PAGE).lines
+        if one.startswith("B other.jsonl  similarity")
+    )
+    assert line.split()[:4] == ["B", "other.jsonl", "similarity", "1.0000"]
+    assert " to " in line, "the interval of few samples"
+    assert line.endswith("(0.5000 and 1.0000 on 6 common samples)")
     assert "Unknown for prediction files" in Path("page.html").read_text()
+    metrics = cli("compare", *files, *PAGE, "--json").json["runs"][1]["metrics"]
+    assert metrics["similarity"]["common_samples"]["num_samples"] == 6
 
 
-def test_notes_name_the_metric_keys(make_runs, cli):
-    notes = cli("compare", *make_runs(HALF[:3], FULL[:3]), *PAGE).lines
-    assert "validation_loss: no interval: only the sum over all samples is known" in notes
-    assert any(line.startswith("similarity: no interval: ") for line in notes), notes
-
-
-def test_scores_of_common_samples_are_shown(make_runs, cli):
-    runs = make_runs(HALF, [*HALF, *FULL[:4]])
-    line = cli("compare", *runs, *PAGE).lines[2]
-    assert line.endswith("  no clear change (0.5333 and 0.5333 on 8 common samples)")
-    assert "0.5333 and 0.5333 on 8 common samples" in Path("page.html").read_text()
-    metrics = cli("compare", *runs, *PAGE, "--json").json["runs"][1]["metrics"]
-    common = metrics["similarity"]["common_samples"]
-    assert (common["num_samples"], common["before"]) == (8, common["after"])
-    assert "common_samples" not in metrics["validation_loss"]
-
-
-def test_few_predictions_have_one_rule(make_runs, cli):
-    make_runs(HALF, [*HALF[1:], 1.0])
-    lines = cli("compare", "first.jsonl", "other.jsonl", *PAGE).lines
-    (line,) = [line for line in lines if line.startswith("B other.jsonl  similarity")]
-    assert " to " in line
-    assert not [line for line in lines if "similarity: no interval" in line]
-
-
-def test_no_page_is_written_for_invalid_arguments(make_runs, cli):
-    runs, page = make_runs(HALF, FULL), Path("page.html")
+def test_no_page_is_written_for_invalid_arguments(runs, cli):
+    page = Path("page.html")
     for given in (["first"], ["first", "first"], ["first", "."]):
         assert "remedy: " in cli("compare", *given, *PAGE, code=2).err
     assert not page.exists()

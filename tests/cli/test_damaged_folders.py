@@ -1,7 +1,5 @@
 """Tests of damaged or malicious model and run folders: exit code 2 or a note, no traceback."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -10,25 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from tiny_task import make_task, write_recipe
 
 from finesight.cli.app import run_command
 
+CASES = load_cases("damaged_folders")
+
 DEEP = "[" * 200_000 + "]" * 200_000
 MODEL, RUN = Path("task/tiny"), Path("run")
-QUESTION = "task/train0.png --prompt Which? --max-new-tokens 2"
-COMMANDS = {
-    "predict": f"predict run {QUESTION}",
-    "ask": f"predict task/tiny {QUESTION}",
-    "report": "report run",
-    "doctor": "doctor run",
-    "examine": "doctor task/tiny",
-    "merge": "merge run merged",
-    "resume": "train recipe.yaml --resume",
-    "train": "train recipe.yaml output_dir=new",
-    "plan": "plan recipe.yaml --gpu T4",
-    "show": "show recipe.yaml",
-}
+COMMANDS = CASES["commands"]
 
 
 @pytest.fixture(scope="module")
@@ -116,18 +105,7 @@ def test_other_file_types_as_metrics(name, put, capsys):
 
 
 @pytest.mark.parametrize(
-    "line",
-    [
-        '{"step": "3", "loss": 1.0}',
-        '{"loss": 1.0}',
-        '{"step": 3, "loss": "low"}',
-        '{"step": 3, "loss": 1.0, "nonfinite_samples": [3]}',
-        '{"step": 3, "validation_loss": 1.0, "scores": 3, "primary_metric": null}',
-        '{"step": 3, "skipped_samples": 3}',
-        '{"step": 3, "validation_loss": 1.0, "scores": {"a": 1.0}, "primary_metric": "b"}',
-        '{"step": 3, "validation_loss": 1.0, "scores": {}, "intervals": {"a": [1.0]}}',
-        '{"step": ' + "9" * 400 + "}",
-    ],
+    "line", CASES["test_a_damaged_line_of_metrics_is_named_when_a_run_is_resumed"]
 )
 def test_a_damaged_line_of_metrics_is_named_when_a_run_is_resumed(line, capsys):
     path = RUN / "metrics.jsonl"
@@ -168,20 +146,7 @@ def test_a_model_without_bounds_is_refused_before_it_is_built(config, words, cap
     assert not Path("new").exists()
 
 
-REPLACING = {"type": "Replace", "pattern": {"String": ""}, "content": "x" * 1000}
-
-
-@pytest.mark.parametrize(
-    "normalizer",
-    [
-        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},
-        {"type": "Precompiled", "precompiled_charsmap": "/////w=="},
-        {"type": "Sequence", "normalizers": [{"type": "Precompiled", "precompiled_charsmap": 3}]},
-        {"type": "Prepend", "prepend": "x" * 1_000_000},
-        {"type": "Sequence", "normalizers": [{"type": "NFC"}, REPLACING]},
-        {"type": "Lowercase"},
-    ],
-)
+@pytest.mark.parametrize("normalizer", CASES["test_damaged_normalizers_are_refused"])
 def test_damaged_normalizers_are_refused(normalizer, capsys):
     """The library panics on some normalizers and aborts the process on others."""
     change("tokenizer.json", normalizer=normalizer)

@@ -1,7 +1,5 @@
 """Tests of the commands `finesight data export` and `finesight data convert-boxes`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -40,22 +38,6 @@ def test_exported_samples_are_checked_by_the_next_command(cli):
     command = "check out/data.jsonl --format llama-factory"
     assert printed.next_steps == f"finesight {command}"
     cli(*command.split())
-
-
-def test_export_with_json_output(cli):
-    options = ("--to", "ms-swift", "--copy-images", "--json")
-    done = json.loads(cli("data", "export", "data.jsonl", "out", *options).out)
-    assert done.pop("notes")
-    assert done == {
-        "format": "ms-swift",
-        "num_samples": 1,
-        "files": ["out/data.jsonl"],
-        "num_images": 1,
-        "lost_counts": {"references": 1},
-    }
-    row = json.loads(Path("out/data.jsonl").read_text())
-    assert row["images"] == ["images/a.png"]
-    assert Path("out/images/a.png").is_file()
 
 
 def test_invalid_export_is_rejected(cli):

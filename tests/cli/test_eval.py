@@ -1,6 +1,3 @@
-from __future__ import annotations
-
-import json
 import re
 from pathlib import Path
 
@@ -72,28 +69,6 @@ def test_scores_have_confidence_intervals(evaluate):
 def test_most_confused_classes_are_listed(evaluate):
     output = evaluate("--metric", "classification").out
     assert "'more noise' predicted as '(something else)': 1" in output
-
-
-def test_thinking_mode_is_selected(evaluate, tmp_path):
-    model, out = create_tiny_model(tmp_path / "qwen3_5", "qwen3_5"), tmp_path / "answers.jsonl"
-    output = evaluate("--metric", "qa", "--thinking", "--out", out, model=model).out
-    assert "2 of 2 completions ended within the reasoning" in output
-    assert all(json.loads(line)["answer"] == "" for line in out.read_text().splitlines())
-
-
-def test_batched_images_and_videos_match_single_answers(evaluate, tmp_path):
-    frames = tuple(write_noise_image(tmp_path / f"{n}.png", 56, 84, seed=n).name for n in range(3))
-    contents = {"image": "0.png", "one": frames[:1], "two": frames[1:], "three": frames}
-    requested = [
-        make_sample(name, tmp_path, c, "What?", answer="noise") for name, c in contents.items()
-    ]
-    data, answers = tmp_path / "mixed.jsonl", []
-    write_samples(data, [sample.sample for sample in requested])
-    for batch in (1, 4):
-        out = tmp_path / f"{batch}.jsonl"
-        evaluate("--metric", "ocr", "--out", out, "--batch-size", batch, data=data)
-        answers.append(out.read_text())
-    assert answers[0] == answers[1]
 
 
 def test_changed_validation_data_of_a_run_are_noted(evaluate, tmp_path):

@@ -1,7 +1,5 @@
 """Tests of `finesight export`: upload, GGUF, serving commands, invalid arguments."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,28 +1,21 @@
 """Tests of the command `finesight init`: from data to a trained model, and detection."""
 
-from __future__ import annotations
-
 import csv
 import json
 import re
 import shlex
 import shutil
-import signal
-import subprocess
-import sys
-import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from subprocess import PIPE
 from typing import Any
 
 import pytest
 import yaml
+from case_files import load_cases
 from click.testing import CliRunner
 from each_value import each
 from image_fixtures import write_jsonl
-from label_fixtures import ask_server, draw_dots
+from label_fixtures import draw_dots
 from PIL import Image
 
 from finesight import api, model_folder
@@ -34,8 +27,9 @@ from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
 
+CASES = load_cases("init")
+
 COLORS = ("red", "green", "blue", "white")
-JSON_HEADERS = {"content-type": "application/json"}
 YES = ("--yes", "--out", "out")
 
 
@@ -135,93 +129,23 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     assert {path: path.read_bytes() for path in Path("photos-finetune").rglob("*.*")} == files
 
 
-@contextmanager
-def run_server(command: str) -> Iterator[tuple[str, list[str]]]:
-    """Run a printed command; yield the address it prints, and after the block its error output."""
-    words = [sys.executable, "-m", *shlex.split(command), "--port", "0"]
-    with subprocess.Popen(words, stdout=PIPE, stderr=PIPE, text=True) as process:
-        errors: list[str] = []
-        yield process.stdout.readline().split()[-1], errors
-        process.send_signal(signal.SIGINT)
-        errors += process.communicate(timeout=60)[1].splitlines()
-        assert process.returncode == 0
-
-
-def read_json(address: str, body: object = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(address, data, JSON_HEADERS)) as answer:
-        return json.load(answer)
-
-
-def test_unlabeled_images_become_a_served_model(cli):
-    colors = draw_dots(Path("photos"), 200)
-    printed = cli("init", "photos", "--yes", "--prompt", "Which color?")
-    label, train, serve = printed.next_steps.splitlines()
-    split = "--out photos-finetune/data --train-fraction 0.8"
-    remedy = f"label images first: finesight label MODEL IMAGES --prompt TEXT {split}"
-    assert remedy in cli(*shlex.split(train)[1:], code=2).err
-    # Without --train-fraction, all labels are training samples.
-    labels = Path("photos-finetune/data/labels.jsonl")
+def test_unlabeled_images_are_labeled_before_the_training(cli):
+    draw_dots(Path("photos"), 20)
+    remedy = "label them: finesight label MODEL photos --prompt TEXT"
+    assert remedy in cli("init", "photos", "--yes", code=2).err
+    labels, split = Path("labels/labels.jsonl"), "--out labels --train-fraction 0.8"
+    assert str(suggest_similar_path(labels)) == (
+        f"label images first: finesight label MODEL IMAGES --prompt TEXT {split}"
+    )
     labels.parent.mkdir()
     labels.touch()
     assert str(suggest_similar_path(labels.with_name("labels_eval.jsonl"))) == (
         f"label at least 2 images, some for validation: finesight label MODEL IMAGES {split}"
     )
-    labels.unlink()
-    with run_server(label) as (address, errors):
-        for index in range(30):
-            sample_id = read_json(f"{address}/items/{index}")["id"]
-            decision = {"id": sample_id, "action": "save", "text": colors[Path(sample_id).name]}
-            answer = read_json(f"{address}/decision", decision)
-            assert answer["item"]["decision"] == "written"
-    assert errors[-1] == f"next: {train.strip()}"
-    printed = cli(*shlex.split(train)[1:], "train.steps=30")
-    assert serve.strip() in printed.next_steps
-    image = Path("photos", Path(read_samples(labels)[0].id).name)
-    with run_server(serve) as (address, _):
-        assert ask_server(f"{address}/", image) == colors[image.name]
-
-
-def ask_classes(*names: str) -> str:
-    classes = ", ".join(names)
-    return f"Which of these classes does the image show: {classes}? Answer with the class only."
-
-
-STATES = ("the invoice is still open", "the invoice is still paid", "the invoice is still sent")
-ORDERS = ("invoice open", "invoice paid", "order open", "order paid")
-DOORS = [f"a {COLORS[n % 4]} car with {n % 3 + n // 8} doors" for n in range(24)]
-HALVES = [f"{30 + n // 2}" for n in range(24)]
-LONG = "because of {i} " + "a b " * 3
-DESCRIBE = "Describe the image."
 
 
 @pytest.mark.usefixtures("no_plan")
-@each(
-    ("columns", "metric", "prompt"),
-    [
-        ({"caption": "a photo of house {i} here"}, "captions", DESCRIBE),
-        ({"latex": r"\frac{{i}}{2}"}, "latex", "Write the formula as LaTeX."),
-        ({"plate": "AB {i}"}, "ocr", "Read the text."),
-        ({"reading": HALVES}, "ocr", "Read the text."),
-        ({"question": ["Read the line.", "Transcribe."], "answer": "line {i}"}, "ocr", None),
-        ({"question": ["Describe.", "Caption:"], "answer": "a dog on grass {i}"}, "captions", None),
-        ({"label": ["cat", "dog"]}, "classification", ask_classes("cat", "dog")),
-        (
-            {"shop": "s{i}", "invoice_id": "{i}", "id": "{i}"},
-            "json",
-            "Return shop, invoice_id as JSON.",
-        ),
-        ({"question": "How many {i}?", "answer": "{i}"}, "qa", None),
-        ({"question": ["Is it 0?", "Is it 1?", "Is it 2?"], "answer": "{i} of 9"}, "qa", None),
-        ({"question": ["is it 0", "is it 1", "is it 2"], "answer": "{i} of 9"}, "qa", None),
-        ({"question": "Is it {i}?", "answer": ["yes", "no", "2"]}, "classification", None),
-        ({"question": "Why {i}?", "answer": LONG}, "captions", None),
-        ({"status": [*ORDERS]}, "classification", ask_classes(*ORDERS)),
-        ({"status": [*STATES]}, "classification", ask_classes(*STATES)),
-        ({"caption": DOORS}, "captions", DESCRIBE),
-        ({"bbox": "[1, 2, 20, 20]", "label": "thing {i}"}, "grounding", "Locate the object."),
-    ],
-)
+@each(("columns", "metric", "prompt"), CASES["test_task_of_a_table_is_detected"])
 def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init):
     found = run_init(write_table(f"{tmp_path}", 24, **columns), "--out", tmp_path / "out")
     assert (found["metric"], found["prompt"]) == (metric, prompt)
@@ -232,18 +156,7 @@ def test_task_of_a_table_is_detected(tmp_path, columns, metric, prompt, run_init
 
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
-    ("question", "answer", "other"),
-    [
-        ("prefix", "suffix", ""),
-        ("problem", "solution", "level"),
-        ("Prompt", "Completion", "source"),
-        ("input", "target", "split"),
-        ("user_prompt", "model_response", "system_prompt"),
-        ("question_text", "gt_answer", "question_id"),
-        ("instruction,input", "output", "task"),
-        ("query", "reply", ""),
-        ("q", "a", ""),
-    ],
+    ("question", "answer", "other"), CASES["test_question_and_answer_are_known_by_name"]
 )
 def test_question_and_answer_are_known_by_name(question, answer, other, run_init):
     names = filter(None, [answer, other, *question.split(",")])
@@ -257,29 +170,9 @@ def test_question_and_answer_are_known_by_name(question, answer, other, run_init
     assert answered.split()[0] == answer
 
 
-MESSAGES = [{"role": "user", "content": "q {}"}, {"role": "assistant", "content": "a {}"}]
-
-
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
-    ("row", "remedy", "fixed"),
-    [
-        (
-            {"messages": MESSAGES, "image_path": "{}.png"},
-            "rename the key image_path to images",
-            {"messages": MESSAGES, "images": "{}.png"},
-        ),
-        (
-            {"messages": MESSAGES, "media": {"files": ["{}.png"]}},
-            "move media.files to the key images",
-            {"messages": MESSAGES, "images": ["{}.png"]},
-        ),
-        (
-            {"query": "q {}", "response": "a {}", "pic": {"path": "{}.png"}},
-            "give --map image=pic --map answer=response --map question=query",
-            None,
-        ),
-    ],
+    ("row", "remedy", "fixed"), CASES["test_unrecognized_images_are_no_text_task"]
 )
 def test_unrecognized_images_are_no_text_task(row, remedy, fixed, cli):
     def write(row: dict[str, Any]) -> None:
@@ -346,51 +239,6 @@ def test_boxes_of_an_image_are_one_sample(tmp_path, layout, metadata, run_init):
         parts = sample.messages[1].content
         assert [tuple(map(round, part.xyxy)) for part in parts] == [*BOXES]
         assert [part.label for part in parts] == [*LABELS]
-
-
-def write_coco(per_image: int, num_classes: int) -> None:
-    boxes = [
-        {"id": i, "image_id": i // per_image, "category_id": i % num_classes, "bbox": [i, 1, 9, 9]}
-        for i in range(22 * per_image)
-    ]
-    images = [{"id": i, "file_name": f"images/{i}.png"} for i in range(22)]
-    classes = [{"id": i, "name": LABELS[i]} for i in range(num_classes)]
-    content = {"images": images, "annotations": boxes, "categories": classes}
-    Path("coco.json").write_text(json.dumps(content))
-
-
-def write_chats() -> None:
-    rows = []
-    for i in range(22):
-        question = {"role": "user", "content": "<image>What is it?"}
-        answer = {"role": "assistant", "content": f"It is the photo number {i}."}
-        rows.append({"images": [f"images/{i}.png"], "messages": [question, answer]})
-    write_jsonl(Path("chats.jsonl"), rows)
-
-
-def write_texts() -> None:
-    for i in range(22):
-        Path(f"images/{i}.txt").write_text(f"x_{{{i}}}")
-
-
-@pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize(
-    ("write", "source", "name", "metric", "prompt"),
-    [
-        (lambda: write_coco(2, 1), "coco.json", "coco", "detection", None),
-        (lambda: write_coco(1, 2), "coco.json", "coco", "detection", None),
-        (write_chats, ".", "ms-swift", "captions", None),
-        (write_texts, "images", "folder", "latex", "Write the formula as LaTeX."),
-    ],
-    ids=["boxes", "single-boxes", "conversations", "text-files"],
-)
-def test_other_formats_are_detected(write, source, name, metric, prompt, run_init):
-    for i in range(22):
-        write_image(Path(f"images/{i}.png"), i)
-    write()
-    found = run_init(source, *YES)
-    assert (found["format"], found["metric"], found["prompt"]) == (name, metric, prompt)
-    assert found["has_data_errors"] is False
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -516,30 +364,7 @@ def test_labels_with_one_answer_column_or_several(cli):
     assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
 
 
-@pytest.mark.parametrize(
-    ("prompt", "metric"),
-    [
-        ("Which color?", "qa"),
-        ("Describe it.", "captions"),
-        ("Return name, price as JSON.", "json"),
-        ("Was kostet es, als json?", "json"),
-        ("以JSON返回名称。", "json"),
-        ("Describe the jsonl file.", "captions"),
-    ],
-)
-def test_question_about_unlabeled_images_selects_the_metric(prompt, metric, run_init):
-    draw_dots(Path("photos"), 3)
-    assert run_init("photos", "--yes", "--prompt", prompt)["metric"] == metric
-    recipe = Path("photos-finetune/recipe.yaml").read_text()
-    comment = "for a few dozen labels; with hundreds, replace it by epochs: 5"
-    assert f"steps: 100  # {comment}\n" in recipe
-    assert yaml.safe_load(recipe)["eval"]["metric"] == metric
-
-
 def test_option_sets_the_task(run_init, cli):
-    draw_dots(Path("photos"), 3)
-    found = run_init("photos", "--yes", "--task", "json")
-    assert (found["metric"], found["prompt"]) == ("json", "Return the fields as JSON.")
     table = write_table("table", 3, caption="a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")
     assert (found["metric"], found["prompt"]) == ("qa", "Answer the question.")
@@ -547,56 +372,8 @@ def test_option_sets_the_task(run_init, cli):
     assert "image show: a photo of house 0, a photo of house 1, " in found["prompt"]
     # Answers that are no JSON cannot be evaluated as JSON.
     cli("init", table, "--task", "json", *YES, code=2)
-    cli("init", "photos", "--task", "poems", *YES, code=2)
+    cli("init", table, "--task", "poems", *YES, code=2)
     assert not Path("out").exists()
-    draw_dots(Path("one"), 1)
-    assert "data    one: 1 image without labels\n" in cli("init", "one", "--yes").out
-
-
-@pytest.mark.parametrize(
-    ("answers", "label", "metric"),
-    [
-        (
-            ("classification", "Which color?", "red,green", ""),
-            "--prompt 'Which color?' --out photos-finetune/data --classes red,green",
-            "classification",
-        ),
-        (
-            ("json", "", "total, date,", ""),
-            "--prompt 'Return total, date as JSON.' --out photos-finetune/data"
-            " --kind fields --fields total,date",
-            "json",
-        ),
-    ],
-)
-def test_names_of_unlabeled_images_are_asked(monkeypatch, answers, label, metric):
-    draw_dots(Path("photos"), 3)
-    output = answer_questions(monkeypatch, "photos", *answers)
-    options = f"{label} --train-fraction 0.8 --no-suggestions"
-    assert f"finesight label finesight-tiny photos {options}\n" in output
-    recipe = yaml.safe_load(Path("photos-finetune/recipe.yaml").read_text())
-    assert recipe["eval"]["metric"] == metric
-    assert recipe["data"]["eval"] == "photos-finetune/data/labels_eval.jsonl"
-
-
-@pytest.mark.parametrize(
-    ("words", "options", "prompt"),
-    [
-        (["--task", "classification"], "--classes A,B ", "What is it?"),
-        (["--task", "json"], "--kind fields --fields A,B ", "Return the fields as JSON."),
-        (
-            ["--prompt", "Return shop, date and total as JSON."],
-            "--kind fields --fields shop,date,total ",
-            "Return shop, date and total as JSON.",
-        ),
-    ],
-)
-def test_names_of_unlabeled_images_are_proposed(words, options, prompt, run_init):
-    draw_dots(Path("photos"), 3)
-    found = run_init("photos", "--yes", *words)
-    assert found["prompt"] == prompt
-    assert f" --out photos-finetune/data {options}--train-fraction" in found["next"][0]
-    assert found["placeholder"] == ("A,B" if "A,B" in options else None)
 
 
 @pytest.mark.usefixtures("no_plan")

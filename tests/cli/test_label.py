@@ -1,12 +1,9 @@
 """Tests of `finesight label`."""
 
-from __future__ import annotations
-
 import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import urllib.request
@@ -14,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from label_fixtures import draw_images
 
 from finesight import progress
@@ -22,6 +20,8 @@ from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_sam
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.operations.training import find_label_step
 from finesight.recipe import load_recipe
+
+CASES = load_cases("label")
 
 PROMPT = ("--prompt", "Describe the image.")
 TINY = ("finesight-tiny", "--device", "cpu", "--max-new-tokens", "8")
@@ -93,14 +93,6 @@ def test_suggestions_are_printed_once_and_answered_on_the_page(cli):
     assert sample.messages[-1].content == (TextPart(text="a cat"),)
 
 
-def test_port_in_use_is_reported_before_the_suggestions(cli):
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        error = cli("label", *TINY, "photos", *PROMPT, "--port", port, code=2).err
-    assert error.startswith(f"error: cannot listen on 127.0.0.1:{port} (")
-    assert not Path("labels").exists()
-
-
 def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):
     """`data.train` replaces the files of the recipe, so the command lists them again."""
     write_recipe("old.jsonl", run="first")
@@ -110,36 +102,13 @@ def test_next_command_keeps_the_earlier_training_data(label, monkeypatch):
         assert not any(line.startswith("next:") for line in label(*words))
     train = f'\'data.train=["old.jsonl", "{FIRST_LABELS}"]\' output_dir=first-2'
     assert label(*words)[-1] == f"next: finesight train first/recipe.yaml {train}"
-    # With the recipe of `finesight init`, which names the labels.
-    recipe = "model: finesight-tiny\ndata: {train: data/labels.jsonl}\noutput_dir: first\n"
-    Path("recipe.yaml").write_text(recipe)
-    Path("first-2").mkdir()
-    last_line = label(*words, "--out", "data")[-1]
-    assert last_line == "next: finesight train recipe.yaml output_dir=first-3"
-    Path("recipe.yaml").write_text(recipe.replace("}", ", eval: data/labels_eval.jsonl}"))
-    last_line = label(*words, "--out", "data")[-1].replace(f"{Path.cwd()}/", "")
-    assert last_line == "next: finesight label first photos --out data --train-fraction 0.8"
     Path("first/recipe.yaml").write_text("model: [")
     assert label(*words)[-1] == f"next: finesight init {FIRST_LABELS}"
 
 
 @pytest.mark.parametrize(
     ("train", "reviewed", "fraction", "expected"),
-    [
-        # Training would use the validation samples, too.
-        ("a.jsonl", ["a.jsonl", "eval.jsonl"], (), f"check {REVIEWED}"),
-        # The other files of the pattern would be missing.
-        ("'[ab].jsonl'", ["a.jsonl"], (), f"check {REVIEWED}"),
-        # The labels are both training and validation samples.
-        ("a.jsonl", ["eval.jsonl"], ("--train-fraction", "0.5"), f"check {REVIEWED}"),
-        (
-            "a.jsonl",
-            ["a.jsonl"],
-            ("--train-fraction", "0.5"),
-            f"train run/recipe.yaml 'data.train=[\"{REVIEWED}\"]'"
-            " data.eval=labels-review/labels_eval.jsonl output_dir=run-2",
-        ),
-    ],
+    CASES["test_command_after_a_review_trains_no_validation_samples"],
 )
 def test_command_after_a_review_trains_no_validation_samples(
     label, monkeypatch, train, reviewed, fraction, expected
@@ -192,14 +161,6 @@ def test_further_rounds_continue_the_labels_of_the_run(label):
     Path("mine/sources.json").unlink()
     assert find_label_step(recipe) is None
     assert continuing not in label(*words)
-
-
-def test_review_ranks_existing_answers(cli):
-    for index in range(2):
-        write_data(f"{index}.jsonl", index)
-    lines = cli("label", *TINY, "0.jsonl", "1.jsonl", "--review", "--suggest-only").lines
-    scores = [float(line.split()[0]) for line in lines]
-    assert (len(scores), scores) == (2, sorted(scores, reverse=True))
 
 
 def test_next_command_imports_labels_again(label):

@@ -1,14 +1,15 @@
 """Tests of the command `finesight launch`: job files, output, submission."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
 import fake_slurm
 import pytest
+from case_files import load_cases
 
 from finesight import api
+
+CASES = load_cases("launch")
 
 LAUNCH = ("launch", "recipe.yaml")
 
@@ -23,26 +24,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-CLOUD = "--image a/b:1 --store s3://b/c --accelerator H100"
-
-
-@pytest.mark.parametrize(
-    ("options", "file", "command"),
-    [
-        ("", "first.sh", "bash first.sh"),
-        ("--on slurm --nodes 1:4", "first.sbatch", "sbatch first.sbatch"),
-        (
-            f"--on skypilot {CLOUD}",
-            "first.sky.yaml",
-            "sky jobs launch --yes first.sky.yaml",
-        ),
-        (
-            "--on kubeflow --image a/b:1 --store a-claim",
-            "first.trainjob.yaml",
-            "kubectl create --filename first.trainjob.yaml",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("options", "file", "command"), CASES["test_job_file_and_start_command"])
 def test_job_file_and_start_command(options, file, command, cli):
     assert cli(*LAUNCH, *options.split()).out == f"{file}\nstart with: {command}\n"
     assert "finesight train recipe.yaml --resume" in Path(file).read_text()
@@ -79,20 +61,7 @@ def test_existing_user_file_is_not_overwritten(cli):
     assert Path("first.sh").read_text() == "mine"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("--on", "slurm", "--submit"), "sbatch is not installed"),
-        (("--submit",), "torchrun has no job queue"),
-        (("--partition", "x"), "--partition is given with --on torchrun"),
-        (("--on", "slurm", "--image", "x"), "--image is given with --on slurm"),
-        (("--on", "slurm", "--partition", "a b"), "'a b' is not a name"),
-        (("--on", "kubeflow", "--image", "x"), "--store: is missing"),
-        (("--nodes", "0"), "invalid number of nodes '0'"),
-        (("--name", "A B"), "the name 'A B'"),
-        (("train.bach=8",), "train.bach"),
-    ],
-)
+@pytest.mark.parametrize(("words", "message"), CASES["test_bad_input_is_rejected"])
 def test_bad_input_is_rejected(words, message, cli):
     error = cli(*LAUNCH, *words, code=2).err
     assert message in error

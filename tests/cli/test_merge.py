@@ -1,10 +1,6 @@
 """Tests of `finesight merge` with runs and adapters."""
 
-from __future__ import annotations
-
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +12,6 @@ from tiny_model import create_tiny_model
 from tiny_task import train_run
 
 from finesight.config import PixelRange, TuneSettings
-from finesight.export import verified_merge
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_question
 from finesight.manifest import Manifest
@@ -188,30 +183,6 @@ def test_four_bit_model_is_written_dequantized(base, tmp_path, cli):
     assert all(torch.equal(models[0][name], tensor) for name, tensor in models[1].items())
     output = cli("merge", four.path, tmp_path / "again", "--json").json
     assert output["dequantized_layers"] == 14
-
-
-def test_full_disk_is_reported_and_leaves_no_files(run, tmp_path):
-    """The limit is exceeded within the weights; runs in a subprocess."""
-    program = (
-        "import resource, sys; from finesight.cli.app import run_command;"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000));"
-        "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "sys.exit(run_command(sys.argv[1:]))"
-    )
-    command = [sys.executable, "-c", program, "merge", str(run), str(tmp_path / "merged")]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "merged: cannot be written: file too large" in done.stderr
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
-
-
-def test_ctrl_c_leaves_no_files(run, tmp_path, cli, monkeypatch):
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(verified_merge, "complete_hf_folder", interrupt)
-    cli("merge", run, tmp_path / "merged", code=130)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "run"]
 
 
 def test_full_finetune_run_is_written_as_complete_model(run, base, tmp_path, cli):

@@ -1,7 +1,5 @@
 """Tests of the command `finesight plan`: output and exit code."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

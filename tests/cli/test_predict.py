@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -62,20 +60,6 @@ def test_thinking_mode_is_selected(tiny, image_paths, tmp_path, cli):
     # A model without the mode rejects it.
     error = cli("predict", tiny, *ASK, "--thinking", code=2).err
     assert "non-thinking mode" in error
-
-
-def test_samples_of_data_file_are_answered(tiny, image_paths, cli):
-    folder = image_paths[0].parent
-    requested = [
-        make_sample("s0", folder, "a.png", "b.png", "Same?"),
-        make_sample("s1", folder, "Why?", answer="So."),
-    ]
-    data = folder / "data.jsonl"
-    write_samples(data, [sample.sample for sample in requested])
-    lines = cli("predict", tiny, "--data", data, *ASK[2:], "--json").records
-    assert [line["id"] for line in lines] == ["s0", "s1"]
-    assert lines[0]["image"] == [str(path) for path in image_paths]
-    assert lines[1]["image"] is None
 
 
 def test_invalid_arguments_are_rejected(tiny, image_paths, tmp_path, monkeypatch, cli):

@@ -1,16 +1,11 @@
 """Tests of `import` and `download` with hubs."""
 
-from __future__ import annotations
-
 import json
-import re
-import shlex
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from fake_hub_servers import TOKEN, FakeHubServer
 from hub_fixtures import (
     build_coco_files,
     cache,
@@ -26,24 +21,11 @@ from hub_fixtures import (
     without_sockets,
 )
 
-from finesight.data.sample import BoxPart, Sample, read_samples
+from finesight.data.sample import Sample, read_samples
 
 __all__ = ["cache", "huggingface", "modelscope", "without_sockets"]
 
-CAPTIONS = [
-    {"image_id": str(n), "image": make_image_cell(n), "caption": f"Image {n}."} for n in range(40)
-]
 FORMULAS = [{"image": make_image_cell(n), "text": rf"x ^ {{ {n} }}"} for n in range(30)]
-BOXES = [
-    {
-        "image": make_image_cell(n),
-        "question": f"what is number {n}?",
-        "answer": ["a", "b"],
-        "dataset_id": str(n),
-        "bbox": [float(n % 20 + 5), 20.0, 30.0, 20.0],
-    }
-    for n in range(130)
-]
 BROKEN = b'{"default": {"features": {"image": {"_type": "Value"}}}}'
 LATEX_CARD = b"""---
 configs:
@@ -71,13 +53,6 @@ def read(out: Path, name: str = "data") -> list[Sample]:
     return list(read_samples(out / f"{name}.jsonl"))
 
 
-@pytest.fixture(params=["hf", "modelscope"])
-def hub(request: pytest.FixtureRequest) -> tuple[str, FakeHubServer]:
-    """Return the prefix of the addresses of a hub, and its server."""
-    name = {"hf": "huggingface"}.get(request.param, request.param)
-    return request.param, request.getfixturevalue(name)
-
-
 def test_needed_files_of_a_subset_are_fetched(modelscope, tmp_path, cli):
     modelscope.repositories["datasets/Some/set"] = {
         **shards("train", FORMULAS, 4),
@@ -99,85 +74,18 @@ def test_needed_files_of_a_subset_are_fetched(modelscope, tmp_path, cli):
     assert (
         "split train, not validation" in cli("import", "modelscope:Some/set", full, *COLUMNS).text
     )
+    missing = ("import", "modelscope:Some/set:test", tmp_path / "none", *COLUMNS)
+    assert "no split 'test'" in cli(*missing, code=2).err
     cli("import", "modelscope:Some/set:full", tmp_path / "three", *COLUMNS)
     assert len(read(tmp_path / "three")) == 3
 
 
-def test_tutorial_boxes_dataset(hub, tmp_path, cli):
-    prefix, server = hub
-    server.repositories["datasets/Some/boxes"] = {
-        **shards("train", BOXES[:60], 2),
-        "dataset_infos.json": BROKEN,
-        "README.md": b"no head",
-    }
-    server.faults.cuts["data/train-00000-of-00002.parquet"] = [2000]
-    columns = ("--map", "image=image", "--map", "question=question", "--map", "box=bbox")
-    given, out = (*columns, "--rows", "0:50", "--eval-last", "10"), tmp_path / "boxes"
-    assert "--box-format xywh" in cli("import", f"{prefix}:Some/boxes", out, *given, code=2).err
-    assert not out.exists()
-    output = cli("import", f"{prefix}:Some/boxes", out, *given, "--box-format", "xywh").text
-    assert len(read(out, "train")) == 40
-    (box,) = [part for part in read(out, "eval")[0].iter_parts() if isinstance(part, BoxPart)]
-    assert box.xyxy == (5.0, 20.0, 35.0, 40.0)
-    assert "unused columns: answer, dataset_id" in output
-    assert "bytes=2000-" in [asked.range for asked in server.lfs_requests]
-
-
-def test_commands_of_documentation_page(huggingface, modelscope, tmp_path, cli, monkeypatch):
-    for server, name, rows in (
-        (modelscope, "modelscope/coco_2014_caption", CAPTIONS),
-        (modelscope, "AI-ModelScope/LaTeX_OCR", FORMULAS),
-        (modelscope, "Tina12345/textVQA_groundingtask_bbox", BOXES),
-        (huggingface, "jrzhang/TextVQA_GT_bbox", BOXES),
-    ):
-        server.repositories[f"datasets/{name}"] = shards("train", rows, 2)
-    page = (Path(__file__).parents[2] / "docs/en/data-import.md").read_text(encoding="utf-8")
-    commands = re.findall(r"^finesight (import \w+:(?:.*\\\n)*.*)$", page, re.MULTILINE)
-    assert len(commands) == 4
-    for number, command in enumerate(commands):
-        (tmp_path / str(number)).mkdir()
-        monkeypatch.chdir(tmp_path / str(number))
-        arguments = shlex.split(command.replace("\\\n", " "))
-        cli(*arguments)
-        assert read(Path(arguments[2]), "eval")
-
-
-def test_gated_and_missing_datasets(huggingface, tmp_path, cli, monkeypatch):
-    huggingface.repositories["datasets/Some/set"] = shards("train", FORMULAS, 1)
-    huggingface.gated.add("datasets/Some/set")
-    out, other = tmp_path / "out", tmp_path / "other"
-    error = cli("import", "hf:Some/set", out, *COLUMNS, code=2).err
-    address = f"{huggingface.url}/datasets/Some/set"
-    for words in ("hf:datasets/Some/set is gated", "HF_TOKEN", address):
-        assert words in error
-    assert not out.exists()
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    cli("import", "hf:Some/set", out, *COLUMNS)
-    assert "no split 'test'" in cli("import", "hf:Some/set:test", other, *COLUMNS, code=2).err
-    error = cli("import", "hf:Some/none", other, *COLUMNS, code=2).err
-    assert "hf:datasets/Some/none does not exist or is private" in error
-
-
-def test_offline_import_uses_the_cache(request, huggingface, tmp_path, cli, monkeypatch):
-    huggingface.repositories["datasets/Some/set"] = shards("train", FORMULAS, 1)
-    one, two = tmp_path / "one", tmp_path / "two"
-    cli("import", "hf:Some/set", one, *COLUMNS)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    request.getfixturevalue("without_sockets")
-    cli("import", "hf:Some/set", two, *COLUMNS)
-    assert read(one) == read(two)
-    error = cli("import", "hf:Some/other", tmp_path / "three", *COLUMNS, code=2).err
-    assert "is not downloaded" in error
-    assert "exists already" in cli("import", "hf:Some/other", one, *COLUMNS, code=2).err
-
-
-def test_tars_zips_and_folders_on_hub(hub, tmp_path, cli):
-    prefix, server = hub
+def test_tars_zips_and_folders_on_hub(huggingface, tmp_path, cli):
     shard: dict[str, bytes] = {}
     for n in range(3):
         shard |= {f"{n}.png": make_png(n), f"{n}.txt": b"a"}
     rows = [{"image": f"images/{n}.png", "query": "Which?", "response": f"{n}"} for n in (1, 2)]
-    server.repositories |= {
+    huggingface.repositories |= {
         "datasets/Some/tars": {f"train-{n}.tar": make_tar(shard) for n in range(2)},
         "datasets/Some/zip": {"dogs.zip": make_zip(build_coco_files("dogs/"))},
         "datasets/Some/folder": {"a/1.png": make_png(1), "a/1.txt": b"one", "code.py": b""},
@@ -195,17 +103,29 @@ def test_tars_zips_and_folders_on_hub(hub, tmp_path, cli):
         ("rows", [], 2),
         ("coco", [], 2),
     ):
-        cli("import", f"{prefix}:Some/{name}", tmp_path / name, *options)
+        cli("import", f"hf:Some/{name}", tmp_path / name, *options)
         samples = read(tmp_path / name)
         assert len(samples) == count, name
         assert read_image_bytes(samples[-1], tmp_path / name).startswith(b"\x89PNG")
-    assert not [asked for asked in server.requests if "code.py" in asked.path]
+    assert not [asked for asked in huggingface.requests if "code.py" in asked.path]
     assert not list(tmp_path.glob(".*"))
 
 
+def test_boxes_of_embedded_images(huggingface, tmp_path, cli):
+    box = {"question": "where is it?", "bbox": [5.0, 20.0, 30.0, 20.0]}
+    rows = [{"image": make_image_cell(n), **box} for n in range(9)]
+    huggingface.repositories["datasets/Some/boxes"] = shards("train", rows, 1)
+    columns = ("--map", "image=image", "--map", "question=question", "--map", "box=bbox")
+    given = ("import", "hf:Some/boxes", tmp_path / "out", *columns)
+    assert "--box-format xywh" in cli(*given, code=2).err
+    cli(*given, "--box-format", "xywh")
+    assert [one.messages[1].content[0].xyxy for one in read(tmp_path / "out")] == [
+        (5, 20, 35, 40)
+    ] * 9
+
+
 def test_downloaded_parquet_folder(modelscope, tmp_path, cli):
-    files = {**shards("train", FORMULAS, 3), "dataset_infos.json": BROKEN}
-    modelscope.repositories["datasets/Some/set"] = files
+    modelscope.repositories["datasets/Some/set"] = shards("train", FORMULAS, 3)
     folder, out = tmp_path / "set", tmp_path / "out"
     error = cli("download", "modelscope:datasets/Some/set", "--to", folder).err
     assert error.endswith(f"next: finesight import {folder} set\n")

@@ -1,7 +1,5 @@
 """Tests of `finesight report`: output page and invalid arguments."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
@@ -84,10 +82,3 @@ def test_incorrect_answers_have_the_images_of_the_run(run, tmp_path, monkeypatch
     found = [one.record["image"] for one in read_predictions(Path("wrong.jsonl"))]
     image = str(home / "a.png")
     assert found == [image, [image, "missing.png"], images[2], None]
-
-
-def test_folder_without_run_is_rejected(tmp_path, cli):
-    (tmp_path / "other").mkdir()
-    error = cli("report", "other", code=2).err
-    assert "other is not a run directory" in error
-    assert "manifest.json" in error

@@ -1,7 +1,5 @@
 """Tests of the command `finesight show`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of the command `finesight train`: exit codes, signals, files on disk."""
 
-from __future__ import annotations
-
 import os
 import resource
 import shutil

@@ -1,7 +1,5 @@
 """Files that are a configuration, and all the others."""
 
-from __future__ import annotations
-
 import random
 from pathlib import Path
 

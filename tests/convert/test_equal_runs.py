@@ -1,7 +1,5 @@
 """Converted runs equal those of the other program in learning rates and trainable parts."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

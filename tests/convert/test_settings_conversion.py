@@ -1,7 +1,5 @@
 """Settings, each against what LLaMA-Factory 0.9.5 and ms-swift 4.6.0 do with it."""
 
-from __future__ import annotations
-
 import json
 import os
 from functools import partial
@@ -54,6 +52,8 @@ TESTED_BELOW = {
     *("stage", "dataset_dir", "max_samples", "task_type", "bnb_4bit_quant_type"),
     *("quantization_method", "quantization_type", "double_quantization"),
     "bnb_4bit_use_double_quant",
+    # With their objectives in test_trl.
+    *("rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"),
 }
 
 

@@ -144,25 +144,29 @@ def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
         assert load_converted_recipe(tmp_path).train.batch_size
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3},
-        SWIFT_SETTINGS | {"rlhf_type": "dpo", "beta": 0.3},
-        {
-            "model_name_or_path": "Qwen/Qwen2.5-VL-3B-Instruct",
-            "beta": 0.3,
-            "dataset_name": "a.jsonl",
-        },
-    ],
-)
-def test_dpo_becomes_the_objective_of_the_recipe(tmp_path, settings):
+PAIR_SETTINGS = [
+    (LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3}, "dpo"),
+    (LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3, "pref_loss": "orpo"}, "orpo"),
+    (SWIFT_SETTINGS | {"rlhf_type": "dpo", "beta": 0.3, "simpo_gamma": 1}, "dpo"),
+    (SWIFT_SETTINGS | {"rlhf_type": "simpo", "beta": 0.3, "simpo_gamma": 0.5}, "simpo"),
+    ({"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}, "dpo"),
+]
+
+
+@pytest.mark.parametrize(("settings", "objective"), PAIR_SETTINGS)
+def test_objectives_on_pairs_are_converted(tmp_path, settings, objective):
     done = convert_settings(tmp_path, settings)
     train = load_converted_recipe(tmp_path).train
-    assert (train.objective, train.dpo.beta) == ("dpo", 0.3)
+    assert (train.objective, dict(train)[objective].beta) == (objective, 0.3)
+    assert train.simpo.simpo_gamma == (0.5 if objective == "simpo" else 1)
     assert done.imports
-    assert not {"stage", "rlhf_type", "beta", "pref_beta"} & set(notes_by_setting(done, "differs"))
-    assert not {"beta", "pref_beta"} & set(notes_by_setting(done, "unknown"))
+    notes = {*notes_by_setting(done, "differs"), *notes_by_setting(done, "unknown")}
+    assert not {"stage", "rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"} & notes
+
+
+def test_unsupported_loss_of_pairs_is_noted(tmp_path):
+    settings = LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_loss": "kto_pair"}
+    assert "pref_loss" in notes_by_setting(convert_settings(tmp_path, settings), "differs")
 
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -1,7 +1,5 @@
 """Every form of a box means the same corners in pixels."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import pytest

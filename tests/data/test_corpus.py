@@ -1,7 +1,5 @@
 """Several data files as one sequence with a fingerprint."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 
@@ -45,14 +43,6 @@ def test_fingerprint_covers_content_limits_and_weights(tmp_path: Path) -> None:
     ]
     assert len(set(prints)) == len(prints)
     assert load_corpus((TrainFileSettings(path=Path(changed)),)).fingerprint == prints[0]
-
-
-def test_unanswered_sample_is_for_prediction_only(tmp_path: Path) -> None:
-    question = {"id": "a", "messages": [{"role": "user", "content": "q"}]}
-    file = TrainFileSettings(path=write_jsonl(tmp_path / "a.jsonl", [question]))
-    assert ids(load_corpus((file,), require_answer=False)) == ["a"]
-    with pytest.raises(UserError, match="no answer"):
-        load_corpus((file,)).read_samples()
 
 
 def test_samples_are_read_lazily(tmp_path: Path) -> None:

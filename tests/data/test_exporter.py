@@ -1,13 +1,10 @@
 """Round trips of samples through foreign formats, with images and boxes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
@@ -19,8 +16,6 @@ from finesight.data.importer import import_dataset
 from finesight.data.sample import LocatedSample, Sample, read_samples, sample_from_dict
 from finesight.errors import UserError
 from finesight.storage import verify_folder
-
-TABLES = load_cases("exporter")
 
 IMAGE_PART = {"type": "image", "image": "in/a.png"}
 SECOND = {"type": "image", "image": "in/b.png"}
@@ -240,14 +235,6 @@ def test_unsupported_fields_are_counted(tmp_path: Path) -> None:
     assert read_samples(tmp_path / "same" / "data.jsonl")[0].references == ("One.", "Two.")
 
 
-@pytest.mark.parametrize(("name", "note"), TABLES["test_export_notes"])
-def test_export_notes(tmp_path: Path, name: str, note: str) -> None:
-    done = export_dataset(
-        make_located_samples(tmp_path, *ONE_IMAGE), tmp_path / "out", name, copy_images=False
-    )
-    assert note in " ".join(done.notes)
-
-
 def test_exif_rotated_images_with_boxes_are_reported(tmp_path: Path) -> None:
     samples = make_located_samples(tmp_path, ONE_IMAGE[1])
     turned = Image.new("L", (20, 40))
@@ -305,16 +292,6 @@ def test_table_with_and_without_questions_is_rejected(tmp_path: Path) -> None:
         export_dataset(samples, tmp_path / "out", "table", copy_images=False)
 
 
-def test_table_without_questions(tmp_path: Path) -> None:
-    done = export_dataset(
-        make_located_samples(tmp_path, turns([IMAGE_PART], "x")),
-        tmp_path / "o",
-        "table",
-        copy_images=False,
-    )
-    assert done.notes[-1].endswith('--map image=image --map answer=answer --prompt ""')
-
-
 def test_missing_image(tmp_path: Path) -> None:
     samples = make_located_samples(tmp_path, ONE_IMAGE[0])
     (tmp_path / "in" / "a.png").unlink()
@@ -322,18 +299,6 @@ def test_missing_image(tmp_path: Path) -> None:
         export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
     assert "'s0'" in caught.value.where
     assert not (tmp_path / "out").exists()
-
-
-def test_unknown_format(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="unknown format 'swift'") as caught:
-        export_dataset(
-            make_located_samples(tmp_path, ONE_IMAGE[0]),
-            tmp_path / "out",
-            "swift",
-            copy_images=False,
-        )
-    assert caught.value.where == "--to"
-    assert caught.value.remedy == "did you mean ms-swift?"
 
 
 def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Datasets whose files are called in GBK, as unzip leaves them, from import to training."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import json

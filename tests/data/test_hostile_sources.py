@@ -1,7 +1,5 @@
 """Sources made to hang, fill memory or crash an import: each is refused with a message."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

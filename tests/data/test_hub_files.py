@@ -1,7 +1,5 @@
 """Which files of a data repository are meant."""
 
-from __future__ import annotations
-
 import time
 
 import pytest

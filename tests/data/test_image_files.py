@@ -1,7 +1,5 @@
 """Import of HEIC and AVIF photos, animated images, and truncated or corrupt images."""
 
-from __future__ import annotations
-
 import io
 import sys
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Images of foreign rows: resolved, saved from tables, distinguished by content, copied."""
 
-from __future__ import annotations
-
 import base64
 from pathlib import Path
 

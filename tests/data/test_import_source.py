@@ -1,7 +1,5 @@
 """A source read leniently, faults and all, and what an opened source refuses."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any
@@ -106,12 +104,6 @@ def test_foreign_source_gives_raw_boxes_and_corners(tmp_path: Path) -> None:
     assert shares.samples[0].messages[-1].content == (BoxPart(xyxy=(20, 10, 4, 2)),)
 
 
-def test_only_selected_rows(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "a.png")
-    source = write_jsonl(tmp_path / "data.jsonl", [sample() for _ in range(5)])
-    assert [row.number for row in read_unvalidated(source, row_range=(1, None), limit=2)] == [2, 3]
-
-
 def test_embedded_images_are_saved_unchanged(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -122,26 +114,6 @@ def test_embedded_images_are_saved_unchanged(tmp_path: Path) -> None:
     )
     names = [Path(row.samples[0].messages[0].content[0].image) for row in found]
     assert [path.read_bytes() for path in names] == [b"text", b"\xff\xd8cut"]
-
-
-def test_unknown_folder_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "notes.bin").write_text("x")
-    with pytest.raises(UserError, match="a folder without a known dataset format") as caught:
-        import_dataset(tmp_path / "data", tmp_path / "out", ImportOptions())
-    assert "yolo" in caught.value.expected
-    with pytest.raises(UserError, match="no coco dataset is found there"):
-        import_dataset(tmp_path / "data", tmp_path / "out", ImportOptions(format="coco"))
-
-
-def test_column_option_for_folder_is_rejected(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "set" / "a.png")
-    (tmp_path / "set" / "a.txt").write_text("A house.")
-    with pytest.raises(UserError, match=r"the format folder .* does not support it") as caught:
-        import_dataset(
-            tmp_path / "set", tmp_path / "out", ImportOptions(columns={"image": "image"})
-        )
-    assert caught.value.where == "--map"
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,6 @@
 """A foreign file becomes a folder of samples, whole or not at all, with every row accounted for."""
 
-from __future__ import annotations
-
 import errno
-import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +12,6 @@ from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
 from finesight import storage
-from finesight.config import TrainFileSettings
-from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import (
     REASON_IMAGE_IN_EVAL,
@@ -188,18 +183,6 @@ def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     assert summary.unused_columns == ("answer",)
 
 
-def test_copied_images(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", copy_images=True)
-    import_dataset(table(tmp_path, *"aba"), tmp_path / "out", request)
-    names = sorted(path.name for path in (tmp_path / "out" / "images").iterdir())
-    assert names == ["a.png", "b.png"]
-    samples = read_samples(tmp_path / "out" / "data.jsonl")
-    assert {sample.messages[0].content[0].image for sample in samples} == {
-        "images/a.png",
-        "images/b.png",
-    }
-
-
 def test_embedded_parquet_images(tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -228,21 +211,6 @@ def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     import_dataset(source, tmp_path / "out", ImportOptions())
     ids = [sample.id for sample in read_samples(tmp_path / "out" / "data.jsonl")]
     assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
-
-
-def test_imported_file_can_be_imported_again(tmp_path: Path) -> None:
-    import_dataset(table(tmp_path, *"ab"), tmp_path / "one", ANSWERS)
-    first = tmp_path / "one" / "data.jsonl"
-    summary = import_dataset(first, tmp_path / "two" / "deeper", ImportOptions())
-    assert summary.format == "samples"
-    again = tmp_path / "two" / "deeper" / "data.jsonl"
-    paths = [
-        list_image_paths([located_sample.sample], located_sample.folder)[0].resolve()
-        for located_sample in load_corpus(
-            (TrainFileSettings(path=first), TrainFileSettings(path=again))
-        ).read_samples()
-    ]
-    assert paths[:2] == paths[2:]
 
 
 def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:
@@ -324,22 +292,6 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     assert caught.value.remedy.startswith("give --format conversations: line 1 has turns")
 
 
-def test_rows_of_other_format_suggest_it(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "a.png")
-    rows: list[dict[str, Any]] = [{"messages": captured_text("Hello")}] * 100
-    rows.append({"messages": captured_text("<image>House?"), "images": ["a.png"]})
-    source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(UserError, match="1 of 101 rows are invalid") as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert caught.value.remedy.startswith("give --format ms-swift: line 101 has messages")
-    summary = import_dataset(source, tmp_path / "out", ImportOptions(format="ms-swift"))
-    assert summary.output_files[0].num_samples == 101
-
-
-def captured_text(question: str) -> list[dict[str, str]]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": "Yes."}]
-
-
 @pytest.mark.parametrize(
     ("request_", "where"),
     [
@@ -371,28 +323,3 @@ def test_inapplicable_options_are_rejected(
     assert caught.value.expected
     assert caught.value.remedy
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("form", ["xyxy", "xywh"])
-def test_real_boxes(shared: Path, tmp_path: Path, form: str) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": f"bbox_{form}"}
-    summary = import_dataset(
-        source, tmp_path / "out", ImportOptions(columns=columns, box_format=form)
-    )
-    assert (summary.num_rows, summary.skipped_rows, summary.num_clipped_boxes) == (534, {}, 0)
-    assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(534, 534)]
-    originals = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    for sample, original in zip(
-        read_samples(tmp_path / "out" / "data.jsonl"), originals, strict=True
-    ):
-        assert list(sample.messages[-1].content[0].xyxy) == original["bbox_xyxy"]
-
-
-def test_real_boxes_in_the_wrong_format_are_rejected(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": "bbox_xywh"}
-    options = ImportOptions(columns=columns, box_format="xyxy")
-    with pytest.raises(UserError, match="of 534 rows are invalid") as caught:
-        import_dataset(source, tmp_path / "out", options)
-    assert "--box-format xywh" in caught.value.remedy

@@ -1,7 +1,5 @@
 """Indices of large files: kept, mapped, and never taken for those of another file."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

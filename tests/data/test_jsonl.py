@@ -1,7 +1,5 @@
 """Samples go into files and come back; everything else is refused with its line."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +10,6 @@ from each_value import each
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
-    LocatedSample,
     Message,
     Sample,
     TextPart,
@@ -87,17 +84,6 @@ def test_integral_coordinates_have_no_decimal_point(tmp_path: Path) -> None:
     assert '"xyxy": [1, 2.5, 3, 4]' in path.read_text(encoding="utf-8")
 
 
-def test_byte_order_mark_and_crlf(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(b"\xef\xbb\xbf" + json.dumps(record()).encode() + b"\r\n\r\n")
-    assert [sample.id for sample in read_samples(path)] == ["1"]
-
-
-def test_sample_paths_are_relative_to_file(tmp_path: Path) -> None:
-    assert LocatedSample(SAMPLE, tmp_path).resolve_path("a/b.png") == tmp_path / "a" / "b.png"
-    assert LocatedSample(SAMPLE, tmp_path).resolve_path("/else/c.png") == Path("/else/c.png")
-
-
 @each(
     ("line", "what"),
     [
@@ -132,12 +118,6 @@ def test_invalid_line_error_has_line_number(tmp_path: Path, line: str | bytes, w
         raise load_error(tmp_path / "a.jsonl", line)
 
 
-def test_unknown_key_suggests_closest_one(tmp_path: Path) -> None:
-    error = load_error(tmp_path / "a.jsonl", json.dumps(record(refrences=["x"])))
-    assert "refrences" in error.what
-    assert error.remedy == "did you mean references?"
-
-
 def test_misspelled_key_is_reported_first(tmp_path: Path) -> None:
     error = load_error(
         tmp_path / "a.jsonl", json.dumps(record(messages=[{"role": "user", "contents": "x"}]))
@@ -161,18 +141,6 @@ def test_empty_file(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(UserError, match="contains no samples") as caught:
         read_samples(path)
     assert caught.value.where == str(path)
-
-
-def test_missing_file_suggests_closest_name(tmp_path: Path) -> None:
-    (tmp_path / "train.jsonl").touch()
-    with pytest.raises(UserError, match="no such file") as caught:
-        read_samples(tmp_path / "trian.jsonl")
-    assert caught.value.remedy == f"did you mean {tmp_path / 'train.jsonl'}?"
-
-
-def test_folder_instead_of_file(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
-        read_samples(tmp_path)
 
 
 @pytest.mark.parametrize("key", ["images", "conversations", "query"])

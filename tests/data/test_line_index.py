@@ -1,7 +1,5 @@
 """Line offsets: random access to lines with the line numbers of an editor."""
 
-from __future__ import annotations
-
 import os
 import threading
 import tracemalloc

@@ -1,7 +1,5 @@
 """Samples in tars and Parquet files: the same ones as in JSONL, by shards, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
@@ -171,13 +169,6 @@ def test_images_outside_the_container_are_not_read(
         parquet.write_table(pyarrow.Table.from_pylist([packed]), path)
     with pytest.raises(CorruptImageError, match="no such image"):
         read_image_size(image_file(load(path), 0))
-
-
-def test_image_missing_from_tar(table: Path, tmp_path: Path) -> None:
-    row = read_rows(table)[0]
-    tar = write_tar(tmp_path / "a.tar", {"s0.json": json.dumps(row).encode()})
-    with pytest.raises(CorruptImageError, match=r"a\.tar/images\.d/0\.png: no such image"):
-        read_image_size(image_file(load(tar), 0))
 
 
 def test_truncated_tar_is_detected(table: Path, tmp_path: Path) -> None:

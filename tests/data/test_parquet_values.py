@@ -1,7 +1,5 @@
 """Values of Parquet that Python does not have, and files that say more than they hold."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Every key of a row is used, stored in `meta`, named in the summary, or refused with an error."""
 
-from __future__ import annotations
-
 import base64
 import copy
 import json

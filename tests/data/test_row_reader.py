@@ -1,7 +1,5 @@
 """Rows of JSON, JSON Lines, CSV and Parquet files."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -45,12 +43,6 @@ def as_parquet(path: Path, records: list[dict[str, Any]], group: int = 2) -> Pat
     return path
 
 
-def test_json_lines(tmp_path: Path) -> None:
-    rows = read_all(write_jsonl(tmp_path / "a.jsonl", RECORDS))
-    assert [row.record for row in rows] == RECORDS
-    assert (rows[1].number, rows[1].location, rows[1].id) == (2, "line 2", "1")
-
-
 def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
@@ -75,13 +67,6 @@ def test_json_array_with_any_suffix(tmp_path: Path, suffix: str) -> None:
     rows = read_all(path)
     assert [row.record for row in rows] == RECORDS
     assert rows[1].location == "row 2"
-
-
-@pytest.mark.parametrize(("suffix", "delimiter"), [("csv", ","), ("tsv", "\t")])
-def test_csv(tmp_path: Path, suffix: str, delimiter: str) -> None:
-    rows = read_all(as_csv(tmp_path / f"a.{suffix}", RECORDS, delimiter))
-    assert [row.record for row in rows] == [{**r, "id": str(r["id"])} for r in RECORDS]
-    assert rows[4].location == "row 5"
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])

@@ -1,7 +1,5 @@
 """Rows that cannot be used: what --on-invalid-row skip leaves out, lists, and still refuses."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Splits without images on both sides."""
 
-from __future__ import annotations
-
 import random
 
 import pytest

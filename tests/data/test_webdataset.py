@@ -1,7 +1,5 @@
 """WebDataset tars as rows."""
 
-from __future__ import annotations
-
 import io
 import json
 import tarfile

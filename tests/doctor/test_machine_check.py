@@ -1,7 +1,5 @@
 """Memory, disks, limits, environment variables, GPUs and torch: detected, and fixed by remedies."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import subprocess
@@ -15,7 +13,6 @@ from doctor_fixtures import find_diagnosis, list_codes, run_remedy
 from each_value import each
 
 from finesight.doctor import machine_check
-from finesight.doctor.diagnosis import Diagnosis
 from finesight.doctor.machine_check import GB, GpuInfo, GpuSystem, TorchInfo
 
 CASES = load_cases("doctor")
@@ -25,9 +22,7 @@ H200 = GpuInfo("NVIDIA H200", (9, 0), 150 * GB, 149 * GB, "")
 CUDA = TorchInfo("2.13.0+cu126", cuda_version="12.6", arch_list=("sm_80", "sm_90"), gpus=(H200,))
 
 
-def diagnose(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, free: int = 500 * GB, **environment: str
-) -> list[Diagnosis]:
+def diagnose(folder, monkeypatch, free=500 * GB, **environment):
     monkeypatch.setattr(machine_check.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
     return list(machine_check.check_machine({"HF_HOME": str(folder), **environment}, folder))
 
@@ -38,29 +33,16 @@ def test_healthy_machine_has_no_issue(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [one.code for one in found][:4] == ["machine", "disk", "disk", "disk"]
 
 
-def test_file_instead_of_cache_folder_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_file_instead_of_cache_folder_is_found(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
     found = diagnose(tmp_path, monkeypatch, HF_HOME=str(tmp_path / "file"))
     assert str(tmp_path / "file") in find_diagnosis(found, "not-writable").what
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "code", "severity"),
-    [
-        ("available_memory", GB // 2, "low-memory", "error"),
-        ("available_memory", 3 * GB, "low-memory", "warning"),
-        ("free", 0, "low-shared-memory", "error"),
-        ("free", 64_000_000, "low-shared-memory", "warning"),
-        ("free", 1000, "disk-full", "error"),
-        ("free", GB // 2, "disk-full", "warning"),
-        ("limit", 64, "low-open-files-limit", "error"),
-    ],
+    ("name", "value", "code", "severity"), CASES["test_scarce_resources_are_reported"]
 )
-def test_scarce_resources_are_reported(
-    name: str, value: int, code: str, severity: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_scarce_resources_are_reported(name, value, code, severity, tmp_path, monkeypatch):
     (tmp_path / "my models" / "large").mkdir(parents=True)
     if name == "limit":
         monkeypatch.setattr(machine_check.resource, "getrlimit", lambda _: (value, value))
@@ -103,9 +85,7 @@ def test_valid_environment_has_no_issue(environment: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     ("environment", "code", "severity"), CASES["test_harmful_variable_is_found"]
 )
-def test_harmful_variable_is_found(
-    environment: dict[str, str], code: str, severity: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_harmful_variable_is_found(environment, code, severity, monkeypatch):
     monkeypatch.setattr(machine_check.importlib.util, "find_spec", lambda name: None)
     (found,) = machine_check.check_environment(environment)
     assert (found.code, found.severity) == (code, severity)
@@ -115,9 +95,7 @@ def test_harmful_variable_is_found(
         assert found.remedy.endswith("-m pip install socksio")
 
 
-def diagnose_gpus(
-    system: GpuSystem, torch_info: TorchInfo, has_packages: bool = False, **environment: str
-) -> list[Diagnosis]:
+def diagnose_gpus(system, torch_info, has_packages=False, **environment):
     packages = {name: [distribution("torch")] for name in ("torch", "triton") if has_packages}
     return list(machine_check.check_gpus(system, torch_info, packages, environment))
 
@@ -137,13 +115,7 @@ def test_old_gpu_uses_fp16_and_busy_gpu_is_reported() -> None:
 
 
 @pytest.mark.parametrize(("system", "torch_info", "gpu", "code", "word"), CASES["gpus"])
-def test_torch_and_driver_mismatch(
-    system: dict[str, object],
-    torch_info: dict[str, object],
-    gpu: dict[str, object] | None,
-    code: str,
-    word: str,
-) -> None:
+def test_torch_and_driver_mismatch(system, torch_info, gpu, code, word):
     gpus = () if gpu is None else (H200._replace(**gpu),)
     module_file = str(distribution("torch").locate_file("torch/__init__.py"))
     info = CUDA._replace(gpus=gpus, module_file=module_file)._replace(**torch_info)
@@ -231,9 +203,7 @@ def test_every_gpu_of_torch_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("source", "error"), CASES["test_broken_torch_is_found_and_remedy_unsets_the_path"]
 )
-def test_broken_torch_is_found_and_remedy_unsets_the_path(
-    tmp_path: Path, source: str, error: str
-) -> None:
+def test_broken_torch_is_found_and_remedy_unsets_the_path(tmp_path, source, error):
     info, path = probe(tmp_path, source), python_path(tmp_path)
     assert error in info.error
     found = find_diagnosis(diagnose_gpus(DRIVEN, info, PYTHONPATH=path), "torch-broken")

@@ -1,18 +1,14 @@
 """Folders of models, damaged in one place each, and the command that brings a sound one."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes, write_package_metadata
-from fake_hub_servers import FakeHubServer
 from hub_fixtures import cache, huggingface
 from tiny_model import create_tiny_model
 
@@ -50,7 +46,6 @@ def _delete_shard(path: Path) -> None:
 
 
 MIXED_INDEX = json.dumps({"weight_map": {"lm_head.x": WEIGHTS}})
-Damage = Callable[[bytes], bytes] | None
 
 
 @pytest.mark.parametrize(
@@ -68,9 +63,7 @@ Damage = Callable[[bytes], bytes] | None
         ("preprocessor_config.json", lambda data: b'{"patch_size": 0}', "model-files"),
     ],
 )
-def test_damage_is_found(
-    valid_model: Path, tmp_path: Path, name: str, damage: Damage, code: str
-) -> None:
+def test_damage_is_found(valid_model, tmp_path, name, damage, code):
     path = tmp_path / "model"
     shutil.copytree(valid_model, path)
     file = path / name
@@ -86,9 +79,7 @@ def test_damage_is_found(
     assert words == ["finesight", "download", "OWNER/NAME", "--to", f"{path}-again"]
 
 
-def test_remedy_downloads_damaged_cached_model_again(
-    valid_model: Path, huggingface: FakeHubServer, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_remedy_downloads_damaged_cached_model_again(valid_model, huggingface, capsys):
     files = {path.name: path.read_bytes() for path in valid_model.iterdir()}
     huggingface.repositories["models/planted/tiny"] = files
     assert run_command(["download", "planted/tiny"]) == 0
@@ -118,9 +109,7 @@ def test_missing_git_lfs_files_are_pulled(valid_model: Path, tmp_path: Path) -> 
     ("family", "package", "extra"),
     [("qwen", "tiktoken", "qwen-vl"), ("other", "transformers", "hf")],
 )
-def test_family_needing_an_extra_names_it(
-    valid_model: Path, tmp_path: Path, family: str, package: str, extra: str
-) -> None:
+def test_family_needing_an_extra_names_it(valid_model, tmp_path, family, package, extra):
     path = tmp_path / "model"
     shutil.copytree(valid_model, path)
     config = json.loads((path / "config.json").read_text()) | {"model_type": family}

@@ -1,7 +1,5 @@
 """Conflicting, missing and duplicate packages: detected, and fixed by the remedy."""
 
-from __future__ import annotations
-
 import json
 import sys
 import tomllib
@@ -51,9 +49,7 @@ def faulty_environment(tmp_path_factory: pytest.TempPathFactory) -> VirtualEnvir
     return made
 
 
-def test_package_issues_are_found_and_commands_fix_them(
-    faulty_environment: VirtualEnvironment, tmp_path: Path
-) -> None:
+def test_package_issues_are_found_and_commands_fix_them(faulty_environment, tmp_path):
     # A torch that is broken, too, is read more quickly, and hides nothing of the rest.
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("raise OSError('libcudart.so.12')\n")
@@ -96,12 +92,16 @@ def test_requirement_of_extra_is_a_hint(tmp_path: Path) -> None:
     write_package_metadata(tmp_path, "bitsandbytes", "0.50.2")
     (there,) = package_check.check_extras(package_check.list_packages([str(tmp_path)]))
     assert (there.code, there.severity) == ("extra", "ok")
+    entries = tmp_path.glob("planted-1.0.dist-info")
+    (next(entries) / "entry_points.txt").write_text("[finesight.metrics]\nscore = a:b\n")
+    plugin, _ = package_check.check_extras(package_check.list_packages([str(tmp_path)]))
+    assert plugin.what == "plug-in score (finesight.metrics): planted 1.0"
 
 
 def test_every_user_extra_has_a_description() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     described = {code[6:] for code in load_catalog() if code.startswith("extra.")}
-    assert {*described, *package_check.DEV_EXTRAS} == {*project["optional-dependencies"]}
+    assert {*described, "dev"} == {*project["optional-dependencies"]}
 
 
 def test_uninstalled_sources_are_reported(tmp_path: Path) -> None:

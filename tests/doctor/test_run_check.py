@@ -1,19 +1,22 @@
 """Diagnoses of handwritten training curves and predictions, in one table each."""
 
-from __future__ import annotations
-
+import json
 import math
 import random
 import shlex
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from case_files import load_cases
 from doctor_fixtures import find_diagnosis, list_codes
+from each_value import each
+from mutations import mutated_value
 from PIL import Image
 from run_dir_fixtures import (
+    MANIFEST,
+    PARAM_AUDIT,
     START_RECORD,
     FakeRunDir,
     JsonLine,
@@ -22,6 +25,7 @@ from run_dir_fixtures import (
     make_step_line,
 )
 
+from finesight import doctor
 from finesight.doctor import run_check
 from finesight.doctor.diagnosis import Diagnosis
 from finesight.recipe import load_recipe
@@ -44,9 +48,7 @@ def diagnose(folder: Path, lines: list[JsonLine], recipe: JsonLine = RECIPE) -> 
     return run_check.check_training(read_run(made.folder))
 
 
-def steps(
-    loss: Callable[[int], float], count: int = 60, noise: float = 0.03, **more: object
-) -> list[JsonLine]:
+def steps(loss, count=60, noise=0.03, **more):
     """Steps with such losses, which scatter a little."""
     return [
         make_step_line(n, **more, loss=loss(n) + noise * math.sin(7 * n))
@@ -95,23 +97,9 @@ LOSSES = {
 
 
 @pytest.mark.parametrize(
-    ("curve", "code", "severity", "settings"),
-    [
-        ("destroyed", "learning-rate-too-high", "error", {"default": 1e-4, "language": 2e-4}),
-        ("rising", "learning-rate-too-high", "error", {"default": 1e-4, "language": 2e-4}),
-        ("stood", "loss", "ok", {}),
-        ("noisy", "loss-flat", "error", "show"),
-        ("converging", "loss", "ok", {}),
-        ("converged", "loss", "ok", {}),
-        ("flat", "loss-flat", "error", "show"),
-        ("low", "low-initial-loss", "warning", "show"),
-        ("short", "too-short", "warning", {"epochs": 6.0}),
-        ("jumping", "loss-spikes", "warning", {"warmup": 0.1}),
-    ],
+    ("curve", "code", "severity", "settings"), CASES["test_loss_curve_has_its_diagnosis_and_remedy"]
 )
-def test_loss_curve_has_its_diagnosis_and_remedy(
-    curve: str, code: str, severity: str, settings: object, tmp_path: Path
-) -> None:
+def test_loss_curve_has_its_diagnosis_and_remedy(curve, code, severity, settings, tmp_path):
     found = [one for one in diagnose(tmp_path, LOSSES[curve]) if one.code == code]
     assert [one.severity for one in found] == [severity]
     if settings == "show":
@@ -130,9 +118,7 @@ def test_loss_curve_has_its_diagnosis_and_remedy(
         ({0: 1.0, 30: 1.2, 60: 1.5}, None, "train", {"epochs": 2.0}),
     ],
 )
-def test_overfitting_suggests_a_shorter_run(
-    validation_losses, metric, section, expected, tmp_path: Path
-) -> None:
+def test_overfitting_suggests_a_shorter_run(validation_losses, metric, section, expected, tmp_path):
     lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
     for step, loss in validation_losses.items():
         lines.append(make_evaluation_line(step, 0.5, validation_loss=loss))
@@ -154,9 +140,7 @@ def test_overfitting_suggests_a_shorter_run(
 @pytest.mark.parametrize(
     ("scores", "is_reported"), [((5.0, 5.7, 6.4), False), ((6.4, 6.0, 5.7), True)]
 )
-def test_improving_score_takes_precedence_over_the_loss(
-    scores, is_reported: bool, tmp_path: Path
-) -> None:
+def test_improving_score_takes_precedence_over_the_loss(scores, is_reported, tmp_path):
     lines = steps(lambda n: 2.0 * math.exp(-n / 15) + 0.05)
     for step, loss, score in zip((20, 40, 60), (1.0, 1.2, 1.5), scores, strict=True):
         lines.append(make_evaluation_line(step, score, validation_loss=loss))
@@ -223,8 +207,8 @@ PEAK = [make_evaluation_line(n, score) for n, score in ((0, 0.5), (30, 0.7), (60
     ],
 )
 def test_predictions_have_their_diagnosis_and_remedy(
-    change, lines, answers, code, severity, words, fake_run_dir: FakeRunDir
-) -> None:
+    change, lines, answers, code, severity, words, fake_run_dir
+):
     if lines:
         fake_run_dir.write_lines("metrics.jsonl", lines)
     if change:
@@ -240,9 +224,7 @@ def test_predictions_have_their_diagnosis_and_remedy(
 SIZES = ((640, 480), (300, 500), (1000, 200), (800, 800))
 
 
-def boxes(
-    made: FakeRunDir, tmp_path: Path, message: str, right: str = "pixels", off: float = 0.0
-) -> None:
+def boxes(made, tmp_path, message, right="pixels", off=0.0):
     """Answers whose boxes, and labels, are written in some frame; all are good but for it."""
     rng = random.Random(1)
     lines = []
@@ -263,9 +245,7 @@ def boxes(
     made.write_predictions("after", lines)
 
 
-def to_frame(
-    box: tuple[float, float, float, float], frame: str, width: int, height: int
-) -> tuple[float, ...]:
+def to_frame(box, frame, width, height):
     x1, y1, x2, y2 = box
     if frame == "thousandths":
         return tuple(1000 * v / side for v, side in zip(box, (width, height) * 2, strict=True))
@@ -284,14 +264,7 @@ def to_frame(
 @pytest.mark.parametrize(
     ("output", "right", "image", "words"), CASES["test_boxes_in_wrong_frame_are_detected"]
 )
-def test_boxes_in_wrong_frame_are_detected(
-    fake_run_dir: FakeRunDir,
-    tmp_path: Path,
-    output: str,
-    right: str,
-    image: JsonLine | None,
-    words: str,
-) -> None:
+def test_boxes_in_wrong_frame_are_detected(fake_run_dir, tmp_path, output, right, image, words):
     fake_run_dir.write("recipe.yaml", yaml.safe_dump(EVAL_RECIPE | {"image": image}))
     boxes(fake_run_dir, tmp_path, output, right, off=0.02)
     found = find_diagnosis(diagnose_predictions(fake_run_dir), "box-convention-mismatch")
@@ -300,9 +273,7 @@ def test_boxes_in_wrong_frame_are_detected(
 
 
 @pytest.mark.parametrize("off", [0.0, 0.1, 1.0])
-def test_inaccurate_boxes_are_in_the_right_frame(
-    fake_run_dir: FakeRunDir, tmp_path: Path, off: float
-) -> None:
+def test_inaccurate_boxes_are_in_the_right_frame(fake_run_dir, tmp_path, off):
     boxes(fake_run_dir, tmp_path, "pixels", off=off)
     assert "box-convention-mismatch" not in list_codes(diagnose_predictions(fake_run_dir))
 
@@ -312,3 +283,61 @@ def test_boxes_without_image_files_are_skipped(fake_run_dir: FakeRunDir, tmp_pat
     for image in tmp_path.glob("*.png"):
         image.unlink()
     assert list_codes(diagnose_predictions(fake_run_dir)) == []
+
+
+VERDICTS = ("worse", "better", "no clear change")
+
+
+def write_run(folder: Path, rng: random.Random) -> FakeRunDir:
+    """A run of which each piece may be damaged."""
+
+    def maybe(content: Any, often: float) -> Any:
+        return mutated_value(rng, content) if rng.random() < often else content
+
+    made = FakeRunDir(folder)
+    made.write("recipe.yaml", yaml.safe_dump(maybe(CASES["damaged_recipe"], 0.5)))
+    more = {"data_wait_s": 0.1, "pack_tokens": 1024, "activation_checkpointing": 0.0}
+    steps = [
+        maybe(
+            make_step_line(
+                n,
+                **more,
+                nonfinite_samples=["t:1"] if n % 17 == 0 else [],
+                loss_spike_samples=["t:1"] * (n % 9),
+            ),
+            0.1,
+        )
+        for n in range(1, rng.choice([2, 14, 40]))
+    ]
+    measured = [maybe(make_evaluation_line(n, 0.2), 0.3) for n in (0, 20, 40)]
+    made.write_lines("metrics.jsonl", [maybe(START_RECORD, 0.3), *measured, *steps])
+    change = {"name": "similarity", "before": 0.1, "after": 0.2, "low": -0.1, "high": 0.3}
+    differences = [change | {"verdict": rng.choice(VERDICTS)}]
+    if rng.random() < 0.6:
+        made.write(
+            "result.json", json.dumps(maybe({"steps": 60, "metric_differences": differences}, 0.7))
+        )
+    made.write("param_audit.json", json.dumps(maybe(PARAM_AUDIT, 0.5)))
+    made.write_lines("skipped_samples.jsonl", [maybe({"id": "a", "reason": "over 9 tokens"}, 0.5)])
+    made.write("manifest.json", json.dumps(maybe(MANIFEST, 0.3)))
+    box = {"image": 0, "label": "c", "xyxy": [1, 2, 30, 40]}
+    image = str(folder.parent / "image.png")
+    boxes = {"image": image, "boxes": [box], "gold_boxes": [box | {"xyxy": [9, 20, 90, 80]}]}
+    lines = [
+        make_prediction_line(
+            "a", "b " * 9, "c", 0.3, **boxes, finish_reason=("length", "stop")[n < 6]
+        )
+        for n in range(12)
+    ]
+    made.write_predictions("after", [maybe(line, 0.2) for line in lines])
+    return made
+
+
+@each("seed", range(16))
+def test_corrupt_records_still_give_remedies(tmp_path: Path, seed: int) -> None:
+    Image.new("1", (200, 100)).save(tmp_path / "image.png")
+    made = write_run(tmp_path / "run", random.Random(seed))
+    sections = doctor.diagnose(str(made.folder))
+    assert [*sections] == ["run end", "training", "predictions"]
+    for found in (one for section in sections.values() for one in section):
+        assert found.severity == "ok" or (found.why and found.remedy), found

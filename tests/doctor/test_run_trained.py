@@ -1,9 +1,6 @@
 """Runs that really went wrong, and the printed commands that set them right."""
 
-from __future__ import annotations
-
 import fcntl
-import json
 import os
 import shlex
 import shutil
@@ -101,15 +98,6 @@ def test_unreadable_recipe_is_reported(unfinished_run: Path, tmp_path: Path, end
     assert run_command(shlex.split(found.remedy)[1:]) == 2
 
 
-def test_killed_run_is_resumed(task: TinyTask) -> None:
-    folder = task.rewind_to_checkpoint()
-    found = find_diagnosis(diagnose(folder), "unfinished")
-    assert "was killed" in found.why
-    assert "; 2 steps will be repeated" in found.why
-    run_remedy(found.remedy)
-    assert list_codes(diagnose(folder)) == []
-
-
 def test_interrupted_run_records_the_signal(task: TinyTask) -> None:
     class Stopping(storage.FileSystem):
         def rename(self, source: Path, target: Path) -> None:
@@ -197,16 +185,3 @@ def test_running_run_is_not_touched(unfinished_run: Path) -> None:
         os.close(handle)
     assert list_codes(found) == []
     assert find_diagnosis(found, "run-end").what == "the run is running"
-
-
-def test_doctor_command_prints_all_findings(
-    unfinished_run: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_command(["doctor", str(unfinished_run)]) == 2
-    lines = capsys.readouterr().out.splitlines()
-    assert any(line.startswith("  ERROR    the run is not finished") for line in lines)
-    assert f"           $ finesight train {unfinished_run}/recipe.yaml --resume" in lines
-    assert run_command(["doctor", str(unfinished_run), "--json"]) == 2
-    output = json.loads(capsys.readouterr().out)
-    assert output["num_errors"] == 1
-    assert {"section", "code", "severity", "what", "why", "remedy"} == set(output["diagnoses"][0])

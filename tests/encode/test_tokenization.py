@@ -22,11 +22,12 @@ from finesight.encode.tokenization import (
     TokenizedSample,
     Tokenizer,
     filter_samples,
+    format_token_table,
     iter_token_rows,
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
-from finesight.operations.model import format_token_table, token_table_to_dict
+from finesight.operations.model import token_table_to_dict
 
 
 @pytest.fixture(scope="module")

@@ -96,24 +96,6 @@ def test_sampled_frames_match_transformers(family, name):
     assert len(family.sample_frames(100_000, 30.0, 2.0, 2)) == 768
 
 
-@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-@each("fps", [0.1, 0.3, 0.5, 0.7, 1.0, 1.3, 2.0, 2.5, 3.0, 6.0, 7.0, 11.0, 12.0, *FPS])
-def test_time_steps_match_transformers(family, fps):
-    groups, side = 400, 4
-    grid = torch.tensor([[groups, 2, 2 * side]])
-    # transformers gets the seconds as a tensor, which is in single precision.
-    seconds = {"second_per_grid_ts": torch.tensor([2 / fps])} if family == "qwen2_5_vl" else {}
-    ids = torch.zeros(1, groups * side, dtype=torch.long)
-    rope_model = build_rope_model(family)
-    theirs, _ = rope_model.get_rope_index(
-        ids, torch.full_like(ids, 2), video_grid_thw=grid, **seconds
-    )
-    expected = theirs[0, 0].view(groups, side)[:, 0].tolist()
-    ours = Qwen2VL() if family == "qwen2_vl" else Qwen25VL(tokens_per_second=2)
-    assert ours.temporal_position_ids(groups, 2 / fps).tolist() == expected
-    assert Qwen25VL(tokens_per_second=25).temporal_position_ids(3, 1.0).tolist() == [0, 25, 50]
-
-
 def test_video_sizes_match_transformers():
     resize = load_function("qwen3_vl.video_processing_qwen3_vl", "smart_resize")
     config = PatchConfig(patch_size=16)

@@ -1,7 +1,5 @@
 """Intervals of scores: exact for proportions, else resampled, and the cases without one."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from each_value import each
@@ -69,17 +67,6 @@ def test_interval_of_pairs_is_that_of_the_literature(
     gained: int, lost: int, trials: int, expected: tuple[float, float]
 ) -> None:
     assert tango_interval(gained, lost, trials) == pytest.approx(expected, abs=1e-6)
-
-
-def test_interval_of_pairs_agrees_with_mcnemars_test() -> None:
-    for gained in range(12):
-        for lost in range(12 - gained):
-            low, high = tango_interval(gained, lost, 12)
-            clear = gained + lost > 0 and (gained - lost) ** 2 / (gained + lost) > 1.959964**2
-            assert (low > 0 or high < 0) == clear, (gained, lost)
-            turned = tango_interval(lost, gained, 12)
-            assert (low, high) == pytest.approx((-turned.high, -turned.low), abs=1e-9)
-            assert -1 <= low <= (gained - lost) / 12 <= high <= 1
 
 
 def interval(one: ScoreEstimator) -> ConfidenceInterval:

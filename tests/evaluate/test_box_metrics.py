@@ -1,7 +1,5 @@
 """Scores of boxes: grounding by hand, detection against pycocotools."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import random

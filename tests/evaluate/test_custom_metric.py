@@ -1,7 +1,5 @@
 """Metrics of Python files, which run folders bring: executed if this user has trusted them."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

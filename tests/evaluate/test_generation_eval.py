@@ -1,7 +1,5 @@
 """Evaluation by generation: its inputs, scores and predictions file."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

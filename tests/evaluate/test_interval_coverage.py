@@ -3,8 +3,6 @@
 `benchmarks/interval_coverage.py` draws the sets; its results hold the population values.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

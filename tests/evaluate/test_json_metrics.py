@@ -1,7 +1,5 @@
 """Scores of JSON answers by field."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

@@ -1,7 +1,5 @@
 """Tokens of formulas, and their rendered equality."""
 
-from __future__ import annotations
-
 import pytest
 from case_files import load_cases
 from each_value import each

@@ -1,7 +1,5 @@
 """Tests of the conversion of generated formulas to safe MathML."""
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Prediction files, and differences of two evaluations of the same samples."""
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import replace
@@ -17,7 +15,6 @@ from finesight.errors import UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES
 from finesight.evaluate.eval_case import EvalCase, MetricResult, mean_metrics
 from finesight.evaluate.metric_difference import (
-    REASON_UNSAMPLED,
     MetricDifference,
     build_unsampled_difference,
     compare_cases,
@@ -101,20 +98,6 @@ def test_metric_without_resamples_compares_values(
     name: str, before: float, after: float, verdict: str
 ) -> None:
     assert build_unsampled_difference(name, before, after).verdict == verdict
-
-
-def test_table_marks_the_primary_score() -> None:
-    rows = [
-        build_unsampled_difference("validation_loss", 10.25, 1.5),
-        MetricDifference("exact", 0.0, 0.25, -0.125, 0.5, "no clear change"),
-    ]
-    head, loss, exact, note = format_differences(rows, "exact").splitlines()
-    assert head.split() == ["score", "before", "after", "difference", "95", "%", "interval"]
-    assert loss.split() == ["validation_loss", "10.2500", "1.5000", "-8.7500", "better"]
-    assert exact.split()[:4] == ["exact*", "0.0000", "0.2500", "+0.2500"]
-    assert "-0.1250 to +0.5000  no clear change" in exact
-    assert loss.index("better") == exact.index("no clear")
-    assert note == f"validation_loss: {REASON_UNSAMPLED}"
 
 
 def test_number_of_correct_answers_is_printed() -> None:

@@ -1,7 +1,5 @@
 """The metric of each task: primary score, intervals and required references."""
 
-from __future__ import annotations
-
 from typing import get_args
 
 import pytest

@@ -1,7 +1,5 @@
 """The lines that serve a model elsewhere: the flags of those engines, with what was measured."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

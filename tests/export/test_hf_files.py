@@ -1,7 +1,5 @@
 """Exported folders carry every file of the published ones, and those of bases that lack some."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -9,8 +9,6 @@ v, and gate and up, themselves, so these tensors must be separate. In the vision
 are one tensor, `attn.qkv`; gate and up of Qwen2.5-VL are separate there, too.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

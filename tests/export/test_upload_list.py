@@ -1,7 +1,5 @@
 """Models on the hubs: listed first, private unless asked, and the token goes nowhere else."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A merged finesight-tiny answers as its adapter does, in transformers too, or is not there."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Sequence
@@ -275,14 +273,6 @@ def test_harmful_generation_settings_are_dropped(run: MergeableRun, tmp_path: Pa
     ends = load_inference_model(str(proved.folder), "cpu").renderer.end_ids
     assert written["eos_token_id"] == [*ends, 7]
     assert "repetition_penalty" in (proved.folder / "README.md").read_text()
-
-
-def test_missing_files_are_listed(tmp_path: Path) -> None:
-    shutil.copytree(TINY_MODEL_FOLDER, tmp_path / "model")
-    for name in ("tokenizer_config.json", "chat_template.json", "preprocessor_config.json"):
-        (tmp_path / "model" / name).unlink()
-    found = [lack.split()[0] for lack in find_missing_files(ModelFolder(tmp_path / "model"))]
-    assert found == ["tokenizer_config.json", "preprocessor_config.json", "a"]
 
 
 def test_fp16_overflow_is_rejected(run: MergeableRun, tmp_path: Path) -> None:

@@ -1,7 +1,5 @@
 """Videos of a merged model in transformers, as docs/en/export.md describes them."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """Fault injection tests. `--every-fault` tests every injection point."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -5,8 +5,6 @@ crash tests of SQLite, a child crashes before its first operation, the next chil
 until one completes.
 """
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """Corrupt checkpoints: flipped bits and missing files."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Elastic torchrun: machines that join, and ranks that die."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

@@ -1,7 +1,5 @@
 """Disks that are full: at every operation of a run, before it, and before a checkpoint."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

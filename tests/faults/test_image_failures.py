@@ -1,7 +1,5 @@
 """Images that become corrupt or vanish during a run."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

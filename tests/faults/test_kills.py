@@ -1,7 +1,5 @@
 """Runs killed at random points, and power loss; resumed runs must be bit-identical."""
 
-from __future__ import annotations
-
 import io
 import json
 import os

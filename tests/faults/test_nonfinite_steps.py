@@ -1,7 +1,5 @@
 """Non-finite losses and gradients, and loss spikes."""
 
-from __future__ import annotations
-
 import math
 import sys
 

@@ -1,7 +1,5 @@
 """Data loader workers, ranks and runs that die, hang or are stopped."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import signal

@@ -1,7 +1,5 @@
 """Runs with worker processes that are killed and restarted at once, as a supervisor does."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """Addresses of models and datasets."""
 
-from __future__ import annotations
-
 import pytest
 
 from finesight.errors import UserError

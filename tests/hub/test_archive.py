@@ -1,7 +1,5 @@
 """Archives: extraction, and rejection of malicious and corrupt archives."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import shutil
@@ -31,9 +29,7 @@ SPECIAL_TYPES = {
 }
 
 
-def zipped(
-    files: dict[str, bytes], mode: int = 0o100644, compression: int = zipfile.ZIP_DEFLATED
-) -> bytes:
+def zipped(files, mode=0o100644, compression=zipfile.ZIP_DEFLATED):
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as file:
         for name, data in files.items():
@@ -43,9 +39,7 @@ def zipped(
     return out.getvalue()
 
 
-def tarred(
-    files: dict[str, bytes], suffix: str = "", kind: bytes = tarfile.REGTYPE, **header: str
-) -> bytes:
+def tarred(files, suffix="", kind=tarfile.REGTYPE, **header):
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode=f"w:{suffix}", format=tarfile.PAX_FORMAT) as file:
         for name, data in files.items():
@@ -147,9 +141,7 @@ def test_invalid_tar_headers(tmp_path: Path, case: str) -> None:
 
 
 @each("suffix", ["zip", "tar.gz", "tar.xz"])
-def test_decompression_bombs_are_rejected(
-    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_decompression_bombs_are_rejected(tmp_path, suffix, monkeypatch):
     monkeypatch.setattr(archive, "UNCHECKED_BYTES", archive.UNCHECKED_BYTES // 10)
     file, files = tmp_path / f"a.{suffix}", {"bomb.txt": bytes(15_000_000)}
     file.write_bytes(zipped(files) if suffix == "zip" else tarred(files, suffix[4:]))

@@ -1,7 +1,5 @@
 """Invalid, endless and large responses of servers raise UserError."""
 
-from __future__ import annotations
-
 import gzip
 import threading
 import tracemalloc
@@ -64,9 +62,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         (302, {"Location": f"https://{'a' * 70}.com/"}, "not an allowed address"),
     ],
 )
-def test_invalid_responses_are_rejected(
-    server: Server, tmp_path: Path, status: int, headers: dict[str, str], message: str
-) -> None:
+def test_invalid_responses_are_rejected(server, tmp_path, status, headers, message):
     server.reply = (status, headers, b"ab")
     with pytest.raises(UserError, match=message) as raised:
         server.download(tmp_path)

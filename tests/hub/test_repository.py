@@ -1,7 +1,5 @@
 """Repositories of both hubs: listing, download, resumption, verification, offline use."""
 
-from __future__ import annotations
-
 import re
 import shutil
 import sys
@@ -13,6 +11,7 @@ from typing import NamedTuple
 
 import fake_hub_servers
 import pytest
+from case_files import load_cases
 from each_value import each
 from fake_hub_servers import COMMIT, TOKEN, FakeHubServer, HuggingFaceHandler, run_hub_server
 from huggingface_hub import constants
@@ -21,6 +20,8 @@ from finesight.errors import UserError
 from finesight.hub.address import HubAddress, parse_address
 from finesight.hub.repository import HubRepository, download_folder, fetch_model, open_repository
 from finesight.model_folder import DOWNLOAD_PATTERNS, locate_model
+
+CASES = load_cases("repository")
 
 NAME = "models/Some/model"
 WEIGHTS = bytes(range(256)) * 1000
@@ -97,9 +98,7 @@ def test_interrupted_download_is_resumed(model: RemoteModel) -> None:
 
 
 @pytest.mark.parametrize("change", ["none", "partial file", "server without ranges"])
-def test_killed_download_is_resumed_by_next_process(
-    model: RemoteModel, cache: Path, change: str
-) -> None:
+def test_killed_download_is_resumed_by_next_process(model, cache, change):
     model.server.faults.cuts["model.safetensors"] = [200_000, 0, 0, 0, 0]
     with pytest.raises(UserError, match="received 200000 of 256000 bytes") as raised:
         model.fetch()
@@ -170,15 +169,13 @@ def test_token_is_sent_only_to_the_hub(model: RemoteModel, monkeypatch: pytest.M
     assert {request.token for request in model.server.lfs_requests} == {None}
 
 
-def test_offline_mode_uses_the_cache(
-    request: pytest.FixtureRequest, model: RemoteModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_offline_mode_uses_the_cache(request, model, monkeypatch):
     folder = model.fetch()
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     request.getfixturevalue("without_sockets")
     assert model.fetch() == folder
     (folder / "tokenizer.json").unlink()
-    with pytest.raises(UserError, match=r"tokenizer\.json of .* is not downloaded"):
+    with pytest.raises(UserError, match=r"tokenizer\.json of \S+ is not downloaded"):
         model.fetch()
     other = parse_address(f"{model.address.hub}:Some/other")
     with pytest.raises(UserError, match="is not downloaded, and HF_HUB_OFFLINE") as raised:
@@ -203,16 +200,7 @@ def test_path_traversal_is_rejected(model: RemoteModel, path: str) -> None:
         open_repository(model.address).fetch_files([path])
 
 
-@each(
-    "target",
-    [
-        *("file:///etc/passwd", "http://169.254.169.254/latest", "http://example.com/a"),
-        *("https://169.254.169.254/a", "https://[::1]/a", "https://localhost/a", "ftp://h.com/a"),
-        *("https://10.0.0.1/a", "https://2130706433/a", "https://user@example.com/a"),
-        *("https://foo/a", "https://box.lan/a", "https://box.internal./a"),
-        *("https://[64:ff9b::a00:1]/a", "https://[2002:a00:1::]/a"),
-    ],
-)
+@each("target", CASES["test_redirects_to_internal_hosts_are_rejected"])
 def test_redirects_to_internal_hosts_are_rejected(model: RemoteModel, target: str) -> None:
     model.server.faults.redirect_url = target
     with pytest.raises(UserError, match="not an allowed address, the redirect target of") as raised:
@@ -259,9 +247,7 @@ def test_cache_is_separate_per_endpoint(cache: Path, monkeypatch: pytest.MonkeyP
     assert raised.value.where.endswith("finesight/hf/models/Some/model")
 
 
-def test_concurrent_deliveries_create_one_folder(
-    huggingface: FakeHubServer, tmp_path: Path
-) -> None:
+def test_concurrent_deliveries_create_one_folder(huggingface, tmp_path):
     huggingface.repositories[NAME] = {"config.json": b"{}"}
     opened = open_repository(parse_address("hf:Some/model"))
     target = tmp_path / "models" / "mine"
@@ -282,9 +268,7 @@ def test_concurrent_deliveries_create_one_folder(
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_huggingface_hub_cache_is_reused(
-    huggingface: FakeHubServer, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_huggingface_hub_cache_is_reused(huggingface, cache, monkeypatch):
     huggingface.repositories[NAME] = dict(MODEL)
     folder = cache / "hub" / "models--Some--model" / "snapshots" / COMMIT
     folder.mkdir(parents=True)
@@ -303,18 +287,14 @@ def test_huggingface_hub_cache_is_reused(
 
 
 @pytest.mark.parametrize("commit", ["..", "../../x", "a\0b", "main", "", "a" * 300])
-def test_invalid_commit_is_rejected(
-    huggingface: FakeHubServer, monkeypatch: pytest.MonkeyPatch, commit: str
-) -> None:
+def test_invalid_commit_is_rejected(huggingface, monkeypatch, commit):
     huggingface.repositories[NAME] = dict(MODEL)
     monkeypatch.setattr(fake_hub_servers, "COMMIT", commit)
     with pytest.raises(UserError, match="invalid commit"):
         open_repository(parse_address("hf:Some/model"))
 
 
-def test_invalid_tokens_are_not_shown(
-    huggingface: FakeHubServer, modelscope: FakeHubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_tokens_are_not_shown(huggingface, modelscope, monkeypatch):
     huggingface.repositories[NAME] = dict(MODEL)
     monkeypatch.setenv("HF_TOKEN", "hf_outdated")
     monkeypatch.setenv("MODELSCOPE_API_TOKEN", "töken")
@@ -328,9 +308,7 @@ def test_invalid_tokens_are_not_shown(
 
 @pytest.mark.parametrize("endpoint", ["http://127.0.0.1:9", "http://[", "nothing"])
 @pytest.mark.parametrize("hub", ["hf", "modelscope"])
-def test_connection_error(
-    cache: Path, monkeypatch: pytest.MonkeyPatch, hub: str, endpoint: str
-) -> None:
+def test_connection_error(cache, monkeypatch, hub, endpoint):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", endpoint)
     with pytest.raises(UserError, match=f"{hub}:Some/model is not available") as raised:
@@ -338,9 +316,7 @@ def test_connection_error(
     assert "check the connection" in str(raised.value.remedy)
 
 
-def test_invalid_names_and_answers(
-    huggingface: FakeHubServer, modelscope: FakeHubServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_invalid_names_and_answers(huggingface, modelscope, monkeypatch):
     with pytest.raises(UserError, match="hf:Some/a--b is not available"):
         open_repository(parse_address("hf:Some/a--b"))
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", f"{modelscope.url}/nothing")

@@ -1,16 +1,27 @@
 """Web downloads: allowed hosts, HTTPS, size limit."""
 
-from __future__ import annotations
-
 import hashlib
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
+from case_files import load_cases
+from container_fixtures import write_tar_shards
 from fake_hub_servers import FakeHubServer
+from fsspec.implementations.memory import MemoryFileSystem
+from tiny_task import TinyTask, read_losses
 
+from finesight.config import TrainFileSettings
+from finesight.data.corpus import load_corpus
 from finesight.errors import UserError
 from finesight.hub import url_files
-from finesight.hub.url_files import fetch_url
+from finesight.hub.url_files import fetch_objects, fetch_url
+from finesight.storage import verify_folder
+
+CASES = load_cases("url_files")
 
 DATA = bytes(range(256)) * 2000
 DIGEST = hashlib.sha256(DATA).hexdigest()
@@ -26,9 +37,7 @@ def address(server: FakeHubServer, path: str = "data.bin", host: str = "localhos
     return f"https://{host}:{server.server_address[1]}/{path}"
 
 
-def test_changed_file_is_downloaded_again(
-    server: FakeHubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_changed_file_is_downloaded_again(server, tmp_path, monkeypatch):
     for expected in (DATA, DATA, DATA[::-1]):
         server.repositories["files"]["data.bin"] = expected
         file = fetch_url(address(server), ["LOCALHOST"], tmp_path)
@@ -43,25 +52,8 @@ def test_changed_file_is_downloaded_again(
     assert fetch_url(address(server), ["localhost"], tmp_path).read_bytes() == DATA
 
 
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("https://example.com/a.zip", r"from example\.com are not .*[\s\S]*--allow-host example"),
-        ("http://localhost/a", "is not a supported URL"),
-        ("ftp://localhost/a", "is not a supported URL"),
-        ("file:///etc/passwd", "is not a supported URL"),
-        ("https:///a", "is not a supported URL"),
-        ("https://[", "is not a supported URL"),
-        ("https://localhost/offline", "HF_HUB_OFFLINE is set"),
-    ],
-)
-def test_requests_that_are_never_sent(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    without_sockets: None,
-    source: str,
-    message: str,
-) -> None:
+@pytest.mark.parametrize(("source", "message"), CASES["test_requests_that_are_never_sent"])
+def test_requests_that_are_never_sent(tmp_path, monkeypatch, without_sockets, source, message):
     if source.endswith("offline"):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
@@ -111,10 +103,129 @@ def test_verified_file_is_not_requested_again(server: FakeHubServer, tmp_path: P
         ("data.bin", r"at least 512000 bytes[\s\S]*at most 100000 bytes"),
     ],
 )
-def test_rejected_files(
-    server: FakeHubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, message: str
-) -> None:
+def test_rejected_files(server, tmp_path, monkeypatch, path, message):
     if path == "data.bin":
         monkeypatch.setattr(url_files, "MAX_FILE_BYTES", 100_000)
     with pytest.raises(UserError, match=message):
         fetch_url(address(server, path), ["localhost"], tmp_path)
+
+
+ADDRESS = "memory://b/1.tar"
+
+
+@pytest.fixture(autouse=True)
+def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(url_files, "get_objects_folder", lambda: tmp_path / "objects")
+    return tmp_path / "objects"
+
+
+@pytest.fixture
+def bucket() -> Iterator[MemoryFileSystem]:
+    file_system = MemoryFileSystem()
+    file_system.pipe("/b/1.tar", b"one")
+    yield file_system
+    file_system.store.clear()
+    file_system.pseudo_dirs[:] = [""]
+
+
+def test_object_is_fetched_once_until_it_changes(bucket, monkeypatch):
+    requested: list[str] = []
+    get_file = MemoryFileSystem.get_file
+
+    def count_download(file_system: MemoryFileSystem, name: str, *arguments: Any) -> None:
+        requested.append(name)
+        get_file(file_system, name, *arguments)
+
+    monkeypatch.setattr(MemoryFileSystem, "get_file", count_download)
+    with ThreadPoolExecutor(4) as pool:
+        ((first,),) = set(map(tuple, pool.map(fetch_objects, [ADDRESS] * 4)))
+    assert fetch_objects(ADDRESS) == [first]
+    assert requested == ["/b/1.tar"]
+    assert first.name == "1.tar"
+    verify_folder(first.parent)
+    bucket.pipe("/b/1.tar", b"other")
+    (second,) = fetch_objects(ADDRESS)
+    assert (first.read_bytes(), second.read_bytes()) == (b"one", b"other")
+
+
+def test_glob_pattern_is_sorted_by_name(bucket: MemoryFileSystem) -> None:
+    for name in ("2.tar", "10.tar", "1.tar", "other.txt"):
+        bucket.pipe(f"/b/x/{name}", name.encode())
+    names = [file.name for file in fetch_objects("memory://b/x/*.tar")]
+    assert names == ["1.tar", "10.tar", "2.tar"]
+
+
+FAULTS = {
+    "short": "file changed",
+    "changed": "file changed",
+    "broken": r"line is down[\s\S]*connection",
+    "forbidden": r"PermissionError[\s\S]*check the credentials",
+    "no credentials": r"NoCredentialsError[\s\S]*credentials",
+}
+
+
+class NoCredentialsError(Exception):
+    """Error of the package of S3."""
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_partial_download_is_never_used(bucket, cache_folder, monkeypatch, fault):
+    errors = {
+        "broken": ConnectionResetError("line is down"),
+        "forbidden": PermissionError("Access Denied"),
+        "no credentials": NoCredentialsError("Unable to locate credentials"),
+    }
+
+    def get_faulty_file(file_system, name, target, *arguments):
+        Path(target).write_bytes(b"on" if fault == "short" else b"one")
+        if fault in errors:
+            raise errors[fault]
+        if fault == "changed":
+            file_system.pipe(name, b"two")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "get_file", get_faulty_file)
+        with pytest.raises(UserError, match=FAULTS[fault]):
+            fetch_objects(ADDRESS)
+    assert [path.suffix for path in cache_folder.iterdir()] == [".lock"]
+    (file,) = fetch_objects(ADDRESS)
+    assert file.read_bytes() == (b"two" if fault == "changed" else b"one")
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("memory://b/none.tar", r"FileNotFoundError[\s\S]*check the address"),
+        ("memory://b/none/*.tar", r"memory://b/none/\*\.tar: no file matches"),
+        ("https://host/1.tar", r"an address of the web[\s\S]*--allow-host"),
+        ("nothing://b/1.tar", "no package for nothing"),
+    ],
+)
+def test_missing_objects_are_reported(bucket: MemoryFileSystem, address: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        fetch_objects(address)
+
+
+def test_missing_packages_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    def raise_import_error(address: str) -> None:
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", raise_import_error)
+    with pytest.raises(UserError, match=r"no package for s3: Install s3fs"):
+        fetch_objects("s3://b/1.tar")
+    monkeypatch.setitem(sys.modules, "fsspec", None)
+    with pytest.raises(UserError, match=r"finesight\[objects\]"):
+        fetch_objects(ADDRESS)
+
+
+def test_run_trains_from_object_storage(tmp_path: Path, bucket: MemoryFileSystem) -> None:
+    with pytest.raises(UserError, match=r"neither \.tar nor \.parquet"):
+        load_corpus((TrainFileSettings(path="memory://b/train.jsonl"),))
+    task = TinyTask(tmp_path)
+    write_tar_shards(tmp_path / "train.jsonl", tmp_path / "shards", each=4)
+    for shard in (tmp_path / "shards").iterdir():
+        bucket.pipe(f"/bucket/{shard.name}", shard.read_bytes())
+    task.run(name="plain")
+    task.run(name="stored", data=task.recipe["data"] | {"train": "memory://bucket/*.tar"})
+    assert read_losses(tmp_path / "stored") == read_losses(tmp_path / "plain")
+    assert "memory://bucket/*.tar" in (tmp_path / "stored" / "recipe.yaml").read_text()

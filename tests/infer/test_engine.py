@@ -398,23 +398,3 @@ def test_images_are_encoded_in_bounded_batches(loaded_model, prompts, monkeypatc
     assert generate(model, prompts, max_new_tokens=5, end_ids=()) == wanted
     assert len(calls) > 2
     assert max(call.num_patches for call in calls[1:]) <= largest
-
-
-def test_cached_image_is_reused_with_a_later_video(loaded_model, tmp_path, monkeypatch):
-    """Its features are reused, and so are the tokens up to the video of a later turn."""
-    model, renderer = loaded_model
-    for seed in range(4):
-        write_noise_image(tmp_path / f"{seed}.png", 84, 84, seed)
-    content = "0.png", "What is it? " * 3
-    first = renderer.encode_prompt(make_sample("one", tmp_path, *content))
-    frames = ("1.png", "2.png", "3.png")
-    later = renderer.encode_prompt(make_sample("two", tmp_path, *content, frames, "Now?"))
-    alone = run_alone(model, later)
-    engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
-    run_requests(engine, first)
-    calls = record_encoder_calls(model, monkeypatch)
-    (found,) = run_requests(engine, later)
-    assert found.ids == alone.ids
-    assert [call.num_images for call in calls] == [len(later.tokenized.spans) - 1]
-    image = first.tokenized.spans[0]
-    assert found.num_cached_tokens > image.stop

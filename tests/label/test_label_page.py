@@ -1,7 +1,5 @@
 """Tests of the labelling page: requests without a browser, and labelling by keyboard in one."""
 
-from __future__ import annotations
-
 import io
 import json
 from collections.abc import Sequence
@@ -11,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import wait_for
+from browser import Browser, wait_for
+from case_files import load_cases
 from hostile_requests import make_jpeg2000, make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
@@ -49,6 +48,8 @@ from finesight.model_folder import TINY_MODEL
 from finesight.storage import translate_os_errors
 from finesight.vision import image_reader
 
+CASES = load_cases("label_page")
+
 DRAGGED = ((70, 60), (100, 75))
 """Start and end of a new box in pixels of the image."""
 
@@ -83,15 +84,7 @@ def test_answers_are_saved_skipped_and_reopened(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "edits", "message"),
-    [
-        ("other", None, "not JSON: 'other'"),
-        ("", None, "the answer is empty"),
-        # The page shows the fields of the template.
-        ("", {}, "the answer is empty"),
-        ("no JSON", {}, "the answer is empty"),
-        *((text, None, "expected: a JSON object") for text in ("[1, 2]", '"a"', "12", "[{}]")),
-    ],
+    ("text", "edits", "message"), CASES["test_untouched_and_invalid_fields_are_refused"]
 )
 def test_untouched_and_invalid_fields_are_refused(tmp_path, text, edits, message):
     session = open_fields_session(tmp_path)
@@ -104,26 +97,13 @@ def test_untouched_and_invalid_fields_are_refused(tmp_path, text, edits, message
 
 
 @pytest.mark.parametrize(
-    ("answers", "options", "kind", "template"),
-    [
-        # One box among three suggestions does not hide the texts.
-        ((CORNERS, "Olp", "Rab"), {}, "text", None),
-        ((CORNERS, CORNERS, "Rab"), {}, "boxes", None),
-        # Images without objects are not counted.
-        ((CORNERS, "none", "none"), {}, "boxes", None),
-        ((CORNERS, CORNERS, "Rab"), {"kind": "text"}, "text", None),
-        (('{"a": "x"}', '{"b": 1, "a": "y"}', "Rab"), {}, "fields", {"a": "", "b": 0}),
-        (('{"a": "x"}', '{"a": "y"}', '{"a": "z", "c": 1}'), {}, "fields", {"a": ""}),
-        (('{"a": "x"}', "Olp", "Rab"), {}, "text", None),
-        (('{"a": "x"}', "Olp", "Rab"), {"kind": "fields"}, "fields", None),
-        (("red", "red", "red"), {}, "text", None),
-    ],
+    ("answers", "options", "kind", "template"), CASES["test_kind_is_that_of_most_suggestions"]
 )
 def test_kind_is_that_of_most_suggestions(tmp_path, answers, options, kind, template):
     photos = draw_images(tmp_path)
     session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", **options)
     for index, answer in enumerate(answers):
-        parts = [BoxPart(label="shop", xyxy=answer[0])] if answer is CORNERS else answer
+        parts = [BoxPart(label="shop", xyxy=CORNERS[0])] if answer == "boxes" else answer
         fields = len(json.loads(parts)) if isinstance(parts, str) and parts[0] == "{" else 1
         suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * fields)
         session.store.add_suggestions([(suggestion, None)], MODEL)
@@ -135,25 +115,8 @@ def test_kind_is_that_of_most_suggestions(tmp_path, answers, options, kind, temp
 RECEIPT = '{"shop":"Olp", "price": 12.50, "id": 9007199254740993, "paid": null, "vat": true}'
 
 
-FILLED = '{"shop": "", "price": null, "id": null, "paid": null, "vat": true}'
-"""Template of the test after an edit of `vat`."""
-
-
 @pytest.mark.parametrize(
-    ("text", "edits", "expected"),
-    [
-        (RECEIPT, {}, RECEIPT),
-        (RECEIPT, {0: 'a "b"'}, RECEIPT.replace('"Olp"', '"a \\"b\\""')),
-        (RECEIPT, {1: " 13.00 "}, RECEIPT.replace("12.50", "13.00")),
-        (RECEIPT, {1: "", 4: "false"}, RECEIPT.replace("12.50", "null").replace("true", "false")),
-        (RECEIPT, {1: "1,5"}, RECEIPT.replace("12.50", '"1,5"')),
-        # The template knows the type of a value that the suggestion left empty.
-        (RECEIPT, {3: "7.10"}, RECEIPT.replace("null", "7.10")),
-        ("", {1: "3.50", 4: "true"}, FILLED.replace("null", "3.50", 1)),
-        ("no JSON", {4: "true"}, FILLED),
-        ('{"a": [1.10, {"b": 2}]}', {1: "3"}, '{"a": [1.10, {"b": 3}]}'),
-        ('{"a": NaN}', {4: "true"}, FILLED),
-    ],
+    ("text", "edits", "expected"), CASES["test_edited_fields_leave_the_rest_of_the_answer"]
 )
 def test_edited_fields_leave_the_rest_of_the_answer(tmp_path, text, edits, expected):
     session = open_fields_session(tmp_path)
@@ -212,16 +175,6 @@ def test_suggestions_of_another_kind_are_dropped(tmp_path, kind, suggestion):
     assert [part.type for part in sample.messages[-1].content] == ["text"]
 
 
-def test_existing_labels_determine_the_kind(tmp_path):
-    suggestions = (CORNERS,) * 3
-    with open_client(open_receipts(tmp_path, *suggestions)) as client:
-        save(client, client.get("/items/0").json(), text='{"name": "Olp"}')
-    session = open_receipts(tmp_path, kind=None)
-    with open_client(session) as client:
-        assert session.task.kind == "fields"
-        assert list_fields(client.get("/items/1").json()) == {"name": ""}
-
-
 @pytest.mark.parametrize("suggestions", [(), (CORNERS,) * 3, ('Read: {"name": "Ol',) * 3])
 def test_first_saved_object_has_the_fields_of_the_next_images(tmp_path, suggestions):
     with open_client(open_receipts(tmp_path, *suggestions)) as client:
@@ -240,30 +193,6 @@ def test_first_saved_object_has_the_fields_of_the_next_images(tmp_path, suggesti
     session = open_receipts(tmp_path, field_names=("price", "paid"))
     session.store.close()
     assert json.loads(session.task.template) == {"price": 0.0, "paid": ""}
-
-
-def test_named_fields_are_shown_from_the_first_image_on(tmp_path):
-    names, suggested = ("name", "price"), '{"price": 1.50, "name": "Vade"}'
-    answers = (json.dumps(FIELDS[0]), suggested, "no JSON")
-    session = open_receipts(tmp_path, *answers, kind=None, field_names=names)
-    with open_client(session) as client:
-        items = [client.get(f"/items/{index}").json() for index in range(3)]
-        # A suggestion with other keys is shown beside the fields.
-        assert [list_fields(item) for item in items] == [
-            {"name": "", "price": ""},
-            {"price": "1.50", "name": "Vade"},
-            {"name": "", "price": ""},
-        ]
-        assert items[0]["suggestion"]["text"] == answers[0]
-        events = [
-            save(client, items[0], edits={0: "Olp", 1: "2"}).json()["item"]["decision"],
-            save(client, items[1], text=suggested, edits={}).json()["item"]["decision"],
-        ]
-        assert events == ["written", "accepted"]
-    assert read_answers(tmp_path / "labels") == {
-        "0.png": '{"name": "Olp", "price": "2"}',
-        "1.png": suggested,
-    }
 
 
 def test_items_are_listed_by_state_and_text(tmp_path):
@@ -292,19 +221,7 @@ def test_items_are_listed_by_state_and_text(tmp_path):
         assert sizes == [(120, 80), (96, 64)]
 
 
-@pytest.mark.parametrize(
-    ("change", "text"),
-    [
-        ({"boxes": [{"label": "shop", "xyxy": [10, 10, 300, 50]}]}, "outside its image"),
-        ({"boxes": [{"label": "shop", "xyxy": [40, 10, 30, 50]}]}, "inverted corners"),
-        ({"boxes": [{"label": "other", "xyxy": [10, 10, 30, 50]}]}, "'other' is not one"),
-        ({"boxes": [{"label": None, "xyxy": [10, 10, 30, 50]}]}, "box 1 has no class"),
-        ({"boxes": [{"image": 1, "xyxy": [1, 1, 9, 9]}]}, "image 1"),
-        ({"boxes": [], "text": " "}, "the answer is empty"),
-        ({"id": "../other"}, "not a sample"),
-        ({"action": "delete"}, "action"),
-    ],
-)
+@pytest.mark.parametrize(("change", "text"), CASES["test_invalid_decisions_change_nothing"])
 def test_invalid_decisions_change_nothing(tmp_path, change, text):
     with open_client(open_boxes_session(tmp_path)) as client:
         answer = save(client, client.get("/items/0").json(), **change)
@@ -434,6 +351,54 @@ def test_suggestions_are_accepted_at_once_and_reopened(tmp_path, browser):
         assert browser.messages() == []
 
 
+def test_uncertain_suggestions_are_hidden(tmp_path, browser):
+    with serve(open_fields_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        first = "document.querySelector('#field-0')?.value"
+        wait_for(browser, f"{first} !== undefined && {first} !== ''")
+        for value, shown, text in ((101, False, "off"), (0, True, "0 %")):
+            browser.run(
+                f"const slider = document.querySelector('#threshold'); slider.value = {value};"
+                " slider.dispatchEvent(new Event('input', { bubbles: true }));"
+            )
+            wait_for(browser, f"({first} !== '') === {str(shown).lower()}")
+            assert browser.read_texts("#threshold-value") == [text]
+            assert browser.run("return document.querySelector('#reset').hidden;")
+        assert browser.messages() == []
+
+
+def test_image_is_zoomed_and_moved(tmp_path, browser):
+    scale = "return document.querySelector('#image').getBoundingClientRect()"
+    with serve(open_boxes_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
+        before = browser.run(f"{scale}.width;")
+        press(browser, "+")
+        assert browser.run(f"{scale}.width;") == pytest.approx(1.5 * before, rel=0.01)
+        browser.run(
+            "const stage = document.querySelector('#stage'), { left, top } = "
+            "stage.getBoundingClientRect(); const at = { clientX: left + 9, clientY: top + 9, "
+            "bubbles: true, cancelable: true }; for (let i = 0; i < 3; i++) "
+            "stage.dispatchEvent(new WheelEvent('wheel', { ...at, deltaY: -400 }));"
+        )
+        assert browser.run(f"{scale}.width;") == pytest.approx(16 * before, rel=0.01)
+        left = browser.run(f"{scale}.left;")
+        browser.run(
+            "const stage = document.querySelector('#overlay'), { left, top } = document"
+            ".querySelector('#stage').getBoundingClientRect(); const send = (name, x) => "
+            "stage.dispatchEvent(new PointerEvent(name, { clientX: left + x, clientY: top + 9, "
+            "pointerId: 1, pointerType: 'mouse', shiftKey: true, bubbles: true, "
+            "cancelable: true }));"
+            "send('pointerdown', 50); send('pointermove', 40); send('pointerup', 40);"
+        )
+        assert browser.run(f"{scale}.left;") == pytest.approx(left - 10, abs=1)
+        for _ in range(8):
+            browser.click("#zoom-out")
+        assert browser.run(f"{scale}.width;") == pytest.approx(before)
+        assert browser.count("#overlay rect") == 2
+        assert browser.messages() == []
+
+
 def test_accepting_at_once_hides_no_error_and_undoes_no_other_decision(tmp_path, monkeypatch):
     def fill_disk(path: Path, line: str) -> None:
         with translate_os_errors(path):
@@ -538,27 +503,12 @@ def test_question_of_each_sample_is_shown_and_corrected(tmp_path, browser):
         assert second.meta == {}
         # The next session shows the corrected question, and cannot empty it.
         with open_client(open_session(out, MODEL, [source], review=True)) as client:
+            assert "one by one" in client.post("/decisions", json={"action": "accept"}).text
             item, other = (client.get(f"/items/{index}").json() for index in range(2))
             assert (item["decision"], item["question"][0]) == ("corrected", "Find a blue car in ")
             refused = save(client, item, boxes=item["answer"]["boxes"], question=["", " "])
             assert (refused.status_code, "the prompt is empty" in refused.text) == (422, True)
             assert save(client, other, action="skip").status_code == 200
-
-
-@pytest.mark.parametrize(
-    ("labels", "choices"),
-    [
-        (["car", "dog"] * 3, ("car", "dog")),
-        (["car", "dog", "cup"] * 2, ()),
-        ([f"object {index}" for index in range(20)], ()),
-    ],
-)
-def test_only_closed_sets_of_classes_have_keys(tmp_path, labels, choices):
-    source = write_boxes(tmp_path, labels)
-    session = open_session(tmp_path / "labels", MODEL, [source], review=True)
-    session.complete_task()
-    session.store.close()
-    assert (session.task.choices, session.task.names) == (choices, tuple(dict.fromkeys(labels)))
 
 
 @pytest.mark.parametrize("make_image", [make_jpeg2000, make_progressive_jpeg])
@@ -609,16 +559,283 @@ def test_invalid_decision_is_an_error_of_the_user(tmp_path, body):
         assert client.get("/items").json()["counts"]["open"] == 3
 
 
-def test_corrected_prompt_of_one_image_is_not_that_of_others(tmp_path):
-    photos, out = draw_images(tmp_path), tmp_path / "labels"
-    for kept in (0, 1):
-        with open_client(open_session(out, MODEL, [photos], prompt="Read.", kind="text")) as client:
-            items = [client.get(f"/items/{index}").json() for index in range(3)]
-            assert [item["question"][0] for item in items] == [
-                "Read all." if kept else "Read.",
-                *["Read."] * 2,
-            ]
-            save(client, items[0], text="a", question=["Read all."])
-    assert [one.messages[0].content[1] for one in read_samples(out / LABELS_FILE)] == [
-        TextPart(text="Read all.")
-    ]
+DELAY_SCRIPT = """window.realFetch ??= window.fetch;
+window.fetch = async (url, options) => {
+  if (url === URL_TO_DELAY) await new Promise((resolve) => { window.release = resolve; });
+  return window.realFetch(url, options);
+};"""
+
+TYPE_SCRIPT = """const input = document.querySelector("#form :is(input, textarea)");
+input.value = TEXT;
+input.dispatchEvent(new Event("input"));"""
+
+
+def open_texts_session(folder: Path, **options: Any) -> LabelSession:
+    """Open a session with the suggested texts a0, a1 and a2, in this order."""
+    photos = folder / "photos"
+    if not photos.exists():
+        draw_images(folder)
+    options = {"prompt": "Read."} | options
+    session = open_session(folder / "labels", MODEL, [photos], **options)
+    suggestions = [make_suggestion(str(photos / f"{i}.png"), f"a{i}", 0.9) for i in range(3)]
+    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
+    session.complete_task()
+    return session
+
+
+def delay(browser: Browser, url: str) -> None:
+    """Delay the requests of a URL until `release` is called."""
+    browser.run(f"window.release = null; {DELAY_SCRIPT.replace('URL_TO_DELAY', repr(url))}")
+
+
+def release(browser: Browser) -> None:
+    wait_for(browser, "window.release")
+    browser.run("window.release();")
+
+
+def type_text(browser: Browser, text: str) -> None:
+    browser.run(TYPE_SCRIPT.replace("TEXT", json.dumps(text)))
+
+
+def get_value(browser: Browser) -> Any:
+    return browser.run("return document.querySelector('#form :is(input, textarea)').value;")
+
+
+def wait_for_name(browser: Browser, name: str) -> None:
+    wait_for(browser, f"document.querySelector('#name').textContent === '{name}'")
+
+
+def open_image(browser: Browser, index: int) -> None:
+    run_in_page(browser, f"return page.open({index});")
+    wait_for_name(browser, f"{index}.png")
+
+
+def test_typed_text_survives_saving_and_late_requests(tmp_path, browser):
+    count = "document.querySelector('#counts').textContent.includes('corrected {}')"
+    with serve(open_texts_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        # The answer to the first of two requests comes last.
+        delay(browser, "items/1")
+        run_in_page(browser, "page.open(1); page.open(2);")
+        wait_for_name(browser, "2.png")
+        release(browser)
+        browser.settle()
+        wait_for_name(browser, "2.png")
+        # Text that is typed while it is saved remains, with its field.
+        delay(browser, "decision")
+        type_text(browser, "v1")
+        run_in_page(browser, "page.decide('save');")
+        type_text(browser, "v1 and more")
+        release(browser)
+        wait_for(browser, count.format(1))
+        wait_for(browser, "document.querySelector('#notice').textContent.startsWith('Saved')")
+        assert (get_value(browser), read_answers(tmp_path / "labels")) == (
+            "v1 and more",
+            {"2.png": "v1"},
+        )
+        # Another image that was opened while an answer is saved stays open.
+        open_image(browser, 0)
+        type_text(browser, "first")
+        run_in_page(browser, "page.decide('save');")
+        open_image(browser, 1)
+        type_text(browser, "second")
+        release(browser)
+        wait_for(browser, count.format(2))
+        wait_for_name(browser, "1.png")
+        browser.driver.refresh()
+        wait_for_name(browser, "1.png")
+        assert get_value(browser) == "second"
+        for index, text in ((0, "first"), (2, "v1 and more")):
+            open_image(browser, index)
+            assert get_value(browser) == text
+        assert browser.run("return document.querySelector('#hint').innerText;").endswith("a2")
+        # The list names images with unsaved answers, and a reset drops them.
+        browser.run("document.querySelector('#list').open = true;")
+        unsaved = "document.querySelectorAll('#list .draft').length"
+        wait_for(browser, f"{unsaved} === 2")
+        run_in_page(browser, "document.querySelector('#reset').click(); return page.showList();")
+        wait_for(browser, f"{unsaved} === 1")
+        assert get_value(browser) == "v1"
+
+
+def test_stale_page_overwrites_no_decision(tmp_path, browser):
+    with open_client(open_texts_session(tmp_path)) as client:
+        item = client.get("/items/0").json()
+        save(client, item, revision=item["revision"], text="other tab")
+        for values in ({"text": "a0"}, {"action": "skip"}, {"action": "reopen"}):
+            refused = save(client, item, revision=item["revision"], **values)
+            assert (refused.status_code, "another tab" in refused.text) == (422, True)
+            headers = {"accept-language": "zh-Hans"}
+            body = {"id": item["id"], "action": "save", "revision": 1, "text": "a0"}
+            assert "另一个标签页" in client.post("/decision", json=body, headers=headers).text
+    assert read_answers(tmp_path / "labels") == {"0.png": "other tab"}
+    session = open_texts_session(tmp_path)
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en#1")
+        wait_for_name(browser, "1.png")
+        type_text(browser, "mine")
+        session.store.skip(session.store.items[1].sample.sample.id)
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#error').textContent.includes('another tab')")
+        session.store.skip(session.store.items[2].sample.sample.id)
+        open_image(browser, 2)
+        # The counts follow the decisions of other tabs.
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('skipped 2')")
+        wait_for(browser, "!document.querySelector('#finished').hidden")
+        open_image(browser, 1)
+        assert get_value(browser) == "mine"
+
+
+def test_unsaved_answers_belong_to_a_session(tmp_path, browser):
+    keys = set()
+    for prompt, names in (("Which color?", ()), ("Which size?", ()), ("Read.", ("shop", "total"))):
+        options = {"kind": "fields", "field_names": names} if names else {}
+        with open_client(open_texts_session(tmp_path, prompt=prompt, **options)) as client:
+            keys.add(client.get("/").text.split("&#34;session&#34;: &#34;")[1][:16])
+    assert len(keys) == 3
+    options = {"kind": "fields", "prompt": "Read."}
+    session = open_session(tmp_path / "new", MODEL, [tmp_path / "photos"], **options)
+    session.complete_task()
+    with serve(session) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        open_image(browser, 1)
+        type_text(browser, '{"shop": "typed on 1"}')
+        open_image(browser, 0)
+        type_text(browser, '{"shop": "zero", "total": 1}')
+        press(browser, "Enter")
+        # The first object gives the next images fields, and an object that was typed remains.
+        wait_for_name(browser, "1.png")
+        assert get_value(browser) == '{"shop": "typed on 1"}'
+        open_image(browser, 2)
+        press(browser, "e")
+        wait_for(browser, "document.activeElement.id === 'field-0'")
+        # An edit belongs to the name of its field, whatever the order of the fields.
+        browser.run("document.execCommand('insertText', false, 'Olp');")
+        assert run_in_page(browser, "return page.answer.edits;") == {'["shop"]': "Olp"}
+        # The next key does not replace a restored edit.
+        browser.driver.refresh()
+        wait_for(browser, "document.querySelector('#field-0')?.value === 'Olp'")
+        assert browser.run("return document.activeElement.id;") == ""
+        press(browser, "e")
+        press(browser, "Enter")
+        wait_for(browser, "document.activeElement.id === 'field-1'")
+        browser.run("document.execCommand('insertText', false, '1,5');")
+        note = "document.querySelectorAll('#form .note')[1].textContent"
+        wait_for(browser, f"{note} === 'text, not a number'")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('written 2')")
+    assert read_answers(tmp_path / "new") == {
+        "0.png": '{"shop": "zero", "total": 1}',
+        "2.png": '{"shop": "Olp", "total": "1,5"}',
+    }
+
+
+def test_undo_needs_the_server_and_survives_a_reload(tmp_path, browser):
+    notice, decision = ("document.querySelector('#notice')", "document.querySelector('#decision')")
+    with serve(open_texts_session(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for_name(browser, "0.png")
+        assert browser.run("return document.querySelector('#undo').disabled;")
+        press(browser, "u")
+        wait_for(browser, f"{notice}.textContent === 'Nothing to undo'")
+        press(browser, "Enter")
+        wait_for_name(browser, "1.png")
+        browser.driver.refresh()
+        wait_for_name(browser, "1.png")
+        browser.run(
+            "window.realFetch = window.fetch; window.fetch = async (url, options) => {"
+            "if (url === 'decision') throw new TypeError(); return realFetch(url, options);};"
+        )
+        press(browser, "u")
+        wait_for(browser, "!document.querySelector('#error').hidden")
+        assert browser.run(f"return {decision}.textContent;") == "accepted"
+        run_in_page(browser, "window.fetch = window.realFetch; return page.open(1);")
+        press(browser, "u")
+        wait_for(browser, f"{notice}.textContent === 'Undone: accepted · 0.png'")
+        assert browser.run(f"return [{decision}.textContent, undo.disabled];")[0] == "open"
+        browser.run("window.fetch = async () => { throw new TypeError(); };")
+        run_in_page(browser, "return page.open(2);")
+        error = browser.run("return document.querySelector('#error').textContent;")
+        assert error == "Not loaded: The server does not answer."
+
+
+@pytest.mark.parametrize(("num_classes", "control"), [(3, "input[type=radio]"), (12, "option")])
+def test_only_classes_are_saved(tmp_path, browser, num_classes, control):
+    names = ("a1", *(f"class {number}" for number in range(2, num_classes + 1)))
+    error, note = "document.querySelector('#error')", "document.querySelector('#form .note')"
+    with serve(open_texts_session(tmp_path, choices=names, kind="classes")) as address:
+        browser.visit(f"{address}/?lang=zh")
+        wait_for(browser, f"{note}?.textContent.includes('a0')")
+        press(browser, "Enter")
+        wait_for(browser, f"{error}.textContent.includes('请选择类别')")
+        press(browser, "2")
+        count = browser.run(f"return document.querySelectorAll('#form {control}').length;")
+        assert count == num_classes
+        press(browser, "Enter")
+        wait_for_name(browser, "1.png")
+        assert browser.run("return document.querySelector('#confidence').textContent;")
+        press(browser, "3")
+        assert browser.run("return document.querySelector('#confidence').textContent;") == ""
+        press(browser, "Enter")
+        wait_for_name(browser, "2.png")
+        press(browser, "s")
+        # The finished state is that of the server.
+        for _ in range(2):
+            wait_for(browser, "!document.querySelector('#finished').hidden")
+            assert "3" in browser.run("return document.querySelector('#all-decided').innerText;")
+            assert browser.run("return document.querySelector('#save-text').innerText;") == "保存"
+            browser.driver.refresh()
+        # The decisions that this tab knows may be older than the counts.
+        open_image(browser, 0)
+        run_in_page(
+            browser, "page.decisions.fill('accepted'); document.querySelector('#review').click();"
+        )
+        wait_for_name(browser, "2.png")
+        wait_for(browser, "document.querySelectorAll('#list-items li').length === 1")
+        check_layouts(browser, address)
+    assert read_answers(tmp_path / "labels") == {"0.png": names[1], "1.png": names[2]}
+
+
+def open_review(folder: Path, **options: Any) -> LabelSession:
+    """Open a review of the classes red, rare and red."""
+    with open_client(open_texts_session(folder)) as client:
+        for index, text in enumerate(("red", "rare", "red")):
+            save(client, client.get(f"/items/{index}").json(), text=text)
+    options = {"kind": "classes", "review": True} | options
+    session = open_session(folder / "reviewed", MODEL, [folder / "labels" / LABELS_FILE], **options)
+    session.complete_task()
+    return session
+
+
+def test_other_classes_are_saved(tmp_path, browser):
+    state = "[page.answer.text, other.value, document.querySelector('#form :checked')?.value ?? '']"
+    other = "document.querySelector('#other')"
+    with serve(open_review(tmp_path)) as address:
+        browser.visit(f"{address}/?lang=zh")
+        wait_for(browser, f"{other}?.labels[0].textContent === '其他类别'")
+        browser.run(f"{other}.focus();")
+        browser.run("document.execCommand('insertText', false, 'rare');")
+        assert run_in_page(browser, f"return {state};") == ["rare", "rare", "rare"]
+        browser.run("document.execCommand('insertText', false, ' one');")
+        assert run_in_page(browser, f"return {state};") == ["rare one", "rare one", ""]
+        press(browser, "Escape")
+        press(browser, "1")
+        assert run_in_page(browser, f"return {state};") == ["red", "", "red"]
+        browser.run(f"{other}.focus();")
+        browser.run("document.execCommand('insertText', false, 'pink');")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('已修正 1')")
+    assert "pink" in read_answers(tmp_path / "reviewed").values()
+
+
+def test_reviewed_samples_may_keep_their_class(tmp_path):
+    with open_client(open_review(tmp_path, choices=("red", "blue"))) as client:
+        items = [client.get(f"/items/{index}").json() for index in range(3)]
+        item = next(one for one in items if one["answer"]["text"] == "rare")
+        assert item["choices"] == ["red", "blue", "rare"]
+        assert save(client, item, text="rare").json()["item"]["decision"] == "accepted"
+        for text, known in (("other", item), ("rare", items[item["index"] - 1])):
+            refused = save(client, known, text=text)
+            assert (refused.status_code, "not one of the classes" in refused.text) == (422, True)

@@ -1,7 +1,5 @@
 """Tests of the journal and of the file of labels."""
 
-from __future__ import annotations
-
 import errno
 import json
 import os
@@ -9,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from hostile_requests import make_progressive_jpeg
 from label_fixtures import (
     CORNERS,
@@ -23,8 +22,6 @@ from PIL import Image
 from PIL.Image import Transpose
 from video_fixtures import write_video
 
-from finesight.config import DataFileSettings
-from finesight.data.corpus import load_corpus
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -42,6 +39,8 @@ from finesight.label.label_session import detect_task, open_session, read_run_ex
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
 from finesight.storage import FileSystem, use_file_system
 from finesight.vision import image_reader
+
+CASES = load_cases("label_store")
 
 
 def list_texts(folder: Path) -> list[str]:
@@ -116,19 +115,6 @@ def test_second_process_is_rejected(tmp_path):
         open_session(tmp_path / "labels", MODEL, [tmp_path / "photos"], prompt="Read.")
 
 
-def test_labels_are_training_data(tmp_path, monkeypatch):
-    with open_fields_session(tmp_path).store as store:
-        for item in store.items:
-            store.save_label(item.sample.sample.id, item.proposal)
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    corpus = load_corpus([DataFileSettings(path=tmp_path / "labels" / LABELS_FILE)])
-    for located in corpus.read_samples():
-        (image,) = (part for part in located.sample.iter_parts() if isinstance(part, ImagePart))
-        assert located.resolve_path(image.image).is_file()
-        assert not Path(image.image).is_absolute()
-
-
 def test_labels_are_split_in_the_same_way_in_each_session(tmp_path: Path) -> None:
     images = [draw_images(tmp_path / name, 10) for name in ("first", "second")]
 
@@ -175,9 +161,7 @@ def test_equal_pixels_are_in_one_split(tmp_path: Path) -> None:
     assert not {*train} & {*validation}
 
 
-def test_frames_and_videos_are_decoded_within_limits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_frames_and_videos_are_decoded_within_limits(tmp_path, monkeypatch):
     frames = [f"photos/{path.name}" for path in draw_images(tmp_path, 2).iterdir()]
     write_video(tmp_path / "a.mp4")
     videos = [VideoPart(frames=tuple(frames)), VideoPart(video="a.mp4")]
@@ -212,30 +196,8 @@ def test_review_replaces_answers_and_keeps_others(tmp_path):
     assert list_texts(tmp_path / "labels") == ["red", "gray", "blue"]
 
 
-def test_labeled_samples_are_not_listed_without_review(tmp_path):
-    data = write_answers(tmp_path, "red", None, "red", "red")
-    session = open_session(tmp_path / "labels", MODEL, [data])
-    assert (session.task.kind, session.task.choices) == ("classes", ("red",))
-    with session.store as store:
-        assert [item.sample.sample.id for item in store.items] == ["s1"]
-        store.save_label("s1", (TextPart(text="green"),))
-    assert list_texts(tmp_path / "labels") == ["red", "green", "red", "red"]
-
-
 @pytest.mark.parametrize(
-    ("sources", "prompt", "message"),
-    [
-        (["photos"], None, "images have no prompt"),
-        (["photo"], "Read.", "photo does not exist"),
-        (["data.jsonl", "data.jsonl"], "Read.", "several samples have the ID"),
-        (["empty"], "Read.", "no images and no samples"),
-        (["data.jsonl", "--review"], None, "data.jsonl: no sample has an answer"),
-        (
-            ["photos", "--review"],
-            "Read.",
-            "photos: no sample has an answer\n.*\n  remedy: remove --re",
-        ),
-    ],
+    ("sources", "prompt", "message"), CASES["test_invalid_sources_are_rejected"]
 )
 def test_invalid_sources_are_rejected(tmp_path, monkeypatch, sources, prompt, message):
     write_answers(tmp_path, None, None)
@@ -248,18 +210,7 @@ def test_invalid_sources_are_rejected(tmp_path, monkeypatch, sources, prompt, me
 
 
 @pytest.mark.parametrize(
-    ("answers", "kind", "template"),
-    [
-        (
-            ['{"a": 1, "b": ["x", "y"], "c": null, "d": null}', '{"a": 2, "c": true}'],
-            "fields",
-            {"a": 0, "b": [""], "c": False, "d": None},
-        ),
-        (["[1, 2]", '{"a": 2}'], "text", None),
-        (["[1, 2]", '{"a": 2}', '{"a": 3}'], "fields", {"a": 0}),
-        (["red", "green"] * 4, "classes", None),
-        (["a long caption", "another"], "text", None),
-    ],
+    ("answers", "kind", "template"), CASES["test_task_is_detected_from_answers"]
 )
 def test_task_is_detected_from_answers(tmp_path, answers, kind, template):
     data = write_answers(tmp_path, *answers, None)

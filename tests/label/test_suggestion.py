@@ -1,7 +1,5 @@
 """Tests of suggestions: confidences of fields, boxes and texts, and their order."""
 
-from __future__ import annotations
-
 import math
 import re
 from copy import copy
@@ -9,18 +7,36 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from case_files import load_cases
 from label_fixtures import draw_images
 
-from finesight.data.sample import LocatedSample, Message, Sample, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+)
 from finesight.encode.qwen2_5_vl import Qwen25VL
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.encode.renderer import NativeRenderer, build_renderer
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import build_prediction, build_question
 from finesight.infer.request import GeneratedToken
-from finesight.label.label_store import Suggestion
-from finesight.label.suggestion import build_suggestion, iter_json_leaves, suggest_labels
+from finesight.label.suggestion import (
+    build_suggestion,
+    combine_scores,
+    compute_label_losses,
+    iter_json_leaves,
+    measure_disagreement,
+    rank_labels,
+    suggest_labels,
+)
 from finesight.model_folder import TINY_MODEL, locate_model
+
+CASES = load_cases("suggestion")
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +44,7 @@ def renderer() -> NativeRenderer:
     return build_renderer(locate_model(TINY_MODEL))
 
 
-def suggest(
-    renderer: NativeRenderer, folder: Path, answer: str, uncertain: dict[str, float]
-) -> Suggestion:
+def suggest(renderer, folder, answer, uncertain):
     """Build the suggestion of an answer whose tokens have the probability 1, except for some.
 
     Args:
@@ -59,22 +73,12 @@ def suggest(
 
 
 @pytest.mark.parametrize(
-    ("answer", "uncertain", "parts", "confidence"),
-    [
-        (
-            '{"shop": "Olp", "items": [{"price": 3.5}]}',
-            {"Olp": 0.5, "3.5": 0.8},
-            {("shop",): 0.5, ("items", 0, "price"): 0.8},
-            0.4,
-        ),
-        ('{"shop": "Olp", "total": 3}', {"total": 0.25}, {("shop",): 1.0, ("total",): 1.0}, 0.25),
-        ("Tür 7", {"T": 0.5, "7": 0.5}, {(): 0.25}, 0.25),
-        ('{"shop": "Olp"', {"Olp": 0.5}, {(): 0.5}, 0.5),
-    ],
+    ("answer", "uncertain", "parts", "confidence"), CASES["test_confidence_of_texts"]
 )
 def test_confidence_of_texts(renderer, tmp_path, answer, uncertain, parts, confidence):
     suggestion = suggest(renderer, tmp_path, answer, uncertain)
-    assert {part.path: part.confidence for part in suggestion.parts} == pytest.approx(parts)
+    found = {part.path: part.confidence for part in suggestion.parts}
+    assert found == pytest.approx({tuple(path): value for path, value in parts})
     assert suggestion.confidence == pytest.approx(confidence)
     assert suggestion.content[0].text == answer
     assert suggestion.loss == pytest.approx(-math.log(confidence))
@@ -104,18 +108,11 @@ def test_confidence_of_boxes(renderer, tmp_path, family, template, separator):
 
 @pytest.mark.parametrize(
     ("text", "leaves"),
-    [
-        ('x {"a": "b\\"c", "n": [1, {"k": null}], "e": {}, "t": true} y',
-         [("a", '"b\\"c"'), ("n.0", "1"), ("n.1.k", "null"), ("t", "true")]),
-        ('{"a": 1, "b": "x', [("a", "1")]),
-        ("[" * 5000, []),
-        ('{"a": x}', []),
-        ("none", []),
-    ],
-)  # fmt: skip
+    [*CASES["test_json_leaves_are_located"], ("[" * 5000, [])],
+)
 def test_json_leaves_are_located(text, leaves):
     found = list(iter_json_leaves(text))
-    assert [(".".join(map(str, one.path)), text[one.start : one.stop]) for one in found] == leaves
+    assert [[".".join(map(str, one.path)), text[one.start : one.stop]] for one in found] == leaves
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +139,65 @@ def test_least_certain_suggestions_come_first(inference_model, tmp_path):
     assert all(0 <= value <= 1 for value in confidences)
     assert (len(suggestions), list(reasons)) == (4, ["broken"])
     assert all(isinstance(one.content[0], TextPart) for one in suggestions)
+
+
+BOX = BoxPart(label="a", xyxy=(0, 0, 10, 10))
+
+OTHER = BoxPart(label="b", xyxy=(20, 20, 30, 30))
+
+
+def make_sample(photos: Path, index: int, answer: str) -> LocatedSample:
+    question = (ImagePart(image=f"{index}.png"), TextPart(text="Describe the image."))
+    messages = (
+        Message(role="user", content=question),
+        Message(role="assistant", content=answer),
+    )
+    return LocatedSample(Sample(id=f"{index}", messages=messages), photos)
+
+
+@pytest.mark.parametrize(
+    ("label", "suggestion", "expected"),
+    [
+        ([BOX, OTHER], [BOX, OTHER], 0),
+        ([BOX], [BOX, OTHER], 0.5),
+        ([BOX, OTHER], [BOX.model_copy(update={"label": "b"}), OTHER], 0.5),
+        ([TextPart(text="none")], [BOX], 1),
+        ([TextPart(text='{"a": "x", "b": 1}')], [TextPart(text='{"b": 1.0, "a": "y"}')], 0.5),
+        ([TextPart(text="abcd")], [TextPart(text=" abxd ")], 0.25),
+        ([TextPart(text='{"a": "x"}')], [TextPart(text='{"a": "x"')], 0.1),
+    ],
+)
+def test_disagreement(label, suggestion, expected):
+    assert measure_disagreement(label, suggestion) == pytest.approx(expected)
+
+
+def test_loss_of_the_own_answer_equals_that_of_the_label(inference_model, tmp_path):
+    photos = draw_images(tmp_path, 2)
+    questions = [make_sample(photos, index, "unused") for index in range(2)]
+    suggestions, _ = suggest_labels(inference_model, questions, max_new_tokens=40)
+    texts = {one.id: one.content[0].text for one in suggestions}
+    labeled = [make_sample(photos, index, texts[f"{index}"]) for index in range(2)]
+    losses = compute_label_losses(inference_model, labeled, batch_size=2)
+    expected = [next(one.loss for one in suggestions if one.id == f"{i}") for i in range(2)]
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+    assert compute_label_losses(inference_model, labeled, batch_size=1) == pytest.approx(
+        losses, rel=1e-3, abs=1e-3
+    )
+
+
+def test_wrong_labels_come_first(inference_model, tmp_path):
+    photos = draw_images(tmp_path, 3)
+    questions = [make_sample(photos, index, "unused") for index in range(3)]
+    suggestions, _ = suggest_labels(inference_model, questions, max_new_tokens=40)
+    texts = {int(one.id): one.content[0].text for one in suggestions}
+    samples = [make_sample(photos, i, texts[i] if i != 1 else "two dogs") for i in range(3)]
+    ranked, reasons = rank_labels(inference_model, samples, max_new_tokens=40)
+    assert ranked[0].suggestion.id == "1"
+    assert [one.score for one in ranked[1:]] == pytest.approx([0, 0], abs=1e-6)
+    assert reasons == {}
+
+
+def test_score_needs_loss_disagreement_and_confidence():
+    for values in ((5.0, 0.0, 1.0), (0.0, 1.0, 1.0), (5.0, 1.0, 0.0)):
+        assert combine_scores(*values) == 0
+    assert combine_scores(math.log(2), 1.0, 0.5) == pytest.approx(0.25)

@@ -1,13 +1,21 @@
 """What a job is made of, and what is refused before anything is written."""
 
-from __future__ import annotations
-
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+from each_value import each
 
 from finesight.errors import UserError
-from finesight.launch.launch_job import LaunchJob, NodeSpec
+from finesight.launch.launch_job import (
+    ContainerImage,
+    LaunchJob,
+    NodeSpec,
+    build_kubeflow_job,
+    build_skypilot_task,
+)
 
 MACHINES = NodeSpec(1, 1, 8)
 
@@ -54,3 +62,136 @@ def test_invalid_names_and_recipes_are_rejected(tmp_path: Path) -> None:
 def test_recipe_path_starting_with_dash(tmp_path: Path) -> None:
     job = LaunchJob("x", Path("-r.yaml"), (), Path("run"), tmp_path, MACHINES)
     assert job.python_arguments == "-m finesight train ./-r.yaml --resume"
+
+
+NASTY = 'it\'s $(touch stolen) `id` "x"'
+
+
+def make_job(nodes="2", recipe=f"{NASTY}.yaml", output="runs/first"):
+    overrides, machines = (f"data.system_prompt={NASTY}",), NodeSpec.parse(nodes, 8)
+    return LaunchJob("first", Path(recipe), overrides, Path(output), Path(), machines)
+
+
+def build_skypilot(job, store="s3://bucket/folder", accelerator="H100"):
+    image = ContainerImage("registry.example/finesight:1", store)
+    return build_skypilot_task(job, image, accelerator)
+
+
+def build_kubeflow(job: LaunchJob, store: str = "claim") -> str:
+    return build_kubeflow_job(job, ContainerImage("registry.example/finesight:1", store))
+
+
+def run_shell(shell: str, folder: Path, **environment: str) -> list[str]:
+    """Run shell code with a fake torchrun, and return the arguments of that."""
+    torchrun = folder / "torchrun"
+    torchrun.write_text('#!/bin/sh\nprintf "%s\\0" "$@" > "$SEEN"\n')
+    torchrun.chmod(0o755)
+    environment |= {"PATH": f"{folder}:/usr/bin:/bin", "SEEN": str(folder / "seen")}
+    command = ["bash", "-c", shell.replace("/finesight", str(folder))]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (folder / "stolen").exists()
+    return (folder / "seen").read_text().split("\0")[:-1]
+
+
+TRAIN = ["-m", "finesight", "train", f"{NASTY}.yaml", f"data.system_prompt={NASTY}", "--resume"]
+
+
+def test_skypilot_task(tmp_path: Path) -> None:
+    task = yaml.safe_load(build_skypilot(make_job()))
+    run = task.pop("run")
+    # The fields of https://docs.skypilot.co/en/latest/reference/yaml-spec.html.
+    assert task == {
+        "name": "first",
+        "num_nodes": 2,
+        "resources": {
+            "accelerators": "H100:8",
+            "image_id": "docker:registry.example/finesight:1",
+            "job_recovery": {"max_restarts_on_errors": 3},
+        },
+        "file_mounts": {"/finesight": {"source": "s3://bucket", "mode": "MOUNT_CACHED"}},
+    }
+    (tmp_path / "folder").mkdir()
+    found = run_shell(
+        run,
+        tmp_path,
+        SKYPILOT_NODE_IPS="10.0.0.1\n10.0.0.2",
+        SKYPILOT_NUM_NODES="2",
+        SKYPILOT_NUM_GPUS_PER_NODE="8",
+    )
+    assert found[-6:] == TRAIN
+    assert {"--nnodes=2", "--nproc-per-node=8", "--rdzv-endpoint=10.0.0.1:29400"} <= {*found}
+
+
+def test_kubeflow_train_job(tmp_path: Path) -> None:
+    found = yaml.safe_load(build_kubeflow(make_job()))
+    assert (found["apiVersion"], found["kind"]) == ("trainer.kubeflow.org/v1alpha1", "TrainJob")
+    trainer = found["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 8)
+    assert trainer["command"][:2] == ["bash", "-c"]
+    assert run_shell(trainer["command"][2], tmp_path)[-6:] == TRAIN
+
+
+def test_bucket_subfolder_is_the_working_directory() -> None:
+    """SkyPilot mounts whole buckets and refuses a folder of one."""
+    azure = "https://a.blob.core.windows.net/b"
+    for store, bucket, folder in (
+        ("s3://b", "s3://b", "/finesight"),
+        ("gs://b/", "gs://b", "/finesight"),
+        ("s3://b/c/d/", "s3://b", "/finesight/c/d"),
+        ("cos://eu-de/b/c", "cos://eu-de/b", "/finesight/c"),
+        (f"{azure}/c", azure, "/finesight/c"),
+    ):
+        task = yaml.safe_load(build_skypilot(make_job(), store))
+        assert task["file_mounts"]["/finesight"]["source"] == bucket
+        assert task["run"].startswith(f"cd {folder} || exit 1\n")
+
+
+def test_kubeflow_models_accept_the_job() -> None:
+    """They leave out what they do not know, so nothing may be missing of what they give back."""
+    reason = "kubeflow-trainer-api is not installed"
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason=reason)
+    for nodes in ("1", "2"):
+        found = yaml.safe_load(build_kubeflow(make_job(nodes)))
+        assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() == found
+    found["spec"]["trainer"]["images"] = "unknown"
+    assert models.TrainerV1alpha1TrainJob.from_dict(found).to_dict() != found
+
+
+@pytest.mark.parametrize("build", [build_skypilot, build_kubeflow])
+def test_unsupported_jobs_are_rejected(build: Callable[[LaunchJob], str]) -> None:
+    for recipe, output in (
+        ("/r.yaml", "x"),
+        ("../r.yaml", "x"),
+        ("r.yaml", "/x"),
+        ("r.yaml", ".."),
+    ):
+        with pytest.raises(UserError, match="is outside"):
+            build(make_job(recipe=recipe, output=output))
+    with pytest.raises(UserError, match="1:4 nodes"):
+        build(make_job("1:4"))
+
+
+@each(
+    ("image", "store", "where"),
+    [(None, "x", "--image"), ("x", None, "--store"), ("a b", "x", "--image"), ("x", "", "--store")],
+)
+def test_image_and_store_are_required(image: str | None, store: str | None, where: str) -> None:
+    with pytest.raises(UserError) as caught:
+        ContainerImage.from_options(image, store)
+    assert caught.value.where == where
+
+
+def test_invalid_stores_and_accelerators_are_rejected() -> None:
+    for store in ("claim", "s3://", "ftp://bucket", "cos://region", "hf://a/b"):
+        with pytest.raises(UserError, match="is not a bucket") as caught:
+            build_skypilot(make_job(), store)
+        assert caught.value.where == "--store"
+    for store in ("s3://bucket/folder", "Claim", "a_b", "a-"):
+        with pytest.raises(UserError, match="is not the name of a claim") as caught:
+            build_kubeflow(make_job(), store)
+        assert caught.value.where == "--store"
+    for accelerator in (None, "H100\nrun: x", "", "H100:8", "H100,A100"):
+        with pytest.raises(UserError) as caught:
+            build_skypilot(make_job(), accelerator=accelerator)
+        assert caught.value.where == "--accelerator"

@@ -1,7 +1,5 @@
 """Scripts for torchrun and Slurm: sound shell, safe quotes, and what they do when they are run."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

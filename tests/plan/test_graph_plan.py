@@ -1,16 +1,13 @@
 """Estimated memory of CUDA graphs compared with their static buffers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, replace
-from pathlib import Path
 
 import pytest
 import torch
 from cuda_graph_fixtures import make_loss_inputs
 from plan_fixtures import GPU, Tune, make_batch, make_model, make_planned_pack, make_tracer
-from tiny_model import TinyFamily, create_tiny_model
+from tiny_model import create_tiny_model
 from tiny_task import make_task
 from torch import Tensor
 
@@ -22,7 +19,6 @@ from finesight.plan.dry_run import PlannedPack, build_planned_pack
 from finesight.plan.peak_memory import (
     CUBLAS_WORKSPACE_BYTES,
     CUDA_CONTEXT_BYTES,
-    PeakMemory,
     compute_peak_memory,
     compute_persistent_memory,
     plan_graph,
@@ -86,9 +82,7 @@ def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: Tune) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl"])
-def test_vision_graph_buffer_sizes_match_a_run(
-    batch: PackedBatch, family: TinyFamily, tmp_path: Path
-) -> None:
+def test_vision_graph_buffer_sizes_match_a_run(batch, family, tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / family, family))
     model = make_model(folder, torch.bfloat16, VISION_LORA_NO_DROPOUT)
     shape = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
@@ -106,9 +100,7 @@ def test_vision_graph_buffer_sizes_match_a_run(
     assert plan.buffer_bytes == count_bytes(values)
 
 
-def test_only_small_packs_are_captured(
-    small_pack: PlannedPack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_small_packs_are_captured(small_pack, monkeypatch):
     model = tune_model(LORA)
     partial_model = tune_model({"language": "lora", "lora": {"target_modules": ["q_proj"]}})
     long_pack = replace(small_pack, lengths=(MAX_GRAPH_TOKENS + 1,))
@@ -126,9 +118,7 @@ def test_only_small_packs_are_captured(
     assert plan_graph(model, GPU, 0.0, small_pack) is None
 
 
-def compute_peak(
-    tune: Tune, packs: Sequence[PlannedPack], checkpointed_fraction: float = 0.0
-) -> PeakMemory:
+def compute_peak(tune, packs, checkpointed_fraction=0.0):
     tracer = make_tracer(TINY, GPU, tune)
     persistent = compute_persistent_memory(tracer.model, TrainSettings(), GPU)
     return compute_peak_memory(
@@ -178,9 +168,7 @@ def test_excess_graph_shapes_run_eagerly() -> None:
     [(LORA, 128, range(2, 82, 2)), (VISION_LORA_NO_DROPOUT, 32, (2, 4, 6, 8))],
     ids=["frozen", "lora"],
 )
-def test_one_pack_of_each_graph_shape_is_estimated(
-    tune: Tune, height: int, widths: Sequence[int]
-) -> None:
+def test_one_pack_of_each_graph_shape_is_estimated(tune, height, widths):
     """A shape depends on the image tokens, and on the patches only with a captured encoder."""
     model = tune_model(tune)
     stats = [

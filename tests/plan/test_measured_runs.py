@@ -1,14 +1,12 @@
 """Estimates compared with measured runs on one H200 (benchmarks/results)."""
 
-from __future__ import annotations
-
 import json
-from dataclasses import dataclass, replace
-from itertools import product
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 
 from finesight.config import QuantizablePart, Recipe
 from finesight.model_folder import ModelFolder
@@ -19,13 +17,6 @@ from finesight.plan.step_time import build_named_target
 from finesight.vision.image_processing import GridTHW
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
-ADAPTER = {"rank": 64, "alpha": 16, "dropout": 0.05}
-LORA = {"language": "lora", "lora": ADAPTER}
-TARGETS = {"target_modules": ["c_attn", "attn.c_proj", "w1", "w2"]}
-SCRIPT = {"language": "lora", "lora": ADAPTER | TARGETS}
-ALL = {"language": "full", "vision": "full", "merger": "full", "embeddings": "full"}
-ALL_BUT_VISION = {"language": "full", "merger": "full", "embeddings": "full"}
-NOT_MEASURED = {("shared_prefix", False, False), ("needed_alone", True, True)}
 
 
 @dataclass(frozen=True)
@@ -60,39 +51,10 @@ class MeasuredRun:
     """Key of the runs with a shared prefix in the report."""
 
 
-QWEN2, QWEN25 = "Qwen2-VL-2B-Instruct", "Qwen2.5-VL-7B-Instruct"
-QWEN_VL = ("Qwen-VL-Chat", SCRIPT, 4, 512, 235, (1, 32, 32), 2, 1.0)
-LATEX = MeasuredRun("latex_2b", QWEN2, LORA, 16, 172, 77, (1, 8, 36))
-CAPTIONS = MeasuredRun("captions_2b_batch64", QWEN2, LORA, 64, 140, 14, (1, 20, 20))
-SMALL_CAPTIONS = replace(CAPTIONS, name="captions_2b", samples=16)
-FP8: tuple[QuantizablePart, ...] = ("language", "vision")
-RUNS = (
-    CAPTIONS,
-    SMALL_CAPTIONS,
-    replace(LATEX, largest_pack_ratio=1.11, uses_cuda_graphs=False),
-    MeasuredRun("7B LoRA", QWEN25, LORA, 16, 802, 21, (1, 46, 46)),
-    MeasuredRun("7B LoRA FP8", QWEN25, LORA, 16, 802, 21, (1, 46, 46), fp8=FP8),
-    MeasuredRun("3B full", "Qwen2.5-VL-3B-Instruct", ALL, 8, 110, 15, (1, 14, 14)),
-    MeasuredRun("lora", *QWEN_VL, uses_vision_cache=True),
-    MeasuredRun("lora cached", *QWEN_VL[:2], 8, *QWEN_VL[3:6], uses_vision_cache=True),
-    MeasuredRun("qlora", *QWEN_VL, "adamw_8bit", ("vision", "merger", "language")),
-    MeasuredRun("full", QWEN_VL[0], ALL_BUT_VISION, *QWEN_VL[2:], "adamw_8bit"),
-    replace(SMALL_CAPTIONS, prefix_length=15),
-    *(
-        replace(
-            CAPTIONS,
-            prefix_length=15,
-            calls=calls,
-            tokens=140 if calls == "shared_prefix" else 138,
-            fp8=fp8,
-            uses_vision_cache=uses_vision_cache,
-        )
-        for calls, fp8, uses_vision_cache in product(
-            ("shared_prefix", "needed_alone", "lora_backward"), ((), FP8), (False, True)
-        )
-        if (calls, bool(fp8), uses_vision_cache) not in NOT_MEASURED
-    ),
-)
+RUNS = [
+    MeasuredRun(**{key: tuple(one) if isinstance(one, list) else one for key, one in run.items()})
+    for run in load_cases("measured_runs")["runs"]
+]
 
 
 def measured_run(run: MeasuredRun) -> tuple[float, float]:

@@ -1,7 +1,5 @@
 """Estimated persistent and peak memory compared with allocations on a CPU."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,8 +50,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @each_dtype
 @pytest.mark.parametrize("shares_prefix", [False, True])
 def test_peak_memory_of_pack_is_within_an_eighth(
-    data: Path, shares_prefix: bool, dtype: torch.dtype, tune: Tune, checkpointed_fraction: float
-) -> None:
+    data, shares_prefix, dtype, tune, checkpointed_fraction
+):
     batch = make_batch(TINY, data, shares_prefix)
     estimated, measured = measure_peak(TINY, batch, dtype, tune, checkpointed_fraction)
     assert estimated == pytest.approx(measured, rel=0.125)
@@ -61,9 +59,7 @@ def test_peak_memory_of_pack_is_within_an_eighth(
 
 @each_fraction
 @each_tune
-def test_long_sequence_peak_is_within_six_percent(
-    data: Path, tune: Tune, checkpointed_fraction: float
-) -> None:
+def test_long_sequence_peak_is_within_six_percent(data, tune, checkpointed_fraction):
     batch = make_batch(TINY, data)
     num_tokens = sum(batch.lengths)
     cu_seqlens_S1 = torch.tensor([0, num_tokens], dtype=torch.int32)
@@ -77,9 +73,7 @@ def test_long_sequence_peak_is_within_six_percent(
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
 @each_tune
 @each_dtype
-def test_static_memory_matches_a_run(
-    data: Path, dtype: torch.dtype, tune: Tune, optimizer: str
-) -> None:
+def test_static_memory_matches_a_run(data, dtype, tune, optimizer):
     train = TrainSettings.model_validate({"optimizer": optimizer})
     tracer = make_tracer(TINY, ComputeTarget(is_cuda=False, dtype=dtype), tune)
     estimated = compute_persistent_memory(tracer.model, train, tracer.compute)

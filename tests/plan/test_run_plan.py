@@ -1,7 +1,5 @@
 """The plan of a recipe compared with its run."""
 
-from __future__ import annotations
-
 import io
 import json
 from contextlib import nullcontext
@@ -79,12 +77,8 @@ def test_suggested_overrides_are_valid(task: TinyTask) -> None:
     ids=["slower", "faster", "slower-but-fits"],
 )
 def test_precision_is_recommended_for_speed_or_memory(
-    task: TinyTask,
-    bf16_flops: float,
-    memory_factor: float,
-    precision: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    task, bf16_flops, memory_factor, precision, monkeypatch
+):
     memory_bytes = 64 * 10**9
 
     def build_target(device: Device, precision: Precision) -> TargetDevice:
@@ -192,14 +186,7 @@ def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
     ],
     ids=["no-settings-fit", "other-settings-fit", "trainer-reduces-packs"],
 )
-def test_run_that_cannot_fit_a_gpu_is_rejected(
-    task: TinyTask,
-    monkeypatch: pytest.MonkeyPatch,
-    name: str,
-    size: int,
-    memory_bytes: float,
-    words: str | None,
-) -> None:
+def test_run_that_cannot_fit_a_gpu_is_rejected(task, monkeypatch, name, size, memory_bytes, words):
     file = task.folder / "tiny" / "config.json"
     config = json.loads(file.read_text())
     config.get("text_config", config)[name] = size

@@ -1,7 +1,5 @@
 """Traced saved activations compared with memory that the real model allocates."""
 
-from __future__ import annotations
-
 import gc
 from pathlib import Path
 from typing import get_args
@@ -65,9 +63,7 @@ def make_family(task: Path, family: str) -> tuple[ModelFolder, PackedBatch, list
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @each_family
-def test_traced_cpu_memory_matches_allocated_memory(
-    task: Path, family: str, dtype: torch.dtype
-) -> None:
+def test_traced_cpu_memory_matches_allocated_memory(task, family, dtype):
     folder, batch, tunes = make_family(task, family)
     for tune, checkpointed_fraction in [case for case in CASES if case[0] in tunes]:
         estimated, measured = measure_peak(folder, batch, dtype, TUNES[tune], checkpointed_fraction)

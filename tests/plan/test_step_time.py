@@ -1,14 +1,15 @@
 """Step time estimates: effects of GPU, precision, graphs and settings."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from case_files import load_cases
+from each_value import each
 from plan_fixtures import plan_tiny_model
 
+from finesight.errors import UserError
 from finesight.plan.dry_run import PlannedPack
 from finesight.plan.step_time import (
     FP8_SPEEDUP,
@@ -16,6 +17,7 @@ from finesight.plan.step_time import (
     StepTimeEstimator,
     TargetDevice,
     build_named_target,
+    find_gpu_spec,
     measure_local_target,
 )
 
@@ -126,3 +128,31 @@ def test_own_machine_is_measured() -> None:
     assert 1e8 < target.memory_bandwidth < 1e13
     assert target.memory_bytes > 1e9
     assert measure_local_target("cpu", "bf16").compute.dtype == torch.bfloat16
+
+
+CASES = load_cases("target_device")
+
+
+@each(("spelling", "name"), CASES["test_gpu_name_spellings"])
+def test_gpu_name_spellings(spelling: str, name: str) -> None:
+    assert find_gpu_spec(spelling).name == name
+
+
+def test_unknown_gpu_suggests_similar_names() -> None:
+    with pytest.raises(UserError, match="'RTX 4095'") as caught:
+        find_gpu_spec("RTX 4095")
+    assert caught.value.where == "--gpu"
+    assert "RTX 4090" in caught.value.expected
+    with pytest.raises(UserError, match=r"T4.*B200"):
+        find_gpu_spec("abacus")
+
+
+@each(
+    ("name", "precision", "expected"),
+    [("T4", "auto", "fp16"), ("A10", "auto", "bf16"), ("A10", "fp32", "fp32")],
+)
+def test_precision_of_named_gpu(name: str, precision: Any, expected: str) -> None:
+    target = build_named_target(name, precision)
+    assert target.precision == expected
+    assert target.compute.has_varlen_attention == (expected == "bf16")
+    assert not target.is_measured

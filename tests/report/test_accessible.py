@@ -1,17 +1,13 @@
 """Accessibility tests of the pages with axe-core."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
-from browser import Browser
 from run_dir_fixtures import RECIPE, make_run, make_sign_answers, start_record
 from tiny_task import make_task, write_recipe
 
 from finesight.cli.app import run_command
 from finesight.report.compare_page import write_compare_page
-from finesight.report.i18n import Language
 from finesight.report.run_page import write_report
 
 
@@ -30,12 +26,7 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_pages_have_no_severe_violations(
-    browser: Browser,
-    runs: list[Path],
-    tmp_path: Path,
-    language: Language,
-) -> None:
+def test_pages_have_no_severe_violations(browser, runs, tmp_path, language):
     page, check, show = (tmp_path / f"{name}.html" for name in ("page", "check", "show"))
     write_compare_page(runs, page, language)
     recipe = write_recipe(tmp_path / "recipe.yaml", make_task(tmp_path) | {"output_dir": "run"})

@@ -1,13 +1,12 @@
 """Tests of chart scales, downsampling and smoothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import random
 import re
 
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.manifest import count_half_octaves
@@ -30,19 +29,10 @@ from finesight.report.charts import (
     smooth_points,
 )
 
+CASES = load_cases("charts")
 
-@each(
-    ("low", "high", "ticks"),
-    [
-        (0.0, 1.0, [0, 0.2, 0.4, 0.6, 0.8, 1.0]),
-        (0.0013, 6.26, [0, 2, 4, 6, 8]),
-        (-1.0, 3.0, [-1, 0, 1, 2, 3]),
-        (1e-5, 8e-4, [0, 2e-4, 4e-4, 6e-4, 8e-4]),
-        (0.995, 0.9953, [0.995, 0.9951, 0.9952, 0.9953]),
-        (0.0, 0.0, [-1, -0.5, 0, 0.5, 1]),
-        (40.0, 40.0 + 1e-14, [20, 30, 40, 50, 60]),
-    ],
-)
+
+@each(("low", "high", "ticks"), CASES["test_ticks_are_round_and_cover_the_values"])
 def test_ticks_are_round_and_cover_the_values(low: float, high: float, ticks: list[float]) -> None:
     assert compute_ticks(low, high, 5, include_ends=True) == pytest.approx(ticks)
 
@@ -112,18 +102,6 @@ def test_chart_stays_within_its_frame() -> None:
     assert drawing.data["series"][0]["points"][0] == (1.0, 2.9, "2.9")
     assert drawing.summary == "Loss: training 2.9 at step 1, 0 at step 30"
     assert [tick.label for tick in drawing.y_ticks] == ["0", "1", "2", "3"]
-
-
-def test_markers_and_error_bars_have_positions() -> None:
-    drawing = build_chart(
-        "s", [ChartSeries("s", [(0, 0.5), (10, 0.75)], "marks", [(10, 0.25, 1.0)])]
-    )
-    (line,) = drawing.lines
-    assert len(line.markers) == 2
-    ((x, high, low),) = line.error_bars
-    assert x == line.markers[1][0]
-    assert high < line.markers[1][1] < low
-    assert (drawing.data["y"][0], drawing.data["y"][1]) == (0.2, 1.0)
 
 
 def test_single_point_is_a_marker_with_the_tick_of_its_step() -> None:

@@ -1,7 +1,5 @@
 """Tests of the data check page."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 
@@ -41,9 +39,7 @@ def make_result(findings: list[CheckIssue], **more: int) -> CheckResult:
     return CheckResult((source,), dict(counts), tuple(findings), 40, 30, {"box-outside": 7})
 
 
-def make_issue(
-    number: int, code: str, *shown: IssueImage, text: str = "what is wrong"
-) -> CheckIssue:
+def make_issue(number, code, *shown, text="what is wrong"):
     location = f"labels.jsonl:{number}"
     return CheckIssue(code, location, text, "fix it", sample_id=f"s{number}", images=shown)
 
@@ -148,6 +144,21 @@ def file(tmp_path: Path, mixed_result: CheckResult) -> Path:
 def test_page_in_browser(browser: Browser, file: Path, width: int) -> None:
     open_page(browser, file, width)
     assert count(browser, ".feed > li") == 30
+    locations = browser.run(
+        """return [...document.querySelectorAll('.image')].slice(0, 2).map((figure) => {
+          const frame = figure.querySelector('img').getBoundingClientRect();
+          const scale = 200 / frame.width;
+          return [...figure.querySelectorAll('.box')].map((box) => {
+            const at = box.getBoundingClientRect();
+            return [at.left - frame.left, at.top - frame.top, at.right - frame.left,
+              at.bottom - frame.top].map((value) => value * scale);
+          });
+        });"""
+    )
+    # In pixels of the original image.
+    outside, inverted = locations
+    np.testing.assert_allclose(outside, [[10, 20, 60, 80], [150, 50, 240, 90]], atol=1)
+    np.testing.assert_allclose(inverted, [[10, 20, 60, 80]], atol=1)
     click(browser, ".more")
     assert count(browser, ".feed > li") == 50
     assert browser.run("return document.querySelector('.more').hidden;")
@@ -164,25 +175,6 @@ def test_page_in_browser(browser: Browser, file: Path, width: int) -> None:
     browser.run(search.format(":4"))
     assert read_texts(browser, "#num-shown") == ["11 of 50 issues"]
     assert browser.overflow_width() == 0
-
-
-def test_boxes_are_drawn_at_their_coordinates(browser: Browser, file: Path) -> None:
-    browser.open(file)
-    locations = browser.run(
-        """return [...document.querySelectorAll('.image')].slice(0, 2).map((figure) => {
-          const frame = figure.querySelector('img').getBoundingClientRect();
-          const scale = 200 / frame.width;
-          return [...figure.querySelectorAll('.box')].map((box) => {
-            const at = box.getBoundingClientRect();
-            return [at.left - frame.left, at.top - frame.top, at.right - frame.left,
-              at.bottom - frame.top].map((value) => value * scale);
-          });
-        });"""
-    )
-    # In pixels of the original image.
-    outside, inverted = locations
-    np.testing.assert_allclose(outside, [[10, 20, 60, 80], [150, 50, 240, 90]], atol=1)
-    np.testing.assert_allclose(inverted, [[10, 20, 60, 80]], atol=1)
 
 
 def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:

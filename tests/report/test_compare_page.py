@@ -1,7 +1,5 @@
 """Tests of the comparison page."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

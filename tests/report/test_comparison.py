@@ -1,7 +1,5 @@
 """Comparison of runs and prediction files: inputs, metrics with differences, and warnings."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Tests of self-contained pages and of escaping."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import importlib.resources
@@ -152,9 +150,7 @@ def make_noise(width: int, height: int) -> Image.Image:
         (make_noise(200, 400), (50, 100), "jpeg"),
     ],
 )
-def test_inline_images_are_small_but_not_enlarged(
-    image: Image.Image, size: tuple[int, int], kind: str
-) -> None:
+def test_inline_images_are_small_but_not_enlarged(image, size, kind):
     found = build_inline_image(image, 100)
     assert (found["width"], found["height"]) == image.size
     head, _, content = found["src"].partition(",")

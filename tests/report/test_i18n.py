@@ -1,7 +1,5 @@
 """Tests that the Chinese table covers all page texts, and contains no others."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -116,9 +114,7 @@ def test_values_are_escaped_and_not_translated() -> None:
 
 
 @pytest.mark.parametrize(("variables", "chosen"), CASES["test_locale_selects_the_language"])
-def test_locale_selects_the_language(
-    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], chosen: str
-) -> None:
+def test_locale_selects_the_language(monkeypatch, variables, chosen):
     for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
         monkeypatch.delenv(name, raising=False)
     for name, value in variables.items():

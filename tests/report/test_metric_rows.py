@@ -1,19 +1,15 @@
 """Tests of metric rows and their descriptions."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
-import pytest
 from each_value import each
 from run_dir_fixtures import make_evaluation_line
 
-from finesight.evaluate.metric_difference import MetricDifference, Verdict
+from finesight.evaluate.metric_difference import MetricDifference
 from finesight.report.metric_rows import (
     MetricRow,
     build_metric_rows,
     describe_change,
-    describe_metric,
     format_interval,
     format_notes,
     get_note,
@@ -40,22 +36,6 @@ def test_number_of_correct_answers_is_shown() -> None:
     assert not any(one.before_correct for one in build_metric_rows(custom, {}))
 
 
-def test_primary_score_is_first_and_loss_is_last() -> None:
-    before = make_evaluation_line(0, 0.2, scores={"ended_with_eos": 0.5, "similarity": 0.2})
-    after = make_evaluation_line(
-        9, 0.9, scores={"ended_with_eos": 1.0, "similarity": 0.9, "new": 1.0}
-    )
-    found = build_metric_rows([before, after], {})
-    assert [one.name for one in found] == ["similarity", "ended_with_eos", "new", "validation_loss"]
-    assert [one.is_primary for one in found] == [True, False, False, False]
-    is_error = ["lower is better" in describe_metric(one.name) for one in found]
-    assert is_error == [False, False, False, True]
-    assert found[0].before_interval == pytest.approx((0.15, 0.25))
-    assert [one.verdict for one in found] == ["", "", "", "better"]  # no intervals
-    assert found[2].before is None
-    assert found[2].change is None
-
-
 @each(
     ("low", "high", "verdict", "words", "output"),
     [
@@ -65,9 +45,7 @@ def test_primary_score_is_first_and_loss_is_last() -> None:
         (None, None, "better", "", "The confidence interval of the difference is unknown"),
     ],
 )
-def test_verdict_of_comparison_is_used(
-    low: float | None, high: float | None, verdict: Verdict, words: str, output: str
-) -> None:
+def test_verdict_of_comparison_is_used(low, high, verdict, words, output):
     difference = MetricDifference("similarity", 0.2, 0.9, low, high, verdict)
     found = build_rows(0.2, 0.9, similarity=difference)[0]
     assert (found.name, found.verdict_text) == ("similarity", words)

@@ -1,7 +1,5 @@
 """Tests of the run directory reader."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from each_value import each

@@ -1,7 +1,5 @@
 """Tests that the sample page shows exactly the model input."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path
@@ -26,7 +24,6 @@ from PIL import Image, ImageDraw
 from finesight.config import ExactSize
 from finesight.data.sample import (
     BoxPart,
-    ContentPart,
     ImagePart,
     LocatedSample,
     Message,
@@ -40,9 +37,7 @@ from finesight.report.data_pages import render_sample_page
 
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
-def renderer(
-    tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
-) -> NativeRenderer:
+def renderer(tmp_path_factory, request):
     folder = make_folder(tmp_path_factory.mktemp("model"), request.param)
     return NativeRenderer(ModelFolder(folder), ExactSize(height=224, width=448))
 
@@ -60,9 +55,7 @@ def write_striped_image(path: Path, width: int, height: int) -> Path:
     return path
 
 
-def make_sample(
-    folder: Path, question: list[ContentPart], answer: list[ContentPart], name: str = "one"
-) -> LocatedSample:
+def make_sample(folder, question, answer, name="one"):
     messages = (
         Message(role="user", content=tuple(question)),
         Message(role="assistant", content=tuple(answer)),

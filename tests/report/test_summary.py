@@ -1,11 +1,14 @@
 """Tests of the run summary."""
 
-from __future__ import annotations
-
+import fcntl
+import os
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from browser import Browser
 from case_files import load_cases
 from each_value import each
 from run_dir_fixtures import (
@@ -17,7 +20,10 @@ from run_dir_fixtures import (
 )
 
 from finesight.report import summary
+from finesight.report.i18n import use_language
+from finesight.report.run_page import LiveReportState, render_run_page, write_report
 from finesight.report.run_reader import read_run
+from finesight.report.summary import get_run_status
 
 CASES = load_cases("summary")
 
@@ -110,12 +116,8 @@ def make_evaluations(losses: tuple[float, ...], scores: tuple[float, ...]) -> li
     CASES["test_overfitting_is_reported_with_best_checkpoint"],
 )
 def test_overfitting_is_reported_with_best_checkpoint(
-    tmp_path: Path,
-    losses: tuple[float, ...],
-    scores: tuple[float, ...],
-    train_losses: tuple[float, ...],
-    words: str | None,
-) -> None:
+    tmp_path, losses, scores, train_losses, words
+):
     run = FakeRunDir(tmp_path / "run")
     (run.folder / "checkpoints" / "step-20").mkdir(parents=True)
     num_steps = 20 * (len(losses) - 1)
@@ -142,9 +144,7 @@ def test_overfitting_is_reported_with_best_checkpoint(
         ((0.9, 0.8, 0.7, 0.6), (10, 9, 8, 7), "exact"),
     ],
 )
-def test_model_before_training_may_be_the_best(
-    tmp_path: Path, losses: tuple[float, ...], scores: tuple[float, ...], best: str
-) -> None:
+def test_model_before_training_may_be_the_best(tmp_path, losses, scores, best):
     steps = [{"step": n, "loss": 1 / n} for n in range(1, 61)]
     lines = [*steps, *make_evaluations(losses, scores)]
     text = summary.describe_overfitting(tmp_path, lines)
@@ -183,14 +183,6 @@ def test_out_of_memory_recovery_is_reported(run: FakeRunDir) -> None:
     assert summary.list_remarks(read_run(run.folder)) == []
 
 
-def test_vision_cache_time_is_a_phase(run: FakeRunDir) -> None:
-    outcome = {"step": 0, "vision_cache_s": 10.0, "images": 950}
-    run.write_lines("metrics.jsonl", [START_RECORD, outcome, *map(make_step_line, range(1, 21))])
-    assert list_phases(run) == [("setup", 12.5), ("vision cache", 10.0), ("training steps", 10.0)]
-    expected = {"samples/s": "16", "tokens/s": "1,000", "median step": "500 ms"}
-    assert expected.items() <= read_cost(run).items()
-
-
 def test_skipped_samples_are_grouped_by_reason(run: FakeRunDir) -> None:
     cut = "cut off: the file ends before its image does"
     reasons = [f"over {8192} tokens"] * 7 + [f"images/{i}.png: {cut}" for i in range(2)]
@@ -223,3 +215,97 @@ def test_commands_are_shell_quoted(tmp_path: Path) -> None:
 )
 def test_durations(seconds: float, text: str) -> None:
     assert summary.format_duration(seconds) == text
+
+
+@pytest.fixture
+def live_run(tmp_path: Path) -> FakeRunDir:
+    """Run with 40 of 60 steps of half a second, evaluated at 0, 20 and 40."""
+    made = FakeRunDir(tmp_path / "run")
+    append_metrics(made)
+    return made
+
+
+def append_metrics(made: FakeRunDir, *more: JsonLine) -> None:
+    early = [make_step_line(step) for step in range(1, 21)]
+    late = [make_step_line(step) for step in range(21, 41)]
+    measured = [make_evaluation_line(step, 0.5) for step in (0, 20, 40)]
+    lines = [START_RECORD, measured[0], *early, measured[1], *late, measured[2], *more]
+    made.write_lines("metrics.jsonl", lines)
+
+
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Lock the run directory like a training process."""
+    handle = os.open(folder, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def test_status_follows_the_lock_of_the_folder(live_run: FakeRunDir) -> None:
+    with lock_run(live_run.folder):
+        found = get_run_status(read_run(live_run.folder))
+    # 20 steps of half a second, an evaluation of four seconds at the end, and one before.
+    assert (found.kind, found.step, found.total_steps) == ("running", 40, 60)
+    assert found.remaining_s == 18.0
+    assert found.description == "The run is in progress: step 40 of 60, about a minute remaining."
+    found = get_run_status(read_run(live_run.folder))
+    assert (found.kind, found.remaining_s) == ("killed", None)
+    assert "was killed after step 40 of 60" in found.description
+    live_run.write_finished()
+    with lock_run(live_run.folder):
+        assert get_run_status(read_run(live_run.folder)).kind == "finished"
+        assert 'role="status"' not in render_run_page(live_run.folder)
+
+
+@pytest.mark.parametrize("how", ["interrupted", "failed"])
+def test_end_reason_is_shown_until_resumed(live_run: FakeRunDir, how: str) -> None:
+    end = {"step": 40, "ended_at": "2026-01-02T04:00:00+00:00", "status": how, "reason": "<b>it"}
+    append_metrics(live_run, end)
+    with lock_run(live_run.folder):
+        found = get_run_status(read_run(live_run.folder))
+        assert (found.kind, found.reason) == (how, "<b>it")
+        page = render_run_page(live_run.folder)
+        assert f"The run {'was ' if how == 'interrupted' else ''}{how} after step 40 of 60" in page
+        assert "&lt;b&gt;it" in page
+        append_metrics(live_run, end, START_RECORD | {"step": 40})
+        assert get_run_status(read_run(live_run.folder)).kind == "running"
+
+
+def test_remaining_time(live_run: FakeRunDir) -> None:
+    steps = [*map(make_step_line, range(1, 41))]
+    live_run.write_lines("metrics.jsonl", [START_RECORD | {"total_steps": 7240}, *steps])
+    found = get_run_status(read_run(live_run.folder), is_training=True)
+    in_english = "The run is in progress: step 40 of 7,240, about 1 h 00 min remaining."
+    assert found.description == in_english
+    with use_language("zh"):
+        in_chinese = "训练正在进行：第 40 步（共 7,240 步），大约还需 1 小时 00 分钟。"
+        assert found.description == in_chinese
+    # Step numbers below 1 occur only in a damaged file.
+    live_run.write_lines("metrics.jsonl", [START_RECORD, make_step_line(0)])
+    found = get_run_status(read_run(live_run.folder), is_training=True)
+    assert (found.kind, found.remaining_s) == ("running", None)
+    live_run.write_lines("metrics.jsonl", [])
+    found = get_run_status(read_run(live_run.folder), is_training=True)
+    assert found.description == "The run is in progress, before its first step."
+
+
+def test_examples_are_rendered_again_only_for_new_answers(live_run: FakeRunDir) -> None:
+    live, record = LiveReportState(interval_s=60.0), read_run(live_run.folder)
+    live_run.write_predictions("before", [])
+    first = live.get_examples(record, 9)
+    assert live.get_examples(record, 9) is first
+    live_run.write_predictions("step-20", [])
+    assert live.get_examples(record, 9) is not first
+
+
+def test_stale_page_shows_its_age(browser: Browser, live_run: FakeRunDir) -> None:
+    with lock_run(live_run.folder):
+        file = write_report(live_run.folder, language="en")
+    shown = "return byId('stale').hidden ? '' : byId('stale').textContent;"
+    browser.open(file)
+    assert browser.run(shown) == ""
+    browser.run("DATA.live.written_at -= 7200; showStaleNotice();")
+    assert browser.run(shown) == "This page is 120 minutes old. The run may have ended."

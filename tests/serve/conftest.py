@@ -1,7 +1,5 @@
 """Shared model and server of the server tests."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any

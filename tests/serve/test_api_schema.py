@@ -1,7 +1,5 @@
 """Tests of requests: schema against the types of the openai package, limits, and tool calls."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Tests of grammar constraints in worker processes against in-process constraints."""
 
-from __future__ import annotations
-
 import random
 import threading
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Tests of requests that try to stall the server: limits apply, and other requests continue."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import logging

@@ -1,7 +1,5 @@
 """Tests of image fetching: allowed hosts, addresses, and limits."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import io

@@ -1,7 +1,5 @@
 """ML backend of Label Studio: protocol, questions, results and sources of images."""
 
-from __future__ import annotations
-
 import asyncio
 import base64
 import gc

@@ -1,7 +1,5 @@
 """Tests of concurrent requests, disconnects, timeouts, and the shutdown of a busy server."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

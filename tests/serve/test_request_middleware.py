@@ -1,7 +1,5 @@
 """Tests of authentication, size limits and timeouts."""
 
-from __future__ import annotations
-
 import contextlib
 import hmac
 import io

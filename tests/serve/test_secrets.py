@@ -1,7 +1,5 @@
 """Tests that client data is never logged, and that one function opens media."""
 
-from __future__ import annotations
-
 import base64
 import json
 import logging

@@ -1,7 +1,5 @@
 """Thinking mode of requests: reasoning and answer are separate fields."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

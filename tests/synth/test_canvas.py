@@ -1,7 +1,5 @@
 """Sheets: the box of a word is the bounds of its ink, turned or not."""
 
-from __future__ import annotations
-
 import numpy as np
 from each_value import each
 from PIL import Image

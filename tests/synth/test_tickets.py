@@ -1,21 +1,13 @@
 """Tickets: what the table says is what is printed, mostly new, and not known to pre-training."""
 
-from __future__ import annotations
-
 import csv
-import json
 import random
 from collections import Counter
 
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_tasks.question_templates import CHINESE_TEMPLATES, ENGLISH_TEMPLATES
-from synthetic_tasks.tasks import EVAL_TASKS, MAIN_MIXTURE, TASK_GENERATORS
 
-from finesight.data.import_source import ImportOptions
-from finesight.data.importer import import_dataset
-from finesight.data.sample import read_samples
 from finesight.errors import UserError
 from finesight.synth import canvas, tickets
 from finesight.synth.tickets import TICKET_FIELDS, draw_ticket, sample_ticket, write_tickets
@@ -115,22 +107,3 @@ def test_equal_seed_gives_equal_bytes(ticket_table, tmp_path):
     assert [row["from"] for row in _rows(other)] != [row["from"] for row in _rows(fewer)]
     with pytest.raises(UserError, match="exists already"):
         write_tickets(again, 1, seed=0)
-
-
-def test_table_imports_as_json_answers(ticket_table, tmp_path):
-    columns = {"image": "image", "fields": ", ".join(TICKET_FIELDS)}
-    request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=10)
-    summary = import_dataset(ticket_table, tmp_path / "data", request)
-    assert [part.num_rows for part in summary.output_files] == [50, 10]
-    assert summary.unused_columns == ()
-    row = _rows(ticket_table)[0]
-    answer = read_samples(tmp_path / "data" / "train.jsonl")[0].messages[-1].content[0].text
-    assert {"image": row["image"], **json.loads(answer)} == row
-
-
-def test_pretraining_has_no_tickets():
-    names = [*TASK_GENERATORS, *MAIN_MIXTURE, *EVAL_TASKS]
-    names += [validation.task_kind for validation in EVAL_TASKS.values()]
-    for side in (ENGLISH_TEMPLATES, CHINESE_TEMPLATES):
-        names += [text for texts in side.values() for text in texts]
-    assert not [text for text in names if "ticket" in text.lower()]

@@ -1,7 +1,5 @@
 """Shared run that is stopped, resumed and finished with all installed trackers."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

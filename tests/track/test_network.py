@@ -1,19 +1,16 @@
 """Tests that offline trackers open no connections, not even for error reports."""
 
-from __future__ import annotations
-
 import io
 import os
 import socket
 import threading
 from collections.abc import Iterator
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from finesight.config import TrackerKind, TrackerSettings
+from finesight.config import TrackerSettings
 from finesight.track.backends import TRACKERS
 from finesight.track.tracker_manager import TrackerClient
 from finesight.track.tracker_records import (
@@ -76,12 +73,7 @@ def proxy() -> Iterator[tuple[int, list[bytes]]]:
 
 
 @pytest.mark.parametrize("kind", TRACKERS)
-def test_offline_tracker_opens_no_connection(
-    kind: TrackerKind,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    proxy: tuple[int, list[bytes]],
-) -> None:
+def test_offline_tracker_opens_no_connection(kind, tmp_path, monkeypatch, proxy):
     if find_spec(kind) is None:
         pytest.skip(f"{kind} is not installed (extra `{TRACKERS[kind].extra}`)")
     port, requested = proxy

@@ -1,11 +1,10 @@
 """Tests of redaction in settings, texts and a complete run."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from tracking_fixtures import PLANTED_SECRETS, TrackedRun
 
 from finesight.config import TrackerSettings
@@ -20,31 +19,14 @@ from finesight.track.tracker_records import (
 )
 
 SECRET = "hf_abcdefghijklmnopqrstuvwx"
-REDACTED_TEXTS = {
-    "s3://me:planted@store/data.jsonl": "s3://store/data.jsonl",
-    "https://planted@host/x": "https://host/x",
-    "http://h/?X-Amz-Signature=planted&n=2": f"http://h/?X-Amz-Signature={REDACTED}&n=2",
-    "https://h/x?a=1&access_token=planted": f"https://h/x?a=1&access_token={REDACTED}",
-    f"use {SECRET} now": f"use {REDACTED} now",
-    "sk-proj-abcdefghijklmnopqrst": REDACTED,
-    "ghp_abcdefghijklmnopqrstuv": REDACTED,
-    "AKIAABCDEFGHIJKLMNOP": REDACTED,
-    "Authorization: Bearer planted.planted": f"Authorization: Bearer {REDACTED}",
-    "eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxMjM0In0.c2lnbmF0dXJl": REDACTED,
-    "/home/alice/data/x.png": "~/data/x.png",
-    "file:/Users/alice/x": "file:~/x",
-    "'/home/alice'": "'~'",
-}
-OTHER_TEXTS = (
-    *("a cat, 3 > 2", "/data/home/x.png", "Qwen/Qwen2-VL-2B-Instruct", r"\frac{a}{b}"),
-    *("me@host", "max_new_tokens=512", "http://host:5000/#/runs"),
-)
+CASES = load_cases("redaction")
 
 
 def test_only_secrets_and_home_folders_are_redacted() -> None:
-    for text, expected in REDACTED_TEXTS.items():
-        assert redact(text) == redact(expected) == expected
-    for text in OTHER_TEXTS:
+    for text, expected in CASES["redacted_texts"].items():
+        redacted = expected.replace("REDACTED", REDACTED)
+        assert redact(text.replace("{SECRET}", SECRET)) == redact(redacted) == redacted
+    for text in CASES["other_texts"]:
         assert redact(text) == text
 
 

@@ -1,7 +1,5 @@
 """Tests of rendered examples: selection, boxes, and unreadable images."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

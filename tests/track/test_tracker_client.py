@@ -1,7 +1,5 @@
 """Tests of the queue, thread and process of a tracker with short timeouts."""
 
-from __future__ import annotations
-
 import io
 import os
 import queue
@@ -52,9 +50,7 @@ class IdleClient(TrackerClient):
         pass
 
 
-def start_tracker(
-    folder: Path, steps: int = 0, kind: type[TrackerClient] = TrackerClient
-) -> TrackerClient:
+def start_tracker(folder, steps=0, kind=TrackerClient):
     client = kind("swanlab", folder / "log")
     client.submit(begin(folder))
     for step in range(steps):
@@ -83,9 +79,7 @@ def list_batched(client: TrackerClient) -> list[str | list[int]]:
     ]
 
 
-def test_records_are_batched_in_order_up_to_the_queue_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_records_are_batched_in_order_up_to_the_queue_limit(tmp_path, monkeypatch):
     monkeypatch.setattr(tracker_manager, "MAX_BATCHED_STEPS", 3)
     client = start_tracker(tmp_path, 5, IdleClient)
     client.submit(AlertRecord(step=5, level="info", title="t", text="t"))
@@ -136,9 +130,7 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 
 @pytest.mark.usefixtures("working_tracker")
-def test_tracker_of_killed_run_marks_it_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_tracker_of_killed_run_marks_it_failed(tmp_path, monkeypatch):
     folders = [str(Path(__file__).parent), *sys.path]
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
     killed = subprocess.run([sys.executable, "-c", PARENT, str(tmp_path)])

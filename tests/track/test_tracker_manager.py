@@ -1,7 +1,5 @@
 """Tests that failing, hanging and crashing trackers do not affect the run."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -41,13 +39,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_failing_tracker_does_not_affect_the_run(
-    task: TinyTask,
-    untracked: tuple[object, ...],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    fault: str,
-) -> None:
+def test_failing_tracker_does_not_affect_the_run(task, untracked, tmp_path, monkeypatch, fault):
     install_broken_tracker(monkeypatch, tmp_path, fault)
     install_package(monkeypatch, tmp_path, "wandb", "import a_missing_library\n")
     if fault == "hangs":
@@ -105,9 +97,7 @@ def test_stopped_run_sends_alert(tmp_path: Path, error: Exception, alerted: byte
     assert alerted is None or alerted in file.read_bytes()
 
 
-def test_run_that_does_not_start_sends_no_alert(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_that_does_not_start_sends_no_alert(tmp_path, monkeypatch):
     install_broken_tracker(monkeypatch, tmp_path, "raises")
     output: list[str] = []
     with (
@@ -119,9 +109,7 @@ def test_run_that_does_not_start_sends_no_alert(
     assert not (tmp_path / "track" / "swanlab").exists()
 
 
-def test_run_id_is_reused_only_in_the_same_project(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_id_is_reused_only_in_the_same_project(tmp_path, monkeypatch):
     install_broken_tracker(monkeypatch, tmp_path, "raises")
     ids = tmp_path / "track" / "ids.json"
     ids.parent.mkdir()

@@ -1,6 +1,6 @@
 """Data loading: independence from the number of workers, corrupt images, and waiting for data."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,6 @@ from finesight.data.corpus import load_corpus
 from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
-from finesight.train import dataloader
 from finesight.train.dataloader import (
     DataWait,
     DataWorkerError,
@@ -23,7 +22,6 @@ from finesight.train.dataloader import (
     StepDataset,
     catch_user_error,
     read_steps,
-    time_data_waits,
 )
 from finesight.train.sampler import SequentialSampler
 
@@ -106,26 +104,6 @@ def test_full_shared_memory_is_reported(folder, monkeypatch):
     found = catch_user_error(make_dataset(folder).load_step, 0)
     assert isinstance(found, DataWorkerError), "the run saves a checkpoint before it ends"
     assert "--shm-size" in str(found)
-
-
-def test_cpu_wait_is_blocked_time(monkeypatch):
-    now = 100.0
-
-    def advance(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-
-    def late_steps() -> Iterator[StepBatch]:
-        for number, delay_s in enumerate([2.0, 0.5, 0.0]):
-            advance(delay_s)
-            yield StepBatch(number, (), (), ())
-
-    monkeypatch.setattr(dataloader, "time", SimpleNamespace(perf_counter=lambda: now))
-    found = []
-    for step, wait in time_data_waits(late_steps(), torch.device("cpu")):
-        advance(7.0)  # training
-        found.append((step.step_index, wait.seconds))
-    assert found == [(0, 2.0), (1, 0.5), (2, 0.0)]
 
 
 @pytest.mark.parametrize(

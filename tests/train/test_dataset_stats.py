@@ -213,16 +213,6 @@ def test_invalid_samples_of_large_dataset_are_found_while_reading(large_task):
         large_task.run("data.on_invalid_sample=fail", name="strict")
 
 
-def test_invalid_scanned_sample_raises_before_first_step(large_task):
-    path = large_task.folder / "train.jsonl"
-    lines = path.read_text().splitlines()
-    lines[dataset_stats.draw_subset(NUM_SAMPLES)[0]] = "{"
-    path.write_text("\n".join(lines) + "\n")
-    with pytest.raises(UserError, match="broken JSON"):
-        large_task.run()
-    assert not (large_task.folder / "run").exists()
-
-
 def test_resumed_run_on_large_dataset_equals_uninterrupted_run(large_task):
     corrupt_samples(large_task)
     large_task.run(name="whole")

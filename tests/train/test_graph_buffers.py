@@ -239,23 +239,6 @@ def without_empty(segments: Segments) -> Segments:
     return Segments.from_lengths(full, CPU)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_graph_shape_fits_all_packs(folder, family):
-    """Check that the cumulative lengths end at the last patch for all sizes of padding."""
-    encoder = make_vision_model(folder, family).visual
-    for each in (1, 2, 3, 5):
-        for batch in make_packs(folder, family, each):
-            vision_shape = GraphVisionShape.from_batch(batch, encoder)
-            shape = GraphShape.from_batch(batch, vision_shape)
-            patches = vision_shape.num_patches
-            assert shape.num_features * encoder.config.merge_size**2 == patches
-            inputs = GraphInputs.allocate(shape, batch, None, make_loss_inputs(batch), encoder)
-            inputs.copy_from(batch, None, make_loss_inputs(batch), encoder)
-            for own in inputs.vision_inputs.layout.segments:
-                assert int(own.cu_seqlens_S1[-1]) == patches
-                assert int(own.cu_seqlens_S1.diff().max()) <= own.max_seqlen
-
-
 def test_capturable_vision_encoders(folder, monkeypatch):
     def is_captured(family: str, tune: dict[str, Any], checkpointed: float = 0.0) -> bool:
         return can_capture_vision(

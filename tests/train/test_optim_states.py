@@ -13,7 +13,6 @@ from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.optim_states import (
     ADAMW_RMS,
-    MatrixSlice,
     Muon,
     SplitBf16Master,
     break_bf16_ties,
@@ -96,7 +95,7 @@ def test_stacked_steps_match_single_matrices(monkeypatch, most):
     )
     flat_E = torch.cat([master.flatten() for master in masters])
     grad_E = torch.zeros_like(flat_E)
-    matrices = [MatrixSlice(p, *shape) for p, shape in zip(locations, shapes, strict=True)]
+    matrices = [grad_E[p].view(shape) for p, shape in zip(locations, shapes, strict=True)]
     muon = Muon(SplitBf16Master(flat_E), grad_E.detach, matrices)
     for of_step in grads:
         grad_E.copy_(torch.cat([4 * grad.flatten() for grad in of_step]))
@@ -113,12 +112,12 @@ def test_cuda_graph_steps_match_eager_steps():
     generator = torch.Generator("cuda").manual_seed(4)
     shapes = [(64, 96), (64, 96), (128, 64)]
     locations = [slice(0, 6144), slice(6144, 12288), slice(12288, 20480)]
-    matrices = [MatrixSlice(p, *shape) for p, shape in zip(locations, shapes, strict=True)]
     start = torch.randn(20480, device="cuda", generator=generator)
     grads = [torch.randn(20480, device="cuda", generator=generator) for _ in range(5)]
     changed = []
     for recorded in (True, False):
         master_E, grad_E = start.clone(), torch.zeros_like(start)
+        matrices = [grad_E[p].view(shape) for p, shape in zip(locations, shapes, strict=True)]
         muon = Muon(SplitBf16Master(master_E), grad_E.detach, matrices)
         for grad, learning_rate in zip(grads, (0.1, 0.2, 0.3, 0.2, 0.1), strict=True):
             grad_E.copy_(grad)
@@ -139,7 +138,7 @@ def test_skipped_step_changes_no_state(dtype):
     for broken in (True, False):
         masters = SplitBf16Master(torch.ones(6144, device="cuda", dtype=dtype))
         grad_E = torch.zeros(6144, device="cuda")
-        muon = Muon(masters, grad_E.detach, [MatrixSlice(slice(0, 6144), 64, 96)])
+        muon = Muon(masters, grad_E.detach, [grad_E.view(64, 96)])
         for grad in grads:
             if broken:
                 grad_E.fill_(torch.nan)

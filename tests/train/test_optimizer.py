@@ -283,20 +283,6 @@ def has_sums(masters: MasterWeightOptimizer) -> bool:
     return any(one is not None for group in masters.param_groups for one in group.gradients.sums)
 
 
-def test_single_micro_batch_needs_no_accumulation():
-    named = make_parameters(torch.bfloat16)
-    masters = make_optimizer(named)
-    drawn = backward(named, 1, without=OTHER)
-    for name, found in read_gradients(masters).items():
-        assert found is named[name].grad
-        assert (found is None) == (name == OTHER)
-        assert found is None or torch.equal(found, drawn[name])
-    masters.step(1.0, masters.grad_norm())
-    assert masters.params_with_grad() == drawn.keys()
-    assert all(parameter.grad is None for parameter in named.values())
-    assert not has_sums(masters)
-
-
 @each("large", [1, 100, 1 << 20])
 @each("dtype", DTYPES)
 def test_gradients_are_accumulated_in_fp32(dtype, large):

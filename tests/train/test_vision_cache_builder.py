@@ -355,18 +355,18 @@ def test_weights_are_offloaded_and_restored(state):
 
     full = count_bytes()
     for _ in range(2):
-        with offloader.offload():
+        with offloader.hold(is_offloaded=True):
             assert count_bytes() == 0
             assert norm.untyped_storage().nbytes() > 0, "shared with the decoder"
             assert all(torch.equal(p, others[name]) for name, p in model.model.named_parameters())
-            with offloader.reload():
+            with offloader.hold(is_offloaded=False):
                 assert torch.equal(model.encode_images(batch.patches_ND, batch.grid_thw), expected)
             assert count_bytes() == 0
         assert count_bytes() == full
     assert all(torch.equal(view, old) for view, old in zip(views, before, strict=True))
-    with offloader.reload():
+    with offloader.hold(is_offloaded=False):
         assert count_bytes() == full, "it was not offloaded"
-    with pytest.raises(ZeroDivisionError), offloader.offload():
+    with pytest.raises(ZeroDivisionError), offloader.hold(is_offloaded=True):
         raise ZeroDivisionError
     assert count_bytes() == full
 

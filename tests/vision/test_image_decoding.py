@@ -1,7 +1,5 @@
 """Image decoding: upright RGB on white, or an error."""
 
-from __future__ import annotations
-
 from io import BytesIO
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Reading untrusted images in worker processes."""
 
-from __future__ import annotations
-
 import ast
 import io
 from collections.abc import Callable, Iterator

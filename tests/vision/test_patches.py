@@ -1,7 +1,5 @@
 """Patches against the published processor, as whole numbers and so exactly."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

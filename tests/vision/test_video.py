@@ -1,7 +1,5 @@
 """Videos as frames: sizes, pairs along time, the published video processor."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -31,16 +31,17 @@ from starlette.types import Receive, Scope, Send
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_store import (
+    BROWSER_COOKIE,
     MAX_CHATS_PER_BROWSER,
     MAX_FILE_BYTES,
     MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
-    MAX_TITLE_CHARS,
     ChatImage,
     ChatSettings,
     ChatStore,
     StoredChat,
+    get_browser_id,
 )
 from finesight.app.pages import (
     FILE_HEADERS,
@@ -210,10 +211,8 @@ def _get_box_areas(
         yield left, top, right - left, bottom - top, box.label
 
 
-BROWSER_COOKIE, BROWSER_COOKIE_AGE_S = "finesight-browser", 30 * 24 * 3600
-"""Name and lifetime of the cookie with the secret ID of a browser, which owns conversations."""
-
-BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
+BROWSER_COOKIE_AGE_S = 30 * 24 * 3600
+"""Lifetime of the cookie with the secret ID of a browser."""
 
 BASE_MODEL_NAME = "base"
 DEFAULT_MAX_NEW_TOKENS = 512
@@ -249,12 +248,6 @@ class EditRequest(SettingsRequest, frozen=True):
 
     text: Utf8Text
     index: Annotated[int, Field(ge=0)]
-
-
-class RenameRequest(BaseModel, frozen=True):
-    """New title of a conversation; empty for the start of the first question."""
-
-    title: Annotated[Utf8Text, Field(max_length=1000)]
 
 
 class AnswerStream(StreamingResponse):
@@ -473,12 +466,6 @@ def _format_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
 
 
-def get_browser_id(request: Request) -> str | None:
-    """Return the secret ID in the cookie of a browser; None without a valid one."""
-    value = request.cookies.get(BROWSER_COOKIE, "")
-    return value if BROWSER_ID.fullmatch(value) else None
-
-
 def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
     with archive:
         while chunk := archive.read(1 << 16):
@@ -559,11 +546,6 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
         find_chat(request).stop()
         return JSONResponse({})
 
-    async def rename(request: Request) -> Response:
-        chat, title = find_chat(request), (await parse_body(request, RenameRequest)).title
-        chat.title = title.strip()[:MAX_TITLE_CHARS]
-        return JSONResponse({})
-
     def delete(request: Request) -> Response:
         store.delete(find_chat(request))
         return JSONResponse({})
@@ -596,7 +578,6 @@ def build_chat_routes(store: ChatStore) -> list[Route]:
         "regenerate": regenerate,
         "undo": undo,
         "stop": stop,
-        "rename": rename,
         "delete": delete,
     }
     return [

@@ -7,6 +7,8 @@ replaced or the server stops. Without cookies, its secret token gives access.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import re
 import secrets
 import shutil
 import tempfile
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import IO, Annotated
 
 from pydantic import BaseModel, Field, FiniteFloat
+from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
 from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
@@ -119,7 +122,6 @@ class StoredChat:
     budget: DiskBudget
     reader: ImageReader
     uploads: UploadStore
-    title: str = ""
     settings: ChatSettings | None = None
     is_generating: bool = False
     error: str = ""
@@ -132,10 +134,10 @@ class StoredChat:
 
     @property
     def display_title(self) -> str:
-        """Title given by the user, or the start of the first question."""
+        """Start of the first question, or else the name of its first image."""
         first_turn = self.session.turns[0] if self.session.turns else None
         names = [self.images[path].name for path in first_turn.image_paths] if first_turn else []
-        texts = (self.title, first_turn.text if first_turn else "", *names)
+        texts = (first_turn.text if first_turn else "", *names)
         title = next((text for text in texts if text.strip()), "")
         return " ".join(title.split())[:MAX_TITLE_CHARS]
 
@@ -212,7 +214,7 @@ class StoredChat:
 
     def _reserve(self, num_bytes: int) -> DiskReservation:
         try:
-            return self.budget.reserve(num_bytes)
+            return self.budget.reserve(num_bytes, _make_owner(self.browser_id))
         except DiskFullError as error:
             what = "The server has no disk space for more images. Delete chats, or try again later."
             raise UserError(translate(what)) from error
@@ -255,6 +257,27 @@ class StoredChat:
         return archive
 
 
+BROWSER_COOKIE = "finesight-browser"
+"""Name of the cookie with the secret ID of a browser, which owns conversations."""
+
+BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+def get_browser_id(request: Request) -> str | None:
+    """Return the secret ID in the cookie of a browser; None without a valid one."""
+    value = request.cookies.get(BROWSER_COOKIE, "")
+    return value if BROWSER_ID.fullmatch(value) else None
+
+
+def find_owner(request: Request) -> str:
+    """Return the start of the names of the folders of a browser."""
+    return _make_owner(get_browser_id(request))
+
+
+def _make_owner(browser_id: str | None) -> str:
+    return hashlib.sha256((browser_id or "").encode()).hexdigest()[:8]
+
+
 class ChatStore:
     """Stores the conversations of all browsers.
 
@@ -270,7 +293,7 @@ class ChatStore:
             subfolder.mkdir(parents=True)
         self.budget = DiskBudget(uploads, self._folder)
         self.budget.free_space = self._free_space
-        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES)
+        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES, find_owner)
         self._chats: dict[str, StoredChat] = {}
         self._lock = threading.Lock()
 
@@ -287,7 +310,7 @@ class ChatStore:
             own_chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
             self._evict(own_chats, MAX_CHATS_PER_BROWSER)
         self._evict(self.list_all(), MAX_CHATS)
-        folder = self._folder / secrets.token_hex(16)
+        folder = self._folder / (_make_owner(browser_id) + secrets.token_hex(16))
         folder.mkdir()
         session = ChatSession(self.service)
         chat = StoredChat(session, folder, browser_id, self.budget, self._reader, self.uploads)

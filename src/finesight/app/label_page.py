@@ -63,7 +63,7 @@ SCRIPT_TEXTS = (
     *("The image cannot be read.", "No objects", "Answer without JSON:", "Your unsaved answer:"),
     *("before:", "after:", "1 image", "{} images", "No image matches", "unsaved"),
     *("suggested: {}, not one of the classes", "text, not a number", "text, not true or false"),
-    *("Accepted: {}", "Reopened: {}"),
+    *("Accepted: {}", "Reopened: {}", "off"),
     *("Nothing to undo", "Undone: {}", "Saved without your later changes"),
 )
 """Texts of the script, which are translated on the page."""
@@ -135,9 +135,9 @@ class LabelPage:
             "no_objects": NO_OBJECTS_ANSWER,
             "texts": translate_texts(SCRIPT_TEXTS, language),
         }
-        can_accept = not self._session.review and any(item.suggestion for item in self._items)
         values = {"settings": settings, "task": task, "model": self._session.model}
-        values |= {"can_accept": can_accept, "folder": str(self._session.store.folder)}
+        values |= {"is_review": self._session.review, "folder": str(self._session.store.folder)}
+        values |= {"has_suggestions": any(item.suggestion for item in self._items)}
         return render_page("label.html", language, **values, studio=studio)
 
     def list_items(self) -> dict[str, Any]:
@@ -227,6 +227,10 @@ class LabelPage:
     def decide_many(self, request: BulkRequest) -> dict[str, Any]:
         """Accept the suggestions that a person could accept, or reopen items of a revision."""
         store, changed = self._session.store, []
+        if request.action == "accept" and self._session.review:
+            raise UserError(
+                "labels are reviewed one by one", expected="new labels", remedy="reload the page"
+            )
         with self._lock, store.write_once():
             if request.action == "accept":
                 changed = [*self._accept(request.min_confidence)]

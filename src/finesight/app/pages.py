@@ -62,8 +62,10 @@ ERROR_TEXTS = (
     "x1 < x2 up to {} and y1 < y2 up to {}, after EXIF rotation",
     *("the answer is not JSON: {}", "the answer is not JSON of an object: {}"),
     "{} is not a sample of this session",
+    "the loss still falls: train twice as long",
+    *("{} of {} answers are correct: label about {} more images", "{} of {} answers are correct"),
 )
-"""Texts of errors with values, which are translated. Other texts with values are in English."""
+"""Texts of errors and advice with values, which are translated; others are in English."""
 
 add_translations(STATIC_FOLDER)
 _ENVIRONMENT = create_environment(FileSystemLoader([STATIC_FOLDER, REPORT_FOLDER]))
@@ -123,15 +125,16 @@ def describe_error(error: UserError, name_actions: Callable[[Remedy], str] = str
     Args:
         name_actions: Replaces operations and options by what the page has.
     """
-    what, expected = map(_translate_error, (error.what, error.expected))
-    remedy = error.remedy if isinstance(error.remedy, Step) else _translate_error(error.remedy)
+    what, expected = map(translate_error, (error.what, error.expected))
+    remedy = error.remedy if isinstance(error.remedy, Step) else translate_error(error.remedy)
     where = name_actions(error.where)
     prefix = f"{Path(where).name}: " if re.search(r"[ ./]", where) else ""
     lines = [prefix + what, expected and translate("expected: {}", expected), name_actions(remedy)]
     return "\n".join(filter(None, lines))
 
 
-def _translate_error(text: str) -> str:
+def translate_error(text: str) -> str:
+    """Translate a text of `ERROR_TEXTS` with its values."""
     for known in ERROR_TEXTS:
         pattern = re.escape(known).replace(r"\{\}", "(.*)")
         if match := re.fullmatch(pattern, text, re.DOTALL):
@@ -181,6 +184,7 @@ def render_page(name: str, language: Language, **values: Any) -> str:
         return _ENVIRONMENT.get_template(name).render(
             language=LANGUAGE_TAGS[language],
             other_language="en" if language == "zh" else "zh",
+            translate_error=translate_error,
             **values,
         )
 

@@ -14,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
-from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
+from finesight.errors import Step, UserError
 from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.operations.model import load_adapters, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
@@ -680,61 +680,44 @@ def _select_label_folder(run_dir: Path, reviewed: Sequence[Path], console: Progr
 def _find_next_step(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> Step:
     """Return the next step for the labels in `out`.
 
-    It trains with them, reserves some for validation, continues their review, or checks reviewed
-    labels that replace no file of the recipe. Without a recipe, it is `init`.
+    It trains with them, continues their review, or checks reviewed labels that replace no file of
+    the recipe of the run. Without a recipe, it is `init`.
 
     Args:
         reviewed: Data files whose samples the labels contain.
     """
     from finesight.label.label_session import is_imported
-    from finesight.label.label_store import EVAL_FILE, LABELS_FILE, REVIEWED_FILE, read_sources
+    from finesight.label.label_store import LABELS_FILE, REVIEWED_FILE, read_sources
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
-    labels = out / LABELS_FILE
-    # A recipe that `finesight init` has written for these labels, or that of the run.
-    for recipe in (out.parent / RECIPE_FILE, run_dir / RECIPE_FILE):
-        try:
-            settings = load_recipe(recipe)
-        except UserError:
-            continue
-        overrides: list[str] = []
-        eval_paths = {os.path.abspath(file.path) for file in settings.data.eval}
-        eval_labels = os.path.abspath(out / EVAL_FILE)
-        if eval_labels in eval_paths and not (reviewed or os.path.exists(eval_labels)):
-            # The recipe requires validation labels, but all labels are for training.
-            known = list(filter(os.path.exists, read_sources(out)))
-            sources = known or ["IMAGES"]
-            fraction = LABEL_TRAIN_FRACTION
-            return _label_step(run_dir, sources, out=out, train_fraction=fraction)
-        files = (*settings.data.train, *settings.data.eval)
-        if os.path.abspath(labels) not in {os.path.abspath(file.path) for file in files}:
-            if recipe.parent != run_dir:
-                continue
-            folders = [Path(file.path).parent for file in settings.data.train]
-            reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
-            for folder, names in reviews.items():
-                if os.path.realpath(labels) in names:
-                    sources = [*map(os.path.relpath, names)]
-                    return _label_step(run_dir, sources, review=True, out=folder)
-            is_copy = not reviewed and is_imported(out, run_dir)
-            if is_copy and not any(reviews.values()):
-                break
-            changes = [] if is_copy else _replace_reviewed_files(settings, out, reviewed)
-            if not changes:
-                # No file of the recipe has exactly these samples, or one has copies of them.
-                return Step("check", {"sources": [labels]})
-            overrides += changes
-        if settings.output_dir.exists():
-            overrides.append(f"output_dir={RunDir(settings.output_dir).next_path}")
-        return Step("train", {"recipe": recipe, "overrides": overrides})
+    labels, recipe = out / LABELS_FILE, run_dir / RECIPE_FILE
     default = Path(f"{labels.stem}-finetune")
     other = RunDir(default).next_path if os.path.lexists(default) else None
-    return Step("init", {"data": labels, "out": other})
-
-
-def _label_step(run_dir: Path, sources: Sequence[str], **options: object) -> Step:
-    return Step("label", {"run_or_model": run_dir, "sources": sources, **options})
+    init_step = Step("init", {"data": labels, "out": other})
+    try:
+        settings = load_recipe(recipe)
+    except UserError:
+        return init_step
+    overrides: list[str] = []
+    files = (*settings.data.train, *settings.data.eval)
+    if os.path.abspath(labels) not in {os.path.abspath(file.path) for file in files}:
+        folders = [Path(file.path).parent for file in settings.data.train]
+        reviews = {folder: read_sources(folder, REVIEWED_FILE) for folder in folders}
+        for folder, names in reviews.items():
+            if os.path.realpath(labels) in names:
+                arguments = {"sources": [*map(os.path.relpath, names)], "review": True}
+                return Step("label", {"run_or_model": run_dir, **arguments, "out": folder})
+        is_copy = not reviewed and is_imported(out, run_dir)
+        if is_copy and not any(reviews.values()):
+            return init_step
+        overrides = [] if is_copy else _replace_reviewed_files(settings, out, reviewed)
+        if not overrides:
+            # No file of the recipe has exactly these samples, or one has copies of them.
+            return Step("check", {"sources": [labels]})
+    if settings.output_dir.exists():
+        overrides.append(f"output_dir={RunDir(settings.output_dir).next_path}")
+    return Step("train", {"recipe": recipe, "overrides": overrides})
 
 
 def _replace_reviewed_files(recipe: Recipe, out: Path, reviewed: Sequence[Path]) -> list[str]:

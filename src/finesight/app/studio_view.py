@@ -8,12 +8,11 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import shlex
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -21,9 +20,13 @@ from urllib.parse import urlencode
 from finesight.app.jobs import Job, JobStore
 from finesight.app.pages import describe_error, render_page
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
-from finesight.errors import Remedy, Step, UserError
+from finesight.config import METRIC_NAMES
+from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
-from finesight.operations.operation import format_step
+from finesight.model_folder import TINY_MODEL
+from finesight.operations import find_operation
+from finesight.operations.operation import OperationParameter, format_step, list_parameters
+from finesight.operations.training import advise_run
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
 from finesight.report.i18n import Language, translate, use_language
@@ -44,16 +47,176 @@ NO_RUN = "-"
 LABELS_NAME = "labels"
 """Default name of the data set that the label step creates."""
 
-FIELD_NAMES = {
-    "--map": "Columns (empty: detected)",
-    "--prompt": "Prompt",
-    "--out": "Name of the data set",
-    "--kind": "Kind of the answers",
-    "--classes": "Classes",
-    "--fields": "Fields",
-    "--resume": "Start or resume",
+
+@dataclass(frozen=True, slots=True)
+class FormField:
+    """Field of a form: a text, or a choice of names with a description of the empty one.
+
+    Attributes:
+        label: Label; empty for the name of its parameter, with the help of the command as a hint.
+        default: Description of the empty choice.
+        hint: Description below the field.
+        folder: Folder of the workspace in which the text is the name of a new item.
+        kinds: Kinds of answers for which the field is shown; empty for all.
+        is_advanced: Whether the field is folded.
+        name: ID: form and parameter, such as `import:prompt`.
+        parameter: Parameter of the operation; None for a field that the page has in addition.
+    """
+
+    label: str = ""
+    placeholder: str = ""
+    value: str = ""
+    lines: int = 1
+    choices: Sequence[str] = ()
+    default: str = ""
+    hint: str = ""
+    folder: str = ""
+    kinds: Sequence[str] = ()
+    is_advanced: bool = False
+    name: str = ""
+    parameter: OperationParameter | None = None
+
+
+FORMS: dict[str, Mapping[str, FormField | None]] = {
+    "import": {
+        "source": FormField("Or a file or folder in the workspace", "photos"),
+        "out": FormField("Name of the data set", "tickets", folder="data"),
+        "prompt": FormField("Prompt", "Read the ticket."),
+        "columns": FormField("Columns (empty: detected)", "image=path answer=caption"),
+        "train_fraction": FormField(value="0.9"),
+    },
+    "label": {
+        "sources": FormField("Images to label: a file or folder", "photos"),
+        "prompt": FormField("Prompt", "Read the ticket.", lines=2),
+        "out": FormField("Name of the data set", value=LABELS_NAME),
+        "run_or_model": FormField("Model without a run", value=TINY_MODEL, is_advanced=True),
+        "kind": FormField("Kind of the answers", default="detect automatically"),
+        "classes": FormField("Classes", "red, green, blue", kinds=("classes", "boxes")),
+        "fields": FormField("Fields", "merchant, date, amount", kinds=("fields",)),
+        "train_fraction": FormField(
+            "Fraction of training samples", value=str(LABEL_TRAIN_FRACTION), is_advanced=True
+        ),
+        "split": FormField(
+            "Samples to review",
+            choices=("for validation",),
+            default="for training",
+            is_advanced=True,
+        ),
+        "review": None,
+    },
+    "check": dict.fromkeys(("against", "html", "language")),
+    "plan": {},
+    "recipe": {
+        "name": FormField("Name of the recipe and its run", "tickets"),
+        "model": FormField("Model: a name on a hub, or a folder", value=TINY_MODEL),
+        "eval.metric": FormField(
+            "Metric (empty: chosen from the answers)", choices=[*METRIC_NAMES], is_advanced=True
+        ),
+        "train.epochs": FormField("Epochs", "from the data", is_advanced=True),
+        "train.steps": FormField("Steps instead of epochs", "from the data", is_advanced=True),
+        "train.learning_rate": FormField("Learning rate", "from the model", is_advanced=True),
+    },
+    "editor": {"text": FormField("Selected recipe", lines=12)},
+    "train": dict.fromkeys(("resume", "trust_metric")),
+    "eval": {"trust_metric": None},
+    "web": {"adapter": FormField("Compare with another run", default="none")},
+    "serve": {"adapter": FormField("Serve another run of the model, too", default="none")},
+    "merge": {"out": FormField("Name of the merged model", "tickets", folder="models")},
+    "export": dict.fromkeys(("public", "confirm", "converter", "python")),
 }
-"""Field or button of the page by option of a command."""
+"""Fields of each form that the page shows first, describes in its own words or, with None, leaves
+out. The other options of the operation follow."""
+
+FORMS_OF_STEPS = {
+    "data": ("import",),
+    "label": ("label",),
+    "check": ("check",),
+    "plan": ("plan", "recipe", "editor"),
+    "train": ("train",),
+    "results": ("eval",),
+    "chat": ("web",),
+    "export": ("serve", "merge", "export"),
+}
+
+OPTIONS_OF_SERVERS = (
+    *("host", "port", "password_file", "no_auth", "trusted_proxy", "key_file", "socket_file"),
+    *("open_page", "suggest_only", "push", "label_studio", "label_studio_files"),
+    *("label_studio_url", "label_studio_prompt"),
+)
+"""Parameters that the page sets itself or has no use for."""
+
+YES_NO = ("yes", "no")
+
+PROPOSALS = {
+    "check": "Write a corrected copy",
+    "label": "Label more images",
+    "serve": "Start a server",
+    "train": "Train longer",
+}
+"""Button of a proposed step by operation."""
+
+
+@cache
+def list_form_parameters(form: str) -> dict[str, OperationParameter]:
+    """Return the parameters of the operation of a form by name."""
+    if form in ("recipe", "editor"):
+        return {}
+    return {one.name: one for one in list_parameters(find_operation(form).load())}
+
+
+def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
+    """Build the fields of a form.
+
+    Args:
+        runs: Other runs of the workspace, from which an option for a run is chosen.
+    """
+    parameters, own = list_form_parameters(form), FORMS[form]
+    fields = []
+    for name in dict.fromkeys((*own, *parameters)):
+        parameter, field = parameters.get(name), own.get(name)
+        is_option = parameter is not None and not parameter.is_positional
+        is_left_out = name in OPTIONS_OF_SERVERS or (name in own and field is None)
+        if is_left_out or not (field or is_option):
+            continue
+        field = field or FormField()
+        if parameter is not None:
+            field = _describe_parameter(parameter, field, runs)
+        fields.append(replace(field, name=f"{form}:{name}"))
+    return fields
+
+
+def _describe_parameter(
+    parameter: OperationParameter, field: FormField, runs: Sequence[str]
+) -> FormField:
+    """Complete a field by the type of its parameter, and without a label by its description."""
+    default, is_flag = parameter.default, parameter.kind == "flag"
+    # The empty choice keeps the default.
+    choices: Sequence[str] = [one for one in parameter.choices if one != default]
+    is_run = parameter.info.metavar == "RUN"
+    choices = YES_NO if is_flag else runs if is_run else choices
+    if field.label:
+        is_advanced = field.is_advanced or (is_run and not runs)
+        return replace(field, choices=choices, parameter=parameter, is_advanced=is_advanced)
+    shown = "" if is_flag or default in (None, ()) else str(default)
+    return FormField(
+        label=parameter.name.replace("_", " ").capitalize(),
+        placeholder=shown or parameter.info.metavar,
+        value=field.value,
+        choices=choices,
+        default=shown,
+        hint=parameter.help,
+        is_advanced=True,
+        parameter=parameter,
+    )
+
+
+@cache
+def list_field_names() -> dict[str, str]:
+    """Return the labels of fields, and of a button, by option of the commands."""
+    fields = (one for form in reversed(FORMS) for one in reversed(build_form(form)))
+    names = {one.parameter.option: one.label for one in fields if one.parameter is not None}
+    return names | {"--resume": "Start or resume"}
+
 
 _COMMANDS = "import,label,check,plan init,train,report compare,chat web predict,serve merge export"
 COMMAND_STEPS = {
@@ -65,6 +228,18 @@ COMMAND_STEPS = {
 
 _NEXT_COLUMN = re.compile(r"(=[^\s,;]+) --map(?= \w+=)")
 _OPTION = re.compile(r"(?<![\w-])--[a-z][\w-]*")
+
+MISSING_MESSAGES = {
+    "data": "No data set is selected. Select one, or import one in the step Data.",
+    "recipe": "No recipe is selected. Select one, or create one in the step Plan.",
+    "run": "No run is selected. Select one, or train one in the step Train.",
+    "label:sources": "No images are given. Enter a file or folder, or upload images in the step"
+    " Data.",
+    "label:split": "The data set has no validation samples. Review those for training.",
+    "operation": "This is no longer proposed. Reload the page.",
+    "merge:out": "No merged model is given. Merge one, or enter its name.",
+}
+"""Message about a missing item or an empty field by its name."""
 
 OUTCOMES = {
     "check": {2: "errors found", 3: "warnings found"},
@@ -210,16 +385,13 @@ class StudioView:
                 "running": running,
                 "log": job.read_log() if job else "",
                 "error": _describe_job_error(job) if job and status == "failed" else "",
-                "proposed": _list_proposed(job, selection.step) if job else [],
+                "proposals": self.list_proposals(state),
                 "outcome": _find_outcome(job) if job else "",
                 "is_ready": job is not None
                 and job.is_server
                 and status == "running"
                 and job.is_ready,
                 "workspace": self.workspace.folder,
-                "commands": [
-                    shlex.join(["finesight", *words]) for words in self.list_commands(state)
-                ],
                 "runs": [self.describe_run(run) for run in state.content.runs],
                 "charts": self._build_charts(state),
                 "page": self._find_page(state),
@@ -239,24 +411,53 @@ class StudioView:
         page = {"top": top, "bottom": bottom, "status": status, "url": url}
         return page | {"has_data": state.dataset is not None}
 
-    def list_commands(self, state: StudioState) -> list[list[str]]:
-        """Return the commands of a step that depend on the selection and the workspace only."""
-        step, dataset, recipe, run = state.selection.step, state.dataset, state.recipe, state.run
-        weights = self.workspace.find_weights(run) if run else None
-        if step == "check" and dataset is not None:
-            against = ["--against", as_argument(dataset.eval_file)] if dataset.eval_file else []
-            options = ["--html", str(dataset.check_page), "--language", state.selection.lang]
-            return [["check", as_argument(dataset.train_file), *against, *options]]
-        if step == "plan" and recipe is not None:
-            return [["plan", as_argument(recipe)]]
-        if step == "train" and recipe is not None:
-            # Resumes the run of the recipe, or starts it.
-            return [["train", as_argument(recipe), "--resume"]]
-        if step == "results" and run is not None:
-            return [["report", as_argument(run)]]
-        if step == "chat" and weights is not None:
-            return [["web", as_argument(weights)]]
-        return []
+    def list_proposals(self, state: StudioState) -> list[tuple[str, Step]]:
+        """Return the steps that a command or run proposes, with the buttons that follow them."""
+        step, job = state.selection.step, state.job
+        if step in ("train", "results") and state.run is not None:
+            is_ended = job is None or job.status != "running"
+            record = self._read_run(state.run) if is_ended else None
+            advice = advise_run(record, state.run) if record else []
+            return [(PROPOSALS[one.operation], one) for one in advice]
+        steps = job.read_outcome().next_steps if job and job.status == "finished" else ()
+        if step == "plan" and job is not None:
+            saved_at = self._read_saved_time(state.recipe)
+            is_outdated = saved_at is not None and saved_at > job.started_at
+            own = [one for one in steps if one.arguments.get("overrides") and not is_outdated]
+            return [("Use these settings", one) for one in own]
+        return [(PROPOSALS["check"], one) for one in steps if step == one.operation == "check"]
+
+    def select_arguments(self, operation: str, state: StudioState) -> dict[str, Any]:
+        """Return the arguments of an operation that are selected.
+
+        Raises UserError if no such item is selected.
+        """
+        dataset, recipe = state.dataset, state.recipe
+        if operation == "check":
+            if dataset is None:
+                raise build_missing_error("data")
+            against = [as_argument(dataset.eval_file)] if dataset.eval_file else []
+            page = {"html": str(dataset.check_page), "language": state.selection.lang}
+            return {"sources": [as_argument(dataset.train_file)], "against": against, **page}
+        if operation in ("plan", "train"):
+            if recipe is None:
+                raise build_missing_error("recipe")
+            # Training resumes the run of the recipe, or starts it.
+            resume = {"resume": True} if operation == "train" else {}
+            return {"recipe": as_argument(recipe), **resume}
+        if state.run is None:
+            raise build_missing_error("run")
+        if operation == "report":
+            return {"run": as_argument(state.run)}
+        weights = self.workspace.find_weights(state.run)
+        if weights is None:
+            raise UserError(
+                "the run has no weights yet",
+                where=str(state.run),
+                expected="a finished run, or a LoRA run with a checkpoint",
+                remedy="select another run, or resume this one in the step Train",
+            )
+        return {"source" if operation == "merge" else "run_or_model": as_argument(weights)}
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
         """Render the report of the selected run, or the comparison of several."""
@@ -357,6 +558,11 @@ class StudioView:
         return _read_run_version(folder, versions)
 
 
+def build_missing_error(name: str) -> UserError:
+    """Build the error for an item that is not selected, or a field that is empty."""
+    return UserError(MISSING_MESSAGES[name], where=name)
+
+
 def _select(items: Sequence[Any], name: str, get_name: Any, use_first: bool) -> Any:
     """Return the item with a name, or None. Without a name, return the first one or None."""
     if not name:
@@ -390,16 +596,7 @@ def _find_outcome(job: Job) -> str:
 def _describe_job_error(job: Job) -> str:
     """Return the message of the error with which a command has ended; empty without one."""
     parts = job.read_outcome().error
-    if parts is None:
-        return ""
-    return describe_error(UserError(**dict(parts)), name_actions)
-
-
-def _list_proposed(job: Job, current_step: str) -> list[str]:
-    """Return the proposed commands that only a terminal can run."""
-    steps = job.read_outcome().next_steps
-    own = [step for step in steps if COMMAND_STEPS.get(step.operation) == current_step]
-    return [*map(str, own)]
+    return describe_error(UserError(**dict(parts)), name_actions) if parts else ""
 
 
 def _name_step(step: Step) -> str:
@@ -414,14 +611,14 @@ def _name_step(step: Step) -> str:
 def name_actions(advice: Remedy) -> str:
     """Replace operations and options in advice by steps and fields of the page.
 
-    Fields of other options have their names.
+    Messages of functions and commands name what a terminal has. Fields of other options have their
+    names.
     """
     if isinstance(advice, Step):
         return advice.format(_name_step)
 
     def name_field(match: re.Match[str]) -> str:
-        if match[0] not in FIELD_NAMES:
-            return match[0]
-        return f"“{re.split(r' ?[(（]', translate(FIELD_NAMES[match[0]]))[0]}”"
+        name = list_field_names().get(match[0])
+        return f"“{re.split(r' ?[(（]', translate(name))[0]}”" if name else match[0]
 
     return _OPTION.sub(name_field, _NEXT_COLUMN.sub(r"\1", advice))

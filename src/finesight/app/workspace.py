@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from glob import iglob
-from itertools import chain, permutations
+from itertools import chain, count, permutations
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
@@ -27,13 +27,10 @@ from finesight.config import METRIC_NAMES, TRACKER_MODES, Recipe, TrainFileSetti
 from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
-    ImportOptions,
-    detect_columns,
     detect_task,
 )
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
-from finesight.data.source_fetch import fetch_source
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
@@ -54,7 +51,7 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
-from finesight.recipe_template import format_recipe
+from finesight.recipe_template import format_recipe, override_settings
 from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
@@ -64,7 +61,6 @@ from finesight.storage import (
     working_folder,
     write_file,
 )
-from finesight.train.run_dir import RunDir
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
@@ -201,9 +197,7 @@ class Workspace:
                 return file, folder
         suffix = "-eval-review" if file.name in DATA_FILES.values() else "-review"
         name = re.sub(r"\W+", "-", file.parent.name + suffix).strip("-")[-50:]
-        target = self.folder / "data" / name
-        target = RunDir(target).next_path if os.path.lexists(target) else target
-        return file, target.relative_to(self.folder)
+        return file, Path("data", self.find_free_name(name, "data/{}"))
 
     def _walk(self) -> Iterator[tuple[Path, frozenset[str]]]:
         """Yield folders with their file names, without those inside of runs and models."""
@@ -306,6 +300,14 @@ class Workspace:
             )
         return path
 
+    def find_free_name(self, name: str, *paths: str) -> str:
+        """Return a name, with a number if necessary, by which no path exists: `data/{}`."""
+
+        def is_free(one: str) -> bool:
+            return not any(os.path.lexists(self.folder / path.format(one)) for path in paths)
+
+        return next(filter(is_free, chain([name], (f"{name}-{number}" for number in count(2)))))
+
     def check_model(self, name: str) -> str:
         """Return a model name that a user has entered: a hub name, or a folder in the workspace."""
         name = name.strip()
@@ -372,13 +374,6 @@ class Workspace:
         with self.pool.borrow_worker() as worker:
             return worker.call(function, *args, max_cpu_s=JOB_CPU_SECONDS).value
 
-    def detect_source(self, path: Path) -> tuple[Path, dict[str, str], str | None, str | None]:
-        """Return the result of `detect_source`, without roles if it exceeds a limit or fails."""
-        with contextlib.suppress(WorkerLimitError, WorkerJobError):
-            table, *values = self.run_job(detect_source, self.folder, path)
-            return Path(table), *values
-        return path, {}, None, None
-
     def move_to_trash(self, *paths: Path) -> None:
         """Move the existing files and folders to a new trash folder. An error moves all back.
 
@@ -418,24 +413,21 @@ class Workspace:
         """
         root, uses = os.path.realpath(self.folder / folder), []
         recipes = [run / RECIPE_FILE for run in running]
-        datasets = self.scan().datasets
         for home, names in self._walk():
-            path = home.relative_to(self.folder)
+            path, home_path = home.relative_to(self.folder), os.path.realpath(home)
             if MANIFEST_FILE not in names:
                 recipes += [path / name for name in names if name.endswith((".yaml", ".yml"))]
-            sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
-            is_other = os.path.realpath(home) != root
-            if is_other and any(self.is_overlapping(name, folder) for name in sources):
-                uses.append(f"the data set {path}")
-        uses += [f"the recipe {recipe}" for recipe in recipes if self.uses_files(recipe, root)]
-        for dataset in datasets:
-            home_path = os.path.realpath(self.folder / dataset.path)
+            if home_path == root:
+                continue
             # Image paths are relative to the data set, or absolute.
             words = [f'"{path}/'.encode() for path in (os.path.relpath(root, home_path), root)]
-            for file in (dataset.train_file, dataset.eval_file) if home_path != root else ():
-                with (self.folder / (file or os.devnull)).open("rb") as lines:
-                    if any(word in line for line in lines for word in words):
-                        uses.append(f"the data set {dataset.path}")
+            sources = [*read_sources(home), *read_sources(home, REVIEWED_FILE)]
+            is_used = any(self.is_overlapping(name, folder) for name in sources)
+            for name in names.intersection(chain(*DATA_FILES.items())):
+                with (home / name).open("rb") as lines:
+                    is_used = is_used or any(word in line for line in lines for word in words)
+            uses += [f"the data set {path}"] if is_used else []
+        uses += [f"the recipe {recipe}" for recipe in recipes if self.uses_files(recipe, root)]
         for journal in Path(root).rglob(JOURNAL_FILE):
             with contextlib.suppress(OSError), FileLock(journal) as lock:
                 try:
@@ -590,6 +582,20 @@ class Workspace:
                 )
             write_file(file, text.encode())
 
+    def override_recipe(self, path: Path, overrides: Sequence[str]) -> None:
+        """Change settings of a recipe, whose comments stay."""
+        text, digest = self.read_recipe(path)
+        self.save_recipe(path, override_settings(text, overrides), digest)
+
+    def copy_recipe(self, path: Path, overrides: Sequence[str]) -> Path:
+        """Write the recipe of a further run, unless it exists, with the name of the run."""
+        text = override_settings(self.read_recipe(path)[0], overrides)
+        copy = Path("recipes", f"{recipe_from_text(text, path).output_dir.name}.yaml")
+        if not (self.folder / copy).is_file():
+            self.check_new_name("recipes", copy.stem, copy.suffix)
+            self.save_recipe(copy, text, hashlib.sha256(b"").hexdigest())
+        return copy
+
     def load_recipe(self, path: Path) -> Recipe:
         """Load a recipe that `check_recipe_paths` accepts."""
         recipe = load_recipe(self.folder / path)
@@ -687,24 +693,6 @@ def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:
             make_folder(target.parent)
             files[name].rename(target)
     return JobOutput()
-
-
-def detect_source(state: Any, workspace: Path, path: Path) -> JobOutput:
-    """Return the table of a source, its column roles, and the format and units of its boxes.
-
-    Roles are empty if the command detects the format. A source without a known format is returned
-    unchanged, for the error of the command. So is an archive, which is unpacked here only.
-    """
-    table, options = path, ImportOptions()
-    with contextlib.suppress(UserError):
-        if is_archive(path.name):
-            folder = workspace / STUDIO_FOLDER / "unpacked"
-            with fetch_source(str(workspace / path), folder, options) as fetched:
-                options = detect_columns(fetched.path, fetched.options)[1]
-        else:
-            found, options = detect_columns(workspace / path, options)
-            table = found.relative_to(workspace) if options.columns else path
-    return JobOutput([str(table), dict(options.columns), options.box_format, options.box_units])
 
 
 def as_argument(path: Path) -> str:

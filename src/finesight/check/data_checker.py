@@ -156,13 +156,12 @@ def _reject_remote_source(source: Path) -> None:
         return
     # A URL that was converted to a path has one slash.
     if is_archive_file or (not source.exists() and str(source).startswith(REMOTE_PREFIXES)):
+        name = str(source) if is_archive_file else str(source).replace(":/", "://", 1)
         raise UserError(
             "archives and remote sources cannot be checked directly",
-            where=str(source),
+            where=name,
             expected="local files or folders, unpacked",
-            remedy=Step(
-                "import", {"source": str(source), "out": "OUT"}, "import it, and check OUT"
-            ),
+            remedy=Step("import", {"source": name, "out": "OUT"}, "import it first"),
         )
 
 

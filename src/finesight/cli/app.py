@@ -173,7 +173,10 @@ def _run(
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
     report = click.get_current_context().obj
     is_reported = report is not None and report.add_steps(outcome.next_steps)
-    commands = [*map(format_command, outcome.next_steps)]
+    commands = [
+        format_command(step) + (f"  # {step.purpose}" if step.purpose else "")
+        for step in outcome.next_steps
+    ]
     if commands and not as_json and not is_reported:
         text = "\n  ".join(["next:", *commands]) if commands[1:] else f"next: {commands[0]}"
         click.echo(text, err=True)

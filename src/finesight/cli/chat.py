@@ -93,10 +93,11 @@ class ChatTerminal:
         """Read and process input lines until `/quit` or the end of standard input."""
         if self._is_interactive:
             _enable_line_editing()
-            hint = "Attach an image with /image PATH. " if self._expects_image else ""
+            manifest = self._session.service.manifest
+            has_images = manifest is not None and manifest.has_images
+            hint = "Attach an image with /image PATH. " if has_images else ""
             model_name = self._session.service.model_names[0]
             click.echo(f"{model_name}. {hint}Enter a question or /help.")
-            manifest = self._session.service.manifest
             for prompt in manifest.prompts[:1] if manifest is not None else ():
                 click.echo(escape_unprintable(f"Training prompt: {prompt}"))
         while (line := self._read_line()) is not None:
@@ -108,38 +109,10 @@ class ChatTerminal:
                     raise
                 click.echo(f"error: {error}", err=True)
 
-    @property
-    def _expects_image(self) -> bool:
-        """Whether the model was trained with images and the conversation lacks one."""
-        manifest = self._session.service.manifest
-        has_image = self._pending_images or any(turn.image_paths for turn in self._session.turns)
-        return manifest is not None and bool(manifest.has_images) and not has_image
-
-    def _ask_image(self) -> bool:
-        """Ask for the image of the first question, until it is readable or the answer is empty.
-
-        Returns:
-            False for `/quit` or the end of standard input.
-        """
-        while self._expects_image and not self._session.turns:
-            line = self._read_line("image, or Enter for none: ")
-            if line is None or line.strip() == "/quit":
-                return False
-            line = line.strip()
-            if not line or line == "/image":
-                return True
-            try:
-                # A file name may start like a command, such as /images/cat.png.
-                is_command = line.partition(" ")[0] in COMMAND_HELP
-                self._handle_line(line if is_command else f"/image {line}")
-            except UserError as error:
-                click.echo(f"error: {error}", err=True)
-        return True
-
-    def _read_line(self, prompt: str = "> ") -> str | None:
+    def _read_line(self) -> str | None:
         while True:
             try:
-                return input(prompt if self._is_interactive else "")
+                return input("> " if self._is_interactive else "")
             except EOFError:
                 return None
             except KeyboardInterrupt:
@@ -172,8 +145,6 @@ class ChatTerminal:
                 remedy="enter /help; start a question with another character",
             )
         elif line:
-            if self._is_interactive and not self._ask_image():
-                return False
             self._print_reply(
                 self._session.send(line, self._pending_images, [self._generation_options])
             )

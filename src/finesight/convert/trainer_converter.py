@@ -121,10 +121,17 @@ class TrainerConverter:
 
     def set_objective(self, key: str, name: str) -> None:
         """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
-        if name == "dpo":
+        loss = self.config.get_str("pref_loss") or "sigmoid"  # LLaMA-Factory
+        name = loss if name == "dpo" and loss in ("orpo", "simpo") else name
+        if name in ("dpo", "orpo", "simpo"):
             self.draft.set("train.objective", name)
-            for beta in filter(self.config.has, ("beta", "pref_beta")):
-                self.copy_setting("train.dpo.beta", beta)
+            keys = "beta", "pref_beta", *["simpo_gamma"] * (name == "simpo")
+            for setting in filter(self.config.has, keys):
+                self.copy_setting(f"train.{name}.{setting.removeprefix('pref_')}", setting)
+            if loss in ("hinge", "ipo"):
+                self.draft.set("train.dpo.loss_type", [loss])
+            elif loss not in ("sigmoid", name):
+                self.draft.note("pref_loss", loss, "is not supported: DPO is used", differs=True)
             return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
@@ -132,11 +139,10 @@ class TrainerConverter:
             return
         self.objective = name
         text = (
-            f"{reason} is not supported: the recipe is a supervised fine-tuning with the same"
-            " model, adapter and schedule; import data with answers, such as the chosen ones, and"
-            " set train.learning_rate"
+            "is not supported: the recipe is a supervised fine-tuning with the same model, adapter"
+            " and schedule; import data with answers, and set train.learning_rate"
         )
-        self.draft.note(key, name, text, differs=True)
+        self.draft.note(key, name, f"{reason} {text}", differs=True)
 
     def set_model(
         self, model: str, hints: tuple[str | None, ...], hub: str, adapters: str
@@ -168,10 +174,7 @@ class TrainerConverter:
         eval_sources: Sequence[DatasetSource],
         split: Mapping[str, object],
     ) -> None:
-        """Set `data.train` and `data.eval`, and add the arguments of their imports.
-
-        `split` has the arguments that create a validation split, or none.
-        """
+        """Set data files and arguments of their imports, with those of a validation `split`."""
         files: dict[str, list[str]] = {"data.train": [], "data.eval": []}
         used: set[str] = set()
         for name, datasets in (("data.train", sources), ("data.eval", eval_sources)):
@@ -271,10 +274,7 @@ class TrainerConverter:
         draft.set("train.data_seed", seed if data_seed is None else data_seed)
 
     def count_gpus(self, num_visible: int) -> tuple[int, str]:
-        """Return the number of processes, and a note if it is unknown.
-
-        Without NPROC_PER_NODE, `num_visible` GPUs count, or one process.
-        """
+        """Return the number of processes (default: `num_visible`, or 1), and a note if unknown."""
         config = self.config
         if recorded := config.get_int("global_world_size"):
             return max(1, recorded), ""

@@ -50,9 +50,8 @@ class TrlConverter(TrainerConverter):
                 self.copy_setting(f"train.learning_rate.{part}", f"{part}_learning_rate")
         dtype = (config.get_str("dtype") or "").removeprefix("torch.")
         is_half = config.get_bool("fp16") or (dtype == "float16" and not config.get_bool("bf16"))
-        draft.set(
-            "train.precision", "fp16" if is_half else "bf16" if config.get_bool("bf16") else "auto"
-        )
+        precision = "fp16" if is_half else "bf16" if config.get_bool("bf16") else "auto"
+        draft.set("train.precision", precision)
         self.set_output_dir("trainer_output")
 
     def _set_data(self, family: FamilySettings) -> None:

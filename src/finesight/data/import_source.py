@@ -581,20 +581,6 @@ def open_unvalidated_samples(
     return UnvalidatedSource(source, options, output_folder)
 
 
-def count_unlabeled_images(folder: Path) -> int:
-    """Return the number of images in a folder without labels; 0 for any other source."""
-    if not folder.is_dir():
-        return 0
-    listing = list_folder(folder)
-    if not listing.count_suffixes().keys().isdisjoint((".txt", ".xml", ".tar", *ROW_SUFFIXES)):
-        return 0
-    try:
-        open_source(folder, ImportOptions())  # opens class folders
-    except UserError:
-        return len(listing.image_files())
-    return 0
-
-
 def detect_columns(
     path: Path, options: ImportOptions, ask_question: Callable[[list[str]], str] | None = None
 ) -> tuple[Path, ImportOptions]:
@@ -615,7 +601,7 @@ def detect_columns(
         files = [file for file in listing if file.suffix.lower() in ROW_SUFFIXES]
         if len(files) == 1 and files[0].is_file():
             return detect_columns(files[0], options, ask_question)
-        if not path.is_file():
+        if not (path.is_file() and path.suffix.lower() in ROW_SUFFIXES):
             raise
     if not options.columns and (opened is None or _is_question_table(opened, options)):
         records = _read_preview(open_row_file(path, options.encoding, no_header=options.no_header))

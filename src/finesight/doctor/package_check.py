@@ -24,11 +24,7 @@ PACKAGE_NAME = "finesight"
 InstalledPackages = Mapping[str, Sequence[Distribution]]
 """Distributions by canonical name. The first one of a name is the one that is imported."""
 
-DEV_EXTRAS = ("dev",)
-"""Extras for the development of finesight, which are not checked."""
-
 PIP_COMMAND = (sys.executable, "-m", "pip")
-"""Command that runs pip of the current Python interpreter."""
 
 
 def install_command(*requirements: str) -> str:
@@ -39,10 +35,9 @@ def install_command(*requirements: str) -> str:
 def list_packages(path: Sequence[str] | None = None) -> InstalledPackages:
     """List the packages in folders, by default `sys.path`, without importing them."""
     packages: dict[str, list[Distribution]] = {}
-    seen = set()
+    seen = set()  # A folder may be in `sys.path` twice.
     for package in distributions(path=list(sys.path if path is None else path)):
         name, location = package.metadata["Name"], str(package.locate_file(""))
-        # A folder may be in `sys.path` twice.
         if name and (name, package.version, location) not in seen:
             seen.add((name, package.version, location))
             packages.setdefault(canonicalize_name(name), []).append(package)
@@ -96,7 +91,7 @@ def _group_requirements(
         package = next(iter(packages.get(source, ())), None)
         declared = package.metadata.get_all("Provides-Extra") or () if package else ()
         use_extras = with_extras and source == PACKAGE_NAME
-        extras = [name for name in declared if use_extras and name not in DEV_EXTRAS]
+        extras = [name for name in declared if use_extras and name != "dev"]
         for requirement in _parse_requirements(package):
             name = canonicalize_name(requirement.name)
             is_used = _is_applicable(requirement, extras if name in packages else ())
@@ -120,7 +115,10 @@ def _is_applicable(requirement: Requirement, extras: Iterable[str]) -> bool:
 
 
 def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
-    """Check that the extras in the metadata of finesight are complete."""
+    """Check that the extras of finesight are complete, and list the plug-ins of other packages."""
+    for plugin, *_ in packages.values():
+        own = [one for one in plugin.entry_points if one.group.startswith(f"{PACKAGE_NAME}.")]
+        yield from (make_diagnosis("plugin", entry=one, package=plugin) for one in own)
     package = next(iter(packages.get(PACKAGE_NAME, ())), None)
     for name in (package.metadata.get_all("Provides-Extra") or ()) if package else ():
         missing = [
@@ -129,10 +127,10 @@ def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
             if _is_applicable(requirement, [name]) and not _is_applicable(requirement, ())
             if canonicalize_name(requirement.name) not in packages
         ]
-        if name not in DEV_EXTRAS and missing:
+        if name != "dev" and missing:
             description = load_catalog()[f"extra.{name}"]["what"]
             values = {"description": description, "missing": ", ".join(missing)}
-            install = install_command(f"{PACKAGE_NAME}[{name}]")
-            yield make_diagnosis("extra-missing", **values, install=install)
-        elif name not in DEV_EXTRAS:
+            values["install"] = install_command(f"{PACKAGE_NAME}[{name}]")
+            yield make_diagnosis("extra-missing", **values)
+        elif name != "dev":
             yield make_diagnosis(f"extra.{name}")

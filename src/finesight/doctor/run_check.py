@@ -73,8 +73,8 @@ def diagnose_run(
     while (output := folder.with_name(f"{folder.name}-{suffix}")).exists():
         suffix += 1
     values["overrides"] = [*values.get("overrides", ()), f"output_dir={output}"]
-    values |= {"folder": folder, "quoted_folder": join_command(folder)}
-    values["recipe"] = folder / manifest.RECIPE_FILE
+    recipe = folder / manifest.RECIPE_FILE
+    values |= {"folder": folder, "quoted_folder": join_command(folder), "recipe": recipe}
     return make_diagnosis(code, severity, **values)
 
 

@@ -399,7 +399,7 @@ class Renderer(ABC):
             raise UserError(
                 f"{'a' if sample.rejected else 'no'} rejected answer",
                 where=f"sample {sample.id}",
-                expected="preference pairs for train.objective=dpo, else other samples",
+                expected="preference pairs for dpo, orpo and simpo, else other samples",
                 remedy="set train.objective=dpo to train on pairs, or train.objective=sft to train"
                 " on the chosen answers only"
                 if sample.rejected

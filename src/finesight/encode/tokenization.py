@@ -15,7 +15,7 @@ import sys
 import threading
 import unicodedata
 from abc import ABC, abstractmethod
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -725,3 +725,36 @@ def iter_token_rows(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Ite
 def _get_position(tokenized: TokenizedSample, index: int) -> PositionTHW:
     time, height, width = (int(row[index]) for row in tokenized.position_ids_3T)
     return time, height, width
+
+
+def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[str]:
+    """Yield the lines of a table of the tokens of a sample; a star marks supervised ones."""
+    counts = Counter(span.kind for span in tokenized.spans)
+    video_summary = f", video segments: {counts['video']}" if counts["video"] else ""
+    rejected = "".join(f", rejected answer from {start}" for start in tokenized.response_starts[1:])
+    yield f"sample {tokenized.id}"
+    yield (
+        f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
+        f" images: {counts['image']}{video_summary} (patches: {tokenized.num_patches}){rejected}"
+    )
+    yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
+    for row in iter_token_rows(tokenized, tokenizer):
+        tokens, text = str(row.start), repr(row.text)
+        positions = ", ".join(map(str, row.first_position))
+        if row.span is not None:
+            tokens = f"{row.start}-{row.stop - 1}"
+            positions += f" to {', '.join(map(str, row.last_position))}"
+            text = f"{row.stop - row.start} x {row.text} {_format_span(row.span)}"
+        mark = "*" if row.is_supervised else ""
+        yield f"{tokens:>11} {row.id:>7} {mark:<7} {positions:<27} {text}"
+
+
+def _format_span(span: VisualSpan) -> str:
+    size, resized = (
+        f"{width}x{height}" for height, width in (span.original_size, span.resized_size)
+    )
+    frames = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
+    if span.frame_indices:
+        frames = f", frames {', '.join(map(str, span.frame_indices))}"
+    grid = " x ".join(map(str, span.grid_thw))
+    return f"({span.files[0]}{frames}, {size} as {resized}, grid {grid})"

@@ -69,6 +69,8 @@ def import_data(
     not exist there. Sources from a hub, the web or an archive contain their own images, which are
     copied.
 
+    The columns of a table are detected, unless --map names them or --format is given.
+
     A row with several answers becomes one training sample per answer, or one validation sample that
     accepts all of them. Downloads resume and use the cache (HF_HOME). For hub datasets, only the
     files required by --rows and --limit are downloaded.
@@ -97,7 +99,7 @@ def import_data(
         encoding: Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.
         allow_host: Allow downloads of https:// sources and images from this host. Repeatable.
     """
-    from finesight.data.import_source import ImportOptions
+    from finesight.data.import_source import ImportOptions, detect_columns
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.progress import ProgressConsole
@@ -122,7 +124,10 @@ def import_data(
     )
     console, out = ProgressConsole(), Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
-        summary = import_dataset(fetched.path, out, fetched.options, console.progress_stage)
+        path, options = fetched.path, fetched.options
+        if not (columns or format or options.row_files):
+            path, options = detect_columns(path, options)
+        summary = import_dataset(path, out, options, console.progress_stage)
     for note in fetched.notes:
         console.log(f"{source}: {note}")
     train, *validation = (str(file.file) for file in summary.output_files)
@@ -495,8 +500,9 @@ def show(
     from finesight.data.corpus import load_corpus
     from finesight.data.image_header import CorruptImageError
     from finesight.encode.renderer import NativeRenderer, build_renderer
+    from finesight.encode.tokenization import format_token_table
     from finesight.model_folder import locate_model
-    from finesight.operations.model import format_token_table, token_table_to_dict
+    from finesight.operations.model import token_table_to_dict
     from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page

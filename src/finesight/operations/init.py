@@ -12,7 +12,7 @@ from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError, format_count, suggest_name
+from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import ColumnsOption, NoHeaderOption, PromptOption
 
@@ -52,15 +52,6 @@ TASKS = {
 }
 """Tasks with the answer that a model gives."""
 
-FIELDS_PROMPT = re.compile(
-    r"(?i)return (?!(?:all|everything|fields|it|the|them)\b)(\w+(?:(?:, ?(?:and )?| and )\w+)*)"
-    r" as json\.?"
-)
-"""Prompt about unlabeled images that lists the fields of the answer."""
-
-LABEL_KINDS = {"json": "fields", "grounding": "boxes", "detection": "boxes"}
-"""Kind of the labels of a task, if it is not text."""
-
 
 def init(
     data: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
@@ -71,7 +62,7 @@ def init(
     metric: Annotated[
         str | None,
         Parameter(
-            f"{', '.join(TASKS)}. Default: by the answers, or by the prompt without labels.",
+            f"{', '.join(TASKS)}. Default: by the answers.",
             option="--task",
             metavar="TASK",
             plugins="metrics",
@@ -85,7 +76,7 @@ def init(
     Detects the format, columns and task of the data, and the memory of the GPU. Asks at most five
     questions. Writes FOLDER/data and a commented FOLDER/recipe.yaml with a model that fits, checks
     the data, and prints the plan of the run and the next command. Existing files are never changed.
-    For a folder of images without labels, the next command is `finesight label`.
+    Label a folder of images without labels first, with `finesight label`.
 
     Example: finesight init photos/captions.csv --yes
 
@@ -96,7 +87,7 @@ def init(
     """
     from finesight.config import METRIC_NAMES
     from finesight.data.image_header import CorruptImageError
-    from finesight.data.import_source import ImportOptions, count_unlabeled_images
+    from finesight.data.import_source import ImportOptions
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
@@ -116,9 +107,6 @@ def init(
     raise_if_exists(folder)
     options = ImportOptions(columns=columns or {}, on_invalid_row="skip")
     options = replace(options, prompt=prompt, no_header=no_header)
-    num_images = 0 if options.columns else count_unlabeled_images(Path(source))
-    if num_images:
-        return _init_labels(source, folder, num_images, prompt, metric, model, ask)
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, ask)
@@ -243,77 +231,6 @@ def _ask_metric(default: str, ask: Ask | None) -> str:
     while (metric := _ask(question, default, ask)) not in TASKS:
         question = f"unknown task {metric!r}\nTask, one of the above"
     return metric
-
-
-def _init_labels(
-    source: str,
-    folder: Path,
-    num_images: int,
-    prompt: str | None,
-    metric: str | None,
-    model: str | None,
-    ask: Ask | None,
-) -> Outcome[Path]:
-    """Write the recipe of images that `finesight label` labels, and propose the next steps."""
-    from finesight.data.import_source import PROMPTS, DetectedTask
-    from finesight.label.label_store import EVAL_FILE, LABELS_FILE
-    from finesight.model_folder import TINY_MODEL, locate_model
-    from finesight.recipe_template import choose_duration, format_recipe
-    from finesight.storage import write_file
-
-    is_question = prompt is not None and prompt.rstrip().endswith(("?", "？"))
-    is_json = re.search("(?i)(?<![a-z])json(?![a-z])", prompt or "") is not None
-    default = "json" if is_json else "qa" if is_question else "captions"
-    metric = metric or _ask_metric(default, ask)
-    prompt = prompt or _ask("Question about every image", PROMPTS.get(metric, "What is it?"), ask)
-    names, listed = "", FIELDS_PROMPT.fullmatch(prompt)
-    if title := {"classification": "Classes", "json": "Fields"}.get(metric):
-        default_names = re.sub(",? and |, ?", ",", listed[1]) if listed else ""
-        names = _ask(f"{title} (A,B,C)", default_names, ask)
-        names = ",".join(filter(None, map(str.strip, names.split(","))))
-    if names and prompt == PROMPTS["json"]:
-        prompt = f"Return {names.replace(',', ', ')} as JSON."
-    device, memory_bytes = find_device()
-    model = model or _ask("Model", choose_model(memory_bytes), ask)
-    locate_model(model)
-    data, recipe, run = folder / "data", folder / "recipe.yaml", folder / "run"
-    files = dict.fromkeys((data / LABELS_FILE, data / EVAL_FILE), "written by `finesight label`")
-    num_samples = round(num_images * LABEL_TRAIN_FRACTION)
-    task = DetectedTask(metric, prompt, 32 if metric == "classification" else 256)
-    author = f"`finesight init` for {device}"
-    duration = choose_duration(None, 0, is_short=False)
-    text = format_recipe(recipe, run, model, author, task, files, num_samples, (), duration)
-    write_file(recipe, text.encode())
-    # The bundled model cannot answer before training. Other models may suggest the fields.
-    has_suggestions = model != TINY_MODEL
-    needs_names = metric == "classification" or (metric == "json" and not has_suggestions)
-    placeholder = "A,B" if needs_names and not names else None
-    label: dict[str, object] = {"run_or_model": model, "sources": [source], "prompt": prompt}
-    label |= {"out": data, "train_fraction": LABEL_TRAIN_FRACTION, "suggestions": has_suggestions}
-    if metric != "classification":
-        label["kind"] = LABEL_KINDS.get(metric, "text")
-    label["classes" if metric == "classification" else "fields"] = names or placeholder
-    steps = [
-        Step("label", label),
-        Step("train", {"recipe": recipe}),
-        Step("serve", {"run_or_model": run}),
-    ]
-    lines = [
-        f"data    {source}: {format_count(num_images, 'image')} without labels",
-        f"task    {metric}; prompt: {prompt}",
-        f"model   {model}",
-        "",
-        f"recipe: {recipe}",
-        *([f"replace {placeholder} by your names in the next command"] if placeholder else []),
-    ]
-    result = {
-        "recipe": str(recipe),
-        "metric": metric,
-        "prompt": prompt,
-        "next": [*map(format_command, steps)],
-        "placeholder": placeholder,
-    }
-    return Outcome(recipe, lines, result, steps)
 
 
 def _select_source(

@@ -6,7 +6,6 @@ Shapes: T tokens, N image patches, D values per patch.
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -82,6 +81,8 @@ class Encoding:
         return self.encoded.patches_ND
 
     def __repr__(self) -> str:
+        from finesight.encode.tokenization import format_token_table
+
         return "\n".join(format_token_table(self.encoded.tokenized, self.tokenizer))
 
 
@@ -250,33 +251,6 @@ def build_question(images: StrPath | Sequence[StrPath], prompt: str) -> LocatedS
     return build_sample(files, prompt, str(files[0]) if len(files) == 1 else prompt)
 
 
-def format_token_table(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> Iterator[str]:
-    """Yield the lines of a text table with the tokens of a sample.
-
-    The columns are token index, token id, loss (a star marks supervised tokens), position ids and
-    text.
-    """
-    from finesight.encode.tokenization import iter_token_rows
-
-    counts = Counter(span.kind for span in tokenized.spans)
-    video_summary = f", video segments: {counts['video']}" if counts["video"] else ""
-    yield f"sample {tokenized.id}"
-    yield (
-        f"tokens: {tokenized.num_tokens}, supervised: {tokenized.num_supervised_tokens},"
-        f" images: {counts['image']}{video_summary} (patches: {tokenized.num_patches})"
-    )
-    yield f"{'token':>11} {'id':>7} {'loss':<7} {'time, height, width':<27} text"
-    for row in iter_token_rows(tokenized, tokenizer):
-        tokens, text = str(row.start), repr(row.text)
-        positions = ", ".join(map(str, row.first_position))
-        if row.span is not None:
-            tokens = f"{row.start}-{row.stop - 1}"
-            positions += f" to {', '.join(map(str, row.last_position))}"
-            text = f"{row.stop - row.start} x {row.text} {_format_span(row.span)}"
-        mark = "*" if row.is_supervised else ""
-        yield f"{tokens:>11} {row.id:>7} {mark:<7} {positions:<27} {text}"
-
-
 def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) -> dict[str, Any]:
     """Convert the token table of a sample to JSON data: token counts, images and rows."""
     from finesight.encode.tokenization import iter_token_rows
@@ -290,14 +264,3 @@ def token_table_to_dict(tokenized: TokenizedSample, tokenizer: TextTokenizer) ->
         "images": spans,
         "rows": [{key: value for key, value in row.items() if key != "span"} for row in rows],
     }
-
-
-def _format_span(span: VisualSpan) -> str:
-    size, resized = (
-        f"{width}x{height}" for height, width in (span.original_size, span.resized_size)
-    )
-    frames = f" and {len(span.files) - 1} more frames" if len(span.files) > 1 else ""
-    if span.frame_indices:
-        frames = f", frames {', '.join(map(str, span.frame_indices))}"
-    grid = " x ".join(map(str, span.grid_thw))
-    return f"({span.files[0]}{frames}, {size} as {resized}, grid {grid})"

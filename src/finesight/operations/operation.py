@@ -186,8 +186,8 @@ def _build_value_error(name: str, value: object, expected: str) -> UserError:
     return UserError(f"{name} is {value!r}", where=name, expected=expected, remedy=remedy)
 
 
-def format_step(step: Step, program: str = "finesight") -> str:
-    """Format the command line of a step, without its purpose."""
+def list_words(step: Step) -> list[str]:
+    """Return the words of the command line of a step after the program."""
     from finesight.operations import find_operation
 
     parameters = list_parameters(find_operation(step.operation).load())
@@ -196,7 +196,12 @@ def format_step(step: Step, program: str = "finesight") -> str:
     # Options follow the positional arguments.
     known.sort(key=lambda one: not one.is_positional)
     words = [word for one in known for word in one.format_words(step.arguments[one.name])]
-    return shlex.join([program, *step.operation.split(), *words])
+    return [*step.operation.split(), *words]
+
+
+def format_step(step: Step, program: str = "finesight") -> str:
+    """Format the command line of a step, without its purpose."""
+    return shlex.join([program, *list_words(step)])
 
 
 set_step_format(format_step)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from finesight.errors import Step, TrainingInterrupted, UserError, shorten
 from finesight.operations.dataset import check_data, import_data
@@ -21,6 +21,7 @@ from finesight.operations.operation import Outcome, Parameter, StrPath, format_c
 from finesight.operations.training import train
 
 if TYPE_CHECKING:
+    from finesight.evaluate.metric_difference import ScoredPrediction
     from finesight.train.finalize import RunResult
 
 PROMPT = "Read the ticket."
@@ -61,38 +62,10 @@ class QuickstartSettings:
     seed: int = 0
 
 
-@dataclass(frozen=True)
-class TicketPrediction:
-    """A validation ticket, its reference, and the predictions before and after training."""
-
-    image: Path
-    reference: str
-    before: str
-    after: str
-
-
-@dataclass(frozen=True)
-class QuickstartResult:
-    """Result of the quickstart: training result, example predictions, and total time in seconds."""
-
-    result: RunResult
-    predictions: tuple[TicketPrediction, ...]
-    total_s: float
-
-    def as_json(self) -> dict[str, Any]:
-        """Return the result as JSON data."""
-        predictions = [{**asdict(a), "image": str(a.image)} for a in self.predictions]
-        return {
-            "result": self.result.as_json(),
-            "predictions": predictions,
-            "total_s": round(self.total_s, 1),
-        }
-
-
 def quickstart(
     out: Annotated[StrPath, Parameter(metavar="FOLDER")] = Path("quickstart"),
     settings: QuickstartSettings | None = None,
-) -> Outcome[QuickstartResult]:
+) -> Outcome[RunResult]:
     """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
 
     Needs no network and no GPU, and takes about two minutes on two CPU cores. Run it again to
@@ -103,6 +76,8 @@ def quickstart(
     Args:
         out: Folder for all files.
     """
+    from finesight.evaluate.metric_difference import read_predictions
+    from finesight.manifest import PREDICTIONS_FOLDER
     from finesight.progress import ProgressConsole
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
@@ -134,9 +109,11 @@ def quickstart(
             f"{interruption} (the same quickstart does, too)"
         ) from interruption
     run = out / "run"
-    predictions = _read_predictions(run)
-    result = QuickstartResult(run_result, predictions, time.monotonic() - start_time)
-    question = {"images": [predictions[0].image], "prompt": PROMPT}
+    before, after = (
+        read_predictions(run / PREDICTIONS_FOLDER / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]
+        for name in ("before", "after")
+    )
+    question = {"images": [os.path.normpath(after[0].record["image"])], "prompt": PROMPT}
     next_steps = [
         Step("show", {"recipe": recipe}),
         Step("predict", {"run_or_model": run, **question}),
@@ -145,7 +122,9 @@ def quickstart(
         Step("merge", {"source": run, "out": out / "merged"}),
         Step("init", {}),
     ]
-    return Outcome(result, [*_format_result(run, result)], result.as_json(), next_steps)
+    shown = [*_format_result(run, run_result, before, after)]
+    shown.append(f"{time.monotonic() - start_time:.0f} s in total")
+    return Outcome(run_result, shown, run_result.as_json(), next_steps)
 
 
 def _format_step(operation: str, **arguments: object) -> str:
@@ -185,43 +164,25 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     return recipe
 
 
-def _read_predictions(run_dir: Path) -> tuple[TicketPrediction, ...]:
-    """Read the first predictions of the run, before and after training."""
-    from finesight.evaluate.metric_difference import read_predictions
-    from finesight.manifest import PREDICTIONS_FOLDER
-
-    before, after = (
-        read_predictions(run_dir / PREDICTIONS_FOLDER / f"{name}.jsonl")[:NUM_SHOWN_PREDICTIONS]
-        for name in ("before", "after")
-    )
-    return tuple(
-        TicketPrediction(
-            image=Path(os.path.normpath(after_answer.record["image"])),
-            reference=after_answer.case.references[0],
-            before=before_answer.case.answer,
-            after=after_answer.case.answer,
-        )
-        for before_answer, after_answer in zip(before, after, strict=True)
-    )
-
-
-def _format_result(run_dir: Path, result: QuickstartResult) -> Iterator[str]:
+def _format_result(
+    run_dir: Path,
+    result: RunResult,
+    old_answers: Sequence[ScoredPrediction],
+    new_answers: Sequence[ScoredPrediction],
+) -> Iterator[str]:
     """Yield label and predictions of each ticket, before and after training, and the scores."""
     from finesight.manifest import REPORT_FILE
 
     yield "5. Predictions for validation tickets"
-    for prediction in result.predictions:
-        name, indent = prediction.image.name, " " * len(prediction.image.name)
-        yield f"   {name}  label   {prediction.reference}"
-        yield f"   {indent}  before  {shorten(' '.join(prediction.before.split()), 120)}"
-        yield f"   {indent}  after   {shorten(' '.join(prediction.after.split()), 120)}"
-    before, after = result.result.before, result.result.after
+    for old, new in zip(old_answers, new_answers, strict=True):
+        name = Path(new.record["image"]).name
+        indent = " " * len(name)
+        yield f"   {name}  label   {new.case.references[0]}"
+        yield f"   {indent}  before  {shorten(' '.join(old.case.answer.split()), 120)}"
+        yield f"   {indent}  after   {shorten(' '.join(new.case.answer.split()), 120)}"
+    before, after = result.before, result.after
     assert before is not None, f"{run_dir} has no evaluation before its first step"
     assert after is not None, f"{run_dir} has no evaluation after its last step"
-    field_scores, exact_scores = (
-        f"{before.scores[name]:.1%} before, {after.scores[name]:.1%} after"
-        for name in ("f1", "exact")
-    )
-    yield f"F1 of the ticket fields: {field_scores}"
-    yield f"Tickets with all fields correct: {exact_scores}; {result.total_s:.0f} s in total"
+    for name, title in (("f1", "F1 of the ticket fields"), ("exact", "All fields correct")):
+        yield f"{title}: {before.scores[name]:.1%} before, {after.scores[name]:.1%} after"
     yield f"Report: {run_dir / REPORT_FILE}"

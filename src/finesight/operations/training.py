@@ -6,10 +6,11 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from finesight.errors import Step, UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from finesight.launch.launch_job import LaunchJob
     from finesight.plan.run_plan import RunPlan
     from finesight.recipe import Overrides
+    from finesight.report.run_reader import RunRecord
     from finesight.train.finalize import RunResult
 
 PushOption = Annotated[
@@ -44,6 +46,9 @@ ForceOption = Annotated[
 
 
 EXIT_DOES_NOT_FIT = 2
+
+MIN_NEW_LABELS = 30
+"""Minimum number of further labels to propose, by default as many as a run has."""
 
 
 def plan(
@@ -217,14 +222,57 @@ def train(
         from finesight.operations.deployment import upload_run
 
         exit_code = upload_run(settings.output_dir, push, console)
+    from finesight.report.run_reader import read_run
+
     run, label_step = str(settings.output_dir), find_label_step(settings)
     image, prompt = read_example(settings.output_dir)
+    advice = advise_run(read_run(settings.output_dir, with_plugins=False), settings.output_dir)
+    if label_step is not None:
+        reasons = [step.purpose for step in advice if step.operation == "label"]
+        label_step = replace(label_step, purpose="".join(reasons))
     next_steps = [
+        *(step for step in advice if step.operation == "train"),
         Step("predict", {"run_or_model": run, "images": [image], "prompt": prompt}),
         Step("serve", {"run_or_model": run}),
         *([label_step] if label_step else []),
     ]
     return Outcome(result, (), result.as_json(), next_steps, exit_code)
+
+
+def advise_run(run_record: RunRecord, run: Path) -> list[Step]:
+    """Propose what to do with a finished run, by its loss and its last evaluation.
+
+    Labels for further images are proposed if fewer than half of the answers are correct, and a
+    longer training if the loss still falls. Otherwise, the model can be served.
+    """
+    from finesight.doctor.run_check import scale_duration
+    from finesight.evaluate.metric_difference import count_correct
+    from finesight.manifest import RECIPE_FILE
+    from finesight.report.run_reader import is_finite
+    from finesight.report.summary import count_training_samples
+    from finesight.train.run_dir import RunDir
+
+    if run_record.result is None:
+        return []
+    after, steps = run_record.result.get("after") or {}, []
+    scores, total = after.get("scores") or {}, after.get("num_samples") or 0
+    counts = (count_correct(name, score, total) for name, score in scores.items())
+    count = next((one for one in counts if one is not None), None)
+    losses = [line["loss"] for line in run_record.steps if is_finite(line.get("loss"))]
+    edge = len(losses) // 5
+    is_falling = edge >= 4 and median(losses[-edge:]) < 0.9 * median(losses[-2 * edge : -edge])
+    if is_falling and (count is None or count < 0.9 * total):
+        overrides = [*scale_duration(run_record, 2), f"output_dir={RunDir(run).next_path}"]
+        arguments = {"recipe": str(run / RECIPE_FILE), "overrides": overrides}
+        steps.append(Step("train", arguments, "the loss still falls: train twice as long"))
+    if count is not None and 2 * count < total:
+        num_labels = max(MIN_NEW_LABELS, count_training_samples(run_record) or 0)
+        reason = f"{count} of {total} answers are correct: label about {num_labels} more images"
+        steps.append(Step("label", {"run_or_model": str(run)}, reason))
+    elif not steps:
+        reason = "" if count is None else f"{count} of {total} answers are correct"
+        steps.append(Step("serve", {"run_or_model": str(run)}, reason))
+    return steps
 
 
 def _load_recipe(

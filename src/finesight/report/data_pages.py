@@ -137,15 +137,17 @@ def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample
 def _iter_turns(renderer: NativeRenderer, tokenized: TokenizedSample) -> Iterator[dict[str, Any]]:
     """Yield the role, the token rows and the raw text of each turn.
 
-    The raw text has no image placeholders.
+    The raw text has no image placeholders. The role of a rejected answer is `rejected`.
     """
     start_id = renderer.tokenizer.token_to_id(IM_START)
+    rejected_starts = tokenized.response_starts[1:]
     turn: list[TokenRow] = []
     for row in (*iter_token_rows(tokenized, renderer.tokenizer), None):
-        if turn and (row is None or row.id == start_id):
+        if turn and (row is None or row.id == start_id or row.start in rejected_starts):
             ids = [token.id for token in turn if token.span is None]
             raw_text = renderer.tokenizer.decode(ids, skip_special_tokens=False)
             role = raw_text.removeprefix(IM_START).partition("\n")[0]
+            role = "rejected" if turn[0].start in rejected_starts else role
             token_records = [_build_token_record(renderer, tokenized, token) for token in turn]
             yield {"role": role, "raw": raw_text, "rows": token_records}
             turn = []

@@ -18,7 +18,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import repeat
-from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
+from operator import attrgetter
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from zlib import crc32
 
 import torch
@@ -452,27 +453,22 @@ class StepTransfer:
         return replace(self.step_batch, packs=tuple(packs), cache_inputs=tuple(image_tensors))
 
 
+_TENSOR_NAMES = (
+    *("ids_T", "position_ids_3T", "cu_seqlens_S1"),
+    *("visual_indices_M", "logit_indices_L", "labels_L"),
+)
+
+
 def _list_tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
-    return (
-        *(batch.ids_T, batch.position_ids_3T, batch.cu_seqlens_S1),
-        *(batch.visual_indices_M, batch.logit_indices_L, batch.labels_L),
-        *batch.hf_inputs.values(),
-    )
+    tensors: tuple[Tensor, ...] = attrgetter(*_TENSOR_NAMES)(batch)
+    return *tensors, *batch.hf_inputs.values()
 
 
 def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tensor]) -> PackedBatch:
     """Replace the tensors of a packed batch; `tensors` has the order of `_list_tensors`."""
-    return replace(
-        batch,
-        patches_ND=patches_ND,
-        ids_T=next(tensors),
-        position_ids_3T=next(tensors),
-        cu_seqlens_S1=next(tensors),
-        visual_indices_M=next(tensors),
-        logit_indices_L=next(tensors),
-        labels_L=next(tensors),
-        hf_inputs={name: next(tensors) for name in batch.hf_inputs},
-    )
+    changes: dict[str, Any] = {name: next(tensors) for name in _TENSOR_NAMES}
+    changes["hf_inputs"] = {name: next(tensors) for name in batch.hf_inputs}
+    return replace(batch, patches_ND=patches_ND, **changes)
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
 from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, scan_samples
+from finesight.train.run_dir import RunDir
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 
@@ -164,20 +165,36 @@ def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
     return digest.hexdigest()
 
 
-def collect_reported_errors(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Collect the image errors in `metrics.jsonl` and `skipped_samples.jsonl`, as one text.
+def check_image_record(
+    run_dir: RunDir,
+    train_data: TrainingData,
+    validation_data: TrainingData | None,
+    log: Callable[[str], None],
+) -> None:
+    """Compare the images with their fingerprints at the start of a resumed run.
 
-    The user may have repaired the images that this text mentions, so `check_images` accepts changes
-    of them.
+    Changed modification times and repaired images are logged.
+
+    Raises:
+        UserError: Images have changed that the run had not reported as corrupt, or were repaired
+            or damaged so that other samples are valid than at the start.
     """
+    path = run_dir.images_path
+    if not path.exists():
+        log(f"{path} is missing: images are not compared with the start of the run")
+        return
+    recorded = load_image_record(path)
+    # The user may have repaired the images that the run reported as corrupt.
     messages = []
-    for line in lines:
+    for line in (*run_dir.iter_metrics(), *map(dict, run_dir.read_skipped_samples())):
         names = (*line.get("skipped_samples", ()), *filter(None, [line.get("id")]))
         messages += [*map(json.dumps, names), line.get("reason", "")]
-    return "\n".join(messages)
+    for split, data in (("train", train_data), ("eval", validation_data)):
+        if data and split in recorded:
+            _check_images(split, data, recorded[split], path, "\n".join(messages), log)
 
 
-def check_images(
+def _check_images(
     split: str,
     data: TrainingData,
     recorded: ImageStates,
@@ -185,20 +202,6 @@ def check_images(
     reported_errors: str,
     log: Callable[[str], None],
 ) -> None:
-    """Compare the images of a split with their fingerprints at the start of the run.
-
-    Changed modification times and repaired images are logged.
-
-    Args:
-        split: Name of the split, `train` or `eval`.
-        recorded: Fingerprints at the start of the run.
-        path: File of the recorded fingerprints, for messages.
-        reported_errors: Result of `collect_reported_errors`.
-
-    Raises:
-        UserError: Images have changed that the run had not reported as corrupt, or were repaired
-            or damaged so that other samples are valid than at the start.
-    """
     corpus, current, num_repaired = data.corpus, data.stats.images, 0
     changed: list[str] = []
     _, rows, recorded_rows = np.intersect1d(

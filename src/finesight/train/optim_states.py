@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -204,14 +203,6 @@ def create_dynamic_map(signed: bool) -> Tensor:
     return torch.cat(levels).sort().values
 
 
-class MatrixSlice(NamedTuple):
-    """Elements of a matrix in the flat buffer of its parameter group, and its shape."""
-
-    flat_slice: slice
-    num_rows: int
-    num_columns: int
-
-
 MOMENTUM = 0.95
 NUM_NS_STEPS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -248,7 +239,7 @@ class Muon:
         master_weights: fp32 master weights of the group.
         read_gradient: Function that accumulates the gradients of the group in a flat tensor [E],
             which is the same in every call.
-        matrices: Locations and shapes of the matrices.
+        matrices: Views of the matrices in this tensor.
     """
 
     num_steps = 0
@@ -258,19 +249,18 @@ class Muon:
         self,
         master_weights: SplitBf16Master,
         read_gradient: Callable[[], Tensor],
-        matrices: Iterable[MatrixSlice],
+        matrices: Iterable[Tensor],
     ) -> None:
         grad_E, self._read_gradient = read_gradient(), read_gradient
         self.momentum_E = torch.zeros_like(grad_E)
         self._master_weights, self._grad_E = master_weights, grad_E
-        slices_by_shape: dict[tuple[int, int], list[slice]] = {}
-        for flat_slice, rows, columns in matrices:
-            slices_by_shape.setdefault((rows, columns), []).append(flat_slice)
-        # Create the views once: a hundred matrices are slow to view in every step.
+        views_by_shape: dict[torch.Size, list[Tensor]] = {}
+        for view in matrices:
+            views_by_shape.setdefault(view.shape, []).append(view)
+        # Store the views: a hundred matrices are slow to view in every step.
         self.stacks: list[list[Tensor]] = []
-        for shape, flat_slices in slices_by_shape.items():
-            views = [grad_E[flat_slice].view(shape) for flat_slice in flat_slices]
-            stack_size = max(1, MAX_STACK_ELEMENTS // (shape[0] * shape[1]))
+        for shape, views in views_by_shape.items():
+            stack_size = max(1, MAX_STACK_ELEMENTS // shape.numel())
             self.stacks += [views[n : n + stack_size] for n in range(0, len(views), stack_size)]
         # Static input of the CUDA graph.
         self._lerp_weight = torch.zeros((), device=grad_E.device)

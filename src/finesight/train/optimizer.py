@@ -40,7 +40,6 @@ from finesight.model.trainable import (
     get_part,
 )
 from finesight.train.optim_states import (
-    MatrixSlice,
     Muon,
     OptimState,
     OptimState8bit,
@@ -66,24 +65,6 @@ class ParamSlice:
     def view(self, flat_E: Tensor) -> Tensor:
         """Return the view of a flat group tensor [E] that belongs to this parameter."""
         return flat_E[self.flat_slice].view(self.parameter.shape)
-
-    @property
-    def matrix_rows(self) -> Sequence[int]:
-        """Number of rows of each matrix in the parameter.
-
-        Stacked MoE experts are several matrices.
-        """
-        *batch_shape, rows, _ = self.parameter.shape
-        return (rows,) * math.prod(batch_shape)
-
-    def split_matrices(self, row_counts: Sequence[int]) -> Iterator[MatrixSlice]:
-        """Split the parameter into matrices with the given row counts."""
-        columns, start = self.parameter.shape[-1], self.flat_slice.start
-        message = f"{row_counts} rows of {columns} in {self.parameter.shape}"
-        assert sum(row_counts) * columns == self.parameter.numel(), message
-        for num_rows in row_counts:
-            yield MatrixSlice(slice(start, start + num_rows * columns), num_rows, columns)
-            start += num_rows * columns
 
 
 class GradientAccumulator:
@@ -465,14 +446,14 @@ class ParamGroup:
         """
         is_matmul = all(_is_matmul_weight(one.name, one.parameter) for one in self.param_slices)
         if train.optimizer == "muon" and is_matmul:
-            matrices = (
-                matrix
-                for param_slice in self.param_slices
-                for matrix in param_slice.split_matrices(
-                    stacked_rows.get(param_slice.name, param_slice.matrix_rows)
-                )
-            )
             self.gradients.use_flat_buffer()
+            grad_E, matrices = self.gradients.flat_gradient(), list[Tensor]()
+            for param_slice in self.param_slices:
+                gradient = param_slice.view(grad_E)
+                # Stacked MoE experts are several matrices.
+                row_counts = stacked_rows.get(param_slice.name, (gradient.shape[-2],))
+                num_copies = gradient.numel() // gradient.shape[-1] // sum(row_counts)
+                matrices += torch.split(gradient.flatten(0, -2), [*row_counts] * num_copies)
             self.optimizer = Muon(self.master_weights, self.gradients.flat_gradient, matrices)
         else:
             use_8bit = train.optimizer == "adamw_8bit" and is_matmul

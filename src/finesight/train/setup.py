@@ -49,10 +49,8 @@ from finesight.train.dataloader import DeviceLoader, default_num_workers
 from finesight.train.dataset_stats import (
     DatasetStats,
     TrainingData,
-    check_images,
-    collect_reported_errors,
+    check_image_record,
     list_image_paths,
-    load_image_record,
     load_training_data,
 )
 from finesight.train.finalize import ParamAudit
@@ -255,7 +253,7 @@ def build_train_state(
         check_resume_config(recorded, resume_config | samples, folder, suggest)
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:
-                _check_images(run_dir, train_data, validation_data, console)
+                check_image_record(run_dir, train_data, validation_data, console.log)
         check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with hardware.process_group.sync_errors():
@@ -437,30 +435,6 @@ def supports_context_parallelism(model: AnyModel) -> bool:
     Models of the transformers backend and linear attention layers do not support it.
     """
     return not isinstance(model, HfModel) and model.config.decoder.linear_attention is None
-
-
-def _check_images(
-    run_dir: RunDir,
-    train_data: TrainingData,
-    validation_data: TrainingData | None,
-    console: ProgressConsole,
-) -> None:
-    """Verify that the images have not changed since the start of the run.
-
-    Raises:
-        UserError: Images have changed.
-    """
-    if not run_dir.images_path.exists():
-        console.log(
-            f"{run_dir.images_path} is missing: images are not compared with the start of the run"
-        )
-        return
-    recorded = load_image_record(run_dir.images_path)
-    lines = [*run_dir.iter_metrics(), *map(dict, run_dir.read_skipped_samples())]
-    errors = collect_reported_errors(lines)
-    for split, data in (("train", train_data), ("eval", validation_data)):
-        if data and split in recorded:
-            check_images(split, data, recorded[split], run_dir.images_path, errors, console.log)
 
 
 def _log_overrides(state: TrainState, requested: MemoryBudget, console: ProgressConsole) -> None:

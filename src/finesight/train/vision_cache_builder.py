@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -206,27 +206,23 @@ class EncoderOffloader:
         self.is_offloaded = False
 
     @contextmanager
-    def offload(self) -> Iterator[None]:
-        """Keep the encoder weights on the CPU within the context.
+    def hold(self, *, is_offloaded: bool) -> Iterator[None]:
+        """Keep the encoder weights on the CPU or on the device within the context.
 
-        The encoder can be used only inside a nested `reload` context.
+        An offloaded encoder can be used only inside a nested context on the device.
         """
-        self._move_to_cpu()
-        try:
-            yield
-        finally:
-            self._move_to_gpu()
-
-    @contextmanager
-    def reload(self) -> Iterator[None]:
-        """Keep the encoder weights on the device within the context."""
         was_offloaded = self.is_offloaded
-        self._move_to_gpu()
+        self._move(is_offloaded)
         try:
             yield
         finally:
-            if was_offloaded:
-                self._move_to_cpu()
+            self._move(was_offloaded)
+
+    def _move(self, is_offloaded: bool) -> None:
+        if is_offloaded:
+            self._move_to_cpu()
+        else:
+            self._move_to_gpu()
 
     def _move_to_cpu(self) -> None:
         if self.is_offloaded:
@@ -353,12 +349,12 @@ class VisionFeatures:
                 stack.close()
             log(time.perf_counter() - start, result)
             offload = result.cache is not None and should_offload(state.run.hardware.device)
-            with self._offloader.offload() if offload else nullcontext():
+            with self._offloader.hold(is_offloaded=offload):
                 yield result.cache
 
     def reload_encoder(self) -> AbstractContextManager[None]:
         """Keep the weights of the vision encoder on the device within the context."""
-        return self._offloader.reload()
+        return self._offloader.hold(is_offloaded=False)
 
 
 class _CacheUnavailable(Exception):

@@ -33,13 +33,6 @@ def test_answer_is_parsed(folder: Path, text: str, parts: list[Any]) -> None:
     assert found == [one if isinstance(one, str) else pytest.approx(one) for one in parts]
 
 
-def test_box_markup_in_declared_pixels(folder: Path) -> None:
-    text = "<|box_start|>(1,2),(30,14)<|box_end|>"
-    scene = RowImages(ImportContext(ImageResolver(folder, folder / "out"), box_units="pixel"))
-    scene.add_image("b.png")
-    assert summarize_content(tuple(parse_answer(text, scene))) == [(0, None, (1, 2, 30, 14))]
-
-
 def test_written_text_reads_back_the_same(folder: Path) -> None:
     box = BoxPart(xyxy=(1, 2.5, 3, 4), label='a "b"')
     content = (TextPart(text="In [1]: "), box, BoxPart(xyxy=(5, 6, 7, 8)), TextPart(text="!"))

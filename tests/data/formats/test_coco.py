@@ -20,7 +20,6 @@ from finesight.data.formats.image_annotations import (
     CAPTION_PROMPT,
     NOTE_OMITTED_CLASSES,
     REASON_NO_OBJECTS,
-    REASON_OBJECT_WITHOUT_BOX,
 )
 from finesight.data.import_source import ImportOptions, open_unvalidated
 from finesight.errors import UserError
@@ -132,18 +131,6 @@ def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:
     assert ["person" in question for question in list_questions(samples)] == [False, True, True]
     assert summary.source_notes["boxes of 5 values (skipped)"] == 1
     assert summary.other_keys["caption of annotations, not imported"] == 2
-
-
-def test_image_with_a_crowd_of_its_only_class_names_the_remedy(tmp_path: Path) -> None:
-    document = instances()
-    document["annotations"][-1]["category_id"] = 18
-    samples, summary = import_samples(write(tmp_path / "coco", document), tmp_path / "out")
-    assert len(samples) == 2
-    assert summary.skipped_rows == {REASON_OBJECT_WITHOUT_BOX: 1}
-    assert "remove these objects" in REASON_OBJECT_WITHOUT_BOX
-    del document["annotations"][-1]
-    samples, _ = import_samples(write(tmp_path / "coco", document), tmp_path / "again")
-    assert len(samples) == 3
 
 
 @pytest.mark.parametrize("ask", ["detection", "grounding"])

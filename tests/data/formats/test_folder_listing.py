@@ -1,7 +1,5 @@
 """What lies in a folder, by kind of file."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from finesight.data.row_reader import is_json_object, list_folder

@@ -121,12 +121,6 @@ def test_unknown_folders_are_rejected(tmp_path: Path, files: list[str], remedy: 
         assert requested.value.what == "0 class folders with images"
 
 
-def test_windows_line_endings(root: Path, tmp_path: Path) -> None:
-    (root / "a.txt").write_bytes(b"A dog.\r\nIt barks.\r\n")
-    samples, _ = import_samples(root, tmp_path / "out", prompt="What is this?")
-    assert list_answers(samples)[0] == ["A dog.\nIt barks."]
-
-
 def write_images(root: Path, *names: str) -> Path:
     for number, name in enumerate(names):
         write_gray_image(root / name, gray_level=number)

@@ -75,11 +75,6 @@ ROWS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         {},
     ),
     (
-        "image-path",
-        {"conversations": turns(read_box([*WHITE]), "a.png")},
-        {"prompt": "?"},
-    ),
-    (
         "qwen-vl",
         {
             "conversations": turns(

@@ -96,10 +96,6 @@ def test_four_corner_shapes_and_windows_paths(root: Path, tmp_path: Path) -> Non
     assert list_answers(samples) == [[("dog", WHITE)]]
 
 
-def test_single_file(root: Path, tmp_path: Path) -> None:
-    assert len(import_samples(root / "a.json", tmp_path / "out")[0]) == 1
-
-
 def test_embedded_image(root: Path, tmp_path: Path) -> None:
     data = base64.b64encode((root / "a.png").read_bytes()).decode()
     (root / "a.png").unlink()

@@ -143,15 +143,6 @@ def test_unknown_size_and_object_without_box(root: Path, tmp_path: Path) -> None
     assert summary.source_notes["objects without a bndbox (skipped)"] == 1
 
 
-def test_unparseable_dataset_error_has_reason(root: Path, tmp_path: Path) -> None:
-    for file in (root / "Annotations").iterdir():
-        text = file.read_text(encoding="utf-8")
-        file.write_text(f"<!DOCTYPE annotation>{text}", encoding="utf-8")
-    with pytest.raises(UserError, match="a DOCTYPE, 'annotation'") as caught:
-        import_samples(root, tmp_path / "out")
-    assert "remove the DOCTYPE" in caught.value.remedy
-
-
 @pytest.mark.parametrize("encoding", ["GBK", "gb2312", "big5", "shift_jis", "UTF-8"])
 def test_declared_encodings(root: Path, tmp_path: Path, encoding: str) -> None:
     write_box_image(root / "JPEGImages" / "犬.png", WHITE)

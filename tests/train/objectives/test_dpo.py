@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -17,12 +18,14 @@ from finesight.config import DataSettings, DpoSettings, OrpoSettings, SimpoSetti
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
+from finesight.encode.tokenization import format_token_table
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import plan_step_packs
 from finesight.plan.run_plan import plan_run
 from finesight.progress import ProgressConsole
 from finesight.recipe import recipe_from_dict
+from finesight.report.data_pages import render_sample_page
 from finesight.report.run_page import render_run_page
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import compute_dataset_stats
@@ -260,6 +263,16 @@ def test_planned_packs_match_packs_of_pairs(pair_task):
     planned = plan_step_packs(stats, 10_000)
     assert [one.lengths for one in planned] == [batch.lengths for batch in batches]
     assert [one.prefix_length for one in planned] == [batch.prefix_length for batch in batches]
+
+
+def test_shown_pair_separates_both_answers(pair_task):
+    renderer = NativeRenderer(ModelFolder(pair_task.folder / "tiny"))
+    corpus = load_corpus(DataSettings.model_validate(pair_task.recipe["data"]).train)
+    tokenized = renderer.tokenize(corpus[0])
+    _, summary, *_ = format_token_table(tokenized, renderer.tokenizer)
+    assert summary.endswith(f"rejected answer from {tokenized.response_starts[1]}")
+    page = render_sample_page(renderer, [corpus[0]], "Pairs", lambda _: None, lambda *_: None)
+    assert re.findall(r'"role":"(\w+)"', page)[-2:] == ["assistant", "rejected"]
 
 
 def test_planned_start_includes_the_reference_model(pair_task):

@@ -265,10 +265,6 @@ const actions = {
     await open(token);
     byId("question").focus();
   },
-  rename: async ({ token }, title) => {
-    await request(`chats/${token}/rename`, { title });
-    await refresh();
-  },
   delete: async ({ token }) => {
     await request(`chats/${token}/delete`, {});
     if (token === chat) startNew();

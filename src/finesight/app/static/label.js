@@ -11,8 +11,22 @@ let updates = []; // Functions that show a changed answer, apart from the form.
 const isTouch = matchMedia("(pointer: coarse)");
 
 const isEqual = (one, other) => JSON.stringify(one) === JSON.stringify(other);
-const makeAnswer = ({ answer: { text, boxes }, question }) =>
-  ({ text, edits: {}, boxes: structuredClone(boxes), question: [...question] });
+// Minimum confidence of the suggestions that the form shows, in percent; above 100, it shows none.
+const thresholdKey = `threshold/${settings.session}`;
+let threshold = Number(sessionStorage.getItem(thresholdKey) ?? 0);
+const isHidden = (confidence) => Math.floor(100 * (confidence ?? 1)) < threshold || threshold > 100;
+const makeAnswer = ({ answer: { text, boxes }, question, fields, parts, decision, suggestion, confidence }) => {
+  const made = { text, edits: {}, boxes: structuredClone(boxes), question: [...question] };
+  if (decision !== "open" || !isEqual(suggestion, { text, boxes })) return made;
+  const hidden = parts.filter((part) => isHidden(part.confidence)).map(getKey);
+  if (fields.length) {
+    const keys = fields.map(getKey).filter((key) => hidden.includes(key));
+    made.edits = Object.fromEntries(keys.map((key) => [key, ""]));
+  } else if (boxes.length) made.boxes = made.boxes.filter((_, index) => !hidden.includes(`[${index}]`));
+  else if (isHidden(confidence)) made.text = "";
+  return made;
+};
+const getKey = ({ path }) => JSON.stringify(path);
 const getBase = ({ answer: saved, question }) => [saved, question];
 const isChanged = () => !isEqual(answer, makeAnswer(item));
 
@@ -200,6 +214,9 @@ const decideMany = async (decision) => {
     showList();
     notify(translate(isAccepted ? "Accepted: {}" : "Reopened: {}", items.length));
   } catch (error) {
+    // Some of the decisions may be saved.
+    await loadItems().catch(() => {});
+    await open(item.index);
     report("Not saved", error);
   } finally { isSaving = false; }
 };
@@ -209,7 +226,6 @@ const findUndone = () => readStored(undoKey)?.at(-1) ?? (decisions[item.index] ?
 
 // Answer
 
-const getKey = ({ path }) => JSON.stringify(path);
 // Fields replace a text only as long as nobody has typed another one.
 const listFields = () => answer.text === item.answer.text ? item.fields : [];
 
@@ -335,7 +351,7 @@ const show = (lost = null) => {
     ...(entry.new ? [create("div", { class: "small" }, ...(entry.old ? [translate("after:"), " "] : []),
       create("ins", {}, formatAnswer(entry.new)))] : []))));
   const hints = [], isShown = isEqual(suggestion, loaded);
-  if (suggestion && (item.has_template || !isShown)) {
+  if (suggestion && !isHidden(item.confidence) && (item.has_template || !isShown)) {
     hints.push([["The model suggests:", makeBadge(item.confidence)], suggestion]);
   }
   if (item.has_template && loaded.text && !isShown) hints.push([["Answer without JSON:"], loaded]);
@@ -370,7 +386,7 @@ const showForm = () => {
     "div", { class: `row${index === selected ? " selected" : ""}`, style: `--color: ${getColor(index)}`,
       onfocusin: () => { if (selected !== index) select(index, false); } },
     create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
-      makeBadge(getConfidence([index]), () => isUnchangedBox(index))),
+      makeBadge(getConfidence([findSuggested(box)]), () => findSuggested(answer.boxes[index]) >= 0)),
     makeLabel(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
     create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
       onclick: () => remove(index) }, "✕"),
@@ -492,8 +508,7 @@ const makeOther = (onInput) => {
   return create("div", { class: "row" }, create("label", { for: "other" }, translate("Other class")), other);
 };
 
-const isUnchangedBox = (index) =>
-  isEqual(item.suggestion?.boxes[index], answer.boxes[index]);
+const findSuggested = (box) => item.suggestion?.boxes.findIndex((one) => isEqual(one, box)) ?? -1;
 
 const choose = (index) => {
   const name = item.choices[index], box = answer.boxes[selected];
@@ -525,6 +540,7 @@ const showImage = () => {
     // The previous image must not stay visible while the next one loads.
     byId("image").removeAttribute("src");
     byId("image").src = shown.url;
+    zoom = 1;
   }
   byId("image").alt = shown.name;
   byId("image").width = shown.width;
@@ -532,7 +548,7 @@ const showImage = () => {
   byId("view").style.setProperty("--width", `${shown.width}px`);
   byId("view").style.setProperty("--ratio", shown.width / shown.height);
   byId("overlay").setAttribute("viewBox", `0 0 ${shown.width} ${shown.height}`);
-  drawBoxes();
+  showZoom();
 };
 
 byId("image").addEventListener("error", () => {
@@ -552,7 +568,7 @@ const drawBoxes = () => {
   };
   const overlay = byId("overlay");
   overlay.replaceChildren();
-  const unit = item.images[imageIndex].width / Math.max(1, overlay.clientWidth);
+  const unit = item.images[imageIndex].width / Math.max(1, overlay.clientWidth) / zoom;
   answer.boxes.forEach((box, index) => {
     if (box.image !== imageIndex) return;
     const [x1, y1, x2, y2] = box.xyxy, color = getColor(index);
@@ -616,6 +632,73 @@ const shiftBox = ([x1, y1, x2, y2], dx, dy) => {
   return clampBox([x1 + dx, y1 + dy, x2 + dx, y2 + dy]);
 };
 
+// Zoom and pan
+
+const MAX_ZOOM = 16;
+let zoom = 1, pan = [0, 0], panned = null; // In pixels of the page, from the corner of the stage.
+const touches = new Map(); // Positions of the fingers on the image.
+const showZoom = () => {
+  const stage = byId("stage"), sizes = [stage.clientWidth, stage.clientHeight];
+  pan = pan.map((value, axis) => Math.min(0, Math.max(value, (1 - zoom) * sizes[axis])));
+  stage.style.setProperty("--zoom", `translate(${pan[0]}px, ${pan[1]}px) scale(${zoom})`);
+  stage.classList.toggle("zoomed", zoom > 1);
+  byId("zoom-out").disabled = zoom === 1;
+  drawBoxes();
+};
+const zoomAt = (factor, [x, y]) => {
+  const { left, top } = byId("stage").getBoundingClientRect(), at = [x - left, y - top];
+  const next = Math.min(MAX_ZOOM, Math.max(1, zoom * factor));
+  pan = pan.map((value, axis) => at[axis] - (at[axis] - value) * next / zoom);
+  zoom = next;
+  showZoom();
+};
+// Keys and buttons keep the selected box, or else the middle.
+const zoomBy = (factor) => {
+  const shown = byId("overlay").querySelector(".selected") ?? byId("stage");
+  const { left, top, width, height } = shown.getBoundingClientRect();
+  zoomAt(factor, [left + width / 2, top + height / 2]);
+};
+byId("stage").addEventListener("wheel", (event) => {
+  // At its smallest size, the image lets the page scroll.
+  if (zoom === 1 && event.deltaY > 0) return;
+  event.preventDefault();
+  zoomAt(Math.exp(-event.deltaY / 400), [event.clientX, event.clientY]);
+}, { passive: false });
+byId("stage").addEventListener("pointerdown", (event) => {
+  const at = [event.clientX, event.clientY], { box } = event.target.dataset;
+  if (event.pointerType === "touch") touches.set(event.pointerId, at);
+  const isDrawing = settings.kind === "boxes" && !event.shiftKey && event.button !== 1
+    && (event.pointerType === "mouse" || byId("view").classList.contains("drawing") || box !== undefined);
+  if (touches.size < 2 && (isDrawing || zoom === 1)) return;
+  // A second finger ends a box that the first one has begun to draw.
+  event.preventDefault();
+  event.stopPropagation();
+  drag = null;
+  panned = at;
+  byId("stage").setPointerCapture(event.pointerId);
+}, true);
+byId("stage").addEventListener("pointermove", (event) => {
+  const at = [event.clientX, event.clientY], before = touches.get(event.pointerId);
+  if (before) touches.set(event.pointerId, at);
+  if (!panned) return;
+  event.stopPropagation();
+  const [other] = [...touches].filter(([id]) => id !== event.pointerId).map(([, point]) => point);
+  if (before && other) {
+    const measure = ([x, y]) => Math.max(1, Math.hypot(x - other[0], y - other[1]));
+    zoomAt(measure(at) / measure(before), other);
+  } else {
+    pan = pan.map((value, axis) => value + at[axis] - panned[axis]);
+    panned = at;
+    showZoom();
+  }
+}, true);
+for (const name of ["pointerup", "pointercancel"]) byId("stage").addEventListener(name, (event) => {
+  touches.delete(event.pointerId);
+  panned = null;
+}, true);
+byId("zoom-in").addEventListener("click", () => zoomBy(1.5));
+byId("zoom-out").addEventListener("click", () => zoomBy(1 / 1.5));
+
 let drag = null;
 const getPoint = (event) => {
   const area = byId("overlay").getBoundingClientRect(), shown = item.images[imageIndex];
@@ -671,7 +754,7 @@ const edit = () => {
   const inputs = [...byId("form").querySelectorAll("input, select, textarea")];
   const fields = listFields(), values = item.parts.map((part) => part.confidence);
   const least = item.parts[values.indexOf(Math.min(...values))]?.path;
-  const paths = fields.length ? fields.map(({ path }) => path) : answer.boxes.map((_, index) => [index]);
+  const paths = fields.length ? fields.map(({ path }) => path) : answer.boxes.map((box) => [findSuggested(box)]);
   const index = paths.findIndex((path) => isEqual(path, least));
   const target = inputs.find((input) => input.type === "radio" ? input.checked : input.id === "other" && input.value)
     ?? inputs[Math.max(0, index) + (fields.length ? answer.boxes.length : 0)];
@@ -717,7 +800,7 @@ document.addEventListener("keydown", (event) => {
   // Enter also ends the composition of an input method.
   if (!item || event.isComposing || event.keyCode === 229 || event.metaKey || event.altKey) return;
   const { key, target } = event, isBoxes = settings.kind === "boxes", isArrow = key.startsWith("Arrow");
-  if (target.matches?.(":is(#list, #bulk) :is(input, select, button)")) return;
+  if (target.matches?.(":is(#list, .filters) :is(input, select, button)")) return;
   const isText = target.matches?.("input:not([type=radio]), textarea"), isSelect = target.matches?.("select");
   if (key === "Escape") {
     if (target.matches?.("input, textarea, select")) target.blur();
@@ -739,6 +822,7 @@ document.addEventListener("keydown", (event) => {
   const actions = {
     a: () => decide("save"), s: () => decide("skip"), u: undo, e: edit,
     ArrowLeft: () => move(-1), ArrowRight: () => move(1),
+    "+": () => zoomBy(1.5), "=": () => zoomBy(1.5), "-": () => zoomBy(1 / 1.5),
     ...(isBoxes && {
       b: () => { if (answer.boxes.length) select((selected + 1) % answer.boxes.length); },
       n: addByKey, 0: clear,
@@ -761,6 +845,21 @@ byId("bulk")?.addEventListener("submit", (event) => {
   event.preventDefault();
   decideMany({ action: "accept", min_confidence: byId("min-confidence").value / 100 });
 });
+const showThreshold = () => {
+  byId("threshold-value").textContent = threshold > 100 ? translate("off") : `${threshold} %`;
+};
+byId("threshold")?.addEventListener("input", ({ target }) => {
+  const hasChanges = isChanged();
+  threshold = Number(target.value);
+  store(thresholdKey, threshold);
+  showThreshold();
+  if (!hasChanges) answer = makeAnswer(item);
+  show();
+});
+if (byId("threshold")) {
+  byId("threshold").value = threshold;
+  showThreshold();
+}
 byId("reset").addEventListener("click", () => {
   answer = makeAnswer(item);
   selected = -1;
@@ -772,7 +871,7 @@ byId("next-image").addEventListener("click", () => {
   imageIndex = (imageIndex + 1) % item.images.length;
   showImage();
 });
-window.addEventListener("resize", () => { if (item?.images.length) drawBoxes(); });
+window.addEventListener("resize", () => { if (item?.images.length) showZoom(); });
 
 (async () => {
   try {

@@ -84,7 +84,7 @@ const readForm = (form) => {
 };
 
 const act = async (button) => {
-  const { action, title, confirm, url } = button.dataset;
+  const { action, title, confirm, url, operation } = button.dataset;
   if (confirm && !window.confirm(confirm)) return;
   const query = url ? new URL(url, location).search : location.search;
   isActing = true;
@@ -93,6 +93,7 @@ const act = async (button) => {
   try {
     const uploads = action === "import" ? await sendUploads() : [];
     const body = { ...readForm(button.form), uploads };
+    if (operation) body.texts = { operation };
     const answer = await request(`actions/${action}${query}`, body);
     if (action === "save-recipe") isEdited = false;
     location.assign(answer.url);
@@ -105,14 +106,14 @@ const act = async (button) => {
 };
 
 const showKinds = () => {
-  const kind = byId("kind")?.value;
+  const kind = byId("label:kind")?.value;
   for (const field of document.querySelectorAll("[data-kinds]")) {
     field.hidden = !field.dataset.kinds.split(" ").includes(kind);
   }
 };
 
 document.addEventListener("input", (event) => {
-  if (event.target.id === "editor") isEdited = true;
+  if (event.target.id === "editor:text") isEdited = true;
   event.target.removeAttribute("aria-invalid");
   showKinds();
 });
@@ -135,8 +136,7 @@ document.addEventListener("click", async (event) => {
   } else if (button?.dataset.copy) {
     await copy(button);
   } else if (button && "prompt" in button.dataset) {
-    byId("prompt").value = button.dataset.prompt;
-    byId("name").value ||= button.dataset.name;
+    byId("import:prompt").value = button.dataset.prompt;
     for (const one of button.parentElement.querySelectorAll("button")) {
       one.setAttribute("aria-pressed", one === button);
     }

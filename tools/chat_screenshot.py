@@ -1,4 +1,4 @@
-"""Generate docs/images/web.png: PYTHONPATH=tests:pretraining python tests/app/chat_screenshot.py"""
+"""Generate docs/images/web.png: PYTHONPATH=tests:pretraining python tools/chat_screenshot.py"""
 
 import io
 import tempfile
@@ -9,7 +9,7 @@ from PIL import Image
 from service_fixture import run_service, write_shape_image
 from web_server_fixture import ChatPageDriver, run_web_page
 
-TARGET = Path(__file__).parents[2] / "docs" / "images" / "web.png"
+TARGET = Path(__file__).parents[1] / "docs" / "images" / "web.png"
 NUM_COLORS = 96
 """Palette size, to keep the file small."""
 

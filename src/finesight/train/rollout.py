@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -218,7 +218,8 @@ class Rollout:
                 indices = own[: num_wanted - len(useful)]
             groups = self.sample_groups(step, indices, skipped)
             sampled += groups
-            useful += [one for one in groups if np.ptp(_weigh(one.rewards_GF, self.weights_F)) > 0]
+            totals = [_drop_nan(_weigh(one.rewards_GF, self.weights_F)) for one in groups]
+            useful += [one for one, x in zip(groups, totals, strict=True) if len({*x.tolist()}) > 1]
             if len(useful) >= num_wanted:
                 break
         return sampled, useful
@@ -433,19 +434,21 @@ def describe_rewards(
     if not len(lengths):
         return {}
     totals_QG = _weigh(rewards_QGF, weights_F)
-    spread_Q = np.nanstd(totals_QG, axis=1, ddof=1)
+    scored = [x for totals_G in totals_QG if len(x := _drop_nan(totals_G)) > 1]
+    spread_Q = np.array([np.std(x, ddof=1) for x in scored])
     metrics = {
-        "reward": np.nanmean(totals_QG),
-        "reward_std": np.nanmean(spread_Q),
-        "frac_reward_zero_std": (spread_Q == 0).mean(),
+        "reward": _mean(_drop_nan(totals_QG)),
+        "reward_std": _mean(spread_Q),
+        "frac_reward_zero_std": _mean(spread_Q == 0),
         "completions/mean_length": lengths.mean(),
         "completions/min_length": lengths.min(),
         "completions/max_length": lengths.max(),
         "completions/clipped_ratio": np.mean([f for one in records for f in one.is_truncated]),
     }
     for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, 2, 0), strict=True):
-        metrics[f"rewards/{name}/mean"] = np.nanmean(rewards_QG)
-        metrics[f"rewards/{name}/std"] = np.nanstd(rewards_QG, ddof=1)
+        values = _drop_nan(rewards_QG)
+        metrics[f"rewards/{name}/mean"] = _mean(values)
+        metrics[f"rewards/{name}/std"] = np.std(values, ddof=1) if len(values) > 1 else np.nan
     return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
 
 
@@ -453,6 +456,14 @@ def _weigh(rewards: FloatArray, weights_F: FloatArray) -> FloatArray:
     """Return the weighted sums over the last axis; NaN for responses that no reward scores."""
     sums: FloatArray = np.nansum(rewards * weights_F, axis=-1)
     return np.where(np.isnan(rewards).all(axis=-1), np.nan, sums)
+
+
+def _drop_nan(values: FloatArray) -> FloatArray:
+    return values[~np.isnan(values)]
+
+
+def _mean(values: NDArray[Any]) -> float:
+    return float(values.mean()) if len(values) else np.nan
 
 
 def _as_lists(rewards_GF: FloatArray) -> list[list[float | None]]:

@@ -200,6 +200,9 @@ def early(case):
 
 def unscored(case):
     return None if len(case.answer) % 2 else float("nan") if case.answer else 1.0
+
+def partly(case):
+    return None if len(case.answer) % 2 else early(case)
 """
 
 
@@ -285,6 +288,10 @@ def test_settings_change_what_is_learned(reward_task):
     reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:unscored"]
     with pytest.raises(UserError, match="training did not change"):
         reward_task.run(*steps, name="unscored")
+    # Other responses of a group with an unscored one are compared.
+    reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:partly"]
+    reward_task.run(*steps, name="partly")
+    assert all(line["num_samples"] > 0 for line in read_steps(reward_task, "partly"))
 
 
 def test_unreadable_images_are_skipped(reward_task):

@@ -13,7 +13,6 @@ from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
-from case_files import load_cases
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
@@ -53,8 +52,6 @@ from finesight.recipe import load_recipe
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
-
-CASES = load_cases("studio_page")
 
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")

@@ -71,11 +71,11 @@ def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:
     plan = QuickstartSettings(num_images=220, num_eval_rows=20, steps=25)
     recipe = write_recipe(tmp_path / "quick", plan)
     result = quickstart(tmp_path / "quick", plan)
-    assert result.result.before is not None
-    assert result.result.after is not None
-    assert result.result.before.scores["parse_rate"] == 0.0
-    assert result.result.after.scores["parse_rate"] > 0.7, result.result.after
-    assert result.result.after.validation_loss < 1.5 < result.result.before.validation_loss
+    assert result.before is not None
+    assert result.after is not None
+    assert result.before.scores["parse_rate"] == 0.0
+    assert result.after.scores["parse_rate"] > 0.7, result.after
+    assert result.after.validation_loss < 1.5 < result.before.validation_loss
     run = load_recipe(recipe).output_dir
     validation = tmp_path / "quick" / "data" / "eval.jsonl"
     requested = [LocatedSample(one, validation.parent) for one in read_samples(validation)[:5]]

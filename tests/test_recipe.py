@@ -19,7 +19,7 @@ from finesight.cli.app import run_command
 from finesight.config import ExactSize, LongestSide, Recipe
 from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
-from finesight.recipe_template import choose_duration
+from finesight.recipe_template import choose_duration, override_settings
 
 CASES = load_cases("recipe")
 REPLACEMENTS = load_cases("setting_replacements")
@@ -352,6 +352,20 @@ def test_documented_values_can_be_overridden(tmp_path, text, name):
             assert sorted(node) == sorted(expected if isinstance(expected, list) else [expected])
         else:
             assert node == expected or float(node) == float(expected)
+
+
+@each(
+    ("text", "override", "expected"),
+    [
+        ("a:\n  b: 5  # few\n  c: 1  # one\n", "a.b=7", "a:\n  b: 7\n  c: 1  # one\n"),
+        ("a:\n  b:\n", "a.b=7", "a:\n  b: 7\n"),
+        ("a:\n  b:\n  - x\n  - y\n  c: 1\n", "a.b=[z]", "a:\n  b: [z]\n  c: 1\n"),
+        ("a: {b: 5}\n", "a.c.d=3", "a: {c: {d: 3}, b: 5}\n"),
+        ("a:\n  b: 5\n", "a.c=3", "a:\n  c: 3\n  b: 5\n"),
+    ],
+)
+def test_text_of_a_recipe_is_overridden(text, override, expected):
+    assert override_settings(text, [override]) == expected
 
 
 SHIPPED = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))

@@ -182,6 +182,8 @@ def test_python_functions_raise_errors_that_name_python_functions(tmp_path):
         api.train(tmp_path / "a.jsonl")
     assert f"finesight.api.init(data={str(tmp_path / 'a.jsonl')!r})" in str(raised.value)
     assert format_call(Step("serve", {"run_or_model": "run"})) == "finesight serve run"
+    question = Step("predict", {"run_or_model": Path("run"), "images": [Path("a.png")]})
+    assert format_call(question) == "finesight.api.predict(run_or_model='run', images=['a.png'])"
 
 
 CASES = load_cases("remedies")

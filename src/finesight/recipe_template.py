@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,13 @@ MIN_STEPS, MAX_SHORT_STEPS = 100, 200
 """Minimum steps of a run, and the maximum of a model that trains on a CPU."""
 
 
+OBJECTIVES = {
+    "dpo": "objective: dpo  # on pairs of answers; sft: on the chosen ones",
+    "sft": "objective: sft  # on the chosen answers: some samples have no rejected one",
+}
+"""Settings of data with preference pairs."""
+
+
 def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
     """Choose the duration of a LoRA run, as a setting and its value with a comment.
 
@@ -91,7 +99,7 @@ def format_recipe(
             has chosen. Empty ones keep the values of the task.
     """
     is_tiny = model == TINY_MODEL
-    usual, high = ("5.0e-6", "5.0e-4") if task.has_pairs else ("1.0e-4", "2.0e-3")
+    usual, high = ("5.0e-6", "5.0e-4") if task.objective == "dpo" else ("1.0e-4", "2.0e-3")
     learning_rate = f"{high}  # small models need more than the usual {usual}" if is_tiny else usual
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
@@ -101,7 +109,9 @@ def format_recipe(
         for key, text in chosen.items()
         if key in ("train.steps", "train.epochs")
     } or choose_duration(num_samples, batch_size, is_short=is_tiny)
-    train = ["objective: dpo  # on pairs of answers; sft: on the chosen ones"] * task.has_pairs
+    train = (
+        [f"objective: {task.objective}  # {OBJECTIVES[task.objective]}"] if task.objective else []
+    )
     train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
@@ -131,29 +141,31 @@ def format_recipe(
 
 
 def override_settings(text: str, overrides: Sequence[str]) -> str:
-    """Return the text of a recipe with other values of settings. Its comments stay.
+    """Return the text of a recipe with other values of settings, without their comments.
 
     Args:
         overrides: Settings as KEY=VALUE. A missing one becomes the first of its section.
     """
     node: Any
     for key, _, value in (override.partition("=") for override in overrides):
-        node, keys = yaml.compose(text, yaml.SafeLoader), key.split(".")
+        node, keys, start = yaml.compose(text, yaml.SafeLoader), key.split("."), 0
         while keys and isinstance(node, yaml.MappingNode):
-            found = [item for name, item in node.value if name.value == keys[0]]
+            found = [pair for pair in node.value if pair[0].value == keys[0]]
             if not found:
                 break
-            node, keys = found[0], keys[1:]
-        start, stop = node.start_mark.index, node.end_mark.index
+            start = text.index(":", found[0][0].end_mark.index) + 1
+            node, keys = found[0][1], keys[1:]
+        stop = node.end_mark.index
         if keys and isinstance(node, yaml.MappingNode):
             first, is_flow = keys.pop(0), bool(node.flow_style)
             value = f"{first}: {_nest(keys, value)}"
             value += ", " if is_flow else f"\n{' ' * node.start_mark.column}"
-            start = stop = start + is_flow
+            start = stop = node.start_mark.index + is_flow
         else:
-            value = _nest(keys, value)
-            stop = start + len(text[start:stop].rstrip())
-        text = text[:start] + value + text[stop:]
+            # A block value follows its key in the next lines.
+            value = f" {_nest(keys, value)}"
+            stop = max(start, start + len(text[start:stop].rstrip()))
+        text = text[:start] + value + re.sub(r"^[ \t]+#[^\n]*", "", text[stop:])
     return text
 
 

@@ -262,7 +262,7 @@ def test_preference_pairs_select_the_objective(run_init, num_pairs):
         rows.append(row)
     Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     train = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())["train"]
-    assert train.get("objective") == ("dpo" if num_pairs == 12 else None)
+    assert train.get("objective") == ("dpo" if num_pairs == 12 else "sft")
     assert train["learning_rate"] in ((5e-6, 5e-4) if num_pairs == 12 else (1e-4, 2e-3))
 
 

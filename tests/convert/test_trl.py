@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from convert_fixtures import (
     LLAMA_FACTORY_SETTINGS,
     SWIFT_SETTINGS,
@@ -165,8 +166,16 @@ def test_objectives_on_pairs_are_converted(tmp_path, settings, objective):
 
 
 def test_unsupported_loss_of_pairs_is_noted(tmp_path):
-    settings = LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_loss": "kto_pair"}
-    assert "pref_loss" in notes_by_setting(convert_settings(tmp_path, settings), "differs")
+    settings = LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_loss": "kto_pair", "pref_ftx": 0.5}
+    done = convert_settings(tmp_path, settings)
+    assert "pref_loss" in notes_by_setting(done, "differs")
+    assert "pref_ftx" in notes_by_setting(done, "unknown")
+
+
+def test_methods_of_trl_have_their_own_learning_rate(tmp_path):
+    (tmp_path / "run.sh").write_text(f"trl dpo {STARTED}")
+    done = convert_config(tmp_path / "run.sh", tmp_path / "recipe.yaml")
+    assert yaml.safe_load(done.recipe_text)["train"]["learning_rate"] == {"default": 1e-6}
 
 
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct"

@@ -200,6 +200,13 @@ PAIRS = {
     "trl": {"prompt": "<image>Where?", **TEXTS, "score_chosen": 9.5},
     "trl-messages": {**TEXTS, "prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
     "trl-implicit": {**TEXTS, "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
+    "prompt-and-turns": {
+        **TEXTS,
+        "prompt": "<image>Where?",
+        "chosen": [USER, ANSWER],
+        "rejected": [USER, WORSE],
+    },
+    "question": {"question": "<image>Where?", **TEXTS},
     "ms-swift": {"messages": [USER, ANSWER], "images": ["a.png"], "rejected_response": "Here."},
     "ms-swift-messages": {**chat(ANSWER), "rejected_messages": chat(WORSE)["messages"]},
     "query-response": {

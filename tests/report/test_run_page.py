@@ -85,7 +85,7 @@ def test_finished_run(run: FakeRunDir) -> None:
         "3 improved 3 worsened 3 incorrect without change 3 still correct 9 incorrect in total",
         "all 12 improved 3 worsened 3 incorrect 9 still correct 3",
         "edit distance; higher is better 0.2000 0.150 to 0.250 0.9000 0.850 to 0.950 +0.7000",
-        "in nats per token; lower is better 1.8000 1.1000 −0.7000 better",
+        "mean loss of a pair; lower is better 1.8000 1.1000 −0.7000 better",
         "vision frozen 9 900 0 yes: bitwise unchanged",
         "language trained 4 80 4 yes: 4 tensors with gradients",
         "setup 12.5 s training steps 30.0 s evaluation 8.0 s",

@@ -459,9 +459,10 @@ class StudioPage:
             raise build_missing_error("operation")
         overrides: Any = step.arguments.get("overrides", ())
         if step.operation == "check" and state.dataset is not None:
-            fixed = workspace.check_new_name("data", f"{state.dataset.path.name}-fixed")
-            arguments = {**step.arguments, "fix": fixed}
-            return self._start(state, "check", arguments, data=str(fixed))
+            name = workspace.find_free_name(f"{state.dataset.path.name}-fixed", "data/{}")
+            fixed = workspace.check_new_name("data", name)
+            arguments, target = {**step.arguments, "fix": fixed}, str(fixed)
+            return self._start(state, "check", arguments, target=target, data=target)
         if step.operation != "train":
             name = "label" if step.operation == "label" else "export"
             return state.selection.link(step=name, run=str(state.run))

@@ -13,7 +13,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache, partial
 from io import TextIOWrapper
 from itertools import zip_longest
@@ -270,10 +270,12 @@ class OutcomeReport:
 
     def _write(self, content: object) -> bool:
         if self.file:
-            from pydantic_core import to_json
-
-            Path(self.file).write_bytes(to_json(content, fallback=str))
+            Path(self.file).write_text(json.dumps(content, default=_as_json), encoding="utf-8")
         return bool(self.file)
+
+
+def _as_json(value: object) -> object:
+    return asdict(value) if isinstance(value, Step) else str(value)
 
 
 class CommandGroup(click.Group):

@@ -186,7 +186,7 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     """Build the configuration from the only training command of a script."""
     trainings, others = [], list[str]()
     exported, variables = dict[str, str](), dict[str, str]()
-    settings = load_trainer_settings()
+    known = load_trainer_settings()
     for command in _split_commands(text, path, variables):
         words, assigned = list(command), dict[str, str]()
         while words and (words[0] in _COMMAND_PREFIXES or _ASSIGNMENT.fullmatch(words[0])):
@@ -201,10 +201,10 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
             raise _build_error(path, f"{words[0]} is not a part of a command", remedy)
         program, name, index = _find_program(words)
         python = next((word for word in words if word.endswith(".py")), None)
-        if program is not None and name not in settings["commands"]:
+        if program is not None and name not in known["commands"]:
             trainings.append((program, name, words[:index], words[index:], exported | assigned))
         elif program is not None:
-            others.append(f"{program}'s {name}: {settings['commands'][name]}")
+            others.append(f"{program}'s {name}: {known['commands'][name]}")
         elif python is not None:
             others.append(f"starts {python}, which is not a script of a known program")
     if len(trainings) != 1:
@@ -214,10 +214,9 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
         raise _build_error(path, what, Step("init", {"data": "DATA"}, purpose))
     ((program, name, launcher, arguments, environment),) = trainings
     values = [environment[name] for name in environment.keys() & CONVERTED_VARIABLES]
-    counted = _PEER_OPTION.sub("", " ".join(launcher)).split()
     pairs = zip(["", *arguments], arguments, strict=False)
     used = [word for pair in pairs for word in pair[1:] if not _is_ignored(program, pair)]
-    for value in (*counted, *used, *values):
+    for value in (*_PEER_OPTION.sub("", " ".join(launcher)).split(), *used, *values):
         if "$" in value or "`" in value:
             raise _build_unresolved_error(path, value)
     arguments = [word.replace(_LITERAL_DOLLAR, "$") for word in arguments]
@@ -238,7 +237,8 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     if program == "ms-swift" and name == "rlhf":
         content.setdefault("rlhf_type", "dpo")
     elif name not in ("", "sft", "train"):
-        content.setdefault("stage", name)
+        defaults = known["TRL"]["calls"].get(f"{name.upper()}Config", {})
+        content = {"stage": name, **defaults, **content}
     return _build_config(program, content, path, environment)
 
 

@@ -100,13 +100,13 @@ class DetectedTask:
         metric: Name of the task metric.
         prompt: Suggested question about every image; None if the samples contain questions.
         max_new_tokens: Upper bound of the answer length in tokens.
-        has_pairs: Whether all samples are preference pairs.
+        objective: `dpo` if all samples are preference pairs, `sft` if some are, else empty.
     """
 
     metric: str
     prompt: str | None
     max_new_tokens: int
-    has_pairs: bool = False
+    objective: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -720,8 +720,9 @@ def detect_task(
         prompt = format_class_prompt(set(answers))
     longest = max(map(len, answers)) + 32 * max(map(len, boxes))
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
-    prompt, has_pairs = prompt if questions == {""} else None, all(one.rejected for one in samples)
-    return DetectedTask(metric, prompt, max_new_tokens, has_pairs)
+    prompt, is_pair = prompt if questions == {""} else None, [bool(one.rejected) for one in samples]
+    objective = "dpo" if all(is_pair) else "sft" if any(is_pair) else ""
+    return DetectedTask(metric, prompt, max_new_tokens, objective)
 
 
 def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str | None]]) -> str:

@@ -15,7 +15,7 @@ from functools import partial
 from importlib import import_module, util
 from typing import Any
 
-from finesight.worker_pool import JobOutput, WorkerLimitError, WorkerPool
+from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 MAX_FORMULA_LENGTH = 4000
 """Maximum number of characters of a formula that is rendered.
@@ -65,7 +65,7 @@ def _request_digest(workers: WorkerPool, formula: str) -> str | None:
     try:
         with workers.borrow_worker() as worker:
             reply = worker.call(_render_digest, formula, max_cpu_s=RENDER_CPU_SECONDS)
-    except WorkerLimitError:
+    except (WorkerJobError, WorkerLimitError):  # also without a usable ziamath
         return None
     return None if reply.value is None else str(reply.value)
 

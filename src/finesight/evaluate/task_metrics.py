@@ -62,7 +62,7 @@ VALIDATION_LOSS = "validation_loss"
 METRIC_TEXTS = {
     VALIDATION_LOSS: (
         "validation loss",
-        "cross-entropy of the reference answers, in nats per token",
+        "cross-entropy of the reference answers, in nats per token; for pairs, mean loss of a pair",
     ),
     "similarity": ("similarity", "1 minus the normalized edit distance"),
     "exact": ("exact match", "answers equal to a reference"),

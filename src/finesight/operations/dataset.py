@@ -132,7 +132,12 @@ def import_data(
         console.log(f"{source}: {note}")
     train, *validation = (str(file.file) for file in summary.output_files)
     step = Step("check", {"sources": [train], "against": validation})
-    return Outcome(summary, _format_summary(source, summary), asdict(summary), [step])
+    lines = _format_summary(source, summary)
+    if not columns and options.columns:
+        lines[0] = lines[0].replace("(--map)", "(columns)")
+        lines[1:1] = [f"  {role}: {column}" for role, column in options.columns.items()]
+        lines[1:1] = [f"  box format: {options.box_format}"] if options.box_format else []
+    return Outcome(summary, lines, asdict(summary), [step])
 
 
 def _format_summary(source: StrPath, summary: ImportSummary) -> list[str]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import inspect
+import json
 import os
 import shlex
 import shutil
@@ -227,7 +228,9 @@ def format_call(step: Step) -> str:
     module, _, function = find_operation(step.operation).target.partition(":")
     if "." in module:
         return format_step(step)
-    arguments = ", ".join(f"{name}={value!r}" for name, value in step.arguments.items())
+    # Paths are text, which needs no import.
+    plain = json.loads(json.dumps(dict(step.arguments), default=str))
+    arguments = ", ".join(f"{name}={value!r}" for name, value in plain.items())
     return f"finesight.api.{function}({arguments})"
 
 

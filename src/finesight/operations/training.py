@@ -227,13 +227,13 @@ def train(
     run, label_step = str(settings.output_dir), find_label_step(settings)
     image, prompt = read_example(settings.output_dir)
     advice = advise_run(read_run(settings.output_dir, with_plugins=False), settings.output_dir)
+    purposes = {step.operation: step.purpose for step in advice}
     if label_step is not None:
-        reasons = [step.purpose for step in advice if step.operation == "label"]
-        label_step = replace(label_step, purpose="".join(reasons))
+        label_step = replace(label_step, purpose=purposes.get("label", ""))
     next_steps = [
         *(step for step in advice if step.operation == "train"),
         Step("predict", {"run_or_model": run, "images": [image], "prompt": prompt}),
-        Step("serve", {"run_or_model": run}),
+        Step("serve", {"run_or_model": run}, purposes.get("serve", "")),
         *([label_step] if label_step else []),
     ]
     return Outcome(result, (), result.as_json(), next_steps, exit_code)

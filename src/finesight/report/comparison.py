@@ -271,6 +271,9 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
     ]
     if fingerprints[0] != fingerprints[1]:
         return "the validation data differ"
+    objectives = [run.get_setting("train", "objective") for run in (reference_run, other_run)]
+    if len({one or "sft" for one in objectives}) > 1:
+        return "the objectives differ"
     if reference_record.manifest.get("family") != other_record.manifest.get("family"):
         return "the model families use different tokenizers"
     if reference_record.manifest.get("system_prompt") != other_record.manifest.get("system_prompt"):

@@ -133,8 +133,14 @@ class RunDir:
         files = (model / name for name in (MANIFEST_FILE, "adapter_config.json"))
         has_adapter = recipe.adapter is None and any(map(os.path.isfile, files))
         is_model = recipe.tune.has_mode("full") or has_adapter
+        changes = dict(changes or {})
+        if "train.objective" in changes:
+            # Settings of other objectives are not compared.
+            changes["train.objective"] = recipe.train.objective
+            sections = ("train.dpo", "train.orpo", "train.simpo")
+            changes = {k: v for k, v in changes.items() if v is not None or k not in sections}
         words = [
-            *(f"{name}={_format_setting(value)}" for name, value in (changes or {}).items()),
+            *(f"{name}={_format_setting(value)}" for name, value in changes.items()),
             f"{'model' if is_model else 'adapter'}={source}",
             *(["adapter=null"] if is_model and recipe.adapter is not None else []),
             f"output_dir={self.next_path}",

@@ -220,9 +220,6 @@ def _train_rank(
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         console.log(describe_run(state))
-        if recipe.train.objective == "dpo":
-            with stop.install_handlers():
-                prepare_references(state, console, stop)
         vision_features = VisionFeatures(state, console, stop)
         trainer = Trainer(state, console, stop, metrics_logger, vision_features)
         with (
@@ -230,6 +227,8 @@ def _train_rank(
             configure_host(state.run.hardware.device),
             record_failure(run_dir, console, state.progress) if is_main else nullcontext(),
         ):
+            if recipe.train.objective == "dpo":
+                prepare_references(state, console, stop)
             result = trainer.run(partial(finalize_run, state, console, param_audit))
         if result is not None:
             metrics_logger.tracking_events.log_result(result)

@@ -474,8 +474,12 @@ def split_preference(record: Record) -> list[Record]:
     pair = "chosen", "rejected"
     others = {k: v for k, v in record.items() if k not in (*pair, *_REJECTED_KEYS)}
     if all(isinstance(record.get(key), str | list | dict) and record[key] for key in pair):
+        if "question" in others and "prompt" not in others:
+            others["prompt"] = others.pop("question")
+        if isinstance(others.get("prompt"), str) and all(_has_question(record[k]) for k in pair):
+            del others["prompt"]  # a copy of the question in the turns
         for question, key in (("instruction", "output"), ("prompt", "completion")):
-            if question in record:
+            if question in others:
                 return [{**others, key: record[name]} for name in pair]
         turns = next((k for k in ("conversations", "messages") if has_value(record.get(k))), None)
         if turns is not None or all(isinstance(record[name], list) for name in pair):
@@ -490,6 +494,13 @@ def split_preference(record: Record) -> list[Record]:
     if isinstance(rejected, list) and rejected:
         return [others, {**others, "messages": rejected}]
     return [record]
+
+
+def _has_question(turns: object) -> bool:
+    """Return whether an answer of a preference row is a conversation with its question."""
+    first = turns[0] if isinstance(turns, list) and turns else None
+    names = (first.get("role"), first.get("from")) if isinstance(first, dict) else ()
+    return any(name in ("user", "human", "system") for name in names)
 
 
 def decode_json_list(text: str, item_types: tuple[type, ...]) -> object:

@@ -13,6 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import torch
@@ -81,14 +82,10 @@ class PairObjective:
         reference = (0.0, 0.0)
         if key is not None and self.reference_logps:
             split, (index,) = key
-            if index not in self.reference_logps[split]:
-                raise UserError(
-                    "no reference log-probabilities",
-                    where=f"sample {batch.sample_ids[0]}",
-                    expected="images that were readable when the run started",
-                    remedy="start a new run with another output_dir",
-                )
-            reference = self.reference_logps[split][index]
+            found = self.reference_logps[split].get(index)
+            # An image was unreadable when the run started: the pair does not count.
+            loss_weight = torch.zeros_like(loss_weight) if found is None else loss_weight
+            reference = found or reference
         return {
             "labels_L": batch.labels_L,
             "response_L": find_responses(batch),
@@ -314,6 +311,9 @@ def _add_references(
             logps = torch.stack([value[-2:] for value in values]).tolist() if values else []
             read = chain.from_iterable(step_batch.sample_indices)
             found += [(index, *pair) for index, pair in zip(read, logps, strict=True)]
+            if step_batch.skipped and state.run.hardware.process_group.is_main:
+                name: Literal["train", "eval"] = "train" if split == "train" else "eval"
+                state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, name)
     finally:
         state.engine.model.train()
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -158,6 +159,7 @@ class Rollout:
         self.scorer = RewardScorer(recipe.rewards)
         self.weights_F = np.array(self.scorer.weights)
         self.check = RewardCheck(state.data.renderer, log)
+        self.reward_s = 0.0
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
@@ -174,6 +176,7 @@ class Rollout:
         """
         process_group = self.state.run.hardware.process_group
         skipped: list[SkippedSample] = []
+        start_time, self.reward_s = time.perf_counter(), 0.0
         with self.state.engine.parallel.summon_full_params(), process_group.sync_errors():
             sampled, useful = self.sample_useful(step, skipped)
         own = RolloutRecord(
@@ -186,6 +189,10 @@ class Rollout:
         payloads = process_group.all_gather_str(own.model_dump_json())
         records = [RolloutRecord.model_validate_json(payload) for payload in payloads]
         rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
+        times = {
+            "rollout_s": time.perf_counter() - start_time - self.reward_s,
+            "reward_s": self.reward_s,
+        }
         packs = [
             (group.sample_index, packed_batch)
             for group in useful
@@ -196,7 +203,10 @@ class Rollout:
             tuple(packed_batch for _, packed_batch in packs),
             tuple(skipped),
             tuple((index,) for index, _ in packs),
-            metrics=describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
+            metrics={
+                **describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
+                **times,
+            },
         )
 
     def sample_useful(
@@ -254,7 +264,9 @@ class Rollout:
                 EvalCase(one.answer, one.boxes, *references, one.id, one.finish_reason == "stop")
                 for one in predictions
             ]
+            start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
+            self.reward_s += time.perf_counter() - start_time
             is_truncated = [not case.ended_with_eos for case in cases]
             groups.append(Group(index, prompt, tokens, is_truncated, rewards_FG.T))
             totals_G = _weigh(rewards_FG.T, self.weights_F)

@@ -26,13 +26,13 @@ from peer_metrics import report_header
 from subprocess_timer import run_timed
 
 IMAGE_SIDE, NUM_RESPONSES, RANK, WARMUP_STEPS, LIMIT_S = 896, 8, 16, 2, 300.0
-REWARD = '''
+REWARD = """
 import zlib
 
 
 def draw(case):
     return zlib.crc32(case.answer.encode()) % 1000 / 1000
-'''
+"""
 
 
 @dataclass(frozen=True)
@@ -76,12 +76,15 @@ def run_case(case: GrpoCase, model: Path, options: argparse.Namespace) -> dict[s
         "train.precision=bf16",
         "train.save_every=0",
         "train.pack_tokens=8192",
-        f"train.grpo={{num_generations: {NUM_RESPONSES}, max_completion_length: {case.num_tokens}}}",
+        f"train.grpo.num_generations={NUM_RESPONSES}",
+        f"train.grpo.max_completion_length={case.num_tokens}",
         f"rewards=[{work / 'reward.py'}:draw]",
         f"output_dir={run}",
         *case.overrides,
     ]
-    watched = run_timed([sys.executable, "-m", "finesight", "train", str(file), *words], {}, LIMIT_S)
+    watched = run_timed(
+        [sys.executable, "-m", "finesight", "train", str(file), *words], {}, LIMIT_S
+    )
     steps = []
     if (run / "metrics.jsonl").exists():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

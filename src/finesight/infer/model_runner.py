@@ -76,7 +76,7 @@ class ModelRunner:
         )
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
         self._use_fused_decode = supports_fused_decode(model)
-        self._feature_cache = _ImageFeatureCache(
+        self.feature_cache = _ImageFeatureCache(
             GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
         )
         lora_routing = model.lora_routing
@@ -99,7 +99,7 @@ class ModelRunner:
             self.model.lora_routing.set_mask(
                 self.model.lora_routing.build_mask(prompts[0].adapter_index)
             )
-        load_image_features(self.model, prompts, self._feature_cache)
+        load_image_features(self.model, prompts, self.feature_cache)
         chunks = [
             PrefillChunk(
                 prompt.block_ids,
@@ -228,6 +228,11 @@ class _ImageFeatureCache:
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
         self._features: OrderedDict[tuple[int | None, bytes], Tensor] = OrderedDict()
+        self._num_bytes = 0
+
+    def clear(self) -> None:
+        """Remove all features."""
+        self._features.clear()
         self._num_bytes = 0
 
     def get(self, adapter_index: int | None, image_hash: bytes) -> Tensor | None:

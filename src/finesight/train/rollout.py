@@ -31,12 +31,13 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-from finesight.infer.engine import iter_completions
-from finesight.infer.kv_cache import append_tokens
+from finesight.infer.engine import Engine, build_engine, iter_completions
+from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.prediction import NUM_READER_THREADS, build_prediction
-from finesight.infer.request import GeneratedToken, SamplingParams
+from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
+from finesight.train.cuda_graphs import has_half_free
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
 from finesight.train.rewards import RewardScorer
@@ -160,6 +161,9 @@ class Rollout:
         self.weights_F = np.array(self.scorer.weights)
         self.check = RewardCheck(state.data.renderer, log)
         self.reward_s = 0.0
+        self.engine: Engine | None = None
+        self.capacity = 0, 0
+        """Number of sequences and prompt length of the engine."""
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
@@ -279,14 +283,24 @@ class Rollout:
         """Sample the responses of each prompt; prompts share their keys and values."""
         count, total = len(prompts), len(prompts) * self.settings.num_generations
         tokens_by_request: dict[int, list[GeneratedToken]] = {}
+        image_hashes = [hash_images(prompt) for _, prompt in prompts]
 
-        def build_sampling(request: int) -> SamplingParams:
+        def build_request(request: int) -> GenerationRequest:
             number, position = divmod(request, count)
-            name = f"{self.seed}/{step}/{prompts[position][0]}/{number}"
-            return SamplingParams(
+            index, prompt = prompts[position]
+            name = f"{self.seed}/{step}/{index}/{number}"
+            params = SamplingParams(
                 temperature=self.settings.temperature,
                 seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"),
                 banned_ids=self.banned_ids,
+            )
+            return GenerationRequest(
+                prompt=prompt,
+                max_new_tokens=self.settings.max_completion_length,
+                sampling_params=params,
+                logprobs=0,
+                processed_logprobs=True,
+                image_hashes=image_hashes[position],
             )
 
         def on_progress(num_finished: int) -> None:
@@ -296,23 +310,20 @@ class Rollout:
         model = self.state.engine.model
         model.eval()
         try:
-            while len(tokens_by_request) < total:
+            while True:
                 # The first responses of all prompts precede the others, which reuse their prompts.
                 waiting = [n for n in range(total) if n not in tokens_by_request]
+                lengths = [prompts[n % count][1].tokenized.num_tokens for n in waiting]
                 try:
+                    self.engine = self.prepare_engine(lengths)
+                    requests = ((n, build_request(n)) for n in waiting)
                     for request, _, tokens in iter_completions(
-                        model,
-                        [(n, prompts[n % count][1]) for n in waiting],
-                        [prompts[n % count][1].tokenized.num_tokens for n in waiting],
-                        max_new_tokens=self.settings.max_completion_length,
-                        end_ids=self.state.data.renderer.end_ids,
-                        batch_size=self.batch_size,
-                        on_progress=on_progress,
-                        logprobs=True,
-                        sampling=build_sampling,
+                        self.engine, requests, self.batch_size, on_progress
                     ):
                         tokens_by_request[request] = tokens
+                    break
                 except torch.OutOfMemoryError:
+                    self.engine = None
                     self.state.engine.graph_runner.release_graphs()
                     self.batch_size = min(self.batch_size, len(waiting)) // 2
                     if not self.batch_size:
@@ -321,8 +332,30 @@ class Rollout:
                 gc.collect()
         finally:
             model.train()
+            device, parallel = self.state.run.hardware.device, self.state.engine.parallel
+            # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
+            if device.type != "cuda" or parallel.is_sharded or not has_half_free(device):
+                self.engine = None
         numbers = range(self.settings.num_generations)
         return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
+
+    def prepare_engine(self, prompt_lengths: Sequence[int]) -> Engine:
+        """Return the engine of the previous step with its CUDA graphs, or a larger one."""
+        num_seqs, max_length = min(self.batch_size, len(prompt_lengths)), max(prompt_lengths)
+        if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
+            self.engine = None  # free its memory first
+            self.capacity = num_seqs, max(max_length, self.capacity[1])
+            engine = build_engine(
+                self.state.engine.model,
+                self.state.data.renderer.end_ids,
+                [self.capacity[1]] * num_seqs,
+                self.settings.max_completion_length,
+                num_seqs,
+            )
+            assert isinstance(engine, Engine), "GRPO requires a native family"
+            return engine
+        self.engine.clear_caches()
+        return self.engine
 
     def count_tokens(self, group: Group) -> int:
         """Return the number of tokens of a group that contribute to the loss."""

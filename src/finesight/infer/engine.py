@@ -80,7 +80,14 @@ class Engine:
         max_num_seqs: int,
         num_cache_tokens: int,
         use_cuda_graphs: bool = True,
+        matches_training: bool = False,
     ) -> None:
+        """Create an engine without requests.
+
+        Args:
+            matches_training: Whether decoder layers round as in training, so that the log
+                probabilities of tokens are those of the trainer.
+        """
         self.model = model
         self._end_ids = frozenset(end_ids)
         is_cuda = model.model.embed_tokens.weight.is_cuda
@@ -98,6 +105,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=self.block_size,
             use_cuda_graphs=use_cuda_graphs,
+            matches_training=matches_training,
         )
         self._max_pending = 1 if is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""
@@ -541,6 +549,8 @@ def build_engine(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
+    *,
+    matches_training: bool = False,
 ) -> Engine | HfEngine:
     """Build an engine whose KV cache suits the given prompts.
 
@@ -554,7 +564,13 @@ def build_engine(
     num_cache_tokens = compute_required_tokens(
         model, prompt_lengths or [1], max_new_tokens, num_seqs
     )
-    return Engine(model, end_ids, max_num_seqs=num_seqs, num_cache_tokens=num_cache_tokens)
+    return Engine(
+        model,
+        end_ids,
+        max_num_seqs=num_seqs,
+        num_cache_tokens=num_cache_tokens,
+        matches_training=matches_training,
+    )
 
 
 def iter_completions(

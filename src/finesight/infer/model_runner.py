@@ -55,8 +55,9 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         use_cuda_graphs: bool = True,
+        matches_training: bool = False,
     ) -> None:
-        self.model = model
+        self.model, self._fuses_layers = model, matches_training
         weight = model.model.embed_tokens.weight
         self.device = weight.device
         self.cache = KVCache(
@@ -75,7 +76,11 @@ class ModelRunner:
             use_cuda_graphs and model.supports_cuda_graphs and has_paged_kernels(self.cache)
         )
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
-        self._use_fused_decode = supports_fused_decode(model)
+        # Linear attention needs the kernels of `fused_decode_step`.
+        is_hybrid = model.config.decoder.linear_attention is not None
+        self._use_fused_decode = supports_fused_decode(model) and (
+            is_hybrid or not matches_training
+        )
         self.feature_cache = _ImageFeatureCache(
             GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
         )
@@ -111,7 +116,7 @@ class ModelRunner:
             for prompt, stop in zip(prompts, stops, strict=True)
         ]
         batch, features_MKD = _pack_chunks(prompts, chunks)
-        attention = PrefillAttention(self.cache, chunks)
+        attention = PrefillAttention(self.cache, chunks, self._fuses_layers)
         end_indices = np.cumsum([chunk.stop - chunk.start for chunk in chunks]) - 1
         is_last = np.array([c.stop == c.prompt_length for c in chunks])
         logit_indices_L = copy_to_device(
@@ -203,7 +208,7 @@ class ModelRunner:
         position_ids_R += self.cache.active_R[:num_seqs]
         if self.model.lora_routing is not None:
             self.model.lora_routing.set_mask(self._lora_masks_RN[:num_seqs])
-        attention = DecodeAttention(self.cache, num_seqs, max_seq_len)
+        attention = DecodeAttention(self.cache, num_seqs, max_seq_len, self._fuses_layers)
         ids_R, position_ids_3R = self.ids_R[:num_seqs], position_ids_R.expand(3, -1)
         if self._use_fused_decode:
             logits_RV = fused_decode_step(self.model, ids_R, position_ids_3R, attention)

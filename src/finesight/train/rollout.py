@@ -37,7 +37,6 @@ from finesight.infer.prediction import NUM_READER_THREADS, build_prediction
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
-from finesight.train.cuda_graphs import has_half_free
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
 from finesight.train.rewards import RewardScorer
@@ -334,7 +333,7 @@ class Rollout:
             model.train()
             device, parallel = self.state.run.hardware.device, self.state.engine.parallel
             # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
-            if device.type != "cuda" or parallel.is_sharded or not has_half_free(device):
+            if device.type != "cuda" or parallel.is_sharded or not has_half_available(device):
                 self.engine = None
         numbers = range(self.settings.num_generations)
         return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
@@ -351,6 +350,7 @@ class Rollout:
                 [self.capacity[1]] * num_seqs,
                 self.settings.max_completion_length,
                 num_seqs,
+                matches_training=True,
             )
             assert isinstance(engine, Engine), "GRPO requires a native family"
             return engine
@@ -426,6 +426,13 @@ class Rollout:
                 self.banned_ids,
             )
         return logps_L.float().cpu()
+
+
+def has_half_available(device: torch.device) -> bool:
+    """Return whether more than half of the GPU memory is free or unused by the allocator."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 * (free + unused) > total
 
 
 def join_responses(

@@ -1,23 +1,26 @@
 """Measure GRPO and DPO after supervised fine-tuning on 50 labelled samples, on two CPU cores.
 
     OMP_NUM_THREADS=2 taskset -c 0,1 python benchmarks/preference_and_reward_gain.py
-        --work DIR --out FILE [--seeds 0 1 2] [--variant a] [--task odd] [--stages grpo dpo frame]
+        --work DIR --out FILE [--seeds 0 1 2] [--variant a] [--task destination] [--stages grpo dpo]
         [--limit N]
 
-Each seed generates images of shapes with a question, and trains finesight-tiny with LoRA:
+Each seed generates images with a question, and trains finesight-tiny with LoRA. The question is the
+destination of a train ticket, whose reward is `exact`, or a box among shapes, whose reward is
+`boxes`:
 
 - `sft`: supervised fine-tuning on 50 labelled samples.
 - `grpo`: the adapter of `sft`, continued with rewards on 500 samples. Their references are only
   used by the reward.
 - `dpo`: the adapter of `sft`, continued on preference pairs of the same 500 samples. A pair is the
   reference and an incorrect response that was sampled from `sft`.
-- `frame`: two steps of GRPO after fine-tuning on the labelled samples with boxes in pixels instead
-  of thousandths of the image. `warning` is the line of the run that names the coordinate frame.
+- `frame`, for the task `odd`: two steps of GRPO after fine-tuning on the labelled samples with boxes
+  in pixels instead of thousandths of the image. `warning` is the line of the run that names the
+  coordinate frame.
 
-`score` is the primary metric on the same validation samples with its 95 % confidence interval, and
+`score` is the accuracy on the same validation samples with its 95 % confidence interval, and
 `seconds` the training time from the start to the saved adapter, of DPO with the sampling of the
-pairs. `gain` is the difference to `sft`. `--limit` is the number of steps and a tenth of the
-numbers of samples, for a smoke test. The file is written after each stage.
+pairs. `gain` is the difference to `sft`. For a smoke test, `--limit` is the number of steps
+of GRPO, with a tenth of the samples of each split. The file is written after each stage.
 """
 
 from __future__ import annotations
@@ -65,6 +68,7 @@ from finesight.infer.model_loader import load_inference_model, select_cpu_precis
 from finesight.infer.prediction import Prediction, build_prediction
 from finesight.infer.request import SamplingParams
 from finesight.recipe import recipe_from_dict
+from finesight.synth import tickets
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
 from finesight.train.training_run import train
@@ -79,10 +83,10 @@ NUM_SAMPLED = 4
 
 
 class Task(NamedTuple):
-    """Generator of image, question and answer, and metric, score and reward of the answer."""
+    """Generator of image, question and answer, and score (`METRIC.SCORE`) and reward of it."""
 
     generate: Callable[[random.Random], tuple[Image.Image, str, tuple[ContentPart, ...]]]
-    metric: str
+    score: str
     reward: str
 
 
@@ -139,9 +143,17 @@ def generate_most(rng: random.Random) -> tuple[Image.Image, str, tuple[ContentPa
     return apply_camera_noise(scene.image, rng), "Which shape is most frequent?", (answer,)
 
 
+def generate_destination(rng: random.Random) -> tuple[Image.Image, str, tuple[ContentPart, ...]]:
+    """Generate a train ticket; the answer is the city at the end of the journey."""
+    fields = tickets.sample_ticket(rng)
+    answer = TextPart(text=fields["to"])
+    return tickets.draw_ticket(fields, rng), "Where does the journey end?", (answer,)
+
+
 TASKS = {
-    "odd": Task(generate_odd, "grounding", "boxes"),
-    "most": Task(generate_most, "classification", "exact"),
+    "destination": Task(generate_destination, "qa.exact", "exact"),
+    "odd": Task(generate_odd, "grounding.accuracy_at_0.5", "boxes"),
+    "most": Task(generate_most, "classification.accuracy", "exact"),
 }
 
 
@@ -306,15 +318,14 @@ def score(folder: Path, name: str, task: Task) -> dict[str, Any]:
     result = evaluate(
         str(folder / name),
         data=folder / "validation.jsonl",
-        metric=task.metric,
+        metric=task.score.partition(".")[0],
         batch_size=64,
         max_new_tokens=MAX_TOKENS,
     )
-    primary = result.primary_metric
-    interval = result.intervals[primary]
+    name = task.score.partition(".")[2]
+    interval = result.intervals[name]
     return {
-        "metric": primary,
-        "score": round(result.scores[primary], 4),
+        "score": round(result.scores[name], 4),
         "interval": None if interval is None else [round(one, 4) for one in interval],
     }
 
@@ -325,7 +336,7 @@ def measure_seed(args: argparse.Namespace, seed: int, variant: Variant) -> Itera
     write_task(folder, args.task, seed, 10 if args.limit else 1)
     common = {"task": args.task, "variant": args.variant, "seed": seed}
     sft_settings = {
-        "steps": args.limit or variant.sft_steps,
+        "steps": variant.sft_steps,
         "learning_rate": variant.sft_learning_rate,
     }
 
@@ -381,14 +392,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2))
     parser.add_argument("--variant", choices=VARIANTS, default="a")
-    parser.add_argument("--task", choices=TASKS, default="odd")
+    parser.add_argument("--task", choices=TASKS, default="destination")
     parser.add_argument(
-        "--stages", choices=("grpo", "dpo", "frame"), nargs="*", default=("grpo", "dpo", "frame")
+        "--stages", choices=("grpo", "dpo", "frame"), nargs="*", default=("grpo", "dpo")
     )
     parser.add_argument("--limit", type=int)
     args = parser.parse_args()
     variant = VARIANTS[args.variant]
-    figures = {
+    figures: dict[str, Any] = {
         "command": f"python {shlex.join(sys.argv)}",
         "machine": get_device_name(torch.device("cpu")),
         "cores": len(os.sched_getaffinity(0)),

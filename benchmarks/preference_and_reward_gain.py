@@ -13,9 +13,9 @@ destination of a train ticket, whose reward is `exact`, or a box among shapes, w
   used by the reward.
 - `dpo`: the adapter of `sft`, continued on preference pairs of the same 500 samples. A pair is the
   reference and an incorrect response that was sampled from `sft`.
-- `frame`, for the task `odd`: two steps of GRPO after fine-tuning on the labelled samples with boxes
-  in pixels instead of thousandths of the image. `warning` is the line of the run that names the
-  coordinate frame.
+- `frame`, for the task `odd`: two steps of GRPO after fine-tuning on the labelled samples with
+  boxes in pixels instead of thousandths of the image. `warning` is the line of the run that names
+  the coordinate frame.
 
 `score` is the accuracy on the same validation samples with its 95 % confidence interval, and
 `seconds` the training time from the start to the saved adapter, of DPO with the sampling of the

@@ -53,8 +53,11 @@ NUM_CHECKED_RESPONSES = 128
 MAX_USELESS_SHARE = 0.02
 """Share of responses with a reward up to which a run warns."""
 
-MIN_FRAME_GAIN = 0.3
-"""Gain of the mean IoU in another coordinate frame from which a warning names it."""
+MIN_FRAME_GAIN = 0.2
+"""Gain of the mean IoU in another coordinate frame from which a run warns and names it.
+
+The frame also has at least twice the mean IoU. Rewards of boxes may be above 0 in a wrong frame.
+"""
 
 
 class Group(NamedTuple):
@@ -86,7 +89,8 @@ class RolloutRecord(BaseModel):
 class RewardCheck:
     """Check of the first responses of a run, which warns once if nearly all rewards are 0.
 
-    The warning names the coordinate frame in which predicted boxes would match the references.
+    It also warns if predicted boxes match the references better in another coordinate frame, and
+    names the frame.
     """
 
     def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
@@ -105,9 +109,8 @@ class RewardCheck:
         if isinstance(self._renderer, NativeRenderer):
             images = [span for span in spans if span.kind == "image"]
             self._compare_boxes(self._renderer, cases, images)
-        is_useless = self._num_rewarded <= MAX_USELESS_SHARE * self._num_responses
-        if self._num_responses >= NUM_CHECKED_RESPONSES and is_useless:
-            self._log(self._describe())
+        if self._num_responses >= NUM_CHECKED_RESPONSES and (text := self._describe()):
+            self._log(text)
 
     def _compare_boxes(
         self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
@@ -132,19 +135,22 @@ class RewardCheck:
                 self._overlaps.setdefault(name, []).append(iou(found, reference.xyxy))
 
     def _describe(self) -> str:
-        text = (
-            f"{self._num_responses - self._num_rewarded} of the first {self._num_responses}"
-            " responses have no reward: fine-tune with train.objective=sft on some labelled samples"
-            " first, or check rewards and the format of the answers"
-        )
+        """Return the warning; empty if the responses have rewards and the usual frame."""
+        texts = []
+        if self._num_rewarded <= MAX_USELESS_SHARE * self._num_responses:
+            texts.append(
+                f"{self._num_responses - self._num_rewarded} of the first {self._num_responses}"
+                " responses have no reward: fine-tune with train.objective=sft on some labelled"
+                " samples first, or check rewards and the format of the answers"
+            )
         means = {name: float(np.mean(one)) for name, one in self._overlaps.items()}
         best = max(means, key=means.__getitem__, default="")
-        if best and means[best] >= means[""] + MIN_FRAME_GAIN:
-            text += (
-                f"; the boxes match the references as {best} (mean IoU {means[best]:.2f}, now"
+        if best and means[best] >= max(means[""] + MIN_FRAME_GAIN, 2 * means[""]):
+            texts.append(
+                f"the boxes match the references as {best} (mean IoU {means[best]:.2f}, now"
                 f" {means['']:.2f}): boxes of answers or of data have another coordinate frame"
             )
-        return text
+        return "; ".join(texts)
 
 
 class Rollout:

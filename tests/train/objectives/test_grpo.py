@@ -328,7 +328,7 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
     reference = BoxPart(image=0, xyxy=(100, 200, 300, 600))
     # The model writes the reference in the frame, or another box.
     is_other = frame not in FRAMES
-    written = (0, 0, 1, 1) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
+    written = (0, 0, 9, 9) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
     found = scale_box(written, span.resized_size, (800, 400))
     case = EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,))
     lines: list[str] = []
@@ -342,7 +342,8 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
     rewarded = RewardCheck(renderer, lines.append)
     for _ in range(40):
         rewarded.add([case] * 4, np.array([0, 0, 0, 0.5]), [span])
-    assert len(lines) == 1
+    assert len(lines) == 1 + bool(frame)
+    assert all("no reward" not in line for line in lines[1:])
 
 
 @each(

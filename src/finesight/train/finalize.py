@@ -17,6 +17,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from finesight.bounded_files import read_bytes
 from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, pair_results
@@ -347,41 +348,11 @@ def finalize_run(
         weights_step=after.step if after else state.progress.step,
         stopped_early=state.progress.step < len(state.data.sampler),
     )
-    run_dir.write_result(run_result.as_json())
+    run_dir.flush()
+    run_dir.write(RESULT_FILE, run_result.as_json())
     _log_summary(run_result, eval_history[-1] if eval_history else None, run_dir, console)
-    write_run_report(run_dir, console)
+    RunReport(run_dir, console).write()
     return run_result
-
-
-def write_run_report(
-    run_dir: RunDir,
-    console: ProgressConsole,
-    live_report: LiveReportState | None = None,
-    *,
-    is_complete: bool = True,
-) -> None:
-    """Write `report.html` of a run.
-
-    Errors are logged, because a report must not fail a finished run.
-
-    Args:
-        live_report: State of the live report while the run is in progress.
-        is_complete: Whether the run is finished. The report then has more examples.
-    """
-    # Only the main process needs the report.
-    from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
-
-    max_examples = MAX_EXAMPLES if is_complete else MAX_LIVE_EXAMPLES
-    try:
-        page = write_report(run_dir.path, max_examples=max_examples, live_state=live_report)
-    except Exception as error:
-        console.log(
-            f"writing the report failed ({type(error).__name__}: {error});"
-            f" {Step('report', {'run': run_dir.path}, 'to create it later')}"
-        )
-    else:
-        if run_dir.read_result() is not None:
-            console.log(f"Report:  {page}")
 
 
 def _compute_differences(
@@ -401,19 +372,18 @@ def _compute_differences(
         return differences
     metric = custom_metric.resolve_metric_path(settings.metric, run_dir.path)
     first, last = (run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after"))
+    sampled: list[MetricDifference] = []
     if first.is_file() and last.is_file():
-        score_differences = compare_prediction_files(metric, first, last, new.num_samples)
-        if score_differences:
-            return [*differences, *score_differences]
-    # The predictions of these samples are missing: scores are known, but not the intervals.
-    shared = [name for name in before.scores if name in after.scores]
-    return [
-        *differences,
-        *(
-            build_unsampled_difference(n, before.scores[n], after.scores[n], REASON_NO_PREDICTIONS)
-            for n in shared
-        ),
-    ]
+        sampled = compare_prediction_files(metric, first, last, new.num_samples)
+    # Without predictions of these samples, scores are known, but not their intervals.
+    return differences + (
+        sampled
+        or [
+            build_unsampled_difference(name, score, after.scores[name], REASON_NO_PREDICTIONS)
+            for name, score in before.scores.items()
+            if name in after.scores
+        ]
+    )
 
 
 def _log_summary(
@@ -424,22 +394,21 @@ def _log_summary(
     The checkpoints are compared by the last evaluation, on the common subset of the run.
     """
     after, best = result.after, result.best_eval
-    if after is not None:
-        console.log(result.as_table())
-    if after is not None and last is not None and best is not None and best.step != after.step:
-        metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
-        value, final = (
-            evaluation.validation_loss
-            if evaluation.primary_score is None
-            else evaluation.primary_score
-            for evaluation in (best, last)
-        )
-        if f"{value:.4f}" == f"{final:.4f}":
-            return
+    if after is None or last is None:
+        return
+    console.log(result.as_table())
+    if best is None or best.step == after.step:
+        return
+    value, final = (
+        one.validation_loss if one.primary_score is None else one.primary_score
+        for one in (best, last)
+    )
+    if f"{value:.4f}" != f"{final:.4f}":
         subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
         console.log(
-            f"{subset}The {metric_name} was better after step {best.step} ({value:.4f});"
-            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
+            f"{subset}The {best.primary_metric or 'validation loss'} was better after step"
+            f" {best.step} ({value:.4f}); its checkpoint is"
+            f" {run_dir.checkpoint_dir / f'step-{best.step}'}"
         )
 
 
@@ -483,18 +452,15 @@ def load_result(run_dir: RunDir) -> RunResult | None:
     Raises:
         UserError: `result.json` is invalid.
     """
-    text = run_dir.read_result()
-    if text is None:
+    if not run_dir.is_finished:
         return None
+    path, expected = run_dir.path / RESULT_FILE, "the file as training wrote it"
+    remedy = "delete it; --resume then writes it again"
     try:
-        return RunResult.model_validate_json(text)
+        return RunResult.model_validate_json(read_bytes(path, expected=expected, remedy=remedy))
     except ValidationError as error:
-        raise UserError(
-            f"not a valid result: {error.errors(include_url=False)[0]['msg']}",
-            where=str(run_dir.path / RESULT_FILE),
-            expected="the file as training wrote it",
-            remedy="delete it; --resume then writes it again",
-        ) from error
+        problem = f"not a valid result: {error.errors(include_url=False)[0]['msg']}"
+        raise UserError(problem, where=str(path), expected=expected, remedy=remedy) from error
 
 
 def format_param_changes(changes: list[ParamChange]) -> str:
@@ -516,8 +482,11 @@ MIN_IDLE_RATIO = 300
 """Minimum ratio of the update interval to the duration of an update."""
 
 
-class LiveReport:
-    """Writer of the report of a run in progress, on demand and in the training loop."""
+class RunReport:
+    """Writer of the report of a run, in the training loop, on demand and at the end.
+
+    Errors are logged, because a report must not fail a run.
+    """
 
     def __init__(
         self, run_dir: RunDir, console: ProgressConsole, interval_s: float = REPORT_INTERVAL_S
@@ -531,19 +500,37 @@ class LiveReport:
 
         return LiveReportState(interval_s=self._min_interval_s)
 
-    def write(self) -> None:
-        """Write the report now; errors are logged."""
-        write_run_report(self._run_dir, self._console, self._live, is_complete=False)
+    def write(self, *, is_live: bool = False) -> None:
+        """Write `report.html` now, with more examples if the run is finished.
+
+        Args:
+            is_live: Whether the run is in progress.
+        """
+        # Only the main process needs the report.
+        from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
+
+        run_dir, live_state = self._run_dir, self._live if is_live else None
+        max_examples = MAX_EXAMPLES if run_dir.is_finished else MAX_LIVE_EXAMPLES
+        try:
+            page = write_report(run_dir.path, max_examples=max_examples, live_state=live_state)
+        except Exception as error:
+            self._console.log(
+                f"writing the report failed ({type(error).__name__}: {error});"
+                f" {Step('report', {'run': run_dir.path}, 'to create it later')}"
+            )
+        else:
+            if run_dir.is_finished:
+                self._console.log(f"Report:  {page}")
 
     def write_if_due(self) -> bool:
         """Write the report once per interval, in at most 1/300 of the time; return if it did."""
         if time.perf_counter() < self._due_s:
             return False
-        live, start = self._live, time.perf_counter()
-        self.write()
+        start = time.perf_counter()
+        self.write(is_live=True)
         end = time.perf_counter()
-        live.interval_s = max(self._min_interval_s, MIN_IDLE_RATIO * (end - start))
-        self._due_s = end + live.interval_s
+        self._live.interval_s = max(self._min_interval_s, MIN_IDLE_RATIO * (end - start))
+        self._due_s = end + self._live.interval_s
         return True
 
 
@@ -561,7 +548,7 @@ def record_failure(
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
             run_dir.append_metrics({"step": progress.step, **end})
-        write_run_report(run_dir, console, is_complete=False)
+        RunReport(run_dir, console).write()
         raise
 
 

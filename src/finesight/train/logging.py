@@ -34,7 +34,7 @@ from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
-from finesight.train.finalize import LiveReport, RunResult
+from finesight.train.finalize import RunReport, RunResult
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
@@ -308,7 +308,7 @@ class MetricsLogger:
     host waits for the results. All ranks check the steps. Only the main process writes files.
 
     Args:
-        live_report: Report of the run in progress; None on the other ranks.
+        report: Report of the run in progress; None on the other ranks.
     """
 
     def __init__(
@@ -316,9 +316,9 @@ class MetricsLogger:
         state: TrainState,
         console: ProgressConsole,
         tracking: TrackerManager,
-        live_report: LiveReport | None = None,
+        report: RunReport | None,
     ) -> None:
-        self._state, self._console, self._live_report = state, console, live_report
+        self._state, self._console, self._report = state, console, report
         self.tracking_events = TrackingEvents(state, tracking)
         self._anomaly_detector = AnomalyDetector(state, console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
@@ -396,7 +396,7 @@ class MetricsLogger:
         if step_output.event is None:
             self.flush()
         # A GPU computes the pending step meanwhile.
-        if self._live_report and self._live_report.write_if_due() and self._pending is None:
+        if self._report and self._report.write_if_due() and self._pending is None:
             self.restart_timer()
 
     def flush(self) -> None:
@@ -482,8 +482,8 @@ class MetricsLogger:
             note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
         ):
             self._console.log(line)
-        if self._live_report and eval_result.step < len(self._state.data.sampler):
-            self._live_report.write()
+        if self._report and eval_result.step < len(self._state.data.sampler):
+            self._report.write(is_live=True)
 
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
-from finesight.bounded_files import parse_json, read_bytes, read_lines
+from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MAX_COUNT, Recipe
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
@@ -70,6 +70,11 @@ class RunDir:
             return (self.path / MANIFEST_FILE).exists()
 
     @property
+    def is_finished(self) -> bool:
+        """True if the run is complete."""
+        return (self.path / RESULT_FILE).exists()
+
+    @property
     def next_path(self) -> Path:
         """First free path of a further run: `run-2`, `run-3` and so on after `run`."""
         stem, _, number = str(self.path).rpartition("-")
@@ -90,13 +95,10 @@ class RunDir:
         absent, remedy = "a path that does not exist", "set another output_dir"
         problem = None
         if is_started and not resume:
-            is_finished = (self.path / RESULT_FILE).exists()
-            problem = (
-                f"contains {'a finished' if is_finished else 'another'} run",
-                "a new folder" if is_finished else "a new folder, or a run that is resumed",
-            )
+            problem = "contains a finished run", "a new folder"
             remedy = f"set another folder: output_dir={self.next_path}"
-            if not is_finished:
+            if not self.is_finished:
+                problem = "contains another run", "a new folder, or a run that is resumed"
                 remedy = f"add --resume (in Python, resume=True) to continue it, or {remedy}"
         elif self.path.is_symlink() and not self.path.exists():
             problem = "is a broken link", f"a folder, or {absent}"
@@ -251,22 +253,6 @@ class RunDir:
                 self._recorded_skips.add((name, reason))
                 row = SkippedRow(id=name, reason=reason, step=step, split=split)
                 append_line(self.skipped_path, row.model_dump_json(exclude_defaults=True))
-
-    def write_result(self, result: object) -> None:
-        """Write `result.json`, which marks the run as complete."""
-        self.flush()
-        self.write(RESULT_FILE, result)
-
-    def read_result(self) -> bytes | None:
-        """Return the content of `result.json`; None if the run is not finished."""
-        path = self.path / RESULT_FILE
-        if not path.exists():
-            return None
-        return read_bytes(
-            path,
-            expected="the file as training wrote it",
-            remedy="delete it; --resume then writes it again",
-        )
 
     def truncate_metrics(self, step: int, last_eval_step: int) -> None:
         """Remove the lines of `metrics.jsonl` that a resumed run writes again.

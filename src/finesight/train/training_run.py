@@ -23,12 +23,11 @@ from finesight.track.tracker_manager import start_trackers
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import save_tensors
 from finesight.train.finalize import (
-    LiveReport,
+    RunReport,
     RunResult,
     finalize_run,
     load_result,
     record_failure,
-    write_run_report,
 )
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.objectives.dpo import prepare_references
@@ -195,7 +194,7 @@ def _train_rank(
                 f" {run_dir.suggest_further_run(recipe, run_dir.path, 'To train further')}"
             )
             if is_main and not run_dir.report_path.exists():
-                write_run_report(run_dir, console)
+                RunReport(run_dir, console).write()
             return result if is_main else None
         require_packages(recipe.track)
         state, param_audit = build_train_state(
@@ -214,8 +213,8 @@ def _train_rank(
                 _prepare_run_dir(state)
             trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
             tracking = stack.enter_context(trackers)
-        live_report = LiveReport(run_dir, console) if is_main else None
-        metrics_logger = MetricsLogger(state, console, tracking, live_report)
+        report = RunReport(run_dir, console) if is_main else None
+        metrics_logger = MetricsLogger(state, console, tracking, report)
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)

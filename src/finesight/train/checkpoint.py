@@ -77,17 +77,6 @@ class TrainProgress(BaseModel):
     nonfinite_steps: int = 0
     consecutive_nonfinite_steps: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields of the progress by name."""
-        return dict(self)
-
-    def load_state_dict(self, stored: TrainProgress) -> None:
-        """Restore the progress of a checkpoint, with the smaller of both memory budgets."""
-        self.budget = stored.budget.min_with(self.budget)
-        self.step, self.last_eval_step, self.best = stored.step, stored.last_eval_step, stored.best
-        self.nonfinite_steps = stored.nonfinite_steps
-        self.consecutive_nonfinite_steps = stored.consecutive_nonfinite_steps
-
 
 class CheckpointState(TrainProgress):
     """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
@@ -104,6 +93,11 @@ class CheckpointState(TrainProgress):
     consumed_samples: int
     loss_scale: dict[str, float]
     resume_config: dict[str, Any]
+
+    def restore_progress(self, budget: MemoryBudget) -> TrainProgress:
+        """Return the progress of the run, with the smaller of both memory budgets."""
+        fields = {name: value for name, value in self if name in TrainProgress.model_fields}
+        return TrainProgress(**fields | {"budget": self.budget.min_with(budget)})
 
 
 class CorruptCheckpointError(UserError):
@@ -221,12 +215,13 @@ class CheckpointManager:
             if later > step:
                 move_folder(self.step_dir(later), self.checkpoint_dir / f"corrupt-step-{later}")
 
-    def load(self, step: int, remedy: str) -> Checkpoint:
+    def load(self, step: int, remedy: str, *, is_verified: bool = False) -> Checkpoint:
         """Load the checkpoint of a step after verifying the digests of its files.
 
         Args:
             step: Step of the checkpoint.
             remedy: Suggestion in the error if the checkpoint is invalid.
+            is_verified: Whether another rank has verified the digests.
 
         Raises:
             CorruptCheckpointError: A file is missing or has changed.
@@ -234,16 +229,12 @@ class CheckpointManager:
         """
         folder = self.step_dir(step)
         try:
-            verify_folder(folder)
+            if not is_verified:
+                verify_folder(folder)
         except UserError as error:
             raise CorruptCheckpointError(
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
-        return self.load_unverified(step, remedy)
-
-    def load_unverified(self, step: int, remedy: str) -> Checkpoint:
-        """Load the checkpoint of a step that another rank has already verified."""
-        folder = self.step_dir(step)
         state = _read_state(folder / STATE_FILE, remedy)
         return state, _open_tensors(folder, WEIGHTS_FILE), _open_tensors(folder, OPTIMIZER_FILE)
 
@@ -338,7 +329,7 @@ def check_resume_config(
     stored: Mapping[str, Any],
     current: Mapping[str, Any],
     where: Path,
-    suggest: Callable[[Mapping[str, Any]], Remedy] | None = None,
+    suggest: Callable[[Mapping[str, Any]], Remedy],
 ) -> None:
     """Verify that settings and fingerprints have not changed since a checkpoint was written.
 
@@ -355,9 +346,8 @@ def check_resume_config(
     current = json.loads(json.dumps(current))
     different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
-        remedy: Remedy
-        remedy = "resume with the original recipe and data, or set another output_dir"
-        if suggest is not None and all(name.startswith("train.") for name in different):
+        remedy: Remedy = "resume with the original recipe and data, or set another output_dir"
+        if all(name.startswith("train.") for name in different):
             remedy = suggest({name: current.get(name) for name in different})
         raise UserError(
             "; ".join(f"{name} is {current.get(name)!r} now" for name in different),

@@ -26,7 +26,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalResult, select_eval_samples
-from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.progress import ProgressCallback
 from finesight.train.dataloader import (
     GlobalStepStats,
     SkippedSample,
@@ -44,7 +44,8 @@ from finesight.train.oom import (
 )
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.sampler import SequentialSampler
+from finesight.train.state import TrainState
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
@@ -79,13 +80,7 @@ def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
     ]
 
 
-def run_evaluation(
-    state: TrainState,
-    name: str,
-    console: ProgressConsole,
-    stop: StopRequest,
-    is_complete: bool = True,
-) -> EvalResult:
+def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> EvalResult:
     """Compute the validation loss, and generate and score predictions if a metric is set.
 
     The result is that of the common subset of the run. A complete evaluation also returns that of
@@ -98,8 +93,6 @@ def run_evaluation(
 
     Args:
         name: Name of the predictions file, such as `before` or `step-100`.
-        console: Console for progress and messages.
-        stop: Stop request, checked between batches.
         is_complete: Whether to evaluate all samples, not only the common subset.
 
     Raises:
@@ -108,7 +101,7 @@ def run_evaluation(
     """
     assert state.data.validation is not None, "no validation data"
     indices, settings = state.data.validation.stats.sample_indices, state.run.recipe.eval
-    process_group, corpus = state.run.hardware.process_group, state.data.validation.corpus
+    process_group, console = state.run.hardware.process_group, state.run.console
     subset = select_eval_samples(indices, resolve_interim_limit(settings))
     common = frozenset(subset)
     evaluated = indices if is_complete else subset
@@ -118,9 +111,7 @@ def run_evaluation(
     def compute_loss(budget: MemoryBudget) -> list[LossSum]:
         num_own = sum(len(process_group.shard(part)) for part in parts)
         with console.progress_stage(f"validation loss {name}", num_own) as on_progress:
-            return [
-                compute_validation_loss(state, budget, on_progress, stop, part) for part in parts
-            ]
+            return [compute_validation_loss(state, budget, on_progress, part) for part in parts]
 
     budget, device = state.progress.budget, state.run.hardware.device
     with state.engine.parallel.summon_full_params():
@@ -131,11 +122,9 @@ def run_evaluation(
         scored = select_eval_samples(evaluated, settings.limit if settings else None)
         if settings is not None:
             positions = [n for n, index in enumerate(scored) if index in common]
-            samples = [corpus[index] for index in scored]
-            generation = _evaluate_generation(
-                state, settings, samples, name, console, stop, positions
-            )
-    _record_skipped(state, skipped, generation, console)
+            samples = [state.data.validation.corpus[index] for index in scored]
+            generation = _evaluate_generation(state, settings, samples, name, positions)
+    _record_skipped(state, skipped, generation)
     full = None
     if rest:
         full = _build_eval_result(state, losses[1], generation, scored)
@@ -147,14 +136,13 @@ def _record_skipped(
     state: TrainState,
     loss_skipped: Sequence[SkippedSample],
     generation: GenerationEvalResult | None,
-    console: ProgressConsole,
 ) -> None:
     """Log the unreadable samples of an evaluation, and write them to `skipped_samples.jsonl`."""
     reasons = dict(generation.corrupt_samples if generation else ()) | dict(loss_skipped)
     if not reasons:
         return
     name, reason = next(iter(reasons.items()))
-    console.log(
+    state.run.console.log(
         f"{format_count(len(reasons), 'validation sample')} skipped, {name}: {reason};"
         " evaluations of other samples are not compared with this one"
     )
@@ -204,15 +192,13 @@ def _evaluate_generation(
     settings: EvalSettings,
     samples: Sequence[LocatedSample],
     name: str,
-    console: ProgressConsole,
-    stop: StopRequest,
     subset: Sequence[int],
 ) -> GenerationEvalResult:
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
 
     metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
-    process_group = state.run.hardware.process_group
+    process_group, console = state.run.hardware.process_group, state.run.console
 
     def on_batch_reduced(batch: int) -> None:
         state.engine.graph_runner.release_graphs()
@@ -220,13 +206,12 @@ def _evaluate_generation(
             f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
         )
 
-    with console.progress_stage(
-        f"generation {name}", len(process_group.shard(samples))
-    ) as on_progress:
+    num_own = len(process_group.shard(samples))
+    with console.progress_stage(f"generation {name}", num_own) as on_progress:
 
         def on_generated(count: int) -> None:
             on_progress(count)
-            stop.raise_if_requested()
+            state.run.stop.raise_if_requested()
 
         return evaluate(
             state.engine.model,
@@ -339,11 +324,7 @@ def _mean_losses(
 
 
 def compute_validation_loss(
-    state: TrainState,
-    budget: MemoryBudget,
-    on_progress: ProgressCallback,
-    stop: StopRequest,
-    indices: Sequence[int],
+    state: TrainState, budget: MemoryBudget, on_progress: ProgressCallback, indices: Sequence[int]
 ) -> LossSum:
     """Sum the loss and the metrics of the objective over this rank's validation samples.
 
@@ -352,21 +333,28 @@ def compute_validation_loss(
     Args:
         budget: Memory budget, which limits the tokens of a pack.
         on_progress: Callback for the number of newly processed samples.
-        stop: Stop request, checked between batches.
         indices: Corpus indices of the samples of all ranks.
 
     Raises:
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
+    assert state.data.validation is not None, "no validation data"
+    recipe, model = state.run.recipe, state.engine.model
+    own_indices = state.run.hardware.process_group.shard(indices)
+    sampler = SequentialSampler(own_indices, recipe.train.batch_size)
+    # Without shared prefixes: in evaluation mode, some families compute a token depending on the
+    # length of its sample (`model.families.qwen_vl`).
+    data = state.data.validation.build_step_dataset(
+        state.data.renderer, sampler, budget.pack_tokens, recipe.data
+    )
     objective, device = state.engine.objective, state.run.hardware.device
     total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
     num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
     model.eval()
     try:
-        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress, stop):
+        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress):
             for loss in values:
                 total += loss
             num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
@@ -384,14 +372,13 @@ def iter_step_losses(
     split: str,
     budget: MemoryBudget,
     on_progress: ProgressCallback,
-    stop: StopRequest,
 ) -> Iterator[tuple[StepBatch, list[Tensor]]]:
     """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
     hardware = state.run.hardware
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
     with closing(step_batches) as steps:
         for step_batch in steps:
-            stop.raise_if_requested()
+            state.run.stop.raise_if_requested()
             values = []
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:

@@ -273,9 +273,7 @@ class RunResult(BaseModel):
         return "\n".join(lines)
 
 
-def finalize_run(
-    state: TrainState, console: ProgressConsole, param_audit: ParamAudit
-) -> RunResult | None:
+def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -288,7 +286,11 @@ def finalize_run(
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir, process_group = state.run.run_dir, state.run.hardware.process_group
+    run_dir, console, process_group = (
+        state.run.run_dir,
+        state.run.console,
+        state.run.hardware.process_group,
+    )
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
     before: EvalResult | None = None

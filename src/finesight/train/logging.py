@@ -29,7 +29,7 @@ from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers
-from finesight.progress import ProgressConsole, StepProgress
+from finesight.progress import StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import SampleStats
@@ -314,13 +314,12 @@ class MetricsLogger:
     def __init__(
         self,
         state: TrainState,
-        console: ProgressConsole,
         tracking: TrackerManager,
         report: RunReport | None,
     ) -> None:
-        self._state, self._console, self._report = state, console, report
+        self._state, self._console, self._report = state, state.run.console, report
         self.tracking_events = TrackingEvents(state, tracking)
-        self._anomaly_detector = AnomalyDetector(state, console.log)
+        self._anomaly_detector = AnomalyDetector(state, state.run.console.log)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
         self._has_warned, self._is_peak_valid = False, True

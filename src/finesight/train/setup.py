@@ -281,7 +281,9 @@ def build_train_state(
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
     state = TrainState(
-        RunContext(recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config),
+        RunContext(
+            recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config, console
+        ),
         RunData(
             renderer,
             train_data,
@@ -320,13 +322,15 @@ def build_train_state(
             lr_schedule=lr_schedule,
             flop_counter=flop_counter,
         ),
-        TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None),
+        TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
+        if checkpoint is None
+        else checkpoint[0].restore_progress(budget),
     )
     param_audit = ParamAudit(model, optimizer.master_weights())
     if checkpoint is not None:
         stored, weights, optimizer_state = checkpoint
         state.engine.load_state_dict(weights, optimizer_state)
-        state.load_state_dict(stored)
+        state.engine.loss_scaler.load_state_dict(stored.loss_scale)
     state.apply_budget(state.progress.budget)
     _log_overrides(state, budget, console)
     return state, param_audit
@@ -482,7 +486,8 @@ def _load_latest_checkpoint(
             checkpoint = checkpoint_manager.load_latest(console.log)
     step_text = process_group.broadcast_str("" if checkpoint is None else str(checkpoint[0].step))
     if step_text and not process_group.is_main:
-        checkpoint = checkpoint_manager.load_unverified(int(step_text), "start again with --resume")
+        remedy = "start again with --resume"
+        checkpoint = checkpoint_manager.load(int(step_text), remedy, is_verified=True)
     return checkpoint
 
 

@@ -35,7 +35,7 @@ from finesight.train.oom import translate_oom_errors
 from finesight.train.parallel.distributed import ProcessGroup, init_distributed
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import InputCheck, build_manifest, build_train_state
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
@@ -207,18 +207,18 @@ def _train_rank(
             # Another process may have started meanwhile.
             run_dir.check_available(resume=False)
         state.check_ranks_match()
-        stop = StopRequest()
         with process_group.sync_errors():
             if is_main:
                 _prepare_run_dir(state)
             trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
             tracking = stack.enter_context(trackers)
         report = RunReport(run_dir, console) if is_main else None
-        metrics_logger = MetricsLogger(state, console, tracking, report)
+        metrics_logger = MetricsLogger(state, tracking, report)
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         console.log(describe_run(state))
+        stop = state.run.stop
         vision_features = VisionFeatures(state, console, stop)
         trainer = Trainer(state, console, stop, metrics_logger, vision_features)
         with (
@@ -227,8 +227,8 @@ def _train_rank(
             record_failure(run_dir, console, state.progress) if is_main else nullcontext(),
         ):
             if recipe.train.objective == "dpo":
-                prepare_references(state, console, stop)
-            result = trainer.run(partial(finalize_run, state, console, param_audit))
+                prepare_references(state)
+            result = trainer.run(partial(finalize_run, state, param_audit))
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result

@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from finesight.config import DpoSettings, OrpoSettings, SimpoSettings, TrainSettings
 from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
-from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.progress import ProgressCallback
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
@@ -34,7 +34,7 @@ from finesight.train.objectives import PackKey
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES
 from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.sampler import SequentialSampler
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 
 REFERENCE_FILE = "reference_logps.safetensors"
 """File of the run folder with the log-probabilities of the reference model."""
@@ -230,7 +230,7 @@ def compute_mean_losses(settings: OrpoSettings | SimpoSettings, means_2N: Tensor
     return -means_2N[0] - settings.beta * F.logsigmoid(odds_2N[0] - odds_2N[1])
 
 
-def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
+def prepare_references(state: TrainState) -> None:
     """Compute the log-probabilities of the reference model, or load those of a resumed run.
 
     The reference is the model before the first step: the base model without adapter, or the model
@@ -264,14 +264,17 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
         own_indices = hardware.process_group.shard(split_indices)
         found[split] = list[tuple[int, float, float]]()
         with (
-            console.progress_stage(f"reference, data.{split}", len(own_indices)) as on_progress,
+            state.run.console.progress_stage(
+                f"reference, data.{split}", len(own_indices)
+            ) as on_progress,
             state.engine.parallel.summon_full_params(),
             hardware.process_group.sync_errors(),
         ):
             add_references = partial(
-                _add_references, state, split, own_indices, found[split], on_progress, stop
+                _add_references, state, split, own_indices, found[split], on_progress
             )
-            retry_on_oom(state.progress.budget, hardware.device, console.log, add_references)
+            log = state.run.console.log
+            retry_on_oom(state.progress.budget, hardware.device, log, add_references)
     payloads = hardware.process_group.all_gather_str(json.dumps(found))
     tables = [*map(json.loads, payloads)]
     references = {
@@ -289,7 +292,6 @@ def _add_references(
     indices: Sequence[int],
     found: list[tuple[int, float, float]],
     on_progress: ProgressCallback,
-    stop: StopRequest,
     budget: MemoryBudget,
 ) -> None:
     """Add the corpus index and the two log-probabilities of each pair that `found` lacks.
@@ -305,9 +307,7 @@ def _add_references(
     dataset = data.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
     state.engine.model.train(split == "train")
     try:
-        for step_batch, values in iter_step_losses(
-            state, dataset, split, budget, on_progress, stop
-        ):
+        for step_batch, values in iter_step_losses(state, dataset, split, budget, on_progress):
             logps = torch.stack([value[-2:] for value in values]).tolist() if values else []
             read = chain.from_iterable(step_batch.sample_indices)
             found += [(index, *pair) for index, pair in zip(read, logps, strict=True)]

@@ -268,8 +268,10 @@ def build_train_state(
         train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
+        # Models of the transformers backend and linear attention layers cannot split samples.
         can_split_samples=recipe.train.objective in (None, "sft")
-        and supports_context_parallelism(model),
+        and not isinstance(model, HfModel)
+        and model.config.decoder.linear_attention is None,
     )
     stacked_rows = stacked_row_counts(model)
     parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
@@ -431,14 +433,6 @@ def build_rank_sampler(
 
     count_fn = count_tokens if can_split_samples else None
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
-
-
-def supports_context_parallelism(model: AnyModel) -> bool:
-    """Return True if the tokens of a sample can be split over ranks.
-
-    Models of the transformers backend and linear attention layers do not support it.
-    """
-    return not isinstance(model, HfModel) and model.config.decoder.linear_attention is None
 
 
 def _log_overrides(state: TrainState, requested: MemoryBudget, console: ProgressConsole) -> None:

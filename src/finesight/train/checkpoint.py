@@ -167,16 +167,10 @@ class CheckpointManager:
                         _open_tensors(folder, name)
                 (folder / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
         if process_group.is_main:
-            self._prune(state)
-
-    def _prune(self, state: CheckpointState) -> None:
-        retained_steps = {
-            *self.steps()[-self.max_to_keep :],
-            state.best.step if state.best else state.step,
-        }
-        for step in self.steps():
-            if step not in retained_steps:
-                remove_folder(self.step_dir(step))
+            steps, best_step = self.steps(), state.best.step if state.best else state.step
+            for step in steps[: -self.max_to_keep]:
+                if step != best_step:
+                    remove_folder(self.step_dir(step))
 
     def load_latest(self, log: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest valid checkpoint after verifying the digests of its files.
@@ -246,17 +240,15 @@ def _write_tensors(
     process_group: ProcessGroup,
 ) -> None:
     for tensors, name in ((weights, WEIGHTS_FILE), (optimizer_state, OPTIMIZER_FILE)):
-        file = folder / (
-            name
-            if process_group.is_single_process
-            else _shard_name(name, process_group.rank, process_group.world_size)
-        )
+        file = folder / _shard_name(name, process_group.rank, process_group.world_size)
         # One at a time: GPU memory may not suffice for fp32 copies of all tensors.
         with translate_os_errors(file):
             save_file({key: t.cpu() for key, t in tensors.items()}, file)
 
 
 def _shard_name(name: str, rank: int, world_size: int) -> str:
+    if world_size == 1:
+        return name
     stem, _, extension = name.rpartition(".")
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 

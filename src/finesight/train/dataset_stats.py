@@ -123,38 +123,34 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     write_file(path, save(dict(tensors), {_CHECKSUM_KEY: _checksum(tensors)}))
 
 
-def load_image_record(path: Path) -> dict[str, ImageStates]:
-    """Read the image fingerprints of each split, which `save_tensors` wrote.
-
-    Raises:
-        UserError: The file is corrupt.
-    """
-    try:
-        record = load_tensors(path)
-        if "train" not in record:
-            raise ValueError("no images of data.train")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"the fingerprints of the images cannot be read: {error}",
-            where=str(path),
-            expected="the file as the run wrote it",
-            remedy=f"delete {path} to resume without comparing images",
-        ) from error
-    return record
-
-
-def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+def load_tensors(
+    path: Path, content: str, remedy: str, required: str = ""
+) -> dict[str, NDArray[Any]]:
     """Read the tensors that `save_tensors` wrote.
 
+    Args:
+        content: Description of the tensors for the error message.
+        required: Name of a tensor that must exist, if any.
+
     Raises:
-        SafetensorError, OSError or ValueError: The file is missing or corrupt.
+        UserError: The file is missing or corrupt.
     """
-    reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
-    with reader as file:
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
-    if checksum != _checksum(tensors):
-        raise ValueError("the checksum does not match")
+    try:
+        reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
+        with reader as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
+        if checksum != _checksum(tensors):
+            raise ValueError(f"the checksum {checksum} does not match")
+        if required and required not in tensors:
+            raise ValueError(f"no tensor {required}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{content} cannot be read: {error}",
+            where=str(path),
+            expected="the file as the run wrote it",
+            remedy=remedy,
+        ) from error
     return tensors
 
 
@@ -183,7 +179,8 @@ def check_image_record(
     if not path.exists():
         log(f"{path} is missing: images are not compared with the start of the run")
         return
-    recorded = load_image_record(path)
+    remedy = f"delete {path} to resume without comparing images"
+    recorded = load_tensors(path, "the fingerprints of the images", remedy, required="train")
     # The user may have repaired the images that the run reported as corrupt.
     rows = run_dir.read_skipped_samples()
     messages = [text for row in rows for text in (json.dumps(row.id), row.reason)]
@@ -223,7 +220,7 @@ def _check_images(
         files = {str(path) for index in extra for path in list_sample_images(corpus[index])}
         raise UserError(
             f"data.{split}: {len(extra)} samples were skipped at the start of the run and are"
-            f" readable now, or the reverse: {_join_names(sorted(files))}",
+            f" readable now, or the reverse: {join_names(sorted(files))}",
             where=str(path),
             expected="the images of the start of the run, whose samples it fixed",
             remedy="restore these files as they were, or start a new run with another output_dir",
@@ -233,7 +230,7 @@ def _check_images(
     if changed:
         raise UserError(
             f"data.{split}: the images of {len(changed)} samples have changed since the start of"
-            f" the run: {_join_names(changed)}",
+            f" the run: {join_names(changed)}",
             where=str(path),
             expected="the images of the start of the run",
             remedy=f"restore them, or delete {path} to resume with the current images",
@@ -246,9 +243,11 @@ def _check_images(
         )
 
 
-def _join_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED_IMAGES} more" if len(names) > MAX_LISTED_IMAGES else ""
-    return f"{', '.join(names[:MAX_LISTED_IMAGES])}{more}"
+def join_names(names: Iterable[str], max_names: int = MAX_LISTED_IMAGES) -> str:
+    """List different names in a message, up to a maximum number."""
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - max_names} more" if len(unique) > max_names else ""
+    return f"{', '.join(unique[:max_names])}{more}"
 
 
 MAX_FULL_SCAN_SAMPLES = 500_000

@@ -286,26 +286,23 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir, console, process_group = (
-        state.run.run_dir,
-        state.run.console,
-        state.run.hardware.process_group,
-    )
+    run_dir, console = state.run.run_dir, state.run.console
+    process_group, settings = state.run.hardware.process_group, state.run.recipe.eval
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
     before: EvalResult | None = None
-    after = eval_history[-1] if len(eval_history) > 1 else None
+    after: EvalResult | None = None
     step = state.progress.step
-    settings = state.run.recipe.eval
-    if best_eval is not None and settings is not None and settings.patience:
-        after = best_eval
-        if best_eval.step != step:
-            step = best_eval.step
-            console.log(f"restoring the weights of step {step}, which have the best evaluation")
-        predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
-        if predictions.is_file():
-            write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
-    if after is not None and len(eval_history) > 1:
+    if len(eval_history) > 1:
+        after = eval_history[-1]
+        if best_eval is not None and settings is not None and settings.patience:
+            after = best_eval
+            if best_eval.step != step:
+                step = best_eval.step
+                console.log(f"restoring the weights of step {step}, which have the best evaluation")
+            predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
+            if predictions.is_file():
+                write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
         before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
     if not (process_group.is_main or state.engine.parallel.is_sharded):
@@ -388,6 +385,11 @@ def _compute_differences(
     )
 
 
+def get_ranking_score(result: EvalResult | BestEval) -> float:
+    """Return the primary score of an evaluation; without a metric, the validation loss."""
+    return result.validation_loss if result.primary_score is None else result.primary_score
+
+
 def _log_summary(
     result: RunResult, last: EvalResult | None, run_dir: RunDir, console: ProgressConsole
 ) -> None:
@@ -401,10 +403,7 @@ def _log_summary(
     console.log(result.as_table())
     if best is None or best.step == after.step:
         return
-    value, final = (
-        one.validation_loss if one.primary_score is None else one.primary_score
-        for one in (best, last)
-    )
+    value, final = get_ranking_score(best), get_ranking_score(last)
     if f"{value:.4f}" != f"{final:.4f}":
         subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
         console.log(

@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -27,14 +27,14 @@ from finesight.evaluate.task_metrics import LOWER_IS_BETTER
 from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.trainable import get_part
+from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.weights_io import count_unquantized_layers
 from finesight.progress import StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
-from finesight.train.dataset_stats import SampleStats
+from finesight.train.dataset_stats import SampleStats, join_names
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
-from finesight.train.finalize import RunReport, RunResult
+from finesight.train.finalize import RunReport, RunResult, get_ranking_score
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
@@ -48,11 +48,6 @@ class TrackingEvents:
 
     def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
         self._state, self._tracking = state, tracking
-
-    def log_start(self, facts: Mapping[str, Any]) -> None:
-        """Send the start of a run, with hardware and data."""
-        parallel = self._state.engine.parallel
-        self._tracking.start_run({**facts, "num_trainable_params": parallel.num_trainable_params})
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of a step, and an alert for an anomaly."""
@@ -97,34 +92,25 @@ class TrackingEvents:
         if (text := _describe_regression(baseline, eval_result)) is not None:
             self._tracking.send_alert("warning", "worse than before training", text)
 
-    def log_overfitting(self, text: str) -> None:
-        """Send an alert about overfitting."""
-        self._tracking.send_alert("warning", "overfitting", text)
-
     def log_result(self, result: RunResult) -> None:
         """Send an alert that the run has finished, with its result."""
         text = format_count(result.steps, "step")
         if result.before is not None and result.after is not None:
-            name, before = _primary_score(result.before)
-            _, after = _primary_score(result.after)
-            is_comparable = result.after.as_best_eval().is_comparable_to(
-                result.before.as_best_eval()
-            )
+            name, before, after, is_comparable = _compare_scores(result.before, result.after)
             text += f", {name} " + f"{before:.4f} before, " * is_comparable + f"{after:.4f} after"
         self._tracking.send_alert("info", "run finished", text)
 
 
-def _primary_score(eval_result: EvalResult) -> tuple[str, float]:
-    """Return name and value of the primary metric, by default the validation loss."""
-    if eval_result.primary_metric is None:
-        return "validation_loss", eval_result.validation_loss
-    return eval_result.primary_metric, eval_result.scores[eval_result.primary_metric]
+def _compare_scores(before: EvalResult, after: EvalResult) -> tuple[str, float, float, bool]:
+    """Return name and values of the primary metric, and whether the values are comparable."""
+    is_comparable = after.as_best_eval().is_comparable_to(before.as_best_eval())
+    name = before.primary_metric or "validation_loss"
+    return name, get_ranking_score(before), get_ranking_score(after), is_comparable
 
 
 def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
     """Describe the regression if an evaluation is worse than before training; otherwise None."""
-    (name, old), (_, new) = _primary_score(baseline), _primary_score(current)
-    is_comparable = current.as_best_eval().is_comparable_to(baseline.as_best_eval())
+    name, old, new, is_comparable = _compare_scores(baseline, current)
     if not is_comparable or not (new > old if name in LOWER_IS_BETTER else new < old):
         return None
     return f"{name} {new:.4f} after {format_count(current.step, 'step')}, {old:.4f} before"
@@ -160,8 +146,8 @@ class AnomalyDetector:
     because the images may have been repaired.
     """
 
-    def __init__(self, state: TrainState, log: Callable[[str], None]) -> None:
-        self._state, self._log = state, log
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._log = state, state.run.console.log
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._corrupt_samples: dict[str, str] = {}
         self._nonfinite_samples: list[str] = []
@@ -185,9 +171,12 @@ class AnomalyDetector:
         self._corrupt_samples |= step_output.global_stats.skipped
         loss, grad_norm = step_output.wait()
         progress, step_index = self._state.progress, step_output.step_batch.step_index
-        checked: dict[str, Any] = {"nonfinite_samples": (), "loss_spike_samples": ()}
+        checked: dict[str, Any] = {"loss": None, "grad_norm": None}
+        checked |= {"nonfinite_samples": (), "loss_spike_samples": ()}
         if not step_output.is_applied:
-            return {"loss": None, "grad_norm": None, **checked}
+            return checked
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            checked[name] = value if math.isfinite(value) else math.nan
         if math.isfinite(loss) and math.isfinite(grad_norm):
             progress.consecutive_nonfinite_steps, self._nonfinite_samples = 0, []
             if is_loss_spike(loss, self._losses):
@@ -197,7 +186,7 @@ class AnomalyDetector:
                 )
                 checked["loss_spike_samples"] = self._sample_locations(step_index)
             self._losses.append(loss)
-            return {"loss": loss, "grad_norm": grad_norm, **checked}
+            return checked
         sample_locations = self._sample_locations(step_index)
         progress.nonfinite_steps += 1
         progress.consecutive_nonfinite_steps += 1
@@ -206,10 +195,9 @@ class AnomalyDetector:
             f"skipped non-finite step {step_index + 1}: loss {loss},"
             f" gradient norm {grad_norm}; {progress.consecutive_nonfinite_steps} in a row, the run"
             f" ends after {MAX_CONSECUTIVE_NONFINITE};"
-            f" samples: {_format_locations(sample_locations)}"
+            f" samples: {join_names(sample_locations, MAX_LISTED_SAMPLES)}"
         )
-        values = {"loss": _or_nan(loss), "grad_norm": _or_nan(grad_norm)}
-        return values | checked | {"nonfinite_samples": sample_locations}
+        return checked | {"nonfinite_samples": sample_locations}
 
     def raise_if_exceeded(self) -> None:
         """Raise if the run has too many non-finite steps or corrupt images.
@@ -219,9 +207,10 @@ class AnomalyDetector:
         """
         progress, dataset_stats = self._state.progress, self._state.data.train.stats
         if progress.consecutive_nonfinite_steps >= MAX_CONSECUTIVE_NONFINITE:
+            names = join_names(self._nonfinite_samples, MAX_LISTED_SAMPLES)
             raise UserError(
                 f"{progress.consecutive_nonfinite_steps} steps in a row had a non-finite loss or"
-                f" gradient; their samples: {_format_locations(self._nonfinite_samples)}",
+                f" gradient; their samples: {names}",
                 where="training",
                 expected="finite values; the weights are those before these steps",
                 remedy="check these samples, lower train.learning_rate,"
@@ -262,17 +251,6 @@ def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
     center = median(recent_losses)
     deviation = 1.4826 * median(abs(recent_loss - center) for recent_loss in recent_losses)
     return loss - center > max(SPIKE_DEVIATIONS * deviation, center)
-
-
-def _or_nan(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
-
-
-def _format_locations(locations: Iterable[str]) -> str:
-    unique = list(dict.fromkeys(locations))
-    num_more = len(unique) - MAX_LISTED_SAMPLES
-    more = f" and {num_more} more" if num_more > 0 else ""
-    return ", ".join(unique[:MAX_LISTED_SAMPLES]) + more
 
 
 class StepTimer:
@@ -318,8 +296,8 @@ class MetricsLogger:
         report: RunReport | None,
     ) -> None:
         self._state, self._console, self._report = state, state.run.console, report
-        self.tracking_events = TrackingEvents(state, tracking)
-        self._anomaly_detector = AnomalyDetector(state, state.run.console.log)
+        self._tracking, self.tracking_events = tracking, TrackingEvents(state, tracking)
+        self._anomaly_detector = AnomalyDetector(state)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
         self._has_warned, self._is_peak_valid = False, True
@@ -355,7 +333,8 @@ class MetricsLogger:
             },
         }
         self._append_metrics(entry | facts)
-        self.tracking_events.log_start(facts)
+        num_trainable = state.engine.parallel.num_trainable_params
+        self._tracking.start_run({**facts, "num_trainable_params": num_trainable})
 
     def _append_metrics(self, metrics: Mapping[str, Any]) -> None:
         if self._state.run.hardware.process_group.is_main:
@@ -515,7 +494,7 @@ class MetricsLogger:
         text = describe_overfitting(run_dir.path, [*run_dir.iter_metrics()])
         if text is not None:
             self._console.log(f"warning: {text}")
-            self.tracking_events.log_overfitting(text)
+            self._tracking.send_alert("warning", "overfitting", text)
             self._has_warned = True
 
 
@@ -553,13 +532,8 @@ def describe_run(state: TrainState) -> str:
     """Describe trainable parameters, number of steps, precision and device in one line."""
     recipe, hardware = state.run.recipe, state.run.hardware
     tune = recipe.tune
-    modes = {
-        "vision": tune.vision,
-        "merger": tune.merger,
-        "language": tune.language,
-        "embeddings": tune.embeddings,
-    }
-    trained = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
+    modes = (f"{part} {mode}" for part, mode in tune if part in MODEL_PARTS and mode != "frozen")
+    trained = ", ".join(modes)
     num_trainable = state.engine.parallel.num_trainable_params
     num_params = sum(parameter.numel() for parameter in state.engine.model.parameters())
     quantized = find_quantized_weights(state.engine.model)

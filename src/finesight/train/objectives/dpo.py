@@ -19,13 +19,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from finesight.config import DpoSettings, OrpoSettings, SimpoSettings, TrainSettings
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError
 from finesight.progress import ProgressCallback
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
@@ -244,15 +242,9 @@ def prepare_references(state: TrainState) -> None:
     assert isinstance(objective, PairObjective), f"{objective} has no reference model"
     path = state.run.run_dir.path / REFERENCE_FILE
     if state.progress.step:
-        try:
-            objective.reference_logps = _index_references(load_tensors(path))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"the log-probabilities of the reference model cannot be read: {error}",
-                where=str(path),
-                expected="the file that the run wrote before its first step",
-                remedy="restore the file from a copy, or start a new run with another output_dir",
-            ) from error
+        remedy = "restore the file from a copy, or start a new run with another output_dir"
+        content = "the log-probabilities of the reference model"
+        objective.reference_logps = _index_references(load_tensors(path, content, remedy))
         return
     sampler, validation = state.data.sampler, state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))

@@ -44,9 +44,6 @@ from finesight.storage import (
     write_file,
 )
 
-_LINE_EXPECTED = "a line of metrics as training wrote it"
-_LINE_REMEDY = "restore the file from a copy, or truncate it before the corrupt line"
-
 
 class RunDir:
     """Directory of a training run; other commands read the same paths."""
@@ -285,15 +282,26 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: The path is not a regular file, or a value of a line has the wrong type.
     """
-    lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
+    expected = "a line of metrics as training wrote it"
+    remedy = "restore the file from a copy, or truncate it before the corrupt line"
+    lines = read_lines(path, expected=expected, remedy=remedy)
     for line_number, line in enumerate(lines, start=1):
         try:
             metrics = parse_json(line)
+            if not isinstance(metrics, dict) or not line.endswith(b"\n"):
+                return
+            _MetricsLine.model_validate(metrics)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the line"
+            raise UserError(
+                f"{key}: {first['msg']}, got {first['input']!r:.60}",
+                where=f"{path}:{line_number}",
+                expected=expected,
+                remedy=remedy,
+            ) from error
         except ValueError:
             return
-        if not isinstance(metrics, dict) or not line.endswith(b"\n"):
-            return
-        _check_types(metrics, f"{path}:{line_number}")
         yield len(line), metrics
 
 
@@ -329,20 +337,6 @@ class _MetricsLine(BaseModel):
         if self.primary_metric is not None and self.primary_metric not in self.scores:
             raise ValueError(f"the primary metric {self.primary_metric!r:.80} is not a score")
         return self
-
-
-def _check_types(metrics: dict[str, Any], where: str) -> None:
-    try:
-        _MetricsLine.model_validate(metrics)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
-        raise UserError(
-            f"{key}: {first['msg']}, got {first['input']!r:.60}",
-            where=where,
-            expected=_LINE_EXPECTED,
-            remedy=_LINE_REMEDY,
-        ) from error
 
 
 def _format_setting(value: Any) -> str:

@@ -249,11 +249,8 @@ class TrainState:
         Raises:
             UserError: The configurations differ.
         """
-        train_settings = self.run.recipe.train.model_dump(mode="json")
-        shared_settings = {
-            name: train_settings[name]
-            for name in ("parallel", "pack_tokens", "activation_checkpointing")
-        }
+        names = {"parallel", "pack_tokens", "activation_checkpointing"}
+        shared_settings = self.run.recipe.train.model_dump(mode="json", include=names)
         images = {
             # Without the modification times.
             split: hashlib.sha256(states[:, :2].tobytes()).hexdigest()

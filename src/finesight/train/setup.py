@@ -188,6 +188,7 @@ class RunInputs:
     renderer: Renderer
     train_data: TrainingData
     sampler: TrainSampler
+    validation_data: TrainingData | None = None
 
 
 InputCheck = Callable[[RunInputs, ProgressConsole], None]
@@ -237,9 +238,8 @@ def build_train_state(
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_trainable_parts(recipe.tune, train_data, sampler)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
-    resume_config = _build_resume_config(
-        recipe, hardware, base_model, renderer, train_data, validation_data
-    )
+    inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
+    resume_config = _build_resume_config(inputs)
     checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
     checkpoint = _load_latest_checkpoint(
         checkpoint_manager, hardware.process_group, resume, console
@@ -258,7 +258,6 @@ def build_train_state(
     if checkpoint is None and check_inputs is not None:
         with hardware.process_group.sync_errors():
             if hardware.process_group.is_main:
-                inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler)
                 check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
@@ -428,10 +427,7 @@ def build_rank_sampler(
         shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
         return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
-    def count_tokens(index: int) -> int:
-        return samples[index].num_packed_tokens
-
-    count_fn = count_tokens if can_split_samples else None
+    count_fn = (lambda index: samples[index].num_packed_tokens) if can_split_samples else None
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
@@ -500,15 +496,9 @@ def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
     )
 
 
-def _build_resume_config(
-    recipe: Recipe,
-    hardware: Hardware,
-    base_model: BaseModelRef,
-    renderer: Renderer,
-    train_data: TrainingData,
-    validation_data: TrainingData | None,
-) -> dict[str, Any]:
+def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
     """Collect the settings and fingerprints that must be the same when the run is resumed."""
+    recipe, base_model, renderer = inputs.recipe, inputs.base_model, inputs.renderer
     settings = {
         "model": base_model.folder.fingerprint(),
         "adapter": sha256_file(base_model.adapter / ADAPTER_WEIGHTS)
@@ -518,24 +508,20 @@ def _build_resume_config(
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
-        "train.precision": hardware.precision,
+        "train.precision": inputs.hardware.precision,
     }
-    for name, data in (("train", train_data), ("eval", validation_data)):
+    for name, data in (("train", inputs.train_data), ("eval", inputs.validation_data)):
         signature = data.index_signature if data else ""
         settings[f"data.{name}"] = data.corpus.fingerprint if data else None
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    train_settings = recipe.train.model_dump(mode="json")
-    settings |= {
-        f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
-    }
-    for name in ("dpo", "orpo", "simpo", "grpo"):
-        if recipe.train.objective != name:
-            del settings[f"train.{name}"]
+    other_objectives = {"dpo", "orpo", "simpo", "grpo"} - {recipe.train.objective}
+    train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
     if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.
-        del settings["train.objective"]
+        del train["objective"]
+    settings |= {f"train.{name}": value for name, value in train.items()}
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 

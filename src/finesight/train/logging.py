@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -24,7 +24,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
-from finesight.manifest import HistogramCounts, count_half_octaves
+from finesight.manifest import count_half_octaves
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import MODEL_PARTS, get_part
@@ -32,7 +32,7 @@ from finesight.model.weights_io import count_unquantized_layers
 from finesight.progress import StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
-from finesight.train.dataset_stats import SampleStats, join_names
+from finesight.train.dataset_stats import join_names
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
 from finesight.train.finalize import RunReport, RunResult, get_ranking_score
 from finesight.train.setup import library_versions
@@ -253,32 +253,6 @@ def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
     return loss - center > max(SPIKE_DEVIATIONS * deviation, center)
 
 
-class StepTimer:
-    """Timer of training steps, between the ends of consecutive steps on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        """Restart the timer at the current time."""
-        self._wall = time.perf_counter()
-        self._event = record_event(self._device, enable_timing=True)
-
-    def lap(self, event: torch.cuda.Event | None) -> float:
-        """Return the seconds since the previous lap.
-
-        Args:
-            event: CUDA event at the end of the step; None measures the time until now.
-        """
-        now = time.perf_counter()
-        seconds = now - self._wall
-        if event is not None and self._event is not None:
-            seconds = self._event.elapsed_time(event) / 1000
-        self._wall, self._event = now, event
-        return max(seconds, 1e-9)
-
-
 class MetricsLogger:
     """Logger of finished steps, with a delay of one step.
 
@@ -301,18 +275,23 @@ class MetricsLogger:
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
         self._has_warned, self._is_peak_valid = False, True
-        self._timer = StepTimer(state.run.hardware.device)
+        self.restart_timer()
 
     def log_start(self, seconds: float) -> None:
         """Log the start or resume of a run, with hardware, data and library versions."""
         state, hardware = self._state, self._state.run.hardware
         data_by_split = {"train": state.data.train, "eval": state.data.validation}
+        samples = state.data.train.stats.sample_stats
+        sizes = (h * w for sample in samples for _, h, w in sample.grid_thw)
         entry = {
             "step": state.progress.step,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "setup_s": seconds,
             "working_dir": str(Path.cwd()),
-            "size_histograms": build_size_histograms(state.data.train.stats.sample_stats),
+            "size_histograms": {
+                "tokens": count_half_octaves(sample.num_tokens for sample in samples),
+                "patches": count_half_octaves(sizes),
+            },
         }
         facts = {
             "total_steps": len(state.data.sampler),
@@ -365,7 +344,21 @@ class MetricsLogger:
 
     def restart_timer(self) -> None:
         """Restart the step timer, for example after an evaluation."""
-        self._timer.restart()
+        self._start_s = time.perf_counter()
+        self._start_event = record_event(self._state.run.hardware.device, enable_timing=True)
+
+    def _measure_step(self, event: torch.cuda.Event | None) -> float:
+        """Return the seconds since the end of the previous step, on the device if possible.
+
+        Args:
+            event: CUDA event at the end of the step; None measures the time until now.
+        """
+        now = time.perf_counter()
+        seconds = now - self._start_s
+        if event is not None and self._start_event is not None:
+            seconds = self._start_event.elapsed_time(event) / 1000
+        self._start_s, self._start_event = now, event
+        return max(seconds, 1e-9)
 
     def log_step(self, step_output: StepOutput, data_wait: DataWait) -> None:
         """Log the previous step, and keep this one until the device has finished it."""
@@ -401,7 +394,7 @@ class MetricsLogger:
 
     def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
         checked = self._anomaly_detector.check_step(step_output)
-        seconds = self._timer.lap(step_output.event)
+        seconds = self._measure_step(step_output.event)
         state, step_batch = self._state, step_output.step_batch
         global_stats = step_output.global_stats
         position = min(
@@ -509,16 +502,6 @@ def count_flops(state: TrainState, batch: PackedBatch) -> float:
     if context_shard is None:
         return flop_counter.count(batch)
     return flop_counter.count(context_shard.sample_shape) / context_shard.world_size
-
-
-def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:
-    """Build histograms of the tokens per sample and the patches per image of scanned samples."""
-    return {
-        "tokens": count_half_octaves(sample.num_tokens for sample in sample_stats),
-        "patches": count_half_octaves(
-            h * w for sample in sample_stats for _, h, w in sample.grid_thw
-        ),
-    }
 
 
 def get_device_name(device: torch.device) -> str:

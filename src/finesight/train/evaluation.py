@@ -75,9 +75,7 @@ def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
     """Return all evaluations of a run; the first one precedes the first step."""
-    return [
-        m for line in run_dir.iter_metrics() if (m := EvalResult.from_metrics(line)) is not None
-    ]
+    return [*filter(None, map(EvalResult.from_metrics, run_dir.iter_metrics()))]
 
 
 def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> EvalResult:
@@ -248,14 +246,12 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
             return generations
         predictions: dict[int, Prediction] = {}
         unreadable: dict[int, str] = {}
-        for rank, payload in enumerate(
-            process_group.all_gather_str(adapter.dump_json(generations).decode())
-        ):
-            rank_predictions, missing = adapter.validate_json(payload)
-            sample_positions = range(rank, len(samples), process_group.world_size)
-            unreadable |= {sample_positions[index]: reason for index, reason in missing.items()}
+        payloads = process_group.all_gather_str(adapter.dump_json(generations).decode())
+        for rank, (rank_predictions, missing) in enumerate(map(adapter.validate_json, payloads)):
+            positions = range(rank, len(samples), process_group.world_size)
+            unreadable |= {positions[index]: reason for index, reason in missing.items()}
             readable = (
-                position for index, position in enumerate(sample_positions) if index not in missing
+                position for index, position in enumerate(positions) if index not in missing
             )
             predictions |= zip(readable, rank_predictions, strict=True)
         return [predictions[position] for position in sorted(predictions)], unreadable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -101,7 +101,10 @@ class ParamAudit:
     def _iter_records(self) -> Iterator[_ParamRecord]:
         """Yield the current records of the local shards of all parameters."""
         for name, parameter in self._frozen.items():
-            tensor = _local_tensor(parameter.detach())
+            tensor = parameter.detach()
+            # DTensor is slow to import.
+            if hasattr(tensor, "to_local"):
+                tensor = tensor.to_local()
             yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor))
         for name, weight in self._quantized.items():
             checksum = torch.stack([compute_checksum(one) for one in weight.buffers()]).sum()
@@ -170,15 +173,6 @@ class _ParamRecord(NamedTuple):
     num_params: int
     checksum: Tensor
     sample: Tensor | None = None
-
-
-def _local_tensor(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor; return any other tensor unchanged.
-
-    The class is not imported, because DTensor is slow to import.
-    """
-    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def compute_checksum(tensor: Tensor) -> Tensor:
@@ -543,20 +537,15 @@ def record_failure(
     try:
         yield
     except Exception as error:
-        status = "interrupted" if isinstance(error, TrainingInterrupted) else "failed"
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+        if isinstance(error, TrainingInterrupted):
+            status, reason = "interrupted", str(error)
+        elif isinstance(error, UserError):
+            reason = f"{error.where}: {error.what}" if error.where else error.what
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        end = {"ended_at": ended_at, "status": status, "reason": _describe_error(error)}
+        end = {"ended_at": ended_at, "status": status, "reason": reason}
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
             run_dir.append_metrics({"step": progress.step, **end})
         RunReport(run_dir, console).write()
         raise
-
-
-def _describe_error(error: Exception) -> str:
-    """Format the error that ended a run as one line."""
-    if isinstance(error, UserError):
-        return f"{error.where}: {error.what}" if error.where else error.what
-    return (
-        str(error) if isinstance(error, TrainingInterrupted) else f"{type(error).__name__}: {error}"
-    )

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -157,9 +158,8 @@ class CheckpointManager:
                 folder_name = process_group.broadcast_str(folder.name if folder else "")
             if folder_name:
                 with process_group.sync_errors():
-                    _write_tensors(
-                        self.checkpoint_dir / folder_name, weights, optimizer_state, process_group
-                    )
+                    tensors = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: optimizer_state}
+                    _write_tensors(self.checkpoint_dir / folder_name, tensors, process_group)
             if folder is not None:
                 if not process_group.is_single_process:
                     # A shared disk may show the files of other ranks with a delay.
@@ -234,12 +234,9 @@ class CheckpointManager:
 
 
 def _write_tensors(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
-    process_group: ProcessGroup,
+    folder: Path, content: Mapping[str, Mapping[str, Tensor]], process_group: ProcessGroup
 ) -> None:
-    for tensors, name in ((weights, WEIGHTS_FILE), (optimizer_state, OPTIMIZER_FILE)):
+    for name, tensors in content.items():
         file = folder / _shard_name(name, process_group.rank, process_group.world_size)
         # One at a time: GPU memory may not suffice for fp32 copies of all tensors.
         with translate_os_errors(file):
@@ -356,24 +353,18 @@ The CPU copy takes 12 bytes per parameter: the fp32 weight and two fp32 moments.
 """
 
 
+@dataclass
 class AsyncCheckpointer:
     """Writer of checkpoints in a background thread, one checkpoint at a time.
 
     An error of the thread is raised by the next call of `save` or `wait`.
     """
 
-    def __init__(
-        self,
-        checkpoint_manager: CheckpointManager,
-        *,
-        is_async: bool,
-        process_group: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        self._checkpoint_manager = checkpoint_manager
-        self._is_async = is_async
-        self._process_group = process_group
-        self._staging_block: TensorBlock | None = None
-        self._write: Future[None] | None = None
+    checkpoint_manager: CheckpointManager
+    is_async: bool
+    process_group: ProcessGroup = SINGLE_PROCESS
+    _staging_block: TensorBlock | None = field(default=None, init=False)
+    _write: Future[None] | None = field(default=None, init=False)
 
     def save(
         self,
@@ -388,17 +379,17 @@ class AsyncCheckpointer:
         """
         self.wait()
         is_written = (
-            self._process_group.is_single_process and state.step in self._checkpoint_manager.steps()
+            self.process_group.is_single_process and state.step in self.checkpoint_manager.steps()
         )
-        if is_written or not self._is_async:
-            self._checkpoint_manager.save(state, weights, optimizer_state, self._process_group)
+        if is_written or not self.is_async:
+            self.checkpoint_manager.save(state, weights, optimizer_state, self.process_group)
             return
         # The thread inherits the context variables, and ends with this checkpoint.
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
-        arguments = state, weights, optimizer_state, self._process_group
+        arguments = state, weights, optimizer_state, self.process_group
         pool = ThreadPoolExecutor(1)
         self._write = pool.submit(
-            copy_context().run, partial(self._checkpoint_manager.save, *arguments)
+            copy_context().run, partial(self.checkpoint_manager.save, *arguments)
         )
         pool.shutdown(wait=False)
 

@@ -363,12 +363,10 @@ class SampleStatsMap(dict[int, SampleStats]):
     """
 
     def __init__(
-        self, corpus: Corpus, dataset_stats: DatasetStats, renderer: Renderer, max_length: int
+        self, corpus: Corpus, stats: DatasetStats, renderer: Renderer, max_length: int
     ) -> None:
-        super().__init__(
-            zip(dataset_stats.scanned_indices, dataset_stats.sample_stats, strict=True)
-        )
-        self.prefix_length = dataset_stats.prefix_length
+        super().__init__(zip(stats.scanned_indices, stats.sample_stats, strict=True))
+        self.prefix_length = stats.prefix_length
         self._max_length = max_length
         self._scan_sample = partial(_scan_sample, corpus, renderer, frozenset())
 

@@ -241,9 +241,7 @@ def build_train_state(
     inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
     resume_config = _build_resume_config(inputs)
     checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
-    checkpoint = _load_latest_checkpoint(
-        checkpoint_manager, hardware.process_group, resume, console
-    )
+    checkpoint = _load_latest_checkpoint(checkpoint_manager, process_group, resume, console)
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
@@ -251,19 +249,19 @@ def build_train_state(
         # Changed images may explain other samples.
         samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
         check_resume_config(recorded, resume_config | samples, folder, suggest)
-        with hardware.process_group.sync_errors():
-            if hardware.process_group.is_main:
+        with process_group.sync_errors():
+            if process_group.is_main:
                 check_image_record(run_dir, train_data, validation_data, console.log)
         check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
-        with hardware.process_group.sync_errors():
-            if hardware.process_group.is_main:
+        with process_group.sync_errors():
+            if process_group.is_main:
                 check_inputs(inputs, console)
     model = _load_model(recipe, hardware, base_model, console)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
-        hardware.process_group,
+        process_group,
         train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
@@ -273,9 +271,9 @@ def build_train_state(
         and model.config.decoder.linear_attention is None,
     )
     stacked_rows = stacked_row_counts(model)
-    parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
+    parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
-    if not (hardware.process_group.is_single_process or parallel.is_sharded):
+    if not (process_group.is_single_process or parallel.is_sharded):
         optimizer.use_flat_gradients()
     budget = MemoryBudget(
         pack_tokens=recipe.train.pack_tokens,
@@ -485,15 +483,10 @@ def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
     device = process_group.select_device(resolve_device(recipe.train.device))
     dtype = resolve_precision(recipe.train.precision, device)
     num_workers = recipe.train.num_workers
-    return Hardware(
-        device=device,
-        dtype=dtype,
-        num_workers=default_num_workers(device, process_group.local_world_size)
-        if num_workers is None
-        else num_workers,
-        peak_flops=measure_peak_flops(device, dtype),
-        process_group=process_group,
-    )
+    if num_workers is None:
+        num_workers = default_num_workers(device, process_group.local_world_size)
+    peak_flops = measure_peak_flops(device, dtype)
+    return Hardware(device, dtype, num_workers, peak_flops, process_group)
 
 
 def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:

@@ -168,7 +168,7 @@ def train(
         log = progress_console.log
         is_resumed = resume and run_dir.is_started
         if is_main:
-            if is_resumed or run_dir.is_started:
+            if run_dir.is_started:
                 # No other process may write to the run while it is read.
                 stack.enter_context(run_dir.lock())
             run_dir.check_available(resume)

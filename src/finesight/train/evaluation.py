@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -116,13 +116,9 @@ def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> Ev
         with process_group.sync_errors():
             loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
         losses, skipped = _mean_losses(state, loss_sums)
-        generation = None
         scored = select_eval_samples(evaluated, settings.limit if settings else None)
-        if settings is not None:
-            positions = [n for n, index in enumerate(scored) if index in common]
-            samples = [state.data.validation.corpus[index] for index in scored]
-            generation = _evaluate_generation(state, settings, samples, name, positions)
-    _record_skipped(state, skipped, generation)
+        generation = _evaluate_generation(state, name, scored, common)
+    _record_skipped(state, dict(generation.corrupt_samples if generation else ()) | dict(skipped))
     full = None
     if rest:
         full = _build_eval_result(state, losses[1], generation, scored)
@@ -130,13 +126,8 @@ def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> Ev
     return _build_eval_result(state, losses[0], generation, scored, full)
 
 
-def _record_skipped(
-    state: TrainState,
-    loss_skipped: Sequence[SkippedSample],
-    generation: GenerationEvalResult | None,
-) -> None:
+def _record_skipped(state: TrainState, reasons: Mapping[str, str]) -> None:
     """Log the unreadable samples of an evaluation, and write them to `skipped_samples.jsonl`."""
-    reasons = dict(generation.corrupt_samples if generation else ()) | dict(loss_skipped)
     if not reasons:
         return
     name, reason = next(iter(reasons.items()))
@@ -160,7 +151,13 @@ def _build_eval_result(
     Args:
         scored: Corpus indices of the samples for which an answer was requested.
     """
-    (loss, *metrics), read = mean_loss
+    assert state.data.validation is not None, "no validation data"
+    fingerprint, ((loss, *metrics), read) = state.data.validation.corpus.fingerprint, mean_loss
+
+    def compute_digest(indices: Sequence[int]) -> str:
+        samples = json.dumps([fingerprint, *indices])
+        return hashlib.sha256(samples.encode()).hexdigest()[:16]
+
     answered = [scored[position] for position in generation.positions] if generation else read
     return EvalResult(
         step=state.progress.step,
@@ -173,25 +170,24 @@ def _build_eval_result(
         notes=generation.notes if generation else {},
         num_samples=len(answered),
         num_loss_samples=len(read),
-        sample_set=_compute_digest(state, read),
-        score_set=_compute_digest(state, answered),
+        sample_set=compute_digest(read),
+        score_set=compute_digest(answered),
         full=full,
     )
 
 
-def _compute_digest(state: TrainState, indices: Sequence[int]) -> str:
-    assert state.data.validation is not None, "no validation data"
-    samples = json.dumps([state.data.validation.corpus.fingerprint, *indices])
-    return hashlib.sha256(samples.encode()).hexdigest()[:16]
-
-
 def _evaluate_generation(
-    state: TrainState,
-    settings: EvalSettings,
-    samples: Sequence[LocatedSample],
-    name: str,
-    subset: Sequence[int],
-) -> GenerationEvalResult:
+    state: TrainState, name: str, scored: Sequence[int], common: Set[int]
+) -> GenerationEvalResult | None:
+    """Generate and score answers to validation samples; return None without a metric.
+
+    Args:
+        scored: Corpus indices of the samples.
+        common: Corpus indices of the samples that are also scored separately.
+    """
+    settings, data = state.run.recipe.eval, state.data.validation
+    if settings is None or data is None:
+        return None
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
 
@@ -204,7 +200,7 @@ def _evaluate_generation(
             f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
         )
 
-    num_own = len(process_group.shard(samples))
+    num_own = len(process_group.shard(scored))
     with console.progress_stage(f"generation {name}", num_own) as on_progress:
 
         def on_generated(count: int) -> None:
@@ -214,7 +210,7 @@ def _evaluate_generation(
         return evaluate(
             state.engine.model,
             state.data.renderer,
-            samples,
+            [data.corpus[index] for index in scored],
             settings.model_copy(update={"metric": metric}),
             predictions_file=state.run.run_dir.predictions_dir / f"{name}.jsonl"
             if process_group.is_main
@@ -222,7 +218,7 @@ def _evaluate_generation(
             on_progress=on_generated,
             on_batch_reduced=on_batch_reduced,
             distribute=partial(_distribute_generation, process_group),
-            subset=subset,
+            subset=[n for n, index in enumerate(scored) if index in common],
         )
 
 

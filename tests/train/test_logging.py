@@ -7,8 +7,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -170,8 +168,7 @@ def tracker() -> mock.Mock:
 
 @pytest.fixture
 def events(tmp_path: Path, tracker: mock.Mock) -> TrackingEvents:
-    state: Any = SimpleNamespace(run=SimpleNamespace(run_dir=RunDir(tmp_path)))
-    return TrackingEvents(state, tracker)
+    return TrackingEvents(RunDir(tmp_path), tracker)
 
 
 @pytest.mark.parametrize(

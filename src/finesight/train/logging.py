@@ -35,6 +35,7 @@ from finesight.train.dataloader import DataWait, record_event
 from finesight.train.dataset_stats import join_names
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
 from finesight.train.finalize import RunReport, RunResult, get_ranking_score
+from finesight.train.run_dir import RunDir
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
@@ -46,8 +47,8 @@ FULL_PREFIX = "all_samples/"
 class TrackingEvents:
     """Sender of training events to the experiment trackers of a run, if it has any."""
 
-    def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
-        self._state, self._tracking = state, tracking
+    def __init__(self, run_dir: RunDir, tracking: TrackerManager) -> None:
+        self._run_dir, self._tracking = run_dir, tracking
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of a step, and an alert for an anomaly."""
@@ -83,12 +84,12 @@ class TrackingEvents:
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
 
-        predictions_dir = self._state.run.run_dir.predictions_dir
+        predictions_dir = self._run_dir.predictions_dir
         images = render_example_images(
             predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl", sample_ids
         )
         self._tracking.log_images(eval_result.step, images)
-        baseline = load_eval_history(self._state.run.run_dir)[0]
+        baseline = load_eval_history(self._run_dir)[0]
         if (text := _describe_regression(baseline, eval_result)) is not None:
             self._tracking.send_alert("warning", "worse than before training", text)
 
@@ -270,7 +271,7 @@ class MetricsLogger:
         report: RunReport | None,
     ) -> None:
         self._state, self._console, self._report = state, state.run.console, report
-        self._tracking, self.tracking_events = tracking, TrackingEvents(state, tracking)
+        self._tracking, self.tracking_events = tracking, TrackingEvents(state.run.run_dir, tracking)
         self._anomaly_detector = AnomalyDetector(state)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None

@@ -250,52 +250,47 @@ def _shard_name(name: str, rank: int, world_size: int) -> str:
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _read_files(paths: Sequence[Path]) -> LazyTensors:
-    """Return the tensors of safetensors files, which are read on access.
+def _open_tensors(folder: Path, name: str) -> LazyTensors:
+    """Return the tensors of a file in a checkpoint, which are read on access.
 
     A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
     equal in all files.
 
     Raises:
-        UserError: A file is corrupt.
+        UserError: A file is missing or corrupt.
     """
+    paths = [folder / name]
+    if not paths[0].is_file():
+        stem, _, extension = name.rpartition(".")
+        paths = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
+        expected = [_shard_name(name, rank, len(paths)) for rank in range(len(paths))]
+        if not paths or [path.name for path in paths] != expected:
+            raise CorruptCheckpointError(
+                f"contains {', '.join(path.name for path in paths) or 'no shard'} of {name}",
+                where=str(folder),
+                expected=f"{name}, or all of its shards",
+                remedy=f"delete {folder}, and start again with --resume",
+            )
     files: dict[str, list[Any]] = {}
     for path in paths:
         try:
             # The methods of the file object are untyped.
             file: Any = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118
-                files.setdefault(name, []).append(file)
+            for key in file.keys():  # noqa: SIM118
+                files.setdefault(key, []).append(file)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"not readable as safetensors: {error}",
                 where=str(path),
                 expected="a file as training wrote it",
-                remedy=f"delete {path.parent} to resume from the previous checkpoint",
+                remedy=f"delete {folder} to resume from the previous checkpoint",
             ) from error
 
-    def read(name: str) -> Tensor:
-        rows: list[Tensor] = [file.get_tensor(name) for file in files[name]]
+    def read(key: str) -> Tensor:
+        rows: list[Tensor] = [file.get_tensor(key) for file in files[key]]
         return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
 
-    return LazyTensors({name: partial(read, name) for name in files})
-
-
-def _open_tensors(folder: Path, name: str) -> LazyTensors:
-    unsharded = folder / name
-    if unsharded.is_file():
-        return _read_files([unsharded])
-    stem, _, extension = name.rpartition(".")
-    shards = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
-    expected = [_shard_name(name, rank, len(shards)) for rank in range(len(shards))]
-    if not shards or [shard.name for shard in shards] != expected:
-        raise CorruptCheckpointError(
-            f"contains {', '.join(shard.name for shard in shards) or 'no shard'} of {name}",
-            where=str(folder),
-            expected=f"{name}, or all of its shards",
-            remedy=f"delete {folder}, and start again with --resume",
-        )
-    return _read_files(shards)
+    return LazyTensors({key: partial(read, key) for key in files})
 
 
 def _read_state(path: Path, remedy: str) -> CheckpointState:
@@ -388,9 +383,8 @@ class AsyncCheckpointer:
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
         arguments = state, weights, optimizer_state, self.process_group
         pool = ThreadPoolExecutor(1)
-        self._write = pool.submit(
-            copy_context().run, partial(self.checkpoint_manager.save, *arguments)
-        )
+        save = partial(self.checkpoint_manager.save, *arguments)
+        self._write = pool.submit(copy_context().run, save)
         pool.shutdown(wait=False)
 
     def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

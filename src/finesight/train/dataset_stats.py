@@ -476,18 +476,9 @@ class TrainingData:
     corpus: Corpus
     stats: DatasetStats
 
-    @property
-    def index_signature(self) -> str:
-        """Text that identifies the valid samples of the split, compared on resume."""
-        indices = self.stats.sample_indices
-        # A list of millions of indices would be too long.
-        return json.dumps(indices) if self.stats.is_complete else f"all of {len(indices)}"
-
     def select_thinking_mode(self, renderer: Renderer) -> Renderer:
         """Return the renderer in the thinking mode of the majority of the scanned samples."""
         modes = [stats.is_thinking for stats in self.stats.sample_stats]
-        if not modes:
-            return renderer
         return renderer.with_thinking(ThinkingOptions(enable_thinking=2 * sum(modes) > len(modes)))
 
     def list_frequent_prompts(self) -> tuple[str, ...]:

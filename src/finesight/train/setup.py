@@ -34,7 +34,6 @@ from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import ARCHITECTURES
 from finesight.model_folder import get_portable_name
-from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.track.backends import TRACKERS
@@ -149,33 +148,27 @@ def library_versions() -> dict[str, str]:
 
 def build_manifest(state: TrainState) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
-    base_model = state.run.base_model
-    renderer = state.data.renderer
-    settings = state.run.recipe.eval
+    base_model, recipe = state.run.base_model, state.run.recipe
+    family, renderer, settings = base_model.folder.family, state.data.renderer, recipe.eval
+    plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
+    plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
+    if settings is not None:
+        plugins.append(TASK_METRICS.find_plugin(settings.metric))
     return Manifest(
-        family=base_model.folder.family,
+        family=family,
         base_model=base_model.name,
         base_fingerprint=base_model.folder.fingerprint(),
         image_rule=renderer.image_rule,
         system_prompt=renderer.system_prompt,
         enable_thinking=renderer.has_reasoning if renderer.renders_reasoning else None,
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
-        tune=state.run.recipe.tune,
+        tune=recipe.tune,
         versions=library_versions(),
         metric=settings.metric if settings and settings.metric in TASK_METRICS else None,
         max_new_tokens=None if settings is None else settings.max_new_tokens,
         prompts=state.data.train.list_frequent_prompts(),
-        plugins=_list_plugins(state.run.recipe, base_model.folder.family),
+        plugins=tuple(filter(None, plugins)),
     )
-
-
-def _list_plugins(recipe: Recipe, family: str) -> tuple[PluginRecord, ...]:
-    """Return the plug-ins that a run needs."""
-    found = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
-    found += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
-    if recipe.eval is not None:
-        found.append(TASK_METRICS.find_plugin(recipe.eval.metric))
-    return tuple(filter(None, found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,7 +234,10 @@ def build_train_state(
     inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
     resume_config = _build_resume_config(inputs)
     checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
-    checkpoint = _load_latest_checkpoint(checkpoint_manager, process_group, resume, console)
+    run = RunContext(
+        recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config, console
+    )
+    checkpoint = _load_latest_checkpoint(run, resume)
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
@@ -257,7 +253,7 @@ def build_train_state(
         with process_group.sync_errors():
             if process_group.is_main:
                 check_inputs(inputs, console)
-    model = _load_model(recipe, hardware, base_model, console)
+    model = _load_model(run)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
@@ -280,9 +276,7 @@ def build_train_state(
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
     state = TrainState(
-        RunContext(
-            recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config, console
-        ),
+        run,
         RunData(
             renderer,
             train_data,
@@ -331,7 +325,7 @@ def build_train_state(
         state.engine.load_state_dict(weights, optimizer_state)
         state.engine.loss_scaler.load_state_dict(stored.loss_scale)
     state.apply_budget(state.progress.budget)
-    _log_overrides(state, budget, console)
+    _log_overrides(state, budget)
     return state, param_audit
 
 
@@ -429,8 +423,9 @@ def build_rank_sampler(
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
-def _log_overrides(state: TrainState, requested: MemoryBudget, console: ProgressConsole) -> None:
+def _log_overrides(state: TrainState, requested: MemoryBudget) -> None:
     """Log a memory budget of the checkpoint that differs from the recipe, and split samples."""
+    console = state.run.console
     if state.progress.budget != requested:
         change = state.progress.budget.describe_change(requested)
         console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
@@ -441,10 +436,9 @@ def _log_overrides(state: TrainState, requested: MemoryBudget, console: Progress
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 
 
-def _load_model(
-    recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, console: ProgressConsole
-) -> AnyModel:
+def _load_model(run: RunContext) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
+    recipe, hardware, base_model, console = run.recipe, run.hardware, run.base_model, run.console
     nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
     with console.activity(f"loading the weights of {recipe.model}"):
         model = load_auto_model(
@@ -458,24 +452,19 @@ def _load_model(
     return model
 
 
-def _load_latest_checkpoint(
-    checkpoint_manager: CheckpointManager,
-    process_group: ProcessGroup,
-    resume: bool,
-    console: ProgressConsole,
-) -> Checkpoint | None:
+def _load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
     """Load the checkpoint to resume from; None to start with step 0.
 
     Only the main process verifies the digests; the other ranks load the same step.
     """
-    checkpoint = None
+    checkpoint, process_group = None, run.hardware.process_group
     with process_group.sync_errors():
         if process_group.is_main and resume:
-            checkpoint = checkpoint_manager.load_latest(console.log)
+            checkpoint = run.checkpoint_manager.load_latest(run.console.log)
     step_text = process_group.broadcast_str("" if checkpoint is None else str(checkpoint[0].step))
     if step_text and not process_group.is_main:
         remedy = "start again with --resume"
-        checkpoint = checkpoint_manager.load(int(step_text), remedy, is_verified=True)
+        checkpoint = run.checkpoint_manager.load(int(step_text), remedy, is_verified=True)
     return checkpoint
 
 
@@ -504,7 +493,12 @@ def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
         "train.precision": inputs.hardware.precision,
     }
     for name, data in (("train", inputs.train_data), ("eval", inputs.validation_data)):
-        signature = data.index_signature if data else ""
+        signature = ""
+        if data is not None:
+            indices = data.stats.sample_indices
+            # A list of millions of indices would be too long.
+            is_short = data.stats.is_complete
+            signature = json.dumps(indices) if is_short else f"all of {len(indices)}"
         settings[f"data.{name}"] = data.corpus.fingerprint if data else None
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -118,25 +118,20 @@ def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> Ev
         losses, skipped = _mean_losses(state, loss_sums)
         scored = select_eval_samples(evaluated, settings.limit if settings else None)
         generation = _evaluate_generation(state, name, scored, common)
-    _record_skipped(state, dict(generation.corrupt_samples if generation else ()) | dict(skipped))
+    reasons = dict(generation.corrupt_samples if generation else ()) | dict(skipped)
+    if reasons:
+        sample_id, reason = next(iter(reasons.items()))
+        console.log(
+            f"{format_count(len(reasons), 'validation sample')} skipped, {sample_id}: {reason};"
+            " evaluations of other samples are not compared with this one"
+        )
+        if process_group.is_main:
+            state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
     full = None
     if rest:
         full = _build_eval_result(state, losses[1], generation, scored)
         generation = generation and (generation.subset or generation)
     return _build_eval_result(state, losses[0], generation, scored, full)
-
-
-def _record_skipped(state: TrainState, reasons: Mapping[str, str]) -> None:
-    """Log the unreadable samples of an evaluation, and write them to `skipped_samples.jsonl`."""
-    if not reasons:
-        return
-    name, reason = next(iter(reasons.items()))
-    state.run.console.log(
-        f"{format_count(len(reasons), 'validation sample')} skipped, {name}: {reason};"
-        " evaluations of other samples are not compared with this one"
-    )
-    if state.run.hardware.process_group.is_main:
-        state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
 
 
 def _build_eval_result(

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from itertools import product
 from math import fsum, isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -79,6 +79,10 @@ class ParamChange:
     relative_change: float
 
 
+ParamRecord = tuple[str, int, Tensor, Tensor | None]
+"""Name, number of elements, checksum, and copied elements of a trainable parameter or shard."""
+
+
 class ParamAudit:
     """Record of the initial parameters of a run, for comparison at its end.
 
@@ -96,23 +100,23 @@ class ParamAudit:
         }
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
-        self._start = {record.name: record for record in self._iter_records()}
+        self._start = {name: values for name, _, *values in self._iter_records()}
 
-    def _iter_records(self) -> Iterator[_ParamRecord]:
+    def _iter_records(self) -> Iterator[ParamRecord]:
         """Yield the current records of the local shards of all parameters."""
         for name, parameter in self._frozen.items():
             tensor = parameter.detach()
             # DTensor is slow to import.
             if hasattr(tensor, "to_local"):
                 tensor = tensor.to_local()
-            yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor))
+            yield name, tensor.numel(), compute_checksum(tensor), None
         for name, weight in self._quantized.items():
             checksum = torch.stack([compute_checksum(one) for one in weight.buffers()]).sum()
-            yield _ParamRecord(name, weight.num_elements, checksum)
+            yield name, weight.num_elements, checksum, None
         for name, tensor in self._master_weights.items():
             flat_E = tensor.reshape(-1)
             sample = flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)].clone()
-            yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor), sample)
+            yield name, tensor.numel(), compute_checksum(tensor), sample
 
     def compute_changes(
         self, params_with_grad: Collection[str], process_group: ProcessGroup = SINGLE_PROCESS
@@ -128,13 +132,13 @@ class ParamAudit:
         """
         own_sums: dict[str, list[float]] = {}
         for name, num_params, checksum, sample in self._iter_records():
-            start = self._start[name]
+            start_checksum, start_sample = self._start[name]
             squares = [0.0, 0.0]
-            if sample is not None and start.sample is not None:
-                squares = [float(x.square().sum()) for x in (sample - start.sample, start.sample)]
+            if sample is not None and start_sample is not None:
+                squares = [float(x.square().sum()) for x in (sample - start_sample, start_sample)]
             # Quantized weights are replicated on every rank.
             is_counted = name not in self._quantized or process_group.is_main
-            flags = bool(checksum != start.checksum), name in params_with_grad, sample is not None
+            flags = bool(checksum != start_checksum), name in params_with_grad, sample is not None
             own_sums[name] = [is_counted * num_params, *flags, *squares]
         sums_by_group: dict[tuple[ModelPart, bool], dict[str, list[float]]] = {}
         for payload in process_group.all_gather_str(json.dumps(own_sums)):
@@ -159,20 +163,6 @@ class ParamAudit:
                 )
                 param_changes.append(change)
         return param_changes
-
-
-class _ParamRecord(NamedTuple):
-    """Values of a parameter, or of its local shard, at one time.
-
-    Attributes:
-        checksum: Sum of the bits, a scalar on the device.
-        sample: Copy of evenly spaced elements; None for a frozen parameter.
-    """
-
-    name: str
-    num_params: int
-    checksum: Tensor
-    sample: Tensor | None = None
 
 
 def compute_checksum(tensor: Tensor) -> Tensor:
@@ -305,6 +295,7 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
         if line_loss is not None and isfinite(line_loss):
             loss = line_loss
         num_late_skipped += len(line.get("skipped_samples", ()))
+    differences = _compute_differences(state, before, after) if before and after else []
     run_result = RunResult(
         run_dir=str(run_dir.path),
         steps=state.progress.step,
@@ -314,9 +305,7 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
         before=before,
         after=after,
         param_changes=tuple(param_changes),
-        metric_differences=tuple(_compute_differences(state, before, after))
-        if before and after
-        else (),
+        metric_differences=tuple(differences),
         best_eval=best_eval.as_best_eval() if best_eval else None,
         weights_step=after.step if after else state.progress.step,
         stopped_early=state.progress.step < len(state.data.sampler),
@@ -348,15 +337,13 @@ def _compute_differences(
     sampled: list[MetricDifference] = []
     if first.is_file() and last.is_file():
         sampled = compare_prediction_files(metric, first, last, new.num_samples)
-    # Without predictions of these samples, scores are known, but not their intervals.
-    return differences + (
-        sampled
-        or [
+    if not sampled:  # Scores are known, but not the intervals.
+        sampled = [
             build_unsampled_difference(name, score, after.scores[name], REASON_NO_PREDICTIONS)
             for name, score in before.scores.items()
             if name in after.scores
         ]
-    )
+    return differences + sampled
 
 
 def get_ranking_score(result: EvalResult | BestEval) -> float:
@@ -449,11 +436,11 @@ def format_param_changes(changes: list[ParamChange]) -> str:
     """Format parameter changes as a table with one row per model part."""
     cells = [("part", "", "tensors", "parameters", "changed", "relative change")]
     for change in changes:
-        relative_change = f"{change.relative_change:.2e}" if change.is_trained else "-"
+        ratio, kind = f"{change.relative_change:.2e}", "trained"
+        if not change.is_trained:
+            ratio, kind = "-", "frozen"
         counts = (str(change.num_tensors), f"{change.num_params:,}", str(change.num_changed))
-        cells.append(
-            (change.part, "trained" if change.is_trained else "frozen", *counts, relative_change)
-        )
+        cells.append((change.part, kind, *counts, ratio))
     return align_columns(cells, 2)
 
 

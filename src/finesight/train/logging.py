@@ -233,10 +233,8 @@ class AnomalyDetector:
 
     def _sample_locations(self, step_index: int) -> tuple[str, ...]:
         """Return the file locations of all samples of a step, including those of other ranks."""
-        corpus = self._state.data.train.corpus
-        return tuple(
-            corpus.location(index) for index in self._state.data.sampler.batch_indices(step_index)
-        )
+        data = self._state.data
+        return tuple(map(data.train.corpus.location, data.sampler.batch_indices(step_index)))
 
 
 def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
@@ -265,10 +263,7 @@ class MetricsLogger:
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        tracking: TrackerManager,
-        report: RunReport | None,
+        self, state: TrainState, tracking: TrackerManager, report: RunReport | None
     ) -> None:
         self._state, self._console, self._report = state, state.run.console, report
         self._tracking, self.tracking_events = tracking, TrackingEvents(state.run.run_dir, tracking)

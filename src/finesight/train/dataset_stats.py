@@ -162,10 +162,7 @@ def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def check_image_record(
-    run_dir: RunDir,
-    train_data: TrainingData,
-    validation_data: TrainingData | None,
-    log: Callable[[str], None],
+    run_dir: RunDir, splits: Mapping[str, TrainingData | None], log: Callable[[str], None]
 ) -> None:
     """Compare the images with their fingerprints at the start of a resumed run.
 
@@ -184,7 +181,7 @@ def check_image_record(
     # The user may have repaired the images that the run reported as corrupt.
     rows = run_dir.read_skipped_samples()
     messages = [text for row in rows for text in (json.dumps(row.id), row.reason)]
-    for split, data in (("train", train_data), ("eval", validation_data)):
+    for split, data in splits.items():
         if data and split in recorded:
             _check_images(split, data, recorded[split], path, "\n".join(messages), log)
 
@@ -269,7 +266,6 @@ class DatasetStats:
     Attributes:
         sample_indices: Corpus indices of the valid samples.
         skipped: Skipped samples with reasons.
-        max_sample_tokens: Number of tokens of the longest sample.
         num_images: Number of image files and video frames over the scanned samples.
         num_unique_images: Number of distinct image paths.
         leaked_images: Validation images that also occur in the samples.
@@ -284,7 +280,6 @@ class DatasetStats:
     skipped: tuple[SkippedSample, ...]
     num_tokens: int
     num_patches: int
-    max_sample_tokens: int
     num_images: int = 0
     num_unique_images: int = 0
     leaked_images: frozenset[str] = frozenset()
@@ -448,7 +443,6 @@ def compute_dataset_stats(
         skipped=tuple(skipped) if subset is None else (),
         num_tokens=round(scale * sum(chosen.token_counts)),
         num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
-        max_sample_tokens=max(chosen.token_counts),
         num_images=len(image_hashes),
         num_unique_images=len({*image_hashes}),
         leaked_images=frozenset(leaked_images),
@@ -591,8 +585,8 @@ def _scan_split(
         stats = compute_dataset_stats(
             corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
         )
-    log, num_tokens = console.log, f"{stats.num_tokens} tokens (longest {stats.max_sample_tokens})"
-    totals = f"{num_tokens}, {stats.num_patches} patches"
+    log, longest = console.log, max(sample.num_tokens for sample in stats.sample_stats)
+    totals = f"{stats.num_tokens} tokens (longest {longest}), {stats.num_patches} patches"
     if not stats.is_complete:
         log(
             f"data.{split}: {len(stats.sample_indices)} samples, too many for a full scan;"

@@ -247,7 +247,8 @@ def build_train_state(
         check_resume_config(recorded, resume_config | samples, folder, suggest)
         with process_group.sync_errors():
             if process_group.is_main:
-                check_image_record(run_dir, train_data, validation_data, console.log)
+                splits = {"train": train_data, "eval": validation_data}
+                check_image_record(run_dir, splits, console.log)
         check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with process_group.sync_errors():
@@ -480,12 +481,10 @@ def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
 
 def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
     """Collect the settings and fingerprints that must be the same when the run is resumed."""
-    recipe, base_model, renderer = inputs.recipe, inputs.base_model, inputs.renderer
+    recipe, adapter, renderer = inputs.recipe, inputs.base_model.adapter, inputs.renderer
     settings = {
-        "model": base_model.folder.fingerprint(),
-        "adapter": sha256_file(base_model.adapter / ADAPTER_WEIGHTS)
-        if base_model.adapter
-        else None,
+        "model": inputs.base_model.folder.fingerprint(),
+        "adapter": sha256_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
         "image": renderer.image_rule.model_dump(mode="json"),
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,

@@ -196,6 +196,7 @@ def _evaluate_generation(
         )
 
     num_own = len(process_group.shard(scored))
+    path = state.run.run_dir.predictions_dir / f"{name}.jsonl"
     with console.progress_stage(f"generation {name}", num_own) as on_progress:
 
         def on_generated(count: int) -> None:
@@ -207,9 +208,7 @@ def _evaluate_generation(
             state.data.renderer,
             [data.corpus[index] for index in scored],
             settings.model_copy(update={"metric": metric}),
-            predictions_file=state.run.run_dir.predictions_dir / f"{name}.jsonl"
-            if process_group.is_main
-            else None,
+            predictions_file=path if process_group.is_main else None,
             on_progress=on_generated,
             on_batch_reduced=on_batch_reduced,
             distribute=partial(_distribute_generation, process_group),

@@ -375,11 +375,10 @@ class MetricsLogger:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        step_output, data_wait = pending
-        metrics = self._build_metrics(step_output, data_wait)
+        metrics = self._build_metrics(*pending)
         self._append_metrics(metrics)
         self.tracking_events.log_step(metrics)
-        skipped_samples = step_output.global_stats.skipped
+        skipped_samples = pending[0].global_stats.skipped
         for skipped in skipped_samples:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
         if skipped_samples and self._state.run.hardware.process_group.is_main:
@@ -445,10 +444,9 @@ class MetricsLogger:
             self._log_scores(result, f"  ({', '.join(labels)})" if labels else "")
         if self._state.run.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
-        for line in (
-            note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
-        ):
-            self._console.log(line)
+        if not eval_result.step:
+            for line in note_lines(eval_result.on_all_samples.notes.items()):
+                self._console.log(line)
         if self._report and eval_result.step < len(self._state.data.sampler):
             self._report.write(is_live=True)
 
@@ -510,9 +508,8 @@ def get_device_name(device: torch.device) -> str:
 def describe_run(state: TrainState) -> str:
     """Describe trainable parameters, number of steps, precision and device in one line."""
     recipe, hardware = state.run.recipe, state.run.hardware
-    tune = recipe.tune
-    modes = (f"{part} {mode}" for part, mode in tune if part in MODEL_PARTS and mode != "frozen")
-    trained = ", ".join(modes)
+    modes = ((part, mode) for part, mode in recipe.tune if part in MODEL_PARTS)
+    trained = ", ".join(f"{part} {mode}" for part, mode in modes if mode != "frozen")
     num_trainable = state.engine.parallel.num_trainable_params
     num_params = sum(parameter.numel() for parameter in state.engine.model.parameters())
     quantized = find_quantized_weights(state.engine.model)

@@ -78,13 +78,10 @@ class StopRequest:
             if not self._has_arrived:
                 self._has_arrived = True
                 self.request(signal_number)
-                return
-            if signal_number in PREEMPTION_SIGNALS:
-                return
-            signal.signal(
-                signal_number, previous_handlers[signal.Signals(signal_number)] or signal.SIG_DFL
-            )
-            os.kill(os.getpid(), signal_number)
+            elif signal_number not in PREEMPTION_SIGNALS:
+                previous = previous_handlers[signal.Signals(signal_number)]
+                signal.signal(signal_number, previous or signal.SIG_DFL)
+                os.kill(os.getpid(), signal_number)
 
         for signum in SIGNALS:
             signal.signal(signum, handle_signal)

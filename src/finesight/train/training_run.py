@@ -50,10 +50,8 @@ def check_disk_space(state: TrainState, num_existing: int) -> None:
     checkpoint_size = state.estimate_checkpoint_bytes()
     interval = resolve_save_interval(recipe.train, total_steps)
     num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
-    num_new = max(
-        1,
-        min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1) - num_existing,
-    )
+    max_kept = min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1)
+    num_new = max(1, max_kept - num_existing)
     num_trainable = state.engine.parallel.num_trainable_params
     weight_bytes = 4 * num_trainable if recipe.tune.has_mode("lora") else 0
     if recipe.tune.has_mode("full"):

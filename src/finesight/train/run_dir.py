@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
-from finesight.bounded_files import parse_json, read_bytes, read_lines
+from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MAX_COUNT, Recipe
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
@@ -44,9 +44,6 @@ from finesight.storage import (
     write_file,
 )
 
-_LINE_EXPECTED = "a line of metrics as training wrote it"
-_LINE_REMEDY = "restore the file from a copy, or truncate it before the corrupt line"
-
 
 class RunDir:
     """Directory of a training run; other commands read the same paths."""
@@ -70,6 +67,11 @@ class RunDir:
             return (self.path / MANIFEST_FILE).exists()
 
     @property
+    def is_finished(self) -> bool:
+        """True if the run is complete."""
+        return (self.path / RESULT_FILE).exists()
+
+    @property
     def next_path(self) -> Path:
         """First free path of a further run: `run-2`, `run-3` and so on after `run`."""
         stem, _, number = str(self.path).rpartition("-")
@@ -90,13 +92,10 @@ class RunDir:
         absent, remedy = "a path that does not exist", "set another output_dir"
         problem = None
         if is_started and not resume:
-            is_finished = (self.path / RESULT_FILE).exists()
-            problem = (
-                f"contains {'a finished' if is_finished else 'another'} run",
-                "a new folder" if is_finished else "a new folder, or a run that is resumed",
-            )
+            problem = "contains a finished run", "a new folder"
             remedy = f"set another folder: output_dir={self.next_path}"
-            if not is_finished:
+            if not self.is_finished:
+                problem = "contains another run", "a new folder, or a run that is resumed"
                 remedy = f"add --resume (in Python, resume=True) to continue it, or {remedy}"
         elif self.path.is_symlink() and not self.path.exists():
             problem = "is a broken link", f"a folder, or {absent}"
@@ -252,22 +251,6 @@ class RunDir:
                 row = SkippedRow(id=name, reason=reason, step=step, split=split)
                 append_line(self.skipped_path, row.model_dump_json(exclude_defaults=True))
 
-    def write_result(self, result: object) -> None:
-        """Write `result.json`, which marks the run as complete."""
-        self.flush()
-        self.write(RESULT_FILE, result)
-
-    def read_result(self) -> bytes | None:
-        """Return the content of `result.json`; None if the run is not finished."""
-        path = self.path / RESULT_FILE
-        if not path.exists():
-            return None
-        return read_bytes(
-            path,
-            expected="the file as training wrote it",
-            remedy="delete it; --resume then writes it again",
-        )
-
     def truncate_metrics(self, step: int, last_eval_step: int) -> None:
         """Remove the lines of `metrics.jsonl` that a resumed run writes again.
 
@@ -299,15 +282,26 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: The path is not a regular file, or a value of a line has the wrong type.
     """
-    lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
+    expected = "a line of metrics as training wrote it"
+    remedy = "restore the file from a copy, or truncate it before the corrupt line"
+    lines = read_lines(path, expected=expected, remedy=remedy)
     for line_number, line in enumerate(lines, start=1):
         try:
             metrics = parse_json(line)
+            if not isinstance(metrics, dict) or not line.endswith(b"\n"):
+                return
+            _MetricsLine.model_validate(metrics)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the line"
+            raise UserError(
+                f"{key}: {first['msg']}, got {first['input']!r:.60}",
+                where=f"{path}:{line_number}",
+                expected=expected,
+                remedy=remedy,
+            ) from error
         except ValueError:
             return
-        if not isinstance(metrics, dict) or not line.endswith(b"\n"):
-            return
-        _check_types(metrics, f"{path}:{line_number}")
         yield len(line), metrics
 
 
@@ -343,20 +337,6 @@ class _MetricsLine(BaseModel):
         if self.primary_metric is not None and self.primary_metric not in self.scores:
             raise ValueError(f"the primary metric {self.primary_metric!r:.80} is not a score")
         return self
-
-
-def _check_types(metrics: dict[str, Any], where: str) -> None:
-    try:
-        _MetricsLine.model_validate(metrics)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
-        raise UserError(
-            f"{key}: {first['msg']}, got {first['input']!r:.60}",
-            where=where,
-            expected=_LINE_EXPECTED,
-            remedy=_LINE_REMEDY,
-        ) from error
 
 
 def _format_setting(value: Any) -> str:

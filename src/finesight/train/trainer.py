@@ -528,7 +528,7 @@ class Trainer:
         progress = self.state.progress
         start = time.perf_counter()
         with self.vision_features.reload_encoder():
-            eval_result = run_evaluation(self.state, name, self.console, self.stop, is_complete)
+            eval_result = run_evaluation(self.state, name, is_complete)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step
         best_eval = eval_result.as_best_eval()

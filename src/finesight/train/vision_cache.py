@@ -98,6 +98,12 @@ class ImageIndex:
         """Start of each image in the concatenated features, and the total number of features."""
         return np.cumsum([0, *(image_ref.num_features for image_ref in self.image_refs)])
 
+    def feature_rows(self, images: Sequence[int]) -> NDArray[np.int64]:
+        """Return the indices of the features of several images in the concatenated features."""
+        offsets = self.feature_offsets_P1
+        ranges = [np.arange(offsets[n], offsets[n + 1]) for n in images]
+        return np.concatenate([offsets[:0], *ranges])
+
     def count_images(self, chunks: Sequence[ImageChunk]) -> int:
         """Count the images in several chunks."""
         return sum(chunk.stop - chunk.start for chunk in chunks)
@@ -406,10 +412,8 @@ class VisionCacheReader:
         Raises:
             UnreadableFileError: A file is missing or truncated.
         """
-        offsets = self.image_index.feature_offsets_P1
-        ranges = [np.arange(offsets[n], offsets[n + 1]) for n in self.image_indices(sample_indices)]
-        if ranges:
-            np.concatenate(ranges, out=buffer.numpy())
+        rows_M = self.image_index.feature_rows(self.image_indices(sample_indices))
+        buffer.copy_(torch.from_numpy(rows_M))
 
 
 @dataclass(frozen=True)
@@ -420,9 +424,8 @@ class VisionRamReader(VisionCacheReader):
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
         """Copy the features of a pack to a buffer."""
-        indices_M = torch.empty(len(buffer), dtype=torch.int64)
-        super().write_to(sample_indices, indices_M)
-        torch.index_select(self.features_AKD, 0, indices_M, out=buffer)
+        rows_M = self.image_index.feature_rows(self.image_indices(sample_indices))
+        torch.index_select(self.features_AKD, 0, torch.from_numpy(rows_M), out=buffer)
 
 
 @dataclass(frozen=True)

@@ -497,15 +497,11 @@ class StepDataset:
     max_length: int | None = None
     use_shared_prefix: bool = False
 
-    def with_vision_cache(self, cache_reader: VisionCacheReader) -> StepDataset:
-        """Return a copy of the dataset that reads cached image features instead of images."""
-        return replace(self, cache_reader=cache_reader)
-
     def with_pack_tokens(self, pack_tokens: int) -> StepDataset:
         """Return a copy of the dataset with packs of at most `pack_tokens` tokens."""
         sampler = self.sampler
         if isinstance(sampler, DistributedSampler):
-            sampler = sampler.with_pack_tokens(pack_tokens)
+            sampler = replace(sampler, pack_tokens=pack_tokens)
         return replace(self, sampler=sampler, pack_tokens=pack_tokens)
 
     def __len__(self) -> int:
@@ -514,11 +510,6 @@ class StepDataset:
     def load_step(self, step_index: int) -> StepTransfer:
         """Build a step in a data loader worker."""
         return StepTransfer.from_step(*self.build_step(step_index))
-
-    def compute_order(self, step_index: int) -> None:
-        """Compute the sample order around a step, so that forked workers inherit it."""
-        if step_index < len(self):
-            self.sampler.batch_indices(step_index)
 
     def get_step(self, step_index: int) -> StepBatch:
         """Read, encode and pack the samples of a step in this process."""
@@ -639,8 +630,9 @@ def read_steps(
         num_workers: Number of worker processes; 0 reads in this process.
         pin_memory: Whether to copy the tensors to pinned memory.
     """
-    if num_workers:
-        data.compute_order(start)
+    if num_workers and start < len(data):
+        # Forked workers inherit the sample order.
+        data.sampler.batch_indices(start)
     transfers = prefetch_items(data.load_step, range(start, len(data)), num_workers, pin_memory)
     return (transfer.unpack() for transfer in transfers)
 

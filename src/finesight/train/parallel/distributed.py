@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -390,10 +390,10 @@ def init_distributed() -> Iterator[ProcessGroup]:
     dist.destroy_process_group()
 
 
-class ParallelStrategy(Protocol):
-    """Interface of a mode of `train.parallel`; all ranks call the same methods in the same order.
+class ParallelStrategy:
+    """Mode of `train.parallel`; all ranks call the same methods in the same order.
 
-    The defaults are those of a replicated model.
+    This class is the mode `ddp`, and `FSDPStrategy` the others.
 
     - `ddp` replicates the model and all-reduces gradients.
     - `zero2` shards master weights, gradients and optimizer state (Rajbhandari et al. 2020,
@@ -404,17 +404,15 @@ class ParallelStrategy(Protocol):
     The sharded modes use `fully_shard` of PyTorch.
     """
 
-    is_sharded: bool
+    is_sharded = False
     """True if parameters, gradients or optimizer states are sharded over the ranks."""
 
-    num_trainable_params: int
-    """Number of trainable parameters of the complete model."""
-
-    trainable_params: Mapping[str, nn.Parameter]
-    """Parameters that the optimizer of this rank updates, by native name.
-
-    These are all trainable parameters, or the shard of this rank of each.
-    """
+    def __init__(self, model: AnyModel, process_group: ProcessGroup) -> None:
+        self._process_group = process_group
+        self.trainable_params: Mapping[str, nn.Parameter] = trainable_parameters(model)
+        """Parameters that the optimizer of this rank updates, or its shards, by native name."""
+        self.num_trainable_params = sum(p.numel() for p in self.trainable_params.values())
+        """Number of trainable parameters of the complete model."""
 
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Extend a packed batch where needed, so that every rank runs the same layers."""
@@ -422,15 +420,19 @@ class ParallelStrategy(Protocol):
 
     def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
         """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""
-        ...
+        optimizer.accumulate_gradients()
 
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Sum the gradients of all ranks before the optimizer step.
+        """Sum the fp32 gradients of all ranks before the optimizer step.
+
+        Communication and computation do not overlap. See Li et al. 2020 (arXiv:2006.15704).
 
         Returns:
             Euclidean norm of all gradients, a scalar on the device.
         """
-        ...
+        if not self._process_group.is_single_process:
+            optimizer.all_reduce_gradients(self._process_group.all_reduce)
+        return optimizer.grad_norm()
 
     def sync_params(self) -> None:
         """Copy the updated master weights to the model after an optimizer step."""
@@ -451,29 +453,3 @@ class ParallelStrategy(Protocol):
     def summon_full_params(self) -> AbstractContextManager[None]:
         """Provide the unsharded model on every rank within the context."""
         return nullcontext()
-
-
-class DDPStrategy(ParallelStrategy):
-    """Data parallelism with a replica of the model on every rank."""
-
-    is_sharded = False
-
-    def __init__(self, model: AnyModel, process_group: ProcessGroup) -> None:
-        self.trainable_params: Mapping[str, nn.Parameter] = trainable_parameters(model)
-        self.num_trainable_params = sum(
-            parameter.numel() for parameter in self.trainable_params.values()
-        )
-        self._process_group = process_group
-
-    def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
-        """Accumulate the gradients in the optimizer."""
-        optimizer.accumulate_gradients()
-
-    def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Sum the fp32 gradients of all ranks by an all-reduce after the backward pass.
-
-        Communication and computation do not overlap. See Li et al. 2020 (arXiv:2006.15704).
-        """
-        if not self._process_group.is_single_process:
-            optimizer.all_reduce_gradients(self._process_group.all_reduce)
-        return optimizer.grad_norm()

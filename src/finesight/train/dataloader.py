@@ -69,7 +69,7 @@ def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
 
 def prefetch_items(
     load_item: Callable[[int], Item], indices: Iterable[int], num_workers: int, pin_memory: bool
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     """Iterate over items in the given order, loaded by worker processes.
 
     The workers start immediately. If a worker is killed, all workers are restarted at the next
@@ -143,7 +143,7 @@ def _iter_items(
     iter_from: Callable[[int], Iterator[Item | UserError]],
     source: Iterator[Item | UserError],
     num_workers: int,
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     num_done = num_deaths = 0
     try:
         while True:

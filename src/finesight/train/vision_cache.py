@@ -217,7 +217,6 @@ class VisionFileStore:
         make_folder(self.folder)
         with translate_os_errors(root):
             self._lock_fd = FileLock(root)
-        self._use_lock = use_lock
         if use_lock:
             with suppress(OSError):
                 self._lock_fd.acquire(shared=True)
@@ -242,7 +241,8 @@ class VisionFileStore:
     def evict(self, required_chunks: Iterable[str], missing_bytes: int) -> int:
         """Remove least recently used feature files until new files fit.
 
-        No file is removed while another run uses the store.
+        No file is removed while another run uses the store. Only the rank that holds the lock may
+        call this.
 
         Args:
             required_chunks: Names of chunks that must not be removed.
@@ -253,9 +253,8 @@ class VisionFileStore:
         is_exclusive = False
         # Fails while another run uses the store, and on a file system without locks.
         with suppress(OSError):
-            if self._use_lock:
-                self._lock_fd.acquire(wait=False)
-                is_exclusive = True
+            self._lock_fd.acquire(wait=False)
+            is_exclusive = True
         files = self._list_files()
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.root).free
@@ -273,9 +272,8 @@ class VisionFileStore:
                 if path not in protected_paths:
                     path.unlink(missing_ok=True)
                     used, free = used - size, free + size
-        if self._use_lock:
-            with suppress(OSError):
-                self._lock_fd.acquire(shared=True)
+        with suppress(OSError):
+            self._lock_fd.acquire(shared=True)
         return available_bytes()
 
     def _list_files(self) -> list[tuple[float, int, Path]]:

@@ -318,9 +318,7 @@ class VisionFeatures:
             Vision cache; None to encode images in every step.
         """
         start, state = time.perf_counter(), self._state
-        with ExitStack() as stack:
-            builder = VisionCacheBuilder(state, self._console, self._stop)
-            stack.callback(builder.close)
+        with closing(VisionCacheBuilder(state, self._console, self._stop)) as builder:
             try:
                 result = builder.build()
             except _CacheUnavailable as blocker:
@@ -334,7 +332,7 @@ class VisionFeatures:
                 release_memory(state.run.hardware.device)
             if result.tier != "disk":
                 # Other runs may now remove the files.
-                stack.close()
+                builder.close()
             log(time.perf_counter() - start, result)
             offload = result.cache is not None and should_offload(state.run.hardware.device)
             with self._offloader.hold(is_offloaded=offload):
@@ -682,15 +680,14 @@ class VisionCacheBuilder:
                 state.run.hardware.device.type == "cuda",
             )
             # The workers end when the generator is closed.
-            decoded = stack.enter_context(closing(chunk for chunk in decoded_chunks))
-            del decoded_chunks
+            stack.enter_context(closing(decoded_chunks))
             num_images = self._image_index.count_images(chunks)
             on_progress = stack.enter_context(
                 self._console.progress_stage("encoding images", num_images)
             )
             for start in range(0, len(chunks), process_group.world_size):
                 batch = chunks[start : start + process_group.world_size]
-                features = self._encode_on_all_ranks(decoded, batch)
+                features = self._encode_on_all_ranks(decoded_chunks, batch)
                 self._run_on_all_ranks(partial(self._store_chunks, batch, features))
                 on_progress(self._image_index.count_images(batch))
 

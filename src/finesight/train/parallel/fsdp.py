@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -154,7 +154,8 @@ class FSDPStrategy(ParallelStrategy):
         params = self._replicated_params.values()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if grads:
-            grad_E = _flatten(grads)
+            # All in the widest dtype, before the conversion to fp32.
+            grad_E = torch.cat([grad.flatten() for grad in grads]).float()
             sum_E = self._replicated_grad_E
             self._replicated_grad_E = grad_E if sum_E is None else sum_E.add_(grad_E)
         for parameter in params:
@@ -264,14 +265,6 @@ def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
             unit = []
     if unit:
         yield unit
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate the elements of tensors in fp32."""
-    flat_E = tensors[0].new_empty(sum(map(torch.numel, tensors)), dtype=torch.float32)
-    views = torch.split(flat_E, [tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(views), [tensor.flatten() for tensor in tensors])
-    return flat_E
 
 
 def _count_params(module: nn.Module) -> int:

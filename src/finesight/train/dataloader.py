@@ -577,7 +577,10 @@ class StepDataset:
         if not isinstance(sampler, DistributedSampler):
             return [], [], []
         samples, skipped = self._read_samples(sampler.split_indices(step_index))
-        shards = [sampler.context_shard(encoded.tokenized) for _, encoded in samples]
+        rank, world_size = sampler.process_group.rank, sampler.process_group.world_size
+        shards = [
+            ContextShard.from_sample(encoded.tokenized, rank, world_size) for _, encoded in samples
+        ]
         sharded_samples = [
             (index, replace(encoded, patches_ND=encoded.patches_ND[slice(*shard.patch_range)]))
             for (index, encoded), shard in zip(samples, shards, strict=True)

@@ -632,16 +632,9 @@ def _build_param_groups(
     Vectors, such as biases and norm weights, have no weight decay.
     """
     alignment = BLOCK_SIZE if train.optimizer == "adamw_8bit" else _ALIGNMENT
-    learning_rates = train.learning_rate
-    lr_by_part: dict[ModelPart, float | None] = {
-        "vision": learning_rates.vision,
-        "merger": learning_rates.merger,
-        "language": learning_rates.language,
-        "embeddings": learning_rates.embeddings,
-    }
+    learning_rates = train.learning_rate.model_dump(exclude_none=True)
     for part in MODEL_PARTS:
-        lr = lr_by_part[part] if lr_by_part[part] is not None else learning_rates.default
-        assert lr is not None, f"no learning rate for {part}"
+        lr = learning_rates.get(part, train.learning_rate.default)
         part_params = {name: p for name, p in trainable_params.items() if get_part(name) == part}
         matrices = {name: p for name, p in part_params.items() if _is_matmul_weight(name, p)}
         vectors = {name: p for name, p in part_params.items() if p.dim() <= 1}

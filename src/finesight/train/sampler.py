@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import TrainSettings
-from finesight.encode.packing import ContextShard
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.distributed import ProcessGroup
 
@@ -90,7 +89,6 @@ def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
 
 if TYPE_CHECKING:
     from finesight.data.corpus import Corpus
-    from finesight.encode.tokenization import TokenizedSample
 
 
 class StepSampler(Protocol):
@@ -201,12 +199,6 @@ class DistributedSampler:
     def split_indices(self, step: int) -> Sequence[int]:
         """Return the corpus indices of a step's split samples, in order."""
         return [index for index in self.sampler.batch_indices(step) if self._is_split(index)]
-
-    def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
-        """Return the part of a split sample that this rank processes."""
-        return ContextShard.from_sample(
-            tokenized, self.process_group.rank, self.process_group.world_size
-        )
 
     @property
     def max_unsplit_tokens(self) -> int | None:

@@ -395,7 +395,7 @@ class TensorBlock:
         return cls(specs, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
 
     def pin_memory(self) -> TensorBlock:
-        """Return a copy of the block in pinned memory."""
+        """Return a copy in pinned memory; PyTorch's data loader calls it for items of tuples."""
         return replace(self, bytes_N=self.bytes_N.pin_memory())
 
     def tensors(self) -> Iterator[Tensor]:
@@ -411,8 +411,7 @@ def _aligned_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class StepTransfer:
+class StepTransfer(NamedTuple):
     """Step data that a worker sends to the main process, with tensors in two blocks.
 
     The first block contains patches and cache inputs. They are the largest tensors, so the worker
@@ -436,12 +435,6 @@ class StepTransfer:
             _with_tensors(batch, empty_tensor, repeat(empty_tensor)) for batch in step_batch.packs
         )
         return cls(replace(step_batch, packs=empty_packs, cache_inputs=()), image_block, block)
-
-    def pin_memory(self) -> StepTransfer:
-        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
-        return StepTransfer(
-            self.step_batch, self.image_block.pin_memory(), self.tensor_block.pin_memory()
-        )
 
     def unpack(self) -> StepBatch:
         """Restore the step data, whose tensors are views of the two blocks."""

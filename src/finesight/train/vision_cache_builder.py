@@ -382,10 +382,6 @@ class DecodedChunk(NamedTuple):
     patches: TensorBlock
     corrupt_images: CorruptImages
 
-    def pin_memory(self) -> DecodedChunk:
-        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
-        return self._replace(patches=self.patches.pin_memory())
-
 
 def _decode_chunk(
     image_index: ImageIndex,

@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from zlib import crc32
@@ -426,42 +425,38 @@ class StepTransfer(NamedTuple):
     @classmethod
     def from_step(cls, step_batch: StepBatch, image_block: TensorBlock) -> StepTransfer:
         """Copy all tensors of a step to a new block, except those already in `image_block`."""
-        tensors = [tensor for batch in step_batch.packs for tensor in _list_tensors(batch)]
+        tensors, empty_tensor = list[Tensor](), torch.empty(0)
+
+        def take(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return empty_tensor
+
+        packs = [_map_tensors(batch, take) for batch in step_batch.packs]
+        empty_packs = tuple(replace(batch, patches_ND=empty_tensor) for batch in packs)
         block = TensorBlock.allocate(*((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
         for buffer, tensor in zip(block.tensors(), tensors, strict=True):
             buffer.copy_(tensor)
-        empty_tensor = torch.empty(0)
-        empty_packs = tuple(
-            _with_tensors(batch, empty_tensor, repeat(empty_tensor)) for batch in step_batch.packs
-        )
         return cls(replace(step_batch, packs=empty_packs, cache_inputs=()), image_block, block)
 
     def unpack(self) -> StepBatch:
         """Restore the step data, whose tensors are views of the two blocks."""
-        other_tensors, image_tensors = self.tensor_block.tensors(), self.image_block.tensors()
-        packs = [
-            _with_tensors(batch, next(image_tensors), other_tensors)
+        tensors, image_tensors = self.tensor_block.tensors(), self.image_block.tensors()
+        packs = tuple(
+            replace(_map_tensors(batch, lambda _: next(tensors)), patches_ND=next(image_tensors))
             for batch in self.step_batch.packs
-        ]
-        return replace(self.step_batch, packs=tuple(packs), cache_inputs=tuple(image_tensors))
+        )
+        return replace(self.step_batch, packs=packs, cache_inputs=tuple(image_tensors))
 
 
-_TENSOR_NAMES = (
-    *("ids_T", "position_ids_3T", "cu_seqlens_S1"),
-    *("visual_indices_M", "logit_indices_L", "labels_L"),
-)
-
-
-def _list_tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
-    tensors: tuple[Tensor, ...] = attrgetter(*_TENSOR_NAMES)(batch)
-    return *tensors, *batch.hf_inputs.values()
-
-
-def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tensor]) -> PackedBatch:
-    """Replace the tensors of a packed batch; `tensors` has the order of `_list_tensors`."""
-    changes: dict[str, Any] = {name: next(tensors) for name in _TENSOR_NAMES}
-    changes["hf_inputs"] = {name: next(tensors) for name in batch.hf_inputs}
-    return replace(batch, patches_ND=patches_ND, **changes)
+def _map_tensors(batch: PackedBatch, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+    """Replace all tensors of a packed batch except patches, in a fixed order."""
+    names = (
+        *("ids_T", "position_ids_3T", "cu_seqlens_S1"),
+        *("visual_indices_M", "logit_indices_L", "labels_L"),
+    )
+    changes: dict[str, Any] = dict(zip(names, map(fn, attrgetter(*names)(batch)), strict=True))
+    changes["hf_inputs"] = {name: fn(tensor) for name, tensor in batch.hf_inputs.items()}
+    return replace(batch, **changes)
 
 
 @dataclass(frozen=True)

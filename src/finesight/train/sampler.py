@@ -22,6 +22,9 @@ from finesight.config import TrainSettings
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.distributed import ProcessGroup
 
+if TYPE_CHECKING:
+    from finesight.data.corpus import Corpus
+
 _WITHIN_SOURCE, _ACROSS_SOURCES = 0, 1
 
 
@@ -85,10 +88,6 @@ class SampleOrder:
 def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
     draws = np.random.Philox(np.random.SeedSequence(key)).random_raw(size)
     return np.argsort(draws, kind="stable")
-
-
-if TYPE_CHECKING:
-    from finesight.data.corpus import Corpus
 
 
 class StepSampler(Protocol):

@@ -255,7 +255,11 @@ class VisionFileStore:
         with suppress(OSError):
             self._lock_fd.acquire(wait=False)
             is_exclusive = True
-        files = self._list_files()
+        files = []
+        for path in self.root.glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.root).free
 
@@ -275,17 +279,6 @@ class VisionFileStore:
         with suppress(OSError):
             self._lock_fd.acquire(shared=True)
         return available_bytes()
-
-    def _list_files(self) -> list[tuple[float, int, Path]]:
-        """Return the time of last use, the size and the path of all feature files."""
-        stats = []
-        for path in self.root.glob("*/*.safetensors"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            stats.append((stat.st_mtime, stat.st_size, path))
-        return stats
 
     def write(self, name: str, features_MKD: Tensor) -> None:
         """Write the features of a chunk to a file, atomically.
@@ -386,19 +379,13 @@ class VisionCacheReader:
 
     def image_indices(self, sample_indices: Sequence[int]) -> list[int]:
         """Return the indices of the images of several samples, in order."""
-        return [
-            image_index
-            for sample in sample_indices
-            for image_index in self.image_index.images_by_sample[sample]
-        ]
+        images_by_sample = self.image_index.images_by_sample
+        return [image for sample in sample_indices for image in images_by_sample[sample]]
 
     def count_features(self, sample_indices: Sequence[int]) -> int:
         """Return the number of image tokens of several samples."""
         image_refs = self.image_index.image_refs
-        return sum(
-            image_refs[image_index].num_features
-            for image_index in self.image_indices(sample_indices)
-        )
+        return sum(image_refs[n].num_features for n in self.image_indices(sample_indices))
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return the dtype and shape of the inputs of a pack, [M, ...]."""

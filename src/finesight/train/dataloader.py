@@ -67,7 +67,7 @@ def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
 
 
 def prefetch_items(
-    load_item: Callable[[int], Item], indices: Iterable[int], num_workers: int, pin_memory: bool
+    load_item: Callable[[int], Item], indices: Sequence[int], num_workers: int, pin_memory: bool
 ) -> Generator[Item, None, None]:
     """Iterate over items in the given order, loaded by worker processes.
 
@@ -84,11 +84,9 @@ def prefetch_items(
         DataWorkerError: Workers were killed repeatedly at the same item.
     """
     dataset = _ItemDataset(load_item)
-    # A range of any length takes no memory.
-    index_list = indices if isinstance(indices, range) else list(indices)
 
     def iter_from(start: int) -> Iterator[Item | UserError]:
-        return _start_workers(dataset, index_list[start:], num_workers, pin_memory)
+        return _start_workers(dataset, indices[start:], num_workers, pin_memory)
 
     return _iter_items(iter_from, iter_from(0), num_workers)
 

@@ -175,21 +175,17 @@ class FlopCounter:
         num_windowed, window = self._window_config
         width = decoder_config.num_heads * decoder_config.head_dim
         # Only the first sequence has queries in the shared prefix.
-        squared_lengths = sum(
-            length**2 for length in compute_context_lengths(lengths, prefix_length)
-        )
+        context_lengths = compute_context_lengths(lengths, prefix_length)
+        squared_lengths = sum(length**2 for length in context_lengths)
         squared_lengths -= prefix_length**2 * (len(lengths) - 1)
         causal = squared_lengths * 2 * width * decoder_config.num_full_attention_layers
-        full_attention = sum(t * (h * w) ** 2 for t, h, w in grid_thw) * (
-            vision_config.num_layers - num_windowed
-        )
-        window_attention = (
-            sum(t * h * w * min(window, h * w) for t, h, w in grid_thw) * num_windowed
-        )
         causal += self._count_linear_attention(lengths)
-        return causal * self._decoder_passes, 4 * vision_config.hidden_size * (
-            full_attention + window_attention
-        ) * self._vision_passes
+        num_full = vision_config.num_layers - num_windowed
+        # Summed over the layers.
+        num_keys = (num_full * h * w + num_windowed * min(window, h * w) for _, h, w in grid_thw)
+        scores = sum(t * h * w * keys for (t, h, w), keys in zip(grid_thw, num_keys, strict=True))
+        vision = 4 * vision_config.hidden_size * scores
+        return causal * self._decoder_passes, vision * self._vision_passes
 
     def _count_linear_attention(self, lengths: Sequence[int]) -> int:
         """Count the FLOPs of the gated delta rule in a forward pass, as a recurrence.

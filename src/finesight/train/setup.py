@@ -63,7 +63,6 @@ from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
     SINGLE_PROCESS,
-    DDPStrategy,
     ParallelStrategy,
     ProcessGroup,
 )
@@ -522,7 +521,7 @@ def parallelize_model(
     """
     mode = recipe.train.parallel
     if mode == "ddp" or process_group.is_single_process:
-        return DDPStrategy(model, process_group)
+        return ParallelStrategy(model, process_group)
     if isinstance(model, HfModel):
         _raise_unsupported(mode, "models of the transformers backend")
     if mode == "fsdp_offload" and model.model.embed_tokens.weight.device.type == "cpu":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,6 @@ from finesight.report.charts import (
 from finesight.report.comparison import (
     MAX_SAMPLES,
     ComparedRun,
-    MetricCell,
-    MetricComparisonRow,
     compare_metrics,
     compare_samples,
     list_warnings,
@@ -39,8 +37,11 @@ from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
     TEMPLATE_FUNCTIONS,
+    MetricCell,
+    MetricRow,
     format_metric_name,
     format_notes,
+    iter_notes,
     read_metrics,
 )
 from finesight.report.run_page import render_run_page
@@ -163,7 +164,7 @@ class RunComparison:
     """Comparison of several runs. The first run is the baseline."""
 
     runs: list[ComparedRun]
-    metric_rows: list[MetricComparisonRow]
+    metric_rows: list[MetricRow]
     warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -205,18 +206,6 @@ class RunComparison:
                 if cell.value is not None or run.run_record is not None:
                     lines.append((run.label, row.name, *_format_cell(cell)))
         return "\n".join([align_columns(lines, 2), *note_lines(iter_notes(rows))])
-
-
-def iter_notes(rows: Sequence[MetricComparisonRow]) -> Iterator[tuple[str, str]]:
-    """Yield (metric name, note) pairs of all metrics and their differences.
-
-    A note explains a missing confidence interval or is a warning. Empty notes are included.
-    """
-    for row in rows:
-        for cell in row.cells:
-            yield row.name, cell.note
-            if cell.difference is not None:
-                yield row.name, cell.difference.note
 
 
 def compare_runs(paths: Sequence[Path]) -> RunComparison:

@@ -43,6 +43,7 @@ from finesight.report.metric_rows import (
     format_metric_name,
     format_notes,
     format_value,
+    iter_notes,
     read_metrics,
 )
 from finesight.report.run_reader import (
@@ -232,7 +233,7 @@ def _build_result_context(
     primary_rows = [row for row in metric_rows if row.is_primary]
     row = next(iter([*primary_rows, *metric_rows[-1:]]), None)
     has_intervals = any(
-        row.before_interval or row.after_interval or row.change_interval for row in metric_rows
+        cell.interval or cell.change_interval for row in metric_rows for cell in row.cells
     )
     # The metrics that assess a run.
     names = dict.fromkeys([row.name, VALIDATION_LOSS]) if row else ()
@@ -242,7 +243,7 @@ def _build_result_context(
         "change_text": describe_change(row) if row else "",
         "best_notes": [_describe_best(run_record, name, evaluations[-1]) for name in names],
         "has_intervals": has_intervals,
-        "notes": format_notes((row.name, note) for row in metric_rows for note in row.notes),
+        "notes": format_notes(iter_notes(metric_rows)),
         **_build_details(evaluations[-1] if evaluations else {}),
     }
 

@@ -148,13 +148,13 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
 
 def _collect_costs(run_record: RunRecord) -> dict[str, str]:
     phases = summary.compute_phases(run_record)
-    total_s = sum(phase.seconds for phase in phases)
+    total_s = sum(seconds for _, seconds in phases)
     num_devices = summary.get_last_start(run_record).get("world_size")
     num_devices = num_devices if isinstance(num_devices, int) else 1
     return {
         translate("total time"): summary.format_duration(total_s),
         translate("device hours"): f"{total_s * num_devices / 3600:,.3g}",
-        **{phase.name: phase.duration_text for phase in phases},
+        **{name: summary.format_duration(seconds) for name, seconds in phases},
         **dict(summary.summarize_cost(run_record)),
     }
 

@@ -39,23 +39,6 @@ SummaryItem = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class TimePhase:
-    """Phase of a run, such as setup or evaluation, and its duration.
-
-    `fraction` is its share of the total time.
-    """
-
-    name: str
-    seconds: float
-    fraction: float
-
-    @property
-    def duration_text(self) -> str:
-        """Formatted duration of the phase."""
-        return format_duration(self.seconds)
-
-
-@dataclass(frozen=True)
 class SkippedGroup:
     """Skipped samples of a run with the same reason."""
 
@@ -177,17 +160,15 @@ def summarize_run(run_record: RunRecord) -> str:
     )
 
 
-def compute_phases(run_record: RunRecord) -> list[TimePhase]:
-    """Return the recorded phases of a run with their durations."""
+def compute_phases(run_record: RunRecord) -> list[tuple[str, float]]:
+    """Return the name and the seconds of each recorded phase of a run."""
     seconds = {
         "setup": _sum_field(run_record.starts, "setup_s"),
         "vision cache": _sum_field(run_record.vision_cache_builds, "vision_cache_s"),
         "training steps": _sum_field(run_record.steps, "step_s"),
         "evaluation": _sum_field(run_record.evaluations, "eval_s"),
     }
-    durations = {name: value for name, value in seconds.items() if value}
-    total = sum(durations.values())
-    return [TimePhase(translate(name), value, value / total) for name, value in durations.items()]
+    return [(translate(name), value) for name, value in seconds.items() if value]
 
 
 def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:

@@ -14,7 +14,7 @@ from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
 from finesight.evaluate.task_metrics import VALIDATION_LOSS
 from finesight.manifest import HistogramCounts, count_half_octaves
-from finesight.report import summary
+from finesight.report import metric_rows, summary
 from finesight.report.charts import (
     Chart,
     ChartSeries,
@@ -36,7 +36,6 @@ from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
-    TEMPLATE_FUNCTIONS,
     MetricCell,
     MetricRow,
     format_metric_name,
@@ -64,19 +63,19 @@ IGNORED_SETTINGS = {"output_dir"}
 
 DIGEST_CHARS = 12
 
-DATA_TITLES = {
-    "train": {
-        "num_samples": "training samples",
-        "num_tokens": "training tokens",
-        "fingerprint": "training data, SHA-256",
-    },
-    "eval": {
-        "num_samples": "validation samples",
-        "num_tokens": "validation tokens",
-        "fingerprint": "validation data, SHA-256",
-    },
+FACT_TITLES = {
+    "data.train.num_samples": "training samples",
+    "data.train.num_tokens": "training tokens",
+    "data.train.fingerprint": "training data, SHA-256",
+    "data.eval.num_samples": "validation samples",
+    "data.eval.num_tokens": "validation tokens",
+    "data.eval.fingerprint": "validation data, SHA-256",
+    "base_fingerprint": "base model, SHA-256",
+    "device": "device",
+    "precision": "dtype",
+    "world_size": "world size",
 }
-"""Row titles of recorded data statistics, by data split and key."""
+"""Row titles of recorded facts by their dotted names."""
 
 
 def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
@@ -127,20 +126,16 @@ def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
 
 def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
     start = summary.get_last_start(run_record)
-    facts_by_title: dict[str, str] = {}
-    for name, titles in DATA_TITLES.items():
-        data = summary.get_data_stats(run_record, name)
-        for key, title in titles.items():
-            if isinstance(data.get(key), int):
-                facts_by_title[translate(title)] = f"{data[key]:,}"
-            elif data.get(key):
-                facts_by_title[translate(title)] = str(data[key])[:DIGEST_CHARS]
-    base_digest = str(run_record.manifest.get("base_fingerprint"))[:DIGEST_CHARS]
-    facts_by_title[translate("base model, SHA-256")] = base_digest
-    titles = {"device": "device", "precision": "dtype", "world_size": "world size"}
-    for key, title in titles.items():
-        if start.get(key) is not None:
-            facts_by_title[translate(title)] = str(start[key])
+    base_digest = run_record.manifest.get("base_fingerprint")
+    recorded = _flatten_settings(start | {"base_fingerprint": base_digest})
+    facts_by_title = {}
+    for name, title in FACT_TITLES.items():
+        value = recorded.get(name, "")
+        if name.endswith("fingerprint"):
+            value = value[:DIGEST_CHARS]
+        if value:
+            is_count = value.isdecimal() and name.startswith("data")
+            facts_by_title[translate(title)] = f"{int(value):,}" if is_count else value
     for name, value in as_object(start.get("versions")).items():
         facts_by_title[translate("version of {}", name)] = str(value)
     return facts_by_title
@@ -286,7 +281,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         note=_describe_selection(samples),
         metric_name=format_metric_name(samples.metric) or translate("score"),
         notes=format_notes(iter_notes(comparison.metric_rows)),
-        **TEMPLATE_FUNCTIONS,
+        metrics=metric_rows,
     )
 
 

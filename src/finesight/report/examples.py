@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import partial
@@ -62,6 +63,9 @@ FALLBACK_METRICS = ("similarity", "exact", "hit", "iou", "f1", "anls", "cider_d"
 
 MAX_SCORES = {"cider_d": 10.0}
 """Maximum per-sample score of metrics whose maximum is not 1."""
+
+MAX_GROUPS = 100
+"""Maximum number of groups of responses on a page."""
 
 MIN_SCORE_CHANGE = 1e-6
 """Minimum change of a score. Smaller differences are rounding errors."""
@@ -195,6 +199,22 @@ def read_examples(
     pairs = list(pair_predictions(before, after))
     examples = build_example_set(pairs, primary_metric, quotas, max_examples)
     return replace(examples, is_paired=is_paired)
+
+
+def read_groups(path: Path) -> list[Example]:
+    """Read the newest groups of a file of responses, the newest first; `row_index` is the step."""
+    groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
+    with suppress(UserError):
+        for line in read_json_lines(path) if path.exists() else ():
+            step, number = line.get("step"), line.get("response")
+            if isinstance(step, int) and isinstance(number, int):
+                # A step that was repeated after running out of memory replaces its responses.
+                scores = read_scores(line) | {"advantage": line.get("advantage")}
+                groups[step][number] = line | {"scores": scores}
+    return [
+        Example([lines[number] for number in sorted(lines)], [], "", 0.0, step)
+        for step, lines in sorted(groups.items(), reverse=True)[:MAX_GROUPS]
+    ]
 
 
 def pair_predictions(
@@ -412,12 +432,10 @@ class ExampleDataBuilder:
         )
         with ThreadPoolExecutor(NUM_DECODE_THREADS) as pool:
             small_thumbnails = list(
-                pool.map(partial(self._get_thumbnail, max_pixels, MAX_PARALLEL_PIXELS), paths)
+                pool.map(partial(self._make_thumbnail, max_pixels, MAX_PARALLEL_PIXELS), paths)
             )
         thumbnails = [
-            self._get_thumbnail(max_pixels, MAX_IMAGE_PIXELS, path)
-            if thumbnail is None
-            else thumbnail
+            thumbnail or self._make_thumbnail(max_pixels, MAX_IMAGE_PIXELS, path)
             for path, thumbnail in zip(paths, small_thumbnails, strict=True)
         ]
         self._thumbnails.clear()
@@ -428,11 +446,6 @@ class ExampleDataBuilder:
         }
         return thumbnails, image_indices
 
-    def _get_thumbnail(self, max_pixels: int, max_source_pixels: int, name: str) -> JsonData | None:
-        return self._thumbnails.get((name, max_pixels)) or self._make_thumbnail(
-            max_pixels, max_source_pixels, name
-        )
-
     def _make_thumbnail(
         self, max_pixels: int, max_source_pixels: int, name: str
     ) -> JsonData | None:
@@ -440,6 +453,8 @@ class ExampleDataBuilder:
 
         Returns None without decoding if the image has more than `max_source_pixels`.
         """
+        if (name, max_pixels) in self._thumbnails:
+            return self._thumbnails[name, max_pixels]
         try:
             path = find_image(name, self._folders)
             height, width = read_image_size(path)

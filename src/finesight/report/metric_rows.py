@@ -263,17 +263,3 @@ def format_interval(interval: IntervalBounds | None) -> str:
 def format_bound(value: float) -> str:
     """Format one bound of a confidence interval."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-TEMPLATE_FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        describe_metric,
-        format_change,
-        format_change_interval,
-        format_interval,
-        format_metric_name,
-        format_value,
-    )
-}
-"""Functions of this module that page templates use."""

@@ -24,8 +24,9 @@ function drawCard(sample, header, answers) {
     const title = translate(references.length > 1 ? "reference answers" : "reference answer");
     rows.unshift(answerRow("truth", title, {...sample, text: references.join("\n")}));
   }
+  const layout = answers.some(({mark}) => mark) ? "answers side-by-side" : "answers";
   card.append(createElement("div", {},
-    ...drawQuestion(sample), createElement("div", {class: "answers"}, ...rows)));
+    ...drawQuestion(sample), createElement("div", {class: layout}, ...rows)));
   return card;
 }
 

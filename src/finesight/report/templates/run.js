@@ -20,6 +20,19 @@ function drawExample(example) {
   ], answers.filter(({prediction}) => prediction));
 }
 
+/* A group of responses to one prompt, side by side. */
+function drawGroup(group) {
+  const answers = group.predictions.map((prediction, index) => {
+    const kind = `r${index % 8}`;
+    const mark = `${index + 1}`;
+    return {kind, mark, prediction, title: createElement("b", {class: `run ${kind}`}, mark)};
+  });
+  const step = translate("step {}", group.row_index.toLocaleString("en"));
+  return drawCard(group, [createElement("strong", {}, step)], answers);
+}
+
+if (byId("groups")) createFeed(byId("groups"), DATA.groups, drawGroup, 3);
+
 /* ---- order, grid and export -------------------------------------------------------------------- */
 
 const KIND_ORDER = ["wrong", "worse", "better", "right"];

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
 from statistics import mean
@@ -37,11 +37,7 @@ REWARD_CURVES = (
     ("Completion length", "tokens per response", "completions/mean_length"),
     ("Truncated responses", "share of the responses of a step", "completions/clipped_ratio"),
     ("Groups with equal rewards", "share of the groups of a step", "frac_reward_zero_std"),
-    (
-        "Sampler and trainer",
-        "mean difference of their log-probabilities",
-        "sampling/sampling_logp_difference/mean",
-    ),
+    ("Sampler and trainer", "log-probability difference", "sampling/sampling_logp_difference/mean"),
     ("Entropy", "nats per token", "entropy"),
 )
 """Title, caption and metric of the charts of a GRPO run."""
@@ -388,23 +384,15 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     if names := list_reward_names(run_record.steps):
         # A policy is not trained on the cross entropy of the reference answers.
         loss_charts = [
+            *(_build_reward_chart(run_record, name) for name in names),
+            *(
+                build_chart(translate(title), read_series(translate("steps"), key), translate(text))
+                for title, text, key in REWARD_CURVES
+            ),
             build_split_chart(translate("Loss"), "loss", "", translate("of the policy")),
             build_split_chart(translate("Validation loss"), "", "validation_loss", loss_text),
         ]
     charts = [
-        *(
-            _build_reward_chart(
-                run_record,
-                name,
-                replace(read_series(translate("steps"), f"rewards/{name}/mean")[0], style="faint"),
-            )
-            for name in names
-        ),
-        *(
-            build_chart(translate(title), read_series(translate("steps"), key), translate(text))
-            for title, text, key in REWARD_CURVES
-            if names
-        ),
         *loss_charts,
         *(build_split_chart(format_metric_name(key), key, key) for key in PAIR_METRICS),
         _build_primary_metric_chart(run_record),
@@ -422,7 +410,7 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
-def _build_reward_chart(run_record: RunRecord, name: str, every_step: ChartSeries) -> Chart | None:
+def _build_reward_chart(run_record: RunRecord, name: str) -> Chart | None:
     """Build the chart of a reward: its mean in each step, and estimates for several steps."""
     steps = run_record.steps
     size = math.ceil(len(steps) / NUM_REWARD_ESTIMATES)
@@ -432,9 +420,11 @@ def _build_reward_chart(run_record: RunRecord, name: str, every_step: ChartSerie
         estimate, margin = estimate_reward(run_record, lines, name)
         interval = estimate - margin, estimate + margin
         rows.append((mean(float(line["step"]) for line in lines), estimate, interval))
-    series = _build_estimates(translate("mean of {:,} steps", size), rows)
+    points = filter_finite((x.get("step"), x.get(f"rewards/{name}/mean")) for x in steps)
+    every_step = ChartSeries(translate("steps"), points, "faint")
+    estimates = _build_estimates(translate("mean of {:,} steps", size), rows)
     title = translate("Reward {}", format_metric_name(name))
-    return build_chart(title, [every_step, series], translate("bars: 95 % intervals"))
+    return build_chart(title, [every_step, estimates], translate("bars: 95 % intervals"))
 
 
 def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:

@@ -64,9 +64,6 @@ FALLBACK_METRICS = ("similarity", "exact", "hit", "iou", "f1", "anls", "cider_d"
 MAX_SCORES = {"cider_d": 10.0}
 """Maximum per-sample score of metrics whose maximum is not 1."""
 
-MAX_GROUPS = 100
-"""Maximum number of groups of responses on a page."""
-
 MIN_SCORE_CHANGE = 1e-6
 """Minimum change of a score. Smaller differences are rounding errors."""
 
@@ -201,7 +198,7 @@ def read_examples(
     return replace(examples, is_paired=is_paired)
 
 
-def read_groups(path: Path) -> list[Example]:
+def read_groups(path: Path, max_groups: int) -> list[Example]:
     """Read the newest groups of a file of responses, the newest first; `row_index` is the step."""
     groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
     with suppress(UserError):
@@ -213,7 +210,7 @@ def read_groups(path: Path) -> list[Example]:
                 groups[step][number] = line | {"scores": scores}
     return [
         Example([lines[number] for number in sorted(lines)], [], "", 0.0, step)
-        for step, lines in sorted(groups.items(), reverse=True)[:MAX_GROUPS]
+        for step, lines in sorted(groups.items(), reverse=True)[:max_groups]
     ]
 
 
@@ -362,9 +359,7 @@ gigabytes.
 
 MAX_ID_CHARS = 200
 
-JsonData = dict[str, Any]
-
-ThumbnailCache = dict[tuple[str, int], JsonData]
+ThumbnailCache = dict[tuple[str, int], JsonObject]
 """Thumbnails by image path and thumbnail pixel limit."""
 
 
@@ -387,7 +382,7 @@ class ExampleDataBuilder:
         self._folders, self._formula_converter = folders, formula_converter
         self._thumbnails: ThumbnailCache = {} if thumbnails is None else thumbnails
 
-    def build(self, examples: Sequence[Example]) -> JsonData:
+    def build(self, examples: Sequence[Example]) -> JsonObject:
         """Return page data with `examples`, and `images` to which the examples refer by index."""
         thumbnails, image_indices = self._build_thumbnails([example.latest for example in examples])
         score_names = {
@@ -420,7 +415,7 @@ class ExampleDataBuilder:
 
     def _build_thumbnails(
         self, lines: Iterable[JsonObject]
-    ) -> tuple[list[JsonData | None], dict[str, int]]:
+    ) -> tuple[list[JsonObject | None], dict[str, int]]:
         """Return the thumbnails of all images of the given samples, and their indices by path.
 
         A thumbnail that cannot be created has an error message.
@@ -448,7 +443,7 @@ class ExampleDataBuilder:
 
     def _make_thumbnail(
         self, max_pixels: int, max_source_pixels: int, name: str
-    ) -> JsonData | None:
+    ) -> JsonObject | None:
         """Return the thumbnail of an image, or an error message if it is unreadable.
 
         Returns None without decoding if the image has more than `max_source_pixels`.
@@ -470,7 +465,7 @@ class ExampleDataBuilder:
             return {"path": name, "error": f"unreadable ({error})"}
         return {"path": name, "src": inline_image["src"], "width": width, "height": height}
 
-    def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonData:
+    def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonObject:
         """Return the page data of a sample without answers: question, images and references."""
         reference_texts = _read_references(line)
         return {
@@ -482,7 +477,7 @@ class ExampleDataBuilder:
             "boxes": read_boxes(line.get("gold_boxes")),
         }
 
-    def _build_answer(self, line: JsonObject | None) -> JsonData | None:
+    def _build_answer(self, line: JsonObject | None) -> JsonObject | None:
         """Return the page data of an answer and its scores, or None without a prediction."""
         if line is None:
             return None
@@ -563,7 +558,7 @@ def _get_span(words: Sequence[re.Match[str]], start: int, end: int) -> tuple[int
     return position, position
 
 
-def diff_fields(text: str, reference: str) -> JsonData | None:
+def diff_fields(text: str, reference: str) -> JsonObject | None:
     """Compare the fields of a JSON answer with its reference, as the `json` metric does.
 
     Returns:
@@ -585,7 +580,7 @@ def diff_fields(text: str, reference: str) -> JsonData | None:
     }
 
 
-def read_boxes(content: object) -> list[JsonData]:
+def read_boxes(content: object) -> list[JsonObject]:
     """Return the boxes of a prediction that have finite corners, at most `MAX_BOXES`.
 
     Each box has `image` (index), `label` and `xyxy` (corners in pixels).

@@ -25,7 +25,6 @@ from finesight.report.examples import (
     EXAMPLE_KINDS,
     ExampleDataBuilder,
     ExampleSet,
-    JsonData,
     ThumbnailCache,
     count_incorrect,
     estimate_differences,
@@ -93,11 +92,13 @@ class LiveReportState:
     interval_s: float
     _cache_key: Hashable = None
     _thumbnails: ThumbnailCache = field(default_factory=dict)
-    _cached_examples: tuple[ExampleSet, JsonData] = field(
+    _cached_examples: tuple[ExampleSet, JsonObject] = field(
         default_factory=lambda: (ExampleSet([], {}, "", False), {})
     )
 
-    def get_examples(self, run_record: RunRecord, max_examples: int) -> tuple[ExampleSet, JsonData]:
+    def get_examples(
+        self, run_record: RunRecord, max_examples: int
+    ) -> tuple[ExampleSet, JsonObject]:
         """Return the examples of a run and their HTML data; reuse them if no file changed."""
         paths = *run_record.predictions_files, run_record.folder / RESPONSES_FILE
         file_versions = [(str(path), path.stat().st_mtime_ns) for path in paths if path.exists()]
@@ -188,6 +189,7 @@ def render_run_page(
     if run_status.kind == "running":
         interval_s = live_state.interval_s if live_state else 0.0
         live_data = {"written_at": now.timestamp(), "interval_s": interval_s}
+    examples_context = _build_examples_context(run_record, examples)
     questions = [example["question"] for example in example_data["examples"]]
     folder = run_record.folder.resolve()
     return render_page(
@@ -197,6 +199,7 @@ def render_run_page(
             "charts": [chart.data for chart in charts],
             "metric": format_metric_name(examples.metric),
             "evaluation_names": evaluation_names,
+            "kind_labels": dict(examples_context["kind_labels"]),
             "live": live_data,
         },
         assets=["charts", "results"],
@@ -219,7 +222,7 @@ def render_run_page(
         and not FormulaConverter().is_available,
         report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
-        **_build_examples_context(run_record, examples),
+        **examples_context,
         metrics=metric_rows,
         summary=summary,
         example_question=questions[0] if questions else "",
@@ -231,8 +234,7 @@ def _build_result_context(
 ) -> dict[str, Any]:
     """Return the template values of the result section."""
     rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
-    primary_rows = [row for row in rows if row.is_primary]
-    row = next(iter([*primary_rows, *rows[-1:]]), None)
+    row = next((row for row in rows if row.is_primary), rows[-1] if rows else None)
     has_intervals = any(cell.interval or cell.change_interval for row in rows for cell in row.cells)
     # The metrics that assess a run.
     names = dict.fromkeys([row.name, VALIDATION_LOSS]) if row else ()
@@ -334,13 +336,13 @@ def _get_metric(run_record: RunRecord) -> str | None:
 
 def _build_examples(
     run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
-) -> tuple[ExampleSet, JsonData]:
+) -> tuple[ExampleSet, JsonObject]:
     """Read examples from the predictions before training and the latest ones."""
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
     examples = read_examples(first, last, run_record.primary_metric, max_examples)
-    groups = read_groups(run_record.folder / RESPONSES_FILE)
+    groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples)
     formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
     folders = list_image_folders([run_record])
     builder = ExampleDataBuilder(folders, formula_converter, thumbnails)

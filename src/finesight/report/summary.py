@@ -334,11 +334,8 @@ FORM_REWARD = re.compile("format|length|repetition")
 MIN_REWARD_STEPS = 8
 """Number of steps with rewards from which their first and last quarter are compared."""
 
-MAX_RATIO = 1.5
-"""Ratio of lengths over time, and of boxes to references, above which they are suspicious."""
-
-MAX_TRUNCATION_GAIN = 0.1
-"""Increase of the share of truncated responses above which it is suspicious."""
+MAX_RATIO, MAX_TRUNCATION_GAIN = 1.5, 0.1
+"""Bounds of lengths over time and of boxes to references; of additional truncated responses."""
 
 RewardSign = tuple[str, bool, str]
 """Sign of reward hacking, whether it was found, and the figures."""
@@ -358,14 +355,15 @@ def estimate_reward(
     Responses to the same prompt are not independent. The number of prompts determines the interval,
     which is then rather too wide than too narrow.
     """
-    num_prompts = as_object(run_record.recipe.get("train")).get("batch_size") or 1
-    means, stds = (
-        [float(x) for line in lines if is_finite(x := line.get(f"rewards/{name}/{key}"))]
-        for key in ("mean", "std")
-    )
-    if not means:
+    num_prompts = as_object(run_record.recipe.get("train")).get("batch_size")
+    means, stds = (_list_values(lines, f"rewards/{name}/{key}") for key in ("mean", "std"))
+    if not means or not isinstance(num_prompts, int) or num_prompts < 1:
         return math.nan, math.nan
     return mean(means), 1.96 * math.hypot(*stds) / math.sqrt(num_prompts) / len(means)
+
+
+def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
+    return [float(value) for line in lines if is_finite(value := line.get(key))]
 
 
 def list_reward_signs(run_record: RunRecord, groups: Sequence[JsonObject]) -> list[RewardSign]:
@@ -398,7 +396,7 @@ def list_reward_signs(run_record: RunRecord, groups: Sequence[JsonObject]) -> li
 
 def _find_length_drift(first: Sequence[JsonObject], last: Sequence[JsonObject]) -> RewardSign:
     (before, after), (cut_before, cut_after) = (
-        [mean(float(line.get(key) or 0) for line in lines) for lines in (first, last)]
+        [mean(_list_values(lines, key) or [0.0]) for lines in (first, last)]
         for key in ("completions/mean_length", "completions/clipped_ratio")
     )
     low, high = sorted((before, after))

@@ -10,7 +10,7 @@ const IS_CODE = DATA.examples.some(({formula}) => formula);
 function drawCard(sample, header, answers) {
   const {references, boxes} = sample;
   const images = sample.images.map((index) => DATA.images[index]);
-  const card = createElement("article", {class: images.length ? "example with-images" : "example"},
+  const card = createElement("article", {class: `illustrated example ${images.length ? "with-images" : ""}`},
     createElement("header", {}, ...header,
       createElement("span", {class: "soft small mono id"}, sample.id)));
   if (images.length) {

@@ -1,10 +1,6 @@
 
 /* ---- examples --------------------------------------------------------------------------------- */
 
-const KIND_LABELS = DATA.evaluation_names.length > 1
-  ? {better: translate("improved"), worse: translate("worsened"),
-    wrong: translate("still incorrect"), right: translate("still correct")}
-  : {better: "", worse: "", wrong: translate("incorrect"), right: translate("correct")};
 const CHIP_CLASSES = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
 
 function drawExample(example) {
@@ -15,7 +11,7 @@ function drawExample(example) {
   const answers = [{kind: "before", title: firstName, prediction: before},
     {kind: "after", title: lastName, prediction: after}];
   return drawCard(example, [
-    createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, KIND_LABELS[example.kind]),
+    createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, DATA.kind_labels[example.kind]),
     createElement("span", {class: "soft small"}, change),
   ], answers.filter(({prediction}) => prediction));
 }
@@ -68,7 +64,7 @@ function drawTile(example, enlarge) {
   const image = example.images.map((index) => DATA.images[index]).find(({src}) => src);
   const score = lastScore(example);
   const prediction = example.predictions.findLast(Boolean);
-  const kind = KIND_LABELS[example.kind];
+  const kind = DATA.kind_labels[example.kind];
   const tile = createElement("button", {type: "button", class: "tile",
     "aria-label": translate("{}, {}: enlarge", kind, example.id)},
   image ? createElement("img", {src: image.src, alt: image.path.split("/").pop()})

@@ -34,6 +34,7 @@ from finesight.report.summary import estimate_reward, list_reward_names
 Point = tuple[float, float]
 
 REWARD_CURVES = (
+    ("Reward", "weighted sum of all rewards", "reward"),
     ("Completion length", "tokens per response", "completions/mean_length"),
     ("Truncated responses", "share of the responses of a step", "completions/clipped_ratio"),
     ("Groups with equal rewards", "share of the groups of a step", "frac_reward_zero_std"),
@@ -423,7 +424,7 @@ def _build_reward_chart(run_record: RunRecord, name: str) -> Chart | None:
     points = filter_finite((x.get("step"), x.get(f"rewards/{name}/mean")) for x in steps)
     every_step = ChartSeries(translate("steps"), points, "faint")
     estimates = _build_estimates(translate("mean of {:,} steps", size), rows)
-    title = translate("Reward {}", format_metric_name(name))
+    title = translate("Reward: {}", format_metric_name(name))
     return build_chart(title, [every_step, estimates], translate("bars: 95 % intervals"))
 
 

@@ -53,11 +53,6 @@ from finesight.report.run_reader import (
 )
 from finesight.worker_pool import JobOutput
 
-DiffRow = tuple[str, list[str]]
-"""Row of the table of differences: a name, and its value in each run."""
-
-MISSING_VALUE = "–"
-
 IGNORED_SETTINGS = {"output_dir"}
 """Settings that are not compared because they always differ."""
 
@@ -78,7 +73,7 @@ FACT_TITLES = {
 """Row titles of recorded facts by their dotted names."""
 
 
-def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+def diff_configs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     """Return the settings, data statistics and versions that differ between runs.
 
     Prediction files have no recorded values.
@@ -92,21 +87,18 @@ def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
     return rows
 
 
-def compare_costs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+def compare_costs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     """Return the throughput, memory and time of each run."""
     return _build_rows(runs, _collect_costs)
 
 
 def _build_rows(
     runs: Sequence[ComparedRun], collect: Callable[[RunRecord], dict[str, str]]
-) -> list[DiffRow]:
+) -> list[tuple[str, list[str]]]:
     """Return one row per name that `collect` returns for any run."""
     values_by_run = [collect(run.run_record) if run.run_record else {} for run in runs]
     names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
-    return [
-        (name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run])
-        for name in names
-    ]
+    return [(name, [run_values.get(name, "–") for run_values in values_by_run]) for name in names]
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:

@@ -36,9 +36,6 @@ from finesight.report.run_reader import (
 
 NOT_RECORDED = "not recorded"
 
-SummaryItem = tuple[str, str]
-"""Pair of name and text in a list of the report."""
-
 
 @dataclass(frozen=True)
 class SkippedGroup:
@@ -173,7 +170,7 @@ def compute_phases(run_record: RunRecord) -> list[tuple[str, float]]:
     return [(translate(name), value) for name, value in seconds.items() if value]
 
 
-def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
+def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the throughput, time and memory of a run.
 
     Throughput includes the time of building the vision cache.
@@ -337,9 +334,6 @@ MIN_REWARD_STEPS = 8
 MAX_RATIO, MAX_TRUNCATION_GAIN = 1.5, 0.1
 """Bounds of lengths over time and of boxes to references; of additional truncated responses."""
 
-RewardSign = tuple[str, bool, str]
-"""Sign of reward hacking, whether it was found, and the figures."""
-
 
 def list_reward_names(lines: Sequence[JsonObject]) -> list[str]:
     """Return the names of the rewards in the metrics of steps."""
@@ -366,8 +360,12 @@ def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
     return [float(value) for line in lines if is_finite(value := line.get(key))]
 
 
-def list_reward_signs(run_record: RunRecord, groups: Sequence[JsonObject]) -> list[RewardSign]:
-    """Compare the first and the last quarter of the steps; empty for few steps with rewards.
+def list_reward_signs(
+    run_record: RunRecord, groups: Sequence[JsonObject]
+) -> list[tuple[str, bool, str]]:
+    """Return signs of reward hacking, whether they were found, and the figures.
+
+    The first and the last quarter of the steps are compared. Empty for few steps with rewards.
 
     Args:
         groups: Page data of the recorded groups of responses, the newest first.
@@ -394,7 +392,9 @@ def list_reward_signs(run_record: RunRecord, groups: Sequence[JsonObject]) -> li
     ]
 
 
-def _find_length_drift(first: Sequence[JsonObject], last: Sequence[JsonObject]) -> RewardSign:
+def _find_length_drift(
+    first: Sequence[JsonObject], last: Sequence[JsonObject]
+) -> tuple[str, bool, str]:
     (before, after), (cut_before, cut_after) = (
         [mean(_list_values(lines, key) or [0.0]) for lines in (first, last)]
         for key in ("completions/mean_length", "completions/clipped_ratio")
@@ -409,7 +409,7 @@ def _find_length_drift(first: Sequence[JsonObject], last: Sequence[JsonObject]) 
     return translate("Length drift"), is_found, translate(text, *figures)
 
 
-def _find_box_spam(groups: Sequence[JsonObject]) -> Iterator[RewardSign]:
+def _find_box_spam(groups: Sequence[JsonObject]) -> Iterator[tuple[str, bool, str]]:
     """Compare the boxes of the first and last groups with the references."""
     counts = [
         (mean(len(one["boxes"]) for one in group["predictions"]), len(group["boxes"]))
@@ -462,7 +462,7 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
     ]
 
 
-def list_versions(run_record: RunRecord) -> list[SummaryItem]:
+def list_versions(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the versions of packages, the device, the model family and the start time."""
     start, missing = get_last_start(run_record), translate(NOT_RECORDED)
     versions = as_object(start.get("versions") or run_record.manifest.get("versions"))
@@ -476,7 +476,7 @@ def list_versions(run_record: RunRecord) -> list[SummaryItem]:
     ]
 
 
-def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
+def list_checksums(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the SHA-256 digests of base model, data and trained weights."""
     missing = translate(NOT_RECORDED)
     base_digest = str(run_record.manifest.get("base_fingerprint") or missing)
@@ -490,7 +490,7 @@ def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
     return [*items, *(run_record.weight_digests.items() or empty_items)]
 
 
-def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
+def list_commands(run_record: RunRecord, prompt: str) -> list[tuple[str, str]]:
     """Return the operations that use, resume or repeat a run, in the format of messages.
 
     Args:

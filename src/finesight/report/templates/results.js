@@ -6,27 +6,31 @@ const IS_CODE = DATA.examples.some(({formula}) => formula);
 
 /* A card of a sample: its images with boxes, its question, the reference and answers, such as those of
    evaluations or runs. An answer has `kind` (a class), `title`, and `prediction` (null without one).
-   Its boxes have its `mark` as label, and equal boxes of marked answers are drawn once. */
-function drawCard(sample, header, answers) {
+   Its boxes have its `mark` as label, and equal boxes of marked answers are drawn once. Many answers
+   have an image each. */
+function drawCard(sample, header, answers, hasImagePerAnswer = false) {
   const {references, boxes} = sample;
   const images = sample.images.map((index) => DATA.images[index]);
   const card = createElement("article", {class: `illustrated example ${images.length ? "with-images" : ""}`},
     createElement("header", {}, ...header,
       createElement("span", {class: "soft small mono id"}, sample.id)));
-  if (images.length) {
-    card.append(createElement("div", {}, ...images.map((image, index) =>
-      drawSampleImage(image, index, sample, answers))));
-  }
-  const rows = answers.map(({kind, title, prediction}) => prediction
-    ? answerRow(kind, title, prediction, references[0])
-    : answerRow(kind, title, {text: "", boxes: []}, "", translate("no answer to this sample")));
+  const draw = (several) => images.map((image, index) => drawSampleImage(image, index, sample, several));
+  if (images.length) card.append(createElement("div", {}, ...draw(hasImagePerAnswer ? [] : answers)));
+  const rows = answers.map((answer) => {
+    const {kind, title, prediction} = answer;
+    const row = prediction
+      ? answerRow(kind, title, prediction, references[0])
+      : answerRow(kind, title, {text: "", boxes: []}, "", translate("no answer to this sample"));
+    if (hasImagePerAnswer && prediction.boxes.length) row.append(...draw([answer]));
+    return row;
+  });
   if (references.length || boxes.length) {
     const title = translate(references.length > 1 ? "reference answers" : "reference answer");
     rows.unshift(answerRow("truth", title, {...sample, text: references.join("\n")}));
   }
-  const layout = answers.some(({mark}) => mark) ? "answers side-by-side" : "answers";
+  const isSideBySide = hasImagePerAnswer || answers.some(({mark}) => mark);
   card.append(createElement("div", {},
-    ...drawQuestion(sample), createElement("div", {class: layout}, ...rows)));
+    ...drawQuestion(sample), createElement("div", {class: `answers ${isSideBySide ? "side-by-side" : ""}`}, ...rows)));
   return card;
 }
 

@@ -20,11 +20,10 @@ function drawExample(example) {
 function drawGroup(group) {
   const answers = group.predictions.map((prediction, index) => {
     const kind = `r${index % 8}`;
-    const mark = `${index + 1}`;
-    return {kind, mark, prediction, title: createElement("b", {class: `run ${kind}`}, mark)};
+    return {kind, prediction, title: createElement("b", {class: `run ${kind}`}, `${index + 1}`)};
   });
   const step = translate("step {}", group.row_index.toLocaleString("en"));
-  return drawCard(group, [createElement("strong", {}, step)], answers);
+  return drawCard(group, [createElement("strong", {}, step)], answers, true);
 }
 
 if (byId("groups")) createFeed(byId("groups"), DATA.groups, drawGroup, 3);

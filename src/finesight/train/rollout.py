@@ -31,12 +31,14 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.evaluate.metric_difference import format_prediction_line
 from finesight.infer.engine import Engine, build_engine, iter_completions
 from finesight.infer.kv_cache import append_tokens, hash_images
-from finesight.infer.prediction import NUM_READER_THREADS, build_prediction
+from finesight.infer.prediction import NUM_READER_THREADS, Prediction, build_prediction
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
+from finesight.storage import append_line
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
 from finesight.train.rewards import RewardScorer
@@ -59,6 +61,8 @@ MIN_FRAME_GAIN = 0.2
 The frame also has at least twice the mean IoU. Rewards of boxes may be above 0 in a wrong frame.
 """
 
+MAX_RECORDED_GROUPS = 100
+
 
 class Group(NamedTuple):
     """Encoded prompt of a sample, its responses, and their rewards [G, F], NaN if not scored."""
@@ -68,6 +72,8 @@ class Group(NamedTuple):
     responses: list[list[GeneratedToken]]
     is_truncated: list[bool]
     rewards_GF: FloatArray
+    predictions: list[Prediction]
+    cases: list[EvalCase]
 
 
 class RolloutRecord(BaseModel):
@@ -202,6 +208,9 @@ class Rollout:
             "rollout_s": time.perf_counter() - start_time - self.reward_s,
             "reward_s": self.reward_s,
         }
+        interval = -(-len(self.state.data.sampler) // MAX_RECORDED_GROUPS)
+        if step % interval == 0 and useful and process_group.is_main:
+            self.record_group(step, useful[0], rewards_QGF)
         packs = [
             (group.sample_index, packed_batch)
             for group in useful
@@ -276,8 +285,8 @@ class Rollout:
             start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
             self.reward_s += time.perf_counter() - start_time
-            is_truncated = [not case.ended_with_eos for case in cases]
-            groups.append(Group(index, prompt, tokens, is_truncated, rewards_FG.T))
+            truncated = [not case.ended_with_eos for case in cases]
+            groups.append(Group(index, prompt, tokens, truncated, rewards_FG.T, predictions, cases))
             totals_G = _weigh(rewards_FG.T, self.weights_F)
             self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
@@ -363,6 +372,26 @@ class Rollout:
         self.engine.clear_caches()
         return self.engine
 
+    def record_group(self, step: int, group: Group, rewards_QGF: FloatArray) -> None:
+        """Append responses with rewards and advantages as lines to `responses.jsonl`."""
+        names, text = self.scorer.names, ""
+        advantages = self.compute_advantages(group, rewards_QGF).tolist()
+        for n, one in enumerate(zip(group.predictions, group.cases, strict=True)):
+            scores = dict(zip(names, group.rewards_GF[n].tolist(), strict=True))
+            further = {"step": step + 1, "response": n, "advantage": advantages[n]}
+            text += format_prediction_line(*one, scores, **further)
+        append_line(self.state.run.run_dir.responses_path, text.rstrip())
+
+    def compute_advantages(self, group: Group, rewards_QGF: FloatArray) -> FloatArray:
+        """Return the advantage of each response, [G]."""
+        totals_G = _weigh(group.rewards_GF, self.weights_F)
+        scale = 1.0
+        if self.settings.scale_rewards != "none":
+            is_group = self.settings.scale_rewards == "group"
+            totals = totals_G if is_group else _weigh(rewards_QGF, self.weights_F)
+            scale = float(np.nanstd(totals, ddof=1)) + STD_EPSILON
+        return np.nan_to_num((totals_G - np.nanmean(totals_G)) / scale)
+
     def count_tokens(self, group: Group) -> int:
         """Return the number of tokens of a group that contribute to the loss."""
         return sum(len(group.responses[i]) for i in self.list_used(group))
@@ -381,13 +410,7 @@ class Rollout:
             records: Responses of the step on all ranks.
             rewards_QGF: Rewards of the step on all ranks.
         """
-        totals_G = _weigh(group.rewards_GF, self.weights_F)
-        scale = 1.0
-        if self.settings.scale_rewards != "none":
-            is_group = self.settings.scale_rewards == "group"
-            totals = totals_G if is_group else _weigh(rewards_QGF, self.weights_F)
-            scale = float(np.nanstd(totals, ddof=1)) + STD_EPSILON
-        advantages_G = np.nan_to_num((totals_G - np.nanmean(totals_G)) / scale)
+        advantages_G = self.compute_advantages(group, rewards_QGF)
         num_responses = sum(one.num_useful for one in records) * self.settings.num_generations
         mean_length = sum(one.num_tokens for one in records) / num_responses
         budget = self.state.progress.budget.pack_tokens - group.prompt.tokenized.num_tokens

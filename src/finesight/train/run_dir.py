@@ -27,6 +27,7 @@ from finesight.manifest import (
     PREDICTIONS_FOLDER,
     RECIPE_FILE,
     REPORT_FILE,
+    RESPONSES_FILE,
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
     Manifest,
@@ -55,6 +56,7 @@ class RunDir:
         self.adapter_dir = path / ADAPTER_FOLDER
         self.model_dir = path / MODEL_FOLDER
         self.metrics_path = path / METRICS_FILE
+        self.responses_path = path / RESPONSES_FILE
         self.report_path = path / REPORT_FILE
         self.images_path = path / IMAGES_FILE
         self.skipped_path = path / SKIPPED_SAMPLES_FILE
@@ -203,9 +205,9 @@ class RunDir:
         append_line(self.metrics_path, json.dumps(metrics))
 
     def flush(self) -> None:
-        """Flush `metrics.jsonl` and `skipped_samples.jsonl` to disk (fsync)."""
-        flush_file(self.metrics_path)
-        flush_file(self.skipped_path)
+        """Flush the appended lines of all files to disk (fsync)."""
+        for path in (self.metrics_path, self.responses_path, self.skipped_path):
+            flush_file(path)
 
     def write(self, name: str, content: object) -> None:
         """Write an object to a JSON file of the run, atomically."""
@@ -252,7 +254,7 @@ class RunDir:
                 append_line(self.skipped_path, row.model_dump_json(exclude_defaults=True))
 
     def truncate_metrics(self, step: int, last_eval_step: int) -> None:
-        """Remove the lines of `metrics.jsonl` that a resumed run writes again.
+        """Remove the lines of metrics and responses that a resumed run writes again.
 
         An incomplete last line is removed as well.
 
@@ -260,13 +262,13 @@ class RunDir:
             step: Step of the checkpoint.
             last_eval_step: Step of the last evaluation before the checkpoint.
         """
-        if self.metrics_path.exists():
+        for path in filter(Path.exists, (self.metrics_path, self.responses_path)):
             num_bytes = 0
-            for size, metrics in _read_lines(self.metrics_path):
+            for size, metrics in _read_lines(path):
                 if metrics["step"] > (last_eval_step if "validation_loss" in metrics else step):
                     break
                 num_bytes += size
-            truncate_file(self.metrics_path, num_bytes)
+            truncate_file(path, num_bytes)
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Iterate over the lines of `metrics.jsonl`, without loading the complete file."""

@@ -1,5 +1,6 @@
 """GRPO: losses compared with a formula per response and TRL, rollouts, and runs with rewards."""
 
+import json
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -245,8 +246,20 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
     reward_task.run(*two_updates, name="expected")
     reward_task.run(*two_updates)
     run = rewind_to_checkpoint(reward_task.folder / "run")
+    with (run / "responses.jsonl").open("a") as file:
+        file.write('{"step": 7, "respon')
     reward_task.run(*two_updates, resume=True)
     assert_same_run(run, reward_task.folder / "expected")
+    recorded, expected = (
+        (path / "responses.jsonl").read_text() for path in (run, reward_task.folder / "expected")
+    )
+    assert recorded == expected
+    lines = [json.loads(line) for line in recorded.splitlines()]
+    numbers = [(line["step"], line["response"]) for line in lines]
+    assert numbers == [(step, n) for step in range(1, 7) for n in range(4)]
+    assert [*lines[0]["scores"]] == ["early", "exact"]
+    best = max(lines[:4], key=lambda line: line["scores"]["early"])
+    assert best["advantage"] > 0 > min(line["advantage"] for line in lines[:4])
 
 
 def test_failed_reward_saves_a_checkpoint(reward_task):

@@ -12,7 +12,7 @@ from finesight.encode.family import ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.errors import UserError
-from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 MAX_PROMPT_CPU_S = 20.0
 """CPU seconds to tokenize a prompt and to decode all of its images."""
@@ -62,7 +62,7 @@ def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:
     )
 
 
-def unpack_tokenized(reply: WorkerReply, sample_id: str) -> TokenizedSample:
+def unpack_tokenized(reply: JobOutput, sample_id: str) -> TokenizedSample:
     """Restore a tokenized prompt from the output of a job."""
     ids_T, positions_3T = reply.arrays[:2]
     spans = []

@@ -49,7 +49,7 @@ from finesight.serve.preprocessing_jobs import (
     tokenize_sample,
 )
 from finesight.vision.image_processing import concat_patches
-from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool, WorkerReply
+from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool
 
 MAX_CHARS_PER_TOKEN = 16
 """Maximum number of characters per token of the context length, checked before tokenization."""
@@ -201,7 +201,7 @@ class RequestPreprocessor:
         param: str = "messages",
         max_cpu_s: float | None = None,
         folder: Path | None = None,
-    ) -> WorkerReply:
+    ) -> JobOutput:
         used_s = self._cpu_seconds
         remaining_s = self.limits.max_request_cpu_s - used_s
         if remaining_s <= 0:

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from pydantic_core import from_json
 
-from finesight.errors import UserError, shorten, suggest_similar_path
+from finesight.errors import Remedy, UserError, shorten, suggest_similar_path
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -49,11 +49,6 @@ class SpecialFileError(UserError):
         )
 
 
-def is_special_file(mode: int) -> bool:
-    """Return whether an `st_mode` is neither a regular file nor a folder."""
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-
-
 def reject_special_file(path: Path) -> None:
     """Raise SpecialFileError for an existing path that is neither a regular file nor a folder.
 
@@ -64,7 +59,7 @@ def reject_special_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return
-    if is_special_file(mode):
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise SpecialFileError.from_mode(path, mode)
 
 
@@ -208,24 +203,21 @@ def read_lines(
 
 @contextmanager
 def translate_os_errors(
-    path: Path, expected: str, remedy: str, error_class: type[UserError] = UserError
+    path: Path, expected: str, remedy: Remedy, error_class: type[UserError] = UserError
 ) -> Iterator[None]:
     """Convert an error of reading or decoding a file to an `error_class` about `path`."""
     try:
         yield
-    except SpecialFileError as error:
-        raise error_class(error.what, where=str(path), expected=expected, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start} is not UTF-8 text"
+    except (SpecialFileError, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, SpecialFileError):
+            what = error.what
+        elif isinstance(error, UnicodeDecodeError):
+            what = f"byte {error.start} is not UTF-8 text"
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+            what, remedy = "no such file", suggest_similar_path(path)
+        else:
+            what = f"cannot be read: {error.strerror or error}"
         raise error_class(what, where=str(path), expected=expected, remedy=remedy) from error
-    except OSError as error:
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        raise error_class(
-            "no such file" if missing else f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            expected=expected,
-            remedy=suggest_similar_path(path) if missing else remedy,
-        ) from error
 
 
 CHINESE_ENCODING = "gb18030"

@@ -616,14 +616,12 @@ class Recipe(SettingsSection):
             raise ValueError("rewards apply to train.objective=grpo only: set it")
         if self.train.objective == "grpo" and not self.rewards:
             raise ValueError("train.objective=grpo requires rewards, such as rewards: [exact]")
-        if self.train.objective == "grpo" and self.train.grpo.beta and self.tune.has_mode("full"):
-            raise ValueError(
-                "train.grpo.beta refers to the model without adapter, which full tuning changes:"
-                " set it to 0, or set all parts of tune to lora or frozen"
-            )
-        if self.train.objective == "grpo" and self.train.grpo.beta and self.adapter is not None:
-            raise ValueError(
-                "train.grpo.beta refers to the model without adapter, but adapter is set: set it to"
-                " 0, or merge the adapter and start from the merged model"
-            )
+        if self.train.objective == "grpo" and self.train.grpo.beta:
+            problem = "train.grpo.beta refers to the model without adapter"
+            if self.tune.has_mode("full"):
+                remedy = "set it to 0, or set all parts of tune to lora or frozen"
+                raise ValueError(f"{problem}, which full tuning changes: {remedy}")
+            if self.adapter is not None:
+                remedy = "set it to 0, or merge the adapter and start from the merged model"
+                raise ValueError(f"{problem}, but adapter is set: {remedy}")
         return self

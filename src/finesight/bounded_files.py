@@ -38,10 +38,11 @@ _KINDS = {
 class SpecialFileError(UserError):
     """Raised for a path that is a named pipe, a socket or a device."""
 
-    @classmethod
-    def from_mode(cls, path: str | Path, mode: int) -> SpecialFileError:
-        """Build the error for a path with the file type in its `st_mode`."""
-        return cls(
+
+def _reject_special_mode(path: Path, mode: int) -> None:
+    """Raise SpecialFileError unless an `st_mode` is that of a regular file or a folder."""
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SpecialFileError(
             f"{_KINDS.get(stat.S_IFMT(mode), 'a special file')}, not a regular file",
             where=str(path),
             expected="a regular file, or a link to one",
@@ -59,8 +60,7 @@ def reject_special_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
-        raise SpecialFileError.from_mode(path, mode)
+    _reject_special_mode(path, mode)
 
 
 def open_regular_file(path: Path) -> BufferedReader:
@@ -79,9 +79,8 @@ def open_regular_file(path: Path) -> BufferedReader:
     if stat.S_ISREG(mode):
         return os.fdopen(fd, "rb")
     os.close(fd)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise SpecialFileError.from_mode(path, mode)
+    _reject_special_mode(path, mode)
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 MAX_FILE_BYTES = 40 * 2**20
@@ -241,8 +240,6 @@ def to_readable_name(name: str) -> str:
 
     Bytes in GBK are decoded, others are escaped as %XX. Two names may have the same result.
     """
-    if is_utf8(name):
-        return name
     return "/".join(map(_readable, name.split("/")))
 
 

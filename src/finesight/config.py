@@ -359,8 +359,7 @@ class GrpoSettings(SettingsSection):
     def effective_epsilon_high(self) -> float:
         """Upper clipping of the probability ratio, with the default of the loss."""
         defaults = {"cispo": 5.0, "dapo": 0.28}
-        default = defaults.get(self.loss_type, self.epsilon)
-        return default if self.epsilon_high is None else self.epsilon_high
+        return self.epsilon_high or defaults.get(self.loss_type, self.epsilon)
 
 
 class OrpoSettings(SettingsSection):

@@ -268,16 +268,13 @@ def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
     """Apply overrides to `content`, and validate it. Raises UserError with all invalid settings."""
-    assignments: list[tuple[str, object, str]]
-    if isinstance(overrides, Mapping):
-        assignments = [
-            (name, deepcopy(value), f"{name}={value}") for name, value in overrides.items()
-        ]
-    else:
-        assignments = [(*_parse_override(override), override) for override in overrides]
     overridden: dict[SettingKey, str] = {}
-    for name, value, override in assignments:
-        key = _apply_override(content, name, value, override, overridden)
+    if isinstance(overrides, Mapping):
+        assignments = [(f"{name}={value}", name, value) for name, value in overrides.items()]
+    else:
+        assignments = [(override, *_parse_override(override)) for override in overrides]
+    for override, name, value in assignments:
+        key = _apply_override(content, name, deepcopy(value), override, overridden)
         overridden[key] = override
     try:
         return Recipe.model_validate(content)

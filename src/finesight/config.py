@@ -14,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -218,6 +217,11 @@ The merger has few FLOPs, and rounding errors of the output head would affect th
 """
 
 
+def _sort_parts(parts: tuple[QuantizablePart, ...]) -> tuple[QuantizablePart, ...]:
+    """Sort the parts, so that their order in the recipe does not matter."""
+    return tuple(part for part in get_args(QuantizablePart) if part in parts)
+
+
 class QuantizeSettings(SettingsSection):
     """Section `tune.quantize` of a recipe: quantization of frozen linear layers, by part.
 
@@ -225,16 +229,8 @@ class QuantizeSettings(SettingsSection):
     (Micikevicius et al. 2022).
     """
 
-    nf4: Names[QuantizablePart] | None = None
-    fp8: Names[Fp8Part] | None = None
-
-    @field_validator("nf4", "fp8")
-    @classmethod
-    def _sort_parts(
-        cls, parts: tuple[QuantizablePart, ...] | None
-    ) -> tuple[QuantizablePart, ...] | None:
-        """Sort the parts, so that their order in the recipe does not matter."""
-        return parts and tuple(part for part in get_args(QuantizablePart) if part in parts)
+    nf4: Annotated[Names[QuantizablePart], AfterValidator(_sort_parts)] | None = None
+    fp8: Annotated[Names[Fp8Part], AfterValidator(_sort_parts)] | None = None
 
 
 class TuneSettings(SettingsSection):

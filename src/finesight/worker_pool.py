@@ -69,8 +69,7 @@ def main(number: int) -> None:
             state.append(setup(*args))
             return JobOutput()
 
-        reply, _ = _outcome(load)
-        control.send_bytes(json.dumps(reply).encode())
+        control.send_bytes(json.dumps(_outcome(load).value).encode())
         gc.collect()
         gc.freeze()
         while state:
@@ -97,11 +96,13 @@ def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
                 function, args, max_cpu_s = pickle.loads(parts[0], buffers=parts[1:])
                 start_time = time.process_time()
                 job = partial(function, state, *args)
-                meta, arrays = _run_job(job, max_cpu_s, connection)
-                meta["cpu_seconds"] = time.process_time() - start_time
-                meta["rss_increase"] = _resident_bytes() - base
-                connection.send_bytes(json.dumps(meta).encode())
-                for array in arrays:
+                reply = _run_job(job, max_cpu_s, connection)
+                usage = {
+                    "cpu_seconds": time.process_time() - start_time,
+                    "rss_increase": _resident_bytes() - base,
+                }
+                connection.send_bytes(json.dumps(reply.value | usage).encode())
+                for array in reply.arrays:
                     connection.send_bytes(
                         np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
                     )
@@ -119,11 +120,7 @@ def _signal_hangup(connection: Connection) -> None:
     fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-_Reply = tuple[dict[str, Any], Sequence[NDArray[np.generic]]]
-"""Reply of a worker: JSON data and arrays."""
-
-
-def _run_job(job: Callable[[], JobOutput], max_cpu_s: float, connection: Connection) -> _Reply:
+def _run_job(job: Callable[[], JobOutput], max_cpu_s: float, connection: Connection) -> JobOutput:
     """Run a job, and return the reply.
 
     The kernel kills this process if the job exceeds a time limit or is canceled.
@@ -142,20 +139,21 @@ def _run_job(job: Callable[[], JobOutput], max_cpu_s: float, connection: Connect
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _outcome(function: Callable[[], JobOutput]) -> _Reply:
+def _outcome(function: Callable[[], JobOutput]) -> JobOutput:
+    """Call a function, and return the reply of a worker: JSON data and arrays."""
     try:
         output = function()
     except UserError as error:
         words = [error.what, error.where, error.expected, str(error.remedy)]
-        return {"user_error": words}, ()
+        return JobOutput({"user_error": words})
     except MemoryError:
-        return {"out_of_memory": True}, ()
+        return JobOutput({"out_of_memory": True})
     except Exception as error:
         # Its message may quote what a client sent.
         frames = traceback.format_tb(error.__traceback__)
-        return {"fault": [type(error).__name__, "".join(frames)]}, ()
+        return JobOutput({"fault": [type(error).__name__, "".join(frames)]})
     kinds = [[array.dtype.str, array.shape] for array in output.arrays]
-    return {"value": output.value, "arrays": kinds}, output.arrays
+    return JobOutput({"value": output.value, "arrays": kinds}, output.arrays)
 
 
 def _apply_limits(memory_bytes: int) -> None:

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
@@ -32,6 +32,7 @@ from finesight.data.image_header import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import GridTHW
+from finesight.worker_pool import JobOutput
 
 if TYPE_CHECKING:
     import tiktoken
@@ -591,6 +592,32 @@ class EncodedSample:
     tokenized: TokenizedSample
     patches_ND: NDArray[np.uint8]
     hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:
+    """Convert a tokenized prompt with images and videos to the output of a job."""
+    spans = [asdict(span) | {"files": [*map(str, span.files)]} for span in tokenized.spans]
+    return JobOutput(
+        {"spans": spans, "is_thinking": tokenized.is_thinking},
+        [tokenized.ids_T, tokenized.position_ids_3T],
+    )
+
+
+def unpack_tokenized(reply: JobOutput, sample_id: str) -> TokenizedSample:
+    """Restore a tokenized prompt from the output of a job."""
+    ids_T, positions_3T = reply.arrays[:2]
+    spans = []
+    for values in reply.value["spans"]:
+        values = {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
+        spans.append(VisualSpan(**values | {"files": tuple(map(Path, values["files"]))}))
+    return TokenizedSample(
+        id=sample_id,
+        ids_T=ids_T.view(np.int32),
+        loss_mask_T=np.zeros(len(ids_T), dtype=np.bool_),
+        position_ids_3T=positions_3T.view(np.int32),
+        spans=tuple(spans),
+        is_thinking=reply.value["is_thinking"],
+    )
 
 
 class CountedSample(Protocol):

@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.prompt_encoder import unpack_tokenized
-from finesight.encode.tokenization import EncodedSample
+from finesight.encode.tokenization import EncodedSample, unpack_tokenized
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask

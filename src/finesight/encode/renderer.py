@@ -157,19 +157,19 @@ class TokenBuilder:
     @property
     def length(self) -> int:
         """Number of tokens added so far. Reading it tokenizes pending text."""
-        self._tokenize_pending()
+        self.flush()
         return len(self._ids)
 
     def add_text(self, text: str, *, is_supervised: bool) -> None:
         """Append text; special tokens in it are tokenized as ordinary text."""
         if is_supervised != self._is_pending_supervised:
-            self._tokenize_pending()
+            self.flush()
             self._is_pending_supervised = is_supervised
         self._pending_texts.append(text)
 
     def add_special_token(self, token: str, *, is_supervised: bool, count: int = 1) -> None:
         """Append a special token `count` times."""
-        self._tokenize_pending()
+        self.flush()
         self._ids += [self._tokenizer.token_to_id(token)] * count
         self._loss_mask += [is_supervised] * count
 
@@ -181,16 +181,13 @@ class TokenBuilder:
             else:
                 self.add_text(piece, is_supervised=is_supervised)
 
-    def flush(self) -> None:
-        """Tokenize pending text now, so that it does not merge with later text."""
-        self._tokenize_pending()
-
     def to_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the token ids and the loss mask of all added pieces, both [T]."""
-        self._tokenize_pending()
+        self.flush()
         return np.array(self._ids, dtype=np.int32), np.array(self._loss_mask, dtype=np.bool_)
 
-    def _tokenize_pending(self) -> None:
+    def flush(self) -> None:
+        """Tokenize pending text now, so that it does not merge with later text."""
         if self._pending_texts:
             ids = self._tokenizer.encode("".join(self._pending_texts))
             self._ids += ids

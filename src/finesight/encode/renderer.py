@@ -38,7 +38,7 @@ from finesight.data.sample import (
     list_media_paths,
 )
 from finesight.data.video_file import iter_video_frames, read_video_header
-from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
+from finesight.encode import qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
@@ -296,7 +296,7 @@ class _RenderState:
 
 _BUILT_IN: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen2_vl": qwen2_vl.from_folder,
-    "qwen2_5_vl": qwen2_5_vl.from_folder,
+    "qwen2_5_vl": qwen2_vl.Qwen25VL.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
     "qwen3_vl_moe": qwen3_vl.from_folder,
     "qwen3_5": qwen3_5.from_folder,

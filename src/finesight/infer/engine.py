@@ -39,7 +39,7 @@ from finesight.infer.scheduler import (
     Scheduler,
     SequenceState,
 )
-from finesight.infer.token_sampler import AsyncTokens, SampledTokens, sample_tokens
+from finesight.infer.token_sampler import AsyncTokens, SampledLogprobs, sample_tokens
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 
@@ -216,7 +216,7 @@ class Engine:
                 row = self._scheduler.add_to_batch(sequence)
                 id_1 = ids_R[index : index + 1]
                 self._runner.start_sequence(row, sequence.prompt, id_1, sequence.num_scheduled)
-        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
+        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, is_finite_R, *sampled))
 
     def _resume_paused(self) -> None:
         """Resume paused sequences whose token bitmask has been computed.
@@ -234,7 +234,7 @@ class Engine:
         sequences = [sequence for sequence in sequences if not sequence.is_finished]
         if not sequences:
             return
-        scheduler.resume(sequences)
+        scheduler.paused = [item for item in scheduler.paused if item not in sequences]
         logits = [item.logits_V for item in sequences if item.logits_V is not None]
         for sequence in sequences:
             sequence.logits_V = None
@@ -265,18 +265,18 @@ class Engine:
         ids_R = self._runner.ids_R[: len(sequences)]
         sampled = self._sample(logits_RV, sequences, ids_R)
         is_finite_R = self._runner.is_finite_R[: len(sequences)]
-        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
+        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, is_finite_R, *sampled))
 
     def _sample(
         self, logits_RV: Tensor, sequences: Sequence[SequenceState], ids_R: Tensor
-    ) -> dict[int, tuple[SampledTokens, int]]:
+    ) -> tuple[SampledLogprobs | None, dict[int, int]]:
         """Sample tokens of sequences that need more than an argmax.
 
         The tokens are written to `ids_R`. Sequences without sampling, log probabilities or a
         constraint keep the argmax. Sequences whose bitmask is late are paused.
 
         Returns:
-            Sampler output and the index within it, by batch row.
+            Log probabilities, if requested, and the index within them by batch row.
         """
         deadline = time.monotonic() + MAX_MASK_WAIT_S
         for index, sequence in enumerate(sequences):
@@ -300,13 +300,13 @@ class Engine:
             if not (a.sampler.is_argmax_only or a.is_finished or a.is_paused)
         ]
         if not row_indices:
-            return {}
+            return None, {}
         rows_S = torch.tensor(row_indices, device=logits_RV.device)
-        sampled = sample_tokens(
+        ids_S, logprobs = sample_tokens(
             logits_RV.index_select(0, rows_S), [sequences[n].sampler for n in row_indices]
         )
-        ids_R.index_copy_(0, rows_S, sampled.ids_S)
-        return {row: (sampled, index) for index, row in enumerate(row_indices)}
+        ids_R.index_copy_(0, rows_S, ids_S)
+        return logprobs, {row: index for index, row in enumerate(row_indices)}
 
     def _enqueue_tokens(self, sequences: list[SequenceState], async_tokens: AsyncTokens) -> None:
         """Queue the tokens of a launched step until the host reads them.

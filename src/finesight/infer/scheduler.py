@@ -279,13 +279,6 @@ class Scheduler:
         self.paused.append(sequence)
         self._leaving.append(sequence)
 
-    def resume(self, sequences: Sequence[SequenceState]) -> None:
-        """Remove sequences from the paused ones.
-
-        The caller adds them to the decoding batch with `add_to_batch`.
-        """
-        self.paused = [item for item in self.paused if item not in sequences]
-
     def finish(self, sequence: SequenceState) -> None:
         """Finish a sequence and release its KV-cache blocks.
 

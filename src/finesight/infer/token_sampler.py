@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,23 +86,23 @@ class TokenSampler:
             self._seen_V.index_fill_(0, id_1, True)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """Sampled ids [S], their log probabilities [S], and the most probable tokens [S, N].
+class SampledLogprobs(NamedTuple):
+    """Log probabilities of sampled tokens [S], and the most probable tokens with theirs [S, N]."""
 
-    Log probabilities are None if no row requested them.
-    """
-
-    ids_S: Tensor
-    logprobs_S: Tensor | None
-    top_ids_SN: Tensor | None
-    top_logprobs_SN: Tensor | None
+    logprobs_S: Tensor
+    top_ids_SN: Tensor
+    top_logprobs_SN: Tensor
 
 
-def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
+def sample_tokens(
+    logits_SV: Tensor, samplers: Sequence[TokenSampler]
+) -> tuple[Tensor, SampledLogprobs | None]:
     """Sample the next token of each row.
 
     The result of a row is independent of the other rows.
+
+    Returns:
+        Sampled ids [S], and their log probabilities, or None if no row requested them.
     """
     raw_SV = logits_SV.float()
     processed_SV = _apply_penalties(raw_SV, samplers)
@@ -128,7 +129,13 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
             processed_SV.index_select(0, rows_S), [samplers[r] for r in processed_rows]
         )
         raw_SV = raw_SV.index_copy(0, rows_S, scaled_SV)
-    return _build_sampled_tokens(raw_SV, ids_S, samplers)
+    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
+    if not num_logprobs:
+        return ids_S, None
+    logprobs_SV = raw_SV.log_softmax(-1)
+    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    top = logprobs_SV.topk(min(max(num_logprobs), logprobs_SV.shape[1]), dim=-1)
+    return ids_S, SampledLogprobs(sampled_logprobs_S, top.indices, top.values)
 
 
 def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
@@ -163,9 +170,9 @@ def _ban_ids(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
     for row, sampler in enumerate(samplers):
         if sampler.sampling_params.banned_ids:
             rows_by_ids.setdefault(sampler.sampling_params.banned_ids, []).append(row)
-    for ids, rows in rows_by_ids.items():
+    for ids, selected_rows in rows_by_ids.items():
         indices = (
-            copy_to_device(np.array(rows)[:, None], logits_SV.device),
+            copy_to_device(np.array(selected_rows)[:, None], logits_SV.device),
             copy_to_device(np.array(ids), logits_SV.device),
         )
         logits_SV = logits_SV.index_put(indices, logits_SV.new_tensor(-torch.inf))
@@ -211,45 +218,39 @@ def _sample_filtered(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tens
     return ids_S
 
 
-def _build_sampled_tokens(
-    raw_SV: Tensor, ids_S: Tensor, samplers: Sequence[TokenSampler]
-) -> SampledTokens:
-    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
-    if not num_logprobs:
-        return SampledTokens(ids_S, None, None, None)
-    logprobs_SV = raw_SV.log_softmax(-1)
-    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
-    top = logprobs_SV.topk(min(max(num_logprobs), logprobs_SV.shape[1]), dim=-1)
-    return SampledTokens(ids_S, sampled_logprobs_S, top.indices, top.values)
-
-
 @dataclass(frozen=True, slots=True)
 class AsyncTokens:
     """Sampled tokens of a decoding step with a pending copy to pinned host memory.
 
     Attributes:
-        sampled: Sampler output and the index within it, by batch row, without greedy rows.
+        logprobs: Log probabilities of the sampled rows, if one of them requested them.
+        sampled_rows: Index within `logprobs` by batch row, without greedy rows.
         ready: CUDA event recorded after the copies; None on CPU.
     """
 
     ids_R: Tensor
-    sampled: Mapping[int, tuple[SampledTokens, int]]
     is_finite_R: Tensor
+    logprobs: SampledLogprobs | None
+    sampled_rows: Mapping[int, int]
     ready: torch.cuda.Event | None
 
     @classmethod
     def from_device(
-        cls, ids_R: Tensor, sampled: Mapping[int, tuple[SampledTokens, int]], is_finite_R: Tensor
+        cls,
+        ids_R: Tensor,
+        is_finite_R: Tensor,
+        logprobs: SampledLogprobs | None,
+        sampled_rows: Mapping[int, int],
     ) -> AsyncTokens:
         """Start to copy sampled tokens to pinned host memory on the current CUDA stream."""
-        host_copies = {id(tokens): _copy_to_host(tokens) for tokens, _ in sampled.values()}
-        on_host = {row: (host_copies[id(one)], index) for row, (one, index) in sampled.items()}
         if not ids_R.is_cuda:
-            return cls(ids_R.clone(), on_host, is_finite_R.clone(), None)
+            return cls(ids_R.clone(), is_finite_R.clone(), logprobs, sampled_rows, None)
+        if logprobs is not None:
+            logprobs = SampledLogprobs(*map(_copy_to_pinned, logprobs))
         ids_R, is_finite_R = _copy_to_pinned(ids_R), _copy_to_pinned(is_finite_R)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return cls(ids_R, on_host, is_finite_R, ready)
+        return cls(ids_R, is_finite_R, logprobs, sampled_rows, ready)
 
     def wait_tokens(self, logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
         """Wait for the copies and return one token per row; None for non-finite logits.
@@ -265,32 +266,17 @@ class AsyncTokens:
             for row, num_logprobs in enumerate(logprobs)
         ]
 
-    def _build_token(self, row: int, id_: int, logprobs: int | None) -> GeneratedToken:
-        if row not in self.sampled or logprobs is None:
+    def _build_token(self, row: int, id_: int, num_logprobs: int | None) -> GeneratedToken:
+        index = self.sampled_rows.get(row)
+        if self.logprobs is None or index is None or num_logprobs is None:
             return GeneratedToken(id_)
-        sampled, index = self.sampled[row]
-        top_ids_SN, top_logprobs_SN = sampled.top_ids_SN, sampled.top_logprobs_SN
-        assert sampled.logprobs_S is not None, "no log probabilities"
-        assert top_ids_SN is not None, "no other tokens"
-        assert top_logprobs_SN is not None, "no other tokens' log probabilities"
-        ids = top_ids_SN[index, :logprobs].tolist()
-        top_logprobs = top_logprobs_SN[index, :logprobs].tolist()
+        logprobs_S, *tops = self.logprobs
+        ids, top_logprobs = (top_SN[index, :num_logprobs].tolist() for top_SN in tops)
         return GeneratedToken(
-            id_, float(sampled.logprobs_S[index]), tuple(zip(ids, top_logprobs, strict=True))
+            id_, float(logprobs_S[index]), tuple(zip(ids, top_logprobs, strict=True))
         )
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return pinned.copy_(x, non_blocking=True)
-
-
-def _copy_to_host(sampled: SampledTokens) -> SampledTokens:
-    if sampled.logprobs_S is None or not sampled.ids_S.is_cuda:
-        return sampled
-    tops = (sampled.top_ids_SN, sampled.top_logprobs_SN)
-    return SampledTokens(
-        sampled.ids_S,
-        _copy_to_pinned(sampled.logprobs_S),
-        *(None if x is None else _copy_to_pinned(x) for x in tops),
-    )

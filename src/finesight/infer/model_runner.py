@@ -10,7 +10,6 @@ image tokens, K feature levels per image token, N adapters, I intermediate size.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from finesight.encode.packing import PackedBatch, compute_cu_seqlens, copy_to_device, plan_packs
-from finesight.encode.tokenization import EncodedSample
+from finesight.encode.tokenization import EncodedSample, LruCache
 from finesight.infer.kv_cache import (
     DecodeAttention,
     KVCache,
@@ -98,7 +97,7 @@ class ModelRunner:
         )
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
         self._use_fused_decode = supports_fused_decode(model)
-        self._feature_cache = _ImageFeatureCache(
+        self._feature_cache = ImageFeatureCache(
             GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
         )
         lora_routing = model.lora_routing
@@ -244,35 +243,12 @@ def pad_num_seqs(num_seqs: int) -> int:
     return next((size for size in (1, 2, 4) if num_seqs <= size), -(-num_seqs // 8) * 8)
 
 
-class _ImageFeatureCache:
-    """LRU cache of vision features by adapter and pixel hash, with a memory limit."""
-
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
-        self._features: OrderedDict[tuple[int | None, bytes], Tensor] = OrderedDict()
-        self._num_bytes = 0
-
-    def get(self, adapter_index: int | None, image_hash: bytes) -> Tensor | None:
-        """Return the cached features [M, K, W] of an image, or None."""
-        features = self._features.get((adapter_index, image_hash))
-        if features is not None:
-            self._features.move_to_end((adapter_index, image_hash))
-        return features
-
-    def put(self, adapter_index: int | None, image_hash: bytes, features_MKW: Tensor) -> None:
-        """Add the features of an image, and evict the least recently used above the limit."""
-        if (adapter_index, image_hash) in self._features:
-            return
-        # Copy: a view would keep the features of the full encoder batch alive.
-        self._features[adapter_index, image_hash] = features_MKW.clone()
-        self._num_bytes += features_MKW.nbytes
-        while self._num_bytes > self._max_bytes:
-            _, oldest = self._features.popitem(last=False)
-            self._num_bytes -= oldest.nbytes
+ImageFeatureCache = LruCache[tuple[int | None, bytes], Tensor]
+"""Cache of vision features [M, K, W] by adapter and pixel hash."""
 
 
 def load_image_features(
-    model: VisionLanguageModel, prompts: Sequence[PromptState], feature_cache: _ImageFeatureCache
+    model: VisionLanguageModel, prompts: Sequence[PromptState], feature_cache: ImageFeatureCache
 ) -> None:
     """Set the vision features that prompts still need, from the cache or the encoder.
 
@@ -288,7 +264,7 @@ def load_image_features(
             zip(spans, prompt.image_hashes, strict=True)
         ):
             if span.stop > prompt.num_computed_tokens:
-                prompt.features[span_index] = feature_cache.get(prompt.adapter_index, image_hash)
+                prompt.features[span_index] = feature_cache.get((prompt.adapter_index, image_hash))
                 if prompt.features[span_index] is None:
                     missing.append((prompt, span_index, image_hash))
     if not missing:
@@ -306,8 +282,10 @@ def load_image_features(
             strict=True,
         )
     for prompt, span_index, image_hash in missing:
-        prompt.features[span_index] = encoded_features[image_hash]
-        feature_cache.put(prompt.adapter_index, image_hash, encoded_features[image_hash])
+        prompt.features[span_index] = features_MKW = encoded_features[image_hash]
+        # Copy: a view would keep the features of the full encoder batch alive.
+        key = prompt.adapter_index, image_hash
+        feature_cache.put(key, features_MKW.clone(), features_MKW.nbytes)
 
 
 def _encode_images(

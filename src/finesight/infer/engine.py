@@ -38,7 +38,7 @@ from finesight.infer.scheduler import (
     Scheduler,
     SequenceState,
 )
-from finesight.infer.token_sampler import AsyncTokens, SampledTokens, sample_tokens
+from finesight.infer.token_sampler import AsyncTokens, SampledLogprobs, sample_tokens
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 
@@ -229,7 +229,7 @@ class Engine:
                 row = self._scheduler.add_to_batch(sequence)
                 id_1 = ids_R[index : index + 1]
                 self._runner.start_sequence(row, sequence.prompt, id_1, sequence.num_scheduled)
-        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
+        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, is_finite_R, *sampled))
 
     def _resume_paused(self) -> None:
         """Resume paused sequences whose token bitmask has been computed.
@@ -247,7 +247,7 @@ class Engine:
         sequences = [sequence for sequence in sequences if not sequence.is_finished]
         if not sequences:
             return
-        scheduler.resume(sequences)
+        scheduler.paused = [item for item in scheduler.paused if item not in sequences]
         logits = [item.logits_V for item in sequences if item.logits_V is not None]
         for sequence in sequences:
             sequence.logits_V = None
@@ -278,15 +278,18 @@ class Engine:
         ids_R = self._runner.ids_R[: len(sequences)]
         sampled = self._sample(logits_RV, sequences, ids_R)
         is_finite_R = self._runner.is_finite_R[: len(sequences)]
-        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
+        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, is_finite_R, *sampled))
 
     def _sample(
         self, logits_RV: Tensor, sequences: Sequence[SequenceState], ids_R: Tensor
-    ) -> SampledTokens | None:
+    ) -> tuple[SampledLogprobs | None, list[int]]:
         """Sample tokens of sequences that need more than an argmax.
 
         The tokens are written to `ids_R`. Sequences without sampling, log probabilities or a
         constraint keep the argmax. Sequences whose bitmask is late are paused.
+
+        Returns:
+            Log probabilities, if requested, and the batch row of each.
         """
         deadline = time.monotonic() + MAX_MASK_WAIT_S
         for index, sequence in enumerate(sequences):
@@ -310,16 +313,16 @@ class Engine:
             if not (a.sampler.is_argmax_only or a.is_finished or a.is_paused)
         ]
         if not row_indices:
-            return None
+            return None, []
         samplers = [sequences[n].sampler for n in row_indices]
         if len(row_indices) < len(sequences):
             rows_S = copy_to_device(np.array(row_indices), logits_RV.device)
-            sampled = sample_tokens(logits_RV.index_select(0, rows_S), samplers)
-            ids_R.index_copy_(0, rows_S, sampled.ids_S)
+            ids_S, logprobs = sample_tokens(logits_RV.index_select(0, rows_S), samplers)
+            ids_R.index_copy_(0, rows_S, ids_S)
         else:
-            sampled = sample_tokens(logits_RV, samplers)
-            ids_R.copy_(sampled.ids_S)
-        return replace(sampled, rows=row_indices)
+            ids_S, logprobs = sample_tokens(logits_RV, samplers)
+            ids_R.copy_(ids_S)
+        return logprobs, row_indices
 
     def _enqueue_tokens(self, sequences: list[SequenceState], async_tokens: AsyncTokens) -> None:
         """Queue the tokens of a launched step until the host reads them.

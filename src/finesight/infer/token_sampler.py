@@ -7,7 +7,8 @@ bitmask, N listed log probabilities.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,27 +86,23 @@ class TokenSampler:
             self._seen_V.index_fill_(0, id_1, True)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """Sampled ids [S], their log probabilities [S], and the most probable tokens [S, N].
+class SampledLogprobs(NamedTuple):
+    """Log probabilities of sampled tokens [S], and the most probable tokens with theirs [S, N]."""
 
-    Log probabilities are None if no row requested them.
-
-    Attributes:
-        rows: Batch row of each of the S sequences; other rows are greedy.
-    """
-
-    ids_S: Tensor
-    logprobs_S: Tensor | None
-    top_ids_SN: Tensor | None
-    top_logprobs_SN: Tensor | None
-    rows: Sequence[int] = ()
+    logprobs_S: Tensor
+    top_ids_SN: Tensor
+    top_logprobs_SN: Tensor
 
 
-def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
+def sample_tokens(
+    logits_SV: Tensor, samplers: Sequence[TokenSampler]
+) -> tuple[Tensor, SampledLogprobs | None]:
     """Sample the next token of each row.
 
     The result of a row is independent of the other rows.
+
+    Returns:
+        Sampled ids [S], and their log probabilities, or None if no row requested them.
     """
     raw_SV = logits_SV.float()
     processed_SV = _apply_penalties(raw_SV, samplers)
@@ -135,7 +132,15 @@ def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Sample
     if any(is_processed):
         is_processed_S1 = copy_to_device(np.array(is_processed), logits_SV.device)[:, None]
         raw_SV = scaled_SV if all(is_processed) else raw_SV.where(~is_processed_S1, scaled_SV)
-    return _build_sampled_tokens(raw_SV, ids_S, samplers)
+    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
+    if not num_logprobs:
+        return ids_S, None
+    logprobs_SV = raw_SV.log_softmax(-1)
+    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    top_logprobs_SN, top_ids_SN = logprobs_SV[:, :0], ids_S[:, None][:, :0]
+    if count := min(max(num_logprobs), logprobs_SV.shape[1]):
+        top_logprobs_SN, top_ids_SN = logprobs_SV.topk(count, dim=-1)
+    return ids_S, SampledLogprobs(sampled_logprobs_S, top_ids_SN, top_logprobs_SN)
 
 
 def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
@@ -214,59 +219,44 @@ def _sample_filtered(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tens
     return ids_S
 
 
-def _build_sampled_tokens(
-    raw_SV: Tensor, ids_S: Tensor, samplers: Sequence[TokenSampler]
-) -> SampledTokens:
-    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
-    if not num_logprobs:
-        return SampledTokens(ids_S, None, None, None)
-    logprobs_SV = raw_SV.log_softmax(-1)
-    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
-    if count := min(max(num_logprobs), logprobs_SV.shape[1]):
-        top_logprobs_SN, top_ids_SN = logprobs_SV.topk(count, dim=-1)
-    else:
-        top_logprobs_SN, top_ids_SN = logprobs_SV[:, :0], ids_S[:, None][:, :0]
-    return SampledTokens(ids_S, sampled_logprobs_S, top_ids_SN, top_logprobs_SN)
-
-
 @dataclass(frozen=True, slots=True)
 class AsyncTokens:
     """Sampled tokens of a decoding step with a pending copy to pinned host memory.
 
     Attributes:
-        sampled: Sampler output; None if all rows are greedy.
+        logprobs: Log probabilities of the sampled rows, if one of them requested them.
+        sampled_rows: Batch row of each sampled row; others are greedy.
         ready: CUDA event recorded after the copies; None on CPU.
     """
 
     ids_R: Tensor
-    sampled: SampledTokens | None
     is_finite_R: Tensor
+    logprobs: SampledLogprobs | None
+    sampled_rows: Sequence[int]
     ready: torch.cuda.Event | None
 
     @classmethod
     def from_device(
-        cls, ids_R: Tensor, sampled: SampledTokens | None, is_finite_R: Tensor
+        cls,
+        ids_R: Tensor,
+        is_finite_R: Tensor,
+        logprobs: SampledLogprobs | None,
+        sampled_rows: Sequence[int],
     ) -> AsyncTokens:
         """Start to copy sampled tokens to pinned host memory on the current CUDA stream."""
         if not ids_R.is_cuda:
-            return cls(ids_R.clone(), sampled, is_finite_R.clone(), None)
+            return cls(ids_R.clone(), is_finite_R.clone(), logprobs, sampled_rows, None)
+        if logprobs is not None:
+            logprobs = SampledLogprobs(*map(_copy_to_pinned, logprobs))
         ids_R, is_finite_R = _copy_to_pinned(ids_R), _copy_to_pinned(is_finite_R)
-        if sampled is not None and sampled.logprobs_S is not None:
-            tops = (sampled.top_ids_SN, sampled.top_logprobs_SN)
-            sampled = replace(
-                sampled,
-                logprobs_S=_copy_to_pinned(sampled.logprobs_S),
-                top_ids_SN=None if tops[0] is None else _copy_to_pinned(tops[0]),
-                top_logprobs_SN=None if tops[1] is None else _copy_to_pinned(tops[1]),
-            )
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return cls(ids_R, sampled, is_finite_R, ready)
+        return cls(ids_R, is_finite_R, logprobs, sampled_rows, ready)
 
-    def wait_tokens(self, logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
+    def wait_tokens(self, num_logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
         """Wait for the copies and return one token per row; None for non-finite logits.
 
-        `logprobs` is the number of log probabilities that each row requested; None for none.
+        `num_logprobs` is the number of log probabilities that each row requested; None for none.
         """
         if self.ready is not None:
             self.ready.synchronize()
@@ -275,17 +265,12 @@ class AsyncTokens:
         tokens: list[GeneratedToken | None] = [
             GeneratedToken(id_) if flag else None for id_, flag in zip(ids, is_finite, strict=True)
         ]
-        sampled = self.sampled
-        if sampled is None or sampled.logprobs_S is None:
+        if self.logprobs is None:
             return tokens
-        assert sampled.top_ids_SN is not None, "no other tokens"
-        assert sampled.top_logprobs_SN is not None, "no other tokens' log probabilities"
         # One conversion of each tensor takes less time than one of each row.
-        values: list[float] = sampled.logprobs_S.tolist()
-        top_ids: list[list[int]] = sampled.top_ids_SN.tolist()
-        top_logprobs: list[list[float]] = sampled.top_logprobs_SN.tolist()
-        for index, row in enumerate(sampled.rows):
-            count = logprobs[row]
+        values, top_ids, top_logprobs = (tensor.tolist() for tensor in self.logprobs)
+        for index, row in enumerate(self.sampled_rows):
+            count = num_logprobs[row]
             if is_finite[row] and count is not None:
                 tops = zip(top_ids[index][:count], top_logprobs[index][:count], strict=True)
                 tokens[row] = GeneratedToken(ids[row], values[index], tuple(tops))

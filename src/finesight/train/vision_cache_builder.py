@@ -657,7 +657,6 @@ class VisionCacheBuilder:
         Each rank encodes every `world_size`-th chunk. One rank per machine writes the files.
         """
         state, process_group = self._state, self._process_group
-
         own_chunks, num_workers = process_group.shard(chunks), state.run.hardware.num_workers
         decode_chunk = partial(
             _decode_chunk,
@@ -686,12 +685,7 @@ class VisionCacheBuilder:
                 features = self._encode_on_all_ranks(decoded_chunks, batch)
                 self._run_on_all_ranks(partial(self._store_chunks, batch, features))
                 on_progress(self._image_index.count_images(batch))
-
-            def finish_writes() -> None:
-                self._finish_pending()
-                self._wait_for_writes(0)
-
-            self._run_on_all_ranks(finish_writes)
+            self._run_on_all_ranks(partial(self._finish_pending, 0))
 
     def _wait_for_writes(self, max_pending: int) -> None:
         """Wait until at most `max_pending` chunks are being written; no more after an error.
@@ -774,19 +768,18 @@ class VisionCacheBuilder:
             self._finish_pending()
             self._pending = chunk, features_MKD, event
 
-    def _finish_pending(self) -> None:
-        """Finish storing the features of the last chunk."""
-        if self._pending is None:
-            return
-        (chunk, features_MKD, event), self._pending = self._pending, None
-        if event is not None:
-            event.synchronize()
-        if self._tier == "memory":
-            features_MKD = self._chunk_view(chunk).copy_(features_MKD)
-        name = self._get_file_name(chunk)
-        if self._writer_pool and self._store and (name == chunk.name or self._tier == "disk"):
-            self._writes.append(self._writer_pool.submit(self._store.write, name, features_MKD))
-            self._wait_for_writes(MAX_PENDING_CHUNKS)
+    def _finish_pending(self, max_writes: int = MAX_PENDING_CHUNKS) -> None:
+        """Finish storing the last chunk, and wait for all but `max_writes` files."""
+        if self._pending is not None:
+            (chunk, features_MKD, event), self._pending = self._pending, None
+            if event is not None:
+                event.synchronize()
+            if self._tier == "memory":
+                features_MKD = self._chunk_view(chunk).copy_(features_MKD)
+            name = self._get_file_name(chunk)
+            if self._writer_pool and self._store and (name == chunk.name or self._tier == "disk"):
+                self._writes.append(self._writer_pool.submit(self._store.write, name, features_MKD))
+        self._wait_for_writes(max_writes)
 
     def _get_file_name(self, chunk: ImageChunk) -> str:
         # Incomplete chunks are private to this run; other runs must detect corrupt images.

@@ -400,7 +400,7 @@ def _find_length_drift(
         for key in ("completions/mean_length", "completions/clipped_ratio")
     )
     low, high = sorted((before, after))
-    is_found = high > MAX_RATIO * low or cut_after - cut_before > MAX_TRUNCATION_GAIN
+    is_found = 0 < MAX_RATIO * low < high or cut_after - cut_before > MAX_TRUNCATION_GAIN
     text = (
         "{:.1f} tokens per response in the first {:,} steps and {:.1f} in the last;"
         " {:.0f} % and {:.0f} % of the responses are truncated"

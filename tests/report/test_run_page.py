@@ -222,6 +222,7 @@ def test_confusion_and_field_tables(run: FakeRunDir) -> None:
 def test_examples_are_sorted_filtered_and_enlarged(browser, run, width):
     open_page(browser, write_report(run.folder), width)
     assert count(browser, ".feed math mfrac") == 12
+    assert {*read_texts(browser, ".feed .truth .score")} == {""}
     assert count(browser, ".feed .box") == 36
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth);")
     choose = "byId('order').value = '{}'; byId('order').dispatchEvent(new Event('change'));"

@@ -336,8 +336,8 @@ MAX_RATIO, MAX_TRUNCATION_GAIN = 1.5, 0.1
 
 
 def list_reward_names(lines: Sequence[JsonObject]) -> list[str]:
-    """Return the names of the rewards in the metrics of steps."""
-    keys = dict.fromkeys(key for line in lines for key in line)
+    """Return the names of the rewards in the metrics of the first and last steps."""
+    keys = dict.fromkeys(key for line in (*lines[:100], *lines[-100:]) for key in line)
     return [match[1] for key in keys if (match := REWARD_KEY.fullmatch(key))]
 
 

@@ -78,6 +78,21 @@ class FakeRunDir:
     def write_predictions(self, name: str, lines: Sequence[JsonLine]) -> None:
         self.write_lines(f"predictions/{name}.jsonl", lines)
 
+    def write_rewards(self, rewards: Sequence[JsonLine], groups: Sequence[list[JsonLine]]) -> None:
+        """Write steps with metrics of rewards, and a group of responses to each of the last."""
+        self.write("recipe.yaml", json.dumps(RECIPE | {"train": {"batch_size": 4}}))
+        steps = [
+            make_step_line(n, **({"reward": 0.5} | one)) for n, one in enumerate(rewards, start=1)
+        ]
+        self.write_lines("metrics.jsonl", steps)
+        start = len(rewards) - len(groups) + 1
+        lines = [
+            line | {"step": step, "response": number, "advantage": number - 0.5}
+            for step, group in enumerate(groups, start=start)
+            for number, line in enumerate(group)
+        ]
+        self.write_lines("responses.jsonl", lines)
+
 
 RECIPE: dict[str, Any] = {
     "model": "Qwen/Qwen2-VL-2B-Instruct",

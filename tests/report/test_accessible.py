@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from run_dir_fixtures import RECIPE, make_run, make_sign_answers, start_record
+from run_dir_fixtures import RECIPE, FakeRunDir, make_run, make_sign_answers, start_record
 from tiny_task import make_task, write_recipe
 
 from finesight.cli.app import run_command
@@ -33,7 +33,10 @@ def test_pages_have_no_severe_violations(browser, runs, tmp_path, language):
     chosen = ["--language", language]
     assert run_command(["check", str(tmp_path / "train.jsonl"), "--html", str(check), *chosen]) == 0
     assert run_command(["show", str(recipe), "--html", str(show), *chosen]) == 0
-    reports = [write_report(folder, language=language) for folder in runs]
+    grpo = FakeRunDir(tmp_path / "grpo")
+    responses = make_sign_answers(tmp_path, [0.5, 1.0] * 4)
+    grpo.write_rewards([{"rewards/exact/mean": 0.5, "rewards/exact/std": 0.5}] * 9, [responses])
+    reports = [write_report(folder, language=language) for folder in (grpo.folder, *runs)]
     for file in (page, check, show, *reports):
         browser.open(file)
         browser.run("for (const at of document.querySelectorAll('details')) at.open = true;")

@@ -33,7 +33,12 @@ from run_dir_fixtures import (
 from finesight.evaluate.metric_difference import MetricDifference, read_predictions
 from finesight.report.charts import build_run_charts
 from finesight.report.metric_rows import read_metrics
-from finesight.report.run_page import render_run_page, select_evaluations, write_report
+from finesight.report.run_page import (
+    LiveReportState,
+    render_run_page,
+    select_evaluations,
+    write_report,
+)
 from finesight.report.run_reader import read_run
 
 
@@ -217,6 +222,7 @@ def test_confusion_and_field_tables(run: FakeRunDir) -> None:
 def test_examples_are_sorted_filtered_and_enlarged(browser, run, width):
     open_page(browser, write_report(run.folder), width)
     assert count(browser, ".feed math mfrac") == 12
+    assert {*read_texts(browser, ".feed .truth .score")} == {""}
     assert count(browser, ".feed .box") == 36
     assert browser.run("return [...document.images].every((i) => i.complete && i.naturalWidth);")
     choose = "byId('order').value = '{}'; byId('order').dispatchEvent(new Event('change'));"
@@ -285,6 +291,68 @@ def test_copy_and_export(browser: Browser, run: FakeRunDir, tmp_path: Path) -> N
     assert browser.messages() == []
 
 
+@pytest.fixture
+def reward_run(tmp_path: Path) -> FakeRunDir:
+    """Running GRPO run, of which the format and the number of boxes increase."""
+    made = FakeRunDir(tmp_path / "grpo")
+    steps = [
+        {"completions/mean_length": 20.0 + step, "completions/clipped_ratio": 0.0}
+        | {"rewards/boxes/mean": 0.5, "rewards/boxes/std": 0.2}
+        | {"rewards/format/mean": min(1.0, step / 20), "rewards/format/std": 0.1}
+        for step in range(40)
+    ]
+    groups = []
+    for step in range(4):
+        line = make_image_answers(tmp_path, 1)[0] | {"scores": {"boxes": 0.5, "format": 1.0}}
+        groups.append([line, line | {"boxes": line["boxes"] * (1 + step)}])
+    made.write_rewards(steps, groups)
+    return made
+
+
+def test_rewards_and_responses(browser: Browser, reward_run: FakeRunDir) -> None:
+    page = render_run_page(reward_run.folder)
+    text, data = read_visible_text(page), read_script_data(page)
+    for words in (
+        "found Length drift 24.5 tokens per response in the first 10 steps and 54.5 in the last",
+        "found Gains of the format only 95 % intervals of the increases: boxes −0.088 to +0.088;"
+        " format +0.731 to +0.819",
+        "found Box spam 1.0 box per response in the first groups, 2.5 in the last; reference: 1.0",
+        "4 groups of responses",
+        "Reward: format",
+        "Completion length",
+    ):
+        assert words in text, words
+    assert [group["row_index"] for group in data["groups"]] == [40, 39, 38, 37]
+    boxes, rewards = zip(
+        *((len(one["boxes"]), one["scores"]) for one in data["groups"][0]["predictions"]),
+        strict=True,
+    )
+    assert boxes == (1, 4)
+    assert rewards[1] == {"boxes": 0.5, "format": 1.0, "advantage": 0.5}
+    chart, *_ = build_run_charts(read_run(reward_run.folder))
+    assert [len(line.error_bars) for line in chart.lines] == [0, 20]
+    browser.open(write_report(reward_run.folder))
+    assert count(browser, "#groups .feed > li") == 3
+    assert read_texts(browser, "#groups .run") == ["1", "2"] * 3
+    # The references are on the image of the group, and on those of the responses.
+    assert count(browser, "#groups li:first-child .box.truth") == 3
+    assert count(browser, "#groups li:first-child .box.r1") == 4
+    assert read_texts(browser, "#groups .box.r1 b")[:4] == ["ring"] * 4
+
+
+def test_repeated_and_new_responses_are_shown(reward_run: FakeRunDir) -> None:
+    live_state = LiveReportState(60.0)
+    render_run_page(reward_run.folder, live_state=live_state)
+    path = reward_run.folder / "responses.jsonl"
+    *_, last = path.read_text().splitlines()
+    repeated = last.replace('"answer": "x^2"', '"answer": "other"')
+    further = repeated.replace('"step": 40', '"step": 41')
+    path.write_text(f'{path.read_text()}{repeated}\n{further}\n{{"step": 42, "resp')
+    groups = read_script_data(render_run_page(reward_run.folder, live_state=live_state))["groups"]
+    texts = [[one["text"] for one in group["predictions"]] for group in groups[:3]]
+    assert texts == [["other"], ["x^2", "other"], ["x^2", "x^2"]]
+
+
 def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
     """Payloads are in all texts, IDs, file names, settings and reasons."""
     made = FakeRunDir(tmp_path / "run")
@@ -307,11 +375,14 @@ def test_html_payloads_are_escaped(browser: Browser, tmp_path: Path) -> None:
     made.write_lines(
         "skipped_samples.jsonl", [{"id": p, "reason": f"{p}: {p}"} for p in XSS_PAYLOADS]
     )
+    responses = [line | {"step": 1, "response": n} for n, line in enumerate(lines)]
+    made.write_lines("responses.jsonl", responses)
     file = write_report(made.folder)
     browser.open(file)
-    browser.run("for (let i = 0; i < 9; i += 1) document.querySelector('.more').click();")
+    browser.run("for (let i = 0; i < 9; i += 1) document.querySelector('#feed .more').click();")
     browser.run("document.querySelectorAll('details').forEach((d) => { d.open = true; });")
     assert_nothing_executed(browser, file)
-    assert count(browser, ".feed > li") == len(XSS_PAYLOADS)
-    assert sorted(read_texts(browser, ".question")) == sorted(XSS_PAYLOADS)
+    assert count(browser, "#feed .feed > li") == len(XSS_PAYLOADS)
+    assert sorted(read_texts(browser, "#feed .question")) == sorted(XSS_PAYLOADS)
+    assert count(browser, "#groups .answer") == len(XSS_PAYLOADS) + 1
     assert count(browser, "iframe, object, embed, form") == 0

@@ -127,6 +127,9 @@ def test_overfitting_is_reported_with_best_checkpoint(
         criterion = "exact" if words.startswith("exact") else "validation loss"
         assert f"The best {criterion} is that after step 20 (checkpoint {run.folder}/" in text
         assert "checkpoints/step-20). Train fewer steps (train.steps=20)" in text
+        # The loss of a policy does not show overfitting.
+        policy = [line | {"reward": 0.5} for line in lines]
+        assert "validation loss rose" not in str(summary.describe_overfitting(run.folder, policy))
         run.write_lines("metrics.jsonl", [START_RECORD, *lines])
         assert text in summary.list_remarks(read_run(run.folder))
         # The weights of the best evaluation are saved.
@@ -178,6 +181,37 @@ def test_out_of_memory_recovery_is_reported(run: FakeRunDir) -> None:
     ]
     run.write_lines("metrics.jsonl", [START_RECORD, *lines[:2]])
     assert summary.list_remarks(read_run(run.folder)) == []
+
+
+@each(
+    ("first", "last", "found"),
+    [
+        ({}, {}, []),
+        ({}, {"rewards/format/mean": 0.9}, ["Gains of the format only"]),
+        ({}, {"rewards/format/mean": 0.9, "rewards/exact/mean": 0.9}, []),
+        ({}, {"rewards/format/mean": 0.3}, []),  # within the interval
+        ({"completions/mean_length": 9.0}, {"completions/mean_length": 30.0}, ["Length drift"]),
+        ({"completions/mean_length": 30.0}, {"completions/mean_length": 9.0}, ["Length drift"]),
+        ({}, {"completions/clipped_ratio": 0.4}, ["Length drift"]),
+        ({"reward": None}, {}, []),
+        ({"completions/mean_length": "9"}, {"rewards/exact/mean": None}, []),
+    ],
+)
+def test_signs_of_reward_hacking(run, first, last, found):
+    usual = {"completions/mean_length": 20.0, "rewards/exact/mean": 0.2, "rewards/exact/std": 0.4}
+    usual |= {"rewards/format/mean": 0.2, "rewards/format/std": 0.4}
+    run.write_rewards([usual | (first if step < 5 else last) for step in range(20)], [])
+    signs = summary.list_reward_signs(read_run(run.folder), [])
+    assert [name for name, is_found, _ in signs if is_found] == found
+
+
+def test_interval_of_a_reward_depends_on_the_prompts(run: FakeRunDir) -> None:
+    run.write_rewards([{"rewards/exact/mean": 0.5, "rewards/exact/std": 0.2}] * 2, [])
+    record = read_run(run.folder)
+    # The standard deviation of 0.2 of two steps with four prompts each.
+    expected = 0.5, 1.96 * 0.2 / 8**0.5
+    assert summary.estimate_reward(record, record.steps, "exact") == pytest.approx(expected)
+    assert summary.list_reward_signs(record, []) == []
 
 
 def test_skipped_samples_are_grouped_by_reason(run: FakeRunDir) -> None:

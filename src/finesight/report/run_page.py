@@ -236,8 +236,9 @@ def _build_result_context(
     rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
     row = next((row for row in rows if row.is_primary), rows[-1] if rows else None)
     has_intervals = any(cell.interval or cell.change_interval for row in rows for cell in row.cells)
-    # The metrics that assess a run.
-    names = dict.fromkeys([row.name, VALIDATION_LOSS]) if row else ()
+    # The metrics that assess a run. A policy does not minimize the validation loss.
+    losses = () if summary.list_reward_names(run_record.steps) else (VALIDATION_LOSS,)
+    names = dict.fromkeys((row.name, *losses)) if row else ()
     return {
         "metric_rows": rows,
         "primary_row": row,

@@ -336,8 +336,8 @@ MAX_RATIO, MAX_TRUNCATION_GAIN = 1.5, 0.1
 
 
 def list_reward_names(lines: Sequence[JsonObject]) -> list[str]:
-    """Return the names of the rewards in the metrics of steps."""
-    keys = dict.fromkeys(key for line in lines for key in line)
+    """Return the names of the rewards in the metrics of the first and last steps."""
+    keys = dict.fromkeys(key for line in (*lines[:100], *lines[-100:]) for key in line)
     return [match[1] for key in keys if (match := REWARD_KEY.fullmatch(key))]
 
 
@@ -400,7 +400,7 @@ def _find_length_drift(
         for key in ("completions/mean_length", "completions/clipped_ratio")
     )
     low, high = sorted((before, after))
-    is_found = high > MAX_RATIO * low or cut_after - cut_before > MAX_TRUNCATION_GAIN
+    is_found = 0 < MAX_RATIO * low < high or cut_after - cut_before > MAX_TRUNCATION_GAIN
     text = (
         "{:.1f} tokens per response in the first {:,} steps and {:.1f} in the last;"
         " {:.0f} % and {:.0f} % of the responses are truncated"

@@ -9,7 +9,7 @@ const IS_CODE = DATA.examples.some(({formula}) => formula);
    Its boxes have its `mark` as label, and equal boxes of marked answers are drawn once. Many answers
    have an image each. */
 function drawCard(sample, header, answers, hasImagePerAnswer = false) {
-  const {references, boxes} = sample;
+  const {references, boxes, formula} = sample;
   const images = sample.images.map((index) => DATA.images[index]);
   const card = createElement("article", {class: `illustrated example ${images.length ? "with-images" : ""}`},
     createElement("header", {}, ...header,
@@ -26,7 +26,7 @@ function drawCard(sample, header, answers, hasImagePerAnswer = false) {
   });
   if (references.length || boxes.length) {
     const title = translate(references.length > 1 ? "reference answers" : "reference answer");
-    rows.unshift(answerRow("truth", title, {...sample, text: references.join("\n")}));
+    rows.unshift(answerRow("truth", title, {text: references.join("\n"), formula, boxes}));
   }
   const isSideBySide = hasImagePerAnswer || answers.some(({mark}) => mark);
   card.append(createElement("div", {},

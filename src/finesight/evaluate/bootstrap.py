@@ -15,6 +15,7 @@ weight 1, a mean of bounded values has the bound of Gaffke (2005), which is exac
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
@@ -260,24 +261,82 @@ class SampleGroup(NamedTuple):
     values: FloatArray
 
 
-def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray, str]:
-    """Return the share of each class in a typical sample, for the interval of a macro mean.
+ClassCounts = Counter[tuple[str, str]]
+"""Number of occurrences of each (class or field, value) pair in an answer or a reference."""
 
-    By default, it is the fraction of samples that contain the class or field. If a single sample of
-    the rarest class has more influence on the mean, the typical sample has this class only.
+
+def count_by_class(pairs: Sequence[tuple[ClassCounts, ClassCounts]]) -> dict[str, SampleGroup]:
+    """Count the correct, predicted and reference values of each class or field in each sample.
 
     Args:
-        counts: Number of samples of each class, shape (C,).
+        pairs: Predicted and reference values of each sample.
+    """
+    rows: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    for i, (predicted, reference) in enumerate(pairs):
+        for column, counts in enumerate((predicted & reference, predicted, reference)):
+            for (name, _), count in counts.items():
+                rows[name].setdefault(i, [0.0, 0.0, 0.0])[column] += count
+    return {
+        name: SampleGroup(np.array(list(counts)), np.array(list(counts.values())))
+        for name, counts in sorted(rows.items())
+    }
+
+
+def estimate_macro_f1(groups: Sequence[SampleGroup], sample_rates: FloatArray) -> ScoreEstimator:
+    """Return the estimator of macro F1, the mean of F1 over classes or fields.
+
+    Args:
+        groups: Groups of `count_by_class`.
+        sample_rates: Contribution of each sample on the scale of the score, shape (N,).
+    """
+    sizes, undefined_reason = compute_typical_sizes(groups, 2, len(sample_rates))
+
+    def compute_score(sums: FloatArray) -> FloatArray:
+        correct, predicted, wanted = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
+        total = predicted + wanted
+        return safe_divide(
+            safe_divide(2 * correct, total).sum(axis=1), (total > 0).sum(axis=1) * 1.0
+        )
+
+    return ScoreEstimator(
+        weighted_sums=build_grouped_sums(groups, len(sample_rates)),
+        score_from_sums=compute_score,
+        sample_rates=sample_rates,
+        # The typical sample predicts as many values as its references have.
+        pseudo_sums=np.outer(sizes, [0, 1, 1]).ravel(),
+        pseudo_slope=np.outer(sizes, [1, 0, 0]).ravel(),
+        is_biased=True,
+        undefined_reason=undefined_reason,
+    )
+
+
+def compute_typical_sizes(
+    groups: Sequence[SampleGroup], column: int, num_samples: int, power: int = 1
+) -> tuple[FloatArray, str]:
+    """Return the size of each class in a typical sample, for the interval of a macro mean.
+
+    By default, it is the mean size in the samples that contain the class or field, times the
+    fraction of these samples. If a single sample of the rarest class has more influence on the
+    mean, the typical sample has this class only.
+
+    Args:
+        column: Column of the group values with the size of the references.
+        power: Exponent of the mean; 2 for the root mean square.
 
     Returns:
-        The shares, shape (C,), and the reason why the mean has no interval, or an empty string.
+        The sizes, shape (C,), and the reason why the mean has no interval, or an empty string.
     """
+    if not groups:
+        return np.zeros(0), REASON_NO_SAMPLES
+    wanted = [group.values[:, column] for group in groups]
+    counts = np.array([np.count_nonzero(sizes) for sizes in wanted])
     rarest = int(np.argmin(counts))
-    parts = np.array(counts, np.float64) / num_samples
+    parts = counts / num_samples
     if counts[rarest] * len(counts) < num_samples:
-        parts = np.zeros(len(counts))
-        parts[rarest] = 1.0
-    return parts, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
+        parts = np.eye(len(counts))[rarest]
+    totals = np.array([(sizes**power).sum() for sizes in wanted])
+    sizes = (totals / np.maximum(1, counts)) ** (1 / power)
+    return parts * sizes, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
 
 
 def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> WeightedSumsFn:

@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 from finesight.data.boxes import iou
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
-    REASON_NO_SAMPLES,
     FloatArray,
     SampleGroup,
     ScoreEstimator,
     build_grouped_sums,
+    compute_typical_sizes,
     estimate_ratio,
     safe_divide,
-    typical_classes,
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 
@@ -256,12 +255,7 @@ def build_average_precision_fn(
     by_threshold = [_compute_class_average_precision(one) for one in wanted_classes]
     reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(IOU_THRESHOLDS))
     width = 2 + len(IOU_THRESHOLDS)
-    sizes, undefined = np.zeros(0), REASON_NO_SAMPLES
-    if groups:
-        counts = [int(np.count_nonzero(group.values[:, 1])) for group in groups]
-        parts, undefined = typical_classes(counts, num_samples)
-        squares = [(group.values[:, 1] ** 2).sum() for group in groups]
-        sizes = parts * np.sqrt(np.divide(squares, counts))
+    sizes, undefined_reason = compute_typical_sizes(groups, 1, num_samples, power=2)
     # The typical sample has as many predicted as reference boxes.
     boxes = np.arange(width) < 2
     sums = build_grouped_sums(groups, num_samples)
@@ -276,7 +270,7 @@ def build_average_precision_fn(
             pseudo_slope=np.outer(sizes, ~boxes).ravel(),
             is_biased=True,
             reported_score=float(reported[thresholds].mean()),
-            undefined_reason=undefined,
+            undefined_reason=undefined_reason,
             note=NOTE_BIASED,
         )
         for name, thresholds in chosen.items()

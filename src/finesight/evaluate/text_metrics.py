@@ -21,13 +21,10 @@ import numpy as np
 
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
-    FloatArray,
-    SampleGroup,
     ScoreEstimator,
-    build_grouped_sums,
+    count_by_class,
+    estimate_macro_f1,
     estimate_ratio,
-    safe_divide,
-    typical_classes,
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 
@@ -199,45 +196,13 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
         {"accuracy": float(s == r)} for s, r in zip(predicted, expected, strict=True)
     ]
     estimators = mean_metrics(per_sample)
-    estimators["f1_macro"] = _compute_f1_macro(
-        classes, predicted, expected, estimators["accuracy"].sample_rates
+    labels = [[Counter([(name, "")]) for name in names] for names in (predicted, expected)]
+    groups = count_by_class(list(zip(*labels, strict=True)))
+    groups.pop(OTHER_CLASS, None)
+    estimators["f1_macro"] = estimate_macro_f1(
+        [*groups.values()], estimators["accuracy"].sample_rates
     )
     counts = Counter(zip(expected, predicted, strict=True))
     pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSION_PAIRS]
     confusion = [[*pair, count] for pair, count in pairs]
     return MetricResult(per_sample, estimators, {"confusion": confusion})
-
-
-def _compute_f1_macro(
-    classes: Sequence[str],
-    predicted: Sequence[str],
-    expected: Sequence[str],
-    accuracies: FloatArray,
-) -> ScoreEstimator:
-    """Return the estimator of macro F1: the mean of 2 * correct / (references + predictions)."""
-    counts: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in classes}
-    for i, (s, r) in enumerate(zip(predicted, expected, strict=True)):
-        counts[r][i] = (1.0, 2.0) if s == r else (0.0, 1.0)
-        if s != r and s in counts:
-            counts[s][i] = (0.0, 1.0)
-    seen = {name: own for name, own in counts.items() if own}
-    groups = [
-        SampleGroup(np.array(list(own), np.int64), np.array(list(own.values())).reshape(-1, 2))
-        for own in seen.values()
-    ]
-    wanted = Counter(expected)
-    parts, rare = typical_classes([wanted[name] for name in seen], len(expected))
-
-    def value(sums: FloatArray) -> FloatArray:
-        hits, both = np.moveaxis(sums.reshape(len(sums), len(groups), 2), 2, 0)
-        return safe_divide(safe_divide(2 * hits, both).sum(axis=1), (both > 0).sum(axis=1) * 1.0)
-
-    return ScoreEstimator(
-        weighted_sums=build_grouped_sums(groups, len(expected)),
-        score_from_sums=value,
-        sample_rates=accuracies,
-        is_biased=True,
-        pseudo_sums=np.outer(parts, [0, 2]).ravel(),
-        pseudo_slope=np.outer(parts, [1, 0]).ravel(),
-        undefined_reason=rare,
-    )

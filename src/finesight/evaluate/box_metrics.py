@@ -161,17 +161,10 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     over ten IoU thresholds, at 0.5 and at 0.75. Labels must match, ignoring case.
     """
     classes = match_detections(cases)
-    counts = np.zeros((len(cases), 3))
-    for group in map(_count_boxes, classes):
-        counts[group.sample_indices] += group.values[:, :3]
-    num_predicted, num_references, num_correct = counts.T
-    f1 = np.where(
-        num_predicted + num_references > 0,
-        safe_divide(2 * num_correct, num_predicted + num_references),
-        1.0,
-    )
+    counts, f1 = _sum_counts([_count_boxes(one) for one in classes], len(cases))
+    num_predicted, num_references, num_correct = counts.T[:3]
     per_sample: list[MetricValues] = [
-        compute_box_scores(case.boxes, case.reference_boxes) | {"f1": float(f1[i])}
+        compute_box_scores(case.boxes, case.reference_boxes) | {"f1": float(f1[i, 0])}
         for i, case in enumerate(cases)
     ]
     estimators = {
@@ -190,28 +183,21 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
     Predicted boxes are matched in order. Each is matched with the unmatched reference box of the
     highest IoU, if that IoU reaches the threshold.
     """
-    names = {normalize_label(box) for case in cases for box in (*case.boxes, *case.reference_boxes)}
-    sample_indices: dict[str, list[int]] = {name: [] for name in sorted(names)}
-    is_correct = {name: [np.zeros((0, len(IOU_THRESHOLDS)), np.bool_)] for name in names}
-    num_references = {name: np.zeros(len(cases)) for name in names}
+    rows: dict[str, list[tuple[int, NDArray[np.bool_], int]]] = defaultdict(list)
     for i, case in enumerate(cases):
-        predicted_by_class = _group_by_class(case.boxes)
-        references_by_class = _group_by_class(case.reference_boxes)
-        for key in sorted({*predicted_by_class, *references_by_class}):
-            predicted, references = (
-                predicted_by_class[key][:MAX_DETECTIONS],
-                references_by_class[key],
-            )
-            _, name = key
-            sample_indices[name] += [i] * len(predicted)
-            is_correct[name].append(_match_at_thresholds(predicted, references))
-            num_references[name][i] += len(references)
-    return [
-        ClassDetections(
-            np.array(indices, np.int64), np.concatenate(is_correct[name]).T, num_references[name]
+        predicted, references = map(_group_by_class, (case.boxes, case.reference_boxes))
+        for key in sorted({*predicted, *references}):
+            is_correct = _match_at_thresholds(predicted[key][:MAX_DETECTIONS], references[key])
+            rows[key[1]].append((i, is_correct, len(references[key])))
+    detections = []
+    for _, own_rows in sorted(rows.items()):
+        samples, matches, counts = zip(*own_rows, strict=True)
+        sample_indices = np.repeat(samples, [len(one) for one in matches])
+        num_references = np.bincount(samples, counts, len(cases)).astype(np.float64)
+        detections.append(
+            ClassDetections(sample_indices, np.concatenate(matches).T, num_references)
         )
-        for name, indices in sample_indices.items()
-    ]
+    return detections
 
 
 def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxPart]]:
@@ -256,6 +242,7 @@ def build_average_precision_fn(
     reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(IOU_THRESHOLDS))
     width = 2 + len(IOU_THRESHOLDS)
     sizes, undefined_reason = compute_typical_sizes(groups, 1, num_samples, power=2)
+    _, sample_f1 = _sum_counts(groups, num_samples)
     # The typical sample has as many predicted as reference boxes.
     boxes = np.arange(width) < 2
     sums = build_grouped_sums(groups, num_samples)
@@ -265,7 +252,7 @@ def build_average_precision_fn(
         name: ScoreEstimator(
             weighted_sums=sums,
             score_from_sums=partial(_asymptotic_precision, thresholds=thresholds, width=width),
-            sample_rates=_compute_sample_f1(groups, num_samples)[:, thresholds].mean(axis=1),
+            sample_rates=sample_f1[:, thresholds].mean(axis=1),
             pseudo_sums=np.outer(sizes, boxes).ravel(),
             pseudo_slope=np.outer(sizes, ~boxes).ravel(),
             is_biased=True,
@@ -290,13 +277,13 @@ def _count_boxes(one: ClassDetections) -> SampleGroup:
     return SampleGroup(used, counts[used])
 
 
-def _compute_sample_f1(groups: Sequence[SampleGroup], samples: int) -> FloatArray:
-    """Return the F1 of each sample at each IoU threshold: (N, 10)."""
-    boxes, right = np.zeros((samples, 1)), np.zeros((samples, len(IOU_THRESHOLDS)))
+def _sum_counts(groups: Sequence[SampleGroup], num_samples: int) -> tuple[FloatArray, FloatArray]:
+    """Return the counts of `_count_boxes` over all classes (N, 12), and F1 by threshold (N, 10)."""
+    counts = np.zeros((num_samples, 2 + len(IOU_THRESHOLDS)))
     for group in groups:
-        boxes[group.sample_indices, 0] += group.values[:, :2].sum(axis=1)
-        right[group.sample_indices] += group.values[:, 2:]
-    return np.where(boxes > 0, safe_divide(2 * right, np.broadcast_to(boxes, right.shape)), 1.0)
+        counts[group.sample_indices] += group.values
+    boxes = counts[:, :2].sum(axis=1, keepdims=True) + np.zeros(len(IOU_THRESHOLDS))
+    return counts, np.where(boxes > 0, safe_divide(2 * counts[:, 2:], boxes), 1.0)
 
 
 def _asymptotic_precision(sums: FloatArray, thresholds: slice, width: int) -> FloatArray:

@@ -196,6 +196,7 @@ def _normalize_token(token: str) -> str:
 WordSequence = Sequence[str]
 NGram = tuple[str, ...]
 NGramCounts = Counter[NGram]
+TfIdf = dict[NGram, float]
 
 MAX_NGRAM_ORDER = 4
 ROUGE_BETA = 1.2
@@ -308,69 +309,46 @@ def compute_cider_d(
     The weight of an n-gram decreases with the number of images whose references contain it. The
     score of an image depends on the other images and is 0 for a set of one image.
     """
-    reference_counts = [
-        [_count_all_ngrams(reference) for reference in truths] for truths in references
-    ]
-    document_frequency: NGramCounts = Counter()
-    for counts in reference_counts:
-        document_frequency.update(set().union(*counts))
+    orders = range(1, MAX_NGRAM_ORDER + 1)
+    document_frequency = Counter(
+        ngram
+        for truths in references
+        for ngram in {n for text in truths for order in orders for n in _count_ngrams(text, order)}
+    )
     log_num_images = math.log(max(1, len(candidates)))
     idf = {ngram: log_num_images - math.log(n) for ngram, n in document_frequency.items()}
+
+    def weigh(text: WordSequence) -> list[TfIdf]:
+        counts = (_count_ngrams(text, order) for order in orders)
+        return [{n: k * idf.get(n, log_num_images) for n, k in one.items()} for one in counts]
+
     scores = []
-    for candidate, counts in zip(candidates, reference_counts, strict=True):
-        own, *others = (
-            _compute_tf_idf(one, idf, log_num_images)
-            for one in (_count_all_ngrams(candidate), *counts)
-        )
-        scores.append(
-            CIDER_SCALE * sum(_cider_similarity(own, other) for other in others) / len(others)
-        )
+    for candidate, truths in zip(candidates, references, strict=True):
+        weights, total = weigh(candidate), 0.0
+        for truth in truths:
+            # The COCO evaluation compares the numbers of bigrams.
+            difference = max(1, len(candidate)) - max(1, len(truth))
+            penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
+            total += penalty * _cider_similarity(weights, weigh(truth))
+        scores.append(CIDER_SCALE * total / len(truths))
     return scores
+
+
+def _cider_similarity(candidate: list[TfIdf], reference: list[TfIdf]) -> float:
+    """Return the mean similarity of two sentences over the orders of n-grams."""
+    total = 0.0
+    for weights, others in zip(candidate, reference, strict=True):
+        # Candidate weights are clipped to the reference: repeated words do not raise the score.
+        dot = sum(
+            min(w, others[ngram]) * others[ngram] for ngram, w in weights.items() if ngram in others
+        )
+        norms = math.hypot(*weights.values()) * math.hypot(*others.values())
+        total += dot / norms if norms else 0.0
+    return total / MAX_NGRAM_ORDER
 
 
 def _count_ngrams(sentence: WordSequence, order: int) -> NGramCounts:
     return Counter(tuple(sentence[i : i + order]) for i in range(len(sentence) - order + 1))
-
-
-def _count_all_ngrams(sentence: WordSequence) -> NGramCounts:
-    counts: NGramCounts = Counter()
-    for order in range(1, MAX_NGRAM_ORDER + 1):
-        counts.update(_count_ngrams(sentence, order))
-    return counts
-
-
-_TfIdf = tuple[dict[NGram, float], list[float], int]
-
-
-def _compute_tf_idf(counts: NGramCounts, idf: dict[NGram, float], default_idf: float) -> _TfIdf:
-    """Return the TF-IDF weights of a sentence, their norms by n-gram order, and its length.
-
-    The length is the number of bigrams, as in the COCO evaluation.
-    """
-    weights = {ngram: count * idf.get(ngram, default_idf) for ngram, count in counts.items()}
-    squares = [0.0] * MAX_NGRAM_ORDER
-    for ngram, weight in weights.items():
-        squares[len(ngram) - 1] += weight * weight
-    num_bigrams = sum(count for ngram, count in counts.items() if len(ngram) == 2)
-    return weights, [math.sqrt(square) for square in squares], num_bigrams
-
-
-def _cider_similarity(candidate: _TfIdf, reference: _TfIdf) -> float:
-    (weights, norms, length), (reference_weights, reference_norms, reference_length) = (
-        candidate,
-        reference,
-    )
-    dots = [0.0] * MAX_NGRAM_ORDER
-    for ngram, weight in weights.items():
-        # Candidate weights are clipped to the reference: repeated words do not raise the score.
-        other = reference_weights.get(ngram, 0.0)
-        dots[len(ngram) - 1] += min(weight, other) * other
-    total = sum(
-        dot / (norm * other) if norm * other else 0.0
-        for dot, norm, other in zip(dots, norms, reference_norms, strict=True)
-    )
-    length_difference = length - reference_length
-    return total / MAX_NGRAM_ORDER * math.exp(-(length_difference**2) / (2 * CIDER_SIGMA**2))
 
 
 def _lcs_length(a: WordSequence, b: WordSequence) -> int:

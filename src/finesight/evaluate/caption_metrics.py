@@ -115,8 +115,8 @@ _MARKUP_TAG = re.compile(
     r"<(?:[!?][A-Za-z-][^>]*|/?[A-Za-z][A-Za-z0-9_:.-]*"
     r"(?:\s+[A-Za-z][A-Za-z0-9_:.-]*(?:\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))?)*\s*/?)>"
 )
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _CHAR_REPLACEMENTS = {
+    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
     "\u2026": "...",
     "\xa2": "cents",
     "\xa3": "#",
@@ -174,8 +174,6 @@ def _normalize_token(token: str) -> str:
     if len(token) == 1:
         if token in _CHAR_REPLACEMENTS:
             return _CHAR_REPLACEMENTS[token]
-        if token in _BRACKETS:
-            return _BRACKETS[token]
         # The Java lexer splits characters beyond the BMP into surrogates.
         if (
             ord(token) > 0xFFFF
@@ -270,16 +268,14 @@ def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
 
 def _compute_bleu(totals: FloatArray, order: int) -> FloatArray:
     """Compute BLEU from sums of rows of `count_bleu_statistics`: (R, 10) -> (R,)."""
-    num_matches, num_candidate_ngrams = (
-        totals[:, :order],
-        totals[:, MAX_NGRAM_ORDER : MAX_NGRAM_ORDER + order],
+    num_matches, num_ngrams, (length, closest_length) = np.split(
+        totals.T, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER]
     )
-    length, closest_length = totals[:, -2], totals[:, -1]
-    value: FloatArray = np.prod(
-        (num_matches + _BLEU_TINY) / (num_candidate_ngrams + _BLEU_SMALL), axis=1
-    ) ** (1 / order)
+    precision = (num_matches + _BLEU_TINY) / (num_ngrams + _BLEU_SMALL)
     ratio = (length + _BLEU_TINY) / (closest_length + _BLEU_SMALL)
-    return value * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    value: FloatArray = np.prod(precision[:order], axis=0) ** (1 / order)
+    value *= np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    return value
 
 
 def compute_rouge_l(candidate: WordSequence, references: Sequence[WordSequence]) -> float:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -239,10 +238,22 @@ def evaluate(
         for sample in selected
     ]
     check_references(settings.metric, references)
-    predict_fn = partial(
-        _generate_predictions, model, renderer, settings, on_progress, on_batch_reduced
-    )
-    predictions, corrupt_reasons = (distribute(predict_fn) if distribute else predict_fn)(selected)
+
+    def generate(part: Sequence[LocatedSample]) -> PredictOutput:
+        errors: dict[int, CorruptImageError] = {}
+        predictions = predict(
+            model,
+            renderer,
+            part,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            on_progress=on_progress,
+            on_corrupt_image=errors.__setitem__,
+            on_batch_reduced=on_batch_reduced,
+        )
+        return predictions, {i: str(error).splitlines()[0] for i, error in errors.items()}
+
+    predictions, corrupt_reasons = (distribute(generate) if distribute else generate)(selected)
     readable = [i for i in range(len(selected)) if i not in corrupt_reasons]
     positions = readable if subset is None else [i for i in readable if i in subset]
     if not positions:
@@ -252,9 +263,10 @@ def evaluate(
             expected="complete image files",
             remedy=f"correct the first error: {next(iter(corrupt_reasons.values()))}",
         )
+    by_position = dict(zip(readable, predictions, strict=True))
     cases = {
         i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.finish_reason == "stop")
-        for i, one in zip(readable, predictions, strict=True)
+        for i, one in by_position.items()
     }
     metric_result = compute_metrics(settings.metric, [*cases.values()])
     if predictions_file is not None:
@@ -264,7 +276,6 @@ def evaluate(
         ]
         write_file(predictions_file, "".join(lines).encode())
     corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
-    by_position = dict(zip(readable, predictions, strict=True))
 
     def build_result(scored: Sequence[int], metric_result: MetricResult) -> GenerationEvalResult:
         return GenerationEvalResult(
@@ -284,25 +295,3 @@ def evaluate(
         return result
     subset_result = compute_metrics(settings.metric, [cases[i] for i in positions])
     return replace(result, subset=build_result(positions, subset_result))
-
-
-def _generate_predictions(
-    model: AnyModel,
-    renderer: Renderer,
-    settings: EvalSettings,
-    on_progress: Callable[[int], None] | None,
-    on_batch_reduced: Callable[[int], None] | None,
-    samples: Sequence[LocatedSample],
-) -> PredictOutput:
-    errors: dict[int, CorruptImageError] = {}
-    predictions = predict(
-        model,
-        renderer,
-        samples,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        on_progress=on_progress,
-        on_corrupt_image=errors.__setitem__,
-        on_batch_reduced=on_batch_reduced,
-    )
-    return predictions, {index: str(error).splitlines()[0] for index, error in errors.items()}

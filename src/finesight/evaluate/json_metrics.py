@@ -145,9 +145,7 @@ def _compute_f1(predicted: ClassCounts, reference: ClassCounts) -> float:
 
 
 def _compute_field_scores(counts: SampleGroup) -> dict[str, float]:
-    num_correct, num_predicted, num_references = (
-        float(total) for total in counts.values.sum(axis=0)
-    )
+    num_correct, num_predicted, num_references = counts.values.sum(axis=0).tolist()
     return {
         "f1": 2 * num_correct / (num_predicted + num_references),
         "precision": num_correct / num_predicted if num_predicted else 0.0,

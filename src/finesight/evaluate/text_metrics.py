@@ -185,12 +185,11 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
     `details["confusion"]` lists [reference class, predicted class, count].
     """
     references = [[fold_text(reference) for reference in case.references] for case in cases]
-    classes = sorted({truth for several in references for truth in several})
-    class_set = set(classes)
+    classes = {truth for several in references for truth in several}
     predicted, expected = [], []
     for case, case_references in zip(cases, references, strict=True):
         answer = fold_text(case.answer)
-        predicted.append(answer if answer in class_set else OTHER_CLASS)
+        predicted.append(answer if answer in classes else OTHER_CLASS)
         expected.append(answer if answer in case_references else case_references[0])
     per_sample: list[MetricValues] = [
         {"accuracy": float(s == r)} for s, r in zip(predicted, expected, strict=True)

@@ -73,7 +73,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
     for line_number, line in enumerate(lines, start=1):
         try:
             record = parse_json(line)
-            record_fields = _PredictionRecord.model_validate(record)
+            fields = _PredictionRecord.model_validate(record)
         except ValueError as error:
             problem = str(error)[:80]
             if isinstance(error, ValidationError):
@@ -85,15 +85,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
                 expected="a line in the format of a training run or an evaluation",
                 remedy="create the file again",
             ) from error
-        case = EvalCase(
-            answer=record_fields.answer,
-            boxes=record_fields.boxes,
-            references=(record_fields.gold, *record_fields.references),
-            reference_boxes=record_fields.gold_boxes,
-            id=record_fields.id,
-            ended_with_eos=record_fields.finish_reason == "stop",
-        )
-        predictions.append(ScoredPrediction(case, record_fields.scores, record))
+        predictions.append(ScoredPrediction(fields.as_case(), fields.scores, record))
     return predictions
 
 
@@ -129,6 +121,10 @@ class _PredictionRecord(BaseModel):
     gold_boxes: tuple[BoxPart, ...]
     scores: dict[str, float]
     finish_reason: Literal["stop", "length"]
+
+    def as_case(self) -> EvalCase:
+        references, is_ended = (self.gold, *self.references), self.finish_reason == "stop"
+        return EvalCase(self.answer, self.boxes, references, self.gold_boxes, self.id, is_ended)
 
 
 T = TypeVar("T")

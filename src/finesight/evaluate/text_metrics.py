@@ -21,6 +21,7 @@ import numpy as np
 
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
+    FloatArray,
     ScoreEstimator,
     count_by_class,
     estimate_macro_f1,
@@ -37,7 +38,7 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
     of all reference lengths.
     """
     per_sample: list[MetricValues] = []
-    character_errors, word_errors = [], []
+    error_counts: list[tuple[int, ...]] = []
     for case in cases:
         prediction, *references = map(normalize_text, (case.answer, *case.references))
         edits, max_length, length = find_nearest_reference(prediction, references)
@@ -54,13 +55,10 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
                 "wer": word_edits / max(1, word_count),
             }
         )
-        character_errors.append((edits, length))
-        word_errors.append((word_edits, word_count))
-    rate_fns = {
-        "cer": _build_error_rate_fn(character_errors),
-        "wer": _build_error_rate_fn(word_errors),
-    }
-    return MetricResult(per_sample, mean_metrics(per_sample) | rate_fns)
+        error_counts.append((edits, length, word_edits, word_count))
+    columns = np.array(error_counts, np.float64).T
+    rates = {"cer": _estimate_error_rate(*columns[:2]), "wer": _estimate_error_rate(*columns[2:])}
+    return MetricResult(per_sample, mean_metrics(per_sample) | rates)
 
 
 def normalize_text(text: str) -> str:
@@ -123,11 +121,10 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     return distance
 
 
-def _build_error_rate_fn(edits: Sequence[tuple[int, int]]) -> ScoreEstimator:
+def _estimate_error_rate(edits: FloatArray, lengths: FloatArray) -> ScoreEstimator:
     """Return the estimator of an error rate: summed edits over summed reference lengths."""
-    edit_counts, lengths = np.array(edits, np.float64).T
     lengths = lengths if lengths.any() else np.full_like(lengths, 1 / len(lengths))
-    return estimate_ratio(edit_counts, lengths, NON_NEGATIVE)
+    return estimate_ratio(edits, lengths, NON_NEGATIVE)
 
 
 ANLS_THRESHOLD = 0.5

@@ -30,6 +30,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.evaluate.rewards import RewardScorer
 from finesight.infer.engine import iter_completions
 from finesight.infer.kv_cache import append_tokens
 from finesight.infer.prediction import NUM_READER_THREADS, build_prediction
@@ -38,7 +39,6 @@ from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
-from finesight.train.rewards import RewardScorer
 from finesight.train.state import StopRequest, TrainState
 
 FloatArray = NDArray[np.float64]

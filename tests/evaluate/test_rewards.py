@@ -8,10 +8,10 @@ from each_value import each
 
 from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
+from finesight.evaluate import rewards
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
-from finesight.train import rewards
-from finesight.train.rewards import RewardScorer
+from finesight.evaluate.rewards import RewardScorer
 
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:

@@ -12,7 +12,6 @@ import math
 import numbers
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -48,7 +47,7 @@ def score_repetition(case: EvalCase) -> float:
     """Return the share of distinct n-grams of words; 1 for answers without repetition."""
     words = case.answer.split()
     ngrams = [tuple(words[i : i + REPEATED_NGRAM]) for i in range(len(words) - REPEATED_NGRAM + 1)]
-    return len(Counter(ngrams)) / len(ngrams) if ngrams else 1.0
+    return len(set(ngrams)) / len(ngrams) if ngrams else 1.0
 
 
 def score_format(pattern: re.Pattern[str], case: EvalCase) -> float:
@@ -75,7 +74,7 @@ _BUILT_IN: dict[str, CaseRewardFn] = {
 REWARDS = Registry("rewards", object, _BUILT_IN)
 
 
-class RewardScorer(contextlib.AbstractContextManager["RewardScorer"]):
+class RewardScorer(contextlib.ExitStack):
     """Scorer of responses by all rewards of a recipe. Close it to end the worker processes.
 
     Raises:
@@ -83,14 +82,10 @@ class RewardScorer(contextlib.AbstractContextManager["RewardScorer"]):
     """
 
     def __init__(self, rewards: Sequence[RewardSettings]) -> None:
+        super().__init__()
         self.names = _name_rewards(rewards)
         self.weights = [reward.weight for reward in rewards]
-        self._pools: list[WorkerPool] = []
         self._functions = [self._build_function(reward) for reward in rewards]
-
-    def __exit__(self, *raised: object) -> None:
-        for pool in self._pools:
-            pool.close()
 
     def score(self, cases: Sequence[EvalCase]) -> list[list[float | None]]:
         """Return the scores of each reward; None for a response that is not scored.
@@ -102,22 +97,22 @@ class RewardScorer(contextlib.AbstractContextManager["RewardScorer"]):
 
     def _build_function(self, reward: RewardSettings) -> RewardFn:
         name = reward.name
-        score_case: CaseRewardFn | None = None
-        location = custom_metric.parse_metric_path(name)
-        if location is not None:
+        if (location := custom_metric.parse_metric_path(name)) is not None:
             custom_metric.require_metric_file(location[0])
-            pool = WorkerPool(_load_function, *location, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
-            self._pools.append(pool)
-            return partial(_score_in_worker, pool, name)
+            pool = self._open_pool(custom_metric.load_function, *location)
+            return partial(_score_in_worker, pool, location[0])
+        score_case: CaseRewardFn | None = REWARDS.get(name)
         if reward.pattern is not None:
             score_case = partial(score_format, re.compile(reward.pattern, re.DOTALL))
         if reward.max_length is not None:
             score_case = partial(score_length, reward.max_length)
-        if name in REWARDS:
-            score_case = REWARDS[name]
         if score_case is None:
             return partial(_score_by_metric, *name.partition(".")[::2])
         return partial(_score_cases, score_case)
+
+    def _open_pool(self, setup: Callable[..., Any], *args: object) -> WorkerPool:
+        pool = WorkerPool(setup, *args, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
+        return self.enter_context(contextlib.closing(pool))
 
 
 def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
@@ -146,43 +141,32 @@ def _score_by_metric(metric: str, score: str, cases: Sequence[EvalCase]) -> list
     return [scores.get(score or next(iter(scores))) for scores in per_sample]
 
 
-LoadedFunction = tuple[Callable[[EvalCase], Any], Path]
-"""Reward function and its file, the state of a worker."""
-
-
-def _load_function(file: Path, function: str) -> LoadedFunction:
-    """Load a reward function in the template process."""
-    return custom_metric.load_function(file, function)[0], file
-
-
-def _score_in_worker(pool: WorkerPool, name: str, cases: Sequence[EvalCase]) -> list[float | None]:
-    where, what, remedy = name, "", "correct the function, then start again with --resume"
+def _score_in_worker(pool: WorkerPool, file: Path, cases: Sequence[EvalCase]) -> list[float | None]:
+    where, what, remedy = str(file), "", "correct the function, then start again with --resume"
     try:
         with pool.borrow_worker() as worker:
-            return list(worker.call(_run_function, list(cases), max_cpu_s=MAX_CPU_S).value)
+            return list(worker.call(_run_function, file, list(cases), max_cpu_s=MAX_CPU_S).value)
     except WorkerLimitError as error:
         what = f"the function {error.what}"
     except UserError as error:
-        where, what = error.where or name, error.what
+        where, what = error.where or where, error.what
     raise custom_metric.RewardError(what, where=where, expected=EXPECTED_FUNCTION, remedy=remedy)
 
 
-def _run_function(loaded: LoadedFunction, cases: list[EvalCase]) -> JobOutput:
-    """Score cases in a worker process."""
-    function, file = loaded
-    values: list[float | None] = []
+def _run_function(
+    loaded: tuple[Callable[[EvalCase], Any], object], file: Path, cases: list[EvalCase]
+) -> JobOutput:
+    """Score cases in a worker process, which has loaded the function."""
     pid = os.getpid()
+    values: list[float | None] = []
     for case in cases:
-        context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
         try:
-            value = function(case)
-            if value is not None and not isinstance(value, numbers.Real):
-                raise TypeError(f"the result is {value!r:.80}")
-        except (Exception, SystemExit) as error:
-            raise custom_metric.build_function_error(error, file, context) from error
+            value = custom_metric.call_function(loaded[0], file, case)
         finally:
             if os.getpid() != pid:  # a process that the function has forked
                 os._exit(1)
-        number = math.nan if value is None else float(value)
-        values.append(number if math.isfinite(number) else None)
+        if value is not None and not isinstance(value, numbers.Real):
+            problem = f"the result is {value!r:.80} for sample {case.id!r}"
+            raise UserError(problem, where=str(file))
+        values.append(None if value is None or not math.isfinite(value) else float(value))
     return JobOutput(values)

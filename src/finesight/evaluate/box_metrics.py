@@ -15,7 +15,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import iou
+from finesight.data.boxes import box_area, iou
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     FloatArray,
@@ -102,7 +102,7 @@ def compute_box_reward(predicted: Sequence[BoxPart], references: Sequence[BoxPar
     max_boxes = max(len(predicted), len(references))
     total = 0.0
     for i, j, overlap in match_boxes(predicted, references):
-        areas = sorted(_compute_area(one) for one in (predicted[i], references[j]))
+        areas = sorted(box_area(one.xyxy) for one in (predicted[i], references[j]))
         size = areas[0] / areas[1] if areas[1] else 0.0
         total += (overlap + _contains_center(references[j], predicted[i]) + size) / 3
     return total / max_boxes if max_boxes else 1.0
@@ -112,11 +112,6 @@ def compute_click_reward(predicted: Sequence[BoxPart], references: Sequence[BoxP
     """Return 1 if the center of the first box lies in a reference box."""
     hits = (_contains_center(reference, predicted[0]) for reference in references)
     return float(bool(predicted) and any(hits))
-
-
-def _compute_area(box: BoxPart) -> float:
-    x1, y1, x2, y2 = box.xyxy
-    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
 
 def _contains_center(outer: BoxPart, box: BoxPart) -> bool:
@@ -131,6 +126,7 @@ def normalize_label(box: BoxPart) -> str:
 
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+NUM_COUNTS = 2 + len(IOU_THRESHOLDS)
 RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 ROUNDING = 1e-9
 MAX_DETECTIONS = 100
@@ -240,18 +236,17 @@ def build_average_precision_fn(
     groups = [_count_boxes(one) for one in wanted_classes]
     by_threshold = [_compute_class_average_precision(one) for one in wanted_classes]
     reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(IOU_THRESHOLDS))
-    width = 2 + len(IOU_THRESHOLDS)
     sizes, undefined_reason = compute_typical_sizes(groups, 1, num_samples, power=2)
     _, sample_f1 = _sum_counts(groups, num_samples)
     # The typical sample has as many predicted as reference boxes.
-    boxes = np.arange(width) < 2
+    boxes = np.arange(NUM_COUNTS) < 2
     sums = build_grouped_sums(groups, num_samples)
     # Thresholds 0.5 and 0.75 are the first and the sixth.
     chosen = {"ap": slice(None), "ap_50": slice(0, 1), "ap_75": slice(5, 6)}
     return {
         name: ScoreEstimator(
             weighted_sums=sums,
-            score_from_sums=partial(_asymptotic_precision, thresholds=thresholds, width=width),
+            score_from_sums=partial(_asymptotic_precision, thresholds=thresholds),
             sample_rates=sample_f1[:, thresholds].mean(axis=1),
             pseudo_sums=np.outer(sizes, boxes).ravel(),
             pseudo_slope=np.outer(sizes, ~boxes).ravel(),
@@ -269,7 +264,7 @@ def _count_boxes(one: ClassDetections) -> SampleGroup:
 
     Correct boxes are counted at each IoU threshold.
     """
-    counts = np.zeros((len(one.num_references), 2 + len(IOU_THRESHOLDS)))
+    counts = np.zeros((len(one.num_references), NUM_COUNTS))
     counts[:, 1] = one.num_references
     np.add.at(counts[:, 0], one.sample_indices, 1.0)
     np.add.at(counts[:, 2:], one.sample_indices, one.is_correct.T.astype(np.float64))
@@ -279,16 +274,16 @@ def _count_boxes(one: ClassDetections) -> SampleGroup:
 
 def _sum_counts(groups: Sequence[SampleGroup], num_samples: int) -> tuple[FloatArray, FloatArray]:
     """Return the counts of `_count_boxes` over all classes (N, 12), and F1 by threshold (N, 10)."""
-    counts = np.zeros((num_samples, 2 + len(IOU_THRESHOLDS)))
+    counts = np.zeros((num_samples, NUM_COUNTS))
     for group in groups:
         counts[group.sample_indices] += group.values
     boxes = counts[:, :2].sum(axis=1, keepdims=True) + np.zeros(len(IOU_THRESHOLDS))
     return counts, np.where(boxes > 0, safe_divide(2 * counts[:, 2:], boxes), 1.0)
 
 
-def _asymptotic_precision(sums: FloatArray, thresholds: slice, width: int) -> FloatArray:
-    """Return the large-sample limit of average precision: (R, classes * width) -> (R,)."""
-    counts = sums.reshape(len(sums), -1, width)
+def _asymptotic_precision(sums: FloatArray, thresholds: slice) -> FloatArray:
+    """Return the large-sample limit of average precision: (R, classes * 12) -> (R,)."""
+    counts = sums.reshape(len(sums), -1, NUM_COUNTS)
     found, wanted, right = counts[..., :1], counts[..., 1:2], counts[..., 2:][..., thresholds]
     precision = safe_divide(right, np.broadcast_to(found, right.shape))
     recall = safe_divide(right, np.broadcast_to(wanted, right.shape))

@@ -209,10 +209,7 @@ def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute CIDEr-D, ROUGE-L and BLEU-1 to BLEU-4; CIDEr-D and ROUGE-L also per sample."""
     candidates = [tokenize_caption(case.answer) for case in cases]
     references = [[tokenize_caption(reference) for reference in case.references] for case in cases]
-    rouge = [
-        compute_rouge_l(candidate, candidate_references)
-        for candidate, candidate_references in zip(candidates, references, strict=True)
-    ]
+    rouge = map(compute_rouge_l, candidates, references)
     cider = compute_cider_d(candidates, references)
     per_sample = [{"cider_d": c, "rouge_l": r} for r, c in zip(rouge, cider, strict=True)]
     counts = count_bleu_statistics(candidates, references)
@@ -252,17 +249,14 @@ def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
 
     `counts` are the rows of `count_bleu_statistics`.
     """
-    matched, offered = counts[:, :MAX_NGRAM_ORDER], counts[:, MAX_NGRAM_ORDER : 2 * MAX_NGRAM_ORDER]
-    worst = counts.mean(axis=0)
-    slope = np.zeros_like(worst)
-    slope[:MAX_NGRAM_ORDER] = worst[MAX_NGRAM_ORDER : 2 * MAX_NGRAM_ORDER]
-    worst[:MAX_NGRAM_ORDER] = 0.0
+    matched, offered, _ = np.split(counts, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER], axis=1)
+    is_match, means = np.arange(counts.shape[1]) < MAX_NGRAM_ORDER, counts.mean(axis=0)
     return ScoreEstimator(
         weighted_sums=lambda weights: weights @ counts,
         score_from_sums=lambda totals: _compute_bleu(totals, order),
         sample_rates=safe_divide(matched, offered)[:, :order].mean(axis=1),
-        pseudo_sums=worst,
-        pseudo_slope=slope,
+        pseudo_sums=np.where(is_match, 0.0, means),
+        pseudo_slope=np.where(is_match, np.roll(means, -MAX_NGRAM_ORDER), 0.0),
     )
 
 

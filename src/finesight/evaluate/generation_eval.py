@@ -19,7 +19,6 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import (
     EvalCase,
-    MetricResult,
     MetricValues,
     get_reference_answer,
     note_lines,
@@ -268,17 +267,10 @@ def evaluate(
         i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.finish_reason == "stop")
         for i, one in by_position.items()
     }
-    metric_result = compute_metrics(settings.metric, [*cases.values()])
-    if predictions_file is not None:
-        lines = [
-            format_prediction_line(*row)
-            for row in zip(predictions, cases.values(), metric_result.per_sample, strict=True)
-        ]
-        write_file(predictions_file, "".join(lines).encode())
-    corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
 
-    def build_result(scored: Sequence[int], metric_result: MetricResult) -> GenerationEvalResult:
-        return GenerationEvalResult(
+    def score(scored: Sequence[int]) -> tuple[GenerationEvalResult, list[MetricValues]]:
+        metric_result = compute_metrics(settings.metric, [cases[i] for i in scored])
+        result = GenerationEvalResult(
             metric=settings.metric,
             primary_metric=get_primary_metric(settings.metric, metric_result.scores),
             scores=metric_result.scores,
@@ -289,9 +281,16 @@ def evaluate(
             notes=metric_result.notes(),
             positions=tuple(chosen[i] for i in scored),
         )
+        return result, metric_result.per_sample
 
-    result = build_result(readable, metric_result)
+    corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
+    result, per_sample = score(readable)
+    if predictions_file is not None:
+        lines = [
+            format_prediction_line(*row)
+            for row in zip(predictions, cases.values(), per_sample, strict=True)
+        ]
+        write_file(predictions_file, "".join(lines).encode())
     if subset is None or positions == readable:
         return result
-    subset_result = compute_metrics(settings.metric, [cases[i] for i in positions])
-    return replace(result, subset=build_result(positions, subset_result))
+    return replace(result, subset=score(positions)[0])

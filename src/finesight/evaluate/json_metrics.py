@@ -66,18 +66,14 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
         pairs.append((predicted_fields, reference_fields))
     totals = [((one & other).total(), one.total() + other.total()) for one, other in pairs]
     num_correct, num_total = np.array(totals, np.float64).T
-    counts_by_field = {
-        name: field_counts
-        for name, field_counts in count_by_class(pairs).items()
-        if field_counts.values[:, 2].any()
-    }
+    by_field = {n: one for n, one in count_by_class(pairs).items() if one.values[:, 2].any()}
     f1_values = np.array([scores["f1"] for scores in per_sample])
     estimators = {
         "f1": estimate_ratio(2 * num_correct, num_total),
-        "f1_macro": estimate_macro_f1([*counts_by_field.values()], f1_values),
+        "f1_macro": estimate_macro_f1([*by_field.values()], f1_values),
         **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parse_rate"}),
     }
-    fields = [(name, _compute_field_scores(one)) for name, one in counts_by_field.items()]
+    fields = [(name, _compute_field_scores(one)) for name, one in by_field.items()]
     fields.sort(key=lambda field: -field[1]["num_references"])
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 

@@ -95,8 +95,7 @@ def tokenize_latex(formula: str) -> list[str]:
     explicit spaces such as `\,`, affect the output and are retained. Formulas with different
     tokens may render identically (`\frac12` and `{1\over 2}`), so exact match is a lower bound.
     """
-    tokens = _drop_whitespace(_LATEX_TOKEN.findall(strip_math_delimiters(formula)))
-    return _order_scripts(_parse_groups(tokens))
+    return _order_scripts(_parse_groups(_LATEX_TOKEN.findall(strip_math_delimiters(formula))))
 
 
 def strip_math_delimiters(formula: str) -> str:
@@ -109,41 +108,28 @@ def strip_math_delimiters(formula: str) -> str:
     return formula
 
 
-def _drop_whitespace(pieces: list[str]) -> list[str]:
-    """Remove whitespace tokens outside the arguments of text commands."""
-    tokens: list[str] = []
-    depth = text_from = 0
+def _parse_groups(pieces: Sequence[str]) -> LatexGroup:
+    """Parse brace groups, without whitespace outside text and braces around a single token."""
+    groups: list[LatexGroup] = [[]]
+    is_text, previous = [False], ""
     for piece in pieces:
         if piece.isspace():
-            if text_from and tokens[-1] not in (" ", "{"):
-                tokens.append(" ")
+            if is_text[-1] and previous not in (" ", "{"):
+                groups[-1].append(previous := " ")
             continue
-        if piece == "{":
-            depth += 1
-            if not text_from and tokens and _TEXT_ARGUMENT.fullmatch(tokens[-1]):
-                text_from = depth
-        elif piece == "}":
-            if text_from and tokens[-1] == " ":
-                tokens.pop()
-            if depth == text_from:
-                text_from = 0
-            depth = max(0, depth - 1)
-        tokens.append(re.sub(r"\s", "", piece) if len(piece) > 2 else piece)
-    return tokens
-
-
-def _parse_groups(tokens: LatexTokens) -> LatexGroup:
-    """Parse brace groups. A group of a single token is that token."""
-    groups: list[LatexGroup] = [[]]
-    for token in tokens:
+        token = re.sub(r"\s", "", piece) if len(piece) > 2 else piece
         if token == "{":
             groups.append(["{"])
+            is_text.append(is_text[-1] or _TEXT_ARGUMENT.fullmatch(previous) is not None)
         elif token == "}" and len(groups) > 1:
             group = groups.pop()
+            if is_text.pop() and previous == " ":
+                group.pop()
             is_token = len(group) == 2 and isinstance(group[1], str)
             groups[-1].append(group[1] if is_token else [*group, "}"])
         else:
             groups[-1].append(token)
+        previous = token
     while len(groups) > 1:  # without a closing brace
         groups[-2].append(groups.pop())
     return groups[0]

@@ -25,7 +25,7 @@ from finesight.evaluate.bootstrap import (
     compute_difference_intervals,
     get_missing_difference_reason,
 )
-from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, note_lines
+from finesight.evaluate.eval_case import EvalCase, MetricValues, note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
 from finesight.manifest import MANIFEST_FILE, PREDICTIONS_FOLDER, load_manifest
 
@@ -187,12 +187,7 @@ def compare_cases(
             remedy="evaluate both on the same data",
         )
     results = (compute_metrics(metric, [cases[key] for key in keys]) for cases in (old, new))
-    return compare_results(*results)
-
-
-def compare_results(before: MetricResult, after: MetricResult) -> list[MetricDifference]:
-    """Compare two metric results of the same samples in the same order."""
-    return compare_estimators(before.estimators, after.estimators)
+    return compare_estimators(*(result.estimators for result in results))
 
 
 def compare_estimators(

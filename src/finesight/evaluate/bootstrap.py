@@ -328,13 +328,12 @@ def compute_typical_sizes(
     """
     if not groups:
         return np.zeros(0), REASON_NO_SAMPLES
-    wanted = [group.values[:, column] for group in groups]
-    counts = np.array([np.count_nonzero(sizes) for sizes in wanted])
+    counts = np.array([np.count_nonzero(group.values[:, column]) for group in groups])
     rarest = int(np.argmin(counts))
     parts = counts / num_samples
     if counts[rarest] * len(counts) < num_samples:
         parts = np.eye(len(counts))[rarest]
-    totals = np.array([(sizes**power).sum() for sizes in wanted])
+    totals = np.array([(group.values[:, column] ** power).sum() for group in groups])
     sizes = (totals / np.maximum(1, counts)) ** (1 / power)
     return parts * sizes, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
 
@@ -392,7 +391,7 @@ def compute_intervals(
 ) -> dict[str, ConfidenceInterval | None]:
     """Return the 95 % confidence intervals of scores of the same samples; None if undefined."""
     result: dict[str, ConfidenceInterval | None] = dict.fromkeys(estimators)
-    statistics: dict[str, BootstrapStatistic] = {}
+    statistics: dict[str, tuple[BootstrapTerms, ScoreBounds]] = {}
     for name, one in estimators.items():
         if one.get_missing_reason():
             continue
@@ -400,8 +399,7 @@ def compute_intervals(
             successes, trials = one.successes_and_trials.sum(axis=1)
             result[name] = clopper_pearson_interval(float(successes), float(trials))
         else:
-            rates = [(rate,) for rate in one.pseudo_rates]
-            statistics[name] = BootstrapStatistic(((1, one),), rates, one.pseudo_rates)
+            statistics[name] = [(1, one, one.pseudo_rates)], one.pseudo_rates
     return result | _bootstrap(statistics)
 
 
@@ -414,7 +412,7 @@ def compute_difference_intervals(
     """
     pairs = {name: (before[name], after[name]) for name in before if name in after}
     result: dict[str, ConfidenceInterval | None] = dict.fromkeys(pairs)
-    statistics: dict[str, BootstrapStatistic] = {}
+    statistics: dict[str, tuple[BootstrapTerms, ScoreBounds]] = {}
     for name, (old, new) in pairs.items():
         if get_missing_difference_reason(old, new):
             continue
@@ -425,8 +423,8 @@ def compute_difference_intervals(
             if old.is_bounded and new.is_bounded:
                 (old_low, old_high), (new_low, new_high) = old.pseudo_rates, new.pseudo_rates
                 ends = new_low - old_high, new_high - old_low
-            rates = _choose_change_rates(old, new)
-            statistics[name] = BootstrapStatistic(((1, new), (-1, old)), rates, ends)
+            old_rates, new_rates = _choose_change_rates(old, new)
+            statistics[name] = [(1, new, new_rates), (-1, old, old_rates)], ends
     return result | _bootstrap(statistics)
 
 
@@ -460,8 +458,8 @@ def _count_discordant_pairs(
 
 def _choose_change_rates(
     before: ScoreEstimator, after: ScoreEstimator
-) -> list[tuple[float, float]]:
-    """Return the rates of the pseudo-observation after and before, for both bounds.
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the rates of the pseudo-observation before and after, for both bounds.
 
     The pseudo-observation changes as much as the sample with the largest change. If no sample
     changed, it changes by the full scale.
@@ -471,41 +469,33 @@ def _choose_change_rates(
     max_change = float(np.abs(after.sample_rates - before.sample_rates).max())
     change = min(max_change, most - least) or most - least
     low = min(max((before.score + after.score - change) / 2, least), most - change)
-    return [(low, low + change), (low + change, low)]
+    return (low + change, low), (low, low + change)
 
 
-class BootstrapStatistic(NamedTuple):
-    """A score, or a difference of two scores, with an interval from resamples.
-
-    Attributes:
-        terms: Sign and estimator of each score.
-        rates: Rates of the pseudo-observation in each term, for the lower and the upper bound.
-        ends: Bounds of the interval.
-    """
-
-    terms: tuple[tuple[int, ScoreEstimator], ...]
-    rates: Sequence[Sequence[float]]
-    ends: ScoreBounds
+BootstrapTerms = Sequence[tuple[int, ScoreEstimator, tuple[float, float]]]
+"""Sign, estimator, and rates of the pseudo-observation for both bounds, of each score in a sum."""
 
 
-def _bootstrap(statistics: Mapping[str, BootstrapStatistic]) -> dict[str, ConfidenceInterval]:
-    """Compute the interval of each statistic from the same resamples."""
-    estimators = [one for statistic in statistics.values() for _, one in statistic.terms]
+def _bootstrap(
+    statistics: Mapping[str, tuple[BootstrapTerms, ScoreBounds]],
+) -> dict[str, ConfidenceInterval]:
+    """Compute the interval of each score or difference from the same resamples, within bounds."""
+    estimators = [one for terms, _ in statistics.values() for _, one, _ in terms]
     num_samples = max((len(one.sample_rates) for one in estimators), default=0)
     chunks: dict[str, list[FloatArray]] = {name: [] for name in statistics}
     for weights, pseudo_weights in iter_resample_weights(num_samples) if statistics else ():
         # Several scores may have the same sums.
         sums = {function: function(weights) for function in {e.weighted_sums for e in estimators}}
-        for name, statistic in statistics.items():
-            chunks[name].append(_compute_bound_values(statistic, sums, pseudo_weights))
+        for name, (terms, _) in statistics.items():
+            chunks[name].append(_compute_bound_values(terms, sums, pseudo_weights))
     return {
-        name: _build_interval(statistic, np.concatenate(chunks[name], axis=1))
-        for name, statistic in statistics.items()
+        name: _build_interval(terms, np.concatenate(chunks[name], axis=1), ends)
+        for name, (terms, ends) in statistics.items()
     }
 
 
 def _compute_bound_values(
-    statistic: BootstrapStatistic,
+    terms: BootstrapTerms,
     sums: Mapping[WeightedSumsFn, FloatArray],
     pseudo_weights: FloatArray,
 ) -> FloatArray:
@@ -514,32 +504,35 @@ def _compute_bound_values(
     A third row has values without pseudo-observation for the correction of a biased score.
     """
 
-    def compute_values(rates: Sequence[float], pseudo_weights: FloatArray) -> FloatArray:
+    def compute_values(bound: int, pseudo_weights: FloatArray) -> FloatArray:
         values = np.zeros_like(pseudo_weights)
-        for (sign, one), rate in zip(statistic.terms, rates, strict=True):
-            pseudo_sums = pseudo_weights[:, None] * (one.pseudo_sums + rate * one.pseudo_slope)
+        for sign, one, rates in terms:
+            pseudo_sums = one.pseudo_sums + rates[bound] * one.pseudo_slope
+            pseudo_sums = pseudo_weights[:, None] * pseudo_sums
             values += sign * one.score_from_sums(sums[one.weighted_sums] + pseudo_sums)
         return values
 
-    rows = [compute_values(rates, pseudo_weights) for rates in statistic.rates]
-    if any(one.is_biased for _, one in statistic.terms):
-        rows.append(compute_values(statistic.rates[0], 0 * pseudo_weights))
+    rows = [compute_values(bound, pseudo_weights) for bound in (0, 1)]
+    if any(one.is_biased for _, one, _ in terms):
+        rows.append(compute_values(0, 0 * pseudo_weights))
     return np.stack(rows)
 
 
-def _build_interval(statistic: BootstrapStatistic, values: FloatArray) -> ConfidenceInterval:
+def _build_interval(
+    terms: BootstrapTerms, values: FloatArray, ends: ScoreBounds
+) -> ConfidenceInterval:
     """Return the interval between bias-corrected quantiles of the resamples.
 
-    The interval is clipped to its ends and extended to contain the score. The correction is 2 x
+    The interval is clipped to `ends` and extended to contain the score. The correction is 2 x
     bias: on average, resamples exceed the set by as much as the set exceeds the population.
     """
-    score = sum(sign * one.score for sign, one in statistic.terms)
-    plug_in = sum(sign * one.plug_in_score for sign, one in statistic.terms)
+    score = sum(sign * one.score for sign, one, _ in terms)
+    plug_in = sum(sign * one.plug_in_score for sign, one, _ in terms)
     lows, highs, *unshifted = values
     shift = 2 * (float(unshifted[0].mean()) - plug_in) if unshifted else 0.0
-    tail, (least, most) = (1 - CONFIDENCE_LEVEL) / 2, statistic.ends
+    tail = (1 - CONFIDENCE_LEVEL) / 2
     low, high = float(np.quantile(lows, tail)) - shift, float(np.quantile(highs, 1 - tail)) - shift
-    return ConfidenceInterval(min(max(low, least), score), max(min(high, most), score))
+    return ConfidenceInterval(min(max(low, ends[0]), score), max(min(high, ends[1]), score))
 
 
 def safe_divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:

@@ -32,12 +32,8 @@ from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, m
 def score_grounding(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute accuracy at IoU 0.5 and 0.75, mean IoU and parse rate."""
     per_sample = [compute_box_scores(case.boxes, case.reference_boxes) for case in cases]
-    sources = {
-        "accuracy_at_0.5": "hit",
-        "accuracy_at_0.75": "hit_at_0.75",
-        "mean_iou": "iou",
-        "parse_rate": "parse_rate",
-    }
+    sources = {"accuracy_at_0.5": "hit", "accuracy_at_0.75": "hit_at_0.75"}
+    sources |= {"mean_iou": "iou", "parse_rate": "parse_rate"}
     return MetricResult(per_sample, mean_metrics(per_sample, sources))
 
 
@@ -74,7 +70,7 @@ def match_boxes(
 def compute_box_scores(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart]
 ) -> dict[str, float]:
-    """Compute the box scores of one answer: `parse_rate`, `iou`, `hit` and `hit_at_0.75`.
+    """Compute the box scores of one answer: `hit`, `hit_at_0.75`, `iou` and `parse_rate`.
 
     `parse_rate` is 1 if the answer has a box. The others are sums over the pairs of `match_boxes`
     (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
@@ -83,13 +79,13 @@ def compute_box_scores(
     """
     max_boxes = max(len(predicted), len(references))
     if max_boxes == 0:
-        return {"parse_rate": 1.0, "iou": 1.0, "hit": 1.0, "hit_at_0.75": 1.0}
+        return {"hit": 1.0, "hit_at_0.75": 1.0, "iou": 1.0, "parse_rate": 1.0}
     overlaps = [overlap for _, _, overlap in match_boxes(predicted, references)]
     return {
-        "parse_rate": float(len(predicted) > 0),
-        "iou": sum(overlaps) / max_boxes,
         "hit": sum(overlap >= 0.5 for overlap in overlaps) / max_boxes,
         "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / max_boxes,
+        "iou": sum(overlaps) / max_boxes,
+        "parse_rate": float(len(predicted) > 0),
     }
 
 
@@ -160,7 +156,7 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     counts, f1 = _sum_counts([_count_boxes(one) for one in classes], len(cases))
     num_predicted, num_references, num_correct = counts.T[:3]
     per_sample: list[MetricValues] = [
-        compute_box_scores(case.boxes, case.reference_boxes) | {"f1": float(f1[i, 0])}
+        {"f1": float(f1[i, 0])} | compute_box_scores(case.boxes, case.reference_boxes)
         for i, case in enumerate(cases)
     ]
     estimators = {

@@ -174,12 +174,9 @@ def _normalize_token(token: str) -> str:
     if len(token) == 1:
         if token in _CHAR_REPLACEMENTS:
             return _CHAR_REPLACEMENTS[token]
+        is_unreadable = unicodedata.category(token)[0] in "CZ" or token in _UNREADABLE_CHARS
         # The Java lexer splits characters beyond the BMP into surrogates.
-        if (
-            ord(token) > 0xFFFF
-            or unicodedata.category(token)[0] in "CZ"
-            or token in _UNREADABLE_CHARS
-        ):
+        if is_unreadable or ord(token) > 0xFFFF:
             return ""
     if set(token) == {"-"} and len(token) in (2, 3, 4):
         return "--"

@@ -284,9 +284,7 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
         The first of the best evaluations, and the number of comparable ones after it.
     """
     ranked = [(result, result.as_best_eval()) for result in results]
-    comparable = [
-        pair for pair in ranked if pair[0].step and pair[1].is_comparable_to(ranked[-1][1])
-    ]
+    comparable = [(r, e) for r, e in ranked if r.step and e.is_comparable_to(ranked[-1][1])]
     best = 0
     for i, (_, current) in enumerate(comparable):
         if current.is_better_than(comparable[best][1]):

@@ -13,10 +13,11 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from finesight.bounded_files import parse_json
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -87,19 +88,15 @@ def parse_form(text: str) -> JsonForm | None:
     if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
         text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
     try:
-        value = json.loads(text, parse_constant=_reject_constant)
+        value = parse_json(text)
         return _normalize_value(value, 0) if isinstance(value, dict | list) else None
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
 def count_fields(form: JsonForm) -> ClassCounts:
     """Count the (field, value) pairs of a JSON document in canonical form."""
     return Counter(_iter_leaves(form, ""))
-
-
-def _reject_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _normalize_value(value: Any, depth: int) -> Any:
@@ -121,7 +118,7 @@ def _format_scalar(value: str | float | bool) -> str:
         return normalize_text(value)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         return str(int(value))
-    return json.dumps(value)
+    return json.dumps(value, allow_nan=False)
 
 
 def _iter_leaves(form: JsonForm | str, path: str) -> Iterator[tuple[str, str]]:

@@ -52,10 +52,9 @@ def score_latex(cases: Sequence[EvalCase]) -> MetricResult:
     )
     if latex_rendering.is_ziamath_installed():
         render_matches = compare_renderings(cases, predictions, references)
-        per_sample = [
-            s if a is None else s | {"rendered": a}
-            for s, a in zip(per_sample, render_matches, strict=True)
-        ]
+        for scores, match in zip(per_sample, render_matches, strict=True):
+            if match is not None:
+                scores["rendered"] = match
         match_values = np.array([match or 0.0 for match in render_matches])
         is_renderable = np.array([float(match is not None) for match in render_matches])
         estimators["rendered"] = estimate_ratio(match_values, is_renderable)

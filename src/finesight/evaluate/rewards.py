@@ -14,18 +14,20 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
 from finesight.config import RewardSettings
+from finesight.data.sample import BoxPart
 from finesight.errors import UserError
-from finesight.evaluate import custom_metric
+from finesight.evaluate import custom_metric, task_metrics
 from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.task_metrics import get_task_metric
+from finesight.evaluate.latex_metrics import strip_math_delimiters
 from finesight.evaluate.text_metrics import normalize_text
 from finesight.plugins import Registry
-from finesight.worker_pool import JobOutput, WorkerLimitError, WorkerPool
+from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 
 MAX_CPU_S = 30.0
 """Maximum seconds of CPU time of a function for the responses of one group."""
@@ -34,6 +36,13 @@ MAX_MEMORY_BYTES = 2 << 30
 
 REPEATED_NGRAM = 4
 """Number of words of the n-grams that the reward `repetition` counts."""
+
+MATH_CPU_S = 5.0
+"""Maximum seconds of CPU time of the reward `math` for a response."""
+
+_BOXES = (BoxPart(xyxy=(0, 0, 1, 1)),)
+CORRECT_CASE = EvalCase("[1]", _BOXES, ("[1]",), _BOXES)
+"""A correct answer in each task."""
 
 EXPECTED_FUNCTION = "a function of one case that returns a finite number, or None"
 
@@ -78,7 +87,7 @@ class RewardScorer(contextlib.ExitStack):
     """Scorer of responses by all rewards of a recipe. Close it to end the worker processes.
 
     Raises:
-        UserError: The file of a reward function is missing.
+        UserError: A reward function, a score of a metric, or a package is missing.
     """
 
     def __init__(self, rewards: Sequence[RewardSettings]) -> None:
@@ -89,6 +98,9 @@ class RewardScorer(contextlib.ExitStack):
 
     def score(self, cases: Sequence[EvalCase]) -> list[list[float | None]]:
         """Return the scores of each reward; None for a response that is not scored.
+
+        Args:
+            cases: Responses to one sample.
 
         Raises:
             RewardError: A function failed, or exceeded a limit.
@@ -101,14 +113,25 @@ class RewardScorer(contextlib.ExitStack):
             custom_metric.require_metric_file(location[0])
             pool = self._open_pool(custom_metric.load_function, *location)
             return partial(_score_in_worker, pool, location[0])
-        score_case: CaseRewardFn | None = REWARDS.get(name)
+        if name == "math":
+            if util.find_spec("math_verify") is None:
+                raise UserError(
+                    f"the reward {name} requires the package math-verify, which is not installed",
+                    where="rewards",
+                    expected="math-verify, for the equality of formulas",
+                    remedy="pip install 'finesight[latex]'",
+                )
+            return partial(_score_math, self._open_pool(import_module, "math_verify"))
+        score_case: CaseRewardFn
         if reward.pattern is not None:
             score_case = partial(score_format, re.compile(reward.pattern, re.DOTALL))
-        if reward.max_length is not None:
+        elif reward.max_length is not None:
             score_case = partial(score_length, reward.max_length)
-        if score_case is None:
-            return partial(_score_by_metric, *name.partition(".")[::2])
-        return partial(_score_cases, score_case)
+        elif name in REWARDS:
+            score_case = REWARDS[name]
+        else:
+            return partial(_score_by_metric, *_find_score(name))
+        return lambda cases: [score_case(case) for case in cases]
 
     def _open_pool(self, setup: Callable[..., Any], *args: object) -> WorkerPool:
         pool = WorkerPool(setup, *args, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
@@ -124,21 +147,66 @@ def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
     ]
 
 
-def _score_cases(score_case: CaseRewardFn, cases: Sequence[EvalCase]) -> list[float | None]:
-    return [score_case(case) for case in cases]
+def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
+    """Return the metric and the score of a reward; by default, the first score of an answer.
 
-
-def _score_by_metric(metric: str, score: str, cases: Sequence[EvalCase]) -> list[float | None]:
-    """Return a score of each case; by default, the first one of the metric."""
-    per_sample = get_task_metric(metric).score_fn(cases).per_sample
-    if score and score not in per_sample[0]:
-        raise custom_metric.RewardError(
-            f"no score {score!r}",
-            where=f"rewards, {metric}.{score}",
-            expected=f"one of {', '.join(per_sample[0])}",
-            remedy="correct the name of the score",
+    Raises:
+        UserError: There is no such score, or it is 0 for a correct answer.
+    """
+    metric, _, score = name.partition(".")
+    task = task_metrics.get_task_metric(metric)
+    if task_metrics.TASK_METRICS.find_plugin(metric) is not None:
+        return task, score  # its references are unknown
+    (scores,) = task.score_fn([CORRECT_CASE]).per_sample
+    score = score or next(iter(scores))
+    # Error rates are 0, and CIDEr-D, which is 0 for all responses to one image.
+    rewarded = [one for one, value in scores.items() if value > 0]
+    if score not in rewarded:
+        raise UserError(
+            f"{metric} has no score {score!r} that rewards a correct response",
+            where=f"rewards, {name}",
+            expected=f"one of {', '.join(f'{metric}.{one}' for one in rewarded)}",
+            remedy="pip install 'finesight[latex]'" if score == "rendered" else "correct the name",
         )
+    return task, score
+
+
+def _score_by_metric(
+    task: task_metrics.TaskMetric, score: str, cases: Sequence[EvalCase]
+) -> list[float | None]:
+    """Return a score of each case; None if the references lack what the metric compares."""
+    reference = cases[0].references, cases[0].reference_boxes
+    if task.reference_kind == "json" and not task_metrics.has_reference_kind("json", reference):
+        return [None] * len(cases)
+    per_sample = task.score_fn(cases).per_sample
     return [scores.get(score or next(iter(scores))) for scores in per_sample]
+
+
+def _score_math(pool: WorkerPool, cases: Sequence[EvalCase]) -> list[float | None]:
+    """Return 1 for answers that equal a reference as formulas; None without such a reference."""
+    scores: list[float | None] = []
+    for case in cases:
+        try:
+            with pool.borrow_worker() as worker:
+                arguments = case.answer, case.references
+                scores.append(worker.call(_verify_math, *arguments, max_cpu_s=MATH_CPU_S).value)
+        except (WorkerLimitError, WorkerJobError):  # such as a tower of powers
+            scores.append(0.0)
+    return scores
+
+
+def _verify_math(math_verify: Any, answer: str, references: Sequence[str]) -> JobOutput:
+    """Compare formulas in a worker process, whose limits replace the time-outs of the package."""
+
+    def parse(text: str) -> Any:
+        return math_verify.parse(text, parsing_timeout=None)
+
+    expected = [parse(f"${strip_math_delimiters(text)}$") for text in references]
+    if not any(expected):
+        return JobOutput()
+    answers = [parse(answer), parse(f"${strip_math_delimiters(answer)}$")]
+    verify = partial(math_verify.verify, timeout_seconds=None)
+    return JobOutput(float(any(verify(one, found) for one in expected for found in answers)))
 
 
 def _score_in_worker(pool: WorkerPool, file: Path, cases: Sequence[EvalCase]) -> list[float | None]:

@@ -94,7 +94,8 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     """Compute the Levenshtein distance of two token sequences.
 
     Hyyrö's (2003) version of the bit-vector algorithm of Myers (1999): a column of the table is two
-    integers of len(a) bits, so the cost is len(b) operations on them.
+    integers of len(a) bits, so the cost is len(b) operations on them. The names are those of the
+    paper: `vp` and `hp` mark vertical and horizontal differences of 1, `vn` and `hn` those of -1.
     """
     if not a:
         return len(b)
@@ -102,22 +103,15 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     for i, token in enumerate(a):
         position_masks[token] = position_masks.get(token, 0) | 1 << i
     full_mask, last_bit = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    vertical_positive, vertical_negative, distance = full_mask, 0, len(a)
+    vp, vn, distance = full_mask, 0, len(a)
     for token in b:
         equal = position_masks.get(token, 0)
-        diagonal = (
-            (((equal & vertical_positive) + vertical_positive) ^ vertical_positive)
-            | equal
-            | vertical_negative
-        )
-        horizontal_positive = vertical_negative | (~(diagonal | vertical_positive) & full_mask)
-        horizontal_negative = vertical_positive & diagonal
-        distance += bool(horizontal_positive & last_bit) - bool(horizontal_negative & last_bit)
+        d0 = (((equal & vp) + vp) ^ vp) | equal | vn
+        hp, hn = vn | (~(d0 | vp) & full_mask), vp & d0
+        distance += bool(hp & last_bit) - bool(hn & last_bit)
         # The first row of the table increases by 1 per column, so a 1 is shifted in.
-        horizontal_positive = (horizontal_positive << 1 | 1) & full_mask
-        horizontal_negative = horizontal_negative << 1 & full_mask
-        vertical_positive = horizontal_negative | (~(diagonal | horizontal_positive) & full_mask)
-        vertical_negative = horizontal_positive & diagonal
+        hp, hn = (hp << 1 | 1) & full_mask, hn << 1 & full_mask
+        vp, vn = hn | (~(d0 | hp) & full_mask), hp & d0
     return distance
 
 

@@ -190,7 +190,7 @@ def _score_math(pool: WorkerPool, cases: Sequence[EvalCase]) -> list[float | Non
             with pool.borrow_worker() as worker:
                 arguments = case.answer, case.references
                 scores.append(worker.call(_verify_math, *arguments, max_cpu_s=MATH_CPU_S).value)
-        except (WorkerLimitError, WorkerJobError):  # such as a tower of powers
+        except (WorkerLimitError, WorkerJobError):  # such as nested powers
             scores.append(0.0)
     return scores
 

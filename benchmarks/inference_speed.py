@@ -34,6 +34,7 @@ from PIL import Image
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import Engine
+from finesight.infer.prediction import build_question
 from finesight.infer.request import GenerationRequest
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.multi import MultiLora
@@ -91,7 +92,7 @@ class InferenceBenchmark:
 
     def encode_prompt(self, image_path: Path) -> EncodedSample:
         """Encode the question about a photograph."""
-        return self.renderer.encode_question([image_path], PROMPT)
+        return self.renderer.encode_prompt(build_question([image_path], PROMPT, image_path.name))
 
     def build_engine(self, max_num_seqs: int, max_new_tokens: int) -> Engine:
         """Build an engine with capacity for these requests."""

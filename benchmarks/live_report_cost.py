@@ -25,7 +25,7 @@ from rich.console import Console
 
 from finesight.manifest import PREDICTIONS_FOLDER
 from finesight.progress import ProgressConsole
-from finesight.train.finalize import MIN_IDLE_RATIO, REPORT_INTERVAL_S, LiveReport
+from finesight.train.finalize import MIN_IDLE_RATIO, REPORT_INTERVAL_S, RunReport
 from finesight.train.run_dir import RunDir
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -54,12 +54,12 @@ def main() -> None:
     durations = []
     with tempfile.TemporaryDirectory() as temp_dir:
         run = make_run(Path(temp_dir), args.steps, args.examples)
-        page = LiveReport(run, ProgressConsole(Console(file=io.StringIO())), 0.0)
+        page = RunReport(run, ProgressConsole(Console(file=io.StringIO())), 0.0)
         for has_new_answers in (True, True, False):
             for answers in (run.path / PREDICTIONS_FOLDER).iterdir() if has_new_answers else ():
                 os.utime(answers)
             start = time.perf_counter()
-            page.write()
+            page.write(is_live=True)
             durations.append(round(time.perf_counter() - start, 3))
     result = {
         "command": " ".join(["benchmarks/live_report_cost.py", *sys.argv[1:]]),

@@ -42,7 +42,7 @@ class FailingDisk(storage.FileSystem):
 class CrashingDisk(FailingDisk):
     """Kills its process at operation `fail_at`; counts renames and removals, too."""
 
-    counted = (*FailingDisk.counted, "rename", "truncate", "remove_file", "remove_tree")
+    counted = (*FailingDisk.counted, "rename", "truncate", "remove")
 
     def fail(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)

@@ -250,10 +250,10 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monke
 @each("number", [errno.EACCES, errno.EPERM, errno.ENOTEMPTY, errno.EIO])
 def test_leftover_that_cannot_be_removed_is_skipped(tmp_path: Path, number: int) -> None:
     class Strict(storage.FileSystem):
-        def remove_tree(self, path: Path) -> None:
+        def remove(self, path: Path) -> None:
             if ".stuck." in path.name:
                 raise OSError(number, os.strerror(number))
-            super().remove_tree(path)
+            super().remove(path)
 
     with working_folder(tmp_path / "a") as partial:
         names = [partial.name.replace(".a.", f".{name}.") for name in ("stuck", "z", "link")]

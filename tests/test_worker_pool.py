@@ -24,7 +24,6 @@ from finesight.worker_pool import (
     WorkerLimitError,
     WorkerLostError,
     WorkerPool,
-    WorkerReply,
 )
 
 MIB = 1 << 20
@@ -52,7 +51,7 @@ def pids(pool: WorkerPool, number: int = 2) -> set[int]:
         return set(threads.map(ask, range(number)))
 
 
-def call(pool: WorkerPool, job: Callable[..., JobOutput], *args: Any, **limits: Any) -> WorkerReply:
+def call(pool: WorkerPool, job: Callable[..., JobOutput], *args: Any, **limits: Any) -> JobOutput:
     with pool.borrow_worker() as worker:
         return worker.call(job, *args, **{"max_cpu_s": 1} | limits)
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ def read_all_features(state: TrainState, cache: VisionCache | None) -> Tensor:
 
 def assert_features_match(state: TrainState, cache: VisionCache) -> None:
     """Compare the cached features of each pack with those of the encoder."""
-    cached_dataset = state.data.step_dataset.with_vision_cache(cache.reader)
+    cached_dataset = replace(state.data.step_dataset, cache_reader=cache.reader)
     for number in range(len(state.data.sampler)):
         step, cached = state.data.step_dataset.get_step(number), cached_dataset.get_step(number)
         for batch, other, inputs in zip(step.packs, cached.packs, cached.cache_inputs, strict=True):

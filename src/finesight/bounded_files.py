@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 from pydantic_core import from_json
 
-from finesight.errors import UserError, shorten, suggest_similar_path
+from finesight.errors import Remedy, UserError, shorten, suggest_similar_path
 
 _KINDS = {
     stat.S_IFIFO: "a named pipe",
@@ -38,20 +38,16 @@ _KINDS = {
 class SpecialFileError(UserError):
     """Raised for a path that is a named pipe, a socket or a device."""
 
-    @classmethod
-    def from_mode(cls, path: str | Path, mode: int) -> SpecialFileError:
-        """Build the error for a path with the file type in its `st_mode`."""
-        return cls(
+
+def _reject_special_mode(path: Path, mode: int) -> None:
+    """Raise SpecialFileError unless an `st_mode` is that of a regular file or a folder."""
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise SpecialFileError(
             f"{_KINDS.get(stat.S_IFMT(mode), 'a special file')}, not a regular file",
             where=str(path),
             expected="a regular file, or a link to one",
             remedy="copy its content to a file, or remove it from the folder",
         )
-
-
-def is_special_file(mode: int) -> bool:
-    """Return whether an `st_mode` is neither a regular file nor a folder."""
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
 def reject_special_file(path: Path) -> None:
@@ -64,8 +60,7 @@ def reject_special_file(path: Path) -> None:
         mode = os.stat(path).st_mode
     except (OSError, ValueError):
         return
-    if is_special_file(mode):
-        raise SpecialFileError.from_mode(path, mode)
+    _reject_special_mode(path, mode)
 
 
 def open_regular_file(path: Path) -> BufferedReader:
@@ -84,9 +79,8 @@ def open_regular_file(path: Path) -> BufferedReader:
     if stat.S_ISREG(mode):
         return os.fdopen(fd, "rb")
     os.close(fd)
-    if stat.S_ISDIR(mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    raise SpecialFileError.from_mode(path, mode)
+    _reject_special_mode(path, mode)
+    raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
 
 
 MAX_FILE_BYTES = 40 * 2**20
@@ -208,24 +202,21 @@ def read_lines(
 
 @contextmanager
 def translate_os_errors(
-    path: Path, expected: str, remedy: str, error_class: type[UserError] = UserError
+    path: Path, expected: str, remedy: Remedy, error_class: type[UserError] = UserError
 ) -> Iterator[None]:
     """Convert an error of reading or decoding a file to an `error_class` about `path`."""
     try:
         yield
-    except SpecialFileError as error:
-        raise error_class(error.what, where=str(path), expected=expected, remedy=remedy) from error
-    except UnicodeDecodeError as error:
-        what = f"byte {error.start} is not UTF-8 text"
+    except (SpecialFileError, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, SpecialFileError):
+            what = error.what
+        elif isinstance(error, UnicodeDecodeError):
+            what = f"byte {error.start} is not UTF-8 text"
+        elif error.errno in (errno.ENOENT, errno.ENOTDIR):
+            what, remedy = "no such file", suggest_similar_path(path)
+        else:
+            what = f"cannot be read: {error.strerror or error}"
         raise error_class(what, where=str(path), expected=expected, remedy=remedy) from error
-    except OSError as error:
-        missing = error.errno in (errno.ENOENT, errno.ENOTDIR)
-        raise error_class(
-            "no such file" if missing else f"cannot be read: {error.strerror or error}",
-            where=str(path),
-            expected=expected,
-            remedy=suggest_similar_path(path) if missing else remedy,
-        ) from error
 
 
 CHINESE_ENCODING = "gb18030"
@@ -249,8 +240,6 @@ def to_readable_name(name: str) -> str:
 
     Bytes in GBK are decoded, others are escaped as %XX. Two names may have the same result.
     """
-    if is_utf8(name):
-        return name
     return "/".join(map(_readable, name.split("/")))
 
 

@@ -14,7 +14,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -106,15 +105,15 @@ class TrainFileSettings(DataFileSettings):
     weight: Annotated[CoercedFloat, Field(gt=0.0, le=10_000.0)] = 1.0
 
 
-def _as_files(value: object) -> object:
+def _as_sections(key: str, value: object) -> object:
+    """Convert a list of sections or of values of their setting `key`, or a single one."""
     items = value if isinstance(value, list | tuple) else [value]
-    return tuple({"path": item} if isinstance(item, str | Path) else item for item in items)
+    return tuple({key: item} if isinstance(item, str | Path) else item for item in items)
 
 
-TrainFiles = Annotated[
-    tuple[TrainFileSettings, ...], BeforeValidator(_as_files), Field(min_length=1)
-]
-EvalFiles = Annotated[tuple[DataFileSettings, ...], BeforeValidator(_as_files)]
+_as_files = BeforeValidator(partial(_as_sections, "path"))
+TrainFiles = Annotated[tuple[TrainFileSettings, ...], _as_files, Field(min_length=1)]
+EvalFiles = Annotated[tuple[DataFileSettings, ...], _as_files]
 
 
 class DataSettings(SettingsSection):
@@ -218,6 +217,11 @@ The merger has few FLOPs, and rounding errors of the output head would affect th
 """
 
 
+def _sort_parts(parts: tuple[QuantizablePart, ...]) -> tuple[QuantizablePart, ...]:
+    """Sort the parts, so that their order in the recipe does not matter."""
+    return tuple(part for part in get_args(QuantizablePart) if part in parts)
+
+
 class QuantizeSettings(SettingsSection):
     """Section `tune.quantize` of a recipe: quantization of frozen linear layers, by part.
 
@@ -225,16 +229,8 @@ class QuantizeSettings(SettingsSection):
     (Micikevicius et al. 2022).
     """
 
-    nf4: Names[QuantizablePart] | None = None
-    fp8: Names[Fp8Part] | None = None
-
-    @field_validator("nf4", "fp8")
-    @classmethod
-    def _sort_parts(
-        cls, parts: tuple[QuantizablePart, ...] | None
-    ) -> tuple[QuantizablePart, ...] | None:
-        """Sort the parts, so that their order in the recipe does not matter."""
-        return parts and tuple(part for part in get_args(QuantizablePart) if part in parts)
+    nf4: Annotated[Names[QuantizablePart], AfterValidator(_sort_parts)] | None = None
+    fp8: Annotated[Names[Fp8Part], AfterValidator(_sort_parts)] | None = None
 
 
 class TuneSettings(SettingsSection):
@@ -248,7 +244,7 @@ class TuneSettings(SettingsSection):
     quantize: QuantizeSettings = QuantizeSettings()
 
     @model_validator(mode="after")
-    def _check_quantized_parts_frozen(self) -> TuneSettings:
+    def _check_modes(self) -> TuneSettings:
         modes = dict(self)
         nf4, fp8 = self.quantize.nf4 or (), self.quantize.fp8 or ()
         for part in (*nf4, *fp8):
@@ -262,10 +258,6 @@ class TuneSettings(SettingsSection):
         if both := [part for part in fp8 if part in nf4]:
             settings = "quantize.nf4 and in quantize.fp8"
             raise ValueError(f"{both[0]} is in {settings}: remove it from one of them")
-        return self
-
-    @model_validator(mode="after")
-    def _check_any_trainable(self) -> TuneSettings:
         if not (self.has_mode("lora") or self.has_mode("full")):
             raise ValueError("every part is frozen: set at least one to lora or full")
         return self
@@ -363,8 +355,7 @@ class GrpoSettings(SettingsSection):
     def effective_epsilon_high(self) -> float:
         """Upper clipping of the probability ratio, with the default of the loss."""
         defaults = {"cispo": 5.0, "dapo": 0.28}
-        default = defaults.get(self.loss_type, self.epsilon)
-        return default if self.epsilon_high is None else self.epsilon_high
+        return self.epsilon_high or defaults.get(self.loss_type, self.epsilon)
 
 
 class OrpoSettings(SettingsSection):
@@ -441,7 +432,12 @@ METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 
 def _check_name(names: Registry[None], value: object, or_: str = "") -> str:
-    """Return the name of a built-in object or of a plug-in, which is not imported yet."""
+    """Return the name of a built-in object or of a plug-in, which is not imported yet.
+
+    With `or_`, a function in a Python file is valid, too.
+    """
+    if or_ and isinstance(value, str) and re.search(r"\.py:[A-Za-z_]\w*$", value):
+        return value
     if isinstance(value, str) and value in names:
         names.find_plugin(value)
         return value
@@ -449,14 +445,10 @@ def _check_name(names: Registry[None], value: object, or_: str = "") -> str:
     raise PydanticCustomError("literal_error", "not one of {expected}", {"expected": expected})
 
 
-def _check_metric(value: object) -> str:
-    if isinstance(value, str) and re.search(r"\.py:[A-Za-z_]\w*$", value):
-        return value
-    or_ = " or a function in a Python file, such as metric.py:score"
-    return _check_name(METRIC_NAMES, value, or_)
-
-
-MetricSpec = Annotated[TaskName | str, BeforeValidator(_check_metric)]
+_OR_FUNCTION = " or a function in a Python file, such as metric.py:score"
+MetricSpec = Annotated[
+    TaskName | str, BeforeValidator(partial(_check_name, METRIC_NAMES, or_=_OR_FUNCTION))
+]
 """A task metric, or a function in a Python file, as `path/to/metric.py:function`."""
 
 
@@ -500,8 +492,6 @@ def _check_reward(value: object) -> str:
     if isinstance(name, str) and name in METRIC_NAMES and not str(value).endswith("."):
         _check_name(METRIC_NAMES, name)
         return str(value)
-    if isinstance(value, str) and re.search(r"\.py:[A-Za-z_]\w*$", value):
-        return value
     or_ = ", a metric such as json or latex.similarity, or a function such as rewards.py:score"
     return _check_name(REWARD_NAMES, value, or_)
 
@@ -531,21 +521,15 @@ class RewardSettings(SettingsSection):
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        options = {"format": self.pattern, "length": self.max_length}
-        names = {"format": "pattern", "length": "max_length"}
-        for reward, value in options.items():
-            if (value is None) == (self.name == reward):
-                problem = "requires" if value is None else "does not use"
-                raise ValueError(f"the reward {self.name} {problem} {names[reward]}")
+        for reward, option in {"format": "pattern", "length": "max_length"}.items():
+            is_missing = dict(self)[option] is None
+            if is_missing == (self.name == reward):
+                problem = "requires" if is_missing else "does not use"
+                raise ValueError(f"the reward {self.name} {problem} {option}")
         return self
 
 
-def _as_rewards(value: object) -> object:
-    items = value if isinstance(value, list | tuple) else [value]
-    return tuple({"name": item} if isinstance(item, str) else item for item in items)
-
-
-RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(_as_rewards)]
+RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(partial(_as_sections, "name"))]
 
 
 TrackerName = Literal["swanlab", "tensorboard", "wandb", "mlflow", "trackio"]
@@ -592,11 +576,19 @@ _SECRET_PATTERN = re.compile("(?i)://[^/]*@|[?&][^=&]*(?:key|token|secret|sig|pa
 
 
 def _as_trackers(value: object) -> object:
-    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return tuple({"kind": item} if isinstance(item, str) else item for item in items)
+    return () if value is None else _as_sections("kind", value)
 
 
-TrackerList = Annotated[tuple[TrackerSettings, ...], BeforeValidator(_as_trackers)]
+def _check_unique(trackers: tuple[TrackerSettings, ...]) -> tuple[TrackerSettings, ...]:
+    kinds = [tracker.kind for tracker in trackers]
+    if duplicates := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
+        raise ValueError(f"{duplicates[0]} is duplicated: list each tracker once")
+    return trackers
+
+
+TrackerList = Annotated[
+    tuple[TrackerSettings, ...], BeforeValidator(_as_trackers), AfterValidator(_check_unique)
+]
 
 
 class Recipe(SettingsSection):
@@ -619,24 +611,12 @@ class Recipe(SettingsSection):
             raise ValueError("rewards apply to train.objective=grpo only: set it")
         if self.train.objective == "grpo" and not self.rewards:
             raise ValueError("train.objective=grpo requires rewards, such as rewards: [exact]")
-        if self.train.objective == "grpo" and self.train.grpo.beta and self.tune.has_mode("full"):
-            raise ValueError(
-                "train.grpo.beta refers to the model without adapter, which full tuning changes:"
-                " set it to 0, or set all parts of tune to lora or frozen"
-            )
-        if self.train.objective == "grpo" and self.train.grpo.beta and self.adapter is not None:
-            raise ValueError(
-                "train.grpo.beta refers to the model without adapter, but adapter is set: set it to"
-                " 0, or merge the adapter and start from the merged model"
-            )
+        if self.train.objective == "grpo" and self.train.grpo.beta:
+            problem = "train.grpo.beta refers to the model without adapter"
+            if self.tune.has_mode("full"):
+                remedy = "set it to 0, or set all parts of tune to lora or frozen"
+                raise ValueError(f"{problem}, which full tuning changes: {remedy}")
+            if self.adapter is not None:
+                remedy = "set it to 0, or merge the adapter and start from the merged model"
+                raise ValueError(f"{problem}, but adapter is set: {remedy}")
         return self
-
-    @field_validator("track")
-    @classmethod
-    def _check_unique_trackers(
-        cls, trackers: tuple[TrackerSettings, ...]
-    ) -> tuple[TrackerSettings, ...]:
-        kinds = [tracker.kind for tracker in trackers]
-        if duplicates := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
-            raise ValueError(f"{duplicates[0]} is duplicated: list each tracker once")
-        return trackers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -17,43 +18,30 @@ def num_allowed_cpus() -> int:
 
 def total_memory(cgroup: Path = _CGROUP) -> int:
     """Return the memory in bytes of the machine, or of the container if lower."""
-    limit = _read_limit(cgroup / "memory.max")
-    return _physical_memory() if limit is None else min(limit, _physical_memory())
+    physical, limit = _physical_memory(), _read_number(cgroup / "memory.max")
+    return physical if limit is None else min(limit, physical)
 
 
 def available_memory(proc: Path = Path("/proc"), cgroup: Path = _CGROUP) -> int:
     """Return the free and reclaimable memory in bytes, within the limit of the container."""
-    free = _read_mem_available(proc / "meminfo")
-    limit = _read_limit(cgroup / "memory.max")
-    used = _read_limit(cgroup / "memory.current")
+    free_kib = _read_number(proc / "meminfo", "MemAvailable:")
+    # Systems without /proc: assume that half of the memory is available.
+    free = _physical_memory() // 2 if free_kib is None else 1024 * free_kib
+    limit, used = _read_number(cgroup / "memory.max"), _read_number(cgroup / "memory.current")
     if limit is not None and used is not None:
         # Its inactive page cache is reclaimable.
-        lines = _read(cgroup / "memory.stat").splitlines()
-        cached = [int(line.split()[1]) for line in lines if line.startswith("inactive_file ")]
-        free = min(free, limit - used + sum(cached))
+        cached = _read_number(cgroup / "memory.stat", "inactive_file") or 0
+        free = min(free, limit - used + cached)
     return max(0, free)
-
-
-def _read_mem_available(meminfo: Path) -> int:
-    for line in _read(meminfo).splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) * 1024
-    # Systems without /proc: assume that half of the memory is available.
-    return _physical_memory() // 2
 
 
 def _physical_memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _read(file: Path) -> str:
-    """Read a file of the kernel; empty if it is missing."""
+def _read_number(file: Path, key: str = "") -> int | None:
+    """Read the number that starts a line of a kernel file, after a key; None without one."""
     with suppress(OSError):
-        return file.read_text().strip()
-    return ""
-
-
-def _read_limit(file: Path) -> int | None:
-    """Read a number of bytes from a cgroup file; None if it is missing or `max` (no limit)."""
-    text = _read(file)
-    return int(text) if text.isdecimal() else None
+        match = re.search(rf"^{key}\s*(\d+)", file.read_text(), re.MULTILINE)
+        return int(match[1]) if match else None
+    return None

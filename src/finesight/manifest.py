@@ -19,6 +19,7 @@ from finesight.plugins import PluginRecord, require_plugins
 MANIFEST_FILE = "manifest.json"
 RECIPE_FILE = "recipe.yaml"
 METRICS_FILE = "metrics.jsonl"
+RESPONSES_FILE = "responses.jsonl"
 SKIPPED_SAMPLES_FILE = "skipped_samples.jsonl"
 IMAGES_FILE = "images.safetensors"
 PARAM_AUDIT_FILE = "param_audit.json"

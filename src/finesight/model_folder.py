@@ -94,9 +94,21 @@ def _convert(files: Sequence[Path], target: Path) -> None:
 
 
 def _load_tensors(file: Path) -> dict[str, Tensor]:
-    state_dict = _torch_load(file)
     import torch
 
+    try:
+        with warnings.catch_warnings():
+            # The warning recommends loading without `weights_only`, which executes code.
+            warnings.simplefilter("ignore")
+            state_dict = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        code = f"a pickle that would execute {match[1]} when it is read" if match else ""
+        raise _build_error(file, code or "not a pickle of tensors") from error
+    except OSError as error:
+        raise _build_error(file, f"cannot be read: {error.strerror}") from error
+    except Exception as error:  # a damaged file can raise nearly anything inside torch
+        raise _build_error(file, f"incomplete, in its {file.stat().st_size} bytes") from error
     if not isinstance(state_dict, dict) or not all(
         isinstance(name, str) and isinstance(tensor, torch.Tensor)
         for name, tensor in state_dict.items()
@@ -109,24 +121,6 @@ def _load_tensors(file: Path) -> dict[str, Tensor]:
         if unsupported:
             raise _build_error(file, f"{name} is {unsupported}")
     return state_dict
-
-
-def _torch_load(file: Path) -> object:
-    import torch
-
-    try:
-        with warnings.catch_warnings():
-            # The warning recommends loading without `weights_only`, which executes code.
-            warnings.simplefilter("ignore")
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        match = re.search(r"GLOBAL (\S+)", str(error))
-        code = f"a pickle that would execute {match[1]} when it is read" if match else ""
-        raise _build_error(file, code or "not a pickle of tensors") from error
-    except OSError as error:
-        raise _build_error(file, f"cannot be read: {error.strerror}") from error
-    except Exception as error:  # a damaged file can raise nearly anything inside torch
-        raise _build_error(file, f"incomplete, in its {file.stat().st_size} bytes") from error
 
 
 def _describe_unsupported(tensor: Tensor) -> str:
@@ -359,14 +353,9 @@ class ModelFolder:
         CONVERTED_FOLDER, and again if they changed.
         """
         self.fetch_weights()
-        single = self.find_file("model.safetensors")
-        index = self.find_file("model.safetensors.index.json")
-        if index is not None:
-            return [self._require_file(name) for name in self._read_shard_names(index)]
-        if single is not None:
-            return [single]
-        pickle_files = self._find_pickle_files()
-        if pickle_files:
+        if files := self._list_weights("model.safetensors", SAFETENSORS_INDEX_FILE):
+            return files
+        if pickle_files := self._list_weights("pytorch_model.bin", PICKLE_INDEX_FILE):
             converted = self.path / CONVERTED_FOLDER
             convert_pickled_weights(pickle_files, converted)
             return ModelFolder(converted).weight_files()
@@ -384,7 +373,7 @@ class ModelFolder:
         values, so that it takes milliseconds.
         """
         sha256 = hashlib.sha256()
-        index = self.find_file("model.safetensors.index.json")
+        index = self.find_file(SAFETENSORS_INDEX_FILE)
         if index is not None:
             sha256.update(read_bytes(index, expected="an index of weights", remedy=_DOWNLOAD_AGAIN))
         for path in self.weight_files():
@@ -392,8 +381,9 @@ class ModelFolder:
             sha256.update(_read_header(path))
         return sha256.hexdigest()
 
-    def _find_pickle_files(self) -> list[Path]:
-        index, single = self.find_file(PICKLE_INDEX_FILE), self.find_file("pytorch_model.bin")
+    def _list_weights(self, single_name: str, index_name: str) -> list[Path]:
+        """List the files of an index, or else a single file; empty without both."""
+        index, single = self.find_file(index_name), self.find_file(single_name)
         if index is not None:
             return [self._require_file(name) for name in self._read_shard_names(index)]
         return [] if single is None else [single]

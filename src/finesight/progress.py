@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
@@ -83,21 +84,16 @@ class ProgressConsole:
         another one at the end.
         """
         start_s = time.perf_counter()
-        if self.rich_console.is_terminal:
-            columns = TextColumn("{task.description}", markup=False), BarColumn(bar_width=20)
-            with Progress(
-                *columns, TimeElapsedColumn(), console=self.rich_console, transient=True
-            ) as bar:
-                bar.add_task(title, total=None)
-                yield
-            return
         timer = threading.Timer(LOG_INTERVAL_S, self.log, [f"{title} ..."])
-        timer.start()
-        try:
-            yield
-        finally:
-            timer.cancel()
-        if (seconds := time.perf_counter() - start_s) >= LOG_INTERVAL_S:
+        with self._create_bar(TimeElapsedColumn()) as bar:
+            bar.add_task(title, total=None)
+            if bar.disable:
+                timer.start()
+            try:
+                yield
+            finally:
+                timer.cancel()
+        if bar.disable and (seconds := time.perf_counter() - start_s) >= LOG_INTERVAL_S:
             self.log(f"{title}: {seconds:.0f} s")
 
     @contextmanager
@@ -112,13 +108,17 @@ class ProgressConsole:
             task = bar.add_task("training", total=total, completed=done, figures="")
             yield StepProgress(self, bar, task, total)
 
-    def _create_bar(self) -> Progress:
+    def _create_bar(self, *columns: ProgressColumn) -> Progress:
+        """Create a bar with the given columns, by default those of steps or samples."""
         return Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-            TextColumn("{task.fields[figures]}", markup=False),
-            TimeRemainingColumn(),
+            *columns
+            or (
+                TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
+                TextColumn("{task.fields[figures]}", markup=False),
+                TimeRemainingColumn(),
+            ),
             console=self.rich_console,
             transient=True,
             disable=not self.rich_console.is_terminal,

@@ -83,22 +83,17 @@ def parse_recipe(text: str, path: Path) -> tuple[Any, dict[SettingKey, int]]:
         if document.root is not None:
             _collect_lines(document.root, (), path, lines, ())
         return document.data(), lines
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        too_many = isinstance(error, TooManyValuesError)
-        raise UserError(
-            f"{'' if too_many else 'broken YAML: '}{error.problem or error.context}",
-            where=f"{path}:{mark.line + 1}" if mark else str(path),
-            expected="settings as `name: value`, groups indented by spaces",
-            remedy=_TOO_LARGE_REMEDY if too_many else _suggest_yaml_fix(text, mark),
-        ) from error
     except yaml.YAMLError as error:
-        raise UserError(
-            f"broken YAML: {error}",
-            where=str(path),
-            expected="settings as `name: value`, groups indented by spaces",
-            remedy="remove content that YAML does not support",
-        ) from error
+        what, where = f"broken YAML: {error}", str(path)
+        remedy = "remove content that YAML does not support"
+        if isinstance(error, yaml.MarkedYAMLError):
+            mark = error.problem_mark or error.context_mark
+            what, remedy = f"{error.problem or error.context}", _TOO_LARGE_REMEDY
+            where += f":{mark.line + 1}" if mark else ""
+            if not isinstance(error, TooManyValuesError):
+                what, remedy = f"broken YAML: {what}", _suggest_yaml_fix(text, mark)
+        expected = "settings as `name: value`, groups indented by spaces"
+        raise UserError(what, where=where, expected=expected, remedy=remedy) from error
 
 
 def _suggest_yaml_fix(text: str, mark: yaml.Mark | None) -> str:
@@ -273,16 +268,13 @@ def _validate_recipe(
     content: dict[str, Any], where: str, lines: dict[SettingKey, int], overrides: Overrides
 ) -> Recipe:
     """Apply overrides to `content`, and validate it. Raises UserError with all invalid settings."""
-    assignments: list[tuple[str, object, str]]
-    if isinstance(overrides, Mapping):
-        assignments = [
-            (name, deepcopy(value), f"{name}={value}") for name, value in overrides.items()
-        ]
-    else:
-        assignments = [(*_parse_override(override), override) for override in overrides]
     overridden: dict[SettingKey, str] = {}
-    for name, value, override in assignments:
-        key = _apply_override(content, name, value, override, overridden)
+    if isinstance(overrides, Mapping):
+        assignments = [(f"{name}={value}", name, value) for name, value in overrides.items()]
+    else:
+        assignments = [(override, *_parse_override(override)) for override in overrides]
+    for override, name, value in assignments:
+        key = _apply_override(content, name, deepcopy(value), override, overridden)
         overridden[key] = override
     try:
         return Recipe.model_validate(content)
@@ -455,21 +447,20 @@ def _wrong_settings(
     For a union type, pydantic reports errors for every member. Only those of the member with the
     fewest unknown settings and errors are kept, since the user probably meant it.
     """
-    forms: dict[SettingKey, dict[str | int, list[ErrorDetails]]] = {}
+    forms: dict[SettingKey, dict[str | int, list[tuple[SettingKey, ErrorDetails]]]] = {}
     for error in errors:
         key, choice, form = _locate_error(error, content)
         # Errors inside one section of a union are compared per member.
-        forms.setdefault(key[:choice], {}).setdefault(form, []).append(error)
+        forms.setdefault(key[:choice], {}).setdefault(form, []).append((key, error))
     found: dict[SettingKey, list[ErrorDetails]] = {}
     for by_form in forms.values():
-        costs = {
-            form: (sum(error["type"] == "extra_forbidden" for error in group), len(group))
-            for form, group in by_form.items()
-        }
-        for form, group in by_form.items():
-            if costs[form] == min(costs.values()):
-                for error in group:
-                    found.setdefault(_locate_error(error, content)[0], []).append(error)
+        costs = [
+            (sum(error["type"] == "extra_forbidden" for _, error in group), len(group))
+            for group in by_form.values()
+        ]
+        for cost, group in zip(costs, by_form.values(), strict=True):
+            for key, error in group if cost == min(costs) else ():
+                found.setdefault(key, []).append(error)
     return found
 
 

@@ -87,22 +87,17 @@ class FileLock:
         kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
         fcntl.flock(self._descriptor, kind | (0 if wait else fcntl.LOCK_NB))
 
-    def close(self) -> None:
-        """Release the lock."""
+    def close(self, *, unlock: bool = True) -> None:
+        """Release the lock, or only close its file in a forked process (`unlock=False`)."""
         with _forking:
             FileLock._open.discard(self)
             if self._descriptor is not None:
                 with contextlib.suppress(OSError):
-                    # Also of a process that was forked just now and has not closed its copy yet.
-                    fcntl.flock(self._descriptor, fcntl.LOCK_UN)
+                    if unlock:
+                        # Also of a process that was forked just now and has not closed its copy.
+                        fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 os.close(self._descriptor)
             self._descriptor = None
-
-    def _close_copy(self) -> None:
-        """Close the file in a forked process without releasing the lock of its parent."""
-        assert self._descriptor is not None, "a lock that was closed"
-        os.close(self._descriptor)
-        self._descriptor = None
 
     def __enter__(self) -> Self:
         return self
@@ -113,9 +108,8 @@ class FileLock:
 
 def _close_inherited_locks() -> None:
     """Close the lock files of the parent in a process that was just forked."""
-    for lock in FileLock._open:
-        lock._close_copy()
-    FileLock._open.clear()
+    for lock in [*FileLock._open]:
+        lock.close(unlock=False)
     _forking.release()
 
 
@@ -159,11 +153,9 @@ class FileSystem:
     def truncate(self, path: Path, size: int) -> None:
         os.truncate(path, size)
 
-    def remove_file(self, path: Path) -> None:
-        path.unlink()
-
-    def remove_tree(self, path: Path) -> None:
-        shutil.rmtree(path)
+    def remove(self, path: Path) -> None:
+        """Remove a file, or a folder with its content."""
+        (shutil.rmtree if path.is_dir() else Path.unlink)(path)
 
     def free_bytes(self, path: Path) -> int:
         """Return the free bytes for this user on the disk of an existing path."""
@@ -248,13 +240,15 @@ def write_folder(target: Path) -> Iterator[Path]:
     exists or cannot be written.
     """
     raise_if_exists(target)
-    make_folder(target.parent)
-    with translate_os_errors(target):
-        remove_leftovers(target.parent, target.name)
-        with _create_partial_folder(target) as partial:
-            yield partial
-            _write_digests(partial)
-            _commit_folder(partial, target)
+    with working_folder(target) as partial:
+        yield partial
+        _write_digests(partial)
+        raise_if_exists(target)
+        try:
+            _FILE_SYSTEM.get().rename(partial, target)
+        except OSError:
+            raise_if_exists(target)  # another process finished first
+            raise
         _FILE_SYSTEM.get().sync_path(target.parent)
 
 
@@ -275,10 +269,16 @@ def write_folder_once(target: Path, write: Callable[[Path], None]) -> None:
 @contextlib.contextmanager
 def working_folder(target: Path) -> Iterator[Path]:
     """Yield a hidden temporary folder next to `target`, and remove it after the `with` block."""
+
+    def make() -> Path:
+        folder = _partial_path(target.with_name(f"{target.name}.{_HOST_TAG}{secrets.token_hex(3)}"))
+        _FILE_SYSTEM.get().make_folder(folder)
+        return folder
+
     make_folder(target.parent)
     with translate_os_errors(target):
         remove_leftovers(target.parent, target.name)
-        with _create_partial_folder(target) as folder:
+        with _hold_new_folder(make) as folder:
             yield folder
 
 
@@ -291,19 +291,6 @@ def temporary_folder(name: str) -> Iterator[Path]:
     remove_leftovers(Path(tempfile.gettempdir()))
     prefix = f"finesight-{name}-{_HOST_TAG}-"
     with _hold_new_folder(lambda: Path(tempfile.mkdtemp(".tmp", prefix))) as folder:
-        yield folder
-
-
-@contextlib.contextmanager
-def _create_partial_folder(target: Path) -> Iterator[Path]:
-    """Yield a hidden locked folder next to `target`, and remove it after the `with` block."""
-
-    def make() -> Path:
-        folder = _partial_path(target.with_name(f"{target.name}.{_HOST_TAG}{secrets.token_hex(3)}"))
-        _FILE_SYSTEM.get().make_folder(folder)
-        return folder
-
-    with _hold_new_folder(make) as folder:
         yield folder
 
 
@@ -323,15 +310,6 @@ def _hold_new_folder(make: Callable[[], Path]) -> Iterator[Path]:
                     return
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _commit_folder(partial: Path, target: Path) -> None:
-    raise_if_exists(target)
-    try:
-        _FILE_SYSTEM.get().rename(partial, target)
-    except OSError:
-        raise_if_exists(target)  # another process finished first
-        raise
 
 
 def remove_leftovers(parent: Path, target_name: str = "") -> None:
@@ -360,7 +338,7 @@ def _remove_leftover(folder: Path) -> None:
     if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
         with _lock_folder(folder) as is_locked:
             if is_locked:
-                _FILE_SYSTEM.get().remove_tree(folder)
+                _FILE_SYSTEM.get().remove(folder)
 
 
 @contextlib.contextmanager
@@ -467,10 +445,10 @@ def remove_folder(path: Path) -> None:
     file_system, partial = _FILE_SYSTEM.get(), _partial_path(path)
     with translate_os_errors(path):
         if partial.exists():
-            file_system.remove_tree(partial)
+            file_system.remove(partial)
         file_system.rename(path, partial)
         file_system.sync_path(path.parent)
-        file_system.remove_tree(partial)
+        file_system.remove(partial)
 
 
 def move_folder(path: Path, target: Path) -> None:
@@ -488,10 +466,7 @@ def remove_partial_files(folder: Path) -> None:
         return
     with translate_os_errors(folder):
         for leftover in folder.glob(f".*{_PARTIAL_SUFFIX}"):
-            if leftover.is_dir():
-                _FILE_SYSTEM.get().remove_tree(leftover)
-            else:
-                _FILE_SYSTEM.get().remove_file(leftover)
+            _FILE_SYSTEM.get().remove(leftover)
 
 
 def _partial_path(path: Path) -> Path:

@@ -18,20 +18,21 @@ import fcntl
 import gc
 import json
 import multiprocessing
-import multiprocessing.connection
 import os
 import pickle
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.reduction import recv_handle, send_handle
 from typing import Any
 
 import numpy as np
@@ -39,68 +40,14 @@ from numpy.typing import NDArray
 
 from finesight.errors import UserError
 
-FORK_MESSAGE = struct.Struct("!QI")
-"""Message that requests a worker: memory limit in bytes beyond the template, and nice level."""
-
-_COUNT = struct.Struct("!I")
-_LENGTH = struct.Struct("!Q")
-
 
 @dataclass(frozen=True, slots=True)
 class JobOutput:
-    """Result of a job in a worker: JSON value and NumPy arrays."""
+    """Result of a job in a worker: JSON value, NumPy arrays, and CPU seconds of the job."""
 
     value: Any = None
-    arrays: Sequence[NDArray[np.generic]] = field(default=())
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerJob:
-    """Job for a worker: function of shared state and `args`, with time limits."""
-
-    function: Callable[..., JobOutput]
-    args: tuple[Any, ...]
-    cpu_seconds: float
-    wall_seconds: float
-
-
-def write_frame(connection: socket.socket, parts: Sequence[bytes | memoryview]) -> None:
-    """Send a message that consists of several byte strings."""
-    lengths = b"".join(_LENGTH.pack(len(part)) for part in parts)
-    connection.sendall(_COUNT.pack(len(parts)) + lengths)
-    for part in parts:
-        connection.sendall(part)
-
-
-def read_frame(connection: socket.socket, max_bytes: int | None = None) -> list[bytearray]:
-    """Receive a message sent by `write_frame`, and return its parts.
-
-    Raises EOFError if it has more than `max_bytes` bytes, or if the connection is closed.
-    """
-    (count,) = _COUNT.unpack(_read(connection, _COUNT.size))
-    if max_bytes is not None and count * _LENGTH.size > max_bytes:
-        raise EOFError(f"a message of {count} parts")
-    lengths = [length for (length,) in _LENGTH.iter_unpack(_read(connection, count * _LENGTH.size))]
-    if max_bytes is not None and sum(lengths) > max_bytes:
-        raise EOFError(f"a message of {sum(lengths)} bytes")
-    return [_read(connection, length) for length in lengths]
-
-
-def _read(connection: socket.socket, length: int) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view:
-        received = connection.recv_into(view)
-        if not received:
-            raise EOFError
-        view = view[received:]
-    return data
-
-
-def as_byte_view(array: NDArray[np.generic]) -> memoryview:
-    """Return the bytes of an array, without a copy if it is contiguous."""
-    flat: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-    return flat
+    arrays: Sequence[NDArray[np.generic]] = ()
+    cpu_seconds: float = 0.0
 
 
 def main(number: int) -> None:
@@ -109,61 +56,62 @@ def main(number: int) -> None:
     Args:
         number: File descriptor of the control connection. The process ends when the pool closes it.
     """
-    control = socket.socket(fileno=number)
+    control = Connection(number)
     # Ctrl-C reaches every process of the terminal; the pool ends this one.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Workers that have ended are reaped by the kernel.
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     with contextlib.suppress(EOFError, ConnectionError):
-        setup, args = pickle.loads(read_frame(control)[0])
+        setup, args = control.recv()
         state: list[Any] = []
 
         def load() -> JobOutput:
             state.append(setup(*args))
             return JobOutput()
 
-        reply, _ = _outcome(load)
-        write_frame(control, [json.dumps(reply).encode()])
+        control.send_bytes(json.dumps(_outcome(load).value).encode())
         gc.collect()
         gc.freeze()
         while state:
-            data, handles, _, _ = socket.recv_fds(control, FORK_MESSAGE.size, 1)
-            if not data:
-                return
-            memory_bytes, nice = FORK_MESSAGE.unpack(data)
+            memory_bytes, handle = control.recv(), recv_handle(control)
             if os.fork() == 0:
                 control.close()
-                _run_worker(socket.socket(fileno=handles[0]), state[0], memory_bytes, nice)
-            os.close(handles[0])
+                _run_worker(Connection(handle), state[0], memory_bytes)
+            os.close(handle)
 
 
-def _run_worker(connection: socket.socket, state: Any, memory_bytes: int, nice: int) -> None:
+def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
     """Run the jobs that the pool sends until it closes the connection.
 
     Ends the process and never returns.
     """
     status = 1
     try:
-        _apply_limits(memory_bytes, nice)
+        _apply_limits(memory_bytes)
         _signal_hangup(connection)
         base = _resident_bytes()
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                payload, *buffers = read_frame(connection)
-                job: WorkerJob = pickle.loads(payload, buffers=buffers)
+                parts = [bytearray(connection.recv_bytes()) for _ in range(1 + connection.recv())]
+                function, args, max_cpu_s = pickle.loads(parts[0], buffers=parts[1:])
                 start_time = time.process_time()
-                reply = _run_job(job, state, connection)
-                meta = reply[0] | {
+                job = partial(function, state, *args)
+                reply = _run_job(job, max_cpu_s, connection)
+                usage = {
                     "cpu_seconds": time.process_time() - start_time,
                     "rss_increase": _resident_bytes() - base,
                 }
-                write_frame(connection, [json.dumps(meta).encode(), *map(as_byte_view, reply[1])])
+                connection.send_bytes(json.dumps(reply.value | usage).encode())
+                for array in reply.arrays:
+                    connection.send_bytes(
+                        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+                    )
         status = 0
     finally:
         os._exit(status)
 
 
-def _signal_hangup(connection: socket.socket) -> None:
+def _signal_hangup(connection: Connection) -> None:
     """Request a SIGIO signal when the pool closes the connection or sends data."""
     signal.signal(signal.SIGIO, signal.SIG_IGN)
     number = connection.fileno()
@@ -172,47 +120,43 @@ def _signal_hangup(connection: socket.socket) -> None:
     fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
-_Reply = tuple[dict[str, Any], Sequence[NDArray[np.generic]]]
-"""Reply of a worker: JSON data and arrays."""
-
-
-def _run_job(job: WorkerJob, state: Any, connection: socket.socket) -> _Reply:
+def _run_job(job: Callable[[], JobOutput], max_cpu_s: float, connection: Connection) -> JobOutput:
     """Run a job, and return the reply.
 
     The kernel kills this process if the job exceeds a time limit or is canceled.
     """
-    signal.setitimer(signal.ITIMER_PROF, job.cpu_seconds)
-    signal.setitimer(signal.ITIMER_REAL, job.wall_seconds)
+    signal.setitimer(signal.ITIMER_PROF, max_cpu_s)
+    signal.setitimer(signal.ITIMER_REAL, max_cpu_s * WALL_FACTOR)
     # The pool sends no data while a job runs: SIGIO means that it has closed the connection.
     signal.signal(signal.SIGIO, signal.SIG_DFL)
     try:
-        with contextlib.suppress(BlockingIOError):
-            if not connection.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                raise EOFError  # the pool has closed the connection
-        return _outcome(lambda: job.function(state, *job.args))
+        if connection.poll():
+            raise EOFError
+        return _outcome(job)
     finally:
         signal.signal(signal.SIGIO, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _outcome(function: Callable[[], JobOutput]) -> _Reply:
+def _outcome(function: Callable[[], JobOutput]) -> JobOutput:
+    """Call a function, and return the reply of a worker: JSON data and arrays."""
     try:
         output = function()
     except UserError as error:
         words = [error.what, error.where, error.expected, str(error.remedy)]
-        return {"user_error": words}, ()
+        return JobOutput({"user_error": words})
     except MemoryError:
-        return {"out_of_memory": True}, ()
+        return JobOutput({"out_of_memory": True})
     except Exception as error:
         # Its message may quote what a client sent.
         frames = traceback.format_tb(error.__traceback__)
-        return {"fault": [type(error).__name__, "".join(frames)]}, ()
+        return JobOutput({"fault": [type(error).__name__, "".join(frames)]})
     kinds = [[array.dtype.str, array.shape] for array in output.arrays]
-    return {"value": output.value, "arrays": kinds}, output.arrays
+    return JobOutput({"value": output.value, "arrays": kinds}, output.arrays)
 
 
-def _apply_limits(memory_bytes: int, nice: int) -> None:
+def _apply_limits(memory_bytes: int) -> None:
     """Set CPU priority and memory limit of this worker, and discard its output.
 
     Native code may print untrusted input.
@@ -222,7 +166,7 @@ def _apply_limits(memory_bytes: int, nice: int) -> None:
         os.dup2(devnull, fd)
     if devnull > 2:
         os.close(devnull)
-    os.nice(nice)
+    os.nice(WORKER_NICENESS)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with contextlib.suppress(OSError):
         # Out of memory, the kernel kills a worker before the server.
@@ -296,15 +240,6 @@ class WorkerJobError(Exception):
         self.error_name, self.traceback_text = error_name, traceback_text
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReply:
-    """Result of a job: value and arrays of its `JobOutput`, and CPU seconds."""
-
-    value: Any
-    arrays: tuple[NDArray[np.generic], ...]
-    cpu_seconds: float
-
-
 class Worker:
     """Connection to a worker process, which runs one job at a time.
 
@@ -314,7 +249,8 @@ class Worker:
     """
 
     def __init__(self, pool: WorkerPool, connection: socket.socket, memory_bytes: int) -> None:
-        self._pool, self._connection = pool, connection
+        self._pool, self._socket = pool, connection
+        self._connection = Connection(os.dup(connection.fileno()))
         self._memory_bytes, self._max_cpu_s, self._start_time = memory_bytes, 0.0, 0.0
         self._lock = threading.Lock()
         self.is_killed = self._pending = False
@@ -333,7 +269,7 @@ class Worker:
         *args: Any,
         max_cpu_s: float,
         deadline: float = np.inf,
-    ) -> WorkerReply:
+    ) -> JobOutput:
         """Run `function(state, *args)` in the worker, and wait for its result.
 
         Args:
@@ -355,15 +291,16 @@ class Worker:
     def start(self, function: Callable[..., JobOutput], *args: Any, max_cpu_s: float) -> None:
         """Send a job to the worker without waiting for its result."""
         self._max_cpu_s, self._start_time = max_cpu_s, time.monotonic()
-        job = WorkerJob(function, args, max_cpu_s, max_cpu_s * WALL_FACTOR)
-        buffers: list[pickle.PickleBuffer] = []
+        job, buffers = (function, args, max_cpu_s), list[pickle.PickleBuffer]()
         payload = pickle.dumps(job, protocol=5, buffer_callback=buffers.append)
         self.jobs += 1
         self._pending = True
         try:
             with self._lock:
-                self._connection.settimeout(None)
-                write_frame(self._connection, [payload, *(buffer.raw() for buffer in buffers)])
+                self._connection.send(len(buffers))
+                self._connection.send_bytes(payload)
+                for buffer in buffers:
+                    self._connection.send_bytes(buffer.raw())
         except OSError as error:
             raise self._exit_error() from error
 
@@ -373,24 +310,18 @@ class Worker:
             return True
         try:
             with self._lock:
-                self._connection.settimeout(max(0.0, timeout_s) or 1e-6)
-                self._connection.recv(1, socket.MSG_PEEK)
-        except (TimeoutError, BlockingIOError):
-            return False
+                return self._connection.poll(max(0.0, timeout_s))
         except OSError:
             return True
-        return True
 
-    def get_result(self) -> WorkerReply:
+    def get_result(self) -> JobOutput:
         """Receive the result of the job that `start` sent. Raises like `call`."""
         try:
             with self._lock:
-                self._connection.settimeout(None)
-                payload, *buffers = read_frame(self._connection, self._memory_bytes)
+                meta, arrays = self._receive()
         except (EOFError, OSError) as error:
             raise self._exit_error() from error
         self._pending = False
-        meta = json.loads(payload)
         self.rss_increase = int(meta["rss_increase"])
         try:
             _raise_error(meta)
@@ -400,11 +331,17 @@ class Worker:
                 raise
             memory = f"{self._memory_bytes >> 20} MiB"
             raise _build_limit_error(f"took more than {memory} of memory") from error
-        arrays = tuple(
-            np.frombuffer(buffer, dtype=np.dtype(dtype)).reshape(shape)
-            for buffer, (dtype, shape) in zip(buffers, meta["arrays"], strict=True)
-        )
-        return WorkerReply(meta["value"], arrays, float(meta["cpu_seconds"]))
+        return JobOutput(meta["value"], arrays, float(meta["cpu_seconds"]))
+
+    def _receive(self) -> tuple[dict[str, Any], list[NDArray[np.generic]]]:
+        """Receive a reply. Raises OSError if it is larger than the memory limit."""
+        payload = self._connection.recv_bytes(self._memory_bytes)
+        meta, num_free, arrays = json.loads(payload), self._memory_bytes - len(payload), []
+        for dtype, shape in meta.get("arrays", ()):
+            data = bytearray(self._connection.recv_bytes(num_free))
+            num_free -= len(data)
+            arrays.append(np.frombuffer(data, dtype=np.dtype(dtype)).reshape(shape))
+        return meta, arrays
 
     @property
     def is_busy(self) -> bool:
@@ -415,7 +352,7 @@ class Worker:
         """End the worker process and the job that it runs."""
         self.is_killed = True
         with contextlib.suppress(OSError):
-            self._connection.shutdown(socket.SHUT_RDWR)
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         """End the worker process and close its connection.
@@ -424,6 +361,7 @@ class Worker:
         """
         self.kill()
         with self._lock:
+            self._socket.close()
             self._connection.close()
 
     def _exit_error(self) -> Exception:
@@ -477,7 +415,7 @@ class WorkerPool:
         self._num_idle, self.memory_bytes = num_idle, memory_bytes
         self._lock = threading.Lock()
         self.idle_workers: list[Worker] = []
-        self._control: socket.socket | None = None
+        self._control: Connection | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.is_closed = False
 
@@ -547,18 +485,22 @@ class WorkerPool:
             raise WorkerLostError(f"a pool of {self._num_idle} workers is closed")
         connection, child_connection = socket.socketpair()
         with child_connection:
-            message = FORK_MESSAGE.pack(memory_bytes, WORKER_NICENESS)
             try:
-                socket.send_fds(self._get_control(), [message], [child_connection.fileno()])
+                self._send_fork(memory_bytes, child_connection.fileno())
             except OSError:
                 self._end_template()
-                socket.send_fds(self._get_control(), [message], [child_connection.fileno()])
+                self._send_fork(memory_bytes, child_connection.fileno())
         return Worker(self, connection, memory_bytes)
 
-    def _get_control(self) -> socket.socket:
+    def _send_fork(self, memory_bytes: int, handle: int) -> None:
+        control = self._get_control()
+        control.send(memory_bytes)
+        send_handle(control, handle, 0)
+
+    def _get_control(self) -> Connection:
         """Return the connection to the template process, and start the process if there is none."""
         if self._control is None:
-            self._control, child_connection = socket.socketpair()
+            self._control, child_connection = multiprocessing.Pipe()
             with child_connection:
                 fd = child_connection.fileno()
                 inherited = {k: v for k, v in os.environ.items() if k.startswith(_INHERITED)}
@@ -573,10 +515,10 @@ class WorkerPool:
                     start_new_session=True,
                 )
             try:
-                write_frame(self._control, [self._setup])
-                self._control.settimeout(SETUP_SECONDS)
-                _raise_error(json.loads(read_frame(self._control)[0]))
-                self._control.settimeout(None)
+                self._control.send_bytes(self._setup)
+                if not self._control.poll(SETUP_SECONDS):
+                    raise TimeoutError
+                _raise_error(json.loads(self._control.recv_bytes()))
             except (EOFError, OSError) as error:
                 self._end_template()
                 raise OSError("the process that worker processes are forked from ended") from error
@@ -611,5 +553,5 @@ def exit_with_parent() -> None:
 def _wait_for_death(sentinel: int) -> None:
     # The pipe behind the sentinel closes with the parent. Workers that were forked later hold a
     # copy of it, and end first.
-    multiprocessing.connection.wait([sentinel])
+    wait([sentinel])
     os._exit(1)

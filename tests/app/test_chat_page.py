@@ -26,7 +26,7 @@ from finesight.app.access import Access
 from finesight.app.chat_page import make_chat_app
 from finesight.app.chat_store import BROWSER_COOKIE, ChatStore
 from finesight.data.sample import BoxPart, ImagePart, read_samples
-from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
+from finesight.encode.renderer import PromptEncoder, encode_prompt
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams
 from finesight.manifest import Manifest

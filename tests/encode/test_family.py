@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 
 from finesight.data.sample import BoxPart
 from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
-from finesight.encode.qwen2_5_vl import Qwen25VL
-from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.qwen_vl import QwenVL
 from finesight.encode.renderer import FAMILIES, load_family

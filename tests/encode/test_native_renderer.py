@@ -121,12 +121,6 @@ def test_prompt_with_images_keeps_its_visual_spans(renderer, image_set):
         np.testing.assert_array_equal(prompt.tokenized.ids_T, full.tokenized.ids_T[:start])
         np.testing.assert_array_equal(prompt.patches_ND, full.patches_ND)
         assert prompt.tokenized.spans == full.tokenized.spans
-    paths = [image_set.folder / "0.jpg", image_set.folder / "1.png"]
-    question = (*(ImagePart(image=str(path)) for path in paths), TextPart(text="Two?"))
-    requested = renderer.encode_question(paths, "Two?")
-    expected = renderer.encode_prompt(make_sample(Path(), question))
-    np.testing.assert_array_equal(requested.tokenized.ids_T, expected.tokenized.ids_T)
-    np.testing.assert_array_equal(requested.patches_ND, expected.patches_ND)
 
 
 def test_special_tokens_in_texts_and_labels_stay_text(folder, renderer, image_set):

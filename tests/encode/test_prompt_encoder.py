@@ -10,10 +10,9 @@ from hostile_requests import make_progressive_jpeg
 from service_fixture import write_shape_image
 
 from finesight.data.sample import LocatedSample
-from finesight.encode import prompt_encoder, renderer
+from finesight.encode import renderer
 from finesight.encode.family import DEFAULT_THINKING
-from finesight.encode.prompt_encoder import PromptEncoder, encode_prompt
-from finesight.encode.renderer import build_renderer
+from finesight.encode.renderer import PromptEncoder, build_renderer, encode_prompt
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
@@ -36,7 +35,7 @@ def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
 
     with contextlib.closing(InferenceService(model, max_num_seqs=1)) as service:
         expected = ask(service, image, image), ask(service)
-    monkeypatch.setattr(prompt_encoder, "MAX_PROMPT_CPU_S", 2.0)
+    monkeypatch.setattr(renderer, "MAX_PROMPT_CPU_S", 2.0)
     monkeypatch.setattr(renderer, "load_image", lambda *_: pytest.fail("decoded in the server"))
     with contextlib.closing(create_image_pool(model.renderer, encode_prompt)) as pool:
         encode = PromptEncoder(pool).encode

@@ -33,6 +33,7 @@ from finesight.encode.qwen_vl import from_folder
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import SPECIAL_TOKENS, TiktokenTokenizer
 from finesight.errors import UserError
+from finesight.infer.prediction import build_question
 from finesight.model_folder import ModelFolder
 
 pytest.importorskip("tiktoken")
@@ -101,7 +102,7 @@ def test_ids_match_published_code(renderer, tmp_path):
 def test_image_has_448_pixels_and_256_tokens(renderer, tmp_path):
     image = Image.effect_noise((300, 200), 80).convert("RGB")
     image.save(tmp_path / "a.png")
-    encoded = renderer.encode_question([tmp_path / "a.png"], "What is it?")
+    encoded = renderer.encode_prompt(build_question([tmp_path / "a.png"], "What is it?", "a"))
     (span,) = encoded.tokenized.spans
     assert (span.grid_thw, span.resized_size) == ((1, 32, 32), (448, 448))
     ids = encoded.tokenized.ids_T.tolist()

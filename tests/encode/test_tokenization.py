@@ -18,7 +18,6 @@ from tiny_model import SPECIAL_TOKENS
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import (
-    TokenCache,
     TokenizedSample,
     Tokenizer,
     filter_samples,
@@ -78,30 +77,33 @@ def test_non_special_added_tokens_are_encoded(shared):
     assert 151655 not in newer.encode("<|image_pad|>")
 
 
-def test_token_cache_is_bounded_in_bytes():
+def test_token_cache_is_bounded_in_bytes(path, monkeypatch):
     requested: list[str] = []
 
-    def tokenize(text: str) -> tuple[int, ...]:
+    def tokenize(_: Tokenizer, text: str) -> tuple[int, ...]:
         requested.append(text)
         return tuple(range(len(text)))
 
-    cache = TokenCache(tokenize, max_bytes=100_000)
+    monkeypatch.setattr(Tokenizer, "_tokenize", tokenize)
+    tokenizer = Tokenizer(path)
+    encode, cache = tokenizer.encode, tokenizer.token_cache
+    cache.max_bytes = 100_000
     texts = [f"{number:03d}" + "x" * 50 for number in range(500)]
     for text in texts:
-        assert cache(text) == tuple(range(len(text)))
+        assert encode(text) == tuple(range(len(text)))
         assert 0 < cache.bytes <= 100_000
     requested.clear()
     for text in (texts[-1], texts[0]):
-        cache(text)
+        encode(text)
     assert requested == texts[:1]
     # A text that would take a large share is not cached.
     before, long = cache.bytes, "y" * 1000
-    assert cache(long) == cache(long)
+    assert encode(long) == encode(long)
     assert requested[1:] == [long, long]
     assert cache.bytes == before
     cache.clear()
     assert cache.bytes == 0
-    cache(texts[0])
+    encode(texts[0])
     assert requested[-1] == texts[0]
 
 

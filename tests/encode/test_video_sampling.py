@@ -25,8 +25,7 @@ from video_fixtures import find_index, save_frames, write_video
 from finesight.config import ExactSize, LongestSide, PixelRange
 from finesight.data.sample import LocatedSample, Message, Sample, TextPart, VideoPart
 from finesight.data.video_file import iter_video_frames
-from finesight.encode.qwen2_5_vl import Qwen25VL
-from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.encode.renderer import NativeRenderer

@@ -21,7 +21,7 @@ def _make_sampler(*, logprobs=None, constraint=None, prompt=(), **sampling) -> T
 
 
 def _draw(logits_SV: Tensor, *samplers: TokenSampler) -> list[int]:
-    return sample_tokens(logits_SV, samplers).ids_S.tolist()
+    return sample_tokens(logits_SV, samplers)[0].tolist()
 
 
 def _logits(num_seqs: int = 1, vocabulary: int = VOCABULARY, seed: int = 0) -> Tensor:
@@ -104,13 +104,13 @@ def test_banned_tokens_have_no_probability():
         for temperature in (100.0, 0.5)
     ]
     drawn = [sample_tokens(logits_SV, samplers) for _ in range(200)]
-    ids = torch.stack([one.ids_S for one in drawn])
+    ids = torch.stack([ids_S for ids_S, _ in drawn])
     assert set(ids[:, 0].tolist()) == set(range(VOCABULARY)) - set(banned)
     allowed = logits_SV.clone()
     allowed[:, banned] = -torch.inf
     expected = (allowed / torch.tensor([[100.0], [0.5]])).log_softmax(-1)
-    for one in drawn:
-        torch.testing.assert_close(one.logprobs_S, expected.gather(1, one.ids_S[:, None])[:, 0])
+    for ids_S, logprobs in drawn:
+        torch.testing.assert_close(logprobs.logprobs_S, expected.gather(1, ids_S[:, None])[:, 0])
     greedy = _make_sampler(banned_ids=tuple(logits_SV.argmax(-1).tolist()))
     assert not greedy.is_argmax_only
     assert _draw(logits_SV, greedy, greedy)[0] not in greedy.sampling_params.banned_ids
@@ -162,11 +162,11 @@ def test_repetition_penalty_matches_paper(penalty):
             (value / penalty if value > 0 else value * penalty) if token in seen else value
             for token, value in enumerate(logits_1V[0].tolist())
         ]
-        sampled = sample_tokens(logits_1V, [sampler])
-        token = int(sampled.ids_S)
+        ids_1, logprobs = sample_tokens(logits_1V, [sampler])
+        token = int(ids_1)
         assert token == int(np.argmax(lowered))
         seen.add(token)
-        assert float(sampled.logprobs_S) == pytest.approx(
+        assert float(logprobs.logprobs_S) == pytest.approx(
             float(logits_1V.log_softmax(-1)[0, token])
         )
 
@@ -174,7 +174,7 @@ def test_repetition_penalty_matches_paper(penalty):
 def test_logprobs_are_of_the_unmodified_logits():
     """The sampled token may not be among the most probable ones."""
     logits_SV = _logits(3)
-    sampled = sample_tokens(
+    ids_S, sampled = sample_tokens(
         logits_SV,
         [
             _make_sampler(temperature=9.0, seed=0, logprobs=2),
@@ -184,13 +184,13 @@ def test_logprobs_are_of_the_unmodified_logits():
     )
     logprobs_SV = logits_SV.log_softmax(-1)
     sorted_SV = logprobs_SV.sort(descending=True)
-    own_S1 = logprobs_SV.gather(1, sampled.ids_S.unsqueeze(1))
+    own_S1 = logprobs_SV.gather(1, ids_S.unsqueeze(1))
     assert torch.equal(sampled.logprobs_S, own_S1.squeeze(1))
     assert torch.equal(sampled.top_ids_SN, sorted_SV.indices[:, :5])
     assert torch.equal(sampled.top_logprobs_SN, sorted_SV.values[:, :5])
-    all_tokens = sample_tokens(logits_SV[:1], [_make_sampler(logprobs=20)]).top_ids_SN
-    assert torch.equal(all_tokens, sorted_SV.indices[:1])
-    assert sample_tokens(logits_SV[:1], [_make_sampler(temperature=1.0)]).logprobs_S is None
+    _, all_tokens = sample_tokens(logits_SV[:1], [_make_sampler(logprobs=20)])
+    assert torch.equal(all_tokens.top_ids_SN, sorted_SV.indices[:1])
+    assert sample_tokens(logits_SV[:1], [_make_sampler(temperature=1.0)])[1] is None
 
 
 class FixedConstraint(DecodingConstraint):
@@ -233,8 +233,8 @@ def test_top_p_is_applied_after_the_constraint():
 def test_half_precision_logits_are_sampled_in_fp32(dtype):
     logits_SV = _logits(8).to(dtype)
     wide, narrow = (sample_tokens(x, _kinds()) for x in (logits_SV.float(), logits_SV))
-    assert torch.equal(wide.ids_S, narrow.ids_S)
-    assert torch.equal(wide.logprobs_S, narrow.logprobs_S)
+    assert torch.equal(wide[0], narrow[0])
+    assert torch.equal(wide[1].logprobs_S, narrow[1].logprobs_S)
 
 
 def test_invalid_sampling_params_are_rejected():

@@ -15,8 +15,8 @@ from finesight.data.sample import LocatedSample, Message, TextPart
 from finesight.encode.packing import PackedBatch, find_shared_prefix_length, pack, pad_batch
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
-from finesight.infer.engine import iter_completions
-from finesight.infer.request import SamplingParams
+from finesight.infer.engine import build_engine, iter_completions
+from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
@@ -152,14 +152,21 @@ def test_group_of_responses_matches_single_responses(tmp_path, family):
     lengths = 3, 9, 1, 6
     model.eval()
     completions = iter_completions(
-        model,
-        [(n, prompt) for n in range(len(lengths))],
-        [prompt.tokenized.num_tokens] * len(lengths),
-        max_new_tokens=9,
-        end_ids=[],
-        batch_size=4,
-        logprobs=True,
-        sampling=lambda n: SamplingParams(temperature=5.0, seed=n, banned_ids=banned),
+        build_engine(model, [], [prompt.tokenized.num_tokens] * len(lengths), 9, 4),
+        [
+            (
+                n,
+                GenerationRequest(
+                    prompt=prompt,
+                    max_new_tokens=9,
+                    sampling_params=SamplingParams(temperature=5.0, seed=n, banned_ids=banned),
+                    logprobs=0,
+                    processed_logprobs=True,
+                ),
+            )
+            for n in range(len(lengths))
+        ],
+        4,
     )
     tokens = {n: found[: lengths[n]] for n, _, found in completions}
     model.train()

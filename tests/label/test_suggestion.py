@@ -19,8 +19,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
 )
-from finesight.encode.qwen2_5_vl import Qwen25VL
-from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.renderer import NativeRenderer, build_renderer
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import build_prediction, build_question

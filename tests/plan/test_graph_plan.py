@@ -77,7 +77,8 @@ def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: Tune) -> None:
     assert plan is not None
     assert plan.shape == inputs.shape
     assert plan.padded_pack.num_tokens == inputs.shape.num_tokens
-    values = [*list_values(inputs), inputs.features_MKD, inputs.features_grad_MKD]
+    assert inputs.features_MKD is not None
+    values = [*list_values(inputs), inputs.features_MKD, inputs.features_MKD.grad]
     assert plan.buffer_bytes == count_bytes(values)
 
 
@@ -85,18 +86,18 @@ def test_graph_buffer_sizes_match_a_run(batch: PackedBatch, tune: Tune) -> None:
 def test_vision_graph_buffer_sizes_match_a_run(batch, family, tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / family, family))
     model = make_model(folder, torch.bfloat16, VISION_LORA_NO_DROPOUT)
-    shape = GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
+    sizes = batch.grid_thw, *batch.patches_ND.shape
+    shape = GraphShape.from_batch(batch, GraphVisionShape.from_grids(model.visual, *sizes))
     inputs = GraphInputs.allocate(shape, batch, None, make_loss_inputs(batch), model.visual)
-    plan, vision = plan_graph(model, GPU, 0.0, make_planned_pack(batch)), inputs.vision_inputs
+    plan, layout = plan_graph(model, GPU, 0.0, make_planned_pack(batch)), inputs.layout
     assert plan is not None
-    assert vision is not None
+    assert layout is not None
     assert plan.shape == shape
     assert plan.padded_pack.num_tokens == shape.num_tokens
-    assert plan.padded_pack.num_patches == vision.shape.num_patches
-    layout = vision.layout
+    assert plan.padded_pack.num_patches == len(inputs.batch.patches_ND)
     cu_seqlens = {id(segments): segments.cu_seqlens_S1 for segments in layout.segments}.values()
     indices = (layout.position_ids_N2, layout.window_index_M, layout.reverse_index_M)
-    values = [*list_values(inputs), vision.patches_NB, *indices, *cu_seqlens]
+    values = [*list_values(inputs), *indices, *cu_seqlens]
     assert plan.buffer_bytes == count_bytes(values)
 
 

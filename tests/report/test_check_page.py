@@ -62,13 +62,11 @@ def mixed_result(tmp_path: Path) -> CheckResult:
 
 def test_every_issue_is_on_the_page(mixed_result: CheckResult) -> None:
     data = read_script_data(render_check_page(mixed_result))
-    assert [record["location"] for record in data["issues"]] == [
-        f.where for f in mixed_result.issues
-    ]
+    assert [record["where"] for record in data["issues"]] == [f.where for f in mixed_result.issues]
     for record, found in zip(data["issues"], mixed_result.issues, strict=True):
         assert record["severity"] == found.severity
         assert record["description"] == ISSUE_TYPES[found.code][1]
-        assert (record["message"], record["remedy"]) == (found.what, found.remedy)
+        assert (record["what"], record["remedy"]) == (found.what, found.remedy)
     missing, outside, *_, tiny = data["issues"]
     assert data["images"][missing["images"][0]["image_index"]] == "no such image"
     labels = [box["label"] for box in outside["images"][0]["boxes"]]

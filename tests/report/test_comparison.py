@@ -18,13 +18,13 @@ from run_dir_fixtures import (
 from finesight.errors import UserError
 from finesight.evaluate.metric_difference import compare_prediction_files
 from finesight.report.comparison import (
-    MetricComparisonRow,
     compare_metrics,
     compare_samples,
     find_common_samples,
     list_warnings,
     read_compared_runs,
 )
+from finesight.report.metric_rows import MetricRow
 
 MIXED, BETTER = [0.5, 1.0, 0.25, 0.5, 0.75, 0.5, 0.5, 0.25], [1.0] * 8
 OTHER_DATA = start_record(fingerprint="07e4" * 16)
@@ -42,7 +42,7 @@ def saved(first: Path, tmp_path: Path) -> Path:
     return Path(shutil.copy(first / "predictions" / "after.jsonl", tmp_path / "saved" / "first"))
 
 
-def compare(*paths: Path) -> dict[str, MetricComparisonRow]:
+def compare(*paths: Path) -> dict[str, MetricRow]:
     return {row.name: row for row in compare_metrics(read_compared_runs(paths))}
 
 

@@ -13,6 +13,7 @@ from finesight.report.metric_rows import (
     format_interval,
     format_notes,
     get_note,
+    iter_notes,
     read_interval,
 )
 
@@ -29,11 +30,11 @@ def test_number_of_correct_answers_is_shown() -> None:
     scores = {"accuracy": 0.6, "similarity": 0.6}
     lines = [make_evaluation_line(n, 0.2, scores=scores, num_samples=n) for n in (5, 4)]
     found = {one.name: one for one in build_metric_rows(lines, {})}
-    assert found["accuracy"].before_correct == "3 of 5 correct"
-    assert found["accuracy"].after_correct == ""  # 0.6 is no share of 4 samples
-    assert found["similarity"].before_correct == ""
+    # 0.6 is no share of 4 samples.
+    assert [cell.correct for cell in found["accuracy"].cells] == ["3 of 5 correct", ""]
+    assert found["similarity"].cells[0].correct == ""
     custom = [line | {"metric": "score.py:grade"} for line in lines]  # 0.6 may be partial credits
-    assert not any(one.before_correct for one in build_metric_rows(custom, {}))
+    assert not any(one.cells[0].correct for one in build_metric_rows(custom, {}))
 
 
 @each(
@@ -48,7 +49,7 @@ def test_number_of_correct_answers_is_shown() -> None:
 def test_verdict_of_comparison_is_used(low, high, verdict, words, output):
     difference = MetricDifference("similarity", 0.2, 0.9, low, high, verdict)
     found = build_rows(0.2, 0.9, similarity=difference)[0]
-    assert (found.name, found.verdict_text) == ("similarity", words)
+    assert (found.name, found.cells[-1].verdict_text) == ("similarity", words)
     assert output in describe_change(found)
     fallen = replace(difference, before=0.9, after=0.2)
     assert "decreased by 0.7000" in describe_change(build_rows(0.9, 0.2, similarity=fallen)[0])
@@ -56,14 +57,16 @@ def test_verdict_of_comparison_is_used(low, high, verdict, words, output):
 
 def test_rows_without_a_verdict() -> None:
     found = build_rows(0.2, 0.2)
-    assert {one.verdict_text for one in found if one.name != "ended_with_eos"} == {"no change"}
+    assert {one.cells[-1].verdict_text for one in found if one.name != "ended_with_eos"} == {
+        "no change"
+    }
     assert describe_change(found[0]) == "The similarity did not change."
     found = build_rows(0.2)
-    assert (found[0].before, found[0].after, found[0].verdict) == (0.2, None, "")
+    assert [(cell.value, cell.verdict) for cell in found[0].cells] == [(0.2, "")]
     assert "evaluated once" in describe_change(found[0])
     lines = [make_evaluation_line(step, 0.2, scores={}) for step in (0, 9)]
     missing = build_metric_rows(lines, {})[0]
-    assert (missing.before, missing.after) == (None, None)
+    assert [cell.value for cell in missing.cells] == [None, None]
     assert describe_change(missing) == "The similarity could not be computed from these answers."
     assert build_metric_rows([], {}) == []
 
@@ -82,7 +85,7 @@ def test_notes_are_grouped_by_scores() -> None:
     after = line | {"step": 9}
     difference = MetricDifference("exact", 0.5, 0.5, None, None, "no clear change", few)
     found = build_metric_rows([line, after], {"exact": difference})
-    output = format_notes((row.name, note) for row in found for note in row.notes)
+    output = format_notes(iter_notes(found))
     assert output == [
         f"AP, AP at IoU 0.5: {biased}",
         f"exact match: {few}",

@@ -51,7 +51,6 @@ def test_all_samples_are_counted(folder):
         assert [getattr(sample, name) for sample in found.sample_stats] == expected
     assert found.num_tokens == sum(outline.num_tokens for outline in outlines)
     assert found.num_patches == sum(outline.num_patches for outline in outlines)
-    assert found.max_sample_tokens == max(outline.num_tokens for outline in outlines)
     assert found.prefix_length == find_shared_prefix_length(outlines) == outlines[0].spans[0].start
     with edit_samples(folder / "train.jsonl") as samples:
         samples[0]["messages"].insert(0, {"role": "system", "content": "Other words."})
@@ -59,7 +58,7 @@ def test_all_samples_are_counted(folder):
 
 
 def test_invalid_samples_are_skipped_with_reasons(folder):
-    longest = collect_stats(folder).max_sample_tokens
+    longest = max(sample.num_tokens for sample in collect_stats(folder).sample_stats)
     (folder / "train3.png").write_bytes(b"no picture")
     found = collect_stats(folder, max_length=longest - 1)
     reasons = dict(found.skipped)
@@ -67,7 +66,7 @@ def test_invalid_samples_are_skipped_with_reasons(folder):
     assert set(reasons.values()) == {f"over {longest - 1} tokens"}
     assert len(found.sample_indices) + len(found.skipped) == NUM_SAMPLES
     assert 3 not in found.sample_indices
-    assert found.max_sample_tokens < longest
+    assert max(sample.num_tokens for sample in found.sample_stats) < longest
     with pytest.raises(UserError, match=r"expected: at most 40 tokens"):
         collect_stats(folder, max_length=40, on_invalid_sample="fail")
     with pytest.raises(CorruptImageError, match=r"train3\.png"):
@@ -143,7 +142,7 @@ def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     file.write_text("".join(lines))
     corpus = load_corpus((TrainFileSettings(path=file),))
     for indices, prompts in ((range(len(lines)), ("Read it.", "Where?")), ((), ())):
-        stats = dataset_stats.DatasetStats(indices, (), 0, 0, 0)
+        stats = dataset_stats.DatasetStats(indices, (), 0, 0)
         assert dataset_stats.TrainingData(corpus, stats).list_frequent_prompts() == prompts
 
 

@@ -18,7 +18,7 @@ from finesight.errors import UserError
 from finesight.train.dataset_stats import (
     EDGE_BYTES,
     build_image_states,
-    load_image_record,
+    load_tensors,
     read_image_state,
     save_tensors,
 )
@@ -129,7 +129,7 @@ def test_fingerprint_covers_all_bytes_of_small_files(tmp_path, size):
 def test_record_survives_saving(tmp_path):
     states = build_image_states([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
     save_tensors(tmp_path / "r", {"train": states, "eval": build_image_states((), ())})
-    loaded = load_image_record(tmp_path / "r")
+    loaded = load_tensors(tmp_path / "r", "", "", "train")
     assert loaded.keys() == {"train", "eval"}
     assert np.array_equal(loaded["train"], states)
     assert loaded["eval"].shape == (0, 3)

@@ -7,8 +7,6 @@ import os
 import re
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -21,7 +19,7 @@ from finesight.errors import TrainingInterrupted
 from finesight.evaluate.eval_case import EvalResult
 from finesight.progress import ProgressConsole
 from finesight.storage import FileSystem, use_file_system
-from finesight.train.finalize import LiveReport
+from finesight.train.finalize import RunReport
 from finesight.train.logging import MIN_LOSS_WINDOW, TrackingEvents, is_loss_spike
 from finesight.train.run_dir import RunDir
 
@@ -132,10 +130,10 @@ def test_live_report_is_written_at_most_once_per_interval(tmp_path):
     made = FakeRunDir(tmp_path / "run")
     made.write_lines("metrics.jsonl", [START_RECORD, *map(make_step_line, range(1, 9))])
     console = ProgressConsole(Console(file=io.StringIO()))
-    report = LiveReport(RunDir(made.folder), console, 1000.0)
+    report = RunReport(RunDir(made.folder), console, 1000.0)
     with use_file_system(disk := HistoryFileSystem()):
         assert not report.write_if_due()
-        report = LiveReport(RunDir(made.folder), console, 0.0)
+        report = RunReport(RunDir(made.folder), console, 0.0)
         RunDir(made.folder).append_metrics(make_step_line(9))
         assert [report.write_if_due() for _ in range(3)] == [True, False, False]
     (page,) = disk.pages
@@ -170,8 +168,7 @@ def tracker() -> mock.Mock:
 
 @pytest.fixture
 def events(tmp_path: Path, tracker: mock.Mock) -> TrackingEvents:
-    state: Any = SimpleNamespace(run=SimpleNamespace(run_dir=RunDir(tmp_path)))
-    return TrackingEvents(state, tracker)
+    return TrackingEvents(RunDir(tmp_path), tracker)
 
 
 @pytest.mark.parametrize(

@@ -379,9 +379,10 @@ def test_offloaded_run_equals_resident_run(task, monkeypatch):
     num_offloads = itertools.count()
 
     class CountingOffloader(EncoderOffloader):
-        def _move_to_cpu(self) -> None:
-            super()._move_to_cpu()
-            next(num_offloads)
+        def _move(self, is_offloaded: bool) -> None:
+            super()._move(is_offloaded)
+            if is_offloaded:
+                next(num_offloads)
 
     monkeypatch.setattr(vision_cache_builder, "EncoderOffloader", CountingOffloader)
     monkeypatch.setattr(vision_cache_builder, "should_offload", lambda device: True)

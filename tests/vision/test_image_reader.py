@@ -17,7 +17,7 @@ from finesight.data.image_header import CorruptImageError
 from finesight.vision import image_reader
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import ImageReader, create_image_pool
-from finesight.worker_pool import Worker, WorkerReply
+from finesight.worker_pool import JobOutput, Worker
 
 SERVER_PACKAGES = ("app", "label", "serve")
 WORKER_MODULES = {"serve/preprocessing_jobs.py"}
@@ -78,7 +78,7 @@ def test_limit_of_time_grows_with_the_pixels(
 ) -> None:
     limits, call = list[float](), Worker.call
 
-    def spy(worker: Worker, *args: Any, max_cpu_s: float) -> WorkerReply:
+    def spy(worker: Worker, *args: Any, max_cpu_s: float) -> JobOutput:
         limits.append(max_cpu_s)
         return call(worker, *args, max_cpu_s=max_cpu_s)
 

@@ -34,8 +34,7 @@ from finesight.encode.family import (
     round_to_frame,
     scale_box,
 )
-from finesight.encode.qwen2_5_vl import Qwen25VL
-from finesight.encode.qwen2_vl import Qwen2VL
+from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen_vl import BOX_TOKENS, QwenVL
 from finesight.errors import UserError
 from finesight.storage import write_file

@@ -1,7 +1,7 @@
 """Renderers convert samples to tokens and image inputs, and completions to text and boxes.
 
 Native families are rendered here, with M-RoPE position ids and image patches; other families by
-`HfRenderer`.
+`HfRenderer`. A `PromptEncoder` renders prompts with untrusted images in worker processes.
 
 A turn of a model with reasoning is `<think>`, newline, reasoning, newline, `</think>`, two
 newlines, answer (chat template of Qwen3-VL Thinking). The prompt ends after `<think>` and its
@@ -33,13 +33,12 @@ from finesight.data.sample import (
     ImagePart,
     LocatedSample,
     Message,
-    Sample,
     TextPart,
     VideoPart,
     list_media_paths,
 )
 from finesight.data.video_file import iter_video_frames, read_video_header
-from finesight.encode import qwen2_5_vl, qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
+from finesight.encode import qwen2_vl, qwen3_5, qwen3_vl, qwen_vl
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
@@ -59,6 +58,8 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_video_runs,
     load_tokenizer,
+    pack_tokenized,
+    unpack_tokenized,
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
@@ -75,6 +76,7 @@ from finesight.vision.image_processing import (
     resize_frame,
     resolve_image_rule,
 )
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
@@ -155,19 +157,19 @@ class TokenBuilder:
     @property
     def length(self) -> int:
         """Number of tokens added so far. Reading it tokenizes pending text."""
-        self._tokenize_pending()
+        self.flush()
         return len(self._ids)
 
     def add_text(self, text: str, *, is_supervised: bool) -> None:
         """Append text; special tokens in it are tokenized as ordinary text."""
         if is_supervised != self._is_pending_supervised:
-            self._tokenize_pending()
+            self.flush()
             self._is_pending_supervised = is_supervised
         self._pending_texts.append(text)
 
     def add_special_token(self, token: str, *, is_supervised: bool, count: int = 1) -> None:
         """Append a special token `count` times."""
-        self._tokenize_pending()
+        self.flush()
         self._ids += [self._tokenizer.token_to_id(token)] * count
         self._loss_mask += [is_supervised] * count
 
@@ -179,16 +181,13 @@ class TokenBuilder:
             else:
                 self.add_text(piece, is_supervised=is_supervised)
 
-    def flush(self) -> None:
-        """Tokenize pending text now, so that it does not merge with later text."""
-        self._tokenize_pending()
-
     def to_arrays(self) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
         """Return the token ids and the loss mask of all added pieces, both [T]."""
-        self._tokenize_pending()
+        self.flush()
         return np.array(self._ids, dtype=np.int32), np.array(self._loss_mask, dtype=np.bool_)
 
-    def _tokenize_pending(self) -> None:
+    def flush(self) -> None:
+        """Tokenize pending text now, so that it does not merge with later text."""
         if self._pending_texts:
             ids = self._tokenizer.encode("".join(self._pending_texts))
             self._ids += ids
@@ -297,7 +296,7 @@ class _RenderState:
 
 _BUILT_IN: Mapping[str, Callable[[ModelFolder], ModelFamily]] = {
     "qwen2_vl": qwen2_vl.from_folder,
-    "qwen2_5_vl": qwen2_5_vl.from_folder,
+    "qwen2_5_vl": qwen2_vl.Qwen25VL.from_folder,
     "qwen3_vl": qwen3_vl.from_folder,
     "qwen3_vl_moe": qwen3_vl.from_folder,
     "qwen3_5": qwen3_5.from_folder,
@@ -443,12 +442,6 @@ class Renderer(ABC):
     def encode_prompt(self, located_sample: LocatedSample) -> EncodedSample:
         """Encode the prompt of a sample for generation; see `tokenize_prompt`."""
         return self.load_patches(self.tokenize_prompt(located_sample))
-
-    def encode_question(self, image_paths: Sequence[Path], prompt: str) -> EncodedSample:
-        """Encode a prompt of one user turn with images followed by text."""
-        parts = [ImagePart(image=str(path)) for path in image_paths]
-        message = Message(role="user", content=(*parts, TextPart(text=prompt)))
-        return self.encode_prompt(LocatedSample(Sample(id=prompt, messages=(message,)), Path()))
 
     def decode_completion(
         self, ids: Sequence[int], *, is_thinking: bool | None = None
@@ -840,3 +833,55 @@ def build_renderer(
     from finesight.encode.hf_renderer import HfRenderer
 
     return HfRenderer(folder, image_rule, system_prompt)
+
+
+MAX_PROMPT_CPU_S = 20.0
+"""CPU seconds to tokenize a prompt and to decode all of its images."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Encodes prompts in worker processes, with limits on time and memory.
+
+    Attributes:
+        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
+    """
+
+    pool: WorkerPool
+
+    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
+        """Tokenize the prompt of a sample and decode its images into patches.
+
+        Raises:
+            UserError: The sample is invalid, or exceeds a limit.
+        """
+        # Lazy import: workers import this module, and need torch for some models only.
+        import torch
+
+        try:
+            with self.pool.borrow_worker() as worker:
+                reply = worker.call(
+                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
+                )
+        except WorkerLostError as error:
+            raise UserError("not encoded, because the server stops", where="prompt") from error
+        tokenized = unpack_tokenized(reply, located_sample.sample.id)
+        patches_ND, *inputs = reply.arrays[2:]
+        hf_inputs = {
+            name: torch.from_numpy(array.copy())
+            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
+        }
+        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
+
+
+def encode_prompt(
+    renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
+) -> JobOutput:
+    """Tokenize a prompt in a worker process, and decode its images."""
+    encoded = renderer.with_thinking(thinking).encode_prompt(located_sample)
+    tokenized = pack_tokenized(encoded.tokenized)
+    inputs = [tensor.numpy() for tensor in encoded.hf_inputs.values()]
+    return JobOutput(
+        tokenized.value | {"hf_inputs": list(encoded.hf_inputs)},
+        [*tokenized.arrays, encoded.patches_ND, *inputs],
+    )

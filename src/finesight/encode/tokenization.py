@@ -16,12 +16,12 @@ import threading
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
 
 import numpy as np
 import tokenizers
@@ -32,11 +32,15 @@ from finesight.data.image_header import ImageSize
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.vision.image_processing import GridTHW
+from finesight.worker_pool import JobOutput
 
 if TYPE_CHECKING:
     import tiktoken
     from torch import Tensor
 
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 CACHE_BYTES = 16 << 20
 """Memory limit of the token cache of a tokenizer. Datasets repeat prompts in many samples."""
@@ -47,43 +51,37 @@ MAX_TEXT_SHARE = 16
 _ID_BYTES = 28
 
 
-class TokenCache:
-    """LRU cache of the token ids of texts, with a memory limit."""
+class LruCache(Generic[Key, Value]):
+    """Thread-safe cache that evicts the least recently used values above a memory limit."""
 
-    def __init__(
-        self, tokenize: Callable[[str], tuple[int, ...]], max_bytes: int = CACHE_BYTES
-    ) -> None:
-        self._tokenize, self._max_bytes = tokenize, max_bytes
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
         self._lock = threading.Lock()
-        self._ids: OrderedDict[str, tuple[int, ...]] = OrderedDict()
+        self._entries: OrderedDict[Key, tuple[Value, int]] = OrderedDict()
         self.bytes = 0
 
-    def __call__(self, text: str) -> tuple[int, ...]:
-        """Return the token ids of a text, from the cache if possible."""
+    def get(self, key: Key) -> Value | None:
+        """Return a value, or None if it is not cached."""
         with self._lock:
-            found = self._ids.get(text)
-            if found is not None:
-                self._ids.move_to_end(text)
-                return found
-        ids = self._tokenize(text)
-        cost = _estimate_bytes(text, ids)
-        if cost <= self._max_bytes // MAX_TEXT_SHARE:
-            with self._lock:
-                self.bytes += 0 if text in self._ids else cost
-                self._ids[text] = ids
-                while self.bytes > self._max_bytes:
-                    self.bytes -= _estimate_bytes(*self._ids.popitem(last=False))
-        return ids
+            if key not in self._entries:
+                return None
+            self._entries.move_to_end(key)
+            return self._entries[key][0]
+
+    def put(self, key: Key, value: Value, num_bytes: int) -> None:
+        """Add or replace a value that takes `num_bytes`."""
+        with self._lock:
+            _, replaced_bytes = self._entries.get(key, (value, 0))
+            self._entries[key] = value, num_bytes
+            self.bytes += num_bytes - replaced_bytes
+            while self.bytes > self.max_bytes:
+                self.bytes -= self._entries.popitem(last=False)[1][1]
 
     def clear(self) -> None:
         """Remove all entries from the cache."""
         with self._lock:
-            self._ids.clear()
+            self._entries.clear()
             self.bytes = 0
-
-
-def _estimate_bytes(text: str, ids: tuple[int, ...]) -> int:
-    return sys.getsizeof(text) + sys.getsizeof(ids) + _ID_BYTES * len(ids)
 
 
 def _build_byte_decoder() -> dict[str, int]:
@@ -105,7 +103,7 @@ class TextTokenizer(ABC):
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.token_cache = TokenCache(self._tokenize)
+        self.token_cache = LruCache[str, tuple[int, ...]](CACHE_BYTES)
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         # Spawned worker processes load the file again; pickling would lose encode_special_tokens.
@@ -113,7 +111,13 @@ class TextTokenizer(ABC):
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Tokenize text; special tokens in it are tokenized as ordinary text."""
-        return self.token_cache(text) if text else ()
+        ids = self.token_cache.get(text) if text else ()
+        if ids is None:
+            ids = self._tokenize(text)
+            num_bytes = sys.getsizeof(text) + sys.getsizeof(ids) + _ID_BYTES * len(ids)
+            if num_bytes <= self.token_cache.max_bytes // MAX_TEXT_SHARE:
+                self.token_cache.put(text, ids, num_bytes)
+        return ids
 
     @abstractmethod
     def _tokenize(self, text: str) -> tuple[int, ...]:
@@ -591,6 +595,32 @@ class EncodedSample:
     tokenized: TokenizedSample
     patches_ND: NDArray[np.uint8]
     hf_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def pack_tokenized(tokenized: TokenizedSample) -> JobOutput:
+    """Convert a tokenized prompt with images and videos to the output of a job."""
+    spans = [asdict(span) | {"files": [*map(str, span.files)]} for span in tokenized.spans]
+    return JobOutput(
+        {"spans": spans, "is_thinking": tokenized.is_thinking},
+        [tokenized.ids_T, tokenized.position_ids_3T],
+    )
+
+
+def unpack_tokenized(reply: JobOutput, sample_id: str) -> TokenizedSample:
+    """Restore a tokenized prompt from the output of a job."""
+    ids_T, positions_3T = reply.arrays[:2]
+    spans = []
+    for values in reply.value["spans"]:
+        values = {key: tuple(one) if isinstance(one, list) else one for key, one in values.items()}
+        spans.append(VisualSpan(**values | {"files": tuple(map(Path, values["files"]))}))
+    return TokenizedSample(
+        id=sample_id,
+        ids_T=ids_T.view(np.int32),
+        loss_mask_T=np.zeros(len(ids_T), dtype=np.bool_),
+        position_ids_3T=positions_3T.view(np.int32),
+        spans=tuple(spans),
+        is_thinking=reply.value["is_thinking"],
+    )
 
 
 class CountedSample(Protocol):

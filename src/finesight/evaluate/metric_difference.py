@@ -42,8 +42,10 @@ class ScoredPrediction:
     record: dict[str, Any]
 
 
-def format_prediction_line(prediction: Prediction, case: EvalCase, scores: MetricValues) -> str:
-    """Format a prediction with its references and scores as one line of JSON."""
+def format_prediction_line(
+    prediction: Prediction, case: EvalCase, scores: MetricValues, **further: float
+) -> str:
+    """Format a prediction with its references, scores and further values as one line of JSON."""
     gold, *references = case.references
     # Boxes are not rounded, so that scores computed from the file are identical.
     boxes, gold_boxes = (
@@ -58,6 +60,7 @@ def format_prediction_line(prediction: Prediction, case: EvalCase, scores: Metri
         "scores": scores,
         "num_tokens": prediction.num_tokens,
         "finish_reason": prediction.finish_reason,
+        **further,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
 

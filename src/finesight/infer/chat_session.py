@@ -36,7 +36,7 @@ from finesight.data.video_file import read_visual_size
 from finesight.encode.family import THINK_END, THINK_START
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction, build_user_message, draw_boxes, find_unused_path
-from finesight.infer.request import FinishReason, GenerationOptions
+from finesight.infer.request import CompletionDelta, FinishReason, GenerationOptions
 from finesight.storage import raise_if_exists, write_file
 from finesight.vision.image_processing import load_image
 
@@ -80,17 +80,18 @@ class ChatReply:
 
     def __iter__(self) -> Iterator[str]:
         for delta in self._stream:
-            self.text += delta.text
-            self.reasoning += delta.reasoning
-            yield delta.text
+            yield self._add(delta)
         self._finalize()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         async for delta in self._stream:
-            self.text += delta.text
-            self.reasoning += delta.reasoning
-            yield delta.text
+            yield self._add(delta)
         self._finalize()
+
+    def _add(self, delta: CompletionDelta) -> str:
+        self.text += delta.text
+        self.reasoning += delta.reasoning
+        return delta.text
 
     def cancel(self) -> None:
         """Cancel generation; the iteration ends after the current step."""

@@ -12,26 +12,25 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from finesight.encode.hf_renderer import import_transformers
-from finesight.encode.packing import pack
+from finesight.encode.packing import copy_to_device, pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.kv_cache import get_kv_bytes_per_token
+from finesight.infer.kv_cache import BlockManager, get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import (
-    GREEDY_SAMPLING,
     EngineEvent,
     FinishReason,
     GeneratedToken,
     GenerationRequest,
-    SamplingParams,
 )
 from finesight.infer.scheduler import (
     MASK_WAIT_PER_TOKEN_S,
@@ -39,7 +38,7 @@ from finesight.infer.scheduler import (
     Scheduler,
     SequenceState,
 )
-from finesight.infer.token_sampler import AsyncTokens, SampledTokens, sample_tokens
+from finesight.infer.token_sampler import AsyncTokens, SampledLogprobs, sample_tokens
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 
@@ -81,7 +80,14 @@ class Engine:
         max_num_seqs: int,
         num_cache_tokens: int,
         use_cuda_graphs: bool = True,
+        matches_training: bool = False,
     ) -> None:
+        """Create an engine without requests.
+
+        Args:
+            matches_training: Whether decoder layers round as in training, so that the log
+                probabilities of tokens are those of the trainer.
+        """
         self.model = model
         self._end_ids = frozenset(end_ids)
         is_cuda = model.model.embed_tokens.weight.is_cuda
@@ -99,6 +105,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=self.block_size,
             use_cuda_graphs=use_cuda_graphs,
+            matches_training=matches_training,
         )
         self._max_pending = 1 if is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""
@@ -129,6 +136,12 @@ class Engine:
     def num_blocks(self) -> int:
         """Number of KV-cache blocks for sequences, without the reserved block."""
         return self._scheduler.block_manager.num_blocks - 1
+
+    def clear_caches(self) -> None:
+        """Forget the prompts and images of finished requests, because the weights changed."""
+        assert not self.has_work, "the engine has unfinished requests"
+        self._scheduler.block_manager = BlockManager(self.num_blocks + 1)
+        self._runner.feature_cache.clear()
 
     def get_max_new_tokens(self, prompt: EncodedSample) -> int:
         """Return the maximum number of completion tokens for a prompt.
@@ -216,7 +229,7 @@ class Engine:
                 row = self._scheduler.add_to_batch(sequence)
                 id_1 = ids_R[index : index + 1]
                 self._runner.start_sequence(row, sequence.prompt, id_1, sequence.num_scheduled)
-        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
+        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, is_finite_R, *sampled))
 
     def _resume_paused(self) -> None:
         """Resume paused sequences whose token bitmask has been computed.
@@ -234,7 +247,7 @@ class Engine:
         sequences = [sequence for sequence in sequences if not sequence.is_finished]
         if not sequences:
             return
-        scheduler.resume(sequences)
+        scheduler.paused = [item for item in scheduler.paused if item not in sequences]
         logits = [item.logits_V for item in sequences if item.logits_V is not None]
         for sequence in sequences:
             sequence.logits_V = None
@@ -265,18 +278,18 @@ class Engine:
         ids_R = self._runner.ids_R[: len(sequences)]
         sampled = self._sample(logits_RV, sequences, ids_R)
         is_finite_R = self._runner.is_finite_R[: len(sequences)]
-        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, sampled, is_finite_R))
+        self._enqueue_tokens(sequences, AsyncTokens.from_device(ids_R, is_finite_R, *sampled))
 
     def _sample(
         self, logits_RV: Tensor, sequences: Sequence[SequenceState], ids_R: Tensor
-    ) -> dict[int, tuple[SampledTokens, int]]:
+    ) -> tuple[SampledLogprobs | None, list[int]]:
         """Sample tokens of sequences that need more than an argmax.
 
         The tokens are written to `ids_R`. Sequences without sampling, log probabilities or a
         constraint keep the argmax. Sequences whose bitmask is late are paused.
 
         Returns:
-            Sampler output and the index within it, by batch row.
+            Log probabilities, if requested, and the batch row of each.
         """
         deadline = time.monotonic() + MAX_MASK_WAIT_S
         for index, sequence in enumerate(sequences):
@@ -300,13 +313,16 @@ class Engine:
             if not (a.sampler.is_argmax_only or a.is_finished or a.is_paused)
         ]
         if not row_indices:
-            return {}
-        rows_S = torch.tensor(row_indices, device=logits_RV.device)
-        sampled = sample_tokens(
-            logits_RV.index_select(0, rows_S), [sequences[n].sampler for n in row_indices]
-        )
-        ids_R.index_copy_(0, rows_S, sampled.ids_S)
-        return {row: (sampled, index) for index, row in enumerate(row_indices)}
+            return None, []
+        samplers = [sequences[n].sampler for n in row_indices]
+        if len(row_indices) < len(sequences):
+            rows_S = copy_to_device(np.array(row_indices), logits_RV.device)
+            ids_S, logprobs = sample_tokens(logits_RV.index_select(0, rows_S), samplers)
+            ids_R.index_copy_(0, rows_S, ids_S)
+        else:
+            ids_S, logprobs = sample_tokens(logits_RV, samplers)
+            ids_R.copy_(ids_S)
+        return logprobs, row_indices
 
     def _enqueue_tokens(self, sequences: list[SequenceState], async_tokens: AsyncTokens) -> None:
         """Queue the tokens of a launched step until the host reads them.
@@ -515,72 +531,79 @@ def generate(
 ) -> list[list[int]]:
     """Generate a greedy completion of each prompt, all in one batch. See `iter_completions`."""
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
+    lengths, batch_size = [prompt.tokenized.num_tokens for prompt in prompts], len(prompts)
     completions = iter_completions(
-        model,
-        enumerate(prompts),
-        [prompt.tokenized.num_tokens for prompt in prompts],
-        max_new_tokens=max_new_tokens,
-        end_ids=end_ids,
-        batch_size=len(prompts),
-        on_progress=on_progress,
+        build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress),
+        (
+            (n, GenerationRequest(prompt=prompt, max_new_tokens=max_new_tokens))
+            for n, prompt in enumerate(prompts)
+        ),
+        batch_size,
+        on_progress,
     )
     output_ids = {index: [token.id for token in tokens] for index, _, tokens in completions}
     return [output_ids[index] for index in range(len(prompts))]
 
 
-def iter_completions(
+def build_engine(
     model: AnyModel,
-    prompts: Iterable[tuple[int, EncodedSample]],
-    prompt_lengths: Sequence[int],
-    *,
-    max_new_tokens: int,
     end_ids: Sequence[int],
+    prompt_lengths: Sequence[int],
+    max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
-    logprobs: bool = False,
-    sampling: Callable[[int], SamplingParams] | None = None,
-) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
-    """Generate completions with continuous batching, greedy by default; yield each at its end.
-
-    A completion ends with one of `end_ids` (included), after `max_new_tokens` tokens, or at the
-    last position of the model. Except for rounding, completions do not depend on the batch.
+    *,
+    matches_training: bool = False,
+) -> Engine | HfEngine:
+    """Build an engine whose KV cache suits the given prompts.
 
     Args:
-        prompts: Index and encoded prompt of each sample; read when a sequence can start.
-        max_new_tokens: Maximum length of a completion, at least 1.
+        batch_size: Maximum number of concurrent sequences.
+        on_progress: Called with 0 for each token of a family without native code.
+    """
+    if isinstance(model, HfModel):
+        return HfEngine(model, end_ids, on_progress)
+    num_seqs = max(1, min(batch_size, len(prompt_lengths)))
+    num_cache_tokens = compute_required_tokens(
+        model, prompt_lengths or [1], max_new_tokens, num_seqs
+    )
+    return Engine(
+        model,
+        end_ids,
+        max_num_seqs=num_seqs,
+        num_cache_tokens=num_cache_tokens,
+        matches_training=matches_training,
+    )
+
+
+def iter_completions(
+    engine: Engine | HfEngine,
+    requests: Iterable[tuple[int, GenerationRequest]],
+    batch_size: int,
+    on_progress: Callable[[int], None] | None = None,
+) -> Iterator[tuple[int, TokenizedSample, list[GeneratedToken]]]:
+    """Generate completions with continuous batching, and yield each at its end.
+
+    A completion ends with an end token (included), after `max_new_tokens` tokens, or at the last
+    position of the model. Except for rounding, completions do not depend on the batch.
+
+    Args:
+        requests: Index and request of each sample; read when a sequence can start.
         on_progress: Called after each step with the number of completions that ended in it; an
             exception stops generation.
-        logprobs: Whether the tokens have log probabilities.
-        sampling: Sampling parameters of an index. Log probabilities are then those of the
-            distribution that is sampled from.
     """
-    if not prompt_lengths:
-        return
-    engine: Engine | HfEngine
-    if isinstance(model, HfModel):
-        engine = HfEngine(model, end_ids, on_progress)
-    else:
-        num_seqs = min(batch_size, len(prompt_lengths))
-        num_cache_tokens = compute_required_tokens(model, prompt_lengths, max_new_tokens, num_seqs)
-        engine = Engine(model, end_ids, max_num_seqs=num_seqs, num_cache_tokens=num_cache_tokens)
-    waiting = iter(prompts)
+    waiting = iter(requests)
     active: dict[int, tuple[int, TokenizedSample, list[GeneratedToken]]] = {}
     has_more = True
     while has_more or engine.has_work:
         while has_more and engine.num_waiting + engine.num_running < batch_size:
-            next_prompt = next(waiting, None)
-            has_more = next_prompt is not None
-            if next_prompt is not None:
-                index, prompt = next_prompt
-                max_tokens = min(max_new_tokens, engine.get_max_new_tokens(prompt))
-                request = GenerationRequest(
-                    prompt=prompt,
-                    max_new_tokens=max_tokens,
-                    sampling_params=sampling(index) if sampling else GREEDY_SAMPLING,
-                    logprobs=0 if logprobs else None,
-                    processed_logprobs=sampling is not None,
-                )
-                active[engine.add_request(request)] = (index, prompt.tokenized, [])
+            next_request = next(waiting, None)
+            has_more = next_request is not None
+            if next_request is not None:
+                index, request = next_request
+                limit = engine.get_max_new_tokens(request.prompt)
+                request = replace(request, max_new_tokens=min(request.max_new_tokens, limit))
+                active[engine.add_request(request)] = (index, request.prompt.tokenized, [])
         num_finished = 0
         for event in engine.step():
             if event.error is not None:

@@ -377,8 +377,10 @@ class InferenceService:
         encode_prompt: Callable[[LocatedSample, ThinkingOptions], EncodedSample] | None = None,
     ) -> None:
         model = inference_model.model
-        self._encode_prompt = encode_prompt or self._encode_in_thread
         self.renderer: Renderer = inference_model.renderer
+        self._encode_prompt = encode_prompt or (
+            lambda sample, thinking: self.renderer.with_thinking(thinking).encode_prompt(sample)
+        )
         self._model, self._adapters = model, inference_model.adapters
         self._thinking_modes = inference_model.thinking_modes
         self.manifest = inference_model.manifest
@@ -533,12 +535,6 @@ class InferenceService:
         if thinking == DEFAULT_THINKING and name in self._thinking_modes:
             return ThinkingOptions(enable_thinking=self._thinking_modes[name])
         return thinking
-
-    def _encode_in_thread(
-        self, located_sample: LocatedSample, thinking: ThinkingOptions
-    ) -> EncodedSample:
-        renderer = self.renderer.with_thinking(thinking)
-        return renderer.load_patches(renderer.tokenize_prompt(located_sample))
 
     def _resolve_adapter(self, model_name: str | None) -> int | None:
         if model_name is not None and model_name not in self._adapters:

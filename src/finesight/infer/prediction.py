@@ -30,8 +30,8 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.infer.engine import iter_completions
-from finesight.infer.request import GeneratedToken
+from finesight.infer.engine import build_engine, iter_completions
+from finesight.infer.request import GeneratedToken, GenerationRequest
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.storage import make_folder, write_file
 from finesight.vision.image_processing import load_image
@@ -177,19 +177,29 @@ def predict(
     was_training = model.training
     model.eval()
     predictions: dict[int, Prediction] = {}
+    build_request = partial(
+        GenerationRequest, max_new_tokens=max_new_tokens, logprobs=0 if logprobs else None
+    )
     try:
         with _PromptReader(renderer, samples, on_corrupt_image) as prompt_reader:
             while prompt_reader.remaining:
                 try:
+                    lengths = [prompt.num_tokens for prompt in prompt_reader.remaining.values()]
                     for i, prompt, tokens in iter_completions(
-                        model,
-                        prompt_reader.iter_prompts(batch_size),
-                        [prompt.num_tokens for prompt in prompt_reader.remaining.values()],
-                        max_new_tokens=max_new_tokens,
-                        end_ids=renderer.end_ids,
-                        batch_size=batch_size,
-                        on_progress=on_progress,
-                        logprobs=logprobs,
+                        build_engine(
+                            model,
+                            renderer.end_ids,
+                            lengths,
+                            max_new_tokens,
+                            batch_size,
+                            on_progress,
+                        ),
+                        (
+                            (i, build_request(prompt=prompt))
+                            for i, prompt in prompt_reader.iter_prompts(batch_size)
+                        ),
+                        batch_size,
+                        on_progress,
                     ):
                         prompt_reader.finished_indices.add(i)
                         output_ids = [token.id for token in tokens]

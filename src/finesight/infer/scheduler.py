@@ -187,10 +187,9 @@ class Scheduler:
 
     def find_unfinished(self, request_id: int) -> SequenceState | None:
         """Return the sequence with a request id; None if it is finished or unknown."""
-        for sequence in [*self.waiting, *self.prefilling, *self.decoding, *self.paused]:
-            if sequence.request_id == request_id and not sequence.is_finished:
-                return sequence
-        return None
+        queues = self.waiting, self.prefilling, self.decoding, self.paused
+        found = (one for one in itertools.chain(*queues) if one.request_id == request_id)
+        return next((sequence for sequence in found if not sequence.is_finished), None)
 
     def admit_next(self) -> SequenceState | None:
         """Admit the next request and allocate KV-cache blocks for its maximum length.
@@ -278,13 +277,6 @@ class Scheduler:
         """
         self.paused.append(sequence)
         self._leaving.append(sequence)
-
-    def resume(self, sequences: Sequence[SequenceState]) -> None:
-        """Remove sequences from the paused ones.
-
-        The caller adds them to the decoding batch with `add_to_batch`.
-        """
-        self.paused = [item for item in self.paused if item not in sequences]
 
     def finish(self, sequence: SequenceState) -> None:
         """Finish a sequence and release its KV-cache blocks.

@@ -6,8 +6,9 @@ bitmask, N listed log probabilities.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -85,50 +86,61 @@ class TokenSampler:
             self._seen_V.index_fill_(0, id_1, True)
 
 
-@dataclass(frozen=True, slots=True)
-class SampledTokens:
-    """Sampled ids [S], their log probabilities [S], and the most probable tokens [S, N].
+class SampledLogprobs(NamedTuple):
+    """Log probabilities of sampled tokens [S], and the most probable tokens with theirs [S, N]."""
 
-    Log probabilities are None if no row requested them.
-    """
-
-    ids_S: Tensor
-    logprobs_S: Tensor | None
-    top_ids_SN: Tensor | None
-    top_logprobs_SN: Tensor | None
+    logprobs_S: Tensor
+    top_ids_SN: Tensor
+    top_logprobs_SN: Tensor
 
 
-def sample_tokens(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> SampledTokens:
+def sample_tokens(
+    logits_SV: Tensor, samplers: Sequence[TokenSampler]
+) -> tuple[Tensor, SampledLogprobs | None]:
     """Sample the next token of each row.
 
     The result of a row is independent of the other rows.
+
+    Returns:
+        Sampled ids [S], and their log probabilities, or None if no row requested them.
     """
     raw_SV = logits_SV.float()
     processed_SV = _apply_penalties(raw_SV, samplers)
     processed_SV = _ban_ids(_apply_constraints(processed_SV, samplers), samplers)
     ids_S = processed_SV.argmax(-1)
-    rows_by_filter: dict[bool, list[int]] = {True: [], False: []}
-    for row, sampler in enumerate(samplers):
+    indices_by_filter: dict[bool, list[int]] = {True: [], False: []}
+    for index, sampler in enumerate(samplers):
         params = sampler.sampling_params
         if not params.is_greedy:
-            rows_by_filter[params.top_k > 0 or params.top_p < 1.0].append(row)
-    for is_filtered, selected_rows in rows_by_filter.items():
-        if selected_rows:
-            rows_S = copy_to_device(np.array(selected_rows), logits_SV.device)
-            selected = [samplers[row] for row in selected_rows]
-            probs_SV = _scale(processed_SV.index_select(0, rows_S), selected).softmax(-1)
+            indices_by_filter[params.top_k > 0 or params.top_p < 1.0].append(index)
+    scaled_SV = raw_SV
+    if any(indices_by_filter.values()):
+        scaled_SV = _scale(processed_SV, samplers)
+    for is_filtered, indices in indices_by_filter.items():
+        if indices:
+            indices_N = copy_to_device(np.array(indices), logits_SV.device)
+            selected = [samplers[index] for index in indices]
+            selected_NV = scaled_SV
+            if len(selected) < len(samplers):
+                selected_NV = scaled_SV.index_select(0, indices_N)
             draw_ids = _sample_filtered if is_filtered else _sample_inverse_cdf
-            ids_S = ids_S.index_copy(0, rows_S, draw_ids(probs_SV, selected))
-    for row, sampler in enumerate(samplers):
-        sampler.record_token(ids_S[row : row + 1])
-    processed_rows = [row for row, sampler in enumerate(samplers) if sampler.processed_logprobs]
-    if processed_rows:
-        rows_S = copy_to_device(np.array(processed_rows), logits_SV.device)
-        scaled_SV = _scale(
-            processed_SV.index_select(0, rows_S), [samplers[r] for r in processed_rows]
-        )
-        raw_SV = raw_SV.index_copy(0, rows_S, scaled_SV)
-    return _build_sampled_tokens(raw_SV, ids_S, samplers)
+            drawn_N = draw_ids(selected_NV.softmax(-1), selected)
+            ids_S = ids_S.index_copy(0, indices_N, drawn_N)
+    for index, sampler in enumerate(samplers):
+        sampler.record_token(ids_S[index : index + 1])
+    is_processed = [sampler.processed_logprobs for sampler in samplers]
+    if any(is_processed):
+        is_processed_S1 = copy_to_device(np.array(is_processed), logits_SV.device)[:, None]
+        raw_SV = scaled_SV if all(is_processed) else raw_SV.where(~is_processed_S1, scaled_SV)
+    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
+    if not num_logprobs:
+        return ids_S, None
+    logprobs_SV = raw_SV.log_softmax(-1)
+    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
+    top_logprobs_SN, top_ids_SN = logprobs_SV[:, :0], ids_S[:, None][:, :0]
+    if count := min(max(num_logprobs), logprobs_SV.shape[1]):
+        top_logprobs_SN, top_ids_SN = logprobs_SV.topk(count, dim=-1)
+    return ids_S, SampledLogprobs(sampled_logprobs_S, top_ids_SN, top_logprobs_SN)
 
 
 def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
@@ -159,17 +171,11 @@ def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> T
 
 
 def _ban_ids(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    rows_by_ids: dict[tuple[int, ...], list[int]] = {}
-    for row, sampler in enumerate(samplers):
-        if sampler.sampling_params.banned_ids:
-            rows_by_ids.setdefault(sampler.sampling_params.banned_ids, []).append(row)
-    for ids, rows in rows_by_ids.items():
-        indices = (
-            copy_to_device(np.array(rows)[:, None], logits_SV.device),
-            copy_to_device(np.array(ids), logits_SV.device),
-        )
-        logits_SV = logits_SV.index_put(indices, logits_SV.new_tensor(-torch.inf))
-    return logits_SV
+    pairs = [(n, id_) for n, c in enumerate(samplers) for id_ in c.sampling_params.banned_ids]
+    if not pairs:
+        return logits_SV
+    indices_S, ids_S = copy_to_device(np.array(pairs).T.copy(), logits_SV.device)
+    return logits_SV.index_put((indices_S, ids_S), logits_SV.new_full((), -torch.inf))
 
 
 def _to_column(values: Sequence[float], reference: Tensor) -> Tensor:
@@ -191,10 +197,12 @@ def _sample_inverse_cdf(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> T
     """
     cdf_SV = probs_SV.double().cumsum(-1)
     uniforms_S1 = _to_column([c.draw_uniform() for c in samplers], probs_SV).double()
-    sampled_S = torch.searchsorted(cdf_SV, uniforms_S1 * cdf_SV[:, -1:], right=True).squeeze(1)
-    # Rounding may exceed the last bin; clamp to the last nonzero probability.
-    last_S = (probs_SV > 0).long().mul(torch.arange(probs_SV.shape[1], device=probs_SV.device))
-    return torch.minimum(sampled_S, last_S.amax(-1))
+    # Below the total, the first larger sum belongs to a token with a probability.
+    total_S1 = cdf_SV[:, -1:]
+    targets_S1 = torch.minimum(
+        uniforms_S1 * total_S1, total_S1.nextafter(torch.zeros_like(total_S1))
+    )
+    return torch.searchsorted(cdf_SV, targets_S1, right=True).squeeze(1)
 
 
 def _sample_filtered(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
@@ -211,86 +219,64 @@ def _sample_filtered(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tens
     return ids_S
 
 
-def _build_sampled_tokens(
-    raw_SV: Tensor, ids_S: Tensor, samplers: Sequence[TokenSampler]
-) -> SampledTokens:
-    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
-    if not num_logprobs:
-        return SampledTokens(ids_S, None, None, None)
-    logprobs_SV = raw_SV.log_softmax(-1)
-    sampled_logprobs_S = logprobs_SV.gather(1, ids_S.unsqueeze(1)).squeeze(1)
-    top = logprobs_SV.topk(min(max(num_logprobs), logprobs_SV.shape[1]), dim=-1)
-    return SampledTokens(ids_S, sampled_logprobs_S, top.indices, top.values)
-
-
 @dataclass(frozen=True, slots=True)
 class AsyncTokens:
     """Sampled tokens of a decoding step with a pending copy to pinned host memory.
 
     Attributes:
-        sampled: Sampler output and the index within it, by batch row, without greedy rows.
+        logprobs: Log probabilities of the sampled rows, if one of them requested them.
+        sampled_rows: Batch row of each sampled row; others are greedy.
         ready: CUDA event recorded after the copies; None on CPU.
     """
 
     ids_R: Tensor
-    sampled: Mapping[int, tuple[SampledTokens, int]]
     is_finite_R: Tensor
+    logprobs: SampledLogprobs | None
+    sampled_rows: Sequence[int]
     ready: torch.cuda.Event | None
 
     @classmethod
     def from_device(
-        cls, ids_R: Tensor, sampled: Mapping[int, tuple[SampledTokens, int]], is_finite_R: Tensor
+        cls,
+        ids_R: Tensor,
+        is_finite_R: Tensor,
+        logprobs: SampledLogprobs | None,
+        sampled_rows: Sequence[int],
     ) -> AsyncTokens:
         """Start to copy sampled tokens to pinned host memory on the current CUDA stream."""
-        host_copies = {id(tokens): _copy_to_host(tokens) for tokens, _ in sampled.values()}
-        on_host = {row: (host_copies[id(one)], index) for row, (one, index) in sampled.items()}
         if not ids_R.is_cuda:
-            return cls(ids_R.clone(), on_host, is_finite_R.clone(), None)
+            return cls(ids_R.clone(), is_finite_R.clone(), logprobs, sampled_rows, None)
+        if logprobs is not None:
+            logprobs = SampledLogprobs(*map(_copy_to_pinned, logprobs))
         ids_R, is_finite_R = _copy_to_pinned(ids_R), _copy_to_pinned(is_finite_R)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         ready.record()
-        return cls(ids_R, on_host, is_finite_R, ready)
+        return cls(ids_R, is_finite_R, logprobs, sampled_rows, ready)
 
-    def wait_tokens(self, logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
+    def wait_tokens(self, num_logprobs: Sequence[int | None]) -> list[GeneratedToken | None]:
         """Wait for the copies and return one token per row; None for non-finite logits.
 
-        `logprobs` is the number of log probabilities that each row requested; None for none.
+        `num_logprobs` is the number of log probabilities that each row requested; None for none.
         """
         if self.ready is not None:
             self.ready.synchronize()
         ids: list[int] = self.ids_R.tolist()
         is_finite: list[bool] = self.is_finite_R.tolist()
-        return [
-            self._build_token(row, ids[row], num_logprobs) if is_finite[row] else None
-            for row, num_logprobs in enumerate(logprobs)
+        tokens: list[GeneratedToken | None] = [
+            GeneratedToken(id_) if flag else None for id_, flag in zip(ids, is_finite, strict=True)
         ]
-
-    def _build_token(self, row: int, id_: int, logprobs: int | None) -> GeneratedToken:
-        if row not in self.sampled or logprobs is None:
-            return GeneratedToken(id_)
-        sampled, index = self.sampled[row]
-        top_ids_SN, top_logprobs_SN = sampled.top_ids_SN, sampled.top_logprobs_SN
-        assert sampled.logprobs_S is not None, "no log probabilities"
-        assert top_ids_SN is not None, "no other tokens"
-        assert top_logprobs_SN is not None, "no other tokens' log probabilities"
-        ids = top_ids_SN[index, :logprobs].tolist()
-        top_logprobs = top_logprobs_SN[index, :logprobs].tolist()
-        return GeneratedToken(
-            id_, float(sampled.logprobs_S[index]), tuple(zip(ids, top_logprobs, strict=True))
-        )
+        if self.logprobs is None:
+            return tokens
+        # One conversion of each tensor takes less time than one of each row.
+        values, top_ids, top_logprobs = (tensor.tolist() for tensor in self.logprobs)
+        for index, row in enumerate(self.sampled_rows):
+            count = num_logprobs[row]
+            if is_finite[row] and count is not None:
+                tops = zip(top_ids[index][:count], top_logprobs[index][:count], strict=True)
+                tokens[row] = GeneratedToken(ids[row], values[index], tuple(tops))
+        return tokens
 
 
 def _copy_to_pinned(x: Tensor) -> Tensor:
     pinned = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
     return pinned.copy_(x, non_blocking=True)
-
-
-def _copy_to_host(sampled: SampledTokens) -> SampledTokens:
-    if sampled.logprobs_S is None or not sampled.ids_S.is_cuda:
-        return sampled
-    tops = (sampled.top_ids_SN, sampled.top_logprobs_SN)
-    return SampledTokens(
-        sampled.ids_S,
-        _copy_to_pinned(sampled.logprobs_S),
-        *(None if x is None else _copy_to_pinned(x) for x in tops),
-    )

@@ -151,6 +151,12 @@ class VisionLanguageModel(nn.Module):
         The first feature of an image token replaces its placeholder embedding; the others are added
         after the first layers (DeepStack).
         """
+        embedding = self.model.embed_tokens.weight
+        is_fused = attention.fuses_layers and embedding.is_cuda
+        if is_fused and fused_decoder.supports_fused_layers(embedding):
+            layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
+            linears = (linear for layer in layers for linear in layer.fusible_linears)
+            self._fused_weight_sync.copy_up_projections(linears)
         x_TD = self.model.embed(batch.ids_T)
         features_MKD = self._resolve_features(batch, features_MKD)
         deepstack = None
@@ -202,11 +208,6 @@ class VisionLanguageModel(nn.Module):
                 2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32
             )
         attention = _build_attention(batch, dropout_seed_1)
-        embedding = self.model.embed_tokens.weight
-        if embedding.is_cuda and fused_decoder.supports_fused_layers(embedding):
-            layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
-            linears = (linear for layer in layers for linear in layer.fusible_linears)
-            self._fused_weight_sync.copy_up_projections(linears)
         return self.apply_final_norm(
             self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
         )

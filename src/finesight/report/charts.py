@@ -10,12 +10,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import itemgetter
+from statistics import mean
 from typing import Any, Literal
 
 from finesight.evaluate.task_metrics import PAIR_METRICS
 from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
-from finesight.report.metric_rows import format_metric_name, read_interval, read_metrics
+from finesight.report.metric_rows import (
+    IntervalBounds,
+    format_metric_name,
+    read_interval,
+    read_metrics,
+)
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
@@ -23,8 +29,22 @@ from finesight.report.run_reader import (
     is_finite,
     list_comparable_evaluations,
 )
+from finesight.report.summary import estimate_reward, list_reward_names
 
 Point = tuple[float, float]
+
+REWARD_CURVES = (
+    ("Reward", "weighted sum of all rewards", "reward"),
+    ("Completion length", "tokens per response", "completions/mean_length"),
+    ("Truncated responses", "share of the responses of a step", "completions/clipped_ratio"),
+    ("Groups with equal rewards", "share of the groups of a step", "frac_reward_zero_std"),
+    ("Sampler and trainer", "log-probability difference", "sampling/sampling_logp_difference/mean"),
+    ("Entropy", "nats per token", "entropy"),
+)
+"""Title, caption and metric of the charts of a GRPO run."""
+
+NUM_REWARD_ESTIMATES = 20
+"""Maximum number of estimates with intervals of a reward chart."""
 
 MAX_POINTS = 1000
 """Maximum number of points of a line. A screen cannot show more."""
@@ -331,7 +351,7 @@ def build_histogram(
 def build_run_charts(run_record: RunRecord) -> list[Chart]:
     """Build the charts of a run report, without charts that have no values.
 
-    They show loss, primary metric, reward accuracy and margin of preference pairs, learning rate,
+    They show rewards, loss, primary metric, accuracy and margin of preference pairs, learning rate,
     gradient norm, throughput and MFU.
     """
 
@@ -361,8 +381,20 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     is_sft = not any(key in line for line in run_record.steps[:1] for key in PAIR_METRICS)
     loss_text = translate("nats per supervised token" if is_sft else "mean over pairs")
     samples_text, mfu_text = translate("samples/s"), translate("% of the measured peak FLOPS")
+    loss_charts = [build_split_chart(translate("Loss"), "loss", "validation_loss", loss_text)]
+    if names := list_reward_names(run_record.steps):
+        # A policy is not trained on the cross entropy of the reference answers.
+        loss_charts = [
+            *(_build_reward_chart(run_record, name) for name in names),
+            *(
+                build_chart(translate(title), read_series(translate("steps"), key), translate(text))
+                for title, text, key in REWARD_CURVES
+            ),
+            build_split_chart(translate("Loss"), "loss", "", translate("of the policy")),
+            build_split_chart(translate("Validation loss"), "", "validation_loss", loss_text),
+        ]
     charts = [
-        build_split_chart(translate("Loss"), "loss", "validation_loss", loss_text),
+        *loss_charts,
         *(build_split_chart(format_metric_name(key), key, key) for key in PAIR_METRICS),
         _build_primary_metric_chart(run_record),
         build_chart(translate("Learning rate"), _build_lr_series(run_record)),
@@ -379,21 +411,45 @@ def build_run_charts(run_record: RunRecord) -> list[Chart]:
     return [chart for chart in charts if chart is not None]
 
 
+def _build_reward_chart(run_record: RunRecord, name: str) -> Chart | None:
+    """Build the chart of a reward: its mean in each step, and estimates for several steps."""
+    steps = run_record.steps
+    size = math.ceil(len(steps) / NUM_REWARD_ESTIMATES)
+    rows = []
+    for start in range(0, len(steps), size):
+        lines = steps[start : start + size]
+        estimate, margin = estimate_reward(run_record, lines, name)
+        interval = estimate - margin, estimate + margin
+        rows.append((mean(float(line["step"]) for line in lines), estimate, interval))
+    points = filter_finite((x.get("step"), x.get(f"rewards/{name}/mean")) for x in steps)
+    every_step = ChartSeries(translate("steps"), points, "faint")
+    estimates = _build_estimates(translate("mean of {:,} steps", size), rows)
+    title = translate("Reward: {}", format_metric_name(name))
+    return build_chart(title, [every_step, estimates], translate("bars: 95 % intervals"))
+
+
 def _build_primary_metric_chart(run_record: RunRecord) -> Chart | None:
     name = run_record.primary_metric
     if name is None:
         return None
-    points, error_bars = [], []
     evaluations = list_comparable_evaluations(run_record.evaluations, "num_samples")
-    for line in evaluations:
-        points += filter_finite([(line.get("step"), read_metrics(line).get(name))])
-        interval = read_interval(line, name)
-        if interval is not None:
-            error_bars.append((float(line["step"]), *interval))
-    note = translate("validation, bars: 95 % intervals" if error_bars else "validation")
-    note += _describe_subset(run_record.evaluations, evaluations, "num_samples")
+    rows = [(x.get("step"), read_metrics(x).get(name), read_interval(x, name)) for x in evaluations]
     title = format_metric_name(name)
-    return build_chart(title, [ChartSeries(title, points, "marks", error_bars)], note)
+    series = _build_estimates(title, rows)
+    note = translate("validation, bars: 95 % intervals" if series.error_bars else "validation")
+    note += _describe_subset(run_record.evaluations, evaluations, "num_samples")
+    return build_chart(title, [series], note)
+
+
+def _build_estimates(
+    name: str, rows: Sequence[tuple[Any, float | None, IntervalBounds | None]]
+) -> ChartSeries:
+    """Build a series of values with error bars from rows of step, value and interval."""
+    points = filter_finite((step, value) for step, value, _ in rows)
+    bars = [
+        (float(step), *interval) for step, value, interval in rows if interval and is_finite(value)
+    ]
+    return ChartSeries(name, points, "marks", bars)
 
 
 def _describe_subset(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
 from finesight.evaluate.task_metrics import VALIDATION_LOSS
 from finesight.manifest import HistogramCounts, count_half_octaves
-from finesight.report import summary
+from finesight.report import metric_rows, summary
 from finesight.report.charts import (
     Chart,
     ChartSeries,
@@ -27,8 +27,6 @@ from finesight.report.charts import (
 from finesight.report.comparison import (
     MAX_SAMPLES,
     ComparedRun,
-    MetricCell,
-    MetricComparisonRow,
     compare_metrics,
     compare_samples,
     list_warnings,
@@ -38,9 +36,11 @@ from finesight.report.examples import MAX_SCORES, ExampleDataBuilder, ExampleSet
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
-    TEMPLATE_FUNCTIONS,
+    MetricCell,
+    MetricRow,
     format_metric_name,
     format_notes,
+    iter_notes,
     read_metrics,
 )
 from finesight.report.run_page import render_run_page
@@ -53,32 +53,27 @@ from finesight.report.run_reader import (
 )
 from finesight.worker_pool import JobOutput
 
-DiffRow = tuple[str, list[str]]
-"""Row of the table of differences: a name, and its value in each run."""
-
-MISSING_VALUE = "–"
-
 IGNORED_SETTINGS = {"output_dir"}
 """Settings that are not compared because they always differ."""
 
 DIGEST_CHARS = 12
 
-DATA_TITLES = {
-    "train": {
-        "num_samples": "training samples",
-        "num_tokens": "training tokens",
-        "fingerprint": "training data, SHA-256",
-    },
-    "eval": {
-        "num_samples": "validation samples",
-        "num_tokens": "validation tokens",
-        "fingerprint": "validation data, SHA-256",
-    },
+FACT_TITLES = {
+    "data.train.num_samples": "training samples",
+    "data.train.num_tokens": "training tokens",
+    "data.train.fingerprint": "training data, SHA-256",
+    "data.eval.num_samples": "validation samples",
+    "data.eval.num_tokens": "validation tokens",
+    "data.eval.fingerprint": "validation data, SHA-256",
+    "base_fingerprint": "base model, SHA-256",
+    "device": "device",
+    "precision": "dtype",
+    "world_size": "world size",
 }
-"""Row titles of recorded data statistics, by data split and key."""
+"""Row titles of recorded facts by their dotted names."""
 
 
-def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+def diff_configs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     """Return the settings, data statistics and versions that differ between runs.
 
     Prediction files have no recorded values.
@@ -92,21 +87,18 @@ def diff_configs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
     return rows
 
 
-def compare_costs(runs: Sequence[ComparedRun]) -> list[DiffRow]:
+def compare_costs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
     """Return the throughput, memory and time of each run."""
     return _build_rows(runs, _collect_costs)
 
 
 def _build_rows(
     runs: Sequence[ComparedRun], collect: Callable[[RunRecord], dict[str, str]]
-) -> list[DiffRow]:
+) -> list[tuple[str, list[str]]]:
     """Return one row per name that `collect` returns for any run."""
     values_by_run = [collect(run.run_record) if run.run_record else {} for run in runs]
     names = dict.fromkeys(name for run_values in values_by_run for name in run_values)
-    return [
-        (name, [run_values.get(name, MISSING_VALUE) for run_values in values_by_run])
-        for name in names
-    ]
+    return [(name, [run_values.get(name, "–") for run_values in values_by_run]) for name in names]
 
 
 def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
@@ -126,20 +118,16 @@ def _flatten_settings(content: object, prefix: str = "") -> dict[str, str]:
 
 def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
     start = summary.get_last_start(run_record)
-    facts_by_title: dict[str, str] = {}
-    for name, titles in DATA_TITLES.items():
-        data = summary.get_data_stats(run_record, name)
-        for key, title in titles.items():
-            if isinstance(data.get(key), int):
-                facts_by_title[translate(title)] = f"{data[key]:,}"
-            elif data.get(key):
-                facts_by_title[translate(title)] = str(data[key])[:DIGEST_CHARS]
-    base_digest = str(run_record.manifest.get("base_fingerprint"))[:DIGEST_CHARS]
-    facts_by_title[translate("base model, SHA-256")] = base_digest
-    titles = {"device": "device", "precision": "dtype", "world_size": "world size"}
-    for key, title in titles.items():
-        if start.get(key) is not None:
-            facts_by_title[translate(title)] = str(start[key])
+    base_digest = run_record.manifest.get("base_fingerprint")
+    recorded = _flatten_settings(start | {"base_fingerprint": base_digest})
+    facts_by_title = {}
+    for name, title in FACT_TITLES.items():
+        value = recorded.get(name, "")
+        if name.endswith("fingerprint"):
+            value = value[:DIGEST_CHARS]
+        if value:
+            is_count = value.isdecimal() and name.startswith("data")
+            facts_by_title[translate(title)] = f"{int(value):,}" if is_count else value
     for name, value in as_object(start.get("versions")).items():
         facts_by_title[translate("version of {}", name)] = str(value)
     return facts_by_title
@@ -147,13 +135,13 @@ def _collect_run_facts(run_record: RunRecord) -> dict[str, str]:
 
 def _collect_costs(run_record: RunRecord) -> dict[str, str]:
     phases = summary.compute_phases(run_record)
-    total_s = sum(phase.seconds for phase in phases)
+    total_s = sum(seconds for _, seconds in phases)
     num_devices = summary.get_last_start(run_record).get("world_size")
     num_devices = num_devices if isinstance(num_devices, int) else 1
     return {
         translate("total time"): summary.format_duration(total_s),
         translate("device hours"): f"{total_s * num_devices / 3600:,.3g}",
-        **{phase.name: phase.duration_text for phase in phases},
+        **{name: summary.format_duration(seconds) for name, seconds in phases},
         **dict(summary.summarize_cost(run_record)),
     }
 
@@ -163,7 +151,7 @@ class RunComparison:
     """Comparison of several runs. The first run is the baseline."""
 
     runs: list[ComparedRun]
-    metric_rows: list[MetricComparisonRow]
+    metric_rows: list[MetricRow]
     warnings: list[str]
 
     def as_json(self) -> dict[str, Any]:
@@ -205,18 +193,6 @@ class RunComparison:
                 if cell.value is not None or run.run_record is not None:
                     lines.append((run.label, row.name, *_format_cell(cell)))
         return "\n".join([align_columns(lines, 2), *note_lines(iter_notes(rows))])
-
-
-def iter_notes(rows: Sequence[MetricComparisonRow]) -> Iterator[tuple[str, str]]:
-    """Yield (metric name, note) pairs of all metrics and their differences.
-
-    A note explains a missing confidence interval or is a warning. Empty notes are included.
-    """
-    for row in rows:
-        for cell in row.cells:
-            yield row.name, cell.note
-            if cell.difference is not None:
-                yield row.name, cell.difference.note
 
 
 def compare_runs(paths: Sequence[Path]) -> RunComparison:
@@ -297,7 +273,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         note=_describe_selection(samples),
         metric_name=format_metric_name(samples.metric) or translate("score"),
         notes=format_notes(iter_notes(comparison.metric_rows)),
-        **TEMPLATE_FUNCTIONS,
+        metrics=metric_rows,
     )
 
 

@@ -34,8 +34,8 @@ from finesight.evaluate.task_metrics import (
 from finesight.report.examples import MAX_SCORES, ExampleSet, build_example_set
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
-    IntervalBounds,
-    MetricChange,
+    MetricCell,
+    MetricRow,
     get_note,
     parse_interval,
     read_interval,
@@ -285,39 +285,7 @@ def explain_loss_mismatch(reference_run: ComparedRun, other_run: ComparedRun) ->
     return ""
 
 
-@dataclass(frozen=True)
-class MetricCell(MetricChange):
-    """Metric of a run in the comparison table.
-
-    Attributes:
-        value: Value of the metric. None if the run does not have it.
-        difference: Difference from the baseline. None for the baseline, or if not comparable.
-        num_common: Number of samples of the difference if a run answered others, too; else 0.
-    """
-
-    value: float | None
-    interval: IntervalBounds | None
-    difference: MetricDifference | None
-    note: str = ""
-    num_common: int = 0
-
-    @property
-    def change(self) -> float | None:
-        """Value of the run minus value of the baseline, on common samples. None if unknown."""
-        return None if self.difference is None else self.difference.after - self.difference.before
-
-
-MISSING_CELL = MetricCell(None, None, None)
-
-
-@dataclass(frozen=True)
-class MetricComparisonRow:
-    """Row of the comparison table: one metric of all runs."""
-
-    name: str
-    is_primary: bool
-    cells: list[MetricCell]
-
+MISSING_CELL = MetricCell(None, None)
 
 ComputeResultFn = Callable[[ComparedRun, tuple[SampleKey, ...]], MetricResult | None]
 
@@ -343,7 +311,7 @@ def _compute_result(run: ComparedRun, keys: tuple[SampleKey, ...]) -> MetricResu
     return MetricResult(per_sample, mean_metrics(per_sample, bounds=bounds))
 
 
-def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
+def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricRow]:
     """Compare all metrics of all runs. The primary metric is first, the validation loss last."""
     # The baseline is compared with several runs on the same samples.
     compute_result = cache(_compute_result)
@@ -359,7 +327,7 @@ def compare_metrics(runs: Sequence[ComparedRun]) -> list[MetricComparisonRow]:
             cell = replace(cells.get(name, MISSING_CELL), difference=difference)
             cells[name] = cell if name == VALIDATION_LOSS else replace(cell, num_common=num_common)
     return [
-        MetricComparisonRow(
+        MetricRow(
             name, name == primary_metric, [cells.get(name, MISSING_CELL) for cells in cells_by_run]
         )
         for name in (*(name for name in order if name != VALIDATION_LOSS), VALIDATION_LOSS)
@@ -372,7 +340,7 @@ def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[st
     if run.run_record is not None:
         line = run.evaluation
         return {
-            name: MetricCell(value, read_interval(line, name), None, get_note(line, name))
+            name: MetricCell(value, read_interval(line, name), note=get_note(line, name))
             for name, value in read_metrics(line).items()
         }
     metric_result = compute_result(run, tuple(run.predictions))
@@ -380,7 +348,7 @@ def _collect_cells(run: ComparedRun, compute_result: ComputeResultFn) -> dict[st
         return {}
     intervals, notes = metric_result.intervals(), metric_result.notes()
     return {
-        name: MetricCell(value, parse_interval(intervals[name]), None, notes.get(name, ""))
+        name: MetricCell(value, parse_interval(intervals[name]), note=notes.get(name, ""))
         for name, value in metric_result.scores.items()
     }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain, repeat, zip_longest
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from finesight.check.check_issues import (
     CheckIssue,
     CheckResult,
     IssueImage,
-    SamplePreview,
 )
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
@@ -292,24 +292,20 @@ def render_check_page(
     images: dict[Path, InlineImage | str] = {}
     records = []
     for issue_index, issue in enumerate(check_result.issues):
-        shown = issue.images[:MAX_IMAGES_PER_ISSUE] if issue_index in selected else ()
+        shown = issue.images if issue_index in selected else ()
+        severity, description = ISSUE_TYPES[issue.code]
         records.append(
-            {
-                "code": issue.code,
-                "severity": issue.severity,
-                "description": translate(ISSUE_TYPES[issue.code][1]),
-                "location": issue.where,
-                "sample_id": issue.sample_id,
-                "message": issue.what,
-                "remedy": issue.remedy,
-                "evidence": list(issue.evidence),
-                "fix": issue.fix,
-                "images": [_build_image_record(issue_image, images) for issue_image in shown],
-                "num_more": len(issue.images) - len(shown),
-            }
+            asdict(issue)
+            | {"severity": severity, "description": translate(description)}
+            | _build_image_records(shown, images)
         )
         on_progress(1)
-    previews = [_build_preview_record(preview, images) for preview in check_result.previews]
+    previews = [
+        asdict(preview)
+        | {"split": translate(SPLIT_NAMES[preview.is_validation])}
+        | _build_image_records(preview.images, images)
+        for preview in check_result.previews
+    ]
     num_unique, num_frames = check_result.num_unique_images, check_result.num_video_frames
     files_text = translate("{:,} images ({:,} unique)", check_result.num_images, num_unique)
     if num_frames:
@@ -413,21 +409,6 @@ def _list_frequent_values(
     return tables
 
 
-def _build_preview_record(
-    preview: SamplePreview, images: dict[Path, InlineImage | str]
-) -> dict[str, Any]:
-    shown = preview.images[:MAX_IMAGES_PER_ISSUE]
-    return {
-        "location": preview.where,
-        "sample_id": preview.sample_id,
-        "split": translate(SPLIT_NAMES[preview.is_validation]),
-        "question": preview.question,
-        "answer": preview.answer,
-        "images": [_build_image_record(one, images) for one in shown],
-        "num_more": len(preview.images) - len(shown),
-    }
-
-
 def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) -> set[int]:
     """Return the indices of issues that get images, alternating between issue types."""
     by_code: dict[str, list[int]] = defaultdict(list)
@@ -446,28 +427,29 @@ def _select_illustrated_issues(issues: Sequence[CheckIssue], max_images: int) ->
     return selected
 
 
-def _build_image_record(
-    issue_image: IssueImage, images: dict[Path, InlineImage | str]
+def _build_image_records(
+    issue_images: Sequence[IssueImage], images: dict[Path, InlineImage | str]
 ) -> dict[str, Any]:
-    """Return the page data of an image: its name, index and boxes with finite corners.
+    """Return page data of the first images: names, indices and boxes with finite corners.
 
     Args:
-        images: Thumbnails of the page by path, to which the image is added. Each image is included
-            once, unreadable ones as an error message.
+        images: Thumbnails of the page by path, to which the images are added. Each image is
+            included once, unreadable ones as an error message.
     """
-    path = issue_image.path
-    if path not in images:
-        try:
-            images[path] = build_inline_image(load_image(path), MAX_ISSUE_IMAGE_SIDE)
-        except CorruptImageError as error:
-            images[path] = error.what
-    labels = chain(issue_image.labels, repeat(""))
-    return {
-        "name": str(path),
-        "image_index": list(images).index(path),
-        "boxes": [
+    records = []
+    for issue_image in issue_images[:MAX_IMAGES_PER_ISSUE]:
+        path = issue_image.path
+        if path not in images:
+            try:
+                images[path] = build_inline_image(load_image(path), MAX_ISSUE_IMAGE_SIDE)
+            except CorruptImageError as error:
+                images[path] = error.what
+        labelled_boxes = zip(issue_image.boxes, chain(issue_image.labels, repeat("")), strict=False)
+        boxes = [
             {"xyxy": list(box), "label": label}
-            for box, label in zip(issue_image.boxes, labels, strict=False)
+            for box, label in labelled_boxes
             if all(map(math.isfinite, box))
-        ],
-    }
+        ]
+        image_index = list(images).index(path)
+        records.append({"name": str(path), "image_index": image_index, "boxes": boxes})
+    return {"images": records, "num_more": len(issue_images) - len(records)}

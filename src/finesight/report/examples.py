@@ -10,6 +10,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from functools import partial
@@ -197,6 +198,22 @@ def read_examples(
     return replace(examples, is_paired=is_paired)
 
 
+def read_groups(path: Path, max_groups: int) -> list[Example]:
+    """Read the newest groups of a file of responses, the newest first; `row_index` is the step."""
+    groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
+    with suppress(UserError):
+        for line in read_json_lines(path) if path.exists() else ():
+            step, number = line.get("step"), line.get("response")
+            if isinstance(step, int) and isinstance(number, int):
+                # A step that was repeated after running out of memory replaces its responses.
+                scores = read_scores(line) | {"advantage": line.get("advantage")}
+                groups[step][number] = line | {"scores": scores}
+    return [
+        Example([lines[number] for number in sorted(lines)], [], "", 0.0, step)
+        for step, lines in sorted(groups.items(), reverse=True)[:max_groups]
+    ]
+
+
 def pair_predictions(
     before: Path | None, after: Path | None
 ) -> Iterator[tuple[JsonObject | None, JsonObject | None]]:
@@ -342,9 +359,7 @@ gigabytes.
 
 MAX_ID_CHARS = 200
 
-JsonData = dict[str, Any]
-
-ThumbnailCache = dict[tuple[str, int], JsonData]
+ThumbnailCache = dict[tuple[str, int], JsonObject]
 """Thumbnails by image path and thumbnail pixel limit."""
 
 
@@ -367,7 +382,7 @@ class ExampleDataBuilder:
         self._folders, self._formula_converter = folders, formula_converter
         self._thumbnails: ThumbnailCache = {} if thumbnails is None else thumbnails
 
-    def build(self, examples: Sequence[Example]) -> JsonData:
+    def build(self, examples: Sequence[Example]) -> JsonObject:
         """Return page data with `examples`, and `images` to which the examples refer by index."""
         thumbnails, image_indices = self._build_thumbnails([example.latest for example in examples])
         score_names = {
@@ -400,7 +415,7 @@ class ExampleDataBuilder:
 
     def _build_thumbnails(
         self, lines: Iterable[JsonObject]
-    ) -> tuple[list[JsonData | None], dict[str, int]]:
+    ) -> tuple[list[JsonObject | None], dict[str, int]]:
         """Return the thumbnails of all images of the given samples, and their indices by path.
 
         A thumbnail that cannot be created has an error message.
@@ -412,12 +427,10 @@ class ExampleDataBuilder:
         )
         with ThreadPoolExecutor(NUM_DECODE_THREADS) as pool:
             small_thumbnails = list(
-                pool.map(partial(self._get_thumbnail, max_pixels, MAX_PARALLEL_PIXELS), paths)
+                pool.map(partial(self._make_thumbnail, max_pixels, MAX_PARALLEL_PIXELS), paths)
             )
         thumbnails = [
-            self._get_thumbnail(max_pixels, MAX_IMAGE_PIXELS, path)
-            if thumbnail is None
-            else thumbnail
+            thumbnail or self._make_thumbnail(max_pixels, MAX_IMAGE_PIXELS, path)
             for path, thumbnail in zip(paths, small_thumbnails, strict=True)
         ]
         self._thumbnails.clear()
@@ -428,18 +441,15 @@ class ExampleDataBuilder:
         }
         return thumbnails, image_indices
 
-    def _get_thumbnail(self, max_pixels: int, max_source_pixels: int, name: str) -> JsonData | None:
-        return self._thumbnails.get((name, max_pixels)) or self._make_thumbnail(
-            max_pixels, max_source_pixels, name
-        )
-
     def _make_thumbnail(
         self, max_pixels: int, max_source_pixels: int, name: str
-    ) -> JsonData | None:
+    ) -> JsonObject | None:
         """Return the thumbnail of an image, or an error message if it is unreadable.
 
         Returns None without decoding if the image has more than `max_source_pixels`.
         """
+        if (name, max_pixels) in self._thumbnails:
+            return self._thumbnails[name, max_pixels]
         try:
             path = find_image(name, self._folders)
             height, width = read_image_size(path)
@@ -455,7 +465,7 @@ class ExampleDataBuilder:
             return {"path": name, "error": f"unreadable ({error})"}
         return {"path": name, "src": inline_image["src"], "width": width, "height": height}
 
-    def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonData:
+    def _build_question(self, line: JsonObject, image_indices: dict[str, int]) -> JsonObject:
         """Return the page data of a sample without answers: question, images and references."""
         reference_texts = _read_references(line)
         return {
@@ -467,7 +477,7 @@ class ExampleDataBuilder:
             "boxes": read_boxes(line.get("gold_boxes")),
         }
 
-    def _build_answer(self, line: JsonObject | None) -> JsonData | None:
+    def _build_answer(self, line: JsonObject | None) -> JsonObject | None:
         """Return the page data of an answer and its scores, or None without a prediction."""
         if line is None:
             return None
@@ -548,7 +558,7 @@ def _get_span(words: Sequence[re.Match[str]], start: int, end: int) -> tuple[int
     return position, position
 
 
-def diff_fields(text: str, reference: str) -> JsonData | None:
+def diff_fields(text: str, reference: str) -> JsonObject | None:
     """Compare the fields of a JSON answer with its reference, as the `json` metric does.
 
     Returns:
@@ -570,7 +580,7 @@ def diff_fields(text: str, reference: str) -> JsonData | None:
     }
 
 
-def read_boxes(content: object) -> list[JsonData]:
+def read_boxes(content: object) -> list[JsonObject]:
     """Return the boxes of a prediction that have finite corners, at most `MAX_BOXES`.
 
     Each box has `image` (index), `label` and `xyxy` (corners in pixels).

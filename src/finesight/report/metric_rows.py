@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Literal
 
 from finesight.evaluate.custom_metric import parse_metric_path
 from finesight.evaluate.eval_case import group_notes
 from finesight.evaluate.metric_difference import (
+    REASON_UNSAMPLED,
     MetricDifference,
     build_unsampled_difference,
     count_correct,
@@ -36,15 +37,29 @@ VERDICT_TEXTS: dict[Verdict, str] = {
 IntervalBounds = tuple[float, float]
 
 
-class MetricChange(ABC):
-    """Base class of a metric with an optional difference between two evaluations."""
+@dataclass(frozen=True)
+class MetricCell:
+    """Metric of an evaluation or a run, with its difference from the first one.
 
-    difference: MetricDifference | None
+    Attributes:
+        value: Value of the metric. None if unknown.
+        interval: 95 % confidence interval of the value. None if unknown.
+        difference: Difference from the first value. None for the first, or if not comparable.
+        num_common: Number of samples of the difference if a run answered others, too; else 0.
+        correct: Translated number of correct answers; empty if unknown.
+    """
+
+    value: float | None
+    interval: IntervalBounds | None
+    difference: MetricDifference | None = None
+    note: str = ""
+    num_common: int = 0
+    correct: str = ""
 
     @property
-    @abstractmethod
     def change(self) -> float | None:
-        """Difference between the two values of the metric. None if unknown."""
+        """Value minus the first one, on common samples. None if unknown."""
+        return None if self.difference is None else self.difference.after - self.difference.before
 
     @property
     def change_interval(self) -> IntervalBounds | None:
@@ -73,27 +88,24 @@ class MetricChange(ABC):
 
 
 @dataclass(frozen=True)
-class MetricRow(MetricChange):
-    """Metric before and after training, with 95 % confidence intervals.
-
-    Unknown values are None.
-    """
+class MetricRow:
+    """Row of a metric table: one metric of all evaluations or runs."""
 
     name: str
     is_primary: bool
-    before: float | None
-    before_interval: IntervalBounds | None
-    after: float | None
-    after_interval: IntervalBounds | None
-    difference: MetricDifference | None
-    notes: tuple[str, ...] = ()
-    before_correct: str = ""
-    after_correct: str = ""
+    cells: list[MetricCell]
 
-    @property
-    def change(self) -> float | None:
-        """Value after training minus value before."""
-        return None if self.before is None or self.after is None else self.after - self.before
+
+def iter_notes(rows: Sequence[MetricRow]) -> Iterator[tuple[str, str]]:
+    """Yield (metric name, note) pairs of all metrics and their differences.
+
+    A note explains a missing confidence interval or is a warning. Empty notes are included.
+    """
+    for row in rows:
+        for cell in row.cells:
+            yield row.name, cell.note
+            if cell.difference is not None:
+                yield row.name, cell.difference.note
 
 
 def build_metric_rows(
@@ -110,32 +122,28 @@ def build_metric_rows(
     """
     if not evaluations:
         return []
-    before, after = evaluations[0], evaluations[1] if len(evaluations) > 1 else {}
-    before_metrics, after_metrics = read_metrics(before), read_metrics(after)
-    primary_metric = (after or before).get("primary_metric")
-    order = [*([primary_metric] if primary_metric else []), *before_metrics, *after_metrics]
+    columns = [read_metrics(line) for line in evaluations]
+    primary_metric = (evaluations[-1] or evaluations[0]).get("primary_metric")
+    order = [*([primary_metric] if primary_metric else []), *chain(*columns)]
     metric_rows = []
     for name in sorted(dict.fromkeys((*order, VALIDATION_LOSS)), key=VALIDATION_LOSS.__eq__):
-        values = before_metrics.get(name), after_metrics.get(name)
-        # A difference belongs to the values of its row.
-        difference = None if None in values else differences.get(name)
-        if name == VALIDATION_LOSS and values[0] is not None and values[1] is not None:
-            difference = difference or build_unsampled_difference(name, values[0], values[1])
-        notes = get_note(before, name), get_note(after, name), difference.note if difference else ""
-        metric_rows.append(
-            MetricRow(
-                name=name,
-                is_primary=name == primary_metric,
-                before=values[0],
-                before_interval=read_interval(before, name),
-                after=values[1],
-                after_interval=read_interval(after, name),
-                difference=difference,
-                notes=notes,
-                before_correct=_format_correct(before, name),
-                after_correct=_format_correct(after, name),
+        cells = [
+            MetricCell(
+                column.get(name),
+                read_interval(line, name),
+                note=get_note(line, name),
+                correct=_format_correct(line, name),
             )
-        )
+            for line, column in zip(evaluations, columns, strict=True)
+        ]
+        before, after = cells[0].value, cells[-1].value
+        if len(cells) > 1 and before is not None and after is not None:
+            note = REASON_UNSAMPLED if name == VALIDATION_LOSS else ""
+            difference = build_unsampled_difference(name, before, after, note)
+            if name in differences:
+                difference = replace(differences[name], before=before, after=after)
+            cells[-1] = replace(cells[-1], difference=difference)
+        metric_rows.append(MetricRow(name, name == primary_metric, cells))
     return metric_rows
 
 
@@ -206,27 +214,27 @@ def parse_interval(content: object) -> IntervalBounds | None:
 
 def describe_change(row: MetricRow) -> str:
     """Describe in a sentence the change of a metric and its confidence interval."""
-    name = format_metric_name(row.name)
-    if row.before is None and row.after is None:
+    name, cell = format_metric_name(row.name), row.cells[-1]
+    if all(one.value is None for one in row.cells):
         return translate("The {} could not be computed from these answers.", name)
-    if OTHER_SAMPLES in row.notes:
+    if any(one.note == OTHER_SAMPLES for one in row.cells):
         return translate("{}: {}", name, translate(OTHER_SAMPLES))
-    if row.change is None:
+    if cell.change is None:
         return translate("The {} was evaluated once, so there is no comparison yet.", name)
-    if row.change == 0:
+    if cell.change == 0:
         return translate("The {} did not change.", name)
-    text = "The {} increased by {}" if row.change > 0 else "The {} decreased by {}"
-    change_text = translate(text, name, format_value(abs(row.change)))
-    if row.change_interval is None:
+    text = "The {} increased by {}" if cell.change > 0 else "The {} decreased by {}"
+    change_text = translate(text, name, format_value(abs(cell.change)))
+    if cell.change_interval is None:
         return translate("{}. The confidence interval of the difference is unknown.", change_text)
-    low, high = row.change_interval
+    low, high = cell.change_interval
     confidence_text = "more than expected by chance"
-    if row.verdict == "unsure":
+    if cell.verdict == "unsure":
         confidence_text = "which may be due to chance"
         if low > 0 or high < 0:
             confidence_text = "on too few samples for a verdict"
     text = "{}, {}: the 95 % interval of the difference is {}."
-    interval_text = format_change_interval(row.change_interval)
+    interval_text = format_change_interval(cell.change_interval)
     return translate(text, change_text, translate(confidence_text), interval_text)
 
 
@@ -255,17 +263,3 @@ def format_interval(interval: IntervalBounds | None) -> str:
 def format_bound(value: float) -> str:
     """Format one bound of a confidence interval."""
     return f"{value:.3f}" if abs(value) < 10 else f"{value:,.1f}"
-
-
-TEMPLATE_FUNCTIONS = {
-    function.__name__: function
-    for function in (
-        describe_metric,
-        format_change,
-        format_change_interval,
-        format_interval,
-        format_metric_name,
-        format_value,
-    )
-}
-"""Functions of this module that page templates use."""

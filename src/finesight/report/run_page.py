@@ -18,31 +18,31 @@ from finesight.errors import Step, UserError
 from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, VALIDATION_LOSS
-from finesight.manifest import REPORT_FILE
-from finesight.report import summary
+from finesight.manifest import REPORT_FILE, RESPONSES_FILE
+from finesight.report import metric_rows, summary
 from finesight.report.charts import build_run_charts
 from finesight.report.examples import (
     EXAMPLE_KINDS,
     ExampleDataBuilder,
     ExampleSet,
-    JsonData,
     ThumbnailCache,
     count_incorrect,
     estimate_differences,
     find_image,
     read_examples,
+    read_groups,
     read_image_paths,
     read_incorrect_lines,
 )
 from finesight.report.html import render_page, write_page
 from finesight.report.i18n import Language, detect_language, translate, use_language
 from finesight.report.metric_rows import (
-    TEMPLATE_FUNCTIONS,
     build_metric_rows,
     describe_change,
     format_metric_name,
     format_notes,
     format_value,
+    iter_notes,
     read_metrics,
 )
 from finesight.report.run_reader import (
@@ -86,21 +86,22 @@ UNPAIRED_KIND_LABELS: dict[str, str] = {"wrong": "incorrect", "right": "correct"
 class LiveReportState:
     """Cache of the report that the training loop writes every `interval_s` seconds.
 
-    Examples are rendered again only after new predictions. Each thumbnail is created once.
+    Examples are rendered again only after new answers. Each thumbnail is created once.
     """
 
     interval_s: float
     _cache_key: Hashable = None
     _thumbnails: ThumbnailCache = field(default_factory=dict)
-    _cached_examples: tuple[ExampleSet, JsonData] = field(
+    _cached_examples: tuple[ExampleSet, JsonObject] = field(
         default_factory=lambda: (ExampleSet([], {}, "", False), {})
     )
 
-    def get_examples(self, run_record: RunRecord, max_examples: int) -> tuple[ExampleSet, JsonData]:
+    def get_examples(
+        self, run_record: RunRecord, max_examples: int
+    ) -> tuple[ExampleSet, JsonObject]:
         """Return the examples of a run and their HTML data; reuse them if no file changed."""
-        file_versions = [
-            (str(path), path.stat().st_mtime_ns) for path in run_record.predictions_files
-        ]
+        paths = *run_record.predictions_files, run_record.folder / RESPONSES_FILE
+        file_versions = [(str(path), path.stat().st_mtime_ns) for path in paths if path.exists()]
         cache_key = max_examples, run_record.primary_metric, tuple(file_versions)
         if cache_key != self._cache_key:
             self._cached_examples = _build_examples(run_record, max_examples, self._thumbnails)
@@ -188,6 +189,7 @@ def render_run_page(
     if run_status.kind == "running":
         interval_s = live_state.interval_s if live_state else 0.0
         live_data = {"written_at": now.timestamp(), "interval_s": interval_s}
+    examples_context = _build_examples_context(run_record, examples)
     questions = [example["question"] for example in example_data["examples"]]
     folder = run_record.folder.resolve()
     return render_page(
@@ -197,6 +199,7 @@ def render_run_page(
             "charts": [chart.data for chart in charts],
             "metric": format_metric_name(examples.metric),
             "evaluation_names": evaluation_names,
+            "kind_labels": dict(examples_context["kind_labels"]),
             "live": live_data,
         },
         assets=["charts", "results"],
@@ -206,6 +209,8 @@ def render_run_page(
         title="/".join(folder.parts[-2:]) if folder.name in GENERIC_NAMES else folder.name,
         run_record=run_record,
         evaluation_names=evaluation_names,
+        reward_signs=summary.list_reward_signs(run_record, example_data["groups"]),
+        num_groups=len(example_data["groups"]),
         charts=charts,
         has_boxes=any(example["boxes"] for example in example_data["examples"]),
         has_diff=any(
@@ -217,8 +222,8 @@ def render_run_page(
         and not FormulaConverter().is_available,
         report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
-        **_build_examples_context(run_record, examples),
-        **TEMPLATE_FUNCTIONS,
+        **examples_context,
+        metrics=metric_rows,
         summary=summary,
         example_question=questions[0] if questions else "",
     )
@@ -228,21 +233,18 @@ def _build_result_context(
     run_record: RunRecord, evaluations: Sequence[JsonObject]
 ) -> dict[str, Any]:
     """Return the template values of the result section."""
-    metric_rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
-    primary_rows = [row for row in metric_rows if row.is_primary]
-    row = next(iter([*primary_rows, *metric_rows[-1:]]), None)
-    has_intervals = any(
-        row.before_interval or row.after_interval or row.change_interval for row in metric_rows
-    )
+    rows = build_metric_rows(evaluations, _read_differences(run_record, evaluations))
+    row = next((row for row in rows if row.is_primary), rows[-1] if rows else None)
+    has_intervals = any(cell.interval or cell.change_interval for row in rows for cell in row.cells)
     # The metrics that assess a run.
     names = dict.fromkeys([row.name, VALIDATION_LOSS]) if row else ()
     return {
-        "metric_rows": metric_rows,
+        "metric_rows": rows,
         "primary_row": row,
         "change_text": describe_change(row) if row else "",
         "best_notes": [_describe_best(run_record, name, evaluations[-1]) for name in names],
         "has_intervals": has_intervals,
-        "notes": format_notes((row.name, note) for row in metric_rows for note in row.notes),
+        "notes": format_notes(iter_notes(rows)),
         **_build_details(evaluations[-1] if evaluations else {}),
     }
 
@@ -334,16 +336,21 @@ def _get_metric(run_record: RunRecord) -> str | None:
 
 def _build_examples(
     run_record: RunRecord, max_examples: int, thumbnails: ThumbnailCache | None = None
-) -> tuple[ExampleSet, JsonData]:
+) -> tuple[ExampleSet, JsonObject]:
     """Read examples from the predictions before training and the latest ones."""
     files = run_record.predictions_files
     first = files[0] if files and files[0].stem == "before" else None
     last = files[-1] if files and files[-1] != first else None
     examples = read_examples(first, last, run_record.primary_metric, max_examples)
+    groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples)
     formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
     folders = list_image_folders([run_record])
     builder = ExampleDataBuilder(folders, formula_converter, thumbnails)
-    return examples, builder.build(examples.displayed)
+    data = builder.build([*examples.displayed, *groups])
+    num_examples = len(examples.displayed)
+    data["groups"] = data["examples"][num_examples:]
+    data["examples"] = data["examples"][:num_examples]
+    return examples, data
 
 
 def select_evaluations(run_record: RunRecord) -> list[JsonObject]:

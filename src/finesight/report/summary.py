@@ -5,9 +5,10 @@ from __future__ import annotations
 import fcntl
 import math
 import os
+import re
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -23,6 +24,7 @@ from finesight.manifest import (
     find_run_dir,
 )
 from finesight.report.i18n import translate
+from finesight.report.metric_rows import format_change_interval, format_metric_name
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
@@ -33,26 +35,6 @@ from finesight.report.run_reader import (
 )
 
 NOT_RECORDED = "not recorded"
-
-SummaryItem = tuple[str, str]
-"""Pair of name and text in a list of the report."""
-
-
-@dataclass(frozen=True)
-class TimePhase:
-    """Phase of a run, such as setup or evaluation, and its duration.
-
-    `fraction` is its share of the total time.
-    """
-
-    name: str
-    seconds: float
-    fraction: float
-
-    @property
-    def duration_text(self) -> str:
-        """Formatted duration of the phase."""
-        return format_duration(self.seconds)
 
 
 @dataclass(frozen=True)
@@ -177,20 +159,18 @@ def summarize_run(run_record: RunRecord) -> str:
     )
 
 
-def compute_phases(run_record: RunRecord) -> list[TimePhase]:
-    """Return the recorded phases of a run with their durations."""
+def compute_phases(run_record: RunRecord) -> list[tuple[str, float]]:
+    """Return the name and the seconds of each recorded phase of a run."""
     seconds = {
         "setup": _sum_field(run_record.starts, "setup_s"),
         "vision cache": _sum_field(run_record.vision_cache_builds, "vision_cache_s"),
         "training steps": _sum_field(run_record.steps, "step_s"),
         "evaluation": _sum_field(run_record.evaluations, "eval_s"),
     }
-    durations = {name: value for name, value in seconds.items() if value}
-    total = sum(durations.values())
-    return [TimePhase(translate(name), value, value / total) for name, value in durations.items()]
+    return [(translate(name), value) for name, value in seconds.items() if value]
 
 
-def summarize_cost(run_record: RunRecord) -> list[SummaryItem]:
+def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the throughput, time and memory of a run.
 
     Throughput includes the time of building the vision cache.
@@ -290,7 +270,8 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     """Find a validation loss that rises twice while the training loss falls."""
     evaluations = list_comparable_evaluations(lines)
     points = [(int(line["step"]), float(line["validation_loss"])) for line in evaluations]
-    if len(points) < 3:
+    # The loss of a policy is no measure of its fit.
+    if len(points) < 3 or any("reward" in line for line in lines):
         return None
 
     def mean_loss(start: int, end: int) -> float:
@@ -342,6 +323,109 @@ def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     return translate("{} fell", metric), metric, points[-3:], best_step
 
 
+REWARD_KEY = re.compile("rewards/(.+)/mean")
+
+FORM_REWARD = re.compile("format|length|repetition")
+"""Start of the names of rewards that do not depend on the references."""
+
+MIN_REWARD_STEPS = 8
+"""Number of steps with rewards from which their first and last quarter are compared."""
+
+MAX_RATIO, MAX_TRUNCATION_GAIN = 1.5, 0.1
+"""Bounds of lengths over time and of boxes to references; of additional truncated responses."""
+
+
+def list_reward_names(lines: Sequence[JsonObject]) -> list[str]:
+    """Return the names of the rewards in the metrics of steps."""
+    keys = dict.fromkeys(key for line in lines for key in line)
+    return [match[1] for key in keys if (match := REWARD_KEY.fullmatch(key))]
+
+
+def estimate_reward(
+    run_record: RunRecord, lines: Sequence[JsonObject], name: str
+) -> tuple[float, float]:
+    """Return the mean of a reward over steps, and half of its 95 % interval; NaN if unknown.
+
+    Responses to the same prompt are not independent. The number of prompts determines the interval,
+    which is then rather too wide than too narrow.
+    """
+    num_prompts = as_object(run_record.recipe.get("train")).get("batch_size")
+    means, stds = (_list_values(lines, f"rewards/{name}/{key}") for key in ("mean", "std"))
+    if not means or not isinstance(num_prompts, int) or num_prompts < 1:
+        return math.nan, math.nan
+    return mean(means), 1.96 * math.hypot(*stds) / math.sqrt(num_prompts) / len(means)
+
+
+def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
+    return [float(value) for line in lines if is_finite(value := line.get(key))]
+
+
+def list_reward_signs(
+    run_record: RunRecord, groups: Sequence[JsonObject]
+) -> list[tuple[str, bool, str]]:
+    """Return signs of reward hacking, whether they were found, and the figures.
+
+    The first and the last quarter of the steps are compared. Empty for few steps with rewards.
+
+    Args:
+        groups: Page data of the recorded groups of responses, the newest first.
+    """
+    steps = [line for line in run_record.steps if is_finite(line.get("reward"))]
+    if len(steps) < MIN_REWARD_STEPS:
+        return []
+    parts = steps[: len(steps) // 4], steps[-(len(steps) // 4) :]
+    signs = [_find_length_drift(*parts)]
+    gains = {}
+    for name in list_reward_names(steps):
+        (before, error), (after, other) = (estimate_reward(run_record, x, name) for x in parts)
+        margin = math.hypot(error, other)
+        gains[name] = after - before - margin, after - before + margin
+    increased = {name for name, (low, _) in gains.items() if low > 0}
+    form = {name for name in gains if FORM_REWARD.match(name)}
+    is_found = bool(increased) and increased <= form < {*gains}
+    texts = [f"{format_metric_name(name)} {format_change_interval(gains[name])}" for name in gains]
+    text = translate("95 % intervals of the increases: {}", translate("; ").join(texts))
+    return [
+        *signs,
+        (translate("Gains of the format only"), is_found, text),
+        *_find_box_spam(groups),
+    ]
+
+
+def _find_length_drift(
+    first: Sequence[JsonObject], last: Sequence[JsonObject]
+) -> tuple[str, bool, str]:
+    (before, after), (cut_before, cut_after) = (
+        [mean(_list_values(lines, key) or [0.0]) for lines in (first, last)]
+        for key in ("completions/mean_length", "completions/clipped_ratio")
+    )
+    low, high = sorted((before, after))
+    is_found = high > MAX_RATIO * low or cut_after - cut_before > MAX_TRUNCATION_GAIN
+    text = (
+        "{:.1f} tokens per response in the first {:,} steps and {:.1f} in the last;"
+        " {:.0f} % and {:.0f} % of the responses are truncated"
+    )
+    figures = before, len(first), after, 100 * cut_before, 100 * cut_after
+    return translate("Length drift"), is_found, translate(text, *figures)
+
+
+def _find_box_spam(groups: Sequence[JsonObject]) -> Iterator[tuple[str, bool, str]]:
+    """Compare the boxes of the first and last groups with the references."""
+    counts = [
+        (mean(len(one["boxes"]) for one in group["predictions"]), len(group["boxes"]))
+        for group in groups
+    ]
+    if any(map(any, counts)):
+        size = math.ceil(len(counts) / 4)
+        before, after = (mean(x for x, _ in rows) for rows in (counts[-size:], counts[:size]))
+        reference = mean(x for _, x in counts[:size])
+        text = (
+            "{:.1f} boxes per response in the first groups, {:.1f} in the last; reference: {:.1f}"
+        )
+        is_found = after > MAX_RATIO * max(1, reference)
+        yield translate("Box spam"), is_found, translate(text, before, after, reference)
+
+
 def list_memory_remarks(run_record: RunRecord) -> list[str]:
     """Return a note on settings that the run changed after running out of GPU memory."""
     settings = as_object(run_record.recipe.get("train"))
@@ -372,20 +456,13 @@ def list_skipped_samples(run_record: RunRecord) -> list[SkippedGroup]:
         reason = str(line.get("reason"))
         # Without the image path at the start, so that equal reasons match.
         ids_by_reason[reason.partition(": ")[2] or reason].append(str(line.get("id")))
-    # Runs of earlier versions list these samples only in their steps.
-    recorded = {name for ids in ids_by_reason.values() for name in ids}
-    for line in run_record.steps:
-        ids_by_reason[translate("images that could not be decoded during training")] += [
-            str(name) for name in line.get("skipped_samples") or () if str(name) not in recorded
-        ]
     return [
         SkippedGroup(reason, len(ids), ", ".join(ids[:5]) + (", …" if len(ids) > 5 else ""))
         for reason, ids in sorted(ids_by_reason.items(), key=lambda item: -len(item[1]))
-        if ids
     ]
 
 
-def list_versions(run_record: RunRecord) -> list[SummaryItem]:
+def list_versions(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the versions of packages, the device, the model family and the start time."""
     start, missing = get_last_start(run_record), translate(NOT_RECORDED)
     versions = as_object(start.get("versions") or run_record.manifest.get("versions"))
@@ -399,7 +476,7 @@ def list_versions(run_record: RunRecord) -> list[SummaryItem]:
     ]
 
 
-def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
+def list_checksums(run_record: RunRecord) -> list[tuple[str, str]]:
     """Return the SHA-256 digests of base model, data and trained weights."""
     missing = translate(NOT_RECORDED)
     base_digest = str(run_record.manifest.get("base_fingerprint") or missing)
@@ -413,7 +490,7 @@ def list_checksums(run_record: RunRecord) -> list[SummaryItem]:
     return [*items, *(run_record.weight_digests.items() or empty_items)]
 
 
-def list_commands(run_record: RunRecord, prompt: str) -> list[SummaryItem]:
+def list_commands(run_record: RunRecord, prompt: str) -> list[tuple[str, str]]:
     """Return the operations that use, resume or repeat a run, in the format of messages.
 
     Args:
@@ -445,7 +522,9 @@ def format_duration(seconds: float) -> str:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+    if hours:
+        return translate("{} h {:02d} min", hours, minutes)
+    return translate("{} min {:02d} s", minutes, rest)
 
 
 def join_words(words: Sequence[str]) -> str:
@@ -496,12 +575,8 @@ class RunStatus:
         if self.kind == "running" and not self.step:
             return translate("The run is in progress, before its first step.")
         if self.kind == "running" and self.remaining_s is not None:
-            remaining = translate("a minute")
-            if self.remaining_s >= 60:
-                hours, minutes = divmod(round(self.remaining_s / 60), 60)
-                remaining = translate("{} min", minutes)
-                if hours:
-                    remaining = translate("{} h {:02d} min", hours, minutes)
+            minutes = max(1, round(self.remaining_s / 60))
+            remaining = translate("{} h {:02d} min", *divmod(minutes, 60))
             return translate("The run is in progress: {}, about {} remaining.", steps, remaining)
         texts = {
             "finished": "The run is finished: {}.",

@@ -34,9 +34,8 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
-from finesight.encode.prompt_encoder import pack_tokenized
 from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import TokenizedSample
+from finesight.encode.tokenization import TokenizedSample, pack_tokenized
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
 from finesight.serve.api_schema import (

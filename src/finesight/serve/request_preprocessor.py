@@ -25,8 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
-from finesight.encode.prompt_encoder import unpack_tokenized
-from finesight.encode.tokenization import EncodedSample
+from finesight.encode.tokenization import EncodedSample, unpack_tokenized
 from finesight.errors import UserError
 from finesight.infer.request import DecodingConstraint
 from finesight.infer.structured_output import BITMASK_WORD_BITS, build_bitmask
@@ -49,7 +48,7 @@ from finesight.serve.preprocessing_jobs import (
     tokenize_sample,
 )
 from finesight.vision.image_processing import concat_patches
-from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool, WorkerReply
+from finesight.worker_pool import JobOutput, Worker, WorkerLostError, WorkerPool
 
 MAX_CHARS_PER_TOKEN = 16
 """Maximum number of characters per token of the context length, checked before tokenization."""
@@ -201,7 +200,7 @@ class RequestPreprocessor:
         param: str = "messages",
         max_cpu_s: float | None = None,
         folder: Path | None = None,
-    ) -> WorkerReply:
+    ) -> JobOutput:
         used_s = self._cpu_seconds
         remaining_s = self.limits.max_request_cpu_s - used_s
         if remaining_s <= 0:

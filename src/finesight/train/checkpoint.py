@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from contextvars import copy_context
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -77,17 +78,6 @@ class TrainProgress(BaseModel):
     nonfinite_steps: int = 0
     consecutive_nonfinite_steps: int = 0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the fields of the progress by name."""
-        return dict(self)
-
-    def load_state_dict(self, stored: TrainProgress) -> None:
-        """Restore the progress of a checkpoint, with the smaller of both memory budgets."""
-        self.budget = stored.budget.min_with(self.budget)
-        self.step, self.last_eval_step, self.best = stored.step, stored.last_eval_step, stored.best
-        self.nonfinite_steps = stored.nonfinite_steps
-        self.consecutive_nonfinite_steps = stored.consecutive_nonfinite_steps
-
 
 class CheckpointState(TrainProgress):
     """Content of `state.json` in a checkpoint: the state of a run apart from tensors.
@@ -104,6 +94,11 @@ class CheckpointState(TrainProgress):
     consumed_samples: int
     loss_scale: dict[str, float]
     resume_config: dict[str, Any]
+
+    def restore_progress(self, budget: MemoryBudget) -> TrainProgress:
+        """Return the progress of the run, with the smaller of both memory budgets."""
+        fields = {name: value for name, value in self if name in TrainProgress.model_fields}
+        return TrainProgress(**fields | {"budget": self.budget.min_with(budget)})
 
 
 class CorruptCheckpointError(UserError):
@@ -163,9 +158,8 @@ class CheckpointManager:
                 folder_name = process_group.broadcast_str(folder.name if folder else "")
             if folder_name:
                 with process_group.sync_errors():
-                    _write_tensors(
-                        self.checkpoint_dir / folder_name, weights, optimizer_state, process_group
-                    )
+                    tensors = {WEIGHTS_FILE: weights, OPTIMIZER_FILE: optimizer_state}
+                    _write_tensors(self.checkpoint_dir / folder_name, tensors, process_group)
             if folder is not None:
                 if not process_group.is_single_process:
                     # A shared disk may show the files of other ranks with a delay.
@@ -173,16 +167,10 @@ class CheckpointManager:
                         _open_tensors(folder, name)
                 (folder / STATE_FILE).write_text(state.model_dump_json(indent=1) + "\n")
         if process_group.is_main:
-            self._prune(state)
-
-    def _prune(self, state: CheckpointState) -> None:
-        retained_steps = {
-            *self.steps()[-self.max_to_keep :],
-            state.best.step if state.best else state.step,
-        }
-        for step in self.steps():
-            if step not in retained_steps:
-                remove_folder(self.step_dir(step))
+            steps, best_step = self.steps(), state.best.step if state.best else state.step
+            for step in steps[: -self.max_to_keep]:
+                if step != best_step:
+                    remove_folder(self.step_dir(step))
 
     def load_latest(self, log: Callable[[str], None]) -> Checkpoint | None:
         """Load the newest valid checkpoint after verifying the digests of its files.
@@ -221,12 +209,13 @@ class CheckpointManager:
             if later > step:
                 move_folder(self.step_dir(later), self.checkpoint_dir / f"corrupt-step-{later}")
 
-    def load(self, step: int, remedy: str) -> Checkpoint:
+    def load(self, step: int, remedy: str, *, is_verified: bool = False) -> Checkpoint:
         """Load the checkpoint of a step after verifying the digests of its files.
 
         Args:
             step: Step of the checkpoint.
             remedy: Suggestion in the error if the checkpoint is invalid.
+            is_verified: Whether another rank has verified the digests.
 
         Raises:
             CorruptCheckpointError: A file is missing or has changed.
@@ -234,88 +223,74 @@ class CheckpointManager:
         """
         folder = self.step_dir(step)
         try:
-            verify_folder(folder)
+            if not is_verified:
+                verify_folder(folder)
         except UserError as error:
             raise CorruptCheckpointError(
                 error.what, where=error.where, expected=error.expected, remedy=remedy
             ) from error
-        return self.load_unverified(step, remedy)
-
-    def load_unverified(self, step: int, remedy: str) -> Checkpoint:
-        """Load the checkpoint of a step that another rank has already verified."""
-        folder = self.step_dir(step)
         state = _read_state(folder / STATE_FILE, remedy)
         return state, _open_tensors(folder, WEIGHTS_FILE), _open_tensors(folder, OPTIMIZER_FILE)
 
 
 def _write_tensors(
-    folder: Path,
-    weights: Mapping[str, Tensor],
-    optimizer_state: Mapping[str, Tensor],
-    process_group: ProcessGroup,
+    folder: Path, content: Mapping[str, Mapping[str, Tensor]], process_group: ProcessGroup
 ) -> None:
-    for tensors, name in ((weights, WEIGHTS_FILE), (optimizer_state, OPTIMIZER_FILE)):
-        file = folder / (
-            name
-            if process_group.is_single_process
-            else _shard_name(name, process_group.rank, process_group.world_size)
-        )
+    for name, tensors in content.items():
+        file = folder / _shard_name(name, process_group.rank, process_group.world_size)
         # One at a time: GPU memory may not suffice for fp32 copies of all tensors.
         with translate_os_errors(file):
             save_file({key: t.cpu() for key, t in tensors.items()}, file)
 
 
 def _shard_name(name: str, rank: int, world_size: int) -> str:
+    if world_size == 1:
+        return name
     stem, _, extension = name.rpartition(".")
     return f"{stem}-{rank + 1:05}-of-{world_size:05}.{extension}"
 
 
-def _read_files(paths: Sequence[Path]) -> LazyTensors:
-    """Return the tensors of safetensors files, which are read on access.
+def _open_tensors(folder: Path, name: str) -> LazyTensors:
+    """Return the tensors of a file in a checkpoint, which are read on access.
 
     A sharded run writes one file per rank. The rows of a tensor are then concatenated. Scalars are
     equal in all files.
 
     Raises:
-        UserError: A file is corrupt.
+        UserError: A file is missing or corrupt.
     """
+    paths = [folder / name]
+    if not paths[0].is_file():
+        stem, _, extension = name.rpartition(".")
+        paths = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
+        expected = [_shard_name(name, rank, len(paths)) for rank in range(len(paths))]
+        if not paths or [path.name for path in paths] != expected:
+            raise CorruptCheckpointError(
+                f"contains {', '.join(path.name for path in paths) or 'no shard'} of {name}",
+                where=str(folder),
+                expected=f"{name}, or all of its shards",
+                remedy=f"delete {folder}, and start again with --resume",
+            )
     files: dict[str, list[Any]] = {}
     for path in paths:
         try:
             # The methods of the file object are untyped.
             file: Any = safe_open(path, framework="pt")
-            for name in file.keys():  # noqa: SIM118
-                files.setdefault(name, []).append(file)
+            for key in file.keys():  # noqa: SIM118
+                files.setdefault(key, []).append(file)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"not readable as safetensors: {error}",
                 where=str(path),
                 expected="a file as training wrote it",
-                remedy=f"delete {path.parent} to resume from the previous checkpoint",
+                remedy=f"delete {folder} to resume from the previous checkpoint",
             ) from error
 
-    def read(name: str) -> Tensor:
-        rows: list[Tensor] = [file.get_tensor(name) for file in files[name]]
+    def read(key: str) -> Tensor:
+        rows: list[Tensor] = [file.get_tensor(key) for file in files[key]]
         return torch.cat(rows) if rows[0].dim() and len(rows) > 1 else rows[0]
 
-    return LazyTensors({name: partial(read, name) for name in files})
-
-
-def _open_tensors(folder: Path, name: str) -> LazyTensors:
-    unsharded = folder / name
-    if unsharded.is_file():
-        return _read_files([unsharded])
-    stem, _, extension = name.rpartition(".")
-    shards = sorted(folder.glob(f"{stem}-*-of-*.{extension}"))
-    expected = [_shard_name(name, rank, len(shards)) for rank in range(len(shards))]
-    if not shards or [shard.name for shard in shards] != expected:
-        raise CorruptCheckpointError(
-            f"contains {', '.join(shard.name for shard in shards) or 'no shard'} of {name}",
-            where=str(folder),
-            expected=f"{name}, or all of its shards",
-            remedy=f"delete {folder}, and start again with --resume",
-        )
-    return _read_files(shards)
+    return LazyTensors({key: partial(read, key) for key in files})
 
 
 def _read_state(path: Path, remedy: str) -> CheckpointState:
@@ -338,7 +313,7 @@ def check_resume_config(
     stored: Mapping[str, Any],
     current: Mapping[str, Any],
     where: Path,
-    suggest: Callable[[Mapping[str, Any]], Remedy] | None = None,
+    suggest: Callable[[Mapping[str, Any]], Remedy],
 ) -> None:
     """Verify that settings and fingerprints have not changed since a checkpoint was written.
 
@@ -355,9 +330,8 @@ def check_resume_config(
     current = json.loads(json.dumps(current))
     different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
-        remedy: Remedy
-        remedy = "resume with the original recipe and data, or set another output_dir"
-        if suggest is not None and all(name.startswith("train.") for name in different):
+        remedy: Remedy = "resume with the original recipe and data, or set another output_dir"
+        if all(name.startswith("train.") for name in different):
             remedy = suggest({name: current.get(name) for name in different})
         raise UserError(
             "; ".join(f"{name} is {current.get(name)!r} now" for name in different),
@@ -374,24 +348,18 @@ The CPU copy takes 12 bytes per parameter: the fp32 weight and two fp32 moments.
 """
 
 
+@dataclass
 class AsyncCheckpointer:
     """Writer of checkpoints in a background thread, one checkpoint at a time.
 
     An error of the thread is raised by the next call of `save` or `wait`.
     """
 
-    def __init__(
-        self,
-        checkpoint_manager: CheckpointManager,
-        *,
-        is_async: bool,
-        process_group: ProcessGroup = SINGLE_PROCESS,
-    ) -> None:
-        self._checkpoint_manager = checkpoint_manager
-        self._is_async = is_async
-        self._process_group = process_group
-        self._staging_block: TensorBlock | None = None
-        self._write: Future[None] | None = None
+    checkpoint_manager: CheckpointManager
+    is_async: bool
+    process_group: ProcessGroup = SINGLE_PROCESS
+    _staging_block: TensorBlock | None = field(default=None, init=False)
+    _write: Future[None] | None = field(default=None, init=False)
 
     def save(
         self,
@@ -406,18 +374,17 @@ class AsyncCheckpointer:
         """
         self.wait()
         is_written = (
-            self._process_group.is_single_process and state.step in self._checkpoint_manager.steps()
+            self.process_group.is_single_process and state.step in self.checkpoint_manager.steps()
         )
-        if is_written or not self._is_async:
-            self._checkpoint_manager.save(state, weights, optimizer_state, self._process_group)
+        if is_written or not self.is_async:
+            self.checkpoint_manager.save(state, weights, optimizer_state, self.process_group)
             return
         # The thread inherits the context variables, and ends with this checkpoint.
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
-        arguments = state, weights, optimizer_state, self._process_group
+        arguments = state, weights, optimizer_state, self.process_group
         pool = ThreadPoolExecutor(1)
-        self._write = pool.submit(
-            copy_context().run, partial(self._checkpoint_manager.save, *arguments)
-        )
+        save = partial(self.checkpoint_manager.save, *arguments)
+        self._write = pool.submit(copy_context().run, save)
         pool.shutdown(wait=False)
 
     def _copy_to_cpu(self, tensor_sets: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:

@@ -15,6 +15,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -226,27 +227,31 @@ class CudaGraphRunner:
         max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
         if self._is_starved:
             max_tokens = MAX_GRAPH_TOKENS_STARVED
-        # A graph with the encoder saves the most launches. The other one takes its features as
-        # input, so that the encoder has to run first.
-        inputs = self._get_or_allocate_inputs(
-            self._vision_graph_shape(batch, features_MKD), batch, None, loss_inputs, max_tokens
-        )
-        if inputs is None:
-            features_MKD = self._encode_images(batch, features_MKD)
+        inputs, cached_MKD = None, features_MKD
+        for shape, features_MKD in self._iter_shapes(batch, cached_MKD):
             inputs = self._get_or_allocate_inputs(
-                GraphShape.from_batch(batch), batch, features_MKD, loss_inputs, max_tokens
+                shape, batch, features_MKD, loss_inputs, max_tokens
             )
+            if inputs is not None:
+                break
         if inputs is None:
             return None, features_MKD
         inputs.copy_from(batch, features_MKD, loss_inputs, self.native_model.visual)
-        loss = self._replay(inputs)
+        assert self.graphs is not None, "CUDA graphs are disabled"
+        graph_index = [*self.static_inputs].index(inputs.shape)
+        is_timed = inputs.layout is None and self.graphs.contains(graph_index)
+        loss = None
+        try:
+            with self.timer.time_replay(inputs.shape.num_tokens) if is_timed else nullcontext():
+                loss = self.graphs.run(graph_index, partial(self.run_static, inputs)).clone()
+        except RuntimeError as error:
+            # Usually for lack of memory. An eager pass raises the errors of the pack itself.
+            logging.getLogger(__name__).debug("CUDA graphs are disabled: %s", error)
         if loss is None:
             # Outside the except block, because the traceback keeps tensors alive.
             self.release_graphs()
             return None, features_MKD
-        self._gradients.assign_grads(
-            self._vision_param_indices if inputs.vision_inputs is None else ()
-        )
+        self._gradients.assign_grads(self._vision_param_indices if inputs.layout is None else ())
         inputs.backward_features(features_MKD)
         return loss, features_MKD
 
@@ -255,23 +260,6 @@ class CudaGraphRunner:
         if loss.requires_grad:
             self.timer.record_launch(seconds)
         self._launch_event = record_event(loss.device)
-
-    def _replay(self, inputs: GraphInputs) -> Tensor | None:
-        """Replay a CUDA graph, or capture it on first use.
-
-        Returns:
-            Loss; None if the graph failed, usually for lack of memory. The caller then runs the
-            pack eagerly, which raises the errors of the pack itself.
-        """
-        assert self.graphs is not None, "CUDA graphs are disabled"
-        graph_index = [*self.static_inputs].index(inputs.shape)
-        is_timed = inputs.vision_inputs is None and self.graphs.contains(graph_index)
-        try:
-            with self.timer.time_replay(inputs.shape.num_tokens) if is_timed else nullcontext():
-                return self.graphs.run(graph_index, lambda: self.run_static(inputs)).clone()
-        except RuntimeError as error:
-            logging.getLogger(__name__).debug("CUDA graphs are disabled: %s", error)
-            return None
 
     def warm_up(self, batch: PackedBatch) -> None:
         """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
@@ -284,14 +272,8 @@ class CudaGraphRunner:
         if self.graphs is None:
             return
         self._launch_event = record_event(loss.device)
-        uncaptured_vision = GraphShape.from_batch(batch), self._encode_images(batch, None)
-        for shape, features_MKD in (
-            (self._vision_graph_shape(batch, None), None),
-            uncaptured_vision,
-        ):
-            if shape is None or not self._should_capture(
-                shape, batch, features_MKD, MAX_GRAPH_TOKENS
-            ):
+        for shape, features_MKD in self._iter_shapes(batch, None):
+            if not self._should_capture(shape, batch, features_MKD, MAX_GRAPH_TOKENS):
                 continue
             inputs = GraphInputs.allocate(
                 shape, batch, features_MKD, loss_inputs, self.native_model.visual
@@ -320,23 +302,31 @@ class CudaGraphRunner:
         assert isinstance(self.model, VisionLanguageModel), "only native models use CUDA graphs"
         return self.model
 
-    def _vision_graph_shape(
+    def _iter_shapes(
         self, batch: PackedBatch, features_MKD: Tensor | None
-    ) -> GraphShape | None:
-        """Return the shape of a CUDA graph that contains the vision encoder.
+    ) -> Iterator[tuple[GraphShape, Tensor | None]]:
+        """Yield the shapes of possible CUDA graphs, with the image features that are their input.
 
-        The result is None if the encoder must run outside of the graph.
+        A graph with the vision encoder saves the most launches, and comes first. The encoder runs
+        before the other one, whose features have an autograd graph if they are trainable.
         """
         model = self.native_model
-        if features_MKD is not None or not self._captures_vision:
-            return None
-        if not should_capture_vision(len(batch.patches_ND), model.activation_checkpointing):
-            return None
-        return GraphShape.from_batch(batch, GraphVisionShape.from_batch(batch, model.visual))
+        if (
+            features_MKD is None
+            and self._captures_vision
+            and should_capture_vision(len(batch.patches_ND), model.activation_checkpointing)
+        ):
+            vision_shape = GraphVisionShape.from_grids(
+                model.visual, batch.grid_thw, *batch.patches_ND.shape
+            )
+            yield GraphShape.from_batch(batch, vision_shape), None
+        if features_MKD is None and batch.grid_thw:
+            features_MKD = model.encode_images(batch.patches_ND, batch.grid_thw)
+        yield GraphShape.from_batch(batch), features_MKD
 
     def _get_or_allocate_inputs(
         self,
-        shape: GraphShape | None,
+        shape: GraphShape,
         batch: PackedBatch,
         features_MKD: Tensor | None,
         loss_inputs: Mapping[str, Tensor],
@@ -347,8 +337,6 @@ class CudaGraphRunner:
         The result is None if the pack should run eagerly. New buffers are allocated when packs of
         this shape are frequent, or when one graph can serve several shapes.
         """
-        if shape is None:
-            return None
         # In order of cost: an exact graph, padding to a wider one, memory and warm-up of a new one.
         if shape in self.static_inputs:
             return self.static_inputs[shape]
@@ -417,12 +405,6 @@ class CudaGraphRunner:
             self._num_starved = self._num_starved + 1 if is_finished else 0
             self._launch_event = None
 
-    def _encode_images(self, batch: PackedBatch, features_MKD: Tensor | None) -> Tensor | None:
-        """Return the image features of a pack, with their autograd graph if they are trainable."""
-        if features_MKD is not None or not batch.grid_thw:
-            return features_MKD
-        return self.native_model.encode_images(batch.patches_ND, batch.grid_thw)
-
     @property
     def _is_starved(self) -> bool:
         """True if the device was idle before each of the last `MIN_STARVED_PACKS` packs."""
@@ -447,11 +429,7 @@ class CudaGraphRunner:
     def run_static(self, inputs: GraphInputs) -> Tensor:
         """Run the forward and backward pass from static buffers to static gradient buffers."""
         model = self.native_model
-        vision_inputs = inputs.vision_inputs
-        features_MKD = (
-            inputs.features_MKD if vision_inputs is None else vision_inputs.encode(model.visual)
-        )
-        h_LD = model(inputs.batch, features_MKD, inputs.seed_1)
+        h_LD = model(inputs.batch, inputs.load_features(model.visual), inputs.seed_1)
         loss = self.objective.compute_loss(h_LD, model.lm_head_weight, inputs.loss_inputs)
-        self._gradients.backward(loss[0], inputs.trainable_features)
+        self._gradients.backward(loss[0], inputs.features_MKD)
         return loss.detach()

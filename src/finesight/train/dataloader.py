@@ -17,7 +17,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import repeat
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 from zlib import crc32
@@ -68,8 +67,8 @@ def default_num_workers(device: torch.device, local_world_size: int = 1) -> int:
 
 
 def prefetch_items(
-    load_item: Callable[[int], Item], indices: Iterable[int], num_workers: int, pin_memory: bool
-) -> Iterator[Item]:
+    load_item: Callable[[int], Item], indices: Sequence[int], num_workers: int, pin_memory: bool
+) -> Generator[Item, None, None]:
     """Iterate over items in the given order, loaded by worker processes.
 
     The workers start immediately. If a worker is killed, all workers are restarted at the next
@@ -85,11 +84,9 @@ def prefetch_items(
         DataWorkerError: Workers were killed repeatedly at the same item.
     """
     dataset = _ItemDataset(load_item)
-    # A range of any length takes no memory.
-    index_list = indices if isinstance(indices, range) else list(indices)
 
     def iter_from(start: int) -> Iterator[Item | UserError]:
-        return _start_workers(dataset, index_list[start:], num_workers, pin_memory)
+        return _start_workers(dataset, indices[start:], num_workers, pin_memory)
 
     return _iter_items(iter_from, iter_from(0), num_workers)
 
@@ -143,7 +140,7 @@ def _iter_items(
     iter_from: Callable[[int], Iterator[Item | UserError]],
     source: Iterator[Item | UserError],
     num_workers: int,
-) -> Iterator[Item]:
+) -> Generator[Item, None, None]:
     num_done = num_deaths = 0
     try:
         while True:
@@ -395,7 +392,7 @@ class TensorBlock:
         return cls(specs, torch.empty(0, dtype=torch.uint8).set_(shared, 0, (size,), (1,)))
 
     def pin_memory(self) -> TensorBlock:
-        """Return a copy of the block in pinned memory."""
+        """Return a copy in pinned memory; PyTorch's data loader calls it for items of tuples."""
         return replace(self, bytes_N=self.bytes_N.pin_memory())
 
     def tensors(self) -> Iterator[Tensor]:
@@ -411,8 +408,7 @@ def _aligned_size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return -(-dtype.itemsize * math.prod(shape) // _ALIGNMENT) * _ALIGNMENT
 
 
-@dataclass(frozen=True, slots=True)
-class StepTransfer:
+class StepTransfer(NamedTuple):
     """Step data that a worker sends to the main process, with tensors in two blocks.
 
     The first block contains patches and cache inputs. They are the largest tensors, so the worker
@@ -427,48 +423,38 @@ class StepTransfer:
     @classmethod
     def from_step(cls, step_batch: StepBatch, image_block: TensorBlock) -> StepTransfer:
         """Copy all tensors of a step to a new block, except those already in `image_block`."""
-        tensors = [tensor for batch in step_batch.packs for tensor in _list_tensors(batch)]
+        tensors, empty_tensor = list[Tensor](), torch.empty(0)
+
+        def take(tensor: Tensor) -> Tensor:
+            tensors.append(tensor)
+            return empty_tensor
+
+        packs = [_map_tensors(batch, take) for batch in step_batch.packs]
+        empty_packs = tuple(replace(batch, patches_ND=empty_tensor) for batch in packs)
         block = TensorBlock.allocate(*((tensor.dtype, tuple(tensor.shape)) for tensor in tensors))
         for buffer, tensor in zip(block.tensors(), tensors, strict=True):
             buffer.copy_(tensor)
-        empty_tensor = torch.empty(0)
-        empty_packs = tuple(
-            _with_tensors(batch, empty_tensor, repeat(empty_tensor)) for batch in step_batch.packs
-        )
         return cls(replace(step_batch, packs=empty_packs, cache_inputs=()), image_block, block)
-
-    def pin_memory(self) -> StepTransfer:
-        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
-        return StepTransfer(
-            self.step_batch, self.image_block.pin_memory(), self.tensor_block.pin_memory()
-        )
 
     def unpack(self) -> StepBatch:
         """Restore the step data, whose tensors are views of the two blocks."""
-        other_tensors, image_tensors = self.tensor_block.tensors(), self.image_block.tensors()
-        packs = [
-            _with_tensors(batch, next(image_tensors), other_tensors)
+        tensors, image_tensors = self.tensor_block.tensors(), self.image_block.tensors()
+        packs = tuple(
+            replace(_map_tensors(batch, lambda _: next(tensors)), patches_ND=next(image_tensors))
             for batch in self.step_batch.packs
-        ]
-        return replace(self.step_batch, packs=tuple(packs), cache_inputs=tuple(image_tensors))
+        )
+        return replace(self.step_batch, packs=packs, cache_inputs=tuple(image_tensors))
 
 
-_TENSOR_NAMES = (
-    *("ids_T", "position_ids_3T", "cu_seqlens_S1"),
-    *("visual_indices_M", "logit_indices_L", "labels_L"),
-)
-
-
-def _list_tensors(batch: PackedBatch) -> tuple[Tensor, ...]:
-    tensors: tuple[Tensor, ...] = attrgetter(*_TENSOR_NAMES)(batch)
-    return *tensors, *batch.hf_inputs.values()
-
-
-def _with_tensors(batch: PackedBatch, patches_ND: Tensor, tensors: Iterator[Tensor]) -> PackedBatch:
-    """Replace the tensors of a packed batch; `tensors` has the order of `_list_tensors`."""
-    changes: dict[str, Any] = {name: next(tensors) for name in _TENSOR_NAMES}
-    changes["hf_inputs"] = {name: next(tensors) for name in batch.hf_inputs}
-    return replace(batch, patches_ND=patches_ND, **changes)
+def _map_tensors(batch: PackedBatch, fn: Callable[[Tensor], Tensor]) -> PackedBatch:
+    """Replace all tensors of a packed batch except patches, in a fixed order."""
+    names = (
+        *("ids_T", "position_ids_3T", "cu_seqlens_S1"),
+        *("visual_indices_M", "logit_indices_L", "labels_L"),
+    )
+    changes: dict[str, Any] = dict(zip(names, map(fn, attrgetter(*names)(batch)), strict=True))
+    changes["hf_inputs"] = {name: fn(tensor) for name, tensor in batch.hf_inputs.items()}
+    return replace(batch, **changes)
 
 
 @dataclass(frozen=True)
@@ -497,15 +483,11 @@ class StepDataset:
     max_length: int | None = None
     use_shared_prefix: bool = False
 
-    def with_vision_cache(self, cache_reader: VisionCacheReader) -> StepDataset:
-        """Return a copy of the dataset that reads cached image features instead of images."""
-        return replace(self, cache_reader=cache_reader)
-
     def with_pack_tokens(self, pack_tokens: int) -> StepDataset:
         """Return a copy of the dataset with packs of at most `pack_tokens` tokens."""
         sampler = self.sampler
         if isinstance(sampler, DistributedSampler):
-            sampler = sampler.with_pack_tokens(pack_tokens)
+            sampler = replace(sampler, pack_tokens=pack_tokens)
         return replace(self, sampler=sampler, pack_tokens=pack_tokens)
 
     def __len__(self) -> int:
@@ -514,11 +496,6 @@ class StepDataset:
     def load_step(self, step_index: int) -> StepTransfer:
         """Build a step in a data loader worker."""
         return StepTransfer.from_step(*self.build_step(step_index))
-
-    def compute_order(self, step_index: int) -> None:
-        """Compute the sample order around a step, so that forked workers inherit it."""
-        if step_index < len(self):
-            self.sampler.batch_indices(step_index)
 
     def get_step(self, step_index: int) -> StepBatch:
         """Read, encode and pack the samples of a step in this process."""
@@ -586,7 +563,10 @@ class StepDataset:
         if not isinstance(sampler, DistributedSampler):
             return [], [], []
         samples, skipped = self._read_samples(sampler.split_indices(step_index))
-        shards = [sampler.context_shard(encoded.tokenized) for _, encoded in samples]
+        rank, world_size = sampler.process_group.rank, sampler.process_group.world_size
+        shards = [
+            ContextShard.from_sample(encoded.tokenized, rank, world_size) for _, encoded in samples
+        ]
         sharded_samples = [
             (index, replace(encoded, patches_ND=encoded.patches_ND[slice(*shard.patch_range)]))
             for (index, encoded), shard in zip(samples, shards, strict=True)
@@ -639,8 +619,9 @@ def read_steps(
         num_workers: Number of worker processes; 0 reads in this process.
         pin_memory: Whether to copy the tensors to pinned memory.
     """
-    if num_workers:
-        data.compute_order(start)
+    if num_workers and start < len(data):
+        # Forked workers inherit the sample order.
+        data.sampler.batch_indices(start)
     transfers = prefetch_items(data.load_step, range(start, len(data)), num_workers, pin_memory)
     return (transfer.unpack() for transfer in transfers)
 

@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,7 +37,7 @@ from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
-from finesight.train.dataloader import SkippedSample, StepDataset, catch_user_error, scan_samples
+from finesight.train.dataloader import SkippedSample, StepDataset, scan_samples
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
@@ -123,38 +123,34 @@ def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
     write_file(path, save(dict(tensors), {_CHECKSUM_KEY: _checksum(tensors)}))
 
 
-def load_image_record(path: Path) -> dict[str, ImageStates]:
-    """Read the image fingerprints of each split, which `save_tensors` wrote.
-
-    Raises:
-        UserError: The file is corrupt.
-    """
-    try:
-        record = load_tensors(path)
-        if "train" not in record:
-            raise ValueError("no images of data.train")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"the fingerprints of the images cannot be read: {error}",
-            where=str(path),
-            expected="the file as the run wrote it",
-            remedy=f"delete {path} to resume without comparing images",
-        ) from error
-    return record
-
-
-def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+def load_tensors(
+    path: Path, content: str, remedy: str, required: str = ""
+) -> dict[str, NDArray[Any]]:
     """Read the tensors that `save_tensors` wrote.
 
+    Args:
+        content: Description of the tensors for the error message.
+        required: Name of a tensor that must exist, if any.
+
     Raises:
-        SafetensorError, OSError or ValueError: The file is missing or corrupt.
+        UserError: The file is missing or corrupt.
     """
-    reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
-    with reader as file:
-        tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
-        checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
-    if checksum != _checksum(tensors):
-        raise ValueError("the checksum does not match")
+    try:
+        reader: Any = safe_open(path, framework="numpy")  # its methods are untyped
+        with reader as file:
+            tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+            checksum = (file.metadata() or {}).get(_CHECKSUM_KEY)
+        if checksum != _checksum(tensors):
+            raise ValueError(f"the checksum {checksum} does not match")
+        if required and required not in tensors:
+            raise ValueError(f"no tensor {required}")
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(
+            f"{content} cannot be read: {error}",
+            where=str(path),
+            expected="the file as the run wrote it",
+            remedy=remedy,
+        ) from error
     return tensors
 
 
@@ -166,10 +162,7 @@ def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def check_image_record(
-    run_dir: RunDir,
-    train_data: TrainingData,
-    validation_data: TrainingData | None,
-    log: Callable[[str], None],
+    run_dir: RunDir, splits: Mapping[str, TrainingData | None], log: Callable[[str], None]
 ) -> None:
     """Compare the images with their fingerprints at the start of a resumed run.
 
@@ -183,13 +176,12 @@ def check_image_record(
     if not path.exists():
         log(f"{path} is missing: images are not compared with the start of the run")
         return
-    recorded = load_image_record(path)
+    remedy = f"delete {path} to resume without comparing images"
+    recorded = load_tensors(path, "the fingerprints of the images", remedy, required="train")
     # The user may have repaired the images that the run reported as corrupt.
-    messages = []
-    for line in (*run_dir.iter_metrics(), *map(dict, run_dir.read_skipped_samples())):
-        names = (*line.get("skipped_samples", ()), *filter(None, [line.get("id")]))
-        messages += [*map(json.dumps, names), line.get("reason", "")]
-    for split, data in (("train", train_data), ("eval", validation_data)):
+    rows = run_dir.read_skipped_samples()
+    messages = [text for row in rows for text in (json.dumps(row.id), row.reason)]
+    for split, data in splits.items():
         if data and split in recorded:
             _check_images(split, data, recorded[split], path, "\n".join(messages), log)
 
@@ -225,7 +217,7 @@ def _check_images(
         files = {str(path) for index in extra for path in list_sample_images(corpus[index])}
         raise UserError(
             f"data.{split}: {len(extra)} samples were skipped at the start of the run and are"
-            f" readable now, or the reverse: {_join_names(sorted(files))}",
+            f" readable now, or the reverse: {join_names(sorted(files))}",
             where=str(path),
             expected="the images of the start of the run, whose samples it fixed",
             remedy="restore these files as they were, or start a new run with another output_dir",
@@ -235,7 +227,7 @@ def _check_images(
     if changed:
         raise UserError(
             f"data.{split}: the images of {len(changed)} samples have changed since the start of"
-            f" the run: {_join_names(changed)}",
+            f" the run: {join_names(changed)}",
             where=str(path),
             expected="the images of the start of the run",
             remedy=f"restore them, or delete {path} to resume with the current images",
@@ -248,9 +240,11 @@ def _check_images(
         )
 
 
-def _join_names(names: Sequence[str]) -> str:
-    more = f" and {len(names) - MAX_LISTED_IMAGES} more" if len(names) > MAX_LISTED_IMAGES else ""
-    return f"{', '.join(names[:MAX_LISTED_IMAGES])}{more}"
+def join_names(names: Iterable[str], max_names: int = MAX_LISTED_IMAGES) -> str:
+    """List different names in a message, up to a maximum number."""
+    unique = list(dict.fromkeys(names))
+    more = f" and {len(unique) - max_names} more" if len(unique) > max_names else ""
+    return f"{', '.join(unique[:max_names])}{more}"
 
 
 MAX_FULL_SCAN_SAMPLES = 500_000
@@ -267,14 +261,12 @@ MAX_PROMPTS, MAX_PROMPT_SAMPLES, MAX_PROMPT_CHARS = 4, 500, 400
 class DatasetStats:
     """Statistics of a dataset, and the selection of its valid samples.
 
-    After a partial scan, all samples count as valid, the totals are estimates, and the image counts
-    are unknown (0).
+    After a partial scan, all samples count as valid, and the totals are estimates.
 
     Attributes:
         sample_indices: Corpus indices of the valid samples.
         skipped: Skipped samples with reasons.
-        max_sample_tokens: Number of tokens of the longest sample.
-        num_images: Number of image files and video frames over all samples.
+        num_images: Number of image files and video frames over the scanned samples.
         num_unique_images: Number of distinct image paths.
         leaked_images: Validation images that also occur in the samples.
         sample_stats: Statistics of each sample in `scanned_indices`.
@@ -288,7 +280,6 @@ class DatasetStats:
     skipped: tuple[SkippedSample, ...]
     num_tokens: int
     num_patches: int
-    max_sample_tokens: int
     num_images: int = 0
     num_unique_images: int = 0
     leaked_images: frozenset[str] = frozenset()
@@ -332,22 +323,13 @@ class SampleStats(NamedTuple):
         return sum(t * h * w for t, h, w in self.grid_thw)
 
 
-class _ScanResult(NamedTuple):
-    """Scan result of one sample: statistics, shared prefix and images.
-
-    Attributes:
-        leaked_images: Paths of validation images that occur in the sample.
-    """
-
-    stats: SampleStats
-    shared_prefix: SharedPrefix
-    images: ImageState
-    leaked_images: Set[str]
+ScanResult = tuple[SampleStats, SharedPrefix, ImageState, Set[str]]
+"""Statistics, prefix and images of a sample, and the validation images that occur in it."""
 
 
 def _scan_sample(
     corpus: Corpus, renderer: Renderer, watched_images: Set[str], index: int
-) -> _ScanResult:
+) -> ScanResult:
     sample = corpus.read_validated(index)
     tokenized = renderer.tokenize(sample)
     paths = list_image_paths(sample)
@@ -364,8 +346,8 @@ def _scan_sample(
         num_answer_tokens=tokenized.num_answer_tokens,
         response_starts=tokenized.response_starts,
     )
-    shared_prefix, leaked_images = SharedPrefix.from_sample(tokenized), paths & watched_images
-    return _ScanResult(stats, shared_prefix, read_image_state(sample), leaked_images)
+    prefix, images = SharedPrefix.from_sample(tokenized), read_image_state(sample)
+    return stats, prefix, images, paths & watched_images
 
 
 class SampleStatsMap(dict[int, SampleStats]):
@@ -376,23 +358,19 @@ class SampleStatsMap(dict[int, SampleStats]):
     """
 
     def __init__(
-        self, corpus: Corpus, dataset_stats: DatasetStats, renderer: Renderer, max_length: int
+        self, corpus: Corpus, stats: DatasetStats, renderer: Renderer, max_length: int
     ) -> None:
-        super().__init__(
-            zip(dataset_stats.scanned_indices, dataset_stats.sample_stats, strict=True)
-        )
-        self.prefix_length = dataset_stats.prefix_length
+        super().__init__(zip(stats.scanned_indices, stats.sample_stats, strict=True))
+        self.prefix_length = stats.prefix_length
         self._max_length = max_length
         self._scan_sample = partial(_scan_sample, corpus, renderer, frozenset())
 
     def __missing__(self, index: int) -> SampleStats:
-        result = catch_user_error(self._scan_sample, index)
-        if (
-            isinstance(result, UserError)
-            or find_sample_error(result.stats, self._max_length) is not None
-        ):
-            return SampleStats("", 0, 0, 0, (), ())
-        return result.stats
+        with suppress(UserError):
+            stats, *_ = self._scan_sample(index)
+            if find_sample_error(stats, self._max_length) is None:
+                return stats
+        return SampleStats("", 0, 0, 0, (), ())
 
 
 def list_image_paths(sample: LocatedSample) -> set[str]:
@@ -422,69 +400,57 @@ def compute_dataset_stats(
         UserError: A sample is invalid, or no valid sample is left.
     """
     indices = range(len(corpus)) if subset is None else subset
-    scale = len(corpus) / len(indices)
     scan_sample = partial(_scan_sample, corpus, renderer, watched_images)
-    corrupt_samples: dict[int, str] = {}
-    all_stats: list[SampleStats] = []
-    states: list[ImageState] = []
+    readable: list[tuple[int, SampleStats, ImageState]] = []
+    skipped: list[SkippedSample] = []
     leaked_images: set[str] = set()
     shared_prefix: SharedPrefix | None = None
 
     def iter_stats() -> Iterator[SampleStats]:
         nonlocal shared_prefix
         results = scan_samples(scan_sample, indices, num_workers, on_progress)
-        for position, result in enumerate(results):
-            if isinstance(result, _ScanResult):
-                if find_sample_error(result.stats, data.max_length) is None:
-                    prefix = result.shared_prefix
-                    shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
-                all_stats.append(result.stats)
-                states.append(result.images)
-                leaked_images.update(result.leaked_images)
-                yield result.stats
-            elif isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
-                corrupt_samples[position] = str(result).splitlines()[0]
-            else:
+        for index, result in zip(indices, results, strict=True):
+            if isinstance(result, CorruptImageError) and data.on_invalid_sample == "skip":
+                reason = str(result).splitlines()[0]
+                skipped.append(SkippedSample(corpus[index].sample.id, reason))
+                continue
+            if isinstance(result, UserError):
                 raise result
-        if not all_stats:
+            stats, prefix, images, leaked = result
+            if find_sample_error(stats, data.max_length) is None:
+                shared_prefix = shared_prefix.intersect(prefix) if shared_prefix else prefix
+            readable.append((index, stats, images))
+            leaked_images.update(leaked)
+            yield stats
+        if not readable:
             raise UserError(
                 f"none of {len(indices)} samples has readable images",
                 where="data",
                 expected="valid images at the paths in the samples",
-                remedy="fix the images; the first error is:"
-                f" {next(iter(corrupt_samples.values()))}",
+                remedy=f"fix the images; the first error is: {skipped[0].reason}",
             )
 
     chosen = filter_samples(iter_stats(), data.max_length, data.on_invalid_sample)
-    readable = [index for position, index in enumerate(indices) if position not in corrupt_samples]
-    sample_stats = tuple(all_stats[i] for i in chosen.sample_indices)
-    sample_indices = tuple(readable[i] for i in chosen.sample_indices)
-    scanned = DatasetStats(
-        sample_indices=range(len(corpus)),
-        skipped=(),
-        # A partial scan is extrapolated to the complete dataset.
+    valid = [readable[position] for position in chosen.sample_indices]
+    valid_indices, sample_stats, image_states = zip(*valid, strict=True)
+    skipped += [SkippedSample(n, f"over {data.max_length} tokens") for n in chosen.too_long_ids]
+    skipped += [SkippedSample(name, "no supervised tokens") for name in chosen.unsupervised_ids]
+    image_hashes = [image_hash for stats in sample_stats for image_hash in stats.image_hashes]
+    # A partial scan is extrapolated to the complete dataset.
+    scale = len(corpus) / len(indices)
+    return DatasetStats(
+        sample_indices=valid_indices if subset is None else range(len(corpus)),
+        skipped=tuple(skipped) if subset is None else (),
         num_tokens=round(scale * sum(chosen.token_counts)),
         num_patches=round(scale * sum(stats.num_patches for stats in sample_stats)),
-        max_sample_tokens=max(chosen.token_counts),
-        leaked_images=frozenset(leaked_images),
-        sample_stats=sample_stats,
-        scanned_indices=sample_indices,
-        num_scanned=len(indices),
-        prefix_length=0 if shared_prefix is None else shared_prefix.length,
-        images=build_image_states(sample_indices, [states[i] for i in chosen.sample_indices]),
-    )
-    if subset is not None:
-        return scanned
-    reasons = [(corpus[index].sample.id, reason) for index, reason in corrupt_samples.items()]
-    reasons += [(name, f"over {data.max_length} tokens") for name in chosen.too_long_ids]
-    reasons += [(name, "no supervised tokens") for name in chosen.unsupervised_ids]
-    image_hashes = [image_hash for stats in sample_stats for image_hash in stats.image_hashes]
-    return replace(
-        scanned,
-        sample_indices=sample_indices,
-        skipped=tuple(SkippedSample(*reason) for reason in reasons),
         num_images=len(image_hashes),
         num_unique_images=len({*image_hashes}),
+        leaked_images=frozenset(leaked_images),
+        sample_stats=sample_stats,
+        scanned_indices=valid_indices,
+        num_scanned=len(indices),
+        prefix_length=0 if shared_prefix is None else shared_prefix.length,
+        images=build_image_states(valid_indices, image_states),
     )
 
 
@@ -504,18 +470,9 @@ class TrainingData:
     corpus: Corpus
     stats: DatasetStats
 
-    @property
-    def index_signature(self) -> str:
-        """Text that identifies the valid samples of the split, compared on resume."""
-        indices = self.stats.sample_indices
-        # A list of millions of indices would be too long.
-        return json.dumps(indices) if self.stats.is_complete else f"all of {len(indices)}"
-
     def select_thinking_mode(self, renderer: Renderer) -> Renderer:
         """Return the renderer in the thinking mode of the majority of the scanned samples."""
         modes = [stats.is_thinking for stats in self.stats.sample_stats]
-        if not modes:
-            return renderer
         return renderer.with_thinking(ThinkingOptions(enable_thinking=2 * sum(modes) > len(modes)))
 
     def list_frequent_prompts(self) -> tuple[str, ...]:
@@ -580,47 +537,44 @@ def load_training_data(
     Raises:
         UserError: The data are invalid, or a metric is set without validation data.
     """
-    if recipe.eval is not None and not recipe.data.eval:
-        arguments = {"source": "SOURCE", "out": "OUT", "train_fraction": 0.9}
-        raise UserError(
-            f"eval.metric is {recipe.eval.metric}, but there is no validation data",
-            where="data.eval",
-            expected="a JSONL file of validation samples",
-            remedy=Step("import", arguments, "set data.eval, for example by an import"),
-        )
     if recipe.eval is not None:
+        if not recipe.data.eval:
+            arguments = {"source": "SOURCE", "out": "OUT", "train_fraction": 0.9}
+            raise UserError(
+                f"eval.metric is {recipe.eval.metric}, but there is no validation data",
+                where="data.eval",
+                expected="a JSONL file of validation samples",
+                remedy=Step("import", arguments, "set data.eval, for example by an import"),
+            )
         metric = custom_metric.resolve_metric_path(recipe.eval.metric, recipe.output_dir)
         if (location := custom_metric.parse_metric_path(metric)) is not None:
             # The file is not executed here: a plan does not need it.
             custom_metric.require_metric_file(location[0])
+    scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
     with console.activity("reading data.train"):
         corpus = load_corpus(recipe.data.train)
     if not recipe.data.eval:
-        return _scan_split(corpus, recipe, renderer, num_workers, console, "train"), None
+        return scan_split("train", corpus), None
     with console.activity("reading data.eval"):
         validation_corpus = load_corpus(recipe.data.eval)
         samples = validation_corpus.read_samples()
         watched_images = {path for sample in samples for path in list_image_paths(sample)}
-    train_data = _scan_split(
-        corpus, recipe, renderer, num_workers, console, "train", watched_images
-    )
+    train_data = scan_split("train", corpus, watched_images)
     if train_data.stats.leaked_images:
         console.log(
             f"{format_count(len(train_data.stats.leaked_images), 'image')} of data.eval also in"
             " data.train: metrics on them do not measure generalization"
         )
-    return train_data, _scan_split(
-        validation_corpus, recipe, renderer, num_workers, console, "eval"
-    )
+    return train_data, scan_split("eval", validation_corpus)
 
 
 def _scan_split(
-    corpus: Corpus,
     recipe: Recipe,
     renderer: Renderer,
     num_workers: int,
     console: ProgressConsole,
     split: str,
+    corpus: Corpus,
     watched_images: Set[str] = frozenset(),
 ) -> TrainingData:
     # Validation data are always read completely.
@@ -631,8 +585,8 @@ def _scan_split(
         stats = compute_dataset_stats(
             corpus, renderer, recipe.data, num_workers, on_progress, watched_images, subset
         )
-    log, num_tokens = console.log, f"{stats.num_tokens} tokens (longest {stats.max_sample_tokens})"
-    totals = f"{num_tokens}, {stats.num_patches} patches"
+    log, longest = console.log, max(sample.num_tokens for sample in stats.sample_stats)
+    totals = f"{stats.num_tokens} tokens (longest {longest}), {stats.num_patches} patches"
     if not stats.is_complete:
         log(
             f"data.{split}: {len(stats.sample_indices)} samples, too many for a full scan;"

@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import closing
 from functools import partial
 from itertools import chain
@@ -26,7 +26,7 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalResult, select_eval_samples
-from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.progress import ProgressCallback
 from finesight.train.dataloader import (
     GlobalStepStats,
     SkippedSample,
@@ -44,7 +44,8 @@ from finesight.train.oom import (
 )
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.sampler import SequentialSampler
+from finesight.train.state import TrainState
 
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
@@ -74,18 +75,10 @@ def resolve_interim_limit(settings: EvalSettings | None) -> int | None:
 
 def load_eval_history(run_dir: RunDir) -> list[EvalResult]:
     """Return all evaluations of a run; the first one precedes the first step."""
-    return [
-        m for line in run_dir.iter_metrics() if (m := EvalResult.from_metrics(line)) is not None
-    ]
+    return [*filter(None, map(EvalResult.from_metrics, run_dir.iter_metrics()))]
 
 
-def run_evaluation(
-    state: TrainState,
-    name: str,
-    console: ProgressConsole,
-    stop: StopRequest,
-    is_complete: bool = True,
-) -> EvalResult:
+def run_evaluation(state: TrainState, name: str, is_complete: bool = True) -> EvalResult:
     """Compute the validation loss, and generate and score predictions if a metric is set.
 
     The result is that of the common subset of the run. A complete evaluation also returns that of
@@ -98,8 +91,6 @@ def run_evaluation(
 
     Args:
         name: Name of the predictions file, such as `before` or `step-100`.
-        console: Console for progress and messages.
-        stop: Stop request, checked between batches.
         is_complete: Whether to evaluate all samples, not only the common subset.
 
     Raises:
@@ -108,7 +99,7 @@ def run_evaluation(
     """
     assert state.data.validation is not None, "no validation data"
     indices, settings = state.data.validation.stats.sample_indices, state.run.recipe.eval
-    process_group, corpus = state.run.hardware.process_group, state.data.validation.corpus
+    process_group, console = state.run.hardware.process_group, state.run.console
     subset = select_eval_samples(indices, resolve_interim_limit(settings))
     common = frozenset(subset)
     evaluated = indices if is_complete else subset
@@ -118,48 +109,29 @@ def run_evaluation(
     def compute_loss(budget: MemoryBudget) -> list[LossSum]:
         num_own = sum(len(process_group.shard(part)) for part in parts)
         with console.progress_stage(f"validation loss {name}", num_own) as on_progress:
-            return [
-                compute_validation_loss(state, budget, on_progress, stop, part) for part in parts
-            ]
+            return [compute_validation_loss(state, budget, on_progress, part) for part in parts]
 
     budget, device = state.progress.budget, state.run.hardware.device
     with state.engine.parallel.summon_full_params():
         with process_group.sync_errors():
             loss_sums = retry_on_oom(budget, device, console.log, compute_loss)
         losses, skipped = _mean_losses(state, loss_sums)
-        generation = None
         scored = select_eval_samples(evaluated, settings.limit if settings else None)
-        if settings is not None:
-            positions = [n for n, index in enumerate(scored) if index in common]
-            samples = [corpus[index] for index in scored]
-            generation = _evaluate_generation(
-                state, settings, samples, name, console, stop, positions
-            )
-    _record_skipped(state, skipped, generation, console)
+        generation = _evaluate_generation(state, name, scored, common)
+    reasons = dict(generation.corrupt_samples if generation else ()) | dict(skipped)
+    if reasons:
+        sample_id, reason = next(iter(reasons.items()))
+        console.log(
+            f"{format_count(len(reasons), 'validation sample')} skipped, {sample_id}: {reason};"
+            " evaluations of other samples are not compared with this one"
+        )
+        if process_group.is_main:
+            state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
     full = None
     if rest:
         full = _build_eval_result(state, losses[1], generation, scored)
         generation = generation and (generation.subset or generation)
     return _build_eval_result(state, losses[0], generation, scored, full)
-
-
-def _record_skipped(
-    state: TrainState,
-    loss_skipped: Sequence[SkippedSample],
-    generation: GenerationEvalResult | None,
-    console: ProgressConsole,
-) -> None:
-    """Log the unreadable samples of an evaluation, and write them to `skipped_samples.jsonl`."""
-    reasons = dict(generation.corrupt_samples if generation else ()) | dict(loss_skipped)
-    if not reasons:
-        return
-    name, reason = next(iter(reasons.items()))
-    console.log(
-        f"{format_count(len(reasons), 'validation sample')} skipped, {name}: {reason};"
-        " evaluations of other samples are not compared with this one"
-    )
-    if state.run.hardware.process_group.is_main:
-        state.run.run_dir.append_skipped_samples(reasons.items(), state.progress.step, "eval")
 
 
 def _build_eval_result(
@@ -174,7 +146,13 @@ def _build_eval_result(
     Args:
         scored: Corpus indices of the samples for which an answer was requested.
     """
-    (loss, *metrics), read = mean_loss
+    assert state.data.validation is not None, "no validation data"
+    fingerprint, ((loss, *metrics), read) = state.data.validation.corpus.fingerprint, mean_loss
+
+    def compute_digest(indices: Sequence[int]) -> str:
+        samples = json.dumps([fingerprint, *indices])
+        return hashlib.sha256(samples.encode()).hexdigest()[:16]
+
     answered = [scored[position] for position in generation.positions] if generation else read
     return EvalResult(
         step=state.progress.step,
@@ -187,32 +165,29 @@ def _build_eval_result(
         notes=generation.notes if generation else {},
         num_samples=len(answered),
         num_loss_samples=len(read),
-        sample_set=_compute_digest(state, read),
-        score_set=_compute_digest(state, answered),
+        sample_set=compute_digest(read),
+        score_set=compute_digest(answered),
         full=full,
     )
 
 
-def _compute_digest(state: TrainState, indices: Sequence[int]) -> str:
-    assert state.data.validation is not None, "no validation data"
-    samples = json.dumps([state.data.validation.corpus.fingerprint, *indices])
-    return hashlib.sha256(samples.encode()).hexdigest()[:16]
-
-
 def _evaluate_generation(
-    state: TrainState,
-    settings: EvalSettings,
-    samples: Sequence[LocatedSample],
-    name: str,
-    console: ProgressConsole,
-    stop: StopRequest,
-    subset: Sequence[int],
-) -> GenerationEvalResult:
+    state: TrainState, name: str, scored: Sequence[int], common: Set[int]
+) -> GenerationEvalResult | None:
+    """Generate and score answers to validation samples; return None without a metric.
+
+    Args:
+        scored: Corpus indices of the samples.
+        common: Corpus indices of the samples that are also scored separately.
+    """
+    settings, data = state.run.recipe.eval, state.data.validation
+    if settings is None or data is None:
+        return None
     # A run without `eval.metric` needs no inference engine.
     from finesight.evaluate.generation_eval import evaluate
 
     metric = custom_metric.resolve_metric_path(settings.metric, state.run.run_dir.path)
-    process_group = state.run.hardware.process_group
+    process_group, console = state.run.hardware.process_group, state.run.console
 
     def on_batch_reduced(batch: int) -> None:
         state.engine.graph_runner.release_graphs()
@@ -220,26 +195,24 @@ def _evaluate_generation(
             f"the GPU memory is full: continuing with a batch of {batch} answers (eval.batch_size)"
         )
 
-    with console.progress_stage(
-        f"generation {name}", len(process_group.shard(samples))
-    ) as on_progress:
+    num_own = len(process_group.shard(scored))
+    path = state.run.run_dir.predictions_dir / f"{name}.jsonl"
+    with console.progress_stage(f"generation {name}", num_own) as on_progress:
 
         def on_generated(count: int) -> None:
             on_progress(count)
-            stop.raise_if_requested()
+            state.run.stop.raise_if_requested()
 
         return evaluate(
             state.engine.model,
             state.data.renderer,
-            samples,
+            [data.corpus[index] for index in scored],
             settings.model_copy(update={"metric": metric}),
-            predictions_file=state.run.run_dir.predictions_dir / f"{name}.jsonl"
-            if process_group.is_main
-            else None,
+            predictions_file=path if process_group.is_main else None,
             on_progress=on_generated,
             on_batch_reduced=on_batch_reduced,
             distribute=partial(_distribute_generation, process_group),
-            subset=subset,
+            subset=[n for n, index in enumerate(scored) if index in common],
         )
 
 
@@ -263,14 +236,12 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
             return generations
         predictions: dict[int, Prediction] = {}
         unreadable: dict[int, str] = {}
-        for rank, payload in enumerate(
-            process_group.all_gather_str(adapter.dump_json(generations).decode())
-        ):
-            rank_predictions, missing = adapter.validate_json(payload)
-            sample_positions = range(rank, len(samples), process_group.world_size)
-            unreadable |= {sample_positions[index]: reason for index, reason in missing.items()}
+        payloads = process_group.all_gather_str(adapter.dump_json(generations).decode())
+        for rank, (rank_predictions, missing) in enumerate(map(adapter.validate_json, payloads)):
+            positions = range(rank, len(samples), process_group.world_size)
+            unreadable |= {positions[index]: reason for index, reason in missing.items()}
             readable = (
-                position for index, position in enumerate(sample_positions) if index not in missing
+                position for index, position in enumerate(positions) if index not in missing
             )
             predictions |= zip(readable, rank_predictions, strict=True)
         return [predictions[position] for position in sorted(predictions)], unreadable
@@ -339,11 +310,7 @@ def _mean_losses(
 
 
 def compute_validation_loss(
-    state: TrainState,
-    budget: MemoryBudget,
-    on_progress: ProgressCallback,
-    stop: StopRequest,
-    indices: Sequence[int],
+    state: TrainState, budget: MemoryBudget, on_progress: ProgressCallback, indices: Sequence[int]
 ) -> LossSum:
     """Sum the loss and the metrics of the objective over this rank's validation samples.
 
@@ -352,21 +319,28 @@ def compute_validation_loss(
     Args:
         budget: Memory budget, which limits the tokens of a pack.
         on_progress: Callback for the number of newly processed samples.
-        stop: Stop request, checked between batches.
         indices: Corpus indices of the samples of all ranks.
 
     Raises:
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    data, model = state.build_validation_dataset(budget.pack_tokens, indices), state.engine.model
+    assert state.data.validation is not None, "no validation data"
+    recipe, model = state.run.recipe, state.engine.model
+    own_indices = state.run.hardware.process_group.shard(indices)
+    sampler = SequentialSampler(own_indices, recipe.train.batch_size)
+    # Without shared prefixes: in evaluation mode, some families compute a token depending on the
+    # length of its sample (`model.families.qwen_vl`).
+    data = state.data.validation.build_step_dataset(
+        state.data.renderer, sampler, budget.pack_tokens, recipe.data
+    )
     objective, device = state.engine.objective, state.run.hardware.device
     total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
     num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
     model.eval()
     try:
-        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress, stop):
+        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress):
             for loss in values:
                 total += loss
             num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
@@ -384,14 +358,13 @@ def iter_step_losses(
     split: str,
     budget: MemoryBudget,
     on_progress: ProgressCallback,
-    stop: StopRequest,
 ) -> Iterator[tuple[StepBatch, list[Tensor]]]:
     """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
     hardware = state.run.hardware
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
     with closing(step_batches) as steps:
         for step_batch in steps:
-            stop.raise_if_requested()
+            state.run.stop.raise_if_requested()
             values = []
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:

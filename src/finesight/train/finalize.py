@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from itertools import product
 from math import fsum, isfinite
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
+from finesight.bounded_files import read_bytes
 from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, pair_results
@@ -78,6 +79,10 @@ class ParamChange:
     relative_change: float
 
 
+ParamRecord = tuple[str, int, Tensor, Tensor | None]
+"""Name, number of elements, checksum, and copied elements of a trainable parameter or shard."""
+
+
 class ParamAudit:
     """Record of the initial parameters of a run, for comparison at its end.
 
@@ -95,20 +100,23 @@ class ParamAudit:
         }
         self._quantized = find_quantized_weights(model)
         self._master_weights = master_weights
-        self._start = {record.name: record for record in self._iter_records()}
+        self._start = {name: values for name, _, *values in self._iter_records()}
 
-    def _iter_records(self) -> Iterator[_ParamRecord]:
+    def _iter_records(self) -> Iterator[ParamRecord]:
         """Yield the current records of the local shards of all parameters."""
         for name, parameter in self._frozen.items():
-            tensor = _local_tensor(parameter.detach())
-            yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor))
+            tensor = parameter.detach()
+            # DTensor is slow to import.
+            if hasattr(tensor, "to_local"):
+                tensor = tensor.to_local()
+            yield name, tensor.numel(), compute_checksum(tensor), None
         for name, weight in self._quantized.items():
             checksum = torch.stack([compute_checksum(one) for one in weight.buffers()]).sum()
-            yield _ParamRecord(name, weight.num_elements, checksum)
+            yield name, weight.num_elements, checksum, None
         for name, tensor in self._master_weights.items():
             flat_E = tensor.reshape(-1)
             sample = flat_E[:: max(1, len(flat_E) // SAMPLE_SIZE)].clone()
-            yield _ParamRecord(name, tensor.numel(), compute_checksum(tensor), sample)
+            yield name, tensor.numel(), compute_checksum(tensor), sample
 
     def compute_changes(
         self, params_with_grad: Collection[str], process_group: ProcessGroup = SINGLE_PROCESS
@@ -124,13 +132,13 @@ class ParamAudit:
         """
         own_sums: dict[str, list[float]] = {}
         for name, num_params, checksum, sample in self._iter_records():
-            start = self._start[name]
+            start_checksum, start_sample = self._start[name]
             squares = [0.0, 0.0]
-            if sample is not None and start.sample is not None:
-                squares = [float(x.square().sum()) for x in (sample - start.sample, start.sample)]
+            if sample is not None and start_sample is not None:
+                squares = [float(x.square().sum()) for x in (sample - start_sample, start_sample)]
             # Quantized weights are replicated on every rank.
             is_counted = name not in self._quantized or process_group.is_main
-            flags = bool(checksum != start.checksum), name in params_with_grad, sample is not None
+            flags = bool(checksum != start_checksum), name in params_with_grad, sample is not None
             own_sums[name] = [is_counted * num_params, *flags, *squares]
         sums_by_group: dict[tuple[ModelPart, bool], dict[str, list[float]]] = {}
         for payload in process_group.all_gather_str(json.dumps(own_sums)):
@@ -155,29 +163,6 @@ class ParamAudit:
                 )
                 param_changes.append(change)
         return param_changes
-
-
-class _ParamRecord(NamedTuple):
-    """Values of a parameter, or of its local shard, at one time.
-
-    Attributes:
-        checksum: Sum of the bits, a scalar on the device.
-        sample: Copy of evenly spaced elements; None for a frozen parameter.
-    """
-
-    name: str
-    num_params: int
-    checksum: Tensor
-    sample: Tensor | None = None
-
-
-def _local_tensor(tensor: Tensor) -> Tensor:
-    """Return the local shard of a DTensor; return any other tensor unchanged.
-
-    The class is not imported, because DTensor is slow to import.
-    """
-    to_local: Callable[[], Tensor] | None = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
 
 
 def compute_checksum(tensor: Tensor) -> Tensor:
@@ -251,30 +236,8 @@ class RunResult(BaseModel):
         """Return the content of `result.json`."""
         return self.model_dump(mode="json")
 
-    def as_table(self) -> str:
-        """Format the metrics before and after training as a table.
 
-        The result is empty without validation data.
-        """
-        if self.after is None:
-            return ""
-        lines = []
-        if self.metric_differences:
-            lines.append(format_differences(self.metric_differences, self.after.primary_metric))
-        if self.before is not None:
-            old, new = self.before.as_best_eval(), self.after.as_best_eval()
-            text = "{}: not compared: the samples before ({}) and after training ({}) differ"
-            if not old.has_scores_of(new):
-                lines.append(text.format("scores", old.num_samples, new.num_samples))
-            if not old.has_loss_of(new):
-                counts = old.num_loss_samples, new.num_loss_samples
-                lines.append(text.format("validation_loss", *counts))
-        return "\n".join(lines)
-
-
-def finalize_run(
-    state: TrainState, console: ProgressConsole, param_audit: ParamAudit
-) -> RunResult | None:
+def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -287,22 +250,23 @@ def finalize_run(
         RuntimeError: A frozen part changed, which is a bug.
         UserError: A trainable part did not change.
     """
-    run_dir, process_group = state.run.run_dir, state.run.hardware.process_group
+    run_dir, console = state.run.run_dir, state.run.console
+    process_group, settings = state.run.hardware.process_group, state.run.recipe.eval
     eval_history = load_eval_history(run_dir) if process_group.is_main else []
     best_eval, _ = find_best_eval(eval_history)
     before: EvalResult | None = None
-    after = eval_history[-1] if len(eval_history) > 1 else None
+    after: EvalResult | None = None
     step = state.progress.step
-    settings = state.run.recipe.eval
-    if best_eval is not None and settings is not None and settings.patience:
-        after = best_eval
-        if best_eval.step != step:
-            step = best_eval.step
-            console.log(f"restoring the weights of step {step}, which have the best evaluation")
-        predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
-        if predictions.is_file():
-            write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
-    if after is not None and len(eval_history) > 1:
+    if len(eval_history) > 1:
+        after = eval_history[-1]
+        if best_eval is not None and settings is not None and settings.patience:
+            after = best_eval
+            if best_eval.step != step:
+                step = best_eval.step
+                console.log(f"restoring the weights of step {step}, which have the best evaluation")
+            predictions = run_dir.predictions_dir / f"step-{best_eval.step}.jsonl"
+            if predictions.is_file():
+                write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
         before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
     if not (process_group.is_main or state.engine.parallel.is_sharded):
@@ -331,6 +295,7 @@ def finalize_run(
         if line_loss is not None and isfinite(line_loss):
             loss = line_loss
         num_late_skipped += len(line.get("skipped_samples", ()))
+    differences = _compute_differences(state, before, after) if before and after else []
     run_result = RunResult(
         run_dir=str(run_dir.path),
         steps=state.progress.step,
@@ -340,48 +305,16 @@ def finalize_run(
         before=before,
         after=after,
         param_changes=tuple(param_changes),
-        metric_differences=tuple(_compute_differences(state, before, after))
-        if before and after
-        else (),
+        metric_differences=tuple(differences),
         best_eval=best_eval.as_best_eval() if best_eval else None,
         weights_step=after.step if after else state.progress.step,
         stopped_early=state.progress.step < len(state.data.sampler),
     )
-    run_dir.write_result(run_result.as_json())
+    run_dir.flush()
+    run_dir.write(RESULT_FILE, run_result.as_json())
     _log_summary(run_result, eval_history[-1] if eval_history else None, run_dir, console)
-    write_run_report(run_dir, console)
+    RunReport(run_dir, console).write()
     return run_result
-
-
-def write_run_report(
-    run_dir: RunDir,
-    console: ProgressConsole,
-    live_report: LiveReportState | None = None,
-    *,
-    is_complete: bool = True,
-) -> None:
-    """Write `report.html` of a run.
-
-    Errors are logged, because a report must not fail a finished run.
-
-    Args:
-        live_report: State of the live report while the run is in progress.
-        is_complete: Whether the run is finished. The report then has more examples.
-    """
-    # Only the main process needs the report.
-    from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
-
-    max_examples = MAX_EXAMPLES if is_complete else MAX_LIVE_EXAMPLES
-    try:
-        page = write_report(run_dir.path, max_examples=max_examples, live_state=live_report)
-    except Exception as error:
-        console.log(
-            f"writing the report failed ({type(error).__name__}: {error});"
-            f" {Step('report', {'run': run_dir.path}, 'to create it later')}"
-        )
-    else:
-        if run_dir.read_result() is not None:
-            console.log(f"Report:  {page}")
 
 
 def _compute_differences(
@@ -401,19 +334,21 @@ def _compute_differences(
         return differences
     metric = custom_metric.resolve_metric_path(settings.metric, run_dir.path)
     first, last = (run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after"))
+    sampled: list[MetricDifference] = []
     if first.is_file() and last.is_file():
-        score_differences = compare_prediction_files(metric, first, last, new.num_samples)
-        if score_differences:
-            return [*differences, *score_differences]
-    # The predictions of these samples are missing: scores are known, but not the intervals.
-    shared = [name for name in before.scores if name in after.scores]
-    return [
-        *differences,
-        *(
-            build_unsampled_difference(n, before.scores[n], after.scores[n], REASON_NO_PREDICTIONS)
-            for n in shared
-        ),
-    ]
+        sampled = compare_prediction_files(metric, first, last, new.num_samples)
+    if not sampled:  # Scores are known, but not the intervals.
+        sampled = [
+            build_unsampled_difference(name, score, after.scores[name], REASON_NO_PREDICTIONS)
+            for name, score in before.scores.items()
+            if name in after.scores
+        ]
+    return differences + sampled
+
+
+def get_ranking_score(result: EvalResult | BestEval) -> float:
+    """Return the primary score of an evaluation; without a metric, the validation loss."""
+    return result.validation_loss if result.primary_score is None else result.primary_score
 
 
 def _log_summary(
@@ -423,23 +358,26 @@ def _log_summary(
 
     The checkpoints are compared by the last evaluation, on the common subset of the run.
     """
-    after, best = result.after, result.best_eval
-    if after is not None:
-        console.log(result.as_table())
-    if after is not None and last is not None and best is not None and best.step != after.step:
-        metric_name = "validation loss" if best.primary_metric is None else best.primary_metric
-        value, final = (
-            evaluation.validation_loss
-            if evaluation.primary_score is None
-            else evaluation.primary_score
-            for evaluation in (best, last)
-        )
-        if f"{value:.4f}" == f"{final:.4f}":
-            return
+    before, after, best = result.before, result.after, result.best_eval
+    if before is None or after is None or last is None:
+        return
+    if result.metric_differences:
+        console.log(format_differences(result.metric_differences, after.primary_metric))
+    old, new = before.as_best_eval(), after.as_best_eval()
+    text = "{}: not compared: the samples before ({}) and after training ({}) differ"
+    if not old.has_scores_of(new):
+        console.log(text.format("scores", old.num_samples, new.num_samples))
+    if not old.has_loss_of(new):
+        console.log(text.format("validation_loss", old.num_loss_samples, new.num_loss_samples))
+    if best is None or best.step == after.step:
+        return
+    value, final = get_ranking_score(best), get_ranking_score(last)
+    if f"{value:.4f}" != f"{final:.4f}":
         subset = f"Common subset of {last.num_loss_samples} samples: " if last.full else ""
         console.log(
-            f"{subset}The {metric_name} was better after step {best.step} ({value:.4f});"
-            f" its checkpoint is {run_dir.checkpoint_dir / f'step-{best.step}'}"
+            f"{subset}The {best.primary_metric or 'validation loss'} was better after step"
+            f" {best.step} ({value:.4f}); its checkpoint is"
+            f" {run_dir.checkpoint_dir / f'step-{best.step}'}"
         )
 
 
@@ -483,29 +421,26 @@ def load_result(run_dir: RunDir) -> RunResult | None:
     Raises:
         UserError: `result.json` is invalid.
     """
-    text = run_dir.read_result()
-    if text is None:
+    if not run_dir.is_finished:
         return None
+    path, expected = run_dir.path / RESULT_FILE, "the file as training wrote it"
+    remedy = "delete it; --resume then writes it again"
     try:
-        return RunResult.model_validate_json(text)
+        return RunResult.model_validate_json(read_bytes(path, expected=expected, remedy=remedy))
     except ValidationError as error:
-        raise UserError(
-            f"not a valid result: {error.errors(include_url=False)[0]['msg']}",
-            where=str(run_dir.path / RESULT_FILE),
-            expected="the file as training wrote it",
-            remedy="delete it; --resume then writes it again",
-        ) from error
+        problem = f"not a valid result: {error.errors(include_url=False)[0]['msg']}"
+        raise UserError(problem, where=str(path), expected=expected, remedy=remedy) from error
 
 
 def format_param_changes(changes: list[ParamChange]) -> str:
     """Format parameter changes as a table with one row per model part."""
     cells = [("part", "", "tensors", "parameters", "changed", "relative change")]
     for change in changes:
-        relative_change = f"{change.relative_change:.2e}" if change.is_trained else "-"
+        ratio, kind = f"{change.relative_change:.2e}", "trained"
+        if not change.is_trained:
+            ratio, kind = "-", "frozen"
         counts = (str(change.num_tensors), f"{change.num_params:,}", str(change.num_changed))
-        cells.append(
-            (change.part, "trained" if change.is_trained else "frozen", *counts, relative_change)
-        )
+        cells.append((change.part, kind, *counts, ratio))
     return align_columns(cells, 2)
 
 
@@ -516,8 +451,11 @@ MIN_IDLE_RATIO = 300
 """Minimum ratio of the update interval to the duration of an update."""
 
 
-class LiveReport:
-    """Writer of the report of a run in progress, on demand and in the training loop."""
+class RunReport:
+    """Writer of the report of a run, in the training loop, on demand and at the end.
+
+    Errors are logged, because a report must not fail a run.
+    """
 
     def __init__(
         self, run_dir: RunDir, console: ProgressConsole, interval_s: float = REPORT_INTERVAL_S
@@ -531,19 +469,37 @@ class LiveReport:
 
         return LiveReportState(interval_s=self._min_interval_s)
 
-    def write(self) -> None:
-        """Write the report now; errors are logged."""
-        write_run_report(self._run_dir, self._console, self._live, is_complete=False)
+    def write(self, *, is_live: bool = False) -> None:
+        """Write `report.html` now, with more examples if the run is finished.
+
+        Args:
+            is_live: Whether the run is in progress.
+        """
+        # Only the main process needs the report.
+        from finesight.report.run_page import MAX_EXAMPLES, MAX_LIVE_EXAMPLES, write_report
+
+        run_dir, live_state = self._run_dir, self._live if is_live else None
+        max_examples = MAX_EXAMPLES if run_dir.is_finished else MAX_LIVE_EXAMPLES
+        try:
+            page = write_report(run_dir.path, max_examples=max_examples, live_state=live_state)
+        except Exception as error:
+            self._console.log(
+                f"writing the report failed ({type(error).__name__}: {error});"
+                f" {Step('report', {'run': run_dir.path}, 'to create it later')}"
+            )
+        else:
+            if run_dir.is_finished:
+                self._console.log(f"Report:  {page}")
 
     def write_if_due(self) -> bool:
         """Write the report once per interval, in at most 1/300 of the time; return if it did."""
         if time.perf_counter() < self._due_s:
             return False
-        live, start = self._live, time.perf_counter()
-        self.write()
+        start = time.perf_counter()
+        self.write(is_live=True)
         end = time.perf_counter()
-        live.interval_s = max(self._min_interval_s, MIN_IDLE_RATIO * (end - start))
-        self._due_s = end + live.interval_s
+        self._live.interval_s = max(self._min_interval_s, MIN_IDLE_RATIO * (end - start))
+        self._due_s = end + self._live.interval_s
         return True
 
 
@@ -555,20 +511,15 @@ def record_failure(
     try:
         yield
     except Exception as error:
-        status = "interrupted" if isinstance(error, TrainingInterrupted) else "failed"
+        status, reason = "failed", f"{type(error).__name__}: {error}"
+        if isinstance(error, TrainingInterrupted):
+            status, reason = "interrupted", str(error)
+        elif isinstance(error, UserError):
+            reason = f"{error.where}: {error.what}" if error.where else error.what
         ended_at = datetime.now(UTC).isoformat(timespec="seconds")
-        end = {"ended_at": ended_at, "status": status, "reason": _describe_error(error)}
+        end = {"ended_at": ended_at, "status": status, "reason": reason}
         # A full disk must not hide the original error.
         with suppress(UserError, OSError):
             run_dir.append_metrics({"step": progress.step, **end})
-        write_run_report(run_dir, console, is_complete=False)
+        RunReport(run_dir, console).write()
         raise
-
-
-def _describe_error(error: Exception) -> str:
-    """Format the error that ended a run as one line."""
-    if isinstance(error, UserError):
-        return f"{error.where}: {error.what}" if error.where else error.what
-    return (
-        str(error) if isinstance(error, TrainingInterrupted) else f"{type(error).__name__}: {error}"
-    )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -90,38 +90,37 @@ class FlopCounter:
             # Adapters belong to the adapted layer.
             _iter_weights(model),
             lambda weight: (
-                weight.name.partition(".adapter.")
-                if ".adapter." in weight.name
-                else weight.name.rpartition(".")
+                weight[0].partition(".adapter.")
+                if ".adapter." in weight[0]
+                else weight[0].rpartition(".")
             )[0],
         ):
             has_trainable = False
-            for weight in layer_weights:
-                part = get_part(weight.name)
-                has_trainable = has_trainable or (
-                    weight.is_trainable and not weight.name.endswith(EMBEDDING_SUFFIXES)
-                )
-                if weight.is_trainable:
+            for name, num_params, is_matmul, is_trainable in layer_weights:
+                part = get_part(name)
+                has_trainable |= is_trainable and not name.endswith(EMBEDDING_SUFFIXES)
+                if is_trainable:
                     trainable_parts.add(part)
                 # The embedding is a lookup; the head is counted below.
-                if weight.is_matmul and part != "embeddings":
-                    has_input_grad = needs_input_grad or ".adapter.lora_B." in weight.name
-                    flops = _count_passes(weight.is_trainable, has_input_grad) * weight.num_params
-                    if weight.name.startswith(LAYER_PREFIXES):
-                        self._layer_params[part] += weight.num_params
-                    if weight.name.startswith(last_mlp):
+                if is_matmul and part != "embeddings":
+                    has_input_grad = needs_input_grad or ".adapter.lora_B." in name
+                    flops = _count_passes(is_trainable, has_input_grad) * num_params
+                    if name.startswith(LAYER_PREFIXES):
+                        self._layer_params[part] += num_params
+                    if name.startswith(last_mlp):
                         self._params_per_label[part] += flops
                     else:
-                        patch_flops = int(flops * _patch_fraction(weight.name))
+                        patch_flops = int(flops * _patch_fraction(name))
                         self._params_per_row["vision"] += patch_flops
                         self._params_per_row[part] += flops - patch_flops
             needs_input_grad = needs_input_grad or has_trainable
         decoder_config = model.config.decoder
         head = model.model.embed_tokens if model.lm_head is None else model.lm_head
         is_head_trainable = any(parameter.requires_grad for parameter in head.parameters())
-        num_params = decoder_config.vocab_size * decoder_config.hidden_size
         self._params_per_label["embeddings"] += (
-            _count_passes(is_head_trainable, has_input_grad=True) * num_params
+            _count_passes(is_head_trainable, has_input_grad=True)
+            * decoder_config.vocab_size
+            * decoder_config.hidden_size
         )
         self._vision_passes = 3 if "vision" in trainable_parts else 1
         self._decoder_passes = 3 if trainable_parts else 1
@@ -176,21 +175,17 @@ class FlopCounter:
         num_windowed, window = self._window_config
         width = decoder_config.num_heads * decoder_config.head_dim
         # Only the first sequence has queries in the shared prefix.
-        squared_lengths = sum(
-            length**2 for length in compute_context_lengths(lengths, prefix_length)
-        )
+        context_lengths = compute_context_lengths(lengths, prefix_length)
+        squared_lengths = sum(length**2 for length in context_lengths)
         squared_lengths -= prefix_length**2 * (len(lengths) - 1)
         causal = squared_lengths * 2 * width * decoder_config.num_full_attention_layers
-        full_attention = sum(t * (h * w) ** 2 for t, h, w in grid_thw) * (
-            vision_config.num_layers - num_windowed
-        )
-        window_attention = (
-            sum(t * h * w * min(window, h * w) for t, h, w in grid_thw) * num_windowed
-        )
         causal += self._count_linear_attention(lengths)
-        return causal * self._decoder_passes, 4 * vision_config.hidden_size * (
-            full_attention + window_attention
-        ) * self._vision_passes
+        num_full = vision_config.num_layers - num_windowed
+        # Summed over the layers.
+        num_keys = (num_full * h * w + num_windowed * min(window, h * w) for _, h, w in grid_thw)
+        scores = sum(t * h * w * keys for (t, h, w), keys in zip(grid_thw, num_keys, strict=True))
+        vision = 4 * vision_config.hidden_size * scores
+        return causal * self._decoder_passes, vision * self._vision_passes
 
     def _count_linear_attention(self, lengths: Sequence[int]) -> int:
         """Count the FLOPs of the gated delta rule in a forward pass, as a recurrence.
@@ -216,26 +211,17 @@ def _patch_fraction(name: str) -> float:
     return 2 / 3 if name == "visual.merger.attn_pool.attn.in_proj_weight" else 0.0
 
 
-class _WeightInfo(NamedTuple):
-    """Weight of the model, for counting FLOPs.
+def _iter_weights(model: VisionLanguageModel) -> Iterator[tuple[str, int, bool, bool]]:
+    """Iterate over the parameters and quantized weights of a model in module order.
 
-    Attributes:
-        num_params: Number of elements; in MoE layers, those of the active experts.
-        is_matmul: Whether the weight is used in a matrix product.
+    Yields:
+        Name; number of elements, in MoE layers of the active experts; whether the weight is used in
+        a matrix product; whether it is trainable.
     """
-
-    name: str
-    num_params: int
-    is_matmul: bool
-    is_trainable: bool
-
-
-def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
-    """Iterate over the parameters and quantized weights of a model in module order."""
     experts = model.config.decoder.moe
     for path, module in model.named_modules():
         if isinstance(module, QuantizedWeight):
-            yield _WeightInfo(path, module.num_elements, is_matmul=True, is_trainable=False)
+            yield path, module.num_elements, True, False
         for name, parameter in module.named_parameters(prefix=path, recurse=False):
             num_params = parameter.numel()
             if ".experts." in name and experts is not None:
@@ -245,7 +231,7 @@ def _iter_weights(model: VisionLanguageModel) -> Iterator[_WeightInfo]:
                 and not isinstance(module, nn.Embedding)
                 and not name.endswith((*EMBEDDING_SUFFIXES, CONV_SUFFIX))
             )
-            yield _WeightInfo(name, num_params, is_matmul, parameter.requires_grad)
+            yield name, num_params, is_matmul, parameter.requires_grad
 
 
 def _count_passes(is_trainable: bool, has_input_grad: bool) -> int:

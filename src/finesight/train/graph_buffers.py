@@ -82,12 +82,6 @@ class GraphVisionShape(NamedTuple):
     segment_shapes: tuple[tuple[int, int], ...]
 
     @classmethod
-    def from_batch(cls, batch: PackedBatch, vision_encoder: VisionEncoder) -> GraphVisionShape:
-        """Return the sizes for the images of a pack, rounded up."""
-        num_patches, patch_bytes = batch.patches_ND.shape
-        return cls.from_grids(vision_encoder, batch.grid_thw, num_patches, patch_bytes)
-
-    @classmethod
     def from_grids(
         cls,
         vision_encoder: VisionEncoder,
@@ -106,102 +100,67 @@ class GraphVisionShape(NamedTuple):
         return cls(round_up(num_patches, multiple), patch_bytes, tuple(segment_shapes))
 
 
-@dataclass(frozen=True)
-class GraphVisionInputs:
-    """Static buffers for the patches of a pack and their layout."""
-
-    shape: GraphVisionShape
-    patches_NB: Tensor
-    layout: PatchLayout
-
-    @classmethod
-    def allocate(
-        cls, shape: GraphVisionShape, batch: PackedBatch, vision_encoder: VisionEncoder
-    ) -> GraphVisionInputs:
-        """Allocate buffers of the given sizes, with the dtypes and device of `batch`."""
-        num_patches, device = shape.num_patches, batch.patches_ND.device
-        layout = vision_encoder.compute_patch_layout(batch.grid_thw, device)
-        segment_buffers = [
-            Segments(
-                (max_seqlen,) * count,
-                _zeros(count + 1, device, torch.int32),
-                max_seqlen,
-                num_patches,
-            )
-            for count, max_seqlen in shape.segment_shapes
-        ]
-        segment_ids = [id(segments) for segments in unique_objects(layout.segments)]
-        order_M = None
-        if layout.window_index_M is not None:
-            order_M = _zeros(
-                num_patches // vision_encoder.config.merge_size**2, device, torch.int64
-            )
-        return cls(
-            shape,
-            batch.patches_ND.new_zeros(num_patches, shape.patch_bytes),
-            PatchLayout(
-                position_ids_N2=_zeros(num_patches, device, layout.position_ids_N2.dtype, 2),
-                segments=tuple(
-                    segment_buffers[segment_ids.index(id(own))] for own in layout.segments
-                ),
-                window_index_M=order_M,
-                reverse_index_M=None if order_M is None else torch.zeros_like(order_M),
-            ),
+def _allocate_layout(shape: GraphVisionShape, layout: PatchLayout, merge_size: int) -> PatchLayout:
+    """Allocate static buffers for patch layouts like `layout`."""
+    num_patches, positions_N2 = shape.num_patches, layout.position_ids_N2
+    segments = {
+        id(own): Segments(
+            (max_seqlen,) * count,
+            own.cu_seqlens_S1.new_zeros(count + 1),
+            max_seqlen,
+            num_patches,
         )
-
-    @torch.no_grad()
-    def copy_from(self, batch: PackedBatch, vision_encoder: VisionEncoder) -> None:
-        """Copy the patches and layout of a pack to the buffers, without synchronization."""
-        num_patches = len(batch.patches_ND)
-        layout = vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device)
-        self.patches_NB[:num_patches].copy_(batch.patches_ND)
-        self.patches_NB[num_patches:].zero_()
-        self.layout.position_ids_N2[:num_patches].copy_(layout.position_ids_N2)
-        self.layout.position_ids_N2[num_patches:].zero_()
-        segment_pairs = unique_objects(self.layout.segments), unique_objects(layout.segments)
-        for buffer_segments, segments in zip(*segment_pairs, strict=True):
-            _copy_segments(buffer_segments, segments, num_patches, self.shape.num_patches)
-        pairs = (
-            (self.layout.window_index_M, layout.window_index_M),
-            (self.layout.reverse_index_M, layout.reverse_index_M),
+        for own, (count, max_seqlen) in zip(
+            unique_objects(layout.segments), shape.segment_shapes, strict=True
         )
-        for buffer, order_M in pairs:
-            if buffer is not None and order_M is not None:
-                num_merged = len(order_M)
-                buffer[:num_merged].copy_(order_M)
-                buffer[num_merged:].copy_(
-                    torch.arange(num_merged, len(buffer), device=buffer.device)
-                )
-
-    def encode(self, vision_encoder: VisionEncoder) -> Tensor:
-        """Encode the patches in the buffers to features [M, K, D].
-
-        The features of padding patches come last.
-        """
-        features_MKD: Tensor = vision_encoder(self.patches_NB, (), layout=self.layout)
-        return features_MKD
+    }
+    window_index_M = layout.window_index_M
+    if window_index_M is not None:
+        window_index_M = window_index_M.new_zeros(num_patches // merge_size**2)
+    return PatchLayout(
+        positions_N2.new_zeros(num_patches, 2),
+        tuple(segments[id(own)] for own in layout.segments),
+        window_index_M,
+        None if window_index_M is None else torch.zeros_like(window_index_M),
+    )
 
 
-def _copy_segments(
-    buffer_segments: Segments, segments: Segments, num_patches: int, max_patches: int
+def _copy_layout(buffers: PatchLayout, layout: PatchLayout) -> None:
+    """Copy the layout of a pack to static buffers. Padding patches have dummy segments."""
+    num_patches, max_patches = len(layout.position_ids_N2), len(buffers.position_ids_N2)
+    _copy_padded(buffers.position_ids_N2, layout.position_ids_N2, 0)
+    segment_pairs = unique_objects(buffers.segments), unique_objects(layout.segments)
+    for own, segments in zip(*segment_pairs, strict=True):
+        _copy_cu_seqlens(
+            own.cu_seqlens_S1, segments.cu_seqlens_S1, own.max_seqlen, num_patches, max_patches
+        )
+    for buffer, order_M in (
+        (buffers.window_index_M, layout.window_index_M),
+        (buffers.reverse_index_M, layout.reverse_index_M),
+    ):
+        if buffer is not None and order_M is not None:
+            padding = torch.arange(len(order_M), len(buffer), device=buffer.device)
+            _copy_padded(buffer, order_M, padding)
+
+
+def _copy_cu_seqlens(
+    buffer_S1: Tensor, cu_seqlens_S1: Tensor, max_seqlen: int, num_rows: int, max_rows: int
 ) -> None:
-    """Copy cumulative segment lengths to a buffer, followed by padding.
+    """Copy cumulative lengths to a buffer, followed by dummy segments for the padding rows.
 
-    Dummy segments cover the padding patches; empty segments fill the rest of the buffer.
+    Empty segments fill the rest of the buffer.
     """
-    count = len(segments.lengths)
-    buffer_segments.cu_seqlens_S1[: count + 1].copy_(segments.cu_seqlens_S1)
-    num_padding = len(buffer_segments.cu_seqlens_S1) - count - 1
-    ends = torch.arange(
-        1, num_padding + 1, device=buffer_segments.cu_seqlens_S1.device, dtype=torch.int32
-    )
-    buffer_segments.cu_seqlens_S1[count + 1 :].copy_(
-        (ends * buffer_segments.max_seqlen + num_patches).clamp_(max=max_patches)
-    )
+    num_padding = len(buffer_S1) - len(cu_seqlens_S1)
+    ends = torch.arange(1, num_padding + 1, device=buffer_S1.device, dtype=buffer_S1.dtype)
+    _copy_padded(buffer_S1, cu_seqlens_S1, (ends * max_seqlen + num_rows).clamp_(max=max_rows))
 
 
-def _zeros(rows: int, device: torch.device, dtype: torch.dtype, *extra_dims: int) -> Tensor:
-    return torch.zeros(rows, *extra_dims, dtype=dtype, device=device)
+def _copy_padded(buffer: Tensor, values: Tensor, padding: int | Tensor) -> None:
+    buffer[: len(values)].copy_(values)
+    if isinstance(padding, Tensor):
+        buffer[len(values) :].copy_(padding)
+    else:
+        buffer[len(values) :].fill_(padding)
 
 
 class GraphGradients:
@@ -221,14 +180,16 @@ class GraphGradients:
         }
         self._buffers: dict[int, Tensor] = {}
 
-    def backward(self, loss: Tensor, extra_outputs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def backward(self, loss: Tensor, features_MKD: Tensor | None) -> None:
         """Compute the gradients of a loss and write them to static buffers.
 
         Args:
-            extra_outputs: Additional tensors that require gradients, each with its gradient buffer.
+            features_MKD: Image features, with a gradient buffer `grad` if they are trainable.
         """
         handles = [self._register_hook(index) for index in self._large_indices.values()]
-        inputs = [*self._trainable_params, *(tensor for tensor, _ in extra_outputs)]
+        inputs: list[Tensor] = [*self._trainable_params]
+        if features_MKD is not None and features_MKD.requires_grad:
+            inputs.append(features_MKD)
 
         def find_buffer(weight: Tensor) -> Tensor | None:
             index = self._large_indices.get(id(weight))
@@ -240,13 +201,12 @@ class GraphGradients:
         finally:
             for handle in handles:
                 handle.remove()
-        param_gradients = gradients[: len(self._trainable_params)]
-        extra_gradients = gradients[len(self._trainable_params) :]
-        for (_, buffer), gradient in zip(extra_outputs, extra_gradients, strict=True):
-            buffer.copy_(gradient)
-        large = self._large_indices.values()
+        if features_MKD is not None and features_MKD.grad is not None:
+            features_MKD.grad.copy_(gradients[-1])
         small = {
-            n: one for n, one in enumerate(param_gradients) if one is not None and n not in large
+            n: gradient
+            for n, gradient in enumerate(gradients[: len(self._trainable_params)])
+            if gradient is not None and n not in self._large_indices.values()
         }
         if small:
             torch._foreach_copy_([self._get_buffer(n) for n in small], [*small.values()])
@@ -422,21 +382,21 @@ class GraphInputs:
     """Static input buffers of a CUDA graph.
 
     Attributes:
-        batch: Packed batch with padded tensors.
-        vision_inputs: Inputs of the vision encoder; None if the encoder is not in the graph.
-        features_MKD: Image features; None for text, or if the graph contains the encoder.
+        batch: Packed batch with padded tensors. It contains patches if the vision encoder is in the
+            graph.
+        layout: Layout of the patches; None if the encoder is not in the graph.
+        features_MKD: Image features; None for text, or if the graph contains the encoder. The graph
+            writes the gradient of trainable features to `features_MKD.grad`.
         loss_inputs: Inputs of the loss, with padding (`Objective.loss_inputs`).
         seed_1: Random seed of dropout.
-        features_grad_MKD: Gradient of trainable image features, an output of the graph.
     """
 
     shape: GraphShape
     batch: PackedBatch
-    vision_inputs: GraphVisionInputs | None
+    layout: PatchLayout | None
     features_MKD: Tensor | None
     loss_inputs: dict[str, Tensor]
     seed_1: Tensor
-    features_grad_MKD: Tensor | None
 
     @classmethod
     def allocate(
@@ -454,41 +414,36 @@ class GraphInputs:
             features_MKD: Image features of this pack, if they are an input of the graph.
             loss_inputs: Inputs of the loss of this pack, for dtypes and dimensions.
         """
-        device = batch.ids_T.device
-
-        def zeros(*size: int, dtype: torch.dtype = torch.int64) -> Tensor:
-            return torch.zeros(size, dtype=dtype, device=device)
-
+        device, vision_shape, layout, num_patches = batch.ids_T.device, shape.vision_shape, None, 0
+        if vision_shape is not None:
+            num_patches = vision_shape.num_patches
+            layout = vision_encoder.compute_patch_layout(batch.grid_thw, device)
+            layout = _allocate_layout(vision_shape, layout, vision_encoder.config.merge_size)
         buffers = replace(
             batch,
             sample_ids=(),
             lengths=shape.lengths,
             grid_thw=(),
-            ids_T=zeros(shape.num_tokens),
-            position_ids_3T=zeros(3, shape.num_tokens),
-            cu_seqlens_S1=zeros(shape.num_sequences + 1, dtype=torch.int32),
-            patches_ND=batch.patches_ND.new_empty(0, batch.patches_ND.shape[1]),
-            visual_indices_M=zeros(shape.num_features),
-            logit_indices_L=zeros(shape.num_labels),
-            labels_L=zeros(0),
+            ids_T=batch.ids_T.new_zeros(shape.num_tokens),
+            position_ids_3T=batch.position_ids_3T.new_zeros(3, shape.num_tokens),
+            cu_seqlens_S1=batch.cu_seqlens_S1.new_zeros(shape.num_sequences + 1),
+            patches_ND=batch.patches_ND.new_zeros(num_patches, batch.patches_ND.shape[1]),
+            visual_indices_M=batch.visual_indices_M.new_zeros(shape.num_features),
+            logit_indices_L=batch.logit_indices_L.new_zeros(shape.num_labels),
+            labels_L=batch.labels_L.new_zeros(0),
         )
         loss_buffers = {
-            name: zeros(*(shape.num_labels, *value.shape[1:])[: value.dim()], dtype=value.dtype)
+            name: value.new_zeros((shape.num_labels, *value.shape[1:])[: value.dim()])
             for name, value in loss_inputs.items()
         }
-        features, features_grad = None, None
+        features = None
         if features_MKD is not None:
-            features = zeros(shape.num_features, *features_MKD.shape[1:], dtype=features_MKD.dtype)
+            features = features_MKD.new_zeros(shape.num_features, *features_MKD.shape[1:])
             if features_MKD.requires_grad:
-                features_grad = torch.zeros_like(features)
+                features.grad = torch.zeros_like(features)
                 features.requires_grad_()
-        vision_inputs = (
-            None
-            if shape.vision_shape is None
-            else GraphVisionInputs.allocate(shape.vision_shape, batch, vision_encoder)
-        )
-        seed_1 = zeros(1).int()
-        return cls(shape, buffers, vision_inputs, features, loss_buffers, seed_1, features_grad)
+        seed_1 = torch.zeros(1, dtype=torch.int32, device=device)
+        return cls(shape, buffers, layout, features, loss_buffers, seed_1)
 
     @torch.no_grad()
     def copy_from(
@@ -499,30 +454,22 @@ class GraphInputs:
         vision_encoder: VisionEncoder,
     ) -> None:
         """Copy a pack to the buffers with padding, without synchronizing with the device."""
-        static_batch, num_tokens = self.batch, len(batch.ids_T)
-        padding_positions = torch.arange(
-            self.shape.num_tokens - num_tokens, device=batch.ids_T.device
+        buffers, num_tokens, max_tokens = self.batch, len(batch.ids_T), self.shape.num_tokens
+        padding_positions = torch.arange(max_tokens - num_tokens, device=batch.ids_T.device)
+        _copy_padded(buffers.ids_T, batch.ids_T, 0)
+        _copy_padded(buffers.position_ids_3T.T, batch.position_ids_3T.T, padding_positions[:, None])
+        max_suffix_length = self.shape.max_suffix_length
+        _copy_cu_seqlens(
+            buffers.cu_seqlens_S1, batch.cu_seqlens_S1, max_suffix_length, num_tokens, max_tokens
         )
-        _copy_padded(static_batch.ids_T, batch.ids_T, 0)
-        static_batch.position_ids_3T[:, :num_tokens].copy_(batch.position_ids_3T)
-        static_batch.position_ids_3T[:, num_tokens:].copy_(padding_positions)
-        # Empty sequences follow the padding sequences.
-        num_cu_seqlens = len(batch.cu_seqlens_S1)
-        ends = torch.arange(
-            1, len(static_batch.cu_seqlens_S1) - num_cu_seqlens + 1, device=padding_positions.device
-        )
-        static_batch.cu_seqlens_S1[:num_cu_seqlens].copy_(batch.cu_seqlens_S1)
-        static_batch.cu_seqlens_S1[num_cu_seqlens:].copy_(
-            (ends * self.shape.max_suffix_length + num_tokens).clamp_(max=self.shape.num_tokens)
-        )
-        _copy_padded(static_batch.logit_indices_L, batch.logit_indices_L, 0)
-        _copy_padded(
-            static_batch.visual_indices_M, batch.visual_indices_M, self.shape.num_tokens - 1
-        )
+        _copy_padded(buffers.logit_indices_L, batch.logit_indices_L, 0)
+        _copy_padded(buffers.visual_indices_M, batch.visual_indices_M, max_tokens - 1)
         if features_MKD is not None and self.features_MKD is not None:
             _copy_padded(self.features_MKD, features_MKD, 0)
-        if self.vision_inputs is not None:
-            self.vision_inputs.copy_from(batch, vision_encoder)
+        if self.layout is not None:
+            _copy_padded(buffers.patches_ND, batch.patches_ND, 0)
+            layout = vision_encoder.compute_patch_layout(batch.grid_thw, batch.patches_ND.device)
+            _copy_layout(self.layout, layout)
         for name, value in loss_inputs.items():
             buffer = self.loss_inputs[name]
             if value.dim():
@@ -531,12 +478,15 @@ class GraphInputs:
                 buffer.copy_(value)
         self.seed_1.random_(2**31 - 1)
 
-    @property
-    def trainable_features(self) -> list[tuple[Tensor, Tensor]]:
-        """Image features that require gradients, each with its gradient buffer."""
-        if self.features_MKD is None or self.features_grad_MKD is None:
-            return []
-        return [(self.features_MKD, self.features_grad_MKD)]
+    def load_features(self, vision_encoder: VisionEncoder) -> Tensor | None:
+        """Return the image features [M, K, D], from the encoder if the graph contains it.
+
+        The features of padding patches come last.
+        """
+        if self.layout is None:
+            return self.features_MKD
+        features_MKD: Tensor = vision_encoder(self.batch.patches_ND, (), layout=self.layout)
+        return features_MKD
 
     def backward_features(self, features_MKD: Tensor | None) -> None:
         """Backpropagate the feature gradient of the graph through the vision encoder.
@@ -545,10 +495,6 @@ class GraphInputs:
             features_MKD: Image features of the pack with their autograd graph, if the vision
                 encoder is trainable.
         """
-        if features_MKD is not None and self.features_grad_MKD is not None:
-            torch.autograd.backward(features_MKD, self.features_grad_MKD[: len(features_MKD)])
-
-
-def _copy_padded(buffer: Tensor, values: Tensor, fill_value: int) -> None:
-    buffer[: len(values)].copy_(values)
-    buffer[len(values) :].fill_(fill_value)
+        if features_MKD is None or self.features_MKD is None or self.features_MKD.grad is None:
+            return
+        torch.autograd.backward(features_MKD, self.features_MKD.grad[: len(features_MKD)])

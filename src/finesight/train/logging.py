@@ -10,7 +10,7 @@ import math
 import platform
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
@@ -24,17 +24,18 @@ from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
-from finesight.manifest import HistogramCounts, count_half_octaves
+from finesight.manifest import count_half_octaves
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
-from finesight.model.trainable import get_part
+from finesight.model.trainable import MODEL_PARTS, get_part
 from finesight.model.weights_io import count_unquantized_layers
-from finesight.progress import ProgressConsole, StepProgress
+from finesight.progress import StepProgress
 from finesight.track.tracker_manager import TrackerManager
 from finesight.train.dataloader import DataWait, record_event
-from finesight.train.dataset_stats import SampleStats
+from finesight.train.dataset_stats import join_names
 from finesight.train.evaluation import load_eval_history, peak_memory_gb, resolve_interim_limit
-from finesight.train.finalize import LiveReport, RunResult
+from finesight.train.finalize import RunReport, RunResult, get_ranking_score
+from finesight.train.run_dir import RunDir
 from finesight.train.setup import library_versions
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache_builder import VisionCacheResult
@@ -46,13 +47,8 @@ FULL_PREFIX = "all_samples/"
 class TrackingEvents:
     """Sender of training events to the experiment trackers of a run, if it has any."""
 
-    def __init__(self, state: TrainState, tracking: TrackerManager) -> None:
-        self._state, self._tracking = state, tracking
-
-    def log_start(self, facts: Mapping[str, Any]) -> None:
-        """Send the start of a run, with hardware and data."""
-        parallel = self._state.engine.parallel
-        self._tracking.start_run({**facts, "num_trainable_params": parallel.num_trainable_params})
+    def __init__(self, run_dir: RunDir, tracking: TrackerManager) -> None:
+        self._run_dir, self._tracking = run_dir, tracking
 
     def log_step(self, metrics: Mapping[str, Any]) -> None:
         """Send the metrics of a step, and an alert for an anomaly."""
@@ -88,43 +84,34 @@ class TrackingEvents:
         # Only needed with a tracker.
         from finesight.track.tracked_images import render_example_images
 
-        predictions_dir = self._state.run.run_dir.predictions_dir
+        predictions_dir = self._run_dir.predictions_dir
         images = render_example_images(
             predictions_dir / "before.jsonl", predictions_dir / f"{name}.jsonl", sample_ids
         )
         self._tracking.log_images(eval_result.step, images)
-        baseline = load_eval_history(self._state.run.run_dir)[0]
+        baseline = load_eval_history(self._run_dir)[0]
         if (text := _describe_regression(baseline, eval_result)) is not None:
             self._tracking.send_alert("warning", "worse than before training", text)
-
-    def log_overfitting(self, text: str) -> None:
-        """Send an alert about overfitting."""
-        self._tracking.send_alert("warning", "overfitting", text)
 
     def log_result(self, result: RunResult) -> None:
         """Send an alert that the run has finished, with its result."""
         text = format_count(result.steps, "step")
         if result.before is not None and result.after is not None:
-            name, before = _primary_score(result.before)
-            _, after = _primary_score(result.after)
-            is_comparable = result.after.as_best_eval().is_comparable_to(
-                result.before.as_best_eval()
-            )
+            name, before, after, is_comparable = _compare_scores(result.before, result.after)
             text += f", {name} " + f"{before:.4f} before, " * is_comparable + f"{after:.4f} after"
         self._tracking.send_alert("info", "run finished", text)
 
 
-def _primary_score(eval_result: EvalResult) -> tuple[str, float]:
-    """Return name and value of the primary metric, by default the validation loss."""
-    if eval_result.primary_metric is None:
-        return "validation_loss", eval_result.validation_loss
-    return eval_result.primary_metric, eval_result.scores[eval_result.primary_metric]
+def _compare_scores(before: EvalResult, after: EvalResult) -> tuple[str, float, float, bool]:
+    """Return name and values of the primary metric, and whether the values are comparable."""
+    is_comparable = after.as_best_eval().is_comparable_to(before.as_best_eval())
+    name = before.primary_metric or "validation_loss"
+    return name, get_ranking_score(before), get_ranking_score(after), is_comparable
 
 
 def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
     """Describe the regression if an evaluation is worse than before training; otherwise None."""
-    (name, old), (_, new) = _primary_score(baseline), _primary_score(current)
-    is_comparable = current.as_best_eval().is_comparable_to(baseline.as_best_eval())
+    name, old, new, is_comparable = _compare_scores(baseline, current)
     if not is_comparable or not (new > old if name in LOWER_IS_BETTER else new < old):
         return None
     return f"{name} {new:.4f} after {format_count(current.step, 'step')}, {old:.4f} before"
@@ -160,8 +147,8 @@ class AnomalyDetector:
     because the images may have been repaired.
     """
 
-    def __init__(self, state: TrainState, log: Callable[[str], None]) -> None:
-        self._state, self._log = state, log
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._log = state, state.run.console.log
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._corrupt_samples: dict[str, str] = {}
         self._nonfinite_samples: list[str] = []
@@ -185,9 +172,12 @@ class AnomalyDetector:
         self._corrupt_samples |= step_output.global_stats.skipped
         loss, grad_norm = step_output.wait()
         progress, step_index = self._state.progress, step_output.step_batch.step_index
-        checked: dict[str, Any] = {"nonfinite_samples": (), "loss_spike_samples": ()}
+        checked: dict[str, Any] = {"loss": None, "grad_norm": None}
+        checked |= {"nonfinite_samples": (), "loss_spike_samples": ()}
         if not step_output.is_applied:
-            return {"loss": None, "grad_norm": None, **checked}
+            return checked
+        for name, value in (("loss", loss), ("grad_norm", grad_norm)):
+            checked[name] = value if math.isfinite(value) else math.nan
         if math.isfinite(loss) and math.isfinite(grad_norm):
             progress.consecutive_nonfinite_steps, self._nonfinite_samples = 0, []
             if is_loss_spike(loss, self._losses):
@@ -197,7 +187,7 @@ class AnomalyDetector:
                 )
                 checked["loss_spike_samples"] = self._sample_locations(step_index)
             self._losses.append(loss)
-            return {"loss": loss, "grad_norm": grad_norm, **checked}
+            return checked
         sample_locations = self._sample_locations(step_index)
         progress.nonfinite_steps += 1
         progress.consecutive_nonfinite_steps += 1
@@ -206,10 +196,9 @@ class AnomalyDetector:
             f"skipped non-finite step {step_index + 1}: loss {loss},"
             f" gradient norm {grad_norm}; {progress.consecutive_nonfinite_steps} in a row, the run"
             f" ends after {MAX_CONSECUTIVE_NONFINITE};"
-            f" samples: {_format_locations(sample_locations)}"
+            f" samples: {join_names(sample_locations, MAX_LISTED_SAMPLES)}"
         )
-        values = {"loss": _or_nan(loss), "grad_norm": _or_nan(grad_norm)}
-        return values | checked | {"nonfinite_samples": sample_locations}
+        return checked | {"nonfinite_samples": sample_locations}
 
     def raise_if_exceeded(self) -> None:
         """Raise if the run has too many non-finite steps or corrupt images.
@@ -219,9 +208,10 @@ class AnomalyDetector:
         """
         progress, dataset_stats = self._state.progress, self._state.data.train.stats
         if progress.consecutive_nonfinite_steps >= MAX_CONSECUTIVE_NONFINITE:
+            names = join_names(self._nonfinite_samples, MAX_LISTED_SAMPLES)
             raise UserError(
                 f"{progress.consecutive_nonfinite_steps} steps in a row had a non-finite loss or"
-                f" gradient; their samples: {_format_locations(self._nonfinite_samples)}",
+                f" gradient; their samples: {names}",
                 where="training",
                 expected="finite values; the weights are those before these steps",
                 remedy="check these samples, lower train.learning_rate,"
@@ -243,10 +233,8 @@ class AnomalyDetector:
 
     def _sample_locations(self, step_index: int) -> tuple[str, ...]:
         """Return the file locations of all samples of a step, including those of other ranks."""
-        corpus = self._state.data.train.corpus
-        return tuple(
-            corpus.location(index) for index in self._state.data.sampler.batch_indices(step_index)
-        )
+        data = self._state.data
+        return tuple(map(data.train.corpus.location, data.sampler.batch_indices(step_index)))
 
 
 def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
@@ -264,43 +252,6 @@ def is_loss_spike(loss: float, recent_losses: Collection[float]) -> bool:
     return loss - center > max(SPIKE_DEVIATIONS * deviation, center)
 
 
-def _or_nan(value: float) -> float:
-    return value if math.isfinite(value) else math.nan
-
-
-def _format_locations(locations: Iterable[str]) -> str:
-    unique = list(dict.fromkeys(locations))
-    num_more = len(unique) - MAX_LISTED_SAMPLES
-    more = f" and {num_more} more" if num_more > 0 else ""
-    return ", ".join(unique[:MAX_LISTED_SAMPLES]) + more
-
-
-class StepTimer:
-    """Timer of training steps, between the ends of consecutive steps on the device."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self.restart()
-
-    def restart(self) -> None:
-        """Restart the timer at the current time."""
-        self._wall = time.perf_counter()
-        self._event = record_event(self._device, enable_timing=True)
-
-    def lap(self, event: torch.cuda.Event | None) -> float:
-        """Return the seconds since the previous lap.
-
-        Args:
-            event: CUDA event at the end of the step; None measures the time until now.
-        """
-        now = time.perf_counter()
-        seconds = now - self._wall
-        if event is not None and self._event is not None:
-            seconds = self._event.elapsed_time(event) / 1000
-        self._wall, self._event = now, event
-        return max(seconds, 1e-9)
-
-
 class MetricsLogger:
     """Logger of finished steps, with a delay of one step.
 
@@ -308,34 +259,35 @@ class MetricsLogger:
     host waits for the results. All ranks check the steps. Only the main process writes files.
 
     Args:
-        live_report: Report of the run in progress; None on the other ranks.
+        report: Report of the run in progress; None on the other ranks.
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        console: ProgressConsole,
-        tracking: TrackerManager,
-        live_report: LiveReport | None = None,
+        self, state: TrainState, tracking: TrackerManager, report: RunReport | None
     ) -> None:
-        self._state, self._console, self._live_report = state, console, live_report
-        self.tracking_events = TrackingEvents(state, tracking)
-        self._anomaly_detector = AnomalyDetector(state, console.log)
+        self._state, self._console, self._report = state, state.run.console, report
+        self._tracking, self.tracking_events = tracking, TrackingEvents(state.run.run_dir, tracking)
+        self._anomaly_detector = AnomalyDetector(state)
         self._pending: tuple[StepOutput, DataWait] | None = None
         self._step_progress: StepProgress | None = None
         self._has_warned, self._is_peak_valid = False, True
-        self._timer = StepTimer(state.run.hardware.device)
+        self.restart_timer()
 
     def log_start(self, seconds: float) -> None:
         """Log the start or resume of a run, with hardware, data and library versions."""
         state, hardware = self._state, self._state.run.hardware
         data_by_split = {"train": state.data.train, "eval": state.data.validation}
+        samples = state.data.train.stats.sample_stats
+        sizes = (h * w for sample in samples for _, h, w in sample.grid_thw)
         entry = {
             "step": state.progress.step,
             "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "setup_s": seconds,
             "working_dir": str(Path.cwd()),
-            "size_histograms": build_size_histograms(state.data.train.stats.sample_stats),
+            "size_histograms": {
+                "tokens": count_half_octaves(sample.num_tokens for sample in samples),
+                "patches": count_half_octaves(sizes),
+            },
         }
         facts = {
             "total_steps": len(state.data.sampler),
@@ -356,7 +308,8 @@ class MetricsLogger:
             },
         }
         self._append_metrics(entry | facts)
-        self.tracking_events.log_start(facts)
+        num_trainable = state.engine.parallel.num_trainable_params
+        self._tracking.start_run({**facts, "num_trainable_params": num_trainable})
 
     def _append_metrics(self, metrics: Mapping[str, Any]) -> None:
         if self._state.run.hardware.process_group.is_main:
@@ -387,7 +340,21 @@ class MetricsLogger:
 
     def restart_timer(self) -> None:
         """Restart the step timer, for example after an evaluation."""
-        self._timer.restart()
+        self._start_s = time.perf_counter()
+        self._start_event = record_event(self._state.run.hardware.device, enable_timing=True)
+
+    def _measure_step(self, event: torch.cuda.Event | None) -> float:
+        """Return the seconds since the end of the previous step, on the device if possible.
+
+        Args:
+            event: CUDA event at the end of the step; None measures the time until now.
+        """
+        now = time.perf_counter()
+        seconds = now - self._start_s
+        if event is not None and self._start_event is not None:
+            seconds = self._start_event.elapsed_time(event) / 1000
+        self._start_s, self._start_event = now, event
+        return max(seconds, 1e-9)
 
     def log_step(self, step_output: StepOutput, data_wait: DataWait) -> None:
         """Log the previous step, and keep this one until the device has finished it."""
@@ -396,7 +363,7 @@ class MetricsLogger:
         if step_output.event is None:
             self.flush()
         # A GPU computes the pending step meanwhile.
-        if self._live_report and self._live_report.write_if_due() and self._pending is None:
+        if self._report and self._report.write_if_due() and self._pending is None:
             self.restart_timer()
 
     def flush(self) -> None:
@@ -408,11 +375,10 @@ class MetricsLogger:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        step_output, data_wait = pending
-        metrics = self._build_metrics(step_output, data_wait)
+        metrics = self._build_metrics(*pending)
         self._append_metrics(metrics)
         self.tracking_events.log_step(metrics)
-        skipped_samples = step_output.global_stats.skipped
+        skipped_samples = pending[0].global_stats.skipped
         for skipped in skipped_samples:
             self._console.log(f"skipped {skipped.id}: {skipped.reason}")
         if skipped_samples and self._state.run.hardware.process_group.is_main:
@@ -423,7 +389,7 @@ class MetricsLogger:
 
     def _build_metrics(self, step_output: StepOutput, data_wait: DataWait) -> dict[str, Any]:
         checked = self._anomaly_detector.check_step(step_output)
-        seconds = self._timer.lap(step_output.event)
+        seconds = self._measure_step(step_output.event)
         state, step_batch = self._state, step_output.step_batch
         global_stats = step_output.global_stats
         position = min(
@@ -478,12 +444,11 @@ class MetricsLogger:
             self._log_scores(result, f"  ({', '.join(labels)})" if labels else "")
         if self._state.run.hardware.process_group.is_main and not self._has_warned:
             self._warn_overfitting()
-        for line in (
-            note_lines(eval_result.on_all_samples.notes.items()) if not eval_result.step else ()
-        ):
-            self._console.log(line)
-        if self._live_report and eval_result.step < len(self._state.data.sampler):
-            self._live_report.write()
+        if not eval_result.step:
+            for line in note_lines(eval_result.on_all_samples.notes.items()):
+                self._console.log(line)
+        if self._report and eval_result.step < len(self._state.data.sampler):
+            self._report.write(is_live=True)
 
     @cached_property
     def _common_ids(self) -> frozenset[str] | None:
@@ -516,7 +481,7 @@ class MetricsLogger:
         text = describe_overfitting(run_dir.path, [*run_dir.iter_metrics()])
         if text is not None:
             self._console.log(f"warning: {text}")
-            self.tracking_events.log_overfitting(text)
+            self._tracking.send_alert("warning", "overfitting", text)
             self._has_warned = True
 
 
@@ -533,16 +498,6 @@ def count_flops(state: TrainState, batch: PackedBatch) -> float:
     return flop_counter.count(context_shard.sample_shape) / context_shard.world_size
 
 
-def build_size_histograms(sample_stats: Sequence[SampleStats]) -> dict[str, HistogramCounts]:
-    """Build histograms of the tokens per sample and the patches per image of scanned samples."""
-    return {
-        "tokens": count_half_octaves(sample.num_tokens for sample in sample_stats),
-        "patches": count_half_octaves(
-            h * w for sample in sample_stats for _, h, w in sample.grid_thw
-        ),
-    }
-
-
 def get_device_name(device: torch.device) -> str:
     """Return the name of the GPU, or of the CPU with its number of threads."""
     if device.type == "cuda":
@@ -553,14 +508,8 @@ def get_device_name(device: torch.device) -> str:
 def describe_run(state: TrainState) -> str:
     """Describe trainable parameters, number of steps, precision and device in one line."""
     recipe, hardware = state.run.recipe, state.run.hardware
-    tune = recipe.tune
-    modes = {
-        "vision": tune.vision,
-        "merger": tune.merger,
-        "language": tune.language,
-        "embeddings": tune.embeddings,
-    }
-    trained = ", ".join(f"{part} {mode}" for part, mode in modes.items() if mode != "frozen")
+    modes = ((part, mode) for part, mode in recipe.tune if part in MODEL_PARTS)
+    trained = ", ".join(f"{part} {mode}" for part, mode in modes if mode != "frozen")
     num_trainable = state.engine.parallel.num_trainable_params
     num_params = sum(parameter.numel() for parameter in state.engine.model.parameters())
     quantized = find_quantized_weights(state.engine.model)

@@ -20,6 +20,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from finesight.model.cuda_graph_cache import CudaGraphCache
 from finesight.model.fused_ops import has_tensor_cores
 from finesight.model.kernels.adamw import BLOCK_SIZE
 
@@ -264,21 +265,27 @@ class Muon:
             self.stacks += [views[n : n + stack_size] for n in range(0, len(views), stack_size)]
         # Static input of the CUDA graph.
         self._lerp_weight = torch.zeros((), device=grad_E.device)
-        self.is_warmed_up = False
-        self.graph: torch.cuda.CUDAGraph | None = None
+        use_graph = grad_E.is_cuda and grad_E.numel() <= MAX_GRAPH_ELEMENTS
+        self.graphs = CudaGraphCache(grad_E.device) if use_graph else None
 
     @torch.no_grad()
     def step(self, grad_factor: Tensor, lr: float, weight_decay: float) -> None:
         """Update the master weights by the orthogonalized Nesterov momentum.
 
-        The gradient buffer is overwritten. The host synchronizes with the device only to capture
-        the CUDA graph of a small group.
+        The gradient buffer is overwritten. The first step of a small group runs eagerly, and the
+        second one captures its CUDA graph. The host synchronizes with the device only for that.
         """
         self._read_gradient()
         is_nonfinite = grad_factor.isnan()
         self._grad_E.mul_(grad_factor).masked_fill_(is_nonfinite, 0.0)
         self._lerp_weight.fill_(1 - MOMENTUM).masked_fill_(is_nonfinite, 0.0)
-        self._orthogonalize()
+        if self.graphs is None:
+            self._compute_updates()
+        else:
+            if not self.graphs.contains(0):
+                # A capture cannot allocate memory that PyTorch has cached.
+                torch.cuda.empty_cache()
+            self.graphs.run(0, self._compute_updates)
         decay_factor = torch.where(is_nonfinite, 1.0, 1 - lr * weight_decay)
         step_size = torch.where(is_nonfinite, 0.0, -lr)
         for start in range(0, len(self._master_weights), MAX_MUON_CHUNK_ELEMENTS):
@@ -300,28 +307,7 @@ class Muon:
         """Return the bytes of memory traffic of a step, 80 per element."""
         return 80 * len(self._master_weights)
 
-    def _orthogonalize(self) -> None:
-        """Compute the updates, as a CUDA graph for small groups on a GPU.
-
-        The first call runs eagerly, and the second one captures the graph.
-        """
-        if (
-            not self._grad_E.is_cuda
-            or self._grad_E.numel() > MAX_GRAPH_ELEMENTS
-            or not self.is_warmed_up
-        ):
-            self.is_warmed_up = True
-            self._compute_updates()
-            return
-        if self.graph is None:
-            graph = torch.cuda.CUDAGraph()
-            # Another thread may pin memory during the capture.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._compute_updates()
-            self.graph = graph
-        self.graph.replay()
-
-    def _compute_updates(self) -> None:
+    def _compute_updates(self) -> Tensor:
         """Replace the gradients in the buffer by the updates for a learning rate of one."""
         self.momentum_E.lerp_(self._grad_E, self._lerp_weight)
         self._grad_E.lerp_(self.momentum_E, MOMENTUM)
@@ -329,6 +315,7 @@ class Muon:
             update_NRC = newton_schulz(torch.stack(stack))
             update_NRC.mul_(ADAMW_RMS * max(update_NRC.shape[1:]) ** 0.5)
             torch._foreach_copy_(stack, update_NRC.unbind())
+        return self._grad_E
 
 
 def newton_schulz(x_NRC: Tensor) -> Tensor:

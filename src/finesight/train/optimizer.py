@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 import weakref
-from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,14 +82,10 @@ class GradientAccumulator:
     def __init__(self, param_slices: Sequence[ParamSlice], length: int) -> None:
         self.param_slices, self.device = param_slices, param_slices[0].parameter.device
         self._length = length
-        self._starts = [param_slice.flat_slice.start for param_slice in param_slices]
         self._flat_E: Tensor | None = None
         self.sums: list[Tensor | None] = [None] * len(param_slices)
         # Whether the sum contains a gradient of this step.
         self._has_sum = [False] * len(param_slices)
-        self._large_indices = [
-            n for n, p in enumerate(param_slices) if p.parameter.numel() >= LARGE_PARAM_ELEMENTS
-        ]
         self._small_indices = [
             n for n, p in enumerate(param_slices) if p.parameter.numel() < LARGE_PARAM_ELEMENTS
         ]
@@ -101,7 +96,7 @@ class GradientAccumulator:
         self._small_tiles = (
             adamw.ParamTiles(small_slices, self.device) if use_kernels and small_slices else None
         )
-        for index in self._large_indices:
+        for index in {*range(len(param_slices))}.difference(self._small_indices):
             self._register_hook(index)
 
     def _register_hook(self, index: int) -> None:
@@ -174,21 +169,19 @@ class GradientAccumulator:
 
         Call this between two micro-batches. Otherwise, autograd adds the next gradient in 16 bits.
         """
-        for index in self._large_indices:
-            if self.param_slices[index].parameter.grad is not None:
-                self._accumulate_one(index)
-        small = [n for n in self._small_indices if self.param_slices[n].parameter.grad is not None]
-        if self._small_tiles is not None and small:
+        small_grads = [self.param_slices[n].parameter.grad for n in self._small_indices]
+        if self._small_tiles is not None and any(grad is not None for grad in small_grads):
             adamw.accumulate_gradients(
                 self._small_tiles,
-                [self.param_slices[n].parameter.grad for n in self._small_indices],
+                small_grads,
                 [self._get_sum(n) for n in self._small_indices],
                 [self._has_sum[n] for n in self._small_indices],
             )
-            for index in small:
-                self._has_sum[index], self.param_slices[index].parameter.grad = True, None
-        else:
-            for index in small:
+            for index, grad in zip(self._small_indices, small_grads, strict=True):
+                self._has_sum[index] |= grad is not None
+                self.param_slices[index].parameter.grad = None
+        for index, param_slice in enumerate(self.param_slices):
+            if param_slice.parameter.grad is not None:
                 self._accumulate_one(index)
 
     def per_parameter(self) -> Sequence[Tensor | None]:
@@ -221,24 +214,15 @@ class GradientAccumulator:
 
         Parameters without a gradient contribute zeros. Returns a tensor of shape [N].
         """
-        flat_N = torch.zeros(
-            flat_slice.stop - flat_slice.start, dtype=torch.float32, device=self.device
-        )
-        targets, sources = [], []
-        first = max(0, bisect_right(self._starts, flat_slice.start) - 1)
-        for index in range(first, bisect_left(self._starts, flat_slice.stop)):
-            param_range = self.param_slices[index].flat_slice
-            start = max(param_range.start, flat_slice.start)
-            stop = min(param_range.stop, flat_slice.stop)
-            param_grad = self.param_slices[index].parameter.grad
-            gradient = self.sums[index] if self._has_sum[index] else param_grad
+        first, end = flat_slice.start, flat_slice.stop
+        flat_N = torch.zeros(end - first, dtype=torch.float32, device=self.device)
+        for param_slice, gradient in zip(self.param_slices, self.per_parameter(), strict=True):
+            param_range = param_slice.flat_slice
+            start, stop = max(param_range.start, first), min(param_range.stop, end)
             if start < stop and gradient is not None:
-                targets.append(flat_N[start - flat_slice.start : stop - flat_slice.start])
-                sources.append(
-                    gradient.view(-1)[start - param_range.start : stop - param_range.start]
-                )
-        if targets:
-            torch._foreach_copy_(targets, sources)
+                flat_N[start - first : stop - first] = gradient.view(-1)[
+                    start - param_range.start : stop - param_range.start
+                ]
         return flat_N
 
     def zero_grad(self) -> None:
@@ -315,14 +299,12 @@ class AdamW:
         self._master_weights, self._gradients, self._betas = master_weights, gradients, betas
         self._use_8bit = use_8bit
         num_elements, device = len(master_weights), master_weights.params_E.device
-        self.exp_avg: OptimState
-        self.exp_avg_sq: OptimState
-        if use_8bit:
-            self.exp_avg = OptimState8bit(num_elements, device, signed=True)
-            self.exp_avg_sq = OptimState8bit(num_elements, device, signed=False)
-        else:
-            self.exp_avg = OptimState(num_elements, device)
-            self.exp_avg_sq = OptimState(num_elements, device)
+        self.exp_avg, self.exp_avg_sq = (
+            OptimState8bit(num_elements, device, signed)
+            if use_8bit
+            else OptimState(num_elements, device)
+            for signed in (True, False)
+        )
         self._num_steps = torch.zeros((), dtype=torch.float64, device=device)
         self._next_num_steps = self._num_steps.clone()
 
@@ -650,16 +632,9 @@ def _build_param_groups(
     Vectors, such as biases and norm weights, have no weight decay.
     """
     alignment = BLOCK_SIZE if train.optimizer == "adamw_8bit" else _ALIGNMENT
-    learning_rates = train.learning_rate
-    lr_by_part: dict[ModelPart, float | None] = {
-        "vision": learning_rates.vision,
-        "merger": learning_rates.merger,
-        "language": learning_rates.language,
-        "embeddings": learning_rates.embeddings,
-    }
+    learning_rates = train.learning_rate.model_dump(exclude_none=True)
     for part in MODEL_PARTS:
-        lr = lr_by_part[part] if lr_by_part[part] is not None else learning_rates.default
-        assert lr is not None, f"no learning rate for {part}"
+        lr = learning_rates.get(part, train.learning_rate.default)
         part_params = {name: p for name, p in trainable_params.items() if get_part(name) == part}
         matrices = {name: p for name, p in part_params.items() if _is_matmul_weight(name, p)}
         vectors = {name: p for name, p in part_params.items() if p.dim() <= 1}

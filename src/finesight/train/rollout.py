@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,13 +31,15 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.evaluate.metric_difference import format_prediction_line
 from finesight.evaluate.rewards import RewardScorer
-from finesight.infer.engine import iter_completions
-from finesight.infer.kv_cache import append_tokens
-from finesight.infer.prediction import NUM_READER_THREADS, build_prediction
-from finesight.infer.request import GeneratedToken, SamplingParams
+from finesight.infer.engine import Engine, build_engine, iter_completions
+from finesight.infer.kv_cache import append_tokens, hash_images
+from finesight.infer.prediction import NUM_READER_THREADS, Prediction, build_prediction
+from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
+from finesight.storage import append_line
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
 from finesight.train.state import StopRequest, TrainState
@@ -52,8 +55,13 @@ NUM_CHECKED_RESPONSES = 128
 MAX_USELESS_SHARE = 0.02
 """Share of responses with a reward up to which a run warns."""
 
-MIN_FRAME_GAIN = 0.3
-"""Gain of the mean IoU in another coordinate frame from which a warning names it."""
+MIN_FRAME_GAIN = 0.2
+"""Gain of the mean IoU in another coordinate frame from which a run warns and names it.
+
+The frame also has at least twice the mean IoU. Rewards of boxes may be above 0 in a wrong frame.
+"""
+
+MAX_RECORDED_GROUPS = 100
 
 
 class Group(NamedTuple):
@@ -64,6 +72,8 @@ class Group(NamedTuple):
     responses: list[list[GeneratedToken]]
     is_truncated: list[bool]
     rewards_GF: FloatArray
+    predictions: list[Prediction]
+    cases: list[EvalCase]
 
 
 class RolloutRecord(BaseModel):
@@ -85,7 +95,8 @@ class RolloutRecord(BaseModel):
 class RewardCheck:
     """Check of the first responses of a run, which warns once if nearly all rewards are 0.
 
-    The warning names the coordinate frame in which predicted boxes would match the references.
+    It also warns if predicted boxes match the references better in another coordinate frame, and
+    names the frame.
     """
 
     def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
@@ -104,9 +115,8 @@ class RewardCheck:
         if isinstance(self._renderer, NativeRenderer):
             images = [span for span in spans if span.kind == "image"]
             self._compare_boxes(self._renderer, cases, images)
-        is_useless = self._num_rewarded <= MAX_USELESS_SHARE * self._num_responses
-        if self._num_responses >= NUM_CHECKED_RESPONSES and is_useless:
-            self._log(self._describe())
+        if self._num_responses >= NUM_CHECKED_RESPONSES and (text := self._describe()):
+            self._log(text)
 
     def _compare_boxes(
         self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
@@ -131,19 +141,22 @@ class RewardCheck:
                 self._overlaps.setdefault(name, []).append(iou(found, reference.xyxy))
 
     def _describe(self) -> str:
-        text = (
-            f"{self._num_responses - self._num_rewarded} of the first {self._num_responses}"
-            " responses have no reward: fine-tune with train.objective=sft on some labelled samples"
-            " first, or check rewards and the format of the answers"
-        )
+        """Return the warning; empty if the responses have rewards and the usual frame."""
+        texts = []
+        if self._num_rewarded <= MAX_USELESS_SHARE * self._num_responses:
+            texts.append(
+                f"{self._num_responses - self._num_rewarded} of the first {self._num_responses}"
+                " responses have no reward: fine-tune with train.objective=sft on some labelled"
+                " samples first, or check rewards and the format of the answers"
+            )
         means = {name: float(np.mean(one)) for name, one in self._overlaps.items()}
         best = max(means, key=means.__getitem__, default="")
-        if best and means[best] >= means[""] + MIN_FRAME_GAIN:
-            text += (
-                f"; the boxes match the references as {best} (mean IoU {means[best]:.2f}, now"
+        if best and means[best] >= max(means[""] + MIN_FRAME_GAIN, 2 * means[""]):
+            texts.append(
+                f"the boxes match the references as {best} (mean IoU {means[best]:.2f}, now"
                 f" {means['']:.2f}): boxes of answers or of data have another coordinate frame"
             )
-        return text
+        return "; ".join(texts)
 
 
 class Rollout:
@@ -158,6 +171,10 @@ class Rollout:
         self.scorer = RewardScorer(recipe.rewards)
         self.weights_F = np.array(self.scorer.weights)
         self.check = RewardCheck(state.data.renderer, log)
+        self.reward_s = 0.0
+        self.engine: Engine | None = None
+        self.capacity = 0, 0
+        """Number of sequences and prompt length of the engine."""
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
@@ -174,6 +191,7 @@ class Rollout:
         """
         process_group = self.state.run.hardware.process_group
         skipped: list[SkippedSample] = []
+        start_time, self.reward_s = time.perf_counter(), 0.0
         with self.state.engine.parallel.summon_full_params(), process_group.sync_errors():
             sampled, useful = self.sample_useful(step, skipped)
         own = RolloutRecord(
@@ -186,6 +204,13 @@ class Rollout:
         payloads = process_group.all_gather_str(own.model_dump_json())
         records = [RolloutRecord.model_validate_json(payload) for payload in payloads]
         rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
+        times = {
+            "rollout_s": time.perf_counter() - start_time - self.reward_s,
+            "reward_s": self.reward_s,
+        }
+        interval = -(-len(self.state.data.sampler) // MAX_RECORDED_GROUPS)
+        if step % interval == 0 and useful and process_group.is_main:
+            self.record_group(step, useful[0], rewards_QGF)
         packs = [
             (group.sample_index, packed_batch)
             for group in useful
@@ -196,7 +221,10 @@ class Rollout:
             tuple(packed_batch for _, packed_batch in packs),
             tuple(skipped),
             tuple((index,) for index, _ in packs),
-            metrics=describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
+            metrics={
+                **describe_rewards(self.scorer.names, self.weights_F, rewards_QGF, records),
+                **times,
+            },
         )
 
     def sample_useful(
@@ -254,9 +282,11 @@ class Rollout:
                 EvalCase(one.answer, one.boxes, *references, one.id, one.finish_reason == "stop")
                 for one in predictions
             ]
+            start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
-            is_truncated = [not case.ended_with_eos for case in cases]
-            groups.append(Group(index, prompt, tokens, is_truncated, rewards_FG.T))
+            self.reward_s += time.perf_counter() - start_time
+            truncated = [not case.ended_with_eos for case in cases]
+            groups.append(Group(index, prompt, tokens, truncated, rewards_FG.T, predictions, cases))
             totals_G = _weigh(rewards_FG.T, self.weights_F)
             self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
@@ -267,14 +297,24 @@ class Rollout:
         """Sample the responses of each prompt; prompts share their keys and values."""
         count, total = len(prompts), len(prompts) * self.settings.num_generations
         tokens_by_request: dict[int, list[GeneratedToken]] = {}
+        image_hashes = [hash_images(prompt) for _, prompt in prompts]
 
-        def build_sampling(request: int) -> SamplingParams:
+        def build_request(request: int) -> GenerationRequest:
             number, position = divmod(request, count)
-            name = f"{self.seed}/{step}/{prompts[position][0]}/{number}"
-            return SamplingParams(
+            index, prompt = prompts[position]
+            name = f"{self.seed}/{step}/{index}/{number}"
+            params = SamplingParams(
                 temperature=self.settings.temperature,
                 seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"),
                 banned_ids=self.banned_ids,
+            )
+            return GenerationRequest(
+                prompt=prompt,
+                max_new_tokens=self.settings.max_completion_length,
+                sampling_params=params,
+                logprobs=0,
+                processed_logprobs=True,
+                image_hashes=image_hashes[position],
             )
 
         def on_progress(num_finished: int) -> None:
@@ -284,23 +324,20 @@ class Rollout:
         model = self.state.engine.model
         model.eval()
         try:
-            while len(tokens_by_request) < total:
+            while True:
                 # The first responses of all prompts precede the others, which reuse their prompts.
                 waiting = [n for n in range(total) if n not in tokens_by_request]
+                lengths = [prompts[n % count][1].tokenized.num_tokens for n in waiting]
                 try:
+                    self.engine = self.prepare_engine(lengths)
+                    requests = ((n, build_request(n)) for n in waiting)
                     for request, _, tokens in iter_completions(
-                        model,
-                        [(n, prompts[n % count][1]) for n in waiting],
-                        [prompts[n % count][1].tokenized.num_tokens for n in waiting],
-                        max_new_tokens=self.settings.max_completion_length,
-                        end_ids=self.state.data.renderer.end_ids,
-                        batch_size=self.batch_size,
-                        on_progress=on_progress,
-                        logprobs=True,
-                        sampling=build_sampling,
+                        self.engine, requests, self.batch_size, on_progress
                     ):
                         tokens_by_request[request] = tokens
+                    break
                 except torch.OutOfMemoryError:
+                    self.engine = None
                     self.state.engine.graph_runner.release_graphs()
                     self.batch_size = min(self.batch_size, len(waiting)) // 2
                     if not self.batch_size:
@@ -309,8 +346,51 @@ class Rollout:
                 gc.collect()
         finally:
             model.train()
+            device, parallel = self.state.run.hardware.device, self.state.engine.parallel
+            # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
+            if device.type != "cuda" or parallel.is_sharded or not has_half_available(device):
+                self.engine = None
         numbers = range(self.settings.num_generations)
         return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
+
+    def prepare_engine(self, prompt_lengths: Sequence[int]) -> Engine:
+        """Return the engine of the previous step with its CUDA graphs, or a larger one."""
+        num_seqs, max_length = min(self.batch_size, len(prompt_lengths)), max(prompt_lengths)
+        if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
+            self.engine = None  # free its memory first
+            self.capacity = num_seqs, max(max_length, self.capacity[1])
+            engine = build_engine(
+                self.state.engine.model,
+                self.state.data.renderer.end_ids,
+                [self.capacity[1]] * num_seqs,
+                self.settings.max_completion_length,
+                num_seqs,
+                matches_training=True,
+            )
+            assert isinstance(engine, Engine), "GRPO requires a native family"
+            return engine
+        self.engine.clear_caches()
+        return self.engine
+
+    def record_group(self, step: int, group: Group, rewards_QGF: FloatArray) -> None:
+        """Append responses with rewards and advantages as lines to `responses.jsonl`."""
+        names, text = self.scorer.names, ""
+        advantages = self.compute_advantages(group, rewards_QGF).tolist()
+        for n, one in enumerate(zip(group.predictions, group.cases, strict=True)):
+            scores = dict(zip(names, group.rewards_GF[n].tolist(), strict=True))
+            further = {"step": step + 1, "response": n, "advantage": advantages[n]}
+            text += format_prediction_line(*one, scores, **further)
+        append_line(self.state.run.run_dir.responses_path, text.rstrip())
+
+    def compute_advantages(self, group: Group, rewards_QGF: FloatArray) -> FloatArray:
+        """Return the advantage of each response, [G]."""
+        totals_G = _weigh(group.rewards_GF, self.weights_F)
+        scale = 1.0
+        if self.settings.scale_rewards != "none":
+            is_group = self.settings.scale_rewards == "group"
+            totals = totals_G if is_group else _weigh(rewards_QGF, self.weights_F)
+            scale = float(np.nanstd(totals, ddof=1)) + STD_EPSILON
+        return np.nan_to_num((totals_G - np.nanmean(totals_G)) / scale)
 
     def count_tokens(self, group: Group) -> int:
         """Return the number of tokens of a group that contribute to the loss."""
@@ -330,13 +410,7 @@ class Rollout:
             records: Responses of the step on all ranks.
             rewards_QGF: Rewards of the step on all ranks.
         """
-        totals_G = _weigh(group.rewards_GF, self.weights_F)
-        scale = 1.0
-        if self.settings.scale_rewards != "none":
-            is_group = self.settings.scale_rewards == "group"
-            totals = totals_G if is_group else _weigh(rewards_QGF, self.weights_F)
-            scale = float(np.nanstd(totals, ddof=1)) + STD_EPSILON
-        advantages_G = np.nan_to_num((totals_G - np.nanmean(totals_G)) / scale)
+        advantages_G = self.compute_advantages(group, rewards_QGF)
         num_responses = sum(one.num_useful for one in records) * self.settings.num_generations
         mean_length = sum(one.num_tokens for one in records) / num_responses
         budget = self.state.progress.budget.pack_tokens - group.prompt.tokenized.num_tokens
@@ -381,6 +455,13 @@ class Rollout:
                 self.banned_ids,
             )
         return logps_L.float().cpu()
+
+
+def has_half_available(device: torch.device) -> bool:
+    """Return whether more than half of the GPU memory is free or unused by the allocator."""
+    free, total = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return 2 * (free + unused) > total
 
 
 def join_responses(

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
-from finesight.bounded_files import parse_json, read_bytes, read_lines
+from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MAX_COUNT, Recipe
 from finesight.errors import Step, UserError
 from finesight.evaluate import custom_metric
@@ -27,6 +27,7 @@ from finesight.manifest import (
     PREDICTIONS_FOLDER,
     RECIPE_FILE,
     REPORT_FILE,
+    RESPONSES_FILE,
     RESULT_FILE,
     SKIPPED_SAMPLES_FILE,
     Manifest,
@@ -44,9 +45,6 @@ from finesight.storage import (
     write_file,
 )
 
-_LINE_EXPECTED = "a line of metrics as training wrote it"
-_LINE_REMEDY = "restore the file from a copy, or truncate it before the corrupt line"
-
 
 class RunDir:
     """Directory of a training run; other commands read the same paths."""
@@ -58,6 +56,7 @@ class RunDir:
         self.adapter_dir = path / ADAPTER_FOLDER
         self.model_dir = path / MODEL_FOLDER
         self.metrics_path = path / METRICS_FILE
+        self.responses_path = path / RESPONSES_FILE
         self.report_path = path / REPORT_FILE
         self.images_path = path / IMAGES_FILE
         self.skipped_path = path / SKIPPED_SAMPLES_FILE
@@ -68,6 +67,11 @@ class RunDir:
         """True if the directory contains a run."""
         with translate_os_errors(self.path):
             return (self.path / MANIFEST_FILE).exists()
+
+    @property
+    def is_finished(self) -> bool:
+        """True if the run is complete."""
+        return (self.path / RESULT_FILE).exists()
 
     @property
     def next_path(self) -> Path:
@@ -90,13 +94,10 @@ class RunDir:
         absent, remedy = "a path that does not exist", "set another output_dir"
         problem = None
         if is_started and not resume:
-            is_finished = (self.path / RESULT_FILE).exists()
-            problem = (
-                f"contains {'a finished' if is_finished else 'another'} run",
-                "a new folder" if is_finished else "a new folder, or a run that is resumed",
-            )
+            problem = "contains a finished run", "a new folder"
             remedy = f"set another folder: output_dir={self.next_path}"
-            if not is_finished:
+            if not self.is_finished:
+                problem = "contains another run", "a new folder, or a run that is resumed"
                 remedy = f"add --resume (in Python, resume=True) to continue it, or {remedy}"
         elif self.path.is_symlink() and not self.path.exists():
             problem = "is a broken link", f"a folder, or {absent}"
@@ -204,9 +205,9 @@ class RunDir:
         append_line(self.metrics_path, json.dumps(metrics))
 
     def flush(self) -> None:
-        """Flush `metrics.jsonl` and `skipped_samples.jsonl` to disk (fsync)."""
-        flush_file(self.metrics_path)
-        flush_file(self.skipped_path)
+        """Flush the appended lines of all files to disk (fsync)."""
+        for path in (self.metrics_path, self.responses_path, self.skipped_path):
+            flush_file(path)
 
     def write(self, name: str, content: object) -> None:
         """Write an object to a JSON file of the run, atomically."""
@@ -252,24 +253,8 @@ class RunDir:
                 row = SkippedRow(id=name, reason=reason, step=step, split=split)
                 append_line(self.skipped_path, row.model_dump_json(exclude_defaults=True))
 
-    def write_result(self, result: object) -> None:
-        """Write `result.json`, which marks the run as complete."""
-        self.flush()
-        self.write(RESULT_FILE, result)
-
-    def read_result(self) -> bytes | None:
-        """Return the content of `result.json`; None if the run is not finished."""
-        path = self.path / RESULT_FILE
-        if not path.exists():
-            return None
-        return read_bytes(
-            path,
-            expected="the file as training wrote it",
-            remedy="delete it; --resume then writes it again",
-        )
-
     def truncate_metrics(self, step: int, last_eval_step: int) -> None:
-        """Remove the lines of `metrics.jsonl` that a resumed run writes again.
+        """Remove the lines of metrics and responses that a resumed run writes again.
 
         An incomplete last line is removed as well.
 
@@ -277,13 +262,13 @@ class RunDir:
             step: Step of the checkpoint.
             last_eval_step: Step of the last evaluation before the checkpoint.
         """
-        if self.metrics_path.exists():
+        for path in filter(Path.exists, (self.metrics_path, self.responses_path)):
             num_bytes = 0
-            for size, metrics in _read_lines(self.metrics_path):
+            for size, metrics in _read_lines(path):
                 if metrics["step"] > (last_eval_step if "validation_loss" in metrics else step):
                     break
                 num_bytes += size
-            truncate_file(self.metrics_path, num_bytes)
+            truncate_file(path, num_bytes)
 
     def iter_metrics(self) -> Iterator[dict[str, Any]]:
         """Iterate over the lines of `metrics.jsonl`, without loading the complete file."""
@@ -299,15 +284,26 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: The path is not a regular file, or a value of a line has the wrong type.
     """
-    lines = read_lines(path, expected=_LINE_EXPECTED, remedy=_LINE_REMEDY)
+    expected = "a line of metrics as training wrote it"
+    remedy = "restore the file from a copy, or truncate it before the corrupt line"
+    lines = read_lines(path, expected=expected, remedy=remedy)
     for line_number, line in enumerate(lines, start=1):
         try:
             metrics = parse_json(line)
+            if not isinstance(metrics, dict) or not line.endswith(b"\n"):
+                return
+            _MetricsLine.model_validate(metrics)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"])) or "the line"
+            raise UserError(
+                f"{key}: {first['msg']}, got {first['input']!r:.60}",
+                where=f"{path}:{line_number}",
+                expected=expected,
+                remedy=remedy,
+            ) from error
         except ValueError:
             return
-        if not isinstance(metrics, dict) or not line.endswith(b"\n"):
-            return
-        _check_types(metrics, f"{path}:{line_number}")
         yield len(line), metrics
 
 
@@ -343,20 +339,6 @@ class _MetricsLine(BaseModel):
         if self.primary_metric is not None and self.primary_metric not in self.scores:
             raise ValueError(f"the primary metric {self.primary_metric!r:.80} is not a score")
         return self
-
-
-def _check_types(metrics: dict[str, Any], where: str) -> None:
-    try:
-        _MetricsLine.model_validate(metrics)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        key = ".".join(map(str, first["loc"])) or "the line"
-        raise UserError(
-            f"{key}: {first['msg']}, got {first['input']!r:.60}",
-            where=where,
-            expected=_LINE_EXPECTED,
-            remedy=_LINE_REMEDY,
-        ) from error
 
 
 def _format_setting(value: Any) -> str:

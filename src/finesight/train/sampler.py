@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 from heapq import heapify, heapreplace
 from itertools import accumulate
@@ -19,9 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import TrainSettings
-from finesight.encode.packing import ContextShard
 from finesight.train.oom import max_unsplit_packs
 from finesight.train.parallel.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from finesight.data.corpus import Corpus
 
 _WITHIN_SOURCE, _ACROSS_SOURCES = 0, 1
 
@@ -88,11 +90,6 @@ def _random_permutation(size: int, *key: int) -> NDArray[np.int64]:
     return np.argsort(draws, kind="stable")
 
 
-if TYPE_CHECKING:
-    from finesight.data.corpus import Corpus
-    from finesight.encode.tokenization import TokenizedSample
-
-
 class StepSampler(Protocol):
     """Interface of a sampler that returns the samples of each step."""
 
@@ -137,16 +134,16 @@ class TrainSampler:
         return math.ceil(self.num_samples / self._batch_size)
 
     def batch_indices(self, step: int) -> Sequence[int]:
-        positions = range(
-            step * self._batch_size, min((step + 1) * self._batch_size, self.num_samples)
-        )
-        return [self._indices[self._order.index_at(position)] for position in positions]
+        start = step * self._batch_size
+        return self._get_indices(start, min(start + self._batch_size, self.num_samples))
 
     def replacement_indices(self, number: int) -> Sequence[int]:
         """Return samples of the order after the end of the run, `train.batch_size` for a number."""
         start = self.num_samples + number * self._batch_size
-        positions = range(start, start + self._batch_size)
-        return [self._indices[self._order.index_at(position)] for position in positions]
+        return self._get_indices(start, start + self._batch_size)
+
+    def _get_indices(self, start: int, stop: int) -> Sequence[int]:
+        return [self._indices[self._order.index_at(position)] for position in range(start, stop)]
 
 
 class SequentialSampler:
@@ -185,10 +182,6 @@ class DistributedSampler:
     def __len__(self) -> int:
         return len(self.sampler)
 
-    def with_pack_tokens(self, pack_tokens: int) -> DistributedSampler:
-        """Return a copy for another pack size, which determines the split samples."""
-        return replace(self, pack_tokens=pack_tokens)
-
     def batch_indices(self, step: int) -> Sequence[int]:
         indices = [index for index in self.sampler.batch_indices(step) if not self._is_split(index)]
         costs = [self.cost_fn(index) for index in indices]
@@ -206,12 +199,6 @@ class DistributedSampler:
         """Return the corpus indices of a step's split samples, in order."""
         return [index for index in self.sampler.batch_indices(step) if self._is_split(index)]
 
-    def context_shard(self, tokenized: TokenizedSample) -> ContextShard:
-        """Return the part of a split sample that this rank processes."""
-        return ContextShard.from_sample(
-            tokenized, self.process_group.rank, self.process_group.world_size
-        )
-
     @property
     def max_unsplit_tokens(self) -> int | None:
         """Maximum number of tokens of a sample that is not split over the ranks.
@@ -224,9 +211,5 @@ class DistributedSampler:
         return max_unsplit_packs(self.process_group.world_size) * max(2, self.pack_tokens)
 
     def _is_split(self, index: int) -> bool:
-        max_tokens = self.max_unsplit_tokens
-        return (
-            self.num_tokens_fn is not None
-            and max_tokens is not None
-            and self.num_tokens_fn(index) > max_tokens
-        )
+        max_tokens, num_tokens_fn = self.max_unsplit_tokens, self.num_tokens_fn
+        return bool(num_tokens_fn and max_tokens and num_tokens_fn(index) > max_tokens)

@@ -34,7 +34,6 @@ from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.model.trainable import configure_tuning
 from finesight.model.vlm import ARCHITECTURES
 from finesight.model_folder import get_portable_name
-from finesight.plugins import PluginRecord
 from finesight.progress import ProgressConsole
 from finesight.storage import sha256_file
 from finesight.track.backends import TRACKERS
@@ -64,7 +63,6 @@ from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import (
     SINGLE_PROCESS,
-    DDPStrategy,
     ParallelStrategy,
     ProcessGroup,
 )
@@ -149,33 +147,27 @@ def library_versions() -> dict[str, str]:
 
 def build_manifest(state: TrainState) -> Manifest:
     """Build the manifest of a run, which evaluation, prediction and merging read."""
-    base_model = state.run.base_model
-    renderer = state.data.renderer
-    settings = state.run.recipe.eval
+    base_model, recipe = state.run.base_model, state.run.recipe
+    family, renderer, settings = base_model.folder.family, state.data.renderer, recipe.eval
+    plugins = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
+    plugins += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
+    if settings is not None:
+        plugins.append(TASK_METRICS.find_plugin(settings.metric))
     return Manifest(
-        family=base_model.folder.family,
+        family=family,
         base_model=base_model.name,
         base_fingerprint=base_model.folder.fingerprint(),
         image_rule=renderer.image_rule,
         system_prompt=renderer.system_prompt,
         enable_thinking=renderer.has_reasoning if renderer.renders_reasoning else None,
         eos_token=renderer.tokenizer.id_to_token(renderer.end_ids[0]),
-        tune=state.run.recipe.tune,
+        tune=recipe.tune,
         versions=library_versions(),
         metric=settings.metric if settings and settings.metric in TASK_METRICS else None,
         max_new_tokens=None if settings is None else settings.max_new_tokens,
         prompts=state.data.train.list_frequent_prompts(),
-        plugins=_list_plugins(state.run.recipe, base_model.folder.family),
+        plugins=tuple(filter(None, plugins)),
     )
-
-
-def _list_plugins(recipe: Recipe, family: str) -> tuple[PluginRecord, ...]:
-    """Return the plug-ins that a run needs."""
-    found = [FAMILIES.find_plugin(family), ARCHITECTURES.find_plugin(family)]
-    found += [TRACKERS.find_plugin(tracker.kind) for tracker in recipe.track]
-    if recipe.eval is not None:
-        found.append(TASK_METRICS.find_plugin(recipe.eval.metric))
-    return tuple(filter(None, found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +180,7 @@ class RunInputs:
     renderer: Renderer
     train_data: TrainingData
     sampler: TrainSampler
+    validation_data: TrainingData | None = None
 
 
 InputCheck = Callable[[RunInputs, ProgressConsole], None]
@@ -237,13 +230,13 @@ def build_train_state(
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_trainable_parts(recipe.tune, train_data, sampler)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
-    resume_config = _build_resume_config(
-        recipe, hardware, base_model, renderer, train_data, validation_data
-    )
+    inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
+    resume_config = _build_resume_config(inputs)
     checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
-    checkpoint = _load_latest_checkpoint(
-        checkpoint_manager, hardware.process_group, resume, console
+    run = RunContext(
+        recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config, console
     )
+    checkpoint = _load_latest_checkpoint(run, resume)
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
@@ -251,37 +244,39 @@ def build_train_state(
         # Changed images may explain other samples.
         samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
         check_resume_config(recorded, resume_config | samples, folder, suggest)
-        with hardware.process_group.sync_errors():
-            if hardware.process_group.is_main:
-                check_image_record(run_dir, train_data, validation_data, console.log)
+        with process_group.sync_errors():
+            if process_group.is_main:
+                splits = {"train": train_data, "eval": validation_data}
+                check_image_record(run_dir, splits, console.log)
         check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
-        with hardware.process_group.sync_errors():
-            if hardware.process_group.is_main:
-                inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler)
+        with process_group.sync_errors():
+            if process_group.is_main:
                 check_inputs(inputs, console)
-    model = _load_model(recipe, hardware, base_model, console)
+    model = _load_model(run)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
-        hardware.process_group,
+        process_group,
         train_data.stats,
         flop_counter,
         recipe.train.pack_tokens,
+        # Models of the transformers backend and linear attention layers cannot split samples.
         can_split_samples=recipe.train.objective in (None, "sft")
-        and supports_context_parallelism(model),
+        and not isinstance(model, HfModel)
+        and model.config.decoder.linear_attention is None,
     )
     stacked_rows = stacked_row_counts(model)
-    parallel = parallelize_model(recipe, model, hardware.dtype, hardware.process_group)
+    parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
-    if not (hardware.process_group.is_single_process or parallel.is_sharded):
+    if not (process_group.is_single_process or parallel.is_sharded):
         optimizer.use_flat_gradients()
     budget = MemoryBudget(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
     state = TrainState(
-        RunContext(recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config),
+        run,
         RunData(
             renderer,
             train_data,
@@ -320,15 +315,17 @@ def build_train_state(
             lr_schedule=lr_schedule,
             flop_counter=flop_counter,
         ),
-        TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None),
+        TrainProgress(budget=budget, step=0, last_eval_step=-1, best=None)
+        if checkpoint is None
+        else checkpoint[0].restore_progress(budget),
     )
     param_audit = ParamAudit(model, optimizer.master_weights())
     if checkpoint is not None:
         stored, weights, optimizer_state = checkpoint
         state.engine.load_state_dict(weights, optimizer_state)
-        state.load_state_dict(stored)
+        state.engine.loss_scaler.load_state_dict(stored.loss_scale)
     state.apply_budget(state.progress.budget)
-    _log_overrides(state, budget, console)
+    _log_overrides(state, budget)
     return state, param_audit
 
 
@@ -422,23 +419,13 @@ def build_rank_sampler(
         shape = SampleShape(lengths, sample.grid_thw, sample.num_supervised_tokens)
         return (flop_counter and flop_counter.count(shape)) or sample.num_packed_tokens
 
-    def count_tokens(index: int) -> int:
-        return samples[index].num_packed_tokens
-
-    count_fn = count_tokens if can_split_samples else None
+    count_fn = (lambda index: samples[index].num_packed_tokens) if can_split_samples else None
     return DistributedSampler(sampler, process_group, estimate_cost, count_fn, pack_tokens)
 
 
-def supports_context_parallelism(model: AnyModel) -> bool:
-    """Return True if the tokens of a sample can be split over ranks.
-
-    Models of the transformers backend and linear attention layers do not support it.
-    """
-    return not isinstance(model, HfModel) and model.config.decoder.linear_attention is None
-
-
-def _log_overrides(state: TrainState, requested: MemoryBudget, console: ProgressConsole) -> None:
+def _log_overrides(state: TrainState, requested: MemoryBudget) -> None:
     """Log a memory budget of the checkpoint that differs from the recipe, and split samples."""
+    console = state.run.console
     if state.progress.budget != requested:
         change = state.progress.budget.describe_change(requested)
         console.log(f"continuing with {change}: a resumed run keeps its reduced memory budget")
@@ -449,10 +436,9 @@ def _log_overrides(state: TrainState, requested: MemoryBudget, console: Progress
         console.log(f"samples of more than {max_tokens:,} tokens are split over all ranks")
 
 
-def _load_model(
-    recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, console: ProgressConsole
-) -> AnyModel:
+def _load_model(run: RunContext) -> AnyModel:
     """Load the base model, and set up its trainable and frozen parts."""
+    recipe, hardware, base_model, console = run.recipe, run.hardware, run.base_model, run.console
     nf4, fp8 = recipe.tune.quantize.nf4 or (), recipe.tune.quantize.fp8 or ()
     with console.activity(f"loading the weights of {recipe.model}"):
         model = load_auto_model(
@@ -466,23 +452,19 @@ def _load_model(
     return model
 
 
-def _load_latest_checkpoint(
-    checkpoint_manager: CheckpointManager,
-    process_group: ProcessGroup,
-    resume: bool,
-    console: ProgressConsole,
-) -> Checkpoint | None:
+def _load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
     """Load the checkpoint to resume from; None to start with step 0.
 
     Only the main process verifies the digests; the other ranks load the same step.
     """
-    checkpoint = None
+    checkpoint, process_group = None, run.hardware.process_group
     with process_group.sync_errors():
         if process_group.is_main and resume:
-            checkpoint = checkpoint_manager.load_latest(console.log)
+            checkpoint = run.checkpoint_manager.load_latest(run.console.log)
     step_text = process_group.broadcast_str("" if checkpoint is None else str(checkpoint[0].step))
     if step_text and not process_group.is_main:
-        checkpoint = checkpoint_manager.load_unverified(int(step_text), "start again with --resume")
+        remedy = "start again with --resume"
+        checkpoint = run.checkpoint_manager.load(int(step_text), remedy, is_verified=True)
     return checkpoint
 
 
@@ -490,53 +472,41 @@ def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
     device = process_group.select_device(resolve_device(recipe.train.device))
     dtype = resolve_precision(recipe.train.precision, device)
     num_workers = recipe.train.num_workers
-    return Hardware(
-        device=device,
-        dtype=dtype,
-        num_workers=default_num_workers(device, process_group.local_world_size)
-        if num_workers is None
-        else num_workers,
-        peak_flops=measure_peak_flops(device, dtype),
-        process_group=process_group,
-    )
+    if num_workers is None:
+        num_workers = default_num_workers(device, process_group.local_world_size)
+    peak_flops = measure_peak_flops(device, dtype)
+    return Hardware(device, dtype, num_workers, peak_flops, process_group)
 
 
-def _build_resume_config(
-    recipe: Recipe,
-    hardware: Hardware,
-    base_model: BaseModelRef,
-    renderer: Renderer,
-    train_data: TrainingData,
-    validation_data: TrainingData | None,
-) -> dict[str, Any]:
+def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
     """Collect the settings and fingerprints that must be the same when the run is resumed."""
+    recipe, adapter, renderer = inputs.recipe, inputs.base_model.adapter, inputs.renderer
     settings = {
-        "model": base_model.folder.fingerprint(),
-        "adapter": sha256_file(base_model.adapter / ADAPTER_WEIGHTS)
-        if base_model.adapter
-        else None,
+        "model": inputs.base_model.folder.fingerprint(),
+        "adapter": sha256_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
         "image": renderer.image_rule.model_dump(mode="json"),
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
-        "train.precision": hardware.precision,
+        "train.precision": inputs.hardware.precision,
     }
-    for name, data in (("train", train_data), ("eval", validation_data)):
-        signature = data.index_signature if data else ""
+    for name, data in (("train", inputs.train_data), ("eval", inputs.validation_data)):
+        signature = ""
+        if data is not None:
+            indices = data.stats.sample_indices
+            # A list of millions of indices would be too long.
+            is_short = data.stats.is_complete
+            signature = json.dumps(indices) if is_short else f"all of {len(indices)}"
         settings[f"data.{name}"] = data.corpus.fingerprint if data else None
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    train_settings = recipe.train.model_dump(mode="json")
-    settings |= {
-        f"train.{name}": v for name, v in train_settings.items() if name not in MUTABLE_SETTINGS
-    }
-    for name in ("dpo", "orpo", "simpo", "grpo"):
-        if recipe.train.objective != name:
-            del settings[f"train.{name}"]
+    other_objectives = {"dpo", "orpo", "simpo", "grpo"} - {recipe.train.objective}
+    train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
     if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.
-        del settings["train.objective"]
+        del train["objective"]
+    settings |= {f"train.{name}": value for name, value in train.items()}
     resume_config: dict[str, Any] = json.loads(json.dumps(settings))
     return resume_config
 
@@ -551,7 +521,7 @@ def parallelize_model(
     """
     mode = recipe.train.parallel
     if mode == "ddp" or process_group.is_single_process:
-        return DDPStrategy(model, process_group)
+        return ParallelStrategy(model, process_group)
     if isinstance(model, HfModel):
         _raise_unsupported(mode, "models of the transformers backend")
     if mode == "fsdp_offload" and model.model.embed_tokens.weight.device.type == "cpu":

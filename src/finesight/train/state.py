@@ -6,9 +6,9 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from finesight.encode.renderer import RejectedAnswers, Renderer, build_renderer
 from finesight.errors import TrainingInterrupted
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
+from finesight.progress import ProgressConsole
 from finesight.train.checkpoint import CheckpointManager, CheckpointState, TrainProgress
 from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
 from finesight.train.dataset_stats import ImageStates, TrainingData
@@ -31,7 +32,7 @@ from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import RunDir
-from finesight.train.sampler import DistributedSampler, SequentialSampler, TrainSampler
+from finesight.train.sampler import DistributedSampler, TrainSampler
 
 if TYPE_CHECKING:
     from finesight.model.hf_backend import AnyModel
@@ -77,13 +78,10 @@ class StopRequest:
             if not self._has_arrived:
                 self._has_arrived = True
                 self.request(signal_number)
-                return
-            if signal_number in PREEMPTION_SIGNALS:
-                return
-            signal.signal(
-                signal_number, previous_handlers[signal.Signals(signal_number)] or signal.SIG_DFL
-            )
-            os.kill(os.getpid(), signal_number)
+            elif signal_number not in PREEMPTION_SIGNALS:
+                previous = previous_handlers[signal.Signals(signal_number)]
+                signal.signal(signal_number, previous or signal.SIG_DFL)
+                os.kill(os.getpid(), signal_number)
 
         for signum in SIGNALS:
             signal.signal(signum, handle_signal)
@@ -170,6 +168,8 @@ class RunContext:
 
     Attributes:
         resume_config: Settings and fingerprints that must be the same when the run is resumed.
+        console: Console for progress and messages.
+        stop: Stop request of signal handlers, checked between batches.
     """
 
     recipe: Recipe
@@ -178,6 +178,8 @@ class RunContext:
     hardware: Hardware
     base_model: BaseModelRef
     resume_config: dict[str, Any]
+    console: ProgressConsole
+    stop: StopRequest = field(default_factory=StopRequest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,11 +246,8 @@ class TrainState:
         Raises:
             UserError: The configurations differ.
         """
-        train_settings = self.run.recipe.train.model_dump(mode="json")
-        shared_settings = {
-            name: train_settings[name]
-            for name in ("parallel", "pack_tokens", "activation_checkpointing")
-        }
+        names = {"parallel", "pack_tokens", "activation_checkpointing"}
+        shared_settings = self.run.recipe.train.model_dump(mode="json", include=names)
         images = {
             # Without the modification times.
             split: hashlib.sha256(states[:, :2].tobytes()).hexdigest()
@@ -274,22 +273,6 @@ class TrainState:
         sampler = self.data.step_dataset.with_pack_tokens(pack_tokens).sampler
         return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
-    def build_validation_dataset(self, pack_tokens: int, indices: Sequence[int]) -> StepDataset:
-        """Create the dataset of this rank's share of validation samples.
-
-        It does not use shared prefixes: in evaluation mode, some families compute a token depending
-        on the length of its sample (`model.families.qwen_vl`).
-
-        Args:
-            indices: Corpus indices of the samples of all ranks.
-        """
-        assert self.data.validation is not None, "no validation data"
-        recipe, own_indices = self.run.recipe, self.run.hardware.process_group.shard(indices)
-        sampler = SequentialSampler(own_indices, recipe.train.batch_size)
-        return self.data.validation.build_step_dataset(
-            self.data.renderer, sampler, pack_tokens, recipe.data
-        )
-
     def apply_budget(self, budget: MemoryBudget) -> None:
         """Use a memory budget from the next step on."""
         self.progress.budget = budget
@@ -302,13 +285,8 @@ class TrainState:
             consumed_samples=min(self.progress.step * batch_size, sampler.num_samples),
             loss_scale=self.engine.loss_scaler.state_dict(),
             resume_config=self.run.resume_config,
-            **self.progress.state_dict(),
+            **dict(self.progress),
         )
-
-    def load_state_dict(self, stored: CheckpointState) -> None:
-        """Restore the state that `state_dict` returned, and use the smaller memory budget."""
-        self.engine.loss_scaler.load_state_dict(stored.loss_scale)
-        self.progress.load_state_dict(stored)
 
     def estimate_checkpoint_bytes(self) -> int:
         """Return the bytes of a checkpoint: fp32 weights and optimizer state of all ranks."""

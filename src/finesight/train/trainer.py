@@ -6,7 +6,6 @@ Modules that import models are imported for their types only.
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -84,11 +83,9 @@ def sync_step(
     local_stats = GlobalStepStats.from_step(step_batch, signal)
     if process_group.is_single_process:
         return local_stats
-    own_values = json.dumps([step_batch.split_checksum, *local_stats])
-    payloads = process_group.start_step(step_batch.step_index, own_values)
-    checksums, supervised, samples, tokens, packs, skipped, signals = zip(
-        *map(json.loads, payloads), strict=True
-    )
+    own_values = step_batch.split_checksum, *local_stats
+    values = process_group.start_step(step_batch.step_index, own_values)
+    checksums, supervised, samples, tokens, packs, skipped, signals = zip(*values, strict=True)
     if len({*checksums}) > 1:
         raise PeerFailedError(
             "a sample that is split over the ranks differs between them",
@@ -436,7 +433,7 @@ class Trainer:
         device, num_workers = state.run.hardware.device, state.run.hardware.num_workers
         dataset = state.data.step_dataset.with_pack_tokens(budget.pack_tokens)
         if vision_cache is not None:
-            dataset = dataset.with_vision_cache(vision_cache.reader)
+            dataset = replace(dataset, cache_reader=vision_cache.reader)
         step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
         if state.run.recipe.train.objective == "grpo":
             # Other objectives need no inference engine.
@@ -528,7 +525,7 @@ class Trainer:
         progress = self.state.progress
         start = time.perf_counter()
         with self.vision_features.reload_encoder():
-            eval_result = run_evaluation(self.state, name, self.console, self.stop, is_complete)
+            eval_result = run_evaluation(self.state, name, is_complete)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step
         best_eval = eval_result.as_best_eval()

@@ -22,21 +22,14 @@ from finesight.track.backends import require_packages
 from finesight.track.tracker_manager import start_trackers
 from finesight.train.checkpoint import resolve_save_interval
 from finesight.train.dataset_stats import save_tensors
-from finesight.train.finalize import (
-    LiveReport,
-    RunResult,
-    finalize_run,
-    load_result,
-    record_failure,
-    write_run_report,
-)
+from finesight.train.finalize import RunReport, RunResult, finalize_run, load_result, record_failure
 from finesight.train.logging import MetricsLogger, describe_run
 from finesight.train.objectives.dpo import prepare_references
 from finesight.train.oom import translate_oom_errors
-from finesight.train.parallel.distributed import ProcessGroup, init_distributed
+from finesight.train.parallel.distributed import init_distributed
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import InputCheck, build_manifest, build_train_state
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 from finesight.train.trainer import Trainer
 from finesight.train.vision_cache_builder import VisionFeatures
 
@@ -57,10 +50,8 @@ def check_disk_space(state: TrainState, num_existing: int) -> None:
     checkpoint_size = state.estimate_checkpoint_bytes()
     interval = resolve_save_interval(recipe.train, total_steps)
     num_remaining = 1 + ((total_steps - state.progress.step) // interval if interval else 0)
-    num_new = max(
-        1,
-        min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1) - num_existing,
-    )
+    max_kept = min(recipe.train.keep_checkpoints + 2, num_remaining + 1 if interval else 1)
+    num_new = max(1, max_kept - num_existing)
     num_trainable = state.engine.parallel.num_trainable_params
     weight_bytes = 4 * num_trainable if recipe.tune.has_mode("lora") else 0
     if recipe.tune.has_mode("full"):
@@ -160,46 +151,32 @@ def train(
         TrainingInterrupted: One of `SIGNALS` arrived. A checkpoint of the last finished
             step is written first.
     """
-    with init_distributed() as process_group:
-        if process_group.is_main:
-            rich_console = console or Console(stderr=True)
-        else:
-            rich_console, recipe = Console(quiet=True), recipe.model_copy(update={"track": []})
-        with translate_oom_errors():
-            progress_console = ProgressConsole(rich_console)
-            return _train_rank(recipe, process_group, resume, progress_console, check_inputs)
-
-
-def _train_rank(
-    recipe: Recipe,
-    process_group: ProcessGroup,
-    resume: bool,
-    console: ProgressConsole,
-    check_inputs: InputCheck | None,
-) -> RunResult | None:
-    """Train on this rank; only the main process writes files and returns a result."""
-    start, is_main = time.perf_counter(), process_group.is_main
-    run_dir = RunDir(recipe.output_dir)
-    with ExitStack() as stack:
+    with init_distributed() as process_group, translate_oom_errors(), ExitStack() as stack:
+        start, is_main = time.perf_counter(), process_group.is_main
+        run_dir = RunDir(recipe.output_dir)
+        progress_console = ProgressConsole(console if is_main else Console(quiet=True))
+        if not is_main:
+            recipe = recipe.model_copy(update={"track": []})
+        log = progress_console.log
         is_resumed = resume and run_dir.is_started
         if is_main:
-            if is_resumed or run_dir.is_started:
+            if run_dir.is_started:
                 # No other process may write to the run while it is read.
                 stack.enter_context(run_dir.lock())
             run_dir.check_available(resume)
         if resume and not is_resumed:
-            console.log(f"{run_dir.path}: no run to resume; a new run starts")
+            log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
-            console.log(
+            log(
                 f"{run_dir.path}: the run is already complete, so nothing was trained."
                 f" {run_dir.suggest_further_run(recipe, run_dir.path, 'To train further')}"
             )
             if is_main and not run_dir.report_path.exists():
-                write_run_report(run_dir, console)
+                RunReport(run_dir, progress_console).write()
             return result if is_main else None
         require_packages(recipe.track)
         state, param_audit = build_train_state(
-            recipe, run_dir, console, is_resumed, process_group, check_inputs
+            recipe, run_dir, progress_console, is_resumed, process_group, check_inputs
         )
         if is_main:
             check_disk_space(state, len(state.run.checkpoint_manager.steps()))
@@ -208,28 +185,28 @@ def _train_rank(
             # Another process may have started meanwhile.
             run_dir.check_available(resume=False)
         state.check_ranks_match()
-        stop = StopRequest()
         with process_group.sync_errors():
             if is_main:
                 _prepare_run_dir(state)
-            trackers = start_trackers(recipe, run_dir.path, state.progress.step, console.log)
+            trackers = start_trackers(recipe, run_dir.path, state.progress.step, log)
             tracking = stack.enter_context(trackers)
-        live_report = LiveReport(run_dir, console) if is_main else None
-        metrics_logger = MetricsLogger(state, console, tracking, live_report)
+        report = RunReport(run_dir, progress_console) if is_main else None
+        metrics_logger = MetricsLogger(state, tracking, report)
         if is_main:
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
-        console.log(describe_run(state))
-        vision_features = VisionFeatures(state, console, stop)
-        trainer = Trainer(state, console, stop, metrics_logger, vision_features)
+        log(describe_run(state))
+        stop = state.run.stop
+        vision_features = VisionFeatures(state, progress_console, stop)
+        trainer = Trainer(state, progress_console, stop, metrics_logger, vision_features)
         with (
             stop.install_handlers(),
             configure_host(state.run.hardware.device),
-            record_failure(run_dir, console, state.progress) if is_main else nullcontext(),
+            record_failure(run_dir, progress_console, state.progress) if is_main else nullcontext(),
         ):
             if recipe.train.objective == "dpo":
-                prepare_references(state, console, stop)
-            result = trainer.run(partial(finalize_run, state, console, param_audit))
+                prepare_references(state)
+            result = trainer.run(partial(finalize_run, state, param_audit))
         if result is not None:
             metrics_logger.tracking_events.log_result(result)
         return result

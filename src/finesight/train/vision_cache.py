@@ -98,6 +98,12 @@ class ImageIndex:
         """Start of each image in the concatenated features, and the total number of features."""
         return np.cumsum([0, *(image_ref.num_features for image_ref in self.image_refs)])
 
+    def feature_rows(self, images: Sequence[int]) -> NDArray[np.int64]:
+        """Return the indices of the features of several images in the concatenated features."""
+        offsets = self.feature_offsets_P1
+        ranges = [np.arange(offsets[n], offsets[n + 1]) for n in images]
+        return np.concatenate([offsets[:0], *ranges])
+
     def count_images(self, chunks: Sequence[ImageChunk]) -> int:
         """Count the images in several chunks."""
         return sum(chunk.stop - chunk.start for chunk in chunks)
@@ -211,7 +217,6 @@ class VisionFileStore:
         make_folder(self.folder)
         with translate_os_errors(root):
             self._lock_fd = FileLock(root)
-        self._use_lock = use_lock
         if use_lock:
             with suppress(OSError):
                 self._lock_fd.acquire(shared=True)
@@ -236,7 +241,8 @@ class VisionFileStore:
     def evict(self, required_chunks: Iterable[str], missing_bytes: int) -> int:
         """Remove least recently used feature files until new files fit.
 
-        No file is removed while another run uses the store.
+        No file is removed while another run uses the store. Only the rank that holds the lock may
+        call this.
 
         Args:
             required_chunks: Names of chunks that must not be removed.
@@ -247,10 +253,13 @@ class VisionFileStore:
         is_exclusive = False
         # Fails while another run uses the store, and on a file system without locks.
         with suppress(OSError):
-            if self._use_lock:
-                self._lock_fd.acquire(wait=False)
-                is_exclusive = True
-        files = self._list_files()
+            self._lock_fd.acquire(wait=False)
+            is_exclusive = True
+        files = []
+        for path in self.root.glob("*/*.safetensors"):
+            with suppress(FileNotFoundError):
+                stat = path.stat()
+                files.append((stat.st_mtime, stat.st_size, path))
         used = sum(size for _, size, _ in files)
         free = shutil.disk_usage(self.root).free
 
@@ -267,21 +276,9 @@ class VisionFileStore:
                 if path not in protected_paths:
                     path.unlink(missing_ok=True)
                     used, free = used - size, free + size
-        if self._use_lock:
-            with suppress(OSError):
-                self._lock_fd.acquire(shared=True)
+        with suppress(OSError):
+            self._lock_fd.acquire(shared=True)
         return available_bytes()
-
-    def _list_files(self) -> list[tuple[float, int, Path]]:
-        """Return the time of last use, the size and the path of all feature files."""
-        stats = []
-        for path in self.root.glob("*/*.safetensors"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:
-                continue
-            stats.append((stat.st_mtime, stat.st_size, path))
-        return stats
 
     def write(self, name: str, features_MKD: Tensor) -> None:
         """Write the features of a chunk to a file, atomically.
@@ -382,19 +379,13 @@ class VisionCacheReader:
 
     def image_indices(self, sample_indices: Sequence[int]) -> list[int]:
         """Return the indices of the images of several samples, in order."""
-        return [
-            image_index
-            for sample in sample_indices
-            for image_index in self.image_index.images_by_sample[sample]
-        ]
+        images_by_sample = self.image_index.images_by_sample
+        return [image for sample in sample_indices for image in images_by_sample[sample]]
 
     def count_features(self, sample_indices: Sequence[int]) -> int:
         """Return the number of image tokens of several samples."""
         image_refs = self.image_index.image_refs
-        return sum(
-            image_refs[image_index].num_features
-            for image_index in self.image_indices(sample_indices)
-        )
+        return sum(image_refs[n].num_features for n in self.image_indices(sample_indices))
 
     def tensor_spec(self, sample_indices: Sequence[int]) -> tuple[torch.dtype, tuple[int, ...]]:
         """Return the dtype and shape of the inputs of a pack, [M, ...]."""
@@ -406,10 +397,8 @@ class VisionCacheReader:
         Raises:
             UnreadableFileError: A file is missing or truncated.
         """
-        offsets = self.image_index.feature_offsets_P1
-        ranges = [np.arange(offsets[n], offsets[n + 1]) for n in self.image_indices(sample_indices)]
-        if ranges:
-            np.concatenate(ranges, out=buffer.numpy())
+        rows_M = self.image_index.feature_rows(self.image_indices(sample_indices))
+        buffer.copy_(torch.from_numpy(rows_M))
 
 
 @dataclass(frozen=True)
@@ -420,9 +409,8 @@ class VisionRamReader(VisionCacheReader):
 
     def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
         """Copy the features of a pack to a buffer."""
-        indices_M = torch.empty(len(buffer), dtype=torch.int64)
-        super().write_to(sample_indices, indices_M)
-        torch.index_select(self.features_AKD, 0, indices_M, out=buffer)
+        rows_M = self.image_index.feature_rows(self.image_indices(sample_indices))
+        torch.index_select(self.features_AKD, 0, torch.from_numpy(rows_M), out=buffer)
 
 
 @dataclass(frozen=True)

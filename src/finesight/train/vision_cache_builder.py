@@ -23,7 +23,7 @@ from functools import lru_cache, partial
 from importlib.metadata import version
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import PIL
@@ -62,7 +62,6 @@ from finesight.train.vision_cache import (
 )
 from finesight.vision.image_processing import concat_patches, concat_shape
 
-T = TypeVar("T")
 CorruptImages = dict[int, CorruptImageError]
 """Errors of corrupt images, by index of the image in an `ImageIndex`."""
 
@@ -219,30 +218,19 @@ class EncoderOffloader:
             self._move(was_offloaded)
 
     def _move(self, is_offloaded: bool) -> None:
-        if is_offloaded:
-            self._move_to_cpu()
-        else:
-            self._move_to_gpu()
-
-    def _move_to_cpu(self) -> None:
-        if self.is_offloaded:
+        if is_offloaded == self.is_offloaded:
             return
-        storages = self._list_storages()
+        storages = self._list_storages() if is_offloaded else []
         # The identity of a storage does not change when it is resized.
         copied = {storage._cdata for storage, _ in self._cpu_copies}
-        if copied != {storage._cdata for storage in storages}:
+        if is_offloaded and copied != {storage._cdata for storage in storages}:
             # Otherwise reuse the copy: frozen weights do not change.
             self._cpu_copies = [(one, _view_bytes(one).to("cpu", copy=True)) for one in storages]
-        for storage, _ in self._cpu_copies:
-            storage.resize_(0)
-        self.is_offloaded = True
-
-    def _move_to_gpu(self) -> None:
-        if self.is_offloaded:
-            for storage, cpu_copy in self._cpu_copies:
-                storage.resize_(len(cpu_copy))
+        for storage, cpu_copy in self._cpu_copies:
+            storage.resize_(0 if is_offloaded else len(cpu_copy))
+            if not is_offloaded:
                 _view_bytes(storage).copy_(cpu_copy)
-            self.is_offloaded = False
+        self.is_offloaded = is_offloaded
 
     def _list_storages(self) -> list[torch.UntypedStorage]:
         """Return the storages that only tensors of the vision encoder use."""
@@ -330,9 +318,7 @@ class VisionFeatures:
             Vision cache; None to encode images in every step.
         """
         start, state = time.perf_counter(), self._state
-        with ExitStack() as stack:
-            builder = VisionCacheBuilder(state, self._console, self._stop)
-            stack.callback(builder.close)
+        with closing(VisionCacheBuilder(state, self._console, self._stop)) as builder:
             try:
                 result = builder.build()
             except _CacheUnavailable as blocker:
@@ -346,7 +332,7 @@ class VisionFeatures:
                 release_memory(state.run.hardware.device)
             if result.tier != "disk":
                 # Other runs may now remove the files.
-                stack.close()
+                builder.close()
             log(time.perf_counter() - start, result)
             offload = result.cache is not None and should_offload(state.run.hardware.device)
             with self._offloader.hold(is_offloaded=offload):
@@ -396,10 +382,6 @@ class DecodedChunk(NamedTuple):
     patches: TensorBlock
     corrupt_images: CorruptImages
 
-    def pin_memory(self) -> DecodedChunk:
-        """Return a copy in pinned memory; PyTorch's data loader calls this method."""
-        return self._replace(patches=self.patches.pin_memory())
-
 
 def _decode_chunk(
     image_index: ImageIndex,
@@ -430,19 +412,11 @@ def _decode_chunk(
             corrupt_images |= dict.fromkeys(range(image, image + len(spans)), error)
         image += len(spans)
     if not patches:
-        no_patches = TensorBlock(((torch.uint8, (0, 0)),), torch.empty(0, dtype=torch.uint8))
+        no_patches = TensorBlock((), torch.empty(0, dtype=torch.uint8))
         return DecodedChunk(chunk, no_patches, corrupt_images)
     block = TensorBlock.allocate((torch.uint8, concat_shape(patches)))
     concat_patches(patches, next(block.tensors()).numpy())
     return DecodedChunk(chunk, block, corrupt_images)
-
-
-class ChunkFeatures(NamedTuple):
-    """Image features of a chunk; features of corrupt images are zero."""
-
-    chunk: ImageChunk
-    features_MKD: Tensor
-    corrupt_images: CorruptImages
 
 
 class VisionCacheBuilder:
@@ -456,7 +430,7 @@ class VisionCacheBuilder:
         self._writer_pool: ThreadPoolExecutor | None = None
         self._writes: deque[Future[None]] = deque()
         self._corrupt_images: CorruptImages = {}
-        self._pending: tuple[ChunkFeatures, torch.cuda.Event | None] | None = None
+        self._pending: tuple[ImageChunk, Tensor, torch.cuda.Event | None] | None = None
 
     @property
     def _model(self) -> VisionLanguageModel:
@@ -475,19 +449,23 @@ class VisionCacheBuilder:
         Raises:
             _CacheUnavailable: The cache cannot be used.
         """
+        hardware = self._state.run.hardware
         # The ranks exchange features, so each phase starts only if all ranks finished the previous
         # one: a rank that falls back alone would block the others.
-        is_single_use = self._run_on_all_ranks(self._open_store_if_useful)
-        self._image_index = self._run_on_all_ranks(self._index_images)
+        is_single_use, *_ = self._run_on_all_ranks(self._open_store_if_useful)
+        self._run_on_all_ranks(self._index_images)
         self._chunks = chunks = self._image_index.split_chunks()
         self._process_group.check_identical({"images": [chunk.name for chunk in chunks]})
         on_disk = [chunk for chunk in chunks if self._store and self._store.has_chunk(chunk.name)]
         num_bytes = self._count_bytes(chunks)
         missing_bytes = num_bytes - self._count_bytes(on_disk)
         # After the eviction of old files, whose space counts as free.
-        free = self._measure_free_bytes(chunks, missing_bytes)
+        measure_free_bytes = partial(self._measure_free_bytes, missing_bytes)
+        free_by_rank = self._run_on_all_ranks(measure_free_bytes)
+        free = FreeBytes(*map(min, zip(*free_by_rank, strict=True)))
+        loaded_chunks: list[ImageChunk] = []
 
-        def start_build() -> list[ImageChunk]:
+        def start_build() -> list[int]:
             if not chunks or (is_single_use and len(on_disk) < len(chunks)):
                 raise _CacheUnavailable(REASON_SINGLE_USE)
             tier = choose_cache_tier(self._setting, num_bytes, missing_bytes, free)
@@ -498,13 +476,19 @@ class VisionCacheBuilder:
                     f" {_format_bytes(free.memory)} in memory{gpu} and {_format_bytes(free.disk)}"
                     f" on disk are free (train.vision_cache={self._setting})"
                 )
-            self._allocate(tier)
-            return self._load_chunks(on_disk)
+            self._tier = tier
+            # Features on disk are not loaded.
+            num_rows = 0 if tier == "disk" else int(self._image_index.feature_offsets_P1[-1])
+            self._features_AKD = torch.empty(
+                (num_rows, *self._feature_shape),
+                dtype=hardware.dtype,
+                device=hardware.device if tier == "gpu" else "cpu",
+            )
+            loaded_chunks.extend(self._load_chunks(on_disk))
+            return [chunk.start for chunk in {*chunks}.difference(loaded_chunks)]
 
-        loaded_chunks = self._run_on_all_ranks(start_build)
         # Chunks that at least one rank could not load.
-        missing = self._all_gather([c.start for c in {*chunks}.difference(loaded_chunks)])
-        starts = {*chain.from_iterable(missing)}
+        starts = {*chain.from_iterable(self._run_on_all_ranks(start_build))}
         missing_chunks = [chunk for chunk in chunks if chunk.start in starts]
         self._encode_chunks(missing_chunks, missing_bytes <= free.disk)
         num_images = len(self._image_index.image_refs)
@@ -520,36 +504,34 @@ class VisionCacheBuilder:
             self._build_cache(), reason, self._tier, num_images, num_from_disk, num_bytes
         )
 
-    def _run_on_all_ranks(self, fn: Callable[[], T]) -> T:
-        """Call a function that must succeed on all ranks; return the local result.
+    def _run_on_all_ranks(self, fn: Callable[[], object]) -> list[Any]:
+        """Call a function that must succeed on all ranks; return the JSON results in rank order.
 
         Raises:
             TrainingInterrupted: A rank received a stop signal; raised on all ranks.
             _CacheUnavailable: The cache is unavailable on a rank; raised on all ranks.
         """
-        results: list[T] = []
+        result: object = None
         blocker = ""
         with self._process_group.sync_errors():
             try:
-                results.append(fn())
+                result = fn()
             except TrainingInterrupted:
                 pass
             except _CacheUnavailable as error:
                 blocker = str(error)
             except torch.OutOfMemoryError as error:
                 blocker = f"the GPU memory is full ({first_error_line(error)})"
-        signals, reasons = zip(*self._all_gather([self._stop.signal or 0, blocker]), strict=True)
+        own_outcome = json.dumps([self._stop.signal or 0, blocker, result])
+        outcomes = map(json.loads, self._process_group.all_gather_str(own_outcome))
+        signals, blockers, results = zip(*outcomes, strict=True)
         self._stop.request(max(signals))
         # Signals that arrive later are exchanged at the next barrier.
         if max(signals):
             self._stop.raise_if_requested()
-        for reason in filter(None, reasons):
+        for reason in filter(None, blockers):
             raise _CacheUnavailable(reason)
-        return results[0]
-
-    def _all_gather(self, value: object) -> list[Any]:
-        """Return the JSON values of all ranks in rank order."""
-        return [*map(json.loads, self._process_group.all_gather_str(json.dumps(value)))]
+        return [*results]
 
     def _open_store_if_useful(self) -> bool:
         """Open the feature files; return whether a new run uses each image at most once.
@@ -587,7 +569,7 @@ class VisionCacheBuilder:
             raise error
         self._console.log(f"the vision cache does not use the disk: {error.where}: {error.what}")
 
-    def _index_images(self) -> ImageIndex:
+    def _index_images(self) -> None:
         state, indices = self._state, self._state.data.train.stats.sample_indices
         with self._console.progress_stage("hashing images", len(indices)) as on_progress:
 
@@ -596,7 +578,8 @@ class VisionCacheBuilder:
                 self._stop.raise_if_requested()
 
             source = state.data.train.corpus, state.data.renderer, indices
-            return index_images(*source, state.run.hardware.num_workers, on_count)
+            num_workers = state.run.hardware.num_workers
+            self._image_index = index_images(*source, num_workers, on_count)
 
     def _count_bytes(self, chunks: Sequence[ImageChunk]) -> int:
         offsets_P1 = self._image_index.feature_offsets_P1
@@ -610,38 +593,20 @@ class VisionCacheBuilder:
         """Shape [K, D] of the features of an image token."""
         return self._model.visual.features_per_token, self._model.config.decoder.hidden_size
 
-    def _measure_free_bytes(self, chunks: Sequence[ImageChunk], missing_bytes: int) -> FreeBytes:
-        """Return the minimum free space over all ranks, by storage tier.
+    def _measure_free_bytes(self, missing_bytes: int) -> FreeBytes:
+        """Return the free space of this rank, by storage tier.
 
         One rank per machine first evicts old files to make space for `missing_bytes`.
         """
-
-        def evict_local() -> int:
-            if self._store is None:
-                return 0
-            if self._process_group.local_rank:
-                # Another rank reports the disk of this machine.
-                return sys.maxsize
-            return self._store.evict([chunk.name for chunk in chunks], missing_bytes)
-
-        disk = self._run_on_all_ranks(evict_local)
+        disk = 0
+        if self._store is not None and self._process_group.local_rank:
+            # Another rank reports the disk of this machine.
+            disk = sys.maxsize
+        elif self._store is not None:
+            disk = self._store.evict([chunk.name for chunk in self._chunks], missing_bytes)
         gpu = free_gpu_memory(self._state.run.hardware.device)
         memory = available_memory() // self._process_group.local_world_size
-        free_by_rank = self._all_gather(FreeBytes(gpu, memory, disk))
-        return FreeBytes(*map(min, zip(*free_by_rank, strict=True)))
-
-    def _allocate(self, tier: CacheTier) -> None:
-        """Allocate the features of all images in the storage tier; nothing for the disk."""
-        hardware = self._state.run.hardware
-        self._tier = tier
-        self._features_AKD = torch.empty(
-            (
-                0 if tier == "disk" else int(self._image_index.feature_offsets_P1[-1]),
-                *self._feature_shape,
-            ),
-            dtype=hardware.dtype,
-            device=hardware.device if tier == "gpu" else "cpu",
-        )
+        return FreeBytes(gpu, memory, disk)
 
     def _new_features(self, chunk: ImageChunk, device: torch.device | str) -> Tensor:
         """Allocate uninitialized features [M, K, D] of a chunk."""
@@ -711,16 +676,15 @@ class VisionCacheBuilder:
                 state.run.hardware.device.type == "cuda",
             )
             # The workers end when the generator is closed.
-            decoded = stack.enter_context(closing(chunk for chunk in decoded_chunks))
-            del decoded_chunks
+            stack.enter_context(closing(decoded_chunks))
             num_images = self._image_index.count_images(chunks)
             on_progress = stack.enter_context(
                 self._console.progress_stage("encoding images", num_images)
             )
             for start in range(0, len(chunks), process_group.world_size):
                 batch = chunks[start : start + process_group.world_size]
-                results = self._encode_on_all_ranks(decoded, batch)
-                self._run_on_all_ranks(partial(self._store_chunks, results))
+                features = self._encode_on_all_ranks(decoded_chunks, batch)
+                self._run_on_all_ranks(partial(self._store_chunks, batch, features))
                 on_progress(self._image_index.count_images(batch))
 
             def finish_writes() -> None:
@@ -747,89 +711,80 @@ class VisionCacheBuilder:
 
     def _encode_on_all_ranks(
         self, decoded_chunks: Iterator[DecodedChunk], chunks: Sequence[ImageChunk]
-    ) -> Sequence[ChunkFeatures]:
+    ) -> Sequence[Tensor]:
         """Encode one chunk on each rank, and broadcast the features of all these chunks."""
         rank, device = self._process_group.rank, self._state.run.hardware.device
+        all_features: list[Tensor] = []
 
-        def encode_own_chunk() -> list[ChunkFeatures]:
+        def encode_own_chunk() -> list[tuple[object, ...]]:
             self._stop.raise_if_requested()
-            return [
-                self._encode_chunk(next(decoded_chunks))
-                if position == rank
-                else ChunkFeatures(chunk, self._new_features(chunk, device), {})
-                for position, chunk in enumerate(chunks)
-            ]
+            corrupt_images: CorruptImages = {}
+            for position, chunk in enumerate(chunks):
+                if position == rank:
+                    decoded_chunk = next(decoded_chunks)
+                    corrupt_images = decoded_chunk.corrupt_images
+                    all_features.append(self._encode_chunk(decoded_chunk))
+                else:
+                    all_features.append(self._new_features(chunk, device))
+            return [(n, e.what, e.where, e.expected, e.remedy) for n, e in corrupt_images.items()]
 
-        results = self._run_on_all_ranks(encode_own_chunk)
-        if self._process_group.is_single_process:
-            return results
-        own_errors = results[rank].corrupt_images if rank < len(results) else {}
-        errors_by_rank = self._all_gather(
-            [(n, e.what, e.where, e.expected, e.remedy) for n, e in own_errors.items()]
-        )
-        for source, result in enumerate(results):
-            dist.broadcast(result.features_MKD, src=source)
-            for n, what, where, expected, remedy in errors_by_rank[source]:
+        for errors in self._run_on_all_ranks(encode_own_chunk):
+            for n, what, where, expected, remedy in errors:
                 error = CorruptImageError(what, where=where, expected=expected, remedy=remedy)
-                result.corrupt_images[n] = error
-        return results
+                self._corrupt_images[n] = error
+        if not self._process_group.is_single_process:
+            for source, features_MKD in enumerate(all_features):
+                dist.broadcast(features_MKD, src=source)
+        return all_features
 
     @torch.no_grad()
-    def _encode_chunk(self, decoded_chunk: DecodedChunk) -> ChunkFeatures:
-        """Encode the images of a chunk; the features of corrupt images are zero."""
-        state, image_refs = self._state, self._image_index.image_refs
+    def _encode_chunk(self, decoded_chunk: DecodedChunk) -> Tensor:
+        """Return the features of a chunk [M, K, D]; those of corrupt images are zero."""
+        state, index, device = self._state, self._image_index, self._state.run.hardware.device
         chunk, block, corrupt_images = decoded_chunk
         valid = [n for n in range(chunk.start, chunk.stop) if n not in corrupt_images]
-        features_MKD = self._new_features(chunk, state.run.hardware.device)
         if not valid:
-            return ChunkFeatures(chunk, features_MKD.zero_(), corrupt_images)
+            return self._new_features(chunk, device).zero_()
         (patches_ND,) = block.tensors()
-        grids = tuple(image_refs[n].span.grid_thw for n in valid)
+        grids = tuple(index.image_refs[n].span.grid_thw for n in valid)
         merge_size = state.engine.device_loader.padding_merge_size
         if state.engine.device_loader.pads_shapes and merge_size is not None:
             patches_ND, grids = pad_patches(patches_ND, grids, merge_size)
-        patches_ND = patches_ND.to(state.run.hardware.device, non_blocking=True)
-        encoded_MKD = self._model.encode_images(patches_ND, grids)
+        encoded_MKD = self._model.encode_images(patches_ND.to(device, non_blocking=True), grids)
+        rows_M = index.feature_rows(valid) - index.feature_offsets_P1[chunk.start]
+        # Without the features of padding patches.
+        encoded_MKD = encoded_MKD[: len(rows_M)]
         if not corrupt_images:
-            # Without the features of padding patches.
-            return ChunkFeatures(chunk, encoded_MKD[: len(features_MKD)], corrupt_images)
-        features_MKD.zero_()
-        counts = [image_refs[n].num_features for n in valid]
-        for n, features in zip(valid, torch.split(encoded_MKD[: sum(counts)], counts), strict=True):
-            start = int(
-                self._image_index.feature_offsets_P1[n]
-                - self._image_index.feature_offsets_P1[chunk.start]
-            )
-            features_MKD[start : start + len(features)] = features
-        return ChunkFeatures(chunk, features_MKD, corrupt_images)
+            return encoded_MKD
+        features_MKD = self._new_features(chunk, device).zero_()
+        return features_MKD.index_copy_(0, torch.from_numpy(rows_M).to(device), encoded_MKD)
 
-    def _store_chunks(self, results: Sequence[ChunkFeatures]) -> None:
+    def _store_chunks(self, chunks: Sequence[ImageChunk], all_features: Sequence[Tensor]) -> None:
         """Start storing the features of chunks; the last one is finished by the next call.
 
         Its copy overlaps with the computation of the next chunk.
         """
-        for result in results:
-            features_MKD, event = result.features_MKD, None
-            self._corrupt_images |= result.corrupt_images
+        for chunk, features_MKD in zip(chunks, all_features, strict=True):
+            event = None
             if self._tier == "gpu":
-                self._chunk_view(result.chunk).copy_(features_MKD)
+                self._chunk_view(chunk).copy_(features_MKD)
             if features_MKD.is_cuda and (self._tier != "gpu" or self._writer_pool is not None):
                 features_MKD = features_MKD.to("cpu", non_blocking=True)
-                event = record_event(result.features_MKD.device)
+                event = record_event(self._state.run.hardware.device)
             self._finish_pending()
-            self._pending = result._replace(features_MKD=features_MKD), event
+            self._pending = chunk, features_MKD, event
 
     def _finish_pending(self) -> None:
         """Finish storing the features of the last chunk."""
         if self._pending is None:
             return
-        ((chunk, features_MKD, corrupt_images), event), self._pending = self._pending, None
+        (chunk, features_MKD, event), self._pending = self._pending, None
         if event is not None:
             event.synchronize()
         if self._tier == "memory":
             features_MKD = self._chunk_view(chunk).copy_(features_MKD)
-        if self._writer_pool and self._store and (not corrupt_images or self._tier == "disk"):
-            name = self._get_file_name(chunk)
+        name = self._get_file_name(chunk)
+        if self._writer_pool and self._store and (name == chunk.name or self._tier == "disk"):
             self._writes.append(self._writer_pool.submit(self._store.write, name, features_MKD))
             self._wait_for_writes(MAX_PENDING_CHUNKS)
 

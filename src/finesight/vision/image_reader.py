@@ -27,7 +27,7 @@ from finesight.data.sample import is_video_path
 from finesight.data.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.errors import UserError
 from finesight.vision.image_processing import load_image
-from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool, WorkerReply
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 MAX_IMAGE_CPU_S = 4.0
 LIMITED_PIXELS, MAX_LIMIT_FACTOR = 8_000_000, 5.0
@@ -81,7 +81,7 @@ class ImageReader:
         height, width = reply.value
         return (int(height), int(width)), reply.arrays[0].tobytes()
 
-    def call(self, job: Callable[..., JobOutput], path: Path, *args: Any) -> WorkerReply:
+    def call(self, job: Callable[..., JobOutput], path: Path, *args: Any) -> JobOutput:
         """Run `job(state, path, *args)` in a worker process. Its errors name the image."""
         try:
             with self.pool.borrow_worker() as worker:

@@ -1,5 +1,6 @@
 """GRPO: losses compared with a formula per response and TRL, rollouts, and runs with rewards."""
 
+import json
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -245,8 +246,20 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
     reward_task.run(*two_updates, name="expected")
     reward_task.run(*two_updates)
     run = rewind_to_checkpoint(reward_task.folder / "run")
+    with (run / "responses.jsonl").open("a") as file:
+        file.write('{"step": 7, "respon')
     reward_task.run(*two_updates, resume=True)
     assert_same_run(run, reward_task.folder / "expected")
+    recorded, expected = (
+        (path / "responses.jsonl").read_text() for path in (run, reward_task.folder / "expected")
+    )
+    assert recorded == expected
+    lines = [json.loads(line) for line in recorded.splitlines()]
+    numbers = [(line["step"], line["response"]) for line in lines]
+    assert numbers == [(step, n) for step in range(1, 7) for n in range(4)]
+    assert [*lines[0]["scores"]] == ["early", "exact"]
+    best = max(lines[:4], key=lambda line: line["scores"]["early"])
+    assert best["advantage"] > 0 > min(line["advantage"] for line in lines[:4])
 
 
 def test_failed_reward_saves_a_checkpoint(reward_task):
@@ -328,7 +341,7 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
     reference = BoxPart(image=0, xyxy=(100, 200, 300, 600))
     # The model writes the reference in the frame, or another box.
     is_other = frame not in FRAMES
-    written = (0, 0, 1, 1) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
+    written = (0, 0, 9, 9) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
     found = scale_box(written, span.resized_size, (800, 400))
     case = EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,))
     lines: list[str] = []
@@ -342,7 +355,8 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
     rewarded = RewardCheck(renderer, lines.append)
     for _ in range(40):
         rewarded.add([case] * 4, np.array([0, 0, 0, 0.5]), [span])
-    assert len(lines) == 1
+    assert len(lines) == 1 + bool(frame)
+    assert all("no reward" not in line for line in lines[1:])
 
 
 @each(

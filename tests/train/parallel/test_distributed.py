@@ -342,9 +342,7 @@ def test_context_shards_cover_every_sample():
     for count in (1, 2, 3, 4, 20):
         size = 40 // max_unsplit_packs(count)
         shares = [
-            DistributedSampler(
-                FixedSampler(), ProcessGroup(rank, count), cost, tokens, 50
-            ).with_pack_tokens(size)
+            DistributedSampler(FixedSampler(), ProcessGroup(rank, count), cost, tokens, size)
             for rank in range(count)
         ]
         assert {len(share) for share in shares} == {50}

@@ -6,8 +6,8 @@ function drawIssue(issue) {
     createElement("h3", {},
       createElement("span", {class: `badge ${issue.severity}`}, translate(issue.severity)),
       createElement("span", {}, issue.description)),
-    createElement("p", {class: "mono"}, issue.location),
-    createElement("p", {}, issue.message));
+    createElement("p", {class: "mono"}, issue.where),
+    createElement("p", {}, issue.what));
   if (issue.evidence.length) {
     description.append(createElement("ul", {class: "evidence small"},
       ...issue.evidence.map((line) => createElement("li", {}, line))));
@@ -17,27 +17,26 @@ function drawIssue(issue) {
   const sample = issue.sample_id ? `${translate("sample {}", issue.sample_id)} · ` : "";
   const fix = issue.fix ? ` · ${translate("fixed by --fix: {}", issue.fix)}` : "";
   description.append(createElement("p", {class: "soft small"}, `${sample}${issue.code}${fix}`));
-  const images = issue.images.map((image) => drawIssueImage(image, issue));
-  if (!images.length) return createElement("article", {class: "issue"}, description);
-  if (issue.num_more) {
-    images.push(createElement("p", {class: "soft small"}, translate("and {} more", issue.num_more)));
-  }
-  return createElement("article", {class: "issue with-images"},
-    createElement("div", {}, ...images), description);
+  if (!issue.images.length) return createElement("article", {class: "illustrated issue"}, description);
+  return createElement("article", {class: "illustrated issue with-images"},
+    drawImages(issue, issue.description), description);
 }
 
-function drawIssueImage({name, image_index: index, boxes}, issue) {
-  const image = DATA.images[index];
-  const figure = typeof image === "string"
-    ? createElement("p", {class: "no-image"}, image)
-    : drawImage(image, boxes,
-      translate("{}, {} boxes drawn: {}", name, boxes.length, issue.description));
-  return createElement("div", {}, figure, createElement("p", {class: "name"}, name));
+function drawImages({images, num_more: numMore}, description) {
+  const figures = images.map(({name, image_index: index, boxes}) => {
+    const image = DATA.images[index];
+    const figure = typeof image === "string"
+      ? createElement("p", {class: "no-image"}, image)
+      : drawImage(image, boxes, translate("{}, {} boxes drawn: {}", name, boxes.length, description));
+    return createElement("div", {}, figure, createElement("p", {class: "name"}, name));
+  });
+  const more = numMore ? createElement("p", {class: "soft small"}, translate("and {} more", numMore)) : "";
+  return createElement("div", {}, ...figures, more);
 }
 
 /* Lower-case text for the search, computed on first use. */
 function searchText(issue) {
-  issue.searchText ||= [issue.location, issue.sample_id, issue.message, issue.code,
+  issue.searchText ||= [issue.where, issue.sample_id, issue.what, issue.code,
     issue.description, ...issue.evidence, ...issue.images.map(({name}) => name),
   ].join("\n").toLowerCase();
   return issue.searchText;
@@ -72,7 +71,7 @@ function startIssues() {
     const matches = bySeverity.filter(({code}) => !filter.code || code === filter.code);
     if (order.value === "file") {
       matches.sort((one, other) =>
-        one.location.localeCompare(other.location, undefined, {numeric: true}));
+        one.where.localeCompare(other.where, undefined, {numeric: true}));
     }
     byId("num-shown").textContent = translate("{} of {} issues", matches.length, issues.length);
     moveFocus = createFeed(byId("list"), matches, drawIssue);
@@ -108,18 +107,12 @@ function startIssues() {
 const PREVIEWS_PER_VIEW = 12;
 
 function drawPreview(preview) {
-  const images = preview.images.map((image) =>
-    drawIssueImage(image, {description: preview.sample_id}));
-  if (preview.num_more) {
-    images.push(createElement("p", {class: "soft small"},
-      translate("and {} more", preview.num_more)));
-  }
   return createElement("li", {class: "card"},
-    createElement("div", {}, ...images),
+    drawImages(preview, preview.sample_id),
     createElement("p", {class: "question"}, preview.question),
     createElement("p", {class: "reference"}, preview.answer),
     createElement("p", {class: "soft small"}, `${preview.split} · ${preview.sample_id}`),
-    createElement("p", {class: "name"}, preview.location));
+    createElement("p", {class: "name"}, preview.where));
 }
 
 /* The samples are in random order, so that consecutive ones are a random selection. */

@@ -8,68 +8,11 @@ function runBadge(index) {
 }
 
 function drawSample(sample) {
-  const images = sample.images.map((index) => DATA.images[index]);
-  const card = createElement("article", {class: images.length ? "example with-images" : "example"},
-    createElement("header", {},
-      createElement("span", {class: "scores small"}, ...sample.scores.map((score, run) =>
-        createElement("span", {}, runBadge(run), ` ${score === null ? "\u2013" : score}`))),
-      createElement("span", {class: "soft small mono id"}, sample.id)));
-  if (images.length) {
-    card.append(createElement("div", {}, ...images.map((image, index) =>
-      drawImageWithBoxes(image, index, sample))));
-  }
-  card.append(createElement("div", {},
-    ...drawQuestion(sample),
-    createElement("div", {class: "answers"}, ...drawPredictions(sample))));
-  return card;
-}
-
-function drawImageWithBoxes(image, index, sample) {
-  if (image.error) {
-    const message = createElement("p", {class: "small"}, `${image.path}: ${image.error}`);
-    return createElement("div", {class: "missing"}, ...truncateText(message));
-  }
-  const hasSeveralImages = sample.images.length > 1;
-  const isOnImage = (box) => !hasSeveralImages || box.image === index;
-  const boxes = sample.boxes.filter(isOnImage).map(({xyxy}) => ({xyxy, kind: "truth", label: ""}));
-  /* Equal boxes of several runs are drawn once, with the letters of these runs. */
-  const byCorners = new Map();
-  sample.predictions.forEach((prediction, run) => {
-    for (const {xyxy} of (prediction?.boxes || []).filter(isOnImage)) {
-      const corners = xyxy.map(Math.round).join(" ");
-      if (!byCorners.has(corners)) byCorners.set(corners, {xyxy, kind: `r${run}`, label: ""});
-      const box = byCorners.get(corners);
-      if (!box.label.includes(RUNS[run].letter)) box.label += RUNS[run].letter;
-    }
-  });
-  boxes.push(...byCorners.values());
-  const figure = drawImage(image, boxes, image.path.split("/").pop());
-  figure.title = image.path;
-  figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
-  return figure;
-}
-
-function drawPredictions(sample) {
-  const {references} = sample;
-  const rows = [];
-  if (references.length || sample.boxes.length) {
-    const title = translate(references.length > 1 ? "reference answers" : "reference answer");
-    rows.push(answerRow("truth", title, {...sample, text: references.join("\n")}));
-  }
-  sample.predictions.forEach((prediction, run) => {
-    const name = createElement("span", {}, runBadge(run), ` ${RUNS[run].name}`);
-    if (!prediction) {
-      rows.push(answerRow("", name, {text: "", boxes: []}, translate("no answer to this sample")));
-      return;
-    }
-    const score = sample.scores[run];
-    const notes = score === null ? [] : [`${DATA.metric} ${score}`];
-    if (!prediction.is_complete) {
-      notes.push(translate("truncated after {} tokens", prediction.num_tokens));
-    }
-    rows.push(answerRow("", name, prediction, notes.join(" · "), references[0]));
-  });
-  return rows;
+  const scores = sample.scores.map((score, run) =>
+    createElement("span", {}, runBadge(run), ` ${score === null ? "\u2013" : score}`));
+  return drawCard(sample, [createElement("span", {class: "scores small"}, ...scores)],
+    sample.predictions.map((prediction, run) => ({kind: `r${run}`, mark: RUNS[run].letter, prediction,
+      title: createElement("span", {}, runBadge(run), ` ${RUNS[run].name}`)})));
 }
 
 /* Apply a filter: `better 2` or `worse 2` for a run index, or a kind of sample. */

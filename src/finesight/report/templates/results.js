@@ -4,13 +4,73 @@
 /* Answers are formulas, shown as source in a monospace font. */
 const IS_CODE = DATA.examples.some(({formula}) => formula);
 
+/* A card of a sample: its images with boxes, its question, the reference and answers, such as those of
+   evaluations or runs. An answer has `kind` (a class), `title`, and `prediction` (null without one).
+   Its boxes have its `mark` as label, and equal boxes of marked answers are drawn once. Many answers
+   have an image each. */
+function drawCard(sample, header, answers, hasImagePerAnswer = false) {
+  const {references, boxes} = sample;
+  const images = sample.images.map((index) => DATA.images[index]);
+  const card = createElement("article", {class: `illustrated example ${images.length ? "with-images" : ""}`},
+    createElement("header", {}, ...header,
+      createElement("span", {class: "soft small mono id"}, sample.id)));
+  const draw = (several) => images.map((image, index) => drawSampleImage(image, index, sample, several));
+  if (images.length) card.append(createElement("div", {}, ...draw(hasImagePerAnswer ? [] : answers)));
+  const rows = answers.map((answer) => {
+    const {kind, title, prediction} = answer;
+    const row = prediction
+      ? answerRow(kind, title, prediction, references[0])
+      : answerRow(kind, title, {text: "", boxes: []}, "", translate("no answer to this sample"));
+    if (hasImagePerAnswer && prediction.boxes.length) row.append(...draw([answer]));
+    return row;
+  });
+  if (references.length || boxes.length) {
+    const title = translate(references.length > 1 ? "reference answers" : "reference answer");
+    rows.unshift(answerRow("truth", title, {...sample, text: references.join("\n")}));
+  }
+  const isSideBySide = hasImagePerAnswer || answers.some(({mark}) => mark);
+  card.append(createElement("div", {},
+    ...drawQuestion(sample), createElement("div", {class: `answers ${isSideBySide ? "side-by-side" : ""}`}, ...rows)));
+  return card;
+}
+
+function drawSampleImage(image, index, sample, answers) {
+  if (image.error) {
+    const message = createElement("p", {class: "small"}, `${image.path}: ${image.error}`);
+    return createElement("div", {class: "missing"}, ...truncateText(message));
+  }
+  const list = (item) => (item?.boxes || [])
+    .filter((box) => sample.images.length === 1 || box.image === index);
+  /* Labels cover the image, so boxes have labels only if an answer contains several. */
+  const hasLabels = [sample, ...answers.map(({prediction}) => prediction)]
+    .some((item) => item?.boxes.length > 1);
+  const drawn = new Map();
+  for (const {kind, mark, prediction} of answers) {
+    for (const {xyxy, label} of list(prediction)) {
+      const key = mark ? `${xyxy.map(Math.round)} ${label}` : drawn.size;
+      if (!drawn.has(key)) drawn.set(key, {xyxy, kind, label: hasLabels ? label : "", marks: []});
+      const {marks} = drawn.get(key);
+      if (mark && !marks.includes(mark)) marks.push(mark);
+    }
+  }
+  const boxes = [...drawn.values()].map(({marks, label, ...box}) =>
+    ({...box, label: `${marks.join(",")} ${label}`.trim()}));
+  boxes.push(...list(sample).map(({xyxy}) => ({xyxy, kind: "truth"})));
+  const figure = drawImage(image, boxes, image.path.split("/").pop());
+  figure.title = image.path;
+  figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
+  return figure;
+}
+
 /* An answer with its title, scores and copy button. `answer` has `text`, `formula` and `boxes`, and of
-   a prediction also `diff` or `fields`, its differences from `reference`. */
-function answerRow(kind, title, answer, score = "", reference = "") {
-  const {text, formula, boxes, diff, fields} = answer;
+   a prediction also `scores`, and `diff` or `fields`, its differences from `reference`. */
+function answerRow(kind, title, answer, reference = "", note = "") {
+  const {text, formula, boxes, diff, fields, scores = {}} = answer;
+  const notes = [note, ...Object.entries(scores).map(([name, value]) => `${name} ${value}`)];
+  if (answer.is_complete === false) notes.push(translate("truncated after {} tokens", answer.num_tokens));
   const copied = text || (boxes.length ? JSON.stringify(boxes) : "");
   const heading = createElement("div", {class: "heading"},
-    createElement("h4", {}, title, createElement("span", {class: "score"}, score)));
+    createElement("h4", {}, title, createElement("span", {class: "score"}, notes.filter(Boolean).join(" · "))));
   if (copied) heading.append(...copyButton(copied, title.textContent || title));
   const row = createElement("section", {class: `answer ${kind}`}, heading);
   if (formula) row.append(createElement("div", {class: "formula"}, buildMathML(formula)));

@@ -1,73 +1,32 @@
 
 /* ---- examples --------------------------------------------------------------------------------- */
 
-const KIND_LABELS = DATA.evaluation_names.length > 1
-  ? {better: translate("improved"), worse: translate("worsened"),
-    wrong: translate("still incorrect"), right: translate("still correct")}
-  : {better: "", worse: "", wrong: translate("incorrect"), right: translate("correct")};
 const CHIP_CLASSES = {better: "better", worse: "worse", wrong: "unsure", right: "trained"};
 
 function drawExample(example) {
-  const images = example.images.map((index) => DATA.images[index]);
   const change = example.change
     ? ` ${example.change > 0 ? "+" : "\u2212"}${Math.abs(example.change)} ${DATA.metric}` : "";
-  const card = createElement("article", {class: images.length ? "example with-images" : "example"},
-    createElement("header", {},
-      createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, KIND_LABELS[example.kind]),
-      createElement("span", {class: "soft small"}, change),
-      createElement("span", {class: "soft small mono id"}, example.id)));
-  if (images.length) {
-    card.append(createElement("div", {},
-      ...images.map((image, index) => drawExampleImage(image, index, example))));
-  }
-  card.append(createElement("div", {},
-    ...drawQuestion(example),
-    createElement("div", {class: "answers"}, ...drawAnswers(example))));
-  return card;
-}
-
-function drawExampleImage(image, index, example) {
-  const name = image.path.split("/").pop();
-  if (image.error) {
-    const message = createElement("p", {class: "small"}, `${image.path}: ${image.error}`);
-    return createElement("div", {class: "missing"}, ...truncateText(message));
-  }
-  const boxes = [];
-  const hasSeveralImages = example.images.length > 1;
-  /* Labels cover the image, so boxes have labels only if an answer contains several. */
   const [before, after] = example.predictions;
-  const hasLabels = [example, before, after].some((item) => item?.boxes.length > 1);
-  for (const [kind, kindBoxes] of [["before", before?.boxes], ["after", after?.boxes],
-                                   ["truth", example.boxes]]) {
-    for (const box of kindBoxes || []) {
-      if (!hasSeveralImages || box.image === index) {
-        boxes.push({...box, kind, label: hasLabels && kind !== "truth" ? box.label : ""});
-      }
-    }
-  }
-  const figure = drawImage(image, boxes, name);
-  figure.title = image.path;
-  figure.addEventListener("click", () => figure.closest(".example").classList.toggle("wide"));
-  return figure;
+  const [firstName, lastName = firstName] = DATA.evaluation_names;
+  const answers = [{kind: "before", title: firstName, prediction: before},
+    {kind: "after", title: lastName, prediction: after}];
+  return drawCard(example, [
+    createElement("span", {class: `chip ${CHIP_CLASSES[example.kind]}`}, DATA.kind_labels[example.kind]),
+    createElement("span", {class: "soft small"}, change),
+  ], answers.filter(({prediction}) => prediction));
 }
 
-function drawAnswers(example) {
-  const [firstName, lastName] = DATA.evaluation_names;
-  const {references, predictions: [before, after]} = example;
-  const rows = [];
-  if (references.length || example.boxes.length) {
-    const title = translate(references.length > 1 ? "reference answers" : "reference answer");
-    rows.push(answerRow("truth", title, {...example, text: references.join("\n")}));
-  }
-  for (const [kind, answer, name] of [["before", before, firstName],
-                                      ["after", after, lastName || firstName]]) {
-    if (!answer) continue;
-    const scores = Object.entries(answer.scores).map(([key, value]) => `${key} ${value}`);
-    if (!answer.is_complete) scores.push(translate("truncated after {} tokens", answer.num_tokens));
-    rows.push(answerRow(kind, name, answer, scores.join(" · "), references[0]));
-  }
-  return rows;
+/* A group of responses to one prompt, side by side. */
+function drawGroup(group) {
+  const answers = group.predictions.map((prediction, index) => {
+    const kind = `r${index % 8}`;
+    return {kind, prediction, title: createElement("b", {class: `run ${kind}`}, `${index + 1}`)};
+  });
+  const step = translate("step {}", group.row_index.toLocaleString("en"));
+  return drawCard(group, [createElement("strong", {}, step)], answers, true);
 }
+
+if (byId("groups")) createFeed(byId("groups"), DATA.groups, drawGroup, 3);
 
 /* ---- order, grid and export -------------------------------------------------------------------- */
 
@@ -104,7 +63,7 @@ function drawTile(example, enlarge) {
   const image = example.images.map((index) => DATA.images[index]).find(({src}) => src);
   const score = lastScore(example);
   const prediction = example.predictions.findLast(Boolean);
-  const kind = KIND_LABELS[example.kind];
+  const kind = DATA.kind_labels[example.kind];
   const tile = createElement("button", {type: "button", class: "tile",
     "aria-label": translate("{}, {}: enlarge", kind, example.id)},
   image ? createElement("img", {src: image.src, alt: image.path.split("/").pop()})

@@ -15,7 +15,6 @@ function showInvisible(text) {
   });
 }
 
-/* A count with its noun; both texts contain a placeholder for it. */
 function formatSize([height, width]) {
   return `${width} × ${height}`;
 }

@@ -19,14 +19,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from finesight.config import DpoSettings, OrpoSettings, SimpoSettings, TrainSettings
 from finesight.encode.packing import PackedBatch
-from finesight.errors import UserError
-from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.progress import ProgressCallback
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
@@ -34,7 +32,7 @@ from finesight.train.objectives import PackKey
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES
 from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.sampler import SequentialSampler
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 
 REFERENCE_FILE = "reference_logps.safetensors"
 """File of the run folder with the log-probabilities of the reference model."""
@@ -230,7 +228,7 @@ def compute_mean_losses(settings: OrpoSettings | SimpoSettings, means_2N: Tensor
     return -means_2N[0] - settings.beta * F.logsigmoid(odds_2N[0] - odds_2N[1])
 
 
-def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
+def prepare_references(state: TrainState) -> None:
     """Compute the log-probabilities of the reference model, or load those of a resumed run.
 
     The reference is the model before the first step: the base model without adapter, or the model
@@ -244,15 +242,9 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
     assert isinstance(objective, PairObjective), f"{objective} has no reference model"
     path = state.run.run_dir.path / REFERENCE_FILE
     if state.progress.step:
-        try:
-            objective.reference_logps = _index_references(load_tensors(path))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise UserError(
-                f"the log-probabilities of the reference model cannot be read: {error}",
-                where=str(path),
-                expected="the file that the run wrote before its first step",
-                remedy="restore the file from a copy, or start a new run with another output_dir",
-            ) from error
+        remedy = "restore the file from a copy, or start a new run with another output_dir"
+        content = "the log-probabilities of the reference model"
+        objective.reference_logps = _index_references(load_tensors(path, content, remedy))
         return
     sampler, validation = state.data.sampler, state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))
@@ -264,14 +256,17 @@ def prepare_references(state: TrainState, console: ProgressConsole, stop: StopRe
         own_indices = hardware.process_group.shard(split_indices)
         found[split] = list[tuple[int, float, float]]()
         with (
-            console.progress_stage(f"reference, data.{split}", len(own_indices)) as on_progress,
+            state.run.console.progress_stage(
+                f"reference, data.{split}", len(own_indices)
+            ) as on_progress,
             state.engine.parallel.summon_full_params(),
             hardware.process_group.sync_errors(),
         ):
             add_references = partial(
-                _add_references, state, split, own_indices, found[split], on_progress, stop
+                _add_references, state, split, own_indices, found[split], on_progress
             )
-            retry_on_oom(state.progress.budget, hardware.device, console.log, add_references)
+            log = state.run.console.log
+            retry_on_oom(state.progress.budget, hardware.device, log, add_references)
     payloads = hardware.process_group.all_gather_str(json.dumps(found))
     tables = [*map(json.loads, payloads)]
     references = {
@@ -289,7 +284,6 @@ def _add_references(
     indices: Sequence[int],
     found: list[tuple[int, float, float]],
     on_progress: ProgressCallback,
-    stop: StopRequest,
     budget: MemoryBudget,
 ) -> None:
     """Add the corpus index and the two log-probabilities of each pair that `found` lacks.
@@ -305,9 +299,7 @@ def _add_references(
     dataset = data.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
     state.engine.model.train(split == "train")
     try:
-        for step_batch, values in iter_step_losses(
-            state, dataset, split, budget, on_progress, stop
-        ):
+        for step_batch, values in iter_step_losses(state, dataset, split, budget, on_progress):
             logps = torch.stack([value[-2:] for value in values]).tolist() if values else []
             read = chain.from_iterable(step_batch.sample_indices)
             found += [(index, *pair) for index, pair in zip(read, logps, strict=True)]

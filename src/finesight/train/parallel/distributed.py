@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import reduce
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -58,14 +58,6 @@ class RankDesyncError(UserError):
 
     No further communication between the ranks is possible.
     """
-
-
-class _RankMessage(NamedTuple):
-    """Value that a rank sent, with the kind and the step of its collective."""
-
-    kind: str
-    step: str
-    value: bytes
 
 
 class RankMonitor:
@@ -198,8 +190,8 @@ class ProcessGroup:
         """Return every `world_size`-th item, starting at the rank of this process."""
         return items[self.rank :: self.world_size]
 
-    def start_step(self, step_index: int, value: str) -> list[bytes]:
-        """Exchange strings at the start of a step; later collectives belong to this step.
+    def start_step(self, step_index: int, value: object) -> list[Any]:
+        """Exchange JSON values at the start of a step; later collectives belong to this step.
 
         Raises:
             PeerFailedError: A rank has failed.
@@ -228,14 +220,15 @@ class ProcessGroup:
         if self.is_single_process:
             return [[*own_state]]
         while True:
-            messages = self._all_gather_messages("failure", json.dumps(own_state))
-            if all(message.kind == "failure" for message in messages):
-                return [json.loads(message.value) for message in messages]
+            messages = self._all_gather_messages("failure", [*own_state])
+            if all(kind == "failure" for kind, _, _ in messages):
+                return [state for _, _, state in messages]
 
-    def _raise_peer_failure(self, failed_ranks: Sequence[int]) -> None:
+    def _raise_peer_failure(self, has_failed: Iterable[bool]) -> None:
+        failed_ranks = ", ".join(str(rank) for rank, failed in enumerate(has_failed) if failed)
         if failed_ranks:
             raise PeerFailedError(
-                f"rank {', '.join(map(str, failed_ranks))} of {self.world_size} failed",
+                f"rank {failed_ranks} of {self.world_size} failed",
                 where="training",
                 expected="no failed rank",
                 remedy="check the log of that rank, then start again with --resume",
@@ -258,22 +251,19 @@ class ProcessGroup:
                 remedy="put model, data and recipe on a disk shared by all machines",
             )
 
-    def all_gather_str(self, value: str) -> list[bytes]:
-        """Return the strings of all ranks in rank order, encoded in UTF-8."""
-        return [value.encode()] if self.is_single_process else self._exchange("data", value)
+    def all_gather_str(self, value: str) -> list[str]:
+        """Return the strings of all ranks in rank order."""
+        return [value] if self.is_single_process else self._exchange("data", value)
 
     def broadcast_str(self, value: str) -> str:
         """Return the string of the main process on all ranks."""
-        return self.all_gather_str(value)[0].decode()
+        return self.all_gather_str(value)[0]
 
-    def _exchange(self, kind: str, value: str, step: int | None = None) -> list[bytes]:
-        """Exchange strings with all ranks, which must be in the same collective and step.
+    def _exchange(self, kind: str, value: object, step: int | None = None) -> list[Any]:
+        """Return the JSON values of all ranks, which must be in the same collective and step.
 
         Args:
             step: Index of the step that begins; the current step by default.
-
-        Returns:
-            Strings in rank order, encoded in UTF-8.
 
         Raises:
             PeerFailedError: A rank has failed.
@@ -281,36 +271,29 @@ class ProcessGroup:
             RankTimeoutError: A rank did not arrive.
         """
         messages = self._all_gather_messages(kind, value, step)
-        self._raise_peer_failure(
-            [rank for rank, message in enumerate(messages) if message.kind == "failure"]
-        )
-        if len({(message.kind, message.step) for message in messages}) > 1:
-            positions = (
-                f"rank {rank} at {message.step} ({message.kind})"
-                for rank, message in enumerate(messages)
-            )
+        self._raise_peer_failure(kind == "failure" for kind, _, _ in messages)
+        positions = [f"{step} ({kind})" for kind, step, _ in messages]
+        if len({*positions}) > 1:
+            ranks = (f"rank {rank} at {position}" for rank, position in enumerate(positions))
             raise RankDesyncError(
-                f"the ranks are at different steps: {', '.join(positions)}",
+                f"the ranks are at different steps: {', '.join(ranks)}",
                 where="training",
                 expected="one output folder shared by all ranks",
                 remedy="put the run on a disk shared by all machines",
             )
-        return [message.value for message in messages]
+        return [value for _, _, value in messages]
 
     def _all_gather_messages(
-        self, kind: str, value: str, step: int | None = None
-    ) -> list[_RankMessage]:
+        self, kind: str, value: object, step: int | None = None
+    ) -> list[tuple[str, int | None, Any]]:
+        """Return kind and step of the collective of each rank, and its JSON value."""
         assert self.monitor is not None, f"rank {self.rank} of {self.world_size} has no monitor"
         current_step = self.monitor.step if step is None else step
         # Before the first step, other ranks may encode all images.
         has_stepped = self.monitor.step is not None
         timeout = COLLECTIVE_TIMEOUT if self.is_main and has_stepped else MAIN_RANK_TIMEOUT
-        values = self.monitor.all_gather(f"{kind} {current_step} {value}", timeout)
-        messages = []
-        for rank_value in values:
-            rank_kind, rank_step, payload = rank_value.split(b" ", 2)
-            messages.append(_RankMessage(rank_kind.decode(), rank_step.decode(), payload))
-        return messages
+        payloads = self.monitor.all_gather(json.dumps([kind, current_step, value]), timeout)
+        return [json.loads(payload) for payload in payloads]
 
     @contextmanager
     def sync_errors(self) -> Iterator[None]:
@@ -321,44 +304,27 @@ class ProcessGroup:
             GpuOutOfMemoryError: A rank ran out of GPU memory and can retry with a smaller budget;
                 raised on all ranks with the same budget.
         """
-        oom_error, succeeded = None, False
+        oom_error: GpuOutOfMemoryError | None = None
+        # Whether the context succeeded, or the next budget.
+        status: object = False
         try:
             yield
-            succeeded = True
+            status = True
         except GpuOutOfMemoryError as error:
-            oom_error = error
+            if error.next_budget is None:
+                raise
+            oom_error, status = error, error.next_budget.model_dump()
         finally:
-            next_budget = oom_error and oom_error.next_budget
-            status = [succeeded, next_budget.model_dump() if next_budget else None]
-            statuses = [status]
-            if not self.is_single_process:
-                statuses = [*map(json.loads, self._exchange("status", json.dumps(status)))]
-        self._raise_oom_on_any_rank(statuses, oom_error)
-
-    def _raise_oom_on_any_rank(
-        self, statuses: list[Any], oom_error: GpuOutOfMemoryError | None
-    ) -> None:
-        if oom_error is not None and oom_error.next_budget is None:
+            is_alone = self.is_single_process
+            statuses = [status] if is_alone else self._exchange("status", status)
+        self._raise_peer_failure(not one for one in statuses)
+        budgets = {n: MemoryBudget(**one) for n, one in enumerate(statuses) if one is not True}
+        if budgets:
+            oom_error = oom_error or GpuOutOfMemoryError(
+                f"the GPU memory of rank {', '.join(map(str, budgets))} is full"
+            )
+            oom_error.next_budget = reduce(MemoryBudget.min_with, budgets.values())
             raise oom_error
-        self._raise_peer_failure(
-            [
-                n
-                for n, (succeeded, next_budget) in enumerate(statuses)
-                if not succeeded and not next_budget
-            ]
-        )
-        budgets = {
-            n: MemoryBudget(**next_budget)
-            for n, (_, next_budget) in enumerate(statuses)
-            if next_budget
-        }
-        if not budgets:
-            return
-        oom_error = oom_error or GpuOutOfMemoryError(
-            f"the GPU memory of rank {', '.join(map(str, budgets))} is full"
-        )
-        oom_error.next_budget = reduce(MemoryBudget.min_with, budgets.values())
-        raise oom_error
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over all ranks in-place.
@@ -424,10 +390,10 @@ def init_distributed() -> Iterator[ProcessGroup]:
     dist.destroy_process_group()
 
 
-class ParallelStrategy(Protocol):
-    """Interface of a mode of `train.parallel`; all ranks call the same methods in the same order.
+class ParallelStrategy:
+    """Mode of `train.parallel`; all ranks call the same methods in the same order.
 
-    The defaults are those of a replicated model.
+    This class is the mode `ddp`, and `FSDPStrategy` the others.
 
     - `ddp` replicates the model and all-reduces gradients.
     - `zero2` shards master weights, gradients and optimizer state (Rajbhandari et al. 2020,
@@ -438,17 +404,15 @@ class ParallelStrategy(Protocol):
     The sharded modes use `fully_shard` of PyTorch.
     """
 
-    is_sharded: bool
+    is_sharded = False
     """True if parameters, gradients or optimizer states are sharded over the ranks."""
 
-    num_trainable_params: int
-    """Number of trainable parameters of the complete model."""
-
-    trainable_params: Mapping[str, nn.Parameter]
-    """Parameters that the optimizer of this rank updates, by native name.
-
-    These are all trainable parameters, or the shard of this rank of each.
-    """
+    def __init__(self, model: AnyModel, process_group: ProcessGroup) -> None:
+        self._process_group = process_group
+        self.trainable_params: Mapping[str, nn.Parameter] = trainable_parameters(model)
+        """Parameters that the optimizer of this rank updates, or its shards, by native name."""
+        self.num_trainable_params = sum(p.numel() for p in self.trainable_params.values())
+        """Number of trainable parameters of the complete model."""
 
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Extend a packed batch where needed, so that every rank runs the same layers."""
@@ -456,15 +420,19 @@ class ParallelStrategy(Protocol):
 
     def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
         """Add the gradients of a micro-batch to fp32 sums before the next micro-batch."""
-        ...
+        optimizer.accumulate_gradients()
 
     def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Sum the gradients of all ranks before the optimizer step.
+        """Sum the fp32 gradients of all ranks before the optimizer step.
+
+        Communication and computation do not overlap. See Li et al. 2020 (arXiv:2006.15704).
 
         Returns:
             Euclidean norm of all gradients, a scalar on the device.
         """
-        ...
+        if not self._process_group.is_single_process:
+            optimizer.all_reduce_gradients(self._process_group.all_reduce)
+        return optimizer.grad_norm()
 
     def sync_params(self) -> None:
         """Copy the updated master weights to the model after an optimizer step."""
@@ -485,29 +453,3 @@ class ParallelStrategy(Protocol):
     def summon_full_params(self) -> AbstractContextManager[None]:
         """Provide the unsharded model on every rank within the context."""
         return nullcontext()
-
-
-class DDPStrategy(ParallelStrategy):
-    """Data parallelism with a replica of the model on every rank."""
-
-    is_sharded = False
-
-    def __init__(self, model: AnyModel, process_group: ProcessGroup) -> None:
-        self.trainable_params: Mapping[str, nn.Parameter] = trainable_parameters(model)
-        self.num_trainable_params = sum(
-            parameter.numel() for parameter in self.trainable_params.values()
-        )
-        self._process_group = process_group
-
-    def accumulate_gradients(self, optimizer: MasterWeightOptimizer) -> None:
-        """Accumulate the gradients in the optimizer."""
-        optimizer.accumulate_gradients()
-
-    def reduce_gradients(self, optimizer: MasterWeightOptimizer) -> Tensor:
-        """Sum the fp32 gradients of all ranks by an all-reduce after the backward pass.
-
-        Communication and computation do not overlap. See Li et al. 2020 (arXiv:2006.15704).
-        """
-        if not self._process_group.is_single_process:
-            optimizer.all_reduce_gradients(self._process_group.all_reduce)
-        return optimizer.grad_norm()

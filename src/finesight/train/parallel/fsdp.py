@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -31,12 +31,13 @@ from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.optimizer import LazyTensors, MasterWeightOptimizer
+from finesight.train.parallel.distributed import ParallelStrategy
 
 MIN_UNIT_PARAMS = 256_000_000
 """Minimum number of parameters of an FSDP unit, which is all-gathered at once."""
 
 
-class FSDPStrategy:
+class FSDPStrategy(ParallelStrategy):
     """Strategy that shards the rows of every weight over the ranks.
 
     Trainable weights are stored in fp32, frozen weights in the compute dtype. Each unit of layers
@@ -106,14 +107,12 @@ class FSDPStrategy:
         for fsdp_module, next_module in pairwise(self._fsdp_modules[:-1]):
             # Prefetch explicitly, because the CPU is not always ahead of the device.
             fsdp_module.set_modules_to_forward_prefetch([next_module])
-        self.num_trainable_params = sum(
-            parameter.numel() for parameter in trainable_parameters(model).values()
-        )
+        self.num_trainable_params = sum(p.numel() for p in trainable_parameters(model).values())
         self._sharded_params: dict[str, DTensor] = {}
         self._replicated_params = replicated_params
         self._replicated_grad_E: Tensor | None = None
         self._row_ranges: dict[str, slice] = {}
-        trainable_params: dict[str, nn.Parameter] = {}
+        self.trainable_params = trainable_params = dict[str, nn.Parameter]()
         for name, parameter in trainable_parameters(model).items():
             # The same split as in `torch.chunk`.
             start = mesh.get_local_rank() * -(-len(parameter) // mesh.size())
@@ -130,7 +129,6 @@ class FSDPStrategy:
                     self._sharded_params[name] = parameter
                 self._row_ranges[name] = slice(start, start + len(local_shard))
                 trainable_params[name] = nn.Parameter(local_shard)
-        self.trainable_params: Mapping[str, nn.Parameter] = trainable_params
 
     def prepare_batch(self, packed_batch: PackedBatch) -> PackedBatch:
         """Append a dummy image to a batch without images.
@@ -156,7 +154,8 @@ class FSDPStrategy:
         params = self._replicated_params.values()
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in params]
         if grads:
-            grad_E = _flatten(grads)
+            # All in the widest dtype, before the conversion to fp32.
+            grad_E = torch.cat([grad.flatten() for grad in grads]).float()
             sum_E = self._replicated_grad_E
             self._replicated_grad_E = grad_E if sum_E is None else sum_E.add_(grad_E)
         for parameter in params:
@@ -224,13 +223,10 @@ class FSDPStrategy:
         slice_fns: dict[str, Callable[[], Tensor]] = {}
         for name in tensors:
             # The name of a parameter, with or without a prefix such as `exp_avg.`.
-            for param_name in (name, name.partition(".")[2]):
-                if param_name in self._row_ranges:
-                    slice_fns[name] = partial(
-                        _read_rows, tensors, name, self._row_ranges[param_name]
-                    )
-                    break
-            if "." not in name and name not in slice_fns:
+            rows = self._row_ranges.get(name) or self._row_ranges.get(name.partition(".")[2])
+            if rows is not None:
+                slice_fns[name] = partial(_read_rows, tensors, name, rows)
+            elif "." not in name:
                 slice_fns[name] = partial(tensors.__getitem__, name)
         return LazyTensors(slice_fns)
 
@@ -269,14 +265,6 @@ def _group_layers(layers: Iterable[nn.Module]) -> Iterator[list[nn.Module]]:
             unit = []
     if unit:
         yield unit
-
-
-def _flatten(tensors: Sequence[Tensor]) -> Tensor:
-    """Concatenate the elements of tensors in fp32."""
-    flat_E = tensors[0].new_empty(sum(map(torch.numel, tensors)), dtype=torch.float32)
-    views = torch.split(flat_E, [tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(list(views), [tensor.flatten() for tensor in tensors])
-    return flat_E
 
 
 def _count_params(module: nn.Module) -> int:

@@ -113,7 +113,6 @@ def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> U
 
 MAX_LISTED_DETAILS = 10
 
-
 PredictOutput = tuple[list[Prediction], dict[int, str]]
 """Predictions in sample order, and the reason for each missing prediction by sample index."""
 

@@ -188,23 +188,22 @@ def _score_math(pool: WorkerPool, cases: Sequence[EvalCase]) -> list[float | Non
     for case in cases:
         try:
             with pool.borrow_worker() as worker:
-                arguments = case.answer, case.references
-                scores.append(worker.call(_verify_math, *arguments, max_cpu_s=MATH_CPU_S).value)
+                scores.append(worker.call(_verify_math, case, max_cpu_s=MATH_CPU_S).value)
         except (WorkerLimitError, WorkerJobError):  # such as nested powers
             scores.append(0.0)
     return scores
 
 
-def _verify_math(math_verify: Any, answer: str, references: Sequence[str]) -> JobOutput:
+def _verify_math(math_verify: Any, case: EvalCase) -> JobOutput:
     """Compare formulas in a worker process, whose limits replace the time-outs of the package."""
 
     def parse(text: str) -> Any:
         return math_verify.parse(text, parsing_timeout=None)
 
-    expected = [parse(f"${strip_math_delimiters(text)}$") for text in references]
+    expected = [parse(f"${strip_math_delimiters(text)}$") for text in case.references]
     if not any(expected):
         return JobOutput()
-    answers = [parse(answer), parse(f"${strip_math_delimiters(answer)}$")]
+    answers = [parse(case.answer), parse(f"${strip_math_delimiters(case.answer)}$")]
     verify = partial(math_verify.verify, timeout_seconds=None)
     return JobOutput(float(any(verify(one, found) for one in expected for found in answers)))
 

@@ -483,7 +483,7 @@ class EvalSettings(SettingsSection):
         return self
 
 
-RewardName = Literal["exact", "boxes", "click", "format", "length", "repetition"]
+RewardName = Literal["exact", "boxes", "click", "format", "length", "math", "repetition"]
 REWARD_NAMES = Registry("rewards", object, dict.fromkeys(get_args(RewardName)))
 
 

@@ -24,6 +24,7 @@ from finesight.evaluate.custom_metric import (
 )
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.task_metrics import check_references, compute_metrics, get_primary_metric
+from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.recipe import recipe_from_dict
 
 TABLES = load_cases("custom_metric")
@@ -242,6 +243,21 @@ def test_list_of_trusted_metrics_belongs_to_the_user(tmp_path: Path) -> None:
     # Task names and missing files are no programs.
     check_metric("captions", named=False, trust=False)
     check_metric("none/metric.py:score", named=False, trust=False)
+
+
+def test_reward_file_in_a_run_folder_needs_trust(tmp_path: Path) -> None:
+    for name in (MANIFEST_FILE, RECIPE_FILE, "rewards.py"):
+        (tmp_path / name).write_text("")
+    settings = {"model": "finesight-tiny", "data": {"train": "a.jsonl"}, "output_dir": "other"}
+    reward = f"{tmp_path / 'rewards.py'}:score"
+    recipe = recipe_from_dict(
+        settings | {"train": {"objective": "grpo"}, "rewards": ["exact", reward]}
+    )
+    for path in (tmp_path / RECIPE_FILE, tmp_path.parent / "recipe.yaml"):
+        with pytest.raises(UserError, match="untrusted program"):
+            check_recipe_metric(recipe, path, ("eval.limit=1",), trust=False)
+    check_recipe_metric(recipe, tmp_path / RECIPE_FILE, (f"rewards={reward}",), trust=False)
+    check_recipe_metric(recipe, tmp_path / RECIPE_FILE, (), trust=False)
 
 
 def test_read_only_home_does_not_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,12 +13,12 @@ from each_value import each
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import MIN_SAMPLES
-from finesight.evaluate.eval_case import EvalCase, MetricResult, mean_metrics
+from finesight.evaluate.eval_case import EvalCase, mean_metrics
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     build_unsampled_difference,
     compare_cases,
-    compare_results,
+    compare_estimators,
     format_differences,
     format_prediction_line,
     read_predictions,
@@ -113,8 +113,8 @@ def test_number_of_correct_answers_is_printed() -> None:
     fractions = [{"accuracy": value} for value in (0.3, 0.2, 0.1, 0.4)]
     halves = [{"accuracy": 0.5}] * 4
     for before, after in ((fractions, halves), (halves, halves)):
-        results = (MetricResult(values, mean_metrics(values)) for values in (before, after))
-        assert "correct" not in format_differences(compare_results(*results))
+        estimators = map(mean_metrics, (before, after))
+        assert "correct" not in format_differences(compare_estimators(*estimators))
 
 
 def test_predictions_roundtrip_exactly(tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ weight 1, a mean of bounded values has the bound of Gaffke (2005), which is exac
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import NamedTuple
 
@@ -44,11 +44,25 @@ def clopper_pearson_interval(successes: float, trials: float) -> ConfidenceInter
 
     Its coverage is at least 95 % for every proportion and number of trials.
     """
-    tail = (1 - CONFIDENCE_LEVEL) / 2
-    failures = trials - successes
-    low = beta_quantile(tail, successes, failures + 1) if successes else 0.0
-    high = beta_quantile(1 - tail, successes + 1, failures) if failures else 1.0
-    return ConfidenceInterval(low, high)
+    low, complement = (_exact_lower_bound(n, trials) for n in (successes, trials - successes))
+    return ConfidenceInterval(low, 1.0 - complement)
+
+
+def _exact_lower_bound(successes: float, trials: float) -> float:
+    """Return the proportion for which at least `successes` have a probability of 2.5 %."""
+    if not successes:
+        return 0.0
+    failures, counts = trials - successes, np.arange(successes, trials)
+    factors = (trials - counts) / (counts + 1)
+    log_ways = math.lgamma(trials + 1) - math.lgamma(successes + 1) - math.lgamma(failures + 1)
+
+    def missing_probability(p: float) -> float:
+        log_mass = log_ways + successes * math.log(p) + failures * math.log1p(-p)
+        # Each further success multiplies the binomial probability by factor * odds.
+        tail = math.exp(log_mass) * (1 + float(np.cumprod(factors * p / (1 - p)).sum()))
+        return (1 - CONFIDENCE_LEVEL) / 2 - tail
+
+    return _bisect_root(missing_probability, 0.0, successes / trials)
 
 
 def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> ConfidenceInterval:
@@ -70,42 +84,6 @@ def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> Con
     low = _bisect_root(lambda difference: score_statistic(difference) - z, -1.0, change)
     high = _bisect_root(lambda difference: score_statistic(difference) + z, change, 1.0)
     return ConfidenceInterval(low, high)
-
-
-def beta_quantile(probability: float, a: float, b: float) -> float:
-    """Return the quantile of the beta distribution with parameters `a` and `b`, both above 0."""
-    return _bisect_root(lambda x: probability - beta_cdf(x, a, b), 0.0, 1.0)
-
-
-def beta_cdf(x: float, a: float, b: float) -> float:
-    """Return the regularized incomplete beta function I_x(a, b).
-
-    Evaluates the continued fraction by Lentz's method (Press et al. 2007, section 6.4).
-    """
-    if x <= 0.0 or x >= 1.0:
-        return float(x >= 1.0)
-    if x > (a + 1) / (a + b + 2):
-        return 1.0 - beta_cdf(1.0 - x, b, a)
-    log_front = math.lgamma(a + b) - math.lgamma(a) - math.lgamma(b)
-    log_front += a * math.log(x) + b * math.log1p(-x)
-    return math.exp(log_front) * _continued_fraction(x, a, b) / a
-
-
-def _continued_fraction(x: float, a: float, b: float) -> float:
-    """Return the continued fraction of I_x(a, b), which converges fast for x below the mean."""
-    c, d = 1.0, 1 / ((1 - (a + b) * x / (a + 1)) or _TINY)
-    value = d
-    # O(sqrt(max(a, b))) terms are required.
-    for m in range(1, 100 + 10 * math.isqrt(int(max(a, b)))):
-        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
-        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
-        for term in (even, odd):
-            d = 1 / ((1 + term * d) or _TINY)
-            c = (1 + term / c) or _TINY
-            value *= c * d
-        if abs(c * d - 1) < 1e-15:
-            break
-    return value
 
 
 def _bisect_root(decreasing_fn: Callable[[float], float], low: float, high: float) -> float:
@@ -263,20 +241,16 @@ def estimate_mean(values: FloatArray, bounds: ScoreBounds = BOUNDED) -> ScoreEst
     Args:
         values: Value of each sample, shape (N,).
     """
-    ones = np.ones_like(values)
-    columns = np.stack([values, ones], axis=1)
     least, most = float(values.min()), float(values.max())
     beyond = (most - least) / 2
     bounded = all(map(math.isfinite, bounds))
-    return ScoreEstimator(
-        weighted_sums=lambda weights: weights @ columns,
-        score_from_sums=lambda sums: safe_divide(sums[:, 0], sums[:, 1]),
+    one = estimate_ratio(values, np.ones_like(values))
+    return replace(
+        one,
         sample_rates=values,
-        pseudo_sums=np.array([0.0, 1.0]),
-        pseudo_slope=np.array([1.0, 0.0]),
         pseudo_rates=bounds if bounded else (max(bounds[0], least - beyond), most + beyond),
         is_bounded=bounded,
-        successes_and_trials=None if bounds == NON_NEGATIVE else _get_trials(values, ones),
+        successes_and_trials=None if bounds == NON_NEGATIVE else one.successes_and_trials,
     )
 
 
@@ -287,24 +261,81 @@ class SampleGroup(NamedTuple):
     values: FloatArray
 
 
-def typical_classes(counts: Sequence[int], num_samples: int) -> tuple[FloatArray, str]:
-    """Return the share of each class in a typical sample, for the interval of a macro mean.
+ClassCounts = Counter[tuple[str, str]]
+"""Number of occurrences of each (class or field, value) pair in an answer or a reference."""
 
-    By default, it is the fraction of samples that contain the class or field. If a single sample of
-    the rarest class has more influence on the mean, the typical sample has this class only.
+
+def count_by_class(pairs: Sequence[tuple[ClassCounts, ClassCounts]]) -> dict[str, SampleGroup]:
+    """Count the correct, predicted and reference values of each class or field in each sample.
 
     Args:
-        counts: Number of samples of each class, shape (C,).
+        pairs: Predicted and reference values of each sample.
+    """
+    rows: dict[str, dict[int, list[float]]] = defaultdict(dict)
+    for i, (predicted, reference) in enumerate(pairs):
+        for column, counts in enumerate((predicted & reference, predicted, reference)):
+            for (name, _), count in counts.items():
+                rows[name].setdefault(i, [0.0, 0.0, 0.0])[column] += count
+    return {
+        name: SampleGroup(np.array(list(counts)), np.array(list(counts.values())))
+        for name, counts in sorted(rows.items())
+    }
+
+
+def estimate_macro_f1(groups: Sequence[SampleGroup], sample_rates: FloatArray) -> ScoreEstimator:
+    """Return the estimator of macro F1, the mean of F1 over classes or fields.
+
+    Args:
+        groups: Groups of `count_by_class`.
+        sample_rates: Contribution of each sample on the scale of the score, shape (N,).
+    """
+    sizes, undefined_reason = compute_typical_sizes(groups, 2, len(sample_rates))
+
+    def compute_score(sums: FloatArray) -> FloatArray:
+        correct, predicted, wanted = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
+        total = predicted + wanted
+        return safe_divide(
+            safe_divide(2 * correct, total).sum(axis=1), (total > 0).sum(axis=1) * 1.0
+        )
+
+    return ScoreEstimator(
+        weighted_sums=build_grouped_sums(groups, len(sample_rates)),
+        score_from_sums=compute_score,
+        sample_rates=sample_rates,
+        # The typical sample predicts as many values as its references have.
+        pseudo_sums=np.outer(sizes, [0, 1, 1]).ravel(),
+        pseudo_slope=np.outer(sizes, [1, 0, 0]).ravel(),
+        is_biased=True,
+        undefined_reason=undefined_reason,
+    )
+
+
+def compute_typical_sizes(
+    groups: Sequence[SampleGroup], column: int, num_samples: int, power: int = 1
+) -> tuple[FloatArray, str]:
+    """Return the size of each class in a typical sample, for the interval of a macro mean.
+
+    By default, it is the mean size in the samples that contain the class or field, times the
+    fraction of these samples. If a single sample of the rarest class has more influence on the
+    mean, the typical sample has this class only.
+
+    Args:
+        column: Column of the group values with the size of the references.
+        power: Exponent of the mean; 2 for the root mean square.
 
     Returns:
-        The shares, shape (C,), and the reason why the mean has no interval, or an empty string.
+        The sizes, shape (C,), and the reason why the mean has no interval, or an empty string.
     """
+    if not groups:
+        return np.zeros(0), REASON_NO_SAMPLES
+    counts = np.array([np.count_nonzero(group.values[:, column]) for group in groups])
     rarest = int(np.argmin(counts))
-    parts = np.array(counts, np.float64) / num_samples
+    parts = counts / num_samples
     if counts[rarest] * len(counts) < num_samples:
-        parts = np.zeros(len(counts))
-        parts[rarest] = 1.0
-    return parts, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
+        parts = np.eye(len(counts))[rarest]
+    totals = np.array([(group.values[:, column] ** power).sum() for group in groups])
+    sizes = (totals / np.maximum(1, counts)) ** (1 / power)
+    return parts * sizes, REASON_RARE_CLASS if counts[rarest] < MIN_SAMPLES_PER_CLASS else ""
 
 
 def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> WeightedSumsFn:
@@ -360,7 +391,7 @@ def compute_intervals(
 ) -> dict[str, ConfidenceInterval | None]:
     """Return the 95 % confidence intervals of scores of the same samples; None if undefined."""
     result: dict[str, ConfidenceInterval | None] = dict.fromkeys(estimators)
-    statistics: dict[str, BoundStatistic] = {}
+    statistics: dict[str, tuple[BootstrapTerms, ScoreBounds]] = {}
     for name, one in estimators.items():
         if one.get_missing_reason():
             continue
@@ -368,11 +399,8 @@ def compute_intervals(
             successes, trials = one.successes_and_trials.sum(axis=1)
             result[name] = clopper_pearson_interval(float(successes), float(trials))
         else:
-            statistics[name] = partial(_compute_score_bounds, one)
-    for name, values in _resample(statistics, _count_samples(estimators)).items():
-        one = estimators[name]
-        result[name] = _build_interval(values, one.plug_in_score, one.score, one.pseudo_rates)
-    return result
+            statistics[name] = [(1, one, one.pseudo_rates)], one.pseudo_rates
+    return result | _bootstrap(statistics)
 
 
 def compute_difference_intervals(
@@ -384,23 +412,20 @@ def compute_difference_intervals(
     """
     pairs = {name: (before[name], after[name]) for name in before if name in after}
     result: dict[str, ConfidenceInterval | None] = dict.fromkeys(pairs)
-    statistics: dict[str, BoundStatistic] = {}
-    for name, pair in pairs.items():
-        if get_missing_difference_reason(*pair):
+    statistics: dict[str, tuple[BootstrapTerms, ScoreBounds]] = {}
+    for name, (old, new) in pairs.items():
+        if get_missing_difference_reason(old, new):
             continue
-        if (counts := _count_discordant_pairs(*pair)) is not None:
+        if (counts := _count_discordant_pairs(old, new)) is not None:
             result[name] = tango_interval(*counts)
         else:
-            statistics[name] = partial(_compute_change_bounds, *pair)
-    for name, values in _resample(statistics, _count_samples(before)).items():
-        old, new = pairs[name]
-        plug_in, score = new.plug_in_score - old.plug_in_score, new.score - old.score
-        ends = UNBOUNDED
-        if old.is_bounded and new.is_bounded:
-            (old_low, old_high), (new_low, new_high) = old.pseudo_rates, new.pseudo_rates
-            ends = new_low - old_high, new_high - old_low
-        result[name] = _build_interval(values, plug_in, score, ends)
-    return result
+            ends = UNBOUNDED
+            if old.is_bounded and new.is_bounded:
+                (old_low, old_high), (new_low, new_high) = old.pseudo_rates, new.pseudo_rates
+                ends = new_low - old_high, new_high - old_low
+            old_rates, new_rates = _choose_change_rates(old, new)
+            statistics[name] = [(1, new, new_rates), (-1, old, old_rates)], ends
+    return result | _bootstrap(statistics)
 
 
 def get_missing_difference_reason(before: ScoreEstimator, after: ScoreEstimator) -> str:
@@ -431,44 +456,10 @@ def _count_discordant_pairs(
     return float((new > old).sum()), float((old > new).sum()), float(trials.sum())
 
 
-class _ResampleChunk:
-    """A chunk of bootstrap resamples with cached weighted sums."""
-
-    def __init__(self, weights: ResampleWeights, pseudo_weights: FloatArray) -> None:
-        self._weights, self._pseudo_weights = weights, pseudo_weights
-        self._sums: dict[WeightedSumsFn, FloatArray] = {}
-
-    def compute_scores(self, estimator: ScoreEstimator, rate: float | None = None) -> FloatArray:
-        """Return the score of each resample, shape (R,).
-
-        Args:
-            rate: Rate of the pseudo-observation; None for no pseudo-observation.
-        """
-        if estimator.weighted_sums not in self._sums:
-            self._sums[estimator.weighted_sums] = estimator.weighted_sums(self._weights)
-        sums = self._sums[estimator.weighted_sums]
-        if rate is not None:
-            pseudo_sums = estimator.pseudo_sums + rate * estimator.pseudo_slope
-            sums = sums + self._pseudo_weights[:, None] * pseudo_sums
-        return estimator.score_from_sums(sums)
-
-
-BoundStatistic = Callable[[_ResampleChunk], FloatArray]
-"""Function that returns values of R resamples for the lower and the upper bound: (2, R).
-
-A third row has values without pseudo-observation for the correction of a biased score.
-"""
-
-
-def _compute_score_bounds(estimator: ScoreEstimator, resamples: _ResampleChunk) -> FloatArray:
-    rates = [*estimator.pseudo_rates, *([None] if estimator.is_biased else [])]
-    return np.stack([resamples.compute_scores(estimator, rate) for rate in rates])
-
-
-def _compute_change_bounds(
-    before: ScoreEstimator, after: ScoreEstimator, resamples: _ResampleChunk
-) -> FloatArray:
-    """Return the score differences of resamples.
+def _choose_change_rates(
+    before: ScoreEstimator, after: ScoreEstimator
+) -> tuple[tuple[float, float], tuple[float, float]]:
+    """Return the rates of the pseudo-observation before and after, for both bounds.
 
     The pseudo-observation changes as much as the sample with the largest change. If no sample
     changed, it changes by the full scale.
@@ -478,44 +469,70 @@ def _compute_change_bounds(
     max_change = float(np.abs(after.sample_rates - before.sample_rates).max())
     change = min(max_change, most - least) or most - least
     low = min(max((before.score + after.score - change) / 2, least), most - change)
-    rates: list[tuple[float | None, float | None]] = [(low + change, low), (low, low + change)]
-    if before.is_biased or after.is_biased:
-        rates.append((None, None))
-    return np.stack(
-        [
-            resamples.compute_scores(after, new_rate) - resamples.compute_scores(before, old_rate)
-            for old_rate, new_rate in rates
-        ]
-    )
+    return (low + change, low), (low, low + change)
 
 
-def _resample(statistics: Mapping[str, BoundStatistic], num_samples: int) -> dict[str, FloatArray]:
-    """Return the values of each statistic for all resamples."""
+BootstrapTerms = Sequence[tuple[int, ScoreEstimator, tuple[float, float]]]
+"""Sign, estimator, and rates of the pseudo-observation for both bounds, of each score in a sum."""
+
+
+def _bootstrap(
+    statistics: Mapping[str, tuple[BootstrapTerms, ScoreBounds]],
+) -> dict[str, ConfidenceInterval]:
+    """Compute the interval of each score or difference from the same resamples, within bounds."""
+    estimators = [one for terms, _ in statistics.values() for _, one, _ in terms]
+    num_samples = max((len(one.sample_rates) for one in estimators), default=0)
     chunks: dict[str, list[FloatArray]] = {name: [] for name in statistics}
     for weights, pseudo_weights in iter_resample_weights(num_samples) if statistics else ():
-        resamples = _ResampleChunk(weights, pseudo_weights)
-        for name, statistic in statistics.items():
-            chunks[name].append(statistic(resamples))
-    return {name: np.concatenate(parts, axis=1) for name, parts in chunks.items()}
+        # Several scores may have the same sums.
+        sums = {function: function(weights) for function in {e.weighted_sums for e in estimators}}
+        for name, (terms, _) in statistics.items():
+            chunks[name].append(_compute_bound_values(terms, sums, pseudo_weights))
+    return {
+        name: _build_interval(terms, np.concatenate(chunks[name], axis=1), ends)
+        for name, (terms, ends) in statistics.items()
+    }
+
+
+def _compute_bound_values(
+    terms: BootstrapTerms,
+    sums: Mapping[WeightedSumsFn, FloatArray],
+    pseudo_weights: FloatArray,
+) -> FloatArray:
+    """Return the values of R resamples for the lower and the upper bound: (2, R).
+
+    A third row has values without pseudo-observation for the correction of a biased score.
+    """
+
+    def compute_values(bound: int, pseudo_weights: FloatArray) -> FloatArray:
+        values = np.zeros_like(pseudo_weights)
+        for sign, one, rates in terms:
+            pseudo_sums = one.pseudo_sums + rates[bound] * one.pseudo_slope
+            pseudo_sums = pseudo_weights[:, None] * pseudo_sums
+            values += sign * one.score_from_sums(sums[one.weighted_sums] + pseudo_sums)
+        return values
+
+    rows = [compute_values(bound, pseudo_weights) for bound in (0, 1)]
+    if any(one.is_biased for _, one, _ in terms):
+        rows.append(compute_values(0, 0 * pseudo_weights))
+    return np.stack(rows)
 
 
 def _build_interval(
-    values: FloatArray, plug_in: float, score: float, ends: ScoreBounds
+    terms: BootstrapTerms, values: FloatArray, ends: ScoreBounds
 ) -> ConfidenceInterval:
     """Return the interval between bias-corrected quantiles of the resamples.
 
-    The interval is clipped to `ends` and extended to contain the score. The correction is 2 x bias:
-    on average, resamples exceed the set by as much as the set exceeds the population.
+    The interval is clipped to `ends` and extended to contain the score. The correction is 2 x
+    bias: on average, resamples exceed the set by as much as the set exceeds the population.
     """
+    score = sum(sign * one.score for sign, one, _ in terms)
+    plug_in = sum(sign * one.plug_in_score for sign, one, _ in terms)
     lows, highs, *unshifted = values
     shift = 2 * (float(unshifted[0].mean()) - plug_in) if unshifted else 0.0
     tail = (1 - CONFIDENCE_LEVEL) / 2
     low, high = float(np.quantile(lows, tail)) - shift, float(np.quantile(highs, 1 - tail)) - shift
     return ConfidenceInterval(min(max(low, ends[0]), score), max(min(high, ends[1]), score))
-
-
-def _count_samples(estimators: Mapping[str, ScoreEstimator]) -> int:
-    return max((len(one.sample_rates) for one in estimators.values()), default=0)
 
 
 def safe_divide(numerator: FloatArray, denominator: FloatArray) -> FloatArray:

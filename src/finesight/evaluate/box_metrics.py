@@ -15,17 +15,16 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import iou
+from finesight.data.boxes import box_area, iou
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
-    REASON_NO_SAMPLES,
     FloatArray,
     SampleGroup,
     ScoreEstimator,
     build_grouped_sums,
+    compute_typical_sizes,
     estimate_ratio,
     safe_divide,
-    typical_classes,
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 
@@ -33,12 +32,8 @@ from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, m
 def score_grounding(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute accuracy at IoU 0.5 and 0.75, mean IoU and parse rate."""
     per_sample = [compute_box_scores(case.boxes, case.reference_boxes) for case in cases]
-    sources = {
-        "accuracy_at_0.5": "hit",
-        "accuracy_at_0.75": "hit_at_0.75",
-        "mean_iou": "iou",
-        "parse_rate": "parse_rate",
-    }
+    sources = {"accuracy_at_0.5": "hit", "accuracy_at_0.75": "hit_at_0.75"}
+    sources |= {"mean_iou": "iou", "parse_rate": "parse_rate"}
     return MetricResult(per_sample, mean_metrics(per_sample, sources))
 
 
@@ -75,7 +70,7 @@ def match_boxes(
 def compute_box_scores(
     predicted: Sequence[BoxPart], references: Sequence[BoxPart]
 ) -> dict[str, float]:
-    """Compute the box scores of one answer: `parse_rate`, `iou`, `hit` and `hit_at_0.75`.
+    """Compute the box scores of one answer: `hit`, `hit_at_0.75`, `iou` and `parse_rate`.
 
     `parse_rate` is 1 if the answer has a box. The others are sums over the pairs of `match_boxes`
     (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
@@ -84,13 +79,13 @@ def compute_box_scores(
     """
     max_boxes = max(len(predicted), len(references))
     if max_boxes == 0:
-        return {"parse_rate": 1.0, "iou": 1.0, "hit": 1.0, "hit_at_0.75": 1.0}
+        return {"hit": 1.0, "hit_at_0.75": 1.0, "iou": 1.0, "parse_rate": 1.0}
     overlaps = [overlap for _, _, overlap in match_boxes(predicted, references)]
     return {
-        "parse_rate": float(len(predicted) > 0),
-        "iou": sum(overlaps) / max_boxes,
         "hit": sum(overlap >= 0.5 for overlap in overlaps) / max_boxes,
         "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / max_boxes,
+        "iou": sum(overlaps) / max_boxes,
+        "parse_rate": float(len(predicted) > 0),
     }
 
 
@@ -103,7 +98,7 @@ def compute_box_reward(predicted: Sequence[BoxPart], references: Sequence[BoxPar
     max_boxes = max(len(predicted), len(references))
     total = 0.0
     for i, j, overlap in match_boxes(predicted, references):
-        areas = sorted(_compute_area(one) for one in (predicted[i], references[j]))
+        areas = sorted(box_area(one.xyxy) for one in (predicted[i], references[j]))
         size = areas[0] / areas[1] if areas[1] else 0.0
         total += (overlap + _contains_center(references[j], predicted[i]) + size) / 3
     return total / max_boxes if max_boxes else 1.0
@@ -113,11 +108,6 @@ def compute_click_reward(predicted: Sequence[BoxPart], references: Sequence[BoxP
     """Return 1 if the center of the first box lies in a reference box."""
     hits = (_contains_center(reference, predicted[0]) for reference in references)
     return float(bool(predicted) and any(hits))
-
-
-def _compute_area(box: BoxPart) -> float:
-    x1, y1, x2, y2 = box.xyxy
-    return max(0.0, x2 - x1) * max(0.0, y2 - y1)
 
 
 def _contains_center(outer: BoxPart, box: BoxPart) -> bool:
@@ -132,6 +122,7 @@ def normalize_label(box: BoxPart) -> str:
 
 
 IOU_THRESHOLDS = np.linspace(0.5, 0.95, 10)
+NUM_COUNTS = 2 + len(IOU_THRESHOLDS)
 RECALL_LEVELS = np.linspace(0.0, 1.0, 101)
 ROUNDING = 1e-9
 MAX_DETECTIONS = 100
@@ -162,17 +153,10 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     over ten IoU thresholds, at 0.5 and at 0.75. Labels must match, ignoring case.
     """
     classes = match_detections(cases)
-    counts = np.zeros((len(cases), 3))
-    for group in map(_count_boxes, classes):
-        counts[group.sample_indices] += group.values[:, :3]
-    num_predicted, num_references, num_correct = counts.T
-    f1 = np.where(
-        num_predicted + num_references > 0,
-        safe_divide(2 * num_correct, num_predicted + num_references),
-        1.0,
-    )
+    counts, f1 = _sum_counts([_count_boxes(one) for one in classes], len(cases))
+    num_predicted, num_references, num_correct = counts.T[:3]
     per_sample: list[MetricValues] = [
-        compute_box_scores(case.boxes, case.reference_boxes) | {"f1": float(f1[i])}
+        {"f1": float(f1[i, 0])} | compute_box_scores(case.boxes, case.reference_boxes)
         for i, case in enumerate(cases)
     ]
     estimators = {
@@ -191,28 +175,21 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
     Predicted boxes are matched in order. Each is matched with the unmatched reference box of the
     highest IoU, if that IoU reaches the threshold.
     """
-    names = {normalize_label(box) for case in cases for box in (*case.boxes, *case.reference_boxes)}
-    sample_indices: dict[str, list[int]] = {name: [] for name in sorted(names)}
-    is_correct = {name: [np.zeros((0, len(IOU_THRESHOLDS)), np.bool_)] for name in names}
-    num_references = {name: np.zeros(len(cases)) for name in names}
+    rows: dict[str, list[tuple[int, NDArray[np.bool_], int]]] = defaultdict(list)
     for i, case in enumerate(cases):
-        predicted_by_class = _group_by_class(case.boxes)
-        references_by_class = _group_by_class(case.reference_boxes)
-        for key in sorted({*predicted_by_class, *references_by_class}):
-            predicted, references = (
-                predicted_by_class[key][:MAX_DETECTIONS],
-                references_by_class[key],
-            )
-            _, name = key
-            sample_indices[name] += [i] * len(predicted)
-            is_correct[name].append(_match_at_thresholds(predicted, references))
-            num_references[name][i] += len(references)
-    return [
-        ClassDetections(
-            np.array(indices, np.int64), np.concatenate(is_correct[name]).T, num_references[name]
+        predicted, references = map(_group_by_class, (case.boxes, case.reference_boxes))
+        for key in sorted({*predicted, *references}):
+            is_correct = _match_at_thresholds(predicted[key][:MAX_DETECTIONS], references[key])
+            rows[key[1]].append((i, is_correct, len(references[key])))
+    detections = []
+    for _, own_rows in sorted(rows.items()):
+        samples, matches, counts = zip(*own_rows, strict=True)
+        sample_indices = np.repeat(samples, [len(one) for one in matches])
+        num_references = np.bincount(samples, counts, len(cases)).astype(np.float64)
+        detections.append(
+            ClassDetections(sample_indices, np.concatenate(matches).T, num_references)
         )
-        for name, indices in sample_indices.items()
-    ]
+    return detections
 
 
 def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxPart]]:
@@ -255,28 +232,23 @@ def build_average_precision_fn(
     groups = [_count_boxes(one) for one in wanted_classes]
     by_threshold = [_compute_class_average_precision(one) for one in wanted_classes]
     reported = np.mean(by_threshold, axis=0) if by_threshold else np.zeros(len(IOU_THRESHOLDS))
-    width = 2 + len(IOU_THRESHOLDS)
-    sizes, undefined = np.zeros(0), REASON_NO_SAMPLES
-    if groups:
-        counts = [int(np.count_nonzero(group.values[:, 1])) for group in groups]
-        parts, undefined = typical_classes(counts, num_samples)
-        squares = [(group.values[:, 1] ** 2).sum() for group in groups]
-        sizes = parts * np.sqrt(np.divide(squares, counts))
+    sizes, undefined_reason = compute_typical_sizes(groups, 1, num_samples, power=2)
+    _, sample_f1 = _sum_counts(groups, num_samples)
     # The typical sample has as many predicted as reference boxes.
-    boxes = np.arange(width) < 2
+    boxes = np.arange(NUM_COUNTS) < 2
     sums = build_grouped_sums(groups, num_samples)
     # Thresholds 0.5 and 0.75 are the first and the sixth.
     chosen = {"ap": slice(None), "ap_50": slice(0, 1), "ap_75": slice(5, 6)}
     return {
         name: ScoreEstimator(
             weighted_sums=sums,
-            score_from_sums=partial(_asymptotic_precision, thresholds=thresholds, width=width),
-            sample_rates=_compute_sample_f1(groups, num_samples)[:, thresholds].mean(axis=1),
+            score_from_sums=partial(_asymptotic_precision, thresholds=thresholds),
+            sample_rates=sample_f1[:, thresholds].mean(axis=1),
             pseudo_sums=np.outer(sizes, boxes).ravel(),
             pseudo_slope=np.outer(sizes, ~boxes).ravel(),
             is_biased=True,
             reported_score=float(reported[thresholds].mean()),
-            undefined_reason=undefined,
+            undefined_reason=undefined_reason,
             note=NOTE_BIASED,
         )
         for name, thresholds in chosen.items()
@@ -288,7 +260,7 @@ def _count_boxes(one: ClassDetections) -> SampleGroup:
 
     Correct boxes are counted at each IoU threshold.
     """
-    counts = np.zeros((len(one.num_references), 2 + len(IOU_THRESHOLDS)))
+    counts = np.zeros((len(one.num_references), NUM_COUNTS))
     counts[:, 1] = one.num_references
     np.add.at(counts[:, 0], one.sample_indices, 1.0)
     np.add.at(counts[:, 2:], one.sample_indices, one.is_correct.T.astype(np.float64))
@@ -296,18 +268,18 @@ def _count_boxes(one: ClassDetections) -> SampleGroup:
     return SampleGroup(used, counts[used])
 
 
-def _compute_sample_f1(groups: Sequence[SampleGroup], samples: int) -> FloatArray:
-    """Return the F1 of each sample at each IoU threshold: (N, 10)."""
-    boxes, right = np.zeros((samples, 1)), np.zeros((samples, len(IOU_THRESHOLDS)))
+def _sum_counts(groups: Sequence[SampleGroup], num_samples: int) -> tuple[FloatArray, FloatArray]:
+    """Return the counts of `_count_boxes` over all classes (N, 12), and F1 by threshold (N, 10)."""
+    counts = np.zeros((num_samples, NUM_COUNTS))
     for group in groups:
-        boxes[group.sample_indices, 0] += group.values[:, :2].sum(axis=1)
-        right[group.sample_indices] += group.values[:, 2:]
-    return np.where(boxes > 0, safe_divide(2 * right, np.broadcast_to(boxes, right.shape)), 1.0)
+        counts[group.sample_indices] += group.values
+    boxes = counts[:, :2].sum(axis=1, keepdims=True) + np.zeros(len(IOU_THRESHOLDS))
+    return counts, np.where(boxes > 0, safe_divide(2 * counts[:, 2:], boxes), 1.0)
 
 
-def _asymptotic_precision(sums: FloatArray, thresholds: slice, width: int) -> FloatArray:
-    """Return the large-sample limit of average precision: (R, classes * width) -> (R,)."""
-    counts = sums.reshape(len(sums), -1, width)
+def _asymptotic_precision(sums: FloatArray, thresholds: slice) -> FloatArray:
+    """Return the large-sample limit of average precision: (R, classes * 12) -> (R,)."""
+    counts = sums.reshape(len(sums), -1, NUM_COUNTS)
     found, wanted, right = counts[..., :1], counts[..., 1:2], counts[..., 2:][..., thresholds]
     precision = safe_divide(right, np.broadcast_to(found, right.shape))
     recall = safe_divide(right, np.broadcast_to(wanted, right.shape))

@@ -115,8 +115,8 @@ _MARKUP_TAG = re.compile(
     r"<(?:[!?][A-Za-z-][^>]*|/?[A-Za-z][A-Za-z0-9_:.-]*"
     r"(?:\s+[A-Za-z][A-Za-z0-9_:.-]*(?:\s*=\s*(?:\"[^\"<>]*\"|'[^'<>]*'|[^\s\"'<>]+))?)*\s*/?)>"
 )
-_BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
 _CHAR_REPLACEMENTS = {
+    **{"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"},
     "\u2026": "...",
     "\xa2": "cents",
     "\xa3": "#",
@@ -174,14 +174,9 @@ def _normalize_token(token: str) -> str:
     if len(token) == 1:
         if token in _CHAR_REPLACEMENTS:
             return _CHAR_REPLACEMENTS[token]
-        if token in _BRACKETS:
-            return _BRACKETS[token]
+        is_unreadable = unicodedata.category(token)[0] in "CZ" or token in _UNREADABLE_CHARS
         # The Java lexer splits characters beyond the BMP into surrogates.
-        if (
-            ord(token) > 0xFFFF
-            or unicodedata.category(token)[0] in "CZ"
-            or token in _UNREADABLE_CHARS
-        ):
+        if is_unreadable or ord(token) > 0xFFFF:
             return ""
     if set(token) == {"-"} and len(token) in (2, 3, 4):
         return "--"
@@ -196,6 +191,7 @@ def _normalize_token(token: str) -> str:
 WordSequence = Sequence[str]
 NGram = tuple[str, ...]
 NGramCounts = Counter[NGram]
+TfIdf = dict[NGram, float]
 
 MAX_NGRAM_ORDER = 4
 ROUGE_BETA = 1.2
@@ -210,10 +206,7 @@ def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute CIDEr-D, ROUGE-L and BLEU-1 to BLEU-4; CIDEr-D and ROUGE-L also per sample."""
     candidates = [tokenize_caption(case.answer) for case in cases]
     references = [[tokenize_caption(reference) for reference in case.references] for case in cases]
-    rouge = [
-        compute_rouge_l(candidate, candidate_references)
-        for candidate, candidate_references in zip(candidates, references, strict=True)
-    ]
+    rouge = map(compute_rouge_l, candidates, references)
     cider = compute_cider_d(candidates, references)
     per_sample = [{"cider_d": c, "rouge_l": r} for r, c in zip(rouge, cider, strict=True)]
     counts = count_bleu_statistics(candidates, references)
@@ -253,32 +246,27 @@ def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
 
     `counts` are the rows of `count_bleu_statistics`.
     """
-    matched, offered = counts[:, :MAX_NGRAM_ORDER], counts[:, MAX_NGRAM_ORDER : 2 * MAX_NGRAM_ORDER]
-    worst = counts.mean(axis=0)
-    slope = np.zeros_like(worst)
-    slope[:MAX_NGRAM_ORDER] = worst[MAX_NGRAM_ORDER : 2 * MAX_NGRAM_ORDER]
-    worst[:MAX_NGRAM_ORDER] = 0.0
+    matched, offered, _ = np.split(counts, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER], axis=1)
+    is_match, means = np.arange(counts.shape[1]) < MAX_NGRAM_ORDER, counts.mean(axis=0)
     return ScoreEstimator(
         weighted_sums=lambda weights: weights @ counts,
         score_from_sums=lambda totals: _compute_bleu(totals, order),
         sample_rates=safe_divide(matched, offered)[:, :order].mean(axis=1),
-        pseudo_sums=worst,
-        pseudo_slope=slope,
+        pseudo_sums=np.where(is_match, 0.0, means),
+        pseudo_slope=np.where(is_match, np.roll(means, -MAX_NGRAM_ORDER), 0.0),
     )
 
 
 def _compute_bleu(totals: FloatArray, order: int) -> FloatArray:
     """Compute BLEU from sums of rows of `count_bleu_statistics`: (R, 10) -> (R,)."""
-    num_matches, num_candidate_ngrams = (
-        totals[:, :order],
-        totals[:, MAX_NGRAM_ORDER : MAX_NGRAM_ORDER + order],
+    num_matches, num_ngrams, (length, closest_length) = np.split(
+        totals.T, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER]
     )
-    length, closest_length = totals[:, -2], totals[:, -1]
-    value: FloatArray = np.prod(
-        (num_matches + _BLEU_TINY) / (num_candidate_ngrams + _BLEU_SMALL), axis=1
-    ) ** (1 / order)
+    precision = (num_matches + _BLEU_TINY) / (num_ngrams + _BLEU_SMALL)
     ratio = (length + _BLEU_TINY) / (closest_length + _BLEU_SMALL)
-    return value * np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    value: FloatArray = np.prod(precision[:order], axis=0) ** (1 / order)
+    value *= np.exp(np.minimum(0.0, 1 - 1 / ratio))
+    return value
 
 
 def compute_rouge_l(candidate: WordSequence, references: Sequence[WordSequence]) -> float:
@@ -308,69 +296,46 @@ def compute_cider_d(
     The weight of an n-gram decreases with the number of images whose references contain it. The
     score of an image depends on the other images and is 0 for a set of one image.
     """
-    reference_counts = [
-        [_count_all_ngrams(reference) for reference in truths] for truths in references
-    ]
-    document_frequency: NGramCounts = Counter()
-    for counts in reference_counts:
-        document_frequency.update(set().union(*counts))
+    orders = range(1, MAX_NGRAM_ORDER + 1)
+    document_frequency = Counter(
+        ngram
+        for truths in references
+        for ngram in {n for text in truths for order in orders for n in _count_ngrams(text, order)}
+    )
     log_num_images = math.log(max(1, len(candidates)))
     idf = {ngram: log_num_images - math.log(n) for ngram, n in document_frequency.items()}
+
+    def weigh(text: WordSequence) -> list[TfIdf]:
+        counts = (_count_ngrams(text, order) for order in orders)
+        return [{n: k * idf.get(n, log_num_images) for n, k in one.items()} for one in counts]
+
     scores = []
-    for candidate, counts in zip(candidates, reference_counts, strict=True):
-        own, *others = (
-            _compute_tf_idf(one, idf, log_num_images)
-            for one in (_count_all_ngrams(candidate), *counts)
-        )
-        scores.append(
-            CIDER_SCALE * sum(_cider_similarity(own, other) for other in others) / len(others)
-        )
+    for candidate, truths in zip(candidates, references, strict=True):
+        weights, total = weigh(candidate), 0.0
+        for truth in truths:
+            # The COCO evaluation compares the numbers of bigrams.
+            difference = max(1, len(candidate)) - max(1, len(truth))
+            penalty = math.exp(-(difference**2) / (2 * CIDER_SIGMA**2))
+            total += penalty * _cider_similarity(weights, weigh(truth))
+        scores.append(CIDER_SCALE * total / len(truths))
     return scores
+
+
+def _cider_similarity(candidate: list[TfIdf], reference: list[TfIdf]) -> float:
+    """Return the mean similarity of two sentences over the orders of n-grams."""
+    total = 0.0
+    for weights, others in zip(candidate, reference, strict=True):
+        # Candidate weights are clipped to the reference: repeated words do not raise the score.
+        dot = sum(
+            min(w, others[ngram]) * others[ngram] for ngram, w in weights.items() if ngram in others
+        )
+        norms = math.hypot(*weights.values()) * math.hypot(*others.values())
+        total += dot / norms if norms else 0.0
+    return total / MAX_NGRAM_ORDER
 
 
 def _count_ngrams(sentence: WordSequence, order: int) -> NGramCounts:
     return Counter(tuple(sentence[i : i + order]) for i in range(len(sentence) - order + 1))
-
-
-def _count_all_ngrams(sentence: WordSequence) -> NGramCounts:
-    counts: NGramCounts = Counter()
-    for order in range(1, MAX_NGRAM_ORDER + 1):
-        counts.update(_count_ngrams(sentence, order))
-    return counts
-
-
-_TfIdf = tuple[dict[NGram, float], list[float], int]
-
-
-def _compute_tf_idf(counts: NGramCounts, idf: dict[NGram, float], default_idf: float) -> _TfIdf:
-    """Return the TF-IDF weights of a sentence, their norms by n-gram order, and its length.
-
-    The length is the number of bigrams, as in the COCO evaluation.
-    """
-    weights = {ngram: count * idf.get(ngram, default_idf) for ngram, count in counts.items()}
-    squares = [0.0] * MAX_NGRAM_ORDER
-    for ngram, weight in weights.items():
-        squares[len(ngram) - 1] += weight * weight
-    num_bigrams = sum(count for ngram, count in counts.items() if len(ngram) == 2)
-    return weights, [math.sqrt(square) for square in squares], num_bigrams
-
-
-def _cider_similarity(candidate: _TfIdf, reference: _TfIdf) -> float:
-    (weights, norms, length), (reference_weights, reference_norms, reference_length) = (
-        candidate,
-        reference,
-    )
-    dots = [0.0] * MAX_NGRAM_ORDER
-    for ngram, weight in weights.items():
-        # Candidate weights are clipped to the reference: repeated words do not raise the score.
-        other = reference_weights.get(ngram, 0.0)
-        dots[len(ngram) - 1] += min(weight, other) * other
-    total = sum(
-        dot / (norm * other) if norm * other else 0.0
-        for dot, norm, other in zip(dots, norms, reference_norms, strict=True)
-    )
-    length_difference = length - reference_length
-    return total / MAX_NGRAM_ORDER * math.exp(-(length_difference**2) / (2 * CIDER_SIGMA**2))
 
 
 def _lcs_length(a: WordSequence, b: WordSequence) -> int:

@@ -78,8 +78,33 @@ def load_custom_metric(file: Path, function: str) -> MetricFn:
         UserError: The file fails, or the function does not exist.
     """
     metric_fn, namespace = load_function(file, function)
-    primary_metric = namespace.get("HEADLINE")
-    return lambda cases: _score_cases(metric_fn, file, function, primary_metric, cases)
+
+    def require(condition: object, problem: str) -> None:
+        if not condition:
+            remedy = "correct the function: return finite values with the same names for every case"
+            raise UserError(problem, where=str(file), expected=EXPECTED_FUNCTION, remedy=remedy)
+
+    def score_case(case: EvalCase) -> MetricValues:
+        value = call_function(metric_fn, file, case)
+        values = value if isinstance(value, dict) else {function: value}
+        require(values, f"no score for sample {case.id!r}")
+        for name, number in values.items():
+            is_valid = isinstance(number, numbers.Real) and math.isfinite(number)
+            require(is_valid, f"{name} is {number!r} for sample {case.id!r}")
+        return {str(name): float(number) for name, number in values.items()}
+
+    def score_cases(cases: Sequence[EvalCase]) -> MetricResult:
+        per_sample = [score_case(case) for case in cases]
+        names = ", ".join(per_sample[0])
+        for scores in per_sample:
+            problem = f"the scores {', '.join(scores)} after {names}"
+            require(scores.keys() == per_sample[0].keys(), problem)
+        first = namespace.get("HEADLINE") or next(iter(per_sample[0]))
+        require(first in per_sample[0], f"HEADLINE is {first!r}, the scores are {names}")
+        ordered = [{first: scores[first]} | scores for scores in per_sample]
+        return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
+
+    return score_cases
 
 
 def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any], dict[str, Any]]:
@@ -92,7 +117,7 @@ def load_function(file: Path, function: str) -> tuple[Callable[[EvalCase], Any],
     try:
         namespace = runpy.run_path(str(file))
     except (Exception, SystemExit) as error:
-        raise build_function_error(error, file, "during execution of the file") from error
+        raise _build_function_error(error, file, "during execution of the file") from error
     found = namespace.get(function)
     if not callable(found):
         names = sorted(n for n, v in namespace.items() if callable(v) and not n.startswith("_"))
@@ -116,45 +141,16 @@ def require_metric_file(file: Path) -> None:
         )
 
 
-def _score_cases(
-    metric_fn: Callable[[EvalCase], Any],
-    file: Path,
-    function_name: str,
-    primary_metric: str | None,
-    cases: Sequence[EvalCase],
-) -> MetricResult:
-    def require(condition: object, problem: str) -> None:
-        if not condition:
-            remedy = "correct the function: return finite values with the same names for every case"
-            raise UserError(problem, where=str(file), expected=EXPECTED_FUNCTION, remedy=remedy)
-
-    per_sample: list[MetricValues] = []
-    for case in cases:
-        try:
-            value = metric_fn(case)
-        except (Exception, SystemExit) as error:
-            context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
-            raise build_function_error(error, file, context) from error
-        values = value if isinstance(value, dict) else {function_name: value}
-        require(values, f"no score for sample {case.id!r}")
-        for name, number in values.items():
-            is_valid = isinstance(number, numbers.Real) and math.isfinite(number)
-            require(is_valid, f"{name} is {number!r} for sample {case.id!r}")
-        scores = {str(name): float(number) for name, number in values.items()}
-        previous = per_sample[0] if per_sample else scores
-        require(
-            scores.keys() == previous.keys(),
-            f"the scores {', '.join(scores)} after {', '.join(previous)}",
-        )
-        per_sample.append(scores)
-    names = ", ".join(per_sample[0])
-    first = primary_metric or next(iter(per_sample[0]))
-    require(first in per_sample[0], f"HEADLINE is {primary_metric!r}, the scores are {names}")
-    ordered = [{first: scores[first]} | scores for scores in per_sample]
-    return MetricResult(ordered, mean_metrics(ordered, bounds=UNBOUNDED))
+def call_function(function: Callable[[EvalCase], Any], file: Path, case: EvalCase) -> Any:
+    """Call a function of a Python file. Raises UserError with the line if it fails."""
+    try:
+        return function(case)
+    except (Exception, SystemExit) as error:
+        context = f"for sample {case.id!r}, answer {case.answer[:80]!r}"
+        raise _build_function_error(error, file, context) from error
 
 
-def build_function_error(error: BaseException, file: Path, context: str) -> UserError:
+def _build_function_error(error: BaseException, file: Path, context: str) -> UserError:
     """Build the error for an exception in a metric file, with the line number."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == str(file)]
@@ -222,23 +218,24 @@ def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
 def check_recipe_metric(
     recipe: Recipe, path: Path | None, overrides: Iterable[str], *, trust: bool
 ) -> None:
-    """Check whether a training run may execute the metric of its recipe; see `check_metric`.
+    """Check whether a run may execute the metric and rewards of its recipe; see `check_metric`.
 
     Args:
         path: Recipe file; None for settings created in Python.
-        overrides: Recipe overrides; `eval.metric=...` counts as named by the user.
+        overrides: Recipe overrides; `eval.metric=...` and `rewards=...` are named by the user.
     """
-    if recipe.eval is None:
-        return
-    metric = resolve_metric_path(recipe.eval.metric, recipe.output_dir)
-    is_overridden = any(
-        one.partition("=")[0].strip() in ("eval", "eval.metric") for one in overrides
-    )
-    metric_location = parse_metric_path(metric)
-    files = [file for file in (path, metric_location and metric_location[0]) if file is not None]
-    is_from_run = any(os.path.isfile(file) and in_run_folder(file) for file in files)
-    named = metric == recipe.eval.metric and (is_overridden or not is_from_run)
-    check_metric(metric, named=named, trust=trust)
+    functions = [("rewards", one.name, one.name) for one in recipe.rewards]
+    if recipe.eval is not None:
+        metric = recipe.eval.metric
+        functions.append(("eval", metric, resolve_metric_path(metric, recipe.output_dir)))
+    overridden = {one.partition("=")[0].strip() for one in overrides}
+    for section, spec, resolved in functions:
+        location = parse_metric_path(resolved)
+        files = [file for file in (path, location and location[0]) if file is not None]
+        is_from_run = any(os.path.isfile(file) and in_run_folder(file) for file in files)
+        is_overridden = not overridden.isdisjoint((section, f"{section}.metric"))
+        named = spec == resolved and (is_overridden or not is_from_run)
+        check_metric(resolved, named=named, trust=trust)
 
 
 def in_run_folder(file: Path) -> bool:

@@ -283,17 +283,13 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
     Returns:
         The first of the best evaluations, and the number of comparable ones after it.
     """
-    best: EvalResult | None = None
-    num_later = 0
-    for result in results:
-        last = results[-1].as_best_eval()
-        if not result.step or not result.as_best_eval().is_comparable_to(last):
-            continue
-        if best is None or result.as_best_eval().is_better_than(best.as_best_eval()):
-            best, num_later = result, 0
-        else:
-            num_later += 1
-    return best, num_later
+    ranked = [(result, result.as_best_eval()) for result in results]
+    comparable = [(r, e) for r, e in ranked if r.step and e.is_comparable_to(ranked[-1][1])]
+    best = 0
+    for i, (_, current) in enumerate(comparable):
+        if current.is_better_than(comparable[best][1]):
+            best = i
+    return (comparable[best][0], len(comparable) - 1 - best) if comparable else (None, 0)
 
 
 def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import (
     EvalCase,
-    MetricResult,
     MetricValues,
     get_reference_answer,
     note_lines,
@@ -114,7 +112,6 @@ def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> U
 
 
 MAX_LISTED_DETAILS = 10
-
 
 PredictOutput = tuple[list[Prediction], dict[int, str]]
 """Predictions in sample order, and the reason for each missing prediction by sample index."""
@@ -239,10 +236,22 @@ def evaluate(
         for sample in selected
     ]
     check_references(settings.metric, references)
-    predict_fn = partial(
-        _generate_predictions, model, renderer, settings, on_progress, on_batch_reduced
-    )
-    predictions, corrupt_reasons = (distribute(predict_fn) if distribute else predict_fn)(selected)
+
+    def generate(part: Sequence[LocatedSample]) -> PredictOutput:
+        errors: dict[int, CorruptImageError] = {}
+        predictions = predict(
+            model,
+            renderer,
+            part,
+            max_new_tokens=settings.max_new_tokens,
+            batch_size=settings.batch_size,
+            on_progress=on_progress,
+            on_corrupt_image=errors.__setitem__,
+            on_batch_reduced=on_batch_reduced,
+        )
+        return predictions, {i: str(error).splitlines()[0] for i, error in errors.items()}
+
+    predictions, corrupt_reasons = (distribute(generate) if distribute else generate)(selected)
     readable = [i for i in range(len(selected)) if i not in corrupt_reasons]
     positions = readable if subset is None else [i for i in readable if i in subset]
     if not positions:
@@ -252,22 +261,15 @@ def evaluate(
             expected="complete image files",
             remedy=f"correct the first error: {next(iter(corrupt_reasons.values()))}",
         )
+    by_position = dict(zip(readable, predictions, strict=True))
     cases = {
         i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.finish_reason == "stop")
-        for i, one in zip(readable, predictions, strict=True)
+        for i, one in by_position.items()
     }
-    metric_result = compute_metrics(settings.metric, [*cases.values()])
-    if predictions_file is not None:
-        lines = [
-            format_prediction_line(*row)
-            for row in zip(predictions, cases.values(), metric_result.per_sample, strict=True)
-        ]
-        write_file(predictions_file, "".join(lines).encode())
-    corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
-    by_position = dict(zip(readable, predictions, strict=True))
 
-    def build_result(scored: Sequence[int], metric_result: MetricResult) -> GenerationEvalResult:
-        return GenerationEvalResult(
+    def score(scored: Sequence[int]) -> tuple[GenerationEvalResult, list[MetricValues]]:
+        metric_result = compute_metrics(settings.metric, [cases[i] for i in scored])
+        result = GenerationEvalResult(
             metric=settings.metric,
             primary_metric=get_primary_metric(settings.metric, metric_result.scores),
             scores=metric_result.scores,
@@ -278,31 +280,16 @@ def evaluate(
             notes=metric_result.notes(),
             positions=tuple(chosen[i] for i in scored),
         )
+        return result, metric_result.per_sample
 
-    result = build_result(readable, metric_result)
+    corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
+    result, per_sample = score(readable)
+    if predictions_file is not None:
+        lines = [
+            format_prediction_line(*row)
+            for row in zip(predictions, cases.values(), per_sample, strict=True)
+        ]
+        write_file(predictions_file, "".join(lines).encode())
     if subset is None or positions == readable:
         return result
-    subset_result = compute_metrics(settings.metric, [cases[i] for i in positions])
-    return replace(result, subset=build_result(positions, subset_result))
-
-
-def _generate_predictions(
-    model: AnyModel,
-    renderer: Renderer,
-    settings: EvalSettings,
-    on_progress: Callable[[int], None] | None,
-    on_batch_reduced: Callable[[int], None] | None,
-    samples: Sequence[LocatedSample],
-) -> PredictOutput:
-    errors: dict[int, CorruptImageError] = {}
-    predictions = predict(
-        model,
-        renderer,
-        samples,
-        max_new_tokens=settings.max_new_tokens,
-        batch_size=settings.batch_size,
-        on_progress=on_progress,
-        on_corrupt_image=errors.__setitem__,
-        on_batch_reduced=on_batch_reduced,
-    )
-    return predictions, {index: str(error).splitlines()[0] for index, error in errors.items()}
+    return replace(result, subset=score(positions)[0])

@@ -11,30 +11,25 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from finesight.bounded_files import parse_json
 from finesight.evaluate.bootstrap import (
-    REASON_NO_SAMPLES,
-    FloatArray,
+    ClassCounts,
     SampleGroup,
-    ScoreEstimator,
-    build_grouped_sums,
+    count_by_class,
+    estimate_macro_f1,
     estimate_ratio,
-    safe_divide,
-    typical_classes,
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 from finesight.evaluate.text_metrics import normalize_text
 
 JsonForm = dict[str, Any] | list[Any]
 """Nested dicts and lists of strings in canonical form: without empty values, lists sorted."""
-
-FieldCounts = Counter[tuple[str, str]]
-"""Number of occurrences of each (field, value) pair in a JSON document."""
 
 MAX_DEPTH = 64
 """Maximum nesting depth of an answer; a deeper answer is invalid."""
@@ -50,7 +45,7 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
     `details["fields"]` contains F1, precision and recall by field.
     """
     per_sample: list[MetricValues] = []
-    pairs: list[tuple[FieldCounts, FieldCounts]] = []
+    pairs: list[tuple[ClassCounts, ClassCounts]] = []
     for case in cases:
         predicted_form = parse_form(case.answer)
         reference_forms = [
@@ -72,18 +67,14 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
         pairs.append((predicted_fields, reference_fields))
     totals = [((one & other).total(), one.total() + other.total()) for one, other in pairs]
     num_correct, num_total = np.array(totals, np.float64).T
-    counts_by_field = {
-        name: field_counts
-        for name, field_counts in _count_by_field(pairs).items()
-        if field_counts.values[:, 2].any()
-    }
+    by_field = {n: one for n, one in count_by_class(pairs).items() if one.values[:, 2].any()}
     f1_values = np.array([scores["f1"] for scores in per_sample])
     estimators = {
         "f1": estimate_ratio(2 * num_correct, num_total),
-        "f1_macro": _compute_f1_macro(counts_by_field, f1_values),
+        "f1_macro": estimate_macro_f1([*by_field.values()], f1_values),
         **mean_metrics(per_sample, {"exact": "exact", "parse_rate": "parse_rate"}),
     }
-    fields = [(name, _compute_field_scores(one)) for name, one in counts_by_field.items()]
+    fields = [(name, _compute_field_scores(one)) for name, one in by_field.items()]
     fields.sort(key=lambda field: -field[1]["num_references"])
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 
@@ -97,19 +88,15 @@ def parse_form(text: str) -> JsonForm | None:
     if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
         text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
     try:
-        value = json.loads(text, parse_constant=_reject_constant)
+        value = parse_json(text)
         return _normalize_value(value, 0) if isinstance(value, dict | list) else None
-    except (ValueError, RecursionError):
+    except ValueError:
         return None
 
 
-def count_fields(form: JsonForm) -> FieldCounts:
+def count_fields(form: JsonForm) -> ClassCounts:
     """Count the (field, value) pairs of a JSON document in canonical form."""
     return Counter(_iter_leaves(form, ""))
-
-
-def _reject_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _normalize_value(value: Any, depth: int) -> Any:
@@ -131,7 +118,7 @@ def _format_scalar(value: str | float | bool) -> str:
         return normalize_text(value)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         return str(int(value))
-    return json.dumps(value)
+    return json.dumps(value, allow_nan=False)
 
 
 def _iter_leaves(form: JsonForm | str, path: str) -> Iterator[tuple[str, str]]:
@@ -145,59 +132,13 @@ def _iter_leaves(form: JsonForm | str, path: str) -> Iterator[tuple[str, str]]:
             yield from _iter_leaves(child, path)
 
 
-def _compute_f1(predicted: FieldCounts, reference: FieldCounts) -> float:
+def _compute_f1(predicted: ClassCounts, reference: ClassCounts) -> float:
     num_total = predicted.total() + reference.total()
     return 2 * (predicted & reference).total() / num_total if num_total else 1.0
 
 
-def _count_by_field(pairs: Sequence[tuple[FieldCounts, FieldCounts]]) -> dict[str, SampleGroup]:
-    """Count the correct, predicted and reference values of each field in each sample."""
-    rows: dict[str, dict[int, list[int]]] = defaultdict(dict)
-    for i, (predicted, reference) in enumerate(pairs):
-        for column, fields in enumerate((predicted & reference, predicted, reference)):
-            for (name, _), count in fields.items():
-                rows[name].setdefault(i, [0, 0, 0])[column] += count
-    return {
-        name: SampleGroup(
-            np.array(list(counts_by_sample)), np.array(list(counts_by_sample.values()), np.float64)
-        )
-        for name, counts_by_sample in sorted(rows.items())
-    }
-
-
-def _compute_f1_macro(counts: dict[str, SampleGroup], rates: FloatArray) -> ScoreEstimator:
-    """Return the estimator of macro F1, the mean of F1 over the fields.
-
-    Each group has the correct, predicted and reference values of a field. The typical sample
-    predicts as many values as the references have.
-    """
-    groups = list(counts.values())
-    sizes, undefined = np.zeros(0), REASON_NO_SAMPLES
-    if groups:
-        having = [int(np.count_nonzero(group.values[:, 2])) for group in groups]
-        parts, undefined = typical_classes(having, len(rates))
-        sizes = parts * [group.values[:, 2].sum() for group in groups] / having
-
-    def value(sums: FloatArray) -> FloatArray:
-        right, predicted, wants = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
-        found = np.where(wants > 0, safe_divide(2 * right, predicted + wants), 0.0)
-        return safe_divide(found.sum(axis=1), (wants > 0).sum(axis=1) * 1.0)
-
-    return ScoreEstimator(
-        weighted_sums=build_grouped_sums(groups, len(rates)),
-        score_from_sums=value,
-        sample_rates=rates,
-        is_biased=True,
-        pseudo_sums=np.outer(sizes, [0, 1, 1]).ravel(),
-        pseudo_slope=np.outer(sizes, [1, 0, 0]).ravel(),
-        undefined_reason=undefined,
-    )
-
-
 def _compute_field_scores(counts: SampleGroup) -> dict[str, float]:
-    num_correct, num_predicted, num_references = (
-        float(total) for total in counts.values.sum(axis=0)
-    )
+    num_correct, num_predicted, num_references = counts.values.sum(axis=0).tolist()
     return {
         "f1": 2 * num_correct / (num_predicted + num_references),
         "precision": num_correct / num_predicted if num_predicted else 0.0,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 
@@ -14,6 +15,9 @@ from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, m
 from finesight.evaluate.text_metrics import find_nearest_reference
 
 LatexTokens = list[str]
+
+LatexGroup = list["str | LatexGroup"]
+"""Tokens and brace groups; a brace group contains its braces."""
 
 # A control word, a control symbol, the name of an environment, or one visible character.
 _LATEX_TOKEN = re.compile(
@@ -48,10 +52,9 @@ def score_latex(cases: Sequence[EvalCase]) -> MetricResult:
     )
     if latex_rendering.is_ziamath_installed():
         render_matches = compare_renderings(cases, predictions, references)
-        per_sample = [
-            s if a is None else s | {"rendered": a}
-            for s, a in zip(per_sample, render_matches, strict=True)
-        ]
+        for scores, match in zip(per_sample, render_matches, strict=True):
+            if match is not None:
+                scores["rendered"] = match
         match_values = np.array([match or 0.0 for match in render_matches])
         is_renderable = np.array([float(match is not None) for match in render_matches])
         estimators["rendered"] = estimate_ratio(match_values, is_renderable)
@@ -69,22 +72,15 @@ def compare_renderings(
     None means that no reference can be rendered. An answer that cannot be rendered counts as 0. An
     answer with the same tokens as a reference is not rendered.
     """
-    formulas = [
-        [strip_math_delimiters(text) for text in (case.answer, *case.references)] for case in cases
-    ]
-    has_same_tokens = [
-        tokens in case_references
-        for tokens, case_references in zip(predictions, references, strict=True)
-    ]
-    digests = latex_rendering.render_digests(
-        text
-        for texts, is_same in zip(formulas, has_same_tokens, strict=True)
-        for text in texts[1 if is_same else 0 :]
-    )
+    formulas = [list(map(strip_math_delimiters, (c.answer, *c.references))) for c in cases]
+    for texts, tokens, case_references in zip(formulas, predictions, references, strict=True):
+        if tokens in case_references:
+            texts[0] = texts[1 + case_references.index(tokens)]
+    digests = latex_rendering.render_digests(chain.from_iterable(formulas))
     render_matches: list[float | None] = []
-    for (answer, *several), is_same in zip(formulas, has_same_tokens, strict=True):
-        reference_digests = {digests[truth] for truth in several} - {None}
-        is_match = is_same or digests[answer] in reference_digests
+    for answer, *several in formulas:
+        reference_digests = {digests[text] for text in several} - {None}
+        is_match = answer in several or digests[answer] in reference_digests
         render_matches.append(float(is_match) if reference_digests else None)
     return render_matches
 
@@ -98,8 +94,7 @@ def tokenize_latex(formula: str) -> list[str]:
     explicit spaces such as `\,`, affect the output and are retained. Formulas with different
     tokens may render identically (`\frac12` and `{1\over 2}`), so exact match is a lower bound.
     """
-    tokens = _drop_whitespace(_LATEX_TOKEN.findall(strip_math_delimiters(formula)))
-    return _order_scripts(_drop_redundant_braces(tokens))
+    return _order_scripts(_parse_groups(_LATEX_TOKEN.findall(strip_math_delimiters(formula))))
 
 
 def strip_math_delimiters(formula: str) -> str:
@@ -112,74 +107,48 @@ def strip_math_delimiters(formula: str) -> str:
     return formula
 
 
-def _drop_whitespace(pieces: list[str]) -> list[str]:
-    """Remove whitespace tokens outside the arguments of text commands."""
-    tokens: list[str] = []
-    depth = text_from = 0
+def _parse_groups(pieces: Sequence[str]) -> LatexGroup:
+    """Parse brace groups, without whitespace outside text and braces around a single token."""
+    groups: list[LatexGroup] = [[]]
+    is_text, previous = [False], ""
     for piece in pieces:
         if piece.isspace():
-            if text_from and tokens[-1] not in (" ", "{"):
-                tokens.append(" ")
+            if is_text[-1] and previous not in (" ", "{"):
+                groups[-1].append(previous := " ")
             continue
-        if piece == "{":
-            depth += 1
-            if not text_from and tokens and _TEXT_ARGUMENT.fullmatch(tokens[-1]):
-                text_from = depth
-        elif piece == "}":
-            if text_from and tokens[-1] == " ":
-                tokens.pop()
-            if depth == text_from:
-                text_from = 0
-            depth = max(0, depth - 1)
-        tokens.append(re.sub(r"\s", "", piece) if len(piece) > 2 else piece)
-    return tokens
-
-
-def _drop_redundant_braces(tokens: list[str]) -> list[str]:
-    result: list[str] = []
-    open_positions: list[int] = []
-    for token in tokens:
+        token = re.sub(r"\s", "", piece) if len(piece) > 2 else piece
         if token == "{":
-            open_positions.append(len(result))
-        elif token == "}" and open_positions:
-            start = open_positions.pop()
-            if len(result) - start == 2:
-                result.pop(start)
-                continue
-        result.append(token)
-    return result
+            groups.append(["{"])
+            is_text.append(is_text[-1] or _TEXT_ARGUMENT.fullmatch(previous) is not None)
+        elif token == "}" and len(groups) > 1:
+            group = groups.pop()
+            if is_text.pop() and previous == " ":
+                group.pop()
+            is_token = len(group) == 2 and isinstance(group[1], str)
+            groups[-1].append(group[1] if is_token else [*group, "}"])
+        else:
+            groups[-1].append(token)
+        previous = token
+    while len(groups) > 1:  # without a closing brace
+        groups[-2].append(groups.pop())
+    return groups[0]
 
 
-def _order_scripts(tokens: list[str]) -> list[str]:
-    ends = _find_argument_ends(tokens)
-    ordered: list[str] = []
-    # Stack of remaining ranges instead of recursion, because nesting depth is unbounded.
-    ranges = [(0, len(tokens))]
-    while ranges:
-        start, stop = ranges.pop()
-        for i in range(start, stop):
-            lower = ends[i + 1] if tokens[i] == "^" and i + 1 < stop else stop
-            if lower < stop and tokens[lower] == "_":
-                end = ends[lower + 1] if lower + 1 < stop else stop
-                ranges += [(end, stop), (i + 1, lower), (i, i + 1), (lower + 1, end)]
-                ranges.append((lower, lower + 1))
-                break
-            ordered.append(tokens[i])
+def _order_scripts(formula: LatexGroup) -> LatexTokens:
+    """Return the tokens of a formula with subscripts before superscripts."""
+    ordered: LatexTokens = []
+    # A stack instead of recursion, because nesting depth is unbounded.
+    nodes: LatexGroup = [formula]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, str):
+            ordered.append(node)
+            continue
+        i = 0
+        while i < len(node):
+            if node[i] == "^" and node[i + 2 : i + 3] == ["_"]:
+                node[i : i + 4] = node[i + 2 : i + 4] + node[i : i + 2]
+                i += 3
+            i += 1
+        nodes += reversed(node)
     return ordered
-
-
-def _find_argument_ends(tokens: list[str]) -> list[int]:
-    """Return the end index of the argument that starts at each token.
-
-    The argument is the token itself, or the brace group that it opens.
-    """
-    ends = list(range(1, len(tokens) + 1))
-    open_positions: list[int] = []
-    for i, token in enumerate(tokens):
-        if token == "{":
-            open_positions.append(i)
-        elif token == "}" and open_positions:
-            ends[open_positions.pop()] = i + 1
-    for i in open_positions:
-        ends[i] = len(tokens)
-    return ends

@@ -25,7 +25,7 @@ from finesight.evaluate.bootstrap import (
     compute_difference_intervals,
     get_missing_difference_reason,
 )
-from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, note_lines
+from finesight.evaluate.eval_case import EvalCase, MetricValues, note_lines
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
 from finesight.manifest import MANIFEST_FILE, PREDICTIONS_FOLDER, load_manifest
 
@@ -76,7 +76,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
     for line_number, line in enumerate(lines, start=1):
         try:
             record = parse_json(line)
-            record_fields = _PredictionRecord.model_validate(record)
+            fields = _PredictionRecord.model_validate(record)
         except ValueError as error:
             problem = str(error)[:80]
             if isinstance(error, ValidationError):
@@ -88,15 +88,7 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
                 expected="a line in the format of a training run or an evaluation",
                 remedy="create the file again",
             ) from error
-        case = EvalCase(
-            answer=record_fields.answer,
-            boxes=record_fields.boxes,
-            references=(record_fields.gold, *record_fields.references),
-            reference_boxes=record_fields.gold_boxes,
-            id=record_fields.id,
-            ended_with_eos=record_fields.finish_reason == "stop",
-        )
-        predictions.append(ScoredPrediction(case, record_fields.scores, record))
+        predictions.append(ScoredPrediction(fields.as_case(), fields.scores, record))
     return predictions
 
 
@@ -132,6 +124,10 @@ class _PredictionRecord(BaseModel):
     gold_boxes: tuple[BoxPart, ...]
     scores: dict[str, float]
     finish_reason: Literal["stop", "length"]
+
+    def as_case(self) -> EvalCase:
+        references, is_ended = (self.gold, *self.references), self.finish_reason == "stop"
+        return EvalCase(self.answer, self.boxes, references, self.gold_boxes, self.id, is_ended)
 
 
 T = TypeVar("T")
@@ -194,12 +190,7 @@ def compare_cases(
             remedy="evaluate both on the same data",
         )
     results = (compute_metrics(metric, [cases[key] for key in keys]) for cases in (old, new))
-    return compare_results(*results)
-
-
-def compare_results(before: MetricResult, after: MetricResult) -> list[MetricDifference]:
-    """Compare two metric results of the same samples in the same order."""
-    return compare_estimators(before.estimators, after.estimators)
+    return compare_estimators(*(result.estimators for result in results))
 
 
 def compare_estimators(

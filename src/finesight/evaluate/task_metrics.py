@@ -136,7 +136,7 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     """
     task = get_task_metric(metric)
     reference_kind = task.reference_kind
-    has_reference = [_has_reference_kind(reference_kind, reference) for reference in references]
+    has_reference = [has_reference_kind(reference_kind, reference) for reference in references]
     if any(has_reference) and (reference_kind != "json" or all(has_reference)):
         if metric not in _BUILT_IN:
             _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
@@ -151,7 +151,7 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     fitting = [
         name
         for name, other in _BUILT_IN.items()
-        if all(_has_reference_kind(other.reference_kind, reference) for reference in references)
+        if all(has_reference_kind(other.reference_kind, reference) for reference in references)
     ]
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
     if reference_kind == "box":
@@ -159,7 +159,8 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     raise UserError(problem, where=f"metric {metric}", expected=expected, remedy=remedy)
 
 
-def _has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
+def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
+    """Return whether a reference has the content that a metric compares."""
     texts, reference_boxes = reference
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)

@@ -22,12 +22,10 @@ import numpy as np
 from finesight.evaluate.bootstrap import (
     NON_NEGATIVE,
     FloatArray,
-    SampleGroup,
     ScoreEstimator,
-    build_grouped_sums,
+    count_by_class,
+    estimate_macro_f1,
     estimate_ratio,
-    safe_divide,
-    typical_classes,
 )
 from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, mean_metrics
 
@@ -40,7 +38,7 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
     of all reference lengths.
     """
     per_sample: list[MetricValues] = []
-    character_errors, word_errors = [], []
+    error_counts: list[tuple[int, ...]] = []
     for case in cases:
         prediction, *references = map(normalize_text, (case.answer, *case.references))
         edits, max_length, length = find_nearest_reference(prediction, references)
@@ -57,13 +55,10 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
                 "wer": word_edits / max(1, word_count),
             }
         )
-        character_errors.append((edits, length))
-        word_errors.append((word_edits, word_count))
-    rate_fns = {
-        "cer": _build_error_rate_fn(character_errors),
-        "wer": _build_error_rate_fn(word_errors),
-    }
-    return MetricResult(per_sample, mean_metrics(per_sample) | rate_fns)
+        error_counts.append((edits, length, word_edits, word_count))
+    columns = np.array(error_counts, np.float64).T
+    rates = {"cer": _estimate_error_rate(*columns[:2]), "wer": _estimate_error_rate(*columns[2:])}
+    return MetricResult(per_sample, mean_metrics(per_sample) | rates)
 
 
 def normalize_text(text: str) -> str:
@@ -99,7 +94,8 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     """Compute the Levenshtein distance of two token sequences.
 
     Hyyrö's (2003) version of the bit-vector algorithm of Myers (1999): a column of the table is two
-    integers of len(a) bits, so the cost is len(b) operations on them.
+    integers of len(a) bits, so the cost is len(b) operations on them. The names are those of the
+    paper: `vp` and `hp` mark vertical and horizontal differences of 1, `vn` and `hn` those of -1.
     """
     if not a:
         return len(b)
@@ -107,30 +103,22 @@ def compute_edit_distance(a: Sequence[str], b: Sequence[str]) -> int:
     for i, token in enumerate(a):
         position_masks[token] = position_masks.get(token, 0) | 1 << i
     full_mask, last_bit = (1 << len(a)) - 1, 1 << (len(a) - 1)
-    vertical_positive, vertical_negative, distance = full_mask, 0, len(a)
+    vp, vn, distance = full_mask, 0, len(a)
     for token in b:
         equal = position_masks.get(token, 0)
-        diagonal = (
-            (((equal & vertical_positive) + vertical_positive) ^ vertical_positive)
-            | equal
-            | vertical_negative
-        )
-        horizontal_positive = vertical_negative | (~(diagonal | vertical_positive) & full_mask)
-        horizontal_negative = vertical_positive & diagonal
-        distance += bool(horizontal_positive & last_bit) - bool(horizontal_negative & last_bit)
+        d0 = (((equal & vp) + vp) ^ vp) | equal | vn
+        hp, hn = vn | (~(d0 | vp) & full_mask), vp & d0
+        distance += bool(hp & last_bit) - bool(hn & last_bit)
         # The first row of the table increases by 1 per column, so a 1 is shifted in.
-        horizontal_positive = (horizontal_positive << 1 | 1) & full_mask
-        horizontal_negative = horizontal_negative << 1 & full_mask
-        vertical_positive = horizontal_negative | (~(diagonal | horizontal_positive) & full_mask)
-        vertical_negative = horizontal_positive & diagonal
+        hp, hn = (hp << 1 | 1) & full_mask, hn << 1 & full_mask
+        vp, vn = hn | (~(d0 | hp) & full_mask), hp & d0
     return distance
 
 
-def _build_error_rate_fn(edits: Sequence[tuple[int, int]]) -> ScoreEstimator:
+def _estimate_error_rate(edits: FloatArray, lengths: FloatArray) -> ScoreEstimator:
     """Return the estimator of an error rate: summed edits over summed reference lengths."""
-    edit_counts, lengths = np.array(edits, np.float64).T
     lengths = lengths if lengths.any() else np.full_like(lengths, 1 / len(lengths))
-    return estimate_ratio(edit_counts, lengths, NON_NEGATIVE)
+    return estimate_ratio(edits, lengths, NON_NEGATIVE)
 
 
 ANLS_THRESHOLD = 0.5
@@ -188,56 +176,23 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
     `details["confusion"]` lists [reference class, predicted class, count].
     """
     references = [[fold_text(reference) for reference in case.references] for case in cases]
-    classes = sorted({truth for several in references for truth in several})
-    class_set = set(classes)
+    classes = {truth for several in references for truth in several}
     predicted, expected = [], []
     for case, case_references in zip(cases, references, strict=True):
         answer = fold_text(case.answer)
-        predicted.append(answer if answer in class_set else OTHER_CLASS)
+        predicted.append(answer if answer in classes else OTHER_CLASS)
         expected.append(answer if answer in case_references else case_references[0])
     per_sample: list[MetricValues] = [
         {"accuracy": float(s == r)} for s, r in zip(predicted, expected, strict=True)
     ]
     estimators = mean_metrics(per_sample)
-    estimators["f1_macro"] = _compute_f1_macro(
-        classes, predicted, expected, estimators["accuracy"].sample_rates
+    labels = [[Counter([(name, "")]) for name in names] for names in (predicted, expected)]
+    groups = count_by_class(list(zip(*labels, strict=True)))
+    groups.pop(OTHER_CLASS, None)
+    estimators["f1_macro"] = estimate_macro_f1(
+        [*groups.values()], estimators["accuracy"].sample_rates
     )
     counts = Counter(zip(expected, predicted, strict=True))
     pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSION_PAIRS]
     confusion = [[*pair, count] for pair, count in pairs]
     return MetricResult(per_sample, estimators, {"confusion": confusion})
-
-
-def _compute_f1_macro(
-    classes: Sequence[str],
-    predicted: Sequence[str],
-    expected: Sequence[str],
-    accuracies: FloatArray,
-) -> ScoreEstimator:
-    """Return the estimator of macro F1: the mean of 2 * correct / (references + predictions)."""
-    counts: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in classes}
-    for i, (s, r) in enumerate(zip(predicted, expected, strict=True)):
-        counts[r][i] = (1.0, 2.0) if s == r else (0.0, 1.0)
-        if s != r and s in counts:
-            counts[s][i] = (0.0, 1.0)
-    seen = {name: own for name, own in counts.items() if own}
-    groups = [
-        SampleGroup(np.array(list(own), np.int64), np.array(list(own.values())).reshape(-1, 2))
-        for own in seen.values()
-    ]
-    wanted = Counter(expected)
-    parts, rare = typical_classes([wanted[name] for name in seen], len(expected))
-
-    def value(sums: FloatArray) -> FloatArray:
-        hits, both = np.moveaxis(sums.reshape(len(sums), len(groups), 2), 2, 0)
-        return safe_divide(safe_divide(2 * hits, both).sum(axis=1), (both > 0).sum(axis=1) * 1.0)
-
-    return ScoreEstimator(
-        weighted_sums=build_grouped_sums(groups, len(expected)),
-        score_from_sums=value,
-        sample_rates=accuracies,
-        is_biased=True,
-        pseudo_sums=np.outer(parts, [0, 2]).ravel(),
-        pseudo_slope=np.outer(parts, [1, 0]).ravel(),
-        undefined_reason=rare,
-    )

@@ -19,7 +19,7 @@ from finesight.evaluate.metric_difference import (
     MetricDifference,
     ScoredPrediction,
     build_unsampled_difference,
-    compare_results,
+    compare_estimators,
     index_by_sample,
     read_predictions,
 )
@@ -362,7 +362,9 @@ def _compute_differences(
     if reference_run.metric == other_run.metric and keys:
         before, after = (compute_result(run, tuple(keys)) for run in pair)
         if before is not None and after is not None:
-            differences = {one.name: one for one in compare_results(before, after)}
+            differences = {
+                one.name: one for one in compare_estimators(before.estimators, after.estimators)
+            }
     before_loss, after_loss = (read_metrics(run.evaluation).get(VALIDATION_LOSS) for run in pair)
     if before_loss is not None and after_loss is not None and not explain_loss_mismatch(*pair):
         differences[VALIDATION_LOSS] = build_unsampled_difference(

@@ -32,6 +32,7 @@ from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.metric_difference import format_prediction_line
+from finesight.evaluate.rewards import RewardScorer
 from finesight.infer.engine import Engine, build_engine, iter_completions
 from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.prediction import NUM_READER_THREADS, Prediction, build_prediction
@@ -41,7 +42,6 @@ from finesight.model.linear import LoraLinear
 from finesight.storage import append_line
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
-from finesight.train.rewards import RewardScorer
 from finesight.train.state import StopRequest, TrainState
 
 FloatArray = NDArray[np.float64]

@@ -1,6 +1,5 @@
 """Rewards of responses: built-in ones, metrics, and functions that misbehave."""
 
-import math
 import os
 
 import pytest
@@ -8,10 +7,11 @@ from each_value import each
 
 from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
+from finesight.errors import UserError
+from finesight.evaluate import rewards
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
-from finesight.train import rewards
-from finesight.train.rewards import RewardScorer
+from finesight.evaluate.rewards import RewardScorer
 
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
@@ -37,7 +37,12 @@ BOX = (10, 10, 30, 30)
         ("exact", make_case(" a  b ", "a b"), 1),
         ("exact", make_case("a", "b"), 0),
         ("json.f1", make_case('{"a": 1}', '{"a": 1, "b": 2}'), 2 / 3),
+        ("json", make_case("{}", "no JSON"), None),
         ("latex", make_case("x^2", "x^2"), 1),
+        ("latex.rendered", make_case(r"\frac12", r"\frac{1}{2}"), 1),
+        ("latex.rendered", make_case("x", r"\left("), None),
+        ("grounding", make_case(boxes=[(20, 10, 30, 30)], reference_boxes=[BOX]), 1),
+        ("detection", make_case(boxes=[BOX, (60, 60, 70, 70)], reference_boxes=[BOX]), 2 / 3),
         ("boxes", make_case(boxes=[BOX], reference_boxes=[BOX]), 1),
         # IoU 0.25, a hit, and a quarter of the size.
         ("boxes", make_case(boxes=[(15, 15, 25, 25)], reference_boxes=[BOX]), 0.5),
@@ -114,7 +119,32 @@ def test_failures_name_the_function(file, function, text):
     assert "--resume" in caught.value.remedy
 
 
-def test_unknown_score_of_a_metric():
-    with pytest.raises(RewardError, match="no score 'g1'"):
-        score("json.g1", make_case("{}", "{}"))
-    assert not math.isnan(score("json.exact", make_case("{}", "{}"))[0])
+@each("reward", ["json.g1", "captions", "ocr.cer", "latex.edit_distance"])
+def test_score_that_rewards_no_correct_response_is_an_error(reward):
+    with pytest.raises(UserError, match="no score") as caught:
+        RewardScorer([RewardSettings(name=reward)])
+    assert caught.value.where == f"rewards, {reward}"
+
+
+@each(
+    ("answer", "reference", "expected"),
+    [
+        ("0.5", r"\frac{1}{2}", 1),
+        ("The result is $x + 1$.", "$1+x$", 1),
+        ("x^2", "x^3", 0),
+        # Too large to be computed.
+        ("9^{9^{9^9}}", "3", 0),
+        ("3", "", None),
+    ],
+)
+def test_formulas_are_compared_by_value(answer, reference, expected, monkeypatch):
+    pytest.importorskip("math_verify")
+    monkeypatch.setattr(rewards, "MATH_CPU_S", 2.0)
+    assert score("math", make_case(answer, reference)) == [expected]
+
+
+def test_missing_package_is_an_error(monkeypatch):
+    monkeypatch.setattr(rewards.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="math-verify") as caught:
+        RewardScorer([RewardSettings(name="math")])
+    assert "finesight[latex]" in caught.value.remedy

@@ -63,10 +63,10 @@ from finesight.data.sample import (
 from finesight.encode.family import FRAME_1000, scale_box
 from finesight.evaluate.box_metrics import compute_box_scores
 from finesight.evaluate.eval_case import get_reference_answer
-from finesight.infer.engine import iter_completions
+from finesight.infer.engine import build_engine, iter_completions
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
 from finesight.infer.prediction import Prediction, build_prediction
-from finesight.infer.request import SamplingParams
+from finesight.infer.request import GenerationRequest, SamplingParams
 from finesight.recipe import recipe_from_dict
 from finesight.synth import tickets
 from finesight.train.logging import get_device_name
@@ -78,6 +78,7 @@ SPLITS = {"labelled": 50, "rewarded": 500, "validation": 400}
 """Number of samples of each split."""
 
 MAX_TOKENS = 32
+BATCH_SIZE = 128
 NUM_SAMPLED = 4
 """Responses per prompt from which the rejected answer of a pair is chosen."""
 
@@ -243,15 +244,17 @@ def write_pairs(folder: Path, run: Path, seed: int) -> int:
     prompts = [renderer.encode_prompt(sample) for sample in samples]
     rejected: dict[int, tuple[int, tuple[ContentPart, ...]]] = {}
     total = NUM_SAMPLED * count
-    for request, _, tokens in iter_completions(
-        loaded.model,
-        [(number, prompts[number % count]) for number in range(total)],
-        [prompts[number % count].tokenized.num_tokens for number in range(total)],
-        max_new_tokens=MAX_TOKENS,
-        end_ids=renderer.end_ids,
-        batch_size=128,
-        sampling=lambda request: SamplingParams(temperature=1.0, seed=seed * total + request),
-    ):
+    lengths = [prompts[number % count].tokenized.num_tokens for number in range(total)]
+    requests = (
+        GenerationRequest(
+            prompt=prompts[number % count],
+            max_new_tokens=MAX_TOKENS,
+            sampling_params=SamplingParams(temperature=1.0, seed=seed * total + number),
+        )
+        for number in range(total)
+    )
+    engine = build_engine(loaded.model, renderer.end_ids, lengths, MAX_TOKENS, BATCH_SIZE)
+    for request, _, tokens in iter_completions(engine, enumerate(requests), BATCH_SIZE):
         number, index = divmod(request, count)
         sample = samples[index]
         ids = [token.id for token in tokens]

@@ -26,12 +26,7 @@ from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
 from finesight.infer.kv_cache import BlockManager, get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
-from finesight.infer.request import (
-    EngineEvent,
-    FinishReason,
-    GeneratedToken,
-    GenerationRequest,
-)
+from finesight.infer.request import EngineEvent, FinishReason, GeneratedToken, GenerationRequest
 from finesight.infer.scheduler import (
     MASK_WAIT_PER_TOKEN_S,
     MAX_MASK_WAIT_S,
@@ -80,14 +75,7 @@ class Engine:
         max_num_seqs: int,
         num_cache_tokens: int,
         use_cuda_graphs: bool = True,
-        matches_training: bool = False,
     ) -> None:
-        """Create an engine without requests.
-
-        Args:
-            matches_training: Whether decoder layers round as in training, so that the log
-                probabilities of tokens are those of the trainer.
-        """
         self.model = model
         self._end_ids = frozenset(end_ids)
         is_cuda = model.model.embed_tokens.weight.is_cuda
@@ -105,7 +93,6 @@ class Engine:
             num_blocks=num_blocks,
             block_size=self.block_size,
             use_cuda_graphs=use_cuda_graphs,
-            matches_training=matches_training,
         )
         self._max_pending = 1 if is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""
@@ -315,13 +302,9 @@ class Engine:
         if not row_indices:
             return None, []
         samplers = [sequences[n].sampler for n in row_indices]
-        if len(row_indices) < len(sequences):
-            rows_S = copy_to_device(np.array(row_indices), logits_RV.device)
-            ids_S, logprobs = sample_tokens(logits_RV.index_select(0, rows_S), samplers)
-            ids_R.index_copy_(0, rows_S, ids_S)
-        else:
-            ids_S, logprobs = sample_tokens(logits_RV, samplers)
-            ids_R.copy_(ids_S)
+        rows_S = copy_to_device(np.array(row_indices), logits_RV.device)
+        ids_S, logprobs = sample_tokens(logits_RV.index_select(0, rows_S), samplers)
+        ids_R.index_copy_(0, rows_S, ids_S)
         return logprobs, row_indices
 
     def _enqueue_tokens(self, sequences: list[SequenceState], async_tokens: AsyncTokens) -> None:
@@ -552,8 +535,6 @@ def build_engine(
     max_new_tokens: int,
     batch_size: int,
     on_progress: Callable[[int], None] | None = None,
-    *,
-    matches_training: bool = False,
 ) -> Engine | HfEngine:
     """Build an engine whose KV cache suits the given prompts.
 
@@ -567,13 +548,7 @@ def build_engine(
     num_cache_tokens = compute_required_tokens(
         model, prompt_lengths or [1], max_new_tokens, num_seqs
     )
-    return Engine(
-        model,
-        end_ids,
-        max_num_seqs=num_seqs,
-        num_cache_tokens=num_cache_tokens,
-        matches_training=matches_training,
-    )
+    return Engine(model, end_ids, max_num_seqs=num_seqs, num_cache_tokens=num_cache_tokens)
 
 
 def iter_completions(

@@ -348,12 +348,8 @@ class PrefillAttention:
     Calls write the keys and values of the chunks to the KV cache.
     """
 
-    dropout_seed_1 = None
-
-    def __init__(
-        self, cache: KVCache, chunks: Sequence[PrefillChunk], fuses_layers: bool = False
-    ) -> None:
-        self._cache, self._chunks, self.fuses_layers = cache, chunks, fuses_layers
+    def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
+        self._cache, self._chunks = cache, chunks
         device, block_size = cache.device, cache.block_size
         self._slot_mapping_T = copy_to_device(
             np.concatenate([c.compute_slot_mapping(block_size, c.start) for c in chunks]), device
@@ -429,12 +425,8 @@ class DecodeAttention:
     attention kernels are not available.
     """
 
-    dropout_seed_1 = None
-
-    def __init__(
-        self, cache: KVCache, num_seqs: int, max_seq_len: int, fuses_layers: bool = False
-    ) -> None:
-        self.cache, self.num_seqs, self.fuses_layers = cache, num_seqs, fuses_layers
+    def __init__(self, cache: KVCache, num_seqs: int, max_seq_len: int) -> None:
+        self.cache, self.num_seqs = cache, num_seqs
         self.seq_lens_R = cache.seq_lens_R[:num_seqs]
         self.block_table_RB = cache.block_table_RB[:num_seqs]
         positions_R = self.seq_lens_R.clone()

@@ -76,9 +76,8 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         use_cuda_graphs: bool = True,
-        matches_training: bool = False,
     ) -> None:
-        self.model, self._fuses_layers = model, matches_training
+        self.model = model
         weight = model.model.embed_tokens.weight
         self.device = weight.device
         self.cache = KVCache(
@@ -97,11 +96,7 @@ class ModelRunner:
             use_cuda_graphs and model.supports_cuda_graphs and has_paged_kernels(self.cache)
         )
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
-        # Linear attention needs the kernels of `fused_decode_step`.
-        is_hybrid = model.config.decoder.linear_attention is not None
-        self._use_fused_decode = supports_fused_decode(model) and (
-            is_hybrid or not matches_training
-        )
+        self._use_fused_decode = supports_fused_decode(model)
         self.feature_cache = ImageFeatureCache(
             GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
         )
@@ -125,9 +120,7 @@ class ModelRunner:
             self.model.lora_routing.set_mask(
                 self.model.lora_routing.build_mask(prompts[0].adapter_index)
             )
-        # The trainer encodes the image of a group alone. Other batches round differently.
-        max_patches = 1 if self._fuses_layers else MAX_ENCODER_PATCHES
-        load_image_features(self.model, prompts, self.feature_cache, max_patches)
+        load_image_features(self.model, prompts, self.feature_cache)
         chunks = [
             PrefillChunk(
                 prompt.block_ids,
@@ -139,7 +132,7 @@ class ModelRunner:
             for prompt, stop in zip(prompts, stops, strict=True)
         ]
         batch, features_MKD = _pack_chunks(prompts, chunks)
-        attention = PrefillAttention(self.cache, chunks, self._fuses_layers)
+        attention = PrefillAttention(self.cache, chunks)
         end_indices = np.cumsum([chunk.stop - chunk.start for chunk in chunks]) - 1
         is_last = np.array([c.stop == c.prompt_length for c in chunks])
         logit_indices_L = copy_to_device(
@@ -231,7 +224,7 @@ class ModelRunner:
         position_ids_R += self.cache.active_R[:num_seqs]
         if self.model.lora_routing is not None:
             self.model.lora_routing.set_mask(self._lora_masks_RN[:num_seqs])
-        attention = DecodeAttention(self.cache, num_seqs, max_seq_len, self._fuses_layers)
+        attention = DecodeAttention(self.cache, num_seqs, max_seq_len)
         ids_R, position_ids_3R = self.ids_R[:num_seqs], position_ids_R.expand(3, -1)
         if self._use_fused_decode:
             logits_RV = fused_decode_step(self.model, ids_R, position_ids_3R, attention)
@@ -255,14 +248,11 @@ ImageFeatureCache = LruCache[tuple[int | None, bytes], Tensor]
 
 
 def load_image_features(
-    model: VisionLanguageModel,
-    prompts: Sequence[PromptState],
-    feature_cache: ImageFeatureCache,
-    max_patches: int = MAX_ENCODER_PATCHES,
+    model: VisionLanguageModel, prompts: Sequence[PromptState], feature_cache: ImageFeatureCache
 ) -> None:
     """Set the vision features that prompts still need, from the cache or the encoder.
 
-    Missing features are encoded in batches of images of up to `max_patches`.
+    Missing features are encoded in batches of images.
     """
     missing: list[tuple[PromptState, int, bytes]] = []
     for prompt in prompts:
@@ -284,7 +274,7 @@ def load_image_features(
         len(get_span_patches(encoded, number)) for encoded, number in to_encode.values()
     ]
     encoded_features: dict[bytes, Tensor] = {}
-    for pack_indices in plan_packs(patch_counts, max_patches):
+    for pack_indices in plan_packs(patch_counts, MAX_ENCODER_PATCHES):
         image_hashes = [list(to_encode)[index] for index in pack_indices]
         encoded_features |= zip(
             image_hashes,

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -211,16 +211,6 @@ class AttentionBackend(Protocol):
     """Interface of the decoder's attention over a packed batch or a KV cache."""
 
     @property
-    def fuses_layers(self) -> bool:
-        """Whether decoder layers run as in training, with the same rounding."""
-        ...
-
-    @property
-    def dropout_seed_1(self) -> Tensor | None:
-        """Seed of the LoRA dropout of fused layers."""
-        ...
-
-    @property
     def context_lengths_T(self) -> Tensor:
         """Context length of the sequence of each new token, [T] on the device."""
         ...
@@ -289,7 +279,6 @@ class PackedAttention:
 
     segments: Segments
     dropout_seed_1: Tensor | None = None
-    fuses_layers: ClassVar[bool] = True
 
     @property
     def context_lengths_T(self) -> Tensor:

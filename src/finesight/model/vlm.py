@@ -151,12 +151,6 @@ class VisionLanguageModel(nn.Module):
         The first feature of an image token replaces its placeholder embedding; the others are added
         after the first layers (DeepStack).
         """
-        embedding = self.model.embed_tokens.weight
-        is_fused = attention.fuses_layers and embedding.is_cuda
-        if is_fused and fused_decoder.supports_fused_layers(embedding):
-            layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
-            linears = (linear for layer in layers for linear in layer.fusible_linears)
-            self._fused_weight_sync.copy_up_projections(linears)
         x_TD = self.model.embed(batch.ids_T)
         features_MKD = self._resolve_features(batch, features_MKD)
         deepstack = None
@@ -193,6 +187,13 @@ class VisionLanguageModel(nn.Module):
             return F.linear(h_TD, self.model.embed_tokens.weight)
         return single_output(self.lm_head(h_TD))
 
+    def sync_fused_weights(self) -> None:
+        """Copy the LoRA up-projections to the fused weights, which the first call allocates."""
+        if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
+            layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
+            linears = (linear for layer in layers for linear in layer.fusible_linears)
+            self._fused_weight_sync.copy_up_projections(linears)
+
     def forward(
         self,
         batch: PackedBatch,
@@ -200,14 +201,14 @@ class VisionLanguageModel(nn.Module):
         dropout_seed_1: Tensor | None = None,
     ) -> Tensor:
         """Compute the normalized hidden states [L, D] of the tokens that need logits."""
-        # Compute features before the seed is drawn, so that the RNG state does not depend on
-        # cached features.
+        # Features first: the state of the seed's RNG must not depend on cached features.
         features_MKD = self._resolve_features(batch, features_MKD)
         if dropout_seed_1 is None and self.training and batch.ids_T.is_cuda:
             dropout_seed_1 = torch.randint(
                 2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32
             )
         attention = _build_attention(batch, dropout_seed_1)
+        self.sync_fused_weights()
         return self.apply_final_norm(
             self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
         )

@@ -39,6 +39,7 @@ from finesight.infer.prediction import NUM_READER_THREADS, Prediction, build_pre
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
+from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
@@ -324,9 +325,8 @@ class Rollout:
         model = self.state.engine.model
         model.eval()
         try:
-            while True:
-                # The first responses of all prompts precede the others, which reuse their prompts.
-                waiting = [n for n in range(total) if n not in tokens_by_request]
+            # The first responses of all prompts precede the others, which reuse their prompts.
+            while waiting := [n for n in range(total) if n not in tokens_by_request]:
                 lengths = [prompts[n % count][1].tokenized.num_tokens for n in waiting]
                 try:
                     self.engine = self.prepare_engine(lengths)
@@ -335,15 +335,15 @@ class Rollout:
                         self.engine, requests, self.batch_size, on_progress
                     ):
                         tokens_by_request[request] = tokens
-                    break
                 except torch.OutOfMemoryError:
                     self.engine = None
                     self.state.engine.graph_runner.release_graphs()
                     self.batch_size = min(self.batch_size, len(waiting)) // 2
                     if not self.batch_size:
                         raise
-                    # Outside of the block, no exception refers to frames that hold GPU memory.
-                gc.collect()
+                # Outside of the block, no exception refers to frames that hold GPU memory.
+                if self.engine is None:
+                    gc.collect()
         finally:
             model.train()
             device, parallel = self.state.run.hardware.device, self.state.engine.parallel
@@ -358,6 +358,9 @@ class Rollout:
         num_seqs, max_length = min(self.batch_size, len(prompt_lengths)), max(prompt_lengths)
         if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
             self.engine = None  # free its memory first
+            if isinstance(self.state.engine.model, VisionLanguageModel):
+                # Training would allocate these weights later, and graphs refer to them.
+                self.state.engine.model.sync_fused_weights()
             self.capacity = num_seqs, max(max_length, self.capacity[1])
             engine = build_engine(
                 self.state.engine.model,
@@ -365,7 +368,6 @@ class Rollout:
                 [self.capacity[1]] * num_seqs,
                 self.settings.max_completion_length,
                 num_seqs,
-                matches_training=True,
             )
             assert isinstance(engine, Engine), "GRPO requires a native family"
             return engine
@@ -481,14 +483,14 @@ def join_responses(
         ids.append(branch.ids_T[start:])
         positions.append(branch.position_ids_3T[:, start:])
         masks.append(np.arange(len(ids[-1])) > 0)
-    joined = replace(
+    combined = replace(
         tokenized,
         ids_T=np.concatenate(ids),
         loss_mask_T=np.concatenate(masks),
         position_ids_3T=np.concatenate(positions, axis=1),
         response_starts=tuple(starts),
     )
-    return replace(prompt, tokenized=joined)
+    return replace(prompt, tokenized=combined)
 
 
 @contextmanager

@@ -277,7 +277,7 @@ def test_failed_reward_saves_a_checkpoint(reward_task):
     assert_same_run(reward_task.folder / "run", reward_task.folder / "expected")
 
 
-def test_settings_change_what_is_learned(reward_task):
+def test_settings_change_training(reward_task):
     """A reference model, unscored and truncated responses, and several packs of a group."""
     steps = ("train.steps=2", "train.epochs=null", "train.save_every=null")
     losses = {}

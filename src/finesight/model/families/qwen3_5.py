@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.model import fused_decoder
-from finesight.model.attention import AttentionBackend
+from finesight.model.attention import AttentionBackend, PackedAttention
 from finesight.model.config import (
     ConfigReader,
     DecoderConfig,
@@ -202,7 +202,7 @@ class HybridDecoderLayer(FusibleLayer):
     ) -> Tensor:
         """Map hidden states [T, D] to [T, D]."""
         in_proj, out_proj = self.attn.linears
-        if attention.fuses_layers and self.can_fuse(x_TD):
+        if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
             layer_dropout = fused_decoder.LayerDropout(self.layer_index, attention.dropout_seed_1)
             x_TD, projected = fused_decoder.norm_linear(
                 x_TD, self.input_layernorm.scale(x_TD.dtype), self.eps, in_proj, layer_dropout

@@ -133,15 +133,15 @@ def compute_token_losses(
 
 def compute_correction(settings: GrpoSettings, log_ratio_L: Tensor, response_L: Tensor) -> Tensor:
     """Return the importance sampling ratio of trainer and sampler, [L], truncated or masked."""
-    mode, clip_max = settings.importance_sampling_mode, settings.importance_sampling_clip_max
+    mode, max_ratio = settings.importance_sampling_mode, settings.importance_sampling_clip_max
     if mode == "none":
         return torch.ones_like(log_ratio_L)
     if mode.startswith("sequence"):
         log_ratio_L = sum_of_responses(log_ratio_L, response_L, settings.num_generations)
     ratio_L = log_ratio_L.exp()
     if mode.endswith("truncate"):
-        return ratio_L.clamp(max=clip_max)
-    return ratio_L.masked_fill(ratio_L > clip_max, 0)
+        return ratio_L.clamp(max=max_ratio)
+    return ratio_L.masked_fill(ratio_L > max_ratio, 0)
 
 
 def sum_of_responses(x_L: Tensor, response_L: Tensor, num_responses: int) -> Tensor:

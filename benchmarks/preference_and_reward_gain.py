@@ -114,6 +114,9 @@ VARIANTS = {
     "b": Variant(grpo_learning_rate=1e-3, dpo_learning_rate=5e-4),
     "c": Variant(grpo_learning_rate=1e-3, temperature=1.5, dpo_losses=("sigmoid", "sft")),
     "d": Variant(sft_steps=30, grpo_learning_rate=1e-3, temperature=1.2, dpo_learning_rate=1e-3),
+    "e": Variant(dpo_epochs=2, dpo_learning_rate=2e-5),
+    "f": Variant(dpo_learning_rate=2e-4, dpo_losses=("sigmoid", "sft")),
+    "g": Variant(dpo_learning_rate=5e-4, dpo_losses=("ipo", "sft")),
 }
 
 

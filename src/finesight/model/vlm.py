@@ -189,10 +189,10 @@ class VisionLanguageModel(nn.Module):
 
     def sync_fused_weights(self) -> None:
         """Copy the LoRA up-projections to the fused weights, which the first call allocates."""
-        if fused_decoder.supports_fused_layers(self.model.embed_tokens.weight):
+        embedding, sync = self.model.embed_tokens.weight, self._fused_weight_sync
+        if embedding.is_cuda and fused_decoder.supports_fused_layers(embedding):
             layers = (layer for layer in self.model.layers if isinstance(layer, FusibleLayer))
-            linears = (linear for layer in layers for linear in layer.fusible_linears)
-            self._fused_weight_sync.copy_up_projections(linears)
+            sync.copy_up_projections(linear for x in layers for linear in x.fusible_linears)
 
     def forward(
         self,

@@ -236,6 +236,25 @@ class RunResult(BaseModel):
         """Return the content of `result.json`."""
         return self.model_dump(mode="json")
 
+    def as_table(self) -> str:
+        """Format the metrics before and after training as a table.
+
+        The result is empty without validation data.
+        """
+        if self.before is None or self.after is None:
+            return ""
+        lines = []
+        if self.metric_differences:
+            lines.append(format_differences(self.metric_differences, self.after.primary_metric))
+        old, new = self.before.as_best_eval(), self.after.as_best_eval()
+        text = "{}: not compared: the samples before ({}) and after training ({}) differ"
+        if not old.has_scores_of(new):
+            lines.append(text.format("scores", old.num_samples, new.num_samples))
+        if not old.has_loss_of(new):
+            counts = old.num_loss_samples, new.num_loss_samples
+            lines.append(text.format("validation_loss", *counts))
+        return "\n".join(lines)
+
 
 def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
@@ -361,14 +380,8 @@ def _log_summary(
     before, after, best = result.before, result.after, result.best_eval
     if before is None or after is None or last is None:
         return
-    if result.metric_differences:
-        console.log(format_differences(result.metric_differences, after.primary_metric))
-    old, new = before.as_best_eval(), after.as_best_eval()
-    text = "{}: not compared: the samples before ({}) and after training ({}) differ"
-    if not old.has_scores_of(new):
-        console.log(text.format("scores", old.num_samples, new.num_samples))
-    if not old.has_loss_of(new):
-        console.log(text.format("validation_loss", old.num_loss_samples, new.num_loss_samples))
+    if table := result.as_table():
+        console.log(table)
     if best is None or best.step == after.step:
         return
     value, final = get_ranking_score(best), get_ranking_score(last)

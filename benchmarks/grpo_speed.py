@@ -123,7 +123,8 @@ def main() -> None:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     chosen = [case for case in CASES if not options.only or case.name in options.only]
-    report: dict[str, Any] = report_header("grpo_speed.py", options.configs) | {"results": []}
+    report: dict[str, Any] = report_header("grpo_speed.py", options.configs)
+    report |= {"task": {"rank": RANK, "responses": NUM_RESPONSES}, "results": []}
     for name in dict.fromkeys(case.model for case in chosen):
         folder = options.work / "model"
         shutil.rmtree(folder, ignore_errors=True)

@@ -233,7 +233,8 @@ def test_folders_of_killed_processes_are_removed_and_others_stay(tmp_path, monke
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with temporary_folder("web") as running, working_folder(tmp_path / "data" / "a") as partial:
         assert (running.stat().st_mode & 0o777, running.parent) == (0o700, tmp_path)
-        leftovers = [running.with_name(running.name[:-6] + "aa.tmp")]
+        character = "b" if running.name.endswith("a.tmp") else "a"
+        leftovers = [running.with_name(f"{running.name[:-5]}{character}.tmp")]
         leftovers.append(partial.with_name(partial.name.replace(".a.", ".another.")))
         kept = [tmp_path / name for name in ("finesight-web-12345678", "finesight-data")]
         kept += [tmp_path / "data" / ".model.0123456789ab.partial", running, partial]

@@ -502,10 +502,8 @@ class StudioPage:
             run: Run that the command creates.
             options: Arguments of `JobStore.start`.
         """
-        words, target = (
-            list_words(Step(operation, arguments)),
-            state.target if target is None else target,
-        )
+        words = list_words(Step(operation, arguments))
+        target = state.target if target is None else target
         if operation == "check":
             options["ok_exit_codes"] = CHECK_EXIT_CODES
             options["result"] = str(arguments.get("html") or arguments["fix"])

@@ -447,8 +447,6 @@ class StudioView:
             return {"recipe": as_argument(recipe), **resume}
         if state.run is None:
             raise build_missing_error("run")
-        if operation == "report":
-            return {"run": as_argument(state.run)}
         weights = self.workspace.find_weights(state.run)
         if weights is None:
             raise UserError(

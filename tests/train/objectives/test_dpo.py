@@ -319,7 +319,7 @@ def test_resumed_run_equals_uninterrupted_run(pair_task):
         pair_task.run(*DPO, resume=True)
 
 
-def test_packing_and_batches_do_not_change_results(pair_task):
+def test_checkpointing_and_vision_cache_do_not_change_results(pair_task):
     """Activation checkpointing and a vision cache are equivalent as well."""
     losses = []
     for number, overrides in enumerate(

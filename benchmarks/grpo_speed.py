@@ -16,14 +16,12 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from peer_data import ensure_weights, write_caption_dataset
-from peer_metrics import report_header
-from subprocess_timer import run_timed
+from peer_metrics import report_header, run_recipe
 
 IMAGE_SIDE, NUM_RESPONSES, RANK, WARMUP_STEPS, LIMIT_S = 896, 8, 16, 2, 300.0
 REWARD = """
@@ -37,13 +35,12 @@ def draw(case):
 
 @dataclass(frozen=True)
 class GrpoCase:
-    """A run: model, prompts of a step, tokens of a response, and further settings."""
+    """A run: model, prompts of a step, and tokens of a response."""
 
     name: str
     model: str
     num_prompts: int
     num_tokens: int
-    overrides: tuple[str, ...] = ()
 
 
 MODEL_3B, MODEL_7B, MODEL_4B = "Qwen2.5-VL-3B-Instruct", "Qwen2.5-VL-7B-Instruct", "Qwen3.5-4B"
@@ -60,9 +57,6 @@ def run_case(case: GrpoCase, model: Path, options: argparse.Namespace) -> dict[s
     """Run one case and return speed, shares and memory."""
     work = options.work
     data = write_caption_dataset(work / "data")
-    run, file = work / "run", work / "recipe.yaml"
-    shutil.rmtree(run, ignore_errors=True)
-    file.write_text("{}\n", encoding="utf-8")
     (work / "reward.py").write_text(REWARD, encoding="utf-8")
     words = [
         f"model={model}",
@@ -79,17 +73,8 @@ def run_case(case: GrpoCase, model: Path, options: argparse.Namespace) -> dict[s
         f"train.grpo.num_generations={NUM_RESPONSES}",
         f"train.grpo.max_completion_length={case.num_tokens}",
         f"rewards=[{work / 'reward.py'}:draw]",
-        f"output_dir={run}",
-        *case.overrides,
     ]
-    watched = run_timed(
-        [sys.executable, "-m", "finesight", "train", str(file), *words], {}, LIMIT_S
-    )
-    steps = []
-    if (run / "metrics.jsonl").exists():
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        steps = [line for line in lines if "reward" in line]
-    shutil.rmtree(run, ignore_errors=True)
+    watched, steps = run_recipe(words, work / "run", LIMIT_S)
     if not steps:
         return {"case": case.name, "failed": watched.last_lines()}
     medians = {

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from competitors.job import ALPHA, DROPOUT, LEARNING_RATE, RANK, CompetitorJob
 from peer_data import SampleCosts
-from subprocess_timer import CommandLog
+from subprocess_timer import CommandLog, run_timed
 
 from finesight.config import LoraSettings
 
@@ -47,6 +48,23 @@ def recipe_overrides(job: CompetitorJob, data: Path, image_side: int) -> list[st
         "train.precision=bf16",
         f"output_dir={job.output_dir}",
     ]
+
+
+def run_recipe(words: Sequence[str], run: Path, limit_s: float) -> tuple[CommandLog, list[Any]]:
+    """Run `finesight train` with overrides in the folder of `run`, and return its steps.
+
+    The run is deleted.
+    """
+    file = run.with_name("recipe.yaml")
+    shutil.rmtree(run, ignore_errors=True)
+    file.write_text("{}\n", encoding="utf-8")
+    command = [sys.executable, "-m", "finesight", "train", str(file), *words, f"output_dir={run}"]
+    command_log = run_timed(command, {}, limit_s)
+    lines = []
+    if (run / "metrics.jsonl").exists():
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    shutil.rmtree(run, ignore_errors=True)
+    return command_log, [line for line in lines if "loss" in line]
 
 
 def read_run_results(run: Path, command_log: CommandLog) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import argparse
 import json
 import shutil
 import statistics
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,7 @@ from typing import Any
 import torch
 from cost_scaling import extend_prompts
 from peer_data import ensure_weights, measure_sample_costs, write_caption_dataset
-from peer_metrics import WARMUP_STEPS, lora_settings, report_header
-from subprocess_timer import run_timed
+from peer_metrics import WARMUP_STEPS, lora_settings, report_header, run_recipe
 
 from finesight.model.config import ConfigReader
 from finesight.model.vlm import build_model
@@ -165,9 +163,6 @@ def run_case(case: TrainCase, model: Path, options: argparse.Namespace) -> dict[
             measure_sample_costs(model, table, case.image_side, lora_settings()).max_tokens
         ),
     )
-    run, file = work / "run", work / "recipe.yaml"
-    shutil.rmtree(run, ignore_errors=True)
-    file.write_text("{}\n", encoding="utf-8")
     words = [
         f"model={model}",
         f"data.train={data}",
@@ -178,17 +173,9 @@ def run_case(case: TrainCase, model: Path, options: argparse.Namespace) -> dict[
         "train.vision_cache=never",
         "train.precision=bf16",
         "train.save_every=0",
-        f"output_dir={run}",
         *case.overrides,
     ]
-    watched = run_timed(
-        [sys.executable, "-m", "finesight", "train", str(file), *words], {}, LIMIT_S
-    )
-    lines = []
-    if (run / "metrics.jsonl").exists():
-        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
-    shutil.rmtree(run, ignore_errors=True)
+    watched, steps = run_recipe(words, work / "run", LIMIT_S)
     if not steps:
         return {"case": case.name, "failed": watched.last_lines()}
     middle = {

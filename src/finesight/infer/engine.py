@@ -125,7 +125,7 @@ class Engine:
         return self._scheduler.block_manager.num_blocks - 1
 
     def clear_caches(self) -> None:
-        """Forget the prompts and images of finished requests, because the weights changed."""
+        """Clear the prefix cache and the image-feature cache after the weights have changed."""
         assert not self.has_work, "the engine has unfinished requests"
         self._scheduler.block_manager = BlockManager(self.num_blocks + 1)
         self._runner.feature_cache.clear()

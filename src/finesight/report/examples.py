@@ -199,7 +199,7 @@ def read_examples(
 
 
 def read_groups(path: Path, max_groups: int) -> list[Example]:
-    """Read the newest groups of a file of responses, the newest first; `row_index` is the step."""
+    """Read groups of responses, those of the latest step first; `row_index` is the step."""
     groups: defaultdict[int, dict[int, JsonObject]] = defaultdict(dict)
     with suppress(UserError):
         for line in read_json_lines(path) if path.exists() else ():

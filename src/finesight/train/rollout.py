@@ -33,7 +33,7 @@ from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.metric_difference import format_prediction_line
 from finesight.evaluate.rewards import RewardScorer
-from finesight.infer.engine import Engine, build_engine, iter_completions
+from finesight.infer.engine import Engine, compute_required_tokens, iter_completions
 from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.prediction import NUM_READER_THREADS, Prediction, build_prediction
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
@@ -63,6 +63,7 @@ The frame also has at least twice the mean IoU. Rewards of boxes may be above 0 
 """
 
 MAX_RECORDED_GROUPS = 100
+"""Maximum number of groups in `responses.jsonl` of a run."""
 
 
 class Group(NamedTuple):
@@ -358,19 +359,19 @@ class Rollout:
         num_seqs, max_length = min(self.batch_size, len(prompt_lengths)), max(prompt_lengths)
         if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
             self.engine = None  # free its memory first
-            if isinstance(self.state.engine.model, VisionLanguageModel):
-                # Training would allocate these weights later, and graphs refer to them.
-                self.state.engine.model.sync_fused_weights()
+            model = self.state.engine.model
+            assert isinstance(model, VisionLanguageModel), "GRPO requires a native family"
+            if not self.state.engine.parallel.is_sharded:
+                # Training would allocate these weights later, but CUDA graphs refer to them.
+                model.sync_fused_weights()
             self.capacity = num_seqs, max(max_length, self.capacity[1])
-            engine = build_engine(
-                self.state.engine.model,
+            lengths, max_tokens = [self.capacity[1]] * num_seqs, self.settings.max_completion_length
+            return Engine(
+                model,
                 self.state.data.renderer.end_ids,
-                [self.capacity[1]] * num_seqs,
-                self.settings.max_completion_length,
-                num_seqs,
+                max_num_seqs=num_seqs,
+                num_cache_tokens=compute_required_tokens(model, lengths, max_tokens, num_seqs),
             )
-            assert isinstance(engine, Engine), "GRPO requires a native family"
-            return engine
         self.engine.clear_caches()
         return self.engine
 

@@ -75,7 +75,14 @@ class Engine:
         max_num_seqs: int,
         num_cache_tokens: int,
         use_cuda_graphs: bool = True,
+        matches_training: bool = False,
     ) -> None:
+        """Create an engine without requests.
+
+        Args:
+            matches_training: Whether tokens have the log-probabilities of the trainer, for models
+                with `match_decoding`.
+        """
         self.model = model
         self._end_ids = frozenset(end_ids)
         is_cuda = model.model.embed_tokens.weight.is_cuda
@@ -93,6 +100,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=self.block_size,
             use_cuda_graphs=use_cuda_graphs,
+            matches_training=matches_training,
         )
         self._max_pending = 1 if is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""

@@ -194,6 +194,7 @@ class KVCache:
 
     Attributes:
         active_R: 1 for a decoding sequence, 0 for an unused row, which writes to block 0.
+        matches_training: Whether decoder layers and attention round as in training.
     """
 
     def __init__(
@@ -205,7 +206,9 @@ class KVCache:
         max_num_seqs: int,
         dtype: torch.dtype,
         device: torch.device,
+        matches_training: bool = False,
     ) -> None:
+        self.matches_training = matches_training
         shape = (
             decoder_config.num_full_attention_layers,
             num_blocks,
@@ -348,6 +351,8 @@ class PrefillAttention:
     Calls write the keys and values of the chunks to the KV cache.
     """
 
+    dropout_seed_1 = None
+
     def __init__(self, cache: KVCache, chunks: Sequence[PrefillChunk]) -> None:
         self._cache, self._chunks = cache, chunks
         device, block_size = cache.device, cache.block_size
@@ -368,6 +373,10 @@ class PrefillAttention:
                 cache.linear_states.reset(copy_to_device(slots[is_new_S], device))
 
     @property
+    def fuses_layers(self) -> bool:
+        return self._cache.matches_training
+
+    @property
     def context_lengths_T(self) -> Tensor:
         """Full prompt length for each token, independent of chunking."""
         lengths = [c.prompt_length for c in self._chunks for _ in range(c.stop - c.start)]
@@ -378,7 +387,10 @@ class PrefillAttention:
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
         if self._is_first_chunk:
-            return varlen_attention(q_THD, k_TKD, v_TKD, self._query_segments, causal=True)
+            key_segments = self._kv_segments if self.fuses_layers else None
+            return varlen_attention(
+                q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
+            )
         k_MKD = cache.flat_keys(layer_index).index_select(0, self._context_slots_M)
         v_MKD = cache.flat_values(layer_index).index_select(0, self._context_slots_M)
         if supports_varlen_attention(q_THD):
@@ -425,6 +437,8 @@ class DecodeAttention:
     attention kernels are not available.
     """
 
+    dropout_seed_1 = None
+
     def __init__(self, cache: KVCache, num_seqs: int, max_seq_len: int) -> None:
         self.cache, self.num_seqs = cache, num_seqs
         self.seq_lens_R = cache.seq_lens_R[:num_seqs]
@@ -443,6 +457,10 @@ class DecodeAttention:
             self._block_ids_X = self.block_table_RB[:, :max_blocks].flatten().long()
             positions_M = torch.arange(max_blocks * cache.block_size, device=cache.device)
             self._mask_R11M = (positions_M < self.seq_lens_R[:, None])[:, None, None, :]
+
+    @property
+    def fuses_layers(self) -> bool:
+        return self.cache.matches_training
 
     @property
     def context_lengths_T(self) -> Tensor:
@@ -468,8 +486,9 @@ class DecodeAttention:
         cache = self.cache
         keys_PSKD, values_PSKD = cache.keys_LPSKD[layer_index], cache.values_LPSKD[layer_index]
         if self._use_kernels:
+            attend = decoding.flash_decode if self.fuses_layers else decoding.paged_attention
             block_args = self.block_table_RB, self.seq_lens_R
-            o_RHD: Tensor = decoding.paged_attention(q_RHD, keys_PSKD, values_PSKD, *block_args)
+            o_RHD: Tensor = attend(q_RHD, keys_PSKD, values_PSKD, *block_args)
             return o_RHD
         # Grouped-query attention: the G query heads of a key head are computed as G queries.
         q_RKGD = q_RHD.view(self.num_seqs, keys_PSKD.shape[2], -1, q_RHD.shape[-1])

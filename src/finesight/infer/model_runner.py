@@ -76,6 +76,7 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         use_cuda_graphs: bool = True,
+        matches_training: bool = False,
     ) -> None:
         self.model = model
         weight = model.model.embed_tokens.weight
@@ -87,6 +88,7 @@ class ModelRunner:
             max_num_seqs=max_num_seqs,
             dtype=weight.dtype,
             device=self.device,
+            matches_training=matches_training,
         )
         self.max_num_seqs = max_num_seqs
         self.ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
@@ -96,7 +98,8 @@ class ModelRunner:
             use_cuda_graphs and model.supports_cuda_graphs and has_paged_kernels(self.cache)
         )
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
-        self._use_fused_decode = supports_fused_decode(model)
+        # The fused layers of training are another fused decoding step.
+        self._use_fused_decode = supports_fused_decode(model) and not matches_training
         self.feature_cache = ImageFeatureCache(
             GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
         )
@@ -120,7 +123,9 @@ class ModelRunner:
             self.model.lora_routing.set_mask(
                 self.model.lora_routing.build_mask(prompts[0].adapter_index)
             )
-        load_image_features(self.model, prompts, self.feature_cache)
+        # Training encodes the image of one prompt at a time, and results depend on the batch.
+        max_patches = 1 if self.cache.matches_training else MAX_ENCODER_PATCHES
+        load_image_features(self.model, prompts, self.feature_cache, max_patches)
         chunks = [
             PrefillChunk(
                 prompt.block_ids,
@@ -248,11 +253,14 @@ ImageFeatureCache = LruCache[tuple[int | None, bytes], Tensor]
 
 
 def load_image_features(
-    model: VisionLanguageModel, prompts: Sequence[PromptState], feature_cache: ImageFeatureCache
+    model: VisionLanguageModel,
+    prompts: Sequence[PromptState],
+    feature_cache: ImageFeatureCache,
+    max_patches: int = MAX_ENCODER_PATCHES,
 ) -> None:
     """Set the vision features that prompts still need, from the cache or the encoder.
 
-    Missing features are encoded in batches of images.
+    Missing features are encoded in batches of images with at most `max_patches` patches.
     """
     missing: list[tuple[PromptState, int, bytes]] = []
     for prompt in prompts:
@@ -274,7 +282,7 @@ def load_image_features(
         len(get_span_patches(encoded, number)) for encoded, number in to_encode.values()
     ]
     encoded_features: dict[bytes, Tensor] = {}
-    for pack_indices in plan_packs(patch_counts, MAX_ENCODER_PATCHES):
+    for pack_indices in plan_packs(patch_counts, max_patches):
         image_hashes = [list(to_encode)[index] for index in pack_indices]
         encoded_features |= zip(
             image_hashes,

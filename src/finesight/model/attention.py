@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -211,6 +211,16 @@ class AttentionBackend(Protocol):
     """Interface of the decoder's attention over a packed batch or a KV cache."""
 
     @property
+    def fuses_layers(self) -> bool:
+        """Whether decoder layers run as in training, with the same rounding."""
+        ...
+
+    @property
+    def dropout_seed_1(self) -> Tensor | None:
+        """Seed of the LoRA dropout of fused layers."""
+        ...
+
+    @property
     def context_lengths_T(self) -> Tensor:
         """Context length of the sequence of each new token, [T] on the device."""
         ...
@@ -279,6 +289,9 @@ class PackedAttention:
 
     segments: Segments
     dropout_seed_1: Tensor | None = None
+    matches_decoding: bool = False
+    """Whether to compute attention as decoding steps of rollouts, with FlashAttention only."""
+    fuses_layers: ClassVar[bool] = True
 
     @property
     def context_lengths_T(self) -> Tensor:
@@ -333,7 +346,7 @@ class SharedPrefixAttention(PackedAttention):
 
     def __call__(self, layer_index: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
         segments, full_segments = self.segments, self.full_segments
-        if _use_triton_attention(q_THD, full_segments):
+        if _use_triton_attention(q_THD, full_segments) and not self.matches_decoding:
             cu_seqlens = varlen_kernels.CuSeqlens(
                 segments.cu_seqlens_S1, full_segments.max_seqlen, self.prefix_length
             )

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.model import fused_decoder
-from finesight.model.attention import AttentionBackend, PackedAttention
+from finesight.model.attention import AttentionBackend
 from finesight.model.config import DecoderConfig
 from finesight.model.layers import (
     GatedMlp,
@@ -109,7 +109,7 @@ class DecoderLayer(FusibleLayer):
         logit_indices_L: Tensor | None = None,
     ) -> Tensor:
         """Map hidden states [T, D] to [T, D]."""
-        if isinstance(attention, PackedAttention) and self.can_fuse(x_TD):
+        if attention.fuses_layers and self.can_fuse(x_TD):
             return self._forward_fused(x_TD, rotary, attention, logit_indices_L)
         x_TD = x_TD + self.self_attn(self.input_layernorm(x_TD), rotary, attention)
         if logit_indices_L is not None:
@@ -129,7 +129,7 @@ class DecoderLayer(FusibleLayer):
         self,
         x_TD: Tensor,
         rotary: RotaryCosSin,
-        attention: PackedAttention,
+        attention: AttentionBackend,
         logit_indices_L: Tensor | None,
     ) -> Tensor:
         attn, mlp = self.self_attn, self.mlp

@@ -178,13 +178,9 @@ def _rms_norm_lora(
 
 def _lora_down(d_TI: Tensor, matmul: LoraMatmul, padded_TJ: Tensor | None) -> Tensor | None:
     """Compute LoRA activations; also write them to the padding columns of `padded_TJ`."""
-    lora_A_SI = matmul.lora_A_SI
-    if lora_A_SI is None:
-        return None
-    low_TS = d_TI.new_empty(len(d_TI), len(lora_A_SI))
-    torch.addmm(low_TS, d_TI, lora_A_SI.T, beta=0, alpha=matmul.dropout.scale, out=low_TS)
-    if padded_TJ is not None and padded_TJ.shape[1] > lora_A_SI.shape[1]:
-        padding = padded_TJ[:, lora_A_SI.shape[1] :]
+    low_TS = matmul.compute_low(d_TI)
+    if low_TS is not None and padded_TJ is not None and padded_TJ.shape[1] > d_TI.shape[1]:
+        padding = padded_TJ[:, d_TI.shape[1] :]
         padding[:, : low_TS.shape[1]].copy_(low_TS)
         padding[:, low_TS.shape[1] :].zero_()
     return low_TS
@@ -250,7 +246,7 @@ class _OutProjMlp(torch.autograd.Function):
         n_TJ, rstd_T, low_gate_up = _rms_norm_lora(x_TD, w_D, eps, gate_up)
         gate_up_TF2 = gate_up.forward(n_TJ, low_gate_up)
         h_TJ, low_down = swiglu_kernels.swiglu_lora(
-            gate_up_TF2, down.lora_A_SI, down.dropout, down.padding
+            gate_up_TF2, down.lora_A_SI, down.dropout, down.padding, down.row_range is not None
         )
         y_TD = down.forward_add(x_TD, h_TJ, low_down)
         saved_TD = n_TJ if gate_up.is_trainable else None

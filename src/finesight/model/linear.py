@@ -60,6 +60,13 @@ def single_output(outputs: tuple[Tensor, ...]) -> Tensor:
     return y
 
 
+class RowRange(NamedTuple):
+    """Smallest and largest number of rows of a matrix product."""
+
+    start: int
+    stop: int
+
+
 class FusedLinear(nn.Module):
     """Linear layers with the same input, fused into one weight.
 
@@ -81,6 +88,9 @@ class FusedLinear(nn.Module):
         """Frozen weight fused with LoRA up-projections (`model.lora.fused`), or None."""
         self.is_sharded = False
         """True if FSDP shards the weight, which then cannot be fused with LoRA up-projections."""
+        self.row_range: RowRange | None = None
+        """Rows of each matrix product of a fused layer whose rows must not depend on each other
+        (`model.lora.fused.set_row_ranges`)."""
 
     def set_quantized_weight(
         self,

@@ -39,7 +39,7 @@ from finesight.model.families import (
 from finesight.model.gated_delta_net import supports_kernels
 from finesight.model.layers import requires_host_sync
 from finesight.model.linear import FusedLinear, single_output
-from finesight.model.lora.fused import FusedWeightSync
+from finesight.model.lora.fused import FusedWeightSync, set_row_ranges
 from finesight.model.lora.multi import LoraRouting
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
@@ -79,6 +79,7 @@ class VisionLanguageModel(nn.Module):
         transformers), from 0 to 1."""
         self.lora_routing: LoraRouting | None = None
         self._fused_weight_sync = FusedWeightSync()
+        self._matches_decoding = False
         self.visual = visual
         self.model = architecture.decoder_class(config.decoder)
         width, vocab_size = config.decoder.hidden_size, config.decoder.vocab_size
@@ -187,6 +188,22 @@ class VisionLanguageModel(nn.Module):
             return F.linear(h_TD, self.model.embed_tokens.weight)
         return single_output(self.lm_head(h_TD))
 
+    def match_decoding(self) -> bool:
+        """Let training compute the same bits as decoding steps that match it, if supported.
+
+        Supported are models on a GPU whose decoder layers are all fused, with dense weights and
+        without linear attention. A result for a token is then independent of the other tokens.
+        """
+        embedding, layers = self.model.embed_tokens.weight, self.model.layers
+        is_fused = all(isinstance(x, FusibleLayer) and x.can_fuse(embedding) for x in layers)
+        linears = [one for x in layers if isinstance(x, FusibleLayer) for one in x.fusible_linears]
+        is_dense = not any(isinstance(linear.weight, QuantizedWeight) for linear in linears)
+        if is_fused and is_dense and self.config.decoder.linear_attention is None:
+            self.sync_fused_weights()
+            set_row_ranges(linears)
+            self._matches_decoding = True
+        return self._matches_decoding
+
     def sync_fused_weights(self) -> None:
         """Copy the LoRA up-projections to the fused weights, which the first call allocates."""
         embedding, sync = self.model.embed_tokens.weight, self._fused_weight_sync
@@ -207,18 +224,20 @@ class VisionLanguageModel(nn.Module):
             dropout_seed_1 = torch.randint(
                 2**31 - 1, (1,), device=batch.ids_T.device, dtype=torch.int32
             )
-        attention = _build_attention(batch, dropout_seed_1)
+        attention = _build_attention(batch, dropout_seed_1, self._matches_decoding)
         self.sync_fused_weights()
         return self.apply_final_norm(
             self.forward_hidden(batch, attention, batch.logit_indices_L, features_MKD)
         )
 
 
-def _build_attention(batch: PackedBatch, dropout_seed_1: Tensor | None) -> PackedAttention:
+def _build_attention(
+    batch: PackedBatch, dropout_seed_1: Tensor | None, matches_decoding: bool
+) -> PackedAttention:
     num_tokens = len(batch.ids_T)
     segments = Segments(batch.lengths, batch.cu_seqlens_S1, max(batch.lengths), num_tokens)
     if batch.prefix_length:
-        return SharedPrefixAttention(segments, dropout_seed_1)
+        return SharedPrefixAttention(segments, dropout_seed_1, matches_decoding)
     if batch.context_shard is not None:
         return ContextParallelAttention(segments, dropout_seed_1, context_shard=batch.context_shard)
     return PackedAttention(segments, dropout_seed_1)

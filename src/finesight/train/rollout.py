@@ -357,22 +357,24 @@ class Rollout:
     def prepare_engine(self, prompt_lengths: Sequence[int]) -> Engine:
         """Return the engine of the previous step with its CUDA graphs, or a larger one."""
         num_seqs, max_length = min(self.batch_size, len(prompt_lengths)), max(prompt_lengths)
+        model, is_sharded = self.state.engine.model, self.state.engine.parallel.is_sharded
+        assert isinstance(model, VisionLanguageModel), "GRPO requires a native family"
         if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
             self.engine = None  # free its memory first
-            model = self.state.engine.model
-            assert isinstance(model, VisionLanguageModel), "GRPO requires a native family"
-            if not self.state.engine.parallel.is_sharded:
-                # Training would allocate these weights later, but CUDA graphs refer to them.
-                model.sync_fused_weights()
             self.capacity = num_seqs, max(max_length, self.capacity[1])
             lengths, max_tokens = [self.capacity[1]] * num_seqs, self.settings.max_completion_length
-            return Engine(
+            self.engine = Engine(
                 model,
                 self.state.data.renderer.end_ids,
                 max_num_seqs=num_seqs,
                 num_cache_tokens=compute_required_tokens(model, lengths, max_tokens, num_seqs),
+                matches_training=not is_sharded and model.match_decoding(),
             )
-        self.engine.clear_caches()
+        else:
+            self.engine.clear_caches()
+        if not is_sharded:
+            # CUDA graphs refer to the fused weights, which the last step has not updated.
+            model.sync_fused_weights()
         return self.engine
 
     def record_group(self, step: int, group: Group, rewards_QGF: FloatArray) -> None:

@@ -14,6 +14,7 @@ sequence, H query heads, K key and value heads, G = H / K, D head_dim, X splits 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -358,6 +359,97 @@ def _combine_splits_kernel(
     )
     o_D = tl.sum(partial_XD * weight_X[:, None], 0) / tl.sum(sum_X * weight_X, 0)
     tl.store(o + head * head_dim + d, o_D, mask=d < head_dim)
+
+
+@jit
+def _multiply(x, y):
+    """Multiply without contraction to a fused multiply-add."""
+    return tl.inline_asm_elementwise(
+        "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@jit
+def _flash_decode_kernel(
+    q, keys, values, block_table, seq_lens, out, qk_scale, q_stride, block_table_stride, num_heads,
+    num_kv_heads, head_dim, num_kv_groups: tl.constexpr, block_size: tl.constexpr,
+    use_pdl: tl.constexpr, block_n: tl.constexpr, block_g: tl.constexpr, block_d: tl.constexpr,
+):  # fmt: skip
+    if use_pdl:
+        wait_for_previous_kernel()
+    seq_index, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    seq_len = tl.load(seq_lens + seq_index)
+    g, d, n = tl.arange(0, block_g), tl.arange(0, block_d), tl.arange(0, block_n)
+    mask_GD = (g < num_kv_groups)[:, None] & (d < head_dim)[None, :]
+    heads_GD = (kv_head * num_kv_groups + g)[:, None] * head_dim + d[None, :]
+    q_GD = tl.load(q + seq_index * q_stride + heads_GD, mask=mask_GD, other=0.0)
+    max_G = tl.full((block_g,), -float("inf"), tl.float32)
+    scale_G = tl.full((block_g,), 1.0, tl.float32) * qk_scale
+    # Threads of a warp add every fourth pair of weights, in the order of the keys.
+    sum_G4 = tl.zeros((block_g, 4), tl.float32)
+    is_first_C = tl.arange(0, block_n // 4) == 0
+    o_GD = tl.zeros((block_g, block_d), tl.float32)
+    num_tiles = (seq_len + block_n - 1) // block_n
+    for tile in range(0, num_tiles):
+        key_N = (num_tiles - 1 - tile) * block_n + n
+        mask_N = key_N < seq_len
+        block_ids = block_table + seq_index * block_table_stride + key_N // block_size
+        slot_N = tl.load(block_ids, mask=mask_N, other=0).to(tl.int64) * block_size
+        offsets_ND = ((slot_N + key_N % block_size)[:, None] * num_kv_heads + kv_head) * head_dim
+        offsets_ND += d[None, :]
+        mask_ND = mask_N[:, None] & (d < head_dim)[None, :]
+        k_ND = tl.load(keys + offsets_ND, mask=mask_ND, other=0.0)
+        v_ND = tl.load(values + offsets_ND, mask=mask_ND, other=0.0)
+        scores_GN = tl.where(mask_N[None, :], tl.dot(q_GD, tl.trans(k_ND)), -float("inf"))
+        new_max_G = tl.maximum(max_G, tl.max(scores_GN, 1))
+        scaled_max_GN = tl.broadcast_to(_multiply(new_max_G, scale_G)[:, None], scores_GN.shape)
+        scale_GN = tl.broadcast_to(scale_G[:, None], scores_GN.shape)
+        weights_GN = tl.exp2(_multiply(scores_GN, scale_GN) - scaled_max_GN)
+        alpha_G = tl.exp2((max_G - new_max_G) * qk_scale)
+        pairs_G842 = tl.reshape(weights_GN, (block_g, block_n // 8, 4, 2))
+        terms_G4C = tl.reshape(tl.permute(pairs_G842, (0, 2, 1, 3)), (block_g, 4, block_n // 4))
+        first_G4C = tl.fma(
+            tl.broadcast_to(sum_G4[:, :, None], terms_G4C.shape),
+            tl.broadcast_to(alpha_G[:, None, None], terms_G4C.shape),
+            terms_G4C,
+        )
+        sum_G4 = tl.sum(tl.where(is_first_C[None, None, :], first_G4C, terms_G4C), 2)
+        o_GD = tl.dot(weights_GN.to(v_ND.dtype), v_ND, o_GD * alpha_G[:, None])
+        max_G = new_max_G
+    sum_G = tl.sum(tl.sum(tl.reshape(sum_G4, (block_g, 2, 2)), 1), 1)
+    o_GD *= tl.div_rn(tl.full((block_g,), 1.0, tl.float32), sum_G)[:, None]
+    tl.store(out + seq_index * num_heads * head_dim + heads_GD, o_GD, mask=mask_GD)
+
+
+def flash_decode(
+    q_RHD: Tensor,
+    keys_PSKD: Tensor,
+    values_PSKD: Tensor,
+    block_table_RB: Tensor,
+    seq_lens_R: Tensor,
+) -> Tensor:
+    """Compute the same as `paged_attention`, with each bit as torch's FlashAttention-2 does.
+
+    Tiles of keys, their order from last to first, the order of sums and the roundings are those of
+    its forward kernel, which rounds weights relative to the maximum of the tiles so far. The sums
+    of one warp are sums of its threads, so `num_warps` is 1.
+    """
+    num_seqs, num_heads, head_dim = q_RHD.shape
+    _, block_size, num_kv_heads, _ = keys_PSKD.shape
+    num_kv_groups = num_heads // num_kv_heads
+    q_RHD = q_RHD if q_RHD.stride()[1:] == (head_dim, 1) else q_RHD.contiguous()
+    o_RHD = q_RHD.new_empty(num_seqs, num_heads, head_dim)
+    use_pdl = supports_pdl(q_RHD.device)
+    _flash_decode_kernel[(num_seqs, num_kv_heads)](
+        q_RHD, keys_PSKD, values_PSKD, block_table_RB, seq_lens_R, o_RHD,
+        head_dim**-0.5 * math.log2(math.e), q_RHD.stride(0), block_table_RB.stride(0), num_heads,
+        num_kv_heads, head_dim, num_kv_groups=num_kv_groups, block_size=block_size,
+        use_pdl=use_pdl, block_n=128 if head_dim <= 64 else 64,
+        block_g=max(16, triton.next_power_of_2(num_kv_groups)),
+        block_d=max(16, triton.next_power_of_2(head_dim)), num_warps=1, num_stages=2,
+        launch_pdl=use_pdl,
+    )  # fmt: skip
+    return o_RHD
 
 
 def paged_attention(

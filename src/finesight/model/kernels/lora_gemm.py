@@ -42,9 +42,10 @@ pipeline stages."""
 
 @jit(do_not_specialize=["rows", "salt", "threshold"])
 def _lora_down_kernel(
-    x: Ptr, a: Ptr, copy: Ptr, low: Ptr, rows: int, width: int, ranks: int, padding: int, seed: Ptr,
-    salt: int, threshold: int, scale: float, is_dropped: tl.constexpr, is_copied: tl.constexpr,
-    block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr, range_stages: tl.constexpr,
+    x: Ptr, a: Ptr, copy: Ptr, low: Ptr, rows: int, width: int, stride: int, ranks: int,
+    padding: int, seed: Ptr, salt: int, threshold: int, scale: float, is_dropped: tl.constexpr,
+    is_copied: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_r: tl.constexpr,
+    range_stages: tl.constexpr,
 ) -> None:  # fmt: skip
     m = tl.program_id(0) * block_m + tl.arange(0, block_m)
     r = tl.arange(0, block_r)
@@ -55,7 +56,7 @@ def _lora_down_kernel(
         c = start + tl.arange(0, block_n)
         mask_N = c < width
         mask = mask_M[:, None] & mask_N[None, :]
-        x_MN = tl.load(x + row_M[:, None] * width + c[None, :], mask=mask, other=0.0)
+        x_MN = tl.load(x + row_M[:, None] * stride + c[None, :], mask=mask, other=0.0)
         if is_copied:
             tl.store(row_ptrs_M[:, None] + c[None, :], x_MN, mask=mask)
         if is_dropped:
@@ -89,10 +90,10 @@ def lora_down(
     low_TR = x_TI.new_empty(rows, ranks)
     x_TJ = x_TI.new_empty(rows, width + padding) if padding else x_TI
     _lora_down_kernel[(triton.cdiv(rows, tile.block_m),)](
-        x_TI, lora_A_RI, x_TJ, low_TR, rows, width, ranks, padding, *dropout.kernel_args(x_TI),
-        is_dropped=dropout.p > 0.0, is_copied=padding > 0, block_m=tile.block_m,
-        block_n=tile.block_n, block_r=rank_block_size(ranks), num_warps=tile.num_warps,
-        range_stages=tile.num_stages,
+        x_TI, lora_A_RI, x_TJ, low_TR, rows, width, x_TI.stride(0), ranks, padding,
+        *dropout.kernel_args(x_TI), is_dropped=dropout.p > 0.0, is_copied=padding > 0,
+        block_m=tile.block_m, block_n=tile.block_n, block_r=rank_block_size(ranks),
+        num_warps=tile.num_warps, range_stages=tile.num_stages,
     )  # fmt: skip
     return x_TJ, low_TR
 

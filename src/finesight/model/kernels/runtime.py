@@ -251,13 +251,15 @@ def _sum_partials_kernel(
     tl.store(y + offsets_N, sums_N, mask=mask_N)
 
 
-def sum_partials(partial: Tensor, dtype: torch.dtype) -> Tensor:
+def sum_partials(partial: Tensor, dtype: torch.dtype, is_sequential: bool = False) -> Tensor:
     """Sum partial results over the first dimension, rounded once to `dtype`."""
     chunks, *shape = partial.shape
     y = torch.empty(shape, dtype=dtype, device=partial.device)
     total = y.numel()
     # For small outputs a program processes fewer elements and several chunks at once.
-    block_chunks, block = (1, 1024) if total > SMALL_REDUCTION else (64, 16)
+    block_chunks, block = (64, 16)
+    if is_sequential or total > SMALL_REDUCTION:
+        block_chunks, block = 1, 1024
     _sum_partials_kernel[(triton.cdiv(total, block),)](
         partial, y, total, chunks, block_chunks=block_chunks, block=block
     )

@@ -30,6 +30,9 @@ from finesight.model.kernels.runtime import (
     triton,
 )
 
+FIXED_ROWS = 256
+"""Number of rows for which the order of sums is chosen if it must not depend on them."""
+
 
 @jit(do_not_specialize=["rows", "salt", "threshold"])
 def _swiglu_lora_kernel(
@@ -69,9 +72,15 @@ def _swiglu_lora_kernel(
 
 
 def swiglu_lora(
-    gate_up_TF2: Tensor, lora_A_RF: Tensor | None, dropout: SeededDropout, padding: int
+    gate_up_TF2: Tensor,
+    lora_A_RF: Tensor | None,
+    dropout: SeededDropout,
+    padding: int,
+    is_independent: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Compute SwiGLU, h = silu(gate) * up, and the LoRA activations of h.
+
+    With `is_independent`, the order of sums does not depend on the number of rows.
 
     Returns:
         A tensor [T, J] with h in the first F columns, then the activations and zeros in the
@@ -81,7 +90,8 @@ def swiglu_lora(
     rows, width = len(gate_up_TF2), gate_up_TF2.shape[1] // 2
     h_TJ = gate_up_TF2.new_empty(rows, width + padding)
     ranks, tile = 1 if lora_A_RF is None else len(lora_A_RF), SWIGLU_TILE
-    row_tiles, per_chunk = triton.cdiv(rows, tile.block_m), columns_per_chunk(rows, width, tile)
+    row_tiles = triton.cdiv(rows, tile.block_m)
+    per_chunk = columns_per_chunk(FIXED_ROWS if is_independent else rows, width, tile)
     chunks = triton.cdiv(width, per_chunk)
     partial_CTR = h_TJ.new_empty(chunks, rows, ranks, dtype=torch.float32)
     _swiglu_lora_kernel[(row_tiles, chunks)](
@@ -94,7 +104,7 @@ def swiglu_lora(
     if lora_A_RF is None:
         h_TJ[:, width:].zero_()
         return h_TJ, None
-    low_TR = sum_partials(partial_CTR, h_TJ.dtype)
+    low_TR = sum_partials(partial_CTR, h_TJ.dtype, is_sequential=is_independent)
     if padding:
         h_TJ[:, width : width + ranks].copy_(low_TR)
         h_TJ[:, width + ranks :].zero_()

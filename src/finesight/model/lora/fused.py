@@ -10,7 +10,7 @@ rank of one layer, J input columns including the LoRA ranks and padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,11 +20,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finesight.encode.packing import copy_to_device
+from finesight.model.attention import pad_rows
 from finesight.model.kernels import lora_gemm as lora_gemm_kernels
-from finesight.model.kernels.runtime import SeededDropout
+from finesight.model.kernels.runtime import NO_DROPOUT, SeededDropout
 from finesight.model.linear import (
     FusedLinear,
     LoraLinear,
+    RowRange,
     accepts_fp8_input,
     add_lora_delta,
     linear_concat,
@@ -158,6 +160,7 @@ class LoraMatmul:
     lora_A_SI: Tensor | None
     lora_Bs_OR: tuple[Tensor, ...]
     dropout: SeededDropout
+    row_range: RowRange | None = None
 
     @classmethod
     def from_linear(
@@ -167,7 +170,8 @@ class LoraMatmul:
         common = linear.in_features, len(linear.output_sizes), linear.weight, linear.bias
         adapter = linear.adapter
         if not isinstance(adapter, LoraLinear):
-            return cls(*common, None, None, (), SeededDropout(None, salt, 0.0, 1.0))
+            no_dropout = SeededDropout(None, salt, 0.0, 1.0)
+            return cls(*common, None, None, (), no_dropout, linear.row_range)
         p = adapter.dropout if adapter.training else 0.0
         assert p == 0.0 or dropout_seed_1 is not None, "dropout without a seed"
         scale = next(iter(adapter.slices.values())).scale
@@ -177,6 +181,7 @@ class LoraMatmul:
             adapter.lora_A,
             tuple(adapter.lora_B.values()),
             SeededDropout(dropout_seed_1, salt, p, scale / (1.0 - p)),
+            linear.row_range,
         )
 
     @property
@@ -201,10 +206,29 @@ class LoraMatmul:
         lora_Bs_OR = self.lora_Bs_OR or (None,) * self.num_layers
         return weight, bias, self.lora_A_SI, *lora_Bs_OR
 
+    def compute_low(self, x_TI: Tensor) -> Tensor | None:
+        """Compute the LoRA activations of inputs after dropout."""
+        if self.lora_A_SI is None:
+            return None
+        if self.row_range is not None:
+            # Libraries change the order of sums for few columns, too.
+            scale_only = NO_DROPOUT._replace(scale=self.dropout.scale)
+            return lora_gemm_kernels.lora_down(x_TI, self.lora_A_SI, scale_only, 0)[1]
+        low_TS, scale = x_TI.new_empty(len(x_TI), len(self.lora_A_SI)), self.dropout.scale
+        return torch.addmm(low_TS, x_TI, self.lora_A_SI.T, beta=0, alpha=scale, out=low_TS)
+
+    @property
+    def _single_weight(self) -> Tensor | None:
+        """Weight of the only matmul of the forward pass; None if it needs several."""
+        if self.fused_weight_OJ is not None or self.lora_Bs_OR:
+            return self.fused_weight_OJ
+        return self.weight if isinstance(self.weight, Tensor) else None
+
     def forward(self, x_TJ: Tensor | Fp8Rows, low_TS: Tensor | None) -> Tensor:
         """Compute x W^T + bias plus the LoRA delta of all layers, concatenated."""
-        if self.fused_weight_OJ is not None and isinstance(x_TJ, Tensor):
-            return F.linear(x_TJ, self.fused_weight_OJ, self.bias)
+        weight = self._single_weight
+        if weight is not None and isinstance(x_TJ, Tensor):
+            return multiply(x_TJ, weight, self.bias, None, self.row_range)
         y_TO = linear_concat(x_TJ, self.weight, self.bias)
         for y, low_TR, lora_B_OR in self._split_layers(y_TO, low_TS):
             add_lora_delta(y, low_TR, lora_B_OR)
@@ -212,10 +236,9 @@ class LoraMatmul:
 
     def forward_add(self, x_TO: Tensor, h_TJ: Tensor, low_TS: Tensor | None) -> Tensor:
         """Compute `x_TO` plus the output of `forward` for `h_TJ`."""
-        weight = self.weight if self.fused_weight_OJ is None else self.fused_weight_OJ
-        is_single_matmul = self.fused_weight_OJ is not None or not self.lora_Bs_OR
-        if is_single_matmul and self.bias is None and isinstance(weight, Tensor):
-            return torch.addmm(x_TO, h_TJ, weight.T)
+        weight = self._single_weight
+        if weight is not None and self.bias is None:
+            return multiply(h_TJ, weight, None, x_TO, self.row_range)
         return self.forward(h_TJ, low_TS).add_(x_TO)
 
     def backward(self, dy_TO: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -259,3 +282,82 @@ class LoraMatmul:
         if not self.lora_Bs_OR:
             return [None] * self.num_layers
         return [dy.T @ low_TR for dy, low_TR, _ in self._split_layers(dy_TO, low_TS)]
+
+
+def multiply(
+    x_TJ: Tensor,
+    weight_OJ: Tensor,
+    bias: Tensor | None,
+    residual_TO: Tensor | None,
+    row_range: RowRange | None,
+) -> Tensor:
+    """Compute x W^T plus a bias or a residual.
+
+    With `row_range`, the product is computed in blocks with these numbers of rows.
+    """
+    if row_range is None:
+        if residual_TO is not None:
+            return torch.addmm(residual_TO, x_TJ, weight_OJ.T)
+        return F.linear(x_TJ, weight_OJ, bias)
+    y_TO = x_TJ.new_empty(len(x_TJ), len(weight_OJ))
+    for start in range(0, len(x_TJ), row_range.stop):
+        block = slice(start, start + row_range.stop)
+        x, y, added = pad_rows(x_TJ[block], row_range.start), y_TO[block], bias
+        if residual_TO is not None:
+            added = pad_rows(residual_TO[block], row_range.start)
+        out = y if len(y) == len(x) else y.new_empty(len(x), y.shape[1])
+        if added is None:
+            torch.mm(x, weight_OJ.T, out=out)
+        else:
+            torch.addmm(added, x, weight_OJ.T, out=out)
+        if out is not y:
+            y.copy_(out[: len(y)])
+    return y_TO
+
+
+TESTED_ROWS = RowRange(8, 1024)
+"""Numbers of rows among which `set_row_ranges` looks for products with one order of sums."""
+
+FIXED_ROWS = RowRange(256, 256)
+"""Rows of each block of a product whose order of sums changes above `MAX_PADDING` rows."""
+
+MAX_PADDING = 64
+
+
+@torch.no_grad()
+def set_row_ranges(linears: Sequence[FusedLinear]) -> None:
+    """Let fused layers compute each row of a product independently of the other rows.
+
+    Libraries choose the order of sums (split-K) by the number of rows. Within the row range of a
+    linear, it is the same.
+
+    Args:
+        linears: Linears of fused layers; the outputs of every second one are added to a residual.
+    """
+    known: dict[tuple[int, int], RowRange] = {}
+    for index, linear in enumerate(linears):
+        linear.row_range = None
+        shape = linear.in_features, sum(linear.output_sizes.values())
+        if shape not in known:
+            known[shape] = _find_row_range(LoraMatmul.from_linear(linear), shape, index % 2 == 1)
+        linear.row_range = known[shape]
+
+
+def _find_row_range(matmul: LoraMatmul, shape: tuple[int, int], is_added: bool) -> RowRange:
+    weight, (in_features, out_features) = matmul.weight, shape
+    assert isinstance(weight, Tensor), f"cannot test a {type(weight).__name__}"
+    (step, max_rows), fused_OJ = TESTED_ROWS, matmul.fused_weight_OJ
+    x_TJ, x_TO = (
+        torch.randn(max_rows, size, dtype=weight.dtype, device=weight.device)
+        for size in (in_features + matmul.padding, out_features)
+    )
+
+    def compute(count: int) -> Tensor:
+        residual_TO = x_TO[:count] if is_added else None
+        used_OJ = weight if fused_OJ is None else fused_OJ
+        return multiply(x_TJ[:count], used_OJ, matmul.bias, residual_TO, TESTED_ROWS)[:step]
+
+    expected, counts = compute(max_rows), range(step, max_rows, step)
+    different = (count for count in counts if not torch.equal(compute(count), expected))
+    min_rows = step + max(different, default=0)
+    return FIXED_ROWS if min_rows > MAX_PADDING else RowRange(min_rows, max_rows)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from each_value import each
 
+from finesight.model.attention import Segments, varlen_attention
 from finesight.model.layers import RotaryCosSin, apply_rotary_pos_emb
 
 pytestmark = pytest.mark.gpu
@@ -88,3 +89,34 @@ def test_rotary_and_cache_write_are_fused(dtype, num_seqs, normed):
         assert relative_error(keys.flatten(0, 1)[at_R], apply_rotary_pos_emb(k, rotation), 2e-3)
         assert torch.equal(values.flatten(0, 1)[at_R], v_RKD)
         assert int(values.flatten(0, 1).any(-1).any(-1).sum()) == num_seqs
+
+
+@each("head_dim", [64, 128, 256])
+def test_flash_decode_equals_flash_attention(head_dim):
+    """A decoding step has each bit of the last rows of a forward pass over whole sequences."""
+    from finesight.model.kernels import decoding
+
+    heads, key_heads, block, lengths = 6, 2, 64, (1, 64, 65, 300, 777)
+    segments = Segments.from_lengths(lengths, torch.device("cuda"))
+    q_THD = random_tensor(sum(lengths), heads, head_dim, dtype=torch.bfloat16) * 3
+    k_TKD, v_TKD = random_tensor(2, sum(lengths), key_heads, head_dim, dtype=torch.bfloat16)
+    expected = varlen_attention(q_THD, k_TKD, v_TKD, segments, causal=True, key_segments=segments)
+    num_blocks = [-(-length // block) for length in lengths]
+    order = torch.randperm(sum(num_blocks), generator=torch.Generator().manual_seed(0)) + 1
+    table_RB = torch.zeros(len(lengths), max(num_blocks), dtype=torch.int32)
+    keys, values = (
+        torch.full((2, len(order) + 1, block, key_heads, head_dim), torch.nan).cuda().to(q_THD)
+    )
+    starts = segments.cu_seqlens_S1.tolist()
+    for row, ids in enumerate(torch.split(order, num_blocks)):
+        table_RB[row, : len(ids)] = ids
+        tokens = slice(starts[row], starts[row + 1])
+        for cache, x_TKD in ((keys, k_TKD), (values, v_TKD)):
+            sequence = cache[ids.cuda()].flatten(0, 1)
+            sequence[: lengths[row]] = x_TKD[tokens]
+            cache[ids.cuda()] = sequence.unflatten(0, (-1, block))
+    last = segments.cu_seqlens_S1[1:].long() - 1
+    found = decoding.flash_decode(
+        q_THD[last], keys, values, table_RB.cuda(), segments.cu_seqlens_S1.diff().long()
+    )
+    assert torch.equal(found, expected[last])

@@ -8,8 +8,8 @@ from each_value import each
 from lora_fixtures import make_group, quantize_linear
 from torch import Tensor, nn
 
-from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, add_lora_delta
-from finesight.model.lora.fused import LoraMatmul
+from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, RowRange, add_lora_delta
+from finesight.model.lora.fused import FIXED_ROWS, LoraMatmul, multiply, set_row_ranges
 from finesight.model.lora.multi import MultiLora
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.quant.int8 import Int8Matrix
@@ -136,3 +136,20 @@ def test_stochastic_rounding_depends_on_value_and_column(dtype, device):
     assert alone_TO[:, 1:].isfinite().all()
     empty_TR = torch.zeros_like(low_TR[1:])
     assert torch.equal(add_lora_delta(y_TO[1:, 1:].clone(), empty_TR, b_OR[1:]), y_TO[1:, 1:])
+
+
+def test_linears_get_row_ranges():
+    """Libraries that sum in one order for all tested sizes need no blocks of fixed size."""
+    linears = [make_adapted_layer([*WIDTHS], False, None, "cpu")[0] for _ in range(2)]
+    set_row_ranges(linears)
+    assert all(linear.row_range in (FIXED_ROWS, RowRange(8, 1024)) for linear in linears)
+
+
+@each("rows", [3, 8, 16, 40])
+@each("added", ["nothing", "bias", "residual"])
+def test_products_in_blocks_of_rows_equal_whole_products(rows, added):
+    x_TJ, weight_OJ = torch.randn(rows, 24), torch.randn(12, 24)
+    bias = torch.randn(12) if added == "bias" else None
+    residual_TO = torch.randn(rows, 12) if added == "residual" else None
+    operands = x_TJ, weight_OJ, bias, residual_TO
+    torch.testing.assert_close(multiply(*operands, RowRange(8, 16)), multiply(*operands, None))

@@ -241,6 +241,19 @@ def test_run_raises_the_reward(reward_task):
     assert all(line["completions/max_length"] <= 4 for line in steps)
 
 
+@pytest.mark.gpu
+@each("tuned", ["lora", "full"])
+def test_sampler_and_trainer_compute_the_same_bits(reward_task, tuned):
+    """Log-probabilities in bf16 are equal while the weights change."""
+    reward_task.run(
+        *("train.precision=bf16", "train.steps=4", "train.epochs=null", "train.save_every=null"),
+        *(f"tune.language={tuned}", "train.learning_rate=0.003", "train.grpo.num_generations=8"),
+    )
+    steps = read_steps(reward_task)
+    assert max(one["sampling/sampling_logp_difference/mean"] for one in steps) <= 2e-6
+    assert len({one["reward"] for one in steps}) > 1
+
+
 def test_resumed_run_equals_uninterrupted_run(reward_task):
     two_updates = "train.grpo.num_iterations=2", "train.grpo.max_refills=2"
     reward_task.run(*two_updates, name="expected")

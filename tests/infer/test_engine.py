@@ -159,6 +159,24 @@ def test_repeated_prompt_reuses_its_full_blocks(loaded_model, prompts):
     assert engine.num_free_blocks == engine.num_blocks
 
 
+def test_equal_prompts_share_linear_attention_states(tmp_path):
+    """A snapshot is taken for waiting prompts only, and replaced after the last used one."""
+    folder = ModelFolder(create_tiny_model(tmp_path / "tiny", "qwen3_5"))
+    model, renderer = load_model(folder, torch.float32, CPU).eval(), NativeRenderer(folder)
+    texts = ["Name the colours. " * count for count in (3, 4, 5)]
+    prompts = [renderer.encode_prompt(make_sample("s", tmp_path, text)) for text in texts]
+    engine = Engine(model, (), max_num_seqs=3, num_cache_tokens=2048, num_snapshots=2)
+    for prompt in (*prompts, prompts[0]):
+        known = (prompt.tokenized.num_tokens - 1) // CPU_BLOCK_SIZE * CPU_BLOCK_SIZE
+        first, *others = run_requests(engine, prompt, prompt, prompt)
+        assert [one.num_cached_tokens for one in (first, *others)] == [0, known, known]
+        assert first.ids == others[0].ids == others[1].ids == run_alone(model, prompt).ids
+    engine.clear_caches()
+    (alone,) = run_requests(engine, prompts[0])
+    assert (alone.num_cached_tokens, alone.ids) == (0, run_alone(model, prompts[0]).ids)
+    assert engine.num_free_blocks == engine.num_blocks
+
+
 @each("tokens", range(33, 33 + CPU_BLOCK_SIZE))
 def test_answer_is_cached_for_next_turn(loaded_model, prompts, tokens):
     """All but the last token of the answer, whose keys and values are not computed."""

@@ -76,12 +76,15 @@ class Engine:
         num_cache_tokens: int,
         use_cuda_graphs: bool = True,
         matches_training: bool = False,
+        num_snapshots: int = 0,
     ) -> None:
         """Create an engine without requests.
 
         Args:
             matches_training: Whether tokens have the log-probabilities of the trainer, for models
                 with `match_decoding`.
+            num_snapshots: Number of prompts whose linear attention states are kept for requests
+                with equal prompts.
         """
         self.model = model
         self._end_ids = frozenset(end_ids)
@@ -93,6 +96,7 @@ class Engine:
             num_blocks=num_blocks,
             block_size=self.block_size,
             has_linear_states=model.config.decoder.linear_attention is not None,
+            num_snapshots=num_snapshots,
         )
         self._runner = ModelRunner(
             model,
@@ -101,6 +105,7 @@ class Engine:
             block_size=self.block_size,
             use_cuda_graphs=use_cuda_graphs,
             matches_training=matches_training,
+            num_snapshots=num_snapshots,
         )
         self._max_pending = 1 if is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""
@@ -135,7 +140,8 @@ class Engine:
     def clear_caches(self) -> None:
         """Clear the prefix cache and the image-feature cache after the weights have changed."""
         assert not self.has_work, "the engine has unfinished requests"
-        self._scheduler.block_manager = BlockManager(self.num_blocks + 1)
+        slots = self._scheduler.block_manager.snapshot_slots
+        self._scheduler.block_manager = BlockManager(self.num_blocks + 1, slots)
         self._runner.feature_cache.clear()
 
     def get_max_new_tokens(self, prompt: EncodedSample) -> int:
@@ -195,6 +201,9 @@ class Engine:
                 self._runner.remove_sequence(batch_index, last_index)
             self._resume_paused()
             while (sequence := self._scheduler.admit_next()) is not None:
+                if sequence.prompt.snapshot_slot:
+                    pair = sequence.prompt.snapshot_slot, sequence.prompt.state_slot
+                    self._runner.copy_states([pair])
                 if sequence.request.constraint is not None:
                     self._run_isolated(sequence, sequence.request.constraint.start)
             if chunks := self._scheduler.schedule_prefill():
@@ -210,6 +219,7 @@ class Engine:
     def _prefill(self, chunks: list[tuple[SequenceState, int]]) -> None:
         prompts = [sequence.prompt for sequence, _ in chunks]
         logits_RV = self._runner.prefill(prompts, [stop for _, stop in chunks])
+        self._runner.copy_states(self._scheduler.allocate_snapshots(chunks))
         completed = self._scheduler.complete_prefill(chunks)
         if logits_RV is not None:
             self._start_decoding(completed, logits_RV)

@@ -48,9 +48,12 @@ class BlockManager:
     Block 0 is reserved: inactive batch rows write to it.
     """
 
-    def __init__(self, num_blocks: int) -> None:
+    def __init__(self, num_blocks: int, snapshot_slots: Sequence[int] = ()) -> None:
+        """Create an allocator; `snapshot_slots` hold copies of linear attention states."""
         assert num_blocks >= 2, f"num_blocks is {num_blocks}, less than 2: block 0 is reserved"
-        self.num_blocks = num_blocks
+        self.num_blocks, self.snapshot_slots = num_blocks, snapshot_slots
+        self._snapshots: OrderedDict[BlockHash, int] = OrderedDict()
+        """Slot of the states at the end of a block, least recently used first."""
         self._free_blocks = list(range(num_blocks - 1, 0, -1))
         self._ref_counts: Counter[int] = Counter()
         self._block_by_hash: dict[BlockHash, int] = {}
@@ -62,6 +65,24 @@ class BlockManager:
     def num_free_blocks(self) -> int:
         """Number of blocks that can be allocated, including evictable cached blocks."""
         return len(self._free_blocks) + len(self._evictable)
+
+    def find_snapshot(self, block_hashes: Sequence[BlockHash]) -> int:
+        """Return the slot of the states at the end of these blocks, if all are cached, or 0."""
+        is_cached = all(block_hash in self._block_by_hash for block_hash in block_hashes)
+        if not (block_hashes and is_cached and block_hashes[-1] in self._snapshots):
+            return 0
+        self._snapshots.move_to_end(block_hashes[-1])
+        return self._snapshots[block_hashes[-1]]
+
+    def allocate_snapshot(self, block_hash: BlockHash) -> int:
+        """Return a slot for the states at the end of a block, the least recently used one."""
+        slot = self._snapshots.pop(block_hash, None)
+        if slot is None and len(self._snapshots) < len(self.snapshot_slots):
+            slot = self.snapshot_slots[len(self._snapshots)]
+        elif slot is None:
+            _, slot = self._snapshots.popitem(last=False)
+        self._snapshots[block_hash] = slot
+        return slot
 
     def acquire_cached(self, block_hashes: Iterable[BlockHash]) -> list[int]:
         """Add a reference to each cached block of the longest matching prompt prefix."""
@@ -207,6 +228,7 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         matches_training: bool = False,
+        num_snapshots: int = 0,
     ) -> None:
         self.matches_training = matches_training
         shape = (
@@ -225,7 +247,7 @@ class KVCache:
             torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(3)
         )
         self.linear_states = (
-            LinearStateCache(decoder_config, max_num_seqs, dtype, device)
+            LinearStateCache(decoder_config, max_num_seqs, dtype, device, num_snapshots)
             if decoder_config.linear_attention is not None
             else None
         )
@@ -260,7 +282,7 @@ class LinearStateCache:
     """States of the linear attention layers of all sequences.
 
     Each sequence has a slot from its first prefill step to its end. Slot 0 is reserved for unused
-    rows of the decoding batch.
+    rows of the decoding batch. The last slots are snapshots of prompts.
     """
 
     def __init__(
@@ -269,12 +291,13 @@ class LinearStateCache:
         max_num_seqs: int,
         dtype: torch.dtype,
         device: torch.device,
+        num_snapshots: int = 0,
     ) -> None:
         config = decoder_config.linear_attention
         assert config is not None, "a decoder without linear attention"
         shape = (
             decoder_config.num_layers - decoder_config.num_full_attention_layers,
-            max_num_seqs + 1,
+            max_num_seqs + num_snapshots + 1,
         )
         conv_shape = (config.conv_kernel_size - 1, config.conv_size)
         delta_shape = (config.num_value_heads, config.key_head_dim, config.value_head_dim)
@@ -291,6 +314,11 @@ class LinearStateCache:
         """Set the states of new sequences to zero."""
         self._conv_LSWN[:, slots_S] = 0
         self._delta_LSHDV[:, slots_S] = 0
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy the states of one slot to another, in all layers."""
+        for x_LSX in (self._conv_LSWN, self._delta_LSHDV):
+            x_LSX[:, target] = x_LSX[:, source]
 
     def read(self, layer_index: int, slots_S: Tensor) -> DeltaNetState:
         return DeltaNetState(*(x.index_select(0, slots_S) for x in self.get_layer(layer_index)))

@@ -77,6 +77,7 @@ class ModelRunner:
         block_size: int,
         use_cuda_graphs: bool = True,
         matches_training: bool = False,
+        num_snapshots: int = 0,
     ) -> None:
         self.model = model
         weight = model.model.embed_tokens.weight
@@ -89,6 +90,7 @@ class ModelRunner:
             dtype=weight.dtype,
             device=self.device,
             matches_training=matches_training,
+            num_snapshots=num_snapshots,
         )
         self.max_num_seqs = max_num_seqs
         self.ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
@@ -153,6 +155,12 @@ class ModelRunner:
         return (
             self.model.compute_logits(self.model.apply_final_norm(h_LW)) if is_last.any() else None
         )
+
+    def copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy linear attention states from the first to the second slot of each pair."""
+        for source, target in pairs:
+            assert self.cache.linear_states is not None, "a cache without linear attention states"
+            self.cache.linear_states.copy(source, target)
 
     def start_sequence(
         self, batch_index: int, prompt: PromptState, id_1: Tensor, num_generated: int = 0

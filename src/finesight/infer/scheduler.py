@@ -54,6 +54,7 @@ class PromptState:
         features: Vision features of each image or video that the rest of the prompt needs; None for
             others.
         state_slot: Slot of the linear attention states; 0 without a slot.
+        snapshot_slot: Slot of the states at the end of the reused blocks; 0 without one.
     """
 
     encoded: EncodedSample
@@ -63,6 +64,7 @@ class PromptState:
     num_computed_tokens: int = 0
     features: list[Tensor | None] = field(default_factory=list)
     state_slot: int = 0
+    snapshot_slot: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -130,13 +132,16 @@ class Scheduler:
         num_blocks: int,
         block_size: int,
         has_linear_states: bool = False,
+        num_snapshots: int = 0,
     ) -> None:
         """Create a scheduler without requests.
 
-        With `has_linear_states`, each sequence has a slot for its linear attention states. Prompts
-        then share no blocks, since the states at the end of a block are not retained.
+        With `has_linear_states`, each sequence has a slot for its linear attention states. Equal
+        prompts then share blocks if there are slots for snapshots of the states.
         """
-        self.block_manager = BlockManager(num_blocks)
+        first_slot = max_num_seqs + 1
+        snapshot_slots = range(first_slot, first_slot + num_snapshots)
+        self.block_manager = BlockManager(num_blocks, snapshot_slots)
         self.waiting: deque[SequenceState] = deque()
         self.prefilling: list[SequenceState] = []
         self.decoding: list[SequenceState] = []
@@ -179,7 +184,7 @@ class Scheduler:
             ),
             cache_salt=cache_salt,
             block_hashes=[]
-            if self._has_linear_states
+            if self._has_linear_states and not self.block_manager.snapshot_slots
             else compute_block_hashes(tokenized, image_hashes, self.block_size, cache_salt),
         )
         self.waiting.append(sequence)
@@ -213,8 +218,11 @@ class Scheduler:
             return None
         max_tokens = prompt.num_tokens + sequence.request.max_new_tokens
         # The last prompt token is always computed: its logits are not cached.
-        reusable_hashes = sequence.block_hashes[: (prompt.num_tokens - 1) // self.block_size]
-        block_ids = self.block_manager.acquire_cached(reusable_hashes)
+        reusable_hashes = sequence.block_hashes[: self._count_shared_blocks(sequence)]
+        if self._has_linear_states:
+            prompt.snapshot_slot = self.block_manager.find_snapshot(reusable_hashes)
+        is_reusable = bool(prompt.snapshot_slot) or not self._has_linear_states
+        block_ids = self.block_manager.acquire_cached(reusable_hashes if is_reusable else ())
         num_new_blocks = -(-max_tokens // self.block_size) - len(block_ids)
         if num_new_blocks > self.block_manager.num_free_blocks:
             self.block_manager.release(block_ids)
@@ -226,10 +234,15 @@ class Scheduler:
         self.prefilling.append(self.waiting.popleft())
         return sequence
 
+    def _count_shared_blocks(self, sequence: SequenceState) -> int:
+        """Return the number of blocks before the last token of a prompt."""
+        return (sequence.prompt.num_tokens - 1) // self.block_size
+
     def schedule_prefill(self) -> list[tuple[SequenceState, int]]:
         """Select the prompt chunks of the next prefill step, first come, first served.
 
-        All selected prompts use the same adapter.
+        All selected prompts use the same adapter. Prompts that wait more than once are divided
+        where a snapshot of the linear attention states can be taken.
         """
         token_budget = self.token_budget
         chunks: list[tuple[SequenceState, int]] = []
@@ -237,9 +250,29 @@ class Scheduler:
             prompt = sequence.prompt
             if token_budget > 0 and prompt.adapter_index == self.prefilling[0].prompt.adapter_index:
                 stop = min(prompt.num_tokens, prompt.num_computed_tokens + token_budget)
+                end = self._count_shared_blocks(sequence) * self.block_size
+                if prompt.num_computed_tokens < end < stop and self._is_repeated(sequence):
+                    stop = end
                 token_budget -= stop - prompt.num_computed_tokens
                 chunks.append((sequence, stop))
         return chunks
+
+    def _is_repeated(self, sequence: SequenceState) -> bool:
+        """Return whether a waiting prompt needs a snapshot of this one."""
+        hashes = sequence.block_hashes if self._has_linear_states else []
+        return bool(hashes) and any(other.block_hashes == hashes for other in self.waiting)
+
+    def allocate_snapshots(
+        self, chunks: Sequence[tuple[SequenceState, int]]
+    ) -> list[tuple[int, int]]:
+        """Return pairs of slots: the states of a processed chunk and their snapshot."""
+        pairs = []
+        for sequence, stop in chunks:
+            count = self._count_shared_blocks(sequence)
+            if count and stop == count * self.block_size and self._is_repeated(sequence):
+                slot = self.block_manager.allocate_snapshot(sequence.block_hashes[count - 1])
+                pairs.append((sequence.prompt.state_slot, slot))
+        return pairs
 
     def complete_prefill(self, chunks: Sequence[tuple[SequenceState, int]]) -> list[SequenceState]:
         """Return the sequences whose prompt is complete.

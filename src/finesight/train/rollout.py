@@ -369,6 +369,7 @@ class Rollout:
                 max_num_seqs=num_seqs,
                 num_cache_tokens=compute_required_tokens(model, lengths, max_tokens, num_seqs),
                 matches_training=not is_sharded and model.match_decoding(),
+                num_snapshots=-(-num_seqs // self.settings.num_generations),
             )
         else:
             self.engine.clear_caches()

@@ -20,7 +20,7 @@ from finesight.encode.tokenization import EncodedSample
 from finesight.errors import UserError
 from finesight.infer import request
 from finesight.infer.engine import CPU_BLOCK_SIZE, Engine
-from finesight.infer.kv_cache import append_tokens, hash_images
+from finesight.infer.kv_cache import KVCache, append_tokens, hash_images
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.scheduler import PromptState
 from finesight.infer.structured_output import build_bitmask
@@ -207,8 +207,16 @@ def generate_cached(
     Prompts are prefilled in chunks. After `drop_after` steps every second sequence is removed.
     """
     needed = [-(-(prompt.tokenized.num_tokens + steps) // CPU_BLOCK_SIZE) for prompt in prompts]
-    sizes = {"num_blocks": sum(needed) + 1, "block_size": CPU_BLOCK_SIZE}
-    model_runner = ModelRunner(model, max_num_seqs=len(prompts), **sizes)
+    weight = model.model.embed_tokens.weight
+    cache = KVCache(
+        model.config.decoder,
+        num_blocks=sum(needed) + 1,
+        block_size=CPU_BLOCK_SIZE,
+        max_num_seqs=len(prompts),
+        dtype=weight.dtype,
+        device=weight.device,
+    )
+    model_runner = ModelRunner(model, cache)
     # Blocks of a sequence are scattered.
     free = (np.random.default_rng(0).permutation(sum(needed)) + 1).tolist()
     adapter = None if model.lora_routing is None else 0

@@ -24,7 +24,7 @@ from finesight.encode.hf_renderer import import_transformers
 from finesight.encode.packing import copy_to_device, pack
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.kv_cache import BlockManager, get_kv_bytes_per_token
+from finesight.infer.kv_cache import BlockManager, KVCache, get_kv_bytes_per_token
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.request import EngineEvent, FinishReason, GeneratedToken, GenerationRequest
 from finesight.infer.scheduler import (
@@ -88,26 +88,28 @@ class Engine:
         """
         self.model = model
         self._end_ids = frozenset(end_ids)
-        is_cuda = model.model.embed_tokens.weight.is_cuda
-        self.block_size = GPU_BLOCK_SIZE if is_cuda else CPU_BLOCK_SIZE
+        weight = model.model.embed_tokens.weight
+        self.block_size = GPU_BLOCK_SIZE if weight.is_cuda else CPU_BLOCK_SIZE
         num_blocks = -(-num_cache_tokens // self.block_size) + 1
+        cache = KVCache(
+            model.config.decoder,
+            num_blocks=num_blocks,
+            block_size=self.block_size,
+            max_num_seqs=max_num_seqs,
+            dtype=weight.dtype,
+            device=weight.device,
+            matches_training=matches_training,
+            num_snapshots=num_snapshots,
+        )
         self._scheduler = Scheduler(
             max_num_seqs=max_num_seqs,
             num_blocks=num_blocks,
             block_size=self.block_size,
-            has_linear_states=model.config.decoder.linear_attention is not None,
+            has_linear_states=cache.linear_states is not None,
             num_snapshots=num_snapshots,
         )
-        self._runner = ModelRunner(
-            model,
-            max_num_seqs=max_num_seqs,
-            num_blocks=num_blocks,
-            block_size=self.block_size,
-            use_cuda_graphs=use_cuda_graphs,
-            matches_training=matches_training,
-            num_snapshots=num_snapshots,
-        )
-        self._max_pending = 1 if is_cuda else 0
+        self._runner = ModelRunner(model, cache, use_cuda_graphs)
+        self._max_pending = 1 if weight.is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""
         self._pending: deque[_PendingTokens] = deque()
         self._events: list[EngineEvent] = []

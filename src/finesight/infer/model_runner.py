@@ -69,30 +69,10 @@ class ModelRunner:
     """
 
     def __init__(
-        self,
-        model: VisionLanguageModel,
-        *,
-        max_num_seqs: int,
-        num_blocks: int,
-        block_size: int,
-        use_cuda_graphs: bool = True,
-        matches_training: bool = False,
-        num_snapshots: int = 0,
+        self, model: VisionLanguageModel, cache: KVCache, use_cuda_graphs: bool = True
     ) -> None:
-        self.model = model
-        weight = model.model.embed_tokens.weight
-        self.device = weight.device
-        self.cache = KVCache(
-            model.config.decoder,
-            num_blocks=num_blocks,
-            block_size=block_size,
-            max_num_seqs=max_num_seqs,
-            dtype=weight.dtype,
-            device=self.device,
-            matches_training=matches_training,
-            num_snapshots=num_snapshots,
-        )
-        self.max_num_seqs = max_num_seqs
+        self.model, self.cache, self.device = model, cache, cache.device
+        self.max_num_seqs = max_num_seqs = len(cache.seq_lens_R)
         self.ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
         self.is_finite_R = torch.ones(max_num_seqs, dtype=torch.bool, device=self.device)
         self._position_ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
@@ -101,7 +81,7 @@ class ModelRunner:
         )
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
         # The fused layers of training are another fused decoding step.
-        self._use_fused_decode = supports_fused_decode(model) and not matches_training
+        self._use_fused_decode = supports_fused_decode(model) and not cache.matches_training
         self.feature_cache = ImageFeatureCache(
             GPU_FEATURE_CACHE_BYTES if self.device.type == "cuda" else CPU_FEATURE_CACHE_BYTES
         )

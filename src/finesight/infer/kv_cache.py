@@ -411,7 +411,7 @@ class PrefillAttention:
         state = None
         if not self._is_first_chunk:
             state = states.read(layer_index, self._state_slots_S)
-        o_THV, state = forward_with_states(inputs, self._query_segments.chunk_layout, state)
+        o_THV, state = forward_with_states(inputs, self._query_segments, state)
         states.write(layer_index, self._state_slots_S, state)
         return o_THV
 

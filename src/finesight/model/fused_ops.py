@@ -163,7 +163,7 @@ class _ApplyRotary(torch.autograd.Function):
 
 def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
     if has_kernels(x_THD):
-        return elementwise.apply_rotary(x_THD, cos_T1D, sin_T1D, sign)
+        return rotary.apply_rotary(x_THD, cos_T1D, sin_T1D, sign)
     # Convert once: with mixed dtypes every operation would convert.
     wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_T1D.dtype))
     y_THD = wide_THD * cos_T1D

@@ -12,53 +12,11 @@ from torch import Tensor, empty_like
 
 from finesight.model.kernels.runtime import jit, tl, triton
 
-_WARPS = 4
-
 _GATE_ROWS = 8
 """Heads per program of the sigmoid gate."""
 
 _BLOCK = 4096
 """Elements per program of an elementwise kernel."""
-
-
-@jit
-def _rotary_kernel(
-    x, y, cos, sin, stride_t, stride_h, num_heads, half, sign, round_first: tl.constexpr,
-    block_h: tl.constexpr, block_f: tl.constexpr,
-):  # fmt: skip
-    t = tl.program_id(0).to(tl.int64)
-    h, f = tl.arange(0, block_h)[:, None], tl.arange(0, block_f)[None, :]
-    mask_F, mask_HF = f < half, (h < num_heads) & (f < half)
-    ptrs = x + t * stride_t + h * stride_h + f
-    x1 = tl.load(ptrs, mask=mask_HF, other=0.0).to(tl.float32)
-    x2 = tl.load(ptrs + half, mask=mask_HF, other=0.0).to(tl.float32)
-    angle = t * 2 * half + f
-    cos1 = tl.load(cos + angle, mask=mask_F, other=0.0).to(tl.float32)
-    cos2 = tl.load(cos + angle + half, mask=mask_F, other=0.0).to(tl.float32)
-    sin1 = tl.load(sin + angle, mask=mask_F, other=0.0).to(tl.float32) * sign
-    sin2 = tl.load(sin + angle + half, mask=mask_F, other=0.0).to(tl.float32) * sign
-    cos_term1, cos_term2 = x1 * cos1, x2 * cos2
-    if round_first:
-        cos_term1 = cos_term1.to(y.dtype.element_ty).to(tl.float32)
-        cos_term2 = cos_term2.to(y.dtype.element_ty).to(tl.float32)
-    out_ptrs = y + (t * num_heads + h) * 2 * half + f
-    tl.store(out_ptrs, cos_term1 + x2 * sin1, mask=mask_HF)
-    tl.store(out_ptrs + half, cos_term2 + x1 * sin2, mask=mask_HF)
-
-
-def apply_rotary(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
-    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32; see `model.layers`."""
-    tokens, num_heads, head_dim = x_THD.shape
-    x_THD = x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
-    y_THD = x_THD.new_empty(x_THD.shape)
-    half = head_dim // 2
-    blocks = triton.next_power_of_2(num_heads), triton.next_power_of_2(half)
-    _rotary_kernel[(tokens,)](
-        x_THD, y_THD, cos_T1D, sin_T1D, x_THD.stride(0), x_THD.stride(1), num_heads, half, sign,
-        round_first=cos_T1D.dtype == x_THD.dtype, block_h=blocks[0], block_f=blocks[1],
-        num_warps=_WARPS,
-    )  # fmt: skip
-    return y_THD
 
 
 @jit

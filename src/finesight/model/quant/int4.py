@@ -165,9 +165,9 @@ class RtnInt4Matrix(Int4Matrix):
 
     tensor_specs = Packed4BitMatrix.tensor_specs
 
-    def quantize_values(self, values_OI: Tensor) -> None:
+    def quantize(self, values_OI: Tensor) -> None:
         self.permutation_I.copy_(torch.arange(self.in_features))
-        super().quantize_values(values_OI)
+        super().quantize(values_OI)
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
         w_RGE = F.pad(values_RI, (0, -self.in_features % self.group_size)).view(

@@ -96,7 +96,7 @@ class Nf4Matrix(Packed4BitMatrix):
         self.register_buffer("nested_absmax", torch.empty(-(-blocks // SCALE_BLOCK_SIZE)))
         self.register_buffer("absmax_mean", torch.empty(()))
 
-    def quantize_values(self, values_OI: Tensor) -> None:
+    def quantize(self, values_OI: Tensor) -> None:
         functional = _import_bitsandbytes().functional
         # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the
         # graph.

@@ -79,10 +79,8 @@ class QwenAttention(nn.Module):
     def forward(self, x_TD: Tensor, rotary: QueryKeyRotary, attention: AttentionBackend) -> Tensor:
         heads_THD = single_output(self.c_attn(x_TD)).view(len(x_TD), -1, self.head_dim)
         q_THD, k_THD, v_THD = heads_THD.chunk(3, dim=1)
-        q_THD, k_THD = (
-            apply_rotary_pos_emb(q_THD, rotary.queries),
-            apply_rotary_pos_emb(k_THD, rotary.keys),
-        )
+        q_THD = apply_rotary_pos_emb(q_THD, rotary.queries)
+        k_THD = apply_rotary_pos_emb(k_THD, rotary.keys)
         o_THD = attention(self.layer_index, q_THD, k_THD, v_THD)
         return single_output(self.c_proj(o_THD.flatten(1)))
 

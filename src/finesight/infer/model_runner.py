@@ -163,21 +163,15 @@ class ModelRunner:
             num_generated: Number of completion tokens in the KV cache, without the next one.
         """
         self.ids_R[batch_index : batch_index + 1] = id_1
-        values = [
-            prompt.num_tokens + num_generated,
-            prompt.num_tokens,
-            1,
-            prompt.max_position + num_generated,
-        ]
-        cache = self.cache
-        for buffer, value in zip(
-            (cache.seq_lens_R, cache.prompt_lens_R, cache.active_R, self._position_ids_R),
-            values,
-            strict=True,
+        cache, num_tokens = self.cache, prompt.num_tokens
+        for buffer_R, value in (
+            (cache.seq_lens_R, num_tokens + num_generated),
+            (cache.prompt_lens_R, num_tokens),
+            (cache.active_R, 1),
+            (cache.slots_R, prompt.state_slot),
+            (self._position_ids_R, prompt.max_position + num_generated),
         ):
-            buffer[batch_index].fill_(value)
-        if cache.linear_states is not None:
-            cache.linear_states.slots_R[batch_index].fill_(prompt.state_slot)
+            buffer_R[batch_index].fill_(value)
         if self.model.lora_routing is not None:
             self._lora_masks_RN[batch_index] = self.model.lora_routing.build_mask(
                 prompt.adapter_index
@@ -188,24 +182,14 @@ class ModelRunner:
     def remove_sequence(self, batch_index: int, last_index: int) -> None:
         """Remove a sequence from the decoding batch; the last sequence takes its row."""
         cache = self.cache
-        buffers: tuple[Tensor, ...] = (
-            cache.seq_lens_R,
-            cache.prompt_lens_R,
-            cache.active_R,
-            self._position_ids_R,
-            self.ids_R,
-        )
-        if cache.linear_states is not None:
-            buffers = (*buffers, cache.linear_states.slots_R)
+        unset = cache.seq_lens_R, cache.active_R, cache.slots_R, cache.block_table_RB
         if batch_index != last_index:
             masks = () if self.model.lora_routing is None else (self._lora_masks_RN,)
-            for buffer in (*buffers, cache.block_table_RB, *masks):
+            others = cache.prompt_lens_R, self._position_ids_R, self.ids_R
+            for buffer in (*unset, *others, *masks):
                 buffer[batch_index] = buffer[last_index]
-        for buffer in (cache.seq_lens_R, cache.active_R):
+        for buffer in unset:
             buffer[last_index].fill_(0)
-        if cache.linear_states is not None:
-            cache.linear_states.slots_R[last_index].fill_(0)
-        cache.block_table_RB[last_index].fill_(0)
 
     def decode(self, num_seqs: int, max_seq_len: int) -> Tensor:
         """Run one decoding step of the first `num_seqs` sequences.
@@ -444,7 +428,7 @@ def _linear_attention_block(
     states, config = attention.cache.linear_states, attn.config
     assert states is not None, "a cache without linear attention states"
     conv_SWN, delta_SHDV = states.get_layer(attn.attention_index)
-    slots_R = states.slots_R[: len(x_RD)]
+    slots_R = attention.cache.slots_R[: len(x_RD)]
     qkv_RN = delta_net_kernels.causal_conv_step(
         qkv_RN, attn.conv1d.weight.squeeze(1), conv_SWN, slots_R, config.num_key_heads,
         config.num_value_heads, config.value_head_dim, L2_NORM_EPS,
@@ -511,9 +495,7 @@ def _linear_single_row(
     is_gated: bool = False,
 ) -> Tensor:
     """Apply a fused linear layer and its multi-LoRA delta to a single row."""
-    norm_kwargs: dict[str, Any] = {}
-    if norm is not None:
-        norm_kwargs = _get_norm_args(norm)
+    norm_kwargs: dict[str, Any] = {} if norm is None else _get_norm_args(norm)
     lora_delta, multi_lora = None, linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
         low_1S = decoding.fused_gemv(

@@ -92,53 +92,44 @@ def swiglu_backward(gate_E: Tensor, up_E: Tensor, dy_E: Tensor) -> tuple[Tensor,
 
 @jit
 def _sigmoid_gate_kernel(
-    x, gate, y, stride_t, stride_h, rows, heads: tl.constexpr, width: tl.constexpr,
-    block_m: tl.constexpr, block_d: tl.constexpr,
+    x, gate, dy, out, dgate, stride_t, stride_h, rows, heads: tl.constexpr, width: tl.constexpr,
+    is_backward: tl.constexpr, block_m: tl.constexpr, block_d: tl.constexpr,
 ):  # fmt: skip
+    """Compute the result, or the gradients of input and gate."""
     m, d = tl.program_id(0) * block_m + tl.arange(0, block_m), tl.arange(0, block_d)
     mask = (m < rows)[:, None] & (d < width)[None, :]
     gate_rows = (m // heads).to(tl.int64) * stride_t + (m % heads) * stride_h
     g = tl.load(gate + gate_rows[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
     offsets = m.to(tl.int64)[:, None] * width + d[None, :]
     value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offsets, value * tl.sigmoid(g), mask=mask)
-
-
-@jit
-def _sigmoid_gate_backward_kernel(
-    x, gate, dy, dx, dgate, stride_t, stride_h, rows, heads: tl.constexpr, width: tl.constexpr,
-    block_m: tl.constexpr, block_d: tl.constexpr,
-):  # fmt: skip
-    m, d = tl.program_id(0) * block_m + tl.arange(0, block_m), tl.arange(0, block_d)
-    mask = (m < rows)[:, None] & (d < width)[None, :]
-    gate_rows = (m // heads).to(tl.int64) * stride_t + (m % heads) * stride_h
-    g = tl.load(gate + gate_rows[:, None] + d[None, :], mask=mask, other=0.0).to(tl.float32)
-    offsets = m.to(tl.int64)[:, None] * width + d[None, :]
-    value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
-    grad = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
-    tl.store(dx + offsets, grad * s, mask=mask)
-    tl.store(dgate + offsets, grad * value * s * (1.0 - s), mask=mask)
+    if is_backward:
+        grad = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        tl.store(out + offsets, grad * s, mask=mask)
+        tl.store(dgate + offsets, grad * value * s * (1.0 - s), mask=mask)
+    else:
+        tl.store(out + offsets, value * s, mask=mask)
 
 
 def sigmoid_gate(x_THD: Tensor, gate_THD: Tensor) -> Tensor:
     """Compute x sigmoid(gate); tokens and heads of the gate may be strided."""
-    tokens, heads, width = x_THD.shape
-    y_THD = empty_like(x_THD)
-    _sigmoid_gate_kernel[(triton.cdiv(tokens * heads, _GATE_ROWS),)](
-        x_THD, gate_THD, y_THD, gate_THD.stride(0), gate_THD.stride(1), tokens * heads, heads=heads,
-        width=width, block_m=_GATE_ROWS, block_d=triton.next_power_of_2(width),
-    )  # fmt: skip
-    return y_THD
+    return _launch_sigmoid_gate(x_THD, gate_THD, None)[0]
 
 
 def sigmoid_gate_backward(x_THD: Tensor, gate_THD: Tensor, dy_THD: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of `sigmoid_gate`."""
+    return _launch_sigmoid_gate(x_THD, gate_THD, dy_THD)
+
+
+def _launch_sigmoid_gate(
+    x_THD: Tensor, gate_THD: Tensor, dy_THD: Tensor | None
+) -> tuple[Tensor, Tensor]:
     tokens, heads, width = x_THD.shape
-    dx_THD, dgate_THD = empty_like(x_THD), empty_like(x_THD)
-    _sigmoid_gate_backward_kernel[(triton.cdiv(tokens * heads, _GATE_ROWS),)](
-        x_THD, gate_THD, dy_THD, dx_THD, dgate_THD, gate_THD.stride(0), gate_THD.stride(1),
-        tokens * heads, heads=heads, width=width, block_m=_GATE_ROWS,
-        block_d=triton.next_power_of_2(width),
+    out_THD = empty_like(x_THD)
+    dgate_THD = out_THD if dy_THD is None else empty_like(x_THD)
+    _sigmoid_gate_kernel[(triton.cdiv(tokens * heads, _GATE_ROWS),)](
+        x_THD, gate_THD, x_THD if dy_THD is None else dy_THD, out_THD, dgate_THD,
+        gate_THD.stride(0), gate_THD.stride(1), tokens * heads, heads=heads, width=width,
+        is_backward=dy_THD is not None, block_m=_GATE_ROWS, block_d=triton.next_power_of_2(width),
     )  # fmt: skip
-    return dx_THD, dgate_THD
+    return out_THD, dgate_THD

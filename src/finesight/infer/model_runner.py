@@ -218,7 +218,8 @@ class ModelRunner:
         if self._use_fused_decode:
             logits_RV = fused_decode_step(self.model, ids_R, position_ids_3R, attention)
         else:
-            h_RW = self.model.decode_step(ids_R, position_ids_3R, attention)
+            decoder = self.model.model
+            h_RW = decoder(decoder.embed(ids_R), position_ids_3R, attention)
             logits_RV = self.model.compute_logits(self.model.apply_final_norm(h_RW))
         max_logits_R, ids_R = logits_RV.max(-1)
         self.ids_R[:num_seqs].copy_(ids_R)

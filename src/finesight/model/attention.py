@@ -426,10 +426,11 @@ def varlen_attention(
         return cpu_attention(q_THD, k_TKD, v_TKD, buckets, causal=causal)
     if not supports_varlen_attention(q_THD):
         return bucketed_attention(q_THD, k_TKD, v_TKD, segments.length_buckets, causal)
+    cu_seqlens = varlen_kernels.CuSeqlens(segments.cu_seqlens_S1, segments.max_seqlen)
     if causal and _use_triton_attention(q_THD, segments):
-        return _triton_attention(q_THD, k_TKD, v_TKD, _kernel_cu_seqlens(segments))
+        return _triton_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
     if HAS_TRITON and not (causal or torch.is_grad_enabled()):
-        return varlen_kernels.vision_attention(q_THD, k_TKD, v_TKD, _kernel_cu_seqlens(segments))
+        return varlen_kernels.vision_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
     return _flash_attention(q_THD, k_TKD, v_TKD, segments, segments, causal)
 
 
@@ -450,10 +451,6 @@ def _use_triton_attention(q_THD: Tensor, segments: Segments) -> bool:
     return (
         HAS_TRITON and segments.max_seqlen <= MAX_TRITON_SEQLEN and supports_varlen_attention(q_THD)
     )
-
-
-def _kernel_cu_seqlens(segments: Segments) -> varlen_kernels.CuSeqlens:
-    return varlen_kernels.CuSeqlens(segments.cu_seqlens_S1, segments.max_seqlen)
 
 
 class _TritonAttention(torch.autograd.Function):

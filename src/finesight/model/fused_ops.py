@@ -64,7 +64,7 @@ def norm_rotary(
     Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated.
     """
     y_THD: Tensor = _NormRotary.apply(  # type: ignore[no-untyped-call]
-        x_THD, weight_D, eps, cos_T1R, sin_T1R, weight_offset
+        x_THD, weight_D, eps, weight_offset, cos_T1R, sin_T1R
     )
     return y_THD
 
@@ -230,32 +230,20 @@ class _SigmoidGate(torch.autograd.Function):
 class _NormRotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_THD: Tensor,
-        weight_D: Tensor,
-        eps: float,
-        cos_T1R: Tensor,
-        sin_T1R: Tensor,
-        weight_offset: float,
+        ctx: Any, x_THD: Tensor, weight_D: Tensor, eps: float, weight_offset: float, *angles: Tensor
     ) -> Tensor:
-        y_THD, rstd_N = rotary.norm_rotary(x_THD, weight_D, eps, weight_offset, cos_T1R, sin_T1R)
-        ctx.save_for_backward(x_THD, weight_D, cos_T1R, sin_T1R, rstd_N)
+        y_THD, rstd_N = rotary.norm_rotary(x_THD, weight_D, eps, weight_offset, *angles)
+        ctx.save_for_backward(x_THD, weight_D, *angles, rstd_N)
         ctx.weight_offset = weight_offset
         return y_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
-        x_THD, weight_D, cos_T1R, sin_T1R, rstd_N = ctx.saved_tensors
+        x_THD, weight_D, *rotation = ctx.saved_tensors
+        inputs = x_THD, weight_D, ctx.weight_offset, *rotation, dy_THD.contiguous()
         dx_THD, dweight_D = rotary.norm_rotary_backward(
-            x_THD,
-            weight_D,
-            ctx.weight_offset,
-            cos_T1R,
-            sin_T1R,
-            rstd_N,
-            dy_THD.contiguous(),
-            needs_weight_grad=ctx.needs_input_grad[1],
+            *inputs, needs_weight_grad=ctx.needs_input_grad[1]
         )
         return dx_THD, dweight_D, None, None, None, None
 

@@ -31,11 +31,8 @@ from finesight.encode.packing import compute_cu_seqlens, copy_to_device
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
-from finesight.model.kernels.gated_delta_net import ConvOutput, SequenceChunks
+from finesight.model.kernels.gated_delta_net import CHUNK_LENGTH, ConvOutput, SequenceChunks
 from finesight.model.kernels.runtime import get_device_capability
-
-CHUNK_LENGTH = 64
-"""Tokens of a chunk. Within a chunk the tokens are computed in parallel."""
 
 L2_NORM_EPS = 1e-6
 
@@ -373,15 +370,16 @@ def forward_with_states(
 def _forward(
     inputs: DeltaNetInputs, layout: ChunkLayout, conv_SWN: Tensor | None, delta_SHDV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    gates = inputs.log_decay_TH, inputs.beta_TH
     if supports_kernels(inputs.config, inputs.qkv_TN):
         q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)
         o_THV, final_SHDV = _GatedDeltaRule.apply(  # type: ignore[no-untyped-call]
-            q, k, v, inputs.log_decay_TH, inputs.beta_TH, delta_SHDV, layout.sequence_chunks
+            q, k, v, *gates, delta_SHDV, layout.sequence_chunks
         )
         return o_THV, final_SHDV
     y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
     q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
-    return chunk_gated_delta_rule(q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV)
+    return chunk_gated_delta_rule(q, k, v, *gates, layout, delta_SHDV)
 
 
 def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, DeltaNetState]:
@@ -475,15 +473,9 @@ class _CausalConvSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TN, weight_NW, position_T = ctx.saved_tensors
+        inputs = *ctx.saved_tensors, ctx.outputs, L2_NORM_EPS, list(grads)
         dx_TN, dweight_NW = kernels.causal_conv_silu_backward(
-            x_TN,
-            weight_NW,
-            position_T,
-            ctx.outputs,
-            L2_NORM_EPS,
-            list(grads),
-            needs_weight_grad=ctx.needs_input_grad[1],
+            *inputs, needs_weight_grad=ctx.needs_input_grad[1]
         )
         return dx_TN, dweight_NW, None, None
 
@@ -514,24 +506,12 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(
         ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV, *matrices = ctx.saved_tensors
-        if dout_THV is None:
-            dout_THV = torch.zeros_like(v_THV)
+        *inputs, inverse, product = ctx.saved_tensors
+        dout_THV = torch.zeros_like(inputs[2]) if dout_THV is None else dout_THV.contiguous()
         if dfinal_SHDV is not None:
             dfinal_SHDV = dfinal_SHDV.contiguous()
-        grads = kernels.gated_delta_rule_backward(
-            q_TKD,
-            k_TKD,
-            v_THV,
-            log_decay_TH,
-            beta_TH,
-            initial_SHDV,
-            ctx.chunks,
-            matrices,
-            dout_THV.contiguous(),
-            dfinal_SHDV,
-        )
-        return *grads, None
+        inputs += [ctx.chunks, (inverse, product), dout_THV, dfinal_SHDV]
+        return *kernels.gated_delta_rule_backward(*inputs), None
 
 
 class _GatedRmsNorm(torch.autograd.Function):
@@ -544,13 +524,6 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THV: Tensor) -> tuple[Tensor | None, ...]:
-        x_THV, z_THV, weight_V = ctx.saved_tensors
-        grads = kernels.gated_rms_norm_backward(
-            x_THV,
-            z_THV,
-            weight_V,
-            ctx.eps,
-            dy_THV.contiguous(),
-            needs_weight_grad=ctx.needs_input_grad[2],
-        )
+        inputs = *ctx.saved_tensors, ctx.eps, dy_THV.contiguous()
+        grads = kernels.gated_rms_norm_backward(*inputs, needs_weight_grad=ctx.needs_input_grad[2])
         return *grads, None

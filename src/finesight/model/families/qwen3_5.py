@@ -240,11 +240,9 @@ class HybridDecoder(Decoder):
         self.norm = ZeroCenteredRmsNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-def parse_hybrid_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    return _parse_decoder_config(hf_config, intermediate_size=None)
-
-
-def _parse_decoder_config(hf_config: ConfigReader, intermediate_size: int | None) -> DecoderConfig:
+def parse_hybrid_decoder_config(
+    hf_config: ConfigReader, intermediate_size: int | None = None
+) -> DecoderConfig:
     text, rope = get_text_config(hf_config), get_rope_config(get_text_config(hf_config))
     text.require_supported("attention_bias", False, (False,))
     text.require_supported("attn_output_gate", True, (True,))
@@ -301,7 +299,7 @@ def parse_hybrid_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
     text = get_text_config(hf_config)
     shared_size = text.get_int("shared_expert_intermediate_size")
     moe_config = replace(parse_moe_config(text), shared_intermediate_size=shared_size)
-    decoder_config = _parse_decoder_config(hf_config, moe_config.intermediate_size)
+    decoder_config = parse_hybrid_decoder_config(hf_config, moe_config.intermediate_size)
     return replace(decoder_config, moe=moe_config)
 
 

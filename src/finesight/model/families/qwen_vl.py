@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from finesight.encode.packing import copy_to_device
 from finesight.model.attention import AttentionBackend, Segments, varlen_attention
-from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization, VisionConfig
+from finesight.model.config import (
+    ConfigReader,
+    DecoderConfig,
+    PixelNormalization,
+    VisionConfig,
+    get_even_head_dim,
+)
 from finesight.model.decoder import Decoder
 from finesight.model.families import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_ops import swiglu
@@ -203,17 +209,10 @@ def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
     hf_config.require_supported("scale_attn_weights", True, (True,))
     hf_config.require_supported("attn_dropout_prob", 0.0, (0.0,))
     hf_config.require_supported("emb_dropout_prob", 0.0, (0.0,))
-    hidden_size, num_heads = (
-        hf_config.get_int("hidden_size"),
-        hf_config.get_int("num_attention_heads"),
-    )
-    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-        hf_config.raise_invalid(
-            "num_attention_heads", f"a divisor of hidden_size {hidden_size} with an even quotient"
-        )
-    hf_config.require_supported(
-        "kv_channels", hidden_size // num_heads, (hidden_size // num_heads,)
-    )
+    hidden_size = hf_config.get_int("hidden_size")
+    num_heads = hf_config.get_int("num_attention_heads")
+    head_dim = get_even_head_dim(hf_config, hidden_size, num_heads)
+    hf_config.require_supported("kv_channels", head_dim, (head_dim,))
     intermediate_size = hf_config.get_int("intermediate_size")
     if intermediate_size % 2:
         hf_config.raise_invalid("intermediate_size", "an even number: both halves of the gated MLP")
@@ -227,11 +226,11 @@ def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
         num_layers=hf_config.get_int("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
+        head_dim=head_dim,
         use_qk_norm=False,
         rms_norm_eps=hf_config.get_float("layer_norm_epsilon"),
         rope_theta=hf_config.get_float("rotary_emb_base", 10000.0),
-        mrope_axes=(0,) * (hidden_size // num_heads // 2),
+        mrope_axes=(0,) * (head_dim // 2),
         max_position_embeddings=hf_config.get_int("max_position_embeddings", 8192),
         tie_word_embeddings=hf_config.get_bool("tie_word_embeddings", False),
         train_length=train_length,

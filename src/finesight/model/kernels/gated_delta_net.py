@@ -34,9 +34,9 @@ from finesight.model.kernels.runtime import (
     wait_for_previous_kernel,
 )
 
-CHUNK_LENGTH = 64
-BLOCK_LENGTH = 16
-"""Rows of the diagonal blocks of I + A, which are inverted row by row."""
+CHUNK_LENGTH, BLOCK_LENGTH = 64, 16
+"""Tokens of a chunk, which are computed in parallel, and rows of the diagonal blocks of I + A,
+which are inverted row by row."""
 
 CONV_BLOCK, CONV_BACKWARD_BLOCK, NORM_BLOCK = 16, 32, 16
 """Tokens per program of the convolution and its gradient, and rows per program of the norm."""

@@ -47,46 +47,41 @@ def quick_gelu(x_E: Tensor) -> Tensor:
 
 
 @jit
-def _swiglu_kernel(gate, up, y, total, block: tl.constexpr):
+def _swiglu_kernel(gate, up, dy, out, dgate, total, is_backward: tl.constexpr, block: tl.constexpr):
+    """Compute the result, or the gradients of the up projection and the gate."""
     offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     mask = offsets < total
-    g = tl.load(gate + offsets, mask=mask, other=0.0).to(tl.float32)
-    silu = (g * tl.sigmoid(g)).to(y.dtype.element_ty).to(tl.float32)
-    u = tl.load(up + offsets, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y + offsets, silu * u, mask=mask)
-
-
-@jit
-def _swiglu_backward_kernel(gate, up, dy, dgate, dup, total, block: tl.constexpr):
-    offsets = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
-    mask = offsets < total
-    narrow = dgate.dtype.element_ty
+    narrow = out.dtype.element_ty
     g = tl.load(gate + offsets, mask=mask, other=0.0).to(tl.float32)
     u = tl.load(up + offsets, mask=mask, other=0.0).to(tl.float32)
-    d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
     s = tl.sigmoid(g)
     silu = (g * s).to(narrow).to(tl.float32)
-    dsilu = (d * u).to(narrow).to(tl.float32)
-    tl.store(dup + offsets, silu * d, mask=mask)
-    tl.store(dgate + offsets, dsilu * s * (1.0 + g * (1.0 - s)), mask=mask)
+    if is_backward:
+        d = tl.load(dy + offsets, mask=mask, other=0.0).to(tl.float32)
+        dsilu = (d * u).to(narrow).to(tl.float32)
+        tl.store(out + offsets, silu * d, mask=mask)
+        tl.store(dgate + offsets, dsilu * s * (1.0 + g * (1.0 - s)), mask=mask)
+    else:
+        tl.store(out + offsets, silu * u, mask=mask)
 
 
 def swiglu(gate_E: Tensor, up_E: Tensor) -> Tensor:
     """Compute SwiGLU, silu(gate) * up."""
     gate_E, up_E = gate_E.contiguous(), up_E.contiguous()
-    y_E = empty_like(gate_E)
-    total = gate_E.numel()
-    _swiglu_kernel[(triton.cdiv(total, _BLOCK),)](gate_E, up_E, y_E, total, block=_BLOCK)
+    y_E, total = empty_like(gate_E), gate_E.numel()
+    _swiglu_kernel[(triton.cdiv(total, _BLOCK),)](
+        gate_E, up_E, gate_E, y_E, y_E, total, is_backward=False, block=_BLOCK
+    )
     return y_E
 
 
 def swiglu_backward(gate_E: Tensor, up_E: Tensor, dy_E: Tensor) -> tuple[Tensor, Tensor]:
     """Compute the gradients of SwiGLU for the gate and up projections."""
     gate_E, up_E, dy_E = gate_E.contiguous(), up_E.contiguous(), dy_E.contiguous()
-    dgate_E, dup_E = empty_like(gate_E), empty_like(gate_E)
-    total = gate_E.numel()
-    grid = (triton.cdiv(total, _BLOCK),)
-    _swiglu_backward_kernel[grid](gate_E, up_E, dy_E, dgate_E, dup_E, total, block=_BLOCK)
+    dgate_E, dup_E, total = empty_like(gate_E), empty_like(gate_E), gate_E.numel()
+    _swiglu_kernel[(triton.cdiv(total, _BLOCK),)](
+        gate_E, up_E, dy_E, dup_E, dgate_E, total, is_backward=True, block=_BLOCK
+    )
     return dgate_E, dup_E
 
 

@@ -145,10 +145,10 @@ class Int4Matrix(Packed4BitMatrix):
         quant_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        quant_params = self.codes, self.scales_OG, self.zeros_OG
-        tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
-        return quant_gemm_kernels.int4_gemm(
-            self._permute_input(x_RI), *quant_params, bias, self.group_size, tiling
+        kernel, x_RI = quant_gemm_kernels.int4_gemm_kernel, self._permute_input(x_RI)
+        weights = self.codes, self.scales_OG, self.zeros_OG
+        return quant_gemm_kernels.gemm(
+            kernel, x_RI, weights, bias, self.out_features, group_size=self.group_size
         )
 
     def _permute_input(self, x_RI: Tensor) -> Tensor:

@@ -154,11 +154,10 @@ class Nf4Matrix(Packed4BitMatrix):
         quant_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        return quant_gemm_kernels.nf4_gemm(
-            x_RI,
-            *self._kernel_args(),
-            bias,
-            quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI)),
+        kernel, (*scales, codebooks) = quant_gemm_kernels.nf4_gemm_kernel, self._kernel_args()
+        weights = *scales, *codebooks
+        return quant_gemm_kernels.gemm(
+            kernel, x_RI, weights, bias, self.out_features, shuffled=x_RI.is_cuda
         )
 
     def _kernel_args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -166,7 +166,7 @@ def test_kernels_of_gated_attention_match_pytorch(trains_norm):
         if dtype == torch.float64:
             y = apply_partial_rotary_pos_emb(norm(x), rotary)
         else:
-            y = norm_rotary(x, norm.weight, 1e-6, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0)
+            y = norm_rotary(x, norm.weight, 1e-6, 1.0, rotary.cos_T1D, rotary.sin_T1D)
         out = sigmoid_gate(y, gate)
         out.backward(dout.to(dtype))
         results = {"out": out.detach(), "q_gate": leaves["q_gate"].grad}

@@ -410,7 +410,7 @@ def _attention_block(
         q_RHD = torch.unflatten(q_RE, 1, (-1, head_dim))
     qk_norms = None
     if self_attn.q_norm is not None and self_attn.k_norm is not None:
-        eps, offset = _get_norm_eps(self_attn.q_norm), 0.0 if gate_RHD is None else 1.0
+        eps, offset = self_attn.q_norm.eps, 0.0 if gate_RHD is None else 1.0
         qk_norms = decoding.QKNorms(self_attn.q_norm.weight, self_attn.k_norm.weight, eps, offset)
     q_RHD = decoding.rope_and_cache(
         q_RHD, k_RKD, v_RKD, qk_norms, rotary.cos_T1D, rotary.sin_T1D, attention.slot_mapping_R,
@@ -436,7 +436,7 @@ def _linear_attention_block(
     )  # fmt: skip
     o_RE = delta_net_kernels.gated_delta_step(
         qkv_RN, a_RH, b_RH, attn.A_log, attn.dt_bias, z_RE, attn.norm.weight, delta_SHDV, slots_R,
-        config.num_key_heads, _get_norm_eps(attn.norm),
+        config.num_key_heads, attn.norm.eps,
     )  # fmt: skip
     return _linear_add(attn.out_proj, o_RE, x_RD)
 
@@ -536,7 +536,7 @@ def _linear_4bit(
         weight_I: Tensor = norm.weight
         if isinstance(norm, ZeroCenteredRmsNorm):
             weight_I = norm.scale(x_1I.dtype)
-        rms_norm = RmsNormParams(weight_I, _get_norm_eps(norm))
+        rms_norm = RmsNormParams(weight_I, norm.eps)
     matrices = [matrix for matrix in weight.matrices if isinstance(matrix, Packed4BitMatrix)]
     output_sizes = [matrix.out_features for matrix in matrices]
     y_1O = x_1I.new_empty(1, sum(output_sizes))
@@ -555,12 +555,7 @@ def _linear_4bit(
 def _get_norm_args(norm: RmsNorm) -> dict[str, Any]:
     """Return the arguments of `fused_gemv` for a norm."""
     offset = 1.0 if isinstance(norm, ZeroCenteredRmsNorm) else 0.0
-    return {"norm_I": norm.weight, "eps": _get_norm_eps(norm), "norm_offset": offset}
-
-
-def _get_norm_eps(norm: RmsNorm) -> float:
-    assert norm.eps is not None, "RMSNorm without eps"
-    return norm.eps
+    return {"norm_I": norm.weight, "eps": norm.eps, "norm_offset": offset}
 
 
 def _supports_gemv(linear: FusedLinear) -> bool:

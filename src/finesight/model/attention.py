@@ -704,7 +704,7 @@ class _CpuAttention(torch.autograd.Function):
             torch.bmm(weights[-1], v_BLD, out=o_BQD)
         ctx.save_for_backward(*query_rows, *key_rows, q_XD, k_XD, v_XD, *weights)
         ctx.buckets, ctx.num_kv_heads, ctx.scale = buckets, k_TKD.shape[1], scale
-        return _restore_rows(o_XD, query_rows).view(q_THD.shape)
+        return o_XD.index_select(0, query_rows.inverse_Y).view(q_THD.shape)
 
     @staticmethod
     @once_differentiable
@@ -734,7 +734,8 @@ class _CpuAttention(torch.autograd.Function):
         dk_TKD, dv_TKD = (
             _sum_duplicates(x, key_rows).view(-1, num_kv_heads, x.shape[1]) for x in (dk_XD, dv_XD)
         )
-        return _restore_rows(dq_XD, query_rows).view(do_THD.shape), dk_TKD, dv_TKD, None, None
+        dq_THD = dq_XD.index_select(0, query_rows.inverse_Y).view(do_THD.shape)
+        return dq_THD, dk_TKD, dv_TKD, None, None
 
 
 def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool) -> Tensor:
@@ -776,13 +777,9 @@ def _select_rows(x_THD: Tensor, rows: HeadRowIndices) -> Tensor:
     return x_THD.reshape(-1, x_THD.shape[-1]).index_select(0, rows.order_X)
 
 
-def _restore_rows(x_XD: Tensor, rows: HeadRowIndices) -> Tensor:
-    return x_XD.index_select(0, rows.inverse_Y)
-
-
 def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
     """Restore the packed row order and sum the gradients of duplicated rows in fp32."""
-    dx_YD = _restore_rows(dx_XD, rows)
+    dx_YD = dx_XD.index_select(0, rows.inverse_Y)
     if rows.copies_RC is not None:
         count, num_copies = rows.copies_RC.shape
         wide_dtype = torch.promote_types(dx_XD.dtype, torch.float32)

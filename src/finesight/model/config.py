@@ -85,9 +85,7 @@ class ConfigReader:
     def get_ints(self, key: str) -> tuple[int, ...]:
         """Return the list of non-negative integers stored under `key`."""
         value = self._values.get(key)
-        if not isinstance(value, list | tuple):
-            self.raise_invalid(key, "a list of integers")
-        if not all(_is_int(item, 0) for item in value):
+        if not isinstance(value, list | tuple) or not all(_is_int(item, 0) for item in value):
             self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
         return tuple(value)
 

@@ -51,21 +51,15 @@ def sigmoid_gate(x_THD: Tensor, gate_THD: Tensor) -> Tensor:
 
 
 def norm_rotary(
-    x_THD: Tensor,
-    weight_D: Tensor,
-    eps: float,
-    cos_T1R: Tensor,
-    sin_T1R: Tensor,
-    *,
-    weight_offset: float,
+    x_THD: Tensor, weight_D: Tensor, eps: float, weight_offset: float, *angles: Tensor
 ) -> Tensor:
     """Apply RMS norm and rotary position embeddings in one kernel.
 
-    Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated.
+    Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated by
+    `angles`, the cosines and sines [T, 1, R].
     """
-    y_THD: Tensor = _NormRotary.apply(  # type: ignore[no-untyped-call]
-        x_THD, weight_D, eps, weight_offset, cos_T1R, sin_T1R
-    )
+    inputs = x_THD, weight_D, eps, weight_offset, *angles
+    y_THD: Tensor = _NormRotary.apply(*inputs)  # type: ignore[no-untyped-call]
     return y_THD
 
 
@@ -143,8 +137,8 @@ def has_kernels(x: Tensor) -> bool:
 
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if Triton and flash attention can use tensor cores for this dtype."""
-    is_16_bit = dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and device.type != "cpu" and get_device_capability(device) >= (8, 0)
+    is_16_bit_gpu = dtype in _KERNEL_TYPES and device.type != "cpu"
+    return is_16_bit_gpu and get_device_capability(device) >= (8, 0)
 
 
 class _ApplyRotary(torch.autograd.Function):

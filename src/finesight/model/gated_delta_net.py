@@ -451,9 +451,12 @@ def _apply_conv_kernels(
     position_T = layout.position_T
     if conv_SWN is not None:
         x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
-    outputs = kernels.conv_outputs(
-        config.num_key_heads, config.num_value_heads, config.key_head_dim, config.value_head_dim
-    )
+    keys, key_heads = config.key_size, (config.num_key_heads, config.key_head_dim)
+    outputs: list[ConvOutput] = [
+        (0, *key_heads, config.key_head_dim**-0.5),
+        (keys, *key_heads, 1.0),
+        (2 * keys, config.num_value_heads, config.value_head_dim, None),
+    ]
     q, k, v = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
         x_TN, inputs.conv_weight_NW, position_T, outputs
     )

@@ -87,10 +87,7 @@ class GatedAttention(nn.Module):
 def _norm_rotary(norm: ZeroCenteredRmsNorm, x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
     if not has_kernels(x_THD):
         return apply_partial_rotary_pos_emb(norm(x_THD), rotary)
-    assert norm.eps is not None, "a norm without eps"
-    return norm_rotary(
-        x_THD, norm.weight, norm.eps, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0
-    )
+    return norm_rotary(x_THD, norm.weight, norm.eps, 1.0, rotary.cos_T1D, rotary.sin_T1D)
 
 
 class DepthwiseConv(nn.Module):
@@ -151,7 +148,6 @@ class GatedDeltaNet(nn.Module):
         o_THV = attention.linear_attention(self.attention_index, inputs)
         z_THV = z_TE.view(o_THV.shape)
         norm = self.norm
-        assert norm.eps is not None, "a norm without eps"
         return gated_rms_norm(o_THV, z_THV, norm.weight, norm.eps).flatten(1)
 
 

@@ -57,11 +57,9 @@ class QwenDecoderConfig(DecoderConfig):
     use_logn_attn: bool
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        return (
-            f"ntk {count_ntk_doublings(torch.tensor(num_tokens), self.train_length)}"
-            if self.use_dynamic_ntk
-            else ""
-        )
+        if not self.use_dynamic_ntk:
+            return ""
+        return f"ntk {count_ntk_doublings(torch.tensor(num_tokens), self.train_length)}"
 
 
 @dataclass(frozen=True)
@@ -170,9 +168,8 @@ class QwenDecoder(Decoder):
         if self.training or not self.config.use_dynamic_ntk:
             return inverse_frequencies(head_dim, rope_theta, device)
         doublings_T = count_ntk_doublings(attention.context_lengths_T, self.config.train_length)
-        return _inverse_frequencies_by_doubling(head_dim, rope_theta, device).index_select(
-            0, doublings_T
-        )
+        frequencies_NF = _inverse_frequencies_by_doubling(head_dim, rope_theta, device)
+        return frequencies_NF.index_select(0, doublings_T)
 
 
 def count_ntk_doublings(lengths: Tensor, train_length: int) -> Tensor:
@@ -186,10 +183,7 @@ def _inverse_frequencies_by_doubling(
     head_dim: int, rope_theta: float, device: torch.device
 ) -> Tensor:
     with torch.inference_mode(False):
-        bases = [
-            ntk_base(rope_theta, head_dim, num_doublings)
-            for num_doublings in range(MAX_NTK_DOUBLINGS + 1)
-        ]
+        bases = (ntk_base(rope_theta, head_dim, n) for n in range(MAX_NTK_DOUBLINGS + 1))
         return torch.stack([inverse_frequencies(head_dim, base, device) for base in bases])
 
 
@@ -336,11 +330,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.register_buffer("pos_embed", torch.empty(num_queries, hidden_size))
-        self.kv_proj = (
-            FusedLinear(kv_size, {"kv_proj": hidden_size}, bias=False)
-            if kv_size != hidden_size
-            else None
-        )
+        self.kv_proj: FusedLinear | None = None
+        if kv_size != hidden_size:
+            self.kv_proj = FusedLinear(kv_size, {"kv_proj": hidden_size}, bias=False)
         self.attn = ResamplerAttention(hidden_size)
         self.ln_q = _norm(hidden_size)
         self.ln_kv = _norm(hidden_size)
@@ -404,10 +396,8 @@ class QwenVisionEncoder(VisionEncoder):
         return 1, self.grid_size, self.grid_size
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        invalid = [grid for grid in grid_thw if grid != (1, self.grid_size, self.grid_size)]
-        assert not invalid, (
-            f"an image of {invalid[0]} patches, not {self.grid_size} x {self.grid_size}"
-        )
+        invalid = [grid for grid in grid_thw if grid != self.min_grid]
+        assert not invalid, f"an image of {invalid[0]} patches, not {self.min_grid}"
         positions_GD = _interpolate_table(self.positional_embedding, self.grid_size**2)
         order_G = _patch_order(self.grid_size, self.config.merge_size, x_ND.device)
         positions_GD = positions_GD.index_select(0, order_G)
@@ -420,9 +410,8 @@ def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
     """Resize a square table of position embeddings with bicubic interpolation in fp32."""
     if len(table_SD) == num_positions:
         return table_SD
-    weights_PS = _bicubic_weights(
-        math.isqrt(len(table_SD)), math.isqrt(num_positions), table_SD.device
-    )
+    sides = math.isqrt(len(table_SD)), math.isqrt(num_positions)
+    weights_PS = _bicubic_weights(*sides, table_SD.device)
     return (weights_PS @ table_SD.float()).to(table_SD.dtype)
 
 

@@ -584,16 +584,6 @@ ConvOutput = tuple[int, int, int, float | None]
 head after normalization; None without normalization."""
 
 
-def conv_outputs(key_heads: int, heads: int, head_dim: int, value_dim: int) -> list[ConvOutput]:
-    """Return the heads of queries (scaled by D^-1/2), keys and values."""
-    keys = key_heads * head_dim
-    return [
-        (0, key_heads, head_dim, head_dim**-0.5),
-        (keys, key_heads, head_dim, 1.0),
-        (2 * keys, heads, value_dim, None),
-    ]
-
-
 def causal_conv_silu(
     x_TN: Tensor, weight_NW: Tensor, position_T: Tensor, outputs: list[ConvOutput], eps: float
 ) -> list[Tensor]:

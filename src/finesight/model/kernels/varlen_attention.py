@@ -298,11 +298,8 @@ def _head_block_size(head_dim: int) -> int:
 
 def launch_grid(cu_seqlens: CuSeqlens, block_rows: int, num_heads: int) -> tuple[int, int, int]:
     """Return the launch grid of one program per segment, row tile and head."""
-    return (
-        len(cu_seqlens.cu_seqlens_S1) - 1,
-        triton.cdiv(cu_seqlens.max_seqlen, block_rows),
-        num_heads,
-    )
+    num_segments = len(cu_seqlens.cu_seqlens_S1) - 1
+    return num_segments, triton.cdiv(cu_seqlens.max_seqlen, block_rows), num_heads
 
 
 VISION_TILE, TAIL_BLOCK = TileConfig(64, 64, 4, 3), 16

@@ -65,6 +65,7 @@ class Int4Matrix(Packed4BitMatrix):
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
         inputs, outputs, groups = self.in_features, self.out_features, self._num_groups
+        dtypes = {"scales": ("F16",)}
         shapes = {
             "qweight": (inputs // PACK_FACTOR, outputs),
             "qzeros": (groups, outputs // PACK_FACTOR),
@@ -73,10 +74,7 @@ class Int4Matrix(Packed4BitMatrix):
         }
         return tuple(
             WeightTensorSpec(
-                name,
-                shape,
-                ("F16" if name == "scales" else "I32",),
-                partial(self.load_tensor, name),
+                name, shape, dtypes.get(name, ("I32",)), partial(self.load_tensor, name)
             )
             for name, shape in shapes.items()
         )

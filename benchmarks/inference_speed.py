@@ -37,7 +37,7 @@ from finesight.infer.engine import Engine
 from finesight.infer.prediction import build_question
 from finesight.infer.request import GenerationRequest
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
-from finesight.model.lora.multi import MultiLora
+from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import MATRIX_TYPES, init_random_model
 from finesight.model_folder import ModelFolder
@@ -69,7 +69,6 @@ class InferenceBenchmark:
 
     def add_adapter(self, rank: int) -> None:
         """Add an adapter to every linear layer of the decoder."""
-        multi_lora = MultiLora(self.model)
         self.model.requires_grad_(False)
         for path, linear in list(self.model.named_modules()):
             if isinstance(linear, FusedLinear) and path.startswith("model.layers"):
@@ -77,8 +76,8 @@ class InferenceBenchmark:
                 linear.adapter = LoraLinear(linear, layers, 0.0)
                 for parameter in linear.adapter.parameters():
                     parameter.data.normal_(0, 0.01)
-        multi_lora.collect_adapter()
-        self.model.lora_routing = multi_lora.install()
+        detached = detach_adapter(self.model)
+        self.model.lora_routing = install_lora_routing(self.model, [detached])
         self.model.eval()
         self.adapter = 0
 

@@ -83,14 +83,19 @@ def matmul(matrix: QuantizedMatrix, x_RI: Tensor, config: KernelConfig) -> Tenso
     is_tiled = config.kernel == "tiles"
     if isinstance(matrix, Packed4BitMatrix) and not is_tiled:
         return matrix.gemv(x_RI, None)
+    kernels, options = quant_gemm_kernels, (None, matrix.out_features, config.tiling)
     if isinstance(matrix, Nf4Matrix):
-        return quant_gemm_kernels.nf4_gemm(x_RI, *matrix._kernel_args(), None, config.tiling)
+        *scales, codebooks = matrix._kernel_args()
+        weights = *scales, *codebooks
+        return kernels.gemm(kernels.nf4_gemm_kernel, x_RI, weights, *options, shuffled=True)
     if isinstance(matrix, Int4Matrix):
-        parts = matrix.codes, matrix.scales_OG, matrix.zeros_OG
-        return quant_gemm_kernels.int4_gemm(x_RI, *parts, None, matrix.group_size, config.tiling)
+        parts, group_size = (matrix.codes, matrix.scales_OG, matrix.zeros_OG), matrix.group_size
+        return kernels.gemm(kernels.int4_gemm_kernel, x_RI, parts, *options, group_size=group_size)
     assert isinstance(matrix, RowwiseMatrix), f"a {type(matrix).__name__}"
-    call = quant_gemm_kernels.rowwise_gemm if is_tiled else quant_gemv_kernels.rowwise_gemv
-    return call(x_RI, matrix.codes_OI, matrix.scales_O, None, config.tiling)
+    operands = matrix.codes_OI, matrix.scales_O
+    if is_tiled:
+        return kernels.gemm(kernels.rowwise_gemm_kernel, x_RI, operands, *options)
+    return quant_gemv_kernels.rowwise_gemv(x_RI, *operands, None, config.tiling)
 
 
 def kernel_configs(weight_format: str) -> Iterator[KernelConfig]:

@@ -26,7 +26,7 @@ from finesight.infer.scheduler import PromptState
 from finesight.infer.structured_output import build_bitmask
 from finesight.model.attention import PackedAttention, Segments
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
-from finesight.model.lora.multi import MultiLora
+from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
@@ -185,9 +185,7 @@ def install_adapters(model: VisionLanguageModel) -> None:
 def install_request_adapters(model: VisionLanguageModel) -> None:
     """The same, as one of those that are chosen for each question; it is for the next pass."""
     install_adapters(model)
-    multi_lora = MultiLora(model)
-    multi_lora.collect_adapter()
-    model.lora_routing = multi_lora.install()
+    model.lora_routing = install_lora_routing(model, [detach_adapter(model)])
     assert model.lora_routing is not None
     model.lora_routing.set_mask(model.lora_routing.build_mask(0))
 

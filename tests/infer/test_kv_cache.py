@@ -145,7 +145,7 @@ def test_first_chunks_do_not_read_linear_states():
         -_random(sum(lengths), config.num_value_heads).abs(),
         _random(sum(lengths), config.num_value_heads, seed=1).sigmoid(),
     )
-    expected = forward_packed(inputs, Segments.from_lengths(lengths, CPU).chunk_layout)
+    expected = forward_packed(inputs, Segments.from_lengths(lengths, CPU))
     first, rest, other = inputs.split([stops[0], lengths[0] - stops[0], lengths[1]])
     tensors = ("qkv_TN", "log_decay_TH", "beta_TH")
     packed = replace(first, **{n: torch.cat([vars(first)[n], vars(other)[n]]) for n in tensors})

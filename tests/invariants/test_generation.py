@@ -23,7 +23,7 @@ from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import supports_fused_decode
 from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams
-from finesight.model.lora.multi import MultiLora
+from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
@@ -294,11 +294,11 @@ def loaded_model(request, tmp_path_factory) -> GenerationSetup:
     """A random model that carries two adapters, and forty conversations."""
     folder = tmp_path_factory.mktemp(request.param)
     model, renderer = engine_fixtures.make_random_model(folder, request.param, seed=2)
-    multi_lora = MultiLora(model)
+    layers = []
     for seed, tune in enumerate(("all parts", "merger, vision encoder frozen")):
         install_random_adapter(model, seed, TUNE_SETTINGS[tune])
-        multi_lora.collect_adapter()
-    model.lora_routing = multi_lora.install()
+        layers.append(detach_adapter(model))
+    model.lora_routing = install_lora_routing(model, layers)
     (folder / "images").mkdir()
     images, videos = make_images(folder / "images"), request.param != "qwen"
     conversations = [make_conversation(number, images, videos=videos) for number in range(40)]

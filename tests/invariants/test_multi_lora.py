@@ -25,7 +25,7 @@ from finesight.infer.model_loader import InferenceModel, load_multi_adapter_mode
 from finesight.infer.request import GenerationOptions, GenerationRequest
 from finesight.model.linear import FusedLinear, iter_adapters
 from finesight.model.lora.merge import merge_adapters
-from finesight.model.lora.multi import MultiLora
+from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.vlm import VisionLanguageModel
 
@@ -65,14 +65,14 @@ def join_adapters(
     base: VisionLanguageModel, alone: Mapping[str, VisionLanguageModel], device: str = "cpu"
 ) -> VisionLanguageModel:
     model = copy.deepcopy(base).to(device)
-    multi_lora = MultiLora(model)
+    layers = []
     for name in ADAPTERS:
         for path, _, adapter in iter_adapters(alone[name]):
             group = model.get_submodule(path)
             assert isinstance(group, FusedLinear), path
             group.adapter = copy.deepcopy(adapter).to(device)
-        multi_lora.collect_adapter()
-    model.lora_routing = multi_lora.install()
+        layers.append(detach_adapter(model))
+    model.lora_routing = install_lora_routing(model, layers)
     return model.eval()
 
 

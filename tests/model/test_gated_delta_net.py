@@ -91,7 +91,7 @@ def test_layout_of_a_graph_has_the_chunks_of_the_actual_lengths():
     """The lengths of a CUDA graph are bounds; its last sequences may be empty."""
     actual, max_lengths = [70, 64, 1, 130, 35], [130] * 8
     cu_seqlens = torch.tensor([0, 70, 134, 135, 265, 300, 300, 300, 300], dtype=torch.int32)
-    static = ChunkLayout(tuple(max_lengths), cu_seqlens, 300)
+    static = ChunkLayout(tuple(max_lengths), cu_seqlens, 130, 300)
     exact = ChunkLayout.from_lengths(actual, CPU)
     assert torch.equal(static.position_T, exact.position_T)
     assert torch.equal(static.sequence_T, exact.sequence_T)
@@ -166,7 +166,7 @@ def test_kernels_of_gated_attention_match_pytorch(trains_norm):
         if dtype == torch.float64:
             y = apply_partial_rotary_pos_emb(norm(x), rotary)
         else:
-            y = norm_rotary(x, norm.weight, 1e-6, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0)
+            y = norm_rotary(x, norm.weight, 1e-6, 1.0, rotary.cos_T1D, rotary.sin_T1D)
         out = sigmoid_gate(y, gate)
         out.backward(dout.to(dtype))
         results = {"out": out.detach(), "q_gate": leaves["q_gate"].grad}

@@ -12,7 +12,7 @@ import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -47,17 +47,6 @@ CPU_BLOCK_SIZE = 16
 
 Blocks are small, because each step copies those of a sequence.
 """
-
-
-@dataclass(frozen=True, slots=True)
-class _PendingTokens:
-    """Tokens of a launched step that the host has not read yet.
-
-    `sequences` contains the sequence of each batch row; None for a paused sequence.
-    """
-
-    sequences: list[SequenceState | None]
-    async_tokens: AsyncTokens
 
 
 class Engine:
@@ -111,7 +100,9 @@ class Engine:
         self._runner = ModelRunner(model, cache, use_cuda_graphs)
         self._max_pending = 1 if weight.is_cuda else 0
         """Maximum number of launched steps whose tokens the host has not read."""
-        self._pending: deque[_PendingTokens] = deque()
+        self._pending: deque[tuple[list[SequenceState | None], AsyncTokens]] = deque()
+        """Tokens of launched steps that the host has not read, with the sequence of each batch row;
+        None for a paused sequence."""
         self._events: list[EngineEvent] = []
 
     @property
@@ -333,16 +324,16 @@ class Engine:
         Sequences that reach their maximum length leave the batch.
         """
         scheduled = [None if item.is_paused else item for item in sequences]
-        self._pending.append(_PendingTokens(scheduled, async_tokens))
+        self._pending.append((scheduled, async_tokens))
         self._scheduler.count_scheduled(item for item in scheduled if item is not None)
 
     def _collect_tokens(self) -> None:
         """Wait for the tokens of the oldest launched step and emit their events."""
-        pending = self._pending.popleft()
-        tokens = pending.async_tokens.wait_tokens(
-            [None if a is None else a.request.logprobs for a in pending.sequences]
+        sequences, async_tokens = self._pending.popleft()
+        tokens = async_tokens.wait_tokens(
+            [None if a is None else a.request.logprobs for a in sequences]
         )
-        for sequence, token in zip(pending.sequences, tokens, strict=True):
+        for sequence, token in zip(sequences, tokens, strict=True):
             if sequence is None or sequence.is_finished:
                 continue
             if token is None:

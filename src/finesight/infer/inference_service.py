@@ -169,7 +169,8 @@ class IncrementalDetokenizer:
             self.has_stopped = True
             emitted, self._pending = self._pending[: min(stop_positions)], ""
         else:
-            num_held = 0 if is_last else self._count_partial_stop()
+            stop_strings = () if is_last else self._stop_strings
+            num_held = _count_partial_marker(self._pending, stop_strings)
             emitted = self._pending[: len(self._pending) - num_held]
             self._pending = self._pending[len(emitted) :]
         self.text += emitted
@@ -190,10 +191,8 @@ class IncrementalDetokenizer:
             self._strips_newlines = True
             self._strip_first_newlines()
             return
-        length = next(
-            n for n in range(len(_REASONING_END) - 1, -1, -1) if text.endswith(_REASONING_END[:n])
-        )
-        end = len(text[: len(text) - length].rstrip("\n"))
+        num_held = _count_partial_marker(text, [_REASONING_END])
+        end = len(text[: len(text) - num_held].rstrip("\n"))
         self._new_reasoning, self._pending = self._new_reasoning + text[:end], text[end:]
 
     def _strip_first_newlines(self) -> None:
@@ -201,15 +200,16 @@ class IncrementalDetokenizer:
             self._pending = self._pending.lstrip("\n")
             self._strips_newlines = not self._pending
 
-    def _count_partial_stop(self) -> int:
-        """Return the length of the longest pending suffix that may start a stop string."""
-        lengths = (
-            length
-            for text in self._stop_strings
-            for length in range(min(len(text) - 1, len(self._pending)), 0, -1)
-            if self._pending.endswith(text[:length])
-        )
-        return max(lengths, default=0)
+
+def _count_partial_marker(text: str, markers: Sequence[str]) -> int:
+    """Return the length of the longest suffix of a text that may start a marker."""
+    lengths = (
+        length
+        for marker in markers
+        for length in range(min(len(marker) - 1, len(text)), 0, -1)
+        if text.endswith(marker[:length])
+    )
+    return max(lengths, default=0)
 
 
 class GenerationStream:

@@ -119,10 +119,8 @@ class BlockManager:
         """
         for block_hash, block_id in zip(block_hashes, block_ids, strict=True):
             if block_hash not in self._block_by_hash and block_id not in self._hash_by_block:
-                self._block_by_hash[block_hash], self._hash_by_block[block_id] = (
-                    block_id,
-                    block_hash,
-                )
+                self._block_by_hash[block_hash] = block_id
+                self._hash_by_block[block_id] = block_hash
 
     def release(self, block_ids: Iterable[int]) -> None:
         """Drop one reference to each block.
@@ -215,6 +213,7 @@ class KVCache:
 
     Attributes:
         active_R: 1 for a decoding sequence, 0 for an unused row, which writes to block 0.
+        slots_R: Slot of each row in `linear_states`, 0 for an unused row.
         matches_training: Whether decoder layers and attention round as in training.
     """
 
@@ -243,8 +242,8 @@ class KVCache:
         self.block_table_RB = torch.zeros(
             max_num_seqs, num_blocks, dtype=torch.int32, device=device
         )
-        self.seq_lens_R, self.prompt_lens_R, self.active_R = (
-            torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(3)
+        self.seq_lens_R, self.prompt_lens_R, self.active_R, self.slots_R = (
+            torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.linear_states = (
             LinearStateCache(decoder_config, max_num_seqs, dtype, device, num_snapshots)
@@ -295,16 +294,13 @@ class LinearStateCache:
     ) -> None:
         config = decoder_config.linear_attention
         assert config is not None, "a decoder without linear attention"
-        shape = (
-            decoder_config.num_layers - decoder_config.num_full_attention_layers,
-            max_num_seqs + num_snapshots + 1,
-        )
+        num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
+        shape = num_layers, max_num_seqs + num_snapshots + 1
         conv_shape = (config.conv_kernel_size - 1, config.conv_size)
         delta_shape = (config.num_value_heads, config.key_head_dim, config.value_head_dim)
         self._conv_LSWN = torch.zeros(*shape, *conv_shape, dtype=dtype, device=device)
         wide_dtype = torch.promote_types(dtype, torch.float32)
         self._delta_LSHDV = torch.zeros(*shape, *delta_shape, dtype=wide_dtype, device=device)
-        self.slots_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def get_layer(self, layer_index: int) -> DeltaNetState:
         """Return the states of all slots of a layer, to be updated in place."""
@@ -343,13 +339,8 @@ def get_linear_state_bytes(
 
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
     """Return the KV-cache size of one token in bytes, over all layers."""
-    num_elements = (
-        2
-        * decoder_config.num_full_attention_layers
-        * decoder_config.num_kv_heads
-        * decoder_config.head_dim
-    )
-    return num_elements * dtype.itemsize
+    num_elements = decoder_config.num_kv_heads * decoder_config.head_dim
+    return 2 * decoder_config.num_full_attention_layers * num_elements * dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)
@@ -414,23 +405,16 @@ class PrefillAttention:
         """Write the new keys and values, then compute attention: [T, H, D] to [T, H, D]."""
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
-        if self._is_first_chunk:
-            key_segments = self._kv_segments if self.fuses_layers else None
-            return varlen_attention(
-                q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
-            )
-        k_MKD = cache.flat_keys(layer_index).index_select(0, self._context_slots_M)
-        v_MKD = cache.flat_values(layer_index).index_select(0, self._context_slots_M)
-        if supports_varlen_attention(q_THD):
-            return varlen_attention(
-                q_THD,
-                k_MKD,
-                v_MKD,
-                self._query_segments,
-                causal=True,
-                key_segments=self._kv_segments,
-            )
-        return self._attend_per_chunk(q_THD, k_MKD, v_MKD)
+        key_segments = self._kv_segments if self.fuses_layers else None
+        if not self._is_first_chunk:
+            k_TKD = cache.flat_keys(layer_index).index_select(0, self._context_slots_M)
+            v_TKD = cache.flat_values(layer_index).index_select(0, self._context_slots_M)
+            if not supports_varlen_attention(q_THD):
+                return self._attend_per_chunk(q_THD, k_TKD, v_TKD)
+            key_segments = self._kv_segments
+        return varlen_attention(
+            q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
+        )
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
         """Continue from the states of the prompts, unless all chunks are first ones."""
@@ -439,7 +423,7 @@ class PrefillAttention:
         state = None
         if not self._is_first_chunk:
             state = states.read(layer_index, self._state_slots_S)
-        o_THV, state = forward_with_states(inputs, self._query_segments.chunk_layout, state)
+        o_THV, state = forward_with_states(inputs, self._query_segments, state)
         states.write(layer_index, self._state_slots_S, state)
         return o_THV
 
@@ -504,7 +488,7 @@ class DecodeAttention:
         """Compute the next token of each sequence from its state, and update the state."""
         states = self.cache.linear_states
         assert states is not None, "a cache without linear attention states"
-        slots_R = states.slots_R[: self.num_seqs]
+        slots_R = self.cache.slots_R[: self.num_seqs]
         o_RHV, state = forward_step(inputs, states.read(layer_index, slots_R))
         states.write(layer_index, slots_R, state)
         return o_RHV

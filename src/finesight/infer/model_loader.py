@@ -24,7 +24,8 @@ from finesight.manifest import (
     load_manifest,
 )
 from finesight.model.hf_backend import AnyModel, load_auto_model
-from finesight.model.lora.multi import MultiLora
+from finesight.model.linear import LoraLinear
+from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.lora.peft_io import (
     ADAPTER_CONFIG_FILE,
     load_adapter,
@@ -153,7 +154,7 @@ def load_multi_adapter_model(
     if base_source.adapter is None and not extra_adapters:
         return load_inference_model(run_or_model, device, precision, weight_format, thinking)
     model, renderer = _load_base_model(base_source, device, precision, weight_format, thinking)
-    multi_lora, num_adapters = MultiLora(model), 0
+    adapters: list[Mapping[str, LoraLinear]] = []
     adapter_indices: dict[str, int | None] = {}
     thinking_modes: dict[str, bool] = {}
     for run_or_adapter in (run_or_model, *extra_adapters):
@@ -166,13 +167,12 @@ def load_multi_adapter_model(
             adapter_indices[get_model_name(run_or_adapter)] = None
             continue
         load_adapter(model, source.adapter, base_folder=base_source.folder)
-        multi_lora.collect_adapter()
-        adapter_indices[get_model_name(run_or_adapter)] = num_adapters
-        num_adapters += 1
+        adapter_indices[get_model_name(run_or_adapter)] = len(adapters)
+        adapters.append(detach_adapter(model))
     assert isinstance(model, VisionLanguageModel), (
         f"adapters are not supported by {type(model).__name__}"
     )
-    model.lora_routing = multi_lora.install()
+    model.lora_routing = install_lora_routing(model, adapters)
     model.eval()
     if base_source.adapter is not None:
         adapter_indices[BASE_MODEL_NAME] = None

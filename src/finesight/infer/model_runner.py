@@ -151,21 +151,15 @@ class ModelRunner:
             num_generated: Number of completion tokens in the KV cache, without the next one.
         """
         self.ids_R[batch_index : batch_index + 1] = id_1
-        values = [
-            prompt.num_tokens + num_generated,
-            prompt.num_tokens,
-            1,
-            prompt.max_position + num_generated,
-        ]
-        cache = self.cache
-        for buffer, value in zip(
-            (cache.seq_lens_R, cache.prompt_lens_R, cache.active_R, self._position_ids_R),
-            values,
-            strict=True,
+        cache, num_tokens = self.cache, prompt.num_tokens
+        for buffer_R, value in (
+            (cache.seq_lens_R, num_tokens + num_generated),
+            (cache.prompt_lens_R, num_tokens),
+            (cache.active_R, 1),
+            (cache.slots_R, prompt.state_slot),
+            (self._position_ids_R, prompt.max_position + num_generated),
         ):
-            buffer[batch_index].fill_(value)
-        if cache.linear_states is not None:
-            cache.linear_states.slots_R[batch_index].fill_(prompt.state_slot)
+            buffer_R[batch_index].fill_(value)
         if self.model.lora_routing is not None:
             self._lora_masks_RN[batch_index] = self.model.lora_routing.build_mask(
                 prompt.adapter_index
@@ -176,24 +170,14 @@ class ModelRunner:
     def remove_sequence(self, batch_index: int, last_index: int) -> None:
         """Remove a sequence from the decoding batch; the last sequence takes its row."""
         cache = self.cache
-        buffers: tuple[Tensor, ...] = (
-            cache.seq_lens_R,
-            cache.prompt_lens_R,
-            cache.active_R,
-            self._position_ids_R,
-            self.ids_R,
-        )
-        if cache.linear_states is not None:
-            buffers = (*buffers, cache.linear_states.slots_R)
+        unset = cache.seq_lens_R, cache.active_R, cache.slots_R, cache.block_table_RB
         if batch_index != last_index:
             masks = () if self.model.lora_routing is None else (self._lora_masks_RN,)
-            for buffer in (*buffers, cache.block_table_RB, *masks):
+            others = cache.prompt_lens_R, self._position_ids_R, self.ids_R
+            for buffer in (*unset, *others, *masks):
                 buffer[batch_index] = buffer[last_index]
-        for buffer in (cache.seq_lens_R, cache.active_R):
+        for buffer in unset:
             buffer[last_index].fill_(0)
-        if cache.linear_states is not None:
-            cache.linear_states.slots_R[last_index].fill_(0)
-        cache.block_table_RB[last_index].fill_(0)
 
     def decode(self, num_seqs: int, max_seq_len: int) -> Tensor:
         """Run one decoding step of the first `num_seqs` sequences.
@@ -222,7 +206,8 @@ class ModelRunner:
         if self._use_fused_decode:
             logits_RV = fused_decode_step(self.model, ids_R, position_ids_3R, attention)
         else:
-            h_RW = self.model.decode_step(ids_R, position_ids_3R, attention)
+            decoder = self.model.model
+            h_RW = decoder(decoder.embed(ids_R), position_ids_3R, attention)
             logits_RV = self.model.compute_logits(self.model.apply_final_norm(h_RW))
         max_logits_R, ids_R = logits_RV.max(-1)
         self.ids_R[:num_seqs].copy_(ids_R)
@@ -413,7 +398,7 @@ def _attention_block(
         q_RHD = torch.unflatten(q_RE, 1, (-1, head_dim))
     qk_norms = None
     if self_attn.q_norm is not None and self_attn.k_norm is not None:
-        eps, offset = _get_norm_eps(self_attn.q_norm), 0.0 if gate_RHD is None else 1.0
+        eps, offset = self_attn.q_norm.eps, 0.0 if gate_RHD is None else 1.0
         qk_norms = decoding.QKNorms(self_attn.q_norm.weight, self_attn.k_norm.weight, eps, offset)
     q_RHD = decoding.rope_and_cache(
         q_RHD, k_RKD, v_RKD, qk_norms, rotary.cos_T1D, rotary.sin_T1D, attention.slot_mapping_R,
@@ -432,14 +417,14 @@ def _linear_attention_block(
     states, config = attention.cache.linear_states, attn.config
     assert states is not None, "a cache without linear attention states"
     conv_SWN, delta_SHDV = states.get_layer(attn.attention_index)
-    slots_R = states.slots_R[: len(x_RD)]
+    slots_R = attention.cache.slots_R[: len(x_RD)]
     qkv_RN = delta_net_kernels.causal_conv_step(
         qkv_RN, attn.conv1d.weight.squeeze(1), conv_SWN, slots_R, config.num_key_heads,
         config.num_value_heads, config.value_head_dim, L2_NORM_EPS,
     )  # fmt: skip
     o_RE = delta_net_kernels.gated_delta_step(
         qkv_RN, a_RH, b_RH, attn.A_log, attn.dt_bias, z_RE, attn.norm.weight, delta_SHDV, slots_R,
-        config.num_key_heads, _get_norm_eps(attn.norm),
+        config.num_key_heads, attn.norm.eps,
     )  # fmt: skip
     return _linear_add(attn.out_proj, o_RE, x_RD)
 
@@ -499,9 +484,7 @@ def _linear_single_row(
     is_gated: bool = False,
 ) -> Tensor:
     """Apply a fused linear layer and its multi-LoRA delta to a single row."""
-    norm_kwargs: dict[str, Any] = {}
-    if norm is not None:
-        norm_kwargs = _get_norm_args(norm)
+    norm_kwargs: dict[str, Any] = {} if norm is None else _get_norm_args(norm)
     lora_delta, multi_lora = None, linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
         low_1S = decoding.fused_gemv(
@@ -541,7 +524,7 @@ def _linear_4bit(
         weight_I: Tensor = norm.weight
         if isinstance(norm, ZeroCenteredRmsNorm):
             weight_I = norm.scale(x_1I.dtype)
-        rms_norm = RmsNormParams(weight_I, _get_norm_eps(norm))
+        rms_norm = RmsNormParams(weight_I, norm.eps)
     matrices = [matrix for matrix in weight.matrices if isinstance(matrix, Packed4BitMatrix)]
     output_sizes = [matrix.out_features for matrix in matrices]
     y_1O = x_1I.new_empty(1, sum(output_sizes))
@@ -560,12 +543,7 @@ def _linear_4bit(
 def _get_norm_args(norm: RmsNorm) -> dict[str, Any]:
     """Return the arguments of `fused_gemv` for a norm."""
     offset = 1.0 if isinstance(norm, ZeroCenteredRmsNorm) else 0.0
-    return {"norm_I": norm.weight, "eps": _get_norm_eps(norm), "norm_offset": offset}
-
-
-def _get_norm_eps(norm: RmsNorm) -> float:
-    assert norm.eps is not None, "RMSNorm without eps"
-    return norm.eps
+    return {"norm_I": norm.weight, "eps": norm.eps, "norm_offset": offset}
 
 
 def _supports_gemv(linear: FusedLinear) -> bool:

@@ -20,7 +20,7 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
+from finesight.encode.packing import ContextShard, copy_to_device
 from finesight.model.fused_ops import has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,
@@ -235,38 +235,16 @@ class AttentionBackend(Protocol):
 
 
 @dataclass(frozen=True)
-class Segments:
+class Segments(ChunkLayout):
     """Boundaries of the attention segments in a packed tensor.
 
     A segment is a sequence of the decoder, or a frame or window of the vision encoder.
-
-    Attributes:
-        lengths: Length of each segment; an upper bound in a CUDA graph.
-        num_tokens: Rows of the packed tensor.
     """
-
-    lengths: tuple[int, ...]
-    cu_seqlens_S1: Tensor
-    max_seqlen: int
-    num_tokens: int
-
-    @classmethod
-    def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Segments:
-        """Build segments from their lengths and copy `cu_seqlens` to `device`."""
-        lengths = tuple(lengths)
-        cu_seqlens = copy_to_device(compute_cu_seqlens(lengths), device)
-        return cls(lengths, cu_seqlens, max(lengths), sum(lengths))
 
     @cached_property
     def context_lengths_T(self) -> Tensor:
         """Length of the segment that each token belongs to, [T]."""
-        lengths_S = self.cu_seqlens_S1.diff()
-        return lengths_S.repeat_interleave(lengths_S, output_size=self.num_tokens)
-
-    @cached_property
-    def chunk_layout(self) -> ChunkLayout:
-        """Chunks of the segments for linear attention."""
-        return ChunkLayout(self.lengths, self.cu_seqlens_S1, self.num_tokens)
+        return self.lengths_S.repeat_interleave(self.lengths_S, output_size=self.num_tokens)
 
     @cached_property
     def length_buckets(self) -> LengthBuckets:
@@ -301,7 +279,7 @@ class PackedAttention:
         return varlen_attention(q_THD, k_TKD, v_TKD, self.segments, causal=True)
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
-        return forward_packed(inputs, self.segments.chunk_layout)
+        return forward_packed(inputs, self.segments)
 
 
 class SharedPrefixIndices(NamedTuple):
@@ -384,8 +362,8 @@ class SharedPrefixAttention(PackedAttention):
         (prefix, *others), cu_seqlens_S1 = self.segments.lengths, self.segments.cu_seqlens_S1
         num_suffix_tokens = self.segments.num_tokens - prefix
         return (
-            ChunkLayout((prefix,), cu_seqlens_S1[:2], prefix),
-            ChunkLayout((*others,), cu_seqlens_S1[1:] - prefix, num_suffix_tokens),
+            ChunkLayout((prefix,), cu_seqlens_S1[:2], prefix, prefix),
+            ChunkLayout((*others,), cu_seqlens_S1[1:] - prefix, max(others), num_suffix_tokens),
         )
 
     @cached_property
@@ -448,10 +426,11 @@ def varlen_attention(
         return cpu_attention(q_THD, k_TKD, v_TKD, buckets, causal=causal)
     if not supports_varlen_attention(q_THD):
         return bucketed_attention(q_THD, k_TKD, v_TKD, segments.length_buckets, causal)
+    cu_seqlens = varlen_kernels.CuSeqlens(segments.cu_seqlens_S1, segments.max_seqlen)
     if causal and _use_triton_attention(q_THD, segments):
-        return _triton_attention(q_THD, k_TKD, v_TKD, _kernel_cu_seqlens(segments))
+        return _triton_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
     if HAS_TRITON and not (causal or torch.is_grad_enabled()):
-        return varlen_kernels.vision_attention(q_THD, k_TKD, v_TKD, _kernel_cu_seqlens(segments))
+        return varlen_kernels.vision_attention(q_THD, k_TKD, v_TKD, cu_seqlens)
     return _flash_attention(q_THD, k_TKD, v_TKD, segments, segments, causal)
 
 
@@ -474,10 +453,6 @@ def _use_triton_attention(q_THD: Tensor, segments: Segments) -> bool:
     )
 
 
-def _kernel_cu_seqlens(segments: Segments) -> varlen_kernels.CuSeqlens:
-    return varlen_kernels.CuSeqlens(segments.cu_seqlens_S1, segments.max_seqlen)
-
-
 class _TritonAttention(torch.autograd.Function):
     """Autograd function of causal attention for short segments, with Triton kernels."""
 
@@ -485,9 +460,7 @@ class _TritonAttention(torch.autograd.Function):
     def forward(
         ctx: Any, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: varlen_kernels.CuSeqlens
     ) -> Tensor:
-        o_THD, lse_HT = varlen_kernels.attention_forward(
-            q_THD, k_TKD, v_TKD, cu_seqlens, causal=True
-        )
+        o_THD, lse_HT = varlen_kernels.attention_forward(q_THD, k_TKD, v_TKD, cu_seqlens)
         ctx.save_for_backward(q_THD, k_TKD, v_TKD, o_THD, lse_HT)
         ctx.cu_seqlens = cu_seqlens
         return o_THD
@@ -497,7 +470,7 @@ class _TritonAttention(torch.autograd.Function):
     def backward(ctx: Any, do_THD: Tensor) -> tuple[Tensor | None, ...]:
         q_THD, k_TKD, v_TKD, o_THD, lse_HT = ctx.saved_tensors
         inputs = q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT
-        return *varlen_kernels.attention_backward(*inputs, ctx.cu_seqlens, causal=True), None
+        return *varlen_kernels.attention_backward(*inputs, ctx.cu_seqlens), None
 
 
 def _triton_attention(
@@ -731,7 +704,7 @@ class _CpuAttention(torch.autograd.Function):
             torch.bmm(weights[-1], v_BLD, out=o_BQD)
         ctx.save_for_backward(*query_rows, *key_rows, q_XD, k_XD, v_XD, *weights)
         ctx.buckets, ctx.num_kv_heads, ctx.scale = buckets, k_TKD.shape[1], scale
-        return _restore_rows(o_XD, query_rows).view(q_THD.shape)
+        return o_XD.index_select(0, query_rows.inverse_Y).view(q_THD.shape)
 
     @staticmethod
     @once_differentiable
@@ -761,7 +734,8 @@ class _CpuAttention(torch.autograd.Function):
         dk_TKD, dv_TKD = (
             _sum_duplicates(x, key_rows).view(-1, num_kv_heads, x.shape[1]) for x in (dk_XD, dv_XD)
         )
-        return _restore_rows(dq_XD, query_rows).view(do_THD.shape), dk_TKD, dv_TKD, None, None
+        dq_THD = dq_XD.index_select(0, query_rows.inverse_Y).view(do_THD.shape)
+        return dq_THD, dk_TKD, dv_TKD, None, None
 
 
 def _attention_weights(q_BQD: Tensor, k_BLD: Tensor, scale: float, causal: bool) -> Tensor:
@@ -803,13 +777,9 @@ def _select_rows(x_THD: Tensor, rows: HeadRowIndices) -> Tensor:
     return x_THD.reshape(-1, x_THD.shape[-1]).index_select(0, rows.order_X)
 
 
-def _restore_rows(x_XD: Tensor, rows: HeadRowIndices) -> Tensor:
-    return x_XD.index_select(0, rows.inverse_Y)
-
-
 def _sum_duplicates(dx_XD: Tensor, rows: HeadRowIndices) -> Tensor:
     """Restore the packed row order and sum the gradients of duplicated rows in fp32."""
-    dx_YD = _restore_rows(dx_XD, rows)
+    dx_YD = dx_XD.index_select(0, rows.inverse_Y)
     if rows.copies_RC is not None:
         count, num_copies = rows.copies_RC.shape
         wide_dtype = torch.promote_types(dx_XD.dtype, torch.float32)

@@ -85,9 +85,7 @@ class ConfigReader:
     def get_ints(self, key: str) -> tuple[int, ...]:
         """Return the list of non-negative integers stored under `key`."""
         value = self._values.get(key)
-        if not isinstance(value, list | tuple):
-            self.raise_invalid(key, "a list of integers")
-        if not all(_is_int(item, 0) for item in value):
+        if not isinstance(value, list | tuple) or not all(_is_int(item, 0) for item in value):
             self.raise_invalid(key, f"a list of integers from 0 to {MAX_INT}")
         return tuple(value)
 
@@ -285,10 +283,7 @@ def parse_decoder_config(
     num_kv_heads = text.get_int("num_key_value_heads", num_heads)
     sections = rope.get_ints("mrope_section")
     if head_dim is None:
-        if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-            expected = f"a divisor of hidden_size {hidden_size} with an even quotient"
-            text.raise_invalid("num_attention_heads", expected)
-        head_dim = hidden_size // num_heads
+        head_dim = get_even_head_dim(text, hidden_size, num_heads)
         text.require_supported("head_dim", None, (None, head_dim))
     if num_heads % num_kv_heads:
         text.raise_invalid("num_key_value_heads", f"a divisor of {num_heads} heads")
@@ -316,6 +311,14 @@ def parse_decoder_config(
         max_position_embeddings=text.get_int("max_position_embeddings", 32768),
         tie_word_embeddings=hf_config.get_bool("tie_word_embeddings", tied),
     )
+
+
+def get_even_head_dim(text: ConfigReader, hidden_size: int, num_heads: int) -> int:
+    """Return the head dimension of heads that share the hidden size; it must be even."""
+    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
+        expected = f"a divisor of hidden_size {hidden_size} with an even quotient"
+        text.raise_invalid("num_attention_heads", expected)
+    return hidden_size // num_heads
 
 
 def get_text_config(hf_config: ConfigReader) -> ConfigReader:

@@ -146,10 +146,7 @@ class DecoderLayer(FusibleLayer):
         )
         o_TI = attention(attn.layer_index, q_THD, k_TKD, v_TKD).flatten(1)
         if logit_indices_L is not None:
-            x_TD, o_TI = (
-                x_TD.index_select(0, logit_indices_L),
-                o_TI.index_select(0, logit_indices_L),
-            )
+            x_TD, o_TI = (y.index_select(0, logit_indices_L) for y in (x_TD, o_TI))
         return fused_decoder.out_proj_mlp(
             x_TD,
             o_TI,
@@ -197,22 +194,17 @@ class Decoder(nn.Module):
         """Compute hidden states before the final norm."""
         rotary = self.compute_rotary(position_ids_3T, attention, x_TD.dtype)
         num_checkpointed = num_checkpointed_layers(activation_checkpointing, len(self.layers))
-        *layers, last_layer = self.layers
-        for layer_index, layer in enumerate(layers):
-            uses_rng = _uses_rng(layer, x_TD)
-            inputs = x_TD, rotary, attention
+        for layer_index, layer in enumerate(self.layers):
+            is_last = layer_index == len(self.layers) - 1
             x_TD = run_layer(
-                layer, layer_index < num_checkpointed, *inputs, preserve_rng_state=uses_rng
+                layer,
+                layer_index < num_checkpointed,
+                *(x_TD, rotary, attention, logit_indices_L if is_last else None),
+                preserve_rng_state=_uses_rng(layer, x_TD),
             )
             if deepstack is not None:
                 x_TD = deepstack.add_after_layer(layer_index, x_TD)
-        checkpoint_last = num_checkpointed > len(layers)
-        inputs = x_TD, rotary, attention
-        uses_rng = _uses_rng(last_layer, x_TD)
-        y_TD: Tensor = run_layer(
-            last_layer, checkpoint_last, *inputs, logit_indices_L, preserve_rng_state=uses_rng
-        )
-        return y_TD
+        return x_TD
 
 
 def _uses_rng(layer: nn.Module, x_TD: Tensor) -> bool:

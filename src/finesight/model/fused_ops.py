@@ -51,21 +51,15 @@ def sigmoid_gate(x_THD: Tensor, gate_THD: Tensor) -> Tensor:
 
 
 def norm_rotary(
-    x_THD: Tensor,
-    weight_D: Tensor,
-    eps: float,
-    cos_T1R: Tensor,
-    sin_T1R: Tensor,
-    *,
-    weight_offset: float,
+    x_THD: Tensor, weight_D: Tensor, eps: float, weight_offset: float, *angles: Tensor
 ) -> Tensor:
     """Apply RMS norm and rotary position embeddings in one kernel.
 
-    Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated.
+    Requires Triton. The norm weight is weight + offset; R leading elements of a head are rotated by
+    `angles`, the cosines and sines [T, 1, R].
     """
-    y_THD: Tensor = _NormRotary.apply(  # type: ignore[no-untyped-call]
-        x_THD, weight_D, eps, cos_T1R, sin_T1R, weight_offset
-    )
+    inputs = x_THD, weight_D, eps, weight_offset, *angles
+    y_THD: Tensor = _NormRotary.apply(*inputs)  # type: ignore[no-untyped-call]
     return y_THD
 
 
@@ -143,8 +137,8 @@ def has_kernels(x: Tensor) -> bool:
 
 def has_tensor_cores(dtype: torch.dtype, device: torch.device) -> bool:
     """Return True if Triton and flash attention can use tensor cores for this dtype."""
-    is_16_bit = dtype in (torch.bfloat16, torch.float16)
-    return is_16_bit and device.type != "cpu" and get_device_capability(device) >= (8, 0)
+    is_16_bit_gpu = dtype in _KERNEL_TYPES and device.type != "cpu"
+    return is_16_bit_gpu and get_device_capability(device) >= (8, 0)
 
 
 class _ApplyRotary(torch.autograd.Function):
@@ -163,7 +157,7 @@ class _ApplyRotary(torch.autograd.Function):
 
 def _rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float) -> Tensor:
     if has_kernels(x_THD):
-        return elementwise.apply_rotary(x_THD, cos_T1D, sin_T1D, sign)
+        return rotary.apply_rotary(x_THD, cos_T1D, sin_T1D, sign)
     # Convert once: with mixed dtypes every operation would convert.
     wide_THD = x_THD.to(torch.promote_types(x_THD.dtype, cos_T1D.dtype))
     y_THD = wide_THD * cos_T1D
@@ -230,32 +224,20 @@ class _SigmoidGate(torch.autograd.Function):
 class _NormRotary(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        x_THD: Tensor,
-        weight_D: Tensor,
-        eps: float,
-        cos_T1R: Tensor,
-        sin_T1R: Tensor,
-        weight_offset: float,
+        ctx: Any, x_THD: Tensor, weight_D: Tensor, eps: float, weight_offset: float, *angles: Tensor
     ) -> Tensor:
-        y_THD, rstd_N = rotary.norm_rotary(x_THD, weight_D, eps, weight_offset, cos_T1R, sin_T1R)
-        ctx.save_for_backward(x_THD, weight_D, cos_T1R, sin_T1R, rstd_N)
+        y_THD, rstd_N = rotary.norm_rotary(x_THD, weight_D, eps, weight_offset, *angles)
+        ctx.save_for_backward(x_THD, weight_D, *angles, rstd_N)
         ctx.weight_offset = weight_offset
         return y_THD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THD: Tensor) -> tuple[Tensor | None, ...]:
-        x_THD, weight_D, cos_T1R, sin_T1R, rstd_N = ctx.saved_tensors
+        x_THD, weight_D, *rotation = ctx.saved_tensors
+        inputs = x_THD, weight_D, ctx.weight_offset, *rotation, dy_THD.contiguous()
         dx_THD, dweight_D = rotary.norm_rotary_backward(
-            x_THD,
-            weight_D,
-            ctx.weight_offset,
-            cos_T1R,
-            sin_T1R,
-            rstd_N,
-            dy_THD.contiguous(),
-            needs_weight_grad=ctx.needs_input_grad[1],
+            *inputs, needs_weight_grad=ctx.needs_input_grad[1]
         )
         return dx_THD, dweight_D, None, None, None, None
 

@@ -16,10 +16,10 @@ key, V dimension of a value, N channels of the convolution, W width of its kerne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
@@ -27,15 +27,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import compute_cu_seqlens
+from finesight.encode.packing import compute_cu_seqlens, copy_to_device
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
-from finesight.model.kernels.gated_delta_net import ConvOutput, SequenceChunks
+from finesight.model.kernels.gated_delta_net import CHUNK_LENGTH, ConvOutput, SequenceChunks
 from finesight.model.kernels.runtime import get_device_capability
-
-CHUNK_LENGTH = 64
-"""Tokens of a chunk. Within a chunk the tokens are computed in parallel."""
 
 L2_NORM_EPS = 1e-6
 
@@ -90,13 +87,15 @@ class ChunkLayout:
 
     lengths: tuple[int, ...]
     cu_seqlens_S1: Tensor
+    max_seqlen: int
     num_tokens: int
 
     @classmethod
-    def from_lengths(cls, lengths: Sequence[int], device: torch.device) -> ChunkLayout:
-        """Lay out sequences of these lengths."""
-        cu_seqlens_S1 = torch.from_numpy(compute_cu_seqlens(lengths)).to(device)
-        return cls(tuple(lengths), cu_seqlens_S1, sum(lengths))
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Self:
+        """Lay out sequences of these lengths and copy `cu_seqlens` to `device`."""
+        lengths = tuple(lengths)
+        cu_seqlens = copy_to_device(compute_cu_seqlens(lengths), device)
+        return cls(lengths, cu_seqlens, max(lengths), sum(lengths))
 
     @cached_property
     def lengths_S(self) -> Tensor:
@@ -371,15 +370,16 @@ def forward_with_states(
 def _forward(
     inputs: DeltaNetInputs, layout: ChunkLayout, conv_SWN: Tensor | None, delta_SHDV: Tensor | None
 ) -> tuple[Tensor, Tensor]:
+    gates = inputs.log_decay_TH, inputs.beta_TH
     if supports_kernels(inputs.config, inputs.qkv_TN):
         q, k, v = _apply_conv_kernels(inputs, layout, conv_SWN)
         o_THV, final_SHDV = _GatedDeltaRule.apply(  # type: ignore[no-untyped-call]
-            q, k, v, inputs.log_decay_TH, inputs.beta_TH, delta_SHDV, layout.sequence_chunks
+            q, k, v, *gates, delta_SHDV, layout.sequence_chunks
         )
         return o_THV, final_SHDV
     y_TN = F.silu(causal_conv1d(inputs.qkv_TN, inputs.conv_weight_NW, layout, conv_SWN))
     q, k, v = _split_heads(y_TN.to(inputs.qkv_TN.dtype), inputs.config)
-    return chunk_gated_delta_rule(q, k, v, inputs.log_decay_TH, inputs.beta_TH, layout, delta_SHDV)
+    return chunk_gated_delta_rule(q, k, v, *gates, layout, delta_SHDV)
 
 
 def forward_step(inputs: DeltaNetInputs, state: DeltaNetState) -> tuple[Tensor, DeltaNetState]:
@@ -451,9 +451,12 @@ def _apply_conv_kernels(
     position_T = layout.position_T
     if conv_SWN is not None:
         x_TN, position_T, rows_T = layout.prepend_states(x_TN, conv_SWN)
-    outputs = kernels.conv_outputs(
-        config.num_key_heads, config.num_value_heads, config.key_head_dim, config.value_head_dim
-    )
+    keys, key_heads = config.key_size, (config.num_key_heads, config.key_head_dim)
+    outputs: list[ConvOutput] = [
+        (0, *key_heads, config.key_head_dim**-0.5),
+        (keys, *key_heads, 1.0),
+        (2 * keys, config.num_value_heads, config.value_head_dim, None),
+    ]
     q, k, v = _CausalConvSilu.apply(  # type: ignore[no-untyped-call]
         x_TN, inputs.conv_weight_NW, position_T, outputs
     )
@@ -473,15 +476,9 @@ class _CausalConvSilu(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TN, weight_NW, position_T = ctx.saved_tensors
+        inputs = *ctx.saved_tensors, ctx.outputs, L2_NORM_EPS, list(grads)
         dx_TN, dweight_NW = kernels.causal_conv_silu_backward(
-            x_TN,
-            weight_NW,
-            position_T,
-            ctx.outputs,
-            L2_NORM_EPS,
-            list(grads),
-            needs_weight_grad=ctx.needs_input_grad[1],
+            *inputs, needs_weight_grad=ctx.needs_input_grad[1]
         )
         return dx_TN, dweight_NW, None, None
 
@@ -512,24 +509,12 @@ class _GatedDeltaRule(torch.autograd.Function):
     def backward(
         ctx: Any, dout_THV: Tensor | None, dfinal_SHDV: Tensor | None
     ) -> tuple[Tensor | None, ...]:
-        q_TKD, k_TKD, v_THV, log_decay_TH, beta_TH, initial_SHDV, *matrices = ctx.saved_tensors
-        if dout_THV is None:
-            dout_THV = torch.zeros_like(v_THV)
+        *inputs, inverse, product = ctx.saved_tensors
+        dout_THV = torch.zeros_like(inputs[2]) if dout_THV is None else dout_THV.contiguous()
         if dfinal_SHDV is not None:
             dfinal_SHDV = dfinal_SHDV.contiguous()
-        grads = kernels.gated_delta_rule_backward(
-            q_TKD,
-            k_TKD,
-            v_THV,
-            log_decay_TH,
-            beta_TH,
-            initial_SHDV,
-            ctx.chunks,
-            matrices,
-            dout_THV.contiguous(),
-            dfinal_SHDV,
-        )
-        return *grads, None
+        inputs += [ctx.chunks, (inverse, product), dout_THV, dfinal_SHDV]
+        return *kernels.gated_delta_rule_backward(*inputs), None
 
 
 class _GatedRmsNorm(torch.autograd.Function):
@@ -542,13 +527,6 @@ class _GatedRmsNorm(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_THV: Tensor) -> tuple[Tensor | None, ...]:
-        x_THV, z_THV, weight_V = ctx.saved_tensors
-        grads = kernels.gated_rms_norm_backward(
-            x_THV,
-            z_THV,
-            weight_V,
-            ctx.eps,
-            dy_THV.contiguous(),
-            needs_weight_grad=ctx.needs_input_grad[2],
-        )
+        inputs = *ctx.saved_tensors, ctx.eps, dy_THV.contiguous()
+        grads = kernels.gated_rms_norm_backward(*inputs, needs_weight_grad=ctx.needs_input_grad[2])
         return *grads, None

@@ -222,20 +222,6 @@ def load_hf_model(
     return HfModel(inner.to(device)).eval()
 
 
-def save_hf_model(model: HfModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    copy_model_files(folder, target, dtype)
-    state = model.inner.state_dict()
-    copies_by_pointer: dict[int, Tensor] = {}
-    for tensor in state.values():
-        # Copy a tied tensor once, so that it remains tied; every other tensor has its own memory.
-        copies_by_pointer.setdefault(tensor.data_ptr(), tensor.to("cpu", dtype, copy=True))
-    copies = {name: copies_by_pointer[tensor.data_ptr()] for name, tensor in state.items()}
-    (target / "config.json").unlink()
-    model.inner.config.dtype = dtype
-    model.inner.config.save_pretrained(target)
-    model.inner.save_pretrained(target, state_dict=copies)
-
-
 AnyModel = VisionLanguageModel | HfModel
 
 
@@ -252,7 +238,17 @@ def load_auto_model(
 
 
 def save_auto_model(model: AnyModel, folder: ModelFolder, target: Path, dtype: torch.dtype) -> None:
-    if isinstance(model, HfModel):
-        save_hf_model(model, folder, target, dtype)
-    else:
+    if isinstance(model, VisionLanguageModel):
         save_model(model, folder, target, dtype)
+        return
+    copy_model_files(folder, target, dtype)
+    state = model.inner.state_dict()
+    copies_by_pointer: dict[int, Tensor] = {}
+    for tensor in state.values():
+        # Copy a tied tensor once, so that it remains tied; every other tensor has its own memory.
+        copies_by_pointer.setdefault(tensor.data_ptr(), tensor.to("cpu", dtype, copy=True))
+    copies = {name: copies_by_pointer[tensor.data_ptr()] for name, tensor in state.items()}
+    (target / "config.json").unlink()
+    model.inner.config.dtype = dtype
+    model.inner.config.save_pretrained(target)
+    model.inner.save_pretrained(target, state_dict=copies)

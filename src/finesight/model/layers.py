@@ -149,8 +149,9 @@ def empty_embedding(num_embeddings: int, embedding_dim: int) -> nn.Embedding:
 class RmsNorm(nn.RMSNorm):
     """RMS norm with a trainable weight."""
 
+    eps: float
+
     def forward(self, x: Tensor) -> Tensor:
-        assert self.eps is not None, "a norm without eps"
         return rms_norm(x, self.weight, self.eps)
 
 
@@ -165,7 +166,6 @@ class ZeroCenteredRmsNorm(RmsNorm):
         return 1.0 + self.weight.to(torch.promote_types(dtype, torch.float32))
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.eps is not None, "a norm without eps"
         if has_kernels(x) and not torch.is_grad_enabled():
             x_TD = x.reshape(-1, x.shape[-1]).contiguous()
             n_TD, _ = norm_kernels.rms_norm_dropout(

@@ -17,7 +17,7 @@ layers of a fused linear.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,7 +29,13 @@ from torch.autograd.function import once_differentiable
 from finesight.model.fused_ops import dropout, dropout_matmul, has_tensor_cores
 from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 from finesight.model.kernels.runtime import HAS_TRITON
-from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight
+from finesight.model.quant.base import (
+    Fp8Rows,
+    QuantizedMatrix,
+    QuantizedWeight,
+    require_dense,
+    split_outputs,
+)
 from finesight.model.quant.fp8 import Fp8Weight
 
 
@@ -124,12 +130,6 @@ class FusedLinear(nn.Module):
         return linear_per_layer(x, self.weight, self.bias, tuple(self.output_sizes.values()))
 
 
-def split_outputs(x: Tensor | None, sizes: Iterable[int]) -> Sequence[Tensor | None]:
-    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
-    sizes = list(sizes)
-    return [None] * len(sizes) if x is None else torch.split(x, sizes)
-
-
 def accepts_fp8_input(weight: Tensor | QuantizedWeight) -> bool:
     """Return True if the weight quantizes its input to FP8."""
     return isinstance(weight, Fp8Weight) and weight.training
@@ -148,7 +148,7 @@ def linear_per_layer(
     """
     if isinstance(weight, QuantizedWeight):
         return weight.linear_per_layer(x, bias)
-    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
+    x = require_dense(x)
     if len(output_sizes) == 1:
         return (F.linear(x, weight, bias),)
     weights = torch.split(weight, list(output_sizes))
@@ -214,8 +214,7 @@ def linear_concat(
     """Compute x W^T + bias of all fused layers, concatenated to [T, sum of widths]."""
     if isinstance(weight, QuantizedWeight):
         return weight.linear_concat(x, bias)
-    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
-    return F.linear(x, weight, bias)
+    return F.linear(require_dense(x), weight, bias)
 
 
 def linear_concat_backward(dy: Tensor, weight: Tensor | QuantizedWeight) -> Tensor:

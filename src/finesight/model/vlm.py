@@ -173,12 +173,6 @@ class VisionLanguageModel(nn.Module):
         )
         return h_TD
 
-    def decode_step(
-        self, ids_R: Tensor, position_ids_3R: Tensor, attention: AttentionBackend
-    ) -> Tensor:
-        h_RD: Tensor = self.model(self.model.embed(ids_R), position_ids_3R, attention)
-        return h_RD
-
     def apply_final_norm(self, h_TD: Tensor) -> Tensor:
         y_TD: Tensor = self.model.norm(h_TD)
         return y_TD

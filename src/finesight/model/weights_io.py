@@ -25,13 +25,14 @@ from finesight.model.config import ConfigReader
 from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
 from finesight.model.layers import MoeExperts
-from finesight.model.linear import FusedLinear, hub_name, split_outputs
+from finesight.model.linear import FusedLinear, hub_name
 from finesight.model.quant.base import (
     SAFETENSORS_DTYPES,
     QuantizedMatrix,
     QuantizedWeight,
     WeightTensorSpec,
     find_quantized_weights,
+    split_outputs,
 )
 from finesight.model.quant.fp8 import FP8_ALIGNMENT, Fp8Matrix, Fp8Weight
 from finesight.model.quant.int4 import RtnInt4Matrix, gptq_group_size, quantize_gptq_layers

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, RowRange, add_lora_delta
 from finesight.model.lora.fused import FIXED_ROWS, LoraMatmul, multiply, set_row_ranges
-from finesight.model.lora.multi import MultiLora
+from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.quant.int8 import Int8Matrix
 
@@ -81,9 +81,8 @@ def test_small_lora_delta_is_not_lost_to_rounding(names, bias, kind, dtype, devi
 @pytest.mark.parametrize("device", DEVICES)
 def test_multi_lora_delta_is_not_lost_to_rounding(bias, kind, device):
     group, x_TI = make_adapted_layer(list(WIDTHS), bias, kind, device)
-    trained, multi_lora = group.adapter, MultiLora(nn.ModuleDict({"gate_up_proj": group.eval()}))
-    multi_lora.collect_adapter()
-    routing = multi_lora.install()
+    trained, model = group.adapter, nn.ModuleDict({"gate_up_proj": group.eval()})
+    routing = install_lora_routing(model, [detach_adapter(model)])
     assert routing is not None
     routing.set_mask(routing.build_mask(0))
     found = list(group(x_TI))

@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear
 from finesight.model.lora.fused import FusedWeightSync, LoraMatmul, is_lora_fusible
-from finesight.model.lora.multi import LoraRouting, MultiLora, MultiLoraLinear
+from finesight.model.lora.multi import (
+    LoraRouting,
+    MultiLoraLinear,
+    detach_adapter,
+    install_lora_routing,
+)
 from finesight.model.quant.int8 import Int8Matrix
 
 Configs = dict[str, LoraConfig]
@@ -93,12 +98,12 @@ def install_multi_lora(
 ) -> tuple[LoraRouting, list[LoraLinear | None]]:
     """Install several adapters at once, and return them for the reference."""
     model = nn.ModuleDict({"linear": linear})
-    multi_lora, references = MultiLora(model), []
+    layers, references = [], []
     for configs in adapters:
         references.append(install_adapter(linear, configs) if configs else None)
-        multi_lora.collect_adapter()
+        layers.append(detach_adapter(model))
         assert linear.adapter is None
-    routing = multi_lora.install()
+    routing = install_lora_routing(model, layers)
     assert routing is not None
     return routing, references
 
@@ -151,10 +156,10 @@ def test_scale_beyond_the_range_of_fp16():
     x_TI = torch.ones(2, 6, dtype=torch.float16)
     (expected,) = linear(x_TI)
     assert expected.isfinite().all()
-    multi_lora = MultiLora(nn.ModuleDict({"linear": linear}))
-    multi_lora.collect_adapter()
+    model = nn.ModuleDict({"linear": linear})
+    layers = detach_adapter(model)
     (base,) = linear(x_TI)
-    routing = multi_lora.install()
+    routing = install_lora_routing(model, [layers])
     assert routing is not None
     for index, output in ((0, expected), (None, base)):
         routing.set_mask(routing.build_mask(index))

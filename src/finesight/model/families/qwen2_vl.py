@@ -16,7 +16,7 @@ from finesight.model.families import Architecture
 from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows
-from finesight.model.quant.fp8 import quantize_fp8_gelu
+from finesight.model.quant.fp8 import quantize_fp8
 from finesight.model.vision_encoder import VisionEncoder
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
@@ -32,7 +32,8 @@ class Qwen2VisionMlp(FeedForward):
 
     def forward(self, x_ND: Tensor | Fp8Rows) -> Tensor:
         if self.fc2.accepts_fp8_input:
-            return single_output(self.fc2(quantize_fp8_gelu(single_output(self.fc1(x_ND)))))
+            hidden_ND = single_output(self.fc1(x_ND))
+            return single_output(self.fc2(quantize_fp8(hidden_ND, gelu=True)))
         return single_output(self.fc2(QUICK_GELU.apply_linear(self.fc1, x_ND)))
 
 

@@ -87,10 +87,7 @@ class GatedAttention(nn.Module):
 def _norm_rotary(norm: ZeroCenteredRmsNorm, x_THD: Tensor, rotary: RotaryCosSin) -> Tensor:
     if not has_kernels(x_THD):
         return apply_partial_rotary_pos_emb(norm(x_THD), rotary)
-    assert norm.eps is not None, "a norm without eps"
-    return norm_rotary(
-        x_THD, norm.weight, norm.eps, rotary.cos_T1D, rotary.sin_T1D, weight_offset=1.0
-    )
+    return norm_rotary(x_THD, norm.weight, norm.eps, 1.0, rotary.cos_T1D, rotary.sin_T1D)
 
 
 class DepthwiseConv(nn.Module):
@@ -151,7 +148,6 @@ class GatedDeltaNet(nn.Module):
         o_THV = attention.linear_attention(self.attention_index, inputs)
         z_THV = z_TE.view(o_THV.shape)
         norm = self.norm
-        assert norm.eps is not None, "a norm without eps"
         return gated_rms_norm(o_THV, z_THV, norm.weight, norm.eps).flatten(1)
 
 
@@ -240,11 +236,9 @@ class HybridDecoder(Decoder):
         self.norm = ZeroCenteredRmsNorm(config.hidden_size, eps=config.rms_norm_eps)
 
 
-def parse_hybrid_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
-    return _parse_decoder_config(hf_config, intermediate_size=None)
-
-
-def _parse_decoder_config(hf_config: ConfigReader, intermediate_size: int | None) -> DecoderConfig:
+def parse_hybrid_decoder_config(
+    hf_config: ConfigReader, intermediate_size: int | None = None
+) -> DecoderConfig:
     text, rope = get_text_config(hf_config), get_rope_config(get_text_config(hf_config))
     text.require_supported("attention_bias", False, (False,))
     text.require_supported("attn_output_gate", True, (True,))
@@ -301,7 +295,7 @@ def parse_hybrid_moe_decoder_config(hf_config: ConfigReader) -> DecoderConfig:
     text = get_text_config(hf_config)
     shared_size = text.get_int("shared_expert_intermediate_size")
     moe_config = replace(parse_moe_config(text), shared_intermediate_size=shared_size)
-    decoder_config = _parse_decoder_config(hf_config, moe_config.intermediate_size)
+    decoder_config = parse_hybrid_decoder_config(hf_config, moe_config.intermediate_size)
     return replace(decoder_config, moe=moe_config)
 
 

@@ -22,7 +22,13 @@ from torch import Tensor, nn
 
 from finesight.encode.packing import copy_to_device
 from finesight.model.attention import AttentionBackend, Segments, varlen_attention
-from finesight.model.config import ConfigReader, DecoderConfig, PixelNormalization, VisionConfig
+from finesight.model.config import (
+    ConfigReader,
+    DecoderConfig,
+    PixelNormalization,
+    VisionConfig,
+    get_even_head_dim,
+)
 from finesight.model.decoder import Decoder
 from finesight.model.families import QWEN_VL_MAPPING, Architecture
 from finesight.model.fused_ops import swiglu
@@ -51,11 +57,9 @@ class QwenDecoderConfig(DecoderConfig):
     use_logn_attn: bool
 
     def prefix_cache_key(self, num_tokens: int) -> str:
-        return (
-            f"ntk {count_ntk_doublings(torch.tensor(num_tokens), self.train_length)}"
-            if self.use_dynamic_ntk
-            else ""
-        )
+        if not self.use_dynamic_ntk:
+            return ""
+        return f"ntk {count_ntk_doublings(torch.tensor(num_tokens), self.train_length)}"
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,8 @@ class QwenAttention(nn.Module):
     def forward(self, x_TD: Tensor, rotary: QueryKeyRotary, attention: AttentionBackend) -> Tensor:
         heads_THD = single_output(self.c_attn(x_TD)).view(len(x_TD), -1, self.head_dim)
         q_THD, k_THD, v_THD = heads_THD.chunk(3, dim=1)
-        q_THD, k_THD = (
-            apply_rotary_pos_emb(q_THD, rotary.queries),
-            apply_rotary_pos_emb(k_THD, rotary.keys),
-        )
+        q_THD = apply_rotary_pos_emb(q_THD, rotary.queries)
+        k_THD = apply_rotary_pos_emb(k_THD, rotary.keys)
         o_THD = attention(self.layer_index, q_THD, k_THD, v_THD)
         return single_output(self.c_proj(o_THD.flatten(1)))
 
@@ -166,9 +168,8 @@ class QwenDecoder(Decoder):
         if self.training or not self.config.use_dynamic_ntk:
             return inverse_frequencies(head_dim, rope_theta, device)
         doublings_T = count_ntk_doublings(attention.context_lengths_T, self.config.train_length)
-        return _inverse_frequencies_by_doubling(head_dim, rope_theta, device).index_select(
-            0, doublings_T
-        )
+        frequencies_NF = _inverse_frequencies_by_doubling(head_dim, rope_theta, device)
+        return frequencies_NF.index_select(0, doublings_T)
 
 
 def count_ntk_doublings(lengths: Tensor, train_length: int) -> Tensor:
@@ -182,10 +183,7 @@ def _inverse_frequencies_by_doubling(
     head_dim: int, rope_theta: float, device: torch.device
 ) -> Tensor:
     with torch.inference_mode(False):
-        bases = [
-            ntk_base(rope_theta, head_dim, num_doublings)
-            for num_doublings in range(MAX_NTK_DOUBLINGS + 1)
-        ]
+        bases = (ntk_base(rope_theta, head_dim, n) for n in range(MAX_NTK_DOUBLINGS + 1))
         return torch.stack([inverse_frequencies(head_dim, base, device) for base in bases])
 
 
@@ -205,17 +203,10 @@ def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
     hf_config.require_supported("scale_attn_weights", True, (True,))
     hf_config.require_supported("attn_dropout_prob", 0.0, (0.0,))
     hf_config.require_supported("emb_dropout_prob", 0.0, (0.0,))
-    hidden_size, num_heads = (
-        hf_config.get_int("hidden_size"),
-        hf_config.get_int("num_attention_heads"),
-    )
-    if hidden_size % num_heads or (hidden_size // num_heads) % 2:
-        hf_config.raise_invalid(
-            "num_attention_heads", f"a divisor of hidden_size {hidden_size} with an even quotient"
-        )
-    hf_config.require_supported(
-        "kv_channels", hidden_size // num_heads, (hidden_size // num_heads,)
-    )
+    hidden_size = hf_config.get_int("hidden_size")
+    num_heads = hf_config.get_int("num_attention_heads")
+    head_dim = get_even_head_dim(hf_config, hidden_size, num_heads)
+    hf_config.require_supported("kv_channels", head_dim, (head_dim,))
     intermediate_size = hf_config.get_int("intermediate_size")
     if intermediate_size % 2:
         hf_config.raise_invalid("intermediate_size", "an even number: both halves of the gated MLP")
@@ -229,11 +220,11 @@ def parse_qwen_decoder_config(hf_config: ConfigReader) -> QwenDecoderConfig:
         num_layers=hf_config.get_int("num_hidden_layers"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
-        head_dim=hidden_size // num_heads,
+        head_dim=head_dim,
         use_qk_norm=False,
         rms_norm_eps=hf_config.get_float("layer_norm_epsilon"),
         rope_theta=hf_config.get_float("rotary_emb_base", 10000.0),
-        mrope_axes=(0,) * (hidden_size // num_heads // 2),
+        mrope_axes=(0,) * (head_dim // 2),
         max_position_embeddings=hf_config.get_int("max_position_embeddings", 8192),
         tie_word_embeddings=hf_config.get_bool("tie_word_embeddings", False),
         train_length=train_length,
@@ -339,11 +330,9 @@ class AttentionPool(nn.Module):
         super().__init__()
         self.query = nn.Parameter(torch.empty(num_queries, hidden_size))
         self.register_buffer("pos_embed", torch.empty(num_queries, hidden_size))
-        self.kv_proj = (
-            FusedLinear(kv_size, {"kv_proj": hidden_size}, bias=False)
-            if kv_size != hidden_size
-            else None
-        )
+        self.kv_proj: FusedLinear | None = None
+        if kv_size != hidden_size:
+            self.kv_proj = FusedLinear(kv_size, {"kv_proj": hidden_size}, bias=False)
         self.attn = ResamplerAttention(hidden_size)
         self.ln_q = _norm(hidden_size)
         self.ln_kv = _norm(hidden_size)
@@ -407,10 +396,8 @@ class QwenVisionEncoder(VisionEncoder):
         return 1, self.grid_size, self.grid_size
 
     def add_position_embeddings(self, x_ND: Tensor, grid_thw: Sequence[GridTHW]) -> Tensor:
-        invalid = [grid for grid in grid_thw if grid != (1, self.grid_size, self.grid_size)]
-        assert not invalid, (
-            f"an image of {invalid[0]} patches, not {self.grid_size} x {self.grid_size}"
-        )
+        invalid = [grid for grid in grid_thw if grid != self.min_grid]
+        assert not invalid, f"an image of {invalid[0]} patches, not {self.min_grid}"
         positions_GD = _interpolate_table(self.positional_embedding, self.grid_size**2)
         order_G = _patch_order(self.grid_size, self.config.merge_size, x_ND.device)
         positions_GD = positions_GD.index_select(0, order_G)
@@ -423,9 +410,8 @@ def _interpolate_table(table_SD: Tensor, num_positions: int) -> Tensor:
     """Resize a square table of position embeddings with bicubic interpolation in fp32."""
     if len(table_SD) == num_positions:
         return table_SD
-    weights_PS = _bicubic_weights(
-        math.isqrt(len(table_SD)), math.isqrt(num_positions), table_SD.device
-    )
+    sides = math.isqrt(len(table_SD)), math.isqrt(num_positions)
+    weights_PS = _bicubic_weights(*sides, table_SD.device)
     return (weights_PS @ table_SD.float()).to(table_SD.dtype)
 
 

@@ -48,10 +48,7 @@ class ParamTiles:
         param_indices_P = torch.arange(len(flat_slices), dtype=torch.int32)
         self.param_index_T = param_indices_P.repeat_interleave(torch.tensor(tile_counts)).to(device)
         first_tiles = [sum(tile_counts[:n]) for n in range(len(tile_counts))]
-        rows = [
-            list(row)
-            for row in zip(first_tiles, (p.start for p in flat_slices), sizes, strict=True)
-        ]
+        rows = [*zip(first_tiles, (p.start for p in flat_slices), sizes, strict=True)]
         self.param_table_P3 = torch.tensor(rows, dtype=torch.int64).to(device)
         self.is_aligned = all(size % ALIGNED_ELEMENTS == 0 for size in sizes)
 

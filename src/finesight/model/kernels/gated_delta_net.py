@@ -34,9 +34,9 @@ from finesight.model.kernels.runtime import (
     wait_for_previous_kernel,
 )
 
-CHUNK_LENGTH = 64
-BLOCK_LENGTH = 16
-"""Rows of the diagonal blocks of I + A, which are inverted row by row."""
+CHUNK_LENGTH, BLOCK_LENGTH = 64, 16
+"""Tokens of a chunk, which are computed in parallel, and rows of the diagonal blocks of I + A,
+which are inverted row by row."""
 
 CONV_BLOCK, CONV_BACKWARD_BLOCK, NORM_BLOCK = 16, 32, 16
 """Tokens per program of the convolution and its gradient, and rows per program of the norm."""
@@ -579,30 +579,9 @@ def _conv_backward_kernel(
         tl.store(dweight + offsets, dweight_NW, mask=mask)
 
 
-class ConvOutput(NamedTuple):
-    """Heads that the convolution computes: queries, keys or values.
-
-    Attributes:
-        first_channel: First channel of the heads.
-        num_heads: Number of heads.
-        head_dim: Dimension of a head.
-        norm_scale: Norm of each head after normalization. None: no normalization.
-    """
-
-    first_channel: int
-    num_heads: int
-    head_dim: int
-    norm_scale: float | None
-
-
-def conv_outputs(key_heads: int, heads: int, head_dim: int, value_dim: int) -> list[ConvOutput]:
-    """Return the heads of queries (scaled by D^-1/2), keys and values."""
-    keys = key_heads * head_dim
-    return [
-        ConvOutput(0, key_heads, head_dim, head_dim**-0.5),
-        ConvOutput(keys, key_heads, head_dim, 1.0),
-        ConvOutput(2 * keys, heads, value_dim, None),
-    ]
+ConvOutput = tuple[int, int, int, float | None]
+"""First channel, number and dimension of the heads of queries, keys or values, and the norm of each
+head after normalization; None without normalization."""
 
 
 def causal_conv_silu(

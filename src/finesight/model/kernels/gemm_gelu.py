@@ -58,14 +58,10 @@ def _gemm_gelu_kernel(
     row_tiles, column_tiles = tl.cdiv(rows, block_n), tl.cdiv(out_features, block_f)
     for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, num_programs, flatten=True):
         first_row_tile = tile // (group_m * column_tiles) * group_m
-        group_rows, tile_in_group = (
-            tl.minimum(row_tiles - first_row_tile, group_m),
-            tile % (group_m * column_tiles),
-        )
-        n, f = (
-            (first_row_tile + tile_in_group % group_rows) * block_n,
-            tile_in_group // group_rows * block_f,
-        )
+        group_rows = tl.minimum(row_tiles - first_row_tile, group_m)
+        tile_in_group = tile % (group_m * column_tiles)
+        n = (first_row_tile + tile_in_group % group_rows) * block_n
+        f = tile_in_group // group_rows * block_f
         y_NF = tl.zeros((block_n, block_f), tl.float32)
         for d in range(0, in_features, block_d):
             y_NF = tl.dot(x.load([n, d]), w.load([f, d]).T, y_NF)
@@ -85,10 +81,8 @@ def gemm_gelu(
     """Compute a matmul followed by GELU, y sigmoid(linear y + cubic y^3), [N, F]."""
     (rows, in_features), out_features = x_ND.shape, len(w_FD)
     y_NF = x_ND.new_empty(rows, out_features)
-    half, num_programs = (
-        GEMM_TILE.block_n // 2,
-        min(_count_tiles(rows, out_features), _count_sms(x_ND.device)),
-    )
+    half = GEMM_TILE.block_n // 2
+    num_programs = min(_count_tiles(rows, out_features), _count_sms(x_ND.device))
     _gemm_gelu_kernel[(num_programs,)](
         TensorDescriptor.from_tensor(x_ND, [GEMM_TILE.block_m, BLOCK_K]),
         TensorDescriptor.from_tensor(w_FD, [GEMM_TILE.block_n, BLOCK_K]),

@@ -57,7 +57,7 @@ def _store(
 
 
 @jit(do_not_specialize=["rows"])
-def _nf4_gemm_kernel(
+def nf4_gemm_kernel(
     x, codes, scales, nested_absmax, absmax_mean, scale_codebook, codebook, bias, y, rows,
     out_features, in_features, has_bias: tl.constexpr, shuffled: tl.constexpr, slices: tl.constexpr,
     block_r: tl.constexpr, block_o: tl.constexpr, block_g: tl.constexpr,
@@ -93,7 +93,7 @@ def _nf4_gemm_kernel(
 
 
 @jit(do_not_specialize=["rows"])
-def _int4_gemm_kernel(
+def int4_gemm_kernel(
     x, codes, scales, zeros, bias, y, rows, out_features, in_features, group_size: tl.constexpr,
     has_bias: tl.constexpr, slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr,
     block_g: tl.constexpr,
@@ -132,10 +132,11 @@ def _int4_gemm_kernel(
 
 
 @jit(do_not_specialize=["rows"])
-def _rowwise_gemm_kernel(
+def rowwise_gemm_kernel(
     x, codes, scales, bias, y, rows, out_features, in_features, has_bias: tl.constexpr,
-    slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr, block_k: tl.constexpr,
+    slices: tl.constexpr, block_r: tl.constexpr, block_o: tl.constexpr, block_g: tl.constexpr,
 ):  # fmt: skip
+    block_k: tl.constexpr = 64 * block_g
     o, k_of_o = _slice_offsets(slices, block_o, block_k)
     r, k_of_r = _slice_offsets(slices, block_r, block_k)
     o += tl.program_id(0) * block_o
@@ -156,54 +157,23 @@ def _rowwise_gemm_kernel(
     _store(total_RO, bias, y, rows, out_features, has_bias, block_r, block_o)
 
 
-def _launch_gemm(
+def gemm(
     kernel: Any, x_RI: Tensor, weights: tuple[Tensor, ...], bias: Tensor | None, out_features: int,
-    tiling: MatmulTiling, **constants: int,
+    tiling: MatmulTiling | None = None, **constants: int,
 ) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with a kernel for the quantized matrix `weights`."""
+    """Compute x W^T + bias [R, O] with a kernel of this module and the quantized `weights`."""
     rows, in_features = x_RI.shape
+    tiling = tiling or choose_gemm_tiling(out_features, rows)
     y_RO = x_RI.new_empty(rows, out_features)
     kernel[(triton.cdiv(out_features, tiling.block_outputs),)](
         x_RI, *weights, x_RI if bias is None else bias, y_RO, rows, out_features, in_features,
         has_bias=bias is not None, slices=tiling.num_warps,
         block_r=max(16, 1 << (rows - 1).bit_length()), block_o=tiling.block_outputs,
         # The pipeline stages must fit the shared memory of small GPUs.
-        num_warps=tiling.num_warps, num_stages=3 if rows <= 16 else 2, **constants,
+        num_warps=tiling.num_warps, num_stages=3 if rows <= 16 else 2,
+        block_g=tiling.block_chunks, **constants,
     )  # fmt: skip
     return y_RO
-
-
-def nf4_gemm(
-    x_RI: Tensor, codes: Tensor, absmax_B: Tensor, nested_absmax: Tensor, absmax_mean: Tensor,
-    codebooks: tuple[Tensor, Tensor], bias: Tensor | None, tiling: MatmulTiling,
-) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with an NF4 matrix of `model.quant.nf4`."""
-    weights = codes, absmax_B, nested_absmax, absmax_mean, *codebooks
-    return _launch_gemm(
-        _nf4_gemm_kernel, x_RI, weights, bias, 2 * codes.numel() // x_RI.shape[1], tiling,
-        shuffled=x_RI.is_cuda, block_g=tiling.block_chunks,
-    )  # fmt: skip
-
-
-def int4_gemm(
-    x_RI: Tensor, codes: Tensor, scales_OG: Tensor, zeros_OG: Tensor, bias: Tensor | None,
-    group_size: int, tiling: MatmulTiling,
-) -> Tensor:  # fmt: skip
-    """Compute x W^T + bias [R, O] with an INT4 matrix of `model.quant.int4`."""
-    return _launch_gemm(
-        _int4_gemm_kernel, x_RI, (codes, scales_OG, zeros_OG), bias, len(codes), tiling,
-        group_size=group_size, block_g=tiling.block_chunks,
-    )  # fmt: skip
-
-
-def rowwise_gemm(
-    x_RI: Tensor, codes_OI: Tensor, scales_O: Tensor, bias: Tensor | None, tiling: MatmulTiling
-) -> Tensor:
-    """Compute x W^T + bias [R, O] with an INT8 or FP8 matrix of `model.quant.int8`."""
-    return _launch_gemm(
-        _rowwise_gemm_kernel, x_RI, (codes_OI, scales_O), bias, len(codes_OI), tiling,
-        block_k=64 * tiling.block_chunks,
-    )  # fmt: skip
 
 
 @jit

@@ -289,10 +289,8 @@ def _nf4_gemv_kernel(
         word_sums = tl.zeros((block_o, block_j), tl.float32)
         x = packed + j[None, :]
         for byte in tl.static_range(4):
-            even, odd = (
-                tl.load(x, mask=word_mask, other=0.0),
-                tl.load(x + num_words, mask=word_mask, other=0.0),
-            )
+            even = tl.load(x, mask=word_mask, other=0.0)
+            odd = tl.load(x + num_words, mask=word_mask, other=0.0)
             word_sums += lookup_codebook(bits, lane_value, codebook, 8 * byte + 4, shuffled) * even
             word_sums += lookup_codebook(bits, lane_value, codebook, 8 * byte, shuffled) * odd
             x += 2 * num_words

@@ -1,4 +1,4 @@
-"""Triton kernels of rotary embeddings, in place on the fused QKV projection (see `model.layers`).
+"""Triton kernels of rotary embeddings, also in place on a fused QKV projection (`model.layers`).
 
 Both halves of a head use the same angles: only one half of the cosines and the positive half of the
 sines are read.
@@ -62,38 +62,52 @@ def _rotate_halves(
 
 
 @jit
-def _rotate_qk_kernel(
-    qkv: Ptr, cos: Ptr, sin: Ptr, num_rotated: int, columns: int, half: tl.constexpr,
-    round_first: tl.constexpr, block_h: tl.constexpr, block_f: tl.constexpr,
+def _rotate_kernel(
+    x: Ptr, y: Ptr, cos: Ptr, sin: Ptr, x_stride: int, x_head_stride: int, y_stride: int,
+    y_head_stride: int, num_heads: int, sign: float, half: tl.constexpr, round_first: tl.constexpr,
+    block_h: tl.constexpr, block_f: tl.constexpr,
 ) -> None:  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     h = tl.program_id(1) * block_h + tl.arange(0, block_h)
     f = tl.arange(0, block_f)
     angle = row * 2 * half + half + f
     cos_1F = tl.load(cos + angle, mask=f < half, other=0.0).to(tl.float32)[None, :]
-    sin_1F = tl.load(sin + angle, mask=f < half, other=0.0).to(tl.float32)[None, :]
-    mask = (h < num_rotated)[:, None] & (f < half)[None, :]
-    ptrs = qkv + row * columns + h[:, None] * 2 * half + f[None, :]
-    x1 = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
-    x2 = tl.load(ptrs + half, mask=mask, other=0.0).to(tl.float32)
-    y1, y2 = _rotate_halves(x1, x2, cos_1F, sin_1F, qkv.dtype.element_ty, round_first)
-    tl.store(ptrs, y1, mask=mask)
-    tl.store(ptrs + half, y2, mask=mask)
+    sin_1F = tl.load(sin + angle, mask=f < half, other=0.0).to(tl.float32)[None, :] * sign
+    mask = (h < num_heads)[:, None] & (f < half)[None, :]
+    x_ptrs = x + row * x_stride + h[:, None] * x_head_stride + f[None, :]
+    y_ptrs = y + row * y_stride + h[:, None] * y_head_stride + f[None, :]
+    x1 = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+    x2 = tl.load(x_ptrs + half, mask=mask, other=0.0).to(tl.float32)
+    y1, y2 = _rotate_halves(x1, x2, cos_1F, sin_1F, y.dtype.element_ty, round_first)
+    tl.store(y_ptrs, y1, mask=mask)
+    tl.store(y_ptrs + half, y2, mask=mask)
+
+
+def apply_rotary(
+    x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, sign: float, y_THD: Tensor | None = None
+) -> Tensor:
+    """Apply rotary embeddings, x cos + sign swap(x) sin, in fp32.
+
+    Tokens and heads may be strided. The result is written to `y_THD`, which may be the input.
+    """
+    rows, num_heads, head_dim = x_THD.shape
+    x_THD = x_THD if x_THD.stride(2) == 1 else x_THD.contiguous()
+    y_THD = x_THD.new_empty(x_THD.shape) if y_THD is None else y_THD
+    block_h = min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(num_heads))
+    _rotate_kernel[(rows, triton.cdiv(num_heads, block_h))](
+        x_THD, y_THD, cos_T1D, sin_T1D, x_THD.stride(0), x_THD.stride(1), y_THD.stride(0),
+        y_THD.stride(1), num_heads, sign, half=head_dim // 2,
+        round_first=cos_T1D.dtype == x_THD.dtype, block_h=block_h,
+        block_f=triton.next_power_of_2(head_dim // 2), num_warps=max(1, block_h // 4),
+    )  # fmt: skip
+    return y_THD
 
 
 def rotate_qk(qkv_TE: Tensor, layout: QkvLayout, cos_T1D: Tensor, sin_T1D: Tensor) -> None:
     """Apply rotary embeddings to queries and keys of a fused QKV projection, in place."""
-    rows, half, num_rotated = (
-        len(qkv_TE),
-        layout.head_dim // 2,
-        layout.num_heads + layout.num_kv_heads,
-    )
-    block_h = min(MAX_HEADS_PER_PROGRAM, triton.next_power_of_2(num_rotated))
-    _rotate_qk_kernel[(rows, triton.cdiv(num_rotated, block_h))](
-        qkv_TE, cos_T1D, sin_T1D, num_rotated, layout.num_columns, half=half,
-        round_first=cos_T1D.dtype == qkv_TE.dtype, block_h=block_h,
-        block_f=triton.next_power_of_2(half), num_warps=max(1, block_h // 4),
-    )  # fmt: skip
+    num_rotated = layout.num_heads + layout.num_kv_heads
+    qk_THD = qkv_TE.view(len(qkv_TE), -1, layout.head_dim)[:, :num_rotated]
+    apply_rotary(qk_THD, cos_T1D, sin_T1D, 1.0, qk_THD)
 
 
 @jit(do_not_specialize=["rows"])

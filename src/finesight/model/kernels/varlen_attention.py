@@ -1,9 +1,9 @@
 """Triton attention kernels for packed segments (FlashAttention-2, Dao 2023, arXiv:2307.08691).
 
 General kernels are tuned for segments of thousands of tokens; with segments of 140 tokens, such as
-an image and its caption, most of their tiles are empty. Here grouped key heads are read, and their
-gradients summed, without expansion. Accumulation is fp32. Segments may share a prefix: the first
-segment, which every other segment attends to.
+an image and its caption, most of their tiles are empty. Here attention is causal. Grouped key heads
+are read, and their gradients summed, without expansion. Accumulation is fp32. Segments may share a
+prefix: the first segment, which every other segment attends to.
 
 `vision_attention` is full attention, forward only, for frozen vision encoders, whose heads have 72
 or 80 elements; general kernels pad them to 96 or 128, and segments to tiles of 128 rows. It splits
@@ -97,8 +97,8 @@ def _load_keys(
 def _attention_fwd(
     q: Ptr, k: Ptr, v: Ptr, o: Ptr, lse: Ptr, cu_seqlens: Ptr, q_stride: int, k_stride: int,
     v_stride: int, num_heads: int, num_kv_groups: int, rows: int, head_dim: int, qk_scale: float,
-    prefix_length: int, causal: tl.constexpr, has_prefix: tl.constexpr, block_m: tl.constexpr,
-    block_n: tl.constexpr, block_d: tl.constexpr,
+    prefix_length: int, has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
+    block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
     key_head = head // num_kv_groups
@@ -110,16 +110,14 @@ def _attention_fwd(
     max_M = tl.full((block_m,), -float("inf"), tl.float32)
     sum_M = tl.zeros((block_m,), tl.float32)
     o_MD = tl.zeros((block_m, block_d), tl.float32)
-    end = prefix + (tl.minimum(length, start_m + block_m) if causal else length)
+    end = prefix + tl.minimum(length, start_m + block_m)
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _load_keys(
             k, segment_start, n, k_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         s_MN = tl.dot(q_MD, tl.trans(k_ND)) * qk_scale
-        mask_MN = (n < prefix + length)[None, :]
-        if causal:
-            mask_MN = mask_MN & (n[None, :] <= prefix + m[:, None])
+        mask_MN = (n < prefix + length)[None, :] & (n[None, :] <= prefix + m[:, None])
         s_MN = tl.where(mask_MN, s_MN, -float("inf"))
         # The first tile contains the first key, which every query attends to.
         new_max_M = tl.maximum(max_M, tl.max(s_MN, 1))
@@ -142,8 +140,8 @@ def _attention_fwd(
 def _attention_bwd_dq(
     q: Ptr, k: Ptr, v: Ptr, o: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dq: Ptr, cu_seqlens: Ptr,
     q_stride: int, k_stride: int, v_stride: int, num_heads: int, num_kv_groups: int, rows: int,
-    head_dim: int, qk_scale: float, scale: float, prefix_length: int, causal: tl.constexpr,
-    has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
+    head_dim: int, qk_scale: float, scale: float, prefix_length: int, has_prefix: tl.constexpr,
+    block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_m, head = locate_tile(cu_seqlens, block_m)
     key_head = head // num_kv_groups
@@ -158,7 +156,7 @@ def _attention_bwd_dq(
     tl.store(delta + head * rows + segment_start + m, delta_M, mask=m < length)
     lse_M = tl.load(lse + head * rows + segment_start + m, mask=m < length, other=0.0)
     dq_MD = tl.zeros((block_m, block_d), tl.float32)
-    end = prefix + (tl.minimum(length, start_m + block_m) if causal else length)
+    end = prefix + tl.minimum(length, start_m + block_m)
     for start in range(0, end, block_n):
         n = start + tl.arange(0, block_n)
         k_ND = _load_keys(
@@ -168,9 +166,7 @@ def _attention_bwd_dq(
             v, segment_start, n, v_stride, key_head, head_dim, length, d, prefix, has_prefix
         )
         p_MN = tl.exp2(tl.dot(q_MD, tl.trans(k_ND)) * qk_scale - lse_M[:, None])
-        mask_MN = (n < prefix + length)[None, :]
-        if causal:
-            mask_MN = mask_MN & (n[None, :] <= prefix + m[:, None])
+        mask_MN = (n < prefix + length)[None, :] & (n[None, :] <= prefix + m[:, None])
         dp_MN = tl.dot(do_MD, tl.trans(v_ND))
         ds_MN = tl.where(mask_MN, p_MN * (dp_MN - delta_M[:, None]), 0.0)
         dq_MD += tl.dot(ds_MN.to(k_ND.dtype), k_ND)
@@ -185,8 +181,7 @@ def _attention_bwd_dkv(
     q: Ptr, k: Ptr, v: Ptr, do: Ptr, lse: Ptr, delta: Ptr, dk: Ptr, dv: Ptr, cu_seqlens: Ptr,
     q_stride: int, k_stride: int, v_stride: int, num_heads: int, num_kv_groups: int, rows: int,
     head_dim: int, qk_scale: float, scale: float, prefix_length: int, partial: Ptr,
-    causal: tl.constexpr, has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr,
-    block_d: tl.constexpr,
+    has_prefix: tl.constexpr, block_m: tl.constexpr, block_n: tl.constexpr, block_d: tl.constexpr,
 ) -> None:  # fmt: skip
     segment_start, length, start_n, key_head = locate_tile(cu_seqlens, block_n)
     prefix = _prefix_rows(prefix_length, has_prefix)
@@ -201,8 +196,8 @@ def _attention_bwd_dkv(
     )
     dk_ND = tl.zeros((block_n, block_d), tl.float32)
     dv_ND = tl.zeros((block_n, block_d), tl.float32)
-    # Causal attention: earlier queries attend to none of these keys.
-    first_query = tl.maximum(start_n - prefix, 0) // block_m * block_m if causal else 0
+    # Earlier queries attend to none of these keys.
+    first_query = tl.maximum(start_n - prefix, 0) // block_m * block_m
     for head in range(key_head * num_kv_groups, (key_head + 1) * num_kv_groups):
         for start in range(first_query, length, block_m):
             m = start + tl.arange(0, block_m)
@@ -213,9 +208,7 @@ def _attention_bwd_dkv(
             lse_M = tl.load(lse + head * rows + segment_start + m, mask=m < length, other=0.0)
             delta_M = tl.load(delta + head * rows + segment_start + m, mask=m < length, other=0.0)
             p_NM = tl.exp2(tl.dot(k_ND, tl.trans(q_MD)) * qk_scale - lse_M[None, :])
-            mask_NM = (m < length)[None, :]
-            if causal:
-                mask_NM = mask_NM & (n[:, None] <= prefix + m[None, :])
+            mask_NM = (m < length)[None, :] & (n[:, None] <= prefix + m[None, :])
             p_NM = tl.where(mask_NM, p_NM, 0.0)
             dv_ND += tl.dot(p_NM.to(do_MD.dtype), do_MD)
             dp_NM = tl.dot(v_ND, tl.trans(do_MD))
@@ -237,9 +230,9 @@ def _attention_bwd_dkv(
 
 
 def attention_forward(
-    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: CuSeqlens, causal: bool
+    q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, cu_seqlens: CuSeqlens
 ) -> tuple[Tensor, Tensor]:
-    """Compute softmax(q k^T / sqrt(D)) v within each segment.
+    """Compute causal attention, softmax(q k^T / sqrt(D)) v within each segment.
 
     Returns:
         The output [T, H, D], and the base-2 log-sum-exp of the scores of each query, [H, T].
@@ -250,7 +243,7 @@ def attention_forward(
     _attention_fwd[launch_grid(cu_seqlens, FORWARD_TILE.block_m, num_heads)](
         q_THD, k_TKD, v_TKD, o_THD, lse_HT, cu_seqlens.cu_seqlens_S1, q_THD.stride(0),
         k_TKD.stride(0), v_TKD.stride(0), num_heads, num_heads // k_TKD.shape[1], rows, head_dim,
-        softmax_scale(head_dim) / math.log(2), cu_seqlens.prefix_length, causal=causal,
+        softmax_scale(head_dim) / math.log(2), cu_seqlens.prefix_length,
         has_prefix=cu_seqlens.prefix_length > 0, block_m=FORWARD_TILE.block_m,
         block_n=FORWARD_TILE.block_n, block_d=_head_block_size(head_dim),
         num_warps=FORWARD_TILE.num_warps, num_stages=FORWARD_TILE.num_stages,
@@ -260,7 +253,7 @@ def attention_forward(
 
 def attention_backward(
     q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor, o_THD: Tensor, do_THD: Tensor, lse_HT: Tensor,
-    cu_seqlens: CuSeqlens, causal: bool,
+    cu_seqlens: CuSeqlens,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Compute the gradients of queries, keys and values, with sums in a deterministic order."""
     rows, num_heads, head_dim = q_THD.shape
@@ -271,18 +264,11 @@ def attention_backward(
     dkv_2TKD = k_TKD.new_empty(2, *k_TKD.shape)
     partial_S2PKD = lse_HT.new_empty(num_segments, 2, prefix_length, *k_TKD.shape[1:])
     strides = q_THD.stride(0), k_TKD.stride(0), v_TKD.stride(0)
-    sizes = (
-        num_heads,
-        num_kv_groups,
-        rows,
-        head_dim,
-        softmax_scale(head_dim) / math.log(2),
-        softmax_scale(head_dim),
-        prefix_length,
-    )
+    scale = softmax_scale(head_dim)
+    sizes = num_heads, num_kv_groups, rows, head_dim, scale / math.log(2), scale, prefix_length
     _attention_bwd_dq[launch_grid(cu_seqlens, BACKWARD_DQ_TILE.block_m, num_heads)](
         q_THD, k_TKD, v_TKD, o_THD, do_THD, lse_HT, delta_HT, dq_THD, cu_seqlens.cu_seqlens_S1,
-        *strides, *sizes, causal=causal, has_prefix=prefix_length > 0,
+        *strides, *sizes, has_prefix=prefix_length > 0,
         block_m=BACKWARD_DQ_TILE.block_m, block_n=BACKWARD_DQ_TILE.block_n,
         block_d=_head_block_size(head_dim), num_warps=BACKWARD_DQ_TILE.num_warps,
         num_stages=BACKWARD_DQ_TILE.num_stages,
@@ -290,7 +276,7 @@ def attention_backward(
     num_kv_heads = num_heads // num_kv_groups
     _attention_bwd_dkv[launch_grid(cu_seqlens, BACKWARD_DKV_TILE.block_n, num_kv_heads)](
         q_THD, k_TKD, v_TKD, do_THD, lse_HT, delta_HT, *dkv_2TKD, cu_seqlens.cu_seqlens_S1,
-        *strides, *sizes, partial_S2PKD, causal=causal, has_prefix=prefix_length > 0,
+        *strides, *sizes, partial_S2PKD, has_prefix=prefix_length > 0,
         block_m=BACKWARD_DKV_TILE.block_m, block_n=BACKWARD_DKV_TILE.block_n,
         block_d=_head_block_size(head_dim), num_warps=BACKWARD_DKV_TILE.num_warps,
         num_stages=BACKWARD_DKV_TILE.num_stages,
@@ -312,11 +298,8 @@ def _head_block_size(head_dim: int) -> int:
 
 def launch_grid(cu_seqlens: CuSeqlens, block_rows: int, num_heads: int) -> tuple[int, int, int]:
     """Return the launch grid of one program per segment, row tile and head."""
-    return (
-        len(cu_seqlens.cu_seqlens_S1) - 1,
-        triton.cdiv(cu_seqlens.max_seqlen, block_rows),
-        num_heads,
-    )
+    num_segments = len(cu_seqlens.cu_seqlens_S1) - 1
+    return num_segments, triton.cdiv(cu_seqlens.max_seqlen, block_rows), num_heads
 
 
 VISION_TILE, TAIL_BLOCK = TileConfig(64, 64, 4, 3), 16
@@ -388,11 +371,9 @@ def _vision_attention_kernel(
     if start_m >= length:
         return
     m = start_m + tl.arange(0, block_m)
-    q, k, v = (
-        q + head * head_dim,
-        k + head // num_kv_groups * head_dim,
-        v + head // num_kv_groups * head_dim,
-    )
+    q += head * head_dim
+    k += head // num_kv_groups * head_dim
+    v += head // num_kv_groups * head_dim
     q1_MC = _load_head_part(q, m, segment_start, length, q_stride, main_dim, block_main, False)
     q2_MC = q1_MC
     if tail_dim:

@@ -10,7 +10,7 @@ linear, layer after layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -131,29 +131,25 @@ class MultiLoraLinear(nn.Module):
         return tuple(y.view(*x.shape[:-1], y.shape[-1]) for y in ys_TO)
 
 
-class MultiLora:
-    """Builder of a multi-LoRA model, which collects loaded adapters and installs all of them."""
+def detach_adapter(model: nn.Module) -> dict[str, LoraLinear]:
+    """Remove the adapter from the model and return its layers, for `install_lora_routing`."""
+    detached: dict[str, LoraLinear] = {}
+    for path, linear, adapter in list(iter_adapters(model)):
+        detached[path] = adapter
+        linear.adapter = None
+    return detached
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._adapters: list[dict[str, LoraLinear]] = []
 
-    def collect_adapter(self) -> None:
-        """Remove the current adapter from the model and collect it for `install`."""
-        collected: dict[str, LoraLinear] = {}
-        for path, linear, adapter in list(iter_adapters(self._model)):
-            collected[path] = adapter
-            linear.adapter = None
-        self._adapters.append(collected)
-
-    def install(self) -> LoraRouting | None:
-        """Install all collected adapters in the model."""
-        any_adapter = next((m for members in self._adapters for m in members.values()), None)
-        if any_adapter is None:
-            return None
-        routing = LoraRouting(len(self._adapters), any_adapter.lora_A.device)
-        for path, linear in list(self._model.named_modules()):
-            candidates = [members.get(path) for members in self._adapters]
-            if isinstance(linear, FusedLinear) and any(member is not None for member in candidates):
-                linear.adapter = MultiLoraLinear(linear, candidates, routing)
-        return routing
+def install_lora_routing(
+    model: nn.Module, adapters: Sequence[Mapping[str, LoraLinear]]
+) -> LoraRouting | None:
+    """Install detached adapters in the model; return None without any."""
+    any_adapter = next((layer for layers in adapters for layer in layers.values()), None)
+    if any_adapter is None:
+        return None
+    routing = LoraRouting(len(adapters), any_adapter.lora_A.device)
+    for path, linear in list(model.named_modules()):
+        candidates = [layers.get(path) for layers in adapters]
+        if isinstance(linear, FusedLinear) and any(layer is not None for layer in candidates):
+            linear.adapter = MultiLoraLinear(linear, candidates, routing)
+    return routing

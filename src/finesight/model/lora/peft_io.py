@@ -165,9 +165,8 @@ def _first_match(patterns: Mapping[str, Value], module: str, default: Value) -> 
 def _detect_key_mapping(modules: Collection[str], key_mappings: Sequence[KeyMapping]) -> KeyMapping:
     """Return the mapping that matches all PEFT module names in an adapter file."""
     for key_mapping in key_mappings:
-        if all(
-            module.startswith(tuple(foreign for _, foreign in key_mapping)) for module in modules
-        ):
+        prefixes = tuple(foreign for _, foreign in key_mapping)
+        if all(module.startswith(prefixes) for module in modules):
             return key_mapping
     return ()
 

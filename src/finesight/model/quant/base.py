@@ -65,16 +65,8 @@ class QuantizedMatrix(nn.Module, ABC):
         shape = self.out_features, self.in_features
         return (WeightTensorSpec("weight", shape, tuple(SAFETENSORS_DTYPES), self.quantize),)
 
-    @torch.no_grad()
     def quantize(self, values_OI: Tensor) -> None:
         """Quantize a dense matrix [O, I] on the device of the quantized weights."""
-        shape = tuple(values_OI.shape)
-        assert shape == (self.out_features, self.in_features), (
-            f"{shape}, not {self.out_features, self.in_features}"
-        )
-        self.quantize_values(values_OI)
-
-    def quantize_values(self, values_OI: Tensor) -> None:
         for rows in self._row_chunks():
             self.quantize_rows(rows, values_OI[rows].to(self.device).float())
 
@@ -182,7 +174,7 @@ class QuantizedWeight(nn.Module):
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
         """Compute x W_i^T + bias_i of each layer, with autograd unless `x` is FP8."""
-        pairs = zip(self.matrices, self.split_bias(bias), strict=True)
+        pairs = zip(self.matrices, split_outputs(bias, self.output_sizes), strict=True)
         return tuple(matrix(require_dense(x), layer_bias) for matrix, layer_bias in pairs)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:
@@ -196,9 +188,15 @@ class QuantizedWeight(nn.Module):
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
         return dy_TO @ self.dequantize()
 
-    def split_bias(self, bias: Tensor | None) -> Sequence[Tensor | None]:
-        widths = [matrix.out_features for matrix in self.matrices]
-        return [None] * len(widths) if bias is None else torch.split(bias, widths)
+    @property
+    def output_sizes(self) -> list[int]:
+        """Number of outputs of each layer."""
+        return [matrix.out_features for matrix in self.matrices]
+
+
+def split_outputs(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
+    return [None] * len(sizes) if x is None else torch.split(x, list(sizes))
 
 
 def require_dense(x: Tensor | Fp8Rows) -> Tensor:

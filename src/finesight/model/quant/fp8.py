@@ -16,7 +16,7 @@ Shapes: T rows, O concatenated outputs of a fused linear, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from finesight.errors import UserError
 from finesight.model.fused_ops import has_kernels, quick_gelu
 from finesight.model.kernels import fp8_quantize as fp8_kernels
 from finesight.model.kernels.runtime import HAS_TRITON, get_device_capability
-from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight
+from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight, split_outputs
 from finesight.model.quant.int8 import RowwiseMatrix
 
 
@@ -76,24 +76,21 @@ def empty_fp8_rows(x_TI: Tensor) -> Fp8Rows:
     return Fp8Rows(x_TI.new_empty(x_TI.shape, dtype=FP8_DTYPE), scales_T1)
 
 
-def quantize_fp8(x_TI: Tensor, column_scales_I: Tensor | None = None) -> Fp8Rows:
-    """Quantize the rows of a tensor to FP8, optionally after scaling its columns."""
-    if HAS_TRITON and x_TI.is_cuda:
+def quantize_fp8(
+    x_TI: Tensor, column_scales_I: Tensor | None = None, *, gelu: bool = False
+) -> Fp8Rows:
+    """Quantize the rows of a tensor to FP8, optionally after scaling its columns or quick GELU."""
+    if has_kernels(x_TI) if gelu else HAS_TRITON and x_TI.is_cuda:
         return Fp8Rows(
-            *fp8_kernels.quantize_fp8_rows(x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX)
+            *fp8_kernels.quantize_fp8_rows(
+                x_TI, column_scales_I, FP8_DTYPE, FP8_MAX, MIN_AMAX, gelu=gelu
+            )
         )
+    if gelu:
+        return quantize_fp8(quick_gelu(x_TI), column_scales_I)
     wide_TI = x_TI.float() if column_scales_I is None else x_TI * column_scales_I
     amax_T1 = wide_TI.abs().amax(1, keepdim=True).clamp_min(MIN_AMAX)
     return Fp8Rows((wide_TI * (FP8_MAX / amax_T1)).to(FP8_DTYPE), amax_T1 / FP8_MAX)
-
-
-def quantize_fp8_gelu(x_TI: Tensor) -> Fp8Rows:
-    """Apply quick GELU and quantize the rows to FP8, with one kernel if available."""
-    if has_kernels(x_TI):
-        return Fp8Rows(
-            *fp8_kernels.quantize_fp8_rows(x_TI, None, FP8_DTYPE, FP8_MAX, MIN_AMAX, gelu=True)
-        )
-    return quantize_fp8(quick_gelu(x_TI))
 
 
 def fp8_linear(
@@ -116,13 +113,6 @@ def fp8_linear(
     return y_TO.to(dtype)
 
 
-class _ScaledCodes(NamedTuple):
-    """FP8 matrix in the layout of one matmul, with a scale per row."""
-
-    codes: Tensor
-    scales: Tensor
-
-
 class Fp8Weight(QuantizedWeight):
     """Weight of a fused linear that uses FP8 matmuls in training.
 
@@ -133,8 +123,8 @@ class Fp8Weight(QuantizedWeight):
 
     def __init__(self, matrices: Sequence[QuantizedMatrix], dtype: torch.dtype) -> None:
         super().__init__(matrices, dtype)
-        self._forward_codes: _ScaledCodes | None = None
-        self.backward_codes: _ScaledCodes | None = None
+        self._forward_codes: tuple[Tensor, Tensor] | None = None
+        self.backward_codes: tuple[Tensor, Tensor] | None = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Weight:
         # Drop the derived copies when the codes change device or dtype.
@@ -146,24 +136,24 @@ class Fp8Weight(QuantizedWeight):
     def _fp8_matrices(self) -> list[Fp8Matrix]:
         return [layer for layer in self.layers if isinstance(layer, Fp8Matrix)]
 
-    def _concatenate(self) -> _ScaledCodes:
+    def _concatenate(self) -> tuple[Tensor, Tensor]:
         """Concatenate codes and scales of all layers; the layers' tensors become views of them."""
         if self._forward_codes is None:
             layers = self._fp8_matrices
             codes_OI = _concat([layer.codes_OI for layer in layers], 0)
             scales_O = _concat([layer.scales_O for layer in layers], 0)
-            widths = [layer.out_features for layer in layers]
-            views = torch.split(codes_OI, widths), torch.split(scales_O, widths)
+            views = (torch.split(x, self.output_sizes) for x in (codes_OI, scales_O))
             for layer, codes, scales in zip(layers, *views, strict=True):
                 layer.codes_OI, layer.scales_O = codes, scales
-            self._forward_codes = _ScaledCodes(codes_OI, scales_O)
+            self._forward_codes = codes_OI, scales_O
         return self._forward_codes
 
-    def _transpose(self) -> _ScaledCodes:
+    def _transpose(self) -> tuple[Tensor, Tensor]:
+        """Return the transposed codes, with unit scales."""
         if self.backward_codes is None:
-            codes_IO = self._concatenate().codes.t().contiguous()
+            codes_IO = self._concatenate()[0].t().contiguous()
             unit_scales_I = codes_IO.new_ones(len(codes_IO), dtype=torch.float32)
-            self.backward_codes = _ScaledCodes(codes_IO, unit_scales_I)
+            self.backward_codes = codes_IO, unit_scales_I
         return self.backward_codes
 
     def linear_per_layer(self, x: Tensor | Fp8Rows, bias: Tensor | None) -> tuple[Tensor, ...]:
@@ -182,7 +172,9 @@ class Fp8Weight(QuantizedWeight):
         rows, input_dtype = self._to_fp8_rows(x_TI)
         return tuple(
             fp8_linear(rows, layer.codes_OI, layer.scales_O, layer_bias, dtype or input_dtype)
-            for layer, layer_bias in zip(self._fp8_matrices, self.split_bias(bias), strict=True)
+            for layer, layer_bias in zip(
+                self._fp8_matrices, split_outputs(bias, self.output_sizes), strict=True
+            )
         )
 
     def linear_concat(self, x_TI: Tensor | Fp8Rows, bias: Tensor | None) -> Tensor:
@@ -199,7 +191,7 @@ class Fp8Weight(QuantizedWeight):
     def linear_concat_backward(self, dy_TO: Tensor) -> Tensor:
         if not self.training:
             return super().linear_concat_backward(dy_TO)
-        rows = quantize_fp8(dy_TO, self._concatenate().scales)
+        rows = quantize_fp8(dy_TO, self._concatenate()[1])
         return fp8_linear(rows, *self._transpose(), None, dy_TO.dtype)
 
     def add_input_gradient(self, dx_TI: Tensor, dys_TO: Sequence[Tensor]) -> None:

@@ -65,6 +65,7 @@ class Int4Matrix(Packed4BitMatrix):
 
     def tensor_specs(self) -> tuple[WeightTensorSpec, ...]:
         inputs, outputs, groups = self.in_features, self.out_features, self._num_groups
+        dtypes = {"scales": ("F16",)}
         shapes = {
             "qweight": (inputs // PACK_FACTOR, outputs),
             "qzeros": (groups, outputs // PACK_FACTOR),
@@ -73,10 +74,7 @@ class Int4Matrix(Packed4BitMatrix):
         }
         return tuple(
             WeightTensorSpec(
-                name,
-                shape,
-                ("F16" if name == "scales" else "I32",),
-                partial(self.load_tensor, name),
+                name, shape, dtypes.get(name, ("I32",)), partial(self.load_tensor, name)
             )
             for name, shape in shapes.items()
         )
@@ -145,10 +143,10 @@ class Int4Matrix(Packed4BitMatrix):
         quant_gemv_kernels.int4_gemv(x, *quant_params, y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        quant_params = self.codes, self.scales_OG, self.zeros_OG
-        tiling = quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI))
-        return quant_gemm_kernels.int4_gemm(
-            self._permute_input(x_RI), *quant_params, bias, self.group_size, tiling
+        kernel, x_RI = quant_gemm_kernels.int4_gemm_kernel, self._permute_input(x_RI)
+        weights = self.codes, self.scales_OG, self.zeros_OG
+        return quant_gemm_kernels.gemm(
+            kernel, x_RI, weights, bias, self.out_features, group_size=self.group_size
         )
 
     def _permute_input(self, x_RI: Tensor) -> Tensor:
@@ -165,9 +163,9 @@ class RtnInt4Matrix(Int4Matrix):
 
     tensor_specs = Packed4BitMatrix.tensor_specs
 
-    def quantize_values(self, values_OI: Tensor) -> None:
+    def quantize(self, values_OI: Tensor) -> None:
         self.permutation_I.copy_(torch.arange(self.in_features))
-        super().quantize_values(values_OI)
+        super().quantize(values_OI)
 
     def quantize_rows(self, rows: slice, values_RI: Tensor) -> None:
         w_RGE = F.pad(values_RI, (0, -self.in_features % self.group_size)).view(

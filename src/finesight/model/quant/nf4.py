@@ -96,7 +96,7 @@ class Nf4Matrix(Packed4BitMatrix):
         self.register_buffer("nested_absmax", torch.empty(-(-blocks // SCALE_BLOCK_SIZE)))
         self.register_buffer("absmax_mean", torch.empty(()))
 
-    def quantize_values(self, values_OI: Tensor) -> None:
+    def quantize(self, values_OI: Tensor) -> None:
         functional = _import_bitsandbytes().functional
         # Create it now: during a CUDA graph capture it would be allocated in the memory pool of the
         # graph.
@@ -154,11 +154,10 @@ class Nf4Matrix(Packed4BitMatrix):
         quant_gemv_kernels.nf4_gemv(x, *self._kernel_args(), y_O, bias_O, residual_O)
 
     def gemm(self, x_RI: Tensor, bias: Tensor | None) -> Tensor:
-        return quant_gemm_kernels.nf4_gemm(
-            x_RI,
-            *self._kernel_args(),
-            bias,
-            quant_gemm_kernels.choose_gemm_tiling(self.out_features, len(x_RI)),
+        kernel, (*scales, codebooks) = quant_gemm_kernels.nf4_gemm_kernel, self._kernel_args()
+        weights = *scales, *codebooks
+        return quant_gemm_kernels.gemm(
+            kernel, x_RI, weights, bias, self.out_features, shuffled=x_RI.is_cuda
         )
 
     def _kernel_args(self) -> tuple[Tensor, Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
+from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import DecoderConfig
 from finesight.model.gated_delta_net import (
     DeltaNetInputs,
@@ -266,16 +266,14 @@ class KVCache:
 
         `slot_mapping_T` is the cache slot of each token: block id * S + offset in the block.
         """
-        self.flat_keys(layer_index).index_copy_(0, slot_mapping_T, k_TKD)
-        self.flat_values(layer_index).index_copy_(0, slot_mapping_T, v_TKD)
+        for x_XKD, new_TKD in zip(self.flatten_layer(layer_index), (k_TKD, v_TKD), strict=True):
+            x_XKD.index_copy_(0, slot_mapping_T, new_TKD)
 
-    def flat_keys(self, layer_index: int) -> Tensor:
-        """Return the keys of a layer as a view [P x S, K, D]."""
-        return self.keys_LPSKD[layer_index].flatten(0, 1)
-
-    def flat_values(self, layer_index: int) -> Tensor:
-        """Return the values of a layer as a view [P x S, K, D]."""
-        return self.values_LPSKD[layer_index].flatten(0, 1)
+    def flatten_layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a layer as views [P x S, K, D]."""
+        return self.keys_LPSKD[layer_index].flatten(0, 1), self.values_LPSKD[layer_index].flatten(
+            0, 1
+        )
 
 
 class LinearStateCache:
@@ -414,23 +412,14 @@ class PrefillAttention:
         """Write the new keys and values, then compute attention: [T, H, D] to [T, H, D]."""
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
-        if self._is_first_chunk:
-            key_segments = self._kv_segments if self.fuses_layers else None
-            return varlen_attention(
-                q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
-            )
-        k_MKD = cache.flat_keys(layer_index).index_select(0, self._context_slots_M)
-        v_MKD = cache.flat_values(layer_index).index_select(0, self._context_slots_M)
-        if supports_varlen_attention(q_THD):
-            return varlen_attention(
-                q_THD,
-                k_MKD,
-                v_MKD,
-                self._query_segments,
-                causal=True,
-                key_segments=self._kv_segments,
-            )
-        return self._attend_per_chunk(q_THD, k_MKD, v_MKD)
+        uses_cache = not self._is_first_chunk
+        if uses_cache:
+            flat = cache.flatten_layer(layer_index)
+            k_TKD, v_TKD = (x.index_select(0, self._context_slots_M) for x in flat)
+        key_segments = self._kv_segments if uses_cache or self.fuses_layers else None
+        return varlen_attention(
+            q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
+        )
 
     def linear_attention(self, layer_index: int, inputs: DeltaNetInputs) -> Tensor:
         """Continue from the states of the prompts, unless all chunks are first ones."""
@@ -442,19 +431,6 @@ class PrefillAttention:
         o_THV, state = forward_with_states(inputs, self._query_segments.chunk_layout, state)
         states.write(layer_index, self._state_slots_S, state)
         return o_THV
-
-    def _attend_per_chunk(self, q_THD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        queries = torch.split(q_THD, list(self._query_segments.lengths))
-        keys, values = (torch.split(x, list(self._kv_segments.lengths)) for x in (k_MKD, v_MKD))
-        num_kv_groups = q_THD.shape[1] // k_MKD.shape[1]
-        outputs = []
-        for chunk, q, k, v in zip(self._chunks, queries, keys, values, strict=True):
-            positions_T = torch.arange(chunk.start, chunk.stop, device=q.device)
-            mask_TM = torch.arange(chunk.stop, device=q.device) <= positions_T[:, None]
-            k, v = (x.repeat_interleave(num_kv_groups, dim=1).transpose(0, 1) for x in (k, v))
-            o = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=mask_TM)
-            outputs.append(o.transpose(0, 1))
-        return torch.cat(outputs)
 
 
 class DecodeAttention:

@@ -278,7 +278,7 @@ class Engine:
         sequences = list(self._scheduler.decoding)
         max_seq_len = max(item.prompt.num_tokens + item.num_scheduled for item in sequences)
         logits_RV = self._runner.decode(len(sequences), max_seq_len)
-        if any(sequence.sampler.constraint is not None for sequence in sequences):
+        if any(sequence.request.constraint is not None for sequence in sequences):
             # The next bitmask depends on the previous token. The GPU computes meanwhile.
             while self._pending:
                 self._collect_tokens()
@@ -300,7 +300,7 @@ class Engine:
         """
         deadline = time.monotonic() + MAX_MASK_WAIT_S
         for index, sequence in enumerate(sequences):
-            if sequence.sampler.constraint is None or sequence.is_finished:
+            if sequence.request.constraint is None or sequence.is_finished:
                 continue
             start_time = time.monotonic()
             is_ready = self._wait_for_bitmask(

@@ -215,6 +215,7 @@ class KVCache:
 
     Attributes:
         active_R: 1 for a decoding sequence, 0 for an unused row, which writes to block 0.
+        state_slots_R: Slot of each sequence in `linear_states`; 0 for an unused row.
         matches_training: Whether decoder layers and attention round as in training.
     """
 
@@ -243,8 +244,8 @@ class KVCache:
         self.block_table_RB = torch.zeros(
             max_num_seqs, num_blocks, dtype=torch.int32, device=device
         )
-        self.seq_lens_R, self.prompt_lens_R, self.active_R = (
-            torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(3)
+        self.seq_lens_R, self.prompt_lens_R, self.active_R, self.state_slots_R = (
+            torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.linear_states = (
             LinearStateCache(decoder_config, max_num_seqs, dtype, device, num_snapshots)
@@ -302,7 +303,6 @@ class LinearStateCache:
         self._conv_LSWN = torch.zeros(*shape, *conv_shape, dtype=dtype, device=device)
         wide_dtype = torch.promote_types(dtype, torch.float32)
         self._delta_LSHDV = torch.zeros(*shape, *delta_shape, dtype=wide_dtype, device=device)
-        self.slots_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=device)
 
     def get_layer(self, layer_index: int) -> DeltaNetState:
         """Return the states of all slots of a layer, to be updated in place."""
@@ -447,6 +447,7 @@ class DecodeAttention:
         self.cache, self.num_seqs = cache, num_seqs
         self.seq_lens_R = cache.seq_lens_R[:num_seqs]
         self.block_table_RB = cache.block_table_RB[:num_seqs]
+        self.state_slots_R = cache.state_slots_R[:num_seqs]
         positions_R = self.seq_lens_R.clone()
         self.seq_lens_R += cache.active_R[:num_seqs]
         block_ids_R1 = self.block_table_RB.gather(
@@ -480,9 +481,8 @@ class DecodeAttention:
         """Compute the next token of each sequence from its state, and update the state."""
         states = self.cache.linear_states
         assert states is not None, "a cache without linear attention states"
-        slots_R = states.slots_R[: self.num_seqs]
-        o_RHV, state = forward_step(inputs, states.read(layer_index, slots_R))
-        states.write(layer_index, slots_R, state)
+        o_RHV, state = forward_step(inputs, states.read(layer_index, self.state_slots_R))
+        states.write(layer_index, self.state_slots_R, state)
         return o_RHV
 
     def attend(self, layer_index: int, q_RHD: Tensor) -> Tensor:

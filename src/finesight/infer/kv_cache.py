@@ -304,6 +304,10 @@ class LinearStateCache:
         wide_dtype = torch.promote_types(dtype, torch.float32)
         self._delta_LSHDV = torch.zeros(*shape, *delta_shape, dtype=wide_dtype, device=device)
 
+    @property
+    def num_bytes(self) -> int:
+        return self._conv_LSWN.nbytes + self._delta_LSHDV.nbytes
+
     def get_layer(self, layer_index: int) -> DeltaNetState:
         """Return the states of all slots of a layer, to be updated in place."""
         return DeltaNetState(self._conv_LSWN[layer_index], self._delta_LSHDV[layer_index])
@@ -330,13 +334,10 @@ def get_linear_state_bytes(
     decoder_config: DecoderConfig, dtype: torch.dtype, max_num_seqs: int
 ) -> int:
     """Return the size of `LinearStateCache` in bytes, with the reserved slot."""
-    config = decoder_config.linear_attention
-    if config is None:
+    if decoder_config.linear_attention is None:
         return 0
-    conv_bytes = (config.conv_kernel_size - 1) * config.conv_size * dtype.itemsize
-    delta_bytes = 4 * config.num_value_heads * config.key_head_dim * config.value_head_dim
-    num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
-    return (max_num_seqs + 1) * num_layers * (conv_bytes + delta_bytes)
+    states = LinearStateCache(decoder_config, max_num_seqs, dtype, torch.device("meta"))
+    return states.num_bytes
 
 
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:

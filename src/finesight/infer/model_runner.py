@@ -334,19 +334,14 @@ def fused_decode_step(
             x_RD = x_RD + mlp(norm(x_RD))
         else:
             x_RD = _linear_add(mlp.down_proj, _swiglu_mlp(norm, mlp, x_RD), x_RD)
-    if model.lm_head is None:
-        return _compute_tied_logits(model, x_RD)
-    if not _supports_gemv(model.lm_head):
+    lm_head, norm = model.lm_head, decoder.norm
+    if lm_head is None and len(x_RD) == 1:
+        weight = decoder.embed_tokens.weight
+        logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(norm))
+        return logits_1V
+    if lm_head is None or not _supports_gemv(lm_head):
         return model.compute_logits(model.apply_final_norm(x_RD))
-    return _norm_linear(model.lm_head, x_RD, decoder.norm)
-
-
-def _compute_tied_logits(model: VisionLanguageModel, x_RD: Tensor) -> Tensor:
-    norm, weight = model.model.norm, model.model.embed_tokens.weight
-    if len(x_RD) > 1:
-        return F.linear(norm(x_RD), weight)
-    logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(norm))
-    return logits_1V
+    return _norm_linear(lm_head, x_RD, norm)
 
 
 def _attention_block(
@@ -454,9 +449,7 @@ def _linear_single_row(
     is_gated: bool = False,
 ) -> Tensor:
     """Apply a fused linear layer and its multi-LoRA delta to a single row."""
-    norm_kwargs: dict[str, Any] = {}
-    if norm is not None:
-        norm_kwargs = _get_norm_args(norm)
+    norm_kwargs = {} if norm is None else _get_norm_args(norm)
     lora_delta, multi_lora = None, linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
         low_1S = decoding.fused_gemv(

@@ -1,5 +1,6 @@
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,7 +9,12 @@ from each_value import each
 from torch import Tensor
 
 from finesight.errors import UserError
-from finesight.infer.request import DecodingConstraint, GenerationOptions, SamplingParams
+from finesight.infer.request import (
+    DecodingConstraint,
+    GenerationOptions,
+    GenerationRequest,
+    SamplingParams,
+)
 from finesight.infer.structured_output import build_bitmask
 from finesight.infer.token_sampler import TokenSampler, sample_tokens
 
@@ -16,8 +22,18 @@ VOCABULARY = 8
 DRAWS, SEQUENCES = 4000, 16
 
 
-def _make_sampler(*, logprobs=None, constraint=None, prompt=(), **sampling) -> TokenSampler:
-    return TokenSampler(SamplingParams(**sampling), logprobs, constraint, prompt)
+def _make_sampler(
+    *, logprobs=None, constraint=None, prompt=(), processed_logprobs=False, **sampling
+) -> TokenSampler:
+    request = GenerationRequest(
+        prompt=SimpleNamespace(tokenized=SimpleNamespace(ids_T=np.array(prompt, dtype=np.int32))),
+        max_new_tokens=1,
+        sampling_params=SamplingParams(**sampling),
+        logprobs=logprobs,
+        processed_logprobs=processed_logprobs,
+        constraint=constraint,
+    )
+    return TokenSampler(request)
 
 
 def _draw(logits_SV: Tensor, *samplers: TokenSampler) -> list[int]:
@@ -67,7 +83,7 @@ def test_sampling_frequencies_match_probabilities(sampling):
     """Pearson's chi-square over sequences with seeds of their own; probability 0 never comes."""
     logits_1V = _logits()
     samplers = [
-        TokenSampler(replace(sampling, seed=20 * number + sampling.seed), None, None, ())
+        _make_sampler(**asdict(sampling) | {"seed": 20 * number + sampling.seed})
         for number in range(SEQUENCES)
     ]
     logits_SV = logits_1V.expand(SEQUENCES, -1)
@@ -98,8 +114,8 @@ def test_banned_tokens_have_no_probability():
     """Processed log probabilities are those of the distribution that is sampled from."""
     logits_SV, banned = _logits(2), (1, 4)
     samplers = [
-        TokenSampler(
-            SamplingParams(temperature=temperature, seed=0, banned_ids=banned), 0, None, (), True
+        _make_sampler(
+            temperature=temperature, seed=0, banned_ids=banned, logprobs=0, processed_logprobs=True
         )
         for temperature in (100.0, 0.5)
     ]

@@ -19,6 +19,7 @@ from finesight.data.boxes import (
     MAX_OVERHANG_PX,
     parse_json_box,
     split_at_boxes,
+    split_at_text_boxes,
     strip_code_fences,
 )
 from finesight.data.image_header import ImageSize
@@ -42,14 +43,6 @@ from finesight.vision.image_processing import load_image
 
 if TYPE_CHECKING:
     from finesight.infer.inference_service import GenerationStream, InferenceService
-
-_BOX_MARKUP = re.compile(
-    r"(?:(?:<ref>|<\|object_ref_start\|>)(?:(?!<ref>|<\|object_ref_start\|>).)*?"
-    r"(?:</ref>|<\|object_ref_end\|>)\s*)?"
-    r"(?:<box>|<\|box_start\|>)[\s\d.,()]*(?:</box>|<\|box_end\|>)",
-    re.DOTALL,
-)
-"""Box markup of Qwen-VL and Qwen2-VL."""
 
 _SPECIAL_TOKENS = re.compile(r"</?(?:ref|box|quad)>|<\|[a-z_]+\|>")
 
@@ -319,42 +312,27 @@ def _split_text_and_boxes(
     prediction: Prediction, image_size: ImageSize | None
 ) -> list[ContentPart]:
     """Split an answer into text and box parts; empty if boxes are missing or invalid."""
-    if image_size is None or not prediction.boxes:
+    pieces, boxes = list(_split_at_boxes(prediction)), prediction.boxes
+    if image_size is None or not boxes or pieces.count(None) != len(boxes):
         return []
-    if not all(_is_inside(box, image_size) for box in prediction.boxes):
+    if not all(_is_inside(box, image_size) for box in boxes):
         return []
-    boxes = iter(prediction.boxes)
-    parts: list[ContentPart] = []
-    for piece in _split_at_boxes(prediction):
-        if isinstance(piece, str):
-            parts += [TextPart(text=piece)] if piece else []
-            continue
-        for _ in range(piece):
-            box = next(boxes, None)
-            if box is None:
-                return []
-            parts.append(box.model_copy(update={"image": 0}))
-    return [] if next(boxes, None) is not None else parts
+    parts = (box.model_copy(update={"image": 0}) for box in boxes)
+    return [next(parts) if text is None else TextPart(text=text) for text in pieces if text != ""]
 
 
-def _split_at_boxes(prediction: Prediction) -> Iterator[str | int]:
-    """Yield the texts of an answer and, between them, the number of adjacent boxes."""
-    raw = prediction.raw_text
-    if BOX_KEY in raw:
-        for piece in split_at_boxes(strip_code_fences(prediction.answer)):
-            # Other keys of a JSON object are not retained.
-            yield (
-                piece
-                if isinstance(piece, str)
-                else sum(parse_json_box(value) is not None for value in piece)
-            )
+def _split_at_boxes(prediction: Prediction) -> Iterator[str | None]:
+    """Yield the texts of an answer and, between them, None for each box."""
+    if BOX_KEY not in prediction.raw_text:
+        for piece in split_at_text_boxes(prediction.raw_text, None, is_tagged=True):
+            yield _SPECIAL_TOKENS.sub("", piece) if isinstance(piece, str) else None
         return
-    end = 0
-    for match in _BOX_MARKUP.finditer(raw):
-        yield _SPECIAL_TOKENS.sub("", raw[end : match.start()])
-        yield 1
-        end = match.end()
-    yield _SPECIAL_TOKENS.sub("", raw[end:])
+    for values in split_at_boxes(strip_code_fences(prediction.answer)):
+        if isinstance(values, str):
+            yield values
+        else:
+            # Other keys of a JSON object are not retained.
+            yield from (None for value in values if parse_json_box(value) is not None)
 
 
 def _is_inside(box: BoxPart, image_size: ImageSize) -> bool:

@@ -160,17 +160,10 @@ class Engine:
         return max(1, min(capacity - prompt_length, max_positions - 1 - last_position))
 
     def add_request(self, request: GenerationRequest) -> int:
-        """Queue a request and return its id."""
-        requested, available = request.max_new_tokens, self.get_max_new_tokens(request.prompt)
-        assert requested >= 1, f"max_new_tokens is {requested}, less than 1"
-        tokenized = request.prompt.tokenized
-        if tokenized.num_tokens + requested > self.num_blocks * self.block_size:
-            raise UserError(
-                f"prompt of {tokenized.num_tokens} tokens and max_new_tokens {requested}",
-                where=f"sample {tokenized.id:.80}",
-                expected=f"max_new_tokens of at most {available}, limited by the KV cache",
-                remedy="lower max_new_tokens, shorten the prompt, or use smaller images",
-            )
+        """Queue a request of at most `get_max_new_tokens` tokens and return its id."""
+        tokenized, requested = request.prompt.tokenized, request.max_new_tokens
+        available = self.num_blocks * self.block_size - tokenized.num_tokens
+        assert 1 <= requested <= available, f"max_new_tokens is {requested}, not 1 to {available}"
         prefix_key = self.model.config.decoder.prefix_cache_key(tokenized.num_tokens)
         cache_salt = f"{request.adapter_index} {prefix_key}"
         return self._scheduler.add_request(request, cache_salt)
@@ -269,7 +262,7 @@ class Engine:
         sequences = list(self._scheduler.decoding)
         max_seq_len = max(item.prompt.num_tokens + item.num_scheduled for item in sequences)
         logits_RV = self._runner.decode(len(sequences), max_seq_len)
-        if any(sequence.sampler.constraint is not None for sequence in sequences):
+        if any(sequence.request.constraint is not None for sequence in sequences):
             # The next bitmask depends on the previous token. The GPU computes meanwhile.
             while self._pending:
                 self._collect_tokens()
@@ -291,7 +284,7 @@ class Engine:
         """
         deadline = time.monotonic() + MAX_MASK_WAIT_S
         for index, sequence in enumerate(sequences):
-            if sequence.sampler.constraint is None or sequence.is_finished:
+            if sequence.request.constraint is None or sequence.is_finished:
                 continue
             start_time = time.monotonic()
             is_ready = self._wait_for_bitmask(

@@ -169,8 +169,7 @@ class IncrementalDetokenizer:
             self.has_stopped = True
             emitted, self._pending = self._pending[: min(stop_positions)], ""
         else:
-            stop_strings = () if is_last else self._stop_strings
-            num_held = _count_partial_marker(self._pending, stop_strings)
+            num_held = 0 if is_last else _count_partial(self._pending, self._stop_strings)
             emitted = self._pending[: len(self._pending) - num_held]
             self._pending = self._pending[len(emitted) :]
         self.text += emitted
@@ -191,8 +190,8 @@ class IncrementalDetokenizer:
             self._strips_newlines = True
             self._strip_first_newlines()
             return
-        num_held = _count_partial_marker(text, [_REASONING_END])
-        end = len(text[: len(text) - num_held].rstrip("\n"))
+        length = _count_partial(text, [_REASONING_END])
+        end = len(text[: len(text) - length].rstrip("\n"))
         self._new_reasoning, self._pending = self._new_reasoning + text[:end], text[end:]
 
     def _strip_first_newlines(self) -> None:
@@ -201,12 +200,12 @@ class IncrementalDetokenizer:
             self._strips_newlines = not self._pending
 
 
-def _count_partial_marker(text: str, markers: Sequence[str]) -> int:
-    """Return the length of the longest suffix of a text that may start a marker."""
+def _count_partial(text: str, markers: Sequence[str]) -> int:
+    """Return the length of the longest suffix of a text that may start one of the markers."""
     lengths = (
         length
         for marker in markers
-        for length in range(min(len(marker) - 1, len(text)), 0, -1)
+        for length in range(min(len(marker), len(text) + 1))
         if text.endswith(marker[:length])
     )
     return max(lengths, default=0)
@@ -335,24 +334,26 @@ class GenerationStream:
             self._num_cached_tokens = event.num_cached_tokens
         tokens: tuple[GeneratedToken, ...] = () if event.token is None else (event.token,)
         reasoning = self._detokenizer.take_reasoning()
-        delta = CompletionDelta(text, tokens, reasoning) if text or tokens or reasoning else None
-        self._update(delta, finish_reason, event.error)
-        return self._detokenizer.has_stopped and event.finish_reason is None
-
-    def _update(
-        self,
-        delta: CompletionDelta | None,
-        finish_reason: FinishReason | None,
-        error: Exception | None,
-    ) -> None:
         with self._changed:
-            if delta is not None:
-                self._deltas.append(delta)
-            self.finish_reason, self._error = finish_reason, error
+            if text or tokens or reasoning:
+                self._deltas.append(CompletionDelta(text, tokens, reasoning))
+            self.finish_reason, self._error = finish_reason, event.error
             self._changed.notify_all()
             wake = self._wake
         if wake is not None:
             wake()
+        return self._detokenizer.has_stopped and event.finish_reason is None
+
+    def _fail(self, error: Exception) -> None:
+        """End the stream with an error of the service."""
+        if isinstance(error, torch.OutOfMemoryError):
+            error = UserError(
+                "out of GPU memory",
+                where="model",
+                expected="enough memory for the images and prompts of one prefill step",
+                remedy="use smaller images, or a smaller KV cache",
+            )
+        self._handle_event(EngineEvent(0, error=error))
 
 
 class InferenceService:
@@ -599,7 +600,7 @@ class InferenceService:
             try:
                 self._streams[self._engine.add_request(request)] = stream
             except Exception as error:
-                stream._update(None, None, _to_user_error(error))
+                stream._fail(error)
         if self._cancels_all:
             cancelled = [*self._streams.values()]
         for stream in cancelled:
@@ -627,7 +628,7 @@ class InferenceService:
             False if no engine can be created. All queued requests have then failed, too.
         """
         for stream in self._streams.values():
-            stream._update(None, None, _to_user_error(error))
+            stream._fail(error)
         self._streams.clear()
         # The traceback references the old KV cache; release it before allocating a new one.
         traceback.clear_frames(error.__traceback__)
@@ -638,7 +639,7 @@ class InferenceService:
             except Exception as retry_error:
                 self._is_closing = True
                 for stream, _ in self._new_requests:
-                    stream._update(None, None, _to_user_error(retry_error))
+                    stream._fail(retry_error)
                 self._new_requests = []
                 return False
         return True
@@ -697,14 +698,3 @@ def compute_kv_cache_bytes(
             "--weight-format, or stop other programs on the GPU",
         )
     return budget - state_bytes
-
-
-def _to_user_error(error: Exception) -> Exception:
-    if not isinstance(error, torch.OutOfMemoryError):
-        return error
-    return UserError(
-        "out of GPU memory",
-        where="model",
-        expected="enough memory for the images and prompts of one prefill step",
-        remedy="use smaller images, or a smaller KV cache",
-    )

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.model.attention import Segments, supports_varlen_attention, varlen_attention
+from finesight.model.attention import Segments, varlen_attention
 from finesight.model.config import DecoderConfig
 from finesight.model.gated_delta_net import (
     DeltaNetInputs,
@@ -213,7 +213,7 @@ class KVCache:
 
     Attributes:
         active_R: 1 for a decoding sequence, 0 for an unused row, which writes to block 0.
-        slots_R: Slot of each row in `linear_states`, 0 for an unused row.
+        state_slots_R: Slot of each sequence in `linear_states`; 0 for an unused row.
         matches_training: Whether decoder layers and attention round as in training.
     """
 
@@ -242,7 +242,7 @@ class KVCache:
         self.block_table_RB = torch.zeros(
             max_num_seqs, num_blocks, dtype=torch.int32, device=device
         )
-        self.seq_lens_R, self.prompt_lens_R, self.active_R, self.slots_R = (
+        self.seq_lens_R, self.prompt_lens_R, self.active_R, self.state_slots_R = (
             torch.zeros(max_num_seqs, dtype=torch.int64, device=device) for _ in range(4)
         )
         self.linear_states = (
@@ -265,16 +265,14 @@ class KVCache:
 
         `slot_mapping_T` is the cache slot of each token: block id * S + offset in the block.
         """
-        self.flat_keys(layer_index).index_copy_(0, slot_mapping_T, k_TKD)
-        self.flat_values(layer_index).index_copy_(0, slot_mapping_T, v_TKD)
+        for x_XKD, new_TKD in zip(self.flatten_layer(layer_index), (k_TKD, v_TKD), strict=True):
+            x_XKD.index_copy_(0, slot_mapping_T, new_TKD)
 
-    def flat_keys(self, layer_index: int) -> Tensor:
-        """Return the keys of a layer as a view [P x S, K, D]."""
-        return self.keys_LPSKD[layer_index].flatten(0, 1)
-
-    def flat_values(self, layer_index: int) -> Tensor:
-        """Return the values of a layer as a view [P x S, K, D]."""
-        return self.values_LPSKD[layer_index].flatten(0, 1)
+    def flatten_layer(self, layer_index: int) -> tuple[Tensor, Tensor]:
+        """Return the keys and values of a layer as views [P x S, K, D]."""
+        return self.keys_LPSKD[layer_index].flatten(0, 1), self.values_LPSKD[layer_index].flatten(
+            0, 1
+        )
 
 
 class LinearStateCache:
@@ -302,6 +300,10 @@ class LinearStateCache:
         wide_dtype = torch.promote_types(dtype, torch.float32)
         self._delta_LSHDV = torch.zeros(*shape, *delta_shape, dtype=wide_dtype, device=device)
 
+    @property
+    def num_bytes(self) -> int:
+        return self._conv_LSWN.nbytes + self._delta_LSHDV.nbytes
+
     def get_layer(self, layer_index: int) -> DeltaNetState:
         """Return the states of all slots of a layer, to be updated in place."""
         return DeltaNetState(self._conv_LSWN[layer_index], self._delta_LSHDV[layer_index])
@@ -328,13 +330,10 @@ def get_linear_state_bytes(
     decoder_config: DecoderConfig, dtype: torch.dtype, max_num_seqs: int
 ) -> int:
     """Return the size of `LinearStateCache` in bytes, with the reserved slot."""
-    config = decoder_config.linear_attention
-    if config is None:
+    if decoder_config.linear_attention is None:
         return 0
-    conv_bytes = (config.conv_kernel_size - 1) * config.conv_size * dtype.itemsize
-    delta_bytes = 4 * config.num_value_heads * config.key_head_dim * config.value_head_dim
-    num_layers = decoder_config.num_layers - decoder_config.num_full_attention_layers
-    return (max_num_seqs + 1) * num_layers * (conv_bytes + delta_bytes)
+    states = LinearStateCache(decoder_config, max_num_seqs, dtype, torch.device("meta"))
+    return states.num_bytes
 
 
 def get_kv_bytes_per_token(decoder_config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -405,13 +404,11 @@ class PrefillAttention:
         """Write the new keys and values, then compute attention: [T, H, D] to [T, H, D]."""
         cache = self._cache
         cache.write(layer_index, self._slot_mapping_T, k_TKD, v_TKD)
-        key_segments = self._kv_segments if self.fuses_layers else None
-        if not self._is_first_chunk:
-            k_TKD = cache.flat_keys(layer_index).index_select(0, self._context_slots_M)
-            v_TKD = cache.flat_values(layer_index).index_select(0, self._context_slots_M)
-            if not supports_varlen_attention(q_THD):
-                return self._attend_per_chunk(q_THD, k_TKD, v_TKD)
-            key_segments = self._kv_segments
+        uses_cache = not self._is_first_chunk
+        if uses_cache:
+            flat = cache.flatten_layer(layer_index)
+            k_TKD, v_TKD = (x.index_select(0, self._context_slots_M) for x in flat)
+        key_segments = self._kv_segments if uses_cache or self.fuses_layers else None
         return varlen_attention(
             q_THD, k_TKD, v_TKD, self._query_segments, causal=True, key_segments=key_segments
         )
@@ -426,19 +423,6 @@ class PrefillAttention:
         o_THV, state = forward_with_states(inputs, self._query_segments, state)
         states.write(layer_index, self._state_slots_S, state)
         return o_THV
-
-    def _attend_per_chunk(self, q_THD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
-        queries = torch.split(q_THD, list(self._query_segments.lengths))
-        keys, values = (torch.split(x, list(self._kv_segments.lengths)) for x in (k_MKD, v_MKD))
-        num_kv_groups = q_THD.shape[1] // k_MKD.shape[1]
-        outputs = []
-        for chunk, q, k, v in zip(self._chunks, queries, keys, values, strict=True):
-            positions_T = torch.arange(chunk.start, chunk.stop, device=q.device)
-            mask_TM = torch.arange(chunk.stop, device=q.device) <= positions_T[:, None]
-            k, v = (x.repeat_interleave(num_kv_groups, dim=1).transpose(0, 1) for x in (k, v))
-            o = F.scaled_dot_product_attention(q.transpose(0, 1), k, v, attn_mask=mask_TM)
-            outputs.append(o.transpose(0, 1))
-        return torch.cat(outputs)
 
 
 class DecodeAttention:
@@ -455,6 +439,7 @@ class DecodeAttention:
         self.cache, self.num_seqs = cache, num_seqs
         self.seq_lens_R = cache.seq_lens_R[:num_seqs]
         self.block_table_RB = cache.block_table_RB[:num_seqs]
+        self.state_slots_R = cache.state_slots_R[:num_seqs]
         positions_R = self.seq_lens_R.clone()
         self.seq_lens_R += cache.active_R[:num_seqs]
         block_ids_R1 = self.block_table_RB.gather(
@@ -488,9 +473,8 @@ class DecodeAttention:
         """Compute the next token of each sequence from its state, and update the state."""
         states = self.cache.linear_states
         assert states is not None, "a cache without linear attention states"
-        slots_R = self.cache.slots_R[: self.num_seqs]
-        o_RHV, state = forward_step(inputs, states.read(layer_index, slots_R))
-        states.write(layer_index, slots_R, state)
+        o_RHV, state = forward_step(inputs, states.read(layer_index, self.state_slots_R))
+        states.write(layer_index, self.state_slots_R, state)
         return o_RHV
 
     def attend(self, layer_index: int, q_RHD: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ image tokens, K feature levels per image token, N adapters, I intermediate size.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finesight.encode.packing import PackedBatch, compute_cu_seqlens, copy_to_device, plan_packs
+from finesight.encode.packing import PackedBatch, copy_to_device, pack, plan_packs
 from finesight.encode.tokenization import EncodedSample, LruCache
 from finesight.infer.kv_cache import (
     DecodeAttention,
@@ -151,15 +152,15 @@ class ModelRunner:
             num_generated: Number of completion tokens in the KV cache, without the next one.
         """
         self.ids_R[batch_index : batch_index + 1] = id_1
-        cache, num_tokens = self.cache, prompt.num_tokens
-        for buffer_R, value in (
-            (cache.seq_lens_R, num_tokens + num_generated),
-            (cache.prompt_lens_R, num_tokens),
+        cache = self.cache
+        for buffer, value in (
+            (cache.seq_lens_R, prompt.num_tokens + num_generated),
+            (cache.prompt_lens_R, prompt.num_tokens),
             (cache.active_R, 1),
-            (cache.slots_R, prompt.state_slot),
+            (cache.state_slots_R, prompt.state_slot),
             (self._position_ids_R, prompt.max_position + num_generated),
         ):
-            buffer_R[batch_index].fill_(value)
+            buffer[batch_index].fill_(value)
         if self.model.lora_routing is not None:
             self._lora_masks_RN[batch_index] = self.model.lora_routing.build_mask(
                 prompt.adapter_index
@@ -170,13 +171,13 @@ class ModelRunner:
     def remove_sequence(self, batch_index: int, last_index: int) -> None:
         """Remove a sequence from the decoding batch; the last sequence takes its row."""
         cache = self.cache
-        unset = cache.seq_lens_R, cache.active_R, cache.slots_R, cache.block_table_RB
+        reset = cache.seq_lens_R, cache.active_R, cache.state_slots_R, cache.block_table_RB
         if batch_index != last_index:
             masks = () if self.model.lora_routing is None else (self._lora_masks_RN,)
-            others = cache.prompt_lens_R, self._position_ids_R, self.ids_R
-            for buffer in (*unset, *others, *masks):
+            moved = *reset, cache.prompt_lens_R, self._position_ids_R, self.ids_R, *masks
+            for buffer in moved:
                 buffer[batch_index] = buffer[last_index]
-        for buffer in unset:
+        for buffer in reset:
             buffer[last_index].fill_(0)
 
     def decode(self, num_seqs: int, max_seq_len: int) -> Tensor:
@@ -250,18 +251,20 @@ def load_image_features(
                     missing.append((prompt, span_index, image_hash))
     if not missing:
         return
-    to_encode = {digest: (prompt.encoded, number) for prompt, number, digest in missing}
-    patch_counts = [
-        len(get_span_patches(encoded, number)) for encoded, number in to_encode.values()
-    ]
+    to_encode = {
+        image_hash: (get_span_patches(prompt.encoded, index), prompt.encoded.tokenized.spans[index])
+        for prompt, index, image_hash in missing
+    }
     encoded_features: dict[bytes, Tensor] = {}
-    for pack_indices in plan_packs(patch_counts, max_patches):
+    for pack_indices in plan_packs([len(item) for item, _ in to_encode.values()], max_patches):
         image_hashes = [list(to_encode)[index] for index in pack_indices]
-        encoded_features |= zip(
-            image_hashes,
-            _encode_images(model, [to_encode[digest] for digest in image_hashes]),
-            strict=True,
+        patches, spans = zip(*(to_encode[image_hash] for image_hash in image_hashes), strict=True)
+        features_MKW = model.encode_images(
+            copy_to_device(concat_patches(patches), model.model.embed_tokens.weight.device),
+            [span.grid_thw for span in spans],
         )
+        lengths = [span.stop - span.start for span in spans]
+        encoded_features |= zip(image_hashes, torch.split(features_MKW, lengths), strict=True)
     for prompt, span_index, image_hash in missing:
         prompt.features[span_index] = features_MKW = encoded_features[image_hash]
         # Copy: a view would keep the features of the full encoder batch alive.
@@ -269,61 +272,29 @@ def load_image_features(
         feature_cache.put(key, features_MKW.clone(), features_MKW.nbytes)
 
 
-def _encode_images(
-    model: VisionLanguageModel, images: Sequence[tuple[EncodedSample, int]]
-) -> Sequence[Tensor]:
-    """Encode images in one vision-encoder pass and return the features [M, K, W] of each."""
-    patches = [get_span_patches(encoded, span_index) for encoded, span_index in images]
-    spans = [encoded.tokenized.spans[number] for encoded, number in images]
-    device = model.model.embed_tokens.weight.device
-    features_MKW = model.encode_images(
-        copy_to_device(concat_patches(patches), device), [span.grid_thw for span in spans]
-    )
-    return torch.split(features_MKW, [span.stop - span.start for span in spans])
-
-
 def _pack_chunks(
     prompts: Sequence[PromptState], chunks: Sequence[PrefillChunk]
 ) -> tuple[PackedBatch, Tensor | None]:
     """Pack prompt chunks into a batch with the vision features of their image tokens."""
-    tokenized_prompts = [prompt.encoded.tokenized for prompt in prompts]
-    slices = [slice(chunk.start, chunk.stop) for chunk in chunks]
-    lengths = tuple(chunk.stop - chunk.start for chunk in chunks)
-    cu_seqlens = compute_cu_seqlens(lengths)
-    ids_T = np.concatenate(
-        [o.ids_T[token_slice] for o, token_slice in zip(tokenized_prompts, slices, strict=True)]
-    )
-    position_ids_3T = np.concatenate(
-        [o.position_ids_3T[:, cut] for o, cut in zip(tokenized_prompts, slices, strict=True)],
-        axis=1,
-    )
-    visual_indices: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = [np.empty(0, dtype=np.int64)]
+    samples: list[EncodedSample] = []
     features: list[Tensor] = []
-    for prompt, chunk, chunk_offset in zip(prompts, chunks, cu_seqlens, strict=False):
-        for span, image_features in zip(
-            prompt.encoded.tokenized.spans, prompt.features, strict=True
-        ):
+    for prompt, chunk in zip(prompts, chunks, strict=True):
+        tokenized, spans = prompt.encoded.tokenized, []
+        for span, image_features in zip(tokenized.spans, prompt.features, strict=True):
             start, stop = max(span.start, chunk.start), min(span.stop, chunk.stop)
             if start < stop:
-                assert image_features is not None, (
-                    f"an image of {prompt.encoded.tokenized.id} has no features"
-                )
-                visual_indices.append(np.arange(start, stop) - chunk.start + int(chunk_offset))
+                assert image_features is not None, f"an image of {tokenized.id} has no features"
                 features.append(image_features[start - span.start : stop - span.start])
-    empty_L = torch.empty(0, dtype=torch.int64)
-    batch = PackedBatch(
-        sample_ids=tuple(tokenized.id for tokenized in tokenized_prompts),
-        lengths=lengths,
-        grid_thw=(),
-        ids_T=torch.from_numpy(ids_T.astype(np.int64)),
-        position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
-        cu_seqlens_S1=torch.from_numpy(cu_seqlens),
-        patches_ND=torch.empty(0, 0, dtype=torch.uint8),
-        visual_indices_M=torch.from_numpy(np.concatenate(visual_indices)),
-        logit_indices_L=empty_L,
-        labels_L=empty_L,
-    )
-    return batch, torch.cat(features) if features else None
+                spans.append(replace(span, start=start - chunk.start, stop=stop - chunk.start))
+        tokenized = replace(
+            tokenized,
+            ids_T=tokenized.ids_T[chunk.start : chunk.stop],
+            loss_mask_T=np.zeros(chunk.stop - chunk.start, dtype=np.bool_),
+            position_ids_3T=tokenized.position_ids_3T[:, chunk.start : chunk.stop],
+            spans=tuple(spans),
+        )
+        samples.append(EncodedSample(tokenized, np.empty((0, 0), dtype=np.uint8)))
+    return pack(samples), torch.cat(features) if features else None
 
 
 _LAYER_TYPES = DecoderLayer, HybridDecoderLayer
@@ -364,19 +335,14 @@ def fused_decode_step(
             x_RD = x_RD + mlp(norm(x_RD))
         else:
             x_RD = _linear_add(mlp.down_proj, _swiglu_mlp(norm, mlp, x_RD), x_RD)
-    if model.lm_head is None:
-        return _compute_tied_logits(model, x_RD)
-    if not _supports_gemv(model.lm_head):
+    lm_head, norm = model.lm_head, decoder.norm
+    if lm_head is None and len(x_RD) == 1:
+        weight = decoder.embed_tokens.weight
+        logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(norm))
+        return logits_1V
+    if lm_head is None or not _supports_gemv(lm_head):
         return model.compute_logits(model.apply_final_norm(x_RD))
-    return _norm_linear(model.lm_head, x_RD, decoder.norm)
-
-
-def _compute_tied_logits(model: VisionLanguageModel, x_RD: Tensor) -> Tensor:
-    norm, weight = model.model.norm, model.model.embed_tokens.weight
-    if len(x_RD) > 1:
-        return F.linear(norm(x_RD), weight)
-    logits_1V: Tensor = decoding.fused_gemv(x_RD, weight, **_get_norm_args(norm))
-    return logits_1V
+    return _norm_linear(lm_head, x_RD, norm)
 
 
 def _attention_block(
@@ -417,7 +383,7 @@ def _linear_attention_block(
     states, config = attention.cache.linear_states, attn.config
     assert states is not None, "a cache without linear attention states"
     conv_SWN, delta_SHDV = states.get_layer(attn.attention_index)
-    slots_R = attention.cache.slots_R[: len(x_RD)]
+    slots_R = attention.state_slots_R
     qkv_RN = delta_net_kernels.causal_conv_step(
         qkv_RN, attn.conv1d.weight.squeeze(1), conv_SWN, slots_R, config.num_key_heads,
         config.num_value_heads, config.value_head_dim, L2_NORM_EPS,
@@ -484,7 +450,7 @@ def _linear_single_row(
     is_gated: bool = False,
 ) -> Tensor:
     """Apply a fused linear layer and its multi-LoRA delta to a single row."""
-    norm_kwargs: dict[str, Any] = {} if norm is None else _get_norm_args(norm)
+    norm_kwargs = {} if norm is None else _get_norm_args(norm)
     lora_delta, multi_lora = None, linear.adapter
     if isinstance(multi_lora, MultiLoraLinear):
         low_1S = decoding.fused_gemv(

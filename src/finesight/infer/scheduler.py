@@ -175,13 +175,7 @@ class Scheduler:
             request_id=next(self._request_ids),
             request=request,
             prompt=PromptState(request.prompt, [], request.adapter_index, image_hashes),
-            sampler=TokenSampler(
-                request.sampling_params,
-                request.logprobs,
-                request.constraint,
-                tokenized.ids_T,
-                request.processed_logprobs,
-            ),
+            sampler=TokenSampler(request),
             cache_salt=cache_salt,
             block_hashes=[]
             if self._has_linear_states and not self.block_manager.snapshot_slots

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from finesight.encode.packing import copy_to_device
-from finesight.infer.request import DecodingConstraint, GeneratedToken, SamplingParams
+from finesight.infer.request import GeneratedToken, GenerationRequest
 
 _MIN_TEMPERATURE = 1e-30
 """Smallest temperature that does not overflow in fp32."""
@@ -25,20 +25,12 @@ _MIN_TEMPERATURE = 1e-30
 class TokenSampler:
     """Sampling parameters and sampling state of one sequence."""
 
-    def __init__(
-        self,
-        sampling_params: SamplingParams,
-        logprobs: int | None,
-        constraint: DecodingConstraint | None,
-        prompt_ids: Sequence[int] | np.ndarray[tuple[int], np.dtype[np.int32]],
-        processed_logprobs: bool = False,
-    ) -> None:
-        self.sampling_params, self.logprobs, self.constraint = sampling_params, logprobs, constraint
-        self.processed_logprobs = processed_logprobs
+    def __init__(self, request: GenerationRequest) -> None:
+        self.request, self.sampling_params = request, request.sampling_params
         self._bitmask: NDArray[np.int32] | None = None
-        self._prompt_ids = np.unique(np.asarray(prompt_ids, dtype=np.int64))
+        self._prompt_ids = np.unique(request.prompt.tokenized.ids_T).astype(np.int64)
         self._seen_V: Tensor | None = None
-        seed = sampling_params.seed
+        seed = request.sampling_params.seed
         bit_generator = np.random.Philox() if seed is None else np.random.Philox(key=seed % 2**64)
         self._rng = np.random.Generator(bit_generator)
 
@@ -47,13 +39,13 @@ class TokenSampler:
         """True for greedy decoding without penalty, constraint and log probabilities."""
         params = self.sampling_params
         is_unchanged = params.repetition_penalty == 1.0 and not params.banned_ids
-        is_unconstrained = self.constraint is None and self.logprobs is None
+        is_unconstrained = self.request.constraint is None and self.request.logprobs is None
         return params.is_greedy and is_unconstrained and is_unchanged
 
     def prepare_bitmask(self) -> None:
         """Compute the next bitmask, so that errors of the constraint occur before sampling."""
-        if self.constraint is not None:
-            self._bitmask = self.constraint.compute_bitmask()
+        if self.request.constraint is not None:
+            self._bitmask = self.request.constraint.compute_bitmask()
 
     def pop_bitmask(self) -> NDArray[np.int32]:
         """Return and reset the bitmask of the next token; compute it if necessary."""
@@ -128,11 +120,12 @@ def sample_tokens(
             ids_S = ids_S.index_copy(0, indices_N, drawn_N)
     for index, sampler in enumerate(samplers):
         sampler.record_token(ids_S[index : index + 1])
-    is_processed = [sampler.processed_logprobs for sampler in samplers]
+    is_processed = [sampler.request.processed_logprobs for sampler in samplers]
     if any(is_processed):
         is_processed_S1 = copy_to_device(np.array(is_processed), logits_SV.device)[:, None]
         raw_SV = scaled_SV if all(is_processed) else raw_SV.where(~is_processed_S1, scaled_SV)
-    num_logprobs = [sampler.logprobs for sampler in samplers if sampler.logprobs is not None]
+    requested = [sampler.request.logprobs for sampler in samplers]
+    num_logprobs = [count for count in requested if count is not None]
     if not num_logprobs:
         return ids_S, None
     logprobs_SV = raw_SV.log_softmax(-1)
@@ -152,10 +145,10 @@ def _apply_penalties(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Ten
 
 
 def _apply_constraints(logits_SV: Tensor, samplers: Sequence[TokenSampler]) -> Tensor:
-    constrained_rows = [row for row, c in enumerate(samplers) if c.constraint is not None]
+    constrained_rows = [row for row, c in enumerate(samplers) if c.request.constraint is not None]
     if not constrained_rows:
         return logits_SV
-    bitmasks = [c.pop_bitmask() for c in samplers if c.constraint is not None]
+    bitmasks = [c.pop_bitmask() for c in samplers if c.request.constraint is not None]
     bits_SW = copy_to_device(np.stack(bitmasks), logits_SV.device)
     rows_S = copy_to_device(np.array(constrained_rows), logits_SV.device)
     bit_positions_32 = torch.arange(32, device=logits_SV.device, dtype=torch.int32)

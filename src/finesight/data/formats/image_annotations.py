@@ -286,7 +286,8 @@ def _locate_objects(
     for obj in objects:
         box = None
         if obj.coordinates is not None:
-            box = images.create_valid_box(obj.coordinates, obj.label, convention)
+            values = obj.coordinates, obj.label, convention
+            box = images.create_valid_box(*values, droppable=InvalidBoxError)
         if isinstance(box, BoxPart):
             boxes.append((box, obj.attributes))
         else:

@@ -255,7 +255,7 @@ def fetch_image(images: LabelStudioImages, reference: str) -> bytes:
 
 DOTS = (
     *("..", "%2e%2e", "%2E.", "%252e%252e", "..%2f..", "..\\..", "..;", "a/../..", "%2e%2e%5c%2e"),
-    *("．．", "%u002e."),  # noqa: RUF001 (servers that fold wide characters)
+    *("．．", "%u002e."),
 )
 
 

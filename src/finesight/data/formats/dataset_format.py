@@ -348,18 +348,14 @@ class RowImages:
         return width, height
 
     def create_valid_box(
-        self,
-        value: object,
-        label: str | None,
-        default: BoxConvention,
-        droppable: type[InvalidBoxError] = StrayBoxError,
+        self, value: object, label: str | None, default: BoxConvention
     ) -> BoxPart | InvalidBoxError:
         """Create a box part, or return the error of an invalid box that the import drops."""
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
             if self._context.on_invalid_box == "fail":
-                if isinstance(error, droppable):
+                if isinstance(error, StrayBoxError):
                     error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
                 raise
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))

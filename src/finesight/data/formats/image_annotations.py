@@ -286,8 +286,7 @@ def _locate_objects(
     for obj in objects:
         box = None
         if obj.coordinates is not None:
-            values = obj.coordinates, obj.label, convention
-            box = images.create_valid_box(*values, droppable=InvalidBoxError)
+            box = images.create_valid_box(obj.coordinates, obj.label, convention)
         if isinstance(box, BoxPart):
             boxes.append((box, obj.attributes))
         else:

@@ -314,14 +314,19 @@ def test_keys_of_rows_that_change_no_training_are_metadata(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "key", ["screenshot", "doc", "scan", "page", "figure", "b64", "data", "image_b"]
+    "key",
+    [
+        *("screenshot", "doc", "scan", "page", "figure", "b64", "data"),
+        *("image_b", "depth", "mask_path", "audio_path"),
+    ],
 )
 def test_further_images_and_images_of_rows_without_others_are_refused(
     tmp_path: Path, key: str
 ) -> None:
     data = base64.b64encode(PNG).decode()
-    values = {"screenshot": "s3://b/0", "b64": data, "data": data, "image_b": "b.jpg"}
-    row = (chat(ANSWER) if key == "image_b" else chat_without_images()) | {
+    further = {"image_b": "b.jpg", "depth": "b.jpg", "mask_path": "b.png", "audio_path": "a.wav"}
+    values = {"screenshot": "s3://b/0", "b64": data, "data": data, **further}
+    row = (chat(ANSWER) if key in further else chat_without_images()) | {
         key: values.get(key, "x/0.pdf")
     }
     with pytest.raises(UserError, match="an image, a video or audio") as caught:

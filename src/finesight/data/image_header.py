@@ -143,6 +143,7 @@ IMAGE_MAGICS = {
 _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 """Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
 
+_DATA_URL = re.compile(r"\s*(?:data:(?:image|video|audio)/|image/[\w.+-]+;base64,)", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
 
 EXIF_ORIENTATION_TAG = 0x0112
@@ -199,8 +200,7 @@ def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) ->
 
 def is_embedded_media(text: str) -> bool:
     """Return whether a text is an image in base64, or the data URL of an image, video or audio."""
-    start = text.lstrip()[:11].lower()
-    return start.startswith(("data:image/", "data:video/", "data:audio/")) or is_base64_image(text)
+    return _DATA_URL.match(text) is not None or is_base64_image(text)
 
 
 class CorruptImageError(UserError):

@@ -329,9 +329,14 @@ def test_unreadable_images_are_skipped(reward_task):
 FRAMES = {"thousandths of the image": (1000, 1000), "pixels of the image": (800, 400)}
 
 
+@each("is_weak", [False, True])
 @each("frame", [*FRAMES, ""])
-def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
-    """The model is of a family with boxes in pixels of the resized image."""
+def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
+    """The model is of a family with boxes in pixels of the resized image.
+
+    A weak model hits a corner of the reference, and reverses its own corners, as if it was tuned
+    on a few boxes in another frame.
+    """
     folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen2_5_vl"))
     renderer = NativeRenderer(folder)
     Image.new("RGB", (400, 800)).save(tmp_path / "image.png")
@@ -340,23 +345,31 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
     (span,) = renderer.tokenize_prompt(LocatedSample(question, tmp_path)).spans
     reference = BoxPart(image=0, xyxy=(100, 200, 300, 600))
     # The model writes the reference in the frame, or another box.
-    is_other = frame not in FRAMES
-    written = (0, 0, 9, 9) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
+    box = (350, 240, 260, 140) if is_weak else reference.xyxy
+    written = scale_box(box, (800, 400), FRAMES[frame]) if frame else (0, 0, 9, 9)
     found = scale_box(written, span.resized_size, (800, 400))
-    case = EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,))
+    cases = [
+        EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,), str(number))
+        for number in range(64)
+    ]
     lines: list[str] = []
     check = RewardCheck(renderer, lines.append)
-    for _ in range(40):
+    for case in cases:
         check.add([case] * 4, np.zeros(4), [span])
     (line,) = lines
     assert "128 of the first 128 responses have no reward" in line
     assert ("coordinate frame" in line) == bool(frame)
     assert frame in line
     rewarded = RewardCheck(renderer, lines.append)
-    for _ in range(40):
+    for case in cases:
         rewarded.add([case] * 4, np.array([0, 0, 0, 0.5]), [span])
     assert len(lines) == 1 + bool(frame)
     assert all("no reward" not in line for line in lines[1:])
+    # The responses to one sample are no evidence.
+    repeated = RewardCheck(renderer, lines.append)
+    for _ in cases:
+        repeated.add(cases[:1] * 4, np.ones(4), [span])
+    assert len(lines) == 1 + bool(frame)
 
 
 @each(

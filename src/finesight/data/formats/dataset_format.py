@@ -248,17 +248,14 @@ class ImportContext:
             clipped_box = clip_to_image(pixel_box, image_size, convention)
         except InvalidBoxError as error:
             inner_box = clip_box(pixel_box, image_size)
-            is_clippable = inner_box != pixel_box  # else not in pixels
-            if inner_box is not None and is_clippable and self.on_invalid_box == "clip":
-                self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
-                return inner_box
+            option = "leave it out"
+            if inner_box is not None and inner_box != pixel_box:  # else not in pixels
+                option = "give --on-invalid-box clip"
+                if self.on_invalid_box == "clip":
+                    self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+                    return inner_box
             hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
-            options = ", or leave it out"
-            if self.on_invalid_box == "fail" and is_clippable:
-                options = ", or give --on-invalid-box clip, or drop for boxes outside of sentences"
-            elif inner_box is not None and is_clippable:
-                options = ", or give --on-invalid-box clip"
-            error.remedy = f"{hint}correct the row{options}"
+            error.remedy = f"{hint}correct the row, or {option}"
             raise
         self.num_clipped += clipped_box != pixel_box
         return clipped_box
@@ -358,6 +355,8 @@ class RowImages:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
             if self._context.on_invalid_box == "fail":
+                if isinstance(error, StrayBoxError):
+                    error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
                 raise
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
             return error

@@ -48,7 +48,7 @@ _ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|
 _NUMBERED_IMAGE = re.compile(
     "(?:images?|img|photo|pict?(?:ure)?|图片?)_?(?:[0-9]+|[a-z])"
     "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference)_?"
-    "(?:image|img|photo|pict?(?:ure)?)s?|audios?",
+    "(?:image|img|photo|pict?(?:ure)?)s?|(?:audio|(?:depth|mask|normal)(?:_?map)?)s?(?:_?path)?",
     re.IGNORECASE,
 )
 """Keys of audio or a further image that a question may need, next to images that are used."""

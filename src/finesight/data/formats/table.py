@@ -681,7 +681,9 @@ def _create_boxes(
     convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
-        cells = as_list(_read_cell(record, context, "label"))
+        cell = _read_cell(record, context, "label")
+        is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
+        cells = as_list(decode_json_list(str(cell), (str,)) if is_list_text else cell)
         names = ["" if _is_empty(one) else _get_text(one, "label") for one in cells]
         if len(names) != len(boxes) or not any(names):
             names = list(filter(None, names))

@@ -222,7 +222,7 @@ def test_prediction_before_weights_are_loaded(
     monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)
     monkeypatch.setattr(step_time, "total_memory", lambda: round(memory_gb * 1e9))
     monkeypatch.setattr(setup, "measure_peak_flops", lambda device, dtype: flops)
-    arguments = (recipe, f"output_dir={tmp_path / 'run'}", *option)
+    arguments = (recipe, "data.eval=[]", f"output_dir={tmp_path / 'run'}", *option)
     messages = cli("train", *arguments, code=exit_code).err
     assert words in messages
     assert ("start anyway with --force" in messages) == (exit_code == 2)

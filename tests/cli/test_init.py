@@ -251,6 +251,7 @@ def test_split_of_the_source_is_kept(run_init):
     assert found["recipe"] == "photos-finetune/recipe.yaml"
 
 
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize("num_pairs", [12, 11])
 def test_preference_pairs_select_the_objective(run_init, num_pairs):
     rows = []
@@ -338,6 +339,7 @@ def test_python_function_asks_only_through_a_callable():
     assert api.init(table, out="out") == Path("out/recipe.yaml")
 
 
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(("answer", "question"), [("customer", "c0"), ("-", "Return it.")])
 def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, question):
     write_table(".", 4, customer="c{i}", city="t{i}")
@@ -349,6 +351,7 @@ def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, quest
     assert sample.messages[1].content[0].text in ("t0", '{"customer": "c0", "city": "t0"}')
 
 
+@pytest.mark.usefixtures("no_plan")
 def test_labels_with_one_answer_column_or_several(cli):
     table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
     refused = cli("init", table, *YES, code=2).err
@@ -364,6 +367,7 @@ def test_labels_with_one_answer_column_or_several(cli):
     assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
 
 
+@pytest.mark.usefixtures("no_plan")
 def test_option_sets_the_task(run_init, cli):
     table = write_table("table", 3, caption="a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")

@@ -304,7 +304,7 @@ def test_missing_image(tmp_path: Path) -> None:
 def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "grounding" / "grounding.jsonl"
     columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
-    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns))
+    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns, limit=100))
     samples = read_samples(tmp_path / "one" / "data.jsonl")
     where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
     for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):

@@ -18,14 +18,14 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finesight.config import ImageRule
 from finesight.data.boxes import BOX_KEY, Box, parse_json_box, split_at_boxes, strip_code_fences
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.sample import read_text_file
+from finesight.data.sample import Role, read_text_file
 from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
@@ -256,9 +256,7 @@ def _build_unreadable_error(text: str, source_format: str) -> UserError:
     )
 
 
-MessageRole = Literal["system", "user", "assistant"]
-
-ROLE_BY_KEY: dict[str, MessageRole] = {
+ROLE_BY_KEY: dict[str, Role] = {
     **dict.fromkeys(("query", "instruction", "input", "human", "user", "prompt"), "user"),
     **dict.fromkeys(("response", "rejected_response", "output", "assistant"), "assistant"),
     **dict.fromkeys(("chosen", "rejected", "answer"), "assistant"),
@@ -323,7 +321,7 @@ class _TextNode:
 
     literal_index: int
     text: str
-    role: MessageRole | None
+    role: Role | None
     is_image: bool
 
 
@@ -518,7 +516,7 @@ def _replace_literals(text: str, changes: dict[int, str]) -> str:
 def _iter_texts(
     value: Any,
     literal_indices: Iterator[int],
-    role: MessageRole | None = None,
+    role: Role | None = None,
     is_image: bool = False,
 ) -> Iterator[_TextNode]:
     """Yield all string values of parsed JSON data in file order.

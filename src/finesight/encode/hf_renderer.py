@@ -237,14 +237,15 @@ class HfRenderer(Renderer):
     def _check_messages(
         self, located_sample: LocatedSample, messages: Sequence[Message]
     ) -> tuple[Message, ...]:
-        for part in located_sample.sample.iter_parts():
-            if not isinstance(part, TextPart | ImagePart):
-                raise UserError(
-                    f"{part.type} content for a model of the family {self.family}",
-                    where=f"sample {located_sample.sample.id:.80}",
-                    expected="text and images: the transformers backend supports only these",
-                    remedy="use a model of a native family, or remove these parts",
-                )
+        sample = located_sample.sample
+        kinds = {part.type for part in sample.iter_parts()} | {"tool" for _ in sample.tools}
+        for kind in sorted(kinds - {"text", "image"}):
+            raise UserError(
+                f"{kind} content for a model of the family {self.family}",
+                where=f"sample {sample.id:.80}",
+                expected="text and images: the transformers backend supports only these",
+                remedy="use a model of a native family, or remove these parts",
+            )
         return self._with_system_prompt(messages)
 
     def _encode_messages(
@@ -257,10 +258,9 @@ class HfRenderer(Renderer):
         self._check_images_rendered(messages, sample_id)
         output = self._run_processor(messages, folder, add_generation_prompt, sample_id)
         loss_mask_T = np.zeros(len(output.ids_T), dtype=np.bool_)
-        for index, message in enumerate(messages):
-            if message.role == "assistant" and not add_generation_prompt:
-                start = self._find_answer_start(output.ids_T, messages, index, folder, sample_id)
-                loss_mask_T[self._find_answer_span(output.ids_T, start, sample_id)] = True
+        for index in () if add_generation_prompt else self.list_supervised_turns(messages):
+            start = self._find_answer_start(output.ids_T, messages, index, folder, sample_id)
+            loss_mask_T[self._find_answer_span(output.ids_T, start, sample_id)] = True
         # The transformers model computes its own position ids.
         position_ids_3T = np.tile(np.arange(len(output.ids_T), dtype=np.int32), (3, 1))
         tokenized = HfTokenizedSample(

@@ -328,9 +328,11 @@ class Renderer(ABC):
         system_prompt: System prompt of samples without one; None for the default of the model.
         rejected_answers: Treatment of rejected answers of samples. By default, a sample with one is
             a preference pair.
+        supervise: Answers that training uses, unless their `loss` is false.
     """
 
     rejected_answers: RejectedAnswers = "use"
+    supervise: Literal["all", "last"] = "all"
     image_rule: ImageRule
     system_prompt: str | None
     tokenizer: TextTokenizer
@@ -415,6 +417,11 @@ class Renderer(ABC):
             )
         )
 
+    def list_supervised_turns(self, messages: Sequence[Message]) -> list[int]:
+        """Return the indices of the turns whose tokens contribute to the loss."""
+        turns = [i for i, one in enumerate(messages) if one.role == "assistant" and one.loss]
+        return turns[-1:] if self.supervise == "last" else turns
+
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
         """Ids of placeholders of images and videos, which an answer must not contain."""
@@ -481,10 +488,11 @@ class NativeRenderer(Renderer):
     answer contains reasoning is rendered in thinking mode, and any other in non-thinking mode.
 
     Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the newline
-    after it. Answers are tokenized separately from the `assistant` header, because the prompt ends
-    there during generation: the tokens of `encode_prompt` are always a prefix of the tokens of
-    `encode`. Tokenizing the full template text gives the same ids, except for answers that start
-    with whitespace and a newline, which would merge with the newline of the prompt.
+    after it, except for turns that `list_supervised_turns` leaves out. Answers are tokenized
+    separately from the `assistant` header, because the prompt ends there during generation: the
+    tokens of `encode_prompt` are always a prefix of the tokens of `encode`. Tokenizing the full
+    template text gives the same ids, except for answers that start with whitespace and a newline,
+    which would merge with the newline of the prompt.
     """
 
     def __init__(
@@ -570,8 +578,13 @@ class NativeRenderer(Renderer):
         family = self.family
         if family.has_thinking_modes and not add_generation_prompt:
             family = replace(family, has_reasoning=_has_reasoning(messages))
-        messages = family.format_messages(self._with_system_prompt(messages))
+        tools = located_sample.sample.tools
+        messages = family.format_tools(self._with_system_prompt(messages), tools)
+        messages = family.format_messages(messages)
+        supervised_turns = self.list_supervised_turns(messages)
+        unsupervised: list[slice] = []
         for index, message in enumerate(messages):
+            start = token_builder.length
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, message.role)
             is_assistant = message.role == "assistant"
@@ -580,14 +593,16 @@ class NativeRenderer(Renderer):
                 content = self._add_reasoning(state, family, messages, index)
             self._add_content(state, content, is_supervised=is_assistant)
             token_builder.add_special_token(IM_END, is_supervised=is_assistant)
+            if index not in supervised_turns:
+                unsupervised.append(slice(start, token_builder.length))
             token_builder.add_text("\n", is_supervised=False)
         if add_generation_prompt:
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, "assistant")
             token_builder.add_text(family.generation_prompt, is_supervised=False)
         ids_T, loss_mask_T = token_builder.to_arrays()
-        if add_generation_prompt:
-            loss_mask_T = np.zeros_like(loss_mask_T)
+        for turn in [slice(None)] if add_generation_prompt else unsupervised:
+            loss_mask_T[turn] = False
         spans, temporal_ids = (
             ([], []) if family.uses_1d_positions else (state.spans, state.temporal_ids)
         )

@@ -13,7 +13,6 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -342,8 +341,8 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
     """Raise UserError if a sample is invalid for training or evaluation.
 
     Messages are an optional system message, followed by alternating user and assistant messages
-    that start with the user. Instead of a user message, the results of tool calls may follow an
-    assistant message. Images are in user turns and tool results. Boxes have a positive area and a
+    that start with the user. The results of tool calls may follow an assistant message, before the
+    next user message or instead of it. Images are in user turns and tool results. Boxes have a positive area and a
     valid image index. Whether a box is inside its image is checked by imports and the renderer,
     which read the image header.
     """
@@ -448,22 +447,22 @@ def check_limits(messages: Sequence[Message], references: Sequence[str], where: 
         check_limit(parts, MAX_PARTS, "parts", where)
 
 
+_TURN_ORDER = re.compile("s?u(?:a(?:u|t+u?))*a?")
+"""Valid order of turns, by the first letters of their roles."""
+
+
 def validate_roles(messages: Sequence[Message], where: str, *, require_answer: bool = True) -> None:
     """Raise InvalidTurnsError if the messages have an invalid role order; see `validate_sample`."""
     roles = [message.role for message in messages]
-    turns = [role for role, _ in groupby(roles)] if "tool" in roles else roles
-    turns = turns[1:] if roles[0] == "system" else turns
-    is_alternating = turns[::2].count("user") + turns[1::2].count("assistant")
-    is_alternating += turns[2::2].count("tool")
-    if not turns or is_alternating < len(turns):
+    if not _TURN_ORDER.fullmatch("".join(role[0] for role in roles)):
         raise InvalidTurnsError(
             f"the message roles are {_format_roles(roles)}",
             where=where,
-            expected="an optional system, then user (or tool) and assistant in turn, starting with"
-            " user",
+            expected="an optional system, then user and assistant in turn, starting with user;"
+            " tool results follow the assistant",
             remedy="reorder the messages; merge consecutive turns of the same role",
         )
-    if require_answer and turns[-1] != "assistant":
+    if require_answer and roles[-1] != "assistant":
         raise InvalidTurnsError(
             f"the message roles are {_format_roles(roles)}: no answer at the end",
             where=where,

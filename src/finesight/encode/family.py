@@ -125,6 +125,7 @@ class ModelFamily(ABC):
             separately.
         box_tokens: Special tokens around the label and around the coordinates of a box, for
             structured output; None for JSON boxes.
+        calls_are_xml: Whether tool calls are XML, else JSON.
         call_separator: Text between the content of a turn and its tool calls.
         limits_video_pixels: Whether the pixel limits of the video processor apply to all frames of
             a video file together.
@@ -143,6 +144,7 @@ class ModelFamily(ABC):
     splits_role_tokens: ClassVar[bool] = False
     box_tokens: ClassVar[Sequence[str] | None] = None
     call_separator: ClassVar[str] = "\n"
+    calls_are_xml: ClassVar[bool] = False
     max_box_coordinate: ClassVar[int] = 1000
     limits_video_pixels: ClassVar[bool] = False
     token_id_keys: ClassVar[Mapping[str, str]] = {

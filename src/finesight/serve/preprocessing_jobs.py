@@ -3,9 +3,7 @@
 The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor`
 runs the jobs in a `finesight.worker_pool.WorkerPool`.
 
-Messages become turns of a sample. Tools follow the Qwen3-VL chat template: definitions are JSON
-within `<tools>` in the system turn, calls are JSON within `<tool_call>` in an assistant turn, and
-results are within `<tool_response>` in the next user turn.
+Messages become turns of a sample, which the renderer of the model formats as in training.
 """
 
 from __future__ import annotations
@@ -31,6 +29,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    ToolCallPart,
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
@@ -48,8 +47,6 @@ from finesight.serve.api_schema import (
     ImageContent,
     ServerLimits,
     TextContent,
-    Tool,
-    ToolCall,
     ToolMessage,
     UserMessage,
     check_limits,
@@ -61,19 +58,6 @@ GrammarSpec = tuple[str, tuple[Any, ...]]
 """Grammar for structured output: its kind in `compile_grammar`, and its arguments."""
 
 MessageTurn = tuple[str, list[ContentPart]]
-
-TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
-
-# The exact text of the chat template.
-_TOOLS_PREFIX = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-_TOOLS_SUFFIX = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
-    " within <tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
 
 
 @dataclass(slots=True)
@@ -284,7 +268,8 @@ def iter_images(
 ) -> Iterator[tuple[str, ImageContent | FileContent]]:
     """Yield (field path, image) pairs for all images of a request."""
     for message_index, message in enumerate(chat_request.messages):
-        if isinstance(message, UserMessage) and not isinstance(message.content, str):
+        is_question = isinstance(message, UserMessage | ToolMessage)
+        if is_question and not isinstance(message.content, str):
             for part_index, part in enumerate(message.content):
                 if not isinstance(part, TextContent):
                     yield f"messages.{message_index}.content.{part_index}", part
@@ -307,66 +292,48 @@ def build_sample(
         if parts == [TextPart(text="")] and role == "assistant":
             # An empty answer that a client sends back.
             continue
-        if turns and turns[-1][0] == role:
+        if turns and turns[-1][0] == role != "tool":
             parts = [*turns.pop()[1], TextPart(text="\n"), *parts]
         turns.append((role, parts))
     if not turns:
         raise ApiError(400, f"{len(chat_request.messages)} messages are empty", "messages")
-    if chat_request.tools and chat_request.tool_choice != "none":
-        if turns[0][0] == "system":
-            parts = turns.pop(0)[1]
-            system_prompt = "".join(part.text for part in parts if isinstance(part, TextPart))
-        text = format_system_prompt(system_prompt, chat_request.tools)
-        turns.insert(0, ("system", [TextPart(text=text)]))
-    messages = [{"role": role, "content": tuple(parts)} for role, parts in turns]
-    sample = Sample(id="request", messages=tuple(map(Message.model_validate, messages)))
+    tools = chat_request.tools if chat_request.tool_choice != "none" else None
+    sample = Sample(
+        id="request",
+        tools=tuple(tool.model_dump(exclude_unset=True) for tool in tools or []),
+        messages=tuple(
+            Message.model_validate({"role": role, "content": tuple(parts)}) for role, parts in turns
+        ),
+    )
     validate_sample(sample, "messages", require_answer=False)
     role = turns[-1][0]
-    if role != "user":
+    if role not in ("user", "tool"):
         # The models are not trained to continue an answer.
         raise ApiError(400, f"the last turn is a {role} turn; expected a user turn", "messages")
     return sample
 
 
-def format_system_prompt(system_prompt: str | None, tools: Sequence[Tool]) -> str:
-    """Append the tool definitions to a system prompt, as in the chat template."""
-    lines = "".join(
-        "\n" + json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
-    )
-    prefix = "" if system_prompt is None else f"{system_prompt}\n\n"
-    return f"{prefix}{_TOOLS_PREFIX}{lines}{_TOOLS_SUFFIX}"
-
-
-def format_tool_calls(calls: Sequence[ToolCall]) -> str:
-    """Format the tool calls of an earlier assistant message as text of the chat template."""
-    return "\n".join(
-        f'{TOOL_CALL_START}\n{{"name": "{call.function.name}",'
-        f' "arguments": {call.function.arguments}}}\n{TOOL_CALL_END}'
-        for call in calls
-    )
-
-
 def _convert_message(
     message: ChatMessage, image_counter: Iterator[int], with_reasoning: bool
 ) -> MessageTurn:
-    if isinstance(message, UserMessage):
-        if isinstance(message.content, str):
-            return "user", [TextPart(text=message.content)]
-        parts: list[ContentPart] = [
-            TextPart(text=part.text)
-            if isinstance(part, TextContent)
-            else ImagePart(image=get_image_name(next(image_counter)))
-            for part in message.content
-        ]
-        return "user", parts
     content = message.content or ""
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    if isinstance(message, ToolMessage):
-        return "user", [TextPart(text=f"<tool_response>\n{text}\n</tool_response>")]
-    if isinstance(message, AssistantMessage):
-        calls = format_tool_calls(message.tool_calls or [])
-        both = f"{text}\n{calls}" if text and calls else text or calls
-        if with_reasoning and message.reasoning_content:
-            both = f"{THINK_START}{message.reasoning_content}{THINK_END}{both}"
-        return "assistant", [TextPart(text=both)]
-    return "system", [TextPart(text=text)]
+    parts: list[ContentPart] = [
+        TextPart(text=part if isinstance(part, str) else part.text)
+        if isinstance(part, str | TextContent)
+        else ImagePart(image=get_image_name(next(image_counter)))
+        for part in ([content] if isinstance(content, str) else content)
+    ]
+    if isinstance(message, UserMessage | ToolMessage):
+        return message.role, parts
+    parts = [TextPart(text="".join(part.text for part in parts if isinstance(part, TextPart)))]
+    if not isinstance(message, AssistantMessage):
+        return "system", parts
+    if with_reasoning and message.reasoning_content:
+        parts.insert(0, TextPart(text=f"{THINK_START}{message.reasoning_content}{THINK_END}"))
+    for call in message.tool_calls or []:
+        part = ToolCallPart.from_json(call.model_dump())
+        if part is None:
+            what = f"the tool call {call.function.name!r:.80} with {call.function.arguments!r:.80}"
+            raise ApiError(400, f"{what}; expected a JSON object as arguments", "messages")
+        parts.append(part)
+    return "assistant", parts

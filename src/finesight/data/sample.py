@@ -11,7 +11,7 @@ import json
 import math
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -251,19 +251,21 @@ def parse_tool_call(text: str, tools: Sequence[dict[str, Any]] = ()) -> ToolCall
     return ToolCallPart.from_json({"name": match["name"], "arguments": arguments})
 
 
-def _check_tool(tool: dict[str, Any]) -> dict[str, Any]:
-    function = tool.get("function")
+def check_tool(tool: Any) -> dict[str, Any]:
+    """Return the definition of a tool unchanged, or raise ValueError if it is invalid."""
+    function = tool.get("function") if isinstance(tool, dict) else None
     if (
-        tool.get("type") == "function"
+        function is not None
+        and tool.get("type") == "function"
         and isinstance(function, dict)
         and isinstance(function.get("name"), str)
         and isinstance(function.get("parameters") or {}, dict)
     ):
-        return tool
+        return dict(tool)
     raise ValueError('{"type": "function", "function": {"name": ..., "parameters": {...}}}')
 
 
-ToolDefinition = Annotated[dict[str, Any], AfterValidator(_check_tool)]
+ToolDefinition = Annotated[dict[str, Any], AfterValidator(check_tool)]
 """Definition of a tool as in the OpenAI API: a function with the JSON schema of its parameters."""
 
 
@@ -342,9 +344,9 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
 
     Messages are an optional system message, followed by alternating user and assistant messages
     that start with the user. The results of tool calls may follow an assistant message, before the
-    next user message or instead of it. Images are in user turns and tool results. Boxes have a positive area and a
-    valid image index. Whether a box is inside its image is checked by imports and the renderer,
-    which read the image header.
+    next user message or instead of it. Images are in user turns and tool results. Boxes have a
+    positive area and a valid image index. Whether a box is inside its image is checked by imports
+    and the renderer, which read the image header.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
     validate_rejected(sample, where)
@@ -636,11 +638,22 @@ def to_json_data(value: Any) -> Any:
     return [to_json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
-def remove_nulls(value: Any) -> Any:
-    """Remove keys whose value is null at any depth, as Parquet adds them to each object."""
+def remove_nulls(value: Any, kept: Collection[str] = ()) -> Any:
+    """Remove keys whose value is null at any depth, as Parquet adds them to each object.
+
+    Values under the keys `kept` are unchanged.
+    """
     if isinstance(value, dict):
-        return {key: remove_nulls(item) for key, item in value.items() if item is not None}
-    return [remove_nulls(item) for item in value] if isinstance(value, list) else value
+        return {
+            key: item if key in kept else remove_nulls(item, kept)
+            for key, item in value.items()
+            if item is not None
+        }
+    return [remove_nulls(item, kept) for item in value] if isinstance(value, list) else value
+
+
+JSON_DATA_KEYS = ("arguments", "tools")
+"""Keys of a sample whose values are arbitrary JSON data."""
 
 
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:

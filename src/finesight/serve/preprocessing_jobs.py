@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import binascii
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -268,8 +267,9 @@ def iter_images(
 ) -> Iterator[tuple[str, ImageContent | FileContent]]:
     """Yield (field path, image) pairs for all images of a request."""
     for message_index, message in enumerate(chat_request.messages):
-        is_question = isinstance(message, UserMessage | ToolMessage)
-        if is_question and not isinstance(message.content, str):
+        if not isinstance(message, UserMessage | ToolMessage):
+            continue
+        if not isinstance(message.content, str):
             for part_index, part in enumerate(message.content):
                 if not isinstance(part, TextContent):
                     yield f"messages.{message_index}.content.{part_index}", part

@@ -429,9 +429,8 @@ class TrainSettings(SettingsSection):
         return self
 
 
-TaskName = Literal[
-    "captions", "latex", "ocr", "qa", "classification", "json", "grounding", "detection"
-]
+TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]
+TaskName = Literal[TextTask, "grounding", "detection"]
 METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 

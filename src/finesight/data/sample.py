@@ -169,12 +169,21 @@ class BoxPart(FrozenModel):
     xyxy: tuple[PixelCoordinate, PixelCoordinate, PixelCoordinate, PixelCoordinate]
 
 
+TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
+
+
 class ToolCallPart(FrozenModel):
     """A call of a tool by the assistant, with its arguments as JSON data."""
 
     type: Literal["tool_call"] = "tool_call"
     name: str = Field(pattern=r'^[^"\\<>\x00-\x1f]{1,256}$')
     arguments: dict[str, Any] = Field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """Return name and arguments as JSON in tags, as Qwen2.5 and Qwen3-VL write a call."""
+        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        call = f'{{"name": "{self.name}", "arguments": {arguments}}}'
+        return f"{TOOL_CALL_START}\n{call}\n{TOOL_CALL_END}"
 
     @classmethod
     def from_json(cls, value: object) -> ToolCallPart | None:
@@ -218,7 +227,6 @@ class Message(FrozenModel):
     loss: bool = True
 
 
-TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 TOOL_CALL_TEXT = re.compile(rf"\s*{TOOL_CALL_START}(?P<call>.*?){TOOL_CALL_END}", re.DOTALL)
 _XML_CALL = re.compile(r"<function=(?P<name>[^>\n]+)>(?P<arguments>.*)</function>", re.DOTALL)
 _XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)

@@ -21,8 +21,6 @@ from numpy.typing import NDArray
 from finesight.data.boxes import BOX_KEY, LABEL_KEYS, Box, iter_json_values
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import (
-    TOOL_CALL_END,
-    TOOL_CALL_START,
     BoxPart,
     ContentPart,
     Message,
@@ -241,9 +239,8 @@ class ModelFamily(ABC):
         return *(system or ()), *separator, TextPart(text=text)
 
     def write_tool_call(self, call: ToolCallPart) -> str:
-        """Return the text of a tool call between its tags."""
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
-        return f'{{"name": "{call.name}", "arguments": {arguments}}}'
+        """Return the text of a tool call with its tags."""
+        return call.to_text()
 
     def format_tools(
         self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
@@ -274,11 +271,7 @@ class ModelFamily(ABC):
 
     def _format_calls(self, content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
         """Return the content of an assistant turn, followed by the text of its tool calls."""
-        calls = [
-            f"{TOOL_CALL_START}\n{self.write_tool_call(part)}\n{TOOL_CALL_END}"
-            for part in content
-            if isinstance(part, ToolCallPart)
-        ]
+        calls = [self.write_tool_call(part) for part in content if isinstance(part, ToolCallPart)]
         others: tuple[ContentPart, ...]
         others = tuple(part for part in content if not isinstance(part, ToolCallPart))
         others = strip_content(others) if self.strips_content else others

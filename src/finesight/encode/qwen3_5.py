@@ -11,7 +11,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from finesight.data.sample import ContentPart, Message, TextPart, ToolCallPart
+from finesight.data.sample import (
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    ContentPart,
+    Message,
+    TextPart,
+    ToolCallPart,
+)
 from finesight.encode.family import (
     THINK_END,
     THINK_START,
@@ -116,15 +123,15 @@ class Qwen35(Qwen3VL):
         return TextPart(text=text), *([TextPart(text="\n\n"), *content] if content else [])
 
     def write_tool_call(self, call: ToolCallPart) -> str:
-        """Return the text of a tool call in XML."""
-        lines = [f"<function={call.name}>"]
+        """Return the text of a tool call in XML, with its tags."""
+        lines = [TOOL_CALL_START, f"<function={call.name}>"]
         for name, value in call.arguments.items():
             is_text = isinstance(value, str) or not (
                 self.writes_json_scalars or isinstance(value, list | dict)
             )
             text = str(value) if is_text else json.dumps(value, ensure_ascii=False)
             lines += [f"<parameter={name}>", text, "</parameter>"]
-        return "\n".join((*lines, "</function>"))
+        return "\n".join((*lines, "</function>", TOOL_CALL_END))
 
     def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Strip whitespace around contents, and add the reasoning effort to the system prompt."""

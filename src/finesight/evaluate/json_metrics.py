@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from finesight.bounded_files import parse_json
+from finesight.data.sample import TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -39,7 +41,24 @@ MAX_LISTED_FIELDS = 200
 _CODE_FENCE = "```"
 
 
-def score_json(cases: Sequence[EvalCase]) -> MetricResult:
+def parse_form(text: str) -> JsonForm | None:
+    """Parse a JSON object or list, optionally in a ```json fence.
+
+    Returns None for any other text and never raises for generated text.
+    """
+    text = text.strip()
+    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
+        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    try:
+        value = parse_json(text)
+        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+    except ValueError:
+        return None
+
+
+def score_json(
+    cases: Sequence[EvalCase], parse_form: Callable[[str], JsonForm | None] = parse_form
+) -> MetricResult:
     """Compute F1 over all fields, macro F1 over fields, exact match and parse rate.
 
     `details["fields"]` contains F1, precision and recall by field.
@@ -79,19 +98,51 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 
 
-def parse_form(text: str) -> JsonForm | None:
-    """Parse a JSON object or list, optionally in a ```json fence.
+def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute the scores of `score_json` for the tool calls of answers, and of their names.
 
-    Returns None for any other text and never raises for generated text.
+    The fields are the function names, and the arguments as `function.argument`. An exact answer has
+    the calls of a reference in any order, with equal lists; an answer without calls is exact if the
+    reference has none.
     """
-    text = text.strip()
-    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
-        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    result = score_json(cases, _parse_calls)
+    for case, scores in zip(cases, result.per_sample, strict=True):
+        found, *references = map(list_tool_calls, (case.answer, *case.references))
+        scores["exact"] = float(scores["parse_rate"] and found in references)
+        names = [[name for name, _ in calls] for calls in (found, *references)]
+        scores["name"] = float(names[0] in names[1:])
+    means = mean_metrics(result.per_sample, {name: name for name in ("name", "exact")})
+    return replace(result, estimators=result.estimators | means)
+
+
+def list_tool_calls(text: str) -> list[tuple[str, str]]:
+    """Return name and arguments of the tool calls in a text, in canonical form and sorted."""
+    calls = (parse_tool_call(match["call"]) for match in TOOL_CALL_TEXT.finditer(text))
+    return sorted((one.name, _format_value(one.arguments)) for one in calls if one is not None)
+
+
+def _format_value(value: Any) -> str:
+    """Format a JSON value with sorted keys; a number equals its text, as in XML calls."""
+    if isinstance(value, dict):
+        return repr({name: _format_value(value[name]) for name in sorted(value)})
+    return (
+        repr(list(map(_format_value, value))) if isinstance(value, list) else _format_scalar(value)
+    )
+
+
+def _parse_calls(text: str) -> JsonForm | None:
+    """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
+    calls = [parse_tool_call(match["call"]) for match in TOOL_CALL_TEXT.finditer(text)]
+    forms = [
+        {"function": call.name} | {f"{call.name}.{k}": v for k, v in call.arguments.items()}
+        for call in calls
+        if call is not None
+    ]
     try:
-        value = parse_json(text)
-        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+        form: JsonForm | None = _normalize_value(forms, 0) if None not in calls else None
     except ValueError:
         return None
+    return form
 
 
 def count_fields(form: JsonForm) -> ClassCounts:

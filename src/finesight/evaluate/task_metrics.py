@@ -42,7 +42,7 @@ class TaskMetric:
 
     primary_metric: str | None
     score_fn: MetricFn
-    reference_kind: Literal["text", "box", "json", "anything"] = "text"
+    reference_kind: Literal["text", "box", "json", "tool call", "anything"] = "text"
 
 
 _BUILT_IN: dict[TaskName, TaskMetric] = {
@@ -52,6 +52,7 @@ _BUILT_IN: dict[TaskName, TaskMetric] = {
     "qa": TaskMetric("anls", text_metrics.score_qa),
     "classification": TaskMetric("accuracy", text_metrics.score_classification),
     "json": TaskMetric("f1", json_metrics.score_json, reference_kind="json"),
+    "tool_calls": TaskMetric("exact", json_metrics.score_tool_calls, reference_kind="tool call"),
     "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
     "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
 }
@@ -88,6 +89,7 @@ METRIC_TEXTS = {
     "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
     "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
     "iou": ("IoU", ""),
+    "name": ("function name", "answers that call the functions of a reference"),
     "hit": ("hit at IoU 0.5", ""),
     "hit_at_0.75": ("hit at IoU 0.75", ""),
     "f1_macro": ("macro F1", ""),
@@ -164,6 +166,8 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     texts, reference_boxes = reference
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)
+    if reference_kind == "tool call":
+        return any(map(json_metrics.list_tool_calls, texts))
     if reference_kind == "box":
         return bool(reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())

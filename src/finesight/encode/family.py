@@ -449,7 +449,9 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     Without any JSON box, four values in brackets count as a box if the answer contains only digits
     or mentions a bbox.
     """
-    parsed = list(_iter_json_boxes(text))
+    # Parse single objects: the surrounding list may be truncated.
+    objects = [found.value for found in iter_json_values(text, "{")]
+    parsed = list(_iter_nested_boxes(objects))
     if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
         parsed = [(None, _parse_corners(match.groups())) for match in _FOUR_VALUES.finditer(text)]
     return [
@@ -459,17 +461,8 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     ]
 
 
-def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, Box | None]]:
-    """Yield the label and corners of every JSON object with the key `bbox_2d`.
-
-    Corners are None if they are invalid.
-    """
-    # Parse single objects: the surrounding list may be truncated.
-    for found in iter_json_values(text, "{"):
-        yield from _iter_nested_boxes(found.value)
-
-
 def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Box | None]]:
+    """Yield label and corners of every JSON object with `bbox_2d`; None for invalid corners."""
     if isinstance(value, list):
         for item in value:
             yield from _iter_nested_boxes(item)

@@ -1,7 +1,7 @@
 """Renderers convert samples to tokens and image inputs, and completions to text and boxes.
 
 Native families are rendered here, with M-RoPE position ids and image patches; other families by
-`HfRenderer`. A `PromptEncoder` renders prompts with untrusted images in worker processes.
+`HfRenderer`.
 
 A turn of a model with reasoning is `<think>`, newline, reasoning, newline, `</think>`, two
 newlines, answer (chat template of Qwen3-VL Thinking). The prompt ends after `<think>` and its
@@ -58,14 +58,11 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_video_runs,
     load_tokenizer,
-    pack_tokenized,
-    unpack_tokenized,
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.plugins import Registry
 from finesight.vision.image_processing import (
-    GridTHW,
     compute_video_size,
     concat_patches,
     get_frame_size,
@@ -76,7 +73,6 @@ from finesight.vision.image_processing import (
     resize_frame,
     resolve_image_rule,
 )
-from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
@@ -260,18 +256,8 @@ class DecodedCompletion:
     reasoning: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _VisualInput:
-    """An image or video segment of a sample, before tokenization."""
-
-    kind: Literal["image", "video"]
-    timestamp_text: str
-    files: tuple[Path, ...]
-    original_size: ImageSize
-    resized_size: ImageSize
-    grid_thw: GridTHW
-    seconds_per_grid: float
-    frame_indices: tuple[int, ...] = ()
+_Visual = tuple[VisualSpan, VideoSegment]
+"""An image or video segment of a sample before tokenization, when its span is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +274,8 @@ class _RenderState:
 
     sample_id: str
     token_builder: TokenBuilder
-    pending_visuals: Iterator[Sequence[_VisualInput]]
-    images: Sequence[_VisualInput]
+    pending_visuals: Iterator[Sequence[_Visual]]
+    images: Sequence[VisualSpan]
     spans: list[VisualSpan]
     temporal_ids: list[NDArray[np.int64]]
 
@@ -565,12 +551,7 @@ class NativeRenderer(Renderer):
             for part in located_sample.sample.iter_parts()
             if isinstance(part, ImagePart | VideoPart)
         ]
-        images = [
-            vision_input
-            for part_inputs in inputs_by_part
-            for vision_input in part_inputs
-            if vision_input.kind == "image"
-        ]
+        images = [span for span, _ in chain(*inputs_by_part) if span.kind == "image"]
         token_builder = TokenBuilder(self.tokenizer)
         state = _RenderState(
             located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
@@ -668,40 +649,26 @@ class NativeRenderer(Renderer):
             state.token_builder.add_pieces(pieces, is_supervised=is_supervised)
             segments = []
             if part is not None:
-                for vision_input in next(state.pending_visuals):
-                    self._add_visual(state, vision_input)
+                for span, segment in next(state.pending_visuals):
+                    self._add_visual(state, span, segment)
 
-    def _add_visual(self, state: _RenderState, vision_input: _VisualInput) -> None:
+    def _add_visual(self, state: _RenderState, span: VisualSpan, segment: VideoSegment) -> None:
         token_builder = state.token_builder
-        token_builder.add_text(vision_input.timestamp_text, is_supervised=False)
-        markers = self.family.visual_markers(vision_input.kind, len(state.spans) + 1)
+        token_builder.add_text(segment.timestamp_text, is_supervised=False)
+        markers = self.family.visual_markers(span.kind, len(state.spans) + 1)
         token_builder.add_pieces(markers.prefix, is_supervised=False)
         start = token_builder.length
-        num_placeholders = self.patch_config.count_tokens(vision_input.grid_thw)
-        token_builder.add_special_token(
-            markers.placeholder, is_supervised=False, count=num_placeholders
-        )
+        count = self.patch_config.count_tokens(span.grid_thw)
+        token_builder.add_special_token(markers.placeholder, is_supervised=False, count=count)
         token_builder.add_pieces(markers.suffix, is_supervised=False)
-        span = VisualSpan(
-            kind=vision_input.kind,
-            start=start,
-            stop=start + num_placeholders,
-            grid_thw=vision_input.grid_thw,
-            files=vision_input.files,
-            original_size=vision_input.original_size,
-            resized_size=vision_input.resized_size,
-            frame_indices=vision_input.frame_indices,
-        )
-        state.spans.append(span)
+        state.spans.append(replace(span, start=start, stop=start + count))
         state.temporal_ids.append(
-            self.family.temporal_position_ids(
-                vision_input.grid_thw[0], vision_input.seconds_per_grid
-            )
+            self.family.temporal_position_ids(span.grid_thw[0], segment.seconds_per_grid)
         )
 
     def _build_visuals(
         self, part: ImagePart | VideoPart, located_sample: LocatedSample
-    ) -> list[_VisualInput]:
+    ) -> list[_Visual]:
         if isinstance(part, ImagePart):
             path = located_sample.resolve_path(part.image)
             return [
@@ -740,7 +707,7 @@ class NativeRenderer(Renderer):
         original_size: ImageSize,
         segment: VideoSegment,
         frame_indices: tuple[int, ...] = (),
-    ) -> _VisualInput:
+    ) -> _Visual:
         resized_size = compute_video_size(
             original_size,
             len(frame_indices),
@@ -751,16 +718,9 @@ class NativeRenderer(Renderer):
         )
         frame_indices = frame_indices[segment.frame_slice]
         files = files if frame_indices else files[segment.frame_slice]
-        return _VisualInput(
-            kind,
-            segment.timestamp_text,
-            files,
-            original_size,
-            resized_size,
-            self.patch_config.compute_grid(resized_size, len(frame_indices or files)),
-            segment.seconds_per_grid,
-            frame_indices,
-        )
+        grid_thw = self.patch_config.compute_grid(resized_size, len(frame_indices or files))
+        sizes = original_size, resized_size
+        return VisualSpan(kind, 0, 0, grid_thw, files, *sizes, frame_indices), segment
 
     def span_patches(self, span: VisualSpan) -> NDArray[np.uint8]:
         """Decode one image or video of a tokenized sample into patches."""
@@ -810,7 +770,7 @@ def _get_nested(config: Mapping[str, Any], key: str) -> object:
     return config.get(last)
 
 
-def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
+def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:
     if box.image >= len(images):
         raise UserError(
             f"a box refers to image {box.image} (0-based)",
@@ -848,55 +808,3 @@ def build_renderer(
     from finesight.encode.hf_renderer import HfRenderer
 
     return HfRenderer(folder, image_rule, system_prompt)
-
-
-MAX_PROMPT_CPU_S = 20.0
-"""CPU seconds to tokenize a prompt and to decode all of its images."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptEncoder:
-    """Encodes prompts in worker processes, with limits on time and memory.
-
-    Attributes:
-        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
-    """
-
-    pool: WorkerPool
-
-    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
-        """Tokenize the prompt of a sample and decode its images into patches.
-
-        Raises:
-            UserError: The sample is invalid, or exceeds a limit.
-        """
-        # Lazy import: workers import this module, and need torch for some models only.
-        import torch
-
-        try:
-            with self.pool.borrow_worker() as worker:
-                reply = worker.call(
-                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
-                )
-        except WorkerLostError as error:
-            raise UserError("not encoded, because the server stops", where="prompt") from error
-        tokenized = unpack_tokenized(reply, located_sample.sample.id)
-        patches_ND, *inputs = reply.arrays[2:]
-        hf_inputs = {
-            name: torch.from_numpy(array.copy())
-            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
-        }
-        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
-
-
-def encode_prompt(
-    renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
-) -> JobOutput:
-    """Tokenize a prompt in a worker process, and decode its images."""
-    encoded = renderer.with_thinking(thinking).encode_prompt(located_sample)
-    tokenized = pack_tokenized(encoded.tokenized)
-    inputs = [tensor.numpy() for tensor in encoded.hf_inputs.values()]
-    return JobOutput(
-        tokenized.value | {"hf_inputs": list(encoded.hf_inputs)},
-        [*tokenized.arrays, encoded.patches_ND, *inputs],
-    )

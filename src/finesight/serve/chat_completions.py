@@ -30,6 +30,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    ToolCallPart,
     parse_tool_call,
 )
 from finesight.encode.family import ThinkingOptions
@@ -77,24 +78,15 @@ from finesight.worker_pool import WorkerPool
 
 @dataclass(frozen=True, slots=True)
 class ParsedToolCall:
-    """Tool call that the model has generated, with its arguments as JSON text."""
+    """Tool call that the model has generated, with its id in the response."""
 
-    id: str
-    name: str
-    arguments: str
-
-    @classmethod
-    def from_text(cls, text: str, tools: Sequence[dict[str, Any]]) -> ParsedToolCall | None:
-        """Parse the text between the tool call tags, or return None if it is invalid."""
-        call = parse_tool_call(text, tools)
-        if call is None:
-            return None
-        arguments = json.dumps(call.arguments, ensure_ascii=False)
-        return cls(f"call_{secrets.token_hex(12)}", call.name, arguments)
+    call: ToolCallPart
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
     def as_json(self) -> dict[str, Any]:
-        """Return the tool call object of the OpenAI API."""
-        function = {"name": self.name, "arguments": self.arguments}
+        """Return the tool call object of the OpenAI API, with the arguments as JSON text."""
+        arguments = json.dumps(self.call.arguments, ensure_ascii=False)
+        function = {"name": self.call.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -119,12 +111,12 @@ class ToolCallParser:
             if not end_tag:
                 text, self.pending = text + before.rstrip("\n"), self.pending[len(before) :]
                 return text, calls
-            call = ParsedToolCall.from_text(call_text, self.tools)
+            call = parse_tool_call(call_text, self.tools)
             if call is None:  # the text remains in the answer
                 text += f"{before}{TOOL_CALL_START}{call_text}{TOOL_CALL_END}"
             else:
                 text += before.rstrip("\n")
-                calls.append(call)
+                calls.append(ParsedToolCall(call))
             self.after_call = call is not None
             self._set_pending(after)
         end = len(self.pending) - _count_partial_tag(self.pending)
@@ -138,9 +130,9 @@ class ToolCallParser:
         """
         rest, self.pending = self.pending, ""
         if rest.startswith(TOOL_CALL_START):
-            call = ParsedToolCall.from_text(rest.removeprefix(TOOL_CALL_START), self.tools)
+            call = parse_tool_call(rest.removeprefix(TOOL_CALL_START), self.tools)
             if call is not None:
-                return "", [call]
+                return "", [ParsedToolCall(call)]
         return rest, []
 
     def _set_pending(self, text: str) -> None:

@@ -32,8 +32,13 @@ from finesight.data.sample import (
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
-from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import TokenizedSample, pack_tokenized
+from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.tokenization import (
+    EncodedSample,
+    TokenizedSample,
+    pack_tokenized,
+    unpack_tokenized,
+)
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
 from finesight.serve.api_schema import (
@@ -51,12 +56,10 @@ from finesight.serve.api_schema import (
     check_limits,
     parse_chat_request,
 )
-from finesight.worker_pool import JobOutput
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 GrammarSpec = tuple[str, tuple[Any, ...]]
 """Grammar for structured output: its kind in `compile_grammar`, and its arguments."""
-
-MessageTurn = tuple[str, list[ContentPart]]
 
 
 @dataclass(slots=True)
@@ -95,11 +98,8 @@ def parse_request(
             _read_image_part(image_number, param, part, folder, limits)
             for image_number, (param, part) in enumerate(iter_images(chat_request), 1)
         ]
-        sample = build_sample(
-            chat_request,
-            state.renderer.system_prompt,
-            with_reasoning=state.renderer.renders_reasoning,
-        ).model_dump_json()
+        with_reasoning = state.renderer.renders_reasoning
+        sample = build_sample(chat_request, with_reasoning=with_reasoning).model_dump_json()
     except ApiError as error:
         return JobOutput({"api_error": [error.status, error.message, error.param, error.code]})
     return JobOutput(
@@ -267,55 +267,46 @@ def iter_images(
 ) -> Iterator[tuple[str, ImageContent | FileContent]]:
     """Yield (field path, image) pairs for all images of a request."""
     for message_index, message in enumerate(chat_request.messages):
-        if not isinstance(message, UserMessage | ToolMessage):
-            continue
-        if not isinstance(message.content, str):
-            for part_index, part in enumerate(message.content):
-                if not isinstance(part, TextContent):
-                    yield f"messages.{message_index}.content.{part_index}", part
+        content = message.content or ""
+        for part_index, part in enumerate(() if isinstance(content, str) else content):
+            if not isinstance(part, TextContent):
+                yield f"messages.{message_index}.content.{part_index}", part
 
 
-def build_sample(
-    chat_request: ChatCompletionRequest, system_prompt: str | None, *, with_reasoning: bool = False
-) -> Sample:
+def build_sample(chat_request: ChatCompletionRequest, *, with_reasoning: bool = False) -> Sample:
     """Convert the messages of a request to a sample.
 
     Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
-    become one turn, and tool results become user turns. The system prompt of the model is used
-    with tools if the request has none. `with_reasoning` includes the `reasoning_content` of
+    become one turn, except for tool results. `with_reasoning` includes the `reasoning_content` of
     assistant messages. Raises UserError or ApiError for an invalid order of turns.
     """
     image_counter = itertools.count(1)
-    turns: list[MessageTurn] = []
+    turns: list[Message] = []
     for message in chat_request.messages:
-        role, parts = _convert_message(message, image_counter, with_reasoning)
-        if parts == [TextPart(text="")] and role == "assistant":
+        turn = _convert_message(message, image_counter, with_reasoning)
+        if turn.content == (TextPart(text=""),) and turn.role == "assistant":
             # An empty answer that a client sends back.
             continue
-        if turns and turns[-1][0] == role != "tool":
-            parts = [*turns.pop()[1], TextPart(text="\n"), *parts]
-        turns.append((role, parts))
+        if turns and turns[-1].role == turn.role != "tool":
+            content = *turns.pop().content, TextPart(text="\n"), *turn.content
+            turn = turn.model_copy(update={"content": content})
+        turns.append(turn)
     if not turns:
         raise ApiError(400, f"{len(chat_request.messages)} messages are empty", "messages")
     tools = chat_request.tools if chat_request.tool_choice != "none" else None
-    sample = Sample(
-        id="request",
-        tools=tuple(tool.model_dump(exclude_unset=True) for tool in tools or []),
-        messages=tuple(
-            Message.model_validate({"role": role, "content": tuple(parts)}) for role, parts in turns
-        ),
-    )
+    definitions = tuple(tool.model_dump(exclude_unset=True) for tool in tools or [])
+    sample = Sample(id="request", tools=definitions, messages=tuple(turns))
     validate_sample(sample, "messages", require_answer=False)
-    role = turns[-1][0]
-    if role not in ("user", "tool"):
+    if turns[-1].role not in ("user", "tool"):
         # The models are not trained to continue an answer.
-        raise ApiError(400, f"the last turn is a {role} turn; expected a user turn", "messages")
+        what = f"the last turn is a {turns[-1].role} turn; expected a user turn"
+        raise ApiError(400, what, "messages")
     return sample
 
 
 def _convert_message(
     message: ChatMessage, image_counter: Iterator[int], with_reasoning: bool
-) -> MessageTurn:
+) -> Message:
     content = message.content or ""
     parts: list[ContentPart] = [
         TextPart(text=part if isinstance(part, str) else part.text)
@@ -324,10 +315,10 @@ def _convert_message(
         for part in ([content] if isinstance(content, str) else content)
     ]
     if isinstance(message, UserMessage | ToolMessage):
-        return message.role, parts
+        return Message(role=message.role, content=tuple(parts))
     parts = [TextPart(text="".join(part.text for part in parts if isinstance(part, TextPart)))]
     if not isinstance(message, AssistantMessage):
-        return "system", parts
+        return Message(role="system", content=tuple(parts))
     if with_reasoning and message.reasoning_content:
         parts.insert(0, TextPart(text=f"{THINK_START}{message.reasoning_content}{THINK_END}"))
     for call in message.tool_calls or []:
@@ -336,4 +327,56 @@ def _convert_message(
             what = f"the tool call {call.function.name!r:.80} with {call.function.arguments!r:.80}"
             raise ApiError(400, f"{what}; expected a JSON object as arguments", "messages")
         parts.append(part)
-    return "assistant", parts
+    return Message(role="assistant", content=tuple(parts))
+
+
+MAX_PROMPT_CPU_S = 20.0
+"""CPU seconds to tokenize a prompt and to decode all of its images."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Encodes prompts in worker processes, with limits on time and memory.
+
+    Attributes:
+        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
+    """
+
+    pool: WorkerPool
+
+    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
+        """Tokenize the prompt of a sample and decode its images into patches.
+
+        Raises:
+            UserError: The sample is invalid, or exceeds a limit.
+        """
+        # Lazy import: workers import this module, and need torch for some models only.
+        import torch
+
+        try:
+            with self.pool.borrow_worker() as worker:
+                reply = worker.call(
+                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
+                )
+        except WorkerLostError as error:
+            raise UserError("not encoded, because the server stops", where="prompt") from error
+        tokenized = unpack_tokenized(reply, located_sample.sample.id)
+        patches_ND, *inputs = reply.arrays[2:]
+        hf_inputs = {
+            name: torch.from_numpy(array.copy())
+            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
+        }
+        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
+
+
+def encode_prompt(
+    renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
+) -> JobOutput:
+    """Tokenize a prompt in a worker process, and decode its images."""
+    encoded = renderer.with_thinking(thinking).encode_prompt(located_sample)
+    tokenized = pack_tokenized(encoded.tokenized)
+    inputs = [tensor.numpy() for tensor in encoded.hf_inputs.values()]
+    return JobOutput(
+        tokenized.value | {"hf_inputs": list(encoded.hf_inputs)},
+        [*tokenized.arrays, encoded.patches_ND, *inputs],
+    )

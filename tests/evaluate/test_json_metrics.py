@@ -120,20 +120,20 @@ ZOOM = write_call("zoom", box=[1, 2], s="5")
 @each(
     ("answer", "reference", "scores"),
     [
-        (ZOOM + write_call("x"), write_call("x") + ZOOM, (1, 1, 1, 1)),
+        (ZOOM + write_call("x"), write_call("x") + ZOOM, (1, 1, 1)),
         (
             "<tool_call>\n<function=zoom>\n<parameter=box>\n[1, 2]\n</parameter>\n"
             "<parameter=s>\n5\n</parameter>\n</function>\n</tool_call>",
             ZOOM,
-            (1, 1, 1, 1),
+            (1, 1, 1),
         ),
-        (write_call("zoom", box=[2, 1], s="5"), ZOOM, (1, 0, 1, 1)),
-        (write_call("zoom", box=[1, 2], s="6"), ZOOM, (0.75, 0, 1, 1)),
-        ("Done.", "All done.", (1, 1, 1, 1)),
-        ("Done.", ZOOM, (0, 0, 1, 0)),
-        ("<tool_call>x</tool_call>", "Done.", (1, 0, 0, 1)),
+        (write_call("zoom", box=[2, 1], s="5"), ZOOM, (2 / 3, 0, 1)),
+        (write_call("zoom", box=[1, 2], s="6"), ZOOM, (2 / 3, 0, 1)),
+        ("Done.", "All done.", (1, 1, 1)),
+        ("Done.", ZOOM, (0, 0, 1)),
+        ("<tool_call>x</tool_call>", "Done.", (1, 0, 0)),
     ],
 )
 def test_tool_calls(answer: str, reference: str, scores: tuple[float, ...]) -> None:
     found = score_tool_calls([make_case(answer, reference)]).per_sample[0]
-    assert tuple(found[name] for name in ("f1", "exact", "parse_rate", "name")) == scores
+    assert tuple(found[name] for name in ("f1", "exact", "parse_rate")) == scores

@@ -225,18 +225,14 @@ class ModelFamily(ABC):
         return messages
 
     def write_tools(
-        self, tools: Sequence[dict[str, Any]], system: Sequence[ContentPart] | None
+        self, tools: Sequence[dict[str, Any]], system: Sequence[ContentPart]
     ) -> Sequence[ContentPart]:
-        """Return the content of a system turn with the definitions of tools.
+        """Return the content of a system turn, followed by the definitions of tools.
 
         The format is that of Qwen3-VL, which Qwen2.5 introduced (Hermes).
-
-        Args:
-            system: Content of the system turn without tools; None without a system turn.
         """
-        separator = [] if system is None else [TextPart(text="\n\n")]
         text = f"{_TOOLS_PREFIX}{format_definitions(tools)}{_TOOLS_SUFFIX}"
-        return *(system or ()), *separator, TextPart(text=text)
+        return *system, *[TextPart(text="\n\n")] * bool(system), TextPart(text=text)
 
     def write_tool_call(self, call: ToolCallPart) -> str:
         """Return the text of a tool call with its tags."""
@@ -251,7 +247,7 @@ class ModelFamily(ABC):
         """
         if tools:
             has_system = messages[0].role == "system"
-            content = self.write_tools(tools, messages[0].content if has_system else None)
+            content = self.write_tools(tools, messages[0].content if has_system else ())
             system = Message.model_construct(role="system", content=tuple(content))
             messages = (system, *messages[has_system:])
         formatted: list[Message] = []

@@ -7,7 +7,7 @@ processor parses special tokens in texts, so texts that contain one are rejected
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -337,18 +337,14 @@ class HfRenderer(Renderer):
         self, messages: Sequence[Message], add_generation_prompt: bool, sample_id: str
     ) -> str:
         """Render messages with the chat template, without image data."""
-        conversation = [
-            {
-                "role": message.role,
-                "content": [
-                    {"type": "text", "text": part.text}
-                    if isinstance(part, TextPart)
-                    else {"type": "image"}
-                    for part in message.content
-                ],
-            }
-            for message in messages
-        ]
+        conversation = _build_conversation(
+            messages,
+            lambda part: (
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image"}
+            ),
+        )
         return str(
             self._apply_chat_template(
                 conversation, add_generation_prompt, sample_id, tokenize=False
@@ -398,15 +394,9 @@ class HfRenderer(Renderer):
     def _run_processor(
         self, messages: Sequence[Message], folder: Path, add_generation_prompt: bool, sample_id: str
     ) -> _ProcessorOutput:
-        conversation = [
-            {
-                "role": message.role,
-                "content": [
-                    self._to_chat_part(part, folder, sample_id) for part in message.content
-                ],
-            }
-            for message in messages
-        ]
+        conversation = _build_conversation(
+            messages, lambda part: self._to_chat_part(part, folder, sample_id)
+        )
         kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         output = self._apply_chat_template(conversation, add_generation_prompt, sample_id, **kwargs)
         non_tensor_keys = [key for key, value in output.items() if not isinstance(value, Tensor)]
@@ -444,6 +434,12 @@ class HfRenderer(Renderer):
         size = (image.height, image.width)
         height, width = compute_resized_size(size, self.image_rule, 1, where=str(path))
         return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _build_conversation(
+    messages: Sequence[Message], to_part: Callable[[ContentPart], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    return [{"role": one.role, "content": [*map(to_part, one.content)]} for one in messages]
 
 
 def _drop_last_image(messages: Sequence[Message]) -> list[Message] | None:

@@ -115,11 +115,11 @@ class Qwen35(Qwen3VL):
         return self.preserves_reasoning or not any(map(is_question, messages[index:]))
 
     def write_tools(
-        self, tools: Sequence[dict[str, Any]], system: Sequence[ContentPart] | None
+        self, tools: Sequence[dict[str, Any]], system: Sequence[ContentPart]
     ) -> Sequence[ContentPart]:
         """Return the definitions of tools, followed by the content of the system turn."""
         text = f"{_TOOLS_PREFIX}{format_definitions(tools)}{_TOOLS_SUFFIX}"
-        content = strip_content(system or ())
+        content = strip_content(system)
         return TextPart(text=text), *([TextPart(text="\n\n"), *content] if content else [])
 
     def write_tool_call(self, call: ToolCallPart) -> str:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import ImageRule, ImageSettings
-from finesight.data.boxes import MAX_OVERHANG_PX
+from finesight.data.boxes import is_inside_image
 from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
@@ -315,10 +315,14 @@ class Renderer(ABC):
         rejected_answers: Treatment of rejected answers of samples. By default, a sample with one is
             a preference pair.
         supervise: Answers that training uses, unless their `loss` is false.
+        has_thinking_modes: Whether the chat template has a thinking and a non-thinking mode.
+        renders_reasoning: Whether the reasoning of assistant turns is separated from their answers.
     """
 
     rejected_answers: RejectedAnswers = "use"
     supervise: Literal["all", "last"] = "all"
+    has_thinking_modes: bool = False
+    renders_reasoning: bool = False
     image_rule: ImageRule
     system_prompt: str | None
     tokenizer: TextTokenizer
@@ -327,16 +331,6 @@ class Renderer(ABC):
     @property
     def has_reasoning(self) -> bool:
         """True if prompts are rendered in thinking mode."""
-        return False
-
-    @property
-    def has_thinking_modes(self) -> bool:
-        """True if the chat template has a thinking and a non-thinking mode."""
-        return False
-
-    @property
-    def renders_reasoning(self) -> bool:
-        """True if the reasoning of assistant turns is separated from their answers."""
         return False
 
     @abstractmethod
@@ -494,6 +488,8 @@ class NativeRenderer(Renderer):
             system_prompt: System prompt of the recipe; None for the default of the family.
         """
         self.family: ModelFamily = load_family(folder)
+        self.has_thinking_modes = self.family.has_thinking_modes
+        self.renders_reasoning = self.family.renders_reasoning
         self.patch_config = load_patch_config(folder)
         self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
         self._video_limits = load_video_limits(folder) if self.family.limits_video_pixels else None
@@ -506,14 +502,6 @@ class NativeRenderer(Renderer):
     @property
     def has_reasoning(self) -> bool:
         return self.family.has_reasoning
-
-    @property
-    def has_thinking_modes(self) -> bool:
-        return self.family.has_thinking_modes
-
-    @property
-    def renders_reasoning(self) -> bool:
-        return self.family.renders_reasoning
 
     def with_thinking(self, options: ThinkingOptions) -> Self:
         renderer = copy(self)
@@ -780,11 +768,7 @@ def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) ->
         )
     image = images[box.image]
     height, width = image.original_size
-    x1, y1, x2, y2 = box.xyxy
-    if not (
-        -MAX_OVERHANG_PX <= x1 < x2 <= width + MAX_OVERHANG_PX
-        and -MAX_OVERHANG_PX <= y1 < y2 <= height + MAX_OVERHANG_PX
-    ):
+    if not is_inside_image(box.xyxy, image.original_size):
         raise UserError(
             f"the box {list(box.xyxy)} in an image of {width} x {height} pixels",
             where=f"sample {sample_id} ({image.files[0]})",

@@ -13,7 +13,6 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -99,50 +98,27 @@ def score_json(
 
 
 def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
-    """Compute the scores of `score_json` for the tool calls of answers, and of their names.
+    """Compute the scores of `score_json` for the tool calls of answers.
 
-    The fields are the function names, and the arguments as `function.argument`. An exact answer has
-    the calls of a reference in any order, with equal lists; an answer without calls is exact if the
-    reference has none.
+    The fields are `function`, the names of functions, and `NAME.ARGUMENT`. Calls may have any
+    order, and lists are compared as a whole. An answer without calls equals such a reference.
     """
-    result = score_json(cases, _parse_calls)
-    for case, scores in zip(cases, result.per_sample, strict=True):
-        found, *references = map(list_tool_calls, (case.answer, *case.references))
-        scores["exact"] = float(scores["parse_rate"] and found in references)
-        names = [[name for name, _ in calls] for calls in (found, *references)]
-        scores["name"] = float(names[0] in names[1:])
-    means = mean_metrics(result.per_sample, {name: name for name in ("name", "exact")})
-    return replace(result, estimators=result.estimators | means)
-
-
-def list_tool_calls(text: str) -> list[tuple[str, str]]:
-    """Return name and arguments of the tool calls in a text, in canonical form and sorted."""
-    calls = (parse_tool_call(match["call"]) for match in TOOL_CALL_TEXT.finditer(text))
-    return sorted((one.name, _format_value(one.arguments)) for one in calls if one is not None)
-
-
-def _format_value(value: Any) -> str:
-    """Format a JSON value with sorted keys; a number equals its text, as in XML calls."""
-    if isinstance(value, dict):
-        return repr({name: _format_value(value[name]) for name in sorted(value)})
-    return (
-        repr(list(map(_format_value, value))) if isinstance(value, list) else _format_scalar(value)
-    )
+    return score_json(cases, _parse_calls)
 
 
 def _parse_calls(text: str) -> JsonForm | None:
     """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
-    calls = [parse_tool_call(match["call"]) for match in TOOL_CALL_TEXT.finditer(text)]
-    forms = [
-        {"function": call.name} | {f"{call.name}.{k}": v for k, v in call.arguments.items()}
-        for call in calls
-        if call is not None
-    ]
+    forms = []
+    for match in TOOL_CALL_TEXT.finditer(text):
+        call = parse_tool_call(match["call"])
+        if call is None:
+            return None
+        values = {k: json.dumps(v) if isinstance(v, list) else v for k, v in call.arguments.items()}
+        forms.append({"function": call.name, call.name: values})
     try:
-        form: JsonForm | None = _normalize_value(forms, 0) if None not in calls else None
+        return _normalize_value(forms, 0)  # type: ignore[no-any-return]  # a list
     except ValueError:
         return None
-    return form
 
 
 def count_fields(form: JsonForm) -> ClassCounts:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finesight.config import MetricSpec, TaskName
+from finesight.data.sample import TOOL_CALL_TEXT
 from finesight.errors import UserError
 from finesight.evaluate import (
     box_metrics,
@@ -89,7 +90,6 @@ METRIC_TEXTS = {
     "cider_d": ("CIDEr-D", "TF-IDF n-gram similarity to the reference captions"),
     "rouge_l": ("ROUGE-L", "longest common subsequence of words"),
     "iou": ("IoU", ""),
-    "name": ("function name", "answers that call the functions of a reference"),
     "hit": ("hit at IoU 0.5", ""),
     "hit_at_0.75": ("hit at IoU 0.75", ""),
     "f1_macro": ("macro F1", ""),
@@ -167,7 +167,7 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)
     if reference_kind == "tool call":
-        return any(map(json_metrics.list_tool_calls, texts))
+        return any(map(TOOL_CALL_TEXT.search, texts))
     if reference_kind == "box":
         return bool(reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())

@@ -6,7 +6,7 @@ import pytest
 from each_value import each
 
 from finesight.config import TaskName
-from finesight.data.sample import BoxPart, Message, Sample, TextPart
+from finesight.data.sample import BoxPart, Message, Sample, TextPart, ToolCallPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.task_metrics import (

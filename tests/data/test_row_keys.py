@@ -17,13 +17,13 @@ from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.conversation_rows import REASONING_KEYS
-from finesight.data.formats.dataset_format import ImportContext, join_text
+from finesight.data.formats.dataset_format import ImportContext
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.data.row_reader import SourceRow
-from finesight.data.sample import sample_from_dict, sample_to_dict
+from finesight.data.sample import join_text, sample_from_dict, sample_to_dict
 from finesight.errors import UserError
 
 FORMATS = {"alpaca": "llama-factory", "swift-pairs": "ms-swift"}

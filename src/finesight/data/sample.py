@@ -317,6 +317,12 @@ class Sample(FrozenModel):
         return self.model_copy(update={"messages": tuple(messages), "rejected": rejected})
 
 
+def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
+    """Return the concatenated texts and tool calls of a message, without images and boxes."""
+    pieces = (part for part in content if isinstance(part, TextPart | ToolCallPart))
+    return separator.join(p.text if p.type == "text" else p.to_text() for p in pieces)
+
+
 def list_media_paths(part: ContentPart) -> tuple[str, ...]:
     """Return the paths of images, video frames and video files of a content part."""
     if isinstance(part, ImagePart):

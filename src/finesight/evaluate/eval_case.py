@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from finesight.data.sample import BoxPart, Sample, TextPart, ToolCallPart
+from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
@@ -147,9 +147,7 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
         split_reasoning(last_message.content).answer if has_reasoning else last_message.content
     )
     boxes = tuple(part for part in content if isinstance(part, BoxPart))
-    text = "".join(part.text for part in content if isinstance(part, TextPart))
-    text += "".join(part.to_text() for part in content if isinstance(part, ToolCallPart))
-    return (text, *sample.references), boxes
+    return (join_text(content), *sample.references), boxes
 
 
 class BestEval(BaseModel):

@@ -41,6 +41,7 @@ from finesight.data.sample import (
     check_json,
     check_limit,
     is_video_path,
+    join_text,
 )
 from finesight.errors import UserError
 
@@ -122,11 +123,6 @@ def build_example(
     *turns, last = messages
     answers, loss = (last.content,), last.loss
     return ImportExample(sample_id, tuple(turns), answers, meta=meta, tools=tools, loss=loss)
-
-
-def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
-    """Return the concatenated text parts of a message, without images and boxes."""
-    return separator.join(part.text for part in content if isinstance(part, TextPart))
 
 
 Files = Iterator[tuple[str, bytes]]

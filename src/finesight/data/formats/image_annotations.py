@@ -31,7 +31,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RowImages,
-    join_text,
     make_text_part,
 )
 from finesight.data.image_header import (
@@ -54,6 +53,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     check_limit,
+    join_text,
 )
 from finesight.errors import UserError
 

@@ -21,8 +21,6 @@ from finesight.data.sample import (
     ImagePart,
     Message,
     Sample,
-    TextPart,
-    ToolCallPart,
     join_text,
     list_media_paths,
 )
@@ -186,12 +184,8 @@ class ConsistencyChecker:
         """Hash a message; images with identical content have equal hashes."""
         segments: list[object] = [message.role]
         for part in message.content:
-            if isinstance(part, TextPart | ToolCallPart):
-                segments.append(join_text([part]))
-            elif isinstance(part, BoxPart):
-                segments.append((part.image, part.label, part.xyxy))
-            else:
-                segments.append(tuple(map(self._catalog.image_index, list_media_paths(part))))
+            images = tuple(map(self._catalog.image_index, list_media_paths(part)))
+            segments.append(images or part.model_dump_json())
         return hash(tuple(segments))
 
 

@@ -425,9 +425,10 @@ def check_messages(
                 expected="text, an image or a box",
                 remedy="add it, or remove the sample",
             )
-    if answered and not any(turn.loss for turn in messages if turn.role == "assistant"):
+    losses = [turn.loss for turn in messages if turn.role == "assistant"]
+    if answered and not any(losses):
         raise InvalidTurnsError(
-            "`loss` is false in all answers",
+            f"`loss` is false in all {len(losses)} answers",
             where=where,
             expected="at least one answer to train on",
             remedy="remove the sample, or `loss` from an answer",

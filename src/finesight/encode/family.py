@@ -268,8 +268,7 @@ class ModelFamily(ABC):
     def _format_calls(self, content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
         """Return the content of an assistant turn, followed by the text of its tool calls."""
         calls = [self.write_tool_call(part) for part in content if isinstance(part, ToolCallPart)]
-        others: tuple[ContentPart, ...]
-        others = tuple(part for part in content if not isinstance(part, ToolCallPart))
+        others: Sequence[ContentPart] = [p for p in content if not isinstance(p, ToolCallPart)]
         others = strip_content(others) if self.strips_content else others
         text = "".join(part.text if isinstance(part, TextPart) else part.type for part in others)
         answer = text.rpartition("</think>")[2].strip("\n") if self.renders_reasoning else text

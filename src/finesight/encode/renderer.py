@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -731,7 +731,9 @@ class NativeRenderer(Renderer):
         ]
 
     def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
-        found, expected = self.tokenizer.token_to_id(token), _get_nested(folder.config, key)
+        found, expected = self.tokenizer.token_to_id(token), cast(Any, folder.config)
+        for name in key.split("."):
+            expected = expected.get(name) if isinstance(expected, dict) else None
         if expected not in (None, found):
             raise UserError(
                 f"{token} is {found} in {folder.tokenizer_file.name}, but {key} is {expected} in"
@@ -747,15 +749,6 @@ def _has_reasoning(messages: Sequence[Message]) -> bool:
     answers = [message.content for message in messages if message.role == "assistant"]
     reasoning = split_reasoning(answers[-1]).reasoning if answers else None
     return bool(strip_content(reasoning or ()))
-
-
-def _get_nested(config: Mapping[str, Any], key: str) -> object:
-    """Return the config value of a dotted key such as `visual.image_start_id`, or None."""
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = config.get(section)
-        config = inner if isinstance(inner, dict) else {}
-    return config.get(last)
 
 
 def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:

@@ -89,9 +89,14 @@ class GrammarCompiler:
         open_tag, close_tag = self._token_symbol("<tool_call>"), self._token_symbol("</tool_call>")
         alternatives = " | ".join(f"call_{number}" for number in range(len(functions)))
         rules = [f'answer: {open_tag} "\\n" ({alternatives}) "\\n" {close_tag}']
+        rules.append('value[suffix="\\n</parameter>\\n"]: /(?s:.*)/')
         for call_index, (name, parameters) in enumerate(functions):
             if self._renderer.family.calls_are_xml:
-                rules += self._build_xml_call_rules(call_index, name, parameters or {})
+                keys = " | ".join(map(json.dumps, (parameters or {}).get("properties", {})))
+                rules += [
+                    f'call_{call_index}: "<function={name}>\\n" key_{call_index}* "</function>"',
+                    f'key_{call_index}: "<parameter=" ({keys or "/[^>]+/"}) ">\\n" value',
+                ]
                 continue
             properties = {"name": {"const": name}, "arguments": parameters or _ANY_OBJECT_SCHEMA}
             schema = {
@@ -104,16 +109,6 @@ class GrammarCompiler:
                 f"call_{call_index}: %json {json.dumps({**schema, **_JSON_DUMPS_OPTIONS})}"
             )
         return self._compile("\n".join(rules) + "\n")
-
-    @staticmethod
-    def _build_xml_call_rules(number: int, name: str, parameters: JsonSchema) -> list[str]:
-        """Build the rules of a call in XML: listed arguments, with texts up to the closing tag."""
-        names = " | ".join(map(json.dumps, parameters.get("properties", {}))) or "/[^>\\n]+/"
-        return [
-            f'call_{number}: "<function={name}>\\n" argument_{number}* "</function>"',
-            f'argument_{number}: "<parameter=" ({names}) ">\\n" value_{number}',
-            f'value_{number}[suffix="\\n</parameter>\\n"]: /(?s:.*)/',
-        ]
 
     def _build_token_box_grammar(self, box_tokens: Sequence[str], max_coordinate: int) -> str:
         """Build the grammar of boxes in special tokens, with coordinates in thousandths."""

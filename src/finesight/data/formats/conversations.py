@@ -406,7 +406,7 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
             calls = list_calls(message)
             if (calls and row["value"]) or before == message.role == "tool":
                 raise UserError(
-                    "a tool call next to text, or several tool results in a row",
+                    f"a tool call next to {row['value'][:40]!r}, or several tool results in a row",
                     expected="a turn of either text or tool calls, and one result",
                     remedy="export to openai or ms-swift, or remove the sample",
                 )

@@ -252,6 +252,8 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         (chat({**ANSWER, "weight": 0.5}), "a loss that is neither 0 nor 1"),
         (chat(ANSWER, train_on_inputs=True), "a loss that is neither 0 nor 1"),
         (chat({**ANSWER, "toolUse": [{"id": 1}]}), "tool calls or tools"),
+        (chat({**ANSWER, "tool_calls": [{"name": "a", "arguments": {"b": b""}}]}), "the tool call"),
+        (chat(ANSWER, tools=[{"name": "a", "parameters": {"b": b""}}]), "the tool "),
         (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
         (chat(ANSWER, image2="b.jpg"), "an image"),
         (chat(ANSWER, thinking="It is there."), "a reasoning text"),

@@ -199,7 +199,7 @@ class ToolCallPart(FrozenModel):
             arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
             json.dumps(arguments, allow_nan=False)
             return cls.model_validate({"name": call.get("name"), "arguments": arguments})
-        except ValueError:
+        except (ValueError, TypeError):
             return None
 
 
@@ -268,6 +268,7 @@ def check_tool(tool: Any) -> dict[str, Any]:
         and isinstance(function, dict)
         and isinstance(function.get("name"), str)
         and isinstance(function.get("parameters") or {}, dict)
+        and to_json_data(tool) == tool
     ):
         return dict(tool)
     raise ValueError('{"type": "function", "function": {"name": ..., "parameters": {...}}}')

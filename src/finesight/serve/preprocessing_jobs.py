@@ -297,10 +297,9 @@ def build_sample(chat_request: ChatCompletionRequest, *, with_reasoning: bool = 
     definitions = tuple(tool.model_dump(exclude_unset=True) for tool in tools or [])
     sample = Sample(id="request", tools=definitions, messages=tuple(turns))
     validate_sample(sample, "messages", require_answer=False)
-    if turns[-1].role not in ("user", "tool"):
+    if (role := turns[-1].role) not in ("user", "tool"):
         # The models are not trained to continue an answer.
-        what = f"the last turn is a {turns[-1].role} turn; expected a user turn"
-        raise ApiError(400, what, "messages")
+        raise ApiError(400, f"the last turn is a {role} turn; expected a user turn", "messages")
     return sample
 
 

@@ -788,7 +788,9 @@ def render_turns(
     """
     sample = located_sample.sample
     if not with_tools and any(message.role == "tool" for message in sample.messages):
-        raise build_tools_error("the result of a tool call")
+        raise build_tools_error(
+            f"the result of a tool call in a sample of {len(sample.messages)} turns"
+        )
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
     renderer = PartRenderer(located_sample, context, placeholder)
     turns: list[TextTurn] = [

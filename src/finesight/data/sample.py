@@ -374,10 +374,12 @@ def validate_rejected(sample: Sample, where: str) -> None:
     if not sample.rejected:
         return
     validate_roles(sample.messages, where)
-    if sample.rejected == sample.messages[-1].content:
+    if sample.rejected == sample.messages[-1].content or not sample.messages[-1].loss:
         raise InvalidRowError(
-            "a rejected answer equal to the chosen one",
-            "two different answers",
+            "a rejected answer equal to the chosen one"
+            if sample.messages[-1].loss
+            else f"`loss` is false in the chosen answer of {len(sample.messages)} turns",
+            "two different answers, with loss for the chosen one",
             "correct the rejected answer, or remove the sample",
             where=where,
         )

@@ -117,12 +117,16 @@ EvalFiles = Annotated[tuple[DataFileSettings, ...], _as_files]
 
 
 class DataSettings(SettingsSection):
-    """Section `data` of a recipe: training and validation data."""
+    """Section `data` of a recipe: training and validation data.
+
+    `supervise` selects the answers of a conversation that contribute to the loss: all, or the last.
+    """
 
     train: TrainFiles
     eval: EvalFiles = ()
     system_prompt: str | None = None
     max_length: PositiveInt = 8192
+    supervise: Literal["all", "last"] = "all"
     on_invalid_sample: Literal["skip", "fail"] = "skip"
 
 
@@ -425,9 +429,8 @@ class TrainSettings(SettingsSection):
         return self
 
 
-TaskName = Literal[
-    "captions", "latex", "ocr", "qa", "classification", "json", "grounding", "detection"
-]
+TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]
+TaskName = Literal[TextTask, "grounding", "detection"]
 METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 

@@ -124,6 +124,14 @@ def clip_box(box: Box, image_size: tuple[int, int]) -> Box | None:
     return (x1, y1, x2, y2) if has_area else None
 
 
+def is_inside_image(
+    box: Box, image_size: tuple[int, int], overhang: float = MAX_OVERHANG_PX
+) -> bool:
+    """Return whether a box has an area, and exceeds its image by at most `overhang` pixels."""
+    (height, width), (x1, y1, x2, y2) = image_size, box
+    return -overhang <= x1 < x2 <= width + overhang and -overhang <= y1 < y2 <= height + overhang
+
+
 def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
     """Clip a box that exceeds its image by no more than a rounding error.
 
@@ -136,13 +144,8 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     is_valid = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
     # In pixels, such a box is smaller than one and not on the pixel grid.
     is_fraction = convention.units == "pixel" and max(box) <= 1 and any(n % 1 for n in box)
-    is_inside = (
-        min(x1, y1) >= -MAX_OVERHANG_PX
-        and x2 <= width + MAX_OVERHANG_PX
-        and y2 <= height + MAX_OVERHANG_PX
-    )
     clipped = clip_box(box, image_size)
-    if clipped is not None and is_valid and is_inside and not is_fraction:
+    if clipped is not None and is_inside_image(box, image_size) and not is_fraction:
         return clipped
     coordinates = ", ".join(f"{value:g}" for value in box)
     problem = "is outside its image" if is_valid else "has inverted corners or no area"

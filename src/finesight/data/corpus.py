@@ -44,6 +44,7 @@ from finesight.data.parquet_reader import (
 from finesight.data.row_reader import MemberGroup as Members
 from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import (
+    JSON_DATA_KEYS,
     LocatedSample,
     build_no_samples_error,
     open_jsonl_samples,
@@ -241,7 +242,7 @@ def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
     )
 
 
-JSON_COLUMNS = ("messages", "references", "meta")
+JSON_COLUMNS = ("tools", "messages", "references", "meta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +330,7 @@ def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
             expected=f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}",
             remedy="write the file again",
         ) from error
-    cleaned: dict[str, Any] = remove_nulls(decoded)
+    cleaned: dict[str, Any] = remove_nulls(decoded, JSON_DATA_KEYS)
     return cleaned
 
 

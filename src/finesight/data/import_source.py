@@ -33,7 +33,6 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
     as_list,
-    join_text,
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
@@ -53,7 +52,7 @@ from finesight.data.row_reader import (
     open_row_file,
     open_webdataset,
 )
-from finesight.data.sample import BoxPart, Sample, validate_roles
+from finesight.data.sample import TOOL_CALL_START, BoxPart, Sample, join_text, validate_roles
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -738,6 +737,8 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     if fmean(map(bool, box_counts)) > 0.5:
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
         return "detection" if max(box_counts) > 1 or has_classes else "grounding"
+    if fmean(TOOL_CALL_START in answer for answer in answers) > 0.5:
+        return "tool_calls"
     if fmean(map(is_object_text, answers)) > 0.8:
         return "json"
     if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:

@@ -30,7 +30,6 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     UnexpectedPlaceholderError,
     format_answer_id,
-    join_text,
 )
 from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import (
@@ -53,6 +52,7 @@ from finesight.data.sample import (
     check_limit,
     encode_json_line,
     is_video_path,
+    join_text,
     sample_fields,
     validate_sample,
 )

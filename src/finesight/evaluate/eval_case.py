@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from finesight.data.sample import BoxPart, Sample, TextPart
+from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
@@ -130,8 +130,8 @@ def mean_metrics(
 def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> ReferenceAnswer:
     """Return the reference texts and boxes of a sample.
 
-    The first text is that of the last turn, followed by `sample.references`. With `has_reasoning`,
-    reasoning before the answer is removed.
+    The first text is that of the last turn with its tool calls, followed by `sample.references`.
+    With `has_reasoning`, reasoning before the answer is removed.
 
     Raises:
         UserError: The last turn is not an assistant turn.
@@ -147,8 +147,7 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
         split_reasoning(last_message.content).answer if has_reasoning else last_message.content
     )
     boxes = tuple(part for part in content if isinstance(part, BoxPart))
-    text = "".join(part.text for part in content if isinstance(part, TextPart))
-    return (text, *sample.references), boxes
+    return (join_text(content), *sample.references), boxes
 
 
 class BestEval(BaseModel):

@@ -12,12 +12,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from finesight.bounded_files import parse_json
+from finesight.data.sample import TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -39,7 +40,24 @@ MAX_LISTED_FIELDS = 200
 _CODE_FENCE = "```"
 
 
-def score_json(cases: Sequence[EvalCase]) -> MetricResult:
+def parse_form(text: str) -> JsonForm | None:
+    """Parse a JSON object or list, optionally in a ```json fence.
+
+    Returns None for any other text and never raises for generated text.
+    """
+    text = text.strip()
+    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
+        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    try:
+        value = parse_json(text)
+        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+    except ValueError:
+        return None
+
+
+def score_json(
+    cases: Sequence[EvalCase], parse_form: Callable[[str], JsonForm | None] = parse_form
+) -> MetricResult:
     """Compute F1 over all fields, macro F1 over fields, exact match and parse rate.
 
     `details["fields"]` contains F1, precision and recall by field.
@@ -79,17 +97,26 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 
 
-def parse_form(text: str) -> JsonForm | None:
-    """Parse a JSON object or list, optionally in a ```json fence.
+def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute the scores of `score_json` for the tool calls of answers.
 
-    Returns None for any other text and never raises for generated text.
+    The fields are `function`, the names of functions, and `NAME.ARGUMENT`. Calls may have any
+    order, and lists are compared as a whole. An answer without calls equals such a reference.
     """
-    text = text.strip()
-    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
-        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    return score_json(cases, _parse_calls)
+
+
+def _parse_calls(text: str) -> JsonForm | None:
+    """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
+    forms = []
+    for match in TOOL_CALL_TEXT.finditer(text):
+        call = parse_tool_call(match["call"])
+        if call is None:
+            return None
+        values = {k: json.dumps(v) if isinstance(v, list) else v for k, v in call.arguments.items()}
+        forms.append({"function": call.name, call.name: values})
     try:
-        value = parse_json(text)
-        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+        return _normalize_value(forms, 0)  # type: ignore[no-any-return]  # a list
     except ValueError:
         return None
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
     BOX_KEY,
-    MAX_OVERHANG_PX,
+    is_inside_image,
     parse_json_box,
     split_at_boxes,
     strip_code_fences,
@@ -321,7 +321,7 @@ def _split_text_and_boxes(
     """Split an answer into text and box parts; empty if boxes are missing or invalid."""
     if image_size is None or not prediction.boxes:
         return []
-    if not all(_is_inside(box, image_size) for box in prediction.boxes):
+    if not all(is_inside_image(box.xyxy, image_size) for box in prediction.boxes):
         return []
     boxes = iter(prediction.boxes)
     parts: list[ContentPart] = []
@@ -355,9 +355,3 @@ def _split_at_boxes(prediction: Prediction) -> Iterator[str | int]:
         yield 1
         end = match.end()
     yield _SPECIAL_TOKENS.sub("", raw[end:])
-
-
-def _is_inside(box: BoxPart, image_size: ImageSize) -> bool:
-    height, width = image_size
-    ranges = (*box.xyxy[::2], width), (*box.xyxy[1::2], height)
-    return all(-MAX_OVERHANG_PX <= a < b <= size + MAX_OVERHANG_PX for a, b, size in ranges)

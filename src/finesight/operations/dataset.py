@@ -529,6 +529,7 @@ def show(
     renderer = build_renderer(
         locate_model(settings.model), settings.image, settings.data.system_prompt
     )
+    renderer.supervise = settings.data.supervise
     corpus = load_corpus(files)
     text = "The first {} of {}"
     if seed is None:

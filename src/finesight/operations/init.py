@@ -47,6 +47,7 @@ TASKS = {
     "qa": "answer a question in a few words",
     "classification": "choose one of several classes",
     "json": "read fields, such as shop, date and total, as JSON",
+    "tool_calls": "call tools with arguments",
     "grounding": "find the object that the question names",
     "detection": "find all objects of given classes",
 }

@@ -488,6 +488,7 @@ def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
+        **({} if renderer.supervise == "all" else {"data.supervise": renderer.supervise}),
         "train.precision": inputs.hardware.precision,
     }
     for name, data in (("train", inputs.train_data), ("eval", inputs.validation_data)):

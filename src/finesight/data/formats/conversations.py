@@ -45,17 +45,21 @@ from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
     PartRenderer,
     RowMedia,
+    TextTurn,
     Turn,
     add_box_note,
     build_turns_example,
     create_text_boxes,
     encode_row,
     format_answer,
+    format_tools,
+    list_calls,
     list_images,
     list_turn_texts,
     parse_text,
     parse_turns,
     render_turns,
+    without_calls,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
@@ -90,7 +94,7 @@ IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
 _IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 """Names of the roles in LLaVA and sharegpt."""
 
 _QWEN_VL_TAGS = re.compile(
@@ -188,7 +192,7 @@ def _build_example(
     if videos:
         placeholder = re.compile(f"{placeholder.pattern}|<video>", re.DOTALL)
     tags = ("image", "video") if videos else ("image",)
-    num_marked = {tag: sum(text.count(f"<{tag}>") for _, text in turns) for tag in tags}
+    num_marked = {tag: sum(turn.content.count(f"<{tag}>") for turn in turns) for tag in tags}
     media = RowMedia(row.record, context, num_marked if objects else None)
     # Rows of LLaVA-Video mark their video by `<image>`.
     is_llava_video = objects is None and bool(videos) and not media.listed["image"]
@@ -229,7 +233,8 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
     pattern = r"(<image>|<video>)\n" if list_images(row.record, VIDEO_KEYS) else r"(<image>)\n"
     turns = [
-        (role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record, context)
+        turn._replace(content=re.sub(pattern, r"\1", turn.content))
+        for turn in parse_turns(row.record, context)
     ]
     return _build_example(row, context, turns)
 
@@ -339,10 +344,14 @@ def _check_no_markup(text: str) -> str:
 
 
 def _render_checked(
-    located_sample: LocatedSample, context: ExportContext, placeholder: str
-) -> tuple[list[Turn], list[str]]:
+    located_sample: LocatedSample,
+    context: ExportContext,
+    placeholder: str,
+    *,
+    with_tools: bool = False,
+) -> tuple[list[TextTurn], list[str]]:
     """Render turns, and reject a question that an import would read as an image path."""
-    turns, image_names = render_turns(located_sample, context, placeholder)
+    turns, image_names = render_turns(located_sample, context, placeholder, with_tools=with_tools)
     paths = [text for role, text in turns if role == "user" and is_image_path(text)]
     if paths:
         raise UserError(
@@ -388,9 +397,23 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
     """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
-        turns, image_names = _render_checked(located_sample, context, "<image>")
+        sample = located_sample.sample
+        turns, image_names = _render_checked(located_sample, context, "<image>", with_tools=True)
         rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
-        return {"conversations": rows, "images": image_names}
+        for message, row, (before, _) in zip(
+            sample.messages, rows, [("", ""), *turns], strict=False
+        ):
+            calls = list_calls(message)
+            if (calls and row["value"]) or before == message.role == "tool":
+                raise UserError(
+                    f"a tool call next to {row['value'][:40]!r}, or several tool results in a row",
+                    expected="a turn of either text or tool calls, and one result",
+                    remedy="export to openai or ms-swift, or remove the sample",
+                )
+            if calls:
+                value = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+                row |= {"from": "function_call", "value": value}
+        return {**format_tools(sample), "conversations": rows, "images": image_names}
 
     yield from write_rows(samples, context, make_fields)
     info: Record = {"file_name": JSONL_FILE, "formatting": "sharegpt"}
@@ -421,13 +444,17 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        if not all(isinstance(m, dict) and _has_text(m) for m in messages):
             return None
     num_with_images = sum(bool(list_images(record)) for record in records)
     return (
         f"messages of text, images in {num_with_images} and objects in {num_with_boxes} of the"
         f" first {len(records)}; LLaMA-Factory's messages with images are the same"
     )
+
+
+def _has_text(turn: Record) -> bool:
+    return isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls"))
 
 
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -518,15 +545,22 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context)
         objects: _ObjectLists = {"ref": [], "bbox": [], "image_id": []}
-        messages = [
-            {"role": message.role, "content": "".join(_iter_texts(message, renderer, objects))}
-            for message in located_sample.sample.messages
-        ]
+        messages: list[Record] = []
+        for message in located_sample.sample.messages:
+            loss = {} if message.loss else {"loss": False}
+            role = "tool_response" if message.role == "tool" else message.role
+            text = "".join(_iter_texts(message, renderer, objects))
+            calls = list_calls(message)
+            messages += [{"role": role, "content": text, **loss}] if text or not calls else []
+            for call in calls:
+                content = json.dumps(call, ensure_ascii=False)
+                messages.append({"role": "tool_call", "content": content, **loss})
         images = {"images": renderer.image_names} if renderer.image_names else {}
         boxes = {"objects": objects} if objects["bbox"] else {}
-        return {"messages": messages, **images, **boxes}
+        tools = format_tools(located_sample.sample)
+        return {**tools, "messages": messages, **images, **boxes}
 
-    yield from write_rows(samples, context, make_fields)
+    yield from write_rows(samples, context, make_fields, keeps_loss=True)
     context.notes.append(
         "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
         " ROOT_IMAGE_DIR to it"
@@ -535,7 +569,7 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
 
 def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists) -> Iterator[str]:
     has_label = False
-    for part in message.content:
+    for part in without_calls(message):
         if not isinstance(part, BoxPart):
             has_label = False
             is_answer = message.role == "assistant" and isinstance(part, TextPart)

@@ -35,13 +35,13 @@ from finesight.data.sample import (
     InvalidTurnsError,
     LocatedSample,
     Message,
-    Role,
     Sample,
     TextPart,
     VideoPart,
     check_json,
     check_limit,
     is_video_path,
+    join_text,
 )
 from finesight.errors import UserError
 
@@ -53,6 +53,8 @@ class ImportExample:
     Attributes:
         references: Further correct answers that are used only for scoring.
         rejected: Worse answer than the only one of `answers`, in preference data.
+        tools: Definitions of the tools that the answers may call.
+        loss: Whether training uses the answers.
     """
 
     id: str
@@ -61,6 +63,8 @@ class ImportExample:
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[ContentPart, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    loss: bool = True
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""
@@ -83,9 +87,10 @@ class ImportExample:
     def _build_sample(
         self, sample_id: str, answer: tuple[ContentPart, ...], references: tuple[str, ...]
     ) -> Sample:
-        last = Message(role="assistant", content=answer)
+        last = Message(role="assistant", content=answer, loss=self.loss)
         return Sample(
             id=sample_id,
+            tools=self.tools,
             messages=(*self.prompt_messages, last),
             rejected=self.rejected,
             references=references,
@@ -99,26 +104,25 @@ def format_answer_id(name: str, number: int) -> str:
 
 
 def build_example(
-    sample_id: str, messages: Sequence[tuple[Role, tuple[ContentPart, ...]]], meta: dict[str, Any]
+    sample_id: str,
+    messages: Sequence[Message],
+    meta: dict[str, Any],
+    tools: tuple[dict[str, Any], ...] = (),
 ) -> ImportExample:
     """Build an example from messages whose last message is the only answer.
 
     Raises:
         InvalidTurnsError: The last message is not from the assistant.
     """
-    if not messages or messages[-1][0] != "assistant":
+    if not messages or messages[-1].role != "assistant":
         raise InvalidTurnsError(
             f"{len(messages)} messages without an answer at the end",
             expected="an assistant message at the end",
             remedy="add the answer, or remove the row",
         )
-    turns = tuple(Message(role=role, content=content) for role, content in messages[:-1])
-    return ImportExample(sample_id, turns, (messages[-1][1],), meta=meta)
-
-
-def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
-    """Return the concatenated text parts of a message, without images and boxes."""
-    return separator.join(part.text for part in content if isinstance(part, TextPart))
+    *turns, last = messages
+    answers, loss = (last.content,), last.loss
+    return ImportExample(sample_id, tuple(turns), answers, meta=meta, tools=tools, loss=loss)
 
 
 Files = Iterator[tuple[str, bytes]]

@@ -31,7 +31,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RowImages,
-    join_text,
     make_text_part,
 )
 from finesight.data.image_header import (
@@ -54,6 +53,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     check_limit,
+    join_text,
 )
 from finesight.errors import UserError
 
@@ -566,6 +566,7 @@ def _get_record(
     context.lost_counts[LOST_QUESTIONS] += 1
     context.lost_counts["system prompts"] += sample.messages[0].role == "system"
     context.lost_counts["rejected answers"] += bool(sample.rejected)
+    context.lost_counts["tools"] += bool(sample.tools)
     context.lost_counts.update(
         f"the key {key} of meta" for key in sample.meta.keys() - meta_keys - REGENERATED_META_KEYS
     )

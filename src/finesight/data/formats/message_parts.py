@@ -22,8 +22,9 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from itertools import groupby
-from operator import itemgetter
+from dataclasses import replace
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,10 @@ from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
     PartRenderer,
     RowMedia,
+    Turn,
     add_box_note,
-    build_tool_error,
     build_turns_example,
+    list_calls,
     list_images,
     parse_text,
     parse_turns,
@@ -50,11 +52,13 @@ from finesight.data.formats.dataset_format import (
     ImportContext,
     ImportExample,
     as_list,
+    build_example,
 )
 from finesight.data.formats.row_keys import PARTS, has_value, iter_nested, sort_keys
 from finesight.data.image_resolver import encode_data_url
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
+    JSON_DATA_KEYS,
     SAMPLE_KEYS,
     BoxPart,
     ContentPart,
@@ -76,7 +80,6 @@ from finesight.errors import UserError
 
 _KINDS = ("image", "video")
 _TAGS = re.compile("(<image>|<video>)")
-_Turn = tuple[Role, list[object]]
 
 
 def _detect_openai(records: Sequence[Record]) -> str | None:
@@ -102,11 +105,13 @@ def _detect_openai(records: Sequence[Record]) -> str | None:
 def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
     """Build a training example from a row of chat messages, or of prompt and completion."""
     has_files = bool(list_images(row.record, (*IMAGE_KEYS, *VIDEO_KEYS)))
-    turns: list[_Turn] = [
-        (role, content if isinstance(content, list) else _split_text(content, has_files=has_files))
-        for role, content in parse_turns(row.record, context, with_parts=True)
+    turns = [
+        turn
+        if isinstance(turn.content, list)
+        else turn._replace(content=_split_text(turn.content, has_files=has_files))
+        for turn in parse_turns(row.record, context, with_parts=True)
     ]
-    kinds = Counter(_get_kind(item) for _, content in turns for item in content)
+    kinds = Counter(_get_kind(item) for turn in turns for item in turn.content)
     media = RowMedia(row.record, context, {kind: kinds[kind] for kind in _KINDS})
 
     def parse_turn(role: Role, contents: Sequence[list[object]]) -> list[ContentPart]:
@@ -118,10 +123,14 @@ def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
             parts += added
         return parts
 
-    merged = [
-        (role, [content for _, content in group])
-        for role, group in groupby(turns, key=itemgetter(0))
-    ]
+    merged: list[Turn] = []
+    for role, group in groupby(turns, key=attrgetter("role")):
+        # Each tool result is a turn of its own.
+        for members in ([one] for one in group) if role == "tool" else [list(group)]:
+            calls = tuple(chain.from_iterable(one.calls for one in members))
+            loss = all(one.loss for one in members)
+            contents = [one.content for one in members if one.content]
+            merged.append(Turn(role, contents, calls, loss, members[0].tools))
     return build_turns_example(row, context, merged, parse_turn, media)
 
 
@@ -155,8 +164,6 @@ def _parse_part(
                 raise InvalidRowError(f"fps is {fps!r}", "frames per second above 0")
             part = part.model_copy(update={"fps": float(fps)})
         yield part
-    elif kind is not None and "tool" in kind:
-        raise build_tool_error(f"a part of the type {kind}")
     else:
         raise UserError(
             f"the part {str(item)[:80]}",
@@ -184,19 +191,31 @@ def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> F
                 return {"type": "image_url", "image_url": {"url": url}}
             return {"type": "text", "text": renderer.render(part)}
 
-        turns, _ = render_turns(located_sample, context, "")
-        messages = [
-            {
-                "role": role,
-                "content": list(map(build_part, message.content))
-                if any(isinstance(part, ImagePart) for part in message.content)
-                else text,
-            }
-            for (role, text), message in zip(turns, located_sample.sample.messages, strict=True)
-        ]
-        return {"messages": messages}
+        sample = located_sample.sample
+        turns, _ = render_turns(located_sample, context, "", with_tools=True)
+        messages: list[Record] = []
+        pending: list[str] = []
+        for (role, text), message in zip(turns, sample.messages, strict=True):
+            has_image = any(isinstance(part, ImagePart) for part in message.content)
+            content = list(map(build_part, message.content)) if has_image else text
+            turn: Record = {"role": role, "content": content}
+            turn |= {} if message.loss else {"weight": 0}
+            if role == "tool" and pending:
+                turn["tool_call_id"] = pending.pop(0)
+            if calls := list_calls(message):
+                pending = [f"call_{len(messages)}_{number}" for number in range(len(calls))]
+                for call in calls:
+                    call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+                turn["content"] = text or None
+                turn["tool_calls"] = [
+                    {"id": call_id, "type": "function", "function": call}
+                    for call_id, call in zip(pending, calls, strict=True)
+                ]
+            messages.append(turn)
+        tools = {"tools": list(sample.tools)} if sample.tools else {}
+        return {**tools, "messages": messages}
 
-    yield from write_rows(samples, context, make_fields)
+    yield from write_rows(samples, context, make_fields, keeps_loss=True)
     add_box_note(samples, context)
 
 
@@ -240,7 +259,7 @@ def _parse_sample(row: SourceRow, context: ImportContext) -> ImportExample:
     )
     if row.has_own_id or record.get("id") is None:
         record["id"] = row.id
-    record = remove_nulls(record)
+    record = remove_nulls(record, JSON_DATA_KEYS)
     sample = sample_from_dict(record if meta is None else {**record, "meta": meta}, "")
     if context.lenient:
         check_limits(sample.messages, sample.references, "")
@@ -267,9 +286,8 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
 
     if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
         sample = sample.with_parts(fitted)
-    *turns, answer = sample.messages
-    texts = sample.references, sample.meta, sample.rejected
-    return ImportExample(sample.id, tuple(turns), (answer.content,), *texts)
+    example = build_example(sample.id, sample.messages, sample.meta, sample.tools)
+    return replace(example, references=sample.references, rejected=sample.rejected)
 
 
 def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

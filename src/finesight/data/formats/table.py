@@ -46,7 +46,6 @@ from finesight.data.formats.dataset_format import (
     as_list,
     decode_json_list,
     forbid_drop,
-    join_text,
     make_text_part,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -71,6 +70,7 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
     format_number,
+    join_text,
 )
 from finesight.errors import UserError, suggest_name
 

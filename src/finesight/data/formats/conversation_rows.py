@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,23 +180,17 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     `parse_answer` restores the same parts from the result.
     """
     segments: list[str | JsonBoxes] = []
-    for part in content:
-        last = segments[-1] if segments else None
-        if isinstance(part, BoxPart):
-            label = None if part.label is None else make_text_part(part.label).text
-            box = [format_number(value) for value in part.xyxy], label
-            if isinstance(last, list):
-                last.append(box)
-            else:
-                segments.append([box])
-        elif isinstance(part, TextPart):
-            text = make_text_part(part.text).text
-            if isinstance(last, str):
-                segments[-1] = last + text
-            else:
-                segments.append(text)
-        else:
-            raise build_tools_error(f"a part of type {part.type} in an answer")
+    for kind, group in itertools.groupby(content, key=attrgetter("type")):
+        parts = list(group)
+        if kind not in ("text", "box"):
+            raise build_tools_error(f"a part of type {kind} in an answer")
+        texts = [make_text_part(part.text).text for part in parts if isinstance(part, TextPart)]
+        boxes: JsonBoxes = [
+            (list(map(format_number, part.xyxy)), part.label and make_text_part(part.label).text)
+            for part in parts
+            if isinstance(part, BoxPart)
+        ]
+        segments.append(boxes or "".join(texts))
     text = "".join(piece if isinstance(piece, str) else _format_boxes(piece) for piece in segments)
     segments = [piece for piece in segments if piece]
     if BOX_KEY in text and (num_images != 1 or list(_iter_json_boxes(text)) != segments):
@@ -456,7 +451,9 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
 
 
 def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Turn:
-    role = parse_role(turn)
+    role = get_role(turn) if isinstance(turn, dict) else None
+    if role is None:
+        raise _build_turn_error(turn)
     text_key = "content" if turn.get("value") is None else "value"
     content = turn.get(text_key)
     calls: list[object] = []
@@ -578,18 +575,6 @@ def _split_pair(turn: Any) -> list[Any]:
     others = {key: value for key, value in turn.items() if key not in ("human", "assistant")}
     question = {"role": "user", "content": turn["human"]}
     return [question, {**others, "role": "assistant", "content": turn["assistant"]}]
-
-
-def parse_role(turn: object) -> Role:
-    """Return the role of a turn.
-
-    Raises:
-        InvalidRowError: The role is missing or unknown.
-    """
-    role = get_role(turn) if isinstance(turn, dict) else None
-    if role is None:
-        raise _build_turn_error(turn)
-    return role
 
 
 def _build_turn_error(turn: object) -> InvalidRowError:
@@ -822,7 +807,7 @@ class PartRenderer:
             return make_text_part(part.text).text
         if isinstance(part, ImagePart):
             self.image_paths.append(self._located_sample.resolve_path(part.image))
-            self.image_names.append(self._context.image_name(self.image_paths[-1]))
+            self.image_names.append(self._context.image_names[self.image_paths[-1]])
             return self._placeholder.replace("{}", self.image_names[-1])
         raise UserError(
             f"a {part.type} in a question",

@@ -514,7 +514,7 @@ def collect_classes(records: Sequence[ImageRecord]) -> list[str]:
 
 def require_inside_output(path: Path, context: ExportContext, format_name: str) -> str:
     """Return the path of an image relative to the output folder."""
-    name = context.image_name(path)
+    name = context.image_names[path]
     if name.startswith("../") or Path(name).is_absolute():
         raise UserError(
             f"the image is outside the output folder, where {format_name} cannot reference it",

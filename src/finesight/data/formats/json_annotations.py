@@ -311,7 +311,7 @@ def _read_caption(annotation: Record) -> str:
 
 def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:
     height, width = context.image_size(image_record.image_path)
-    name = context.image_name(image_record.image_path)
+    name = context.image_names[image_record.image_path]
     entry = {"id": image_id, "file_name": name, "width": width, "height": height}
     return entry | {key: image_record.meta[key] for key in ("license",) if key in image_record.meta}
 
@@ -406,7 +406,7 @@ def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) ->
     for record in records:
         key = make_unique_stem(record.image_path.stem, used_stems)
         # A reader removes the suffix of the keys of this file.
-        manifest[f"{key}{record.image_path.suffix}"] = context.image_name(record.image_path)
+        manifest[f"{key}{record.image_path.suffix}"] = context.image_names[record.image_path]
         if is_detection:
             labels[key] = list(_iter_boxes(record, indices, context))
             continue
@@ -587,7 +587,7 @@ def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
         "version": LABELME_VERSION,
         "flags": {},
         "shapes": shapes,
-        "imagePath": context.image_name(image_record.image_path),
+        "imagePath": context.image_names[image_record.image_path],
         "imageData": None,
         "imageHeight": height,
         "imageWidth": width,

@@ -296,7 +296,7 @@ def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> 
     def build_record(located_sample: LocatedSample) -> Record:
         return sample_to_dict(
             located_sample.sample,
-            lambda name: context.image_name(located_sample.resolve_path(name)),
+            lambda name: context.image_names[located_sample.resolve_path(name)],
         )
 
     for record in map(build_record, samples):

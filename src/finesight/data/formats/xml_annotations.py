@@ -229,7 +229,7 @@ def _read_size(root: ElementTree.Element) -> ImageSize | None:
 
 def _build_annotation(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
     root = ElementTree.Element("annotation")
-    name = Path(context.image_name(record.image_path))
+    name = Path(context.image_names[record.image_path])
     add_child(root, "folder", name.parent.as_posix())
     add_child(root, "filename", name.name)
     height, width = context.image_size(record.image_path)

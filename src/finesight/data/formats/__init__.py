@@ -107,7 +107,8 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     record_keys = {*records[0], *turn_keys}.difference(IMAGE_KEYS)
     # If several formats are equally close, choose the most general one.
     closest = max(
-        reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
+        reversed(FORMATS),
+        key=lambda one: len(record_keys.intersection(re.findall(r'"(\w+)":', one.description))),
     )
     suggestion = f"write the rows in its form, {closest.description}"
     names = list(map(str, records[0]))

@@ -557,11 +557,6 @@ class DatasetFormat:
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
 
-    @property
-    def typical_keys(self) -> set[str]:
-        """Keys of JSON in the description."""
-        return set(re.findall(r'"(\w+)":', self.description))
-
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.
 

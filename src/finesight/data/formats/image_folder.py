@@ -27,7 +27,7 @@ import re
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from unicodedata import normalize
@@ -49,7 +49,6 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
-    ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     assign_text_file,
@@ -327,29 +326,28 @@ _UPWARDS = re.compile(r"^(?:\.\./)+")
 _LABEL_LINE = re.compile(r"\d+(?:\s+[-+.\deE]+){4,}\s*")
 
 
-@dataclass(frozen=True, slots=True)
-class _YoloDataset:
-    """Class names and images of a YOLO dataset.
-
-    Attributes:
-        images: Split and path of each image; the split is "" in a dataset without splits.
-        has_keypoints: Whether label lines contain keypoints after the box.
-    """
-
-    class_names: dict[int, str]
-    images: tuple[tuple[str, Path], ...]
-    has_keypoints: bool
-    detected_by: str
-
-
 def open_yolo(source: Path) -> tuple[RowReader, str] | None:
     """Open a YOLO dataset as rows, one per image.
 
     The source is a folder with data.yaml or with class names and label files, or the YAML file."""
-    dataset = _open_from_yaml(source) or _open_from_class_names(source)
-    if dataset is None:
-        return None
-    names = list(dataset.class_names.values())
+    return _open_from_yaml(source) or _open_from_class_names(source)
+
+
+def _build_rows(
+    source: Path,
+    class_names: Mapping[int, str],
+    images: Sequence[tuple[str, Path]],
+    detected_by: str,
+    *,
+    has_keypoints: bool = False,
+) -> tuple[RowReader, str]:
+    """Return a row for each image of a YOLO dataset, and the reason for the match.
+
+    Args:
+        images: Split and path of each image; the split is "" in a dataset without splits.
+        has_keypoints: Whether label lines contain keypoints after the box.
+    """
+    names = list(class_names.values())
 
     def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
         split, image = split_image
@@ -358,18 +356,18 @@ def open_yolo(source: Path) -> tuple[RowReader, str] | None:
             "id": image.stem,
             "image": str(image),
             "labels": str(label),
-            "names": dataset.class_names,
+            "names": class_names,
             "classes": names,
-            "keypoints": dataset.has_keypoints,
+            "keypoints": has_keypoints,
             "meta": {"split": split} if split else {},
         }
         return SourceRow(row_number, str(label), record, source.stem)
 
-    counts = Counter(split for split, _ in dataset.images if split)
+    counts = Counter(split for split, _ in images if split)
     parts = ", ".join(f"{split} {count}" for split, count in counts.items())
-    reason = f"{dataset.detected_by}: {format_count(len(names), 'class')}"
+    reason = f"{detected_by}: {format_count(len(names), 'class')}"
     reason += f", images: {parts}" if parts else ""
-    return rows_from_items(dataset.images, make_row), reason
+    return rows_from_items(images, make_row), reason
 
 
 def parse_yolo(row: SourceRow, context: ImportContext) -> list[ImportExample]:
@@ -385,8 +383,10 @@ def parse_yolo(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         for line_number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
-    annotation = ImageAnnotation(record["image"], objects, record["classes"], meta=record["meta"])
-    return build_detection_examples(row, annotation, context, YOLO_BOX_CONVENTION)
+    image, classes, meta = (record[key] for key in ("image", "classes", "meta"))
+    return build_detection_examples(
+        row, context, YOLO_BOX_CONVENTION, image, objects, classes, meta=meta
+    )
 
 
 def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -416,7 +416,7 @@ def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> File
     yield "data.yaml", yaml.safe_dump(description, sort_keys=False, allow_unicode=True).encode()
 
 
-def _open_from_yaml(source: Path) -> _YoloDataset | None:
+def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
     files = [source] if source.suffix.lower() in (".yaml", ".yml") and source.is_file() else []
     if source.is_dir():
         files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
@@ -432,7 +432,8 @@ def _open_from_yaml(source: Path) -> _YoloDataset | None:
                     expected="images in the folders or lists of train, val and test",
                     remedy="correct these paths, relative to the folder of the file",
                 )
-            return _YoloDataset(names, images, "kpt_shape" in description, f"names in {file.name}")
+            has_keypoints, reason = "kpt_shape" in description, f"names in {file.name}"
+            return _build_rows(source, names, images, reason, has_keypoints=has_keypoints)
     return None
 
 
@@ -517,7 +518,7 @@ def _list_images(path: Path) -> list[Path]:
     return listed_images
 
 
-def _open_from_class_names(source: Path) -> _YoloDataset | None:
+def _open_from_class_names(source: Path) -> tuple[RowReader, str] | None:
     """Open a YOLO folder with a class name file instead of data.yaml.
 
     Returns None if the folder has no label files.
@@ -541,7 +542,7 @@ def _open_from_class_names(source: Path) -> _YoloDataset | None:
             # The class ID is the line number, also after an empty line.
             names = {n: text.strip() for n, text in enumerate(name_lines) if text.strip()}
             known_by = f"label files with class IDs, {name}"
-            return _YoloDataset(names, tuple(("", path) for path in images), False, known_by)
+            return _build_rows(source, names, [("", path) for path in images], known_by)
     raise UserError(
         f"label files with class IDs, such as {label_lines[0]!r} in {label_files[0].name}, but"
         " no names",

@@ -12,8 +12,9 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -179,23 +180,16 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     `parse_answer` restores the same parts from the result.
     """
     segments: list[str | JsonBoxes] = []
-    for part in content:
-        last = segments[-1] if segments else None
-        if isinstance(part, BoxPart):
-            label = None if part.label is None else make_text_part(part.label).text
-            box = [format_number(value) for value in part.xyxy], label
-            if isinstance(last, list):
-                last.append(box)
-            else:
-                segments.append([box])
-        elif isinstance(part, TextPart):
-            text = make_text_part(part.text).text
-            if isinstance(last, str):
-                segments[-1] = last + text
-            else:
-                segments.append(text)
-        else:
-            raise build_tools_error(f"a part of type {part.type} in an answer")
+    for kind, group in itertools.groupby(content, key=attrgetter("type")):
+        parts = list(group)
+        assert kind in ("text", "box"), f"a part of type {kind} in an answer"
+        texts = [make_text_part(part.text).text for part in parts if isinstance(part, TextPart)]
+        boxes: JsonBoxes = [
+            (list(map(format_number, part.xyxy)), part.label and make_text_part(part.label).text)
+            for part in parts
+            if isinstance(part, BoxPart)
+        ]
+        segments.append(boxes or "".join(texts))
     text = "".join(piece if isinstance(piece, str) else _format_boxes(piece) for piece in segments)
     segments = [piece for piece in segments if piece]
     if BOX_KEY in text and (num_images != 1 or list(_iter_json_boxes(text)) != segments):
@@ -207,13 +201,17 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     return text
 
 
-def build_tools_error(what: str) -> UserError:
-    """Return the error for content that a format without tools cannot represent."""
-    return UserError(
-        what,
-        expected="text and boxes",
-        remedy="export to samples, openai, ms-swift or llama-factory, or remove the sample",
-    )
+def _check_no_tools(sample: Sample) -> None:
+    """Raise UserError if a sample has the call of a tool or its result."""
+    parts = (*sample.iter_parts(), *sample.rejected)
+    is_result = any(message.role == "tool" for message in sample.messages)
+    if is_result or any(isinstance(part, ToolCallPart) for part in parts):
+        what = "result of a tool call" if is_result else "tool call"
+        raise UserError(
+            f"the {what} in a sample of {len(sample.messages)} turns",
+            expected="text and boxes",
+            remedy="export to samples, openai, ms-swift or llama-factory, or remove the sample",
+        )
 
 
 def list_calls(message: Message) -> list[Record]:
@@ -456,7 +454,9 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
 
 
 def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Turn:
-    role = parse_role(turn)
+    role = get_role(turn) if isinstance(turn, dict) else None
+    if role is None:
+        raise _build_turn_error(turn)
     text_key = "content" if turn.get("value") is None else "value"
     content = turn.get(text_key)
     calls: list[object] = []
@@ -580,18 +580,6 @@ def _split_pair(turn: Any) -> list[Any]:
     return [question, {**others, "role": "assistant", "content": turn["assistant"]}]
 
 
-def parse_role(turn: object) -> Role:
-    """Return the role of a turn.
-
-    Raises:
-        InvalidRowError: The role is missing or unknown.
-    """
-    role = get_role(turn) if isinstance(turn, dict) else None
-    if role is None:
-        raise _build_turn_error(turn)
-    return role
-
-
 def _build_turn_error(turn: object) -> InvalidRowError:
     keys = "{role: ..., content: text}"
     if isinstance(turn, dict) and ("from" in turn or "value" in turn):
@@ -691,12 +679,11 @@ def write_rows(
     samples: Sequence[LocatedSample],
     context: ExportContext,
     make_fields: Callable[[LocatedSample], Record],
-    *,
-    keeps_loss: bool = False,
+    keeps: Collection[str] = (),
 ) -> Files:
     """Yield one JSON line per sample for the file data.jsonl; see `encode_row`."""
     for located_sample in samples:
-        row = encode_row(located_sample, context, make_fields, keeps_loss=keeps_loss)
+        row = encode_row(located_sample, context, make_fields, keeps)
         yield JSONL_FILE, f"{row}\n".encode()
 
 
@@ -704,16 +691,21 @@ def encode_row(
     located_sample: LocatedSample,
     context: ExportContext,
     make_fields: Callable[[LocatedSample], Record],
-    *,
-    keeps_loss: bool = False,
+    keeps: Collection[str] = (),
 ) -> str:
     """Encode the row of a sample as JSON: ID, content from `make_fields`, and metadata.
 
     References, metadata under reserved keys, and rejected answers whose rows differ in more than
     the turns are not written; they are counted as lost content.
+
+    Args:
+        keeps: Further content that the fields represent: "tools" with their calls and results,
+            "loss" of single turns.
     """
     sample = located_sample.sample
     try:
+        if "tools" not in keeps:
+            _check_no_tools(sample)
         fields = make_fields(located_sample)
         if sample.rejected:
             update = {"messages": sample.rejected_messages}
@@ -733,7 +725,7 @@ def encode_row(
         if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
     num_masked = sum(not message.loss for message in sample.messages)
-    context.lost_counts["loss of single turns"] += num_masked * (not keeps_loss)
+    context.lost_counts["loss of single turns"] += num_masked * ("loss" not in keeps)
     context.lost_counts["tools"] += bool(sample.tools) and "tools" not in fields
     context.lost_counts["references"] += len(sample.references)
     context.lost_counts["rejected answers"] += bool(sample.rejected and not fields.keys() & _PAIR)
@@ -778,25 +770,15 @@ def render_turns(
     located_sample: LocatedSample,
     context: ExportContext,
     placeholder: str = "<image>",
-    *,
-    with_tools: bool = False,
 ) -> tuple[list[TextTurn], list[str]]:
-    """Render the turns of a sample as texts, with boxes in answers as JSON.
-
-    Args:
-        with_tools: The format has turns of tool results, and the caller writes tool calls.
-    """
+    """Render the turns of a sample as texts without tool calls, with boxes in answers as JSON."""
     sample = located_sample.sample
-    if not with_tools and any(message.role == "tool" for message in sample.messages):
-        raise build_tools_error(
-            f"the result of a tool call in a sample of {len(sample.messages)} turns"
-        )
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
     renderer = PartRenderer(located_sample, context, placeholder)
     turns: list[TextTurn] = [
         (
             message.role,
-            format_answer(without_calls(message) if with_tools else message.content, num_images)
+            format_answer(without_calls(message), num_images)
             if message.role == "assistant"
             else "".join(map(renderer.render, message.content)),
         )
@@ -822,7 +804,7 @@ class PartRenderer:
             return make_text_part(part.text).text
         if isinstance(part, ImagePart):
             self.image_paths.append(self._located_sample.resolve_path(part.image))
-            self.image_names.append(self._context.image_name(self.image_paths[-1]))
+            self.image_names.append(self._context.image_names[self.image_paths[-1]])
             return self._placeholder.replace("{}", self.image_names[-1])
         raise UserError(
             f"a {part.type} in a question",

@@ -344,14 +344,10 @@ def _check_no_markup(text: str) -> str:
 
 
 def _render_checked(
-    located_sample: LocatedSample,
-    context: ExportContext,
-    placeholder: str,
-    *,
-    with_tools: bool = False,
+    located_sample: LocatedSample, context: ExportContext, placeholder: str
 ) -> tuple[list[TextTurn], list[str]]:
     """Render turns, and reject a question that an import would read as an image path."""
-    turns, image_names = render_turns(located_sample, context, placeholder, with_tools=with_tools)
+    turns, image_names = render_turns(located_sample, context, placeholder)
     paths = [text for role, text in turns if role == "user" and is_image_path(text)]
     if paths:
         raise UserError(
@@ -398,7 +394,7 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
 
     def make_fields(located_sample: LocatedSample) -> Record:
         sample = located_sample.sample
-        turns, image_names = _render_checked(located_sample, context, "<image>", with_tools=True)
+        turns, image_names = _render_checked(located_sample, context, "<image>")
         rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
         for message, row, (before, _) in zip(
             sample.messages, rows, [("", ""), *turns], strict=False
@@ -415,7 +411,7 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
                 row |= {"from": "function_call", "value": value}
         return {**format_tools(sample), "conversations": rows, "images": image_names}
 
-    yield from write_rows(samples, context, make_fields)
+    yield from write_rows(samples, context, make_fields, ("tools",))
     info: Record = {"file_name": JSONL_FILE, "formatting": "sharegpt"}
     info["columns"] = {"messages": "conversations", "images": "images"}
     if all(located_sample.sample.rejected for located_sample in samples):
@@ -494,12 +490,6 @@ class _ObjectQueue:
             )
         sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
         boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
-        if any(isinstance(box, list) and len(box) == 2 for box in boxes):
-            raise InvalidRowError(
-                f"objects.bbox {str(boxes)[:60]} with points, which are not supported yet",
-                "boxes of two corners, [x1, y1, x2, y2]",
-                "leave out the rows with points",
-            )
         image_ids += [0] * (len(boxes) - len(image_ids))
         valid_ids = [
             image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
@@ -560,7 +550,7 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
         tools = format_tools(located_sample.sample)
         return {**tools, "messages": messages, **images, **boxes}
 
-    yield from write_rows(samples, context, make_fields, keeps_loss=True)
+    yield from write_rows(samples, context, make_fields, ("tools", "loss"))
     context.notes.append(
         "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
         " ROOT_IMAGE_DIR to it"

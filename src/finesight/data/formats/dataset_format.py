@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -418,24 +420,14 @@ class ExportContext:
 
     Attributes:
         image_names: Path relative to the output folder, by absolute image path.
+        image_size: Returns height and width of an image in pixels after EXIF rotation, or raises
+            CorruptImageError.
     """
 
     image_names: Mapping[Path, str]
-    read_size: Callable[[Path], tuple[int, int]]
+    image_size: Callable[[Path], tuple[int, int]]
     lost_counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-
-    def image_name(self, path: Path) -> str:
-        """Return the path of an image relative to the output folder."""
-        return self.image_names[path]
-
-    def image_size(self, path: Path) -> tuple[int, int]:
-        """Return height and width of an image in pixels after EXIF rotation.
-
-        Raises:
-            CorruptImageError: The image is unreadable.
-        """
-        return self.read_size(path)
 
 
 _TURN_KEYS = (
@@ -564,11 +556,6 @@ class DatasetFormat:
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
 
-    @property
-    def typical_keys(self) -> set[str]:
-        """Keys of JSON in the description."""
-        return set(re.findall(r'"(\w+)":', self.description))
-
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.
 
@@ -641,22 +628,11 @@ def strip_object_refs(text: str) -> TextPart:
 def merge_text_parts(parts: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
     """Merge adjacent text parts of a message into one part."""
     merged_parts: list[ContentPart] = []
-    run: list[TextPart] = []
-    for part in parts:
-        if part.type == "text":
-            run.append(part)
-            continue
-        if run:
-            merged_parts.append(_joined(run))
-            run = []
-        merged_parts.append(part)
-    if run:
-        merged_parts.append(_joined(run))
+    for _, group in itertools.groupby(parts, key=attrgetter("type")):
+        run = list(group)
+        texts = [part.text for part in run if isinstance(part, TextPart)]
+        merged_parts += [TextPart(text="".join(texts))] if len(texts) > 1 else run
     return tuple(merged_parts)
-
-
-def _joined(run: Sequence[TextPart]) -> TextPart:
-    return run[0] if len(run) == 1 else TextPart(text="".join(part.text for part in run))
 
 
 def as_list(value: object) -> list[object]:

@@ -192,7 +192,7 @@ def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> F
             return {"type": "text", "text": renderer.render(part)}
 
         sample = located_sample.sample
-        turns, _ = render_turns(located_sample, context, "", with_tools=True)
+        turns, _ = render_turns(located_sample, context, "")
         messages: list[Record] = []
         pending: list[str] = []
         for (role, text), message in zip(turns, sample.messages, strict=True):
@@ -215,7 +215,7 @@ def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> F
         tools = {"tools": list(sample.tools)} if sample.tools else {}
         return {**tools, "messages": messages}
 
-    yield from write_rows(samples, context, make_fields, keeps_loss=True)
+    yield from write_rows(samples, context, make_fields, ("tools", "loss"))
     add_box_note(samples, context)
 
 
@@ -296,7 +296,7 @@ def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> 
     def build_record(located_sample: LocatedSample) -> Record:
         return sample_to_dict(
             located_sample.sample,
-            lambda name: context.image_name(located_sample.resolve_path(name)),
+            lambda name: context.image_names[located_sample.resolve_path(name)],
         )
 
     for record in map(build_record, samples):

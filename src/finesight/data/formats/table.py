@@ -629,25 +629,18 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
             expected="an answer in one column, or in several",
             remedy="remove one of the two",
         )
-    cell = _read_cell(row.record, context, "fields")
-    is_single_column = column in row.record
-    cells = (
-        [(column, cell)]
-        if is_single_column
-        else zip(split_column_names(column, row.record), as_list(cell), strict=True)
-    )
-    members_by_name: dict[str, str] = {}
-    for name, value in cells:
-        if name in members_by_name:
-            raise InvalidOptionError(
-                f"the duplicate column {name!r} in fields={column}",
-                where="--map",
-                expected="each column once",
-                remedy="remove one of the two",
-            )
-        members_by_name[name] = "" if _is_empty(value) else _format_member(name, value)
-    members = ", ".join(filter(None, members_by_name.values()))
-    return [f"{{{members}}}"] if members else []
+    names = find_columns(row.record, "fields", column)
+    duplicate, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise InvalidOptionError(
+            f"the duplicate column {duplicate!r} in fields={column}",
+            where="--map",
+            expected="each column once",
+            remedy="remove one of the two",
+        )
+    cells = ((name, get_cell(row.record, name)) for name in names)
+    members = [_format_member(name, value) for name, value in cells if not _is_empty(value)]
+    return [f"{{{', '.join(members)}}}"] if members else []
 
 
 def _format_member(name: str, value: object) -> str:

@@ -39,7 +39,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
 )
 from finesight.data.formats.image_annotations import (
-    ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
@@ -133,8 +132,10 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    annotation = ImageAnnotation(str(image), objects, row.record["classes"], _read_size(root))
-    return build_detection_examples(row, annotation, context, BoxConvention())
+    size, classes = _read_size(root), row.record["classes"]
+    return build_detection_examples(
+        row, context, BoxConvention(), str(image), objects, classes, declared_size=size
+    )
 
 
 def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -229,7 +230,7 @@ def _read_size(root: ElementTree.Element) -> ImageSize | None:
 
 def _build_annotation(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
     root = ElementTree.Element("annotation")
-    name = Path(context.image_name(record.image_path))
+    name = Path(context.image_names[record.image_path])
     add_child(root, "folder", name.parent.as_posix())
     add_child(root, "filename", name.name)
     height, width = context.image_size(record.image_path)
@@ -314,15 +315,11 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     objects = [_parse_shape(shape, context.row_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
-    annotation = ImageAnnotation(
-        row.record["path"],
-        objects,
-        classes,
-        parse_declared_size(
-            parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
-        ),
+    sides = (parse_integer(image.get(side, "")) for side in ("height", "width"))
+    size, path = parse_declared_size(*sides), row.record["path"]
+    return build_detection_examples(
+        row, context, BoxConvention(), path, objects, classes, declared_size=size
     )
-    return build_detection_examples(row, annotation, context, BoxConvention())
 
 
 def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

@@ -11,12 +11,13 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -26,10 +27,7 @@ from finesight.data.image_header import parquet_row_path, tar_member_path
 from finesight.data.line_index import (
     IndexedFile,
     SampleIndex,
-    load_or_build_index,
-    open_data_file,
     open_unchanged,
-    read_file_state,
 )
 from finesight.data.parquet_reader import (
     IMAGES_COLUMN,
@@ -168,6 +166,22 @@ class TarSamples(IndexedFile):
     1]`. The digest covers all member names, sizes and sample JSON, but not the content of images.
     """
 
+    kind = "tar"
+
+    @staticmethod
+    def build_index(file: BinaryIO, path: Path) -> SampleIndex:
+        """Find the members of each sample."""
+        sha256 = hashlib.sha256()
+        starts, stop = [], 0
+        with open_tar(path) as tar:
+            for members in iter_member_groups(tar):
+                starts.append(members[0].offset)
+                stop = members[-1].offset_data + members[-1].size
+                for member in members:
+                    sha256.update(f"{member.name!r} {member.size}\n".encode(errors="surrogatepass"))
+                sha256.update(_read_sample_json(tar, members)[0])
+        return SampleIndex(np.array([*starts, stop]), np.empty(0, np.int64), sha256.hexdigest())
+
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
@@ -198,38 +212,6 @@ class TarSamples(IndexedFile):
         return f"{self.path}, sample {index + 1}"
 
 
-def open_tar_samples(path: Path) -> TarSamples:
-    """Open and index a tar file of samples."""
-    with open_data_file(path) as file:
-        return TarSamples(
-            path,
-            load_or_build_index(file, path, "tar", lambda: _build_tar_index(path)),
-            read_file_state(file),
-        )
-
-
-def read_first_json(path: Path) -> bytes | None:
-    """Return the JSON file of the first sample in a tar, None without one."""
-    with open_tar(path) as tar:
-        for member in next(iter_member_groups(tar), []):
-            if split_member_name(member)[1] == "json":
-                return tar.read_member(member)
-    return None
-
-
-def _build_tar_index(path: Path) -> SampleIndex:
-    sha256 = hashlib.sha256()
-    starts, stop = [], 0
-    with open_tar(path) as tar:
-        for members in iter_member_groups(tar):
-            starts.append(members[0].offset)
-            stop = members[-1].offset_data + members[-1].size
-            for member in members:
-                sha256.update(f"{member.name!r} {member.size}\n".encode(errors="surrogatepass"))
-            sha256.update(_read_sample_json(tar, members)[0])
-    return SampleIndex(np.array([*starts, stop]), np.empty(0, np.int64), sha256.hexdigest())
-
-
 def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
     for member in members:
         if split_member_name(member)[1] == "json":
@@ -245,24 +227,30 @@ def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
 JSON_COLUMNS = ("tools", "messages", "references", "meta")
 
 
-@dataclass(frozen=True, slots=True)
 class ParquetSamples(IndexedFile):
-    """Random access to the first `num_samples` samples of an indexed Parquet file.
+    """Random access to the samples of an indexed Parquet file.
 
-    The extra values of the index are the cumulative row counts at the end of each row group.
+    The extra values of the index are the first rows of each row group.
     """
 
-    num_samples: int
-    has_images: bool
+    kind = "parquet"
 
-    def __len__(self) -> int:
-        return self.num_samples
+    @staticmethod
+    def build_index(file: BinaryIO, path: Path) -> SampleIndex:
+        """Find the row group of each sample."""
+        sizes_G = np.array(list_row_group_sizes(path), np.int64)
+        groups_N1 = np.repeat(np.arange(len(sizes_G) + 1), [*sizes_G, 1])
+        return SampleIndex(groups_N1, np.cumsum(sizes_G) - sizes_G, sha256_file(path))
+
+    @cached_property
+    def has_images(self) -> bool:
+        """Whether the file contains its images."""
+        return has_images(self.path)
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
-        ends_G = self.index.extra_B
-        group = int(np.searchsorted(ends_G, index, side="right"))
-        group_start = int(ends_G[group - 1]) if group else 0
+        group = int(self.index.offsets_N1[index])
+        group_start = int(self.index.extra_B[group])
         with open_unchanged(self.path, self.file_state), translate_parquet_errors(self.path):
             (record,) = iter_records(
                 read_text_columns(self.path, group).slice(index - group_start, 1),
@@ -281,31 +269,20 @@ class ParquetSamples(IndexedFile):
         """Return file and 1-based row number of a sample for messages."""
         return f"{self.path}, row {index + 1}"
 
-    def take(self, limit: int | None) -> ParquetSamples:
-        """Return a view of the first `limit` samples; None means all."""
-        return self if limit is None else replace(self, num_samples=min(limit, self.num_samples))
-
-
-def open_parquet_samples(path: Path) -> ParquetSamples:
-    """Open and index a Parquet file of samples."""
-
-    def build_index() -> SampleIndex:
-        ends = np.array([*accumulate(list_row_group_sizes(path))], dtype=np.int64)
-        return SampleIndex(np.zeros(1, np.int64), ends, sha256_file(path))
-
-    with open_data_file(path) as file:
-        index = load_or_build_index(file, path, "parquet", build_index)
-        file_state = read_file_state(file)
-    num_rows = int(index.extra_B[-1]) if len(index.extra_B) else 0
-    return ParquetSamples(path, index, file_state, num_rows, has_images(path))
-
 
 def read_first_record(path: Path) -> dict[str, Any] | None:
-    """Read the first row of a Parquet file as JSON data, without its images.
+    """Read the first sample of a tar or row of a Parquet file as JSON data, without its images.
 
     Used to detect whether the file contains samples. Returns None if the file has no rows or the
     first row is unreadable.
     """
+    if path.suffix.lower() == ".tar":
+        with open_tar(path) as tar, suppress(ValueError):
+            for member in next(iter_member_groups(tar), []):
+                if split_member_name(member)[1] == "json":
+                    record = parse_json(tar.read_member(member))
+                    return record if isinstance(record, dict) else None
+        return None
     if not read_parquet_metadata(path).num_rows:
         return None
     try:
@@ -436,7 +413,7 @@ def _open_files(files: list[Path]) -> list[SampleSource]:
 
 def _open_file(path: Path) -> SampleSource:
     openers: dict[str, Callable[[Path], SampleSource]]
-    openers = {".tar": open_tar_samples, ".parquet": open_parquet_samples}
+    openers = {".tar": TarSamples.open, ".parquet": ParquetSamples.open}
     return openers.get(path.suffix.lower(), open_jsonl_samples)(path)
 
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import (
     PACKED_SUFFIXES,
     is_glob,
     open_sample_source,
-    read_first_json,
     read_first_record,
 )
 from finesight.data.formats import detect_format, get_format, iter_formats
@@ -529,9 +528,7 @@ def is_sample_source(path: Path) -> bool:
         return True
     if not path.is_file():
         return False
-    record = (
-        _read_first_tar_record(path) if path.suffix.lower() == ".tar" else read_first_record(path)
-    )
+    record = read_first_record(path)
     if record is None or "id" not in record:
         return False
     # A text-only conversation next to images belongs to another format.
@@ -539,13 +536,6 @@ def is_sample_source(path: Path) -> bool:
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
     return detect_samples([record]) is not None and not (with_images and is_text)
-
-
-def _read_first_tar_record(path: Path) -> dict[str, object] | None:
-    with suppress(ValueError):
-        record = parse_json(read_first_json(path) or b"null")
-        return record if isinstance(record, dict) else None
-    return None
 
 
 def open_unvalidated_samples(

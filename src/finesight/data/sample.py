@@ -34,7 +34,6 @@ from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
 from finesight.data.line_index import (
     UTF8_BOM,
     IndexedLines,
-    index_lines,
     open_data_file,
     read_lines,
 )
@@ -569,8 +568,7 @@ def open_jsonl_samples(path: Path) -> JsonlSamples:
             expected="a .jsonl, .parquet or .tar file of samples",
             remedy=Step("init", {"data": str(path)}, "import it"),
         )
-    lines = index_lines(path)
-    return JsonlSamples(path, lines.index, lines.file_state)
+    return JsonlSamples.open(path)
 
 
 _IMPORT = Step("import", {"source": "SOURCE", "out": "OUT"}, "import the file first")

@@ -17,7 +17,7 @@ from functools import cached_property
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -43,6 +43,7 @@ from finesight.data.row_reader import MemberGroup as Members
 from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import (
     JSON_DATA_KEYS,
+    JsonlSamples,
     LocatedSample,
     build_no_samples_error,
     open_jsonl_samples,
@@ -61,49 +62,20 @@ PACKED_SUFFIXES = (".tar", ".parquet")
 GLOB_CHARACTERS = frozenset("*?[")
 
 
-class SampleSource(Protocol):
-    """Interface for random access to the samples of a data file or shards.
-
-    Samples are read from disk on access.
-    """
-
-    def __len__(self) -> int: ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 in hexadecimal that identifies the samples and their order."""
-        ...
-
-    def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types. Raises UserError."""
-        ...
-
-    def location(self, index: int) -> str:
-        """Return file and position of a sample for messages."""
-        ...
-
-    def take(self, limit: int | None) -> SampleSource:
-        """Return a view of the first `limit` samples; None means all."""
-        ...
-
-
+@dataclass(frozen=True)
 class ShardedSamples:
     """The concatenated samples of several data files (shards)."""
 
-    def __init__(self, sources: Sequence[SampleSource], limit: int | None = None) -> None:
-        self._sources = sources
-        self._ends = list(accumulate(map(len, sources)))
-        num_samples = sum(map(len, sources))
-        self._num_samples = num_samples if limit is None else min(limit, num_samples)
+    sources: tuple[SampleSource, ...]
 
     @property
     def digest(self) -> str:
         """SHA-256 over the digests of all shards."""
-        digests = "".join(source.digest for source in self._sources)
+        digests = "".join(source.digest for source in self.sources)
         return hashlib.sha256(digests.encode()).hexdigest()
 
     def __len__(self) -> int:
-        return self._num_samples
+        return sum(map(len, self.sources))
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
@@ -117,12 +89,21 @@ class ShardedSamples:
 
     def take(self, limit: int | None) -> ShardedSamples:
         """Return a view of the first `limit` samples over all shards; None means all."""
-        return ShardedSamples(self._sources, limit)
+        if limit is None:
+            return self
+        starts = (end - len(source) for end, source in zip(self._ends, self.sources, strict=True))
+        limits = [max(0, limit - start) for start in starts]
+        taken = (one.take(limit) for one, limit in zip(self.sources, limits, strict=True))
+        return ShardedSamples(tuple(taken))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.sources)))
 
     def _locate(self, index: int) -> tuple[SampleSource, int]:
-        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        assert 0 <= index < self._ends[-1], f"sample {index} of {len(self)}"
         source_index = bisect_right(self._ends, index)
-        source = self._sources[source_index]
+        source = self.sources[source_index]
         return source, index - self._ends[source_index] + len(source)
 
 
@@ -311,11 +292,14 @@ def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
     return cleaned
 
 
+SampleSource = JsonlSamples | TarSamples | ParquetSamples | ShardedSamples
+"""Random access to the samples of a data file or shards, which are read from disk on access."""
+
 MIN_PARALLEL_FILES = 8
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(ShardedSamples):
     """The samples of all data files of a recipe, concatenated, with `limit` applied per file.
 
     Samples remain on disk and are read on access, so a corpus of millions of samples needs little
@@ -328,7 +312,6 @@ class Corpus:
         require_answer: Whether validation rejects samples without a final assistant message.
     """
 
-    sources: tuple[SampleSource, ...]
     weights: tuple[float, ...]
     fingerprint: str
     require_answer: bool = True
@@ -342,15 +325,12 @@ class Corpus:
         """Read and validate all samples of the corpus, or only the first `limit`."""
         return [self.read_validated(index) for index in range(len(self))[:limit]]
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
     def __getitem__(self, index: int) -> LocatedSample:
         """Read a sample and check its types.
 
         The content is not validated again: samples are expected to have passed `read_validated`.
         """
-        return self._samples.read_sample(index)
+        return self.read_sample(index)
 
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample."""
@@ -359,14 +339,6 @@ class Corpus:
             located_sample.sample, self.location(index), require_answer=self.require_answer
         )
         return located_sample
-
-    def location(self, index: int) -> str:
-        """Return the location of a sample for messages, such as `train.jsonl:12`."""
-        return self._samples.location(index)
-
-    @cached_property
-    def _samples(self) -> ShardedSamples:
-        return ShardedSamples(self.sources)
 
 
 def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:

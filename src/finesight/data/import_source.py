@@ -144,6 +144,11 @@ class ImportOptions:
     encoding: str | None = None
     no_header: bool = False
 
+    @property
+    def has_split(self) -> bool:
+        """True if the options split the rows into training and validation."""
+        return self.eval_last is not None or self.train_fraction is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
@@ -236,15 +241,16 @@ class UnvalidatedSource:
         shared_context = self.source.create_context(self.options, self.output_folder, lenient=True)
         for row in self.source.iter_rows():
             context = replace(shared_context, raw_boxes=[])
+            examples, error = list[ImportExample](), None
             try:
                 examples = self.source.data_format.parse_examples(row, context)
             except InvalidOptionError:
                 raise
-            except UserError as error:
-                yield UnvalidatedRow(row.location, row.number, (), tuple(context.raw_boxes), error)
-                continue
+            except UserError as found:
+                error = found
             samples = tuple(sample for example in examples for sample in example.to_train_samples())
-            yield UnvalidatedRow(row.location, row.number, samples, tuple(context.raw_boxes))
+            boxes = tuple(context.raw_boxes)
+            yield UnvalidatedRow(row.location, row.number, samples, boxes, error)
 
 
 def open_unvalidated(

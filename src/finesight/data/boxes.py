@@ -8,6 +8,7 @@ defines the units, or the user gives them. Others are counted and reported.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import re
@@ -59,17 +60,13 @@ class BoxConvention:
             corners = (a, b, c, d)
         if self == BoxConvention():
             return corners
-        x1, y1, x2, y2 = corners
+        scales = [1.0, 1.0]
         if self.units != "pixel":
-            scale_x, scale_y = (side / float(self.units) for side in reversed(image_size))
-            x1, y1, x2, y2 = x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+            scales = [side / float(self.units) for side in reversed(image_size)]
         # Remove floating-point noise, so that a box survives conversion in both directions.
-        return (
-            round(x1, BOX_DECIMALS),
-            round(y1, BOX_DECIMALS),
-            round(x2, BOX_DECIMALS),
-            round(y2, BOX_DECIMALS),
-        )
+        scaled = zip(corners, scales * 2, strict=True)
+        x1, y1, x2, y2 = (round(corner * scale, BOX_DECIMALS) for corner, scale in scaled)
+        return x1, y1, x2, y2
 
 
 def parse_coordinates(value: object) -> list[float]:
@@ -237,16 +234,12 @@ def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
 def _is_too_deep(value: object) -> bool:
     """Return whether a value is nested too deeply to be printed without RecursionError."""
     level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, list | dict)
-            for inner in (one.values() if isinstance(one, dict) else one)
-            if isinstance(inner, list | dict)
-        ]
-        if not level:
+    for _ in range(MAX_JSON_DEPTH + 1):
+        containers = [one for one in level if isinstance(one, list | dict)]
+        if not containers:
             return False
+        inner = (one.values() if isinstance(one, dict) else one for one in containers)
+        level = [*itertools.chain.from_iterable(inner)]
     return True
 
 

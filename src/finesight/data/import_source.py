@@ -12,13 +12,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import (
     PACKED_SUFFIXES,
     is_glob,
     open_sample_source,
-    read_first_json,
     read_first_record,
 )
 from finesight.data.formats import detect_format, get_format, iter_formats
@@ -145,6 +144,11 @@ class ImportOptions:
     encoding: str | None = None
     no_header: bool = False
 
+    @property
+    def has_split(self) -> bool:
+        """True if the options split the rows into training and validation."""
+        return self.eval_last is not None or self.train_fraction is not None
+
 
 @dataclass(frozen=True, slots=True)
 class ImportSource:
@@ -237,15 +241,16 @@ class UnvalidatedSource:
         shared_context = self.source.create_context(self.options, self.output_folder, lenient=True)
         for row in self.source.iter_rows():
             context = replace(shared_context, raw_boxes=[])
+            examples, error = list[ImportExample](), None
             try:
                 examples = self.source.data_format.parse_examples(row, context)
             except InvalidOptionError:
                 raise
-            except UserError as error:
-                yield UnvalidatedRow(row.location, row.number, (), tuple(context.raw_boxes), error)
-                continue
+            except UserError as found:
+                error = found
             samples = tuple(sample for example in examples for sample in example.to_train_samples())
-            yield UnvalidatedRow(row.location, row.number, samples, tuple(context.raw_boxes))
+            boxes = tuple(context.raw_boxes)
+            yield UnvalidatedRow(row.location, row.number, samples, boxes, error)
 
 
 def open_unvalidated(
@@ -529,9 +534,7 @@ def is_sample_source(path: Path) -> bool:
         return True
     if not path.is_file():
         return False
-    record = (
-        _read_first_tar_record(path) if path.suffix.lower() == ".tar" else read_first_record(path)
-    )
+    record = read_first_record(path)
     if record is None or "id" not in record:
         return False
     # A text-only conversation next to images belongs to another format.
@@ -539,13 +542,6 @@ def is_sample_source(path: Path) -> bool:
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
     return detect_samples([record]) is not None and not (with_images and is_text)
-
-
-def _read_first_tar_record(path: Path) -> dict[str, object] | None:
-    with suppress(ValueError):
-        record = parse_json(read_first_json(path) or b"null")
-        return record if isinstance(record, dict) else None
-    return None
 
 
 def open_unvalidated_samples(

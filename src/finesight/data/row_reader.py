@@ -19,7 +19,7 @@ import tarfile
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, time
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,7 @@ from finesight.bounded_files import (
     to_readable_name,
     translate_os_errors,
 )
-from finesight.data.image_header import IMAGE_SUFFIXES, is_image_value
+from finesight.data.image_header import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, is_image_value
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,
@@ -119,7 +119,7 @@ ItemT = TypeVar("ItemT")
 
 
 def rows_from_items(
-    items: Sequence[ItemT], make_row: Callable[[int, ItemT], SourceRow]
+    items: Sequence[ItemT], make_row: Callable[[int, ItemT], SourceRow], text_format: str = ""
 ) -> RowReader:
     """Create a row reader that builds one row per item on access.
 
@@ -131,7 +131,7 @@ def rows_from_items(
         selected = itertools.islice(enumerate(items, start=1), start, stop)
         return (make_row(row_number, item) for row_number, item in selected)
 
-    return RowReader(len(items), iter_range)
+    return RowReader(len(items), iter_range, text_format=text_format)
 
 
 def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReader:
@@ -393,11 +393,7 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     note = "" if is_certain else "encoding guessed: "
     encoding_name = guessed.upper().replace("_", "-")
     text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header_note}"
-    return RowReader(
-        len(table),
-        lambda start, stop: itertools.islice(table, start, stop),
-        text_format=text_format,
-    )
+    return rows_from_items(table, lambda _, row: row, text_format)
 
 
 def _open_xlsx(source: Path, no_header: bool) -> RowReader:
@@ -447,8 +443,7 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
 
     others = [name for name in workbook.sheetnames if name != sheet.title]
     text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
-    rows = rows_from_items(numbered_rows, make_row)
-    return replace(rows, text_format=f"{text_format}{header_note}")
+    return rows_from_items(numbered_rows, make_row, f"{text_format}{header_note}")
 
 
 def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -551,30 +546,25 @@ def _open_parquet(source: Path) -> RowReader:
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         with translate_parquet_errors(source), open_parquet(source) as parquet_file:
-            position = 0
-            for group in range(parquet_file.num_row_groups):
-                size = parquet_file.metadata.row_group(group).num_rows
-                if position < stop and start < position + size:
-                    yield from iter_batches(parquet_file, group, position, start, stop)
-                position += size
-
-    def iter_batches(
-        parquet_file: Any, group: int, position: int, start: int, stop: int
-    ) -> Iterator[SourceRow]:
-        rows = get_batch_size(parquet_file.metadata.row_group(group))
-        for batch in parquet_file.iter_batches(batch_size=rows, row_groups=[group]):
-            for record in iter_records(batch, str(source)):
-                if start <= position < stop:
-                    yield SourceRow(position + 1, f"row {position + 1}", record, source.stem)
-                position += 1
+            end = 0
+            for index in range(parquet_file.num_row_groups):
+                group = parquet_file.metadata.row_group(index)
+                first, end = end, end + group.num_rows
+                is_used = first < stop and start < end
+                batches = parquet_file.iter_batches(get_batch_size(group), row_groups=[index])
+                records = (
+                    record
+                    for batch in (batches if is_used else ())
+                    for record in iter_records(batch, str(source))
+                )
+                for number, record in enumerate(records, start=first + 1):
+                    if start < number <= stop:
+                        yield SourceRow(number, f"row {number}", record, source.stem)
 
     return RowReader(found.num_rows, iter_range)
 
 
 TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
-
-MAX_MEMBER_BYTES = 256 * 2**20
-"""Maximum number of bytes of a file in a tar, read into memory at once."""
 
 MemberGroup = list[tarfile.TarInfo]
 
@@ -664,22 +654,18 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     """
     names = [posixpath.basename(member.name) for member in members]
     record: Record = {"id": split_member_name(members[0])[0]}
-    image_members = {
-        split_member_name(m)[1]: m for m in members if _is_image_suffix(split_member_name(m)[1])
-    }
+    by_suffix = [(split_member_name(member)[1], member) for member in members]
+    image_members = {suffix: member for suffix, member in by_suffix if _is_image_suffix(suffix)}
     for suffix, member in image_members.items():
         record["image" if len(image_members) == 1 else suffix] = _read_member(tar, member)
-    for member in members:
-        suffix = split_member_name(member)[1]
+    for suffix, member in by_suffix:
         if suffix in TEXT_SUFFIXES or suffix == "json":
             path, remedy = Path(f"{tar.archive}, {member.name}"), "create the tar again"
             with translate_os_errors(path, expected="a text in UTF-8", remedy=remedy):
                 text = _read_member(tar, member).decode().rstrip("\r\n")
-            values = (
-                _parse_member_json(text, member, tar.archive)
-                if suffix == "json"
-                else {suffix: text}
-            )
+            values: Record = {suffix: text}
+            if suffix == "json":
+                values = _parse_member_json(text, member, tar.archive)
             clashing = {key: value for key, value in values.items() if key in record}
             record = {**values, **record}
             for key, value in clashing.items():
@@ -740,10 +726,6 @@ class FolderListing:
         """Return the files with a given suffix, in lower case with its dot."""
         return [path for path in self.files if path.suffix.lower() == suffix]
 
-    def count_suffixes(self) -> Counter[str]:
-        """Count the files of the folder by suffix."""
-        return Counter(path.suffix.lower() or "no suffix" for path in self.files)
-
     def suggest_source(self) -> Remedy:
         """Return a suggestion for a folder that no dataset format can open.
 
@@ -775,7 +757,8 @@ class FolderListing:
         return "give the folder with the images and labels, or the file with the rows"
 
     def __str__(self) -> str:
-        kinds = [f"{count} {suffix}" for suffix, count in self.count_suffixes().most_common(6)]
+        counts = Counter(path.suffix.lower() or "no suffix" for path in self.files)
+        kinds = [f"{count} {suffix}" for suffix, count in counts.most_common(6)]
         return ", ".join(kinds) or "no file"
 
 

@@ -34,11 +34,10 @@ from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
 from finesight.data.line_index import (
     UTF8_BOM,
     IndexedLines,
-    index_lines,
     open_data_file,
     read_lines,
 )
-from finesight.errors import Step, UserError, suggest_name
+from finesight.errors import Remedy, Step, UserError, suggest_name
 
 MAX_BOXES = 10_000
 """Maximum number of boxes in a sample, which are about 300,000 tokens as text."""
@@ -393,11 +392,12 @@ def check_messages(
     validate_roles(messages, where, require_answer=answered)
     num_images, boxes = 0, list[BoxPart]()
     for number, message in enumerate(messages):
-        has_text = has_visual = has_call = False
+        has_text = has_visual = has_call = has_box = False
         for part in message.content:
             if part.type == "text":
                 has_text = has_text or (part.text != "" and not part.text.isspace())
             elif part.type == "box":
+                has_box = True
                 boxes.append(part)
             elif part.type == "tool_call":
                 has_call = True
@@ -407,27 +407,22 @@ def check_messages(
                 has_visual = True
                 num_images += part.type == "image"
         if has_visual and message.role not in ("user", "tool"):
-            raise InvalidTurnsError(
-                f"an image in a turn of the {message.role}",
-                where=f"{where}, message {number}",
-                expected="images in user turns and tool results only",
-                remedy="move the image to a user turn",
-            )
-        if has_call and message.role != "assistant":
-            raise InvalidTurnsError(
-                f"a tool call in a turn of the {message.role}",
-                where=f"{where}, message {number}",
-                expected="tool calls in assistant turns",
-                remedy="move the call to an assistant turn",
-            )
-        has_content = has_text or has_visual or has_call or message.role == "tool"
-        if not (has_content or any(part.type == "box" for part in message.content)):
-            raise InvalidTurnsError(
-                f"an empty turn of the {message.role}",
-                where=f"{where}, message {number}",
-                expected="text, an image or a box",
-                remedy="add it, or remove the sample",
-            )
+            what, expected = "an image in a turn", "images in user turns and tool results only"
+            remedy = "move the image to a user turn"
+        elif has_call and message.role != "assistant":
+            what, expected = "a tool call in a turn", "tool calls in assistant turns"
+            remedy = "move the call to an assistant turn"
+        elif has_text or has_visual or has_call or has_box or message.role == "tool":
+            continue
+        else:
+            what, expected = "an empty turn", "text, an image or a box"
+            remedy = "add it, or remove the sample"
+        raise InvalidTurnsError(
+            f"{what} of the {message.role}",
+            where=f"{where}, message {number}",
+            expected=expected,
+            remedy=remedy,
+        )
     losses = [turn.loss for turn in messages if turn.role == "assistant"]
     if answered and not any(losses):
         raise InvalidTurnsError(
@@ -458,9 +453,7 @@ def check_limits(messages: Sequence[Message], references: Sequence[str], where: 
     """
     check_limit(len(messages), MAX_MESSAGES, "messages", where)
     check_limit(len(references), MAX_ANSWERS, "references", where)
-    parts = 0
-    for message in messages:
-        parts += len(message.content)
+    parts = sum(len(message.content) for message in messages)
     if parts > MAX_BOXES:
         boxes = sum(part.type == "box" for message in messages for part in message.content)
         check_limit(boxes, MAX_BOXES, "boxes", where)
@@ -569,8 +562,7 @@ def open_jsonl_samples(path: Path) -> JsonlSamples:
             expected="a .jsonl, .parquet or .tar file of samples",
             remedy=Step("init", {"data": str(path)}, "import it"),
         )
-    lines = index_lines(path)
-    return JsonlSamples(path, lines.index, lines.file_state)
+    return JsonlSamples.open(path)
 
 
 _IMPORT = Step("import", {"source": "SOURCE", "out": "OUT"}, "import the file first")
@@ -723,44 +715,28 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
     value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
+    remedy: Remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
+    what = f"{key or 'the line'} is {value_repr}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "json_invalid":
-        return UserError(
-            f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
-            where=where,
-            expected="one complete JSON object per line",
-            remedy=remedy,
-        )
-    is_foreign = len(error_location) == 1 and error_location[0] in FOREIGN_KEYS
-    if error_type == "extra_forbidden" and is_foreign:
-        return UserError(
-            f"the key {key}: a row of another dataset format, not a sample",
-            where=where,
-            expected=f"the keys {', '.join(Sample.model_fields)}",
-            remedy=_IMPORT,
-        )
-    if error_type == "extra_forbidden":
+        what = f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}"
+        expected = "one complete JSON object per line"
+    elif error_type == "extra_forbidden":
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
         levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
         level = levels.get(len(error_location)) or kinds[str(error_location[4])]
         name, names = str(error_location[-1]), tuple(level.model_fields)
+        what = f"unknown key {key} with the value {value_repr}"
+        expected = f"the keys {', '.join(names)}"
         otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
-        return UserError(
-            f"unknown key {key} with the value {value_repr}",
-            where=where,
-            expected=f"the keys {', '.join(names)}",
-            remedy=otherwise if name.endswith(names) else suggest_name(name, names, otherwise),
-        )
-    if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
-        remedy = _IMPORT
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if error_type == "union_tag_invalid":
+        remedy = otherwise if name.endswith(names) else suggest_name(name, names, otherwise)
+        if level is Sample and name in FOREIGN_KEYS:
+            what, remedy = f"the key {key}: a row of another dataset format, not a sample", _IMPORT
+    elif error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"
-    if error_type == "missing":
+    elif error_type == "missing":
+        what = f"the key {key} is missing"
         expected = f"the keys {', '.join(SAMPLE_KEYS)}, each at its level"
-    what = (
-        f"the key {key} is missing"
-        if error_type == "missing"
-        else f"{key or 'the line'} is {value_repr}"
-    )
+    elif not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
+        remedy = _IMPORT
     return UserError(what, where=where, expected=expected, remedy=remedy)

@@ -338,7 +338,10 @@ def fetch_source(
             else:
                 yield _fetch_hub_dataset(source, work_folder, copy_options)
     elif Path(source).is_dir():
-        yield _prepare_local_folder(Path(source), options)
+        # A folder with Parquet files may have several splits.
+        has_parquet = list_folder(Path(source)).files_with_suffix(".parquet")
+        prepare = _prepare_folder if has_parquet else FetchedSource
+        yield prepare(Path(source), options)
     elif not is_archive(source):
         yield FetchedSource(Path(source), options)
     else:
@@ -390,12 +393,6 @@ def _skip_single_folders(folder: Path) -> Path:
     """Descend into a folder as long as its only entry is another folder."""
     entries = list(folder.iterdir())
     return _skip_single_folders(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
-
-
-def _prepare_local_folder(folder: Path, options: ImportOptions) -> FetchedSource:
-    """Return a local folder unchanged or, if it contains Parquet files, select its rows."""
-    has_parquet = list_folder(folder).files_with_suffix(".parquet")
-    return _prepare_folder(folder, options) if has_parquet else FetchedSource(folder, options)
 
 
 def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:

@@ -22,6 +22,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    StrictBool,
     ValidationError,
     model_validator,
 )
@@ -187,12 +188,14 @@ class Sample(FrozenModel):
 
     Attributes:
         rejected: Worse answer than the last message, in a preference pair; empty without a pair.
+        label: Whether the last message is a desirable answer; None without a verdict.
         references: Further correct answers to the last user turn, used only for scoring.
     """
 
     id: str
     messages: tuple[Message, ...] = Field(min_length=1)
     rejected: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)] = ()
+    label: StrictBool | None = None
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = Field(default_factory=dict)
 
@@ -493,6 +496,8 @@ def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, An
     }
     if sample.rejected:
         record["rejected"] = [_part_record(part, renamed) for part in sample.rejected]
+    if sample.label is not None:
+        record["label"] = sample.label
     if sample.references:
         record["references"] = list(sample.references)
     if sample.meta:

@@ -356,7 +356,8 @@ def _replace_answer(
     changed = relocate_sample(located, folder)
     turns = changed.messages[: -1 if changed.messages[-1].role == "assistant" else None]
     update |= {"messages": (*turns, Message(role="assistant", content=content))}
-    changed = changed.model_copy(update={"rejected": (), "references": (), **update})
+    unused = {"rejected": (), "label": None, "references": ()}
+    changed = changed.model_copy(update=unused | update)
     validate_sample(changed, f"sample {changed.id}")
     return changed
 

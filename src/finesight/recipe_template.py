@@ -116,7 +116,8 @@ def format_recipe(
         for key, text in chosen.items()
         if key in ("train.steps", "train.epochs")
     } or choose_duration(num_samples, batch_size, is_short=is_tiny)
-    train = [OBJECTIVES[task.objective]] if task.objective else []
+    given = f"objective: {_format_yaml(task.objective)}"
+    train = [OBJECTIVES.get(task.objective, given)] if task.objective else []
     train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
     rewards = ""

@@ -12,6 +12,8 @@ from finesight.evaluate import latex_rendering, rewards
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.rewards import RewardScorer
+from finesight.recipe import recipe_from_dict
+from finesight.train.run_dir import RunDir
 
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
@@ -178,7 +180,12 @@ def test_formulas_are_rendered_for_their_score_only(monkeypatch):
 
 
 def test_copy_in_the_run_replaces_a_missing_file(file, tmp_path):
-    (tmp_path / "reward_2.py").write_text(FUNCTIONS)
-    names = [f"{file}:fine", f"{tmp_path}/gone.py:fine"]
-    with RewardScorer([RewardSettings(name=name) for name in names], tmp_path) as scorer:
-        assert scorer.score([make_case("abc")]) == [[3], [3]]
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    rewards = ["exact", f"{file}:fine"]
+    settings = {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": str(run.path)}
+    settings |= {"train": {"objective": "grpo"}, "rewards": rewards}
+    run.copy_functions(recipe_from_dict(settings, []))
+    file.unlink()
+    with RewardScorer([RewardSettings(name=name) for name in rewards], run.path) as scorer:
+        assert scorer.score([make_case("abc", "abc")]) == [[1], [3]]

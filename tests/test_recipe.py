@@ -307,6 +307,7 @@ REQUIRED_SETTINGS = {
     "rewards.name": ["train.objective=grpo"],
     "rewards.weight": ["train.objective=grpo", "rewards.name=exact"],
     "rewards.pattern": ["train.objective=grpo", "rewards.name=format"],
+    "rewards.json_schema": ["train.objective=grpo", "rewards.name=format"],
     "rewards.max_length": ["train.objective=grpo", "rewards.name=length"],
 }
 """Settings that require another one."""

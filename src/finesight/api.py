@@ -45,11 +45,13 @@ __all__ = [
     "launch",
     "load_model",
     "merge",
+    "pairs",
     "plan",
     "predict",
     "quickstart",
     "read_samples",
     "report",
+    "sample",
     "show",
     "train",
 ]
@@ -65,6 +67,8 @@ plan = as_function(training.plan)
 load_model = as_function(model.load_model)
 evaluate = as_function(evaluation.evaluate)
 predict = as_function(evaluation.predict)
+sample = as_function(evaluation.sample)
+pairs = as_function(evaluation.pairs)
 report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
 doctor = as_function(evaluation.doctor)

@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -514,22 +514,29 @@ class RewardSettings(SettingsSection):
         name: Built-in reward, metric of `eval.metric` with an optional score, as in
             `latex.similarity`, or `path/to/rewards.py:function`.
         pattern: Regular expression that the complete answer matches, for the reward `format`.
+        json_schema: JSON schema that the complete answer matches, instead of `pattern`.
         max_length: Number of characters up to which the reward `length` is 1.
     """
 
     name: Annotated[str, BeforeValidator(_check_reward)]
     weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
     pattern: Annotated[str, AfterValidator(_check_pattern)] | None = None
+    json_schema: dict[str, Any] | None = None
     max_length: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        for reward, option in {"format": "pattern", "length": "max_length"}.items():
-            is_missing = dict(self)[option] is None
-            if is_missing == (self.name == reward):
-                problem = "requires" if is_missing else "does not use"
-                raise ValueError(f"the reward {self.name} {problem} {option}")
+        for reward, options in _REWARD_OPTIONS.items():
+            given = [option for option in options if dict(self)[option] is not None]
+            if len(given) != (self.name == reward):
+                problem = "requires" if self.name == reward else "does not use"
+                names = " or ".join(options if self.name == reward else given)
+                raise ValueError(f"the reward {self.name} {problem} {names}")
         return self
+
+
+_REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length",)}
+"""Options of rewards, of which each requires exactly one."""
 
 
 RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(partial(_as_sections, "name"))]

@@ -26,6 +26,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
+from finesight.recipe import load_recipe
 
 CASES = load_cases("init")
 
@@ -265,6 +266,16 @@ def test_preference_pairs_select_the_objective(run_init, num_pairs):
     train = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())["train"]
     assert train.get("objective") == ("dpo" if num_pairs == 12 else "sft")
     assert train["learning_rate"] in ((5e-6, 5e-4) if num_pairs == 12 else (1e-4, 2e-3))
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_rewards_follow_the_task(run_init):
+    table = write_table("data", 24, label=["a", "b"] * 12)
+    found = run_init(table, "--out", "out", "--objective", "grpo", "--model", TINY_MODEL)
+    recipe = load_recipe(Path(found["recipe"]))
+    assert (recipe.train.objective, recipe.rewards[0].name) == ("grpo", "classification")
+    assert recipe.train.learning_rate.default == 5e-4
+    assert recipe.train.grpo.max_completion_length == recipe.eval.max_new_tokens
 
 
 @pytest.mark.usefixtures("no_plan")

@@ -33,6 +33,11 @@ OverridesArgument = Annotated[
     ),
 ]
 
+OutFolderArgument = Annotated[
+    StrPath,
+    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
+]
+
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
     Parameter("Compute device. auto: the GPU if there is one, else the CPU.", default="auto"),
@@ -195,8 +200,8 @@ LimitOption = Annotated[
 TrustMetricOption = Annotated[
     bool,
     Parameter(
-        "Execute the custom metric (metric.py) in a run folder that you received from someone "
-        "else. It is Python code: read it first.",
+        "Execute the custom metric or rewards (metric.py, reward_1.py) in a run folder that you "
+        "received from someone else. They are Python code: read them first.",
         option="--trust-metric",
     ),
 ]

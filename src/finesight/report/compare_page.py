@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from finesight.evaluate.eval_case import note_lines
-from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
 from finesight.evaluate.task_metrics import VALIDATION_LOSS
 from finesight.manifest import HistogramCounts, count_half_octaves
@@ -244,7 +243,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     file_folders = [run.path.parent for run in runs if run.run_record is None]
     folders = [*list_image_folders(records), *file_folders]
     has_latex = any(run.metric == "latex" for run in runs)
-    data_builder = ExampleDataBuilder(folders, FormulaConverter() if has_latex else None)
+    data_builder = ExampleDataBuilder(folders, has_latex)
     charts = [chart for chart in _build_charts(runs) if chart is not None]
     histograms = [chart for chart in _build_histograms(runs) if chart is not None]
     labels = [run.label for run in runs]

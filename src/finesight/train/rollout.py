@@ -213,7 +213,7 @@ class Rollout:
         self.settings, self.seed = recipe.train.grpo, recipe.train.seed
         self.batch_size = self.settings.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
-        self.scorer = RewardScorer(recipe.rewards)
+        self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
         self.weights_F = np.array(self.scorer.weights)
         self.check = RewardCheck(state.data.renderer, log)
         self.reward_s = 0.0

@@ -194,11 +194,12 @@ class RunDir:
         write_file(self.path / MANIFEST_FILE, f"{text}\n".encode())
         write_file(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
 
-    def copy_metric(self, recipe: Recipe) -> None:
-        """Copy the Python file of a custom metric, if any, to the run."""
-        source = custom_metric.parse_metric_path(recipe.eval.metric) if recipe.eval else None
-        if source is not None and source[0].is_file():
-            write_file(self.path / custom_metric.METRIC_COPY_FILE, source[0].read_bytes())
+    def copy_functions(self, recipe: Recipe) -> None:
+        """Copy the Python files of a custom metric and of rewards, if any, to the run."""
+        for _, name, copy_name in custom_metric.list_functions(recipe):
+            source = custom_metric.parse_metric_path(name)
+            if source is not None and source[0].is_file():
+                write_file(self.path / copy_name, source[0].read_bytes())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`; non-finite values are written as NaN or Infinity."""

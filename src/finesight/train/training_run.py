@@ -220,5 +220,5 @@ def _prepare_run_dir(state: TrainState) -> None:
     save_tensors(run_dir.images_path, state.data.images())
     state.run.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)
-    run_dir.copy_metric(state.run.recipe)
+    run_dir.copy_functions(state.run.recipe)
     run_dir.write_skipped_samples(state.data.train.stats.skipped, progress.step)

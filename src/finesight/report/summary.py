@@ -228,7 +228,7 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
     Args:
         lines: Steps and evaluations of `metrics.jsonl`.
     """
-    found = _find_rising_loss(lines) or _find_falling_score(lines)
+    found = find_overfitting(lines)
     if found is None:
         return None
     sign, criterion, points, best_step = found
@@ -254,6 +254,11 @@ OverfittingSign = tuple[str, str, list[tuple[int, float]], int]
 """Sign, criterion, steps and values of the last three evaluations, and best step (0: untrained)."""
 
 
+def find_overfitting(lines: Sequence[JsonObject]) -> OverfittingSign | None:
+    """Find the overfitting that `describe_overfitting` describes; None without."""
+    return _find_rising_loss(lines) or _find_falling_score(lines)
+
+
 def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     """Find a validation loss that rises twice while the training loss falls."""
     evaluations = list_comparable_evaluations(lines)
@@ -272,17 +277,11 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     is_rising = first < second < last > MIN_LOSS_INCREASE * best_loss
     if not is_rising or mean_loss(middle, end) >= mean_loss(start, middle):
         return None
-    if has_score_improved_after(best_step, lines):
+    _, scores = _list_primary_scores(lines)
+    if any(step == best_step and scores[-1][1] > score for step, score in scores):
         return None
     sign = translate("the validation loss rose while the training loss fell")
     return sign, translate("validation loss"), points[-3:], best_step
-
-
-def has_score_improved_after(step: int, lines: Sequence[JsonObject]) -> bool:
-    """Return whether the last evaluation has a higher primary score than that after a step."""
-    _, points = _list_primary_scores(lines)
-    start = [score for point_step, score in points if point_step == step]
-    return bool(start) and points[-1][1] > start[0]
 
 
 def _list_primary_scores(lines: Sequence[JsonObject]) -> tuple[str, list[tuple[int, float]]]:
@@ -302,7 +301,7 @@ def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     if len(points) < 3:
         return None
     best_step, best_score = max(points, key=lambda point: point[1])
-    best = next(line for line in evaluations if line["step"] == best_step)
+    best = next(line for line in evaluations if int(line["step"]) == best_step)
     limit, _ = read_interval(best, metric) or (best_score, best_score)
     (_, first), (_, second), (_, last) = points[-3:]
     if not first > second > last < limit:

@@ -273,7 +273,7 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
 def test_failed_reward_saves_a_checkpoint(reward_task):
     rewards = reward_task.folder / "rewards.py"
     rewards.write_text(REWARD.replace("max(1, len(case.answer))", "len(case.answer)"))
-    with pytest.raises(UserError, match="ZeroDivisionError.*answer ''"):
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*answer ''"):
         reward_task.run()
     assert not (reward_task.folder / "run").exists()
     rewards.write_text(REWARD)

@@ -230,10 +230,7 @@ def build_train_state(
     )
     renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_trainable_parts(recipe.tune, train_data, sampler)
-    with process_group.sync_errors():
-        if process_group.is_main:
-            check_rewards(recipe, train_data)
+    check_run_inputs(recipe, train_data, sampler)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
     inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
     resume_config = _build_resume_config(inputs)
@@ -365,6 +362,16 @@ def resolve_tune(recipe: Recipe) -> TuneSettings:
         return recipe.tune
     lora = recipe.tune.lora.model_copy(update={"dropout": 0.0})
     return recipe.tune.model_copy(update={"lora": lora})
+
+
+def check_run_inputs(recipe: Recipe, data: TrainingData, sampler: TrainSampler) -> None:
+    """Verify that a run can train the parts of its model, and compute its rewards.
+
+    Raises:
+        UserError: A trainable part gets no gradient, or a reward fails.
+    """
+    check_trainable_parts(recipe.tune, data, sampler)
+    check_rewards(recipe, data)
 
 
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:

@@ -256,7 +256,7 @@ class TuneSettings(SettingsSection):
                 setting = "quantize.nf4" if part in nf4 else "quantize.fp8"
                 allowed = "frozen" if part == "embeddings" else "lora or frozen"
                 raise ValueError(
-                    f"{part} is full and in {setting}: quantized weights cannot be trained;"
+                    f"{part} is full and in {setting}, but quantized weights cannot be trained:"
                     f" set tune.{part} to {allowed}, or remove it from {setting}"
                 )
         if both := [part for part in fp8 if part in nf4]:
@@ -477,12 +477,8 @@ class EvalSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_patience(self) -> EvalSettings:
         if self.patience is not None and self.every is None:
-            raise PydanticCustomError(
-                "conflict",
-                "eval.patience requires an explicit eval.every, because default evaluations use 64"
-                " samples",
-                {"remedy": "add eval.every=0.1"},
-            )
+            reason = "because default evaluations use 64 samples: add eval.every=0.1"
+            raise ValueError(f"eval.patience requires an explicit eval.every, {reason}")
         return self
 
 
@@ -503,7 +499,7 @@ def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+        raise ValueError(f"not a regular expression ({error}): correct it") from error
     return pattern
 
 
@@ -618,9 +614,9 @@ class Recipe(SettingsSection):
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
         if self.rewards and self.train.objective != "grpo":
-            raise ValueError("rewards apply to train.objective=grpo only: set it")
+            raise ValueError("rewards require train.objective=grpo: add it, or remove rewards")
         if self.train.objective == "grpo" and not self.rewards:
-            raise ValueError("train.objective=grpo requires rewards, such as rewards: [exact]")
+            raise ValueError("train.objective=grpo requires rewards: add rewards=[exact] or others")
         if self.train.objective == "grpo" and self.train.grpo.beta:
             problem = "train.grpo.beta refers to the model without adapter"
             if self.tune.has_mode("full"):

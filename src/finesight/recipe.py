@@ -233,13 +233,14 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Replace paths of inputs that exist only relative to the folder of the recipe."""
 
-    def resolve(value: Any) -> Any:
+    def resolve(value: Any, is_path: bool) -> Any:
         if isinstance(value, list):
-            return [resolve(item) for item in value]
+            return [resolve(item, is_path) for item in value]
         if isinstance(value, dict):
-            return value | {key: resolve(item) for key, item in value.items() if key == "path"}
-        if isinstance(value, str):
-            name = value.rpartition(":")[0] if ".py:" in value else value
+            inner = value.keys() & {"path", "name"}
+            return value | {key: resolve(value[key], is_path) for key in inner}
+        if isinstance(value, str) and (is_path or ".py:" in value):
+            name = value if is_path else value.rpartition(":")[0]
             here, there = (
                 os.path.exists(path) or glob(path) for path in (name, str(folder / name))
             )
@@ -247,13 +248,14 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
         return value
 
     for section, names in {
-        "": ("model", "adapter"),
+        "": ("model", "adapter", "rewards"),
         "data": ("train", "eval"),
         "eval": ("metric",),
     }.items():
         settings = content.get(section) if section else content
         if isinstance(settings, dict):
-            settings |= {name: resolve(settings[name]) for name in names if name in settings}
+            for name in settings.keys() & {*names}:
+                settings[name] = resolve(settings[name], name not in ("metric", "rewards"))
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
@@ -503,10 +505,9 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
         example = _EXAMPLES[str(key[-1])]
         group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
         return "this setting is missing", f"for example {example}", f"add {key[-1]} {group}"
-    if first["type"] in ("value_error", "conflict"):
-        reason = first["msg"].removeprefix("Value error, ")
-        remedy = first.get("ctx", {}).get("remedy", "change one of them")
-        return reason, "consistent settings", remedy
+    if first["type"] == "value_error":
+        what, _, remedy = first["msg"].removeprefix("Value error, ").partition(": ")
+        return what, "consistent settings", remedy or "change one of them"
     expected = " or ".join(dict.fromkeys(_format_expected(key, error) for error in errors))
     remedy = f"change {format_key(key)}" if key else "correct the name"
     choices = re.findall("'([^']*)'", expected) if first["type"] == "literal_error" else []

@@ -57,6 +57,14 @@ def test_counts_match_the_run(task: TinyTask) -> None:
     assert 22 * sum(plan.flops_per_sample.values()) == pytest.approx(measured_flops, rel=0.02)
 
 
+def test_plan_of_rewards_checks_them_and_names_the_responses(task: TinyTask) -> None:
+    settings = "train.objective=grpo", "train.grpo.num_generations=4"
+    text = "\n".join(format_plan(make_plan(task, *settings, "rewards=[exact]")))
+    assert "with 4 responses each, times without their sampling" in text
+    with pytest.raises(UserError, match="no score 'nothing'"):
+        make_plan(task, *settings, "rewards=[json.nothing]")
+
+
 def test_suggested_overrides_are_valid(task: TinyTask) -> None:
     plan = make_plan(task, "train.activation_checkpointing=true", "train.pack_tokens=50")
     assert [override.split("=")[0] for override in plan.overrides] == [

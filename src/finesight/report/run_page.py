@@ -209,6 +209,7 @@ def render_run_page(
         title="/".join(folder.parts[-2:]) if folder.name in GENERIC_NAMES else folder.name,
         run_record=run_record,
         evaluation_names=evaluation_names,
+        reward_text=summary.describe_rewards(run_record),
         reward_signs=summary.list_reward_signs(run_record, example_data["groups"]),
         num_groups=len(example_data["groups"]),
         charts=charts,

@@ -380,6 +380,12 @@ def _log_summary(
     The checkpoints are compared by the last evaluation, on the common subset of the run.
     """
     before, after, best = result.before, result.after, result.best_eval
+    # Only the main process needs the report.
+    from finesight.report.run_reader import read_run
+    from finesight.report.summary import describe_rewards
+
+    if text := describe_rewards(read_run(run_dir.path)):
+        console.log(text)
     if before is None or after is None or last is None:
         return
     if table := result.as_table():

@@ -143,6 +143,11 @@ class RewardCheck:
                 self._log(text)
             self._num_checks = MAX_FRAME_CHECKS if frame else self._num_checks
 
+    def finish(self) -> None:
+        """Warn about the responses of a run that ended before the check."""
+        if 0 < self._num_responses < NUM_CHECKED_RESPONSES and (text := self._describe()):
+            self._log(text)
+
     def _compare_boxes(
         self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
     ) -> None:
@@ -215,17 +220,19 @@ class Rollout:
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
         self.weights_F = np.array(self.scorer.weights)
-        self.check = RewardCheck(state.data.renderer, log)
-        self.reward_s = 0.0
+        self.check, self.log = RewardCheck(state.data.renderer, log), log
+        self.reward_s, self.first_step = 0.0, 0
         self.engine: Engine | None = None
         self.capacity = 0, 0
         """Number of sequences and prompt length of the engine."""
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
+        self.first_step = start
         with self.scorer:
             for step in range(start, len(self.state.data.sampler)):
                 yield self.build_step(step)
+        self.check.finish()
 
     def build_step(self, step: int) -> StepBatch:
         """Generate, score and pack the responses of a step.
@@ -249,6 +256,9 @@ class Rollout:
         payloads = process_group.all_gather_str(own.model_dump_json())
         records = [RolloutRecord.model_validate_json(payload) for payload in payloads]
         rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
+        if step == self.first_step:
+            for text in describe_unscored(self.scorer.names, rewards_QGF):
+                self.log(text)
         times = {
             "rollout_s": time.perf_counter() - start_time - self.reward_s,
             "reward_s": self.reward_s,
@@ -577,6 +587,25 @@ def describe_rewards(
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = np.std(values, ddof=1) if len(values) > 1 else np.nan
     return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+
+
+UNSCORED_REASONS = {
+    "json": "these references are no JSON",
+    "math": "these references are no formulas",
+    "latex": "these references are no LaTeX that can be rendered",
+}
+"""Reasons why no response has a score of a reward, by its name or metric."""
+
+
+def describe_unscored(names: Sequence[str], rewards_QGF: FloatArray) -> list[str]:
+    """Describe the rewards that scored no response of a step."""
+    texts = list[str]()
+    for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, -1, 0), strict=False):
+        if rewards_QG.size and np.isnan(rewards_QG).all():
+            reason = UNSCORED_REASONS.get(name.partition(".")[0], "it returned no number")
+            count = f"0 of {rewards_QG.size} responses have a score of the reward {name}"
+            texts.append(f"warning: {count}: {reason}")
+    return texts
 
 
 def _weigh(rewards: FloatArray, weights_F: FloatArray) -> FloatArray:

@@ -1,6 +1,7 @@
 """GRPO: losses compared with a formula per response and TRL, rollouts, and runs with rewards."""
 
 import json
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -227,10 +228,17 @@ def read_steps(task: TinyTask, name: str = "run") -> list[dict[str, float]]:
 def test_run_raises_the_reward(reward_task):
     """Sampler and trainer agree, and the prompt is packed once for a group."""
     # At a low temperature, the nearly equal logits of a random model can concentrate.
+    reward_task.recipe["rewards"].append({"name": "json", "weight": 0.1})
     sharp = "train.grpo.temperature=0.1", "train.grpo.max_completion_length=4"
     size = "train.steps=20", "train.epochs=null", "train.save_every=null"
     reward_task.run(*sharp, *size, "train.learning_rate=0.003", "train.grpo.num_generations=8")
     steps = read_steps(reward_task)
+    printed = reward_task.console_output
+    assert "32 responses have a score of the reward json: these references are no JSON" in printed
+    change = r"Reward of the first and last 5 steps: \S+ → \S+; early \S+ to \S+: better"
+    assert re.search(change, printed)
+    # Sampling is not the wait for data.
+    assert all(line["data_wait_s"] < line["rollout_s"] / 2 for line in steps)
     rewards = [line["reward"] for line in steps]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.15
     assert steps[0]["rewards/early/mean"] == pytest.approx(rewards[0], abs=1e-6)
@@ -264,6 +272,11 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
 
 def test_failed_reward_saves_a_checkpoint(reward_task):
     rewards = reward_task.folder / "rewards.py"
+    rewards.write_text(REWARD.replace("max(1, len(case.answer))", "len(case.answer)"))
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*answer ''"):
+        reward_task.run()
+    assert not (reward_task.folder / "run").exists()
+    rewards.write_text(REWARD)
     reward_task.run(name="expected")
     checkpoint = reward_task.folder / "run" / "checkpoints" / "step-2"
     # Of the start of the alphabet: the step after the first checkpoint fails.
@@ -272,6 +285,7 @@ def test_failed_reward_saves_a_checkpoint(reward_task):
     with pytest.raises(RewardError, match=r"ZeroDivisionError.*sample") as caught:
         reward_task.run()
     assert "rewards.py:4" in caught.value.where
+    assert caught.value.what.endswith("in step 3, checkpoint of step 2 written")
     rewards.write_text(REWARD)
     reward_task.run(resume=True)
     assert_same_run(reward_task.folder / "run", reward_task.folder / "expected")
@@ -356,6 +370,7 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
     check = RewardCheck(renderer, lines.append)
     for case in cases:
         check.add([case] * 4, np.zeros(4), [span])
+    check.finish()
     (line,) = lines
     assert "128 of the first 128 responses have no reward" in line
     assert ("coordinate frame" in line) == bool(frame)
@@ -370,6 +385,10 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
     for _ in cases:
         repeated.add(cases[:1] * 4, np.ones(4), [span])
     assert len(lines) == 1 + bool(frame)
+    short = RewardCheck(renderer, lines.append)
+    short.add([case] * 4, np.zeros(4), [span])
+    short.finish()
+    assert "4 of the first 4 responses have no reward" in lines[-1]
 
 
 @each(
@@ -381,7 +400,9 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
         ({"rewards": ["format"]}, "requires pattern"),
         ({"rewards": [{"name": "exact", "pattern": "a"}]}, "does not use pattern"),
         ({"tune": {"language": "full"}, "train": {"grpo": {"beta": 0.1}}}, "adapter"),
-        ({"train": {"objective": "sft"}}, "objective=grpo only"),
+        ({"train": {"objective": "sft"}}, "remedy: add it, or remove rewards"),
+        ({"rewards": ["json.nothing"]}, "no score 'nothing'"),
+        ({"rewards": ["rewards.py:score"]}, "rewards.py: no such file"),
     ],
 )
 def test_recipes_are_checked(tmp_path, recipe, text):
@@ -391,3 +412,4 @@ def test_recipes_are_checked(tmp_path, recipe, text):
     train = task.recipe["train"] | {"objective": "grpo"} | merged.pop("train")
     with pytest.raises(UserError, match=text):
         task.run(**merged, train=train)
+    assert not (tmp_path / "run").exists()

@@ -319,9 +319,8 @@ def _split_text_and_boxes(
     prediction: Prediction, image_size: ImageSize | None
 ) -> list[ContentPart]:
     """Split an answer into text and box parts; empty if boxes are missing or invalid."""
-    if image_size is None or not prediction.boxes:
-        return []
-    if not all(is_inside_image(box.xyxy, image_size) for box in prediction.boxes):
+    inside = [image_size and is_inside_image(box.xyxy, image_size) for box in prediction.boxes]
+    if not (inside and all(inside)):
         return []
     boxes = iter(prediction.boxes)
     parts: list[ContentPart] = []

@@ -144,8 +144,8 @@ class RewardCheck:
             self._num_checks = MAX_FRAME_CHECKS if frame else self._num_checks
 
     def finish(self) -> None:
-        """Warn about the responses of a run that ended before the check."""
-        if 0 < self._num_responses < NUM_CHECKED_RESPONSES and (text := self._describe()):
+        """Warn about missing rewards of a run that ended before the check."""
+        if 0 < self._num_responses < NUM_CHECKED_RESPONSES and (text := self._describe_rewards()):
             self._log(text)
 
     def _compare_boxes(

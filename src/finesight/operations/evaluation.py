@@ -271,13 +271,11 @@ def sample(
                 further = {"response": n, "score": scores[-1][n]}
                 named = dict(zip(scorer.names, row, strict=True))
                 text += format_prediction_line(one, case, named, **further)
-            correct = [n for n in range(best_of) if scores[-1][n] >= min_score - ROUNDING]
-            correct = [n for n in correct if cases[n].ended_with_eos]
-            n = max(correct, key=scores[-1].__getitem__, default=0)
-            # Rewards may accept an empty answer, or a box without area, which no sample can have.
-            with suppress(UserError):
+            complete = [n for n in range(best_of) if cases[n].ended_with_eos]
+            n = max(complete, key=scores[-1].__getitem__, default=0)
+            if complete and scores[-1][n] >= min_score - ROUNDING:
                 content = _build_content(cases[n], group[n].reasoning)
-                best += [_replace_answer(located, content, Path(out))] if correct else []
+                best.append(_replace_answer(located, content, Path(out)))
         if best:
             write_samples(folder / "data.jsonl", best)
         write_file(folder / RESPONSES_FILE, text.encode())

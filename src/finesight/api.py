@@ -45,13 +45,11 @@ __all__ = [
     "launch",
     "load_model",
     "merge",
-    "pairs",
     "plan",
     "predict",
     "quickstart",
     "read_samples",
     "report",
-    "sample",
     "show",
     "train",
 ]
@@ -67,8 +65,6 @@ plan = as_function(training.plan)
 load_model = as_function(model.load_model)
 evaluate = as_function(evaluation.evaluate)
 predict = as_function(evaluation.predict)
-sample = as_function(evaluation.sample)
-pairs = as_function(evaluation.pairs)
 report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
 doctor = as_function(evaluation.doctor)

@@ -39,12 +39,6 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             "Label images with suggestions of a model.",
             json_help="Print one JSON object per suggestion",
         ),
-        "sample": Operation(
-            "evaluation:sample", "Sample responses, and keep the best one of each question."
-        ),
-        "pairs": Operation(
-            "evaluation:pairs", "Write preference pairs from responses or corrections."
-        ),
         "show": Operation(
             "dataset:show",
             "Print the tokenized samples of a recipe.",

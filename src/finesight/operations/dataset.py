@@ -18,7 +18,6 @@ from finesight.operations.options import (
     LanguageOption,
     LimitOption,
     NoHeaderOption,
-    OutFolderArgument,
     OverridesArgument,
     PromptOption,
     RecipeArgument,
@@ -33,6 +32,12 @@ if TYPE_CHECKING:
     from finesight.data.importer import ImportSummary
     from finesight.encode.box_migration import MigrationResult, ResizeSpec
     from finesight.encode.tokenization import TokenizedSample
+
+
+OutFolderArgument = Annotated[
+    StrPath,
+    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
+]
 
 
 def import_data(

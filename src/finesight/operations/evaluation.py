@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
-from itertools import repeat
-from operator import itemgetter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Unpack
 
@@ -16,24 +12,17 @@ from finesight.operations.model import ModelArgument, get_model_name, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
     LanguageOption,
-    LimitOption,
     LoadingOptions,
     MaxNewTokensOption,
-    OutFolderArgument,
     TrustMetricOption,
 )
 
 if TYPE_CHECKING:
-    from finesight.config import RewardSettings
-    from finesight.data.sample import ContentPart, LocatedSample, Sample
+    from finesight.data.sample import LocatedSample
     from finesight.doctor.diagnosis import DiagnosisSections
-    from finesight.evaluate.eval_case import EvalCase
     from finesight.evaluate.generation_eval import GenerationEvalResult
     from finesight.infer.prediction import Prediction
     from finesight.report.compare_page import RunComparison
-
-    Answer = tuple[ContentPart, ...]
-    Verdicts = dict[str, tuple[Sequence[Answer], Sequence[Answer]]]
 
 EXIT_ERROR_FOUND = 2
 
@@ -183,298 +172,6 @@ def _load_samples(
         expected="images with --prompt TEXT, or --data FILE.jsonl alone",
         remedy=Step("predict", example | {"prompt": "What is this?"}, "for example"),
     )
-
-
-def sample(
-    run_or_model: ModelArgument,
-    data: StrPath,
-    out: OutFolderArgument,
-    best_of: Annotated[int, Parameter(minimum=2)] = 8,
-    reward: Annotated[Sequence[str], Parameter(metavar="NAME")] = (),
-    min_score: float = 1.0,
-    temperature: Annotated[float, Parameter(minimum=0.0, maximum=100.0)] = 1.0,
-    seed: Annotated[int, Parameter(minimum=0, maximum=2**31)] = 0,
-    limit: LimitOption = None,
-    max_new_tokens: MaxNewTokensOption = 512,
-    batch_size: Annotated[int, Parameter(minimum=1)] = 64,
-    trust_metric: TrustMetricOption = False,
-    **loading: Unpack[LoadingOptions],
-) -> Outcome[Mapping[str, float]]:
-    """Sample several responses to each question, and keep the best one as its answer.
-
-    Writes OUT/data.jsonl, samples with their best response, for a training (rejection sampling),
-    and OUT/responses.jsonl, all responses with their scores, which `finesight pairs` reads. The
-    score of a response is the mean of its rewards with their weights. A truncated response is not
-    kept.
-
-    Example: finesight sample runs/receipts receipts/train.jsonl best --best-of 8
-
-    Args:
-        data: JSONL file of samples with answers, which the rewards compare.
-        best_of: Number of responses to each question.
-        reward: Reward or metric, such as json, latex.rendered or rewards.py:score. Repeatable.
-            Default for a run: the rewards of its recipe, or its metric.
-        min_score: Leave out questions whose best response has a lower score.
-        temperature: Sampling temperature.
-        seed: Random seed.
-        batch_size: Responses generated at the same time; halved when GPU memory is exhausted.
-    """
-    from finesight.data.sample import LocatedSample, read_samples, write_samples
-    from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-    from finesight.evaluate.metric_difference import format_prediction_line
-    from finesight.evaluate.rewards import RewardScorer
-    from finesight.infer.prediction import predict as run_prediction
-    from finesight.infer.request import SamplingParams
-    from finesight.manifest import RESPONSES_FILE, find_run_dir
-    from finesight.progress import ProgressConsole
-    from finesight.storage import write_file, write_folder
-
-    run = find_run_dir(Path(get_model_name(run_or_model)))
-    rewards = _select_rewards(run, reward, trust=trust_metric)
-    samples = [LocatedSample(one, Path(data).parent) for one in read_samples(Path(data))[:limit]]
-    console, errors, text = ProgressConsole(), dict[int, Exception](), ""
-    best: list[Sample] = []
-    scores: list[list[float]] = []
-    with RewardScorer(rewards, run) as scorer, write_folder(Path(out)) as folder:
-        model = load_model(run_or_model, **loading).value.inference_model
-        banned_ids = model.renderer.visual_token_ids
-
-        def get_sampling(index: int) -> SamplingParams:
-            own_seed = (seed << 32) + index
-            return SamplingParams(temperature=temperature, seed=own_seed, banned_ids=banned_ids)
-
-        with console.progress_stage("responses", len(samples) * best_of) as on_progress:
-            found = run_prediction(
-                model.model,
-                model.renderer,
-                [one for one in samples for _ in range(best_of)],
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                on_progress=on_progress,
-                on_corrupt_image=errors.__setitem__,
-                get_sampling=get_sampling,
-            )
-        skipped = {index // best_of for index in errors}
-        for located in (one for i, one in enumerate(samples) if i not in skipped):
-            group, found = found[:best_of], found[best_of:]
-            reference = get_reference_answer(
-                located.sample, has_reasoning=model.renderer.renders_reasoning
-            )
-            cases = [
-                EvalCase(one.answer, one.boxes, *reference, one.id, one.finish_reason == "stop")
-                for one in group
-            ]
-            columns = [[math.nan if x is None else x for x in row] for row in scorer.score(cases)]
-            rows = [*zip(*columns, strict=True)]
-            scores.append([_weigh(row, scorer.weights) for row in rows])
-            for n, (one, case, row) in enumerate(zip(group, cases, rows, strict=True)):
-                further = {"response": n, "score": scores[-1][n]}
-                named = dict(zip(scorer.names, row, strict=True))
-                text += format_prediction_line(one, case, named, **further)
-            complete = [n for n in range(best_of) if cases[n].ended_with_eos]
-            n = max(complete, key=scores[-1].__getitem__, default=0)
-            if complete and scores[-1][n] >= min_score - ROUNDING:
-                content = _build_content(cases[n], group[n].reasoning)
-                best.append(_replace_answer(located, content, Path(out)))
-        if best:
-            write_samples(folder / "data.jsonl", best)
-        write_file(folder / RESPONSES_FILE, text.encode())
-    for error in {str(error).splitlines()[0] for error in errors.values()}:
-        console.log(f"skipped: {error}")
-    summary = {
-        "num_samples": len(samples),
-        "num_skipped": len(skipped),
-        "num_kept": len(best),
-        "mean_score": _mean(score for row in scores for score in row),
-        "mean_best_score": _mean(map(max, scores)),
-        "share_equal_scores": _mean(float(len({*row}) == 1) for row in scores),
-    }
-    lines = [f"{name}: {value:.4g}" for name, value in summary.items()]
-    steps = [Step("check", {"sources": [Path(out) / "data.jsonl"]})] if best else []
-    steps.append(Step("pairs", {"source": out, "out": f"{out}-pairs.jsonl", "data": data}))
-    return Outcome(summary, lines, summary, steps)
-
-
-ROUNDING = 1e-6
-"""Tolerance of a weighted mean of rewards."""
-
-
-def _weigh(scores: Iterable[float], weights: Iterable[float]) -> float:
-    """Return the weighted mean of scores without NaN; NaN without any score."""
-    terms = [(score, w) for score, w in zip(scores, weights, strict=False) if score == score]
-    total = sum(w for _, w in terms)
-    return sum(score * w for score, w in terms) / total if total else math.nan
-
-
-def _mean(values: Iterable[float]) -> float:
-    return _weigh(values, repeat(1.0))
-
-
-def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:
-    """Return the rewards that the user has named, or those or the metric of a run."""
-    from finesight.config import METRIC_NAMES, REWARD_NAMES, RewardSettings
-    from finesight.evaluate.custom_metric import check_metric, check_recipe_metric
-    from finesight.manifest import RECIPE_FILE
-    from finesight.recipe import load_recipe
-
-    rewards: Sequence[RewardSettings] = ()
-    if not names and (run / RECIPE_FILE).is_file():
-        recipe = load_recipe(run / RECIPE_FILE)
-        check_recipe_metric(recipe, run / RECIPE_FILE, (), trust=trust)
-        rewards = recipe.rewards
-        names = [recipe.eval.metric] if recipe.eval and not rewards else ()
-    for name in names:
-        check_metric(name, named=True, trust=trust)
-    with suppress(ValueError):  # of an unknown name
-        rewards = [RewardSettings(name=name) for name in names] or rewards
-    if not rewards:
-        known = ", ".join((*METRIC_NAMES, *REWARD_NAMES))
-        raise UserError(
-            f"unknown reward: {', '.join(names)}" if names else "no reward is given",
-            where="--reward",
-            expected=f"{known}, rewards.py:FUNCTION, or the run of a recipe with rewards",
-            remedy="for example --reward json",
-        )
-    return rewards
-
-
-def _build_content(case: EvalCase, reasoning: str | None) -> Answer:
-    """Return the content of a response."""
-    from finesight.data.sample import TextPart
-
-    thoughts = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"),) if reasoning else ()
-    return (*thoughts, *(case.boxes or (TextPart(text=case.answer),)))
-
-
-def _replace_answer(
-    located: LocatedSample, content: Answer, folder: Path, **update: object
-) -> Sample:
-    """Return a sample of a folder with another answer. Raises UserError for an invalid one."""
-    from finesight.data.sample import Message, validate_sample
-    from finesight.label.label_store import relocate_sample
-
-    changed = relocate_sample(located, folder)
-    turns = changed.messages[: -1 if changed.messages[-1].role == "assistant" else None]
-    update |= {"messages": (*turns, Message(role="assistant", content=content))}
-    unused = {"rejected": (), "label": None, "references": ()}
-    changed = changed.model_copy(update=unused | update)
-    validate_sample(changed, f"sample {changed.id}")
-    return changed
-
-
-def pairs(
-    source: StrPath,
-    out: StrPath,
-    data: StrPath | None = None,
-    labels: Annotated[bool, Parameter(option="--labels")] = False,
-    min_score: float = 1.0,
-) -> Outcome[Mapping[str, int]]:
-    """Write preference pairs from responses with scores, or from corrections of suggestions.
-
-    SOURCE is a folder of `finesight sample`, a run (the responses of a GRPO run, else its
-    validation answers), a file of `finesight eval --out`, or a folder of `finesight label`.
-
-    The chosen answer is the best response with at least --min-score, else the answer of the sample,
-    and the rejected one the worst response below it. A correction is chosen over its suggestion.
-
-    Example: finesight pairs best pairs.jsonl --data receipts/train.jsonl
-
-    Args:
-        source: Folder or file of responses or labels.
-        out: File to create.
-        data: Samples of the responses. Default: those of the recipe of a run, or of the labels.
-        labels: Write one sample per response, with the label true or false, for KTO.
-        min_score: Lowest score of a correct response.
-    """
-    from finesight.data.sample import write_samples
-    from finesight.label.label_store import JOURNAL_FILE, read_labels, read_verdicts
-    from finesight.storage import raise_if_exists
-
-    source, out = Path(source), Path(out)
-    raise_if_exists(out)
-    verdicts: Verdicts
-    if (source / JOURNAL_FILE).is_file():
-        samples, verdicts = read_labels(source), {**read_verdicts(source)}
-    else:
-        samples, verdicts = _read_graded(source, to_path(data), min_score)
-    written: list[Sample] = []
-    num_unused = 0
-    for located in samples:
-        name, last = located.sample.id, located.sample.messages[-1]
-        good, bad = verdicts.pop(name, ((), ()))
-        rows: list[tuple[Answer, dict[str, object]]] = []
-        if labels:
-            values = [*((one, True) for one in good), *((one, False) for one in bad)]
-            updates = ({"label": x, "id": f"{name}-{n}"} for n, (_, x) in enumerate(values))
-            rows = [*zip((one for one, _ in values), updates, strict=True)]
-        elif bad:
-            chosen = [*good, *([last.content] if last.role == "assistant" else [])]
-            rows = [(one, {"rejected": bad[-1]}) for one in chosen[:1]]
-        num_unused += bool(good or bad) and not rows
-        for content, update in rows:
-            try:
-                written.append(_replace_answer(located, content, out.parent, **update))
-            except UserError:  # an empty answer, or a box without area
-                num_unused += 1
-    num_unused += len(verdicts)
-    if not written:
-        raise UserError(
-            f"{num_unused} samples have no better and worse answer",
-            where=str(source),
-            expected="answers on both sides of --min-score, and their samples in --data",
-            remedy="sample more responses, or change --min-score",
-        )
-    write_samples(out, written)
-    counts = {"num_written": len(written), "num_unused": num_unused}
-    noun = "label" if labels else "pair"
-    lines = [f"{out}: {format_count(len(written), noun)}, {num_unused} not used"]
-    step = Step("check", {"sources": [out]}) if labels else Step("init", {"data": out})
-    return Outcome(counts, lines, counts, [step])
-
-
-def _read_graded(
-    source: Path, data: Path | None, min_score: float
-) -> tuple[list[LocatedSample], Verdicts]:
-    """Read responses; return samples, and correct and other responses by ID, best first."""
-    from finesight.config import DataFileSettings
-    from finesight.data.corpus import load_corpus
-    from finesight.evaluate.metric_difference import read_predictions
-    from finesight.manifest import PREDICTIONS_FOLDER, RECIPE_FILE, RESPONSES_FILE
-    from finesight.recipe import load_recipe
-
-    has_recipe = (source / RECIPE_FILE).is_file()
-    recipe = load_recipe(source / RECIPE_FILE) if has_recipe else None
-    names = (source / RESPONSES_FILE, source / PREDICTIONS_FOLDER / "after.jsonl", source)
-    file = next((one for one in names if one.is_file()), None)
-    if file is None or (data is None and recipe is None):
-        raise UserError(
-            "no responses" if file is None else "the samples of the responses are unknown",
-            where=str(source) if file is None else "--data",
-            expected="a folder of `finesight sample`, a run, or a file of `finesight eval --out`",
-            remedy=suggest_similar_path(source) if file is None else "add --data FILE.jsonl",
-        )
-    files: Sequence[DataFileSettings] = [DataFileSettings(path=data)] if data else ()
-    weights = [1.0]
-    if recipe is not None and file.name == RESPONSES_FILE:
-        weights = [one.weight for one in recipe.rewards] or weights
-        files = files or recipe.data.train
-    elif recipe is not None:
-        files = files or recipe.data.eval
-    by_id: dict[str, list[tuple[float, Answer]]] = {}
-    for one in read_predictions(file):
-        rows = by_id.setdefault(one.case.id, [])
-        score = float(one.record.get("score", _weigh(one.scores.values(), weights)))
-        content = _build_content(one.case, one.record.get("reasoning"))
-        # A truncated response is neither correct nor a complete error.
-        if one.case.ended_with_eos and score == score and (score, content) not in rows:
-            rows.append((score, content))
-    verdicts: Verdicts = {}
-    for name, rows in by_id.items():
-        rows.sort(key=itemgetter(0), reverse=True)
-        num_good = sum(score >= min_score - ROUNDING for score, _ in rows)
-        contents = [content for _, content in rows]
-        verdicts[name] = contents[:num_good], contents[num_good:]
-    return load_corpus(files).read_samples(), verdicts
 
 
 def report(

@@ -33,11 +33,6 @@ OverridesArgument = Annotated[
     ),
 ]
 
-OutFolderArgument = Annotated[
-    StrPath,
-    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
-]
-
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
     Parameter("Compute device. auto: the GPU if there is one, else the CPU.", default="auto"),

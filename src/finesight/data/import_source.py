@@ -22,7 +22,12 @@ from finesight.data.corpus import (
 )
 from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
-from finesight.data.formats.conversations import LLAMA_FACTORY
+from finesight.data.formats.conversations import (
+    LLAMA_FACTORY,
+    SAMPLES,
+    detect_samples,
+    example_from_sample,
+)
 from finesight.data.formats.dataset_format import (
     BoxTask,
     DatasetFormat,
@@ -35,7 +40,6 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.formats.message_parts import SAMPLES, detect_samples, example_from_sample
 from finesight.data.image_header import read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (

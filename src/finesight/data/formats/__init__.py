@@ -15,7 +15,6 @@ from finesight.data.formats import (
     image_folder,
     json_annotations,
     label_studio,
-    message_parts,
     table,
     xml_annotations,
 )
@@ -43,8 +42,8 @@ FORMATS = (
     image_folder.IMAGEFOLDER,
     image_folder.FOLDER,
     image_folder.CLASSES,
-    message_parts.SAMPLES,
-    message_parts.OPENAI,
+    conversations.SAMPLES,
+    conversations.OPENAI,
     conversations.MS_SWIFT,
     conversations.QWEN_VL,
     conversations.IMAGE_PATH,

@@ -13,7 +13,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,6 +120,9 @@ _TURN_PAIRS = (
 )
 """Keys of a question and its answer, then those of further texts."""
 
+_OBJECT_CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
+_OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
+
 TURN_KEYS = frozenset(("system", *itertools.chain(*_TURN_LISTS, *_TURN_PAIRS)))
 RESERVED_KEYS = TURN_KEYS.union(("id", "label", "objects", *IMAGE_KEYS, *VIDEO_KEYS))
 """Metadata keys that are not exported, because a dataset format would read them as content."""
@@ -182,7 +185,12 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     segments: list[str | JsonBoxes] = []
     for kind, group in itertools.groupby(content, key=attrgetter("type")):
         parts = list(group)
-        assert kind in ("text", "box"), f"a part of type {kind} in an answer"
+        if kind not in ("text", "box"):
+            raise UserError(
+                f"a part of type {kind} in an answer",
+                expected="text and boxes",
+                remedy="export to samples, or remove the sample",
+            )
         texts = [make_text_part(part.text).text for part in parts if isinstance(part, TextPart)]
         boxes: JsonBoxes = [
             (list(map(format_number, part.xyxy)), part.label and make_text_part(part.label).text)
@@ -345,6 +353,63 @@ class RowMedia(RowImages):
                     expected=f"one placeholder per {kind}",
                     remedy=f"write `<{kind}>` into the question about it, or remove the {kind}",
                 )
+
+
+@dataclass(slots=True)
+class ObjectQueue:
+    """References and boxes of a row in the order of their placeholders in the text."""
+
+    refs: Iterator[object]
+    boxes: Iterator[tuple[object, int]]
+    convention: BoxConvention
+
+    @classmethod
+    def from_value(cls, value: object, context: ImportContext) -> ObjectQueue:
+        """Build the queue from the value of the key `objects` of a row."""
+        objects: dict[str, Any] = value if isinstance(value, dict) else {}
+        bbox_type = objects.get("bbox_type") or "real"
+        unknown = objects.keys() - {*_OBJECT_KEYS, "width", "height"}
+        is_known = isinstance(bbox_type, str) and bbox_type in _OBJECT_CONVENTIONS
+        if unknown or not is_known or (has_value(value) and not objects):
+            raise InvalidRowError(
+                f"objects {str(value)[:80]}",
+                "{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
+            )
+        sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
+        boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
+        image_ids += [0] * (len(boxes) - len(image_ids))
+        valid_ids = [
+            image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
+        ]
+        if not len(valid_ids) == len(image_ids) == len(boxes):
+            raise InvalidRowError(
+                f"image_id {str(objects.get('image_id'))[:60]} for {len(boxes)} boxes",
+                "a 0-based image index for each box",
+            )
+        located_boxes = zip(boxes, valid_ids, strict=True)
+        return cls(iter(as_list(objects.get("ref"))), located_boxes, _OBJECT_CONVENTIONS[bbox_type])
+
+    def iter_parts(self, placeholder: re.Match[str], images: RowImages) -> Iterator[ContentPart]:
+        """Yield the reference, or the boxes, that a placeholder stands for."""
+        label = None
+        if placeholder["ref"] or placeholder["boxes"] is None:
+            ref = next(self.refs, None)
+            if not isinstance(ref, str):
+                raise InvalidRowError(
+                    f"a `<ref-object>` for the reference {ref!r}",
+                    "a text under objects.ref for each `<ref-object>`",
+                )
+            label = ref
+        if placeholder["boxes"] is None:
+            yield make_text_part(label or "")
+            return
+        for _ in range(placeholder["boxes"].count("<bbox>")):
+            value, image_index = next(self.boxes, (None, 0))
+            if value is None:
+                raise InvalidRowError(
+                    "a `<bbox>` without a box", "a box under objects.bbox for each `<bbox>`"
+                )
+            yield images.create_box(value, label, self.convention, image_index)
 
 
 def build_turns_example(

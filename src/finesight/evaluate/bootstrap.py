@@ -292,9 +292,8 @@ def estimate_macro_f1(groups: Sequence[SampleGroup], sample_rates: FloatArray) -
     def compute_score(sums: FloatArray) -> FloatArray:
         correct, predicted, wanted = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
         total = predicted + wanted
-        return safe_divide(
-            safe_divide(2 * correct, total).sum(axis=1), (total > 0).sum(axis=1) * 1.0
-        )
+        f1_sums = safe_divide(2 * correct, total).sum(axis=1)
+        return safe_divide(f1_sums, (total > 0).sum(axis=1) * 1.0)
 
     return ScoreEstimator(
         weighted_sums=build_grouped_sums(groups, len(sample_rates)),

@@ -82,10 +82,8 @@ class MetricResult:
 
     def notes(self) -> dict[str, str]:
         """Return warnings and reasons for missing intervals, by the name of the score."""
-        notes = {
-            name: one.get_missing_reason() or one.note for name, one in self.estimators.items()
-        }
-        return {name: note for name, note in notes.items() if note}
+        reasons = {n: one.get_missing_reason() or one.note for n, one in self.estimators.items()}
+        return {name: note for name, note in reasons.items() if note}
 
 
 def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -136,16 +134,14 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
     Raises:
         UserError: The last turn is not an assistant turn.
     """
-    last_message = sample.messages[-1]
-    if last_message.role != "assistant":
+    last = sample.messages[-1]
+    if last.role != "assistant":
         raise UserError(
-            f"sample {sample.id!r} ends with a {last_message.role} turn",
+            f"sample {sample.id!r} ends with a {last.role} turn",
             expected="an assistant turn with the reference answer at the end",
             remedy="evaluate on samples with answers, or predict their answers",
         )
-    content = (
-        split_reasoning(last_message.content).answer if has_reasoning else last_message.content
-    )
+    content = split_reasoning(last.content).answer if has_reasoning else last.content
     boxes = tuple(part for part in content if isinstance(part, BoxPart))
     return (join_text(content), *sample.references), boxes
 

@@ -13,6 +13,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -66,19 +67,14 @@ def score_json(
     pairs: list[tuple[ClassCounts, ClassCounts]] = []
     for case in cases:
         predicted_form = parse_form(case.answer)
-        reference_forms = [
-            form for text in case.references if (form := parse_form(text)) is not None
-        ]
-        assert reference_forms, f"the reference {case.references[0]!r} is not JSON"
+        forms = [form for text in case.references if (form := parse_form(text)) is not None]
+        assert forms, f"the reference {case.references[0]!r} is not JSON"
         predicted_fields = Counter() if predicted_form is None else count_fields(predicted_form)
-        reference_fields = max(
-            map(count_fields, reference_forms),
-            key=lambda fields: _compute_f1(predicted_fields, fields),
-        )
+        reference_fields = max(map(count_fields, forms), key=partial(_compute_f1, predicted_fields))
         per_sample.append(
             {
                 "f1": _compute_f1(predicted_fields, reference_fields),
-                "exact": float(predicted_form in reference_forms),
+                "exact": float(predicted_form in forms),
                 "parse_rate": float(predicted_form is not None),
             }
         )
@@ -134,9 +130,8 @@ def _normalize_value(value: Any, depth: int) -> Any:
         normalized = {name: _normalize_value(value[name], depth + 1) for name in sorted(value)}
         return {name: child for name, child in normalized.items() if child}
     if isinstance(value, list):
-        return sorted(
-            filter(None, (_normalize_value(inner, depth + 1) for inner in value)), key=repr
-        )
+        children = (_normalize_value(inner, depth + 1) for inner in value)
+        return sorted(filter(None, children), key=repr)
     return "" if value is None else _format_scalar(value)
 
 

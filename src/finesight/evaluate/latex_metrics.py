@@ -48,9 +48,8 @@ def score_latex(cases: Sequence[EvalCase], *, renders: bool = True) -> MetricRes
             }
         )
     estimators = mean_metrics(per_sample, bounds={"edit_distance": NON_NEGATIVE})
-    estimators["bleu"] = estimate_bleu(
-        count_bleu_statistics(predictions, references), MAX_NGRAM_ORDER
-    )
+    bleu_counts = count_bleu_statistics(predictions, references)
+    estimators["bleu"] = estimate_bleu(bleu_counts, MAX_NGRAM_ORDER)
     if renders and latex_rendering.is_ziamath_installed():
         render_matches = compare_renderings(cases, predictions, references)
         for scores, match in zip(per_sample, render_matches, strict=True):

@@ -79,15 +79,13 @@ def render_mathml(tree: MathMLTree) -> Markup:
     """Render a formula as HTML. Texts and attribute values are escaped."""
     name, attributes, *children = tree
     assert isinstance(attributes, dict), f"attributes of <{name}> are {attributes!r}"
-    html_attributes = Markup("").join(
-        Markup(' {}="{}"').format(key, value) for key, value in attributes.items()
-    )
+    pairs = (Markup(' {}="{}"').format(*pair) for pair in attributes.items())
     content = Markup("").join(
         child if isinstance(child, str) else render_mathml(child)
         for child in children
         if not isinstance(child, dict)
     )
-    return Markup("<{}{}>{}</{}>").format(name, html_attributes, content, name)
+    return Markup("<{}{}>{}</{}>").format(name, Markup("").join(pairs), content, name)
 
 
 def _sanitize(element: Element, max_depth: int) -> MathMLTree:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -270,10 +271,5 @@ def index_by_sample(
     items: Sequence[T], get_sample_id: Callable[[T], str]
 ) -> dict[tuple[str, int], T]:
     """Index items by (sample id, occurrence); occurrences of an id are counted from 0."""
-    id_counts: Counter[str] = Counter()
-    item_by_key = {}
-    for item in items:
-        sample_id = get_sample_id(item)
-        item_by_key[sample_id, id_counts[sample_id]] = item
-        id_counts[sample_id] += 1
-    return item_by_key
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    return {(name := get_sample_id(item), next(numbers[name])): item for item in items}

@@ -272,7 +272,6 @@ def _run_function(
             if os.getpid() != pid:  # a process that the function has forked
                 os._exit(1)
         if value is not None and not isinstance(value, numbers.Real):
-            problem = f"the result is {value!r:.80} for sample {case.id!r}"
-            raise UserError(problem, where=str(file))
+            raise UserError(f"the result is {value!r:.80} for sample {case.id!r}", where=str(file))
         values.append(None if value is None or not math.isfinite(value) else float(value))
     return JobOutput(values)

@@ -119,12 +119,10 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     Raises:
         UserError: The file of the custom metric is invalid.
     """
-    path_and_function = custom_metric.parse_metric_path(metric)
-    if path_and_function is not None:
-        return TaskMetric(
-            None, custom_metric.load_custom_metric(*path_and_function), reference_kind="anything"
-        )
-    return TASK_METRICS[metric]
+    location = custom_metric.parse_metric_path(metric)
+    if location is None:
+        return TASK_METRICS[metric]
+    return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
 
 
 def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) -> None:

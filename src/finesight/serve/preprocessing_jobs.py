@@ -94,10 +94,8 @@ def parse_request(
         chat_request = parse_chat_request(body)
         body.clear()
         check_limits(chat_request, limits, max_chars)
-        images = [
-            _read_image_part(image_number, param, part, folder, limits)
-            for image_number, (param, part) in enumerate(iter_images(chat_request), 1)
-        ]
+        parts = enumerate(iter_images(chat_request), 1)
+        images = [_read_image_part(number, *part, folder, limits) for number, part in parts]
         with_reasoning = state.renderer.renders_reasoning
         sample = build_sample(chat_request, with_reasoning=with_reasoning).model_dump_json()
     except ApiError as error:

@@ -46,10 +46,8 @@ from finesight.data.row_reader import (
     SourceRow,
     concat_rows,
     is_object_text,
-    is_tar_file,
     list_folder,
     open_row_file,
-    open_webdataset,
 )
 from finesight.data.sample import TOOL_CALL_START, BoxPart, Sample, join_text, validate_roles
 from finesight.errors import UserError
@@ -464,12 +462,7 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             f'{", ".join(one.name for one in folder_formats)} (page "Importing data")',
             remedy=listing.suggest_source(),
         )
-    readers = [
-        open_webdataset(file)
-        if is_tar_file(file)
-        else open_row_file(file, options.encoding, no_header=options.no_header)
-        for file in files
-    ]
+    readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 

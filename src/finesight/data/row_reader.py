@@ -155,7 +155,7 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 def open_row_file(
     source: Path, encoding: str | None = None, *, no_header: bool = False
 ) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows.
+    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, or a WebDataset, as rows.
 
     Args:
         encoding: Encoding of a .csv or .tsv file, None to detect it.
@@ -170,6 +170,8 @@ def open_row_file(
         rows = _open_xlsx(source, no_header)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
+    elif is_tar_file(source):
+        return open_webdataset(source)
     else:
         remedy = "rename the file if it is one of these, or convert it"
         if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
@@ -823,12 +825,9 @@ def is_json_object(path: Path) -> bool:
     """Return whether a .json file contains an object, judged by its first bytes."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
-    try:
-        with path.open("rb") as file:
-            head = file.read(SNIFF_BYTES)
-    except OSError:  # the row reader reports it
-        return False
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    with contextlib.suppress(OSError), path.open("rb") as file:  # the row reader reports it
+        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(b"{")
+    return False
 
 
 def _iter_files(root: Path) -> Iterator[Path]:
@@ -860,9 +859,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
     """Return the readable entries of a folder sorted by name, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError:
-        return []
-    return sorted(shown, key=lambda entry: entry.name)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted(shown, key=lambda entry: entry.name)
+    return []

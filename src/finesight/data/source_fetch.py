@@ -147,9 +147,8 @@ def select_files(
     if split not in splits:
         # A selector that names only a subset, like no selector, selects its default split.
         subset_names = (subset["config_name"] for subset in _iter_subsets(card))
-        split = SPLIT_ALIASES.get(
-            split, DEFAULT_SPLIT if selector in (None, *subset_names) else split
-        )
+        default = DEFAULT_SPLIT if selector in (None, *subset_names) else split
+        split = SPLIT_ALIASES.get(split, default)
     if selector is None and split not in splits and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
@@ -163,9 +162,8 @@ def _is_data_file(path: str) -> bool:
     name = PurePosixPath(path).name.lower()
     if name.startswith(".") or name in METADATA_FILES:
         return False
-    return name.endswith(
-        (*ROW_SUFFIXES, *IMAGE_SUFFIXES, *LABEL_SUFFIXES, *ARCHIVE_SUFFIXES)
-    ) or name.startswith(LICENSE_PREFIXES)
+    suffixes = (*ROW_SUFFIXES, *IMAGE_SUFFIXES, *LABEL_SUFFIXES, *ARCHIVE_SUFFIXES)
+    return name.endswith(suffixes) or name.startswith(LICENSE_PREFIXES)
 
 
 def _is_row_file(path: str) -> bool:
@@ -416,9 +414,8 @@ def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions)
 def _fetch_hub_dataset(source: str, work_folder: Path, options: ImportOptions) -> FetchedSource:
     address = parse_dataset_address(source)
     repository = open_repository(address)
-    selection = select_files(
-        repository.paths, address.data_part, read_card(repository), str(address)
-    )
+    card = read_card(repository)
+    selection = select_files(repository.paths, address.data_part, card, str(address))
     if selection.row_files and all(
         path.lower().endswith(SELF_CONTAINED_SUFFIXES) for path in selection.row_files
     ):

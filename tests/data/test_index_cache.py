@@ -16,7 +16,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         line_index, "MIN_INDEXED_BYTES", dict.fromkeys(line_index.MIN_INDEXED_BYTES, 1)
     )
-    monkeypatch.setattr(line_index, "index_cache_folder", lambda: tmp_path / "index")
+    monkeypatch.setattr(line_index, "cache_folder", lambda name: tmp_path / "index")
     return tmp_path / "index"
 
 

@@ -146,7 +146,11 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
         return clipped
     coordinates = ", ".join(f"{value:g}" for value in box)
     problem = "is outside its image" if is_valid else "has inverted corners or no area"
-    remedy = _suggest_convention(convention)
+    other = "xywh" if convention.format == "xyxy" else "xyxy"
+    remedy = (
+        f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
+        f"{convention.units}, give --box-units pixel, 1 or 1000"
+    )
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
@@ -157,14 +161,6 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
         f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
-    )
-
-
-def _suggest_convention(convention: BoxConvention) -> str:
-    other = "xywh" if convention.format == "xyxy" else "xyxy"
-    return (
-        f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1 or 1000"
     )
 
 

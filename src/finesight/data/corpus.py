@@ -167,9 +167,8 @@ class TarSamples(IndexedFile):
         """Read a sample by index and check its types."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state), open_tar(self.path, start) as tar:
-            members = list(
-                itertools.takewhile(lambda member: member.offset < stop, tar.iter_headers())
-            )
+            headers = tar.iter_headers()
+            members = [*itertools.takewhile(lambda member: member.offset < stop, headers)]
             content, folder = _read_sample_json(tar, members)
         folder = to_readable_name(folder)
         sample = parse_sample(content, self.location(index))
@@ -230,21 +229,16 @@ class ParquetSamples(IndexedFile):
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
-        group = int(self.index.offsets_N1[index])
+        group, where = int(self.index.offsets_N1[index]), self.location(index)
         group_start = int(self.index.extra_B[group])
         with open_unchanged(self.path, self.file_state), translate_parquet_errors(self.path):
-            (record,) = iter_records(
-                read_text_columns(self.path, group).slice(index - group_start, 1),
-                self.location(index),
-            )
-        sample = sample_from_dict(
-            _decode_record(record, self.location(index)), self.location(index)
-        )
+            row = read_text_columns(self.path, group).slice(index - group_start, 1)
+            (record,) = iter_records(row, where)
+        sample = sample_from_dict(_decode_record(record, where), where)
         if not self.has_images:
             return LocatedSample(sample, self.path.parent)
-        return LocatedSample(
-            sample.map_paths(lambda name: parquet_row_path(index + 1, name)), self.path
-        )
+        sample = sample.map_paths(lambda name: parquet_row_path(index + 1, name))
+        return LocatedSample(sample, self.path)
 
     def location(self, index: int) -> str:
         """Return file and 1-based row number of a sample for messages."""
@@ -334,11 +328,9 @@ class Corpus(ShardedSamples):
 
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample."""
-        located_sample = self[index]
-        validate_sample(
-            located_sample.sample, self.location(index), require_answer=self.require_answer
-        )
-        return located_sample
+        found, where = self[index], self.location(index)
+        validate_sample(found.sample, where, require_answer=self.require_answer)
+        return found
 
 
 def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:

@@ -260,10 +260,8 @@ def open_image_header(
     num_tile_pixels = _count_tile_pixels(image) if isinstance(image, TiffImageFile) else 0
     if max(width * height, num_tile_pixels) > max_pixels:
         image.close()
-        is_large = width * height > max_pixels
-        found = (
-            f"{width} x {height} = {width * height}" if is_large else f"tiles of {num_tile_pixels}"
-        )
+        size = f"{width} x {height} = {width * height}"
+        found = size if width * height > max_pixels else f"tiles of {num_tile_pixels}"
         raise _build_too_large_error(path, found, max_pixels)
     return image
 

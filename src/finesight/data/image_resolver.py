@@ -190,11 +190,9 @@ class ImageResolver:
         return next(filter(self._is_available, candidates), None), candidates[0]
 
     def _is_available(self, path: str) -> bool:
-        if not os.path.exists(path):
-            return False
-        return self._allowed_root is None or Path(self._settled(path)).is_relative_to(
-            self._allowed_root
-        )
+        if not os.path.exists(path) or self._allowed_root is None:
+            return os.path.exists(path)
+        return Path(self._settled(path)).is_relative_to(self._allowed_root)
 
     def _settled(self, path_text: str) -> str:
         # Resolve the folder first: `..` is relative to the target of a link.
@@ -223,9 +221,8 @@ class ImageResolver:
             suffix = find_image_suffix(data)
             counter = itertools.count(len(self._saved_paths) + 1)
             names = (f"{number:06d}{suffix}" for number in counter)
-            path = self._images_folder / next(
-                name for name in names if name not in self.saved_names
-            )
+            unused = (name for name in names if name not in self.saved_names)
+            path = self._images_folder / next(unused)
             self.saved_names.add(path.name)
             self._images_folder.mkdir(exist_ok=True)
             path.write_bytes(data)

@@ -50,10 +50,8 @@ from finesight.data.row_reader import (
     SourceRow,
     concat_rows,
     is_object_text,
-    is_tar_file,
     list_folder,
     open_row_file,
-    open_webdataset,
 )
 from finesight.data.sample import TOOL_CALL_START, BoxPart, Sample, join_text, validate_roles
 from finesight.errors import UserError
@@ -453,27 +451,20 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="check the path, or remove --format to detect the format",
         )
     if is_folder:
-        folder_formats = [
-            data_format for data_format in iter_formats() if data_format.open_dataset is not None
-        ]
+        folder_formats = [one for one in iter_formats() if one.open_dataset is not None]
+        names = ", ".join(one.name for one in folder_formats)
+        expected = f'a dataset in one of the formats {names} (page "Importing data")'
         listing = list_folder(source)
-        has_only_images = len(listing.image_files()) == len(listing.files) > 0
+        if len(listing.image_files()) == len(listing.files) > 0:
+            expected = "images with labels"
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
             + "".join(_explain_mismatch(listing, one) for one in folder_formats if listing.files),
             where=str(source),
-            expected="images with labels"
-            if has_only_images
-            else "a dataset in one of the formats "
-            f'{", ".join(one.name for one in folder_formats)} (page "Importing data")',
+            expected=expected,
             remedy=listing.suggest_source(),
         )
-    readers = [
-        open_webdataset(file)
-        if is_tar_file(file)
-        else open_row_file(file, options.encoding, no_header=options.no_header)
-        for file in files
-    ]
+    readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 

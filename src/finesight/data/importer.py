@@ -103,11 +103,8 @@ class Spool:
                 remedy="check the source; shorten what repeats in each row,"
                 " or import parts of it with --rows",
             )
-        try:
+        with translate_os_errors(self._folder):
             self._file.write(content)
-        except OSError:
-            with translate_os_errors(self._folder):
-                raise
         return span
 
     def read(self, span: SpoolSpan) -> bytes:
@@ -485,9 +482,7 @@ def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
 
 def get_skip_reason(error: UserError) -> str:
     """Return the reason for skipping a row, as counted in the import summary."""
-    reasons = (
-        reason for error_type, reason in REASON_BY_ERROR.items() if isinstance(error, error_type)
-    )
+    reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
     return next(reasons, REASON_OTHER)
 
 

@@ -58,12 +58,12 @@ class SampleIndex(NamedTuple):
         return self if limit is None else self._replace(offsets_N1=self.offsets_N1[: limit + 1])
 
 
-def index_cache_folder() -> Path:
-    """Return the cache folder that contains all cached indexes."""
+def cache_folder(name: str) -> Path:
+    """Return the cache folder of indexes, Parquet files with small row groups, or downloads."""
     # huggingface_hub is slow to import.
     from huggingface_hub import constants
 
-    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "index"
+    return Path(constants.HF_ASSETS_CACHE) / "finesight" / name
 
 
 def load_or_build_index(
@@ -78,7 +78,7 @@ def load_or_build_index(
     if os.fstat(file.fileno()).st_size < MIN_INDEXED_BYTES[kind]:
         return build_index()
     cache_key = hashlib.sha256(f"{kind} {path.absolute()}".encode(errors="surrogateescape"))
-    cache_path = index_cache_folder() / f"{cache_key.hexdigest()}.index"
+    cache_path = cache_folder("index") / f"{cache_key.hexdigest()}.index"
     index = _read_index(cache_path, file_identity)
     if index is None:
         index = build_index()

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import is_utf8, reject_special_file
-from finesight.data.line_index import hash_file_identity
+from finesight.data.line_index import cache_folder, hash_file_identity
 from finesight.data.sample import check_limit
 from finesight.errors import UserError
 from finesight.storage import require_free_space, write_folder_once
@@ -323,7 +323,7 @@ def ensure_small_groups(path: Path, version: int) -> Path:
     if largest <= MAX_ROW_GROUP_BYTES:
         return path
     with path.open("rb") as file:
-        folder = regrouped_folder() / hash_file_identity(file).hex()[:32]
+        folder = cache_folder("parquet") / hash_file_identity(file).hex()[:32]
 
     def write(staging: Path) -> None:
         num_bytes = sum(group.total_byte_size for group in _list_row_groups(path))
@@ -336,14 +336,6 @@ def ensure_small_groups(path: Path, version: int) -> Path:
 
     write_folder_once(folder, write)
     return folder / path.name
-
-
-def regrouped_folder() -> Path:
-    """Return the cache folder of Parquet files that were rewritten with smaller row groups."""
-    # huggingface_hub is slow to import.
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "parquet"
 
 
 def rewrite_row_groups(path: Path, target: Path) -> None:

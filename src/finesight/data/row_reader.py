@@ -140,10 +140,8 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         row_offset = 0
         for file, reader in zip(files, readers, strict=True):
-            selected = reader.iter_range(
-                max(0, start - row_offset), max(0, min(reader.num_rows, stop - row_offset))
-            )
-            for row in selected:
+            last = max(0, min(reader.num_rows, stop - row_offset))
+            for row in reader.iter_range(max(0, start - row_offset), last):
                 location = f"{file.name}, {row.location}"
                 yield SourceRow(row_offset + row.number, location, row.record, row.stem)
             row_offset += reader.num_rows
@@ -155,7 +153,7 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 def open_row_file(
     source: Path, encoding: str | None = None, *, no_header: bool = False
 ) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows.
+    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, or a WebDataset, as rows.
 
     Args:
         encoding: Encoding of a .csv or .tsv file, None to detect it.
@@ -170,6 +168,8 @@ def open_row_file(
         rows = _open_xlsx(source, no_header)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
+    elif is_tar_file(source):
+        return open_webdataset(source)
     else:
         remedy = "rename the file if it is one of these, or convert it"
         if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
@@ -457,19 +457,16 @@ def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
         num_cells += 1 + len(row)
         if num_cells > MAX_XLSX_CELLS:
             raise ValueError(f"more than {MAX_XLSX_CELLS:,} cells")
-        values = list(row)
+        values = [
+            value.date().isoformat()
+            if isinstance(value, datetime) and value.time() == time.min
+            else value
+            for value in row
+        ]
         while values and values[-1] is None:
             values.pop()
         if values:
-            yield (
-                number,
-                [
-                    value.date().isoformat()
-                    if isinstance(value, datetime) and value.time() == time.min
-                    else value
-                    for value in values
-                ],
-            )
+            yield number, values
 
 
 def _parse_csv(
@@ -606,9 +603,8 @@ def open_webdataset(source: Path) -> RowReader:
             selected = itertools.islice(enumerate(iter_member_groups(tar), start=1), start, stop)
             for row_number, members in selected:
                 key = split_member_name(members[0])[0]
-                yield SourceRow(
-                    row_number, f"sample {key}", _build_record(tar, members), source.stem
-                )
+                record = _build_record(tar, members)
+                yield SourceRow(row_number, f"sample {key}", record, source.stem)
 
     return RowReader(num_samples, iter_range)
 
@@ -738,16 +734,15 @@ class FolderListing:
                 has_both = train is not None and evaluation is not None
                 more = f"; a check also takes --against {evaluation}" * has_both
                 return f"give the file itself, such as {train or files[0]}{more}"
-        if self.files_with_suffix(".xml"):
-            first = self.files_with_suffix(".xml")[0]
+        images, texts = self.image_files(), self.files_with_suffix(".txt")
+        for first in self.files_with_suffix(".xml"):
             return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
-        if self.image_files() and self.files_with_suffix(".txt"):
-            names = self.image_files()[0].name, self.files_with_suffix(".txt")[0].name
+        if images and texts:
             return (
                 "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
-                f"found {names[0]} and {names[1]}"
+                f"found {images[0].name} and {texts[0].name}"
             )
-        if self.image_files():
+        if images:
             purpose = (
                 "add a table or a .txt file with the answer next to each image, sort the images"
                 " into one folder per class, or label them"
@@ -794,7 +789,6 @@ def open_annotation_files(
         The rows and the reason for the match, or None if none of the first files is an annotation
             of the format. Each row lists the class names of all files.
     """
-
     if source.is_dir():
         files = list_folder(source).files_with_suffix(suffix)
     else:
@@ -823,12 +817,9 @@ def is_json_object(path: Path) -> bool:
     """Return whether a .json file contains an object, judged by its first bytes."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
-    try:
-        with path.open("rb") as file:
-            head = file.read(SNIFF_BYTES)
-    except OSError:  # the row reader reports it
-        return False
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    with contextlib.suppress(OSError), path.open("rb") as file:  # the row reader reports it
+        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(b"{")
+    return False
 
 
 def _iter_files(root: Path) -> Iterator[Path]:
@@ -860,9 +851,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
     """Return the readable entries of a folder sorted by name, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError:
-        return []
-    return sorted(shown, key=lambda entry: entry.name)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted(shown, key=lambda entry: entry.name)
+    return []

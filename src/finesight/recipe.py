@@ -592,15 +592,10 @@ def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | 
 
     An abbreviation, the first half of a spelling, is similar.
     """
-
-    def similarity(one: str) -> float:
-        if one.startswith(wanted) and 2 * len(wanted) >= len(one):
-            return MIN_SIMILARITY
-        return difflib.SequenceMatcher(None, one, wanted).ratio()
-
-    by_name = {name: max(map(similarity, spelled)) for name, spelled in spellings.items()}
-    closest = max(by_name, key=by_name.__getitem__, default="")
-    return closest if by_name.get(closest, 0) >= MIN_SIMILARITY else None
+    names = {one: name for name, several in reversed([*spellings.items()]) for one in several}
+    closest = difflib.get_close_matches(wanted, names, n=1, cutoff=MIN_SIMILARITY)
+    closest += [n for n in names if n.startswith(wanted) and 2 * len(wanted) >= len(n)]
+    return names[closest[0]] if closest else None
 
 
 @cache

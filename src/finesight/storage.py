@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn
 
 from safetensors import SafetensorError, safe_open
 
@@ -58,7 +58,7 @@ _forking = threading.RLock()
 """Lock that prevents a fork while the file of a FileLock is opened or closed."""
 
 
-class FileLock:
+class FileLock(contextlib.AbstractContextManager["FileLock"]):
     """Lock on a file or folder with `flock`, which forked processes do not inherit.
 
     The lock is released by `close`, or when the process that acquired it ends.
@@ -98,9 +98,6 @@ class FileLock:
                         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()

@@ -241,9 +241,7 @@ def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
             return value | {key: resolve(value[key], is_path) for key in inner}
         if isinstance(value, str) and (is_path or ".py:" in value):
             name = value if is_path else value.rpartition(":")[0]
-            here, there = (
-                os.path.exists(path) or glob(path) for path in (name, str(folder / name))
-            )
+            here, there = (os.path.exists(one) or glob(one) for one in (name, str(folder / name)))
             return str(folder / value) if there and not here else value
         return value
 

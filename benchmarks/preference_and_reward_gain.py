@@ -49,6 +49,7 @@ from synthetic_tasks import captions, scenes
 from synthetic_tasks.camera_noise import apply_camera_noise
 
 from finesight.api import evaluate
+from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -288,9 +289,9 @@ def write_pixel_boxes(folder: Path) -> None:
     """Write the labelled samples so that the numbers in answers are pixels, not thousandths."""
     samples = []
     for sample in read_samples(folder / "labelled.jsonl"):
-        width, height = Image.open(folder / f"{sample.id}.png").size
+        size = read_image_size(folder / f"{sample.id}.png")
 
-        def scale(part: ContentPart, size: tuple[int, int] = (width, height)) -> ContentPart:
+        def scale(part: ContentPart, size: ImageSize = size) -> ContentPart:
             if not isinstance(part, BoxPart):
                 return part
             corners = scale_box(part.xyxy, FRAME_1000, size)

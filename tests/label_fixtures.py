@@ -4,7 +4,7 @@ import base64
 import json
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +12,13 @@ import httpx
 from browser import Browser
 from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
-from web_server_fixture import run_app
+from web_server_fixture import get_image_pool, run_app
 
 from finesight.app.access import Access
 from finesight.app.label_page import make_label_app
 from finesight.data.sample import BoxPart, TextPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE, AnswerContent, SuggestedPart, Suggestion
-from finesight.vision.image_reader import create_image_pool
 
 MODEL = "finesight-tiny"
 COLORS = ("red", "green", "blue")
@@ -100,9 +99,8 @@ def open_boxes_session(folder: Path) -> LabelSession:
 
 @contextmanager
 def open_client(session: LabelSession, password: str | None = None) -> Iterator[TestClient]:
-    pool = create_image_pool()
-    app = make_label_app(session, Access(password), pool)
-    with closing(pool), session.store, TestClient(app, "http://127.0.0.1") as client:
+    app = make_label_app(session, Access(password), get_image_pool())
+    with session.store, TestClient(app, "http://127.0.0.1") as client:
         yield client
 
 
@@ -117,9 +115,8 @@ def save(client: TestClient, item: dict[str, Any], **values: object) -> Any:
 
 @contextmanager
 def serve(session: LabelSession) -> Iterator[str]:
-    pool = create_image_pool()
-    app = make_label_app(session, Access(), pool)
-    with closing(pool), session.store, run_app(app) as port:
+    app = make_label_app(session, Access(), get_image_pool())
+    with session.store, run_app(app) as port:
         yield f"http://127.0.0.1:{port}"
 
 

@@ -68,7 +68,7 @@ def test_short_finetune_improves_json_answers(tmp_path: Path) -> None:
 
     Takes long: one run of 25 steps of finesight-tiny.
     """
-    plan = QuickstartSettings(num_images=220, num_eval_rows=20, steps=25)
+    plan = QuickstartSettings(num_images=210, num_eval_rows=10, steps=25)
     recipe = write_recipe(tmp_path / "quick", plan)
     result = quickstart(tmp_path / "quick", plan)
     assert result.before is not None

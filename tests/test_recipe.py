@@ -262,9 +262,18 @@ def test_inputs_are_also_found_in_the_folder_of_the_recipe(tmp_path, monkeypatch
     text = (
         "model: weights\nadapter: adapter\noutput_dir: runs/one\n"
         "data: {train: [both.jsonl, 'shards/*.tar', {path: c.jsonl, weight: 2}], eval: no.jsonl}\n"
-        "eval: {metric: 'score.py:f'}\n"
+        "eval: {metric: 'score.py:f'}\ntrain: {objective: grpo}\n"
+        "rewards: [json, 'score.py:f', {name: 'score.py:g', weight: 2}]\n"
     )
-    for name in ("both.jsonl", "shards/1.tar", "c.jsonl", "score.py", "weights/a", "runs/one"):
+    for name in (
+        "json",
+        "both.jsonl",
+        "shards/1.tar",
+        "c.jsonl",
+        "score.py",
+        "weights/a",
+        "runs/one",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).touch()
     (tmp_path / "both.jsonl").touch()
@@ -276,6 +285,8 @@ def test_inputs_are_also_found_in_the_folder_of_the_recipe(tmp_path, monkeypatch
     assert paths == ["both.jsonl", "recipes/shards/*.tar", "recipes/c.jsonl", "c.jsonl"]
     assert (recipe.model, str(recipe.adapter)) == ("recipes/weights", "adapter")
     assert (recipe.eval.metric, str(recipe.output_dir)) == ("recipes/score.py:f", "runs/one")
+    names = [reward.name for reward in recipe.rewards]
+    assert names == ["json", "recipes/score.py:f", "recipes/score.py:g"]
 
 
 SETTINGS = load_cases("settings")
@@ -307,6 +318,7 @@ REQUIRED_SETTINGS = {
     "rewards.name": ["train.objective=grpo"],
     "rewards.weight": ["train.objective=grpo", "rewards.name=exact"],
     "rewards.pattern": ["train.objective=grpo", "rewards.name=format"],
+    "rewards.json_schema": ["train.objective=grpo", "rewards.name=format"],
     "rewards.max_length": ["train.objective=grpo", "rewards.name=length"],
 }
 """Settings that require another one."""
@@ -314,9 +326,14 @@ REQUIRED_SETTINGS = {
 
 def test_settings_are_listed_and_documented():
     assert sorted(recipes.list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
-    # The objective and its section do not count.
+    # The objective and its section do not count; data.supervise belongs to the objective sft.
     sections = ("dpo", "orpo", "simpo", "grpo")
-    objectives = ("train.objective", "rewards.", *(f"train.{name}." for name in sections))
+    objectives = (
+        "train.objective",
+        "data.supervise",
+        "rewards.",
+        *(f"train.{name}." for name in sections),
+    )
     assert sum(not name.startswith(objectives) for name in SETTINGS) <= 60
 
 

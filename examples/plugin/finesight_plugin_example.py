@@ -1,7 +1,7 @@
 """A data format, a metric and a tracker for finesight: readings of meters."""
 
 from finesight.data.formats.dataset_format import DatasetFormat, RowImages, build_example
-from finesight.data.sample import TextPart
+from finesight.data.sample import Message, TextPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import MetricResult, mean_metrics
 from finesight.evaluate.task_metrics import TaskMetric
@@ -15,7 +15,8 @@ def parse_row(row, context):
     image = RowImages(context).add_image(row.record.get("photo"))
     question = context.add_prompt([image, TextPart(text="Read the meter.")])
     answer = (TextPart(text=str(row.record["kwh"])),)
-    return build_example(row.id, [("user", question), ("assistant", answer)], {})
+    turns = [Message(role="user", content=question), Message(role="assistant", content=answer)]
+    return build_example(row.id, turns, {})
 
 
 def score(cases):

@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -117,12 +117,16 @@ EvalFiles = Annotated[tuple[DataFileSettings, ...], _as_files]
 
 
 class DataSettings(SettingsSection):
-    """Section `data` of a recipe: training and validation data."""
+    """Section `data` of a recipe: training and validation data.
+
+    `supervise` selects the answers of a conversation that contribute to the loss: all, or the last.
+    """
 
     train: TrainFiles
     eval: EvalFiles = ()
     system_prompt: str | None = None
     max_length: PositiveInt = 8192
+    supervise: Literal["all", "last"] = "all"
     on_invalid_sample: Literal["skip", "fail"] = "skip"
 
 
@@ -252,7 +256,7 @@ class TuneSettings(SettingsSection):
                 setting = "quantize.nf4" if part in nf4 else "quantize.fp8"
                 allowed = "frozen" if part == "embeddings" else "lora or frozen"
                 raise ValueError(
-                    f"{part} is full and in {setting}: quantized weights cannot be trained;"
+                    f"{part} is full and in {setting}, but quantized weights cannot be trained:"
                     f" set tune.{part} to {allowed}, or remove it from {setting}"
                 )
         if both := [part for part in fp8 if part in nf4]:
@@ -425,9 +429,8 @@ class TrainSettings(SettingsSection):
         return self
 
 
-TaskName = Literal[
-    "captions", "latex", "ocr", "qa", "classification", "json", "grounding", "detection"
-]
+TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]
+TaskName = Literal[TextTask, "grounding", "detection"]
 METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 
@@ -474,12 +477,8 @@ class EvalSettings(SettingsSection):
     @model_validator(mode="after")
     def _check_patience(self) -> EvalSettings:
         if self.patience is not None and self.every is None:
-            raise PydanticCustomError(
-                "conflict",
-                "eval.patience requires an explicit eval.every, because default evaluations use 64"
-                " samples",
-                {"remedy": "add eval.every=0.1"},
-            )
+            reason = "because default evaluations use 64 samples: add eval.every=0.1"
+            raise ValueError(f"eval.patience requires an explicit eval.every, {reason}")
         return self
 
 
@@ -500,7 +499,7 @@ def _check_pattern(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"not a regular expression: {error}") from error
+        raise ValueError(f"not a regular expression ({error}): correct it") from error
     return pattern
 
 
@@ -511,22 +510,29 @@ class RewardSettings(SettingsSection):
         name: Built-in reward, metric of `eval.metric` with an optional score, as in
             `latex.similarity`, or `path/to/rewards.py:function`.
         pattern: Regular expression that the complete answer matches, for the reward `format`.
+        json_schema: JSON schema that the complete answer matches, instead of `pattern`.
         max_length: Number of characters up to which the reward `length` is 1.
     """
 
     name: Annotated[str, BeforeValidator(_check_reward)]
     weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
     pattern: Annotated[str, AfterValidator(_check_pattern)] | None = None
+    json_schema: dict[str, Any] | None = None
     max_length: PositiveInt | None = None
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:
-        for reward, option in {"format": "pattern", "length": "max_length"}.items():
-            is_missing = dict(self)[option] is None
-            if is_missing == (self.name == reward):
-                problem = "requires" if is_missing else "does not use"
-                raise ValueError(f"the reward {self.name} {problem} {option}")
+        for reward, options in _REWARD_OPTIONS.items():
+            given = [option for option in options if dict(self)[option] is not None]
+            if len(given) != (self.name == reward):
+                problem = "requires" if self.name == reward else "does not use"
+                names = " or ".join(options if self.name == reward else given)
+                raise ValueError(f"the reward {self.name} {problem} {names}")
         return self
+
+
+_REWARD_OPTIONS = {"format": ("pattern", "json_schema"), "length": ("max_length",)}
+"""Options of rewards, of which each requires exactly one."""
 
 
 RewardList = Annotated[tuple[RewardSettings, ...], BeforeValidator(partial(_as_sections, "name"))]
@@ -608,9 +614,9 @@ class Recipe(SettingsSection):
     @model_validator(mode="after")
     def _check_rewards(self) -> Self:
         if self.rewards and self.train.objective != "grpo":
-            raise ValueError("rewards apply to train.objective=grpo only: set it")
+            raise ValueError("rewards require train.objective=grpo: add it, or remove rewards")
         if self.train.objective == "grpo" and not self.rewards:
-            raise ValueError("train.objective=grpo requires rewards, such as rewards: [exact]")
+            raise ValueError("train.objective=grpo requires rewards: add rewards=[exact] or others")
         if self.train.objective == "grpo" and self.train.grpo.beta:
             problem = "train.grpo.beta refers to the model without adapter"
             if self.tune.has_mode("full"):

@@ -110,10 +110,8 @@ def load_manifest(path: Path) -> Manifest:
     require_plugins(model_plugins, str(path))
     if manifest.has_images is None:
         with suppress(UserError, ValueError, LookupError, TypeError):
-            start = json.loads(
-                next(read_lines(path.parent / METRICS_FILE, expected="metrics"), b"")
-            )
-            has_images = bool(start["size_histograms"]["patches"])
+            lines = read_lines(path.parent / METRICS_FILE, expected="metrics")
+            has_images = bool(json.loads(next(lines, b""))["size_histograms"]["patches"])
             return manifest.model_copy(update={"has_images": has_images})
     return manifest
 

@@ -42,8 +42,6 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
     A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
     it builds tensors and rejects everything else.
     """
-    if _is_up_to_date(files, target):
-        return
     with FileLock(target.parent) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()

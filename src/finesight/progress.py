@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -125,13 +126,17 @@ class ProgressConsole:
         )
 
 
+WAITS = {"data_wait_s": "waiting for data", "rollout_s": "sampling", "reward_s": "scoring"}
+"""Titles of the parts of the step time before the update, by metric."""
+
+
 class StepProgress:
     """Progress bar that shows the metrics of the last optimizer step."""
 
     def __init__(self, console: ProgressConsole, bar: Progress, task: TaskID, total: int) -> None:
         self._console, self._bar, self._task, self._total_steps = console, bar, task, total
         self._start_s, self._start_step = time.perf_counter(), -1
-        self._step_s = self._data_wait_s = 0.0
+        self._seconds: defaultdict[str, float] = defaultdict(float)
 
     def update(self, metrics: Mapping[str, Any]) -> None:
         """Show the metrics of a finished step.
@@ -142,12 +147,13 @@ class StepProgress:
         step = int(metrics["step"])
         # The first step includes the start of the workers.
         if self._start_step >= 0:
-            self._step_s += metrics["step_s"]
-            self._data_wait_s += metrics["data_wait_s"]
+            for key in ("step_s", *WAITS):
+                self._seconds[key] += metrics.get(key, 0.0)
         self._start_step = step - 1 if self._start_step < 0 else self._start_step
         text = format_metrics(metrics)
-        if self._data_wait_s > MAX_DATA_WAIT_FRACTION * self._step_s:
-            text += f"  {100 * self._data_wait_s / self._step_s:.0f} % waiting for data"
+        for key, title in WAITS.items():
+            if self._seconds[key] > MAX_DATA_WAIT_FRACTION * self._seconds["step_s"]:
+                text += f"  {100 * self._seconds[key] / self._seconds['step_s']:.0f} % {title}"
         if self._console.rich_console.is_terminal:
             self._bar.update(self._task, completed=step, figures=text)
         elif step % max(1, self._total_steps // MAX_LOG_LINES) == 0 or step == self._total_steps:
@@ -157,10 +163,17 @@ class StepProgress:
 
 
 def format_metrics(metrics: Mapping[str, Any]) -> str:
-    """Format loss, throughput, MFU and peak memory of a step as one line."""
+    """Format loss or rewards, throughput, MFU and peak memory of a step as one line."""
     loss = metrics["loss"]
+    scores = ["no loss" if loss is None else f"loss {loss:.4f}"]
+    if (truncated := metrics.get("completions/clipped_ratio")) is not None:
+        # The loss of a policy does not measure its quality.
+        reward, std = metrics.get("reward"), metrics.get("reward_std", 0.0)
+        equal = metrics.get("frac_reward_zero_std", 1.0)
+        scores = ["no reward" if reward is None else f"reward {reward:.4g} ± {std:.2g}"]
+        scores += [f"equal groups {100 * equal:.0f} %", f"truncated {100 * truncated:.0f} %"]
     fields = [
-        "no loss" if loss is None else f"loss {loss:.4f}",
+        *scores,
         f"{metrics['samples_per_s']:.1f} samples/s",
         f"{metrics['tokens_per_s']:.0f} tokens/s",
         *([f"{100 * metrics['mfu']:.0f} % MFU"] if metrics["mfu"] else []),

@@ -233,27 +233,27 @@ def recipe_from_text(text: str, path: Path, overrides: Overrides = ()) -> Recipe
 def _resolve_paths(content: dict[str, Any], folder: Path) -> None:
     """Replace paths of inputs that exist only relative to the folder of the recipe."""
 
-    def resolve(value: Any) -> Any:
+    def resolve(value: Any, is_path: bool) -> Any:
         if isinstance(value, list):
-            return [resolve(item) for item in value]
+            return [resolve(item, is_path) for item in value]
         if isinstance(value, dict):
-            return value | {key: resolve(item) for key, item in value.items() if key == "path"}
-        if isinstance(value, str):
-            name = value.rpartition(":")[0] if ".py:" in value else value
-            here, there = (
-                os.path.exists(path) or glob(path) for path in (name, str(folder / name))
-            )
+            inner = value.keys() & {"path", "name"}
+            return value | {key: resolve(value[key], is_path) for key in inner}
+        if isinstance(value, str) and (is_path or ".py:" in value):
+            name = value if is_path else value.rpartition(":")[0]
+            here, there = (os.path.exists(one) or glob(one) for one in (name, str(folder / name)))
             return str(folder / value) if there and not here else value
         return value
 
     for section, names in {
-        "": ("model", "adapter"),
+        "": ("model", "adapter", "rewards"),
         "data": ("train", "eval"),
         "eval": ("metric",),
     }.items():
         settings = content.get(section) if section else content
         if isinstance(settings, dict):
-            settings |= {name: resolve(settings[name]) for name in names if name in settings}
+            for name in settings.keys() & {*names}:
+                settings[name] = resolve(settings[name], name not in ("metric", "rewards"))
 
 
 def recipe_from_dict(content: Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
@@ -503,10 +503,9 @@ def _explain_error(key: SettingKey, errors: Sequence[ErrorDetails]) -> tuple[str
         example = _EXAMPLES[str(key[-1])]
         group = f"under {format_key(key[:-1])}" if key[:-1] else "at the top level"
         return "this setting is missing", f"for example {example}", f"add {key[-1]} {group}"
-    if first["type"] in ("value_error", "conflict"):
-        reason = first["msg"].removeprefix("Value error, ")
-        remedy = first.get("ctx", {}).get("remedy", "change one of them")
-        return reason, "consistent settings", remedy
+    if first["type"] == "value_error":
+        what, _, remedy = first["msg"].removeprefix("Value error, ").partition(": ")
+        return what, "consistent settings", remedy or "change one of them"
     expected = " or ".join(dict.fromkeys(_format_expected(key, error) for error in errors))
     remedy = f"change {format_key(key)}" if key else "correct the name"
     choices = re.findall("'([^']*)'", expected) if first["type"] == "literal_error" else []
@@ -591,15 +590,10 @@ def _closest_name(wanted: str, spellings: Mapping[str, Iterable[str]]) -> str | 
 
     An abbreviation, the first half of a spelling, is similar.
     """
-
-    def similarity(one: str) -> float:
-        if one.startswith(wanted) and 2 * len(wanted) >= len(one):
-            return MIN_SIMILARITY
-        return difflib.SequenceMatcher(None, one, wanted).ratio()
-
-    by_name = {name: max(map(similarity, spelled)) for name, spelled in spellings.items()}
-    closest = max(by_name, key=by_name.__getitem__, default="")
-    return closest if by_name.get(closest, 0) >= MIN_SIMILARITY else None
+    names = {one: name for name, several in reversed([*spellings.items()]) for one in several}
+    closest = difflib.get_close_matches(wanted, names, n=1, cutoff=MIN_SIMILARITY)
+    closest += [n for n in names if n.startswith(wanted) and 2 * len(wanted) >= len(n)]
+    return names[closest[0]] if closest else None
 
 
 @cache

@@ -52,9 +52,16 @@ MIN_STEPS, MAX_SHORT_STEPS = 100, 200
 
 OBJECTIVES = {
     "dpo": "objective: dpo  # on pairs of answers; sft: on the chosen ones",
+    "grpo": "objective: grpo  # on sampled responses; fine-tune on answers first",
     "sft": "objective: sft  # on the chosen answers: some samples have no rejected one",
 }
-"""Settings of data with preference pairs."""
+"""Settings of objectives that the data or the user selects."""
+
+LEARNING_RATES = {"dpo": ("5.0e-6", "5.0e-4"), "grpo": ("1.0e-5", "5.0e-4")}
+"""Usual learning rate of an objective with LoRA, and that of finesight-tiny."""
+
+REWARDS = {"captions": "captions.rouge_l", "grounding": "boxes", "detection": "boxes"}
+"""Reward by task, if it is not the metric."""
 
 
 def choose_duration(num_samples: int, batch_size: int, is_short: bool) -> dict[str, str]:
@@ -99,7 +106,7 @@ def format_recipe(
             has chosen. Empty ones keep the values of the task.
     """
     is_tiny = model == TINY_MODEL
-    usual, high = ("5.0e-6", "5.0e-4") if task.objective == "dpo" else ("1.0e-4", "2.0e-3")
+    usual, high = LEARNING_RATES.get(task.objective, ("1.0e-4", "2.0e-3"))
     learning_rate = f"{high}  # small models need more than the usual {usual}" if is_tiny else usual
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))
@@ -109,11 +116,16 @@ def format_recipe(
         for key, text in chosen.items()
         if key in ("train.steps", "train.epochs")
     } or choose_duration(num_samples, batch_size, is_short=is_tiny)
-    train = (
-        [f"objective: {task.objective}  # {OBJECTIVES[task.objective]}"] if task.objective else []
-    )
+    given = f"objective: {_format_yaml(task.objective)}"
+    train = [OBJECTIVES.get(task.objective, given)] if task.objective else []
     train += [f"{key.removeprefix('train.')}: {text}" for key, text in durations.items()]
     train += [f"batch_size: {batch_size}", f"learning_rate: {learning_rate}"]
+    rewards = ""
+    if task.objective == "grpo":
+        train.append(f"grpo: {{max_completion_length: {task.max_new_tokens}}}")
+        rewards = (
+            f"rewards: [{REWARDS.get(task.metric, task.metric)}]  # at most 1 for a response\n"
+        )
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
     max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
     lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
@@ -133,7 +145,7 @@ def format_recipe(
         if is_tiny
         else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",
         tune=tune,
-        train_settings="".join(f"  {line}\n" for line in train),
+        train_settings="".join(f"  {line}\n" for line in train) + rewards,
         eval_settings=eval_settings if eval_lines else "",
         run=_quote(run),
     )

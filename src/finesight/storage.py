@@ -24,9 +24,9 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path, PurePosixPath
-from typing import ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn
 
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from finesight.bounded_files import read_json_object
 from finesight.errors import UserError
@@ -58,7 +58,7 @@ _forking = threading.RLock()
 """Lock that prevents a fork while the file of a FileLock is opened or closed."""
 
 
-class FileLock:
+class FileLock(contextlib.AbstractContextManager["FileLock"]):
     """Lock on a file or folder with `flock`, which forked processes do not inherit.
 
     The lock is released by `close`, or when the process that acquired it ends.
@@ -98,9 +98,6 @@ class FileLock:
                         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
                 os.close(self._descriptor)
             self._descriptor = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *raised: object) -> None:
         self.close()
@@ -198,6 +195,14 @@ def translate_os_errors(path: Path) -> Iterator[None]:
             expected="a writable location with free space",
             remedy=_REMEDIES[number],
         ) from error
+
+
+def open_tensors(path: Path) -> Any:
+    """Open a safetensors file; an OSError if it is removed meanwhile, in any order of events."""
+    try:
+        return safe_open(path, framework="pt")
+    except RuntimeError as error:  # PyTorch opens the file again, after its header was read
+        raise OSError(str(error)) from error
 
 
 def require_free_space(path: Path, num_bytes: int, purpose: str, remedy: str) -> None:

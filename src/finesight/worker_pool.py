@@ -240,7 +240,7 @@ class WorkerJobError(Exception):
         self.error_name, self.traceback_text = error_name, traceback_text
 
 
-class Worker:
+class Worker(contextlib.AbstractContextManager["Worker"]):
     """Connection to a worker process, which runs one job at a time.
 
     `call` runs a job and blocks; `start`, `wait` and `get_result` run a job without blocking. Only
@@ -256,9 +256,6 @@ class Worker:
         self.is_killed = self._pending = False
         self.jobs = 0
         self.rss_increase = 0
-
-    def __enter__(self) -> Worker:
-        return self
 
     def __exit__(self, *problem: object) -> None:
         self.close()

@@ -26,11 +26,11 @@ from finesight.app.access import Access
 from finesight.app.chat_page import make_chat_app
 from finesight.app.chat_store import BROWSER_COOKIE, ChatStore
 from finesight.data.sample import BoxPart, ImagePart, read_samples
-from finesight.encode.renderer import PromptEncoder, encode_prompt
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
+from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import create_image_pool
 

@@ -90,6 +90,7 @@ def test_recipe_is_created_and_validated(workspace):
         ("data/a/", "file:///", "URL"),
         ("data:", "adapter: ../a\ndata:", "outside of the workspace"),
         ("data:", "eval: {metric: photos/m.py:f}\ndata:", "never runs"),
+        ("\ntrain:\n", "\nrewards: [photos/m.py:f]\ntrain:\n  objective: grpo\n", "never runs"),
         ("data:", "track: {kind: mlflow, uri: 'https://a.example'}\ndata:", "track.uri"),
         ("epochs: 2", "epochs: many", "epochs"),
         ("model:", "modell:", "modell"),
@@ -97,6 +98,9 @@ def test_recipe_is_created_and_validated(workspace):
     ):
         with pytest.raises(UserError, match=problem):
             workspace.save_recipe(path, text.replace(old, new))
+    grpo = workspace.create_recipe("g", [dataset], TINY_MODEL, {"train.objective": "grpo"})
+    assert workspace.load_recipe(grpo).rewards[0].name == "classification"
+    (workspace.folder / grpo).unlink()
     with pytest.raises(UserError, match="has changed"):
         workspace.save_recipe(path, text, "digest of another text")
     # Of several studios that save changes of the same text, one succeeds.

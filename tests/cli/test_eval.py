@@ -8,7 +8,7 @@ from tiny_task import TinyTask
 
 from finesight.data.sample import write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
-from finesight.report.summary import describe_changed_data
+from finesight.train.run_dir import describe_changed_data
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
+from finesight.recipe import load_recipe
 
 CASES = load_cases("init")
 
@@ -251,6 +252,7 @@ def test_split_of_the_source_is_kept(run_init):
     assert found["recipe"] == "photos-finetune/recipe.yaml"
 
 
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize("num_pairs", [12, 11])
 def test_preference_pairs_select_the_objective(run_init, num_pairs):
     rows = []
@@ -264,6 +266,16 @@ def test_preference_pairs_select_the_objective(run_init, num_pairs):
     train = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())["train"]
     assert train.get("objective") == ("dpo" if num_pairs == 12 else "sft")
     assert train["learning_rate"] in ((5e-6, 5e-4) if num_pairs == 12 else (1e-4, 2e-3))
+
+
+@pytest.mark.usefixtures("no_plan")
+def test_rewards_follow_the_task(run_init):
+    table = write_table("data", 24, label=["a", "b"] * 12)
+    found = run_init(table, "--out", "out", "--objective", "grpo", "--model", TINY_MODEL)
+    recipe = load_recipe(Path(found["recipe"]))
+    assert (recipe.train.objective, recipe.rewards[0].name) == ("grpo", "classification")
+    assert recipe.train.learning_rate.default == 5e-4
+    assert recipe.train.grpo.max_completion_length == recipe.eval.max_new_tokens
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -338,6 +350,7 @@ def test_python_function_asks_only_through_a_callable():
     assert api.init(table, out="out") == Path("out/recipe.yaml")
 
 
+@pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(("answer", "question"), [("customer", "c0"), ("-", "Return it.")])
 def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, question):
     write_table(".", 4, customer="c{i}", city="t{i}")
@@ -349,6 +362,7 @@ def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, quest
     assert sample.messages[1].content[0].text in ("t0", '{"customer": "c0", "city": "t0"}')
 
 
+@pytest.mark.usefixtures("no_plan")
 def test_labels_with_one_answer_column_or_several(cli):
     table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
     refused = cli("init", table, *YES, code=2).err
@@ -364,6 +378,7 @@ def test_labels_with_one_answer_column_or_several(cli):
     assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
 
 
+@pytest.mark.usefixtures("no_plan")
 def test_option_sets_the_task(run_init, cli):
     table = write_table("table", 3, caption="a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")

@@ -50,8 +50,7 @@ def test_pages_behind_a_proxy_have_a_password(host, no_auth, proxies, is_open):
     assert ((password is None), is_generated) == (is_open, not is_open)
 
 
-@pytest.mark.parametrize("options", [[], ["--no-auth"]])
-def test_public_host_requires_a_password_unless_open(options: list[str], tmp_path: Path):
+def test_public_host_requires_a_password(tmp_path: Path):
     command = [sys.executable, "-m", "finesight", "web", "finesight-tiny", "--device", "cpu"]
     browser, opened = tmp_path / "browser.sh", tmp_path / "opened"
     browser.write_text(f'#!/bin/sh\necho "$1" > {opened}\n')
@@ -59,7 +58,7 @@ def test_public_host_requires_a_password_unless_open(options: list[str], tmp_pat
     variables = {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path), "PYTHONUNBUFFERED": "1"}
     with (
         subprocess.Popen(
-            [*command, "--host", "0.0.0.0", "--port", "0", "--open", *options],
+            [*command, "--host", "0.0.0.0", "--port", "0", "--open"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             env=os.environ | variables | {"BROWSER": f"{browser} %s"},
@@ -70,21 +69,17 @@ def test_public_host_requires_a_password_unless_open(options: list[str], tmp_pat
         # Otherwise, a failed assertion would wait for the server.
         stack.callback(page.kill)
         address = page.stdout.readline()
-        if not options:
-            assert len(page.stdout.readline().removeprefix("password: ").strip()) >= 16
+        assert len(page.stdout.readline().removeprefix("password: ").strip()) >= 16
         # The socket is bound; requests wait until the page is ready.
         local = f"http://127.0.0.1:{address.strip().rsplit(':', 1)[1]}"
-        if options:
-            urllib.request.urlopen(local, timeout=60).close()
-        else:
-            with pytest.raises(urllib.error.HTTPError, match="401"):
-                urllib.request.urlopen(f"{local}/chats", timeout=60)
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"{local}/chats", timeout=60)
         assert [*tmp_path.glob("finesight-web-*")] != []
         # The browser is started beside the first requests.
         while not opened.exists() or not opened.read_text():
             time.sleep(0.02)
         assert opened.read_text() == address
-        page.send_signal(signal.SIGTERM if options else signal.SIGINT)
+        page.send_signal(signal.SIGTERM)
         _, complaints = page.communicate(timeout=60)
     assert (page.returncode, complaints) == (0, "")
     assert [*tmp_path.glob("finesight-web-*")] == []

@@ -88,6 +88,30 @@ ON_THE_GRID = (
     ),
 )
 
+ZOOM = {
+    "type": "function",
+    "function": {"name": "zoom", "parameters": {"type": "object", "properties": {"k": {}}}},
+}
+
+
+def call(**arguments: Any) -> dict[str, Any]:
+    return {"type": "tool_call", "name": "zoom", "arguments": arguments}
+
+
+WITH_TOOLS = [
+    {"role": "user", "content": [IMAGE_PART, text("What is this?")]},
+    {"role": "assistant", "content": [call(k=[1, {"b": None}], é=1.5)], "loss": False},
+    {"role": "tool", "content": [text("Closer: "), SECOND]},
+    {"role": "assistant", "content": "A house."},
+]
+PARALLEL_CALLS = [
+    *WITH_TOOLS[:1],
+    {"role": "assistant", "content": [text("I zoom."), call(), call(k="x")]},
+    {"role": "tool", "content": "One."},
+    {"role": "tool", "content": "Two."},
+    {"role": "assistant", "content": "A house."},
+]
+
 CASES = {
     "samples": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
     "ms-swift": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
@@ -133,6 +157,30 @@ def test_roundtrip(tmp_path: Path, name: str, copy: bool) -> None:
     assert [path.name for path in sorted(images.glob("*"))] == (
         ["a.png", "b.png"][: done.num_images] if copy else []
     )
+
+
+@each(
+    "name", ["samples", "ms-swift", "llama-factory", "openai", "conversations", "llava", "folder"]
+)
+def test_tools_and_loss_of_turns_are_kept_or_refused(tmp_path: Path, name: str) -> None:
+    single, parallel = make_located_samples(tmp_path, WITH_TOOLS, PARALLEL_CALLS, tools=[ZOOM])
+    samples = [single, parallel][: 1 + (name in ("samples", "ms-swift", "openai"))]
+    if name in ("conversations", "llava", "folder"):
+        with pytest.raises(UserError):
+            export_dataset(samples, tmp_path / "out", name, copy_images=True)
+        return
+    done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
+    assert done.lost_counts == ({"loss of single turns": 1} if name == "llama-factory" else {})
+    import_dataset(data_file(tmp_path / "out"), tmp_path / "back", ImportOptions(format=name))
+    back = read_samples(tmp_path / "back" / "data.jsonl")
+    expected = with_image_contents([one.sample for one in samples], tmp_path)
+    found = with_image_contents(back, tmp_path / "back")
+    if name == "llama-factory":
+        messages = [one.model_copy(update={"loss": True}) for one in expected[0].messages]
+        expected = [expected[0].model_copy(update={"messages": tuple(messages)})]
+        with pytest.raises(UserError, match="several tool results"):
+            export_dataset([parallel], tmp_path / "two", name, copy_images=True)
+    assert found == expected
 
 
 PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "query-response", "llava")
@@ -304,7 +352,7 @@ def test_missing_image(tmp_path: Path) -> None:
 def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
     source = shared / "data" / "grounding" / "grounding.jsonl"
     columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
-    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns))
+    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns, limit=100))
     samples = read_samples(tmp_path / "one" / "data.jsonl")
     where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
     for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):

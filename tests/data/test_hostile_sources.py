@@ -115,7 +115,7 @@ def sparse(path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "read", [line_index.index_lines, lambda path: [*line_index.read_lines(path)], None]
+    "read", [line_index.IndexedLines.open, lambda path: [*line_index.read_lines(path)], None]
 )
 def test_line_over_the_limit(tmp_path: Path, read: Callable[[Path], object] | None) -> None:
     path = sparse(tmp_path / "a.jsonl")
@@ -134,9 +134,9 @@ def test_line_at_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for content in (b"a\n" + b"b" * 9 + b"\nc", b"a\n" + b"b" * 9 + b"\n"):
         path.write_bytes(content)
         monkeypatch.setattr(line_index, "MAX_LINE_BYTES", 10)
-        assert len(line_index.index_lines(path)) == len([*line_index.read_lines(path)])
+        assert len(line_index.IndexedLines.open(path)) == len([*line_index.read_lines(path)])
         monkeypatch.setattr(line_index, "MAX_LINE_BYTES", 9)
-        for read in (line_index.index_lines, lambda path: [*line_index.read_lines(path)]):
+        for read in (line_index.IndexedLines.open, lambda path: [*line_index.read_lines(path)]):
             with pytest.raises(UserError, match=r"a\.jsonl:2: a line of more than 9 bytes"):
                 read(path)
 

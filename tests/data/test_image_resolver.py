@@ -47,7 +47,7 @@ def test_data_urls_are_saved(tmp_path: Path) -> None:
     saved = images.resolve(url)
     assert saved == tmp_path / "out" / "images" / "000001.png"
     assert saved.read_bytes() == data
-    assert images.resolve({"bytes": data}) == saved
+    assert images.resolve({"bytes": data}) == images.resolve(url.removeprefix("data:")) == saved
     for broken in ("data:image/png;base64,*", "data:image/png,abc", "data:"):
         with pytest.raises(CorruptImageError, match="the data URL"):
             images.resolve(broken)

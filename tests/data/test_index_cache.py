@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from finesight.data import line_index
-from finesight.data.line_index import IndexedLines, index_lines
+from finesight.data.line_index import IndexedLines
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +16,7 @@ def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(
         line_index, "MIN_INDEXED_BYTES", dict.fromkeys(line_index.MIN_INDEXED_BYTES, 1)
     )
-    monkeypatch.setattr(line_index, "index_cache_folder", lambda: tmp_path / "index")
+    monkeypatch.setattr(line_index, "cache_folder", lambda name: tmp_path / "index")
     return tmp_path / "index"
 
 
@@ -33,10 +33,10 @@ def test_index_is_built_once_and_reloaded(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one\n\ntwo\n  \nthree")
-    lines = index_lines(path)
+    lines = IndexedLines.open(path)
     assert len(list(cache_folder.iterdir())) == 1
     monkeypatch.setattr("finesight.data.line_index.build_line_index", None)
-    again = index_lines(path)
+    again = IndexedLines.open(path)
     assert is_same_index(lines, again)
     assert [again[i] for i in range(3)] == [b"one\n", b"two\n", b"three"]
     assert again.location(2) == f"{path}:5"
@@ -47,16 +47,16 @@ def test_changed_file_is_indexed_again(tmp_path: Path, cache_folder: Path) -> No
     """Written to in place, its time set back, or another one under its name."""
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"a\nb\n")
-    first = index_lines(path)
+    first = IndexedLines.open(path)
     times = path.stat()
     path.write_bytes(b"abc\n")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    second = index_lines(path)
+    second = IndexedLines.open(path)
     assert (len(first), len(second)) == (2, 1)
     (tmp_path / "b").write_bytes(b"abcd")
     os.utime(tmp_path / "b", ns=(times.st_atime_ns, times.st_mtime_ns))
     (tmp_path / "b").replace(path)
-    third = index_lines(path)
+    third = IndexedLines.open(path)
     assert third[0] == b"abcd"
     assert len({one.index.digest for one in (first, second, third)}) == 3
     assert len(list(cache_folder.iterdir())) == 1, "one for each path"
@@ -66,14 +66,14 @@ def test_changed_file_is_indexed_again(tmp_path: Path, cache_folder: Path) -> No
 def test_damaged_index_is_rebuilt(tmp_path: Path, cache_folder: Path, cut: int) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"a\nb\n")
-    lines = index_lines(path)
+    lines = IndexedLines.open(path)
     (file,) = cache_folder.iterdir()
     full = file.read_bytes()
     flipped = bytes([full[cut] ^ 1])
     spoilt = full[:cut] + flipped + full[cut:][1:]
     for content in (full[:cut], spoilt):
         file.write_bytes(content)
-        assert is_same_index(index_lines(path), lines)
+        assert is_same_index(IndexedLines.open(path), lines)
         assert file.read_bytes() == full
 
 
@@ -81,19 +81,19 @@ def test_works_without_cache_folder(tmp_path: Path, cache_folder: Path) -> None:
     cache_folder.write_bytes(b"no folder")
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"a\nb\n")
-    assert len(index_lines(path)) == 2
+    assert len(IndexedLines.open(path)) == 2
 
 
 def test_unused_indices_are_removed(tmp_path: Path, cache_folder: Path) -> None:
     for name in ("a.jsonl", "b.jsonl"):
         (tmp_path / name).write_bytes(b"1\n")
-        index_lines(tmp_path / name)
+        IndexedLines.open(tmp_path / name)
     for file in cache_folder.iterdir():
         os.utime(file, (0, 0))
-    index_lines(tmp_path / "a.jsonl")
+    IndexedLines.open(tmp_path / "a.jsonl")
     (tmp_path / "c.jsonl").write_bytes(b"1\n")
     line_index.remove_stale_indexes.cache_clear()
-    index_lines(tmp_path / "c.jsonl")
+    IndexedLines.open(tmp_path / "c.jsonl")
     assert len(list(cache_folder.iterdir())) == 2
 
 
@@ -102,5 +102,5 @@ def test_small_files_are_not_cached(
 ) -> None:
     monkeypatch.setattr(line_index, "MIN_INDEXED_BYTES", {"lines": 4})
     (tmp_path / "a.jsonl").write_bytes(b"1\n")
-    index_lines(tmp_path / "a.jsonl")
+    IndexedLines.open(tmp_path / "a.jsonl")
     assert not cache_folder.exists()

@@ -150,3 +150,25 @@ def test_foreign_row_error_suggests_import(key: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="another dataset format") as caught:
         read_samples(path)
     assert "finesight import" in str(caught.value)
+
+
+@each(
+    ("changes", "what"),
+    [
+        ({"rejected": "x", "loss": False}, "false in the chosen answer"),
+        ({"first_loss": False, "loss": False}, "false in all 2 answers"),
+        ({"role": "tool"}, "message roles are user, tool"),
+        ({"tools": [{"name": "zoom"}]}, "tools.0 is"),
+    ],
+)
+def test_invalid_tools_and_loss(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
+    messages = [
+        {"role": "user", "content": "Which?"},
+        {"role": changes.pop("role", "assistant"), "content": "a"},
+        {"role": "user", "content": "Sure?"},
+        {"role": "assistant", "content": "b", "loss": changes.pop("loss", True)},
+    ]
+    messages[1] |= {"loss": changes.pop("first_loss", True)}
+    (tmp_path / "a.jsonl").write_text(json.dumps({"id": "a", "messages": messages, **changes}))
+    with pytest.raises(UserError, match=what):
+        read_samples(tmp_path / "a.jsonl")

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from finesight.data.line_index import IndexedLines, UnreadableFileError, index_lines, read_lines
+from finesight.data.line_index import IndexedLines, UnreadableFileError, read_lines
 
 
 def write_and_index(path: Path, content: bytes) -> IndexedLines:
     path.write_bytes(content)
-    return index_lines(path)
+    return IndexedLines.open(path)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_missing_file_error_suggests_name(tmp_path: Path) -> None:
     with pytest.raises(UnreadableFileError, match=r"did you mean .*trains\.jsonl"):
         _ = lines[0]
     with pytest.raises(UnreadableFileError, match="cannot be read"):
-        index_lines(tmp_path)
+        IndexedLines.open(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"x\ny\nz\n", b"a\nb\n", b"a\nb\nc\nd\n"])
@@ -60,7 +60,7 @@ def test_changed_file_is_detected(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.jsonl"
     lines = write_and_index(path, b"a\nb\nc\n")
     os.utime(path, ns=(0, 0))
-    lines = index_lines(path)
+    lines = IndexedLines.open(path)
     assert lines[1] == b"b\n"
     path.write_bytes(content)
     with pytest.raises(UnreadableFileError, match=r"a\.jsonl: has changed[\s\S]*--resume"):
@@ -80,7 +80,7 @@ def test_index_memory_per_line_is_bounded(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"a": 1}\n' * 200_000)
     tracemalloc.start()
-    lines = index_lines(path)
+    lines = IndexedLines.open(path)
     most = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert most < 80 * len(lines)
@@ -89,4 +89,4 @@ def test_index_memory_per_line_is_bounded(tmp_path: Path) -> None:
 
 def test_endless_device_is_rejected() -> None:
     with pytest.raises(UnreadableFileError, match="a device, not a regular file"):
-        index_lines(Path("/dev/zero"))
+        IndexedLines.open(Path("/dev/zero"))

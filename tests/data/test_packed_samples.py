@@ -189,7 +189,7 @@ def test_large_row_groups_are_split_once(
     baseline = load(path)
     written: list[Path] = []
     divide = parquet_reader.rewrite_row_groups
-    monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_reader, "cache_folder", lambda name: tmp_path / "divided")
     monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     monkeypatch.setattr(parquet_reader, "MAX_GROUP_ROWS", 2)
     monkeypatch.setattr(
@@ -216,7 +216,7 @@ def test_no_disk_space_for_split_row_groups(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_parquet(table, tmp_path / "a.parquet")
-    monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
+    monkeypatch.setattr(parquet_reader, "cache_folder", lambda name: tmp_path / "divided")
     monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     monkeypatch.setattr(FileSystem, "free_bytes", lambda disk, folder: 100)
     with pytest.raises(UserError, match=r"GB are free[\s\S]*row_group_size"):
@@ -230,7 +230,7 @@ def test_corrupt_parquet_raises_user_error(
 ) -> None:
     """Whatever byte is wrong: what is read, if anything, or a UserError."""
     if large:
-        monkeypatch.setattr(parquet_reader, "regrouped_folder", lambda: tmp_path / "divided")
+        monkeypatch.setattr(parquet_reader, "cache_folder", lambda name: tmp_path / "divided")
         monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     full = write_parquet(table, tmp_path / "a.parquet").read_bytes()
     output: list[str] = []

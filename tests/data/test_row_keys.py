@@ -17,13 +17,13 @@ from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
 from finesight.data.formats import detect_format, get_format
 from finesight.data.formats.conversation_rows import REASONING_KEYS
-from finesight.data.formats.dataset_format import ImportContext, join_text
+from finesight.data.formats.dataset_format import ImportContext
 from finesight.data.formats.row_keys import count_keys
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.data.row_reader import SourceRow
-from finesight.data.sample import sample_from_dict, sample_to_dict
+from finesight.data.sample import join_text, sample_from_dict, sample_to_dict
 from finesight.errors import UserError
 
 FORMATS = {"alpaca": "llama-factory", "swift-pairs": "ms-swift"}
@@ -107,7 +107,8 @@ def check_mutations(kind: str, count: int, folder: Path) -> None:
     data_format = get_format(FORMATS.get(kind, kind))
     columns = MAPPED if kind == "table" else {}
     context = ImportContext(ImageResolver(folder, folder / "out"), columns=columns, prompt="Go.")
-    known = {*REASONING_KEYS, "videos", "index"}
+    known = {*REASONING_KEYS, "videos", "index", "weight", "loss", "train", "mask"}
+    known |= {"tools", "name"}
     known |= {key for row in KINDS.values() for target in iter_objects(row) for key in target}
     num_parsed = 0
     for number in range(count):
@@ -248,12 +249,11 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
 @each(
     ("record", "what"),
     [
-        (chat({**ANSWER, "loss": False}), "loss of single turns, which is not supported yet"),
-        (chat({**ANSWER, "weight": 0}), "loss of single turns, which is not supported yet"),
-        (chat(ANSWER, mask_history=True), "loss of single turns"),
-        (chat(ANSWER, train_on_inputs=True), "loss of single turns"),
-        (chat({**ANSWER, "tool_calls": [{"id": 1}]}), "tool calls, which are not supported yet"),
-        (chat({**ANSWER, "role": "tool"}), "tool calls, which are not supported yet"),
+        (chat({**ANSWER, "weight": 0.5}), "a loss that is neither 0 nor 1"),
+        (chat(ANSWER, train_on_inputs=True), "a loss that is neither 0 nor 1"),
+        (chat({**ANSWER, "toolUse": [{"id": 1}]}), "tool calls or tools"),
+        (chat({**ANSWER, "tool_calls": [{"name": "a", "arguments": {"b": b""}}]}), "the tool call"),
+        (chat(ANSWER, tools=[{"name": "a", "parameters": {"b": b""}}]), "the tool "),
         (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
         (chat(ANSWER, image2="b.jpg"), "an image"),
         (chat(ANSWER, thinking="It is there."), "a reasoning text"),
@@ -314,14 +314,19 @@ def test_keys_of_rows_that_change_no_training_are_metadata(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "key", ["screenshot", "doc", "scan", "page", "figure", "b64", "data", "image_b"]
+    "key",
+    [
+        *("screenshot", "doc", "scan", "page", "figure", "b64", "data"),
+        *("image_b", "depth", "mask_path", "audio_path"),
+    ],
 )
 def test_further_images_and_images_of_rows_without_others_are_refused(
     tmp_path: Path, key: str
 ) -> None:
     data = base64.b64encode(PNG).decode()
-    values = {"screenshot": "s3://b/0", "b64": data, "data": data, "image_b": "b.jpg"}
-    row = (chat(ANSWER) if key == "image_b" else chat_without_images()) | {
+    further = {"image_b": "b.jpg", "depth": "b.jpg", "mask_path": "b.png", "audio_path": "a.wav"}
+    values = {"screenshot": "s3://b/0", "b64": data, "data": data, **further}
+    row = (chat(ANSWER) if key in further else chat_without_images()) | {
         key: values.get(key, "x/0.pdf")
     }
     with pytest.raises(UserError, match="an image, a video or audio") as caught:
@@ -337,14 +342,12 @@ LOSS_KEYS = {
 
 
 @pytest.mark.parametrize("as_type", [bool, int])
-def test_loss_of_turns_is_refused_unless_it_is_the_default(
-    tmp_path: Path, as_type: type[int]
-) -> None:
+def test_loss_of_turns_is_used_unless_it_is_the_default(tmp_path: Path, as_type: type[int]) -> None:
     for key, default in LOSS_KEYS.items():
         _, other_keys = parse(chat({**ANSWER, key: as_type(default)}), tmp_path)
         assert other_keys == {f"{key} of turns, not imported": 1}
-        with pytest.raises(UserError, match="loss of single turns"):
-            parse(chat({**ANSWER, key: as_type(not default)}), tmp_path)
+        example, other_keys = parse(chat({**ANSWER, key: as_type(not default)}), tmp_path)
+        assert (example.loss, other_keys) == (False, {})
     for key in ("analysis", "scratchpad", "inner_monologue", "explanation"):
         with pytest.raises(UserError, match="a reasoning text"):
             parse(chat({**ANSWER, key: "So."}), tmp_path)

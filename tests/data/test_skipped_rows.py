@@ -1,6 +1,7 @@
 """Rows that cannot be used: what --on-invalid-row skip leaves out, lists, and still refuses."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -92,6 +93,29 @@ def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> N
         (sample,) = read_samples(out / "data.jsonl")
         assert [list(part.xyxy) for part in sample.messages[-1].content] == expected
         assert sum(summary.source_notes.get(note, 0) for note in NOTES) == len(others)
+
+
+@pytest.mark.parametrize("box", [[9, 9, 9, 9], [30, 3, 43, 22]])
+@pytest.mark.parametrize("name", ["answer", "box", "<bbox>"])
+def test_policies_of_the_remedy_succeed(tmp_path: Path, name: str, box: list[int]) -> None:
+    """A box in a sentence cannot be dropped."""
+    write_gray_image(tmp_path / "a.png")
+    boxes = [[2, 3, 20, 10], box]
+    text = json.dumps([{"bbox_2d": one, "label": "x"} for one in boxes])
+    row = {"image": "a.png", name: boxes if name == "box" else text}
+    options = ImportOptions(columns={"image": "image", name: name}, prompt="?")
+    if name == "<bbox>":
+        turns = {"user": "<image>Where?", "assistant": "At <bbox> and <bbox>."}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        row = {"messages": messages, "images": ["a.png"], "objects": {"bbox": boxes}}
+        options = ImportOptions()
+    source = write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError) as caught:
+        import_dataset(source, tmp_path / "x", options)
+    named = re.findall(r"clip|drop", str(caught.value.remedy))
+    assert bool(named) == (name != "<bbox>" or box[0] != box[2])
+    for policy in named:
+        import_dataset(source, tmp_path / policy, replace(options, on_invalid_box=policy))
 
 
 def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:

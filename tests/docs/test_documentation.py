@@ -191,7 +191,7 @@ PLACEHOLDERS = re.compile(r"NAME|FILE|AREA/test_[xX]\.py|AREA/x\.py")
 
 USER_FILES = {
     *("ask.py", "draw.py", "metric.py", "train.py", "path/to/metric.py", "metrics/plates.py"),
-    "path/to/rewards.py",
+    *("path/to/rewards.py", "reward_1.py"),
     *("runs/from-a-colleague/metric.py", "convert_hf_to_gguf.py"),
     "llama.cpp/convert_hf_to_gguf.py",
 }

@@ -148,6 +148,29 @@ def test_improving_score_takes_precedence_over_the_loss(scores, is_reported, tmp
     assert any(one.code == "overfitted" for one in found) == is_reported
 
 
+@pytest.mark.parametrize(
+    ("last", "severity"),
+    [
+        ({}, "ok"),
+        ({"rewards/exact/mean": 0.2}, "warning"),
+        ({"frac_reward_zero_std": 0.9}, "warning"),
+        ({"completions/clipped_ratio": 0.8}, "warning"),
+    ],
+)
+def test_policy_is_assessed_by_rewards(last, severity, tmp_path):
+    """The rising loss is no problem."""
+    usual = {"rewards/exact/mean": 0.2, "rewards/exact/std": 0.1, "frac_reward_zero_std": 0.1}
+    lines = [
+        line | usual | {"reward": 0.5, "completions/clipped_ratio": 0.0}
+        for line in steps(lambda n: 1.0 + 0.05 * n)
+    ]
+    later = [line | {"rewards/exact/mean": 0.9} | last for line in lines[20:]]
+    recipe = RECIPE | {"rewards": ["exact"], "train": {"objective": "grpo", "batch_size": 4}}
+    diagnosis, *_ = diagnose(tmp_path, lines[:20] + later, recipe)
+    assert (diagnosis.severity, diagnosis.code.partition("-")[0]) == (severity, "rewards")
+    assert "Reward of the first and last" in diagnosis.what
+
+
 def test_step_based_recipe_gets_step_based_remedy(tmp_path: Path) -> None:
     recipe = RECIPE | {"train": {"steps": 4}}
     found = find_diagnosis(diagnose(tmp_path, steps(lambda n: 2.0, 4), recipe), "too-short")

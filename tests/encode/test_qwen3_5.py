@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from copy import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,16 @@ from each_value import each
 from PIL import Image
 from tokenizer_strings import random_text_without_specials
 
-from finesight.data.sample import ContentPart, ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.data.sample import (
+    ContentPart,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Role,
+    Sample,
+    TextPart,
+    ToolCallPart,
+)
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer
@@ -104,10 +114,10 @@ def get_text(message: Message) -> str:
 
 
 @cache
-def load_published_tokenizer() -> Any:
+def load_published_tokenizer(name: str = "Qwen3.5-4B") -> Any:
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(ASSETS / "Qwen3.5-4B" / "tokenizer.json"))
+    return Tokenizer.from_file(str(ASSETS / name / "tokenizer.json"))
 
 
 @cache
@@ -115,6 +125,7 @@ def compile_template(text: str) -> Any:
     jinja2 = pytest.importorskip("jinja2")
     environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     environment.globals["raise_exception"] = pytest.fail
+    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
     return environment.from_string(text)
 
 
@@ -126,8 +137,13 @@ def render_published(
         content: list[dict[str, Any]] = [
             {"type": "text", "text": part.text} if isinstance(part, TextPart) else {"type": "image"}
             for part in message.content
+            if not isinstance(part, ToolCallPart)
         ]
         turns.append({"role": message.role, "content": content})
+        calls = [part for part in message.content if isinstance(part, ToolCallPart)]
+        if calls:
+            functions = [{"name": call.name, "arguments": call.arguments} for call in calls]
+            turns[-1] |= {"content": get_text(message), "tool_calls": functions}
         if message.role == "assistant" and not inline_reasoning:
             before, tag, turns[-1]["content"] = get_text(message).rpartition("</think>")
             if tag:
@@ -170,6 +186,98 @@ def test_tokens_equal_published_template(name, thinking, effort, renderers, tmp_
             found = tokenize(LocatedSample(sample, tmp_path))
             assert found.ids_T.tolist() == load_published_tokenizer().encode(text).ids, rendered
             assert found.is_thinking == mode
+
+
+def make_value(rng: random.Random, depth: int = 0) -> Any:
+    inner = [make_value(rng, depth + 1) for _ in range(rng.randrange(3))] if depth < 2 else []
+    values = (make_text(rng), rng.randrange(-9, 10**9), rng.random() * 1e20, True, None, "5", "")
+    return rng.choice((*values, inner, dict(zip("aé", inner, strict=False))))
+
+
+def make_tool_conversation(rng: random.Random, *, thinks: bool) -> Sample:
+    def answer(*parts: ContentPart) -> Message:
+        reasoning = f"<think>\n{make_text(rng).strip()}\n</think>\n\n" if thinks else ""
+        reasoning = reasoning if rng.random() < 0.5 else ""
+        return Message(role="assistant", content=(TextPart(text=reasoning), *parts))
+
+    def result_or_question(role: Role) -> Message:
+        images = [ImagePart(image="image.png") for _ in range(rng.randrange(2))]
+        return Message(role=role, content=(*images, TextPart(text=make_text(rng))))
+
+    messages = [Message(role="system", content=make_text(rng))]
+    for _ in range(rng.randrange(1, 4)):
+        messages.append(result_or_question("user"))
+        for _ in range(rng.randrange(3)):
+            texts = [TextPart(text=make_text(rng).lstrip()) for _ in range(rng.randrange(2))]
+            calls = [
+                ToolCallPart(name="zoom", arguments={key: make_value(rng) for key in "aé"[:number]})
+                for number in range(rng.randrange(3) + 1)
+            ]
+            messages.append(answer(*texts, *calls))
+            messages += [result_or_question("tool") for _ in range(rng.randrange(1, 3))]
+        messages.append(answer(TextPart(text=make_text(rng).strip())))
+    parameters = {"type": "object", "properties": {"a": {"type": "string"}}}
+    function = {"name": "zoom", "description": make_text(rng), "parameters": parameters}
+    tools = ({"type": "function", "function": function},)[: rng.randrange(3)]
+    return Sample(id="tools", messages=tuple(messages), tools=tools)
+
+
+@pytest.mark.parametrize(
+    ("name", "template"),
+    [
+        *((name, name) for name in ("Qwen3.5-4B", "Qwen3.5-0.8B", "Qwen3.6-27B", "Qwen3.8-27B")),
+        # The templates of Qwen2.5-VL have no tools; those of Qwen2.5 and Qwen3-VL are equal.
+        ("Qwen3-VL-Embedding-8B", "Qwen3-VL-Embedding-8B"),
+        ("Qwen2.5-VL-7B-Instruct", "Qwen3-VL-Embedding-8B"),
+    ],
+)
+def test_tools_equal_published_template(name, template, renderers, tmp_path):
+    Image.new("RGB", (56, 56)).save(tmp_path / "image.png")
+    is_xml, has_effort = name.startswith("Qwen3."), name == "Qwen3.8-27B"
+    renderer = renderers(name) if is_xml else NativeRenderer(ModelFolder(ASSETS / name))
+    tokenizer = load_published_tokenizer("Qwen3.5-4B" if is_xml else name)
+    rng = random.Random(name)
+    for _ in range(200):
+        sample = make_tool_conversation(rng, thinks=is_xml)
+        located_sample = LocatedSample(sample, tmp_path)
+        for is_prompt in (False, True):
+            thought = get_text(sample.messages[-1]).partition("<think>")[2]
+            mode = is_prompt or bool(thought.partition("</think>")[0].strip())
+            options = ThinkingOptions(enable_thinking=True if is_xml else None)
+            rendered = render_published(
+                ModelFolder(ASSETS / template),
+                list(sample.messages[:-1] if is_prompt else sample.messages),
+                inline_reasoning=not has_effort,
+                add_generation_prompt=is_prompt,
+                tools=sample.tools,
+                **({"enable_thinking": mode} if is_xml else {}),
+            )
+            prompting = renderer.with_thinking(options)
+            found = (prompting.tokenize_prompt if is_prompt else prompting.tokenize)(located_sample)
+            size = found.spans[0].stop - found.spans[0].start if found.spans else 0
+            text = rendered.replace("<|image_pad|>", "<|image_pad|>" * size)
+            assert found.ids_T.tolist() == tokenizer.encode(text).ids, rendered
+
+
+def test_results_of_tools_and_excluded_turns_are_not_supervised(renderers):
+    renderer = copy(renderers("Qwen3.5-4B"))
+    call = ToolCallPart(name="zoom", arguments={"x": 1})
+    messages = (
+        Message(role="user", content="Which?"),
+        Message(role="assistant", content=(TextPart(text="Look."), call)),
+        Message(role="tool", content="blank"),
+        Message(role="assistant", content="None.", loss=False),
+        Message(role="user", content="Sure?"),
+        Message(role="assistant", content="Yes."),
+    )
+    located_sample = LocatedSample(Sample(id="x", messages=messages), Path())
+    called = "Look.\n\n<tool_call>\n<function=zoom>\n<parameter=x>\n1\n</parameter>\n</function>\n"
+    called += "</tool_call><|im_end|>"
+    full = renderer.tokenize(located_sample)
+    assert decode_supervised(renderer, located_sample) == f"{called}Yes.<|im_end|>"
+    renderer.supervise = "last"
+    assert decode_supervised(renderer, located_sample) == "Yes.<|im_end|>"
+    assert renderer.tokenize(located_sample).ids_T.tolist() == full.ids_T.tolist()
 
 
 def test_answers_and_their_reasoning_are_supervised(renderers):

@@ -5,9 +5,16 @@ import json
 import pytest
 from each_value import each
 
+from finesight.data.sample import ToolCallPart
 from finesight.evaluate.bootstrap import REASON_RARE_CLASS
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.json_metrics import MAX_LISTED_FIELDS, count_fields, parse_form, score_json
+from finesight.evaluate.json_metrics import (
+    MAX_LISTED_FIELDS,
+    count_fields,
+    parse_form,
+    score_json,
+    score_tool_calls,
+)
 
 
 def make_case(answer: object, *truths: object) -> EvalCase:
@@ -101,3 +108,32 @@ def test_scaling_and_most_frequent_fields() -> None:
     assert scored.notes() == {"f1_macro": REASON_RARE_CLASS}
     assert len(scored.details["fields"]) == MAX_LISTED_FIELDS
     assert scored.details["fields"]["total"]["num_references"] == 300
+
+
+def write_call(name: str, **arguments: object) -> str:
+    return ToolCallPart(name=name, arguments=arguments).to_text()
+
+
+ZOOM = write_call("zoom", box=[1, 2], s="5")
+
+
+@each(
+    ("answer", "reference", "scores"),
+    [
+        (ZOOM + write_call("x"), write_call("x") + ZOOM, (1, 1, 1)),
+        (
+            "<tool_call>\n<function=zoom>\n<parameter=box>\n[1, 2]\n</parameter>\n"
+            "<parameter=s>\n5\n</parameter>\n</function>\n</tool_call>",
+            ZOOM,
+            (1, 1, 1),
+        ),
+        (write_call("zoom", box=[2, 1], s="5"), ZOOM, (2 / 3, 0, 1)),
+        (write_call("zoom", box=[1, 2], s="6"), ZOOM, (2 / 3, 0, 1)),
+        ("Done.", "All done.", (1, 1, 1)),
+        ("Done.", ZOOM, (0, 0, 1)),
+        ("<tool_call>x</tool_call>", "Done.", (1, 0, 0)),
+    ],
+)
+def test_tool_calls(answer: str, reference: str, scores: tuple[float, ...]) -> None:
+    found = score_tool_calls([make_case(answer, reference)]).per_sample[0]
+    assert tuple(found[name] for name in ("f1", "exact", "parse_rate")) == scores

@@ -12,8 +12,8 @@ from finesight.evaluate.mathml import (
     ALLOWED_ATTRIBUTES,
     ALLOWED_ELEMENTS,
     MAX_FORMULA_CHARS,
-    FormulaConverter,
     MathMLTree,
+    convert_formula,
 )
 
 pytest.importorskip("latex2mathml", reason="the extra `latex` is not installed")
@@ -32,7 +32,7 @@ def texts(tree: MathMLTree) -> str:
 
 
 def convert(source: str) -> MathMLTree:
-    tree = FormulaConverter().convert(source)
+    tree = convert_formula(source)
     assert tree is not None, source
     return tree
 
@@ -58,7 +58,7 @@ def test_latex_becomes_mathml(source: str) -> None:
     ],
 )
 def test_invalid_latex_returns_none(source: str) -> None:
-    assert FormulaConverter().convert(source) is None
+    assert convert_formula(source) is None
 
 
 @each(
@@ -76,7 +76,7 @@ def test_invalid_latex_returns_none(source: str) -> None:
     ],
 )
 def test_only_mathml_elements_and_attributes(source: str) -> None:
-    tree = FormulaConverter().convert(source)
+    tree = convert_formula(source)
     for name, attributes, *_ in pieces(tree) if tree else ():
         assert name in ALLOWED_ELEMENTS
         assert isinstance(attributes, dict)
@@ -89,10 +89,8 @@ def test_random_input_does_not_crash() -> None:
     chance = random.Random(0)
     words = [*r"\{}[]()^_&$#%~'|<>", r"\frac", r"\left", r"\right", r"\begin{array}", r"\\"]
     words += [r"\end{array}", r"\sqrt", r"\text{", r"\color", r"\hspace", r"\not", "x", "1", " "]
-    formulas = FormulaConverter()
     found = [
-        formulas.convert("".join(chance.choices(words, k=chance.randint(1, 40))))
-        for _ in range(500)
+        convert_formula("".join(chance.choices(words, k=chance.randint(1, 40)))) for _ in range(500)
     ]
     assert any(found)
     assert not all(found)

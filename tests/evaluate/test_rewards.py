@@ -8,10 +8,12 @@ from each_value import each
 from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
-from finesight.evaluate import rewards
+from finesight.evaluate import latex_rendering, rewards
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.rewards import RewardScorer
+from finesight.recipe import recipe_from_dict
+from finesight.train.run_dir import RunDir
 
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
@@ -29,6 +31,7 @@ def score(reward: object, *cases: EvalCase) -> list[float | None]:
 
 
 BOX = (10, 10, 30, 30)
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
 @each(
@@ -106,13 +109,15 @@ def test_functions_score_responses(file):
         ("hangs", "took more than"),
         ("spins", "took more than"),
         ("shape", "the result is"),
-        ("exits", "crashed"),
+        ("exits", "was killed"),
         ("raises_exit", "SystemExit"),
         ("eats", "MemoryError"),
         ("absent", "no function 'absent'"),
     ],
 )
-def test_failures_name_the_function(file, function, text):
+def test_failures_name_the_function(file, function, text, monkeypatch):
+    # On a busy machine, a crash long after the start counts as a time limit.
+    monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3 if text == "took more than" else 20.0)
     with pytest.raises(RewardError, match=text) as caught:
         score(f"{file}:{function}", make_case("a"))
     assert "rewards.py" in caught.value.where
@@ -143,8 +148,46 @@ def test_formulas_are_compared_by_value(answer, reference, expected, monkeypatch
     assert score("math", make_case(answer, reference)) == [expected]
 
 
-def test_missing_package_is_an_error(monkeypatch):
+def test_missing_packages_are_errors(monkeypatch):
     monkeypatch.setattr(rewards.util, "find_spec", lambda name: None)
-    with pytest.raises(UserError, match="math-verify") as caught:
-        RewardScorer([RewardSettings(name="math")])
-    assert "finesight[latex]" in caught.value.remedy
+    schema = {"name": "format", "json_schema": SCHEMA}
+    for settings, name in (({"name": "math"}, "math-verify"), (schema, "jsonschema")):
+        with pytest.raises(UserError, match=name) as caught:
+            RewardScorer([RewardSettings.model_validate(settings)])
+        assert "pip install 'finesight[" in caught.value.remedy
+
+
+@each(("answer", "expected"), [('{"b": [], "a": 1}', 1), ('{"a": "1"}', 0), ("a: 1", 0)])
+def test_format_is_checked_by_a_json_schema(answer, expected):
+    pytest.importorskip("jsonschema")
+    assert score({"name": "format", "json_schema": SCHEMA}, make_case(answer)) == [expected]
+
+
+@each("schema", [{"type": "objekt"}, {"$ref": "#/$defs/a"}, {"$ref": "https://a.example/b"}])
+def test_invalid_schemas_are_errors(schema):
+    pytest.importorskip("jsonschema")
+    with pytest.raises(RewardError) as caught:
+        score({"name": "format", "json_schema": schema}, make_case("{}"))
+    assert caught.value.where == "rewards, json_schema"
+
+
+def test_formulas_are_rendered_for_their_score_only(monkeypatch):
+    def fail(formulas):
+        raise AssertionError(formulas)
+
+    monkeypatch.setattr(latex_rendering, "render_digests", fail)
+    assert score("latex", make_case("x^2", "x^3")) == [pytest.approx(2 / 3)]
+    with pytest.raises(AssertionError):
+        score("latex.rendered", make_case("x^2", "x^3"))
+
+
+def test_copy_in_the_run_replaces_a_missing_file(file, tmp_path):
+    run = RunDir(tmp_path / "run")
+    run.path.mkdir()
+    rewards = ["exact", f"{file}:fine"]
+    settings = {"model": "m", "data": {"train": "a.jsonl"}, "output_dir": str(run.path)}
+    settings |= {"train": {"objective": "grpo"}, "rewards": rewards}
+    run.copy_functions(recipe_from_dict(settings, []))
+    file.unlink()
+    with RewardScorer([RewardSettings(name=name) for name in rewards], run.path) as scorer:
+        assert scorer.score([make_case("abc", "abc")]) == [[1], [3]]

@@ -6,7 +6,7 @@ import pytest
 from each_value import each
 
 from finesight.config import TaskName
-from finesight.data.sample import BoxPart, Message, Sample, TextPart
+from finesight.data.sample import BoxPart, Message, Sample, TextPart, ToolCallPart
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.task_metrics import (
@@ -20,7 +20,8 @@ from finesight.evaluate.task_metrics import (
 @each("metric", get_args(TaskName))
 def test_every_score_of_a_task_has_an_interval(metric: TaskName) -> None:
     target, near = BoxPart(xyxy=(0, 0, 10, 10)), BoxPart(xyxy=(0, 0, 10, 8))
-    text = '{"a": 1}' if metric == "json" else "a b c"
+    texts = {"json": '{"a": 1}', "tool_calls": ToolCallPart(name="a").to_text()}
+    text = texts.get(metric, "a b c")
     cases = [
         EvalCase(text, (near,), (text,), (target,)),
         EvalCase("x", (), ("d e",) if metric == "captions" else (text,), (target,)),

@@ -4,10 +4,11 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -20,15 +21,29 @@ from finesight.recipe import load_recipe
 from finesight.train.training_run import train
 
 SETTINGS = {"save_every": 1, "epochs": 4}
+REWARD = "def early(case):\n    return sum(letter < 'n' for letter in case.answer)\n"
+GRPO = {
+    "objective": "grpo",
+    "steps": 4,
+    "epochs": None,
+    "save_every": 1,
+    "grpo": {"num_generations": 4, "max_completion_length": 8, "num_iterations": 2},
+}
 
 
-def start_or_resume(task: TinyTask, name: str, disk: storage.FileSystem | None = None) -> int:
+def start_or_resume(
+    task: TinyTask, name: str, disk: storage.FileSystem | None = None, **settings: Any
+) -> int:
     """Start a child that begins or resumes the run."""
     child = os.fork()
     if child == 0:
         try:
             recipe = task.recipe | {"output_dir": str(task.folder / name)}
-            path = write_recipe(task.folder / f"{os.getpid()}.yaml", recipe, **SETTINGS)
+            if settings:
+                (task.folder / "rewards.py").write_text(REWARD)
+                recipe["rewards"] = [f"{task.folder / 'rewards.py'}:early"]
+            settings = settings or SETTINGS
+            path = write_recipe(task.folder / f"{os.getpid()}.yaml", recipe, **settings)
             with storage.use_file_system(disk or storage.FileSystem()):
                 train(load_recipe(path), resume=True, console=Console(file=io.StringIO()))
             os._exit(0)
@@ -57,23 +72,34 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
     return UninterruptedRun(task, task.folder / "whole", time.perf_counter() - start)
 
 
-def test_killed_run_resumes_bit_exactly(uninterrupted: UninterruptedRun, every_point: bool) -> None:
-    """Kill a run repeatedly; final weights, optimizer state and losses are bit-identical."""
+@pytest.mark.parametrize("settings", [{}, GRPO], ids=["sft", "grpo"])
+def test_killed_run_resumes_bit_exactly(
+    uninterrupted: UninterruptedRun, every_point: bool, settings: dict[str, Any]
+) -> None:
+    """Kill a run repeatedly; final weights, optimizer state and metrics are bit-identical.
+
+    Kills of GRPO also occur during a rollout and a reward in its own process.
+    """
     task, expected, seconds = uninterrupted
+    if settings:
+        expected, start = task.folder / "expected", time.perf_counter()
+        assert ending(start_or_resume(task, "expected", **settings)) == "exit 0"
+        seconds = time.perf_counter() - start
     wanted = 50 if every_point else 4
     kills, ends, rng = 0, 0, random.Random(0)
+    prefix = "rollouts" if settings else "run"
     while kills < wanted:
-        child = start_or_resume(task, f"run{ends}")
+        child = start_or_resume(task, f"{prefix}{ends}", **settings)
         time.sleep(rng.uniform(0.0, seconds))
         os.kill(child, signal.SIGKILL)
         how = ending(child)
         assert how in ("killed", "exit 0")
         kills += how == "killed"
         if how == "exit 0":
-            assert_same_run(task.folder / f"run{ends}", expected)
+            assert_equal_runs(task.folder / f"{prefix}{ends}", expected)
             ends += 1
-    assert ending(start_or_resume(task, f"run{ends}")) == "exit 0"
-    assert_same_run(task.folder / f"run{ends}", expected)
+    assert ending(start_or_resume(task, f"{prefix}{ends}", **settings)) == "exit 0"
+    assert_equal_runs(task.folder / f"{prefix}{ends}", expected)
 
 
 def test_crash_at_operation_resumes_bit_exactly(
@@ -99,6 +125,24 @@ def test_crash_at_operation_resumes_bit_exactly(
             assert read_evaluations(home / "run") == read_evaluations(expected)
         assert how == "exit 0"
         assert deaths > 1
+
+
+def assert_equal_runs(run: Path, expected: Path) -> None:
+    """Assert equal weights, optimizer states, responses, and metrics apart from time and memory."""
+    assert_same_run(run, expected)
+    assert read_steps(run) == read_steps(expected)
+    if (responses := expected / "responses.jsonl").exists():
+        assert (run / "responses.jsonl").read_bytes() == responses.read_bytes()
+
+
+def read_steps(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    varying = re.compile(r".*_s|mfu|peak_memory_gb|features")
+    return [
+        {name: value for name, value in line.items() if not varying.fullmatch(name)}
+        for line in lines
+        if "loss" in line
+    ]
 
 
 def read_evaluations(run: Path) -> list[tuple[int, float]]:

@@ -1,10 +1,12 @@
 import json
 import random
+from copy import copy
 
 import pytest
 from engine_fixtures import list_allowed
 from tiny_model import create_tiny_model
 
+from finesight.encode.qwen3_5 import Qwen35
 from finesight.encode.renderer import NativeRenderer
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
@@ -113,6 +115,21 @@ def test_tool_call_of_a_listed_function(renderers, family):
         constraint = grammars.compile_tool_calls([("book", TICKET), ("stop", None)])
         text = f'<tool_call>\n{{"name": "{name}", "arguments": {arguments}}}\n</tool_call>'
         assert follows(renderers[family], constraint, text) == is_listed
+
+
+def test_tool_call_in_xml(renderers):
+    renderer = copy(renderers["qwen3_vl"])
+    renderer.family = Qwen35()
+    grammars = GrammarCompiler(renderer, VOCABULARY)
+    for name, argument, is_valid in (
+        ("book", "seat", True),
+        ("steal", "seat", False),
+        ("book", "x", False),
+    ):
+        constraint = grammars.compile_tool_calls([("book", TICKET), ("stop", None)])
+        value = f"<parameter={argument}>\n1 <A>\nb\n</parameter>\n"
+        text = f"<tool_call>\n<function={name}>\n{value * 2}</function>\n</tool_call>"
+        assert follows(renderer, constraint, text) == is_valid
 
 
 def test_unsupported_schemas_are_rejected(renderers):

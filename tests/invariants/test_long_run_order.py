@@ -1,4 +1,4 @@
-"""The sample order of a day on ten million samples, with stops, kills and other world sizes."""
+"""The sample order of a run on a million samples, with stops, kills and other world sizes."""
 
 import random
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from finesight.data.sample import JsonlSamples
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.sampler import DistributedSampler, SampleOrder, TrainSampler
 
-SIZES, WEIGHTS = (7_000_000, 3_000_000), (1.0, 1.0)
+SIZES, WEIGHTS = (700_000, 300_000), (1.0, 1.0)
 SAMPLES = sum(SIZES)
 BATCH = 256
-SAVE_EVERY = 500
+SAVE_EVERY = 50
 LIVES = 6
 EPOCHS = 1.02
-"""118 samples a second are a day's; a little more, so that the border of epochs is crossed."""
+"""A little more than one, so that the border of epochs is crossed."""
 
 CHECKED = 10
 """Steps of each life whose shares are computed in every process."""
@@ -38,7 +38,7 @@ def make_sampler() -> TrainSampler:
 
 
 @dataclass(slots=True)
-class SimulatedDay:
+class SimulatedRun:
     """Samples of every step so far; steps lost by a kill are repeated."""
 
     taken_SB: NDArray[np.int64]
@@ -80,18 +80,17 @@ def assert_shared(course: TrainSampler, step: int, count: int) -> None:
 
 
 def test_elastic_restarts_visit_each_sample_once_per_epoch():
-    """Takes long: the order of ten million samples, computed again after each restart."""
     rng = random.Random(5)
     steps = len(make_sampler())
-    day = SimulatedDay(np.full((steps, BATCH), -1, np.int64))
+    run = SimulatedRun(np.full((steps, BATCH), -1, np.int64))
     stops = sorted(rng.sample(range(SAVE_EVERY + 1, steps), LIVES - 1))
     for number, until in enumerate([*stops, steps]):
         last = until == steps
-        day.live(until, not last and number % 2 == 0, rng.choice([1, 2, 3, 8, 64]), rng)
-    assert day.step == steps
-    assert day.again > 0, "no kill has undone a step"
+        run.live(until, not last and number % 2 == 0, rng.choice([1, 2, 3, 8, 64]), rng)
+    assert run.step == steps
+    assert run.again > 0, "no kill has undone a step"
 
-    row = day.taken_SB[day.taken_SB >= 0]
+    row = run.taken_SB[run.taken_SB >= 0]
     order = SampleOrder(SIZES, WEIGHTS, seed=11)
     first, second = order.epoch_indices(0), order.epoch_indices(1)
     assert len(row) == round(EPOCHS * SAMPLES)

@@ -42,25 +42,25 @@ def train_tiny(
 
 
 def import_tickets(folder: Path) -> dict[str, str]:
-    write_tickets(folder / "tickets", 172, 0)
+    write_tickets(folder / "tickets", 54, 0)
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
-    request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=12)
+    request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=6)
     import_dataset(folder / "tickets" / TABLE_FILE, folder / "data", request)
     return {name: str(folder / "data" / f"{name}.jsonl") for name in ("train", "eval")}
 
 
 @each_device
 def test_fp8_training_loss_matches_bf16(tmp_path, device):
-    """Within 1 %. Takes long: two runs of 40 steps of finesight-tiny, until the loss is halved."""
+    """Within 1 %. Takes long: two runs of 12 steps of finesight-tiny, until the loss is halved."""
     data = import_tickets(tmp_path)
-    settings = {"steps": 40, "batch_size": 4, "learning_rate": 5e-4, "device": device}
+    settings = {"steps": 12, "batch_size": 4, "learning_rate": 2e-3, "device": device}
     validation_losses, means = {}, {}
     for name, parts in (("plain", None), ("fp8", ["vision", "language"])):
         tune = {"language": "lora", "quantize": {"fp8": parts}}
         result = train_tiny(tmp_path / name, data, tune, settings)
         validation_losses[name] = result.after.validation_loss
         losses = [loss for _, loss in read_losses(tmp_path / name)]
-        means[name] = fmean(losses[:20]), fmean(losses[20:])
+        means[name] = fmean(losses[:6]), fmean(losses[6:])
     assert means["fp8"] != means["plain"]
     assert means["fp8"] == pytest.approx(means["plain"], rel=0.01)
     assert means["plain"][1] < 0.5 * means["plain"][0]
@@ -68,20 +68,19 @@ def test_fp8_training_loss_matches_bf16(tmp_path, device):
 
 
 @each_device
-def test_nf4_training_matches_bf16_accuracy_and_loss(tmp_path, device):
-    """Check that all validation answers of both runs are correct, with a final loss below 0.05."""
+def test_nf4_training_reaches_full_accuracy(tmp_path, device):
+    """All validation answers are correct, and the loss is below 0.05, as without quantization."""
     data = make_task(tmp_path / "task", num_samples=40, num_eval_samples=12)["data"]
     settings = {"steps": 30, "batch_size": 8, "learning_rate": 1e-3, "device": device}
     parts = ("vision", "merger", "language")
-    for nf4, optimizer in ((None, "adamw"), (parts, "adamw_8bit")):
-        result = train_tiny(
-            tmp_path / optimizer,
-            data,
-            dict.fromkeys(parts, "lora") | {"quantize": {"nf4": nf4}},
-            settings | {"optimizer": optimizer},
-            eval={"metric": "classification", "max_new_tokens": 12},
-        )
-        assert result.before.scores["accuracy"] == 0.0
-        assert result.before.validation_loss > 5.0
-        assert result.after.scores["accuracy"] == 1.0
-        assert result.after.validation_loss < 0.05
+    result = train_tiny(
+        tmp_path / "run",
+        data,
+        dict.fromkeys(parts, "lora") | {"quantize": {"nf4": parts}},
+        settings | {"optimizer": "adamw_8bit"},
+        eval={"metric": "classification", "max_new_tokens": 12},
+    )
+    assert result.before.scores["accuracy"] == 0.0
+    assert result.before.validation_loss > 5.0
+    assert result.after.scores["accuracy"] == 1.0
+    assert result.after.validation_loss < 0.05

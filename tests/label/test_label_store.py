@@ -14,9 +14,7 @@ from label_fixtures import (
     MODEL,
     draw_images,
     make_suggestion,
-    open_client,
     open_fields_session,
-    save,
 )
 from PIL import Image
 from PIL.Image import Transpose
@@ -73,15 +71,6 @@ def test_examples_of_sorted_data_have_all_classes(tmp_path, monkeypatch):
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     monkeypatch.setattr(label_session, "MAX_EXAMPLES", 6)
     assert detect_task(read_run_examples(str(tmp_path))).choices == ("cat", "dog")
-
-
-def test_known_classes_are_the_only_ones_if_the_user_gives_them(tmp_path):
-    data = write_answers(tmp_path, "red", None, "red", "red")
-    for choices, status in (((), 200), (("red",), 422)):
-        folder = tmp_path / f"labels-{status}"
-        session = open_session(folder, MODEL, [data], choices=choices)
-        with open_client(session) as client:
-            assert save(client, client.get("/items/0").json(), text="green").status_code == status
 
 
 @pytest.mark.parametrize("damage", ["", '{"time": "2026-01-01T00', '{"time": "2026\n'])
@@ -179,21 +168,6 @@ def test_frames_and_videos_are_decoded_within_limits(tmp_path, monkeypatch):
         reasons = store.decode_images([item.sample for item in store.items])
     assert [*reasons] == ["frames", "video"]
     assert ["took more than" in one for one in reasons.values()] == [True, True], reasons
-
-
-def test_review_replaces_answers_and_keeps_others(tmp_path):
-    data = write_answers(tmp_path, "red", "green", "blue", None)
-    session = open_session(tmp_path / "labels", MODEL, [data], review=True)
-    scores = {"s0": 0.1, "s1": 0.9, "s2": 0.5}
-    suggestions = [(make_suggestion(name, "gray", 0.9), score) for name, score in scores.items()]
-    with session.store as store:
-        store.add_suggestions(suggestions, MODEL)
-        assert [item.sample.sample.id for item in store.items] == ["s1", "s2", "s0", "s3"]
-        assert store.items[0].proposal[0].text == "green"
-        assert store.save_label("s1", (TextPart(text="gray"),)).decision.event == "corrected"
-        assert store.save_label("s2", (TextPart(text="blue"),)).decision.event == "accepted"
-        store.skip("s0")
-    assert list_texts(tmp_path / "labels") == ["red", "gray", "blue"]
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,14 @@ def test_counts_match_the_run(task: TinyTask) -> None:
     assert 22 * sum(plan.flops_per_sample.values()) == pytest.approx(measured_flops, rel=0.02)
 
 
+def test_plan_of_rewards_checks_them_and_names_the_responses(task: TinyTask) -> None:
+    settings = "train.objective=grpo", "train.grpo.num_generations=4"
+    text = "\n".join(format_plan(make_plan(task, *settings, "rewards=[exact]")))
+    assert "with 4 responses each, times without their sampling" in text
+    with pytest.raises(UserError, match="no score 'nothing'"):
+        make_plan(task, *settings, "rewards=[json.nothing]")
+
+
 def test_suggested_overrides_are_valid(task: TinyTask) -> None:
     plan = make_plan(task, "train.activation_checkpointing=true", "train.pack_tokens=50")
     assert [override.split("=")[0] for override in plan.overrides] == [
@@ -71,33 +79,27 @@ def test_suggested_overrides_are_valid(task: TinyTask) -> None:
     assert plan.chosen_estimate.step_time.total < plan.recipe_estimate.step_time.total
 
 
-@pytest.mark.parametrize(
-    ("bf16_flops", "memory_factor", "precision"),
-    [(1e9, 1.0, "fp32"), (1e12, 1.0, "bf16"), (1e9, 0.9, "bf16")],
-    ids=["slower", "faster", "slower-but-fits"],
-)
-def test_precision_is_recommended_for_speed_or_memory(
-    task, bf16_flops, memory_factor, precision, monkeypatch
-):
-    memory_bytes = 64 * 10**9
+def test_precision_is_recommended_for_speed_or_memory(task, monkeypatch):
+    def recommend(bf16_flops: float, memory_bytes: int = 64 * 10**9) -> RunPlan:
+        def build_target(device: Device, precision: Precision) -> TargetDevice:
+            dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+            flops = bf16_flops if precision == "bf16" else 1e11
+            target = build_local_target(torch.device("cpu"), dtype, flops, 1e10)
+            return replace(target, memory_bytes=memory_bytes, num_workers=0)
 
-    def build_target(device: Device, precision: Precision) -> TargetDevice:
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        flops = bf16_flops if precision == "bf16" else 1e11
-        target = build_local_target(torch.device("cpu"), dtype, flops, 1e10)
-        return replace(target, memory_bytes=memory_bytes, num_workers=0)
+        monkeypatch.setattr(run_plan, "measure_local_target", build_target)
+        plan = make_plan(task, gpu=None)
+        assert ("train.precision=bf16" in plan.overrides) == (plan.precision == "bf16")
+        return plan
 
     monkeypatch.setattr(run_plan, "select_cpu_precision", lambda: "bf16")
-    monkeypatch.setattr(run_plan, "measure_local_target", build_target)
-    plan = make_plan(task, gpu=None)
-    if memory_factor < 1:
-        memory_bytes = round(memory_factor * plan.recipe_estimate.peak.total)
-        plan = make_plan(task, gpu=None)
-    assert plan.precision == precision
-    assert ("train.precision=bf16" in plan.overrides) == (precision == "bf16")
-    if plan.recipe_estimate.fits:
-        recipe_s = plan.recipe_estimate.step_time.total
-        assert plan.chosen_estimate.step_time.total <= recipe_s
+    slower, faster = recommend(1e9), recommend(1e12)
+    assert (slower.precision, faster.precision) == ("fp32", "bf16")
+    for plan in (slower, faster):
+        assert plan.chosen_estimate.step_time.total <= plan.recipe_estimate.step_time.total
+    # Slower, but it fits.
+    small = round(0.9 * slower.recipe_estimate.peak.total)
+    assert recommend(1e9, small).precision == "bf16"
 
 
 def test_evaluation_count_follows_the_recipe(task: TinyTask) -> None:

@@ -16,7 +16,7 @@ from run_dir_fixtures import (
 )
 
 from finesight.errors import UserError
-from finesight.evaluate.metric_difference import compare_prediction_files
+from finesight.evaluate.metric_difference import compare_cases, read_predictions
 from finesight.report.comparison import (
     compare_metrics,
     compare_samples,
@@ -123,7 +123,8 @@ def test_differences_match_the_paired_comparison(first: Path, tmp_path: Path) ->
     rows = compare(first, other)
     assert (next(iter(rows)), list(rows)[-1]) == ("similarity", "validation_loss")
     files = (folder / "predictions" / "after.jsonl" for folder in (first, other))
-    result = {one.name: one for one in compare_prediction_files("ocr", *files)}
+    cases = ([one.case for one in read_predictions(file)] for file in files)
+    result = {one.name: one for one in compare_cases("ocr", *cases)}
     loss = rows.pop("validation_loss").cells[1]
     assert (loss.change, loss.change_interval, loss.verdict) == (-0.5, None, "better")
     assert {name: row.cells[1].difference for name, row in rows.items()} == result

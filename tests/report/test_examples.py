@@ -18,7 +18,6 @@ from run_dir_fixtures import JsonLine, make_prediction_line
 from finesight.config import MetricSpec
 from finesight.data.sample import BoxPart
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import compare_cases
 from finesight.evaluate.task_metrics import compute_metrics
 from finesight.report import examples
@@ -209,7 +208,7 @@ def example(before: Any = None, after: Any = None) -> Example:
 
 
 def build_data(*examples: Example, folders: tuple[Path, ...] = ()) -> Any:
-    data = ExampleDataBuilder(folders, None).build(examples)
+    data = ExampleDataBuilder(folders, False).build(examples)
     json.dumps(data, allow_nan=False)
     return data
 
@@ -251,7 +250,7 @@ def test_later_page_renders_only_new_images(image_path, tmp_path, monkeypatch):
 
     def shown(*paths: str) -> Any:
         lines = [make_prediction_line("s", "", "", 1.0, image=path) for path in paths]
-        found = ExampleDataBuilder((), None, known).build([example(after=line) for line in lines])
+        found = ExampleDataBuilder((), False, known).build([example(after=line) for line in lines])
         return [one.get("src") for one in found["images"]]
 
     first, _ = shown(image_path, missing)
@@ -339,7 +338,7 @@ def test_complete_formulas_of_latex_answers_are_rendered() -> None:
         for answer, reason in ((r"\frac ab", "stop"), ("orange " * 50, "length"))
     ]
     several = [example(after=line) for line in lines]
-    first, second = ExampleDataBuilder((), FormulaConverter()).build(several)["examples"]
+    first, second = ExampleDataBuilder((), True).build(several)["examples"]
     assert first["formula"][0] == first["predictions"][1]["formula"][0] == "math"
     assert second["predictions"][1]["formula"] is None
     assert build_data(*several)["examples"][0]["formula"] is None
@@ -375,7 +374,7 @@ def test_large_images_use_bounded_memory(tmp_path: Path) -> None:
         "highest = lambda: int(status.read_text().split('VmHWM:')[1].split()[0]) / 1e3;"
         "before = highest();"
         "example = Example([None, {'id': '', 'image': sys.argv[1:]}], [None, None], 'right', 0.0);"
-        "found = ExampleDataBuilder((), None).build([example])['images'];"
+        "found = ExampleDataBuilder((), False).build([example])['images'];"
         "print(sum('src' in one for one in found), highest() - before)"
     )
     paths = [str(tmp_path / f"{number}.png") for number in range(8)]

@@ -314,8 +314,9 @@ def test_rewards_and_responses(browser: Browser, reward_run: FakeRunDir) -> None
     text, data = read_visible_text(page), read_script_data(page)
     for words in (
         "found Length drift 24.5 tokens per response in the first 10 steps and 54.5 in the last",
-        "found Gains of the format only 95 % intervals of the increases: boxes −0.088 to +0.088;"
-        " format +0.731 to +0.819",
+        "Result Reward of the first and last 10 steps: 0.5000 → 0.5000; boxes −0.088 to +0.088: no"
+        " clear change; format +0.731 to +0.819: better",
+        "found Gains of the format only Reward of the first",
         "found Box spam 1.0 box per response in the first groups, 2.5 in the last; reference: 1.0",
         "4 groups of responses",
         "Reward: format",

@@ -160,10 +160,13 @@ def test_data_wait_is_reported_with_advice(run: FakeRunDir) -> None:
 
     assert write(0.01) == []
     assert read_cost(run)["data wait"] == "2 %"
+    assert "sampling" not in read_cost(run)
     (remark,) = write(0.125)
     assert read_cost(run)["data wait"] == "25 %"
     assert remark.startswith("Data wait is 25 % of the step time. To reduce it, increase")
     assert "train.num_workers (now 4)" in remark
+    run.write_lines("metrics.jsonl", [make_step_line(1, rollout_s=0.25, reward_s=0.01)])
+    assert read_cost(run)["sampling"] == "50 %"
 
 
 def test_out_of_memory_recovery_is_reported(run: FakeRunDir) -> None:
@@ -212,6 +215,12 @@ def test_interval_of_a_reward_depends_on_the_prompts(run: FakeRunDir) -> None:
     expected = 0.5, 1.96 * 0.2 / 8**0.5
     assert summary.estimate_reward(record, record.steps, "exact") == pytest.approx(expected)
     assert summary.list_reward_signs(record, []) == []
+    text = summary.describe_rewards(record)
+    assert text.startswith(
+        "Reward of the first and last 1 step: 0.5000 → 0.5000; exact match −0.277"
+    )
+    run.write_rewards([{"rewards/exact/mean": 0.5, "rewards/exact/std": 0.2}], [])
+    assert summary.describe_rewards(read_run(run.folder)) == ""
 
 
 def test_skipped_samples_are_grouped_by_reason(run: FakeRunDir) -> None:

@@ -1,29 +1,23 @@
 """Tests of requests: schema against the types of the openai package, limits, and tool calls."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from each_value import each
-from jinja2 import Environment
 from openai.types.chat.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
 
+from finesight.data.sample import ToolCallPart, parse_tool_call, sample_from_dict
 from finesight.serve.api_schema import (
     IGNORED_FIELDS,
     ApiError,
     ChatCompletionRequest,
     NeutralParameters,
-    Tool,
-    ToolCall,
     parse_chat_request,
 )
-from finesight.serve.chat_completions import ToolCallParser, parse_tool_call
-from finesight.serve.preprocessing_jobs import (
-    format_system_prompt,
-    format_tool_calls,
-)
+from finesight.serve.chat_completions import ToolCallParser
+from finesight.serve.preprocessing_jobs import build_sample
 
 OPENAI_PARAMETERS = {"frequency_penalty", "presence_penalty", "logit_bias", "modalities"}
 EXTENSIONS = {
@@ -33,6 +27,8 @@ EXTENSIONS = {
     *(NeutralParameters.model_fields.keys() - OPENAI_PARAMETERS),
     "chat_template_kwargs",
     "messages.[].reasoning_content",
+    # A tool result may contain images.
+    *("messages.[].role: tool", "messages.[].tool_call_id"),
     "reasoning_effort: any",
     "response_format.type: boxes",
     "messages.[].content.[].image_url.detail: any",
@@ -142,40 +138,32 @@ BOOK = {
         "parameters": {"type": "object", "properties": {"row": {"type": "integer"}}},
     },
 }
+XML_CALL = (
+    "<tool_call>\n<function=book>\n<parameter=row>\n3\n</parameter>\n</function>\n</tool_call>"
+)
 CALL = '<tool_call>\n{"name": "book", "arguments": {"row": 3}}\n</tool_call>'
 
 
-def test_tool_prompt_matches_published_template(shared: Path):
-    folder = shared / "qwen_assets" / "Qwen3-VL-Embedding-8B"
-    environment = Environment(trim_blocks=True, lstrip_blocks=True)
-    environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    template = environment.from_string((folder / "chat_template.jinja").read_text())
-    tools = [BOOK, {"type": "function", "function": {"name": "stop"}}]
+def test_tools_of_a_request_are_those_of_a_sample():
     call = {"id": "1", "type": "function", "function": {"name": "book", "arguments": '{"row": 3}'}}
-    expected = template.render(
-        messages=[
-            {"role": "system", "content": "Be short."},
-            {"role": "user", "content": "Book."},
-            {"role": "assistant", "content": "Yes.", "tool_calls": [call, call]},
-            {"role": "tool", "content": "done"},
-            {"role": "tool", "content": "failed"},
-        ],
-        tools=tools,
-    )
-    system_prompt = format_system_prompt("Be short.", [Tool.model_validate(tool) for tool in tools])
-    turns = [
-        ("system", system_prompt),
-        ("user", "Book."),
-        ("assistant", "Yes.\n" + format_tool_calls([ToolCall.model_validate(call)] * 2)),
-        (
-            "user",
-            "<tool_response>\ndone\n</tool_response>\n<tool_response>\nfailed\n</tool_response>",
-        ),
+    messages = [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Book."},
+        {"role": "assistant", "content": "Yes.", "tool_calls": [call, call]},
+        {"role": "tool", "content": "done"},
+        {"role": "tool", "content": [{"type": "text", "text": "failed"}]},
     ]
-    ours = "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns)
-    assert expected.startswith(ours)
-    assert format_system_prompt(None, [Tool.model_validate(BOOK)]).startswith("# Tools")
-    assert format_system_prompt("", [Tool.model_validate(BOOK)]).startswith("\n\n# Tools")
+    request = {"model": "m", "messages": messages, "tools": [BOOK]}
+    sample = build_sample(ChatCompletionRequest.model_validate(request))
+    part = {"type": "tool_call", "name": "book", "arguments": {"row": 3}}
+    contents = ["Be short.", "Book.", [{"type": "text", "text": "Yes."}, part, part]]
+    roles = ("system", "user", "assistant", "tool", "tool")
+    turns = zip(roles, [*contents, "done", "failed"], strict=True)
+    expected = {"tools": [BOOK], "messages": [{"role": r, "content": c} for r, c in turns]}
+    assert sample == sample_from_dict({"id": "request", **expected}, "")
+    call["function"]["arguments"] = "[1]"
+    with pytest.raises(ApiError, match="JSON object"):
+        build_sample(ChatCompletionRequest.model_validate(request))
 
 
 @each("step", [1, 2, 3, 7, 1000])
@@ -187,6 +175,7 @@ def test_tool_prompt_matches_published_template(shared: Path):
         (f"Yes.\n{CALL}\n{CALL}", "Yes.", ["book", "book"]),
         (f"{CALL}\nDone.", "Done.", ["book"]),
         (CALL.removesuffix("\n</tool_call>"), "", ["book"]),
+        (XML_CALL, "", ["book"]),
         ("a < b <tool_c", "a < b <tool_c", []),
         ("a\n\n", "a\n\n", []),
         ("<tool_call>no JSON</tool_call>!", "<tool_call>no JSON</tool_call>!", []),
@@ -202,14 +191,18 @@ def test_tool_calls_are_parsed_from_any_chunking(text, shown, names, step):
     more, found = splitter.flush()
     output, calls = output + more, calls + found
     assert output == shown
-    assert [call.name for call in calls] == names
-    assert all(json.loads(call.arguments) == {"row": 3} for call in calls)
+    assert [call.call for call in calls] == [
+        ToolCallPart(name=n, arguments={"row": 3}) for n in names
+    ]
     assert len({call.id for call in calls}) == len(calls)
 
 
 def test_invalid_tool_calls():
     for text in ("", "[]", "null", '{"arguments": {}}', "[" * 100_000, '{"name": null}'):
         assert parse_tool_call(text) is None
-    call = parse_tool_call('{"name": "a"}')
-    assert call is not None
-    assert call.arguments == "{}"
+    assert parse_tool_call('{"name": "a"}') == ToolCallPart(name="a")
+    call = "<function=book>\n<parameter=row>\n3\n</parameter>\n</function>"
+    for kind, value in (("integer", 3), ("string", "3")):
+        schema = {"properties": {"row": {"type": kind}}}
+        tools = [{"function": {"name": "book", "parameters": schema}}]
+        assert parse_tool_call(call, tools) == ToolCallPart(name="book", arguments={"row": value})

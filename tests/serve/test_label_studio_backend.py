@@ -253,7 +253,10 @@ def fetch_image(images: LabelStudioImages, reference: str) -> bytes:
     return file.getvalue()
 
 
-DOTS = ("..", "%2e%2e", "%2E.", "%252e%252e", "..%2f..", "..\\..", "..;", "a/../..", "%2e%2e%5c%2e")
+DOTS = (
+    *("..", "%2e%2e", "%2E.", "%252e%252e", "..%2f..", "..\\..", "..;", "a/../..", "%2e%2e%5c%2e"),
+    *("．．", "%u002e."),
+)
 
 
 @each(

@@ -254,3 +254,15 @@ def test_significant_data_wait_is_shown():
         for number, line in enumerate(output.getvalue().splitlines()):
             expected = f"  peak 1.0 GB  {percent.get(number)} % waiting for data"
             assert (expected in line) == ("waiting" in line) == (number in percent)
+    output = io.StringIO()
+    with ProgressConsole(Console(file=output, width=200)).step_progress(2, 0) as progress:
+        rewards = {"reward": 1.07, "reward_std": 0.24, "frac_reward_zero_std": 0.4}
+        for step in (1, 2):
+            rollout = {"completions/clipped_ratio": 0.12, "rollout_s": 0.64, "reward_s": 0.0}
+            progress.update(metrics | rollout | rewards | {"step": step, "data_wait_s": 0.01})
+            rewards = {}
+    first, last = output.getvalue().splitlines()
+    assert "reward 1.07 ± 0.24  equal groups 40 %  truncated 12 %" in first
+    assert "no reward" in last
+    assert "64 % sampling" in last
+    assert "waiting" not in last

@@ -174,14 +174,25 @@ def test_resumed_run_equals_uninterrupted_run(task, assets, precision, step, cac
     assert found == expected
 
 
-@pytest.mark.parametrize("workers", [0, 1])
-def test_lost_cache_files_end_with_checkpoint(task, monkeypatch, assets, workers):
-    """The resumed run has the same result."""
+@pytest.mark.parametrize(("workers", "is_open"), [(0, False), (1, False), (0, True)])
+def test_lost_cache_files_end_with_checkpoint(task, monkeypatch, assets, workers, is_open):
+    """Files are removed before a step, or while one is opened; the resumed run is the same."""
     settings = "train.vision_cache=disk", f"train.num_workers={workers}", "train.save_every=6"
     task.recipe["tune"] = LORA
     task.run(*settings, name="whole")
+
+    def remove(*args, **kwargs):
+        for file in assets.rglob("*.safetensors"):
+            file.unlink()
+        return opened(*args, **kwargs) if args else None
+
+    def remove_later():
+        """PyTorch opens a file again after safetensors has read its header."""
+        patch.setattr(torch.UntypedStorage, "from_file", remove)
+
+    opened = torch.UntypedStorage.from_file
     with monkeypatch.context() as patch:
-        act_before_step(patch, 1, lambda: [f.unlink() for f in assets.rglob("*.safetensors")])
+        act_before_step(patch, 1, remove_later if is_open else remove)
         with pytest.raises(UnreadableFileError, match=r"cached image features cannot be read"):
             task.run(*settings)
     assert 2 <= len(read_losses(task.folder / "run")) < 6

@@ -58,7 +58,7 @@ from finesight.bounded_files import parse_json
 from finesight.data.sample import BoxPart, is_video_path
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
-from finesight.evaluate.mathml import FormulaConverter, render_mathml
+from finesight.evaluate.mathml import convert_formula, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import BOX_COLORS
 from finesight.infer.request import GenerationOptions, SamplingParams
@@ -155,7 +155,7 @@ def render_answer(answer: str, is_formula: bool) -> Markup | None:
 
 @lru_cache(maxsize=1024)
 def _render_formula(source: str) -> Markup | None:
-    tree = FormulaConverter().convert(source)
+    tree = convert_formula(source)
     return None if tree is None else render_mathml(tree)
 
 

@@ -292,8 +292,8 @@ def web(
     from finesight.app.chat_page import make_chat_app
     from finesight.app.chat_store import ChatStore
     from finesight.app.server import serve_app
-    from finesight.encode.renderer import PromptEncoder, encode_prompt
     from finesight.infer.inference_service import InferenceService
+    from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 

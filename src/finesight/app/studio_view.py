@@ -115,6 +115,9 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "train.epochs": FormField("Epochs", "from the data", is_advanced=True),
         "train.steps": FormField("Steps instead of epochs", "from the data", is_advanced=True),
         "train.learning_rate": FormField("Learning rate", "from the model", is_advanced=True),
+        "train.objective": FormField(
+            "Train by rewards", choices=("grpo",), default="on the answers", is_advanced=True
+        ),
     },
     "editor": {"text": FormField("Selected recipe", lines=12)},
     "train": dict.fromkeys(("resume", "trust_metric")),

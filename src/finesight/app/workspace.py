@@ -23,7 +23,7 @@ from typing import Any
 import yaml
 
 from finesight.bounded_files import load_yaml
-from finesight.config import METRIC_NAMES, TRACKER_MODES, Recipe, TrainFileSettings, is_url
+from finesight.config import TRACKER_MODES, Recipe, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
@@ -32,6 +32,7 @@ from finesight.data.import_source import (
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
+from finesight.evaluate.custom_metric import list_functions
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
     EVAL_FILE,
@@ -517,13 +518,14 @@ class Workspace:
         path = self.check_new_name("recipes", name, ".yaml")
         run = self.check_new_name("runs", name)
         metric, samples = settings.get("eval.metric", "").strip(), []
+        objective = settings.get("train.objective", "").strip()
         for dataset in datasets:
             source = open_sample_source(self.folder / dataset.train_file)
             for index in range(0, len(source), max(1, len(source) // NUM_PREVIEW_ROWS)):
                 samples.append(source.read_sample(index).sample)
                 validate_sample(samples[-1], source.location(index))
         task = detect_task(samples)
-        task = replace(task, metric=metric or task.metric)
+        task = replace(task, metric=metric or task.metric, objective=objective or task.objective)
         _check_shared_images(self.folder, datasets)
         files = {one.train_file: f"{one.num_train} samples" for one in datasets}
         files |= {
@@ -616,10 +618,8 @@ class Workspace:
             files = [own, *map(Path, iglob(pattern, recursive=True))]
             if not all(self._contains(file) and not self._is_internal(file) for file in files):
                 problem = f"{path} is outside of the workspace {self.folder}, or of the studio"
-        if recipe.eval is not None and recipe.eval.metric not in METRIC_NAMES:
-            problem = (
-                f"eval.metric {recipe.eval.metric} is a Python file, which the studio never runs"
-            )
+        for section, name, _ in list_functions(recipe):
+            problem = f"{section} {name} is a Python file, which the studio never runs"
         for tracker in recipe.track:
             if tracker.uri is not None and tracker.uri not in TRACKER_MODES.get(tracker.kind, ()):
                 problem = f"track.uri {tracker.uri} is not a local mode of {tracker.kind}"
@@ -627,7 +627,7 @@ class Workspace:
             raise UserError(
                 problem,
                 where=str(where),
-                expected="data and output_dir in the workspace, a metric by its name, no track.uri",
+                expected="data and output_dir in the workspace, names of metrics, no track.uri",
                 remedy="change the setting, or train in a terminal",
             )
 

@@ -41,7 +41,7 @@ from finesight.data.boxes import (
     find_number_lists,
 )
 from finesight.data.corpus import PACKED_SUFFIXES, is_glob
-from finesight.data.formats.dataset_format import RawBox, join_text
+from finesight.data.formats.dataset_format import RawBox
 from finesight.data.import_source import (
     ImportOptions,
     UnvalidatedRow,
@@ -57,6 +57,7 @@ from finesight.data.sample import (
     LocatedSample,
     Sample,
     VideoPart,
+    join_text,
     list_media_paths,
 )
 from finesight.encode.renderer import Renderer, build_renderer

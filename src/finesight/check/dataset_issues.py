@@ -15,9 +15,15 @@ from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
 from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import Box, iou
-from finesight.data.formats.dataset_format import join_text
 from finesight.data.row_reader import is_object_text
-from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, list_media_paths
+from finesight.data.sample import (
+    BoxPart,
+    ImagePart,
+    Message,
+    Sample,
+    join_text,
+    list_media_paths,
+)
 from finesight.errors import shorten
 
 MAX_SHORT_ANSWER = 40
@@ -178,12 +184,8 @@ class ConsistencyChecker:
         """Hash a message; images with identical content have equal hashes."""
         segments: list[object] = [message.role]
         for part in message.content:
-            if isinstance(part, TextPart):
-                segments.append(part.text)
-            elif isinstance(part, BoxPart):
-                segments.append((part.image, part.label, part.xyxy))
-            else:
-                segments.append(tuple(map(self._catalog.image_index, list_media_paths(part))))
+            images = tuple(map(self._catalog.image_index, list_media_paths(part)))
+            segments.append(images or part.model_dump_json())
         return hash(tuple(segments))
 
 

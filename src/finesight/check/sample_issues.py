@@ -15,7 +15,7 @@ from finesight.check.check_issues import (
     issue_from_error,
 )
 from finesight.check.image_catalog import ImageCatalog
-from finesight.data.boxes import MAX_OVERHANG_PX, Box, clip_box
+from finesight.data.boxes import MAX_OVERHANG_PX, Box, clip_box, is_inside_image
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -77,10 +77,12 @@ def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
     height, width = size
     a, b, c, d = xyxy
     sorted_box = (min(a, c), min(b, d), max(a, c), max(b, d))
-    if a == c or b == d or not _is_within(sorted_box, size, 0):
+    if a == c or b == d or not is_inside_image(sorted_box, size, 0):
         return None
     fits_as_xywh = a + c <= width + MAX_OVERHANG_PX and b + d <= height + MAX_OVERHANG_PX
-    fits_as_cxcywh = _is_within((a - c / 2, b - d / 2, a + c / 2, b + d / 2), size, MAX_OVERHANG_PX)
+    fits_as_cxcywh = is_inside_image(
+        (a - c / 2, b - d / 2, a + c / 2, b + d / 2), size, MAX_OVERHANG_PX
+    )
     return None if fits_as_xywh or fits_as_cxcywh else sorted_box
 
 
@@ -99,9 +101,9 @@ def _check_box(
         fix = None if sort_corners(xyxy, size) is None else "reordered"
     elif x1 == x2 or y1 == y2:
         code, message, remedy = "box-empty", f"{message}: a line or a point", _ORDER_HINT
-    elif not _is_within(xyxy, size, MAX_OVERHANG_PX) or clip_box(xyxy, size) is None:
+    elif not is_inside_image(xyxy, size, MAX_OVERHANG_PX) or clip_box(xyxy, size) is None:
         code, remedy = "box-outside", _CONVENTION_HINT
-    elif not _is_within(xyxy, size, 0):
+    elif not is_inside_image(xyxy, size, 0):
         code, remedy, fix = "box-at-edge", "clip it to the image", "clipped"
     elif min(x2 - x1, y2 - y1) < MIN_BOX_SIDE:
         code, remedy = "box-tiny", "check that the box is not too small"
@@ -110,11 +112,6 @@ def _check_box(
     else:
         return
     yield location.create_issue(code, message, remedy, (issue_image,), fix)
-
-
-def _is_within(xyxy: Box, size: tuple[int, int], tolerance: float) -> bool:
-    x1, y1, x2, y2 = xyxy
-    return min(x1, y1) >= -tolerance and x2 <= size[1] + tolerance and y2 <= size[0] + tolerance
 
 
 _IMAGE_PLACEHOLDER = re.compile(
@@ -273,15 +270,16 @@ def iter_media_paths(sample: Sample) -> Iterator[str]:
 def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
     for message_index, message in enumerate(sample.messages):
         texts = [part.text for part in message.content if isinstance(part, TextPart)]
-        if len(texts) == len(message.content) and not "".join(texts).strip():
+        is_blank = len(texts) == len(message.content) and not "".join(texts).strip()
+        if is_blank and message.role != "tool":
             code = "empty-answer" if message.role == "assistant" else "empty-question"
             message_text = f"message {message_index}, of the {message.role}, is {''.join(texts)!r}"
             yield location.create_issue(code, message_text, "add text, or remove the sample")
-        if message.role != "user" and any(list_media_paths(part) for part in message.content):
+        if message.role in ("system", "assistant") and any(map(list_media_paths, message.content)):
             yield location.create_issue(
                 "image-in-answer",
                 f"message {message_index}, of the {message.role}, contains an image",
-                "move it to a user turn: answers contain text and boxes only",
+                "move it to a user turn or a tool result",
             )
 
 

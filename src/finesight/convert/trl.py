@@ -37,7 +37,9 @@ class TrlConverter(TrainerConverter):
             model = f"Qwen/{mirror[1]}"
         family = self.set_model(model, (), "hf", "adapter_name_or_path")
         self._set_data(family)
-        self._set_image(family)
+        for limit in ("min_pixels", "max_pixels"):
+            if family.token_size and config.has(limit):
+                draft.set(f"image.{limit}", config.get_int(limit))
         self._set_tune(family)
         bits = "4" if config.get_bool("load_in_4bit") or mirror else config.get_str("bits")
         keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
@@ -101,11 +103,6 @@ class TrlConverter(TrainerConverter):
             return DatasetSource(name, limit)
         address = f":{subset}/{split}" if subset else f":{split}" if split != "train" else ""
         return DatasetSource(f"hf:{name}{address}", limit)
-
-    def _set_image(self, family: FamilySettings) -> None:
-        for limit in ("min_pixels", "max_pixels"):
-            if family.token_size and self.config.has(limit):
-                self.draft.set(f"image.{limit}", self.config.get_int(limit))
 
     def _set_tune(self, family: FamilySettings) -> None:
         """Set the mode of each part; without adapters, parts that are not frozen are trained."""

@@ -8,6 +8,7 @@ defines the units, or the user gives them. Others are counted and reported.
 from __future__ import annotations
 
 import bisect
+import itertools
 import json
 import math
 import re
@@ -59,17 +60,13 @@ class BoxConvention:
             corners = (a, b, c, d)
         if self == BoxConvention():
             return corners
-        x1, y1, x2, y2 = corners
+        scales = [1.0, 1.0]
         if self.units != "pixel":
-            scale_x, scale_y = (side / float(self.units) for side in reversed(image_size))
-            x1, y1, x2, y2 = x1 * scale_x, y1 * scale_y, x2 * scale_x, y2 * scale_y
+            scales = [side / float(self.units) for side in reversed(image_size)]
         # Remove floating-point noise, so that a box survives conversion in both directions.
-        return (
-            round(x1, BOX_DECIMALS),
-            round(y1, BOX_DECIMALS),
-            round(x2, BOX_DECIMALS),
-            round(y2, BOX_DECIMALS),
-        )
+        scaled = zip(corners, scales * 2, strict=True)
+        x1, y1, x2, y2 = (round(corner * scale, BOX_DECIMALS) for corner, scale in scaled)
+        return x1, y1, x2, y2
 
 
 def parse_coordinates(value: object) -> list[float]:
@@ -124,6 +121,14 @@ def clip_box(box: Box, image_size: tuple[int, int]) -> Box | None:
     return (x1, y1, x2, y2) if has_area else None
 
 
+def is_inside_image(
+    box: Box, image_size: tuple[int, int], overhang: float = MAX_OVERHANG_PX
+) -> bool:
+    """Return whether a box has an area, and exceeds its image by at most `overhang` pixels."""
+    (height, width), (x1, y1, x2, y2) = image_size, box
+    return -overhang <= x1 < x2 <= width + overhang and -overhang <= y1 < y2 <= height + overhang
+
+
 def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
     """Clip a box that exceeds its image by no more than a rounding error.
 
@@ -136,17 +141,16 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     is_valid = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
     # In pixels, such a box is smaller than one and not on the pixel grid.
     is_fraction = convention.units == "pixel" and max(box) <= 1 and any(n % 1 for n in box)
-    is_inside = (
-        min(x1, y1) >= -MAX_OVERHANG_PX
-        and x2 <= width + MAX_OVERHANG_PX
-        and y2 <= height + MAX_OVERHANG_PX
-    )
     clipped = clip_box(box, image_size)
-    if clipped is not None and is_valid and is_inside and not is_fraction:
+    if clipped is not None and is_inside_image(box, image_size) and not is_fraction:
         return clipped
     coordinates = ", ".join(f"{value:g}" for value in box)
     problem = "is outside its image" if is_valid else "has inverted corners or no area"
-    remedy = _suggest_convention(convention)
+    other = "xywh" if convention.format == "xyxy" else "xyxy"
+    remedy = (
+        f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
+        f"{convention.units}, give --box-units pixel, 1 or 1000"
+    )
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
@@ -157,14 +161,6 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
         f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
-    )
-
-
-def _suggest_convention(convention: BoxConvention) -> str:
-    other = "xywh" if convention.format == "xyxy" else "xyxy"
-    return (
-        f"if the boxes are {other}, give --box-format {other}; if they are not in units of "
-        f"{convention.units}, give --box-units pixel, 1 or 1000"
     )
 
 
@@ -234,16 +230,12 @@ def iter_json_values(text: str, openings: str = "[{") -> Iterator[JsonMatch]:
 def _is_too_deep(value: object) -> bool:
     """Return whether a value is nested too deeply to be printed without RecursionError."""
     level = [value]
-    for _ in range(MAX_JSON_DEPTH):
-        level = [
-            inner
-            for one in level
-            if isinstance(one, list | dict)
-            for inner in (one.values() if isinstance(one, dict) else one)
-            if isinstance(inner, list | dict)
-        ]
-        if not level:
+    for _ in range(MAX_JSON_DEPTH + 1):
+        containers = [one for one in level if isinstance(one, list | dict)]
+        if not containers:
             return False
+        inner = (one.values() if isinstance(one, dict) else one for one in containers)
+        level = [*itertools.chain.from_iterable(inner)]
     return True
 
 

@@ -11,12 +11,13 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,10 +27,7 @@ from finesight.data.image_header import parquet_row_path, tar_member_path
 from finesight.data.line_index import (
     IndexedFile,
     SampleIndex,
-    load_or_build_index,
-    open_data_file,
     open_unchanged,
-    read_file_state,
 )
 from finesight.data.parquet_reader import (
     IMAGES_COLUMN,
@@ -44,6 +42,8 @@ from finesight.data.parquet_reader import (
 from finesight.data.row_reader import MemberGroup as Members
 from finesight.data.row_reader import iter_member_groups, split_member_name
 from finesight.data.sample import (
+    JSON_DATA_KEYS,
+    JsonlSamples,
     LocatedSample,
     build_no_samples_error,
     open_jsonl_samples,
@@ -62,49 +62,20 @@ PACKED_SUFFIXES = (".tar", ".parquet")
 GLOB_CHARACTERS = frozenset("*?[")
 
 
-class SampleSource(Protocol):
-    """Interface for random access to the samples of a data file or shards.
-
-    Samples are read from disk on access.
-    """
-
-    def __len__(self) -> int: ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 in hexadecimal that identifies the samples and their order."""
-        ...
-
-    def read_sample(self, index: int) -> LocatedSample:
-        """Read a sample by index and check its types. Raises UserError."""
-        ...
-
-    def location(self, index: int) -> str:
-        """Return file and position of a sample for messages."""
-        ...
-
-    def take(self, limit: int | None) -> SampleSource:
-        """Return a view of the first `limit` samples; None means all."""
-        ...
-
-
+@dataclass(frozen=True)
 class ShardedSamples:
     """The concatenated samples of several data files (shards)."""
 
-    def __init__(self, sources: Sequence[SampleSource], limit: int | None = None) -> None:
-        self._sources = sources
-        self._ends = list(accumulate(map(len, sources)))
-        num_samples = sum(map(len, sources))
-        self._num_samples = num_samples if limit is None else min(limit, num_samples)
+    sources: tuple[SampleSource, ...]
 
     @property
     def digest(self) -> str:
         """SHA-256 over the digests of all shards."""
-        digests = "".join(source.digest for source in self._sources)
+        digests = "".join(source.digest for source in self.sources)
         return hashlib.sha256(digests.encode()).hexdigest()
 
     def __len__(self) -> int:
-        return self._num_samples
+        return sum(map(len, self.sources))
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
@@ -118,12 +89,21 @@ class ShardedSamples:
 
     def take(self, limit: int | None) -> ShardedSamples:
         """Return a view of the first `limit` samples over all shards; None means all."""
-        return ShardedSamples(self._sources, limit)
+        if limit is None:
+            return self
+        starts = (end - len(source) for end, source in zip(self._ends, self.sources, strict=True))
+        limits = [max(0, limit - start) for start in starts]
+        taken = (one.take(limit) for one, limit in zip(self.sources, limits, strict=True))
+        return ShardedSamples(tuple(taken))
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return list(accumulate(map(len, self.sources)))
 
     def _locate(self, index: int) -> tuple[SampleSource, int]:
-        assert 0 <= index < len(self), f"sample {index} of {len(self)}"
+        assert 0 <= index < self._ends[-1], f"sample {index} of {len(self)}"
         source_index = bisect_right(self._ends, index)
-        source = self._sources[source_index]
+        source = self.sources[source_index]
         return source, index - self._ends[source_index] + len(source)
 
 
@@ -167,13 +147,28 @@ class TarSamples(IndexedFile):
     1]`. The digest covers all member names, sizes and sample JSON, but not the content of images.
     """
 
+    kind = "tar"
+
+    @staticmethod
+    def build_index(file: BinaryIO, path: Path) -> SampleIndex:
+        """Find the members of each sample."""
+        sha256 = hashlib.sha256()
+        starts, stop = [], 0
+        with open_tar(path) as tar:
+            for members in iter_member_groups(tar):
+                starts.append(members[0].offset)
+                stop = members[-1].offset_data + members[-1].size
+                for member in members:
+                    sha256.update(f"{member.name!r} {member.size}\n".encode(errors="surrogatepass"))
+                sha256.update(_read_sample_json(tar, members)[0])
+        return SampleIndex(np.array([*starts, stop]), np.empty(0, np.int64), sha256.hexdigest())
+
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
         with open_unchanged(self.path, self.file_state), open_tar(self.path, start) as tar:
-            members = list(
-                itertools.takewhile(lambda member: member.offset < stop, tar.iter_headers())
-            )
+            headers = tar.iter_headers()
+            members = [*itertools.takewhile(lambda member: member.offset < stop, headers)]
             content, folder = _read_sample_json(tar, members)
         folder = to_readable_name(folder)
         sample = parse_sample(content, self.location(index))
@@ -197,38 +192,6 @@ class TarSamples(IndexedFile):
         return f"{self.path}, sample {index + 1}"
 
 
-def open_tar_samples(path: Path) -> TarSamples:
-    """Open and index a tar file of samples."""
-    with open_data_file(path) as file:
-        return TarSamples(
-            path,
-            load_or_build_index(file, path, "tar", lambda: _build_tar_index(path)),
-            read_file_state(file),
-        )
-
-
-def read_first_json(path: Path) -> bytes | None:
-    """Return the JSON file of the first sample in a tar, None without one."""
-    with open_tar(path) as tar:
-        for member in next(iter_member_groups(tar), []):
-            if split_member_name(member)[1] == "json":
-                return tar.read_member(member)
-    return None
-
-
-def _build_tar_index(path: Path) -> SampleIndex:
-    sha256 = hashlib.sha256()
-    starts, stop = [], 0
-    with open_tar(path) as tar:
-        for members in iter_member_groups(tar):
-            starts.append(members[0].offset)
-            stop = members[-1].offset_data + members[-1].size
-            for member in members:
-                sha256.update(f"{member.name!r} {member.size}\n".encode(errors="surrogatepass"))
-            sha256.update(_read_sample_json(tar, members)[0])
-    return SampleIndex(np.array([*starts, stop]), np.empty(0, np.int64), sha256.hexdigest())
-
-
 def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
     for member in members:
         if split_member_name(member)[1] == "json":
@@ -241,70 +204,60 @@ def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
     )
 
 
-JSON_COLUMNS = ("messages", "references", "meta")
+JSON_COLUMNS = ("tools", "messages", "references", "meta")
 
 
-@dataclass(frozen=True, slots=True)
 class ParquetSamples(IndexedFile):
-    """Random access to the first `num_samples` samples of an indexed Parquet file.
+    """Random access to the samples of an indexed Parquet file.
 
-    The extra values of the index are the cumulative row counts at the end of each row group.
+    The extra values of the index are the first rows of each row group.
     """
 
-    num_samples: int
-    has_images: bool
+    kind = "parquet"
 
-    def __len__(self) -> int:
-        return self.num_samples
+    @staticmethod
+    def build_index(file: BinaryIO, path: Path) -> SampleIndex:
+        """Find the row group of each sample."""
+        sizes_G = np.array(list_row_group_sizes(path), np.int64)
+        groups_N1 = np.repeat(np.arange(len(sizes_G) + 1), [*sizes_G, 1])
+        return SampleIndex(groups_N1, np.cumsum(sizes_G) - sizes_G, sha256_file(path))
+
+    @cached_property
+    def has_images(self) -> bool:
+        """Whether the file contains its images."""
+        return has_images(self.path)
 
     def read_sample(self, index: int) -> LocatedSample:
         """Read a sample by index and check its types."""
-        ends_G = self.index.extra_B
-        group = int(np.searchsorted(ends_G, index, side="right"))
-        group_start = int(ends_G[group - 1]) if group else 0
+        group, where = int(self.index.offsets_N1[index]), self.location(index)
+        group_start = int(self.index.extra_B[group])
         with open_unchanged(self.path, self.file_state), translate_parquet_errors(self.path):
-            (record,) = iter_records(
-                read_text_columns(self.path, group).slice(index - group_start, 1),
-                self.location(index),
-            )
-        sample = sample_from_dict(
-            _decode_record(record, self.location(index)), self.location(index)
-        )
+            row = read_text_columns(self.path, group).slice(index - group_start, 1)
+            (record,) = iter_records(row, where)
+        sample = sample_from_dict(_decode_record(record, where), where)
         if not self.has_images:
             return LocatedSample(sample, self.path.parent)
-        return LocatedSample(
-            sample.map_paths(lambda name: parquet_row_path(index + 1, name)), self.path
-        )
+        sample = sample.map_paths(lambda name: parquet_row_path(index + 1, name))
+        return LocatedSample(sample, self.path)
 
     def location(self, index: int) -> str:
         """Return file and 1-based row number of a sample for messages."""
         return f"{self.path}, row {index + 1}"
 
-    def take(self, limit: int | None) -> ParquetSamples:
-        """Return a view of the first `limit` samples; None means all."""
-        return self if limit is None else replace(self, num_samples=min(limit, self.num_samples))
-
-
-def open_parquet_samples(path: Path) -> ParquetSamples:
-    """Open and index a Parquet file of samples."""
-
-    def build_index() -> SampleIndex:
-        ends = np.array([*accumulate(list_row_group_sizes(path))], dtype=np.int64)
-        return SampleIndex(np.zeros(1, np.int64), ends, sha256_file(path))
-
-    with open_data_file(path) as file:
-        index = load_or_build_index(file, path, "parquet", build_index)
-        file_state = read_file_state(file)
-    num_rows = int(index.extra_B[-1]) if len(index.extra_B) else 0
-    return ParquetSamples(path, index, file_state, num_rows, has_images(path))
-
 
 def read_first_record(path: Path) -> dict[str, Any] | None:
-    """Read the first row of a Parquet file as JSON data, without its images.
+    """Read the first sample of a tar or row of a Parquet file as JSON data, without its images.
 
     Used to detect whether the file contains samples. Returns None if the file has no rows or the
     first row is unreadable.
     """
+    if path.suffix.lower() == ".tar":
+        with open_tar(path) as tar, suppress(ValueError):
+            for member in next(iter_member_groups(tar), []):
+                if split_member_name(member)[1] == "json":
+                    record = parse_json(tar.read_member(member))
+                    return record if isinstance(record, dict) else None
+        return None
     if not read_parquet_metadata(path).num_rows:
         return None
     try:
@@ -329,15 +282,18 @@ def _decode_record(record: dict[str, Any], location: str) -> dict[str, Any]:
             expected=f"JSON, or lists and structs, in {', '.join(JSON_COLUMNS)}",
             remedy="write the file again",
         ) from error
-    cleaned: dict[str, Any] = remove_nulls(decoded)
+    cleaned: dict[str, Any] = remove_nulls(decoded, JSON_DATA_KEYS)
     return cleaned
 
+
+SampleSource = JsonlSamples | TarSamples | ParquetSamples | ShardedSamples
+"""Random access to the samples of a data file or shards, which are read from disk on access."""
 
 MIN_PARALLEL_FILES = 8
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Corpus(ShardedSamples):
     """The samples of all data files of a recipe, concatenated, with `limit` applied per file.
 
     Samples remain on disk and are read on access, so a corpus of millions of samples needs little
@@ -350,7 +306,6 @@ class Corpus:
         require_answer: Whether validation rejects samples without a final assistant message.
     """
 
-    sources: tuple[SampleSource, ...]
     weights: tuple[float, ...]
     fingerprint: str
     require_answer: bool = True
@@ -364,31 +319,18 @@ class Corpus:
         """Read and validate all samples of the corpus, or only the first `limit`."""
         return [self.read_validated(index) for index in range(len(self))[:limit]]
 
-    def __len__(self) -> int:
-        return len(self._samples)
-
     def __getitem__(self, index: int) -> LocatedSample:
         """Read a sample and check its types.
 
         The content is not validated again: samples are expected to have passed `read_validated`.
         """
-        return self._samples.read_sample(index)
+        return self.read_sample(index)
 
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample."""
-        located_sample = self[index]
-        validate_sample(
-            located_sample.sample, self.location(index), require_answer=self.require_answer
-        )
-        return located_sample
-
-    def location(self, index: int) -> str:
-        """Return the location of a sample for messages, such as `train.jsonl:12`."""
-        return self._samples.location(index)
-
-    @cached_property
-    def _samples(self) -> ShardedSamples:
-        return ShardedSamples(self.sources)
+        found, where = self[index], self.location(index)
+        validate_sample(found.sample, where, require_answer=self.require_answer)
+        return found
 
 
 def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:
@@ -435,7 +377,7 @@ def _open_files(files: list[Path]) -> list[SampleSource]:
 
 def _open_file(path: Path) -> SampleSource:
     openers: dict[str, Callable[[Path], SampleSource]]
-    openers = {".tar": open_tar_samples, ".parquet": open_parquet_samples}
+    openers = {".tar": TarSamples.open, ".parquet": ParquetSamples.open}
     return openers.get(path.suffix.lower(), open_jsonl_samples)(path)
 
 

@@ -59,9 +59,8 @@ def export_dataset(
         )
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
-        image_names = name_images(
-            dict.fromkeys(resolved_paths.values()), staging, out, copy=copy_images
-        )
+        image_paths = dict.fromkeys(resolved_paths.values())
+        image_names = name_images(image_paths, staging, out, copy=copy_images)
         names = {path: image_names[resolved] for path, resolved in resolved_paths.items()}
         writing = ExportContext(names, cache(read_image_size))
         files = _write_files(data_format.write_files(samples, writing), staging)

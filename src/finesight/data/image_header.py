@@ -27,12 +27,13 @@ from finesight.errors import UserError
 from finesight.storage import sha256_file
 
 MAX_MEMBER_BYTES = 256 * 2**20
-"""Maximum number of bytes of an image in a tar, read into memory at once."""
+"""Maximum number of bytes of a file in a tar, read into memory at once."""
 
-_TAR_MEMBER = re.compile(
-    r"(?P<container>.+?)/@(?P<start>[0-9]{1,18})\+(?P<size>[0-9]{1,18})/.+", re.DOTALL
+_MEMBER = re.compile(
+    r"(?P<container>.+?)/@(?P<start>[0-9]{1,18})(?:\+(?P<size>[0-9]{1,18}))?/(?P<name>.+)",
+    re.DOTALL,
 )
-_PARQUET_ROW = re.compile(r"(?P<container>.+?)/@(?P<row>[0-9]{1,18})/(?P<name>.+)", re.DOTALL)
+"""Path of a tar member by its first byte and size, or of an image by its Parquet row."""
 
 
 def tar_member_path(start: int, size: int, name: str) -> str:
@@ -53,7 +54,7 @@ def split_container_path(path: str) -> tuple[str, str]:
 
     The second part is empty for a path that is not inside a container.
     """
-    match = _TAR_MEMBER.fullmatch(path) or _PARQUET_ROW.fullmatch(path)
+    match = _MEMBER.fullmatch(path)
     return (path, "") if match is None else (match["container"], path[match.end("container") :])
 
 
@@ -68,18 +69,13 @@ def resolve_content(path: Path) -> Path | io.BytesIO:
     Raises:
         OSError: The container cannot be read, or ends before the end of the member.
     """
-    text = str(path)
-    if "/@" not in text or path.exists():
+    match = _MEMBER.fullmatch(str(path))
+    if match is None or path.exists():
         return path
-    if match := _TAR_MEMBER.fullmatch(text):
-        return io.BytesIO(
-            _read_range(Path(match["container"]), int(match["start"]), int(match["size"]))
-        )
-    if match := _PARQUET_ROW.fullmatch(text):
-        return io.BytesIO(
-            read_parquet_image(Path(match["container"]), int(match["row"]), match["name"])
-        )
-    return path
+    container, start = Path(match["container"]), int(match["start"])
+    if match["size"] is None:
+        return io.BytesIO(read_parquet_image(container, start, match["name"]))
+    return io.BytesIO(_read_range(container, start, int(match["size"])))
 
 
 def sha256_content(path: Path) -> str:
@@ -143,6 +139,7 @@ IMAGE_MAGICS = {
 _HEIF_HEADER = re.compile(rb".{4}ftyp.{4,60}(?:hei[cxms]|hev[cxms]|mif1|msf1)", re.DOTALL)
 """Pattern of the first bytes of a HEIF file: its box `ftyp` with a HEIF brand."""
 
+_DATA_URL = re.compile(r"\s*(?:data:(?:image|video|audio)/|image/[\w.+-]+;base64,)", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\s-]++={0,2}\s*")
 
 EXIF_ORIENTATION_TAG = 0x0112
@@ -199,8 +196,7 @@ def is_image_value(value: object, suffixes: Collection[str] = IMAGE_SUFFIXES) ->
 
 def is_embedded_media(text: str) -> bool:
     """Return whether a text is an image in base64, or the data URL of an image, video or audio."""
-    start = text.lstrip()[:11].lower()
-    return start.startswith(("data:image/", "data:video/", "data:audio/")) or is_base64_image(text)
+    return _DATA_URL.match(text) is not None or is_base64_image(text)
 
 
 class CorruptImageError(UserError):
@@ -261,12 +257,12 @@ def open_image_header(
     except Exception as error:  # Pillow raises many error types
         raise build_file_error(path, f"cannot be opened ({error})", "a readable image") from error
     width, height = image.size
-    if width * height > max_pixels:
+    num_tile_pixels = _count_tile_pixels(image) if isinstance(image, TiffImageFile) else 0
+    if max(width * height, num_tile_pixels) > max_pixels:
         image.close()
-        raise _build_too_large_error(path, f"{width} x {height} = {width * height}", max_pixels)
-    if isinstance(image, TiffImageFile) and _count_tile_pixels(image) > max_pixels:
-        image.close()
-        raise _build_too_large_error(path, f"tiles of {_count_tile_pixels(image)}", max_pixels)
+        size = f"{width} x {height} = {width * height}"
+        found = size if width * height > max_pixels else f"tiles of {num_tile_pixels}"
+        raise _build_too_large_error(path, found, max_pixels)
     return image
 
 

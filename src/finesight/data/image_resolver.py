@@ -18,8 +18,8 @@ from finesight.data.image_header import (
     IMAGE_MAGICS,
     CorruptImageError,
     find_image_suffix,
-    is_base64_image,
     is_container_path,
+    is_embedded_media,
     is_image_value,
     read_image_size,
     resolve_content,
@@ -104,9 +104,7 @@ class ImageResolver:
             )
         if name in self._found:
             return self._found[name]
-        if is_base64_image(name):
-            name = f"data:image;base64,{name}"
-        if name[:5].lower() == "data:":
+        if name[:5].lower() == "data:" or is_embedded_media(name):
             return self._save_image(_decode_data_url(name))
         if self._web_images is not None and "://" in name:
             return self._fetch_image(self._web_images, name)
@@ -192,11 +190,9 @@ class ImageResolver:
         return next(filter(self._is_available, candidates), None), candidates[0]
 
     def _is_available(self, path: str) -> bool:
-        if not os.path.exists(path):
-            return False
-        return self._allowed_root is None or Path(self._settled(path)).is_relative_to(
-            self._allowed_root
-        )
+        if not os.path.exists(path) or self._allowed_root is None:
+            return os.path.exists(path)
+        return Path(self._settled(path)).is_relative_to(self._allowed_root)
 
     def _settled(self, path_text: str) -> str:
         # Resolve the folder first: `..` is relative to the target of a link.
@@ -225,9 +221,8 @@ class ImageResolver:
             suffix = find_image_suffix(data)
             counter = itertools.count(len(self._saved_paths) + 1)
             names = (f"{number:06d}{suffix}" for number in counter)
-            path = self._images_folder / next(
-                name for name in names if name not in self.saved_names
-            )
+            unused = (name for name in names if name not in self.saved_names)
+            path = self._images_folder / next(unused)
             self.saved_names.add(path.name)
             self._images_folder.mkdir(exist_ok=True)
             path.write_bytes(data)
@@ -261,9 +256,9 @@ def encode_data_url(path: Path) -> str:
 
 
 def _decode_data_url(url: str) -> bytes:
-    header, comma, data = url.partition(",")
+    header, comma, data = url.rpartition(",")
     try:
-        if comma and header.lower().endswith(";base64"):
+        if not comma or header.lower().endswith(";base64"):
             data = "".join(data.split()).rstrip("=").translate(_FROM_URL_SAFE)
             return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)
     except ValueError:

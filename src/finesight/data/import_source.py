@@ -12,18 +12,22 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Literal
 
-from finesight.bounded_files import find_existing, parse_json
+from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
 from finesight.data.corpus import (
     PACKED_SUFFIXES,
     is_glob,
     open_sample_source,
-    read_first_json,
     read_first_record,
 )
 from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
-from finesight.data.formats.conversations import LLAMA_FACTORY
+from finesight.data.formats.conversations import (
+    LLAMA_FACTORY,
+    SAMPLES,
+    detect_samples,
+    example_from_sample,
+)
 from finesight.data.formats.dataset_format import (
     BoxTask,
     DatasetFormat,
@@ -33,11 +37,9 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     RawBox,
     as_list,
-    join_text,
 )
 from finesight.data.formats.image_annotations import build_class_prompt
 from finesight.data.formats.image_folder import IMAGEFOLDER, open_imagefolder
-from finesight.data.formats.message_parts import SAMPLES, detect_samples, example_from_sample
 from finesight.data.image_header import read_image_size
 from finesight.data.image_resolver import ImageResolver
 from finesight.data.row_reader import (
@@ -48,12 +50,10 @@ from finesight.data.row_reader import (
     SourceRow,
     concat_rows,
     is_object_text,
-    is_tar_file,
     list_folder,
     open_row_file,
-    open_webdataset,
 )
-from finesight.data.sample import BoxPart, Sample, validate_roles
+from finesight.data.sample import TOOL_CALL_START, BoxPart, Sample, join_text, validate_roles
 from finesight.errors import UserError
 
 if TYPE_CHECKING:
@@ -145,6 +145,11 @@ class ImportOptions:
     allowed_root: Path | None = None
     encoding: str | None = None
     no_header: bool = False
+
+    @property
+    def has_split(self) -> bool:
+        """True if the options split the rows into training and validation."""
+        return self.eval_last is not None or self.train_fraction is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +243,16 @@ class UnvalidatedSource:
         shared_context = self.source.create_context(self.options, self.output_folder, lenient=True)
         for row in self.source.iter_rows():
             context = replace(shared_context, raw_boxes=[])
+            examples, error = list[ImportExample](), None
             try:
                 examples = self.source.data_format.parse_examples(row, context)
             except InvalidOptionError:
                 raise
-            except UserError as error:
-                yield UnvalidatedRow(row.location, row.number, (), tuple(context.raw_boxes), error)
-                continue
+            except UserError as found:
+                error = found
             samples = tuple(sample for example in examples for sample in example.to_train_samples())
-            yield UnvalidatedRow(row.location, row.number, samples, tuple(context.raw_boxes))
+            boxes = tuple(context.raw_boxes)
+            yield UnvalidatedRow(row.location, row.number, samples, boxes, error)
 
 
 def open_unvalidated(
@@ -445,27 +451,20 @@ def _open_rows(source: Path, options: ImportOptions) -> tuple[RowReader, Dataset
             remedy="check the path, or remove --format to detect the format",
         )
     if is_folder:
-        folder_formats = [
-            data_format for data_format in iter_formats() if data_format.open_dataset is not None
-        ]
+        folder_formats = [one for one in iter_formats() if one.open_dataset is not None]
+        names = ", ".join(one.name for one in folder_formats)
+        expected = f'a dataset in one of the formats {names} (page "Importing data")'
         listing = list_folder(source)
-        has_only_images = len(listing.image_files()) == len(listing.files) > 0
+        if len(listing.image_files()) == len(listing.files) > 0:
+            expected = "images with labels"
         raise UserError(
             f"a folder without a known dataset format; it contains {listing}"
             + "".join(_explain_mismatch(listing, one) for one in folder_formats if listing.files),
             where=str(source),
-            expected="images with labels"
-            if has_only_images
-            else "a dataset in one of the formats "
-            f'{", ".join(one.name for one in folder_formats)} (page "Importing data")',
+            expected=expected,
             remedy=listing.suggest_source(),
         )
-    readers = [
-        open_webdataset(file)
-        if is_tar_file(file)
-        else open_row_file(file, options.encoding, no_header=options.no_header)
-        for file in files
-    ]
+    readers = [open_row_file(one, options.encoding, no_header=options.no_header) for one in files]
     return readers[0] if len(readers) == 1 else concat_rows(files, readers), None, ""
 
 
@@ -530,9 +529,7 @@ def is_sample_source(path: Path) -> bool:
         return True
     if not path.is_file():
         return False
-    record = (
-        _read_first_tar_record(path) if path.suffix.lower() == ".tar" else read_first_record(path)
-    )
+    record = read_first_record(path)
     if record is None or "id" not in record:
         return False
     # A text-only conversation next to images belongs to another format.
@@ -540,13 +537,6 @@ def is_sample_source(path: Path) -> bool:
     messages = as_list(record.get("messages"))
     is_text = all(isinstance(one, dict) and isinstance(one.get("content"), str) for one in messages)
     return detect_samples([record]) is not None and not (with_images and is_text)
-
-
-def _read_first_tar_record(path: Path) -> dict[str, object] | None:
-    with suppress(ValueError):
-        record = parse_json(read_first_json(path) or b"null")
-        return record if isinstance(record, dict) else None
-    return None
 
 
 def open_unvalidated_samples(
@@ -738,6 +728,8 @@ def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str
     if fmean(map(bool, box_counts)) > 0.5:
         has_classes = len(questions) == 1 and len({label for row in boxes for label in row}) > 1
         return "detection" if max(box_counts) > 1 or has_classes else "grounding"
+    if fmean(TOOL_CALL_START in answer for answer in answers) > 0.5:
+        return "tool_calls"
     if fmean(map(is_object_text, answers)) > 0.8:
         return "json"
     if fmean(bool(_LATEX.search(answer)) for answer in answers) > 0.5:

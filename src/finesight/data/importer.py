@@ -30,7 +30,6 @@ from finesight.data.formats.dataset_format import (
     InvalidOptionError,
     UnexpectedPlaceholderError,
     format_answer_id,
-    join_text,
 )
 from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import (
@@ -53,6 +52,7 @@ from finesight.data.sample import (
     check_limit,
     encode_json_line,
     is_video_path,
+    join_text,
     sample_fields,
     validate_sample,
 )
@@ -103,11 +103,8 @@ class Spool:
                 remedy="check the source; shorten what repeats in each row,"
                 " or import parts of it with --rows",
             )
-        try:
+        with translate_os_errors(self._folder):
             self._file.write(content)
-        except OSError:
-            with translate_os_errors(self._folder):
-                raise
         return span
 
     def read(self, span: SpoolSpan) -> bytes:
@@ -306,30 +303,24 @@ class ImportSummary:
         ]
 
 
-class _EncodedExample(NamedTuple):
-    """An imported example as JSON lines without the ID, which may still change."""
-
-    id: str
-    training: tuple[bytes, ...]
-    evaluation: bytes
-    images: tuple[str, ...]
-
-
 class _SpooledExample(NamedTuple):
-    """An encoded example whose JSON is stored in the `Spool`; see `_EncodedExample`."""
+    """An imported example in the spool, as JSON without its ID, which may still change.
+
+    Attributes:
+        spans: A training sample per answer, and for several answers a sample for evaluation.
+    """
 
     id: str
-    training: tuple[SpoolSpan, ...]
-    evaluation: SpoolSpan
+    spans: tuple[SpoolSpan, ...]
     images: tuple[str, ...]
 
     def lines(self, spool: Spool, *, is_eval: bool) -> Iterator[bytes]:
         """Yield one JSON line per sample of the example, with its final ID."""
-        if is_eval or len(self.training) == 1:
-            yield _format_line(self.id, spool.read(self.evaluation))
+        if is_eval or len(self.spans) == 1:
+            yield _format_line(self.id, spool.read(self.spans[-1]))
             return
-        for number, piece in enumerate(self.training, start=1):
-            yield _format_line(format_answer_id(self.id, number), spool.read(piece))
+        for number, span in enumerate(self.spans[:-1], start=1):
+            yield _format_line(format_answer_id(self.id, number), spool.read(span))
 
 
 RowExamples = list[_SpooledExample]
@@ -405,7 +396,7 @@ class _OutputSplit:
     def __len__(self) -> int:
         """Return the number of samples in the output file."""
         examples = (example for examples in self.rows for example in examples)
-        return sum(1 if self.is_eval else len(example.training) for example in examples)
+        return sum(1 if self.is_eval else len(one.spans[:-1]) or 1 for one in examples)
 
     def images(self) -> dict[str, None]:
         """Return the path of each image and video frame of the split once, in order."""
@@ -434,11 +425,7 @@ def import_dataset(
         with _paused_gc():
             parsed = _parse_rows(source, context, options, spool, image_names, progress_stage)
         rows, invalid = parsed.rows, parsed.invalid
-        if (
-            options.eval_last is None
-            and options.train_fraction is None
-            and 0 < parsed.num_eval < len(rows)
-        ):
+        if not options.has_split and 0 < parsed.num_eval < len(rows):
             options = replace(options, eval_last=parsed.num_eval)
         splits = _split_rows(_make_ids_unique(rows), options, parsed.pixel_keys)
         num_used = dict.fromkeys(image for part in splits for image in part.images())
@@ -449,14 +436,9 @@ def import_dataset(
         _remove_unused_images(staging, {image_names.name(image) for image in num_used})
     in_files = sum(part.num_rows for part in output_files)
     num_not_selected = source.rows.num_rows - len(rows) - len(invalid)
-    reason_counts = Counter(
-        {
-            REASON_NOT_SELECTED: num_not_selected,
-            REASON_IMAGE_IN_EVAL: sum(map(bool, rows)) - in_files,
-        }
-    )
-    reason_counts.update(context.skipped_rows)
-    reason_counts.update(invalid.reasons)
+    reason_counts = Counter({REASON_NOT_SELECTED: num_not_selected})
+    reason_counts[REASON_IMAGE_IN_EVAL] = sum(map(bool, rows)) - in_files
+    reason_counts.update(context.skipped_rows + invalid.reasons)
     is_table = "map" in source.data_format.supported_options
     return ImportSummary(
         format=source.data_format.name,
@@ -500,9 +482,7 @@ def _source_bytes(opened: ImportSource, request: ImportOptions) -> int:
 
 def get_skip_reason(error: UserError) -> str:
     """Return the reason for skipping a row, as counted in the import summary."""
-    reasons = (
-        reason for error_type, reason in REASON_BY_ERROR.items() if isinstance(error, error_type)
-    )
+    reasons = (reason for kind, reason in REASON_BY_ERROR.items() if isinstance(error, kind))
     return next(reasons, REASON_OTHER)
 
 
@@ -570,7 +550,10 @@ def _parse_rows(
             skipped.add(row.location, error, skipped_spool)
         else:
             other_keys.update(context.other_keys)
-            rows.append([_spool_example(example, spool) for example in encoded])
+            ids = [example.id for example in examples]
+            spans = [tuple(map(spool.add, lines)) for lines, _ in encoded]
+            images = [paths for _, paths in encoded]
+            rows.append(list(map(_SpooledExample, ids, spans, images)))
             locations.append(row.location)
             is_eval.append(row_index >= eval_start)
             context.source_notes.update(context.row_notes)
@@ -580,8 +563,8 @@ def _parse_rows(
     for kind, count, _, text in coordinates.describe():
         note = f"samples with {kind} in their text, such as {text!r}: they stay as they are for"
         context.source_notes[f"{note} every model; {COORDINATE_REMEDIES[kind]}"] += count
-    has_split = any(is_eval) or options.eval_last is not None or options.train_fraction is not None
-    corrupt, pixel_keys = _decode_images(rows, context, progress_stage, with_keys=has_split)
+    with_keys = any(is_eval) or options.has_split
+    corrupt, pixel_keys = _decode_images(rows, context, progress_stage, with_keys=with_keys)
     if corrupt:
         row_errors = [next((corrupt[i] for i in _images(r) if i in corrupt), None) for r in rows]
         for location, image_error in zip(locations, row_errors, strict=True):
@@ -696,8 +679,10 @@ def _find_ambiguous(decoded: Mapping[str, DecodedImage]) -> list[str]:
     return [path for path, image in decoded.items() if is_ambiguous(image)]
 
 
-def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_EncodedExample]:
-    """Validate the samples of a row and encode them as JSON."""
+def _encode_examples(
+    examples: list[ImportExample], names: ImageNames
+) -> list[tuple[list[bytes], tuple[str, ...]]]:
+    """Validate the samples of a row; return their JSON and the images of each example."""
     encoded = []
     size = 0
     for example in examples:
@@ -707,30 +692,23 @@ def _encode_examples(examples: list[ImportExample], names: ImageNames) -> list[_
             images[image] = None
             return names.name(image)
 
-        training = []
+        lines: list[bytes] = []
         for sample in example.to_train_samples():
             validate_sample(sample, "")
-            training.append(_encode_sample(sample, name))
-            size += len(training[-1])
+            lines.append(_encode_sample(sample, name))
+            size += len(lines[-1])
             if size > MAX_ROW_BYTES:
                 raise LimitExceededError(
                     f"over {MAX_ROW_BYTES:,} bytes of samples: {len(examples):,} questions, and"
-                    f" {len(example.answers):,} answers to a question of {len(training[0]):,}"
+                    f" {len(example.answers):,} answers to a question of {len(lines[0]):,}"
                     " bytes",
                     expected=f"at most {MAX_ROW_BYTES:,} bytes out of one row",
                     remedy="split the row, or remove it",
                 )
-        evaluation = training[0]
         if len(example.answers) > 1:
-            evaluation = _encode_sample(example.to_eval_sample(), name)
-        encoded.append(_EncodedExample(example.id, tuple(training), evaluation, tuple(images)))
+            lines.append(_encode_sample(example.to_eval_sample(), name))
+        encoded.append((lines, tuple(images)))
     return encoded
-
-
-def _spool_example(example: _EncodedExample, spool: Spool) -> _SpooledExample:
-    training = tuple(map(spool.add, example.training))
-    evaluation = training[0] if len(training) == 1 else spool.add(example.evaluation)
-    return _SpooledExample(example.id, training, evaluation, example.images)
 
 
 def _encode_sample(sample: Sample, name: Callable[[str], str]) -> bytes:
@@ -826,7 +804,7 @@ def _split_rows(
 
     Without a split there is one file, data.jsonl, otherwise train.jsonl and eval.jsonl.
     """
-    if options.eval_last is None and options.train_fraction is None:
+    if not options.has_split:
         return [_OutputSplit("data.jsonl", rows)]
     videos = {Path(p) for examples in rows for p in _images(examples) if p not in pixel_keys}
     video_keys = hash_images(videos)

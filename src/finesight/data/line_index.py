@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Self
+from typing import BinaryIO, ClassVar, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,7 +33,7 @@ Smaller files are indexed in less than a second, and there may be many of them.
 MAX_UNUSED_S = 90 * 24 * 3600.0
 """Time in seconds after which an unused index is deleted from the cache."""
 
-INDEX_VERSION = 1
+INDEX_VERSION = 2
 """Format version of the cached index. Increase it when the content of an index changes."""
 
 _DIGEST_WORDS = 4
@@ -44,7 +44,8 @@ class SampleIndex(NamedTuple):
     """Positions of the samples in a data file.
 
     Attributes:
-        offsets_N1: Byte offsets of N samples, followed by the end of the last one.
+        offsets_N1: Byte offsets of N samples, followed by the end of the last one. In a Parquet
+            file, the row groups of N samples and a last value.
         digest: SHA-256 of the file content in hexadecimal.
     """
 
@@ -57,12 +58,12 @@ class SampleIndex(NamedTuple):
         return self if limit is None else self._replace(offsets_N1=self.offsets_N1[: limit + 1])
 
 
-def index_cache_folder() -> Path:
-    """Return the cache folder that contains all cached indexes."""
+def cache_folder(name: str) -> Path:
+    """Return the cache folder of indexes, Parquet files with small row groups, or downloads."""
     # huggingface_hub is slow to import.
     from huggingface_hub import constants
 
-    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "index"
+    return Path(constants.HF_ASSETS_CACHE) / "finesight" / name
 
 
 def load_or_build_index(
@@ -77,7 +78,7 @@ def load_or_build_index(
     if os.fstat(file.fileno()).st_size < MIN_INDEXED_BYTES[kind]:
         return build_index()
     cache_key = hashlib.sha256(f"{kind} {path.absolute()}".encode(errors="surrogateescape"))
-    cache_path = index_cache_folder() / f"{cache_key.hexdigest()}.index"
+    cache_path = cache_folder("index") / f"{cache_key.hexdigest()}.index"
     index = _read_index(cache_path, file_identity)
     if index is None:
         index = build_index()
@@ -180,6 +181,23 @@ class IndexedFile:
     path: Path
     index: SampleIndex
     file_state: FileState
+    kind: ClassVar[str]
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """Index a file in one pass, or load its cached index.
+
+        Raises:
+            UnreadableFileError: The file is unreadable, or a line is too long.
+        """
+        with open_data_file(path) as file:
+            index = load_or_build_index(file, path, cls.kind, lambda: cls.build_index(file, path))
+            return cls(path, index, read_file_state(file))
+
+    @staticmethod
+    def build_index(file: BinaryIO, path: Path) -> SampleIndex:
+        """Build the index of an open file."""
+        raise NotImplementedError
 
     @property
     def digest(self) -> str:
@@ -202,6 +220,13 @@ class IndexedLines(IndexedFile):
     non-blank lines before it.
     """
 
+    kind = "lines"
+
+    @staticmethod
+    def build_index(file: BinaryIO, path: Path) -> SampleIndex:
+        """Find the lines of an open file."""
+        return build_line_index(file, path)
+
     def __getitem__(self, index: int) -> bytes:
         """Read a line by index."""
         start, stop = self.index.offsets_N1[index : index + 2].tolist()
@@ -214,20 +239,6 @@ class IndexedLines(IndexedFile):
         """Return file and 1-based line number for messages; the number includes blank lines."""
         num_blank = np.searchsorted(self.index.extra_B, index, side="right")
         return f"{self.path}:{index + 1 + num_blank}"
-
-
-def index_lines(path: Path) -> IndexedLines:
-    """Index all lines of a file in one pass, or load the cached index.
-
-    Raises:
-        UnreadableFileError: The file is unreadable, or a line is too long.
-    """
-    with open_data_file(path) as file:
-        return IndexedLines(
-            path,
-            load_or_build_index(file, path, "lines", lambda: build_line_index(file, path)),
-            read_file_state(file),
-        )
 
 
 def build_line_index(file: BinaryIO, path: Path) -> SampleIndex:

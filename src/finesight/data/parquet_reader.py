@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from finesight.bounded_files import is_utf8, reject_special_file
-from finesight.data.line_index import hash_file_identity
+from finesight.data.line_index import cache_folder, hash_file_identity
 from finesight.data.sample import check_limit
 from finesight.errors import UserError
 from finesight.storage import require_free_space, write_folder_once
@@ -123,14 +123,10 @@ def _convert_time(scalar: Any) -> Any:
     candidate_types: list[Any] = []
     if pyarrow.types.is_timestamp(kind):
         unit = "us" if is_fine else kind.unit
-        candidate_types = [
-            pyarrow.timestamp(unit, kind.tz),
-            pyarrow.timestamp(unit, kind.tz and "UTC"),
-        ]
-    elif is_fine and pyarrow.types.is_duration(kind):
-        candidate_types = [pyarrow.duration("us")]
+        candidate_types = [pyarrow.timestamp(unit, zone) for zone in (kind.tz, kind.tz and "UTC")]
     elif is_fine:
-        candidate_types = [pyarrow.time64("us")]
+        is_duration = pyarrow.types.is_duration(kind)
+        candidate_types = [pyarrow.duration("us") if is_duration else pyarrow.time64("us")]
     for other in candidate_types:
         try:
             return scalar.cast(other, safe=False).as_py()
@@ -156,10 +152,7 @@ Cached indexes refer to these row groups: increase `INDEX_VERSION` when this val
 MAX_GROUP_ROWS = 1024
 
 
-_DAMAGE = (
-    *(ValueError, NotImplementedError, OSError, LookupError, OverflowError, TypeError),
-    MemoryError,
-)
+_DAMAGE = (*_UNREPRESENTABLE, NotImplementedError, OSError, TypeError, MemoryError)
 """Exceptions that pyarrow raises for corrupt files."""
 
 
@@ -234,7 +227,7 @@ def list_row_group_sizes(path: Path) -> tuple[int, ...]:
 def read_text_columns(path: Path, group: int) -> Any:
     """Read all columns of a row group except the images, as a pyarrow table."""
     small_file = ensure_small_groups(path, _file_version(path))
-    return _read_text_columns(small_file, _file_version(small_file), group)
+    return _read_columns(small_file, _file_version(small_file), group, with_images=False)
 
 
 def read_first_row(path: Path) -> dict[str, Any]:
@@ -270,9 +263,9 @@ def _find_image(small_file: Path, row: int, name: str) -> bytes:
     version, row_offset = _file_version(small_file), 0
     for group, size in enumerate(_list_group_sizes(small_file, version)):
         if row_offset < row <= row_offset + size:
-            return _get_image_bytes(
-                _read_images(small_file, version, group)[row - row_offset - 1].as_py() or (), name
-            )
+            table = _read_columns(small_file, version, group, with_images=True)
+            images = table.column(IMAGES_COLUMN)
+            return _get_image_bytes(images[row - row_offset - 1].as_py() or (), name)
         row_offset += size
     raise FileNotFoundError(f"no row {row} among {row_offset}")
 
@@ -290,24 +283,15 @@ def _file_version(path: Path) -> int:
     return path.stat().st_mtime_ns
 
 
-@lru_cache(2)
-def _read_text_columns(path: Path, version: int, group: int) -> Any:
-    with _open_parquet(path, version) as file:
-        return file.read_row_group(group, columns=_non_image_columns(file))
+@lru_cache(4)
+def _read_columns(path: Path, version: int, group: int, *, with_images: bool) -> Any:
+    with open_parquet(path, _read_metadata(path, version)) as file:
+        columns = [IMAGES_COLUMN] if with_images else _non_image_columns(file)
+        return file.read_row_group(group, columns=columns)
 
 
 def _non_image_columns(file: Any) -> list[str]:
     return [name for name in file.schema_arrow.names if name != IMAGES_COLUMN]
-
-
-@lru_cache(2)
-def _read_images(path: Path, version: int, group: int) -> Any:
-    with _open_parquet(path, version) as file:
-        return file.read_row_group(group, columns=[IMAGES_COLUMN]).column(IMAGES_COLUMN)
-
-
-def _open_parquet(path: Path, version: int) -> Any:
-    return open_parquet(path, _read_metadata(path, version))
 
 
 @lru_cache(64)
@@ -325,10 +309,8 @@ def _list_group_sizes(path: Path, version: int) -> tuple[int, ...]:
 
 
 def _list_row_groups(path: Path) -> list[Any]:
-    file_metadata = read_parquet_metadata(path)
-    return [
-        file_metadata.row_group(group_index) for group_index in range(file_metadata.num_row_groups)
-    ]
+    found = read_parquet_metadata(path)
+    return [found.row_group(index) for index in range(found.num_row_groups)]
 
 
 @lru_cache(1024)
@@ -341,7 +323,7 @@ def ensure_small_groups(path: Path, version: int) -> Path:
     if largest <= MAX_ROW_GROUP_BYTES:
         return path
     with path.open("rb") as file:
-        folder = regrouped_folder() / hash_file_identity(file).hex()[:32]
+        folder = cache_folder("parquet") / hash_file_identity(file).hex()[:32]
 
     def write(staging: Path) -> None:
         num_bytes = sum(group.total_byte_size for group in _list_row_groups(path))
@@ -356,14 +338,6 @@ def ensure_small_groups(path: Path, version: int) -> Path:
     return folder / path.name
 
 
-def regrouped_folder() -> Path:
-    """Return the cache folder of Parquet files that were rewritten with smaller row groups."""
-    # huggingface_hub is slow to import.
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "parquet"
-
-
 def rewrite_row_groups(path: Path, target: Path) -> None:
     parquet = import_parquet(path)
     # Read page by page, so that no complete column of a large row group is in memory.
@@ -373,11 +347,7 @@ def rewrite_row_groups(path: Path, target: Path) -> None:
         parquet.ParquetWriter(target, file.schema_arrow) as writer,
     ):
         for group_index, group in enumerate(_list_row_groups(path)):
-            rows = max(
-                1,
-                min(
-                    MAX_GROUP_ROWS, TARGET_ROW_GROUP_BYTES * group.num_rows // group.total_byte_size
-                ),
-            )
-            for batch in file.iter_batches(rows, row_groups=[group_index]):
+            rows = TARGET_ROW_GROUP_BYTES * group.num_rows // group.total_byte_size
+            batch_size = max(1, min(MAX_GROUP_ROWS, rows))
+            for batch in file.iter_batches(batch_size, row_groups=[group_index]):
                 writer.write_batch(batch)

@@ -19,7 +19,7 @@ import tarfile
 import zipfile
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime, time
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -31,7 +31,7 @@ from finesight.bounded_files import (
     to_readable_name,
     translate_os_errors,
 )
-from finesight.data.image_header import IMAGE_SUFFIXES, is_image_value
+from finesight.data.image_header import IMAGE_SUFFIXES, MAX_MEMBER_BYTES, is_image_value
 from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,
@@ -119,7 +119,7 @@ ItemT = TypeVar("ItemT")
 
 
 def rows_from_items(
-    items: Sequence[ItemT], make_row: Callable[[int, ItemT], SourceRow]
+    items: Sequence[ItemT], make_row: Callable[[int, ItemT], SourceRow], text_format: str = ""
 ) -> RowReader:
     """Create a row reader that builds one row per item on access.
 
@@ -131,7 +131,7 @@ def rows_from_items(
         selected = itertools.islice(enumerate(items, start=1), start, stop)
         return (make_row(row_number, item) for row_number, item in selected)
 
-    return RowReader(len(items), iter_range)
+    return RowReader(len(items), iter_range, text_format=text_format)
 
 
 def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReader:
@@ -140,10 +140,8 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         row_offset = 0
         for file, reader in zip(files, readers, strict=True):
-            selected = reader.iter_range(
-                max(0, start - row_offset), max(0, min(reader.num_rows, stop - row_offset))
-            )
-            for row in selected:
+            last = max(0, min(reader.num_rows, stop - row_offset))
+            for row in reader.iter_range(max(0, start - row_offset), last):
                 location = f"{file.name}, {row.location}"
                 yield SourceRow(row_offset + row.number, location, row.record, row.stem)
             row_offset += reader.num_rows
@@ -155,7 +153,7 @@ def concat_rows(files: Sequence[Path], readers: Sequence[RowReader]) -> RowReade
 def open_row_file(
     source: Path, encoding: str | None = None, *, no_header: bool = False
 ) -> RowReader:
-    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file as rows.
+    """Open a .json, .jsonl, .csv, .tsv, .xlsx or .parquet file, or a WebDataset, as rows.
 
     Args:
         encoding: Encoding of a .csv or .tsv file, None to detect it.
@@ -170,6 +168,8 @@ def open_row_file(
         rows = _open_xlsx(source, no_header)
     elif suffix in (".json", ".jsonl"):
         rows = _open_json(source)
+    elif is_tar_file(source):
+        return open_webdataset(source)
     else:
         remedy = "rename the file if it is one of these, or convert it"
         if suffix in (".xls", ".ods", ".xlsm", ".xlsb", ".numbers"):
@@ -393,11 +393,7 @@ def _open_csv(source: Path, encoding: str | None, no_header: bool) -> RowReader:
     note = "" if is_certain else "encoding guessed: "
     encoding_name = guessed.upper().replace("_", "-")
     text_format = f"{_DELIMITERS[delimiter]}-separated, {note}{encoding_name}{header_note}"
-    return RowReader(
-        len(table),
-        lambda start, stop: itertools.islice(table, start, stop),
-        text_format=text_format,
-    )
+    return rows_from_items(table, lambda _, row: row, text_format)
 
 
 def _open_xlsx(source: Path, no_header: bool) -> RowReader:
@@ -447,8 +443,7 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
 
     others = [name for name in workbook.sheetnames if name != sheet.title]
     text_format = f"sheet {sheet.title!r}" + (f", not {', '.join(others)}" if others else "")
-    rows = rows_from_items(numbered_rows, make_row)
-    return replace(rows, text_format=f"{text_format}{header_note}")
+    return rows_from_items(numbered_rows, make_row, f"{text_format}{header_note}")
 
 
 def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
@@ -462,19 +457,16 @@ def _iter_sheet_rows(sheet: Any) -> Iterator[tuple[int, list[Any]]]:
         num_cells += 1 + len(row)
         if num_cells > MAX_XLSX_CELLS:
             raise ValueError(f"more than {MAX_XLSX_CELLS:,} cells")
-        values = list(row)
+        values = [
+            value.date().isoformat()
+            if isinstance(value, datetime) and value.time() == time.min
+            else value
+            for value in row
+        ]
         while values and values[-1] is None:
             values.pop()
         if values:
-            yield (
-                number,
-                [
-                    value.date().isoformat()
-                    if isinstance(value, datetime) and value.time() == time.min
-                    else value
-                    for value in values
-                ],
-            )
+            yield number, values
 
 
 def _parse_csv(
@@ -551,30 +543,25 @@ def _open_parquet(source: Path) -> RowReader:
 
     def iter_range(start: int, stop: int) -> Iterator[SourceRow]:
         with translate_parquet_errors(source), open_parquet(source) as parquet_file:
-            position = 0
-            for group in range(parquet_file.num_row_groups):
-                size = parquet_file.metadata.row_group(group).num_rows
-                if position < stop and start < position + size:
-                    yield from iter_batches(parquet_file, group, position, start, stop)
-                position += size
-
-    def iter_batches(
-        parquet_file: Any, group: int, position: int, start: int, stop: int
-    ) -> Iterator[SourceRow]:
-        rows = get_batch_size(parquet_file.metadata.row_group(group))
-        for batch in parquet_file.iter_batches(batch_size=rows, row_groups=[group]):
-            for record in iter_records(batch, str(source)):
-                if start <= position < stop:
-                    yield SourceRow(position + 1, f"row {position + 1}", record, source.stem)
-                position += 1
+            end = 0
+            for index in range(parquet_file.num_row_groups):
+                group = parquet_file.metadata.row_group(index)
+                first, end = end, end + group.num_rows
+                is_used = first < stop and start < end
+                batches = parquet_file.iter_batches(get_batch_size(group), row_groups=[index])
+                records = (
+                    record
+                    for batch in (batches if is_used else ())
+                    for record in iter_records(batch, str(source))
+                )
+                for number, record in enumerate(records, start=first + 1):
+                    if start < number <= stop:
+                        yield SourceRow(number, f"row {number}", record, source.stem)
 
     return RowReader(found.num_rows, iter_range)
 
 
 TEXT_SUFFIXES = frozenset({"txt", "text", "caption", "transcript", "cls", "id", "index"})
-
-MAX_MEMBER_BYTES = 256 * 2**20
-"""Maximum number of bytes of a file in a tar, read into memory at once."""
 
 MemberGroup = list[tarfile.TarInfo]
 
@@ -616,9 +603,8 @@ def open_webdataset(source: Path) -> RowReader:
             selected = itertools.islice(enumerate(iter_member_groups(tar), start=1), start, stop)
             for row_number, members in selected:
                 key = split_member_name(members[0])[0]
-                yield SourceRow(
-                    row_number, f"sample {key}", _build_record(tar, members), source.stem
-                )
+                record = _build_record(tar, members)
+                yield SourceRow(row_number, f"sample {key}", record, source.stem)
 
     return RowReader(num_samples, iter_range)
 
@@ -664,22 +650,18 @@ def _build_record(tar: TarArchive, members: MemberGroup) -> Record:
     """
     names = [posixpath.basename(member.name) for member in members]
     record: Record = {"id": split_member_name(members[0])[0]}
-    image_members = {
-        split_member_name(m)[1]: m for m in members if _is_image_suffix(split_member_name(m)[1])
-    }
+    by_suffix = [(split_member_name(member)[1], member) for member in members]
+    image_members = {suffix: member for suffix, member in by_suffix if _is_image_suffix(suffix)}
     for suffix, member in image_members.items():
         record["image" if len(image_members) == 1 else suffix] = _read_member(tar, member)
-    for member in members:
-        suffix = split_member_name(member)[1]
+    for suffix, member in by_suffix:
         if suffix in TEXT_SUFFIXES or suffix == "json":
             path, remedy = Path(f"{tar.archive}, {member.name}"), "create the tar again"
             with translate_os_errors(path, expected="a text in UTF-8", remedy=remedy):
                 text = _read_member(tar, member).decode().rstrip("\r\n")
-            values = (
-                _parse_member_json(text, member, tar.archive)
-                if suffix == "json"
-                else {suffix: text}
-            )
+            values: Record = {suffix: text}
+            if suffix == "json":
+                values = _parse_member_json(text, member, tar.archive)
             clashing = {key: value for key, value in values.items() if key in record}
             record = {**values, **record}
             for key, value in clashing.items():
@@ -740,10 +722,6 @@ class FolderListing:
         """Return the files with a given suffix, in lower case with its dot."""
         return [path for path in self.files if path.suffix.lower() == suffix]
 
-    def count_suffixes(self) -> Counter[str]:
-        """Count the files of the folder by suffix."""
-        return Counter(path.suffix.lower() or "no suffix" for path in self.files)
-
     def suggest_source(self) -> Remedy:
         """Return a suggestion for a folder that no dataset format can open.
 
@@ -756,16 +734,15 @@ class FolderListing:
                 has_both = train is not None and evaluation is not None
                 more = f"; a check also takes --against {evaluation}" * has_both
                 return f"give the file itself, such as {train or files[0]}{more}"
-        if self.files_with_suffix(".xml"):
-            first = self.files_with_suffix(".xml")[0]
+        images, texts = self.image_files(), self.files_with_suffix(".txt")
+        for first in self.files_with_suffix(".xml"):
             return f"the closest is voc: its XML files contain <annotation>, in contrast to {first}"
-        if self.image_files() and self.files_with_suffix(".txt"):
-            names = self.image_files()[0].name, self.files_with_suffix(".txt")[0].name
+        if images and texts:
             return (
                 "the closest is folder: texts have the names of their images, a.jpg and a.txt; "
-                f"found {names[0]} and {names[1]}"
+                f"found {images[0].name} and {texts[0].name}"
             )
-        if self.image_files():
+        if images:
             purpose = (
                 "add a table or a .txt file with the answer next to each image, sort the images"
                 " into one folder per class, or label them"
@@ -775,7 +752,8 @@ class FolderListing:
         return "give the folder with the images and labels, or the file with the rows"
 
     def __str__(self) -> str:
-        kinds = [f"{count} {suffix}" for suffix, count in self.count_suffixes().most_common(6)]
+        counts = Counter(path.suffix.lower() or "no suffix" for path in self.files)
+        kinds = [f"{count} {suffix}" for suffix, count in counts.most_common(6)]
         return ", ".join(kinds) or "no file"
 
 
@@ -811,7 +789,6 @@ def open_annotation_files(
         The rows and the reason for the match, or None if none of the first files is an annotation
             of the format. Each row lists the class names of all files.
     """
-
     if source.is_dir():
         files = list_folder(source).files_with_suffix(suffix)
     else:
@@ -840,12 +817,9 @@ def is_json_object(path: Path) -> bool:
     """Return whether a .json file contains an object, judged by its first bytes."""
     if path.suffix.lower() != ".json" or not path.is_file():
         return False
-    try:
-        with path.open("rb") as file:
-            head = file.read(SNIFF_BYTES)
-    except OSError:  # the row reader reports it
-        return False
-    return head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"{")
+    with contextlib.suppress(OSError), path.open("rb") as file:  # the row reader reports it
+        return file.read(SNIFF_BYTES).removeprefix(UTF8_BOM).lstrip().startswith(b"{")
+    return False
 
 
 def _iter_files(root: Path) -> Iterator[Path]:
@@ -877,9 +851,7 @@ def _is(kind: Callable[[], bool]) -> bool:
 
 def _list_entries(folder: str) -> list[os.DirEntry[str]]:
     """Return the readable entries of a folder sorted by name, without hidden ones."""
-    try:
-        with os.scandir(folder) as entries:
-            shown = [entry for entry in entries if not entry.name.startswith(".")]
-    except OSError:
-        return []
-    return sorted(shown, key=lambda entry: entry.name)
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        shown = [entry for entry in entries if not entry.name.startswith(".")]
+        return sorted(shown, key=lambda entry: entry.name)
+    return []

@@ -1,4 +1,4 @@
-"""The sample format and its JSON Lines files: conversations about images, with boxes.
+"""The sample format and its JSON Lines files: conversations about images, boxes and tool calls.
 
 A JSONL file contains one sample per line, and paths are relative to its folder. Boxes are `[x1, y1,
 x2, y2]` in pixels of the original image after EXIF rotation, with the origin at the top left. Size
@@ -10,12 +10,14 @@ from __future__ import annotations
 import json
 import math
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -27,16 +29,15 @@ from pydantic import (
 )
 
 from finesight import storage
-from finesight.bounded_files import translate_os_errors
+from finesight.bounded_files import parse_json, translate_os_errors
 from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
 from finesight.data.line_index import (
     UTF8_BOM,
     IndexedLines,
-    index_lines,
     open_data_file,
     read_lines,
 )
-from finesight.errors import Step, UserError, suggest_name
+from finesight.errors import Remedy, Step, UserError, suggest_name
 
 MAX_BOXES = 10_000
 """Maximum number of boxes in a sample, which are about 300,000 tokens as text."""
@@ -167,10 +168,46 @@ class BoxPart(FrozenModel):
     xyxy: tuple[PixelCoordinate, PixelCoordinate, PixelCoordinate, PixelCoordinate]
 
 
-ContentPart = Annotated[TextPart | ImagePart | VideoPart | BoxPart, Discriminator("type")]
+TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
 
 
-Role = Literal["system", "user", "assistant"]
+class ToolCallPart(FrozenModel):
+    """A call of a tool by the assistant, with its arguments as JSON data."""
+
+    type: Literal["tool_call"] = "tool_call"
+    name: str = Field(pattern=r'^[^"\\<>\x00-\x1f]{1,256}$')
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+    def to_text(self) -> str:
+        """Return name and arguments as JSON in tags, as Qwen2.5 and Qwen3-VL write a call."""
+        arguments = json.dumps(self.arguments, ensure_ascii=False)
+        call = f'{{"name": "{self.name}", "arguments": {arguments}}}'
+        return f"{TOOL_CALL_START}\n{call}\n{TOOL_CALL_END}"
+
+    @classmethod
+    def from_json(cls, value: object) -> ToolCallPart | None:
+        """Build a call from JSON data with name and arguments, or return None if it is invalid.
+
+        The data may be under `function`, and the arguments may be JSON text, as in the OpenAI API.
+        """
+        call = value.get("function", value) if isinstance(value, dict) else None
+        if not isinstance(call, dict):
+            return None
+        arguments = call.get("arguments") or {}
+        try:
+            arguments = parse_json(arguments) if isinstance(arguments, str) else arguments
+            json.dumps(arguments, allow_nan=False)
+            return cls.model_validate({"name": call.get("name"), "arguments": arguments})
+        except (ValueError, TypeError):
+            return None
+
+
+ContentPart = Annotated[
+    TextPart | ImagePart | VideoPart | BoxPart | ToolCallPart, Discriminator("type")
+]
+
+
+Role = Literal["system", "user", "assistant", "tool"]
 
 
 def _as_parts(value: object) -> object:
@@ -178,8 +215,66 @@ def _as_parts(value: object) -> object:
 
 
 class Message(FrozenModel):
+    """A turn of a conversation; a turn of the role `tool` is the result of a tool call.
+
+    Attributes:
+        loss: Whether training uses the answer, if the turn is one.
+    """
+
     role: Role
     content: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)]
+    loss: bool = True
+
+
+TOOL_CALL_TEXT = re.compile(rf"\s*{TOOL_CALL_START}(?P<call>.*?){TOOL_CALL_END}", re.DOTALL)
+_XML_CALL = re.compile(r"<function=(?P<name>[^>\n]+)>(?P<arguments>.*)</function>", re.DOTALL)
+_XML_ARGUMENT = re.compile(r"<parameter=([^>\n]+)>\n?(.*?)\n?</parameter>", re.DOTALL)
+_XML_CONSTANTS = {"True": True, "False": False, "None": None}
+
+
+def parse_tool_call(text: str, tools: Sequence[dict[str, Any]] = ()) -> ToolCallPart | None:
+    """Parse the text between the tags of a tool call, or return None if it is invalid.
+
+    The text is JSON, or XML as in Qwen3.5. An argument in XML is a text if the definition of the
+    tool says so, else JSON if it can be parsed.
+    """
+    match = _XML_CALL.fullmatch(text.strip())
+    if match is None:
+        try:
+            return ToolCallPart.from_json(parse_json(text))
+        except ValueError:
+            return None
+    functions = {tool["function"]["name"]: tool["function"] for tool in tools}
+    schema = (functions.get(match["name"], {}).get("parameters") or {}).get("properties") or {}
+    arguments: dict[str, Any] = {}
+    for name, value in _XML_ARGUMENT.findall(match["arguments"]):
+        arguments[name] = value
+        if not isinstance(schema.get(name), dict) or schema[name].get("type") != "string":
+            try:
+                arguments[name] = _XML_CONSTANTS.get(value, value)
+                arguments[name] = parse_json(value)
+            except ValueError:
+                pass
+    return ToolCallPart.from_json({"name": match["name"], "arguments": arguments})
+
+
+def check_tool(tool: Any) -> dict[str, Any]:
+    """Return the definition of a tool unchanged, or raise ValueError if it is invalid."""
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if (
+        function is not None
+        and tool.get("type") == "function"
+        and isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("parameters") or {}, dict)
+        and to_json_data(tool) == tool
+    ):
+        return dict(tool)
+    raise ValueError('{"type": "function", "function": {"name": ..., "parameters": {...}}}')
+
+
+ToolDefinition = Annotated[dict[str, Any], AfterValidator(check_tool)]
+"""Definition of a tool as in the OpenAI API: a function with the JSON schema of its parameters."""
 
 
 class Sample(FrozenModel):
@@ -188,9 +283,11 @@ class Sample(FrozenModel):
     Attributes:
         rejected: Worse answer than the last message, in a preference pair; empty without a pair.
         references: Further correct answers to the last user turn, used only for scoring.
+        tools: Definitions of the tools that the assistant may call.
     """
 
     id: str
+    tools: tuple[ToolDefinition, ...] = ()
     messages: tuple[Message, ...] = Field(min_length=1)
     rejected: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)] = ()
     references: tuple[str, ...] = ()
@@ -199,7 +296,7 @@ class Sample(FrozenModel):
     @property
     def rejected_messages(self) -> tuple[Message, ...]:
         """Messages with the rejected answer instead of the last one."""
-        return *self.messages[:-1], Message(role="assistant", content=self.rejected)
+        return *self.messages[:-1], self.messages[-1].model_copy(update={"content": self.rejected})
 
     def iter_parts(self) -> Iterator[ContentPart]:
         """Yield the content parts of all messages in order, without the rejected answer."""
@@ -215,9 +312,15 @@ class Sample(FrozenModel):
         for message in self.messages:
             parts = tuple(map(changed, message.content))
             same = all(map(operator.is_, parts, message.content))
-            messages.append(message if same else Message(role=message.role, content=parts))
+            messages.append(message if same else message.model_copy(update={"content": parts}))
         rejected = tuple(map(changed, self.rejected))
         return self.model_copy(update={"messages": tuple(messages), "rejected": rejected})
+
+
+def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
+    """Return the concatenated texts and tool calls of a message, without images and boxes."""
+    pieces = (part for part in content if isinstance(part, TextPart | ToolCallPart))
+    return separator.join(p.text if p.type == "text" else p.to_text() for p in pieces)
 
 
 def list_media_paths(part: ContentPart) -> tuple[str, ...]:
@@ -254,9 +357,10 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
     """Raise UserError if a sample is invalid for training or evaluation.
 
     Messages are an optional system message, followed by alternating user and assistant messages
-    that start with the user. Images are in user turns. Boxes have a positive area and a valid image
-    index. Whether a box is inside its image is checked by imports and the renderer,
-    which read the image header.
+    that start with the user. The results of tool calls may follow an assistant message, before the
+    next user message or instead of it. Images are in user turns and tool results. Boxes have a
+    positive area and a valid image index. Whether a box is inside its image is checked by imports
+    and the renderer, which read the image header.
     """
     check_messages(sample.messages, sample.references, where, answered=require_answer)
     validate_rejected(sample, where)
@@ -269,10 +373,12 @@ def validate_rejected(sample: Sample, where: str) -> None:
     if not sample.rejected:
         return
     validate_roles(sample.messages, where)
-    if sample.rejected == sample.messages[-1].content:
+    if sample.rejected == sample.messages[-1].content or not sample.messages[-1].loss:
         raise InvalidRowError(
-            "a rejected answer equal to the chosen one",
-            "two different answers",
+            "a rejected answer equal to the chosen one"
+            if sample.messages[-1].loss
+            else f"`loss` is false in the chosen answer of {len(sample.messages)} turns",
+            "two different answers, with loss for the chosen one",
             "correct the rejected answer, or remove the sample",
             where=where,
         )
@@ -286,31 +392,45 @@ def check_messages(
     validate_roles(messages, where, require_answer=answered)
     num_images, boxes = 0, list[BoxPart]()
     for number, message in enumerate(messages):
-        has_text = has_visual = False
+        has_text = has_visual = has_call = has_box = False
         for part in message.content:
             if part.type == "text":
                 has_text = has_text or (part.text != "" and not part.text.isspace())
             elif part.type == "box":
+                has_box = True
                 boxes.append(part)
+            elif part.type == "tool_call":
+                has_call = True
             else:
                 if part.type == "image" and is_video_path(part.image):
                     raise build_video_as_image_error(part.image, f"{where}, message {number}")
                 has_visual = True
                 num_images += part.type == "image"
-        if has_visual and message.role != "user":
-            raise InvalidTurnsError(
-                f"an image in a turn of the {message.role}",
-                where=f"{where}, message {number}",
-                expected="images in user turns: answers contain text and boxes only",
-                remedy="move the image to a user turn",
-            )
-        if not (has_text or has_visual or any(part.type == "box" for part in message.content)):
-            raise InvalidTurnsError(
-                f"an empty turn of the {message.role}",
-                where=f"{where}, message {number}",
-                expected="text, an image or a box",
-                remedy="add it, or remove the sample",
-            )
+        if has_visual and message.role not in ("user", "tool"):
+            what, expected = "an image in a turn", "images in user turns and tool results only"
+            remedy = "move the image to a user turn"
+        elif has_call and message.role != "assistant":
+            what, expected = "a tool call in a turn", "tool calls in assistant turns"
+            remedy = "move the call to an assistant turn"
+        elif has_text or has_visual or has_call or has_box or message.role == "tool":
+            continue
+        else:
+            what, expected = "an empty turn", "text, an image or a box"
+            remedy = "add it, or remove the sample"
+        raise InvalidTurnsError(
+            f"{what} of the {message.role}",
+            where=f"{where}, message {number}",
+            expected=expected,
+            remedy=remedy,
+        )
+    losses = [turn.loss for turn in messages if turn.role == "assistant"]
+    if answered and not any(losses):
+        raise InvalidTurnsError(
+            f"`loss` is false in all {len(losses)} answers",
+            where=where,
+            expected="at least one answer to train on",
+            remedy="remove the sample, or `loss` from an answer",
+        )
     for box in boxes:
         _validate_box(box, num_images, where)
 
@@ -333,28 +453,29 @@ def check_limits(messages: Sequence[Message], references: Sequence[str], where: 
     """
     check_limit(len(messages), MAX_MESSAGES, "messages", where)
     check_limit(len(references), MAX_ANSWERS, "references", where)
-    parts = 0
-    for message in messages:
-        parts += len(message.content)
+    parts = sum(len(message.content) for message in messages)
     if parts > MAX_BOXES:
         boxes = sum(part.type == "box" for message in messages for part in message.content)
         check_limit(boxes, MAX_BOXES, "boxes", where)
         check_limit(parts, MAX_PARTS, "parts", where)
 
 
+_TURN_ORDER = re.compile("s?u(?:a(?:u|t+u?))*a?")
+"""Valid order of turns, by the first letters of their roles."""
+
+
 def validate_roles(messages: Sequence[Message], where: str, *, require_answer: bool = True) -> None:
     """Raise InvalidTurnsError if the messages have an invalid role order; see `validate_sample`."""
     roles = [message.role for message in messages]
-    turns = roles[1:] if roles[0] == "system" else roles
-    is_alternating = turns[::2].count("user") + turns[1::2].count("assistant")
-    if not turns or is_alternating < len(turns):
+    if not _TURN_ORDER.fullmatch("".join(role[0] for role in roles)):
         raise InvalidTurnsError(
             f"the message roles are {_format_roles(roles)}",
             where=where,
-            expected="an optional system, then user and assistant in turn, starting with user",
+            expected="an optional system, then user and assistant in turn, starting with user;"
+            " tool results follow the assistant",
             remedy="reorder the messages; merge consecutive turns of the same role",
         )
-    if require_answer and turns[-1] != "assistant":
+    if require_answer and roles[-1] != "assistant":
         raise InvalidTurnsError(
             f"the message roles are {_format_roles(roles)}: no answer at the end",
             where=where,
@@ -388,7 +509,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
         )
 
 
-PART_TYPES: tuple[type[FrozenModel], ...] = (TextPart, ImagePart, VideoPart, BoxPart)
+PART_TYPES: tuple[type[FrozenModel], ...] = (TextPart, ImagePart, VideoPart, BoxPart, ToolCallPart)
 _MODELS: tuple[type[FrozenModel], ...] = (Sample, Message, *PART_TYPES)
 SAMPLE_KEYS = tuple(dict.fromkeys(name for model in _MODELS for name in model.model_fields))
 
@@ -441,8 +562,7 @@ def open_jsonl_samples(path: Path) -> JsonlSamples:
             expected="a .jsonl, .parquet or .tar file of samples",
             remedy=Step("init", {"data": str(path)}, "import it"),
         )
-    lines = index_lines(path)
-    return JsonlSamples(path, lines.index, lines.file_state)
+    return JsonlSamples.open(path)
 
 
 _IMPORT = Step("import", {"source": "SOURCE", "out": "OUT"}, "import the file first")
@@ -482,15 +602,15 @@ def sample_to_dict(sample: Sample, renamed: Callable[[str], str] | None = None) 
 
 def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, Any]:
     """Build the JSON data of a sample without its ID; see `sample_to_dict`."""
-    record: dict[str, Any] = {
-        "messages": [
-            {
-                "role": message.role,
-                "content": [_part_record(part, renamed) for part in message.content],
-            }
-            for message in sample.messages
-        ]
-    }
+    record: dict[str, Any] = {"tools": list(sample.tools)} if sample.tools else {}
+    record["messages"] = [
+        {
+            "role": message.role,
+            "content": [_part_record(part, renamed) for part in message.content],
+            **({} if message.loss else {"loss": False}),
+        }
+        for message in sample.messages
+    ]
     if sample.rejected:
         record["rejected"] = [_part_record(part, renamed) for part in sample.rejected]
     if sample.references:
@@ -510,6 +630,8 @@ def _part_record(part: ContentPart, renamed: Callable[[str], str]) -> dict[str, 
         if part.video is not None:
             return {"type": "video", "video": renamed(part.video), "fps": part.fps}
         return {"type": "video", "frames": [renamed(f) for f in part.frames], "fps": part.fps}
+    if part.type == "tool_call":
+        return {"type": "tool_call", "name": part.name, "arguments": part.arguments}
     label = {} if part.label is None else {"label": part.label}
     xyxy = [format_number(number) for number in part.xyxy]
     return {"type": "box", "image": part.image, **label, "xyxy": xyxy}
@@ -526,11 +648,22 @@ def to_json_data(value: Any) -> Any:
     return [to_json_data(one) for one in value] if isinstance(value, list | tuple) else str(value)
 
 
-def remove_nulls(value: Any) -> Any:
-    """Remove keys whose value is null at any depth, as Parquet adds them to each object."""
+def remove_nulls(value: Any, kept: Collection[str] = ()) -> Any:
+    """Remove keys whose value is null at any depth, as Parquet adds them to each object.
+
+    Values under the keys `kept` are unchanged.
+    """
     if isinstance(value, dict):
-        return {key: remove_nulls(item) for key, item in value.items() if item is not None}
-    return [remove_nulls(item) for item in value] if isinstance(value, list) else value
+        return {
+            key: item if key in kept else remove_nulls(item, kept)
+            for key, item in value.items()
+            if item is not None
+        }
+    return [remove_nulls(item, kept) for item in value] if isinstance(value, list) else value
+
+
+JSON_DATA_KEYS = ("arguments", "tools")
+"""Keys of a sample whose values are arbitrary JSON data."""
 
 
 def sample_from_dict(record: dict[str, Any], where: str) -> Sample:
@@ -582,44 +715,28 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
     value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
+    remedy: Remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
+    what = f"{key or 'the line'} is {value_repr}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
     if error_type == "json_invalid":
-        return UserError(
-            f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
-            where=where,
-            expected="one complete JSON object per line",
-            remedy=remedy,
-        )
-    is_foreign = len(error_location) == 1 and error_location[0] in FOREIGN_KEYS
-    if error_type == "extra_forbidden" and is_foreign:
-        return UserError(
-            f"the key {key}: a row of another dataset format, not a sample",
-            where=where,
-            expected=f"the keys {', '.join(Sample.model_fields)}",
-            remedy=_IMPORT,
-        )
-    if error_type == "extra_forbidden":
+        what = f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}"
+        expected = "one complete JSON object per line"
+    elif error_type == "extra_forbidden":
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
         levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
         level = levels.get(len(error_location)) or kinds[str(error_location[4])]
         name, names = str(error_location[-1]), tuple(level.model_fields)
+        what = f"unknown key {key} with the value {value_repr}"
+        expected = f"the keys {', '.join(names)}"
         otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
-        return UserError(
-            f"unknown key {key} with the value {value_repr}",
-            where=where,
-            expected=f"the keys {', '.join(names)}",
-            remedy=otherwise if name.endswith(names) else suggest_name(name, names, otherwise),
-        )
-    if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
-        remedy = _IMPORT
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if error_type == "union_tag_invalid":
+        remedy = otherwise if name.endswith(names) else suggest_name(name, names, otherwise)
+        if level is Sample and name in FOREIGN_KEYS:
+            what, remedy = f"the key {key}: a row of another dataset format, not a sample", _IMPORT
+    elif error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"
-    if error_type == "missing":
+    elif error_type == "missing":
+        what = f"the key {key} is missing"
         expected = f"the keys {', '.join(SAMPLE_KEYS)}, each at its level"
-    what = (
-        f"the key {key} is missing"
-        if error_type == "missing"
-        else f"{key or 'the line'} is {value_repr}"
-    )
+    elif not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
+        remedy = _IMPORT
     return UserError(what, where=where, expected=expected, remedy=remedy)

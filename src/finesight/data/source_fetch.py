@@ -25,13 +25,13 @@ from finesight.data.formats import iter_formats
 from finesight.data.formats.image_folder import SPLIT_ALIASES
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.data.import_source import ImportOptions
+from finesight.data.line_index import cache_folder
 from finesight.data.row_reader import (
     ROW_SUFFIXES,
     is_tar_file,
     is_webdataset,
     list_folder,
     open_row_file,
-    open_webdataset,
 )
 from finesight.errors import UserError, suggest_similar_path
 from finesight.hub.address import is_hub_address, parse_dataset_address
@@ -147,9 +147,8 @@ def select_files(
     if split not in splits:
         # A selector that names only a subset, like no selector, selects its default split.
         subset_names = (subset["config_name"] for subset in _iter_subsets(card))
-        split = SPLIT_ALIASES.get(
-            split, DEFAULT_SPLIT if selector in (None, *subset_names) else split
-        )
+        default = DEFAULT_SPLIT if selector in (None, *subset_names) else split
+        split = SPLIT_ALIASES.get(split, default)
     if selector is None and split not in splits and len(splits) == 1:
         split = next(iter(splits))
     if split not in splits:
@@ -163,9 +162,8 @@ def _is_data_file(path: str) -> bool:
     name = PurePosixPath(path).name.lower()
     if name.startswith(".") or name in METADATA_FILES:
         return False
-    return name.endswith(
-        (*ROW_SUFFIXES, *IMAGE_SUFFIXES, *LABEL_SUFFIXES, *ARCHIVE_SUFFIXES)
-    ) or name.startswith(LICENSE_PREFIXES)
+    suffixes = (*ROW_SUFFIXES, *IMAGE_SUFFIXES, *LABEL_SUFFIXES, *ARCHIVE_SUFFIXES)
+    return name.endswith(suffixes) or name.startswith(LICENSE_PREFIXES)
 
 
 def _is_row_file(path: str) -> bool:
@@ -323,30 +321,30 @@ def fetch_source(
         hosts: Host names from which sources and images may be downloaded.
     """
     raise_if_exists(out)
+    downloads = cache_folder("downloads")
     if hosts:
-        options = replace(
-            options, web_images=RemoteImages(hosts, _download_cache_folder() / "images")
-        )
+        options = replace(options, web_images=RemoteImages(hosts, downloads / "images"))
     is_web_url = is_url(source) and not source.startswith("file://")
     if is_hub_address(source) or is_web_url:
         with _make_unpack_folder(out) as work_folder:
             copy_options = replace(options, copy_images=True, allowed_root=work_folder)
             if is_web_url:
-                yield _prepare_file(
-                    fetch_url(source, hosts, _download_cache_folder()), work_folder, copy_options
-                )
+                file = fetch_url(source, hosts, downloads)
+                yield _prepare_file(file, work_folder, copy_options)
             else:
                 yield _fetch_hub_dataset(source, work_folder, copy_options)
     elif Path(source).is_dir():
-        yield _prepare_local_folder(Path(source), options)
+        # A folder with Parquet files may have several splits.
+        has_parquet = list_folder(Path(source)).files_with_suffix(".parquet")
+        prepare = _prepare_folder if has_parquet else FetchedSource
+        yield prepare(Path(source), options)
     elif not is_archive(source):
         yield FetchedSource(Path(source), options)
     else:
         _check_archive_exists(Path(source))
         with _make_unpack_folder(out) as work_folder:
-            yield _prepare_file(
-                Path(source), work_folder, replace(options, allowed_root=work_folder)
-            )
+            unpacked_options = replace(options, allowed_root=work_folder)
+            yield _prepare_file(Path(source), work_folder, unpacked_options)
 
 
 @contextlib.contextmanager
@@ -357,12 +355,6 @@ def _make_unpack_folder(out: Path) -> Iterator[Path]:
     """
     with working_folder(out.absolute()) as folder:
         yield folder / "unpacked"
-
-
-def _download_cache_folder() -> Path:
-    from huggingface_hub import constants
-
-    return Path(constants.HF_ASSETS_CACHE) / "finesight" / "downloads"
 
 
 def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> FetchedSource:
@@ -390,12 +382,6 @@ def _skip_single_folders(folder: Path) -> Path:
     """Descend into a folder as long as its only entry is another folder."""
     entries = list(folder.iterdir())
     return _skip_single_folders(entries[0]) if len(entries) == 1 and entries[0].is_dir() else folder
-
-
-def _prepare_local_folder(folder: Path, options: ImportOptions) -> FetchedSource:
-    """Return a local folder unchanged or, if it contains Parquet files, select its rows."""
-    has_parquet = list_folder(folder).files_with_suffix(".parquet")
-    return _prepare_folder(folder, options) if has_parquet else FetchedSource(folder, options)
 
 
 def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
@@ -428,9 +414,8 @@ def _select_rows(folder: Path, selection: SelectedFiles, options: ImportOptions)
 def _fetch_hub_dataset(source: str, work_folder: Path, options: ImportOptions) -> FetchedSource:
     address = parse_dataset_address(source)
     repository = open_repository(address)
-    selection = select_files(
-        repository.paths, address.data_part, read_card(repository), str(address)
-    )
+    card = read_card(repository)
+    selection = select_files(repository.paths, address.data_part, card, str(address))
     if selection.row_files and all(
         path.lower().endswith(SELF_CONTAINED_SUFFIXES) for path in selection.row_files
     ):
@@ -467,9 +452,7 @@ def _fetch_needed_files(
             break
         fetched.append(path)
         file = repository.fetch_files([path]) / path
-        is_tar = is_tar_file(file)
-        reader = open_webdataset(file) if is_tar else open_row_file(file, options.encoding)
-        num_rows += reader.num_rows
+        num_rows += open_row_file(file, options.encoding).num_rows
     return tuple(fetched), repository.fetch_files(fetched)
 
 

@@ -186,9 +186,8 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
             _check_limit(path, stream.frames, MAX_VIDEO_FRAMES, "frames")
             codec = stream.codec_context.codec.canonical_name
             if codec not in VIDEO_CODECS:
-                raise build_file_error(
-                    path, f"the codec {codec}", f"one of {', '.join(VIDEO_CODECS)}"
-                )
+                expected = f"one of {', '.join(VIDEO_CODECS)}"
+                raise build_file_error(path, f"the codec {codec}", expected)
             context = stream.codec_context
             _check_limit(path, context.width * context.height, MAX_IMAGE_PIXELS, "pixels")
             # Data loader workers already use all CPU cores.

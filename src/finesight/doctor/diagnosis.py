@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.resources
 import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from typing import Any, Literal
@@ -80,11 +80,6 @@ def describe_error(error: UserError) -> str:
 def join_command(*words: object) -> str:
     """Join the quoted words of a shell command."""
     return shlex.join(map(str, words))
-
-
-def has_errors(diagnoses: Iterable[Diagnosis]) -> bool:
-    """Return whether a diagnosis has the severity error."""
-    return any(diagnosis.severity == "error" for diagnosis in diagnoses)
 
 
 def count_severity(sections: DiagnosisSections, severity: DiagnosisSeverity) -> int:

@@ -13,7 +13,7 @@ from packaging.utils import canonicalize_name
 from finesight.doctor.diagnosis import (
     Diagnosis,
     DiagnosisSeverity,
-    has_errors,
+    count_severity,
     join_command,
     load_catalog,
     make_diagnosis,
@@ -76,7 +76,7 @@ def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
         values = {"name": name, "version": version, "required": "; ".join(unmet)}
         severity: DiagnosisSeverity = "error" if name in required else "warning"
         diagnoses.append(make_diagnosis(code, severity, **values, install=install))
-    if not has_errors(diagnoses):
+    if not count_severity({"packages": diagnoses}, "error"):
         diagnoses.insert(0, make_diagnosis("versions", count=len(used)))
     return diagnoses
 

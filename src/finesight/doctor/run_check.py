@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise, takewhile
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import numpy as np
@@ -220,12 +220,10 @@ def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:
 
 
 def check_training(run_record: RunRecord) -> list[Diagnosis]:
-    """Check the recorded metrics of training steps and evaluations."""
-    return [
-        *_check_loss_curve(run_record),
-        *_check_loss_spikes(run_record),
-        *_check_overfitting(run_record),
-    ]
+    """Check the recorded metrics, for GRPO rewards instead of the loss of the policy."""
+    is_policy = load_run_recipe(run_record).train.objective == "grpo"
+    checks = (_check_rewards,) if is_policy else (_check_loss_curve, _check_loss_spikes)
+    return [one for check in (*checks, _check_overfitting) for one in check(run_record)]
 
 
 def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
@@ -298,32 +296,30 @@ def _check_loss_spikes(run_record: RunRecord) -> Iterator[Diagnosis]:
 
 
 def _check_overfitting(run_record: RunRecord) -> Iterator[Diagnosis]:
-    """Detect overfitting: the validation loss rises while the training loss falls.
-
-    A primary score that improves after the lowest validation loss takes precedence.
-    """
+    """Report the overfitting that the report of the run describes."""
+    lines = [*run_record.steps, *run_record.evaluations]
     # Early stopping saves the weights of the best step: later losses do not matter.
     end = (run_record.result or {}).get("weights_step") or math.inf
-    evaluations = list_comparable_evaluations(x for x in run_record.evaluations if x["step"] <= end)
-    if len(evaluations) < 2:
+    found = summary.find_overfitting([line for line in lines if line["step"] <= end])
+    if found is None:
         return
-    best = min(evaluations, key=lambda line: float(line["validation_loss"]))
-    best_loss, last_loss = _finite_values((best, evaluations[-1]), "validation_loss")
-    later_steps = [line for line in run_record.steps if line["step"] > best["step"]]
-    losses = _finite_values(later_steps, "loss")
-    is_falling = len(losses) >= 6 and median(losses[-3:]) < median(losses[:3])
-    if last_loss <= 1.05 * best_loss or not is_falling:
-        return
-    if summary.has_score_improved_after(int(best["step"]), run_record.evaluations):
-        return
-    overrides = _scale_learning_rates(run_record, 0.3)
+    overrides, best = _scale_learning_rates(run_record, 0.3), found[-1]
     if run_record.recipe.get("eval"):
         overrides = ["eval.every=0.1", "eval.patience=2"]
-    elif best["step"]:
-        factor = int(best["step"]) / int(run_record.steps[-1]["step"])
-        overrides = scale_duration(run_record, factor)
-    values = {"best": best_loss, "last": last_loss, "train_loss": median(losses[-3:])}
-    yield diagnose_run(run_record, "overfitted", **values, step=best["step"], overrides=overrides)
+    elif best:
+        overrides = scale_duration(run_record, best / int(run_record.steps[-1]["step"]))
+    yield diagnose_run(run_record, "overfitted", sign=found[0], step=best, overrides=overrides)
+
+
+def _check_rewards(run_record: RunRecord) -> Iterator[Diagnosis]:
+    """Report the change of rewards, groups without gradient, and truncated responses."""
+    (_, last), gains = summary.compare_rewards(run_record)
+    keys = "frac_reward_zero_std", "completions/clipped_ratio"
+    equal, truncated = (mean(_finite_values(last, key) or [1.0]) for key in keys)
+    is_good = any(low > 0 for low, _ in gains.values()) and max(equal, truncated) <= 0.5
+    change = summary.describe_rewards(run_record) or "no step with rewards"
+    code = "rewards" if is_good else "rewards-flat"
+    yield diagnose_run(run_record, code, change=change, equal=equal, truncated=truncated)
 
 
 class SavedPrediction(BaseModel):
@@ -380,7 +376,7 @@ def _check_primary_metric(run_record: RunRecord) -> Iterator[Diagnosis]:
         bounds = [change[name] for name in ("low", "high") if is_finite(change.get(name))]
         values = {
             "change": f"{primary} {before:.4f} before, {after:.4f} after training",
-            "interval": " to ".join(f"{bound:+.4f}" for bound in bounds),
+            "interval": f" ({bounds[0]:+.4f} to {bounds[1]:+.4f})" if len(bounds) == 2 else "",
             # The interval width is proportional to 1 / sqrt(number of samples).
             "limit": 4 * (limit or 1),
             "overrides": scale_duration(run_record, 2.0),

@@ -16,16 +16,16 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from finesight.config import ImageRule
 from finesight.data.boxes import BOX_KEY, Box, parse_json_box, split_at_boxes, strip_code_fences
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.sample import read_text_file
+from finesight.data.sample import Role, read_text_file
 from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
@@ -256,9 +256,7 @@ def _build_unreadable_error(text: str, source_format: str) -> UserError:
     )
 
 
-MessageRole = Literal["system", "user", "assistant"]
-
-ROLE_BY_KEY: dict[str, MessageRole] = {
+ROLE_BY_KEY: dict[str, Role] = {
     **dict.fromkeys(("query", "instruction", "input", "human", "user", "prompt"), "user"),
     **dict.fromkeys(("response", "rejected_response", "output", "assistant"), "assistant"),
     **dict.fromkeys(("chosen", "rejected", "answer"), "assistant"),
@@ -291,7 +289,7 @@ class ResizeSpec:
     factor: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class MigrationResult:
     """Result of converting the boxes of a file with `migrate_box_file`.
 
@@ -302,11 +300,11 @@ class MigrationResult:
     """
 
     file: Path
-    num_records: int
-    num_boxes: int
-    answers_with_boxes: int
-    answers_without_boxes: int
-    unconverted: tuple[str, ...]
+    num_records: int = 0
+    num_boxes: int = 0
+    answers_with_boxes: int = 0
+    answers_without_boxes: int = 0
+    unconverted: tuple[str, ...] = ()
 
 
 class _JsonObject(list[tuple[str, Any]]):
@@ -323,20 +321,8 @@ class _TextNode:
 
     literal_index: int
     text: str
-    role: MessageRole | None
+    role: Role | None
     is_image: bool
-
-
-@dataclass(slots=True)
-class _MigrationState:
-    """Counters and errors of a running conversion."""
-
-    convert: Callable[[str, list[object]], tuple[str, int]]
-    num_boxes: int = 0
-    num_with_boxes: int = 0
-    num_without_boxes: int = 0
-    unconverted: dict[str, None] = field(default_factory=dict)
-    errors: list[tuple[str, UserError]] = field(default_factory=list)
 
 
 def migrate_box_file(
@@ -368,20 +354,13 @@ def migrate_box_file(
 
         return convert_boxes(text, source_format, target_format, get_frames)
 
-    state = _MigrationState(convert)
+    result, errors = MigrationResult(out), list[tuple[str, UserError]]()
     chunks = list(_split_json(read_text_file(file), file))
-    converted = "".join(_convert_chunk(text, records, state) for text, records in chunks)
-    if state.errors:
-        raise _build_migration_error(state.errors, file)
+    converted = "".join(_convert_chunk(*chunk, convert, result, errors) for chunk in chunks)
+    if errors:
+        raise _build_migration_error(errors, file)
     write_file(out, converted.encode())
-    return MigrationResult(
-        file=out,
-        num_records=sum(len(records) for _, records in chunks),
-        num_boxes=state.num_boxes,
-        answers_with_boxes=state.num_with_boxes,
-        answers_without_boxes=state.num_without_boxes,
-        unconverted=tuple(state.unconverted),
-    )
+    return result
 
 
 def _check_arguments(
@@ -470,35 +449,39 @@ def _split_json(text: str, file: Path) -> Iterator[tuple[str, list[tuple[str, An
         yield line, [(f"line {line_number}", record)]
 
 
-def _convert_chunk(text: str, records: list[tuple[str, Any]], state: _MigrationState) -> str:
+def _convert_chunk(
+    text: str,
+    records: list[tuple[str, Any]],
+    convert: Callable[[str, list[object]], tuple[str, int]],
+    result: MigrationResult,
+    errors: list[tuple[str, UserError]],
+) -> str:
+    """Return the converted text of a chunk, and add its counts and errors to the result."""
     literal_indices = itertools.count()
+    result.num_records += len(records)
     changes: dict[int, str] = {}
     for location, record in records:
         nodes = list(_iter_texts(record, literal_indices))
         image_names = _collect_image_names(nodes)
+        is_unconverted = False
         for node in nodes:
-            if node.is_image:
-                continue
-            if node.role != "assistant":
-                if (
-                    _BOX_FORMAT_REQUEST.search(node.text)
-                    if node.role == "user"
-                    else has_boxes(node.text)
-                ):
-                    state.unconverted[location] = None
+            if node.role != "assistant" or node.is_image:
+                is_request = node.role == "user" and _BOX_FORMAT_REQUEST.search(node.text)
+                is_box = node.role != "user" and has_boxes(node.text)
+                is_unconverted |= not node.is_image and bool(is_request or is_box)
                 continue
             try:
-                converted, num_boxes = state.convert(node.text, image_names)
+                converted, num_boxes = convert(node.text, image_names)
             except UserError as error:
-                state.errors.append((location, error))
+                errors.append((location, error))
                 continue
-            state.num_boxes += num_boxes
-            state.num_with_boxes += num_boxes > 0
-            state.num_without_boxes += num_boxes == 0
-            if POINT_KEY in node.text:
-                state.unconverted[location] = None
+            result.num_boxes += num_boxes
+            result.answers_with_boxes += num_boxes > 0
+            result.answers_without_boxes += num_boxes == 0
+            is_unconverted |= POINT_KEY in node.text
             if converted != node.text:
                 changes[node.literal_index] = converted
+        result.unconverted += (location,) * is_unconverted
     return _replace_literals(text, changes) if changes else text
 
 
@@ -518,7 +501,7 @@ def _replace_literals(text: str, changes: dict[int, str]) -> str:
 def _iter_texts(
     value: Any,
     literal_indices: Iterator[int],
-    role: MessageRole | None = None,
+    role: Role | None = None,
     is_image: bool = False,
 ) -> Iterator[_TextNode]:
     """Yield all string values of parsed JSON data in file order.

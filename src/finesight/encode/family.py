@@ -20,7 +20,13 @@ from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY, LABEL_KEYS, Box, iter_json_values
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import BoxPart, ContentPart, Message, TextPart
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    Message,
+    TextPart,
+    ToolCallPart,
+)
 from finesight.errors import UserError
 
 FRAME_1000: ImageSize = (1000, 1000)
@@ -28,6 +34,16 @@ FRAME_1000: ImageSize = (1000, 1000)
 
 MIN_SAMPLED_FRAMES, MAX_SAMPLED_FRAMES = 4, 768
 """Minimum and maximum number of frames of a video file, as in the published video processors."""
+
+_TOOLS_PREFIX = (
+    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
+    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
+)
+_TOOLS_SUFFIX = (
+    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
+    " within <tool_call></tool_call> XML tags:\n<tool_call>\n"
+    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
+)
 
 THINK_START = "<think>\n"
 THINK_END = "\n</think>\n\n"
@@ -107,6 +123,8 @@ class ModelFamily(ABC):
             separately.
         box_tokens: Special tokens around the label and around the coordinates of a box, for
             structured output; None for JSON boxes.
+        calls_are_xml: Whether tool calls are XML, else JSON.
+        call_separator: Text between the content of a turn and its tool calls.
         limits_video_pixels: Whether the pixel limits of the video processor apply to all frames of
             a video file together.
         token_id_keys: Keys of config.json (dotted paths) with the ids of special tokens, by token.
@@ -123,6 +141,8 @@ class ModelFamily(ABC):
     strips_content: ClassVar[bool] = False
     splits_role_tokens: ClassVar[bool] = False
     box_tokens: ClassVar[Sequence[str] | None] = None
+    call_separator: ClassVar[str] = "\n"
+    calls_are_xml: ClassVar[bool] = False
     max_box_coordinate: ClassVar[int] = 1000
     limits_video_pixels: ClassVar[bool] = False
     token_id_keys: ClassVar[Mapping[str, str]] = {
@@ -203,6 +223,57 @@ class ModelFamily(ABC):
     def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Apply the changes of the template to the content of turns; none by default."""
         return messages
+
+    def write_tools(
+        self, tools: Sequence[dict[str, Any]], system: Sequence[ContentPart]
+    ) -> Sequence[ContentPart]:
+        """Return the content of a system turn, followed by the definitions of tools.
+
+        The format is that of Qwen3-VL, which Qwen2.5 introduced (Hermes).
+        """
+        text = f"{_TOOLS_PREFIX}{format_definitions(tools)}{_TOOLS_SUFFIX}"
+        return *system, *[TextPart(text="\n\n")] * bool(system), TextPart(text=text)
+
+    def write_tool_call(self, call: ToolCallPart) -> str:
+        """Return the text of a tool call with its tags."""
+        return call.to_text()
+
+    def format_tools(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]]
+    ) -> Sequence[Message]:
+        """Replace definitions, calls and results of tools by their text in the template.
+
+        Consecutive results become one user turn.
+        """
+        if tools:
+            has_system = messages[0].role == "system"
+            content = self.write_tools(tools, messages[0].content if has_system else ())
+            system = Message.model_construct(role="system", content=tuple(content))
+            messages = (system, *messages[has_system:])
+        formatted: list[Message] = []
+        for index, message in enumerate(messages):
+            content = message.content
+            if message.role == "tool":
+                content = strip_content(content) if self.strips_content else content
+                tags = TextPart(text="<tool_response>\n"), TextPart(text="\n</tool_response>")
+                content = tags[0], *content, tags[1]
+                if messages[index - 1].role == "tool":
+                    content = *formatted.pop().content, TextPart(text="\n"), *content
+                message = Message.model_construct(role="user", content=content)
+            elif any(part.type == "tool_call" for part in content):
+                message = message.model_copy(update={"content": self._format_calls(content)})
+            formatted.append(message)
+        return formatted
+
+    def _format_calls(self, content: Sequence[ContentPart]) -> tuple[ContentPart, ...]:
+        """Return the content of an assistant turn, followed by the text of its tool calls."""
+        calls = [self.write_tool_call(part) for part in content if isinstance(part, ToolCallPart)]
+        others: Sequence[ContentPart] = [p for p in content if not isinstance(p, ToolCallPart)]
+        others = strip_content(others) if self.strips_content else others
+        text = "".join(part.text if isinstance(part, TextPart) else part.type for part in others)
+        answer = text.rpartition("</think>")[2].strip("\n") if self.renders_reasoning else text
+        before = self.call_separator if answer else ""
+        return *others, TextPart(text=before + "\n".join(calls))
 
     def visual_markers(self, kind: Literal["image", "video"], visual_number: int) -> VisualMarkers:
         """Return the tokens around an image or video with its 1-based number in the sample."""
@@ -290,6 +361,11 @@ class ModelFamily(ABC):
         """
 
 
+def format_definitions(tools: Sequence[dict[str, Any]]) -> str:
+    """Format one line of JSON per tool, each after a newline."""
+    return "".join(f"\n{json.dumps(tool, ensure_ascii=False)}" for tool in tools)
+
+
 def merge_text_parts(content: Sequence[ContentPart]) -> list[ContentPart]:
     """Join adjacent text parts, because a template sees the content of a turn as one text."""
     merged: list[ContentPart] = []
@@ -368,7 +444,9 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     Without any JSON box, four values in brackets count as a box if the answer contains only digits
     or mentions a bbox.
     """
-    parsed = list(_iter_json_boxes(text))
+    # Parse single objects: the surrounding list may be truncated.
+    objects = [found.value for found in iter_json_values(text, "{")]
+    parsed = list(_iter_nested_boxes(objects))
     if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
         parsed = [(None, _parse_corners(match.groups())) for match in _FOUR_VALUES.finditer(text)]
     return [
@@ -378,17 +456,8 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     ]
 
 
-def _iter_json_boxes(text: str) -> Iterator[tuple[str | None, Box | None]]:
-    """Yield the label and corners of every JSON object with the key `bbox_2d`.
-
-    Corners are None if they are invalid.
-    """
-    # Parse single objects: the surrounding list may be truncated.
-    for found in iter_json_values(text, "{"):
-        yield from _iter_nested_boxes(found.value)
-
-
 def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Box | None]]:
+    """Yield label and corners of every JSON object with `bbox_2d`; None for invalid corners."""
     if isinstance(value, list):
         for item in value:
             yield from _iter_nested_boxes(item)

@@ -7,7 +7,7 @@ processor parses special tokens in texts, so texts that contain one are rejected
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -237,14 +237,15 @@ class HfRenderer(Renderer):
     def _check_messages(
         self, located_sample: LocatedSample, messages: Sequence[Message]
     ) -> tuple[Message, ...]:
-        for part in located_sample.sample.iter_parts():
-            if not isinstance(part, TextPart | ImagePart):
-                raise UserError(
-                    f"{part.type} content for a model of the family {self.family}",
-                    where=f"sample {located_sample.sample.id:.80}",
-                    expected="text and images: the transformers backend supports only these",
-                    remedy="use a model of a native family, or remove these parts",
-                )
+        sample = located_sample.sample
+        kinds = {part.type for part in sample.iter_parts()} | {"tool" for _ in sample.tools}
+        for kind in sorted(kinds - {"text", "image"}):
+            raise UserError(
+                f"{kind} content for a model of the family {self.family}",
+                where=f"sample {sample.id:.80}",
+                expected="text and images: the transformers backend supports only these",
+                remedy="use a model of a native family, or remove these parts",
+            )
         return self._with_system_prompt(messages)
 
     def _encode_messages(
@@ -257,10 +258,9 @@ class HfRenderer(Renderer):
         self._check_images_rendered(messages, sample_id)
         output = self._run_processor(messages, folder, add_generation_prompt, sample_id)
         loss_mask_T = np.zeros(len(output.ids_T), dtype=np.bool_)
-        for index, message in enumerate(messages):
-            if message.role == "assistant" and not add_generation_prompt:
-                start = self._find_answer_start(output.ids_T, messages, index, folder, sample_id)
-                loss_mask_T[self._find_answer_span(output.ids_T, start, sample_id)] = True
+        for index in () if add_generation_prompt else self.list_supervised_turns(messages):
+            start = self._find_answer_start(output.ids_T, messages, index, folder, sample_id)
+            loss_mask_T[self._find_answer_span(output.ids_T, start, sample_id)] = True
         # The transformers model computes its own position ids.
         position_ids_3T = np.tile(np.arange(len(output.ids_T), dtype=np.int32), (3, 1))
         tokenized = HfTokenizedSample(
@@ -337,18 +337,14 @@ class HfRenderer(Renderer):
         self, messages: Sequence[Message], add_generation_prompt: bool, sample_id: str
     ) -> str:
         """Render messages with the chat template, without image data."""
-        conversation = [
-            {
-                "role": message.role,
-                "content": [
-                    {"type": "text", "text": part.text}
-                    if isinstance(part, TextPart)
-                    else {"type": "image"}
-                    for part in message.content
-                ],
-            }
-            for message in messages
-        ]
+        conversation = _build_conversation(
+            messages,
+            lambda part: (
+                {"type": "text", "text": part.text}
+                if isinstance(part, TextPart)
+                else {"type": "image"}
+            ),
+        )
         return str(
             self._apply_chat_template(
                 conversation, add_generation_prompt, sample_id, tokenize=False
@@ -398,15 +394,9 @@ class HfRenderer(Renderer):
     def _run_processor(
         self, messages: Sequence[Message], folder: Path, add_generation_prompt: bool, sample_id: str
     ) -> _ProcessorOutput:
-        conversation = [
-            {
-                "role": message.role,
-                "content": [
-                    self._to_chat_part(part, folder, sample_id) for part in message.content
-                ],
-            }
-            for message in messages
-        ]
+        conversation = _build_conversation(
+            messages, lambda part: self._to_chat_part(part, folder, sample_id)
+        )
         kwargs = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
         output = self._apply_chat_template(conversation, add_generation_prompt, sample_id, **kwargs)
         non_tensor_keys = [key for key, value in output.items() if not isinstance(value, Tensor)]
@@ -444,6 +434,12 @@ class HfRenderer(Renderer):
         size = (image.height, image.width)
         height, width = compute_resized_size(size, self.image_rule, 1, where=str(path))
         return image.resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _build_conversation(
+    messages: Sequence[Message], to_part: Callable[[ContentPart], dict[str, Any]]
+) -> list[dict[str, Any]]:
+    return [{"role": one.role, "content": [*map(to_part, one.content)]} for one in messages]
 
 
 def _drop_last_image(messages: Sequence[Message]) -> list[Message] | None:

@@ -90,11 +90,8 @@ class PackedBatch:
     @property
     def num_samples(self) -> int:
         """Number of samples; a context-parallel sample counts on rank 0 only."""
-        return (
-            len(self.sample_ids)
-            if self.context_shard is None or self.context_shard.rank == 0
-            else 0
-        )
+        is_first = self.context_shard is None or self.context_shard.rank == 0
+        return len(self.sample_ids) if is_first else 0
 
     @property
     def num_tokens(self) -> int:
@@ -138,11 +135,7 @@ class SharedPrefix(NamedTuple):
         It ends before the first image and before the token that predicts the first supervised
         token. Position ids of its tokens are independent of the rest of the sample.
         """
-        first_supervised = (
-            int(tokenized.loss_mask_T.argmax())
-            if tokenized.loss_mask_T.any()
-            else tokenized.num_tokens
-        )
+        first_supervised = int(np.append(tokenized.loss_mask_T, True).argmax())
         first_image = tokenized.spans[0].start if tokenized.spans else tokenized.num_tokens
         ids_P = tokenized.ids_T[: max(0, min(first_supervised - 1, first_image))]
         return cls(ids_P, len(ids_P))
@@ -161,32 +154,23 @@ class SharedPrefix(NamedTuple):
         A multiple of PREFIX_MULTIPLE if the samples diverge after it.
         """
         common_length = len(self.ids_P)
-        return (
-            common_length
-            if common_length == self.min_length
-            else common_length - common_length % PREFIX_MULTIPLE
-        )
+        is_complete = common_length == self.min_length
+        return common_length - (0 if is_complete else common_length % PREFIX_MULTIPLE)
 
 
 def effective_prefix_length(prefix_length: int, lengths: Sequence[int]) -> int:
     """Return the shared prefix length, or 0 if sharing saves too few tokens."""
-    return (
-        prefix_length
-        if prefix_length * (len(lengths) - 1) * MIN_PREFIX_SAVING >= sum(lengths)
-        else 0
-    )
+    num_saved = prefix_length * (len(lengths) - 1)
+    return prefix_length if num_saved * MIN_PREFIX_SAVING >= sum(lengths) else 0
 
 
 def find_shared_prefix_length(tokenized_samples: Sequence[TokenizedSample]) -> int:
     """Return the number of prefix tokens that a packed batch of these samples should share."""
     if not tokenized_samples:
         return 0
-    common_length = reduce(
-        SharedPrefix.intersect, map(SharedPrefix.from_sample, tokenized_samples)
-    ).length
-    return effective_prefix_length(
-        common_length, [tokenized.num_packed_tokens for tokenized in tokenized_samples]
-    )
+    prefixes = map(SharedPrefix.from_sample, tokenized_samples)
+    lengths = [tokenized.num_packed_tokens for tokenized in tokenized_samples]
+    return effective_prefix_length(reduce(SharedPrefix.intersect, prefixes).length, lengths)
 
 
 def compute_context_lengths(lengths: Sequence[int], prefix_length: int) -> tuple[int, ...]:

@@ -6,12 +6,26 @@ mode of the published templates.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from finesight.data.sample import Message, TextPart
-from finesight.encode.family import THINK_END, THINK_START, is_question, strip_content
+from finesight.data.sample import (
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    ContentPart,
+    Message,
+    TextPart,
+    ToolCallPart,
+)
+from finesight.encode.family import (
+    THINK_END,
+    THINK_START,
+    format_definitions,
+    is_question,
+    strip_content,
+)
 from finesight.encode.qwen3_vl import Qwen3VL
 from finesight.model_folder import ModelFolder
 
@@ -30,16 +44,51 @@ EFFORT_INSTRUCTIONS: dict[str, str] = {
 """Start of the system prompt of Qwen3.8 by reasoning effort."""
 
 
+_TOOLS_PREFIX = "# Tools\n\nYou have access to the following functions:\n\n<tools>"
+_TOOLS_SUFFIX = """
+</tools>
+
+If you choose to call a function ONLY reply in the following format with NO suffix:
+
+<tool_call>
+<function=example_function_name>
+<parameter=example_parameter_1>
+value_1
+</parameter>
+<parameter=example_parameter_2>
+This is the value for the second parameter
+that can span
+multiple lines
+</parameter>
+</function>
+</tool_call>
+
+<IMPORTANT>
+Reminder:
+- Function calls MUST follow the specified format: an inner <function=...></function> block must \
+be nested within <tool_call></tool_call> XML tags
+- Required parameters MUST be specified
+- You may provide optional reasoning for your function call in natural language BEFORE the \
+function call, but NOT after
+- If there is no function call available, answer the question like normal with your current \
+knowledge and do not tell the user about function calls
+</IMPORTANT>"""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Qwen35(Qwen3VL):
     """Prompt format of Qwen3.5 models, dense or MoE.
 
     Attributes:
         preserves_reasoning: Render the reasoning of turns before the last question.
+        writes_json_scalars: Write boolean and null arguments of tool calls as JSON, not as Python.
     """
 
     name: str = "qwen3_5"
     preserves_reasoning: bool = False
+    writes_json_scalars: bool = True
+    calls_are_xml: ClassVar[bool] = True
+    call_separator: ClassVar[str] = "\n\n"
     has_thinking_modes: ClassVar[bool] = True
     strips_content: ClassVar[bool] = True
 
@@ -64,6 +113,25 @@ class Qwen35(Qwen3VL):
     ) -> bool:
         """Return True after the last question, or for all turns of a family that keeps them."""
         return self.preserves_reasoning or not any(map(is_question, messages[index:]))
+
+    def write_tools(
+        self, tools: Sequence[dict[str, Any]], system: Sequence[ContentPart]
+    ) -> Sequence[ContentPart]:
+        """Return the definitions of tools, followed by the content of the system turn."""
+        text = f"{_TOOLS_PREFIX}{format_definitions(tools)}{_TOOLS_SUFFIX}"
+        content = strip_content(system)
+        return TextPart(text=text), *([TextPart(text="\n\n"), *content] if content else [])
+
+    def write_tool_call(self, call: ToolCallPart) -> str:
+        """Return the text of a tool call in XML, with its tags."""
+        lines = [TOOL_CALL_START, f"<function={call.name}>"]
+        for name, value in call.arguments.items():
+            is_text = isinstance(value, str) or not (
+                self.writes_json_scalars or isinstance(value, list | dict)
+            )
+            text = str(value) if is_text else json.dumps(value, ensure_ascii=False)
+            lines += [f"<parameter={name}>", text, "</parameter>"]
+        return "\n".join((*lines, "</function>", TOOL_CALL_END))
 
     def format_messages(self, messages: Sequence[Message]) -> Sequence[Message]:
         """Strip whitespace around contents, and add the reasoning effort to the system prompt."""
@@ -94,4 +162,5 @@ def from_folder(folder: ModelFolder) -> Qwen35:
         reasoning_effort="xhigh" if "reasoning_effort" in template else None,
         # The template expects reasoning and answer separately, and strips both.
         strips_answer="'</think>' in content" not in template,
+        writes_json_scalars="if args_value is string else" in template,
     )

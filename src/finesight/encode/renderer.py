@@ -1,7 +1,7 @@
 """Renderers convert samples to tokens and image inputs, and completions to text and boxes.
 
 Native families are rendered here, with M-RoPE position ids and image patches; other families by
-`HfRenderer`. A `PromptEncoder` renders prompts with untrusted images in worker processes.
+`HfRenderer`.
 
 A turn of a model with reasoning is `<think>`, newline, reasoning, newline, `</think>`, two
 newlines, answer (chat template of Qwen3-VL Thinking). The prompt ends after `<think>` and its
@@ -19,13 +19,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from finesight.config import ImageRule, ImageSettings
-from finesight.data.boxes import MAX_OVERHANG_PX
+from finesight.data.boxes import is_inside_image
 from finesight.data.image_header import ImageSize, read_image_size
 from finesight.data.sample import (
     BoxPart,
@@ -58,14 +58,11 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_video_runs,
     load_tokenizer,
-    pack_tokenized,
-    unpack_tokenized,
 )
 from finesight.errors import UserError
 from finesight.model_folder import ModelFolder
 from finesight.plugins import Registry
 from finesight.vision.image_processing import (
-    GridTHW,
     compute_video_size,
     concat_patches,
     get_frame_size,
@@ -76,7 +73,6 @@ from finesight.vision.image_processing import (
     resize_frame,
     resolve_image_rule,
 )
-from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 _THINK_TAG, _THINK_END_TAG = "<think>", "</think>"
 
@@ -260,18 +256,8 @@ class DecodedCompletion:
     reasoning: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class _VisualInput:
-    """An image or video segment of a sample, before tokenization."""
-
-    kind: Literal["image", "video"]
-    timestamp_text: str
-    files: tuple[Path, ...]
-    original_size: ImageSize
-    resized_size: ImageSize
-    grid_thw: GridTHW
-    seconds_per_grid: float
-    frame_indices: tuple[int, ...] = ()
+_Visual = tuple[VisualSpan, VideoSegment]
+"""An image or video segment of a sample before tokenization, when its span is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,8 +274,8 @@ class _RenderState:
 
     sample_id: str
     token_builder: TokenBuilder
-    pending_visuals: Iterator[Sequence[_VisualInput]]
-    images: Sequence[_VisualInput]
+    pending_visuals: Iterator[Sequence[_Visual]]
+    images: Sequence[VisualSpan]
     spans: list[VisualSpan]
     temporal_ids: list[NDArray[np.int64]]
 
@@ -328,9 +314,15 @@ class Renderer(ABC):
         system_prompt: System prompt of samples without one; None for the default of the model.
         rejected_answers: Treatment of rejected answers of samples. By default, a sample with one is
             a preference pair.
+        supervise: Answers that training uses, unless their `loss` is false.
+        has_thinking_modes: Whether the chat template has a thinking and a non-thinking mode.
+        renders_reasoning: Whether the reasoning of assistant turns is separated from their answers.
     """
 
     rejected_answers: RejectedAnswers = "use"
+    supervise: Literal["all", "last"] = "all"
+    has_thinking_modes: bool = False
+    renders_reasoning: bool = False
     image_rule: ImageRule
     system_prompt: str | None
     tokenizer: TextTokenizer
@@ -339,16 +331,6 @@ class Renderer(ABC):
     @property
     def has_reasoning(self) -> bool:
         """True if prompts are rendered in thinking mode."""
-        return False
-
-    @property
-    def has_thinking_modes(self) -> bool:
-        """True if the chat template has a thinking and a non-thinking mode."""
-        return False
-
-    @property
-    def renders_reasoning(self) -> bool:
-        """True if the reasoning of assistant turns is separated from their answers."""
         return False
 
     @abstractmethod
@@ -414,6 +396,11 @@ class Renderer(ABC):
                 located_sample, sample.rejected_messages, add_generation_prompt=False
             )
         )
+
+    def list_supervised_turns(self, messages: Sequence[Message]) -> list[int]:
+        """Return the indices of the turns whose tokens contribute to the loss."""
+        turns = [i for i, one in enumerate(messages) if one.role == "assistant" and one.loss]
+        return turns[-1:] if self.supervise == "last" else turns
 
     @property
     def visual_token_ids(self) -> tuple[int, ...]:
@@ -481,10 +468,11 @@ class NativeRenderer(Renderer):
     answer contains reasoning is rendered in thinking mode, and any other in non-thinking mode.
 
     Supervised tokens are the content of assistant turns and their `<|im_end|>`, without the newline
-    after it. Answers are tokenized separately from the `assistant` header, because the prompt ends
-    there during generation: the tokens of `encode_prompt` are always a prefix of the tokens of
-    `encode`. Tokenizing the full template text gives the same ids, except for answers that start
-    with whitespace and a newline, which would merge with the newline of the prompt.
+    after it, except for turns that `list_supervised_turns` leaves out. Answers are tokenized
+    separately from the `assistant` header, because the prompt ends there during generation: the
+    tokens of `encode_prompt` are always a prefix of the tokens of `encode`. Tokenizing the full
+    template text gives the same ids, except for answers that start with whitespace and a newline,
+    which would merge with the newline of the prompt.
     """
 
     def __init__(
@@ -500,6 +488,8 @@ class NativeRenderer(Renderer):
             system_prompt: System prompt of the recipe; None for the default of the family.
         """
         self.family: ModelFamily = load_family(folder)
+        self.has_thinking_modes = self.family.has_thinking_modes
+        self.renders_reasoning = self.family.renders_reasoning
         self.patch_config = load_patch_config(folder)
         self.image_rule: ImageRule = resolve_image_rule(folder.preprocessor_config, image_rule)
         self._video_limits = load_video_limits(folder) if self.family.limits_video_pixels else None
@@ -512,14 +502,6 @@ class NativeRenderer(Renderer):
     @property
     def has_reasoning(self) -> bool:
         return self.family.has_reasoning
-
-    @property
-    def has_thinking_modes(self) -> bool:
-        return self.family.has_thinking_modes
-
-    @property
-    def renders_reasoning(self) -> bool:
-        return self.family.renders_reasoning
 
     def with_thinking(self, options: ThinkingOptions) -> Self:
         renderer = copy(self)
@@ -557,12 +539,7 @@ class NativeRenderer(Renderer):
             for part in located_sample.sample.iter_parts()
             if isinstance(part, ImagePart | VideoPart)
         ]
-        images = [
-            vision_input
-            for part_inputs in inputs_by_part
-            for vision_input in part_inputs
-            if vision_input.kind == "image"
-        ]
+        images = [span for span, _ in chain(*inputs_by_part) if span.kind == "image"]
         token_builder = TokenBuilder(self.tokenizer)
         state = _RenderState(
             located_sample.sample.id, token_builder, iter(inputs_by_part), images, [], []
@@ -570,8 +547,13 @@ class NativeRenderer(Renderer):
         family = self.family
         if family.has_thinking_modes and not add_generation_prompt:
             family = replace(family, has_reasoning=_has_reasoning(messages))
-        messages = family.format_messages(self._with_system_prompt(messages))
+        tools = located_sample.sample.tools
+        messages = family.format_tools(self._with_system_prompt(messages), tools)
+        messages = family.format_messages(messages)
+        supervised_turns = self.list_supervised_turns(messages)
+        unsupervised: list[slice] = []
         for index, message in enumerate(messages):
+            start = token_builder.length
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, message.role)
             is_assistant = message.role == "assistant"
@@ -580,14 +562,16 @@ class NativeRenderer(Renderer):
                 content = self._add_reasoning(state, family, messages, index)
             self._add_content(state, content, is_supervised=is_assistant)
             token_builder.add_special_token(IM_END, is_supervised=is_assistant)
+            if index not in supervised_turns:
+                unsupervised.append(slice(start, token_builder.length))
             token_builder.add_text("\n", is_supervised=False)
         if add_generation_prompt:
             token_builder.add_special_token(IM_START, is_supervised=False)
             self._add_role(token_builder, "assistant")
             token_builder.add_text(family.generation_prompt, is_supervised=False)
         ids_T, loss_mask_T = token_builder.to_arrays()
-        if add_generation_prompt:
-            loss_mask_T = np.zeros_like(loss_mask_T)
+        for turn in [slice(None)] if add_generation_prompt else unsupervised:
+            loss_mask_T[turn] = False
         spans, temporal_ids = (
             ([], []) if family.uses_1d_positions else (state.spans, state.temporal_ids)
         )
@@ -653,40 +637,26 @@ class NativeRenderer(Renderer):
             state.token_builder.add_pieces(pieces, is_supervised=is_supervised)
             segments = []
             if part is not None:
-                for vision_input in next(state.pending_visuals):
-                    self._add_visual(state, vision_input)
+                for span, segment in next(state.pending_visuals):
+                    self._add_visual(state, span, segment)
 
-    def _add_visual(self, state: _RenderState, vision_input: _VisualInput) -> None:
+    def _add_visual(self, state: _RenderState, span: VisualSpan, segment: VideoSegment) -> None:
         token_builder = state.token_builder
-        token_builder.add_text(vision_input.timestamp_text, is_supervised=False)
-        markers = self.family.visual_markers(vision_input.kind, len(state.spans) + 1)
+        token_builder.add_text(segment.timestamp_text, is_supervised=False)
+        markers = self.family.visual_markers(span.kind, len(state.spans) + 1)
         token_builder.add_pieces(markers.prefix, is_supervised=False)
         start = token_builder.length
-        num_placeholders = self.patch_config.count_tokens(vision_input.grid_thw)
-        token_builder.add_special_token(
-            markers.placeholder, is_supervised=False, count=num_placeholders
-        )
+        count = self.patch_config.count_tokens(span.grid_thw)
+        token_builder.add_special_token(markers.placeholder, is_supervised=False, count=count)
         token_builder.add_pieces(markers.suffix, is_supervised=False)
-        span = VisualSpan(
-            kind=vision_input.kind,
-            start=start,
-            stop=start + num_placeholders,
-            grid_thw=vision_input.grid_thw,
-            files=vision_input.files,
-            original_size=vision_input.original_size,
-            resized_size=vision_input.resized_size,
-            frame_indices=vision_input.frame_indices,
-        )
-        state.spans.append(span)
+        state.spans.append(replace(span, start=start, stop=start + count))
         state.temporal_ids.append(
-            self.family.temporal_position_ids(
-                vision_input.grid_thw[0], vision_input.seconds_per_grid
-            )
+            self.family.temporal_position_ids(span.grid_thw[0], segment.seconds_per_grid)
         )
 
     def _build_visuals(
         self, part: ImagePart | VideoPart, located_sample: LocatedSample
-    ) -> list[_VisualInput]:
+    ) -> list[_Visual]:
         if isinstance(part, ImagePart):
             path = located_sample.resolve_path(part.image)
             return [
@@ -725,7 +695,7 @@ class NativeRenderer(Renderer):
         original_size: ImageSize,
         segment: VideoSegment,
         frame_indices: tuple[int, ...] = (),
-    ) -> _VisualInput:
+    ) -> _Visual:
         resized_size = compute_video_size(
             original_size,
             len(frame_indices),
@@ -736,16 +706,9 @@ class NativeRenderer(Renderer):
         )
         frame_indices = frame_indices[segment.frame_slice]
         files = files if frame_indices else files[segment.frame_slice]
-        return _VisualInput(
-            kind,
-            segment.timestamp_text,
-            files,
-            original_size,
-            resized_size,
-            self.patch_config.compute_grid(resized_size, len(frame_indices or files)),
-            segment.seconds_per_grid,
-            frame_indices,
-        )
+        grid_thw = self.patch_config.compute_grid(resized_size, len(frame_indices or files))
+        sizes = original_size, resized_size
+        return VisualSpan(kind, 0, 0, grid_thw, files, *sizes, frame_indices), segment
 
     def span_patches(self, span: VisualSpan) -> NDArray[np.uint8]:
         """Decode one image or video of a tokenized sample into patches."""
@@ -768,7 +731,9 @@ class NativeRenderer(Renderer):
         ]
 
     def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
-        found, expected = self.tokenizer.token_to_id(token), _get_nested(folder.config, key)
+        found, expected = self.tokenizer.token_to_id(token), cast(Any, folder.config)
+        for name in key.split("."):
+            expected = expected.get(name) if isinstance(expected, dict) else None
         if expected not in (None, found):
             raise UserError(
                 f"{token} is {found} in {folder.tokenizer_file.name}, but {key} is {expected} in"
@@ -786,16 +751,7 @@ def _has_reasoning(messages: Sequence[Message]) -> bool:
     return bool(strip_content(reasoning or ()))
 
 
-def _get_nested(config: Mapping[str, Any], key: str) -> object:
-    """Return the config value of a dotted key such as `visual.image_start_id`, or None."""
-    *sections, last = key.split(".")
-    for section in sections:
-        inner = config.get(section)
-        config = inner if isinstance(inner, dict) else {}
-    return config.get(last)
-
-
-def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) -> ImageBox:
+def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:
     if box.image >= len(images):
         raise UserError(
             f"a box refers to image {box.image} (0-based)",
@@ -805,11 +761,7 @@ def _to_image_box(box: BoxPart, images: Sequence[_VisualInput], sample_id: str) 
         )
     image = images[box.image]
     height, width = image.original_size
-    x1, y1, x2, y2 = box.xyxy
-    if not (
-        -MAX_OVERHANG_PX <= x1 < x2 <= width + MAX_OVERHANG_PX
-        and -MAX_OVERHANG_PX <= y1 < y2 <= height + MAX_OVERHANG_PX
-    ):
+    if not is_inside_image(box.xyxy, image.original_size):
         raise UserError(
             f"the box {list(box.xyxy)} in an image of {width} x {height} pixels",
             where=f"sample {sample_id} ({image.files[0]})",
@@ -833,55 +785,3 @@ def build_renderer(
     from finesight.encode.hf_renderer import HfRenderer
 
     return HfRenderer(folder, image_rule, system_prompt)
-
-
-MAX_PROMPT_CPU_S = 20.0
-"""CPU seconds to tokenize a prompt and to decode all of its images."""
-
-
-@dataclass(frozen=True, slots=True)
-class PromptEncoder:
-    """Encodes prompts in worker processes, with limits on time and memory.
-
-    Attributes:
-        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
-    """
-
-    pool: WorkerPool
-
-    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
-        """Tokenize the prompt of a sample and decode its images into patches.
-
-        Raises:
-            UserError: The sample is invalid, or exceeds a limit.
-        """
-        # Lazy import: workers import this module, and need torch for some models only.
-        import torch
-
-        try:
-            with self.pool.borrow_worker() as worker:
-                reply = worker.call(
-                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
-                )
-        except WorkerLostError as error:
-            raise UserError("not encoded, because the server stops", where="prompt") from error
-        tokenized = unpack_tokenized(reply, located_sample.sample.id)
-        patches_ND, *inputs = reply.arrays[2:]
-        hf_inputs = {
-            name: torch.from_numpy(array.copy())
-            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
-        }
-        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
-
-
-def encode_prompt(
-    renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
-) -> JobOutput:
-    """Tokenize a prompt in a worker process, and decode its images."""
-    encoded = renderer.with_thinking(thinking).encode_prompt(located_sample)
-    tokenized = pack_tokenized(encoded.tokenized)
-    inputs = [tensor.numpy() for tensor in encoded.hf_inputs.values()]
-    return JobOutput(
-        tokenized.value | {"hf_inputs": list(encoded.hf_inputs)},
-        [*tokenized.arrays, encoded.patches_ND, *inputs],
-    )

@@ -29,8 +29,6 @@ CONFIDENCE_LEVEL = 0.95
 _NUM_BISECTIONS = 60
 """Bisection steps for [0, 1]; more have no effect in double precision."""
 
-_TINY = 1e-300
-
 
 class ConfidenceInterval(NamedTuple):
     """A 95 % confidence interval."""
@@ -79,7 +77,7 @@ def tango_interval(num_gained: float, num_lost: float, num_trials: float) -> Con
         c = -num_lost * difference * (1 - difference)
         discordant = (math.sqrt(max(0.0, b * b - 8 * num_trials * c)) - b) / (4 * num_trials)
         variance = num_trials * (2 * discordant + difference * (1 - difference))
-        return (num_gained - num_lost - num_trials * difference) / math.sqrt(max(_TINY, variance))
+        return (num_gained - num_lost - num_trials * difference) / math.sqrt(max(1e-300, variance))
 
     low = _bisect_root(lambda difference: score_statistic(difference) - z, -1.0, change)
     high = _bisect_root(lambda difference: score_statistic(difference) + z, change, 1.0)
@@ -294,9 +292,8 @@ def estimate_macro_f1(groups: Sequence[SampleGroup], sample_rates: FloatArray) -
     def compute_score(sums: FloatArray) -> FloatArray:
         correct, predicted, wanted = np.moveaxis(sums.reshape(len(sums), len(groups), 3), 2, 0)
         total = predicted + wanted
-        return safe_divide(
-            safe_divide(2 * correct, total).sum(axis=1), (total > 0).sum(axis=1) * 1.0
-        )
+        f1_sums = safe_divide(2 * correct, total).sum(axis=1)
+        return safe_divide(f1_sums, (total > 0).sum(axis=1) * 1.0)
 
     return ScoreEstimator(
         weighted_sums=build_grouped_sums(groups, len(sample_rates)),

@@ -186,9 +186,8 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
         samples, matches, counts = zip(*own_rows, strict=True)
         sample_indices = np.repeat(samples, [len(one) for one in matches])
         num_references = np.bincount(samples, counts, len(cases)).astype(np.float64)
-        detections.append(
-            ClassDetections(sample_indices, np.concatenate(matches).T, num_references)
-        )
+        is_correct = np.concatenate(matches).T
+        detections.append(ClassDetections(sample_indices, is_correct, num_references))
     return detections
 
 

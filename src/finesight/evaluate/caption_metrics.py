@@ -147,9 +147,8 @@ def _tokenize_text(text: str) -> Iterator[str]:
     for entity, character in _ENTITIES.items():
         text = text.replace(entity, character)
     runs = text.replace("\u200b", " ").split()
-    pieces = [
-        run[i : i + MAX_RUN_LENGTH] for run in runs for i in range(0, len(run), MAX_RUN_LENGTH)
-    ]
+    starts = ((run, start) for run in runs for start in range(0, len(run), MAX_RUN_LENGTH))
+    pieces = [run[start : start + MAX_RUN_LENGTH] for run, start in starts]
     for piece, next_piece in zip(pieces, [*pieces[1:], ""], strict=False):
         # Period rules depend on the next text: a number ("No. 5"), other text, or the end.
         yield from _tokenize_run(piece, " 1" if next_piece[:1].isdigit() else next_piece and " a")
@@ -194,6 +193,7 @@ NGramCounts = Counter[NGram]
 TfIdf = dict[NGram, float]
 
 MAX_NGRAM_ORDER = 4
+_BLEU_COLUMNS = (MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER)
 ROUGE_BETA = 1.2
 CIDER_SIGMA = 6.0
 CIDER_SCALE = 10.0
@@ -212,9 +212,8 @@ def score_captions(cases: Sequence[EvalCase]) -> MetricResult:
     counts = count_bleu_statistics(candidates, references)
     bleu_fns = {f"bleu_{n}": estimate_bleu(counts, n) for n in range(1, MAX_NGRAM_ORDER + 1)}
     # CIDEr-D is bounded by 10, but no set approaches this bound, so it is not informative.
-    return MetricResult(
-        per_sample, mean_metrics(per_sample, bounds={"cider_d": NON_NEGATIVE}) | bleu_fns
-    )
+    means = mean_metrics(per_sample, bounds={"cider_d": NON_NEGATIVE})
+    return MetricResult(per_sample, means | bleu_fns)
 
 
 def count_bleu_statistics(
@@ -246,7 +245,7 @@ def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
 
     `counts` are the rows of `count_bleu_statistics`.
     """
-    matched, offered, _ = np.split(counts, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER], axis=1)
+    matched, offered, _ = np.split(counts, _BLEU_COLUMNS, axis=1)
     is_match, means = np.arange(counts.shape[1]) < MAX_NGRAM_ORDER, counts.mean(axis=0)
     return ScoreEstimator(
         weighted_sums=lambda weights: weights @ counts,
@@ -259,9 +258,7 @@ def estimate_bleu(counts: FloatArray, order: int) -> ScoreEstimator:
 
 def _compute_bleu(totals: FloatArray, order: int) -> FloatArray:
     """Compute BLEU from sums of rows of `count_bleu_statistics`: (R, 10) -> (R,)."""
-    num_matches, num_ngrams, (length, closest_length) = np.split(
-        totals.T, [MAX_NGRAM_ORDER, 2 * MAX_NGRAM_ORDER]
-    )
+    num_matches, num_ngrams, (length, closest_length) = np.split(totals.T, _BLEU_COLUMNS)
     precision = (num_matches + _BLEU_TINY) / (num_ngrams + _BLEU_SMALL)
     ratio = (length + _BLEU_TINY) / (closest_length + _BLEU_SMALL)
     value: FloatArray = np.prod(precision[:order], axis=0) ** (1 / order)
@@ -275,13 +272,10 @@ def compute_rouge_l(candidate: WordSequence, references: Sequence[WordSequence])
     Uses the best precision and the best recall over the references, with recall weighted by beta
     1.2 squared. A text without words counts as one empty word, as in the COCO evaluation.
     """
-    candidate_words = candidate or [""]
-    lcs_lengths = [
-        (_lcs_length(candidate_words, reference or [""]), len(reference) or 1)
-        for reference in references
-    ]
-    precision = max(length for length, _ in lcs_lengths) / len(candidate_words)
-    recall = max(length / total for length, total in lcs_lengths)
+    candidate, *truths = (text or [""] for text in (candidate, *references))
+    lengths = [_lcs_length(candidate, truth) for truth in truths]
+    precision = max(lengths) / len(candidate)
+    recall = max(n / len(truth) for n, truth in zip(lengths, truths, strict=True))
     if precision == 0.0 or recall == 0.0:
         return 0.0
     weight = ROUGE_BETA**2
@@ -326,9 +320,8 @@ def _cider_similarity(candidate: list[TfIdf], reference: list[TfIdf]) -> float:
     total = 0.0
     for weights, others in zip(candidate, reference, strict=True):
         # Candidate weights are clipped to the reference: repeated words do not raise the score.
-        dot = sum(
-            min(w, others[ngram]) * others[ngram] for ngram, w in weights.items() if ngram in others
-        )
+        common = ((w, others[ngram]) for ngram, w in weights.items() if ngram in others)
+        dot = sum(min(w, other) * other for w, other in common)
         norms = math.hypot(*weights.values()) * math.hypot(*others.values())
         total += dot / norms if norms else 0.0
     return total / MAX_NGRAM_ORDER

@@ -52,20 +52,25 @@ def parse_metric_path(metric: str) -> tuple[Path, str] | None:
     return (Path(os.path.expanduser(file)), function) if colon else None
 
 
-def resolve_metric_path(metric: str, run_dir: Path, *, prefer_copy: bool = False) -> str:
-    """Return a metric setting with its file replaced by the copy in a run folder.
+def list_functions(recipe: Recipe) -> list[tuple[str, str, str]]:
+    """Return the section, `FILE.py:FUNCTION` and name of the copy of each function of a recipe."""
+    names = [("rewards", one.name, f"reward_{n}.py") for n, one in enumerate(recipe.rewards, 1)]
+    names += [("eval", recipe.eval.metric, METRIC_COPY_FILE)] if recipe.eval else []
+    return [one for one in names if parse_metric_path(one[1]) is not None]
 
-    By default, the copy is used only if the file is missing. A task name is returned unchanged.
 
-    Args:
-        metric: Task name, or `FILE.py:FUNCTION`.
+def resolve_metric_path(
+    metric: str, run_dir: Path, *, prefer_copy: bool = False, copy_name: str = METRIC_COPY_FILE
+) -> str:
+    """Return a metric or reward with its file replaced by the copy in a run folder.
+
+    By default, the copy is used only if the file is missing. Other names are returned unchanged.
     """
-    path_and_function = parse_metric_path(metric)
-    if path_and_function is None or not (run_dir / METRIC_COPY_FILE).is_file():
+    path_and_function, copy = parse_metric_path(metric), run_dir / copy_name
+    if path_and_function is None or not copy.is_file():
         return metric
-    if os.path.isfile(path_and_function[0]) and not prefer_copy:
-        return metric
-    return f"{run_dir / METRIC_COPY_FILE}:{path_and_function[1]}"
+    is_kept = os.path.isfile(path_and_function[0]) and not prefer_copy
+    return metric if is_kept else f"{copy}:{path_and_function[1]}"
 
 
 def load_custom_metric(file: Path, function: str) -> MetricFn:
@@ -165,9 +170,6 @@ def _build_function_error(error: BaseException, file: Path, context: str) -> Use
     )
 
 
-OPTION = "--trust-metric"
-
-
 def trust_file() -> Path:
     """Return the path of the list of trusted metric files: SHA-256 and path on each line."""
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -209,9 +211,9 @@ def check_metric(metric: MetricSpec, *, named: bool, trust: bool) -> None:
         raise UserError(
             "an untrusted program in a run folder",
             where=str(file),
-            expected=f"a metric file that you have executed before, or {OPTION}",
-            remedy=f"review the file, then add {OPTION} to execute it (in Python"
-            " trust_metric=True), or choose another metric",
+            expected="a metric or reward file that you have executed before, or --trust-metric",
+            remedy="review the file, then add --trust-metric to execute it (in Python"
+            " trust_metric=True), or choose another metric or reward",
         )
 
 
@@ -224,12 +226,9 @@ def check_recipe_metric(
         path: Recipe file; None for settings created in Python.
         overrides: Recipe overrides; `eval.metric=...` and `rewards=...` are named by the user.
     """
-    functions = [("rewards", one.name, one.name) for one in recipe.rewards]
-    if recipe.eval is not None:
-        metric = recipe.eval.metric
-        functions.append(("eval", metric, resolve_metric_path(metric, recipe.output_dir)))
     overridden = {one.partition("=")[0].strip() for one in overrides}
-    for section, spec, resolved in functions:
+    for section, spec, copy_name in list_functions(recipe):
+        resolved = resolve_metric_path(spec, recipe.output_dir, copy_name=copy_name)
         location = parse_metric_path(resolved)
         files = [file for file in (path, location and location[0]) if file is not None]
         is_from_run = any(os.path.isfile(file) and in_run_folder(file) for file in files)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
-from finesight.data.sample import BoxPart, Sample, TextPart
+from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
@@ -82,10 +82,8 @@ class MetricResult:
 
     def notes(self) -> dict[str, str]:
         """Return warnings and reasons for missing intervals, by the name of the score."""
-        notes = {
-            name: one.get_missing_reason() or one.note for name, one in self.estimators.items()
-        }
-        return {name: note for name, note in notes.items() if note}
+        reasons = {n: one.get_missing_reason() or one.note for n, one in self.estimators.items()}
+        return {name: note for name, note in reasons.items() if note}
 
 
 def group_notes(notes: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
@@ -130,25 +128,22 @@ def mean_metrics(
 def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> ReferenceAnswer:
     """Return the reference texts and boxes of a sample.
 
-    The first text is that of the last turn, followed by `sample.references`. With `has_reasoning`,
-    reasoning before the answer is removed.
+    The first text is that of the last turn with its tool calls, followed by `sample.references`.
+    With `has_reasoning`, reasoning before the answer is removed.
 
     Raises:
         UserError: The last turn is not an assistant turn.
     """
-    last_message = sample.messages[-1]
-    if last_message.role != "assistant":
+    last = sample.messages[-1]
+    if last.role != "assistant":
         raise UserError(
-            f"sample {sample.id!r} ends with a {last_message.role} turn",
+            f"sample {sample.id!r} ends with a {last.role} turn",
             expected="an assistant turn with the reference answer at the end",
             remedy="evaluate on samples with answers, or predict their answers",
         )
-    content = (
-        split_reasoning(last_message.content).answer if has_reasoning else last_message.content
-    )
+    content = split_reasoning(last.content).answer if has_reasoning else last.content
     boxes = tuple(part for part in content if isinstance(part, BoxPart))
-    text = "".join(part.text for part in content if isinstance(part, TextPart))
-    return (text, *sample.references), boxes
+    return (join_text(content), *sample.references), boxes
 
 
 class BestEval(BaseModel):

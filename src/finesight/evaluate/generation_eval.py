@@ -58,18 +58,13 @@ def load_eval_inputs(
     """
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
     recipe = load_recipe(path) if path.is_file() else None
-    overrides: dict[str, Any] = {
-        "metric": metric,
-        "limit": limit,
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-    }
+    overrides: dict[str, Any] = {"metric": metric, "limit": limit, "batch_size": batch_size}
+    overrides["max_new_tokens"] = max_new_tokens
     settings = {name: value for name, value in overrides.items() if value is not None}
     if recipe is not None and recipe.eval is not None:
-        copied_metric = custom_metric.resolve_metric_path(
-            recipe.eval.metric, path.parent, prefer_copy=True
-        )
-        settings = recipe.eval.model_dump() | {"metric": copied_metric} | settings
+        own = recipe.eval.metric
+        copied = custom_metric.resolve_metric_path(own, path.parent, prefer_copy=True)
+        settings = recipe.eval.model_dump() | {"metric": copied} | settings
     if recipe is None:
         check_model_path(run_or_model)
     if "metric" not in settings:
@@ -231,10 +226,8 @@ def evaluate(
             expected="at least one sample with an answer",
             remedy=Step("import", arguments, "set validation samples, for example by an import"),
         )
-    references = [
-        get_reference_answer(sample.sample, has_reasoning=renderer.renders_reasoning)
-        for sample in selected
-    ]
+    with_reasoning = renderer.renders_reasoning
+    references = [get_reference_answer(s.sample, has_reasoning=with_reasoning) for s in selected]
     check_references(settings.metric, references)
 
     def generate(part: Sequence[LocatedSample]) -> PredictOutput:
@@ -285,10 +278,7 @@ def evaluate(
     corrupt = [(selected[i].sample.id, reason) for i, reason in sorted(corrupt_reasons.items())]
     result, per_sample = score(readable)
     if predictions_file is not None:
-        lines = [
-            format_prediction_line(*row)
-            for row in zip(predictions, cases.values(), per_sample, strict=True)
-        ]
+        lines = map(format_prediction_line, predictions, cases.values(), per_sample)
         write_file(predictions_file, "".join(lines).encode())
     if subset is None or positions == readable:
         return result

@@ -12,12 +12,14 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from finesight.bounded_files import parse_json
+from finesight.data.sample import TOOL_CALL_TEXT, parse_tool_call
 from finesight.evaluate.bootstrap import (
     ClassCounts,
     SampleGroup,
@@ -39,7 +41,24 @@ MAX_LISTED_FIELDS = 200
 _CODE_FENCE = "```"
 
 
-def score_json(cases: Sequence[EvalCase]) -> MetricResult:
+def parse_form(text: str) -> JsonForm | None:
+    """Parse a JSON object or list, optionally in a ```json fence.
+
+    Returns None for any other text and never raises for generated text.
+    """
+    text = text.strip()
+    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
+        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    try:
+        value = parse_json(text)
+        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+    except ValueError:
+        return None
+
+
+def score_json(
+    cases: Sequence[EvalCase], parse_form: Callable[[str], JsonForm | None] = parse_form
+) -> MetricResult:
     """Compute F1 over all fields, macro F1 over fields, exact match and parse rate.
 
     `details["fields"]` contains F1, precision and recall by field.
@@ -48,19 +67,14 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
     pairs: list[tuple[ClassCounts, ClassCounts]] = []
     for case in cases:
         predicted_form = parse_form(case.answer)
-        reference_forms = [
-            form for text in case.references if (form := parse_form(text)) is not None
-        ]
-        assert reference_forms, f"the reference {case.references[0]!r} is not JSON"
+        forms = [form for text in case.references if (form := parse_form(text)) is not None]
+        assert forms, f"the reference {case.references[0]!r} is not JSON"
         predicted_fields = Counter() if predicted_form is None else count_fields(predicted_form)
-        reference_fields = max(
-            map(count_fields, reference_forms),
-            key=lambda fields: _compute_f1(predicted_fields, fields),
-        )
+        reference_fields = max(map(count_fields, forms), key=partial(_compute_f1, predicted_fields))
         per_sample.append(
             {
                 "f1": _compute_f1(predicted_fields, reference_fields),
-                "exact": float(predicted_form in reference_forms),
+                "exact": float(predicted_form in forms),
                 "parse_rate": float(predicted_form is not None),
             }
         )
@@ -79,17 +93,26 @@ def score_json(cases: Sequence[EvalCase]) -> MetricResult:
     return MetricResult(per_sample, estimators, {"fields": dict(fields[:MAX_LISTED_FIELDS])})
 
 
-def parse_form(text: str) -> JsonForm | None:
-    """Parse a JSON object or list, optionally in a ```json fence.
+def score_tool_calls(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute the scores of `score_json` for the tool calls of answers.
 
-    Returns None for any other text and never raises for generated text.
+    The fields are `function`, the names of functions, and `NAME.ARGUMENT`. Calls may have any
+    order, and lists are compared as a whole. An answer without calls equals such a reference.
     """
-    text = text.strip()
-    if text.startswith(_CODE_FENCE) and text.endswith(_CODE_FENCE):
-        text = text[len(_CODE_FENCE) : -len(_CODE_FENCE)].removeprefix("json")
+    return score_json(cases, _parse_calls)
+
+
+def _parse_calls(text: str) -> JsonForm | None:
+    """Return the canonical form of the tool calls in a text; None if one of them is invalid."""
+    forms = []
+    for match in TOOL_CALL_TEXT.finditer(text):
+        call = parse_tool_call(match["call"])
+        if call is None:
+            return None
+        values = {k: json.dumps(v) if isinstance(v, list) else v for k, v in call.arguments.items()}
+        forms.append({"function": call.name, call.name: values})
     try:
-        value = parse_json(text)
-        return _normalize_value(value, 0) if isinstance(value, dict | list) else None
+        return _normalize_value(forms, 0)  # type: ignore[no-any-return]  # a list
     except ValueError:
         return None
 
@@ -107,9 +130,8 @@ def _normalize_value(value: Any, depth: int) -> Any:
         normalized = {name: _normalize_value(value[name], depth + 1) for name in sorted(value)}
         return {name: child for name, child in normalized.items() if child}
     if isinstance(value, list):
-        return sorted(
-            filter(None, (_normalize_value(inner, depth + 1) for inner in value)), key=repr
-        )
+        children = (_normalize_value(inner, depth + 1) for inner in value)
+        return sorted(filter(None, children), key=repr)
     return "" if value is None else _format_scalar(value)
 
 

@@ -27,12 +27,13 @@ _LATEX_TOKEN = re.compile(
 _TEXT_ARGUMENT = re.compile(r"\\(?:text(?:rm|bf|it|sf|tt)?|mbox|hbox)")
 
 
-def score_latex(cases: Sequence[EvalCase]) -> MetricResult:
+def score_latex(cases: Sequence[EvalCase], *, renders: bool = True) -> MetricResult:
     """Compute similarity, exact match, edit distance and corpus BLEU-4 of canonical tokens.
 
-    Similarity is 1 - edits / length of the longer formula, for the nearest reference. If ziamath
-    is installed, `rendered` is the share of answers that render like a reference, among formulas
-    that can be rendered, and `rendered_share` is the share of these formulas.
+    Similarity is 1 - edits / length of the longer formula, for the nearest reference. With
+    `renders`, and if ziamath is installed, `rendered` is the share of answers that render like a
+    reference, among formulas that can be rendered, and `rendered_share` is the share of these
+    formulas. Renderings take most of the time.
     """
     predictions = [tokenize_latex(case.answer) for case in cases]
     references = [[tokenize_latex(reference) for reference in case.references] for case in cases]
@@ -47,10 +48,9 @@ def score_latex(cases: Sequence[EvalCase]) -> MetricResult:
             }
         )
     estimators = mean_metrics(per_sample, bounds={"edit_distance": NON_NEGATIVE})
-    estimators["bleu"] = estimate_bleu(
-        count_bleu_statistics(predictions, references), MAX_NGRAM_ORDER
-    )
-    if latex_rendering.is_ziamath_installed():
+    bleu_counts = count_bleu_statistics(predictions, references)
+    estimators["bleu"] = estimate_bleu(bleu_counts, MAX_NGRAM_ORDER)
+    if renders and latex_rendering.is_ziamath_installed():
         render_matches = compare_renderings(cases, predictions, references)
         for scores, match in zip(per_sample, render_matches, strict=True):
             if match is not None:

@@ -6,12 +6,12 @@ limits of time and memory render them.
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
-from functools import partial
+from functools import cache, lru_cache
 from importlib import import_module, util
 from typing import Any
 
@@ -29,11 +29,6 @@ RENDER_CPU_SECONDS = 2
 MAX_MEMORY_BYTES = 2 * 10**9
 MAX_RENDER_PROCESSES = 4
 
-_digest_cache: dict[str, str | None] = {}
-"""Digests by formula, so that a process renders each reference only once."""
-
-_MAX_CACHED_DIGESTS = 200_000
-
 
 def is_ziamath_installed() -> bool:
     """Return whether ziamath is installed (`pip install "finesight[latex]"`)."""
@@ -41,29 +36,27 @@ def is_ziamath_installed() -> bool:
 
 
 def render_digests(formulas: Iterable[str]) -> dict[str, str | None]:
-    """Render formulas and return the digest of each rendering; None on failure.
-
-    Formulas with equal digests look equal.
-    """
-    requested = set(formulas)
-    if len(_digest_cache) > _MAX_CACHED_DIGESTS:
-        _digest_cache.clear()
-    missing = sorted(requested - _digest_cache.keys())
-    num_processes = min(MAX_RENDER_PROCESSES, os.cpu_count() or 1, len(missing))
-    if num_processes:
-        limits = {"num_idle": num_processes, "memory_bytes": MAX_MEMORY_BYTES}
-        workers = WorkerPool(import_module, "ziamath", **limits)
-        with closing(workers), ThreadPoolExecutor(num_processes) as threads:
-            digests = threads.map(partial(_request_digest, workers), missing)
-            _digest_cache.update(zip(missing, digests, strict=True))
-    return {formula: _digest_cache[formula] for formula in requested}
+    """Render formulas, and return digests, which are equal for equal images; None on failure."""
+    requested = sorted(set(formulas))
+    with ThreadPoolExecutor(min(MAX_RENDER_PROCESSES, os.cpu_count() or 1)) as threads:
+        return dict(zip(requested, threads.map(_request_digest, requested), strict=True))
 
 
-def _request_digest(workers: WorkerPool, formula: str) -> str | None:
+@cache
+def _open_workers() -> WorkerPool:
+    """Return the workers of this process. Rewards render a few formulas at a time."""
+    limits = {"num_idle": MAX_RENDER_PROCESSES, "memory_bytes": MAX_MEMORY_BYTES}
+    workers = WorkerPool(import_module, "ziamath", **limits)
+    atexit.register(workers.close)
+    return workers
+
+
+@lru_cache(maxsize=200_000)
+def _request_digest(formula: str) -> str | None:
     if len(formula) > MAX_FORMULA_LENGTH:
         return None
     try:
-        with workers.borrow_worker() as worker:
+        with _open_workers().borrow_worker() as worker:
             reply = worker.call(_render_digest, formula, max_cpu_s=RENDER_CPU_SECONDS)
     except (WorkerJobError, WorkerLimitError):  # also without a usable ziamath
         return None

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Callable
 from contextlib import suppress
+from functools import lru_cache
+from importlib import import_module, util
 from xml.etree.ElementTree import Element
 
 from markupsafe import Markup
@@ -49,55 +50,42 @@ ALLOWED_ATTRIBUTES = {
 _MACRO_PATTERN = re.compile(r"\\(?:[egx]?def|let|(?:re)?new|provide|Declare)")
 
 
-class FormulaConverter:
-    """Converts LaTeX formulas to MathML and caches the results."""
+def is_converter_installed() -> bool:
+    """Return whether latex2mathml is installed."""
+    with suppress(ImportError):
+        return util.find_spec("latex2mathml.converter") is not None
+    return False
 
-    def __init__(self) -> None:
-        self._convert_element: Callable[[str], Element] | None = None
-        with suppress(ImportError):
-            from latex2mathml.converter import convert_to_element
 
-            self._convert_element = convert_to_element
-        self._cache: dict[str, MathMLTree | None] = {}
+@lru_cache(maxsize=4096)
+def convert_formula(source: str) -> MathMLTree | None:
+    """Convert a LaTeX formula to MathML.
 
-    @property
-    def is_available(self) -> bool:
-        """True if the converter package latex2mathml is installed."""
-        return self._convert_element is not None
-
-    def convert(self, source: str) -> MathMLTree | None:
-        """Convert a LaTeX formula to MathML.
-
-        Returns None if the page should display the source: it is empty, too long, invalid or
-        defines macros, or the converter package is not installed.
-        """
-        if source in self._cache:
-            return self._cache[source]
-        formula, tree = strip_math_delimiters(source), None
-        is_supported = 0 < len(formula) <= MAX_FORMULA_CHARS and not _MACRO_PATTERN.search(formula)
-        if self._convert_element is not None and is_supported:
-            # The converter raises many types of errors for generated text.
-            with suppress(Exception):
-                tree = _sanitize(self._convert_element(formula), MAX_TREE_DEPTH)
-                # Display style: fractions and sums in full size.
-                tree[1] = {"displaystyle": "true"}
-        self._cache[source] = tree
-        return tree
+    Returns None if the page should display the source: it is empty, too long, invalid or defines
+    macros, or the converter package is not installed.
+    """
+    formula = strip_math_delimiters(source)
+    if 0 < len(formula) <= MAX_FORMULA_CHARS and not _MACRO_PATTERN.search(formula):
+        # The converter raises many types of errors for generated text.
+        with suppress(Exception):
+            element = import_module("latex2mathml.converter").convert_to_element(formula)
+            # Display style: fractions and sums in full size.
+            name, _, *children = _sanitize(element, MAX_TREE_DEPTH)
+            return [name, {"displaystyle": "true"}, *children]
+    return None
 
 
 def render_mathml(tree: MathMLTree) -> Markup:
     """Render a formula as HTML. Texts and attribute values are escaped."""
     name, attributes, *children = tree
     assert isinstance(attributes, dict), f"attributes of <{name}> are {attributes!r}"
-    html_attributes = Markup("").join(
-        Markup(' {}="{}"').format(key, value) for key, value in attributes.items()
-    )
+    pairs = (Markup(' {}="{}"').format(*pair) for pair in attributes.items())
     content = Markup("").join(
         child if isinstance(child, str) else render_mathml(child)
         for child in children
         if not isinstance(child, dict)
     )
-    return Markup("<{}{}>{}</{}>").format(name, html_attributes, content, name)
+    return Markup("<{}{}>{}</{}>").format(name, Markup("").join(pairs), content, name)
 
 
 def _sanitize(element: Element, max_depth: int) -> MathMLTree:

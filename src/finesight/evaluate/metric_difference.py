@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -170,25 +171,21 @@ def count_correct(metric: str, score: float, num_samples: int) -> int | None:
 
 
 def compare_cases(
-    metric: MetricSpec, before: Sequence[EvalCase], after: Sequence[EvalCase]
+    metric: MetricSpec,
+    before: Sequence[EvalCase],
+    after: Sequence[EvalCase],
+    *,
+    num_samples: int | None = None,
 ) -> list[MetricDifference]:
     """Compare the scores of two sets of predictions for the same samples.
 
     Predictions are paired by sample id, and in order for repeated ids. Unpaired predictions are
-    ignored.
-
-    Raises:
-        UserError: The sets have no sample in common.
+    ignored. The result is empty without pairs, and if their number is not `num_samples`.
     """
     old, new = (index_by_sample(cases, lambda case: case.id) for cases in (before, after))
     keys = [key for key in old if key in new]
-    if not keys:
-        raise UserError(
-            f"{len(before)} predictions before and {len(after)} after have no sample in common",
-            where="comparison",
-            expected="predictions for the same samples",
-            remedy="evaluate both on the same data",
-        )
+    if not keys or len(keys) != (num_samples or len(keys)):
+        return []
     results = (compute_metrics(metric, [cases[key] for key in keys]) for cases in (old, new))
     return compare_estimators(*(result.estimators for result in results))
 
@@ -209,22 +206,6 @@ def compare_estimators(
         bounds = low, high, verdict, note, old.num_samples if is_proportion else 0
         differences.append(MetricDifference(name, old.score, new.score, *bounds))
     return differences
-
-
-def compare_prediction_files(
-    metric: MetricSpec, before: Path, after: Path, num_samples: int | None = None
-) -> list[MetricDifference]:
-    """Compare the scores of two prediction files.
-
-    Args:
-        num_samples: Number of samples to compare. The result is empty if the files have another
-            number of samples in common.
-    """
-    old, new = ([one.case for one in read_predictions(file)] for file in (before, after))
-    old_ids, new_ids = (Counter(case.id for case in cases) for cases in (old, new))
-    if num_samples is not None and (old_ids & new_ids).total() != num_samples:
-        return []
-    return compare_cases(metric, old, new)
 
 
 def build_unsampled_difference(
@@ -290,10 +271,5 @@ def index_by_sample(
     items: Sequence[T], get_sample_id: Callable[[T], str]
 ) -> dict[tuple[str, int], T]:
     """Index items by (sample id, occurrence); occurrences of an id are counted from 0."""
-    id_counts: Counter[str] = Counter()
-    item_by_key = {}
-    for item in items:
-        sample_id = get_sample_id(item)
-        item_by_key[sample_id, id_counts[sample_id]] = item
-        id_counts[sample_id] += 1
-    return item_by_key
+    numbers: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
+    return {(name := get_sample_id(item), next(numbers[name])): item for item in items}

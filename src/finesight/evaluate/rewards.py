@@ -12,19 +12,21 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib import import_module, util
 from pathlib import Path
 from typing import Any
 
+from finesight.bounded_files import parse_json
 from finesight.config import RewardSettings
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric, task_metrics
 from finesight.evaluate.box_metrics import compute_box_reward, compute_click_reward
 from finesight.evaluate.eval_case import EvalCase
-from finesight.evaluate.latex_metrics import strip_math_delimiters
+from finesight.evaluate.latex_metrics import score_latex, strip_math_delimiters
 from finesight.evaluate.text_metrics import normalize_text
 from finesight.plugins import Registry
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
@@ -64,6 +66,22 @@ def score_format(pattern: re.Pattern[str], case: EvalCase) -> float:
     return float(pattern.fullmatch(case.answer.strip()) is not None)
 
 
+def score_schema(validator: Any, case: EvalCase) -> float:
+    """Return 1 if the complete answer is JSON that a schema describes."""
+    try:
+        return float(validator.is_valid(parse_json(case.answer)))
+    except ValueError:
+        return 0.0
+    except import_module("referencing.exceptions").Unresolvable as error:
+        raise _build_schema_error(str(error), "define it in the schema") from error
+
+
+def _build_schema_error(what: str, remedy: str) -> UserError:
+    return custom_metric.RewardError(
+        what, where="rewards, json_schema", expected="a complete JSON schema", remedy=remedy
+    )
+
+
 def score_length(max_length: int, case: EvalCase) -> float:
     """Return 1 up to `max_length` characters, then linearly less, and 0 from twice as many."""
     excess = len(case.answer) - max_length
@@ -86,15 +104,18 @@ REWARDS = Registry("rewards", object, _BUILT_IN)
 class RewardScorer(contextlib.ExitStack):
     """Scorer of responses by all rewards of a recipe. Close it to end the worker processes.
 
+    Args:
+        run_dir: Run with copies of the files of functions.
+
     Raises:
         UserError: A reward function, a score of a metric, or a package is missing.
     """
 
-    def __init__(self, rewards: Sequence[RewardSettings]) -> None:
+    def __init__(self, rewards: Sequence[RewardSettings], run_dir: Path = Path()) -> None:
         super().__init__()
-        self.names = _name_rewards(rewards)
+        self.names, self._run_dir = _name_rewards(rewards), run_dir
         self.weights = [reward.weight for reward in rewards]
-        self._functions = [self._build_function(reward) for reward in rewards]
+        self._functions = [self._build_function(*one) for one in enumerate(rewards, 1)]
 
     def score(self, cases: Sequence[EvalCase]) -> list[list[float | None]]:
         """Return the scores of each reward; None for a response that is not scored.
@@ -107,24 +128,21 @@ class RewardScorer(contextlib.ExitStack):
         """
         return [function(cases) for function in self._functions]
 
-    def _build_function(self, reward: RewardSettings) -> RewardFn:
-        name = reward.name
+    def _build_function(self, number: int, reward: RewardSettings) -> RewardFn:
+        copy_name = f"reward_{number}.py"
+        name = custom_metric.resolve_metric_path(reward.name, self._run_dir, copy_name=copy_name)
         if (location := custom_metric.parse_metric_path(name)) is not None:
             custom_metric.require_metric_file(location[0])
             pool = self._open_pool(custom_metric.load_function, *location)
             return partial(_score_in_worker, pool, location[0])
         if name == "math":
-            if util.find_spec("math_verify") is None:
-                raise UserError(
-                    f"the reward {name} requires the package math-verify, which is not installed",
-                    where="rewards",
-                    expected="math-verify, for the equality of formulas",
-                    remedy="pip install 'finesight[latex]'",
-                )
+            _require_package("math-verify", name, "latex")
             return partial(_score_math, self._open_pool(import_module, "math_verify"))
         score_case: CaseRewardFn
         if reward.pattern is not None:
             score_case = partial(score_format, re.compile(reward.pattern, re.DOTALL))
+        elif reward.json_schema is not None:
+            score_case = partial(score_schema, _build_validator(reward.json_schema))
         elif reward.max_length is not None:
             score_case = partial(score_length, reward.max_length)
         elif name in REWARDS:
@@ -136,6 +154,29 @@ class RewardScorer(contextlib.ExitStack):
     def _open_pool(self, setup: Callable[..., Any], *args: object) -> WorkerPool:
         pool = WorkerPool(setup, *args, num_idle=1, memory_bytes=MAX_MEMORY_BYTES)
         return self.enter_context(contextlib.closing(pool))
+
+
+def _require_package(package: str, reward: str, extra: str) -> None:
+    if util.find_spec(package.replace("-", "_")) is None:
+        raise UserError(
+            f"the reward {reward} requires the package {package}, which is not installed",
+            where="rewards",
+            expected=f"the extra {extra}",
+            remedy=f"pip install 'finesight[{extra}]'",
+        )
+
+
+def _build_validator(schema: Mapping[str, Any]) -> Any:
+    """Return the validator of a JSON schema. References to other documents are an error."""
+    _require_package("jsonschema", "format", "schema")
+    package = import_module("jsonschema")
+    try:
+        validator = package.validators.validator_for(schema, package.Draft202012Validator)
+        validator.check_schema(schema)
+        # Without a registry, the package would download the documents.
+        return validator(schema, registry=import_module("referencing").Registry())
+    except package.SchemaError as error:
+        raise _build_schema_error(error.message, f"correct {error.json_path}") from error
 
 
 def _name_rewards(rewards: Sequence[RewardSettings]) -> list[str]:
@@ -157,6 +198,8 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
     task = task_metrics.get_task_metric(metric)
     if task_metrics.TASK_METRICS.find_plugin(metric) is not None:
         return task, score  # its references are unknown
+    if metric == "latex" and score != "rendered":
+        task = replace(task, score_fn=partial(score_latex, renders=False))
     (scores,) = task.score_fn([CORRECT_CASE]).per_sample
     score = score or next(iter(scores))
     # Error rates are 0, and CIDEr-D, which is 0 for all responses to one image.
@@ -196,10 +239,7 @@ def _score_math(pool: WorkerPool, cases: Sequence[EvalCase]) -> list[float | Non
 
 def _verify_math(math_verify: Any, case: EvalCase) -> JobOutput:
     """Compare formulas in a worker process, whose limits replace the time-outs of the package."""
-
-    def parse(text: str) -> Any:
-        return math_verify.parse(text, parsing_timeout=None)
-
+    parse = partial(math_verify.parse, parsing_timeout=None)
     expected = [parse(f"${strip_math_delimiters(text)}$") for text in case.references]
     if not any(expected):
         return JobOutput()
@@ -209,14 +249,13 @@ def _verify_math(math_verify: Any, case: EvalCase) -> JobOutput:
 
 
 def _score_in_worker(pool: WorkerPool, file: Path, cases: Sequence[EvalCase]) -> list[float | None]:
-    where, what, remedy = str(file), "", "correct the function, then start again with --resume"
     try:
         with pool.borrow_worker() as worker:
             return list(worker.call(_run_function, file, list(cases), max_cpu_s=MAX_CPU_S).value)
-    except WorkerLimitError as error:
-        what = f"the function {error.what}"
     except UserError as error:
-        where, what = error.where or where, error.what
+        what = "the function " * isinstance(error, WorkerLimitError) + error.what
+        where = error.where or str(file)
+    remedy = "correct the function, then start again with --resume"
     raise custom_metric.RewardError(what, where=where, expected=EXPECTED_FUNCTION, remedy=remedy)
 
 
@@ -233,7 +272,6 @@ def _run_function(
             if os.getpid() != pid:  # a process that the function has forked
                 os._exit(1)
         if value is not None and not isinstance(value, numbers.Real):
-            problem = f"the result is {value!r:.80} for sample {case.id!r}"
-            raise UserError(problem, where=str(file))
+            raise UserError(f"the result is {value!r:.80} for sample {case.id!r}", where=str(file))
         values.append(None if value is None or not math.isfinite(value) else float(value))
     return JobOutput(values)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finesight.config import MetricSpec, TaskName
+from finesight.data.sample import TOOL_CALL_TEXT
 from finesight.errors import UserError
 from finesight.evaluate import (
     box_metrics,
@@ -42,7 +43,7 @@ class TaskMetric:
 
     primary_metric: str | None
     score_fn: MetricFn
-    reference_kind: Literal["text", "box", "json", "anything"] = "text"
+    reference_kind: Literal["text", "box", "json", "tool call", "anything"] = "text"
 
 
 _BUILT_IN: dict[TaskName, TaskMetric] = {
@@ -52,6 +53,7 @@ _BUILT_IN: dict[TaskName, TaskMetric] = {
     "qa": TaskMetric("anls", text_metrics.score_qa),
     "classification": TaskMetric("accuracy", text_metrics.score_classification),
     "json": TaskMetric("f1", json_metrics.score_json, reference_kind="json"),
+    "tool_calls": TaskMetric("exact", json_metrics.score_tool_calls, reference_kind="tool call"),
     "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
     "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
 }
@@ -117,12 +119,10 @@ def get_task_metric(metric: MetricSpec) -> TaskMetric:
     Raises:
         UserError: The file of the custom metric is invalid.
     """
-    path_and_function = custom_metric.parse_metric_path(metric)
-    if path_and_function is not None:
-        return TaskMetric(
-            None, custom_metric.load_custom_metric(*path_and_function), reference_kind="anything"
-        )
-    return TASK_METRICS[metric]
+    location = custom_metric.parse_metric_path(metric)
+    if location is None:
+        return TASK_METRICS[metric]
+    return TaskMetric(None, custom_metric.load_custom_metric(*location), "anything")
 
 
 def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) -> None:
@@ -164,6 +164,8 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     texts, reference_boxes = reference
     if reference_kind == "json":
         return any(json_metrics.parse_form(text) is not None for text in texts)
+    if reference_kind == "tool call":
+        return any(map(TOOL_CALL_TEXT.search, texts))
     if reference_kind == "box":
         return bool(reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())

@@ -42,9 +42,8 @@ def score_ocr(cases: Sequence[EvalCase]) -> MetricResult:
     for case in cases:
         prediction, *references = map(normalize_text, (case.answer, *case.references))
         edits, max_length, length = find_nearest_reference(prediction, references)
-        word_edits, _, word_count = find_nearest_reference(
-            prediction.split(), [truth.split() for truth in references]
-        )
+        words, *reference_words = (text.split() for text in (prediction, *references))
+        word_edits, _, word_count = find_nearest_reference(words, reference_words)
         folded = {fold_text(reference) for reference in case.references}
         per_sample.append(
             {
@@ -189,9 +188,8 @@ def score_classification(cases: Sequence[EvalCase]) -> MetricResult:
     labels = [[Counter([(name, "")]) for name in names] for names in (predicted, expected)]
     groups = count_by_class(list(zip(*labels, strict=True)))
     groups.pop(OTHER_CLASS, None)
-    estimators["f1_macro"] = estimate_macro_f1(
-        [*groups.values()], estimators["accuracy"].sample_rates
-    )
+    sample_rates = estimators["accuracy"].sample_rates
+    estimators["f1_macro"] = estimate_macro_f1([*groups.values()], sample_rates)
     counts = Counter(zip(expected, predicted, strict=True))
     pairs = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MAX_CONFUSION_PAIRS]
     confusion = [[*pair, count] for pair, count in pairs]

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
     BOX_KEY,
-    MAX_OVERHANG_PX,
+    is_inside_image,
     parse_json_box,
     split_at_boxes,
     split_at_text_boxes,
@@ -315,7 +315,7 @@ def _split_text_and_boxes(
     pieces, boxes = list(_split_at_boxes(prediction)), prediction.boxes
     if image_size is None or not boxes or pieces.count(None) != len(boxes):
         return []
-    if not all(_is_inside(box, image_size) for box in boxes):
+    if not all(is_inside_image(box.xyxy, image_size) for box in boxes):
         return []
     parts = (box.model_copy(update={"image": 0}) for box in boxes)
     return [next(parts) if text is None else TextPart(text=text) for text in pieces if text != ""]
@@ -333,9 +333,3 @@ def _split_at_boxes(prediction: Prediction) -> Iterator[str | None]:
         else:
             # Other keys of a JSON object are not retained.
             yield from (None for value in values if parse_json_box(value) is not None)
-
-
-def _is_inside(box: BoxPart, image_size: ImageSize) -> bool:
-    height, width = image_size
-    ranges = (*box.xyxy[::2], width), (*box.xyxy[1::2], height)
-    return all(-MAX_OVERHANG_PX <= a < b <= size + MAX_OVERHANG_PX for a, b, size in ranges)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,6 +26,7 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
     is_video_path,
+    join_text,
 )
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
@@ -306,9 +307,7 @@ def build_prediction(
             for p in sample.iter_parts()
             if isinstance(p, ImagePart)
         ),
-        prompt="".join(
-            part.text for turn in user_turns[-1:] for part in turn if isinstance(part, TextPart)
-        ),
+        prompt=join_text(chain(*user_turns[-1:])),
         answer=completion.text,
         raw_text=completion.raw_text,
         boxes=tuple(renderer.parse_boxes(completion.raw_text, prompt.spans, image_index)),

@@ -89,7 +89,15 @@ class GrammarCompiler:
         open_tag, close_tag = self._token_symbol("<tool_call>"), self._token_symbol("</tool_call>")
         alternatives = " | ".join(f"call_{number}" for number in range(len(functions)))
         rules = [f'answer: {open_tag} "\\n" ({alternatives}) "\\n" {close_tag}']
+        rules.append('value[suffix="\\n</parameter>\\n"]: /(?s:.*)/')
         for call_index, (name, parameters) in enumerate(functions):
+            if self._renderer.family.calls_are_xml:
+                keys = " | ".join(map(json.dumps, (parameters or {}).get("properties", {})))
+                rules += [
+                    f'call_{call_index}: "<function={name}>\\n" key_{call_index}* "</function>"',
+                    f'key_{call_index}: "<parameter=" ({keys or "/[^>]+/"}) ">\\n" value',
+                ]
+                continue
             properties = {"name": {"const": name}, "arguments": parameters or _ANY_OBJECT_SCHEMA}
             schema = {
                 "type": "object",

@@ -160,7 +160,8 @@ class LabelItem:
         images = (part.image for part in parts if isinstance(part, ImagePart))
         self.images = [self.sample.resolve_path(image) for image in images]
         self.has_path_id = [str(path) for path in self.images] == [sample.id]
-        questions = [turn.model_dump_json() for turn in sample.messages if turn.role != "assistant"]
+        turns = [turn for turn in sample.messages if turn.role != "assistant"]
+        questions = [turn.model_dump_json(exclude={"loss"}) for turn in turns]
         self.digest = _compute_digest([*map(os.path.realpath, self.images)] or questions)
         texts = [one.model_dump_json() for one in parts if isinstance(one, TextPart | BoxPart)]
         self.version = _compute_digest([sample.messages[-1].role, *texts])

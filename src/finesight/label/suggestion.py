@@ -279,21 +279,19 @@ def rank_labels(
     inference_model: InferenceModel,
     samples: Sequence[LocatedSample],
     *,
-    max_new_tokens: int = 512,
     batch_size: int = 16,
-    on_progress: Callable[[int], None] | None = None,
+    **options: Any,
 ) -> tuple[list[RankedLabel], dict[str, str]]:
     """Rank labeled samples, most probably wrong first.
+
+    Args:
+        options: Further options of `suggest_labels`.
 
     Returns:
         The ranked labels, and the reason for each sample without a rank by ID: an unreadable image.
     """
     suggestions, reasons = suggest_labels(
-        inference_model,
-        samples,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        on_progress=on_progress,
+        inference_model, samples, batch_size=batch_size, **options
     )
     samples = [sample for sample in samples if sample.sample.id not in reasons]
     losses = compute_label_losses(inference_model, samples, batch_size)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -47,7 +47,7 @@ from finesight.model.vlm import (
     raise_on_failed_allocation,
 )
 from finesight.model_folder import PICKLE_INDEX_FILE, PREPROCESSOR_DEFAULTS, ModelFolder
-from finesight.storage import DIGESTS_FILE, verify_folder
+from finesight.storage import DIGESTS_FILE, open_tensors, verify_folder
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def _tensor_error(names: list[str], problem: str, expected: str, where: Path) ->
 def open_safetensors(file: Path, remedy: str = "download the model again") -> Iterator[Any]:
     """Open a safetensors file for reading; raises UserError if it is damaged."""
     try:
-        with safe_open(file, framework="pt") as file_handle:
+        with open_tensors(file) as file_handle:
             yield file_handle
     except (SafetensorError, OSError) as error:
         problem = f"not a complete safetensors file ({error})"

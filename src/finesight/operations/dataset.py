@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -27,7 +27,6 @@ from finesight.operations.options import (
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue, CheckResult
-    from finesight.check.data_checker import CheckInput, ModelRequirements
     from finesight.data.exporter import ExportSummary
     from finesight.data.importer import ImportSummary
     from finesight.encode.box_migration import MigrationResult, ResizeSpec
@@ -376,13 +375,20 @@ def check_data(
         html: Also write an HTML page with the issues, statistics and random samples.
         seed: Random seed of the samples on the HTML page.
     """
+    from finesight.check.check_issues import format_summary, summary_to_dict
     from finesight.check.data_checker import (
+        DataChecker,
         inputs_from_files,
         inputs_from_recipe,
         is_recipe,
         load_model_requirements,
     )
     from finesight.data.import_source import ImportOptions
+    from finesight.progress import ProgressConsole
+    from finesight.report.data_pages import render_check_page
+    from finesight.report.html import raise_if_not_generated, write_page
+    from finesight.report.i18n import detect_language, use_language
+    from finesight.storage import temporary_folder, write_folder
 
     options = ImportOptions(
         format=format,
@@ -407,46 +413,7 @@ def check_data(
     else:
         inputs = inputs_from_files(paths, [*map(Path, against)], options)
         requirements = load_model_requirements(model, max_length)
-    outcome, can_fix = _run_check(
-        inputs, requirements, to_path(fix), to_path(html), language, seed, on_record, has_main_guard
-    )
-    has_errors = outcome.value.severity == "error"
-    # Other operations would need the other options and files, too.
-    is_one_file = len(paths) == 1 and not against and model is None and max_length is None
-    steps = []
-    if recipe is not None:
-        steps = [] if has_errors else [Step("plan", {"recipe": recipe})]
-    elif is_one_file and options == ImportOptions() and not has_errors:
-        steps = [Step("init", {"data": fix or paths[0]})]
-    elif is_one_file and options == ImportOptions() and can_fix and fix is None:
-        named = paths[0] if paths[0].name else paths[0].resolve()
-        fixed = named.with_name(f"{named.stem or 'data'}-fixed")
-        steps = [Step("check", {"sources": paths, "fix": fixed})]
-    return replace(outcome, next_steps=steps)
-
-
-def _run_check(
-    inputs: Sequence[CheckInput],
-    requirements: ModelRequirements,
-    fix: Path | None,
-    html: Path | None,
-    language: LanguageOption,
-    seed: int,
-    on_record: Callable[[Mapping[str, Any]], None] | None,
-    has_main_guard: bool,
-) -> tuple[Outcome[CheckResult], bool]:
-    """Run a data check, and write its HTML page and fixed samples.
-
-    Returns the outcome without next steps, and whether `--fix` can be used.
-    """
-    from finesight.check.check_issues import format_summary, summary_to_dict
-    from finesight.check.data_checker import DataChecker
-    from finesight.progress import ProgressConsole
-    from finesight.report.data_pages import render_check_page
-    from finesight.report.html import raise_if_not_generated, write_page
-    from finesight.report.i18n import detect_language, use_language
-    from finesight.storage import temporary_folder, write_folder
-
+    fix, html, console = to_path(fix), to_path(html), ProgressConsole()
     if html:
         raise_if_not_generated(html)
 
@@ -454,7 +421,6 @@ def _run_check(
         if on_record is not None:
             on_record(issue.as_json())
 
-    console = ProgressConsole()
     with write_folder(fix) if fix else temporary_folder("check") as folder:
         checker = DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
         with console.progress_stage("rows", checker.num_rows) as on_progress:
@@ -474,8 +440,19 @@ def _run_check(
         except UserError:
             console.log("\n".join(lines))  # the issues, which may prevent the correction
             raise
-    data = summary_to_dict(result, fixed)
-    return Outcome(result, lines, data, exit_code=result.exit_code), checker.fixer.can_write
+    has_errors = result.severity == "error"
+    # Other operations would need the other options and files, too.
+    is_one_file = len(paths) == 1 and not against and model is None and max_length is None
+    steps = []
+    if recipe is not None:
+        steps = [] if has_errors else [Step("plan", {"recipe": recipe})]
+    elif is_one_file and options == ImportOptions() and not has_errors:
+        steps = [Step("init", {"data": fix or paths[0]})]
+    elif is_one_file and options == ImportOptions() and checker.fixer.can_write and fix is None:
+        named = paths[0] if paths[0].name else paths[0].resolve()
+        name = f"{named.stem or 'data'}-fixed"
+        steps = [Step("check", {"sources": paths, "fix": named.with_name(name)})]
+    return Outcome(result, lines, summary_to_dict(result, fixed), steps, result.exit_code)
 
 
 def show(
@@ -529,6 +506,7 @@ def show(
     renderer = build_renderer(
         locate_model(settings.model), settings.image, settings.data.system_prompt
     )
+    renderer.supervise = settings.data.supervise
     corpus = load_corpus(files)
     text = "The first {} of {}"
     if seed is None:

@@ -70,7 +70,7 @@ def evaluate(
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
     from finesight.progress import ProgressConsole
-    from finesight.report.summary import describe_changed_data
+    from finesight.train.run_dir import describe_changed_data
 
     console, name = ProgressConsole(), get_model_name(run_or_model)
     samples, settings = load_eval_inputs(

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
@@ -47,6 +47,7 @@ TASKS = {
     "qa": "answer a question in a few words",
     "classification": "choose one of several classes",
     "json": "read fields, such as shop, date and total, as JSON",
+    "tool_calls": "call tools with arguments",
     "grounding": "find the object that the question names",
     "detection": "find all objects of given classes",
 }
@@ -69,6 +70,7 @@ def init(
         ),
     ] = None,
     model: str | None = None,
+    objective: Literal["grpo"] | None = None,
     ask: Ask | None = None,
 ) -> Outcome[Path]:
     """Import a dataset, and write a recipe for its task and for this machine.
@@ -84,6 +86,8 @@ def init(
         data: Dataset as for `import`; also a folder of a table and images.
         out: Folder to create. Default: DATA with -finetune, in the current directory.
         model: Model folder or hub name. Default: by GPU memory.
+        objective: grpo trains by rewards, on sampled responses instead of the answers. It needs a
+            model that is sometimes right, such as a merged run. Default: by the data.
     """
     from finesight.config import METRIC_NAMES
     from finesight.data.image_header import CorruptImageError
@@ -111,6 +115,7 @@ def init(
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, ask)
         task, options, opened = _detect_task(path, options, metric, ask)
+        task = replace(task, objective=objective or task.objective)
         device, memory_bytes = find_device()
         model = model or _ask("Model", choose_model(memory_bytes), ask)
         locate_model(model)  # raises the error of a missing model before anything is written

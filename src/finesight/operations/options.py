@@ -195,8 +195,8 @@ LimitOption = Annotated[
 TrustMetricOption = Annotated[
     bool,
     Parameter(
-        "Execute the custom metric (metric.py) in a run folder that you received from someone "
-        "else. It is Python code: read it first.",
+        "Execute the custom metric or rewards (metric.py, reward_1.py) in a run folder that you "
+        "received from someone else. They are Python code: read them first.",
         option="--trust-metric",
     ),
 ]

@@ -11,6 +11,7 @@ from finesight.plan.peak_memory import USABLE_MEMORY_FRACTION
 from finesight.plan.run_plan import RunPlan
 from finesight.plan.settings_search import SettingsEstimate
 from finesight.plan.step_time import StepTime
+from finesight.report.summary import format_duration
 
 MAX_BAR_WIDTH = 30
 """Maximum width of a histogram bar in characters."""
@@ -46,7 +47,7 @@ def format_short_plan(plan: RunPlan) -> list[str]:
     """Format duration and memory of a run as one line, followed by its warnings."""
     estimate = plan.chosen_estimate
     seconds = plan.startup_s + plan.total_steps * estimate.step_time.total
-    duration = _format_seconds(seconds + plan.evaluation.total_s)
+    duration = format_duration(seconds + plan.evaluation.total_s)
     memory = f"{estimate.peak.total / 1e9:.1f} of {plan.target.memory_bytes / 1e9:.0f} GB"
     lines = [f"run     {_format_steps(plan)}: about {duration}, {memory} of memory"]
     if plan.token_stats.num_skipped:
@@ -131,10 +132,10 @@ def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str
         "allocated by tensors": _format_gb(peak.allocated),
         "total memory": _format_gb(peak.total),
         f"fits in {limit} GB": "yes" if estimate.fits else "no",
-        "step time": _format_seconds(step_s),
+        "step time": format_duration(step_s),
         "samples/s": f"{plan.batch_size / step_s:.4g}",
         "bottleneck": _find_bottleneck(estimate.step_time),
-        "all steps": _format_seconds(plan.total_steps * step_s),
+        "all steps": format_duration(plan.total_steps * step_s),
     }
 
 
@@ -144,7 +145,9 @@ def _format_gb(num_bytes: int) -> str:
 
 def _format_steps(plan: RunPlan) -> str:
     steps = format_count(plan.total_steps, "step")
-    return f"{steps} of {format_count(plan.batch_size, 'sample')}"
+    text = f"{steps} of {format_count(plan.batch_size, 'sample')}"
+    sampled = f" with {plan.num_generations} responses each, times without their sampling"
+    return text + sampled * (plan.num_generations > 0)
 
 
 def _format_row(name: str, cells: list[str]) -> str:
@@ -167,13 +170,13 @@ def _find_bottleneck(step_time: StepTime) -> str:
 def _format_overheads(plan: RunPlan) -> Iterator[str]:
     evaluation = plan.evaluation
     yield ""
-    yield f"startup: about {_format_seconds(plan.startup_s)} before the first step"
+    yield f"startup: about {format_duration(plan.startup_s)} before the first step"
     if evaluation.num_evaluations:
         description = (
             f"{evaluation.num_evaluations} evaluations of {evaluation.num_samples} validation"
             " samples"
         )
-        yield f"{description}: about {_format_seconds(evaluation.total_s)} (rough estimate)"
+        yield f"{description}: about {format_duration(evaluation.total_s)} (rough estimate)"
         if evaluation.generation_bytes:
             yield (
                 f"  generation uses about {evaluation.generation_bytes / 1e9:.2f} GB instead"
@@ -191,7 +194,7 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
         yield (
             "frozen vision encoder: the vision cache of all images has"
             f" {plan.feature_bytes / 1e9:.3g} GB; with cached features, a step takes"
-            f" {_format_seconds(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
+            f" {format_duration(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
             " samples/s"
         )
     yield f"precision {plan.precision}, data loader workers: {plan.num_workers}"
@@ -210,15 +213,6 @@ def _format_verdict(plan: RunPlan) -> Iterator[str]:
         yield f"to use the chosen settings: {' '.join(plan.overrides)}"
     else:
         yield "the recipe needs no changes"
-
-
-def _format_seconds(seconds: float) -> str:
-    if seconds < 1:
-        return f"{seconds * 1000:.3g} ms"
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    minutes = seconds / 60
-    return f"{minutes:.0f} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def plan_to_dict(plan: RunPlan) -> dict[str, Any]:

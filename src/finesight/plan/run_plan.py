@@ -46,7 +46,7 @@ from finesight.train.dataset_stats import DatasetStats, SampleStats, load_traini
 from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 from finesight.train.flops import FlopCounter
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import RunInputs, check_trainable_parts, resolve_base_model
+from finesight.train.setup import RunInputs, check_run_inputs, resolve_base_model
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -201,6 +201,7 @@ class RunPlan:
 
     Attributes:
         flops_per_sample: FLOPs of an average sample by part of the model.
+        num_generations: Number of sampled responses to each sample; 0 without sampling.
         recipe_estimate: Estimate for the settings of the recipe.
         chosen_estimate: Estimate for the settings that the search has chosen.
         feature_bytes: Size of the vision cache of all training images. None if the vision encoder
@@ -219,6 +220,7 @@ class RunPlan:
     total_steps: int
     batch_size: int
     num_samples: int
+    num_generations: int
     recipe_estimate: SettingsEstimate
     chosen_estimate: SettingsEstimate
     evaluation: EvaluationEstimate
@@ -253,7 +255,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         recipe, renderer, recipe_target.num_workers, console
     )
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_trainable_parts(recipe.tune, train_data, sampler)
+    check_run_inputs(recipe, train_data, sampler)
     planned_steps = PlannedSteps(
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,
@@ -297,6 +299,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         startup_s += num_steps * chosen_estimate.step_time.total / 3
         startup_s += _estimate_forward_s(model, validation_stats, batch_size)
     num_workers = _choose_num_workers(recipe, chosen_estimate, target)
+    num_generations = recipe.train.grpo.num_generations * bool(recipe.rewards)
     return RunPlan(
         family=base_model.folder.family,
         num_params=model.num_params,
@@ -310,6 +313,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         total_steps=len(sampler),
         batch_size=batch_size,
         num_samples=sampler.num_samples,
+        num_generations=num_generations,
         recipe_estimate=recipe_estimate,
         chosen_estimate=chosen_estimate,
         evaluation=evaluation,

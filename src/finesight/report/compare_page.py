@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from finesight.evaluate.eval_case import note_lines
-from finesight.evaluate.mathml import FormulaConverter
 from finesight.evaluate.metric_difference import align_columns
 from finesight.evaluate.task_metrics import VALIDATION_LOSS
 from finesight.manifest import HistogramCounts, count_half_octaves
@@ -85,11 +84,6 @@ def diff_configs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
             if len(recorded) > 1 and name not in IGNORED_SETTINGS:
                 rows.append((name, values))
     return rows
-
-
-def compare_costs(runs: Sequence[ComparedRun]) -> list[tuple[str, list[str]]]:
-    """Return the throughput, memory and time of each run."""
-    return _build_rows(runs, _collect_costs)
 
 
 def _build_rows(
@@ -244,7 +238,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
     file_folders = [run.path.parent for run in runs if run.run_record is None]
     folders = [*list_image_folders(records), *file_folders]
     has_latex = any(run.metric == "latex" for run in runs)
-    data_builder = ExampleDataBuilder(folders, FormulaConverter() if has_latex else None)
+    data_builder = ExampleDataBuilder(folders, has_latex)
     charts = [chart for chart in _build_charts(runs) if chart is not None]
     histograms = [chart for chart in _build_histograms(runs) if chart is not None]
     labels = [run.label for run in runs]
@@ -265,7 +259,7 @@ def render_compare_page(comparison: RunComparison, max_samples: int = MAX_SAMPLE
         warnings=comparison.warnings,
         config_diff=diff_configs(runs),
         has_unknown_config=any(run.run_record is None for run in runs),
-        costs=compare_costs(runs),
+        costs=_build_rows(runs, _collect_costs),
         charts=charts,
         histograms=histograms,
         samples=samples,
@@ -320,26 +314,23 @@ def _build_charts(runs: Sequence[ComparedRun]) -> list[Chart | None]:
 
 def _build_histograms(runs: Sequence[ComparedRun]) -> list[Chart | None]:
     """Return histograms of tokens per sample, patches per image and tokens per answer."""
-    counts_by_name: dict[str, list[tuple[str, HistogramCounts]]] = {"tokens": [], "patches": []}
+    titles = {
+        "tokens": ("Tokens per sample", "share of training samples"),
+        "patches": ("Patches per image", "share of training images"),
+        "answers": ("Tokens per answer", "share of validation samples"),
+    }
+    counts: dict[str, list[tuple[str, HistogramCounts]]] = {name: [] for name in titles}
     for run in runs:
-        if run.run_record is None:
-            continue
-        recorded = as_object(summary.get_last_start(run.run_record).get("size_histograms"))
-        for name, counts in counts_by_name.items():
-            counts.append((run.label, parse_counts(recorded.get(name))))
-    completion_counts: list[tuple[str, HistogramCounts]] = []
-    for run in runs:
+        start = summary.get_last_start(run.run_record) if run.run_record else {}
         lengths = [prediction.record.get("num_tokens") for prediction in run.predictions.values()]
         known_lengths = [length for length in lengths if isinstance(length, int)]
-        completion_counts.append((run.label, count_half_octaves(known_lengths)))
-    titles = (
-        ("Tokens per sample", "share of training samples", counts_by_name["tokens"]),
-        ("Patches per image", "share of training images", counts_by_name["patches"]),
-        ("Tokens per answer", "share of validation samples", completion_counts),
-    )
+        answers = {"answers": count_half_octaves(known_lengths)}
+        recorded = as_object(start.get("size_histograms")) | answers
+        for name, histograms in counts.items():
+            histograms.append((run.label, parse_counts(recorded.get(name))))
     return [
-        build_histogram(translate(title), translate(caption), counts)
-        for title, caption, counts in titles
+        build_histogram(translate(title), translate(caption), counts[name])
+        for name, (title, caption) in titles.items()
     ]
 
 

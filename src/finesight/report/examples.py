@@ -29,7 +29,7 @@ from finesight.evaluate.bootstrap import (
     estimate_mean,
 )
 from finesight.evaluate.json_metrics import count_fields, parse_form
-from finesight.evaluate.mathml import FormulaConverter
+from finesight.evaluate.mathml import convert_formula
 from finesight.evaluate.metric_difference import (
     MetricDifference,
     compare_estimators,
@@ -368,7 +368,7 @@ class ExampleDataBuilder:
 
     Args:
         folders: Folders to which relative image paths may refer, tried in order.
-        formula_converter: Converter for answers in LaTeX. None if answers are not formulas.
+        has_formulas: Whether answers are formulas in LaTeX.
         thumbnails: Thumbnails of the previous page. They are reused, and replaced by those of the
             new page.
     """
@@ -376,10 +376,10 @@ class ExampleDataBuilder:
     def __init__(
         self,
         folders: Sequence[Path],
-        formula_converter: FormulaConverter | None,
+        has_formulas: bool,
         thumbnails: ThumbnailCache | None = None,
     ) -> None:
-        self._folders, self._formula_converter = folders, formula_converter
+        self._folders, self._has_formulas = folders, has_formulas
         self._thumbnails: ThumbnailCache = {} if thumbnails is None else thumbnails
 
     def build(self, examples: Sequence[Example]) -> JsonObject:
@@ -502,7 +502,7 @@ class ExampleDataBuilder:
         }
 
     def _convert_formula(self, text: str) -> object:
-        return self._formula_converter.convert(text) if self._formula_converter else None
+        return convert_formula(text) if self._has_formulas else None
 
 
 def _read_references(line: JsonObject) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from finesight.errors import Step, UserError
-from finesight.evaluate.mathml import FormulaConverter
+from finesight.evaluate.mathml import is_converter_installed
 from finesight.evaluate.metric_difference import MetricDifference
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, VALIDATION_LOSS
 from finesight.manifest import REPORT_FILE, RESPONSES_FILE
@@ -209,6 +209,7 @@ def render_run_page(
         title="/".join(folder.parts[-2:]) if folder.name in GENERIC_NAMES else folder.name,
         run_record=run_record,
         evaluation_names=evaluation_names,
+        reward_text=summary.describe_rewards(run_record),
         reward_signs=summary.list_reward_signs(run_record, example_data["groups"]),
         num_groups=len(example_data["groups"]),
         charts=charts,
@@ -218,8 +219,7 @@ def render_run_page(
             for example in example_data["examples"]
             for answer in example["predictions"]
         ),
-        formulas_unavailable=_get_metric(run_record) == "latex"
-        and not FormulaConverter().is_available,
+        formulas_unavailable=_get_metric(run_record) == "latex" and not is_converter_installed(),
         report_command=Step("report", {"run": run_record.folder}),
         **_build_result_context(run_record, evaluations),
         **examples_context,
@@ -344,9 +344,9 @@ def _build_examples(
     last = files[-1] if files and files[-1] != first else None
     examples = read_examples(first, last, run_record.primary_metric, max_examples)
     groups = read_groups(run_record.folder / RESPONSES_FILE, max_examples)
-    formula_converter = FormulaConverter() if _get_metric(run_record) == "latex" else None
+    has_formulas = _get_metric(run_record) == "latex" and is_converter_installed()
     folders = list_image_folders([run_record])
-    builder = ExampleDataBuilder(folders, formula_converter, thumbnails)
+    builder = ExampleDataBuilder(folders, has_formulas, thumbnails)
     data = builder.build([*examples.displayed, *groups])
     num_examples = len(examples.displayed)
     data["groups"] = data["examples"][num_examples:]

@@ -14,24 +14,26 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Literal
 
-from finesight.errors import Step, format_count
+from finesight.errors import Step
 from finesight.manifest import (
     CHECKPOINTS_FOLDER,
-    MANIFEST_FILE,
     MAX_DATA_WAIT_FRACTION,
     METRICS_FILE,
-    RECIPE_FILE,
-    find_run_dir,
 )
 from finesight.report.i18n import translate
-from finesight.report.metric_rows import format_change_interval, format_metric_name
+from finesight.report.metric_rows import (
+    IntervalBounds,
+    format_change_interval,
+    format_metric_name,
+    format_value,
+    read_interval,
+)
 from finesight.report.run_reader import (
     JsonObject,
     RunRecord,
     as_object,
     is_finite,
     list_comparable_evaluations,
-    read_run,
 )
 
 NOT_RECORDED = "not recorded"
@@ -57,22 +59,6 @@ def get_last_start(run_record: RunRecord) -> JsonObject:
 def get_data_stats(run_record: RunRecord, name: str) -> JsonObject:
     """Return the recorded statistics of a data split (`train` or `eval`)."""
     return as_object(as_object(get_last_start(run_record).get("data")).get(name))
-
-
-def describe_changed_data(run: str) -> str:
-    """Describe a change of the validation data since a run started; empty without a change."""
-    from finesight.data.corpus import load_corpus
-    from finesight.recipe import load_recipe
-
-    folder = find_run_dir(Path(run))
-    if not (folder / MANIFEST_FILE).is_file():
-        return ""  # an adapter without the records of a run
-    recorded = get_data_stats(read_run(folder, "eval"), "eval")
-    corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
-    if recorded.get("fingerprint") in (None, corpus.fingerprint):
-        return ""
-    counts = f"{format_count(recorded.get('num_samples', 0), 'sample')}, now {len(corpus)}"
-    return f"the validation data changed since the run ({counts}): its report has other scores"
 
 
 def get_last_step(run_record: RunRecord) -> int:
@@ -183,14 +169,16 @@ def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
     peak_gb = max(float(line.get("peak_memory_gb") or 0) for line in steps)
     num_samples, num_tokens = _sum_field(steps, "num_samples"), _sum_field(steps, "num_tokens")
     total_seconds = seconds + _sum_field(run_record.vision_cache_builds, "vision_cache_s")
-    data_wait_fraction = _compute_data_wait_fraction(run_record)
+    shares = (_compute_share(run_record, name) for name in ("data_wait_s", "rollout_s"))
+    data_wait, sampling = ("" if x is None else f"{100 * x:.2g} %" for x in shares)
     missing = translate(NOT_RECORDED)
     texts = {
         "samples/s": f"{num_samples / total_seconds:,.4g}",
         "tokens/s": f"{num_tokens / total_seconds:,.0f}",
         "median step": format_duration(median(float(line["step_s"]) for line in steps)),
         "MFU": f"{100 * mfu_sum / seconds:.3g} %" if mfu_sum else missing,
-        "data wait": missing if data_wait_fraction is None else f"{100 * data_wait_fraction:.2g} %",
+        "data wait": data_wait or missing,
+        **({"sampling": sampling} if sampling else {}),
         "peak memory": f"{peak_gb:.3g} GB" if peak_gb else missing,
         "processed samples": f"{num_samples:,.0f}",
         "processed tokens": f"{num_tokens:,.0f}",
@@ -201,17 +189,17 @@ def summarize_cost(run_record: RunRecord) -> list[tuple[str, str]]:
     return [(translate(name), text) for name, text in texts.items()]
 
 
-def _compute_data_wait_fraction(run_record: RunRecord) -> float | None:
-    """Return the fraction of the step time spent on data wait, or None if unknown."""
-    timed_steps = [line for line in run_record.steps if line.get("data_wait_s") is not None]
+def _compute_share(run_record: RunRecord, name: str) -> float | None:
+    """Return the share of a duration in the step time, or None if unknown."""
+    timed_steps = [line for line in run_record.steps if line.get(name) is not None]
     seconds = _sum_field(timed_steps, "step_s")
-    return _sum_field(timed_steps, "data_wait_s") / seconds if seconds else None
+    return _sum_field(timed_steps, name) / seconds if seconds else None
 
 
 def list_remarks(run_record: RunRecord) -> list[str]:
     """Return advice about data wait, and a note on settings changed to save GPU memory."""
     remarks = []
-    fraction = _compute_data_wait_fraction(run_record)
+    fraction = _compute_share(run_record, "data_wait_s")
     if fraction is not None and fraction > MAX_DATA_WAIT_FRACTION:
         num_workers = get_last_start(run_record).get("num_workers")
         workers_text = translate(" (now {})", num_workers) if isinstance(num_workers, int) else ""
@@ -240,7 +228,7 @@ def describe_overfitting(folder: Path, lines: Sequence[JsonObject]) -> str | Non
     Args:
         lines: Steps and evaluations of `metrics.jsonl`.
     """
-    found = _find_rising_loss(lines) or _find_falling_score(lines)
+    found = find_overfitting(lines)
     if found is None:
         return None
     sign, criterion, points, best_step = found
@@ -266,6 +254,11 @@ OverfittingSign = tuple[str, str, list[tuple[int, float]], int]
 """Sign, criterion, steps and values of the last three evaluations, and best step (0: untrained)."""
 
 
+def find_overfitting(lines: Sequence[JsonObject]) -> OverfittingSign | None:
+    """Find the overfitting that `describe_overfitting` describes; None without."""
+    return _find_rising_loss(lines) or _find_falling_score(lines)
+
+
 def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     """Find a validation loss that rises twice while the training loss falls."""
     evaluations = list_comparable_evaluations(lines)
@@ -284,17 +277,11 @@ def _find_rising_loss(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     is_rising = first < second < last > MIN_LOSS_INCREASE * best_loss
     if not is_rising or mean_loss(middle, end) >= mean_loss(start, middle):
         return None
-    if has_score_improved_after(best_step, lines):
+    _, scores = _list_primary_scores(lines)
+    if any(step == best_step and scores[-1][1] > score for step, score in scores):
         return None
     sign = translate("the validation loss rose while the training loss fell")
     return sign, translate("validation loss"), points[-3:], best_step
-
-
-def has_score_improved_after(step: int, lines: Sequence[JsonObject]) -> bool:
-    """Return whether the last evaluation has a higher primary score than that after a step."""
-    _, points = _list_primary_scores(lines)
-    start = [score for point_step, score in points if point_step == step]
-    return bool(start) and points[-1][1] > start[0]
 
 
 def _list_primary_scores(lines: Sequence[JsonObject]) -> tuple[str, list[tuple[int, float]]]:
@@ -314,9 +301,8 @@ def _find_falling_score(lines: Sequence[JsonObject]) -> OverfittingSign | None:
     if len(points) < 3:
         return None
     best_step, best_score = max(points, key=lambda point: point[1])
-    best = next(line for line in evaluations if line["step"] == best_step)
-    interval = as_object(best.get("intervals")).get(metric) or [best_score]
-    limit = interval[0] if isinstance(interval, list) and is_finite(interval[0]) else -math.inf
+    best = next(line for line in evaluations if int(line["step"]) == best_step)
+    limit, _ = read_interval(best, metric) or (best_score, best_score)
     (_, first), (_, second), (_, last) = points[-3:]
     if not first > second > last < limit:
         return None
@@ -360,6 +346,35 @@ def _list_values(lines: Sequence[JsonObject], key: str) -> list[float]:
     return [float(value) for line in lines if is_finite(value := line.get(key))]
 
 
+def compare_rewards(
+    run_record: RunRecord,
+) -> tuple[tuple[list[JsonObject], list[JsonObject]], dict[str, IntervalBounds]]:
+    """Return the first and last quarter of the steps, and 95 % intervals of the increases."""
+    steps = [line for line in run_record.steps if is_finite(line.get("reward"))]
+    size = max(1, len(steps) // 4)
+    parts, gains = (steps[:size], steps[-size:]), {}
+    for name in list_reward_names(steps):
+        (before, error), (after, other) = (estimate_reward(run_record, x, name) for x in parts)
+        change, margin = after - before, math.hypot(error, other)
+        if not math.isnan(change):
+            gains[name] = change - margin, change + margin
+    return parts, gains
+
+
+def describe_rewards(run_record: RunRecord) -> str:
+    """Describe the change of the rewards between the quarters; empty without two such steps."""
+    (first, last), gains = compare_rewards(run_record)
+    if not first or first == last:
+        return ""
+    values = [format_value(mean(_list_values(lines, "reward"))) for lines in (first, last)]
+    texts = [translate("Reward of the first and last {:,} steps: {} → {}", len(first), *values)]
+    for name, (low, high) in gains.items():
+        verdict = "better" if low > 0 else "worse" if high < 0 else "no clear change"
+        change = format_change_interval((low, high))
+        texts.append(f"{format_metric_name(name)} {change}: {translate(verdict)}")
+    return translate("; ").join(texts)
+
+
 def list_reward_signs(
     run_record: RunRecord, groups: Sequence[JsonObject]
 ) -> list[tuple[str, bool, str]]:
@@ -370,26 +385,14 @@ def list_reward_signs(
     Args:
         groups: Page data of the recorded groups of responses, the newest first.
     """
-    steps = [line for line in run_record.steps if is_finite(line.get("reward"))]
-    if len(steps) < MIN_REWARD_STEPS:
+    parts, gains = compare_rewards(run_record)
+    if 4 * len(parts[0]) < MIN_REWARD_STEPS:
         return []
-    parts = steps[: len(steps) // 4], steps[-(len(steps) // 4) :]
-    signs = [_find_length_drift(*parts)]
-    gains = {}
-    for name in list_reward_names(steps):
-        (before, error), (after, other) = (estimate_reward(run_record, x, name) for x in parts)
-        margin = math.hypot(error, other)
-        gains[name] = after - before - margin, after - before + margin
     increased = {name for name, (low, _) in gains.items() if low > 0}
     form = {name for name in gains if FORM_REWARD.match(name)}
     is_found = bool(increased) and increased <= form < {*gains}
-    texts = [f"{format_metric_name(name)} {format_change_interval(gains[name])}" for name in gains]
-    text = translate("95 % intervals of the increases: {}", translate("; ").join(texts))
-    return [
-        *signs,
-        (translate("Gains of the format only"), is_found, text),
-        *_find_box_spam(groups),
-    ]
+    form_sign = translate("Gains of the format only"), is_found, describe_rewards(run_record)
+    return [_find_length_drift(*parts), form_sign, *_find_box_spam(groups)]
 
 
 def _find_length_drift(

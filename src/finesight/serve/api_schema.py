@@ -258,7 +258,7 @@ class AssistantMessage(BaseModel):
 
 class ToolMessage(StrictModel):
     role: Literal["tool"]
-    content: str | list[TextContent]
+    content: str | list[UserContentPart]
     tool_call_id: str | None = None
 
 

@@ -22,7 +22,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import ImagePart, LocatedSample, Message, Sample, TextPart
+from finesight.data.sample import (
+    TOOL_CALL_END,
+    TOOL_CALL_START,
+    ImagePart,
+    LocatedSample,
+    Message,
+    Sample,
+    TextPart,
+    ToolCallPart,
+    parse_tool_call,
+)
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.tokenization import EncodedSample, TextTokenizer
 from finesight.errors import UserError
@@ -47,12 +57,7 @@ from finesight.serve.api_schema import (
     from_user_error,
 )
 from finesight.serve.image_sources import FetchFn, FileStore, ImageFetcher
-from finesight.serve.preprocessing_jobs import (
-    TOOL_CALL_END,
-    TOOL_CALL_START,
-    GrammarSpec,
-    get_image_name,
-)
+from finesight.serve.preprocessing_jobs import GrammarSpec, get_image_name
 from finesight.serve.request_middleware import (
     ByteReservation,
     ClientStalledError,
@@ -73,15 +78,15 @@ from finesight.worker_pool import WorkerPool
 
 @dataclass(frozen=True, slots=True)
 class ParsedToolCall:
-    """Tool call that the model has generated, with its arguments as JSON text."""
+    """Tool call that the model has generated, with its id in the response."""
 
-    id: str
-    name: str
-    arguments: str
+    call: ToolCallPart
+    id: str = field(default_factory=lambda: f"call_{secrets.token_hex(12)}")
 
     def as_json(self) -> dict[str, Any]:
-        """Return the tool call object of the OpenAI API."""
-        function = {"name": self.name, "arguments": self.arguments}
+        """Return the tool call object of the OpenAI API, with the arguments as JSON text."""
+        arguments = json.dumps(self.call.arguments, ensure_ascii=False)
+        function = {"name": self.call.name, "arguments": arguments}
         return {"id": self.id, "type": "function", "function": function}
 
 
@@ -92,6 +97,7 @@ class ToolCallParser:
     Text that may start a tool call is held back until it is complete.
     """
 
+    tools: Sequence[dict[str, Any]] = ()
     pending: str = ""
     after_call: bool = False
 
@@ -105,12 +111,12 @@ class ToolCallParser:
             if not end_tag:
                 text, self.pending = text + before.rstrip("\n"), self.pending[len(before) :]
                 return text, calls
-            call = parse_tool_call(call_text)
+            call = parse_tool_call(call_text, self.tools)
             if call is None:  # the text remains in the answer
                 text += f"{before}{TOOL_CALL_START}{call_text}{TOOL_CALL_END}"
             else:
                 text += before.rstrip("\n")
-                calls.append(call)
+                calls.append(ParsedToolCall(call))
             self.after_call = call is not None
             self._set_pending(after)
         end = len(self.pending) - _count_partial_tag(self.pending)
@@ -124,29 +130,15 @@ class ToolCallParser:
         """
         rest, self.pending = self.pending, ""
         if rest.startswith(TOOL_CALL_START):
-            call = parse_tool_call(rest.removeprefix(TOOL_CALL_START))
+            call = parse_tool_call(rest.removeprefix(TOOL_CALL_START), self.tools)
             if call is not None:
-                return "", [call]
+                return "", [ParsedToolCall(call)]
         return rest, []
 
     def _set_pending(self, text: str) -> None:
         """Set the text that is held back, without newlines after a tool call."""
         self.pending = text.lstrip("\n") if self.after_call else text
         self.after_call = self.after_call and not self.pending
-
-
-def parse_tool_call(text: str) -> ParsedToolCall | None:
-    """Parse the text between the tool call tags, or return None if it is invalid."""
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
-        return None
-    arguments = value.get("arguments", {})
-    if not isinstance(arguments, str):
-        arguments = json.dumps(arguments, ensure_ascii=False)
-    return ParsedToolCall(f"call_{secrets.token_hex(12)}", value["name"], arguments)
 
 
 def _count_partial_tag(text: str) -> int:
@@ -730,10 +722,11 @@ class ActiveCompletion:
 
     def _build_choices(self) -> list[ChoiceBuilder]:
         tokenizer = self.handler.service.renderer.tokenizer
-        has_tools = bool(self.chat_request.tools) and self.chat_request.tool_choice != "none"
+        can_call = self.chat_request.tool_choice != "none"
+        tools = [tool.model_dump() for tool in self.chat_request.tools or [] if can_call]
         with_logprobs = bool(self.chat_request.logprobs)
         return [
-            ChoiceBuilder(n, tokenizer, with_logprobs, ToolCallParser() if has_tools else None)
+            ChoiceBuilder(n, tokenizer, with_logprobs, ToolCallParser(tools) if tools else None)
             for n in range(len(self.streams))
         ]
 

@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+import unicodedata
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ DATA_PATH = "/data/"
 """Path of the images on a Label Studio server: uploads and local files."""
 
 MAX_DECODINGS = 4
-_UNSAFE_CHARACTERS = re.compile("[\x00-\x1f\x7f\ufffd]")
+_UNSAFE_CHARACTERS = re.compile("[\x00-\x1f\x7f\ufffd]|%u[0-9a-fA-F]{4}")
 
 DEFAULT_IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")
 """Image formats that are always accepted. Other decoders are slow or rarely fuzzed."""
@@ -395,7 +396,7 @@ def _is_data_path(path: str) -> bool:
     """Return whether a path stays below `DATA_PATH`, however often a server decodes it."""
     decoded = path
     for _ in range(MAX_DECODINGS):
-        decoded = unquote(decoded)
+        decoded = unicodedata.normalize("NFKC", unquote(decoded))
     parts = re.split(r"[/\\?&=;#]", decoded)
     is_plain = decoded == unquote(decoded) and not _UNSAFE_CHARACTERS.search(decoded)
     return is_plain and path.startswith(DATA_PATH) and ".." not in parts

@@ -3,16 +3,13 @@
 The first argument of each job is the `WorkerState` of its process. `serve.request_preprocessor`
 runs the jobs in a `finesight.worker_pool.WorkerPool`.
 
-Messages become turns of a sample. Tools follow the Qwen3-VL chat template: definitions are JSON
-within `<tools>` in the system turn, calls are JSON within `<tool_call>` in an assistant turn, and
-results are within `<tool_response>` in the next user turn.
+Messages become turns of a sample, which the renderer of the model formats as in training.
 """
 
 from __future__ import annotations
 
 import binascii
 import itertools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,11 +28,17 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    ToolCallPart,
     validate_sample,
 )
 from finesight.encode.family import DEFAULT_THINKING, THINK_END, THINK_START, ThinkingOptions
-from finesight.encode.renderer import NativeRenderer
-from finesight.encode.tokenization import TokenizedSample, pack_tokenized
+from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.encode.tokenization import (
+    EncodedSample,
+    TokenizedSample,
+    pack_tokenized,
+    unpack_tokenized,
+)
 from finesight.errors import UserError
 from finesight.infer.structured_output import GrammarCompiler, GrammarConstraint
 from finesight.serve.api_schema import (
@@ -48,32 +51,15 @@ from finesight.serve.api_schema import (
     ImageContent,
     ServerLimits,
     TextContent,
-    Tool,
-    ToolCall,
     ToolMessage,
     UserMessage,
     check_limits,
     parse_chat_request,
 )
-from finesight.worker_pool import JobOutput
+from finesight.worker_pool import JobOutput, WorkerLostError, WorkerPool
 
 GrammarSpec = tuple[str, tuple[Any, ...]]
 """Grammar for structured output: its kind in `compile_grammar`, and its arguments."""
-
-MessageTurn = tuple[str, list[ContentPart]]
-
-TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
-
-# The exact text of the chat template.
-_TOOLS_PREFIX = (
-    "# Tools\n\nYou may call one or more functions to assist with the user query.\n\n"
-    "You are provided with function signatures within <tools></tools> XML tags:\n<tools>"
-)
-_TOOLS_SUFFIX = (
-    "\n</tools>\n\nFor each function call, return a json object with function name and arguments"
-    " within <tool_call></tool_call> XML tags:\n<tool_call>\n"
-    '{"name": <function-name>, "arguments": <args-json-object>}\n</tool_call>'
-)
 
 
 @dataclass(slots=True)
@@ -108,15 +94,10 @@ def parse_request(
         chat_request = parse_chat_request(body)
         body.clear()
         check_limits(chat_request, limits, max_chars)
-        images = [
-            _read_image_part(image_number, param, part, folder, limits)
-            for image_number, (param, part) in enumerate(iter_images(chat_request), 1)
-        ]
-        sample = build_sample(
-            chat_request,
-            state.renderer.system_prompt,
-            with_reasoning=state.renderer.renders_reasoning,
-        ).model_dump_json()
+        parts = enumerate(iter_images(chat_request), 1)
+        images = [_read_image_part(number, *part, folder, limits) for number, part in parts]
+        with_reasoning = state.renderer.renders_reasoning
+        sample = build_sample(chat_request, with_reasoning=with_reasoning).model_dump_json()
     except ApiError as error:
         return JobOutput({"api_error": [error.status, error.message, error.param, error.code]})
     return JobOutput(
@@ -284,89 +265,115 @@ def iter_images(
 ) -> Iterator[tuple[str, ImageContent | FileContent]]:
     """Yield (field path, image) pairs for all images of a request."""
     for message_index, message in enumerate(chat_request.messages):
-        if isinstance(message, UserMessage) and not isinstance(message.content, str):
-            for part_index, part in enumerate(message.content):
-                if not isinstance(part, TextContent):
-                    yield f"messages.{message_index}.content.{part_index}", part
+        content = message.content or ""
+        for part_index, part in enumerate(() if isinstance(content, str) else content):
+            if not isinstance(part, TextContent):
+                yield f"messages.{message_index}.content.{part_index}", part
 
 
-def build_sample(
-    chat_request: ChatCompletionRequest, system_prompt: str | None, *, with_reasoning: bool = False
-) -> Sample:
+def build_sample(chat_request: ChatCompletionRequest, *, with_reasoning: bool = False) -> Sample:
     """Convert the messages of a request to a sample.
 
     Its images are named by `get_image_name`, numbered from 1. Consecutive messages of one role
-    become one turn, and tool results become user turns. The system prompt of the model is used
-    with tools if the request has none. `with_reasoning` includes the `reasoning_content` of
+    become one turn, except for tool results. `with_reasoning` includes the `reasoning_content` of
     assistant messages. Raises UserError or ApiError for an invalid order of turns.
     """
     image_counter = itertools.count(1)
-    turns: list[MessageTurn] = []
+    turns: list[Message] = []
     for message in chat_request.messages:
-        role, parts = _convert_message(message, image_counter, with_reasoning)
-        if parts == [TextPart(text="")] and role == "assistant":
+        turn = _convert_message(message, image_counter, with_reasoning)
+        if turn.content == (TextPart(text=""),) and turn.role == "assistant":
             # An empty answer that a client sends back.
             continue
-        if turns and turns[-1][0] == role:
-            parts = [*turns.pop()[1], TextPart(text="\n"), *parts]
-        turns.append((role, parts))
+        if turns and turns[-1].role == turn.role != "tool":
+            content = *turns.pop().content, TextPart(text="\n"), *turn.content
+            turn = turn.model_copy(update={"content": content})
+        turns.append(turn)
     if not turns:
         raise ApiError(400, f"{len(chat_request.messages)} messages are empty", "messages")
-    if chat_request.tools and chat_request.tool_choice != "none":
-        if turns[0][0] == "system":
-            parts = turns.pop(0)[1]
-            system_prompt = "".join(part.text for part in parts if isinstance(part, TextPart))
-        text = format_system_prompt(system_prompt, chat_request.tools)
-        turns.insert(0, ("system", [TextPart(text=text)]))
-    messages = [{"role": role, "content": tuple(parts)} for role, parts in turns]
-    sample = Sample(id="request", messages=tuple(map(Message.model_validate, messages)))
+    tools = chat_request.tools if chat_request.tool_choice != "none" else None
+    definitions = tuple(tool.model_dump(exclude_unset=True) for tool in tools or [])
+    sample = Sample(id="request", tools=definitions, messages=tuple(turns))
     validate_sample(sample, "messages", require_answer=False)
-    role = turns[-1][0]
-    if role != "user":
+    if (role := turns[-1].role) not in ("user", "tool"):
         # The models are not trained to continue an answer.
         raise ApiError(400, f"the last turn is a {role} turn; expected a user turn", "messages")
     return sample
 
 
-def format_system_prompt(system_prompt: str | None, tools: Sequence[Tool]) -> str:
-    """Append the tool definitions to a system prompt, as in the chat template."""
-    lines = "".join(
-        "\n" + json.dumps(tool.model_dump(exclude_unset=True), ensure_ascii=False) for tool in tools
-    )
-    prefix = "" if system_prompt is None else f"{system_prompt}\n\n"
-    return f"{prefix}{_TOOLS_PREFIX}{lines}{_TOOLS_SUFFIX}"
-
-
-def format_tool_calls(calls: Sequence[ToolCall]) -> str:
-    """Format the tool calls of an earlier assistant message as text of the chat template."""
-    return "\n".join(
-        f'{TOOL_CALL_START}\n{{"name": "{call.function.name}",'
-        f' "arguments": {call.function.arguments}}}\n{TOOL_CALL_END}'
-        for call in calls
-    )
-
-
 def _convert_message(
     message: ChatMessage, image_counter: Iterator[int], with_reasoning: bool
-) -> MessageTurn:
-    if isinstance(message, UserMessage):
-        if isinstance(message.content, str):
-            return "user", [TextPart(text=message.content)]
-        parts: list[ContentPart] = [
-            TextPart(text=part.text)
-            if isinstance(part, TextContent)
-            else ImagePart(image=get_image_name(next(image_counter)))
-            for part in message.content
-        ]
-        return "user", parts
+) -> Message:
     content = message.content or ""
-    text = content if isinstance(content, str) else "".join(part.text for part in content)
-    if isinstance(message, ToolMessage):
-        return "user", [TextPart(text=f"<tool_response>\n{text}\n</tool_response>")]
-    if isinstance(message, AssistantMessage):
-        calls = format_tool_calls(message.tool_calls or [])
-        both = f"{text}\n{calls}" if text and calls else text or calls
-        if with_reasoning and message.reasoning_content:
-            both = f"{THINK_START}{message.reasoning_content}{THINK_END}{both}"
-        return "assistant", [TextPart(text=both)]
-    return "system", [TextPart(text=text)]
+    parts: list[ContentPart] = [
+        TextPart(text=part if isinstance(part, str) else part.text)
+        if isinstance(part, str | TextContent)
+        else ImagePart(image=get_image_name(next(image_counter)))
+        for part in ([content] if isinstance(content, str) else content)
+    ]
+    if isinstance(message, UserMessage | ToolMessage):
+        return Message(role=message.role, content=tuple(parts))
+    parts = [TextPart(text="".join(part.text for part in parts if isinstance(part, TextPart)))]
+    if not isinstance(message, AssistantMessage):
+        return Message(role="system", content=tuple(parts))
+    if with_reasoning and message.reasoning_content:
+        parts.insert(0, TextPart(text=f"{THINK_START}{message.reasoning_content}{THINK_END}"))
+    for call in message.tool_calls or []:
+        part = ToolCallPart.from_json(call.model_dump())
+        if part is None:
+            what = f"the tool call {call.function.name!r:.80} with {call.function.arguments!r:.80}"
+            raise ApiError(400, f"{what}; expected a JSON object as arguments", "messages")
+        parts.append(part)
+    return Message(role="assistant", content=tuple(parts))
+
+
+MAX_PROMPT_CPU_S = 20.0
+"""CPU seconds to tokenize a prompt and to decode all of its images."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptEncoder:
+    """Encodes prompts in worker processes, with limits on time and memory.
+
+    Attributes:
+        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
+    """
+
+    pool: WorkerPool
+
+    def encode(self, located_sample: LocatedSample, thinking: ThinkingOptions) -> EncodedSample:
+        """Tokenize the prompt of a sample and decode its images into patches.
+
+        Raises:
+            UserError: The sample is invalid, or exceeds a limit.
+        """
+        # Lazy import: workers import this module, and need torch for some models only.
+        import torch
+
+        try:
+            with self.pool.borrow_worker() as worker:
+                reply = worker.call(
+                    encode_prompt, located_sample, thinking, max_cpu_s=MAX_PROMPT_CPU_S
+                )
+        except WorkerLostError as error:
+            raise UserError("not encoded, because the server stops", where="prompt") from error
+        tokenized = unpack_tokenized(reply, located_sample.sample.id)
+        patches_ND, *inputs = reply.arrays[2:]
+        hf_inputs = {
+            name: torch.from_numpy(array.copy())
+            for name, array in zip(reply.value["hf_inputs"], inputs, strict=True)
+        }
+        return EncodedSample(tokenized, patches_ND.view(np.uint8), hf_inputs)
+
+
+def encode_prompt(
+    renderer: Renderer, located_sample: LocatedSample, thinking: ThinkingOptions
+) -> JobOutput:
+    """Tokenize a prompt in a worker process, and decode its images."""
+    encoded = renderer.with_thinking(thinking).encode_prompt(located_sample)
+    tokenized = pack_tokenized(encoded.tokenized)
+    inputs = [tensor.numpy() for tensor in encoded.hf_inputs.values()]
+    return JobOutput(
+        tokenized.value | {"hf_inputs": list(encoded.hf_inputs)},
+        [*tokenized.arrays, encoded.patches_ND, *inputs],
+    )

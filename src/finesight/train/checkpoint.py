@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from finesight.errors import Remedy, UserError
 from finesight.evaluate.eval_case import BestEval
 from finesight.storage import (
     move_folder,
+    open_tensors,
     remove_folder,
     remove_partial_files,
     translate_os_errors,
@@ -274,8 +275,7 @@ def _open_tensors(folder: Path, name: str) -> LazyTensors:
     files: dict[str, list[Any]] = {}
     for path in paths:
         try:
-            # The methods of the file object are untyped.
-            file: Any = safe_open(path, framework="pt")
+            file = open_tensors(path)
             for key in file.keys():  # noqa: SIM118
                 files.setdefault(key, []).append(file)
         except (SafetensorError, OSError) as error:

@@ -26,8 +26,9 @@ from finesight.evaluate.metric_difference import (
     MetricDifference,
     align_columns,
     build_unsampled_difference,
-    compare_prediction_files,
+    compare_cases,
     format_differences,
+    read_predictions,
 )
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
 from finesight.model.hf_backend import save_auto_model
@@ -355,7 +356,8 @@ def _compute_differences(
     first, last = (run_dir.predictions_dir / f"{name}.jsonl" for name in ("before", "after"))
     sampled: list[MetricDifference] = []
     if first.is_file() and last.is_file():
-        sampled = compare_prediction_files(metric, first, last, new.num_samples)
+        answers = ([one.case for one in read_predictions(file)] for file in (first, last))
+        sampled = compare_cases(metric, *answers, num_samples=new.num_samples)
     if not sampled:  # Scores are known, but not the intervals.
         sampled = [
             build_unsampled_difference(name, score, after.scores[name], REASON_NO_PREDICTIONS)
@@ -378,6 +380,12 @@ def _log_summary(
     The checkpoints are compared by the last evaluation, on the common subset of the run.
     """
     before, after, best = result.before, result.after, result.best_eval
+    # Only the main process needs the report.
+    from finesight.report.run_reader import read_run
+    from finesight.report.summary import describe_rewards
+
+    if text := describe_rewards(read_run(run_dir.path)):
+        console.log(text)
     if before is None or after is None or last is None:
         return
     if table := result.as_table():

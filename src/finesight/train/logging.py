@@ -397,6 +397,7 @@ class MetricsLogger:
             state.data.sampler.num_samples,
         )
         flops = sum(count_flops(state, batch) for batch in step_batch.packs)
+        sampling_s = sum(step_batch.metrics.get(key, 0.0) for key in ("rollout_s", "reward_s"))
         mfu = flops / seconds / state.run.hardware.peak_flops
         self._is_peak_valid &= mfu <= 1
         return {
@@ -413,7 +414,7 @@ class MetricsLogger:
             "skipped_samples": [skipped.id for skipped in global_stats.skipped],
             "skipped_steps": state.engine.loss_scaler.num_skipped + state.progress.nonfinite_steps,
             "step_s": seconds,
-            "data_wait_s": data_wait.seconds,
+            "data_wait_s": max(0.0, data_wait.seconds - sampling_s),
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for unknown FLOPs (transformers backend) and a peak measured on a busy device.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from finesight.data.boxes import iou
+from finesight.data.boxes import Box, iou
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import FRAME_1000, scale_box
@@ -56,11 +57,28 @@ NUM_CHECKED_RESPONSES = 128
 MAX_USELESS_SHARE = 0.02
 """Share of responses with a reward up to which a run warns."""
 
-MIN_FRAME_GAIN = 0.2
-"""Gain of the mean IoU in another coordinate frame from which a run warns and names it.
+FRAMES = (
+    "thousandths of the image",
+    "pixels of the image",
+    "pixels of the resized image",
+    "fractions of the image",
+)
+"""Coordinate frames of boxes in texts."""
 
-The frame also has at least twice the mean IoU. Rewards of boxes may be above 0 in a wrong frame.
+MAX_CORNER = 1.05
+"""Maximum coordinate of a box as a fraction of its image; other boxes are in another frame."""
+
+MAX_FRAME_CHECKS = 4
+"""Number of comparisons of coordinate frames, each after twice as many responses."""
+
+MAX_FRAME_P_VALUE = 1e-3
+"""P-value of a one-sided sign test over samples, up to which a frame is better than the usual one.
+
+The frame also has at least twice the mean IoU, and `MIN_FRAME_IOU`. A model that was tuned on boxes
+in another frame has a low IoU in every frame.
 """
+
+MIN_FRAME_IOU = 0.01
 
 MAX_RECORDED_GROUPS = 100
 """Maximum number of groups in `responses.jsonl` of a run."""
@@ -97,68 +115,98 @@ class RolloutRecord(BaseModel):
 class RewardCheck:
     """Check of the first responses of a run, which warns once if nearly all rewards are 0.
 
-    It also warns if predicted boxes match the references better in another coordinate frame, and
-    names the frame.
+    It also warns once if predicted boxes match the references better in another coordinate frame,
+    and names the frame.
     """
 
     def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
         self._renderer, self._log = renderer, log
-        self._num_responses = self._num_rewarded = 0
-        self._overlaps: dict[str, list[float]] = {}
+        self._num_responses = self._num_rewarded = self._num_checks = 0
+        self._matches: dict[str, list[list[tuple[float, float]]]] = {}
+        """IoU of each box, and if it is within the image, in all coordinate frames, by sample."""
 
     def add(
         self, cases: Sequence[EvalCase], totals_G: FloatArray, spans: Sequence[VisualSpan]
     ) -> None:
         """Count the responses of a group with their weighted rewards, and warn if necessary."""
-        if self._num_responses >= NUM_CHECKED_RESPONSES:
+        if self._num_checks >= MAX_FRAME_CHECKS:
             return
         self._num_responses += len(cases)
         self._num_rewarded += int((np.nan_to_num(totals_G) > 0).sum())
         if isinstance(self._renderer, NativeRenderer):
             images = [span for span in spans if span.kind == "image"]
             self._compare_boxes(self._renderer, cases, images)
-        if self._num_responses >= NUM_CHECKED_RESPONSES and (text := self._describe()):
+        if self._num_responses >= NUM_CHECKED_RESPONSES << self._num_checks:
+            self._num_checks += 1
+            frame = self._describe_frame()
+            if text := "; ".join(filter(None, (self._describe_rewards(), frame))):
+                self._log(text)
+            self._num_checks = MAX_FRAME_CHECKS if frame else self._num_checks
+
+    def finish(self) -> None:
+        """Warn about missing rewards of a run that ended before the check."""
+        if 0 < self._num_responses < NUM_CHECKED_RESPONSES and (text := self._describe_rewards()):
             self._log(text)
 
     def _compare_boxes(
         self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
     ) -> None:
-        """Collect the IoU of predicted boxes and references, in each coordinate frame."""
-        pairs = [
-            (images[box.image], box, reference)
-            for case in cases
-            for box, reference in zip(case.boxes, case.reference_boxes, strict=False)
-        ]
-        for image, box, reference in pairs:
-            own = renderer.family.box_frame(image.resized_size)
-            raw = scale_box(box.xyxy, image.original_size, own)
-            for name, frame in {
-                "": own,
-                "thousandths of the image": FRAME_1000,
-                "pixels of the image": image.original_size,
-                "pixels of the resized image": image.resized_size,
-                "fractions of the image": (1, 1),
-            }.items():
-                found = scale_box(raw, frame, image.original_size)
-                self._overlaps.setdefault(name, []).append(iou(found, reference.xyxy))
+        """Collect the IoU of predicted boxes and references, in each coordinate frame.
 
-    def _describe(self) -> str:
-        """Return the warning; empty if the responses have rewards and the usual frame."""
-        texts = []
-        if self._num_rewarded <= MAX_USELESS_SHARE * self._num_responses:
-            texts.append(
-                f"{self._num_responses - self._num_rewarded} of the first {self._num_responses}"
-                " responses have no reward: fine-tune with train.objective=sft on some labelled"
-                " samples first, or check rewards and the format of the answers"
-            )
-        means = {name: float(np.mean(one)) for name, one in self._overlaps.items()}
-        best = max(means, key=means.__getitem__, default="")
-        if best and means[best] >= max(means[""] + MIN_FRAME_GAIN, 2 * means[""]):
-            texts.append(
-                f"the boxes match the references as {best} (mean IoU {means[best]:.2f}, now"
-                f" {means['']:.2f}): boxes of answers or of data have another coordinate frame"
-            )
-        return "; ".join(texts)
+        Corners are sorted, because a model in a wrong frame often writes them in reverse.
+        """
+        for case in cases:
+            for box, reference in zip(case.boxes, case.reference_boxes, strict=False):
+                image = images[box.image]
+                own = renderer.family.box_frame(image.resized_size)
+                raw = scale_box(box.xyxy, image.original_size, own)
+                frames = own, FRAME_1000, image.original_size, image.resized_size, (1, 1)
+                expected = scale_box(reference.xyxy, image.original_size, (1, 1))
+                found = [_sort_corners(scale_box(raw, frame, (1, 1))) for frame in frames]
+                matches = [(iou(one, expected), float(max(one) <= MAX_CORNER)) for one in found]
+                self._matches.setdefault(case.id, []).append(matches)
+
+    def _describe_rewards(self) -> str:
+        """Return the warning of the first check; empty if the responses have rewards."""
+        num_useless = self._num_responses - self._num_rewarded
+        if self._num_checks > 1 or self._num_rewarded > MAX_USELESS_SHARE * self._num_responses:
+            return ""
+        return (
+            f"{num_useless} of the first {self._num_responses} responses have no reward: fine-tune"
+            " with train.objective=sft on some labelled samples first, or check rewards and the"
+            " format of the answers"
+        )
+
+    def _describe_frame(self) -> str:
+        """Return the warning of a coordinate frame; empty if none is better than the usual one."""
+        if not self._matches:
+            return ""
+        # Responses to one sample are alike, so samples are compared.
+        samples = np.array([np.mean(one, axis=0) for one in self._matches.values()])
+        overlaps_NC, inside_NC = samples[..., 0], samples[..., 1]
+        usual, *others = overlaps_NC.mean(axis=0)
+        # Most boxes of the frame are within their images.
+        best = int(np.argmax(others * (inside_NC.mean(axis=0)[1:] > 0.5)))
+        gains_N = overlaps_NC[:, 1 + best] - overlaps_NC[:, 0]
+        num_better, num_worse = int((gains_N > 0).sum()), int((gains_N < 0).sum())
+        p_value = compute_sign_test(num_better, num_worse)
+        if p_value > MAX_FRAME_P_VALUE or others[best] < max(2 * usual, MIN_FRAME_IOU):
+            return ""
+        return (
+            f"the boxes match the references as {FRAMES[best]} (mean IoU {others[best]:.2f}, now"
+            f" {usual:.2f}): boxes of answers or of data probably have another coordinate frame"
+        )
+
+
+def compute_sign_test(num_better: int, num_worse: int) -> float:
+    """Return the one-sided p-value of a sign test: as many successes or more by chance."""
+    total = num_better + num_worse
+    return float(sum(math.comb(total, n) for n in range(num_better, total + 1)) / 2**total)
+
+
+def _sort_corners(xyxy: Box) -> Box:
+    x1, y1, x2, y2 = xyxy
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 class Rollout:
@@ -170,19 +218,21 @@ class Rollout:
         self.settings, self.seed = recipe.train.grpo, recipe.train.seed
         self.batch_size = self.settings.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
-        self.scorer = RewardScorer(recipe.rewards)
+        self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
         self.weights_F = np.array(self.scorer.weights)
-        self.check = RewardCheck(state.data.renderer, log)
-        self.reward_s = 0.0
+        self.check, self.log = RewardCheck(state.data.renderer, log), log
+        self.reward_s, self.first_step = 0.0, 0
         self.engine: Engine | None = None
         self.capacity = 0, 0
         """Number of sequences and prompt length of the engine."""
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
+        self.first_step = start
         with self.scorer:
             for step in range(start, len(self.state.data.sampler)):
                 yield self.build_step(step)
+        self.check.finish()
 
     def build_step(self, step: int) -> StepBatch:
         """Generate, score and pack the responses of a step.
@@ -206,6 +256,9 @@ class Rollout:
         payloads = process_group.all_gather_str(own.model_dump_json())
         records = [RolloutRecord.model_validate_json(payload) for payload in payloads]
         rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
+        if step == self.first_step:
+            for text in describe_unscored(self.scorer.names, rewards_QGF):
+                self.log(text)
         times = {
             "rollout_s": time.perf_counter() - start_time - self.reward_s,
             "reward_s": self.reward_s,
@@ -537,6 +590,25 @@ def describe_rewards(
         metrics[f"rewards/{name}/mean"] = _mean(values)
         metrics[f"rewards/{name}/std"] = np.std(values, ddof=1) if len(values) > 1 else np.nan
     return {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+
+
+UNSCORED_REASONS = {
+    "json": "these references are no JSON",
+    "math": "these references are no formulas",
+    "latex": "these references are no LaTeX that can be rendered",
+}
+"""Reasons why no response has a score of a reward, by its name or metric."""
+
+
+def describe_unscored(names: Sequence[str], rewards_QGF: FloatArray) -> list[str]:
+    """Describe the rewards that scored no response of a step."""
+    texts = list[str]()
+    for name, rewards_QG in zip(names, np.moveaxis(rewards_QGF, -1, 0), strict=False):
+        if rewards_QG.size and np.isnan(rewards_QG).all():
+            reason = UNSCORED_REASONS.get(name.partition(".")[0], "it returned no number")
+            count = f"0 of {rewards_QG.size} responses have a score of the reward {name}"
+            texts.append(f"warning: {count}: {reason}")
+    return texts
 
 
 def _weigh(rewards: FloatArray, weights_F: FloatArray) -> FloatArray:

@@ -15,7 +15,7 @@ from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MAX_COUNT, Recipe
-from finesight.errors import Step, UserError
+from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
     ADAPTER_FOLDER,
@@ -194,11 +194,12 @@ class RunDir:
         write_file(self.path / MANIFEST_FILE, f"{text}\n".encode())
         write_file(self.path / RECIPE_FILE, dump_recipe(recipe).encode())
 
-    def copy_metric(self, recipe: Recipe) -> None:
-        """Copy the Python file of a custom metric, if any, to the run."""
-        source = custom_metric.parse_metric_path(recipe.eval.metric) if recipe.eval else None
-        if source is not None and source[0].is_file():
-            write_file(self.path / custom_metric.METRIC_COPY_FILE, source[0].read_bytes())
+    def copy_functions(self, recipe: Recipe) -> None:
+        """Copy the Python files of a custom metric and of rewards, if any, to the run."""
+        for _, name, copy_name in custom_metric.list_functions(recipe):
+            source = custom_metric.parse_metric_path(name)
+            if source is not None and source[0].is_file():
+                write_file(self.path / copy_name, source[0].read_bytes())
 
     def append_metrics(self, metrics: Mapping[str, Any]) -> None:
         """Append a line to `metrics.jsonl`; non-finite values are written as NaN or Infinity."""
@@ -305,6 +306,25 @@ def _read_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         except ValueError:
             return
         yield len(line), metrics
+
+
+def describe_changed_data(run: str) -> str:
+    """Describe a change of the validation data since a run started; empty without a change."""
+    # Training does not need these modules.
+    from finesight.data.corpus import load_corpus
+    from finesight.recipe import load_recipe
+    from finesight.report.run_reader import read_run
+    from finesight.report.summary import get_data_stats
+
+    folder = find_run_dir(Path(run))
+    if not (folder / MANIFEST_FILE).is_file():
+        return ""  # an adapter without the records of a run
+    recorded = get_data_stats(read_run(folder, "eval"), "eval")
+    corpus = load_corpus(load_recipe(folder / RECIPE_FILE).data.eval)
+    if recorded.get("fingerprint") in (None, corpus.fingerprint):
+        return ""
+    counts = f"{format_count(recorded.get('num_samples', 0), 'sample')}, now {len(corpus)}"
+    return f"the validation data changed since the run ({counts}): its report has other scores"
 
 
 class SkippedRow(BaseModel):

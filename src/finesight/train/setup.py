@@ -21,6 +21,8 @@ from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
+from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+from finesight.evaluate.rewards import RewardScorer
 from finesight.evaluate.task_metrics import TASK_METRICS, get_task_metric
 from finesight.infer.model_loader import resolve_device, resolve_model_source, resolve_precision
 from finesight.manifest import MANIFEST_FILE, Manifest, find_run_dir, load_manifest
@@ -228,7 +230,7 @@ def build_train_state(
     )
     renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_trainable_parts(recipe.tune, train_data, sampler)
+    check_run_inputs(recipe, train_data, sampler)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
     inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
     resume_config = _build_resume_config(inputs)
@@ -362,6 +364,16 @@ def resolve_tune(recipe: Recipe) -> TuneSettings:
     return recipe.tune.model_copy(update={"lora": lora})
 
 
+def check_run_inputs(recipe: Recipe, data: TrainingData, sampler: TrainSampler) -> None:
+    """Verify that a run can train the parts of its model, and compute its rewards.
+
+    Raises:
+        UserError: A trainable part gets no gradient, or a reward fails.
+    """
+    check_trainable_parts(recipe.tune, data, sampler)
+    check_rewards(recipe, data)
+
+
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
     """Verify that the samples of a run give every trainable part of the model a gradient.
 
@@ -385,6 +397,27 @@ def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: Train
             remedy="add samples with images, or set"
             f" {' and '.join(f'tune.{part}=frozen' for part in parts)}",
         )
+
+
+def check_rewards(recipe: Recipe, data: TrainingData) -> None:
+    """Score the reference of the first sample and an empty answer by all rewards of a recipe.
+
+    Raises:
+        UserError: A score, a file, a function or a package is missing, or a function fails.
+    """
+    if not recipe.rewards:
+        return
+    sample = data.corpus.read_validated(data.stats.sample_indices[0]).sample
+    texts, boxes = get_reference_answer(sample)
+    answers = (texts[0], boxes), ("", ())
+    try:
+        with RewardScorer(recipe.rewards) as scorer:
+            scorer.score([EvalCase(*answer, texts, boxes, sample.id) for answer in answers])
+    except custom_metric.RewardError as error:
+        remedy = "correct the function; it was called with a reference and with an empty answer"
+        raise UserError(
+            error.what, where=error.where, expected=error.expected, remedy=remedy
+        ) from error
 
 
 def build_rank_sampler(
@@ -488,6 +521,7 @@ def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
+        **({} if renderer.supervise == "all" else {"data.supervise": renderer.supervise}),
         "train.precision": inputs.hardware.precision,
     }
     for name, data in (("train", inputs.train_data), ("eval", inputs.validation_data)):

@@ -159,6 +159,7 @@ class BaseModelRef:
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
         renderer.rejected_answers = REJECTED_ANSWERS[recipe.train.objective]
+        renderer.supervise = recipe.data.supervise
         return renderer
 
 

@@ -409,6 +409,10 @@ class Trainer:
             self.metrics_logger.flush()
             self.save_checkpoint()
             self.checkpointer.wait()
+            if isinstance(error, RewardError):
+                step = self.state.progress.step
+                written = f"checkpoint of step {step} written" if step else "no checkpoint yet"
+                error.what += f"; in step {step + 1}, {written}"
         # A job scheduler may send the signal to the data loader workers as well.
         if can_save and self.stop.signal is not None:
             raise self.build_interruption() from error

@@ -167,8 +167,11 @@ def train(
         if resume and not is_resumed:
             log(f"{run_dir.path}: no run to resume; a new run starts")
         if resume and (result := load_result(run_dir)) is not None:
+            steps = recipe.train.steps
+            changed = f" after {result.steps} steps; train.steps={steps} has no effect"
             log(
-                f"{run_dir.path}: the run is already complete, so nothing was trained."
+                f"{run_dir.path}: the run is already complete"
+                f"{changed if steps not in (None, result.steps) else ''}, so nothing was trained."
                 f" {run_dir.suggest_further_run(recipe, run_dir.path, 'To train further')}"
             )
             if is_main and not run_dir.report_path.exists():
@@ -220,5 +223,5 @@ def _prepare_run_dir(state: TrainState) -> None:
     save_tensors(run_dir.images_path, state.data.images())
     state.run.checkpoint_manager.quarantine_after(progress.step)
     run_dir.truncate_metrics(progress.step, progress.last_eval_step)
-    run_dir.copy_metric(state.run.recipe)
+    run_dir.copy_functions(state.run.recipe)
     run_dir.write_skipped_samples(state.data.train.stats.skipped, progress.step)

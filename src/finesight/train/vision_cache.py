@@ -22,12 +22,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -37,7 +37,7 @@ from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import ContextShard
 from finesight.encode.tokenization import VisualSpan
 from finesight.errors import UserError
-from finesight.storage import FileLock, make_folder, translate_os_errors
+from finesight.storage import FileLock, make_folder, open_tensors, translate_os_errors
 
 CHUNK_PATCHES = 16384
 """Number of patches at which a chunk ends; limits the memory for encoding it."""
@@ -319,8 +319,7 @@ class VisionFileStore:
         """
         path = self.chunk_path(name)
         try:
-            reader: Any = safe_open(path, framework="pt")  # its methods are untyped
-            with reader as file:
+            with open_tensors(path) as file:
                 stored_MKD = file.get_tensor(_TENSOR_KEY)
                 digest = (file.metadata() or {}).get(_SHA256_KEY)
         except FileNotFoundError:
@@ -438,8 +437,7 @@ class VisionDiskReader(VisionCacheReader):
 
     def _read_rows(self, path: Path, rows: slice) -> Tensor:
         try:
-            reader: Any = safe_open(path, framework="pt")
-            with reader as file:
+            with open_tensors(path) as file:
                 features_MKD: Tensor = file.get_slice(_TENSOR_KEY)[rows]
         except (SafetensorError, OSError) as error:
             reason = (

@@ -19,13 +19,19 @@ from case_files import load_cases
 from each_value import each
 
 from finesight.data.formats import detect_format, get_format
+from finesight.data.sample import sample_to_dict, validate_sample
 from finesight.errors import UserError
 
 CASES = load_cases("row_formats")
 
 
 def list_cases(kind: str) -> list[tuple[str, dict[str, Any]]]:
-    return [(name, case) for name, group in CASES.items() for case in group.get(kind, ())]
+    return [
+        (name, case)
+        for name, group in CASES.items()
+        if name != "tools"
+        for case in group.get(kind, ())
+    ]
 
 
 def parse(folder: Path, name: str, case: dict[str, Any]) -> Any:
@@ -70,6 +76,28 @@ def test_format_of_rows_is_detected(name: str, case: dict[str, Any]) -> None:
     data_format, reason = detect_format(case["records"], "here")
     assert data_format.name == name
     assert case.get("reason", "") in reason
+
+
+@each("name", CASES["tools"])
+def test_tool_calls_of_all_formats_are_equal(folder: Path, name: str) -> None:
+    """Calls, results and definitions are structured data, from text in tags as well."""
+    record = CASES["tools"][name]
+    data_format, _ = detect_format([record], "here")
+    assert data_format.name == name.split()[0]
+    sample = parse_record(data_format, record, folder).to_train_samples()[0]
+    validate_sample(sample, "")
+    record = sample_to_dict(sample)
+    function = {"name": "zoom", "parameters": {"type": "object", "properties": {}}}
+    assert record["tools"] == [{"type": "function", "function": function}]
+    (_, image, question), called, result, answer = (
+        [message["role"], *message["content"]] for message in record["messages"]
+    )
+    assert (image["type"], question["text"]) == ("image", "Which?")
+    call = {"type": "tool_call", "name": "zoom", "arguments": {"box": [1, 2.5], "x": "a"}}
+    assert called == ["assistant", call]
+    assert result == ["tool", {"type": "text", "text": "blank"}]
+    assert answer == ["assistant", {"type": "text", "text": "None."}]
+    assert [message.loss for message in sample.messages] == [True, "masked" not in name, True, True]
 
 
 def test_image_in_data_url_is_saved(folder: Path) -> None:

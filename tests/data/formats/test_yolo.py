@@ -15,7 +15,7 @@ from box_fixtures import (
 )
 from case_files import load_cases
 
-from finesight.data.formats import yolo
+from finesight.data.formats import image_folder
 from finesight.data.formats.dataset_format import ExportContext
 from finesight.data.image_header import read_image_size
 from finesight.data.import_source import ImportOptions
@@ -170,7 +170,7 @@ def test_export_needs_images_inside_folder(root: Path, tmp_path: Path) -> None:
     path = located_sample[0].resolve_path(part.image)
     writing = ExportContext({path: "../coco8/images/train/a.png"}, read_image_size)
     with pytest.raises(UserError, match="outside the output folder") as caught:
-        list(yolo.write_files(located_sample, writing))
+        list(image_folder.write_yolo(located_sample, writing))
     assert "--copy-images" in caught.value.remedy
 
 

@@ -1,6 +1,7 @@
 """GRPO: losses compared with a formula per response and TRL, rollouts, and runs with rewards."""
 
 import json
+import re
 from collections import defaultdict
 from types import SimpleNamespace
 
@@ -227,10 +228,17 @@ def read_steps(task: TinyTask, name: str = "run") -> list[dict[str, float]]:
 def test_run_raises_the_reward(reward_task):
     """Sampler and trainer agree, and the prompt is packed once for a group."""
     # At a low temperature, the nearly equal logits of a random model can concentrate.
+    reward_task.recipe["rewards"].append({"name": "json", "weight": 0.1})
     sharp = "train.grpo.temperature=0.1", "train.grpo.max_completion_length=4"
     size = "train.steps=20", "train.epochs=null", "train.save_every=null"
     reward_task.run(*sharp, *size, "train.learning_rate=0.003", "train.grpo.num_generations=8")
     steps = read_steps(reward_task)
+    printed = reward_task.console_output
+    assert "32 responses have a score of the reward json: these references are no JSON" in printed
+    change = r"Reward of the first and last 5 steps: \S+ → \S+; early \S+ to \S+: better"
+    assert re.search(change, printed)
+    # Sampling is not the wait for data.
+    assert all(line["data_wait_s"] < line["rollout_s"] / 2 for line in steps)
     rewards = [line["reward"] for line in steps]
     assert np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.15
     assert steps[0]["rewards/early/mean"] == pytest.approx(rewards[0], abs=1e-6)
@@ -277,6 +285,11 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
 
 def test_failed_reward_saves_a_checkpoint(reward_task):
     rewards = reward_task.folder / "rewards.py"
+    rewards.write_text(REWARD.replace("max(1, len(case.answer))", "len(case.answer)"))
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*answer ''"):
+        reward_task.run()
+    assert not (reward_task.folder / "run").exists()
+    rewards.write_text(REWARD)
     reward_task.run(name="expected")
     checkpoint = reward_task.folder / "run" / "checkpoints" / "step-2"
     # Of the start of the alphabet: the step after the first checkpoint fails.
@@ -285,6 +298,7 @@ def test_failed_reward_saves_a_checkpoint(reward_task):
     with pytest.raises(RewardError, match=r"ZeroDivisionError.*sample") as caught:
         reward_task.run()
     assert "rewards.py:4" in caught.value.where
+    assert caught.value.what.endswith("in step 3, checkpoint of step 2 written")
     rewards.write_text(REWARD)
     reward_task.run(resume=True)
     assert_same_run(reward_task.folder / "run", reward_task.folder / "expected")
@@ -342,9 +356,14 @@ def test_unreadable_images_are_skipped(reward_task):
 FRAMES = {"thousandths of the image": (1000, 1000), "pixels of the image": (800, 400)}
 
 
+@each("is_weak", [False, True])
 @each("frame", [*FRAMES, ""])
-def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
-    """The model is of a family with boxes in pixels of the resized image."""
+def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
+    """The model is of a family with boxes in pixels of the resized image.
+
+    A weak model hits a corner of the reference, and reverses its own corners, as if it was tuned
+    on a few boxes in another frame.
+    """
     folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen2_5_vl"))
     renderer = NativeRenderer(folder)
     Image.new("RGB", (400, 800)).save(tmp_path / "image.png")
@@ -353,23 +372,36 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
     (span,) = renderer.tokenize_prompt(LocatedSample(question, tmp_path)).spans
     reference = BoxPart(image=0, xyxy=(100, 200, 300, 600))
     # The model writes the reference in the frame, or another box.
-    is_other = frame not in FRAMES
-    written = (0, 0, 9, 9) if is_other else scale_box(reference.xyxy, (800, 400), FRAMES[frame])
+    box = (350, 240, 260, 140) if is_weak else reference.xyxy
+    written = scale_box(box, (800, 400), FRAMES[frame]) if frame else (0, 0, 9, 9)
     found = scale_box(written, span.resized_size, (800, 400))
-    case = EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,))
+    cases = [
+        EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,), str(number))
+        for number in range(64)
+    ]
     lines: list[str] = []
     check = RewardCheck(renderer, lines.append)
-    for _ in range(40):
+    for case in cases:
         check.add([case] * 4, np.zeros(4), [span])
+    check.finish()
     (line,) = lines
     assert "128 of the first 128 responses have no reward" in line
     assert ("coordinate frame" in line) == bool(frame)
     assert frame in line
     rewarded = RewardCheck(renderer, lines.append)
-    for _ in range(40):
+    for case in cases:
         rewarded.add([case] * 4, np.array([0, 0, 0, 0.5]), [span])
     assert len(lines) == 1 + bool(frame)
     assert all("no reward" not in line for line in lines[1:])
+    # The responses to one sample are no evidence.
+    repeated = RewardCheck(renderer, lines.append)
+    for _ in cases:
+        repeated.add(cases[:1] * 4, np.ones(4), [span])
+    assert len(lines) == 1 + bool(frame)
+    short = RewardCheck(renderer, lines.append)
+    short.add([case] * 4, np.zeros(4), [span])
+    short.finish()
+    assert "4 of the first 4 responses have no reward" in lines[-1]
 
 
 @each(
@@ -381,7 +413,9 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame):
         ({"rewards": ["format"]}, "requires pattern"),
         ({"rewards": [{"name": "exact", "pattern": "a"}]}, "does not use pattern"),
         ({"tune": {"language": "full"}, "train": {"grpo": {"beta": 0.1}}}, "adapter"),
-        ({"train": {"objective": "sft"}}, "objective=grpo only"),
+        ({"train": {"objective": "sft"}}, "remedy: add it, or remove rewards"),
+        ({"rewards": ["json.nothing"]}, "no score 'nothing'"),
+        ({"rewards": ["rewards.py:score"]}, "rewards.py: no such file"),
     ],
 )
 def test_recipes_are_checked(tmp_path, recipe, text):
@@ -391,3 +425,4 @@ def test_recipes_are_checked(tmp_path, recipe, text):
     train = task.recipe["train"] | {"objective": "grpo"} | merged.pop("train")
     with pytest.raises(UserError, match=text):
         task.run(**merged, train=train)
+    assert not (tmp_path / "run").exists()

@@ -15,10 +15,8 @@ from finesight.data.formats import (
     image_folder,
     json_annotations,
     label_studio,
-    message_parts,
     table,
     xml_annotations,
-    yolo,
 )
 from finesight.data.formats.dataset_format import (
     IMAGE_KEYS,
@@ -34,7 +32,7 @@ from finesight.plugins import Registry
 
 FORMATS = (
     json_annotations.COCO,
-    yolo.FORMAT,
+    image_folder.YOLO,
     xml_annotations.VOC,
     json_annotations.LABELME,
     xml_annotations.CVAT,
@@ -42,10 +40,10 @@ FORMATS = (
     label_studio.FORMAT,
     label_studio.PREDICTIONS,
     image_folder.IMAGEFOLDER,
-    image_folder.FORMAT,
+    image_folder.FOLDER,
     image_folder.CLASSES,
-    message_parts.SAMPLES,
-    message_parts.OPENAI,
+    conversations.SAMPLES,
+    conversations.OPENAI,
     conversations.MS_SWIFT,
     conversations.QWEN_VL,
     conversations.IMAGE_PATH,
@@ -108,7 +106,8 @@ def detect_format(records: Sequence[Record], where: str) -> tuple[DatasetFormat,
     record_keys = {*records[0], *turn_keys}.difference(IMAGE_KEYS)
     # If several formats are equally close, choose the most general one.
     closest = max(
-        reversed(FORMATS), key=lambda data_format: len(data_format.typical_keys & record_keys)
+        reversed(FORMATS),
+        key=lambda one: len(record_keys.intersection(re.findall(r'"(\w+)":', one.description))),
     )
     suggestion = f"write the rows in its form, {closest.description}"
     names = list(map(str, records[0]))

@@ -12,11 +12,13 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
+from finesight.bounded_files import parse_json
 from finesight.data.boxes import (
     BOX_KEY,
     BoxConvention,
@@ -45,9 +47,9 @@ from finesight.data.formats.dataset_format import (
 from finesight.data.formats.row_keys import (
     ROWS,
     TURNS,
-    UnsupportedKeyError,
     find_meaning,
     has_value,
+    is_loss_default,
     is_loss_key,
     sort_keys,
 )
@@ -57,21 +59,27 @@ from finesight.data.sample import (
     MAX_BOXES,
     MAX_MESSAGES,
     MAX_PARTS,
+    TOOL_CALL_TEXT,
     BoxPart,
     ContentPart,
     ImagePart,
     InvalidRowError,
     LocatedSample,
+    Message,
     Role,
+    Sample,
     TextPart,
+    ToolCallPart,
     VideoPart,
     check_limit,
+    check_tool,
     format_number,
+    parse_tool_call,
+    remove_nulls,
 )
 from finesight.errors import UserError, format_count
 
-ContentT = TypeVar("ContentT")
-Turn = tuple[Role, str]
+TextTurn = tuple[Role, str]
 JsonBoxes = list[tuple[Any, str | None]]
 
 JSONL_FILE = "data.jsonl"
@@ -87,7 +95,21 @@ ROLES: dict[str, Role] = {
     "gpt": "assistant",
 }
 ROLE_KEYS = ("from", "role")
-TOOL_ROLES = re.compile("tool.*|function.*|observation|ipython")
+_CALL_ROLES = re.compile("(?:tool|function)_?calls?")
+_RESULT_ROLES = re.compile("tool.*|function.*|observation|ipython")
+_CALL_KEYS = ("tool_calls", "function_call")
+_USED_KEYS = {"assistant": _CALL_KEYS, "tool": ("tool_call_id", "name")}
+_TOOL_KEYS = ("tools", "functions")
+"""Keys of a row with the definitions of tools: a list, also as JSON text."""
+
+_TOOLS_IN_PROMPT = re.compile(
+    r"# Tools\n\nYou [^<]*<tools></tools>[^<]*<tools>\n(?P<json>.*)\n</tools>.*\n</tool_call>"
+    r"|# Tools\n\nYou [^<]*<tools>\n(?P<xml>.*)\n</tools>.*\n</IMPORTANT>",
+    re.DOTALL,
+)
+"""Definitions of tools in a system prompt, as in the chat templates of Qwen."""
+
+_RESULT_TEXT = re.compile(r"\s*<tool_response>\n?(.*?)\n?</tool_response>\s*", re.DOTALL)
 
 # Turns may also be pairs {"human": text, "assistant": text}; `history` is a list of such pairs.
 _TURN_LISTS = (("messages",), ("conversations",), ("conversation",))
@@ -97,6 +119,9 @@ _TURN_PAIRS = (
     ("prompt", "completion"),
 )
 """Keys of a question and its answer, then those of further texts."""
+
+_OBJECT_CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
+_OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
 
 TURN_KEYS = frozenset(("system", *itertools.chain(*_TURN_LISTS, *_TURN_PAIRS)))
 RESERVED_KEYS = TURN_KEYS.union(("id", "label", "objects", *IMAGE_KEYS, *VIDEO_KEYS))
@@ -158,27 +183,21 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     `parse_answer` restores the same parts from the result.
     """
     segments: list[str | JsonBoxes] = []
-    for part in content:
-        last = segments[-1] if segments else None
-        if isinstance(part, BoxPart):
-            label = None if part.label is None else make_text_part(part.label).text
-            box = [format_number(value) for value in part.xyxy], label
-            if isinstance(last, list):
-                last.append(box)
-            else:
-                segments.append([box])
-        elif isinstance(part, TextPart):
-            text = make_text_part(part.text).text
-            if isinstance(last, str):
-                segments[-1] = last + text
-            else:
-                segments.append(text)
-        else:
+    for kind, group in itertools.groupby(content, key=attrgetter("type")):
+        parts = list(group)
+        if kind not in ("text", "box"):
             raise UserError(
-                f"a part of type {part.type} in an answer",
+                f"a part of type {kind} in an answer",
                 expected="text and boxes",
-                remedy="remove the sample",
+                remedy="export to samples, or remove the sample",
             )
+        texts = [make_text_part(part.text).text for part in parts if isinstance(part, TextPart)]
+        boxes: JsonBoxes = [
+            (list(map(format_number, part.xyxy)), part.label and make_text_part(part.label).text)
+            for part in parts
+            if isinstance(part, BoxPart)
+        ]
+        segments.append(boxes or "".join(texts))
     text = "".join(piece if isinstance(piece, str) else _format_boxes(piece) for piece in segments)
     segments = [piece for piece in segments if piece]
     if BOX_KEY in text and (num_images != 1 or list(_iter_json_boxes(text)) != segments):
@@ -188,6 +207,35 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
             remedy="export to samples or to ms-swift, or remove the sample",
         )
     return text
+
+
+def _check_no_tools(sample: Sample) -> None:
+    """Raise UserError if a sample has the call of a tool or its result."""
+    parts = (*sample.iter_parts(), *sample.rejected)
+    is_result = any(message.role == "tool" for message in sample.messages)
+    if is_result or any(isinstance(part, ToolCallPart) for part in parts):
+        what = "result of a tool call" if is_result else "tool call"
+        raise UserError(
+            f"the {what} in a sample of {len(sample.messages)} turns",
+            expected="text and boxes",
+            remedy="export to samples, openai, ms-swift or llama-factory, or remove the sample",
+        )
+
+
+def list_calls(message: Message) -> list[Record]:
+    """Return name and arguments of the tool calls of an answer as JSON data."""
+    calls = [part for part in message.content if isinstance(part, ToolCallPart)]
+    return [{"name": call.name, "arguments": call.arguments} for call in calls]
+
+
+def without_calls(message: Message) -> tuple[ContentPart, ...]:
+    """Return the content of a turn without its tool calls."""
+    return tuple(part for part in message.content if part.type != "tool_call")
+
+
+def format_tools(sample: Sample) -> Record:
+    """Return the definitions of the tools of a sample as JSON text under `tools`."""
+    return {"tools": json.dumps(sample.tools, ensure_ascii=False)} if sample.tools else {}
 
 
 def _format_boxes(boxes: JsonBoxes) -> str:
@@ -228,6 +276,19 @@ def _build_box_error(value: object) -> InvalidRowError:
         problem = "boxes nested in JSON are not supported yet"
         remedy = "write the boxes as the answer, without an object around them"
     return InvalidRowError(f"the box {str(value)[:80]}: {problem}", expected, remedy)
+
+
+class Turn(NamedTuple):
+    """A turn of a row: role, text or parts, tool calls, and whether training uses it.
+
+    The first turn has the definitions of the tools of the row.
+    """
+
+    role: Role
+    content: Any
+    calls: tuple[ToolCallPart, ...] = ()
+    loss: bool = True
+    tools: tuple[Record, ...] = ()
 
 
 class RowMedia(RowImages):
@@ -294,11 +355,68 @@ class RowMedia(RowImages):
                 )
 
 
+@dataclass(slots=True)
+class ObjectQueue:
+    """References and boxes of a row in the order of their placeholders in the text."""
+
+    refs: Iterator[object]
+    boxes: Iterator[tuple[object, int]]
+    convention: BoxConvention
+
+    @classmethod
+    def from_value(cls, value: object, context: ImportContext) -> ObjectQueue:
+        """Build the queue from the value of the key `objects` of a row."""
+        objects: dict[str, Any] = value if isinstance(value, dict) else {}
+        bbox_type = objects.get("bbox_type") or "real"
+        unknown = objects.keys() - {*_OBJECT_KEYS, "width", "height"}
+        is_known = isinstance(bbox_type, str) and bbox_type in _OBJECT_CONVENTIONS
+        if unknown or not is_known or (has_value(value) and not objects):
+            raise InvalidRowError(
+                f"objects {str(value)[:80]}",
+                "{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
+            )
+        sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
+        boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
+        image_ids += [0] * (len(boxes) - len(image_ids))
+        valid_ids = [
+            image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
+        ]
+        if not len(valid_ids) == len(image_ids) == len(boxes):
+            raise InvalidRowError(
+                f"image_id {str(objects.get('image_id'))[:60]} for {len(boxes)} boxes",
+                "a 0-based image index for each box",
+            )
+        located_boxes = zip(boxes, valid_ids, strict=True)
+        return cls(iter(as_list(objects.get("ref"))), located_boxes, _OBJECT_CONVENTIONS[bbox_type])
+
+    def iter_parts(self, placeholder: re.Match[str], images: RowImages) -> Iterator[ContentPart]:
+        """Yield the reference, or the boxes, that a placeholder stands for."""
+        label = None
+        if placeholder["ref"] or placeholder["boxes"] is None:
+            ref = next(self.refs, None)
+            if not isinstance(ref, str):
+                raise InvalidRowError(
+                    f"a `<ref-object>` for the reference {ref!r}",
+                    "a text under objects.ref for each `<ref-object>`",
+                )
+            label = ref
+        if placeholder["boxes"] is None:
+            yield make_text_part(label or "")
+            return
+        for _ in range(placeholder["boxes"].count("<bbox>")):
+            value, image_index = next(self.boxes, (None, 0))
+            if value is None:
+                raise InvalidRowError(
+                    "a `<bbox>` without a box", "a box under objects.bbox for each `<bbox>`"
+                )
+            yield images.create_box(value, label, self.convention, image_index)
+
+
 def build_turns_example(
     row: SourceRow,
     context: ImportContext,
-    turns: Sequence[tuple[Role, ContentT]],
-    parse_turn: Callable[[Role, ContentT], Iterable[ContentPart]],
+    turns: Sequence[Turn],
+    parse_turn: Callable[[Role, Any], Iterable[ContentPart]],
     media: RowMedia | None,
     *handled_keys: str,
 ) -> ImportExample:
@@ -313,23 +431,24 @@ def build_turns_example(
         UnsupportedKeyError: Another key has content that an import must not drop.
     """
     check_limit(len(turns), MAX_MESSAGES, "messages")
-    messages: list[tuple[Role, tuple[ContentPart, ...]]] = []
+    messages: list[Message] = []
     has_prompt = False
-    for role, content in turns:
+    for role, content, calls, loss, _ in turns:
         is_first = role == "user" and not has_prompt
         unmarked = media.place_unmarked() if media is not None and is_first else []
-        parts = merge_text_parts([*unmarked, *parse_turn(role, content)])
+        parts = merge_text_parts([*unmarked, *parse_turn(role, content), *calls])
         if is_first:
             parts, has_prompt = context.add_prompt(parts), True
-        messages.append((role, parts))
+        messages.append(Message(role=role, content=parts, loss=loss))
     if media is not None:
         handled_keys = (*handled_keys, *IMAGE_KEYS, *VIDEO_KEYS)
         media.require_all_placed()
-    names = _list_media_names(part for _, parts in messages for part in parts)
+    names = _list_media_names(part for message in messages for part in message.content)
     used = {"system", *find_turn_keys(row.record), *handled_keys, *["id"] * row.has_own_id}
     used |= {key for key in TURN_KEYS if not has_value(row.record.get(key))}
+    used |= {*_list_tool_keys(row.record), *["mask_history"] * bool(row.record.get("mask_history"))}
     meta = sort_keys(row.record, used, ROWS, context.other_keys, names)
-    return build_example(row.id, messages, meta)
+    return build_example(row.id, messages, meta, turns[0].tools if turns else ())
 
 
 def find_turn_keys(record: Record) -> tuple[str, ...]:
@@ -357,10 +476,8 @@ def find_turn_keys(record: Record) -> tuple[str, ...]:
     )
 
 
-def parse_turns(
-    record: Record, context: ImportContext, *, with_parts: bool = False
-) -> list[tuple[Role, Any]]:
-    """Return role and content of each turn of a row, after its system prompt.
+def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = False) -> list[Turn]:
+    """Return the turns of a row, after its system prompt, with tool calls in their turn.
 
     Args:
         with_parts: The content may also be a list of parts.
@@ -369,20 +486,125 @@ def parse_turns(
         InvalidRowError: The row has no turns, or one of them has neither role nor content.
         UnsupportedKeyError: A turn has content other than text.
     """
-    turns: list[tuple[Role, Any]] = []
-    for turn in _iter_turns(record):
-        role = parse_role(turn)
-        text_key = "content" if turn.get("value") is None else "value"
-        content = turn.get(text_key)
-        reasoning = format_reasoning(sort_turn_keys(turn, role, text_key, context), str(content))
-        if isinstance(content, str):
-            content = f"{reasoning}{content}"
-        elif not with_parts:
-            raise _build_turn_error(turn)
-        elif reasoning:
-            content = [{"type": "text", "text": reasoning}, *as_list(content)]
-        turns.append((role, content))
+    tools = tuple(tool for key in _list_tool_keys(record) for tool in _parse_tools(record[key]))
+    turns: list[Turn] = []
+    for raw_turn in _iter_turns(record):
+        turn = _parse_turn(raw_turn, context, with_parts=with_parts)
+        if turn.role == "system" and isinstance(turn.content, str):
+            match = _TOOLS_IN_PROMPT.search(turn.content)
+            if match is not None and not turns:
+                lines = (match["json"] or match["xml"]).splitlines()
+                tools = tools or tuple(itertools.chain.from_iterable(map(_parse_tools, lines)))
+                turn = turn._replace(content=turn.content.replace(match[0], "").strip())
+                if not turn.content:
+                    continue
+        results = [turn]
+        if isinstance(turn.content, str):
+            results = _split_results(turn)
+            if tools and turn.role == "assistant":
+                results = [_split_calls(turn, tools)]
+        last = turns[-1] if turns else None
+        if last and last.role == turn.role == "assistant" and (last.calls or not turn.content):
+            content = last.content or turn.content
+            turns[-1] = last._replace(content=content, calls=(*last.calls, *turn.calls))
+        else:
+            turns += results
+    if record.get("mask_history"):
+        answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+        for index in answers[:-1]:
+            turns[index] = turns[index]._replace(loss=False)
+    if turns:
+        turns[0] = turns[0]._replace(tools=tools)
     return turns
+
+
+def _parse_turn(turn: Record, context: ImportContext, *, with_parts: bool) -> Turn:
+    role = get_role(turn) if isinstance(turn, dict) else None
+    if role is None:
+        raise _build_turn_error(turn)
+    text_key = "content" if turn.get("value") is None else "value"
+    content = turn.get(text_key)
+    calls: list[object] = []
+    if role == "assistant":
+        calls = [call for key in _CALL_KEYS for call in as_list(remove_nulls(turn.get(key)))]
+        if _CALL_ROLES.fullmatch(_get_speaker(turn)):
+            calls, content = as_list(_decode_json(content)), ""
+        content = "" if content is None and calls else content
+    others, loss = _split_loss(turn, role)
+    reasoning = format_reasoning(sort_turn_keys(others, role, text_key, context), str(content))
+    if isinstance(content, str):
+        content = f"{reasoning}{content}"
+    elif not with_parts:
+        raise _build_turn_error(turn)
+    elif reasoning:
+        content = [{"type": "text", "text": reasoning}, *as_list(content)]
+    return Turn(role, content, tuple(map(_parse_call, calls)), loss)
+
+
+def _list_tool_keys(record: Record) -> list[str]:
+    """Return the keys of a row with definitions of tools; other texts are metadata."""
+    return [
+        key
+        for key in _TOOL_KEYS
+        if isinstance(value := record.get(key), list)
+        or (isinstance(value, str) and value.lstrip().startswith("["))
+    ]
+
+
+def _parse_tools(value: object) -> Iterator[Record]:
+    """Yield the definitions of tools in a list, also as JSON text; a bare function is accepted."""
+    for tool in as_list(_decode_json(value)):
+        is_bare = isinstance(tool, dict) and "function" not in tool
+        try:
+            yield check_tool({"type": "function", "function": tool} if is_bare else tool)
+        except ValueError as error:
+            raise InvalidRowError(f"the tool {str(tool)[:80]}", str(error)) from error
+
+
+def _decode_json(value: object) -> object:
+    """Parse JSON text; remove keys without a value from objects, as Parquet adds them."""
+    if not isinstance(value, str):
+        return remove_nulls(value)
+    try:
+        return parse_json(value)
+    except ValueError:
+        return value
+
+
+def _parse_call(value: object) -> ToolCallPart:
+    call = ToolCallPart.from_json(value)
+    if call is None:
+        expected = '{"name": text, "arguments": object}, optionally under `function`'
+        raise InvalidRowError(f"the tool call {str(value)[:80]}", expected)
+    return call
+
+
+def _split_calls(turn: Turn, tools: Sequence[Record]) -> Turn:
+    """Return a turn whose tool calls in tags, as models write them, are separated from its text."""
+    calls = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
+    parsed = [parse_tool_call(call, tools) or _parse_call(call) for call in calls]
+    return turn._replace(content=TOOL_CALL_TEXT.sub("", turn.content), calls=(*turn.calls, *parsed))
+
+
+def _split_results(turn: Turn) -> list[Turn]:
+    """Return a turn for each tool result in tags, or the turn itself."""
+    results = _RESULT_TEXT.findall(turn.content)
+    if turn.role not in ("user", "tool") or not results or _RESULT_TEXT.sub("", turn.content):
+        return [turn]
+    return [Turn("tool", result) for result in results]
+
+
+def _split_loss(turn: Record, role: Role) -> tuple[Record, bool]:
+    """Return a turn without the keys that exclude it from training, and whether it is trained."""
+    keys = [
+        key
+        for key, value in turn.items()
+        if role == "assistant"
+        and is_loss_key(str(key))
+        and value in (0, 1)
+        and not is_loss_default(key, value)
+    ]
+    return {key: value for key, value in turn.items() if key not in keys}, not keys
 
 
 def _iter_turns(record: Record) -> Iterator[Any]:
@@ -423,31 +645,6 @@ def _split_pair(turn: Any) -> list[Any]:
     return [question, {**others, "role": "assistant", "content": turn["assistant"]}]
 
 
-def parse_role(turn: object) -> Role:
-    """Return the role of a turn.
-
-    Raises:
-        InvalidRowError: The role is missing or unknown.
-        UnsupportedKeyError: The turn is a tool call or its result.
-    """
-    role = get_role(turn) if isinstance(turn, dict) else None
-    if role is not None:
-        return role
-    name = turn.get("from") or turn.get("role") if isinstance(turn, dict) else None
-    if isinstance(name, str) and TOOL_ROLES.fullmatch(name):
-        raise build_tool_error(f"a turn of the role {name}")
-    raise _build_turn_error(turn)
-
-
-def build_tool_error(what: str) -> UnsupportedKeyError:
-    """Build the error for content that is a tool call or its result."""
-    return UnsupportedKeyError(
-        f"{what}: tool calls, which are not supported yet",
-        expected="turns of system, user and assistant",
-        remedy="leave out the rows with tool calls",
-    )
-
-
 def _build_turn_error(turn: object) -> InvalidRowError:
     keys = "{role: ..., content: text}"
     if isinstance(turn, dict) and ("from" in turn or "value" in turn):
@@ -462,7 +659,8 @@ def sort_turn_keys(turn: Record, role: Role, text_key: str, context: ImportConte
         UnsupportedKeyError: A key has content other than text, or a loss weight.
     """
     role_key = "role" if turn.get("from") is None else "from"
-    others = {key: value for key, value in turn.items() if key not in (role_key, text_key)}
+    used = (role_key, text_key, *_USED_KEYS.get(role, ()))
+    others = {key: value for key, value in turn.items() if key not in used}
     reasoning = ""
     if role == "assistant":
         texts = {key: text for key in REASONING_KEYS if isinstance(text := others.get(key), str)}
@@ -499,8 +697,15 @@ def format_reasoning(reasoning: str, answer: str) -> str:
 
 def get_role(turn: Record) -> Role | None:
     """Return the role of a turn, or None if it is missing or unknown."""
+    speaker = _get_speaker(turn)
+    if _CALL_ROLES.fullmatch(speaker):
+        return "assistant"
+    return "tool" if _RESULT_ROLES.fullmatch(speaker) else ROLES.get(speaker)
+
+
+def _get_speaker(turn: Record) -> str:
     speaker = turn.get("role") if turn.get("from") is None else turn["from"]
-    return ROLES.get(speaker) if isinstance(speaker, str) else None
+    return speaker if isinstance(speaker, str) else ""
 
 
 def list_turn_texts(record: Record) -> list[tuple[Role | None, str]]:
@@ -539,24 +744,33 @@ def write_rows(
     samples: Sequence[LocatedSample],
     context: ExportContext,
     make_fields: Callable[[LocatedSample], Record],
+    keeps: Collection[str] = (),
 ) -> Files:
     """Yield one JSON line per sample for the file data.jsonl; see `encode_row`."""
     for located_sample in samples:
-        yield JSONL_FILE, f"{encode_row(located_sample, context, make_fields)}\n".encode()
+        row = encode_row(located_sample, context, make_fields, keeps)
+        yield JSONL_FILE, f"{row}\n".encode()
 
 
 def encode_row(
     located_sample: LocatedSample,
     context: ExportContext,
     make_fields: Callable[[LocatedSample], Record],
+    keeps: Collection[str] = (),
 ) -> str:
     """Encode the row of a sample as JSON: ID, content from `make_fields`, and metadata.
 
     References, metadata under reserved keys, and rejected answers whose rows differ in more than
     the turns are not written; they are counted as lost content.
+
+    Args:
+        keeps: Further content that the fields represent: "tools" with their calls and results,
+            "loss" of single turns.
     """
     sample = located_sample.sample
     try:
+        if "tools" not in keeps:
+            _check_no_tools(sample)
         fields = make_fields(located_sample)
         if sample.rejected:
             update = {"messages": sample.rejected_messages}
@@ -575,6 +789,9 @@ def encode_row(
         for key, value in sample.meta.items()
         if key in RESERVED_KEYS or key in fields or find_meaning(key, value, ROWS, names)
     }
+    num_masked = sum(not message.loss for message in sample.messages)
+    context.lost_counts["loss of single turns"] += num_masked * ("loss" not in keeps)
+    context.lost_counts["tools"] += bool(sample.tools) and "tools" not in fields
     context.lost_counts["references"] += len(sample.references)
     context.lost_counts["rejected answers"] += bool(sample.rejected and not fields.keys() & _PAIR)
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
@@ -615,16 +832,18 @@ def add_box_note(
 
 
 def render_turns(
-    located_sample: LocatedSample, context: ExportContext, placeholder: str = "<image>"
-) -> tuple[list[Turn], list[str]]:
-    """Render the turns of a sample as texts, with boxes in answers as JSON."""
+    located_sample: LocatedSample,
+    context: ExportContext,
+    placeholder: str = "<image>",
+) -> tuple[list[TextTurn], list[str]]:
+    """Render the turns of a sample as texts without tool calls, with boxes in answers as JSON."""
     sample = located_sample.sample
     num_images = sum(isinstance(part, ImagePart) for part in sample.iter_parts())
     renderer = PartRenderer(located_sample, context, placeholder)
-    turns: list[Turn] = [
+    turns: list[TextTurn] = [
         (
             message.role,
-            format_answer(message.content, num_images)
+            format_answer(without_calls(message), num_images)
             if message.role == "assistant"
             else "".join(map(renderer.render, message.content)),
         )
@@ -650,7 +869,7 @@ class PartRenderer:
             return make_text_part(part.text).text
         if isinstance(part, ImagePart):
             self.image_paths.append(self._located_sample.resolve_path(part.image))
-            self.image_names.append(self._context.image_name(self.image_paths[-1]))
+            self.image_names.append(self._context.image_names[self.image_paths[-1]])
             return self._placeholder.replace("{}", self.image_names[-1])
         raise UserError(
             f"a {part.type} in a question",

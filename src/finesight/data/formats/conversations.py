@@ -1,4 +1,4 @@
-r"""Conversations of texts with placeholders: seven formats that mark images differently.
+r"""Conversations: seven formats of texts with placeholders, and two of messages with parts.
 
 `DatasetFormat.description` shows a row of each format. A conversation may have any number of turns
 and images. See `conversation_rows` for the keys of its turns and the boxes in its answers.
@@ -29,36 +29,61 @@ In ms-swift, `<ref-object>` is replaced by the next of `ref`, and `<bbox>` by th
 box is two corners. With `bbox_type` "real", the default, they are in pixels of the image with the
 0-based index `image_id`; with "norm1" they are normalized. A reference directly before boxes is
 their label; elsewhere it is text.
+
+Messages with typed parts are of two formats:
+
+- samples: the native format, imported with validation of its images and boxes.
+- openai: messages whose content is text or a list of texts, images and videos.
+
+The OpenAI guide "Vision fine-tuning" documents the latter. An image is a data URL or a path;
+`detail`, the resolution used by the OpenAI service, is ignored and counted. Adjacent messages of
+the same role, as in the guide, are merged into one turn.
+
+An image may also be a part of type `image` with its path under `image`, `url` or `path`, as in
+qwen-vl-utils, or without a path, which stands for an image of the list `images`: that of its
+`index`, else the next one, as in TRL. The same applies to videos. Rows of TRL have their messages
+under `prompt` and `completion`; both may be text. If no part or `<image>` in the text stands for
+the listed images, they precede the first question.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
+from itertools import chain, groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from finesight.data.boxes import BOX_KEY, BoxConvention, split_at_text_boxes
 from finesight.data.formats.conversation_rows import (
     JSONL_FILE,
+    ObjectQueue,
     PartRenderer,
     RowMedia,
+    TextTurn,
     Turn,
     add_box_note,
     build_turns_example,
     create_text_boxes,
     encode_row,
     format_answer,
+    format_tools,
+    list_calls,
     list_images,
     list_turn_texts,
     parse_text,
     parse_turns,
     render_turns,
+    without_calls,
     write_rows,
 )
 from finesight.data.formats.dataset_format import (
+    IMAGE_KEYS,
     VIDEO_KEYS,
     DatasetFormat,
     ExportContext,
@@ -67,12 +92,16 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     RowImages,
     as_list,
+    build_example,
     make_text_part,
     split_at_pattern,
 )
-from finesight.data.formats.row_keys import has_value, sort_keys
+from finesight.data.formats.row_keys import PARTS, has_value, iter_nested, sort_keys
+from finesight.data.image_resolver import encode_data_url
 from finesight.data.row_reader import Record, SourceRow
 from finesight.data.sample import (
+    JSON_DATA_KEYS,
+    SAMPLE_KEYS,
     BoxPart,
     ContentPart,
     ImagePart,
@@ -80,17 +109,27 @@ from finesight.data.sample import (
     LocatedSample,
     Message,
     Role,
+    Sample,
     TextPart,
+    VideoPart,
+    check_limits,
     format_number,
     is_video_path,
+    remove_nulls,
+    sample_from_dict,
+    sample_to_dict,
+    validate_roles,
+    validate_sample,
 )
 from finesight.errors import UserError
 
+_KINDS = ("image", "video")
+_TAGS = re.compile("(<image>|<video>)")
 IMAGE_PLACEHOLDER = re.compile(
     r"<\|vision_start\|>(?P<path>(?:(?!<\|vision_).)*)<\|vision_end\|>|<image>", re.DOTALL
 )
 _IMAGE_PATH = re.compile(r"[^\n<>|]+\.(?:jpe?g|png|webp|bmp|gif|tiff?|ppm|jp2|avif)", re.IGNORECASE)
-_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
+_SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt", "tool": "observation"}
 """Names of the roles in LLaVA and sharegpt."""
 
 _QWEN_VL_TAGS = re.compile(
@@ -106,8 +145,6 @@ BOX_NOTE = (
 _OBJECT_PLACEHOLDER = re.compile(
     r"<image>|(?P<ref><ref-object>)?(?P<boxes>(?:<bbox>)+)|<ref-object>"
 )
-_OBJECT_CONVENTIONS = {"real": BoxConvention(), "norm1": BoxConvention(units="1")}
-_OBJECT_KEYS = ("ref", "bbox", "bbox_type", "image_id")
 _ObjectLists = dict[str, list[Any]]
 
 
@@ -176,7 +213,7 @@ def _build_example(
     context: ImportContext,
     turns: Sequence[Turn],
     placeholder: re.Pattern[str] = IMAGE_PLACEHOLDER,
-    objects: _ObjectQueue | None = None,
+    objects: ObjectQueue | None = None,
 ) -> ImportExample:
     """Build a training example from turns whose placeholders stand for images and objects.
 
@@ -188,7 +225,7 @@ def _build_example(
     if videos:
         placeholder = re.compile(f"{placeholder.pattern}|<video>", re.DOTALL)
     tags = ("image", "video") if videos else ("image",)
-    num_marked = {tag: sum(text.count(f"<{tag}>") for _, text in turns) for tag in tags}
+    num_marked = {tag: sum(turn.content.count(f"<{tag}>") for turn in turns) for tag in tags}
     media = RowMedia(row.record, context, num_marked if objects else None)
     # Rows of LLaVA-Video mark their video by `<image>`.
     is_llava_video = objects is None and bool(videos) and not media.listed["image"]
@@ -229,7 +266,8 @@ def _parse_image_path(row: SourceRow, context: ImportContext) -> ImportExample:
 def _parse_llava(row: SourceRow, context: ImportContext) -> ImportExample:
     pattern = r"(<image>|<video>)\n" if list_images(row.record, VIDEO_KEYS) else r"(<image>)\n"
     turns = [
-        (role, re.sub(pattern, r"\1", text)) for role, text in parse_turns(row.record, context)
+        turn._replace(content=re.sub(pattern, r"\1", turn.content))
+        for turn in parse_turns(row.record, context)
     ]
     return _build_example(row, context, turns)
 
@@ -340,7 +378,7 @@ def _check_no_markup(text: str) -> str:
 
 def _render_checked(
     located_sample: LocatedSample, context: ExportContext, placeholder: str
-) -> tuple[list[Turn], list[str]]:
+) -> tuple[list[TextTurn], list[str]]:
     """Render turns, and reject a question that an import would read as an image path."""
     turns, image_names = render_turns(located_sample, context, placeholder)
     paths = [text for role, text in turns if role == "user" and is_image_path(text)]
@@ -388,11 +426,25 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
     """Write sharegpt rows, and a dataset_info.json that registers them as `finesight`."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
+        sample = located_sample.sample
         turns, image_names = _render_checked(located_sample, context, "<image>")
         rows = [{"from": _SPEAKERS[role], "value": text} for role, text in turns]
-        return {"conversations": rows, "images": image_names}
+        for message, row, (before, _) in zip(
+            sample.messages, rows, [("", ""), *turns], strict=False
+        ):
+            calls = list_calls(message)
+            if (calls and row["value"]) or before == message.role == "tool":
+                raise UserError(
+                    f"a tool call next to {row['value'][:40]!r}, or several tool results in a row",
+                    expected="a turn of either text or tool calls, and one result",
+                    remedy="export to openai or ms-swift, or remove the sample",
+                )
+            if calls:
+                value = json.dumps(calls[0] if len(calls) == 1 else calls, ensure_ascii=False)
+                row |= {"from": "function_call", "value": value}
+        return {**format_tools(sample), "conversations": rows, "images": image_names}
 
-    yield from write_rows(samples, context, make_fields)
+    yield from write_rows(samples, context, make_fields, ("tools",))
     info: Record = {"file_name": JSONL_FILE, "formatting": "sharegpt"}
     info["columns"] = {"messages": "conversations", "images": "images"}
     if all(located_sample.sample.rejected for located_sample in samples):
@@ -421,7 +473,7 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
-        if not all(isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages):
+        if not all(isinstance(m, dict) and _has_text(m) for m in messages):
             return None
     num_with_images = sum(bool(list_images(record)) for record in records)
     return (
@@ -430,8 +482,12 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
     )
 
 
+def _has_text(turn: Record) -> bool:
+    return isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls"))
+
+
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
-    objects = _ObjectQueue.from_value(row.record.get("objects"), context)
+    objects = ObjectQueue.from_value(row.record.get("objects"), context)
     turns = parse_turns(row.record, context)
     example = _build_example(row, context, turns, _OBJECT_PLACEHOLDER, objects)
     if num_refs_left := len(list(objects.refs)):  # ms-swift ignores them as well
@@ -445,88 +501,28 @@ def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
     return example
 
 
-@dataclass(slots=True)
-class _ObjectQueue:
-    """References and boxes of a row in the order of their placeholders in the text."""
-
-    refs: Iterator[object]
-    boxes: Iterator[tuple[object, int]]
-    convention: BoxConvention
-
-    @classmethod
-    def from_value(cls, value: object, context: ImportContext) -> _ObjectQueue:
-        """Build the queue from the value of the key `objects` of a row."""
-        objects: dict[str, Any] = value if isinstance(value, dict) else {}
-        bbox_type = objects.get("bbox_type") or "real"
-        unknown = objects.keys() - {*_OBJECT_KEYS, "width", "height"}
-        is_known = isinstance(bbox_type, str) and bbox_type in _OBJECT_CONVENTIONS
-        if unknown or not is_known or (has_value(value) and not objects):
-            raise InvalidRowError(
-                f"objects {str(value)[:80]}",
-                "{ref: texts, bbox: boxes, bbox_type: real or norm1, image_id: indices}",
-            )
-        sort_keys(objects, _OBJECT_KEYS, "objects", context.other_keys)
-        boxes, image_ids = as_list(objects.get("bbox")), as_list(objects.get("image_id"))
-        if any(isinstance(box, list) and len(box) == 2 for box in boxes):
-            raise InvalidRowError(
-                f"objects.bbox {str(boxes)[:60]} with points, which are not supported yet",
-                "boxes of two corners, [x1, y1, x2, y2]",
-                "leave out the rows with points",
-            )
-        image_ids += [0] * (len(boxes) - len(image_ids))
-        valid_ids = [
-            image_id for image_id in image_ids if isinstance(image_id, int) and image_id >= 0
-        ]
-        if not len(valid_ids) == len(image_ids) == len(boxes):
-            raise InvalidRowError(
-                f"image_id {str(objects.get('image_id'))[:60]} for {len(boxes)} boxes",
-                "a 0-based image index for each box",
-            )
-        located_boxes = zip(boxes, valid_ids, strict=True)
-        return cls(iter(as_list(objects.get("ref"))), located_boxes, _OBJECT_CONVENTIONS[bbox_type])
-
-    def iter_parts(self, placeholder: re.Match[str], images: RowImages) -> Iterator[ContentPart]:
-        """Yield the reference, or the boxes, that a placeholder stands for."""
-        if placeholder["boxes"] is None:
-            yield make_text_part(self._next_ref())
-            return
-        label = self._next_ref() if placeholder["ref"] else None
-        for _ in range(placeholder["boxes"].count("<bbox>")):
-            yield self._next_box(images, label)
-
-    def _next_ref(self) -> str:
-        ref = next(self.refs, None)
-        if isinstance(ref, str):
-            return ref
-        raise InvalidRowError(
-            f"a `<ref-object>` for the reference {ref!r}",
-            "a text under objects.ref for each `<ref-object>`",
-        )
-
-    def _next_box(self, images: RowImages, label: str | None) -> BoxPart:
-        box = next(self.boxes, None)
-        if box is not None:
-            return images.create_box(box[0], label, self.convention, image_index=box[1])
-        raise InvalidRowError(
-            "a `<bbox>` without a box", "a box under objects.bbox for each `<bbox>`"
-        )
-
-
 def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
     """Write messages with `<image>` placeholders, and boxes in pixels under `objects`."""
 
     def make_fields(located_sample: LocatedSample) -> Record:
         renderer = PartRenderer(located_sample, context)
         objects: _ObjectLists = {"ref": [], "bbox": [], "image_id": []}
-        messages = [
-            {"role": message.role, "content": "".join(_iter_texts(message, renderer, objects))}
-            for message in located_sample.sample.messages
-        ]
+        messages: list[Record] = []
+        for message in located_sample.sample.messages:
+            loss = {} if message.loss else {"loss": False}
+            role = "tool_response" if message.role == "tool" else message.role
+            text = "".join(_iter_texts(message, renderer, objects))
+            calls = list_calls(message)
+            messages += [{"role": role, "content": text, **loss}] if text or not calls else []
+            for call in calls:
+                content = json.dumps(call, ensure_ascii=False)
+                messages.append({"role": "tool_call", "content": content, **loss})
         images = {"images": renderer.image_names} if renderer.image_names else {}
         boxes = {"objects": objects} if objects["bbox"] else {}
-        return {"messages": messages, **images, **boxes}
+        tools = format_tools(located_sample.sample)
+        return {**tools, "messages": messages, **images, **boxes}
 
-    yield from write_rows(samples, context, make_fields)
+    yield from write_rows(samples, context, make_fields, ("tools", "loss"))
     context.notes.append(
         "ms-swift starts relative paths at the current folder: run it in the output folder, or set"
         " ROOT_IMAGE_DIR to it"
@@ -535,7 +531,7 @@ def _write_ms_swift(samples: Sequence[LocatedSample], context: ExportContext) ->
 
 def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists) -> Iterator[str]:
     has_label = False
-    for part in message.content:
+    for part in without_calls(message):
         if not isinstance(part, BoxPart):
             has_label = False
             is_answer = message.role == "assistant" and isinstance(part, TextPart)
@@ -570,6 +566,227 @@ def _write_query_response(samples: Sequence[LocatedSample], context: ExportConte
 
     yield from write_rows(samples, context, make_fields)
     add_box_note(samples, context)
+
+
+def _detect_openai(records: Sequence[Record]) -> str | None:
+    """Detect messages of which at least one has typed parts, and return the reason or None.
+
+    Prompts with completions match as well.
+    """
+    if all({"prompt", "completion"} <= record.keys() for record in records):
+        return f"completions or chosen answers in all of the first {len(records)}, as in TRL"
+    num_parts = 0
+    for record in records:
+        messages = record.get("messages")
+        if not isinstance(messages, list) or not messages:
+            return None
+        for message in messages:
+            content = message.get("content") if isinstance(message, dict) else None
+            typed = map(_get_kind, content if isinstance(content, list) else ())
+            num_parts += sum(kind is not None for kind in typed)
+    reason = f"messages with {num_parts} parts of type image_url, image, video or text in the first"
+    return f"{reason} {len(records)}" if num_parts else None
+
+
+def _parse_openai(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Build a training example from a row of chat messages, or of prompt and completion."""
+    has_files = bool(list_images(row.record, (*IMAGE_KEYS, *VIDEO_KEYS)))
+    turns = [
+        turn
+        if isinstance(turn.content, list)
+        else turn._replace(content=_split_text(turn.content, has_files=has_files))
+        for turn in parse_turns(row.record, context, with_parts=True)
+    ]
+    kinds = Counter(_get_kind(item) for turn in turns for item in turn.content)
+    media = RowMedia(row.record, context, {kind: kinds[kind] for kind in _KINDS})
+
+    def parse_turn(role: Role, contents: Sequence[list[object]]) -> list[ContentPart]:
+        parts: list[ContentPart] = []
+        for content in contents:
+            added = [p for item in content for p in _parse_part(item, role, media, context)]
+            if parts and added and parts[-1].type == "text" and added[0].type == "text":
+                parts.append(TextPart(text="\n"))
+            parts += added
+        return parts
+
+    merged: list[Turn] = []
+    for role, group in groupby(turns, key=attrgetter("role")):
+        # Each tool result is a turn of its own.
+        for members in ([one] for one in group) if role == "tool" else [list(group)]:
+            calls = tuple(chain.from_iterable(one.calls for one in members))
+            loss = all(one.loss for one in members)
+            contents = [one.content for one in members if one.content]
+            merged.append(Turn(role, contents, calls, loss, members[0].tools))
+    return build_turns_example(row, context, merged, parse_turn, media)
+
+
+def _split_text(content: object, *, has_files: bool) -> list[object]:
+    """Return the parts of a content that is no list, split at placeholders of listed files."""
+    texts = _TAGS.split(content) if has_files and isinstance(content, str) else [content]
+    return [
+        {"type": text[1:-1]} if text in ("<image>", "<video>") else {"type": "text", "text": text}
+        for text in texts
+        if text != "" or len(texts) == 1
+    ]
+
+
+def _parse_part(
+    item: object, role: Role, media: RowMedia, context: ImportContext
+) -> Iterator[ContentPart]:
+    kind = _get_kind(item)
+    if kind == "text" and isinstance(item, dict) and isinstance(item.get("text"), str):
+        sort_keys(item, ("type", "text"), PARTS, context.other_keys)
+        yield from parse_text(role, item["text"], media)
+    elif kind in _KINDS and isinstance(item, dict):
+        names = (f"{kind}_url", kind, "url", "path")
+        key = next((name for name in names if has_value(item.get(name))), "index")
+        used = ("type", key, "fps") if kind == "video" else ("type", key)
+        sort_keys(item, used, PARTS, context.other_keys)
+        value = item.get(key)
+        part = media.add(kind, index=value) if key == "index" else media.add(kind, value)
+        fps = item.get("fps")
+        if isinstance(part, VideoPart) and fps is not None:
+            if not isinstance(fps, int | float) or not 0 < fps < math.inf:
+                raise InvalidRowError(f"fps is {fps!r}", "frames per second above 0")
+            part = part.model_copy(update={"fps": float(fps)})
+        yield part
+    else:
+        raise UserError(
+            f"the part {str(item)[:80]}",
+            expected='{"type": "text", "text": ...}, {"type": "image_url", "image_url": {...}} or'
+            ' {"type": "video", "video": ...}',
+            remedy="correct the row, or remove it",
+        )
+
+
+def _get_kind(item: object) -> str | None:
+    """Return the type of a content part: text, image, video or another name."""
+    kind = item.get("type") if isinstance(item, dict) else None
+    return kind.removesuffix("_url") if isinstance(kind, str) else None
+
+
+def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write OpenAI chat messages with images as data URLs, and boxes in answers as JSON."""
+
+    def make_fields(located_sample: LocatedSample) -> Record:
+        renderer = PartRenderer(located_sample, context, "")
+
+        def build_part(part: ContentPart) -> Record:
+            if isinstance(part, ImagePart):
+                url = encode_data_url(located_sample.resolve_path(part.image))
+                return {"type": "image_url", "image_url": {"url": url}}
+            return {"type": "text", "text": renderer.render(part)}
+
+        sample = located_sample.sample
+        turns, _ = render_turns(located_sample, context, "")
+        messages: list[Record] = []
+        pending: list[str] = []
+        for (role, text), message in zip(turns, sample.messages, strict=True):
+            has_image = any(isinstance(part, ImagePart) for part in message.content)
+            content = list(map(build_part, message.content)) if has_image else text
+            turn: Record = {"role": role, "content": content}
+            turn |= {} if message.loss else {"weight": 0}
+            if role == "tool" and pending:
+                turn["tool_call_id"] = pending.pop(0)
+            if calls := list_calls(message):
+                pending = [f"call_{len(messages)}_{number}" for number in range(len(calls))]
+                for call in calls:
+                    call["arguments"] = json.dumps(call["arguments"], ensure_ascii=False)
+                turn["content"] = text or None
+                turn["tool_calls"] = [
+                    {"id": call_id, "type": "function", "function": call}
+                    for call_id, call in zip(pending, calls, strict=True)
+                ]
+            messages.append(turn)
+        tools = {"tools": list(sample.tools)} if sample.tools else {}
+        return {**tools, "messages": messages}
+
+    yield from write_rows(samples, context, make_fields, ("tools", "loss"))
+    add_box_note(samples, context)
+
+
+def detect_samples(records: Sequence[Record]) -> str | None:
+    """Detect native samples, and return the reason for the match or None.
+
+    Chat messages of other formats look alike. Therefore any key that samples do not have excludes a
+    match, unless a record has a box, a list of frames or references.
+    """
+    cleaned = list(map(remove_nulls, records))
+    messages: list[list[Any]] = [as_list(record.get("messages")) for record in cleaned]
+    if not all(isinstance(one, dict) and "role" in one for turns in messages for one in turns):
+        return None
+    parts = [part for turns in messages for one in turns for part in as_list(one.get("content"))]
+    is_marked = all(messages) and any("references" in record for record in cleaned)
+    is_marked |= any(p.get("type") == "box" or "frames" in p for p in parts if isinstance(p, dict))
+    reason = f"messages with role and content in all of the first {len(records)}"
+    return reason if is_marked or all(map(_is_sample, cleaned)) else None
+
+
+def _is_sample(record: Record) -> bool:
+    try:
+        sample_from_dict({**record, "id": ""}, "")
+    except UserError:
+        return False
+    return True
+
+
+def _parse_sample(row: SourceRow, context: ImportContext) -> ImportExample:
+    """Build a training example from a native sample, with absolute paths and validated boxes.
+
+    A lenient import keeps invalid content. Boxes whose image index is invalid are not recorded in
+    `raw_boxes`.
+    """
+    meta = row.record.get("meta")
+    record = {key: value for key, value in row.record.items() if key != "meta"}
+    context.other_keys.update(
+        f"{path} of samples, not imported"
+        for path, key, value in iter_nested(record)
+        if value is None and key not in SAMPLE_KEYS
+    )
+    if row.has_own_id or record.get("id") is None:
+        record["id"] = row.id
+    record = remove_nulls(record, JSON_DATA_KEYS)
+    sample = sample_from_dict(record if meta is None else {**record, "meta": meta}, "")
+    if context.lenient:
+        check_limits(sample.messages, sample.references, "")
+        validate_roles(sample.messages, "")  # an example requires this order
+    else:
+        validate_sample(sample, "")
+    return example_from_sample(
+        sample.map_paths(lambda name: str(context.images.resolve(name))), context
+    )
+
+
+def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample:
+    """Build a training example from a native sample with absolute image paths.
+
+    Its boxes are validated and clipped to their images, unless the import is lenient.
+    """
+    images = [Path(part.image) for part in sample.iter_parts() if isinstance(part, ImagePart)]
+
+    def fitted(part: ContentPart) -> ContentPart:
+        if not isinstance(part, BoxPart) or part.image >= len(images):
+            return part
+        xyxy = context.read_box(part.xyxy, images[part.image], BoxConvention(), part.label)
+        return part.model_copy(update={"xyxy": xyxy})
+
+    if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
+        sample = sample.with_parts(fitted)
+    example = build_example(sample.id, sample.messages, sample.meta, sample.tools)
+    return replace(example, references=sample.references, rejected=sample.rejected)
+
+
+def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
+    """Write samples with image paths relative to the output folder."""
+
+    def build_record(located_sample: LocatedSample) -> Record:
+        return sample_to_dict(
+            located_sample.sample,
+            lambda name: context.image_names[located_sample.resolve_path(name)],
+        )
+
+    for record in map(build_record, samples):
+        yield JSONL_FILE, f"{json.dumps(record, ensure_ascii=False)}\n".encode()
 
 
 CONVERSATIONS = DatasetFormat(
@@ -622,4 +839,21 @@ QUERY_RESPONSE = DatasetFormat(
     detect=_detect_query_response,
     parse_row=_parse_ms_swift,
     write_files=_write_query_response,
+)
+OPENAI = DatasetFormat(
+    name="openai",
+    description='"messages": [{"role": "user", "content": [{"type": "image_url", ...}, ...]}]',
+    detect=_detect_openai,
+    parse_row=_parse_openai,
+    write_files=_write_openai,
+)
+SAMPLES = DatasetFormat(
+    name="samples",
+    description=(
+        '"messages": [{"role": "user", "content": [{"type": "image", "image": "path"}, ...]}]'
+    ),
+    detect=detect_samples,
+    parse_row=_parse_sample,
+    supported_options=frozenset(),
+    write_files=_write_samples,
 )

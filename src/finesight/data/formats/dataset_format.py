@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,13 +37,13 @@ from finesight.data.sample import (
     InvalidTurnsError,
     LocatedSample,
     Message,
-    Role,
     Sample,
     TextPart,
     VideoPart,
     check_json,
     check_limit,
     is_video_path,
+    join_text,
 )
 from finesight.errors import UserError
 
@@ -53,6 +55,8 @@ class ImportExample:
     Attributes:
         references: Further correct answers that are used only for scoring.
         rejected: Worse answer than the only one of `answers`, in preference data.
+        tools: Definitions of the tools that the answers may call.
+        loss: Whether training uses the answers.
     """
 
     id: str
@@ -61,6 +65,8 @@ class ImportExample:
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[ContentPart, ...] = ()
+    tools: tuple[dict[str, Any], ...] = ()
+    loss: bool = True
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""
@@ -83,9 +89,10 @@ class ImportExample:
     def _build_sample(
         self, sample_id: str, answer: tuple[ContentPart, ...], references: tuple[str, ...]
     ) -> Sample:
-        last = Message(role="assistant", content=answer)
+        last = Message(role="assistant", content=answer, loss=self.loss)
         return Sample(
             id=sample_id,
+            tools=self.tools,
             messages=(*self.prompt_messages, last),
             rejected=self.rejected,
             references=references,
@@ -99,26 +106,25 @@ def format_answer_id(name: str, number: int) -> str:
 
 
 def build_example(
-    sample_id: str, messages: Sequence[tuple[Role, tuple[ContentPart, ...]]], meta: dict[str, Any]
+    sample_id: str,
+    messages: Sequence[Message],
+    meta: dict[str, Any],
+    tools: tuple[dict[str, Any], ...] = (),
 ) -> ImportExample:
     """Build an example from messages whose last message is the only answer.
 
     Raises:
         InvalidTurnsError: The last message is not from the assistant.
     """
-    if not messages or messages[-1][0] != "assistant":
+    if not messages or messages[-1].role != "assistant":
         raise InvalidTurnsError(
             f"{len(messages)} messages without an answer at the end",
             expected="an assistant message at the end",
             remedy="add the answer, or remove the row",
         )
-    turns = tuple(Message(role=role, content=content) for role, content in messages[:-1])
-    return ImportExample(sample_id, turns, (messages[-1][1],), meta=meta)
-
-
-def join_text(content: Iterable[ContentPart], separator: str = "") -> str:
-    """Return the concatenated text parts of a message, without images and boxes."""
-    return separator.join(part.text for part in content if isinstance(part, TextPart))
+    *turns, last = messages
+    answers, loss = (last.content,), last.loss
+    return ImportExample(sample_id, tuple(turns), answers, meta=meta, tools=tools, loss=loss)
 
 
 Files = Iterator[tuple[str, bytes]]
@@ -248,17 +254,14 @@ class ImportContext:
             clipped_box = clip_to_image(pixel_box, image_size, convention)
         except InvalidBoxError as error:
             inner_box = clip_box(pixel_box, image_size)
-            is_clippable = inner_box != pixel_box  # else not in pixels
-            if inner_box is not None and is_clippable and self.on_invalid_box == "clip":
-                self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
-                return inner_box
+            option = "leave it out"
+            if inner_box is not None and inner_box != pixel_box:  # else not in pixels
+                option = "give --on-invalid-box clip"
+                if self.on_invalid_box == "clip":
+                    self.invalid_boxes.append((NOTE_CLIPPED_BOX, error))
+                    return inner_box
             hint = f"{error.remedy}; otherwise " if self.has_box_options else ""
-            options = ", or leave it out"
-            if self.on_invalid_box == "fail" and is_clippable:
-                options = ", or give --on-invalid-box clip, or drop for boxes outside of sentences"
-            elif inner_box is not None and is_clippable:
-                options = ", or give --on-invalid-box clip"
-            error.remedy = f"{hint}correct the row{options}"
+            error.remedy = f"{hint}correct the row, or {option}"
             raise
         self.num_clipped += clipped_box != pixel_box
         return clipped_box
@@ -358,6 +361,8 @@ class RowImages:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
             if self._context.on_invalid_box == "fail":
+                if isinstance(error, StrayBoxError):
+                    error.remedy = f"{error.remedy}, or give --on-invalid-box drop"
                 raise
             self._context.invalid_boxes.append((NOTE_SKIPPED_BOX, error))
             return error
@@ -415,24 +420,14 @@ class ExportContext:
 
     Attributes:
         image_names: Path relative to the output folder, by absolute image path.
+        image_size: Returns height and width of an image in pixels after EXIF rotation, or raises
+            CorruptImageError.
     """
 
     image_names: Mapping[Path, str]
-    read_size: Callable[[Path], tuple[int, int]]
+    image_size: Callable[[Path], tuple[int, int]]
     lost_counts: Counter[str] = field(default_factory=Counter)
     notes: list[str] = field(default_factory=list)
-
-    def image_name(self, path: Path) -> str:
-        """Return the path of an image relative to the output folder."""
-        return self.image_names[path]
-
-    def image_size(self, path: Path) -> tuple[int, int]:
-        """Return height and width of an image in pixels after EXIF rotation.
-
-        Raises:
-            CorruptImageError: The image is unreadable.
-        """
-        return self.read_size(path)
 
 
 _TURN_KEYS = (
@@ -561,11 +556,6 @@ class DatasetFormat:
     map_columns: Callable[[Sequence[Record], Mapping[str, str]], Mapping[str, str]] | None = None
     write_files: Callable[[Sequence[LocatedSample], ExportContext], Files] | None = None
 
-    @property
-    def typical_keys(self) -> set[str]:
-        """Keys of JSON in the description."""
-        return set(re.findall(r'"(\w+)":', self.description))
-
     def parse_examples(self, row: SourceRow, context: ImportContext) -> list[ImportExample]:
         """Parse a row and return its examples as a list, which may be empty.
 
@@ -638,22 +628,11 @@ def strip_object_refs(text: str) -> TextPart:
 def merge_text_parts(parts: Iterable[ContentPart]) -> tuple[ContentPart, ...]:
     """Merge adjacent text parts of a message into one part."""
     merged_parts: list[ContentPart] = []
-    run: list[TextPart] = []
-    for part in parts:
-        if part.type == "text":
-            run.append(part)
-            continue
-        if run:
-            merged_parts.append(_joined(run))
-            run = []
-        merged_parts.append(part)
-    if run:
-        merged_parts.append(_joined(run))
+    for _, group in itertools.groupby(parts, key=attrgetter("type")):
+        run = list(group)
+        texts = [part.text for part in run if isinstance(part, TextPart)]
+        merged_parts += [TextPart(text="".join(texts))] if len(texts) > 1 else run
     return tuple(merged_parts)
-
-
-def _joined(run: Sequence[TextPart]) -> TextPart:
-    return run[0] if len(run) == 1 else TextPart(text="".join(part.text for part in run))
 
 
 def as_list(value: object) -> list[object]:

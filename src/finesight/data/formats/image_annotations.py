@@ -31,7 +31,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RowImages,
-    join_text,
     make_text_part,
 )
 from finesight.data.image_header import (
@@ -54,6 +53,7 @@ from finesight.data.sample import (
     Sample,
     TextPart,
     check_limit,
+    join_text,
 )
 from finesight.errors import UserError
 
@@ -197,46 +197,39 @@ class ObjectAnnotation:
     attributes: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class ImageAnnotation:
-    """Annotations of one image in a box dataset.
-
-    Attributes:
-        class_names: Class names of the full dataset, listed in detection questions.
-        declared_size: Height and width stated by the annotation file, None if missing.
-        default_prompt: Default question for `--box-task detection`.
-    """
-
-    image: object
-    objects: Sequence[ObjectAnnotation]
-    class_names: Sequence[str]
-    declared_size: ImageSize | None = None
-    meta: Record = field(default_factory=dict)
-    default_prompt: str = DETECTION_PROMPT
-
-
 def build_detection_examples(
     row: SourceRow,
-    annotation: ImageAnnotation,
     context: ImportContext,
     default_convention: BoxConvention,
+    image: object,
+    objects: Sequence[ObjectAnnotation],
+    class_names: Sequence[str],
+    *,
+    declared_size: ImageSize | None = None,
+    meta: Record | None = None,
+    default_prompt: str = DETECTION_PROMPT,
 ) -> list[ImportExample]:
     """Build the training examples of an annotated image.
 
     Images without objects yield none for grounding. Images with objects without a box yield none if
     the question cannot leave out their classes.
 
+    Args:
+        class_names: Class names of the full dataset, listed in detection questions.
+        declared_size: Height and width stated by the annotation file, None if missing.
+        default_prompt: Default question for `--box-task detection`.
+
     Raises:
         InvalidOptionError: The prompt template is invalid.
         InvalidBoxError: A box is outside the image, or the image has another size than declared.
     """
-    check_limit(len(annotation.objects), MAX_BOXES, "boxes")
+    check_limit(len(objects), MAX_BOXES, "boxes")
     images = RowImages(context)
-    image = images.add_image(annotation.image)
-    check_declared_size(annotation.declared_size, images.paths[-1], context)
-    located_boxes, omitted = _locate_objects(annotation.objects, images, default_convention)
+    image_part = images.add_image(image)
+    check_declared_size(declared_size, images.paths[-1], context)
+    located_boxes, omitted = _locate_objects(objects, images, default_convention)
     boxes_with_attributes = [pair for pair in located_boxes if pair[0].label not in omitted]
-    template = annotation.default_prompt if context.prompt is None else context.prompt
+    template = default_prompt if context.prompt is None else context.prompt
     has_class_list = "{labels}" in template
     if omitted and (not boxes_with_attributes or UNKNOWN_LABEL in omitted):
         context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
@@ -244,21 +237,20 @@ def build_detection_examples(
     if omitted and context.box_task == "detection" and not has_class_list:
         context.skipped_rows[REASON_UNLISTED_CLASSES] += 1
         return []
-    context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(annotation.class_names))
+    context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(class_names))
     context.row_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
     if context.box_task == "detection":
-        if len(annotation.class_names) > MAX_CLASSES:
+        if len(class_names) > MAX_CLASSES:
             raise InvalidOptionError(
-                f"a question with {len(annotation.class_names):,} classes",
+                f"a question with {len(class_names):,} classes",
                 where="--box-task detection",
                 expected=f"at most {MAX_CLASSES:,}",
                 remedy="use --box-task grounding, which asks for one class per question",
             )
-        names = dict.fromkeys(annotation.class_names)
-        class_names = [name for name in names if name not in omitted]
-        question = format_prompt(template, template, {"labels": ", ".join(class_names)})
-        meta = annotation.meta | ({"classes": class_names} if has_class_list else {})
-        return [_build_example(row.id, [image, *question], boxes_with_attributes, meta)]
+        names = [name for name in dict.fromkeys(class_names) if name not in omitted]
+        question = format_prompt(template, template, {"labels": ", ".join(names)})
+        full_meta = {**(meta or {}), **({"classes": names} if has_class_list else {})}
+        return [_build_example(row.id, [image_part, *question], boxes_with_attributes, full_meta)]
     boxes_by_label: defaultdict[str, list[tuple[BoxPart, Mapping[str, Any]]]] = defaultdict(list)
     for box, attributes in boxes_with_attributes:
         boxes_by_label[str(box.label)].append((box, attributes))
@@ -266,9 +258,9 @@ def build_detection_examples(
     return [
         _build_example(
             f"{row.id}-{label}",
-            [image, *format_prompt(context.prompt, GROUNDING_PROMPT, {"label": label})],
+            [image_part, *format_prompt(context.prompt, GROUNDING_PROMPT, {"label": label})],
             boxes,
-            annotation.meta,
+            meta or {},
         )
         for label, boxes in boxes_by_label.items()
     ]
@@ -347,7 +339,7 @@ def format_prompt(
         UserError: There are no labels.
     """
     template = default_template if prompt is None else prompt
-    allowed = " or ".join(f"{{{name}}}" for name in values)
+    fields, problem = set[str](), ""
     try:
         fields = {
             f"{name}{'!' + conversion if conversion else ''}"
@@ -356,21 +348,24 @@ def format_prompt(
             if name is not None
         }
     except ValueError as error:
-        raise _build_template_error(template, str(error), allowed) from error
+        problem = str(error)
     unknown = sorted(fields - values.keys())
     if unknown:
-        raise _build_template_error(
-            template, f"{{{unknown[0]}}} is an unknown placeholder", allowed
-        )
-    if "labels" in fields and not values["labels"]:
+        problem = f"{{{unknown[0]}}} is an unknown placeholder"
+    elif "labels" in fields and not values["labels"]:
         raise UserError(
             "no object of the source has a class name",
             expected="objects with labels, or a --prompt without {labels}",
             remedy="check the labels, or set a question with --prompt",
         )
-    if "label" in values and "label" not in fields:
-        raise _build_template_error(
-            template, "it yields the same question for every label", allowed
+    elif "label" in values and "label" not in fields:
+        problem = problem or "it yields the same question for every label"
+    if problem:
+        raise InvalidOptionError(
+            f"the template {template[:80]!r}: {problem}",
+            where="--prompt",
+            expected=f"text with {' or '.join(f'{{{name}}}' for name in values)}",
+            remedy="correct the template; {{ and }} are literal braces",
         )
     text = template.format(**values)
     return [make_text_part(text)] if text else []
@@ -396,20 +391,14 @@ def check_declared_size(
     message += f"{actual[1]} x {actual[0]}"
     with open_image_header(image_path) as image:
         is_transposed = read_exif_orientation(image) in TRANSPOSED_ORIENTATIONS
+    expected = "the annotated image in its original size"
+    remedy = "use the annotated images instead of resized or cropped copies"
     if declared == actual[::-1] and is_transposed:
-        raise InvalidBoxError(
-            f"{message} after EXIF rotation: it was annotated before rotation",
-            where=str(image_path),
-            expected="boxes in the image after EXIF rotation",
-            remedy="remove the EXIF orientation from the images, so that they match the "
-            "annotations, or rotate the boxes",
-        )
-    raise InvalidBoxError(
-        message,
-        where=str(image_path),
-        expected="the annotated image in its original size",
-        remedy="use the annotated images instead of resized or cropped copies",
-    )
+        message += " after EXIF rotation: it was annotated before rotation"
+        expected = "boxes in the image after EXIF rotation"
+        remedy = "remove the EXIF orientation from the images, so that they match the annotations,"
+        remedy += " or rotate the boxes"
+    raise InvalidBoxError(message, where=str(image_path), expected=expected, remedy=remedy)
 
 
 def _build_example(
@@ -425,15 +414,6 @@ def _build_example(
     full_meta = {**meta, **({"boxes": attributes} if any(attributes) else {})}
     return ImportExample(
         sample_id, (Message(role="user", content=tuple(question)),), (answer,), meta=full_meta
-    )
-
-
-def _build_template_error(template: str, reason: str, allowed: str) -> InvalidOptionError:
-    return InvalidOptionError(
-        f"the template {template[:80]!r}: {reason}",
-        where="--prompt",
-        expected=f"text with {allowed}",
-        remedy="correct the template; {{ and }} are literal braces",
     )
 
 
@@ -514,7 +494,7 @@ def collect_classes(records: Sequence[ImageRecord]) -> list[str]:
 
 def require_inside_output(path: Path, context: ExportContext, format_name: str) -> str:
     """Return the path of an image relative to the output folder."""
-    name = context.image_name(path)
+    name = context.image_names[path]
     if name.startswith("../") or Path(name).is_absolute():
         raise UserError(
             f"the image is outside the output folder, where {format_name} cannot reference it",
@@ -566,6 +546,7 @@ def _get_record(
     context.lost_counts[LOST_QUESTIONS] += 1
     context.lost_counts["system prompts"] += sample.messages[0].role == "system"
     context.lost_counts["rejected answers"] += bool(sample.rejected)
+    context.lost_counts["tools"] += bool(sample.tools)
     context.lost_counts.update(
         f"the key {key} of meta" for key in sample.meta.keys() - meta_keys - REGENERATED_META_KEYS
     )

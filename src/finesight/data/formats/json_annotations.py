@@ -52,7 +52,6 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
-    ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
@@ -168,14 +167,11 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         for one in annotations
         if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
     ]
-    image_annotation = ImageAnnotation(
-        row.record["path"],
-        objects,
-        list(names.values()),
-        parse_declared_size(image.get("height"), image.get("width")),
-        meta,
+    path, classes = row.record["path"], list(names.values())
+    size = parse_declared_size(image.get("height"), image.get("width"))
+    return build_detection_examples(
+        row, context, COCO_BOX_CONVENTION, path, objects, classes, declared_size=size, meta=meta
     )
-    return build_detection_examples(row, image_annotation, context, COCO_BOX_CONVENTION)
 
 
 def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -311,7 +307,7 @@ def _read_caption(annotation: Record) -> str:
 
 def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:
     height, width = context.image_size(image_record.image_path)
-    name = context.image_name(image_record.image_path)
+    name = context.image_names[image_record.image_path]
     entry = {"id": image_id, "file_name": name, "width": width, "height": height}
     return entry | {key: image_record.meta[key] for key in ("license",) if key in image_record.meta}
 
@@ -390,8 +386,9 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
             kind = f"boxes of {len(box)} values" if box else "labels without a box"
             box = enclose_shape(kind, None, context.row_notes)
         objects.append(ObjectAnnotation(label, box, attributes))
-    annotation = ImageAnnotation(record["path"], objects, classes)
-    return build_detection_examples(row, annotation, context, FIFTYONE_BOX_CONVENTION)
+    return build_detection_examples(
+        row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects, classes
+    )
 
 
 def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -406,7 +403,7 @@ def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) ->
     for record in records:
         key = make_unique_stem(record.image_path.stem, used_stems)
         # A reader removes the suffix of the keys of this file.
-        manifest[f"{key}{record.image_path.suffix}"] = context.image_name(record.image_path)
+        manifest[f"{key}{record.image_path.suffix}"] = context.image_names[record.image_path]
         if is_detection:
             labels[key] = list(_iter_boxes(record, indices, context))
             continue
@@ -471,14 +468,11 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     objects = [_parse_shape(shape, context.row_notes) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
-    image = _find_image(file, record)
-    annotation = ImageAnnotation(
-        image,
-        objects,
-        row.record["classes"],
-        parse_declared_size(record.get("imageHeight"), record.get("imageWidth")),
+    image, classes = _find_image(file, record), row.record["classes"]
+    size = parse_declared_size(record.get("imageHeight"), record.get("imageWidth"))
+    return build_detection_examples(
+        row, context, BoxConvention(), image, objects, classes, declared_size=size
     )
-    return build_detection_examples(row, annotation, context, BoxConvention())
 
 
 def _write_labelme(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -587,7 +581,7 @@ def _build_record(image_record: ImageRecord, context: ExportContext) -> Record:
         "version": LABELME_VERSION,
         "flags": {},
         "shapes": shapes,
-        "imagePath": context.image_name(image_record.image_path),
+        "imagePath": context.image_names[image_record.image_path],
         "imageData": None,
         "imageHeight": height,
         "imageWidth": width,

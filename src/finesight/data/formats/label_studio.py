@@ -41,7 +41,6 @@ from finesight.data.formats.image_annotations import (
     DETECTION_PROMPT,
     UNKNOWN_LABEL,
     ExportBox,
-    ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
@@ -182,14 +181,16 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
         objects += _parse_region(region, notes, project)
-    annotation = ImageAnnotation(
+    return build_detection_examples(
+        row,
+        context,
+        BOX_CONVENTION,
         row.record["image"],
         objects,
         project.classes,
-        declared.pop() if len(declared) == 1 else None,
+        declared_size=declared.pop() if len(declared) == 1 else None,
         default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
     )
-    return build_detection_examples(row, annotation, context, BOX_CONVENTION)
 
 
 def write_files(

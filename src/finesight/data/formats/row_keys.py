@@ -48,7 +48,7 @@ _ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|
 _NUMBERED_IMAGE = re.compile(
     "(?:images?|img|photo|pict?(?:ure)?|图片?)_?(?:[0-9]+|[a-z])"
     "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference)_?"
-    "(?:image|img|photo|pict?(?:ure)?)s?|audios?",
+    "(?:image|img|photo|pict?(?:ure)?)s?|(?:audio|(?:depth|mask|normal)(?:_?map)?)s?(?:_?path)?",
     re.IGNORECASE,
 )
 """Keys of audio or a further image that a question may need, next to images that are used."""
@@ -101,7 +101,10 @@ class KeyMeaning(NamedTuple):
     remedy: str
 
 
-TOOL_CALLS = KeyMeaning("tool calls, which are not supported yet", "leave out these rows")
+TOOL_CALLS = KeyMeaning(
+    "tool calls or tools that the format does not use",
+    "write definitions under `tools`, and calls under `tool_calls` of a turn",
+)
 PREFERENCE = KeyMeaning(
     "preference data without a pair of a chosen and a rejected answer",
     "add the other answer, or keep the better one only: as last turn of `messages`",
@@ -115,8 +118,8 @@ REASONING = KeyMeaning(
     "write it into the answer as <think>...</think>, or remove the key",
 )
 LOSS = KeyMeaning(
-    "the loss of single turns, which is not supported yet",
-    "remove the key to train on every answer",
+    "a loss that is neither 0 nor 1 for a turn",
+    "write `loss` as true or false into the turns, or remove the key to train on every answer",
 )
 LABEL = KeyMeaning(
     "a label or a text that the format does not use", "write it into a turn, or remove the key"
@@ -149,7 +152,7 @@ def find_meaning(
     if is_content and is_reasoning and not is_described:
         return REASONING
     if is_loss_key(key):
-        return None if _is_loss_default(words, value) else LOSS
+        return None if is_loss_default(key, value) else LOSS
     is_label = _has(words, _LABEL) or _has(words, _SHAPE)
     return LABEL if is_label and not _has(words, re.compile("ids?")) else None
 
@@ -171,7 +174,7 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     is_long = is_structure or (isinstance(value, str) and (" " in value.strip() or len(value) > 12))
     if is_long and _has(words, _REASONING) and not _has(words, _ATTRIBUTE):
         return REASONING
-    if _ROW_LOSS.fullmatch(name) and not _is_loss_default(words, value):
+    if _ROW_LOSS.fullmatch(name) and not is_loss_default(key, value):
         return LOSS
     is_label = _has(words, _SHAPE) and _count_numbers(value) >= 4
     return LABEL if not is_text and (is_label or name == "history") else None
@@ -211,8 +214,9 @@ def is_loss_key(key: str) -> bool:
     return is_known and _has(words, _LOSS)
 
 
-def _is_loss_default(words: list[str], value: object) -> bool:
+def is_loss_default(key: str, value: object) -> bool:
     """Return whether a value means to train answers only; `loss_mask` selects tokens to train."""
+    words = _split_words(key)
     is_selection = words[-1] in ("mask", "masks") and len(words) > 1
     is_negative = _has(words, _WITHOUT_LOSS) and not is_selection
     is_prompt = _has(words, re.compile("prompt|inputs?"))

@@ -46,7 +46,6 @@ from finesight.data.formats.dataset_format import (
     as_list,
     decode_json_list,
     forbid_drop,
-    join_text,
     make_text_part,
 )
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -71,6 +70,7 @@ from finesight.data.sample import (
     TextPart,
     check_limit,
     format_number,
+    join_text,
 )
 from finesight.errors import UserError, suggest_name
 
@@ -629,25 +629,18 @@ def _build_json_answers(row: SourceRow, context: ImportContext) -> list[str]:
             expected="an answer in one column, or in several",
             remedy="remove one of the two",
         )
-    cell = _read_cell(row.record, context, "fields")
-    is_single_column = column in row.record
-    cells = (
-        [(column, cell)]
-        if is_single_column
-        else zip(split_column_names(column, row.record), as_list(cell), strict=True)
-    )
-    members_by_name: dict[str, str] = {}
-    for name, value in cells:
-        if name in members_by_name:
-            raise InvalidOptionError(
-                f"the duplicate column {name!r} in fields={column}",
-                where="--map",
-                expected="each column once",
-                remedy="remove one of the two",
-            )
-        members_by_name[name] = "" if _is_empty(value) else _format_member(name, value)
-    members = ", ".join(filter(None, members_by_name.values()))
-    return [f"{{{members}}}"] if members else []
+    names = find_columns(row.record, "fields", column)
+    duplicate, count = Counter(names).most_common(1)[0]
+    if count > 1:
+        raise InvalidOptionError(
+            f"the duplicate column {duplicate!r} in fields={column}",
+            where="--map",
+            expected="each column once",
+            remedy="remove one of the two",
+        )
+    cells = ((name, get_cell(row.record, name)) for name in names)
+    members = [_format_member(name, value) for name, value in cells if not _is_empty(value)]
+    return [f"{{{', '.join(members)}}}"] if members else []
 
 
 def _format_member(name: str, value: object) -> str:
@@ -681,7 +674,9 @@ def _create_boxes(
     convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
-        cells = as_list(_read_cell(record, context, "label"))
+        cell = _read_cell(record, context, "label")
+        is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
+        cells = as_list(decode_json_list(str(cell), (str,)) if is_list_text else cell)
         names = ["" if _is_empty(one) else _get_text(one, "label") for one in cells]
         if len(names) != len(boxes) or not any(names):
             names = list(filter(None, names))

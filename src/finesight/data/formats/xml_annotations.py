@@ -39,7 +39,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
 )
 from finesight.data.formats.image_annotations import (
-    ImageAnnotation,
     ImageRecord,
     ObjectAnnotation,
     build_detection_examples,
@@ -133,8 +132,10 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    annotation = ImageAnnotation(str(image), objects, row.record["classes"], _read_size(root))
-    return build_detection_examples(row, annotation, context, BoxConvention())
+    size, classes = _read_size(root), row.record["classes"]
+    return build_detection_examples(
+        row, context, BoxConvention(), str(image), objects, classes, declared_size=size
+    )
 
 
 def _write_voc(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -229,30 +230,26 @@ def _read_size(root: ElementTree.Element) -> ImageSize | None:
 
 def _build_annotation(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
     root = ElementTree.Element("annotation")
-    name = Path(context.image_name(record.image_path))
-    add_child(root, "folder", name.parent.as_posix())
-    add_child(root, "filename", name.name)
+    name = Path(context.image_names[record.image_path])
+    _add_children(root, folder=name.parent.as_posix(), filename=name.name)
     height, width = context.image_size(record.image_path)
     size = ElementTree.SubElement(root, "size")
-    add_child(size, "width", width)
-    add_child(size, "height", height)
-    add_child(size, "depth", 3)
+    _add_children(size, width=width, height=height, depth=3)
     for box in record.boxes:
         element = ElementTree.SubElement(root, "object")
-        add_child(element, "name", box.label)
-        for flag in OBJECT_FLAGS:
-            if flag in box.attributes:
-                add_child(element, flag, box.attributes[flag])
+        flags = {flag: box.attributes[flag] for flag in OBJECT_FLAGS if flag in box.attributes}
+        _add_children(element, name=box.label, **flags)
         bounds = ElementTree.SubElement(element, "bndbox")
         x1, y1, x2, y2 = box.xyxy
-        for corner, value in zip(BNDBOX_TAGS, (x1 + 1, y1 + 1, x2, y2), strict=True):
-            add_child(bounds, corner, round_coordinate(value))
+        corners = map(round_coordinate, (x1 + 1, y1 + 1, x2, y2))
+        _add_children(bounds, **dict(zip(BNDBOX_TAGS, corners, strict=True)))
     return root
 
 
-def add_child(parent: ElementTree.Element, tag: str, value: object) -> None:
-    """Append an element with a text."""
-    ElementTree.SubElement(parent, tag).text = str(value)
+def _add_children(parent: ElementTree.Element, **texts: object) -> None:
+    """Append an element with a text for each tag."""
+    for tag, text in texts.items():
+        ElementTree.SubElement(parent, tag).text = str(text)
 
 
 def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
@@ -314,15 +311,11 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     objects = [_parse_shape(shape, context.row_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
-    annotation = ImageAnnotation(
-        row.record["path"],
-        objects,
-        classes,
-        parse_declared_size(
-            parse_integer(image.get("height", "")), parse_integer(image.get("width", ""))
-        ),
+    sides = (parse_integer(image.get(side, "")) for side in ("height", "width"))
+    size, path = parse_declared_size(*sides), row.record["path"]
+    return build_detection_examples(
+        row, context, BoxConvention(), path, objects, classes, declared_size=size
     )
-    return build_detection_examples(row, annotation, context, BoxConvention())
 
 
 def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -332,23 +325,19 @@ def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
     _check_names(classes)
     root = ElementTree.Element("annotations")
-    add_child(root, "version", "1.1")
+    _add_children(root, version="1.1")
     task = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
-    add_child(task, "name", "finesight")
-    add_child(task, "size", len(records))
+    _add_children(task, name="finesight", size=len(records))
     labels = ElementTree.SubElement(task, "labels")
     for name in classes:
         label = ElementTree.SubElement(labels, "label")
-        add_child(label, "name", name)
+        _add_children(label, name=name)
         attributes = ElementTree.SubElement(label, "attributes")
         boxes = [box for record in records for box in record.boxes if box.label == name]
         for attribute_name in sorted({key for box in boxes for key in box.attributes}):
-            if attribute_name == "occluded":
-                continue
-            attribute = ElementTree.SubElement(attributes, "attribute")
-            add_child(attribute, "name", attribute_name)
-            add_child(attribute, "mutable", "False")
-            add_child(attribute, "input_type", "text")
+            if attribute_name != "occluded":
+                attribute = ElementTree.SubElement(attributes, "attribute")
+                _add_children(attribute, name=attribute_name, mutable="False", input_type="text")
     for index, record in enumerate(records):
         root.append(_build_image(index, record, context))
     ElementTree.indent(root)

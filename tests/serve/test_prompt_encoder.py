@@ -12,13 +12,15 @@ from service_fixture import write_shape_image
 from finesight.data.sample import LocatedSample
 from finesight.encode import renderer
 from finesight.encode.family import DEFAULT_THINKING
-from finesight.encode.renderer import PromptEncoder, build_renderer, encode_prompt
+from finesight.encode.renderer import build_renderer
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import GenerationOptions
 from finesight.model_folder import ModelFolder
+from finesight.serve import preprocessing_jobs
+from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
 from finesight.vision.image_reader import create_image_pool
 
 
@@ -35,7 +37,7 @@ def test_chat_decodes_images_in_worker_processes(tmp_path, monkeypatch):
 
     with contextlib.closing(InferenceService(model, max_num_seqs=1)) as service:
         expected = ask(service, image, image), ask(service)
-    monkeypatch.setattr(renderer, "MAX_PROMPT_CPU_S", 2.0)
+    monkeypatch.setattr(preprocessing_jobs, "MAX_PROMPT_CPU_S", 2.0)
     monkeypatch.setattr(renderer, "load_image", lambda *_: pytest.fail("decoded in the server"))
     with contextlib.closing(create_image_pool(model.renderer, encode_prompt)) as pool:
         encode = PromptEncoder(pool).encode

@@ -42,6 +42,8 @@ def convert_pickled_weights(files: Sequence[Path], target: Path) -> None:
     A pickle can execute code when it is loaded. The `weights_only` loader of torch prevents this:
     it builds tensors and rejects everything else.
     """
+    if _is_up_to_date(files, target):
+        return
     with FileLock(target.parent) as lock:
         with contextlib.suppress(OSError):  # some network file systems know no locks
             lock.acquire()
@@ -58,11 +60,9 @@ def _describe_sources(files: Sequence[Path]) -> list[list[Any]]:
 
 def _is_up_to_date(files: Sequence[Path], target: Path) -> bool:
     """Return whether the folder `target` was converted from the current content of the files."""
-    try:
-        recorded_sources = read_json(target / SOURCES_FILE)
-    except UserError:
-        return False
-    return bool(recorded_sources == _describe_sources(files))
+    with contextlib.suppress(UserError):
+        return bool(read_json(target / SOURCES_FILE) == _describe_sources(files))
+    return False
 
 
 def _convert(files: Sequence[Path], target: Path) -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -731,7 +731,8 @@ class NativeRenderer(Renderer):
         ]
 
     def _check_token_id(self, folder: ModelFolder, key: str, token: str) -> None:
-        found, expected = self.tokenizer.token_to_id(token), cast(Any, folder.config)
+        found = self.tokenizer.token_to_id(token)
+        expected: Any = folder.config
         for name in key.split("."):
             expected = expected.get(name) if isinstance(expected, dict) else None
         if expected not in (None, found):

@@ -105,13 +105,13 @@ class RewardScorer(contextlib.ExitStack):
     """Scorer of responses by all rewards of a recipe. Close it to end the worker processes.
 
     Args:
-        run_dir: Run with copies of the files of functions.
+        run_dir: Run whose copies replace missing files of functions; None without copies.
 
     Raises:
         UserError: A reward function, a score of a metric, or a package is missing.
     """
 
-    def __init__(self, rewards: Sequence[RewardSettings], run_dir: Path = Path()) -> None:
+    def __init__(self, rewards: Sequence[RewardSettings], run_dir: Path | None = None) -> None:
         super().__init__()
         self.names, self._run_dir = _name_rewards(rewards), run_dir
         self.weights = [reward.weight for reward in rewards]
@@ -129,8 +129,9 @@ class RewardScorer(contextlib.ExitStack):
         return [function(cases) for function in self._functions]
 
     def _build_function(self, number: int, reward: RewardSettings) -> RewardFn:
-        copy_name = f"reward_{number}.py"
-        name = custom_metric.resolve_metric_path(reward.name, self._run_dir, copy_name=copy_name)
+        name, run_dir, copy_name = reward.name, self._run_dir, f"reward_{number}.py"
+        if run_dir is not None:
+            name = custom_metric.resolve_metric_path(name, run_dir, copy_name=copy_name)
         if (location := custom_metric.parse_metric_path(name)) is not None:
             custom_metric.require_metric_file(location[0])
             pool = self._open_pool(custom_metric.load_function, *location)

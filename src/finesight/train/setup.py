@@ -411,7 +411,7 @@ def check_rewards(recipe: Recipe, data: TrainingData) -> None:
     texts, boxes = get_reference_answer(sample)
     answers = (texts[0], boxes), ("", ())
     try:
-        with RewardScorer(recipe.rewards) as scorer:
+        with RewardScorer(recipe.rewards, recipe.output_dir) as scorer:
             scorer.score([EvalCase(*answer, texts, boxes, sample.id) for answer in answers])
     except custom_metric.RewardError as error:
         remedy = "correct the function; it was called with a reference and with an empty answer"

@@ -269,6 +269,7 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
     run = rewind_to_checkpoint(reward_task.folder / "run")
     with (run / "responses.jsonl").open("a") as file:
         file.write('{"step": 7, "respon')
+    (reward_task.folder / "rewards.py").unlink()  # the run has a copy
     reward_task.run(*two_updates, resume=True)
     assert_same_run(run, reward_task.folder / "expected")
     recorded, expected = (

@@ -371,6 +371,18 @@ class SimpoSettings(SettingsSection):
     simpo_gamma: Annotated[CoercedFloat, Field(ge=0.0)] = 1.0
 
 
+class KtoSettings(SettingsSection):
+    """Section `train.kto` of a recipe: loss of answers with a label, with the names of TRL.
+
+    `desirable_weight` and `undesirable_weight` balance different numbers of both labels.
+    """
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
+    undesirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -379,8 +391,8 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
-        objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; GRPO by rewards.
-            The default is supervised fine-tuning on data without pairs.
+        objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; KTO on pairs or
+            labels; GRPO by rewards. The default is supervised fine-tuning on other data.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -389,10 +401,11 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "grpo"] | None = None
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"] | None = None
     dpo: DpoSettings = DpoSettings()
     orpo: OrpoSettings = OrpoSettings()
     simpo: SimpoSettings = SimpoSettings()
+    kto: KtoSettings = KtoSettings()
     grpo: GrpoSettings = GrpoSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None

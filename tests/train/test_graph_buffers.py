@@ -380,7 +380,7 @@ def make_pairs(folder: Path, family: str) -> list[PackedBatch]:
     for encoded in (first, *others[:2]):
         chosen = encoded.tokenized
         ids_T = np.where(chosen.loss_mask_T, chosen.ids_T[::-1], chosen.ids_T)
-        pair = chosen.join_rejected(replace(chosen, ids_T=ids_T))
+        pair = chosen.join_responses([replace(chosen, ids_T=ids_T)])
         pairs.append(pack([replace(encoded, tokenized=pair)]))
     return pairs
 

@@ -292,7 +292,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))
     startup_s = estimate_startup_seconds(model.persistent, target)
     batch_size = recipe.train.batch_size
-    if recipe.train.objective == "dpo":  # log-probabilities of the reference model
+    if recipe.train.objective in ("dpo", "kto"):  # log-probabilities of the reference model
         num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
         startup_s += num_steps * chosen_estimate.step_time.total / 3
         startup_s += _estimate_forward_s(model, validation_stats, batch_size)

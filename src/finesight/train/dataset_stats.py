@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.config import DataSettings, Recipe
+from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
 from finesight.data.sample import LocatedSample, TextPart, list_media_paths
@@ -44,6 +44,9 @@ from finesight.vision.image_processing import GridTHW
 
 EDGE_BYTES = 8 * 1024
 """Number of bytes read at the start and at the end of an image file."""
+
+MAX_MISMATCH_DISTANCE = 16
+"""Number of following samples among which KTO looks for another answer."""
 
 MAX_LISTED_IMAGES = 5
 """Maximum number of changed images listed in a message."""
@@ -524,6 +527,19 @@ class TrainingData:
         return StepDataset(*source, max_length=max_length, use_shared_prefix=use_shared_prefix)
 
 
+class MismatchedCorpus(Corpus):
+    """Corpus whose samples have a following one with another answer, if any, for KTO."""
+
+    def read_validated(self, index: int) -> LocatedSample:
+        """Read and fully validate a sample, and read the sample with another answer."""
+        located, others = super().read_validated(index), list[LocatedSample]()
+        for step in range(1, MAX_MISMATCH_DISTANCE + 1):
+            others.append(self[(index + step) % len(self)])
+            if others[-1].sample.messages[-1] != located.sample.messages[-1]:
+                return replace(located, mismatched=others[-1])
+        return replace(located, mismatched=others[0])
+
+
 def load_training_data(
     recipe: Recipe, renderer: Renderer, num_workers: int, console: ProgressConsole
 ) -> tuple[TrainingData, TrainingData | None]:
@@ -551,12 +567,19 @@ def load_training_data(
             # The file is not executed here: a plan does not need it.
             custom_metric.require_metric_file(location[0])
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
+    has_baseline = recipe.train.objective == "kto" and recipe.train.kto.loss_type == "kto"
+
+    def load(files: Sequence[DataFileSettings]) -> Corpus:
+        corpus = load_corpus(files)
+        parts = corpus.sources, corpus.weights, corpus.fingerprint
+        return MismatchedCorpus(*parts) if has_baseline else corpus
+
     with console.activity("reading data.train"):
-        corpus = load_corpus(recipe.data.train)
+        corpus = load(recipe.data.train)
     if not recipe.data.eval:
         return scan_split("train", corpus), None
     with console.activity("reading data.eval"):
-        validation_corpus = load_corpus(recipe.data.eval)
+        validation_corpus = load(recipe.data.eval)
         samples = validation_corpus.read_samples()
         watched_images = {path for sample in samples for path in list_image_paths(sample)}
     train_data = scan_split("train", corpus, watched_images)

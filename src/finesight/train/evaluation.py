@@ -157,7 +157,7 @@ def _build_eval_result(
     return EvalResult(
         step=state.progress.step,
         validation_loss=loss,
-        loss_metrics=dict(zip(state.engine.objective.metric_names, metrics, strict=True)),
+        loss_metrics=state.engine.objective.describe_metrics(metrics),
         scores=generation.scores if generation else {},
         primary_metric=generation.primary_metric if generation else None,
         intervals=generation.intervals if generation else {},

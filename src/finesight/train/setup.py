@@ -56,7 +56,7 @@ from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
-from finesight.train.objectives.dpo import PairObjective, get_pair_settings
+from finesight.train.objectives.dpo import KtoObjective, PairObjective, get_pair_settings
 from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
@@ -351,7 +351,7 @@ def build_objective(
         return GrpoObjective(train.grpo, banned_ids)
     settings = get_pair_settings(train)
     assert settings is not None, f"{train.objective} has no settings"
-    return PairObjective(settings)
+    return KtoObjective(train.kto) if settings is train.kto else PairObjective(settings)
 
 
 def resolve_tune(recipe: Recipe) -> TuneSettings:
@@ -501,7 +501,7 @@ def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    other_objectives = {"dpo", "orpo", "simpo", "grpo"} - {recipe.train.objective}
+    other_objectives = {"dpo", "orpo", "simpo", "kto", "grpo"} - {recipe.train.objective}
     train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
     if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.

@@ -144,9 +144,10 @@ def train_step(
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
     num_terms = objective.count_terms(global_stats)
     loss_weight = torch.full((), loss_scale / max(1, num_terms), device=device)
-    # Loss and metrics.
-    total = torch.zeros(1 + len(objective.metric_names), device=device)
-    try:
+
+    def run_packs(run_pack: Callable[..., Tensor]) -> Tensor:
+        """Return the weighted sums of loss and metrics over the packs of all ranks."""
+        total = torch.zeros(1 + len(objective.metric_names), device=device)
         for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
             group_loss = torch.zeros_like(total)
             with sync_context:
@@ -161,10 +162,10 @@ def train_step(
                     is_dummy = not packed_batch.sample_ids
                     pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
                     with _translate_pack_oom(state, packed_batch):
-                        if micro_index:
+                        if micro_index and torch.is_grad_enabled():
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
-                        group_loss += forward_backward(
+                        group_loss += run_pack(
                             engine.graph_runner,
                             engine.device_loader.load(packed_batch),
                             None
@@ -175,11 +176,17 @@ def train_step(
                             pack_weight,
                             None if is_dummy else ("train", step_batch.sample_indices[micro_index]),
                         )
-                total += group_loss
+            total += group_loss
+        return process_group.all_reduce(total)
+
+    try:
+        if objective.has_baseline:
+            with torch.no_grad():
+                objective.set_baseline(run_packs(forward_only) / loss_scale)
+        total = run_packs(forward_backward)
     except Exception:
         engine.zero_grad()
         raise
-    process_group.all_reduce(total)
     grad_norm = parallel.reduce_gradients(optimizer)
     step_output = StepOutput(
         step_batch=step_batch,
@@ -203,6 +210,19 @@ def train_step(
     )
     parallel.sync_params()
     return step_output
+
+
+def forward_only(
+    graph_runner: CudaGraphRunner,
+    batch: PackedBatch,
+    features_MKD: Tensor | None,
+    loss_weight: Tensor,
+    key: PackKey | None = None,
+) -> Tensor:
+    """Run the forward pass of a pack; see `forward_backward`."""
+    model, objective = graph_runner.model, graph_runner.objective
+    inputs = objective.loss_inputs(batch, loss_weight, key)
+    return objective.compute_loss(model(batch, features_MKD), model.lm_head_weight, inputs)
 
 
 def forward_backward(

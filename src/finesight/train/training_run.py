@@ -204,7 +204,7 @@ def train(
             configure_host(state.run.hardware.device),
             record_failure(run_dir, progress_console, state.progress) if is_main else nullcontext(),
         ):
-            if recipe.train.objective == "dpo":
+            if recipe.train.objective in ("dpo", "kto"):
                 prepare_references(state)
             result = trainer.run(partial(finalize_run, state, param_audit))
         if result is not None:

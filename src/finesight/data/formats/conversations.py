@@ -398,6 +398,8 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
     if all(located_sample.sample.rejected for located_sample in samples):
         info["ranking"] = True
         info["columns"] |= {"chosen": "chosen", "rejected": "rejected"}
+    if any(located_sample.sample.label is not None for located_sample in samples):
+        info["columns"]["kto_tag"] = "label"
     yield "dataset_info.json", f"{json.dumps({'finesight': info}, indent=2)}\n".encode()
     add_box_note(samples, context, BOX_NOTE)
 

@@ -103,8 +103,8 @@ class KeyMeaning(NamedTuple):
 
 TOOL_CALLS = KeyMeaning("tool calls, which are not supported yet", "leave out these rows")
 PREFERENCE = KeyMeaning(
-    "preference data without a pair of a chosen and a rejected answer",
-    "add the other answer, or keep the better one only: as last turn of `messages`",
+    "preference data without a pair of answers, or a `label` of true or false for the row",
+    "add the other answer or `label`, or keep the better one only: as last turn of `messages`",
 )
 MEDIA = KeyMeaning(
     "an image, a video or audio that the format does not use",
@@ -164,7 +164,7 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     if is_json and _has(words, _TOOLS):
         return TOOL_CALLS
     is_score = isinstance(value, int | float) and not isinstance(value, bool)
-    if (_has(words, _PREFERENCE) and not is_score) or (name == "label" and value is False):
+    if _has(words, _PREFERENCE) and not is_score:
         return PREFERENCE
     if _is_row_media(key, value, image_names):
         return MEDIA

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 from torch import Tensor
@@ -23,10 +23,21 @@ class Objective(Protocol):
     Attributes:
         metric_names: Names of the metrics that are computed with the loss.
         num_updates: Number of optimizer steps with the data of a training step.
+        has_baseline: Whether the loss depends on the means over all packs of the step, which a
+            forward pass computes before (`set_baseline`).
     """
 
     metric_names: tuple[str, ...]
     num_updates: int
+    has_baseline: bool
+
+    def set_baseline(self, means: Tensor) -> None:
+        """Store what the loss needs of the mean loss and metrics of a step, [1 + M]."""
+        ...
+
+    def describe_metrics(self, means: Sequence[float]) -> dict[str, float]:
+        """Return metrics for users by name from the means of `metric_names`."""
+        ...
 
     def count_terms(self, stats: GlobalStepStats) -> int:
         """Return the number of terms of a step, such as tokens, over which the loss is a mean."""

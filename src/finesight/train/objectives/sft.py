@@ -9,7 +9,7 @@ label.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -30,6 +30,14 @@ class SftObjective:
 
     metric_names: tuple[str, ...] = ()
     num_updates: int = 1
+    has_baseline: bool = False
+
+    def set_baseline(self, means: Tensor) -> None:
+        """Ignore the means, which the loss does not need."""
+
+    def describe_metrics(self, means: Sequence[float]) -> dict[str, float]:
+        """Return the mean of each metric by its name."""
+        return dict(zip(self.metric_names, means, strict=True))
 
     def count_terms(self, stats: GlobalStepStats) -> int:
         """Return the number of supervised tokens."""

@@ -383,6 +383,29 @@ class KtoSettings(SettingsSection):
     undesirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
 
 
+class DistillSettings(SettingsSection):
+    """Section `train.distill` of a recipe: imitation of a larger model (Agarwal et al. 2024, GKD).
+
+    Attributes:
+        teacher: Model with the same tokenizer: a folder, a run or a hub name.
+        weight_format: Format of the teacher's weights.
+        beta: Divergence from 0 (forward KL) to 1 (reverse KL); between, generalized JSD.
+        lmbda: Share of samples with a response of the trained model instead of the answer.
+        temperature: Divisor of the logits in the loss and in sampling.
+        top_k: Number of the teacher's most probable tokens that the loss compares; None for all.
+        batch_size: Largest number of responses that are generated at once.
+    """
+
+    teacher: str | None = None
+    weight_format: WeightFormat = "auto"
+    beta: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
+    lmbda: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
+    temperature: Annotated[CoercedFloat, Field(gt=0.0, le=100.0)] = 1.0
+    top_k: PositiveInt | None = None
+    max_completion_length: Annotated[int, Field(gt=0, le=1_048_576)] = 512
+    batch_size: PositiveInt = 256
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -392,7 +415,8 @@ class TrainSettings(SettingsSection):
 
     Attributes:
         objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; KTO on pairs or
-            labels; GRPO by rewards. The default is supervised fine-tuning on other data.
+            labels; GRPO by rewards; distillation from a larger model. The default is supervised
+            fine-tuning on other data.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -401,12 +425,13 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo"] | None = None
+    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "distill"] | None = None
     dpo: DpoSettings = DpoSettings()
     orpo: OrpoSettings = OrpoSettings()
     simpo: SimpoSettings = SimpoSettings()
     kto: KtoSettings = KtoSettings()
     grpo: GrpoSettings = GrpoSettings()
+    distill: DistillSettings = DistillSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
@@ -435,7 +460,19 @@ class TrainSettings(SettingsSection):
             raise ValueError(
                 f"epochs={self.epochs} and steps={self.steps} are both set: set one of them to null"
             )
+        if self.objective == "distill" and self.distill.teacher is None:
+            raise ValueError("objective=distill requires distill.teacher, a larger model")
         return self
+
+    @property
+    def rollout_settings(self) -> GrpoSettings | None:
+        """Settings of responses that a step samples; None if it samples none."""
+        if self.objective == "grpo":
+            return self.grpo
+        if self.objective != "distill" or not self.distill.lmbda:
+            return None
+        shared = self.distill.model_dump(include={*GrpoSettings.model_fields} - {"beta"})
+        return self.grpo.model_copy(update={"num_generations": 1, **shared})
 
 
 TaskName = Literal[

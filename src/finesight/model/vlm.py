@@ -30,7 +30,6 @@ from finesight.model.families import (
     KEY_MAPPINGS,
     Architecture,
     KeyMapping,
-    qwen2_5_vl,
     qwen2_vl,
     qwen3_5,
     qwen3_vl,
@@ -48,7 +47,7 @@ from finesight.vision.image_processing import GridTHW
 
 _BUILT_IN = {
     "qwen2_vl": qwen2_vl.ARCHITECTURE,
-    "qwen2_5_vl": qwen2_5_vl.ARCHITECTURE,
+    "qwen2_5_vl": qwen2_vl.WINDOW_ARCHITECTURE,
     "qwen3_vl": qwen3_vl.ARCHITECTURE,
     "qwen3_vl_moe": qwen3_vl.MOE_ARCHITECTURE,
     "qwen3_5": qwen3_5.ARCHITECTURE,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,11 +24,12 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
+from finesight.config import GrpoSettings
 from finesight.data.boxes import iou
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import FRAME_1000, scale_box
-from finesight.encode.packing import PackedBatch, pack
+from finesight.encode.packing import PackedBatch, pack, plan_packs
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
@@ -164,10 +166,16 @@ class RewardCheck:
 class Rollout:
     """Sampler of responses to the prompts of training steps, on this rank."""
 
-    def __init__(self, state: TrainState, stop: StopRequest, log: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        state: TrainState,
+        stop: StopRequest,
+        log: Callable[[str], None],
+        settings: GrpoSettings,
+    ) -> None:
         recipe = state.run.recipe
         self.state, self.stop = state, stop
-        self.settings, self.seed = recipe.train.grpo, recipe.train.seed
+        self.settings, self.seed = settings, recipe.train.seed
         self.batch_size = self.settings.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards)
@@ -258,18 +266,8 @@ class Rollout:
         self, step: int, indices: Sequence[int], skipped: list[SkippedSample]
     ) -> list[Group]:
         """Generate and score the responses of samples; unreadable ones are skipped."""
-        state, renderer = self.state, self.state.data.renderer
-        samples = [state.data.train.corpus.read_validated(index) for index in indices]
-        prompts: list[tuple[int, LocatedSample, EncodedSample]] = []
-        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
-            futures = [pool.submit(renderer.encode_prompt, sample) for sample in samples]
-            for index, sample, future in zip(indices, samples, futures, strict=True):
-                try:
-                    prompts.append((index, sample, future.result()))
-                except CorruptImageError as error:
-                    if state.run.recipe.data.on_invalid_sample == "fail":
-                        raise
-                    skipped.append(SkippedSample(sample.sample.id, str(error).splitlines()[0]))
+        renderer = self.state.data.renderer
+        prompts = self.encode_samples(indices, renderer.encode_prompt, skipped)
         responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
         groups = []
         for (index, sample, prompt), tokens in zip(prompts, responses, strict=True):
@@ -292,6 +290,26 @@ class Rollout:
             totals_G = _weigh(rewards_FG.T, self.weights_F)
             self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
+
+    def encode_samples(
+        self,
+        indices: Sequence[int],
+        encode: Callable[[LocatedSample], EncodedSample],
+        skipped: list[SkippedSample],
+    ) -> list[tuple[int, LocatedSample, EncodedSample]]:
+        """Read and encode samples; unreadable ones are skipped."""
+        state, encoded = self.state, list[tuple[int, LocatedSample, EncodedSample]]()
+        samples = [state.data.train.corpus.read_validated(index) for index in indices]
+        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
+            futures = [pool.submit(encode, sample) for sample in samples]
+            for index, sample, future in zip(indices, samples, futures, strict=True):
+                try:
+                    encoded.append((index, sample, future.result()))
+                except CorruptImageError as error:
+                    if state.run.recipe.data.on_invalid_sample == "fail":
+                        raise
+                    skipped.append(SkippedSample(sample.sample.id, str(error).splitlines()[0]))
+        return encoded
 
     def generate(
         self, step: int, prompts: Sequence[tuple[int, EncodedSample]]
@@ -458,6 +476,57 @@ class Rollout:
                 self.banned_ids,
             )
         return logps_L.float().cpu()
+
+
+class StudentRollout(Rollout):
+    """Sampler of responses of the model for distillation, beside the answers of the data.
+
+    A sample has a response of the model with the probability `train.distill.lmbda`, depending only
+    on seed, step and sample.
+    """
+
+    def build_step(self, step: int) -> StepBatch:
+        """Generate responses to a share of the samples of a step, and pack all samples.
+
+        Raises:
+            TrainingInterrupted: A stop was requested.
+        """
+        state, process_group = self.state, self.state.run.hardware.process_group
+        skipped: list[SkippedSample] = []
+        start_time, renderer = time.perf_counter(), state.data.renderer
+        indices = state.data.step_dataset.sampler.batch_indices(step)
+        is_sampled = {index: self.draw(step, index) for index in indices}
+        with state.engine.parallel.summon_full_params(), process_group.sync_errors():
+            sampled = [index for index in indices if is_sampled[index]]
+            prompts = self.encode_samples(sampled, renderer.encode_prompt, skipped)
+            responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
+            others = [index for index in indices if not is_sampled[index]]
+            answered = self.encode_samples(others, renderer.encode, skipped)
+        encoded = {index: one for index, _, one in answered}
+        for (index, _, prompt), (tokens,) in zip(prompts, responses, strict=True):
+            tokenized = append_tokens(prompt.tokenized, [token.id for token in tokens])
+            is_response_T = np.arange(tokenized.num_tokens) >= prompt.tokenized.num_tokens
+            tokenized = replace(tokenized, loss_mask_T=is_response_T)
+            encoded[index] = replace(prompt, tokenized=tokenized)
+        read = [index for index in indices if index in encoded]
+        lengths = [encoded[index].tokenized.num_packed_tokens for index in read]
+        groups = [
+            tuple(read[n] for n in group)
+            for group in plan_packs(lengths, state.progress.budget.pack_tokens)
+        ]
+        payloads = process_group.all_gather_str(json.dumps([len(one) for (one,) in responses]))
+        counts = [count for payload in payloads for count in json.loads(payload)]
+        metrics = {"rollout_s": time.perf_counter() - start_time}
+        if counts:
+            metrics["completions/mean_length"] = float(np.mean(counts))
+        packs = tuple(pack([encoded[index] for index in group]) for group in groups)
+        return StepBatch(step, packs, tuple(skipped), tuple(groups), metrics=metrics)
+
+    def draw(self, step: int, index: int) -> bool:
+        """Return whether the model answers a sample in a step."""
+        name = f"{self.seed}/{step}/{index}/lmbda"
+        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
+        return number < self.state.run.recipe.train.distill.lmbda * 2**56
 
 
 def has_half_available(device: torch.device) -> bool:

@@ -56,6 +56,7 @@ from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
+from finesight.train.objectives.distill import DistillObjective, load_teacher
 from finesight.train.objectives.dpo import KtoObjective, PairObjective, get_pair_settings
 from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
@@ -254,6 +255,8 @@ def build_train_state(
             if process_group.is_main:
                 check_inputs(inputs, console)
     model = _load_model(run)
+    if isinstance(objective, DistillObjective):
+        objective.teacher = load_teacher(recipe.train, renderer)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
@@ -349,6 +352,8 @@ def build_objective(
         )
     if train.objective == "grpo":
         return GrpoObjective(train.grpo, banned_ids)
+    if train.objective == "distill":
+        return DistillObjective(train.distill)
     settings = get_pair_settings(train)
     assert settings is not None, f"{train.objective} has no settings"
     return KtoObjective(train.kto) if settings is train.kto else PairObjective(settings)
@@ -501,7 +506,7 @@ def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    other_objectives = {"dpo", "orpo", "simpo", "kto", "grpo"} - {recipe.train.objective}
+    other_objectives = {"dpo", "orpo", "simpo", "kto", "grpo", "distill"} - {recipe.train.objective}
     train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
     if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.

@@ -455,11 +455,14 @@ class Trainer:
         if vision_cache is not None:
             dataset = replace(dataset, cache_reader=vision_cache.reader)
         step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
-        if state.run.recipe.train.objective == "grpo":
+        settings = state.run.recipe.train.rollout_settings
+        if settings is not None:
             # Other objectives need no inference engine.
-            from finesight.train.rollout import Rollout
+            from finesight.train.rollout import Rollout, StudentRollout
 
-            step_batches = Rollout(state, self.stop, self.console.log).read_steps(progress.step)
+            rollout_type = Rollout if state.run.recipe.rewards else StudentRollout
+            rollout = rollout_type(state, self.stop, self.console.log, settings)
+            step_batches = rollout.read_steps(progress.step)
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)

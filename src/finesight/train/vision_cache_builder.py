@@ -360,8 +360,8 @@ def _find_cache_blocker(state: TrainState) -> str | None:
         return f"the vision encoder is sharded (train.parallel={state.run.recipe.train.parallel})"
     if not state.data.train.stats.is_complete:
         return "the dataset is too large for a full scan"
-    if state.run.recipe.train.objective == "grpo":
-        return "the responses of train.objective=grpo contain their images"
+    if (objective := state.run.recipe.train.objective) in ("grpo", "distill"):
+        return f"the steps of train.objective={objective} contain their images"
     if state.run.recipe.train.vision_cache == "never":
         return "train.vision_cache=never"
     if state.progress.step and not _was_started_with_cache(state):

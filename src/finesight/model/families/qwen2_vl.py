@@ -1,25 +1,51 @@
-"""Qwen2-VL vision encoder (Wang et al. 2024): pre-norm blocks with attention over full frames."""
+"""Vision encoders of Qwen2-VL (Wang et al. 2024) and Qwen2.5-VL (Bai et al. 2025).
+
+Qwen2-VL has pre-norm blocks with attention over full frames. Qwen2.5-VL has gated MLPs, RMS norms
+and window attention: most blocks attend within windows of 112 x 112 pixels, a few to the full
+frame.
+"""
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Sequence
+from functools import lru_cache, partial
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from finesight.encode.packing import copy_to_device
 from finesight.model.config import (
     ConfigReader,
     PixelNormalization,
+    VisionConfig,
     parse_decoder_config,
     parse_vision_config,
 )
 from finesight.model.families import Architecture
-from finesight.model.layers import QUICK_GELU, FeedForward, PatchMerger, VisionBlock
+from finesight.model.layers import (
+    QUICK_GELU,
+    FeedForward,
+    GatedMlp,
+    PatchMerger,
+    RmsNorm,
+    VisionBlock,
+)
 from finesight.model.linear import FusedLinear, single_output
 from finesight.model.quant.base import Fp8Rows
 from finesight.model.quant.fp8 import quantize_fp8_gelu
-from finesight.model.vision_encoder import VisionEncoder
+from finesight.model.vision_encoder import (
+    MAX_CACHED_GRIDS,
+    PatchLayout,
+    VisionEncoder,
+    frame_lengths,
+    patch_coordinates,
+)
+from finesight.vision.image_processing import GridTHW
 
 _norm = partial(nn.LayerNorm, eps=1e-6)
+_rms_norm = partial(RmsNorm, eps=1e-6)
 
 
 class Qwen2VisionMlp(FeedForward):
@@ -60,3 +86,90 @@ def build_vision_encoder(
 
 
 ARCHITECTURE = Architecture(parse_decoder_config, build_vision_encoder)
+
+
+class WindowVisionEncoder(VisionEncoder):
+    """Vision encoder of Qwen2.5-VL with window attention."""
+
+    supports_cuda_graphs = True
+
+    def __init__(
+        self,
+        config: VisionConfig,
+        normalization: PixelNormalization,
+        window_size: int,
+        full_attention_blocks: tuple[int, ...],
+    ) -> None:
+        def block() -> VisionBlock:
+            mlp = GatedMlp(config.hidden_size, config.intermediate_size, bias=True)
+            return VisionBlock(config, _rms_norm, mlp)
+
+        super().__init__(
+            config, normalization, block, PatchMerger(config, _rms_norm(config.hidden_size))
+        )
+        self.window_size = window_size
+        self.full_attention_blocks = full_attention_blocks
+        num_windowed = config.num_layers - len(full_attention_blocks)
+        self.window_attention = num_windowed, (window_size * config.merge_size) ** 2
+
+    def compute_patch_layout(
+        self, grid_thw: Sequence[GridTHW], device: torch.device
+    ) -> PatchLayout:
+        merge_size, orders, positions, num_squares = self.config.merge_size, [], [], 0
+        for grid in grid_thw:
+            order, _ = window_order(grid, merge_size, self.window_size)
+            positions.append(patch_coordinates(grid, merge_size)[order])
+            orders.append(order + num_squares)
+            num_squares += len(order)
+        order = np.concatenate(orders)
+        return PatchLayout(
+            copy_to_device(np.concatenate(positions).reshape(-1, 2), device),
+            self.build_segments(grid_thw, device),
+            copy_to_device(order, device),
+            copy_to_device(np.argsort(order), device),
+        )
+
+    def segment_lengths(self, grid_thw: Sequence[GridTHW]) -> tuple[tuple[int, ...], ...]:
+        merge_size = self.config.merge_size
+        window_squares = [window_order(grid, merge_size, self.window_size)[1] for grid in grid_thw]
+        window_lengths = (
+            tuple((np.concatenate(window_squares) * merge_size**2).tolist())
+            if window_squares
+            else ()
+        )
+        full_lengths = frame_lengths(grid_thw)
+        block_indices = range(self.config.num_layers)
+        return tuple(
+            full_lengths if block in self.full_attention_blocks else window_lengths
+            for block in block_indices
+        )
+
+
+@lru_cache(maxsize=MAX_CACHED_GRIDS)
+def window_order(
+    grid: GridTHW, merge_size: int, window_size: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the order of merged patch squares by window, and the window sizes."""
+    frames, height, width = grid[0], grid[1] // merge_size, grid[2] // merge_size
+    frame, row, column = np.indices((frames, height, width)).reshape(3, -1)
+    num_columns, num_rows = -(-width // window_size), -(-height // window_size)
+    window_ids = (frame * num_rows + row // window_size) * num_columns + column // window_size
+    return np.argsort(window_ids, kind="stable"), np.bincount(window_ids)
+
+
+def build_window_encoder(
+    hf_config: ConfigReader, normalization: PixelNormalization
+) -> VisionEncoder:
+    vision = hf_config.section("vision_config")
+    vision.require_supported("hidden_act", "silu", ("silu",))
+    config = parse_vision_config(vision)
+    square_pixels = config.patch_size * config.merge_size
+    window_size = vision.get_int("window_size") // square_pixels
+    if window_size < 1:
+        vision.raise_invalid("window_size", f"at least {square_pixels} pixels")
+    return WindowVisionEncoder(
+        config, normalization, window_size, vision.get_ints("fullatt_block_indexes")
+    )
+
+
+WINDOW_ARCHITECTURE = Architecture(parse_decoder_config, build_window_encoder)

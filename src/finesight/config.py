@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal, Self, TypeVar, get_args
+from typing import Annotated, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -396,6 +396,7 @@ class DistillSettings(SettingsSection):
         batch_size: Largest number of responses that are generated at once.
     """
 
+    num_generations: ClassVar[int] = 1
     teacher: str | None = None
     weight_format: WeightFormat = "auto"
     beta: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
@@ -465,14 +466,10 @@ class TrainSettings(SettingsSection):
         return self
 
     @property
-    def rollout_settings(self) -> GrpoSettings | None:
-        """Settings of responses that a step samples; None if it samples none."""
-        if self.objective == "grpo":
-            return self.grpo
-        if self.objective != "distill" or not self.distill.lmbda:
-            return None
-        shared = self.distill.model_dump(include={*GrpoSettings.model_fields} - {"beta"})
-        return self.grpo.model_copy(update={"num_generations": 1, **shared})
+    def sampling(self) -> GrpoSettings | DistillSettings | None:
+        """Settings of the responses that a step samples; None if it samples none."""
+        distill = self.distill if self.objective == "distill" and self.distill.lmbda else None
+        return self.grpo if self.objective == "grpo" else distill
 
 
 TaskName = Literal[

@@ -391,7 +391,12 @@ class Corpus:
         return ShardedSamples(self.sources)
 
 
-def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:
+def load_corpus(
+    files: Sequence[DataFileSettings],
+    *,
+    require_answer: bool = True,
+    corpus_type: type[Corpus] = Corpus,
+) -> Corpus:
     """Open the data files of `data.train` or `data.eval` without reading their samples.
 
     Args:
@@ -405,7 +410,7 @@ def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = Tru
         sha256.update(f"{sources[-1].digest} {file.limit} {_file_weight(file)!r}\n".encode())
     limited = (source.take(file.limit) for source, file in zip(sources, files, strict=True))
     weights = tuple(map(_file_weight, files))
-    return Corpus(tuple(limited), weights, sha256.hexdigest(), require_answer)
+    return corpus_type(tuple(limited), weights, sha256.hexdigest(), require_answer)
 
 
 def open_sample_source(path_or_url: Path | str) -> SampleSource:

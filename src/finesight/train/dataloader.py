@@ -509,6 +509,19 @@ class StepDataset:
         """
         split_samples, shards, skipped = self._read_split_samples(step_index)
         own_samples, own_skipped = self._read_samples(self.sampler.batch_indices(step_index))
+        return self.pack_step(
+            step_index, own_samples, (*skipped, *own_skipped), split_samples, shards
+        )
+
+    def pack_step(
+        self,
+        step_index: int,
+        own_samples: Sequence[IndexedSample],
+        skipped: Sequence[SkippedSample],
+        split_samples: Sequence[IndexedSample] = (),
+        shards: Sequence[ContextShard] = (),
+    ) -> tuple[StepBatch, TensorBlock]:
+        """Pack the encoded samples of a step; see `build_step`."""
         # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
         is_single = any(
             encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in own_samples
@@ -547,7 +560,7 @@ class StepDataset:
             for indices, buffer in zip(sample_indices, cache_inputs, strict=True):
                 self.cache_reader.write_to(indices, buffer)
         return StepBatch(
-            step_index, tuple(packs), (*skipped, *own_skipped), sample_indices, cache_inputs
+            step_index, tuple(packs), tuple(skipped), sample_indices, cache_inputs
         ), block
 
     def _read_split_samples(

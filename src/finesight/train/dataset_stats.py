@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.config import DataFileSettings, DataSettings, Recipe
+from finesight.config import DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
 from finesight.data.sample import LocatedSample, TextPart, list_media_paths
@@ -44,9 +44,6 @@ from finesight.vision.image_processing import GridTHW
 
 EDGE_BYTES = 8 * 1024
 """Number of bytes read at the start and at the end of an image file."""
-
-MAX_MISMATCH_DISTANCE = 16
-"""Number of following samples among which KTO looks for another answer."""
 
 MAX_LISTED_IMAGES = 5
 """Maximum number of changed images listed in a message."""
@@ -528,16 +525,11 @@ class TrainingData:
 
 
 class MismatchedCorpus(Corpus):
-    """Corpus whose samples have a following one with another answer, if any, for KTO."""
+    """Corpus whose samples have the next one, with whose answer KTO estimates the divergence."""
 
     def read_validated(self, index: int) -> LocatedSample:
-        """Read and fully validate a sample, and read the sample with another answer."""
-        located, others = super().read_validated(index), list[LocatedSample]()
-        for step in range(1, MAX_MISMATCH_DISTANCE + 1):
-            others.append(self[(index + step) % len(self)])
-            if others[-1].sample.messages[-1] != located.sample.messages[-1]:
-                return replace(located, mismatched=others[-1])
-        return replace(located, mismatched=others[0])
+        """Read and fully validate a sample, and read the next one."""
+        return replace(super().read_validated(index), mismatched=self[(index + 1) % len(self)])
 
 
 def load_training_data(
@@ -567,13 +559,8 @@ def load_training_data(
             # The file is not executed here: a plan does not need it.
             custom_metric.require_metric_file(location[0])
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
-    has_baseline = recipe.train.objective == "kto" and recipe.train.kto.loss_type == "kto"
-
-    def load(files: Sequence[DataFileSettings]) -> Corpus:
-        corpus = load_corpus(files)
-        parts = corpus.sources, corpus.weights, corpus.fingerprint
-        return MismatchedCorpus(*parts) if has_baseline else corpus
-
+    is_kto = (recipe.train.objective, recipe.train.kto.loss_type) == ("kto", "kto")
+    load = partial(load_corpus, corpus_type=MismatchedCorpus if is_kto else Corpus)
     with console.activity("reading data.train"):
         corpus = load(recipe.data.train)
     if not recipe.data.eval:

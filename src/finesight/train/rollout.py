@@ -24,12 +24,11 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from torch import Tensor
 
-from finesight.config import GrpoSettings
 from finesight.data.boxes import iou
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import FRAME_1000, scale_box
-from finesight.encode.packing import PackedBatch, pack, plan_packs
+from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
@@ -166,17 +165,12 @@ class RewardCheck:
 class Rollout:
     """Sampler of responses to the prompts of training steps, on this rank."""
 
-    def __init__(
-        self,
-        state: TrainState,
-        stop: StopRequest,
-        log: Callable[[str], None],
-        settings: GrpoSettings,
-    ) -> None:
+    def __init__(self, state: TrainState, stop: StopRequest, log: Callable[[str], None]) -> None:
         recipe = state.run.recipe
         self.state, self.stop = state, stop
-        self.settings, self.seed = settings, recipe.train.seed
-        self.batch_size = self.settings.batch_size
+        self.settings, self.seed = recipe.train.grpo, recipe.train.seed
+        self.sampling = recipe.train.sampling or recipe.train.grpo
+        self.batch_size = self.sampling.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards)
         self.weights_F = np.array(self.scorer.weights)
@@ -315,7 +309,7 @@ class Rollout:
         self, step: int, prompts: Sequence[tuple[int, EncodedSample]]
     ) -> list[list[list[GeneratedToken]]]:
         """Sample the responses of each prompt; prompts share their keys and values."""
-        count, total = len(prompts), len(prompts) * self.settings.num_generations
+        count, total = len(prompts), len(prompts) * self.sampling.num_generations
         tokens_by_request: dict[int, list[GeneratedToken]] = {}
         image_hashes = [hash_images(prompt) for _, prompt in prompts]
 
@@ -324,13 +318,13 @@ class Rollout:
             index, prompt = prompts[position]
             name = f"{self.seed}/{step}/{index}/{number}"
             params = SamplingParams(
-                temperature=self.settings.temperature,
+                temperature=self.sampling.temperature,
                 seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"),
                 banned_ids=self.banned_ids,
             )
             return GenerationRequest(
                 prompt=prompt,
-                max_new_tokens=self.settings.max_completion_length,
+                max_new_tokens=self.sampling.max_completion_length,
                 sampling_params=params,
                 logprobs=0,
                 processed_logprobs=True,
@@ -369,7 +363,7 @@ class Rollout:
             # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
             if device.type != "cuda" or parallel.is_sharded or not has_half_available(device):
                 self.engine = None
-        numbers = range(self.settings.num_generations)
+        numbers = range(self.sampling.num_generations)
         return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
 
     def prepare_engine(self, prompt_lengths: Sequence[int]) -> Engine:
@@ -383,7 +377,7 @@ class Rollout:
                 # Training would allocate these weights later, but CUDA graphs refer to them.
                 model.sync_fused_weights()
             self.capacity = num_seqs, max(max_length, self.capacity[1])
-            lengths, max_tokens = [self.capacity[1]] * num_seqs, self.settings.max_completion_length
+            lengths, max_tokens = [self.capacity[1]] * num_seqs, self.sampling.max_completion_length
             return Engine(
                 model,
                 self.state.data.renderer.end_ids,
@@ -495,32 +489,27 @@ class StudentRollout(Rollout):
         skipped: list[SkippedSample] = []
         start_time, renderer = time.perf_counter(), state.data.renderer
         indices = state.data.step_dataset.sampler.batch_indices(step)
-        is_sampled = {index: self.draw(step, index) for index in indices}
+        sampled = [index for index in indices if self.draw(step, index)]
+        others = [index for index in indices if index not in sampled]
         with state.engine.parallel.summon_full_params(), process_group.sync_errors():
-            sampled = [index for index in indices if is_sampled[index]]
             prompts = self.encode_samples(sampled, renderer.encode_prompt, skipped)
             responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
-            others = [index for index in indices if not is_sampled[index]]
             answered = self.encode_samples(others, renderer.encode, skipped)
         encoded = {index: one for index, _, one in answered}
         for (index, _, prompt), (tokens,) in zip(prompts, responses, strict=True):
             tokenized = append_tokens(prompt.tokenized, [token.id for token in tokens])
             is_response_T = np.arange(tokenized.num_tokens) >= prompt.tokenized.num_tokens
-            tokenized = replace(tokenized, loss_mask_T=is_response_T)
-            encoded[index] = replace(prompt, tokenized=tokenized)
-        read = [index for index in indices if index in encoded]
-        lengths = [encoded[index].tokenized.num_packed_tokens for index in read]
-        groups = [
-            tuple(read[n] for n in group)
-            for group in plan_packs(lengths, state.progress.budget.pack_tokens)
-        ]
+            encoded[index] = replace(
+                prompt, tokenized=replace(tokenized, loss_mask_T=is_response_T)
+            )
         payloads = process_group.all_gather_str(json.dumps([len(one) for (one,) in responses]))
         counts = [count for payload in payloads for count in json.loads(payload)]
         metrics = {"rollout_s": time.perf_counter() - start_time}
         if counts:
             metrics["completions/mean_length"] = float(np.mean(counts))
-        packs = tuple(pack([encoded[index] for index in group]) for group in groups)
-        return StepBatch(step, packs, tuple(skipped), tuple(groups), metrics=metrics)
+        samples = [(index, encoded[index]) for index in indices if index in encoded]
+        dataset = state.data.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
+        return replace(dataset.pack_step(step, samples, skipped)[0], metrics=metrics)
 
     def draw(self, step: int, index: int) -> bool:
         """Return whether the model answers a sample in a step."""

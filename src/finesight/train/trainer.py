@@ -39,7 +39,12 @@ from finesight.train.dataloader import (
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
+from finesight.train.evaluation import (
+    compute_loss,
+    load_eval_history,
+    resolve_eval_interval,
+    run_evaluation,
+)
 from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     GpuOutOfMemoryError,
@@ -182,7 +187,7 @@ def train_step(
     try:
         if objective.has_baseline:
             with torch.no_grad():
-                objective.set_baseline(run_packs(forward_only) / loss_scale)
+                objective.set_baseline(run_packs(compute_loss) / loss_scale)
         total = run_packs(forward_backward)
     except Exception:
         engine.zero_grad()
@@ -210,19 +215,6 @@ def train_step(
     )
     parallel.sync_params()
     return step_output
-
-
-def forward_only(
-    graph_runner: CudaGraphRunner,
-    batch: PackedBatch,
-    features_MKD: Tensor | None,
-    loss_weight: Tensor,
-    key: PackKey | None = None,
-) -> Tensor:
-    """Run the forward pass of a pack; see `forward_backward`."""
-    model, objective = graph_runner.model, graph_runner.objective
-    inputs = objective.loss_inputs(batch, loss_weight, key)
-    return objective.compute_loss(model(batch, features_MKD), model.lm_head_weight, inputs)
 
 
 def forward_backward(
@@ -455,13 +447,12 @@ class Trainer:
         if vision_cache is not None:
             dataset = replace(dataset, cache_reader=vision_cache.reader)
         step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
-        settings = state.run.recipe.train.rollout_settings
-        if settings is not None:
+        if state.run.recipe.train.sampling is not None:
             # Other objectives need no inference engine.
             from finesight.train.rollout import Rollout, StudentRollout
 
             rollout_type = Rollout if state.run.recipe.rewards else StudentRollout
-            rollout = rollout_type(state, self.stop, self.console.log, settings)
+            rollout = rollout_type(state, self.stop, self.console.log)
             step_batches = rollout.read_steps(progress.step)
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from finesight.config import DistillSettings, TrainSettings
 from finesight.encode.packing import PackedBatch
@@ -21,7 +20,8 @@ from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.objectives import PackKey
-from finesight.train.objectives.sft import MAX_LOGITS_BYTES, SftObjective
+from finesight.train.objectives.dpo import map_chunks
+from finesight.train.objectives.sft import SftObjective
 
 MAX_TOKEN_IDS = 1 << 18
 """Number of token ids of which the vocabularies are compared."""
@@ -63,24 +63,15 @@ def compute_divergence(
 ) -> Tensor:
     """Return the divergence of each token, [L], in fp32 or higher.
 
-    The logits are computed in chunks of at most `MAX_LOGITS_BYTES`, and again in the backward pass.
     Heads may have rows beyond the vocabulary, whose number differs between models.
     """
     num_rows = min(len(head_VD), len(head_VE))
-    chunk_size = max(1, MAX_LOGITS_BYTES // (4 * num_rows))
 
     def compute_chunk(h_CD: Tensor, teacher_h_CE: Tensor) -> Tensor:
         logits_CV = h_CD @ head_VD[:num_rows].T
         return generalized_jsd(settings, logits_CV, teacher_h_CE @ head_VE[:num_rows].T)
 
-    hidden_states = (torch.split(x, chunk_size) for x in (h_LD, teacher_h_LE))
-    chunks = zip(*hidden_states, strict=True)
-    return torch.cat(
-        [
-            checkpoint(compute_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
-    )
+    return map_chunks(compute_chunk, num_rows, h_LD, teacher_h_LE)
 
 
 def generalized_jsd(settings: DistillSettings, logits_CV: Tensor, teacher_CV: Tensor) -> Tensor:

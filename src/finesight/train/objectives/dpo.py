@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Literal
@@ -256,7 +256,6 @@ def compute_token_logps(
         temperature: Divisor of the logits.
         banned_ids: Tokens with probability zero.
     """
-    chunk_size = max(1, MAX_LOGITS_BYTES // (4 * len(head_VD)))
     labels_L = labels_L.long().clamp(min=0)
 
     def compute_chunk(h_CD: Tensor, labels_C: Tensor) -> Tensor:
@@ -268,11 +267,16 @@ def compute_token_logps(
             logits_CV[:, banned_id] = -torch.inf
         return logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1)
 
-    chunks = zip(
-        torch.split(h_LD[: len(labels_L)], chunk_size),
-        torch.split(labels_L, chunk_size),
-        strict=True,
-    )
+    return map_chunks(compute_chunk, len(head_VD), h_LD[: len(labels_L)], labels_L)
+
+
+def map_chunks(compute_chunk: Callable[..., Tensor], num_logits: int, *rows: Tensor) -> Tensor:
+    """Return the results of a function of chunks of rows with at most `MAX_LOGITS_BYTES` of logits.
+
+    The backward pass computes the logits again.
+    """
+    chunk_size = max(1, MAX_LOGITS_BYTES // (4 * num_logits))
+    chunks = zip(*(torch.split(x, chunk_size) for x in rows), strict=True)
     return torch.cat(
         [
             checkpoint(compute_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)

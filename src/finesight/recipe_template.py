@@ -52,6 +52,7 @@ MIN_STEPS, MAX_SHORT_STEPS = 100, 200
 
 OBJECTIVES = {
     "dpo": "objective: dpo  # on pairs of answers; sft: on the chosen ones",
+    "kto": "objective: kto  # on answers with a label",
     "sft": "objective: sft  # on the chosen answers: some samples have no rejected one",
 }
 """Settings of data with preference pairs."""
@@ -99,7 +100,7 @@ def format_recipe(
             has chosen. Empty ones keep the values of the task.
     """
     is_tiny = model == TINY_MODEL
-    usual, high = ("5.0e-6", "5.0e-4") if task.objective == "dpo" else ("1.0e-4", "2.0e-3")
+    usual, high = ("5.0e-6", "5.0e-4") if task.objective in ("dpo", "kto") else ("1.0e-4", "2.0e-3")
     learning_rate = f"{high}  # small models need more than the usual {usual}" if is_tiny else usual
     chosen = {key: text.strip() for key, text in (settings or {}).items() if text.strip()}
     learning_rate = _format_yaml(chosen.pop("train.learning_rate", learning_rate))

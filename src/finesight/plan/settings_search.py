@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from operator import attrgetter
 from statistics import fmean
 
 import torch
+from torch import Tensor
 
-from finesight.config import QuantizablePart, Recipe
+from finesight.config import DistillSettings, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
+from finesight.infer.model_loader import resolve_model_source
 from finesight.model.linear import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
@@ -112,11 +115,27 @@ def build_planned_model(
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
     persistent = compute_persistent_memory(model, train, target.compute)
+    if train.objective == "distill":
+        weights = chain.from_iterable(_build_teacher(train.distill, target.dtype))
+        num_bytes = persistent.weight_bytes + sum(tensor.nbytes for tensor in weights)
+        persistent = replace(persistent, weight_bytes=num_bytes)
     tracer = StepTracer(model, build_objective(train, folder.family), target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
         model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, num_workers)
     )
+
+
+def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> tuple[Iterable[Tensor], ...]:
+    """Return the weights of the teacher of a distillation, on the meta device."""
+    source = resolve_model_source(settings.teacher or "")
+    nf4_parts: tuple[ModelPart, ...] = source.nf4_parts
+    fp8_parts: tuple[ModelPart, ...] = source.fp8_parts
+    if settings.weight_format != "auto":
+        has_4_bits = settings.weight_format in ("nf4", "int4")
+        nf4_parts, fp8_parts = (("language",), ()) if has_4_bits else ((), ("language",))
+    teacher = build_meta_model(source.folder, dtype, nf4_parts, fp8_parts)
+    return teacher.parameters(), teacher.buffers()
 
 
 def build_meta_model(

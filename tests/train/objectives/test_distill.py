@@ -5,11 +5,15 @@ import math
 import pytest
 import torch
 from each_value import each
+from rich.console import Console
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask, assert_same_run, rewind_to_checkpoint
 
 from finesight.config import DistillSettings
 from finesight.errors import UserError
+from finesight.plan.run_plan import plan_run
+from finesight.progress import ProgressConsole
+from finesight.recipe import recipe_from_dict
 from finesight.train.objectives.distill import compute_divergence, generalized_jsd
 
 
@@ -99,6 +103,20 @@ def test_resumed_run_equals_uninterrupted_run(task):
     run = rewind_to_checkpoint(task.folder / "run")
     task.run(*options(task), resume=True)
     assert_same_run(run, task.folder / "expected")
+
+
+def test_plan_counts_the_teacher(task):
+    """A teacher in 4 bits is smaller."""
+    console, weights = ProgressConsole(Console(quiet=True)), []
+    for overrides in (
+        ("train.objective=sft",),
+        options(task),
+        options(task, "train.distill.weight_format=nf4"),
+    ):
+        recipe = recipe_from_dict({**task.recipe, "output_dir": "r"}, overrides)
+        weights.append(plan_run(recipe, None, console).chosen_estimate.peak.weights)
+    assert 1.8 * weights[0] < weights[1] < 2.2 * weights[0]
+    assert weights[0] < weights[2] < weights[1]
 
 
 def test_teacher_with_other_tokens_is_rejected(task):

@@ -407,6 +407,11 @@ class DistillSettings(SettingsSection):
     batch_size: PositiveInt = 256
 
 
+ObjectiveName = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "distill"]
+OBJECTIVE_SECTIONS = frozenset(get_args(ObjectiveName)) - {"sft"}
+"""Names of the sections of `train` that only the objective of the same name uses."""
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -426,7 +431,7 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "distill"] | None = None
+    objective: ObjectiveName | None = None
     dpo: DpoSettings = DpoSettings()
     orpo: OrpoSettings = OrpoSettings()
     simpo: SimpoSettings = SimpoSettings()

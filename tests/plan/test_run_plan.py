@@ -93,7 +93,7 @@ def test_precision_is_recommended_for_speed_or_memory(
     if memory_factor < 1:
         memory_bytes = round(memory_factor * plan.recipe_estimate.peak.total)
         plan = make_plan(task, gpu=None)
-    assert plan.precision == precision
+    assert plan.target.precision == precision
     assert ("train.precision=bf16" in plan.overrides) == (precision == "bf16")
     if plan.recipe_estimate.fits:
         recipe_s = plan.recipe_estimate.step_time.total

@@ -213,7 +213,6 @@ class RunPlan:
     num_params: int
     num_trainable: int
     target: TargetDevice
-    precision: str
     token_stats: TokenStats
     flops_per_sample: Mapping[str, float]
     total_steps: int
@@ -302,7 +301,6 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         num_params=model.num_params,
         num_trainable=model.num_trainable,
         target=target,
-        precision=target.precision,
         token_stats=_compute_token_stats(train_data.stats),
         flops_per_sample=_compute_flops(
             model, planned_steps.timed_steps(chosen_estimate.settings.pack_tokens)
@@ -348,11 +346,7 @@ def _list_quantization_choices(
     The first set is that of the recipe. Others add the decoder, then all other frozen parts.
     """
     recipe_nf4 = recipe.tune.quantize.nf4 or ()
-    tuning_modes = {
-        "language": recipe.tune.language,
-        "vision": recipe.tune.vision,
-        "merger": recipe.tune.merger,
-    }
+    tuning_modes = dict(recipe.tune)
     choices = [recipe_nf4]
     for parts in (("language",), ("vision", "merger", "language")):
         candidate = tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
@@ -427,21 +421,20 @@ def _compute_feature_bytes(
     """Return the vision cache size of all training images; None for a trainable encoder."""
     if not model.is_encoder_frozen:
         return None
-    encoder = model.model.visual
-    config = model.model.config.vision
-    num_features = num_patches // config.merge_size**2
-    return (
-        num_features * encoder.features_per_token * config.out_hidden_size * target.dtype.itemsize
-    )
+    encoder, config = model.model.visual, model.model.config.vision
+    num_features = num_patches // config.merge_size**2 * encoder.features_per_token
+    return num_features * config.out_hidden_size * target.dtype.itemsize
 
 
 def _list_memory_hints(recipe: Recipe) -> tuple[str, ...]:
-    hints = ["smaller images", "a smaller model"]
-    if recipe.train.optimizer == "adamw":
-        hints.append("train.optimizer=adamw_8bit")
-    if recipe.tune.has_mode("full"):
-        hints.append("lora instead of full")
-    return tuple(hints)
+    hints = {
+        "smaller images": True,
+        "a smaller model": True,
+        "train.optimizer=adamw_8bit": recipe.train.optimizer == "adamw",
+        "lora instead of full": recipe.tune.has_mode("full"),
+        "train.distill.weight_format=int4": recipe.train.objective == "distill",
+    }
+    return tuple(hint for hint, is_possible in hints.items() if is_possible)
 
 
 def _list_overrides(

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain
 from operator import attrgetter
 from statistics import fmean
 
 import torch
-from torch import Tensor
 
 from finesight.config import DistillSettings, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
@@ -114,11 +112,8 @@ def build_planned_model(
     fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
-    persistent = compute_persistent_memory(model, train, target.compute)
-    if train.objective == "distill":
-        weights = chain.from_iterable(_build_teacher(train.distill, target.dtype))
-        num_bytes = persistent.weight_bytes + sum(tensor.nbytes for tensor in weights)
-        persistent = replace(persistent, weight_bytes=num_bytes)
+    teacher = _build_teacher(train.distill, target.dtype) if train.objective == "distill" else None
+    persistent = compute_persistent_memory(model, train, target.compute, teacher)
     tracer = StepTracer(model, build_objective(train, folder.family), target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
@@ -126,16 +121,14 @@ def build_planned_model(
     )
 
 
-def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> tuple[Iterable[Tensor], ...]:
-    """Return the weights of the teacher of a distillation, on the meta device."""
+def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> VisionLanguageModel:
+    """Build the teacher of a distillation on the meta device."""
     source = resolve_model_source(settings.teacher or "")
-    nf4_parts: tuple[ModelPart, ...] = source.nf4_parts
-    fp8_parts: tuple[ModelPart, ...] = source.fp8_parts
+    parts: tuple[Collection[ModelPart], Collection[ModelPart]] = source.nf4_parts, source.fp8_parts
     if settings.weight_format != "auto":
         has_4_bits = settings.weight_format in ("nf4", "int4")
-        nf4_parts, fp8_parts = (("language",), ()) if has_4_bits else ((), ("language",))
-    teacher = build_meta_model(source.folder, dtype, nf4_parts, fp8_parts)
-    return teacher.parameters(), teacher.buffers()
+        parts = (["language"], []) if has_4_bits else ([], ["language"])
+    return build_meta_model(source.folder, dtype, *parts)
 
 
 def build_meta_model(

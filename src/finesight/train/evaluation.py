@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence, Set
-from contextlib import closing
+from contextlib import closing, contextmanager
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -370,7 +370,7 @@ def iter_step_losses(
             values = []
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:
-                try:
+                with translate_pack_oom(state, packed_batch, budget, is_training=False):
                     # The tensors of the pack have no name here, so that they are freed.
                     values.append(
                         compute_loss(
@@ -381,13 +381,25 @@ def iter_step_losses(
                             (split, sample_indices),
                         )
                     )
-                except torch.OutOfMemoryError as error:
-                    has_freed_memory = state.engine.graph_runner.release_graphs()
-                    raise build_pack_oom_error(
-                        error, packed_batch, budget, False, has_freed_memory=has_freed_memory
-                    ) from None
             yield step_batch, values
             on_progress(step_batch.num_samples + len(step_batch.skipped))
+
+
+@contextmanager
+def translate_pack_oom(
+    state: TrainState, packed_batch: PackedBatch, budget: MemoryBudget, *, is_training: bool = True
+) -> Iterator[None]:
+    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # A retry can use the memory of the freed CUDA graphs.
+        has_freed_memory = state.engine.graph_runner.release_graphs()
+        can_split = state.max_unsplit_tokens is not None
+        world_size = state.run.hardware.process_group.world_size if can_split else 1
+        raise build_pack_oom_error(
+            error, packed_batch, budget, is_training, world_size, has_freed_memory=has_freed_memory
+        ) from None
 
 
 def compute_loss(

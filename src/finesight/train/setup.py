@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, TrainSettings, TuneSettings
+from finesight.config import OBJECTIVE_SECTIONS, Recipe, TrainSettings, TuneSettings
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES, Renderer
 from finesight.errors import UserError
@@ -506,7 +506,7 @@ def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    other_objectives = {"dpo", "orpo", "simpo", "kto", "grpo", "distill"} - {recipe.train.objective}
+    other_objectives = OBJECTIVE_SECTIONS - {recipe.train.objective}
     train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
     if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.

@@ -44,12 +44,12 @@ from finesight.train.evaluation import (
     load_eval_history,
     resolve_eval_interval,
     run_evaluation,
+    translate_pack_oom,
 )
 from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
-    build_pack_oom_error,
     retry_on_oom,
 )
 from finesight.train.parallel.distributed import (
@@ -166,7 +166,7 @@ def train_step(
                     torch.manual_seed(micro_batch_seed(seed, step_index, global_index))
                     is_dummy = not packed_batch.sample_ids
                     pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
-                    with _translate_pack_oom(state, packed_batch):
+                    with translate_pack_oom(state, packed_batch, state.progress.budget):
                         if micro_index and torch.is_grad_enabled():
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
@@ -247,22 +247,6 @@ def forward_backward(
     if graph_runner.graphs is not None:
         graph_runner.record_eager(loss, time.perf_counter() - start)
     return loss.detach()
-
-
-@contextmanager
-def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterator[None]:
-    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        # A retry can use the memory of the freed CUDA graphs.
-        has_freed_memory = state.engine.graph_runner.release_graphs()
-        can_split = state.max_unsplit_tokens is not None
-        world_size = state.run.hardware.process_group.world_size if can_split else 1
-        budget = state.progress.budget
-        raise build_pack_oom_error(
-            error, packed_batch, budget, True, world_size, has_freed_memory=has_freed_memory
-        ) from None
 
 
 def _group_packs(

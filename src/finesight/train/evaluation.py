@@ -50,7 +50,6 @@ from finesight.train.state import TrainState
 if TYPE_CHECKING:
     from finesight.evaluate.generation_eval import GenerationEvalResult, PredictFn, PredictOutput
     from finesight.infer.prediction import Prediction
-    from finesight.train.cuda_graphs import CudaGraphRunner
 
 
 DEFAULT_EVAL_INTERVAL, MIN_DEFAULT_EVAL_STEPS = 0.2, 10
@@ -361,8 +360,7 @@ def iter_step_losses(
     on_progress: ProgressCallback,
 ) -> Iterator[tuple[StepBatch, list[Tensor]]]:
     """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
-    hardware, engine = state.run.hardware, state.engine
-    unit_weight = torch.ones((), device=hardware.device)
+    hardware = state.run.hardware
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
     with closing(step_batches) as steps:
         for step_batch in steps:
@@ -371,16 +369,7 @@ def iter_step_losses(
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:
                 with translate_pack_oom(state, packed_batch, budget, is_training=False):
-                    # The tensors of the pack have no name here, so that they are freed.
-                    values.append(
-                        compute_loss(
-                            engine.graph_runner,
-                            engine.device_loader.load(packed_batch),
-                            None,
-                            unit_weight,
-                            (split, sample_indices),
-                        )
-                    )
+                    values.append(_pack_loss(state, packed_batch, (split, sample_indices)))
             yield step_batch, values
             on_progress(step_batch.num_samples + len(step_batch.skipped))
 
@@ -402,17 +391,16 @@ def translate_pack_oom(
         ) from None
 
 
-def compute_loss(
-    graph_runner: CudaGraphRunner,
-    batch: PackedBatch,
-    features_MKD: Tensor | None,
-    loss_weight: Tensor,
-    key: PackKey | None = None,
-) -> Tensor:
-    """Run the forward pass of a pack, and return weighted loss and metrics."""
-    model, objective = graph_runner.model, graph_runner.objective
-    inputs = objective.loss_inputs(batch, loss_weight, key)
-    return objective.compute_loss(model(batch, features_MKD), model.lm_head_weight, inputs)
+def _pack_loss(state: TrainState, packed_batch: PackedBatch, key: PackKey) -> Tensor:
+    """Return the summed loss and metrics of a pack.
+
+    This is a separate function so that the tensors of the pack are freed on return.
+    """
+    model = state.engine.model
+    batch = state.engine.device_loader.load(packed_batch)
+    objective, unit_weight = state.engine.objective, torch.ones((), device=batch.ids_T.device)
+    inputs = objective.loss_inputs(batch, unit_weight, key)
+    return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -489,8 +490,10 @@ class StudentRollout(Rollout):
         skipped: list[SkippedSample] = []
         start_time, renderer = time.perf_counter(), state.data.renderer
         indices = state.data.step_dataset.sampler.batch_indices(step)
-        sampled = [index for index in indices if self.draw(step, index)]
-        others = [index for index in indices if index not in sampled]
+        share = state.run.recipe.train.distill.lmbda
+        draws = {index: Random(f"{self.seed}/{step}/{index}").random() for index in indices}
+        sampled = [index for index in indices if draws[index] < share]
+        others = [index for index in indices if draws[index] >= share]
         with state.engine.parallel.summon_full_params(), process_group.sync_errors():
             prompts = self.encode_samples(sampled, renderer.encode_prompt, skipped)
             responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
@@ -510,12 +513,6 @@ class StudentRollout(Rollout):
         samples = [(index, encoded[index]) for index in indices if index in encoded]
         dataset = state.data.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
         return replace(dataset.pack_step(step, samples, skipped)[0], metrics=metrics)
-
-    def draw(self, step: int, index: int) -> bool:
-        """Return whether the model answers a sample in a step."""
-        name = f"{self.seed}/{step}/{index}/lmbda"
-        number = int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little")
-        return number < self.state.run.recipe.train.distill.lmbda * 2**56
 
 
 def has_half_available(device: torch.device) -> bool:

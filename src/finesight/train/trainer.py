@@ -40,7 +40,6 @@ from finesight.train.dataloader import (
     time_data_waits,
 )
 from finesight.train.evaluation import (
-    compute_loss,
     load_eval_history,
     resolve_eval_interval,
     run_evaluation,
@@ -150,7 +149,7 @@ def train_step(
     num_terms = objective.count_terms(global_stats)
     loss_weight = torch.full((), loss_scale / max(1, num_terms), device=device)
 
-    def run_packs(run_pack: Callable[..., Tensor]) -> Tensor:
+    def run_packs() -> Tensor:
         """Return the weighted sums of loss and metrics over the packs of all ranks."""
         total = torch.zeros(1 + len(objective.metric_names), device=device)
         for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
@@ -170,7 +169,7 @@ def train_step(
                         if micro_index and torch.is_grad_enabled():
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
-                        group_loss += run_pack(
+                        group_loss += forward_backward(
                             engine.graph_runner,
                             engine.device_loader.load(packed_batch),
                             None
@@ -187,8 +186,8 @@ def train_step(
     try:
         if objective.has_baseline:
             with torch.no_grad():
-                objective.set_baseline(run_packs(compute_loss) / loss_scale)
-        total = run_packs(forward_backward)
+                objective.set_baseline(run_packs() / loss_scale)
+        total = run_packs()
     except Exception:
         engine.zero_grad()
         raise
@@ -226,7 +225,8 @@ def forward_backward(
 ) -> Tensor:
     """Run the forward and backward pass of a pack, and return weighted loss and metrics.
 
-    A CUDA graph runs both passes if one fits the pack and is faster.
+    A CUDA graph runs both passes if one fits the pack and is faster. Without gradients, only the
+    forward pass runs.
 
     Args:
         features_MKD: Cached image features; None to run the vision encoder.
@@ -235,7 +235,8 @@ def forward_backward(
     """
     model, objective = graph_runner.model, graph_runner.objective
     loss_inputs = objective.loss_inputs(batch, loss_weight, key)
-    if graph_runner.graphs is not None:
+    uses_graphs = graph_runner.graphs is not None and torch.is_grad_enabled()
+    if uses_graphs:
         graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
         if graph_loss is not None:
             return graph_loss
@@ -244,7 +245,7 @@ def forward_backward(
     loss = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
     if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
         loss[0].backward()  # type: ignore[no-untyped-call]
-    if graph_runner.graphs is not None:
+    if uses_graphs:
         graph_runner.record_eager(loss, time.perf_counter() - start)
     return loss.detach()
 

@@ -132,8 +132,8 @@ def _find_difference(renderer: Renderer, other: Renderer) -> str:
         return f"another family ({type(other.family).__name__})"
     if renderer.patch_config != other.patch_config:
         return "another image processing"
-    for token_id in range(MAX_TOKEN_IDS):
-        names = [one.tokenizer.id_to_token(token_id) for one in (renderer, other)]
-        if names[0] != names[1]:
-            return f"another vocabulary: token {token_id} is {names[1]!r} instead of {names[0]!r}"
+    for n in range(MAX_TOKEN_IDS):
+        own, found = (one.tokenizer.id_to_token(n) for one in (renderer, other))
+        if own != found:
+            return f"another vocabulary: token {n} is {found!r} instead of {own!r}"
     return ""

@@ -13,9 +13,16 @@ import torch
 from each_value import each
 from rich.console import Console
 from safetensors.numpy import load_file
-from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
+from tiny_task import (
+    TinyTask,
+    assert_same_run,
+    edit_samples,
+    rewind_to_checkpoint,
+    write_recipe,
+)
 from torch import Tensor
 
+from finesight.cli.app import run_command
 from finesight.config import DataSettings, DpoSettings, KtoSettings, OrpoSettings, SimpoSettings
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import pack
@@ -381,6 +388,21 @@ def test_shown_pair_separates_both_answers(pair_task):
     assert summary.endswith(f"rejected answer from {tokenized.response_starts[1]}")
     page = render_sample_page(renderer, [corpus[0]], "Pairs", lambda _: None, lambda *_: None)
     assert re.findall(r'"role":"(\w+)"', page)[-2:] == ["assistant", "rejected"]
+
+
+def test_shown_sample_names_its_label(kto_task, monkeypatch, capsys):
+    monkeypatch.chdir(kto_task.folder)
+    write_recipe(kto_task.folder / "recipe.yaml", {**kto_task.recipe, "output_dir": "r"})
+    assert run_command(["show", "recipe.yaml", "--num-samples", "3"]) == 0
+    assert re.findall(r"^label: (\w+)$", capsys.readouterr().out, re.MULTILINE) == ["true", "false"]
+    renderer = NativeRenderer(ModelFolder(kto_task.folder / "tiny"))
+    corpus = load_corpus(DataSettings.model_validate(kto_task.recipe["data"]).train)
+    pages = [
+        render_sample_page(renderer, [corpus[n]], "Labels", lambda _: None, lambda *_: None)
+        for n in range(2)
+    ]
+    roles = [re.findall(r'"role":"(\w+)"', page)[-1] for page in pages]
+    assert roles == ["assistant", "rejected"]
 
 
 def test_planned_start_includes_the_reference_model(pair_task):

@@ -268,7 +268,7 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
     if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
         sample = sample.with_parts(fitted)
     *turns, answer = sample.messages
-    texts = sample.references, sample.meta, sample.rejected
+    texts = sample.references, sample.meta, sample.rejected, sample.label
     return ImportExample(sample.id, tuple(turns), (answer.content,), *texts)
 
 

@@ -140,7 +140,8 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     assert f"the longest is {plan.token_stats.longest_sample_id}" in text
     assert text.endswith(f"to use the chosen settings: {' '.join(record['overrides'])}")
     assert "train.precision" not in text
-    lines = format_plan(replace(plan, overrides=("train.precision=bf16",), precision="bf16"))
+    target = replace(plan.target, dtype=torch.bfloat16)
+    lines = format_plan(replace(plan, overrides=("train.precision=bf16",), target=target))
     (row,) = [line.split() for line in lines if line.startswith("  train.precision ")]
     assert row == ["train.precision", "auto", "(fp32)", "bf16"]
     assert record["chosen"]["pack_tokens"] == plan.chosen_estimate.settings.pack_tokens

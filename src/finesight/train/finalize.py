@@ -180,7 +180,7 @@ def check_param_changes(param_changes: Iterable[ParamChange], equal_rewards: str
     """Verify that frozen parts are unchanged and trainable parts have changed.
 
     Args:
-        equal_rewards: Names of the rewards if they were equal in every group of responses.
+        equal_rewards: Names of the rewards if no group of responses had different ones.
 
     Raises:
         RuntimeError: A frozen part changed, which is a bug.
@@ -197,7 +197,8 @@ def check_param_changes(param_changes: Iterable[ParamChange], equal_rewards: str
             problem += f" the {change.num_tensors} trainable tensors of {change.part}"
             if equal_rewards:
                 raise UserError(
-                    f"{problem}: the responses to each prompt had equal rewards ({equal_rewards})",
+                    f"{problem}: the responses to each prompt had equal rewards or none"
+                    f" ({equal_rewards})",
                     where="rewards",
                     expected="responses of which some have a higher reward",
                     remedy="use rewards that score partly correct answers, raise"
@@ -313,10 +314,10 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
         if process_group.is_main:
             run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
             console.log(format_param_changes(param_changes))
-        shares = [line.get("frac_reward_zero_std") for line in run_dir.iter_metrics()]
-        are_equal = {1.0} == {share for share in shares if share is not None}
+        # A step without tokens had no group with different rewards.
+        has_tokens = any(line.get("num_supervised_tokens") for line in run_dir.iter_metrics())
         names = ", ".join(reward.name for reward in state.run.recipe.rewards)
-        check_param_changes(param_changes, names if are_equal else "")
+        check_param_changes(param_changes, "" if has_tokens else names)
         if process_group.is_main:
             with console.activity("saving the trained weights"):
                 _save_weights(state, step)

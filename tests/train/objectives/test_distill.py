@@ -113,6 +113,7 @@ def test_plan_counts_the_teacher(task):
         options(task),
         options(task, "train.distill.weight_format=nf4"),
     ):
+        overrides = *overrides, "train.precision=fp32"
         recipe = recipe_from_dict({**task.recipe, "output_dir": "r"}, overrides)
         weights.append(plan_run(recipe, None, console).chosen_estimate.peak.weights)
     assert 1.8 * weights[0] < weights[1] < 2.2 * weights[0]

@@ -225,11 +225,20 @@ def test_evaluation_is_distributed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"optimizer": "adamw_8bit"}, {"optimizer": "muon"}, {"objective": "kto"}]
+    "settings",
+    [
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "muon"},
+        {"objective": "kto"},
+        {"objective": "distill"},
+    ],
 )
 def test_other_settings_match_single_process(tmp_path, settings):
     task = TinyTask(tmp_path / "task")
-    for split in ("train", "eval") if "objective" in settings else ():
+    if settings.get("objective") == "distill":
+        teacher = run_to_completion(task, 1, "teacher")
+        settings |= {"distill": {"teacher": str(teacher), "max_completion_length": 4}}
+    for split in ("train", "eval") if settings.get("objective") == "kto" else ():
         with edit_samples(task.folder / f"{split}.jsonl") as samples:
             for number, sample in enumerate(samples):
                 sample["label"] = number % 3 > 0

@@ -467,7 +467,7 @@ class TrainSettings(SettingsSection):
                 f"epochs={self.epochs} and steps={self.steps} are both set: set one of them to null"
             )
         if self.objective == "distill" and self.distill.teacher is None:
-            raise ValueError("objective=distill requires distill.teacher, a larger model")
+            raise ValueError("objective=distill requires a larger model: set train.distill.teacher")
         return self
 
     @property

@@ -146,7 +146,7 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     assert row == ["train.precision", "auto", "(fp32)", "bf16"]
     assert record["chosen"]["pack_tokens"] == plan.chosen_estimate.settings.pack_tokens
     assert sum(record["recipe"]["memory"].values()) == record["recipe"]["total_bytes"]
-    assert record["recipe"]["fits"] is True
+    assert (record["recipe"]["fits"], record["precision"]) == (True, plan.target.precision)
 
 
 def test_plan_warns_about_answers_longer_than_max_new_tokens(task: TinyTask) -> None:

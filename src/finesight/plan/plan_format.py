@@ -227,6 +227,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints"):
         del data[name]
     return data | {
+        "precision": target.precision,
         "target": {
             "name": target.name,
             "is_measured": target.is_measured,

@@ -21,7 +21,7 @@ from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
-from finesight.model.trainable import MODEL_PARTS
+from finesight.model.trainable import MODEL_PARTS, trainable_parameters
 from finesight.plan.dry_run import PlannedPack, iter_planned_steps, plan_step_packs
 from finesight.plan.settings_search import (
     PlannedModel,
@@ -299,7 +299,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     return RunPlan(
         family=base_model.folder.family,
         num_params=model.num_params,
-        num_trainable=model.num_trainable,
+        num_trainable=sum(p.numel() for p in trainable_parameters(model.model).values()),
         target=target,
         token_stats=_compute_token_stats(train_data.stats),
         flops_per_sample=_compute_flops(
@@ -317,7 +317,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         overrides=_list_overrides(
             recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
         ),
-        memory_hints=_list_memory_hints(recipe),
+        memory_hints=_list_memory_hints(recipe, target),
     )
 
 
@@ -426,8 +426,9 @@ def _compute_feature_bytes(
     return num_features * config.out_hidden_size * target.dtype.itemsize
 
 
-def _list_memory_hints(recipe: Recipe) -> tuple[str, ...]:
+def _list_memory_hints(recipe: Recipe, target: TargetDevice) -> tuple[str, ...]:
     hints = {
+        "train.precision=bf16": target.precision == "fp32" and not target.compute.is_cuda,
         "smaller images": True,
         "a smaller model": True,
         "train.optimizer=adamw_8bit": recipe.train.optimizer == "adamw",
@@ -539,10 +540,7 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
         return None
     best = search.find_best(settings)
     best_bytes = search.estimate_peak(best).total
-    hints = list(_list_memory_hints(recipe))
-    if not is_cuda and target.precision == "fp32":
-        hints.insert(0, "train.precision=bf16")
-    remedy = f"try {', '.join(hints)}"
+    remedy = f"try {', '.join(_list_memory_hints(recipe, target))}"
     if best_bytes <= target.memory_bytes:
         workers = _resolve_num_workers(recipe, target)
         overrides = _list_overrides(recipe, settings, best, target, target, workers)

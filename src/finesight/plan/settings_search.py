@@ -24,7 +24,7 @@ from finesight.infer.model_loader import resolve_model_source
 from finesight.model.linear import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
-from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters
+from finesight.model.trainable import ModelPart, configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import build_empty_model
 from finesight.model_folder import ModelFolder
@@ -65,22 +65,12 @@ class PlannedModel:
     step_timer: StepTimeEstimator
 
     @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.model.model.layers)
-
-    @property
     def num_params(self) -> int:
         """Number of parameters, including adapters and quantized weights."""
         num_quantized = sum(
             weight.num_elements for weight in find_quantized_weights(self.model).values()
         )
         return num_quantized + sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters."""
-        return sum(parameter.numel() for parameter in trainable_parameters(self.model).values())
 
     @property
     def is_encoder_frozen(self) -> bool:
@@ -369,7 +359,7 @@ class SettingsSearch:
         self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
     ) -> float | None:
         """Find the smallest fraction of checkpointed layers that fits; None if none does."""
-        num_layers = self._build_model(nf4_parts).num_layers
+        num_layers = len(self._build_model(nf4_parts).model.model.layers)
         # Rounded up to the two decimals of a recipe.
         fractions = [math.ceil(100 * count / num_layers) / 100 for count in range(num_layers + 1)]
 

@@ -126,5 +126,5 @@ def test_teacher_with_other_tokens_is_rejected(task):
         task.run(*options(task, f"train.distill.teacher={other}"))
     assert caught.value.where == "train.distill.teacher"
     assert caught.value.remedy
-    with pytest.raises(UserError, match=r"requires distill\.teacher"):
+    with pytest.raises(UserError, match=r"set train\.distill\.teacher"):
         task.run("train.objective=distill")

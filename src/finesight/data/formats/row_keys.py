@@ -164,7 +164,7 @@ def _find_row_meaning(key: str, value: object, image_names: Collection[str]) -> 
     if is_json and _has(words, _TOOLS):
         return TOOL_CALLS
     is_score = isinstance(value, int | float) and not isinstance(value, bool)
-    if _has(words, _PREFERENCE) and not is_score:
+    if (_has(words, _PREFERENCE) and not is_score) or (name == "label" and value is False):
         return PREFERENCE
     if _is_row_media(key, value, image_names):
         return MEDIA

@@ -55,9 +55,8 @@ def decide_vision_cache(
     """Return the result of the vision cache; files are not evicted in tests."""
     console = ProgressConsole(Console(file=output or io.StringIO(), width=300))
     results: list[VisionCacheResult] = []
-    with VisionFeatures(state, console, stop or StopRequest()).open(
-        lambda _, result: results.append(result)
-    ):
+    run = replace(state.run, console=console, stop=stop or StopRequest())
+    with VisionFeatures(replace(state, run=run)).open(lambda _, result: results.append(result)):
         return results[0]
 
 

@@ -51,16 +51,8 @@ MAX_LISTED_IMAGES = 5
 _CHECKSUM_KEY = "sha256"
 
 
-class ImageState(NamedTuple):
-    """Fingerprints of all images of a sample.
-
-    Attributes:
-        content: Hash of the sizes, first and last bytes of the files.
-        time: Hash of the modification times.
-    """
-
-    content: int
-    time: int
+ImageState = tuple[int, int]
+"""Hashes of all images of a sample: of their sizes and edges, and of their modification times."""
 
 
 def read_image_state(sample: LocatedSample) -> ImageState:
@@ -85,7 +77,8 @@ def read_image_state(sample: LocatedSample) -> ImageState:
             ) from error
         contents.update(size.to_bytes(8) + ends)
         times.update(time.to_bytes(8, signed=True))
-    return ImageState(*(int.from_bytes(h.digest(), signed=True) for h in (contents, times)))
+    content, time = (int.from_bytes(h.digest(), signed=True) for h in (contents, times))
+    return content, time
 
 
 def list_sample_images(sample: LocatedSample) -> list[Path]:

@@ -35,7 +35,6 @@ from finesight.train.dataloader import (
     read_steps,
 )
 from finesight.train.lr_schedule import resolve_steps
-from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
@@ -361,6 +360,7 @@ def iter_step_losses(
 ) -> Iterator[tuple[StepBatch, list[Tensor]]]:
     """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
     hardware = state.run.hardware
+    unit_weight = torch.ones((), device=hardware.device)
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
     with closing(step_batches) as steps:
         for step_batch in steps:
@@ -369,7 +369,15 @@ def iter_step_losses(
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:
                 with translate_pack_oom(state, packed_batch, budget, is_training=False):
-                    values.append(_pack_loss(state, packed_batch, (split, sample_indices)))
+                    # The tensors of the pack have no name here, so that they are freed.
+                    values.append(
+                        state.engine.graph_runner.run_pack(
+                            state.engine.device_loader.load(packed_batch),
+                            None,
+                            unit_weight,
+                            (split, sample_indices),
+                        )
+                    )
             yield step_batch, values
             on_progress(step_batch.num_samples + len(step_batch.skipped))
 
@@ -389,18 +397,6 @@ def translate_pack_oom(
         raise build_pack_oom_error(
             error, packed_batch, budget, is_training, world_size, has_freed_memory=has_freed_memory
         ) from None
-
-
-def _pack_loss(state: TrainState, packed_batch: PackedBatch, key: PackKey) -> Tensor:
-    """Return the summed loss and metrics of a pack.
-
-    This is a separate function so that the tensors of the pack are freed on return.
-    """
-    model = state.engine.model
-    batch = state.engine.device_loader.load(packed_batch)
-    objective, unit_weight = state.engine.objective, torch.ones((), device=batch.ids_T.device)
-    inputs = objective.loss_inputs(batch, unit_weight, key)
-    return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -45,7 +45,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 
 FloatArray = NDArray[np.float64]
 
@@ -166,16 +166,16 @@ class RewardCheck:
 class Rollout:
     """Sampler of responses to the prompts of training steps, on this rank."""
 
-    def __init__(self, state: TrainState, stop: StopRequest, log: Callable[[str], None]) -> None:
+    def __init__(self, state: TrainState) -> None:
         recipe = state.run.recipe
-        self.state, self.stop = state, stop
+        self.state = state
         self.settings, self.seed = recipe.train.grpo, recipe.train.seed
         self.sampling = recipe.train.sampling or recipe.train.grpo
         self.batch_size = self.sampling.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards)
         self.weights_F = np.array(self.scorer.weights)
-        self.check = RewardCheck(state.data.renderer, log)
+        self.check = RewardCheck(state.data.renderer, state.run.console.log)
         self.reward_s = 0.0
         self.engine: Engine | None = None
         self.capacity = 0, 0
@@ -334,7 +334,7 @@ class Rollout:
 
         def on_progress(num_finished: int) -> None:
             if self.state.run.hardware.process_group.is_single_process:
-                self.stop.raise_if_requested()
+                self.state.run.stop.raise_if_requested()
 
         model = self.state.engine.model
         model.eval()

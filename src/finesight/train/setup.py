@@ -273,7 +273,8 @@ def build_train_state(
     parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
     if not (process_group.is_single_process or parallel.is_sharded):
-        optimizer.use_flat_gradients()
+        for group in optimizer.param_groups:
+            group.gradients.use_flat_buffer()
     budget = MemoryBudget(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,

@@ -23,7 +23,6 @@ from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import find_best_eval
-from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
@@ -45,7 +44,6 @@ from finesight.train.evaluation import (
     run_evaluation,
     translate_pack_oom,
 )
-from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
@@ -61,7 +59,6 @@ from finesight.train.state import StepOutput, StopRequest, TrainState
 from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
-    from finesight.train.cuda_graphs import CudaGraphRunner
     from finesight.train.logging import MetricsLogger
     from finesight.train.vision_cache_builder import VisionFeatures
 
@@ -169,8 +166,7 @@ def train_step(
                         if micro_index and torch.is_grad_enabled():
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
-                        group_loss += forward_backward(
-                            engine.graph_runner,
+                        group_loss += engine.graph_runner.run_pack(
                             engine.device_loader.load(packed_batch),
                             None
                             if vision_cache is None
@@ -214,40 +210,6 @@ def train_step(
     )
     parallel.sync_params()
     return step_output
-
-
-def forward_backward(
-    graph_runner: CudaGraphRunner,
-    batch: PackedBatch,
-    features_MKD: Tensor | None,
-    loss_weight: Tensor,
-    key: PackKey | None = None,
-) -> Tensor:
-    """Run the forward and backward pass of a pack, and return weighted loss and metrics.
-
-    A CUDA graph runs both passes if one fits the pack and is faster. Without gradients, only the
-    forward pass runs.
-
-    Args:
-        features_MKD: Cached image features; None to run the vision encoder.
-        loss_weight: Scalar on the device that multiplies the summed loss.
-        key: Samples of the pack, if known.
-    """
-    model, objective = graph_runner.model, graph_runner.objective
-    loss_inputs = objective.loss_inputs(batch, loss_weight, key)
-    uses_graphs = graph_runner.graphs is not None and torch.is_grad_enabled()
-    if uses_graphs:
-        graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
-        if graph_loss is not None:
-            return graph_loss
-    start = time.perf_counter()
-    h_LD = model(batch, features_MKD)
-    loss = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
-    if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
-        loss[0].backward()  # type: ignore[no-untyped-call]
-    if uses_graphs:
-        graph_runner.record_eager(loss, time.perf_counter() - start)
-    return loss.detach()
 
 
 def _group_packs(
@@ -308,21 +270,14 @@ class Trainer:
     """Training loop of every rank: steps, evaluations, checkpoints and results.
 
     Args:
-        console: Console for progress and messages.
-        stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        console: ProgressConsole,
-        stop: StopRequest,
-        metrics_logger: MetricsLogger,
-        vision_features: VisionFeatures,
+        self, state: TrainState, metrics_logger: MetricsLogger, vision_features: VisionFeatures
     ) -> None:
-        self.state, self.console, self.stop = state, console, stop
+        self.state, self.console, self.stop = state, state.run.console, state.run.stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
         self.total_steps = len(state.data.sampler)
         settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
@@ -437,8 +392,7 @@ class Trainer:
             from finesight.train.rollout import Rollout, StudentRollout
 
             rollout_type = Rollout if state.run.recipe.rewards else StudentRollout
-            rollout = rollout_type(state, self.stop, self.console.log)
-            step_batches = rollout.read_steps(progress.step)
+            step_batches = rollout_type(state).read_steps(progress.step)
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)

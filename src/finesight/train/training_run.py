@@ -196,11 +196,9 @@ def train(
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         log(describe_run(state))
-        stop = state.run.stop
-        vision_features = VisionFeatures(state, progress_console, stop)
-        trainer = Trainer(state, progress_console, stop, metrics_logger, vision_features)
+        trainer = Trainer(state, metrics_logger, VisionFeatures(state))
         with (
-            stop.install_handlers(),
+            state.run.stop.install_handlers(),
             configure_host(state.run.hardware.device),
             record_failure(run_dir, progress_console, state.progress) if is_main else nullcontext(),
         ):

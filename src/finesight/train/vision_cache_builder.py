@@ -41,10 +41,10 @@ from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
 from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.progress import ProgressCallback
 from finesight.train.dataloader import TensorBlock, prefetch_items, record_event, scan_samples
 from finesight.train.oom import first_error_line, release_memory
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 from finesight.train.vision_cache import (
     CacheTier,
     FreeBytes,
@@ -299,8 +299,8 @@ class VisionFeatures:
     The vision encoder is offloaded from the GPU to the CPU while the cache replaces it.
     """
 
-    def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
-        self._state, self._console, self._stop = state, console, stop
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
         self._offloader = EncoderOffloader(state.engine.model)
 
     @contextmanager
@@ -318,7 +318,7 @@ class VisionFeatures:
             Vision cache; None to encode images in every step.
         """
         start, state = time.perf_counter(), self._state
-        with closing(VisionCacheBuilder(state, self._console, self._stop)) as builder:
+        with closing(VisionCacheBuilder(state)) as builder:
             try:
                 result = builder.build()
             except _CacheUnavailable as blocker:
@@ -422,8 +422,8 @@ def _decode_chunk(
 class VisionCacheBuilder:
     """Builder of the vision cache on all ranks; every rank stores the features of all images."""
 
-    def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
-        self._state, self._console, self._stop = state, console, stop
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._console, self._stop = state, state.run.console, state.run.stop
         self._process_group = state.run.hardware.process_group
         self._setting = state.run.recipe.train.vision_cache
         self._store: VisionFileStore | None = None

@@ -391,12 +391,7 @@ class Corpus:
         return ShardedSamples(self.sources)
 
 
-def load_corpus(
-    files: Sequence[DataFileSettings],
-    *,
-    require_answer: bool = True,
-    corpus_type: type[Corpus] = Corpus,
-) -> Corpus:
+def load_corpus(files: Sequence[DataFileSettings], *, require_answer: bool = True) -> Corpus:
     """Open the data files of `data.train` or `data.eval` without reading their samples.
 
     Args:
@@ -410,7 +405,7 @@ def load_corpus(
         sha256.update(f"{sources[-1].digest} {file.limit} {_file_weight(file)!r}\n".encode())
     limited = (source.take(file.limit) for source, file in zip(sources, files, strict=True))
     weights = tuple(map(_file_weight, files))
-    return corpus_type(tuple(limited), weights, sha256.hexdigest(), require_answer)
+    return Corpus(tuple(limited), weights, sha256.hexdigest(), require_answer)
 
 
 def open_sample_source(path_or_url: Path | str) -> SampleSource:

@@ -37,7 +37,7 @@ from finesight.data.line_index import (
     open_data_file,
     read_lines,
 )
-from finesight.errors import Step, UserError, suggest_name
+from finesight.errors import Remedy, Step, UserError, suggest_name
 
 MAX_BOXES = 10_000
 """Maximum number of boxes in a sample, which are about 300,000 tokens as text."""
@@ -599,44 +599,30 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
     # The location in pydantic includes the union member after messages.0.content.1; omit it.
     key = ".".join(map(str, (*error_location[:4], *error_location[5:])))
     value_repr = repr(value) if len(repr(value)) <= 60 else f"{repr(value)[:57]}..."
-    remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
+    what = f"{key or 'the line'} is {value_repr}"
+    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    remedy: Remedy = replace(_IMPORT, purpose="correct the line, or create the file again")
     if error_type == "json_invalid":
-        return UserError(
-            f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}",
-            where=where,
-            expected="one complete JSON object per line",
-            remedy=remedy,
-        )
-    is_foreign = len(error_location) == 1 and error_location[0] in FOREIGN_KEYS
-    if error_type == "extra_forbidden" and is_foreign:
-        return UserError(
-            f"the key {key}: a row of another dataset format, not a sample",
-            where=where,
-            expected=f"the keys {', '.join(Sample.model_fields)}",
-            remedy=_IMPORT,
-        )
-    if error_type == "extra_forbidden":
+        what = f"broken JSON: {str(first['ctx']['error']).replace('line 1 ', '')}"
+        expected = "one complete JSON object per line"
+    elif error_type == "extra_forbidden" and key in FOREIGN_KEYS:
+        what = f"the key {key}: a row of another dataset format, not a sample"
+        expected, remedy = f"the keys {', '.join(Sample.model_fields)}", _IMPORT
+    elif error_type == "extra_forbidden":
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
         levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
         level = levels.get(len(error_location)) or kinds[str(error_location[4])]
         name, names = str(error_location[-1]), tuple(level.model_fields)
-        otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"
-        return UserError(
-            f"unknown key {key} with the value {value_repr}",
-            where=where,
-            expected=f"the keys {', '.join(names)}",
-            remedy=otherwise if name.endswith(names) else suggest_name(name, names, otherwise),
-        )
-    if not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
-        remedy = _IMPORT
-    expected = first["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    if error_type == "union_tag_invalid":
+        remedy = "move it into `meta` of the sample, which accepts any key, or remove it"
+        if not name.endswith(names):
+            remedy = suggest_name(name, names, remedy)
+        what = f"unknown key {key} with the value {value_repr}"
+        expected = f"the keys {', '.join(names)}"
+    elif error_type == "union_tag_invalid":
         expected = f"a part with a type of {first['ctx']['expected_tags']}"
-    if error_type == "missing":
+    elif error_type == "missing":
+        what = f"the key {key} is missing"
         expected = f"the keys {', '.join(SAMPLE_KEYS)}, each at its level"
-    what = (
-        f"the key {key} is missing"
-        if error_type == "missing"
-        else f"{key or 'the line'} is {value_repr}"
-    )
+    elif not key and isinstance(value, list):  # a JSON array, such as a LLaVA file
+        remedy = _IMPORT
     return UserError(what, where=where, expected=expected, remedy=remedy)

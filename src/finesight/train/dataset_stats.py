@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.config import DataSettings, Recipe
+from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
 from finesight.data.sample import LocatedSample, TextPart, list_media_paths
@@ -520,6 +520,12 @@ class TrainingData:
 class MismatchedCorpus(Corpus):
     """Corpus whose samples have the next one, with whose answer KTO estimates the divergence."""
 
+    @classmethod
+    def load(cls, files: Sequence[DataFileSettings]) -> MismatchedCorpus:
+        """Open data files like `load_corpus`."""
+        corpus = load_corpus(files)
+        return cls(corpus.sources, corpus.weights, corpus.fingerprint)
+
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample, and read the next one."""
         return replace(super().read_validated(index), mismatched=self[(index + 1) % len(self)])
@@ -553,7 +559,7 @@ def load_training_data(
             custom_metric.require_metric_file(location[0])
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
     is_kto = (recipe.train.objective, recipe.train.kto.loss_type) == ("kto", "kto")
-    load = partial(load_corpus, corpus_type=MismatchedCorpus if is_kto else Corpus)
+    load = MismatchedCorpus.load if is_kto else load_corpus
     with console.activity("reading data.train"):
         corpus = load(recipe.data.train)
     if not recipe.data.eval:

@@ -11,10 +11,10 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence, Set
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -31,7 +31,6 @@ from finesight.train.dataloader import (
     GlobalStepStats,
     SkippedSample,
     StepBatch,
-    StepDataset,
     read_steps,
 )
 from finesight.train.lr_schedule import resolve_steps
@@ -324,45 +323,44 @@ def compute_validation_loss(
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    assert state.data.validation is not None, "no validation data"
-    recipe, model = state.run.recipe, state.engine.model
     own_indices = state.run.hardware.process_group.shard(indices)
-    sampler = SequentialSampler(own_indices, recipe.train.batch_size)
-    # Without shared prefixes: in evaluation mode, some families compute a token depending on the
-    # length of its sample (`model.families.qwen_vl`).
-    data = state.data.validation.build_step_dataset(
-        state.data.renderer, sampler, budget.pack_tokens, recipe.data
-    )
     objective, device = state.engine.objective, state.run.hardware.device
     total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
     num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
-    model.eval()
-    try:
-        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress):
-            for loss in values:
-                total += loss
-            num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
-            skipped += step_batch.skipped
-            read += chain.from_iterable(step_batch.sample_indices)
-    finally:
-        model.train()
+    for step_batch, values in iter_step_losses(state, "eval", own_indices, budget, on_progress):
+        for loss in values:
+            total += loss
+        num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
+        skipped += step_batch.skipped
+        read += chain.from_iterable(step_batch.sample_indices)
     return LossSum(tuple(total.tolist()), num_terms, tuple(skipped), tuple(read))
 
 
 @torch.no_grad()
 def iter_step_losses(
     state: TrainState,
-    data: StepDataset,
-    split: str,
+    split: Literal["train", "eval"],
+    indices: Sequence[int],
     budget: MemoryBudget,
     on_progress: ProgressCallback,
 ) -> Iterator[tuple[StepBatch, list[Tensor]]]:
-    """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
-    hardware = state.run.hardware
+    """Yield steps of samples, with summed loss and metrics of each pack on the device.
+
+    The model is in the mode in which the run processes the split.
+    """
+    hardware, recipe, model = state.run.hardware, state.run.recipe, state.engine.model
+    source = state.data.train if split == "train" else state.data.validation
+    assert source is not None, f"no data of the split {split}"
+    sampler = SequentialSampler(indices, recipe.train.batch_size)
+    # Without shared prefixes: in evaluation mode, some families compute a token depending on the
+    # length of its sample (`model.families.qwen_vl`).
+    data = source.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
     unit_weight = torch.ones((), device=hardware.device)
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
-    with closing(step_batches) as steps:
+    model.train(split == "train")
+    with closing(step_batches) as steps, ExitStack() as stack:
+        stack.callback(model.train)
         for step_batch in steps:
             state.run.stop.raise_if_requested()
             values = []

@@ -74,7 +74,6 @@ class Group(NamedTuple):
     sample_index: int
     prompt: EncodedSample
     responses: list[list[GeneratedToken]]
-    is_truncated: list[bool]
     rewards_GF: FloatArray
     predictions: list[Prediction]
     cases: list[EvalCase]
@@ -202,7 +201,7 @@ class Rollout:
         own = RolloutRecord(
             rewards=[_as_lists(group.rewards_GF) for group in sampled],
             lengths=[len(tokens) for group in sampled for tokens in group.responses],
-            is_truncated=[flag for group in sampled for flag in group.is_truncated],
+            is_truncated=[not one.ended_with_eos for group in sampled for one in group.cases],
             num_useful=len(useful),
             num_tokens=sum(map(self.count_tokens, useful)),
         )
@@ -280,8 +279,7 @@ class Rollout:
             start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
             self.reward_s += time.perf_counter() - start_time
-            truncated = [not case.ended_with_eos for case in cases]
-            groups.append(Group(index, prompt, tokens, truncated, rewards_FG.T, predictions, cases))
+            groups.append(Group(index, prompt, tokens, rewards_FG.T, predictions, cases))
             totals_G = _weigh(rewards_FG.T, self.weights_F)
             self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
@@ -415,7 +413,7 @@ class Rollout:
     def list_used(self, group: Group) -> list[int]:
         """Return the responses of a group that contribute to the loss."""
         is_masked = self.settings.mask_truncated_completions
-        return [n for n, flag in enumerate(group.is_truncated) if not (flag and is_masked)]
+        return [n for n, one in enumerate(group.cases) if one.ended_with_eos or not is_masked]
 
     def pack_group(
         self, group: Group, records: Sequence[RolloutRecord], rewards_QGF: FloatArray

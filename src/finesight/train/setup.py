@@ -57,7 +57,7 @@ from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
 from finesight.train.objectives.distill import DistillObjective, load_teacher
-from finesight.train.objectives.dpo import KtoObjective, PairObjective, get_pair_settings
+from finesight.train.objectives.dpo import KtoObjective, PairObjective
 from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
@@ -351,13 +351,14 @@ def build_objective(
             expected="a natively implemented model family since Qwen2-VL",
             remedy="choose another model, or set train.objective=sft",
         )
-    if train.objective == "grpo":
-        return GrpoObjective(train.grpo, banned_ids)
-    if train.objective == "distill":
-        return DistillObjective(train.distill)
-    settings = get_pair_settings(train)
-    assert settings is not None, f"{train.objective} has no settings"
-    return KtoObjective(train.kto) if settings is train.kto else PairObjective(settings)
+    return {
+        "dpo": PairObjective(train.dpo),
+        "orpo": PairObjective(train.orpo),
+        "simpo": PairObjective(train.simpo),
+        "kto": KtoObjective(train.kto),
+        "grpo": GrpoObjective(train.grpo, banned_ids),
+        "distill": DistillObjective(train.distill),
+    }[train.objective]
 
 
 def resolve_tune(recipe: Recipe) -> TuneSettings:

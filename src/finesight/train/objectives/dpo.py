@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finesight.config import DpoSettings, KtoSettings, OrpoSettings, SimpoSettings, TrainSettings
+from finesight.config import DpoSettings, KtoSettings, OrpoSettings, SimpoSettings
 from finesight.data.sample import Sample
 from finesight.encode.packing import PackedBatch
 from finesight.progress import ProgressCallback
@@ -33,7 +33,6 @@ from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives import PackKey
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES, SftObjective
 from finesight.train.oom import MemoryBudget, retry_on_oom
-from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
 
 REFERENCE_FILE = "reference_logps.safetensors"
@@ -49,12 +48,6 @@ REFERENCE_NAMES = "reference_chosen", "reference_rejected", "reference_mismatche
 """Inputs of the loss with the log-probabilities of the reference model."""
 
 PairSettings = DpoSettings | OrpoSettings | SimpoSettings | KtoSettings
-
-
-def get_pair_settings(train: TrainSettings) -> PairSettings | None:
-    """Return the settings of the objective if it trains on preferences, else None."""
-    settings: dict[str, PairSettings] = {"dpo": train.dpo, "orpo": train.orpo, "simpo": train.simpo}
-    return {**settings, "kto": train.kto}.get(train.objective or "")
 
 
 class PairObjective(SftObjective):
@@ -366,7 +359,9 @@ def prepare_references(state: TrainState) -> None:
         return
     sampler, validation = state.data.sampler, state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))
-    indices = {"train": sorted({index for step in steps for index in step})}
+    indices: dict[Literal["train", "eval"], list[int]] = {
+        "train": sorted({index for step in steps for index in step})
+    }
     if validation is not None:
         indices["eval"] = sorted(validation.stats.sample_indices)
     found: dict[str, list[tuple[float, ...]]] = {}
@@ -387,7 +382,7 @@ def prepare_references(state: TrainState) -> None:
             retry_on_oom(state.progress.budget, hardware.device, log, add_references)
     payloads = hardware.process_group.all_gather_str(json.dumps(found))
     tables = [*map(json.loads, payloads)]
-    references = {
+    references: dict[str, NDArray[np.float64]] = {
         split: np.array([row for table in tables for row in table[split]], dtype=np.float64)
         for split in indices
     }
@@ -398,36 +393,25 @@ def prepare_references(state: TrainState) -> None:
 
 def _add_references(
     state: TrainState,
-    split: str,
+    split: Literal["train", "eval"],
     indices: Sequence[int],
     found: list[tuple[float, ...]],
     on_progress: ProgressCallback,
     budget: MemoryBudget,
 ) -> None:
-    """Add the corpus index and the log-probabilities of each sample that `found` lacks.
-
-    The model is in the mode in which the run processes the split.
-    """
-    recipe, objective = state.run.recipe, state.engine.objective
+    """Add the corpus index and the log-probabilities of each sample that `found` lacks."""
+    objective, data = state.engine.objective, state.data
     assert isinstance(objective, PairObjective), f"{objective} has no reference model"
-    data = state.data.train if split == "train" else state.data.validation
-    assert data is not None, f"no data of the split {split}"
+    source = data.train if split == "train" or data.validation is None else data.validation
     known = {index for index, *_ in found}
     missing = [index for index in indices if index not in known]
-    sampler = SequentialSampler(missing, recipe.train.batch_size)
-    dataset = data.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
-    state.engine.model.train(split == "train")
-    try:
-        for step_batch, values in iter_step_losses(state, dataset, split, budget, on_progress):
-            read = chain.from_iterable(step_batch.sample_indices)
-            for index, value in zip(read, values, strict=True):
-                logps = value[-objective.num_responses :].tolist()
-                found.append((index, *objective.arrange_logps(data.corpus[index].sample, logps)))
-            if step_batch.skipped and state.run.hardware.process_group.is_main:
-                name: Literal["train", "eval"] = "train" if split == "train" else "eval"
-                state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, name)
-    finally:
-        state.engine.model.train()
+    for step_batch, values in iter_step_losses(state, split, missing, budget, on_progress):
+        read = chain.from_iterable(step_batch.sample_indices)
+        for index, value in zip(read, values, strict=True):
+            logps = value[-objective.num_responses :].tolist()
+            found.append((index, *objective.arrange_logps(source.corpus[index].sample, logps)))
+        if step_batch.skipped and state.run.hardware.process_group.is_main:
+            state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, split)
 
 
 def _index_references(

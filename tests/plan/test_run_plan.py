@@ -20,10 +20,12 @@ from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan
 from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
+from finesight.train.checkpoint import CheckpointManager
 from finesight.train.dataset_stats import load_training_data
+from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import RunInputs, resolve_base_model
-from finesight.train.state import Hardware
+from finesight.train.setup import resolve_base_model
+from finesight.train.state import Hardware, RunContext, RunData
 
 
 @pytest.fixture
@@ -203,6 +205,9 @@ def test_run_that_cannot_fit_a_gpu_is_rejected(task, monkeypatch, name, size, me
     train_data, _ = load_training_data(settings, renderer, 0, console)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, settings.train)
     hardware = Hardware(torch.device("cuda"), target.dtype, 0, 1e12)
-    inputs = RunInputs(settings, hardware, base_model, renderer, train_data, sampler)
+    run_dir = RunDir(settings.output_dir)
+    manager = CheckpointManager(run_dir.checkpoint_dir, 1)
+    run = RunContext(settings, run_dir, manager, hardware, base_model, {}, console)
+    data = RunData(renderer, train_data, None, sampler)
     with pytest.raises(UserError, match=words) if words else nullcontext():
-        check_fit(inputs, console, force=False)
+        check_fit(run, data, force=False)

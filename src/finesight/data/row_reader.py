@@ -740,10 +740,6 @@ class FolderListing:
         """Return the files with a given suffix, in lower case with its dot."""
         return [path for path in self.files if path.suffix.lower() == suffix]
 
-    def count_suffixes(self) -> Counter[str]:
-        """Count the files of the folder by suffix."""
-        return Counter(path.suffix.lower() or "no suffix" for path in self.files)
-
     def suggest_source(self) -> Remedy:
         """Return a suggestion for a folder that no dataset format can open.
 
@@ -775,7 +771,8 @@ class FolderListing:
         return "give the folder with the images and labels, or the file with the rows"
 
     def __str__(self) -> str:
-        kinds = [f"{count} {suffix}" for suffix, count in self.count_suffixes().most_common(6)]
+        counts = Counter(path.suffix.lower() or "no suffix" for path in self.files)
+        kinds = [f"{count} {suffix}" for suffix, count in counts.most_common(6)]
         return ", ".join(kinds) or "no file"
 
 

@@ -46,7 +46,8 @@ from finesight.train.dataset_stats import DatasetStats, SampleStats, load_traini
 from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 from finesight.train.flops import FlopCounter
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import RunInputs, check_trainable_parts, resolve_base_model
+from finesight.train.setup import check_trainable_parts, resolve_base_model
+from finesight.train.state import RunContext, RunData
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -474,7 +475,7 @@ MAX_UNCHECKED_FRACTION = 0.5
 LONG_CPU_RUN_S = 3600
 
 
-def check_fit(inputs: RunInputs, console: ProgressConsole, *, force: bool) -> None:
+def check_fit(run: RunContext, data: RunData, *, force: bool) -> None:
     """Reject a run whose predicted peak memory exceeds that of the device.
 
     On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
@@ -483,31 +484,30 @@ def check_fit(inputs: RunInputs, console: ProgressConsole, *, force: bool) -> No
     runs of several ranks are not checked, and an error of the estimate is ignored.
 
     Args:
-        inputs: Inputs of the run.
-        console: Console for warnings.
+        run: Settings of the run, and the console for warnings.
         force: Only warn if the run does not fit.
 
     Raises:
         UserError: The run does not fit.
     """
     try:
-        error = _estimate_fit(inputs, console)
+        error = _estimate_fit(run, data)
     except Exception:
         logging.getLogger(__name__).debug("the run was not estimated", exc_info=True)
         return
     if error is not None and not force:
         raise error
     if error is not None:
-        console.log(f"warning: {error.what}; started because of --force")
+        run.console.log(f"warning: {error.what}; started because of --force")
 
 
-def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | None:
+def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     """Estimate memory and time of a run; return the error of one that does not fit."""
-    recipe, hardware = inputs.recipe, inputs.hardware
+    recipe, hardware = run.recipe, run.hardware
     is_cuda = hardware.device.type == "cuda"
     if not hardware.process_group.is_single_process:
         return None  # several ranks shard the weights, or split long samples
-    folder = inputs.base_model.folder
+    folder = run.base_model.folder
     parameters = build_meta_model(folder, hardware.dtype, (), ()).parameters()
     if sum(parameter.numel() for parameter in parameters) < MIN_CHECKED_PARAMS:
         return None
@@ -524,9 +524,9 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
     persistent_bytes = model.persistent.weight_bytes + model.persistent.optimizer_state_bytes
     if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
-    sample_stats = inputs.train_data.build_sample_stats(inputs.renderer, recipe.data)
-    prefix_length = inputs.train_data.stats.prefix_length
-    steps = PlannedSteps([*iter_planned_steps(inputs.sampler, sample_stats)], prefix_length)
+    sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
+    prefix_length = data.train.stats.prefix_length
+    steps = PlannedSteps([*iter_planned_steps(data.sampler, sample_stats)], prefix_length)
     settings = PlannedSettings(
         recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), nf4_parts
     )
@@ -536,7 +536,7 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
     peak_bytes = search.estimate_peak(smallest if is_cuda else settings).total
     if peak_bytes <= target.memory_bytes:
         if not is_cuda:
-            _warn_long_run(inputs, search.estimate(settings), console)
+            _warn_long_run(run, data.sampler, search.estimate(settings))
         return None
     best = search.find_best(settings)
     best_bytes = search.estimate_peak(best).total
@@ -554,15 +554,15 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
     )
 
 
-def _warn_long_run(inputs: RunInputs, estimate: SettingsEstimate, console: ProgressConsole) -> None:
+def _warn_long_run(run: RunContext, sampler: TrainSampler, estimate: SettingsEstimate) -> None:
     """Log the estimated time of a run on a CPU if it is long."""
-    num_steps, step_s = len(inputs.sampler), estimate.step_time.total
-    num_uncached = math.ceil(inputs.sampler.epoch_length / inputs.recipe.train.batch_size)
+    num_steps, step_s = len(sampler), estimate.step_time.total
+    num_uncached = math.ceil(sampler.epoch_length / run.recipe.train.batch_size)
     if estimate.cached_step_s is None or num_uncached >= num_steps:
         num_uncached = num_steps
     seconds = num_uncached * step_s + (num_steps - num_uncached) * (estimate.cached_step_s or 0.0)
     if seconds > LONG_CPU_RUN_S:
-        console.log(
+        run.console.log(
             f"warning: {num_steps} training steps on this CPU take about"
             f" {format_duration(seconds)} (estimate). Use a GPU, a smaller model, smaller images"
             " (image.max_pixels) or fewer steps (train.steps)."

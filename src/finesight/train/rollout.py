@@ -240,7 +240,7 @@ class Rollout:
         `train.grpo.max_refills` times.
         """
         state, max_refills = self.state, self.settings.max_refills
-        indices = state.data.step_dataset.sampler.batch_indices(step)
+        indices = state.engine.step_dataset.sampler.batch_indices(step)
         num_wanted = len(indices)
         sampled, useful = list[Group](), list[Group]()
         for attempt in range(max_refills + 1):
@@ -487,7 +487,7 @@ class StudentRollout(Rollout):
         state, process_group = self.state, self.state.run.hardware.process_group
         skipped: list[SkippedSample] = []
         start_time, renderer = time.perf_counter(), state.data.renderer
-        indices = state.data.step_dataset.sampler.batch_indices(step)
+        indices = state.engine.step_dataset.sampler.batch_indices(step)
         share = state.run.recipe.train.distill.lmbda
         draws = {index: Random(f"{self.seed}/{step}/{index}").random() for index in indices}
         sampled = [index for index in indices if draws[index] < share]
@@ -509,7 +509,7 @@ class StudentRollout(Rollout):
         if counts:
             metrics["completions/mean_length"] = float(np.mean(counts))
         samples = [(index, encoded[index]) for index in indices if index in encoded]
-        dataset = state.data.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
+        dataset = state.engine.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
         return replace(dataset.pack_step(step, samples, skipped)[0], metrics=metrics)
 
 

@@ -199,13 +199,12 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Training and validation data of a run, and the steps of this rank."""
+    """Training and validation data of a run, and its steps."""
 
     renderer: Renderer
     train: TrainingData
     validation: TrainingData | None
     sampler: TrainSampler
-    step_dataset: StepDataset
 
     def images(self) -> dict[str, ImageStates]:
         """Return the image fingerprints of each split (`train`, `eval`)."""
@@ -215,11 +214,12 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class TrainEngine:
-    """Model and optimizer of a run, with the components of a training step."""
+    """Model and optimizer of a run, with the components and data of a training step."""
 
     model: AnyModel
     objective: Objective
     parallel: ParallelStrategy
+    step_dataset: StepDataset
     device_loader: DeviceLoader
     optimizer: MasterWeightOptimizer
     graph_runner: CudaGraphRunner
@@ -285,7 +285,7 @@ class TrainState:
         None if samples are never split.
         """
         pack_tokens = self.progress.budget.pack_tokens
-        sampler = self.data.step_dataset.with_pack_tokens(pack_tokens).sampler
+        sampler = self.engine.step_dataset.with_pack_tokens(pack_tokens).sampler
         return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
     def apply_budget(self, budget: MemoryBudget) -> None:

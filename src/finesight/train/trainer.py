@@ -383,7 +383,7 @@ class Trainer:
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
         device, num_workers = state.run.hardware.device, state.run.hardware.num_workers
-        dataset = state.data.step_dataset.with_pack_tokens(budget.pack_tokens)
+        dataset = state.engine.step_dataset.with_pack_tokens(budget.pack_tokens)
         if vision_cache is not None:
             dataset = replace(dataset, cache_reader=vision_cache.reader)
         step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")

@@ -115,7 +115,7 @@ def warm_up_kernels(state: TrainState) -> None:
     if not is_compile_cache_empty() or state.progress.step == len(state.data.sampler):
         return
     try:
-        packs = state.data.step_dataset.get_step(state.progress.step).packs
+        packs = state.engine.step_dataset.get_step(state.progress.step).packs
         # Split packs need all ranks. Packs with and without shared prefix use other kernels.
         unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
         variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}

@@ -42,7 +42,6 @@ from finesight.train import cuda_graphs
 from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.optimizer import MasterWeightOptimizer
-from finesight.train.trainer import forward_backward
 from finesight.vision.image_processing import GridTHW
 
 DEVICE = torch.device("cuda")
@@ -130,7 +129,7 @@ class TrainedModel:
     def step(self, batch: PackedBatch, features: Tensor | None) -> None:
         """Run forward, backward and optimizer step."""
         share = torch.full((), 1.0 / batch.num_supervised_tokens, device=DEVICE)
-        forward_backward(self.graph_runner, batch, features, share)
+        self.graph_runner.run_pack(batch, features, share)
         self.optimizer.step(1.0, self.optimizer.grad_norm())
 
 

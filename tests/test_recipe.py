@@ -16,7 +16,7 @@ from test_bounded_files import LAUGHS
 
 from finesight import recipe as recipes
 from finesight.cli.app import run_command
-from finesight.config import ExactSize, LongestSide, Recipe
+from finesight.config import OBJECTIVE_SECTIONS, ExactSize, LongestSide, Recipe
 from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
 from finesight.recipe_template import choose_duration, override_settings
@@ -315,6 +315,7 @@ REQUIRED_SETTINGS = {
     "track.uri": ["track.kind=swanlab"],
     "train.dpo.loss_weights": ["train.dpo.loss_type=[sigmoid,sft]"],
     "train.objective=grpo": ["rewards=[exact]"],
+    "train.objective=distill": ["train.distill.teacher=MODEL"],
     "rewards.name": ["train.objective=grpo"],
     "rewards.weight": ["train.objective=grpo", "rewards.name=exact"],
     "rewards.pattern": ["train.objective=grpo", "rewards.name=format"],
@@ -327,13 +328,8 @@ REQUIRED_SETTINGS = {
 def test_settings_are_listed_and_documented():
     assert sorted(recipes.list_setting_names()) == sorted(SETTINGS) == sorted(ROWS)
     # The objective and its section do not count; data.supervise belongs to the objective sft.
-    sections = ("dpo", "orpo", "simpo", "grpo")
-    objectives = (
-        "train.objective",
-        "data.supervise",
-        "rewards.",
-        *(f"train.{name}." for name in sections),
-    )
+    sections = (f"train.{name}." for name in OBJECTIVE_SECTIONS)
+    objectives = ("train.objective", "data.supervise", "rewards.", *sections)
     assert sum(not name.startswith(objectives) for name in SETTINGS) <= 60
 
 

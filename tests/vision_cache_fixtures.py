@@ -55,9 +55,8 @@ def decide_vision_cache(
     """Return the result of the vision cache; files are not evicted in tests."""
     console = ProgressConsole(Console(file=output or io.StringIO(), width=300))
     results: list[VisionCacheResult] = []
-    with VisionFeatures(state, console, stop or StopRequest()).open(
-        lambda _, result: results.append(result)
-    ):
+    run = replace(state.run, console=console, stop=stop or StopRequest())
+    with VisionFeatures(replace(state, run=run)).open(lambda _, result: results.append(result)):
         return results[0]
 
 
@@ -79,9 +78,9 @@ def read_all_features(state: TrainState, cache: VisionCache | None) -> Tensor:
 
 def assert_features_match(state: TrainState, cache: VisionCache) -> None:
     """Compare the cached features of each pack with those of the encoder."""
-    cached_dataset = replace(state.data.step_dataset, cache_reader=cache.reader)
+    cached_dataset = replace(state.engine.step_dataset, cache_reader=cache.reader)
     for number in range(len(state.data.sampler)):
-        step, cached = state.data.step_dataset.get_step(number), cached_dataset.get_step(number)
+        step, cached = state.engine.step_dataset.get_step(number), cached_dataset.get_step(number)
         for batch, other, inputs in zip(step.packs, cached.packs, cached.cache_inputs, strict=True):
             assert (other.grid_thw, len(other.patches_ND)) == ((), 0)
             assert torch.equal(batch.ids_T, other.ids_T)

@@ -6,7 +6,7 @@ import os
 import re
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar, get_args
 
 from pydantic import (
     AfterValidator,
@@ -375,6 +375,47 @@ class SimpoSettings(SettingsSection):
     simpo_gamma: Annotated[CoercedFloat, Field(ge=0.0)] = 1.0
 
 
+class KtoSettings(SettingsSection):
+    """Section `train.kto` of a recipe: loss of answers with a label, with the names of TRL.
+
+    `desirable_weight` and `undesirable_weight` balance different numbers of both labels.
+    """
+
+    beta: Annotated[CoercedFloat, Field(gt=0.0)] = 0.1
+    loss_type: Literal["kto", "apo_zero_unpaired"] = "kto"
+    desirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
+    undesirable_weight: Annotated[CoercedFloat, Field(gt=0.0)] = 1.0
+
+
+class DistillSettings(SettingsSection):
+    """Section `train.distill` of a recipe: imitation of a larger model (Agarwal et al. 2024, GKD).
+
+    Attributes:
+        teacher: Model with the same tokenizer: a folder, a run or a hub name.
+        weight_format: Format of the teacher's weights.
+        beta: Divergence from 0 (forward KL) to 1 (reverse KL); between, generalized JSD.
+        lmbda: Share of samples with a response of the trained model instead of the answer.
+        temperature: Divisor of the logits in the loss and in sampling.
+        top_k: Number of the teacher's most probable tokens that the loss compares; None for all.
+        batch_size: Largest number of responses that are generated at once.
+    """
+
+    num_generations: ClassVar[int] = 1
+    teacher: str | None = None
+    weight_format: WeightFormat = "auto"
+    beta: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
+    lmbda: Annotated[CoercedFloat, Field(ge=0.0, le=1.0)] = 0.5
+    temperature: Annotated[CoercedFloat, Field(gt=0.0, le=100.0)] = 1.0
+    top_k: PositiveInt | None = None
+    max_completion_length: Annotated[int, Field(gt=0, le=1_048_576)] = 512
+    batch_size: PositiveInt = 256
+
+
+ObjectiveName = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "distill"]
+OBJECTIVE_SECTIONS = frozenset(get_args(ObjectiveName)) - {"sft"}
+"""Names of the sections of `train` that only the objective of the same name uses."""
+
+
 class TrainSettings(SettingsSection):
     """Section `train` of a recipe: optimizer, schedule, batch sizes and parallelism.
 
@@ -383,8 +424,9 @@ class TrainSettings(SettingsSection):
     matrices in 8 bits (Dettmers et al. 2022).
 
     Attributes:
-        objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; GRPO by rewards.
-            The default is supervised fine-tuning on data without pairs.
+        objective: Supervised fine-tuning; DPO, ORPO or SimPO on pairs of answers; KTO on pairs or
+            labels; GRPO by rewards; distillation from a larger model. The default is supervised
+            fine-tuning on other data.
         batch_size: Samples per optimizer step over all GPUs.
         pack_tokens: Token budget of one packed micro-batch. A longer sample has its own
             micro-batch, a much longer one is split over all ranks (context parallelism).
@@ -393,11 +435,13 @@ class TrainSettings(SettingsSection):
             (ZeRO-2), or also weights (FSDP2), optionally with CPU offloading.
     """
 
-    objective: Literal["sft", "dpo", "orpo", "simpo", "grpo"] | None = None
+    objective: ObjectiveName | None = None
     dpo: DpoSettings = DpoSettings()
     orpo: OrpoSettings = OrpoSettings()
     simpo: SimpoSettings = SimpoSettings()
+    kto: KtoSettings = KtoSettings()
     grpo: GrpoSettings = GrpoSettings()
+    distill: DistillSettings = DistillSettings()
     epochs: Annotated[CoercedFloat, Field(gt=0.0, le=1e6)] | None = None
     steps: PositiveInt | None = None
     batch_size: PositiveInt = 16
@@ -426,7 +470,15 @@ class TrainSettings(SettingsSection):
             raise ValueError(
                 f"epochs={self.epochs} and steps={self.steps} are both set: set one of them to null"
             )
+        if self.objective == "distill" and self.distill.teacher is None:
+            raise ValueError("objective=distill requires a larger model: set train.distill.teacher")
         return self
+
+    @property
+    def sampling(self) -> GrpoSettings | DistillSettings | None:
+        """Settings of the responses that a step samples; None if it samples none."""
+        distill = self.distill if self.objective == "distill" and self.distill.lmbda else None
+        return self.grpo if self.objective == "grpo" else distill
 
 
 TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]

@@ -52,12 +52,17 @@ MIN_STEPS, MAX_SHORT_STEPS = 100, 200
 
 OBJECTIVES = {
     "dpo": "objective: dpo  # on pairs of answers; sft: on the chosen ones",
+    "kto": "objective: kto  # on answers with a label",
     "grpo": "objective: grpo  # on sampled responses; fine-tune on answers first",
     "sft": "objective: sft  # on the chosen answers: some samples have no rejected one",
 }
 """Settings of objectives that the data or the user selects."""
 
-LEARNING_RATES = {"dpo": ("5.0e-6", "5.0e-4"), "grpo": ("1.0e-5", "5.0e-4")}
+LEARNING_RATES = {
+    "dpo": ("5.0e-6", "5.0e-4"),
+    "kto": ("5.0e-6", "5.0e-4"),
+    "grpo": ("1.0e-5", "5.0e-4"),
+}
 """Usual learning rate of an objective with LoRA, and that of finesight-tiny."""
 
 REWARDS = {"captions": "captions.rouge_l", "grounding": "boxes", "detection": "boxes"}

@@ -189,6 +189,17 @@ def test_issues_of_a_rejected_answer_are_reported_once(folder, rejected, codes):
     assert count_codes(check_records(folder, pair, *others)) == codes
 
 
+def test_answers_with_different_labels_do_not_contradict(folder):
+    answers = ("A cat.", True), ("A dog.", False), ("A cow.", False)
+    records = [
+        {**make_record("0.png", "What?", answer), "id": f"s{n}", "label": label}
+        for n, (answer, label) in enumerate(answers)
+    ]
+    assert count_codes(check_records(folder, *records)) == {}
+    both = {**records[0], "rejected": "A dog."}
+    assert count_codes(check_records(folder, both)) == {"invalid-row": 1}
+
+
 def test_box_without_image(folder):
     record = make_record("0.png", "Where?", None, [1, 2, 50, 40])
     record["messages"][1]["content"][0]["image"] = 1

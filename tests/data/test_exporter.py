@@ -186,16 +186,22 @@ def test_tools_and_loss_of_turns_are_kept_or_refused(tmp_path: Path, name: str) 
 PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "query-response", "llava")
 
 
+@each("verdict", [{"rejected": "A barn."}, {"label": False}])
 @each("name", [*PAIR_FORMATS, "conversations", "table", "qwen-vl", "folder"])
-def test_preference_pairs_are_kept_or_counted(tmp_path: Path, name: str) -> None:
-    samples = make_located_samples(tmp_path, ONE_IMAGE[0], rejected="A barn.")
+def test_preferences_are_kept_or_counted(
+    tmp_path: Path, name: str, verdict: dict[str, Any]
+) -> None:
+    samples = make_located_samples(tmp_path, ONE_IMAGE[0], **verdict)
     done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
     is_kept = name in (*PAIR_FORMATS, "conversations", "qwen-vl")
-    assert done.lost_counts.get("rejected answers", 0) == (not is_kept)
+    lost = "rejected answers" if "rejected" in verdict else "labels of answers"
+    assert done.lost_counts.get(lost, 0) == (not is_kept)
     if is_kept:
         imported = import_dataset(data_file(tmp_path / "out"), tmp_path / "back", ImportOptions())
         back = read_samples(tmp_path / "back" / "data.jsonl")
-        assert (imported.format, back[0].rejected) == (name, samples[0].sample.rejected)
+        sample = samples[0].sample
+        assert (back[0].rejected, back[0].label) == (sample.rejected, sample.label)
+        assert imported.format == name
 
 
 def test_rejected_boxes_of_shared_objects_are_counted(tmp_path: Path) -> None:

@@ -236,6 +236,25 @@ def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
     assert set(sample.meta) <= {"score_chosen"}
 
 
+@each("label", [True, False])
+@each(
+    "row",
+    [
+        {"prompt": "<image>Where?", "completion": "There.", "images": ["a.png"]},
+        {"messages": [USER, ANSWER], "images": ["a.png"]},
+        {"query": "<image>Where?", "response": "There.", "images": ["a.png"]},
+        {"conversations": [*TURNS, {"from": "gpt", "value": "There."}], "images": ["a.png"]},
+        chat(ANSWER),
+    ],
+)
+def test_labels_of_rows_are_verdicts(tmp_path: Path, row: dict[str, Any], label: bool) -> None:
+    for key in ("label", "kto_tag"):
+        example, other_keys = parse({**row, key: label}, tmp_path)
+        (sample,) = example.to_train_samples()
+        assert (sample.label, sample.meta, sum(other_keys.values())) == (label, {}, 0)
+        assert sample_from_dict(sample_to_dict(sample), "here") == sample
+
+
 def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
     """Detect the format of a row and parse it; return the example and the counted keys."""
     (folder / "a.png").write_bytes(PNG)
@@ -259,7 +278,8 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         (chat(ANSWER, thinking="It is there."), "a reasoning text"),
         (chat({**ANSWER, "label": "dog"}), "a label"),
         (chat(ANSWER, bbox=[1, 2, 3, 4]), "a label"),
-        (chat(ANSWER, label=False), "preference data"),
+        (chat(ANSWER, kto_tag="false"), "preference data"),
+        (chat(ANSWER, rejected="Here.", label=True), "a rejected answer and the label true"),
         (chat(ANSWER, rejected_response=["Here."]), "preference data"),
         (chat(ANSWER, rejected="There."), "equal to the chosen one"),
         ({**chat(ANSWER), "rejected_messages": [USER]}, "no answer at the end"),
@@ -294,7 +314,7 @@ ROW_METADATA = {
     **{"image_url": "https://x.org/y.jpg", "photo_credit": "Jane Doe", "pic_by": "J"},
     **{"image_name": "other", "source_image": "orig.png", "poster": "p.jpg", "frame": "000123"},
     **{"clip": "scene one", "weight": 12.5, "train": "ICE 3", "is_train": False, "loss": 1.23},
-    **{"mask": False, "label": True, "cot": "yes", "function": "x", "points": [1, 2]},
+    **{"mask": False, "cot": "yes", "function": "x", "points": [1, 2]},
     **{
         "regions": ["EU"],
         "no_loss": False,

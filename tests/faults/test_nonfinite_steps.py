@@ -54,16 +54,16 @@ def test_nonfinite_step_does_not_update_state(
         for _ in range(2)
     )
     for session in (broken, full):
-        train_step(session, session.data.step_dataset.get_step(0), StopRequest())
+        train_step(session, session.engine.step_dataset.get_step(0), StopRequest())
     before = state_of(broken)
     with corrupt_steps(kind, [2]):
         figures = trainer.train_step(
-            broken, broken.data.step_dataset.get_step(1), StopRequest()
+            broken, broken.engine.step_dataset.get_step(1), StopRequest()
         ).wait()
     assert not math.isfinite(sum(figures))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(broken).items())
     for session in (broken, full):
-        train_step(session, session.data.step_dataset.get_step(2), StopRequest())
+        train_step(session, session.engine.step_dataset.get_step(2), StopRequest())
     expected = state_of(full)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(broken).items())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in expected.items())

@@ -63,7 +63,7 @@ def gradients_of_packings(
         session = make_train_state(changed, folder, tune, budget)
         if double:
             session.engine.model.double()
-        step = session.data.step_dataset.get_step(0)
+        step = session.engine.step_dataset.get_step(0)
         assert len(step.packs) == packs
         found[packs] = gradients(session, step)
     return found
@@ -95,7 +95,7 @@ def test_fp64_gradients_are_independent_of_packing(task, tmp_path, seed):
 def test_loss_is_averaged_over_supervised_tokens(task, tmp_path):
     """Answers of different lengths: a mean of the packs' means would be another number."""
     session = make_train_state(task, tmp_path, LORA, 1)
-    step = session.data.step_dataset.get_step(0)
+    step = session.engine.step_dataset.get_step(0)
     assert len({batch.num_supervised_tokens for batch in step.packs}) > 1
     with torch.no_grad():
         each = []

@@ -20,10 +20,12 @@ from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan
 from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
+from finesight.train.checkpoint import CheckpointManager
 from finesight.train.dataset_stats import load_training_data
+from finesight.train.run_dir import RunDir
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import RunInputs, resolve_base_model
-from finesight.train.state import Hardware
+from finesight.train.setup import resolve_base_model
+from finesight.train.state import Hardware, RunContext, RunData
 
 
 @pytest.fixture
@@ -89,17 +91,17 @@ def test_precision_is_recommended_for_speed_or_memory(task, monkeypatch):
 
         monkeypatch.setattr(run_plan, "measure_local_target", build_target)
         plan = make_plan(task, gpu=None)
-        assert ("train.precision=bf16" in plan.overrides) == (plan.precision == "bf16")
+        assert ("train.precision=bf16" in plan.overrides) == (plan.target.precision == "bf16")
         return plan
 
     monkeypatch.setattr(run_plan, "select_cpu_precision", lambda: "bf16")
     slower, faster = recommend(1e9), recommend(1e12)
-    assert (slower.precision, faster.precision) == ("fp32", "bf16")
+    assert (slower.target.precision, faster.target.precision) == ("fp32", "bf16")
     for plan in (slower, faster):
         assert plan.chosen_estimate.step_time.total <= plan.recipe_estimate.step_time.total
     # Slower, but it fits.
     small = round(0.9 * slower.recipe_estimate.peak.total)
-    assert recommend(1e9, small).precision == "bf16"
+    assert recommend(1e9, small).target.precision == "bf16"
 
 
 def test_evaluation_count_follows_the_recipe(task: TinyTask) -> None:
@@ -142,12 +144,13 @@ def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     assert f"the longest is {plan.token_stats.longest_sample_id}" in text
     assert text.endswith(f"to use the chosen settings: {' '.join(record['overrides'])}")
     assert "train.precision" not in text
-    lines = format_plan(replace(plan, overrides=("train.precision=bf16",), precision="bf16"))
+    target = replace(plan.target, dtype=torch.bfloat16)
+    lines = format_plan(replace(plan, overrides=("train.precision=bf16",), target=target))
     (row,) = [line.split() for line in lines if line.startswith("  train.precision ")]
     assert row == ["train.precision", "auto", "(fp32)", "bf16"]
     assert record["chosen"]["pack_tokens"] == plan.chosen_estimate.settings.pack_tokens
     assert sum(record["recipe"]["memory"].values()) == record["recipe"]["total_bytes"]
-    assert record["recipe"]["fits"] is True
+    assert (record["recipe"]["fits"], record["precision"]) == (True, plan.target.precision)
 
 
 def test_plan_warns_about_answers_longer_than_max_new_tokens(task: TinyTask) -> None:
@@ -204,6 +207,9 @@ def test_run_that_cannot_fit_a_gpu_is_rejected(task, monkeypatch, name, size, me
     train_data, _ = load_training_data(settings, renderer, 0, console)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, settings.train)
     hardware = Hardware(torch.device("cuda"), target.dtype, 0, 1e12)
-    inputs = RunInputs(settings, hardware, base_model, renderer, train_data, sampler)
+    run_dir = RunDir(settings.output_dir)
+    manager = CheckpointManager(run_dir.checkpoint_dir, 1)
+    run = RunContext(settings, run_dir, manager, hardware, base_model, {}, console)
+    data = RunData(renderer, train_data, None, sampler)
     with pytest.raises(UserError, match=words) if words else nullcontext():
-        check_fit(inputs, console, force=False)
+        check_fit(run, data, force=False)

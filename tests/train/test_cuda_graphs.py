@@ -36,7 +36,6 @@ from finesight.model_folder import ModelFolder
 from finesight.train import cuda_graphs, graph_buffers
 from finesight.train.cuda_graphs import MIN_STARVED_PACKS, CudaGraphRunner, GraphTimer
 from finesight.train.graph_buffers import GraphShape
-from finesight.train.trainer import forward_backward
 
 GraphStep = tuple[Tensor, list[Tensor | None]]
 """Loss and gradients of a pack."""
@@ -89,7 +88,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
 def run_packs(runner: CudaGraphRunner, packs: Sequence[PackedBatch]) -> int:
     before = len(runner.graphs.keys)
     for batch in packs:
-        forward_backward(runner, batch, None, WEIGHT)
+        runner.run_pack(batch, None, WEIGHT)
     return len(runner.graphs.keys) - before
 
 
@@ -142,7 +141,7 @@ def test_capture_out_of_memory_disables_graphs(folder, monkeypatch):
     batch = pack(encode_samples(folder)[:4])
     found = []
     for own in (baseline, *[runner] * (cuda_graphs.NUM_WARMUP_PACKS + 2)):
-        found.append((forward_backward(own, batch, None, WEIGHT), collect_grads(model)))
+        found.append((own.run_pack(batch, None, WEIGHT), collect_grads(model)))
     assert len(cache.keys) == 1, "single shapes are not captured, one failure disables graphs"
     assert runner.graphs is None
     for (loss, grads), (other_loss, other_grads) in pairwise(found):
@@ -160,10 +159,10 @@ def test_text_only_packs_give_encoder_no_gradients(folder, monkeypatch):
     patches, indices = batch.patches_ND[:0], batch.visual_indices_M[:0]
     texts = replace(batch, grid_thw=(), patches_ND=patches, visual_indices_M=indices)
     for _ in range(cuda_graphs.NUM_WARMUP_PACKS + 2):
-        assert forward_backward(runner, texts, None, WEIGHT) > 0
+        assert runner.run_pack(texts, None, WEIGHT) > 0
     assert all(grad is None for grad in collect_grads(model))
     assert runner.graphs.keys == []
-    forward_backward(runner, batch, None, WEIGHT)
+    runner.run_pack(batch, None, WEIGHT)
     assert any(grad is not None for grad in collect_grads(model))
 
 
@@ -260,7 +259,7 @@ def train_packs(
         torch.manual_seed(number)
         features = encode_images(model, batch) if has_cache else None
         weight = torch.tensor(1.0 / batch.num_supervised_tokens, device="cuda")
-        loss = forward_backward(runner, batch, features, weight)
+        loss = runner.run_pack(batch, features, weight)
         results.append((loss, collect_grads(model)))
     return results
 

@@ -48,7 +48,6 @@ from finesight.train.objectives import PackKey, sft
 from finesight.train.objectives.dpo import PairObjective
 from finesight.train.objectives.sft import fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
-from finesight.train.trainer import forward_backward
 
 PARTS = "vision", "merger", "language", "embeddings"
 ALL = dict.fromkeys(PARTS, "full")
@@ -302,7 +301,7 @@ def assert_matches_model(
 ) -> None:
     """Compare with the model itself; an autograd graph that lives on would break a capture."""
     weight = torch.tensor(0.1, device=batch.ids_T.device)
-    loss, found = forward_backward(runner, batch, None, weight), collect_grads(model)
+    loss, found = runner.run_pack(batch, None, weight), collect_grads(model)
     head_VD = model.lm_head_weight
     expected = fused_linear_cross_entropy(model(batch), head_VD, batch.labels_L, weight)
     atol = 1e-5 if rtol < 1e-3 else 0
@@ -380,7 +379,7 @@ def make_pairs(folder: Path, family: str) -> list[PackedBatch]:
     for encoded in (first, *others[:2]):
         chosen = encoded.tokenized
         ids_T = np.where(chosen.loss_mask_T, chosen.ids_T[::-1], chosen.ids_T)
-        pair = chosen.join_rejected(replace(chosen, ids_T=ids_T))
+        pair = chosen.join_responses([replace(chosen, ids_T=ids_T)])
         pairs.append(pack([replace(encoded, tokenized=pair)]))
     return pairs
 
@@ -397,8 +396,8 @@ def test_graph_has_the_inputs_of_each_objective(folder, has_pairs):
     eager.release_graphs()
     packs = make_pairs(folder, "qwen2_vl") if has_pairs else make_packs(folder, "qwen2_vl", 3)
     for batch in packs:
-        replayed = forward_backward(runner, batch, None, weight), collect_grads(model)
-        expected = forward_backward(eager, batch, None, weight), collect_grads(model)
+        replayed = runner.run_pack(batch, None, weight), collect_grads(model)
+        expected = eager.run_pack(batch, None, weight), collect_grads(model)
         torch.testing.assert_close(replayed, expected)
     assert runner.graphs.keys
 

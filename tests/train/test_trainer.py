@@ -287,7 +287,7 @@ def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[
 
 
 def take_step(state: TrainState, number: int = 0) -> StepOutput:
-    return train_step(state, state.data.step_dataset.get_step(number), StopRequest())
+    return train_step(state, state.engine.step_dataset.get_step(number), StopRequest())
 
 
 def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
@@ -313,7 +313,7 @@ def test_interrupted_and_empty_steps_leave_no_state(tmp_path):
     assert not output.is_applied
     assert output.wait() == (0.0, 0.0)
     assert has_weights(state, before)
-    stop, step = StopRequest(), state.data.step_dataset.get_step(0)
+    stop, step = StopRequest(), state.engine.step_dataset.get_step(0)
     assert len(step.packs) >= 2
     state.engine.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
     with stop.install_handlers(), pytest.raises(TrainingInterrupted):

@@ -113,10 +113,10 @@ def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
     store = build_vision_cache(state)
     assert [number for number in range(11) if not store.reader.image_indices([number])] == [1, 6]
     assert len(store.reader.image_indices([2])) == 2
-    cached_dataset = replace(state.data.step_dataset, cache_reader=store.reader)
+    cached_dataset = replace(state.engine.step_dataset, cache_reader=store.reader)
     texts = pairs = 0
     for number in range(len(state.data.sampler)):
-        step = other.data.step_dataset.get_step(number)
+        step = other.engine.step_dataset.get_step(number)
         texts += sum(not batch.grid_thw for batch in step.packs)
         pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
         expected = train_step(other, step, StopRequest()).wait()

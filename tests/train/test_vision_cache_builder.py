@@ -343,7 +343,7 @@ def test_weights_are_offloaded_and_restored(state):
     model = get_model(state)
     norm = model.model.norm.weight
     model.visual.register_buffer("shared", norm.detach())
-    batch = state.data.step_dataset.get_step(0).packs[0]
+    batch = state.engine.step_dataset.get_step(0).packs[0]
     expected = model.encode_images(batch.patches_ND, batch.grid_thw)
     views = [parameter.detach() for parameter in model.visual.parameters()]
     before = [view.clone() for view in views]

@@ -94,8 +94,8 @@ class ConsistencyChecker:
     def add_sample(self, sample: Sample, location: SampleLocation) -> Iterator[CheckIssue]:
         """Add a sample, and yield an issue if it duplicates an earlier sample."""
         turns = sample.messages[:-1]
-        # A prompt may have several pairs.
-        prompt_hash = hash((*map(self._hash_message, turns), sample.rejected))
+        # A prompt may have several pairs, and answers with a label.
+        prompt_hash = hash((*map(self._hash_message, turns), sample.rejected, sample.label))
         answer = self._record_answer(sample, location)
         self._question_counts[answer.question_hash] += 1
         if is_object_text(join_text(sample.messages[-1].content)):
@@ -118,7 +118,7 @@ class ConsistencyChecker:
                 "remove one of the two, unless the duplicate is intended",
                 fix="skipped",
             )
-        elif not sample.rejected and _are_contradictory(first, answer):
+        elif not sample.rejected and sample.label is None and _are_contradictory(first, answer):
             self._conflicts.append((first, answer))
 
     def find_global_issues(

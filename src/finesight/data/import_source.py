@@ -711,7 +711,9 @@ def detect_task(
     longest = max(map(len, answers)) + 32 * max(map(len, boxes))
     max_new_tokens = 1 << max(5, min(10, (longest + 16).bit_length()))
     prompt, is_pair = prompt if questions == {""} else None, [bool(one.rejected) for one in samples]
-    objective = "dpo" if all(is_pair) else "sft" if any(is_pair) else ""
+    is_rated = [bool(one.rejected) or one.label is not None for one in samples]
+    objective = "kto" if all(is_rated) else "sft" if any(is_rated) else ""
+    objective = "dpo" if all(is_pair) else objective
     return DetectedTask(metric, prompt, max_new_tokens, objective)
 
 

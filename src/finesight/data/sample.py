@@ -24,6 +24,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    StrictBool,
     ValidationError,
     model_validator,
 )
@@ -282,6 +283,7 @@ class Sample(FrozenModel):
 
     Attributes:
         rejected: Worse answer than the last message, in a preference pair; empty without a pair.
+        label: Whether the last message is a desirable answer; None without a verdict.
         references: Further correct answers to the last user turn, used only for scoring.
         tools: Definitions of the tools that the assistant may call.
     """
@@ -290,6 +292,7 @@ class Sample(FrozenModel):
     tools: tuple[ToolDefinition, ...] = ()
     messages: tuple[Message, ...] = Field(min_length=1)
     rejected: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)] = ()
+    label: StrictBool | None = None
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = Field(default_factory=dict)
 
@@ -369,10 +372,17 @@ def validate_sample(sample: Sample, where: str, *, require_answer: bool = True) 
 
 
 def validate_rejected(sample: Sample, where: str) -> None:
-    """Raise UserError if a rejected answer has no different chosen answer."""
-    if not sample.rejected:
+    """Raise UserError if a rejected answer has a label, or no different chosen answer."""
+    if not sample.rejected and sample.label is None:
         return
     validate_roles(sample.messages, where)
+    if sample.rejected and sample.label is not None:
+        raise InvalidRowError(
+            f"a rejected answer and the label {str(sample.label).lower()}",
+            "a preference pair, or an answer with a label",
+            "remove `label` or `rejected`",
+            where=where,
+        )
     if sample.rejected == sample.messages[-1].content or not sample.messages[-1].loss:
         raise InvalidRowError(
             "a rejected answer equal to the chosen one"
@@ -521,10 +531,15 @@ FOREIGN_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample with the folder to which its image paths are relative."""
+    """A sample with the folder to which its image paths are relative.
+
+    Attributes:
+        mismatched: Sample with another answer, with which KTO estimates the KL divergence.
+    """
 
     sample: Sample
     folder: Path
+    mismatched: LocatedSample | None = None
 
     def resolve_path(self, name: str) -> Path:
         """Return the file path of an image or video frame of the sample."""
@@ -613,6 +628,8 @@ def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, An
     ]
     if sample.rejected:
         record["rejected"] = [_part_record(part, renamed) for part in sample.rejected]
+    if sample.label is not None:
+        record["label"] = sample.label
     if sample.references:
         record["references"] = list(sample.references)
     if sample.meta:

@@ -16,7 +16,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -81,8 +81,8 @@ VISUAL_TOKENS = frozenset(
 )
 """Special tokens around and instead of images and videos."""
 
-RejectedAnswers = Literal["use", "require", "ignore", "forbid"]
-"""Treatment of the rejected answers of samples (`Sample.rejected`)."""
+Responses = Literal["pairs", "all", "none"]
+"""Samples of which answers are rendered as responses to a prompt (`TokenizedSample`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -312,14 +312,16 @@ class Renderer(ABC):
 
     Attributes:
         system_prompt: System prompt of samples without one; None for the default of the model.
-        rejected_answers: Treatment of rejected answers of samples. By default, a sample with one is
-            a preference pair.
+        responses: Samples whose answers are rendered as responses; preference pairs by default.
+        excluded_kinds: Remedies by kind of excluded samples: `pair`, `label true`, `label false`,
+            `label none`.
         supervise: Answers that training uses, unless their `loss` is false.
         has_thinking_modes: Whether the chat template has a thinking and a non-thinking mode.
         renders_reasoning: Whether the reasoning of assistant turns is separated from their answers.
     """
 
-    rejected_answers: RejectedAnswers = "use"
+    responses: Responses = "pairs"
+    excluded_kinds: Mapping[str, str] = {}
     supervise: Literal["all", "last"] = "all"
     has_thinking_modes: bool = False
     renders_reasoning: bool = False
@@ -373,29 +375,26 @@ class Renderer(ABC):
         Raises:
             CorruptImageError: An image cannot be used, or its aspect ratio exceeds 200.
             UserError: The model does not support a part of the sample, a box exceeds its image, or
-                `rejected_answers` excludes the sample.
+                `excluded_kinds` contains the kind of the sample.
         """
         sample = located_sample.sample
-        if self.rejected_answers == ("forbid" if sample.rejected else "require"):
+        kind = "pair" if sample.rejected else f"label {sample.label}".lower()
+        if remedy := self.excluded_kinds.get(kind):
             raise UserError(
-                f"{'a' if sample.rejected else 'no'} rejected answer",
+                "a rejected answer" if sample.rejected else f"no rejected answer, {kind}",
                 where=f"sample {sample.id}",
-                expected="preference pairs for dpo, orpo and simpo, else other samples",
-                remedy="set train.objective=dpo to train on pairs, or train.objective=sft to train"
-                " on the chosen answers only"
-                if sample.rejected
-                else "add the rejected answer, or set train.objective=sft",
+                expected="pairs for dpo, orpo and simpo, pairs or labels for kto, else neither",
+                remedy=remedy,
             )
-        tokenized = self._tokenize_messages(
-            located_sample, sample.messages, add_generation_prompt=False
-        )
-        if not sample.rejected or self.rejected_answers == "ignore":
-            return tokenized
-        return tokenized.join_rejected(
-            self._tokenize_messages(
-                located_sample, sample.rejected_messages, add_generation_prompt=False
-            )
-        )
+        tokenize = partial(self._tokenize_messages, add_generation_prompt=False)
+        tokenized, others = tokenize(located_sample, sample.messages), list[TokenizedSample]()
+        if sample.rejected and self.responses != "none":
+            others.append(tokenize(located_sample, sample.rejected_messages))
+        if (mismatched := located_sample.mismatched) is not None:
+            other = tokenize(mismatched, mismatched.sample.messages)
+            others.append(tokenized.replace_answer(other))
+        is_joined = others or self.responses == "all"
+        return tokenized.join_responses(others) if is_joined else tokenized
 
     def list_supervised_turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the indices of the turns whose tokens contribute to the loss."""

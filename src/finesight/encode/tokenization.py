@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, Literal, Protocol, Self, TypeVar
@@ -553,29 +554,45 @@ class TokenizedSample:
     def num_patches(self) -> int:
         return sum(t * h * w for t, h, w in (span.grid_thw for span in self.spans))
 
-    def join_rejected(self, rejected: TokenizedSample) -> TokenizedSample:
-        """Return the preference pair of this sample and of the same sample with a worse answer.
+    def join_responses(self, others: Sequence[TokenizedSample]) -> TokenizedSample:
+        """Return the last answers of this sample and of the same sample with other answers.
 
         Only the last answer of each is supervised. A response begins with the last token of the
         prompt, which predicts its first token, and ends with its last supervised token.
         """
-        responses = self, rejected
+        responses = self, *others
         starts = [one._last_answer_start for one in responses]
         stops = [int(np.flatnonzero(one.loss_mask_T)[-1]) + 1 for one in responses]
         length = min(starts) - 1
-        # Prompts differ if only one answer contains reasoning.
-        mismatches = np.flatnonzero(self.ids_T[:length] != rejected.ids_T[:length])
-        length = int(mismatches[0]) if len(mismatches) else length
+        for other in others:
+            # Prompts differ if only one answer contains reasoning.
+            mismatches = np.flatnonzero(self.ids_T[:length] != other.ids_T[:length])
+            length = int(mismatches[0]) if len(mismatches) else length
         assert not self.spans or self.spans[-1].stop <= length, f"images of {self.id} differ"
         masks = [np.arange(stop) >= start for start, stop in zip(starts, stops, strict=True)]
-        slices = slice(stops[0]), slice(length, stops[1])
-        positions = [one.position_ids_3T[:, s] for one, s in zip(responses, slices, strict=True)]
+        slices = [slice(stops[0]), *(slice(length, stop) for stop in stops[1:])]
+        parts = [*zip(responses, masks, slices, strict=True)]
+        sizes = [length, *(stop - length for stop in stops)]
         return replace(
             self,
-            ids_T=np.concatenate([self.ids_T[slices[0]], rejected.ids_T[slices[1]]]),
-            loss_mask_T=np.concatenate([masks[0], masks[1][length:]]),
-            position_ids_3T=np.concatenate(positions, axis=1),
-            response_starts=(length, stops[0]),
+            ids_T=np.concatenate([one.ids_T[s] for one, _, s in parts]),
+            loss_mask_T=np.concatenate([mask[s] for _, mask, s in parts]),
+            position_ids_3T=np.concatenate([one.position_ids_3T[:, s] for one, _, s in parts], 1),
+            response_starts=tuple(accumulate(sizes[:-1])),
+        )
+
+    def replace_answer(self, other: TokenizedSample) -> TokenizedSample:
+        """Return this sample with the last answer of another sample."""
+        start, other_start = self._last_answer_start, other._last_answer_start
+        positions_T = np.arange(other.num_tokens - other_start) + 1
+        last_positions_31 = self.position_ids_3T[:, start - 1 : start]
+        ids_T, mask_T = other.ids_T[other_start:], other.loss_mask_T[other_start:]
+        positions_3T = last_positions_31 + positions_T.astype(np.int32)
+        return replace(
+            self,
+            ids_T=np.concatenate([self.ids_T[:start], ids_T]),
+            loss_mask_T=np.concatenate([self.loss_mask_T[:start], mask_T]),
+            position_ids_3T=np.concatenate([self.position_ids_3T[:, :start], positions_3T], 1),
         )
 
 

@@ -531,9 +531,12 @@ def show(
             report_skipped(located_sample.sample.id, error)
     data = [token_table_to_dict(one, renderer.tokenizer) for one in tokenized]
     if html is None:
-        tables = ([*format_token_table(one, renderer.tokenizer), ""] for one in tokenized)
+        lines = list[str]()
+        for one, label in zip(tokenized, (one.sample.label for one in valid), strict=True):
+            verdict = [] if label is None else [f"label: {label}".lower()]
+            lines += [*format_token_table(one, renderer.tokenizer), *verdict, ""]
         step = Step("plan", {"recipe": recipe, "overrides": overrides})
-        return Outcome(tokenized, [line for table in tables for line in table], data, [step])
+        return Outcome(tokenized, lines, data, [step])
     if not isinstance(renderer, NativeRenderer):
         raise UserError(
             "HTML pages do not support the transformers backend",

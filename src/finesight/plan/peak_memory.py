@@ -113,9 +113,12 @@ class PeakMemory:
 
 
 def compute_persistent_memory(
-    model: VisionLanguageModel, train: TrainSettings, compute: ComputeTarget
+    model: VisionLanguageModel,
+    train: TrainSettings,
+    compute: ComputeTarget,
+    teacher: VisionLanguageModel | None = None,
 ) -> PersistentMemory:
-    """Compute the persistent memory of a tuned model on the meta device.
+    """Compute the persistent memory of a tuned model on the meta device, and of its teacher.
 
     As in a run, the parameters of the model become views of the parameter groups of the optimizer.
     """
@@ -124,7 +127,8 @@ def compute_persistent_memory(
         trainable_params, train, stacked_row_counts(model)
     ).param_groups
     optimizers = [group.optimizer for group in param_groups]
-    tensors = [*model.parameters(), *model.buffers()]
+    models = filter(None, (model, teacher))
+    tensors = [tensor for one in models for tensor in (*one.parameters(), *one.buffers())]
     num_trainable = sum(len(group.master_weights) for group in param_groups)
     # Muon accumulates the gradients of matrices even with one pack per step.
     always_summed = [group for group in param_groups if group.gradients.sums[0] is not None]

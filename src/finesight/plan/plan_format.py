@@ -65,7 +65,7 @@ def _format_summary(plan: RunPlan) -> Iterator[str]:
     )
     yield (
         f"target  {target.name} ({origin}): {target.memory_bytes / 1e9:.0f} GB,"
-        f" {target.peak_flops / 1e12:.3g} TFLOP/s in {plan.precision},"
+        f" {target.peak_flops / 1e12:.3g} TFLOP/s in {plan.target.precision},"
         f" {target.memory_bandwidth / 1e9:.0f} GB/s"
     )
     yield (
@@ -106,7 +106,7 @@ def _format_flops(plan: RunPlan) -> Iterator[str]:
 def _format_estimates(plan: RunPlan) -> Iterator[str]:
     """Yield a table of memory and time: the recipe next to the chosen settings."""
     changes_precision = any(one.startswith("train.precision=") for one in plan.overrides)
-    precisions = ("auto (fp32)", plan.precision) if changes_precision else ("", "")
+    precisions = ("auto (fp32)", plan.target.precision) if changes_precision else ("", "")
     columns = {"recipe": _describe_estimate(plan, plan.recipe_estimate, precisions[0])}
     if plan.recipe_estimate.settings != plan.chosen_estimate.settings or plan.overrides:
         columns["chosen"] = _describe_estimate(plan, plan.chosen_estimate, precisions[1])
@@ -197,7 +197,7 @@ def _format_overheads(plan: RunPlan) -> Iterator[str]:
             f" {format_duration(cached_step_s)}, {plan.batch_size / cached_step_s:.4g}"
             " samples/s"
         )
-    yield f"precision {plan.precision}, data loader workers: {plan.num_workers}"
+    yield f"precision {plan.target.precision}, data loader workers: {plan.num_workers}"
 
 
 def _format_verdict(plan: RunPlan) -> Iterator[str]:
@@ -221,6 +221,7 @@ def plan_to_dict(plan: RunPlan) -> dict[str, Any]:
     for name in ("recipe_estimate", "chosen_estimate", "num_samples", "memory_hints"):
         del data[name]
     return data | {
+        "precision": target.precision,
         "target": {
             "name": target.name,
             "is_measured": target.is_measured,

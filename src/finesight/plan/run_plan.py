@@ -21,7 +21,7 @@ from finesight.infer.engine import KV_CACHE_BYTES
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes
 from finesight.infer.model_loader import select_cpu_precision
 from finesight.infer.scheduler import MAX_PREFILL_TOKENS
-from finesight.model.trainable import MODEL_PARTS
+from finesight.model.trainable import MODEL_PARTS, trainable_parameters
 from finesight.plan.dry_run import PlannedPack, iter_planned_steps, plan_step_packs
 from finesight.plan.settings_search import (
     PlannedModel,
@@ -46,7 +46,8 @@ from finesight.train.dataset_stats import DatasetStats, SampleStats, load_traini
 from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 from finesight.train.flops import FlopCounter
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import RunInputs, check_run_inputs, resolve_base_model
+from finesight.train.setup import check_run_inputs, resolve_base_model
+from finesight.train.state import RunContext, RunData
 
 MIN_DECODE_STEP_S = 3.0e-3
 """Minimum seconds of a decode step on a GPU for any model.
@@ -214,7 +215,6 @@ class RunPlan:
     num_params: int
     num_trainable: int
     target: TargetDevice
-    precision: str
     token_stats: TokenStats
     flops_per_sample: Mapping[str, float]
     total_steps: int
@@ -294,7 +294,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         evaluation = estimate_evaluation(recipe, model, target, validation_stats, len(sampler))
     startup_s = estimate_startup_seconds(model.persistent, target)
     batch_size = recipe.train.batch_size
-    if recipe.train.objective == "dpo":  # log-probabilities of the reference model
+    if recipe.train.objective in ("dpo", "kto"):  # log-probabilities of the reference model
         num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
         startup_s += num_steps * chosen_estimate.step_time.total / 3
         startup_s += _estimate_forward_s(model, validation_stats, batch_size)
@@ -303,9 +303,8 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     return RunPlan(
         family=base_model.folder.family,
         num_params=model.num_params,
-        num_trainable=model.num_trainable,
+        num_trainable=sum(p.numel() for p in trainable_parameters(model.model).values()),
         target=target,
-        precision=target.precision,
         token_stats=_compute_token_stats(train_data.stats),
         flops_per_sample=_compute_flops(
             model, planned_steps.timed_steps(chosen_estimate.settings.pack_tokens)
@@ -323,7 +322,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         overrides=_list_overrides(
             recipe, recipe_settings, chosen_estimate.settings, target, recipe_target, num_workers
         ),
-        memory_hints=_list_memory_hints(recipe),
+        memory_hints=_list_memory_hints(recipe, target),
     )
 
 
@@ -352,11 +351,7 @@ def _list_quantization_choices(
     The first set is that of the recipe. Others add the decoder, then all other frozen parts.
     """
     recipe_nf4 = recipe.tune.quantize.nf4 or ()
-    tuning_modes = {
-        "language": recipe.tune.language,
-        "vision": recipe.tune.vision,
-        "merger": recipe.tune.merger,
-    }
+    tuning_modes = dict(recipe.tune)
     choices = [recipe_nf4]
     for parts in (("language",), ("vision", "merger", "language")):
         candidate = tuple(p for p in get_args(QuantizablePart) if p in recipe_nf4 or p in parts)
@@ -431,21 +426,21 @@ def _compute_feature_bytes(
     """Return the vision cache size of all training images; None for a trainable encoder."""
     if not model.is_encoder_frozen:
         return None
-    encoder = model.model.visual
-    config = model.model.config.vision
-    num_features = num_patches // config.merge_size**2
-    return (
-        num_features * encoder.features_per_token * config.out_hidden_size * target.dtype.itemsize
-    )
+    encoder, config = model.model.visual, model.model.config.vision
+    num_features = num_patches // config.merge_size**2 * encoder.features_per_token
+    return num_features * config.out_hidden_size * target.dtype.itemsize
 
 
-def _list_memory_hints(recipe: Recipe) -> tuple[str, ...]:
-    hints = ["smaller images", "a smaller model"]
-    if recipe.train.optimizer == "adamw":
-        hints.append("train.optimizer=adamw_8bit")
-    if recipe.tune.has_mode("full"):
-        hints.append("lora instead of full")
-    return tuple(hints)
+def _list_memory_hints(recipe: Recipe, target: TargetDevice) -> tuple[str, ...]:
+    hints = {
+        "train.precision=bf16": target.precision == "fp32" and not target.compute.is_cuda,
+        "smaller images": True,
+        "a smaller model": True,
+        "train.optimizer=adamw_8bit": recipe.train.optimizer == "adamw",
+        "lora instead of full": recipe.tune.has_mode("full"),
+        "train.distill.weight_format=int4": recipe.train.objective == "distill",
+    }
+    return tuple(hint for hint, is_possible in hints.items() if is_possible)
 
 
 def _list_overrides(
@@ -484,7 +479,7 @@ MAX_UNCHECKED_FRACTION = 0.5
 LONG_CPU_RUN_S = 3600
 
 
-def check_fit(inputs: RunInputs, console: ProgressConsole, *, force: bool) -> None:
+def check_fit(run: RunContext, data: RunData, *, force: bool) -> None:
     """Reject a run whose predicted peak memory exceeds that of the device.
 
     On a GPU, the prediction uses the smallest packs with activation checkpointing, because the
@@ -493,31 +488,30 @@ def check_fit(inputs: RunInputs, console: ProgressConsole, *, force: bool) -> No
     runs of several ranks are not checked, and an error of the estimate is ignored.
 
     Args:
-        inputs: Inputs of the run.
-        console: Console for warnings.
+        run: Settings of the run, and the console for warnings.
         force: Only warn if the run does not fit.
 
     Raises:
         UserError: The run does not fit.
     """
     try:
-        error = _estimate_fit(inputs, console)
+        error = _estimate_fit(run, data)
     except Exception:
         logging.getLogger(__name__).debug("the run was not estimated", exc_info=True)
         return
     if error is not None and not force:
         raise error
     if error is not None:
-        console.log(f"warning: {error.what}; started because of --force")
+        run.console.log(f"warning: {error.what}; started because of --force")
 
 
-def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | None:
+def _estimate_fit(run: RunContext, data: RunData) -> UserError | None:
     """Estimate memory and time of a run; return the error of one that does not fit."""
-    recipe, hardware = inputs.recipe, inputs.hardware
+    recipe, hardware = run.recipe, run.hardware
     is_cuda = hardware.device.type == "cuda"
     if not hardware.process_group.is_single_process:
         return None  # several ranks shard the weights, or split long samples
-    folder = inputs.base_model.folder
+    folder = run.base_model.folder
     parameters = build_meta_model(folder, hardware.dtype, (), ()).parameters()
     if sum(parameter.numel() for parameter in parameters) < MIN_CHECKED_PARAMS:
         return None
@@ -534,9 +528,9 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
     persistent_bytes = model.persistent.weight_bytes + model.persistent.optimizer_state_bytes
     if is_cuda and persistent_bytes < MAX_UNCHECKED_FRACTION * target.memory_bytes:
         return None
-    sample_stats = inputs.train_data.build_sample_stats(inputs.renderer, recipe.data)
-    prefix_length = inputs.train_data.stats.prefix_length
-    steps = PlannedSteps([*iter_planned_steps(inputs.sampler, sample_stats)], prefix_length)
+    sample_stats = data.train.build_sample_stats(data.renderer, recipe.data)
+    prefix_length = data.train.stats.prefix_length
+    steps = PlannedSteps([*iter_planned_steps(data.sampler, sample_stats)], prefix_length)
     settings = PlannedSettings(
         recipe.train.pack_tokens, float(recipe.train.activation_checkpointing), nf4_parts
     )
@@ -546,14 +540,11 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
     peak_bytes = search.estimate_peak(smallest if is_cuda else settings).total
     if peak_bytes <= target.memory_bytes:
         if not is_cuda:
-            _warn_long_run(inputs, search.estimate(settings), console)
+            _warn_long_run(run, data.sampler, search.estimate(settings))
         return None
     best = search.find_best(settings)
     best_bytes = search.estimate_peak(best).total
-    hints = list(_list_memory_hints(recipe))
-    if not is_cuda and target.precision == "fp32":
-        hints.insert(0, "train.precision=bf16")
-    remedy = f"try {', '.join(hints)}"
+    remedy = f"try {', '.join(_list_memory_hints(recipe, target))}"
     if best_bytes <= target.memory_bytes:
         workers = _resolve_num_workers(recipe, target)
         overrides = _list_overrides(recipe, settings, best, target, target, workers)
@@ -567,15 +558,15 @@ def _estimate_fit(inputs: RunInputs, console: ProgressConsole) -> UserError | No
     )
 
 
-def _warn_long_run(inputs: RunInputs, estimate: SettingsEstimate, console: ProgressConsole) -> None:
+def _warn_long_run(run: RunContext, sampler: TrainSampler, estimate: SettingsEstimate) -> None:
     """Log the estimated time of a run on a CPU if it is long."""
-    num_steps, step_s = len(inputs.sampler), estimate.step_time.total
-    num_uncached = math.ceil(inputs.sampler.epoch_length / inputs.recipe.train.batch_size)
+    num_steps, step_s = len(sampler), estimate.step_time.total
+    num_uncached = math.ceil(sampler.epoch_length / run.recipe.train.batch_size)
     if estimate.cached_step_s is None or num_uncached >= num_steps:
         num_uncached = num_steps
     seconds = num_uncached * step_s + (num_steps - num_uncached) * (estimate.cached_step_s or 0.0)
     if seconds > LONG_CPU_RUN_S:
-        console.log(
+        run.console.log(
             f"warning: {num_steps} training steps on this CPU take about"
             f" {format_duration(seconds)} (estimate). Use a GPU, a smaller model, smaller images"
             " (image.max_pixels) or fewer steps (train.steps)."

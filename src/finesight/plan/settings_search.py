@@ -16,14 +16,15 @@ from statistics import fmean
 
 import torch
 
-from finesight.config import QuantizablePart, Recipe
+from finesight.config import DistillSettings, QuantizablePart, Recipe
 from finesight.encode.packing import compute_min_budget, effective_prefix_length
 from finesight.encode.renderer import is_native
 from finesight.errors import UserError
+from finesight.infer.model_loader import resolve_model_source
 from finesight.model.linear import find_adaptable_layers
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import gptq_group_size, quantize_gptq_layers
-from finesight.model.trainable import ModelPart, configure_tuning, get_part, trainable_parameters
+from finesight.model.trainable import ModelPart, configure_tuning, get_part
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import build_empty_model
 from finesight.model_folder import ModelFolder
@@ -64,22 +65,12 @@ class PlannedModel:
     step_timer: StepTimeEstimator
 
     @property
-    def num_layers(self) -> int:
-        """Number of decoder layers."""
-        return len(self.model.model.layers)
-
-    @property
     def num_params(self) -> int:
         """Number of parameters, including adapters and quantized weights."""
         num_quantized = sum(
             weight.num_elements for weight in find_quantized_weights(self.model).values()
         )
         return num_quantized + sum(parameter.numel() for parameter in self.model.parameters())
-
-    @property
-    def num_trainable(self) -> int:
-        """Number of trainable parameters."""
-        return sum(parameter.numel() for parameter in trainable_parameters(self.model).values())
 
     @property
     def is_encoder_frozen(self) -> bool:
@@ -111,12 +102,23 @@ def build_planned_model(
     fp8_parts = [part for part in recipe.tune.quantize.fp8 or () if part not in nf4_parts]
     model, train = build_meta_model(folder, target.dtype, nf4_parts, fp8_parts), recipe.train
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
-    persistent = compute_persistent_memory(model, train, target.compute)
+    teacher = _build_teacher(train.distill, target.dtype) if train.objective == "distill" else None
+    persistent = compute_persistent_memory(model, train, target.compute, teacher)
     tracer = StepTracer(model, build_objective(train, folder.family), target.compute)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
         model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, num_workers)
     )
+
+
+def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> VisionLanguageModel:
+    """Build the teacher of a distillation on the meta device."""
+    source = resolve_model_source(settings.teacher or "")
+    parts: tuple[Collection[ModelPart], Collection[ModelPart]] = source.nf4_parts, source.fp8_parts
+    if settings.weight_format != "auto":
+        has_4_bits = settings.weight_format in ("nf4", "int4")
+        parts = (["language"], []) if has_4_bits else ([], ["language"])
+    return build_meta_model(source.folder, dtype, *parts)
 
 
 def build_meta_model(
@@ -357,7 +359,7 @@ class SettingsSearch:
         self, token_budget: int, nf4_parts: tuple[QuantizablePart, ...]
     ) -> float | None:
         """Find the smallest fraction of checkpointed layers that fits; None if none does."""
-        num_layers = self._build_model(nf4_parts).num_layers
+        num_layers = len(self._build_model(nf4_parts).model.model.layers)
         # Rounded up to the two decimals of a recipe.
         fractions = [math.ceil(100 * count / num_layers) / 100 for count in range(num_layers + 1)]
 

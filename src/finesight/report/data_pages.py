@@ -110,12 +110,12 @@ def _build_sample_charts(records: Sequence[dict[str, Any]]) -> list[Chart]:
 
 
 def _build_sample_record(renderer: NativeRenderer, located_sample: LocatedSample) -> dict[str, Any]:
-    encoded = renderer.encode(located_sample)
+    sample, encoded = located_sample.sample, renderer.encode(located_sample)
     tokenized = encoded.tokenized
     turns = list(_iter_turns(renderer, tokenized))
-    sample_boxes = [
-        part for part in located_sample.sample.iter_parts() if isinstance(part, BoxPart)
-    ]
+    sample_boxes = [part for part in sample.iter_parts() if isinstance(part, BoxPart)]
+    if turns and sample.label is False:
+        turns[-1]["role"] = "rejected"
     images = [span for span in tokenized.spans if span.kind == "image"]
     parsed_boxes = _parse_boxes(renderer, [turn["raw"] for turn in turns], images, sample_boxes)
     return {

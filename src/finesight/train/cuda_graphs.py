@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -38,7 +39,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives import Objective
+from finesight.train.objectives import Objective, PackKey
 
 
 class GraphTimer:
@@ -209,6 +210,37 @@ class CudaGraphRunner:
         use_graphs = is_local and is_capturable(model, device) and has_few_trainable_params(model)
         self.graphs = CudaGraphCache(device) if use_graphs else None
 
+    def run_pack(
+        self,
+        batch: PackedBatch,
+        features_MKD: Tensor | None,
+        loss_weight: Tensor,
+        key: PackKey | None = None,
+    ) -> Tensor:
+        """Run the forward and backward pass of a pack, and return weighted loss and metrics.
+
+        A CUDA graph runs both passes if one fits the pack and is faster. Without gradients, only
+        the forward pass runs.
+
+        Args:
+            features_MKD: Cached image features; None to run the vision encoder.
+            loss_weight: Scalar on the device that multiplies the summed loss.
+            key: Samples of the pack, if known.
+        """
+        loss_inputs = self.objective.loss_inputs(batch, loss_weight, key)
+        uses_graphs = self.graphs is not None and torch.is_grad_enabled()
+        if uses_graphs:
+            graph_loss, features_MKD = self.replay(batch, features_MKD, loss_inputs)
+            if graph_loss is not None:
+                return graph_loss
+        start = time.perf_counter()
+        loss = self._run_eager(batch, features_MKD, loss_inputs)
+        if uses_graphs:
+            if loss.requires_grad:
+                self.timer.record_launch(time.perf_counter() - start)
+            self._launch_event = record_event(loss.device)
+        return loss.detach()
+
     def replay(
         self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor | None, Tensor | None]:
@@ -255,20 +287,19 @@ class CudaGraphRunner:
         inputs.backward_features(features_MKD)
         return loss, features_MKD
 
-    def record_eager(self, loss: Tensor, seconds: float) -> None:
-        """Record an eager pass with its host time, to compare it with replays."""
-        if loss.requires_grad:
-            self.timer.record_launch(seconds)
-        self._launch_event = record_event(loss.device)
+    def _run_eager(
+        self, batch: PackedBatch, features_MKD: Tensor | None, loss_inputs: Mapping[str, Tensor]
+    ) -> Tensor:
+        h_LD = self.model(batch, features_MKD)
+        loss = self.objective.compute_loss(h_LD, self.model.lm_head_weight, loss_inputs)
+        if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
+            loss[0].backward()  # type: ignore[no-untyped-call]
+        return loss
 
     def warm_up(self, batch: PackedBatch) -> None:
         """Run a pack eagerly and from static buffers, so that all its kernels are compiled."""
         loss_inputs = self.objective.loss_inputs(batch, torch.zeros((), device=batch.ids_T.device))
-        loss = self.objective.compute_loss(
-            self.model(batch), self.model.lm_head_weight, loss_inputs
-        )
-        if loss.requires_grad:
-            loss[0].backward()  # type: ignore[no-untyped-call]
+        loss = self._run_eager(batch, None, loss_inputs)
         if self.graphs is None:
             return
         self._launch_event = record_event(loss.device)

@@ -23,7 +23,7 @@ from zlib import crc32
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, get_worker_info
 
 from finesight.data.line_index import UnreadableFileError
 from finesight.encode.packing import (
@@ -83,33 +83,23 @@ def prefetch_items(
         UserError: An item cannot be loaded.
         DataWorkerError: Workers were killed repeatedly at the same item.
     """
-    dataset = _ItemDataset(load_item)
-
-    def iter_from(start: int) -> Iterator[Item | UserError]:
-        return _start_workers(dataset, indices[start:], num_workers, pin_memory)
-
-    return _iter_items(iter_from, iter_from(0), num_workers)
-
-
-class _ItemDataset(Dataset[Item | UserError]):
-    """Map-style dataset over a function from an index to an item."""
-
-    def __init__(self, load_item: Callable[[int], Item]) -> None:
-        self._load_item = load_item
-
-    def __getitem__(self, index: int) -> Item | UserError:
-        return catch_user_error(self._load_item, index)
+    start_workers = partial(_start_workers, load_item, indices, num_workers, pin_memory)
+    return _iter_items(start_workers, start_workers(0), num_workers)
 
 
 def _start_workers(
-    dataset: Dataset[Item | UserError], indices: Sequence[int], num_workers: int, pin_memory: bool
+    load_item: Callable[[int], Item],
+    indices: Sequence[int],
+    num_workers: int,
+    pin_memory: bool,
+    start: int,
 ) -> Iterator[Item | UserError]:
+    dataset: Any = indices[start:]  # PyTorch requires only __getitem__ and __len__
     loader: DataLoader[Item | UserError] = DataLoader(
         dataset,
         batch_size=None,
-        sampler=indices,
         num_workers=num_workers,
-        collate_fn=_identity_collate,
+        collate_fn=partial(catch_user_error, load_item),
         pin_memory=pin_memory,
         prefetch_factor=2 if num_workers else None,
         # A fork starts in milliseconds without pickling; the workers never use CUDA.
@@ -184,10 +174,6 @@ def _is_worker_death(error: Exception) -> bool:
     if isinstance(error, RuntimeError):
         return text.startswith("DataLoader worker (pid")
     return "in DataLoader worker process" not in text
-
-
-def _identity_collate(item: Item) -> Item:
-    return item
 
 
 def _start_worker(worker: int) -> None:
@@ -509,6 +495,19 @@ class StepDataset:
         """
         split_samples, shards, skipped = self._read_split_samples(step_index)
         own_samples, own_skipped = self._read_samples(self.sampler.batch_indices(step_index))
+        return self.pack_step(
+            step_index, own_samples, (*skipped, *own_skipped), split_samples, shards
+        )
+
+    def pack_step(
+        self,
+        step_index: int,
+        own_samples: Sequence[IndexedSample],
+        skipped: Sequence[SkippedSample],
+        split_samples: Sequence[IndexedSample] = (),
+        shards: Sequence[ContextShard] = (),
+    ) -> tuple[StepBatch, TensorBlock]:
+        """Pack the encoded samples of a step; see `build_step`."""
         # Inputs of a Hugging Face processor cannot be packed, and a pair is one pack.
         is_single = any(
             encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in own_samples
@@ -547,7 +546,7 @@ class StepDataset:
             for indices, buffer in zip(sample_indices, cache_inputs, strict=True):
                 self.cache_reader.write_to(indices, buffer)
         return StepBatch(
-            step_index, tuple(packs), (*skipped, *own_skipped), sample_indices, cache_inputs
+            step_index, tuple(packs), tuple(skipped), sample_indices, cache_inputs
         ), block
 
     def _read_split_samples(

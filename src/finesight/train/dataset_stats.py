@@ -15,7 +15,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
-from finesight.config import DataSettings, Recipe
+from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
 from finesight.data.sample import LocatedSample, TextPart, list_media_paths
@@ -51,16 +51,8 @@ MAX_LISTED_IMAGES = 5
 _CHECKSUM_KEY = "sha256"
 
 
-class ImageState(NamedTuple):
-    """Fingerprints of all images of a sample.
-
-    Attributes:
-        content: Hash of the sizes, first and last bytes of the files.
-        time: Hash of the modification times.
-    """
-
-    content: int
-    time: int
+ImageState = tuple[int, int]
+"""Hashes of all images of a sample: of their sizes and edges, and of their modification times."""
 
 
 def read_image_state(sample: LocatedSample) -> ImageState:
@@ -85,7 +77,8 @@ def read_image_state(sample: LocatedSample) -> ImageState:
             ) from error
         contents.update(size.to_bytes(8) + ends)
         times.update(time.to_bytes(8, signed=True))
-    return ImageState(*(int.from_bytes(h.digest(), signed=True) for h in (contents, times)))
+    content, time = (int.from_bytes(h.digest(), signed=True) for h in (contents, times))
+    return content, time
 
 
 def list_sample_images(sample: LocatedSample) -> list[Path]:
@@ -524,6 +517,20 @@ class TrainingData:
         return StepDataset(*source, max_length=max_length, use_shared_prefix=use_shared_prefix)
 
 
+class MismatchedCorpus(Corpus):
+    """Corpus whose samples have the next one, with whose answer KTO estimates the divergence."""
+
+    @classmethod
+    def load(cls, files: Sequence[DataFileSettings]) -> MismatchedCorpus:
+        """Open data files like `load_corpus`."""
+        corpus = load_corpus(files)
+        return cls(corpus.sources, corpus.weights, corpus.fingerprint)
+
+    def read_validated(self, index: int) -> LocatedSample:
+        """Read and fully validate a sample, and read the next one."""
+        return replace(super().read_validated(index), mismatched=self[(index + 1) % len(self)])
+
+
 def load_training_data(
     recipe: Recipe, renderer: Renderer, num_workers: int, console: ProgressConsole
 ) -> tuple[TrainingData, TrainingData | None]:
@@ -551,12 +558,14 @@ def load_training_data(
             # The file is not executed here: a plan does not need it.
             custom_metric.require_metric_file(location[0])
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
+    is_kto = (recipe.train.objective, recipe.train.kto.loss_type) == ("kto", "kto")
+    load = MismatchedCorpus.load if is_kto else load_corpus
     with console.activity("reading data.train"):
-        corpus = load_corpus(recipe.data.train)
+        corpus = load(recipe.data.train)
     if not recipe.data.eval:
         return scan_split("train", corpus), None
     with console.activity("reading data.eval"):
-        validation_corpus = load_corpus(recipe.data.eval)
+        validation_corpus = load(recipe.data.eval)
         samples = validation_corpus.read_samples()
         watched_images = {path for sample in samples for path in list_image_paths(sample)}
     train_data = scan_split("train", corpus, watched_images)

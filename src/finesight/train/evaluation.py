@@ -11,10 +11,10 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence, Set
-from contextlib import closing
+from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -31,11 +31,9 @@ from finesight.train.dataloader import (
     GlobalStepStats,
     SkippedSample,
     StepBatch,
-    StepDataset,
     read_steps,
 )
 from finesight.train.lr_schedule import resolve_steps
-from finesight.train.objectives import PackKey
 from finesight.train.oom import (
     MemoryBudget,
     build_generation_oom_error,
@@ -157,7 +155,7 @@ def _build_eval_result(
     return EvalResult(
         step=state.progress.step,
         validation_loss=loss,
-        loss_metrics=dict(zip(state.engine.objective.metric_names, metrics, strict=True)),
+        loss_metrics=state.engine.objective.describe_metrics(metrics),
         scores=generation.scores if generation else {},
         primary_metric=generation.primary_metric if generation else None,
         intervals=generation.intervals if generation else {},
@@ -325,70 +323,78 @@ def compute_validation_loss(
         TrainingInterrupted: A stop was requested.
         GpuOutOfMemoryError: A pack exceeds the GPU memory.
     """
-    assert state.data.validation is not None, "no validation data"
-    recipe, model = state.run.recipe, state.engine.model
     own_indices = state.run.hardware.process_group.shard(indices)
-    sampler = SequentialSampler(own_indices, recipe.train.batch_size)
-    # Without shared prefixes: in evaluation mode, some families compute a token depending on the
-    # length of its sample (`model.families.qwen_vl`).
-    data = state.data.validation.build_step_dataset(
-        state.data.renderer, sampler, budget.pack_tokens, recipe.data
-    )
     objective, device = state.engine.objective, state.run.hardware.device
     total = torch.zeros(1 + len(objective.metric_names), device=device, dtype=torch.float64)
     num_terms = 0
     skipped, read = list[SkippedSample](), list[int]()
-    model.eval()
-    try:
-        for step_batch, values in iter_step_losses(state, data, "eval", budget, on_progress):
-            for loss in values:
-                total += loss
-            num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
-            skipped += step_batch.skipped
-            read += chain.from_iterable(step_batch.sample_indices)
-    finally:
-        model.train()
+    for step_batch, values in iter_step_losses(state, "eval", own_indices, budget, on_progress):
+        for loss in values:
+            total += loss
+        num_terms += objective.count_terms(GlobalStepStats.from_step(step_batch))
+        skipped += step_batch.skipped
+        read += chain.from_iterable(step_batch.sample_indices)
     return LossSum(tuple(total.tolist()), num_terms, tuple(skipped), tuple(read))
 
 
 @torch.no_grad()
 def iter_step_losses(
     state: TrainState,
-    data: StepDataset,
-    split: str,
+    split: Literal["train", "eval"],
+    indices: Sequence[int],
     budget: MemoryBudget,
     on_progress: ProgressCallback,
 ) -> Iterator[tuple[StepBatch, list[Tensor]]]:
-    """Yield the steps of a dataset, with summed loss and metrics of each pack on the device."""
-    hardware = state.run.hardware
+    """Yield steps of samples, with summed loss and metrics of each pack on the device.
+
+    The model is in the mode in which the run processes the split.
+    """
+    hardware, recipe, model = state.run.hardware, state.run.recipe, state.engine.model
+    source = state.data.train if split == "train" else state.data.validation
+    assert source is not None, f"no data of the split {split}"
+    sampler = SequentialSampler(indices, recipe.train.batch_size)
+    # Without shared prefixes: in evaluation mode, some families compute a token depending on the
+    # length of its sample (`model.families.qwen_vl`).
+    data = source.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
+    unit_weight = torch.ones((), device=hardware.device)
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
-    with closing(step_batches) as steps:
+    model.train(split == "train")
+    with closing(step_batches) as steps, ExitStack() as stack:
+        stack.callback(model.train)
         for step_batch in steps:
             state.run.stop.raise_if_requested()
             values = []
             packs = zip(step_batch.packs, step_batch.sample_indices, strict=True)
             for packed_batch, sample_indices in packs:
-                try:
-                    values.append(_pack_loss(state, packed_batch, (split, sample_indices)))
-                except torch.OutOfMemoryError as error:
-                    has_freed_memory = state.engine.graph_runner.release_graphs()
-                    raise build_pack_oom_error(
-                        error, packed_batch, budget, False, has_freed_memory=has_freed_memory
-                    ) from None
+                with translate_pack_oom(state, packed_batch, budget, is_training=False):
+                    # The tensors of the pack have no name here, so that they are freed.
+                    values.append(
+                        state.engine.graph_runner.run_pack(
+                            state.engine.device_loader.load(packed_batch),
+                            None,
+                            unit_weight,
+                            (split, sample_indices),
+                        )
+                    )
             yield step_batch, values
             on_progress(step_batch.num_samples + len(step_batch.skipped))
 
 
-def _pack_loss(state: TrainState, packed_batch: PackedBatch, key: PackKey) -> Tensor:
-    """Return the summed loss and metrics of a pack.
-
-    This is a separate function so that the tensors of the pack are freed on return.
-    """
-    model = state.engine.model
-    batch = state.engine.device_loader.load(packed_batch)
-    objective, unit_weight = state.engine.objective, torch.ones((), device=batch.ids_T.device)
-    inputs = objective.loss_inputs(batch, unit_weight, key)
-    return objective.compute_loss(model(batch), model.lm_head_weight, inputs)
+@contextmanager
+def translate_pack_oom(
+    state: TrainState, packed_batch: PackedBatch, budget: MemoryBudget, *, is_training: bool = True
+) -> Iterator[None]:
+    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        # A retry can use the memory of the freed CUDA graphs.
+        has_freed_memory = state.engine.graph_runner.release_graphs()
+        can_split = state.max_unsplit_tokens is not None
+        world_size = state.run.hardware.process_group.world_size if can_split else 1
+        raise build_pack_oom_error(
+            error, packed_batch, budget, is_training, world_size, has_freed_memory=has_freed_memory
+        ) from None
 
 
 def peak_memory_gb(device: torch.device) -> float:

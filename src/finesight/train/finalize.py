@@ -177,8 +177,11 @@ def compute_checksum(tensor: Tensor) -> Tensor:
     return torch.stack([chunk.sum(dtype=torch.int64) for chunk in chunks]).sum()
 
 
-def check_param_changes(param_changes: Iterable[ParamChange]) -> None:
+def check_param_changes(param_changes: Iterable[ParamChange], equal_rewards: str = "") -> None:
     """Verify that frozen parts are unchanged and trainable parts have changed.
+
+    Args:
+        equal_rewards: Names of the rewards if no group of responses had different ones.
 
     Raises:
         RuntimeError: A frozen part changed, which is a bug.
@@ -192,8 +195,18 @@ def check_param_changes(param_changes: Iterable[ParamChange]) -> None:
             )
         if change.is_trained and not (change.num_changed and change.num_with_grad):
             problem = "no gradient reached" if change.num_changed else "training did not change"
+            problem += f" the {change.num_tensors} trainable tensors of {change.part}"
+            if equal_rewards:
+                raise UserError(
+                    f"{problem}: the responses to each prompt had equal rewards or none"
+                    f" ({equal_rewards})",
+                    where="rewards",
+                    expected="responses of which some have a higher reward",
+                    remedy="use rewards that score partly correct answers, raise"
+                    " train.grpo.temperature, or fine-tune with train.objective=sft first",
+                )
             raise UserError(
-                f"{problem} the {change.num_tensors} trainable tensors of {change.part}",
+                problem,
                 where=f"tune.{change.part}",
                 expected="updates of all trainable parts",
                 remedy=f"add samples that use it (images, for vision and merger), increase"
@@ -302,7 +315,10 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
         if process_group.is_main:
             run_dir.write(PARAM_AUDIT_FILE, [*map(asdict, param_changes)])
             console.log(format_param_changes(param_changes))
-        check_param_changes(param_changes)
+        # A step without tokens had no group with different rewards.
+        has_tokens = any(line.get("num_supervised_tokens") for line in run_dir.iter_metrics())
+        names = ", ".join(reward.name for reward in state.run.recipe.rewards)
+        check_param_changes(param_changes, "" if has_tokens else names)
         if process_group.is_main:
             with console.activity("saving the trained weights"):
                 _save_weights(state, step)

@@ -499,20 +499,6 @@ class MasterWeightOptimizer:
         for group in self.param_groups:
             group.gradients.accumulate()
 
-    def use_flat_gradients(self) -> None:
-        """Accumulate all gradients in flat fp32 buffers, as `all_reduce_gradients` requires."""
-        for group in self.param_groups:
-            group.gradients.use_flat_buffer()
-
-    def all_reduce_gradients(self, reduce_fn: Callable[[Tensor], object]) -> None:
-        """Reduce the flat gradient buffers of all groups over all ranks.
-
-        Args:
-            reduce_fn: Function that reduces a tensor over all ranks in-place.
-        """
-        for group in self.param_groups:
-            group.gradients.all_reduce(reduce_fn)
-
     def grad_norm(self) -> Tensor:
         """Return the Euclidean norm of all gradients, an fp32 scalar on the device."""
         device = self.param_groups[0].gradients.device

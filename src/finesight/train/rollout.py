@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from random import Random
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +46,7 @@ from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
 from finesight.train.dataloader import SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 
 FloatArray = NDArray[np.float64]
 
@@ -90,7 +92,6 @@ class Group(NamedTuple):
     sample_index: int
     prompt: EncodedSample
     responses: list[list[GeneratedToken]]
-    is_truncated: list[bool]
     rewards_GF: FloatArray
     predictions: list[Prediction]
     cases: list[EvalCase]
@@ -212,15 +213,17 @@ def _sort_corners(xyxy: Box) -> Box:
 class Rollout:
     """Sampler of responses to the prompts of training steps, on this rank."""
 
-    def __init__(self, state: TrainState, stop: StopRequest, log: Callable[[str], None]) -> None:
+    def __init__(self, state: TrainState) -> None:
         recipe = state.run.recipe
-        self.state, self.stop = state, stop
+        self.state = state
         self.settings, self.seed = recipe.train.grpo, recipe.train.seed
-        self.batch_size = self.settings.batch_size
+        self.sampling = recipe.train.sampling or recipe.train.grpo
+        self.batch_size = self.sampling.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
         self.weights_F = np.array(self.scorer.weights)
-        self.check, self.log = RewardCheck(state.data.renderer, log), log
+        self.log = state.run.console.log
+        self.check = RewardCheck(state.data.renderer, self.log)
         self.reward_s, self.first_step = 0.0, 0
         self.engine: Engine | None = None
         self.capacity = 0, 0
@@ -249,7 +252,7 @@ class Rollout:
         own = RolloutRecord(
             rewards=[_as_lists(group.rewards_GF) for group in sampled],
             lengths=[len(tokens) for group in sampled for tokens in group.responses],
-            is_truncated=[flag for group in sampled for flag in group.is_truncated],
+            is_truncated=[not one.ended_with_eos for group in sampled for one in group.cases],
             num_useful=len(useful),
             num_tokens=sum(map(self.count_tokens, useful)),
         )
@@ -291,7 +294,7 @@ class Rollout:
         `train.grpo.max_refills` times.
         """
         state, max_refills = self.state, self.settings.max_refills
-        indices = state.data.step_dataset.sampler.batch_indices(step)
+        indices = state.engine.step_dataset.sampler.batch_indices(step)
         num_wanted = len(indices)
         sampled, useful = list[Group](), list[Group]()
         for attempt in range(max_refills + 1):
@@ -311,18 +314,8 @@ class Rollout:
         self, step: int, indices: Sequence[int], skipped: list[SkippedSample]
     ) -> list[Group]:
         """Generate and score the responses of samples; unreadable ones are skipped."""
-        state, renderer = self.state, self.state.data.renderer
-        samples = [state.data.train.corpus.read_validated(index) for index in indices]
-        prompts: list[tuple[int, LocatedSample, EncodedSample]] = []
-        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
-            futures = [pool.submit(renderer.encode_prompt, sample) for sample in samples]
-            for index, sample, future in zip(indices, samples, futures, strict=True):
-                try:
-                    prompts.append((index, sample, future.result()))
-                except CorruptImageError as error:
-                    if state.run.recipe.data.on_invalid_sample == "fail":
-                        raise
-                    skipped.append(SkippedSample(sample.sample.id, str(error).splitlines()[0]))
+        renderer = self.state.data.renderer
+        prompts = self.encode_samples(indices, renderer.encode_prompt, skipped)
         responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
         groups = []
         for (index, sample, prompt), tokens in zip(prompts, responses, strict=True):
@@ -340,17 +333,36 @@ class Rollout:
             start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
             self.reward_s += time.perf_counter() - start_time
-            truncated = [not case.ended_with_eos for case in cases]
-            groups.append(Group(index, prompt, tokens, truncated, rewards_FG.T, predictions, cases))
+            groups.append(Group(index, prompt, tokens, rewards_FG.T, predictions, cases))
             totals_G = _weigh(rewards_FG.T, self.weights_F)
             self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
+
+    def encode_samples(
+        self,
+        indices: Sequence[int],
+        encode: Callable[[LocatedSample], EncodedSample],
+        skipped: list[SkippedSample],
+    ) -> list[tuple[int, LocatedSample, EncodedSample]]:
+        """Read and encode samples; unreadable ones are skipped."""
+        state, encoded = self.state, list[tuple[int, LocatedSample, EncodedSample]]()
+        samples = [state.data.train.corpus.read_validated(index) for index in indices]
+        with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
+            futures = [pool.submit(encode, sample) for sample in samples]
+            for index, sample, future in zip(indices, samples, futures, strict=True):
+                try:
+                    encoded.append((index, sample, future.result()))
+                except CorruptImageError as error:
+                    if state.run.recipe.data.on_invalid_sample == "fail":
+                        raise
+                    skipped.append(SkippedSample(sample.sample.id, str(error).splitlines()[0]))
+        return encoded
 
     def generate(
         self, step: int, prompts: Sequence[tuple[int, EncodedSample]]
     ) -> list[list[list[GeneratedToken]]]:
         """Sample the responses of each prompt; prompts share their keys and values."""
-        count, total = len(prompts), len(prompts) * self.settings.num_generations
+        count, total = len(prompts), len(prompts) * self.sampling.num_generations
         tokens_by_request: dict[int, list[GeneratedToken]] = {}
         image_hashes = [hash_images(prompt) for _, prompt in prompts]
 
@@ -359,13 +371,13 @@ class Rollout:
             index, prompt = prompts[position]
             name = f"{self.seed}/{step}/{index}/{number}"
             params = SamplingParams(
-                temperature=self.settings.temperature,
+                temperature=self.sampling.temperature,
                 seed=int.from_bytes(hashlib.sha256(name.encode()).digest()[:7], "little"),
                 banned_ids=self.banned_ids,
             )
             return GenerationRequest(
                 prompt=prompt,
-                max_new_tokens=self.settings.max_completion_length,
+                max_new_tokens=self.sampling.max_completion_length,
                 sampling_params=params,
                 logprobs=0,
                 processed_logprobs=True,
@@ -374,7 +386,7 @@ class Rollout:
 
         def on_progress(num_finished: int) -> None:
             if self.state.run.hardware.process_group.is_single_process:
-                self.stop.raise_if_requested()
+                self.state.run.stop.raise_if_requested()
 
         model = self.state.engine.model
         model.eval()
@@ -404,7 +416,7 @@ class Rollout:
             # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
             if device.type != "cuda" or parallel.is_sharded or not has_half_available(device):
                 self.engine = None
-        numbers = range(self.settings.num_generations)
+        numbers = range(self.sampling.num_generations)
         return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
 
     def prepare_engine(self, prompt_lengths: Sequence[int]) -> Engine:
@@ -415,14 +427,14 @@ class Rollout:
         if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
             self.engine = None  # free its memory first
             self.capacity = num_seqs, max(max_length, self.capacity[1])
-            lengths, max_tokens = [self.capacity[1]] * num_seqs, self.settings.max_completion_length
+            lengths, max_tokens = [self.capacity[1]] * num_seqs, self.sampling.max_completion_length
             self.engine = Engine(
                 model,
                 self.state.data.renderer.end_ids,
                 max_num_seqs=num_seqs,
                 num_cache_tokens=compute_required_tokens(model, lengths, max_tokens, num_seqs),
                 matches_training=not is_sharded and model.match_decoding(),
-                num_snapshots=-(-num_seqs // self.settings.num_generations),
+                num_snapshots=-(-num_seqs // self.sampling.num_generations),
             )
         else:
             self.engine.clear_caches()
@@ -458,7 +470,7 @@ class Rollout:
     def list_used(self, group: Group) -> list[int]:
         """Return the responses of a group that contribute to the loss."""
         is_masked = self.settings.mask_truncated_completions
-        return [n for n, flag in enumerate(group.is_truncated) if not (flag and is_masked)]
+        return [n for n, one in enumerate(group.cases) if one.ended_with_eos or not is_masked]
 
     def pack_group(
         self, group: Group, records: Sequence[RolloutRecord], rewards_QGF: FloatArray
@@ -514,6 +526,48 @@ class Rollout:
                 self.banned_ids,
             )
         return logps_L.float().cpu()
+
+
+class StudentRollout(Rollout):
+    """Sampler of responses of the model for distillation, beside the answers of the data.
+
+    A sample has a response of the model with the probability `train.distill.lmbda`, depending only
+    on seed, step and sample.
+    """
+
+    def build_step(self, step: int) -> StepBatch:
+        """Generate responses to a share of the samples of a step, and pack all samples.
+
+        Raises:
+            TrainingInterrupted: A stop was requested.
+        """
+        state, process_group = self.state, self.state.run.hardware.process_group
+        skipped: list[SkippedSample] = []
+        start_time, renderer = time.perf_counter(), state.data.renderer
+        indices = state.engine.step_dataset.sampler.batch_indices(step)
+        share = state.run.recipe.train.distill.lmbda
+        draws = {index: Random(f"{self.seed}/{step}/{index}").random() for index in indices}
+        sampled = [index for index in indices if draws[index] < share]
+        others = [index for index in indices if draws[index] >= share]
+        with state.engine.parallel.summon_full_params(), process_group.sync_errors():
+            prompts = self.encode_samples(sampled, renderer.encode_prompt, skipped)
+            responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
+            answered = self.encode_samples(others, renderer.encode, skipped)
+        encoded = {index: one for index, _, one in answered}
+        for (index, _, prompt), (tokens,) in zip(prompts, responses, strict=True):
+            tokenized = append_tokens(prompt.tokenized, [token.id for token in tokens])
+            is_response_T = np.arange(tokenized.num_tokens) >= prompt.tokenized.num_tokens
+            encoded[index] = replace(
+                prompt, tokenized=replace(tokenized, loss_mask_T=is_response_T)
+            )
+        payloads = process_group.all_gather_str(json.dumps([len(one) for (one,) in responses]))
+        counts = [count for payload in payloads for count in json.loads(payload)]
+        metrics = {"rollout_s": time.perf_counter() - start_time}
+        if counts:
+            metrics["completions/mean_length"] = float(np.mean(counts))
+        samples = [(index, encoded[index]) for index in indices if index in encoded]
+        dataset = state.engine.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
+        return replace(dataset.pack_step(step, samples, skipped)[0], metrics=metrics)
 
 
 def has_half_available(device: torch.device) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
-from finesight.config import MAX_COUNT, Recipe
+from finesight.config import MAX_COUNT, OBJECTIVE_SECTIONS, Recipe
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
@@ -138,7 +138,7 @@ class RunDir:
         if "train.objective" in changes:
             # Settings of other objectives are not compared.
             changes["train.objective"] = recipe.train.objective
-            sections = ("train.dpo", "train.orpo", "train.simpo")
+            sections = {f"train.{name}" for name in OBJECTIVE_SECTIONS}
             changes = {k: v for k, v in changes.items() if v is not None or k not in sections}
         words = [
             *(f"{name}={_format_setting(value)}" for name, value in changes.items()),

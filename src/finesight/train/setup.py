@@ -8,7 +8,6 @@ import os
 import platform
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,9 +15,9 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, TrainSettings, TuneSettings
+from finesight.config import OBJECTIVE_SECTIONS, Recipe, TrainSettings, TuneSettings
 from finesight.encode.packing import SampleShape
-from finesight.encode.renderer import FAMILIES, Renderer
+from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
@@ -58,7 +57,8 @@ from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.lr_schedule import LRSchedule
 from finesight.train.objectives import Objective
-from finesight.train.objectives.dpo import PairObjective, get_pair_settings
+from finesight.train.objectives.distill import DistillObjective, load_teacher
+from finesight.train.objectives.dpo import KtoObjective, PairObjective
 from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
@@ -172,20 +172,7 @@ def build_manifest(state: TrainState) -> Manifest:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RunInputs:
-    """Checked inputs of a new run, before its weights are loaded."""
-
-    recipe: Recipe
-    hardware: Hardware
-    base_model: BaseModelRef
-    renderer: Renderer
-    train_data: TrainingData
-    sampler: TrainSampler
-    validation_data: TrainingData | None = None
-
-
-InputCheck = Callable[[RunInputs, ProgressConsole], None]
+InputCheck = Callable[[RunContext, RunData], None]
 """Check of the inputs of a new run, which raises UserError to reject them."""
 
 
@@ -232,8 +219,8 @@ def build_train_state(
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_run_inputs(recipe, train_data, sampler)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
-    inputs = RunInputs(recipe, hardware, base_model, renderer, train_data, sampler, validation_data)
-    resume_config = _build_resume_config(inputs)
+    data = RunData(renderer, train_data, validation_data, sampler)
+    resume_config = _build_resume_config(recipe, hardware, base_model, data)
     checkpoint_manager = CheckpointManager(run_dir.checkpoint_dir, recipe.train.keep_checkpoints)
     run = RunContext(
         recipe, run_dir, checkpoint_manager, hardware, base_model, resume_config, console
@@ -254,8 +241,10 @@ def build_train_state(
     if checkpoint is None and check_inputs is not None:
         with process_group.sync_errors():
             if process_group.is_main:
-                check_inputs(inputs, console)
+                check_inputs(run, data)
     model = _load_model(run)
+    if isinstance(objective, DistillObjective):
+        objective.teacher = load_teacher(recipe.train, renderer)
     flop_counter = None if isinstance(model, HfModel) else FlopCounter(model)
     rank_sampler = build_rank_sampler(
         sampler,
@@ -272,18 +261,19 @@ def build_train_state(
     parallel = parallelize_model(recipe, model, hardware.dtype, process_group)
     optimizer = MasterWeightOptimizer(parallel.trainable_params, recipe.train, stacked_rows)
     if not (process_group.is_single_process or parallel.is_sharded):
-        optimizer.use_flat_gradients()
+        for group in optimizer.param_groups:
+            group.gradients.use_flat_buffer()
     budget = MemoryBudget(
         pack_tokens=recipe.train.pack_tokens,
         activation_checkpointing=recipe.train.activation_checkpointing,
     )
     state = TrainState(
         run,
-        RunData(
-            renderer,
-            train_data,
-            validation_data,
-            sampler,
+        data,
+        TrainEngine(
+            model=model.train(),
+            objective=objective,
+            parallel=parallel,
             step_dataset=train_data.build_step_dataset(
                 renderer,
                 rank_sampler,
@@ -291,11 +281,6 @@ def build_train_state(
                 recipe.data,
                 use_shared_prefix=not isinstance(model, HfModel),
             ),
-        ),
-        TrainEngine(
-            model=model.train(),
-            objective=objective,
-            parallel=parallel,
             device_loader=DeviceLoader(
                 parallel,
                 hardware.device,
@@ -349,11 +334,14 @@ def build_objective(
             expected="a natively implemented model family since Qwen2-VL",
             remedy="choose another model, or set train.objective=sft",
         )
-    if train.objective == "grpo":
-        return GrpoObjective(train.grpo, banned_ids)
-    settings = get_pair_settings(train)
-    assert settings is not None, f"{train.objective} has no settings"
-    return PairObjective(settings)
+    return {
+        "dpo": PairObjective(train.dpo),
+        "orpo": PairObjective(train.orpo),
+        "simpo": PairObjective(train.simpo),
+        "kto": KtoObjective(train.kto),
+        "grpo": GrpoObjective(train.grpo, banned_ids),
+        "distill": DistillObjective(train.distill),
+    }[train.objective]
 
 
 def resolve_tune(recipe: Recipe) -> TuneSettings:
@@ -511,31 +499,33 @@ def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
     return Hardware(device, dtype, num_workers, peak_flops, process_group)
 
 
-def _build_resume_config(inputs: RunInputs) -> dict[str, Any]:
+def _build_resume_config(
+    recipe: Recipe, hardware: Hardware, base_model: BaseModelRef, data: RunData
+) -> dict[str, Any]:
     """Collect the settings and fingerprints that must be the same when the run is resumed."""
-    recipe, adapter, renderer = inputs.recipe, inputs.base_model.adapter, inputs.renderer
+    adapter, renderer = base_model.adapter, data.renderer
     settings = {
-        "model": inputs.base_model.folder.fingerprint(),
+        "model": base_model.folder.fingerprint(),
         "adapter": sha256_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
         "image": renderer.image_rule.model_dump(mode="json"),
         "data.system_prompt": renderer.system_prompt,
         "data.max_length": recipe.data.max_length,
         "data.on_invalid_sample": recipe.data.on_invalid_sample,
         **({} if renderer.supervise == "all" else {"data.supervise": renderer.supervise}),
-        "train.precision": inputs.hardware.precision,
+        "train.precision": hardware.precision,
     }
-    for name, data in (("train", inputs.train_data), ("eval", inputs.validation_data)):
+    for name, split in (("train", data.train), ("eval", data.validation)):
         signature = ""
-        if data is not None:
-            indices = data.stats.sample_indices
+        if split is not None:
+            indices = split.stats.sample_indices
             # A list of millions of indices would be too long.
-            is_short = data.stats.is_complete
+            is_short = split.stats.is_complete
             signature = json.dumps(indices) if is_short else f"all of {len(indices)}"
-        settings[f"data.{name}"] = data.corpus.fingerprint if data else None
+        settings[f"data.{name}"] = split.corpus.fingerprint if split else None
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")
     settings |= {f"tune.{name}": value for name, value in tune.items()}
-    other_objectives = {"dpo", "orpo", "simpo", "grpo"} - {recipe.train.objective}
+    other_objectives = OBJECTIVE_SECTIONS - {recipe.train.objective}
     train = recipe.train.model_dump(mode="json", exclude=MUTABLE_SETTINGS | other_objectives)
     if recipe.train.objective in (None, "sft"):
         # Checkpoints of earlier versions have no objective.

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from finesight.config import PixelLimits, PixelRange, Recipe
-from finesight.encode.renderer import RejectedAnswers, Renderer, build_renderer
+from finesight.encode.renderer import Renderer, Responses, build_renderer
 from finesight.errors import TrainingInterrupted
 from finesight.manifest import Manifest
 from finesight.model_folder import ModelFolder
@@ -44,13 +44,27 @@ PREEMPTION_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
 
 
-REJECTED_ANSWERS: Mapping[str | None, RejectedAnswers] = {
-    None: "forbid",
-    "sft": "ignore",
-    "grpo": "ignore",
-    **dict.fromkeys(("dpo", "orpo", "simpo"), "require"),
+_LABELS = "label true", "label false"
+_NO_PAIR = "add the rejected answer, or set train.objective=kto or sft"
+_CHOSEN_ONLY = "or train.objective=sft to train on the chosen answers only"
+_UNDESIRABLE = "remove the samples with the label false, or set train.objective=kto"
+
+EXCLUDED_KINDS: Mapping[str | None, Mapping[str, str]] = {
+    None: {
+        "pair": f"set train.objective=dpo to train on pairs, {_CHOSEN_ONLY}",
+        **dict.fromkeys(_LABELS, f"set train.objective=kto to train on labels, {_CHOSEN_ONLY}"),
+    },
+    "kto": {"label none": "add `label` or the rejected answer, or set train.objective=sft"},
+    **{key: dict.fromkeys(("label none", *_LABELS), _NO_PAIR) for key in ("dpo", "orpo", "simpo")},
+    **{key: {"label false": _UNDESIRABLE} for key in ("sft", "grpo", "distill")},
 }
-"""Treatment of rejected answers by `train.objective`."""
+"""Remedies by kind of the samples that an objective excludes (`Renderer.excluded_kinds`)."""
+
+RESPONSES: Mapping[str | None, Responses] = {
+    "kto": "all",
+    **dict.fromkeys(("sft", "grpo", "distill"), "none"),
+}
+"""Samples whose answers are responses to a prompt, by `train.objective`."""
 
 
 class StopRequest:
@@ -158,7 +172,8 @@ class BaseModelRef:
             image_rule = run_rule if image_rule is None else image_rule
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
-        renderer.rejected_answers = REJECTED_ANSWERS[recipe.train.objective]
+        renderer.responses = RESPONSES.get(recipe.train.objective, "pairs")
+        renderer.excluded_kinds = EXCLUDED_KINDS[recipe.train.objective]
         renderer.supervise = recipe.data.supervise
         return renderer
 
@@ -185,13 +200,12 @@ class RunContext:
 
 @dataclass(frozen=True, slots=True)
 class RunData:
-    """Training and validation data of a run, and the steps of this rank."""
+    """Training and validation data of a run, and its steps."""
 
     renderer: Renderer
     train: TrainingData
     validation: TrainingData | None
     sampler: TrainSampler
-    step_dataset: StepDataset
 
     def images(self) -> dict[str, ImageStates]:
         """Return the image fingerprints of each split (`train`, `eval`)."""
@@ -201,11 +215,12 @@ class RunData:
 
 @dataclass(frozen=True, slots=True)
 class TrainEngine:
-    """Model and optimizer of a run, with the components of a training step."""
+    """Model and optimizer of a run, with the components and data of a training step."""
 
     model: AnyModel
     objective: Objective
     parallel: ParallelStrategy
+    step_dataset: StepDataset
     device_loader: DeviceLoader
     optimizer: MasterWeightOptimizer
     graph_runner: CudaGraphRunner
@@ -271,7 +286,7 @@ class TrainState:
         None if samples are never split.
         """
         pack_tokens = self.progress.budget.pack_tokens
-        sampler = self.data.step_dataset.with_pack_tokens(pack_tokens).sampler
+        sampler = self.engine.step_dataset.with_pack_tokens(pack_tokens).sampler
         return sampler.max_unsplit_tokens if isinstance(sampler, DistributedSampler) else None
 
     def apply_budget(self, budget: MemoryBudget) -> None:
@@ -329,5 +344,5 @@ class StepOutput:
 
     def list_metrics(self, objective: Objective) -> dict[str, float]:
         """Return metrics of the data and of the objective by name; call it after `wait`."""
-        values = zip(objective.metric_names, self.results[2:].tolist(), strict=True)
-        return {**self.step_batch.metrics, **dict(values)}
+        metrics = objective.describe_metrics(self.results[2:].tolist())
+        return {**self.step_batch.metrics, **metrics}

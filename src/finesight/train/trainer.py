@@ -23,7 +23,6 @@ from finesight.encode.packing import PackedBatch, dummy_batch
 from finesight.errors import TrainingInterrupted
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import find_best_eval
-from finesight.progress import ProgressConsole
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
@@ -39,12 +38,15 @@ from finesight.train.dataloader import (
     record_event,
     time_data_waits,
 )
-from finesight.train.evaluation import load_eval_history, resolve_eval_interval, run_evaluation
-from finesight.train.objectives import PackKey
+from finesight.train.evaluation import (
+    load_eval_history,
+    resolve_eval_interval,
+    run_evaluation,
+    translate_pack_oom,
+)
 from finesight.train.oom import (
     GpuOutOfMemoryError,
     MemoryBudget,
-    build_pack_oom_error,
     retry_on_oom,
 )
 from finesight.train.parallel.distributed import (
@@ -57,7 +59,6 @@ from finesight.train.state import StepOutput, StopRequest, TrainState
 from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
-    from finesight.train.cuda_graphs import CudaGraphRunner
     from finesight.train.logging import MetricsLogger
     from finesight.train.vision_cache_builder import VisionFeatures
 
@@ -144,9 +145,10 @@ def train_step(
     global_stats = global_stats or GlobalStepStats.from_step(step_batch)
     num_terms = objective.count_terms(global_stats)
     loss_weight = torch.full((), loss_scale / max(1, num_terms), device=device)
-    # Loss and metrics.
-    total = torch.zeros(1 + len(objective.metric_names), device=device)
-    try:
+
+    def run_packs() -> Tensor:
+        """Return the weighted sums of loss and metrics over the packs of all ranks."""
+        total = torch.zeros(1 + len(objective.metric_names), device=device)
         for sync_context, packs in _group_packs(state, step_batch, global_stats.max_packs):
             group_loss = torch.zeros_like(total)
             with sync_context:
@@ -160,12 +162,11 @@ def train_step(
                     torch.manual_seed(micro_batch_seed(seed, step_index, global_index))
                     is_dummy = not packed_batch.sample_ids
                     pack_weight = torch.zeros_like(loss_weight) if is_dummy else loss_weight
-                    with _translate_pack_oom(state, packed_batch):
-                        if micro_index:
+                    with translate_pack_oom(state, packed_batch, state.progress.budget):
+                        if micro_index and torch.is_grad_enabled():
                             parallel.accumulate_gradients(optimizer)
                         # The tensors of the pack have no name here, so that they are freed.
-                        group_loss += forward_backward(
-                            engine.graph_runner,
+                        group_loss += engine.graph_runner.run_pack(
                             engine.device_loader.load(packed_batch),
                             None
                             if vision_cache is None
@@ -175,11 +176,17 @@ def train_step(
                             pack_weight,
                             None if is_dummy else ("train", step_batch.sample_indices[micro_index]),
                         )
-                total += group_loss
+            total += group_loss
+        return process_group.all_reduce(total)
+
+    try:
+        if objective.has_baseline:
+            with torch.no_grad():
+                objective.set_baseline(run_packs() / loss_scale)
+        total = run_packs()
     except Exception:
         engine.zero_grad()
         raise
-    process_group.all_reduce(total)
     grad_norm = parallel.reduce_gradients(optimizer)
     step_output = StepOutput(
         step_batch=step_batch,
@@ -203,54 +210,6 @@ def train_step(
     )
     parallel.sync_params()
     return step_output
-
-
-def forward_backward(
-    graph_runner: CudaGraphRunner,
-    batch: PackedBatch,
-    features_MKD: Tensor | None,
-    loss_weight: Tensor,
-    key: PackKey | None = None,
-) -> Tensor:
-    """Run the forward and backward pass of a pack, and return weighted loss and metrics.
-
-    A CUDA graph runs both passes if one fits the pack and is faster.
-
-    Args:
-        features_MKD: Cached image features; None to run the vision encoder.
-        loss_weight: Scalar on the device that multiplies the summed loss.
-        key: Samples of the pack, if known.
-    """
-    model, objective = graph_runner.model, graph_runner.objective
-    loss_inputs = objective.loss_inputs(batch, loss_weight, key)
-    if graph_runner.graphs is not None:
-        graph_loss, features_MKD = graph_runner.replay(batch, features_MKD, loss_inputs)
-        if graph_loss is not None:
-            return graph_loss
-    start = time.perf_counter()
-    h_LD = model(batch, features_MKD)
-    loss = objective.compute_loss(h_LD, model.lm_head_weight, loss_inputs)
-    if loss.requires_grad:  # False for text only, if only the vision encoder is trainable
-        loss[0].backward()  # type: ignore[no-untyped-call]
-    if graph_runner.graphs is not None:
-        graph_runner.record_eager(loss, time.perf_counter() - start)
-    return loss.detach()
-
-
-@contextmanager
-def _translate_pack_oom(state: TrainState, packed_batch: PackedBatch) -> Iterator[None]:
-    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        # A retry can use the memory of the freed CUDA graphs.
-        has_freed_memory = state.engine.graph_runner.release_graphs()
-        can_split = state.max_unsplit_tokens is not None
-        world_size = state.run.hardware.process_group.world_size if can_split else 1
-        budget = state.progress.budget
-        raise build_pack_oom_error(
-            error, packed_batch, budget, True, world_size, has_freed_memory=has_freed_memory
-        ) from None
 
 
 def _group_packs(
@@ -311,21 +270,14 @@ class Trainer:
     """Training loop of every rank: steps, evaluations, checkpoints and results.
 
     Args:
-        console: Console for progress and messages.
-        stop: Stop request of signal handlers.
         metrics_logger: Logger of steps and evaluations.
         vision_features: Vision cache of the run, if it pays off.
     """
 
     def __init__(
-        self,
-        state: TrainState,
-        console: ProgressConsole,
-        stop: StopRequest,
-        metrics_logger: MetricsLogger,
-        vision_features: VisionFeatures,
+        self, state: TrainState, metrics_logger: MetricsLogger, vision_features: VisionFeatures
     ) -> None:
-        self.state, self.console, self.stop = state, console, stop
+        self.state, self.console, self.stop = state, state.run.console, state.run.stop
         self.metrics_logger, self.vision_features = metrics_logger, vision_features
         self.total_steps = len(state.data.sampler)
         settings, eval_settings = state.run.recipe.train, state.run.recipe.eval
@@ -435,15 +387,16 @@ class Trainer:
         state, progress = self.state, self.state.progress
         state.apply_budget(budget)
         device, num_workers = state.run.hardware.device, state.run.hardware.num_workers
-        dataset = state.data.step_dataset.with_pack_tokens(budget.pack_tokens)
+        dataset = state.engine.step_dataset.with_pack_tokens(budget.pack_tokens)
         if vision_cache is not None:
             dataset = replace(dataset, cache_reader=vision_cache.reader)
         step_batches = read_steps(dataset, progress.step, num_workers, device.type == "cuda")
-        if state.run.recipe.train.objective == "grpo":
+        if state.run.recipe.train.sampling is not None:
             # Other objectives need no inference engine.
-            from finesight.train.rollout import Rollout
+            from finesight.train.rollout import Rollout, StudentRollout
 
-            step_batches = Rollout(state, self.stop, self.console.log).read_steps(progress.step)
+            rollout_type = Rollout if state.run.recipe.rewards else StudentRollout
+            step_batches = rollout_type(state).read_steps(progress.step)
         with closing(step_batches):
             for step_batch, data_wait in time_data_waits(step_batches, device):
                 step_output = self.run_step(step_batch, vision_cache)

@@ -115,7 +115,7 @@ def warm_up_kernels(state: TrainState) -> None:
     if not is_compile_cache_empty() or state.progress.step == len(state.data.sampler):
         return
     try:
-        packs = state.data.step_dataset.get_step(state.progress.step).packs
+        packs = state.engine.step_dataset.get_step(state.progress.step).packs
         # Split packs need all ranks. Packs with and without shared prefix use other kernels.
         unsplit = [packed_batch for packed_batch in packs if packed_batch.context_shard is None]
         variants = {packed_batch.prefix_length > 0: packed_batch for packed_batch in unsplit}
@@ -199,15 +199,13 @@ def train(
             warm_up_kernels(state)
         metrics_logger.log_start(time.perf_counter() - start)
         log(describe_run(state))
-        stop = state.run.stop
-        vision_features = VisionFeatures(state, progress_console, stop)
-        trainer = Trainer(state, progress_console, stop, metrics_logger, vision_features)
+        trainer = Trainer(state, metrics_logger, VisionFeatures(state))
         with (
-            stop.install_handlers(),
+            state.run.stop.install_handlers(),
             configure_host(state.run.hardware.device),
             record_failure(run_dir, progress_console, state.progress) if is_main else nullcontext(),
         ):
-            if recipe.train.objective == "dpo":
+            if recipe.train.objective in ("dpo", "kto"):
                 prepare_references(state)
             result = trainer.run(partial(finalize_run, state, param_audit))
         if result is not None:

@@ -41,10 +41,10 @@ from finesight.host_memory import available_memory
 from finesight.model.attention import has_amx_bf16
 from finesight.model.hf_backend import AnyModel
 from finesight.model.vlm import VisionLanguageModel
-from finesight.progress import ProgressCallback, ProgressConsole
+from finesight.progress import ProgressCallback
 from finesight.train.dataloader import TensorBlock, prefetch_items, record_event, scan_samples
 from finesight.train.oom import first_error_line, release_memory
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 from finesight.train.vision_cache import (
     CacheTier,
     FreeBytes,
@@ -299,8 +299,8 @@ class VisionFeatures:
     The vision encoder is offloaded from the GPU to the CPU while the cache replaces it.
     """
 
-    def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
-        self._state, self._console, self._stop = state, console, stop
+    def __init__(self, state: TrainState) -> None:
+        self._state = state
         self._offloader = EncoderOffloader(state.engine.model)
 
     @contextmanager
@@ -318,7 +318,7 @@ class VisionFeatures:
             Vision cache; None to encode images in every step.
         """
         start, state = time.perf_counter(), self._state
-        with closing(VisionCacheBuilder(state, self._console, self._stop)) as builder:
+        with closing(VisionCacheBuilder(state)) as builder:
             try:
                 result = builder.build()
             except _CacheUnavailable as blocker:
@@ -360,8 +360,8 @@ def _find_cache_blocker(state: TrainState) -> str | None:
         return f"the vision encoder is sharded (train.parallel={state.run.recipe.train.parallel})"
     if not state.data.train.stats.is_complete:
         return "the dataset is too large for a full scan"
-    if state.run.recipe.train.objective == "grpo":
-        return "the responses of train.objective=grpo contain their images"
+    if (objective := state.run.recipe.train.objective) in ("grpo", "distill"):
+        return f"the steps of train.objective={objective} contain their images"
     if state.run.recipe.train.vision_cache == "never":
         return "train.vision_cache=never"
     if state.progress.step and not _was_started_with_cache(state):
@@ -422,8 +422,8 @@ def _decode_chunk(
 class VisionCacheBuilder:
     """Builder of the vision cache on all ranks; every rank stores the features of all images."""
 
-    def __init__(self, state: TrainState, console: ProgressConsole, stop: StopRequest) -> None:
-        self._state, self._console, self._stop = state, console, stop
+    def __init__(self, state: TrainState) -> None:
+        self._state, self._console, self._stop = state, state.run.console, state.run.stop
         self._process_group = state.run.hardware.process_group
         self._setting = state.run.recipe.train.vision_cache
         self._store: VisionFileStore | None = None

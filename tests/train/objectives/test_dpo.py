@@ -1,20 +1,29 @@
 """Preference tuning: losses compared with formulas and TRL, and runs on preference pairs."""
 
+import itertools
 import json
 import math
 import re
 from collections import defaultdict
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from each_value import each
 from rich.console import Console
 from safetensors.numpy import load_file
-from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
+from tiny_task import (
+    TinyTask,
+    assert_same_run,
+    edit_samples,
+    rewind_to_checkpoint,
+    write_recipe,
+)
 from torch import Tensor
 
-from finesight.config import DataSettings, DpoSettings, OrpoSettings, SimpoSettings
+from finesight.cli.app import run_command
+from finesight.config import DataSettings, DpoSettings, KtoSettings, OrpoSettings, SimpoSettings
 from finesight.data.corpus import load_corpus
 from finesight.encode.packing import pack
 from finesight.encode.renderer import NativeRenderer
@@ -31,7 +40,9 @@ from finesight.train.cuda_graphs import CudaGraphRunner
 from finesight.train.dataset_stats import compute_dataset_stats
 from finesight.train.objectives.dpo import (
     REFERENCE_FILE,
+    KtoObjective,
     PairObjective,
+    compute_kto_losses,
     compute_mean_losses,
     compute_pair_losses,
     compute_token_logps,
@@ -205,21 +216,80 @@ def test_token_logps_and_gradients_match_log_softmax(monkeypatch, max_bytes):
         torch.testing.assert_close(*grads)
 
 
-def add_rejected(task: TinyTask) -> None:
-    """Add a rejected answer to each sample: another colour, which depends on the chosen one."""
+@each("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto_losses_and_gradients_match_trl(loss_type):
+    """TRL computes the loss from the log-probabilities of tokens of two models."""
+    trainer_type = pytest.importorskip("trl", reason="TRL is not installed").KTOTrainer
+    torch.manual_seed(0)
+    num_tokens, desirable = 9, torch.tensor([True, False, True, True])
+    logps_RT = -torch.rand(4, num_tokens, dtype=torch.float64).requires_grad_()
+    reference_R = -9 * torch.rand(4, dtype=torch.float64)
+    mismatched_2R = -9 * torch.rand(2, 4, dtype=torch.float64)
+    zeros, mask = torch.zeros_like(logps_RT), torch.ones(4, num_tokens + 1).long()
+    outputs = SimpleNamespace(log_probs=logps_RT, entropy=zeros, mean_logits=zeros)
+    settings = KtoSettings(
+        loss_type=loss_type, beta=0.2, desirable_weight=1.5, undesirable_weight=0.7
+    )
+    trainer = SimpleNamespace(
+        model=SimpleNamespace(training=True),
+        accelerator=SimpleNamespace(device="cpu", gather_for_metrics=lambda value: value),
+        **{"aux_loss_enabled": False, "precompute_ref_logps": True, "_tp_size": 1},
+        **{"calculate_KL": loss_type == "kto", "_total_train_tokens": 0},
+        **settings.model_dump(),
+        _metrics={"train": defaultdict(list)},
+        _compute_kl_logps=lambda *_: mismatched_2R[0],
+    )
+    inputs = {
+        **dict.fromkeys(("completion_mask", "input_ids", "attention_mask"), mask),
+        **{"label": desirable, "ref_logps": reference_R, "ref_KL_logps": mismatched_2R[1]},
+    }
+    expected = trainer_type._compute_loss(trainer, lambda **_: outputs, inputs, False)
+    ratios_R = logps_RT.sum(1) - reference_R
+    baseline = (mismatched_2R[0] - mismatched_2R[1]).mean().clamp(min=0)
+    assert baseline > 0
+    baseline = baseline if loss_type == "kto" else torch.zeros(())
+    losses_2R = compute_kto_losses(settings, ratios_R.expand(2, -1), baseline)
+    found = losses_2R[0].where(desirable, losses_2R[1]).mean()
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+    (found_grad,) = torch.autograd.grad(found, logps_RT, retain_graph=True)
+    (expected_grad,) = torch.autograd.grad(expected, logps_RT)
+    torch.testing.assert_close(found_grad, expected_grad, rtol=0, atol=1e-9)
+
+
+def add_preferences(task: TinyTask, labels: tuple[bool | None, ...] = (None,)) -> None:
+    """Add a rejected answer to each sample, another color, or a label and the answer it has.
+
+    Args:
+        labels: Labels of successive samples; None for a pair.
+    """
     colors = ["red", "green", "light blue", "white", "red"]
     for split in ("train", "eval"):
         with edit_samples(task.folder / f"{split}.jsonl") as samples:
-            for sample in samples:
+            for sample, label in zip(samples, itertools.cycle(labels), strict=False):
                 chosen = sample["messages"][-1]["content"]
-                sample["rejected"] = colors[colors.index(chosen) + 1]
+                rejected = colors[colors.index(chosen) + 1]
+                if label is None:
+                    sample["rejected"] = rejected
+                    continue
+                sample["label"] = label
+                sample["messages"][-1]["content"] = chosen if label else rejected
 
 
 @pytest.fixture
 def pair_task(tmp_path) -> TinyTask:
     task = TinyTask(tmp_path)
-    add_rejected(task)
+    add_preferences(task)
     return task
+
+
+@pytest.fixture
+def kto_task(tmp_path) -> TinyTask:
+    task = TinyTask(tmp_path)
+    add_preferences(task, (True, False, None))
+    return task
+
+
+KTO = "train.objective=kto", "train.kto.beta=0.5"
 
 
 DPO = "train.objective=dpo", "train.dpo.beta=0.5"
@@ -242,6 +312,51 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     page = render_run_page(pair_task.folder / "run")
     assert "reward margin" in page
     assert "mean over pairs" in page
+
+
+@each("loss_type", ["kto", "apo_zero_unpaired"])
+def test_kto_separates_desirable_and_undesirable_answers(kto_task, loss_type):
+    """Labels and pairs count; the reference equals the model before the first step."""
+    options = f"train.kto.loss_type={loss_type}", "train.learning_rate=0.003", "train.epochs=12"
+    result = kto_task.run(*KTO, *options, name=loss_type)
+    first, *_, last = (line for line in kto_task.read_metrics(loss_type) if "loss" in line)
+    assert first["loss"] == pytest.approx(0.5, abs=1e-5)
+    assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
+    assert ("kl" in last) == (loss_type == "kto")
+    assert last.get("kl", 0) >= 0
+    assert result.after.loss_metrics["rewards/margins"] > 0.5
+    assert result.after.validation_loss < 0.4 < result.before.validation_loss
+    tensors = load_file(kto_task.folder / loss_type / REFERENCE_FILE)
+    has_mismatched = loss_type == "kto"
+    given = {int(row[0]): (~np.isnan(row[1:])).tolist() for row in tensors["train"]}
+    assert [given[index] for index in range(3)] == [
+        [True, False, has_mismatched],
+        [False, True, has_mismatched],
+        [True, True, has_mismatched],
+    ]
+
+
+def test_kto_baseline_is_the_divergence_of_mismatched_answers(kto_task, monkeypatch):
+    """All packs of a step use the mean of the forward pass before, also in a resumed run."""
+    baselines, compute = [], KtoObjective.compute_loss
+
+    def compute_loss(self, h_LD, head_VD, inputs):
+        values = compute(self, h_LD, head_VD, inputs)
+        baselines.append((torch.is_grad_enabled(), inputs["baseline"].item(), values[-1].item()))
+        return values
+
+    options = *KTO, "train.batch_size=3", "train.steps=6", "train.epochs=null"
+    kto_task.run(*options, name="expected")
+    monkeypatch.setattr(KtoObjective, "compute_loss", compute_loss)
+    kto_task.run(*options)
+    train = [(x, y) for has_grad, x, y in baselines if has_grad]
+    measured = max(sum(y for _, y in train[-3:]), 0)
+    assert measured > 0
+    assert train[-1][0] == pytest.approx(measured, abs=1e-6)
+    assert len({x for x, _ in train[-3:]}) == 1
+    run = rewind_to_checkpoint(kto_task.folder / "run")
+    kto_task.run(*options, resume=True)
+    assert_same_run(run, kto_task.folder / "expected")
 
 
 @each(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
@@ -273,6 +388,21 @@ def test_shown_pair_separates_both_answers(pair_task):
     assert summary.endswith(f"rejected answer from {tokenized.response_starts[1]}")
     page = render_sample_page(renderer, [corpus[0]], "Pairs", lambda _: None, lambda *_: None)
     assert re.findall(r'"role":"(\w+)"', page)[-2:] == ["assistant", "rejected"]
+
+
+def test_shown_sample_names_its_label(kto_task, monkeypatch, capsys):
+    monkeypatch.chdir(kto_task.folder)
+    write_recipe(kto_task.folder / "recipe.yaml", {**kto_task.recipe, "output_dir": "r"})
+    assert run_command(["show", "recipe.yaml", "--num-samples", "3"]) == 0
+    assert re.findall(r"^label: (\w+)$", capsys.readouterr().out, re.MULTILINE) == ["true", "false"]
+    renderer = NativeRenderer(ModelFolder(kto_task.folder / "tiny"))
+    corpus = load_corpus(DataSettings.model_validate(kto_task.recipe["data"]).train)
+    pages = [
+        render_sample_page(renderer, [corpus[n]], "Labels", lambda _: None, lambda *_: None)
+        for n in range(2)
+    ]
+    roles = [re.findall(r'"role":"(\w+)"', page)[-1] for page in pages]
+    assert roles == ["assistant", "rejected"]
 
 
 def test_planned_start_includes_the_reference_model(pair_task):
@@ -351,6 +481,17 @@ def test_rejected_answers_need_an_objective(pair_task):
     assert json.dumps([line.get("loss") for line in pair_task.read_metrics("plain")]) == ignored
     with pytest.raises(UserError, match="no rejected answer"):
         pair_task.run(*DPO, name="dpo")
+
+
+def test_labels_need_an_objective(kto_task):
+    for name, options, what, remedy in (
+        ("none", (), "label true", "objective=kto"),
+        ("sft", ("train.objective=sft",), "label false", "objective=kto"),
+        ("dpo", DPO, "label true", "rejected answer"),
+    ):
+        with pytest.raises(UserError, match=what) as caught:
+            kto_task.run(*options, name=name)
+        assert remedy in caught.value.remedy
 
 
 def test_settings_are_checked():

@@ -327,8 +327,11 @@ def test_settings_change_training(reward_task):
             assert lines[1]["kl"] > 1e-6
     assert losses["packs"] == pytest.approx(losses["plain"], abs=1e-5)
     reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:unscored"]
-    with pytest.raises(UserError, match="training did not change"):
+    with pytest.raises(
+        UserError, match=r"training did not change.*equal rewards or none \(.*:unscored"
+    ) as e:
         reward_task.run(*steps, name="unscored")
+    assert e.value.where == "rewards"
     # Other responses of a group with an unscored one are compared.
     reward_task.recipe["rewards"] = [f"{reward_task.folder / 'rewards.py'}:partly"]
     reward_task.run(*steps, name="partly")

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from each_value import each
 from multi_process_run import rewind_to_checkpoint, run_in_ranks, run_to_completion, start_run
 from safetensors.torch import load_file
-from tiny_task import TinyTask, read_losses, write_recipe
+from tiny_task import TinyTask, edit_samples, read_losses, write_recipe
 from torch import Tensor
 
 from finesight.cli.app import run_command
@@ -224,10 +224,25 @@ def test_evaluation_is_distributed(tmp_path):
         assert other["validation_loss"] == pytest.approx(first["validation_loss"], rel=1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "muon"])
-def test_other_optimizers_match_single_process(tmp_path, optimizer):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw_8bit"},
+        {"optimizer": "muon"},
+        {"objective": "kto"},
+        {"objective": "distill"},
+    ],
+)
+def test_other_settings_match_single_process(tmp_path, settings):
     task = TinyTask(tmp_path / "task")
-    alone, two = (run_to_completion(task, n, f"run{n}", optimizer=optimizer) for n in (1, 2))
+    if settings.get("objective") == "distill":
+        teacher = run_to_completion(task, 1, "teacher")
+        settings |= {"distill": {"teacher": str(teacher), "max_completion_length": 4}}
+    for split in ("train", "eval") if settings.get("objective") == "kto" else ():
+        with edit_samples(task.folder / f"{split}.jsonl") as samples:
+            for number, sample in enumerate(samples):
+                sample["label"] = number % 3 > 0
+    alone, two = (run_to_completion(task, n, f"run{n}", **settings) for n in (1, 2))
     assert_equal_losses(two, alone, rel=1e-4)
 
 

@@ -772,6 +772,8 @@ def encode_row(
         if "tools" not in keeps:
             _check_no_tools(sample)
         fields = make_fields(located_sample)
+        has_label = sample.label is not None and bool(fields.keys() & TURN_KEYS)
+        fields |= {"label": sample.label} if has_label else {}
         if sample.rejected:
             update = {"messages": sample.rejected_messages}
             others = make_fields(replace(located_sample, sample=sample.model_copy(update=update)))
@@ -794,6 +796,7 @@ def encode_row(
     context.lost_counts["tools"] += bool(sample.tools) and "tools" not in fields
     context.lost_counts["references"] += len(sample.references)
     context.lost_counts["rejected answers"] += bool(sample.rejected and not fields.keys() & _PAIR)
+    context.lost_counts["labels of answers"] += sample.label is not None and not has_label
     context.lost_counts["metadata with a key that the format uses"] += len(reserved)
     meta = {key: value for key, value in sample.meta.items() if key not in reserved}
     return json.dumps({"id": sample.id, **fields, **meta}, ensure_ascii=False)

@@ -450,6 +450,8 @@ def _write_llama_factory(samples: Sequence[LocatedSample], context: ExportContex
     if all(located_sample.sample.rejected for located_sample in samples):
         info["ranking"] = True
         info["columns"] |= {"chosen": "chosen", "rejected": "rejected"}
+    if any(located_sample.sample.label is not None for located_sample in samples):
+        info["columns"]["kto_tag"] = "label"
     yield "dataset_info.json", f"{json.dumps({'finesight': info}, indent=2)}\n".encode()
     add_box_note(samples, context, BOX_NOTE)
 
@@ -773,7 +775,8 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
     if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
         sample = sample.with_parts(fitted)
     example = build_example(sample.id, sample.messages, sample.meta, sample.tools)
-    return replace(example, references=sample.references, rejected=sample.rejected)
+    references, rejected, label = sample.references, sample.rejected, sample.label
+    return replace(example, references=references, rejected=rejected, label=label)
 
 
 def _write_samples(samples: Sequence[LocatedSample], context: ExportContext) -> Files:

@@ -55,6 +55,7 @@ class ImportExample:
     Attributes:
         references: Further correct answers that are used only for scoring.
         rejected: Worse answer than the only one of `answers`, in preference data.
+        label: Whether the answer is desirable; None without a verdict.
         tools: Definitions of the tools that the answers may call.
         loss: Whether training uses the answers.
     """
@@ -65,6 +66,7 @@ class ImportExample:
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = field(default_factory=dict)
     rejected: tuple[ContentPart, ...] = ()
+    label: bool | None = None
     tools: tuple[dict[str, Any], ...] = ()
     loss: bool = True
 
@@ -95,6 +97,7 @@ class ImportExample:
             tools=self.tools,
             messages=(*self.prompt_messages, last),
             rejected=self.rejected,
+            label=self.label,
             references=references,
             meta=self.meta,
         )
@@ -435,6 +438,9 @@ _TURN_KEYS = (
     *("chosen", "rejected", "rejected_messages"),
 )
 _REJECTED_KEYS = "rejected_response", "rejected_messages"
+_LABEL_KEYS = "label", "kto_tag"
+"""Keys of the verdict on an answer: of TRL and ms-swift, and of LLaMA-Factory."""
+
 _OBJECT_KEYS = ("images", "image", "videos", "objects")
 
 MAX_LITERAL_CHARS = 2**20
@@ -488,7 +494,7 @@ def split_preference(record: Record) -> list[Record]:
             rejected = [*messages[:-1], {"role": "assistant", "content": text}]
     if isinstance(rejected, list) and rejected:
         return [others, {**others, "messages": rejected}]
-    return [record]
+    return [dict(record)]
 
 
 def _has_question(turns: object) -> bool:
@@ -567,6 +573,9 @@ class DatasetFormat:
             result = self.parse_row(row, context)
             return [result] if isinstance(result, ImportExample) else result
         records = split_preference(decode_json_lists(row.record))
+        is_pair = len(records) > 1 or "rejected" in row.record
+        keys = [key for key in _LABEL_KEYS if isinstance(row.record.get(key), bool)]
+        label = records[0].pop(keys[0]) if keys and not is_pair else None
         # The keys of the chosen row are counted, so it is parsed last.
         *rejected, result = (self._parse(row, record, context) for record in reversed(records))
         for (other,) in rejected:
@@ -577,7 +586,7 @@ class DatasetFormat:
                     "a chosen and a rejected answer to one prompt",
                 )
             result = [replace(chosen, rejected=other.answers[0])]
-        return result
+        return result if label is None else [replace(one, label=label) for one in result]
 
     def _parse(self, row: SourceRow, record: Record, context: ImportContext) -> list[ImportExample]:
         context.other_keys.clear()

@@ -546,6 +546,7 @@ def _get_record(
     context.lost_counts[LOST_QUESTIONS] += 1
     context.lost_counts["system prompts"] += sample.messages[0].role == "system"
     context.lost_counts["rejected answers"] += bool(sample.rejected)
+    context.lost_counts["labels of answers"] += sample.label is not None
     context.lost_counts["tools"] += bool(sample.tools)
     context.lost_counts.update(
         f"the key {key} of meta" for key in sample.meta.keys() - meta_keys - REGENERATED_META_KEYS

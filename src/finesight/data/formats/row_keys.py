@@ -106,8 +106,8 @@ TOOL_CALLS = KeyMeaning(
     "write definitions under `tools`, and calls under `tool_calls` of a turn",
 )
 PREFERENCE = KeyMeaning(
-    "preference data without a pair of a chosen and a rejected answer",
-    "add the other answer, or keep the better one only: as last turn of `messages`",
+    "preference data without a pair of answers, or a `label` of true or false for the row",
+    "add the other answer or `label`, or keep the better one only: as last turn of `messages`",
 )
 MEDIA = KeyMeaning(
     "an image, a video or audio that the format does not use",

@@ -1,8 +1,8 @@
-"""Preference objectives: DPO (Rafailov et al. 2023) and its variants, ORPO and SimPO.
+"""Preference objectives: DPO (Rafailov et al. 2023) and its variants, ORPO, SimPO and KTO.
 
-A pack contains one preference pair: the prompt with its images, which both responses share, then
-the chosen and the rejected response. The reference model is the model before the first step. Its
-log-probabilities are computed once and stored in the run folder.
+A pack contains one sample: the prompt with its images, which all responses share, then the
+responses, such as the chosen and the rejected one. The reference model is the model before the
+first step. Its log-probabilities are computed once and stored in the run folder.
 
 Shapes: L supervised tokens, D model width, V vocabulary size, C rows of a chunk, N pairs.
 """
@@ -10,7 +10,8 @@ Shapes: L supervised tokens, D model width, V vocabulary size, C rows of a chunk
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Literal
@@ -22,34 +23,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from finesight.config import DpoSettings, OrpoSettings, SimpoSettings, TrainSettings
+from finesight.config import DpoSettings, KtoSettings, OrpoSettings, SimpoSettings
+from finesight.data.sample import Sample
 from finesight.encode.packing import PackedBatch
 from finesight.progress import ProgressCallback
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives import PackKey
-from finesight.train.objectives.sft import MAX_LOGITS_BYTES
+from finesight.train.objectives.sft import MAX_LOGITS_BYTES, SftObjective
 from finesight.train.oom import MemoryBudget, retry_on_oom
-from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
 
 REFERENCE_FILE = "reference_logps.safetensors"
 """File of the run folder with the log-probabilities of the reference model."""
 
-LogpPair = tuple[float, float]
-"""Log-probabilities of the chosen and of the rejected response."""
+ResponseLogps = tuple[float, ...]
+"""Log-probabilities of the chosen and of the rejected response, and for KTO of a mismatched one.
 
-PairSettings = DpoSettings | OrpoSettings | SimpoSettings
+NaN stands for a response that the sample does not have.
+"""
+
+REFERENCE_NAMES = "reference_chosen", "reference_rejected", "reference_mismatched"
+"""Inputs of the loss with the log-probabilities of the reference model."""
+
+PairSettings = DpoSettings | OrpoSettings | SimpoSettings | KtoSettings
 
 
-def get_pair_settings(train: TrainSettings) -> PairSettings | None:
-    """Return the settings of the objective if it trains on preference pairs, else None."""
-    settings: dict[str, PairSettings] = {"dpo": train.dpo, "orpo": train.orpo, "simpo": train.simpo}
-    return settings.get(train.objective or "")
-
-
-class PairObjective:
+class PairObjective(SftObjective):
     """Objective of preference tuning: the losses of DPO, ORPO or SimPO, as a mean over pairs.
 
     ORPO and SimPO need no reference model. Their rewards are mean log-probabilities per token.
@@ -63,44 +64,50 @@ class PairObjective:
         *("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"),
         *("logps/chosen", "logps/rejected"),
     )
-    num_updates: int = 1
+    num_responses = 2
 
     def __init__(self, settings: PairSettings) -> None:
         self.settings = settings
-        self.reference_logps: dict[str, dict[int, LogpPair]] = {}
+        self.reference_logps: dict[str, dict[int, ResponseLogps]] = {}
 
     def count_terms(self, stats: GlobalStepStats) -> int:
-        """Return the number of pairs."""
+        """Return the number of samples."""
         return stats.num_samples
+
+    def arrange_logps(self, sample: Sample, logps: Sequence[float]) -> ResponseLogps:
+        """Return the log-probabilities of the responses of a sample in the order of the loss."""
+        return tuple(logps)
+
+    def find_reference(self, key: PackKey | None) -> ResponseLogps | None:
+        """Return the log-probabilities of the reference model, None for a skipped sample.
+
+        They are 0 before `prepare_references`.
+        """
+        if key is None or not self.reference_logps:
+            return (0.0,) * self.num_responses
+        split, (index,) = key
+        # None: an image was unreadable when the run started.
+        return self.reference_logps[split].get(index)
 
     def loss_inputs(
         self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
     ) -> dict[str, Tensor]:
         """Return labels, response of each label (0 is chosen, 1 rejected) and reference values."""
-        reference = (0.0, 0.0)
-        if key is not None and self.reference_logps:
-            split, (index,) = key
-            found = self.reference_logps[split].get(index)
-            # An image was unreadable when the run started: the pair does not count.
-            loss_weight = torch.zeros_like(loss_weight) if found is None else loss_weight
-            reference = found or reference
+        reference = self.find_reference(key)
+        loss_weight = torch.zeros_like(loss_weight) if reference is None else loss_weight
+        values = zip(REFERENCE_NAMES, reference or (0.0,) * self.num_responses, strict=False)
         return {
             "labels_L": batch.labels_L,
             "response_L": find_responses(batch),
             "loss_weight": loss_weight,
-            "reference_chosen": torch.full_like(loss_weight, reference[0]),
-            "reference_rejected": torch.full_like(loss_weight, reference[1]),
+            **{name: torch.full_like(loss_weight, value) for name, value in values},
         }
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted loss and metrics of the pair."""
-        logps_L = compute_token_logps(h_LD, head_VD, inputs["labels_L"])
-        response_L = inputs["response_L"]
-        is_response_2L = torch.stack([response_L == 0, response_L == 1])
-        logps_2 = (logps_L * is_response_2L).sum(1)
-        lengths_2 = is_response_2L.sum(1)
-        reference_2 = torch.stack([inputs["reference_chosen"], inputs["reference_rejected"]])
+        logps_2, lengths_2, reference_2 = self.sum_logps(h_LD, head_VD, inputs)
         settings = self.settings
+        assert not isinstance(settings, KtoSettings), f"{settings} without pairs"
         if isinstance(settings, DpoSettings):
             (loss,) = compute_pair_losses(
                 settings, logps_2[:, None], reference_2[:, None], lengths_2[:, None]
@@ -116,6 +123,106 @@ class PairObjective:
         )
         values = torch.cat([loss[None], metrics, logps_2.detach()])
         return values * inputs["loss_weight"]
+
+    def sum_logps(
+        self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return log-probability, length and reference of each response, [R]."""
+        logps_L = compute_token_logps(h_LD, head_VD, inputs["labels_L"])
+        is_response_RL = torch.stack([inputs["response_L"] == n for n in range(self.num_responses)])
+        reference_R = torch.stack([inputs[name] for name in REFERENCE_NAMES[: self.num_responses]])
+        return (logps_L * is_response_RL).sum(1), is_response_RL.sum(1), reference_R
+
+
+class KtoObjective(PairObjective):
+    """Objective of KTO (Ethayarajh et al. 2024): desirable and undesirable answers.
+
+    The answers of a preference pair count as half a sample each. A pack ends with the answer of
+    another sample, with which the step estimates the KL divergence from the reference model.
+
+    Attributes:
+        baseline: KL divergence of the training step, at least 0.
+    """
+
+    metric_names: tuple[str, ...] = (
+        *("rewards/chosen", "rewards/rejected", "share/chosen", "share/rejected"),
+        *("logps/chosen", "logps/rejected", "kl"),
+    )
+    num_responses = 3
+
+    def __init__(self, settings: KtoSettings) -> None:
+        super().__init__(settings)
+        self.has_baseline = settings.loss_type == "kto"
+        self.baseline: Tensor | None = None
+
+    def set_baseline(self, means: Tensor) -> None:
+        """Store the KL divergence of the step, which has no gradient."""
+        self.baseline = means[-1].clamp(min=0)
+
+    def describe_metrics(self, means: Sequence[float]) -> dict[str, float]:
+        """Return the means over the desirable and over the undesirable answers."""
+        values = super().describe_metrics(means)
+        metrics = {"kl": max(0.0, values["kl"])} if self.has_baseline else {}
+        for name in ("chosen", "rejected"):
+            if share := values[f"share/{name}"]:
+                kinds = f"rewards/{name}", f"logps/{name}"
+                metrics |= {kind: values[kind] / share for kind in kinds}
+        if {"rewards/chosen", "rewards/rejected"} <= metrics.keys():
+            metrics["rewards/margins"] = metrics["rewards/chosen"] - metrics["rewards/rejected"]
+        return metrics
+
+    def arrange_logps(self, sample: Sample, logps: Sequence[float]) -> ResponseLogps:
+        """Return the log-probabilities as chosen, rejected and mismatched, NaN if not given."""
+        slots = [0, 1] if sample.rejected else [0 if sample.label else 1]
+        slots += [2] if self.has_baseline else []
+        found = dict(zip(slots, logps, strict=False))
+        return tuple(found.get(slot, math.nan) for slot in range(self.num_responses))
+
+    def loss_inputs(
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
+    ) -> dict[str, Tensor]:
+        """Return labels, response of each label (2 is mismatched), references and baseline.
+
+        Validation has no baseline, so that its loss is comparable between evaluations.
+        """
+        inputs = super().loss_inputs(batch, loss_weight, key)
+        reference = self.find_reference(key) or (0.0,)
+        slots = [slot for slot, logp in enumerate(reference) if not math.isnan(logp)]
+        stride = slots[1] - slots[0] if len(slots) > 1 else 1
+        is_training = key is not None and key[0] == "train"
+        baseline = self.baseline if is_training else None
+        inputs["baseline"] = torch.zeros_like(loss_weight) if baseline is None else baseline
+        return inputs | {"response_L": inputs["response_L"] * stride + slots[0]}
+
+    def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted loss and metrics of the answers of a sample."""
+        logps_3, _, reference_3 = self.sum_logps(h_LD, head_VD, inputs)
+        is_given_3 = ~reference_3.isnan()
+        ratios_3 = (logps_3 - reference_3.nan_to_num()) * is_given_3
+        settings, is_given_2 = self.settings, is_given_3[:2]
+        assert isinstance(settings, KtoSettings), f"{settings} in KTO"
+        losses_2 = compute_kto_losses(settings, ratios_3[:2], inputs["baseline"]) * is_given_2
+        loss = losses_2.sum() / is_given_2.sum()
+        metrics = [settings.beta * ratios_3[:2], is_given_2, logps_3[:2] * is_given_2, ratios_3[2:]]
+        values = torch.cat([loss[None], *(metric.detach() for metric in metrics)])
+        return values * inputs["loss_weight"]
+
+
+def compute_kto_losses(settings: KtoSettings, ratios_2N: Tensor, baseline: Tensor) -> Tensor:
+    """Return the weighted losses of desirable and undesirable answers, [2, N].
+
+    The definitions are those of TRL 1.16 (`KTOTrainer`). `apo_zero_unpaired` (D'Oosterlinck et al.
+    2024) has no baseline.
+
+    Args:
+        ratios_2N: Log-ratios of model and reference.
+        baseline: Estimated KL divergence of the step, at least 0.
+    """
+    chosen_N, rejected_N = settings.beta * (ratios_2N - baseline)
+    desirable_N = settings.desirable_weight * (1 - torch.sigmoid(chosen_N))
+    return torch.stack(
+        [desirable_N, settings.undesirable_weight * (1 - torch.sigmoid(-rejected_N))]
+    )
 
 
 def find_responses(batch: PackedBatch) -> Tensor:
@@ -142,7 +249,6 @@ def compute_token_logps(
         temperature: Divisor of the logits.
         banned_ids: Tokens with probability zero.
     """
-    chunk_size = max(1, MAX_LOGITS_BYTES // (4 * len(head_VD)))
     labels_L = labels_L.long().clamp(min=0)
 
     def compute_chunk(h_CD: Tensor, labels_C: Tensor) -> Tensor:
@@ -154,11 +260,16 @@ def compute_token_logps(
             logits_CV[:, banned_id] = -torch.inf
         return logits_CV.gather(1, labels_C[:, None])[:, 0] - logits_CV.logsumexp(1)
 
-    chunks = zip(
-        torch.split(h_LD[: len(labels_L)], chunk_size),
-        torch.split(labels_L, chunk_size),
-        strict=True,
-    )
+    return map_chunks(compute_chunk, len(head_VD), h_LD[: len(labels_L)], labels_L)
+
+
+def map_chunks(compute_chunk: Callable[..., Tensor], num_logits: int, *rows: Tensor) -> Tensor:
+    """Return the results of a function of chunks of rows with at most `MAX_LOGITS_BYTES` of logits.
+
+    The backward pass computes the logits again.
+    """
+    chunk_size = max(1, MAX_LOGITS_BYTES // (4 * num_logits))
+    chunks = zip(*(torch.split(x, chunk_size) for x in rows), strict=True)
     return torch.cat(
         [
             checkpoint(compute_chunk, *chunk, use_reentrant=False, preserve_rng_state=False)
@@ -248,13 +359,15 @@ def prepare_references(state: TrainState) -> None:
         return
     sampler, validation = state.data.sampler, state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))
-    indices = {"train": sorted({index for step in steps for index in step})}
+    indices: dict[Literal["train", "eval"], list[int]] = {
+        "train": sorted({index for step in steps for index in step})
+    }
     if validation is not None:
         indices["eval"] = sorted(validation.stats.sample_indices)
-    found = {}
+    found: dict[str, list[tuple[float, ...]]] = {}
     for split, split_indices in indices.items():
         own_indices = hardware.process_group.shard(split_indices)
-        found[split] = list[tuple[int, float, float]]()
+        found[split] = []
         with (
             state.run.console.progress_stage(
                 f"reference, data.{split}", len(own_indices)
@@ -269,7 +382,7 @@ def prepare_references(state: TrainState) -> None:
             retry_on_oom(state.progress.budget, hardware.device, log, add_references)
     payloads = hardware.process_group.all_gather_str(json.dumps(found))
     tables = [*map(json.loads, payloads)]
-    references = {
+    references: dict[str, NDArray[np.float64]] = {
         split: np.array([row for table in tables for row in table[split]], dtype=np.float64)
         for split in indices
     }
@@ -280,38 +393,31 @@ def prepare_references(state: TrainState) -> None:
 
 def _add_references(
     state: TrainState,
-    split: str,
+    split: Literal["train", "eval"],
     indices: Sequence[int],
-    found: list[tuple[int, float, float]],
+    found: list[tuple[float, ...]],
     on_progress: ProgressCallback,
     budget: MemoryBudget,
 ) -> None:
-    """Add the corpus index and the two log-probabilities of each pair that `found` lacks.
-
-    The model is in the mode in which the run processes the split.
-    """
-    recipe = state.run.recipe
-    data = state.data.train if split == "train" else state.data.validation
-    assert data is not None, f"no data of the split {split}"
+    """Add the corpus index and the log-probabilities of each sample that `found` lacks."""
+    objective, data = state.engine.objective, state.data
+    assert isinstance(objective, PairObjective), f"{objective} has no reference model"
+    source = data.train if split == "train" or data.validation is None else data.validation
     known = {index for index, *_ in found}
     missing = [index for index in indices if index not in known]
-    sampler = SequentialSampler(missing, recipe.train.batch_size)
-    dataset = data.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
-    state.engine.model.train(split == "train")
-    try:
-        for step_batch, values in iter_step_losses(state, dataset, split, budget, on_progress):
-            logps = torch.stack([value[-2:] for value in values]).tolist() if values else []
-            read = chain.from_iterable(step_batch.sample_indices)
-            found += [(index, *pair) for index, pair in zip(read, logps, strict=True)]
-            if step_batch.skipped and state.run.hardware.process_group.is_main:
-                name: Literal["train", "eval"] = "train" if split == "train" else "eval"
-                state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, name)
-    finally:
-        state.engine.model.train()
+    for step_batch, values in iter_step_losses(state, split, missing, budget, on_progress):
+        read = chain.from_iterable(step_batch.sample_indices)
+        for index, value in zip(read, values, strict=True):
+            logps = value[-objective.num_responses :].tolist()
+            found.append((index, *objective.arrange_logps(source.corpus[index].sample, logps)))
+        if step_batch.skipped and state.run.hardware.process_group.is_main:
+            state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, split)
 
 
-def _index_references(tables: Mapping[str, NDArray[np.float64]]) -> dict[str, dict[int, LogpPair]]:
+def _index_references(
+    tables: Mapping[str, NDArray[np.float64]],
+) -> dict[str, dict[int, ResponseLogps]]:
     return {
-        split: {int(index): (chosen, rejected) for index, chosen, rejected in table.tolist()}
+        split: {int(index): tuple(logps) for index, *logps in table.tolist()}
         for split, table in tables.items()
     }

@@ -15,31 +15,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from finesight.encode.packing import PackedBatch
 from finesight.model.fused_ops import has_kernels
 from finesight.model.kernels.cross_entropy import cross_entropy
-from finesight.train.dataloader import GlobalStepStats
-from finesight.train.objectives import PackKey
+from finesight.train.objectives import Objective
 
 MAX_LOGITS_BYTES = 1 << 28
 """Maximum size of the fp32 logits of a chunk, in bytes."""
 
 
-class SftObjective:
+class SftObjective(Objective):
     """Objective of supervised fine-tuning: cross entropy of the supervised tokens."""
-
-    metric_names: tuple[str, ...] = ()
-    num_updates: int = 1
-
-    def count_terms(self, stats: GlobalStepStats) -> int:
-        """Return the number of supervised tokens."""
-        return stats.num_supervised_tokens
-
-    def loss_inputs(
-        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
-    ) -> dict[str, Tensor]:
-        """Return the labels and the loss weight."""
-        return {"labels_L": batch.labels_L, "loss_weight": loss_weight}
 
     def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
         """Return the weighted sum of the cross entropy, [1]."""

@@ -431,7 +431,8 @@ class ParallelStrategy:
             Euclidean norm of all gradients, a scalar on the device.
         """
         if not self._process_group.is_single_process:
-            optimizer.all_reduce_gradients(self._process_group.all_reduce)
+            for group in optimizer.param_groups:
+                group.gradients.all_reduce(self._process_group.all_reduce)
         return optimizer.grad_norm()
 
     def sync_params(self) -> None:

@@ -1,0 +1,139 @@
+"""Distillation: imitation of a teacher on its or on the own answers (Agarwal et al. 2024, GKD).
+
+The teacher has the same tokenizer and image processing. It processes the packs of the trained
+model, and only its hidden states of supervised tokens are stored.
+
+Shapes: L supervised tokens, D and E model widths, V vocabulary size, C rows of a chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from finesight.config import DistillSettings, TrainSettings
+from finesight.encode.packing import PackedBatch
+from finesight.encode.renderer import NativeRenderer, Renderer
+from finesight.errors import UserError
+from finesight.infer.model_loader import load_inference_model, resolve_model_source
+from finesight.model.vlm import VisionLanguageModel
+from finesight.train.objectives import PackKey
+from finesight.train.objectives.dpo import map_chunks
+from finesight.train.objectives.sft import SftObjective
+
+MAX_TOKEN_IDS = 1 << 18
+"""Number of token ids of which the vocabularies are compared."""
+
+
+class DistillObjective(SftObjective):
+    """Generalized Jensen-Shannon divergence from the teacher, as a mean over tokens.
+
+    Attributes:
+        teacher: Frozen model; None for estimates of memory and time.
+    """
+
+    def __init__(self, settings: DistillSettings) -> None:
+        self.settings = settings
+        self.teacher: VisionLanguageModel | None = None
+
+    @torch.no_grad()
+    def loss_inputs(
+        self, batch: PackedBatch, loss_weight: Tensor, key: PackKey | None = None
+    ) -> dict[str, Tensor]:
+        """Return labels, loss weight, and the hidden states of the teacher."""
+        inputs = super().loss_inputs(batch, loss_weight)
+        if self.teacher is not None:
+            inputs["teacher_h_LE"] = self.teacher(batch)[: len(batch.labels_L)]
+        return inputs
+
+    def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return the weighted sum of the divergence, [1]."""
+        labels_L = inputs["labels_L"]
+        own, other = (h_LD[: len(labels_L)], head_VD), (h_LD[: len(labels_L)].detach(), head_VD)
+        if self.teacher is not None:
+            other = inputs["teacher_h_LE"][: len(labels_L)], self.teacher.lm_head_weight
+        losses_L = compute_divergence(self.settings, *own, *other)
+        return (losses_L.where(labels_L >= 0, 0).sum() * inputs["loss_weight"])[None]
+
+
+def compute_divergence(
+    settings: DistillSettings, h_LD: Tensor, head_VD: Tensor, teacher_h_LE: Tensor, head_VE: Tensor
+) -> Tensor:
+    """Return the divergence of each token, [L], in fp32 or higher.
+
+    Heads may have rows beyond the vocabulary, whose number differs between models.
+    """
+    num_rows = min(len(head_VD), len(head_VE))
+
+    def compute_chunk(h_CD: Tensor, teacher_h_CE: Tensor) -> Tensor:
+        logits_CV = h_CD @ head_VD[:num_rows].T
+        return generalized_jsd(settings, logits_CV, teacher_h_CE @ head_VE[:num_rows].T)
+
+    return map_chunks(compute_chunk, num_rows, h_LD, teacher_h_LE)
+
+
+def generalized_jsd(settings: DistillSettings, logits_CV: Tensor, teacher_CV: Tensor) -> Tensor:
+    """Return the generalized Jensen-Shannon divergence of each row, [C], as in TRL (`GKDTrainer`).
+
+    With `top_k`, both distributions are restricted to the teacher's most probable tokens.
+    """
+    dtype = torch.promote_types(logits_CV.dtype, torch.float32)
+    if settings.top_k is not None and settings.top_k < teacher_CV.shape[1]:
+        teacher_CV, indices = teacher_CV.topk(settings.top_k)
+        logits_CV = logits_CV.gather(1, indices)
+    beta, temperature = settings.beta, settings.temperature
+    own_CV = (logits_CV.to(dtype) / temperature).log_softmax(1)
+    other_CV = (teacher_CV.to(dtype) / temperature).log_softmax(1)
+    if beta == 0:
+        return _kl_divergence(other_CV, own_CV)
+    if beta == 1:
+        return _kl_divergence(own_CV, other_CV)
+    weights = torch.tensor([1 - beta, beta], dtype=dtype, device=own_CV.device).log()
+    mixture_CV = torch.logaddexp(own_CV + weights[0], other_CV + weights[1])
+    divergence_C = beta * _kl_divergence(other_CV, mixture_CV)
+    return divergence_C + (1 - beta) * _kl_divergence(own_CV, mixture_CV)
+
+
+def _kl_divergence(log_p_CV: Tensor, log_q_CV: Tensor) -> Tensor:
+    return (log_p_CV.exp() * (log_p_CV - log_q_CV)).sum(1)
+
+
+def load_teacher(train: TrainSettings, renderer: Renderer) -> VisionLanguageModel:
+    """Load the teacher, which must have the tokenizer and image processing of the trained model.
+
+    Raises:
+        UserError: The teacher cannot process the tokens and patches of the trained model.
+    """
+    settings = train.distill
+    assert settings.teacher is not None, "distillation without a teacher"
+    other = resolve_model_source(settings.teacher).build_renderer()
+    difference = _find_difference(renderer, other)
+    if difference:
+        raise UserError(
+            f"the teacher {settings.teacher} has {difference}",
+            where="train.distill.teacher",
+            expected="a larger model of the family of the trained model",
+            remedy="choose another teacher, or sample its answers with finesight predict and set"
+            " train.objective=sft",
+        )
+    formats = train.device, train.precision, settings.weight_format
+    model = load_inference_model(settings.teacher, *formats).model
+    assert isinstance(model, VisionLanguageModel), f"{settings.teacher} has no native family"
+    return model.requires_grad_(False)
+
+
+def _find_difference(renderer: Renderer, other: Renderer) -> str:
+    """Return what prevents a model from processing the tokens of another; empty if nothing."""
+    if not (isinstance(renderer, NativeRenderer) and isinstance(other, NativeRenderer)):
+        return "no native family"
+    if type(renderer.family) is not type(other.family):
+        return f"another family ({type(other.family).__name__})"
+    if renderer.patch_config != other.patch_config:
+        return "another image processing"
+    for n in range(MAX_TOKEN_IDS):
+        own, found = (one.tokenizer.id_to_token(n) for one in (renderer, other))
+        if own != found:
+            return f"another vocabulary: token {n} is {found!r} instead of {own!r}"
+    return ""

@@ -25,7 +25,7 @@ from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 from finesight.train.trainer import train_step
 
 FULL_FINETUNE = dict.fromkeys(("vision", "merger", "language", "embeddings"), "full")
@@ -54,16 +54,14 @@ def test_nonfinite_step_does_not_update_state(
         for _ in range(2)
     )
     for session in (broken, full):
-        train_step(session, session.engine.step_dataset.get_step(0), StopRequest())
+        train_step(session, session.engine.step_dataset.get_step(0))
     before = state_of(broken)
     with corrupt_steps(kind, [2]):
-        figures = trainer.train_step(
-            broken, broken.engine.step_dataset.get_step(1), StopRequest()
-        ).wait()
+        figures = trainer.train_step(broken, broken.engine.step_dataset.get_step(1)).wait()
     assert not math.isfinite(sum(figures))
     assert all(torch.equal(tensor, before[name]) for name, tensor in state_of(broken).items())
     for session in (broken, full):
-        train_step(session, session.engine.step_dataset.get_step(2), StopRequest())
+        train_step(session, session.engine.step_dataset.get_step(2))
     expected = state_of(full)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in state_of(broken).items())
     assert not all(torch.equal(tensor, before[name]) for name, tensor in expected.items())

@@ -15,7 +15,7 @@ from finesight.recipe import load_recipe
 from finesight.train.dataloader import StepBatch
 from finesight.train.run_dir import RunDir
 from finesight.train.setup import build_train_state
-from finesight.train.state import StopRequest, TrainState
+from finesight.train.state import TrainState
 from finesight.train.trainer import train_step
 
 FULL_FINETUNE = {"vision": "full", "merger": "full", "language": "full", "embeddings": "full"}
@@ -38,7 +38,7 @@ def make_train_state(
 
 def gradients(session: TrainState, step: StepBatch) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of a step: ten times AdamW's first moments after it."""
-    loss, _ = train_step(session, step, StopRequest()).wait()
+    loss, _ = train_step(session, step).wait()
     moments = session.engine.optimizer.optimizer_state()
     return loss, {
         name: 10 * moment for name, moment in moments.items() if name.startswith("exp_avg.")
@@ -104,6 +104,6 @@ def test_loss_is_averaged_over_supervised_tokens(task, tmp_path):
             each.append(torch.nn.functional.cross_entropy(logits_LV, batch.labels_L))
     counts = torch.tensor([batch.num_supervised_tokens for batch in step.packs])
     losses = torch.stack(each)
-    loss, _ = train_step(session, step, StopRequest()).wait()
+    loss, _ = train_step(session, step).wait()
     assert loss == pytest.approx(((losses * counts).sum() / counts.sum()).item(), rel=1e-6)
     assert loss != pytest.approx(losses.mean().item(), rel=1e-6)

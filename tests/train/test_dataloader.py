@@ -16,11 +16,11 @@ from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.train.dataloader import (
-    DataWait,
     DataWorkerError,
     StepBatch,
     StepDataset,
     catch_user_error,
+    compute_idle_seconds,
     read_steps,
 )
 from finesight.train.sampler import SequentialSampler
@@ -118,4 +118,4 @@ def test_full_shared_memory_is_reported(folder, monkeypatch):
 def test_gpu_wait_starts_after_queued_work(blocked_s, arrived_ms, expected):
     first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
     last: Any = SimpleNamespace(at=arrived_ms)
-    assert DataWait(blocked_s, first, last).seconds == pytest.approx(expected, abs=1e-4)
+    assert compute_idle_seconds(blocked_s, first, last) == pytest.approx(expected, abs=1e-4)

@@ -24,7 +24,7 @@ from finesight.train import evaluation
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
-from finesight.train.state import StepOutput, StopRequest, TrainState
+from finesight.train.state import StepOutput, TrainState
 from finesight.train.trainer import micro_batch_seed, train_step
 
 ONE_STEP = ("train.steps=1", "train.epochs=null")
@@ -287,7 +287,7 @@ def make_state(folder: Path, precision: str = "fp32") -> tuple[TrainState, dict[
 
 
 def take_step(state: TrainState, number: int = 0) -> StepOutput:
-    return train_step(state, state.engine.step_dataset.get_step(number), StopRequest())
+    return train_step(state, state.engine.step_dataset.get_step(number))
 
 
 def has_weights(state: TrainState, expected: dict[str, Any]) -> bool:
@@ -309,15 +309,15 @@ def test_every_precision_trains_with_fp32_masters(tmp_path, precision):
 
 def test_interrupted_and_empty_steps_leave_no_state(tmp_path):
     state, before = make_state(tmp_path / "task")
-    output = train_step(state, StepBatch(0, (), (), ()), StopRequest())
+    output = train_step(state, StepBatch(0, (), (), ()))
     assert not output.is_applied
     assert output.wait() == (0.0, 0.0)
     assert has_weights(state, before)
-    stop, step = StopRequest(), state.engine.step_dataset.get_step(0)
+    step = state.engine.step_dataset.get_step(0)
     assert len(step.packs) >= 2
     state.engine.model.register_forward_pre_hook(lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    with stop.install_handlers(), pytest.raises(TrainingInterrupted):
-        train_step(state, step, stop)
+    with state.run.stop.install_handlers(), pytest.raises(TrainingInterrupted):
+        train_step(state, step)
     assert has_weights(state, before)
     assert state.engine.optimizer.grad_norm() == 0
 

@@ -119,8 +119,8 @@ def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
         step = other.engine.step_dataset.get_step(number)
         texts += sum(not batch.grid_thw for batch in step.packs)
         pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
-        expected = train_step(other, step, StopRequest()).wait()
-        found = train_step(state, cached_dataset.get_step(number), StopRequest(), store).wait()
+        expected = train_step(other, step).wait()
+        found = train_step(state, cached_dataset.get_step(number), store).wait()
         assert found == pytest.approx(expected, rel=1e-4)
     assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
 

@@ -19,13 +19,7 @@ from starlette.routing import BaseRoute, Route
 from finesight.bounded_files import is_utf8
 from finesight.errors import Remedy, Step, UserError
 from finesight.report.html import create_environment
-from finesight.report.i18n import (
-    LANGUAGE_TAGS,
-    Language,
-    add_translations,
-    translate,
-    use_language,
-)
+from finesight.report.i18n import LANGUAGE_TAGS, Language, add_translations, translate, use_language
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 REPORT_FOLDER = Path(str(resources.files("finesight.report"))) / "templates"

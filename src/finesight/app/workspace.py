@@ -25,10 +25,7 @@ import yaml
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
-from finesight.data.import_source import (
-    NUM_PREVIEW_ROWS,
-    detect_task,
-)
+from finesight.data.import_source import NUM_PREVIEW_ROWS, detect_task
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path

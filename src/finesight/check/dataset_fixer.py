@@ -19,11 +19,7 @@ from finesight.check.check_issues import (
     format_location,
 )
 from finesight.check.image_catalog import ImageCatalog
-from finesight.check.sample_issues import (
-    iter_media_paths,
-    remove_placeholders,
-    sort_corners,
-)
+from finesight.check.sample_issues import iter_media_paths, remove_placeholders, sort_corners
 from finesight.data.boxes import clip_box
 from finesight.data.corpus import GLOB_CHARACTERS, is_glob
 from finesight.data.image_resolver import ImageNames

@@ -16,14 +16,7 @@ from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
 from finesight.data.boxes import Box, iou
 from finesight.data.row_reader import is_object_text
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    Message,
-    Sample,
-    join_text,
-    list_media_paths,
-)
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, join_text, list_media_paths
 from finesight.errors import shorten
 
 MAX_SHORT_ANSWER = 40

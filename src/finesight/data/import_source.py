@@ -14,12 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 from finesight.bounded_files import find_existing
 from finesight.data.boxes import BoxFormat, BoxUnits
-from finesight.data.corpus import (
-    PACKED_SUFFIXES,
-    is_glob,
-    open_sample_source,
-    read_first_record,
-)
+from finesight.data.corpus import PACKED_SUFFIXES, is_glob, open_sample_source, read_first_record
 from finesight.data.formats import detect_format, get_format, iter_formats
 from finesight.data.formats import table as table_format
 from finesight.data.formats.conversations import (

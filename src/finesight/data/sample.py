@@ -32,12 +32,7 @@ from pydantic import (
 from finesight import storage
 from finesight.bounded_files import parse_json, translate_os_errors
 from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
-from finesight.data.line_index import (
-    UTF8_BOM,
-    IndexedLines,
-    open_data_file,
-    read_lines,
-)
+from finesight.data.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
 from finesight.errors import Remedy, Step, UserError, suggest_name
 
 MAX_BOXES = 10_000

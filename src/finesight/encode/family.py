@@ -20,13 +20,7 @@ from numpy.typing import NDArray
 
 from finesight.data.boxes import BOX_KEY, LABEL_KEYS, Box, iter_json_values
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import (
-    BoxPart,
-    ContentPart,
-    Message,
-    TextPart,
-    ToolCallPart,
-)
+from finesight.data.sample import BoxPart, ContentPart, Message, TextPart, ToolCallPart
 from finesight.errors import UserError
 
 FRAME_1000: ImageSize = (1000, 1000)

@@ -43,12 +43,7 @@ from finesight.model.trainable import ModelPart
 from finesight.model.vlm import VisionLanguageModel, build_model
 from finesight.model.weights_io import DTYPES, hub_tensors, load_model
 from finesight.model_folder import ModelFolder
-from finesight.storage import (
-    raise_if_exists,
-    require_free_space,
-    temporary_folder,
-    write_folder,
-)
+from finesight.storage import raise_if_exists, require_free_space, temporary_folder, write_folder
 
 NUM_PARITY_SAMPLES = 4
 """Default number of questions on which the merged and the trained model are compared."""

@@ -519,15 +519,9 @@ def generate(
     """Generate a greedy completion of each prompt, all in one batch. See `iter_completions`."""
     assert max_new_tokens >= 1, f"max_new_tokens is {max_new_tokens}, less than 1"
     lengths, batch_size = [prompt.tokenized.num_tokens for prompt in prompts], len(prompts)
-    completions = iter_completions(
-        build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress),
-        (
-            (n, GenerationRequest(prompt=prompt, max_new_tokens=max_new_tokens))
-            for n, prompt in enumerate(prompts)
-        ),
-        batch_size,
-        on_progress,
-    )
+    engine = build_engine(model, end_ids, lengths, max_new_tokens, batch_size, on_progress)
+    requests = [GenerationRequest(prompt=one, max_new_tokens=max_new_tokens) for one in prompts]
+    completions = iter_completions(engine, enumerate(requests), batch_size, on_progress)
     output_ids = {index: [token.id for token in tokens] for index, _, tokens in completions}
     return [output_ids[index] for index in range(len(prompts))]
 

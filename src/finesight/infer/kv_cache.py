@@ -161,7 +161,9 @@ def compute_block_hashes(
     return block_hashes
 
 
-def append_tokens(tokenized: TokenizedSample, ids: Sequence[int]) -> TokenizedSample:
+def append_tokens(
+    tokenized: TokenizedSample, ids: Sequence[int], *, is_supervised: bool = False
+) -> TokenizedSample:
     """Append completion tokens to a tokenized prompt.
 
     Their positions continue after the largest position of the prompt.
@@ -173,7 +175,7 @@ def append_tokens(tokenized: TokenizedSample, ids: Sequence[int]) -> TokenizedSa
     return replace(
         tokenized,
         ids_T=np.concatenate([tokenized.ids_T, np.array(ids, dtype=tokenized.ids_T.dtype)]),
-        loss_mask_T=np.concatenate([tokenized.loss_mask_T, np.zeros(len(ids), dtype=np.bool_)]),
+        loss_mask_T=np.concatenate([tokenized.loss_mask_T, np.full(len(ids), is_supervised)]),
         position_ids_3T=np.concatenate(
             [tokenized.position_ids_3T, np.tile(positions, (3, 1))], axis=1
         ),

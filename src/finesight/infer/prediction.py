@@ -31,9 +31,10 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.infer.engine import build_engine, iter_completions
+from finesight.infer.engine import Engine, build_engine, compute_required_tokens, iter_completions
 from finesight.infer.request import GeneratedToken, GenerationRequest
 from finesight.model.hf_backend import AnyModel, HfModel
+from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import make_folder, write_file
 from finesight.vision.image_processing import load_image
 
@@ -186,23 +187,13 @@ def predict(
             while prompt_reader.remaining:
                 try:
                     lengths = [prompt.num_tokens for prompt in prompt_reader.remaining.values()]
+                    source = model, renderer.end_ids, lengths, max_new_tokens, batch_size
+                    prompts = prompt_reader.iter_prompts(batch_size)
+                    requests = ((i, build_request(prompt=prompt)) for i, prompt in prompts)
                     for i, prompt, tokens in iter_completions(
-                        build_engine(
-                            model,
-                            renderer.end_ids,
-                            lengths,
-                            max_new_tokens,
-                            batch_size,
-                            on_progress,
-                        ),
-                        (
-                            (i, build_request(prompt=prompt))
-                            for i, prompt in prompt_reader.iter_prompts(batch_size)
-                        ),
-                        batch_size,
-                        on_progress,
+                        build_engine(*source, on_progress), requests, batch_size, on_progress
                     ):
-                        prompt_reader.finished_indices.add(i)
+                        del prompt_reader.remaining[i]
                         output_ids = [token.id for token in tokens]
                         prediction = build_prediction(renderer, samples[i], prompt, output_ids)
                         if logprobs:
@@ -222,6 +213,70 @@ def predict(
     return [predictions[index] for index in sorted(predictions)]
 
 
+@dataclass
+class ResponseSampler:
+    """Sampler of `num_responses` to each prompt on changing weights, which keeps its engine.
+
+    `batch_size` limits the concurrent sequences. `is_sharded` weights are gathered for one call.
+    """
+
+    model: VisionLanguageModel
+    end_ids: Sequence[int]
+    num_responses: int
+    batch_size: int
+    is_sharded: bool
+    engine: Engine | None = None
+    capacity: tuple[int, int] = 0, 0
+
+    def sample(
+        self,
+        requests: Sequence[GenerationRequest],
+        on_progress: Callable[[int], None],
+        on_full_memory: Callable[[], object],
+    ) -> list[list[GeneratedToken]]:
+        """Return the tokens of each request. Out-of-memory errors halve the batch size."""
+        responses: dict[int, list[GeneratedToken]] = {}
+        engine: Engine | None
+        while waiting := {n: one for n, one in enumerate(requests) if n not in responses}:
+            try:
+                engine, size = self._prepare_engine([*waiting.values()]), self.batch_size
+                for n, _, tokens in iter_completions(engine, waiting.items(), size, on_progress):
+                    responses[n] = tokens
+            except torch.OutOfMemoryError:
+                engine = self.engine = None
+                self.batch_size = min(self.batch_size, len(waiting)) // 2
+                if not self.batch_size:
+                    raise
+            # Outside of the block, no exception refers to frames that hold GPU memory.
+            if self.engine is None:
+                on_full_memory()
+                gc.collect()
+        return [responses[n] for n in range(len(requests))]
+
+    def _prepare_engine(self, requests: Sequence[GenerationRequest]) -> Engine:
+        """Return the engine of the previous call with its CUDA graphs, or a larger one."""
+        num_seqs = min(self.batch_size, len(requests))
+        max_length = max(request.prompt.tokenized.num_tokens for request in requests)
+        if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
+            self.engine = None  # free its memory first
+            self.capacity = num_seqs, max(max_length, self.capacity[1])
+            lengths, max_tokens = [self.capacity[1]] * num_seqs, requests[0].max_new_tokens
+            self.engine = Engine(
+                self.model,
+                self.end_ids,
+                max_num_seqs=num_seqs,
+                num_cache_tokens=compute_required_tokens(self.model, lengths, max_tokens, num_seqs),
+                matches_training=not self.is_sharded and self.model.match_decoding(),
+                num_snapshots=-(-num_seqs // self.num_responses),
+            )
+        else:
+            self.engine.clear_caches()
+        if not self.is_sharded:
+            # CUDA graphs refer to the fused weights, which training has not updated.
+            self.model.sync_fused_weights()
+        return self.engine
+
+
 class _PromptReader:
     """Loads prompt images in background threads, longest prompts first; skips corrupt images."""
 
@@ -232,23 +287,15 @@ class _PromptReader:
         on_corrupt_image: Callable[[int, CorruptImageError], None] | None,
     ) -> None:
         self._renderer, self._on_corrupt_image = renderer, on_corrupt_image
-        self.finished_indices: set[int] = set()
+        self.remaining: dict[int, TokenizedSample] = {}
+        """Tokenized prompts that are not finished, by sample index."""
         tokenized_by_index = self._collect_results(
             (i, partial(renderer.tokenize_prompt, sample)) for i, sample in enumerate(samples)
         )
         # Longest prompt first, so that an out-of-memory error occurs at the start.
         order = sorted(tokenized_by_index, key=lambda i: (-tokenized_by_index[i].num_tokens, i))
-        self._tokenized_prompts = {i: tokenized_by_index[i] for i in order}
+        self.remaining |= {i: tokenized_by_index[i] for i in order}
         self._pool = ThreadPoolExecutor(NUM_READER_THREADS)
-
-    @property
-    def remaining(self) -> dict[int, TokenizedSample]:
-        """Tokenized prompts that are not finished, by sample index."""
-        return {
-            i: tokenized
-            for i, tokenized in self._tokenized_prompts.items()
-            if i not in self.finished_indices
-        }
 
     def __enter__(self) -> _PromptReader:
         return self
@@ -258,7 +305,7 @@ class _PromptReader:
 
     def iter_prompts(self, num_prefetched: int) -> Iterator[tuple[int, EncodedSample]]:
         """Yield sample indices and encoded prompts; prefetch `num_prefetched` more prompts."""
-        remaining = iter(self.remaining.items())
+        remaining = iter([*self.remaining.items()])
         pending: deque[tuple[int, Future[EncodedSample]]] = deque()
         while True:
             for i, tokenized in islice(remaining, num_prefetched + 1 - len(pending)):
@@ -278,7 +325,7 @@ class _PromptReader:
                 if self._on_corrupt_image is None:
                     raise
                 self._on_corrupt_image(i, error)
-                self.finished_indices.add(i)
+                self.remaining.pop(i, None)
         return results
 
 

@@ -22,11 +22,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.optimizer import (
-    LARGE_PARAM_ELEMENTS,
-    MasterWeightOptimizer,
-    ParamGroup,
-)
+from finesight.train.optimizer import LARGE_PARAM_ELEMENTS, MasterWeightOptimizer, ParamGroup
 
 FP32_BYTES, INDEX_BYTES, CU_SEQLEN_BYTES = 4, 8, 4
 """Bytes of an fp32 element, of an int64 index, and of an element of `cu_seqlens` (int32)."""

@@ -15,11 +15,7 @@ from statistics import mean, median
 from typing import Literal
 
 from finesight.errors import Step
-from finesight.manifest import (
-    CHECKPOINTS_FOLDER,
-    MAX_DATA_WAIT_FRACTION,
-    METRICS_FILE,
-)
+from finesight.manifest import CHECKPOINTS_FOLDER, MAX_DATA_WAIT_FRACTION, METRICS_FILE
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,

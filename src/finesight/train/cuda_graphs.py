@@ -69,7 +69,7 @@ class GraphTimer:
         if self._pending is not None:
             yield
             return
-        start, end = _create_event(), _create_event()
+        start, end = (torch.cuda.Event(True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         yield
         end.record()
@@ -93,10 +93,6 @@ class GraphTimer:
         self._poll()
         is_measured = math.isfinite(self.replay_s_per_token) and math.isfinite(self.launch_s)
         return num_tokens * self.replay_s_per_token < self.launch_s if is_measured else None
-
-
-def _create_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
 
 
 MAX_GRAPH_TOKENS_STARVED = 16384

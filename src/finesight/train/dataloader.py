@@ -494,7 +494,7 @@ class StepDataset:
             Step data, and the memory block of its patches and cache inputs.
         """
         split_samples, shards, skipped = self._read_split_samples(step_index)
-        own_samples, own_skipped = self._read_samples(self.sampler.batch_indices(step_index))
+        own_samples, own_skipped = self.read_samples(self.sampler.batch_indices(step_index))
         return self.pack_step(
             step_index, own_samples, (*skipped, *own_skipped), split_samples, shards
         )
@@ -561,7 +561,7 @@ class StepDataset:
         sampler = self.sampler
         if not isinstance(sampler, DistributedSampler):
             return [], [], []
-        samples, skipped = self._read_samples(sampler.split_indices(step_index))
+        samples, skipped = self.read_samples(sampler.split_indices(step_index))
         rank, world_size = sampler.process_group.rank, sampler.process_group.world_size
         shards = [
             ContextShard.from_sample(encoded.tokenized, rank, world_size) for _, encoded in samples
@@ -572,25 +572,36 @@ class StepDataset:
         ]
         return sharded_samples, shards, skipped if sampler.process_group.is_main else []
 
-    def _read_samples(
-        self, indices: Iterable[int]
+    def read_samples(
+        self,
+        indices: Iterable[int],
+        encode: Callable[[LocatedSample], EncodedSample] | None = None,
+        map_: Callable[..., Iterable[IndexedSample | SkippedSample]] = map,
     ) -> tuple[list[IndexedSample], list[SkippedSample]]:
-        """Read and encode samples; also return the samples that were skipped."""
-        samples: list[IndexedSample] = []
-        skipped: list[SkippedSample] = []
-        for index in indices:
-            name = self.corpus.location(index)
-            try:
-                sample = self.corpus.read_validated(index)
-                name = sample.sample.id
-                samples.append((index, self._encode_sample(index, sample)))
-            except UnreadableFileError:
+        """Read and encode samples; also return the samples that were skipped.
+
+        Args:
+            encode: Function instead of the encoding for training.
+            map_: Replacement of `map`, such as that of a thread pool.
+        """
+        results = [*map_(partial(self._read_sample, encode), indices)]
+        samples = [one for one in results if not isinstance(one, SkippedSample)]
+        return samples, [one for one in results if isinstance(one, SkippedSample)]
+
+    def _read_sample(
+        self, encode: Callable[[LocatedSample], EncodedSample] | None, index: int
+    ) -> IndexedSample | SkippedSample:
+        name = self.corpus.location(index)
+        try:
+            sample = self.corpus.read_validated(index)
+            name = sample.sample.id
+            return index, encode(sample) if encode else self._encode_sample(index, sample)
+        except UnreadableFileError:
+            raise
+        except UserError as error:
+            if self.on_invalid_sample == "fail":
                 raise
-            except UserError as error:
-                if self.on_invalid_sample == "fail":
-                    raise
-                skipped.append(SkippedSample(name, str(error).splitlines()[0]))
-        return samples, skipped
+            return SkippedSample(name, str(error).splitlines()[0])
 
     def _encode_sample(self, index: int, sample: LocatedSample) -> EncodedSample:
         if self.cache_reader is None:
@@ -625,31 +636,8 @@ def read_steps(
     return (transfer.unpack() for transfer in transfers)
 
 
-@dataclass(frozen=True, slots=True)
-class DataWait:
-    """Timing of the request for the data of one step.
-
-    Attributes:
-        blocked_s: Seconds in which the host waited for the data loader.
-        request_event: CUDA event recorded when the data were requested; None on a CPU.
-        ready_event: CUDA event recorded when the data arrived; None on a CPU.
-    """
-
-    blocked_s: float
-    request_event: torch.cuda.Event | None
-    ready_event: torch.cuda.Event | None
-
-    @property
-    def seconds(self) -> float:
-        """Seconds in which the device was idle.
-
-        On a GPU, read it after the step has finished.
-        """
-        if self.request_event is None or self.ready_event is None:
-            return self.blocked_s
-        # A GPU with an empty queue is idle for other reasons as well.
-        idle: float = self.request_event.elapsed_time(self.ready_event) / 1000
-        return min(self.blocked_s, idle)
+DataWait = Callable[[], float]
+"""Seconds in which the device waited for data; on a GPU, call it after the step has finished."""
 
 
 def time_data_waits(
@@ -663,7 +651,15 @@ def time_data_waits(
             return
         blocked_s = time.perf_counter() - start
         ready_event = record_event(device, enable_timing=True)
-        yield step_batch, DataWait(blocked_s, request_event, ready_event)
+        yield step_batch, partial(compute_idle_seconds, blocked_s, request_event, ready_event)
+
+
+def compute_idle_seconds(
+    blocked_s: float, request: torch.cuda.Event | None, ready: torch.cuda.Event | None
+) -> float:
+    """Return the seconds in which the device was idle while the host waited for `blocked_s`."""
+    # A GPU with an empty queue is idle for other reasons as well.
+    return min(blocked_s, request.elapsed_time(ready) / 1000) if request and ready else blocked_s
 
 
 def record_event(device: torch.device, *, enable_timing: bool = False) -> torch.cuda.Event | None:

@@ -38,7 +38,7 @@ from finesight.evaluate import custom_metric
 from finesight.progress import ProgressCallback, ProgressConsole
 from finesight.storage import write_file
 from finesight.train.dataloader import SkippedSample, StepDataset, scan_samples
-from finesight.train.run_dir import RunDir
+from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 
@@ -155,7 +155,7 @@ def _checksum(tensors: Mapping[str, NDArray[Any]]) -> str:
 
 
 def check_image_record(
-    run_dir: RunDir, splits: Mapping[str, TrainingData | None], log: Callable[[str], None]
+    run_dir: RunDir, splits: Mapping[Split, TrainingData], log: Callable[[str], None]
 ) -> None:
     """Compare the images with their fingerprints at the start of a resumed run.
 
@@ -175,7 +175,7 @@ def check_image_record(
     rows = run_dir.read_skipped_samples()
     messages = [text for row in rows for text in (json.dumps(row.id), row.reason)]
     for split, data in splits.items():
-        if data and split in recorded:
+        if split in recorded:
             _check_images(split, data, recorded[split], path, "\n".join(messages), log)
 
 
@@ -520,12 +520,6 @@ class TrainingData:
 class MismatchedCorpus(Corpus):
     """Corpus whose samples have the next one, with whose answer KTO estimates the divergence."""
 
-    @classmethod
-    def load(cls, files: Sequence[DataFileSettings]) -> MismatchedCorpus:
-        """Open data files like `load_corpus`."""
-        corpus = load_corpus(files)
-        return cls(corpus.sources, corpus.weights, corpus.fingerprint)
-
     def read_validated(self, index: int) -> LocatedSample:
         """Read and fully validate a sample, and read the next one."""
         return replace(super().read_validated(index), mismatched=self[(index + 1) % len(self)])
@@ -559,7 +553,12 @@ def load_training_data(
             custom_metric.require_metric_file(location[0])
     scan_split = partial(_scan_split, recipe, renderer, num_workers, console)
     is_kto = (recipe.train.objective, recipe.train.kto.loss_type) == ("kto", "kto")
-    load = MismatchedCorpus.load if is_kto else load_corpus
+
+    def load(files: Sequence[DataFileSettings]) -> Corpus:
+        corpus = load_corpus(files)
+        fields = corpus.sources, corpus.weights, corpus.fingerprint
+        return MismatchedCorpus(*fields) if is_kto else corpus
+
     with console.activity("reading data.train"):
         corpus = load(recipe.data.train)
     if not recipe.data.eval:

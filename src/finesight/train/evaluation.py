@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from itertools import chain
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from pydantic import TypeAdapter
@@ -27,21 +27,11 @@ from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback
-from finesight.train.dataloader import (
-    GlobalStepStats,
-    SkippedSample,
-    StepBatch,
-    read_steps,
-)
+from finesight.train.dataloader import GlobalStepStats, SkippedSample, StepBatch, read_steps
 from finesight.train.lr_schedule import resolve_steps
-from finesight.train.oom import (
-    MemoryBudget,
-    build_generation_oom_error,
-    build_pack_oom_error,
-    retry_on_oom,
-)
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, retry_on_oom
 from finesight.train.parallel.distributed import ProcessGroup
-from finesight.train.run_dir import RunDir
+from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import SequentialSampler
 from finesight.train.state import TrainState
 
@@ -229,7 +219,13 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
             try:
                 generations = generate(own_samples) if own_samples else ([], {})
             except torch.OutOfMemoryError as error:
-                raise build_generation_oom_error(error) from None
+                raise GpuOutOfMemoryError(
+                    f"the GPU memory is full: {first_error_line(error)}",
+                    where="evaluation",
+                    expected="sufficient memory for one answer at a time",
+                    remedy="end other programs on this GPU, or lower eval.max_new_tokens, and start"
+                    " again with --resume; or start a new run with smaller images",
+                ) from None
         if process_group.is_single_process:
             return generations
         predictions: dict[int, Prediction] = {}
@@ -340,7 +336,7 @@ def compute_validation_loss(
 @torch.no_grad()
 def iter_step_losses(
     state: TrainState,
-    split: Literal["train", "eval"],
+    split: Split,
     indices: Sequence[int],
     budget: MemoryBudget,
     on_progress: ProgressCallback,
@@ -350,12 +346,11 @@ def iter_step_losses(
     The model is in the mode in which the run processes the split.
     """
     hardware, recipe, model = state.run.hardware, state.run.recipe, state.engine.model
-    source = state.data.train if split == "train" else state.data.validation
-    assert source is not None, f"no data of the split {split}"
     sampler = SequentialSampler(indices, recipe.train.batch_size)
     # Without shared prefixes: in evaluation mode, some families compute a token depending on the
     # length of its sample (`model.families.qwen_vl`).
-    data = source.build_step_dataset(state.data.renderer, sampler, budget.pack_tokens, recipe.data)
+    source = state.data.renderer, sampler, budget.pack_tokens, recipe.data
+    data = state.data.splits[split].build_step_dataset(*source)
     unit_weight = torch.ones((), device=hardware.device)
     step_batches = read_steps(data, 0, hardware.num_workers, hardware.device.type == "cuda")
     model.train(split == "train")
@@ -388,13 +383,27 @@ def translate_pack_oom(
     try:
         yield
     except torch.OutOfMemoryError as error:
-        # A retry can use the memory of the freed CUDA graphs.
-        has_freed_memory = state.engine.graph_runner.release_graphs()
+        names, first_line = packed_batch.sample_ids, first_error_line(error)
+        location = f"sample {names[0]:.80}"
+        if len(names) > 1:
+            location = f"{len(names)} samples from {names[0]:.80} on"
+        num_tokens, num_patches = sum(packed_batch.lengths), len(packed_batch.patches_ND)
+        oom_error = GpuOutOfMemoryError(
+            f"the GPU memory is full: {first_line}",
+            where=f"{location}, {num_tokens:,} tokens and {num_patches:,} patches",
+            expected="sufficient memory for one sample at a time"
+            + (" with activation checkpointing" if is_training else ""),
+            remedy="end other programs on this GPU and start again with --resume, or start a new"
+            " run with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit"
+            " frozen weights (tune.quantize.nf4=[language])",
+        )
         can_split = state.max_unsplit_tokens is not None
         world_size = state.run.hardware.process_group.world_size if can_split else 1
-        raise build_pack_oom_error(
-            error, packed_batch, budget, is_training, world_size, has_freed_memory=has_freed_memory
-        ) from None
+        smaller = budget.next_smaller(packed_batch, is_training, world_size)
+        # A retry can use the memory of the freed CUDA graphs.
+        has_freed_memory = state.engine.graph_runner.release_graphs()
+        oom_error.next_budget = budget if has_freed_memory else smaller
+        raise oom_error from None
 
 
 def peak_memory_gb(device: torch.device) -> float:

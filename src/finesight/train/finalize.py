@@ -196,22 +196,15 @@ def check_param_changes(param_changes: Iterable[ParamChange], equal_rewards: str
         if change.is_trained and not (change.num_changed and change.num_with_grad):
             problem = "no gradient reached" if change.num_changed else "training did not change"
             problem += f" the {change.num_tensors} trainable tensors of {change.part}"
+            where, expected = f"tune.{change.part}", "updates of all trainable parts"
+            remedy = "add samples that use it (images, for vision and merger), increase"
+            remedy += f" train.learning_rate.{change.part}, or set tune.{change.part}=frozen"
             if equal_rewards:
-                raise UserError(
-                    f"{problem}: the responses to each prompt had equal rewards or none"
-                    f" ({equal_rewards})",
-                    where="rewards",
-                    expected="responses of which some have a higher reward",
-                    remedy="use rewards that score partly correct answers, raise"
-                    " train.grpo.temperature, or fine-tune with train.objective=sft first",
-                )
-            raise UserError(
-                problem,
-                where=f"tune.{change.part}",
-                expected="updates of all trainable parts",
-                remedy=f"add samples that use it (images, for vision and merger), increase"
-                f" train.learning_rate.{change.part}, or set tune.{change.part}=frozen",
-            )
+                problem += f": the responses had equal rewards or none ({equal_rewards})"
+                where, expected = "rewards", "responses of which some have a higher reward"
+                remedy = "use rewards that score partly correct answers, raise"
+                remedy += " train.grpo.temperature, or train with train.objective=sft first"
+            raise UserError(problem, where=where, expected=expected, remedy=remedy)
 
 
 class RunResult(BaseModel):

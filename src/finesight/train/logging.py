@@ -276,7 +276,6 @@ class MetricsLogger:
     def log_start(self, seconds: float) -> None:
         """Log the start or resume of a run, with hardware, data and library versions."""
         state, hardware = self._state, self._state.run.hardware
-        data_by_split = {"train": state.data.train, "eval": state.data.validation}
         samples = state.data.train.stats.sample_stats
         sizes = (h * w for sample in samples for _, h, w in sample.grid_thw)
         entry = {
@@ -303,8 +302,7 @@ class MetricsLogger:
                     "num_tokens": data.stats.num_tokens,
                     "fingerprint": data.corpus.fingerprint,
                 }
-                for name, data in data_by_split.items()
-                if data is not None
+                for name, data in state.data.splits.items()
             },
         }
         self._append_metrics(entry | facts)
@@ -414,7 +412,7 @@ class MetricsLogger:
             "skipped_samples": [skipped.id for skipped in global_stats.skipped],
             "skipped_steps": state.engine.loss_scaler.num_skipped + state.progress.nonfinite_steps,
             "step_s": seconds,
-            "data_wait_s": max(0.0, data_wait.seconds - sampling_s),
+            "data_wait_s": max(0.0, data_wait() - sampling_s),
             "samples_per_s": global_stats.num_samples / seconds,
             "tokens_per_s": global_stats.num_tokens / seconds,
             # None for unknown FLOPs (transformers backend) and a peak measured on a busy device.

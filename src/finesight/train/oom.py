@@ -96,51 +96,6 @@ class GpuOutOfMemoryError(UserError):
     next_budget: MemoryBudget | None = None
 
 
-def build_pack_oom_error(
-    error: torch.OutOfMemoryError,
-    batch: PackedBatch,
-    budget: MemoryBudget,
-    is_training: bool,
-    world_size: int = 1,
-    *,
-    has_freed_memory: bool = False,
-) -> GpuOutOfMemoryError:
-    """Convert an out-of-memory error of PyTorch in a pack to a `GpuOutOfMemoryError`.
-
-    Args:
-        world_size: Number of ranks that can share a sample; 1 if samples cannot be split.
-        has_freed_memory: Whether memory was freed, so that a retry with the same budget may
-            succeed.
-    """
-    num_samples, first = len(batch.sample_ids), batch.sample_ids[0]
-    location = (
-        f"sample {first:.80}" if num_samples == 1 else f"{num_samples} samples from {first:.80} on"
-    )
-    oom_error = GpuOutOfMemoryError(
-        f"the GPU memory is full: {first_error_line(error)}",
-        where=f"{location}, {sum(batch.lengths):,} tokens and {len(batch.patches_ND):,} patches",
-        expected="sufficient memory for one sample at a time"
-        + (" with activation checkpointing" if is_training else ""),
-        remedy="end other programs on this GPU and start again with --resume, or start a new run"
-        " with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit frozen"
-        " weights (tune.quantize.nf4=[language])",
-    )
-    smaller = budget.next_smaller(batch, is_training, world_size)
-    oom_error.next_budget = budget if has_freed_memory else smaller
-    return oom_error
-
-
-def build_generation_oom_error(error: torch.OutOfMemoryError) -> GpuOutOfMemoryError:
-    """Convert an out-of-memory error of PyTorch during generation; it cannot be retried."""
-    return GpuOutOfMemoryError(
-        f"the GPU memory is full: {first_error_line(error)}",
-        where="evaluation",
-        expected="sufficient memory for one answer at a time",
-        remedy="end other programs on this GPU, or lower eval.max_new_tokens, and start again"
-        " with --resume; or start a new run with smaller images",
-    )
-
-
 def retry_on_oom(
     budget: MemoryBudget,
     device: torch.device,

@@ -8,7 +8,6 @@ Shapes: Q groups, G responses of a group, F rewards, L supervised tokens, T toke
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import math
@@ -23,11 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel
 from torch import Tensor
 
 from finesight.data.boxes import Box, iou
-from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import FRAME_1000, scale_box
 from finesight.encode.packing import PackedBatch, pack
@@ -36,17 +33,22 @@ from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
 from finesight.evaluate.metric_difference import format_prediction_line
 from finesight.evaluate.rewards import RewardScorer
-from finesight.infer.engine import Engine, compute_required_tokens, iter_completions
 from finesight.infer.kv_cache import append_tokens, hash_images
-from finesight.infer.prediction import NUM_READER_THREADS, Prediction, build_prediction
+from finesight.infer.prediction import (
+    NUM_READER_THREADS,
+    Prediction,
+    ResponseSampler,
+    build_prediction,
+)
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel
 from finesight.model.linear import LoraLinear
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import append_line
-from finesight.train.dataloader import SkippedSample, StepBatch
+from finesight.train.dataloader import IndexedSample, SkippedSample, StepBatch
 from finesight.train.objectives.dpo import compute_token_logps
 from finesight.train.state import TrainState
+from finesight.train.vision_cache_builder import free_gpu_memory
 
 FloatArray = NDArray[np.float64]
 
@@ -97,16 +99,16 @@ class Group(NamedTuple):
     cases: list[EvalCase]
 
 
-class RolloutRecord(BaseModel):
+class RolloutRecord(NamedTuple):
     """Responses of a step on one rank, as all ranks exchange them.
 
     Attributes:
-        rewards: Rewards by group, response and reward function; None if not scored.
+        rewards: Rewards by group, response and reward function; NaN if not scored.
         num_useful: Number of groups of the update.
         num_tokens: Number of tokens of the update.
     """
 
-    rewards: list[list[list[float | None]]]
+    rewards: list[list[list[float]]]
     lengths: list[int]
     is_truncated: list[bool]
     num_useful: int
@@ -218,16 +220,21 @@ class Rollout:
         self.state = state
         self.settings, self.seed = recipe.train.grpo, recipe.train.seed
         self.sampling = recipe.train.sampling or recipe.train.grpo
-        self.batch_size = self.sampling.batch_size
         self.banned_ids = state.data.renderer.visual_token_ids
         self.scorer = RewardScorer(recipe.rewards, state.run.run_dir.path)
         self.weights_F = np.array(self.scorer.weights)
         self.log = state.run.console.log
         self.check = RewardCheck(state.data.renderer, self.log)
         self.reward_s, self.first_step = 0.0, 0
-        self.engine: Engine | None = None
-        self.capacity = 0, 0
-        """Number of sequences and prompt length of the engine."""
+        engine, num_responses = state.engine, self.sampling.num_generations
+        assert isinstance(engine.model, VisionLanguageModel), "a model of the transformers backend"
+        self.sampler = ResponseSampler(
+            engine.model,
+            state.data.renderer.end_ids,
+            num_responses,
+            self.sampling.batch_size,
+            engine.parallel.is_sharded,
+        )
 
     def read_steps(self, start: int) -> Generator[StepBatch, None, None]:
         """Yield the steps from `start` on, each generated when it is requested."""
@@ -250,14 +257,14 @@ class Rollout:
         with self.state.engine.parallel.summon_full_params(), process_group.sync_errors():
             sampled, useful = self.sample_useful(step, skipped)
         own = RolloutRecord(
-            rewards=[_as_lists(group.rewards_GF) for group in sampled],
+            rewards=[group.rewards_GF.tolist() for group in sampled],
             lengths=[len(tokens) for group in sampled for tokens in group.responses],
             is_truncated=[not one.ended_with_eos for group in sampled for one in group.cases],
             num_useful=len(useful),
             num_tokens=sum(map(self.count_tokens, useful)),
         )
-        payloads = process_group.all_gather_str(own.model_dump_json())
-        records = [RolloutRecord.model_validate_json(payload) for payload in payloads]
+        payloads = process_group.all_gather_str(json.dumps(own))
+        records = [RolloutRecord(*json.loads(payload)) for payload in payloads]
         rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
         if step == self.first_step:
             for text in describe_unscored(self.scorer.names, rewards_QGF):
@@ -315,10 +322,10 @@ class Rollout:
     ) -> list[Group]:
         """Generate and score the responses of samples; unreadable ones are skipped."""
         renderer = self.state.data.renderer
-        prompts = self.encode_samples(indices, renderer.encode_prompt, skipped)
-        responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
-        groups = []
-        for (index, sample, prompt), tokens in zip(prompts, responses, strict=True):
+        prompts = self.read_samples(indices, renderer.encode_prompt, skipped)
+        groups, corpus = list[Group](), self.state.data.train.corpus
+        for (index, prompt), tokens in zip(prompts, self.generate(step, prompts), strict=True):
+            sample = corpus[index]
             predictions = [
                 build_prediction(renderer, sample, prompt.tokenized, [one.id for one in ids])
                 for ids in tokens
@@ -338,36 +345,27 @@ class Rollout:
             self.check.add(cases, totals_G, prompt.tokenized.spans)
         return groups
 
-    def encode_samples(
+    def read_samples(
         self,
         indices: Sequence[int],
         encode: Callable[[LocatedSample], EncodedSample],
         skipped: list[SkippedSample],
-    ) -> list[tuple[int, LocatedSample, EncodedSample]]:
-        """Read and encode samples; unreadable ones are skipped."""
-        state, encoded = self.state, list[tuple[int, LocatedSample, EncodedSample]]()
-        samples = [state.data.train.corpus.read_validated(index) for index in indices]
+    ) -> list[IndexedSample]:
+        """Read and encode samples in several threads, and add those that cannot be to `skipped`."""
         with ThreadPoolExecutor(NUM_READER_THREADS) as pool:
-            futures = [pool.submit(encode, sample) for sample in samples]
-            for index, sample, future in zip(indices, samples, futures, strict=True):
-                try:
-                    encoded.append((index, sample, future.result()))
-                except CorruptImageError as error:
-                    if state.run.recipe.data.on_invalid_sample == "fail":
-                        raise
-                    skipped.append(SkippedSample(sample.sample.id, str(error).splitlines()[0]))
-        return encoded
+            read = self.state.engine.step_dataset.read_samples
+            samples, own_skipped = read(indices, encode, pool.map)
+        skipped += own_skipped
+        return samples
 
     def generate(
-        self, step: int, prompts: Sequence[tuple[int, EncodedSample]]
+        self, step: int, prompts: Sequence[IndexedSample]
     ) -> list[list[list[GeneratedToken]]]:
         """Sample the responses of each prompt; prompts share their keys and values."""
-        count, total = len(prompts), len(prompts) * self.sampling.num_generations
-        tokens_by_request: dict[int, list[GeneratedToken]] = {}
+        state, count = self.state, len(prompts)
         image_hashes = [hash_images(prompt) for _, prompt in prompts]
 
-        def build_request(request: int) -> GenerationRequest:
-            number, position = divmod(request, count)
+        def build_request(number: int, position: int) -> GenerationRequest:
             index, prompt = prompts[position]
             name = f"{self.seed}/{step}/{index}/{number}"
             params = SamplingParams(
@@ -385,63 +383,24 @@ class Rollout:
             )
 
         def on_progress(num_finished: int) -> None:
-            if self.state.run.hardware.process_group.is_single_process:
-                self.state.run.stop.raise_if_requested()
+            if state.run.hardware.process_group.is_single_process:
+                state.run.stop.raise_if_requested()
 
-        model = self.state.engine.model
-        model.eval()
-        try:
-            # The first responses of all prompts precede the others, which reuse their prompts.
-            while waiting := [n for n in range(total) if n not in tokens_by_request]:
-                lengths = [prompts[n % count][1].tokenized.num_tokens for n in waiting]
-                try:
-                    self.engine = self.prepare_engine(lengths)
-                    requests = ((n, build_request(n)) for n in waiting)
-                    for request, _, tokens in iter_completions(
-                        self.engine, requests, self.batch_size, on_progress
-                    ):
-                        tokens_by_request[request] = tokens
-                except torch.OutOfMemoryError:
-                    self.engine = None
-                    self.state.engine.graph_runner.release_graphs()
-                    self.batch_size = min(self.batch_size, len(waiting)) // 2
-                    if not self.batch_size:
-                        raise
-                # Outside of the block, no exception refers to frames that hold GPU memory.
-                if self.engine is None:
-                    gc.collect()
-        finally:
-            model.train()
-            device, parallel = self.state.run.hardware.device, self.state.engine.parallel
-            # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
-            if device.type != "cuda" or parallel.is_sharded or not has_half_available(device):
-                self.engine = None
+        # The first responses of all prompts precede the others, which reuse their prompts.
         numbers = range(self.sampling.num_generations)
-        return [[tokens_by_request[n * count + p] for n in numbers] for p in range(count)]
-
-    def prepare_engine(self, prompt_lengths: Sequence[int]) -> Engine:
-        """Return the engine of the previous step with its CUDA graphs, or a larger one."""
-        num_seqs, max_length = min(self.batch_size, len(prompt_lengths)), max(prompt_lengths)
-        model, is_sharded = self.state.engine.model, self.state.engine.parallel.is_sharded
-        assert isinstance(model, VisionLanguageModel), "GRPO requires a native family"
-        if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
-            self.engine = None  # free its memory first
-            self.capacity = num_seqs, max(max_length, self.capacity[1])
-            lengths, max_tokens = [self.capacity[1]] * num_seqs, self.sampling.max_completion_length
-            self.engine = Engine(
-                model,
-                self.state.data.renderer.end_ids,
-                max_num_seqs=num_seqs,
-                num_cache_tokens=compute_required_tokens(model, lengths, max_tokens, num_seqs),
-                matches_training=not is_sharded and model.match_decoding(),
-                num_snapshots=-(-num_seqs // self.sampling.num_generations),
+        requests = [build_request(n, position) for n in numbers for position in range(count)]
+        state.engine.model.eval()
+        try:
+            responses = self.sampler.sample(
+                requests, on_progress, state.engine.graph_runner.release_graphs
             )
-        else:
-            self.engine.clear_caches()
-        if not is_sharded:
-            # CUDA graphs refer to the fused weights, which the last step has not updated.
-            model.sync_fused_weights()
-        return self.engine
+        finally:
+            state.engine.model.train()
+            # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
+            is_sharded, device = self.sampler.is_sharded, state.run.hardware.device
+            if is_sharded or not has_half_available(device):
+                self.sampler.engine = None
+        return [responses[position::count] for position in range(count)]
 
     def record_group(self, step: int, group: Group, rewards_QGF: FloatArray) -> None:
         """Append responses with rewards and advantages as lines to `responses.jsonl`."""
@@ -550,16 +509,13 @@ class StudentRollout(Rollout):
         sampled = [index for index in indices if draws[index] < share]
         others = [index for index in indices if draws[index] >= share]
         with state.engine.parallel.summon_full_params(), process_group.sync_errors():
-            prompts = self.encode_samples(sampled, renderer.encode_prompt, skipped)
-            responses = self.generate(step, [(index, prompt) for index, _, prompt in prompts])
-            answered = self.encode_samples(others, renderer.encode, skipped)
-        encoded = {index: one for index, _, one in answered}
-        for (index, _, prompt), (tokens,) in zip(prompts, responses, strict=True):
-            tokenized = append_tokens(prompt.tokenized, [token.id for token in tokens])
-            is_response_T = np.arange(tokenized.num_tokens) >= prompt.tokenized.num_tokens
-            encoded[index] = replace(
-                prompt, tokenized=replace(tokenized, loss_mask_T=is_response_T)
-            )
+            prompts = self.read_samples(sampled, renderer.encode_prompt, skipped)
+            responses = self.generate(step, prompts)
+            encoded = dict(self.read_samples(others, renderer.encode, skipped))
+        for (index, prompt), (tokens,) in zip(prompts, responses, strict=True):
+            ids = [token.id for token in tokens]
+            tokenized = append_tokens(prompt.tokenized, ids, is_supervised=True)
+            encoded[index] = replace(prompt, tokenized=tokenized)
         payloads = process_group.all_gather_str(json.dumps([len(one) for (one,) in responses]))
         counts = [count for payload in payloads for count in json.loads(payload)]
         metrics = {"rollout_s": time.perf_counter() - start_time}
@@ -571,37 +527,20 @@ class StudentRollout(Rollout):
 
 
 def has_half_available(device: torch.device) -> bool:
-    """Return whether more than half of the GPU memory is free or unused by the allocator."""
-    free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return 2 * (free + unused) > total
+    """Return whether more than half of the GPU memory is available; False on a CPU."""
+    free = free_gpu_memory(device)
+    return free > 0 and 2 * free > torch.cuda.get_device_properties(device).total_memory
 
 
 def join_responses(
     prompt: EncodedSample, responses: Sequence[Sequence[GeneratedToken]]
 ) -> EncodedSample:
-    """Return the sample with the responses of a prompt, of which all tokens are supervised.
-
-    A response begins with the last token of the prompt, which predicts its first token.
-    """
-    tokenized = prompt.tokenized
-    start = tokenized.num_tokens - 1
-    branches = [append_tokens(tokenized, [one.id for one in tokens]) for tokens in responses]
-    ids, positions = [tokenized.ids_T[:start]], [tokenized.position_ids_3T[:, :start]]
-    masks, starts = [np.zeros(start, dtype=np.bool_)], list[int]()
-    for branch in branches:
-        starts.append(sum(map(len, ids)))
-        ids.append(branch.ids_T[start:])
-        positions.append(branch.position_ids_3T[:, start:])
-        masks.append(np.arange(len(ids[-1])) > 0)
-    combined = replace(
-        tokenized,
-        ids_T=np.concatenate(ids),
-        loss_mask_T=np.concatenate(masks),
-        position_ids_3T=np.concatenate(positions, axis=1),
-        response_starts=tuple(starts),
+    """Return the sample with the responses of a prompt, of which all tokens are supervised."""
+    first, *others = (
+        append_tokens(prompt.tokenized, [one.id for one in tokens], is_supervised=True)
+        for tokens in responses
     )
-    return replace(prompt, tokenized=combined)
+    return replace(prompt, tokenized=first.join_responses(others))
 
 
 @contextmanager
@@ -677,7 +616,3 @@ def _drop_nan(values: FloatArray) -> FloatArray:
 
 def _mean(values: NDArray[Any]) -> float:
     return float(values.mean()) if len(values) else np.nan
-
-
-def _as_lists(rewards_GF: FloatArray) -> list[list[float | None]]:
-    return [[None if np.isnan(x) else float(x) for x in row] for row in rewards_GF]

@@ -45,6 +45,8 @@ from finesight.storage import (
     write_file,
 )
 
+Split = Literal["train", "eval"]
+
 
 class RunDir:
     """Directory of a training run; other commands read the same paths."""
@@ -245,7 +247,7 @@ class RunDir:
         self,
         skipped: Iterable[tuple[str, str]],
         step: int,
-        split: Literal["train", "eval"] = "train",
+        split: Split = "train",
     ) -> None:
         """Append samples that were skipped later to `skipped_samples.jsonl`, each only once."""
         for name, reason in skipped:
@@ -333,7 +335,7 @@ class SkippedRow(BaseModel):
     id: str
     reason: str
     step: int | None = None
-    split: Literal["train", "eval"] = "train"
+    split: Split = "train"
 
 
 class _MetricsLine(BaseModel):

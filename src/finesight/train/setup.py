@@ -63,11 +63,7 @@ from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
-from finesight.train.parallel.distributed import (
-    SINGLE_PROCESS,
-    ParallelStrategy,
-    ProcessGroup,
-)
+from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
 from finesight.train.state import (
@@ -235,8 +231,7 @@ def build_train_state(
         check_resume_config(recorded, resume_config | samples, folder, suggest)
         with process_group.sync_errors():
             if process_group.is_main:
-                splits = {"train": train_data, "eval": validation_data}
-                check_image_record(run_dir, splits, console.log)
+                check_image_record(run_dir, data.splits, console.log)
         check_resume_config(recorded, resume_config, folder, suggest)
     if checkpoint is None and check_inputs is not None:
         with process_group.sync_errors():

@@ -6,7 +6,7 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,7 @@ from finesight.train.objectives import Objective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
-from finesight.train.run_dir import RunDir
+from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import DistributedSampler, TrainSampler
 
 if TYPE_CHECKING:
@@ -45,20 +45,18 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *PREEMPTION_SIGNALS)
 
 
 _LABELS = "label true", "label false"
-_NO_PAIR = "add the rejected answer, or set train.objective=kto or sft"
-_CHOSEN_ONLY = "or train.objective=sft to train on the chosen answers only"
-_UNDESIRABLE = "remove the samples with the label false, or set train.objective=kto"
-
-EXCLUDED_KINDS: Mapping[str | None, Mapping[str, str]] = {
-    None: {
-        "pair": f"set train.objective=dpo to train on pairs, {_CHOSEN_ONLY}",
-        **dict.fromkeys(_LABELS, f"set train.objective=kto to train on labels, {_CHOSEN_ONLY}"),
-    },
-    "kto": {"label none": "add `label` or the rejected answer, or set train.objective=sft"},
-    **{key: dict.fromkeys(("label none", *_LABELS), _NO_PAIR) for key in ("dpo", "orpo", "simpo")},
-    **{key: {"label false": _UNDESIRABLE} for key in ("sft", "grpo", "distill")},
+_REMEDIES = {
+    "pair": "set train.objective=dpo to train on pairs, or sft for the chosen answers only",
+    "label none": "add the rejected answer or, for kto, `label`, or set train.objective=sft",
+    **dict.fromkeys(_LABELS, "set train.objective=kto, or sft without those of the label false"),
 }
-"""Remedies by kind of the samples that an objective excludes (`Renderer.excluded_kinds`)."""
+EXCLUDED_KINDS: Mapping[str | None, Sequence[str]] = {
+    None: ("pair", *_LABELS),
+    "kto": ("label none",),
+    **dict.fromkeys(("dpo", "orpo", "simpo"), ("label none", *_LABELS)),
+    **dict.fromkeys(("sft", "grpo", "distill"), ("label false",)),
+}
+"""Kinds of samples that an objective excludes (`Renderer.excluded_kinds`)."""
 
 RESPONSES: Mapping[str | None, Responses] = {
     "kto": "all",
@@ -173,7 +171,8 @@ class BaseModelRef:
             system_prompt = self.manifest.system_prompt if system_prompt is None else system_prompt
         renderer = build_renderer(self.folder, image_rule, system_prompt)
         renderer.responses = RESPONSES.get(recipe.train.objective, "pairs")
-        renderer.excluded_kinds = EXCLUDED_KINDS[recipe.train.objective]
+        excluded = EXCLUDED_KINDS[recipe.train.objective]
+        renderer.excluded_kinds = {kind: _REMEDIES[kind] for kind in excluded}
         renderer.supervise = recipe.data.supervise
         return renderer
 
@@ -207,10 +206,15 @@ class RunData:
     validation: TrainingData | None
     sampler: TrainSampler
 
+    @property
+    def splits(self) -> dict[Split, TrainingData]:
+        """Data by the name of the split, `train` and possibly `eval`."""
+        splits: dict[Split, TrainingData | None] = {"train": self.train, "eval": self.validation}
+        return {name: data for name, data in splits.items() if data is not None}
+
     def images(self) -> dict[str, ImageStates]:
-        """Return the image fingerprints of each split (`train`, `eval`)."""
-        splits = {"train": self.train, "eval": self.validation}
-        return {name: data.stats.images for name, data in splits.items() if data is not None}
+        """Return the image fingerprints of each split."""
+        return {name: data.stats.images for name, data in self.splits.items()}
 
 
 @dataclass(frozen=True, slots=True)

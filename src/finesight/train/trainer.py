@@ -24,11 +24,7 @@ from finesight.errors import TrainingInterrupted
 from finesight.evaluate.custom_metric import RewardError
 from finesight.evaluate.eval_case import find_best_eval
 from finesight.storage import require_free_space
-from finesight.train.checkpoint import (
-    MAX_ASYNC_PARAMS,
-    AsyncCheckpointer,
-    resolve_save_interval,
-)
+from finesight.train.checkpoint import MAX_ASYNC_PARAMS, AsyncCheckpointer, resolve_save_interval
 from finesight.train.dataloader import (
     DataWorkerError,
     GlobalStepStats,
@@ -44,18 +40,14 @@ from finesight.train.evaluation import (
     run_evaluation,
     translate_pack_oom,
 )
-from finesight.train.oom import (
-    GpuOutOfMemoryError,
-    MemoryBudget,
-    retry_on_oom,
-)
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, retry_on_oom
 from finesight.train.parallel.distributed import (
     PeerFailedError,
     ProcessGroup,
     RankDesyncError,
     RankTimeoutError,
 )
-from finesight.train.state import StepOutput, StopRequest, TrainState
+from finesight.train.state import StepOutput, TrainState
 from finesight.train.vision_cache import VisionCache
 
 if TYPE_CHECKING:
@@ -116,7 +108,6 @@ def micro_batch_seed(seed: int, step: int, micro_index: int) -> int:
 def train_step(
     state: TrainState,
     step_batch: StepBatch,
-    stop: StopRequest,
     vision_cache: VisionCache | None = None,
     global_stats: GlobalStepStats | None = None,
 ) -> StepOutput:
@@ -128,7 +119,6 @@ def train_step(
     Args:
         state: State of the run; its optimizer is updated.
         step_batch: Step data of this rank.
-        stop: Stop request, checked between packs.
         vision_cache: Cached image features, if any.
         global_stats: Statistics over all ranks; those of this rank by default.
 
@@ -154,7 +144,7 @@ def train_step(
             with sync_context:
                 for micro_index, packed_batch in packs:
                     # In a distributed run, the other ranks would wait for this one.
-                    if stop.signal is not None and process_group.is_single_process:
+                    if state.run.stop.signal is not None and process_group.is_single_process:
                         raise TrainingInterrupted(
                             f"in step {step_index + 1}, which is repeated on resume"
                         )
@@ -418,8 +408,8 @@ class Trainer:
             self.stop.request(global_stats.signal)
             self.stop.raise_if_requested()
         for _ in range(1, self.state.engine.objective.num_updates):
-            train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
-        return train_step(self.state, step_batch, self.stop, vision_cache, global_stats)
+            train_step(self.state, step_batch, vision_cache, global_stats)
+        return train_step(self.state, step_batch, vision_cache, global_stats)
 
     def on_step_end(self) -> bool:
         """Evaluate, save a checkpoint and stop the run if due.

@@ -17,12 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from finesight.data.image_header import (
-    CorruptImageError,
-    ImageSize,
-    decode_image,
-    sha256_content,
-)
+from finesight.data.image_header import CorruptImageError, ImageSize, decode_image, sha256_content
 from finesight.data.sample import is_video_path
 from finesight.data.video_file import iter_video_frames, read_video_header, read_visual_size
 from finesight.errors import UserError

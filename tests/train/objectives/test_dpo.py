@@ -487,7 +487,7 @@ def test_labels_need_an_objective(kto_task):
     for name, options, what, remedy in (
         ("none", (), "label true", "objective=kto"),
         ("sft", ("train.objective=sft",), "label false", "objective=kto"),
-        ("dpo", DPO, "label true", "rejected answer"),
+        ("dpo", DPO, "label true", "objective=kto"),
     ):
         with pytest.raises(UserError, match=what) as caught:
             kto_task.run(*options, name=name)

@@ -12,9 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 import torch
@@ -26,13 +24,13 @@ from torch.utils.checkpoint import checkpoint
 from finesight.config import DpoSettings, KtoSettings, OrpoSettings, SimpoSettings
 from finesight.data.sample import Sample
 from finesight.encode.packing import PackedBatch
-from finesight.progress import ProgressCallback
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
 from finesight.train.objectives import PackKey
 from finesight.train.objectives.sft import MAX_LOGITS_BYTES, SftObjective
 from finesight.train.oom import MemoryBudget, retry_on_oom
+from finesight.train.run_dir import Split
 from finesight.train.state import TrainState
 
 REFERENCE_FILE = "reference_logps.safetensors"
@@ -359,27 +357,12 @@ def prepare_references(state: TrainState) -> None:
         return
     sampler, validation = state.data.sampler, state.data.validation
     steps = map(sampler.batch_indices, range(len(sampler)))
-    indices: dict[Literal["train", "eval"], list[int]] = {
+    indices: dict[Split, Sequence[int]] = {
         "train": sorted({index for step in steps for index in step})
     }
     if validation is not None:
         indices["eval"] = sorted(validation.stats.sample_indices)
-    found: dict[str, list[tuple[float, ...]]] = {}
-    for split, split_indices in indices.items():
-        own_indices = hardware.process_group.shard(split_indices)
-        found[split] = []
-        with (
-            state.run.console.progress_stage(
-                f"reference, data.{split}", len(own_indices)
-            ) as on_progress,
-            state.engine.parallel.summon_full_params(),
-            hardware.process_group.sync_errors(),
-        ):
-            add_references = partial(
-                _add_references, state, split, own_indices, found[split], on_progress
-            )
-            log = state.run.console.log
-            retry_on_oom(state.progress.budget, hardware.device, log, add_references)
+    found = {split: _compute_references(state, split, chosen) for split, chosen in indices.items()}
     payloads = hardware.process_group.all_gather_str(json.dumps(found))
     tables = [*map(json.loads, payloads)]
     references: dict[str, NDArray[np.float64]] = {
@@ -391,27 +374,33 @@ def prepare_references(state: TrainState) -> None:
         save_tensors(path, references)
 
 
-def _add_references(
-    state: TrainState,
-    split: Literal["train", "eval"],
-    indices: Sequence[int],
-    found: list[tuple[float, ...]],
-    on_progress: ProgressCallback,
-    budget: MemoryBudget,
-) -> None:
-    """Add the corpus index and the log-probabilities of each sample that `found` lacks."""
-    objective, data = state.engine.objective, state.data
+def _compute_references(
+    state: TrainState, split: Split, indices: Sequence[int]
+) -> list[tuple[float, ...]]:
+    """Return the corpus index and the log-probabilities of the samples of this rank."""
+    objective, console, hardware = state.engine.objective, state.run.console, state.run.hardware
     assert isinstance(objective, PairObjective), f"{objective} has no reference model"
-    source = data.train if split == "train" or data.validation is None else data.validation
-    known = {index for index, *_ in found}
-    missing = [index for index in indices if index not in known]
-    for step_batch, values in iter_step_losses(state, split, missing, budget, on_progress):
-        read = chain.from_iterable(step_batch.sample_indices)
-        for index, value in zip(read, values, strict=True):
-            logps = value[-objective.num_responses :].tolist()
-            found.append((index, *objective.arrange_logps(source.corpus[index].sample, logps)))
-        if step_batch.skipped and state.run.hardware.process_group.is_main:
-            state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, split)
+    own_indices, corpus = hardware.process_group.shard(indices), state.data.splits[split].corpus
+    found: list[tuple[float, ...]] = []
+
+    def add_missing(budget: MemoryBudget) -> None:
+        known = {index for index, *_ in found}
+        missing = [index for index in own_indices if index not in known]
+        for step_batch, values in iter_step_losses(state, split, missing, budget, on_progress):
+            read = chain.from_iterable(step_batch.sample_indices)
+            for index, value in zip(read, values, strict=True):
+                logps = value[-objective.num_responses :].tolist()
+                found.append((index, *objective.arrange_logps(corpus[index].sample, logps)))
+            if step_batch.skipped and hardware.process_group.is_main:
+                state.run.run_dir.append_skipped_samples(step_batch.skipped, 0, split)
+
+    with (
+        console.progress_stage(f"reference, data.{split}", len(own_indices)) as on_progress,
+        state.engine.parallel.summon_full_params(),
+        hardware.process_group.sync_errors(),
+    ):
+        retry_on_oom(state.progress.budget, hardware.device, console.log, add_missing)
+    return found
 
 
 def _index_references(

@@ -16,10 +16,11 @@ from test_bounded_files import LAUGHS
 
 from finesight import recipe as recipes
 from finesight.cli.app import run_command
-from finesight.config import OBJECTIVE_SECTIONS, ExactSize, LongestSide, Recipe
+from finesight.config import ExactSize, LongestSide, Recipe
 from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
 from finesight.recipe_template import choose_duration, override_settings
+from finesight.train.run_dir import OBJECTIVE_SECTIONS
 
 CASES = load_cases("recipe")
 REPLACEMENTS = load_cases("setting_replacements")

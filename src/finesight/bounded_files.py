@@ -142,21 +142,21 @@ def parse_unique_json(text: str | bytes) -> Any:
     Raises:
         DuplicateKeyError: A key occurs twice.
     """
+
+    def reject_duplicates(pairs: list[tuple[str, Any]]) -> None:
+        if len(dict(pairs)) < len(pairs):
+            keys = [key for key, _ in pairs]
+            duplicate = next(key for key in keys if keys.count(key) > 1)
+            raise DuplicateKeyError(f"the key {duplicate[:60]!r} occurs twice in one object")
+
     value = parse_json(text)
     try:
-        json.loads(text, object_pairs_hook=_reject_duplicate_keys)
+        json.loads(text, object_pairs_hook=reject_duplicates)
     except DuplicateKeyError:
         raise
     except ValueError:  # an integer too long for this parser
         pass
     return value
-
-
-def _reject_duplicate_keys(pairs: list[tuple[str, Any]]) -> None:
-    if len(dict(pairs)) < len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise DuplicateKeyError(f"the key {duplicate[:60]!r} occurs twice in one object")
 
 
 def read_json(path: Path, *, expected: str = "JSON", remedy: str = "restore the file") -> Any:

@@ -21,20 +21,18 @@ class SettingsSection(BaseModel):
 
 
 def _as_tuple(value: object) -> object:
+    value = [value] if isinstance(value, str) else value
     return tuple(value) if isinstance(value, list) else value
 
 
-def _as_names(value: object) -> object:
-    return (value,) if isinstance(value, str) else _as_tuple(value)
-
-
 Name = TypeVar("Name", bound=str)
-Names = Annotated[tuple[Name, ...], BeforeValidator(_as_names), Field(min_length=1)]
+Names = Annotated[tuple[Name, ...], BeforeValidator(_as_tuple), Field(min_length=1)]
 """One or more names; a single one needs no list."""
 
 
 def _as_path(value: object) -> object:
-    return Path(os.path.expanduser(value)) if isinstance(value, str) else value
+    is_path = isinstance(value, str) and not is_url(value)
+    return Path(os.path.expanduser(str(value))) if is_path else value
 
 
 def _as_float(value: object) -> object:
@@ -64,16 +62,12 @@ StepsOrFraction = StepCount | Fraction
 """Number of optimizer steps (an integer), or a fraction of all steps of the run (below 1)."""
 
 
-def _as_path_or_url(value: object) -> object:
-    return value if is_url(value) else _as_path(value)
-
-
 def is_url(value: object) -> bool:
     """Return whether a value is a URL in object storage, such as `s3://BUCKET/NAME`."""
     return isinstance(value, str) and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", value) is not None
 
 
-PathOrUrl = Annotated[Path | str, BeforeValidator(_as_path_or_url)]
+PathOrUrl = Annotated[Path | str, BeforeValidator(_as_path)]
 """A local path, or the URL of a file in object storage."""
 
 
@@ -99,8 +93,8 @@ class TrainFileSettings(DataFileSettings):
 
 
 def _as_sections(key: str, value: object) -> object:
-    """Convert a list of sections or of values of their setting `key`, or a single one."""
-    items = value if isinstance(value, list | tuple) else [value]
+    """Convert a list of sections or of values of their setting `key`, a single one or none."""
+    items = value if isinstance(value, list | tuple) else [] if value is None else [value]
     return tuple({key: item} if isinstance(item, str | Path) else item for item in items)
 
 
@@ -200,7 +194,7 @@ class LoraSettings(SettingsSection):
     rank: Annotated[int, Field(gt=0, le=65_536)] = 64
     alpha: Annotated[CoercedFloat, Field(gt=0.0, le=1e9)] = 16.0
     dropout: Annotated[CoercedFloat, Field(ge=0.0, lt=1.0)] = 0.05
-    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_names)] | None = None
+    target_modules: Annotated[tuple[str, ...], BeforeValidator(_as_tuple)] | None = None
 
 
 QuantizablePart = Literal["vision", "merger", "language", "embeddings"]
@@ -390,7 +384,7 @@ class DistillSettings(SettingsSection):
         lmbda: Share of samples with a response of the trained model instead of the answer.
         temperature: Divisor of the logits in the loss and in sampling.
         top_k: Number of the teacher's most probable tokens that the loss compares; None for all.
-        batch_size: Largest number of responses that are generated at once.
+        batch_size: Largest number of responses that are generated at once, as for GRPO.
     """
 
     num_generations: ClassVar[int] = 1
@@ -405,8 +399,6 @@ class DistillSettings(SettingsSection):
 
 
 ObjectiveName = Literal["sft", "dpo", "orpo", "simpo", "kto", "grpo", "distill"]
-OBJECTIVE_SECTIONS = frozenset(get_args(ObjectiveName)) - {"sft"}
-"""Names of the sections of `train` that only the objective of the same name uses."""
 
 
 class TrainSettings(SettingsSection):
@@ -464,7 +456,7 @@ class TrainSettings(SettingsSection):
                 f"epochs={self.epochs} and steps={self.steps} are both set: set one of them to null"
             )
         if self.objective == "distill" and self.distill.teacher is None:
-            raise ValueError("objective=distill requires a larger model: set train.distill.teacher")
+            raise ValueError(f"objective={self.objective} needs a model: set train.distill.teacher")
         return self
 
     @property
@@ -626,10 +618,6 @@ _SECRET_PATTERN = re.compile("(?i)://[^/]*@|[?&][^=&]*(?:key|token|secret|sig|pa
 """Pattern of credentials in a URL: user information before the host, or a secret parameter."""
 
 
-def _as_trackers(value: object) -> object:
-    return () if value is None else _as_sections("kind", value)
-
-
 def _check_unique(trackers: tuple[TrackerSettings, ...]) -> tuple[TrackerSettings, ...]:
     kinds = [tracker.kind for tracker in trackers]
     if duplicates := [kind for kind in dict.fromkeys(kinds) if kinds.count(kind) > 1]:
@@ -638,7 +626,9 @@ def _check_unique(trackers: tuple[TrackerSettings, ...]) -> tuple[TrackerSetting
 
 
 TrackerList = Annotated[
-    tuple[TrackerSettings, ...], BeforeValidator(_as_trackers), AfterValidator(_check_unique)
+    tuple[TrackerSettings, ...],
+    BeforeValidator(partial(_as_sections, "kind")),
+    AfterValidator(_check_unique),
 ]
 
 

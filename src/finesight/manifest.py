@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,19 +31,6 @@ TRACKING_FOLDER = "track"
 
 MAX_DATA_WAIT_FRACTION = 0.03
 """Fraction of data wait in the step time above which the report gives advice."""
-
-HistogramCounts = Mapping[str, int]
-"""Number of values by bin. A bin is half an octave wide.
-
-Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
-"""
-
-
-def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
-    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
-    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
-    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
-
 
 FORMAT_VERSION = 2
 """Version of the keys in a manifest; manifests of other versions are rejected."""
@@ -94,13 +79,6 @@ def find_run_dir(run_or_checkpoint: Path) -> Path:
     """Return the run folder of a path, which may be one of its checkpoints."""
     is_checkpoint = run_or_checkpoint.parent.name == CHECKPOINTS_FOLDER
     return run_or_checkpoint.parents[1] if is_checkpoint else run_or_checkpoint
-
-
-def find_newest_checkpoint(run_dir: Path) -> Path | None:
-    """Return the folder of the newest checkpoint of a run."""
-    folders = [path for path in run_dir.glob(f"{CHECKPOINTS_FOLDER}/step-*") if path.is_dir()]
-    numbered = [path for path in folders if path.name.removeprefix("step-").isdecimal()]
-    return max(numbered, key=lambda path: int(path.name.removeprefix("step-")), default=None)
 
 
 def load_manifest(path: Path) -> Manifest:

@@ -503,11 +503,7 @@ def resolve_model_path(name_or_path: str) -> Path:
 
 
 def get_portable_name(folder: ModelFolder) -> str:
-    """Return a model name that is valid in any working directory.
-
-    It is the absolute path, or `finesight-tiny` for the bundled model, whose path differs between
-    installations.
-    """
+    """Return the absolute path, or `finesight-tiny` for the bundled model of any installation."""
     path = folder.path.resolve()
     return TINY_MODEL if path == TINY_MODEL_FOLDER.resolve() else str(path)
 

@@ -187,8 +187,7 @@ _EXAMPLES = {
     "output_dir": "runs/first",
     "metric": "captions",
     "kind": "tensorboard",
-    "height": "280",
-    "width": "280",
+    **dict.fromkeys(("height", "width"), "280"),
     "longest_side": "512",
 }
 

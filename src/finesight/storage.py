@@ -335,15 +335,11 @@ def remove_leftovers(parent: Path, target_name: str = "") -> None:
     for folder in folders:
         if any(one.fullmatch(folder.name) for one in patterns):
             with contextlib.suppress(OSError):
-                _remove_leftover(folder)
-
-
-def _remove_leftover(folder: Path) -> None:
-    state = folder.lstat()
-    if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
-        with _lock_folder(folder) as is_locked:
-            if is_locked:
-                _FILE_SYSTEM.get().remove(folder)
+                state = folder.lstat()
+                if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid():
+                    with _lock_folder(folder) as is_locked:
+                        if is_locked:
+                            _FILE_SYSTEM.get().remove(folder)
 
 
 @contextlib.contextmanager

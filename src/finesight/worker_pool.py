@@ -88,7 +88,11 @@ def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
     status = 1
     try:
         _apply_limits(memory_bytes)
-        _signal_hangup(connection)
+        # The kernel sends SIGIO when the pool closes the connection or sends data.
+        signal.signal(signal.SIGIO, signal.SIG_IGN)
+        fcntl.fcntl(connection.fileno(), fcntl.F_SETOWN, os.getpid())
+        flags = fcntl.fcntl(connection.fileno(), fcntl.F_GETFL)
+        fcntl.fcntl(connection.fileno(), fcntl.F_SETFL, flags | os.O_ASYNC)
         base = _resident_bytes()
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
@@ -109,15 +113,6 @@ def _run_worker(connection: Connection, state: Any, memory_bytes: int) -> None:
         status = 0
     finally:
         os._exit(status)
-
-
-def _signal_hangup(connection: Connection) -> None:
-    """Request a SIGIO signal when the pool closes the connection or sends data."""
-    signal.signal(signal.SIGIO, signal.SIG_IGN)
-    number = connection.fileno()
-    fcntl.fcntl(number, fcntl.F_SETOWN, os.getpid())
-    flags = fcntl.fcntl(number, fcntl.F_GETFL)
-    fcntl.fcntl(number, fcntl.F_SETFL, flags | os.O_ASYNC)
 
 
 def _run_job(job: Callable[[], JobOutput], max_cpu_s: float, connection: Connection) -> JobOutput:
@@ -544,11 +539,12 @@ def exit_with_parent() -> None:
     """
     parent = multiprocessing.parent_process()
     assert parent is not None, "not a process of multiprocessing"
-    threading.Thread(target=_wait_for_death, args=(parent.sentinel,), daemon=True).start()
+    sentinel = parent.sentinel
 
+    def wait_for_death() -> None:
+        # The pipe behind the sentinel closes with the parent. Workers that were forked later hold
+        # a copy of it, and end first.
+        wait([sentinel])
+        os._exit(1)
 
-def _wait_for_death(sentinel: int) -> None:
-    # The pipe behind the sentinel closes with the parent. Workers that were forked later hold a
-    # copy of it, and end first.
-    wait([sentinel])
-    os._exit(1)
+    threading.Thread(target=wait_for_death, daemon=True).start()

@@ -9,7 +9,7 @@ import pytest
 from case_files import load_cases
 from each_value import each
 
-from finesight.manifest import count_half_octaves
+from finesight.check.check_issues import count_half_octaves
 from finesight.report.charts import (
     HEIGHT,
     MARGIN_BOTTOM,

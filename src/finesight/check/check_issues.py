@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,19 @@ from finesight.data.formats.dataset_format import PlaceholderCountError, Unexpec
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
 from finesight.errors import UserError, format_count, shorten
-from finesight.manifest import HistogramCounts
+
+HistogramCounts = Mapping[str, int]
+"""Number of values by bin. A bin is half an octave wide.
+
+Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
+"""
+
+
+def count_half_octaves(values: Iterable[int]) -> dict[str, int]:
+    """Count positive integers by bins of half an octave (`HistogramCounts`)."""
+    counts = Counter(math.floor(2 * math.log2(value) + 1e-9) for value in values if value > 0)
+    return {str(bin_index): counts[bin_index] for bin_index in sorted(counts)}
+
 
 Severity = Literal["error", "warning", "note"]
 """Severity of an issue.

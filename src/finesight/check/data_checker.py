@@ -26,6 +26,7 @@ from finesight.check.check_issues import (
     SampleLocation,
     SamplePreview,
     SourceStats,
+    count_half_octaves,
     format_location,
     issue_from_error,
 )
@@ -65,7 +66,6 @@ from finesight.encode.tokenization import load_tokenizer
 from finesight.errors import Step, UserError, shorten
 from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
-from finesight.manifest import count_half_octaves
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
 from finesight.storage import temporary_folder

@@ -272,7 +272,8 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
         Image.init()
         return Image.open(source, formats=[name for name in formats if name in Image.OPEN])
     except UnidentifiedImageError:
-        head = source.getvalue()[:80] if isinstance(source, io.BytesIO) else _read_head(source)
+        with source.open("rb") if isinstance(source, Path) else io.BytesIO(source.getvalue()) as f:
+            head = f.read(80)
         if "HEIF" not in formats or not _HEIF_HEADER.match(head) or "HEIF" in Image.OPEN:
             raise
     try:
@@ -283,11 +284,6 @@ def _open_image(path: Path, source: Path | io.BytesIO, formats: Sequence[str]) -
         raise build_file_error(path, what, expected, remedy, MissingPackageError) from error
     register_heif_opener()
     return Image.open(source, formats=("HEIF",))
-
-
-def _read_head(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return file.read(80)
 
 
 PixelKey = tuple[ImageSize, bool, bytes]

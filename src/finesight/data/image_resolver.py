@@ -313,17 +313,13 @@ class ImageNames:
         name = Path(os.path.relpath(path, self._home)).as_posix()
         if not self._copy and is_utf8(name) and not is_container_path(path):
             return name
-        target = self._staging / IMAGES_FOLDER / self._make_unique_name(to_readable_name(path.name))
-        self._copies[str(path)] = target
-        return target.relative_to(self._staging).as_posix()
-
-    def _make_unique_name(self, name: str) -> str:
+        free = name = to_readable_name(path.name)
         stem, suffix = os.path.splitext(name)
-        free = name
         while free in self._taken:
             free = f"{stem}-{next(self._counters[name])}{suffix}"
         self._taken.add(free)
-        return free
+        self._copies[str(path)] = self._staging / IMAGES_FOLDER / free
+        return f"{IMAGES_FOLDER}/{free}"
 
 
 def name_images(paths: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:

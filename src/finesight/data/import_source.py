@@ -708,8 +708,7 @@ def detect_task(
     prompt, is_pair = prompt if questions == {""} else None, [bool(one.rejected) for one in samples]
     is_rated = [bool(one.rejected) or one.label is not None for one in samples]
     objective = "kto" if all(is_rated) else "sft" if any(is_rated) else ""
-    objective = "dpo" if all(is_pair) else objective
-    return DetectedTask(metric, prompt, max_new_tokens, objective)
+    return DetectedTask(metric, prompt, max_new_tokens, "dpo" if all(is_pair) else objective)
 
 
 def _detect_metric(answers: list[str], questions: set[str], boxes: list[list[str | None]]) -> str:

@@ -371,22 +371,17 @@ def validate_rejected(sample: Sample, where: str) -> None:
     if not sample.rejected and sample.label is None:
         return
     validate_roles(sample.messages, where)
+    what, remedy = "", "correct the rejected answer, or remove the sample"
     if sample.rejected and sample.label is not None:
-        raise InvalidRowError(
-            f"a rejected answer and the label {str(sample.label).lower()}",
-            "a preference pair, or an answer with a label",
-            "remove `label` or `rejected`",
-            where=where,
-        )
-    if sample.rejected == sample.messages[-1].content or not sample.messages[-1].loss:
-        raise InvalidRowError(
-            "a rejected answer equal to the chosen one"
-            if sample.messages[-1].loss
-            else f"`loss` is false in the chosen answer of {len(sample.messages)} turns",
-            "two different answers, with loss for the chosen one",
-            "correct the rejected answer, or remove the sample",
-            where=where,
-        )
+        what = f"a rejected answer and the label {str(sample.label).lower()}"
+        remedy = "remove one of the two"
+    elif not sample.messages[-1].loss:
+        what = f"`loss` is false in the chosen answer of {len(sample.messages)} turns"
+    elif sample.rejected == sample.messages[-1].content:
+        what = "a rejected answer equal to the chosen one"
+    if what:
+        expected = "two different answers, or one with a label, with loss for the chosen one"
+        raise InvalidRowError(what, expected, remedy, where=where)
 
 
 def check_messages(
@@ -526,11 +521,7 @@ FOREIGN_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample with the folder to which its image paths are relative.
-
-    Attributes:
-        mismatched: Sample with another answer, with which KTO estimates the KL divergence.
-    """
+    """A sample with the folder of its image paths, and for KTO one with a mismatched answer."""
 
     sample: Sample
     folder: Path

@@ -13,8 +13,8 @@ from operator import itemgetter
 from statistics import mean
 from typing import Any, Literal
 
+from finesight.check.check_issues import HistogramCounts
 from finesight.evaluate.task_metrics import PAIR_METRICS
-from finesight.manifest import HistogramCounts
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,

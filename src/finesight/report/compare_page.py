@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finesight.check.check_issues import HistogramCounts, count_half_octaves
 from finesight.evaluate.eval_case import note_lines
 from finesight.evaluate.metric_difference import align_columns
 from finesight.evaluate.task_metrics import VALIDATION_LOSS
-from finesight.manifest import HistogramCounts, count_half_octaves
 from finesight.report import metric_rows, summary
 from finesight.report.charts import (
     Chart,

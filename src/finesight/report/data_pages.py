@@ -16,6 +16,7 @@ from finesight.check.check_issues import (
     CheckIssue,
     CheckResult,
     IssueImage,
+    count_half_octaves,
 )
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, LocatedSample
@@ -28,7 +29,6 @@ from finesight.encode.tokenization import (
     VisualSpan,
     iter_token_rows,
 )
-from finesight.manifest import count_half_octaves
 from finesight.report.charts import Chart, build_histogram
 from finesight.report.html import InlineImage, build_inline_image, render_page
 from finesight.report.i18n import translate

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -69,7 +69,8 @@ class GraphTimer:
         if self._pending is not None:
             yield
             return
-        start, end = (torch.cuda.Event(True) for _ in range(2))  # type: ignore[no-untyped-call]
+        create: Callable[[], torch.cuda.Event] = partial(torch.cuda.Event, enable_timing=True)
+        start, end = create(), create()
         start.record()
         yield
         end.record()

@@ -403,7 +403,10 @@ def translate_pack_oom(
         # A retry can use the memory of the freed CUDA graphs.
         has_freed_memory = state.engine.graph_runner.release_graphs()
         oom_error.next_budget = budget if has_freed_memory else smaller
-        raise oom_error from None
+        try:
+            raise oom_error from None
+        finally:
+            del oom_error  # this frame and its traceback would keep the tensors of the pack alive
 
 
 def peak_memory_gb(device: torch.device) -> float:

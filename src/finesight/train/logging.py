@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from finesight.check.check_issues import count_half_octaves
 from finesight.encode.packing import PackedBatch
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate.eval_case import EvalResult, note_lines, select_eval_samples
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER
-from finesight.manifest import count_half_octaves
 from finesight.model.layers import MoeExperts
 from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import MODEL_PARTS, get_part

@@ -8,13 +8,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import PydanticSerializationError
 
 from finesight.bounded_files import parse_json, read_lines
-from finesight.config import MAX_COUNT, OBJECTIVE_SECTIONS, Recipe
+from finesight.config import MAX_COUNT, ObjectiveName, Recipe
 from finesight.errors import Step, UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.manifest import (
@@ -46,6 +46,9 @@ from finesight.storage import (
 )
 
 Split = Literal["train", "eval"]
+
+OBJECTIVE_SECTIONS = frozenset(get_args(ObjectiveName)) - {"sft"}
+"""Names of the sections of `train` that only the objective of the same name uses."""
 
 
 class RunDir:

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import OBJECTIVE_SECTIONS, Recipe, TrainSettings, TuneSettings
+from finesight.config import Recipe, TrainSettings, TuneSettings
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
@@ -64,7 +64,7 @@ from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
-from finesight.train.run_dir import RunDir
+from finesight.train.run_dir import OBJECTIVE_SECTIONS, RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler
 from finesight.train.state import (
     BaseModelRef,

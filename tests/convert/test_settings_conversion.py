@@ -54,6 +54,7 @@ TESTED_BELOW = {
     "bnb_4bit_use_double_quant",
     # With their objectives in test_trl.
     *("rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"),
+    *("desirable_weight", "undesirable_weight"),
 }
 
 

@@ -137,7 +137,7 @@ def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
     assert (made["tune"]["vision"], made["tune"]["lora"]["alpha"]) == ("lora", 8)
     assert not done.imports
     for settings in (
-        LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.1},
+        SWIFT_SETTINGS | {"rlhf_type": "gkd", "teacher_model": "larger"},
         SWIFT_SETTINGS | {"rlhf_type": "grpo", "num_generations": 4},
     ):
         done = convert_settings(tmp_path, settings)
@@ -149,6 +149,8 @@ PAIR_SETTINGS = [
     (LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3}, "dpo"),
     (LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3, "pref_loss": "orpo"}, "orpo"),
     (SWIFT_SETTINGS | {"rlhf_type": "dpo", "beta": 0.3, "simpo_gamma": 1}, "dpo"),
+    (SWIFT_SETTINGS | {"rlhf_type": "kto", "beta": 0.3, "desirable_weight": 2.0}, "kto"),
+    (LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.3, "kto_chosen_weight": 2}, "kto"),
     (SWIFT_SETTINGS | {"rlhf_type": "simpo", "beta": 0.3, "simpo_gamma": 0.5}, "simpo"),
     ({"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}, "dpo"),
 ]
@@ -160,6 +162,7 @@ def test_objectives_on_pairs_are_converted(tmp_path, settings, objective):
     train = load_converted_recipe(tmp_path).train
     assert (train.objective, dict(train)[objective].beta) == (objective, 0.3)
     assert train.simpo.simpo_gamma == (0.5 if objective == "simpo" else 1)
+    assert train.kto.desirable_weight == (2 if objective == "kto" else 1)
     assert done.imports
     notes = {*notes_by_setting(done, "differs"), *notes_by_setting(done, "unknown")}
     assert not {"stage", "rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"} & notes

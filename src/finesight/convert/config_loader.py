@@ -46,7 +46,7 @@ _SCRIPTS: dict[str, SourceProgram] = {
     r"(?:.*/)?swift[./]cli[./](sft|rlhf)(?:\.py)?": "ms-swift",
     r"(?:.*/)?(?:src/train(?:_bash)?|llamafactory/launcher)\.py()": "LLaMA-Factory",
     r"(?:.*/)?src/train(?:ing)?/train_?(\w*)\.py": "Qwen-VL-Series-Finetune",
-    r"(?:.*/)?(sft|dpo|grpo|kto|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
+    r"(?:.*/)?(sft|dpo|grpo|kto|gkd|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
 }
 """Programs that start as a Python script, by a pattern with the training method."""
 _STARTS = ("Arguments", "SFTConfig", "DPOConfig", "GRPOConfig", "ORPOConfig", "KTOConfig")
@@ -150,7 +150,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             cells = [cell for cell in parse_json(text)["cells"] if cell["cell_type"] == "code"]
             lines = "\n".join("".join(cell["source"]) for cell in cells)
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
-        calls = load_trainer_settings()["TRL"]["calls"]
+        known = load_trainer_settings()["TRL"]
+        calls = {key: {} for key in known["calls_without_defaults"].split()} | known["calls"]
         arguments = list(Script(ast.parse(text)).iter_arguments(calls))
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import yaml
 
-from finesight.config import METRIC_NAMES
+from finesight.config import METRIC_NAMES, TrainSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -123,11 +123,12 @@ class TrainerConverter:
         """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
         loss = self.config.get_str("pref_loss") or "sigmoid"  # LLaMA-Factory
         name = loss if name == "dpo" and loss in ("orpo", "simpo") else name
-        if name in ("dpo", "orpo", "simpo"):
+        if name in ("dpo", "orpo", "simpo", "kto"):
             self.draft.set("train.objective", name)
-            keys = "beta", "pref_beta", *["simpo_gamma"] * (name == "simpo")
-            for setting in filter(self.config.has, keys):
-                self.copy_setting(f"train.{name}.{setting.removeprefix('pref_')}", setting)
+            others = {"loss_type", "loss_weights", "label_smoothing"}
+            own = dict(dict(TrainSettings())[name]).keys() - others
+            for setting in filter(self.config.has, sorted(own)):
+                self.copy_setting(f"train.{name}.{setting}", setting)
             if loss in ("hinge", "ipo"):
                 self.draft.set("train.dpo.loss_type", [loss])
             elif loss not in ("sigmoid", name):

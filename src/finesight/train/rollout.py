@@ -348,7 +348,7 @@ class Rollout:
     def read_samples(
         self,
         indices: Sequence[int],
-        encode: Callable[[LocatedSample], EncodedSample],
+        encode: Callable[[LocatedSample], EncodedSample] | None,
         skipped: list[SkippedSample],
     ) -> list[IndexedSample]:
         """Read and encode samples in several threads, and add those that cannot be to `skipped`."""
@@ -511,7 +511,7 @@ class StudentRollout(Rollout):
         with state.engine.parallel.summon_full_params(), process_group.sync_errors():
             prompts = self.read_samples(sampled, renderer.encode_prompt, skipped)
             responses = self.generate(step, prompts)
-            encoded = dict(self.read_samples(others, renderer.encode, skipped))
+            encoded = dict(self.read_samples(others, None, skipped))
         for (index, prompt), (tokens,) in zip(prompts, responses, strict=True):
             ids = [token.id for token in tokens]
             tokenized = append_tokens(prompt.tokenized, ids, is_supervised=True)

@@ -110,11 +110,10 @@ def _iter_value_notes(
 
 
 def _affects_result(value: object, equivalent_values: tuple[object, ...]) -> bool:
-    """Return whether the value of an unsupported setting changes the result of the training.
-
-    `equivalent_values` are values that match the behavior of finesight.
-    """
-    text = str(value).strip().lower()
+    """Return whether an unsupported setting has a value, or an item, that is not equivalent."""
+    if isinstance(value, list | tuple) and value:
+        return any(_affects_result(item, equivalent_values) for item in value)
+    text = str(value).strip(" []'\"").lower()
     equivalents = [str(equivalent).lower() for equivalent in equivalent_values]
     is_false = text in ("false", "0") and "true" not in equivalents
     if is_empty(value) or text in equivalents or is_false:

@@ -433,7 +433,10 @@ def import_dataset(
         output_files = [_write_split(split, spool, staging, out) for split in splits]
         if invalid.lines:
             write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, invalid.lines))
-        _remove_unused_images(staging, {image_names.name(image) for image in num_used})
+        used_names = {image_names.name(image) for image in num_used}
+        for saved in (staging / IMAGES_FOLDER).glob("*"):  # such as those of skipped rows
+            if saved.relative_to(staging).as_posix() not in used_names:
+                saved.unlink()
     in_files = sum(part.num_rows for part in output_files)
     num_not_selected = source.rows.num_rows - len(rows) - len(invalid)
     reason_counts = Counter({REASON_NOT_SELECTED: num_not_selected})
@@ -843,10 +846,3 @@ def _write_split(split: _OutputSplit, spool: Spool, staging: Path, out: Path) ->
     lines = (line for example in examples for line in example.lines(spool, is_eval=split.is_eval))
     write_chunks(staging / split.name, lines)
     return OutputFile(out / split.name, sum(map(bool, split.rows)), len(split))
-
-
-def _remove_unused_images(staging: Path, used: set[str]) -> None:
-    """Delete saved images that no output file references, such as those of skipped rows."""
-    for saved in (staging / IMAGES_FOLDER).glob("*"):
-        if saved.relative_to(staging).as_posix() not in used:
-            saved.unlink()

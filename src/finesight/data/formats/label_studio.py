@@ -73,6 +73,7 @@ _RESULT_USED_KEYS = (
 _VALUE_USED_KEYS = (
     *("x", "y", "width", "height", "rotation", "points", "rectanglelabels", "polygonlabels"),
     *("labels", "choices", "text", "number", "rating", "datetime", "closed", "radiusX", "radiusY"),
+    *("ellipselabels", "keypointlabels", "brushlabels"),
 )
 MODEL_VERSION = "finesight"
 

@@ -48,10 +48,8 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     """
     raise_if_exists(target)
     config = load_external_config(source)
-    converters: dict[str, type[TrainerConverter]] = {
-        "ms-swift": MsSwiftConverter,
-        "LLaMA-Factory": LlamaFactoryConverter,
-    }
+    converters: dict[str, type[TrainerConverter]]
+    converters = {"ms-swift": MsSwiftConverter, "LLaMA-Factory": LlamaFactoryConverter}
     converter = converters.get(config.program, TrlConverter)(config)
     converter.fill_recipe()
     draft = converter.draft

@@ -24,7 +24,6 @@ import numpy as np
 from finesight.data.boxes import COORDINATE_REMEDIES, InvalidBoxError, TextCoordinates
 from finesight.data.formats import detect_format
 from finesight.data.formats.dataset_format import (
-    DatasetFormat,
     ImportContext,
     ImportExample,
     InvalidOptionError,
@@ -586,7 +585,7 @@ def _parse_rows(
         alternative = None
         if first := skipped.first:
             alternative = None if any(rows) else _suggest_image_column(first, context)
-            alternative = alternative or _suggest_format(first, context, source.data_format)
+            alternative = alternative or _suggest_format(first, context, source, options)
         raise _build_import_error(
             skipped,
             num_rows,
@@ -744,15 +743,16 @@ def _suggest_image_column(row: SourceRow, context: ImportContext) -> str | None:
 
 
 def _suggest_format(
-    row: SourceRow, context: ImportContext, data_format: DatasetFormat
+    row: SourceRow, context: ImportContext, source: ImportSource, options: ImportOptions
 ) -> str | None:
     try:
         candidate, detected_by = detect_format([row.record], "")
         candidate.parse_examples(row, context)
     except UserError:
         return None
-    hint = f"--format {candidate.name}: {row.location} has {detected_by}"
-    return None if candidate is data_format else hint
+    others = " without --map" * bool(options.columns)
+    hint = f"--format {candidate.name}{others}: {row.location} has {detected_by}"
+    return None if candidate is source.data_format else hint
 
 
 def _build_import_error(

@@ -546,7 +546,7 @@ def _open_from_class_names(source: Path) -> tuple[RowReader, str] | None:
 
 def _iter_first_lines(images: Iterable[tuple[str, Path]]) -> Iterator[str]:
     """Yield the lines within the first `SNIFF_BYTES` of the first label files."""
-    files = (file for file in (_find_label_file(path) for _, path in images) if file.is_file())
+    files = filter(os.path.isfile, (_find_label_file(path) for _, path in images))
     for file in itertools.islice(files, NUM_DETECTION_FILES):
         with open_data_file(file) as content:
             start = content.read(SNIFF_BYTES)

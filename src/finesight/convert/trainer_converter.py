@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
-from finesight.config import METRIC_NAMES
+from finesight.config import METRIC_NAMES, DpoLossType
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -128,8 +128,11 @@ class TrainerConverter:
             keys = "beta", "pref_beta", *["simpo_gamma"] * (name == "simpo")
             for setting in filter(self.config.has, keys):
                 self.copy_setting(f"train.{name}.{setting.removeprefix('pref_')}", setting)
-            if loss in ("hinge", "ipo"):
-                self.draft.set("train.dpo.loss_type", [loss])
+            losses = self.config.get_list("loss_type") or (loss,)
+            if name == "dpo" and losses != ("sigmoid",) and {*losses} <= {*get_args(DpoLossType)}:
+                self.draft.set("train.dpo.loss_type", list(losses))
+                if self.config.has("loss_type"):
+                    self.draft.note("loss_type", ", ".join(losses), "equal in train.dpo.loss_type")
             elif loss not in ("sigmoid", name):
                 self.draft.note("pref_loss", loss, "is not supported: DPO is used", differs=True)
             return

@@ -563,10 +563,8 @@ class DatasetFormat:
         """
         for notes in (context.row_notes, context.other_keys, context.invalid_boxes):
             notes.clear()
-        if "map" in self.supported_options:
-            result = self.parse_row(row, context)
-            return [result] if isinstance(result, ImportExample) else result
-        records = split_preference(decode_json_lists(row.record))
+        is_table = "map" in self.supported_options
+        records = [row.record] if is_table else split_preference(decode_json_lists(row.record))
         # The keys of the chosen row are counted, so it is parsed last.
         *rejected, result = (self._parse(row, record, context) for record in reversed(records))
         for (other,) in rejected:

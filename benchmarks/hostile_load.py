@@ -7,10 +7,11 @@ JPEGs with thousands of scans, huge dimensions, deep JSON, incomplete bodies, wr
 keys, NUL, wrong content types and paths outside of the server. Meanwhile, another client requests
 `/health` of the server, or a page with the cookie of its owner and the sign-in page, with pauses
 of 0.1 s. The labelling page has the hostile images among those to label. Prints and writes JSON:
-memory of all processes of the server in MB before, at the peak and 5 s after the attack, response
-times and load average, and statuses by request. Status 0 is a connection that either side closed,
-and status -1 an answer that a client did not wait for. Before the attack, the owner of the chat
-page asks 20 questions about images of 448 x 448 pixels.
+memory of all processes of the server in MB before, at the peak, 5 s after the attack and once the
+server is idle, the seconds until then, response times and load average, and statuses by request.
+After the last client, the server may decode images for a while. Status 0 is a connection that
+either side closed, and status -1 an answer that a client did not wait for. Before the attack, the
+owner of the chat page asks 20 questions about images of 448 x 448 pixels.
 """
 
 from __future__ import annotations
@@ -38,11 +39,12 @@ from statistics import median
 from typing import Any
 from urllib.parse import urlencode
 
+import psutil
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from attack_client import MODEL, AttackedServer, start_server_process
+from attack_client import MODEL, AttackedServer, list_process_tree, start_server_process
 from hostile_requests import (
     CHAT,
     FILES,
@@ -66,6 +68,9 @@ VERSIONED_PACKAGES = ("pillow", "uvicorn", "starlette", "torch")
 
 MAX_ANSWER_S = 60.0
 """Seconds after which a hostile client of the chat page does not wait for an answer any more."""
+
+MAX_IDLE_WAIT_S = 300.0
+"""Seconds after which the memory is read although the server still works."""
 
 NUM_QUESTIONS = 20
 """Number of ordinary questions before the attack."""
@@ -260,7 +265,10 @@ def run_attacks(
                 one = next(attacks, None)
             if one is None:
                 return
-            name, status = one()
+            try:
+                name, status = one()
+            except (OSError, http.client.HTTPException) as error:
+                name, status = f"no answer, {type(error).__name__}", -1
             with lock:
                 statuses[f"{name}: {status}"] += 1
 
@@ -286,19 +294,48 @@ def run_attacks(
     duration = time.monotonic() - start
     time.sleep(5)
     after = sum(server.read_memory().values())
+    idle_wait_s = 5 + wait_until_idle(server)
+    idle = sum(server.read_memory().values())
     return {
         "requests": sum(statuses.values()) - sum(map(len, seconds.values())),
         "seconds": round(duration, 1),
         "load_average": [round(load, 1), round(os.getloadavg()[0], 1)],
         "memory_mb": {
             name: round(value / 1e6)
-            for name, value in (("before", before), ("peak", peak), ("after", after))
+            for name, value in (
+                ("before", before),
+                ("peak", peak),
+                ("after", after),
+                ("idle", idle),
+            )
         },
-        "growth_mb": round((after - before) / 1e6),
+        "growth_mb": round((idle - before) / 1e6),
+        "idle_wait_s": round(idle_wait_s, 1),
         "response_s": {name: summarize(found) for name, found in seconds.items()},
         "tracebacks": server.log.read_text().count("Traceback"),
         "statuses": dict(sorted(statuses.items())),
     }
+
+
+def wait_until_idle(server: AttackedServer) -> float:
+    """Wait until the processes of the server compute nothing for 3 s. Return the duration."""
+    start, used = time.monotonic(), read_cpu_seconds(server)
+    while time.monotonic() - start < MAX_IDLE_WAIT_S:
+        time.sleep(3)
+        before, used = used, read_cpu_seconds(server)
+        if abs(used - before) < 0.1:
+            break
+    return time.monotonic() - start
+
+
+def read_cpu_seconds(server: AttackedServer) -> float:
+    """Return the CPU seconds of the server and its descendants, of those that still run."""
+    total = 0.0
+    for process in list_process_tree(server.process.pid):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            times = process.cpu_times()
+            total += times.user + times.system
+    return total
 
 
 def summarize(seconds: Sequence[float]) -> dict[str, float]:

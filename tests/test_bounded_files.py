@@ -201,6 +201,8 @@ def test_readable_names(name: str, text: str) -> None:
 def test_spellings_of_a_path() -> None:
     assert list(files.iter_spellings("a/b.jpg")) == ["a/b.jpg"]
     assert list(files.iter_spellings("a\\b.jpg")) == ["a\\b.jpg", "a/b.jpg"]
+    assert list(files.iter_spellings("a%20b%.jpg")) == ["a%20b%.jpg", "a b%.jpg"]
+    assert "\u00fc.jpg" in files.iter_spellings("u%CC%88.jpg")
     misread = f"{CAT}.jpg".encode("gbk").decode("cp437")
     assert list(files.iter_spellings(f"{CAT}.jpg")) == [f"{CAT}.jpg", in_gbk(f"{CAT}.jpg"), misread]
     assert list(files.iter_spellings("\udcd6.jpg")) == ["\udcd6.jpg"]

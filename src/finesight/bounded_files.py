@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import yaml
 from pydantic_core import from_json
@@ -269,15 +270,12 @@ def decode_name(content: bytes) -> str:
 def iter_spellings(name: str) -> Iterator[str]:
     """Yield the spellings that a path may have on disk.
 
-    The path itself is first. Backslashes of Windows paths become slashes. Accented characters are
-    tried composed (NFC) and decomposed (NFD, macOS) in each folder name, Chinese characters as GBK
-    bytes and as decoded by unzip.
+    The path itself is first. Backslashes of Windows paths become slashes, and percent signs are
+    decoded. Accented characters are tried composed (NFC) and decomposed (NFD, macOS) in each folder
+    name, Chinese characters as GBK bytes and as decoded by unzip.
     """
-    yield name
-    names = [name]
-    if "\\" in name:
-        names.append(name.replace("\\", "/"))
-        yield names[-1]
+    names = [*dict.fromkeys((name, name.replace("\\", "/"), unquote(name)))]
+    yield from names
     for path in names:
         if path.isascii() or not is_utf8(path):
             continue

@@ -55,7 +55,7 @@ GRPOTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=args, reward_funcs=[score]
 SERIES = """
 MODEL_NAME="Qwen/Qwen2.5-VL-3B-Instruct"
 TOTAL=16; PER=2
-OPTIONS="--freeze_merger False --deepspeed scripts/zero3.json"
+OPTIONS="--freeze_merger ${1:-False} --deepspeed scripts/zero3.json"
 ACCUMULATION=$((TOTAL / (PER * 4)))
 deepspeed --num_gpus 4 src/train/train_sft.py --lora_enable True --lora_rank ${RANK:-16} \\
     --model_id $MODEL_NAME --data_path data.json --freeze_vision_tower True $OPTIONS \\
@@ -152,7 +152,11 @@ PAIR_SETTINGS = [
     (SWIFT_SETTINGS | {"rlhf_type": "kto", "beta": 0.3, "desirable_weight": 2.0}, "kto"),
     (LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.3, "kto_chosen_weight": 2}, "kto"),
     (SWIFT_SETTINGS | {"rlhf_type": "simpo", "beta": 0.3, "simpo_gamma": 0.5}, "simpo"),
-    ({"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}, "dpo"),
+    (
+        {"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}
+        | {"loss_type": ["sigmoid"], "loss_weights": [1]},
+        "dpo",
+    ),
 ]
 
 
@@ -166,6 +170,14 @@ def test_objectives_on_pairs_are_converted(tmp_path, settings, objective):
     assert done.imports
     notes = {*notes_by_setting(done, "differs"), *notes_by_setting(done, "unknown")}
     assert not {"stage", "rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"} & notes
+    assert not {"loss_type", "loss_weights"} & notes
+
+
+def test_losses_of_pairs_are_converted(tmp_path):
+    for given, losses in ((["ipo", "sft"], ("ipo", "sft")), ("hinge", ("hinge",))):
+        done = convert_settings(tmp_path, PAIR_SETTINGS[-1][0] | {"loss_type": given})
+        assert "loss_type" not in notes_by_setting(done, "differs")
+        assert load_converted_recipe(tmp_path).train.dpo.loss_type == losses
 
 
 def test_unsupported_loss_of_pairs_is_noted(tmp_path):
@@ -173,6 +185,8 @@ def test_unsupported_loss_of_pairs_is_noted(tmp_path):
     done = convert_settings(tmp_path, settings)
     assert "pref_loss" in notes_by_setting(done, "differs")
     assert "pref_ftx" in notes_by_setting(done, "unknown")
+    done = convert_settings(tmp_path, SWIFT_SETTINGS | {"loss_type": ["sigmoid", "bco_pair"]})
+    assert "loss_type" in notes_by_setting(done, "differs")
 
 
 def test_methods_of_trl_have_their_own_learning_rate(tmp_path):

@@ -290,6 +290,10 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 of 1 rows are invalid") as caught:
         import_dataset(source, tmp_path / "4", ImportOptions(format="ms-swift"))
     assert caught.value.remedy.startswith("give --format conversations: line 1 has turns")
+    table = ImportOptions(format="table", columns={"image": "conversations"})
+    with pytest.raises(UserError, match="1 of 1 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "5", table)
+    assert "--format conversations without --map" in caught.value.remedy
 
 
 @pytest.mark.parametrize(

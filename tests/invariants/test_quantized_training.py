@@ -41,8 +41,8 @@ def train_tiny(
     return result
 
 
-def import_tickets(folder: Path) -> dict[str, str]:
-    write_tickets(folder / "tickets", 54, 0)
+def import_tickets(folder: Path, num_tickets: int) -> dict[str, str]:
+    write_tickets(folder / "tickets", num_tickets, 0)
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
     request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=6)
     import_dataset(folder / "tickets" / TABLE_FILE, folder / "data", request)
@@ -51,16 +51,18 @@ def import_tickets(folder: Path) -> dict[str, str]:
 
 @each_device
 def test_fp8_training_loss_matches_bf16(tmp_path, device):
-    """Within 1 %. Takes long: two runs of 12 steps of finesight-tiny, until the loss is halved."""
-    data = import_tickets(tmp_path)
-    settings = {"steps": 12, "batch_size": 4, "learning_rate": 2e-3, "device": device}
+    """Within 1 %. Takes long: two runs of finesight-tiny, until the loss is halved."""
+    # The steep descent of few steps amplifies the roundings of GPU kernels.
+    steps, learning_rate = (40, 5e-4) if device == "cuda" else (12, 2e-3)
+    data = import_tickets(tmp_path, 4 * steps + 6)
+    settings = {"steps": steps, "batch_size": 4, "learning_rate": learning_rate, "device": device}
     validation_losses, means = {}, {}
     for name, parts in (("plain", None), ("fp8", ["vision", "language"])):
         tune = {"language": "lora", "quantize": {"fp8": parts}}
         result = train_tiny(tmp_path / name, data, tune, settings)
         validation_losses[name] = result.after.validation_loss
         losses = [loss for _, loss in read_losses(tmp_path / name)]
-        means[name] = fmean(losses[:6]), fmean(losses[6:])
+        means[name] = fmean(losses[: steps // 2]), fmean(losses[steps // 2 :])
     assert means["fp8"] != means["plain"]
     assert means["fp8"] == pytest.approx(means["plain"], rel=0.01)
     assert means["plain"][1] < 0.5 * means["plain"][0]

@@ -19,7 +19,10 @@ from finesight.serve.api_schema import (
 from finesight.serve.chat_completions import ToolCallParser
 from finesight.serve.preprocessing_jobs import build_sample
 
-OPENAI_PARAMETERS = {"frequency_penalty", "presence_penalty", "logit_bias", "modalities"}
+OPENAI_PARAMETERS = {
+    *("frequency_penalty", "presence_penalty", "logit_bias", "modalities", "verbosity"),
+    "function_call",
+}
 EXTENSIONS = {
     "top_k",
     "repetition_penalty",
@@ -35,10 +38,7 @@ EXTENSIONS = {
     # The type for streams allows true only.
     "stream: any",
 }
-UNSUPPORTED = {
-    *("audio", "function_call", "functions", "moderation", "prediction", "prompt_cache_options"),
-    *("prompt_cache_retention", "verbosity", "web_search_options"),
-}
+UNSUPPORTED = {"audio", "functions", "moderation", "web_search_options"}
 
 Schema = dict[str, Any]
 
@@ -125,9 +125,26 @@ def test_error_names_the_wrong_part_of_a_message(content, message):
 
 def test_every_openai_field_is_supported_or_known():
     theirs = set(TypeAdapter(CompletionCreateParamsStreaming).json_schema()["properties"])
-    ours = set(ChatCompletionRequest.model_fields)
+    ours = {*ChatCompletionRequest.model_fields, *IGNORED_FIELDS}
     assert theirs - ours == UNSUPPORTED
-    assert set(IGNORED_FIELDS) <= theirs
+    assert set(IGNORED_FIELDS[:-4]) <= theirs
+
+
+@each("value", [None, "", [], {}])
+def test_unknown_fields_without_a_value_are_ignored(value):
+    text = {"type": "text", "text": "a", "cache_control": value}
+    tool = {"type": "function", "function": {"name": "f", "deferred": value}}
+    body = {"model": "m", "messages": [{"role": "user", "content": [text], "refusal": value}]}
+    body |= {"tools": [tool], "stream_options": {"extra": value}, "mm_processor_kwargs": value}
+    found = parse_chat_request(json.dumps(body | {"priority": 3, "user": "u"}).encode())
+    assert found.parameters.keys() == {"model", "tools", "stream_options"}
+
+
+@each("value", [False, 0, "a", [None], {"a": None}])
+def test_unknown_fields_with_a_value_are_rejected(value):
+    body = {"model": "m", "messages": [{"role": "user", "content": "a"}], "enable_thinking": value}
+    with pytest.raises(ApiError, match="enable_thinking: unknown field"):
+        parse_chat_request(json.dumps(body).encode())
 
 
 BOOK = {

@@ -182,7 +182,9 @@ def test_parameters_of_vllm_clients(locate):
         **{"use_beam_search": False, "ignore_eos": False, "include_stop_str_in_output": False},
         **{"spaces_between_special_tokens": True, "add_generation_prompt": True, "echo": False},
         **{"continue_final_message": False, "stop_token_ids": [], "bad_words": None},
-        **{"repetition_penalty": 1.0, "skip_special_tokens": True},
+        **{"repetition_penalty": 1.0, "skip_special_tokens": True, "verbosity": "medium"},
+        **{"mm_processor_kwargs": {}, "priority": 0, "return_token_ids": None, "request_id": "a"},
+        **{"return_tokens_as_token_ids": False, "documents": None, "chat_template": None},
     }
     plain = locate().choices[0].message
     assert locate(extra_body=neutral).choices[0].message.to_dict() == plain.to_dict()
@@ -290,6 +292,9 @@ def test_uploaded_files(ask_about_scene, client, server, scenes):
                 {"stop_token_ids": [1]},
                 {"ignore_eos": True},
                 {"prompt_logprobs": 1},
+                {"verbosity": "low"},
+                {"return_token_ids": True},
+                {"mm_processor_kwargs": {"max_pixels": 100_000}},
             )
         ),
         ({"response_format": make_schema_format({"type": "strange"})}, "response_format"),

@@ -16,10 +16,7 @@ from finesight.data.sample import EmptyAnswerError, InvalidTurnsError
 from finesight.errors import UserError, format_count, shorten
 
 HistogramCounts = Mapping[str, int]
-"""Number of values by bin. A bin is half an octave wide.
-
-Bin k covers values from 2^(k/2) to below 2^((k+1)/2). Keys are strings, as in JSON.
-"""
+"""Number of values by bin. Bin k covers values from 2^(k/2) to below 2^((k+1)/2)."""
 
 
 def count_half_octaves(values: Iterable[int]) -> dict[str, int]:

@@ -285,8 +285,8 @@ def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssu
 
 _THINK_TAG = re.compile(r"</?think>")
 _OTHER_TAG = re.compile(
-    r"[<\[◁]\|?\s*(?P<end>/|end_of_)?\s*(?:begin_of_)?(?:\w+:)?"
-    r"(?:think(?:ing)?|thoughts?|reasoning|chain_of_thought|cot|scratchpad)\s*\|?[>\]▷]",
+    r"[<\[◁]\|?\s*(?P<end>/|end_of_)?\s*(?:begin_of_)?(?:\w+:)?(?:think(?:ing)?|thoughts?|"
+    r"reasoning|chain_of_thought|cot|scratchpad)(?:\s+\w+=[^<>]*)?\s*(?P<closed>/)?\|?[>\]▷]",
     re.IGNORECASE,
 )
 """Tag of reasoning in other spellings, such as <thinking> or [THINK], which no template reads."""
@@ -316,8 +316,9 @@ def _check_reasoning(sample: Sample, location: SampleLocation) -> Iterator[Check
             problem += "" if is_at_start else " after other text"
         elif tags and not text.rpartition("</think>")[2].strip():
             code, problem = "empty-answer", "ends with </think>"
-        elif other and not tags and (other["end"] or other.start() == 0):
-            code, problem = "misplaced-reasoning", f"has {other[0]} instead of <think>"
+        elif other and not tags and (other["end"] or other["closed"] or other.start() == 0):
+            code = "unpaired-reasoning" if other["closed"] else "misplaced-reasoning"
+            problem = f"has {shorten(other[0], 60)} instead of <think>"
         else:
             continue
         if code:

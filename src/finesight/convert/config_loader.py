@@ -73,7 +73,7 @@ _UNPROTECTED = str.maketrans("\2\3\4", "() ")
 """Characters of an arithmetic expression that must not end its word."""
 
 _VARIABLE = re.compile(
-    r"[$\x01](?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)(?::?[-=]([^}$]*))?\}|\x02\x02(.*?)\x03\x03(?!\x03))"
+    r"[$\x01](?:([A-Za-z_]\w*)|\{(\w+)(?::?[-=]([^}$]*))?\}|\x02\x02(.*?)\x03\x03(?!\x03))"
 )
 """`$NAME`, `${NAME:-default}` or arithmetic; a dollar sign in double quotes is \1."""
 

@@ -48,10 +48,8 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     """
     raise_if_exists(target)
     config = load_external_config(source)
-    converters: dict[str, type[TrainerConverter]] = {
-        "ms-swift": MsSwiftConverter,
-        "LLaMA-Factory": LlamaFactoryConverter,
-    }
+    converters: dict[str, type[TrainerConverter]]
+    converters = {"ms-swift": MsSwiftConverter, "LLaMA-Factory": LlamaFactoryConverter}
     converter = converters.get(config.program, TrlConverter)(config)
     converter.fill_recipe()
     draft = converter.draft
@@ -110,11 +108,10 @@ def _iter_value_notes(
 
 
 def _affects_result(value: object, equivalent_values: tuple[object, ...]) -> bool:
-    """Return whether the value of an unsupported setting changes the result of the training.
-
-    `equivalent_values` are values that match the behavior of finesight.
-    """
-    text = str(value).strip().lower()
+    """Return whether an unsupported setting has a value, or an item, that is not equivalent."""
+    if isinstance(value, list | tuple) and value:
+        return any(_affects_result(item, equivalent_values) for item in value)
+    text = str(value).strip(" []'\"").lower()
     equivalents = [str(equivalent).lower() for equivalent in equivalent_values]
     is_false = text in ("false", "0") and "true" not in equivalents
     if is_empty(value) or text in equivalents or is_false:

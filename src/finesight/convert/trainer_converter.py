@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
 
-from finesight.config import METRIC_NAMES, TrainSettings
+from finesight.config import METRIC_NAMES, DpoLossType, TrainSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -125,12 +125,14 @@ class TrainerConverter:
         name = loss if name == "dpo" and loss in ("orpo", "simpo") else name
         if name in ("dpo", "orpo", "simpo", "kto"):
             self.draft.set("train.objective", name)
-            others = {"loss_type", "loss_weights", "label_smoothing"}
-            own = dict(dict(TrainSettings())[name]).keys() - others
-            for setting in filter(self.config.has, sorted(own)):
+            names = "beta", "simpo_gamma", "desirable_weight", "undesirable_weight"
+            for setting in filter(self.config.has, {*names} & {*dict(dict(TrainSettings())[name])}):
                 self.copy_setting(f"train.{name}.{setting}", setting)
-            if loss in ("hinge", "ipo"):
-                self.draft.set("train.dpo.loss_type", [loss])
+            losses = self.config.get_list("loss_type") or (loss,)
+            if name == "dpo" and losses != ("sigmoid",) and {*losses} <= {*get_args(DpoLossType)}:
+                self.draft.set("train.dpo.loss_type", list(losses))
+                if self.config.has("loss_type"):
+                    self.draft.note("loss_type", ", ".join(losses), "equal in train.dpo.loss_type")
             elif loss not in ("sigmoid", name):
                 self.draft.note("pref_loss", loss, "is not supported: DPO is used", differs=True)
             return

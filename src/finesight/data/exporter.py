@@ -21,7 +21,7 @@ from finesight.data.image_header import (
     read_image_size,
 )
 from finesight.data.image_resolver import name_images
-from finesight.data.sample import BoxPart, ImagePart, LocatedSample, Sample, list_media_paths
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, list_media_paths
 from finesight.errors import UserError
 from finesight.storage import translate_os_errors, write_folder
 
@@ -79,9 +79,8 @@ def _resolve_image_paths(samples: Sequence[LocatedSample]) -> dict[Path, Path]:
     """Map each image and video frame path to its path without symbolic links."""
     resolved_paths: dict[Path, Path] = {}
     for located_sample in samples:
-        for name in (
-            name for part in located_sample.sample.iter_parts() for name in list_media_paths(part)
-        ):
+        parts = located_sample.sample.iter_parts()
+        for name in itertools.chain.from_iterable(map(list_media_paths, parts)):
             path = located_sample.resolve_path(name)
             if path in resolved_paths:
                 continue
@@ -120,8 +119,11 @@ def _note_exif_orientations(
     """
     if data_format.name == "samples":
         return
-    image_paths = set(itertools.chain.from_iterable(map(_iter_boxed_images, samples)))
-    num_rotated = sum(map(_is_exif_rotated, image_paths))
+    num_rotated = 0
+    for path in set(itertools.chain.from_iterable(map(_iter_boxed_images, samples))):
+        read_image_size(path)  # rejects an image with invalid EXIF data
+        with open_image_header(path) as image:
+            num_rotated += read_exif_orientation(image) != 1
     if num_rotated:
         yield (
             f"{num_rotated} images with boxes have an EXIF orientation. Boxes are written in"
@@ -130,15 +132,9 @@ def _note_exif_orientations(
         )
 
 
-def _is_exif_rotated(path: Path) -> bool:
-    read_image_size(path)  # rejects an image with invalid EXIF data
-    with open_image_header(path) as image:
-        return read_exif_orientation(image) != 1
-
-
 def _iter_boxed_images(located_sample: LocatedSample) -> Iterator[Path]:
-    sample: Sample = located_sample.sample
-    image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
-    for part in sample.iter_parts():
+    parts = [*located_sample.sample.iter_parts()]
+    image_paths = [part.image for part in parts if isinstance(part, ImagePart)]
+    for part in parts:
         if isinstance(part, BoxPart):
             yield located_sample.resolve_path(image_paths[part.image])

@@ -24,7 +24,6 @@ import numpy as np
 from finesight.data.boxes import COORDINATE_REMEDIES, InvalidBoxError, TextCoordinates
 from finesight.data.formats import detect_format
 from finesight.data.formats.dataset_format import (
-    DatasetFormat,
     ImportContext,
     ImportExample,
     InvalidOptionError,
@@ -433,7 +432,10 @@ def import_dataset(
         output_files = [_write_split(split, spool, staging, out) for split in splits]
         if invalid.lines:
             write_chunks(staging / SKIPPED_ROWS_FILE, map(spool.read, invalid.lines))
-        _remove_unused_images(staging, {image_names.name(image) for image in num_used})
+        used_names = {image_names.name(image) for image in num_used}
+        for saved in (staging / IMAGES_FOLDER).glob("*"):  # such as those of skipped rows
+            if saved.relative_to(staging).as_posix() not in used_names:
+                saved.unlink()
     in_files = sum(part.num_rows for part in output_files)
     num_not_selected = source.rows.num_rows - len(rows) - len(invalid)
     reason_counts = Counter({REASON_NOT_SELECTED: num_not_selected})
@@ -583,7 +585,7 @@ def _parse_rows(
         alternative = None
         if first := skipped.first:
             alternative = None if any(rows) else _suggest_image_column(first, context)
-            alternative = alternative or _suggest_format(first, context, source.data_format)
+            alternative = alternative or _suggest_format(first, context, source, options)
         raise _build_import_error(
             skipped,
             num_rows,
@@ -741,15 +743,16 @@ def _suggest_image_column(row: SourceRow, context: ImportContext) -> str | None:
 
 
 def _suggest_format(
-    row: SourceRow, context: ImportContext, data_format: DatasetFormat
+    row: SourceRow, context: ImportContext, source: ImportSource, options: ImportOptions
 ) -> str | None:
     try:
         candidate, detected_by = detect_format([row.record], "")
         candidate.parse_examples(row, context)
     except UserError:
         return None
-    hint = f"--format {candidate.name}: {row.location} has {detected_by}"
-    return None if candidate is data_format else hint
+    others = " without --map" * bool(options.columns)
+    hint = f"--format {candidate.name}{others}: {row.location} has {detected_by}"
+    return None if candidate is source.data_format else hint
 
 
 def _build_import_error(
@@ -843,10 +846,3 @@ def _write_split(split: _OutputSplit, spool: Spool, staging: Path, out: Path) ->
     lines = (line for example in examples for line in example.lines(spool, is_eval=split.is_eval))
     write_chunks(staging / split.name, lines)
     return OutputFile(out / split.name, sum(map(bool, split.rows)), len(split))
-
-
-def _remove_unused_images(staging: Path, used: set[str]) -> None:
-    """Delete saved images that no output file references, such as those of skipped rows."""
-    for saved in (staging / IMAGES_FOLDER).glob("*"):
-        if saved.relative_to(staging).as_posix() not in used:
-            saved.unlink()

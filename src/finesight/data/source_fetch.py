@@ -341,7 +341,14 @@ def fetch_source(
     elif not is_archive(source):
         yield FetchedSource(Path(source), options)
     else:
-        _check_archive_exists(Path(source))
+        reject_special_file(Path(source))
+        if not Path(source).is_file():
+            raise UserError(
+                "no such file",
+                where=str(source),
+                expected="an archive",
+                remedy=suggest_similar_path(Path(source)),
+            )
         with _make_unpack_folder(out) as work_folder:
             unpacked_options = replace(options, allowed_root=work_folder)
             yield _prepare_file(Path(source), work_folder, unpacked_options)
@@ -365,17 +372,6 @@ def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> Fetc
         return FetchedSource(file, options)
     unpack_archive(file, work_folder)
     return _prepare_folder(_skip_single_folders(work_folder), replace(options, copy_images=True))
-
-
-def _check_archive_exists(archive: Path) -> None:
-    reject_special_file(archive)
-    if not archive.is_file():
-        raise UserError(
-            "no such file",
-            where=str(archive),
-            expected="an archive",
-            remedy=suggest_similar_path(archive),
-        )
 
 
 def _skip_single_folders(folder: Path) -> Path:

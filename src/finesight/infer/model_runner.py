@@ -10,6 +10,7 @@ image tokens, K feature levels per image token, N adapters, I intermediate size.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -106,9 +107,11 @@ class ModelRunner:
             self.model.lora_routing.set_mask(
                 self.model.lora_routing.build_mask(prompts[0].adapter_index)
             )
-        # Training encodes the image of one prompt at a time, and results depend on the batch.
-        max_patches = 1 if self.cache.matches_training else MAX_ENCODER_PATCHES
-        load_image_features(self.model, prompts, self.feature_cache, max_patches)
+        if self.cache.matches_training:
+            # Training encodes the images of one prompt together, and results depend on the batch.
+            for prompt in prompts:
+                load_image_features(self.model, [prompt], self.feature_cache, sys.maxsize)
+        load_image_features(self.model, prompts, self.feature_cache)
         chunks = [
             PrefillChunk(
                 prompt.block_ids,

@@ -23,6 +23,7 @@ from finesight.model.attention import (
     Segments,
     SharedPrefixAttention,
     exchange_features,
+    pad_rows,
 )
 from finesight.model.config import ConfigReader, ModelConfig, parse_pixel_normalization
 from finesight.model.decoder import DeepstackFeatures, FusibleLayer
@@ -39,7 +40,7 @@ from finesight.model.families import (
 from finesight.model.gated_delta_net import supports_kernels
 from finesight.model.layers import requires_host_sync
 from finesight.model.linear import FusedLinear, single_output
-from finesight.model.lora.fused import FusedWeightSync, set_row_ranges
+from finesight.model.lora.fused import MAX_PADDING, FusedWeightSync, set_row_ranges
 from finesight.model.lora.multi import LoraRouting
 from finesight.model.quant.base import QuantizedWeight
 from finesight.model.vision_encoder import VisionEncoder
@@ -178,9 +179,11 @@ class VisionLanguageModel(nn.Module):
         return y_TD
 
     def compute_logits(self, h_TD: Tensor) -> Tensor:
+        # Libraries sum in another order for few rows.
+        rows_TD = pad_rows(h_TD, MAX_PADDING) if self._matches_decoding else h_TD
         if self.lm_head is None:
-            return F.linear(h_TD, self.model.embed_tokens.weight)
-        return single_output(self.lm_head(h_TD))
+            return F.linear(rows_TD, self.model.embed_tokens.weight)[: len(h_TD)]
+        return single_output(self.lm_head(rows_TD))[: len(h_TD)]
 
     def match_decoding(self) -> bool:
         """Let training compute the same bits as decoding steps that match it, if supported.
@@ -191,8 +194,9 @@ class VisionLanguageModel(nn.Module):
         embedding, layers = self.model.embed_tokens.weight, self.model.layers
         is_fused = all(isinstance(x, FusibleLayer) and x.can_fuse(embedding) for x in layers)
         linears = [one for x in layers if isinstance(x, FusibleLayer) for one in x.fusible_linears]
-        is_dense = not any(isinstance(linear.weight, QuantizedWeight) for linear in linears)
-        if is_fused and is_dense and self.config.decoder.linear_attention is None:
+        is_quantized = any(isinstance(linear.weight, QuantizedWeight) for linear in linears)
+        is_supported = is_fused and not is_quantized and not self.config.decoder.linear_attention
+        if is_supported and not self._matches_decoding:
             self.sync_fused_weights()
             set_row_ranges(linears)
             self._matches_decoding = True

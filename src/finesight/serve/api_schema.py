@@ -1,15 +1,15 @@
 """Limits, errors and chat completion requests of the server, a subset of the OpenAI API.
 
-Request fields that cannot influence the completion are accepted and ignored. Unknown fields, and
-unsupported fields that would influence it, are rejected.
+Request fields that cannot influence the completion are accepted and ignored. Unknown fields with a
+value, and unsupported fields that would influence it, are rejected.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError, model_validator
 
 from finesight.data.image_header import MAX_IMAGE_PIXELS
 from finesight.encode.family import ThinkingOptions
@@ -24,8 +24,9 @@ MAX_URL_CHARS = 8192
 MAX_STOP_CHARS = 200
 
 IGNORED_FIELDS = (
-    *("metadata", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"),
-    *("service_tier", "store", "user"),
+    *("metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options"),
+    *("prompt_cache_retention", "safety_identifier", "service_tier", "store", "user"),
+    *("cache_salt", "priority", "request_id", "rid"),
 )
 """Request fields that are ignored, since they cannot influence the completion."""
 
@@ -186,9 +187,23 @@ def internal_error() -> ApiError:
 
 
 class StrictModel(BaseModel):
-    """Base class of request objects that reject unknown fields."""
+    """Base class of request objects that reject unknown fields with a value."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+    ignored_fields: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _remove_fields(cls, values: Any) -> Any:
+        """Remove ignored fields, and unknown ones without a value, which clients may send."""
+        if not isinstance(values, dict):
+            return values
+        return {
+            name: value
+            for name, value in values.items()
+            if (name in cls.model_fields or value not in (None, "", [], {}))
+            and name not in cls.ignored_fields
+        }
 
 
 class TextContent(StrictModel):
@@ -278,23 +293,19 @@ class UnstructuredFormat(StrictModel):
     type: Literal["text"]
 
 
-class JsonObjectFormat(StrictModel):
-    type: Literal["json_object"]
-
-
 class StructuredFormat(StrictModel):
     type: Literal["json_schema"]
     json_schema: JsonSchemaFormat
 
 
-class BoxesFormat(StrictModel):
-    """Bounding boxes in the format of the model family, which extends the OpenAI API."""
+class GrammarFormat(StrictModel):
+    """Any JSON object, or `boxes` in the format of the model family, an extension of the API."""
 
-    type: Literal["boxes"]
+    type: Literal["json_object", "boxes"]
 
 
 ResponseFormat = Annotated[
-    UnstructuredFormat | JsonObjectFormat | StructuredFormat | BoxesFormat, Discriminator("type")
+    UnstructuredFormat | StructuredFormat | GrammarFormat, Discriminator("type")
 ]
 
 
@@ -356,10 +367,17 @@ class NeutralParameters(StrictModel):
     presence_penalty: Literal[0, None] = None
     logit_bias: dict[str, float] | None = Field(default=None, max_length=0)
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["medium", None] = None
+    function_call: Literal["none", None] = None
+    return_token_ids: Literal[False, None] = None
+    return_tokens_as_token_ids: Literal[False, None] = None
+    return_hidden_states: Literal[False, None] = None
 
 
 class ChatCompletionParameters(NeutralParameters):
     """Fields of a chat completion request, except for its messages."""
+
+    ignored_fields = IGNORED_FIELDS
 
     model: str = Field(max_length=MAX_NAME_CHARS)
     max_tokens: int | None = Field(default=None, ge=1)
@@ -381,14 +399,6 @@ class ChatCompletionParameters(NeutralParameters):
     stream_options: StreamOptions | None = None
     reasoning_effort: str | None = Field(default=None, max_length=MAX_NAME_CHARS)
     chat_template_kwargs: ChatTemplateArguments | None = None
-    # IGNORED_FIELDS
-    metadata: Any = None
-    parallel_tool_calls: Any = None
-    prompt_cache_key: Any = None
-    safety_identifier: Any = None
-    service_tier: Any = None
-    store: Any = None
-    user: Any = None
 
     @property
     def stop_strings(self) -> list[str]:
@@ -417,9 +427,8 @@ class ChatCompletionRequest(ChatCompletionParameters):
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """Fields of `ChatCompletionParameters` as JSON data, without ignored fields."""
-        ignored = {"messages", *IGNORED_FIELDS}
-        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude=ignored)
+        """Fields of `ChatCompletionParameters` as JSON data."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude={"messages"})
 
 
 def parse_chat_request(body: bytes | bytearray) -> ChatCompletionRequest:
@@ -460,18 +469,10 @@ def check_limits(
     """
     contents = [message.content or "" for message in chat_request.messages]
     parts = [part for content in contents if not isinstance(content, str) for part in content]
-    calls = [
-        call.function.arguments
-        for message in chat_request.messages
-        if isinstance(message, AssistantMessage)
-        for call in message.tool_calls or []
-    ]
+    answers = [one for one in chat_request.messages if isinstance(one, AssistantMessage)]
+    calls = [call.function.arguments for one in answers for call in one.tool_calls or []]
     texts = [content for content in contents if isinstance(content, str)]
-    texts += [
-        message.reasoning_content or ""
-        for message in chat_request.messages
-        if isinstance(message, AssistantMessage)
-    ]
+    texts += [answer.reasoning_content or "" for answer in answers]
     texts += [part.text for part in parts if isinstance(part, TextContent)]
     num_images = sum(not isinstance(part, TextContent) for part in parts)
     stop_strings = chat_request.stop_strings
@@ -498,9 +499,8 @@ def check_limits(
     template_arguments = chat_request.chat_template_kwargs or ChatTemplateArguments()
     efforts = {chat_request.reasoning_effort, template_arguments.reasoning_effort} - {None}
     if len(efforts) > 1:
-        message = (
-            f"reasoning_effort: {' and '.join(sorted(map(repr, efforts)))}; expected one value"
-        )
+        values = " and ".join(sorted(map(repr, efforts)))
+        message = f"reasoning_effort: {values}; expected one value"
         raise ApiError(400, message, "reasoning_effort")
     if chat_request.top_logprobs and not chat_request.logprobs:
         raise ApiError(

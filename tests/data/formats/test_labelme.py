@@ -76,7 +76,7 @@ def test_detection(root: Path, tmp_path: Path) -> None:
         [("cat", (1.25, 1, 9, 12.125)), ("dog", (12, 3, 31, 17))],
         ["none"],
     ]
-    assert summary.detected_by == "JSON files with shapes and imagePath: LabelMe, 2 classes"
+    assert summary.detected_by == "JSON files with shapes: LabelMe, 2 classes"
     assert summary.source_notes == {
         "polygons (converted to bounding boxes)": 1,
         "shapes of type point (skipped)": 1,
@@ -151,6 +151,10 @@ def test_invalid_files(root: Path, tmp_path: Path, content: object, what: str) -
 def test_empty_image_path(tmp_path: Path, stem: str, suffix: str) -> None:
     for name in (f"{stem}{suffix}", os.fsdecode("狗.png".encode("gbk"))):
         write_box_image(tmp_path / "set" / name, WHITE)
-    save(tmp_path / "set", record(imagePath=""), f"{stem}.json")
-    samples, _ = import_samples(tmp_path / "set", tmp_path / "out")
-    assert ("dog", WHITE) in list_answers(samples)[0]
+    for index, change in enumerate(({"imagePath": ""}, {"imagePath": None}, {})):
+        content = record(**change)
+        if not change:
+            del content["imagePath"], content["imageData"]
+        save(tmp_path / "set", content, f"{stem}.json")
+        samples, _ = import_samples(tmp_path / "set", tmp_path / f"out{index}")
+        assert ("dog", WHITE) in list_answers(samples)[0]

@@ -14,6 +14,7 @@ from box_fixtures import (
     write_box_image,
 )
 from case_files import load_cases
+from each_value import each
 
 from finesight.data.formats import image_folder
 from finesight.data.formats.dataset_format import ExportContext
@@ -133,6 +134,20 @@ def test_polygons_and_keypoints(root: Path, tmp_path: Path) -> None:
     samples, summary = import_samples(root, tmp_path / "pose")
     assert list_answers(samples)[0] == [("person", WHITE)]
     assert summary.source_notes == {"keypoints (ignored)": 1}
+
+
+@each(("kind", "lines"), [(kind, one) for kind, many in CASES["shapes"].items() for one in many])
+def test_keypoints_without_declared_shape(root: Path, tmp_path: Path, kind, lines) -> None:
+    (root / "labels" / "val" / "c.txt").write_text("", encoding="utf-8")
+    (root / "labels" / "train" / "a.txt").write_text(lines, encoding="utf-8")
+    samples, summary = import_samples(root, tmp_path / "out")
+    (note,) = summary.source_notes
+    assert note.partition(" ")[0] == kind
+    assert summary.source_notes[note] == len(lines.splitlines())
+    if kind == "values":
+        centers = [float(line.split()[1]) * 40 for line in lines.splitlines()]
+        found = [(x1 + x2) / 2 for _, (x1, _, x2, _) in list_answers(samples)[0]]
+        assert sorted(found) == pytest.approx(sorted(centers))
 
 
 @pytest.mark.parametrize(("line", "what"), CASES["test_invalid_lines"])

@@ -254,10 +254,12 @@ def test_run_raises_the_reward(reward_task):
 def test_sampler_and_trainer_compute_the_same_bits(reward_task, tuned):
     """Log-probabilities in bf16 are equal while the weights change."""
     reward_task.run(
-        *("train.precision=bf16", "train.steps=4", "train.epochs=null", "train.save_every=null"),
+        *("train.device=cuda", "train.precision=bf16", "tune.lora.dropout=0"),
+        *("train.steps=4", "train.epochs=null", "train.save_every=null"),
         *(f"tune.language={tuned}", "train.learning_rate=0.003", "train.grpo.num_generations=8"),
+        name=tuned,
     )
-    steps = read_steps(reward_task)
+    steps = read_steps(reward_task, tuned)
     assert max(one["sampling/sampling_logp_difference/mean"] for one in steps) <= 2e-6
     assert len({one["reward"] for one in steps}) > 1
 

@@ -569,13 +569,11 @@ class DatasetFormat:
         """
         for notes in (context.row_notes, context.other_keys, context.invalid_boxes):
             notes.clear()
-        if "map" in self.supported_options:
-            result = self.parse_row(row, context)
-            return [result] if isinstance(result, ImportExample) else result
-        records = split_preference(decode_json_lists(row.record))
-        is_pair = len(records) > 1 or "rejected" in row.record
-        keys = [key for key in _LABEL_KEYS if isinstance(row.record.get(key), bool)]
-        label = records[0].pop(keys[0]) if keys and not is_pair else None
+        is_table = "map" in self.supported_options
+        records = [row.record] if is_table else split_preference(decode_json_lists(row.record))
+        has_label = len(records) == 1 and "rejected" not in row.record and not is_table
+        keys = [key for key in _LABEL_KEYS if isinstance(row.record.get(key), bool) and has_label]
+        label = records[0].pop(keys[0]) if keys else None
         # The keys of the chosen row are counted, so it is parsed last.
         *rejected, result = (self._parse(row, record, context) for record in reversed(records))
         for (other,) in rejected:

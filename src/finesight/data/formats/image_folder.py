@@ -14,19 +14,20 @@ labels/train/a.txt, or of a single folder with classes.txt. Coordinates are norm
 size, and the class is an index of the list of names. Labels are next to the image, or in the path
 with `images` replaced by `labels`.
 
-An empty label file is an image without objects. If data.yaml has `kpt_shape`, the values after the
-box are keypoints and ignored. Splits are ordered train, test, val, so that --eval-last uses the
-last one for validation.
+An empty label file is an image without objects. Values after the box are keypoints, and ignored, if
+data.yaml has `kpt_shape`, or if the first labels have this shape; else they are polygons. Splits
+are ordered train, test, val, so that --eval-last uses the last one for validation.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import re
 import reprlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -320,10 +321,10 @@ SPLITS = ("train", "test", "val")
 CLASS_NAME_FILES = ("classes.txt", "obj.names", "labels/classes.txt", "_darknet.labels")
 REASON_NO_LABEL_FILE = "images without a label file"
 NOTE_KEYPOINTS = "keypoints (ignored)"
+NOTE_ASSUMED_KEYPOINTS = "values after the box, taken for keypoints without kpt_shape (ignored)"
 NUM_DETECTION_FILES = 20
 
 _UPWARDS = re.compile(r"^(?:\.\./)+")
-_LABEL_LINE = re.compile(r"\d+(?:\s+[-+.\deE]+){4,}\s*")
 
 
 def open_yolo(source: Path) -> tuple[RowReader, str] | None:
@@ -348,6 +349,8 @@ def _build_rows(
         has_keypoints: Whether label lines contain keypoints after the box.
     """
     names = list(class_names.values())
+    lines = () if has_keypoints else _iter_first_lines(images)
+    pose_length = None if has_keypoints else _find_pose_length([*map(_parse_values, lines)])
 
     def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
         split, image = split_image
@@ -358,7 +361,7 @@ def _build_rows(
             "labels": str(label),
             "names": class_names,
             "classes": names,
-            "keypoints": has_keypoints,
+            "pose_length": pose_length,
             "meta": {"split": split} if split else {},
         }
         return SourceRow(row_number, str(label), record, source.stem)
@@ -421,8 +424,11 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
     if source.is_dir():
         files = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
     for file in files:
-        description = _read_yaml(file)
-        if "names" in description:
+        try:
+            description = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
+        except yaml.YAMLError:  # of another program
+            continue
+        if isinstance(description, dict) and "names" in description:
             names = _parse_class_names(description["names"], file)
             images = tuple(_iter_split_images(description, file))
             if not images:
@@ -435,14 +441,6 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
             has_keypoints, reason = "kpt_shape" in description, f"names in {file.name}"
             return _build_rows(source, names, images, reason, has_keypoints=has_keypoints)
     return None
-
-
-def _read_yaml(file: Path) -> Record:
-    try:
-        content = load_yaml(read_data_file(file, MAX_DESCRIPTION_BYTES))
-    except yaml.YAMLError:
-        return {}  # YAML of another program
-    return content if isinstance(content, dict) else {}
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
@@ -525,15 +523,10 @@ def _open_from_class_names(source: Path) -> tuple[RowReader, str] | None:
     """
     if not source.is_dir():
         return None
-    images = list_folder(source).image_files()
-    labelled_images = (path for path in images if os.path.isfile(_find_label_file(path)))
-    label_files = [
-        _find_label_file(path) for path in itertools.islice(labelled_images, NUM_DETECTION_FILES)
-    ]
-    lines = [line for file in label_files for line in _first_lines(file)]
-    label_lines = [line for line in lines if line.strip()]
+    images = [("", path) for path in list_folder(source).image_files()]
+    label_lines = list(_iter_first_lines(images))
     # Tolerate some invalid lines; they are reported when their row is parsed.
-    num_valid = sum(map(bool, map(_LABEL_LINE.fullmatch, label_lines)))
+    num_valid = sum(len(_parse_values(line)) >= 4 for line in label_lines)
     if 2 * num_valid <= len(label_lines):
         return None
     for name in CLASS_NAME_FILES:
@@ -542,22 +535,61 @@ def _open_from_class_names(source: Path) -> tuple[RowReader, str] | None:
             # The class ID is the line number, also after an empty line.
             names = {n: text.strip() for n, text in enumerate(name_lines) if text.strip()}
             known_by = f"label files with class IDs, {name}"
-            return _build_rows(source, names, [("", path) for path in images], known_by)
+            return _build_rows(source, names, images, known_by)
     raise UserError(
-        f"label files with class IDs, such as {label_lines[0]!r} in {label_files[0].name}, but"
-        " no names",
+        f"label files with class IDs, such as {label_lines[0]!r}, but no names",
         where=str(source),
         expected=f"data.yaml with `names`, or one of {', '.join(CLASS_NAME_FILES)}",
         remedy="write the names of the classes into classes.txt, one a line (0-based)",
     )
 
 
-def _first_lines(file: Path) -> list[str]:
-    """Return the complete lines within the first `SNIFF_BYTES` of a file."""
-    with open_data_file(file) as content:
-        start = content.read(SNIFF_BYTES)
-    lines = start.decode("utf-8", "replace").splitlines()
-    return lines[:-1] if len(start) == SNIFF_BYTES and len(lines) > 1 else lines
+def _iter_first_lines(images: Iterable[tuple[str, Path]]) -> Iterator[str]:
+    """Yield the lines within the first `SNIFF_BYTES` of the first label files."""
+    files = filter(os.path.isfile, (_find_label_file(path) for _, path in images))
+    for file in itertools.islice(files, NUM_DETECTION_FILES):
+        with open_data_file(file) as content:
+            start = content.read(SNIFF_BYTES)
+        lines = start.decode("utf-8", "replace").splitlines()
+        is_cut = len(start) == SNIFF_BYTES and len(lines) > 1
+        yield from (line for line in lines[: len(lines) - is_cut] if line.strip())
+
+
+def _parse_values(line: str) -> list[float]:
+    """Return the numbers after the class ID of a label line; empty if the line is invalid."""
+    class_id, *fields = line.split()
+    with contextlib.suppress(ValueError):
+        return [float(field) for field in fields] if class_id.isdecimal() else []
+    return []
+
+
+def _find_pose_length(labels: Sequence[Sequence[float]]) -> int:
+    """Return the number of values of labels of boxes with keypoints; 0 if they are polygons.
+
+    Keypoints have two values, or three with the visibility 0, 1 or 2.
+    """
+    lengths = {len(values) for values in labels if len(values) > 4}
+    poses = [values for values in labels if len(values) > 4] if len(lengths) == 1 else []
+    for size in (3, 2):
+        if 2 * sum(_is_pose(values, size) for values in poses) > len(poses):
+            return lengths.pop()
+    return 0
+
+
+def _is_pose(values: Sequence[float], size: int) -> bool:
+    """Return whether values are a box and keypoints of `size` values in or near this box.
+
+    In a polygon, the second point, which is the size of the box of a pose, is near the others.
+    """
+    x, y, width, height, *rest = values
+    points = [(a, b) for a, b in zip(rest[::size], rest[1::size], strict=False) if a or b]
+    if len(rest) % size or not all(abs(a - x) < width and abs(b - y) < height for a, b in points):
+        return False
+    if size == 3:
+        return {0.0, 1.0, 2.0}.issuperset(rest[2::3])
+    left, top, right, bottom = find_bounds([(x, y), *points], values)
+    reach = max(right - left, bottom - top)
+    return not (left - reach <= width <= right + reach and top - reach <= height <= bottom + reach)
 
 
 def _find_label_file(image: Path) -> Path:
@@ -582,32 +614,25 @@ def _parse_label_line(
     line: str, line_number: int, record: Record, source_notes: Counter[str]
 ) -> ObjectAnnotation:
     name = Path(record["labels"]).name
-    fields = line.split()
-    try:
-        values = [float(field) for field in fields[1:]]
-    except ValueError:
-        values = []
-    is_polygon = len(values) > 4 and len(values) % 2 == 0
-    is_known = len(values) == 4 or is_polygon or (len(values) > 4 and record["keypoints"])
-    if not is_known or not fields[0].isdecimal():
+    values, pose_length = _parse_values(line), record["pose_length"]
+    is_pose = len(values) > 4 and pose_length in (None, len(values))
+    if len(values) < 4 or (len(values) % 2 and not is_pose):
         raise InvalidBoxError(
             f"{name}:{line_number}: {line.strip()[:80]!r}",
             expected="a class ID, then center and size, or polygon corners",
             remedy="correct the line; labels have no sixth value (confidence)",
         )
-    class_id = parse_integer(fields[0])
+    class_id = parse_integer(line.split()[0])
     if class_id not in record["names"]:
         raise UserError(
-            f"{name}:{line_number}: class {fields[0][:40]}",
+            f"{name}:{line_number}: class {line.split()[0][:40]}",
             expected=f"one of the {len(record['names'])} names (0-based)",
             remedy="add the name, or correct the line",
         )
     label = record["names"][class_id]
-    if record["keypoints"] and len(values) > 4:
-        source_notes[NOTE_KEYPOINTS] += 1
+    if is_pose or len(values) == 4:
+        source_notes[NOTE_KEYPOINTS if pose_length is None else NOTE_ASSUMED_KEYPOINTS] += is_pose
         return ObjectAnnotation(label, values[:4])
-    if len(values) == 4:
-        return ObjectAnnotation(label, values)
     corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)
     bounds = enclose_shape("polygons", corners, source_notes)
     if bounds is None:

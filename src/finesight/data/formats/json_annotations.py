@@ -457,7 +457,7 @@ def _iter_boxes(
 
 def _open_labelme(source: Path) -> tuple[RowReader, str] | None:
     """Open the LabelMe JSON files of a folder, or a single one, as rows."""
-    description = "JSON files with shapes and imagePath: LabelMe"
+    description = "JSON files with shapes: LabelMe"
     return open_annotation_files(source, ".json", description, b'"shapes"', _read_classes)
 
 
@@ -513,7 +513,8 @@ def _read_classes(file: Path) -> tuple[bool, set[str]]:
     record = _read_record(file)
     shapes = [s for s in record["shapes"] if _get_shape_type(s) not in POINT_TYPES]
     labels = {shape["label"] for shape in shapes if isinstance(shape.get("label"), str)}
-    return "imagePath" in record, labels
+    is_labelme = not {"imagePath", "imageData"}.isdisjoint(record)
+    return is_labelme or any("points" in shape for shape in record["shapes"]), labels
 
 
 def _get_shape_type(shape: Record) -> str:

@@ -73,6 +73,7 @@ _RESULT_USED_KEYS = (
 _VALUE_USED_KEYS = (
     *("x", "y", "width", "height", "rotation", "points", "rectanglelabels", "polygonlabels"),
     *("labels", "choices", "text", "number", "rating", "datetime", "closed", "radiusX", "radiusY"),
+    *("ellipselabels", "keypointlabels", "brushlabels"),
 )
 MODEL_VERSION = "finesight"
 
@@ -346,9 +347,8 @@ def _read_tasks(source: Path, results_from: ResultSource) -> list[LabeledTask] |
     if source.suffix.lower() != ".json" or not source.is_file():
         return None
     content = read_data_file(source)
-    if not content.lstrip().startswith(b"[") or not (
-        b'"data"' in content or b'"annotation_id"' in content
-    ):
+    has_key = any(key in content for key in (b'"data"', b'"annotation_id"'))
+    if not content.lstrip().startswith(b"[") or not has_key:
         return None
     try:
         records = parse_unique_json(content)
@@ -423,15 +423,11 @@ def _expand_min(record: Record) -> Record:
                 sizes = {key: shape.pop(key) for key in _SIZE_KEYS if key in shape}
                 names = {"id": f"{name}-{index}", "from_name": name}
                 results.append({**sizes, **names, "value": shape})
-        elif values and all(map(_is_text, values)):
+        elif values and all(isinstance(v, str) and not _is_image_reference(v) for v in values):
             results.append({"id": name, "from_name": name, "value": {"text": values}})
         elif name != "id":
             data[name] = value
     return {"id": record.get("id"), "data": data, "annotations": [{"result": results}]}
-
-
-def _is_text(value: object) -> bool:
-    return isinstance(value, str) and not _is_image_reference(value)
 
 
 def _is_image_reference(value: object) -> bool:

@@ -47,7 +47,8 @@ _ORIGIN = re.compile("source|orig|original|src|file|filename|name|path|url|link|
 
 _NUMBERED_IMAGE = re.compile(
     "(?:images?|img|photo|pict?(?:ure)?|图片?)_?(?:[0-9]+|[a-z])"
-    "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference)_?"
+    "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference"
+    "|cropp?(?:ed)?|zoom(?:ed)?|prev(?:ious)?|next|query|target|edited|other|rear|top|bottom)_?"
     "(?:image|img|photo|pict?(?:ure)?)s?|(?:audio|(?:depth|mask|normal)(?:_?map)?)s?(?:_?path)?",
     re.IGNORECASE,
 )

@@ -113,10 +113,8 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             expected="<annotation>",
             remedy="remove the file from the folder",
         )
-    is_one_based = (
-        context.resolve_convention(BoxConvention()) == BoxConvention()
-        and context.box_format is None
-    )
+    is_default = context.resolve_convention(BoxConvention()) == BoxConvention()
+    is_one_based = is_default and context.box_format is None
     notes = context.row_notes
     objects = []
     for element in root.iterfind("object"):
@@ -187,9 +185,7 @@ def _read_classes(file: Path) -> tuple[bool, set[str]]:
 def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
     label = element.findtext("name", "").strip()
     if not label:
-        raise UserError(
-            "an object without a name", expected="<name>", remedy="add a name, or remove it"
-        )
+        raise UserError("an object without a name", expected="<name>", remedy="name or remove it")
     texts = [element.findtext(f"bndbox/{corner}", "").strip() for corner in BNDBOX_TAGS]
     coordinates = parse_coordinates(texts)
     if one_based:
@@ -221,9 +217,8 @@ def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Pat
 
 
 def _read_size(root: ElementTree.Element) -> ImageSize | None:
-    height, width = (
-        parse_integer(root.findtext(f"size/{side}", "").strip()) for side in ("height", "width")
-    )
+    sides = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
+    height, width = map(parse_integer, sides)
     # Some tools write 0 for an unknown size.
     return (height, width) if height and width else None
 
@@ -372,9 +367,8 @@ def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list
         bounds = find_bounds(pairs, shape.attrib)
         kind = "polygons" if shape.tag == "polygon" else kind
     elif shape.tag == "mask":
-        x, y, width, height = (
-            float(shape.get(side, "")) for side in ("left", "top", "width", "height")
-        )
+        names = "left", "top", "width", "height"
+        x, y, width, height = (float(shape.get(name, "")) for name in names)
         bounds = [x, y, x + width, y + height]
     elif shape.tag == "box":
         x1, y1, x2, y2 = (float(shape.get(corner, "")) for corner in CORNERS)

@@ -334,30 +334,25 @@ def set_row_ranges(linears: Sequence[FusedLinear]) -> None:
     Args:
         linears: Linears of fused layers; the outputs of every second one are added to a residual.
     """
-    known: dict[tuple[int, int], RowRange] = {}
+    known: dict[tuple[object, ...], RowRange] = {}
     for index, linear in enumerate(linears):
-        linear.row_range = None
-        shape = linear.in_features, sum(linear.output_sizes.values())
-        if shape not in known:
-            known[shape] = _find_row_range(LoraMatmul.from_linear(linear), shape, index % 2 == 1)
-        linear.row_range = known[shape]
+        matmul, is_added = LoraMatmul.from_linear(linear), index % 2 == 1
+        weight_OJ = matmul._single_weight
+        assert weight_OJ is not None, "cannot test quantized weights"
+        key = weight_OJ.shape, matmul.bias is None, is_added
+        if key not in known:
+            known[key] = _find_row_range(weight_OJ, matmul.bias, is_added)
+        linear.row_range = known[key]
 
 
-def _find_row_range(matmul: LoraMatmul, shape: tuple[int, int], is_added: bool) -> RowRange:
-    weight, (in_features, out_features) = matmul.weight, shape
-    assert isinstance(weight, Tensor), f"cannot test a {type(weight).__name__}"
-    (step, max_rows), fused_OJ = TESTED_ROWS, matmul.fused_weight_OJ
-    x_TJ, x_TO = (
-        torch.randn(max_rows, size, dtype=weight.dtype, device=weight.device)
-        for size in (in_features + matmul.padding, out_features)
-    )
+def _find_row_range(weight_OJ: Tensor, bias: Tensor | None, is_added: bool) -> RowRange:
+    step, max_rows = TESTED_ROWS
+    x_TO, x_TJ = (weight_OJ.new_empty(max_rows, size).normal_() for size in weight_OJ.shape)
 
     def compute(count: int) -> Tensor:
         residual_TO = x_TO[:count] if is_added else None
-        used_OJ = weight if fused_OJ is None else fused_OJ
-        return multiply(x_TJ[:count], used_OJ, matmul.bias, residual_TO, TESTED_ROWS)[:step]
+        return multiply(x_TJ[:count], weight_OJ, bias, residual_TO, TESTED_ROWS)[:step]
 
     expected, counts = compute(max_rows), range(step, max_rows, step)
-    different = (count for count in counts if not torch.equal(compute(count), expected))
-    min_rows = step + max(different, default=0)
+    min_rows = step + max((n for n in counts if not torch.equal(compute(n), expected)), default=0)
     return FIXED_ROWS if min_rows > MAX_PADDING else RowRange(min_rows, max_rows)

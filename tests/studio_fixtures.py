@@ -1,5 +1,7 @@
 """Client and handlers of a studio page without a browser."""
 
+import html
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -43,7 +45,9 @@ def make_page(folder: Path, **access: Any) -> StudioPage:
 def read_live(folder: Path, query: str) -> dict[str, str]:
     """Return the URL and the shown HTML (`top`, `bottom`) of a step."""
     with open_client(folder) as client:
-        return dict(client.get(f"/live?{query}").json())
+        page = client.get(f"/?{query}").text
+    parts = re.split('<div id="(?:top" data-url="(.*?)".*|message".*|bottom")>\n', page)
+    return {"url": html.unescape(parts[1]), "top": parts[2], "bottom": parts[-1]}
 
 
 def write_job(

@@ -49,6 +49,7 @@ from finesight.operations.operation import Outcome, Parameter, as_function
 from finesight.operations.options import RunOrModelArgument
 from finesight.operations.training import advise_run
 from finesight.recipe import load_recipe
+from finesight.report.i18n import use_language
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
@@ -172,7 +173,7 @@ def test_only_runs_of_the_workspace_are_shown(folder):
             assert client.get(f"/view/report?{query}").status_code == 404, query
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
-        assert ">../outside<" not in client.get("/live?step=results&run=../outside").json()["top"]
+        assert ">../outside<" not in client.get("/?step=results&run=../outside").text
 
 
 def test_only_the_converter_of_the_command_line_runs(folder):
@@ -339,7 +340,8 @@ def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started
 def test_labelling_needs_no_run(folder, page, started):
     add_run(folder)
     form = ["photos", "Color?", "x", TINY_MODEL, "classes", "red, blue", "a, b", "0.8", ""]
-    assert "自动检测" in page.render(Selection(step="label", lang="zh"))
+    with use_language("zh"):
+        assert "自动检测" in page.render(Selection(step="label"))
     for run, needs_prompt in (("", False), ("-", True)):
         text = page.render(Selection.parse({"step": "label", "run": run}, "en"))
         assert ("Prompt (required)" in text) == needs_prompt

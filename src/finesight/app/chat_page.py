@@ -34,7 +34,6 @@ from finesight.app.chat_store import (
     BROWSER_COOKIE,
     MAX_CHATS_PER_BROWSER,
     MAX_FILE_BYTES,
-    MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
     ChatImage,
@@ -50,9 +49,7 @@ from finesight.app.pages import (
     describe_error,
     find_studio,
     parse_body,
-    read_language,
     render_page,
-    translate_texts,
 )
 from finesight.bounded_files import parse_json
 from finesight.data.sample import BoxPart, is_video_path
@@ -62,7 +59,7 @@ from finesight.evaluate.mathml import convert_formula, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import BOX_COLORS
 from finesight.infer.request import GenerationOptions, SamplingParams
-from finesight.report.i18n import Language, get_language, translate, use_language
+from finesight.report.i18n import translate
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS
 
 BOXED_IMAGE_WIDTHS = (320, 640)
@@ -95,7 +92,6 @@ def render_turns(chat: StoredChat, turns: Sequence[ChatTurn], first_index: int =
     manifest = chat.session.service.manifest
     return render_page(
         "chat_turns.html",
-        get_language(),
         chat=chat,
         turns=turns,
         first_index=first_index,
@@ -115,9 +111,8 @@ def render_chats(current: str, chats: Sequence[StoredChat]) -> str:
     Args:
         current: Token of the conversation that the page shows.
     """
-    language = get_language()
     limit = MAX_CHATS_PER_BROWSER
-    return render_page("chat_list.html", language, current=current, chats=chats, limit=limit)
+    return render_page("chat_list.html", current=current, chats=chats, limit=limit)
 
 
 @lru_cache(maxsize=256)
@@ -253,16 +248,15 @@ class EditRequest(SettingsRequest, frozen=True):
 class AnswerStream(StreamingResponse):
     """Event stream of the answer of a conversation, which one tab follows."""
 
-    def __init__(self, chat: StoredChat, language: Language, events: AsyncIterator[str]) -> None:
+    def __init__(self, chat: StoredChat, events: AsyncIterator[str]) -> None:
         headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
         super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._chat, self._language = chat, language
+        self._chat = chat
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._chat.num_streams += 1
         try:
-            with use_language(self._language):
-                await super().__call__(scope, receive, send)
+            await super().__call__(scope, receive, send)
         finally:
             self._chat.num_streams -= 1
             # A tab may have followed the start of the answer, before its turn.
@@ -301,22 +295,17 @@ class ChatPage:
         default = None if manifest is None else manifest.max_new_tokens
         self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
 
-    def render(self, language: Language, studio: str) -> str:
+    def render(self, studio: str = "") -> str:
         """Render the page without a conversation. It links to its studio, if there is one."""
         defaults = ChatSettings(
             max_new_tokens=self._default_max_new_tokens,
             thinking=bool(self._default_thinking),
             system_prompt=self._default_system_prompt,
         )
-        settings = {
-            "texts": translate_texts(SCRIPT_TEXTS, language),
-            "expects_images": self._expects_images,
-            "max_images": MAX_IMAGES_PER_MESSAGE,
-        }
         return render_page(
             "chat.html",
-            language,
-            settings=settings,
+            SCRIPT_TEXTS,
+            settings={"expects_images": self._expects_images},
             studio=studio,
             defaults=defaults.model_dump(),
             bounds=_read_bounds() | {"max_new_tokens": (1, self._max_new_tokens, 1)},
@@ -412,14 +401,127 @@ class ChatPage:
         others = [name for name in self._model_names[1:] if name == settings.compare]
         return [replace(options, model=name) for name in (None, *others)]
 
-    def undo(self, chat: StoredChat) -> str:
+    def list_routes(self) -> list[Route]:
+        """Return the routes of the page."""
+        answers: list[tuple[str, type[SettingsRequest], AnswerStart]] = [
+            ("send", SendRequest, send_message),
+            ("edit", EditRequest, edit_message),
+            ("regenerate", SettingsRequest, regenerate_answer),
+        ]
+        posts: list[tuple[str, Callable[..., Any]]] = [
+            ("/chats", self.create_chat),
+            *(
+                (f"/chats/{{token}}/{name}", self._make_answer(model, start))
+                for name, model, start in answers
+            ),
+            ("/chats/{token}/undo", self.undo),
+            ("/chats/{token}/stop", self.stop),
+            ("/chats/{token}/delete", self.delete),
+            ("/uploads", self._store.uploads.receive),
+        ]
+        return [
+            Route("/", self.get_page),
+            Route("/chats", self.get_chats),
+            Route("/chats/{token}", self.get_chat),
+            Route("/chats/{token}/stream", self.stream_answer),
+            Route("/chats/{token}/chat.zip", self.export_chat),
+            Route("/images/{token}/{number:int}", self.get_image),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts),
+        ]
+
+    def _find_chat(self, request: Request) -> StoredChat:
+        chat = self._store.find(request.path_params["token"], get_browser_id(request))
+        if chat is None:
+            raise HTTPException(404, "no such chat")
+        return chat
+
+    def get_page(self, request: Request) -> Response:
+        """Return the page, with a cookie for a new browser."""
+        response = HTMLResponse(self.render(find_studio(request)))
+        if get_browser_id(request) is None:
+            response.set_cookie(
+                BROWSER_COOKIE,
+                secrets.token_urlsafe(32),
+                max_age=BROWSER_COOKIE_AGE_S,
+                httponly=True,
+                # Lax: a link from another site must not lead to a new ID.
+                samesite="lax",
+                # The sign-in redirects to the page.
+                secure=request.headers.get("referer", "").startswith("https://"),
+            )
+        return response
+
+    def get_chats(self, request: Request) -> Response:
+        """Return the conversations of the browser."""
+        return JSONResponse(self.list_chats(get_browser_id(request)))
+
+    def get_chat(self, request: Request) -> Response:
+        """Return a conversation, without turns that the page knows."""
+        known = request.query_params.get("revision", "")
+        revision = int(known[:9]) if known.isdecimal() else -1
+        return JSONResponse(self.describe(self._find_chat(request), revision))
+
+    def create_chat(self, request: Request) -> Response:
+        """Create a conversation."""
+        return JSONResponse({"token": self._store.create(get_browser_id(request)).token})
+
+    async def stream_answer(self, request: Request) -> Response:
+        """Stream the answer that is being generated."""
+        chat = self._find_chat(request)
+        return AnswerStream(chat, self.stream(chat))
+
+    def _make_answer(self, model: type[SettingsRequest], start: AnswerStart) -> Callable[..., Any]:
+        """Return the request that starts an answer."""
+
+        async def answer(request: Request) -> Response:
+            chat, message = self._find_chat(request), await parse_body(request, model)
+            await self.start_answer(chat, message.settings, partial(start, chat, message))
+            return JSONResponse(await to_thread.run_sync(self.describe, chat))
+
+        return answer
+
+    def undo(self, request: Request) -> Response:
         """Remove the last turn, unless it is being generated, and return its question."""
+        chat = self._find_chat(request)
         turn = None if chat.is_generating else chat.session.undo()
-        if turn is None:
-            return ""
-        chat.remove_images(turn.image_paths)
-        chat.mark_changed()
-        return turn.text
+        if turn is not None:
+            chat.remove_images(turn.image_paths)
+            chat.mark_changed()
+        return JSONResponse({"text": turn.text if turn else "", **self.describe(chat)})
+
+    def stop(self, request: Request) -> Response:
+        """Stop the answer that is being generated."""
+        self._find_chat(request).stop()
+        return JSONResponse({})
+
+    def delete(self, request: Request) -> Response:
+        """Delete a conversation."""
+        self._store.delete(self._find_chat(request))
+        return JSONResponse({})
+
+    def get_image(self, request: Request) -> Response:
+        """Return an image or video of a conversation."""
+        number = request.path_params["number"]
+        for path, image in [*self._find_chat(request).images.items()]:
+            if image.number == number and image.display_path.is_file():
+                headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
+                if "video" in request.query_params and is_video_path(path):
+                    return FileResponse(path, headers=headers)
+                return FileResponse(image.display_path, media_type="image/webp", headers=headers)
+        raise HTTPException(404, "no such image")
+
+    def export_chat(self, request: Request) -> Response:
+        """Return a conversation as a zip archive."""
+        archive = self._find_chat(request).export_archive()
+        length = str(os.fstat(archive.fileno()).st_size)
+        headers = {"content-disposition": 'attachment; filename="chat.zip"', **FILE_HEADERS}
+        headers["content-length"] = length
+        chunks = _iter_chunks(archive)
+        return StreamingResponse(chunks, headers=headers, media_type="application/zip")
+
+
+AnswerStart = Callable[[StoredChat, Any, Any], ChatTurn]
+"""Starts an answer in a conversation, with a request and the options of each model."""
 
 
 def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
@@ -435,6 +537,11 @@ def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTu
     turn = chat.session.edit(message.index, message.text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
+
+
+def regenerate_answer(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
+    """Start another answer to the last question."""
+    return chat.session.regenerate(options)
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:
@@ -472,131 +579,7 @@ def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
-def build_chat_routes(store: ChatStore) -> list[Route]:
-    """Build the requests of the chat page."""
-    page = ChatPage(store)
-
-    def find_chat(request: Request) -> StoredChat:
-        chat = store.find(request.path_params["token"], get_browser_id(request))
-        if chat is None:
-            raise HTTPException(404, "no such chat")
-        return chat
-
-    def get_page(request: Request) -> Response:
-        response = HTMLResponse(page.render(read_language(request), find_studio(request)))
-        if get_browser_id(request) is None:
-            response.set_cookie(
-                BROWSER_COOKIE,
-                secrets.token_urlsafe(32),
-                max_age=BROWSER_COOKIE_AGE_S,
-                httponly=True,
-                # Lax: a link from another site must not lead to a new ID.
-                samesite="lax",
-                # The sign-in redirects to the page.
-                secure=request.headers.get("referer", "").startswith("https://"),
-            )
-        return response
-
-    def get_chats(request: Request) -> Response:
-        with use_language(read_language(request)):
-            return JSONResponse(page.list_chats(get_browser_id(request)))
-
-    def get_chat(request: Request) -> Response:
-        known = request.query_params.get("revision", "")
-        revision = int(known[:9]) if known.isdecimal() else -1
-        with use_language(read_language(request)):
-            return JSONResponse(page.describe(find_chat(request), revision))
-
-    def create_chat(request: Request) -> Response:
-        return JSONResponse({"token": store.create(get_browser_id(request)).token})
-
-    async def stream_answer(request: Request) -> Response:
-        chat = find_chat(request)
-        return AnswerStream(chat, read_language(request), page.stream(chat))
-
-    async def answer(
-        request: Request,
-        chat: StoredChat,
-        settings: ChatSettings,
-        start: Callable[[Sequence[GenerationOptions]], ChatTurn],
-    ) -> Response:
-        with use_language(read_language(request)):
-            await page.start_answer(chat, settings, start)
-            return JSONResponse(await to_thread.run_sync(page.describe, chat))
-
-    async def send(request: Request) -> Response:
-        chat, message = find_chat(request), await parse_body(request, SendRequest)
-        return await answer(request, chat, message.settings, partial(send_message, chat, message))
-
-    async def edit(request: Request) -> Response:
-        chat, message = find_chat(request), await parse_body(request, EditRequest)
-        return await answer(request, chat, message.settings, partial(edit_message, chat, message))
-
-    async def regenerate(request: Request) -> Response:
-        chat, message = find_chat(request), await parse_body(request, SettingsRequest)
-        return await answer(request, chat, message.settings, chat.session.regenerate)
-
-    def undo(request: Request) -> Response:
-        chat = find_chat(request)
-        text = page.undo(chat)
-        with use_language(read_language(request)):
-            return JSONResponse({"text": text, **page.describe(chat)})
-
-    def stop(request: Request) -> Response:
-        find_chat(request).stop()
-        return JSONResponse({})
-
-    def delete(request: Request) -> Response:
-        store.delete(find_chat(request))
-        return JSONResponse({})
-
-    def get_image(request: Request) -> Response:
-        number = request.path_params["number"]
-        for path, image in [*find_chat(request).images.items()]:
-            if image.number == number and image.display_path.is_file():
-                headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
-                if "video" in request.query_params and is_video_path(path):
-                    return FileResponse(path, headers=headers)
-                return FileResponse(image.display_path, media_type="image/webp", headers=headers)
-        raise HTTPException(404, "no such image")
-
-    def export_chat(request: Request) -> Response:
-        with use_language(read_language(request)):
-            archive = find_chat(request).export_archive()
-        headers = {
-            "content-disposition": 'attachment; filename="chat.zip"',
-            "content-length": str(os.fstat(archive.fileno()).st_size),
-            **FILE_HEADERS,
-        }
-        return StreamingResponse(
-            _iter_chunks(archive), headers=headers, media_type="application/zip"
-        )
-
-    posts = {
-        "send": send,
-        "edit": edit,
-        "regenerate": regenerate,
-        "undo": undo,
-        "stop": stop,
-        "delete": delete,
-    }
-    return [
-        Route("/", get_page),
-        Route("/chats", get_chats),
-        Route("/chats", create_chat, methods=["POST"]),
-        Route("/chats/{token}", get_chat),
-        Route("/chats/{token}/stream", stream_answer),
-        Route("/chats/{token}/chat.zip", export_chat),
-        *(
-            Route(f"/chats/{{token}}/{name}", endpoint, methods=["POST"])
-            for name, endpoint in posts.items()
-        ),
-        Route("/images/{token}/{number:int}", get_image),
-        Route("/uploads", store.uploads.receive, methods=["POST"]),
-    ]
-
-
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:
     """Build the chat page as an ASGI application with access control."""
     access = replace(access, max_upload_bytes=MAX_FILE_BYTES)
-    return AccessMiddleware(create_app(build_chat_routes(store)), access)
+    return AccessMiddleware(create_app(ChatPage(store).list_routes()), access)

@@ -23,8 +23,8 @@ from finesight.report.i18n import (
     LANGUAGE_TAGS,
     Language,
     add_translations,
+    get_language,
     translate,
-    use_language,
 )
 
 STATIC_FOLDER = Path(__file__).parent / "static"
@@ -94,9 +94,7 @@ def create_app(
 
     def report_error(request: Request, error: Exception) -> Response:
         assert isinstance(error, UserError), "registered for this class"
-        with use_language(read_language(request)):
-            text = describe_error(error, name_actions)
-        return _report(422, text, field=Path(error.where).name)
+        return _report(422, describe_error(error, name_actions), field=Path(error.where).name)
 
     def report_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, ValidationError), "registered for this class"
@@ -159,11 +157,6 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
     return model.model_validate_json(await request.body())
 
 
-def parse_query(request: Request, model: type[Model]) -> Model:
-    """Validate the query of a request. Raises ValidationError, which the page reports."""
-    return model.model_validate(dict(request.query_params))
-
-
 def read_language(request: Request) -> Language:
     """Return the language of a request: that of the query, else of the browser, else English."""
     names = request.query_params.get("lang", ""), request.headers.get("accept-language", "")
@@ -174,27 +167,25 @@ def read_language(request: Request) -> Language:
     return "en"
 
 
-def render_page(name: str, language: Language, **values: Any) -> str:
-    """Render a template in a language.
+def render_page(name: str, texts: Sequence[str] = (), **values: Any) -> str:
+    """Render a template in the current language.
 
     Args:
+        texts: Texts of the script, whose translations are among the `settings` of the page.
         values: Variables of the template, besides `language`, its tag, and `other_language`.
     """
-    with use_language(language):
-        return _ENVIRONMENT.get_template(name).render(
-            language=LANGUAGE_TAGS[language],
-            other_language="en" if language == "zh" else "zh",
-            translate_error=translate_error,
-            **values,
-        )
+    language = get_language()
+    if texts:
+        translations = {text: translate(text) for text in texts}
+        values["settings"] = {**values.get("settings", {}), "texts": translations}
+    return _ENVIRONMENT.get_template(name).render(
+        language=LANGUAGE_TAGS[language],
+        other_language="en" if language == "zh" else "zh",
+        translate_error=translate_error,
+        **values,
+    )
 
 
 def find_studio(request: Request) -> str:
     """Return the relative URL of the studio that a page is part of; empty for a page alone."""
     return "../../" if PREFIX_HEADER in request.headers else ""
-
-
-def translate_texts(texts: Sequence[str], language: Language) -> dict[str, str]:
-    """Return the translations of the texts of a script."""
-    with use_language(language):
-        return {text: translate(text) for text in texts}

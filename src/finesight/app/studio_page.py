@@ -27,9 +27,7 @@ from finesight.app.pages import (
     create_app,
     describe_error,
     parse_body,
-    read_language,
     render_page,
-    translate_texts,
 )
 from finesight.app.server import make_proxy_route
 from finesight.app.studio_view import (
@@ -52,6 +50,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import OperationParameter, list_words
+from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
@@ -152,6 +151,7 @@ class StudioPage:
         """Render the page with the values of its forms."""
         state = self.view.read_state(selection)
         values, digest, job = self.read_values(state), "", state.job
+        shown = self.view.describe(state)
         if state.recipe is not None:
             values["editor:text"], digest = self.view.workspace.read_recipe(state.recipe)
         # A review replaces the reviewed data set. Both have the same validation samples.
@@ -160,20 +160,17 @@ class StudioPage:
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",
-            selection.lang,
-            selection=state.selection,
+            SCRIPT_TEXTS,
+            **shown,
             forms={form: build_form(form, runs) for form in FORMS_OF_STEPS[selection.step]},
             values=values,
             others=others,
             digest=digest,
             questions=QUESTIONS,
-            content=state.content,
-            has_weights=bool(state.run and self.view.workspace.find_weights(state.run)),
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label:prompt"] and state.run is None,
             has_converter=self.access.converter is not None,
-            settings={"texts": translate_texts(SCRIPT_TEXTS, selection.lang)},
         )
 
     def read_values(self, state: StudioState) -> dict[str, str]:
@@ -532,13 +529,10 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     view = page.view
 
     def read_selection(request: Request) -> Selection:
-        return Selection.parse(dict(request.query_params), read_language(request))
+        return Selection.parse(dict(request.query_params), get_language())
 
     def get_page(request: Request) -> Response:
         return HTMLResponse(page.render(read_selection(request)))
-
-    def get_live(request: Request) -> Response:
-        return JSONResponse(view.render(read_selection(request)))
 
     async def post_action(request: Request) -> Response:
         name = request.path_params["name"]
@@ -562,7 +556,6 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
 
     routes = [
         Route("/", get_page),
-        Route("/live", get_live),
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),

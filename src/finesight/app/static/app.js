@@ -35,6 +35,9 @@ export const request = async (url, body) => {
   return (await check(await fetch(url, { headers, ...post }))).json();
 };
 
+/** The page of this server at a URL. */
+export const fetchPage = async (url) => parse(await (await check(await fetch(url, { headers: language() }))).text());
+
 /** Uploads a file, and returns its ID and name. */
 export const upload = async (file) => {
   const url = `uploads?${new URLSearchParams({ name: file.name })}`;

@@ -27,7 +27,6 @@ from starlette.responses import (
     StreamingResponse,
 )
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_store import (
@@ -245,27 +244,6 @@ class EditRequest(SettingsRequest, frozen=True):
     index: Annotated[int, Field(ge=0)]
 
 
-class AnswerStream(StreamingResponse):
-    """Event stream of the answer of a conversation, which one tab follows."""
-
-    def __init__(self, chat: StoredChat, events: AsyncIterator[str]) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._chat = chat
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._chat.num_streams += 1
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._chat.num_streams -= 1
-            # A tab may have followed the start of the answer, before its turn.
-            for turn in self._chat.session.turns[-1:]:
-                asyncio.get_running_loop().call_later(
-                    UNFOLLOWED_S, self._chat.stop_unfollowed, turn
-                )
-
-
 def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
     """Return minimum, maximum and step of the numbers of `ChatSettings`."""
     fields = ChatSettings.model_json_schema()["properties"].items()
@@ -370,14 +348,21 @@ class ChatPage:
     async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
         """Yield events with the last turn during its generation, and the state at its end."""
         sent = ""
-        while chat.is_generating:
-            index = len(chat.session.turns) - 1
-            turn = render_turns(chat, chat.session.turns[-1:], index)
-            if turn != sent:
-                yield _format_event({"index": index, "turn": turn})
-            sent = turn
-            await asyncio.sleep(UPDATE_INTERVAL_S)
-        yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
+        chat.num_streams += 1
+        try:
+            while chat.is_generating:
+                index = len(chat.session.turns) - 1
+                turn = render_turns(chat, chat.session.turns[-1:], index)
+                if turn != sent:
+                    yield _format_event({"index": index, "turn": turn})
+                sent = turn
+                await asyncio.sleep(UPDATE_INTERVAL_S)
+            yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
+        finally:
+            chat.num_streams -= 1
+            # A tab may have followed the start of the answer, before its turn.
+            for one in chat.session.turns[-1:]:
+                asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, one)
 
     def _apply_settings(self, chat: StoredChat, settings: ChatSettings) -> list[GenerationOptions]:
         """Store the settings in the conversation, and return the options of each model."""
@@ -468,7 +453,9 @@ class ChatPage:
     async def stream_answer(self, request: Request) -> Response:
         """Stream the answer that is being generated."""
         chat = self._find_chat(request)
-        return AnswerStream(chat, self.stream(chat))
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        events = self.stream(chat)
+        return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
     def _make_answer(self, model: type[SettingsRequest], start: AnswerStart) -> Callable[..., Any]:
         """Return the request that starts an answer."""

@@ -356,7 +356,7 @@ def studio(
     from finesight.storage import temporary_folder
 
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
-        from finesight.app.studio_page import ServerAccess, StudioPage, make_studio_app
+        from finesight.app.studio_page import StudioPage, make_studio_app
         from finesight.app.studio_view import StudioView
         from finesight.app.uploads import DiskBudget, UploadStore
         from finesight.app.workspace import Workspace
@@ -367,7 +367,7 @@ def studio(
         workspace.remove_leftovers()
         view = StudioView(workspace)
         store = UploadStore(uploads, DiskBudget(uploads), MAX_STUDIO_UPLOAD_BYTES)
-        page = StudioPage(view, ServerAccess(password, converter, api_port), store)
+        page = StudioPage(view, store, password is not None, converter, api_port)
         access = make_access("studio", listener, password)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         shown_password = password if is_generated else None

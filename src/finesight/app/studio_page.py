@@ -66,21 +66,6 @@ SCRIPT_TEXTS = ("The server does not answer.", "Mark at least two runs.")
 """Texts of the script, which are translated on the page."""
 
 
-@dataclass(frozen=True, slots=True)
-class ServerAccess:
-    """Options by which the studio and its server are reached and protected.
-
-    Attributes:
-        api_port: Port of the HTTP API. 0: any free port.
-        password: Password of the studio. None admits everyone.
-        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
-    """
-
-    password: str | None = None
-    converter: Path | None = None
-    api_port: int = 7872
-
-
 OPERATIONS_OF_ACTIONS = {"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"}
 """Operation of the actions that start one. The action `start` has that of the step."""
 
@@ -113,11 +98,19 @@ Action = Callable[[StudioState, Form], str]
 
 @dataclass(slots=True)
 class StudioPage:
-    """Forms of the steps and their actions. The lists and jobs are HTML from `StudioView`."""
+    """Forms of the steps and their actions, between the lists and jobs of `StudioView`.
+
+    Attributes:
+        has_password: Whether the studio has a password. Its servers then require an API key.
+        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
+        api_port: Port of the HTTP API. 0: any free port.
+    """
 
     view: StudioView
-    access: ServerAccess
     uploads: UploadStore
+    has_password: bool = False
+    converter: Path | None = None
+    api_port: int = 7872
     actions: dict[str, Action] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -136,7 +129,7 @@ class StudioPage:
         }
         for action, operation in OPERATIONS_OF_ACTIONS.items():
             self.actions[action] = partial(self._run, operation=operation)
-        if self.access.converter is not None:
+        if self.converter is not None:
             self.actions["write-gguf"] = partial(self._export, write_gguf=True)
 
     def run_action(self, name: str, selection: Selection, form: Form) -> str:
@@ -170,7 +163,7 @@ class StudioPage:
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label:prompt"] and state.run is None,
-            has_converter=self.access.converter is not None,
+            has_converter=self.converter is not None,
         )
 
     def read_values(self, state: StudioState) -> dict[str, str]:
@@ -375,9 +368,9 @@ class StudioPage:
             options["has_page"] = True
         elif operation == "serve":
             with socket.create_server(("127.0.0.1", 0)) as free:
-                port = self.access.api_port or int(free.getsockname()[1])
+                port = self.api_port or int(free.getsockname()[1])
             options["port"] = arguments["port"] = port
-            if self.access.password is not None:
+            if self.has_password:
                 # The key is the same for all servers of the workspace.
                 arguments["key_file"] = self._write_api_key()
         return self._start(state, operation, arguments, **options)
@@ -440,7 +433,7 @@ class StudioPage:
         arguments["source"] = self.view.workspace.resolve(f"models/{name}", "merge:out")
         if write_gguf:
             arguments["out"] = self.view.workspace.check_new_name("gguf", name)
-            arguments["converter"] = self.access.converter
+            arguments["converter"] = self.converter
         return self._start(state, "export", arguments)
 
     def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:

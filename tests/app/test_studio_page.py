@@ -148,16 +148,16 @@ def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
     texts = {f"label:{name}": text for name, text in zip(FORMS["label"], form, strict=False)}
     write_job(folder, "label", "label finesight-tiny photos", form=texts)
     files = sorted((folder / "photos").glob("*.png"))
-    message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "", "", "0.9")
+    message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "Hue?", "", "0.9")
     query = dict(parse_qsl(urlsplit(url).query))
     assert (message, query["step"], started) == ("", "label", [])
-    names = ("label:sources", "label:out", "label:kind")
+    names = ("label:sources", "label:out", "label:kind", "label:prompt")
     fields = read_fields(page, query)
-    assert [fields[name] for name in names] == ["uploads/dots", "dots", ""]
+    assert [fields[name] for name in names] == ["uploads/dots", "dots", "", "Hue?"]
     assert "images=uploads%2Fdots" in read_live(folder, url[3:])["url"]
     assert "label:sources" not in call_page(page, "label", query, *form)[1]
     fields = read_fields(page, {"step": "label"})
-    assert [fields[name] for name in names] == ["photos", "old", "text"]
+    assert [fields[name] for name in names] == ["photos", "old", "text", "Color?"]
 
 
 def test_only_runs_of_the_workspace_are_shown(folder):
@@ -217,6 +217,7 @@ def test_new_option_of_an_operation_appears_in_command_function_and_form(
 
 def test_options_of_operations_are_fields_of_the_page(folder, page, started):
     add_run(folder)
+    write_recipe(folder, "a", "a.jsonl")
     for step in STEPS:
         shown = re.findall(r' name="([\w:.]+)"', page.render(Selection(step=step, run="runs/a")))
         names = {one.name for form in FORMS_OF_STEPS[step] for one in build_form(form)}
@@ -423,6 +424,7 @@ def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query,
 
 def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
     add_run(folder)
+    write_recipe(folder, "a", "a.jsonl")
     pages = "".join(page.render(Selection(step=step, run="runs/a")) for step in STEPS)
     names = {**list_field_names()}
     for option in ("--outtype", "--resume"):

@@ -170,7 +170,8 @@ class StudioPage:
         """Return the values of the fields for the selected items, or those of the last command."""
         values = {one.name: one.value for form in FORMS for one in build_form(form)}
         selection, job = state.selection, state.job
-        values["label:prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
+        if selection.step == "label":
+            values["label:prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
         # Commands apply to the model that was merged last.
         merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]
@@ -184,6 +185,7 @@ class StudioPage:
             values |= job.form
         if selection.images:
             values["label:sources"] = selection.images
+            values["label:prompt"] = selection.prompt or values["label:prompt"]
             values["label:out"] = (*Path(selection.images).parts, "", "")[1]
         return values
 
@@ -272,7 +274,8 @@ class StudioPage:
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
                 # Images without a table are labeled in the next step.
                 self.uploads.remove(form.uploads)
-                return state.selection.link(step="label", images=source)
+                prompt = form.get("import:prompt")
+                return state.selection.link(step="label", images=source, prompt=prompt)
         try:
             path = workspace.resolve(source, "import:source")
             arguments["source"] = as_argument(path)
@@ -437,9 +440,9 @@ class StudioPage:
         return self._start(state, "export", arguments)
 
     def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:
-        job = self.view.jobs.find(state.selection.job)
-        job.stop(again=again)
-        return state.selection.link_job(job)
+        """Stop a command. The page stays where it is, since it also lists those of other steps."""
+        self.view.jobs.find(state.selection.job).stop(again=again)
+        return ""
 
     def _follow(self, state: StudioState, form: Form) -> str:
         """Follow a proposal: change the recipe, write another one, correct data, or open a step."""
@@ -470,8 +473,12 @@ class StudioPage:
             root = os.path.realpath(workspace.folder / folder)
             if job.arguments[0] == "label" and workspace.uses_files(recipe, root):
                 what = f"the run reads the labels of {folder}, whose labelling page is open"
-                expected, remedy = "data that do not change", "stop the page in the step Label"
-                raise UserError(what, where=str(recipe), expected=expected, remedy=remedy)
+                raise UserError(
+                    what,
+                    where=str(recipe),
+                    expected="data that do not change",
+                    remedy="stop it under “Other running commands”",
+                )
 
     def _start(
         self,
@@ -501,7 +508,7 @@ class StudioPage:
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}
         return state.selection.link(
-            job=job.id, images="", **{key: item for key, item in items.items() if item}
+            job=job.id, images="", prompt="", **{key: item for key, item in items.items() if item}
         )
 
 

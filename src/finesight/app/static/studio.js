@@ -4,7 +4,7 @@ import {
 
 // Buttons that would start the running command again.
 const starters = ["start", "chat", "serve", "label", "review"];
-let isEdited = false, isActing = false, status = "";
+let isEdited = false, isActing = false, status = "", timer = 0;
 const uploaded = new Map(); // Uploads by file, for another attempt after an error.
 
 // Lists and jobs, which the server renders
@@ -25,7 +25,7 @@ const show = (page) => {
   if (status && status !== shown.status) byId("announcement").textContent = byId("job-h")?.textContent ?? "";
   ({ status } = shown);
   enableButtons();
-  setTimeout(refresh, ["running", "stopping"].includes(status) ? 1500 : 8000);
+  wait(["running", "stopping"].includes(status) ? 1500 : 8000);
 };
 
 const enableButtons = () => {
@@ -39,7 +39,12 @@ const enableButtons = () => {
 const refresh = async () => {
   try {
     show(await fetchPage(location.href));
-  } catch { setTimeout(refresh, 8000); /* The studio was stopped; another attempt follows. */ }
+  } catch { wait(8000); /* The studio was stopped; another attempt follows. */ }
+};
+
+const wait = (delay) => {
+  clearTimeout(timer);
+  timer = setTimeout(refresh, delay);
 };
 
 // Actions
@@ -92,7 +97,8 @@ const act = async (button) => {
     if (operation) body.texts = { operation };
     const answer = await request(`actions/${action}${query}`, body);
     if (action === "save-recipe") isEdited = false;
-    location.assign(answer.url);
+    if (answer.url) location.assign(answer.url);
+    else await refresh();
   } catch (error) {
     report(title ?? "", error);
   } finally {

@@ -266,30 +266,27 @@ class ChatPage:
         self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
         self._default_thinking = service.default_thinking
         self._default_system_prompt = service.system_prompt or ""
-        manifest = service.manifest
-        self._prompts = () if manifest is None else manifest.prompts
-        self._expects_images = manifest is not None and bool(manifest.has_images)
         self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
-        default = None if manifest is None else manifest.max_new_tokens
-        self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
 
     def render(self, studio: str = "") -> str:
         """Render the page without a conversation. It links to its studio, if there is one."""
+        manifest = self._store.service.manifest
+        max_new_tokens = manifest.max_new_tokens if manifest else None
         defaults = ChatSettings(
-            max_new_tokens=self._default_max_new_tokens,
+            max_new_tokens=min(max_new_tokens or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens),
             thinking=bool(self._default_thinking),
             system_prompt=self._default_system_prompt,
         )
         return render_page(
             "chat.html",
             SCRIPT_TEXTS,
-            settings={"expects_images": self._expects_images},
+            settings={"expects_images": bool(manifest and manifest.has_images)},
             studio=studio,
             defaults=defaults.model_dump(),
             bounds=_read_bounds() | {"max_new_tokens": (1, self._max_new_tokens, 1)},
             max_chars=MAX_MESSAGE_CHARS,
             model=self._model_names[0],
-            prompts=self._prompts,
+            prompts=manifest.prompts if manifest else (),
             others=self._model_names[1:],
             base_name=BASE_MODEL_NAME,
             has_thinking=self._default_thinking is not None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -92,26 +92,21 @@ def create_app(
         name_actions: See `describe_error`.
     """
 
-    def report_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, UserError), "registered for this class"
-        return _report(422, describe_error(error, name_actions), field=Path(error.where).name)
+    def report(request: Request, error: Exception) -> Response:
+        status, text, field = 422, str(error), ""
+        if isinstance(error, UserError):
+            text, field = describe_error(error, name_actions), Path(error.where).name
+        elif isinstance(error, ValidationError):
+            # The inputs may be no JSON: NaN, or half of a surrogate pair.
+            problems = [f"{(*one['loc'], '')[0]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
+            text = "; ".join(problems).encode(errors="replace").decode()
+        elif isinstance(error, HTTPException):
+            status, text = error.status_code, error.detail
+        content = {"error": text, "field": field}
+        return JSONResponse(content, status, headers={"cache-control": "no-store"})
 
-    def report_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ValidationError), "registered for this class"
-        # The inputs may be no JSON: NaN, or half of a surrogate pair.
-        problems = [f"{(*one['loc'], '')[0]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
-        return _report(422, "; ".join(problems).encode(errors="replace").decode())
-
-    def report_status(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException), "registered for this class"
-        return _report(error.status_code, error.detail)
-
-    handlers: Mapping[Any, Any] = {
-        UserError: report_error,
-        ValidationError: report_invalid,
-        HTTPException: report_status,
-    }
     static = Route("/static/{name}", _get_static)
+    handlers: Any = dict.fromkeys((UserError, ValidationError, HTTPException), report)
     return Starlette(routes=[static, *routes], exception_handlers=handlers)
 
 
@@ -138,10 +133,6 @@ def translate_error(text: str) -> str:
         if match := re.fullmatch(pattern, text, re.DOTALL):
             return translate(known, *match.groups())
     return translate(text)
-
-
-def _report(status: int, text: str, **values: str) -> Response:
-    return JSONResponse({"error": text, **values}, status, headers={"cache-control": "no-store"})
 
 
 def _get_static(request: Request) -> Response:

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.app.pages import UPLOADS_PATH, read_language, render_page
 from finesight.credentials import Credentials
-from finesight.report.i18n import use_language
+from finesight.report.i18n import translate, use_language
 from finesight.serve.http_protocol import SIGNED_IN_KEY
 
 SIGN_IN_PATH, STATIC_PREFIX = "/sign-in", "/static/"
@@ -147,7 +147,7 @@ class AccessMiddleware:
             return PlainTextResponse("sign-in required", 401)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._get_body_limit(path):
-            return PlainTextResponse("request too large", 413)
+            return PlainTextResponse(translate("request too large"), 413)
         return None
 
     async def _sign_in(self, request: Request) -> Response:

@@ -217,12 +217,6 @@ UPDATE_INTERVAL_S = 0.08
 UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
-SCRIPT_TEXTS = (
-    *("The server does not answer.", "request too large", "Delete"),
-    "The server has no disk space for more images. Delete chats, or try again later.",
-)
-"""Texts of the script, which are translated on the page."""
-
 
 class SettingsRequest(BaseModel, frozen=True):
     """Request for another answer to the last question."""
@@ -279,7 +273,6 @@ class ChatPage:
         )
         return render_page(
             "chat.html",
-            SCRIPT_TEXTS,
             settings={"expects_images": bool(manifest and manifest.has_images)},
             studio=studio,
             defaults=defaults.model_dump(),

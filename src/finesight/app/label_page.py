@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
@@ -34,12 +34,14 @@ from finesight.data.sample import BoxPart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
-from finesight.label.label_store import AnswerContent, LabelItem, get_text
+from finesight.label.label_store import AnswerContent, LabelEvent, LabelItem, get_text
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
 
 MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
 """Maximum number of items and of characters per answer in one part of the list."""
+
+EVENTS = ("open", *get_args(LabelEvent))
 
 ListState = Literal["", "open", "written", "accepted", "corrected", "skipped"]
 
@@ -48,21 +50,6 @@ MAX_DISPLAY_SIDE = 2000
 
 THUMBNAIL_SIDE = 96
 """Width and height of the images in the list, in pixels of a screen with doubled resolution."""
-
-SCRIPT_TEXTS = (
-    *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
-    *("{} of {}", "{} of {} done", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
-    *("Other class", "Choose a class", "Prompt"),
-    *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
-    *("All {} images are decided.", "Review the skipped images ({})", "Save and next", "Save"),
-    *("Not saved", "Not loaded", "The server does not answer.", "no such item"),
-    *("The image cannot be read.", "No objects", "Answer without JSON:", "Your unsaved answer:"),
-    *("before:", "after:", "1 image", "{} images", "No image matches", "unsaved"),
-    *("suggested: {}, not one of the classes", "text, not a number", "text, not true or false"),
-    *("Accepted: {}", "Reopened: {}", "off"),
-    *("Nothing to undo", "Undone: {}", "Saved without your later changes"),
-)
-"""Texts of the script, which are translated on the page."""
 
 
 class BoxAnswer(BaseModel, frozen=True):
@@ -151,7 +138,7 @@ class LabelPage:
         values = {"settings": settings, "task": task, "model": self._session.model}
         values |= {"is_review": self._session.review, "folder": str(self._session.store.folder)}
         values |= {"has_suggestions": any(item.suggestion for item in self._items)}
-        page = render_page("label.html", SCRIPT_TEXTS, **values, studio=find_studio(request))
+        page = render_page("label.html", EVENTS, **values, studio=find_studio(request))
         return HTMLResponse(page)
 
     def list_items(self, request: Request) -> Response:

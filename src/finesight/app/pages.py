@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -24,6 +25,7 @@ from finesight.report.i18n import (
     Language,
     add_translations,
     get_language,
+    get_translations,
     translate,
 )
 
@@ -101,7 +103,7 @@ def create_app(
             problems = [f"{(*one['loc'], '')[0]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
             text = "; ".join(problems).encode(errors="replace").decode()
         elif isinstance(error, HTTPException):
-            status, text = error.status_code, error.detail
+            status, text = error.status_code, translate(error.detail)
         content = {"error": text, "field": field}
         return JSONResponse(content, status, headers={"cache-control": "no-store"})
 
@@ -158,23 +160,30 @@ def read_language(request: Request) -> Language:
     return "en"
 
 
-def render_page(name: str, texts: Sequence[str] = (), **values: Any) -> str:
+def render_page(name: str, words: Sequence[str] = (), **values: Any) -> str:
     """Render a template in the current language.
 
     Args:
-        texts: Texts of the script, whose translations are among the `settings` of the page.
+        words: Words that the script of the page translates, besides the texts in its code.
         values: Variables of the template, besides `language`, its tag, and `other_language`.
     """
-    language = get_language()
-    if texts:
-        translations = {text: translate(text) for text in texts}
-        values["settings"] = {**values.get("settings", {}), "texts": translations}
+    language, script = get_language(), f"{Path(name).stem}.js"
+    if script in STATIC_FILES:
+        texts = _translate_script(script, language) | {word: translate(word) for word in words}
+        values["settings"] = {**values.get("settings", {}), "texts": texts}
     return _ENVIRONMENT.get_template(name).render(
         language=LANGUAGE_TAGS[language],
         other_language="en" if language == "zh" else "zh",
         translate_error=translate_error,
         **values,
     )
+
+
+@cache
+def _translate_script(script: str, language: Language) -> dict[str, str]:
+    """Return the translations of the texts in the code of a page to the current language."""
+    code = "".join(STATIC_FILES[name].read_text(encoding="utf-8") for name in (script, "app.js"))
+    return {text: new for text, new in get_translations().items() if f'"{text}"' in code}
 
 
 def find_studio(request: Request) -> str:

@@ -62,10 +62,6 @@ Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
 
-SCRIPT_TEXTS = ("The server does not answer.", "Mark at least two runs.")
-"""Texts of the script, which are translated on the page."""
-
-
 OPERATIONS_OF_ACTIONS = {"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"}
 """Operation of the actions that start one. The action `start` has that of the step."""
 
@@ -153,7 +149,6 @@ class StudioPage:
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",
-            SCRIPT_TEXTS,
             **shown,
             forms={form: build_form(form, runs) for form in FORMS_OF_STEPS[selection.step]},
             values=values,

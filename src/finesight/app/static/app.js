@@ -58,14 +58,16 @@ const copyText = async (text) => {
   return field.remove();
 };
 
-export const copy = async (button) => {
+addEventListener("click", async ({ target }) => {
+  const button = target.closest?.("button[data-copy]");
+  if (!button) return;
   const { copy: text, copied } = button.dataset, label = button.textContent;
   await copyText(text);
   button.focus();
   if (label === copied) return;
   button.textContent = copied;
   setTimeout(() => { button.textContent = label; }, 1500);
-};
+});
 
 /** Changes only what differs, so that the focus, open parts and forms of the user stay. */
 export const update = (target, source) => {

@@ -1,5 +1,5 @@
 import {
-  byId, copy, create, describe, parse, request, settings, translate, update, updateAttributes, upload
+  byId, create, describe, parse, request, settings, translate, update, updateAttributes, upload
 } from "./app.js";
 
 const NO_SPACE = "The server has no disk space for more images. Delete chats, or try again later.";
@@ -312,7 +312,6 @@ addEventListener("click", (event) => {
   if (!button) return;
   const { dataset } = button;
   if ("zoom" in dataset) enlarge(button);
-  else if ("copy" in dataset) copy(button);
   else if ("prompt" in dataset) {
     byId("question").value = dataset.prompt;
     byId("question").focus();

@@ -1,5 +1,5 @@
 import {
-  byId, copy, create, describe, fetchPage, request, translate, update, updateAttributes, upload
+  byId, create, describe, fetchPage, request, translate, update, updateAttributes, upload
 } from "./app.js";
 
 // Buttons that would start the running command again.
@@ -135,8 +135,6 @@ document.addEventListener("click", async (event) => {
   if (button?.dataset.action) {
     event.preventDefault();
     await act(button);
-  } else if (button?.dataset.copy) {
-    await copy(button);
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
     for (const one of button.parentElement.querySelectorAll("button")) {

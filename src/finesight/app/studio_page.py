@@ -250,10 +250,8 @@ class StudioPage:
                 remedy="clear one of them" if source else "upload files, or enter a path",
             )
         texts = {**form.texts, "import:source": source}
-        arguments, is_new = (
-            self._read_form("import", form.model_copy(update={"texts": texts})),
-            False,
-        )
+        arguments = self._read_form("import", form.model_copy(update={"texts": texts}))
+        is_new = False
         if form.uploads:
             if uses := self._find_commands(uploads):
                 raise UserError(

@@ -217,6 +217,7 @@ def test_new_option_of_an_operation_appears_in_command_function_and_form(
 
 def test_options_of_operations_are_fields_of_the_page(folder, page, started):
     add_run(folder)
+    assert "editor:text" not in page.render(Selection(step="plan")), "without a recipe"
     write_recipe(folder, "a", "a.jsonl")
     for step in STEPS:
         shown = re.findall(r' name="([\w:.]+)"', page.render(Selection(step=step, run="runs/a")))

@@ -16,8 +16,9 @@ import shlex
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,7 +42,12 @@ from finesight.data.sample import (
 )
 from finesight.infer.model_loader import load_inference_model, select_cpu_precision
 from finesight.label.label_store import Suggestion
-from finesight.label.suggestion import RankedLabel, rank_labels, suggest_labels
+from finesight.label.suggestion import (
+    compute_label_losses,
+    measure_disagreement,
+    rank_labels,
+    suggest_labels,
+)
 from finesight.recipe import recipe_from_dict
 from finesight.train.logging import get_device_name
 from finesight.train.setup import library_versions
@@ -371,10 +377,17 @@ def measure_errors(work: Path, seed: int, num_samples: int, steps: int) -> dict[
     run = train_model(work / "noisy", samples, seed, steps)
     train_s = time.monotonic() - started
     started = time.monotonic()
-    ranked, _ = rank_labels(
-        load_inference_model(run), samples, max_new_tokens=MAX_NEW_TOKENS, batch_size=32
-    )
+    model = load_inference_model(run)
+    ranked, _ = rank_labels(model, samples, max_new_tokens=MAX_NEW_TOKENS, batch_size=32)
     rank_s = time.monotonic() - started
+    loss_by_id = dict(
+        zip(
+            (sample.sample.id for sample in samples),
+            compute_label_losses(model, samples, 32),
+            strict=True,
+        )
+    )
+    answer_by_id = {sample.sample.id: sample.sample.messages[-1].content for sample in samples}
     planted_ids = {samples[index].sample.id: kind for index, kind in planted.items()}
     found = {
         "seed": seed,
@@ -386,36 +399,39 @@ def measure_errors(work: Path, seed: int, num_samples: int, steps: int) -> dict[
         "rank_s": round(rank_s, 1),
         "in_top_10_percent": {},
     }
-    orders: dict[str, Callable[[RankedLabel], float]] = {
-        "score": lambda one: -one.score,
-        "loss": lambda one: -one.loss,
-        "excess_loss": lambda one: -one.excess_loss,
-        "disagreement": lambda one: -one.disagreement,
-    }
-    for name, order in orders.items():
-        top = sorted(ranked, key=order)[: num_samples // 10]
-        hits = [planted_ids[one.suggestion.id] for one in top if one.suggestion.id in planted_ids]
+    raw = [
+        describe_label(
+            one,
+            loss_by_id[one.id],
+            measure_disagreement(answer_by_id[one.id], one.content),
+            planted_ids.get(one.id, ""),
+        )
+        for one in ranked
+    ]
+    for name in ("score", "loss", "excess_loss", "disagreement"):
+        top = sorted(raw, key=itemgetter(name), reverse=True)[: num_samples // 10]
+        hits = [one["planted"] for one in top if one["planted"]]
         totals = {kind: list(planted_ids.values()).count(kind) for kind in PLANTED_KINDS}
         found["in_top_10_percent"][name] = {
             "all": round(len(hits) / num_planted, 3),
             **{kind: round(hits.count(kind) / totals[kind], 3) for kind in PLANTED_KINDS},
         }
-    raw = [describe_label(one, planted_ids.get(one.suggestion.id, "")) for one in ranked]
     (work / f"ranked-{seed}-{steps}.json").write_text(json.dumps(raw))
     found["calibration"] = measure_part_calibration(raw, rows)
     print(json.dumps(found), flush=True)
     return found
 
 
-def describe_label(label: RankedLabel, planted: str) -> dict[str, Any]:
+def describe_label(
+    suggestion: Suggestion, loss: float, disagreement: float, planted: str
+) -> dict[str, Any]:
     """Return the values and the suggestion of a label as JSON data."""
-    suggestion = label.suggestion
     return {
         "id": suggestion.id,
-        "loss": round(label.loss, 6),
-        "excess_loss": round(label.excess_loss, 6),
-        "disagreement": round(label.disagreement, 6),
-        "score": round(label.score, 6),
+        "loss": round(loss, 6),
+        "excess_loss": round(max(0.0, loss - suggestion.loss), 6),
+        "disagreement": round(disagreement, 6),
+        "score": round(suggestion.score or 0.0, 6),
         "suggestion": {
             "content": [part.model_dump(mode="json") for part in suggestion.content],
             "parts": [

@@ -82,7 +82,7 @@ def open_fields_session(folder: Path) -> LabelSession:
         make_suggestion(str(photos / f"{index}.png"), json.dumps(fields), 0.9 - index / 10, 0.95)
         for index, fields in enumerate(FIELDS)
     ]
-    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
+    session.store.add_suggestions(suggestions, MODEL)
     return session
 
 
@@ -93,7 +93,7 @@ def open_boxes_session(folder: Path) -> LabelSession:
     session = open_session(folder / "labels", MODEL, [photos], **options)
     boxes = [BoxPart(label=name, xyxy=xyxy) for name, xyxy in zip(names, CORNERS, strict=True)]
     suggestions = [make_suggestion(str(photos / f"{i}.png"), boxes, 0.4, 0.8) for i in range(2)]
-    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
+    session.store.add_suggestions(suggestions, MODEL)
     return session
 
 

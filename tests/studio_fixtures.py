@@ -1,5 +1,7 @@
 """Client and handlers of a studio page without a browser."""
 
+import html
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -16,7 +18,7 @@ from web_server_fixture import get_image_pool
 from finesight.app.access import Access
 from finesight.app.jobs import JOB_FILE, Job
 from finesight.app.pages import describe_error
-from finesight.app.studio_page import Form, ServerAccess, StudioPage, make_studio_app
+from finesight.app.studio_page import Form, StudioPage, make_studio_app
 from finesight.app.studio_view import FORMS, Selection, StudioView, name_actions
 from finesight.app.uploads import DiskBudget, UploadStore
 from finesight.app.workspace import Workspace
@@ -27,23 +29,23 @@ from finesight.storage import write_file
 
 @contextmanager
 def open_client(folder: Path, password: str | None = None) -> Iterator[TestClient]:
-    app = make_studio_app(make_page(folder, password=password), Access(password))
+    app = make_studio_app(make_page(folder, has_password=password is not None), Access(password))
     yield TestClient(app, base_url="http://127.0.0.1", follow_redirects=False)
 
 
-def make_page(folder: Path, **access: Any) -> StudioPage:
+def make_page(folder: Path, **options: Any) -> StudioPage:
     uploads = folder.parent / "uploads"
     uploads.mkdir(exist_ok=True)
     store = UploadStore(uploads, DiskBudget(uploads), 1 << 20)
-    return StudioPage(
-        StudioView(Workspace(folder, get_image_pool())), ServerAccess(**access), store
-    )
+    return StudioPage(StudioView(Workspace(folder, get_image_pool())), store, **options)
 
 
 def read_live(folder: Path, query: str) -> dict[str, str]:
     """Return the URL and the shown HTML (`top`, `bottom`) of a step."""
     with open_client(folder) as client:
-        return dict(client.get(f"/live?{query}").json())
+        page = client.get(f"/?{query}").text
+    parts = re.split('<div id="(?:top" data-url="(.*?)".*|message".*|bottom")>\n', page)
+    return {"url": html.unescape(parts[1]), "top": parts[2], "bottom": parts[-1]}
 
 
 def write_job(

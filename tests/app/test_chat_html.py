@@ -135,7 +135,7 @@ def test_titles_prompts_and_forms_are_escaped(payload, tmp_path):
         prompts = Manifest.model_construct(metric="latex", prompts=(text,), has_images=False)
         service = ScriptedService(model_names=(text,), manifest=prompts)
         store = ChatStore(service, tmp_path / token_hex(4), get_image_pool())
-        return ParsedPage("".join([*pages, ChatPage(store).render("zh", "")])).tags
+        return ParsedPage("".join([*pages, ChatPage(store).render()])).tags
 
     safe = {name for tag, attributes in render("a question") for name in (tag, *attributes)}
     safe |= {"math", *ALLOWED_ELEMENTS, *ALLOWED_ATTRIBUTES}

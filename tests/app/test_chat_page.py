@@ -92,7 +92,7 @@ def test_conversation_is_drawn_reloaded_edited_and_exported(browser, image_paths
         assert visit.read_texts("dialog .box b") == [box.label]
         visit.click("dialog .view")
         type_keys(keys.ESCAPE)
-        visit.wait_for_script("return !document.querySelector('dialog');")
+        visit.wait_for_script("return !document.querySelector('dialog[open]');")
         visit.click(".of-question [data-form]")
         type_keys(" Now.", keys.ENTER)
         visit.wait_for_script(f"return {questions}.join() === {question + ' Now.'!r};")

@@ -10,6 +10,8 @@ import pytest
 from studio_fixtures import read_live, write_job
 
 from finesight.app.jobs import JOB_FILE, PID_FILE, Job, JobStore
+from finesight.app.studio_page import Form
+from finesight.app.studio_view import Selection
 from finesight.errors import UserError
 
 CHECK_CODES = (0, 2, 3)
@@ -87,7 +89,7 @@ def test_check_that_has_not_written_its_page_has_failed(folder, age_s, status):
     assert write_job(folder, "check", "check a", **options).status == status
 
 
-def test_running_server_precedes_a_newer_command(folder):
+def test_running_server_precedes_a_newer_command(folder, page):
     jobs = JobStore(folder)
     # As in a shell that runs the studio in the background.
     previous_handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -96,5 +98,6 @@ def test_running_server_precedes_a_newer_command(folder):
     write_job(folder, "export", "merge runs/a models/a", name="9")
     assert f"job={server.id}" in read_live(folder, "step=export&lang=en")["url"]
     wait_for((server.folder / PID_FILE).exists)
-    server.stop()
+    # Another step lists it, too, whose page stays as it is.
+    assert page.run_action("stop", Selection(step="train", job=server.id), Form()) == ""
     wait_for_end(server)

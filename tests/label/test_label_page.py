@@ -106,7 +106,7 @@ def test_kind_is_that_of_most_suggestions(tmp_path, answers, options, kind, temp
         parts = [BoxPart(label="shop", xyxy=CORNERS[0])] if answer == "boxes" else answer
         fields = len(json.loads(parts)) if isinstance(parts, str) and parts[0] == "{" else 1
         suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * fields)
-        session.store.add_suggestions([(suggestion, None)], MODEL)
+        session.store.add_suggestions([suggestion], MODEL)
     session.complete_task()
     session.store.close()
     assert (session.task.kind, json.loads(session.task.template or "null")) == (kind, template)
@@ -147,7 +147,7 @@ def open_receipts(tmp_path: Path, *answers: object, **options: Any) -> LabelSess
         parts = boxes if answer is CORNERS else answer
         num_parts = 2 if answer is CORNERS or answer[0] == "{" else 1
         suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * num_parts)
-        session.store.add_suggestions([(suggestion, None)], MODEL)
+        session.store.add_suggestions([suggestion], MODEL)
     session.complete_task()
     return session
 
@@ -578,7 +578,7 @@ def open_texts_session(folder: Path, **options: Any) -> LabelSession:
     options = {"prompt": "Read."} | options
     session = open_session(folder / "labels", MODEL, [photos], **options)
     suggestions = [make_suggestion(str(photos / f"{i}.png"), f"a{i}", 0.9) for i in range(3)]
-    session.store.add_suggestions([(one, None) for one in suggestions], MODEL)
+    session.store.add_suggestions(suggestions, MODEL)
     session.complete_task()
     return session
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -325,7 +326,7 @@ def test_labels_keep_their_prompt(tmp_path):
     photos, out = [draw_images(tmp_path, 2)], tmp_path / "labels"
     with open_session(out, MODEL, photos, kind="text", prompt="Which color?").store as store:
         store.save_label(str(photos[0] / "0.png"), (TextPart(text="red"),))
-        store.add_suggestions([(make_suggestion(str(photos[0] / "1.png"), "x", 0.5), None)], MODEL)
+        store.add_suggestions([make_suggestion(str(photos[0] / "1.png"), "x", 0.5)], MODEL)
     before = (out / LABELS_FILE).read_bytes()
     with pytest.raises(UserError) as caught:
         open_session(out, MODEL, photos, prompt="Who is the author?", train_fraction=0.5)
@@ -355,7 +356,7 @@ def test_reviewed_sample_is_open_again_after_a_correction_of_its_source(tmp_path
     """An earlier decision about another answer does not bring the replaced answer back."""
     data, out = write_answers(tmp_path, "red", "green"), tmp_path / "labels"
     with open_session(out, MODEL, [data], review=True).store as store:
-        store.add_suggestions([(make_suggestion("s0", "gray", 0.9), 0.5)], MODEL)
+        store.add_suggestions([replace(make_suggestion("s0", "gray", 0.9), score=0.5)], MODEL)
         store.save_label("s0", (TextPart(text="pink"),))
         store.save_label("s1", (TextPart(text="green"),))
     before = data.read_text()

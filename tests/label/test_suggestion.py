@@ -191,7 +191,7 @@ def test_wrong_labels_come_first(inference_model, tmp_path):
     texts = {int(one.id): one.content[0].text for one in suggestions}
     samples = [make_sample(photos, i, texts[i] if i != 1 else "two dogs") for i in range(3)]
     ranked, reasons = rank_labels(inference_model, samples, max_new_tokens=40)
-    assert ranked[0].suggestion.id == "1"
+    assert ranked[0].id == "1"
     assert [one.score for one in ranked[1:]] == pytest.approx([0, 0], abs=1e-6)
     assert reasons == {}
 

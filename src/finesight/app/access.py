@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from finesight.app.pages import UPLOADS_PATH, read_language, render_page
 from finesight.credentials import Credentials
+from finesight.report.i18n import translate, use_language
 from finesight.serve.http_protocol import SIGNED_IN_KEY
 
 SIGN_IN_PATH, STATIC_PREFIX = "/sign-in", "/static/"
@@ -71,6 +72,7 @@ class Access:
 class AccessMiddleware:
     """Admits requests of signed-in browsers to an application, and limits their size and time.
 
+    Texts are translated to the language of the request.
     Files in `/static/` and the sign-in need no password.
     """
 
@@ -92,7 +94,8 @@ class AccessMiddleware:
         limit = self._get_body_limit(scope["path"])
         limited_app = RequestBodyLimitMiddleware(self._handle_request, limit)
         try:
-            await limited_app(scope, receive, _add_security_headers(send))
+            with use_language(read_language(Request(scope))):
+                await limited_app(scope, receive, _add_security_headers(send))
         except (asyncio.CancelledError, ClientDisconnect):
             # Event streams are canceled at shutdown.
             return
@@ -144,20 +147,19 @@ class AccessMiddleware:
             return PlainTextResponse("sign-in required", 401)
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self._get_body_limit(path):
-            return PlainTextResponse("request too large", 413)
+            return PlainTextResponse(translate("request too large"), 413)
         return None
 
     async def _sign_in(self, request: Request) -> Response:
         if self.access.password is None:
             return RedirectResponse(_add_query("./", request), 303)
-        language = read_language(request)
         if request.method in ("GET", "HEAD"):
-            return HTMLResponse(render_page("sign-in.html", language, is_rejected=False))
+            return HTMLResponse(render_page("sign-in.html", is_rejected=False))
         form = parse_qs((await request.body()).decode("utf-8", "replace"))
         password = form.get("password", [""])[0]
         if self._credentials.find_owner(password) is None:
             wait_s = self._credentials.count_wrong(request.client.host if request.client else "")
-            page = render_page("sign-in.html", language, is_rejected=True)
+            page = render_page("sign-in.html", is_rejected=True)
             if wait_s:
                 return HTMLResponse(page, 429, {"retry-after": str(wait_s)})
             await asyncio.sleep(FAILED_LOGIN_DELAY_S)

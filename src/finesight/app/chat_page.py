@@ -27,14 +27,12 @@ from starlette.responses import (
     StreamingResponse,
 )
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
 
 from finesight.app.access import Access, AccessMiddleware
 from finesight.app.chat_store import (
     BROWSER_COOKIE,
     MAX_CHATS_PER_BROWSER,
     MAX_FILE_BYTES,
-    MAX_IMAGES_PER_MESSAGE,
     MAX_MESSAGE_CHARS,
     MAX_NEW_TOKENS,
     ChatImage,
@@ -50,9 +48,7 @@ from finesight.app.pages import (
     describe_error,
     find_studio,
     parse_body,
-    read_language,
     render_page,
-    translate_texts,
 )
 from finesight.bounded_files import parse_json
 from finesight.data.sample import BoxPart, is_video_path
@@ -62,7 +58,7 @@ from finesight.evaluate.mathml import convert_formula, render_mathml
 from finesight.infer.chat_session import ChatReply, ChatTurn
 from finesight.infer.prediction import BOX_COLORS
 from finesight.infer.request import GenerationOptions, SamplingParams
-from finesight.report.i18n import Language, get_language, translate, use_language
+from finesight.report.i18n import translate
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS
 
 BOXED_IMAGE_WIDTHS = (320, 640)
@@ -95,7 +91,6 @@ def render_turns(chat: StoredChat, turns: Sequence[ChatTurn], first_index: int =
     manifest = chat.session.service.manifest
     return render_page(
         "chat_turns.html",
-        get_language(),
         chat=chat,
         turns=turns,
         first_index=first_index,
@@ -115,9 +110,8 @@ def render_chats(current: str, chats: Sequence[StoredChat]) -> str:
     Args:
         current: Token of the conversation that the page shows.
     """
-    language = get_language()
     limit = MAX_CHATS_PER_BROWSER
-    return render_page("chat_list.html", language, current=current, chats=chats, limit=limit)
+    return render_page("chat_list.html", current=current, chats=chats, limit=limit)
 
 
 @lru_cache(maxsize=256)
@@ -223,12 +217,6 @@ UPDATE_INTERVAL_S = 0.08
 UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
-SCRIPT_TEXTS = (
-    *("The server does not answer.", "request too large", "Delete"),
-    "The server has no disk space for more images. Delete chats, or try again later.",
-)
-"""Texts of the script, which are translated on the page."""
-
 
 class SettingsRequest(BaseModel, frozen=True):
     """Request for another answer to the last question."""
@@ -248,28 +236,6 @@ class EditRequest(SettingsRequest, frozen=True):
 
     text: Utf8Text
     index: Annotated[int, Field(ge=0)]
-
-
-class AnswerStream(StreamingResponse):
-    """Event stream of the answer of a conversation, which one tab follows."""
-
-    def __init__(self, chat: StoredChat, language: Language, events: AsyncIterator[str]) -> None:
-        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
-        super().__init__(events, headers=headers, media_type="text/event-stream")
-        self._chat, self._language = chat, language
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        self._chat.num_streams += 1
-        try:
-            with use_language(self._language):
-                await super().__call__(scope, receive, send)
-        finally:
-            self._chat.num_streams -= 1
-            # A tab may have followed the start of the answer, before its turn.
-            for turn in self._chat.session.turns[-1:]:
-                asyncio.get_running_loop().call_later(
-                    UNFOLLOWED_S, self._chat.stop_unfollowed, turn
-                )
 
 
 def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
@@ -294,35 +260,26 @@ class ChatPage:
         self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
         self._default_thinking = service.default_thinking
         self._default_system_prompt = service.system_prompt or ""
-        manifest = service.manifest
-        self._prompts = () if manifest is None else manifest.prompts
-        self._expects_images = manifest is not None and bool(manifest.has_images)
         self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
-        default = None if manifest is None else manifest.max_new_tokens
-        self._default_max_new_tokens = min(default or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens)
 
-    def render(self, language: Language, studio: str) -> str:
+    def render(self, studio: str = "") -> str:
         """Render the page without a conversation. It links to its studio, if there is one."""
+        manifest = self._store.service.manifest
+        max_new_tokens = manifest.max_new_tokens if manifest else None
         defaults = ChatSettings(
-            max_new_tokens=self._default_max_new_tokens,
+            max_new_tokens=min(max_new_tokens or DEFAULT_MAX_NEW_TOKENS, self._max_new_tokens),
             thinking=bool(self._default_thinking),
             system_prompt=self._default_system_prompt,
         )
-        settings = {
-            "texts": translate_texts(SCRIPT_TEXTS, language),
-            "expects_images": self._expects_images,
-            "max_images": MAX_IMAGES_PER_MESSAGE,
-        }
         return render_page(
             "chat.html",
-            language,
-            settings=settings,
+            settings={"expects_images": bool(manifest and manifest.has_images)},
             studio=studio,
             defaults=defaults.model_dump(),
             bounds=_read_bounds() | {"max_new_tokens": (1, self._max_new_tokens, 1)},
             max_chars=MAX_MESSAGE_CHARS,
             model=self._model_names[0],
-            prompts=self._prompts,
+            prompts=manifest.prompts if manifest else (),
             others=self._model_names[1:],
             base_name=BASE_MODEL_NAME,
             has_thinking=self._default_thinking is not None,
@@ -381,14 +338,21 @@ class ChatPage:
     async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
         """Yield events with the last turn during its generation, and the state at its end."""
         sent = ""
-        while chat.is_generating:
-            index = len(chat.session.turns) - 1
-            turn = render_turns(chat, chat.session.turns[-1:], index)
-            if turn != sent:
-                yield _format_event({"index": index, "turn": turn})
-            sent = turn
-            await asyncio.sleep(UPDATE_INTERVAL_S)
-        yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
+        chat.num_streams += 1
+        try:
+            while chat.is_generating:
+                index = len(chat.session.turns) - 1
+                turn = render_turns(chat, chat.session.turns[-1:], index)
+                if turn != sent:
+                    yield _format_event({"index": index, "turn": turn})
+                sent = turn
+                await asyncio.sleep(UPDATE_INTERVAL_S)
+            yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
+        finally:
+            chat.num_streams -= 1
+            # A tab may have followed the start of the answer, before its turn.
+            for one in chat.session.turns[-1:]:
+                asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, one)
 
     def _apply_settings(self, chat: StoredChat, settings: ChatSettings) -> list[GenerationOptions]:
         """Store the settings in the conversation, and return the options of each model."""
@@ -412,14 +376,129 @@ class ChatPage:
         others = [name for name in self._model_names[1:] if name == settings.compare]
         return [replace(options, model=name) for name in (None, *others)]
 
-    def undo(self, chat: StoredChat) -> str:
+    def list_routes(self) -> list[Route]:
+        """Return the routes of the page."""
+        answers: list[tuple[str, type[SettingsRequest], AnswerStart]] = [
+            ("send", SendRequest, send_message),
+            ("edit", EditRequest, edit_message),
+            ("regenerate", SettingsRequest, regenerate_answer),
+        ]
+        posts: list[tuple[str, Callable[..., Any]]] = [
+            ("/chats", self.create_chat),
+            *(
+                (f"/chats/{{token}}/{name}", self._make_answer(model, start))
+                for name, model, start in answers
+            ),
+            ("/chats/{token}/undo", self.undo),
+            ("/chats/{token}/stop", self.stop),
+            ("/chats/{token}/delete", self.delete),
+            ("/uploads", self._store.uploads.receive),
+        ]
+        return [
+            Route("/", self.get_page),
+            Route("/chats", self.get_chats),
+            Route("/chats/{token}", self.get_chat),
+            Route("/chats/{token}/stream", self.stream_answer),
+            Route("/chats/{token}/chat.zip", self.export_chat),
+            Route("/images/{token}/{number:int}", self.get_image),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts),
+        ]
+
+    def _find_chat(self, request: Request) -> StoredChat:
+        chat = self._store.find(request.path_params["token"], get_browser_id(request))
+        if chat is None:
+            raise HTTPException(404, "no such chat")
+        return chat
+
+    def get_page(self, request: Request) -> Response:
+        """Return the page, with a cookie for a new browser."""
+        response = HTMLResponse(self.render(find_studio(request)))
+        if get_browser_id(request) is None:
+            response.set_cookie(
+                BROWSER_COOKIE,
+                secrets.token_urlsafe(32),
+                max_age=BROWSER_COOKIE_AGE_S,
+                httponly=True,
+                # Lax: a link from another site must not lead to a new ID.
+                samesite="lax",
+                # The sign-in redirects to the page.
+                secure=request.headers.get("referer", "").startswith("https://"),
+            )
+        return response
+
+    def get_chats(self, request: Request) -> Response:
+        """Return the conversations of the browser."""
+        return JSONResponse(self.list_chats(get_browser_id(request)))
+
+    def get_chat(self, request: Request) -> Response:
+        """Return a conversation, without turns that the page knows."""
+        known = request.query_params.get("revision", "")
+        revision = int(known[:9]) if known.isdecimal() else -1
+        return JSONResponse(self.describe(self._find_chat(request), revision))
+
+    def create_chat(self, request: Request) -> Response:
+        """Create a conversation."""
+        return JSONResponse({"token": self._store.create(get_browser_id(request)).token})
+
+    async def stream_answer(self, request: Request) -> Response:
+        """Stream the answer that is being generated."""
+        chat = self._find_chat(request)
+        headers = {"cache-control": "no-store", "x-accel-buffering": "no"}
+        events = self.stream(chat)
+        return StreamingResponse(events, headers=headers, media_type="text/event-stream")
+
+    def _make_answer(self, model: type[SettingsRequest], start: AnswerStart) -> Callable[..., Any]:
+        """Return the request that starts an answer."""
+
+        async def answer(request: Request) -> Response:
+            chat, message = self._find_chat(request), await parse_body(request, model)
+            await self.start_answer(chat, message.settings, partial(start, chat, message))
+            return JSONResponse(await to_thread.run_sync(self.describe, chat))
+
+        return answer
+
+    def undo(self, request: Request) -> Response:
         """Remove the last turn, unless it is being generated, and return its question."""
+        chat = self._find_chat(request)
         turn = None if chat.is_generating else chat.session.undo()
-        if turn is None:
-            return ""
-        chat.remove_images(turn.image_paths)
-        chat.mark_changed()
-        return turn.text
+        if turn is not None:
+            chat.remove_images(turn.image_paths)
+            chat.mark_changed()
+        return JSONResponse({"text": turn.text if turn else "", **self.describe(chat)})
+
+    def stop(self, request: Request) -> Response:
+        """Stop the answer that is being generated."""
+        self._find_chat(request).stop()
+        return JSONResponse({})
+
+    def delete(self, request: Request) -> Response:
+        """Delete a conversation."""
+        self._store.delete(self._find_chat(request))
+        return JSONResponse({})
+
+    def get_image(self, request: Request) -> Response:
+        """Return an image or video of a conversation."""
+        number = request.path_params["number"]
+        for path, image in [*self._find_chat(request).images.items()]:
+            if image.number == number and image.display_path.is_file():
+                headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
+                if "video" in request.query_params and is_video_path(path):
+                    return FileResponse(path, headers=headers)
+                return FileResponse(image.display_path, media_type="image/webp", headers=headers)
+        raise HTTPException(404, "no such image")
+
+    def export_chat(self, request: Request) -> Response:
+        """Return a conversation as a zip archive."""
+        archive = self._find_chat(request).export_archive()
+        length = str(os.fstat(archive.fileno()).st_size)
+        headers = {"content-disposition": 'attachment; filename="chat.zip"', **FILE_HEADERS}
+        headers["content-length"] = length
+        chunks = _iter_chunks(archive)
+        return StreamingResponse(chunks, headers=headers, media_type="application/zip")
+
+
+AnswerStart = Callable[[StoredChat, Any, Any], ChatTurn]
+"""Starts an answer in a conversation, with a request and the options of each model."""
 
 
 def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
@@ -435,6 +514,11 @@ def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTu
     turn = chat.session.edit(message.index, message.text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
+
+
+def regenerate_answer(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
+    """Start another answer to the last question."""
+    return chat.session.regenerate(options)
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:
@@ -472,131 +556,7 @@ def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
             yield chunk
 
 
-def build_chat_routes(store: ChatStore) -> list[Route]:
-    """Build the requests of the chat page."""
-    page = ChatPage(store)
-
-    def find_chat(request: Request) -> StoredChat:
-        chat = store.find(request.path_params["token"], get_browser_id(request))
-        if chat is None:
-            raise HTTPException(404, "no such chat")
-        return chat
-
-    def get_page(request: Request) -> Response:
-        response = HTMLResponse(page.render(read_language(request), find_studio(request)))
-        if get_browser_id(request) is None:
-            response.set_cookie(
-                BROWSER_COOKIE,
-                secrets.token_urlsafe(32),
-                max_age=BROWSER_COOKIE_AGE_S,
-                httponly=True,
-                # Lax: a link from another site must not lead to a new ID.
-                samesite="lax",
-                # The sign-in redirects to the page.
-                secure=request.headers.get("referer", "").startswith("https://"),
-            )
-        return response
-
-    def get_chats(request: Request) -> Response:
-        with use_language(read_language(request)):
-            return JSONResponse(page.list_chats(get_browser_id(request)))
-
-    def get_chat(request: Request) -> Response:
-        known = request.query_params.get("revision", "")
-        revision = int(known[:9]) if known.isdecimal() else -1
-        with use_language(read_language(request)):
-            return JSONResponse(page.describe(find_chat(request), revision))
-
-    def create_chat(request: Request) -> Response:
-        return JSONResponse({"token": store.create(get_browser_id(request)).token})
-
-    async def stream_answer(request: Request) -> Response:
-        chat = find_chat(request)
-        return AnswerStream(chat, read_language(request), page.stream(chat))
-
-    async def answer(
-        request: Request,
-        chat: StoredChat,
-        settings: ChatSettings,
-        start: Callable[[Sequence[GenerationOptions]], ChatTurn],
-    ) -> Response:
-        with use_language(read_language(request)):
-            await page.start_answer(chat, settings, start)
-            return JSONResponse(await to_thread.run_sync(page.describe, chat))
-
-    async def send(request: Request) -> Response:
-        chat, message = find_chat(request), await parse_body(request, SendRequest)
-        return await answer(request, chat, message.settings, partial(send_message, chat, message))
-
-    async def edit(request: Request) -> Response:
-        chat, message = find_chat(request), await parse_body(request, EditRequest)
-        return await answer(request, chat, message.settings, partial(edit_message, chat, message))
-
-    async def regenerate(request: Request) -> Response:
-        chat, message = find_chat(request), await parse_body(request, SettingsRequest)
-        return await answer(request, chat, message.settings, chat.session.regenerate)
-
-    def undo(request: Request) -> Response:
-        chat = find_chat(request)
-        text = page.undo(chat)
-        with use_language(read_language(request)):
-            return JSONResponse({"text": text, **page.describe(chat)})
-
-    def stop(request: Request) -> Response:
-        find_chat(request).stop()
-        return JSONResponse({})
-
-    def delete(request: Request) -> Response:
-        store.delete(find_chat(request))
-        return JSONResponse({})
-
-    def get_image(request: Request) -> Response:
-        number = request.path_params["number"]
-        for path, image in [*find_chat(request).images.items()]:
-            if image.number == number and image.display_path.is_file():
-                headers = {"cache-control": "private, max-age=3600", **FILE_HEADERS}
-                if "video" in request.query_params and is_video_path(path):
-                    return FileResponse(path, headers=headers)
-                return FileResponse(image.display_path, media_type="image/webp", headers=headers)
-        raise HTTPException(404, "no such image")
-
-    def export_chat(request: Request) -> Response:
-        with use_language(read_language(request)):
-            archive = find_chat(request).export_archive()
-        headers = {
-            "content-disposition": 'attachment; filename="chat.zip"',
-            "content-length": str(os.fstat(archive.fileno()).st_size),
-            **FILE_HEADERS,
-        }
-        return StreamingResponse(
-            _iter_chunks(archive), headers=headers, media_type="application/zip"
-        )
-
-    posts = {
-        "send": send,
-        "edit": edit,
-        "regenerate": regenerate,
-        "undo": undo,
-        "stop": stop,
-        "delete": delete,
-    }
-    return [
-        Route("/", get_page),
-        Route("/chats", get_chats),
-        Route("/chats", create_chat, methods=["POST"]),
-        Route("/chats/{token}", get_chat),
-        Route("/chats/{token}/stream", stream_answer),
-        Route("/chats/{token}/chat.zip", export_chat),
-        *(
-            Route(f"/chats/{{token}}/{name}", endpoint, methods=["POST"])
-            for name, endpoint in posts.items()
-        ),
-        Route("/images/{token}/{number:int}", get_image),
-        Route("/uploads", store.uploads.receive, methods=["POST"]),
-    ]
-
-
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:
     """Build the chat page as an ASGI application with access control."""
     access = replace(access, max_upload_bytes=MAX_FILE_BYTES)
-    return AccessMiddleware(create_app(build_chat_routes(store)), access)
+    return AccessMiddleware(create_app(ChatPage(store).list_routes()), access)

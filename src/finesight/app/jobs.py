@@ -267,20 +267,13 @@ class JobStore:
                         expected="one process per command and port",
                         remedy="wait for its end, or stop it",
                     )
-            job = Job(
-                folder=self._folder,
-                step=step,
-                target=target,
-                arguments=tuple(arguments),
-                started_at=datetime.now(UTC),
-                port=port,
-                **attributes,
-            )
-            return self._start_process(job)
+            attributes |= {"step": step, "target": target, "arguments": tuple(arguments)}
+            return self._start_process(port=port, **attributes)
 
-    def _start_process(self, job: Job) -> Job:
-        folder = self._folder / f"{job.started_at:%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}"
-        job = job.model_copy(update={"folder": folder})
+    def _start_process(self, **attributes: Any) -> Job:
+        now = datetime.now(UTC)
+        folder = self._folder / f"{now:%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}"
+        job = Job(folder=folder, started_at=now, **attributes)
         write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
         # GOMP_SPINCOUNT was chosen for this process; let the child choose its own.
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}

@@ -10,7 +10,7 @@ import json
 import secrets
 import threading
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from anyio import CapacityLimiter, to_thread
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError
@@ -25,10 +25,7 @@ from finesight.app.pages import (
     create_app,
     find_studio,
     parse_body,
-    parse_query,
-    read_language,
     render_page,
-    translate_texts,
 )
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
@@ -37,13 +34,14 @@ from finesight.data.sample import BoxPart, TextPart
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
-from finesight.label.label_store import AnswerContent, LabelItem, get_text
-from finesight.report.i18n import Language
+from finesight.label.label_store import AnswerContent, LabelEvent, LabelItem, get_text
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
 from finesight.worker_pool import WorkerPool
 
 MAX_LISTED_ITEMS, MAX_LISTED_CHARS = 100, 200
 """Maximum number of items and of characters per answer in one part of the list."""
+
+EVENTS = ("open", *get_args(LabelEvent))
 
 ListState = Literal["", "open", "written", "accepted", "corrected", "skipped"]
 
@@ -52,21 +50,6 @@ MAX_DISPLAY_SIDE = 2000
 
 THUMBNAIL_SIDE = 96
 """Width and height of the images in the list, in pixels of a screen with doubled resolution."""
-
-SCRIPT_TEXTS = (
-    *("No suggestion", "confidence {}", "error score {}", "The model suggests:"),
-    *("{} of {}", "{} of {} done", "Image {} of {}", "Box {}", "Class", "Text", "Delete"),
-    *("Other class", "Choose a class", "Prompt"),
-    *("open", "suggested", "written", "accepted", "corrected", "skipped", "reopened"),
-    *("All {} images are decided.", "Review the skipped images ({})", "Save and next", "Save"),
-    *("Not saved", "Not loaded", "The server does not answer.", "no such item"),
-    *("The image cannot be read.", "No objects", "Answer without JSON:", "Your unsaved answer:"),
-    *("before:", "after:", "1 image", "{} images", "No image matches", "unsaved"),
-    *("suggested: {}, not one of the classes", "text, not a number", "text, not true or false"),
-    *("Accepted: {}", "Reopened: {}", "off"),
-    *("Nothing to undo", "Undone: {}", "Saved without your later changes"),
-)
-"""Texts of the script, which are translated on the page."""
 
 
 class BoxAnswer(BaseModel, frozen=True):
@@ -103,6 +86,14 @@ class BulkRequest(BaseModel, frozen=True):
     items: list[tuple[Annotated[int, Field(ge=0)], int]] = []
 
 
+class SearchQuery(BaseModel, frozen=True):
+    """Query of a search in the list of items, which returns the items from `start`."""
+
+    text: Annotated[str, Field(max_length=1000)] = ""
+    state: ListState = ""
+    start: Annotated[int, Field(ge=0)] = 0
+
+
 class LabelPage:
     """Requests of the page. Decisions are handled one after the other."""
 
@@ -116,13 +107,23 @@ class LabelPage:
         origin = json.dumps([folder, task.prompt, task.kind])
         self._key = hashlib.sha256(origin.encode()).hexdigest()[:16]
         self._index_by_id = {item.sample.sample.id: i for i, item in enumerate(self._items)}
+        # Slow images wait for each other, and leave threads for the other requests.
+        self._limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
 
-    def render(self, language: Language, studio: str = "") -> str:
-        """Render the page.
+    def list_routes(self) -> list[Route]:
+        """Return the routes of the page."""
+        return [
+            Route("/", self.get_page),
+            Route("/items", self.list_items),
+            Route("/search", self.search),
+            Route("/items/{index:int}", self.get_item),
+            Route("/images/{index:int}/{number:int}", self.get_image),
+            Route("/decision", self.post_decision, methods=["POST"]),
+            Route("/decisions", self.post_decisions, methods=["POST"]),
+        ]
 
-        Args:
-            studio: URL of the studio that the page is part of.
-        """
+    def get_page(self, request: Request) -> Response:
+        """Return the page."""
         task = self._session.task
         settings = {
             "kind": task.kind,
@@ -133,34 +134,39 @@ class LabelPage:
             "closed": task.has_fixed_choices,
             "colors": BOX_COLORS,
             "no_objects": NO_OBJECTS_ANSWER,
-            "texts": translate_texts(SCRIPT_TEXTS, language),
         }
         values = {"settings": settings, "task": task, "model": self._session.model}
         values |= {"is_review": self._session.review, "folder": str(self._session.store.folder)}
         values |= {"has_suggestions": any(item.suggestion for item in self._items)}
-        return render_page("label.html", language, **values, studio=studio)
+        page = render_page("label.html", EVENTS, **values, studio=find_studio(request))
+        return HTMLResponse(page)
 
-    def list_items(self) -> dict[str, Any]:
-        """Return decision and confidence of all items in their order."""
-        return {
-            "decisions": [item.decision.event if item.decision else "" for item in self._items],
-            "counts": self._session.store.count_events(),
-        }
+    def list_items(self, request: Request) -> Response:
+        """Return the decisions of all items in their order."""
+        decisions = [item.decision.event if item.decision else "" for item in self._items]
+        counts = self._session.store.count_events()
+        return JSONResponse({"decisions": decisions, "counts": counts})
 
-    def search(self, text: str, state: ListState, start: int) -> dict[str, Any]:
-        """Return the items of a state with a text in their answers or file names, from `start`."""
-        found = []
+    def search(self, request: Request) -> Response:
+        """Return the items of a state with a text in their answers or file names."""
+        query, found = SearchQuery.model_validate(dict(request.query_params)), []
         for index, item in enumerate(self._items):
             event = item.decision.event if item.decision else "open"
             content = self._session.select_proposal(item)
             labels = [part.label for part in content if isinstance(part, BoxPart) and part.label]
             answer = " ".join([get_text(content), *labels]).strip()
             name = ", ".join(path.name for path in item.images) or item.sample.sample.id
-            if state in ("", event) and text.casefold() in f"{name}\n{answer}".casefold():
+            is_found = query.text.casefold() in f"{name}\n{answer}".casefold()
+            if query.state in ("", event) and is_found:
                 row = {"index": index, "id": item.sample.sample.id, "name": name}
                 row["url"] = self._make_url(index, 0) if item.images else None
                 found.append({**row, "decision": event, "answer": answer[:MAX_LISTED_CHARS]})
-        return {"count": len(found), "items": found[start : start + MAX_LISTED_ITEMS]}
+        items = found[query.start : query.start + MAX_LISTED_ITEMS]
+        return JSONResponse({"count": len(found), "items": items})
+
+    def get_item(self, request: Request) -> Response:
+        """Return an item; see `describe`."""
+        return JSONResponse(self.describe(request.path_params["index"]))
 
     def describe(self, index: int) -> dict[str, Any]:
         """Return an item with its choices and the sizes of its images."""
@@ -192,17 +198,32 @@ class LabelPage:
         texts = [part.text for part in content if isinstance(part, TextPart)]
         return [*dict.fromkeys((*task.choices, *(labels if is_box else texts)))]
 
-    def read_image(self, index: int, number: int, side: int = MAX_DISPLAY_SIDE) -> bytes:
+    async def get_image(self, request: Request) -> Response:
         """Return an image without metadata as WebP, reduced to a side."""
+        index, number = request.path_params["index"], request.path_params["number"]
         images = self._find_item(index).images
         if number >= len(images):
             raise HTTPException(404, "no such item")
-        return self._images.encode(images[number], side)[1]
+        side = THUMBNAIL_SIDE if "small" in request.query_params else MAX_DISPLAY_SIDE
+        encode, limiter = self._images.encode, self._limiter
+        content = (await to_thread.run_sync(encode, images[number], side, limiter=limiter))[1]
+        headers = {"cache-control": "private, max-age=3600"}
+        return Response(content, media_type="image/webp", headers=headers)
 
     def _find_item(self, index: int) -> LabelItem:
         if index >= len(self._items):
             raise HTTPException(404, "no such item")
         return self._items[index]
+
+    async def post_decision(self, request: Request) -> Response:
+        """Save a decision; see `decide`."""
+        decision = await parse_body(request, DecisionRequest)
+        return JSONResponse(await to_thread.run_sync(self.decide, decision))
+
+    async def post_decisions(self, request: Request) -> Response:
+        """Save several decisions; see `decide_many`."""
+        decision = await parse_body(request, BulkRequest)
+        return JSONResponse(await to_thread.run_sync(self.decide_many, decision))
 
     def decide(self, request: DecisionRequest) -> dict[str, Any]:
         """Save a decision, and return the item and the counts."""
@@ -336,69 +357,11 @@ def _build_content(
     return (*text, *boxes)
 
 
-class SearchQuery(BaseModel, frozen=True):
-    """Query of a search in the list of items."""
-
-    text: Annotated[str, Field(max_length=1000)] = ""
-    state: ListState = ""
-    start: Annotated[int, Field(ge=0)] = 0
-
-
-def build_label_routes(session: LabelSession, pool: WorkerPool) -> list[Route]:
-    """Build the requests of the page of a session.
-
-    Args:
-        pool: Worker processes that read images.
-    """
-    page = LabelPage(session, ImageReader(pool))
-    image_limiter = CapacityLimiter(NUM_IMAGE_WORKERS)
-
-    def get_page(request: Request) -> Response:
-        return HTMLResponse(page.render(read_language(request), find_studio(request)))
-
-    def get_items(request: Request) -> Response:
-        return JSONResponse(page.list_items())
-
-    def search_items(request: Request) -> Response:
-        query = parse_query(request, SearchQuery)
-        return JSONResponse(page.search(query.text, query.state, query.start))
-
-    def get_item(request: Request) -> Response:
-        return JSONResponse(page.describe(request.path_params["index"]))
-
-    async def get_image(request: Request) -> Response:
-        headers = {"cache-control": "private, max-age=3600"}
-        # Slow images wait for each other, and leave threads for the other requests.
-        side = THUMBNAIL_SIDE if "small" in request.query_params else MAX_DISPLAY_SIDE
-        index, number = request.path_params["index"], request.path_params["number"]
-        content = await to_thread.run_sync(
-            page.read_image, index, number, side, limiter=image_limiter
-        )
-        return Response(content, media_type="image/webp", headers=headers)
-
-    async def post_decision(request: Request) -> Response:
-        decision = await parse_body(request, DecisionRequest)
-        return JSONResponse(await to_thread.run_sync(page.decide, decision))
-
-    async def post_decisions(request: Request) -> Response:
-        decision = await parse_body(request, BulkRequest)
-        return JSONResponse(await to_thread.run_sync(page.decide_many, decision))
-
-    return [
-        Route("/", get_page),
-        Route("/items", get_items),
-        Route("/search", search_items),
-        Route("/items/{index:int}", get_item),
-        Route("/images/{index:int}/{number:int}", get_image),
-        Route("/decision", post_decision, methods=["POST"]),
-        Route("/decisions", post_decisions, methods=["POST"]),
-    ]
-
-
 def make_label_app(session: LabelSession, access: Access, pool: WorkerPool) -> AccessMiddleware:
     """Build the page as an ASGI application with access control.
 
     Args:
         pool: Worker processes that read images.
     """
-    return AccessMiddleware(create_app(build_label_routes(session, pool)), access)
+    page = LabelPage(session, ImageReader(pool))
+    return AccessMiddleware(create_app(page.list_routes()), access)

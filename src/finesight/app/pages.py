@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -19,7 +20,14 @@ from starlette.routing import BaseRoute, Route
 from finesight.bounded_files import is_utf8
 from finesight.errors import Remedy, Step, UserError
 from finesight.report.html import create_environment
-from finesight.report.i18n import LANGUAGE_TAGS, Language, add_translations, translate, use_language
+from finesight.report.i18n import (
+    LANGUAGE_TAGS,
+    Language,
+    add_translations,
+    get_language,
+    get_translations,
+    translate,
+)
 
 STATIC_FOLDER = Path(__file__).parent / "static"
 REPORT_FOLDER = Path(str(resources.files("finesight.report"))) / "templates"
@@ -86,28 +94,21 @@ def create_app(
         name_actions: See `describe_error`.
     """
 
-    def report_error(request: Request, error: Exception) -> Response:
-        assert isinstance(error, UserError), "registered for this class"
-        with use_language(read_language(request)):
-            text = describe_error(error, name_actions)
-        return _report(422, text, field=Path(error.where).name)
+    def report(request: Request, error: Exception) -> Response:
+        status, text, field = 422, str(error), ""
+        if isinstance(error, UserError):
+            text, field = describe_error(error, name_actions), Path(error.where).name
+        elif isinstance(error, ValidationError):
+            # The inputs may be no JSON: NaN, or half of a surrogate pair.
+            problems = [f"{(*one['loc'], '')[0]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
+            text = "; ".join(problems).encode(errors="replace").decode()
+        elif isinstance(error, HTTPException):
+            status, text = error.status_code, translate(error.detail)
+        content = {"error": text, "field": field}
+        return JSONResponse(content, status, headers={"cache-control": "no-store"})
 
-    def report_invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, ValidationError), "registered for this class"
-        # The inputs may be no JSON: NaN, or half of a surrogate pair.
-        problems = [f"{(*one['loc'], '')[0]!r:.80}: {one['msg']}" for one in error.errors()[:3]]
-        return _report(422, "; ".join(problems).encode(errors="replace").decode())
-
-    def report_status(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException), "registered for this class"
-        return _report(error.status_code, error.detail)
-
-    handlers: Mapping[Any, Any] = {
-        UserError: report_error,
-        ValidationError: report_invalid,
-        HTTPException: report_status,
-    }
     static = Route("/static/{name}", _get_static)
+    handlers: Any = dict.fromkeys((UserError, ValidationError, HTTPException), report)
     return Starlette(routes=[static, *routes], exception_handlers=handlers)
 
 
@@ -136,10 +137,6 @@ def translate_error(text: str) -> str:
     return translate(text)
 
 
-def _report(status: int, text: str, **values: str) -> Response:
-    return JSONResponse({"error": text, **values}, status, headers={"cache-control": "no-store"})
-
-
 def _get_static(request: Request) -> Response:
     file = STATIC_FILES.get(request.path_params["name"])
     if file is None:
@@ -153,11 +150,6 @@ async def parse_body(request: Request, model: type[Model]) -> Model:
     return model.model_validate_json(await request.body())
 
 
-def parse_query(request: Request, model: type[Model]) -> Model:
-    """Validate the query of a request. Raises ValidationError, which the page reports."""
-    return model.model_validate(dict(request.query_params))
-
-
 def read_language(request: Request) -> Language:
     """Return the language of a request: that of the query, else of the browser, else English."""
     names = request.query_params.get("lang", ""), request.headers.get("accept-language", "")
@@ -168,27 +160,32 @@ def read_language(request: Request) -> Language:
     return "en"
 
 
-def render_page(name: str, language: Language, **values: Any) -> str:
-    """Render a template in a language.
+def render_page(name: str, words: Sequence[str] = (), **values: Any) -> str:
+    """Render a template in the current language.
 
     Args:
+        words: Words that the script of the page translates, besides the texts in its code.
         values: Variables of the template, besides `language`, its tag, and `other_language`.
     """
-    with use_language(language):
-        return _ENVIRONMENT.get_template(name).render(
-            language=LANGUAGE_TAGS[language],
-            other_language="en" if language == "zh" else "zh",
-            translate_error=translate_error,
-            **values,
-        )
+    language, script = get_language(), f"{Path(name).stem}.js"
+    if script in STATIC_FILES:
+        texts = _translate_script(script, language) | {word: translate(word) for word in words}
+        values["settings"] = {**values.get("settings", {}), "texts": texts}
+    return _ENVIRONMENT.get_template(name).render(
+        language=LANGUAGE_TAGS[language],
+        other_language="en" if language == "zh" else "zh",
+        translate_error=translate_error,
+        **values,
+    )
+
+
+@cache
+def _translate_script(script: str, language: Language) -> dict[str, str]:
+    """Return the translations of the texts in the code of a page to the current language."""
+    code = "".join(STATIC_FILES[name].read_text(encoding="utf-8") for name in (script, "app.js"))
+    return {text: new for text, new in get_translations().items() if f'"{text}"' in code}
 
 
 def find_studio(request: Request) -> str:
     """Return the relative URL of the studio that a page is part of; empty for a page alone."""
     return "../../" if PREFIX_HEADER in request.headers else ""
-
-
-def translate_texts(texts: Sequence[str], language: Language) -> dict[str, str]:
-    """Return the translations of the texts of a script."""
-    with use_language(language):
-        return {text: translate(text) for text in texts}

@@ -143,6 +143,9 @@ def serve(
     limits = replace(limits, max_num_seqs=max_num_seqs)
     url_host = f"[{host}]" if ":" in host else host
     address = f"http://{url_host}:{listener.getsockname()[1]}/v1"
+    # curl reads the API key from its file or environment variable.
+    key = f"$(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})" if key_file else "$FINESIGHT_KEY"
+    auth_header = f' -H "Authorization: Bearer {key}"' if keys else ""
 
     run_api_server(
         inference_model,
@@ -156,10 +159,8 @@ def serve(
         on_ready=lambda service: _print_address(
             service,
             address,
-            None
-            if inference_model.manifest is None
-            else read_example(find_run_dir(Path(run_or_model))),
-            auth_header=_format_auth_header(key_file, keys),
+            read_example(find_run_dir(Path(run_or_model))) if inference_model.manifest else None,
+            auth_header=auth_header,
             has_label_studio=label_studio,
         ),
     )
@@ -175,16 +176,6 @@ def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
         text = f"at most {num_seqs} answers at the same time instead of {default}"
         ProgressConsole().log(f"{text}, because of the GPU memory for linear attention")
     return num_seqs
-
-
-def _format_auth_header(key_file: Path | None, keys: Sequence[str]) -> str:
-    """Return the option of curl that reads an API key from its file or environment variable."""
-    if not keys:
-        return ""
-    key = "$FINESIGHT_KEY"
-    if key_file is not None:
-        key = f"$(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})"
-    return f' -H "Authorization: Bearer {key}"'
 
 
 def _print_address(
@@ -356,7 +347,7 @@ def studio(
     from finesight.storage import temporary_folder
 
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
-        from finesight.app.studio_page import ServerAccess, StudioPage, make_studio_app
+        from finesight.app.studio_page import StudioPage, make_studio_app
         from finesight.app.studio_view import StudioView
         from finesight.app.uploads import DiskBudget, UploadStore
         from finesight.app.workspace import Workspace
@@ -367,7 +358,7 @@ def studio(
         workspace.remove_leftovers()
         view = StudioView(workspace)
         store = UploadStore(uploads, DiskBudget(uploads), MAX_STUDIO_UPLOAD_BYTES)
-        page = StudioPage(view, ServerAccess(password, converter, api_port), store)
+        page = StudioPage(view, store, password is not None, converter, api_port)
         access = make_access("studio", listener, password)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
         shown_password = password if is_generated else None

@@ -27,9 +27,7 @@ from finesight.app.pages import (
     create_app,
     describe_error,
     parse_body,
-    read_language,
     render_page,
-    translate_texts,
 )
 from finesight.app.server import make_proxy_route
 from finesight.app.studio_view import (
@@ -52,6 +50,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import OperationParameter, list_words
+from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
 MAX_FIELD_CHARS, MAX_UPLOADS = 100_000, 10_000
@@ -62,25 +61,6 @@ Text = Annotated[str, Field(max_length=MAX_FIELD_CHARS)]
 Name = Annotated[str, Field(max_length=64)]
 
 API_KEY_FILE = "api-key"
-
-SCRIPT_TEXTS = ("The server does not answer.", "Mark at least two runs.")
-"""Texts of the script, which are translated on the page."""
-
-
-@dataclass(frozen=True, slots=True)
-class ServerAccess:
-    """Options by which the studio and its server are reached and protected.
-
-    Attributes:
-        api_port: Port of the HTTP API. 0: any free port.
-        password: Password of the studio. None admits everyone.
-        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
-    """
-
-    password: str | None = None
-    converter: Path | None = None
-    api_port: int = 7872
-
 
 OPERATIONS_OF_ACTIONS = {"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"}
 """Operation of the actions that start one. The action `start` has that of the step."""
@@ -114,11 +94,19 @@ Action = Callable[[StudioState, Form], str]
 
 @dataclass(slots=True)
 class StudioPage:
-    """Forms of the steps and their actions. The lists and jobs are HTML from `StudioView`."""
+    """Forms of the steps and their actions, between the lists and jobs of `StudioView`.
+
+    Attributes:
+        has_password: Whether the studio has a password. Its servers then require an API key.
+        converter: Converter of llama.cpp for GGUF files. It runs as a program of this user.
+        api_port: Port of the HTTP API. 0: any free port.
+    """
 
     view: StudioView
-    access: ServerAccess
     uploads: UploadStore
+    has_password: bool = False
+    converter: Path | None = None
+    api_port: int = 7872
     actions: dict[str, Action] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -137,7 +125,7 @@ class StudioPage:
         }
         for action, operation in OPERATIONS_OF_ACTIONS.items():
             self.actions[action] = partial(self._run, operation=operation)
-        if self.access.converter is not None:
+        if self.converter is not None:
             self.actions["write-gguf"] = partial(self._export, write_gguf=True)
 
     def run_action(self, name: str, selection: Selection, form: Form) -> str:
@@ -152,6 +140,7 @@ class StudioPage:
         """Render the page with the values of its forms."""
         state = self.view.read_state(selection)
         values, digest, job = self.read_values(state), "", state.job
+        shown = self.view.describe(state)
         if state.recipe is not None:
             values["editor:text"], digest = self.view.workspace.read_recipe(state.recipe)
         # A review replaces the reviewed data set. Both have the same validation samples.
@@ -160,27 +149,24 @@ class StudioPage:
         runs = [str(run) for run in state.content.runs if run != state.run]
         return render_page(
             "studio.html",
-            selection.lang,
-            selection=state.selection,
+            **shown,
             forms={form: build_form(form, runs) for form in FORMS_OF_STEPS[selection.step]},
             values=values,
             others=others,
             digest=digest,
             questions=QUESTIONS,
-            content=state.content,
-            has_weights=bool(state.run and self.view.workspace.find_weights(state.run)),
             is_import_open=not state.content.datasets
             or (job is not None and bool(job.form) and job.status != "finished"),
             needs_prompt=not values["label:prompt"] and state.run is None,
-            has_converter=self.access.converter is not None,
-            settings={"texts": translate_texts(SCRIPT_TEXTS, selection.lang)},
+            has_converter=self.converter is not None,
         )
 
     def read_values(self, state: StudioState) -> dict[str, str]:
         """Return the values of the fields for the selected items, or those of the last command."""
         values = {one.name: one.value for form in FORMS for one in build_form(form)}
         selection, job = state.selection, state.job
-        values["label:prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
+        if selection.step == "label":
+            values["label:prompt"] = self.view.workspace.read_prompt(state.run, state.dataset)
         # Commands apply to the model that was merged last.
         merged = [job.arguments[2] for job in state.jobs if job.arguments[0] == "merge"]
         merged += [str(path) for path in state.content.models if path.parent == Path("models")]
@@ -194,6 +180,7 @@ class StudioPage:
             values |= job.form
         if selection.images:
             values["label:sources"] = selection.images
+            values["label:prompt"] = selection.prompt or values["label:prompt"]
             values["label:out"] = (*Path(selection.images).parts, "", "")[1]
         return values
 
@@ -263,10 +250,8 @@ class StudioPage:
                 remedy="clear one of them" if source else "upload files, or enter a path",
             )
         texts = {**form.texts, "import:source": source}
-        arguments, is_new = (
-            self._read_form("import", form.model_copy(update={"texts": texts})),
-            False,
-        )
+        arguments = self._read_form("import", form.model_copy(update={"texts": texts}))
+        is_new = False
         if form.uploads:
             if uses := self._find_commands(uploads):
                 raise UserError(
@@ -282,7 +267,8 @@ class StudioPage:
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
                 # Images without a table are labeled in the next step.
                 self.uploads.remove(form.uploads)
-                return state.selection.link(step="label", images=source)
+                prompt = form.get("import:prompt")
+                return state.selection.link(step="label", images=source, prompt=prompt)
         try:
             path = workspace.resolve(source, "import:source")
             arguments["source"] = as_argument(path)
@@ -378,9 +364,9 @@ class StudioPage:
             options["has_page"] = True
         elif operation == "serve":
             with socket.create_server(("127.0.0.1", 0)) as free:
-                port = self.access.api_port or int(free.getsockname()[1])
+                port = self.api_port or int(free.getsockname()[1])
             options["port"] = arguments["port"] = port
-            if self.access.password is not None:
+            if self.has_password:
                 # The key is the same for all servers of the workspace.
                 arguments["key_file"] = self._write_api_key()
         return self._start(state, operation, arguments, **options)
@@ -443,13 +429,13 @@ class StudioPage:
         arguments["source"] = self.view.workspace.resolve(f"models/{name}", "merge:out")
         if write_gguf:
             arguments["out"] = self.view.workspace.check_new_name("gguf", name)
-            arguments["converter"] = self.access.converter
+            arguments["converter"] = self.converter
         return self._start(state, "export", arguments)
 
     def _stop(self, state: StudioState, form: Form, *, again: bool = False) -> str:
-        job = self.view.jobs.find(state.selection.job)
-        job.stop(again=again)
-        return state.selection.link_job(job)
+        """Stop a command. The page stays where it is, since it also lists those of other steps."""
+        self.view.jobs.find(state.selection.job).stop(again=again)
+        return ""
 
     def _follow(self, state: StudioState, form: Form) -> str:
         """Follow a proposal: change the recipe, write another one, correct data, or open a step."""
@@ -480,8 +466,12 @@ class StudioPage:
             root = os.path.realpath(workspace.folder / folder)
             if job.arguments[0] == "label" and workspace.uses_files(recipe, root):
                 what = f"the run reads the labels of {folder}, whose labelling page is open"
-                expected, remedy = "data that do not change", "stop the page in the step Label"
-                raise UserError(what, where=str(recipe), expected=expected, remedy=remedy)
+                raise UserError(
+                    what,
+                    where=str(recipe),
+                    expected="data that do not change",
+                    remedy="stop it under “Other running commands”",
+                )
 
     def _start(
         self,
@@ -511,7 +501,7 @@ class StudioPage:
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}
         return state.selection.link(
-            job=job.id, images="", **{key: item for key, item in items.items() if item}
+            job=job.id, images="", prompt="", **{key: item for key, item in items.items() if item}
         )
 
 
@@ -532,13 +522,10 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
     view = page.view
 
     def read_selection(request: Request) -> Selection:
-        return Selection.parse(dict(request.query_params), read_language(request))
+        return Selection.parse(dict(request.query_params), get_language())
 
     def get_page(request: Request) -> Response:
         return HTMLResponse(page.render(read_selection(request)))
-
-    def get_live(request: Request) -> Response:
-        return JSONResponse(view.render(read_selection(request)))
 
     async def post_action(request: Request) -> Response:
         name = request.path_params["name"]
@@ -562,7 +549,6 @@ def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:
 
     routes = [
         Route("/", get_page),
-        Route("/live", get_live),
         Route("/view/{name}", get_view),
         Route("/uploads", page.uploads.receive, methods=["POST"]),
         Route("/actions/{name}", post_action, methods=["POST"]),

@@ -18,7 +18,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from finesight.app.jobs import Job, JobStore
-from finesight.app.pages import describe_error, render_page
+from finesight.app.pages import describe_error
 from finesight.app.workspace import Workspace, WorkspaceContent, WorkspaceDataset, as_argument
 from finesight.config import METRIC_NAMES
 from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
@@ -29,7 +29,7 @@ from finesight.operations.operation import OperationParameter, format_step, list
 from finesight.operations.training import advise_run
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
-from finesight.report.i18n import Language, translate, use_language
+from finesight.report.i18n import Language, translate
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
@@ -259,7 +259,7 @@ MAX_LISTED_JOBS = 5
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Selection in the URL: step, items of the workspace, job, language and images to label."""
+    """Selection in the URL: step, items of the workspace, job, and images to label."""
 
     step: str = "data"
     data: str = ""
@@ -268,11 +268,12 @@ class Selection:
     job: str = ""
     lang: Language = "en"
     images: str = ""
+    prompt: str = ""
 
     @classmethod
     def parse(cls, params: Mapping[str, str], language: Language) -> Selection:
         """Read a selection from query parameters. Invalid values are ignored."""
-        names = {"data", "recipe", "run", "job", "images"} & params.keys()
+        names = {"data", "recipe", "run", "job", "images", "prompt"} & params.keys()
         step = params.get("step", "")
         items = {name: params[name] for name in names}
         return cls(step=step if step in STEPS else STEPS[0], lang=language, **items)
@@ -370,49 +371,38 @@ class StudioView:
         )
         return replace(state, selection=selection, jobs=jobs[:MAX_LISTED_JOBS], job=job)
 
-    def render(self, selection: Selection) -> dict[str, Any]:
-        """Render the parts of the page above and below its form."""
-        state = self.read_state(selection)
+    def describe(self, state: StudioState) -> dict[str, Any]:
+        """Return the values of the parts of the page above and below its forms."""
         selection, job = state.selection, state.job
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
-        running = [item for item in self.jobs.list_running() if job is None or item.id != job.id]
-        with use_language(selection.lang):
-            values = {
-                "state": state,
-                "link": selection.link,
-                "selection": selection,
-                "content": state.content,
-                "job": job,
-                "status": status,
-                "running": running,
-                "log": job.read_log() if job else "",
-                "error": _describe_job_error(job) if job and status == "failed" else "",
-                "proposals": self.list_proposals(state),
-                "outcome": _find_outcome(job) if job else "",
-                "is_ready": job is not None
-                and job.is_server
-                and status == "running"
-                and job.is_ready,
-                "workspace": self.workspace.folder,
-                "runs": [self.describe_run(run) for run in state.content.runs],
-                "charts": self._build_charts(state),
-                "page": self._find_page(state),
-                "weights": str(weights or ""),
-                "saved_at": self._read_saved_time(state.recipe),
-                "next_data": _find_next_data(state),
-                "next_step": self._find_next_step(state),
-                "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
-                "step_names": STEP_NAMES,
-                "no_run": NO_RUN,
-            }
-            top, bottom = (
-                render_page(f"studio_{name}.html", selection.lang, **values)
-                for name in ("top", "bottom")
-            )
-        url = selection.link(job=selection.job)
-        page = {"top": top, "bottom": bottom, "status": status, "url": url}
-        return page | {"has_data": state.dataset is not None}
+        is_running_server = job is not None and job.is_server and status == "running"
+        return {
+            "state": state,
+            "link": selection.link,
+            "url": selection.link(job=selection.job),
+            "selection": selection,
+            "content": state.content,
+            "job": job,
+            "status": status,
+            "running": [one for one in self.jobs.list_running() if not job or one.id != job.id],
+            "log": job.read_log() if job else "",
+            "error": _describe_job_error(job) if job and status == "failed" else "",
+            "proposals": self.list_proposals(state),
+            "outcome": _find_outcome(job) if job else "",
+            "is_ready": is_running_server and job is not None and job.is_ready,
+            "workspace": self.workspace.folder,
+            "runs": [self.describe_run(run) for run in state.content.runs],
+            "charts": self._build_charts(state),
+            "page": self._find_page(state),
+            "weights": str(weights or ""),
+            "saved_at": self._read_saved_time(state.recipe),
+            "next_data": _find_next_data(state),
+            "next_step": self._find_next_step(state),
+            "adapter": f"{state.run}/{ADAPTER_FOLDER}" if state.run else "",
+            "step_names": STEP_NAMES,
+            "no_run": NO_RUN,
+        }
 
     def list_proposals(self, state: StudioState) -> list[tuple[str, Step]]:
         """Return the steps that a command or run proposes, with the buttons that follow them."""

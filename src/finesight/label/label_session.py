@@ -32,7 +32,6 @@ from finesight.label.label_store import (
     AnswerKind,
     LabelItem,
     LabelStore,
-    Suggestion,
     can_review,
     check_utf8,
     get_question,
@@ -124,14 +123,9 @@ class LabelSession:
             chunk = [sample for sample in chunk if sample.sample.id not in unreadable]
             options: dict[str, Any] = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
             options["on_progress"] = on_progress
-            scored: list[tuple[Suggestion, float | None]]
-            if self.review:
-                ranked, failed = rank_labels(inference_model, chunk, **options)
-                scored = [(one.suggestion, one.score) for one in ranked]
-            else:
-                suggestions, failed = suggest_labels(inference_model, chunk, **options)
-                scored = [(suggestion, None) for suggestion in suggestions]
-            self.store.add_suggestions(scored, self.model)
+            suggest = rank_labels if self.review else suggest_labels
+            suggestions, failed = suggest(inference_model, chunk, **options)
+            self.store.add_suggestions(suggestions, self.model)
             failed |= unreadable
             reasons |= failed
             on_progress(len(failed))

@@ -89,6 +89,7 @@ class Suggestion:
 
     Attributes:
         loss: Negative log likelihood of the answer, in nats.
+        score: Probability that the label of the sample is wrong; None for an unlabeled sample.
     """
 
     id: str
@@ -96,6 +97,7 @@ class Suggestion:
     confidence: float
     parts: tuple[SuggestedPart, ...]
     loss: float = 0.0
+    score: float | None = None
 
 
 class JournalEntry(BaseModel):
@@ -375,12 +377,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             if item.decision is None and (item.suggestion is None or item.suggestion.model != model)
         ]
 
-    def add_suggestions(
-        self, suggestions: Iterable[tuple[Suggestion, float | None]], model: str
-    ) -> None:
-        """Append suggestions with their review scores to the journal, and sort the items."""
+    def add_suggestions(self, suggestions: Iterable[Suggestion], model: str) -> None:
+        """Append suggestions to the journal, and sort the items."""
         self._check_folder()
-        for suggestion, score in suggestions:
+        for suggestion in suggestions:
+            score = suggestion.score
             self._append(
                 self._items[suggestion.id],
                 event="suggested",

@@ -28,7 +28,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from json.decoder import scanstring  # type: ignore[attr-defined]
 from typing import Any, NamedTuple
 
@@ -260,35 +260,17 @@ def _iter_leaves(
         end[0] = offset + 1
 
 
-@dataclass(frozen=True, slots=True)
-class RankedLabel:
-    """Label of a sample with its probability to be wrong; see the table of this module.
-
-    Attributes:
-        suggestion: The model's own answer.
-    """
-
-    suggestion: Suggestion
-    loss: float
-    excess_loss: float
-    disagreement: float
-    score: float
-
-
 def rank_labels(
     inference_model: InferenceModel,
     samples: Sequence[LocatedSample],
     *,
     batch_size: int = 16,
     **options: Any,
-) -> tuple[list[RankedLabel], dict[str, str]]:
-    """Rank labeled samples, most probably wrong first.
+) -> tuple[list[Suggestion], dict[str, str]]:
+    """Suggest labels with scores for labeled samples, most probably wrong first.
 
     Args:
-        options: Further options of `suggest_labels`.
-
-    Returns:
-        The ranked labels, and the reason for each sample without a rank by ID: an unreadable image.
+        options: Further options of `suggest_labels`, whose values are returned.
     """
     suggestions, reasons = suggest_labels(
         inference_model, samples, batch_size=batch_size, **options
@@ -296,15 +278,14 @@ def rank_labels(
     samples = [sample for sample in samples if sample.sample.id not in reasons]
     losses = compute_label_losses(inference_model, samples, batch_size)
     suggestion_by_id = {suggestion.id: suggestion for suggestion in suggestions}
-    ranked = []
+    scores = {}
     for sample, loss in zip(samples, losses, strict=True):
-        suggestion = suggestion_by_id[sample.sample.id]
-        disagreement = measure_disagreement(sample.sample.messages[-1].content, suggestion.content)
-        excess_loss = max(0.0, loss - suggestion.loss)
-        score = combine_scores(excess_loss, disagreement, suggestion.confidence)
-        ranked.append(RankedLabel(suggestion, loss, excess_loss, disagreement, score))
-    ranked.sort(key=lambda one: -one.score)
-    return ranked, reasons
+        own = suggestion_by_id[sample.sample.id]
+        disagreement = measure_disagreement(sample.sample.messages[-1].content, own.content)
+        excess_loss = max(0.0, loss - own.loss)
+        scores[own.id] = combine_scores(excess_loss, disagreement, own.confidence)
+    order = sorted(scores, key=lambda name: -scores[name])
+    return [replace(suggestion_by_id[name], score=scores[name]) for name in order], reasons
 
 
 def compute_label_losses(

@@ -35,6 +35,9 @@ export const request = async (url, body) => {
   return (await check(await fetch(url, { headers, ...post }))).json();
 };
 
+/** The page of this server at a URL. */
+export const fetchPage = async (url) => parse(await (await check(await fetch(url, { headers: language() }))).text());
+
 /** Uploads a file, and returns its ID and name. */
 export const upload = async (file) => {
   const url = `uploads?${new URLSearchParams({ name: file.name })}`;
@@ -55,14 +58,16 @@ const copyText = async (text) => {
   return field.remove();
 };
 
-export const copy = async (button) => {
+addEventListener("click", async ({ target }) => {
+  const button = target.closest?.("button[data-copy]");
+  if (!button) return;
   const { copy: text, copied } = button.dataset, label = button.textContent;
   await copyText(text);
   button.focus();
   if (label === copied) return;
   button.textContent = copied;
   setTimeout(() => { button.textContent = label; }, 1500);
-};
+});
 
 /** Changes only what differs, so that the focus, open parts and forms of the user stay. */
 export const update = (target, source) => {

@@ -1,5 +1,5 @@
 import {
-  byId, copy, create, describe, parse, request, settings, translate, update, updateAttributes, upload
+  byId, create, describe, parse, request, settings, translate, update, updateAttributes, upload
 } from "./app.js";
 
 const NO_SPACE = "The server has no disk space for more images. Delete chats, or try again later.";
@@ -292,33 +292,26 @@ const enlarge = (button) => {
   const image = figure.matches("img") ? figure : figure.querySelector("img");
   const [width, height] = ["width", "height"].map((name) => Number(image.getAttribute(name)));
   const fit = width * Math.min((innerWidth - 32) / width, (innerHeight - 32) / height);
-  const inner = create("button", { class: "view", "aria-label": button.ariaLabel }, figure);
-  const close = create("button", { class: "close", onclick: () => dialog.close() }, button.dataset.zoom);
-  const dialog = create("dialog", { class: "zoomed", "aria-label": button.ariaLabel }, close, inner);
-  const resize = () => {
-    const isFull = dialog.classList.contains("full-size");
+  const dialog = byId("zoomed"), inner = dialog.querySelector(".view");
+  for (const one of [dialog, inner]) one.ariaLabel = button.ariaLabel;
+  inner.replaceChildren(figure);
+  inner.onclick = () => {
+    const isFull = dialog.classList.toggle("full-size");
     inner.style.width = `${isFull ? Math.max(2 * fit, width) : fit}px`;
   };
-  inner.addEventListener("click", () => {
-    dialog.classList.toggle("full-size");
-    resize();
-  });
-  resize();
-  dialog.addEventListener("click", (event) => { if (event.target === dialog) dialog.close(); });
-  dialog.addEventListener("close", () => {
-    dialog.remove();
-    button.focus();
-  });
-  document.body.append(dialog);
+  dialog.classList.add("full-size");
+  inner.click();
   dialog.showModal();
 };
+byId("zoomed").addEventListener("click", ({ target }) => {
+  if (target.matches("dialog, .close")) byId("zoomed").close();
+});
 
 addEventListener("click", (event) => {
   const button = event.target.closest?.("button");
   if (!button) return;
   const { dataset } = button;
   if ("zoom" in dataset) enlarge(button);
-  else if ("copy" in dataset) copy(button);
   else if ("prompt" in dataset) {
     byId("question").value = dataset.prompt;
     byId("question").focus();

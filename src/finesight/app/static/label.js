@@ -335,7 +335,6 @@ byId("list-text").addEventListener("input", () => {
   clearTimeout(searchTimer);
   searchTimer = setTimeout(showList, 200);
 });
-byId("list-more").addEventListener("click", () => showList(listed));
 
 // Page
 
@@ -462,14 +461,14 @@ const makeClassNote = (getName, isRequired = false) => {
 const makeLabel = (id, value, onInput) => settings.closed && item.choices.length
   ? makeChoice(id, value, onInput) : makeInput("input", { id, list: "names" }, value, onInput);
 
+// A new form would end the search for the typed letters.
+const chooseBy = (onInput) => ({ target }) => {
+  onInput(target.value);
+  if (isPointer) target.blur();
+  refresh();
+};
 const makeChoice = (id, value, onInput) => {
-  // A new form would end the search for the typed letters.
-  const change = () => {
-    onInput(choice.value);
-    if (isPointer) choice.blur();
-    refresh();
-  };
-  const choice = create("select", { id, onchange: change },
+  const choice = create("select", { id, onchange: chooseBy(onInput) },
     ...(settings.closed && isKnown(value) ? [] : [create("option", { value: "", disabled: true }, "–")]),
     ...item.choices.map((name, index) => create("option", { value: name }, nameChoice(name, index))));
   choice.value = isKnown(value) ? value : "";
@@ -483,14 +482,10 @@ const makeChoices = (value, onInput, badge) => {
     const label = create("label", { for: "answer" }, translate("Class"), " ", badge);
     return [label, makeChoice("answer", value, onInput)];
   }
-  const change = ({ target }) => {
-    onInput(target.value);
-    if (isPointer) target.blur();
-    refresh();
-  };
+  const onchange = chooseBy(onInput);
   const options = item.choices.map((name, index) => create("label", { class: "option" },
     create("kbd", {}, index + 1),
-    create("input", { type: "radio", name: "answer", value: name, checked: name === value, onchange: change }),
+    create("input", { type: "radio", name: "answer", value: name, checked: name === value, onchange }),
     create("span", {}, name)));
   return [create("fieldset", { id: "answer" }, create("legend", {}, translate("Class"), " ", badge), ...options)];
 };
@@ -696,8 +691,6 @@ for (const name of ["pointerup", "pointercancel"]) byId("stage").addEventListene
   touches.delete(event.pointerId);
   panned = null;
 }, true);
-byId("zoom-in").addEventListener("click", () => zoomBy(1.5));
-byId("zoom-out").addEventListener("click", () => zoomBy(1 / 1.5));
 
 let drag = null;
 const getPoint = (event) => {
@@ -838,14 +831,29 @@ document.addEventListener("keydown", (event) => {
   if (!event.repeat || isArrow) action();
 });
 byId("form").addEventListener("submit", (event) => event.preventDefault());
-byId("save").addEventListener("click", () => decide("save"));
-byId("skip").addEventListener("click", () => decide("skip"));
-byId("undo").addEventListener("click", undo);
+const clicks = {
+  save: () => decide("save"), skip: () => decide("skip"), undo,
+  previous: () => move(-1), next: () => move(1),
+  "zoom-in": () => zoomBy(1.5), "zoom-out": () => zoomBy(1 / 1.5),
+  reset: () => {
+    answer = makeAnswer(item);
+    selected = -1;
+    show();
+  },
+  "next-image": () => {
+    imageIndex = (imageIndex + 1) % item.images.length;
+    showImage();
+  },
+  "list-more": () => showList(listed),
+};
+for (const [id, action] of Object.entries(clicks)) byId(id).addEventListener("click", () => action());
 byId("bulk")?.addEventListener("submit", (event) => {
   event.preventDefault();
   decideMany({ action: "accept", min_confidence: byId("min-confidence").value / 100 });
 });
 const showThreshold = () => {
+  if (!byId("threshold")) return;
+  byId("threshold").value = threshold;
   byId("threshold-value").textContent = threshold > 100 ? translate("off") : `${threshold} %`;
 };
 byId("threshold")?.addEventListener("input", ({ target }) => {
@@ -856,21 +864,7 @@ byId("threshold")?.addEventListener("input", ({ target }) => {
   if (!hasChanges) answer = makeAnswer(item);
   show();
 });
-if (byId("threshold")) {
-  byId("threshold").value = threshold;
-  showThreshold();
-}
-byId("reset").addEventListener("click", () => {
-  answer = makeAnswer(item);
-  selected = -1;
-  show();
-});
-byId("previous").addEventListener("click", () => move(-1));
-byId("next").addEventListener("click", () => move(1));
-byId("next-image").addEventListener("click", () => {
-  imageIndex = (imageIndex + 1) % item.images.length;
-  showImage();
-});
+showThreshold();
 window.addEventListener("resize", () => { if (item?.images.length) showZoom(); });
 
 (async () => {

@@ -1,49 +1,50 @@
-import { byId, copy, create, describe, parse, request, translate, update, upload } from "./app.js";
+import {
+  byId, create, describe, fetchPage, request, translate, update, updateAttributes, upload
+} from "./app.js";
 
-const shown = {};
 // Buttons that would start the running command again.
 const starters = ["start", "chat", "serve", "label", "review"];
-let isEdited = false, isActing = false, status = "", hasData = false;
+let isEdited = false, isActing = false, status = "", timer = 0;
 const uploaded = new Map(); // Uploads by file, for another attempt after an error.
 
 // Lists and jobs, which the server renders
 
-const replace = (id, html) => {
-  if (shown[id] === html) return;
-  const log = byId(id).querySelector(".log");
-  const isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
-  update(byId(id), parse(html));
-  const newLog = byId(id).querySelector(".log");
-  if (newLog && isAtEnd) newLog.scrollTop = newLog.scrollHeight;
-  shown[id] = html;
+const findLog = () => document.querySelector(".log");
+
+const show = (page) => {
+  const log = findLog(), isAtEnd = !log || log.scrollTop + log.clientHeight > log.scrollHeight - 40;
+  for (const id of page ? ["top", "bottom"] : []) {
+    updateAttributes(byId(id), page.querySelector(`#${id}`));
+    update(byId(id), page.querySelector(`#${id}`));
+  }
+  if (findLog() && (isAtEnd || !page)) findLog().scrollTop = findLog().scrollHeight;
+  // Actions apply to the items in the URL, which are those that the page shows.
+  const shown = byId("top").dataset;
+  history.replaceState(null, "", shown.url);
+  // The chip of the command is replaced with its part of the page, and so is not announced.
+  if (status && status !== shown.status) byId("announcement").textContent = byId("job-h")?.textContent ?? "";
+  ({ status } = shown);
+  enableButtons();
+  wait(["running", "stopping"].includes(status) ? 1500 : 8000);
 };
 
 const enableButtons = () => {
   const isRunning = ["running", "stopping"].includes(status);
   for (const button of document.querySelectorAll("form button[data-action]")) {
-    const needsData = button.dataset.action === "review" && !hasData;
+    const needsData = button.dataset.action === "review" && !byId("top").dataset.hasData;
     button.disabled = isActing || needsData || (isRunning && starters.includes(button.dataset.action));
   }
 };
 
 const refresh = async () => {
-  let delay = 8000;
-  const query = location.search;
   try {
-    const page = await request(`live${query}`);
-    // Actions apply to the items in the URL, which are those that the page shows.
-    if (query === location.search) {
-      history.replaceState(null, "", page.url);
-      replace("top", page.top);
-      replace("bottom", page.bottom);
-      // The chip of the command is replaced with its part of the page, and so is not announced.
-      if (status && status !== page.status) byId("announcement").textContent = byId("job-h")?.textContent ?? "";
-      ({ status, has_data: hasData } = page);
-      enableButtons();
-    }
-    if (["running", "stopping"].includes(status)) delay = 1500;
-  } catch { /* The studio was stopped; another attempt follows. */ }
-  setTimeout(refresh, delay);
+    show(await fetchPage(location.href));
+  } catch { wait(8000); /* The studio was stopped; another attempt follows. */ }
+};
+
+const wait = (delay) => {
+  clearTimeout(timer);
+  timer = setTimeout(refresh, delay);
 };
 
 // Actions
@@ -96,7 +97,8 @@ const act = async (button) => {
     if (operation) body.texts = { operation };
     const answer = await request(`actions/${action}${query}`, body);
     if (action === "save-recipe") isEdited = false;
-    location.assign(answer.url);
+    if (answer.url) location.assign(answer.url);
+    else await refresh();
   } catch (error) {
     report(title ?? "", error);
   } finally {
@@ -133,8 +135,6 @@ document.addEventListener("click", async (event) => {
   if (button?.dataset.action) {
     event.preventDefault();
     await act(button);
-  } else if (button?.dataset.copy) {
-    await copy(button);
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
     for (const one of button.parentElement.querySelectorAll("button")) {
@@ -143,4 +143,4 @@ document.addEventListener("click", async (event) => {
   }
 });
 showKinds();
-refresh();
+show();

@@ -11,7 +11,7 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 from finesight.errors import Step, UserError
 from finesight.operations.operation import Outcome, Parameter, StrPath
@@ -340,15 +340,40 @@ def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
 
 LaunchEngine = Literal["torchrun", "slurm", "skypilot", "kubeflow"]
 
-_ENGINES_BY_OPTION = {
-    "partition": ("slurm",),
-    "account": ("slurm",),
-    "time": ("slurm",),
-    "image": ("skypilot", "kubeflow"),
-    "store": ("skypilot", "kubeflow"),
-    "accelerator": ("skypilot",),
+_ENGINE_OPTIONS: Mapping[LaunchEngine, Sequence[str]] = {
+    "torchrun": (),
+    "slurm": ("partition", "account", "time"),
+    "skypilot": ("image", "store", "accelerator"),
+    "kubeflow": ("image", "store"),
 }
-"""Engines that support each option; other engines reject it."""
+"""Options that each engine supports; it rejects the others."""
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of single engines."""
+
+    partition: Annotated[str | None, Parameter("slurm: partition. Default: of the cluster.")]
+    account: Annotated[str | None, Parameter("slurm: account to charge. Default: of the cluster.")]
+    time: Annotated[
+        str | None,
+        Parameter(
+            "slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
+            "Default: of the partition."
+        ),
+    ]
+    image: Annotated[
+        str | None,
+        Parameter("skypilot, kubeflow: container image with finesight. Required for both."),
+    ]
+    store: Annotated[
+        str | None,
+        Parameter(
+            "skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. A "
+            "bucket URL such as s3://bucket/folder (skypilot) or the name of a "
+            "PersistentVolumeClaim (kubeflow). Required for both."
+        ),
+    ]
+    accelerator: Annotated[str | None, Parameter("skypilot: GPU type, such as H100. Required.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,14 +394,9 @@ def launch(
     name: str | None = None,
     out: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
     submit: bool = False,
-    partition: str | None = None,
-    account: str | None = None,
-    time: str | None = None,
-    image: str | None = None,
-    store: str | None = None,
-    accelerator: str | None = None,
     push: PushOption = None,
     force: ForceOption = False,
+    **options: Unpack[EngineOptions],
 ) -> Outcome[JobFile]:
     """Write a job file that trains a recipe on several GPUs or nodes.
 
@@ -399,89 +419,49 @@ def launch(
             NAME.trainjob.yaml.
         submit: Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow).
             torchrun has no queue: run the script instead.
-        partition: slurm: partition. Default: of the cluster.
-        account: slurm: account to charge. Default: of the cluster.
-        time: slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00.
-            Default: of the partition.
-        image: skypilot, kubeflow: container image with finesight. Required for both.
-        store: skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. A
-            bucket URL such as s3://bucket/folder (skypilot) or the name of a PersistentVolumeClaim
-            (kubeflow). Required for both.
-        accelerator: skypilot: GPU type, such as H100. Required.
     """
-    from finesight.launch.launch_job import (
-        FILE_SUFFIXES,
-        LaunchJob,
-        NodeSpec,
-        build_submit_command,
-        submit_job,
-        write_job_file,
-    )
+    from finesight.launch import launch_job
 
-    engine_options = {
-        "partition": partition,
-        "account": account,
-        "time": time,
-        "image": image,
-        "store": store,
-        "accelerator": accelerator,
-    }
-    _check_options(engine, engine_options)
     if push is not None:
         from finesight.hub.address import parse_address
         from finesight.hub.repository import check_publish_address
 
         check_publish_address(parse_address(push))
-    node_spec = NodeSpec.parse(nodes, gpus_per_node)
+    node_spec = launch_job.NodeSpec.parse(nodes, gpus_per_node)
     if isinstance(overrides, Mapping):
         overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-    job = LaunchJob.from_recipe(
+    job = launch_job.LaunchJob.from_recipe(
         Path(recipe), overrides or (), name, node_spec, {"push": push, "force": force}
     )
-    file = Path(out or f"{job.name}{FILE_SUFFIXES[engine]}")
-    write_job_file(file, _build_job_text(engine, job, engine_options))
-    output = submit_job(engine, file) if submit else None
-    command = shlex.join(build_submit_command(engine, file))
+    file = Path(out or f"{job.name}{launch_job.FILE_SUFFIXES[engine]}")
+    launch_job.write_job_file(file, _build_job_text(engine, job, options))
+    output = launch_job.submit_job(engine, file) if submit else None
+    command = shlex.join(launch_job.build_submit_command(engine, file))
     lines = [str(file), f"start with: {command}" if output is None else output]
     job_file = JobFile(file, command, output)
     return Outcome(job_file, lines, asdict(job_file) | {"submitted": submit})
 
 
-def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) -> None:
-    for option, value in engine_options.items():
-        if value is not None and engine not in _ENGINES_BY_OPTION[option]:
+def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions) -> str:
+    from finesight.launch import launch_job
+
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    for option in given:
+        engines = [name for name, known in _ENGINE_OPTIONS.items() if option in known]
+        if engine not in engines:
             raise UserError(
                 f"--{option} is given with --on {engine}",
                 where="command line",
-                expected=f"--on {' or '.join(_ENGINES_BY_OPTION[option])}",
+                expected=f"--on {' or '.join(engines)}",
                 remedy=f"remove --{option}, or choose another engine",
             )
-
-
-def _build_job_text(
-    engine: LaunchEngine, job: LaunchJob, engine_options: dict[str, str | None]
-) -> str:
-    from finesight.launch.launch_job import (
-        ContainerImage,
-        SlurmOptions,
-        build_kubeflow_job,
-        build_skypilot_task,
-        build_slurm_script,
-        build_torchrun_script,
-    )
-
     if engine == "torchrun":
-        return build_torchrun_script(job)
+        return launch_job.build_torchrun_script(job)
+    first, second, *third = (given.get(name) for name in _ENGINE_OPTIONS[engine])
     if engine == "slurm":
-        return build_slurm_script(
-            job,
-            SlurmOptions(
-                engine_options["partition"], engine_options["account"], engine_options["time"]
-            ),
-        )
-    image = ContainerImage.from_options(engine_options["image"], engine_options["store"])
-    return (
-        build_kubeflow_job(job, image)
-        if engine == "kubeflow"
-        else build_skypilot_task(job, image, engine_options["accelerator"])
-    )
+        slurm_options = launch_job.SlurmOptions(first, second, *third)
+        return launch_job.build_slurm_script(job, slurm_options)
+    image = launch_job.ContainerImage.from_options(first, second)
+    if engine == "skypilot":
+        return launch_job.build_skypilot_task(job, image, *third)
+    return launch_job.build_kubeflow_job(job, image)

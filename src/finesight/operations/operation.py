@@ -5,7 +5,6 @@ Operations are imported when they are needed.
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import json
 import os
@@ -288,31 +287,15 @@ KINDS: Mapping[type, Kind] = {
 }
 
 
-class _UnknownNames(dict[str, Any]):
-    """Types that a module imports for type checkers only, as empty classes of the same name."""
-
-    def __init__(self, known: Mapping[str, object]) -> None:
-        super().__init__()
-        self._known = known
-
-    def __missing__(self, name: str) -> type:
-        if name in self._known or name in vars(builtins):
-            raise KeyError(name)
-        return type(name, (), {})
-
-
 @lru_cache
 def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParameter]:
     """Return the parameters of an operation that have a description, in their order."""
     signature = inspect.signature(operation).parameters
     annotations = {name: parameter.annotation for name, parameter in signature.items()}
+    # Without the type of the result, which type checkers alone import.
+    bare = types.SimpleNamespace(__annotations__=annotations)
     names = inspect.unwrap(operation).__globals__
-    hints = typing.get_type_hints(
-        types.SimpleNamespace(__annotations__=annotations),
-        globalns=names,
-        localns=_UnknownNames(names),
-        include_extras=True,
-    )
+    hints = typing.get_type_hints(bare, globalns=names, include_extras=True)
     descriptions, parameters = read_descriptions(operation), []
     for name, parameter in signature.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -350,43 +333,34 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationP
     if info.plugins and (names := Registry(info.plugins, object, {}).plugin_names):
         text += f" Plug-ins: {', '.join(names)}."
     # `Annotated` has its type as the origin, as has no other hint of a parameter.
-    type_ = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-    alternatives = {*_list_alternatives(type_)}
-    is_optional = type(None) in alternatives
-    kinds = alternatives - {type(None)}
-    # The values of a mapping are written as KEY=VALUE.
-    origins = (list, Sequence, Mapping)
-    containers = [one for one in kinds if typing.get_origin(one) in origins]
-    containers.sort(key=lambda one: origins.index(typing.get_origin(one)))
-    choices: tuple[str, ...] = ()
-    # A value that may also be a path or text is one value.
+    kinds = _list_alternatives(hint.__origin__ if hasattr(hint, "__metadata__") else hint)
+    is_optional = type(None) in kinds
+    # A value that may also be a path or text is one value. Mappings are written as KEY=VALUE.
+    containers = [one for one in kinds if typing.get_origin(one) in (list, Sequence, Mapping)]
     containers = [] if kinds & {*KINDS} else containers
     if containers:
-        kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
-    literals = [one for one in kinds if typing.get_origin(one) is Literal]
-    if literals:
-        choices = typing.get_args(literals[0])
+        kinds = _list_alternatives(typing.get_args(containers[0])[0])
+    choices = next((typing.get_args(o) for o in kinds if typing.get_origin(o) is Literal), ())
     if info.path == "name":
-        kinds -= {Path}
-    named = {typing.get_origin(kind) or kind for kind in kinds}
-    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
-    known = [kind for type_, kind in KINDS.items() if type_ in kinds]
+        kinds.discard(Path)
+    found = [kind for type_, kind in KINDS.items() if type_ in kinds]
+    others = {typing.get_origin(one) or one for one in kinds} - {*KINDS, type(None), Literal}
     return OperationParameter(
         name=name,
         help=text,
         info=info,
-        kind="choice" if choices else known[0] if known else "text",
+        kind="choice" if choices else [*found, "text"][0],
         choices=choices,
         is_multiple=bool(containers),
         is_optional=is_optional,
         default=default,
-        other_types=frozenset(one.__name__ for one in unknown),
+        other_types=frozenset(one.__name__ for one in others),
     )
 
 
-def _list_alternatives(hint: Any) -> Sequence[Any]:
+def _list_alternatives(hint: Any) -> set[Any]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    return {*(typing.get_args(hint) if is_union else (hint,))}
 
 
 def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arguments, Result]:

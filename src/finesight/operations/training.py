@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from finesight.recipe import Overrides
     from finesight.report.run_reader import RunRecord
     from finesight.train.finalize import RunResult
+else:
+
+    class Recipe:
+        """Settings, in signatures that are read without the packages of the recipe."""
+
 
 PushOption = Annotated[
     str | None,

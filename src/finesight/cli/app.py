@@ -12,9 +12,9 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
@@ -32,7 +32,7 @@ from finesight.errors import (
     escape_unprintable,
 )
 from finesight.host_memory import num_allowed_cpus
-from finesight.operations import OPERATIONS, find_operation
+from finesight.operations import OPERATIONS
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
     Operation,
@@ -117,8 +117,8 @@ def build_command(name: str, operation: Operation) -> click.Command:
     if "ask" in inspect.signature(function).parameters:
         text = "Ask no questions: use the detected settings."
         params.append(click.Option(["use_defaults", "--yes"], is_flag=True, help=text))
-    if operation.json_help:
-        text = f"{operation.json_help} on standard output; messages go to standard error."
+    if inspect.signature(function).return_annotation != "None":
+        text = "Print JSON on standard output, one object per line; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
     return OperationCommand(
         name,
@@ -171,8 +171,7 @@ def _run(
             _print_json(record)
     elif outcome.lines:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
-    report = click.get_current_context().obj
-    is_reported = report is not None and report.add_steps(outcome.next_steps)
+    is_reported = write_report(click.get_current_context().obj, next_steps=outcome.next_steps)
     commands = [
         format_command(step) + (f"  # {step.purpose}" if step.purpose else "")
         for step in outcome.next_steps
@@ -249,32 +248,19 @@ def _build_type(parameter: OperationParameter) -> click.ParamType[Any]:
     return click.STRING
 
 
-@dataclass(frozen=True, slots=True)
-class OutcomeReport:
-    """Report of a command to the program that has started it, which shows it in its own way.
+def write_report(file: str | None, **content: object) -> bool:
+    """Write next steps or an error to a file, for the program that has started the command.
 
-    Attributes:
-        file: JSON file with the next steps or the error. Without one, the terminal shows them.
+    Returns whether there is a file; the terminal shows them otherwise.
     """
-
-    file: str
-
-    def add_steps(self, steps: Sequence[Step]) -> bool:
-        """Write the next steps, and return whether there is a file."""
-        return self._write({"next_steps": steps})
-
-    def add_error(self, error: UserError) -> bool:
-        """Write an error, and return whether there is a file."""
-        parts = ("what", "where", "expected", "remedy")
-        return self._write({"error": {part: vars(error)[part] for part in parts}})
-
-    def _write(self, content: object) -> bool:
-        if self.file:
-            Path(self.file).write_text(json.dumps(content, default=_as_json), encoding="utf-8")
-        return bool(self.file)
+    if file:
+        Path(file).write_text(json.dumps(content, default=_as_json), encoding="utf-8")
+    return bool(file)
 
 
 def _as_json(value: object) -> object:
+    if isinstance(value, UserError):
+        return {part: vars(value)[part] for part in ("what", "where", "expected", "remedy")}
     return asdict(value) if isinstance(value, Step) else str(value)
 
 
@@ -282,47 +268,39 @@ class CommandGroup(click.Group):
     """Commands of operations, which are imported when they are used.
 
     Args:
-        prefix: Start of the names of the operations, such as `data `.
+        sections: Operations and groups by section of the help and by name.
     """
 
-    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sections: Mapping[str, Mapping[str, Operation | CommandGroup]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._prefix = prefix
+        self._sections = sections
+        self._entries = {
+            name: one for section in sections.values() for name, one in section.items()
+        }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, in the order of the help."""
-        names = [name for group in OPERATIONS.values() for name in group]
-        own = [name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)]
-        return list(dict.fromkeys(name.partition(" ")[0] for name in own))
+        return [*self._entries]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command with a name, which imports its operation; None for an unknown one."""
-        if cmd_name in self.commands:
-            return self.commands[cmd_name]
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        return _build_command(self._prefix + cmd_name)
+        entry = self._entries.get(cmd_name)
+        return build_command(cmd_name, entry) if isinstance(entry, Operation) else entry
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section per group of operations, or a single one for a prefix."""
-        names = self.list_commands(ctx)
-        for title, group in OPERATIONS.items():
-            rows = {}
-            for name, operation in group.items():
-                own = name.removeprefix(self._prefix).partition(" ")[0]
-                if own in names and name.startswith(self._prefix):
-                    summary = operation.summary
-                    if own in self.commands:
-                        summary = self.commands[own].get_short_help_str(100)
-                    rows[own] = summary
-            if rows:
-                with formatter.section("Commands" if self._prefix else title):
-                    formatter.write_dl(list(rows.items()))
+        """Write the sections with the summaries of their commands."""
+        for title, section in self._sections.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, _summarize(one)) for name, one in section.items()])
 
 
-@cache
-def _build_command(name: str) -> click.Command:
-    return build_command(name.rpartition(" ")[2], find_operation(name))
+def _summarize(entry: Operation | CommandGroup) -> str:
+    return entry.summary if isinstance(entry, Operation) else entry.get_short_help_str(100)
 
 
 def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
@@ -335,8 +313,22 @@ def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | No
     ctx.exit()
 
 
+_SECTIONS: dict[str, dict[str, Operation | CommandGroup]] = {
+    title: {name: one for name, one in group.items() if " " not in name}
+    for title, group in OPERATIONS.items()
+}
+_DATA = {name[5:]: one for name, one in OPERATIONS["Data"].items() if name.startswith("data ")}
+_SECTIONS["Data"]["data"] = CommandGroup(
+    "data",
+    sections={"Commands": _DATA},
+    help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl"
+    " out --to llava",
+)
+
+
 @click.command(
     cls=CommandGroup,
+    sections=_SECTIONS,
     help="""Fine-tune Qwen vision-language models on your own images.
 
     Start with quickstart. With your own images: init, train, predict.
@@ -358,16 +350,6 @@ def app() -> None:
     """Do nothing before a command."""
 
 
-app.add_command(
-    CommandGroup(
-        "data",
-        prefix="data ",
-        help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl"
-        " out --to llava",
-    )
-)
-
-
 def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     """Run one command line and return its exit code.
 
@@ -379,11 +361,11 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     """
     configure_openmp_spin()
     # Processes that the command starts have no outcome of their own.
-    report = OutcomeReport(os.environ.pop(OUTCOME_VARIABLE, ""))
+    file = os.environ.pop(OUTCOME_VARIABLE, "")
     try:
-        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=report)
+        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=file)
     except click.ClickException as error:
-        if not report.add_error(UserError(error.format_message(), where="command line")):
+        if not write_report(file, error=UserError(error.format_message(), where="command line")):
             error.show()
         return error.exit_code
     except click.Abort:
@@ -391,11 +373,10 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     except SystemExit:
         return 0  # click exits so on a closed pipe (`| head`) only
     except UserError as error:
-        if report.add_error(error):
-            return EXIT_USER_ERROR
-        if isinstance(error.remedy, Step):
-            error.remedy = error.remedy.format(format_command)
-        click.echo(f"error: {error}", err=True)
+        if not write_report(file, error=error):
+            if isinstance(error.remedy, Step):
+                error.remedy = error.remedy.format(format_command)
+            click.echo(f"error: {error}", err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
         click.echo(str(interrupt), err=True)

@@ -20,30 +20,16 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
             "quickstart:quickstart", "Run the complete workflow on generated data, on a CPU."
         ),
         "studio": Operation(
-            "app.start:studio",
-            "Start a page in the browser, from images to a served model.",
-            json_help="",
+            "app.start:studio", "Start a page in the browser, from images to a served model."
         ),
         "doctor": Operation("evaluation:doctor", "Diagnose a machine, a model or a run."),
         "download": Operation("deployment:download", "Download a model or dataset from a hub."),
     },
     "Data": {
         "import": Operation("dataset:import_data", "Import a dataset as samples."),
-        "check": Operation(
-            "dataset:check_data",
-            "Validate samples.",
-            json_help="Print one JSON object per issue, then one summary,",
-        ),
-        "label": Operation(
-            "app.start:label",
-            "Label images with suggestions of a model.",
-            json_help="Print one JSON object per suggestion",
-        ),
-        "show": Operation(
-            "dataset:show",
-            "Print the tokenized samples of a recipe.",
-            json_help="Print one JSON object per sample",
-        ),
+        "check": Operation("dataset:check_data", "Validate samples."),
+        "label": Operation("app.start:label", "Label images with suggestions of a model."),
+        "show": Operation("dataset:show", "Print the tokenized samples of a recipe."),
         "data export": Operation(
             "dataset:export_data", "Export samples in the format of another program."
         ),
@@ -67,16 +53,10 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
         "compare": Operation("evaluation:compare", "Compare runs or evaluations on an HTML page."),
     },
     "Inference": {
-        "predict": Operation(
-            "evaluation:predict",
-            "Answer questions about images.",
-            json_help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes)",
-        ),
-        "chat": Operation("cli.chat:chat", "Start a chat in the terminal.", json_help=""),
-        "web": Operation("app.start:web", "Start a chat UI in the browser.", json_help=""),
-        "serve": Operation(
-            "app.start:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
-        ),
+        "predict": Operation("evaluation:predict", "Answer questions about images."),
+        "chat": Operation("cli.chat:chat", "Start a chat in the terminal."),
+        "web": Operation("app.start:web", "Start a chat UI in the browser."),
+        "serve": Operation("app.start:serve", "Start an OpenAI-compatible HTTP server."),
     },
     "Deployment": {
         "merge": Operation("deployment:merge", "Merge an adapter into its base model."),

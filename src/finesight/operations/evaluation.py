@@ -110,7 +110,8 @@ def predict(
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
 
-    Boxes are left, top, right, bottom in pixels of the original images.
+    Boxes are left, top, right, bottom in pixels of the original images. --json prints one object
+    per answer, with image, prompt, answer, raw_text and boxes.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 

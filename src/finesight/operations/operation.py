@@ -252,9 +252,6 @@ class Outcome(Generic[Result]):
     exit_code: int = 0
 
 
-JSON_HELP = "Print the result as one JSON object"
-
-
 @dataclass(frozen=True, slots=True)
 class Operation:
     """Entry of an operation.
@@ -262,13 +259,10 @@ class Operation:
     Attributes:
         target: Module of this package, or path in the project, and function: MODULE:FUNCTION.
         summary: Short description.
-        json_help: Start of the description of `--json`; empty for an operation that runs until it
-            is stopped, and has no result.
     """
 
     target: str
     summary: str
-    json_help: str = JSON_HELP
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""

@@ -24,6 +24,7 @@ from pydantic import (
     Discriminator,
     Field,
     PlainSerializer,
+    StrictBool,
     ValidationError,
     model_validator,
 )
@@ -282,6 +283,7 @@ class Sample(FrozenModel):
 
     Attributes:
         rejected: Worse answer than the last message, in a preference pair; empty without a pair.
+        label: Whether the last message is a desirable answer; None without a verdict.
         references: Further correct answers to the last user turn, used only for scoring.
         tools: Definitions of the tools that the assistant may call.
     """
@@ -290,6 +292,7 @@ class Sample(FrozenModel):
     tools: tuple[ToolDefinition, ...] = ()
     messages: tuple[Message, ...] = Field(min_length=1)
     rejected: Annotated[tuple[ContentPart, ...], BeforeValidator(_as_parts)] = ()
+    label: StrictBool | None = None
     references: tuple[str, ...] = ()
     meta: dict[str, Any] = Field(default_factory=dict)
 
@@ -613,6 +616,8 @@ def sample_fields(sample: Sample, renamed: Callable[[str], str]) -> dict[str, An
     ]
     if sample.rejected:
         record["rejected"] = [_part_record(part, renamed) for part in sample.rejected]
+    if sample.label is not None:
+        record["label"] = sample.label
     if sample.references:
         record["references"] = list(sample.references)
     if sample.meta:

@@ -32,7 +32,7 @@ from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer.engine import build_engine, iter_completions
-from finesight.infer.request import GeneratedToken, GenerationRequest
+from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.storage import make_folder, write_file
 from finesight.vision.image_processing import load_image
@@ -157,6 +157,7 @@ def predict(
     on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
     logprobs: bool = False,
+    get_sampling: Callable[[int], SamplingParams] = lambda index: SamplingParams(),
 ) -> list[Prediction]:
     """Generate a prediction for each sample, in the order of the samples.
 
@@ -171,6 +172,7 @@ def predict(
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
         logprobs: Whether predictions contain their tokens with log probabilities. Only for models
             with native code.
+        get_sampling: Returns the sampling parameters of a sample. Default: greedy decoding.
 
     Raises:
         CorruptImageError: An image cannot be read and `on_corrupt_image` is None.
@@ -196,18 +198,17 @@ def predict(
                             on_progress,
                         ),
                         (
-                            (i, build_request(prompt=prompt))
+                            (i, build_request(prompt=prompt, sampling_params=get_sampling(i)))
                             for i, prompt in prompt_reader.iter_prompts(batch_size)
                         ),
                         batch_size,
                         on_progress,
                     ):
                         prompt_reader.finished_indices.add(i)
-                        output_ids = [token.id for token in tokens]
-                        prediction = build_prediction(renderer, samples[i], prompt, output_ids)
-                        if logprobs:
-                            prediction = replace(prediction, tokens=tuple(tokens))
-                        predictions[i] = prediction
+                        ids = [token.id for token in tokens]
+                        prediction = build_prediction(renderer, samples[i], prompt, ids)
+                        kept = tuple(tokens) if logprobs else ()
+                        predictions[i] = replace(prediction, tokens=kept)
                     break
                 except torch.OutOfMemoryError:
                     batch_size = min(batch_size, len(prompt_reader.remaining)) // 2

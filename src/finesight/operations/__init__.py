@@ -29,6 +29,12 @@ OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
         "import": Operation("dataset:import_data", "Import a dataset as samples."),
         "check": Operation("dataset:check_data", "Validate samples."),
         "label": Operation("app.start:label", "Label images with suggestions of a model."),
+        "sample": Operation(
+            "responses:sample", "Sample responses, and keep the best one of each question."
+        ),
+        "pairs": Operation(
+            "responses:pairs", "Write preference pairs from responses or corrections."
+        ),
         "show": Operation("dataset:show", "Print the tokenized samples of a recipe."),
         "data export": Operation(
             "dataset:export_data", "Export samples in the format of another program."

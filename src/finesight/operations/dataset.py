@@ -12,6 +12,7 @@ from finesight.errors import Step, UserError, format_count
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
     LanguageOption,
+    OutFolderArgument,
     OverridesArgument,
     RecipeArgument,
     SourceOptions,
@@ -26,12 +27,6 @@ if TYPE_CHECKING:
     from finesight.data.importer import ImportSummary
     from finesight.encode.box_migration import MigrationResult, ResizeSpec
     from finesight.encode.tokenization import TokenizedSample
-
-
-OutFolderArgument = Annotated[
-    StrPath,
-    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
-]
 
 
 def import_data(

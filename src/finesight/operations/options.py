@@ -33,6 +33,11 @@ OverridesArgument = Annotated[
     ),
 ]
 
+OutFolderArgument = Annotated[
+    StrPath,
+    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
+]
+
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
     Parameter("Compute device. auto: the GPU if there is one, else the CPU.", default="auto"),
@@ -101,6 +106,11 @@ def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
             )
         columns[role] = column
     return columns
+
+
+LimitOption = Annotated[
+    int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
+]
 
 
 class TableOptions(TypedDict, total=False):
@@ -173,7 +183,7 @@ class SourceOptions(TableOptions, total=False):
             "1000), else pixel."
         ),
     ]
-    limit: Annotated[int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)]
+    limit: LimitOption
 
 
 def parse_row_range(row_range: str) -> tuple[int | None, int | None]:

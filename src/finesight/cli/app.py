@@ -147,11 +147,9 @@ def _run(
     arguments: dict[str, Any] = {}
     for parameter in parameters:
         value = given[parameter.name]
-        if parameter.is_multiple:
-            value = list(value) or (None if parameter.is_optional else [])
-        if parameter.info.parse is not None and value is not None:
-            value = parameter.info.parse(value)
-        arguments[parameter.name] = value
+        if parameter.is_multiple and not value and parameter.is_optional:
+            value = None
+        arguments[parameter.name] = parameter.convert(value)
     accepted = inspect.signature(function).parameters
     if as_json and "on_record" in accepted:
         arguments["on_record"] = _print_json

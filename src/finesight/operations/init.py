@@ -16,6 +16,7 @@ from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.operations.dataset import build_import_options, check_data, format_import
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import TableOptions
+from finesight.operations.training import plan
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
-    from finesight.progress import ProgressConsole
 
 Ask = Callable[[str, str], str]
 """Function that asks a question, and returns the answer. The second argument is the default."""
@@ -131,8 +131,12 @@ def init(
     num_samples = summary.output_files[0].num_samples
     inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
     write_file(recipe, format_recipe(*inputs, num_samples).encode())
-    run_plan = _plan(recipe, console)
-    if run_plan is not None:
+    run_plan: RunPlan | None = None
+    try:
+        run_plan = plan(recipe).value
+    except UserError as error:  # of a model that cannot be downloaded
+        console.log(f"the run was not planned: {error}")
+    else:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
         write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
@@ -375,23 +379,6 @@ def choose_model(memory_bytes: int) -> str:
     from finesight.model_folder import TINY_MODEL
 
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
-
-
-def _plan(recipe: Path, console: ProgressConsole) -> RunPlan | None:
-    """Plan the run of a recipe; None if the model cannot be downloaded."""
-    from rich.console import Console
-
-    from finesight.plan.run_plan import plan_run
-    from finesight.progress import ProgressConsole
-    from finesight.recipe import load_recipe
-
-    settings = load_recipe(recipe)
-    try:
-        with console.activity("planning the run"):
-            return plan_run(settings, None, ProgressConsole(Console(quiet=True)))
-    except UserError as error:
-        console.log(f"the run was not planned: {error}")
-        return None
 
 
 def _check(summary: ImportSummary) -> tuple[list[str], bool]:

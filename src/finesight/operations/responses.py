@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Unpack
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.errors import Step, UserError, format_count, suggest_similar_path
 from finesight.operations.model import ModelArgument, get_model_name, load_model
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finesight.data.sample import ContentPart, LocatedSample
 
     Answer = tuple[ContentPart, ...]
+    Responses = dict[str, list[tuple[float, Answer | None]]]
     Verdicts = dict[str, tuple[Sequence[Answer], Sequence[Answer]]]
     Row = tuple[LocatedSample, Answer, Mapping[str, Any]]
 
@@ -120,7 +121,7 @@ def sample(
         num_kept = write_answers(folder / "data.jsonl", best, out)
     for error in {str(error).splitlines()[0] for error in errors.values()}:
         console.log(f"skipped: {error}")
-    groups = [[one.score for one in group] for group in responses.values()]
+    groups = [[score for score, _ in group] for group in responses.values()]
     summary = {
         "num_samples": len(samples),
         "num_skipped": len(skipped),
@@ -205,16 +206,14 @@ def pairs(
     for located in samples:
         name, last = located.sample.id, located.sample.messages[-1]
         good, bad = verdicts.pop(name, ((), ()))
-        found: list[tuple[Answer, dict[str, Any]]] = []
+        num_rows = len(rows)
         if labels:
-            found = [*((one, {"label": True}) for one in good)]
-            found += [(one, {"label": False}) for one in bad]
-            found = [(one, {"id": f"{name}-{n}", **x}) for n, (one, x) in enumerate(found)]
-        elif bad:
-            chosen = [*good, *([last.content] if last.role == "assistant" else [])]
-            found = [(one, {"rejected": bad[-1]}) for one in chosen[:1]]
-        rows += [(located, *one) for one in found]
-        num_unused += bool(good or bad) and not found
+            graded = [*((one, True) for one in good), *((one, False) for one in bad)]
+            for n, (one, label) in enumerate(graded):
+                rows.append((located, one, {"label": label, "id": f"{name}-{n}"}))
+        elif bad and (good or last.role == "assistant"):
+            rows.append((located, [*good, last.content][0], {"rejected": bad[-1]}))
+        num_unused += bool(good or bad) and len(rows) == num_rows
     num_written = write_answers(out, rows, out.parent)
     num_unused += len(verdicts) + len(rows) - num_written
     if not num_written:
@@ -239,36 +238,30 @@ def _find_responses(
     from finesight.manifest import PREDICTIONS_FOLDER, RECIPE_FILE, RESPONSES_FILE
     from finesight.recipe import load_recipe
 
-    has_recipe = (source / RECIPE_FILE).is_file()
-    recipe = load_recipe(source / RECIPE_FILE) if has_recipe else None
     names = (source / RESPONSES_FILE, source / PREDICTIONS_FOLDER / "after.jsonl", source)
-    file = next((one for one in names if one.is_file()), None)
-    if file is None or (data is None and recipe is None):
+    file = next((one for one in names if one.is_file()), source)
+    has_recipe = (source / RECIPE_FILE).is_file()
+    if not file.is_file() or not (data or has_recipe):
+        is_found = file.is_file()
         raise UserError(
-            "no responses" if file is None else "the samples of the responses are unknown",
-            where=str(source) if file is None else "--data",
+            "the samples of the responses are unknown" if is_found else "no responses",
+            where="--data" if is_found else str(source),
             expected="a folder of `finesight sample`, a run, or a file of `finesight eval --out`",
-            remedy=suggest_similar_path(source) if file is None else "add --data FILE.jsonl",
+            remedy="add --data FILE.jsonl" if is_found else suggest_similar_path(source),
         )
-    own: Sequence[DataFileSettings] = ()
-    weights = [1.0]
-    if recipe is not None:
-        own = recipe.data.eval
-        if file.name == RESPONSES_FILE:
-            own, weights = recipe.data.train, [one.weight for one in recipe.rewards] or weights
-    return file, [DataFileSettings(path=str(data))] if data else own, weights
+    files: Sequence[DataFileSettings] = [DataFileSettings(path=str(data))] if data else ()
+    if not has_recipe:
+        return file, files, [1.0]
+    recipe = load_recipe(source / RECIPE_FILE)
+    if file.name != RESPONSES_FILE:
+        return file, files or recipe.data.eval, [1.0]
+    return file, files or recipe.data.train, [one.weight for one in recipe.rewards] or [1.0]
 
 
-class Response(NamedTuple):
-    """A response with its score, NaN if it has none, and whether it is complete."""
+def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
+    """Read scores and contents of the responses to each sample by its ID, best first.
 
-    score: float
-    content: Answer
-    is_complete: bool
-
-
-def read_responses(file: Path, weights: Sequence[float] = ()) -> dict[str, list[Response]]:
-    """Read the responses to each sample by its ID, best first.
+    The content of a truncated response is None. A response without a score has NaN.
 
     Args:
         weights: Weights of the scores, for responses without a mean of them.
@@ -276,21 +269,20 @@ def read_responses(file: Path, weights: Sequence[float] = ()) -> dict[str, list[
     from finesight.data.sample import TextPart
     from finesight.evaluate.metric_difference import read_predictions
 
-    responses: dict[str, list[Response]] = {}
+    responses: Responses = {}
     for one in read_predictions(file):
         score = float(one.record.get("score", _weigh(one.scores.values(), weights)))
-        reasoning = one.record.get("reasoning")
         content: Answer = one.case.boxes or (TextPart(text=one.case.answer),)
-        if reasoning:
+        if reasoning := one.record.get("reasoning"):
             content = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"), *content)
-        response = Response(score, content, one.case.ended_with_eos)
-        responses.setdefault(one.case.id, []).append(response)
+        row = (score, content if one.case.ended_with_eos else None)
+        responses.setdefault(one.case.id, []).append(row)
     for group in responses.values():
-        group.sort(key=lambda one: -math.inf if math.isnan(one.score) else one.score, reverse=True)
+        group.sort(key=lambda row: -math.inf if math.isnan(row[0]) else row[0], reverse=True)
     return responses
 
 
-def grade_responses(responses: Mapping[str, Sequence[Response]], min_score: float) -> Verdicts:
+def grade_responses(responses: Responses, min_score: float) -> Verdicts:
     """Return the different correct and other responses by sample, best first.
 
     A truncated response is neither correct nor a complete error.
@@ -298,9 +290,9 @@ def grade_responses(responses: Mapping[str, Sequence[Response]], min_score: floa
     verdicts: Verdicts = {}
     for name, group in responses.items():
         good, bad = verdicts[name] = ([], [])
-        for score, content, is_complete in group:
+        for score, content in group:
             graded = good if score >= min_score - ROUNDING else bad
-            if is_complete and not math.isnan(score) and content not in (*good, *bad):
+            if content is not None and not math.isnan(score) and content not in (*good, *bad):
                 graded.append(content)
     return verdicts
 

@@ -238,19 +238,14 @@ def _parse_paths(argument: str) -> list[Path]:
         if Path(argument).expanduser().is_file():
             return [Path(argument).expanduser()]
     try:
-        words = shlex.split(argument)
+        words, problem = shlex.split(argument), "a path is missing"
     except ValueError as error:
-        raise UserError(
-            f"{argument!r} cannot be parsed ({error})",
-            where="/image",
-            expected="paths; paths with spaces in quotes",
-            remedy="close the quotes",
-        ) from error
+        words, problem = [], f"cannot be parsed: {error}"
     if not words:
         raise UserError(
-            f"a path is missing: {argument!r}",
+            f"{argument!r}: {problem}",
             where="/image",
-            expected="/image PATH...",
+            expected="/image PATH..., paths with spaces in quotes",
             remedy="for example /image cat.jpg",
         )
     return [Path(word).expanduser() for word in words]

@@ -375,14 +375,7 @@ def check_data(
         html: Also write an HTML page with the issues, statistics and random samples.
         seed: Random seed of the samples on the HTML page.
     """
-    from finesight.check.check_issues import format_summary, summary_to_dict
-    from finesight.check.data_checker import (
-        DataChecker,
-        inputs_from_files,
-        inputs_from_recipe,
-        is_recipe,
-        load_model_requirements,
-    )
+    from finesight.check import check_issues, data_checker
     from finesight.data.import_source import ImportOptions
     from finesight.progress import ProgressConsole
     from finesight.report.data_pages import render_check_page
@@ -392,7 +385,7 @@ def check_data(
 
     options, paths = build_import_options(reading), [*map(Path, sources)]
     has_defaults = options == ImportOptions()
-    recipe = next(filter(is_recipe, paths), None) if options.format is None else None
+    recipe = next(filter(data_checker.is_recipe, paths), None) if options.format is None else None
     if recipe is not None:
         if len(paths) > 1 or not has_defaults or against or model or max_length:
             raise UserError(
@@ -401,10 +394,10 @@ def check_data(
                 expected="one recipe with --fix, --html, --seed and --json only",
                 remedy="remove the other arguments, or check the data files directly",
             )
-        inputs, requirements = inputs_from_recipe(recipe)
+        inputs, requirements = data_checker.inputs_from_recipe(recipe)
     else:
-        inputs = inputs_from_files(paths, [*map(Path, against)], options)
-        requirements = load_model_requirements(model, max_length)
+        inputs = data_checker.inputs_from_files(paths, [*map(Path, against)], options)
+        requirements = data_checker.load_model_requirements(model, max_length)
     fix, html, console = to_path(fix), to_path(html), ProgressConsole()
     if html:
         raise_if_not_generated(html)
@@ -414,13 +407,13 @@ def check_data(
             on_record(issue.as_json())
 
     with write_folder(fix) if fix else temporary_folder("check") as folder:
-        checker = DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
+        checker = data_checker.DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
         with console.progress_stage("rows", checker.num_rows) as on_progress:
             # Worker processes import the main module, which starts them again without a guard.
             result, images = checker.run(
                 report_issue, on_progress, single_process=not has_main_guard
             )
-        lines = format_summary(result, MAX_PRINTED_ISSUES)
+        lines = check_issues.format_summary(result, MAX_PRINTED_ISSUES)
         fixed = None
         try:
             if html:
@@ -432,19 +425,18 @@ def check_data(
         except UserError:
             console.log("\n".join(lines))  # the issues, which may prevent the correction
             raise
-    has_errors = result.severity == "error"
+    data = check_issues.summary_to_dict(result, fixed)
     # Other operations would need the other options and files, too.
     is_plain = len(paths) == 1 and has_defaults and not (against or model or max_length)
     steps = []
-    if recipe is not None:
-        steps = [] if has_errors else [Step("plan", {"recipe": recipe})]
-    elif is_plain and not has_errors:
-        steps = [Step("init", {"data": fix or paths[0]})]
-    elif is_plain and checker.fixer.can_write and fix is None:
+    if result.severity != "error":
+        data_step = [Step("init", {"data": fix or paths[0]})] if is_plain else []
+        steps = data_step if recipe is None else [Step("plan", {"recipe": recipe})]
+    elif recipe is None and is_plain and checker.fixer.can_write and fix is None:
         named = paths[0] if paths[0].name else paths[0].resolve()
         name = f"{named.stem or 'data'}-fixed"
         steps = [Step("check", {"sources": paths, "fix": named.with_name(name)})]
-    return Outcome(result, lines, summary_to_dict(result, fixed), steps, result.exit_code)
+    return Outcome(result, lines, data, steps, result.exit_code)
 
 
 def show(

@@ -6,14 +6,14 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 from finesight.errors import Step, UserError
+from finesight.hub.address import parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import OverridesArgument, RecipeArgument, TrustMetricOption
 
@@ -126,21 +126,16 @@ def convert(
 
 def _format_notes(notes: Sequence[ConversionNote]) -> list[str]:
     lines = [f"  {note.key} {note.value}: {note.text}" for note in notes if note.kind == "note"]
-    differences = [note for kind in ("differs", "unknown") for note in notes if note.kind == kind]
-    if differences:
-        lines.append("different in finesight:")
-        for reason, group in groupby(differences, _get_text):
-            lines.append(f"  {', '.join(f'{note.key} {note.value}' for note in group)}: {reason}")
-    irrelevant = sorted((note for note in notes if note.kind == "ignored"), key=_get_text)
-    if irrelevant:
-        lines.append("not needed:")
-        for reason, group in groupby(irrelevant, _get_text):
-            lines.append(f"  {', '.join(note.key for note in group)}: {reason}")
+    titles = {"different in finesight:": ("differs", "unknown"), "not needed:": ("ignored",)}
+    for title, kinds in titles.items():
+        settings: dict[str, list[str]] = {}
+        for note in (note for kind in kinds for note in notes if note.kind == kind):
+            name = note.key if note.kind == "ignored" else f"{note.key} {note.value}"
+            settings.setdefault(note.text, []).append(name)
+        reasons = sorted(settings) if "ignored" in kinds else settings
+        lines += [title] if settings else []
+        lines += [f"  {', '.join(settings[reason])}: {reason}" for reason in reasons]
     return lines
-
-
-def _get_text(note: ConversionNote) -> str:
-    return note.text
 
 
 def train(
@@ -184,7 +179,6 @@ def train(
     overrides, console = overrides or (), ProgressConsole()
     is_main = os.environ.get("RANK", "0") == "0"
     if push is not None:
-        from finesight.hub.address import parse_address
         from finesight.hub.repository import check_publish, check_publish_address
 
         check_publish_address(parse_address(push))
@@ -229,12 +223,10 @@ def train(
         exit_code = upload_run(settings.output_dir, push, console)
     from finesight.report.run_reader import read_run
 
-    run, label_step = str(settings.output_dir), find_label_step(settings)
-    image, prompt = read_example(settings.output_dir)
+    run, (image, prompt) = str(settings.output_dir), read_example(settings.output_dir)
     advice = advise_run(read_run(settings.output_dir, with_plugins=False), settings.output_dir)
     purposes = {step.operation: step.purpose for step in advice}
-    if label_step is not None:
-        label_step = replace(label_step, purpose=purposes.get("label", ""))
+    label_step = find_label_step(settings, purposes.get("label", ""))
     next_steps = [
         *(step for step in advice if step.operation == "train"),
         Step("predict", {"run_or_model": run, "images": [image], "prompt": prompt}),
@@ -302,7 +294,7 @@ def _load_recipe(
     return settings, file, section.get("steps") if isinstance(section, Mapping) else None
 
 
-def find_label_step(recipe: Recipe) -> Step | None:
+def find_label_step(recipe: Recipe, purpose: str = "") -> Step | None:
     """Return the step that labels further images with a run; None if it trained no labels."""
     from finesight.label.label_store import find_label_folder, read_sources
 
@@ -311,7 +303,7 @@ def find_label_step(recipe: Recipe) -> Step | None:
         return None
     sources = [source for source in read_sources(folder) if os.path.exists(source)]
     arguments = {"run_or_model": str(recipe.output_dir), "sources": sources or ["IMAGES"]}
-    return Step("label", arguments)
+    return Step("label", arguments, purpose)
 
 
 def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
@@ -428,7 +420,6 @@ def launch(
     from finesight.launch import launch_job
 
     if push is not None:
-        from finesight.hub.address import parse_address
         from finesight.hub.repository import check_publish_address
 
         check_publish_address(parse_address(push))

@@ -54,10 +54,6 @@ SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
 LOADAVG_PATH = Path("/proc/loadavg")
 
 
-PLACEHOLDERS = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH"}
-"""Placeholder of each kind of value in the help."""
-
-
 class OperationCommand(click.Command):
     """A command that explains settings of a recipe among its words."""
 
@@ -65,20 +61,22 @@ class OperationCommand(click.Command):
         """Parse the words after the command; reject options that are settings of a recipe."""
         params = self.get_params(ctx)
         known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
+        reject = _reject_override
         if any(param.name == "overrides" for param in params):
-            for word, following in zip_longest(args, args[1:], fillvalue=""):
-                option, _, value = word.partition("=")
-                if option.startswith("--") and option not in known:
-                    _reject_setting(option, value or following)
-        else:
-            _reject_override(args, known)
+            reject = _reject_option
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
+            reject(word, following, known)
         return super().parse_args(ctx, args)
 
 
-def _reject_setting(option: str, value: str) -> None:
+def _reject_option(word: str, following: str, known: Collection[str]) -> None:
     """Raise UserError for an option that names a setting of a trainer."""
+    option, _, value = word.partition("=")
+    if not option.startswith("--") or option in known:
+        return
     from finesight.recipe import suggest_override
 
+    value = value or following
     is_flag = not value or value.startswith("--")
     remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
     if remedy is not None:
@@ -90,23 +88,21 @@ def _reject_setting(option: str, value: str) -> None:
         )
 
 
-def _reject_override(args: list[str], options: Collection[str]) -> None:
+def _reject_override(word: str, following: str, known: Collection[str]) -> None:
     """Raise UserError for a setting of a recipe after a command that takes none."""
-    for name, separator, value in (word.partition("=") for word in args):
-        section, _, last = name.rpartition(".")
-        if not (separator and section) or os.path.exists(f"{name}={value}"):
-            continue
-        from finesight.recipe import list_setting_names
+    name, separator, value = word.partition("=")
+    if not separator or "." not in name or os.path.exists(word):
+        return
+    from finesight.recipe import list_setting_names
 
-        if name in list_setting_names():
-            option = f"--{last.replace('_', '-')}"
-            names = ", ".join(sorted(one for one in options if one.startswith("--")))
-            raise UserError(
-                f"{name} is a setting of a recipe, and this command takes options only",
-                where="command line",
-                expected=names,
-                remedy=f"use {option} {value}" if option in options else "remove it",
-            )
+    if name in list_setting_names():
+        option = f"--{name.rpartition('.')[2].replace('_', '-')}"
+        raise UserError(
+            f"{name} is a setting of a recipe, and this command takes options only",
+            where="command line",
+            expected=", ".join(sorted(one for one in known if one.startswith("--"))),
+            remedy=f"use {option} {value}" if option in known else "remove it",
+        )
 
 
 def build_command(name: str, operation: Operation) -> click.Command:
@@ -192,38 +188,27 @@ def _print_json(data: object) -> None:
 
 
 def _build_param(parameter: OperationParameter) -> click.Parameter:
-    info = parameter.info
-    default = {} if parameter.is_required else {"default": parameter.default}
-    type_ = _build_type(parameter)
-    metavar = info.metavar or None
+    info, type_, metavar = parameter.info, _build_type(parameter), parameter.info.metavar or None
+    common: dict[str, Any] = {"required": parameter.is_required, "help": parameter.help}
+    if not parameter.is_required:
+        common["default"] = parameter.default
     if parameter.is_positional:
         word = metavar or parameter.name.upper()
         word = word if parameter.is_required else f"[{word}]"
-        return click.Argument(
-            [parameter.name],
-            type=type_,
-            metavar=f"{word}..." if parameter.is_multiple else word,
-            required=parameter.is_required,
-            **default,
-            nargs=-1 if parameter.is_multiple else 1,
-            help=parameter.help + ("  [required]" if parameter.is_required else ""),
-        )
-    is_flag = parameter.kind == "flag"
-    if metavar is None and parameter.kind in PLACEHOLDERS:
-        metavar = PLACEHOLDERS[parameter.kind]
-        if parameter.kind == "path":
-            metavar = {"file": "FILE", "folder": "FOLDER"}.get(info.path.split()[-1], metavar)
-    return click.Option(
-        [parameter.name, parameter.option],
-        type=None if is_flag else type_,
-        is_flag=is_flag or None,
-        metavar=None if is_flag else metavar,
-        required=parameter.is_required,
-        **default,
-        multiple=parameter.is_multiple,
+        common["metavar"] = f"{word}..." if parameter.is_multiple else word
+        common["help"] += "  [required]" if parameter.is_required else ""
+        nargs = -1 if parameter.is_multiple else 1
+        return click.Argument([parameter.name], type=type_, nargs=nargs, **common)
+    names = [parameter.name, parameter.option]
+    if parameter.kind == "flag":
         # The default of a flag without a name for its opposite is clear.
-        show_default=not is_flag or "/" in parameter.option,
-        help=parameter.help,
+        return click.Option(names, is_flag=True, show_default="/" in parameter.option, **common)
+    kind = info.path.split()[-1] if parameter.kind == "path" else parameter.kind
+    if kind != "choice":
+        metavar = metavar or ("PATH" if kind == "any" else kind.upper())
+    multiple = parameter.is_multiple
+    return click.Option(
+        names, type=type_, metavar=metavar, multiple=multiple, show_default=True, **common
     )
 
 

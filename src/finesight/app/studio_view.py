@@ -164,7 +164,7 @@ def list_form_parameters(form: str) -> dict[str, OperationParameter]:
     """Return the parameters of the operation of a form by name."""
     if form in ("recipe", "editor"):
         return {}
-    return {one.name: one for one in list_parameters(find_operation(form).load())}
+    return {one.name: one for one in list_parameters(find_operation(form))}
 
 
 def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:

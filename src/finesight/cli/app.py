@@ -32,10 +32,9 @@ from finesight.errors import (
     escape_unprintable,
 )
 from finesight.host_memory import num_allowed_cpus
-from finesight.operations import OPERATIONS
+from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
-    Operation,
     OperationParameter,
     Outcome,
     format_command,
@@ -105,9 +104,8 @@ def _reject_override(word: str, following: str, known: Collection[str]) -> None:
         )
 
 
-def build_command(name: str, operation: Operation) -> click.Command:
+def build_command(name: str, function: Callable[..., Any]) -> click.Command:
     """Build the command of an operation. Its help is the docstring of the operation."""
-    function = operation.load()
     parameters = list_parameters(function)
     params: list[click.Parameter] = [_build_param(parameter) for parameter in parameters]
     if "ask" in inspect.signature(function).parameters:
@@ -121,7 +119,6 @@ def build_command(name: str, operation: Operation) -> click.Command:
         callback=partial(_run, function, parameters),
         params=params,
         help=_read_help(function),
-        short_help=operation.summary,
     )
 
 
@@ -251,13 +248,13 @@ class CommandGroup(click.Group):
     """Commands of operations, which are imported when they are used.
 
     Args:
-        sections: Operations and groups by section of the help and by name.
+        sections: Names of operations, and groups, by section of the help and by name.
     """
 
     def __init__(
         self,
         *args: Any,
-        sections: Mapping[str, Mapping[str, Operation | CommandGroup]],
+        sections: Mapping[str, Mapping[str, str | CommandGroup]],
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -273,17 +270,14 @@ class CommandGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command with a name, which imports its operation; None for an unknown one."""
         entry = self._entries.get(cmd_name)
-        return build_command(cmd_name, entry) if isinstance(entry, Operation) else entry
+        return build_command(cmd_name, find_operation(entry)) if isinstance(entry, str) else entry
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the sections with the summaries of their commands."""
         for title, section in self._sections.items():
+            commands = [(name, self.get_command(ctx, name)) for name in section]
             with formatter.section(title):
-                formatter.write_dl([(name, _summarize(one)) for name, one in section.items()])
-
-
-def _summarize(entry: Operation | CommandGroup) -> str:
-    return entry.summary if isinstance(entry, Operation) else entry.get_short_help_str(100)
+                formatter.write_dl([(n, one.get_short_help_str(100)) for n, one in commands if one])
 
 
 def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
@@ -296,11 +290,10 @@ def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | No
     ctx.exit()
 
 
-_SECTIONS: dict[str, dict[str, Operation | CommandGroup]] = {
-    title: {name: one for name, one in group.items() if " " not in name}
-    for title, group in OPERATIONS.items()
+_SECTIONS: dict[str, dict[str, str | CommandGroup]] = {
+    title: {name: name for name in group if " " not in name} for title, group in OPERATIONS.items()
 }
-_DATA = {name[5:]: one for name, one in OPERATIONS["Data"].items() if name.startswith("data ")}
+_DATA = {name[5:]: name for name in OPERATIONS["Data"] if name.startswith("data ")}
 _SECTIONS["Data"]["data"] = CommandGroup(
     "data",
     sections={"Commands": _DATA},

@@ -239,7 +239,7 @@ def compare(
 def doctor(
     subject: Annotated[StrPath | None, Parameter(metavar="RUN|MODEL", is_positional=True)] = None,
 ) -> Outcome[DiagnosisSections]:
-    """Report problems with their effect and a command that fixes them.
+    """Diagnose a machine, a model or a run: problems, effects, and commands that fix them.
 
     Without an argument, this machine: memory, disks, package conflicts, torch and driver,
     environment variables, and optional packages.

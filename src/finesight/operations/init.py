@@ -72,7 +72,7 @@ def init(
     ask: Ask | None = None,
     **reading: Unpack[TableOptions],
 ) -> Outcome[Path]:
-    """Import a dataset, and write a recipe for its task and for this machine.
+    """Import a dataset, and write a recipe that fits its task and this machine.
 
     Detects the format, columns and task of the data, and the memory of the GPU. Asks at most five
     questions. Writes FOLDER/data and a commented FOLDER/recipe.yaml with a model that fits, checks

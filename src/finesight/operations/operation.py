@@ -16,7 +16,6 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, wraps
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -190,7 +189,7 @@ def list_words(step: Step) -> list[str]:
     """Return the words of the command line of a step after the program."""
     from finesight.operations import find_operation
 
-    parameters = list_parameters(find_operation(step.operation).load())
+    parameters = list_parameters(find_operation(step.operation))
     known = [one for one in parameters if one.name in step.arguments]
     assert len(known) == len(step.arguments), f"{step.operation} lacks {step.arguments}"
     # Options follow the positional arguments.
@@ -224,13 +223,13 @@ def format_call(step: Step) -> str:
     """Format the call of a step in Python, or its command if Python has no function for it."""
     from finesight.operations import find_operation
 
-    module, _, function = find_operation(step.operation).target.partition(":")
-    if "." in module:
+    operation = find_operation(step.operation)
+    if not operation.__module__.startswith("finesight.operations."):
         return format_step(step)
     # Paths are text, which needs no import.
     plain = json.loads(json.dumps(dict(step.arguments), default=str))
     arguments = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    return f"finesight.api.{function}({arguments})"
+    return f"finesight.api.{operation.__name__}({arguments})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,26 +249,6 @@ class Outcome(Generic[Result]):
     data: object = None
     next_steps: Sequence[Step] = ()
     exit_code: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """Entry of an operation.
-
-    Attributes:
-        target: Module of this package, or path in the project, and function: MODULE:FUNCTION.
-        summary: Short description.
-    """
-
-    target: str
-    summary: str
-
-    def load(self) -> Callable[..., Any]:
-        """Import the function."""
-        module, _, function = self.target.partition(":")
-        path = module if "." in module else f"operations.{module}"
-        operation: Callable[..., Any] = getattr(import_module(f"finesight.{path}"), function)
-        return operation
 
 
 KINDS: Mapping[type, Kind] = {

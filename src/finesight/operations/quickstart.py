@@ -43,7 +43,7 @@ def quickstart(
     out: Annotated[StrPath, Parameter(metavar="FOLDER")] = Path("quickstart"),
     settings: QuickstartSettings | None = None,
 ) -> Outcome[RunResult]:
-    """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
+    """Run the complete workflow on generated train tickets, with finesight-tiny.
 
     Needs no network and no GPU, and takes about two minutes on two CPU cores. Run it again to
     resume after an interruption.

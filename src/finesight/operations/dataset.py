@@ -492,14 +492,11 @@ def show(
     )
     renderer.supervise = settings.data.supervise
     corpus = load_corpus(files)
-    text = "The first {} of {}"
-    if seed is None:
-        selected = corpus.read_samples(num_samples)
-    else:
+    text, indices = "The first {} of {}", [*range(len(corpus))]
+    if seed is not None:
         text = "{} random samples of {}"
-        count = min(num_samples, len(corpus))
-        indices = sorted(random.Random(seed).sample(range(len(corpus)), count))
-        selected = [corpus.read_validated(index) for index in indices]
+        indices = sorted(random.Random(seed).sample(indices, min(num_samples, len(corpus))))
+    selected = [corpus.read_validated(index) for index in indices[:num_samples]]
     console, valid, tokenized = ProgressConsole(), [], []
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:

@@ -35,8 +35,8 @@ from finesight.host_memory import num_allowed_cpus
 from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
-    OperationParameter,
     Outcome,
+    Parameter,
     format_command,
     list_parameters,
 )
@@ -131,7 +131,7 @@ def _read_help(function: Callable[..., Any]) -> str:
 
 def _run(
     function: Callable[..., Any],
-    parameters: Sequence[OperationParameter],
+    parameters: Sequence[Parameter],
     as_json: bool = False,
     use_defaults: bool = False,
     **given: Any,
@@ -184,8 +184,8 @@ def _print_json(data: object) -> None:
     click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
 
 
-def _build_param(parameter: OperationParameter) -> click.Parameter:
-    info, type_, metavar = parameter.info, _build_type(parameter), parameter.info.metavar or None
+def _build_param(parameter: Parameter) -> click.Parameter:
+    type_, metavar = _build_type(parameter), parameter.metavar or None
     common: dict[str, Any] = {"required": parameter.is_required, "help": parameter.help}
     if not parameter.is_required:
         common["default"] = parameter.default
@@ -200,7 +200,7 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
     if parameter.kind == "flag":
         # The default of a flag without a name for its opposite is clear.
         return click.Option(names, is_flag=True, show_default="/" in parameter.option, **common)
-    kind = info.path.split()[-1] if parameter.kind == "path" else parameter.kind
+    kind = parameter.path.split()[-1] if parameter.kind == "path" else parameter.kind
     if kind != "choice":
         metavar = metavar or ("PATH" if kind == "any" else kind.upper())
     multiple = parameter.is_multiple
@@ -209,20 +209,19 @@ def _build_param(parameter: OperationParameter) -> click.Parameter:
     )
 
 
-def _build_type(parameter: OperationParameter) -> click.ParamType[Any]:
-    info = parameter.info
+def _build_type(parameter: Parameter) -> click.ParamType[Any]:
     if parameter.choices:
         return click.Choice(parameter.choices)
     if parameter.kind == "integer":
-        low, high = (None if b is None else int(b) for b in (info.minimum, info.maximum))
+        low, high = (None if b is None else int(b) for b in (parameter.minimum, parameter.maximum))
         return click.IntRange(low, high)
     if parameter.kind == "number":
-        return click.FloatRange(info.minimum, info.maximum)
+        return click.FloatRange(parameter.minimum, parameter.maximum)
     if parameter.kind == "path":
         return click.Path(
-            exists=info.path.startswith("existing"),
-            file_okay=not info.path.endswith("folder"),
-            dir_okay=not info.path.endswith("file"),
+            exists=parameter.path.startswith("existing"),
+            file_okay=not parameter.path.endswith("folder"),
+            dir_okay=not parameter.path.endswith("file"),
             path_type=Path,
         )
     return click.STRING

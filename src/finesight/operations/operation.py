@@ -14,7 +14,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
@@ -37,7 +37,9 @@ Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Properties of a parameter of an operation, in the `Annotated` type of its argument.
+    """Parameter of an operation, given in the `Annotated` type of its argument.
+
+    `list_parameters` completes the name and kind, and the values that the argument itself states.
 
     Attributes:
         help: Description of an argument that several operations have. The docstring of an operation
@@ -52,8 +54,13 @@ class Parameter:
         parse: Converts the words of the command line to the value. Python code may give either.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
-        default: Default value in a group of options, a `TypedDict` that `**` unpacks.
+        default: Default value, or `inspect.Parameter.empty` for a required parameter. It is given
+            here in a group of options, a `TypedDict` that `**` unpacks.
         plugins: Kind of the plug-ins that the help lists.
+        kind: Kind of a value, or of each of several.
+        is_multiple: Whether several values are accepted.
+        is_optional: Whether None is accepted.
+        other_types: Names of the types of objects that Python code may give instead.
     """
 
     help: str = ""
@@ -64,46 +71,18 @@ class Parameter:
     parse: Callable[[Any], Any] | None = None
     minimum: float | None = None
     maximum: float | None = None
-    default: object = None
+    default: Any = None
     plugins: PluginKind | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OperationParameter:
-    """Parameter of an operation.
-
-    Attributes:
-        help: Description, with the default if it depends on other values.
-        kind: Kind of a value, or of each of several.
-        choices: Values of a choice.
-        is_multiple: Whether several values are accepted.
-        is_optional: Whether None is accepted.
-        default: Default value, or `inspect.Parameter.empty` for a required parameter.
-        other_types: Names of the types of objects that Python code may give instead.
-    """
-
-    name: str
-    help: str
-    info: Parameter
-    kind: Kind
-    choices: tuple[str, ...]
-    is_multiple: bool
-    is_optional: bool
-    default: Any
+    name: str = ""
+    kind: Kind = "text"
+    choices: tuple[str, ...] = ()
+    is_multiple: bool = False
+    is_optional: bool = False
     other_types: frozenset[str] = frozenset()
 
     @property
     def is_required(self) -> bool:
         return self.default is inspect.Parameter.empty
-
-    @property
-    def is_positional(self) -> bool:
-        return self.info.is_positional or (self.is_required and not self.info.option)
-
-    @property
-    def option(self) -> str:
-        """Name of the option, such as `--batch-size`."""
-        return self.info.option or f"--{self.name.replace('_', '-')}"
 
     def format_words(self, value: object) -> list[str]:
         """Return the words of the command line that give the parameter a value."""
@@ -134,10 +113,10 @@ class OperationParameter:
             words = [self._convert_item(item) for item in (value if is_sequence else [value])]
         else:
             words = self._convert_item(value)
-        return words if self.info.parse is None else self.info.parse(words)
+        return words if self.parse is None else self.parse(words)
 
     def _convert_item(self, value: Any) -> Any:
-        info, expected = self.info, ""
+        expected = ""
         if self.kind in ("path", "text"):
             name = to_name(value)
             return Path(os.path.expanduser(name)) if self.kind == "path" else name
@@ -145,10 +124,10 @@ class OperationParameter:
             expected = f"one of {', '.join(self.choices)}" if value not in self.choices else ""
         elif not isinstance(value, int if self.kind == "integer" else int | float):
             expected = "an integer" if self.kind == "integer" else "a number"
-        elif info.minimum is not None and value < info.minimum:
-            expected = f"a number of at least {info.minimum:g}"
-        elif info.maximum is not None and value > info.maximum:
-            expected = f"a number of at most {info.maximum:g}"
+        elif self.minimum is not None and value < self.minimum:
+            expected = f"a number of at least {self.minimum:g}"
+        elif self.maximum is not None and value > self.maximum:
+            expected = f"a number of at most {self.maximum:g}"
         if expected:
             raise _build_value_error(self.name, value, expected)
         return value
@@ -261,7 +240,7 @@ KINDS: Mapping[type, Kind] = {
 
 
 @lru_cache
-def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParameter]:
+def list_parameters(operation: Callable[..., object]) -> Sequence[Parameter]:
     """Return the parameters of an operation that have a description, in their order."""
     signature = inspect.signature(operation).parameters
     annotations = {name: parameter.annotation for name, parameter in signature.items()}
@@ -301,7 +280,7 @@ def _find_info(hint: Any) -> Parameter:
     return next((item for item in metadata if isinstance(item, Parameter)), Parameter())
 
 
-def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationParameter:
+def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
     info = _find_info(hint)
     if info.plugins and (names := Registry(info.plugins, object, {}).plugin_names):
         text += f" Plug-ins: {', '.join(names)}."
@@ -318,10 +297,13 @@ def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationP
         kinds.discard(Path)
     found = [kind for type_, kind in KINDS.items() if type_ in kinds]
     others = {typing.get_origin(one) or one for one in kinds} - {*KINDS, type(None), Literal}
-    return OperationParameter(
+    is_required = default is inspect.Parameter.empty
+    return replace(
+        info,
         name=name,
         help=text,
-        info=info,
+        option=info.option or f"--{name.replace('_', '-')}",
+        is_positional=info.is_positional or (is_required and not info.option),
         kind="choice" if choices else [*found, "text"][0],
         choices=choices,
         is_multiple=bool(containers),

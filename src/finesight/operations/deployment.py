@@ -53,26 +53,20 @@ def download(
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
     from finesight.data.source_fetch import select_repository_files
-    from finesight.hub.repository import (
-        download_folder,
-        fetch_model,
-        open_repository,
-        select_model_files,
-    )
+    from finesight.hub import repository as hub_repository
     from finesight.model_folder import DOWNLOAD_PATTERNS
 
     is_model = address.repo_type == "model"
     if is_model and to is None:
-        return fetch_model(address, DOWNLOAD_PATTERNS)
-    repository = open_repository(address)
-    paths = (
-        select_model_files(repository, DOWNLOAD_PATTERNS)
-        if is_model
-        else select_repository_files(repository)
-    )
+        return hub_repository.fetch_model(address, DOWNLOAD_PATTERNS)
+    repository = hub_repository.open_repository(address)
+    if is_model:
+        paths = hub_repository.select_model_files(repository, DOWNLOAD_PATTERNS)
+    else:
+        paths = select_repository_files(repository)
     if to is None:
         return repository.fetch_files(paths)
-    download_folder(repository, paths, to)
+    hub_repository.download_folder(repository, paths, to)
     return to
 
 

@@ -86,8 +86,7 @@ def evaluate(
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
         console.log(f"custom metric: {settings.metric}")
-    loaded = load_model(run_or_model, **loading)
-    model = loaded.value.inference_model
+    model = load_model(run_or_model, **loading).value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
         result = run_evaluation(
@@ -129,8 +128,8 @@ def predict(
     samples = _load_samples(
         get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)
     )
-    loaded = load_model(run_or_model, **loading)
-    model, console = loaded.value.inference_model, ProgressConsole()
+    model = load_model(run_or_model, **loading).value.inference_model
+    console = ProgressConsole()
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
             model.model,
@@ -154,10 +153,8 @@ def _load_samples(
     from finesight.infer.prediction import build_questions
 
     if data is not None and prompt is None and not images:
-        return [
-            LocatedSample(sample, data.parent)
-            for sample in read_samples(data, require_answer=False)
-        ]
+        found = read_samples(data, require_answer=False)
+        return [LocatedSample(sample, data.parent) for sample in found]
     for image in images:
         if not image.exists() or image.is_dir():
             is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
-from statistics import fmean
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.errors import Step, UserError, format_count, suggest_similar_path
@@ -144,9 +144,10 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
     from finesight.recipe import load_recipe
 
     rewards: Sequence[RewardSettings] = ()
-    if not names and (run / RECIPE_FILE).is_file():
-        recipe = load_recipe(run / RECIPE_FILE)
-        check_recipe_metric(recipe, run / RECIPE_FILE, (), trust=trust)
+    file = run / RECIPE_FILE
+    if not names and file.is_file():
+        recipe = load_recipe(file)
+        check_recipe_metric(recipe, file, (), trust=trust)
         rewards = recipe.rewards
         names = [recipe.eval.metric] if recipe.eval and not rewards else ()
     for name in names:
@@ -331,5 +332,4 @@ def _weigh(scores: Iterable[float], weights: Iterable[float]) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    known = [value for value in values if value == value]
-    return fmean(known) if known else math.nan
+    return _weigh(values, repeat(1.0))

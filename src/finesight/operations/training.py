@@ -83,9 +83,7 @@ def plan(
     from finesight.recipe import load_recipe
 
     run_plan = plan_run(load_recipe(Path(recipe), overrides or ()), gpu, ProgressConsole())
-    fits, given = run_plan.chosen_estimate.fits, overrides or ()
-    if isinstance(given, Mapping):
-        given = [f"{key}={value}" for key, value in given.items()]
+    fits, given = run_plan.chosen_estimate.fits, _list_overrides(overrides)
     step = Step("train", {"recipe": recipe, "overrides": [*given, *run_plan.overrides]})
     return Outcome(
         run_plan,
@@ -94,6 +92,12 @@ def plan(
         [step] if fits else [],
         exit_code=0 if fits else EXIT_DOES_NOT_FIT,
     )
+
+
+def _list_overrides(overrides: Overrides | None) -> Sequence[str]:
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    return overrides or ()
 
 
 def convert(
@@ -424,10 +428,8 @@ def launch(
 
         check_publish_address(parse_address(push))
     node_spec = launch_job.NodeSpec.parse(nodes, gpus_per_node)
-    if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
     job = launch_job.LaunchJob.from_recipe(
-        Path(recipe), overrides or (), name, node_spec, {"push": push, "force": force}
+        Path(recipe), _list_overrides(overrides), name, node_spec, {"push": push, "force": force}
     )
     file = Path(out or f"{job.name}{launch_job.FILE_SUFFIXES[engine]}")
     launch_job.write_job_file(file, _build_job_text(engine, job, options))

@@ -205,10 +205,11 @@ def predict(
                         on_progress,
                     ):
                         prompt_reader.finished_indices.add(i)
-                        ids = [token.id for token in tokens]
-                        prediction = build_prediction(renderer, samples[i], prompt, ids)
-                        kept = tuple(tokens) if logprobs else ()
-                        predictions[i] = replace(prediction, tokens=kept)
+                        output_ids = [token.id for token in tokens]
+                        prediction = build_prediction(renderer, samples[i], prompt, output_ids)
+                        if logprobs:
+                            prediction = replace(prediction, tokens=tuple(tokens))
+                        predictions[i] = prediction
                     break
                 except torch.OutOfMemoryError:
                     batch_size = min(batch_size, len(prompt_reader.remaining)) // 2

@@ -20,7 +20,7 @@ from finesight.cli.app import app, run_command
 from finesight.data.formats import FORMATS
 from finesight.doctor.diagnosis import load_catalog
 from finesight.errors import Remedy, Step, UserError
-from finesight.operations import OPERATIONS
+from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
     format_call,
@@ -83,8 +83,8 @@ def iter_texts(node: ast.AST) -> Iterator[str]:
 @cache
 def list_options() -> set[str]:
     """Return the options of all operations."""
-    found = [operation for group in OPERATIONS.values() for operation in group.values()]
-    parameters = [one for operation in found for one in list_parameters(operation.load())]
+    found = [find_operation(name) for group in OPERATIONS.values() for name in group]
+    parameters = [one for operation in found for one in list_parameters(operation)]
     options = [one.option for one in parameters if not one.is_positional]
     return {part for option in options for part in option.split("/")}
 
@@ -139,8 +139,7 @@ def test_steps_have_operations_with_their_arguments():
     steps = [*iter_steps()]
     assert len(steps) > 60
     for location, name, arguments in steps:
-        operation = next(group[name] for group in OPERATIONS.values() if name in group)
-        known = {one.name for one in list_parameters(operation.load())}
+        known = {one.name for one in list_parameters(find_operation(name))}
         assert arguments <= known, f"{location}: {name} {arguments - known}"
 
 

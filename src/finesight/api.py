@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from finesight.errors import TrainingInterrupted, UserError
-from finesight.operations import dataset, deployment, evaluation, model, training
+from finesight.operations import dataset, deployment, evaluation, model, responses, training
 from finesight.operations import init as initialize
 from finesight.operations import quickstart as quickstart_workflow
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
@@ -45,11 +45,13 @@ __all__ = [
     "launch",
     "load_model",
     "merge",
+    "pairs",
     "plan",
     "predict",
     "quickstart",
     "read_samples",
     "report",
+    "sample",
     "show",
     "train",
 ]
@@ -65,6 +67,8 @@ plan = as_function(training.plan)
 load_model = as_function(model.load_model)
 evaluate = as_function(evaluation.evaluate)
 predict = as_function(evaluation.predict)
+sample = as_function(responses.sample)
+pairs = as_function(responses.pairs)
 report = as_function(evaluation.report)
 compare = as_function(evaluation.compare)
 doctor = as_function(evaluation.doctor)

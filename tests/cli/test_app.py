@@ -41,7 +41,7 @@ def test_every_command_has_a_plain_help_text_with_an_example(cli):
         assert "docs/" not in text
         assert "--json" in text or name in INTERACTIVE_COMMANDS, name
         assert name.partition(" ")[0] in overview
-        operation = find_operation(name).load()
+        operation = find_operation(name)
         given = inspect.signature(operation).parameters.values()
         own = {one.name for one in given if one.kind is not one.VAR_KEYWORD} - PYTHON_PARAMETERS
         assert own <= {one.name for one in list_parameters(operation)}, name

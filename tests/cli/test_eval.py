@@ -1,3 +1,4 @@
+import json
 import re
 from pathlib import Path
 
@@ -6,7 +7,7 @@ from engine_fixtures import make_sample, write_noise_image
 from tiny_model import create_tiny_model
 from tiny_task import TinyTask
 
-from finesight.data.sample import write_samples
+from finesight.data.sample import read_samples, write_samples
 from finesight.evaluate.bootstrap import REASON_FEW_SAMPLES_UNBOUNDED
 from finesight.train.run_dir import describe_changed_data
 
@@ -111,3 +112,70 @@ def test_invalid_options_are_rejected(evaluate, tmp_path):
     assert "--out" in evaluate("--metric", "ocr", "--out", tmp_path, code=2).err
     assert evaluate("--metric", "ocr", data=None, code=2).err.startswith("error: data: ")
     assert evaluate(code=2).err.startswith("error: metric: ")
+
+
+def write_graded(path: Path, *rows: tuple[str, str, float]) -> Path:
+    """Write responses with ID, answer and score, as `eval --out` does."""
+    common = {"boxes": [], "gold": "noise", "references": [], "gold_boxes": []}
+    common["finish_reason"] = "stop"
+    records = ({"id": n, "answer": a, "scores": {"ocr": x}, **common} for n, a, x in rows)
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    return path
+
+
+def test_best_responses_become_answers(tiny, data, tmp_path, cli):
+    out = tmp_path / "best"
+    words = ("sample", tiny, data, out, "--device", "cpu", "--max-new-tokens", 8, "--best-of", 3)
+    error = cli(*words, code=2).err
+    assert "no reward is given" in error
+    assert "unknown reward: jsn" in cli(*words, "--reward", "jsn", code=2).err
+    rewards = ("--reward", "ocr", "--reward", "repetition", "--min-score", 0.1)
+    summary = cli(*words, *rewards, "--json").json
+    lines = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [line["id"] for line in lines] == ["s0"] * 3 + ["s1"] * 3
+    assert len({line["raw_text"] for line in lines}) > 2
+    for line in lines:
+        assert line["score"] == pytest.approx(sum(line["scores"].values()) / 2)
+    best = {
+        name: max((one for one in lines if one["id"] == name), key=lambda one: one["score"])
+        for name in ("s0", "s1")
+    }
+    ended = [n for n, one in best.items() if one["finish_reason"] == "stop" and one["answer"]]
+    kept = read_samples(out / "data.jsonl") if summary["num_kept"] else []
+    assert {one.id for one in kept} >= {*ended}
+    assert summary["mean_best_score"] == pytest.approx(
+        sum(one["score"] for one in best.values()) / 2
+    )
+    again = cli(*words[:3], tmp_path / "again", *words[4:], *rewards, "--json").json
+    assert again == summary
+    assert "exists already" in cli(*words, *rewards, code=2).err
+
+
+def test_pairs_are_the_best_and_worst_responses(data, tmp_path, cli):
+    rows = [("s0", "a", 0.5), ("s0", "noise", 1), ("s0", "b", 0.25), ("s1", "c", 0), ("s2", "d", 1)]
+    graded, out = write_graded(tmp_path / "graded.jsonl", *rows), tmp_path / "pairs" / "p.jsonl"
+    assert "add --data" in cli("pairs", graded, out, code=2).err
+    assert "init" in cli("pairs", graded, out, "--data", data).next_steps
+    first, second = read_samples(out)
+    texts = [(one.messages[-1].content[0].text, one.rejected[0].text) for one in (first, second)]
+    # Without a correct response, the answer of the sample is chosen.
+    assert texts == [("noise", "b"), ("more noise", "c")]
+    assert first.messages[0].content[0].image == "../a.png"
+    labels = tmp_path / "labels.jsonl"
+    cli("pairs", graded, labels, "--data", data, "--labels", "--min-score", 0.5)
+    verdicts = [(one.id, one.label) for one in read_samples(labels)]
+    assert verdicts == [("s0-0", True), ("s0-1", True), ("s0-2", False), ("s1-0", False)]
+    alike = write_graded(tmp_path / "alike.jsonl", ("s0", "noise", 1), ("s1", "more noise", 1))
+    error = cli("pairs", alike, tmp_path / "none.jsonl", "--data", data, code=2).err
+    assert "--min-score" in error
+    assert "no responses" in cli("pairs", tmp_path / "gone", tmp_path / "x.jsonl", code=2).err
+
+
+def test_pairs_of_a_run_need_no_data(tmp_path, cli):
+    task = TinyTask(tmp_path / "task")
+    task.run("train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 2})
+    ids = [one.id for one in read_samples(task.folder / "train.jsonl")[:2]]
+    run = task.folder / "run"
+    write_graded(run / "responses.jsonl", (ids[0], "yes", 1), (ids[0], "no", 0), (ids[1], "no", 0))
+    cli("pairs", run, tmp_path / "pairs.jsonl")
+    assert [one.rejected[0].text for one in read_samples(tmp_path / "pairs.jsonl")] == ["no", "no"]

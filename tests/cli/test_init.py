@@ -96,8 +96,8 @@ def test_folder_of_images_becomes_a_trained_model(monkeypatch, cli):
     for words in (
         "task    captions (cider_d)\nexample <image> Describe the image. -> a plain ",
         "image: file",
-        "answer: caption\n        unused column: url\n",
-        "24 rows\n        comma-separated, UTF-8\n",
+        "answer: caption\n        24 images\n        unused columns: url\n",
+        "24 rows, read as table (columns)\n        comma-separated, UTF-8\n",
         "check   24 images, 24 unique; no issues found\nrun     100 steps of 8 samples: ",
     ):
         assert words in printed.out
@@ -305,7 +305,7 @@ def test_bare_names_are_found_in_the_only_matching_subfolder(tmp_path, source, c
     table.write_text(table.read_text().replace("images/", ""))
     Path("empty").mkdir()
     printed = cli("init", source, *YES).out
-    assert "table (columns; images found in images/), 3 rows" in printed
+    assert "3 rows, read as table (columns; images found in images/)" in printed
     sample = read_samples(Path("out/data/data.jsonl"))[0]
     assert sample.messages[0].content[0].image == "../../images/0.png"
     # A second folder with the same files is ambiguous, and nothing is left of a failed command.
@@ -375,7 +375,8 @@ def test_labels_with_one_answer_column_or_several(cli):
         "more", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}", "date": "{i}"}
     )
     printed = cli("init", table, *YES).out
-    assert "        fields: customer,city,date\n        unused column: No.\n" in printed
+    assert "        fields: customer,city,date\n        4 images\n" in printed
+    assert "        unused columns: No.\n" in printed
     assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
     hinted = ("--map", "image=file", "--map", "answer=city", "--out", "two", "--json")
     assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}

@@ -36,6 +36,7 @@ from finesight.evaluate.eval_case import get_reference_answer
 from finesight.label import label_session
 from finesight.label.label_session import detect_task, open_session, read_run_examples
 from finesight.label.label_store import EVAL_FILE, JOURNAL_FILE, LABELS_FILE
+from finesight.operations.responses import pairs
 from finesight.storage import FileSystem, use_file_system
 from finesight.vision import image_reader
 
@@ -98,6 +99,27 @@ def test_session_continues_after_a_crash(tmp_path, damage):
         assert store.count_events() == counts
         assert [one.sample.id for one in store.list_unsuggested("other")] == [ids[2]]
         assert store.list_unsuggested(MODEL) == []
+
+
+def test_corrections_become_preference_pairs(tmp_path):
+    source = write_answers(tmp_path, None, None, None)
+    out, session = tmp_path / "labels", open_session(tmp_path / "labels", MODEL, [source])
+    with session.store as store:
+        suggestions = [
+            make_suggestion(f"s{n}", text, 0.5) for n, text in enumerate(["red", "blue"])
+        ]
+        store.add_suggestions([(one, None) for one in suggestions], MODEL)
+        for name, text in (("s0", "red"), ("s1", "green"), ("s2", "gray")):
+            store.save_label(name, (TextPart(text=text),))
+    pairs(out, tmp_path / "pairs.jsonl")
+    (pair,) = read_samples(tmp_path / "pairs.jsonl")
+    assert (pair.messages[-1].content[0].text, pair.rejected[0].text) == ("green", "blue")
+    pairs(out, tmp_path / "all.jsonl", labels=True)
+    found = {
+        (one.messages[-1].content[0].text, one.label)
+        for one in read_samples(tmp_path / "all.jsonl")
+    }
+    assert found == {("red", True), ("green", True), ("blue", False), ("gray", True)}
 
 
 def test_second_process_is_rejected(tmp_path):

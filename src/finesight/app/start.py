@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.errors import Step, UserError
-from finesight.manifest import RECIPE_FILE, find_run_dir
 from finesight.operations.model import load_adapters, load_model
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
@@ -119,6 +118,7 @@ def serve(
         ) from error
     from finesight.evaluate.metric_difference import read_example
     from finesight.infer.model_loader import resolve_model_source
+    from finesight.manifest import find_run_dir
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         raise UserError(
@@ -566,6 +566,7 @@ def label(
         batch_size: Answers generated at the same time.
     """
     from finesight.label.label_session import open_session
+    from finesight.manifest import find_run_dir
     from finesight.progress import ProgressConsole
 
     console = ProgressConsole()
@@ -649,6 +650,7 @@ def _build_option_error(option: str, other: str, expected: str) -> UserError:
 def _select_label_folder(run_dir: Path, reviewed: Sequence[Path], console: ProgressConsole) -> Path:
     """Return the folder of a review, of the labels in the recipe of the run, or `labels`."""
     from finesight.label.label_store import REVIEWED_FILE, can_review, find_label_folder
+    from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 
@@ -679,6 +681,7 @@ def _find_next_step(out: Path, run_dir: Path, reviewed: Sequence[Path]) -> Step:
     """
     from finesight.label.label_session import is_imported
     from finesight.label.label_store import LABELS_FILE, REVIEWED_FILE, read_sources
+    from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
     from finesight.train.run_dir import RunDir
 

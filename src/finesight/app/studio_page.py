@@ -49,7 +49,7 @@ from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.operation import OperationParameter, list_words
+from finesight.operations.operation import Parameter, list_words
 from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
@@ -199,13 +199,13 @@ class StudioPage:
                     raise
         return arguments
 
-    def _parse(self, parameter: OperationParameter, folder: str, text: str) -> object:
+    def _parse(self, parameter: Parameter, folder: str, text: str) -> object:
         """Return the value that a user has entered. Paths are in the workspace.
 
         Args:
             folder: Folder in which it is the name of a new item; empty for other values.
         """
-        workspace, info = self.view.workspace, parameter.info
+        workspace = self.view.workspace
         if ".py:" in text:
             raise UserError(
                 f"{text!r:.80} is a program",
@@ -217,9 +217,9 @@ class StudioPage:
         if parameter.kind == "flag":
             return text == YES_NO[0]
         if parameter.kind == "path":
-            must_exist = info.path.startswith("existing")
+            must_exist = parameter.path.startswith("existing")
             return as_argument(workspace.resolve(text, "", must_exist=must_exist))
-        check = workspace.check_model if info.path == "name" else str
+        check = workspace.check_model if parameter.path == "name" else str
         if parameter.is_multiple:
             # The messages of commands write the option before each value.
             try:

@@ -25,7 +25,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Remedy, Step, UserError
 from finesight.manifest import ADAPTER_FOLDER, METRICS_FILE, RESULT_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
-from finesight.operations.operation import OperationParameter, format_step, list_parameters
+from finesight.operations.operation import Parameter, format_step, list_parameters
 from finesight.operations.training import advise_run
 from finesight.report.charts import build_run_charts
 from finesight.report.compare_page import render_report
@@ -74,7 +74,7 @@ class FormField:
     kinds: Sequence[str] = ()
     is_advanced: bool = False
     name: str = ""
-    parameter: OperationParameter | None = None
+    parameter: Parameter | None = None
 
 
 FORMS: dict[str, Mapping[str, FormField | None]] = {
@@ -160,11 +160,11 @@ PROPOSALS = {
 
 
 @cache
-def list_form_parameters(form: str) -> dict[str, OperationParameter]:
+def list_form_parameters(form: str) -> dict[str, Parameter]:
     """Return the parameters of the operation of a form by name."""
     if form in ("recipe", "editor"):
         return {}
-    return {one.name: one for one in list_parameters(find_operation(form).load())}
+    return {one.name: one for one in list_parameters(find_operation(form))}
 
 
 def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
@@ -188,14 +188,12 @@ def build_form(form: str, runs: Sequence[str] = ()) -> list[FormField]:
     return fields
 
 
-def _describe_parameter(
-    parameter: OperationParameter, field: FormField, runs: Sequence[str]
-) -> FormField:
+def _describe_parameter(parameter: Parameter, field: FormField, runs: Sequence[str]) -> FormField:
     """Complete a field by the type of its parameter, and without a label by its description."""
     default, is_flag = parameter.default, parameter.kind == "flag"
     # The empty choice keeps the default.
     choices: Sequence[str] = [one for one in parameter.choices if one != default]
-    is_run = parameter.info.metavar == "RUN"
+    is_run = parameter.metavar == "RUN"
     choices = YES_NO if is_flag else runs if is_run else choices
     if field.label:
         is_advanced = field.is_advanced or (is_run and not runs)
@@ -203,7 +201,7 @@ def _describe_parameter(
     shown = "" if is_flag or default in (None, ()) else str(default)
     return FormField(
         label=parameter.name.replace("_", " ").capitalize(),
-        placeholder=shown or parameter.info.metavar,
+        placeholder=shown or parameter.metavar,
         value=field.value,
         choices=choices,
         default=shown,

@@ -12,9 +12,9 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
-from functools import cache, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from io import TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
@@ -35,9 +35,8 @@ from finesight.host_memory import num_allowed_cpus
 from finesight.operations import OPERATIONS, find_operation
 from finesight.operations.operation import (
     OUTCOME_VARIABLE,
-    Operation,
-    OperationParameter,
     Outcome,
+    Parameter,
     format_command,
     list_parameters,
 )
@@ -54,10 +53,6 @@ SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
 LOADAVG_PATH = Path("/proc/loadavg")
 
 
-PLACEHOLDERS = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH"}
-"""Placeholder of each kind of value in the help."""
-
-
 class OperationCommand(click.Command):
     """A command that explains settings of a recipe among its words."""
 
@@ -65,20 +60,22 @@ class OperationCommand(click.Command):
         """Parse the words after the command; reject options that are settings of a recipe."""
         params = self.get_params(ctx)
         known = {option for param in params for option in (*param.opts, *param.secondary_opts)}
+        reject = _reject_override
         if any(param.name == "overrides" for param in params):
-            for word, following in zip_longest(args, args[1:], fillvalue=""):
-                option, _, value = word.partition("=")
-                if option.startswith("--") and option not in known:
-                    _reject_setting(option, value or following)
-        else:
-            _reject_override(args, known)
+            reject = _reject_option
+        for word, following in zip_longest(args, args[1:], fillvalue=""):
+            reject(word, following, known)
         return super().parse_args(ctx, args)
 
 
-def _reject_setting(option: str, value: str) -> None:
+def _reject_option(word: str, following: str, known: Collection[str]) -> None:
     """Raise UserError for an option that names a setting of a trainer."""
+    option, _, value = word.partition("=")
+    if not option.startswith("--") or option in known:
+        return
     from finesight.recipe import suggest_override
 
+    value = value or following
     is_flag = not value or value.startswith("--")
     remedy = suggest_override(option.removeprefix("--"), "true" if is_flag else value)
     if remedy is not None:
@@ -90,42 +87,38 @@ def _reject_setting(option: str, value: str) -> None:
         )
 
 
-def _reject_override(args: list[str], options: Collection[str]) -> None:
+def _reject_override(word: str, following: str, known: Collection[str]) -> None:
     """Raise UserError for a setting of a recipe after a command that takes none."""
-    for name, separator, value in (word.partition("=") for word in args):
-        section, _, last = name.rpartition(".")
-        if not (separator and section) or os.path.exists(f"{name}={value}"):
-            continue
-        from finesight.recipe import list_setting_names
+    name, separator, value = word.partition("=")
+    if not separator or "." not in name or os.path.exists(word):
+        return
+    from finesight.recipe import list_setting_names
 
-        if name in list_setting_names():
-            option = f"--{last.replace('_', '-')}"
-            names = ", ".join(sorted(one for one in options if one.startswith("--")))
-            raise UserError(
-                f"{name} is a setting of a recipe, and this command takes options only",
-                where="command line",
-                expected=names,
-                remedy=f"use {option} {value}" if option in options else "remove it",
-            )
+    if name in list_setting_names():
+        option = f"--{name.rpartition('.')[2].replace('_', '-')}"
+        raise UserError(
+            f"{name} is a setting of a recipe, and this command takes options only",
+            where="command line",
+            expected=", ".join(sorted(one for one in known if one.startswith("--"))),
+            remedy=f"use {option} {value}" if option in known else "remove it",
+        )
 
 
-def build_command(name: str, operation: Operation) -> click.Command:
+def build_command(name: str, function: Callable[..., Any]) -> click.Command:
     """Build the command of an operation. Its help is the docstring of the operation."""
-    function = operation.load()
     parameters = list_parameters(function)
     params: list[click.Parameter] = [_build_param(parameter) for parameter in parameters]
     if "ask" in inspect.signature(function).parameters:
         text = "Ask no questions: use the detected settings."
         params.append(click.Option(["use_defaults", "--yes"], is_flag=True, help=text))
-    if operation.json_help:
-        text = f"{operation.json_help} on standard output; messages go to standard error."
+    if inspect.signature(function).return_annotation != "None":
+        text = "Print JSON on standard output, one object per line; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
     return OperationCommand(
         name,
         callback=partial(_run, function, parameters),
         params=params,
         help=_read_help(function),
-        short_help=operation.summary,
     )
 
 
@@ -138,7 +131,7 @@ def _read_help(function: Callable[..., Any]) -> str:
 
 def _run(
     function: Callable[..., Any],
-    parameters: Sequence[OperationParameter],
+    parameters: Sequence[Parameter],
     as_json: bool = False,
     use_defaults: bool = False,
     **given: Any,
@@ -147,11 +140,9 @@ def _run(
     arguments: dict[str, Any] = {}
     for parameter in parameters:
         value = given[parameter.name]
-        if parameter.is_multiple:
-            value = list(value) or (None if parameter.is_optional else [])
-        if parameter.info.parse is not None and value is not None:
-            value = parameter.info.parse(value)
-        arguments[parameter.name] = value
+        if parameter.is_multiple and not value and parameter.is_optional:
+            value = None
+        arguments[parameter.name] = parameter.convert(value)
     accepted = inspect.signature(function).parameters
     if as_json and "on_record" in accepted:
         arguments["on_record"] = _print_json
@@ -171,8 +162,7 @@ def _run(
             _print_json(record)
     elif outcome.lines:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
-    report = click.get_current_context().obj
-    is_reported = report is not None and report.add_steps(outcome.next_steps)
+    is_reported = write_report(click.get_current_context().obj, next_steps=outcome.next_steps)
     commands = [
         format_command(step) + (f"  # {step.purpose}" if step.purpose else "")
         for step in outcome.next_steps
@@ -194,87 +184,62 @@ def _print_json(data: object) -> None:
     click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
 
 
-def _build_param(parameter: OperationParameter) -> click.Parameter:
-    info = parameter.info
-    default = {} if parameter.is_required else {"default": parameter.default}
-    type_ = _build_type(parameter)
-    metavar = info.metavar or None
+def _build_param(parameter: Parameter) -> click.Parameter:
+    type_, metavar = _build_type(parameter), parameter.metavar or None
+    common: dict[str, Any] = {"required": parameter.is_required, "help": parameter.help}
+    if not parameter.is_required:
+        common["default"] = parameter.default
     if parameter.is_positional:
         word = metavar or parameter.name.upper()
         word = word if parameter.is_required else f"[{word}]"
-        return click.Argument(
-            [parameter.name],
-            type=type_,
-            metavar=f"{word}..." if parameter.is_multiple else word,
-            required=parameter.is_required,
-            **default,
-            nargs=-1 if parameter.is_multiple else 1,
-            help=parameter.help + ("  [required]" if parameter.is_required else ""),
-        )
-    is_flag = parameter.kind == "flag"
-    if metavar is None and parameter.kind in PLACEHOLDERS:
-        metavar = PLACEHOLDERS[parameter.kind]
-        if parameter.kind == "path":
-            metavar = {"file": "FILE", "folder": "FOLDER"}.get(info.path.split()[-1], metavar)
-    return click.Option(
-        [parameter.name, parameter.option],
-        type=None if is_flag else type_,
-        is_flag=is_flag or None,
-        metavar=None if is_flag else metavar,
-        required=parameter.is_required,
-        **default,
-        multiple=parameter.is_multiple,
+        common["metavar"] = f"{word}..." if parameter.is_multiple else word
+        common["help"] += "  [required]" if parameter.is_required else ""
+        nargs = -1 if parameter.is_multiple else 1
+        return click.Argument([parameter.name], type=type_, nargs=nargs, **common)
+    names = [parameter.name, parameter.option]
+    if parameter.kind == "flag":
         # The default of a flag without a name for its opposite is clear.
-        show_default=not is_flag or "/" in parameter.option,
-        help=parameter.help,
+        return click.Option(names, is_flag=True, show_default="/" in parameter.option, **common)
+    kind = parameter.path.split()[-1] if parameter.kind == "path" else parameter.kind
+    if kind != "choice":
+        metavar = metavar or ("PATH" if kind == "any" else kind.upper())
+    multiple = parameter.is_multiple
+    return click.Option(
+        names, type=type_, metavar=metavar, multiple=multiple, show_default=True, **common
     )
 
 
-def _build_type(parameter: OperationParameter) -> click.ParamType[Any]:
-    info = parameter.info
+def _build_type(parameter: Parameter) -> click.ParamType[Any]:
     if parameter.choices:
         return click.Choice(parameter.choices)
     if parameter.kind == "integer":
-        low, high = (None if b is None else int(b) for b in (info.minimum, info.maximum))
+        low, high = (None if b is None else int(b) for b in (parameter.minimum, parameter.maximum))
         return click.IntRange(low, high)
     if parameter.kind == "number":
-        return click.FloatRange(info.minimum, info.maximum)
+        return click.FloatRange(parameter.minimum, parameter.maximum)
     if parameter.kind == "path":
         return click.Path(
-            exists=info.path.startswith("existing"),
-            file_okay=not info.path.endswith("folder"),
-            dir_okay=not info.path.endswith("file"),
+            exists=parameter.path.startswith("existing"),
+            file_okay=not parameter.path.endswith("folder"),
+            dir_okay=not parameter.path.endswith("file"),
             path_type=Path,
         )
     return click.STRING
 
 
-@dataclass(frozen=True, slots=True)
-class OutcomeReport:
-    """Report of a command to the program that has started it, which shows it in its own way.
+def write_report(file: str | None, **content: object) -> bool:
+    """Write next steps or an error to a file, for the program that has started the command.
 
-    Attributes:
-        file: JSON file with the next steps or the error. Without one, the terminal shows them.
+    Returns whether there is a file; the terminal shows them otherwise.
     """
-
-    file: str
-
-    def add_steps(self, steps: Sequence[Step]) -> bool:
-        """Write the next steps, and return whether there is a file."""
-        return self._write({"next_steps": steps})
-
-    def add_error(self, error: UserError) -> bool:
-        """Write an error, and return whether there is a file."""
-        parts = ("what", "where", "expected", "remedy")
-        return self._write({"error": {part: vars(error)[part] for part in parts}})
-
-    def _write(self, content: object) -> bool:
-        if self.file:
-            Path(self.file).write_text(json.dumps(content, default=_as_json), encoding="utf-8")
-        return bool(self.file)
+    if file:
+        Path(file).write_text(json.dumps(content, default=_as_json), encoding="utf-8")
+    return bool(file)
 
 
 def _as_json(value: object) -> object:
+    if isinstance(value, UserError):
+        return {part: vars(value)[part] for part in ("what", "where", "expected", "remedy")}
     return asdict(value) if isinstance(value, Step) else str(value)
 
 
@@ -282,47 +247,36 @@ class CommandGroup(click.Group):
     """Commands of operations, which are imported when they are used.
 
     Args:
-        prefix: Start of the names of the operations, such as `data `.
+        sections: Names of operations, and groups, by section of the help and by name.
     """
 
-    def __init__(self, *args: Any, prefix: str = "", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        sections: Mapping[str, Mapping[str, str | CommandGroup]],
+        **kwargs: Any,
+    ) -> None:
         super().__init__(*args, **kwargs)
-        self._prefix = prefix
+        self._sections = sections
+        self._entries = {
+            name: one for section in sections.values() for name, one in section.items()
+        }
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the commands, in the order of the help."""
-        names = [name for group in OPERATIONS.values() for name in group]
-        own = [name.removeprefix(self._prefix) for name in names if name.startswith(self._prefix)]
-        return list(dict.fromkeys(name.partition(" ")[0] for name in own))
+        return [*self._entries]
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command with a name, which imports its operation; None for an unknown one."""
-        if cmd_name in self.commands:
-            return self.commands[cmd_name]
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        return _build_command(self._prefix + cmd_name)
+        entry = self._entries.get(cmd_name)
+        return build_command(cmd_name, find_operation(entry)) if isinstance(entry, str) else entry
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write one section per group of operations, or a single one for a prefix."""
-        names = self.list_commands(ctx)
-        for title, group in OPERATIONS.items():
-            rows = {}
-            for name, operation in group.items():
-                own = name.removeprefix(self._prefix).partition(" ")[0]
-                if own in names and name.startswith(self._prefix):
-                    summary = operation.summary
-                    if own in self.commands:
-                        summary = self.commands[own].get_short_help_str(100)
-                    rows[own] = summary
-            if rows:
-                with formatter.section("Commands" if self._prefix else title):
-                    formatter.write_dl(list(rows.items()))
-
-
-@cache
-def _build_command(name: str) -> click.Command:
-    return build_command(name.rpartition(" ")[2], find_operation(name))
+        """Write the sections with the summaries of their commands."""
+        for title, section in self._sections.items():
+            commands = [(name, self.get_command(ctx, name)) for name in section]
+            with formatter.section(title):
+                formatter.write_dl([(n, one.get_short_help_str(100)) for n, one in commands if one])
 
 
 def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
@@ -335,8 +289,21 @@ def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | No
     ctx.exit()
 
 
+_SECTIONS: dict[str, dict[str, str | CommandGroup]] = {
+    title: {name: name for name in group if " " not in name} for title, group in OPERATIONS.items()
+}
+_DATA = {name[5:]: name for name in OPERATIONS["Data"] if name.startswith("data ")}
+_SECTIONS["Data"]["data"] = CommandGroup(
+    "data",
+    sections={"Commands": _DATA},
+    help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl"
+    " out --to llava",
+)
+
+
 @click.command(
     cls=CommandGroup,
+    sections=_SECTIONS,
     help="""Fine-tune Qwen vision-language models on your own images.
 
     Start with quickstart. With your own images: init, train, predict.
@@ -358,16 +325,6 @@ def app() -> None:
     """Do nothing before a command."""
 
 
-app.add_command(
-    CommandGroup(
-        "data",
-        prefix="data ",
-        help="Export samples and convert boxes.\n\nExample: finesight data export mine/train.jsonl"
-        " out --to llava",
-    )
-)
-
-
 def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     """Run one command line and return its exit code.
 
@@ -379,11 +336,11 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     """
     configure_openmp_spin()
     # Processes that the command starts have no outcome of their own.
-    report = OutcomeReport(os.environ.pop(OUTCOME_VARIABLE, ""))
+    file = os.environ.pop(OUTCOME_VARIABLE, "")
     try:
-        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=report)
+        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=file)
     except click.ClickException as error:
-        if not report.add_error(UserError(error.format_message(), where="command line")):
+        if not write_report(file, error=UserError(error.format_message(), where="command line")):
             error.show()
         return error.exit_code
     except click.Abort:
@@ -391,11 +348,10 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     except SystemExit:
         return 0  # click exits so on a closed pipe (`| head`) only
     except UserError as error:
-        if report.add_error(error):
-            return EXIT_USER_ERROR
-        if isinstance(error.remedy, Step):
-            error.remedy = error.remedy.format(format_command)
-        click.echo(f"error: {error}", err=True)
+        if not write_report(file, error=error):
+            if isinstance(error.remedy, Step):
+                error.remedy = error.remedy.format(format_command)
+            click.echo(f"error: {error}", err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
         click.echo(str(interrupt), err=True)

@@ -62,14 +62,9 @@ def chat(
 
     sampling = SamplingParams(temperature=temperature, top_p=top_p, seed=seed)
     generation_options = GenerationOptions(max_new_tokens=max_new_tokens, sampling_params=sampling)
-    service = InferenceService(
-        load_adapters(run_or_model, (), **loading),
-        max_num_seqs=1,
-    )
+    service = InferenceService(load_adapters(run_or_model, (), **loading), max_num_seqs=1)
     try:
-        ChatTerminal(
-            ChatSession(service), generation_options, is_interactive=sys.stdin.isatty()
-        ).run()
+        ChatTerminal(ChatSession(service), generation_options, sys.stdin.isatty()).run()
     finally:
         service.close(wait_for_running=False)
 
@@ -145,9 +140,8 @@ class ChatTerminal:
                 remedy="enter /help; start a question with another character",
             )
         elif line:
-            self._print_reply(
-                self._session.send(line, self._pending_images, [self._generation_options])
-            )
+            options = [self._generation_options]
+            self._print_reply(self._session.send(line, self._pending_images, options))
             self._pending_images = []
         return True
 
@@ -204,9 +198,8 @@ class ChatTerminal:
         self._session, self._pending_images = ChatSession(self._session.service), []
 
     def _save_annotated_image(self, argument: str) -> None:
-        saved_path = self._session.save_annotated_image(
-            Path(argument).expanduser() if argument else None
-        )
+        file = Path(argument).expanduser() if argument else None
+        saved_path = self._session.save_annotated_image(file)
         note = "" if self._session.turns[-1].replies[0].boxes else " (the answer has no boxes)"
         click.echo(escape_unprintable(f"saved: {saved_path}{note}"))
 
@@ -238,19 +231,14 @@ def _parse_paths(argument: str) -> list[Path]:
         if Path(argument).expanduser().is_file():
             return [Path(argument).expanduser()]
     try:
-        words = shlex.split(argument)
+        words, problem = shlex.split(argument), "a path is missing"
     except ValueError as error:
-        raise UserError(
-            f"{argument!r} cannot be parsed ({error})",
-            where="/image",
-            expected="paths; paths with spaces in quotes",
-            remedy="close the quotes",
-        ) from error
+        words, problem = [], f"cannot be parsed: {error}"
     if not words:
         raise UserError(
-            f"a path is missing: {argument!r}",
+            f"{argument!r}: {problem}",
             where="/image",
-            expected="/image PATH...",
+            expected="/image PATH..., paths with spaces in quotes",
             remedy="for example /image cat.jpg",
         )
     return [Path(word).expanduser() for word in words]

@@ -32,7 +32,7 @@ from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer.engine import Engine, build_engine, compute_required_tokens, iter_completions
-from finesight.infer.request import GeneratedToken, GenerationRequest
+from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
 from finesight.storage import make_folder, write_file
@@ -158,6 +158,7 @@ def predict(
     on_corrupt_image: Callable[[int, CorruptImageError], None] | None = None,
     on_batch_reduced: Callable[[int], None] | None = None,
     logprobs: bool = False,
+    get_sampling: Callable[[int], SamplingParams] = lambda index: SamplingParams(),
 ) -> list[Prediction]:
     """Generate a prediction for each sample, in the order of the samples.
 
@@ -172,6 +173,7 @@ def predict(
         on_batch_reduced: Called with the new batch size after the GPU runs out of memory.
         logprobs: Whether predictions contain their tokens with log probabilities. Only for models
             with native code.
+        get_sampling: Returns the sampling parameters of a sample. Default: greedy decoding.
 
     Raises:
         CorruptImageError: An image cannot be read and `on_corrupt_image` is None.
@@ -189,7 +191,10 @@ def predict(
                     lengths = [prompt.num_tokens for prompt in prompt_reader.remaining.values()]
                     source = model, renderer.end_ids, lengths, max_new_tokens, batch_size
                     prompts = prompt_reader.iter_prompts(batch_size)
-                    requests = ((i, build_request(prompt=prompt)) for i, prompt in prompts)
+                    requests = (
+                        (i, build_request(prompt=prompt, sampling_params=get_sampling(i)))
+                        for i, prompt in prompts
+                    )
                     for i, prompt, tokens in iter_completions(
                         build_engine(*source, on_progress), requests, batch_size, on_progress
                     ):

@@ -272,21 +272,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             ) from error
 
     def _read_journal(self) -> list[JournalEntry]:
-        content, entries = self._journal.read_bytes(), []
+        content = self._journal.read_bytes()
         size = content.rfind(b"\n") + 1
         if size < len(content):
             truncate_file(self._journal, size)
-        for number, line in enumerate(content[:size].splitlines(), 1):
-            try:
-                entries.append(JournalEntry.model_validate_json(line))
-            except ValidationError as error:
-                raise UserError(
-                    f"line {number} is not an entry: {line[:80]!r}",
-                    where=str(self._journal),
-                    expected="entries of the journal of a label folder",
-                    remedy="restore the file from a copy, or remove this line",
-                ) from error
-        return entries
+        return read_journal(content[:size], self._journal)
 
     def _apply_entries(self, entries: Sequence[JournalEntry]) -> set[str]:
         """Update the items, and return the IDs of other samples that lost their label."""
@@ -560,13 +550,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
         The metadata of a sample with a corrected question contain the original one.
         """
-        located = item.sample
-        start = os.path.realpath(self.folder)
-
-        def rename(name: str) -> str:
-            return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
-
-        sample = located.sample.map_paths(rename)
+        sample = relocate_sample(item.sample, self.folder)
         messages = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
         answer, meta = Message(role="assistant", content=content), _match_meta(item, content)
         if question:
@@ -595,6 +579,22 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def __exit__(self, *raised: object) -> None:
         self.close()
+
+
+def read_journal(content: bytes, file: Path) -> list[JournalEntry]:
+    """Parse the complete lines of a journal. Raises UserError with the line of a damaged one."""
+    entries = []
+    for number, line in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
+        try:
+            entries.append(JournalEntry.model_validate_json(line))
+        except ValidationError as error:
+            raise UserError(
+                f"line {number} is not an entry: {line[:80]!r}",
+                where=str(file),
+                expected="entries of the journal of a label folder",
+                remedy="restore the file from a copy, or remove this line",
+            ) from error
+    return entries
 
 
 def _compute_digest(texts: Iterable[str]) -> str:
@@ -652,6 +652,29 @@ def check_utf8(path: str) -> str:
             remedy="rename the file or folder",
         )
     return path
+
+
+def relocate_sample(located: LocatedSample, folder: Path) -> Sample:
+    """Return a sample with paths relative to another folder."""
+    start = os.path.realpath(folder)
+
+    def rename(name: str) -> str:
+        return check_utf8(os.path.relpath(os.path.abspath(located.resolve_path(name)), start))
+
+    return located.sample.map_paths(rename)
+
+
+def read_verdicts(folder: Path) -> dict[str, tuple[list[AnswerContent], list[AnswerContent]]]:
+    """Return the accepted or corrected answer and the corrected suggestion of each sample."""
+    verdicts, suggested = {}, dict[str, AnswerContent]()
+    for entry in read_journal((folder / JOURNAL_FILE).read_bytes(), folder / JOURNAL_FILE):
+        if entry.event == "suggested":
+            suggested[entry.id] = entry.content
+        else:
+            worse = suggested.get(entry.id, ()) if entry.event == "corrected" else ()
+            is_answer = entry.event in ANSWER_EVENTS and worse != entry.content
+            verdicts[entry.id] = ([entry.content] * is_answer, [worse] * bool(worse and is_answer))
+    return verdicts
 
 
 def _match_references(item: LabelItem, content: AnswerContent) -> tuple[str, ...]:

@@ -7,87 +7,59 @@ the page are derived from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from typing import Any
 
-from finesight.operations.operation import Operation
-
-OPERATIONS: Mapping[str, Mapping[str, Operation]] = {
+OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "Start": {
-        "init": Operation(
-            "init:init", "Import a dataset, and write a recipe that fits this machine."
-        ),
-        "quickstart": Operation(
-            "quickstart:quickstart", "Run the complete workflow on generated data, on a CPU."
-        ),
-        "studio": Operation(
-            "app.start:studio",
-            "Start a page in the browser, from images to a served model.",
-            json_help="",
-        ),
-        "doctor": Operation("evaluation:doctor", "Diagnose a machine, a model or a run."),
-        "download": Operation("deployment:download", "Download a model or dataset from a hub."),
+        "init": "operations.init:init",
+        "quickstart": "operations.quickstart:quickstart",
+        "studio": "app.start:studio",
+        "doctor": "operations.evaluation:doctor",
+        "download": "operations.deployment:download",
     },
     "Data": {
-        "import": Operation("dataset:import_data", "Import a dataset as samples."),
-        "check": Operation(
-            "dataset:check_data",
-            "Validate samples.",
-            json_help="Print one JSON object per issue, then one summary,",
-        ),
-        "label": Operation(
-            "app.start:label",
-            "Label images with suggestions of a model.",
-            json_help="Print one JSON object per suggestion",
-        ),
-        "show": Operation(
-            "dataset:show",
-            "Print the tokenized samples of a recipe.",
-            json_help="Print one JSON object per sample",
-        ),
-        "data export": Operation(
-            "dataset:export_data", "Export samples in the format of another program."
-        ),
-        "data convert-boxes": Operation(
-            "dataset:convert_boxes", "Convert the boxes of a file to another model family."
-        ),
+        "import": "operations.dataset:import_data",
+        "check": "operations.dataset:check_data",
+        "label": "app.start:label",
+        "sample": "operations.responses:sample",
+        "pairs": "operations.responses:pairs",
+        "show": "operations.dataset:show",
+        "data export": "operations.dataset:export_data",
+        "data convert-boxes": "operations.dataset:convert_boxes",
     },
     "Training": {
-        "plan": Operation(
-            "training:plan", "Estimate memory and time of a run and suggest settings that fit."
-        ),
-        "train": Operation("training:train", "Fine-tune a model with a recipe."),
-        "launch": Operation("training:launch", "Write a training job for several GPUs or nodes."),
-        "convert": Operation(
-            "training:convert", "Convert a configuration or script of another trainer to a recipe."
-        ),
+        "plan": "operations.training:plan",
+        "train": "operations.training:train",
+        "launch": "operations.training:launch",
+        "convert": "operations.training:convert",
     },
     "Evaluation": {
-        "eval": Operation("evaluation:evaluate", "Evaluate a model or run on a dataset."),
-        "report": Operation("evaluation:report", "Write the HTML report of a run."),
-        "compare": Operation("evaluation:compare", "Compare runs or evaluations on an HTML page."),
+        "eval": "operations.evaluation:evaluate",
+        "report": "operations.evaluation:report",
+        "compare": "operations.evaluation:compare",
     },
     "Inference": {
-        "predict": Operation(
-            "evaluation:predict",
-            "Answer questions about images.",
-            json_help="Print one JSON object per answer (image, prompt, answer, raw_text, boxes)",
-        ),
-        "chat": Operation("cli.chat:chat", "Start a chat in the terminal.", json_help=""),
-        "web": Operation("app.start:web", "Start a chat UI in the browser.", json_help=""),
-        "serve": Operation(
-            "app.start:serve", "Start an OpenAI-compatible HTTP server.", json_help=""
-        ),
+        "predict": "operations.evaluation:predict",
+        "chat": "cli.chat:chat",
+        "web": "app.start:web",
+        "serve": "app.start:serve",
     },
     "Deployment": {
-        "merge": Operation("deployment:merge", "Merge an adapter into its base model."),
-        "export": Operation(
-            "deployment:export", "Upload a model, convert it to GGUF, or print serving commands."
-        ),
+        "merge": "operations.deployment:merge",
+        "export": "operations.deployment:export",
     },
 }
-"""Operations by group and name, in the order of the help. A name may have two words."""
+"""Module and function of the operations by group and name, in the order of the help.
+
+A name may have two words.
+"""
 
 
-def find_operation(name: str) -> Operation:
-    """Return the operation with a name."""
-    return next(group[name] for group in OPERATIONS.values() if name in group)
+def find_operation(name: str) -> Callable[..., Any]:
+    """Import the operation with a name."""
+    target = next(group[name] for group in OPERATIONS.values() if name in group)
+    module, _, function = target.partition(":")
+    operation: Callable[..., Any] = getattr(import_module(f"finesight.{module}"), function)
+    return operation

@@ -6,52 +6,35 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Unpack
 
 from finesight.errors import Step, UserError, format_count
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import (
-    BoxFormatOption,
-    BoxTaskOption,
-    BoxUnitsOption,
-    ColumnsOption,
     LanguageOption,
-    LimitOption,
-    NoHeaderOption,
+    OutFolderArgument,
     OverridesArgument,
-    PromptOption,
     RecipeArgument,
-    SourceFormatOption,
+    SourceOptions,
+    TableOptions,
     parse_row_range,
 )
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue, CheckResult
     from finesight.data.exporter import ExportSummary
+    from finesight.data.import_source import ImportOptions
     from finesight.data.importer import ImportSummary
     from finesight.encode.box_migration import MigrationResult, ResizeSpec
     from finesight.encode.tokenization import TokenizedSample
 
 
-OutFolderArgument = Annotated[
-    StrPath,
-    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
-]
-
-
 def import_data(
     source: Annotated[StrPath, Parameter(path="name")],
     out: OutFolderArgument,
-    format: SourceFormatOption = None,
-    columns: ColumnsOption = None,
-    prompt: PromptOption = None,
-    box_task: BoxTaskOption = "detection",
-    box_format: BoxFormatOption = None,
-    box_units: BoxUnitsOption = None,
     rows: Annotated[
         tuple[int | None, int | None] | None, Parameter(metavar="A:B", parse=parse_row_range)
     ] = None,
-    limit: LimitOption = None,
     eval_last: Annotated[int | None, Parameter(minimum=1)] = None,
     train_fraction: Annotated[float | None, Parameter(metavar="FRACTION")] = None,
     seed: Annotated[int, Parameter(minimum=0)] = 0,
@@ -59,8 +42,8 @@ def import_data(
     on_invalid_box: Literal["fail", "drop", "clip"] | None = None,
     copy_images: bool = False,
     encoding: Annotated[str | None, Parameter(metavar="NAME")] = None,
-    no_header: NoHeaderOption = False,
     allow_host: Annotated[Sequence[str], Parameter(metavar="HOST")] = (),
+    **reading: Unpack[SourceOptions],
 ) -> Outcome[ImportSummary]:
     """Import a dataset as samples: OUT/data.jsonl, or OUT/train.jsonl and OUT/eval.jsonl.
 
@@ -98,73 +81,96 @@ def import_data(
         encoding: Encoding of a .csv or .tsv file, such as cp1250 or gb18030. Default: detect it.
         allow_host: Allow downloads of https:// sources and images from this host. Repeatable.
     """
-    from finesight.data.import_source import ImportOptions, detect_columns
+    from finesight.data.import_source import detect_columns
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.progress import ProgressConsole
 
-    options = ImportOptions(
-        format=format,
-        columns=columns or {},
-        prompt=prompt,
-        box_format=box_format,
-        box_units=box_units,
-        row_range=rows or (None, None),
-        limit=limit,
+    options = build_import_options(
+        reading,
+        row_range=rows,
         eval_last=eval_last,
         train_fraction=train_fraction,
         seed=seed,
         copy_images=copy_images,
-        box_task=box_task,
         on_invalid_row=on_invalid_row,
         on_invalid_box=on_invalid_box,
         encoding=encoding,
-        no_header=no_header,
     )
+    is_detected = not (options.columns or options.format)
     console, out = ProgressConsole(), Path(out)
     with fetch_source(str(source), out, options, allow_host) as fetched:
         path, options = fetched.path, fetched.options
-        if not (columns or format or options.row_files):
+        if is_detected and not options.row_files:
             path, options = detect_columns(path, options)
         summary = import_dataset(path, out, options, console.progress_stage)
     for note in fetched.notes:
         console.log(f"{source}: {note}")
     train, *validation = (str(file.file) for file in summary.output_files)
+    first, *details = format_import(source, summary, options, is_detected=is_detected)
+    lines = [first, *(f"  {line}" for line in details)]
     step = Step("check", {"sources": [train], "against": validation})
-    lines = _format_summary(source, summary)
-    if not columns and options.columns:
-        lines[0] = lines[0].replace("(--map)", "(columns)")
-        lines[1:1] = [f"  {role}: {column}" for role, column in options.columns.items()]
-        lines[1:1] = [f"  box format: {options.box_format}"] if options.box_format else []
     return Outcome(summary, lines, asdict(summary), [step])
 
 
-def _format_summary(source: StrPath, summary: ImportSummary) -> list[str]:
-    lines = [
-        f"{source}: {format_count(summary.num_rows, 'row')}, read as {summary.format}"
-        f" ({summary.detected_by})",
-        *([f"  {summary.text_format}"] if summary.text_format else []),
-        *(
-            f"  {file.file}: {format_count(file.num_samples, 'sample')}"
-            f" from {format_count(file.num_rows, 'row')}"
-            for file in summary.output_files
-        ),
-        *(f"  {line}" for line in summary.list_skipped()),
-        f"  {format_count(summary.num_images, 'image')}",
+def build_import_options(reading: TableOptions, **others: Any) -> ImportOptions:
+    """Build the options of an import; None stands for the default."""
+    from finesight.data.import_source import ImportOptions
+
+    values = {**reading, **others}
+    return ImportOptions(**{name: value for name, value in values.items() if value is not None})
+
+
+def format_import(
+    source: StrPath, summary: ImportSummary, options: ImportOptions, *, is_detected: bool
+) -> list[str]:
+    """Describe an import: the source, then details such as files and skipped rows.
+
+    Args:
+        options: Options of the import.
+        is_detected: Whether the column roles were detected.
+    """
+    detected_by = summary.detected_by
+    details = [summary.text_format]
+    details += [
+        f"{file.file}: {format_count(file.num_samples, 'sample')}"
+        f" from {format_count(file.num_rows, 'row')}"
+        for file in summary.output_files
     ]
+    if is_detected:
+        detected_by = detected_by.replace("--map", "columns")
+        details += [f"{role}: {column}" for role, column in options.columns.items()]
+        details.append(_describe_box_format(options))
+        details.append(f"box units: {options.box_units}" if options.box_units else "")
+    details += [*summary.list_skipped(), format_count(summary.num_images, "image")]
     if summary.skipped_rows_file is not None:
-        lines.append(f"  {summary.skipped_rows_file}: invalid rows with reasons")
+        details.append(f"{summary.skipped_rows_file}: invalid rows with reasons")
     if summary.num_clipped_boxes:
-        lines.append(
-            f"  {format_count(summary.num_clipped_boxes, 'box')} clipped by at most 1 pixel"
+        details.append(
+            f"{format_count(summary.num_clipped_boxes, 'box')} clipped by at most 1 pixel"
         )
-    lines += [f"  {count} {source_note}" for source_note, count in summary.source_notes.items()]
-    lines += [f"  {line}" for line in summary.list_other_keys()]
+    details += [f"{count} {note}" for note, count in summary.source_notes.items()]
+    details += summary.list_other_keys()
     if summary.unused_columns:
-        lines.append(f"  unused columns: {', '.join(summary.list_unused_columns())}")
+        details.append(f"unused columns: {', '.join(summary.list_unused_columns())}")
         if not summary.num_images:
-            lines.append("  no images: --map image=COLUMN sets the column of the image paths")
-    return lines
+            details.append("no images: --map image=COLUMN sets the column of the image paths")
+    num_rows = format_count(summary.num_rows, "row")
+    heading = f"{source}: {num_rows}, read as {summary.format} ({detected_by})"
+    return [heading, *filter(None, details)]
+
+
+def _describe_box_format(options: ImportOptions) -> str:
+    """Describe a box format that differs from the default, or that no column states."""
+    from finesight.data.formats.table import find_stated_format, get_default_convention
+
+    column = options.columns.get("box")
+    if column is None or (find_stated_format(column) and not options.box_format):
+        return ""
+    if options.box_format:
+        return f"box format: {options.box_format}, by the values"
+    default = get_default_convention(column).format
+    return f"box format: {default} (assumed; for another one, import with --box-format)"
 
 
 def export_data(
@@ -335,13 +341,6 @@ MAX_ISSUES = 1000
 def check_data(
     sources: Annotated[Sequence[StrPath], Parameter(metavar="SOURCE")],
     against: Annotated[Sequence[StrPath], Parameter(metavar="EVAL")] = (),
-    format: SourceFormatOption = None,
-    columns: ColumnsOption = None,
-    prompt: PromptOption = None,
-    box_task: BoxTaskOption = "detection",
-    box_format: BoxFormatOption = None,
-    box_units: BoxUnitsOption = None,
-    limit: LimitOption = None,
     model: Annotated[str | None, Parameter(path="name")] = None,
     max_length: Annotated[int | None, Parameter(minimum=1)] = None,
     fix: Annotated[StrPath | None, Parameter(metavar="OUT")] = None,
@@ -350,6 +349,7 @@ def check_data(
     language: LanguageOption = None,
     has_main_guard: bool = False,
     on_record: Callable[[Mapping[str, Any]], None] | None = None,
+    **reading: Unpack[SourceOptions],
 ) -> Outcome[CheckResult]:
     """Validate samples: images, boxes, texts, roles, duplicates and leakage.
 
@@ -375,14 +375,7 @@ def check_data(
         html: Also write an HTML page with the issues, statistics and random samples.
         seed: Random seed of the samples on the HTML page.
     """
-    from finesight.check.check_issues import format_summary, summary_to_dict
-    from finesight.check.data_checker import (
-        DataChecker,
-        inputs_from_files,
-        inputs_from_recipe,
-        is_recipe,
-        load_model_requirements,
-    )
+    from finesight.check import check_issues, data_checker
     from finesight.data.import_source import ImportOptions
     from finesight.progress import ProgressConsole
     from finesight.report.data_pages import render_check_page
@@ -390,29 +383,21 @@ def check_data(
     from finesight.report.i18n import detect_language, use_language
     from finesight.storage import temporary_folder, write_folder
 
-    options = ImportOptions(
-        format=format,
-        columns=columns or {},
-        prompt=prompt,
-        box_task=box_task,
-        box_format=box_format,
-        box_units=box_units,
-        limit=limit,
-    )
-    paths = [*map(Path, sources)]
-    recipe = next(filter(is_recipe, paths), None) if format is None else None
+    options, paths = build_import_options(reading), [*map(Path, sources)]
+    has_defaults = options == ImportOptions()
+    recipe = next(filter(data_checker.is_recipe, paths), None) if options.format is None else None
     if recipe is not None:
-        if len(paths) > 1 or options != ImportOptions() or against or model or max_length:
+        if len(paths) > 1 or not has_defaults or against or model or max_length:
             raise UserError(
                 "other options or sources are given with a recipe",
                 where=str(recipe),
                 expected="one recipe with --fix, --html, --seed and --json only",
                 remedy="remove the other arguments, or check the data files directly",
             )
-        inputs, requirements = inputs_from_recipe(recipe)
+        inputs, requirements = data_checker.inputs_from_recipe(recipe)
     else:
-        inputs = inputs_from_files(paths, [*map(Path, against)], options)
-        requirements = load_model_requirements(model, max_length)
+        inputs = data_checker.inputs_from_files(paths, [*map(Path, against)], options)
+        requirements = data_checker.load_model_requirements(model, max_length)
     fix, html, console = to_path(fix), to_path(html), ProgressConsole()
     if html:
         raise_if_not_generated(html)
@@ -422,13 +407,13 @@ def check_data(
             on_record(issue.as_json())
 
     with write_folder(fix) if fix else temporary_folder("check") as folder:
-        checker = DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
+        checker = data_checker.DataChecker(inputs, folder, requirements, MAX_ISSUES, seed)
         with console.progress_stage("rows", checker.num_rows) as on_progress:
             # Worker processes import the main module, which starts them again without a guard.
             result, images = checker.run(
                 report_issue, on_progress, single_process=not has_main_guard
             )
-        lines = format_summary(result, MAX_PRINTED_ISSUES)
+        lines = check_issues.format_summary(result, MAX_PRINTED_ISSUES)
         fixed = None
         try:
             if html:
@@ -440,19 +425,18 @@ def check_data(
         except UserError:
             console.log("\n".join(lines))  # the issues, which may prevent the correction
             raise
-    has_errors = result.severity == "error"
+    data = check_issues.summary_to_dict(result, fixed)
     # Other operations would need the other options and files, too.
-    is_one_file = len(paths) == 1 and not against and model is None and max_length is None
+    is_plain = len(paths) == 1 and has_defaults and not (against or model or max_length)
     steps = []
-    if recipe is not None:
-        steps = [] if has_errors else [Step("plan", {"recipe": recipe})]
-    elif is_one_file and options == ImportOptions() and not has_errors:
-        steps = [Step("init", {"data": fix or paths[0]})]
-    elif is_one_file and options == ImportOptions() and checker.fixer.can_write and fix is None:
+    if result.severity != "error":
+        data_step = [Step("init", {"data": fix or paths[0]})] if is_plain else []
+        steps = data_step if recipe is None else [Step("plan", {"recipe": recipe})]
+    elif recipe is None and is_plain and checker.fixer.can_write and fix is None:
         named = paths[0] if paths[0].name else paths[0].resolve()
         name = f"{named.stem or 'data'}-fixed"
         steps = [Step("check", {"sources": paths, "fix": named.with_name(name)})]
-    return Outcome(result, lines, summary_to_dict(result, fixed), steps, result.exit_code)
+    return Outcome(result, lines, data, steps, result.exit_code)
 
 
 def show(
@@ -508,14 +492,11 @@ def show(
     )
     renderer.supervise = settings.data.supervise
     corpus = load_corpus(files)
-    text = "The first {} of {}"
-    if seed is None:
-        selected = corpus.read_samples(num_samples)
-    else:
+    text, indices = "The first {} of {}", [*range(len(corpus))]
+    if seed is not None:
         text = "{} random samples of {}"
-        count = min(num_samples, len(corpus))
-        indices = sorted(random.Random(seed).sample(range(len(corpus)), count))
-        selected = [corpus.read_validated(index) for index in indices]
+        indices = sorted(random.Random(seed).sample(indices, min(num_samples, len(corpus))))
+    selected = [corpus.read_validated(index) for index in indices[:num_samples]]
     console, valid, tokenized = ProgressConsole(), [], []
 
     def report_skipped(sample_id: str, error: CorruptImageError) -> None:

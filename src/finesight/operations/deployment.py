@@ -16,7 +16,6 @@ from finesight.operations.options import DeviceOption
 if TYPE_CHECKING:
     from finesight.export.deployment import GgufFiles, ServingCommands
     from finesight.export.model_card import VerifiedMerge
-    from finesight.infer.model_loader import ModelSource
     from finesight.progress import ProgressConsole
 
 
@@ -54,26 +53,20 @@ def download(
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:
     from finesight.data.source_fetch import select_repository_files
-    from finesight.hub.repository import (
-        download_folder,
-        fetch_model,
-        open_repository,
-        select_model_files,
-    )
+    from finesight.hub import repository as hub_repository
     from finesight.model_folder import DOWNLOAD_PATTERNS
 
     is_model = address.repo_type == "model"
     if is_model and to is None:
-        return fetch_model(address, DOWNLOAD_PATTERNS)
-    repository = open_repository(address)
-    paths = (
-        select_model_files(repository, DOWNLOAD_PATTERNS)
-        if is_model
-        else select_repository_files(repository)
-    )
+        return hub_repository.fetch_model(address, DOWNLOAD_PATTERNS)
+    repository = hub_repository.open_repository(address)
+    if is_model:
+        paths = hub_repository.select_model_files(repository, DOWNLOAD_PATTERNS)
+    else:
+        paths = select_repository_files(repository)
     if to is None:
         return repository.fetch_files(paths)
-    download_folder(repository, paths, to)
+    hub_repository.download_folder(repository, paths, to)
     return to
 
 
@@ -142,33 +135,32 @@ def merge(
             max_shard_bytes=max_shard_gb * 1e9,
             log=console.log,
         )
-    lines = [*_format_merge(result, model_source)]
     step = Step("export", {"source": result.folder})
-    return Outcome(result, lines, _merge_to_dict(result, model_source), [step])
+    return Outcome(result, [*_format_merge(result)], _merge_to_dict(result), [step])
 
 
-def _merge_to_dict(merge_result: VerifiedMerge, model_source: ModelSource) -> dict[str, Any]:
-    result = {
-        "folder": str(merge_result.folder),
-        "merged_layers": merge_result.merged_layers,
-        "precision": merge_result.precision,
-    }
+def _merge_to_dict(merge_result: VerifiedMerge) -> dict[str, Any]:
     optional_values = {
-        "nf4_parts": model_source.nf4_parts,
-        "fp8_parts": model_source.fp8_parts,
+        "nf4_parts": merge_result.model_source.nf4_parts,
+        "fp8_parts": merge_result.model_source.fp8_parts,
         "dequantized_layers": merge_result.dequantized_layers,
         "missing_files": merge_result.missing_files,
         "dropped_sampling": merge_result.dropped_sampling,
     }
-    non_empty = {key: value for key, value in optional_values.items() if value}
-    return result | non_empty | {"parity": merge_result.parity.as_json()}
+    return {
+        "folder": str(merge_result.folder),
+        "merged_layers": merge_result.merged_layers,
+        "precision": merge_result.precision,
+        **{key: value for key, value in optional_values.items() if value},
+        "parity": merge_result.parity.as_json(),
+    }
 
 
-def _format_merge(merge_result: VerifiedMerge, model_source: ModelSource) -> Iterator[str]:
+def _format_merge(merge_result: VerifiedMerge) -> Iterator[str]:
     """Yield the output folder, the results of the comparison, and notes about the model."""
     from finesight.config import PixelRange
 
-    num_layers = merge_result.merged_layers
+    num_layers, model_source = merge_result.merged_layers, merge_result.model_source
     action = f"{num_layers} layers merged into" if num_layers else "written to"
     yield f"{action} {merge_result.folder}, {merge_result.precision}"
     yield from merge_result.parity.format_lines()
@@ -252,6 +244,11 @@ def export(
 
     name, target = str(source), None if out is None else str(out)
     _check_options(target, confirm=confirm, public=public, converting=bool(converter or python))
+    if target is not None and is_hub_address(target):
+        upload = _upload(name, target, public=public, confirm=confirm)
+        arguments = {"source": name, "out": target, "public": public, "confirm": True}
+        steps = [] if confirm else [Step("export", arguments)]
+        return Outcome(upload, _format_upload(upload), asdict(upload), steps)
     model_source = resolve_model_source(name)
     if target is None:
         from finesight.export.deployment import build_serving_commands
@@ -260,16 +257,10 @@ def export(
         lines = ["vLLM:", f"  {commands.vllm}", "SGLang:", f"  {commands.sglang}"]
         lines += [f"- {note}" for note in commands.notes]
         return Outcome(commands, lines, commands.as_json())
-    console = ProgressConsole()
-    if is_hub_address(target):
-        upload = _upload(model_source, name, target, console, public=public, confirm=confirm)
-        arguments = {"source": name, "out": target, "public": public, "confirm": True}
-        steps = [] if confirm else [Step("export", arguments)]
-        return Outcome(upload, _format_upload(upload), asdict(upload), steps)
     from finesight.export.deployment import find_converter, format_llama_server_command, write_gguf
 
     program = find_converter(to_path(converter))
-    with console.activity(f"converting {name} to GGUF"):
+    with ProgressConsole().activity(f"converting {name} to GGUF"):
         files = write_gguf(model_source, Path(target), program, outtype, to_path(python))
     manifest = model_source.manifest
     thinking = None if manifest is None else manifest.enable_thinking
@@ -278,26 +269,20 @@ def export(
     return Outcome(files, lines, asdict(files))
 
 
-def _upload(
-    model_source: ModelSource,
-    source: str,
-    out: str,
-    console: ProgressConsole,
-    *,
-    public: bool,
-    confirm: bool,
-) -> HubUpload:
+def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
     """List the files of a model, and upload them if confirmed."""
     from finesight.export.model_card import collect_uploads
     from finesight.hub.repository import publish_model
-    from finesight.infer.model_loader import get_model_name
+    from finesight.infer.model_loader import get_model_name, resolve_model_source
+    from finesight.progress import ProgressConsole
 
     address, page = parse_address(out), None
-    with collect_uploads(model_source, source) as files:
+    with collect_uploads(resolve_model_source(source), source) as files:
         sizes = {name: path.stat().st_size for name, path in files.items()}
         if confirm:
             message = f"Upload {get_model_name(str(Path(source).resolve()))} with finesight"
-            with console.activity(f"uploading {format_count(len(files), 'file')} to {address}"):
+            text = f"uploading {format_count(len(files), 'file')} to {address}"
+            with ProgressConsole().activity(text):
                 page = publish_model(address, files, public=public, message=message)
     return HubUpload(str(address), public, sizes, page)
 
@@ -316,11 +301,8 @@ def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:
 
     A failure prints the command to repeat.
     """
-    from finesight.infer.model_loader import resolve_model_source
-
     try:
-        source = resolve_model_source(str(run_dir))
-        upload = _upload(source, str(run_dir), out, console, public=False, confirm=True)
+        upload = _upload(str(run_dir), out, public=False, confirm=True)
     except Exception as error:  # whatever fails, the run is complete
         console.log(f"the upload failed, but the run is complete: {error}")
         arguments = {"source": run_dir, "out": out, "confirm": True}

@@ -86,8 +86,7 @@ def evaluate(
     check_metric(settings.metric, named=metric is not None, trust=trust_metric)
     if parse_metric_path(settings.metric) is not None:
         console.log(f"custom metric: {settings.metric}")
-    loaded = load_model(run_or_model, **loading)
-    model = loaded.value.inference_model
+    model = load_model(run_or_model, **loading).value.inference_model
     total = min(len(samples), settings.limit or len(samples))
     with console.progress_stage("answers", total) as on_progress:
         result = run_evaluation(
@@ -110,7 +109,8 @@ def predict(
 ) -> Outcome[list[Prediction]]:
     """Answer questions about images with greedy decoding, so that answers are deterministic.
 
-    Boxes are left, top, right, bottom in pixels of the original images.
+    Boxes are left, top, right, bottom in pixels of the original images. --json prints one object
+    per answer, with image, prompt, answer, raw_text and boxes.
 
     Example: finesight predict runs/latex formula.png --prompt "Write the formula as LaTeX."
 
@@ -128,8 +128,8 @@ def predict(
     samples = _load_samples(
         get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)
     )
-    loaded = load_model(run_or_model, **loading)
-    model, console = loaded.value.inference_model, ProgressConsole()
+    model = load_model(run_or_model, **loading).value.inference_model
+    console = ProgressConsole()
     with console.progress_stage("answers", len(samples)) as on_progress:
         predictions = run_prediction(
             model.model,
@@ -153,10 +153,8 @@ def _load_samples(
     from finesight.infer.prediction import build_questions
 
     if data is not None and prompt is None and not images:
-        return [
-            LocatedSample(sample, data.parent)
-            for sample in read_samples(data, require_answer=False)
-        ]
+        found = read_samples(data, require_answer=False)
+        return [LocatedSample(sample, data.parent) for sample in found]
     for image in images:
         if not image.exists() or image.is_dir():
             is_folder, what = image.is_dir(), "a folder" if image.is_dir() else "no such image"
@@ -238,7 +236,7 @@ def compare(
 def doctor(
     subject: Annotated[StrPath | None, Parameter(metavar="RUN|MODEL", is_positional=True)] = None,
 ) -> Outcome[DiagnosisSections]:
-    """Report problems with their effect and a command that fixes them.
+    """Diagnose a machine, a model or a run: problems, effects, and commands that fix them.
 
     Without an argument, this machine: memory, disks, package conflicts, torch and driver,
     environment variables, and optional packages.

@@ -10,11 +10,13 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from math import ceil
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Unpack
 
 from finesight.errors import Step, UserError, format_count, suggest_name
+from finesight.operations.dataset import build_import_options, check_data, format_import
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
-from finesight.operations.options import ColumnsOption, NoHeaderOption, PromptOption
+from finesight.operations.options import TableOptions
+from finesight.operations.training import plan
 
 if TYPE_CHECKING:
     from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
-    from finesight.progress import ProgressConsole
 
 Ask = Callable[[str, str], str]
 """Function that asks a question, and returns the answer. The second argument is the default."""
@@ -57,9 +58,6 @@ TASKS = {
 def init(
     data: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
     out: Annotated[StrPath | None, Parameter(metavar="FOLDER")] = None,
-    columns: ColumnsOption = None,
-    no_header: NoHeaderOption = False,
-    prompt: PromptOption = None,
     metric: Annotated[
         str | None,
         Parameter(
@@ -72,8 +70,9 @@ def init(
     model: str | None = None,
     objective: Literal["grpo"] | None = None,
     ask: Ask | None = None,
+    **reading: Unpack[TableOptions],
 ) -> Outcome[Path]:
-    """Import a dataset, and write a recipe for its task and for this machine.
+    """Import a dataset, and write a recipe that fits its task and this machine.
 
     Detects the format, columns and task of the data, and the memory of the GPU. Asks at most five
     questions. Writes FOLDER/data and a commented FOLDER/recipe.yaml with a model that fits, checks
@@ -91,7 +90,6 @@ def init(
     """
     from finesight.config import METRIC_NAMES
     from finesight.data.image_header import CorruptImageError
-    from finesight.data.import_source import ImportOptions
     from finesight.data.importer import REASON_BY_ERROR, import_dataset
     from finesight.data.source_fetch import fetch_source
     from finesight.evaluate.task_metrics import get_task_metric
@@ -109,8 +107,7 @@ def init(
     name = re.split("[:@]", source)[1] if is_hub_address(source) else source
     folder = Path(out or f"{Path(name).resolve().stem}-finetune")
     raise_if_exists(folder)
-    options = ImportOptions(columns=columns or {}, on_invalid_row="skip")
-    options = replace(options, prompt=prompt, no_header=no_header)
+    options = build_import_options(reading, on_invalid_row="skip")
     console = ProgressConsole()
     with _removed_if_empty(folder), fetch_source(source, folder / "data", options) as fetched:
         path, options = _select_source(fetched.path, fetched.options, ask)
@@ -134,25 +131,22 @@ def init(
     num_samples = summary.output_files[0].num_samples
     inputs = (recipe, folder / "run", model, f"`finesight init` for {device}", task, files)
     write_file(recipe, format_recipe(*inputs, num_samples).encode())
-    run_plan = _plan(recipe, console)
-    if run_plan is not None:
+    run_plan: RunPlan | None = None
+    try:
+        run_plan = plan(recipe).value
+    except UserError as error:  # of a model that cannot be downloaded
+        console.log(f"the run was not planned: {error}")
+    else:
         overrides = [item for item in run_plan.overrides if "num_workers" not in item]
         write_file(recipe, format_recipe(*inputs, num_samples, overrides).encode())
-    detected_by = opened.detected_by if columns else opened.detected_by.replace("--map", "columns")
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
+    is_detected = not reading.get("columns")
+    first, *details = format_import(source, summary, options, is_detected=is_detected)
     check_lines, has_errors = _check(summary)
     lines = [
-        f"data    {source}: {summary.format} ({detected_by}), {format_count(num_rows, 'row')}",
-        *([f"        {summary.text_format}"] if summary.text_format else []),
-        *(f"        {file}: {text}" for file, text in files.items()),
-        *(f"        {line}" for line in summary.list_skipped()),
-        *(f"        {count} {note}" for note, count in summary.source_notes.items()),
-        *(f"        {role}: {column}" for role, column in options.columns.items()),
-        *_describe_box_format(options),
-        *([f"        box units: {options.box_units}"] if options.box_units else []),
+        f"data    {first}",
+        *(f"        {line}" for line in details),
         *(["        no images: a task of text only"] if not summary.num_images else []),
-        *(f"        unused column: {column}" for column in summary.list_unused_columns()),
-        *(f"        {line}" for line in summary.list_other_keys()),
         *([f"        for one column only: {map_hint}"] if "fields" in options.columns else []),
         f"task    {task.metric} ({get_task_metric(task.metric).primary_metric})",
         f"example {_format_example(summary.output_files[0].file)}",
@@ -185,19 +179,6 @@ def init(
         "next": [*map(format_command, steps)],
     }
     return Outcome(recipe, lines, result, steps)
-
-
-def _describe_box_format(options: ImportOptions) -> list[str]:
-    """Describe a box format that differs from the default, or that no column states."""
-    from finesight.data.formats.table import find_stated_format, get_default_convention
-
-    column = options.columns.get("box")
-    if column is None or (find_stated_format(column) and not options.box_format):
-        return []
-    if options.box_format:
-        return [f"        box format: {options.box_format}, by the values"]
-    default = f"{get_default_convention(column).format} (assumed; for another one, import with"
-    return [f"        box format: {default} --box-format)"]
 
 
 def _format_example(file: Path) -> str:
@@ -400,39 +381,12 @@ def choose_model(memory_bytes: int) -> str:
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
 
 
-def _plan(recipe: Path, console: ProgressConsole) -> RunPlan | None:
-    """Plan the run of a recipe; None if the model cannot be downloaded."""
-    from rich.console import Console
-
-    from finesight.plan.run_plan import plan_run
-    from finesight.progress import ProgressConsole
-    from finesight.recipe import load_recipe
-
-    settings = load_recipe(recipe)
-    try:
-        with console.activity("planning the run"):
-            return plan_run(settings, None, ProgressConsole(Console(quiet=True)))
-    except UserError as error:
-        console.log(f"the run was not planned: {error}")
-        return None
-
-
 def _check(summary: ImportSummary) -> tuple[list[str], bool]:
     """Check the imported samples; return the lines of the summary, and whether it has errors."""
-    from finesight.check.check_issues import format_summary
-    from finesight.check.data_checker import (
-        check_sources,
-        inputs_from_files,
-        load_model_requirements,
-    )
-    from finesight.data.import_source import ImportOptions
-    from finesight.operations.dataset import MAX_PRINTED_ISSUES
-
     train_file, *eval_files = [file.file for file in summary.output_files]
-    inputs = inputs_from_files([train_file], eval_files, ImportOptions())
-    result = check_sources(inputs, load_model_requirements(None, None))
+    outcome = check_data([train_file], eval_files)
     # The files are those of the import.
-    first, *lines = format_summary(result, MAX_PRINTED_ISSUES)[len(result.sources) :]
-    if not result.issue_counts:
+    first, *lines = outcome.lines[len(outcome.value.sources) :]
+    if not outcome.value.issue_counts:
         first, lines = "; ".join([first, *lines]), []
-    return [f"check   {first}", *lines], result.exit_code == 2
+    return [f"check   {first}", *lines], outcome.value.severity == "error"

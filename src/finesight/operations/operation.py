@@ -5,7 +5,6 @@ Operations are imported when they are needed.
 
 from __future__ import annotations
 
-import builtins
 import inspect
 import json
 import os
@@ -15,9 +14,8 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Generic, Literal, ParamSpec, TypeVar
 
@@ -39,7 +37,9 @@ Kind = Literal["flag", "choice", "integer", "number", "path", "text"]
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """Properties of a parameter of an operation, in the `Annotated` type of its argument.
+    """Parameter of an operation, given in the `Annotated` type of its argument.
+
+    `list_parameters` completes the name and kind, and the values that the argument itself states.
 
     Attributes:
         help: Description of an argument that several operations have. The docstring of an operation
@@ -54,8 +54,13 @@ class Parameter:
         parse: Converts the words of the command line to the value. Python code may give either.
         minimum: Smallest accepted number, None for any.
         maximum: Greatest accepted number, None for any.
-        default: Default value in a group of options, a `TypedDict` that `**` unpacks.
+        default: Default value, or `inspect.Parameter.empty` for a required parameter. It is given
+            here in a group of options, a `TypedDict` that `**` unpacks.
         plugins: Kind of the plug-ins that the help lists.
+        kind: Kind of a value, or of each of several.
+        is_multiple: Whether several values are accepted.
+        is_optional: Whether None is accepted.
+        other_types: Names of the types of objects that Python code may give instead.
     """
 
     help: str = ""
@@ -66,46 +71,18 @@ class Parameter:
     parse: Callable[[Any], Any] | None = None
     minimum: float | None = None
     maximum: float | None = None
-    default: object = None
+    default: Any = None
     plugins: PluginKind | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class OperationParameter:
-    """Parameter of an operation.
-
-    Attributes:
-        help: Description, with the default if it depends on other values.
-        kind: Kind of a value, or of each of several.
-        choices: Values of a choice.
-        is_multiple: Whether several values are accepted.
-        is_optional: Whether None is accepted.
-        default: Default value, or `inspect.Parameter.empty` for a required parameter.
-        other_types: Names of the types of objects that Python code may give instead.
-    """
-
-    name: str
-    help: str
-    info: Parameter
-    kind: Kind
-    choices: tuple[str, ...]
-    is_multiple: bool
-    is_optional: bool
-    default: Any
+    name: str = ""
+    kind: Kind = "text"
+    choices: tuple[str, ...] = ()
+    is_multiple: bool = False
+    is_optional: bool = False
     other_types: frozenset[str] = frozenset()
 
     @property
     def is_required(self) -> bool:
         return self.default is inspect.Parameter.empty
-
-    @property
-    def is_positional(self) -> bool:
-        return self.info.is_positional or (self.is_required and not self.info.option)
-
-    @property
-    def option(self) -> str:
-        """Name of the option, such as `--batch-size`."""
-        return self.info.option or f"--{self.name.replace('_', '-')}"
 
     def format_words(self, value: object) -> list[str]:
         """Return the words of the command line that give the parameter a value."""
@@ -136,10 +113,10 @@ class OperationParameter:
             words = [self._convert_item(item) for item in (value if is_sequence else [value])]
         else:
             words = self._convert_item(value)
-        return words if self.info.parse is None else self.info.parse(words)
+        return words if self.parse is None else self.parse(words)
 
     def _convert_item(self, value: Any) -> Any:
-        info, expected = self.info, ""
+        expected = ""
         if self.kind in ("path", "text"):
             name = to_name(value)
             return Path(os.path.expanduser(name)) if self.kind == "path" else name
@@ -147,10 +124,10 @@ class OperationParameter:
             expected = f"one of {', '.join(self.choices)}" if value not in self.choices else ""
         elif not isinstance(value, int if self.kind == "integer" else int | float):
             expected = "an integer" if self.kind == "integer" else "a number"
-        elif info.minimum is not None and value < info.minimum:
-            expected = f"a number of at least {info.minimum:g}"
-        elif info.maximum is not None and value > info.maximum:
-            expected = f"a number of at most {info.maximum:g}"
+        elif self.minimum is not None and value < self.minimum:
+            expected = f"a number of at least {self.minimum:g}"
+        elif self.maximum is not None and value > self.maximum:
+            expected = f"a number of at most {self.maximum:g}"
         if expected:
             raise _build_value_error(self.name, value, expected)
         return value
@@ -191,7 +168,7 @@ def list_words(step: Step) -> list[str]:
     """Return the words of the command line of a step after the program."""
     from finesight.operations import find_operation
 
-    parameters = list_parameters(find_operation(step.operation).load())
+    parameters = list_parameters(find_operation(step.operation))
     known = [one for one in parameters if one.name in step.arguments]
     assert len(known) == len(step.arguments), f"{step.operation} lacks {step.arguments}"
     # Options follow the positional arguments.
@@ -225,13 +202,13 @@ def format_call(step: Step) -> str:
     """Format the call of a step in Python, or its command if Python has no function for it."""
     from finesight.operations import find_operation
 
-    module, _, function = find_operation(step.operation).target.partition(":")
-    if "." in module:
+    operation = find_operation(step.operation)
+    if not operation.__module__.startswith("finesight.operations."):
         return format_step(step)
     # Paths are text, which needs no import.
     plain = json.loads(json.dumps(dict(step.arguments), default=str))
     arguments = ", ".join(f"{name}={value!r}" for name, value in plain.items())
-    return f"finesight.api.{function}({arguments})"
+    return f"finesight.api.{operation.__name__}({arguments})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,32 +230,6 @@ class Outcome(Generic[Result]):
     exit_code: int = 0
 
 
-JSON_HELP = "Print the result as one JSON object"
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """Entry of an operation.
-
-    Attributes:
-        target: Module of this package, or path in the project, and function: MODULE:FUNCTION.
-        summary: Short description.
-        json_help: Start of the description of `--json`; empty for an operation that runs until it
-            is stopped, and has no result.
-    """
-
-    target: str
-    summary: str
-    json_help: str = JSON_HELP
-
-    def load(self) -> Callable[..., Any]:
-        """Import the function."""
-        module, _, function = self.target.partition(":")
-        path = module if "." in module else f"operations.{module}"
-        operation: Callable[..., Any] = getattr(import_module(f"finesight.{path}"), function)
-        return operation
-
-
 KINDS: Mapping[type, Kind] = {
     bool: "flag",
     int: "integer",
@@ -288,31 +239,15 @@ KINDS: Mapping[type, Kind] = {
 }
 
 
-class _UnknownNames(dict[str, Any]):
-    """Types that a module imports for type checkers only, as empty classes of the same name."""
-
-    def __init__(self, known: Mapping[str, object]) -> None:
-        super().__init__()
-        self._known = known
-
-    def __missing__(self, name: str) -> type:
-        if name in self._known or name in vars(builtins):
-            raise KeyError(name)
-        return type(name, (), {})
-
-
 @lru_cache
-def list_parameters(operation: Callable[..., object]) -> Sequence[OperationParameter]:
+def list_parameters(operation: Callable[..., object]) -> Sequence[Parameter]:
     """Return the parameters of an operation that have a description, in their order."""
     signature = inspect.signature(operation).parameters
     annotations = {name: parameter.annotation for name, parameter in signature.items()}
+    # Without the type of the result, which type checkers alone import.
+    bare = types.SimpleNamespace(__annotations__=annotations)
     names = inspect.unwrap(operation).__globals__
-    hints = typing.get_type_hints(
-        types.SimpleNamespace(__annotations__=annotations),
-        globalns=names,
-        localns=_UnknownNames(names),
-        include_extras=True,
-    )
+    hints = typing.get_type_hints(bare, globalns=names, include_extras=True)
     descriptions, parameters = read_descriptions(operation), []
     for name, parameter in signature.items():
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
@@ -345,48 +280,42 @@ def _find_info(hint: Any) -> Parameter:
     return next((item for item in metadata if isinstance(item, Parameter)), Parameter())
 
 
-def _read_parameter(name: str, text: str, hint: Any, default: Any) -> OperationParameter:
+def _read_parameter(name: str, text: str, hint: Any, default: Any) -> Parameter:
     info = _find_info(hint)
     if info.plugins and (names := Registry(info.plugins, object, {}).plugin_names):
         text += f" Plug-ins: {', '.join(names)}."
     # `Annotated` has its type as the origin, as has no other hint of a parameter.
-    type_ = hint.__origin__ if hasattr(hint, "__metadata__") else hint
-    alternatives = {*_list_alternatives(type_)}
-    is_optional = type(None) in alternatives
-    kinds = alternatives - {type(None)}
-    # The values of a mapping are written as KEY=VALUE.
-    origins = (list, Sequence, Mapping)
-    containers = [one for one in kinds if typing.get_origin(one) in origins]
-    containers.sort(key=lambda one: origins.index(typing.get_origin(one)))
-    choices: tuple[str, ...] = ()
-    # A value that may also be a path or text is one value.
+    kinds = _list_alternatives(hint.__origin__ if hasattr(hint, "__metadata__") else hint)
+    is_optional = type(None) in kinds
+    # A value that may also be a path or text is one value. Mappings are written as KEY=VALUE.
+    containers = [one for one in kinds if typing.get_origin(one) in (list, Sequence, Mapping)]
     containers = [] if kinds & {*KINDS} else containers
     if containers:
-        kinds = {*_list_alternatives(typing.get_args(containers[0])[0])}
-    literals = [one for one in kinds if typing.get_origin(one) is Literal]
-    if literals:
-        choices = typing.get_args(literals[0])
+        kinds = _list_alternatives(typing.get_args(containers[0])[0])
+    choices = next((typing.get_args(o) for o in kinds if typing.get_origin(o) is Literal), ())
     if info.path == "name":
-        kinds -= {Path}
-    named = {typing.get_origin(kind) or kind for kind in kinds}
-    unknown = {one for one in named if isinstance(one, type)} - {*KINDS}
-    known = [kind for type_, kind in KINDS.items() if type_ in kinds]
-    return OperationParameter(
+        kinds.discard(Path)
+    found = [kind for type_, kind in KINDS.items() if type_ in kinds]
+    others = {typing.get_origin(one) or one for one in kinds} - {*KINDS, type(None), Literal}
+    is_required = default is inspect.Parameter.empty
+    return replace(
+        info,
         name=name,
         help=text,
-        info=info,
-        kind="choice" if choices else known[0] if known else "text",
+        option=info.option or f"--{name.replace('_', '-')}",
+        is_positional=info.is_positional or (is_required and not info.option),
+        kind="choice" if choices else [*found, "text"][0],
         choices=choices,
         is_multiple=bool(containers),
         is_optional=is_optional,
         default=default,
-        other_types=frozenset(one.__name__ for one in unknown),
+        other_types=frozenset(one.__name__ for one in others),
     )
 
 
-def _list_alternatives(hint: Any) -> Sequence[Any]:
+def _list_alternatives(hint: Any) -> set[Any]:
     is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    return typing.get_args(hint) if is_union else (hint,)
+    return {*(typing.get_args(hint) if is_union else (hint,))}
 
 
 def as_function(operation: Callable[Arguments, Outcome[Result]]) -> Callable[Arguments, Result]:

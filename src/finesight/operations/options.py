@@ -33,6 +33,11 @@ OverridesArgument = Annotated[
     ),
 ]
 
+OutFolderArgument = Annotated[
+    StrPath,
+    Parameter("Folder to create; an existing one is an error.", metavar="OUT", is_positional=True),
+]
+
 DeviceOption = Annotated[
     Literal["auto", "cpu", "cuda"],
     Parameter("Compute device. auto: the GPU if there is one, else the CPU.", default="auto"),
@@ -83,18 +88,6 @@ MaxNewTokensOption = Annotated[int, Parameter("Maximum number of tokens per answ
 
 PortOption = Annotated[int, Parameter("TCP port; 0 selects a free port.", minimum=0, maximum=65535)]
 
-SourceFormatOption = Annotated[
-    str | None,
-    Parameter(
-        "Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
-        "conversations, query-response, image-path, table (columns named with --map), coco, yolo, "
-        "voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, imagefolder, folder "
-        "or classes. Default: detected from the content.",
-        metavar="NAME",
-        plugins="formats",
-    ),
-]
-
 
 def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
     """Parse ROLE=COLUMN pairs of `--map` into a dict from role to column.
@@ -115,60 +108,82 @@ def parse_column_map(pairs: Sequence[str]) -> dict[str, str]:
     return columns
 
 
-ColumnsOption = Annotated[
-    Mapping[str, str] | None,
-    Parameter(
-        "Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
-        "label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
-        option="--map",
-        metavar="ROLE=COLUMN",
-        parse=parse_column_map,
-    ),
+LimitOption = Annotated[
+    int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
 ]
 
-PromptOption = Annotated[
-    str | None,
-    Parameter(
-        "Question about every image, appended to the question of the row if it has one. In "
-        "box datasets, {label} (grounding) or {labels} (detection) inserts the class names."
-    ),
-]
 
-NoHeaderOption = Annotated[
-    bool,
-    Parameter(
-        "The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
-        "and so on. Detected if the row contains an image or its file name.",
-        option="--no-header",
-    ),
-]
+class TableOptions(TypedDict, total=False):
+    """Options of all operations that read a table."""
 
-BoxTaskOption = Annotated[
-    Literal["detection", "grounding"],
-    Parameter(
-        "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
-        "question per image about all boxes (detection), or one per image and label (grounding)."
-    ),
-]
+    columns: Annotated[
+        Mapping[str, str] | None,
+        Parameter(
+            "Role of a table column: image=COLUMN, answer=COLUMN, question=COLUMN, box=COLUMN or "
+            "label=COLUMN. fields=A,B,C combines columns into a JSON answer. Repeat for each role.",
+            option="--map",
+            metavar="ROLE=COLUMN",
+            parse=parse_column_map,
+        ),
+    ]
+    prompt: Annotated[
+        str | None,
+        Parameter(
+            "Question about every image, appended to the question of the row if it has one. In "
+            "box datasets, {label} (grounding) or {labels} (detection) inserts the class names."
+        ),
+    ]
+    no_header: Annotated[
+        bool,
+        Parameter(
+            "The first row of a .csv, .tsv or .xlsx file contains values: name the columns 1, 2 "
+            "and so on. Detected if the row contains an image or its file name.",
+            option="--no-header",
+            default=False,
+        ),
+    ]
 
-BoxFormatOption = Annotated[
-    Literal["xyxy", "xywh", "cxcywh"] | None,
-    Parameter(
-        "Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
-        "height) or cxcywh (center x, center y, width, height). Default: of the format (coco: "
-        "xywh, yolo: cxcywh) or the column names of a table (x,y,w,h: xywh), else xyxy.",
-        option="--box-format",
-    ),
-]
 
-BoxUnitsOption = Annotated[
-    Literal["pixel", "1", "1000"] | None,
-    Parameter(
-        "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
-        "width and height) or 1000 (thousandths). Default: of the format (yolo: 1, qwen-vl: "
-        "1000), else pixel."
-    ),
-]
+class SourceOptions(TableOptions, total=False):
+    """Options of all operations that read a dataset of any format."""
+
+    format: Annotated[
+        str | None,
+        Parameter(
+            "Format of SOURCE: samples, openai, ms-swift, llava, llama-factory, qwen-vl, "
+            "conversations, query-response, image-path, table (columns named with --map), coco, "
+            "yolo, voc, labelme, cvat, fiftyone, label-studio, label-studio-predictions, "
+            "imagefolder, folder or classes. Default: detected from the content.",
+            metavar="NAME",
+            plugins="formats",
+        ),
+    ]
+    box_task: Annotated[
+        Literal["detection", "grounding"],
+        Parameter(
+            "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
+            "question per image about all boxes (detection), or one per image and label "
+            "(grounding).",
+            default="detection",
+        ),
+    ]
+    box_format: Annotated[
+        Literal["xyxy", "xywh", "cxcywh"] | None,
+        Parameter(
+            "Box coordinates in SOURCE: xyxy (left, top, right, bottom), xywh (left, top, width, "
+            "height) or cxcywh (center x, center y, width, height). Default: of the format (coco: "
+            "xywh, yolo: cxcywh) or the column names of a table (x,y,w,h: xywh), else xyxy.",
+        ),
+    ]
+    box_units: Annotated[
+        Literal["pixel", "1", "1000"] | None,
+        Parameter(
+            "Unit of box coordinates in SOURCE: pixel (of the original image), 1 (fractions of "
+            "width and height) or 1000 (thousandths). Default: of the format (yolo: 1, qwen-vl: "
+            "1000), else pixel."
+        ),
+    ]
+    limit: LimitOption
 
 
 def parse_row_range(row_range: str) -> tuple[int | None, int | None]:
@@ -187,10 +202,6 @@ def parse_row_range(row_range: str) -> tuple[int | None, int | None]:
     start, stop = (None if bound is None else int(bound) for bound in match.groups())
     return start, stop
 
-
-LimitOption = Annotated[
-    int | None, Parameter("Use only the first N rows. Default: all.", minimum=1)
-]
 
 TrustMetricOption = Annotated[
     bool,

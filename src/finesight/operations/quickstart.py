@@ -27,29 +27,6 @@ if TYPE_CHECKING:
 PROMPT = "Read the ticket."
 NUM_SHOWN_PREDICTIONS = 4
 
-_RECIPE_TEMPLATE = """\
-# Made by `finesight quickstart`: {num_images} train tickets.
-# The last {num_eval_rows} are for validation. A small model is fine-tuned to read them as JSON.
-model: {model}
-data:
-  train: {train}
-  eval: {eval}
-tune:
-  vision: lora
-  merger: lora
-  language: lora
-  lora: {{rank: 32, alpha: 32, dropout: 0.0}}
-train:
-  steps: {steps}
-  batch_size: 16
-  learning_rate: 2.0e-3
-  seed: {seed}
-  precision: {precision}
-  device: cpu
-eval: {{metric: json, every: 0, max_new_tokens: 112, batch_size: 100}}
-output_dir: {run}
-"""
-
 
 @dataclass(frozen=True)
 class QuickstartSettings:
@@ -66,7 +43,7 @@ def quickstart(
     out: Annotated[StrPath, Parameter(metavar="FOLDER")] = Path("quickstart"),
     settings: QuickstartSettings | None = None,
 ) -> Outcome[RunResult]:
-    """Generate train tickets, import and check them, and fine-tune finesight-tiny on them.
+    """Run the complete workflow on generated train tickets, with finesight-tiny.
 
     Needs no network and no GPU, and takes about two minutes on two CPU cores. Run it again to
     resume after an interruption.
@@ -136,21 +113,28 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
 
     Raises UserError if `out` contains other files.
     """
+    from finesight.data.import_source import DetectedTask
     from finesight.infer.model_loader import select_cpu_precision
+    from finesight.model_folder import TINY_MODEL
+    from finesight.recipe_template import format_recipe
     from finesight.storage import write_file
 
-    recipe = out / "recipe.yaml"
-    string_values = {
-        "model": plan.model,
-        "train": str(out / "data" / "train.jsonl"),
-        "eval": str(out / "data" / "eval.jsonl"),
-        "run": str(out / "run"),
-    }
-    # A JSON string is a YAML string, whatever is in it.
-    quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in string_values.items()}
-    data_values = {"num_images": plan.num_images, "num_eval_rows": plan.num_eval_rows}
-    run_values = {"steps": plan.steps, "seed": plan.seed, "precision": select_cpu_precision()}
-    content = _RECIPE_TEMPLATE.format(**data_values, **run_values, **quoted).encode()
+    recipe, num_samples = out / "recipe.yaml", plan.num_images - plan.num_eval_rows
+    counts = {"train": num_samples, "eval": plan.num_eval_rows}
+    files = {out / "data" / f"{name}.jsonl": f"{n} train tickets" for name, n in counts.items()}
+    task = DetectedTask("json", PROMPT, max_new_tokens=112)
+    overrides = [
+        # A JSON string is a YAML string, whatever is in it.
+        f"model={json.dumps(plan.model, ensure_ascii=False)}",
+        f"train.seed={plan.seed}",
+        f"train.precision={select_cpu_precision()}",
+        "train.device=cpu",
+        "eval.every=0",
+        "eval.batch_size=100",
+        "eval.limit=null",
+    ]
+    inputs = (recipe, out / "run", TINY_MODEL, "`finesight quickstart`", task, files, num_samples)
+    content = format_recipe(*inputs, overrides, {"train.steps": str(plan.steps)}).encode()
     if recipe.is_file() and recipe.read_bytes() == content:
         return recipe
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -6,14 +6,14 @@ import json
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict, Unpack
 
 from finesight.errors import Step, UserError
+from finesight.hub.address import parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import OverridesArgument, RecipeArgument, TrustMetricOption
 
@@ -26,6 +26,11 @@ if TYPE_CHECKING:
     from finesight.recipe import Overrides
     from finesight.report.run_reader import RunRecord
     from finesight.train.finalize import RunResult
+else:
+
+    class Recipe:
+        """Settings, in signatures that are read without the packages of the recipe."""
+
 
 PushOption = Annotated[
     str | None,
@@ -78,9 +83,7 @@ def plan(
     from finesight.recipe import load_recipe
 
     run_plan = plan_run(load_recipe(Path(recipe), overrides or ()), gpu, ProgressConsole())
-    fits, given = run_plan.chosen_estimate.fits, overrides or ()
-    if isinstance(given, Mapping):
-        given = [f"{key}={value}" for key, value in given.items()]
+    fits, given = run_plan.chosen_estimate.fits, _list_overrides(overrides)
     step = Step("train", {"recipe": recipe, "overrides": [*given, *run_plan.overrides]})
     return Outcome(
         run_plan,
@@ -89,6 +92,12 @@ def plan(
         [step] if fits else [],
         exit_code=0 if fits else EXIT_DOES_NOT_FIT,
     )
+
+
+def _list_overrides(overrides: Overrides | None) -> Sequence[str]:
+    if isinstance(overrides, Mapping):
+        return [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
+    return overrides or ()
 
 
 def convert(
@@ -121,21 +130,16 @@ def convert(
 
 def _format_notes(notes: Sequence[ConversionNote]) -> list[str]:
     lines = [f"  {note.key} {note.value}: {note.text}" for note in notes if note.kind == "note"]
-    differences = [note for kind in ("differs", "unknown") for note in notes if note.kind == kind]
-    if differences:
-        lines.append("different in finesight:")
-        for reason, group in groupby(differences, _get_text):
-            lines.append(f"  {', '.join(f'{note.key} {note.value}' for note in group)}: {reason}")
-    irrelevant = sorted((note for note in notes if note.kind == "ignored"), key=_get_text)
-    if irrelevant:
-        lines.append("not needed:")
-        for reason, group in groupby(irrelevant, _get_text):
-            lines.append(f"  {', '.join(note.key for note in group)}: {reason}")
+    titles = {"different in finesight:": ("differs", "unknown"), "not needed:": ("ignored",)}
+    for title, kinds in titles.items():
+        settings: dict[str, list[str]] = {}
+        for note in (note for kind in kinds for note in notes if note.kind == kind):
+            name = note.key if note.kind == "ignored" else f"{note.key} {note.value}"
+            settings.setdefault(note.text, []).append(name)
+        reasons = sorted(settings) if "ignored" in kinds else settings
+        lines += [title] if settings else []
+        lines += [f"  {', '.join(settings[reason])}: {reason}" for reason in reasons]
     return lines
-
-
-def _get_text(note: ConversionNote) -> str:
-    return note.text
 
 
 def train(
@@ -179,7 +183,6 @@ def train(
     overrides, console = overrides or (), ProgressConsole()
     is_main = os.environ.get("RANK", "0") == "0"
     if push is not None:
-        from finesight.hub.address import parse_address
         from finesight.hub.repository import check_publish, check_publish_address
 
         check_publish_address(parse_address(push))
@@ -224,12 +227,10 @@ def train(
         exit_code = upload_run(settings.output_dir, push, console)
     from finesight.report.run_reader import read_run
 
-    run, label_step = str(settings.output_dir), find_label_step(settings)
-    image, prompt = read_example(settings.output_dir)
+    run, (image, prompt) = str(settings.output_dir), read_example(settings.output_dir)
     advice = advise_run(read_run(settings.output_dir, with_plugins=False), settings.output_dir)
     purposes = {step.operation: step.purpose for step in advice}
-    if label_step is not None:
-        label_step = replace(label_step, purpose=purposes.get("label", ""))
+    label_step = find_label_step(settings, purposes.get("label", ""))
     next_steps = [
         *(step for step in advice if step.operation == "train"),
         Step("predict", {"run_or_model": run, "images": [image], "prompt": prompt}),
@@ -297,7 +298,7 @@ def _load_recipe(
     return settings, file, section.get("steps") if isinstance(section, Mapping) else None
 
 
-def find_label_step(recipe: Recipe) -> Step | None:
+def find_label_step(recipe: Recipe, purpose: str = "") -> Step | None:
     """Return the step that labels further images with a run; None if it trained no labels."""
     from finesight.label.label_store import find_label_folder, read_sources
 
@@ -306,7 +307,7 @@ def find_label_step(recipe: Recipe) -> Step | None:
         return None
     sources = [source for source in read_sources(folder) if os.path.exists(source)]
     arguments = {"run_or_model": str(recipe.output_dir), "sources": sources or ["IMAGES"]}
-    return Step("label", arguments)
+    return Step("label", arguments, purpose)
 
 
 def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
@@ -340,15 +341,40 @@ def _find_run_recipe(folder: Path, overrides: Overrides) -> Path:
 
 LaunchEngine = Literal["torchrun", "slurm", "skypilot", "kubeflow"]
 
-_ENGINES_BY_OPTION = {
-    "partition": ("slurm",),
-    "account": ("slurm",),
-    "time": ("slurm",),
-    "image": ("skypilot", "kubeflow"),
-    "store": ("skypilot", "kubeflow"),
-    "accelerator": ("skypilot",),
+_ENGINE_OPTIONS: Mapping[LaunchEngine, Sequence[str]] = {
+    "torchrun": (),
+    "slurm": ("partition", "account", "time"),
+    "skypilot": ("image", "store", "accelerator"),
+    "kubeflow": ("image", "store"),
 }
-"""Engines that support each option; other engines reject it."""
+"""Options that each engine supports; it rejects the others."""
+
+
+class EngineOptions(TypedDict, total=False):
+    """Options of single engines."""
+
+    partition: Annotated[str | None, Parameter("slurm: partition. Default: of the cluster.")]
+    account: Annotated[str | None, Parameter("slurm: account to charge. Default: of the cluster.")]
+    time: Annotated[
+        str | None,
+        Parameter(
+            "slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00. "
+            "Default: of the partition."
+        ),
+    ]
+    image: Annotated[
+        str | None,
+        Parameter("skypilot, kubeflow: container image with finesight. Required for both."),
+    ]
+    store: Annotated[
+        str | None,
+        Parameter(
+            "skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. A "
+            "bucket URL such as s3://bucket/folder (skypilot) or the name of a "
+            "PersistentVolumeClaim (kubeflow). Required for both."
+        ),
+    ]
+    accelerator: Annotated[str | None, Parameter("skypilot: GPU type, such as H100. Required.")]
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,14 +395,9 @@ def launch(
     name: str | None = None,
     out: Annotated[StrPath | None, Parameter(metavar="FILE", path="file")] = None,
     submit: bool = False,
-    partition: str | None = None,
-    account: str | None = None,
-    time: str | None = None,
-    image: str | None = None,
-    store: str | None = None,
-    accelerator: str | None = None,
     push: PushOption = None,
     force: ForceOption = False,
+    **options: Unpack[EngineOptions],
 ) -> Outcome[JobFile]:
     """Write a job file that trains a recipe on several GPUs or nodes.
 
@@ -399,89 +420,46 @@ def launch(
             NAME.trainjob.yaml.
         submit: Start the job now, with sbatch (slurm), sky (skypilot) or kubectl (kubeflow).
             torchrun has no queue: run the script instead.
-        partition: slurm: partition. Default: of the cluster.
-        account: slurm: account to charge. Default: of the cluster.
-        time: slurm: time limit as MINUTES or DAYS-HOURS:MINUTES:SECONDS, such as 1-12:00:00.
-            Default: of the partition.
-        image: skypilot, kubeflow: container image with finesight. Required for both.
-        store: skypilot, kubeflow: storage with recipe, data and output, mounted at /finesight. A
-            bucket URL such as s3://bucket/folder (skypilot) or the name of a PersistentVolumeClaim
-            (kubeflow). Required for both.
-        accelerator: skypilot: GPU type, such as H100. Required.
     """
-    from finesight.launch.launch_job import (
-        FILE_SUFFIXES,
-        LaunchJob,
-        NodeSpec,
-        build_submit_command,
-        submit_job,
-        write_job_file,
-    )
+    from finesight.launch import launch_job
 
-    engine_options = {
-        "partition": partition,
-        "account": account,
-        "time": time,
-        "image": image,
-        "store": store,
-        "accelerator": accelerator,
-    }
-    _check_options(engine, engine_options)
     if push is not None:
-        from finesight.hub.address import parse_address
         from finesight.hub.repository import check_publish_address
 
         check_publish_address(parse_address(push))
-    node_spec = NodeSpec.parse(nodes, gpus_per_node)
-    if isinstance(overrides, Mapping):
-        overrides = [f"{key}={json.dumps(value, default=str)}" for key, value in overrides.items()]
-    job = LaunchJob.from_recipe(
-        Path(recipe), overrides or (), name, node_spec, {"push": push, "force": force}
+    node_spec = launch_job.NodeSpec.parse(nodes, gpus_per_node)
+    job = launch_job.LaunchJob.from_recipe(
+        Path(recipe), _list_overrides(overrides), name, node_spec, {"push": push, "force": force}
     )
-    file = Path(out or f"{job.name}{FILE_SUFFIXES[engine]}")
-    write_job_file(file, _build_job_text(engine, job, engine_options))
-    output = submit_job(engine, file) if submit else None
-    command = shlex.join(build_submit_command(engine, file))
+    file = Path(out or f"{job.name}{launch_job.FILE_SUFFIXES[engine]}")
+    launch_job.write_job_file(file, _build_job_text(engine, job, options))
+    output = launch_job.submit_job(engine, file) if submit else None
+    command = shlex.join(launch_job.build_submit_command(engine, file))
     lines = [str(file), f"start with: {command}" if output is None else output]
     job_file = JobFile(file, command, output)
     return Outcome(job_file, lines, asdict(job_file) | {"submitted": submit})
 
 
-def _check_options(engine: LaunchEngine, engine_options: dict[str, str | None]) -> None:
-    for option, value in engine_options.items():
-        if value is not None and engine not in _ENGINES_BY_OPTION[option]:
+def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions) -> str:
+    from finesight.launch import launch_job
+
+    given = {name: str(value) for name, value in options.items() if value is not None}
+    for option in given:
+        engines = [name for name, known in _ENGINE_OPTIONS.items() if option in known]
+        if engine not in engines:
             raise UserError(
                 f"--{option} is given with --on {engine}",
                 where="command line",
-                expected=f"--on {' or '.join(_ENGINES_BY_OPTION[option])}",
+                expected=f"--on {' or '.join(engines)}",
                 remedy=f"remove --{option}, or choose another engine",
             )
-
-
-def _build_job_text(
-    engine: LaunchEngine, job: LaunchJob, engine_options: dict[str, str | None]
-) -> str:
-    from finesight.launch.launch_job import (
-        ContainerImage,
-        SlurmOptions,
-        build_kubeflow_job,
-        build_skypilot_task,
-        build_slurm_script,
-        build_torchrun_script,
-    )
-
     if engine == "torchrun":
-        return build_torchrun_script(job)
+        return launch_job.build_torchrun_script(job)
+    first, second, *third = (given.get(name) for name in _ENGINE_OPTIONS[engine])
     if engine == "slurm":
-        return build_slurm_script(
-            job,
-            SlurmOptions(
-                engine_options["partition"], engine_options["account"], engine_options["time"]
-            ),
-        )
-    image = ContainerImage.from_options(engine_options["image"], engine_options["store"])
-    return (
-        build_kubeflow_job(job, image)
-        if engine == "kubeflow"
-        else build_skypilot_task(job, image, engine_options["accelerator"])
-    )
+        slurm_options = launch_job.SlurmOptions(first, second, *third)
+        return launch_job.build_slurm_script(job, slurm_options)
+    image = launch_job.ContainerImage.from_options(first, second)
+    if engine == "skypilot":
+        return launch_job.build_skypilot_task(job, image, *third)
+    return launch_job.build_kubeflow_job(job, image)

@@ -1,0 +1,335 @@
+"""Sample responses to questions, and select answers and preference pairs by their scores."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from itertools import repeat
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Unpack
+
+from finesight.errors import Step, UserError, format_count, suggest_similar_path
+from finesight.operations.model import ModelArgument, get_model_name, load_model
+from finesight.operations.operation import Outcome, Parameter, StrPath
+from finesight.operations.options import (
+    LimitOption,
+    LoadingOptions,
+    MaxNewTokensOption,
+    OutFolderArgument,
+    TrustMetricOption,
+)
+
+if TYPE_CHECKING:
+    from finesight.config import DataFileSettings, RewardSettings
+    from finesight.data.sample import ContentPart, LocatedSample
+
+    Answer = tuple[ContentPart, ...]
+    Responses = dict[str, list[tuple[float, Answer | None]]]
+    Verdicts = dict[str, tuple[Sequence[Answer], Sequence[Answer]]]
+    Row = tuple[LocatedSample, Answer, Mapping[str, Any]]
+
+ROUNDING = 1e-6
+"""Tolerance of a weighted mean of rewards."""
+
+
+def sample(
+    run_or_model: ModelArgument,
+    data: StrPath,
+    out: OutFolderArgument,
+    best_of: Annotated[int, Parameter(minimum=2)] = 8,
+    reward: Annotated[Sequence[str], Parameter(metavar="NAME")] = (),
+    min_score: float = 1.0,
+    temperature: Annotated[float, Parameter(minimum=0.0, maximum=100.0)] = 1.0,
+    seed: Annotated[int, Parameter(minimum=0, maximum=2**31)] = 0,
+    limit: LimitOption = None,
+    max_new_tokens: MaxNewTokensOption = 512,
+    batch_size: Annotated[int, Parameter(minimum=1)] = 64,
+    trust_metric: TrustMetricOption = False,
+    **loading: Unpack[LoadingOptions],
+) -> Outcome[Mapping[str, float]]:
+    """Sample several responses to each question, and keep the best one as its answer.
+
+    Writes OUT/responses.jsonl, all responses with their scores, which `finesight pairs` reads, and
+    OUT/data.jsonl, samples with their best response, for a training (rejection sampling). The score
+    of a response is the mean of its rewards with their weights. A truncated response is not kept.
+
+    Example: finesight sample runs/receipts receipts/train.jsonl best --best-of 8
+
+    Args:
+        data: JSONL file of samples with answers, which the rewards compare.
+        best_of: Number of responses to each question.
+        reward: Reward or metric, such as json, latex.rendered or rewards.py:score. Repeatable.
+            Default for a run: the rewards of its recipe, or its metric.
+        min_score: Leave out questions whose best response has a lower score.
+        temperature: Sampling temperature.
+        seed: Random seed.
+        batch_size: Responses generated at the same time; halved when GPU memory is exhausted.
+    """
+    from finesight.data.sample import LocatedSample, read_samples
+    from finesight.evaluate.eval_case import EvalCase, get_reference_answer
+    from finesight.evaluate.metric_difference import format_prediction_line
+    from finesight.evaluate.rewards import RewardScorer
+    from finesight.infer.prediction import predict
+    from finesight.infer.request import SamplingParams
+    from finesight.manifest import RESPONSES_FILE, find_run_dir
+    from finesight.progress import ProgressConsole
+    from finesight.storage import write_file, write_folder
+
+    run, data, out = find_run_dir(Path(get_model_name(run_or_model))), Path(data), Path(out)
+    rewards = _select_rewards(run, reward, trust=trust_metric)
+    samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
+    console, errors, text = ProgressConsole(), dict[int, Exception](), ""
+    with RewardScorer(rewards, run) as scorer, write_folder(out) as folder:
+        model = load_model(run_or_model, **loading).value.inference_model
+        renderer = model.renderer
+
+        def get_sampling(index: int) -> SamplingParams:
+            own_seed, banned_ids = (seed << 32) + index, renderer.visual_token_ids
+            return SamplingParams(temperature=temperature, seed=own_seed, banned_ids=banned_ids)
+
+        with console.progress_stage("responses", len(samples) * best_of) as on_progress:
+            found = predict(
+                model.model,
+                renderer,
+                [one for one in samples for _ in range(best_of)],
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                on_progress=on_progress,
+                on_corrupt_image=errors.__setitem__,
+                get_sampling=get_sampling,
+            )
+        skipped = {index // best_of for index in errors}
+        for located in (one for i, one in enumerate(samples) if i not in skipped):
+            group, found = found[:best_of], found[best_of:]
+            answer = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
+            cases = [
+                EvalCase(one.answer, one.boxes, *answer, one.id, one.finish_reason == "stop")
+                for one in group
+            ]
+            rows = zip(*scorer.score(cases), strict=True)
+            for n, (one, case, row) in enumerate(zip(group, cases, rows, strict=True)):
+                scores = [math.nan if value is None else value for value in row]
+                further = {"response": n, "score": _weigh(scores, scorer.weights)}
+                named = dict(zip(scorer.names, scores, strict=True))
+                text += format_prediction_line(one, case, named, **further)
+        write_file(folder / RESPONSES_FILE, text.encode())
+        responses = read_responses(folder / RESPONSES_FILE)
+        verdicts = grade_responses(responses, min_score)
+        correct = [(one, verdicts.get(one.sample.id, ((), ()))[0]) for one in samples]
+        best: list[Row] = [(one, good[0], {}) for one, good in correct if good]
+        num_kept = write_answers(folder / "data.jsonl", best, out)
+    for error in {str(error).splitlines()[0] for error in errors.values()}:
+        console.log(f"skipped: {error}")
+    groups = [[score for score, _ in group] for group in responses.values()]
+    summary = {
+        "num_samples": len(samples),
+        "num_skipped": len(skipped),
+        "num_kept": num_kept,
+        "mean_score": _mean(score for group in groups for score in group),
+        "mean_best_score": _mean(map(max, groups)),
+        "share_equal_scores": _mean(len({*group}) == 1 for group in groups),
+    }
+    lines = [f"{name}: {value:.4g}" for name, value in summary.items()]
+    steps = [Step("check", {"sources": [out / "data.jsonl"]})] if num_kept else []
+    steps.append(Step("pairs", {"source": out, "out": f"{out}-pairs.jsonl", "data": data}))
+    return Outcome(summary, lines, summary, steps)
+
+
+def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:
+    """Return the rewards that the user has named, or those or the metric of a run."""
+    from finesight.config import METRIC_NAMES, REWARD_NAMES, RewardSettings
+    from finesight.evaluate.custom_metric import check_metric, check_recipe_metric
+    from finesight.manifest import RECIPE_FILE
+    from finesight.recipe import load_recipe
+
+    rewards: Sequence[RewardSettings] = ()
+    file = run / RECIPE_FILE
+    if not names and file.is_file():
+        recipe = load_recipe(file)
+        check_recipe_metric(recipe, file, (), trust=trust)
+        rewards = recipe.rewards
+        names = [recipe.eval.metric] if recipe.eval and not rewards else ()
+    for name in names:
+        check_metric(name, named=True, trust=trust)
+    with suppress(ValueError):  # of an unknown name
+        rewards = [RewardSettings(name=name) for name in names] or rewards
+    if not rewards:
+        known = ", ".join((*METRIC_NAMES, *REWARD_NAMES))
+        raise UserError(
+            f"unknown reward: {', '.join(names)}" if names else "no reward is given",
+            where="--reward",
+            expected=f"{known}, rewards.py:FUNCTION, or the run of a recipe with rewards",
+            remedy="for example --reward json",
+        )
+    return rewards
+
+
+def pairs(
+    source: StrPath,
+    out: StrPath,
+    data: StrPath | None = None,
+    labels: Annotated[bool, Parameter(option="--labels")] = False,
+    min_score: float = 1.0,
+) -> Outcome[Mapping[str, int]]:
+    """Write preference pairs from responses with scores, or from corrections of suggestions.
+
+    SOURCE is a folder of `finesight sample`, a run (the responses of a GRPO run, else its
+    validation answers), a file of `finesight eval --out`, or a folder of `finesight label`.
+
+    The chosen answer is the best response with at least --min-score, else the answer of the sample,
+    and the rejected one the worst response below it. A correction is chosen over its suggestion.
+
+    Example: finesight pairs best pairs.jsonl --data receipts/train.jsonl
+
+    Args:
+        source: Folder or file of responses or labels.
+        out: File to create.
+        data: Samples of the responses. Default: those of the recipe of a run, or of the labels.
+        labels: Write one sample per response, with the label true or false, for KTO.
+        min_score: Lowest score of a correct response.
+    """
+    from finesight.data.corpus import load_corpus
+    from finesight.label.label_store import JOURNAL_FILE, read_labels, read_verdicts
+    from finesight.storage import raise_if_exists
+
+    source, out = Path(source), Path(out)
+    raise_if_exists(out)
+    verdicts: Verdicts
+    if (source / JOURNAL_FILE).is_file():
+        samples, verdicts = read_labels(source), {**read_verdicts(source)}
+    else:
+        file, files, weights = _find_responses(source, data)
+        verdicts = grade_responses(read_responses(file, weights), min_score)
+        samples = load_corpus(files).read_samples()
+    rows: list[Row] = []
+    num_unused = 0
+    for located in samples:
+        name, last = located.sample.id, located.sample.messages[-1]
+        good, bad = verdicts.pop(name, ((), ()))
+        num_rows = len(rows)
+        if labels:
+            graded = [*((one, True) for one in good), *((one, False) for one in bad)]
+            for n, (one, label) in enumerate(graded):
+                rows.append((located, one, {"label": label, "id": f"{name}-{n}"}))
+        elif bad and (good or last.role == "assistant"):
+            rows.append((located, [*good, last.content][0], {"rejected": bad[-1]}))
+        num_unused += bool(good or bad) and len(rows) == num_rows
+    num_written = write_answers(out, rows, out.parent)
+    num_unused += len(verdicts) + len(rows) - num_written
+    if not num_written:
+        raise UserError(
+            f"{num_unused} samples have no better and worse answer",
+            where=str(source),
+            expected="answers on both sides of --min-score, and their samples in --data",
+            remedy="sample more responses, or change --min-score",
+        )
+    counts = {"num_written": num_written, "num_unused": num_unused}
+    noun = "label" if labels else "pair"
+    lines = [f"{out}: {format_count(num_written, noun)}, {num_unused} not used"]
+    step = Step("check", {"sources": [out]}) if labels else Step("init", {"data": out})
+    return Outcome(counts, lines, counts, [step])
+
+
+def _find_responses(
+    source: Path, data: StrPath | None
+) -> tuple[Path, Sequence[DataFileSettings], Sequence[float]]:
+    """Return the file of responses, the files of their samples, and the weights of the rewards."""
+    from finesight.config import DataFileSettings
+    from finesight.manifest import PREDICTIONS_FOLDER, RECIPE_FILE, RESPONSES_FILE
+    from finesight.recipe import load_recipe
+
+    names = (source / RESPONSES_FILE, source / PREDICTIONS_FOLDER / "after.jsonl", source)
+    file = next((one for one in names if one.is_file()), source)
+    has_recipe = (source / RECIPE_FILE).is_file()
+    if not file.is_file() or not (data or has_recipe):
+        is_found = file.is_file()
+        raise UserError(
+            "the samples of the responses are unknown" if is_found else "no responses",
+            where="--data" if is_found else str(source),
+            expected="a folder of `finesight sample`, a run, or a file of `finesight eval --out`",
+            remedy="add --data FILE.jsonl" if is_found else suggest_similar_path(source),
+        )
+    files: Sequence[DataFileSettings] = [DataFileSettings(path=str(data))] if data else ()
+    if not has_recipe:
+        return file, files, [1.0]
+    recipe = load_recipe(source / RECIPE_FILE)
+    if file.name != RESPONSES_FILE:
+        return file, files or recipe.data.eval, [1.0]
+    return file, files or recipe.data.train, [one.weight for one in recipe.rewards] or [1.0]
+
+
+def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
+    """Read scores and contents of the responses to each sample by its ID, best first.
+
+    The content of a truncated response is None. A response without a score has NaN.
+
+    Args:
+        weights: Weights of the scores, for responses without a mean of them.
+    """
+    from finesight.data.sample import TextPart
+    from finesight.evaluate.metric_difference import read_predictions
+
+    responses: Responses = {}
+    for one in read_predictions(file):
+        score = float(one.record.get("score", _weigh(one.scores.values(), weights)))
+        content: Answer = one.case.boxes or (TextPart(text=one.case.answer),)
+        if reasoning := one.record.get("reasoning"):
+            content = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"), *content)
+        row = (score, content if one.case.ended_with_eos else None)
+        responses.setdefault(one.case.id, []).append(row)
+    for group in responses.values():
+        group.sort(key=lambda row: -math.inf if math.isnan(row[0]) else row[0], reverse=True)
+    return responses
+
+
+def grade_responses(responses: Responses, min_score: float) -> Verdicts:
+    """Return the different correct and other responses by sample, best first.
+
+    A truncated response is neither correct nor a complete error.
+    """
+    verdicts: Verdicts = {}
+    for name, group in responses.items():
+        good, bad = verdicts[name] = ([], [])
+        for score, content in group:
+            graded = good if score >= min_score - ROUNDING else bad
+            if content is not None and not math.isnan(score) and content not in (*good, *bad):
+                graded.append(content)
+    return verdicts
+
+
+def write_answers(file: Path, rows: Iterable[Row], folder: Path) -> int:
+    """Write samples with other answers and fields, and return their number; none, no file.
+
+    Answers that no sample can have are left out, such as an empty one or a box without area.
+
+    Args:
+        folder: Folder to which the paths in the file are relative.
+    """
+    from finesight.data.sample import Message, validate_sample, write_samples
+    from finesight.label.label_store import relocate_sample
+
+    written = []
+    for located, content, update in rows:
+        sample = relocate_sample(located, folder)
+        turns = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
+        fields = {"rejected": (), "label": None, "references": (), **update}
+        fields["messages"] = (*turns, Message(role="assistant", content=content))
+        sample = sample.model_copy(update=fields)
+        with suppress(UserError):
+            validate_sample(sample, f"sample {sample.id}")
+            written.append(sample)
+    if written:
+        write_samples(file, written)
+    return len(written)
+
+
+def _weigh(scores: Iterable[float], weights: Iterable[float]) -> float:
+    """Return the weighted mean of scores without NaN; NaN without any score."""
+    terms = [(score, w) for score, w in zip(scores, weights, strict=False) if score == score]
+    total = sum(w for _, w in terms)
+    return sum(score * w for score, w in terms) / total if total else math.nan
+
+
+def _mean(values: Iterable[float]) -> float:
+    return _weigh(values, repeat(1.0))

@@ -72,11 +72,6 @@ class Prediction:
     reasoning: str | None = None
     tokens: tuple[GeneratedToken, ...] = ()
 
-    @property
-    def text(self) -> str:
-        """Alias of `answer`."""
-        return self.answer
-
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as a JSON record.
 
@@ -220,14 +215,13 @@ def predict(
 
 @dataclass
 class ResponseSampler:
-    """Sampler of `num_responses` to each prompt on changing weights, which keeps its engine.
+    """Sampler of responses to equal prompts on changing weights, which keeps its engine.
 
     `batch_size` limits the concurrent sequences. `is_sharded` weights are gathered for one call.
     """
 
     model: VisionLanguageModel
     end_ids: Sequence[int]
-    num_responses: int
     batch_size: int
     is_sharded: bool
     engine: Engine | None = None
@@ -272,7 +266,7 @@ class ResponseSampler:
                 max_num_seqs=num_seqs,
                 num_cache_tokens=compute_required_tokens(self.model, lengths, max_tokens, num_seqs),
                 matches_training=not self.is_sharded and self.model.match_decoding(),
-                num_snapshots=-(-num_seqs // self.num_responses),
+                num_snapshots=min(num_seqs, len({id(request.prompt) for request in requests})),
             )
         else:
             self.engine.clear_caches()

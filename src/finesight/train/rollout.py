@@ -226,12 +226,11 @@ class Rollout:
         self.log = state.run.console.log
         self.check = RewardCheck(state.data.renderer, self.log)
         self.reward_s, self.first_step = 0.0, 0
-        engine, num_responses = state.engine, self.sampling.num_generations
+        engine = state.engine
         assert isinstance(engine.model, VisionLanguageModel), "a model of the transformers backend"
         self.sampler = ResponseSampler(
             engine.model,
             state.data.renderer.end_ids,
-            num_responses,
             self.sampling.batch_size,
             engine.parallel.is_sharded,
         )

@@ -24,6 +24,8 @@ from torch.utils.checkpoint import checkpoint
 from finesight.config import DpoSettings, KtoSettings, OrpoSettings, SimpoSettings
 from finesight.data.sample import Sample
 from finesight.encode.packing import PackedBatch
+from finesight.model.attention import pad_rows
+from finesight.model.lora.fused import MAX_PADDING
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
@@ -250,7 +252,9 @@ def compute_token_logps(
     labels_L = labels_L.long().clamp(min=0)
 
     def compute_chunk(h_CD: Tensor, labels_C: Tensor) -> Tensor:
-        logits_CV = h_CD @ head_VD.T
+        # Libraries sum in another order for few rows.
+        rows_CD = pad_rows(h_CD, MAX_PADDING) if h_CD.is_cuda else h_CD
+        logits_CV = (rows_CD @ head_VD.T)[: len(h_CD)]
         logits_CV = logits_CV.to(torch.promote_types(logits_CV.dtype, torch.float32))
         if temperature != 1.0:
             logits_CV = logits_CV / temperature

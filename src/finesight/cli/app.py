@@ -8,13 +8,14 @@ functions, so that `--help` stays fast.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache, partial
+from functools import partial
 from io import TextIOWrapper
 from itertools import zip_longest
 from pathlib import Path
@@ -52,7 +53,6 @@ LONG_SPIN_COUNT, SHORT_SPIN_COUNT = 20_000, 2_000
 SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
 
 LOADAVG_PATH = Path("/proc/loadavg")
-
 
 PLACEHOLDERS = {"integer": "INTEGER", "number": "NUMBER", "text": "TEXT", "path": "PATH"}
 """Placeholder of each kind of value in the help."""
@@ -297,11 +297,10 @@ class CommandGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Return the command with a name, which imports its operation; None for an unknown one."""
-        if cmd_name in self.commands:
-            return self.commands[cmd_name]
-        if cmd_name not in self.list_commands(ctx):
-            return None
-        return _build_command(self._prefix + cmd_name)
+        if cmd_name not in self.commands and cmd_name in self.list_commands(ctx):
+            operation = find_operation(self._prefix + cmd_name)
+            self.add_command(build_command(cmd_name, operation))
+        return self.commands.get(cmd_name)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write one section per group of operations, or a single one for a prefix."""
@@ -318,11 +317,6 @@ class CommandGroup(click.Group):
             if rows:
                 with formatter.section("Commands" if self._prefix else title):
                     formatter.write_dl(list(rows.items()))
-
-
-@cache
-def _build_command(name: str) -> click.Command:
-    return build_command(name.rpartition(" ")[2], find_operation(name))
 
 
 def _show_completion(ctx: click.Context, param: click.Parameter, shell: str | None) -> None:
@@ -407,7 +401,24 @@ def main() -> None:
     """Run the command line of this process; the entry point of the `finesight` script."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
-    sys.exit(run_command(sys.argv[1:]))
+    defer_garbage_collection()
+    code = run_command(sys.argv[1:])
+    gc.freeze()  # The exit of Python would search all objects of torch for garbage.
+    sys.exit(code)
+
+
+def defer_garbage_collection() -> None:
+    """Collect no garbage during the imports of torch, which create 200,000 objects to keep."""
+    thresholds = gc.get_threshold()
+
+    def restore(phase: str, _: Mapping[str, int]) -> None:
+        if phase == "stop":
+            gc.callbacks.remove(restore)
+            gc.freeze()
+            gc.set_threshold(*thresholds)
+
+    gc.callbacks.append(restore)
+    gc.set_threshold(150_000)
 
 
 def configure_openmp_spin() -> None:

@@ -11,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -140,17 +140,13 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
     from finesight.storage import write_file
 
     recipe = out / "recipe.yaml"
-    string_values = {
-        "model": plan.model,
-        "train": str(out / "data" / "train.jsonl"),
-        "eval": str(out / "data" / "eval.jsonl"),
-        "run": str(out / "run"),
-    }
+    values = asdict(plan) | {"precision": select_cpu_precision()}
+    data = out / "data"
+    texts = {"model": plan.model, "train": data / "train.jsonl", "eval": data / "eval.jsonl"}
     # A JSON string is a YAML string, whatever is in it.
-    quoted = {name: json.dumps(text, ensure_ascii=False) for name, text in string_values.items()}
-    data_values = {"num_images": plan.num_images, "num_eval_rows": plan.num_eval_rows}
-    run_values = {"steps": plan.steps, "seed": plan.seed, "precision": select_cpu_precision()}
-    content = _RECIPE_TEMPLATE.format(**data_values, **run_values, **quoted).encode()
+    for name, value in (texts | {"run": out / "run"}).items():
+        values[name] = json.dumps(str(value), ensure_ascii=False)
+    content = _RECIPE_TEMPLATE.format(**values).encode()
     if recipe.is_file() and recipe.read_bytes() == content:
         return recipe
     if out.exists() and (not out.is_dir() or any(out.iterdir())):

@@ -1,18 +1,20 @@
 """Measure the phases of a complete run, from the command to the saved adapter.
 
     python benchmarks/full_recipe.py CONFIG --work DIR --out FILE [--data TABLE] [--batch 16]
-        [--rounds 3] [--side 280] [KEY=VALUE]...
+        [--rounds 3] [--side 280] [--profile] [KEY=VALUE]...
 
 CONFIG is a folder of configuration and tokenizer files. Missing weights are initialized randomly.
 The command trains two epochs of 496 generated scenes, or of TABLE. Console lines mark the start of
 each phase, and metrics.jsonl contains the step times. The remaining time between steps belongs to
-checkpoints.
+checkpoints. With --profile, one more run lists the functions and imports of the main thread that
+take at least PROFILE_MIN_S; the time of a function contains that of the functions it calls.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pstats
 import shutil
 import statistics
 import sys
@@ -25,17 +27,22 @@ from peer_metrics import RECIPE_EPOCHS, lora_settings, recipe_overrides, report_
 from subprocess_timer import run_timed
 
 LIMIT_S = 540.0
+PROFILE_MIN_S = 0.03
 
 
-def measure_stages(run_dir: Path, overrides: list[str], recipe_path: Path) -> dict[str, float]:
-    """Run the command once and return the seconds of each phase and in total."""
+def measure_stages(
+    run_dir: Path, overrides: list[str], recipe_path: Path, profiler: tuple[str, ...] = ()
+) -> dict[str, float]:
+    """Run the command once, with a profiler, and return the seconds of each phase and in total."""
     recipe_path.write_text("{}\n", encoding="utf-8")
     cache_dir = run_dir.with_name("features")
     for folder in (run_dir, cache_dir):
         shutil.rmtree(folder, ignore_errors=True)
-    command = [sys.executable, "-m", "finesight", "train", str(recipe_path), *overrides]
-    # Clear the vision cache of earlier runs.
-    command_log = run_timed(command, {"HF_ASSETS_CACHE": str(cache_dir)}, LIMIT_S)
+    program = [sys.executable, *profiler, "-m", "finesight"]
+    # Clear the vision cache of earlier runs. An installed package has compiled modules.
+    environment = {"HF_ASSETS_CACHE": str(cache_dir), "PYTHONDONTWRITEBYTECODE": ""}
+    command = [*program, "train", str(recipe_path), *overrides]
+    command_log = run_timed(command, environment, LIMIT_S)
     if command_log.exit_code:
         raise SystemExit(f"exit {command_log.exit_code}\n{command_log.last_lines()}")
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -77,6 +84,22 @@ def format_table(rounds: list[dict[str, float]]) -> list[str]:
     return table
 
 
+def format_profile(file: Path) -> list[str]:
+    """Format the slow functions and imports of a profile as Markdown, in descending order."""
+    table = ["| function or import | calls | seconds |", "|---|---|---|"]
+    # The stubs of pstats lack its data: {(file, line, name): (_, calls, _, seconds, callers)}.
+    stats: dict[tuple[str, int, str], Any] = vars(pstats.Stats(str(file)))["stats"]
+    for (path, _, name), (_, calls, _, seconds, _) in sorted(
+        stats.items(), key=lambda entry: -entry[1][3]
+    ):
+        module = ".".join(Path(path).with_suffix("").parts)
+        is_own = "finesight." in module or module.endswith(("torch.__init__", "numpy.__init__"))
+        if is_own and seconds >= PROFILE_MIN_S and not name.startswith("<listcomp"):
+            short_name = module.rpartition("site-packages.")[2].rpartition("src.")[2]
+            table.append(f"| {short_name} {name} | {calls} | {seconds:.2f} |")
+    return table
+
+
 def main() -> None:
     """Run the benchmark, write and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -88,6 +111,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", type=int, default=280)
+    parser.add_argument("--profile", action="store_true")
     options = parser.parse_intermixed_args()
     options.work.mkdir(parents=True, exist_ok=True)
     data = options.data or write_caption_dataset(options.work / "data")
@@ -111,6 +135,11 @@ def main() -> None:
         report["rounds"].append({name: round(value, 3) for name, value in found.items()})
         options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print("\n".join(format_table(report["rounds"])))
+    if options.profile:
+        file = options.work / "profile.out"
+        profiler = ("-m", "cProfile", "-o", str(file))
+        measure_stages(Path(job.output_dir), words, options.work / "recipe.yaml", profiler)
+        print("\n".join(format_profile(file)))
 
 
 if __name__ == "__main__":

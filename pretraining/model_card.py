@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+from synthetic_tasks.backgrounds import TOKEN_SIZE
 from synthetic_tasks.fonts import FONT_FAMILIES, MATHTEXT_LICENSES
 from synthetic_tasks.streets import COLUMN_RANGE, ROW_RANGE
 from synthetic_tasks.tasks import MAX_TURNS, TASK_GENERATORS
@@ -42,7 +43,6 @@ from synthetic_tasks.vocabulary import CHINESE_CHARACTERS
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
 from finesight.storage import write_file
-from finesight.synth.canvas import TOKEN_SIZE
 
 EVAL_STAGE = "evaluation"
 """Name of the evaluation stage after training."""

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
-from synthetic_tasks import camera_noise, fonts
+from synthetic_tasks import backgrounds, camera_noise, fonts
 
 from finesight.synth import canvas
 
@@ -36,15 +36,15 @@ def test_boxes_of_all_fonts_are_ink_bounds(installed_fonts, angle):
 def test_ink_has_contrast_on_any_background():
     rng = random.Random(0)
     for _ in range(500):
-        page = canvas.make_canvas((30, 20), rng)
+        page = backgrounds.make_canvas((30, 20), rng)
         ink = camera_noise.sample_ink(page.background, rng)
-        difference = abs(canvas.compute_luma(ink) - canvas.compute_luma(page.background))
+        difference = abs(backgrounds.compute_luma(ink) - backgrounds.compute_luma(page.background))
         assert difference >= camera_noise.MIN_CONTRAST, f"{ink} on {page.background}"
 
 
 def test_camera_noise_preserves_size_and_content():
     rng = random.Random(2)
-    page = canvas.make_canvas((64, 48), rng).image
+    page = backgrounds.make_canvas((64, 48), rng).image
     for _ in range(60):
         taken = camera_noise.apply_camera_noise(page, rng)
         assert (taken.size, taken.mode) == (page.size, "RGB")

@@ -6,10 +6,9 @@ import random
 
 import numpy as np
 import pytest
-from synthetic_tasks import streets
+from synthetic_tasks import backgrounds, streets
 
 from finesight.data.sample import BoxPart
-from finesight.synth import canvas
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +42,8 @@ def test_image_sides_are_multiples_of_token_size(street_samples):
         for side, bounds in zip(
             each.image.size, (streets.COLUMN_RANGE, streets.ROW_RANGE), strict=True
         ):
-            assert side % canvas.TOKEN_SIZE == 0
-            assert bounds[0] <= side // canvas.TOKEN_SIZE <= bounds[1]
+            assert side % backgrounds.TOKEN_SIZE == 0
+            assert bounds[0] <= side // backgrounds.TOKEN_SIZE <= bounds[1]
 
 
 def test_clutter_has_texture():

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from synthetic_tasks import text_images
+from synthetic_tasks import backgrounds, text_images
 
 from finesight.data.sample import BoxPart
-from finesight.synth import canvas
 
 TASKS = (
     text_images.generate_word,
@@ -31,7 +30,7 @@ def test_images_are_small_and_rgb(text_samples):
     for each in text_samples:
         assert each.image.mode == "RGB"
         assert max(each.image.size) <= text_images.MAX_IMAGE_SIZE
-        assert min(each.image.size) >= canvas.TOKEN_SIZE
+        assert min(each.image.size) >= backgrounds.TOKEN_SIZE
 
 
 def test_boxes_are_inside_the_image(text_samples):

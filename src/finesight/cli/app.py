@@ -8,6 +8,7 @@ functions, so that `--help` stays fast.
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import json
 import os
@@ -363,7 +364,24 @@ def main() -> None:
     """Run the command line of this process; the entry point of the `finesight` script."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
-    sys.exit(run_command(sys.argv[1:]))
+    defer_garbage_collection()
+    code = run_command(sys.argv[1:])
+    gc.freeze()  # The exit of Python would search all objects of torch for garbage.
+    sys.exit(code)
+
+
+def defer_garbage_collection() -> None:
+    """Collect no garbage during the imports of torch, which create 200,000 objects to keep."""
+    thresholds = gc.get_threshold()
+
+    def restore(phase: str, _: Mapping[str, int]) -> None:
+        if phase == "stop":
+            gc.callbacks.remove(restore)
+            gc.freeze()
+            gc.set_threshold(*thresholds)
+
+    gc.callbacks.append(restore)
+    gc.set_threshold(150_000)
 
 
 def configure_openmp_spin() -> None:

@@ -199,7 +199,7 @@ IMAGE_ROWS: list[dict[str, Any]] = [
     {"objects": {"id": [1, 2], "bbox": SIZES, "categories": LABELS}},
     {"objects": OBJECTS},
     {"bbox_xyxy": BOXES, "label": LABELS},
-    {"boxes": BOXES, "label": LABELS},
+    {"boxes": BOXES, "label": json.dumps(LABELS)},
     {"bbox_xywh": SIZES, "label": LABELS},
 ]
 """Layouts of known data sets with one row per image."""

@@ -337,15 +337,15 @@ def test_keys_of_rows_that_change_no_training_are_metadata(tmp_path: Path) -> No
     "key",
     [
         *("screenshot", "doc", "scan", "page", "figure", "b64", "data"),
-        *("image_b", "depth", "mask_path", "audio_path", "cropped_image", "next_image"),
+        *("image_b", "depth", "sam_mask", "audio_path", "cropped_image", "next_image", "sound"),
     ],
 )
 def test_further_images_and_images_of_rows_without_others_are_refused(
     tmp_path: Path, key: str
 ) -> None:
     data = base64.b64encode(PNG).decode()
-    further = {"image_b": "b.jpg", "depth": "b.jpg", "mask_path": "b.png", "audio_path": "a.wav"}
-    further |= {"cropped_image": "b.jpg", "next_image": "b.jpg"}
+    further = {"image_b": "b.jpg", "depth": "b.jpg", "sam_mask": "b.png", "audio_path": "a.wav"}
+    further |= {"cropped_image": "b.jpg", "next_image": "b.jpg", "sound": "a.mp3"}
     values = {"screenshot": "s3://b/0", "b64": data, "data": data, **further}
     row = (chat(ANSWER) if key in further else chat_without_images()) | {
         key: values.get(key, "x/0.pdf")

@@ -285,8 +285,8 @@ def _check_turns(sample: Sample, location: SampleLocation) -> Iterator[CheckIssu
 
 _THINK_TAG = re.compile(r"</?think>")
 _OTHER_TAG = re.compile(
-    r"[<\[◁]\|?\s*(?P<end>/|end_of_)?\s*(?:begin_of_)?(?:\w+:)?(?:think(?:ing)?|thoughts?|"
-    r"reasoning|chain_of_thought|cot|scratchpad)(?:\s+\w+=[^<>]*)?\s*(?P<closed>/)?\|?[>\]▷]",
+    r"[<\[◁]\|?\s*(?P<end>/|end_of_)?\s*(?:begin_of_)?(?:\w+:|ant)?(?:think(?:ing)?|thoughts?|cot|"
+    r"reasoning|chain_of_thought|scratchpad|思考|推理)(?:\s+\w+=[^<>]*)?\s*(?P<closed>/)?\|?[>\]▷]",
     re.IGNORECASE,
 )
 """Tag of reasoning in other spellings, such as <thinking> or [THINK], which no template reads."""

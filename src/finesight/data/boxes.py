@@ -306,7 +306,8 @@ _NAMED_COORDINATES = {
     ),
 }
 _LOCATION_WORD = re.compile(
-    r"box|coordinat|locat|where|find|detect|point|click|坐标|位置|框|哪", re.IGNORECASE
+    r"(?i)box|coordinat|locat|where|find|detect|point|click|segment|polygon|outline|contour|\btap\b"
+    r"|坐标|位置|框|哪|分割|轮廓|点击"
 )
 
 _RUN_NUMBER = r"-?(?:[0-9]++(?:\.[0-9]++)?+|\.[0-9]++)"
@@ -315,33 +316,30 @@ _AXIS = (
     r"|left|top|right|bottom|width|height)"
     r"(?![^\W\d])"
 )
-_BREAK = rf"(?:(?i:{_AXIS})|[\s,;，；、=()（）\[\]【】{{}}<>|\"']|(?<![0-9])[:：])"
+_BREAK = rf"(?:(?i:{_AXIS})[:：]?|[\s,;，；、=()（）\[\]【】{{}}<>|\"']|(?<![0-9])[:：])"
 _RUN = re.compile(
     rf"(?<![\w./+-])(?<![0-9][:：]){_RUN_NUMBER}(?:px|[%％])?"
     rf"(?:{_BREAK}++{_RUN_NUMBER}(?:px|[%％])?)+(?![\w:：/-])"
 )
 """Two or more numbers with at most brackets, tags, units and names of axes between them."""
 
+_CLOSING_OR_KEY = re.compile(rf"</\w+>|\\|\n[ \t-]*+(?={_AXIS}\s*[:=]|<{_AXIS}>)")
 _BEFORE_RUN = re.compile(
-    rf"(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*"
-    r"|坐标|框)\W*$",
-    re.IGNORECASE,
+    rf"(?i)(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*"
+    r"|坐标|框)\W*$"
 )
 _OTHER_LIST = re.compile(
-    r"(?:scores?|years?|prices?|dates?|times?|counts?|grades?|ratings?|rgb|colou?rs?|sizes?"
-    r"|values?|numbers?|分数|年份|价格|数量|日期)[\s:：=\"']*$",
-    re.IGNORECASE,
+    r"(?i)(?:scores?|years?|prices?|dates?|times?|counts?|grades?|ratings?|rgb|colou?rs?|sizes?"
+    r"|values?|numbers?|分数|年份|价格|数量|日期)[\s:：=\"']*$"
 )
 _WORD_BEFORE = re.compile(r"([^\W\d]+)\s*[:：=]?\s*$")
 _PLACE_WORD = re.compile(
-    r"at|in|is|are|and|the|here|to|from|of|on|by|\w*box(?:es)?|\w*rect\w*|loc\w*|position|area"
-    r"|region|coord\w*|\w*[在于为是框标置]",
-    re.IGNORECASE,
+    r"(?i)at|in|is|are|and|the|here|to|from|of|on|by|\w*box(?:es)?|\w*rect\w*|loc\w*|position|area"
+    r"|region|coord\w*|\w*[在于为是框标置]"
 )
 _QUANTITY = re.compile(
-    r"how (?:many|much)|number of|\b(?:count|prices?|totals?|dates?|time|year|phone)\b"
-    r"|多少|几个|价格|日期",
-    re.IGNORECASE,
+    r"(?i)how (?:many|much)|number of|\b(?:count|prices?|totals?|dates?|time|year|phone)\b"
+    r"|多少|几个|价格|日期"
 )
 
 MIN_FITTING_FRACTION = 0.8
@@ -466,7 +464,7 @@ def _find_runs(text: str, kind: str, *, has_word: bool) -> list[tuple[str, list[
     """Return numbers of an axis, a tag or a bracket, or that are most of a line of a location."""
     runs: list[tuple[str, list[float]]] = []
     has_word = has_word and _QUANTITY.search(text) is None
-    for line in text.splitlines():
+    for line in _CLOSING_OR_KEY.sub(" ", text).splitlines():
         for match in _RUN.finditer(line):
             plain = re.sub(rf"(?i){_AXIS}", " ", match[0])
             numbers = [float(number) for number in re.findall(_RUN_NUMBER, plain)]

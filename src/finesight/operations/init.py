@@ -353,10 +353,11 @@ def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
     """Format the question about all objects with their classes; None for too many classes."""
     from finesight.data.formats.dataset_format import as_list
     from finesight.data.formats.image_annotations import DETECTION_PROMPT, MAX_PROMPT_CLASSES
-    from finesight.data.formats.table import get_cell
+    from finesight.data.formats.table import get_cell, parse_list
 
     records = (one for row in opened.iter_rows() for one in (row.record, *row.more_records))
-    labels = {str(name) for record in records for name in as_list(get_cell(record, label))}
+    cells = (as_list(parse_list(get_cell(record, label))) for record in records)
+    labels = {str(name) for names in cells for name in names}
     names = sorted(labels - {"", "None"})
     is_listed = 0 < len(names) <= MAX_PROMPT_CLASSES
     return DETECTION_PROMPT.format(labels=", ".join(names)) if is_listed else None

@@ -133,6 +133,7 @@ def test_box_format_is_guessed_by_areas_and_images(
         ("question answer bbox", "question=question answer=answer box=bbox"),
         ("startX startY endX endY", "image=image,after box=startX,startY,endX,endY"),
         ("links oben rechts unten", "image=image,after box=links,oben,rechts,unten"),
+        ("ref bbox", "question=ref box=bbox"),
         ("question chosen rejected", "question=question answer=chosen"),
     ],
 )

@@ -84,14 +84,17 @@ NOTATIONS = """x1=20, y1=10, x2=120, y2=90|20,10,120,90|20 10 120 90|<point>20 4
 {"x":20,"y":10,"width":100,"height":60}|bbox: 20 10 120 90|<rect>20 10 120 90</rect>
 {<20><10><120><90>}|[.1, .1, .6, .9]|[20，10，120，90]|[20px, 10px, 120px, 90px]
 0 0.35 0.5 0.5 0.8|xmin=20 ymin=10 xmax=120 ymax=90|left 10%, top 20%, width 30%, height 40%
-{"segmentation":[[20,10,120,10,120,90]]}|<quad>20,10 120,10 120,90 20,90</quad>"""
+{"segmentation":[[20,10,120,10,120,90]]}|<quad>20,10 120,10 120,90 20,90</quad>
+<box><xmin>20</xmin><ymin>10</ymin><xmax>120</xmax><ymax>90</ymax></box>
+{"r": "{\\"x\\":20,\\"y\\":10,\\"width\\":100,\\"height\\":60}"}"""
+YAML_BOX = "box:\n  x1: 20\n  y1: 10\n  x2: 120\n  y2: 90"
 PLAIN_ANSWERS = """3|3 dogs and 2 cats|12.50|$12.50, $3.20 and $99.00|2026-11-26|11/26/2026|10:30
 10:30-11:45|100, 200, 300|1,250,000|a 20x30 cm plate|Call 555 123 4567 8901."""
 
 
 def test_common_notations_are_reported_and_plain_numbers_are_not(tmp_path: Path) -> None:
     for text, is_reported in ((NOTATIONS, True), (PLAIN_ANSWERS, False)):
-        for number, answer in enumerate(re.split(r"[|\n]", text)):
+        for number, answer in enumerate([*re.split(r"[|\n]", text), *[YAML_BOX] * is_reported]):
             root = tmp_path / f"{is_reported}{number}"
             root.mkdir()
             question = "Where is the dog?" if is_reported else "Find the value."

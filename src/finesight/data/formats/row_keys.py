@@ -49,7 +49,8 @@ _NUMBERED_IMAGE = re.compile(
     "(?:images?|img|photo|pict?(?:ure)?|图片?)_?(?:[0-9]+|[a-z])"
     "|(?:second|third|left|right|front|back|before|after|depth|extra|additional|mask|reference"
     "|cropp?(?:ed)?|zoom(?:ed)?|prev(?:ious)?|next|query|target|edited|other|rear|top|bottom)_?"
-    "(?:image|img|photo|pict?(?:ure)?)s?|(?:audio|(?:depth|mask|normal)(?:_?map)?)s?(?:_?path)?",
+    "(?:image|img|photo|pict?(?:ure)?)s?|(?:audio|sound|speech|voice|visual_prompt"
+    r"|(?:\w+_)?(?:depth|masks?|normal)(?:_?map)?)s?(?:_?path)?",
     re.IGNORECASE,
 )
 """Keys of audio or a further image that a question may need, next to images that are used."""
@@ -61,7 +62,7 @@ _DOCUMENT = re.compile(
 _LOCATION = re.compile(r"[a-z][a-z0-9+]*://\S+|\S*[/\\]\S+|\S+\.[A-Za-z]\w{1,4}", re.IGNORECASE)
 _TOOLS = re.compile("tools?|functions?")
 _REASONING = re.compile("reasoning|thinking|think|thoughts?|rationales?|cot|思考|推理")
-_PREFERENCE = re.compile("chosen|rejected|kto")
+_PREFERENCE = re.compile("chosen|rejected|dispreferred|kto")
 _TURN_REASONING = re.compile("analysis|scratchpad|monologue|explanations?|deliberation|reflection")
 _LOSS = re.compile(
     "loss|weights?|masks?|masked|(?:un)?train(?:able|ing|ed)?|learn|learnable|supervised?|ignored?"

@@ -94,7 +94,7 @@ text: antwort respuesta réponse resposta risposta ответ 答案 答 回答 
 text: answer answers response completion output reply
 other: solution target groundtruth caption captions description text txt transcription
 other: latex formula label class category chosen
-phrase: phrase expression sentence caption description text
+phrase: phrase expression sentence sentences caption description text ref
 box: bbox box
 label: label labels class category categories name names object classid labelid categoryid
 pair: prefix,suffix input,output input,target input,label source,target user,assistant
@@ -474,8 +474,7 @@ def _join_cells(names: Sequence[str], cells: Sequence[object]) -> tuple[str, lis
     for name, cell in zip(names, cells, strict=True):
         if not has_value(cell) or cell != cell:
             continue
-        is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
-        items = decode_json_list(str(cell), (str, int, float)) if is_list_text else cell
+        items = parse_list(cell)
         if name.lower() in _OPTION_LISTS and isinstance(items, list):
             options = list(map(str, items))
             check_limit(len(options), len(ascii_uppercase), "options")
@@ -554,6 +553,12 @@ def _read_cell(record: Record, context: ImportContext, role: str) -> object:
     return values[0] if len(values) == 1 else values
 
 
+def parse_list(cell: object) -> object:
+    """Parse a cell with a list as JSON text or Python text; return other cells unchanged."""
+    is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
+    return decode_json_list(str(cell), (str, int, float)) if is_list_text else cell
+
+
 def get_cell(record: Record, name: str) -> object:
     """Return the value of a column, or of a key inside it: `objects.bbox`."""
     if name in record:
@@ -608,7 +613,7 @@ def _get_text(value: object, role: str) -> str:
         raise error_type(
             f"the {role} is {str(value)[:60]!r}",
             expected="text or a number",
-            remedy="add it, or remove the row",
+            remedy="write one text, or remove the row",
         )
     return str(value)
 
@@ -674,9 +679,7 @@ def _create_boxes(
     convention = get_default_convention(context.columns.get("box", ""))
     for record in (row.record, *row.more_records):
         boxes = _read_boxes(record, context.columns.get("box", ""))
-        cell = _read_cell(record, context, "label")
-        is_list_text = isinstance(cell, str) and cell.lstrip().startswith("[")
-        cells = as_list(decode_json_list(str(cell), (str,)) if is_list_text else cell)
+        cells = as_list(parse_list(_read_cell(record, context, "label")))
         names = ["" if _is_empty(one) else _get_text(one, "label") for one in cells]
         if len(names) != len(boxes) or not any(names):
             names = list(filter(None, names))

@@ -323,7 +323,8 @@ _RUN = re.compile(
 )
 """Two or more numbers with at most brackets, tags, units and names of axes between them."""
 
-_CLOSING_OR_KEY = re.compile(rf"</\w+>|\\|\n[ \t-]*+(?={_AXIS}\s*[:=]|<{_AXIS}>)")
+_CLOSING_OR_KEY = re.compile(rf"</\w+>|\\(?=\")|\n[ \t-]*+(?={_AXIS}\s*[:=]|<{_AXIS}>)")
+_SIZE = re.compile(r"(?i)\bwidth\W*[\d.]+\W*height\W*[\d.]+\Z")
 _BEFORE_RUN = re.compile(
     rf"(?i)(?:\b(?:{_AXIS})|box\w*|rect\w*|quad\w*|poly\w*|segment\w*|points?|coord\w*"
     r"|坐标|框)\W*$"
@@ -475,7 +476,7 @@ def _find_runs(text: str, kind: str, *, has_word: bool) -> list[tuple[str, list[
             is_in_brackets = before.rstrip().endswith(("[", "(", "<", "{", ">", "【", "（"))
             is_most = len(match[0]) > len(line.strip()) / 2
             is_box = len(numbers) % 2 == 0 and len(numbers) > 2
-            is_pair = len(numbers) == 2 and has_word
+            is_pair = len(numbers) == 2 and has_word and not _SIZE.search(line[: match.end()])
             is_unnamed = has_word and (is_in_brackets or is_most) and _is_ordered(numbers)
             if (is_named or is_unnamed) and (is_box if kind == "boxes" else is_pair):
                 runs.append((line[max(0, match.start() - 10) :][:40], numbers))

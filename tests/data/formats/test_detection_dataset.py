@@ -225,9 +225,10 @@ def test_other_shapes(
             assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13))]]
 
 
-def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path, key: str) -> None:
     dog = "[4, 5, 8, 8]"
-    source = write_changed(coco, tmp_path / "set", dog, f'{dog}, "iscrowd": 1')
+    source = write_changed(coco, tmp_path / "set", dog, f'{dog}, "{key}": 1')
     samples, summary = import_samples(source, tmp_path / "out")
     assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
     assert samples[0].meta["classes"] == ["lawn"]

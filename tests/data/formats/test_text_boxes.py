@@ -89,7 +89,8 @@ NOTATIONS = """x1=20, y1=10, x2=120, y2=90|20,10,120,90|20 10 120 90|<point>20 4
 {"r": "{\\"x\\":20,\\"y\\":10,\\"width\\":100,\\"height\\":60}"}"""
 YAML_BOX = "box:\n  x1: 20\n  y1: 10\n  x2: 120\n  y2: 90"
 PLAIN_ANSWERS = """3|3 dogs and 2 cats|12.50|$12.50, $3.20 and $99.00|2026-11-26|11/26/2026|10:30
-10:30-11:45|100, 200, 300|1,250,000|a 20x30 cm plate|Call 555 123 4567 8901."""
+10:30-11:45|100, 200, 300|C:\\187\\110\\226\\174|width: 120, height: 60|1,250,000
+a 20x30 cm plate|Call 555 123 4567 8901."""
 
 
 def test_common_notations_are_reported_and_plain_numbers_are_not(tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ COCO_BOX_CONVENTION = BoxConvention(format="xywh")
 _LIST_KEYS = ("images", "annotations", "categories")
 _IMAGE_KEYS = ("id", "file_name", "width", "height", "license")
 _ANNOTATION_KEYS = (
-    *("id", "image_id", "category_id", "bbox", "iscrowd", "area"),
+    *("id", "image_id", "category_id", "bbox", "iscrowd", "ignore", "area"),
     *("segmentation", "keypoints", "num_keypoints"),
 )
 _OBJECT_KEYS = frozenset(("bbox", "segmentation", "category_id"))
@@ -250,7 +250,7 @@ def _find_box(
 ) -> Sequence[object] | None:
     """Return the box of an annotation, or the enclosing box of its polygons, else None."""
     polygons, num_values = annotation.get("segmentation"), len(as_list(annotation.get("bbox")))
-    if annotation.get("iscrowd"):
+    if annotation.get("iscrowd") or annotation.get("ignore"):
         return enclose_shape("crowd regions", None, source_notes)
     if 0 < num_values <= 4:
         source_notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))

@@ -461,9 +461,8 @@ def find_number_lists(text: str, kind: str = "boxes") -> list[list[float]]:
     return [[float(number) for number in re.findall(_NUMBER, match[0])] for match in found]
 
 
-def _find_runs(text: str, kind: str, *, has_word: bool) -> list[tuple[str, list[float]]]:
-    """Return numbers of an axis, a tag or a bracket, or that are most of a line of a location."""
-    runs: list[tuple[str, list[float]]] = []
+def _find_runs(text: str, kind: str, *, has_word: bool) -> Iterator[tuple[str, list[float]]]:
+    """Yield numbers of an axis, a tag or a bracket, or that are most of a line of a location."""
     has_word = has_word and _QUANTITY.search(text) is None
     for line in _CLOSING_OR_KEY.sub(" ", text).splitlines():
         for match in _RUN.finditer(line):
@@ -479,8 +478,7 @@ def _find_runs(text: str, kind: str, *, has_word: bool) -> list[tuple[str, list[
             is_pair = len(numbers) == 2 and has_word and not _SIZE.search(line[: match.end()])
             is_unnamed = has_word and (is_in_brackets or is_most) and _is_ordered(numbers)
             if (is_named or is_unnamed) and (is_box if kind == "boxes" else is_pair):
-                runs.append((line[max(0, match.start() - 10) :][:40], numbers))
-    return runs
+                yield line[max(0, match.start() - 10) :][:40], numbers
 
 
 def _is_ordered(numbers: Sequence[float]) -> bool:
@@ -526,7 +524,7 @@ class TextCoordinates:
         has_word = _LOCATION_WORD.search(text) is not None
         for kind, pattern in _LISTS.items():
             numbers = find_number_lists(text, kind) if has_word or kind == "boxes" else []
-            runs = [] if numbers else _find_runs(text, kind, has_word=has_word)
+            runs = [] if numbers else [*_find_runs(text, kind, has_word=has_word)]
             numbers = numbers or [one for _, one in runs]
             if not numbers:
                 continue

@@ -700,8 +700,7 @@ def _write_openai(samples: Sequence[LocatedSample], context: ExportContext) -> F
                     for call_id, call in zip(pending, calls, strict=True)
                 ]
             messages.append(turn)
-        tools = {"tools": list(sample.tools)} if sample.tools else {}
-        return {**tools, "messages": messages}
+        return ({"tools": [*sample.tools]} if sample.tools else {}) | {"messages": messages}
 
     yield from write_rows(samples, context, make_fields, ("tools", "loss"))
     add_box_note(samples, context)

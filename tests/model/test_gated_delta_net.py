@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from finesight.model import gated_delta_net
+from finesight.model.attention import Segments
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import norm_rotary, sigmoid_gate
 from finesight.model.gated_delta_net import (
@@ -60,7 +61,7 @@ def test_packed_chunks_equal_the_recurrence_of_each_sequence(lengths, has_state)
     inputs = [x.requires_grad_() for x in make_inputs(sum(lengths), seed=sum(lengths))]
     state = torch.randn(len(lengths), 2, 8, 6, dtype=torch.float64) * has_state
     state.requires_grad_()
-    layout = ChunkLayout.from_lengths(lengths, CPU)
+    layout = Segments.from_lengths(lengths, CPU)
     output, final = chunk_gated_delta_rule(*inputs, layout, state if has_state else None)
     pieces = [
         run_recurrence(tuple(part), state[n : n + 1])
@@ -82,7 +83,7 @@ def test_strong_decay_gives_finite_gradients():
     inputs = [x.float() for x in make_inputs(200, seed=1)]
     inputs[3] = inputs[3] * 100
     inputs = [x.requires_grad_() for x in inputs]
-    output, _ = chunk_gated_delta_rule(*inputs, ChunkLayout.from_lengths([150, 50], CPU))
+    output, _ = chunk_gated_delta_rule(*inputs, Segments.from_lengths([150, 50], CPU))
     for gradient in torch.autograd.grad(output.sum(), inputs):
         assert gradient.isfinite().all()
 
@@ -92,7 +93,7 @@ def test_layout_of_a_graph_has_the_chunks_of_the_actual_lengths():
     actual, max_lengths = [70, 64, 1, 130, 35], [130] * 8
     cu_seqlens = torch.tensor([0, 70, 134, 135, 265, 300, 300, 300, 300], dtype=torch.int32)
     static = ChunkLayout(tuple(max_lengths), cu_seqlens, 130, 300)
-    exact = ChunkLayout.from_lengths(actual, CPU)
+    exact = Segments.from_lengths(actual, CPU)
     assert torch.equal(static.position_T, exact.position_T)
     assert torch.equal(static.sequence_T, exact.sequence_T)
     first, start, end = static.sequence_chunks
@@ -201,7 +202,7 @@ def test_kernels_are_as_exact_as_bf16_operations(lengths, has_state, monkeypatch
         values["conv_state"] = draw(len(lengths), 3, config.conv_size).bfloat16()
         values["delta_state"] = draw(len(lengths), 4, 128, 128)
     dout = draw(num_tokens, 4, 128).bfloat16()
-    layout = ChunkLayout.from_lengths(lengths, device)
+    layout = Segments.from_lengths(lengths, device)
 
     def run(dtype: torch.dtype | None) -> dict[str, Tensor]:
         leaves = {

@@ -15,9 +15,8 @@ from finesight.errors import UserError
 from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.train import optim_states, optimizer
-from finesight.train.lr_schedule import LRSchedule, resolve_steps
 from finesight.train.optim_states import OptimState8bit, break_bf16_ties
-from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer, resolve_steps
 
 EXPERTS = "model.layers.0.mlp.experts.down_proj"
 MATRIX, OTHER = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.attn.qkv.weight"

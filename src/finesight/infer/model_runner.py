@@ -111,7 +111,7 @@ class ModelRunner:
             # Training encodes the images of one prompt together, and results depend on the batch.
             for prompt in prompts:
                 load_image_features(self.model, [prompt], self.feature_cache, sys.maxsize)
-        load_image_features(self.model, prompts, self.feature_cache)
+        load_image_features(self.model, prompts, self.feature_cache, MAX_ENCODER_PATCHES)
         chunks = [
             PrefillChunk(
                 prompt.block_ids,
@@ -233,7 +233,7 @@ def load_image_features(
     model: VisionLanguageModel,
     prompts: Sequence[PromptState],
     feature_cache: ImageFeatureCache,
-    max_patches: int = MAX_ENCODER_PATCHES,
+    max_patches: int,
 ) -> None:
     """Set the vision features that prompts still need, from the cache or the encoder.
 

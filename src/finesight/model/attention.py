@@ -20,11 +20,11 @@ block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 from itertools import groupby
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import ContextShard, copy_to_device
+from finesight.encode.packing import ContextShard, compute_cu_seqlens, copy_to_device
 from finesight.model.fused_ops import has_tensor_cores
 from finesight.model.gated_delta_net import (
     ChunkLayout,
@@ -240,6 +240,13 @@ class Segments(ChunkLayout):
 
     A segment is a sequence of the decoder, or a frame or window of the vision encoder.
     """
+
+    @classmethod
+    def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Self:
+        """Lay out sequences of these lengths and copy `cu_seqlens` to `device`."""
+        lengths = tuple(lengths)
+        cu_seqlens = copy_to_device(compute_cu_seqlens(lengths), device)
+        return cls(lengths, cu_seqlens, max(lengths), sum(lengths))
 
     @cached_property
     def context_lengths_T(self) -> Tensor:

@@ -8,6 +8,7 @@ Shapes: T tokens or patches, H heads, D width.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -128,6 +129,11 @@ def _zero_indices(x: Tensor, indices: Tensor) -> Tensor:
     """Set elements of a contiguous tensor to zero in place."""
     x.view(-1).index_fill_(0, indices, 0)
     return x
+
+
+def split_outputs(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
+    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
+    return [None] * len(sizes) if x is None else torch.split(x, list(sizes))
 
 
 def has_kernels(x: Tensor) -> bool:

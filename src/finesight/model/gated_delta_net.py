@@ -16,10 +16,10 @@ key, V dimension of a value, N channels of the convolution, W width of its kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,7 +27,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finesight.encode.packing import compute_cu_seqlens, copy_to_device
 from finesight.model.config import LinearAttentionConfig
 from finesight.model.fused_ops import has_kernels, rms_norm
 from finesight.model.kernels import gated_delta_net as kernels
@@ -89,13 +88,6 @@ class ChunkLayout:
     cu_seqlens_S1: Tensor
     max_seqlen: int
     num_tokens: int
-
-    @classmethod
-    def from_lengths(cls, lengths: Iterable[int], device: torch.device) -> Self:
-        """Lay out sequences of these lengths and copy `cu_seqlens` to `device`."""
-        lengths = tuple(lengths)
-        cu_seqlens = copy_to_device(compute_cu_seqlens(lengths), device)
-        return cls(lengths, cu_seqlens, max(lengths), sum(lengths))
 
     @cached_property
     def lengths_S(self) -> Tensor:

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finesight.model.fused_ops import dropout, dropout_matmul, has_tensor_cores
+from finesight.model.fused_ops import dropout, dropout_matmul, has_tensor_cores, split_outputs
 from finesight.model.kernels import lora_gemm as lora_gemm_kernels
 from finesight.model.kernels.runtime import HAS_TRITON
 from finesight.model.quant.base import (
@@ -34,7 +34,6 @@ from finesight.model.quant.base import (
     QuantizedMatrix,
     QuantizedWeight,
     require_dense,
-    split_outputs,
 )
 from finesight.model.quant.fp8 import Fp8Weight
 
@@ -148,7 +147,7 @@ def linear_per_layer(
     """
     if isinstance(weight, QuantizedWeight):
         return weight.linear_per_layer(x, bias)
-    x = require_dense(x)
+    assert isinstance(x, Tensor), "FP8 input for a weight that is not FP8"
     if len(output_sizes) == 1:
         return (F.linear(x, weight, bias),)
     weights = torch.split(weight, list(output_sizes))

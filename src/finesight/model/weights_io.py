@@ -24,6 +24,7 @@ from finesight.manifest import MANIFEST_FILE
 from finesight.model.config import ConfigReader
 from finesight.model.families.qwen3_5 import GatedDeltaNet
 from finesight.model.families.qwen_vl import AttentionPool
+from finesight.model.fused_ops import split_outputs
 from finesight.model.layers import MoeExperts
 from finesight.model.linear import FusedLinear, hub_name
 from finesight.model.quant.base import (
@@ -32,7 +33,6 @@ from finesight.model.quant.base import (
     QuantizedWeight,
     WeightTensorSpec,
     find_quantized_weights,
-    split_outputs,
 )
 from finesight.model.quant.fp8 import FP8_ALIGNMENT, Fp8Matrix, Fp8Weight
 from finesight.model.quant.int4 import RtnInt4Matrix, gptq_group_size, quantize_gptq_layers

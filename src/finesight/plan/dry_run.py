@@ -33,7 +33,7 @@ from finesight.model.config import VisionConfig
 from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.objectives import Objective
+from finesight.train.objectives.sft import Objective
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 

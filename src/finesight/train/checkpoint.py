@@ -37,9 +37,8 @@ from finesight.storage import (
     write_folder,
 )
 from finesight.train.dataloader import TensorBlock
-from finesight.train.lr_schedule import resolve_steps
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LazyTensors
+from finesight.train.optimizer import LazyTensors, resolve_steps
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ProcessGroup
 
 WEIGHTS_FILE = "trainable.safetensors"

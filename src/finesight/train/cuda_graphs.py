@@ -39,7 +39,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives import Objective, PackKey
+from finesight.train.objectives.sft import Objective, PackKey
 
 
 class GraphTimer:

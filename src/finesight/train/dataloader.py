@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from operator import attrgetter
@@ -37,6 +37,7 @@ from finesight.encode.packing import (
 from finesight.encode.tokenization import EncodedSample, find_sample_error
 from finesight.errors import UserError
 from finesight.progress import ProgressCallback
+from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line
 from finesight.train.parallel.distributed import ParallelStrategy
 from finesight.train.sampler import DistributedSampler, StepSampler
 from finesight.train.vision_cache import VisionCacheReader
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from finesight.data.corpus import Corpus
     from finesight.data.sample import LocatedSample
     from finesight.encode.renderer import Renderer
+    from finesight.train.state import TrainState
 
 Item = TypeVar("Item")
 
@@ -669,3 +671,37 @@ def record_event(device: torch.device, *, enable_timing: bool = False) -> torch.
     event = torch.cuda.Event(enable_timing)  # type: ignore[no-untyped-call]
     event.record()
     return event
+
+
+@contextmanager
+def translate_pack_oom(
+    state: TrainState, packed_batch: PackedBatch, budget: MemoryBudget, *, is_training: bool = True
+) -> Iterator[None]:
+    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        names, first_line = packed_batch.sample_ids, first_error_line(error)
+        location = f"sample {names[0]:.80}"
+        if len(names) > 1:
+            location = f"{len(names)} samples from {names[0]:.80} on"
+        num_tokens, num_patches = sum(packed_batch.lengths), len(packed_batch.patches_ND)
+        oom_error = GpuOutOfMemoryError(
+            f"the GPU memory is full: {first_line}",
+            where=f"{location}, {num_tokens:,} tokens and {num_patches:,} patches",
+            expected="sufficient memory for one sample at a time"
+            + (" with activation checkpointing" if is_training else ""),
+            remedy="end other programs on this GPU and start again with --resume, or start a new"
+            " run with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit"
+            " frozen weights (tune.quantize.nf4=[language])",
+        )
+        can_split = state.max_unsplit_tokens is not None
+        world_size = state.run.hardware.process_group.world_size if can_split else 1
+        smaller = budget.next_smaller(packed_batch, is_training, world_size)
+        # A retry can use the memory of the freed CUDA graphs.
+        has_freed_memory = state.engine.graph_runner.release_graphs()
+        oom_error.next_budget = budget if has_freed_memory else smaller
+        try:
+            raise oom_error from None
+        finally:
+            del oom_error  # this frame and its traceback would keep the tensors of the pack alive

@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence, Set
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple
@@ -22,14 +22,19 @@ from torch import Tensor
 
 from finesight.config import EvalSettings
 from finesight.data.sample import LocatedSample
-from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError, format_count
 from finesight.evaluate import custom_metric
 from finesight.evaluate.eval_case import EvalResult, select_eval_samples
 from finesight.progress import ProgressCallback
-from finesight.train.dataloader import GlobalStepStats, SkippedSample, StepBatch, read_steps
-from finesight.train.lr_schedule import resolve_steps
+from finesight.train.dataloader import (
+    GlobalStepStats,
+    SkippedSample,
+    StepBatch,
+    read_steps,
+    translate_pack_oom,
+)
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, first_error_line, retry_on_oom
+from finesight.train.optimizer import resolve_steps
 from finesight.train.parallel.distributed import ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import SequentialSampler
@@ -373,40 +378,6 @@ def iter_step_losses(
                     )
             yield step_batch, values
             on_progress(step_batch.num_samples + len(step_batch.skipped))
-
-
-@contextmanager
-def translate_pack_oom(
-    state: TrainState, packed_batch: PackedBatch, budget: MemoryBudget, *, is_training: bool = True
-) -> Iterator[None]:
-    """Convert an out-of-memory error in the context to a `GpuOutOfMemoryError`."""
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        names, first_line = packed_batch.sample_ids, first_error_line(error)
-        location = f"sample {names[0]:.80}"
-        if len(names) > 1:
-            location = f"{len(names)} samples from {names[0]:.80} on"
-        num_tokens, num_patches = sum(packed_batch.lengths), len(packed_batch.patches_ND)
-        oom_error = GpuOutOfMemoryError(
-            f"the GPU memory is full: {first_line}",
-            where=f"{location}, {num_tokens:,} tokens and {num_patches:,} patches",
-            expected="sufficient memory for one sample at a time"
-            + (" with activation checkpointing" if is_training else ""),
-            remedy="end other programs on this GPU and start again with --resume, or start a new"
-            " run with smaller images, a lower data.max_length, a lower tune.lora.rank, or 4-bit"
-            " frozen weights (tune.quantize.nf4=[language])",
-        )
-        can_split = state.max_unsplit_tokens is not None
-        world_size = state.run.hardware.process_group.world_size if can_split else 1
-        smaller = budget.next_smaller(packed_batch, is_training, world_size)
-        # A retry can use the memory of the freed CUDA graphs.
-        has_freed_memory = state.engine.graph_runner.release_graphs()
-        oom_error.next_budget = budget if has_freed_memory else smaller
-        try:
-            raise oom_error from None
-        finally:
-            del oom_error  # this frame and its traceback would keep the tensors of the pack alive
 
 
 def peak_memory_gb(device: torch.device) -> float:

@@ -55,14 +55,12 @@ from finesight.train.dataset_stats import (
 )
 from finesight.train.finalize import ParamAudit
 from finesight.train.flops import FlopCounter, measure_peak_flops
-from finesight.train.lr_schedule import LRSchedule
-from finesight.train.objectives import Objective
 from finesight.train.objectives.distill import DistillObjective, load_teacher
 from finesight.train.objectives.dpo import KtoObjective, PairObjective
 from finesight.train.objectives.grpo import GrpoObjective
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.sft import Objective, SftObjective
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import OBJECTIVE_SECTIONS, RunDir
 from finesight.train.sampler import DistributedSampler, StepSampler, TrainSampler

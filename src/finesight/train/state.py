@@ -26,10 +26,9 @@ from finesight.train.checkpoint import CheckpointManager, CheckpointState, Train
 from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter
-from finesight.train.lr_schedule import LRSchedule
-from finesight.train.objectives import Objective
+from finesight.train.objectives.sft import Objective
 from finesight.train.oom import MemoryBudget
-from finesight.train.optimizer import LossScaler, MasterWeightOptimizer
+from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
 from finesight.train.run_dir import RunDir, Split
 from finesight.train.sampler import DistributedSampler, TrainSampler

@@ -37,12 +37,12 @@ from finesight.train.dataloader import (
     read_steps,
     record_event,
     time_data_waits,
+    translate_pack_oom,
 )
 from finesight.train.evaluation import (
     load_eval_history,
     resolve_eval_interval,
     run_evaluation,
-    translate_pack_oom,
 )
 from finesight.train.oom import GpuOutOfMemoryError, MemoryBudget, retry_on_oom
 from finesight.train.parallel.distributed import (

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finesight.model.fused_ops import has_tensor_cores
+from finesight.model.fused_ops import has_tensor_cores, split_outputs
 from finesight.model.kernels.runtime import HAS_TRITON
 
 SAFETENSORS_DTYPES = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -192,11 +192,6 @@ class QuantizedWeight(nn.Module):
     def output_sizes(self) -> list[int]:
         """Number of outputs of each layer."""
         return [matrix.out_features for matrix in self.matrices]
-
-
-def split_outputs(x: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]:
-    """Split the rows of a fused parameter by layer; None values for a missing parameter."""
-    return [None] * len(sizes) if x is None else torch.split(x, list(sizes))
 
 
 def require_dense(x: Tensor | Fp8Rows) -> Tensor:

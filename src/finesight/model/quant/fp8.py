@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from finesight.errors import UserError
-from finesight.model.fused_ops import has_kernels, quick_gelu
+from finesight.model.fused_ops import has_kernels, quick_gelu, split_outputs
 from finesight.model.kernels import fp8_quantize as fp8_kernels
 from finesight.model.kernels.runtime import HAS_TRITON, get_device_capability
-from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight, split_outputs
+from finesight.model.quant.base import Fp8Rows, QuantizedMatrix, QuantizedWeight
 from finesight.model.quant.int8 import RowwiseMatrix
 
 

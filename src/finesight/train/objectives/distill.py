@@ -19,9 +19,8 @@ from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model, resolve_model_source
 from finesight.model.vlm import VisionLanguageModel
-from finesight.train.objectives import PackKey
 from finesight.train.objectives.dpo import map_chunks
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.sft import PackKey, SftObjective
 
 MAX_TOKEN_IDS = 1 << 18
 """Number of token ids of which the vocabularies are compared."""
@@ -115,7 +114,7 @@ def load_teacher(train: TrainSettings, renderer: Renderer) -> VisionLanguageMode
             f"the teacher {settings.teacher} has {difference}",
             where="train.distill.teacher",
             expected="a larger model of the family of the trained model",
-            remedy="choose another teacher, or sample its answers with finesight predict and set"
+            remedy="choose another teacher, or generate its answers to the data, and set"
             " train.objective=sft",
         )
     formats = train.device, train.precision, settings.weight_format

@@ -29,8 +29,7 @@ from finesight.model.lora.fused import MAX_PADDING
 from finesight.train.dataloader import GlobalStepStats
 from finesight.train.dataset_stats import load_tensors, save_tensors
 from finesight.train.evaluation import iter_step_losses
-from finesight.train.objectives import PackKey
-from finesight.train.objectives.sft import MAX_LOGITS_BYTES, SftObjective
+from finesight.train.objectives.sft import MAX_LOGITS_BYTES, PackKey, SftObjective
 from finesight.train.oom import MemoryBudget, retry_on_oom
 from finesight.train.run_dir import Split
 from finesight.train.state import TrainState

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from finesight.config import GrpoSettings
 from finesight.encode.packing import PackedBatch
-from finesight.train.objectives import PackKey
 from finesight.train.objectives.dpo import compute_token_logps, find_responses
-from finesight.train.objectives.sft import SftObjective
+from finesight.train.objectives.sft import PackKey, SftObjective
 
 SAPO_TEMPERATURES = 1.0, 1.05
 """Temperatures of SAPO for positive and other advantages (Gao et al. 2025)."""

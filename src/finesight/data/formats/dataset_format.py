@@ -42,6 +42,7 @@ from finesight.data.sample import (
     VideoPart,
     check_json,
     check_limit,
+    create_region,
     is_video_path,
     join_text,
 )
@@ -235,14 +236,20 @@ class ImportContext:
     def read_box(
         self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
     ) -> Box:
-        """Convert four coordinates of a row to two corners in pixels inside the image.
+        """Convert the coordinates of a row to two corners in pixels inside the image.
+
+        Those of a point are equal.
 
         Raises:
             InvalidBoxError: The value is not a box, or the box is not inside the image; see
                 `clip_to_image`. A lenient import accepts a box outside the image.
         """
         convention = self.resolve_convention(default)
-        a, b, c, d = parse_coordinates(value)
+        coordinates = parse_coordinates(value)
+        is_point = len(coordinates) == 2
+        if is_point:
+            convention = replace(convention, format="xyxy")
+        a, b, c, d = (*coordinates, *coordinates)[:4]
         self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention, label))
         if self.lenient and convention.units == "pixel":
             return convention.to_pixels((a, b, c, d), (0, 0))
@@ -251,9 +258,9 @@ class ImportContext:
         if self.lenient:
             return pixel_box
         try:
-            clipped_box = clip_to_image(pixel_box, image_size, convention)
+            clipped_box = clip_to_image(pixel_box, image_size, convention, is_point=is_point)
         except InvalidBoxError as error:
-            inner_box = clip_box(pixel_box, image_size)
+            inner_box = clip_box(pixel_box, image_size, is_point=is_point)
             option = "leave it out"
             if inner_box is not None and inner_box != pixel_box:  # else not in pixels
                 option = "give --on-invalid-box clip"
@@ -319,7 +326,7 @@ class RowImages:
         default: BoxConvention,
         image_index: int | None = None,
     ) -> BoxPart:
-        """Create a box part from four coordinates.
+        """Create a box part from four coordinates, or a point part from two.
 
         Args:
             image_index: 0-based index of the image; None is the last added image.
@@ -340,7 +347,8 @@ class RowImages:
                 remedy="correct the row",
             )
         xyxy = self._context.read_box(value, self.paths[resolved_index], default, label)
-        return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
+        is_point = isinstance(value, list | tuple) and len(value) == 2
+        return create_region(xyxy, label, is_point=is_point, image=resolved_index)
 
     @property
     def list_limits(self) -> tuple[float, float] | None:

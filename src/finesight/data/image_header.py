@@ -99,6 +99,9 @@ def _read_range(container: Path, start: int, size: int) -> bytes:
 
 ImageSize = tuple[int, int]
 
+DEFAULT_SIZE: ImageSize = (1000, 1000)
+"""Size of an unknown image whose coordinates are in thousandths."""
+
 MAX_IMAGE_PIXELS = 64_000_000
 """Maximum number of pixels of an image (8000 x 8000).
 

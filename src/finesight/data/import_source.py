@@ -84,6 +84,7 @@ PROMPTS = {
     "json": "Return the fields as JSON.",
     "grounding": "Locate the object.",
     "detection": "Locate all objects.",
+    "pointing": "Point to all objects.",
 }
 _LATEX = re.compile(r"\\[a-zA-Z]+|[_^]\{")
 _QUESTION = re.compile(
@@ -698,11 +699,15 @@ def detect_task(
     """
     answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
     questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
-    boxes = [
-        [part.label for part in sample.messages[-1].content if isinstance(part, BoxPart)]
+    regions = [
+        [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
         for sample in samples
     ]
-    metric = metric or _detect_metric(answers, questions, boxes)
+    boxes = [[part.label for part in row] for row in regions]
+    if metric is None:
+        metric = _detect_metric(answers, questions, boxes)
+        is_point = [part.is_point for row in regions for part in row]
+        metric = "pointing" if metric in ("grounding", "detection") and all(is_point) else metric
     prompt = PROMPTS.get(metric)
     if metric == "json" and fields:
         prompt = f"Return {fields.replace(',', ', ')} as JSON."

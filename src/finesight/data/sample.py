@@ -175,9 +175,10 @@ class BoxPart(FrozenModel):
 
 
 def _repeat_point(value: object) -> object:
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return *value, *value
-    raise ValueError("[x, y] in pixels")
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"[x, y] in pixels instead of {value!r:.60}")
+    x, y = value
+    return x, y, x, y
 
 
 class PointPart(BoxPart):

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -58,6 +58,7 @@ class Prediction:
         finish_reason: "stop" after an end token or a stop string, "length" at the token limit.
         reasoning: Reasoning of a thinking model; None for other models.
         tokens: Generated tokens with log probabilities, if `predict` was called with `logprobs`.
+        image_size: Height and width in pixels of the image that boxes refer to.
     """
 
     id: str
@@ -70,11 +71,17 @@ class Prediction:
     finish_reason: Literal["stop", "length"]
     reasoning: str | None = None
     tokens: tuple[GeneratedToken, ...] = ()
+    image_size: ImageSize = DEFAULT_SIZE
 
     @property
     def text(self) -> str:
         """Alias of `answer`."""
         return self.answer
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the model ended the answer before the token limit."""
+        return self.finish_reason == "stop"
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as a JSON record.
@@ -300,6 +307,7 @@ def build_prediction(
     user_turns = [message.content for message in sample.messages if message.role == "user"]
     if image_index is None:
         image_index = _get_target_image(sample)
+    sizes = [span.original_size for span in prompt.spans if span.kind == "image"]
     return Prediction(
         id=sample.id,
         images=tuple(
@@ -314,6 +322,7 @@ def build_prediction(
         num_tokens=len(output_ids),
         finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
         reasoning=completion.reasoning,
+        image_size=sizes[image_index] if sizes else DEFAULT_SIZE,
     )
 
 

@@ -50,6 +50,7 @@ TASKS = {
     "tool_calls": "call tools with arguments",
     "grounding": "find the object that the question names",
     "detection": "find all objects of given classes",
+    "pointing": "point to objects or their parts",
 }
 """Tasks with the answer that a model gives."""
 

@@ -107,18 +107,6 @@ class ShardedSamples:
         return source, index - self._ends[source_index] + len(source)
 
 
-def check_packed_url(url: str) -> str:
-    """Return the URL unchanged if it refers to a file that contains its images."""
-    if not url.lower().endswith(PACKED_SUFFIXES):
-        raise UserError(
-            "a file in object storage that is neither .tar nor .parquet",
-            where=url,
-            expected="files that contain their images",
-            remedy="pack samples and images into tar or Parquet files, or download them",
-        )
-    return url
-
-
 def is_glob(path: Path) -> bool:
     """Return whether a path is a glob pattern rather than an existing file."""
     return bool(GLOB_CHARACTERS & {*str(path)}) and not path.exists()
@@ -357,7 +345,14 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
     else:
         from finesight.hub.url_files import fetch_objects
 
-        files = fetch_objects(check_packed_url(path_or_url))
+        if not path_or_url.lower().endswith(PACKED_SUFFIXES):
+            raise UserError(
+                "a file in object storage that is neither .tar nor .parquet",
+                where=path_or_url,
+                expected="files that contain their images",
+                remedy="pack samples and images into tar or Parquet files, or download them",
+            )
+        files = fetch_objects(path_or_url)
     sources = _open_files(files)
     source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
     if not len(source):

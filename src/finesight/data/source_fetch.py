@@ -77,14 +77,6 @@ class SelectedFiles:
     other_splits: tuple[str, ...] = ()
 
 
-def filter_data_files(paths: Sequence[str]) -> list[str]:
-    """Keep only data files of a repository: rows, images, labels, archives and licenses.
-
-    Code and metadata files are removed.
-    """
-    return [path for path in paths if _is_data_file(path)]
-
-
 def select_repository_files(repository: HubRepository) -> list[str]:
     """Select the files to download from a dataset repository.
 
@@ -96,7 +88,7 @@ def select_repository_files(repository: HubRepository) -> list[str]:
         path for path in paths if path == CARD_FILE or path.lower().startswith(LICENSE_PREFIXES)
     ]
     if address.data_part is None:
-        selected = filter_data_files(paths)
+        selected = list(filter(is_data_file, paths))
         if not selected:
             raise _build_no_data_error(paths, str(address))
     else:
@@ -129,7 +121,7 @@ def select_files(
         selector: Requested split, subset, SUBSET/SPLIT or file path. None selects the default
             split.
     """
-    data = filter_data_files(paths)
+    data = list(filter(is_data_file, paths))
     if not data:
         raise _build_no_data_error(paths, source)
     if selector is not None and selector in paths:
@@ -158,7 +150,8 @@ def select_files(
     return SelectedFiles(selection.row_files, selection.support_files, split, others)
 
 
-def _is_data_file(path: str) -> bool:
+def is_data_file(path: str) -> bool:
+    """Return whether a file of a repository has data: rows, images, labels, a license."""
     name = PurePosixPath(path).name.lower()
     if name.startswith(".") or name in METADATA_FILES:
         return False
@@ -341,7 +334,14 @@ def fetch_source(
     elif not is_archive(source):
         yield FetchedSource(Path(source), options)
     else:
-        _check_archive_exists(Path(source))
+        reject_special_file(Path(source))
+        if not Path(source).is_file():
+            raise UserError(
+                "no such file",
+                where=source,
+                expected="an archive",
+                remedy=suggest_similar_path(Path(source)),
+            )
         with _make_unpack_folder(out) as work_folder:
             unpacked_options = replace(options, allowed_root=work_folder)
             yield _prepare_file(Path(source), work_folder, unpacked_options)
@@ -365,17 +365,6 @@ def _prepare_file(file: Path, work_folder: Path, options: ImportOptions) -> Fetc
         return FetchedSource(file, options)
     unpack_archive(file, work_folder)
     return _prepare_folder(_skip_single_folders(work_folder), replace(options, copy_images=True))
-
-
-def _check_archive_exists(archive: Path) -> None:
-    reject_special_file(archive)
-    if not archive.is_file():
-        raise UserError(
-            "no such file",
-            where=str(archive),
-            expected="an archive",
-            remedy=suggest_similar_path(archive),
-        )
 
 
 def _skip_single_folders(folder: Path) -> Path:

@@ -274,17 +274,11 @@ def _detect_task(
         Task, import options and opened dataset.
     """
     from finesight.data.formats.row_keys import UnsupportedKeyError
-    from finesight.data.import_source import (
-        NUM_PREVIEW_ROWS,
-        PROMPTS,
-        UnvalidatedSource,
-        detect_task,
-        format_class_prompt,
-        open_source,
-    )
+    from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
     from finesight.storage import temporary_folder
+    from finesight.train.task_detection import PROMPTS, detect_task, format_class_prompt
 
     samples: list[Sample] = []
     opened = open_source(path, options)

@@ -254,7 +254,11 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             check_limit(len(piece), MAX_BOXES, "boxes")
             boxes = [parse_json_box(value) for value in piece]
             if None in boxes:
-                raise _build_box_error(piece[boxes.index(None)])
+                raise InvalidRowError(
+                    f"the box {str(piece[boxes.index(None)])[:80]}",
+                    f'{{"{BOX_KEY}": [four values], "label": text}}',
+                    "write boxes without other keys, and outside of other JSON",
+                )
             yield [box for box in boxes if box is not None]
         elif BOX_KEY in piece:
             raise InvalidRowError(
@@ -263,20 +267,6 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             )
         elif piece:
             yield piece
-
-
-def _build_box_error(value: object) -> InvalidRowError:
-    expected = f'{{"{BOX_KEY}": [four values], "label": text}}'
-    remedy = "remove the other keys, or leave out the row"
-    if not isinstance(value, dict):
-        remedy = "correct the row"
-        problem = "not an object"
-    elif BOX_KEY in value:
-        problem = "attributes of boxes are not supported yet"
-    else:
-        problem = "boxes nested in JSON are not supported yet"
-        remedy = "write the boxes as the answer, without an object around them"
-    return InvalidRowError(f"the box {str(value)[:80]}: {problem}", expected, remedy)
 
 
 class Turn(NamedTuple):

@@ -130,7 +130,7 @@ PromptOption = Annotated[
     str | None,
     Parameter(
         "Question about every image, appended to the question of the row if it has one. In "
-        "box datasets, {label} (grounding) or {labels} (detection) inserts the class names."
+        "box datasets, {label} (grounding) or {labels} (others) inserts the class names."
     ),
 ]
 
@@ -144,10 +144,11 @@ NoHeaderOption = Annotated[
 ]
 
 BoxTaskOption = Annotated[
-    Literal["detection", "grounding"],
+    Literal["detection", "grounding", "points"],
     Parameter(
         "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
-        "question per image about all boxes (detection), or one per image and label (grounding)."
+        "question per image about all boxes (detection), one per image and label (grounding), "
+        "or one per image about all points and keypoints (points)."
     ),
 ]
 

@@ -131,8 +131,8 @@ def build_example(
 Files = Iterator[tuple[str, bytes]]
 """Relative file names with content. A repeated name appends to the file."""
 
-BoxTask = Literal["detection", "grounding"]
-"""Task of a box dataset: one question per image, or one per label."""
+BoxTask = Literal["detection", "grounding", "points"]
+"""Task of a box dataset: one question per image, one per label, or one about its points."""
 
 InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 """Treatment of invalid boxes: an error of the row, drop the box, or clip it to the image.
@@ -198,7 +198,7 @@ class ImportContext:
         prompt: Question or prompt template from the user; None uses the default.
         box_format: Box format from the user; None uses the default of the dataset format.
         box_units: Box units from the user; None uses the default of the dataset format.
-        box_task: Whether box datasets become detection or grounding questions.
+        box_task: Kind of the questions of box datasets.
         lenient: Accept every box unchanged, for data checks.
         has_box_options: Whether the format supports --box-format and --box-units.
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
@@ -224,6 +224,11 @@ class ImportContext:
     row_notes: Counter[str] = field(default_factory=Counter)
     skipped_rows: Counter[str] = field(default_factory=Counter)
     other_keys: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def shape_notes(self) -> Counter[str]:
+        """Counts of shapes that questions about boxes do not represent."""
+        return Counter() if self.box_task == "points" else self.row_notes
 
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
         """Return the box convention of the user options, else that of the dataset format."""

@@ -339,13 +339,13 @@ def _build_rows(
     images: Sequence[tuple[str, Path]],
     detected_by: str,
     *,
-    has_keypoints: bool = False,
+    keypoints: Mapping[int, Sequence[str]] | None = None,
 ) -> tuple[RowReader, str]:
     """Return a row for each image of a YOLO dataset, and the reason for the match.
 
     Args:
         images: Split and path of each image; the split is "" in a dataset without splits.
-        has_keypoints: Whether label lines contain keypoints after the box.
+        keypoints: Names of the keypoints after the box by class ID; None without keypoints.
     """
     names = list(class_names.values())
 
@@ -358,7 +358,8 @@ def _build_rows(
             "labels": str(label),
             "names": class_names,
             "classes": names,
-            "keypoints": has_keypoints,
+            "keypoints": keypoints,
+            "points": list(itertools.chain(*(keypoints or {}).values())),
             "meta": {"split": split} if split else {},
         }
         return SourceRow(row_number, str(label), record, source.stem)
@@ -379,14 +380,12 @@ def parse_yolo(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return []
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
     objects = [
-        _parse_label_line(line, line_number, record, context.row_notes)
+        _parse_label_line(line, line_number, record, context.shape_notes)
         for line_number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
-    image, classes, meta = (record[key] for key in ("image", "classes", "meta"))
-    return build_detection_examples(
-        row, context, YOLO_BOX_CONVENTION, image, objects, classes, meta=meta
-    )
+    image, meta = record["image"], record["meta"]
+    return build_detection_examples(row, context, YOLO_BOX_CONVENTION, image, objects, meta=meta)
 
 
 def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -432,8 +431,8 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
                     expected="images in the folders or lists of train, val and test",
                     remedy="correct these paths, relative to the folder of the file",
                 )
-            has_keypoints, reason = "kpt_shape" in description, f"names in {file.name}"
-            return _build_rows(source, names, images, reason, has_keypoints=has_keypoints)
+            keypoints, reason = _name_keypoints(description, names), f"names in {file.name}"
+            return _build_rows(source, names, images, reason, keypoints=keypoints)
     return None
 
 
@@ -443,6 +442,23 @@ def _read_yaml(file: Path) -> Record:
     except yaml.YAMLError:
         return {}  # YAML of another program
     return content if isinstance(content, dict) else {}
+
+
+def _name_keypoints(
+    description: Record, class_names: Mapping[int, str]
+) -> dict[int, list[str]] | None:
+    """Return the keypoints of each class: their names in data.yaml, else their numbers."""
+    if "kpt_shape" not in description:
+        return None
+    shape, names = as_list(description["kpt_shape"]), description.get("kpt_names")
+    count = shape[0] if shape and isinstance(shape[0], int) else 0
+    by_class = names if isinstance(names, dict) else {}
+    return {
+        class_id: [
+            f"{name} {one}" for one in as_list(by_class.get(class_id)) or range(1, count + 1)
+        ]
+        for class_id, name in class_names.items()
+    }
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
@@ -588,7 +604,8 @@ def _parse_label_line(
     except ValueError:
         values = []
     is_polygon = len(values) > 4 and len(values) % 2 == 0
-    is_known = len(values) == 4 or is_polygon or (len(values) > 4 and record["keypoints"])
+    keypoints = record["keypoints"]
+    is_known = len(values) == 4 or is_polygon or (len(values) > 4 and keypoints is not None)
     if not is_known or not fields[0].isdecimal():
         raise InvalidBoxError(
             f"{name}:{line_number}: {line.strip()[:80]!r}",
@@ -603,9 +620,18 @@ def _parse_label_line(
             remedy="add the name, or correct the line",
         )
     label = record["names"][class_id]
-    if record["keypoints"] and len(values) > 4:
+    if keypoints is not None and len(values) > 4:
         source_notes[NOTE_KEYPOINTS] += 1
-        return ObjectAnnotation(label, values[:4])
+        names = keypoints[class_id]
+        # Two values and a visibility, or two values that are 0 without the point.
+        size = (len(values) - 4) // max(1, len(names))
+        triples = [values[n : n + 3] for n in range(4, len(values), size)] if size in (2, 3) else []
+        points = [
+            (name, triple[:2])
+            for name, triple in zip(names, triples, strict=False)
+            if (any(triple[:2]) if size == 2 else triple[2:] > [0])
+        ]
+        return ObjectAnnotation(label, values[:4], points=points)
     if len(values) == 4:
         return ObjectAnnotation(label, values)
     corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)

@@ -123,10 +123,7 @@ def is_inside_image(
     *,
     is_point: bool = False,
 ) -> bool:
-    """Return whether a box has an area, and exceeds its image by at most `overhang` pixels.
-
-    A point has none.
-    """
+    """Return whether a box with area, or a point, is in its image up to `overhang`."""
     (height, width), (x1, y1, x2, y2) = image_size, box
     is_inside = -overhang <= x1 <= x2 <= width + overhang and -overhang <= y1 <= y2
     return is_inside and y2 <= height + overhang and (is_point or (x1 < x2 and y1 < y2))
@@ -375,7 +372,7 @@ COORDINATE_REMEDIES = {
     "boxes": "give --box-units pixel, 1000 or 1 at import, which converts [x1, y1, x2, y2] and"
     " (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in questions, write them"
     " as box parts of samples",
-    "points": "samples have no points yet: write each point in the units of the model",
+    "points": "write them as point_2d in JSON, or as point parts of samples, which are converted",
 }
 
 

@@ -23,7 +23,6 @@ import numpy as np
 
 from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
-from finesight.data.image_header import parquet_row_path, tar_member_path
 from finesight.data.line_index import (
     IndexedFile,
     SampleIndex,
@@ -162,7 +161,7 @@ class TarSamples(IndexedFile):
         sample = parse_sample(content, self.location(index))
         # Non-UTF-8 names are also found by their decoded form.
         paths_by_name = {
-            name: tar_member_path(member.offset_data, member.size, posixpath.basename(member.name))
+            name: f"@{member.offset_data}+{member.size}/{posixpath.basename(member.name)}"
             for member in members
             for name in (member.name, to_readable_name(member.name))
         }
@@ -225,7 +224,7 @@ class ParquetSamples(IndexedFile):
         sample = sample_from_dict(_decode_record(record, where), where)
         if not self.has_images:
             return LocatedSample(sample, self.path.parent)
-        sample = sample.map_paths(lambda name: parquet_row_path(index + 1, name))
+        sample = sample.map_paths(lambda name: f"@{index + 1}/{name}")
         return LocatedSample(sample, self.path)
 
     def location(self, index: int) -> str:

@@ -36,6 +36,7 @@ from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,
     get_batch_size,
+    import_extra,
     import_parquet,
     iter_records,
     open_parquet,
@@ -401,22 +402,14 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
 
     Rows have the numbers of the sheet.
     """
-    try:
-        from openpyxl import load_workbook
-    except ImportError as error:
-        raise UserError(
-            f"an Excel file, but openpyxl cannot be imported ({error})",
-            where=str(source),
-            expected="the package openpyxl, which reads Excel files",
-            remedy="install it: pip install 'finesight[xlsx]'; or save the table as CSV",
-        ) from error
+    openpyxl = import_extra("openpyxl", "xlsx", source)
     content = io.BytesIO(read_data_file(source))
     try:
         with zipfile.ZipFile(content) as archive:
             num_bytes = sum(member.file_size for member in archive.infolist())
         if num_bytes > MAX_XLSX_BYTES:
             raise ValueError(f"{num_bytes:,} bytes unpacked, more than {MAX_XLSX_BYTES:,}")
-        workbook = load_workbook(content, read_only=True, data_only=True)
+        workbook = openpyxl.load_workbook(content, read_only=True, data_only=True)
         sheet = workbook.active or workbook.worksheets[0]
         cells = list(_iter_sheet_rows(sheet))
     except Exception as error:  # openpyxl raises various exceptions on corrupt files

@@ -11,7 +11,6 @@ import json
 import math
 import operator
 import re
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -537,8 +536,7 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             expected=f"an index below {num_images}, the images of the sample",
             remedy="correct the box's `image`, or add the image",
         )
-    no_limit = sys.maxsize, sys.maxsize
-    if not is_inside_image(box.xyxy, no_limit, is_point=box.is_point):
+    if not is_inside_image(box.xyxy, (math.inf, math.inf), is_point=box.is_point):
         coordinates = "[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2"
         raise InvalidBoxError(
             f"the {box.type} {list(box.xyxy)}",

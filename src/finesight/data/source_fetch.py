@@ -97,15 +97,12 @@ def select_repository_files(repository: HubRepository) -> list[str]:
     return list(dict.fromkeys([*selected, *extra_files]))
 
 
-def read_card(repository: HubRepository) -> str:
-    """Download and read the start of the dataset card; "" without a card."""
-    has_card = CARD_FILE in repository.paths
-    return read_local_card(repository.fetch_files([CARD_FILE])) if has_card else ""
-
-
-def read_local_card(folder: Path) -> str:
-    """Read the start of the dataset card in a folder; "" without a card."""
-    card = folder / CARD_FILE
+def read_card(source: HubRepository | Path) -> str:
+    """Read the start of the dataset card of a repository or folder; "" without a card."""
+    if isinstance(source, HubRepository):
+        has_card = CARD_FILE in source.paths
+        source = source.fetch_files([CARD_FILE]) if has_card else source.folder
+    card = source / CARD_FILE
     if not card.is_file():
         return ""
     with card.open(encoding="utf-8", errors="replace") as file:
@@ -379,7 +376,7 @@ def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
     rows = [path for path in paths if path.lower().endswith(ROW_SUFFIXES)]
     if not rows or _is_folder_dataset(folder):
         return FetchedSource(folder, options)
-    selection = select_files(paths, None, read_local_card(folder), str(folder))
+    selection = select_files(paths, None, read_card(folder), str(folder))
     return _select_rows(folder, selection, options)
 
 

@@ -475,17 +475,17 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
-        if not all(isinstance(m, dict) and _has_text(m) for m in messages):
+        if not all(
+            isinstance(turn, dict)
+            and (isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls")))
+            for turn in messages
+        ):
             return None
     num_with_images = sum(bool(list_images(record)) for record in records)
     return (
         f"messages of text, images in {num_with_images} and objects in {num_with_boxes} of the"
         f" first {len(records)}; LLaMA-Factory's messages with images are the same"
     )
-
-
-def _has_text(turn: Record) -> bool:
-    return isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls"))
 
 
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:

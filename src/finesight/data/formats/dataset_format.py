@@ -71,7 +71,7 @@ class ImportExample:
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""
-        names = [format_answer_id(self.id, number + 1) for number in range(len(self.answers))]
+        names = [f"{self.id}-{number}" for number in range(1, len(self.answers) + 1)]
         names = names if len(names) > 1 else [self.id]
         return [
             self._build_sample(name, answer, self.references)
@@ -99,11 +99,6 @@ class ImportExample:
             references=references,
             meta=self.meta,
         )
-
-
-def format_answer_id(name: str, number: int) -> str:
-    """Return the sample ID of one answer (1-based) to a question with several answers."""
-    return f"{name}-{number}"
 
 
 def build_example(
@@ -241,9 +236,7 @@ class ImportContext:
     def read_box(
         self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
     ) -> Box:
-        """Convert the coordinates of a row to two corners in pixels inside the image.
-
-        Those of a point are equal.
+        """Convert the coordinates of a row to two corners in pixels, equal for a point.
 
         Raises:
             InvalidBoxError: The value is not a box, or the box is not inside the image; see

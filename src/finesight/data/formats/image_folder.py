@@ -73,6 +73,7 @@ from finesight.data.row_reader import (
     rows_from_items,
 )
 from finesight.data.sample import (
+    MAX_BOXES,
     MAX_DESCRIPTION_BYTES,
     MAX_LABEL_FILE_BYTES,
     EmptyAnswerError,
@@ -450,9 +451,9 @@ def _name_keypoints(
     """Return the keypoints of each class: their names in data.yaml, else their numbers."""
     if "kpt_shape" not in description:
         return None
-    shape, names = as_list(description["kpt_shape"]), description.get("kpt_names")
-    count = shape[0] if shape and isinstance(shape[0], int) else 0
-    by_class = names if isinstance(names, dict) else {}
+    shape, by_class = as_list(description["kpt_shape"]), description.get("kpt_names")
+    by_class = by_class if isinstance(by_class, dict) else {}
+    count = min(shape[0], MAX_BOXES) if shape and isinstance(shape[0], int) else 0
     return {
         class_id: [
             f"{name} {one}" for one in as_list(by_class.get(class_id)) or range(1, count + 1)
@@ -623,13 +624,13 @@ def _parse_label_line(
     if keypoints is not None and len(values) > 4:
         source_notes[NOTE_KEYPOINTS] += 1
         names = keypoints[class_id]
-        # Two values and a visibility, or two values that are 0 without the point.
-        size = (len(values) - 4) // max(1, len(names))
-        triples = [values[n : n + 3] for n in range(4, len(values), size)] if size in (2, 3) else []
+        size = max(2, (len(values) - 4) // max(1, len(names)))
+        entries = [values[start : start + size] for start in range(4, len(values), size)]
+        # Two values that are 0 without the point, or two values and a visibility.
         points = [
-            (name, triple[:2])
-            for name, triple in zip(names, triples, strict=False)
-            if (any(triple[:2]) if size == 2 else triple[2:] > [0])
+            (name, entry[:2])
+            for name, entry in zip(names, entries, strict=False)
+            if size <= 3 and any(entry[:2]) and all(entry[2:])
         ]
         return ObjectAnnotation(label, values[:4], points=points)
     if len(values) == 4:

@@ -27,6 +27,7 @@ from finesight.data.sample import (
     VideoPart,
     is_video_path,
     join_text,
+    list_coordinates,
 )
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
@@ -107,7 +108,7 @@ class Prediction:
         is_truncated = self.finish_reason == "length"
         truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
         boxes = [
-            f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
+            f"\n  {box.type} {', '.join(f'{number:.1f}' for number in list_coordinates(box))}"
             + (f"  {box.label}" if box.label else "")
             for box in self.boxes
         ]
@@ -116,7 +117,7 @@ class Prediction:
 
 
 def box_to_dict(box: BoxPart) -> dict[str, Any]:
-    """Convert a box to JSON data, with corners rounded to 0.01 pixels."""
+    """Convert a box or a point, with equal corners, to JSON data, rounded to 0.01 pixels."""
     corners = [round(number, 2) for number in box.xyxy]
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
@@ -374,6 +375,8 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
         x1, y1, x2, y2 = box.xyxy
         # Inverted corners are sorted for drawing only; metrics still reject such a box.
         corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        if box.is_point:
+            draw.circle((x1, y1), 2 * line_width, fill=color, outline="white")
         draw.rectangle(corners, outline=color, width=line_width)
         if box.label:
             # Above the box, or inside the box at the upper image border.

@@ -141,7 +141,7 @@ NOTE_THOUSANDTHS = (
     "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
 )
 NOTE_PIXELS = (
-    "boxes and points of JSON in texts, read as pixels of the original image; --box-units changes it"
+    "JSON boxes and points in texts, read as pixels of the original image; --box-units changes it"
 )
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"

@@ -154,7 +154,7 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
         reason += f"; annotations of {num_unlisted} images that it does not list"
     other_keys: Counter[str] = Counter()
     count_keys([dict.fromkeys(document, 1)], _LIST_KEYS, "files", other_keys)
-    count_keys(categories, ("id", "name"), "categories", other_keys)
+    count_keys(categories, ("id", "name", "keypoints"), "categories", other_keys)
     return replace(rows_from_items(images, make_row), other_keys=other_keys), reason
 
 

@@ -25,7 +25,7 @@ import yaml
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
-from finesight.data.import_source import NUM_PREVIEW_ROWS, detect_task
+from finesight.data.import_source import NUM_PREVIEW_ROWS
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
@@ -58,6 +58,7 @@ from finesight.storage import (
     working_folder,
     write_file,
 )
+from finesight.train.task_detection import detect_task
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 

@@ -24,12 +24,12 @@ from finesight.convert.external_config import (
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
     ImportOptions,
-    detect_task,
     open_unvalidated,
 )
 from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.recipe import invert_groups, load_trainer_settings
 from finesight.storage import temporary_folder
+from finesight.train.task_detection import detect_task
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 

@@ -256,7 +256,7 @@ def evaluate(
         )
     by_position = dict(zip(readable, predictions, strict=True))
     cases = {
-        i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.finish_reason == "stop")
+        i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.has_ended, one.image_size)
         for i, one in by_position.items()
     }
 

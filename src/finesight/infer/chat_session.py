@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
-    BOX_KEY,
+    has_json_boxes,
     is_inside_image,
     parse_json_box,
     split_at_boxes,
@@ -315,7 +315,7 @@ def _split_text_and_boxes(
     pieces, boxes = list(_split_at_boxes(prediction)), prediction.boxes
     if image_size is None or not boxes or pieces.count(None) != len(boxes):
         return []
-    if not all(is_inside_image(box.xyxy, image_size) for box in boxes):
+    if not all(is_inside_image(box.xyxy, image_size, is_point=box.is_point) for box in boxes):
         return []
     parts = (box.model_copy(update={"image": 0}) for box in boxes)
     return [next(parts) if text is None else TextPart(text=text) for text in pieces if text != ""]
@@ -323,7 +323,7 @@ def _split_text_and_boxes(
 
 def _split_at_boxes(prediction: Prediction) -> Iterator[str | None]:
     """Yield the texts of an answer and, between them, None for each box."""
-    if BOX_KEY not in prediction.raw_text:
+    if not has_json_boxes(prediction.raw_text):
         for piece in split_at_text_boxes(prediction.raw_text, None, is_tagged=True):
             yield _SPECIAL_TOKENS.sub("", piece) if isinstance(piece, str) else None
         return

@@ -51,6 +51,7 @@ TASKS = {
     "tool_calls": "call tools with arguments",
     "grounding": "find the object that the question names",
     "detection": "find all objects of given classes",
+    "pointing": "point to objects or their parts",
 }
 """Tasks with the answer that a model gives."""
 
@@ -254,17 +255,11 @@ def _detect_task(
         Task, import options and opened dataset.
     """
     from finesight.data.formats.row_keys import UnsupportedKeyError
-    from finesight.data.import_source import (
-        NUM_PREVIEW_ROWS,
-        PROMPTS,
-        UnvalidatedSource,
-        detect_task,
-        format_class_prompt,
-        open_source,
-    )
+    from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
     from finesight.storage import temporary_folder
+    from finesight.train.task_detection import PROMPTS, detect_task, format_class_prompt
 
     samples: list[Sample] = []
     opened = open_source(path, options)

@@ -334,7 +334,7 @@ class Rollout:
                 sample.sample, has_reasoning=renderer.renders_reasoning
             )
             cases = [
-                EvalCase(one.answer, one.boxes, *references, one.id, one.finish_reason == "stop")
+                EvalCase(one.answer, one.boxes, *references, one.id, one.has_ended, one.image_size)
                 for one in predictions
             ]
             start_time = time.perf_counter()

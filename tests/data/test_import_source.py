@@ -25,7 +25,7 @@ from finesight.data.sample import (
     read_samples,
 )
 from finesight.errors import UserError
-from finesight.train.task_detection import detect_task
+from finesight.recipe_template import detect_task
 
 
 def read_unvalidated(source: Path, **wishes: Any) -> list[UnvalidatedRow]:

@@ -48,7 +48,7 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
-from finesight.recipe_template import format_recipe, override_settings
+from finesight.recipe_template import detect_task, format_recipe, override_settings
 from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
@@ -58,7 +58,6 @@ from finesight.storage import (
     working_folder,
     write_file,
 )
-from finesight.train.task_detection import detect_task
 from finesight.vision.image_reader import create_image_pool
 from finesight.worker_pool import JobOutput, WorkerJobError, WorkerLimitError, WorkerPool
 

@@ -28,8 +28,8 @@ from finesight.data.import_source import (
 )
 from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.recipe import invert_groups, load_trainer_settings
+from finesight.recipe_template import detect_task
 from finesight.storage import temporary_folder
-from finesight.train.task_detection import detect_task
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"
 

@@ -20,6 +20,7 @@ from finesight.data.image_header import (
     read_exif_orientation,
     read_image_size,
 )
+from finesight.data.image_resolver import ImageNames
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, list_media_paths
 from finesight.errors import UserError
 from finesight.storage import translate_os_errors, write_folder

@@ -61,23 +61,6 @@ NUM_PREVIEW_ROWS = 300
 """Number of rows from which columns, image folder and task are detected."""
 
 
-@dataclass(frozen=True)
-class DetectedTask:
-    """Task of a dataset, detected from its samples.
-
-    Attributes:
-        metric: Name of the task metric.
-        prompt: Suggested question about every image; None if the samples contain questions.
-        max_new_tokens: Upper bound of the answer length in tokens.
-        objective: `dpo` if all samples are preference pairs, `sft` if some are, else empty.
-    """
-
-    metric: str
-    prompt: str | None
-    max_new_tokens: int
-    objective: str = ""
-
-
 @dataclass(frozen=True, slots=True)
 class ImportOptions:
     """Options of an import: parsing of the source, selection of rows, and split.

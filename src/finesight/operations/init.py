@@ -19,11 +19,12 @@ from finesight.operations.options import TableOptions
 from finesight.operations.training import plan
 
 if TYPE_CHECKING:
-    from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
+    from finesight.data.import_source import ImportOptions, ImportSource
     from finesight.data.importer import ImportSummary
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
+    from finesight.recipe_template import DetectedTask
 
 Ask = Callable[[str, str], str]
 """Function that asks a question, and returns the answer. The second argument is the default."""
@@ -258,8 +259,8 @@ def _detect_task(
     from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
+    from finesight.recipe_template import PROMPTS, detect_task, format_class_prompt
     from finesight.storage import temporary_folder
-    from finesight.train.task_detection import PROMPTS, detect_task, format_class_prompt
 
     samples: list[Sample] = []
     opened = open_source(path, options)

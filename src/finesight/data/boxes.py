@@ -157,8 +157,7 @@ def clip_to_image(
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
-    corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-    is_stray = all(map(math.isfinite, box)) and clip_box(corners, image_size) is None
+    is_stray = all(map(math.isfinite, box)) and clip_box(sort_corners(box), image_size) is None
     kind = "point" if is_point else "box"
     raise (StrayBoxError if is_stray and not is_point else InvalidBoxError)(
         f"the {kind} [{coordinates}] in pixels (read as {convention.format} in units of"
@@ -166,6 +165,11 @@ def clip_to_image(
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
     )
+
+
+def sort_corners(box: Box) -> Box:
+    x1, y1, x2, y2 = box
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 def iou(a: Box, b: Box) -> float:

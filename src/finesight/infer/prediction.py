@@ -16,6 +16,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from finesight.data.boxes import sort_corners
 from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import (
     BoxPart,
@@ -424,11 +425,10 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
     font = ImageFont.load_default(size=max(10, short_side / 30))
     for box_index, box in enumerate(boxes):
         color = BOX_COLORS[box_index % len(BOX_COLORS)]
-        x1, y1, x2, y2 = box.xyxy
         # Inverted corners are sorted for drawing only; metrics still reject such a box.
-        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        corners = sort_corners(box.xyxy)
         if box.is_point:
-            draw.circle((x1, y1), 2 * line_width, fill=color, outline="white")
+            draw.circle(corners[:2], 2 * line_width, fill=color, outline="white")
         draw.rectangle(corners, outline=color, width=line_width)
         if box.label:
             # Above the box, or inside the box at the upper image border.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -142,8 +141,8 @@ class ParamAudit:
             flags = bool(checksum != start_checksum), name in params_with_grad, sample is not None
             own_sums[name] = [is_counted * num_params, *flags, *squares]
         sums_by_group: dict[tuple[ModelPart, bool], dict[str, list[float]]] = {}
-        for payload in process_group.all_gather_str(json.dumps(own_sums)):
-            for name, shard in json.loads(payload).items():
+        for rank_sums in process_group.all_gather_object(own_sums):
+            for name, shard in rank_sums.items():
                 sums = sums_by_group.setdefault((get_part(name), shard[3] > 0), {})
                 # The values of all shards of a parameter are added.
                 sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 6), shard, strict=True)]

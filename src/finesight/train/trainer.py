@@ -310,7 +310,7 @@ class Trainer:
             self.checkpointer.wait()
             result = finalize()
             # The other ranks wait for the main process.
-            self.process_group.all_gather_str("")
+            self.process_group.all_gather_object(None)
             return result
         except Exception as error:
             self.handle_failure(error)

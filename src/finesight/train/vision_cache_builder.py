@@ -522,8 +522,8 @@ class VisionCacheBuilder:
                 blocker = str(error)
             except torch.OutOfMemoryError as error:
                 blocker = f"the GPU memory is full ({first_error_line(error)})"
-        own_outcome = json.dumps([self._stop.signal or 0, blocker, result])
-        outcomes = map(json.loads, self._process_group.all_gather_str(own_outcome))
+        own_outcome = self._stop.signal or 0, blocker, result
+        outcomes = self._process_group.all_gather_object(own_outcome)
         signals, blockers, results = zip(*outcomes, strict=True)
         self._stop.request(max(signals))
         # Signals that arrive later are exchanged at the next barrier.

@@ -253,8 +253,8 @@ def test_invalid_parquet_rows_are_rejected(table: Path, tmp_path: Path) -> None:
     parquet.write_table(broken, tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet, row 3: broken JSON"):
         _ = load(tmp_path / "b.parquet")[2]
-    parquet.write_table(full.append_column("label", pyarrow.array(["x"] * 7)), path)
-    with pytest.raises(UserError, match=r"a\.parquet, row 1: unknown key label"):
+    parquet.write_table(full.append_column("labels", pyarrow.array(["x"] * 7)), path)
+    with pytest.raises(UserError, match=r"a\.parquet, row 1: unknown key labels"):
         _ = load(path)[0]
     (tmp_path / "c.parquet").write_bytes(b"PAR1 none")
     with pytest.raises(UserError, match="cannot be read as Parquet"):

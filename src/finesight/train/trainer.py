@@ -471,7 +471,7 @@ class Trainer:
         """
         progress = self.state.progress
         start = time.perf_counter()
-        with self.vision_features.reload_encoder():
+        with self.vision_features.offloader.hold(is_offloaded=False):
             eval_result = run_evaluation(self.state, name, is_complete)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step

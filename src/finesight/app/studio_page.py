@@ -50,6 +50,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import Parameter, list_words
+from finesight.recipe_template import override_settings
 from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
@@ -453,7 +454,8 @@ class StudioPage:
             name = "label" if step.operation == "label" else "export"
             return state.selection.link(step=name, run=str(state.run))
         if state.selection.step == "plan" and state.recipe is not None:
-            workspace.override_recipe(state.recipe, overrides)
+            text, digest = workspace.read_recipe(state.recipe)
+            workspace.save_recipe(state.recipe, override_settings(text, overrides), digest)
             return state.selection.link(job=state.selection.job)
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")
@@ -462,7 +464,8 @@ class StudioPage:
         """Raise UserError if an open labelling page would change the data during the run."""
         workspace = self.view.workspace
         for job in self.view.jobs.list_running():
-            folder = job.get_option("--out")
+            words = (*job.arguments, "--out", "")
+            folder = words[words.index("--out") + 1]
             root = os.path.realpath(workspace.folder / folder)
             if job.arguments[0] == "label" and workspace.uses_files(recipe, root):
                 what = f"the run reads the labels of {folder}, whose labelling page is open"

@@ -582,11 +582,6 @@ class Workspace:
                 )
             write_file(file, text.encode())
 
-    def override_recipe(self, path: Path, overrides: Sequence[str]) -> None:
-        """Change settings of a recipe, whose comments stay."""
-        text, digest = self.read_recipe(path)
-        self.save_recipe(path, override_settings(text, overrides), digest)
-
     def copy_recipe(self, path: Path, overrides: Sequence[str]) -> Path:
         """Write the recipe of a further run, unless it exists, with the name of the run."""
         text = override_settings(self.read_recipe(path)[0], overrides)

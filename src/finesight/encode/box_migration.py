@@ -225,8 +225,7 @@ def _to_segment(
         _check_in_frame(xyxy, source_frame, source_format)
         if label and not is_json:
             _check_label(label, target_format)
-        is_point = len(coordinates) == 2
-        boxes.append(ImageBox(label, xyxy, source_frame, target_frame, is_point))
+        boxes.append(ImageBox(label, xyxy, source_frame, target_frame, len(coordinates) == 2))
     return boxes
 
 

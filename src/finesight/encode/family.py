@@ -473,8 +473,7 @@ def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Sequence[obj
             for key in LABEL_KEYS
             if isinstance(value.get(key), str)
         ]
-        coordinates = value[key] if isinstance(value[key], list) else []
-        yield (labels[0] if labels else None), coordinates
+        yield next(iter(labels), None), value[key] if isinstance(value[key], list) else []
     elif isinstance(value, dict):
         for item in value.values():
             yield from _iter_nested_boxes(item)

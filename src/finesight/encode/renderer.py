@@ -769,8 +769,7 @@ def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) ->
             remedy="use pixels of the original image after EXIF rotation;"
             " an import with --box-format and --box-units converts boxes",
         )
-    sizes = image.original_size, image.resized_size
-    return ImageBox(box.label, box.xyxy, *sizes, box.is_point)
+    return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size, box.is_point)
 
 
 def build_renderer(

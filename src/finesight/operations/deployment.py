@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from finesight.operations.options import DeviceOption
 
 if TYPE_CHECKING:
     from finesight.export.deployment import GgufFiles, ServingCommands
-    from finesight.export.model_card import VerifiedMerge
+    from finesight.export.model_card import HubUpload, VerifiedMerge
     from finesight.progress import ProgressConsole
 
 
@@ -189,16 +189,6 @@ def _format_merge(merge_result: VerifiedMerge) -> Iterator[str]:
         yield f"other programs cannot store the image size: resize images to {rule_text}"
 
 
-@dataclass(frozen=True, slots=True)
-class HubUpload:
-    """Hub address, visibility, sizes of the files in bytes, and page; None if only listed."""
-
-    to: str
-    public: bool
-    files: Mapping[str, int]
-    page: str | None
-
-
 def export(
     source: Annotated[StrPath, Parameter(metavar="MODEL", path="name")],
     out: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
@@ -271,7 +261,7 @@ def export(
 
 def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
     """List the files of a model, and upload them if confirmed."""
-    from finesight.export.model_card import collect_uploads
+    from finesight.export.model_card import HubUpload, collect_uploads
     from finesight.hub.repository import publish_model
     from finesight.infer.model_loader import get_model_name, resolve_model_source
     from finesight.progress import ProgressConsole

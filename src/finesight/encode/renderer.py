@@ -747,8 +747,7 @@ class NativeRenderer(Renderer):
 def _has_reasoning(messages: Sequence[Message]) -> bool:
     """Return whether the last assistant turn of a conversation contains reasoning."""
     answers = [message.content for message in messages if message.role == "assistant"]
-    reasoning = split_reasoning(answers[-1]).reasoning if answers else None
-    return bool(strip_content(reasoning or ()))
+    return any(strip_content(split_reasoning(one).reasoning or ()) for one in answers[-1:])
 
 
 def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:

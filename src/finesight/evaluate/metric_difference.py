@@ -41,6 +41,14 @@ class ScoredPrediction:
     record: dict[str, Any]
 
 
+def create_case(
+    prediction: Prediction, references: tuple[tuple[str, ...], tuple[BoxPart, ...]]
+) -> EvalCase:
+    """Create the case of a predicted answer and its references (`get_reference_answer`)."""
+    ending = prediction.finish_reason == "stop", prediction.image_size
+    return EvalCase(prediction.answer, prediction.boxes, *references, prediction.id, *ending)
+
+
 def format_prediction_line(
     prediction: Prediction, case: EvalCase, scores: MetricValues, **further: float
 ) -> str:

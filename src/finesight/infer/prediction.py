@@ -81,11 +81,6 @@ class Prediction:
         """Alias of `answer`."""
         return self.answer
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the model ended the answer before the token limit."""
-        return self.finish_reason == "stop"
-
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as a JSON record.
 
@@ -359,8 +354,7 @@ def build_prediction(
     completion = renderer.decode_completion(output_ids, is_thinking=prompt.is_thinking)
     sample = located_sample.sample
     user_turns = [message.content for message in sample.messages if message.role == "user"]
-    if image_index is None:
-        image_index = _get_target_image(sample)
+    image_index = _get_target_image(sample) if image_index is None else image_index
     sizes = [span.original_size for span in prompt.spans if span.kind == "image"]
     return Prediction(
         id=sample.id,
@@ -386,10 +380,9 @@ def _get_target_image(sample: Sample) -> int:
     Box formats do not name an image. If all boxes of the reference answer refer to the same image,
     that image is used, else the first.
     """
-    boxes = [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
-    image_indices = (
-        {box.image for box in boxes} if sample.messages[-1].role == "assistant" else set()
-    )
+    last = sample.messages[-1]
+    boxes = [part for part in last.content if isinstance(part, BoxPart)]
+    image_indices = {box.image for box in boxes if last.role == "assistant"}
     return image_indices.pop() if len(image_indices) == 1 else 0
 
 

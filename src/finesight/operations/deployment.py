@@ -238,7 +238,12 @@ def export(
         upload = _upload(name, target, public=public, confirm=confirm)
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
         steps = [] if confirm else [Step("export", arguments)]
-        return Outcome(upload, _format_upload(upload), asdict(upload), steps)
+        lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
+        total, visibility = sum(upload.files.values()), "public" if public else "private"
+        num_files = format_count(len(lines), "file")
+        lines.append(f"{total:>16,}  bytes in {num_files} to {upload.to}, {visibility}")
+        lines.append(upload.page or "nothing was uploaded")
+        return Outcome(upload, lines, asdict(upload), steps)
     model_source = resolve_model_source(name)
     if target is None:
         from finesight.export.deployment import build_serving_commands
@@ -275,15 +280,6 @@ def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
             with ProgressConsole().activity(text):
                 page = publish_model(address, files, public=public, message=message)
     return HubUpload(str(address), public, sizes, page)
-
-
-def _format_upload(upload: HubUpload) -> list[str]:
-    lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
-    total, visibility = sum(upload.files.values()), "public" if upload.public else "private"
-    lines.append(
-        f"{total:>16,}  bytes in {format_count(len(lines), 'file')} to {upload.to}, {visibility}"
-    )
-    return [*lines, upload.page or "nothing was uploaded"]
 
 
 def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:

@@ -20,7 +20,6 @@ from finesight.operations.training import plan
 
 if TYPE_CHECKING:
     from finesight.data.import_source import ImportOptions, ImportSource
-    from finesight.data.importer import ImportSummary
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
@@ -144,7 +143,12 @@ def init(
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
     is_detected = not reading.get("columns")
     first, *details = format_import(source, summary, options, is_detected=is_detected)
-    check_lines, has_errors = _check(summary)
+    train_file, *eval_files = [file.file for file in summary.output_files]
+    outcome = check_data([train_file], eval_files)
+    # The files are those of the import.
+    first_check, *check_lines = outcome.lines[len(outcome.value.sources) :]
+    if not outcome.value.issue_counts:
+        first_check, check_lines = "; ".join([first_check, *check_lines]), []
     lines = [
         f"data    {first}",
         *(f"        {line}" for line in details),
@@ -154,6 +158,7 @@ def init(
         f"example {_format_example(summary.output_files[0].file)}",
         f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
         f"model   {model}",
+        f"check   {first_check}",
         *check_lines,
         *([] if run_plan is None else format_short_plan(run_plan)),
         "",
@@ -164,7 +169,7 @@ def init(
     if fits:
         chat = Step("chat", {"run_or_model": folder / "run"})
         steps = [Step("train", {"recipe": recipe}), chat]
-    if has_errors:
+    if has_errors := outcome.value.severity == "error":
         page = folder / "check.html"
         steps.insert(0, Step("check", {"sources": [recipe], "html": page}))
     result = {
@@ -375,14 +380,3 @@ def choose_model(memory_bytes: int) -> str:
     from finesight.model_folder import TINY_MODEL
 
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
-
-
-def _check(summary: ImportSummary) -> tuple[list[str], bool]:
-    """Check the imported samples; return the lines of the summary, and whether it has errors."""
-    train_file, *eval_files = [file.file for file in summary.output_files]
-    outcome = check_data([train_file], eval_files)
-    # The files are those of the import.
-    first, *lines = outcome.lines[len(outcome.value.sources) :]
-    if not outcome.value.issue_counts:
-        first, lines = "; ".join([first, *lines]), []
-    return [f"check   {first}", *lines], outcome.value.severity == "error"

@@ -31,7 +31,7 @@ from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-from finesight.evaluate.metric_difference import format_prediction_line
+from finesight.evaluate.metric_difference import create_case, format_prediction_line
 from finesight.evaluate.rewards import RewardScorer
 from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.prediction import (
@@ -324,10 +324,7 @@ class Rollout:
             references = get_reference_answer(
                 sample.sample, has_reasoning=renderer.renders_reasoning
             )
-            cases = [
-                EvalCase(one.answer, one.boxes, *references, one.id, one.has_ended, one.image_size)
-                for one in predictions
-            ]
+            cases = [create_case(one, references) for one in predictions]
             start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
             self.reward_s += time.perf_counter() - start_time

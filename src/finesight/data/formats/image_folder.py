@@ -14,8 +14,8 @@ labels/train/a.txt, or of a single folder with classes.txt. Coordinates are norm
 size, and the class is an index of the list of names. Labels are next to the image, or in the path
 with `images` replaced by `labels`.
 
-An empty label file is an image without objects. Values after the box are keypoints, and ignored, if
-data.yaml has `kpt_shape`, or if the first labels have this shape; else they are polygons. Splits
+An empty label file is an image without objects. Values after the box are keypoints if data.yaml has
+`kpt_shape`, and ignored if only the first labels have this shape; else they are polygons. Splits
 are ordered train, test, val, so that --eval-last uses the last one for validation.
 """
 

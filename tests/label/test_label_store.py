@@ -108,7 +108,7 @@ def test_corrections_become_preference_pairs(tmp_path):
         suggestions = [
             make_suggestion(f"s{n}", text, 0.5) for n, text in enumerate(["red", "blue"])
         ]
-        store.add_suggestions([(one, None) for one in suggestions], MODEL)
+        store.add_suggestions(suggestions, MODEL)
         for name, text in (("s0", "red"), ("s1", "green"), ("s2", "gray")):
             store.save_label(name, (TextPart(text=text),))
     pairs(out, tmp_path / "pairs.jsonl")

@@ -120,7 +120,7 @@ def summarize_content(content: tuple[ContentPart, ...]) -> list[object]:
         if isinstance(part, TextPart)
         else Path(part.image)
         if isinstance(part, ImagePart)
-        else (part.image, part.label, part.xyxy)
+        else (part.image, part.label, part.xyxy[: 2 if part.is_point else 4])
         for part in content
     ]
 

@@ -467,7 +467,7 @@ class TrainSettings(SettingsSection):
 
 
 TextTask = Literal["captions", "latex", "ocr", "qa", "classification", "json", "tool_calls"]
-TaskName = Literal[TextTask, "grounding", "detection"]
+TaskName = Literal[TextTask, "grounding", "detection", "pointing"]
 METRIC_NAMES = Registry("metrics", object, dict.fromkeys(get_args(TaskName)))
 
 

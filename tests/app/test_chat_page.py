@@ -204,7 +204,7 @@ def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
         visit = ChatPageDriver(browser, page.address)
         visit.submit("What is shown?", [clip])
         visit.wait_for_script("return !document.querySelector('#error').hidden;")
-        assert 'pip install "finesight[video]"' in visit.read_texts("#error")[0]
+        assert "pip install 'finesight[video]'" in visit.read_texts("#error")[0]
 
 
 def test_html_payloads_and_errors_are_shown_as_text(browser, tmp_path):

@@ -42,7 +42,6 @@ from finesight.cli.app import build_command, run_command
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
 from finesight.errors import Step, UserError
-from finesight.evaluate.metric_difference import read_example
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import evaluation, find_operation
 from finesight.operations.operation import Outcome, Parameter, as_function
@@ -53,6 +52,7 @@ from finesight.report.i18n import use_language
 from finesight.report.run_reader import read_run
 from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
+from finesight.train.run_dir import read_example
 
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")

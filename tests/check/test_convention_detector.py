@@ -186,6 +186,16 @@ def test_without_images_only_bounds_are_used(objects: list[BoxClaim]) -> None:
     assert blind(scaled_by(0.5)) == []
 
 
+def test_wrong_frames_of_points_are_detected(objects: list[BoxClaim]) -> None:
+    def detect(change: BoxTransform) -> list[str]:
+        points = apply_convention(objects, lambda box, size: (*box[2:], *box[2:]))
+        return codes(apply_convention(points, change))
+
+    assert detect(scaled_by(1)) == []
+    assert detect(in_fixed_frame(1, 1)) == ["boxes-normalized"]
+    assert detect(in_fixed_frame(1000, 1000)) == ["boxes-thousandths"]
+
+
 def test_boxes_unrelated_to_images_raise_no_issue(objects):
     rng = random.Random(0)
     shuffled = [claim.coordinates for claim in objects if claim.image_size == (300, 300)]

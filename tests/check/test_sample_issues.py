@@ -156,6 +156,13 @@ def test_invalid_box(folder, code, box):
     assert shown.boxes == (tuple(map(float, box)),)
 
 
+@each(("xy", "code"), [((1, 2), None), ((-9, 2), "box-outside"), ((-0.5, 2), "box-at-edge")])
+def test_points(folder, xy, code):
+    record = make_record("0.png", "Where?")
+    record["messages"][1]["content"] = [{"type": "point", "xy": list(xy)}]
+    assert count_codes(check_records(folder, record)) == ({code: 1} if code else {})
+
+
 @pytest.mark.parametrize(("box", "certain"), CASES["test_when_reversed_corners_can_be_fixed"])
 def test_when_reversed_corners_can_be_fixed(folder, box, certain):
     result = check_records(folder, make_record("0.png", "Where?", None, box))

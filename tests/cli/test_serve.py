@@ -13,10 +13,10 @@ import pytest
 import torch
 from openai import OpenAI
 
-from finesight.evaluate.metric_difference import read_example
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
 from finesight.serve import api_server
+from finesight.train.run_dir import read_example
 
 KEY = "a-key-of-this-test-0123456789"
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 9999}

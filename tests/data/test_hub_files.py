@@ -5,7 +5,7 @@ import time
 import pytest
 from case_files import load_cases
 
-from finesight.data.source_fetch import filter_data_files, select_files
+from finesight.data.source_fetch import is_data_file, select_files
 from finesight.errors import UserError
 
 CASES = load_cases("hub_files")
@@ -124,4 +124,4 @@ def test_scripts_are_reported_and_never_fetched() -> None:
         select_files(["coco.py", "README.md"], None, "", "hf:a/b")
     assert "coco.py generates the data, and remote code is never executed" in (raised.value.remedy)
     bad = ["a.py", "a.pkl", "a.bin", "a.pt", "a.arrow", "a.so", ".gitattributes"]
-    assert filter_data_files([*bad, "a.parquet", "LICENSE"]) == ["a.parquet", "LICENSE"]
+    assert [*filter(is_data_file, [*bad, "a.parquet", "LICENSE"])] == ["a.parquet", "LICENSE"]

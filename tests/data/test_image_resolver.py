@@ -7,7 +7,7 @@ import pytest
 from image_fixtures import write_gray_image
 
 from finesight.data.image_header import CorruptImageError, is_image_value
-from finesight.data.image_resolver import ImageResolver, encode_data_url, hash_images, name_images
+from finesight.data.image_resolver import ImageNames, ImageResolver, encode_data_url, hash_images
 from finesight.errors import UserError
 
 
@@ -137,7 +137,9 @@ def test_equal_file_names_get_suffixes(tmp_path: Path) -> None:
     )
     out = tmp_path / "out"
     out.mkdir()
-    copies = name_images([one, two], out, out, copy=True)
+    names = ImageNames(out, out, copy=True)
+    copies = {path: names.name(str(path)) for path in (one, two)}
+    names.copy(map(str, copies))
     assert list(copies.values()) == ["images/a.png", "images/a-2.png"]
     assert all((out / copy).read_bytes() == path.read_bytes() for path, copy in copies.items())
 

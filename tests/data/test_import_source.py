@@ -25,6 +25,7 @@ from finesight.data.sample import (
     read_samples,
 )
 from finesight.errors import UserError
+from finesight.recipe_template import detect_task
 
 
 def read_unvalidated(source: Path, **wishes: Any) -> list[UnvalidatedRow]:
@@ -134,7 +135,7 @@ def test_few_integers_are_classes(answers: list[str], metric: str) -> None:
         )
         for n, answer in enumerate(answers)
     ]
-    assert import_source.detect_task(samples).metric == metric
+    assert detect_task(samples).metric == metric
 
 
 @pytest.mark.parametrize("image", ["image", "file"])

@@ -35,7 +35,7 @@ def test_index_is_built_once_and_reloaded(
     path.write_bytes(b"one\n\ntwo\n  \nthree")
     lines = IndexedLines.open(path)
     assert len(list(cache_folder.iterdir())) == 1
-    monkeypatch.setattr("finesight.data.line_index.build_line_index", None)
+    monkeypatch.setattr("finesight.data.line_index.IndexedLines.build_index", None)
     again = IndexedLines.open(path)
     assert is_same_index(lines, again)
     assert [again[i] for i in range(3)] == [b"one\n", b"two\n", b"three"]

@@ -203,7 +203,7 @@ def test_excel_workbook(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
         with pytest.raises(UserError, match=what):
             open_row_file(tmp_path / "a.xlsx")
     monkeypatch.setitem(sys.modules, "openpyxl", None)
-    with pytest.raises(UserError, match="openpyxl cannot be imported") as caught:
+    with pytest.raises(UserError, match="openpyxl, which cannot be imported") as caught:
         open_row_file(tmp_path / "a.xlsx")
     assert "pip install 'finesight[xlsx]'" in caught.value.remedy
 

@@ -142,10 +142,6 @@ def test_only_answers_are_rewritten(tmp_path):
     assert written.count(json.dumps(OLD)[1:-1]) == 2
     assert done.unconverted == ("line 1", "line 2", "line 3")
     assert (done.num_boxes, done.answers_with_boxes, done.answers_without_boxes) == (3, 3, 1)
-    # Points are not converted.
-    text = json.dumps({"image": "a.png", "response": '{"point_2d": [112, 140], "label": "dog"}'})
-    written, done = run_migration(tmp_path, text, "qwen2_5_vl", "qwen3_vl", resize_spec=RESIZING)
-    assert (written, done.unconverted) == (text, ("the record",))
 
 
 PART = {"type": "image_url", "image_url": {"url": "a.png"}}

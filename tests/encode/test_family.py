@@ -1,6 +1,7 @@
 """Detection of families, and their box formats there and back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import ImageBox, PromptPiece, SpecialToken, ThinkingOptions
 from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen3_vl import Qwen3VL
@@ -20,6 +21,7 @@ from finesight.model import vlm
 from finesight.model_folder import ModelFolder
 
 ONE, TWO = (20.0, 10.0, 60.0, 20.0), (0.0, 0.0, 200.0, 50.0)
+DOT = create_region((20.0, 10.0, 20.0, 10.0), "cat", is_point=True)
 CAT, BARE = BoxPart(label="cat", xyxy=ONE), BoxPart(label=None, xyxy=ONE)
 
 
@@ -116,17 +118,20 @@ def test_boxes_between_special_tokens(family):
 LABELS = (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n", "a (1,2),(3,4)", "two\nlines")
 
 
-@pytest.mark.parametrize("family", [Qwen2VL(), Qwen25VL(), Qwen3VL()])
+@pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
+@each("is_point", [False, True])
 @settings(max_examples=500)
 @given(box=image_boxes(28, LABELS), count=st.integers(1, 3))
-def test_roundtrip_error_is_below_half_a_unit(family, box, count):
+def test_roundtrip_error_is_below_half_a_unit(family, is_point, box, count):
+    if is_point:
+        box = replace(box, xyxy=box.xyxy[:2] * 2, is_point=True)
     text = f"Here: {join(family.write_boxes([box] * count))}<|im_end|>"
     found = family.read_boxes(text, box.original_size, box.resized_size)
-    assert [one.label for one in found] == [box.label] * count
+    assert [(one.label, one.is_point) for one in found] == [(box.label, is_point)] * count
     frame = family.box_frame(box.resized_size)
     steps = [side / units for side, units in zip(box.original_size, frame, strict=True)][::-1] * 2
     for there, back, step in zip(box.xyxy, found[0].xyxy, steps, strict=True):
-        assert abs(there - back) <= step / 2 + 1e-9
+        assert abs(min(there, family.max_box_coordinate * step) - back) <= step / 2 + 1e-9
 
 
 def test_lenient_parsing_of_json_boxes():
@@ -143,6 +148,7 @@ def test_lenient_parsing_of_json_boxes():
         ("```json\n[10, 20, 30, 40]\n```", [BARE]),
         ("the list [10, 20, 30, 40] of numbers", []),
         (r'{"bbox_2d": [10, 20, 30, 40], "label": "\ud83d"}', [BoxPart(label="?", xyxy=ONE)]),
+        ('[{"point_2d": ["10", "20"], "label": "cat"}]', [DOT]),
         ('{"bbox_2d": [10, 20, 30]}', []),
         ('{"bbox_2d": [10, 20, 30, NaN]}', []),
         ('{"bbox_2d": [10, 20, 30, {}]}', []),
@@ -182,6 +188,7 @@ def test_lenient_parsing_of_boxes_between_tokens():
         (f"{REF}sky{REF_END} over {REF}cat{REF_END}{BOX}(100,200),(300,400){BOX_END}", [CAT]),
         (f"{BOX}(100,200),(300{BOX_END}", []),
         (f"({'9' * 400},1),(2,3) (100,200),(300,400)", [BARE]),
+        (f"{REF}cat{REF_END}{BOX}(100,200){BOX_END}", [DOT]),
         ("no box (1, 2)", []),
     ):
         assert Qwen2VL().read_boxes(text, (50, 200), (28, 28)) == boxes

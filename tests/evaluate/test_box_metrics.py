@@ -4,6 +4,7 @@ import contextlib
 import io
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from finesight.evaluate.box_metrics import (
     match_boxes,
     score_detection,
     score_grounding,
+    score_pointing,
 )
 from finesight.evaluate.eval_case import EvalCase
 
@@ -70,6 +72,31 @@ def test_grounding_is_the_mean_over_answers() -> None:
     assert score_grounding(cases).scores == pytest.approx(
         {"accuracy_at_0.5": 0.5, "accuracy_at_0.75": 0, "mean_iou": 0.35, "parse_rate": 0.5}
     )
+
+
+@each(
+    ("found", "truth", "scores"),
+    [
+        # In an image of 300 x 400 pixels, correct points are less than 25 pixels away.
+        ([(10, 24.9)], [(10, 0)], (1, 24.9 / 500)),
+        ([(10, 25.1)], [(10, 0)], (0, 25.1 / 500)),
+        ([(35, 11)], [(10, 10, 40, 12)], (1, 0)),
+        ([(26, 9)], [(10, 10, 40, 12)], (0, 5**0.5 / 500)),
+        ([(20, 0, 40, 20)], [(30, 10)], (1, 0)),
+        ([(0, 0), (9, 0)], [(9, 0)], (2 / 3, 0)),
+        ([(9, 0)], [(9, 0), (9, 1)], (2 / 3, 1 / 1000)),
+        ([], [(9, 0)], (0, 1)),
+        ([(9, 0)], [], (0, 1)),
+        ([], [], (1, 0)),
+    ],
+)
+def test_scores_of_points(
+    found: list[tuple[float, ...]], truth: list[tuple[float, ...]], scores: tuple[float, float]
+) -> None:
+    parts = [[box(None, *(2 * one)[:4]) for one in several] for several in (found, truth)]
+    scored = score_pointing([replace(case(*parts), image_size=(300, 400))])
+    assert scored.per_sample[0]["f1"] == pytest.approx(scores[0])
+    assert scored.per_sample[0]["distance"] == pytest.approx(scores[1])
 
 
 def compute_reference(cases: Sequence[EvalCase]) -> list[float]:

@@ -19,11 +19,11 @@ from finesight.evaluate.metric_difference import (
     build_unsampled_difference,
     compare_cases,
     compare_estimators,
-    format_differences,
     format_prediction_line,
     read_predictions,
 )
 from finesight.infer.prediction import Prediction
+from finesight.train.finalize import format_differences
 
 CASES = load_cases("metric_difference")
 
@@ -130,7 +130,7 @@ def test_predictions_roundtrip_exactly(tmp_path: Path) -> None:
     assert first.case == second.case == case
     assert first.scores == {"iou": 1.0}
     keys = "id image prompt answer raw_text boxes gold references gold_boxes scores num_tokens"
-    assert list(first.record) == [*keys.split(), "finish_reason"]
+    assert list(first.record) == [*keys.split(), "finish_reason", "image_size"]
     assert (first.record["raw_text"], first.record["num_tokens"]) == ("dog<end>", 4)
 
 

@@ -215,6 +215,12 @@ def test_boxes_in_answer_become_parts():
     for raw, boxes, parts, size in (
         (MARKED, (CAT, BOX), (TextPart(text="see "), CAT, BOX, TextPart(text=", so")), SIZE),
         ("<ref>a cat</ref><box>(1,2),(3,4)</box><|im_end|>", (CAT,), (CAT,), SIZE),
+        (
+            "<ref>a cat</ref><box>(1,2),(3,4)</box> or <box>(5,6),(7</box><|im_end|>",
+            (CAT,),
+            (CAT, TextPart(text=" or "), TextPart(text="(5,6),(7")),
+            SIZE,
+        ),
         (LISTED, (CAT, BOX), (CAT, BOX), SIZE),
         # Boxes that would not give the same text again stay text.
         (WITH_SCORE, (CAT,), None, SIZE),

@@ -381,7 +381,11 @@ class ChatPage:
         answers: list[tuple[str, type[SettingsRequest], AnswerStart]] = [
             ("send", SendRequest, send_message),
             ("edit", EditRequest, edit_message),
-            ("regenerate", SettingsRequest, regenerate_answer),
+            (
+                "regenerate",
+                SettingsRequest,
+                lambda chat, _, options: chat.session.regenerate(options),
+            ),
         ]
         posts: list[tuple[str, Callable[..., Any]]] = [
             ("/chats", self.create_chat),
@@ -514,11 +518,6 @@ def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTu
     turn = chat.session.edit(message.index, message.text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
-
-
-def regenerate_answer(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
-    """Start another answer to the last question."""
-    return chat.session.regenerate(options)
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:

@@ -26,7 +26,6 @@ from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
 from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
-from finesight.data.image_header import ImageSize
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
 from finesight.infer.chat_session import ChatSession, ChatTurn
@@ -156,10 +155,6 @@ class StoredChat:
         """Stop the answer to the last turn, if it is still this one and no tab receives it."""
         if self.is_generating and not self.num_streams and self.session.turns[-1:] == [turn]:
             self.stop()
-
-    def get_image_size(self, path: Path) -> ImageSize:
-        """Return height and width of an image of the conversation."""
-        return self.images[path].height, self.images[path].width
 
     def check_text(self, text: str) -> None:
         """Raise UserError if a message is too long."""
@@ -314,7 +309,7 @@ class ChatStore:
         folder.mkdir()
         session = ChatSession(self.service)
         chat = StoredChat(session, folder, browser_id, self.budget, self._reader, self.uploads)
-        session.read_size = chat.get_image_size
+        session.read_size = lambda path: (chat.images[path].height, chat.images[path].width)
         with self._lock:
             self._chats[chat.token] = chat
         return chat

@@ -117,11 +117,6 @@ class Job(BaseModel, frozen=True):
         """Command line, as typed in a terminal in the workspace."""
         return shlex.join(["finesight", *self.arguments])
 
-    def get_option(self, option: str) -> str:
-        """Return the value of an option of the command; empty without it."""
-        words = (*self.arguments, option, "")
-        return words[words.index(option) + 1]
-
     @property
     def exit_code(self) -> int | None:
         """Exit code of the command; None before its end and for a killed job."""

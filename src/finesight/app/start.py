@@ -116,9 +116,9 @@ def serve(
             expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
             remedy="pip install 'finesight[serve]'",
         ) from error
-    from finesight.evaluate.metric_difference import read_example
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
+    from finesight.train.run_dir import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
         raise UserError(

@@ -50,6 +50,7 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import Parameter, list_words
+from finesight.recipe_template import override_settings
 from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
@@ -130,7 +131,15 @@ class StudioPage:
 
     def run_action(self, name: str, selection: Selection, form: Form) -> str:
         """Run the action of a button, and return the URL to open."""
-        _check_texts(form)
+        for key, text in form.texts.items():
+            # No argument of a command or file name can contain them.
+            if controls := _CONTROL_CHARACTERS.findall(text):
+                raise UserError(
+                    f"{text!r:.80} has the character {controls[0]!r}",
+                    where=key,
+                    expected="text without control characters",
+                    remedy="correct the field",
+                )
         # An action applies to the items that the page shows, which its URL names.
         state = self.view.read_state(selection, use_newest=False)
         with translate_os_errors(self.view.workspace.folder):
@@ -367,8 +376,14 @@ class StudioPage:
                 port = self.api_port or int(free.getsockname()[1])
             options["port"] = arguments["port"] = port
             if self.has_password:
-                # The key is the same for all servers of the workspace.
-                arguments["key_file"] = self._write_api_key()
+                # The key is the same for all servers of the workspace. Only this user can read it.
+                arguments["key_file"] = Path(STUDIO_FOLDER, API_KEY_FILE)
+                file = self.view.workspace.folder / STUDIO_FOLDER / API_KEY_FILE
+                file.parent.mkdir(exist_ok=True)
+                with contextlib.suppress(FileExistsError):
+                    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                    with open(descriptor, "w", encoding="utf-8") as stream:
+                        stream.write(secrets.token_urlsafe(32))
         return self._start(state, operation, arguments, **options)
 
     def _label(self, state: StudioState, form: Form, *, review: bool = False) -> str:
@@ -409,17 +424,6 @@ class StudioPage:
             arguments["run_or_model"] = as_argument(weights)
         return self._start(state, "label", arguments, has_page=True, form=form.texts)
 
-    def _write_api_key(self) -> Path:
-        """Return the file of the API key, which only this user can read."""
-        path = Path(STUDIO_FOLDER, API_KEY_FILE)
-        file = self.view.workspace.folder / path
-        file.parent.mkdir(exist_ok=True)
-        with contextlib.suppress(FileExistsError):
-            descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(secrets.token_urlsafe(32))
-        return path
-
     def _export(self, state: StudioState, form: Form, *, write_gguf: bool = False) -> str:
         """Print serving commands for a merged model, or write GGUF files."""
         name = form.get("merge:out")
@@ -453,7 +457,8 @@ class StudioPage:
             name = "label" if step.operation == "label" else "export"
             return state.selection.link(step=name, run=str(state.run))
         if state.selection.step == "plan" and state.recipe is not None:
-            workspace.override_recipe(state.recipe, overrides)
+            text, digest = workspace.read_recipe(state.recipe)
+            workspace.save_recipe(state.recipe, override_settings(text, overrides), digest)
             return state.selection.link(job=state.selection.job)
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")
@@ -462,7 +467,8 @@ class StudioPage:
         """Raise UserError if an open labelling page would change the data during the run."""
         workspace = self.view.workspace
         for job in self.view.jobs.list_running():
-            folder = job.get_option("--out")
+            words = (*job.arguments, "--out", "")
+            folder = words[words.index("--out") + 1]
             root = os.path.realpath(workspace.folder / folder)
             if job.arguments[0] == "label" and workspace.uses_files(recipe, root):
                 what = f"the run reads the labels of {folder}, whose labelling page is open"
@@ -503,18 +509,6 @@ class StudioPage:
         return state.selection.link(
             job=job.id, images="", prompt="", **{key: item for key, item in items.items() if item}
         )
-
-
-def _check_texts(form: Form) -> None:
-    """Raise UserError for a text that no argument of a command or file name can contain."""
-    for name, text in form.texts.items():
-        if controls := _CONTROL_CHARACTERS.findall(text):
-            raise UserError(
-                f"{text!r:.80} has the character {controls[0]!r}",
-                where=name,
-                expected="text without control characters",
-                remedy="correct the field",
-            )
 
 
 def make_studio_app(page: StudioPage, access: Access) -> AccessMiddleware:

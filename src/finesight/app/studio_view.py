@@ -375,6 +375,7 @@ class StudioView:
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
         is_running_server = job is not None and job.is_server and status == "running"
+        error = job.read_outcome().error if job and status == "failed" else None
         return {
             "state": state,
             "link": selection.link,
@@ -385,7 +386,7 @@ class StudioView:
             "status": status,
             "running": [one for one in self.jobs.list_running() if not job or one.id != job.id],
             "log": job.read_log() if job else "",
-            "error": _describe_job_error(job) if job and status == "failed" else "",
+            "error": describe_error(UserError(**dict(error)), name_actions) if error else "",
             "proposals": self.list_proposals(state),
             "outcome": _find_outcome(job) if job else "",
             "is_ready": is_running_server and job is not None and job.is_ready,
@@ -580,12 +581,6 @@ def _find_outcome(job: Job) -> str:
         return KILLED_OUTCOME
     outcomes = OUTCOMES.get(job.step, {}) if job.status != "failed" else {}
     return outcomes.get(job.exit_code or 0, "")
-
-
-def _describe_job_error(job: Job) -> str:
-    """Return the message of the error with which a command has ended; empty without one."""
-    parts = job.read_outcome().error
-    return describe_error(UserError(**dict(parts)), name_actions) if parts else ""
 
 
 def _name_step(step: Step) -> str:

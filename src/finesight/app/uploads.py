@@ -146,7 +146,11 @@ class UploadStore:
     async def receive(self, request: Request) -> Response:
         """Store the body of a request, whose query has the name of the file. Return its ID."""
         size = int(request.headers.get("content-length", self._max_bytes))
-        owner, name = self._find_owner(request), _clean_name(request.query_params.get("name"))
+        name = _CONTROL_CHARACTERS.sub("", request.query_params.get("name", ""))
+        name = name.replace("\\", "/").rpartition("/")[2].strip(". ")
+        suffix = Path(name).suffix[:20]
+        stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
+        owner, name = self._find_owner(request), (stem.decode(errors="ignore") + suffix) or "file"
         upload_id = owner + secrets.token_urlsafe(24)
         folder = self._folder / upload_id
         try:
@@ -181,11 +185,3 @@ class UploadStore:
         """Delete the files of uploads that `find` has returned."""
         for upload_id in upload_ids:
             shutil.rmtree(self._folder / upload_id, ignore_errors=True)
-
-
-def _clean_name(name: str | None) -> str:
-    """Return the last part of a path that a browser has sent, as a short file name."""
-    text = _CONTROL_CHARACTERS.sub("", name or "").replace("\\", "/").rpartition("/")[2].strip(". ")
-    suffix = Path(text).suffix[:20]
-    stem = text.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
-    return (stem.decode(errors="ignore") + suffix) or "file"

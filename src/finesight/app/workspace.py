@@ -25,7 +25,7 @@ import yaml
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TrainFileSettings, is_url
 from finesight.data.corpus import load_corpus, open_sample_source
-from finesight.data.import_source import NUM_PREVIEW_ROWS, detect_task
+from finesight.data.import_source import NUM_PREVIEW_ROWS
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import UserError, escape_surrogates, suggest_similar_path
@@ -48,7 +48,7 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
-from finesight.recipe_template import format_recipe, override_settings
+from finesight.recipe_template import detect_task, format_recipe, override_settings
 from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
@@ -581,11 +581,6 @@ class Workspace:
                     remedy="copy your changes, reload the page, and edit the recipe again",
                 )
             write_file(file, text.encode())
-
-    def override_recipe(self, path: Path, overrides: Sequence[str]) -> None:
-        """Change settings of a recipe, whose comments stay."""
-        text, digest = self.read_recipe(path)
-        self.save_recipe(path, override_settings(text, overrides), digest)
 
     def copy_recipe(self, path: Path, overrides: Sequence[str]) -> Path:
         """Write the recipe of a further run, unless it exists, with the name of the run."""

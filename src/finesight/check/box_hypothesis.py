@@ -221,14 +221,17 @@ def find_invalid_boxes(boxes: Floats, claims: BoxClaimTable) -> Bools:
     """Return a mask of normalized boxes [N, 4] that are impossible in their image.
 
     These are boxes that are inverted, outside the image, or smaller than one pixel in both
-    dimensions.
+    dimensions, and points (with equal corners) outside the image or in its first pixel.
     """
     sides = np.stack((claims.width, claims.height, claims.width, claims.height), axis=1)
     tolerance = MAX_OVERHANG_PX / sides + EDGE_TOLERANCE
     is_outside = ((boxes < -tolerance) | (boxes > 1 + tolerance)).any(axis=1)
     pixels = boxes * sides
-    is_tiny = (pixels[:, 2] - pixels[:, 0] < 1) & (pixels[:, 3] - pixels[:, 1] < 1)
-    found: Bools = find_inverted_boxes(boxes) | is_outside | is_tiny
+    starts, ends = claims.coordinates[:, :2], claims.coordinates[:, 2:]
+    is_point = (starts == ends).all(axis=1) & (claims.convention.format == "xyxy")
+    is_tiny = (pixels[:, 2:] - pixels[:, :2] * ~is_point[:, None] < 1).all(axis=1)
+    is_inverted = np.where(is_point, boxes[:, 0] != boxes[:, 2], find_inverted_boxes(boxes))
+    found: Bools = is_inverted | is_outside | is_tiny
     return found
 
 

@@ -491,11 +491,8 @@ class BoxClaimCollector:
         for box in row.boxes:
             image = catalog[str(box.image_path)]
             if image.issue_code is None:
-                size, orientation = image.size, image.exif_orientation
-                key = location, sample_id, box.image_path
-                self.claims.append(
-                    BoxClaim(*key, size, orientation, box.coordinates, box.convention)
-                )
+                key = location, sample_id, box.image_path, image.size, image.exif_orientation
+                self.claims.append(BoxClaim(*key, box.coordinates, box.convention))
         if len(self.claims) > self._max_claims:
             self._step *= 2
             locations = list(dict.fromkeys(claim.location for claim in self.claims))

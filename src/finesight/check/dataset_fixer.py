@@ -147,8 +147,7 @@ def _fix_sample(sample: Sample, fixes: set[FixAction], catalog: ImageCatalog) ->
         if not isinstance(part, BoxPart):
             return part
         size = catalog[image_paths[part.image]].size
-        x1, y1, x2, y2 = part.xyxy
-        box = sort_corners(part.xyxy, size) if x2 < x1 or y2 < y1 else clip_box(part.xyxy, size)
+        box = clip_box(part.xyxy, size, is_point=part.is_point) or sort_corners(part.xyxy, size)
         return part if box is None else part.model_copy(update={"xyxy": box})
 
     return sample.with_parts(fix_part)

@@ -25,6 +25,7 @@ from finesight.data.sample import (
     VideoPart,
     build_video_as_image_error,
     is_video_path,
+    list_coordinates,
     list_media_paths,
     validate_rejected,
     validate_roles,
@@ -53,9 +54,7 @@ def find_box_issues(
     Boxes in missing or corrupt images are not checked, because the image size is unknown.
     """
     image_paths = [part.image for part in sample.iter_parts() if isinstance(part, ImagePart)]
-    for box in sample.iter_parts():
-        if not isinstance(box, BoxPart):
-            continue
+    for box in (part for part in sample.iter_parts() if isinstance(part, BoxPart)):
         if box.image >= len(image_paths):
             count = f"the sample has {len(image_paths)} images"
             message = f"box refers to image {box.image} (0-based); {count}"
@@ -65,7 +64,7 @@ def find_box_issues(
         path = image_paths[box.image]
         if catalog[path].issue_code is None:
             issue_image = IssueImage(Path(path), box.image, (box.xyxy,), (box.label or "",))
-            yield from _check_box(box.xyxy, catalog[path].size, location, issue_image)
+            yield from _check_box(box, catalog[path].size, location, issue_image)
 
 
 def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
@@ -87,11 +86,12 @@ def sort_corners(xyxy: Box, size: tuple[int, int]) -> Box | None:
 
 
 def _check_box(
-    xyxy: Box, size: tuple[int, int], location: SampleLocation, issue_image: IssueImage
+    box: BoxPart, size: tuple[int, int], location: SampleLocation, issue_image: IssueImage
 ) -> Iterator[CheckIssue]:
     height, width = size
-    x1, y1, x2, y2 = xyxy
-    coordinates = ", ".join(f"{value:g}" for value in xyxy)
+    x1, y1, x2, y2 = xyxy = box.xyxy
+    coordinates = ", ".join(f"{value:g}" for value in list_coordinates(box))
+    clipped = clip_box(xyxy, size, is_point=box.is_point)
     message = f"[{coordinates}] in an image of {width} x {height}"
     fix: FixAction | None = None
     if not all(map(math.isfinite, xyxy)):
@@ -99,13 +99,13 @@ def _check_box(
     elif x2 < x1 or y2 < y1:
         code, remedy = "box-inverted", _ORDER_HINT
         fix = None if sort_corners(xyxy, size) is None else "reordered"
-    elif x1 == x2 or y1 == y2:
+    elif not box.is_point and (x1 == x2 or y1 == y2):
         code, message, remedy = "box-empty", f"{message}: a line or a point", _ORDER_HINT
-    elif not is_inside_image(xyxy, size, MAX_OVERHANG_PX) or clip_box(xyxy, size) is None:
+    elif clipped is None or not is_inside_image(xyxy, size, is_point=box.is_point):
         code, remedy = "box-outside", _CONVENTION_HINT
-    elif not is_inside_image(xyxy, size, 0):
+    elif clipped != xyxy:
         code, remedy, fix = "box-at-edge", "clip it to the image", "clipped"
-    elif min(x2 - x1, y2 - y1) < MIN_BOX_SIDE:
+    elif not box.is_point and min(x2 - x1, y2 - y1) < MIN_BOX_SIDE:
         code, remedy = "box-tiny", "check that the box is not too small"
     elif (x2 - x1) * (y2 - y1) >= FULL_IMAGE_FRACTION * width * height:
         code, remedy = "box-covers-image", "check that the box locates an object"

@@ -115,19 +115,15 @@ def build_command(name: str, function: Callable[..., Any]) -> click.Command:
     if inspect.signature(function).return_annotation != "None":
         text = "Print JSON on standard output, one object per line; messages go to standard error."
         params.append(click.Option(["as_json", "--json"], is_flag=True, help=text))
+    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
+    sections = ("Args:", "Returns:", "Raises:")
     return OperationCommand(
         name,
         callback=partial(_run, function, parameters),
         params=params,
-        help=_read_help(function),
+        # The docstring without its sections for Python code.
+        help="\n\n".join(text for text in paragraphs if not text.startswith(sections)),
     )
-
-
-def _read_help(function: Callable[..., Any]) -> str:
-    """Return the docstring of an operation without its sections for Python code."""
-    paragraphs = (inspect.getdoc(function) or "").split("\n\n")
-    sections = ("Args:", "Returns:", "Raises:")
-    return "\n\n".join(text for text in paragraphs if not text.startswith(sections))
 
 
 def _run(

@@ -24,11 +24,11 @@ from finesight.convert.external_config import (
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
     ImportOptions,
-    detect_task,
     open_unvalidated,
 )
 from finesight.errors import UserError, escape_unprintable, format_count
 from finesight.recipe import invert_groups, load_trainer_settings
+from finesight.recipe_template import detect_task
 from finesight.storage import temporary_folder
 
 NOTE_UNKNOWN_PROCESSES = " (number of GPUs unknown: multiply by it)"

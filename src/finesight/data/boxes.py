@@ -70,26 +70,19 @@ class BoxConvention:
 
 
 def parse_coordinates(value: object) -> list[float]:
-    """Parse four box coordinates from a list of integers, floats or numeric strings.
+    """Parse four box coordinates, or the two of a point, from a list of numbers or their texts.
 
     Raises:
-        InvalidBoxError: The value is not a list of four numbers.
-        UserError: The value is a point of two numbers.
+        InvalidBoxError: The value is not a list of four or two numbers.
     """
     try:
         coordinates = [float(item) for item in value] if isinstance(value, list | tuple) else []
     except (TypeError, ValueError, OverflowError):
         coordinates = []
-    if len(coordinates) == 2:
-        raise UserError(
-            f"the point {str(value)[:80]!r}",
-            expected="a box of four coordinates: samples have boxes, but no points yet",
-            remedy="give each point as a box around its object, or remove the row",
-        )
-    if len(coordinates) != 4:
+    if len(coordinates) not in (2, 4):
         raise InvalidBoxError(
             f"the box {str(value)[:80]!r}",
-            expected="a list of four coordinates",
+            expected="a list of four coordinates, or the two of a point",
             remedy="correct the row, or remove it",
         )
     return coordinates
@@ -112,25 +105,34 @@ def find_bounds(points: Iterable[Sequence[Any]], shape: object) -> list[float]:
         ) from error
 
 
-def clip_box(box: Box, image_size: tuple[int, int]) -> Box | None:
-    """Clip a box to its image; return None if no area remains."""
-    height, width = image_size
-    x1, y1, x2, y2 = box
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    has_area = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
-    return (x1, y1, x2, y2) if has_area else None
+def clip_box(box: Box, image_size: tuple[int, int], *, is_point: bool = False) -> Box | None:
+    """Clip a box to its image; return None if no area remains, or for a point outside of it."""
+    height, width = map(float, image_size)
+    (x1, x2), (y1, y2) = (
+        [min(max(value, 0.0), side) for value in box[axis::2]]
+        for axis, side in enumerate((width, height))
+    )
+    is_inside = is_inside_image(box, image_size, is_point=True) if is_point else x1 < x2 and y1 < y2
+    return (x1, y1, x2, y2) if is_inside and all(map(math.isfinite, box)) else None
 
 
 def is_inside_image(
-    box: Box, image_size: tuple[int, int], overhang: float = MAX_OVERHANG_PX
+    box: Box,
+    image_size: tuple[float, float],
+    overhang: float = MAX_OVERHANG_PX,
+    *,
+    is_point: bool = False,
 ) -> bool:
-    """Return whether a box has an area, and exceeds its image by at most `overhang` pixels."""
+    """Return whether a box with area, or a point, is in its image up to `overhang`."""
     (height, width), (x1, y1, x2, y2) = image_size, box
-    return -overhang <= x1 < x2 <= width + overhang and -overhang <= y1 < y2 <= height + overhang
+    is_inside = -overhang <= x1 <= x2 <= width + overhang and -overhang <= y1 <= y2
+    return is_inside and y2 <= height + overhang and (is_point or (x1 < x2 and y1 < y2))
 
 
-def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConvention) -> Box:
-    """Clip a box that exceeds its image by no more than a rounding error.
+def clip_to_image(
+    box: Box, image_size: tuple[int, int], convention: BoxConvention, *, is_point: bool = False
+) -> Box:
+    """Clip a box or a point that exceeds its image by no more than a rounding error.
 
     Raises:
         StrayBoxError: The box has no area in the image.
@@ -138,13 +140,14 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     """
     height, width = image_size
     x1, y1, x2, y2 = box
-    is_valid = all(map(math.isfinite, box)) and x1 < x2 and y1 < y2
+    is_valid = all(map(math.isfinite, box)) and (is_point or (x1 < x2 and y1 < y2))
     # In pixels, such a box is smaller than one and not on the pixel grid.
     is_fraction = convention.units == "pixel" and max(box) <= 1 and any(n % 1 for n in box)
-    clipped = clip_box(box, image_size)
-    if clipped is not None and is_inside_image(box, image_size) and not is_fraction:
+    clipped = clip_box(box, image_size, is_point=is_point)
+    is_inside = is_inside_image(box, image_size, is_point=is_point)
+    if clipped is not None and is_inside and not is_fraction:
         return clipped
-    coordinates = ", ".join(f"{value:g}" for value in box)
+    coordinates = ", ".join(f"{value:g}" for value in box[: 2 if is_point else 4])
     problem = "is outside its image" if is_valid else "has inverted corners or no area"
     other = "xywh" if convention.format == "xyxy" else "xyxy"
     remedy = (
@@ -154,14 +157,19 @@ def clip_to_image(box: Box, image_size: tuple[int, int], convention: BoxConventi
     if is_valid and is_fraction:
         problem = "is smaller than a pixel"
         remedy = "if the boxes are fractions of the image size, give --box-units 1"
-    corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
-    is_stray = all(map(math.isfinite, box)) and clip_box(corners, image_size) is None
-    raise (StrayBoxError if is_stray else InvalidBoxError)(
-        f"the box [{coordinates}] in pixels (read as {convention.format} in units of"
+    is_stray = all(map(math.isfinite, box)) and clip_box(sort_corners(box), image_size) is None
+    kind = "point" if is_point else "box"
+    raise (StrayBoxError if is_stray and not is_point else InvalidBoxError)(
+        f"the {kind} [{coordinates}] in pixels (read as {convention.format} in units of"
         f" {convention.units}) {problem}",
         expected=f"x1 < x2 up to {width} and y1 < y2 up to {height}, after EXIF rotation",
         remedy=remedy,
     )
+
+
+def sort_corners(box: Box) -> Box:
+    x1, y1, x2, y2 = box
+    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 def iou(a: Box, b: Box) -> float:
@@ -182,7 +190,7 @@ def box_area(box: Box) -> float:
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])
 
 
-BOX_KEY = "bbox_2d"
+BOX_KEY, POINT_KEY = "bbox_2d", "point_2d"
 LABEL_KEYS = ("label", "text_content")
 _CODE_FENCE = re.compile(r"```(?:json)?\s*([\[{][^`]*[\]}])\s*```")
 
@@ -243,7 +251,14 @@ def strip_code_fences(text: str) -> str:
     """Remove Markdown code fences around JSON that contains boxes."""
     if "```" not in text:
         return text
-    return _CODE_FENCE.sub(lambda found: found[1] if f'"{BOX_KEY}"' in found[1] else found[0], text)
+    return _CODE_FENCE.sub(lambda found: found[1] if has_json_boxes(found[1]) else found[0], text)
+
+
+def has_json_boxes(text: str) -> bool:
+    """Return whether a text has the key of a box, or a JSON value that consists of points."""
+    if BOX_KEY in text or POINT_KEY not in text:
+        return BOX_KEY in text
+    return any(isinstance(piece, list) for piece in split_at_boxes(text))
 
 
 def split_at_boxes(text: str) -> Iterator[str | list[object]]:
@@ -253,19 +268,26 @@ def split_at_boxes(text: str) -> Iterator[str | list[object]]:
     """
     end = 0
     for match in iter_json_values(text):
-        if BOX_KEY in text[match.start : match.stop]:
+        items = match.value if isinstance(match.value, list) else [match.value]
+        part = text[match.start : match.stop]
+        # A value with points and other content, such as an action, stays text.
+        if BOX_KEY in part or (POINT_KEY in part and all(map(parse_json_box, items))):
             yield text[end : match.start]
-            yield match.value if isinstance(match.value, list) else [match.value]
+            yield items
             end = match.stop
     yield text[end:]
 
 
 def parse_json_box(value: object) -> tuple[Any, str | None] | None:
-    """Return `bbox_2d` and the optional label of a JSON object; None for other values."""
-    if not isinstance(value, dict) or not {BOX_KEY} <= value.keys() <= {BOX_KEY, *LABEL_KEYS}:
+    """Return `bbox_2d` or `point_2d` and the optional label of a JSON object, else None."""
+    keys = value.keys() - set(LABEL_KEYS) if isinstance(value, dict) else ()
+    if not isinstance(value, dict) or len(keys) != 1 or not keys <= {BOX_KEY, POINT_KEY}:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
-    return value[BOX_KEY], labels[0] if labels else None
+    coordinates = value[next(iter(keys))]
+    if POINT_KEY in keys and not (isinstance(coordinates, list) and len(coordinates) == 2):
+        return None
+    return coordinates, labels[0] if labels else None
 
 
 _DIGIT = re.compile("[0-9]")
@@ -353,7 +375,7 @@ COORDINATE_REMEDIES = {
     "boxes": "give --box-units pixel, 1000 or 1 at import, which converts [x1, y1, x2, y2] and"
     " (x1, y1), (x2, y2) in answers, or write other notations as bbox_2d; in questions, write them"
     " as box parts of samples",
-    "points": "samples have no points yet: write each point in the units of the model",
+    "points": "write them as point_2d in JSON, or as point parts of samples, which are converted",
 }
 
 
@@ -403,15 +425,15 @@ def split_at_text_boxes(
 
 
 def _list_boxes(match: re.Match[str]) -> list[list[float]]:
-    """Return the coordinates of a box, or of several in brackets each; empty if it is no box."""
+    """Return the coordinates of a box or point, or of several in brackets each, else nothing."""
     text = match[0] if match["tagged"] is None else match["tagged"]
     lists = [text, *_INNER_LIST.findall(text)]
     numbers, *inner = ([float(number) for number in re.findall(_NUMBER, one)] for one in lists)
     if match["location"] and "_" not in text:  # y first, on a grid of 1024
         return [[numbers[n] * 1000 / 1024 for n in (1, 0, 3, 2)]]
-    boxes = [numbers] if len(numbers) == 4 else inner
+    boxes = [numbers] if len(numbers) in (2, 4) else inner
     is_valid = match["tagged"] is None or _TAGGED.fullmatch(text)
-    return boxes if is_valid and {4} == set(map(len, boxes)) else []
+    return boxes if is_valid and boxes and set(map(len, boxes)) <= {2, 4} else []
 
 
 def _is_box(match: re.Match[str], limits: tuple[float, float]) -> bool:

@@ -23,7 +23,6 @@ import numpy as np
 
 from finesight.bounded_files import parse_json, to_readable_name
 from finesight.config import DataFileSettings, TrainFileSettings
-from finesight.data.image_header import parquet_row_path, tar_member_path
 from finesight.data.line_index import IndexedFile, SampleIndex, open_unchanged
 from finesight.data.parquet_reader import (
     IMAGES_COLUMN,
@@ -103,18 +102,6 @@ class ShardedSamples:
         return source, index - self._ends[source_index] + len(source)
 
 
-def check_packed_url(url: str) -> str:
-    """Return the URL unchanged if it refers to a file that contains its images."""
-    if not url.lower().endswith(PACKED_SUFFIXES):
-        raise UserError(
-            "a file in object storage that is neither .tar nor .parquet",
-            where=url,
-            expected="files that contain their images",
-            remedy="pack samples and images into tar or Parquet files, or download them",
-        )
-    return url
-
-
 def is_glob(path: Path) -> bool:
     """Return whether a path is a glob pattern rather than an existing file."""
     return bool(GLOB_CHARACTERS & {*str(path)}) and not path.exists()
@@ -170,7 +157,7 @@ class TarSamples(IndexedFile):
         sample = parse_sample(content, self.location(index))
         # Non-UTF-8 names are also found by their decoded form.
         paths_by_name = {
-            name: tar_member_path(member.offset_data, member.size, posixpath.basename(member.name))
+            name: f"@{member.offset_data}+{member.size}/{posixpath.basename(member.name)}"
             for member in members
             for name in (member.name, to_readable_name(member.name))
         }
@@ -233,7 +220,7 @@ class ParquetSamples(IndexedFile):
         sample = sample_from_dict(_decode_record(record, where), where)
         if not self.has_images:
             return LocatedSample(sample, self.path.parent)
-        sample = sample.map_paths(lambda name: parquet_row_path(index + 1, name))
+        sample = sample.map_paths(lambda name: f"@{index + 1}/{name}")
         return LocatedSample(sample, self.path)
 
     def location(self, index: int) -> str:
@@ -353,7 +340,14 @@ def open_sample_source(path_or_url: Path | str) -> SampleSource:
     else:
         from finesight.hub.url_files import fetch_objects
 
-        files = fetch_objects(check_packed_url(path_or_url))
+        if not path_or_url.lower().endswith(PACKED_SUFFIXES):
+            raise UserError(
+                "a file in object storage that is neither .tar nor .parquet",
+                where=path_or_url,
+                expected="files that contain their images",
+                remedy="pack samples and images into tar or Parquet files, or download them",
+            )
+        files = fetch_objects(path_or_url)
     sources = _open_files(files)
     source = sources[0] if len(files) == 1 else ShardedSamples(tuple(sources))
     if not len(source):

@@ -20,7 +20,7 @@ from finesight.data.image_header import (
     read_exif_orientation,
     read_image_size,
 )
-from finesight.data.image_resolver import name_images
+from finesight.data.image_resolver import ImageNames
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample, list_media_paths
 from finesight.errors import UserError
 from finesight.storage import translate_os_errors, write_folder
@@ -60,7 +60,9 @@ def export_dataset(
     with write_folder(out) as staging:
         resolved_paths = _resolve_image_paths(samples)
         image_paths = dict.fromkeys(resolved_paths.values())
-        image_names = name_images(image_paths, staging, out, copy=copy_images)
+        output_names = ImageNames(staging, out, copy=copy_images)
+        image_names = {path: output_names.name(str(path)) for path in image_paths}
+        output_names.copy(map(str, image_paths))
         names = {path: image_names[resolved] for path, resolved in resolved_paths.items()}
         writing = ExportContext(names, cache(read_image_size))
         files = _write_files(data_format.write_files(samples, writing), staging)

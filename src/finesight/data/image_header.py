@@ -36,19 +36,6 @@ _MEMBER = re.compile(
 """Path of a tar member by its first byte and size, or of an image by its Parquet row."""
 
 
-def tar_member_path(start: int, size: int, name: str) -> str:
-    """Return the path suffix of a tar member at a byte offset.
-
-    It follows the path of the archive; see the module docstring.
-    """
-    return f"@{start}+{size}/{name}"
-
-
-def parquet_row_path(row: int, name: str) -> str:
-    """Return the path suffix of an image in a Parquet row (1-based)."""
-    return f"@{row}/{name}"
-
-
 def split_container_path(path: str) -> tuple[str, str]:
     """Split a path into its tar or Parquet file and the path inside it.
 
@@ -98,6 +85,9 @@ def _read_range(container: Path, start: int, size: int) -> bytes:
 
 
 ImageSize = tuple[int, int]
+
+DEFAULT_SIZE: ImageSize = (1000, 1000)
+"""Size of an unknown image whose coordinates are in thousandths."""
 
 MAX_IMAGE_PIXELS = 64_000_000
 """Maximum number of pixels of an image (8000 x 8000).

@@ -322,14 +322,6 @@ class ImageNames:
         return f"{IMAGES_FOLDER}/{free}"
 
 
-def name_images(paths: Iterable[Path], staging: Path, out: Path, *, copy: bool) -> dict[Path, str]:
-    """Assign the output path of each image with `ImageNames`, and copy images as required."""
-    names = ImageNames(staging, out, copy=copy)
-    found = {path: names.name(str(path)) for path in paths}
-    names.copy(map(str, found))
-    return found
-
-
 def hash_images(paths: Iterable[Path]) -> dict[Path, str]:
     """Return a key per image file that is equal for files with identical bytes.
 

@@ -28,7 +28,6 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     UnexpectedPlaceholderError,
-    format_answer_id,
 )
 from finesight.data.formats.row_keys import UnsupportedKeyError
 from finesight.data.image_header import (
@@ -319,7 +318,7 @@ class _SpooledExample(NamedTuple):
             yield _format_line(self.id, spool.read(self.spans[-1]))
             return
         for number, span in enumerate(self.spans[:-1], start=1):
-            yield _format_line(format_answer_id(self.id, number), spool.read(span))
+            yield _format_line(f"{self.id}-{number}", spool.read(span))
 
 
 RowExamples = list[_SpooledExample]

@@ -53,10 +53,6 @@ class SampleIndex(NamedTuple):
     extra_B: NDArray[np.int64]
     digest: str
 
-    def take(self, limit: int | None) -> SampleIndex:
-        """Return the index of the first `limit` samples."""
-        return self if limit is None else self._replace(offsets_N1=self.offsets_N1[: limit + 1])
-
 
 def cache_folder(name: str) -> Path:
     """Return the cache folder of indexes, Parquet files with small row groups, or downloads."""
@@ -209,7 +205,8 @@ class IndexedFile:
 
     def take(self, limit: int | None) -> Self:
         """Return a view of the first `limit` samples; None means all."""
-        return replace(self, index=self.index.take(limit))
+        offsets_N1 = self.index.offsets_N1[: None if limit is None else limit + 1]
+        return replace(self, index=self.index._replace(offsets_N1=offsets_N1))
 
 
 class IndexedLines(IndexedFile):
@@ -225,7 +222,26 @@ class IndexedLines(IndexedFile):
     @staticmethod
     def build_index(file: BinaryIO, path: Path) -> SampleIndex:
         """Find the lines of an open file."""
-        return build_line_index(file, path)
+        sha256 = hashlib.sha256()
+        starts: list[NDArray[np.int64]] = []
+        blanks: list[NDArray[np.int64]] = []
+        offset = num_lines = lines = 0
+        # Hash in a second thread: the SHA-256 takes as long as the line scan.
+        with ThreadPoolExecutor(1) as executor:
+            while block := file.read(BLOCK_BYTES) + file.readline(MAX_LINE_BYTES + 1):
+                hash_future = executor.submit(sha256.update, block)
+                starts_L, is_blank_L = _find_line_starts(block, is_first=offset == 0)
+                long_L = np.flatnonzero(np.diff(starts_L, append=len(block)) > MAX_LINE_BYTES)
+                if len(long_L):
+                    raise _too_long(path, lines + int(long_L[0]) + 1)
+                lines += len(starts_L)
+                starts.append(starts_L[~is_blank_L] + offset)
+                blanks.append(num_lines + np.cumsum(~is_blank_L)[is_blank_L])
+                num_lines, offset = num_lines + len(starts[-1]), offset + len(block)
+                hash_future.result()
+        bounds_N1 = np.concatenate([*starts, np.array([offset])])
+        blanks_B = np.concatenate([*blanks, np.empty(0, np.int64)])
+        return SampleIndex(bounds_N1, blanks_B, sha256.hexdigest())
 
     def __getitem__(self, index: int) -> bytes:
         """Read a line by index."""
@@ -239,29 +255,6 @@ class IndexedLines(IndexedFile):
         """Return file and 1-based line number for messages; the number includes blank lines."""
         num_blank = np.searchsorted(self.index.extra_B, index, side="right")
         return f"{self.path}:{index + 1 + num_blank}"
-
-
-def build_line_index(file: BinaryIO, path: Path) -> SampleIndex:
-    sha256 = hashlib.sha256()
-    starts: list[NDArray[np.int64]] = []
-    blanks: list[NDArray[np.int64]] = []
-    offset = num_lines = lines = 0
-    # Hash in a second thread: the SHA-256 takes as long as the line scan.
-    with ThreadPoolExecutor(1) as executor:
-        while block := file.read(BLOCK_BYTES) + file.readline(MAX_LINE_BYTES + 1):
-            hash_future = executor.submit(sha256.update, block)
-            starts_L, is_blank_L = _find_line_starts(block, is_first=offset == 0)
-            long_L = np.flatnonzero(np.diff(starts_L, append=len(block)) > MAX_LINE_BYTES)
-            if len(long_L):
-                raise _too_long(path, lines + int(long_L[0]) + 1)
-            lines += len(starts_L)
-            starts.append(starts_L[~is_blank_L] + offset)
-            blanks.append(num_lines + np.cumsum(~is_blank_L)[is_blank_L])
-            num_lines, offset = num_lines + len(starts[-1]), offset + len(block)
-            hash_future.result()
-    bounds_N1 = np.concatenate([*starts, np.array([offset])])
-    blanks_B = np.concatenate([*blanks, np.empty(0, np.int64)])
-    return SampleIndex(bounds_N1, blanks_B, sha256.hexdigest())
 
 
 def _find_line_starts(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +157,23 @@ _DAMAGE = (*_UNREPRESENTABLE, NotImplementedError, OSError, TypeError, MemoryErr
 """Exceptions that pyarrow raises for corrupt files."""
 
 
-def import_parquet(path: Path) -> Any:
-    """Import `pyarrow.parquet` on first use."""
+def import_extra(name: str, extra: str, path: Path) -> Any:
+    """Import the module that reads a file from an optional dependency, on first use."""
+    package = name.partition(".")[0]
     try:
-        from pyarrow import parquet
+        return import_module(package) and import_module(name)
     except ImportError as error:
         raise UserError(
-            f"reading {path.name} needs pyarrow, which is not installed",
+            f"reading {path.name} needs {package}, which cannot be imported ({error})",
             where=str(path),
-            remedy="pip install 'finesight[hub]'",
+            expected=f"the package {package}, of the extra {extra}",
+            remedy=f"pip install 'finesight[{extra}]'",
         ) from error
-    return parquet
+
+
+def import_parquet(path: Path) -> Any:
+    """Import `pyarrow.parquet` on first use."""
+    return import_extra("pyarrow.parquet", "hub", path)
 
 
 def read_parquet_metadata(path: Path) -> Any:

@@ -36,6 +36,7 @@ from finesight.data.line_index import UTF8_BOM, enumerate_lines, open_data_file
 from finesight.data.parquet_reader import (
     check_row_count,
     get_batch_size,
+    import_extra,
     import_parquet,
     iter_records,
     open_parquet,
@@ -401,22 +402,14 @@ def _open_xlsx(source: Path, no_header: bool) -> RowReader:
 
     Rows have the numbers of the sheet.
     """
-    try:
-        from openpyxl import load_workbook
-    except ImportError as error:
-        raise UserError(
-            f"an Excel file, but openpyxl cannot be imported ({error})",
-            where=str(source),
-            expected="the package openpyxl, which reads Excel files",
-            remedy="install it: pip install 'finesight[xlsx]'; or save the table as CSV",
-        ) from error
+    openpyxl = import_extra("openpyxl", "xlsx", source)
     content = io.BytesIO(read_data_file(source))
     try:
         with zipfile.ZipFile(content) as archive:
             num_bytes = sum(member.file_size for member in archive.infolist())
         if num_bytes > MAX_XLSX_BYTES:
             raise ValueError(f"{num_bytes:,} bytes unpacked, more than {MAX_XLSX_BYTES:,}")
-        workbook = load_workbook(content, read_only=True, data_only=True)
+        workbook = openpyxl.load_workbook(content, read_only=True, data_only=True)
         sheet = workbook.active or workbook.worksheets[0]
         cells = list(_iter_sheet_rows(sheet))
     except Exception as error:  # openpyxl raises various exceptions on corrupt files
@@ -773,7 +766,7 @@ def open_annotation_files(
     suffix: str,
     description: str,
     marker: bytes,
-    read_classes: Callable[[Path], tuple[bool, set[str]]],
+    read_classes: Callable[[Path], tuple[bool, set[str], set[str]]],
 ) -> tuple[RowReader, str] | None:
     """Open annotation files as rows, one per image.
 
@@ -783,11 +776,11 @@ def open_annotation_files(
         description: Description of the format, part of the reason for the match.
         marker: Text near the start of an annotation file, which may be invalid.
         read_classes: Function that returns whether a file is an annotation of the format, and its
-            class names. It raises UserError for an invalid file.
+            names of classes and of points. It raises UserError for an invalid file.
 
     Returns:
         The rows and the reason for the match, or None if none of the first files is an annotation
-            of the format. Each row lists the class names of all files.
+            of the format. Each row lists the names of all files.
     """
     if source.is_dir():
         files = list_folder(source).files_with_suffix(suffix)
@@ -795,19 +788,21 @@ def open_annotation_files(
         is_annotation = source.suffix.lower() == suffix and source.is_file()
         files = [source] if is_annotation and (suffix != ".json" or is_json_object(source)) else []
 
-    def scan(file: Path) -> tuple[bool, set[str]]:
+    def scan(file: Path) -> tuple[bool, set[str], set[str]]:
         try:
             return read_classes(file)
         except UserError:  # reported when the row is parsed
             with open_data_file(file) as content:
-                return marker in content.read(SNIFF_BYTES), set()
+                return marker in content.read(SNIFF_BYTES), set(), set()
 
     if not any(scan(file)[0] for file in files[:NUM_DETECTION_FILES]):
         return None
-    classes = sorted({name for file in files for name in scan(file)[1]})
+    scans = zip(*(scan(file)[1:] for file in files), strict=True)
+    classes, points = (sorted(set[str]().union(*names)) for names in scans)
 
     def make_row(row_number: int, file: Path) -> SourceRow:
-        record = {"id": file.stem, "file": str(file), "classes": classes}
+        names = {"classes": classes, "points": points}
+        record = {"id": file.stem, "file": str(file), **names}
         return SourceRow(row_number, str(file), record, source.stem)
 
     return rows_from_items(files, make_row), f"{description}, {format_count(len(classes), 'class')}"

@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     AfterValidator,
@@ -31,7 +31,7 @@ from pydantic import (
 
 from finesight import storage
 from finesight.bounded_files import parse_json, translate_os_errors
-from finesight.data.boxes import MAX_OVERHANG_PX, InvalidBoxError
+from finesight.data.boxes import Box, InvalidBoxError, is_inside_image
 from finesight.data.line_index import UTF8_BOM, IndexedLines, open_data_file, read_lines
 from finesight.errors import Remedy, Step, UserError, suggest_name
 
@@ -149,6 +149,9 @@ PixelCoordinate = Annotated[float, PlainSerializer(format_number, when_used="jso
 """A coordinate in pixels; a whole number is written to JSON as an integer."""
 
 
+Corners = tuple[PixelCoordinate, PixelCoordinate, PixelCoordinate, PixelCoordinate]
+
+
 class BoxPart(FrozenModel):
     """A bounding box in one image of the sample.
 
@@ -158,10 +161,46 @@ class BoxPart(FrozenModel):
         xyxy: Two corners, `[x1, y1, x2, y2]`, in pixels of the original image.
     """
 
+    is_point: ClassVar[bool] = False
+
     type: Literal["box"] = "box"
     image: int = Field(default=0, ge=0)
     label: str | None = None
-    xyxy: tuple[PixelCoordinate, PixelCoordinate, PixelCoordinate, PixelCoordinate]
+    xyxy: Corners
+
+
+def _repeat_point(value: object) -> object:
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise ValueError(f"[x, y] in pixels instead of {value!r:.60}")
+    x, y = value
+    return x, y, x, y
+
+
+class PointPart(BoxPart):
+    """A point in one image: a box without an area.
+
+    Attributes:
+        xyxy: The point twice. JSON data has it once, `[x, y]` under the key `xy`.
+    """
+
+    is_point = True
+
+    type: Literal["point"] = "point"  # type: ignore[assignment]
+    xyxy: Annotated[
+        Corners, BeforeValidator(_repeat_point), PlainSerializer(lambda xyxy: xyxy[:2])
+    ] = Field(alias="xy")
+
+
+def create_region(xyxy: Box, label: str | None, *, is_point: bool, image: int = 0) -> BoxPart:
+    """Create a box part, or the point part of two equal corners."""
+    if not is_point:
+        return BoxPart(image=image, label=label, xyxy=xyxy)
+    return PointPart.model_validate({"image": image, "label": label, "xy": xyxy[:2]})
+
+
+def list_coordinates(part: BoxPart) -> list[int | float]:
+    """Return the corners of a box, or the two coordinates of a point, as JSON data."""
+    return list(map(format_number, part.xyxy[: 2 if part.is_point else 4]))
 
 
 TOOL_CALL_START, TOOL_CALL_END = "<tool_call>", "</tool_call>"
@@ -199,7 +238,7 @@ class ToolCallPart(FrozenModel):
 
 
 ContentPart = Annotated[
-    TextPart | ImagePart | VideoPart | BoxPart | ToolCallPart, Discriminator("type")
+    TextPart | ImagePart | VideoPart | BoxPart | PointPart | ToolCallPart, Discriminator("type")
 ]
 
 
@@ -396,7 +435,7 @@ def check_messages(
         for part in message.content:
             if part.type == "text":
                 has_text = has_text or (part.text != "" and not part.text.isspace())
-            elif part.type == "box":
+            elif isinstance(part, BoxPart):
                 has_box = True
                 boxes.append(part)
             elif part.type == "tool_call":
@@ -455,7 +494,7 @@ def check_limits(messages: Sequence[Message], references: Sequence[str], where: 
     check_limit(len(references), MAX_ANSWERS, "references", where)
     parts = sum(len(message.content) for message in messages)
     if parts > MAX_BOXES:
-        boxes = sum(part.type == "box" for message in messages for part in message.content)
+        boxes = sum(p.type in ("box", "point") for message in messages for p in message.content)
         check_limit(boxes, MAX_BOXES, "boxes", where)
         check_limit(parts, MAX_PARTS, "parts", where)
 
@@ -497,21 +536,27 @@ def _validate_box(box: BoxPart, num_images: int, where: str) -> None:
             expected=f"an index below {num_images}, the images of the sample",
             remedy="correct the box's `image`, or add the image",
         )
-    x1, y1, x2, y2 = box.xyxy
-    if not all(map(math.isfinite, box.xyxy)) or not (
-        -MAX_OVERHANG_PX <= x1 < x2 and -MAX_OVERHANG_PX <= y1 < y2
-    ):
+    if not is_inside_image(box.xyxy, (math.inf, math.inf), is_point=box.is_point):
+        coordinates = "[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2"
         raise InvalidBoxError(
-            f"the box {list(box.xyxy)}",
+            f"the {box.type} {list(box.xyxy)}",
             where=where,
-            expected="[x1, y1, x2, y2] in pixels with 0 <= x1 < x2 and 0 <= y1 < y2",
-            remedy="correct or remove the box; an import converts boxes of other formats",
+            expected="[x, y] in pixels, at least 0" if box.is_point else coordinates,
+            remedy=f"correct or remove the {box.type}; an import converts those of other formats",
         )
 
 
-PART_TYPES: tuple[type[FrozenModel], ...] = (TextPart, ImagePart, VideoPart, BoxPart, ToolCallPart)
+PART_TYPES: tuple[type[FrozenModel], ...] = (
+    *(TextPart, ImagePart, VideoPart, BoxPart, PointPart, ToolCallPart),
+)
+
+
+def _list_keys(model: type[FrozenModel]) -> tuple[str, ...]:
+    return tuple(field.alias or name for name, field in model.model_fields.items())
+
+
 _MODELS: tuple[type[FrozenModel], ...] = (Sample, Message, *PART_TYPES)
-SAMPLE_KEYS = tuple(dict.fromkeys(name for model in _MODELS for name in model.model_fields))
+SAMPLE_KEYS = tuple(dict.fromkeys(name for model in _MODELS for name in _list_keys(model)))
 
 FOREIGN_KEYS = frozenset(
     ("image", "images", "conversations", "conversation", "query", "response", "objects")
@@ -636,8 +681,8 @@ def _part_record(part: ContentPart, renamed: Callable[[str], str]) -> dict[str, 
     if part.type == "tool_call":
         return {"type": "tool_call", "name": part.name, "arguments": part.arguments}
     label = {} if part.label is None else {"label": part.label}
-    xyxy = [format_number(number) for number in part.xyxy]
-    return {"type": "box", "image": part.image, **label, "xyxy": xyxy}
+    key = "xy" if part.is_point else "xyxy"
+    return {"type": part.type, "image": part.image, **label, key: list_coordinates(part)}
 
 
 def to_json_data(value: Any) -> Any:
@@ -728,7 +773,7 @@ def _to_user_error(error: ValidationError, where: str) -> UserError:
         kinds = {kind.model_fields["type"].default: kind for kind in PART_TYPES}
         levels: dict[int, type[FrozenModel]] = {1: Sample, 3: Message}
         level = levels.get(len(error_location)) or kinds[str(error_location[4])]
-        name, names = str(error_location[-1]), tuple(level.model_fields)
+        name, names = str(error_location[-1]), _list_keys(level)
         what = f"unknown key {key} with the value {value_repr}"
         expected = f"the keys {', '.join(names)}"
         otherwise = "move it into `meta` of the sample, which accepts any key, or remove it"

@@ -77,14 +77,6 @@ class SelectedFiles:
     other_splits: tuple[str, ...] = ()
 
 
-def filter_data_files(paths: Sequence[str]) -> list[str]:
-    """Keep only data files of a repository: rows, images, labels, archives and licenses.
-
-    Code and metadata files are removed.
-    """
-    return [path for path in paths if _is_data_file(path)]
-
-
 def select_repository_files(repository: HubRepository) -> list[str]:
     """Select the files to download from a dataset repository.
 
@@ -96,7 +88,7 @@ def select_repository_files(repository: HubRepository) -> list[str]:
         path for path in paths if path == CARD_FILE or path.lower().startswith(LICENSE_PREFIXES)
     ]
     if address.data_part is None:
-        selected = filter_data_files(paths)
+        selected = list(filter(is_data_file, paths))
         if not selected:
             raise _build_no_data_error(paths, str(address))
     else:
@@ -105,15 +97,12 @@ def select_repository_files(repository: HubRepository) -> list[str]:
     return list(dict.fromkeys([*selected, *extra_files]))
 
 
-def read_card(repository: HubRepository) -> str:
-    """Download and read the start of the dataset card; "" without a card."""
-    has_card = CARD_FILE in repository.paths
-    return read_local_card(repository.fetch_files([CARD_FILE])) if has_card else ""
-
-
-def read_local_card(folder: Path) -> str:
-    """Read the start of the dataset card in a folder; "" without a card."""
-    card = folder / CARD_FILE
+def read_card(source: HubRepository | Path) -> str:
+    """Read the start of the dataset card of a repository or folder; "" without a card."""
+    if isinstance(source, HubRepository):
+        has_card = CARD_FILE in source.paths
+        source = source.fetch_files([CARD_FILE]) if has_card else source.folder
+    card = source / CARD_FILE
     if not card.is_file():
         return ""
     with card.open(encoding="utf-8", errors="replace") as file:
@@ -129,7 +118,7 @@ def select_files(
         selector: Requested split, subset, SUBSET/SPLIT or file path. None selects the default
             split.
     """
-    data = filter_data_files(paths)
+    data = list(filter(is_data_file, paths))
     if not data:
         raise _build_no_data_error(paths, source)
     if selector is not None and selector in paths:
@@ -158,7 +147,8 @@ def select_files(
     return SelectedFiles(selection.row_files, selection.support_files, split, others)
 
 
-def _is_data_file(path: str) -> bool:
+def is_data_file(path: str) -> bool:
+    """Return whether a file of a repository has data: rows, images, labels, a license."""
     name = PurePosixPath(path).name.lower()
     if name.startswith(".") or name in METADATA_FILES:
         return False
@@ -386,7 +376,7 @@ def _prepare_folder(folder: Path, options: ImportOptions) -> FetchedSource:
     rows = [path for path in paths if path.lower().endswith(ROW_SUFFIXES)]
     if not rows or _is_folder_dataset(folder):
         return FetchedSource(folder, options)
-    selection = select_files(paths, None, read_local_card(folder), str(folder))
+    selection = select_files(paths, None, read_card(folder), str(folder))
     return _select_rows(folder, selection, options)
 
 

@@ -32,6 +32,7 @@ from finesight.data.image_header import (
     resolve_content,
     split_container_path,
 )
+from finesight.data.parquet_reader import import_extra
 from finesight.data.sample import VIDEO_SUFFIXES, is_video_path
 from finesight.errors import UserError
 
@@ -167,7 +168,8 @@ def _scan_packets(path: Path, container: Any, stream: Any) -> tuple[int, Any, fl
 @contextmanager
 def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     """Open the container and the video stream of a file; translate errors of PyAV."""
-    av = _import_av(path)
+    av = import_extra("av", "video", path)
+    import_extra("av.stream", "video", path)
     if not is_video_path(path):
         raise build_file_error(path, "not a video file", f"one of {', '.join(VIDEO_SUFFIXES)}")
     if path.exists() and not path.is_file():  # opening a pipe blocks
@@ -202,20 +204,6 @@ def _open_video(path: Path) -> Iterator[tuple[Any, Any]]:
 
 def _reject_reference(url: str, flags: int, options: dict[str, str]) -> None:
     raise PermissionError(f"a reference to another file, {url[:80]!r}")
-
-
-def _import_av(path: Path) -> Any:
-    try:
-        import av
-        import av.stream
-    except ImportError as error:
-        raise UserError(
-            f"a video file, but PyAV cannot be imported ({error})",
-            where=str(path),
-            expected="the package av, which decodes video files",
-            remedy='install it: pip install "finesight[video]"',
-        ) from error
-    return av
 
 
 def _check_limit(path: Path, count: int, limit: int, what: str) -> None:

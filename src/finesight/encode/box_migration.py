@@ -15,13 +15,20 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finesight.config import ImageRule
-from finesight.data.boxes import BOX_KEY, Box, parse_json_box, split_at_boxes, strip_code_fences
+from finesight.data.boxes import (
+    BOX_KEY,
+    POINT_KEY,
+    Box,
+    parse_json_box,
+    split_at_boxes,
+    strip_code_fences,
+)
 from finesight.data.formats.conversation_rows import ROLE_KEYS, ROLES
 from finesight.data.image_header import ImageSize
 from finesight.data.image_resolver import ImageResolver
@@ -52,6 +59,7 @@ _NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
 _JSON_BOX = re.compile(
     rf"([\"']{BOX_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER},{_NUMBER},{_NUMBER}(\])"
+    rf"|([\"']{POINT_KEY}[\"']\s*:\s*\[){_NUMBER},{_NUMBER}(\])"
 )
 _FORMAT_PATTERNS = {
     "qwen_vl": re.compile(r"</?(?:box|quad)>"),
@@ -68,8 +76,8 @@ class LabelReference:
     text: str
 
 
-_Piece = str | LabelReference | list[tuple[str | None, Box]]
-"""Part of an answer: a text, a label, or adjacent boxes with their labels."""
+_Piece = str | LabelReference | list[tuple[str | None, Sequence[float]]]
+"""Part of an answer: a text, a label, or adjacent boxes and points with their labels."""
 
 FrameSizes = Callable[[], tuple[ImageSize, ImageSize]]
 """Function that returns the source and the target coordinate frame (height, width)."""
@@ -121,18 +129,23 @@ def has_boxes(text: str) -> bool:
 
 def _rescale_json_boxes(text: str, source_format: str, get_frames: FrameSizes) -> tuple[str, int]:
     def replace_box(match: re.Match[str]) -> str:
-        x1, y1, x2, y2 = (float(number) for number in match.groups()[1:5])
+        start, *numbers, end = (group for group in match.groups() if group is not None)
         source_frame, target_frame = get_frames()
-        _check_in_frame((x1, y1, x2, y2), source_frame, source_format)
-        corners = round_to_frame(
-            scale_box((x1, y1, x2, y2), source_frame, target_frame), target_frame
-        )
-        return f"{match[1]}{', '.join(map(str, corners))}{match[6]}"
+        box = _to_corners(list(map(float, numbers)))
+        _check_in_frame(box, source_frame, source_format)
+        corners = round_to_frame(scale_box(box, source_frame, target_frame), target_frame)
+        return f"{start}{', '.join(map(str, corners[: len(numbers)]))}{end}"
 
     converted, num_boxes = _JSON_BOX.subn(replace_box, text)
-    if num_boxes != text.count(BOX_KEY):
+    if num_boxes != text.count(BOX_KEY) + text.count(POINT_KEY):
         raise _build_unreadable_error(text, source_format)
     return converted, num_boxes
+
+
+def _to_corners(coordinates: Sequence[float]) -> Box:
+    """Return the corners of a box, or a point twice."""
+    x1, y1, x2, y2 = (*coordinates, *coordinates) if len(coordinates) == 2 else coordinates
+    return x1, y1, x2, y2
 
 
 def _parse_json(text: str, source_format: str) -> Iterator[_Piece]:
@@ -145,7 +158,7 @@ def _parse_json(text: str, source_format: str) -> Iterator[_Piece]:
             yield piece
 
 
-def _parse_json_box(value: object, source_format: str) -> tuple[str | None, Box]:
+def _parse_json_box(value: object, source_format: str) -> tuple[str | None, Sequence[float]]:
     item = parse_json_box(value)
     if item is None:
         raise UserError(
@@ -154,18 +167,19 @@ def _parse_json_box(value: object, source_format: str) -> tuple[str | None, Box]
             remedy="remove the other keys, or convert to a JSON format",
         )
     try:
-        x1, y1, x2, y2 = (float(number) for number in item[0])
+        coordinates = [float(number) for number in item[0]]
+        _to_corners(coordinates)
     except (TypeError, ValueError) as error:
         raise _build_unreadable_error(str(value), source_format) from error
-    return item[1], (x1, y1, x2, y2)
+    return item[1], coordinates
 
 
 def _parse_token_boxes(text: str, source_format: str, target_format: str) -> Iterator[_Piece]:
     markers = BOX_TOKENS.values() if source_format == "qwen_vl" else BOX_TOKENS
     ref, ref_end, box, box_end = map(re.escape, markers)
     label_pattern = rf"{ref}((?:(?!{ref_end}).)*){ref_end}"
-    box_pattern = rf"(?:{label_pattern}\s*)?{box}\s*{_POINT}\s*,\s*{_POINT}\s*{box_end}"
-    adjacent_boxes: list[tuple[str | None, Box]] = []
+    box_pattern = rf"(?:{label_pattern}\s*)?{box}\s*{_POINT}(?:\s*,\s*{_POINT})?\s*{box_end}"
+    adjacent_boxes: list[tuple[str | None, Sequence[float]]] = []
     end = 0
     for match in re.finditer(rf"{box_pattern}|{label_pattern}", text, re.DOTALL):
         label, *coordinates, reference = match.groups()
@@ -181,8 +195,7 @@ def _parse_token_boxes(text: str, source_format: str, target_format: str) -> Ite
         # A label shared by several boxes is written once, except in JSON.
         if label is None and adjacent_boxes and target_format in _JSON_FORMATS:
             label = adjacent_boxes[-1][0]
-        x1, y1, x2, y2 = (float(number) for number in coordinates)
-        adjacent_boxes.append((label, (x1, y1, x2, y2)))
+        adjacent_boxes.append((label, [float(number) for number in coordinates if number]))
     yield from ([adjacent_boxes] if adjacent_boxes else [])
     yield _require_no_boxes(text[end:], source_format)
 
@@ -207,11 +220,12 @@ def _to_segment(
         return piece.text if is_json else f"{start}{piece.text}{end}"
     source_frame, target_frame = get_frames()
     boxes = []
-    for label, xyxy in piece:
+    for label, coordinates in piece:
+        xyxy = _to_corners(coordinates)
         _check_in_frame(xyxy, source_frame, source_format)
         if label and not is_json:
             _check_label(label, target_format)
-        boxes.append(ImageBox(label, xyxy, source_frame, target_frame))
+        boxes.append(ImageBox(label, xyxy, source_frame, target_frame, len(coordinates) == 2))
     return boxes
 
 
@@ -265,9 +279,6 @@ ROLE_BY_KEY: dict[str, Role] = {
 """Message role of the texts below a JSON key of a record."""
 
 IMAGE_KEYS = ("image", "images", "image_url")
-POINT_KEY = "point_2d"
-"""Key of points in Qwen2.5-VL data. They are in pixels like boxes, but are not converted."""
-
 NON_PATH_KEYS = ("type", "detail")
 MAX_LISTED_ERRORS = 5
 
@@ -295,8 +306,7 @@ class MigrationResult:
 
     Attributes:
         unconverted: Locations of records with unchanged text that may contradict the converted
-            answers: questions that mention a box format, answers with points, and other texts with
-            boxes.
+            answers: questions that mention a box format, and other texts with boxes or points.
     """
 
     file: Path
@@ -478,7 +488,7 @@ def _convert_chunk(
             result.num_boxes += num_boxes
             result.answers_with_boxes += num_boxes > 0
             result.answers_without_boxes += num_boxes == 0
-            is_unconverted |= POINT_KEY in node.text
+            is_unconverted |= POINT_KEY in converted and num_boxes == 0
             if converted != node.text:
                 changes[node.literal_index] = converted
         result.unconverted += (location,) * is_unconverted

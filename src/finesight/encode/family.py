@@ -1,7 +1,7 @@
 """Interface of model families: prompt pieces, box types, JSON boxes and defaults of Qwen2-VL.
 
-The JSON box format of Qwen2.5-VL and Qwen3-VL is `{"bbox_2d": [x1, y1, x2, y2], "label": ...}`; the
-coordinate frame depends on the family.
+The JSON box format of Qwen2.5-VL and Qwen3-VL is `{"bbox_2d": [x1, y1, x2, y2], "label": ...}`, and
+`{"point_2d": [x, y], "label": ...}` for points; the coordinate frame depends on the family.
 """
 
 from __future__ import annotations
@@ -18,9 +18,16 @@ from typing import Any, ClassVar, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import BOX_KEY, LABEL_KEYS, Box, iter_json_values
+from finesight.data.boxes import BOX_KEY, LABEL_KEYS, POINT_KEY, Box, iter_json_values
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import BoxPart, ContentPart, Message, TextPart, ToolCallPart
+from finesight.data.sample import (
+    BoxPart,
+    ContentPart,
+    Message,
+    TextPart,
+    ToolCallPart,
+    create_region,
+)
 from finesight.errors import UserError
 
 FRAME_1000: ImageSize = (1000, 1000)
@@ -94,12 +101,13 @@ DEFAULT_THINKING = ThinkingOptions()
 
 @dataclass(frozen=True, slots=True)
 class ImageBox:
-    """A bounding box before formatting, in the frame of `original_size`."""
+    """A bounding box or a point before formatting, in the frame of `original_size`."""
 
     label: str | None
     xyxy: Box
     original_size: ImageSize
     resized_size: ImageSize
+    is_point: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -312,7 +320,8 @@ class ModelFamily(ABC):
             frame = self.box_frame(box.resized_size)
             corners = round_to_frame(scale_box(box.xyxy, box.original_size, frame), frame)
             label = {} if box.label is None else {"label": box.label}
-            items.append({BOX_KEY: list(corners), **label})
+            region = {POINT_KEY: corners[:2]} if box.is_point else {BOX_KEY: corners}
+            items.append(region | label)
         return [json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)]
 
     def write_segments(self, segments: Sequence[str | list[ImageBox]]) -> list[PromptPiece]:
@@ -442,38 +451,40 @@ def _read_json_boxes(text: str, frame: ImageSize, original_size: ImageSize) -> l
     objects = [found.value for found in iter_json_values(text, "{")]
     parsed = list(_iter_nested_boxes(objects))
     if not parsed and ("bbox" in text or _ONLY_VALUES.fullmatch(text)):
-        parsed = [(None, _parse_corners(match.groups())) for match in _FOUR_VALUES.finditer(text)]
+        parsed = [(None, match.groups()) for match in _FOUR_VALUES.finditer(text)]
     return [
-        BoxPart(label=label, xyxy=scale_box(corners, frame, original_size))
-        for label, corners in parsed
-        if corners is not None
+        create_region(
+            scale_box(corners, frame, original_size), label, is_point=len(coordinates) == 2
+        )
+        for label, coordinates in parsed
+        if (corners := _parse_corners(coordinates)) is not None
     ]
 
 
-def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Box | None]]:
-    """Yield label and corners of every JSON object with `bbox_2d`; None for invalid corners."""
+def _iter_nested_boxes(value: object) -> Iterator[tuple[str | None, Sequence[object]]]:
+    """Yield label and coordinates of every JSON object with `bbox_2d` or `point_2d`."""
     if isinstance(value, list):
         for item in value:
             yield from _iter_nested_boxes(item)
-    elif isinstance(value, dict) and BOX_KEY in value:
+    elif isinstance(value, dict) and (key := next(filter(value.get, (BOX_KEY, POINT_KEY)), None)):
         # JSON may contain an unpaired surrogate, which UTF-8 cannot encode.
         labels = [
             value[key].encode("utf-8", "replace").decode()
             for key in LABEL_KEYS
             if isinstance(value.get(key), str)
         ]
-        yield (labels[0] if labels else None), _parse_corners(value[BOX_KEY])
+        yield next(iter(labels), None), value[key] if isinstance(value[key], list) else []
     elif isinstance(value, dict):
         for item in value.values():
             yield from _iter_nested_boxes(item)
 
 
-def _parse_corners(values: object) -> Box | None:
-    """Convert a JSON list of four finite values to box corners; None for other input."""
-    if not isinstance(values, list | tuple) or len(values) != 4:
+def _parse_corners(values: Sequence[Any]) -> Box | None:
+    """Convert four finite values, or the two of a point, to box corners; None for other input."""
+    if len(values) not in (2, 4):
         return None
     try:
-        x1, y1, x2, y2 = (float(value) for value in values)
+        x1, y1, x2, y2 = (float(value) for value in (*values, *values)[:4])
     except (TypeError, ValueError, OverflowError):
         return None
     return (x1, y1, x2, y2) if all(map(math.isfinite, (x1, y1, x2, y2))) else None

@@ -461,7 +461,12 @@ class ContextShard:
             ),
             token_ranges=token_ranges,
             patch_range=(patch_offsets[first_frame], patch_offsets[end_frame]),
-            grid_thw=tuple(_merge_frame_grids(own_frames)),
+            # One grid per image or video of consecutive frames.
+            grid_thw=tuple(
+                (len(frames), *frames[0].grid_thw[1:])
+                for _, group in groupby(own_frames, lambda frame: frame.span_index)
+                for frames in [[*group]]
+            ),
             features_per_rank=tuple(
                 sum(frame.num_features for frame in frames[a:b]) for a, b in frame_ranges
             ),
@@ -539,11 +544,3 @@ def _balance_ranges(costs: list[int], world_size: int) -> list[IndexRange]:
     total_cost = sum(costs)
     starts = [bisect_left(middles, total_cost * rank / world_size) for rank in range(world_size)]
     return list(zip(starts, [*starts[1:], len(costs)], strict=True))
-
-
-def _merge_frame_grids(frames: list[_Frame]) -> Iterator[GridTHW]:
-    """Yield one patch grid per image or video of consecutive frames."""
-    for _, group in groupby(frames, lambda frame: frame.span_index):
-        group_frames = [*group]
-        _, height, width = group_frames[0].grid_thw
-        yield len(group_frames), height, width

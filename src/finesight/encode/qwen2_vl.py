@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.data.image_header import ImageSize
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, create_region
 from finesight.encode.family import (
     FRAME_1000,
     ImageBox,
@@ -33,9 +33,11 @@ _NUMBER = r"\s*(\d+(?:\.\d+)?)\s*"
 _POINT = rf"\({_NUMBER},{_NUMBER}\)"
 _BOX = re.compile(
     r"(?:<\|object_ref_start\|>(?P<label>(?:(?!<\|object_ref_).)*)<\|object_ref_end\|>\s*)?"
-    rf"(?:<\|box_start\|>)?\s*{_POINT}\s*,\s*{_POINT}\s*(?:<\|box_end\|>)?",
+    rf"(?:(?:<\|box_start\|>)?\s*{_POINT}\s*,\s*{_POINT}\s*(?:<\|box_end\|>)?"
+    rf"|<\|box_start\|>\s*{_POINT}\s*<\|box_end\|>)",
     re.DOTALL,
 )
+"""Box, or a point between both tokens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,16 +48,18 @@ class Qwen2VL(ModelFamily):
     box_tokens = ("<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>", "<|box_end|>")
 
     def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes with special tokens in thousandths of the image size (section 2.2.1)."""
+        """Format boxes with special tokens in thousandths of the image size (section 2.2.1).
+
+        A point is a single pair, as in UI-TARS and ms-swift.
+        """
+        ref, ref_end, start, end = map(SpecialToken, self.box_tokens or ())
         pieces: list[PromptPiece] = []
         for box in boxes:
-            if box.label is not None:
-                pieces += [SpecialToken("<|object_ref_start|>"), box.label]
-                pieces += [SpecialToken("<|object_ref_end|>")]
-            corners = scale_box(box.xyxy, box.original_size, FRAME_1000)
-            x1, y1, x2, y2 = round_to_frame(corners, FRAME_1000)
-            pieces += [SpecialToken("<|box_start|>"), f"({x1},{y1}),({x2},{y2})"]
-            pieces += [SpecialToken("<|box_end|>")]
+            pieces += [] if box.label is None else [ref, box.label, ref_end]
+            corners = round_to_frame(scale_box(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
+            x1, y1, x2, y2 = (min(corner, self.max_box_coordinate) for corner in corners)
+            second = "" if box.is_point else f",({x2},{y2})"
+            pieces += [start, f"({x1},{y1}){second}", end]
         return pieces
 
     def read_boxes(
@@ -72,11 +76,12 @@ class Qwen2VL(ModelFamily):
             is_adjacent = boxes and not text[end : match.start()].strip()
             label = match["label"] if match["label"] is not None else label if is_adjacent else None
             end = match.end()
-            x1, y1, x2, y2 = (float(number) for number in match.groups()[1:])
+            numbers = [float(number) for number in match.groups()[1:] if number is not None]
+            x1, y1, x2, y2 = (*numbers, *numbers)[:4]
             corners = scale_box((x1, y1, x2, y2), FRAME_1000, original_size)
             # Degenerate completions may contain coordinates that overflow a float.
             if all(map(math.isfinite, corners)):
-                boxes.append(BoxPart(label=label, xyxy=corners))
+                boxes.append(create_region(corners, label, is_point=len(numbers) == 2))
         return boxes
 
     def temporal_position_ids(self, grid_t: int, seconds_per_grid: float) -> NDArray[np.int64]:

@@ -12,16 +12,10 @@ from numpy.typing import NDArray
 from finesight.data.image_header import ImageSize
 from finesight.data.sample import BoxPart
 from finesight.encode.family import (
-    FRAME_1000,
     QWEN_VL_MAX_COORDINATE,
-    ImageBox,
-    ModelFamily,
-    PromptPiece,
     SpecialToken,
     VideoSegment,
     VisualMarkers,
-    round_to_frame,
-    scale_box,
 )
 from finesight.encode.qwen2_vl import Qwen2VL
 from finesight.errors import UserError
@@ -29,7 +23,7 @@ from finesight.model_folder import ModelFolder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class QwenVL(ModelFamily):
+class QwenVL(Qwen2VL):
     """Image markup and box format of Qwen-VL (Bai et al. 2023, arXiv 2308.12966).
 
     The published prompt contains the image path between `<img>` and `</img>`, padded to 256 tokens,
@@ -52,17 +46,6 @@ class QwenVL(ModelFamily):
         prefix = (f"Picture {visual_number}: ", SpecialToken("<img>"))
         return VisualMarkers(prefix, "<imgpad>", (SpecialToken("</img>"), "\n"))
 
-    def write_boxes(self, boxes: Sequence[ImageBox]) -> list[PromptPiece]:
-        """Format boxes with special tokens and coordinates in thousandths, from 0 to 999."""
-        pieces: list[PromptPiece] = []
-        for box in boxes:
-            if box.label is not None:
-                pieces += [SpecialToken("<ref>"), box.label, SpecialToken("</ref>")]
-            corners = round_to_frame(scale_box(box.xyxy, box.original_size, FRAME_1000), FRAME_1000)
-            x1, y1, x2, y2 = (min(corner, QWEN_VL_MAX_COORDINATE) for corner in corners)
-            pieces += [SpecialToken("<box>"), f"({x1},{y1}),({x2},{y2})", SpecialToken("</box>")]
-        return pieces
-
     def read_boxes(
         self, text: str, original_size: ImageSize, resized_size: ImageSize
     ) -> list[BoxPart]:
@@ -72,7 +55,7 @@ class QwenVL(ModelFamily):
         """
         for qwen2_token, qwen_token in BOX_TOKENS.items():
             text = text.replace(qwen_token, qwen2_token)
-        return Qwen2VL().read_boxes(text, original_size, resized_size)
+        return Qwen2VL.read_boxes(self, text, original_size, resized_size)
 
     def split_video(
         self, frame_times: Sequence[float], fps: float, temporal_patch_size: int

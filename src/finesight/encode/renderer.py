@@ -747,8 +747,7 @@ class NativeRenderer(Renderer):
 def _has_reasoning(messages: Sequence[Message]) -> bool:
     """Return whether the last assistant turn of a conversation contains reasoning."""
     answers = [message.content for message in messages if message.role == "assistant"]
-    reasoning = split_reasoning(answers[-1]).reasoning if answers else None
-    return bool(strip_content(reasoning or ()))
+    return any(strip_content(split_reasoning(one).reasoning or ()) for one in answers[-1:])
 
 
 def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:
@@ -761,15 +760,15 @@ def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) ->
         )
     image = images[box.image]
     height, width = image.original_size
-    if not is_inside_image(box.xyxy, image.original_size):
+    if not is_inside_image(box.xyxy, image.original_size, is_point=box.is_point):
         raise UserError(
-            f"the box {list(box.xyxy)} in an image of {width} x {height} pixels",
+            f"the {box.type} {list(box.xyxy)} in an image of {width} x {height} pixels",
             where=f"sample {sample_id} ({image.files[0]})",
             expected=f"[x1, y1, x2, y2] with x1 < x2 up to {width} and y1 < y2 up to {height}",
             remedy="use pixels of the original image after EXIF rotation;"
             " an import with --box-format and --box-units converts boxes",
         )
-    return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size)
+    return ImageBox(box.label, box.xyxy, image.original_size, image.resized_size, box.is_point)
 
 
 def build_renderer(

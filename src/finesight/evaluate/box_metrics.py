@@ -1,4 +1,4 @@
-"""Metrics of boxes: IoU and accuracy (grounding), F1 and average precision (detection).
+"""Metrics of boxes: IoU and accuracy (grounding), F1, average precision (detection), and points.
 
 Answers contain no confidence, so all boxes have equal scores. Average precision ranks boxes like
 COCO ranks ties: by sample order and by order within an answer. It depends slightly on this order.
@@ -7,10 +7,12 @@ F1 does not, and is the primary metric of detection.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,21 +39,72 @@ def score_grounding(cases: Sequence[EvalCase]) -> MetricResult:
     return MetricResult(per_sample, mean_metrics(per_sample, sources))
 
 
+MAX_DISTANCE = 0.05
+"""Fraction of the image diagonal between a point and its reference from which it is wrong."""
+
+
+def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
+    """Compute F1, precision and recall of points, their distance, and parse rate.
+
+    A point, or the center of a box, is correct inside a reference box, or close to a reference
+    point (`MAX_DISTANCE`). The distance is the mean of the fractions of the image diagonal between
+    the references and the nearest points; 1 without a point.
+    """
+    per_sample: list[MetricValues] = []
+    counts = np.zeros((len(cases), 3))
+    for i, case in enumerate(cases):
+        found, wanted, diagonal = case.boxes, case.reference_boxes, math.hypot(*case.image_size)
+        num_correct = len(match_boxes(found, wanted, partial(_measure_closeness, diagonal)))
+        counts[i] = num_correct, len(found), len(wanted)
+        distances = [
+            min([1.0, *(_measure_distance(diagonal, f, t) for f in found)]) for t in wanted
+        ]
+        total = len(found) + len(wanted)
+        scores = {
+            "f1": 2 * num_correct / total if total else 1.0,
+            "distance": fmean(distances or [bool(found)]),
+        }
+        per_sample.append(scores | {"parse_rate": float(bool(found) or not wanted)})
+    num_correct_N, num_found_N, num_wanted_N = counts.T
+    estimators = {
+        "f1": estimate_ratio(2 * num_correct_N, num_found_N + num_wanted_N),
+        "precision": estimate_ratio(num_correct_N, num_found_N),
+        "recall": estimate_ratio(num_correct_N, num_wanted_N),
+        **mean_metrics(per_sample, {name: name for name in ("distance", "parse_rate")}),
+    }
+    return MetricResult(per_sample, estimators)
+
+
+def _measure_distance(diagonal: float, box: BoxPart, reference: BoxPart) -> float:
+    """Return the distance of two centers, 0 inside a reference box."""
+    (x, y), (u, v) = ((b[0] + b[2], b[1] + b[3]) for b in (box.xyxy, reference.xyxy))
+    return math.dist((x, y), (u, v)) / 2 / diagonal * (not _contains_center(reference, box))
+
+
+def _measure_closeness(diagonal: float, box: BoxPart, reference: BoxPart) -> float:
+    """Return 1 for a correct place, and 0 at `MAX_DISTANCE` or outside a reference box."""
+    distance = _measure_distance(diagonal, box, reference)
+    is_far = distance > (0 if box_area(reference.xyxy) else MAX_DISTANCE)
+    return 0.0 if is_far else 1 - distance / MAX_DISTANCE
+
+
 def match_boxes(
-    predicted: Sequence[BoxPart], references: Sequence[BoxPart]
+    predicted: Sequence[BoxPart],
+    references: Sequence[BoxPart],
+    overlap_fn: Callable[[BoxPart, BoxPart], float] = lambda a, b: iou(a.xyxy, b.xyxy),
 ) -> list[tuple[int, int, float]]:
     """Match predicted and reference boxes one-to-one.
 
-    Pairs are selected greedily by descending IoU, as in detection benchmarks. Only boxes of the
-    same image match. Labels must match (ignoring case) only if the references have several labels,
-    because the question already names a single target.
+    Pairs are selected greedily by descending overlap (IoU by default), as in detection benchmarks.
+    Only boxes of the same image match. Labels must match (ignoring case) only if the references
+    have several labels, because the question already names a single target.
 
     Returns:
-        (predicted index, reference index, IoU) of each pair.
+        (predicted index, reference index, overlap) of each pair.
     """
     must_match_labels = len({normalize_label(t) for t in references}) > 1
     pairs = [
-        (iou(f.xyxy, t.xyxy), i, j)
+        (overlap_fn(f, t), i, j)
         for i, f in enumerate(predicted)
         for j, t in enumerate(references)
         if f.image == t.image

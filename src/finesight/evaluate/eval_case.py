@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart, Sample, join_text
 from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
@@ -49,6 +50,7 @@ class EvalCase:
     Attributes:
         references: Reference texts; any of them is correct.
         reference_boxes: Reference boxes; all of them are expected.
+        image_size: Height and width in pixels of the image that `boxes` refer to.
     """
 
     answer: str
@@ -57,6 +59,7 @@ class EvalCase:
     reference_boxes: tuple[BoxPart, ...]
     id: str = ""
     ended_with_eos: bool = True
+    image_size: ImageSize = DEFAULT_SIZE
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,17 +288,3 @@ def find_best_eval(results: Sequence[EvalResult]) -> tuple[EvalResult | None, in
         if current.is_better_than(comparable[best][1]):
             best = i
     return (comparable[best][0], len(comparable) - 1 - best) if comparable else (None, 0)
-
-
-def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:
-    """Return two results of the same samples: of all, or of the common subset.
-
-    If both have other samples, the results of all samples are returned.
-    """
-
-    def count_equal_sets(pair: tuple[EvalResult, EvalResult]) -> int:
-        old, new = (one.as_best_eval() for one in pair)
-        return 2 * old.has_scores_of(new) + old.has_loss_of(new)
-
-    pairs = (before.on_all_samples, after.on_all_samples), (before, after)
-    return max(pairs, key=count_equal_sets)

@@ -18,13 +18,12 @@ from finesight.errors import Step, UserError, format_count, suggest_name
 from finesight.evaluate import custom_metric
 from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import (
-    EvalCase,
     MetricValues,
     get_reference_answer,
     note_lines,
     select_eval_samples,
 )
-from finesight.evaluate.metric_difference import count_correct, format_prediction_line
+from finesight.evaluate.metric_difference import count_correct, create_case, format_prediction_line
 from finesight.evaluate.task_metrics import (
     TASK_METRICS,
     check_references,
@@ -255,10 +254,7 @@ def evaluate(
             remedy=f"correct the first error: {next(iter(corrupt_reasons.values()))}",
         )
     by_position = dict(zip(readable, predictions, strict=True))
-    cases = {
-        i: EvalCase(one.answer, one.boxes, *references[i], one.id, one.finish_reason == "stop")
-        for i, one in by_position.items()
-    }
+    cases = {i: create_case(one, references[i]) for i, one in by_position.items()}
 
     def score(scored: Sequence[int]) -> tuple[GenerationEvalResult, list[MetricValues]]:
         metric_result = compute_metrics(settings.metric, [cases[i] for i in scored])

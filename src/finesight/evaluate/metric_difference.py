@@ -5,10 +5,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -17,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MetricSpec
+from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
@@ -26,9 +25,8 @@ from finesight.evaluate.bootstrap import (
     compute_difference_intervals,
     get_missing_difference_reason,
 )
-from finesight.evaluate.eval_case import EvalCase, MetricValues, note_lines
+from finesight.evaluate.eval_case import EvalCase, MetricValues
 from finesight.evaluate.task_metrics import LOWER_IS_BETTER, compute_metrics
-from finesight.manifest import MANIFEST_FILE, PREDICTIONS_FOLDER, load_manifest
 
 if TYPE_CHECKING:
     from finesight.infer.prediction import Prediction
@@ -41,6 +39,14 @@ class ScoredPrediction:
     case: EvalCase
     scores: MetricValues
     record: dict[str, Any]
+
+
+def create_case(
+    prediction: Prediction, references: tuple[tuple[str, ...], tuple[BoxPart, ...]]
+) -> EvalCase:
+    """Create the case of a predicted answer and its references (`get_reference_answer`)."""
+    ending = prediction.finish_reason == "stop", prediction.image_size
+    return EvalCase(prediction.answer, prediction.boxes, *references, prediction.id, *ending)
 
 
 def format_prediction_line(
@@ -61,6 +67,7 @@ def format_prediction_line(
         "scores": scores,
         "num_tokens": prediction.num_tokens,
         "finish_reason": prediction.finish_reason,
+        "image_size": case.image_size,
         **further,
     }
     return json.dumps(record, ensure_ascii=False) + "\n"
@@ -93,27 +100,6 @@ def read_predictions(path: Path) -> list[ScoredPrediction]:
     return predictions
 
 
-def read_example(run_dir: Path) -> tuple[str, str]:
-    """Return an image and a prompt for example commands: those of the first validation prediction.
-
-    Without predictions, the prompt is the most frequent one of the training samples. Without an
-    image file or a prompt, they are `IMAGE` and `TEXT`.
-    """
-    record: dict[str, object] = {}
-    with suppress(UserError):
-        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
-    for name in ("before.jsonl", "after.jsonl"):
-        with suppress(UserError, ValueError):
-            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
-            record |= json.loads(next(lines, b"{}"))
-    path, prompt = record.get("image"), record.get("prompt")
-    path = next(iter(path), None) if isinstance(path, list) else path
-    # Paths of imported data contain "..", which the file system resolves differently after a link.
-    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
-    image = image if os.path.isfile(image) else str(path if path else image)
-    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"
-
-
 class _PredictionRecord(BaseModel):
     """Validated fields of one line of a prediction file."""
 
@@ -125,10 +111,12 @@ class _PredictionRecord(BaseModel):
     gold_boxes: tuple[BoxPart, ...]
     scores: dict[str, float]
     finish_reason: Literal["stop", "length"]
+    image_size: ImageSize = DEFAULT_SIZE
 
     def as_case(self) -> EvalCase:
-        references, is_ended = (self.gold, *self.references), self.finish_reason == "stop"
-        return EvalCase(self.answer, self.boxes, references, self.gold_boxes, self.id, is_ended)
+        references, has_ended = (self.gold, *self.references), self.finish_reason == "stop"
+        ending = self.id, has_ended, self.image_size
+        return EvalCase(self.answer, self.boxes, references, self.gold_boxes, *ending)
 
 
 T = TypeVar("T")
@@ -228,28 +216,6 @@ def _classify_change(name: str, interval: ConfidenceInterval | None) -> Verdict:
     if name in LOWER_IS_BETTER:
         low, high = -high, -low
     return "better" if low > 0 else "worse" if high < 0 else "no clear change"
-
-
-def format_differences(
-    differences: Sequence[MetricDifference], primary_metric: str | None = None
-) -> str:
-    """Format one line per score; the primary metric is marked."""
-    rows = [("score", "before", "after", "difference", "95 % interval", "")]
-    for one in differences:
-        name = f"{one.name}*" if one.name == primary_metric else one.name
-        values = f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}"
-        interval_text = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
-        rows.append((name, *values, interval_text, one.verdict))
-    notes = note_lines((one.name, one.note) for one in differences)
-    for one in differences:
-        old, new = (count_correct(one.name, x, one.num_samples) for x in (one.before, one.after))
-        if old is not None and new is not None:
-            text = f"{old} of {one.num_samples} answers correct before, {new} after"
-            notes.append(f"{one.name}: {text}")
-        if one.name == "ended_with_eos" and one.after < 1:
-            text = "share of answers that ended before eval.max_new_tokens: raise it for the others"
-            notes.append(f"{one.name}: {text}")
-    return "\n".join([align_columns(rows, 1), *notes])
 
 
 def align_columns(rows: Sequence[Sequence[str]], num_left: int) -> str:

@@ -56,6 +56,7 @@ _BUILT_IN: dict[TaskName, TaskMetric] = {
     "tool_calls": TaskMetric("exact", json_metrics.score_tool_calls, reference_kind="tool call"),
     "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
     "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
+    "pointing": TaskMetric("f1", box_metrics.score_pointing, reference_kind="box"),
 }
 TASK_METRICS = Registry("metrics", TaskMetric, _BUILT_IN)
 
@@ -80,10 +81,11 @@ METRIC_TEXTS = {
     "ended_with_eos": ("ended with EOS", "answers that ended before the token limit"),
     "accuracy": ("accuracy", "answers with the correct class"),
     "bleu": ("BLEU", "precision of n-grams of up to four tokens"),
-    "f1": ("F1", "harmonic mean of precision and recall over words, classes or fields"),
+    "f1": ("F1", "harmonic mean of precision and recall over words, classes, fields or points"),
     "ap": ("AP", "average precision over ten IoU thresholds, 0.5 to 0.95"),
     "accuracy_at_0.5": ("accuracy at IoU 0.5", "boxes with an IoU of at least 0.5"),
     "accuracy_at_0.75": ("accuracy at IoU 0.75", "boxes with an IoU of at least 0.75"),
+    "distance": ("distance", "distance of points as a fraction of the image diagonal"),
     "mean_iou": ("mean IoU", "overlap with the reference boxes"),
     "parse_rate": ("parsable answers", "answers that could be parsed"),
     "anls": ("ANLS", "similarity to a reference, 0 below 0.5"),
@@ -110,7 +112,7 @@ METRIC_TEXTS = {
 PAIR_METRICS = "rewards/accuracies", "rewards/margins"
 """Metrics of preference pairs in steps and evaluations, computed with the loss."""
 
-LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", VALIDATION_LOSS})
+LOWER_IS_BETTER = frozenset({"edit_distance", "cer", "wer", "distance", VALIDATION_LOSS})
 
 
 def get_task_metric(metric: MetricSpec) -> TaskMetric:

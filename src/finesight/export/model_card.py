@@ -82,6 +82,16 @@ def write_model_card(folder: Path, info: VerifiedMerge) -> None:
     (folder / MODEL_CARD_FILE).write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
 
 
+@dataclass(frozen=True, slots=True)
+class HubUpload:
+    """Hub address, visibility, sizes of the files in bytes, and page; None if only listed."""
+
+    to: str
+    public: bool
+    files: Mapping[str, int]
+    page: str | None
+
+
 @contextmanager
 def collect_uploads(model_source: ModelSource, source: str) -> Iterator[dict[str, Path]]:
     """Yield the files of a model upload by their repository name.

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finesight.data.boxes import (
-    BOX_KEY,
+    has_json_boxes,
     is_inside_image,
     parse_json_box,
     split_at_boxes,
@@ -302,30 +302,30 @@ def build_answer_parts(
     """
     if not prediction.answer.strip():
         return ()
-    parts = _split_text_and_boxes(prediction, image_size) or [TextPart(text=prediction.answer)]
+    parts: list[ContentPart] = [TextPart(text=prediction.answer)]
+    pieces, boxes = list(_split_at_boxes(prediction)), prediction.boxes
+    if (
+        image_size is not None
+        and pieces.count(None) == len(boxes) > 0
+        and all(is_inside_image(box.xyxy, image_size, is_point=box.is_point) for box in boxes)
+    ):
+        own = (box.model_copy(update={"image": 0}) for box in boxes)
+        pieces = [text for text in pieces if text != ""]
+        parts = [next(own) if text is None else TextPart(text=text) for text in pieces]
     if prediction.reasoning is not None:
         parts = [TextPart(text=f"{THINK_START}{prediction.reasoning}{THINK_END}"), *parts]
     return tuple(parts)
 
 
-def _split_text_and_boxes(
-    prediction: Prediction, image_size: ImageSize | None
-) -> list[ContentPart]:
-    """Split an answer into text and box parts; empty if boxes are missing or invalid."""
-    pieces, boxes = list(_split_at_boxes(prediction)), prediction.boxes
-    if image_size is None or not boxes or pieces.count(None) != len(boxes):
-        return []
-    if not all(is_inside_image(box.xyxy, image_size) for box in boxes):
-        return []
-    parts = (box.model_copy(update={"image": 0}) for box in boxes)
-    return [next(parts) if text is None else TextPart(text=text) for text in pieces if text != ""]
-
-
 def _split_at_boxes(prediction: Prediction) -> Iterator[str | None]:
     """Yield the texts of an answer and, between them, None for each box."""
-    if BOX_KEY not in prediction.raw_text:
+    if not has_json_boxes(prediction.raw_text):
         for piece in split_at_text_boxes(prediction.raw_text, None, is_tagged=True):
-            yield _SPECIAL_TOKENS.sub("", piece) if isinstance(piece, str) else None
+            # A tag without coordinates stays text.
+            if isinstance(piece, str) or not piece.coordinates:
+                yield _SPECIAL_TOKENS.sub("", piece if isinstance(piece, str) else piece.text)
+            else:
+                yield from [None] * len(piece.coordinates)
         return
     for values in split_at_boxes(strip_code_fences(prediction.answer)):
         if isinstance(values, str):

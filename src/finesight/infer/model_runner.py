@@ -194,7 +194,9 @@ class ModelRunner:
         """
         if self._cuda_graphs is None:
             return self._decode_step(num_seqs, max_seq_len)
-        padded_num_seqs = min(pad_num_seqs(num_seqs), self.max_num_seqs)
+        # A size with a CUDA graph: 1, 2, 4 and multiples of 8.
+        sizes = 1, 2, 4, -(-num_seqs // 8) * 8
+        padded_num_seqs = min(next(n for n in sizes if num_seqs <= n), self.max_num_seqs)
         return self._cuda_graphs.run(
             padded_num_seqs, lambda: self._decode_step(padded_num_seqs, max_seq_len)
         )[:num_seqs]
@@ -218,11 +220,6 @@ class ModelRunner:
         # The maximum is NaN if any logit is NaN.
         self.is_finite_R[:num_seqs].copy_(max_logits_R.isfinite())
         return logits_RV
-
-
-def pad_num_seqs(num_seqs: int) -> int:
-    """Round a batch size up to a size with a CUDA graph: 1, 2, 4 and multiples of 8."""
-    return next((size for size in (1, 2, 4) if num_seqs <= size), -(-num_seqs // 8) * 8)
 
 
 ImageFeatureCache = LruCache[tuple[int | None, bytes], Tensor]

@@ -16,7 +16,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from finesight.data.image_header import CorruptImageError
+from finesight.data.boxes import sort_corners
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import (
     BoxPart,
     ImagePart,
@@ -27,6 +28,7 @@ from finesight.data.sample import (
     VideoPart,
     is_video_path,
     join_text,
+    list_coordinates,
 )
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
@@ -59,6 +61,7 @@ class Prediction:
         finish_reason: "stop" after an end token or a stop string, "length" at the token limit.
         reasoning: Reasoning of a thinking model; None for other models.
         tokens: Generated tokens with log probabilities, if `predict` was called with `logprobs`.
+        image_size: Height and width in pixels of the image that boxes refer to.
     """
 
     id: str
@@ -71,6 +74,7 @@ class Prediction:
     finish_reason: Literal["stop", "length"]
     reasoning: str | None = None
     tokens: tuple[GeneratedToken, ...] = ()
+    image_size: ImageSize = DEFAULT_SIZE
 
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as a JSON record.
@@ -96,7 +100,7 @@ class Prediction:
         is_truncated = self.finish_reason == "length"
         truncation_note = f" [truncated after {self.num_tokens} tokens]" if is_truncated else ""
         boxes = [
-            f"\n  box {', '.join(f'{number:.1f}' for number in box.xyxy)}"
+            f"\n  {box.type} {', '.join(f'{number:.1f}' for number in list_coordinates(box))}"
             + (f"  {box.label}" if box.label else "")
             for box in self.boxes
         ]
@@ -105,7 +109,7 @@ class Prediction:
 
 
 def box_to_dict(box: BoxPart) -> dict[str, Any]:
-    """Convert a box to JSON data, with corners rounded to 0.01 pixels."""
+    """Convert a box or a point, with equal corners, to JSON data, rounded to 0.01 pixels."""
     corners = [round(number, 2) for number in box.xyxy]
     return {"image": box.image, "label": box.label, "xyxy": corners}
 
@@ -344,8 +348,8 @@ def build_prediction(
     completion = renderer.decode_completion(output_ids, is_thinking=prompt.is_thinking)
     sample = located_sample.sample
     user_turns = [message.content for message in sample.messages if message.role == "user"]
-    if image_index is None:
-        image_index = _get_target_image(sample)
+    image_index = _get_target_image(sample) if image_index is None else image_index
+    sizes = [span.original_size for span in prompt.spans if span.kind == "image"]
     return Prediction(
         id=sample.id,
         images=tuple(
@@ -360,6 +364,7 @@ def build_prediction(
         num_tokens=len(output_ids),
         finish_reason="stop" if output_ids and output_ids[-1] in renderer.end_ids else "length",
         reasoning=completion.reasoning,
+        image_size=sizes[image_index] if sizes else DEFAULT_SIZE,
     )
 
 
@@ -369,10 +374,9 @@ def _get_target_image(sample: Sample) -> int:
     Box formats do not name an image. If all boxes of the reference answer refer to the same image,
     that image is used, else the first.
     """
-    boxes = [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
-    image_indices = (
-        {box.image for box in boxes} if sample.messages[-1].role == "assistant" else set()
-    )
+    last = sample.messages[-1]
+    boxes = [part for part in last.content if isinstance(part, BoxPart)]
+    image_indices = {box.image for box in boxes if last.role == "assistant"}
     return image_indices.pop() if len(image_indices) == 1 else 0
 
 
@@ -408,9 +412,10 @@ def draw_boxes(image: Image.Image, boxes: Sequence[BoxPart]) -> Image.Image:
     font = ImageFont.load_default(size=max(10, short_side / 30))
     for box_index, box in enumerate(boxes):
         color = BOX_COLORS[box_index % len(BOX_COLORS)]
-        x1, y1, x2, y2 = box.xyxy
         # Inverted corners are sorted for drawing only; metrics still reject such a box.
-        corners = (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2))
+        corners = sort_corners(box.xyxy)
+        if box.is_point:
+            draw.circle(corners[:2], 2 * line_width, fill=color, outline="white")
         draw.rectangle(corners, outline=color, width=line_width)
         if box.label:
             # Above the box, or inside the box at the upper image border.

@@ -29,10 +29,10 @@ class TokenSampler:
         self.request, self.sampling_params = request, request.sampling_params
         self._bitmask: NDArray[np.int32] | None = None
         self._prompt_ids = np.unique(request.prompt.tokenized.ids_T).astype(np.int64)
-        self._seen_V: Tensor | None = None
+        self.seen_V: Tensor | None = None
         seed = request.sampling_params.seed
         bit_generator = np.random.Philox() if seed is None else np.random.Philox(key=seed % 2**64)
-        self._rng = np.random.Generator(bit_generator)
+        self.rng = np.random.Generator(bit_generator)
 
     @property
     def is_argmax_only(self) -> bool:
@@ -55,27 +55,18 @@ class TokenSampler:
         assert bitmask is not None, "a sampler without a constraint"
         return bitmask
 
-    def draw_uniform(self) -> float:
-        """Draw a uniform value in [0, 1) from the random generator of this sequence."""
-        return float(self._rng.random())
-
     def apply_repetition_penalty(self, logits_V: Tensor) -> Tensor:
         """Apply the repetition penalty to tokens that occur in the prompt or completion."""
         penalty = self.sampling_params.repetition_penalty
         if penalty == 1.0:
             return logits_V
-        if self._seen_V is None:
+        if self.seen_V is None:
             seen_V = torch.zeros(len(logits_V), dtype=torch.bool, device=logits_V.device)
-            self._seen_V = seen_V.index_fill_(
+            self.seen_V = seen_V.index_fill_(
                 0, copy_to_device(self._prompt_ids, logits_V.device), True
             )
         penalized_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-        return torch.where(self._seen_V, penalized_V, logits_V)
-
-    def record_token(self, id_1: Tensor) -> None:
-        """Record a sampled token for the repetition penalty; its id remains on the device."""
-        if self._seen_V is not None:
-            self._seen_V.index_fill_(0, id_1, True)
+        return torch.where(self.seen_V, penalized_V, logits_V)
 
 
 class SampledLogprobs(NamedTuple):
@@ -119,7 +110,9 @@ def sample_tokens(
             drawn_N = draw_ids(selected_NV.softmax(-1), selected)
             ids_S = ids_S.index_copy(0, indices_N, drawn_N)
     for index, sampler in enumerate(samplers):
-        sampler.record_token(ids_S[index : index + 1])
+        # For the repetition penalty; the id remains on the device.
+        if sampler.seen_V is not None:
+            sampler.seen_V.index_fill_(0, ids_S[index : index + 1], True)
     is_processed = [sampler.request.processed_logprobs for sampler in samplers]
     if any(is_processed):
         is_processed_S1 = copy_to_device(np.array(is_processed), logits_SV.device)[:, None]
@@ -189,7 +182,7 @@ def _sample_inverse_cdf(probs_SV: Tensor, samplers: Sequence[TokenSampler]) -> T
     Each row uses the random generator of its sequence.
     """
     cdf_SV = probs_SV.double().cumsum(-1)
-    uniforms_S1 = _to_column([c.draw_uniform() for c in samplers], probs_SV).double()
+    uniforms_S1 = _to_column([float(c.rng.random()) for c in samplers], probs_SV).double()
     # Below the total, the first larger sum belongs to a token with a probability.
     total_S1 = cdf_SV[:, -1:]
     targets_S1 = torch.minimum(

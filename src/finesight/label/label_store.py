@@ -241,7 +241,11 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         try:
             self._acquire()
             self._journal_stat = os.stat(self._journal)
-            entries = self._read_journal()
+            content = self._journal.read_bytes()
+            size = content.rfind(b"\n") + 1
+            if size < len(content):
+                truncate_file(self._journal, size)
+            entries = read_journal(content[:size], self._journal)
             self._items = _build_items(samples, entries, review)
             withdrawn_ids = self._apply_entries(entries)
             # The labels of images that are not loaded now are kept. A review replaces all labels.
@@ -270,13 +274,6 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 expected="one process per folder",
                 remedy="use the page of that process, or another --out",
             ) from error
-
-    def _read_journal(self) -> list[JournalEntry]:
-        content = self._journal.read_bytes()
-        size = content.rfind(b"\n") + 1
-        if size < len(content):
-            truncate_file(self._journal, size)
-        return read_journal(content[:size], self._journal)
 
     def _apply_entries(self, entries: Sequence[JournalEntry]) -> set[str]:
         """Update the items, and return the IDs of other samples that lost their label."""

@@ -203,20 +203,17 @@ def export_data(
     is_one_file = first_file.suffix in (".json", ".jsonl") and summary.format != "labelme"
     source = first_file if is_one_file else out
     step = Step("check", {"sources": [source], "format": summary.format})
-    return Outcome(summary, _format_export_summary(out, summary), asdict(summary), [step])
-
-
-def _format_export_summary(out: StrPath, summary: ExportSummary) -> list[str]:
     files = [str(file) for file in summary.files[:MAX_PRINTED_FILES]]
     if len(summary.files) > MAX_PRINTED_FILES:
         files.append(f"and {len(summary.files) - MAX_PRINTED_FILES} more")
-    return [
+    lines = [
         f"{out}: {format_count(summary.num_samples, 'sample')} in the format {summary.format}",
         f"  {', '.join(files)}",
         f"  {format_count(summary.num_images, 'image')}",
         *(f"  not supported: {count} {feature}" for feature, count in summary.lost_counts.items()),
         *(f"  note: {note}" for note in summary.notes),
     ]
+    return Outcome(summary, lines, asdict(summary), [step])
 
 
 MAX_PRINTED_FILES = 3

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -15,7 +15,7 @@ from finesight.operations.options import DeviceOption
 
 if TYPE_CHECKING:
     from finesight.export.deployment import GgufFiles, ServingCommands
-    from finesight.export.model_card import VerifiedMerge
+    from finesight.export.model_card import HubUpload, VerifiedMerge
     from finesight.progress import ProgressConsole
 
 
@@ -189,16 +189,6 @@ def _format_merge(merge_result: VerifiedMerge) -> Iterator[str]:
         yield f"other programs cannot store the image size: resize images to {rule_text}"
 
 
-@dataclass(frozen=True, slots=True)
-class HubUpload:
-    """Hub address, visibility, sizes of the files in bytes, and page; None if only listed."""
-
-    to: str
-    public: bool
-    files: Mapping[str, int]
-    page: str | None
-
-
 def export(
     source: Annotated[StrPath, Parameter(metavar="MODEL", path="name")],
     out: Annotated[StrPath | None, Parameter(is_positional=True, path="name")] = None,
@@ -248,7 +238,12 @@ def export(
         upload = _upload(name, target, public=public, confirm=confirm)
         arguments = {"source": name, "out": target, "public": public, "confirm": True}
         steps = [] if confirm else [Step("export", arguments)]
-        return Outcome(upload, _format_upload(upload), asdict(upload), steps)
+        lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
+        total, visibility = sum(upload.files.values()), "public" if public else "private"
+        num_files = format_count(len(lines), "file")
+        lines.append(f"{total:>16,}  bytes in {num_files} to {upload.to}, {visibility}")
+        lines.append(upload.page or "nothing was uploaded")
+        return Outcome(upload, lines, asdict(upload), steps)
     model_source = resolve_model_source(name)
     if target is None:
         from finesight.export.deployment import build_serving_commands
@@ -271,7 +266,7 @@ def export(
 
 def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
     """List the files of a model, and upload them if confirmed."""
-    from finesight.export.model_card import collect_uploads
+    from finesight.export.model_card import HubUpload, collect_uploads
     from finesight.hub.repository import publish_model
     from finesight.infer.model_loader import get_model_name, resolve_model_source
     from finesight.progress import ProgressConsole
@@ -285,15 +280,6 @@ def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
             with ProgressConsole().activity(text):
                 page = publish_model(address, files, public=public, message=message)
     return HubUpload(str(address), public, sizes, page)
-
-
-def _format_upload(upload: HubUpload) -> list[str]:
-    lines = [f"{size:>16,}  {name}" for name, size in upload.files.items()]
-    total, visibility = sum(upload.files.values()), "public" if upload.public else "private"
-    lines.append(
-        f"{total:>16,}  bytes in {format_count(len(lines), 'file')} to {upload.to}, {visibility}"
-    )
-    return [*lines, upload.page or "nothing was uploaded"]
 
 
 def upload_run(run_dir: Path, out: str, console: ProgressConsole) -> int:

@@ -33,7 +33,7 @@ def evaluate(
     metric: Annotated[
         str | None,
         Parameter(
-            "captions, latex, ocr, qa, classification, json, grounding or detection, or "
+            "captions, latex, ocr, qa, classification, json, grounding, detection or pointing, or "
             "FILE.py:FUNCTION for a custom metric. Default for a run: the metric of its recipe; "
             "required otherwise.",
             plugins="metrics",

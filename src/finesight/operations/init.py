@@ -19,11 +19,11 @@ from finesight.operations.options import TableOptions
 from finesight.operations.training import plan
 
 if TYPE_CHECKING:
-    from finesight.data.import_source import DetectedTask, ImportOptions, ImportSource
-    from finesight.data.importer import ImportSummary
+    from finesight.data.import_source import ImportOptions, ImportSource
     from finesight.data.row_reader import SourceRow
     from finesight.data.sample import Sample
     from finesight.plan.run_plan import RunPlan
+    from finesight.recipe_template import DetectedTask
 
 Ask = Callable[[str, str], str]
 """Function that asks a question, and returns the answer. The second argument is the default."""
@@ -51,6 +51,7 @@ TASKS = {
     "tool_calls": "call tools with arguments",
     "grounding": "find the object that the question names",
     "detection": "find all objects of given classes",
+    "pointing": "point to objects or their parts",
 }
 """Tasks with the answer that a model gives."""
 
@@ -142,7 +143,12 @@ def init(
     map_hint = f"--map image={options.columns.get('image')} --map answer=COLUMN"
     is_detected = not reading.get("columns")
     first, *details = format_import(source, summary, options, is_detected=is_detected)
-    check_lines, has_errors = _check(summary)
+    train_file, *eval_files = [file.file for file in summary.output_files]
+    outcome = check_data([train_file], eval_files)
+    # The files are those of the import.
+    first_check, *check_lines = outcome.lines[len(outcome.value.sources) :]
+    if not outcome.value.issue_counts:
+        first_check, check_lines = "; ".join([first_check, *check_lines]), []
     lines = [
         f"data    {first}",
         *(f"        {line}" for line in details),
@@ -152,6 +158,7 @@ def init(
         f"example {_format_example(summary.output_files[0].file)}",
         f"device  {device}, {memory_bytes / 1e9:.0f} GB" if memory_bytes else f"device  {device}",
         f"model   {model}",
+        f"check   {first_check}",
         *check_lines,
         *([] if run_plan is None else format_short_plan(run_plan)),
         "",
@@ -162,7 +169,7 @@ def init(
     if fits:
         chat = Step("chat", {"run_or_model": folder / "run"})
         steps = [Step("train", {"recipe": recipe}), chat]
-    if has_errors:
+    if has_errors := outcome.value.severity == "error":
         page = folder / "check.html"
         steps.insert(0, Step("check", {"sources": [recipe], "html": page}))
     result = {
@@ -254,16 +261,10 @@ def _detect_task(
         Task, import options and opened dataset.
     """
     from finesight.data.formats.row_keys import UnsupportedKeyError
-    from finesight.data.import_source import (
-        NUM_PREVIEW_ROWS,
-        PROMPTS,
-        UnvalidatedSource,
-        detect_task,
-        format_class_prompt,
-        open_source,
-    )
+    from finesight.data.import_source import NUM_PREVIEW_ROWS, UnvalidatedSource, open_source
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.task_metrics import check_references
+    from finesight.recipe_template import PROMPTS, detect_task, format_class_prompt
     from finesight.storage import temporary_folder
 
     samples: list[Sample] = []
@@ -380,14 +381,3 @@ def choose_model(memory_bytes: int) -> str:
     from finesight.model_folder import TINY_MODEL
 
     return next((name for minimum, name in MODELS if memory_bytes >= minimum), TINY_MODEL)
-
-
-def _check(summary: ImportSummary) -> tuple[list[str], bool]:
-    """Check the imported samples; return the lines of the summary, and whether it has errors."""
-    train_file, *eval_files = [file.file for file in summary.output_files]
-    outcome = check_data([train_file], eval_files)
-    # The files are those of the import.
-    first, *lines = outcome.lines[len(outcome.value.sources) :]
-    if not outcome.value.issue_counts:
-        first, lines = "; ".join([first, *lines]), []
-    return [f"check   {first}", *lines], outcome.value.severity == "error"

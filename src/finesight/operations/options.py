@@ -130,7 +130,7 @@ class TableOptions(TypedDict, total=False):
         str | None,
         Parameter(
             "Question about every image, appended to the question of the row if it has one. In "
-            "box datasets, {label} (grounding) or {labels} (detection) inserts the class names."
+            "box datasets, {label} (grounding) or {labels} (others) inserts the class names."
         ),
     ]
     no_header: Annotated[
@@ -159,11 +159,11 @@ class SourceOptions(TableOptions, total=False):
         ),
     ]
     box_task: Annotated[
-        Literal["detection", "grounding"],
+        Literal["detection", "grounding", "points"],
         Parameter(
             "For datasets of boxes (coco, yolo, voc, labelme, cvat, fiftyone, label-studio): one "
-            "question per image about all boxes (detection), or one per image and label "
-            "(grounding).",
+            "question per image about all boxes (detection), one per image and label (grounding), "
+            "or one per image about all points and keypoints (points).",
             default="detection",
         ),
     ]

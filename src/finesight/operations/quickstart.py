@@ -113,10 +113,9 @@ def write_recipe(out: Path, plan: QuickstartSettings) -> Path:
 
     Raises UserError if `out` contains other files.
     """
-    from finesight.data.import_source import DetectedTask
     from finesight.infer.model_loader import select_cpu_precision
     from finesight.model_folder import TINY_MODEL
-    from finesight.recipe_template import format_recipe
+    from finesight.recipe_template import DetectedTask, format_recipe
     from finesight.storage import write_file
 
     recipe, num_samples = out / "recipe.yaml", plan.num_images - plan.num_eval_rows

@@ -67,8 +67,8 @@ def sample(
         batch_size: Responses generated at the same time; halved when GPU memory is exhausted.
     """
     from finesight.data.sample import LocatedSample, read_samples
-    from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-    from finesight.evaluate.metric_difference import format_prediction_line
+    from finesight.evaluate.eval_case import get_reference_answer
+    from finesight.evaluate.metric_difference import create_case, format_prediction_line
     from finesight.evaluate.rewards import RewardScorer
     from finesight.infer.prediction import predict
     from finesight.infer.request import SamplingParams
@@ -103,10 +103,7 @@ def sample(
         for located in (one for i, one in enumerate(samples) if i not in skipped):
             group, found = found[:best_of], found[best_of:]
             answer = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
-            cases = [
-                EvalCase(one.answer, one.boxes, *answer, one.id, one.finish_reason == "stop")
-                for one in group
-            ]
+            cases = [create_case(one, answer) for one in group]
             rows = zip(*scorer.score(cases), strict=True)
             for n, (one, case, row) in enumerate(zip(group, cases, rows, strict=True)):
                 scores = [math.nan if value is None else value for value in row]

@@ -177,8 +177,8 @@ def train(
             none. Repeat the same recipe and overrides, or give the run folder.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
-    from finesight.evaluate.metric_difference import read_example
     from finesight.progress import ProgressConsole
+    from finesight.train.run_dir import read_example
 
     overrides, console = overrides or (), ProgressConsole()
     is_main = os.environ.get("RANK", "0") == "0"

@@ -46,7 +46,7 @@ from finesight.train.dataset_stats import DatasetStats, SampleStats, load_traini
 from finesight.train.evaluation import resolve_eval_interval, resolve_interim_limit
 from finesight.train.flops import FlopCounter
 from finesight.train.sampler import TrainSampler
-from finesight.train.setup import check_run_inputs, resolve_base_model
+from finesight.train.setup import check_rewards, check_trainable_parts, resolve_base_model
 from finesight.train.state import RunContext, RunData
 
 MIN_DECODE_STEP_S = 3.0e-3
@@ -255,7 +255,8 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
         recipe, renderer, recipe_target.num_workers, console
     )
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_run_inputs(recipe, train_data, sampler)
+    check_trainable_parts(recipe.tune, train_data, sampler)
+    check_rewards(recipe, train_data)
     planned_steps = PlannedSteps(
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,

@@ -252,7 +252,11 @@ class CudaGraphRunner:
         """
         if batch.context_shard is not None:
             return None, features_MKD
-        self._poll_launch()
+        if self._launch_event is not None:
+            # The pack is starved if the device had finished the previous pack already.
+            is_finished = self._launch_event.query()  # type: ignore[no-untyped-call]
+            self._num_starved = self._num_starved + 1 if is_finished else 0
+            self._launch_event = None
         max_tokens = MAX_GRAPH_TOKENS if features_MKD is None else MAX_GRAPH_TOKENS_CACHED
         if self._is_starved:
             max_tokens = MAX_GRAPH_TOKENS_STARVED
@@ -425,13 +429,6 @@ class CudaGraphRunner:
                 shape.vision_shape is not None for shape in self.static_inputs
             )
         return is_faster and (is_frequent or 2 * len(self.static_inputs) < MAX_GRAPHS)
-
-    def _poll_launch(self) -> None:
-        """Count the pack as starved if the device had finished the previous pack already."""
-        if self._launch_event is not None:
-            is_finished = self._launch_event.query()  # type: ignore[no-untyped-call]
-            self._num_starved = self._num_starved + 1 if is_finished else 0
-            self._launch_event = None
 
     @property
     def _is_starved(self) -> bool:

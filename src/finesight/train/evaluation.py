@@ -235,7 +235,7 @@ def _distribute_generation(process_group: ProcessGroup, generate: PredictFn) -> 
             return generations
         predictions: dict[int, Prediction] = {}
         unreadable: dict[int, str] = {}
-        payloads = process_group.all_gather_str(adapter.dump_json(generations).decode())
+        payloads = process_group.all_gather_object(adapter.dump_json(generations).decode())
         for rank, (rank_predictions, missing) in enumerate(map(adapter.validate_json, payloads)):
             positions = range(rank, len(samples), process_group.world_size)
             unreadable |= {positions[index]: reason for index, reason in missing.items()}
@@ -281,8 +281,7 @@ def _mean_losses(
     Raises:
         UserError: All samples of the first part have corrupt images, or a loss is not finite.
     """
-    payloads = state.run.hardware.process_group.all_gather_str(json.dumps(loss_sums))
-    sums_by_rank = [json.loads(payload) for payload in payloads]
+    sums_by_rank = state.run.hardware.process_group.all_gather_object(loss_sums)
     losses, skipped = list[MeanLoss](), list[SkippedSample]()
     for num_parts in range(1, len(loss_sums) + 1):
         sums = [one for rank_sums in sums_by_rank for one in rank_sums[:num_parts]]

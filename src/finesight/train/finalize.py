@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -20,14 +19,14 @@ from torch import Tensor, nn
 from finesight.bounded_files import read_bytes
 from finesight.errors import Step, TrainingInterrupted, UserError
 from finesight.evaluate import custom_metric
-from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, pair_results
+from finesight.evaluate.eval_case import BestEval, EvalResult, find_best_eval, note_lines
 from finesight.evaluate.metric_difference import (
     REASON_NO_PREDICTIONS,
     MetricDifference,
     align_columns,
     build_unsampled_difference,
     compare_cases,
-    format_differences,
+    count_correct,
     read_predictions,
 )
 from finesight.manifest import PARAM_AUDIT_FILE, RESULT_FILE
@@ -142,8 +141,8 @@ class ParamAudit:
             flags = bool(checksum != start_checksum), name in params_with_grad, sample is not None
             own_sums[name] = [is_counted * num_params, *flags, *squares]
         sums_by_group: dict[tuple[ModelPart, bool], dict[str, list[float]]] = {}
-        for payload in process_group.all_gather_str(json.dumps(own_sums)):
-            for name, shard in json.loads(payload).items():
+        for rank_sums in process_group.all_gather_object(own_sums):
+            for name, shard in rank_sums.items():
                 sums = sums_by_group.setdefault((get_part(name), shard[3] > 0), {})
                 # The values of all shards of a parameter are added.
                 sums[name] = [a + b for a, b in zip(sums.get(name, [0] * 6), shard, strict=True)]
@@ -553,3 +552,39 @@ def record_failure(
             run_dir.append_metrics({"step": progress.step, **end})
         RunReport(run_dir, console).write()
         raise
+
+
+def pair_results(before: EvalResult, after: EvalResult) -> tuple[EvalResult, EvalResult]:
+    """Return two results of the same samples: of all, or of the common subset.
+
+    If both have other samples, the results of all samples are returned.
+    """
+
+    def count_equal_sets(pair: tuple[EvalResult, EvalResult]) -> int:
+        old, new = (one.as_best_eval() for one in pair)
+        return 2 * old.has_scores_of(new) + old.has_loss_of(new)
+
+    pairs = (before.on_all_samples, after.on_all_samples), (before, after)
+    return max(pairs, key=count_equal_sets)
+
+
+def format_differences(
+    differences: Sequence[MetricDifference], primary_metric: str | None = None
+) -> str:
+    """Format one line per score; the primary metric is marked."""
+    rows = [("score", "before", "after", "difference", "95 % interval", "")]
+    for one in differences:
+        name = f"{one.name}*" if one.name == primary_metric else one.name
+        values = f"{one.before:.4f}", f"{one.after:.4f}", f"{one.after - one.before:+.4f}"
+        interval_text = "" if one.low is None else f"{one.low:+.4f} to {one.high:+.4f}"
+        rows.append((name, *values, interval_text, one.verdict))
+    notes = note_lines((one.name, one.note) for one in differences)
+    for one in differences:
+        old, new = (count_correct(one.name, x, one.num_samples) for x in (one.before, one.after))
+        if old is not None and new is not None:
+            text = f"{old} of {one.num_samples} answers correct before, {new} after"
+            notes.append(f"{one.name}: {text}")
+        if one.name == "ended_with_eos" and one.after < 1:
+            text = "share of answers that ended before eval.max_new_tokens: raise it for the others"
+            notes.append(f"{one.name}: {text}")
+    return "\n".join([align_columns(rows, 1), *notes])

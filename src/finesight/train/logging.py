@@ -90,7 +90,10 @@ class TrackingEvents:
         )
         self._tracking.log_images(eval_result.step, images)
         baseline = load_eval_history(self._run_dir)[0]
-        if (text := _describe_regression(baseline, eval_result)) is not None:
+        name, old, new, is_comparable = _compare_scores(baseline, eval_result)
+        if is_comparable and (new > old if name in LOWER_IS_BETTER else new < old):
+            steps = format_count(eval_result.step, "step")
+            text = f"{name} {new:.4f} after {steps}, {old:.4f} before"
             self._tracking.send_alert("warning", "worse than before training", text)
 
     def log_result(self, result: RunResult) -> None:
@@ -107,14 +110,6 @@ def _compare_scores(before: EvalResult, after: EvalResult) -> tuple[str, float, 
     is_comparable = after.as_best_eval().is_comparable_to(before.as_best_eval())
     name = before.primary_metric or "validation_loss"
     return name, get_ranking_score(before), get_ranking_score(after), is_comparable
-
-
-def _describe_regression(baseline: EvalResult, current: EvalResult) -> str | None:
-    """Describe the regression if an evaluation is worse than before training; otherwise None."""
-    name, old, new, is_comparable = _compare_scores(baseline, current)
-    if not is_comparable or not (new > old if name in LOWER_IS_BETTER else new < old):
-        return None
-    return f"{name} {new:.4f} after {format_count(current.step, 'step')}, {old:.4f} before"
 
 
 MAX_CONSECUTIVE_NONFINITE = 5
@@ -402,7 +397,8 @@ class MetricsLogger:
             "step": step_batch.step_index + 1,
             "epoch": round(position / state.data.sampler.epoch_length, 4),
             **checked,
-            **step_output.list_metrics(state.engine.objective),
+            **step_batch.metrics,
+            **state.engine.objective.describe_metrics(step_output.results[2:].tolist()),
             "lr": state.engine.optimizer.learning_rates(step_output.lr_factor),
             "num_samples": global_stats.num_samples,
             "num_tokens": global_stats.num_tokens,

@@ -9,13 +9,13 @@ Shapes: Q groups, G responses of a group, F rewards, L supervised tokens, T toke
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from random import Random
 from typing import Any, NamedTuple
 
@@ -24,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.data.boxes import Box, iou
+from finesight.data.boxes import iou, sort_corners
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import FRAME_1000, scale_box
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer, Renderer
 from finesight.encode.tokenization import EncodedSample, VisualSpan
 from finesight.evaluate.eval_case import EvalCase, get_reference_answer
-from finesight.evaluate.metric_difference import format_prediction_line
+from finesight.evaluate.metric_difference import create_case, format_prediction_line
 from finesight.evaluate.rewards import RewardScorer
 from finesight.infer.kv_cache import append_tokens, hash_images
 from finesight.infer.prediction import (
@@ -165,7 +165,7 @@ class RewardCheck:
                 raw = scale_box(box.xyxy, image.original_size, own)
                 frames = own, FRAME_1000, image.original_size, image.resized_size, (1, 1)
                 expected = scale_box(reference.xyxy, image.original_size, (1, 1))
-                found = [_sort_corners(scale_box(raw, frame, (1, 1))) for frame in frames]
+                found = [sort_corners(scale_box(raw, frame, (1, 1))) for frame in frames]
                 matches = [(iou(one, expected), float(max(one) <= MAX_CORNER)) for one in found]
                 self._matches.setdefault(case.id, []).append(matches)
 
@@ -192,24 +192,16 @@ class RewardCheck:
         best = int(np.argmax(others * (inside_NC.mean(axis=0)[1:] > 0.5)))
         gains_N = overlaps_NC[:, 1 + best] - overlaps_NC[:, 0]
         num_better, num_worse = int((gains_N > 0).sum()), int((gains_N < 0).sum())
-        p_value = compute_sign_test(num_better, num_worse)
+        total = num_better + num_worse
+        # One-sided sign test: as many successes or more by chance.
+        outcomes = (math.comb(total, n) for n in range(num_better, total + 1))
+        p_value = sum(outcomes) / 2**total
         if p_value > MAX_FRAME_P_VALUE or others[best] < max(2 * usual, MIN_FRAME_IOU):
             return ""
         return (
             f"the boxes match the references as {FRAMES[best]} (mean IoU {others[best]:.2f}, now"
             f" {usual:.2f}): boxes of answers or of data probably have another coordinate frame"
         )
-
-
-def compute_sign_test(num_better: int, num_worse: int) -> float:
-    """Return the one-sided p-value of a sign test: as many successes or more by chance."""
-    total = num_better + num_worse
-    return float(sum(math.comb(total, n) for n in range(num_better, total + 1)) / 2**total)
-
-
-def _sort_corners(xyxy: Box) -> Box:
-    x1, y1, x2, y2 = xyxy
-    return min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)
 
 
 class Rollout:
@@ -262,8 +254,7 @@ class Rollout:
             num_useful=len(useful),
             num_tokens=sum(map(self.count_tokens, useful)),
         )
-        payloads = process_group.all_gather_str(json.dumps(own))
-        records = [RolloutRecord(*json.loads(payload)) for payload in payloads]
+        records = [RolloutRecord(*one) for one in process_group.all_gather_object(own)]
         rewards_QGF = np.array([group for one in records for group in one.rewards], np.float64)
         if step == self.first_step:
             for text in describe_unscored(self.scorer.names, rewards_QGF):
@@ -332,10 +323,7 @@ class Rollout:
             references = get_reference_answer(
                 sample.sample, has_reasoning=renderer.renders_reasoning
             )
-            cases = [
-                EvalCase(one.answer, one.boxes, *references, one.id, one.finish_reason == "stop")
-                for one in predictions
-            ]
+            cases = [create_case(one, references) for one in predictions]
             start_time = time.perf_counter()
             rewards_FG = np.array(self.scorer.score(cases), dtype=np.float64)
             self.reward_s += time.perf_counter() - start_time
@@ -396,8 +384,10 @@ class Rollout:
         finally:
             state.engine.model.train()
             # The graphs of an engine refer to the weights, which sharded modes gather elsewhere.
-            is_sharded, device = self.sampler.is_sharded, state.run.hardware.device
-            if is_sharded or not has_half_available(device):
+            device = state.run.hardware.device
+            free = 0 if self.sampler.is_sharded else free_gpu_memory(device)
+            # Graphs need half of the GPU memory; a CPU has none.
+            if not free or 2 * free <= torch.cuda.get_device_properties(device).total_memory:
                 self.sampler.engine = None
         return [responses[position::count] for position in range(count)]
 
@@ -515,20 +505,14 @@ class StudentRollout(Rollout):
             ids = [token.id for token in tokens]
             tokenized = append_tokens(prompt.tokenized, ids, is_supervised=True)
             encoded[index] = replace(prompt, tokenized=tokenized)
-        payloads = process_group.all_gather_str(json.dumps([len(one) for (one,) in responses]))
-        counts = [count for payload in payloads for count in json.loads(payload)]
+        counts_by_rank = process_group.all_gather_object([len(one) for (one,) in responses])
+        counts = [*chain.from_iterable(counts_by_rank)]
         metrics = {"rollout_s": time.perf_counter() - start_time}
         if counts:
             metrics["completions/mean_length"] = float(np.mean(counts))
         samples = [(index, encoded[index]) for index in indices if index in encoded]
         dataset = state.engine.step_dataset.with_pack_tokens(state.progress.budget.pack_tokens)
         return replace(dataset.pack_step(step, samples, skipped)[0], metrics=metrics)
-
-
-def has_half_available(device: torch.device) -> bool:
-    """Return whether more than half of the GPU memory is available; False on a CPU."""
-    free = free_gpu_memory(device)
-    return free > 0 and 2 * free > torch.cuda.get_device_properties(device).total_memory
 
 
 def join_responses(

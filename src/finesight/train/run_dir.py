@@ -32,6 +32,7 @@ from finesight.manifest import (
     SKIPPED_SAMPLES_FILE,
     Manifest,
     find_run_dir,
+    load_manifest,
 )
 from finesight.recipe import dump_recipe
 from finesight.storage import (
@@ -372,3 +373,24 @@ def _format_setting(value: Any) -> str:
         value = {key: item for key, item in value.items() if item is not None}
         value = value["default"] if value.keys() == {"default"} else value
     return json.dumps(value)
+
+
+def read_example(run_dir: Path) -> tuple[str, str]:
+    """Return an image and a prompt for example commands: those of the first validation prediction.
+
+    Without predictions, the prompt is the most frequent one of the training samples. Without an
+    image file or a prompt, they are `IMAGE` and `TEXT`.
+    """
+    record: dict[str, object] = {}
+    with suppress(UserError):
+        record["prompt"] = next(iter(load_manifest(run_dir / MANIFEST_FILE).prompts), None)
+    for name in ("before.jsonl", "after.jsonl"):
+        with suppress(UserError, ValueError):
+            lines = read_lines(run_dir / PREDICTIONS_FOLDER / name, expected="predictions")
+            record |= json.loads(next(lines, b"{}"))
+    path, prompt = record.get("image"), record.get("prompt")
+    path = next(iter(path), None) if isinstance(path, list) else path
+    # Paths of imported data contain "..", which the file system resolves differently after a link.
+    image = os.path.normpath(path) if isinstance(path, str) and os.path.isfile(path) else "IMAGE"
+    image = image if os.path.isfile(image) else str(path if path else image)
+    return image, prompt if isinstance(prompt, str) and prompt else "TEXT"

@@ -196,7 +196,12 @@ def build_train_state(
     """
     if recipe.tune.quantize.nf4:
         import_bitsandbytes("tune.quantize.nf4")
-    hardware = _detect_hardware(recipe, process_group)
+    device = process_group.select_device(resolve_device(recipe.train.device))
+    dtype, num_workers = resolve_precision(recipe.train.precision, device), recipe.train.num_workers
+    if num_workers is None:
+        num_workers = default_num_workers(device, process_group.local_world_size)
+    peak_flops = measure_peak_flops(device, dtype)
+    hardware = Hardware(device, dtype, num_workers, peak_flops, process_group)
     if recipe.tune.quantize.fp8:
         require_fp8_support(hardware.device, "tune.quantize.fp8")
     base_model = resolve_base_model(recipe)
@@ -211,7 +216,8 @@ def build_train_state(
     )
     renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
-    check_run_inputs(recipe, train_data, sampler)
+    check_trainable_parts(recipe.tune, train_data, sampler)
+    check_rewards(recipe, train_data)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
     data = RunData(renderer, train_data, validation_data, sampler)
     resume_config = _build_resume_config(recipe, hardware, base_model, data)
@@ -345,16 +351,6 @@ def resolve_tune(recipe: Recipe) -> TuneSettings:
     return recipe.tune.model_copy(update={"lora": lora})
 
 
-def check_run_inputs(recipe: Recipe, data: TrainingData, sampler: TrainSampler) -> None:
-    """Verify that a run can train the parts of its model, and compute its rewards.
-
-    Raises:
-        UserError: A trainable part gets no gradient, or a reward fails.
-    """
-    check_trainable_parts(recipe.tune, data, sampler)
-    check_rewards(recipe, data)
-
-
 def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: TrainSampler) -> None:
     """Verify that the samples of a run give every trainable part of the model a gradient.
 
@@ -480,16 +476,6 @@ def _load_latest_checkpoint(run: RunContext, resume: bool) -> Checkpoint | None:
         remedy = "start again with --resume"
         checkpoint = run.checkpoint_manager.load(int(step_text), remedy, is_verified=True)
     return checkpoint
-
-
-def _detect_hardware(recipe: Recipe, process_group: ProcessGroup) -> Hardware:
-    device = process_group.select_device(resolve_device(recipe.train.device))
-    dtype = resolve_precision(recipe.train.precision, device)
-    num_workers = recipe.train.num_workers
-    if num_workers is None:
-        num_workers = default_num_workers(device, process_group.local_world_size)
-    peak_flops = measure_peak_flops(device, dtype)
-    return Hardware(device, dtype, num_workers, peak_flops, process_group)
 
 
 def _build_resume_config(

@@ -344,8 +344,3 @@ class StepOutput:
             self.event.synchronize()
         norm, loss, *_ = self.results.tolist()
         return loss, norm
-
-    def list_metrics(self, objective: Objective) -> dict[str, float]:
-        """Return metrics of the data and of the objective by name; call it after `wait`."""
-        metrics = objective.describe_metrics(self.results[2:].tolist())
-        return {**self.step_batch.metrics, **metrics}

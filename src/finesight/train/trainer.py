@@ -314,7 +314,7 @@ class Trainer:
             self.checkpointer.wait()
             result = finalize()
             # The other ranks wait for the main process.
-            self.process_group.all_gather_str("")
+            self.process_group.all_gather_object(None)
             return result
         except Exception as error:
             self.handle_failure(error)
@@ -475,7 +475,7 @@ class Trainer:
         """
         progress = self.state.progress
         start = time.perf_counter()
-        with self.vision_features.reload_encoder():
+        with self.vision_features.offloader.hold(is_offloaded=False):
             eval_result = run_evaluation(self.state, name, is_complete)
         self.metrics_logger.log_evaluation(eval_result, name, time.perf_counter() - start)
         progress.last_eval_step = progress.step

@@ -17,7 +17,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from importlib.metadata import version
@@ -301,7 +301,7 @@ class VisionFeatures:
 
     def __init__(self, state: TrainState) -> None:
         self._state = state
-        self._offloader = EncoderOffloader(state.engine.model)
+        self.offloader = EncoderOffloader(state.engine.model)
 
     @contextmanager
     def open(self, log: Callable[[float, VisionCacheResult], None]) -> Iterator[VisionCache | None]:
@@ -335,12 +335,8 @@ class VisionFeatures:
                 builder.close()
             log(time.perf_counter() - start, result)
             offload = result.cache is not None and should_offload(state.run.hardware.device)
-            with self._offloader.hold(is_offloaded=offload):
+            with self.offloader.hold(is_offloaded=offload):
                 yield result.cache
-
-    def reload_encoder(self) -> AbstractContextManager[None]:
-        """Keep the weights of the vision encoder on the device within the context."""
-        return self._offloader.hold(is_offloaded=False)
 
 
 class _CacheUnavailable(Exception):
@@ -522,8 +518,8 @@ class VisionCacheBuilder:
                 blocker = str(error)
             except torch.OutOfMemoryError as error:
                 blocker = f"the GPU memory is full ({first_error_line(error)})"
-        own_outcome = json.dumps([self._stop.signal or 0, blocker, result])
-        outcomes = map(json.loads, self._process_group.all_gather_str(own_outcome))
+        own_outcome = self._stop.signal or 0, blocker, result
+        outcomes = self._process_group.all_gather_object(own_outcome)
         signals, blockers, results = zip(*outcomes, strict=True)
         self._stop.request(max(signals))
         # Signals that arrive later are exchanged at the next barrier.

@@ -13,7 +13,7 @@ from each_value import each
 from finesight.data.formats.conversation_rows import format_answer, parse_answer
 from finesight.data.formats.dataset_format import ImportContext, RowImages
 from finesight.data.image_resolver import ImageResolver
-from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart
+from finesight.data.sample import BoxPart, ContentPart, ImagePart, TextPart, create_region
 from finesight.errors import UserError
 
 CASES = load_cases("answer_boxes")
@@ -35,11 +35,13 @@ def test_answer_is_parsed(folder: Path, text: str, parts: list[Any]) -> None:
 
 def test_written_text_reads_back_the_same(folder: Path) -> None:
     box = BoxPart(xyxy=(1, 2.5, 3, 4), label='a "b"')
+    point = create_region((5, 6, 5, 6), None, is_point=True)
     content = (TextPart(text="In [1]: "), box, BoxPart(xyxy=(5, 6, 7, 8)), TextPart(text="!"))
     text = format_answer(content, 1)
     assert text == (
         'In [1]: [{"bbox_2d": [1, 2.5, 3, 4], "label": "a \\"b\\""}, {"bbox_2d": [5, 6, 7, 8]}]!'
     )
+    assert format_answer((point, point), 1) == '[{"point_2d": [5, 6]}, {"point_2d": [5, 6]}]'
     assert answer(folder, text) == summarize_content(content)
 
 

@@ -225,6 +225,64 @@ def test_other_shapes(
             assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13))]]
 
 
+@pytest.mark.parametrize(
+    ("make", "lawn", "points"),
+    [
+        (
+            coco,
+            '"category_id": 2, "bbox": [0, 0, 40, 20], "keypoints": [30, 4, 2, 0, 0, 0, 8, 9, 1]',
+            [("lawn a", (30, 4)), ("lawn c", (8, 9))],
+        ),
+        (labelme, '"shape_type": "point", "points": [[30, 4]]', [("lawn", (30, 4))]),
+        (
+            cvat,
+            '<points label="lawn" points="30.0,4.0;8,9"/><skeleton label="lawn"><points label="a"'
+            ' points="1,2"/><points label="b" outside="1" points="1,2"/></skeleton>',
+            [("lawn", (30, 4)), ("lawn", (8, 9)), ("lawn a", (1, 2))],
+        ),
+        (label_studio, '"width": 1, "keypointlabels"', [("lawn", (0, 0))]),
+        (
+            yolo,
+            "1 0.5 0.5 1 1 0.75 0.2 2 0 0 0 0.2 0.45 1",
+            [("lawn 1", (30, 4)), ("lawn 3", (8, 9))],
+        ),
+    ],
+)
+def test_points(
+    tmp_path: Path,
+    make: Callable[[Path], Path],
+    lawn: str,
+    points: list[tuple[str, tuple[int, int]]],
+) -> None:
+    old = {**LAWNS, yolo: "1 0.5 0.5 1 1"}[make]
+    source = write_changed(make, tmp_path / "set", old, lawn)
+    if make is coco:
+        text = source.read_text(encoding="utf-8").replace(
+            '"name": "lawn"', '"name": "lawn", "keypoints": ["a", "b", "c"]'
+        )
+        source.write_text(text, encoding="utf-8")
+    if make is yolo:
+        (source / "data.yaml").write_text("names: [dog, lawn]\nkpt_shape: [3, 3]\n")
+    samples, summary = import_samples(source, tmp_path / "out", box_task="points")
+    assert list_answers(samples) == [[(label, 2 * xy) for label, xy in points]]
+    assert all(part.type == "point" for part in samples[0].messages[-1].content)
+    assert ("lawn" in list_questions(samples)[0], "dog" in list_questions(samples)[0]) == (
+        True,
+        make is yolo,
+    )
+    assert not any("skipped" in note or "ignored" in note for note in summary.source_notes)
+
+
+def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:
+    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    with pytest.raises(UserError, match="no points in the annotations"):
+        import_samples(fiftyone(tmp_path / "set"), tmp_path / "out", box_task="points")
+    lawn = '"shape_type": "point", "points": [[44, 4]]'
+    source = write_changed(labelme, tmp_path / "outside", LAWNS[labelme], lawn)
+    with pytest.raises(UserError, match=r"the point \[44, 4\] .* outside its image"):
+        import_samples(source, tmp_path / "out", box_task="points")
+
+
 @pytest.mark.parametrize("key", ["iscrowd", "ignore"])
 def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path, key: str) -> None:
     dog = "[4, 5, 8, 8]"

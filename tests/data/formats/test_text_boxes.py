@@ -148,7 +148,7 @@ def find_issues(folder: Path) -> list[CheckIssue]:
         ('{"xmin": 80, "ymin": 70, "xmax": 150, "ymax": 90}', "boxes"),
         ('[{"box_2d": [70, 80, 90, 150], "label": "a"}]', "boxes"),
         ("<patch_index_0044><patch_index_0863>", "boxes"),
-        ('[{"point_2d": [240, 150], "label": "fruit"}]', "points"),
+        ('{"point_2d": [240, 150], "action": "click"}', "points"),
         ('<point x="10.5" y="20.1">a</point>', "points"),
         ("(120, 80)", "points"),
         ("[1, 2, 3, 4]", None),

@@ -1,10 +1,10 @@
 """Parse and write conversation rows: turns, boxes in answers, and metadata.
 
-Qwen2.5-VL writes boxes in answers as JSON with `bbox_2d`, one object or a list, with corners in
-pixels of the original image. A ```json fence is removed, because each model family adds its own.
-Qwen2-VL writes tags such as <|box_start|>(88,99),(500,700)<|box_end|> on a grid of 1000; see
-`boxes` for the grammar. The options --box-format and --box-units override both conventions. Boxes
-are parsed, because coordinates in text would be wrong after the image is resized.
+Qwen2.5-VL writes boxes in answers as JSON with `bbox_2d`, and points with `point_2d`: one object or
+a list, in pixels of the original image. A ```json fence is removed, because each model family adds
+its own. Qwen2-VL writes tags such as <|box_start|>(88,99),(500,700)<|box_end|> on a grid of 1000;
+see `boxes` for the grammar. The options --box-format and --box-units override both conventions.
+Boxes are parsed, because coordinates in text would be wrong after the image is resized.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ from typing import Any, NamedTuple
 from finesight.bounded_files import parse_json
 from finesight.data.boxes import (
     BOX_KEY,
+    POINT_KEY,
     BoxConvention,
     TextBox,
+    has_json_boxes,
     parse_json_box,
     split_at_boxes,
     split_at_text_boxes,
@@ -73,7 +75,7 @@ from finesight.data.sample import (
     VideoPart,
     check_limit,
     check_tool,
-    format_number,
+    list_coordinates,
     parse_tool_call,
     remove_nulls,
 )
@@ -135,11 +137,9 @@ def create_text_boxes(found: TextBox, images: RowImages) -> Iterator[BoxPart]:
         InvalidRowError: The text in the tag is not a box.
     """
     if not found.coordinates:
-        numbers = re.findall(r"-?\d+(?:\.\d+)?", found.text)
-        what = "points, which are not supported yet" if len(numbers) == 2 else "not a box"
         raise InvalidRowError(
-            f"{found.text[:60]!r} between box tokens: {what}",
-            "the corners of a box: (x1,y1),(x2,y2) or [x1,y1,x2,y2]",
+            f"{found.text[:60]!r} between box tokens: not a box",
+            "the corners of a box, (x1,y1),(x2,y2) or [x1,y1,x2,y2], or a point, (x,y)",
             "correct the row, or leave it out",
         )
     for box in found.coordinates:
@@ -153,7 +153,7 @@ def parse_text(role: Role, text: str, images: RowImages) -> Iterable[ContentPart
 
 def parse_answer(answer: str, images: RowImages) -> Iterator[ContentPart]:
     """Parse an answer text into text parts and box parts."""
-    if BOX_KEY not in answer:
+    if not has_json_boxes(answer):
         yield from _parse_plain_text(answer, images)
         return
     for text_or_boxes in _iter_json_boxes(strip_code_fences(answer)):
@@ -185,22 +185,22 @@ def format_answer(content: Sequence[ContentPart], num_images: int) -> str:
     segments: list[str | JsonBoxes] = []
     for kind, group in itertools.groupby(content, key=attrgetter("type")):
         parts = list(group)
-        if kind not in ("text", "box"):
+        if kind not in ("text", "box", "point"):
             raise UserError(
                 f"a part of type {kind} in an answer",
-                expected="text and boxes",
+                expected="text, boxes and points",
                 remedy="export to samples, or remove the sample",
             )
         texts = [make_text_part(part.text).text for part in parts if isinstance(part, TextPart)]
         boxes: JsonBoxes = [
-            (list(map(format_number, part.xyxy)), part.label and make_text_part(part.label).text)
+            (list_coordinates(part), part.label and make_text_part(part.label).text)
             for part in parts
             if isinstance(part, BoxPart)
         ]
         segments.append(boxes or "".join(texts))
     text = "".join(piece if isinstance(piece, str) else _format_boxes(piece) for piece in segments)
     segments = [piece for piece in segments if piece]
-    if BOX_KEY in text and (num_images != 1 or list(_iter_json_boxes(text)) != segments):
+    if has_json_boxes(text) and (num_images != 1 or list(_iter_json_boxes(text)) != segments):
         raise UserError(
             f"boxes that are ambiguous with the surrounding text or their image: {text[:80]!r}",
             expected=f"boxes in one image, and no {BOX_KEY} or bracket in the adjacent text",
@@ -240,7 +240,8 @@ def format_tools(sample: Sample) -> Record:
 
 def _format_boxes(boxes: JsonBoxes) -> str:
     items = [
-        {BOX_KEY: coordinates} if label is None else {BOX_KEY: coordinates, "label": label}
+        {BOX_KEY if len(coordinates) > 2 else POINT_KEY: coordinates}
+        | ({} if label is None else {"label": label})
         for coordinates, label in boxes
     ]
     return json.dumps(items[0] if len(items) == 1 else items, ensure_ascii=False)
@@ -253,7 +254,11 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             check_limit(len(piece), MAX_BOXES, "boxes")
             boxes = [parse_json_box(value) for value in piece]
             if None in boxes:
-                raise _build_box_error(piece[boxes.index(None)])
+                raise InvalidRowError(
+                    f"the box {str(piece[boxes.index(None)])[:80]}",
+                    f'{{"{BOX_KEY}": [four values], "label": text}}',
+                    "write boxes without other keys, and outside of other JSON",
+                )
             yield [box for box in boxes if box is not None]
         elif BOX_KEY in piece:
             raise InvalidRowError(
@@ -262,20 +267,6 @@ def _iter_json_boxes(text: str) -> Iterator[str | JsonBoxes]:
             )
         elif piece:
             yield piece
-
-
-def _build_box_error(value: object) -> InvalidRowError:
-    expected = f'{{"{BOX_KEY}": [four values], "label": text}}'
-    remedy = "remove the other keys, or leave out the row"
-    if not isinstance(value, dict):
-        remedy = "correct the row"
-        problem = "not an object"
-    elif BOX_KEY in value:
-        problem = "attributes of boxes are not supported yet"
-    else:
-        problem = "boxes nested in JSON are not supported yet"
-        remedy = "write the boxes as the answer, without an object around them"
-    return InvalidRowError(f"the box {str(value)[:80]}: {problem}", expected, remedy)
 
 
 class Turn(NamedTuple):

@@ -113,8 +113,8 @@ from finesight.data.sample import (
     TextPart,
     VideoPart,
     check_limits,
-    format_number,
     is_video_path,
+    list_coordinates,
     remove_nulls,
     sample_from_dict,
     sample_to_dict,
@@ -354,6 +354,8 @@ def _format_box(part: BoxPart, image_path: Path, context: ExportContext) -> str:
     sides = (width, height, width, height)
     grid_box = [value * 1000 / side for value, side in zip(part.xyxy, sides, strict=True)]
     x1, y1, x2, y2 = (min(round(value), 999) for value in grid_box)
+    if part.is_point:
+        return f"<box>({x1},{y1})</box>"
     if x1 >= x2 or y1 >= y2:
         raise UserError(
             f"the box {list(part.xyxy)} is smaller than a grid cell",
@@ -475,17 +477,17 @@ def _detect_ms_swift(records: Sequence[Record]) -> str | None:
         messages = record.get("messages")
         if not isinstance(messages, list) or not messages:
             return None
-        if not all(isinstance(m, dict) and _has_text(m) for m in messages):
+        if not all(
+            isinstance(turn, dict)
+            and (isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls")))
+            for turn in messages
+        ):
             return None
     num_with_images = sum(bool(list_images(record)) for record in records)
     return (
         f"messages of text, images in {num_with_images} and objects in {num_with_boxes} of the"
         f" first {len(records)}; LLaMA-Factory's messages with images are the same"
     )
-
-
-def _has_text(turn: Record) -> bool:
-    return isinstance(turn.get("content"), str) or has_value(turn.get("tool_calls"))
 
 
 def _parse_ms_swift(row: SourceRow, context: ImportContext) -> ImportExample:
@@ -549,7 +551,7 @@ def _iter_texts(message: Message, renderer: PartRenderer, objects: _ObjectLists)
             has_label = True
             objects["ref"].append(make_text_part(part.label).text)
             yield "<ref-object>"
-        objects["bbox"].append([format_number(value) for value in part.xyxy])
+        objects["bbox"].append(list_coordinates(part))
         objects["image_id"].append(part.image)
         yield "<bbox>"
 
@@ -718,7 +720,7 @@ def detect_samples(records: Sequence[Record]) -> str | None:
         return None
     parts = [part for turns in messages for one in turns for part in as_list(one.get("content"))]
     is_marked = all(messages) and any("references" in record for record in cleaned)
-    is_marked |= any(p.get("type") == "box" or "frames" in p for p in parts if isinstance(p, dict))
+    is_marked |= any(isinstance(p, dict) and p.keys() & {"xyxy", "xy", "frames"} for p in parts)
     reason = f"messages with role and content in all of the first {len(records)}"
     return reason if is_marked or all(map(_is_sample, cleaned)) else None
 
@@ -768,11 +770,11 @@ def example_from_sample(sample: Sample, context: ImportContext) -> ImportExample
     def fitted(part: ContentPart) -> ContentPart:
         if not isinstance(part, BoxPart) or part.image >= len(images):
             return part
-        xyxy = context.read_box(part.xyxy, images[part.image], BoxConvention(), part.label)
+        coordinates, path = list_coordinates(part), images[part.image]
+        xyxy = context.read_box(coordinates, path, BoxConvention(), part.label)
         return part.model_copy(update={"xyxy": xyxy})
 
-    if any(part.type == "box" for part in (*sample.iter_parts(), *sample.rejected)):
-        sample = sample.with_parts(fitted)
+    sample = sample.with_parts(fitted)
     example = build_example(sample.id, sample.messages, sample.meta, sample.tools)
     references, rejected, label = sample.references, sample.rejected, sample.label
     return replace(example, references=references, rejected=rejected, label=label)

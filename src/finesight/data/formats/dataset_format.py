@@ -42,6 +42,7 @@ from finesight.data.sample import (
     VideoPart,
     check_json,
     check_limit,
+    create_region,
     is_video_path,
     join_text,
 )
@@ -72,7 +73,7 @@ class ImportExample:
 
     def to_train_samples(self) -> list[Sample]:
         """Return one training sample per correct answer."""
-        names = [format_answer_id(self.id, number + 1) for number in range(len(self.answers))]
+        names = [f"{self.id}-{number}" for number in range(1, len(self.answers) + 1)]
         names = names if len(names) > 1 else [self.id]
         return [
             self._build_sample(name, answer, self.references)
@@ -103,11 +104,6 @@ class ImportExample:
         )
 
 
-def format_answer_id(name: str, number: int) -> str:
-    """Return the sample ID of one answer (1-based) to a question with several answers."""
-    return f"{name}-{number}"
-
-
 def build_example(
     sample_id: str,
     messages: Sequence[Message],
@@ -133,8 +129,8 @@ def build_example(
 Files = Iterator[tuple[str, bytes]]
 """Relative file names with content. A repeated name appends to the file."""
 
-BoxTask = Literal["detection", "grounding"]
-"""Task of a box dataset: one question per image, or one per label."""
+BoxTask = Literal["detection", "grounding", "points"]
+"""Task of a box dataset: one question per image, one per label, or one about its points."""
 
 InvalidBoxPolicy = Literal["fail", "drop", "clip"]
 """Treatment of invalid boxes: an error of the row, drop the box, or clip it to the image.
@@ -148,7 +144,7 @@ NOTE_THOUSANDTHS = (
     "boxes in texts, read as corners in thousandths of the image sides; --box-units changes it"
 )
 NOTE_PIXELS = (
-    "boxes of bbox_2d in texts, read as pixels of the original image; --box-units changes it"
+    "JSON boxes and points in texts, read as pixels of the original image; --box-units changes it"
 )
 NOTE_CLIPPED_BOX = "boxes outside their image (clipped)"
 NOTE_SKIPPED_BOX = "invalid boxes (skipped)"
@@ -200,7 +196,7 @@ class ImportContext:
         prompt: Question or prompt template from the user; None uses the default.
         box_format: Box format from the user; None uses the default of the dataset format.
         box_units: Box units from the user; None uses the default of the dataset format.
-        box_task: Whether box datasets become detection or grounding questions.
+        box_task: Kind of the questions of box datasets.
         lenient: Accept every box unchanged, for data checks.
         has_box_options: Whether the format supports --box-format and --box-units.
         raw_boxes: Boxes of the current row with coordinates as stored in the source.
@@ -227,6 +223,11 @@ class ImportContext:
     skipped_rows: Counter[str] = field(default_factory=Counter)
     other_keys: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def shape_notes(self) -> Counter[str]:
+        """Counts of shapes that questions about boxes do not represent."""
+        return Counter() if self.box_task == "points" else self.row_notes
+
     def resolve_convention(self, default: BoxConvention) -> BoxConvention:
         """Return the box convention of the user options, else that of the dataset format."""
         if self.box_format is None and self.box_units is None:
@@ -238,14 +239,18 @@ class ImportContext:
     def read_box(
         self, value: object, image_path: Path, default: BoxConvention, label: str | None = None
     ) -> Box:
-        """Convert four coordinates of a row to two corners in pixels inside the image.
+        """Convert the coordinates of a row to two corners in pixels, equal for a point.
 
         Raises:
             InvalidBoxError: The value is not a box, or the box is not inside the image; see
                 `clip_to_image`. A lenient import accepts a box outside the image.
         """
         convention = self.resolve_convention(default)
-        a, b, c, d = parse_coordinates(value)
+        coordinates = parse_coordinates(value)
+        is_point = len(coordinates) == 2
+        if is_point:
+            convention = replace(convention, format="xyxy")
+        a, b, c, d = (*coordinates, *coordinates)[:4]
         self.raw_boxes.append(RawBox((a, b, c, d), image_path, convention, label))
         if self.lenient and convention.units == "pixel":
             return convention.to_pixels((a, b, c, d), (0, 0))
@@ -254,9 +259,9 @@ class ImportContext:
         if self.lenient:
             return pixel_box
         try:
-            clipped_box = clip_to_image(pixel_box, image_size, convention)
+            clipped_box = clip_to_image(pixel_box, image_size, convention, is_point=is_point)
         except InvalidBoxError as error:
-            inner_box = clip_box(pixel_box, image_size)
+            inner_box = clip_box(pixel_box, image_size, is_point=is_point)
             option = "leave it out"
             if inner_box is not None and inner_box != pixel_box:  # else not in pixels
                 option = "give --on-invalid-box clip"
@@ -322,7 +327,7 @@ class RowImages:
         default: BoxConvention,
         image_index: int | None = None,
     ) -> BoxPart:
-        """Create a box part from four coordinates.
+        """Create a box part from four coordinates, or a point part from two.
 
         Args:
             image_index: 0-based index of the image; None is the last added image.
@@ -343,7 +348,8 @@ class RowImages:
                 remedy="correct the row",
             )
         xyxy = self._context.read_box(value, self.paths[resolved_index], default, label)
-        return BoxPart(image=resolved_index, label=label, xyxy=xyxy)
+        is_point = isinstance(value, list | tuple) and len(value) == 2
+        return create_region(xyxy, label, is_point=is_point, image=resolved_index)
 
     @property
     def list_limits(self) -> tuple[float, float] | None:

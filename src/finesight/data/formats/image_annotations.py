@@ -4,6 +4,8 @@ With `--box-task detection`, an image yields one question that is answered by al
 `--box-task grounding`, it yields one question per label that is answered by the boxes of this
 label. Boxes are sorted by label, then from top to bottom and left to right.
 
+With `--box-task points`, an image yields one question about the points of its objects.
+
 The answer for an image without objects is `none`, which is scored as no boxes; grounding skips such
 an image.
 
@@ -140,6 +142,7 @@ UNKNOWN_LABEL = ""
 NOTE_OMITTED_CLASSES = (
     "classes of objects without a valid box (not in the question about their image)"
 )
+NOTE_NO_POINTS = "objects without points (not in the answer)"
 NOTE_OMITTED_BOXES = "boxes of these classes (not in the answer)"
 
 
@@ -157,6 +160,9 @@ def parse_declared_size(height: object, width: object) -> ImageSize | None:
 
 DETECTION_PROMPT = "Locate every object of these classes in the image: {labels}."
 """Default question for `--box-task detection`; `--prompt` overrides it."""
+
+POINTS_PROMPT = "Point to each of these in the image: {labels}."
+"""Default question for `--box-task points`; `--prompt` overrides it."""
 
 GROUNDING_PROMPT = "Locate every {label} in the image."
 """Default question for `--box-task grounding`; `--prompt` overrides it."""
@@ -190,11 +196,13 @@ class ObjectAnnotation:
     Attributes:
         coordinates: Box in the convention of the format; None if the object has no box.
         attributes: Further properties such as `difficult`, stored in the metadata of the sample.
+        points: Points and keypoints of the object with their names, for `--box-task points`.
     """
 
     label: str
     coordinates: Sequence[object] | None
     attributes: Mapping[str, Any] = field(default_factory=dict)
+    points: Sequence[tuple[str, Sequence[object]]] = ()
 
 
 def build_detection_examples(
@@ -203,7 +211,6 @@ def build_detection_examples(
     default_convention: BoxConvention,
     image: object,
     objects: Sequence[ObjectAnnotation],
-    class_names: Sequence[str],
     *,
     declared_size: ImageSize | None = None,
     meta: Record | None = None,
@@ -215,7 +222,8 @@ def build_detection_examples(
     the question cannot leave out their classes.
 
     Args:
-        class_names: Class names of the full dataset, listed in detection questions.
+        row: Row whose record has the names of all `classes` and `points` of the dataset, which
+            questions list.
         declared_size: Height and width stated by the annotation file, None if missing.
         default_prompt: Default question for `--box-task detection`.
 
@@ -223,6 +231,18 @@ def build_detection_examples(
         InvalidOptionError: The prompt template is invalid.
         InvalidBoxError: A box is outside the image, or the image has another size than declared.
     """
+    class_names = row.record["classes"]
+    if context.box_task == "points":
+        class_names, default_prompt = row.record.get("points", ()), POINTS_PROMPT
+        if not class_names:
+            raise InvalidOptionError(
+                f"no points in the annotations of {row.location}",
+                where="--box-task points",
+                expected="points or keypoints, with names",
+                remedy="omit the option, or annotate points",
+            )
+        context.row_notes[NOTE_NO_POINTS] += sum(not one.points for one in objects)
+        objects = [ObjectAnnotation(*point) for one in objects for point in one.points]
     check_limit(len(objects), MAX_BOXES, "boxes")
     images = RowImages(context)
     image_part = images.add_image(image)
@@ -234,16 +254,16 @@ def build_detection_examples(
     if omitted and (not boxes_with_attributes or UNKNOWN_LABEL in omitted):
         context.skipped_rows[REASON_OBJECT_WITHOUT_BOX] += 1
         return []
-    if omitted and context.box_task == "detection" and not has_class_list:
+    if omitted and context.box_task != "grounding" and not has_class_list:
         context.skipped_rows[REASON_UNLISTED_CLASSES] += 1
         return []
     context.row_notes[NOTE_OMITTED_CLASSES] += len(omitted.intersection(class_names))
     context.row_notes[NOTE_OMITTED_BOXES] += len(located_boxes) - len(boxes_with_attributes)
-    if context.box_task == "detection":
+    if context.box_task != "grounding":
         if len(class_names) > MAX_CLASSES:
             raise InvalidOptionError(
                 f"a question with {len(class_names):,} classes",
-                where="--box-task detection",
+                where=f"--box-task {context.box_task}",
                 expected=f"at most {MAX_CLASSES:,}",
                 remedy="use --box-task grounding, which asks for one class per question",
             )
@@ -577,7 +597,8 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
     if parts == [TextPart(text=NO_OBJECTS_ANSWER)]:
         return
     for box_index, part in enumerate(parts):
-        if not isinstance(part, BoxPart) or part.label is None or not part.label.strip():
+        is_box = isinstance(part, BoxPart) and not part.is_point
+        if not isinstance(part, BoxPart) or not is_box or not (part.label or "").strip():
             raise UserError(
                 f"the answer contains {str(part)[:80]}",
                 where=f"sample {sample.id}",
@@ -589,7 +610,9 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
             if isinstance(attributes_list, list) and len(attributes_list) == len(parts)
             else {}
         )
-        yield ExportBox(part.label, part.xyxy, attributes if isinstance(attributes, dict) else {})
+        yield ExportBox(
+            str(part.label), part.xyxy, attributes if isinstance(attributes, dict) else {}
+        )
 
 
 def _get_answer_text(sample: Sample) -> str:

@@ -14,8 +14,8 @@ labels/train/a.txt, or of a single folder with classes.txt. Coordinates are norm
 size, and the class is an index of the list of names. Labels are next to the image, or in the path
 with `images` replaced by `labels`.
 
-An empty label file is an image without objects. Values after the box are keypoints, and ignored, if
-data.yaml has `kpt_shape`, or if the first labels have this shape; else they are polygons. Splits
+An empty label file is an image without objects. Values after the box are keypoints if data.yaml has
+`kpt_shape`, and ignored if only the first labels have this shape; else they are polygons. Splits
 are ordered train, test, val, so that --eval-last uses the last one for validation.
 """
 
@@ -74,6 +74,7 @@ from finesight.data.row_reader import (
     rows_from_items,
 )
 from finesight.data.sample import (
+    MAX_BOXES,
     MAX_DESCRIPTION_BYTES,
     MAX_LABEL_FILE_BYTES,
     EmptyAnswerError,
@@ -340,17 +341,17 @@ def _build_rows(
     images: Sequence[tuple[str, Path]],
     detected_by: str,
     *,
-    has_keypoints: bool = False,
+    keypoints: Mapping[int, Sequence[str]] | None = None,
 ) -> tuple[RowReader, str]:
     """Return a row for each image of a YOLO dataset, and the reason for the match.
 
     Args:
         images: Split and path of each image; the split is "" in a dataset without splits.
-        has_keypoints: Whether label lines contain keypoints after the box.
+        keypoints: Names of the keypoints after the box by class ID; None without keypoints.
     """
     names = list(class_names.values())
-    lines = () if has_keypoints else _iter_first_lines(images)
-    pose_length = None if has_keypoints else _find_pose_length([*map(_parse_values, lines)])
+    lines = () if keypoints is not None else _iter_first_lines(images)
+    pose_length = None if keypoints is not None else _find_pose_length([*map(_parse_values, lines)])
 
     def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
         split, image = split_image
@@ -362,6 +363,8 @@ def _build_rows(
             "names": class_names,
             "classes": names,
             "pose_length": pose_length,
+            "keypoints": keypoints,
+            "points": list(itertools.chain(*(keypoints or {}).values())),
             "meta": {"split": split} if split else {},
         }
         return SourceRow(row_number, str(label), record, source.stem)
@@ -382,14 +385,12 @@ def parse_yolo(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         return []
     text = read_data_file(label_file, MAX_LABEL_FILE_BYTES).decode("utf-8", "replace")
     objects = [
-        _parse_label_line(line, line_number, record, context.row_notes)
+        _parse_label_line(line, line_number, record, context.shape_notes)
         for line_number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
-    image, classes, meta = (record[key] for key in ("image", "classes", "meta"))
-    return build_detection_examples(
-        row, context, YOLO_BOX_CONVENTION, image, objects, classes, meta=meta
-    )
+    image, meta = record["image"], record["meta"]
+    return build_detection_examples(row, context, YOLO_BOX_CONVENTION, image, objects, meta=meta)
 
 
 def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -438,9 +439,26 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
                     expected="images in the folders or lists of train, val and test",
                     remedy="correct these paths, relative to the folder of the file",
                 )
-            has_keypoints, reason = "kpt_shape" in description, f"names in {file.name}"
-            return _build_rows(source, names, images, reason, has_keypoints=has_keypoints)
+            keypoints, reason = _name_keypoints(description, names), f"names in {file.name}"
+            return _build_rows(source, names, images, reason, keypoints=keypoints)
     return None
+
+
+def _name_keypoints(
+    description: Record, class_names: Mapping[int, str]
+) -> dict[int, list[str]] | None:
+    """Return the keypoints of each class: their names in data.yaml, else their numbers."""
+    if "kpt_shape" not in description:
+        return None
+    shape, by_class = as_list(description["kpt_shape"]), description.get("kpt_names")
+    by_class = by_class if isinstance(by_class, dict) else {}
+    count = min(shape[0], MAX_BOXES) if shape and isinstance(shape[0], int) else 0
+    return {
+        class_id: [
+            f"{name} {one}" for one in as_list(by_class.get(class_id)) or range(1, count + 1)
+        ]
+        for class_id, name in class_names.items()
+    }
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
@@ -632,7 +650,16 @@ def _parse_label_line(
     label = record["names"][class_id]
     if is_pose or len(values) == 4:
         source_notes[NOTE_KEYPOINTS if pose_length is None else NOTE_ASSUMED_KEYPOINTS] += is_pose
-        return ObjectAnnotation(label, values[:4])
+        names = (record["keypoints"] or {}).get(class_id, ()) if is_pose else ()
+        size = max(2, (len(values) - 4) // max(1, len(names)))
+        entries = [values[start : start + size] for start in range(4, len(values), size)]
+        # Two values that are 0 without the point, or two values and a visibility.
+        points = [
+            (name, entry[:2])
+            for name, entry in zip(names, entries, strict=False)
+            if size <= 3 and any(entry[:2]) and all(entry[2:])
+        ]
+        return ObjectAnnotation(label, values[:4], points=points)
     corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)
     bounds = enclose_shape("polygons", corners, source_notes)
     if bounds is None:

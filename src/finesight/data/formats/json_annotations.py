@@ -107,7 +107,8 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
     if document is None:
         return None
     images, annotations, categories = (document[key] for key in _LIST_KEYS)
-    has_boxes = any(key in item for item in annotations for key in ("bbox", "segmentation"))
+    box_keys = ("bbox", "segmentation", "keypoints")
+    has_boxes = any(key in item for item in annotations for key in box_keys)
     if not images or not (has_boxes or any("caption" in item for item in annotations)):
         raise UserError(
             f"{len(images)} images, {len(annotations)} annotations, none with bbox or caption",
@@ -122,6 +123,11 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
         for item in categories
         if isinstance(item.get("name"), str) and item["name"].strip()
     }
+    keypoints = {
+        str(item.get("id")): [f"{item.get('name')} {name}" for name in as_list(item["keypoints"])]
+        for item in categories
+        if "keypoints" in item
+    }
     by_image: defaultdict[str, list[Record]] = defaultdict(list)
     for annotation in annotations:
         by_image[str(annotation.get("image_id"))].append(annotation)
@@ -134,6 +140,9 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             "path": str(find_existing(folder, name) or folder / name),
             "annotations": by_image.get(str(image.get("id")), []),
             "names": names if has_boxes else None,
+            "classes": list(names.values()),
+            "keypoints": keypoints,
+            "points": list(itertools.chain(*keypoints.values())),
         }
         return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
 
@@ -145,7 +154,7 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
         reason += f"; annotations of {num_unlisted} images that it does not list"
     other_keys: Counter[str] = Counter()
     count_keys([dict.fromkeys(document, 1)], _LIST_KEYS, "files", other_keys)
-    count_keys(categories, ("id", "name"), "categories", other_keys)
+    count_keys(categories, ("id", "name", "keypoints"), "categories", other_keys)
     return replace(rows_from_items(images, make_row), other_keys=other_keys), reason
 
 
@@ -163,14 +172,18 @@ def _parse_coco(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     names: dict[str, str] = row.record["names"]
     is_coco = context.resolve_convention(COCO_BOX_CONVENTION) == COCO_BOX_CONVENTION
     objects = [
-        ObjectAnnotation(_get_class_name(one, names), _find_box(one, context.row_notes, is_coco))
+        ObjectAnnotation(
+            _get_class_name(one, names),
+            _find_box(one, context.shape_notes, is_coco),
+            points=_list_points(one, row.record["keypoints"]),
+        )
         for one in annotations
         if "caption" not in one or not _OBJECT_KEYS.isdisjoint(one)
     ]
-    path, classes = row.record["path"], list(names.values())
+    path = row.record["path"]
     size = parse_declared_size(image.get("height"), image.get("width"))
     return build_detection_examples(
-        row, context, COCO_BOX_CONVENTION, path, objects, classes, declared_size=size, meta=meta
+        row, context, COCO_BOX_CONVENTION, path, objects, declared_size=size, meta=meta
     )
 
 
@@ -264,6 +277,16 @@ def _find_box(
     bounds = find_bounds(itertools.chain(*corners), annotation)
     box = enclose_shape("polygons", bounds, source_notes)
     return box and [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _list_points(
+    annotation: Record, names: Mapping[str, Sequence[str]]
+) -> list[tuple[str, Sequence[object]]]:
+    """Return the labeled keypoints of an annotation with their names."""
+    flat = as_list(annotation.get("keypoints"))
+    category_names = names.get(str(annotation.get("category_id")), ())
+    columns = zip(category_names, flat[::3], flat[1::3], flat[2::3], strict=False)
+    return [(name, (x, y)) for name, x, y, visibility in columns if visibility]
 
 
 def _get_class_name(annotation: Record, names: dict[str, str]) -> str:
@@ -386,9 +409,7 @@ def _parse_fiftyone(row: SourceRow, context: ImportContext) -> list[ImportExampl
             kind = f"boxes of {len(box)} values" if box else "labels without a box"
             box = enclose_shape(kind, None, context.row_notes)
         objects.append(ObjectAnnotation(label, box, attributes))
-    return build_detection_examples(
-        row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects, classes
-    )
+    return build_detection_examples(row, context, FIFTYONE_BOX_CONVENTION, record["path"], objects)
 
 
 def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) -> Files:
@@ -465,13 +486,13 @@ def _parse_labelme(row: SourceRow, context: ImportContext) -> list[ImportExample
     """Build the training examples of a LabelMe file."""
     file = Path(row.record["file"])
     record = _read_record(file)
-    objects = [_parse_shape(shape, context.row_notes) for shape in record["shapes"]]
+    objects = [_parse_shape(shape, context.shape_notes) for shape in record["shapes"]]
     count_keys([record], _DOCUMENT_KEYS, "files", context.other_keys)
     count_keys(record["shapes"], _SHAPE_KEYS, "shapes", context.other_keys)
-    image, classes = _find_image(file, record), row.record["classes"]
+    image = _find_image(file, record)
     size = parse_declared_size(record.get("imageHeight"), record.get("imageWidth"))
     return build_detection_examples(
-        row, context, BoxConvention(), image, objects, classes, declared_size=size
+        row, context, BoxConvention(), image, objects, declared_size=size
     )
 
 
@@ -509,12 +530,14 @@ def _read_record(file: Path) -> Record:
     return dict(record)
 
 
-def _read_classes(file: Path) -> tuple[bool, set[str]]:
+def _read_classes(file: Path) -> tuple[bool, set[str], set[str]]:
     record = _read_record(file)
-    shapes = [s for s in record["shapes"] if _get_shape_type(s) not in POINT_TYPES]
-    labels = {shape["label"] for shape in shapes if isinstance(shape.get("label"), str)}
+    labels: tuple[set[str], set[str]] = (set(), set())
+    for shape in record["shapes"]:
+        if isinstance(shape.get("label"), str):
+            labels[_get_shape_type(shape) in POINT_TYPES].add(shape["label"])
     is_labelme = not {"imagePath", "imageData"}.isdisjoint(record)
-    return is_labelme or any("points" in shape for shape in record["shapes"]), labels
+    return is_labelme or any("points" in shape for shape in record["shapes"]), *labels
 
 
 def _get_shape_type(shape: Record) -> str:
@@ -538,7 +561,9 @@ def _parse_shape(shape: Record, source_notes: Counter[str]) -> ObjectAnnotation:
     if shape_type != "rectangle":
         kind = "polygons" if shape_type == "polygon" else f"shapes of type {shape_type}"
         bounds = enclose_shape(kind, bounds, source_notes)
-    return ObjectAnnotation(shape["label"], bounds)
+    is_point = shape_type in POINT_TYPES
+    named = [(shape["label"], as_list(point)) for point in as_list(points) if is_point]
+    return ObjectAnnotation(shape["label"], bounds, points=named)
 
 
 def _find_image(file: Path, record: Record) -> str | bytes:

@@ -111,7 +111,7 @@ class LabeledTask:
 
 @dataclass(frozen=True, slots=True)
 class ProjectLabels:
-    """Labels of all tasks: classes of regions and choices, sorted, and control names.
+    """Labels of all tasks: classes of regions, points and choices, sorted, and control names.
 
     Attributes:
         has_regions: Whether any task has a region.
@@ -120,6 +120,7 @@ class ProjectLabels:
     """
 
     classes: tuple[str, ...]
+    points: tuple[str, ...]
     choices: tuple[str, ...]
     controls: tuple[str, ...]
     has_regions: bool
@@ -145,6 +146,7 @@ def open_tasks(
         image = paths.get(task.reference, task.reference)
         stem = "data-url" if image.startswith("data:") else PurePosixPath(image).stem
         record = {"id": stem, "image": image, "task": task, "project": project}
+        record |= {"classes": project.classes, "points": project.points}
         return SourceRow(row_number, task.location, record, source.stem)
 
     count = f"regions of {format_count(len(project.classes), 'class')}"
@@ -181,14 +183,13 @@ def parse_row(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     notes[NOTE_WHOLE_IMAGE] += len(_merge_answers(task.results))
     objects: list[ObjectAnnotation] = []
     for region in _merge_regions(task.results):
-        objects += _parse_region(region, notes, project)
+        objects += _parse_region(region, context.shape_notes, project)
     return build_detection_examples(
         row,
         context,
         BOX_CONVENTION,
         row.record["image"],
         objects,
-        project.classes,
         declared_size=declared.pop() if len(declared) == 1 else None,
         default_prompt=SPOTTING_PROMPT if project.text_classes else DETECTION_PROMPT,
     )
@@ -534,18 +535,20 @@ def _merge_answers(results: Sequence[Record]) -> dict[str, tuple[str, list[Any]]
 
 
 def _collect_labels(tasks: Sequence[LabeledTask]) -> ProjectLabels:
-    classes, choices, controls = set[str](), set[str](), dict[str, None]()
+    classes, points, choices, controls = set[str](), set[str](), set[str](), dict[str, None]()
     has_regions, text_classes = False, set[str]()
     for task in tasks:
         for region in _merge_regions(task.results):
             has_regions, labels = True, _get_labels(region)
             text_classes.update(labels or [UNKNOWN_LABEL] if region.get("text") else ())
             classes.update(labels if _has_bounds(region) else ())
+            points.update(name for name, _ in _list_points(region))
         for name, (kind, values) in _merge_answers(task.results).items():
             controls[name] = None
             choices.update(map(str, values) if kind == "choices" else ())
     return ProjectLabels(
         tuple(sorted(classes)),
+        tuple(sorted(points)),
         tuple(sorted(choices)),
         tuple(controls),
         has_regions,
@@ -562,6 +565,14 @@ def _has_bounds(region: Record) -> bool:
     return "points" in region or set(_RECTANGLE_KEYS) <= region.keys()
 
 
+def _list_points(region: Record) -> list[tuple[str, list[float]]]:
+    """Return the point of a keypoint with each of its labels."""
+    is_point = not region.keys() & {"height", "radiusX", "points"}
+    values = map(region.get, "xy" * is_point)
+    xy = [value / 100 for value in values if isinstance(value, int | float)]
+    return [(label, xy) for label in _get_labels(region) if len(xy) == 2]
+
+
 def _parse_region(
     region: Record, notes: Counter[str], project: ProjectLabels
 ) -> Iterator[ObjectAnnotation]:
@@ -570,7 +581,9 @@ def _parse_region(
     labels = _get_labels(region)
     if not _has_bounds(region):
         enclose_shape(f"regions of type {region['type']}", None, notes)
-        yield from (ObjectAnnotation(label, None) for label in labels or [UNKNOWN_LABEL])
+        points = _list_points(region)
+        yield from (ObjectAnnotation(label, None) for label in labels[1:])
+        yield ObjectAnnotation((labels or [UNKNOWN_LABEL])[0], None, points=points)
         return
     if region.get("image_rotation") or not (labels or project.text_classes):
         raise InvalidBoxError(

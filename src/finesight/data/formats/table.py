@@ -69,8 +69,8 @@ from finesight.data.sample import (
     Message,
     TextPart,
     check_limit,
-    format_number,
     join_text,
+    list_coordinates,
 )
 from finesight.errors import UserError, suggest_name
 
@@ -294,7 +294,8 @@ def _list_boxes(records: Iterable[Record], column: str) -> list[list[float]] | N
     num_invalid = 0
     for record in records:
         try:
-            boxes += map(parse_coordinates, _read_boxes(record, column))
+            found = map(parse_coordinates, _read_boxes(record, column))
+            boxes += [box for box in found if len(box) == 4]
         except UserError:
             num_invalid += 1
     return boxes if len(boxes) >= 9 * num_invalid else None
@@ -814,7 +815,7 @@ def _build_row(located_sample: LocatedSample, context: ExportContext) -> Record:
     if text:
         row["answer"] = text.removesuffix("\n") if boxes else text
     if boxes:
-        row["box"] = [[format_number(value) for value in box.xyxy] for box in boxes]
+        row["box"] = list(map(list_coordinates, boxes))
     if any(box.label is not None for box in boxes):
         row["label"] = [box.label for box in boxes]
     return row

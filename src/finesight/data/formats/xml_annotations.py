@@ -130,9 +130,9 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    size, classes = _read_size(root), row.record["classes"]
+    size = _read_size(root)
     return build_detection_examples(
-        row, context, BoxConvention(), str(image), objects, classes, declared_size=size
+        row, context, BoxConvention(), str(image), objects, declared_size=size
     )
 
 
@@ -176,10 +176,10 @@ def parse_xml(content: str | bytes, expected: str) -> ElementTree.Element:
     return root
 
 
-def _read_classes(file: Path) -> tuple[bool, set[str]]:
+def _read_classes(file: Path) -> tuple[bool, set[str], set[str]]:
     root = _read_xml(file)
     names = (element.findtext("name", "").strip() for element in root.iterfind("object"))
-    return root.tag == "annotation", {name for name in names if name}
+    return root.tag == "annotation", {name for name in names if name}, set()
 
 
 def _parse_object(element: ElementTree.Element, *, one_based: bool) -> ObjectAnnotation:
@@ -271,6 +271,7 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
     declared = [label.text or "" for label in root.iterfind("meta/*/labels/label/name")]
     used = {shape.get("label", "") for shape in labeled}
     classes = [name for name in declared if name] or sorted(used - {""})
+    points = sorted({name for image in images for one in image for name, _ in _list_points(one)})
 
     def make_row(row_number: int, image: ElementTree.Element) -> SourceRow:
         name = image.get("name", "").replace("\\", "/")
@@ -280,6 +281,7 @@ def _open_cvat(source: Path) -> tuple[RowReader, str] | None:
             "image": image,
             "classes": classes,
             "is_detection": bool(shapes),
+            "points": points,
         }
         return SourceRow(row_number, f"image {image.get('id')} ({name})", record, source.stem)
 
@@ -293,7 +295,7 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
     """Build the training examples of an image in a CVAT file."""
     image, classes = row.record["image"], row.record["classes"]
     count_keys([image.attrib], _IMAGE_KEYS, "images", context.other_keys)
-    if not row.record["is_detection"]:
+    if not row.record["is_detection"] and context.box_task != "points":
         count_keys((one.attrib for one in image), ("label", "source"), "tags", context.other_keys)
         context.row_notes["attributes of tags (ignored)"] += len(image.findall("tag/attribute"))
         context.row_notes["points next to tags (ignored)"] += len(image.findall("points"))
@@ -303,13 +305,13 @@ def _parse_cvat(row: SourceRow, context: ImportContext) -> list[ImportExample]:
             return []
         answer, meta = ", ".join(filter(None, tags)), {"classes": classes}
         return [build_text_example(row.id, row.record["path"], [answer], classes, context, meta)]
-    objects = [_parse_shape(shape, context.row_notes) for shape in image]
+    objects = [_parse_shape(shape, context.shape_notes) for shape in image]
     used = (*CORNERS, "label", "occluded", "rotation", "points", "source", "z_order")
     count_keys((shape.attrib for shape in image), used, "shapes", context.other_keys)
     sides = (parse_integer(image.get(side, "")) for side in ("height", "width"))
     size, path = parse_declared_size(*sides), row.record["path"]
     return build_detection_examples(
-        row, context, BoxConvention(), path, objects, classes, declared_size=size
+        row, context, BoxConvention(), path, objects, declared_size=size
     )
 
 
@@ -356,7 +358,20 @@ def _parse_shape(shape: ElementTree.Element, source_notes: Counter[str]) -> Obje
     }
     if shape.get("occluded") == "1":
         attributes["occluded"] = 1
-    return ObjectAnnotation(label, bounds, attributes)
+    return ObjectAnnotation(label, bounds, attributes, _list_points(shape))
+
+
+def _list_points(shape: ElementTree.Element) -> list[tuple[str, list[str]]]:
+    """Return the points of a shape or skeleton with their labels."""
+    label = shape.get("label", "").strip()
+    elements = [(label, shape)] if shape.tag == "points" else []
+    elements += [(f"{label} {one.get('label', '')}", one) for one in shape.iterfind("points")]
+    return [
+        (name, pair.split(","))
+        for name, element in elements
+        if element.get("outside") != "1"
+        for pair in element.get("points", "").split(";")
+    ]
 
 
 def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list[float] | None:

@@ -9,7 +9,6 @@ Shapes: L supervised tokens, D model width, V vocabulary size, C rows of a chunk
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
@@ -366,8 +365,7 @@ def prepare_references(state: TrainState) -> None:
     if validation is not None:
         indices["eval"] = sorted(validation.stats.sample_indices)
     found = {split: _compute_references(state, split, chosen) for split, chosen in indices.items()}
-    payloads = hardware.process_group.all_gather_str(json.dumps(found))
-    tables = [*map(json.loads, payloads)]
+    tables = hardware.process_group.all_gather_object(found)
     references: dict[str, NDArray[np.float64]] = {
         split: np.array([row for table in tables for row in table[split]], dtype=np.float64)
         for split in indices

@@ -94,7 +94,9 @@ def compute_token_losses(
     old_logps_L = logps_L.detach() if is_on_policy else sampled_logps_L
     log_ratio_L = logps_L - old_logps_L
     if settings.importance_sampling_level == "sequence":
-        log_ratio_L = mean_of_responses(log_ratio_L, response_L, settings.num_generations)
+        tokens = response_L, settings.num_generations
+        counts_L = sum_of_responses(torch.ones_like(log_ratio_L), *tokens)
+        log_ratio_L = sum_of_responses(log_ratio_L, *tokens) / counts_L.clamp(min=1)
     ratio_L = log_ratio_L.exp()
     low, high = 1 - settings.epsilon, 1 + settings.effective_epsilon_high
     if settings.loss_type == "cispo":
@@ -148,9 +150,3 @@ def sum_of_responses(x_L: Tensor, response_L: Tensor, num_responses: int) -> Ten
     is_response_NL = response_L == torch.arange(num_responses, device=x_L.device)[:, None]
     sums_N = x_L.where(is_response_NL, 0).sum(1)
     return sums_N[response_L.clamp(min=0)]
-
-
-def mean_of_responses(x_L: Tensor, response_L: Tensor, num_responses: int) -> Tensor:
-    """Return the mean over the tokens of its response for each token, [L]."""
-    counts_L = sum_of_responses(torch.ones_like(x_L), response_L, num_responses)
-    return sum_of_responses(x_L, response_L, num_responses) / counts_L.clamp(min=1)

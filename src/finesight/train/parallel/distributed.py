@@ -243,7 +243,7 @@ class ProcessGroup:
         if self.is_single_process:
             return
         digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-        if len({*self.all_gather_str(digest)}) > 1:
+        if len({*self.all_gather_object(digest)}) > 1:
             raise UserError(
                 "the ranks have different models, data or settings",
                 where="training",
@@ -251,13 +251,13 @@ class ProcessGroup:
                 remedy="put model, data and recipe on a disk shared by all machines",
             )
 
-    def all_gather_str(self, value: str) -> list[str]:
-        """Return the strings of all ranks in rank order."""
+    def all_gather_object(self, value: object) -> list[Any]:
+        """Return the JSON values of all ranks in rank order."""
         return [value] if self.is_single_process else self._exchange("data", value)
 
     def broadcast_str(self, value: str) -> str:
         """Return the string of the main process on all ranks."""
-        return self.all_gather_str(value)[0]
+        return str(self.all_gather_object(value)[0])
 
     def _exchange(self, kind: str, value: object, step: int | None = None) -> list[Any]:
         """Return the JSON values of all ranks, which must be in the same collective and step.
@@ -338,7 +338,7 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         except RuntimeError:
             # Every rank on which the collective failed reports it here.
-            self.all_gather_str("")
+            self.all_gather_object(None)
             raise
         return tensor
 

@@ -44,8 +44,9 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
+from finesight.train.objectives import sft
 from finesight.train.objectives.dpo import PairObjective
-from finesight.train.objectives.sft import PackKey, fused_linear_cross_entropy, sft
+from finesight.train.objectives.sft import PackKey, fused_linear_cross_entropy
 from finesight.train.optimizer import LARGE_PARAM_ELEMENTS
 
 PARTS = "vision", "merger", "language", "embeddings"

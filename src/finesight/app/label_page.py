@@ -353,8 +353,7 @@ def _build_content(
         if known and describe_answer(known) == answer:
             clipped = iter(boxes)
             return tuple(next(clipped) if isinstance(part, BoxPart) else part for part in known)
-    text = (TextPart(text=request.text),) if request.text.strip() else ()
-    return (*text, *boxes)
+    return ((TextPart(text=request.text),) if request.text.strip() else ()) + tuple(boxes)
 
 
 def make_label_app(session: LabelSession, access: Access, pool: WorkerPool) -> AccessMiddleware:

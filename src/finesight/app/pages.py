@@ -131,8 +131,7 @@ def describe_error(error: UserError, name_actions: Callable[[Remedy], str] = str
 def translate_error(text: str) -> str:
     """Translate a text of `ERROR_TEXTS` with its values."""
     for known in ERROR_TEXTS:
-        pattern = re.escape(known).replace(r"\{\}", "(.*)")
-        if match := re.fullmatch(pattern, text, re.DOTALL):
+        if match := re.fullmatch(re.escape(known).replace(r"\{\}", "(.*)"), text, re.DOTALL):
             return translate(known, *match.groups())
     return translate(text)
 

@@ -279,8 +279,7 @@ class StudioPage:
                 prompt = form.get("import:prompt")
                 return state.selection.link(step="label", images=source, prompt=prompt)
         try:
-            path = workspace.resolve(source, "import:source")
-            arguments["source"] = as_argument(path)
+            arguments["source"] = as_argument(workspace.resolve(source, "import:source"))
             target, texts = str(arguments["out"]), {**texts, "import:source": source}
             url = self._start(state, "import", arguments, target=target, data=target, form=texts)
             self.uploads.remove(form.uploads)

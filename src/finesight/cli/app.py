@@ -394,5 +394,4 @@ def configure_openmp_spin() -> None:
         num_running = int(LOADAVG_PATH.read_text().split()[3].partition("/")[0]) - 1
         is_single_process = os.environ.get("WORLD_SIZE", "1") == "1"
         is_idle = is_single_process and 2 * num_running < num_allowed_cpus()
-    spin_count = LONG_SPIN_COUNT if is_idle else SHORT_SPIN_COUNT
-    os.environ.setdefault("GOMP_SPINCOUNT", str(spin_count))
+    os.environ.setdefault("GOMP_SPINCOUNT", str(LONG_SPIN_COUNT if is_idle else SHORT_SPIN_COUNT))

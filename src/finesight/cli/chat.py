@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Unpack
 
 import click
@@ -256,11 +255,7 @@ def _enable_line_editing() -> None:
 @contextmanager
 def _cancel_on_sigint(reply: ChatReply) -> Iterator[None]:
     """Let Ctrl-C cancel the current answer instead of the process, within the `with` block."""
-
-    def cancel(signal_number: int, frame: FrameType | None) -> None:
-        reply.cancel()
-
-    previous_handler = signal.signal(signal.SIGINT, cancel)
+    previous_handler = signal.signal(signal.SIGINT, lambda *_: reply.cancel())
     try:
         yield
     finally:

@@ -247,9 +247,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
                 truncate_file(self._journal, size)
             entries = read_journal(content[:size], self._journal)
             self._items = _build_items(samples, entries, review)
-            withdrawn_ids = self._apply_entries(entries)
             # The labels of images that are not loaded now are kept. A review replaces all labels.
-            known_ids = withdrawn_ids.union(self._items)
+            known_ids = self._apply_entries(entries).union(self._items)
             others = [] if review else [one.sample for one in read_labels(folder)]
             self._others = [sample for sample in others if sample.id not in known_ids]
             self._train_fraction = _store_fraction(folder / FRACTION_FILE, train_fraction)

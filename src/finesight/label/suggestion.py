@@ -149,8 +149,8 @@ class AnswerTokens:
 
     def __init__(self, renderer: Renderer, prediction: Prediction) -> None:
         pieces = [renderer.tokenizer.id_to_bytes(token.id) for token in prediction.tokens]
-        raw_bytes = prediction.raw_text.encode(errors="replace")
         # The reasoning precedes the answer.
+        raw_bytes = prediction.raw_text.encode(errors="replace")
         offset = max(0, sum(map(len, pieces)) - len(raw_bytes))
         self._raw_text, self._stops = prediction.raw_text, list[int]()
         self.logprobs: list[float] = []
@@ -171,8 +171,7 @@ class AnswerTokens:
             len(self._raw_text[:offset].encode(errors="replace")) for offset in (start, stop)
         )
         first = sum(stop <= start_byte for stop in self._stops)
-        last = sum(stop < stop_byte for stop in self._stops)
-        return first, min(last + 1, len(self._stops))
+        return first, min(sum(stop < stop_byte for stop in self._stops) + 1, len(self._stops))
 
     def prefix(self, num_tokens: int) -> str:
         """Return the text of the first tokens."""
@@ -282,8 +281,7 @@ def rank_labels(
     for sample, loss in zip(samples, losses, strict=True):
         own = suggestion_by_id[sample.sample.id]
         disagreement = measure_disagreement(sample.sample.messages[-1].content, own.content)
-        excess_loss = max(0.0, loss - own.loss)
-        scores[own.id] = combine_scores(excess_loss, disagreement, own.confidence)
+        scores[own.id] = combine_scores(max(0.0, loss - own.loss), disagreement, own.confidence)
     order = sorted(scores, key=lambda name: -scores[name])
     return [replace(suggestion_by_id[name], score=scores[name]) for name in order], reasons
 

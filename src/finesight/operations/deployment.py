@@ -45,10 +45,8 @@ def download(
     folder = _fetch_repository(address, to_path(to))
     step = Step("chat", {"run_or_model": folder})
     if address.repo_type != "model":
-        name = address.repo_id.rpartition("/")[2]
-        step = Step("import", {"source": folder, "out": name})
-    data = {"source": str(address), "folder": folder}
-    return Outcome(folder, [str(folder)], data, [step])
+        step = Step("import", {"source": folder, "out": address.repo_id.rpartition("/")[2]})
+    return Outcome(folder, [str(folder)], {"source": str(address), "folder": folder}, [step])
 
 
 def _fetch_repository(address: HubAddress, to: Path | None) -> Path:

@@ -170,8 +170,7 @@ def init(
         chat = Step("chat", {"run_or_model": folder / "run"})
         steps = [Step("train", {"recipe": recipe}), chat]
     if has_errors := outcome.value.severity == "error":
-        page = folder / "check.html"
-        steps.insert(0, Step("check", {"sources": [recipe], "html": page}))
+        steps.insert(0, Step("check", {"sources": [recipe], "html": folder / "check.html"}))
     result = {
         "recipe": str(recipe),
         "format": summary.format,
@@ -322,8 +321,7 @@ def _reject_unrecognized_images(opened: ImportSource) -> None:
 
     def has_image(value: object) -> bool:
         inner = list(value.values()) if isinstance(value, dict) else value
-        is_nested = isinstance(inner, list) and any(map(has_image, inner))
-        return is_image_value(value) or is_nested
+        return is_image_value(value) or (isinstance(inner, list) and any(map(has_image, inner)))
 
     start, stop = opened.row_bounds
     rows = opened.rows.iter_range(start, min(stop, start + NUM_PREVIEW_ROWS))
@@ -358,8 +356,7 @@ def _format_box_prompt(opened: ImportSource, label: str) -> str | None:
 
     records = (one for row in opened.iter_rows() for one in (row.record, *row.more_records))
     cells = (as_list(parse_list(get_cell(record, label))) for record in records)
-    labels = {str(name) for names in cells for name in names}
-    names = sorted(labels - {"", "None"})
+    names = sorted({str(name) for cell in cells for name in cell} - {"", "None"})
     is_listed = 0 < len(names) <= MAX_PROMPT_CLASSES
     return DETECTION_PROMPT.format(labels=", ".join(names)) if is_listed else None
 

@@ -457,8 +457,7 @@ def _build_job_text(engine: LaunchEngine, job: LaunchJob, options: EngineOptions
         return launch_job.build_torchrun_script(job)
     first, second, *third = (given.get(name) for name in _ENGINE_OPTIONS[engine])
     if engine == "slurm":
-        slurm_options = launch_job.SlurmOptions(first, second, *third)
-        return launch_job.build_slurm_script(job, slurm_options)
+        return launch_job.build_slurm_script(job, launch_job.SlurmOptions(first, second, *third))
     image = launch_job.ContainerImage.from_options(first, second)
     if engine == "skypilot":
         return launch_job.build_skypilot_task(job, image, *third)

@@ -1,7 +1,6 @@
 """Tests of the command line: help, exit codes, error messages, threads."""
 
 import errno
-import gc
 import inspect
 import os
 import re
@@ -15,7 +14,6 @@ from case_files import load_cases
 from finesight.cli import app as app_module
 from finesight.cli.app import (
     configure_openmp_spin,
-    defer_garbage_collection,
     run_command,
 )
 from finesight.errors import TrainingInterrupted, UserError
@@ -62,16 +60,6 @@ def test_help_does_not_import_heavy_packages():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("finesight ")
-
-
-def test_garbage_is_collected_once_the_imports_are_done():
-    thresholds, callbacks = gc.get_threshold(), [*gc.callbacks]
-    defer_garbage_collection()
-    assert gc.get_threshold()[0] > 100 * thresholds[0]
-    gc.collect()
-    assert (gc.get_threshold(), gc.callbacks) == (thresholds, callbacks)
-    assert gc.get_freeze_count() > 0
-    gc.unfreeze()
 
 
 @pytest.mark.parametrize(

@@ -129,6 +129,9 @@ def test_best_responses_become_answers(tiny, data, tmp_path, cli):
     error = cli(*words, code=2).err
     assert "no reward is given" in error
     assert "unknown reward: jsn" in cli(*words, "--reward", "jsn", code=2).err
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text(data.read_text() * 2)
+    assert "2 samples have the id" in cli("sample", tiny, twice, out, "--reward", "ocr", code=2).err
     rewards = ("--reward", "ocr", "--reward", "repetition", "--min-score", 0.1)
     summary = cli(*words, *rewards, "--json").json
     lines = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
@@ -149,6 +152,19 @@ def test_best_responses_become_answers(tiny, data, tmp_path, cli):
     again = cli(*words[:3], tmp_path / "again", *words[4:], *rewards, "--json").json
     assert again == summary
     assert "exists already" in cli(*words, *rewards, code=2).err
+
+
+def test_rewards_of_a_moved_run_need_trust(tiny, data, tmp_path, cli):
+    """Copies of reward functions in the folder of a run that its recipe does not name."""
+    run = tmp_path / "received"
+    run.mkdir()
+    recipe = {"model": str(tiny), "data": {"train": str(data)}, "output_dir": "runs/other"}
+    recipe["train"] = {"objective": "grpo", "epochs": 1}
+    (run / "recipe.yaml").write_text(json.dumps(recipe | {"rewards": ["gone.py:score"]}))
+    (run / "reward_1.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
+    error = cli("sample", run, data, tmp_path / "out", code=2).err
+    assert "untrusted program" in error
+    assert not (tmp_path / "executed").exists()
 
 
 def test_pairs_are_the_best_and_worst_responses(data, tmp_path, cli):

@@ -135,8 +135,7 @@ def render_answer(answer: str, is_formula: bool) -> Markup | None:
     for match in _FORMULA.finditer(answer):
         formula = _render_formula(match[0]) if num_formulas < MAX_FORMULAS else None
         if formula is not None:
-            is_display = match["inline"] is None and match["dollar"] is None
-            tag = "div" if is_display else "span"
+            tag = "div" if match["inline"] is None and match["dollar"] is None else "span"
             markup = Markup('<{} class="formula">{}</{}>').format(tag, formula, tag)
             pieces += [answer[end : match.start()], markup]
             end, num_formulas = match.end(), num_formulas + 1

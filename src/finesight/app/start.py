@@ -141,8 +141,7 @@ def serve(
     inference_model = load_adapters(run_or_model, adapter or (), **loading)
     max_num_seqs = max_num_seqs or _select_num_seqs(inference_model, limits.max_num_seqs)
     limits = replace(limits, max_num_seqs=max_num_seqs)
-    url_host = f"[{host}]" if ":" in host else host
-    address = f"http://{url_host}:{listener.getsockname()[1]}/v1"
+    address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}/v1"
     # curl reads the API key from its file or environment variable.
     key = f"$(grep -m 1 '^[^#]' {shlex.quote(str(key_file))})" if key_file else "$FINESIGHT_KEY"
     auth_header = f' -H "Authorization: Bearer {key}"' if keys else ""

@@ -407,8 +407,8 @@ class StudioView:
         """Return the steps that a command or run proposes, with the buttons that follow them."""
         step, job = state.selection.step, state.job
         if step in ("train", "results") and state.run is not None:
-            is_ended = job is None or job.status != "running"
-            record = self._read_run(state.run) if is_ended else None
+            is_running = job is not None and job.status == "running"
+            record = None if is_running else self._read_run(state.run)
             advice = advise_run(record, state.run) if record else []
             return [(PROPOSALS[one.operation], one) for one in advice]
         steps = job.read_outcome().next_steps if job and job.status == "finished" else ()

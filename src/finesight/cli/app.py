@@ -51,6 +51,9 @@ LONG_SPIN_COUNT, SHORT_SPIN_COUNT = 20_000, 2_000
 %. Two concurrent runs on the same cores take twice as long with LONG_SPIN_COUNT as with
 SHORT_SPIN_COUNT, and many times as long with the default of 300,000."""
 
+GARBAGE_THRESHOLD = 150_000
+"""New objects between searches for garbage. The imports of torch create 200,000 objects to keep."""
+
 LOADAVG_PATH = Path("/proc/loadavg")
 
 
@@ -360,24 +363,10 @@ def main() -> None:
     """Run the command line of this process; the entry point of the `finesight` script."""
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="surrogateescape")  # file names that are not UTF-8
-    defer_garbage_collection()
+    gc.set_threshold(GARBAGE_THRESHOLD)
     code = run_command(sys.argv[1:])
     gc.freeze()  # The exit of Python would search all objects of torch for garbage.
     sys.exit(code)
-
-
-def defer_garbage_collection() -> None:
-    """Collect no garbage during the imports of torch, which create 200,000 objects to keep."""
-    thresholds = gc.get_threshold()
-
-    def restore(phase: str, _: Mapping[str, int]) -> None:
-        if phase == "stop":
-            gc.callbacks.remove(restore)
-            gc.freeze()
-            gc.set_threshold(*thresholds)
-
-    gc.callbacks.append(restore)
-    gc.set_threshold(150_000)
 
 
 def configure_openmp_spin() -> None:

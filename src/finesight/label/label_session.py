@@ -532,9 +532,8 @@ def read_items(
 
 
 def _build_question(path: Path, prompt: str) -> LocatedSample:
-    name = check_utf8(str(path))
     question = (ImagePart(image=path.name), TextPart(text=prompt))
-    sample = Sample(id=name, messages=(Message(role="user", content=question),))
+    sample = Sample(id=check_utf8(str(path)), messages=(Message(role="user", content=question),))
     return LocatedSample(sample, path.parent)
 
 

@@ -60,12 +60,13 @@ def sample(
         data: JSONL file of samples with answers, which the rewards compare.
         best_of: Number of responses to each question.
         reward: Reward or metric, such as json, latex.rendered or rewards.py:score. Repeatable.
-            Default for a run: the rewards of its recipe, or its metric.
+            Default for a run: the rewards of its recipe.
         min_score: Leave out questions whose best response has a lower score.
         temperature: Sampling temperature.
         seed: Random seed.
         batch_size: Responses generated at the same time; halved when GPU memory is exhausted.
     """
+    from finesight.data.formats.json_annotations import count_ids
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.evaluate.eval_case import get_reference_answer
     from finesight.evaluate.metric_difference import create_case, format_prediction_line
@@ -78,9 +79,11 @@ def sample(
 
     run, data, out = find_run_dir(Path(get_model_name(run_or_model))), Path(data), Path(out)
     rewards = _select_rewards(run, reward, trust=trust_metric)
-    samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
+    questions = read_samples(data)[:limit]
+    samples = [LocatedSample(one, data.parent) for one in questions]
+    count_ids("samples", (one.id for one in questions), data)
     console, errors, text = ProgressConsole(), dict[int, Exception](), ""
-    with RewardScorer(rewards, run) as scorer, write_folder(out) as folder:
+    with RewardScorer(rewards) as scorer, write_folder(out) as folder:
         model = load_model(run_or_model, **loading).value.inference_model
         renderer = model.renderer
 
@@ -100,9 +103,12 @@ def sample(
                 get_sampling=get_sampling,
             )
         skipped = {index // best_of for index in errors}
-        for located in (one for i, one in enumerate(samples) if i not in skipped):
-            group, found = found[:best_of], found[best_of:]
-            answer = get_reference_answer(located.sample, has_reasoning=renderer.renders_reasoning)
+        indices = (index for index in range(len(samples) * best_of) if index not in errors)
+        predictions = dict(zip(indices, found, strict=True))
+        for i in (i for i in range(len(samples)) if i not in skipped):
+            group = [predictions[best_of * i + n] for n in range(best_of)]
+            sample, uses_reasoning = samples[i].sample, renderer.renders_reasoning
+            answer = get_reference_answer(sample, has_reasoning=uses_reasoning)
             cases = [create_case(one, answer) for one in group]
             rows = zip(*scorer.score(cases), strict=True)
             for n, (one, case, row) in enumerate(zip(group, cases, rows, strict=True)):
@@ -134,21 +140,26 @@ def sample(
 
 
 def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:
-    """Return the rewards that the user has named, or those or the metric of a run."""
+    """Return the rewards that the user has named, or those of a run."""
     from finesight.config import METRIC_NAMES, REWARD_NAMES, RewardSettings
-    from finesight.evaluate.custom_metric import check_metric, check_recipe_metric
+    from finesight.evaluate import custom_metric
     from finesight.manifest import RECIPE_FILE
     from finesight.recipe import load_recipe
 
     rewards: Sequence[RewardSettings] = ()
     file = run / RECIPE_FILE
     if not names and file.is_file():
-        recipe = load_recipe(file)
-        check_recipe_metric(recipe, file, (), trust=trust)
-        rewards = recipe.rewards
-        names = [recipe.eval.metric] if recipe.eval and not rewards else ()
+        # The run may have been moved: its copies are in this folder.
+        recipe = load_recipe(file).model_copy(update={"output_dir": run})
+        custom_metric.check_recipe_metric(recipe, file, (), trust=trust)
+        files = {
+            name: custom_metric.resolve_metric_path(name, run, copy_name=copy)
+            for _, name, copy in custom_metric.list_functions(recipe)
+        }
+        own = [(one, {"name": files.get(one.name, one.name)}) for one in recipe.rewards]
+        rewards = [one.model_copy(update=update) for one, update in own]
     for name in names:
-        check_metric(name, named=True, trust=trust)
+        custom_metric.check_metric(name, named=True, trust=trust)
     with suppress(ValueError):  # of an unknown name
         rewards = [RewardSettings(name=name) for name in names] or rewards
     if not rewards:
@@ -187,6 +198,7 @@ def pairs(
         min_score: Lowest score of a correct response.
     """
     from finesight.data.corpus import load_corpus
+    from finesight.data.formats.json_annotations import count_ids
     from finesight.label.label_store import JOURNAL_FILE, read_labels, read_verdicts
     from finesight.storage import raise_if_exists
 
@@ -198,7 +210,8 @@ def pairs(
     else:
         file, files, weights = _find_responses(source, data)
         verdicts = grade_responses(read_responses(file, weights), min_score)
-        samples = load_corpus(files).read_samples()
+        samples = [one for one in load_corpus(files).read_samples() if one.sample.id in verdicts]
+        count_ids("samples", (one.sample.id for one in samples), data or source)
     rows: list[Row] = []
     num_unused = 0
     for located in samples:
@@ -239,8 +252,7 @@ def _find_responses(
     names = (source / RESPONSES_FILE, source / PREDICTIONS_FOLDER / "after.jsonl", source)
     file = next((one for one in names if one.is_file()), source)
     has_recipe = (source / RECIPE_FILE).is_file()
-    if not file.is_file() or not (data or has_recipe):
-        is_found = file.is_file()
+    if not (is_found := file.is_file()) or not (data or has_recipe):
         raise UserError(
             "the samples of the responses are unknown" if is_found else "no responses",
             where="--data" if is_found else str(source),
@@ -270,7 +282,9 @@ def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
     responses: Responses = {}
     for one in read_predictions(file):
         score = float(one.record.get("score", _weigh(one.scores.values(), weights)))
-        content: Answer = one.case.boxes or (TextPart(text=one.case.answer),)
+        # Boxes replace the text of an answer only if the reference has boxes, too.
+        boxes: Answer = one.case.boxes if one.case.reference_boxes else ()
+        content = boxes or (TextPart(text=one.case.answer),)
         if reasoning := one.record.get("reasoning"):
             content = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"), *content)
         row = (score, content if one.case.ended_with_eos else None)
@@ -310,9 +324,9 @@ def write_answers(file: Path, rows: Iterable[Row], folder: Path) -> int:
     for located, content, update in rows:
         sample = relocate_sample(located, folder)
         turns = sample.messages[: -1 if sample.messages[-1].role == "assistant" else None]
-        fields = {"rejected": (), "label": None, "references": (), **update}
-        fields["messages"] = (*turns, Message(role="assistant", content=content))
-        sample = sample.model_copy(update=fields)
+        messages = (*turns, Message(role="assistant", content=content))
+        fields = {"rejected": (), "label": None, "references": (), "messages": messages}
+        sample = sample.model_copy(update=fields | {**update})
         with suppress(UserError):
             validate_sample(sample, f"sample {sample.id}")
             written.append(sample)

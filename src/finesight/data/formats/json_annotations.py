@@ -32,7 +32,7 @@ import json
 import math
 import os
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -116,7 +116,10 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
             expected="annotations with `bbox` (instances) or `caption`",
             remedy="use the document of the instances or of the captions",
         )
-    ids, _ = (_count_ids(kind, document[kind], source) for kind in ("images", "categories"))
+    ids, _ = (
+        count_ids(kind, (one.get("id") for one in document[kind]), source)
+        for kind in ("images", "categories")
+    )
     folder = find_image_folder(source, [_get_file_name(image) for image in images])
     names = {
         str(item.get("id")): item["name"]
@@ -239,8 +242,9 @@ def _read_object(file: Path, marker: bytes = b"") -> Record | None:
     return document if isinstance(document, dict) else None
 
 
-def _count_ids(kind: str, items: Sequence[Record], source: Path) -> Counter[str]:
-    ids = Counter(str(item.get("id")) for item in items)
+def count_ids(kind: str, names: Iterable[object], source: object) -> Counter[str]:
+    """Count the IDs of items such as images. Raises UserError if two are equal."""
+    ids = Counter(map(str, names))
     duplicate, count = next(iter(ids.most_common(1)), ("", 0))
     if count > 1:
         raise UserError(

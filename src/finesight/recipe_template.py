@@ -127,12 +127,10 @@ def detect_task(
         fields: Columns of a JSON answer, for the prompt.
         metric: Task chosen by the user, None to detect it.
     """
-    answers = [join_text(sample.messages[-1].content).strip() for sample in samples]
+    contents = [sample.messages[-1].content for sample in samples]
+    answers = [join_text(content).strip() for content in contents]
     questions = {join_text(sample.messages[-2].content).strip() for sample in samples}
-    regions = [
-        [part for part in sample.messages[-1].content if isinstance(part, BoxPart)]
-        for sample in samples
-    ]
+    regions = [[part for part in content if isinstance(part, BoxPart)] for content in contents]
     boxes = [[part.label for part in row] for row in regions]
     if metric is None:
         metric = _detect_metric(answers, questions, boxes)
@@ -254,24 +252,24 @@ def format_recipe(
     rewards = ""
     if task.objective == "grpo":
         train.append(f"grpo: {{max_completion_length: {task.max_new_tokens}}}")
-        rewards = (
-            f"rewards: [{REWARDS.get(task.metric, task.metric)}]  # at most 1 for a response\n"
-        )
+        reward = REWARDS.get(task.metric, task.metric)
+        rewards = f"rewards: [{reward}]  # at most 1 for a response\n"
     tune = _TUNE_TINY if is_tiny else _TUNE_LARGE
     max_pixels = MAX_PIXELS.get(task.metric, DEFAULT_MAX_PIXELS)
     lines = [f"{_quote(file)}  # {comment}" for file, comment in files.items()]
-    train_data = _format_files("train", lines[:num_train_files])
     eval_lines = [f"{line}, not used for training" for line in lines[num_train_files:]]
     eval_settings = (
         f"eval: {{metric: {task.metric}, limit: {NUM_EVAL_ROWS},"
         f" max_new_tokens: {task.max_new_tokens}}}\n"
+        if task.objective != "kto"
+        else "# no eval.metric: answers with `label: false` are not references\n"
     )
     arguments = {"recipe": recipe, "overrides": ["train.learning_rate=5.0e-5"]}
     text = _RECIPE.format(
         author=author,
         override=Step("train", arguments, "Override settings on the command line"),
         model=_quote(model),
-        data=train_data + _format_files("eval", eval_lines),
+        data=_format_files("train", lines[:num_train_files]) + _format_files("eval", eval_lines),
         image=""
         if is_tiny
         else f"image: {{max_pixels: {max_pixels}}}  # larger images are reduced to this size\n",

@@ -255,18 +255,22 @@ def test_split_of_the_source_is_kept(run_init):
 @pytest.mark.usefixtures("no_plan")
 @pytest.mark.parametrize(
     ("num_pairs", "label", "objective"),
-    [(12, {}, "dpo"), (11, {}, "sft"), (11, {"label": False}, "kto"), (0, {"label": True}, "kto")],
+    [(24, {}, "dpo"), (23, {}, "sft"), (23, {"label": False}, "kto"), (0, {"label": True}, "kto")],
 )
 def test_preferences_select_the_objective(run_init, num_pairs, label, objective):
     rows = []
-    for i in range(12):
+    for i in range(24):
         write_image(Path(f"{i}.png"), i)
         row = {"prompt": "<image>Which number?", "images": [f"{i}.png"], "completion": f"No {i}."}
         if i < num_pairs:
             row |= {"chosen": row.pop("completion"), "rejected": f"No {i + 1}."}
         rows.append(row if i < num_pairs else row | label)
     Path("pairs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    train = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())["train"]
+    recipe = yaml.safe_load(Path(run_init("pairs.jsonl")["recipe"]).read_text())
+    train = recipe["train"]
+    # Answers with the label false are not references.
+    assert "eval" in recipe["data"]
+    assert ("eval" in recipe) == (objective != "kto")
     assert train.get("objective") == objective
     assert train["learning_rate"] in ((1e-4, 2e-3) if objective == "sft" else (5e-6, 5e-4))
 

@@ -307,6 +307,12 @@ def test_references_follow_the_corrected_answer(tmp_path, corrected, references)
         store.save_label("s0", (TextPart(text="cat"), box))
     (labeled,) = read_samples(tmp_path / "boxes" / LABELS_FILE)
     assert labeled.references == ("cat", "kitty", "pet")
+    # A rejected answer is desirable after a correction.
+    undesirable = sample.model_copy(update={"rejected": (), "label": False})
+    write_samples(tmp_path / "rated.jsonl", [undesirable])
+    answer(tmp_path / "rated", [tmp_path / "rated.jsonl"], corrected, review=True)
+    (labeled,) = read_samples(tmp_path / "rated" / LABELS_FILE)
+    assert labeled.label is (corrected != "cat")
 
 
 def test_review_forgets_samples_that_were_removed(tmp_path):

@@ -566,11 +566,11 @@ FOREIGN_KEYS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LocatedSample:
-    """A sample with the folder of its image paths, and for KTO one with a mismatched answer."""
+    """A sample with the folder of its image paths, and for KTO the answer to another one."""
 
     sample: Sample
     folder: Path
-    mismatched: LocatedSample | None = None
+    mismatched: Message | None = None
 
     def resolve_path(self, name: str) -> Path:
         """Return the file path of an image or video frame of the sample."""

@@ -214,9 +214,8 @@ def pack(
         tokenized.num_tokens if first_sample.hf_inputs else tokenized.num_packed_tokens
         for tokenized in tokenized_samples
     ]
-    token_ranges = [
-        (one, prefix_length, end) for one, end in zip(tokenized_samples, ends, strict=True)
-    ]
+    ranges = zip(tokenized_samples, ends, strict=True)
+    token_ranges = [(one, prefix_length, end) for one, end in ranges]
     if first_sample.tokenized.response_starts:
         assert len(samples) == 1, f"{first_sample.tokenized.id} must be packed alone"
         # The prompt with its images is the shared prefix of the responses.
@@ -252,9 +251,7 @@ def pack(
     return PackedBatch(
         sample_ids=tuple(tokenized.id for tokenized in tokenized_samples),
         lengths=tuple(lengths),
-        grid_thw=tuple(
-            span.grid_thw for tokenized in tokenized_samples for span in tokenized.spans
-        ),
+        grid_thw=tuple(span.grid_thw for one in tokenized_samples for span in one.spans),
         ids_T=torch.from_numpy(ids_T.astype(np.int64)),
         position_ids_3T=torch.from_numpy(position_ids_3T.astype(np.int64)),
         cu_seqlens_S1=torch.from_numpy(cu_seqlens),

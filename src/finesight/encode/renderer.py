@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -102,11 +103,8 @@ def split_reasoning(content: Sequence[ContentPart]) -> ReasoningAndAnswer:
     A leading `<think>` and newlines around both parts are removed.
     """
     content = merge_text_parts(content)
-    end_indices = [
-        index
-        for index, part in enumerate(content)
-        if isinstance(part, TextPart) and _THINK_END_TAG in part.text
-    ]
+    texts = [part.text if isinstance(part, TextPart) else "" for part in content]
+    end_indices = [index for index, text in enumerate(texts) if _THINK_END_TAG in text]
     if not end_indices:
         return ReasoningAndAnswer(None, tuple(content))
     end_index = end_indices[-1]
@@ -316,6 +314,7 @@ class Renderer(ABC):
         excluded_kinds: Remedies by kind of excluded samples: `pair`, `label true`, `label false`,
             `label none`.
         supervise: Answers that training uses, unless their `loss` is false.
+        max_length: Length to which a mismatched answer is truncated.
         has_thinking_modes: Whether the chat template has a thinking and a non-thinking mode.
         renders_reasoning: Whether the reasoning of assistant turns is separated from their answers.
     """
@@ -323,6 +322,7 @@ class Renderer(ABC):
     responses: Responses = "pairs"
     excluded_kinds: Mapping[str, str] = {}
     supervise: Literal["all", "last"] = "all"
+    max_length: int | None = None
     has_thinking_modes: bool = False
     renders_reasoning: bool = False
     image_rule: ImageRule
@@ -390,11 +390,19 @@ class Renderer(ABC):
         tokenized, others = tokenize(located_sample, sample.messages), list[TokenizedSample]()
         if sample.rejected and self.responses != "none":
             others.append(tokenize(located_sample, sample.rejected_messages))
-        if (mismatched := located_sample.mismatched) is not None:
-            other = tokenize(mismatched, mismatched.sample.messages)
-            others.append(tokenized.replace_answer(other))
         is_joined = others or self.responses == "all"
-        return tokenized.join_responses(others) if is_joined else tokenized
+        joined = tokenized.join_responses(others) if is_joined else tokenized
+        turns = self.list_supervised_turns(sample.messages)
+        if turns and (answer := located_sample.mismatched) is not None:
+            content = tuple(_fit_box(part, tokenized.spans) for part in answer.content)
+            messages = *sample.messages[: turns[-1]], answer.model_copy(update={"content": content})
+            other = replace(located_sample, sample=sample.model_copy(update={"messages": messages}))
+            with suppress(UserError):  # A bad answer to another sample does not exclude this one.
+                others.append(tokenize(other, messages))
+                extended = tokenized.join_responses(others, self.max_length)
+                if extended.loss_mask_T[extended.response_starts[-1] :].any():
+                    return extended
+        return joined
 
     def list_supervised_turns(self, messages: Sequence[Message]) -> list[int]:
         """Return the indices of the turns whose tokens contribute to the loss."""
@@ -748,6 +756,15 @@ def _has_reasoning(messages: Sequence[Message]) -> bool:
     """Return whether the last assistant turn of a conversation contains reasoning."""
     answers = [message.content for message in messages if message.role == "assistant"]
     return any(strip_content(split_reasoning(one).reasoning or ()) for one in answers[-1:])
+
+
+def _fit_box(part: ContentPart, images: Sequence[VisualSpan]) -> ContentPart:
+    """Scale a box of an answer to another sample so that it fits in the first image."""
+    if not isinstance(part, BoxPart) or not images:
+        return part
+    (height, width), (_, _, x2, y2) = images[0].original_size, part.xyxy
+    scale = min(1.0, width / max(x2, 1), height / max(y2, 1))
+    return part.model_copy(update={"image": 0, "xyxy": tuple(scale * one for one in part.xyxy)})
 
 
 def _to_image_box(box: BoxPart, images: Sequence[VisualSpan], sample_id: str) -> ImageBox:

@@ -554,8 +554,8 @@ class TokenizedSample:
     def num_patches(self) -> int:
         return sum(t * h * w for t, h, w in (span.grid_thw for span in self.spans))
 
-    def join_responses(self, others: Sequence[TokenizedSample]) -> TokenizedSample:
-        """Return the last answers of this sample and of the same sample with other answers.
+    def join_responses(self, others: Sequence[TokenizedSample], end: int | None = None) -> Self:
+        """Return the last answers of this sample and of the same sample with others, up to `end`.
 
         Only the last answer of each is supervised. A response begins with the last token of the
         prompt, which predicts its first token, and ends with its last supervised token.
@@ -575,24 +575,10 @@ class TokenizedSample:
         sizes = [length, *(stop - length for stop in stops)]
         return replace(
             self,
-            ids_T=np.concatenate([one.ids_T[s] for one, _, s in parts]),
-            loss_mask_T=np.concatenate([mask[s] for _, mask, s in parts]),
-            position_ids_3T=np.concatenate([one.position_ids_3T[:, s] for one, _, s in parts], 1),
+            ids_T=np.concatenate([one.ids_T[s] for one, _, s in parts])[:end],
+            loss_mask_T=np.concatenate([mask[s] for _, mask, s in parts])[:end],
+            position_ids_3T=np.hstack([one.position_ids_3T[:, s] for one, _, s in parts])[:, :end],
             response_starts=tuple(accumulate(sizes[:-1])),
-        )
-
-    def replace_answer(self, other: TokenizedSample) -> TokenizedSample:
-        """Return this sample with the last answer of another sample."""
-        start, other_start = self._last_answer_start, other._last_answer_start
-        positions_T = np.arange(other.num_tokens - other_start) + 1
-        last_positions_31 = self.position_ids_3T[:, start - 1 : start]
-        ids_T, mask_T = other.ids_T[other_start:], other.loss_mask_T[other_start:]
-        positions_3T = last_positions_31 + positions_T.astype(np.int32)
-        return replace(
-            self,
-            ids_T=np.concatenate([self.ids_T[:start], ids_T]),
-            loss_mask_T=np.concatenate([self.loss_mask_T[:start], mask_T]),
-            position_ids_3T=np.concatenate([self.position_ids_3T[:, :start], positions_3T], 1),
         )
 
 

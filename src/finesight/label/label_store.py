@@ -555,6 +555,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         worse = sample.rejected if sample.rejected != answer.content else ()
         update: dict[str, Any] = {"messages": (*messages, answer), "rejected": worse, "meta": meta}
         update["references"] = _match_references(item, content)
+        if sample.label is False and content != sample.messages[-1].content:
+            update["label"] = True  # The corrected answer is a desirable one.
         return LocatedSample(sample.model_copy(update=update), self.folder)
 
     def add_sources(self, sources: Iterable[Path], *, review: bool) -> None:

@@ -45,8 +45,8 @@ from finesight.vision.image_processing import GridTHW
 EDGE_BYTES = 8 * 1024
 """Number of bytes read at the start and at the end of an image file."""
 
-MAX_LISTED_IMAGES = 5
-"""Maximum number of changed images listed in a message."""
+MAX_LISTED_IMAGES, MAX_MISMATCHED_TRIES = 5, 32
+"""Maximum number of changed images in a message, and of samples to search for another question."""
 
 _CHECKSUM_KEY = "sha256"
 
@@ -518,11 +518,22 @@ class TrainingData:
 
 
 class MismatchedCorpus(Corpus):
-    """Corpus whose samples have the next one, with whose answer KTO estimates the divergence."""
+    """Corpus whose samples have the answer to another question, for the divergence of KTO."""
 
     def read_validated(self, index: int) -> LocatedSample:
-        """Read and fully validate a sample, and read the next one."""
-        return replace(super().read_validated(index), mismatched=self[(index + 1) % len(self)])
+        """Read and fully validate a sample, with the answer to one half a corpus away.
+
+        Samples with the same question, invalid ones, and answers without loss are passed over.
+        """
+        found = super().read_validated(index)
+        for offset in range(min(len(self), MAX_MISMATCHED_TRIES)):
+            with suppress(UserError):
+                other = super().read_validated((index + len(self) // 2 + offset) % len(self))
+                *question, answer = other.sample.messages
+                is_same = (other.folder, *question) == (found.folder, *found.sample.messages[:-1])
+                if answer.role == "assistant" and answer.loss and not is_same:
+                    return replace(found, mismatched=answer)
+        return found
 
 
 def load_training_data(

@@ -172,7 +172,7 @@ class BaseModelRef:
         renderer.responses = RESPONSES.get(recipe.train.objective, "pairs")
         excluded = EXCLUDED_KINDS[recipe.train.objective]
         renderer.excluded_kinds = {kind: _REMEDIES[kind] for kind in excluded}
-        renderer.supervise = recipe.data.supervise
+        renderer.supervise, renderer.max_length = recipe.data.supervise, recipe.data.max_length
         return renderer
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from each_value import each
+from PIL import Image
 from rich.console import Console
 from safetensors.numpy import load_file
 from tiny_task import (
@@ -37,7 +38,7 @@ from finesight.recipe import recipe_from_dict
 from finesight.report.data_pages import render_sample_page
 from finesight.report.run_page import render_run_page
 from finesight.train.cuda_graphs import CudaGraphRunner
-from finesight.train.dataset_stats import compute_dataset_stats
+from finesight.train.dataset_stats import MismatchedCorpus, compute_dataset_stats
 from finesight.train.objectives.dpo import (
     REFERENCE_FILE,
     KtoObjective,
@@ -334,6 +335,37 @@ def test_kto_separates_desirable_and_undesirable_answers(kto_task, loss_type):
         [False, True, has_mismatched],
         [True, True, has_mismatched],
     ]
+
+
+def test_mismatched_answers_are_to_another_question(kto_task):
+    """A bad sample neither removes nor breaks the valid one that gets its answer."""
+    path = kto_task.folder / "train.jsonl"
+    answers = [*"abcd", "e", "f", "g " * 200, [{"type": "box", "xyxy": [5, 5, 800, 500]}]]
+    with edit_samples(path) as samples:
+        asked = [samples[n // 4]["messages"][0] for n in range(8)]
+        samples[:] = [
+            {"id": f"{n}", "label": True, "messages": [asked[n], {"role": "assistant"} | turn]}
+            for n, turn in enumerate({"content": answer} for answer in answers)
+        ]
+        for n, name in ((4, "missing.png"), (7, "large.png")):
+            image = {"type": "image", "image": name}
+            samples[n]["messages"][0] = {"role": "user", "content": [image]}
+    Image.new("RGB", (840, 560)).save(kto_task.folder / "large.png")
+    options = "train.epochs=null", "train.steps=1", "train.batch_size=6", "data.max_length=100"
+    kto_task.run(*KTO, *options)
+    table = load_file(kto_task.folder / "run" / REFERENCE_FILE)["train"]
+    assert table[:, 0].tolist() == [0, 1, 2, 3, 5, 7]
+    assert not np.isnan(table[:, 3]).any()
+    with edit_samples(path) as samples:
+        del samples[5]["label"]
+        samples[5]["messages"] *= 2
+        samples[5]["messages"][-1] = samples[5]["messages"][-1] | {"loss": False}
+    settings = DataSettings.model_validate(kto_task.recipe["data"])
+    corpus = load_corpus(settings.train)
+    corpus = MismatchedCorpus(corpus.sources, corpus.weights, corpus.fingerprint)
+    found = [corpus.read_validated(index).mismatched for index in range(6)]
+    expected = [4, 6, 6, 7, 0, 1]  # the loss of answer 5 is false
+    assert found == [corpus[index].sample.messages[-1] for index in expected]
 
 
 def test_kto_baseline_is_the_divergence_of_mismatched_answers(kto_task, monkeypatch):

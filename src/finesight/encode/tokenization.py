@@ -560,7 +560,7 @@ class TokenizedSample:
         Only the last answer of each is supervised. A response begins with the last token of the
         prompt, which predicts its first token, and ends with its last supervised token.
         """
-        responses = self, *others
+        responses: tuple[TokenizedSample, ...] = (self, *others)
         starts = [one._last_answer_start for one in responses]
         stops = [int(np.flatnonzero(one.loss_mask_T)[-1]) + 1 for one in responses]
         length = min(starts) - 1

@@ -149,7 +149,7 @@ def make_row(plan: RunPlan, method: TuningMethod) -> dict[str, Any]:
         "card": plan.target.name,
         "card_gb": plan.target.memory_bytes / 1e9,
         "tokens_of_a_sample": plan.token_stats.median_tokens,
-        "precision": plan.precision,
+        "precision": plan.target.precision,
         "fits_as_written": record["recipe"]["fits"],
         "fits": chosen["fits"],
         "pack_tokens": chosen["pack_tokens"],

@@ -147,13 +147,11 @@ def test_answer_with_a_label_matches_single_samples(tmp_path, family):
     model, renderer = tune_model(folder, ALL, torch.float32), NativeRenderer(folder)
     images, objective = make_images(tmp_path), KtoObjective(KtoSettings(beta=0.3))
     renderer.responses = "all"
-    sample, other = (make_conversation(n, images, videos=True).sample for n in (3, 1))
+    sample = make_conversation(3, images, videos=True).sample
     other_answer = Message(role="assistant", content=(TextPart(text="No, it is not."),))
-    other = other.model_copy(update={"messages": (*other.messages[:-1], other_answer)})
     for label in (True, False):
         labeled = sample.model_copy(update={"label": label})
-        mismatched = LocatedSample(other, tmp_path)
-        batch = pack([renderer.encode(LocatedSample(labeled, tmp_path, mismatched))])
+        batch = pack([renderer.encode(LocatedSample(labeled, tmp_path, other_answer))])
         expected = []
         for answer in (sample.messages[-1], other_answer):
             messages = *sample.messages[:-1], answer

@@ -285,7 +285,7 @@ def parse_json_box(value: object) -> tuple[Any, str | None] | None:
         return None
     labels = [str(value[key]) for key in LABEL_KEYS if value.get(key) is not None]
     coordinates = value[next(iter(keys))]
-    if POINT_KEY in keys and not (isinstance(coordinates, list) and len(coordinates) == 2):
+    if (POINT_KEY in keys) != (isinstance(coordinates, list) and len(coordinates) == 2):
         return None
     return coordinates, labels[0] if labels else None
 

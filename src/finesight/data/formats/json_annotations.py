@@ -269,7 +269,7 @@ def _find_box(
     polygons, num_values = annotation.get("segmentation"), len(as_list(annotation.get("bbox")))
     if annotation.get("iscrowd") or annotation.get("ignore"):
         return enclose_shape("crowd regions", None, source_notes)
-    if 0 < num_values <= 4:
+    if num_values in (1, 3, 4):  # two are no box but a point
         source_notes.update(f"{k} (ignored)" for k in UNSUPPORTED_KEYS if annotation.get(k))
         return annotation["bbox"]  # type: ignore[no-any-return]  # validated as coordinates
     if not use_polygons or not isinstance(polygons, list) or not polygons:

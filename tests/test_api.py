@@ -81,7 +81,7 @@ def test_documentation_page_trains_and_evaluates(page):
 def test_documentation_page_output_is_correct(page, monkeypatch):
     work, names = page
     boxes = [f"{box.label} {[*map(round, box.xyxy)]}" for box in names["answer"].boxes]
-    assert PRINTED[0].splitlines() == [names["answer"].answer, *boxes]
+    assert PRINTED[0].splitlines() == [names["answer"].text, *boxes]
     for line in PRINTED[1].splitlines()[:-1]:
         assert line == "..." or line in str(names["encoded"]).splitlines(), line
     monkeypatch.chdir(work)
@@ -118,7 +118,7 @@ def test_batched_and_streamed_answers_match_single_answers(model, image_path):
     batched = model.generate_batch(requested, max_new_tokens=8)
     assert batched[1] == alone
     assert batched[0].images == ()
-    assert "".join(model.stream(image_path, "Which colour?", max_new_tokens=8)) == alone.answer
+    assert "".join(model.stream(image_path, "Which colour?", max_new_tokens=8)) == alone.text
     both = model.generate([str(image_path), image_path], "Are they the same?", max_new_tokens=4)
     assert both.images == (image_path, image_path)
 
@@ -134,7 +134,7 @@ def test_video_file_is_a_question(model, tmp_path):
     clip = write_video(tmp_path / "clip.mp4")
     answer = model.generate(clip, "What moves?", max_new_tokens=4)
     assert (answer.id, answer.images) == (str(clip), ())
-    assert "".join(model.stream(clip, "What moves?", max_new_tokens=4)) == answer.answer
+    assert "".join(model.stream(clip, "What moves?", max_new_tokens=4)) == answer.text
     question = api.build_question(clip, "What moves?")
     spans = model.encode(question, add_generation_prompt=True).visual_spans
     assert [(span.kind, span.frame_indices) for span in spans] == [("video", (0, 4, 8, 12))]

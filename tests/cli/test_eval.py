@@ -154,7 +154,7 @@ def test_best_responses_become_answers(tiny, data, tmp_path, cli):
     assert "exists already" in cli(*words, *rewards, code=2).err
 
 
-def test_rewards_of_a_moved_run_need_trust(tiny, data, tmp_path, cli):
+def test_reward_copies_of_a_received_run_need_trust(tiny, data, tmp_path, cli):
     """Copies of reward functions in the folder of a run that its recipe does not name."""
     run = tmp_path / "received"
     run.mkdir()
@@ -164,6 +164,8 @@ def test_rewards_of_a_moved_run_need_trust(tiny, data, tmp_path, cli):
     (run / "reward_1.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
     error = cli("sample", run, data, tmp_path / "out", code=2).err
     assert "untrusted program" in error
+    planned = cli("plan", run / "recipe.yaml", f"output_dir={run}", code=2).err
+    assert "untrusted program" in planned
     assert not (tmp_path / "executed").exists()
 
 

@@ -107,11 +107,12 @@ class ModelRunner:
             self.model.lora_routing.set_mask(
                 self.model.lora_routing.build_mask(prompts[0].adapter_index)
             )
+        groups, max_patches = [prompts], MAX_ENCODER_PATCHES
         if self.cache.matches_training:
             # Training encodes the images of one prompt together, and results depend on the batch.
-            for prompt in prompts:
-                load_image_features(self.model, [prompt], self.feature_cache, sys.maxsize)
-        load_image_features(self.model, prompts, self.feature_cache, MAX_ENCODER_PATCHES)
+            groups, max_patches = [[prompt] for prompt in prompts], sys.maxsize
+        for group in groups:
+            load_image_features(self.model, group, self.feature_cache, max_patches)
         chunks = [
             PrefillChunk(
                 prompt.block_ids,

@@ -76,6 +76,11 @@ class Prediction:
     tokens: tuple[GeneratedToken, ...] = ()
     image_size: ImageSize = DEFAULT_SIZE
 
+    @property
+    def text(self) -> str:
+        """Alias of `answer`."""
+        return self.answer
+
     def as_json(self) -> dict[str, Any]:
         """Return the prediction as a JSON record.
 
@@ -219,7 +224,7 @@ def predict(
 
 @dataclass
 class ResponseSampler:
-    """Sampler of responses to equal prompts on changing weights, which keeps its engine.
+    """Sampler of several responses to each prompt; it keeps its engine while the weights change.
 
     `batch_size` limits the concurrent sequences. `is_sharded` weights are gathered for one call.
     """

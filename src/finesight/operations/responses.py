@@ -107,8 +107,7 @@ def sample(
         predictions = dict(zip(indices, found, strict=True))
         for i in (i for i in range(len(samples)) if i not in skipped):
             group = [predictions[best_of * i + n] for n in range(best_of)]
-            sample, uses_reasoning = samples[i].sample, renderer.renders_reasoning
-            answer = get_reference_answer(sample, has_reasoning=uses_reasoning)
+            answer = get_reference_answer(questions[i], has_reasoning=renderer.renders_reasoning)
             cases = [create_case(one, answer) for one in group]
             rows = zip(*scorer.score(cases), strict=True)
             for n, (one, case, row) in enumerate(zip(group, cases, rows, strict=True)):

@@ -60,6 +60,7 @@ def plan(
     recipe: RecipeArgument,
     overrides: OverridesArgument = None,
     gpu: Annotated[str | None, Parameter(metavar="NAME")] = None,
+    trust_metric: TrustMetricOption = False,
 ) -> Outcome[RunPlan]:
     """Estimate memory and time of a run and suggest settings that fit.
 
@@ -77,13 +78,16 @@ def plan(
         gpu: GPU to plan for, such as T4, "RTX 4090", A100-80GB or H200. Default: this machine,
             measured in about a second.
     """
+    from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.plan.plan_format import format_plan, plan_to_dict
     from finesight.plan.run_plan import plan_run
     from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
 
-    run_plan = plan_run(load_recipe(Path(recipe), overrides or ()), gpu, ProgressConsole())
-    fits, given = run_plan.chosen_estimate.fits, _list_overrides(overrides)
+    settings, given = load_recipe(Path(recipe), overrides or ()), _list_overrides(overrides)
+    check_recipe_metric(settings, Path(recipe), given, trust=trust_metric)
+    run_plan = plan_run(settings, gpu, ProgressConsole())
+    fits = run_plan.chosen_estimate.fits
     step = Step("train", {"recipe": recipe, "overrides": [*given, *run_plan.overrides]})
     return Outcome(
         run_plan,
@@ -100,10 +104,7 @@ def _list_overrides(overrides: Overrides | None) -> Sequence[str]:
     return overrides or ()
 
 
-def convert(
-    source: StrPath,
-    recipe: StrPath,
-) -> Outcome[ConvertedRecipe]:
+def convert(source: StrPath, recipe: StrPath) -> Outcome[ConvertedRecipe]:
     """Convert a configuration or script of another trainer to a recipe.
 
     Writes the recipe, including defaults of the other program that differ. train.batch_size is the

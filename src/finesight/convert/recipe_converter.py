@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from finesight.bounded_files import load_yaml
-from finesight.config import Recipe
+from finesight.config import GrpoSettings, Recipe
 from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
 from finesight.convert.external_config import (
     ConversionNote,
@@ -83,6 +83,8 @@ def _iter_value_notes(
     """
     rules = load_rules(config.program)
     skipped_keys = rules.converted | {note.key for note in draft.notes}
+    if draft.settings.get("train.objective") == "grpo":
+        skipped_keys |= {"reward_funcs", "reward_weights", *GrpoSettings.model_fields}
     for key, expression in config.unresolved.items():
         rule, is_noted = rules.find(key), key in ("", "dataset_name", "bf16", "fp16")
         if not is_noted and (rule is None or not rule.is_ignored):

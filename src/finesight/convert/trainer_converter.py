@@ -6,13 +6,14 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import yaml
+from pydantic import ValidationError
 
-from finesight.config import METRIC_NAMES
+from finesight.config import METRIC_NAMES, GrpoSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -20,6 +21,7 @@ from finesight.convert.external_config import (
     ExternalConfig,
     FamilySettings,
     detect_family,
+    is_empty,
 )
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
@@ -99,6 +101,11 @@ class TrainerConverter:
         """Fill the recipe draft from the configuration."""
         raise NotImplementedError
 
+    @property
+    def is_grpo(self) -> bool:
+        """Whether the recipe trains by rewards."""
+        return self.draft.settings.get("train.objective") == "grpo"
+
     def copy_setting(self, name: str, key: str) -> None:
         """Copy a numeric setting into the recipe, and comment on a default value."""
         self.draft.set(name, self.config.get_float(key), self.config.default_comment(key))
@@ -133,6 +140,10 @@ class TrainerConverter:
             elif loss not in ("sigmoid", name):
                 self.draft.note("pref_loss", loss, "is not supported: DPO is used", differs=True)
             return
+        if name == "grpo":
+            self._set_rewards()
+            self._set_policy_loss()
+            return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
             self.require_method(key, ("sft",), name)
@@ -143,6 +154,45 @@ class TrainerConverter:
             " and schedule; import data with answers, and set train.learning_rate"
         )
         self.draft.note(key, name, f"{reason} {text}", differs=True)
+
+    def _set_rewards(self) -> None:
+        """Set the rewards of the same meaning, and note functions to write."""
+        names, weights = (
+            self.config.get_list("reward_funcs"),
+            self.config.get_list("reward_weights"),
+        )
+        known, rewards = load_trainer_settings()["rewards"], list[Mapping[str, object]]()
+        for name, weight in zip_longest(names, weights[: len(names)], fillvalue="1"):
+            if name in known:
+                rewards.append({**known[name], "weight": float(weight)})
+            else:
+                text = f"write it as a function, and add it: rewards=[rewards.py:{name}]"
+                self.draft.note("reward_funcs", name, text, differs=True)
+        self.draft.set("train.objective", "grpo")
+        comment = "replace it by your own: no reward function has an equal in finesight"
+        self.draft.set("rewards", rewards or [{"name": "exact"}], "" if rewards else comment)
+
+    def _set_policy_loss(self) -> None:
+        """Copy the settings of `train.grpo` that have the same name and meaning."""
+        config, draft = self.config, self.draft
+        defaults = load_trainer_settings()[config.program].get("grpo_defaults", {})
+        for key in GrpoSettings.model_fields.keys() - {"batch_size"}:
+            value = config.get_value(key) if config.has(key) else defaults.get(key)
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if key == "scale_rewards":
+                value = {"true": "group", "false": "none"}.get(str(value).lower(), value)
+            if is_empty(value):
+                continue
+            try:
+                given = dict(GrpoSettings.model_validate({key: value}))[key]
+                draft.set(f"train.grpo.{key}", given, config.default_comment(key))
+            except ValidationError as error:
+                text = f"is not supported, the default is used: {error.errors()[0]['msg']}"
+                draft.note(key, value, text, differs=True)
+        if draft.settings.get("train.grpo.loss_type", "dapo") == "dapo":
+            # TRL and ms-swift clip at `epsilon` on both sides.
+            epsilon = draft.settings.get("train.grpo.epsilon", GrpoSettings().epsilon)
+            draft.settings.setdefault("train.grpo.epsilon_high", epsilon)
 
     def set_model(
         self, model: str, hints: tuple[str | None, ...], hub: str, adapters: str
@@ -292,6 +342,11 @@ class TrainerConverter:
         gpus = f"{format_count(num_gpus, 'GPU')}{suffix}"
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
+        if self.is_grpo:
+            default = GrpoSettings().num_generations
+            count = self.draft.settings.get("train.grpo.num_generations", default)
+            assert isinstance(count, int), f"{count} is validated"
+            total, description = max(1, total // count), f"{description} / {count} responses"
         self.draft.set("train.batch_size", total, description)
         self.draft.note("batch", total, description)
 

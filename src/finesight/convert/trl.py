@@ -84,7 +84,7 @@ class TrlConverter(TrainerConverter):
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
         self.set_data_files(by_split[True], by_split[False], {})
         # Without a limit, which null and GRPO mean, samples have the maximum length of the model.
-        is_default = "max_length" not in config.values and self.objective != "grpo"
+        is_default = "max_length" not in config.values and not self.is_grpo
         if config.has("max_length") or is_default:
             max_length = config.get_int("max_length") or 0
             draft.set("data.max_length", max_length, config.default_comment("max_length"))

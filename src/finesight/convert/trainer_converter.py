@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 import yaml
 from pydantic import ValidationError
 
+from finesight.bounded_files import load_yaml
 from finesight.config import METRIC_NAMES, GrpoSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
@@ -22,6 +23,7 @@ from finesight.convert.external_config import (
     FamilySettings,
     detect_family,
     is_empty,
+    load_rules,
 )
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
@@ -157,35 +159,44 @@ class TrainerConverter:
 
     def _set_rewards(self) -> None:
         """Set the rewards of the same meaning, and note functions to write."""
-        names, weights = (
-            self.config.get_list("reward_funcs"),
-            self.config.get_list("reward_weights"),
-        )
+        expression = self.config.unresolved.get("reward_funcs", "")  # names of a Python script
+        names = [*self.config.get_list("reward_funcs"), *re.findall(r"[\w.]+", expression)]
+        weights = [load_yaml(text) for text in self.config.get_list("reward_weights")]
         known, rewards = load_trainer_settings()["rewards"], list[Mapping[str, object]]()
-        for name, weight in zip_longest(names, weights[: len(names)], fillvalue="1"):
-            if name in known:
-                rewards.append({**known[name], "weight": float(weight)})
+        for path, weight in zip_longest(names, weights[: len(names)], fillvalue=1):
+            name = str(path).rpartition(".")[2]
+            if name in known and not (isinstance(weight, int | float) and weight <= 0):
+                rewards.append({**known[name], "weight": weight})
             else:
-                text = f"write it as a function, and add it: rewards=[rewards.py:{name}]"
-                self.draft.note("reward_funcs", name, text, differs=True)
+                item = f"{{name: rewards.py:{name}, weight: {weight}}}"
+                text = f"write a function with a positive weight, and add it to rewards: {item}"
+                self.draft.note("reward_funcs", path, text, differs=True)
         self.draft.set("train.objective", "grpo")
         comment = "replace it by your own: no reward function has an equal in finesight"
         self.draft.set("rewards", rewards or [{"name": "exact"}], "" if rewards else comment)
 
     def _set_policy_loss(self) -> None:
         """Copy the settings of `train.grpo` that have the same name and meaning."""
-        config, draft = self.config, self.draft
-        defaults = load_trainer_settings()[config.program].get("grpo_defaults", {})
-        for key in GrpoSettings.model_fields.keys() - {"batch_size"}:
+        config, draft, content = self.config, self.draft, load_trainer_settings()
+        fields, switches = GrpoSettings.model_fields, content["grpo"]["switches"]
+        defaults = content[config.program].get("grpo_defaults", {})
+        for key in [name for name in defaults if name not in fields and not config.has(name)]:
+            reason = load_rules(config.program, "grpo").other[key].reason
+            text = f"{config.program}'s default; {reason}"
+            draft.note(key, defaults[key], text, differs=True)
+        for key in [name for name in fields if name != "batch_size"]:
             value = config.get_value(key) if config.has(key) else defaults.get(key)
+            switch, disabled = switches.get(key, ("", None))
+            value = disabled if (config.get_str(switch) or "").lower() == "false" else value
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            value = load_yaml(value) if isinstance(value, str) else value
             if key == "scale_rewards":
-                value = {"true": "group", "false": "none"}.get(str(value).lower(), value)
+                value = {"True": "group", "False": "none"}.get(str(value), value)
             if is_empty(value):
                 continue
             try:
                 given = dict(GrpoSettings.model_validate({key: value}))[key]
-                draft.set(f"train.grpo.{key}", given, config.default_comment(key))
+                draft.set(f"train.grpo.{key}", given, config.default_comment(key, switch))
             except ValidationError as error:
                 text = f"is not supported, the default is used: {error.errors()[0]['msg']}"
                 draft.note(key, value, text, differs=True)
@@ -343,9 +354,7 @@ class TrainerConverter:
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
         if self.is_grpo:
-            default = GrpoSettings().num_generations
-            count = self.draft.settings.get("train.grpo.num_generations", default)
-            assert isinstance(count, int), f"{count} is validated"
+            count = self.config.get_int("num_generations") or GrpoSettings().num_generations
             total, description = max(1, total // count), f"{description} / {count} responses"
         self.draft.set("train.batch_size", total, description)
         self.draft.note("batch", total, description)

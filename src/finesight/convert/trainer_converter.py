@@ -160,8 +160,8 @@ class TrainerConverter:
     def _set_rewards(self) -> None:
         """Set the rewards of the same meaning, and note functions to write."""
         expression = self.config.unresolved.get("reward_funcs", "")  # names of a Python script
-        names = [*self.config.get_list("reward_funcs"), *re.findall(r"[\w.]+", expression)]
-        weights = [load_yaml(text) for text in self.config.get_list("reward_weights")]
+        names = [*self.config.get_list("reward_funcs"), *re.findall(r"[A-Za-z_][\w.]*", expression)]
+        weights = [_parse_scalar(text) for text in self.config.get_list("reward_weights")]
         known, rewards = load_trainer_settings()["rewards"], list[Mapping[str, object]]()
         for path, weight in zip_longest(names, weights[: len(names)], fillvalue=1):
             name = str(path).rpartition(".")[2]
@@ -189,7 +189,7 @@ class TrainerConverter:
             switch, disabled = switches.get(key, ("", None))
             value = disabled if (config.get_str(switch) or "").lower() == "false" else value
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
-            value = load_yaml(value) if isinstance(value, str) else value
+            value = _parse_scalar(value) if isinstance(value, str) else value
             if key == "scale_rewards":
                 value = {"True": "group", "False": "none"}.get(str(value), value)
             if is_empty(value):
@@ -354,7 +354,9 @@ class TrainerConverter:
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
         if self.is_grpo:
-            count = self.config.get_int("num_generations") or GrpoSettings().num_generations
+            default = GrpoSettings().num_generations
+            count = self.draft.settings.get("train.grpo.num_generations", default)
+            assert isinstance(count, int), f"{count} is validated"
             total, description = max(1, total // count), f"{description} / {count} responses"
         self.draft.set("train.batch_size", total, description)
         self.draft.note("batch", total, description)
@@ -474,6 +476,14 @@ class TrainerConverter:
             if quant_type in (None, "nf4") and (is_double or "").lower() == "true":
                 return
         self.draft.note(key, what, text, differs=True)
+
+
+def _parse_scalar(text: str) -> object:
+    """Parse an option as a YAML scalar. Other texts remain."""
+    try:
+        return load_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _folder_name(source: DatasetSource) -> str:

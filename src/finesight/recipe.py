@@ -612,7 +612,7 @@ def invert_groups(groups: Mapping[str, str]) -> dict[str, str]:
 def _load_advice() -> dict[str, dict[str, Any]]:
     """Load the replacements of other trainers' settings, or why they have none."""
     content = load_trainer_settings()
-    trainers = [content[name] for name in ("TRL", "transformers", "LLaMA-Factory", "ms-swift")]
+    trainers = [content[name] for name in content["advice_order"]]
     reasons: dict[str, str] = {}
     for groups in (
         *(one[kind] for kind in ("ignored", "unsupported") for one in trainers),

@@ -47,10 +47,14 @@ if False:
 """
 TRL = """
 from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer
+from trl import GRPOConfig, GRPOTrainer, accuracy_reward
 peft_config = LoraConfig(target_modules=["q_proj", "gate_proj"], r=32)
-args = GRPOConfig(num_train_epochs=2, learning_rate=1e-5, num_generations=8)
-GRPOTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=args, reward_funcs=[score])
+args = GRPOConfig(
+    num_train_epochs=2, num_generations=4, scale_rewards=False, reward_weights=[2, 1], epsilon=0.1,
+    use_vllm=True, vllm_importance_sampling_correction=False, per_device_train_batch_size=16,
+    top_p=0.9, top_k=0, max_prompt_length=512, log_completions=True,
+)
+GRPOTrainer("Qwen/Qwen2.5-VL-3B-Instruct", args=args, reward_funcs=[accuracy_reward, score])
 """
 SERIES = """
 MODEL_NAME="Qwen/Qwen2.5-VL-3B-Instruct"
@@ -129,20 +133,116 @@ def test_trl_command_with_other_model_gets_metric_of_its_data(tmp_path):
     assert (made["tune"]["lora"]["rank"], made["tune"]["lora"]["alpha"]) == (4, 32)
 
 
-def test_other_objective_keeps_the_part_that_carries_over(tmp_path):
-    done, made = convert(tmp_path, "a.py", TRL)
-    assert "supervised fine-tuning" in notes_by_setting(done, "differs")["stage"]
-    assert "used by grpo only" in notes_by_setting(done, "unknown")["num_generations"]
-    assert (made["train"]["epochs"], made["tune"]["lora"]["rank"]) == (2.0, 32)
-    assert (made["tune"]["vision"], made["tune"]["lora"]["alpha"]) == ("lora", 8)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.1},
+        SWIFT_SETTINGS | {"rlhf_type": "ppo", "kl_coef": 0.1, "lora_rank": 32},
+    ],
+)
+def test_other_objective_keeps_the_part_that_carries_over(settings, tmp_path):
+    done = convert_settings(tmp_path, settings)
+    notes = notes_by_setting(done, "differs")
+    assert "supervised fine-tuning" in notes.get("stage", notes.get("rlhf_type"))
+    assert set(notes_by_setting(done, "unknown")) <= {"pref_beta", "kl_coef"}
+    made = load_converted_recipe(tmp_path)
+    assert made.tune.lora.rank == settings.get("lora_rank", made.tune.lora.rank)
+    assert made.train.objective is None
     assert not done.imports
-    for settings in (
-        SWIFT_SETTINGS | {"rlhf_type": "gkd", "teacher_model": "larger"},
-        SWIFT_SETTINGS | {"rlhf_type": "grpo", "num_generations": 4},
-    ):
-        done = convert_settings(tmp_path, settings)
-        assert {"stage", "rlhf_type"} & set(notes_by_setting(done, "differs"))
-        assert load_converted_recipe(tmp_path).train.batch_size
+
+
+GRPO_FILE = """
+model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct
+dataset_name: rows.jsonl
+reward_funcs: [think_format_reward]
+loss_type: cispo
+vllm_importance_sampling_cap: 2.5
+num_iterations: 99
+repetition_penalty: 1.2
+"""
+GRPO_COMMAND = """
+NPROC_PER_NODE=2 swift rlhf --rlhf_type grpo --model Qwen/Qwen2.5-VL-3B-Instruct \\
+    --dataset rows.jsonl --reward_funcs accuracy external_f1 --per_device_train_batch_size 16 \\
+    --rollout_importance_sampling_mode token_mask --overlong_filter true --kl_in_reward true \\
+    --dynamic_sample true --max_resample_times 2 --top_p 1 --num_generations 8 --use_vllm true
+"""
+MATH = {"name": "math", "weight": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "reward", "sizes", "noted"),
+    [
+        (
+            "a.py",
+            TRL,
+            {
+                **{"num_generations": 4, "max_completion_length": 256, "scale_rewards": "none"},
+                **{"epsilon": 0.1, "epsilon_high": 0.1, "max_refills": 0, "loss_type": "dapo"},
+                "importance_sampling_mode": "none",
+            },
+            MATH,
+            (4, 512, 1e-6),
+            {"reward_funcs", "dataset", "top_p"},
+        ),
+        (
+            "a.sh",
+            "trl grpo --config grpo.yaml --num_generations 2 --epsilon_high 4.5",
+            {
+                **{"num_generations": 2, "loss_type": "cispo", "num_iterations": 1},
+                **{"importance_sampling_clip_max": 2.5, "epsilon_high": 4.5},
+            },
+            {"name": "format", "weight": 1.0},
+            (4, 128_000, 1e-6),
+            {"num_iterations", "repetition_penalty"},
+        ),
+        (
+            "a.yaml",
+            GRPO_FILE,
+            {"max_completion_length": 256, "max_refills": 0, "importance_sampling_clip_max": 2.5},
+            {"name": "format", "weight": 1.0},
+            (1, 128_000, 1e-6),
+            {"num_iterations", "repetition_penalty"},
+        ),
+        (
+            "a.sh",
+            GRPO_COMMAND,
+            {
+                **{"beta": 0.04, "temperature": 0.9, "loss_type": "grpo", "epsilon_high": None},
+                **{"importance_sampling_mode": "token_mask", "mask_truncated_completions": True},
+                **{"max_refills": 2, "use_bias_correction_kl": False},
+            },
+            {"name": "math", "weight": 1.0},
+            (4, 128_000, 1e-4),
+            {"reward_funcs", "kl_in_reward", "top_k"},
+        ),
+    ],
+)
+def test_grpo_is_converted_with_its_rewards(name, text, expected, reward, sizes, noted, tmp_path):
+    (tmp_path / "grpo.yaml").write_text(GRPO_FILE)
+    done, made = convert(tmp_path, name, text)
+    train = made["train"]
+    assert (train["objective"], done.imports != ()) == ("grpo", True)
+    assert {key: train["grpo"][key] for key in expected} == expected
+    assert [{key: one[key] for key in reward} for one in made["rewards"]] == [reward]
+    found = train["batch_size"], made["data"]["max_length"], train["learning_rate"]["default"]
+    assert found == sizes
+    assert set(notes_by_setting(done, "differs")) == noted
+    assert not notes_by_setting(done, "unknown")
+
+
+def test_rewards_without_an_equal_are_named(tmp_path):
+    settings = {"reward_funcs": ["a.b.score", "accuracy_reward"], "reward_weights": [2, -1]}
+    base = {"model_name_or_path": "Qwen/Qwen3-VL-4B", "dataset_name": "rows.jsonl"}
+    done = convert_settings(tmp_path, base | settings)
+    notes = [note for note in done.notes if note.key == "reward_funcs"]
+    assert [note.value for note in notes] == ["a.b.score", "accuracy_reward"]
+    assert "{name: rewards.py:score, weight: 2}" in notes[0].text
+    assert [reward.name for reward in load_converted_recipe(tmp_path).rewards] == ["exact"]
+    with pytest.raises(UserError, match="weight"):
+        convert_settings(tmp_path, base | settings | {"reward_weights": [1, "{"]})
+    done = convert_settings(tmp_path, base | settings | {"num_generations": 1, "beta": "{"})
+    assert {"num_generations", "beta"} <= set(notes_by_setting(done, "differs"))
+    assert load_converted_recipe(tmp_path).train.batch_size == 1
 
 
 PAIR_SETTINGS = [
@@ -244,8 +344,8 @@ ACCELERATE = "deepspeed_config: {zero_stage: 2}\nnum_processes: 8\n"
             "a.sh",
             "trl grpo --config config.yaml --accelerate_config fsdp1 --num_processes 4"
             " --run_name a-$(date +%s) --logging-dir=$LOGS",
-            {"parallel": "fsdp", "batch_size": 32, "max_length": 128_000},
-            {"stage"},
+            {"parallel": "fsdp", "batch_size": 4, "max_length": 128_000},
+            set(),
         ),
         ("a.yaml", f"{CONFIG}beta: 0.1", {"max_length": 1024}, set()),
         (

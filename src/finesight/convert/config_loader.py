@@ -332,7 +332,8 @@ def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]
     """Find the training program in a shell command, its subcommand, and its first argument."""
     settings = load_trainer_settings()
     objectives = invert_groups(settings["objectives"])
-    names = {"sft", "train", "rlhf", "reward", "dpo", "orpo", *settings["commands"], *objectives}
+    methods = ("sft", "train", "rlhf", "reward", "dpo", "orpo", "grpo")
+    names = {*methods, *settings["commands"], *objectives}
     for index, word in enumerate(words):
         basename, following = word.rpartition("/")[2], words[index + 1 : index + 2]
         name = following[0].replace("_", "-") if following else ""

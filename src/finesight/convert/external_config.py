@@ -48,11 +48,12 @@ class ProgramRules(NamedTuple):
 
 
 @cache
-def load_rules(program: SourceProgram) -> ProgramRules:
-    """Load the rules of a program, including those of the transformers Trainer."""
+def load_rules(program: SourceProgram, objective: str = "") -> ProgramRules:
+    """Load the rules of a program, with those of the transformers Trainer and of an objective."""
     content = load_trainer_settings()
     rules: dict[str, SettingRule | None] = {}
-    for section in (content["transformers"], content[program]):
+    sections = [content[name] for name in ("transformers", program, objective) if name in content]
+    for section in sections:
         for kind in ("ignored", "unsupported"):
             for key, reason in invert_groups(section[kind]).items():
                 equivalent = tuple(section["equivalent"].get(key, ()))

@@ -36,8 +36,9 @@ class MsSwiftConverter(TrainerConverter):
         accumulation = config.get_int("gradient_accumulation_steps")
         if accumulation is None:
             # Accumulate up to 16 samples per step. The total does not depend on the number of GPUs.
+            # GRPO does not accumulate.
             samples = (config.get_int("per_device_train_batch_size") or 0) * self.count_gpus(0)[0]
-            accumulation = math.ceil(16 / max(1, samples))
+            accumulation = 1 if self.is_grpo else math.ceil(16 / max(1, samples))
         self.set_batch_size(accumulation)
         default = 1e-5 if method == "full" else 1e-4
         comment = config.default_comment("learning_rate")

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from finesight.bounded_files import load_yaml
-from finesight.config import Recipe
+from finesight.config import GrpoSettings, Recipe
 from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
 from finesight.convert.external_config import (
     ConversionNote,
@@ -28,6 +28,9 @@ from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError, shorten
 from finesight.storage import raise_if_exists, write_file
+
+_NOTED_KEYS = ("", "dataset_name", "reward_funcs", "bf16", "fp16")
+"""Settings whose converters use or report expressions of a script."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,11 @@ def _iter_value_notes(
 
     The args.json of a run contains all settings of ms-swift: those without effect are omitted.
     """
-    rules = load_rules(config.program)
+    rules = load_rules(config.program, str(draft.settings.get("train.objective")))
     skipped_keys = rules.converted | {note.key for note in draft.notes}
+    skipped_keys |= GrpoSettings.model_fields.keys() if "rewards" in draft.settings else set()
     for key, expression in config.unresolved.items():
-        rule, is_noted = rules.find(key), key in ("", "dataset_name", "bf16", "fp16")
+        rule, is_noted = rules.find(key), key in _NOTED_KEYS
         if not is_noted and (rule is None or not rule.is_ignored):
             text = "computed by the script, which is not executed: set it in the recipe"
             text = rule.reason if rule else text

@@ -6,13 +6,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import yaml
+from pydantic import ValidationError
 
-from finesight.config import METRIC_NAMES, DpoLossType, TrainSettings
+from finesight.bounded_files import load_yaml
+from finesight.config import METRIC_NAMES, DpoLossType, GrpoSettings, TrainSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
     PARTS,
@@ -20,6 +22,8 @@ from finesight.convert.external_config import (
     ExternalConfig,
     FamilySettings,
     detect_family,
+    is_empty,
+    load_rules,
 )
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
@@ -99,6 +103,11 @@ class TrainerConverter:
         """Fill the recipe draft from the configuration."""
         raise NotImplementedError
 
+    @property
+    def is_grpo(self) -> bool:
+        """Whether the recipe trains by rewards."""
+        return self.draft.settings.get("train.objective") == "grpo"
+
     def copy_setting(self, name: str, key: str) -> None:
         """Copy a numeric setting into the recipe, and comment on a default value."""
         self.draft.set(name, self.config.get_float(key), self.config.default_comment(key))
@@ -136,6 +145,10 @@ class TrainerConverter:
             elif loss not in ("sigmoid", name):
                 self.draft.note("pref_loss", loss, "is not supported: DPO is used", differs=True)
             return
+        if name == "grpo":
+            self._set_rewards()
+            self._set_policy_loss()
+            return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
             self.require_method(key, ("sft",), name)
@@ -146,6 +159,54 @@ class TrainerConverter:
             " and schedule; import data with answers, and set train.learning_rate"
         )
         self.draft.note(key, name, f"{reason} {text}", differs=True)
+
+    def _set_rewards(self) -> None:
+        """Set the rewards of the same meaning, and note functions to write."""
+        expression = self.config.unresolved.get("reward_funcs", "")  # names of a Python script
+        names = [*self.config.get_list("reward_funcs"), *re.findall(r"[A-Za-z_][\w.]*", expression)]
+        weights = [_parse_scalar(text) for text in self.config.get_list("reward_weights")]
+        known, rewards = load_trainer_settings()["rewards"], list[Mapping[str, object]]()
+        for path, weight in zip_longest(names, weights[: len(names)], fillvalue=1):
+            name = str(path).rpartition(".")[2]
+            if name in known and not (isinstance(weight, int | float) and weight <= 0):
+                rewards.append({**known[name], "weight": weight})
+            else:
+                item = f"{{name: rewards.py:{name}, weight: {weight}}}"
+                text = f"write a function with a positive weight, and add it to rewards: {item}"
+                self.draft.note("reward_funcs", path, text, differs=True)
+        self.draft.set("train.objective", "grpo")
+        comment = "replace it by your own: no reward function has an equal in finesight"
+        self.draft.set("rewards", rewards or [{"name": "exact"}], "" if rewards else comment)
+
+    def _set_policy_loss(self) -> None:
+        """Copy the settings of `train.grpo` that have the same name and meaning."""
+        config, draft, content = self.config, self.draft, load_trainer_settings()
+        fields, switches = GrpoSettings.model_fields, content["grpo"]["switches"]
+        defaults = content[config.program].get("grpo_defaults", {})
+        for key in [name for name in defaults if name not in fields and not config.has(name)]:
+            reason = load_rules(config.program, "grpo").other[key].reason
+            text = f"{config.program}'s default; {reason}"
+            draft.note(key, defaults[key], text, differs=True)
+        for key in [name for name in fields if name != "batch_size"]:
+            value = config.get_value(key) if config.has(key) else defaults.get(key)
+            switch, disabled = switches.get(key, ("", None))
+            value = disabled if (config.get_str(switch) or "").lower() == "false" else value
+            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            value = _parse_scalar(value) if isinstance(value, str) else value
+            if key == "scale_rewards":
+                value = {"True": "group", "False": "none"}.get(str(value), value)
+            if is_empty(value):
+                continue
+            try:
+                given = dict(GrpoSettings.model_validate({key: value}))[key]
+                draft.set(f"train.grpo.{key}", given, config.default_comment(key, switch))
+            except ValidationError as error:
+                text = f"is not supported, the default is used: {error.errors()[0]['msg']}"
+                draft.note(key, value, text, differs=True)
+        if draft.settings.get("train.grpo.loss_type", "dapo") == "dapo":
+            # TRL and ms-swift clip at `epsilon` on both sides.
+            epsilon = draft.settings.get("train.grpo.epsilon", GrpoSettings().epsilon)
+            draft.settings.setdefault("train.grpo.epsilon_high", epsilon)
 
     def set_model(
         self, model: str, hints: tuple[str | None, ...], hub: str, adapters: str
@@ -295,6 +356,11 @@ class TrainerConverter:
         gpus = f"{format_count(num_gpus, 'GPU')}{suffix}"
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
+        if self.is_grpo:
+            default = GrpoSettings().num_generations
+            count = self.draft.settings.get("train.grpo.num_generations", default)
+            assert isinstance(count, int), f"{count} is validated"
+            total, description = max(1, total // count), f"{description} / {count} responses"
         self.draft.set("train.batch_size", total, description)
         self.draft.note("batch", total, description)
 
@@ -413,6 +479,14 @@ class TrainerConverter:
             if quant_type in (None, "nf4") and (is_double or "").lower() == "true":
                 return
         self.draft.note(key, what, text, differs=True)
+
+
+def _parse_scalar(text: str) -> object:
+    """Parse an option as a YAML scalar. Other texts remain."""
+    try:
+        return load_yaml(text)
+    except (yaml.YAMLError, ValueError):
+        return text
 
 
 def _folder_name(source: DatasetSource) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 
 from finesight.convert.external_config import PARTS, FamilySettings
@@ -30,7 +31,12 @@ class TrlConverter(TrainerConverter):
         # A YAML file names no method: settings of one identify it.
         objectives = load_trainer_settings()["TRL"]["objective_keys"].items()
         used = [objective for objective, names in objectives if config.has(*names.split())]
-        self.set_objective("stage", config.get_str("stage") or [*used, "sft"][0])
+        objective = config.get_str("stage") or [*used, "sft"][0]
+        if not config.has("stage"):
+            call = load_trainer_settings()["TRL"]["calls"].get(f"{objective.upper()}Config", {})
+            values = {"stage": objective, **call, **config.values}
+            config = self.config = replace(config, values=values)
+        self.set_objective("stage", objective)
         model = config.get_str("model_name_or_path") or ""
         if mirror := _QUANTIZED_MIRROR.fullmatch(model):
             draft.note("model", model, "quantized by finesight itself, from the original weights")
@@ -84,11 +90,12 @@ class TrlConverter(TrainerConverter):
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
         self.set_data_files(by_split[True], by_split[False], {})
         # Without a limit, which null and GRPO mean, samples have the maximum length of the model.
-        is_default = "max_length" not in config.values and self.objective != "grpo"
-        if config.has("max_length") or is_default:
-            max_length = config.get_int("max_length") or 0
-            draft.set("data.max_length", max_length, config.default_comment("max_length"))
-            draft.note("max_length", max_length, "longer samples are skipped and counted")
+        key = "max_prompt_length" if self.is_grpo else "max_length"
+        is_default = key not in config.values and not self.is_grpo
+        if config.has(key) or is_default:
+            max_length = config.get_int(key) or 0
+            draft.set("data.max_length", max_length, config.default_comment(key))
+            draft.note(key, max_length, "longer samples are skipped and counted")
         else:
             draft.set("data.max_length", family.max_length, f"no limit in {config.program}")
 

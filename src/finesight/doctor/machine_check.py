@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.util
-import json
 import os
 import platform
 import re
@@ -23,7 +22,9 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
+
+from pydantic import TypeAdapter
 
 from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, join_command, make_diagnosis
 from finesight.doctor.package_check import InstalledPackages, install_command
@@ -216,32 +217,29 @@ def probe_torch(extra_env: Mapping[str, str] | None = None, timeout_s: float = 1
         if completed.returncode < 0:
             error = f"killed by {signal.Signals(-completed.returncode).name}: {error}"
         return TorchInfo(error=error)
-    content: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
-    gpus = tuple(GpuInfo(gpu[0], (gpu[1][0], gpu[1][1]), *gpu[2:]) for gpu in content["gpus"])
-    lists = {name: tuple(content[name]) for name in ("arch_list", "cuda_warnings")}
-    return TorchInfo(**content | lists | {"gpus": gpus})
+    return TypeAdapter(TorchInfo).validate_json(completed.stdout.splitlines()[-1])
 
 
-def _query_torch() -> dict[str, Any]:
+def _query_torch() -> TorchInfo:
     """Return the properties of torch and its GPUs."""
     import torch
 
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    return {
-        "version": torch.__version__,
-        "module_file": torch.__file__ or "",
-        "cuda_version": torch.version.cuda,
-        "arch_list": torch.cuda.get_arch_list() if available else [],
-        "cuda_warnings": [] if available else [str(warning.message) for warning in caught],
-        "gpus": [_probe_gpu(i) for i in range(torch.cuda.device_count())] if available else [],
-        "broken_packages": _find_broken_packages(),
-    }
+    num_gpus = torch.cuda.device_count() if available else 0
+    return TorchInfo(
+        str(torch.__version__),
+        torch.__file__ or "",
+        torch.version.cuda,
+        arch_list=tuple(torch.cuda.get_arch_list()) if available else (),
+        cuda_warnings=() if available else tuple(str(warning.message) for warning in caught),
+        gpus=tuple(map(_probe_gpu, range(num_gpus))),
+        broken_packages=_find_broken_packages(),
+    )
 
 
-def _probe_gpu(index: int) -> tuple[str, tuple[int, int], int, int, str]:
-    """Return the fields of `GpuInfo`."""
+def _probe_gpu(index: int) -> GpuInfo:
     import torch
 
     properties = torch.cuda.get_device_properties(index)
@@ -254,7 +252,7 @@ def _probe_gpu(index: int) -> tuple[str, tuple[int, int], int, int, str]:
     except (RuntimeError, AssertionError) as failure:
         error = str(failure).strip().splitlines()[0]
     capability = (properties.major, properties.minor)
-    return properties.name, capability, properties.total_memory, free_bytes, error
+    return GpuInfo(properties.name, capability, properties.total_memory, free_bytes, error)
 
 
 def _find_broken_packages() -> dict[str, str]:
@@ -372,4 +370,4 @@ def _diagnose_no_gpu(
 
 
 if __name__ == "__main__":
-    print(json.dumps(_query_torch()))
+    print(TypeAdapter(TorchInfo).dump_json(_query_torch()).decode())

@@ -13,7 +13,12 @@ from pathlib import Path
 import yaml
 
 from finesight.bounded_files import load_yaml, parse_json, read_text
-from finesight.convert.external_config import ExternalConfig, SourceProgram, load_rules
+from finesight.convert.external_config import (
+    OBJECTIVES,
+    ExternalConfig,
+    SourceProgram,
+    load_rules,
+)
 from finesight.convert.python_script import AmbiguousConfigError, Script, evaluate_constant
 from finesight.errors import Remedy, Step, UserError, suggest_similar_path
 from finesight.recipe import invert_groups, load_trainer_settings
@@ -46,12 +51,9 @@ _SCRIPTS: dict[str, SourceProgram] = {
     r"(?:.*/)?swift[./]cli[./](sft|rlhf)(?:\.py)?": "ms-swift",
     r"(?:.*/)?(?:src/train(?:_bash)?|llamafactory/launcher)\.py()": "LLaMA-Factory",
     r"(?:.*/)?src/train(?:ing)?/train_?(\w*)\.py": "Qwen-VL-Series-Finetune",
-    r"(?:.*/)?(sft|dpo|grpo|kto|gkd|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
+    r"(?:.*/)?(sft|dpo|grpo|kto|gkd|distillation|orpo|reward)(?:_vlm\w*)?\.py": "TRL",
 }
 """Programs that start as a Python script, by a pattern with the training method."""
-_STARTS = ("Arguments", "SFTConfig", "DPOConfig", "GRPOConfig", "ORPOConfig", "KTOConfig")
-"""Ends of the names of classes with the arguments of a training."""
-
 _PEER_OPTION = re.compile(r"--(?:node|machine|master|main|rdzv)[_-]\w+[ =]\S*")
 """Option of a launcher for the rank or address of a node."""
 
@@ -169,7 +171,10 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             unresolved.setdefault(key, ast.unparse(value))
         elif key:
             values.setdefault(key, value)
-    started = [callee for callee, name, _ in arguments if not name and callee.endswith(_STARTS)]
+    started = any(
+        callee.endswith(("Arguments", "SFTConfig")) or "stage" in calls[callee]
+        for callee, _, _ in arguments
+    )
     if not started or "model_name_or_path" not in values:
         model = unresolved.get("model_name_or_path")
         what = f"loads the model {model!r}, which is no constant" if model else "names no model"
@@ -238,8 +243,7 @@ def _config_from_script(text: str, path: Path) -> ExternalConfig:
     if program == "ms-swift" and name == "rlhf":
         content.setdefault("rlhf_type", "dpo")
     elif name not in ("", "sft", "train"):
-        defaults = known["TRL"]["calls"].get(f"{name.upper()}Config", {})
-        content = {"stage": name, **defaults, **content}
+        content = {"stage": name, **content}
     return _build_config(program, content, path, environment)
 
 
@@ -332,8 +336,7 @@ def _find_program(words: Sequence[str]) -> tuple[SourceProgram | None, str, int]
     """Find the training program in a shell command, its subcommand, and its first argument."""
     settings = load_trainer_settings()
     objectives = invert_groups(settings["objectives"])
-    methods = ("sft", "train", "rlhf", "reward", "dpo", "orpo", "grpo")
-    names = {*methods, *settings["commands"], *objectives}
+    names = {"train", "rlhf", "reward", *OBJECTIVES, *settings["commands"], *objectives}
     for index, word in enumerate(words):
         basename, following = word.rpartition("/")[2], words[index + 1 : index + 2]
         name = following[0].replace("_", "-") if following else ""

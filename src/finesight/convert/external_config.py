@@ -7,16 +7,21 @@ from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar, get_args
 
 from pydantic import FiniteFloat, TypeAdapter
 
 from finesight.bounded_files import read_json_object
+from finesight.config import ObjectiveName
 from finesight.errors import UserError, shorten
 from finesight.recipe import invert_groups, load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
 PARTS = ("vision", "merger", "language")
+
+_OBJECTIVE_NAMES = {name: name for name in get_args(ObjectiveName)}
+OBJECTIVES = _OBJECTIVE_NAMES | {"gkd": "distill", "distillation": "distill"}
+"""Objectives of recipes by the training method of another program."""
 
 ValueT = TypeVar("ValueT", bool, int, float)
 
@@ -48,12 +53,12 @@ class ProgramRules(NamedTuple):
 
 
 @cache
-def load_rules(program: SourceProgram, objective: str = "") -> ProgramRules:
-    """Load the rules of a program, with those of the transformers Trainer and of an objective."""
+def load_rules(program: SourceProgram, method: str = "") -> ProgramRules:
+    """Load the rules of a program, with those of the transformers Trainer and of a method."""
     content = load_trainer_settings()
     rules: dict[str, SettingRule | None] = {}
-    sections = [content[name] for name in ("transformers", program, objective) if name in content]
-    for section in sections:
+    names = ("transformers", program, OBJECTIVES.get(method, ""))
+    for section in [content[name] for name in names if name in content]:
         for kind in ("ignored", "unsupported"):
             for key, reason in invert_groups(section[kind]).items():
                 equivalent = tuple(section["equivalent"].get(key, ()))
@@ -61,8 +66,10 @@ def load_rules(program: SourceProgram, objective: str = "") -> ProgramRules:
         rules |= dict.fromkeys(section["converted"].split())
     converted = frozenset(key for key, rule in rules.items() if rule is None)
     other = {key: rule for key, rule in rules.items() if rule is not None}
-    own, defaults = content[program], content["transformers"]["defaults"]
-    return ProgramRules(defaults | own["defaults"], own["aliases"], converted, other)
+    own = content[program]
+    defaults = content["transformers"]["defaults"] | own["defaults"]
+    defaults |= own.get("methods", {}).get(method, {})
+    return ProgramRules(defaults, own["aliases"], converted, other)
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,9 @@ class ExternalConfig:
     """Configuration of a training with another program.
 
     `is_recorded` is True for the args.json of an ms-swift run, which contains all settings.
-    `unresolved` are expressions of a Python script for settings without a constant value. Methods
-    that read a setting raise UserError for values of another type.
+    `unresolved` are expressions of a Python script for settings without a constant value. `method`
+    is the training method, if it is known. Methods that read a setting raise UserError for values
+    of another type.
     """
 
     program: SourceProgram
@@ -90,6 +98,12 @@ class ExternalConfig:
     environment: Mapping[str, str]
     is_recorded: bool = False
     unresolved: Mapping[str, str] = field(default_factory=dict)
+    method: str = ""
+
+    @property
+    def rules(self) -> ProgramRules:
+        """Rules of the program for this training method."""
+        return load_rules(self.program, self.method)
 
     def has(self, *keys: str) -> bool:
         """Return whether the configuration sets one of the settings to a value other than null."""
@@ -98,7 +112,7 @@ class ExternalConfig:
     def get_value(self, key: str) -> object:
         """Return a setting or environment variable as written, else the default of the program."""
         given = self.environment.get(key, self.values.get(key))
-        return load_rules(self.program).defaults.get(key) if is_empty(given) else given
+        return self.rules.defaults.get(key) if is_empty(given) else given
 
     def get_str(self, key: str) -> str | None:
         """Return a setting as text, or None if it has no value."""

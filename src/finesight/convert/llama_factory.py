@@ -36,7 +36,7 @@ class LlamaFactoryConverter(TrainerConverter):
         method = self.require_method("finetuning_type", ("lora", "full"))
         self.hub = "modelscope" if config.get_bool("USE_MODELSCOPE_HUB") else "hf"
         model, hints = config.get_str("model_name_or_path") or "", (config.get_str("template"),)
-        family = self.set_model(model, hints, self.hub, "adapter_name_or_path")
+        family = self.set_model(model, hints, "adapter_name_or_path")
         self._set_data()
         self._set_image(family)
         self._set_tune(family, method)

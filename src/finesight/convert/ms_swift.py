@@ -20,15 +20,15 @@ class MsSwiftConverter(TrainerConverter):
     def fill_recipe(self) -> None:
         """Fill the recipe draft from the configuration."""
         config, draft = self.config, self.draft
+        uses_hf = config.get_bool("use_hf") or config.get_bool("USE_HF")
+        self.hub = "hf" if uses_hf else "modelscope"
         self.set_objective("rlhf_type", config.get_str("rlhf_type") or "sft")
         method = self.require_method("tuner_type", ("lora", "full"))
         if config.has("task_type"):
             self.require_method("task_type", ("causal_lm",))
         model = config.get_str("model") or ""
         hints = config.get_str("model_type"), config.get_str("template")
-        uses_hf = config.get_bool("use_hf") or config.get_bool("USE_HF")
-        self.hub = "hf" if uses_hf else "modelscope"
-        family = self.set_model(model, hints, self.hub, "adapters")
+        family = self.set_model(model, hints, "adapters")
         self._set_data(family)
         self._set_image(family)
         self._set_tune(family, method)

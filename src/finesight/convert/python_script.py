@@ -20,10 +20,12 @@ _OPERATORS: Mapping[type[ast.operator], Callable[[Any, Any], object]] = {
 _DTYPES = ("bfloat16", "float16", "float32")
 _MODEL_CLASS = re.compile(r"(?:.*\.)?(?!PeftModel)\w*(?:Model|For[A-Z])\w*")
 _POSITIONAL = {
-    **dict.fromkeys(("from_pretrained", "SFTTrainer", "DPOTrainer", "GRPOTrainer"), ("model",)),
-    **dict.fromkeys(("TrainingArguments", "SFTConfig", "DPOConfig", "GRPOConfig"), ("output_dir",)),
+    "from_pretrained": ("model",),
     "load_dataset": ("path", "name"),
+    "GKDTrainer": ("model", "teacher_model"),
+    "DistillationTrainer": ("model", "teacher_model"),
 }
+_PART_CONFIGS = ("LoraConfig", "BitsAndBytesConfig")
 _CONFIG_ENDS = ("Config", "Arguments")
 _CONSUMER_ENDS = ("Trainer", "get_peft_model", "from_pretrained")
 """Ends of the names of calls that make a configuration, and of those that receive one."""
@@ -202,6 +204,10 @@ class Script:
         Raises AmbiguousConfigError if it cannot be determined.
         """
         configs, seen = self._select_configs(callees), set[tuple[str, bool]]()
+        trainers = [(call, _split_callee(call)[1]) for call in self._calls]
+        arguments = [self._read_arguments(*one) for one in trainers if one[1].endswith("Trainer")]
+        teachers = [one.get("teacher_model") for one in arguments]
+        teacher_names = {node.id for node in teachers if isinstance(node, ast.Name)}
         for call in self._calls:
             receiver, callee = _split_callee(call)
             is_config = callee.endswith(_CONFIG_ENDS)
@@ -211,16 +217,21 @@ class Script:
             values = self._read_arguments(call, callee) | self._read_changes(call, is_config)
             if callee == "from_pretrained" and not is_model:
                 values = {key: value for key, value in values.items() if key.endswith("_pixels")}
-            if values and not is_config and (callee, is_model) in seen:
+            if is_model and self._find_name(call) in teacher_names:
+                values = {"teacher_model": values.get("model")}
+            elif values and not is_config and (callee, is_model) in seen:
                 continue
-            if values:
+            elif values:
                 seen.add((callee, is_model))
             yield callee, "", None
             for name, value in values.items():
                 yield callee, name, value
 
     def _read_arguments(self, call: ast.Call, callee: str = "") -> dict[str, object]:
-        positional = zip(_POSITIONAL.get(callee, ()), call.args, strict=False)
+        names = ("model",) if callee.endswith("Trainer") else ()
+        if callee.endswith(_CONFIG_ENDS) and callee not in _PART_CONFIGS:
+            names = ("output_dir",)
+        positional = zip(_POSITIONAL.get(callee, names), call.args, strict=False)
         keywords = [(keyword.arg, keyword.value) for keyword in call.keywords]
         return _merge_items([*positional, *keywords], self._constants[self._scopes[call]])
 
@@ -231,8 +242,8 @@ class Script:
         for call in self._calls:
             callee = _split_callee(call)[1]
             if callee in callees and callee.endswith(_CONFIG_ENDS):
-                is_part = callee in ("LoraConfig", "BitsAndBytesConfig")
-                kinds.setdefault(callee if is_part else "training arguments", []).append(call)
+                kind = callee if callee in _PART_CONFIGS else "training arguments"
+                kinds.setdefault(kind, []).append(call)
             if callee.endswith(_CONSUMER_ENDS):
                 values = [*call.args, *self._read_arguments(call).values()]
                 nodes = [value for value in values if isinstance(value, ast.expr)]

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from finesight.bounded_files import load_yaml
-from finesight.config import GrpoSettings, Recipe
+from finesight.config import Recipe
 from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
 from finesight.convert.external_config import (
     ConversionNote,
@@ -20,7 +20,6 @@ from finesight.convert.external_config import (
     SourceProgram,
     format_value,
     is_empty,
-    load_rules,
 )
 from finesight.convert.llama_factory import LlamaFactoryConverter
 from finesight.convert.ms_swift import MsSwiftConverter
@@ -29,7 +28,7 @@ from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError, shorten
 from finesight.storage import raise_if_exists, write_file
 
-_NOTED_KEYS = ("", "dataset_name", "reward_funcs", "bf16", "fp16")
+_NOTED_KEYS = ("", "dataset_name", "reward_funcs", "teacher_model", "bf16", "fp16")
 """Settings whose converters use or report expressions of a script."""
 
 
@@ -69,7 +68,7 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
             expected="valid recipe settings",
             remedy="correct the original setting",
         ) from error
-    value_notes = _iter_value_notes(config, draft, converter.objective)
+    value_notes = _iter_value_notes(converter.config, draft, converter.objective)
     notes = (*draft.notes, *value_notes, *_iter_environment_notes(config))
     write_file(target, text.encode())
     return ConvertedRecipe(config.program, text, notes, tuple(draft.imports))
@@ -82,9 +81,8 @@ def _iter_value_notes(
 
     The args.json of a run contains all settings of ms-swift: those without effect are omitted.
     """
-    rules = load_rules(config.program, str(draft.settings.get("train.objective")))
-    skipped_keys = rules.converted | {note.key for note in draft.notes}
-    skipped_keys |= GrpoSettings.model_fields.keys() if "rewards" in draft.settings else set()
+    rules = config.rules
+    skipped_keys = rules.converted | draft.used_keys | {note.key for note in draft.notes}
     for key, expression in config.unresolved.items():
         rule, is_noted = rules.find(key), key in _NOTED_KEYS
         if not is_noted and (rule is None or not rule.is_ignored):

@@ -6,24 +6,25 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
 from finesight.bounded_files import load_yaml
-from finesight.config import METRIC_NAMES, DpoLossType, GrpoSettings, TrainSettings
+from finesight.config import METRIC_NAMES, GrpoSettings, TrainSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
+    OBJECTIVES,
     PARTS,
     ConversionNote,
     ExternalConfig,
     FamilySettings,
     detect_family,
     is_empty,
-    load_rules,
 )
 from finesight.data.import_source import (
     NUM_PREVIEW_ROWS,
@@ -49,12 +50,16 @@ class DatasetSource(NamedTuple):
 
 
 class RecipeDraft:
-    """Recipe under construction, with notes for the user and the imports of its data."""
+    """Recipe under construction, with notes for the user and the imports of its data.
+
+    `used_keys` are settings of the other program that the objective of the recipe contains.
+    """
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {}
         self.notes: list[ConversionNote] = []
         self.imports: list[Mapping[str, object]] = []
+        self.used_keys: set[str] = set()
         self._comments: dict[str, str] = {}
 
     def set(self, name: str, value: object, comment: str = "") -> None:
@@ -98,6 +103,7 @@ class TrainerConverter:
         self.draft = RecipeDraft()
         self.objective: str | None = None
         self.is_native = True
+        self.hub = "hf"
 
     def fill_recipe(self) -> None:
         """Fill the recipe draft from the configuration."""
@@ -130,24 +136,20 @@ class TrainerConverter:
 
     def set_objective(self, key: str, name: str) -> None:
         """Set the objective, or keep what it shares with SFT. Raises UserError without any."""
-        loss = self.config.get_str("pref_loss") or "sigmoid"  # LLaMA-Factory
-        name = loss if name == "dpo" and loss in ("orpo", "simpo") else name
-        if name in ("dpo", "orpo", "simpo", "kto"):
-            self.draft.set("train.objective", name)
-            names = "beta", "simpo_gamma", "desirable_weight", "undesirable_weight"
-            for setting in filter(self.config.has, {*names} & {*dict(dict(TrainSettings())[name])}):
-                self.copy_setting(f"train.{name}.{setting}", setting)
-            losses = self.config.get_list("loss_type") or (loss,)
-            if name == "dpo" and losses != ("sigmoid",) and {*losses} <= {*get_args(DpoLossType)}:
-                self.draft.set("train.dpo.loss_type", list(losses))
-                if self.config.has("loss_type"):
-                    self.draft.note("loss_type", ", ".join(losses), "equal in train.dpo.loss_type")
-            elif loss not in ("sigmoid", name):
-                self.draft.note("pref_loss", loss, "is not supported: DPO is used", differs=True)
-            return
-        if name == "grpo":
-            self._set_rewards()
-            self._set_policy_loss()
+        losses = (self.config.get_str("pref_loss"), *self.config.get_list("loss_type"))
+        if name in ("dpo", "cpo") and (others := {"orpo", "simpo"} & {*losses}):
+            # LLaMA-Factory, and recorded runs of ms-swift
+            (name,) = others
+            self.draft.used_keys.add("loss_type")
+        self.config = replace(self.config, method=name)
+        objective = OBJECTIVES.get(name, "sft")
+        if objective != "sft":
+            self.draft.set("train.objective", objective)
+            if objective == "grpo":
+                self._set_rewards()
+            self._set_objective_settings(objective)
+            if objective == "distill":
+                self._set_teacher()
             return
         reason = invert_groups(load_trainer_settings()["objectives"]).get(name)
         if reason is None:
@@ -174,58 +176,74 @@ class TrainerConverter:
                 item = f"{{name: rewards.py:{name}, weight: {weight}}}"
                 text = f"write a function with a positive weight, and add it to rewards: {item}"
                 self.draft.note("reward_funcs", path, text, differs=True)
-        self.draft.set("train.objective", "grpo")
         comment = "replace it by your own: no reward function has an equal in finesight"
         self.draft.set("rewards", rewards or [{"name": "exact"}], "" if rewards else comment)
 
-    def _set_policy_loss(self) -> None:
-        """Copy the settings of `train.grpo` that have the same name and meaning."""
+    def _set_objective_settings(self, objective: str) -> None:
+        """Copy the settings of the section of an objective that the program has, too."""
         config, draft, content = self.config, self.draft, load_trainer_settings()
-        fields, switches = GrpoSettings.model_fields, content["grpo"]["switches"]
-        defaults = content[config.program].get("grpo_defaults", {})
-        for key in [name for name in defaults if name not in fields and not config.has(name)]:
-            reason = load_rules(config.program, "grpo").other[key].reason
-            text = f"{config.program}'s default; {reason}"
-            draft.note(key, defaults[key], text, differs=True)
-        for key in [name for name in fields if name != "batch_size"]:
-            value = config.get_value(key) if config.has(key) else defaults.get(key)
-            switch, disabled = switches.get(key, ("", None))
-            value = disabled if (config.get_str(switch) or "").lower() == "false" else value
+        section, rules = type(dict(TrainSettings())[objective]), content.get(objective, {})
+        accepted: dict[str, object] = {}
+        for name in section.model_fields:
+            renamed = content["renamed"].get(f"train.{objective}.{name}", "")
+            keys = rules.get("names", {}).get(name, f"{renamed} {name}").split()
+            key = next(filter(config.has, keys), keys[-1])
+            switch, disabled = rules.get("switches", {}).get(name, ("", None))
+            is_disabled = (config.get_str(switch) or "").lower() == "false"
+            value = disabled if is_disabled else config.get_value(key)
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
             value = _parse_scalar(value) if isinstance(value, str) else value
-            if key == "scale_rewards":
+            if name == "scale_rewards":
                 value = {"True": "group", "False": "none"}.get(str(value), value)
-            if is_empty(value):
+            if is_empty(value) or name == "batch_size":
                 continue
+            draft.used_keys |= {*keys}
             try:
-                given = dict(GrpoSettings.model_validate({key: value}))[key]
-                draft.set(f"train.grpo.{key}", given, config.default_comment(key, switch))
+                given = section.model_validate(accepted | {name: value})
             except ValidationError as error:
                 text = f"is not supported, the default is used: {error.errors()[0]['msg']}"
                 draft.note(key, value, text, differs=True)
-        if draft.settings.get("train.grpo.loss_type", "dapo") == "dapo":
+                continue
+            accepted[name] = value
+            comment = config.default_comment(key, switch)
+            draft.set(f"train.{objective}.{name}", dict(given)[name], comment)
+        if objective == "grpo" and accepted.get("loss_type", "dapo") == "dapo":
             # TRL and ms-swift clip at `epsilon` on both sides.
-            epsilon = draft.settings.get("train.grpo.epsilon", GrpoSettings().epsilon)
+            epsilon = accepted.get("epsilon", GrpoSettings().epsilon)
             draft.settings.setdefault("train.grpo.epsilon_high", epsilon)
 
-    def set_model(
-        self, model: str, hints: tuple[str | None, ...], hub: str, adapters: str
-    ) -> FamilySettings:
+    def _set_teacher(self) -> None:
+        """Set the teacher of a distillation, which a script may load by itself."""
+        name = "train.distill.teacher"
+        teacher = self.draft.settings.get(name)
+        if teacher is None:
+            text = "replace TEACHER in the recipe by the teacher, a larger model of the same family"
+            given = self.config.unresolved.get("teacher_model", "not set")
+            self.draft.note("teacher_model", given, text, differs=True)
+        given = self._add_hub(str(teacher), "teacher_model_revision") if teacher else "TEACHER"
+        self.draft.set(name, given)
+
+    def _add_hub(self, model: str, revision_key: str) -> str:
+        """Return the name of a model with its hub and revision. A path remains."""
+        if _is_path(model):
+            return model
+        revision = self.config.get_str(revision_key)
+        model = model if revision in (None, "main") else f"{model}@{revision}"
+        return f"modelscope:{model}" if self.hub == "modelscope" else model
+
+    def set_model(self, model: str, hints: tuple[str | None, ...], adapters: str) -> FamilySettings:
         """Set base model and adapter, and return the model family, which `hints` may name.
 
-        `hub` is `hf` or `modelscope`, and `adapters` the setting of adapters to continue from.
+        `adapters` is the setting of adapters to continue from.
         """
         family = detect_family(model, hints, self.config.where)
         self.is_native = family.name != "other"
-        revision = self.config.get_str("model_revision")
-        is_local = os.path.exists(os.path.expanduser(model)) or model.startswith(("/", ".", "~"))
-        if not is_local:
-            model = model if revision in (None, "main") else f"{model}@{revision}"
-            model = f"modelscope:{model}" if hub == "modelscope" else model
+        text = "runs on the transformers backend: pip install 'finesight[hf]'"
+        is_internvl = "internvl" in model.lower() and not model.lower().endswith("-hf")
+        if is_internvl and not self.is_native and not _is_path(model):
+            model, text = f"{model}-hf", f"the repository for transformers; {text}"
+        model = self._add_hub(model, "model_revision")
         if not self.is_native:
-            text = "runs on the transformers backend: pip install 'finesight[hf]'"
-            if "internvl" in model.lower() and not model.lower().endswith("-hf") and not is_local:
-                model, text = f"{model}-hf", f"the repository for transformers; {text}"
             self.draft.note("model", model, text)
         self.draft.set("model", model)
         for adapter in self.config.get_list(adapters)[:1]:
@@ -487,6 +505,11 @@ def _parse_scalar(text: str) -> object:
         return load_yaml(text)
     except (yaml.YAMLError, ValueError):
         return text
+
+
+def _is_path(name: str) -> bool:
+    """Return whether a model is in a folder instead of a hub."""
+    return os.path.exists(os.path.expanduser(name)) or name.startswith(("/", ".", "~"))
 
 
 def _folder_name(source: DatasetSource) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import replace
 from pathlib import Path
 
 from finesight.convert.external_config import PARTS, FamilySettings
@@ -29,19 +28,15 @@ class TrlConverter(TrainerConverter):
         """Fill the recipe draft from the configuration."""
         config, draft = self.config, self.draft
         # A YAML file names no method: settings of one identify it.
-        objectives = load_trainer_settings()["TRL"]["objective_keys"].items()
-        used = [objective for objective, names in objectives if config.has(*names.split())]
-        objective = config.get_str("stage") or [*used, "sft"][0]
-        if not config.has("stage"):
-            call = load_trainer_settings()["TRL"]["calls"].get(f"{objective.upper()}Config", {})
-            values = {"stage": objective, **call, **config.values}
-            config = self.config = replace(config, values=values)
-        self.set_objective("stage", objective)
+        methods = load_trainer_settings()["TRL"]["method_keys"].items()
+        used = [method for method, names in methods if config.has(*names.split())]
+        self.set_objective("stage", config.get_str("stage") or [*used, "sft"][0])
+        config = self.config
         model = config.get_str("model_name_or_path") or ""
         if mirror := _QUANTIZED_MIRROR.fullmatch(model):
             draft.note("model", model, "quantized by finesight itself, from the original weights")
             model = f"Qwen/{mirror[1]}"
-        family = self.set_model(model, (), "hf", "adapter_name_or_path")
+        family = self.set_model(model, (), "adapter_name_or_path")
         self._set_data(family)
         for limit in ("min_pixels", "max_pixels"):
             if family.token_size and config.has(limit):
@@ -91,11 +86,10 @@ class TrlConverter(TrainerConverter):
         self.set_data_files(by_split[True], by_split[False], {})
         # Without a limit, which null and GRPO mean, samples have the maximum length of the model.
         key = "max_prompt_length" if self.is_grpo else "max_length"
-        is_default = key not in config.values and not self.is_grpo
-        if config.has(key) or is_default:
-            max_length = config.get_int(key) or 0
-            draft.set("data.max_length", max_length, config.default_comment(key))
-            draft.note(key, max_length, "longer samples are skipped and counted")
+        is_unlimited = key in config.values and not config.has(key)
+        if limit := None if is_unlimited else config.get_int(key):
+            draft.set("data.max_length", limit, config.default_comment(key))
+            draft.note(key, limit, "longer samples are skipped and counted")
         else:
             draft.set("data.max_length", family.max_length, f"no limit in {config.program}")
 

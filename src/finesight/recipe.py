@@ -605,7 +605,8 @@ def load_trainer_settings() -> dict[str, Any]:
 
 def invert_groups(groups: Mapping[str, str]) -> dict[str, str]:
     """Map each name of `trainer_settings.yaml` to the text of its group."""
-    return {name: text for text, names in groups.items() for name in names.split()}
+    items = ((item, text) for text, names in groups.items() for item in names.split())
+    return {item.partition("=")[0]: text for item, text in items}
 
 
 @cache
@@ -615,7 +616,7 @@ def _load_advice() -> dict[str, dict[str, Any]]:
     trainers = [content[name] for name in content["advice_order"]]
     reasons: dict[str, str] = {}
     for groups in (
-        *(one[kind] for kind in ("ignored", "unsupported") for one in trainers),
+        *(one.get(kind, {}) for kind in ("ignored", "unsupported") for one in trainers),
         content["obsolete"],
     ):
         reasons |= invert_groups(groups)

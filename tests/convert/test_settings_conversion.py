@@ -54,7 +54,7 @@ TESTED_BELOW = {
     "bnb_4bit_use_double_quant",
     # With their objectives in test_trl.
     *("rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"),
-    *("desirable_weight", "undesirable_weight"),
+    *("desirable_weight", "undesirable_weight", "kto_chosen_weight", "kto_rejected_weight"),
 }
 
 

@@ -136,7 +136,7 @@ def test_trl_command_with_other_model_gets_metric_of_its_data(tmp_path):
 @pytest.mark.parametrize(
     "settings",
     [
-        LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.1},
+        LLAMA_FACTORY_SETTINGS | {"stage": "ppo", "pref_beta": 0.1},
         SWIFT_SETTINGS | {"rlhf_type": "ppo", "kl_coef": 0.1, "lora_rank": 32},
     ],
 )
@@ -176,7 +176,7 @@ MATH = {"name": "math", "weight": 2.0}
             "a.py",
             TRL,
             {
-                **{"num_generations": 4, "max_completion_length": 256, "scale_rewards": "none"},
+                **{"num_generations": 4, "max_completion_length": 512, "scale_rewards": "none"},
                 **{"epsilon": 0.1, "epsilon_high": 0.1, "max_refills": 0, "loss_type": "dapo"},
                 "importance_sampling_mode": "none",
             },
@@ -198,7 +198,7 @@ MATH = {"name": "math", "weight": 2.0}
         (
             "a.yaml",
             GRPO_FILE,
-            {"max_completion_length": 256, "max_refills": 0, "importance_sampling_clip_max": 2.5},
+            {"max_completion_length": 512, "max_refills": 0, "importance_sampling_clip_max": 2.5},
             {"name": "format", "weight": 1.0},
             (1, 128_000, 1e-6),
             {"num_iterations", "repetition_penalty"},
@@ -213,7 +213,7 @@ MATH = {"name": "math", "weight": 2.0}
             },
             {"name": "math", "weight": 1.0},
             (4, 128_000, 1e-4),
-            {"reward_funcs", "kl_in_reward", "top_k"},
+            {"reward_funcs", "kl_in_reward"},
         ),
     ],
 )
@@ -243,6 +243,63 @@ def test_rewards_without_an_equal_are_named(tmp_path):
     done = convert_settings(tmp_path, base | settings | {"num_generations": 1, "beta": "{"})
     assert {"num_generations", "beta"} <= set(notes_by_setting(done, "differs"))
     assert load_converted_recipe(tmp_path).train.batch_size == 1
+
+
+GKD_SCRIPT = """
+teacher = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-32B-Instruct")
+model = AutoModelForImageTextToText.from_pretrained("Qwen/Qwen2.5-VL-3B-Instruct")
+GKDTrainer(model, teacher, args=GKDConfig("o", lmbda=1, seq_kd=True), train_dataset=rows)
+"""
+DISTILLATION = "model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct\ndataset_name: rows.jsonl\n"
+GKD_COMMAND = """swift rlhf --rlhf_type gkd --model Qwen/Qwen2.5-VL-3B-Instruct \\
+    --dataset rows.jsonl --max_completion_length 256 --gkd_logits_topk 64 \\
+    --top_k 50 --sft_alpha 0.1 --beta 1"""
+TEACHER = "Qwen/Qwen2.5-VL-32B-Instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "expected", "sizes", "noted"),
+    [
+        ("a.py", GKD_SCRIPT, (TEACHER, 0.5, 1.0, 0.9, None, 128), (1024, 2e-5), {"seq_kd"}),
+        (
+            "a.yaml",
+            f"{DISTILLATION}teacher_model_name_or_path: {TEACHER}\nteacher_model_revision: v2",
+            (f"{TEACHER}@v2", 1.0, 1.0, 1.0, None, 512),
+            (128_000, 1e-6),
+            set(),
+        ),
+        (
+            "a.yaml",
+            f"{DISTILLATION}lmbda: 0\nmax_new_tokens: 64",
+            ("TEACHER", 0.5, 0.0, 0.9, None, 64),
+            (1024, 2e-5),
+            {"teacher_model"},
+        ),
+        (
+            "a.sh",
+            f"{GKD_COMMAND} --teacher_model {TEACHER}",
+            (f"modelscope:{TEACHER}", 1.0, 0.5, 0.9, 64, 256),
+            (128_000, 1e-4),
+            {"top_k", "sft_alpha"},
+        ),
+        (
+            "a.sh",
+            f"{GKD_COMMAND} --use_hf true --teacher_model ./large",
+            ("./large", 1.0, 0.5, 0.9, 64, 256),
+            (128_000, 1e-4),
+            {"top_k", "sft_alpha"},
+        ),
+    ],
+)
+def test_distillation_is_converted_with_its_teacher(name, text, expected, sizes, noted, tmp_path):
+    done, made = convert(tmp_path, name, text)
+    keys = ("teacher", "beta", "lmbda", "temperature", "top_k", "max_completion_length")
+    assert made["train"]["objective"] == "distill"
+    assert tuple(made["train"]["distill"][key] for key in keys) == expected
+    assert made["model"].endswith("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert (made["data"]["max_length"], made["train"]["learning_rate"]["default"]) == sizes
+    assert set(notes_by_setting(done, "differs")) - {"dataset"} == noted
+    assert not notes_by_setting(done, "unknown")
 
 
 PAIR_SETTINGS = [

@@ -14,7 +14,7 @@ from pydantic import FiniteFloat, TypeAdapter
 from finesight.bounded_files import read_json_object
 from finesight.config import ObjectiveName
 from finesight.errors import UserError, shorten
-from finesight.recipe import invert_groups, load_trainer_settings
+from finesight.recipe import load_trainer_settings
 
 SourceProgram = Literal["ms-swift", "LLaMA-Factory", "TRL", "Unsloth", "Qwen-VL-Series-Finetune"]
 PARTS = ("vision", "merger", "language")
@@ -34,7 +34,7 @@ class SettingRule(NamedTuple):
 
     reason: str
     is_ignored: bool
-    equivalent_values: tuple[object, ...] = ()
+    equivalent_values: tuple[str, ...] = ()
 
 
 class ProgramRules(NamedTuple):
@@ -48,6 +48,8 @@ class ProgramRules(NamedTuple):
 
     def find(self, key: str) -> SettingRule | None:
         """Return the rule for a setting, or that for its prefix, such as `galore_*`."""
+        if key in self.converted:
+            return None
         prefixes = (name for name in self.other if name[-1] == "*" and key.startswith(name[:-1]))
         return self.other.get(key) or self.other.get(next(prefixes, ""))
 
@@ -60,9 +62,10 @@ def load_rules(program: SourceProgram, method: str = "") -> ProgramRules:
     names = ("transformers", program, OBJECTIVES.get(method, ""))
     for section in [content[name] for name in names if name in content]:
         for kind in ("ignored", "unsupported"):
-            for key, reason in invert_groups(section[kind]).items():
-                equivalent = tuple(section["equivalent"].get(key, ()))
-                rules[key] = SettingRule(reason, kind == "ignored", equivalent)
+            for reason, items in section.get(kind, {}).items():
+                for key, _, values in (item.partition("=") for item in items.split()):
+                    equivalent = tuple(filter(None, values.split("|")))
+                    rules[key] = SettingRule(reason, kind == "ignored", equivalent)
         rules |= dict.fromkeys(section["converted"].split())
     converted = frozenset(key for key, rule in rules.items() if rule is None)
     other = {key: rule for key, rule in rules.items() if rule is not None}

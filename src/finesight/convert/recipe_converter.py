@@ -6,13 +6,11 @@ The report lists the settings whose effect differs in finesight.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import ValidationError
-
 from finesight.bounded_files import load_yaml
-from finesight.config import Recipe
 from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_config
 from finesight.convert.external_config import (
     ConversionNote,
@@ -26,10 +24,14 @@ from finesight.convert.ms_swift import MsSwiftConverter
 from finesight.convert.trainer_converter import RecipeDraft, TrainerConverter
 from finesight.convert.trl import TrlConverter
 from finesight.errors import UserError, shorten
+from finesight.recipe import recipe_from_dict
 from finesight.storage import raise_if_exists, write_file
 
 _NOTED_KEYS = ("", "dataset_name", "reward_funcs", "teacher_model", "bf16", "fp16")
 """Settings whose converters use or report expressions of a script."""
+
+_RECORDED_KEYS = ("eval_steps", "evaluation_strategy", "freeze_parameters", "trainable_parameters")
+"""Unsupported settings that ms-swift records for every run."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,12 @@ def convert_config(source: Path, target: Path) -> ConvertedRecipe:
     draft = converter.draft
     text = draft.to_yaml(f"Converted from {config.program}, {source.name}.")
     try:
-        Recipe.model_validate(load_yaml(text))
-    except ValidationError as error:
-        first_error = error.errors(include_url=False)[0]
-        location = ".".join(map(str, first_error["loc"]))
-        given = format_value(first_error["input"])[:80]
+        recipe_from_dict(load_yaml(text))
+    except UserError as error:
         raise UserError(
-            f"results in an invalid recipe: {location}: {first_error['msg']}, given {given}",
+            f"results in an invalid recipe: {error.what}",
             where=config.where,
-            expected="valid recipe settings",
+            expected=error.expected,
             remedy="correct the original setting",
         ) from error
     value_notes = _iter_value_notes(converter.config, draft, converter.objective)
@@ -104,24 +103,27 @@ def _iter_value_notes(
         else:
             note = ConversionNote("ignored", key, formatted, "equal in finesight")
         is_unused = note.kind == "ignored" or is_empty(value) or value is False
-        is_unused |= key in ("eval_steps", "freeze_parameters", "trainable_parameters")
+        is_unused |= key in (
+            "eval_steps",
+            "evaluation_strategy",
+            "freeze_parameters",
+            "trainable_parameters",
+        )
         if key not in skipped_keys and not (config.is_recorded and is_unused):
             yield note
 
 
-def _affects_result(value: object, equivalent_values: tuple[object, ...]) -> bool:
+def _affects_result(value: object, equivalent_values: tuple[str, ...]) -> bool:
     """Return whether an unsupported setting has a value, or an item, that is not equivalent."""
     if isinstance(value, list | tuple) and value:
         return any(_affects_result(item, equivalent_values) for item in value)
     text = str(value).strip(" []'\"").lower()
-    equivalents = [str(equivalent).lower() for equivalent in equivalent_values]
-    is_false = text in ("false", "0") and "true" not in equivalents
-    if is_empty(value) or text in equivalents or is_false:
+    is_false = text in ("false", "0") and "true" not in equivalent_values
+    if is_empty(value) or text in equivalent_values or is_false:
         return False
-    try:
-        return float(text) not in [one for one in equivalent_values if not isinstance(one, bool)]
-    except ValueError:
-        return True
+    with suppress(ValueError):
+        return float(text) not in map(float, equivalent_values)
+    return True
 
 
 def _iter_environment_notes(config: ExternalConfig) -> Iterator[ConversionNote]:

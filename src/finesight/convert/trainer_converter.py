@@ -191,7 +191,8 @@ class TrainerConverter:
             switch, disabled = rules.get("switches", {}).get(name, ("", None))
             is_disabled = (config.get_str(switch) or "").lower() == "false"
             value = disabled if is_disabled else config.get_value(key)
-            value = value[0] if isinstance(value, list) and len(value) == 1 else value
+            if name == "loss_type" and isinstance(value, list) and len(value) == 1:
+                value = value[0]
             value = _parse_scalar(value) if isinstance(value, str) else value
             if name == "scale_rewards":
                 value = {"True": "group", "False": "none"}.get(str(value), value)

@@ -170,13 +170,11 @@ def test_replacements_are_settings():
     names = [tuple(name.split(".")) for name in recipes.list_setting_names()]
     known = {".".join(name[:depth]) for name in names for depth in range(1, len(name) + 1)}
     content = recipes.load_trainer_settings()
-    renamed = [{"use": f"{name}={{}}"} for name in content["renamed"]]
-    for group in content["replacements"] + renamed:
-        texts = [group["use"]]
-        if texts == ["{}"]:
-            texts = [*group["values"], group["other"]]
-        for name in re.findall(r"([a-z_0-9.]+)=", " ".join(texts)):
-            assert re.sub(r"\.\d$", "", name) in known, group
+    groups = [{"settings": content["renamed"]}, *content["replacements"]]
+    texts = [f"{name}=" for group in groups for name in group["settings"]]
+    texts += [text for one in groups for text in (*one.get("values", ()), one.get("other", ""))]
+    for name in re.findall(r"([a-z_0-9.]+)=", " ".join(texts)):
+        assert re.sub(r"\.\d$", "", name) in known, name
 
 
 def test_configuration_of_another_trainer_is_recognized(tmp_path):

@@ -621,9 +621,9 @@ def _load_advice() -> dict[str, dict[str, Any]]:
     ):
         reasons |= invert_groups(groups)
     advice: dict[str, dict[str, Any]] = {key: {"reason": text} for key, text in reasons.items()}
-    renamed = invert_groups(content["renamed"])
-    advice |= {key: {"use": f"{name}={{}}"} for key, name in renamed.items()}
-    advice |= {key: group for group in content["replacements"] for key in group["keys"].split()}
+    for group in ({"settings": content["renamed"]}, *content["replacements"]):
+        for name, keys in group["settings"].items():
+            advice |= dict.fromkeys(keys.split(), group | {"use": f"{name}={{}}" if name else "{}"})
     for trainer in trainers:
         for old, new in trainer.get("aliases", {}).items():
             if new in advice:

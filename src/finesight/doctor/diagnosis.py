@@ -43,14 +43,13 @@ def load_catalog() -> Mapping[str, Mapping[str, Any]]:
     return content
 
 
-def make_diagnosis(
-    code: str, severity: DiagnosisSeverity | None = None, /, **values: Any
-) -> Diagnosis:
+def make_diagnosis(code: str, is_error: bool | None = None, /, **values: Any) -> Diagnosis:
     """Create a diagnosis from its texts in the catalog, in which `values` fill the placeholders.
 
     The list `overrides` of the values follows the overrides of the step in the catalog.
 
-    `code` may contain a variant after a period. The default of `severity` is in the catalog.
+    `code` may contain a variant after a period. `is_error` replaces the severity of the catalog by
+    an error or a warning.
     """
     entry = load_catalog()[code]
     if "step" in entry:
@@ -60,7 +59,9 @@ def make_diagnosis(
             step["overrides"] = [*templates["overrides"], *values["overrides"]]
         values["command"], entry = Step(operation, step), {"remedy": "{command}", **entry}
     texts = (entry.get(name, "").format(**values) for name in ("what", "why", "remedy"))
-    severity = severity or entry.get("severity", "error")
+    severity: DiagnosisSeverity = entry.get("severity", "error" if "why" in entry else "ok")
+    if is_error is not None:
+        severity = "error" if is_error else "warning"
     return Diagnosis(code.partition(".")[0], severity, *map(escape_unprintable, texts))
 
 

@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 from pydantic import TypeAdapter
 
-from finesight.doctor.diagnosis import Diagnosis, DiagnosisSeverity, join_command, make_diagnosis
+from finesight.doctor.diagnosis import Diagnosis, join_command, make_diagnosis
 from finesight.doctor.package_check import InstalledPackages, install_command
 from finesight.host_memory import available_memory, num_allowed_cpus, total_memory
 
@@ -84,8 +84,7 @@ def check_machine(environment: Mapping[str, str], working_dir: Path) -> Iterator
         ("low-open-files-limit", max_files, 256, 256),
     ):
         if value < recommended:
-            severity: DiagnosisSeverity = "error" if value < minimum else "warning"
-            yield make_diagnosis(code, severity, free=value / GB, limit=value)
+            yield make_diagnosis(code, value < minimum, free=value / GB, limit=value)
 
 
 def _check_location(role: str, folder: Path, needed: int) -> Diagnosis:
@@ -100,8 +99,7 @@ def _check_location(role: str, folder: Path, needed: int) -> Diagnosis:
     if free >= needed:
         return make_diagnosis("disk", **values)
     remedy = f"du -xh --max-depth=2 {join_command(existing)} | sort -h | tail -n 20"
-    severity: DiagnosisSeverity = "error" if free < MIN_FREE_BYTES else "warning"
-    return make_diagnosis("disk-full", severity, **values, remedy=remedy)
+    return make_diagnosis("disk-full", free < MIN_FREE_BYTES, **values, remedy=remedy)
 
 
 def check_environment(environment: Mapping[str, str]) -> list[Diagnosis]:
@@ -311,9 +309,8 @@ def _check_gpu(index: int, torch_info: TorchInfo) -> Iterator[Diagnosis]:
     gpu = torch_info.gpus[index]
     used_fraction = 1 - gpu.free_bytes / gpu.total_bytes
     values = {
+        **gpu._asdict(),
         "index": index,
-        "name": gpu.name,
-        "error": gpu.error,
         "version": torch_info.version,
         "capability": ".".join(map(str, gpu.capability)),
         "architectures": ", ".join(torch_info.arch_list),

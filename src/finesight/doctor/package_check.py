@@ -12,7 +12,6 @@ from packaging.utils import canonicalize_name
 
 from finesight.doctor.diagnosis import (
     Diagnosis,
-    DiagnosisSeverity,
     count_severity,
     join_command,
     load_catalog,
@@ -74,8 +73,7 @@ def check_packages(packages: InstalledPackages) -> list[Diagnosis]:
         else:
             continue
         values = {"name": name, "version": version, "required": "; ".join(unmet)}
-        severity: DiagnosisSeverity = "error" if name in required else "warning"
-        diagnoses.append(make_diagnosis(code, severity, **values, install=install))
+        diagnoses.append(make_diagnosis(code, name in required, **values, install=install))
     if not count_severity({"packages": diagnoses}, "error"):
         diagnoses.insert(0, make_diagnosis("versions", count=len(used)))
     return diagnoses

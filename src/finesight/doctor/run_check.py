@@ -29,7 +29,6 @@ from finesight.data.image_header import read_image_size
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import (
     Diagnosis,
-    DiagnosisSeverity,
     describe_error,
     join_command,
     make_diagnosis,
@@ -63,7 +62,7 @@ REPETITION_PATTERN = re.compile(r"(.{1,60}?)\1{3,}.{0,60}$", re.DOTALL)
 
 
 def diagnose_run(
-    run_record: RunRecord, code: str, severity: DiagnosisSeverity | None = None, /, **values: Any
+    run_record: RunRecord, code: str, is_error: bool | None = None, /, **values: Any
 ) -> Diagnosis:
     """Create a diagnosis of a run. Remedies contain its folder, its recipe and a new folder.
 
@@ -75,7 +74,7 @@ def diagnose_run(
     values["overrides"] = [*values.get("overrides", ()), f"output_dir={output}"]
     recipe = folder / manifest.RECIPE_FILE
     values |= {"folder": folder, "quoted_folder": join_command(folder), "recipe": recipe}
-    return make_diagnosis(code, severity, **values)
+    return make_diagnosis(code, is_error, **values)
 
 
 def load_run_recipe(run_record: RunRecord) -> Recipe:
@@ -189,9 +188,8 @@ def _check_files(run_record: RunRecord) -> Iterator[Diagnosis]:
     try:
         load_recipe(run_record.folder / manifest.RECIPE_FILE)
     except UserError as error:
-        severity: DiagnosisSeverity = "error" if run_record.result is None else "warning"
-        problem = describe_error(error)
-        yield diagnose_run(run_record, "recipe.run", severity, problem=problem, advice=error.remedy)
+        texts = {"problem": describe_error(error), "advice": error.remedy}
+        yield diagnose_run(run_record, "recipe.run", run_record.result is None, **texts)
 
 
 def _check_skipped_samples(run_record: RunRecord) -> Iterator[Diagnosis]:
@@ -209,10 +207,9 @@ def _check_skipped_samples(run_record: RunRecord) -> Iterator[Diagnosis]:
         code, largest, overrides = "samples-skipped", groups[0], list[str]()
         if match := re.fullmatch(r"over (\d+) tokens", largest.reason):
             code, overrides = "samples-skipped.long", [f"data.max_length={2 * int(match[1])}"]
-        severity: DiagnosisSeverity = "error" if count > 0.05 * total else "warning"
         texts = {"reason": largest.reason, "samples": largest.ids, "overrides": overrides}
         values = {"split": title, "count": count, "total": total, "largest": largest.count}
-        yield diagnose_run(run_record, code, severity, **values, **texts)
+        yield diagnose_run(run_record, code, count > 0.05 * total, **values, **texts)
 
 
 def _finite_values(lines: Iterable[JsonObject], name: str) -> list[float]:
@@ -257,18 +254,16 @@ def _check_loss_curve(run_record: RunRecord) -> Iterator[Diagnosis]:
         **{"initial_norm": initial_norm, "final_norm": final_norm},
         "rates": ", ".join(f"{value:g}" for value in learning_rates),
     }
-    symptom: str | None = None
-    severity: DiagnosisSeverity = "error"
+    symptom, is_error = "", True
     if final > 1.25 * low and final - low > 4 * noise:
         symptom = "rising"
     elif high > 1.5 * first and high - first > 6 * noise:
-        symptom = "spike"
-        severity = "warning" if final < CONVERGED_LOSS_RATIO * first else "error"
+        symptom, is_error = "spike", final >= CONVERGED_LOSS_RATIO * first
     elif has_vanished and final > CONVERGED_LOSS_RATIO * initial:
         symptom = "vanished"
     if symptom:
         overrides, code = _scale_learning_rates(run_record), f"learning-rate-too-high.{symptom}"
-        yield diagnose_run(run_record, code, severity, **values, overrides=overrides)
+        yield diagnose_run(run_record, code, is_error, **values, overrides=overrides)
     elif is_flat and not is_low:
         rows = [row for row in run_record.param_changes or () if row.get("is_trained")]
         change = max(_finite_values(rows, "relative_change"), default=math.inf)
@@ -431,22 +426,22 @@ def _check_box_conventions(
     predicted, labels = (BoxClaimTable(list(side)) for side in zip(*claims, strict=True))
     current = hypothesis_from_convention(DEFAULT_CONVENTION)
 
-    def mean_iou(of_predicted: BoxHypothesis, of_labels: BoxHypothesis) -> float:
+    def mean_iou(claims: BoxClaimTable, others: BoxClaimTable, meaning: BoxHypothesis) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
-            boxes = of_predicted.normalize_boxes(predicted), of_labels.normalize_boxes(labels)
+            boxes = meaning.normalize_boxes(claims), current.normalize_boxes(others)
             return float(np.nan_to_num(pairwise_iou(*boxes)).mean())
 
-    current_iou = mean_iou(current, current)
-    of_predicted = _list_hypotheses(run_record, predicted, labels)
-    of_labels = _list_hypotheses(run_record, labels, predicted)
-    candidates = [(mean_iou(one[0], current), "predictions", *one[1:]) for one in of_predicted]
-    candidates += [(mean_iou(current, one[0]), "labels", *one[1:]) for one in of_labels]
-    best, subject, convention, options = max(candidates)
+    current_iou = mean_iou(predicted, labels, current)
+    sides = (("predictions", predicted, labels), ("labels", labels, predicted))
+    best, subject, convention, options = max(
+        (mean_iou(claims, others, one), subject, convention, options)
+        for subject, claims, others in sides
+        for one, convention, options in _list_hypotheses(run_record, claims, others)
+    )
     if current_iou < 0.5 and best >= max(0.5, current_iou + 0.2):
-        values = {"subject": subject, "convention": convention, "options": options}
-        code = "box-convention-mismatch"
-        yield diagnose_run(run_record, code, best=best, current=current_iou, **values)
+        values = {"subject": subject, "convention": convention, "options": options, "best": best}
+        yield diagnose_run(run_record, "box-convention-mismatch", **values, current=current_iou)
 
 
 def _list_hypotheses(

@@ -50,8 +50,7 @@ EXAMPLES = {
 """What one setting becomes, the others at their defaults."""
 TESTED_BELOW = {
     *("stage", "dataset_dir", "max_samples", "task_type", "bnb_4bit_quant_type"),
-    *("quantization_method", "quantization_type", "double_quantization"),
-    "bnb_4bit_use_double_quant",
+    *("quant_method", "bnb_4bit_use_double_quant"),
     # With their objectives in test_trl.
     *("rlhf_type", "beta", "pref_beta", "pref_loss", "simpo_gamma"),
     *("desirable_weight", "undesirable_weight", "kto_chosen_weight", "kto_rejected_weight"),

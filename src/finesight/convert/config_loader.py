@@ -154,6 +154,8 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             text = re.sub(r"(?m)^(\s*)[%!].*", r"\1pass", lines)
         known = load_trainer_settings()["TRL"]
         calls = {key: {} for key in known["calls_without_defaults"].split()} | known["calls"]
+        for name in known["method_configs"].split():
+            calls[name] = {"stage": name.removesuffix("Config").lower()}
         arguments = list(Script(ast.parse(text)).iter_arguments(calls))
     except AmbiguousConfigError as error:
         remedy = "keep only the one that the training uses in a copy of the script"
@@ -171,10 +173,7 @@ def _config_from_python(text: str, path: Path) -> ExternalConfig:
             unresolved.setdefault(key, ast.unparse(value))
         elif key:
             values.setdefault(key, value)
-    started = any(
-        callee.endswith(("Arguments", "SFTConfig")) or "stage" in calls[callee]
-        for callee, _, _ in arguments
-    )
+    started = any("stage" in calls[one] or one.endswith("Arguments") for one, *_ in arguments)
     if not started or "model_name_or_path" not in values:
         model = unresolved.get("model_name_or_path")
         what = f"loads the model {model!r}, which is no constant" if model else "names no model"

@@ -75,11 +75,14 @@ def load_rules(program: SourceProgram, method: str = "") -> ProgramRules:
     return ProgramRules(defaults, own["aliases"], converted, other)
 
 
+NoteKind = Literal["differs", "unknown", "note", "ignored"]
+
+
 @dataclass(frozen=True)
 class ConversionNote:
     """Note for the user about one setting, with its value as written."""
 
-    kind: Literal["differs", "unknown", "note", "ignored"]
+    kind: NoteKind
     key: str
     value: str
     text: str

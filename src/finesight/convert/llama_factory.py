@@ -42,8 +42,7 @@ class LlamaFactoryConverter(TrainerConverter):
         self._set_tune(family, method)
         self.set_trainer_settings()
         visible = config.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        accumulation = config.get_int("gradient_accumulation_steps") or 0
-        self.set_batch_size(accumulation, len([device for device in visible if device.strip()]))
+        self.set_batch_size(len([device for device in visible if device.strip()]))
         self.copy_setting("train.learning_rate", "learning_rate")
         uses_bf16 = config.get_bool("bf16") or config.get_bool("pure_bf16")
         fallback = "fp16" if config.get_bool("fp16") else "auto"
@@ -157,5 +156,4 @@ class LlamaFactoryConverter(TrainerConverter):
             self.set_lora_targets(family, parts, "lora_target", targets)
         alpha = config.get_float("lora_alpha") or 2.0 * (config.get_int("lora_rank") or 0)
         self.set_lora_config(alpha, "additional_target")
-        keys = ("quantization_type", "double_quantization", "quantization_method")
-        self.set_quantization(PARTS, "quantization_bit", config.get_str("quantization_bit"), *keys)
+        self.set_quantization(PARTS, "quantization_bit", config.get_str("quantization_bit"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from pathlib import Path
 
@@ -33,13 +32,12 @@ class MsSwiftConverter(TrainerConverter):
         self._set_image(family)
         self._set_tune(family, method)
         self.set_trainer_settings()
-        accumulation = config.get_int("gradient_accumulation_steps")
-        if accumulation is None:
-            # Accumulate up to 16 samples per step. The total does not depend on the number of GPUs.
-            # GRPO does not accumulate.
-            samples = (config.get_int("per_device_train_batch_size") or 0) * self.count_gpus(0)[0]
-            accumulation = 1 if self.is_grpo else math.ceil(16 / max(1, samples))
-        self.set_batch_size(accumulation)
+        # Accumulate up to 16 samples per step. The total does not depend on the number of GPUs.
+        # GRPO does not accumulate.
+        samples = (config.get_int("per_device_train_batch_size") or 0) * self.count_gpus(0)[0]
+        self.set_batch_size(
+            default_accumulation=1 if self.config.method == "grpo" else -(-16 // max(1, samples))
+        )
         default = 1e-5 if method == "full" else 1e-4
         comment = config.default_comment("learning_rate")
         learning_rate = config.get_float("learning_rate") or default
@@ -132,5 +130,4 @@ class MsSwiftConverter(TrainerConverter):
         else:
             self.set_lora_targets(family, {*PARTS}, "target_modules", targets)
         self.set_lora_config(config.get_float("lora_alpha") or 0.0, "modules_to_save")
-        keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "quant_method")
-        self.set_quantization(["language"], "quant_bits", config.get_str("quant_bits"), *keys)
+        self.set_quantization(["language"], "quant_bits", config.get_str("quant_bits"))

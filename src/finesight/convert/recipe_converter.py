@@ -15,6 +15,7 @@ from finesight.convert.config_loader import CONVERTED_VARIABLES, load_external_c
 from finesight.convert.external_config import (
     ConversionNote,
     ExternalConfig,
+    NoteKind,
     SourceProgram,
     format_value,
     is_empty,
@@ -82,35 +83,27 @@ def _iter_value_notes(
     """
     rules = config.rules
     skipped_keys = rules.converted | draft.used_keys | {note.key for note in draft.notes}
+    only = f"used by {objective} only" if objective else ""
     for key, expression in config.unresolved.items():
-        rule, is_noted = rules.find(key), key in _NOTED_KEYS
-        if not is_noted and (rule is None or not rule.is_ignored):
-            text = "computed by the script, which is not executed: set it in the recipe"
-            text = rule.reason if rule else text
-            is_own = rule is None and key not in rules.converted and not key.startswith("**")
-            text = f"used by {objective} only" if objective and is_own else text
-            yield ConversionNote("differs", key, _format_short(key, expression), text)
+        rule = rules.find(key)
+        if key in _NOTED_KEYS or (rule and rule.is_ignored):
+            continue
+        text = "computed by the script, which is not executed: set it in the recipe"
+        is_own = not rule and key not in rules.converted and not key.startswith("**")
+        text = rule.reason if rule else only if only and is_own else text
+        yield ConversionNote("differs", key, _format_short(key, expression), text)
     for key, value in config.values.items():
-        rule, formatted = rules.find(key), _format_short(key, value)
+        kind: NoteKind = "unknown"
+        rule = rules.find(key)
         if rule is None:
-            text = f"unknown setting of {config.program}: check whether it matters"
-            text = f"used by {objective} only" if objective else text
-            note = ConversionNote("unknown", key, formatted, text)
-        elif rule.is_ignored:
-            note = ConversionNote("ignored", key, formatted, rule.reason)
-        elif _affects_result(value, rule.equivalent_values):
-            note = ConversionNote("differs", key, formatted, rule.reason)
+            text = only or f"unknown setting of {config.program}: check whether it matters"
+        elif rule.is_ignored or _affects_result(value, rule.equivalent_values):
+            kind, text = "ignored" if rule.is_ignored else "differs", rule.reason
         else:
-            note = ConversionNote("ignored", key, formatted, "equal in finesight")
-        is_unused = note.kind == "ignored" or is_empty(value) or value is False
-        is_unused |= key in (
-            "eval_steps",
-            "evaluation_strategy",
-            "freeze_parameters",
-            "trainable_parameters",
-        )
+            kind, text = "ignored", "equal in finesight"
+        is_unused = kind == "ignored" or is_empty(value) or value is False or key in _RECORDED_KEYS
         if key not in skipped_keys and not (config.is_recorded and is_unused):
-            yield note
+            yield ConversionNote(kind, key, _format_short(key, value), text)
 
 
 def _affects_result(value: object, equivalent_values: tuple[str, ...]) -> bool:

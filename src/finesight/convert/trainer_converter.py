@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
@@ -70,8 +70,7 @@ class RecipeDraft:
 
     def note(self, key: str, value: object, text: str, *, differs: bool = False) -> None:
         """Add a note about the conversion of a setting, or about an effect that differs."""
-        kind: Literal["differs", "note"] = "differs" if differs else "note"
-        self.notes.append(ConversionNote(kind, key, str(value), text))
+        self.notes.append(ConversionNote("differs" if differs else "note", key, str(value), text))
 
     def to_yaml(self, title: str) -> str:
         """Format the recipe as YAML with one line per setting, in the order of the settings."""
@@ -108,11 +107,6 @@ class TrainerConverter:
     def fill_recipe(self) -> None:
         """Fill the recipe draft from the configuration."""
         raise NotImplementedError
-
-    @property
-    def is_grpo(self) -> bool:
-        """Whether the recipe trains by rewards."""
-        return self.draft.settings.get("train.objective") == "grpo"
 
     def copy_setting(self, name: str, key: str) -> None:
         """Copy a numeric setting into the recipe, and comment on a default value."""
@@ -216,13 +210,13 @@ class TrainerConverter:
     def _set_teacher(self) -> None:
         """Set the teacher of a distillation, which a script may load by itself."""
         name = "train.distill.teacher"
-        teacher = self.draft.settings.get(name)
-        if teacher is None:
-            text = "replace TEACHER in the recipe by the teacher, a larger model of the same family"
-            given = self.config.unresolved.get("teacher_model", "not set")
-            self.draft.note("teacher_model", given, text, differs=True)
-        given = self._add_hub(str(teacher), "teacher_model_revision") if teacher else "TEACHER"
-        self.draft.set(name, given)
+        if teacher := self.draft.settings.get(name):
+            self.draft.set(name, self._add_hub(str(teacher), "teacher_model_revision"))
+            return
+        self.draft.set(name, "TEACHER")
+        text = "replace TEACHER in the recipe by the teacher, a larger model of the same family"
+        given = self.config.unresolved.get("teacher_model", "not set")
+        self.draft.note("teacher_model", given, text, differs=True)
 
     def _add_hub(self, model: str, revision_key: str) -> str:
         """Return the name of a model with its hub and revision. A path remains."""
@@ -367,15 +361,17 @@ class TrainerConverter:
         note = " (one process)" if config.program == "ms-swift" else NOTE_UNKNOWN_PROCESSES
         return max(1, num_gpus) * (config.get_int("NNODES") or 1), "" if num_gpus else note
 
-    def set_batch_size(self, accumulation: int, num_visible: int = 0) -> None:
+    def set_batch_size(self, num_visible: int = 0, default_accumulation: int = 1) -> None:
         """Set `train.batch_size`, the number of samples per optimizer step over all GPUs."""
-        key = "per_device_train_batch_size"
+        key, accumulation = "per_device_train_batch_size", default_accumulation
+        if self.config.has("gradient_accumulation_steps"):
+            accumulation = self.config.get_int("gradient_accumulation_steps") or 0
         (num_gpus, suffix), per_device = self.count_gpus(num_visible), self.config.get_int(key) or 0
         total = per_device * accumulation * num_gpus
         gpus = f"{format_count(num_gpus, 'GPU')}{suffix}"
         steps = format_count(accumulation, "accumulation step")
         description = f"{per_device} per device x {steps} x {gpus}"
-        if self.is_grpo:
+        if self.config.method == "grpo":
             default = GrpoSettings().num_generations
             count = self.draft.settings.get("train.grpo.num_generations", default)
             assert isinstance(count, int), f"{count} is validated"
@@ -478,24 +474,21 @@ class TrainerConverter:
         draft.set("tune.lora.alpha", alpha, comment)
         self.copy_setting("tune.lora.dropout", "lora_dropout")
 
-    def set_quantization(
-        self, parts: Iterable[str], key: str, bits: str | None, *keys: str
-    ) -> None:
+    def set_quantization(self, parts: Iterable[str], key: str, bits: str | None) -> None:
         """Set NF4 quantization of the parts, and report a difference for another format.
 
-        `key` is the setting of the number of bits. The others are those of 4-bit format, double
-        quantization, and optionally method.
+        `key` is the setting of the number of bits.
         """
-        quant_type, is_double, *methods = map(self.config.get_str, keys)
-        method = methods[0] if methods else None
         if not bits:
             return
+        method, quant_type = map(self.config.get_str, ("quant_method", "bnb_4bit_quant_type"))
+        is_double = self.config.get_bool("bnb_4bit_use_double_quant")
         parts = [part for part in parts if self.draft.settings.get(f"tune.{part}") != "full"]
         text = "tune.quantize.nf4 is NF4 with double quantization; other weights remain in 16 bits"
-        what = f"{bits} by {method}, {quant_type}, double quantization {is_double}"
+        what = f"{bits} by {method}, {quant_type}, double quantization {is_double}".lower()
         if self.is_native and bits == "4" and method in (None, "bnb", "bitsandbytes"):
             self.draft.set("tune.quantize.nf4", parts)
-            if quant_type in (None, "nf4") and (is_double or "").lower() == "true":
+            if quant_type in (None, "nf4") and is_double:
                 return
         self.draft.note(key, what, text, differs=True)
 

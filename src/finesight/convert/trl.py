@@ -43,10 +43,9 @@ class TrlConverter(TrainerConverter):
                 draft.set(f"image.{limit}", config.get_int(limit))
         self._set_tune(family)
         bits = "4" if config.get_bool("load_in_4bit") or mirror else config.get_str("bits")
-        keys = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
-        self.set_quantization(PARTS, "load_in_4bit", None if bits == "16" else bits, *keys)
+        self.set_quantization(PARTS, "load_in_4bit", None if bits == "16" else bits)
         self.set_trainer_settings()
-        self.set_batch_size(config.get_int("gradient_accumulation_steps") or 1)
+        self.set_batch_size()
         self.copy_setting("train.learning_rate.default", "learning_rate")
         for part in ("vision", "merger"):
             if config.has(f"{part}_learning_rate"):
@@ -85,7 +84,7 @@ class TrlConverter(TrainerConverter):
                 draft.note("dataset", config.unresolved.get("dataset_name", ""), text, differs=True)
         self.set_data_files(by_split[True], by_split[False], {})
         # Without a limit, which null and GRPO mean, samples have the maximum length of the model.
-        key = "max_prompt_length" if self.is_grpo else "max_length"
+        key = "max_prompt_length" if config.method == "grpo" else "max_length"
         is_unlimited = key in config.values and not config.has(key)
         if limit := None if is_unlimited else config.get_int(key):
             draft.set("data.max_length", limit, config.default_comment(key))

@@ -238,8 +238,8 @@ def test_rewards_without_an_equal_are_named(tmp_path):
     assert [note.value for note in notes] == ["a.b.score", "accuracy_reward"]
     assert "{name: rewards.py:score, weight: 2}" in notes[0].text
     assert [reward.name for reward in load_converted_recipe(tmp_path).rewards] == ["exact"]
-    with pytest.raises(UserError, match="weight"):
-        convert_settings(tmp_path, base | settings | {"reward_weights": [1, "{"]})
+    done = convert_settings(tmp_path, base | settings | {"reward_weights": [1, "{"]})
+    assert "weight: {}" in [note.text for note in done.notes if note.key == "reward_funcs"][-1]
     done = convert_settings(tmp_path, base | settings | {"num_generations": 1, "beta": "{"})
     assert {"num_generations", "beta"} <= set(notes_by_setting(done, "differs"))
     assert load_converted_recipe(tmp_path).train.batch_size == 1

@@ -40,9 +40,8 @@ class LlamaFactoryConverter(TrainerConverter):
         self._set_data()
         self._set_image(family)
         self._set_tune(family, method)
-        self.set_trainer_settings()
         visible = config.environment.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        self.set_batch_size(len([device for device in visible if device.strip()]))
+        self.set_trainer_settings(len([device for device in visible if device.strip()]))
         self.copy_setting("train.learning_rate", "learning_rate")
         uses_bf16 = config.get_bool("bf16") or config.get_bool("pure_bf16")
         fallback = "fp16" if config.get_bool("fp16") else "auto"

@@ -31,16 +31,13 @@ class MsSwiftConverter(TrainerConverter):
         self._set_data(family)
         self._set_image(family)
         self._set_tune(family, method)
-        self.set_trainer_settings()
         # Accumulate up to 16 samples per step. The total does not depend on the number of GPUs.
         # GRPO does not accumulate.
         samples = (config.get_int("per_device_train_batch_size") or 0) * self.count_gpus(0)[0]
-        self.set_batch_size(
-            default_accumulation=1 if self.config.method == "grpo" else -(-16 // max(1, samples))
-        )
-        default = 1e-5 if method == "full" else 1e-4
+        accumulation = 1 if self.config.method == "grpo" else -(-16 // max(1, samples))
+        self.set_trainer_settings(default_accumulation=accumulation)
+        learning_rate = config.get_float("learning_rate") or (1e-5 if method == "full" else 1e-4)
         comment = config.default_comment("learning_rate")
-        learning_rate = config.get_float("learning_rate") or default
         draft.set("train.learning_rate.default", learning_rate, comment)
         for part, key in _RATE_KEYS.items():
             if config.has(key):

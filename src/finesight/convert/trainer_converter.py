@@ -6,15 +6,15 @@ import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
-from itertools import islice, zip_longest
+from itertools import chain, count, islice, zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 from pydantic import ValidationError
 
-from finesight.bounded_files import load_yaml
 from finesight.config import METRIC_NAMES, GrpoSettings, TrainSettings
 from finesight.convert.config_loader import UNKNOWN_COUNT
 from finesight.convert.external_config import (
@@ -160,16 +160,18 @@ class TrainerConverter:
         """Set the rewards of the same meaning, and note functions to write."""
         expression = self.config.unresolved.get("reward_funcs", "")  # names of a Python script
         names = [*self.config.get_list("reward_funcs"), *re.findall(r"[A-Za-z_][\w.]*", expression)]
-        weights = [_parse_scalar(text) for text in self.config.get_list("reward_weights")]
+        weights = self.config.get_list("reward_weights")
         known, rewards = load_trainer_settings()["rewards"], list[Mapping[str, object]]()
-        for path, weight in zip_longest(names, weights[: len(names)], fillvalue=1):
-            name = str(path).rpartition(".")[2]
-            if name in known and not (isinstance(weight, int | float) and weight <= 0):
+        for path, text in zip_longest(names, weights[: len(names)], fillvalue="1"):
+            name, weight = path.rpartition(".")[2], 0.0
+            with suppress(ValueError):
+                weight = float(text)
+            if name in known and weight > 0:
                 rewards.append({**known[name], "weight": weight})
-            else:
-                item = f"{{name: rewards.py:{name}, weight: {weight}}}"
-                text = f"write a function with a positive weight, and add it to rewards: {item}"
-                self.draft.note("reward_funcs", path, text, differs=True)
+                continue
+            item = f"{{name: rewards.py:{name}, weight: {text}}}"
+            note = f"write a function with a positive weight, and add it to rewards: {item}"
+            self.draft.note("reward_funcs", path, note, differs=True)
         comment = "replace it by your own: no reward function has an equal in finesight"
         self.draft.set("rewards", rewards or [{"name": "exact"}], "" if rewards else comment)
 
@@ -187,14 +189,13 @@ class TrainerConverter:
             value = disabled if is_disabled else config.get_value(key)
             if name == "loss_type" and isinstance(value, list) and len(value) == 1:
                 value = value[0]
-            value = _parse_scalar(value) if isinstance(value, str) else value
             if name == "scale_rewards":
-                value = {"True": "group", "False": "none"}.get(str(value), value)
+                value = {"true": "group", "false": "none"}.get(str(value).lower(), value)
             if is_empty(value) or name == "batch_size":
                 continue
             draft.used_keys |= {*keys}
             try:
-                given = section.model_validate(accepted | {name: value})
+                given = section.model_validate(accepted | {name: value}, strict=False)
             except ValidationError as error:
                 text = f"is not supported, the default is used: {error.errors()[0]['msg']}"
                 draft.note(key, value, text, differs=True)
@@ -253,25 +254,22 @@ class TrainerConverter:
     ) -> None:
         """Set data files and arguments of their imports, with those of a validation `split`."""
         files: dict[str, list[str]] = {"data.train": [], "data.eval": []}
-        used: set[str] = set()
+        used, comment = set[str](), "import data with answers"
         for name, datasets in (("data.train", sources), ("data.eval", eval_sources)):
             for source in datasets:
-                stem = folder = f"samples/{_folder_name(source)}"
-                suffix = 2
-                while folder in used:
-                    folder, suffix = f"{stem}-{suffix}", suffix + 1
+                stem = f"samples/{_folder_name(source)}"
+                numbered = (f"{stem}-{suffix}" for suffix in count(2))
+                folder = next(one for one in chain([stem], numbered) if one not in used)
                 used.add(folder)
                 if self.objective is None:
+                    comment = "from the imports that the conversion has printed"
                     limit = {} if source.limit is None else {"limit": source.limit}
-                    self.draft.imports.append(
-                        {"source": source.name, "out": folder, **limit, **split}
-                    )
+                    arguments = {"source": source.name, "out": folder, **limit, **split}
+                    self.draft.imports.append(arguments)
                 files[name].append(f"{folder}/{'train' if split else 'data'}.jsonl")
                 files["data.eval"] += [f"{folder}/eval.jsonl"] if split else []
         for name, paths in files.items():
             if paths:
-                comment = "from the imports that the conversion has printed"
-                comment = "import data with answers" if self.objective else comment
                 value = paths[0] if len(paths) == 1 else paths
                 self.draft.set(name, value, comment * (name == "data.train"))
         if files["data.eval"]:
@@ -301,11 +299,12 @@ class TrainerConverter:
         if interval := self.config.get_float("eval_steps"):
             self.draft.set("eval.every", int(interval) if interval >= 1 else interval)
 
-    def set_trainer_settings(self) -> None:
-        """Set schedule, optimizer and parallelism."""
+    def set_trainer_settings(self, num_visible: int = 0, default_accumulation: int = 1) -> None:
+        """Set schedule, optimizer, parallelism and batch size."""
         self._set_schedule()
         self._set_optimizer()
         self._set_parallelism()
+        self._set_batch_size(num_visible, default_accumulation)
 
     def _set_schedule(self) -> None:
         config, draft = self.config, self.draft
@@ -361,7 +360,7 @@ class TrainerConverter:
         note = " (one process)" if config.program == "ms-swift" else NOTE_UNKNOWN_PROCESSES
         return max(1, num_gpus) * (config.get_int("NNODES") or 1), "" if num_gpus else note
 
-    def set_batch_size(self, num_visible: int = 0, default_accumulation: int = 1) -> None:
+    def _set_batch_size(self, num_visible: int, default_accumulation: int) -> None:
         """Set `train.batch_size`, the number of samples per optimizer step over all GPUs."""
         key, accumulation = "per_device_train_batch_size", default_accumulation
         if self.config.has("gradient_accumulation_steps"):
@@ -373,9 +372,9 @@ class TrainerConverter:
         description = f"{per_device} per device x {steps} x {gpus}"
         if self.config.method == "grpo":
             default = GrpoSettings().num_generations
-            count = self.draft.settings.get("train.grpo.num_generations", default)
-            assert isinstance(count, int), f"{count} is validated"
-            total, description = max(1, total // count), f"{description} / {count} responses"
+            responses = int(str(self.draft.settings.get("train.grpo.num_generations", default)))
+            total = max(1, total // responses)
+            description += f" / {responses} responses"
         self.draft.set("train.batch_size", total, description)
         self.draft.note("batch", total, description)
 
@@ -491,14 +490,6 @@ class TrainerConverter:
             if quant_type in (None, "nf4") and is_double:
                 return
         self.draft.note(key, what, text, differs=True)
-
-
-def _parse_scalar(text: str) -> object:
-    """Parse an option as a YAML scalar. Other texts remain."""
-    try:
-        return load_yaml(text)
-    except (yaml.YAMLError, ValueError):
-        return text
 
 
 def _is_path(name: str) -> bool:

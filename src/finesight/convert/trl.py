@@ -45,7 +45,6 @@ class TrlConverter(TrainerConverter):
         bits = "4" if config.get_bool("load_in_4bit") or mirror else config.get_str("bits")
         self.set_quantization(PARTS, "load_in_4bit", None if bits == "16" else bits)
         self.set_trainer_settings()
-        self.set_batch_size()
         self.copy_setting("train.learning_rate.default", "learning_rate")
         for part in ("vision", "merger"):
             if config.has(f"{part}_learning_rate"):

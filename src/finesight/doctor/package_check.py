@@ -126,9 +126,8 @@ def check_extras(packages: InstalledPackages) -> Iterator[Diagnosis]:
             if canonicalize_name(requirement.name) not in packages
         ]
         if name != "dev" and missing:
-            description = load_catalog()[f"extra.{name}"]["what"]
-            values = {"description": description, "missing": ", ".join(missing)}
-            values["install"] = install_command(f"{PACKAGE_NAME}[{name}]")
-            yield make_diagnosis("extra-missing", **values)
+            values = {"missing": ", ".join(missing), **load_catalog()[f"extra.{name}"]}
+            install = install_command(f"{PACKAGE_NAME}[{name}]")
+            yield make_diagnosis("extra-missing", **values, install=install)
         elif name != "dev":
             yield make_diagnosis(f"extra.{name}")

@@ -96,8 +96,7 @@ def scale_duration(run_record: RunRecord, factor: float) -> list[str]:
 
 def _get_learning_rates(run_record: RunRecord) -> dict[str, float]:
     """Return the learning rates of a run by part of the model, `default` first."""
-    rates_by_part = load_run_recipe(run_record).train.learning_rate.model_dump()
-    return {part: value for part, value in rates_by_part.items() if value is not None}
+    return load_run_recipe(run_record).train.learning_rate.model_dump(exclude_none=True)
 
 
 def _scale_learning_rates(run_record: RunRecord, factor: float | None = None) -> list[str]:

@@ -50,10 +50,7 @@ class DatasetSource(NamedTuple):
 
 
 class RecipeDraft:
-    """Recipe under construction, with notes for the user and the imports of its data.
-
-    `used_keys` are settings of the other program that the objective of the recipe contains.
-    """
+    """Recipe under construction: notes, imports of its data, and keys that its objective uses."""
 
     def __init__(self) -> None:
         self.settings: dict[str, object] = {}

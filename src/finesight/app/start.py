@@ -375,6 +375,7 @@ def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
 def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
     """Return who may use a page. Names of cookies have the port, which cookies do not consider."""
     from finesight.app.access import Access
+    from finesight.serve.http_protocol import is_loopback
 
     bound = listener.getsockname()
     if isinstance(bound, str):
@@ -389,6 +390,8 @@ def print_page_address(
 
     With `open_page`, the default browser opens the page. It waits for the server to start.
     """
+    from finesight.serve.http_protocol import is_loopback
+
     bound = listener.getsockname()
     if isinstance(bound, str):
         print(f"listening on {bound}", flush=True)
@@ -447,6 +450,8 @@ def resolve_password(
         )
     if file is not None:
         return _read_password(file), False
+    from finesight.serve.http_protocol import is_loopback
+
     if no_auth or (open_loopback and is_loopback(host) and not proxies):
         return None, False
     return secrets.token_urlsafe(18), True
@@ -487,15 +492,6 @@ def check_proxies(proxies: Sequence[str] | None) -> tuple[str, ...]:
                 remedy="correct the option",
             ) from error
     return tuple(proxies or ())
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _get_reachable_host(host: str) -> str:

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
 from markupsafe import Markup
@@ -496,7 +496,7 @@ class ChatPage:
         length = str(os.fstat(archive.fileno()).st_size)
         headers = {"content-disposition": 'attachment; filename="chat.zip"', **FILE_HEADERS}
         headers["content-length"] = length
-        chunks = _iter_chunks(archive)
+        chunks = iter(partial(archive.read, 1 << 16), b"")
         return StreamingResponse(chunks, headers=headers, media_type="application/zip")
 
 
@@ -546,12 +546,6 @@ def _describe_failure(error: BaseException) -> str:
 
 def _format_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
-
-
-def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
-    with archive:
-        while chunk := archive.read(1 << 16):
-            yield chunk
 
 
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:

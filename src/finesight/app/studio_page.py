@@ -306,7 +306,7 @@ class StudioPage:
         if state.dataset is None:
             raise build_missing_error("data")
         path, runs = state.dataset.path, state.content.runs
-        running = [run for run in runs if self.view.describe_run(run).status == "running"]
+        running = [run for run in runs if self.view.read_status(run).kind == "running"]
         commands = self._find_commands(path, Path("uploads", path.name))
         paths = self.view.workspace.list_deleted(state.dataset, running, commands)
         self.view.workspace.move_to_trash(*paths)
@@ -319,7 +319,7 @@ class StudioPage:
         for run in state.content.runs:
             # A finished run needs the copy in its folder only.
             if run == self.view.find_run(state.recipe):
-                is_finished = self.view.describe_run(run).status == "finished"
+                is_finished = self.view.read_status(run).kind == "finished"
                 uses += [] if is_finished else [f"the unfinished run {run}"]
         if uses or state.recipe.parent != Path("recipes"):
             raise UserError(

@@ -23,6 +23,7 @@ from finesight.operations.options import (
     PortOption,
     RunOrModelArgument,
 )
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     import socket
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from finesight.config import Recipe
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
-    from finesight.progress import ProgressConsole
-
 
 TrustedProxyOption = Annotated[
     list[str] | None,
@@ -168,7 +167,6 @@ def serve(
 def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
     """Return the default number of concurrent answers; print it if GPU memory limits it."""
     from finesight.infer.inference_service import fit_num_seqs
-    from finesight.progress import ProgressConsole
 
     num_seqs = fit_num_seqs(inference_model, default)
     if num_seqs < default:
@@ -562,7 +560,6 @@ def label(
     """
     from finesight.label.label_session import open_session
     from finesight.manifest import find_run_dir
-    from finesight.progress import ProgressConsole
 
     console = ProgressConsole()
     if on_record is not None and not suggest_only:

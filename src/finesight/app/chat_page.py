@@ -377,26 +377,16 @@ class ChatPage:
 
     def list_routes(self) -> list[Route]:
         """Return the routes of the page."""
-        answers: list[tuple[str, type[SettingsRequest], AnswerStart]] = [
-            ("send", SendRequest, send_message),
-            ("edit", EditRequest, edit_message),
-            (
-                "regenerate",
-                SettingsRequest,
-                lambda chat, _, options: chat.session.regenerate(options),
-            ),
-        ]
-        posts: list[tuple[str, Callable[..., Any]]] = [
-            ("/chats", self.create_chat),
-            *(
-                (f"/chats/{{token}}/{name}", self._make_answer(model, start))
-                for name, model, start in answers
-            ),
-            ("/chats/{token}/undo", self.undo),
-            ("/chats/{token}/stop", self.stop),
-            ("/chats/{token}/delete", self.delete),
-            ("/uploads", self._store.uploads.receive),
-        ]
+        posts: dict[str, Callable[..., Any]] = {
+            "/chats": self.create_chat,
+            "/chats/{token}/send": self._make_answer(SendRequest, send_message),
+            "/chats/{token}/edit": self._make_answer(EditRequest, edit_message),
+            "/chats/{token}/regenerate": self._make_answer(SettingsRequest, regenerate),
+            "/chats/{token}/undo": self.undo,
+            "/chats/{token}/stop": self.stop,
+            "/chats/{token}/delete": self.delete,
+            "/uploads": self._store.uploads.receive,
+        }
         return [
             Route("/", self.get_page),
             Route("/chats", self.get_chats),
@@ -404,7 +394,7 @@ class ChatPage:
             Route("/chats/{token}/stream", self.stream_answer),
             Route("/chats/{token}/chat.zip", self.export_chat),
             Route("/images/{token}/{number:int}", self.get_image),
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()),
         ]
 
     def _find_chat(self, request: Request) -> StoredChat:
@@ -450,7 +440,9 @@ class ChatPage:
         events = self.stream(chat)
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
-    def _make_answer(self, model: type[SettingsRequest], start: AnswerStart) -> Callable[..., Any]:
+    def _make_answer(
+        self, model: type[SettingsRequest], start: Callable[..., ChatTurn]
+    ) -> Callable[..., Any]:
         """Return the request that starts an answer."""
 
         async def answer(request: Request) -> Response:
@@ -500,10 +492,6 @@ class ChatPage:
         return StreamingResponse(chunks, headers=headers, media_type="application/zip")
 
 
-AnswerStart = Callable[[StoredChat, Any, Any], ChatTurn]
-"""Starts an answer in a conversation, with a request and the options of each model."""
-
-
 def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
     """Start the answer to a question."""
     with chat.take_uploads(message.text, message.files) as image_paths:
@@ -517,6 +505,11 @@ def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTu
     turn = chat.session.edit(message.index, message.text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
+
+
+def regenerate(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
+    """Start another answer to the last question."""
+    return chat.session.regenerate(options)
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:

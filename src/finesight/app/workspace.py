@@ -285,12 +285,8 @@ class Workspace:
         """
         name = name.strip()
         path = Path(parent, f"{name}{suffix}")
-        is_valid = NAME_PATTERN.fullmatch(name) is not None
-        if (
-            not is_valid
-            or os.path.lexists(self.folder / path)
-            or not self._contains(self.folder / path)
-        ):
+        is_valid, full = NAME_PATTERN.fullmatch(name) is not None, self.folder / path
+        if not is_valid or os.path.lexists(full) or not self._contains(full):
             raise UserError(
                 f"{path} exists" if is_valid else f"{name!r} is not a valid name",
                 where=parent,

@@ -299,7 +299,6 @@ class ChatPage:
         state = {
             "token": chat.token,
             "revision": revision,
-            "num_turns": len(turns),
             "has_images": any(turn.image_paths for turn in turns),
             "is_generating": chat.is_generating,
             "error": chat.error,

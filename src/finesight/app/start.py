@@ -440,12 +440,8 @@ def resolve_password(
     which forward the requests of other machines.
     """
     if file is not None and no_auth:
-        raise UserError(
-            f"--no-auth is given with --password-file {file}",
-            where="--no-auth",
-            expected="one of the two options",
-            remedy="remove one of the options",
-        )
+        other = f"with --password-file {file}"
+        raise _build_option_error("--no-auth", other, "one of the two options")
     if file is not None:
         return _read_password(file), False
     from finesight.serve.http_protocol import is_loopback

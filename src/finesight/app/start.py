@@ -102,21 +102,15 @@ def serve(
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
-    try:
-        from finesight.serve.api_schema import ServerLimits
-        from finesight.serve.api_server import bind_socket, run_api_server
-        from finesight.serve.image_sources import LabelStudioImages, read_formats
-        from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
-        from finesight.serve.request_middleware import read_api_keys
-    except ImportError as error:
-        raise UserError(
-            f"the package {error.name} cannot be imported: {error}",
-            where="serve",
-            expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
-            remedy="pip install 'finesight[serve]'",
-        ) from error
+    packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
+    require_extra("serve", "serve", packages)
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
+    from finesight.serve.api_schema import ServerLimits
+    from finesight.serve.api_server import bind_socket, run_api_server
+    from finesight.serve.image_sources import LabelStudioImages, read_formats
+    from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
+    from finesight.serve.request_middleware import read_api_keys
     from finesight.train.run_dir import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
@@ -272,7 +266,7 @@ def web(
 
     Example: finesight web runs/latex
     """
-    require_web("web")
+    require_extra("web")
     proxies = check_proxies(trusted_proxy)
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
@@ -333,7 +327,7 @@ def studio(
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
     """
-    require_web("studio")
+    require_extra("studio")
     # The page starts commands as this user, so other users of the machine need a password too.
     proxies = check_proxies(trusted_proxy)
     password, is_generated = resolve_password(
@@ -414,15 +408,17 @@ def print_page_address(
         threading.Thread(target=open_browser, daemon=True).start()
 
 
-def require_web(command: str) -> None:
-    """Raise UserError if the extra `web` of a command is not installed."""
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+def require_extra(
+    command: str, extra: str = "web", packages: Sequence[str] = ("starlette", "uvicorn")
+) -> None:
+    """Raise UserError if packages of an extra that a command needs are not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} cannot be imported",
             where=command,
-            expected="the extra web",
-            remedy="pip install 'finesight[web]'",
+            expected=f"the extra {extra}",
+            remedy=f"pip install 'finesight[{extra}]'",
         )
 
 
@@ -582,7 +578,7 @@ def label(
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
-            require_web("label")
+            require_extra("label")
             from finesight.app.label_page import make_label_app
             from finesight.app.server import serve_app
             from finesight.vision.image_reader import create_image_pool

@@ -29,9 +29,6 @@ ADAPTER_FOLDER = "adapter"
 MODEL_FOLDER = "model"
 TRACKING_FOLDER = "track"
 
-MAX_DATA_WAIT_FRACTION = 0.03
-"""Fraction of data wait in the step time above which the report gives advice."""
-
 FORMAT_VERSION = 2
 """Version of the keys in a manifest; manifests of other versions are rejected."""
 

@@ -7,21 +7,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
-
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from typing import TYPE_CHECKING, Any
 
 from finesight.errors import escape_unprintable
-from finesight.manifest import MAX_DATA_WAIT_FRACTION
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
 
 ProgressCallback = Callable[[int], None]
 """Callback that receives the number of newly processed samples or images."""
@@ -37,6 +29,8 @@ class ProgressConsole:
     """Console for messages and progress bars, by default on standard error."""
 
     def __init__(self, rich_console: Console | None = None) -> None:
+        from rich.console import Console  # slow to import, and not needed for the help
+
         self.rich_console = rich_console or Console(stderr=True)
 
     def log(self, text: str) -> None:
@@ -86,7 +80,7 @@ class ProgressConsole:
         """
         start_s = time.perf_counter()
         timer = threading.Timer(LOG_INTERVAL_S, self.log, [f"{title} ..."])
-        with self._create_bar(TimeElapsedColumn()) as bar:
+        with self._create_bar(has_count=False) as bar:
             bar.add_task(title, total=None)
             if bar.disable:
                 timer.start()
@@ -109,22 +103,25 @@ class ProgressConsole:
             task = bar.add_task("training", total=total, completed=done, figures="")
             yield StepProgress(self, bar, task, total)
 
-    def _create_bar(self, *columns: ProgressColumn) -> Progress:
-        """Create a bar with the given columns, by default those of steps or samples."""
-        return Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            *columns
-            or (
-                TextColumn("{task.completed:.0f}/{task.total:.0f}", markup=False),
-                TextColumn("{task.fields[figures]}", markup=False),
-                TimeRemainingColumn(),
-            ),
+    def _create_bar(self, *, has_count: bool = True) -> Progress:
+        """Create a bar of steps or samples, or of the elapsed time."""
+        from rich import progress
+
+        names = ["{task.completed:.0f}/{task.total:.0f}", "{task.fields[figures]}"]
+        texts = [progress.TextColumn(name, markup=False) for name in names if has_count]
+        return progress.Progress(
+            progress.TextColumn("{task.description}", markup=False),
+            progress.BarColumn(bar_width=20),
+            *texts,
+            progress.TimeRemainingColumn() if has_count else progress.TimeElapsedColumn(),
             console=self.rich_console,
             transient=True,
             disable=not self.rich_console.is_terminal,
         )
 
+
+MAX_DATA_WAIT_FRACTION = 0.03
+"""Fraction of the step time spent waiting for data above which it is reported."""
 
 WAITS = {"data_wait_s": "waiting for data", "rollout_s": "sampling", "reward_s": "scoring"}
 """Titles of the parts of the step time before the update, by metric."""

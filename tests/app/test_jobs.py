@@ -1,5 +1,6 @@
 """Tests of the processes that the studio starts, without a browser."""
 
+import json
 import os
 import signal
 import time
@@ -9,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from studio_fixtures import read_live, write_job
 
-from finesight.app.jobs import JOB_FILE, PID_FILE, Job, JobStore
+from finesight.app.jobs import JOB_FILE, OUTCOME_FILE, PID_FILE, Job, JobStore
 from finesight.app.studio_page import Form
 from finesight.app.studio_view import Selection
 from finesight.errors import UserError
@@ -79,14 +80,14 @@ def test_job_of_another_time_does_not_block_its_command(folder, hours, status):
     assert (job.status, JobStore(folder).list_running()) == (status, [job] if not hours else [])
 
 
-@pytest.mark.parametrize(("age_s", "status"), [(-60, "failed"), (60, "finished")])
-def test_check_that_has_not_written_its_page_has_failed(folder, age_s, status):
-    page = folder / "check.html"
-    options = {"ok_exit_codes": CHECK_CODES, "result": page.name}
-    assert write_job(folder, "check", "check a", **options).status == "failed"
-    page.touch()
-    os.utime(page, (time.time() + age_s,) * 2)
-    assert write_job(folder, "check", "check a", **options).status == status
+@pytest.mark.parametrize(
+    ("outcome", "status"), [({}, "finished"), ({"error": {"what": "no page"}}, "failed")]
+)
+def test_check_with_issues_is_finished_unless_it_reports_an_error(folder, outcome, status):
+    job = write_job(folder, "check", "check a", ok_exit_codes=CHECK_CODES)
+    assert job.status == "failed", "ended by the interpreter, without an outcome"
+    (job.folder / OUTCOME_FILE).write_text(json.dumps(outcome))
+    assert job.status == status
 
 
 def test_running_server_precedes_a_newer_command(folder, page):

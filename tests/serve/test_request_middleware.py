@@ -33,7 +33,8 @@ from PIL import Image
 from finesight import credentials
 from finesight.errors import UserError
 from finesight.serve.api_server import bind_socket
-from finesight.serve.request_middleware import ApiKeys, check_exposure, is_loopback, read_api_keys
+from finesight.serve.http_protocol import is_loopback
+from finesight.serve.request_middleware import ApiKeys, check_exposure, read_api_keys
 
 OTHER = "second-key-0123456789"
 

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import IO, Annotated, Any
+from typing import Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
 from markupsafe import Markup
@@ -299,7 +299,6 @@ class ChatPage:
         state = {
             "token": chat.token,
             "revision": revision,
-            "num_turns": len(turns),
             "has_images": any(turn.image_paths for turn in turns),
             "is_generating": chat.is_generating,
             "error": chat.error,
@@ -377,26 +376,16 @@ class ChatPage:
 
     def list_routes(self) -> list[Route]:
         """Return the routes of the page."""
-        answers: list[tuple[str, type[SettingsRequest], AnswerStart]] = [
-            ("send", SendRequest, send_message),
-            ("edit", EditRequest, edit_message),
-            (
-                "regenerate",
-                SettingsRequest,
-                lambda chat, _, options: chat.session.regenerate(options),
-            ),
-        ]
-        posts: list[tuple[str, Callable[..., Any]]] = [
-            ("/chats", self.create_chat),
-            *(
-                (f"/chats/{{token}}/{name}", self._make_answer(model, start))
-                for name, model, start in answers
-            ),
-            ("/chats/{token}/undo", self.undo),
-            ("/chats/{token}/stop", self.stop),
-            ("/chats/{token}/delete", self.delete),
-            ("/uploads", self._store.uploads.receive),
-        ]
+        posts: dict[str, Callable[..., Any]] = {
+            "/chats": self.create_chat,
+            "/chats/{token}/send": self._make_answer(SendRequest, send_message),
+            "/chats/{token}/edit": self._make_answer(EditRequest, edit_message),
+            "/chats/{token}/regenerate": self._make_answer(SettingsRequest, regenerate),
+            "/chats/{token}/undo": self.undo,
+            "/chats/{token}/stop": self.stop,
+            "/chats/{token}/delete": self.delete,
+            "/uploads": self._store.uploads.receive,
+        }
         return [
             Route("/", self.get_page),
             Route("/chats", self.get_chats),
@@ -404,7 +393,7 @@ class ChatPage:
             Route("/chats/{token}/stream", self.stream_answer),
             Route("/chats/{token}/chat.zip", self.export_chat),
             Route("/images/{token}/{number:int}", self.get_image),
-            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts),
+            *(Route(path, endpoint, methods=["POST"]) for path, endpoint in posts.items()),
         ]
 
     def _find_chat(self, request: Request) -> StoredChat:
@@ -450,7 +439,9 @@ class ChatPage:
         events = self.stream(chat)
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
-    def _make_answer(self, model: type[SettingsRequest], start: AnswerStart) -> Callable[..., Any]:
+    def _make_answer(
+        self, model: type[SettingsRequest], start: Callable[..., ChatTurn]
+    ) -> Callable[..., Any]:
         """Return the request that starts an answer."""
 
         async def answer(request: Request) -> Response:
@@ -496,12 +487,8 @@ class ChatPage:
         length = str(os.fstat(archive.fileno()).st_size)
         headers = {"content-disposition": 'attachment; filename="chat.zip"', **FILE_HEADERS}
         headers["content-length"] = length
-        chunks = _iter_chunks(archive)
+        chunks = iter(partial(archive.read, 1 << 16), b"")
         return StreamingResponse(chunks, headers=headers, media_type="application/zip")
-
-
-AnswerStart = Callable[[StoredChat, Any, Any], ChatTurn]
-"""Starts an answer in a conversation, with a request and the options of each model."""
 
 
 def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
@@ -517,6 +504,11 @@ def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTu
     turn = chat.session.edit(message.index, message.text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
+
+
+def regenerate(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
+    """Start another answer to the last question."""
+    return chat.session.regenerate(options)
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:
@@ -546,12 +538,6 @@ def _describe_failure(error: BaseException) -> str:
 
 def _format_event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content)}\n\n"
-
-
-def _iter_chunks(archive: IO[bytes]) -> Iterator[bytes]:
-    with archive:
-        while chunk := archive.read(1 << 16):
-            yield chunk
 
 
 def make_chat_app(store: ChatStore, access: Access) -> AccessMiddleware:

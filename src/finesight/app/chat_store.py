@@ -235,20 +235,15 @@ class StoredChat:
             raise UserError(f"chat is empty: {len(self.session.turns)} turns, none with an answer")
         jsonl_path = self.folder / "chat.jsonl"
         write_samples(jsonl_path, samples)
-        reservation = self._reserve(
-            sum(path.stat().st_size for path in (jsonl_path, *archive_names))
-        )
-        with contextlib.ExitStack() as on_failure:
-            on_failure.enter_context(reservation)
-            archive = on_failure.enter_context(tempfile.TemporaryFile(dir=self.folder))
-            with zipfile.ZipFile(archive, "w") as file:
-                file.write(jsonl_path, "chat/chat.jsonl")
-                for path, name in archive_names.items():
-                    file.write(path, f"chat/{name}")
-            archive.seek(0)
-            on_failure.pop_all()
-        # The budget cannot count an anonymous file, so its reservation lasts until it is closed.
-        weakref.finalize(archive, reservation.release)
+        size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
+        archive = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (it is returned)
+        # The budget cannot count an anonymous file, so its reservation lasts as long as the file.
+        weakref.finalize(archive, self._reserve(size).release)
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(jsonl_path, "chat/chat.jsonl")
+            for path, name in archive_names.items():
+                file.write(path, f"chat/{name}")
+        archive.seek(0)
         return archive
 
 

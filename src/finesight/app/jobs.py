@@ -22,7 +22,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
 
-import httpx2
 from pydantic import BaseModel
 
 from finesight.bounded_files import parse_json
@@ -78,8 +77,7 @@ class Job(BaseModel, frozen=True):
         step: Step of the page that shows the job.
         target: Data set, recipe or run that the job belongs to, relative to the workspace.
         ok_exit_codes: Exit codes of a command that has ended as expected. One other than 0 counts
-            only if the command has written its result.
-        result: File that the command writes at its end, relative to the workspace.
+            only if the command has written its outcome, without an error.
         port: Port of a server of this machine, else 0.
         has_page: Whether the command serves a page, on the Unix socket of the job.
         form: Texts of the form that started the command, by field.
@@ -91,7 +89,6 @@ class Job(BaseModel, frozen=True):
     arguments: tuple[str, ...]
     started_at: datetime
     ok_exit_codes: tuple[int, ...] = (0,)
-    result: str = ""
     port: int = 0
     has_page: bool = False
     form: dict[str, str] = {}
@@ -134,7 +131,8 @@ class Job(BaseModel, frozen=True):
             # A server ends only when it is stopped.
             if code in STOPPED_EXIT_CODES or (self.is_server and code == 0):
                 return "stopped"
-            is_finished = code in self.ok_exit_codes and (code == 0 or self._has_result())
+            has_outcome = (self.folder / OUTCOME_FILE).is_file() and not self.read_outcome().error
+            is_finished = code in self.ok_exit_codes and (code == 0 or has_outcome)
             return "finished" if is_finished else "failed"
         return "running" if is_running else "killed"
 
@@ -153,13 +151,6 @@ class Job(BaseModel, frozen=True):
             return JobOutcome.model_validate(parse_json(text))
         return JobOutcome()
 
-    def _has_result(self) -> bool:
-        """Return whether the command has written its result since its start."""
-        workspace = self.folder.parents[len(JOBS_FOLDER.parts)]
-        with contextlib.suppress(OSError):
-            return (workspace / self.result).stat().st_mtime >= self.started_at.timestamp()
-        return False
-
     @property
     def is_stopping(self) -> bool:
         """Whether the command runs after a request to stop it."""
@@ -168,6 +159,8 @@ class Job(BaseModel, frozen=True):
     @property
     def is_ready(self) -> bool:
         """Whether a server answers. It accepts connections before its model is loaded."""
+        import httpx2  # slow to import
+
         transport = httpx2.HTTPTransport(uds=str(self.socket) if self.has_page else None)
         address = "http://page/" if self.has_page else f"http://127.0.0.1:{self.port}/"
         with (

@@ -13,7 +13,6 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-import httpx2
 import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -129,6 +128,8 @@ def make_proxy_route(find_socket: Callable[[str], Path]) -> Route:
     """
 
     async def forward(request: Request) -> Response:
+        import httpx2  # slow to import
+
         job_id = request.path_params["job"]
         file = find_socket(job_id)
         if file.is_symlink():

@@ -23,6 +23,7 @@ from finesight.operations.options import (
     PortOption,
     RunOrModelArgument,
 )
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     import socket
@@ -31,8 +32,6 @@ if TYPE_CHECKING:
     from finesight.config import Recipe
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
-    from finesight.progress import ProgressConsole
-
 
 TrustedProxyOption = Annotated[
     list[str] | None,
@@ -103,21 +102,15 @@ def serve(
         max_queue: Maximum number of waiting requests; further ones get HTTP status 429.
         timeout: Seconds from the first byte of a request, waiting included, until it is canceled.
     """
-    try:
-        from finesight.serve.api_schema import ServerLimits
-        from finesight.serve.api_server import bind_socket, run_api_server
-        from finesight.serve.image_sources import LabelStudioImages, read_formats
-        from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
-        from finesight.serve.request_middleware import read_api_keys
-    except ImportError as error:
-        raise UserError(
-            f"the package {error.name} cannot be imported: {error}",
-            where="serve",
-            expected="starlette, uvicorn, prometheus-client, python-multipart and llguidance",
-            remedy="pip install 'finesight[serve]'",
-        ) from error
+    packages = ("starlette", "uvicorn", "prometheus_client", "python_multipart", "llguidance")
+    require_extra("serve", "serve", packages)
     from finesight.infer.model_loader import resolve_model_source
     from finesight.manifest import find_run_dir
+    from finesight.serve.api_schema import ServerLimits
+    from finesight.serve.api_server import bind_socket, run_api_server
+    from finesight.serve.image_sources import LabelStudioImages, read_formats
+    from finesight.serve.label_studio_backend import TOKEN_VARIABLE, LabelStudioOptions
+    from finesight.serve.request_middleware import read_api_keys
     from finesight.train.run_dir import read_example
 
     if not label_studio and (label_studio_files or label_studio_url or label_studio_prompt):
@@ -168,7 +161,6 @@ def serve(
 def _select_num_seqs(inference_model: InferenceModel, default: int) -> int:
     """Return the default number of concurrent answers; print it if GPU memory limits it."""
     from finesight.infer.inference_service import fit_num_seqs
-    from finesight.progress import ProgressConsole
 
     num_seqs = fit_num_seqs(inference_model, default)
     if num_seqs < default:
@@ -274,7 +266,7 @@ def web(
 
     Example: finesight web runs/latex
     """
-    require_web("web")
+    require_extra("web")
     proxies = check_proxies(trusted_proxy)
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
@@ -335,7 +327,7 @@ def studio(
         api_port: Port of the HTTP API. 0: any free port.
         converter: convert_hf_to_gguf.py of llama.cpp, which the page may run to write GGUF files.
     """
-    require_web("studio")
+    require_extra("studio")
     # The page starts commands as this user, so other users of the machine need a password too.
     proxies = check_proxies(trusted_proxy)
     password, is_generated = resolve_password(
@@ -375,6 +367,7 @@ def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
 def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
     """Return who may use a page. Names of cookies have the port, which cookies do not consider."""
     from finesight.app.access import Access
+    from finesight.serve.http_protocol import is_loopback
 
     bound = listener.getsockname()
     if isinstance(bound, str):
@@ -389,6 +382,8 @@ def print_page_address(
 
     With `open_page`, the default browser opens the page. It waits for the server to start.
     """
+    from finesight.serve.http_protocol import is_loopback
+
     bound = listener.getsockname()
     if isinstance(bound, str):
         print(f"listening on {bound}", flush=True)
@@ -413,15 +408,17 @@ def print_page_address(
         threading.Thread(target=open_browser, daemon=True).start()
 
 
-def require_web(command: str) -> None:
-    """Raise UserError if the extra `web` of a command is not installed."""
-    missing = [name for name in ("starlette", "uvicorn") if find_spec(name) is None]
+def require_extra(
+    command: str, extra: str = "web", packages: Sequence[str] = ("starlette", "uvicorn")
+) -> None:
+    """Raise UserError if packages of an extra that a command needs are not installed."""
+    missing = [name for name in packages if find_spec(name) is None]
     if missing:
         raise UserError(
             f"{' and '.join(missing)} cannot be imported",
             where=command,
-            expected="the extra web",
-            remedy="pip install 'finesight[web]'",
+            expected=f"the extra {extra}",
+            remedy=f"pip install 'finesight[{extra}]'",
         )
 
 
@@ -439,14 +436,12 @@ def resolve_password(
     which forward the requests of other machines.
     """
     if file is not None and no_auth:
-        raise UserError(
-            f"--no-auth is given with --password-file {file}",
-            where="--no-auth",
-            expected="one of the two options",
-            remedy="remove one of the options",
-        )
+        other = f"with --password-file {file}"
+        raise _build_option_error("--no-auth", other, "one of the two options")
     if file is not None:
         return _read_password(file), False
+    from finesight.serve.http_protocol import is_loopback
+
     if no_auth or (open_loopback and is_loopback(host) and not proxies):
         return None, False
     return secrets.token_urlsafe(18), True
@@ -487,15 +482,6 @@ def check_proxies(proxies: Sequence[str] | None) -> tuple[str, ...]:
                 remedy="correct the option",
             ) from error
     return tuple(proxies or ())
-
-
-def is_loopback(host: str) -> bool:
-    import ipaddress
-
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _get_reachable_host(host: str) -> str:
@@ -566,7 +552,6 @@ def label(
     """
     from finesight.label.label_session import open_session
     from finesight.manifest import find_run_dir
-    from finesight.progress import ProgressConsole
 
     console = ProgressConsole()
     if on_record is not None and not suggest_only:
@@ -593,7 +578,7 @@ def label(
     with ExitStack() as stack:
         listener = None
         if not suggest_only:
-            require_web("label")
+            require_extra("label")
             from finesight.app.label_page import make_label_app
             from finesight.app.server import serve_app
             from finesight.vision.image_reader import create_image_pool

@@ -306,7 +306,7 @@ class StudioPage:
         if state.dataset is None:
             raise build_missing_error("data")
         path, runs = state.dataset.path, state.content.runs
-        running = [run for run in runs if self.view.describe_run(run).status == "running"]
+        running = [run for run in runs if self.view.read_status(run).kind == "running"]
         commands = self._find_commands(path, Path("uploads", path.name))
         paths = self.view.workspace.list_deleted(state.dataset, running, commands)
         self.view.workspace.move_to_trash(*paths)
@@ -319,7 +319,7 @@ class StudioPage:
         for run in state.content.runs:
             # A finished run needs the copy in its folder only.
             if run == self.view.find_run(state.recipe):
-                is_finished = self.view.describe_run(run).status == "finished"
+                is_finished = self.view.read_status(run).kind == "finished"
                 uses += [] if is_finished else [f"the unfinished run {run}"]
         if uses or state.recipe.parent != Path("recipes"):
             raise UserError(
@@ -363,11 +363,10 @@ class StudioPage:
         arguments = self.view.select_arguments(operation, state)
         arguments |= self._read_form(operation, form)
         if state.recipe is not None and operation in ("plan", "train"):
-            output_dir = self.view.workspace.load_recipe(state.recipe).output_dir
+            self.view.workspace.load_recipe(state.recipe)  # raises the error of an invalid one
             if operation == "train":
                 self._check_labelling(state.recipe)
-                folder = self.view.workspace.folder
-                options["run"] = os.path.relpath(os.path.realpath(folder / output_dir), folder)
+                options["run"] = str(self.view.find_run(state.recipe))
         elif operation == "web":
             options["has_page"] = True
         elif operation == "serve":
@@ -501,7 +500,6 @@ class StudioPage:
         target = state.target if target is None else target
         if operation == "check":
             options["ok_exit_codes"] = CHECK_EXIT_CODES
-            options["result"] = str(arguments.get("html") or arguments["fix"])
         job = self.view.jobs.start(state.selection.step, target, words, **options)
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}

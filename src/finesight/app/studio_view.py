@@ -33,7 +33,7 @@ from finesight.report.i18n import Language, translate
 from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
 from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
-from finesight.report.summary import get_run_status
+from finesight.report.summary import RunStatus, get_run_status
 
 STEPS = ("data", "label", "check", "plan", "train", "results", "chat", "export")
 STEP_NAMES = {step: step.title() for step in STEPS} | {"export": "Serve and export"}
@@ -219,11 +219,9 @@ def list_field_names() -> dict[str, str]:
     return names | {"--resume": "Start or resume"}
 
 
-_COMMANDS = "import,label,check,plan init,train,report compare,chat web predict,serve merge export"
-COMMAND_STEPS = {
-    command: step
-    for step, commands in zip(STEPS, _COMMANDS.split(","), strict=True)
-    for command in commands.split()
+COMMAND_STEPS = {form: step for step, forms in FORMS_OF_STEPS.items() for form in forms} | {
+    **{"init": "plan", "chat": "chat", "predict": "chat"},
+    **dict.fromkeys(("report", "compare"), "results"),
 }
 """Step of the page by command."""
 
@@ -313,23 +311,6 @@ class StudioState:
         return str(item or "")
 
 
-@dataclass(frozen=True, slots=True)
-class RunRow:
-    """Row of the table of runs, with its first and last primary metric.
-
-    Attributes:
-        description: Progress as a sentence, with the remaining time.
-    """
-
-    path: str
-    status: str
-    description: str
-    step: int
-    total_steps: int | None
-    metric: str
-    scores: list[str]
-
-
 class StudioView:
     """Renders the page of a workspace."""
 
@@ -391,7 +372,9 @@ class StudioView:
             "outcome": _find_outcome(job) if job else "",
             "is_ready": is_running_server and job is not None and job.is_ready,
             "workspace": self.workspace.folder,
-            "runs": [self.describe_run(run) for run in state.content.runs],
+            "runs": [
+                (run, self.read_status(run), self.format_scores(run)) for run in state.content.runs
+            ],
             "charts": self._build_charts(state),
             "page": self._find_page(state),
             "weights": str(weights or ""),
@@ -515,7 +498,7 @@ class StudioView:
             "label": state.dataset is not None,
             "check": bool(self._find_page(state)),
             "plan": state.recipe is not None,
-            "train": run is not None and self.describe_run(run).status == "finished",
+            "train": run is not None and self.read_status(run).kind == "finished",
             "results": has_weights,
             "chat": has_weights,
         }
@@ -524,21 +507,17 @@ class StudioView:
         # Imported data have labels.
         return "check" if step == "data" else STEPS[STEPS.index(step) + 1]
 
-    def describe_run(self, run: Path) -> RunRow:
-        """Return the row of a run in the table of runs."""
+    def read_status(self, run: Path) -> RunStatus:
+        """Return the status and progress of a run."""
+        return get_run_status(self._read_run(run))
+
+    def format_scores(self, run: Path) -> tuple[str, str]:
+        """Format the first and last primary metric of a run, and its name."""
         record = self._read_run(run)
         name = record.primary_metric or "validation_loss"
         values = [read_metrics(line).get(name) for line in select_evaluations(record)]
-        status = get_run_status(record)
-        return RunRow(
-            path=str(run),
-            status=status.kind,
-            description=status.description,
-            step=status.step,
-            total_steps=status.total_steps,
-            metric=format_metric_name(name) if values else "",
-            scores=[format_value(v) for v in values if v is not None],
-        )
+        scores = " → ".join(format_value(value) for value in values if value is not None)
+        return scores, format_metric_name(name) if values else ""
 
     def _read_run(self, run: Path) -> RunRecord:
         """Read a run, unless it has not changed since the last time."""

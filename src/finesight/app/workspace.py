@@ -28,7 +28,7 @@ from finesight.data.corpus import load_corpus, open_sample_source
 from finesight.data.import_source import NUM_PREVIEW_ROWS
 from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
-from finesight.errors import UserError, escape_surrogates, suggest_similar_path
+from finesight.errors import Remedy, UserError, escape_surrogates, suggest_similar_path
 from finesight.evaluate.custom_metric import list_functions
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
@@ -250,32 +250,23 @@ class Workspace:
         """
         name = text.strip()
         expected = "a file or folder in the workspace"
-        remedy = "enter a path relative to the workspace, or upload the files"
+        remedy: Remedy = "enter a path relative to the workspace, or upload the files"
+        path, problem = Path(os.path.normpath(self.folder / name)), ""
         if not name or name.startswith("-") or "\0" in name:
-            raise UserError(
-                f"{name!r} is not a valid path", where=where, expected=expected, remedy=remedy
-            )
-        path = Path(os.path.normpath(self.folder / name))
+            problem = f"{name!r} is not a valid path"
         # A path outside is reported as such, whether it exists or not.
-        if not path.is_relative_to(self.folder) or not self._contains(path):
-            raise UserError(
-                f"{name} is outside of the workspace {self.folder}",
-                where=where,
-                expected=expected,
-                remedy="move or copy it into the workspace, or start the studio in its folder",
-            )
-        relative = path.relative_to(self.folder)
-        if self._is_internal(path):
-            raise UserError(
-                f"{name} is a file of the studio", where=where, expected=expected, remedy=remedy
-            )
-        if must_exist and not os.path.exists(path):
-            similar = suggest_similar_path(path)
-            if isinstance(similar, str):
-                similar = similar.replace(f"{self.folder}{os.sep}", "")
-            what = f"{name:.300} does not exist"
-            raise UserError(what, where=where, expected=expected, remedy=similar)
-        return relative
+        elif not path.is_relative_to(self.folder) or not self._contains(path):
+            problem = f"{name} is outside of the workspace {self.folder}"
+            remedy = "move or copy it into the workspace, or start the studio in its folder"
+        elif self._is_internal(path):
+            problem = f"{name} is a file of the studio"
+        elif must_exist and not os.path.exists(path):
+            problem, remedy = f"{name:.300} does not exist", suggest_similar_path(path)
+            if isinstance(remedy, str):
+                remedy = remedy.replace(f"{self.folder}{os.sep}", "")
+        if problem:
+            raise UserError(problem, where=where, expected=expected, remedy=remedy)
+        return path.relative_to(self.folder)
 
     def check_new_name(self, parent: str, name: str, suffix: str = "") -> Path:
         """Return the path of a new file or folder in the workspace.
@@ -285,12 +276,8 @@ class Workspace:
         """
         name = name.strip()
         path = Path(parent, f"{name}{suffix}")
-        is_valid = NAME_PATTERN.fullmatch(name) is not None
-        if (
-            not is_valid
-            or os.path.lexists(self.folder / path)
-            or not self._contains(self.folder / path)
-        ):
+        is_valid, full = NAME_PATTERN.fullmatch(name) is not None, self.folder / path
+        if not is_valid or os.path.lexists(full) or not self._contains(full):
             raise UserError(
                 f"{path} exists" if is_valid else f"{name!r} is not a valid name",
                 where=parent,
@@ -466,29 +453,23 @@ class Workspace:
         Raises:
             UserError: The data set is in use, contains other items, or is in another folder.
         """
-        path, uploads = dataset.path, Path("uploads", dataset.path.name)
+        path, uploads, problem = dataset.path, Path("uploads", dataset.path.name), ""
+        expected, remedy = "a data set in the folder data", "delete its folder with another program"
         if path.parent != Path("data"):
-            raise UserError(
-                f"{path} was not created by the studio",
-                where="delete",
-                expected="a data set in the folder data",
-                remedy="delete its folder with another program",
+            problem = f"{path} was not created by the studio"
+        elif items := self._list_inside(path):
+            problem = f"{path} contains {', '.join(map(str, items))}"
+            expected = "a folder with one data set only"
+            remedy = "move the other items to another folder first"
+        elif uses := [*commands, *self.find_uses(path, running)]:
+            problem = f"{path} is used by {', '.join(dict.fromkeys(uses))}"
+            expected = "a data set that nothing uses"
+            remedy = (
+                "stop the command, choose other data in the recipe in the step Plan or"
+                " delete it there, or delete the other data set first"
             )
-        if items := self._list_inside(path):
-            raise UserError(
-                f"{path} contains {', '.join(map(str, items))}",
-                where="delete",
-                expected="a folder with one data set only",
-                remedy="move the other items to another folder first",
-            )
-        if uses := [*commands, *self.find_uses(path, running)]:
-            raise UserError(
-                f"{path} is used by {', '.join(dict.fromkeys(uses))}",
-                where="delete",
-                expected="a data set that nothing uses",
-                remedy="stop the command, choose other data in the recipe in the step Plan or"
-                " delete it there, or delete the other data set first",
-            )
+        if problem:
+            raise UserError(problem, where="delete", expected=expected, remedy=remedy)
         paths, own = [path, dataset.check_page], {f"the data set {path}"}
         is_upload = (self.folder / uploads / UPLOAD_MARKER).is_file()
         is_upload = is_upload and own.issuperset(self.find_uses(uploads, running))

@@ -19,6 +19,7 @@ from finesight.operations.options import (
     TableOptions,
     parse_row_range,
 )
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.check.check_issues import CheckIssue, CheckResult
@@ -84,7 +85,6 @@ def import_data(
     from finesight.data.import_source import detect_columns
     from finesight.data.importer import import_dataset
     from finesight.data.source_fetch import fetch_source
-    from finesight.progress import ProgressConsole
 
     options = build_import_options(
         reading,
@@ -374,7 +374,6 @@ def check_data(
     """
     from finesight.check import check_issues, data_checker
     from finesight.data.import_source import ImportOptions
-    from finesight.progress import ProgressConsole
     from finesight.report.data_pages import render_check_page
     from finesight.report.html import raise_if_not_generated, write_page
     from finesight.report.i18n import detect_language, use_language
@@ -466,7 +465,6 @@ def show(
     from finesight.encode.tokenization import format_token_table
     from finesight.model_folder import locate_model
     from finesight.operations.model import token_table_to_dict
-    from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
     from finesight.report.data_pages import render_sample_page
     from finesight.report.html import raise_if_not_generated, write_page

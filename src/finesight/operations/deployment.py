@@ -12,12 +12,11 @@ from finesight.errors import Step, UserError, format_count
 from finesight.hub.address import HubAddress, is_hub_address, parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath, to_path
 from finesight.operations.options import DeviceOption
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.export.deployment import GgufFiles, ServingCommands
     from finesight.export.model_card import HubUpload, VerifiedMerge
-    from finesight.progress import ProgressConsole
-
 
 EXIT_UPLOAD_FAILED = 1
 """Exit code of `finesight train --push` if the run is complete, but not uploaded."""
@@ -101,7 +100,6 @@ def merge(
     from finesight.export.verified_merge import merge_and_verify
     from finesight.infer.model_loader import resolve_model_source
     from finesight.model.quant.int4 import gptq_group_size
-    from finesight.progress import ProgressConsole
 
     source = str(source)
     model_source = resolve_model_source(source, None if base is None else str(base))
@@ -228,7 +226,6 @@ def export(
             llama-quantize of llama.cpp on model.gguf.
     """
     from finesight.infer.model_loader import resolve_model_source
-    from finesight.progress import ProgressConsole
 
     name, target = str(source), None if out is None else str(out)
     _check_options(target, confirm=confirm, public=public, converting=bool(converter or python))
@@ -267,7 +264,6 @@ def _upload(source: str, out: str, *, public: bool, confirm: bool) -> HubUpload:
     from finesight.export.model_card import HubUpload, collect_uploads
     from finesight.hub.repository import publish_model
     from finesight.infer.model_loader import get_model_name, resolve_model_source
-    from finesight.progress import ProgressConsole
 
     address, page = parse_address(out), None
     with collect_uploads(resolve_model_source(source), source) as files:

@@ -16,6 +16,7 @@ from finesight.operations.options import (
     MaxNewTokensOption,
     TrustMetricOption,
 )
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.data.sample import LocatedSample
@@ -69,7 +70,6 @@ def evaluate(
     from finesight.evaluate.custom_metric import check_metric, parse_metric_path
     from finesight.evaluate.generation_eval import evaluate as run_evaluation
     from finesight.evaluate.generation_eval import load_eval_inputs
-    from finesight.progress import ProgressConsole
     from finesight.train.run_dir import describe_changed_data
 
     console, name = ProgressConsole(), get_model_name(run_or_model)
@@ -123,7 +123,6 @@ def predict(
     """
     from finesight.infer.prediction import predict as run_prediction
     from finesight.infer.prediction import save_annotated_images
-    from finesight.progress import ProgressConsole
 
     samples = _load_samples(
         get_model_name(run_or_model), [*map(Path, images)], prompt, to_path(data)

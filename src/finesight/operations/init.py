@@ -17,6 +17,7 @@ from finesight.operations.dataset import build_import_options, check_data, forma
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.options import TableOptions
 from finesight.operations.training import plan
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.data.import_source import ImportOptions, ImportSource
@@ -97,7 +98,6 @@ def init(
     from finesight.hub.address import is_hub_address
     from finesight.model_folder import locate_model
     from finesight.plan.plan_format import format_short_plan
-    from finesight.progress import ProgressConsole
     from finesight.recipe_template import NUM_EVAL_ROWS, format_recipe
     from finesight.storage import raise_if_exists, write_file
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
 from finesight.operations.operation import Outcome, StrPath, check_counts, to_name
 from finesight.operations.options import LoadingOptions, RunOrModelArgument
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -205,7 +206,6 @@ def load_model(run_or_model: ModelArgument, **loading: Unpack[LoadingOptions]) -
             or it does not have this thinking mode or reasoning effort.
     """
     from finesight.infer.model_loader import load_inference_model
-    from finesight.progress import ProgressConsole
 
     if isinstance(run_or_model, Model):
         return Outcome(run_or_model)

@@ -19,6 +19,7 @@ from finesight.errors import Step, TrainingInterrupted, UserError, shorten
 from finesight.operations.dataset import check_data, import_data
 from finesight.operations.operation import Outcome, Parameter, StrPath, format_command
 from finesight.operations.training import train
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.evaluate.metric_difference import ScoredPrediction
@@ -55,7 +56,6 @@ def quickstart(
     """
     from finesight.evaluate.metric_difference import read_predictions
     from finesight.manifest import PREDICTIONS_FOLDER
-    from finesight.progress import ProgressConsole
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
     out, settings, start_time = Path(out), settings or QuickstartSettings(), time.monotonic()

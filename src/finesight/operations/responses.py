@@ -19,6 +19,7 @@ from finesight.operations.options import (
     OutFolderArgument,
     TrustMetricOption,
 )
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.config import DataFileSettings, RewardSettings
@@ -74,7 +75,6 @@ def sample(
     from finesight.infer.prediction import predict
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, find_run_dir
-    from finesight.progress import ProgressConsole
     from finesight.storage import write_file, write_folder
 
     run, data, out = find_run_dir(Path(get_model_name(run_or_model))), Path(data), Path(out)

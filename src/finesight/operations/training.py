@@ -16,6 +16,7 @@ from finesight.errors import Step, UserError
 from finesight.hub.address import parse_address
 from finesight.operations.operation import Outcome, Parameter, StrPath
 from finesight.operations.options import OverridesArgument, RecipeArgument, TrustMetricOption
+from finesight.progress import ProgressConsole
 
 if TYPE_CHECKING:
     from finesight.config import Recipe
@@ -81,7 +82,6 @@ def plan(
     from finesight.evaluate.custom_metric import check_recipe_metric
     from finesight.plan.plan_format import format_plan, plan_to_dict
     from finesight.plan.run_plan import plan_run
-    from finesight.progress import ProgressConsole
     from finesight.recipe import load_recipe
 
     settings, given = load_recipe(Path(recipe), overrides or ()), _list_overrides(overrides)
@@ -178,7 +178,6 @@ def train(
             none. Repeat the same recipe and overrides, or give the run folder.
     """
     from finesight.evaluate.custom_metric import check_recipe_metric
-    from finesight.progress import ProgressConsole
     from finesight.train.run_dir import read_example
 
     overrides, console = overrides or (), ProgressConsole()

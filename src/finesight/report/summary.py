@@ -15,7 +15,8 @@ from statistics import mean, median
 from typing import Literal
 
 from finesight.errors import Step
-from finesight.manifest import CHECKPOINTS_FOLDER, MAX_DATA_WAIT_FRACTION, METRICS_FILE
+from finesight.manifest import CHECKPOINTS_FOLDER, METRICS_FILE
+from finesight.progress import MAX_DATA_WAIT_FRACTION
 from finesight.report.i18n import translate
 from finesight.report.metric_rows import (
     IntervalBounds,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 from typing import Any
 
 import h11
@@ -21,6 +22,14 @@ MIN_MEAN_CHUNK_BYTES = 256
 
 ABORT_STATE_KEY, SIGNED_IN_KEY = "finesight_abort", "finesight_signed_in"
 """Keys of the request state for functions that close the connection, and make its client known."""
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether only processes of this machine can reach the host."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 class ChunkCountingConnection(h11.Connection):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import ipaddress
 import logging
 import os
 import time
@@ -43,7 +42,7 @@ from finesight.serve.api_schema import (
     ServerLimits,
     internal_error,
 )
-from finesight.serve.http_protocol import ABORT_STATE_KEY
+from finesight.serve.http_protocol import ABORT_STATE_KEY, is_loopback
 from finesight.worker_pool import WorkerJobError
 
 LOGGER = logging.getLogger("finesight.serve")
@@ -181,14 +180,6 @@ def check_exposure(host: str, keys: Sequence[str], proxies: Sequence[str] = ()) 
             expected=f"an API key in --key-file or {API_KEY_VARIABLE}, or {other}",
             remedy=f"Run {GENERATE_KEY_COMMAND} > keys.txt, then use --key-file keys.txt.",
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether only processes of this machine can reach the host."""
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return host.lower() == "localhost"
 
 
 class ClientStalledError(Exception):

@@ -256,7 +256,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     )
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_trainable_parts(recipe.tune, train_data, sampler)
-    check_rewards(recipe, train_data)
+    check_rewards(recipe.rewards, recipe.output_dir, train_data.first_sample)
     planned_steps = PlannedSteps(
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,

@@ -202,13 +202,13 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
     (scores,) = task.score_fn([CORRECT_CASE]).per_sample
     score = score or next(iter(scores))
     # Error rates are 0, and CIDEr-D, which is 0 for all responses to one image.
-    rewarded = [one for one, value in scores.items() if value > 0]
-    if score not in rewarded:
+    rewarded = [f"{metric}.{one}" for one, value in scores.items() if value > 0]
+    if f"{metric}.{score}" not in rewarded:
         raise UserError(
             f"{metric} has no score {score!r} that rewards a correct response",
             where=f"rewards, {name}",
-            expected=f"one of {', '.join(f'{metric}.{one}' for one in rewarded)}",
-            remedy="pip install 'finesight[latex]'" if score == "rendered" else f"use {metric}.{rewarded[0]}",
+            expected=f"one of {', '.join(rewarded)}",
+            remedy={"rendered": "pip install 'finesight[latex]'"}.get(score, f"use {rewarded[0]}"),
         )
     return task, score
 

@@ -437,6 +437,17 @@ def test_shown_sample_names_its_label(kto_task, monkeypatch, capsys):
     assert roles == ["assistant", "rejected"]
 
 
+def test_planned_step_of_kto_includes_the_baseline(kto_task):
+    """The step runs one more forward pass than without a baseline, over the same packs."""
+    steps = []
+    for loss_type in ("kto", "apo_zero_unpaired"):
+        recipe = kto_task.recipe | {"output_dir": str(kto_task.folder / "run")}
+        recipe = recipe_from_dict(recipe, [*KTO, f"train.kto.loss_type={loss_type}"])
+        plan = plan_run(recipe, "A10", ProgressConsole(Console(quiet=True)))
+        steps.append(plan.recipe_estimate.step_time.host_s)
+    assert steps[0] == pytest.approx(4 / 3 * steps[1])
+
+
 def test_planned_start_includes_the_reference_model(pair_task):
     """The reference pass is a third of the training steps of an epoch, and of validation."""
     console = ProgressConsole(Console(quiet=True))

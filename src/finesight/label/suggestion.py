@@ -29,6 +29,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -96,10 +97,7 @@ def suggest_labels(
         logprobs=True,
     )
     readable = [sample for index, sample in enumerate(samples) if index not in errors]
-    suggestions = [
-        build_suggestion(renderer, sample, prediction)
-        for sample, prediction in zip(readable, predictions, strict=True)
-    ]
+    suggestions = [*map(partial(build_suggestion, renderer), readable, predictions)]
     suggestions.sort(key=lambda suggestion: suggestion.confidence)
     reasons = {samples[i].sample.id: str(error).splitlines()[0] for i, error in errors.items()}
     return suggestions, reasons

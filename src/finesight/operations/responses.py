@@ -181,16 +181,12 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
         rewards = recipe.rewards
     for name in names:
         custom_metric.check_metric(name, named=True, trust=trust)
-    problem = f"unknown reward: {', '.join(names)}" if names else "no reward is given"
-    try:
+    with suppress(ValueError):  # of an unknown name
         rewards = [RewardSettings(name=name) for name in names] or rewards
-    except ValueError as error:
-        if "requires" in str(error):  # such as the pattern of `format`
-            problem = f"{', '.join(names)}: a reward needs settings, which only recipes have"
     if not rewards:
-        known = ", ".join((*METRIC_NAMES, *REWARD_NAMES))
+        known = f"{', '.join((*METRIC_NAMES, *REWARD_NAMES))} (format and length only in recipes)"
         raise UserError(
-            problem,
+            f"unknown reward: {', '.join(names)}" if names else "no reward is given",
             where="--reward",
             expected=f"{known}, rewards.py:FUNCTION, or the run of a recipe with rewards",
             remedy="for example --reward json",

@@ -230,7 +230,8 @@ def build_train_state(
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
-        recorded = checkpoint[0].resume_config
+        # Checkpoints of earlier versions have no digest of the weights.
+        recorded = {"model weights": resume_config["model weights"], **checkpoint[0].resume_config}
         # Changed images may explain other samples.
         samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
         check_resume_config(recorded, resume_config | samples, folder, suggest)
@@ -483,6 +484,7 @@ def _build_resume_config(
     adapter, renderer = base_model.adapter, data.renderer
     settings = {
         "model": base_model.folder.fingerprint(),
+        "model weights": base_model.folder.fingerprint(num_blocks=64),
         "adapter": sha256_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
         "image": renderer.image_rule.model_dump(mode="json"),
         "data.system_prompt": renderer.system_prompt,

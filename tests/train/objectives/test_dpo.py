@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -487,6 +488,15 @@ def test_resumed_run_equals_uninterrupted_run(pair_task):
     pair_task.run(*DPO, resume=True)
     assert_same_run(run, expected)
     rewind_to_checkpoint(run)
+    # Other weights of the same shapes would not fit the stored values.
+    weights = Path(pair_task.recipe["model"]) / "model.safetensors"
+    content = weights.read_bytes()
+    (weights.parent / "sha256.json").unlink()
+    half = len(content) // 2
+    weights.write_bytes(content[:half] + content[half:][::-1])
+    with pytest.raises(UserError, match="model weights is"):
+        pair_task.run(*DPO, resume=True)
+    weights.write_bytes(content)
     (run / REFERENCE_FILE).write_bytes(b"damaged")
     with pytest.raises(UserError, match="reference model cannot be read"):
         pair_task.run(*DPO, resume=True)

@@ -528,8 +528,8 @@ def _check_reward(value: object) -> str:
     if isinstance(name, str) and name in METRIC_NAMES and not str(value).endswith("."):
         _check_name(METRIC_NAMES, name)
         return str(value)
-    or_ = ", a metric such as json or latex.similarity, or a function such as rewards.py:score"
-    return _check_name(REWARD_NAMES, value, or_)
+    or_ = f", {', '.join(map(repr, METRIC_NAMES))}, a score of these, such as grounding.iou,"
+    return _check_name(REWARD_NAMES, value, f"{or_} or a function such as rewards.py:score")
 
 
 def _check_pattern(pattern: str) -> str:

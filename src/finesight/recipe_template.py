@@ -86,8 +86,7 @@ OBJECTIVES = {
 """Settings of objectives that the data or the user selects."""
 
 LEARNING_RATES = {
-    "dpo": ("5.0e-6", "5.0e-4"),
-    "kto": ("5.0e-6", "5.0e-4"),
+    **dict.fromkeys(("dpo", "kto"), ("5.0e-6", "5.0e-4")),
     "grpo": ("1.0e-5", "5.0e-4"),
 }
 """Usual learning rate of an objective with LoRA, and that of finesight-tiny."""

@@ -200,8 +200,9 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     studio.run("chat", "stop", "stopped")
     studio.open("export")
     studio.click("serve")
-    models = studio.open_page()
-    assert ask_server(models.removesuffix("models"), image) == images[image.name]
+    studio.reload("document.querySelector('code.address')")
+    (url,) = browser.read_texts("code.address")
+    assert ask_server(f"{url}/", image) == images[image.name]
     studio.run("export", "stop", "stopped")
 
 

@@ -21,6 +21,7 @@ from studio_fixtures import (
     open_client,
     read_fields,
     read_live,
+    store_upload,
     write_job,
     write_recipe,
 )
@@ -148,6 +149,7 @@ def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
     texts = {f"label:{name}": text for name, text in zip(FORMS["label"], form, strict=False)}
     write_job(folder, "label", "label finesight-tiny photos", form=texts)
     files = sorted((folder / "photos").glob("*.png"))
+    assert 'data-kind="classes"' in page.render(Selection())
     message, url = call_page(page, "import", {"lang": "en"}, files, "", "dots", "Hue?", "", "0.9")
     query = dict(parse_qsl(urlsplit(url).query))
     assert (message, query["step"], started) == ("", "label", [])
@@ -158,6 +160,14 @@ def test_uploaded_images_without_labels_are_labeled_next(folder, page, started):
     assert "label:sources" not in call_page(page, "label", query, *form)[1]
     fields = read_fields(page, {"step": "label"})
     assert [fields[name] for name in names] == ["photos", "old", "text", "Color?"]
+    # The task of the first page, such as Classify, determines the kind.
+    form = Form(
+        texts={"import:out": "hues", "import:kind": "classes"},
+        uploads=[store_upload(page, files[0])],
+    )
+    url = page.run_action("import", Selection(), form)
+    fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
+    assert [fields[name] for name in names[1:3]] == ["hues", "classes"]
 
 
 def test_only_runs_of_the_workspace_are_shown(folder):
@@ -174,6 +184,16 @@ def test_only_runs_of_the_workspace_are_shown(folder):
         assert client.get("/view/check?data=photos").status_code == 404
         assert client.get("/view/other").status_code == 404
         assert ">../outside<" not in client.get("/?step=results&run=../outside").text
+
+
+def test_first_page_names_a_training_that_stopped(folder, page):
+    add_run(folder)
+    assert "Resume it" not in page.render(Selection())
+    (folder / "runs/a/result.json").unlink()
+    shown = page.render(Selection())
+    assert "The run was killed after" in shown
+    assert "Resume it in the step Train" in shown
+    assert "Resume it" not in page.render(Selection(step="check"))
 
 
 def test_only_the_converter_of_the_command_line_runs(folder):

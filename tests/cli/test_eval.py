@@ -154,6 +154,69 @@ def test_best_responses_become_answers(tiny, data, tmp_path, cli):
     assert "exists already" in cli(*words, *rewards, code=2).err
 
 
+def test_responses_survive_a_failed_reward(tiny, data, tmp_path, cli):
+    """Rewards are tried before generation; a later error keeps the responses for a rerun."""
+    file, out = tmp_path / "mine.py", tmp_path / "best"
+    words = ("sample", tiny, data, out, "--device", "cpu", "--max-new-tokens", 4, "--best-of", 2)
+    words += ("--reward", f"{file}:early", "--reward", f"{file}:late", "--json")
+    file.write_text("def early(case): return 1 / 0\ndef late(case): return None\n")
+    error = cli(*words, code=2).err
+    assert "ZeroDivisionError" in error
+    assert "with a reference and with an empty answer" in error
+    text = "def early(case): return 1.0\ndef late(case):\n    {}\n    return None\n"
+    file.write_text(text.format("if case.id == 's1': raise KeyError(case.answer)"))
+    error = cli(*words, code=2).err
+    assert "reward late: KeyError" in error
+    (kept,) = tmp_path.glob("best-*.jsonl")
+    assert str(kept) in error
+    assert not out.exists()
+    lines = [json.loads(line) for line in kept.read_text().splitlines()]
+    assert [one["id"] for one in lines] == ["s0", "s0", "s1", "s1"]
+    kept.write_text(kept.read_text().replace('"answer": "', '"answer": "again '))
+    file.write_text(text.format(""))
+    printed = cli(*words)
+    assert "0 of 4 responses have a score of the reward late" in printed.err
+    assert printed.json["mean_score"] == 1
+    found = [json.loads(line) for line in (out / "responses.jsonl").read_text().splitlines()]
+    assert [one["answer"] for one in found] == [f"again {one['answer']}" for one in lines]
+    assert not kept.exists()
+
+
+def test_undesirable_answers_are_no_references(tiny, data, evaluate, tmp_path, cli):
+    samples = read_samples(data)
+    write_samples(data, [samples[0], samples[1].model_copy(update={"label": False})])
+    for printed in (
+        evaluate("--metric", "ocr", code=2),
+        cli("sample", tiny, data, tmp_path / "out", "--reward", "ocr", code=2),
+    ):
+        assert "'s1' has the label false" in printed.err
+
+
+def test_json_output_has_no_nan(tiny, data, tmp_path, cli):
+    """Without a reference in JSON, the reward `json` scores no response."""
+    words = (tiny, data, tmp_path / "out", "--device", "cpu", "--max-new-tokens", 2)
+    printed = cli("sample", *words, "--best-of", 2, "--reward", "json", "--json")
+    assert "NaN" not in printed.out
+    assert printed.json["mean_score"] is None
+
+
+def test_text_around_boxes_of_responses_is_kept(data, tmp_path, cli):
+    raw = 'A: {"bbox_2d": [1, 2, 3, 4]}, found.'
+    box = {"image": 0, "label": None, "xyxy": [1, 2, 3, 4]}
+    common = {"gold": "", "references": [], "gold_boxes": [box], "finish_reason": "stop"}
+    rows = [(raw, [box]), ("[1, 2, 3, 4]", [box]), ("none", [])]
+    records = (
+        {"id": "s0", "answer": one, "raw_text": one, "boxes": boxes, "scores": {"x": 1}, **common}
+        for one, boxes in rows
+    )
+    graded = tmp_path / "graded.jsonl"
+    graded.write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    cli("pairs", graded, tmp_path / "out.jsonl", "--data", data, "--labels")
+    contents = [one.messages[-1].content for one in read_samples(tmp_path / "out.jsonl")]
+    kinds = [[getattr(part, "text", part.type) for part in one] for one in contents]
+    assert kinds == [["A: ", "box", ", found."], ["box"], ["none"]]
+
+
 def test_reward_copies_of_a_received_run_need_trust(tiny, data, tmp_path, cli):
     """Copies of reward functions in the folder of a run that its recipe does not name."""
     run = tmp_path / "received"

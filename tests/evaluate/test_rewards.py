@@ -120,6 +120,7 @@ def test_failures_name_the_function(file, function, text, monkeypatch):
     monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3 if text == "took more than" else 20.0)
     with pytest.raises(RewardError, match=text) as caught:
         score(f"{file}:{function}", make_case("a"))
+    assert caught.value.what.startswith(f"reward {function}: ")
     assert "rewards.py" in caught.value.where
     assert "--resume" in caught.value.remedy
 
@@ -129,6 +130,11 @@ def test_score_that_rewards_no_correct_response_is_an_error(reward):
     with pytest.raises(UserError, match="no score") as caught:
         RewardScorer([RewardSettings(name=reward)])
     assert caught.value.where == f"rewards, {reward}"
+    metric = reward.partition(".")[0]
+    assert RewardScorer([RewardSettings(name=caught.value.remedy.removeprefix("use "))]).names
+    # A score without its metric is unknown; the error lists the metrics.
+    with pytest.raises(ValueError, match=f"'{metric}'.*such as grounding.iou"):
+        RewardSettings(name=str(reward).partition(".")[2] or "rouge_l")
 
 
 @each(

@@ -67,14 +67,14 @@ OPERATIONS_OF_ACTIONS = {"chat": "web", "serve": "serve", "evaluate": "eval", "m
 """Operation of the actions that start one. The action `start` has that of the step."""
 
 QUESTIONS = (
-    ("Describe images", "Describe the image."),
-    ("Read text", "Read the text."),
-    ("Read fields", "Read the fields as JSON."),
-    ("Find objects", ""),
-    ("Classify", "Which class does the image show?"),
-    ("Answer questions", ""),
+    ("Describe images", "Describe the image.", "text"),
+    ("Read text", "Read the text.", "text"),
+    ("Read fields", "Read the fields as JSON.", "fields"),
+    ("Find objects", "", "boxes"),
+    ("Classify", "Which class does the image show?", "classes"),
+    ("Answer questions", "", "text"),
 )
-"""Tasks with a proposed prompt; empty for data sets with questions of their own."""
+"""Tasks with a proposed prompt and the kind of answers to label; no prompt for own questions."""
 
 
 class Form(BaseModel, frozen=True):
@@ -188,7 +188,7 @@ class StudioPage:
         if job and not selection.images and (selection.step == "label" or job.status != "finished"):
             values |= job.form
         if selection.images:
-            values["label:sources"] = selection.images
+            values |= {"label:sources": selection.images, "label:kind": selection.kind}
             values["label:prompt"] = selection.prompt or values["label:prompt"]
             values["label:out"] = (*Path(selection.images).parts, "", "")[1]
         return values
@@ -276,8 +276,8 @@ class StudioPage:
             if all(file.suffix.lower() in IMAGE_SUFFIXES for file in files):
                 # Images without a table are labeled in the next step.
                 self.uploads.remove(form.uploads)
-                prompt = form.get("import:prompt")
-                return state.selection.link(step="label", images=source, prompt=prompt)
+                prompt, kind = form.get("import:prompt"), form.get("import:kind")
+                return state.selection.link(step="label", images=source, prompt=prompt, kind=kind)
         try:
             arguments["source"] = as_argument(workspace.resolve(source, "import:source"))
             target, texts = str(arguments["out"]), {**texts, "import:source": source}
@@ -504,7 +504,11 @@ class StudioPage:
         # The command creates these items, so they are selected before they exist.
         items = {"data": data, "run": run}
         return state.selection.link(
-            job=job.id, images="", prompt="", **{key: item for key, item in items.items() if item}
+            job=job.id,
+            images="",
+            prompt="",
+            kind="",
+            **{key: item for key, item in items.items() if item},
         )
 
 

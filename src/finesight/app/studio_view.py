@@ -255,7 +255,7 @@ MAX_LISTED_JOBS = 5
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """Selection in the URL: step, items of the workspace, job, and images to label."""
+    """Selection in the URL: step, items of the workspace, job, and what to label."""
 
     step: str = "data"
     data: str = ""
@@ -265,11 +265,12 @@ class Selection:
     lang: Language = "en"
     images: str = ""
     prompt: str = ""
+    kind: str = ""
 
     @classmethod
     def parse(cls, params: Mapping[str, str], language: Language) -> Selection:
         """Read a selection from query parameters. Invalid values are ignored."""
-        names = {"data", "recipe", "run", "job", "images", "prompt"} & params.keys()
+        names = {"data", "recipe", "run", "job", "images", "prompt", "kind"} & params.keys()
         step = params.get("step", "")
         items = {name: params[name] for name in names}
         return cls(step=step if step in STEPS else STEPS[0], lang=language, **items)

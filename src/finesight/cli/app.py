@@ -180,8 +180,10 @@ def is_interactive() -> bool:
 
 
 def _print_json(data: object) -> None:
-    """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped."""
-    click.echo(escape_surrogates(json.dumps(data, ensure_ascii=False, default=str)))
+    """Print data as one line of JSON, with non-UTF-8 bytes of file names escaped, and no NaN."""
+    from finesight.data.sample import to_json_data
+
+    click.echo(escape_surrogates(json.dumps(to_json_data(data), ensure_ascii=False)))
 
 
 def _build_param(parameter: Parameter) -> click.Parameter:

@@ -135,14 +135,17 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
     With `has_reasoning`, reasoning before the answer is removed.
 
     Raises:
-        UserError: The last turn is not an assistant turn.
+        UserError: The last turn is not an assistant turn, or its answer is undesirable.
     """
-    last = sample.messages[-1]
-    if last.role != "assistant":
+    last, is_wrong = sample.messages[-1], sample.label is False
+    if is_wrong and sample.references:
+        return sample.references, ()
+    if is_wrong or last.role != "assistant":
+        state = "has the label false" if is_wrong else f"ends with a {last.role} turn"
         raise UserError(
-            f"sample {sample.id!r} ends with a {last.role} turn",
+            f"sample {sample.id!r} {state}",
             expected="an assistant turn with the reference answer at the end",
-            remedy="evaluate on samples with answers, or predict their answers",
+            remedy="leave out samples without a correct answer, or predict their answers",
         )
     content = split_reasoning(last.content).answer if has_reasoning else last.content
     boxes = tuple(part for part in content if isinstance(part, BoxPart))

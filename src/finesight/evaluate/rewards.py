@@ -46,8 +46,6 @@ _BOXES = (BoxPart(xyxy=(0, 0, 1, 1)),)
 CORRECT_CASE = EvalCase("[1]", _BOXES, ("[1]",), _BOXES)
 """A correct answer in each task."""
 
-EXPECTED_FUNCTION = "a function of one case that returns a finite number, or None"
-
 
 def score_exact(case: EvalCase) -> float:
     """Return 1 if the answer equals a reference up to whitespace."""
@@ -135,7 +133,7 @@ class RewardScorer(contextlib.ExitStack):
         if (location := custom_metric.parse_metric_path(name)) is not None:
             custom_metric.require_metric_file(location[0])
             pool = self._open_pool(custom_metric.load_function, *location)
-            return partial(_score_in_worker, pool, location[0])
+            return partial(_score_in_worker, pool, *location)
         if name == "math":
             _require_package("math-verify", name, "latex")
             return partial(_score_math, self._open_pool(import_module, "math_verify"))
@@ -204,13 +202,13 @@ def _find_score(name: str) -> tuple[task_metrics.TaskMetric, str]:
     (scores,) = task.score_fn([CORRECT_CASE]).per_sample
     score = score or next(iter(scores))
     # Error rates are 0, and CIDEr-D, which is 0 for all responses to one image.
-    rewarded = [one for one, value in scores.items() if value > 0]
-    if score not in rewarded:
+    rewarded = [f"{metric}.{one}" for one, value in scores.items() if value > 0]
+    if f"{metric}.{score}" not in rewarded:
         raise UserError(
             f"{metric} has no score {score!r} that rewards a correct response",
             where=f"rewards, {name}",
-            expected=f"one of {', '.join(f'{metric}.{one}' for one in rewarded)}",
-            remedy="pip install 'finesight[latex]'" if score == "rendered" else "correct the name",
+            expected=f"one of {', '.join(rewarded)}",
+            remedy={"rendered": "pip install 'finesight[latex]'"}.get(score, f"use {rewarded[0]}"),
         )
     return task, score
 
@@ -249,15 +247,18 @@ def _verify_math(math_verify: Any, case: EvalCase) -> JobOutput:
     return JobOutput(float(any(verify(one, found) for one in expected for found in answers)))
 
 
-def _score_in_worker(pool: WorkerPool, file: Path, cases: Sequence[EvalCase]) -> list[float | None]:
+def _score_in_worker(
+    pool: WorkerPool, file: Path, function: str, cases: Sequence[EvalCase]
+) -> list[float | None]:
     try:
         with pool.borrow_worker() as worker:
             return list(worker.call(_run_function, file, list(cases), max_cpu_s=MAX_CPU_S).value)
     except UserError as error:
-        what = "the function " * isinstance(error, WorkerLimitError) + error.what
+        what = f"reward {function}: {error.what}"
         where = error.where or str(file)
+    expected = "a function of one case that returns a finite number, or None"
     remedy = "correct the function, then start again with --resume"
-    raise custom_metric.RewardError(what, where=where, expected=EXPECTED_FUNCTION, remedy=remedy)
+    raise custom_metric.RewardError(what, where=where, expected=expected, remedy=remedy)
 
 
 def _run_function(

@@ -303,7 +303,7 @@ def build_answer_parts(
     if not prediction.answer.strip():
         return ()
     parts: list[ContentPart] = [TextPart(text=prediction.answer)]
-    pieces, boxes = list(_split_at_boxes(prediction)), prediction.boxes
+    pieces, boxes = [*split_answer(prediction.raw_text, prediction.answer)], prediction.boxes
     if (
         image_size is not None
         and pieces.count(None) == len(boxes) > 0
@@ -317,17 +317,17 @@ def build_answer_parts(
     return tuple(parts)
 
 
-def _split_at_boxes(prediction: Prediction) -> Iterator[str | None]:
+def split_answer(raw_text: str, answer: str) -> Iterator[str | None]:
     """Yield the texts of an answer and, between them, None for each box."""
-    if not has_json_boxes(prediction.raw_text):
-        for piece in split_at_text_boxes(prediction.raw_text, None, is_tagged=True):
+    if not has_json_boxes(raw_text):
+        for piece in split_at_text_boxes(raw_text, None, is_tagged=True):
             # A tag without coordinates stays text.
             if isinstance(piece, str) or not piece.coordinates:
                 yield _SPECIAL_TOKENS.sub("", piece if isinstance(piece, str) else piece.text)
             else:
                 yield from [None] * len(piece.coordinates)
         return
-    for values in split_at_boxes(strip_code_fences(prediction.answer)):
+    for values in split_at_boxes(strip_code_fences(answer)):
         if isinstance(values, str):
             yield values
         else:

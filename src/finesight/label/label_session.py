@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -381,15 +381,12 @@ def _describe_history(item: LabelItem) -> list[dict[str, Any]]:
 def read_run_examples(run_or_model: str) -> list[LocatedSample]:
     """Return training samples of a run, evenly distributed; empty without readable data."""
     path = find_run_dir(Path(run_or_model)) / RECIPE_FILE
-    if not path.is_file():
-        return []
-    try:
+    with suppress(UserError):
         corpus = load_corpus(load_recipe(path).data.train)
         # Data may be sorted by class.
         num_examples = min(MAX_EXAMPLES, len(corpus))
         return [corpus[index * len(corpus) // num_examples] for index in range(num_examples)]
-    except UserError:
-        return []
+    return []
 
 
 def is_imported(folder: Path, run_dir: Path) -> bool:
@@ -544,12 +541,11 @@ def _is_image(path: Path) -> bool:
 
 def _parse_json(text: str) -> dict[str, Any] | list[Any] | None:
     """Return the JSON object or list of a text, or None for all other texts."""
-    try:
+    with suppress(ValueError, RecursionError):
         # int() raises ValueError for NaN and Infinity, which are not JSON.
         value = json.loads(text, parse_constant=int)
-    except (ValueError, RecursionError):
-        return None
-    return value if isinstance(value, dict | list) else None
+        return value if isinstance(value, dict | list) else None
+    return None
 
 
 def _clear_values(value: Any, path: FieldPath, types: Mapping[FieldPath, Any]) -> Any:
@@ -566,16 +562,14 @@ def _generalize(path: FieldPath) -> FieldPath:
     return tuple(0 if isinstance(key, int) else key for key in path)
 
 
-_JSON_NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?")
-
-
 def _encode_scalar(text: str, typed: Any) -> str:
     """Return the JSON of an edited value: of the type of `typed` if possible, else a string."""
     word = text.strip()
     if not isinstance(typed, str):
         if word in ("", "null"):
             return "null"
-        is_number = isinstance(typed, int | float) and not isinstance(typed, bool)
-        if _JSON_NUMBER.fullmatch(word) if is_number else word in ("true", "false"):
-            return word
+        types = (int, float) if type(typed) in (int, float) else (bool,)
+        with suppress(ValueError):
+            if type(json.loads(word, parse_constant=int)) in types:
+                return word
     return json.dumps(text, ensure_ascii=False)

@@ -29,7 +29,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from json.decoder import scanstring  # type: ignore[attr-defined]
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -97,10 +97,7 @@ def suggest_labels(
         logprobs=True,
     )
     readable = [sample for index, sample in enumerate(samples) if index not in errors]
-    suggestions = [
-        build_suggestion(renderer, sample, prediction)
-        for sample, prediction in zip(readable, predictions, strict=True)
-    ]
+    suggestions = [*map(partial(build_suggestion, renderer), readable, predictions)]
     suggestions.sort(key=lambda suggestion: suggestion.confidence)
     reasons = {samples[i].sample.id: str(error).splitlines()[0] for i, error in errors.items()}
     return suggestions, reasons
@@ -213,8 +210,9 @@ def _iter_box_spans(
     yield from [(start, start)] * (len(boxes) - num_done)
 
 
-_JSON_SPACE = re.compile(r"[\s]*")
-_JSON_SCALAR = re.compile(r"true|false|null|-?\d[\d.eE+-]*")
+_JSON_SPACE = re.compile(r"\s*")
+# int() raises ValueError for NaN and Infinity, which are not JSON.
+_DECODER = json.JSONDecoder(parse_constant=int)
 
 
 def iter_json_leaves(text: str) -> Iterator[JsonLeaf]:
@@ -237,26 +235,20 @@ def _iter_leaves(
     if len(path) > MAX_JSON_DEPTH:
         raise ValueError(f"deeper than {MAX_JSON_DEPTH} levels")
     opening = text[start]
-    if opening == '"':
-        value, end[0] = scanstring(text, start + 1, True)
+    if opening not in "{[":
+        value, end[0] = _DECODER.raw_decode(text, start)
         yield JsonLeaf(path, value, start, end[0])
-    elif opening not in "{[":
-        match = _JSON_SCALAR.match(text, start)
-        if match is None:
-            raise ValueError(f"no JSON value at {start}")
-        end[0] = match.end()
-        yield JsonLeaf(path, json.loads(match[0]), start, end[0])
-    else:
-        index, offset = 0, skip_space(start + 1)
-        while text[offset] not in "}]":
-            key: str | int = index
-            if opening == "{":
-                key, offset = scanstring(text, offset + 1, True)
-                offset = skip_space(skip_space(offset) + 1)
-            yield from _iter_leaves(text, offset, (*path, key), end)
-            index, offset = index + 1, skip_space(end[0])
-            offset = skip_space(offset + (text[offset] == ","))
-        end[0] = offset + 1
+        return
+    index, offset = 0, skip_space(start + 1)
+    while text[offset] not in "}]":
+        key: str | int = index
+        if opening == "{":
+            key, offset = _DECODER.raw_decode(text, offset)
+            offset = skip_space(skip_space(offset) + 1)
+        yield from _iter_leaves(text, offset, (*path, key), end)
+        index, offset = index + 1, skip_space(end[0])
+        offset = skip_space(offset + (text[offset] == ","))
+    end[0] = offset + 1
 
 
 def rank_labels(

@@ -292,7 +292,7 @@ def _detect_task(
     task = detect_task(samples, fields)
     metric = metric or _ask_metric(task.metric, ask)
     if metric != task.metric:
-        check_references(metric, [get_reference_answer(sample) for sample in samples])
+        check_references(metric, [get_reference_answer(s) for s in samples if s.label is not False])
         task = detect_task(samples, fields, metric)
     if spacing > 1 and task.metric == "classification" and task.prompt is not None:
         # The preview may lack classes.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from itertools import repeat
+from dataclasses import replace
+from functools import partial
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Unpack
 
@@ -24,6 +28,7 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     from finesight.config import DataFileSettings, RewardSettings
     from finesight.data.sample import ContentPart, LocatedSample
+    from finesight.evaluate.metric_difference import ScoredPrediction
 
     Answer = tuple[ContentPart, ...]
     Responses = dict[str, list[tuple[float, Answer | None]]]
@@ -67,66 +72,88 @@ def sample(
         seed: Random seed.
         batch_size: Responses generated at the same time; halved when GPU memory is exhausted.
     """
+    import numpy as np
+
     from finesight.data.formats.json_annotations import count_ids
     from finesight.data.sample import LocatedSample, read_samples
+    from finesight.evaluate.custom_metric import RewardError
     from finesight.evaluate.eval_case import get_reference_answer
-    from finesight.evaluate.metric_difference import create_case, format_prediction_line
+    from finesight.evaluate.metric_difference import (
+        create_case,
+        format_prediction_line,
+        read_predictions,
+    )
     from finesight.evaluate.rewards import RewardScorer
     from finesight.infer.prediction import predict
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, find_run_dir
-    from finesight.storage import write_file, write_folder
+    from finesight.storage import raise_if_exists, write_file, write_folder
+    from finesight.train.rollout import describe_unscored
+    from finesight.train.setup import check_rewards
 
-    run, data, out = find_run_dir(Path(get_model_name(run_or_model))), Path(data), Path(out)
-    rewards = _select_rewards(run, reward, trust=trust_metric)
-    questions = read_samples(data)[:limit]
-    samples = [LocatedSample(one, data.parent) for one in questions]
-    count_ids("samples", (one.id for one in questions), data)
-    console, errors, text = ProgressConsole(), dict[int, Exception](), ""
-    with RewardScorer(rewards) as scorer, write_folder(out) as folder:
+    name, data, out = get_model_name(run_or_model), Path(data), Path(out)
+    run = find_run_dir(Path(name))
+    rewards, run_dir = _select_rewards(run, reward, trust=trust_metric), None if reward else run
+    raise_if_exists(out)
+    samples = [LocatedSample(one, data.parent) for one in read_samples(data)[:limit]]
+    count_ids("samples", (one.sample.id for one in samples), data)
+    for located in samples:
+        get_reference_answer(located.sample)  # reports a sample without a reference first
+    check_rewards(rewards, run_dir, samples[0].sample)
+    inputs = f"{name, best_of, temperature, seed, limit, max_new_tokens, sorted(loading.items())}"
+    digest = hashlib.sha256(inputs.encode() + data.read_bytes()).hexdigest()
+    generated, console = Path(f"{out}-{digest[:8]}.jsonl"), ProgressConsole()
+    if generated.is_file():
+        console.log(f"using the responses of {generated}, whose scores are missing")
+    else:
         model = load_model(run_or_model, **loading).value.inference_model
-        renderer = model.renderer
-
-        def get_sampling(index: int) -> SamplingParams:
-            own_seed, banned_ids = (seed << 32) + index, renderer.visual_token_ids
-            return SamplingParams(temperature=temperature, seed=own_seed, banned_ids=banned_ids)
-
+        renderer, reasons = model.renderer, set[str]()
+        params = SamplingParams(temperature=temperature, banned_ids=renderer.visual_token_ids)
         with console.progress_stage("responses", len(samples) * best_of) as on_progress:
-            found = predict(
+            predictions = predict(
                 model.model,
                 renderer,
                 [one for one in samples for _ in range(best_of)],
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 on_progress=on_progress,
-                on_corrupt_image=errors.__setitem__,
-                get_sampling=get_sampling,
+                on_corrupt_image=lambda _, error: reasons.add(str(error).splitlines()[0]),
+                get_sampling=lambda index: replace(params, seed=(seed << 32) + index),
             )
-        skipped = {index // best_of for index in errors}
-        indices = (index for index in range(len(samples) * best_of) if index not in errors)
-        predictions = dict(zip(indices, found, strict=True))
-        for i in (i for i in range(len(samples)) if i not in skipped):
-            group = [predictions[best_of * i + n] for n in range(best_of)]
-            answer = get_reference_answer(questions[i], has_reasoning=renderer.renders_reasoning)
-            cases = [create_case(one, answer) for one in group]
-            rows = zip(*scorer.score(cases), strict=True)
-            for n, (one, case, row) in enumerate(zip(group, cases, rows, strict=True)):
-                scores = [math.nan if value is None else value for value in row]
-                further = {"response": n, "score": _weigh(scores, scorer.weights)}
-                named = dict(zip(scorer.names, scores, strict=True))
-                text += format_prediction_line(one, case, named, **further)
+        for reason in reasons:
+            console.log(f"skipped: {reason}")
+        read_reference = partial(get_reference_answer, has_reasoning=renderer.renders_reasoning)
+        references = {one.sample.id: read_reference(one.sample) for one in samples}
+        cases = (create_case(one, references[one.id]) for one in predictions)
+        unscored = map(format_prediction_line, predictions, cases, repeat({}))
+        write_file(generated, "".join(unscored).encode())
+    scored, text = list[list[float]](), ""
+    with RewardScorer(rewards, run_dir) as scorer, write_folder(out) as folder:
+        for _, group in groupby(read_predictions(generated), lambda one: one.case.id):
+            found = [*group]
+            try:
+                rows = np.array(scorer.score([one.case for one in found]), np.float64).T.tolist()
+            except RewardError as error:
+                error.remedy = f"correct it, then repeat the command, which reads {generated}"
+                raise
+            for n, (one, row) in enumerate(zip(found, rows, strict=True)):
+                scores = dict(zip(scorer.names, row, strict=True))
+                score = {"scores": scores, "response": n, "score": _weigh(row, scorer.weights)}
+                text += f"{json.dumps(one.record | score, ensure_ascii=False)}\n"
+            scored += rows
         write_file(folder / RESPONSES_FILE, text.encode())
         responses = read_responses(folder / RESPONSES_FILE)
         verdicts = grade_responses(responses, min_score)
         correct = [(one, verdicts.get(one.sample.id, ((), ()))[0]) for one in samples]
         best: list[Row] = [(one, good[0], {}) for one, good in correct if good]
         num_kept = write_answers(folder / "data.jsonl", best, out)
-    for error in {str(error).splitlines()[0] for error in errors.values()}:
-        console.log(f"skipped: {error}")
+    generated.unlink()
+    for warning in describe_unscored(scorer.names, np.array(scored)):
+        console.log(warning)
     groups = [[score for score, _ in group] for group in responses.values()]
     summary = {
         "num_samples": len(samples),
-        "num_skipped": len(skipped),
+        "num_skipped": len(samples) - len(responses),
         "num_kept": num_kept,
         "mean_score": _mean(score for group in groups for score in group),
         "mean_best_score": _mean(map(max, groups)),
@@ -151,18 +178,13 @@ def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence
         # The run may have been moved: its copies are in this folder.
         recipe = load_recipe(file).model_copy(update={"output_dir": run})
         custom_metric.check_recipe_metric(recipe, file, (), trust=trust)
-        files = {
-            name: custom_metric.resolve_metric_path(name, run, copy_name=copy)
-            for _, name, copy in custom_metric.list_functions(recipe)
-        }
-        own = [(one, {"name": files.get(one.name, one.name)}) for one in recipe.rewards]
-        rewards = [one.model_copy(update=update) for one, update in own]
+        rewards = recipe.rewards
     for name in names:
         custom_metric.check_metric(name, named=True, trust=trust)
     with suppress(ValueError):  # of an unknown name
         rewards = [RewardSettings(name=name) for name in names] or rewards
     if not rewards:
-        known = ", ".join((*METRIC_NAMES, *REWARD_NAMES))
+        known = f"{', '.join((*METRIC_NAMES, *REWARD_NAMES))} (format and length only in recipes)"
         raise UserError(
             f"unknown reward: {', '.join(names)}" if names else "no reward is given",
             where="--reward",
@@ -275,22 +297,34 @@ def read_responses(file: Path, weights: Sequence[float] = ()) -> Responses:
     Args:
         weights: Weights of the scores, for responses without a mean of them.
     """
-    from finesight.data.sample import TextPart
     from finesight.evaluate.metric_difference import read_predictions
 
     responses: Responses = {}
     for one in read_predictions(file):
         score = float(one.record.get("score", _weigh(one.scores.values(), weights)))
-        # Boxes replace the text of an answer only if the reference has boxes, too.
-        boxes: Answer = one.case.boxes if one.case.reference_boxes else ()
-        content = boxes or (TextPart(text=one.case.answer),)
-        if reasoning := one.record.get("reasoning"):
-            content = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"), *content)
-        row = (score, content if one.case.ended_with_eos else None)
+        row = (score, _build_content(one) if one.case.ended_with_eos else None)
         responses.setdefault(one.case.id, []).append(row)
     for group in responses.values():
         group.sort(key=lambda row: -math.inf if math.isnan(row[0]) else row[0], reverse=True)
     return responses
+
+
+def _build_content(response: ScoredPrediction) -> Answer:
+    """Return the text of a response, with its boxes as parts if the reference has boxes, too."""
+    from finesight.data.sample import TextPart
+    from finesight.infer.chat_session import split_answer
+
+    case, record = response.case, response.record
+    content: Answer = (TextPart(text=case.answer),)
+    if case.boxes and case.reference_boxes:
+        pieces = [one for one in split_answer(record.get("raw_text", ""), case.answer) if one != ""]
+        boxes = iter(case.boxes)
+        content = case.boxes  # alone if the text does not show all of them
+        if pieces.count(None) == len(case.boxes):
+            content = tuple(next(boxes) if one is None else TextPart(text=one) for one in pieces)
+    if reasoning := record.get("reasoning"):
+        content = (TextPart(text=f"<think>\n{reasoning}\n</think>\n\n"), *content)
+    return content
 
 
 def grade_responses(responses: Responses, min_score: float) -> Verdicts:

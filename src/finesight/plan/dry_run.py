@@ -401,9 +401,13 @@ class StepTracer:
     """
 
     def __init__(
-        self, model: VisionLanguageModel, objective: Objective, compute: ComputeTarget
+        self,
+        model: VisionLanguageModel,
+        objective: Objective,
+        compute: ComputeTarget,
+        teacher: VisionLanguageModel | None = None,
     ) -> None:
-        self.model, self.objective, self.compute = model, objective, compute
+        self.model, self.objective, self.compute, self.teacher = model, objective, compute, teacher
         self._traces: dict[tuple[object, ...], StepMemory] = {}
         self._token_bytes: float | None = None
         self._patch_bytes: float | None = None
@@ -470,6 +474,16 @@ class StepTracer:
             self.model.zero_grad(set_to_none=True)
             self._traces[key] = _summarize(tracker)
         return self._traces[key]
+
+    def trace_teacher(self, pack: PlannedPack) -> StepMemory:
+        """Trace the forward pass of the teacher, which precedes that of the model."""
+        assert self.teacher is not None, "no teacher"
+        batch = self._build_batch(pack, None)
+        weights = *self.teacher.parameters(), *self.teacher.buffers()
+        tracker = MemoryTracker([*weights, *_list_tensors(batch)])
+        with torch.no_grad(), emulate_device(self.compute), tracker:
+            self.teacher(batch)
+        return StepMemory(workspace=tracker.peak_bytes)
 
     def saved_bytes(self, pack: PlannedPack) -> float:
         """Estimate the bytes that a pack saves without activation checkpointing.

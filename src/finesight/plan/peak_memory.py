@@ -229,11 +229,9 @@ def plan_graph(
     buffer_bytes += 2 * INDEX_BYTES * shape.num_features * bool(encoder.window_attention[1])
     buffer_bytes += sum(CU_SEQLEN_BYTES * (count + 1) for count, _ in vision_shape.segment_shapes)
     num_padding = vision_shape.num_patches - pack.num_patches
-    grid_thw = (
-        (*pack.grid_thw, (1, merge_size, num_padding // merge_size))
-        if num_padding
-        else pack.grid_thw
-    )
+    grid_thw = pack.grid_thw
+    if num_padding:
+        grid_thw = (*grid_thw, (1, merge_size, num_padding // merge_size))
     return GraphPlan(
         shape, PlannedPack(lengths, grid_thw, shape.num_labels, pack.prefix_length), buffer_bytes
     )
@@ -264,6 +262,8 @@ def compute_peak_memory(
     waiting_bytes = sum(p.nbytes for p in parameters if id(p) not in accumulated_ids)
     optimizer_step = StepMemory(workspace=persistent.optimizer_step_bytes, gradients=waiting_bytes)
     candidates = [(optimizer_step, 0, 0)]
+    for pack in bound_packs(packs, compute) if tracer.teacher is not None else ():
+        candidates.append((tracer.trace_teacher(pack), 0, count_input_bytes(model, pack)))
     for pack in bound_packs(eager_packs, compute):
         memory = tracer.trace(pack, activation_checkpointing, accumulated_ids)
         candidates.append((memory, 0, count_input_bytes(model, pack)))

@@ -16,19 +16,14 @@ from finesight.report.summary import format_duration
 MAX_BAR_WIDTH = 30
 """Maximum width of a histogram bar in characters."""
 
-MEMORY_ROWS = {
-    "weights": "weights",
+MEMORY_TITLES = {
     "master_weights": "master weights (fp32)",
-    "gradients": "gradients",
     "optimizer_states": "optimizer state",
     "activations": "saved activations",
-    "workspace": "workspace",
-    "inputs": "inputs",
-    "libraries": "libraries",
     "cuda_graphs": "CUDA graphs",
     "cuda_context": "CUDA context",
 }
-"""Row titles by field of `PeakMemory`, in printing order."""
+"""Row titles by field of `PeakMemory`, if they differ from its name."""
 
 
 def format_plan(plan: RunPlan) -> list[str]:
@@ -128,7 +123,7 @@ def _describe_estimate(plan: RunPlan, estimate: SettingsEstimate, precision: str
         "train.activation_checkpointing": f"{settings.activation_checkpointing:g}",
         "tune.quantize.nf4": ",".join(settings.nf4_parts) or "none",
         "train.precision": precision,
-        **{t: _format_gb(num_bytes[k]) if num_bytes[k] else "" for k, t in MEMORY_ROWS.items()},
+        **{MEMORY_TITLES.get(k, k): _format_gb(n) if n else "" for k, n in num_bytes.items()},
         "allocated by tensors": _format_gb(peak.allocated),
         "total memory": _format_gb(peak.total),
         f"fits in {limit} GB": "yes" if estimate.fits else "no",
@@ -146,7 +141,7 @@ def _format_gb(num_bytes: int) -> str:
 def _format_steps(plan: RunPlan) -> str:
     steps = format_count(plan.total_steps, "step")
     text = f"{steps} of {format_count(plan.batch_size, 'sample')}"
-    sampled = f" with {plan.num_generations} responses each, times without their sampling"
+    sampled = f" with {plan.num_generations:g} responses each, times without their sampling"
     return text + sampled * (plan.num_generations > 0)
 
 

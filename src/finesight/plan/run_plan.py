@@ -132,10 +132,9 @@ def _estimate_generation_s(
     """
     num_tokens = sum(min(one.num_answer_tokens, settings.max_new_tokens) for one in eval_stats)
     num_steps = num_tokens / min(settings.batch_size, len(eval_stats))
-    step_s = max(
-        MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0,
-        planned.persistent.weight_bytes / target.memory_bandwidth,
-    )
+    tensors = (*planned.model.parameters(), *planned.model.buffers())  # without a teacher
+    read_s = sum(one.nbytes for one in tensors) / target.memory_bandwidth
+    step_s = max(MIN_DECODE_STEP_S if target.compute.is_cuda else 0.0, read_s)
     return num_steps * step_s + _estimate_forward_s(planned, eval_stats, settings.batch_size)
 
 
@@ -146,7 +145,7 @@ def _estimate_forward_s(
     batches = (stats[start : start + batch_size] for start in range(0, len(stats), batch_size))
     steps = (plan_step_packs(batch, sys.maxsize) for batch in batches)
     estimate_step = partial(planned.step_timer.estimate_step, use_graphs=False)
-    return sum(estimate_step(packs, 0.0).total for packs in steps) / 3
+    return sum(estimate_step(packs, 0.0).total for packs in steps) / planned.step_timer.num_forwards
 
 
 def _estimate_generation_bytes(
@@ -202,7 +201,7 @@ class RunPlan:
 
     Attributes:
         flops_per_sample: FLOPs of an average sample by part of the model.
-        num_generations: Number of sampled responses to each sample; 0 without sampling.
+        num_generations: Mean number of sampled responses to each sample; 0 without sampling.
         recipe_estimate: Estimate for the settings of the recipe.
         chosen_estimate: Estimate for the settings that the search has chosen.
         feature_bytes: Size of the vision cache of all training images. None if the vision encoder
@@ -220,7 +219,7 @@ class RunPlan:
     total_steps: int
     batch_size: int
     num_samples: int
-    num_generations: int
+    num_generations: float
     recipe_estimate: SettingsEstimate
     chosen_estimate: SettingsEstimate
     evaluation: EvaluationEstimate
@@ -256,7 +255,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     )
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_trainable_parts(recipe.tune, train_data, sampler)
-    check_rewards(recipe, train_data)
+    check_rewards(recipe.rewards, recipe.output_dir, train_data.first_sample)
     planned_steps = PlannedSteps(
         [*iter_planned_steps(sampler, train_data.build_sample_stats(renderer, recipe.data))],
         train_data.stats.prefix_length,
@@ -270,23 +269,21 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     def build_model(target: TargetDevice, nf4_parts: tuple[QuantizablePart, ...]) -> PlannedModel:
         return build_planned_model(base_model.folder, recipe, nf4_parts, target)
 
-    # The first of equal estimates is chosen, so the recipe changes only for a reason.
-    recipe_estimate: SettingsEstimate | None = None
-    estimates: list[tuple[TargetDevice, SettingsEstimate]] = []
-    for target in dict.fromkeys((recipe_target, _prefer_bf16(recipe, gpu, recipe_target))):
+    searches: dict[TargetDevice, SettingsSearch] = {}
+    for target in (recipe_target, _prefer_bf16(recipe, gpu, recipe_target)):
         build = partial(build_model, target)
-        search = SettingsSearch(
+        searches[target] = SettingsSearch(
             build,
             planned_steps,
             target.memory_bytes,
             _list_quantization_choices(recipe, build),
             prefer_large_packs=target.compute.is_cuda,
         )
-        if recipe_estimate is None:
-            recipe_estimate = search.estimate(recipe_settings)
-            estimates.append((target, recipe_estimate))
+    recipe_estimate = searches[recipe_target].estimate(recipe_settings)
+    # The first of equal estimates is chosen, so the recipe changes only for a reason.
+    estimates = [(recipe_target, recipe_estimate)]
+    for target, search in searches.items():
         estimates.append((target, search.estimate(search.find_best(recipe_settings))))
-    assert recipe_estimate is not None, "no target"
     target, chosen_estimate = min(estimates, key=lambda item: item[1].rank)
     model = build_model(target, chosen_estimate.settings.nf4_parts)
     validation_stats = validation_data.stats.sample_stats if validation_data is not None else ()
@@ -297,10 +294,12 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     batch_size = recipe.train.batch_size
     if recipe.train.objective in ("dpo", "kto"):  # log-probabilities of the reference model
         num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
-        startup_s += num_steps * chosen_estimate.step_time.total / 3
+        startup_s += num_steps * chosen_estimate.step_time.total / model.step_timer.num_forwards
         startup_s += _estimate_forward_s(model, validation_stats, batch_size)
     num_workers = _choose_num_workers(recipe, chosen_estimate, target)
-    num_generations = recipe.train.grpo.num_generations * bool(recipe.rewards)
+    num_generations = recipe.train.grpo.num_generations * float(bool(recipe.rewards))
+    if recipe.train.objective == "distill":
+        num_generations = recipe.train.distill.lmbda
     return RunPlan(
         family=base_model.folder.family,
         num_params=model.num_params,
@@ -425,7 +424,7 @@ def _compute_feature_bytes(
     model: PlannedModel, num_patches: int, target: TargetDevice
 ) -> int | None:
     """Return the vision cache size of all training images; None for a trainable encoder."""
-    if not model.is_encoder_frozen:
+    if not model.allows_vision_cache:
         return None
     encoder, config = model.model.visual, model.model.config.vision
     num_features = num_patches // config.merge_size**2 * encoder.features_per_token
@@ -457,10 +456,8 @@ def _list_overrides(
     if chosen_settings.pack_tokens != recipe_settings.pack_tokens:
         overrides.append(f"train.pack_tokens={chosen_settings.pack_tokens}")
     if chosen_settings.activation_checkpointing != recipe_settings.activation_checkpointing:
-        fraction = {0.0: "false", 1.0: "true"}.get(
-            chosen_settings.activation_checkpointing,
-            f"{chosen_settings.activation_checkpointing:g}",
-        )
+        value = chosen_settings.activation_checkpointing
+        fraction = {0.0: "false", 1.0: "true"}.get(value, f"{value:g}")
         overrides.append(f"train.activation_checkpointing={fraction}")
     if chosen_settings.nf4_parts != recipe_settings.nf4_parts:
         overrides.append(f"tune.quantize.nf4=[{','.join(chosen_settings.nf4_parts)}]")

@@ -41,6 +41,8 @@ from finesight.plan.step_time import StepTime, StepTimeEstimator, TargetDevice, 
 from finesight.train.cuda_graphs import MAX_GRAPHS
 from finesight.train.dataset_stats import SampleStats
 from finesight.train.graph_buffers import GraphShape, can_capture_vision, should_capture_vision
+from finesight.train.objectives.distill import DistillObjective
+from finesight.train.objectives.grpo import GrpoObjective
 from finesight.train.setup import build_objective, resolve_tune
 
 MIN_EFFICIENT_PACK_TOKENS = 4096
@@ -73,12 +75,10 @@ class PlannedModel:
         return num_quantized + sum(parameter.numel() for parameter in self.model.parameters())
 
     @property
-    def is_encoder_frozen(self) -> bool:
-        """True if the vision encoder and its mergers are frozen.
-
-        Image features are then constant, so that a vision cache is possible.
-        """
-        return not any(parameter.requires_grad for parameter in self.model.visual.parameters())
+    def allows_vision_cache(self) -> bool:
+        """True if image features are constant, and steps do not contain their images."""
+        is_frozen = not any(one.requires_grad for one in self.model.visual.parameters())
+        return is_frozen and not isinstance(self.tracer.objective, GrpoObjective | DistillObjective)
 
 
 def build_planned_model(
@@ -104,7 +104,7 @@ def build_planned_model(
     configure_tuning(model.train(), resolve_tune(recipe), train.seed)
     teacher = _build_teacher(train.distill, target.dtype) if train.objective == "distill" else None
     persistent = compute_persistent_memory(model, train, target.compute, teacher)
-    tracer = StepTracer(model, build_objective(train, folder.family), target.compute)
+    tracer = StepTracer(model, build_objective(train, folder.family), target.compute, teacher)
     num_workers = target.num_workers if train.num_workers is None else train.num_workers
     return PlannedModel(
         model, tracer, persistent, StepTimeEstimator(tracer, target, persistent, num_workers)
@@ -118,7 +118,7 @@ def _build_teacher(settings: DistillSettings, dtype: torch.dtype) -> VisionLangu
     if settings.weight_format != "auto":
         has_4_bits = settings.weight_format in ("nf4", "int4")
         parts = (["language"], []) if has_4_bits else ([], ["language"])
-    return build_meta_model(source.folder, dtype, *parts)
+    return build_meta_model(source.folder, dtype, *parts).requires_grad_(False).eval()
 
 
 def build_meta_model(
@@ -281,7 +281,7 @@ class SettingsSearch:
             use_graphs=peak.cuda_graphs > 0,
         )
         cached_step_s = None
-        if planned.is_encoder_frozen:
+        if planned.allows_vision_cache:
             cached_step_s = fmean(
                 time_step(step, has_cached_features=True).total for step in packed_steps
             )

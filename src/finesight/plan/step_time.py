@@ -58,11 +58,6 @@ class GpuSpec:
     gb_per_s: float
     capability: tuple[int, int]
 
-    @property
-    def supports_bf16(self) -> bool:
-        """True if the GPU supports bf16 matrix products. Older GPUs use fp16."""
-        return self.capability >= (8, 0)
-
 
 # Sources: NVIDIA data sheets of T4, V100, A10, A30, A40, A100, A6000, L4, L40S, RTX 6000 Ada, H100,
 # H200, B200 and B300; GA102 whitepaper (RTX 30), Ada data sheets (RTX 40), RTX Blackwell whitepaper
@@ -109,14 +104,11 @@ def find_gpu_spec(name: str) -> GpuSpec:
     """
     by_key = {_normalize_name(spec.name): spec for spec in GPU_SPECS}
     key = _normalize_name(name)
-    match = by_key.get(key)
-    if match is not None:
-        return match
-    close_matches = difflib.get_close_matches(key, by_key, n=4, cutoff=0.5)
-    prefix_matches = [
-        candidate for candidate in by_key if key and (candidate in key or candidate.startswith(key))
-    ]
-    names = list(dict.fromkeys([*prefix_matches, *close_matches]))[:4] or list(by_key)
+    if key in by_key:
+        return by_key[key]
+    similar = [one for one in by_key if key and (one in key or one.startswith(key))]
+    similar += difflib.get_close_matches(key, by_key, n=4, cutoff=0.5)
+    names = [*dict.fromkeys(similar)][:4] or [*by_key]
     raise UserError(
         f"unknown GPU {name!r}",
         where="--gpu",
@@ -183,7 +175,8 @@ def build_named_target(name: str, precision: Precision) -> TargetDevice:
         UserError: The GPU is unknown.
     """
     spec = find_gpu_spec(name)
-    automatic = torch.bfloat16 if spec.supports_bf16 else torch.float16
+    # Older GPUs have no bf16 matrix products.
+    automatic = torch.bfloat16 if spec.capability >= (8, 0) else torch.float16
     dtype = automatic if precision == "auto" else DTYPES[precision]
     # torch computes fp32 products at an eighth or less of the 16-bit speed.
     datasheet_flops = spec.tflops * 1e12 / (1 if dtype.itemsize == 2 else 8)
@@ -338,11 +331,9 @@ class StepTime:
         Without workers, data loading is added.
         """
         compute_s = max(self.matmul_s + self.memory_s, self.host_s) + self.optimizer_s
-        return (
-            compute_s + self.data_loading_s
-            if self.is_loading_blocking
-            else max(compute_s, self.data_loading_s)
-        )
+        if self.is_loading_blocking:
+            return compute_s + self.data_loading_s
+        return max(compute_s, self.data_loading_s)
 
 
 def average_step_times(step_times: Sequence[StepTime]) -> StepTime:
@@ -373,6 +364,10 @@ class StepTimeEstimator:
         dequantized = (w.num_elements for w in quantized.values() if not isinstance(w, Fp8Weight))
         self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * sum(dequantized)
         self._fp8_fractions = _compute_fp8_fractions(model)
+        teacher = tracer.teacher
+        # A backward pass takes as long as two forward passes; KTO has a further one.
+        self.num_forwards = 3 * tracer.objective.num_updates + tracer.objective.has_baseline
+        self._count_teacher_flops = FlopCounter(model if teacher is None else teacher).count
 
     def estimate_step(
         self,
@@ -381,7 +376,7 @@ class StepTimeEstimator:
         has_cached_features: bool = False,
         use_graphs: bool = True,
     ) -> StepTime:
-        """Estimate the time of a training step.
+        """Estimate the time of a training step, with the forward passes of KTO and of a teacher.
 
         Args:
             has_cached_features: Whether image features are read from the vision cache.
@@ -404,6 +399,16 @@ class StepTimeEstimator:
                 pack, activation_checkpointing, has_cached_features, use_graphs
             )
             read_s += 0 if has_cached_features else READ_S_PER_PATCH * pack.num_patches
+        num_steps = self.num_forwards / 3
+        flops, memory_bytes, host_s = (
+            num_steps * flops,
+            num_steps * memory_bytes,
+            num_steps * host_s,
+        )
+        if (teacher := self._tracer.teacher) is not None:
+            flops += sum(map(self._count_teacher_flops, packs))
+            memory_bytes += len(packs) * sum(one.nbytes for one in teacher.parameters())
+            host_s += len(packs) * len(teacher.model.layers) * efficiency.host_forward_s
         return StepTime(
             matmul_s=flops / (target.peak_flops * efficiency.matmul_fraction),
             memory_s=memory_bytes / target.memory_bandwidth,
@@ -421,11 +426,9 @@ class StepTimeEstimator:
             for part, count in by_part
         }
         flops = sum(effective.values()) + breakdown.decoder_attention
-        return (
-            flops - effective["vision"] - effective["merger"]
-            if has_cached_features
-            else flops + breakdown.vision_attention
-        )
+        if has_cached_features:
+            return flops - effective["vision"] - effective["merger"]
+        return flops + breakdown.vision_attention
 
     def _frozen_encoder_bytes(self, pack: PlannedPack) -> int:
         """Return the activation bytes of all blocks of a frozen vision encoder.
@@ -487,6 +490,5 @@ def _compute_fp8_fractions(model: VisionLanguageModel) -> dict[ModelPart, float]
 
 def estimate_startup_seconds(persistent: PersistentMemory, target: TargetDevice) -> float:
     """Estimate the seconds from the start of the command to the first step."""
-    return (
-        STARTUP_S if target.compute.is_cuda else STARTUP_S / 3
-    ) + persistent.weight_bytes / DISK_BYTES_PER_S
+    seconds = STARTUP_S if target.compute.is_cuda else STARTUP_S / 3
+    return seconds + persistent.weight_bytes / DISK_BYTES_PER_S

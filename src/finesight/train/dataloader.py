@@ -515,11 +515,10 @@ class StepDataset:
             encoded.hf_inputs or encoded.tokenized.response_starts for _, encoded in own_samples
         )
         budget = 1 if is_single else self.pack_tokens
-        prefix_length = (
-            find_shared_prefix_length([encoded.tokenized for _, encoded in own_samples])
-            if self.use_shared_prefix
-            else 0
-        )
+        prefix_length = 0
+        if self.use_shared_prefix:
+            tokenized = [encoded.tokenized for _, encoded in own_samples]
+            prefix_length = find_shared_prefix_length(tokenized)
         plan = plan_packs(
             [encoded.tokenized.num_packed_tokens for _, encoded in own_samples],
             budget,

@@ -28,7 +28,7 @@ from safetensors.numpy import save
 from finesight.config import DataFileSettings, DataSettings, Recipe
 from finesight.data.corpus import Corpus, load_corpus
 from finesight.data.image_header import CorruptImageError, resolve_content, split_container_path
-from finesight.data.sample import LocatedSample, TextPart, list_media_paths
+from finesight.data.sample import LocatedSample, Sample, TextPart, list_media_paths
 from finesight.encode.family import ThinkingOptions
 from finesight.encode.packing import SharedPrefix
 from finesight.encode.renderer import Renderer
@@ -462,6 +462,10 @@ class TrainingData:
 
     corpus: Corpus
     stats: DatasetStats
+
+    @property
+    def first_sample(self) -> Sample:
+        return self.corpus.read_validated(self.stats.sample_indices[0]).sample
 
     def select_thinking_mode(self, renderer: Renderer) -> Renderer:
         """Return the renderer in the thinking mode of the majority of the scanned samples."""

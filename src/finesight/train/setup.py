@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from typing import Any, NoReturn
 import torch
 
 from finesight import __version__
-from finesight.config import Recipe, TrainSettings, TuneSettings
+from finesight.config import Recipe, RewardSettings, TrainSettings, TuneSettings
+from finesight.data.sample import Sample
 from finesight.encode.packing import SampleShape
 from finesight.encode.renderer import FAMILIES
 from finesight.errors import UserError
@@ -217,7 +218,7 @@ def build_train_state(
     renderer = train_data.select_thinking_mode(renderer)
     sampler = TrainSampler(train_data.corpus, train_data.stats.sample_indices, recipe.train)
     check_trainable_parts(recipe.tune, train_data, sampler)
-    check_rewards(recipe, train_data)
+    check_rewards(recipe.rewards, recipe.output_dir, train_data.first_sample)
     lr_schedule = LRSchedule(recipe.train, len(sampler))
     data = RunData(renderer, train_data, validation_data, sampler)
     resume_config = _build_resume_config(recipe, hardware, base_model, data)
@@ -229,7 +230,8 @@ def build_train_state(
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
-        recorded = checkpoint[0].resume_config
+        # Checkpoints of earlier versions have no digest of the weights.
+        recorded = {"model weights": resume_config["model weights"], **checkpoint[0].resume_config}
         # Changed images may explain other samples.
         samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
         check_resume_config(recorded, resume_config | samples, folder, suggest)
@@ -376,25 +378,22 @@ def check_trainable_parts(tune: TuneSettings, data: TrainingData, sampler: Train
         )
 
 
-def check_rewards(recipe: Recipe, data: TrainingData) -> None:
-    """Score the reference of the first sample and an empty answer by all rewards of a recipe.
+def check_rewards(rewards: Sequence[RewardSettings], run: Path | None, sample: Sample) -> None:
+    """Score the reference of a sample and an empty answer by all rewards.
 
     Raises:
         UserError: A score, a file, a function or a package is missing, or a function fails.
     """
-    if not recipe.rewards:
+    if not rewards:
         return
-    sample = data.corpus.read_validated(data.stats.sample_indices[0]).sample
     texts, boxes = get_reference_answer(sample)
     answers = (texts[0], boxes), ("", ())
     try:
-        with RewardScorer(recipe.rewards, recipe.output_dir) as scorer:
+        with RewardScorer(rewards, run) as scorer:
             scorer.score([EvalCase(*answer, texts, boxes, sample.id) for answer in answers])
     except custom_metric.RewardError as error:
-        remedy = "correct the function; it was called with a reference and with an empty answer"
-        raise UserError(
-            error.what, where=error.where, expected=error.expected, remedy=remedy
-        ) from error
+        error.remedy = "correct it; it was called with a reference and with an empty answer"
+        raise
 
 
 def build_rank_sampler(
@@ -485,6 +484,7 @@ def _build_resume_config(
     adapter, renderer = base_model.adapter, data.renderer
     settings = {
         "model": base_model.folder.fingerprint(),
+        "model weights": base_model.folder.fingerprint(num_blocks=64),
         "adapter": sha256_file(adapter / ADAPTER_WEIGHTS) if adapter else None,
         "image": renderer.image_rule.model_dump(mode="json"),
         "data.system_prompt": renderer.system_prompt,
@@ -498,8 +498,7 @@ def _build_resume_config(
         if split is not None:
             indices = split.stats.sample_indices
             # A list of millions of indices would be too long.
-            is_short = split.stats.is_complete
-            signature = json.dumps(indices) if is_short else f"all of {len(indices)}"
+            signature = json.dumps(indices) if split.stats.is_complete else f"all of {len(indices)}"
         settings[f"data.{name}"] = split.corpus.fingerprint if split else None
         settings[f"samples of data.{name}"] = hashlib.sha256(signature.encode()).hexdigest()
     tune = recipe.tune.model_dump(mode="json")

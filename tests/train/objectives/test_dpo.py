@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections import defaultdict
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -437,6 +438,17 @@ def test_shown_sample_names_its_label(kto_task, monkeypatch, capsys):
     assert roles == ["assistant", "rejected"]
 
 
+def test_planned_step_of_kto_includes_the_baseline(kto_task):
+    """The step runs one more forward pass than without a baseline, over the same packs."""
+    steps = []
+    for loss_type in ("kto", "apo_zero_unpaired"):
+        recipe = kto_task.recipe | {"output_dir": str(kto_task.folder / "run")}
+        recipe = recipe_from_dict(recipe, [*KTO, f"train.kto.loss_type={loss_type}"])
+        plan = plan_run(recipe, "A10", ProgressConsole(Console(quiet=True)))
+        steps.append(plan.recipe_estimate.step_time.host_s)
+    assert steps[0] == pytest.approx(4 / 3 * steps[1])
+
+
 def test_planned_start_includes_the_reference_model(pair_task):
     """The reference pass is a third of the training steps of an epoch, and of validation."""
     console = ProgressConsole(Console(quiet=True))
@@ -476,6 +488,15 @@ def test_resumed_run_equals_uninterrupted_run(pair_task):
     pair_task.run(*DPO, resume=True)
     assert_same_run(run, expected)
     rewind_to_checkpoint(run)
+    # Other weights of the same shapes would not fit the stored values.
+    weights = Path(pair_task.recipe["model"]) / "model.safetensors"
+    content = weights.read_bytes()
+    (weights.parent / "sha256.json").unlink()
+    half = len(content) // 2
+    weights.write_bytes(content[:half] + content[half:][::-1])
+    with pytest.raises(UserError, match="model weights is"):
+        pair_task.run(*DPO, resume=True)
+    weights.write_bytes(content)
     (run / REFERENCE_FILE).write_bytes(b"damaged")
     with pytest.raises(UserError, match="reference model cannot be read"):
         pair_task.run(*DPO, resume=True)

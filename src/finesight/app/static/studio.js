@@ -137,6 +137,7 @@ document.addEventListener("click", async (event) => {
     await act(button);
   } else if (button && "prompt" in button.dataset) {
     byId("import:prompt").value = button.dataset.prompt;
+    byId("kind").value = button.dataset.kind;
     for (const one of button.parentElement.querySelectorAll("button")) {
       one.setAttribute("aria-pressed", one === button);
     }

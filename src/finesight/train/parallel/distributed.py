@@ -364,11 +364,9 @@ def init_distributed() -> Iterator[ProcessGroup]:
     integer_vars = ("WORLD_SIZE", "RANK", "LOCAL_RANK")
     malformed = [name for name in integer_vars if not variables.get(name, "0").isdecimal()]
     if missing or malformed:
-        problem = (
-            f"{', '.join(missing)} is not set"
-            if missing
-            else f"{', '.join(malformed)} is not a number"
-        )
+        problem = f"{', '.join(malformed)} is not a number"
+        if missing:
+            problem = f"{', '.join(missing)} is not set"
         raise UserError(
             f"WORLD_SIZE is {variables['WORLD_SIZE']}, and {problem}",
             where="the environment",

@@ -342,16 +342,20 @@ def _build_rows(
     detected_by: str,
     *,
     keypoints: Mapping[int, Sequence[str]] | None = None,
+    pose_size: int = 0,
 ) -> tuple[RowReader, str]:
     """Return a row for each image of a YOLO dataset, and the reason for the match.
 
     Args:
         images: Split and path of each image; the split is "" in a dataset without splits.
         keypoints: Names of the keypoints after the box by class ID; None without keypoints.
+        pose_size: Number of values of a keypoint: x, y and perhaps a visibility.
     """
     names = list(class_names.values())
-    lines = () if keypoints is not None else _iter_first_lines(images)
-    pose_length = None if keypoints is not None else _find_pose_length([*map(_parse_values, lines)])
+    if keypoints is not None:
+        pose_length = 4 + pose_size * max(map(len, keypoints.values()))
+    else:
+        pose_length = _find_pose_length([*map(_parse_values, _iter_first_lines(images))])
 
     def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
         split, image = split_image
@@ -363,6 +367,7 @@ def _build_rows(
             "names": class_names,
             "classes": names,
             "pose_length": pose_length,
+            "pose_size": pose_size,
             "keypoints": keypoints,
             "points": list(itertools.chain(*(keypoints or {}).values())),
             "meta": {"split": split} if split else {},
@@ -439,24 +444,33 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
                     expected="images in the folders or lists of train, val and test",
                     remedy="correct these paths, relative to the folder of the file",
                 )
-            keypoints, reason = _name_keypoints(description, names), f"names in {file.name}"
-            return _build_rows(source, names, images, reason, keypoints=keypoints)
+            reason, keypoints = f"names in {file.name}", _name_keypoints(description, names, file)
+            size = as_list(description.get("kpt_shape"))[1] if keypoints is not None else 0
+            return _build_rows(source, names, images, reason, keypoints=keypoints, pose_size=size)
     return None
 
 
 def _name_keypoints(
-    description: Record, class_names: Mapping[int, str]
+    description: Record, class_names: Mapping[int, str], file: Path
 ) -> dict[int, list[str]] | None:
     """Return the keypoints of each class: their names in data.yaml, else their numbers."""
     if "kpt_shape" not in description:
         return None
     shape, by_class = as_list(description["kpt_shape"]), description.get("kpt_names")
     by_class = by_class if isinstance(by_class, dict) else {}
-    count = min(shape[0], MAX_BOXES) if shape and isinstance(shape[0], int) else 0
+    counts = {len(names) for one in by_class if (names := as_list(by_class[one]))}
+    is_shape = len(shape) == 2 and shape[0] in range(1, MAX_BOXES + 1) and shape[1] in (2, 3)
+    if not is_shape or counts - {shape[0]}:
+        raise UserError(
+            f"kpt_shape is {reprlib.repr(description['kpt_shape'])}, and kpt_names have"
+            f" {', '.join(map(str, sorted(counts))) or 'no'} names",
+            where=str(file),
+            expected="[number of keypoints, 2 or 3], and as many names",
+            remedy="correct kpt_shape or kpt_names",
+        )
+    numbers = range(1, shape[0] + 1)
     return {
-        class_id: [
-            f"{name} {one}" for one in as_list(by_class.get(class_id)) or range(1, count + 1)
-        ]
+        class_id: [f"{name} {one}" for one in as_list(by_class.get(class_id)) or numbers]
         for class_id, name in class_names.items()
     }
 
@@ -633,11 +647,13 @@ def _parse_label_line(
 ) -> ObjectAnnotation:
     name = Path(record["labels"]).name
     values, pose_length = _parse_values(line), record["pose_length"]
-    is_pose = len(values) > 4 and pose_length in (None, len(values))
-    if len(values) < 4 or (len(values) % 2 and not is_pose):
+    is_pose, keypoints = len(values) == pose_length > 4, record["keypoints"]
+    is_polygon = keypoints is None and len(values) % 2 == 0
+    if len(values) < 4 or not (is_pose or is_polygon or len(values) == 4):
+        further = "polygon corners" if keypoints is None else f"{pose_length} values with keypoints"
         raise InvalidBoxError(
             f"{name}:{line_number}: {line.strip()[:80]!r}",
-            expected="a class ID, then center and size, or polygon corners",
+            expected=f"a class ID, then center and size, or {further}",
             remedy="correct the line; labels have no sixth value (confidence)",
         )
     class_id = parse_integer(line.split()[0])
@@ -649,15 +665,15 @@ def _parse_label_line(
         )
     label = record["names"][class_id]
     if is_pose or len(values) == 4:
-        source_notes[NOTE_KEYPOINTS if pose_length is None else NOTE_ASSUMED_KEYPOINTS] += is_pose
-        names = (record["keypoints"] or {}).get(class_id, ()) if is_pose else ()
-        size = max(2, (len(values) - 4) // max(1, len(names)))
-        entries = [values[start : start + size] for start in range(4, len(values), size)]
+        source_notes[NOTE_ASSUMED_KEYPOINTS if keypoints is None else NOTE_KEYPOINTS] += is_pose
+        names = (keypoints or {}).get(class_id, ()) if is_pose else ()
+        size = record["pose_size"]
+        entries = [values[4 + n * size :][:size] for n in range(len(names))]
         # Two values that are 0 without the point, or two values and a visibility.
         points = [
             (name, entry[:2])
-            for name, entry in zip(names, entries, strict=False)
-            if size <= 3 and any(entry[:2]) and all(entry[2:])
+            for name, entry in zip(names, entries, strict=True)
+            if any(entry[:2]) and all(entry[2:])
         ]
         return ObjectAnnotation(label, values[:4], points=points)
     corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)

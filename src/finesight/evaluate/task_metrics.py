@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finesight.config import MetricSpec, TaskName
+from finesight.data.boxes import box_area
 from finesight.data.sample import TOOL_CALL_TEXT
 from finesight.errors import UserError
 from finesight.evaluate import (
@@ -43,7 +44,7 @@ class TaskMetric:
 
     primary_metric: str | None
     score_fn: MetricFn
-    reference_kind: Literal["text", "box", "json", "tool call", "anything"] = "text"
+    reference_kind: Literal["text", "box", "box or point", "json", "tool call", "anything"] = "text"
 
 
 _BUILT_IN: dict[TaskName, TaskMetric] = {
@@ -56,7 +57,7 @@ _BUILT_IN: dict[TaskName, TaskMetric] = {
     "tool_calls": TaskMetric("exact", json_metrics.score_tool_calls, reference_kind="tool call"),
     "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
     "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
-    "pointing": TaskMetric("f1", box_metrics.score_pointing, reference_kind="box"),
+    "pointing": TaskMetric("f1", box_metrics.score_pointing, reference_kind="box or point"),
 }
 TASK_METRICS = Registry("metrics", TaskMetric, _BUILT_IN)
 
@@ -139,7 +140,9 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     task = get_task_metric(metric)
     reference_kind = task.reference_kind
     has_reference = [has_reference_kind(reference_kind, reference) for reference in references]
-    if any(has_reference) and (reference_kind != "json" or all(has_reference)):
+    is_point = [not box_area(box.xyxy) for _, boxes in references for box in boxes]
+    is_pointing = reference_kind == "box" and 2 * sum(is_point) > len(is_point)
+    if any(has_reference) and (reference_kind != "json" or all(has_reference)) and not is_pointing:
         if metric not in _BUILT_IN:
             _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
         return
@@ -150,13 +153,15 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
         if any(has_reference):
             text = references[has_reference.index(False)][0][0]
             problem = f"the reference {text[:80]!r} is not JSON"
+    if is_pointing:
+        problem = f"{sum(is_point)} of {len(is_point)} references are points"
     fitting = [
         name
         for name, other in _BUILT_IN.items()
         if all(has_reference_kind(other.reference_kind, reference) for reference in references)
     ]
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
-    if reference_kind == "box":
+    if reference_kind in ("box", "box or point") and not is_pointing:
         remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"
     raise UserError(problem, where=f"metric {metric}", expected=expected, remedy=remedy)
 
@@ -169,6 +174,8 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
     if reference_kind == "tool call":
         return any(map(TOOL_CALL_TEXT.search, texts))
     if reference_kind == "box":
+        return any(box_area(box.xyxy) for box in reference_boxes)
+    if reference_kind == "box or point":
         return bool(reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())
 

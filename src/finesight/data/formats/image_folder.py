@@ -340,21 +340,18 @@ def _build_rows(
     class_names: Mapping[int, str],
     images: Sequence[tuple[str, Path]],
     detected_by: str,
-    *,
     keypoints: Mapping[int, Sequence[str]] | None = None,
-    pose_size: int = 0,
+    pose_length: int = 0,
 ) -> tuple[RowReader, str]:
     """Return a row for each image of a YOLO dataset, and the reason for the match.
 
     Args:
         images: Split and path of each image; the split is "" in a dataset without splits.
         keypoints: Names of the keypoints after the box by class ID; None without keypoints.
-        pose_size: Number of values of a keypoint: x, y and perhaps a visibility.
+        pose_length: Number of values of a box with these keypoints.
     """
     names = list(class_names.values())
-    if keypoints is not None:
-        pose_length = 4 + pose_size * max(map(len, keypoints.values()))
-    else:
+    if keypoints is None:
         pose_length = _find_pose_length([*map(_parse_values, _iter_first_lines(images))])
 
     def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
@@ -367,7 +364,6 @@ def _build_rows(
             "names": class_names,
             "classes": names,
             "pose_length": pose_length,
-            "pose_size": pose_size,
             "keypoints": keypoints,
             "points": list(itertools.chain(*(keypoints or {}).values())),
             "meta": {"split": split} if split else {},
@@ -444,18 +440,18 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
                     expected="images in the folders or lists of train, val and test",
                     remedy="correct these paths, relative to the folder of the file",
                 )
-            reason, keypoints = f"names in {file.name}", _name_keypoints(description, names, file)
-            size = as_list(description.get("kpt_shape"))[1] if keypoints is not None else 0
-            return _build_rows(source, names, images, reason, keypoints=keypoints, pose_size=size)
+            known_by, pose = f"names in {file.name}", _read_keypoints(description, names, file)
+            return _build_rows(source, names, images, known_by, *pose)
     return None
 
 
-def _name_keypoints(
+def _read_keypoints(
     description: Record, class_names: Mapping[int, str], file: Path
-) -> dict[int, list[str]] | None:
-    """Return the keypoints of each class: their names in data.yaml, else their numbers."""
+) -> tuple[dict[int, list[str]] | None, int]:
+    """Return the names of keypoints by class, else their numbers, and the length of a label."""
     if "kpt_shape" not in description:
-        return None
+        return None, 0
+    shape: list[Any]
     shape, by_class = as_list(description["kpt_shape"]), description.get("kpt_names")
     by_class = by_class if isinstance(by_class, dict) else {}
     counts = {len(names) for one in by_class if (names := as_list(by_class[one]))}
@@ -469,10 +465,11 @@ def _name_keypoints(
             remedy="correct kpt_shape or kpt_names",
         )
     numbers = range(1, shape[0] + 1)
-    return {
+    names = {
         class_id: [f"{name} {one}" for one in as_list(by_class.get(class_id)) or numbers]
         for class_id, name in class_names.items()
     }
+    return names, 4 + shape[0] * shape[1]
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
@@ -667,7 +664,7 @@ def _parse_label_line(
     if is_pose or len(values) == 4:
         source_notes[NOTE_ASSUMED_KEYPOINTS if keypoints is None else NOTE_KEYPOINTS] += is_pose
         names = (keypoints or {}).get(class_id, ()) if is_pose else ()
-        size = record["pose_size"]
+        size = (len(values) - 4) // max(1, len(names))
         entries = [values[4 + n * size :][:size] for n in range(len(names))]
         # Two values that are 0 without the point, or two values and a visibility.
         points = [

@@ -423,13 +423,13 @@ def test_accepting_at_once_hides_no_error_and_undoes_no_other_decision(tmp_path,
         assert len(read_answers(tmp_path / "labels")) == 1
 
 
-def drag(browser: Browser, *places: tuple[int, int]) -> None:
-    """Press the mouse at the first place in pixels of the image, and release it at the last."""
+def drag(browser: Browser, *corners: tuple[int, int]) -> None:
+    """Drag the mouse between two corners in pixels of the image."""
     area = browser.run(
         "const area = document.querySelector('#overlay').getBoundingClientRect();"
         "return [area.left, area.top, area.width / 120];"
     )
-    start, end = ((area[0] + x * area[2], area[1] + y * area[2]) for x, y in places)
+    start, end = ((area[0] + x * area[2], area[1] + y * area[2]) for x, y in corners)
     for kind, (x, y) in (("Pressed", start), ("Moved", end), ("Released", end)):
         event = {"type": f"mouse{kind}", "x": x, "y": y, "button": "left", "buttons": 1}
         event["clickCount"] = 1

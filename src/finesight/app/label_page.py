@@ -61,7 +61,7 @@ class BoxAnswer(BaseModel, frozen=True):
 
     @property
     def is_point(self) -> bool:
-        """Whether the corners are equal."""
+        """Return whether the corners are equal."""
         return self.xyxy[:2] == self.xyxy[2:]
 
 

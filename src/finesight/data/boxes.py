@@ -196,14 +196,16 @@ def contains_center(outer: Box, box: Box) -> bool:
 
 
 def measure_distance(box: Box, reference: Box, image_size: tuple[float, float]) -> float:
-    """Return the distance of two centers, as a fraction of the diagonal; 0 inside a reference."""
+    """Return the distance of two centers in diagonals; 0 inside a reference."""
     (x, y), (u, v) = ((b[0] + b[2], b[1] + b[3]) for b in (box, reference))
     distance = math.dist((x, y), (u, v)) / 2 / math.hypot(*image_size)
     return 0.0 if contains_center(reference, box) else distance
 
 
-def measure_overlap(box: Box, reference: Box, image_size: tuple[float, float]) -> float:
-    """Return the IoU with a box, or 1 to 0 for a reference point within `MAX_DISTANCE`."""
+def measure_overlap(
+    box: Box, reference: Box, image_size: tuple[float, float] = (1.0, 1.0)
+) -> float:
+    """Return the IoU, or the closeness to a reference point within `MAX_DISTANCE`."""
     if box_area(reference):
         return iou(box, reference)
     return max(0.0, 1 - measure_distance(box, reference, image_size) / MAX_DISTANCE)

@@ -22,10 +22,9 @@ from finesight.check.box_hypothesis import (
     BoxFrame,
     BoxHypothesis,
     hypothesis_from_convention,
-    pairwise_iou,
+    pairwise_overlap,
 )
 from finesight.config import DataSettings, ExactSize, LongestSide, Recipe, TrainFileSettings
-from finesight.data.boxes import MAX_DISTANCE
 from finesight.data.image_header import read_image_size
 from finesight.data.sample import BoxPart
 from finesight.doctor.diagnosis import (
@@ -430,18 +429,13 @@ def _check_box_conventions(
     if len(claims) < 8:
         return
     predicted, labels = (BoxClaimTable(list(side)) for side in zip(*claims, strict=True))
-    # A point becomes a box of the distance that is correct.
-    x1_N, y1_N, x2_N, y2_N = labels.coordinates.T
-    is_point_N = (x1_N == x2_N) & (y1_N == y2_N)
-    margins_N4 = is_point_N[:, None] * MAX_DISTANCE * np.array([-1, -1, 1, 1])
     current = hypothesis_from_convention(DEFAULT_CONVENTION)
 
     def mean_iou(of_predicted: BoxHypothesis, of_labels: BoxHypothesis) -> float:
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
             boxes = of_predicted.normalize_boxes(predicted), of_labels.normalize_boxes(labels)
-            overlaps = pairwise_iou(*(side + margins_N4 for side in boxes))
-            return float(np.nan_to_num(overlaps).mean())
+            return float(np.nan_to_num(pairwise_overlap(*boxes)).mean())
 
     current_iou = mean_iou(current, current)
     of_predicted = _list_hypotheses(run_record, predicted, labels)

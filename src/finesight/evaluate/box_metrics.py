@@ -17,13 +17,7 @@ from statistics import fmean
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import (
-    Box,
-    box_area,
-    contains_center,
-    measure_distance,
-    measure_overlap,
-)
+from finesight.data.boxes import Box, box_area, contains_center, measure_distance, measure_overlap
 from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
@@ -164,7 +158,7 @@ def compute_box_reward(case: EvalCase) -> float:
 
 
 def compute_click_reward(case: EvalCase) -> float:
-    """Return 1 if the center of the first box lies in a reference box, or at a reference point."""
+    """Return 1 if the first box or point is at a reference."""
     hits = (
         _measure_closeness(found.xyxy, reference.xyxy, case.image_size) > 0
         for found, reference in product(case.boxes[:1], case.reference_boxes)

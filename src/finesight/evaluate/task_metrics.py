@@ -140,9 +140,7 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
     task = get_task_metric(metric)
     reference_kind = task.reference_kind
     has_reference = [has_reference_kind(reference_kind, reference) for reference in references]
-    is_point = [not box_area(box.xyxy) for _, boxes in references for box in boxes]
-    is_pointing = reference_kind == "box" and 2 * sum(is_point) > len(is_point)
-    if any(has_reference) and (reference_kind != "json" or all(has_reference)) and not is_pointing:
+    if any(has_reference) and (reference_kind != "json" or all(has_reference)):
         if metric not in _BUILT_IN:
             _dry_run_metric(metric, task.score_fn, references[has_reference.index(True)])
         return
@@ -153,15 +151,13 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
         if any(has_reference):
             text = references[has_reference.index(False)][0][0]
             problem = f"the reference {text[:80]!r} is not JSON"
-    if is_pointing:
-        problem = f"{sum(is_point)} of {len(is_point)} references are points"
     fitting = [
         name
         for name, other in _BUILT_IN.items()
         if all(has_reference_kind(other.reference_kind, reference) for reference in references)
     ]
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
-    if reference_kind in ("box", "box or point") and not is_pointing:
+    if "box" in reference_kind:
         remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"
     raise UserError(problem, where=f"metric {metric}", expected=expected, remedy=remedy)
 
@@ -173,10 +169,8 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
         return any(json_metrics.parse_form(text) is not None for text in texts)
     if reference_kind == "tool call":
         return any(map(TOOL_CALL_TEXT.search, texts))
-    if reference_kind == "box":
-        return any(box_area(box.xyxy) for box in reference_boxes)
-    if reference_kind == "box or point":
-        return bool(reference_boxes)
+    if "box" in reference_kind:
+        return any(reference_kind != "box" or box_area(box.xyxy) for box in reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())
 
 

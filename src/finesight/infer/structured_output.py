@@ -70,10 +70,10 @@ class GrammarCompiler:
         return self._compile(f"answer: %json {json.dumps({**schema, **_WHITESPACE_OPTIONS})}\n")
 
     def compile_boxes(self, key: str = BOX_KEY) -> GrammarConstraint:
-        """Compile a constraint for zero or more boxes, or points, in the format of the family."""
+        """Compile a constraint for boxes, or points, in the format of the family."""
         tokens, limit = self._renderer.family.box_tokens, self._renderer.family.max_box_coordinate
         if tokens is not None:
-            return self._compile(self._build_token_box_grammar(tokens, limit, key))
+            return self._compile(self._build_token_grammar(tokens, limit, key))
         return self.compile_json_schema(_build_box_schema(limit, key))
 
     def compile_tool_calls(
@@ -108,12 +108,10 @@ class GrammarCompiler:
             )
         return self._compile("\n".join(rules) + "\n")
 
-    def _build_token_box_grammar(
-        self, box_tokens: Sequence[str], max_coordinate: int, key: str
-    ) -> str:
+    def _build_token_grammar(self, box_tokens: Sequence[str], limit: int, key: str) -> str:
         """Build the grammar of boxes in special tokens, with coordinates in thousandths."""
         ref, ref_end, box, box_end = (self._token_symbol(token) for token in box_tokens)
-        max_value = ' | "1000"' if max_coordinate >= 1000 else ""
+        max_value = ' | "1000"' if limit >= 1000 else ""
         corners = ' "," '.join(['"(" N "," N ")"'] * (2 if key == BOX_KEY else 1))
         return (
             "answer: box*\n"

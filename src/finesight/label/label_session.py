@@ -84,7 +84,7 @@ class LabelTask:
 
     @property
     def has_regions(self) -> bool:
-        """Whether the answers are boxes or points."""
+        """Return whether the answers are boxes or points."""
         return self.kind in ("boxes", "points")
 
 
@@ -186,7 +186,7 @@ class LabelSession:
         return () if is_empty else tuple(part for part in content if part not in boxes)
 
     def _allows_boxes(self, item: LabelItem) -> bool:
-        """Whether the task has boxes, or the answer of a reviewed sample."""
+        """Return whether the task or the reviewed answer has boxes."""
         existing = item.existing_answer or ()
         return self.task.has_regions or any(isinstance(part, BoxPart) for part in existing)
 

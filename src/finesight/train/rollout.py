@@ -125,7 +125,7 @@ class RewardCheck:
     def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
         self._renderer, self._log = renderer, log
         self._num_responses = self._num_rewarded = self._num_checks = 0
-        self._matches: dict[str, list[list[tuple[float, float]]]] = {}
+        self._matches: dict[str, list[list[tuple[float, bool]]]] = {}
         """Overlap of each box, and if it is within the image, in all frames, by sample."""
 
     def add(
@@ -166,9 +166,7 @@ class RewardCheck:
                 frames = own, FRAME_1000, image.original_size, image.resized_size, (1, 1)
                 expected = scale_box(reference.xyxy, image.original_size, (1, 1))
                 found = [sort_corners(scale_box(raw, frame, (1, 1))) for frame in frames]
-                overlaps = [measure_overlap(one, expected, (1, 1)) for one in found]
-                inside = [float(max(one) <= MAX_CORNER) for one in found]
-                matches = [*zip(overlaps, inside, strict=True)]
+                matches = [(measure_overlap(b, expected), max(b) <= MAX_CORNER) for b in found]
                 self._matches.setdefault(case.id, []).append(matches)
 
     def _describe_rewards(self) -> str:

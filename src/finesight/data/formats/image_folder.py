@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 import yaml
@@ -448,11 +449,11 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
 def _read_keypoints(
     description: Record, class_names: Mapping[int, str], file: Path
 ) -> tuple[dict[int, list[str]] | None, int]:
-    """Return the names of keypoints by class, else their numbers, and the length of a label."""
+    """Return names or numbers of keypoints by class, and the length of a label."""
     if "kpt_shape" not in description:
         return None, 0
-    shape: list[Any]
-    shape, by_class = as_list(description["kpt_shape"]), description.get("kpt_names")
+    shape: Any = as_list(description["kpt_shape"])
+    by_class = description.get("kpt_names")
     by_class = by_class if isinstance(by_class, dict) else {}
     counts = {len(names) for one in by_class if (names := as_list(by_class[one]))}
     is_shape = len(shape) == 2 and shape[0] in range(1, MAX_BOXES + 1) and shape[1] in (2, 3)
@@ -465,11 +466,11 @@ def _read_keypoints(
             remedy="correct kpt_shape or kpt_names",
         )
     numbers = range(1, shape[0] + 1)
-    names = {
+    keypoints = {
         class_id: [f"{name} {one}" for one in as_list(by_class.get(class_id)) or numbers]
         for class_id, name in class_names.items()
     }
-    return names, 4 + shape[0] * shape[1]
+    return keypoints, 4 + shape[0] * shape[1]
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:

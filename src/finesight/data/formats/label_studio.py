@@ -234,7 +234,7 @@ def build_region_results(
     text: str | None = None,
     controls: tuple[str, str, str] = ("label", "text", "image"),
 ) -> list[Record]:
-    """Build the results of a box or a point with its label, and optionally a text.
+    """Build the results of a box or point with its label, and perhaps a text.
 
     Args:
         controls: Names of the controls of rectangles and texts, and of the image.

@@ -18,10 +18,12 @@ SampleRecord = dict[str, Any]
 def make_record(
     image: str | Path | None, question: str = "What?", answer: str | None = "A square.", *boxes: Any
 ) -> SampleRecord:
-    """Make a question about an image with its answer; each box is four numbers."""
+    """Make a question about an image with its answer; each box is four numbers, each point two."""
     images = [] if image is None else [{"type": "image", "image": str(image)}]
     answers: list[Any] = [] if answer is None else [{"type": "text", "text": answer}]
-    answers += [{"type": "box", "image": 0, "xyxy": list(box)} for box in boxes]
+    kinds = {4: ("box", "xyxy"), 2: ("point", "xy")}
+    for kind, key, box in ((*kinds[len(box)], [*box]) for box in boxes):
+        answers.append({"type": kind, "image": 0, key: box})
     user = {"role": "user", "content": [*images, {"type": "text", "text": question}]}
     return {"messages": [user, {"role": "assistant", "content": answers}]}
 

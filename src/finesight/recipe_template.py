@@ -134,7 +134,8 @@ def detect_task(
     if metric is None:
         metric = _detect_metric(answers, questions, boxes)
         is_point = [part.is_point for row in regions for part in row]
-        metric = "pointing" if metric in ("grounding", "detection") and all(is_point) else metric
+        is_pointing = 2 * sum(is_point) > len(is_point)
+        metric = "pointing" if metric in ("grounding", "detection") and is_pointing else metric
     prompt = PROMPTS.get(metric)
     if metric == "json" and fields:
         prompt = f"Return {fields.replace(',', ', ')} as JSON."

@@ -72,10 +72,17 @@ def test_half_of_the_answers_as_json_is_no_issue(folder, answers):
 
 @pytest.mark.parametrize(
     ("other", "contradict"),
-    [([10, 10, 50, 50], False), ([11, 9, 50, 52], False), ([60, 60, 100, 100], True)],
+    [
+        ([10, 10, 50, 50], False),
+        ([11, 9, 50, 52], False),
+        ([60, 60, 100, 100], True),
+        ([11, 10], False),
+        ([60, 60], True),
+    ],
 )
 def test_contradicting_boxes(folder, other, contradict):
-    records = [make_record(image_name(0), "Where?", None, box) for box in ([10, 10, 50, 50], other)]
+    boxes = [10, 10, 50, 50][: len(other)], other
+    records = [make_record(image_name(0), "Where?", None, box) for box in boxes]
     kind = {"duplicate-sample": 1} if other == [10, 10, 50, 50] else {}
     assert count_codes(check_records(folder, *records)) == (
         {"contradictory-answers": 1} if contradict else kind

@@ -22,6 +22,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    create_region,
     read_samples,
 )
 from finesight.errors import UserError
@@ -136,6 +137,15 @@ def test_few_integers_are_classes(answers: list[str], metric: str) -> None:
         for n, answer in enumerate(answers)
     ]
     assert detect_task(samples).metric == metric
+
+
+def test_most_regions_choose_the_metric() -> None:
+    def detect(num_points: int) -> str:
+        regions = [create_region((1, 1, 9, 9), "a", is_point=n < num_points) for n in range(5)]
+        turns = [Message(role="user", content="?"), Message(role="assistant", content=regions)]
+        return detect_task([Sample(id="1", messages=turns)]).metric
+
+    assert [detect(count) for count in (0, 2, 3, 5)] == ["detection"] * 2 + ["pointing"] * 2
 
 
 @pytest.mark.parametrize("image", ["image", "file"])

@@ -247,7 +247,7 @@ def test_predictions_have_their_diagnosis_and_remedy(
 SIZES = ((640, 480), (300, 500), (1000, 200), (800, 800))
 
 
-def boxes(made, tmp_path, message, right="pixels", off=0.0):
+def boxes(made, tmp_path, message, right="pixels", off=0.0, *, has_points=False):
     """Answers whose boxes, and labels, are written in some frame; all are good but for it."""
     rng = random.Random(1)
     lines = []
@@ -258,6 +258,7 @@ def boxes(made, tmp_path, message, right="pixels", off=0.0):
         x1, y1 = rng.uniform(0, 0.5) * width, rng.uniform(0, 0.5) * height
         box = (x1, y1, x1 + rng.uniform(0.2, 0.45) * width, y1 + rng.uniform(0.2, 0.45) * height)
         wide, high = off * width * rng.uniform(-1, 1), off * height * rng.uniform(-1, 1)
+        box = box[:2] * 2 if has_points else box
         changed = (box[0] + wide, box[1] + high, box[2] + wide, box[3] + high)
         written = [
             [{"image": 0, "label": "cat", "xyxy": list(to_frame(one, frame, width, height))}]
@@ -293,6 +294,12 @@ def test_boxes_in_wrong_frame_are_detected(fake_run_dir, tmp_path, output, right
     found = find_diagnosis(diagnose_predictions(fake_run_dir), "box-convention-mismatch")
     assert words in found.what
     assert shlex.split(found.remedy)[:2] == ["finesight", "check"]
+
+
+def test_points_in_wrong_frame_are_detected(fake_run_dir, tmp_path):
+    boxes(fake_run_dir, tmp_path, "thousandths", has_points=True)
+    found = find_diagnosis(diagnose_predictions(fake_run_dir), "box-convention-mismatch")
+    assert "boxes of the predictions are in thousandths" in found.what
 
 
 @pytest.mark.parametrize("off", [0.0, 0.1, 1.0])

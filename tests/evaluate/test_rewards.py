@@ -6,7 +6,7 @@ import pytest
 from each_value import each
 
 from finesight.config import RewardSettings
-from finesight.data.sample import BoxPart
+from finesight.data.sample import create_region
 from finesight.errors import UserError
 from finesight.evaluate import latex_rendering, rewards
 from finesight.evaluate.custom_metric import RewardError
@@ -18,7 +18,8 @@ from finesight.train.run_dir import RunDir
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
     found, expected = (
-        tuple(BoxPart(image=0, xyxy=one) for one in both) for both in (boxes, reference_boxes)
+        tuple(create_region((*one, *one)[:4], None, is_point=len(one) == 2) for one in both)
+        for both in (boxes, reference_boxes)
     )
     return EvalCase(answer, found, (reference,), expected, "sample-1")
 
@@ -54,6 +55,12 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
         ("boxes", make_case(reference_boxes=[BOX]), 0),
         ("click", make_case(boxes=[(18, 18, 20, 20)], reference_boxes=[BOX]), 1),
         ("click", make_case(boxes=[(40, 40, 41, 41)], reference_boxes=[BOX]), 0),
+        # In an image of 1000 x 1000 pixels, points are correct within 70 pixels.
+        ("boxes", make_case(boxes=[(20, 20)], reference_boxes=[(20, 20)]), 1),
+        ("boxes", make_case(boxes=[(20, 20)], reference_boxes=[BOX]), 0),
+        ("click", make_case(boxes=[(18, 18)], reference_boxes=[BOX]), 1),
+        ("click", make_case(boxes=[(18, 20)], reference_boxes=[(50, 60)]), 1),
+        ("click", make_case(boxes=[(18, 20)], reference_boxes=[(80, 60)]), 0),
         ({"name": "format", "pattern": r"<b>.*</b>"}, make_case("<b>1\n2</b>"), 1),
         ({"name": "format", "pattern": r"\d+"}, make_case("12 a"), 0),
         ({"name": "length", "max_length": 4}, make_case("abcdef"), 0.5),

@@ -1,5 +1,6 @@
 import json
 import random
+import re
 from copy import copy
 
 import pytest
@@ -93,17 +94,22 @@ BOX_LISTS = {
 LARGEST = {"qwen": "999", "qwen2_vl": "1000", "qwen2_5_vl": "5000", "qwen3_vl": "1000"}
 
 
+@pytest.mark.parametrize("key", ["bbox_2d", "point_2d"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_boxes_in_the_format_of_the_family(renderers, family):
-    renderer, text = renderers[family], BOX_LISTS[family]
+def test_boxes_in_the_format_of_the_family(renderers, family, key):
+    renderer, text, other = renderers[family], BOX_LISTS[family], BOX_LISTS[family]
+    points = re.sub(r"(\d+), (\d+), \d+, \d+", r"\1, \2", text).replace("bbox_2d", "point_2d")
+    points = re.sub(r"\),\(\d+,\d+", "", points).replace("10", LARGEST[family])
+    text, other = (text, points) if key == "bbox_2d" else (points, text)
     grammars = GrammarCompiler(renderer, VOCABULARY)
-    assert follows(renderer, grammars.compile_boxes(), text)
-    for wrong in ("A dog at " + text, text.replace(LARGEST[family], "123456")):
-        assert not follows(renderer, grammars.compile_boxes(), wrong)
+    assert follows(renderer, grammars.compile_boxes(key), text)
+    for wrong in ("A dog at " + text, text.replace(LARGEST[family], "123456"), other):
+        assert not follows(renderer, grammars.compile_boxes(key), wrong)
     for seed in range(3):
-        text = walk(renderer, grammars.compile_boxes(), seed)
+        text = walk(renderer, grammars.compile_boxes(key), seed)
         boxes = renderer.family.read_boxes(text, (100, 100), (100, 100))
-        marks = text.count("bbox_2d") + text.count("<box>") + text.count("<|box_start|>")
+        assert all(box.is_point == (key == "point_2d") for box in boxes)
+        marks = text.count(key) + text.count("<box>") + text.count("<|box_start|>")
         assert len(boxes) == marks
 
 

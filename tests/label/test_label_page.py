@@ -37,6 +37,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    create_region,
     read_samples,
     write_samples,
 )
@@ -422,6 +423,19 @@ def test_accepting_at_once_hides_no_error_and_undoes_no_other_decision(tmp_path,
         assert len(read_answers(tmp_path / "labels")) == 1
 
 
+def drag(browser: Browser, *corners: tuple[int, int]) -> None:
+    """Drag the mouse between two corners in pixels of the image."""
+    area = browser.run(
+        "const area = document.querySelector('#overlay').getBoundingClientRect();"
+        "return [area.left, area.top, area.width / 120];"
+    )
+    start, end = ((area[0] + x * area[2], area[1] + y * area[2]) for x, y in corners)
+    for kind, (x, y) in (("Pressed", start), ("Moved", end), ("Released", end)):
+        event = {"type": f"mouse{kind}", "x": x, "y": y, "button": "left", "buttons": 1}
+        event["clickCount"] = 1
+        browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+
+
 def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):
     with serve(open_boxes_session(tmp_path)) as address:
         browser.visit(f"{address}/?lang=en")
@@ -432,15 +446,7 @@ def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):
         press(browser, "2")
         press(browser, "b")
         press(browser, "Delete")
-        area = browser.run(
-            "const area = document.querySelector('#overlay').getBoundingClientRect();"
-            "return [area.left, area.top, area.width / 120];"
-        )
-        start, end = ((area[0] + x * area[2], area[1] + y * area[2]) for x, y in DRAGGED)
-        for kind, (x, y) in (("Pressed", start), ("Moved", end), ("Released", end)):
-            event = {"type": f"mouse{kind}", "x": x, "y": y, "button": "left", "buttons": 1}
-            event["clickCount"] = 1
-            browser.driver.execute_cdp_cmd("Input.dispatchMouseEvent", event)
+        drag(browser, *DRAGGED)
         wait_for(browser, "document.querySelectorAll('#overlay rect').length === 2")
         press(browser, "Enter")
         wait_for(browser, "!error.hidden && error.textContent.includes('box 2 has no class')")
@@ -460,8 +466,38 @@ def test_boxes_are_edited_by_keyboard_and_mouse(tmp_path, browser):
     assert corrected[1].xyxy == pytest.approx((*DRAGGED[0], *DRAGGED[1]), abs=1)
 
 
-def write_boxes(folder: Path, labels: Sequence[str]) -> Path:
-    """Write samples with one box of these labels, and a question about it around the image."""
+def test_points_are_reviewed_and_undone(tmp_path, browser):
+    source = write_boxes(tmp_path, ("left", "right"), (30, 40))
+    options = {"choices": ("left", "right"), "review": True}
+    with serve(open_session(tmp_path / "labels", MODEL, [source], **options)) as address:
+        browser.visit(f"{address}/?lang=en")
+        wait_for(browser, "document.querySelectorAll('#overlay circle[stroke]').length === 1")
+        press(browser, "b")
+        press(browser, "ArrowRight", 2)  # Ctrl: by 10 pixels
+        drag(browser, DRAGGED[0], DRAGGED[0])
+        wait_for(browser, "document.querySelectorAll('#overlay circle[stroke]').length === 2")
+        press(browser, "2")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('corrected 1')")
+        wait_for(browser, "document.querySelector('#name').textContent === '1.png'")
+        press(browser, "Enter")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('accepted 1')")
+        press(browser, "u")
+        wait_for(browser, "document.querySelector('#counts').textContent.includes('open 1')")
+        press(browser, "Delete")
+        check_layouts(browser, address)
+    corrected, kept = read_samples(tmp_path / "labels" / LABELS_FILE)
+    (moved, added), (point,) = corrected.messages[-1].content, kept.messages[-1].content
+    assert {moved.type, added.type, point.type} == {"point"}
+    assert (moved.xyxy, point.xyxy) == ((40, 40) * 2, (30, 40) * 2)
+    assert added.xyxy == pytest.approx(DRAGGED[0] * 2, abs=1)
+    # The journal has the points, too.
+    with open_session(tmp_path / "labels", MODEL, [source], **options).store as store:
+        assert store.find("s0").decision.content == (moved, added)
+
+
+def write_boxes(folder: Path, labels: Sequence[str], xy: tuple[int, int] | None = None) -> Path:
+    """Write samples with one box or point of these labels, and a question around the image."""
     photos, samples = draw_images(folder, len(labels)), []
     for index, label in enumerate(labels):
         question = (
@@ -469,7 +505,7 @@ def write_boxes(folder: Path, labels: Sequence[str]) -> Path:
             ImagePart(image=f"{photos}/{index}.png"),
             TextPart(text="."),
         )
-        answer = (BoxPart(label=label, xyxy=CORNERS[0]),)
+        answer = (create_region(xy * 2 if xy else CORNERS[0], label, is_point=xy is not None),)
         messages = (
             Message(role="user", content=question),
             Message(role="assistant", content=answer),

@@ -143,6 +143,7 @@ def test_least_certain_suggestions_come_first(inference_model, tmp_path):
 BOX = BoxPart(label="a", xyxy=(0, 0, 10, 10))
 
 OTHER = BoxPart(label="b", xyxy=(20, 20, 30, 30))
+POINT = BoxPart(label="a", xyxy=(5, 5, 5, 5))
 
 
 def make_sample(photos: Path, index: int, answer: str) -> LocatedSample:
@@ -161,6 +162,8 @@ def make_sample(photos: Path, index: int, answer: str) -> LocatedSample:
         ([BOX], [BOX, OTHER], 0.5),
         ([BOX, OTHER], [BOX.model_copy(update={"label": "b"}), OTHER], 0.5),
         ([TextPart(text="none")], [BOX], 1),
+        ([POINT], [POINT], 0),
+        ([BOX], [POINT], 1),
         ([TextPart(text='{"a": "x", "b": 1}')], [TextPart(text='{"b": 1.0, "a": "y"}')], 0.5),
         ([TextPart(text="abcd")], [TextPart(text=" abxd ")], 0.25),
         ([TextPart(text='{"a": "x"}')], [TextPart(text='{"a": "x"')], 0.1),

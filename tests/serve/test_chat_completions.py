@@ -174,6 +174,8 @@ def test_box_response(locate, ask_about_scene, client):
     caption = ask_about_scene(client, extra_body=shape).choices[0].message
     starts = "<|box_start|>", "<|object_ref_start|>", "<|im_e"
     assert caption.model_extra["raw_text"].startswith(starts)
+    points = locate(extra_body={"response_format": {"type": "points"}}).choices[0].message
+    assert all(one["xyxy"][:2] == one["xyxy"][2:] for one in points.model_extra["boxes"])
 
 
 def test_parameters_of_vllm_clients(locate):

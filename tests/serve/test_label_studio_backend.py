@@ -31,7 +31,7 @@ from api_server_fixtures import (
 from each_value import each
 
 from finesight.data.formats.label_studio import LabelControl
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, create_region
 from finesight.errors import UserError
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction
@@ -154,6 +154,16 @@ def test_key_as_password(backend: RunningServer) -> None:
 def make_choice(answer: str, boxes: tuple[BoxPart, ...] = ()) -> ChoiceBuilder:
     prediction = Prediction("request", (), "?", answer, answer, boxes, 1, "stop")
     return ChoiceBuilder(0, None, False, None, prediction=prediction)  # type: ignore[arg-type]
+
+
+def test_points_are_in_percent_of_the_image() -> None:
+    control = LabelControl("points", "a", "i", "d", ("dog", "cat"))
+    parts = [create_region(xyxy, "Dog", is_point=True) for xyxy in ((10, 5) * 2, (99, 5) * 2)]
+    parts.append(BoxPart(label="cat", xyxy=(0, 0, 20, 20)))
+    first, second = build_results(control, make_choice("", tuple(parts)), (20, 40))
+    assert first["type"] == "keypointlabels"
+    assert first["value"] == {"x": 25, "y": 25, "width": 0.5, "keypointlabels": ["dog"]}
+    assert (second["value"]["x"], second["value"]["keypointlabels"]) == (25, ["cat"])
 
 
 @each(

@@ -30,7 +30,7 @@ from finesight.app.pages import (
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, ImageSize
-from finesight.data.sample import BoxPart, TextPart
+from finesight.data.sample import BoxPart, TextPart, create_region
 from finesight.errors import UserError
 from finesight.infer.prediction import BOX_COLORS
 from finesight.label.label_session import LabelSession, describe_answer
@@ -53,11 +53,16 @@ THUMBNAIL_SIDE = 96
 
 
 class BoxAnswer(BaseModel, frozen=True):
-    """Box of an answer from the browser."""
+    """Box of an answer from the browser, or a point, whose corners are equal."""
 
     image: Annotated[int, Field(ge=0)] = 0
     label: Annotated[Utf8Text, Field(max_length=1000)] | None = None
     xyxy: tuple[FiniteFloat, FiniteFloat, FiniteFloat, FiniteFloat]
+
+    @property
+    def is_point(self) -> bool:
+        """Return whether the corners are equal."""
+        return self.xyxy[:2] == self.xyxy[2:]
 
 
 class DecisionRequest(BaseModel, frozen=True):
@@ -126,7 +131,8 @@ class LabelPage:
         """Return the page."""
         task = self._session.task
         settings = {
-            "kind": task.kind,
+            "kind": "boxes" if task.has_regions else task.kind,
+            "points": task.kind == "points",
             "session": self._key,
             "version": self._version,
             "choices": task.choices,
@@ -191,12 +197,11 @@ class LabelPage:
     def _list_choices(self, item: LabelItem) -> list[str]:
         """Return the choices of the task and the labels that the sample has; empty for any text."""
         task, content = self._session.task, (*(item.existing_answer or ()), *(item.label or ()))
-        if not task.choices or task.kind not in ("classes", "boxes"):
+        if not task.choices or not (task.has_regions or task.kind == "classes"):
             return []
-        is_box = task.kind == "boxes"
         labels = [part.label or "" for part in content if isinstance(part, BoxPart)]
         texts = [part.text for part in content if isinstance(part, TextPart)]
-        return [*dict.fromkeys((*task.choices, *(labels if is_box else texts)))]
+        return [*dict.fromkeys((*task.choices, *(labels if task.has_regions else texts)))]
 
     async def get_image(self, request: Request) -> Response:
         """Return an image without metadata as WebP, reduced to a side."""
@@ -298,17 +303,18 @@ class LabelPage:
         """
         task, choices = self._session.task, self._list_choices(item)
         names, remedy = [request.text], "choose a class, or skip (S)"
-        if task.kind == "boxes":
+        if task.has_regions:
             names = [box.label or "" for box in request.boxes]
-            remedy = "choose its class, or delete the box"
+            remedy = "choose its class, or delete it"
         known = f"{', '.join(choices or task.names):.200}"
         old = [part for part in item.proposal if isinstance(part, BoxPart)]
         corners = () if task.has_fixed_choices else [part.xyxy for part in old]
         unlabeled = [n for n, box in enumerate(request.boxes, 1) if not box.label]
         new = [n for n in unlabeled if request.boxes[n - 1].xyxy not in corners]
         is_moved = not task.has_fixed_choices and not all(part.label for part in old)
-        if known and task.kind == "boxes" and new and not is_moved:
-            raise UserError(f"box {new[0]} has no class", expected=known, remedy=remedy)
+        if known and task.has_regions and new and not is_moved:
+            kind = "point" if request.boxes[new[0] - 1].is_point else "box"
+            raise UserError(f"{kind} {new[0]} has no class", expected=known, remedy=remedy)
         for name in names if task.has_fixed_choices and choices else ():
             # An empty text is reported as an empty answer.
             if name.strip() and name not in choices:
@@ -322,7 +328,7 @@ class LabelPage:
             remedy = "fill at least one field, or skip (S)"
         elif kind == "classes" and self._session.task.choices:
             remedy = "choose a class, or skip (S)"
-        expected = "a text or a box" if kind == "boxes" else ""
+        expected = f"a text or {kind}" if self._session.task.has_regions else ""
         return UserError("the answer is empty", expected=expected, remedy=remedy)
 
 
@@ -343,12 +349,13 @@ def _build_content(
                 expected=f"an index below {len(sizes)}",
                 remedy="reload the page",
             )
+        size, is_point = sizes[box.image], box.is_point
         try:
-            corners = clip_to_image(box.xyxy, sizes[box.image], BoxConvention())
+            corners = clip_to_image(box.xyxy, size, BoxConvention(), is_point=is_point)
         except InvalidBoxError as error:
-            remedy = "draw the box again"
+            remedy = "draw it again"
             raise UserError(error.what, expected=error.expected, remedy=remedy) from error
-        boxes.append(BoxPart(image=box.image, label=box.label or None, xyxy=corners))
+        boxes.append(create_region(corners, box.label or None, is_point=is_point, image=box.image))
     for known in (item.proposal, item.suggestion.content if item.suggestion else ()):
         if known and describe_answer(known) == answer:
             clipped = iter(boxes)

@@ -508,7 +508,7 @@ def label(
     sources: Annotated[Sequence[StrPath], Parameter(metavar="IMAGES")],
     prompt: str | None = None,
     out: Annotated[StrPath | None, Parameter(metavar="FOLDER", path="folder")] = None,
-    kind: Literal["text", "fields", "classes", "boxes"] | None = None,
+    kind: Literal["text", "fields", "classes", "boxes", "points"] | None = None,
     classes: Annotated[str | None, Parameter(metavar="A,B,C")] = None,
     fields: Annotated[str | None, Parameter(metavar="A,B,C")] = None,
     review: Annotated[bool, Parameter(option="--review")] = False,

@@ -91,7 +91,7 @@ FORMS: dict[str, Mapping[str, FormField | None]] = {
         "out": FormField("Name of the data set", value=LABELS_NAME),
         "run_or_model": FormField("Model without a run", value=TINY_MODEL, is_advanced=True),
         "kind": FormField("Kind of the answers", default="detect automatically"),
-        "classes": FormField("Classes", "red, green, blue", kinds=("classes", "boxes")),
+        "classes": FormField("Classes", "red, green, blue", kinds=("classes", "boxes", "points")),
         "fields": FormField("Fields", "merchant, date, amount", kinds=("fields",)),
         "train_fraction": FormField(
             "Fraction of training samples", value=str(LABEL_TRAIN_FRACTION), is_advanced=True

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from finesight.data.boxes import MAX_OVERHANG_PX, BoxConvention, BoxFormat, BoxUnits
+from finesight.data.boxes import MAX_DISTANCE, MAX_OVERHANG_PX, BoxConvention, BoxFormat, BoxUnits
 from finesight.data.image_header import CorruptImageError, open_image_header
 from finesight.vision.image_processing import load_image
 
@@ -243,6 +243,13 @@ def pairwise_iou(boxes: Floats, other_boxes: Floats) -> Floats:
     areas = [np.clip(box[:, 2:] - box[:, :2], 0, None).prod(axis=1) for box in (boxes, other_boxes)]
     ious: Floats = intersection / np.maximum(areas[0] + areas[1] - intersection, 1e-12)
     return ious
+
+
+def pairwise_overlap(boxes: Floats, references: Floats) -> Floats:
+    """Compute the IoU [N] of normalized boxes; a point has the size of `MAX_DISTANCE`."""
+    is_point = (references[:, :2] == references[:, 2:]).all(axis=1, keepdims=True)
+    margins = is_point * np.array([-MAX_DISTANCE, -MAX_DISTANCE, MAX_DISTANCE, MAX_DISTANCE])
+    return pairwise_iou(boxes + margins, references + margins)
 
 
 MAX_SIDE = 448

@@ -68,7 +68,6 @@ from finesight.hub.archive import is_archive
 from finesight.hub.download import WEB_SCHEMES
 from finesight.model_folder import locate_model
 from finesight.recipe import load_recipe
-from finesight.storage import temporary_folder
 
 REMOTE_PREFIXES = ("hf:", "modelscope:", "https:/", "http:/")
 """Prefixes of remote sources, as they appear after conversion to a path."""
@@ -453,21 +452,6 @@ class DataChecker:
         if self._last_location.get(issue.code) != location:
             self._affected_samples[issue.code] += 1
             self._last_location[issue.code] = location
-
-
-def check_sources(
-    inputs: Sequence[CheckInput], model: ModelRequirements | None = None, max_issues: int = 1000
-) -> CheckResult:
-    """Check training and validation files in a single process, and return the result.
-
-    As no process is started, scripts need no main guard, and notebooks are supported. Images
-    embedded in tables are saved in a temporary folder.
-
-    Raises:
-        UserError: A data file cannot be opened.
-    """
-    with temporary_folder("check") as folder:
-        return DataChecker(inputs, folder, model, max_issues).run(single_process=True)[0]
 
 
 class BoxClaimCollector:

@@ -14,7 +14,8 @@ from pathlib import Path
 from finesight.check.check_issues import CheckIssue, IssueImage, SampleLocation
 from finesight.check.image_catalog import ImageCatalog, has_contrast
 from finesight.check.sample_issues import iter_media_paths
-from finesight.data.boxes import Box, iou
+from finesight.data.boxes import Box, measure_overlap
+from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.row_reader import is_object_text
 from finesight.data.sample import BoxPart, ImagePart, Message, Sample, join_text, list_media_paths
 from finesight.errors import shorten
@@ -31,7 +32,7 @@ answers, and the minimum number of such samples.
 """
 
 MIN_MATCH_IOU = 0.5
-"""Minimum intersection over union of two boxes that mark the same object."""
+"""Minimum overlap of two boxes or points that mark the same object; see `measure_overlap`."""
 
 MAX_ANSWER_FRACTION, MIN_SAMPLES = 0.5, 20
 """Maximum fraction of samples with the same answer, and minimum number of samples."""
@@ -65,6 +66,7 @@ class _AnswerRecord:
     preview: str
     boxes: tuple[tuple[int, Box], ...]
     image_path: str
+    image_size: ImageSize
     question_hash: int
 
 
@@ -164,12 +166,15 @@ class ConsistencyChecker:
         boxes = [part for part in answer.content if isinstance(part, BoxPart)]
         text = " ".join(join_text(answer.content).split())
         images = (part.image for part in sample.iter_parts() if isinstance(part, ImagePart))
+        image = next(images, "")
+        size = self._catalog[image].size if image and boxes else DEFAULT_SIZE
         return _AnswerRecord(
             location,
             hash((self._hash_message(answer), sample.references)),
             shorten(text, _MAX_PREVIEW),
             tuple((box.image, box.xyxy) for box in boxes),
-            next(images, ""),
+            image,
+            size if all(size) else DEFAULT_SIZE,
             hash(tuple((turn.role, join_text(turn.content)) for turn in turns)),
         )
 
@@ -282,7 +287,10 @@ def _are_contradictory(one: _AnswerRecord, other: _AnswerRecord) -> bool:
     """
     if one.boxes or other.boxes:
         boxes_match = len(one.boxes) == len(other.boxes) and all(
-            any(image == i and iou(box, b) >= MIN_MATCH_IOU for i, b in other.boxes)
+            any(
+                image == i and measure_overlap(box, b, one.image_size) >= MIN_MATCH_IOU
+                for i, b in other.boxes
+            )
             for image, box in one.boxes
         )
         return not boxes_match

@@ -185,6 +185,32 @@ def iou(a: Box, b: Box) -> float:
     return intersection / (box_area(a) + box_area(b) - intersection)
 
 
+MAX_DISTANCE = 0.05
+"""Fraction of the image diagonal between a point and its reference from which it is wrong."""
+
+
+def contains_center(outer: Box, box: Box) -> bool:
+    """Return whether the center of a box, or a point, lies in another box."""
+    x, y = (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+    return outer[0] <= x <= outer[2] and outer[1] <= y <= outer[3]
+
+
+def measure_distance(box: Box, reference: Box, image_size: tuple[float, float]) -> float:
+    """Return the distance of two centers in diagonals; 0 inside a reference."""
+    (x, y), (u, v) = ((b[0] + b[2], b[1] + b[3]) for b in (box, reference))
+    distance = math.dist((x, y), (u, v)) / 2 / math.hypot(*image_size)
+    return 0.0 if contains_center(reference, box) else distance
+
+
+def measure_overlap(
+    box: Box, reference: Box, image_size: tuple[float, float] = (1.0, 1.0)
+) -> float:
+    """Return the IoU, or the closeness to a reference point within `MAX_DISTANCE`."""
+    if box_area(reference):
+        return iou(box, reference)
+    return max(0.0, 1 - measure_distance(box, reference, image_size) / MAX_DISTANCE)
+
+
 def box_area(box: Box) -> float:
     """Return the area of a box in square pixels, 0 for inverted corners."""
     return max(0.0, box[2] - box[0]) * max(0.0, box[3] - box[1])

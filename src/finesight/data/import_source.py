@@ -457,8 +457,10 @@ def check_format_options(
         "boxes": ("--box-format or --box-units", bool(options.box_format or options.box_units)),
         "box_task": ("--box-task", options.box_task != "detection"),
     }
+    supported = {*data_format.supported_options}
+    supported |= {"box_task"} if options.box_task in supported else set()
     for name, (option, is_given) in used_options.items():
-        if is_given and name not in data_format.supported_options:
+        if is_given and name not in supported:
             raise UserError(
                 f"the format {data_format.name} (detected by {detected_by}) does not support it",
                 where=option,

@@ -22,7 +22,7 @@ from finesight.check.box_hypothesis import (
     BoxFrame,
     BoxHypothesis,
     hypothesis_from_convention,
-    pairwise_iou,
+    pairwise_overlap,
 )
 from finesight.config import DataSettings, ExactSize, LongestSide, Recipe, TrainFileSettings
 from finesight.data.image_header import read_image_size
@@ -429,7 +429,7 @@ def _check_box_conventions(
         # Conventions that do not apply to some coordinates give invalid boxes with IoU 0.
         with np.errstate(all="ignore"):
             boxes = meaning.normalize_boxes(claims), current.normalize_boxes(others)
-            return float(np.nan_to_num(pairwise_iou(*boxes)).mean())
+            return float(np.nan_to_num(pairwise_overlap(*boxes)).mean())
 
     current_iou = mean_iou(predicted, labels, current)
     sides = (("predictions", predicted, labels), ("labels", labels, predicted))

@@ -152,7 +152,7 @@ def _parse_json(text: str, source_format: str) -> Iterator[_Piece]:
     for piece in split_at_boxes(strip_code_fences(text)):
         if not isinstance(piece, str):
             yield [_parse_json_box(value, source_format) for value in piece]
-        elif BOX_KEY in piece:
+        elif BOX_KEY in piece or POINT_KEY in piece:
             raise _build_unreadable_error(piece, source_format)
         else:
             yield piece
@@ -265,8 +265,8 @@ def _check_in_frame(xyxy: Box, frame: ImageSize, source_format: str) -> None:
 def _build_unreadable_error(text: str, source_format: str) -> UserError:
     return UserError(
         f"invalid box in {text.strip()[:80]!r}",
-        expected=f"boxes in the {source_format} format with four coordinates each",
-        remedy="correct the answer, or remove the record",
+        expected=f"boxes and points in the {source_format} format, without other keys for tokens",
+        remedy="correct the answer, convert to a JSON format, or remove the record",
     )
 
 

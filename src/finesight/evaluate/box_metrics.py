@@ -7,17 +7,18 @@ F1 does not, and is the primary metric of detection.
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from statistics import fmean
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finesight.data.boxes import box_area, iou
+from finesight.data.boxes import Box, box_area, contains_center, measure_distance, measure_overlap
+from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart
 from finesight.evaluate.bootstrap import (
     FloatArray,
@@ -33,14 +34,12 @@ from finesight.evaluate.eval_case import EvalCase, MetricResult, MetricValues, m
 
 def score_grounding(cases: Sequence[EvalCase]) -> MetricResult:
     """Compute accuracy at IoU 0.5 and 0.75, mean IoU and parse rate."""
-    per_sample = [compute_box_scores(case.boxes, case.reference_boxes) for case in cases]
+    per_sample = [
+        compute_box_scores(case.boxes, case.reference_boxes, case.image_size) for case in cases
+    ]
     sources = {"accuracy_at_0.5": "hit", "accuracy_at_0.75": "hit_at_0.75"}
     sources |= {"mean_iou": "iou", "parse_rate": "parse_rate"}
     return MetricResult(per_sample, mean_metrics(per_sample, sources))
-
-
-MAX_DISTANCE = 0.05
-"""Fraction of the image diagonal between a point and its reference from which it is wrong."""
 
 
 def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
@@ -53,11 +52,11 @@ def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
     per_sample: list[MetricValues] = []
     counts = np.zeros((len(cases), 3))
     for i, case in enumerate(cases):
-        found, wanted, diagonal = case.boxes, case.reference_boxes, math.hypot(*case.image_size)
-        num_correct = len(match_boxes(found, wanted, partial(_measure_closeness, diagonal)))
+        found, wanted, size = case.boxes, case.reference_boxes, case.image_size
+        num_correct = len(match_boxes(found, wanted, size, _measure_closeness))
         counts[i] = num_correct, len(found), len(wanted)
         distances = [
-            min([1.0, *(_measure_distance(diagonal, f, t) for f in found)]) for t in wanted
+            min([1.0, *(measure_distance(f.xyxy, t.xyxy, size) for f in found)]) for t in wanted
         ]
         total = len(found) + len(wanted)
         scores = {
@@ -75,27 +74,22 @@ def score_pointing(cases: Sequence[EvalCase]) -> MetricResult:
     return MetricResult(per_sample, estimators)
 
 
-def _measure_distance(diagonal: float, box: BoxPart, reference: BoxPart) -> float:
-    """Return the distance of two centers, 0 inside a reference box."""
-    (x, y), (u, v) = ((b[0] + b[2], b[1] + b[3]) for b in (box.xyxy, reference.xyxy))
-    return math.dist((x, y), (u, v)) / 2 / diagonal * (not _contains_center(reference, box))
-
-
-def _measure_closeness(diagonal: float, box: BoxPart, reference: BoxPart) -> float:
+def _measure_closeness(box: Box, reference: Box, image_size: ImageSize) -> float:
     """Return 1 for a correct place, and 0 at `MAX_DISTANCE` or outside a reference box."""
-    distance = _measure_distance(diagonal, box, reference)
-    is_far = distance > (0 if box_area(reference.xyxy) else MAX_DISTANCE)
-    return 0.0 if is_far else 1 - distance / MAX_DISTANCE
+    if box_area(reference):
+        return float(contains_center(reference, box))
+    return measure_overlap(box, reference, image_size)
 
 
 def match_boxes(
     predicted: Sequence[BoxPart],
     references: Sequence[BoxPart],
-    overlap_fn: Callable[[BoxPart, BoxPart], float] = lambda a, b: iou(a.xyxy, b.xyxy),
+    image_size: ImageSize = DEFAULT_SIZE,
+    overlap_fn: Callable[[Box, Box, ImageSize], float] = measure_overlap,
 ) -> list[tuple[int, int, float]]:
     """Match predicted and reference boxes one-to-one.
 
-    Pairs are selected greedily by descending overlap (IoU by default), as in detection benchmarks.
+    Pairs are selected greedily by descending overlap, as in detection benchmarks.
     Only boxes of the same image match. Labels must match (ignoring case) only if the references
     have several labels, because the question already names a single target.
 
@@ -104,7 +98,7 @@ def match_boxes(
     """
     must_match_labels = len({normalize_label(t) for t in references}) > 1
     pairs = [
-        (overlap_fn(f, t), i, j)
+        (overlap_fn(f.xyxy, t.xyxy, image_size), i, j)
         for i, f in enumerate(predicted)
         for j, t in enumerate(references)
         if f.image == t.image
@@ -121,19 +115,21 @@ def match_boxes(
 
 
 def compute_box_scores(
-    predicted: Sequence[BoxPart], references: Sequence[BoxPart]
+    predicted: Sequence[BoxPart],
+    references: Sequence[BoxPart],
+    image_size: ImageSize = DEFAULT_SIZE,
 ) -> dict[str, float]:
     """Compute the box scores of one answer: `hit`, `hit_at_0.75`, `iou` and `parse_rate`.
 
     `parse_rate` is 1 if the answer has a box. The others are sums over the pairs of `match_boxes`
-    (IoU, IoU of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
+    (overlap, overlap of at least 0.5 and 0.75), divided by the larger number of boxes: missing and
     additional boxes cost the same. With one reference box and one predicted box they are the IoU
     and accuracy of referring expressions. Without reference boxes the correct answer has no boxes.
     """
     max_boxes = max(len(predicted), len(references))
     if max_boxes == 0:
         return {"hit": 1.0, "hit_at_0.75": 1.0, "iou": 1.0, "parse_rate": 1.0}
-    overlaps = [overlap for _, _, overlap in match_boxes(predicted, references)]
+    overlaps = [overlap for _, _, overlap in match_boxes(predicted, references, image_size)]
     return {
         "hit": sum(overlap >= 0.5 for overlap in overlaps) / max_boxes,
         "hit_at_0.75": sum(overlap >= 0.75 for overlap in overlaps) / max_boxes,
@@ -142,31 +138,33 @@ def compute_box_scores(
     }
 
 
-def compute_box_reward(predicted: Sequence[BoxPart], references: Sequence[BoxPart]) -> float:
+def compute_box_reward(case: EvalCase) -> float:
     """Return the mean over the boxes of IoU, hit and ratio of the areas, as a reward.
 
     The hit is 1 if the center of a box lies in its reference. Alone, it would favor small boxes,
     and the IoU large ones (Zhou et al. 2025, GUI-G1). Missing and additional boxes cost the same.
+    A reference point is hit within `MAX_DISTANCE`, and its overlap replaces the ratio, too.
     """
+    predicted, references = case.boxes, case.reference_boxes
     max_boxes = max(len(predicted), len(references))
     total = 0.0
-    for i, j, overlap in match_boxes(predicted, references):
-        areas = sorted(box_area(one.xyxy) for one in (predicted[i], references[j]))
-        size = areas[0] / areas[1] if areas[1] else 0.0
-        total += (overlap + _contains_center(references[j], predicted[i]) + size) / 3
+    for i, j, overlap in match_boxes(predicted, references, case.image_size):
+        box, reference = predicted[i].xyxy, references[j].xyxy
+        smaller, larger = sorted(map(box_area, (box, reference)))
+        is_point = not box_area(reference)
+        size = overlap if is_point else smaller / larger if larger else 0.0
+        total += (overlap + (is_point or contains_center(reference, box)) + size) / 3
     return total / max_boxes if max_boxes else 1.0
 
 
-def compute_click_reward(predicted: Sequence[BoxPart], references: Sequence[BoxPart]) -> float:
-    """Return 1 if the center of the first box lies in a reference box."""
-    hits = (_contains_center(reference, predicted[0]) for reference in references)
-    return float(bool(predicted) and any(hits))
-
-
-def _contains_center(outer: BoxPart, box: BoxPart) -> bool:
-    x, y = (box.xyxy[0] + box.xyxy[2]) / 2, (box.xyxy[1] + box.xyxy[3]) / 2
-    x1, y1, x2, y2 = outer.xyxy
-    return outer.image == box.image and x1 <= x <= x2 and y1 <= y <= y2
+def compute_click_reward(case: EvalCase) -> float:
+    """Return 1 if the first box or point is at a reference."""
+    hits = (
+        _measure_closeness(found.xyxy, reference.xyxy, case.image_size) > 0
+        for found, reference in product(case.boxes[:1], case.reference_boxes)
+        if found.image == reference.image
+    )
+    return float(any(hits))
 
 
 def normalize_label(box: BoxPart) -> str:
@@ -209,7 +207,8 @@ def score_detection(cases: Sequence[EvalCase]) -> MetricResult:
     counts, f1 = _sum_counts([_count_boxes(one) for one in classes], len(cases))
     num_predicted, num_references, num_correct = counts.T[:3]
     per_sample: list[MetricValues] = [
-        {"f1": float(f1[i, 0])} | compute_box_scores(case.boxes, case.reference_boxes)
+        {"f1": float(f1[i, 0])}
+        | compute_box_scores(case.boxes, case.reference_boxes, case.image_size)
         for i, case in enumerate(cases)
     ]
     estimators = {
@@ -232,7 +231,8 @@ def match_detections(cases: Sequence[EvalCase]) -> list[ClassDetections]:
     for i, case in enumerate(cases):
         predicted, references = map(_group_by_class, (case.boxes, case.reference_boxes))
         for key in sorted({*predicted, *references}):
-            is_correct = _match_at_thresholds(predicted[key][:MAX_DETECTIONS], references[key])
+            boxes = predicted[key][:MAX_DETECTIONS]
+            is_correct = _match_at_thresholds(boxes, references[key], case.image_size)
             rows[key[1]].append((i, is_correct, len(references[key])))
     detections = []
     for _, own_rows in sorted(rows.items()):
@@ -253,10 +253,13 @@ def _group_by_class(boxes: Sequence[BoxPart]) -> dict[tuple[int, str], list[BoxP
 
 
 def _match_at_thresholds(
-    predicted: Sequence[BoxPart], references: Sequence[BoxPart]
+    predicted: Sequence[BoxPart], references: Sequence[BoxPart], image_size: ImageSize
 ) -> NDArray[np.bool_]:
     """Return whether each predicted box matches a reference box at each IoU threshold, (D, 10)."""
-    overlaps = [[iou(box.xyxy, reference.xyxy) for reference in references] for box in predicted]
+    overlaps = [
+        [measure_overlap(box.xyxy, reference.xyxy, image_size) for reference in references]
+        for box in predicted
+    ]
     is_correct = np.zeros((len(predicted), len(IOU_THRESHOLDS)), np.bool_)
     for t, threshold in enumerate(IOU_THRESHOLDS):
         free_references = set(range(len(references)))

@@ -92,8 +92,8 @@ CaseRewardFn = Callable[[EvalCase], float]
 
 _BUILT_IN: dict[str, CaseRewardFn] = {
     "exact": score_exact,
-    "boxes": lambda case: compute_box_reward(case.boxes, case.reference_boxes),
-    "click": lambda case: compute_click_reward(case.boxes, case.reference_boxes),
+    "boxes": compute_box_reward,
+    "click": compute_click_reward,
     "repetition": score_repetition,
 }
 REWARDS = Registry("rewards", object, _BUILT_IN)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from finesight.config import MetricSpec, TaskName
+from finesight.data.boxes import box_area
 from finesight.data.sample import TOOL_CALL_TEXT
 from finesight.errors import UserError
 from finesight.evaluate import (
@@ -43,7 +44,7 @@ class TaskMetric:
 
     primary_metric: str | None
     score_fn: MetricFn
-    reference_kind: Literal["text", "box", "json", "tool call", "anything"] = "text"
+    reference_kind: Literal["text", "box", "box or point", "json", "tool call", "anything"] = "text"
 
 
 _BUILT_IN: dict[TaskName, TaskMetric] = {
@@ -56,7 +57,7 @@ _BUILT_IN: dict[TaskName, TaskMetric] = {
     "tool_calls": TaskMetric("exact", json_metrics.score_tool_calls, reference_kind="tool call"),
     "grounding": TaskMetric("accuracy_at_0.5", box_metrics.score_grounding, reference_kind="box"),
     "detection": TaskMetric("f1_at_0.5", box_metrics.score_detection, reference_kind="box"),
-    "pointing": TaskMetric("f1", box_metrics.score_pointing, reference_kind="box"),
+    "pointing": TaskMetric("f1", box_metrics.score_pointing, reference_kind="box or point"),
 }
 TASK_METRICS = Registry("metrics", TaskMetric, _BUILT_IN)
 
@@ -156,7 +157,7 @@ def check_references(metric: MetricSpec, references: Sequence[ReferenceAnswer]) 
         if all(has_reference_kind(other.reference_kind, reference) for reference in references)
     ]
     remedy = f"choose a metric that fits the answers: {', '.join(fitting) or 'none fits'}"
-    if reference_kind == "box":
+    if "box" in reference_kind:
         remedy += "; or import the boxes of a table: --map box=COLUMN --map label=COLUMN"
     raise UserError(problem, where=f"metric {metric}", expected=expected, remedy=remedy)
 
@@ -168,8 +169,8 @@ def has_reference_kind(reference_kind: str, reference: ReferenceAnswer) -> bool:
         return any(json_metrics.parse_form(text) is not None for text in texts)
     if reference_kind == "tool call":
         return any(map(TOOL_CALL_TEXT.search, texts))
-    if reference_kind == "box":
-        return bool(reference_boxes)
+    if "box" in reference_kind:
+        return any(reference_kind != "box" or box_area(box.xyxy) for box in reference_boxes)
     return reference_kind == "anything" or bool("".join(texts).strip())
 
 

@@ -69,14 +69,12 @@ class GrammarCompiler:
         """Compile a constraint for a JSON schema."""
         return self._compile(f"answer: %json {json.dumps({**schema, **_WHITESPACE_OPTIONS})}\n")
 
-    def compile_boxes(self) -> GrammarConstraint:
-        """Compile a constraint for zero or more boxes in the format of the model family."""
-        family = self._renderer.family
-        if family.box_tokens is not None:
-            return self._compile(
-                self._build_token_box_grammar(family.box_tokens, family.max_box_coordinate)
-            )
-        return self.compile_json_schema(_build_box_schema(family.max_box_coordinate))
+    def compile_boxes(self, key: str = BOX_KEY) -> GrammarConstraint:
+        """Compile a constraint for boxes, or points, in the format of the family."""
+        tokens, limit = self._renderer.family.box_tokens, self._renderer.family.max_box_coordinate
+        if tokens is not None:
+            return self._compile(self._build_token_grammar(tokens, limit, key))
+        return self.compile_json_schema(_build_box_schema(limit, key))
 
     def compile_tool_calls(
         self, functions: Sequence[tuple[str, JsonSchema | None]]
@@ -110,13 +108,14 @@ class GrammarCompiler:
             )
         return self._compile("\n".join(rules) + "\n")
 
-    def _build_token_box_grammar(self, box_tokens: Sequence[str], max_coordinate: int) -> str:
+    def _build_token_grammar(self, box_tokens: Sequence[str], limit: int, key: str) -> str:
         """Build the grammar of boxes in special tokens, with coordinates in thousandths."""
         ref, ref_end, box, box_end = (self._token_symbol(token) for token in box_tokens)
-        max_value = ' | "1000"' if max_coordinate >= 1000 else ""
+        max_value = ' | "1000"' if limit >= 1000 else ""
+        corners = ' "," '.join(['"(" N "," N ")"'] * (2 if key == BOX_KEY else 1))
         return (
             "answer: box*\n"
-            f'box: ({ref} LABEL {ref_end})? {box} "(" N "," N "),(" N "," N ")" {box_end}\n'
+            f"box: ({ref} LABEL {ref_end})? {box} {corners} {box_end}\n"
             f"N: /0|[1-9][0-9]{{0,2}}/{max_value}\n"
             f"LABEL: /[^<>\\n]{{1,{MAX_LABEL_LENGTH}}}/\n"
         )
@@ -225,15 +224,16 @@ def _build_ll_tokenizer(renderer: NativeRenderer, vocab_size: int) -> LLTokenize
     return ll_tokenizer
 
 
-def _build_box_schema(max_coordinate: int) -> JsonSchema:
+def _build_box_schema(max_coordinate: int, key: str) -> JsonSchema:
+    count = 4 if key == BOX_KEY else 2
     coordinate = {"type": "integer", "minimum": 0, "maximum": max_coordinate}
     box = {
         "type": "object",
         "properties": {
-            BOX_KEY: {"type": "array", "items": coordinate, "minItems": 4, "maxItems": 4},
+            key: {"type": "array", "items": coordinate, "minItems": count, "maxItems": count},
             "label": {"type": "string", "maxLength": MAX_LABEL_LENGTH},
         },
-        "required": [BOX_KEY],
+        "required": [key],
         "additionalProperties": False,
     }
     return {"anyOf": [box, {"type": "array", "items": box}]}

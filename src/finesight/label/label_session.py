@@ -22,6 +22,7 @@ from finesight.data.sample import (
     Message,
     Sample,
     TextPart,
+    format_number,
     read_samples,
 )
 from finesight.errors import UserError, suggest_similar_path
@@ -80,6 +81,11 @@ class LabelTask:
     field_names: tuple[str, ...] = ()
     has_default_kind: bool = False
     has_fixed_choices: bool = False
+
+    @property
+    def has_regions(self) -> bool:
+        """Return whether the answers are boxes or points."""
+        return self.kind in ("boxes", "points")
 
 
 SUGGESTIONS_PER_WRITE = 64
@@ -140,8 +146,7 @@ class LabelSession:
         contents = [item.proposal for item in self.store.items if item.proposal]
         answers = [one for one in self.store.list_answers() if get_text(one) != NO_OBJECTS_ANSWER]
         kind = _detect_kind(answers or contents) if self.task.has_default_kind else self.task.kind
-        boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
-        labels = Counter(box.label for box in boxes if box.label) if kind == "boxes" else Counter()
+        labels = _count_labels(contents, kind)
         names = self.task.names or tuple(name for name, _ in labels.most_common())
         template, field_names = self.task.template, self.task.field_names
         if kind == "fields" and (field_names or not template):
@@ -181,9 +186,9 @@ class LabelSession:
         return () if is_empty else tuple(part for part in content if part not in boxes)
 
     def _allows_boxes(self, item: LabelItem) -> bool:
-        """Whether the task has boxes, or the answer of a reviewed sample."""
+        """Return whether the task or the reviewed answer has boxes."""
         existing = item.existing_answer or ()
-        return self.task.kind == "boxes" or any(isinstance(part, BoxPart) for part in existing)
+        return self.task.has_regions or any(isinstance(part, BoxPart) for part in existing)
 
     def save(
         self, item: LabelItem, content: AnswerContent, question: Sequence[str] | None = None
@@ -263,7 +268,7 @@ class LabelSession:
             raise UserError(
                 "the answer has boxes",
                 expected=f"an answer of the kind {self.task.kind}",
-                remedy="reload the page; for boxes, start the command with --kind boxes",
+                remedy="reload the page, or start the command with --kind boxes or points",
             )
         value = _parse_json(text)
         if self.task.kind == "fields" and text.strip() and not isinstance(value, dict):
@@ -343,12 +348,13 @@ def open_session(
 
 
 def describe_answer(content: Sequence[Any]) -> dict[str, Any]:
-    """Return the text and the boxes of an answer as JSON data."""
-    boxes = [part for part in content if isinstance(part, BoxPart)]
-    return {
-        "text": get_text(content),
-        "boxes": [box.model_dump(mode="json", exclude={"type"}) for box in boxes],
-    }
+    """Return the text and the boxes of an answer as JSON data. A point has two equal corners."""
+    boxes = [
+        {"image": part.image, "label": part.label, "xyxy": [*map(format_number, part.xyxy)]}
+        for part in content
+        if isinstance(part, BoxPart)
+    ]
+    return {"text": get_text(content), "boxes": boxes}
 
 
 def _read_questions(folder: Path) -> dict[str, str]:
@@ -408,13 +414,12 @@ def detect_task(
 ) -> LabelTask:
     """Detect the task of labeled samples. Given values take precedence.
 
-    Answers are boxes or fields if most have boxes or are JSON objects, and classes if at most
-    `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average. The same holds for
-    the labels of boxes.
+    Answers are boxes, points or fields if most have boxes, have points, or are JSON objects, and
+    classes if at most `MAX_CLASSES` different answers occur `MIN_CLASS_REPEATS` times on average.
+    The same holds for the labels of boxes.
     """
     answers = [one.sample.messages[-1] for one in examples]
     contents = [message.content for message in answers if message.role == "assistant"]
-    boxes = [part for content in contents for part in content if isinstance(part, BoxPart)]
     texts = [get_text(content) for content in contents]
     has_default_kind = not (kind or choices or field_names or contents)
     detected = "fields" if field_names else _detect_kind(contents)
@@ -422,10 +427,11 @@ def detect_task(
         detected = "classes"
     kind = kind or ("classes" if choices and detected == "text" else detected)
     has_fixed_choices = bool(choices)
-    labels = Counter(box.label for box in boxes if box.label) if kind == "boxes" else Counter()
-    if not choices and kind in ("boxes", "classes"):
-        min_repeats = 1 if kind == "classes" else MIN_CLASS_REPEATS
-        choices = _find_classes(labels if kind == "boxes" else Counter(texts), min_repeats)
+    labels = _count_labels(contents, kind)
+    if not choices and kind == "classes":
+        choices = _find_classes(Counter(texts), min_repeats=1)
+    elif not choices:
+        choices = _find_classes(labels)
     template = _build_template(texts, field_names) if kind == "fields" else ""
     if prompt is None and examples:
         prompt = get_question(examples[0].sample) or None
@@ -447,11 +453,18 @@ def _find_classes(counts: Counter[str], min_repeats: int = MIN_CLASS_REPEATS) ->
     return tuple(name for name in counts if name) if is_closed else ()
 
 
+def _count_labels(contents: Iterable[Sequence[Any]], kind: AnswerKind) -> Counter[str]:
+    """Count the labels of boxes and points, if they are the kind of the answers."""
+    boxes = (part for content in contents for part in content if isinstance(part, BoxPart))
+    return Counter(box.label for box in boxes if box.label and kind in ("boxes", "points"))
+
+
 def _detect_kind(contents: Sequence[Sequence[Any]]) -> AnswerKind:
     """Return the kind of more than half of the answers; images without objects are not counted."""
     texts = [get_text(one) for one in contents if not any(isinstance(p, BoxPart) for p in one)]
     if len(contents) - len(texts) > sum(text != NO_OBJECTS_ANSWER for text in texts):
-        return "boxes"
+        is_point = [p.is_point for one in contents for p in one if isinstance(p, BoxPart)]
+        return "points" if 2 * sum(is_point) > len(is_point) else "boxes"
     num_objects = sum(isinstance(_parse_json(text), dict) for text in texts)
     return "fields" if 2 * num_objects > len(contents) else "text"
 

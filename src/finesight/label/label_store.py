@@ -33,6 +33,7 @@ from finesight.data.sample import (
     ImagePart,
     LocatedSample,
     Message,
+    PointPart,
     Sample,
     TextPart,
     read_samples,
@@ -63,10 +64,10 @@ LABELS_PER_WRITE = 500
 ANSWER_EVENTS = ("written", "accepted", "corrected")
 """Decisions with an answer: without a suggestion, equal to it, or different from it."""
 
-AnswerKind = Literal["text", "fields", "classes", "boxes"]
+AnswerKind = Literal["text", "fields", "classes", "boxes", "points"]
 
 AnswerContent = tuple[TextPart | BoxPart, ...]
-"""Content of an answer: a text, or boxes."""
+"""Content of an answer: a text, or boxes and points."""
 
 LabelEvent = Literal["suggested", "written", "accepted", "corrected", "skipped", "reopened"]
 
@@ -122,7 +123,7 @@ class JournalEntry(BaseModel):
     id: str
     model: str = ""
     confidence: float | None = None
-    content: tuple[Annotated[TextPart | BoxPart, Discriminator("type")], ...] = ()
+    content: tuple[Annotated[TextPart | BoxPart | PointPart, Discriminator("type")], ...] = ()
     parts: tuple[SuggestedPart, ...] = ()
     score: float | None = None
     sample: str = ""
@@ -437,7 +438,7 @@ class LabelStore(AbstractContextManager["LabelStore"]):
         """Append an entry to the journal, and update its item."""
         values |= {"id": item.sample.sample.id, "sample": item.digest, "version": item.version}
         entry = JournalEntry(time=datetime.now(UTC), **values)
-        append_line(self._journal, entry.model_dump_json(exclude_none=True))
+        append_line(self._journal, entry.model_dump_json(exclude_none=True, by_alias=True))
         item.apply(entry)
 
     def _decide(

@@ -17,7 +17,7 @@ probable under the model than the model's own answer, and differs from it.
 |---|---|
 | `loss` | negative log likelihood of the label under the model, in nats |
 | `excess_loss` | `loss` minus the loss of the model's own answer |
-| `disagreement` | 1 - F1 of fields, 1 - IoU of boxes, or normalized edit distance of texts |
+| `disagreement` | 1 - F1 of fields, 1 - overlap of boxes and points, or normalized edit distance |
 | `score` | see `combine_scores` |
 """
 
@@ -37,7 +37,12 @@ import torch
 from numpy.typing import NDArray
 
 from finesight.data.boxes import MAX_JSON_DEPTH
-from finesight.data.image_header import CorruptImageError
+from finesight.data.image_header import (
+    DEFAULT_SIZE,
+    CorruptImageError,
+    ImageSize,
+    read_image_size,
+)
 from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
@@ -272,7 +277,10 @@ def rank_labels(
     scores = {}
     for sample, loss in zip(samples, losses, strict=True):
         own = suggestion_by_id[sample.sample.id]
-        disagreement = measure_disagreement(sample.sample.messages[-1].content, own.content)
+        images = (part.image for part in sample.sample.iter_parts() if part.type == "image")
+        sizes = (read_image_size(sample.resolve_path(image)) for image in images)
+        contents = sample.sample.messages[-1].content, own.content
+        disagreement = measure_disagreement(*contents, next(sizes, DEFAULT_SIZE))
         scores[own.id] = combine_scores(max(0.0, loss - own.loss), disagreement, own.confidence)
     order = sorted(scores, key=lambda name: -scores[name])
     return [replace(suggestion_by_id[name], score=scores[name]) for name in order], reasons
@@ -308,13 +316,17 @@ def _label_logprobs(
         start = stop
 
 
-def measure_disagreement(label: Sequence[ContentPart], suggestion: Sequence[ContentPart]) -> float:
+def measure_disagreement(
+    label: Sequence[ContentPart],
+    suggestion: Sequence[ContentPart],
+    image_size: ImageSize = DEFAULT_SIZE,
+) -> float:
     """Return the difference of two answers in [0, 1]; see the table of this module."""
     label_boxes, suggested_boxes = (
         [part for part in content if isinstance(part, BoxPart)] for content in (label, suggestion)
     )
     if label_boxes or suggested_boxes:
-        return 1 - compute_box_scores(suggested_boxes, label_boxes)["iou"]
+        return 1 - compute_box_scores(suggested_boxes, label_boxes, image_size)["iou"]
     label_text, suggested_text = (
         normalize_text(get_text(content)) for content in (label, suggestion)
     )

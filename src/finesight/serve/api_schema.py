@@ -299,9 +299,9 @@ class StructuredFormat(StrictModel):
 
 
 class GrammarFormat(StrictModel):
-    """Any JSON object, or `boxes` in the format of the model family, an extension of the API."""
+    """Any JSON object, or boxes or points in the format of the family, an extension of the API."""
 
-    type: Literal["json_object", "boxes"]
+    type: Literal["json_object", "boxes", "points"]
 
 
 ResponseFormat = Annotated[

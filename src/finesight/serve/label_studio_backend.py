@@ -1,9 +1,9 @@
 """ML backend of Label Studio: predictions for the tasks of a project, below `/label-studio`.
 
 Each control of the labeling configuration is one question about the image: RectangleLabels asks for
-boxes, Choices for a class, and TextArea for a text. The questions are those of an import from Label
-Studio, so that a model that was trained on such a dataset sees its training question. A TextArea of
-regions asks for boxes with their text.
+boxes, KeyPointLabels for points, Choices for a class, and TextArea for a text. The questions are
+those of an import from Label Studio, so that a model that was trained on such a dataset sees its
+training question. A TextArea of regions asks for boxes with their text.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from finesight.data.boxes import clip_box
 from finesight.data.formats.image_annotations import (
     CAPTION_PROMPT,
     DETECTION_PROMPT,
+    POINTS_PROMPT,
     build_class_prompt,
     format_prompt,
 )
@@ -35,7 +37,6 @@ from finesight.data.formats.label_studio import (
     build_region_results,
 )
 from finesight.data.row_reader import Record
-from finesight.data.sample import BoxPart
 from finesight.errors import UserError
 from finesight.serve.api_schema import ApiError, ClientDisconnectedError, from_user_error
 from finesight.serve.chat_completions import ChatCompletionsHandler, ChoiceBuilder, limit_time
@@ -148,7 +149,7 @@ class LabelStudioHandler:
             raise ApiError(
                 400,
                 "no control for images in the labeling configuration; expected RectangleLabels,"
-                " Choices or TextArea",
+                " KeyPointLabels, Choices or TextArea",
                 "label_config",
             )
 
@@ -244,6 +245,7 @@ class LabelStudioHandler:
         """Build the chat completion request of a control."""
         default = {
             "boxes": SPOTTING_PROMPT if control.text_name else DETECTION_PROMPT,
+            "points": POINTS_PROMPT,
             "choices": build_class_prompt(len(control.labels)),
             "text": CAPTION_PROMPT,
         }[control.kind]
@@ -265,13 +267,16 @@ def build_results(
     """Convert an answer to results of a control. Labels that the control lacks are left out."""
     assert choice.prediction is not None, f"choice {choice.index} is not complete"
     names = {_normalize(label): label for label in control.labels}
-    if control.kind == "boxes":
+    if control.kind in ("boxes", "points"):
+        is_point = control.kind == "points"
         results = []
         for number, box in enumerate(choice.prediction.boxes, start=1):
             label = names.get(_normalize(box.label or ""))
             if control.labels and (control.text_name or len(control.labels) == 1):
                 label = label or control.labels[0]
-            corners = _clip(box, image_size)
+            x1, y1, x2, y2 = box.xyxy
+            center = (x1 + x2) / 2, (y1 + y2) / 2
+            corners = clip_box(center * 2 if is_point else box.xyxy, image_size, is_point=is_point)
             if label is not None and corners is not None:
                 results += build_region_results(
                     f"{control.name}-{number}",
@@ -294,11 +299,3 @@ def build_results(
 
 def _normalize(label: str) -> str:
     return " ".join(label.casefold().split())
-
-
-def _clip(box: BoxPart, image_size: tuple[int, int]) -> tuple[float, float, float, float] | None:
-    """Clip a predicted box to its image; return None if nothing is left."""
-    height, width = image_size
-    x1, y1, x2, y2 = box.xyxy
-    x1, y1, x2, y2 = max(x1, 0.0), max(y1, 0.0), min(x2, float(width)), min(y2, float(height))
-    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None

@@ -12,6 +12,7 @@ import binascii
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finesight.bounded_files import parse_json
+from finesight.data.boxes import POINT_KEY
 from finesight.data.formats.label_studio import parse_label_config
 from finesight.data.image_header import read_image_size
 from finesight.data.sample import (
@@ -237,6 +239,7 @@ def compile_grammar(
         "json_object": compiler.compile_json_object,
         "json_schema": compiler.compile_json_schema,
         "boxes": compiler.compile_boxes,
+        "points": partial(compiler.compile_boxes, POINT_KEY),
         "calls": compiler.compile_tool_calls,
     }
     state.constraint = compilers[name](*args)

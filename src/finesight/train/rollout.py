@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from finesight.data.boxes import iou, sort_corners
+from finesight.data.boxes import measure_overlap, sort_corners
 from finesight.data.sample import LocatedSample
 from finesight.encode.family import FRAME_1000, scale_box
 from finesight.encode.packing import PackedBatch, pack
@@ -125,8 +125,8 @@ class RewardCheck:
     def __init__(self, renderer: Renderer, log: Callable[[str], None]) -> None:
         self._renderer, self._log = renderer, log
         self._num_responses = self._num_rewarded = self._num_checks = 0
-        self._matches: dict[str, list[list[tuple[float, float]]]] = {}
-        """IoU of each box, and if it is within the image, in all coordinate frames, by sample."""
+        self._matches: dict[str, list[list[tuple[float, bool]]]] = {}
+        """Overlap of each box, and if it is within the image, in all frames, by sample."""
 
     def add(
         self, cases: Sequence[EvalCase], totals_G: FloatArray, spans: Sequence[VisualSpan]
@@ -154,7 +154,7 @@ class RewardCheck:
     def _compare_boxes(
         self, renderer: NativeRenderer, cases: Sequence[EvalCase], images: Sequence[VisualSpan]
     ) -> None:
-        """Collect the IoU of predicted boxes and references, in each coordinate frame.
+        """Collect the overlap of predicted boxes and references, in each coordinate frame.
 
         Corners are sorted, because a model in a wrong frame often writes them in reverse.
         """
@@ -166,7 +166,7 @@ class RewardCheck:
                 frames = own, FRAME_1000, image.original_size, image.resized_size, (1, 1)
                 expected = scale_box(reference.xyxy, image.original_size, (1, 1))
                 found = [sort_corners(scale_box(raw, frame, (1, 1))) for frame in frames]
-                matches = [(iou(one, expected), float(max(one) <= MAX_CORNER)) for one in found]
+                matches = [(measure_overlap(b, expected), max(b) <= MAX_CORNER) for b in found]
                 self._matches.setdefault(case.id, []).append(matches)
 
     def _describe_rewards(self) -> str:
@@ -199,8 +199,8 @@ class RewardCheck:
         if p_value > MAX_FRAME_P_VALUE or others[best] < max(2 * usual, MIN_FRAME_IOU):
             return ""
         return (
-            f"the boxes match the references as {FRAMES[best]} (mean IoU {others[best]:.2f}, now"
-            f" {usual:.2f}): boxes of answers or of data probably have another coordinate frame"
+            f"the boxes match the references as {FRAMES[best]} (mean overlap {others[best]:.2f},"
+            f" now {usual:.2f}): boxes of answers or of data probably have another coordinate frame"
         )
 
 

@@ -231,7 +231,7 @@ def test_other_shapes(
         (
             coco,
             '"category_id": 2, "bbox": [0, 0, 40, 20], "keypoints": [30, 4, 2, 0, 0, 0, 8, 9, 1]',
-            [("lawn a", (30, 4)), ("lawn c", (8, 9))],
+            [("lawn 3", (8, 9)), ("lawn a", (30, 4))],
         ),
         (labelme, '"shape_type": "point", "points": [[30, 4]]', [("lawn", (30, 4))]),
         (
@@ -258,7 +258,7 @@ def test_points(
     source = write_changed(make, tmp_path / "set", old, lawn)
     if make is coco:
         text = source.read_text(encoding="utf-8").replace(
-            '"name": "lawn"', '"name": "lawn", "keypoints": ["a", "b", "c"]'
+            '"name": "lawn"', '"name": "lawn", "keypoints": ["a", "b"]'
         )
         source.write_text(text, encoding="utf-8")
     if make is yolo:
@@ -280,6 +280,25 @@ def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:
     lawn = '"shape_type": "point", "points": [[44, 4]]'
     source = write_changed(labelme, tmp_path / "outside", LAWNS[labelme], lawn)
     with pytest.raises(UserError, match=r"the point \[44, 4\] .* outside its image"):
+        import_samples(source, tmp_path / "out", box_task="points")
+
+
+@pytest.mark.parametrize(
+    ("description", "message"),
+    [
+        ("kpt_shape: [3, 2]", r"1 0.5 .* expected: .* 10 values with keypoints"),
+        (
+            "kpt_shape: [3, 3]\nkpt_names: {1: [a, b]}",
+            r"kpt_shape is \[3, 3\].* 2 names",
+        ),
+        ("kpt_shape: 3", "data.yaml: kpt_shape is 3"),
+    ],
+)
+def test_keypoints_agree_with_their_declaration(tmp_path: Path, description, message) -> None:
+    lawn = "1 0.5 0.5 1 1 0.75 0.2 2 0 0 0 0.2 0.45 1"
+    source = write_changed(yolo, tmp_path / "set", "1 0.5 0.5 1 1", lawn)
+    (source / "data.yaml").write_text(f"names: [dog, lawn]\n{description}\n")
+    with pytest.raises(UserError, match=f"(?s){message}"):
         import_samples(source, tmp_path / "out", box_task="points")
 
 

@@ -362,9 +362,9 @@ def test_unreadable_images_are_skipped(reward_task):
 FRAMES = {"thousandths of the image": (1000, 1000), "pixels of the image": (800, 400)}
 
 
-@each("is_weak", [False, True])
+@each("kind", ["exact", "weak", "point"])
 @each("frame", [*FRAMES, ""])
-def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
+def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, kind):
     """The model is of a family with boxes in pixels of the resized image.
 
     A weak model hits a corner of the reference, and reverses its own corners, as if it was tuned
@@ -376,9 +376,10 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
     part = ImagePart(image=str(tmp_path / "image.png"))
     question = Sample(id="a", messages=(Message(role="user", content=(part,)),))
     (span,) = renderer.tokenize_prompt(LocatedSample(question, tmp_path)).spans
-    reference = BoxPart(image=0, xyxy=(100, 200, 300, 600))
+    corners = (100, 200, 100, 200) if kind == "point" else (100, 200, 300, 600)
+    reference = BoxPart(image=0, xyxy=corners)
     # The model writes the reference in the frame, or another box.
-    box = (350, 240, 260, 140) if is_weak else reference.xyxy
+    box = (350, 240, 260, 140) if kind == "weak" else reference.xyxy
     written = scale_box(box, (800, 400), FRAMES[frame]) if frame else (0, 0, 9, 9)
     found = scale_box(written, span.resized_size, (800, 400))
     cases = [

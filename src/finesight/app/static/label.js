@@ -278,8 +278,11 @@ const makeBadge = (confidence, isSuggested) => {
   return badge;
 };
 
+// The two corners of a point are equal.
+const isPoint = ({ xyxy: [x1, y1, x2, y2] }) => x1 === x2 && y1 === y2;
+const nameBox = (box, index) => translate(isPoint(box) ? "Point {}" : "Box {}", index + 1);
 const formatAnswer = ({ text, boxes: shown }) => [text, ...shown.map((box) =>
-  `${box.label ?? ""} [${box.xyxy.map(Math.round).join(", ")}]`)].join("\n").trim();
+  `${box.label ?? ""} [${box.xyxy.slice(0, isPoint(box) ? 2 : 4).map(Math.round).join(", ")}]`)].join("\n").trim();
 
 // List of all images
 
@@ -384,10 +387,10 @@ const showForm = () => {
   const rows = boxes.map((box, index) => create(
     "div", { class: `row${index === selected ? " selected" : ""}`, style: `--color: ${getColor(index)}`,
       onfocusin: () => { if (selected !== index) select(index, false); } },
-    create("label", { for: `box-${index}` }, translate("Box {}", index + 1), " ",
+    create("label", { for: `box-${index}` }, nameBox(box, index), " ",
       makeBadge(getConfidence([findSuggested(box)]), () => findSuggested(answer.boxes[index]) >= 0)),
     makeLabel(`box-${index}`, box.label ?? "", (value) => { box.label = value || null; drawBoxes(); }),
-    create("button", { type: "button", "aria-label": `${translate("Delete")} ${translate("Box {}", index + 1)}`,
+    create("button", { type: "button", "aria-label": `${translate("Delete")} ${nameBox(box, index)}`,
       onclick: () => remove(index) }, "✕"),
     makeClassNote(() => box.label, true)));
   if (settings.kind === "boxes" && settings.choices.length && boxes.length) {
@@ -567,12 +570,18 @@ const drawBoxes = () => {
   answer.boxes.forEach((box, index) => {
     if (box.image !== imageIndex) return;
     const [x1, y1, x2, y2] = box.xyxy, color = getColor(index);
-    draw("rect", { x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1), stroke: color,
-      class: index === selected ? "selected" : "", "data-box": index });
+    const shared = { stroke: color, class: index === selected ? "selected" : "", "data-box": index };
+    if (isPoint(box)) {
+      const point = { cx: x1, cy: y1, "data-box": index };
+      draw("circle", { ...point, r: 10 * unit, class: "reach" });
+      draw("circle", { ...shared, ...point, r: 5 * unit, fill: color });
+    } else {
+      draw("rect", { ...shared, x: x1, y: y1, width: Math.max(0, x2 - x1), height: Math.max(0, y2 - y1) });
+    }
     const text = draw("text", { x: x1, y: Math.max(y1 - 3 * unit, 12 * unit), fill: color,
       "font-size": 13 * unit, "stroke-width": 3 * unit });
     text.textContent = box.label ? `${box.label}${isUnknown(box.label) ? "?" : ""}` : index + 1;
-    if (index !== selected) return;
+    if (index !== selected || isPoint(box)) return;
     // The invisible area of a corner is larger, and leaves the middle of a small box.
     const reach = Math.min(18 * unit, Math.max(8 * unit, (x2 - x1) / 3, (y2 - y1) / 3));
     for (const [corner, x, y] of [[0, x1, y1], [1, x2, y1], [2, x1, y2], [3, x2, y2]]) {
@@ -720,8 +729,9 @@ byId("overlay").addEventListener("pointermove", (event) => {
   const [x, y] = getPoint(event), [dx, dy] = [x - drag.start[0], y - drag.start[1]];
   if (drag.box < 0) {
     if (Math.hypot(dx, dy) < 3) return;
-    add(clampBox([...drag.start, x, y]));
-    Object.assign(drag, { box: selected, corner: "new" });
+    add(clampBox(settings.points ? [...drag.start, ...drag.start] : [...drag.start, x, y]));
+    Object.assign(drag, { box: selected, corner: settings.points ? undefined : "new",
+      before: [...answer.boxes[selected].xyxy] });
   }
   const box = answer.boxes[drag.box];
   if (drag.corner === "new") box.xyxy = clampBox([...drag.start, x, y]);
@@ -735,8 +745,11 @@ byId("overlay").addEventListener("pointermove", (event) => {
   drawBoxes();
 });
 for (const name of ["pointerup", "pointercancel"]) byId("overlay").addEventListener(name, () => {
-  // A click next to all boxes selects none. The start of scrolling cancels a pointer.
-  if (drag && drag.box < 0 && name === "pointerup") select(-1);
+  // A click next to all boxes selects none, or adds a point. The start of scrolling cancels a pointer.
+  if (drag && drag.box < 0 && name === "pointerup") {
+    if (settings.points) add(clampBox([...drag.start, ...drag.start]));
+    else select(-1);
+  }
   else if (drag) showForm();
   drag = null;
 });
@@ -762,7 +775,7 @@ const edit = () => {
 const moveByKey = (event) => {
   const [dx, dy] = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
   const size = event.ctrlKey ? 10 : 1, box = answer.boxes[selected], [x1, y1, x2, y2] = box.xyxy;
-  box.xyxy = event.shiftKey ? clampBox([x1, y1, x2 + dx * size, y2 + dy * size])
+  box.xyxy = event.shiftKey && !isPoint(box) ? clampBox([x1, y1, x2 + dx * size, y2 + dy * size])
     : shiftBox(box.xyxy, dx * size, dy * size);
   showForm();
   drawBoxes();
@@ -770,7 +783,8 @@ const moveByKey = (event) => {
 
 const addByKey = () => {
   const { width, height } = item.images[imageIndex] ?? {};
-  if (width) add(clampBox([width / 4, height / 4, 3 * width / 4, 3 * height / 4]));
+  const [start, stop] = settings.points ? [0.5, 0.5] : [0.25, 0.75];
+  if (width) add(clampBox([start * width, start * height, stop * width, stop * height]));
 };
 
 const move = (step) => open((item.index + decisions.length + step) % decisions.length);

@@ -363,9 +363,16 @@ class RowImages:
         return width, height
 
     def create_valid_box(
-        self, value: object, label: str | None, default: BoxConvention
+        self, value: object, label: str | None, default: BoxConvention, *, is_text: bool = False
     ) -> BoxPart | InvalidBoxError:
-        """Create a box part, or return the error of an invalid box that the import drops."""
+        """Create a box part, or return the error of an invalid box that the import drops.
+
+        A point is invalid outside of a text without `--box-task points`, also if boxes are dropped.
+        """
+        is_asked = is_text or self._context.box_task == "points"
+        if isinstance(value, list | tuple) and len(value) == 2 and not is_asked:
+            expected, remedy = "four coordinates", "correct the row, or give --box-task points"
+            raise InvalidRowError(f"the box {str(value)[:80]}, a point", expected, remedy)
         try:
             return self.create_box(value, label, default)
         except InvalidBoxError as error:
@@ -396,7 +403,7 @@ class RowImages:
             InvalidBoxError: A box is invalid, and the import does not drop it, it may mark an
                 object, or no other is left.
         """
-        found = [self.create_valid_box(*pair, default) for pair in values]
+        found = [self.create_valid_box(*pair, default, is_text=True) for pair in values]
         boxes = [one for one in found if isinstance(one, BoxPart)]
         errors = [one for one in found if isinstance(one, InvalidBoxError)]
         for error in errors:

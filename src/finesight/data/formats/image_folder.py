@@ -31,6 +31,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unicodedata import normalize
 
 import yaml
@@ -340,18 +341,19 @@ def _build_rows(
     class_names: Mapping[int, str],
     images: Sequence[tuple[str, Path]],
     detected_by: str,
-    *,
     keypoints: Mapping[int, Sequence[str]] | None = None,
+    pose_length: int = 0,
 ) -> tuple[RowReader, str]:
     """Return a row for each image of a YOLO dataset, and the reason for the match.
 
     Args:
         images: Split and path of each image; the split is "" in a dataset without splits.
         keypoints: Names of the keypoints after the box by class ID; None without keypoints.
+        pose_length: Number of values of a box with these keypoints.
     """
     names = list(class_names.values())
-    lines = () if keypoints is not None else _iter_first_lines(images)
-    pose_length = None if keypoints is not None else _find_pose_length([*map(_parse_values, lines)])
+    if keypoints is None:
+        pose_length = _find_pose_length([*map(_parse_values, _iter_first_lines(images))])
 
     def make_row(row_number: int, split_image: tuple[str, Path]) -> SourceRow:
         split, image = split_image
@@ -439,26 +441,36 @@ def _open_from_yaml(source: Path) -> tuple[RowReader, str] | None:
                     expected="images in the folders or lists of train, val and test",
                     remedy="correct these paths, relative to the folder of the file",
                 )
-            keypoints, reason = _name_keypoints(description, names), f"names in {file.name}"
-            return _build_rows(source, names, images, reason, keypoints=keypoints)
+            known_by, pose = f"names in {file.name}", _read_keypoints(description, names, file)
+            return _build_rows(source, names, images, known_by, *pose)
     return None
 
 
-def _name_keypoints(
-    description: Record, class_names: Mapping[int, str]
-) -> dict[int, list[str]] | None:
-    """Return the keypoints of each class: their names in data.yaml, else their numbers."""
+def _read_keypoints(
+    description: Record, class_names: Mapping[int, str], file: Path
+) -> tuple[dict[int, list[str]] | None, int]:
+    """Return names or numbers of keypoints by class, and the length of a label."""
     if "kpt_shape" not in description:
-        return None
-    shape, by_class = as_list(description["kpt_shape"]), description.get("kpt_names")
+        return None, 0
+    shape: Any = as_list(description["kpt_shape"])
+    by_class = description.get("kpt_names")
     by_class = by_class if isinstance(by_class, dict) else {}
-    count = min(shape[0], MAX_BOXES) if shape and isinstance(shape[0], int) else 0
-    return {
-        class_id: [
-            f"{name} {one}" for one in as_list(by_class.get(class_id)) or range(1, count + 1)
-        ]
+    counts = {len(names) for one in by_class if (names := as_list(by_class[one]))}
+    is_shape = len(shape) == 2 and shape[0] in range(1, MAX_BOXES + 1) and shape[1] in (2, 3)
+    if not is_shape or counts - {shape[0]}:
+        raise UserError(
+            f"kpt_shape is {reprlib.repr(description['kpt_shape'])}, and kpt_names have"
+            f" {', '.join(map(str, sorted(counts))) or 'no'} names",
+            where=str(file),
+            expected="[number of keypoints, 2 or 3], and as many names",
+            remedy="correct kpt_shape or kpt_names",
+        )
+    numbers = range(1, shape[0] + 1)
+    keypoints = {
+        class_id: [f"{name} {one}" for one in as_list(by_class.get(class_id)) or numbers]
         for class_id, name in class_names.items()
     }
+    return keypoints, 4 + shape[0] * shape[1]
 
 
 def _parse_class_names(value: object, file: Path) -> dict[int, str]:
@@ -633,11 +645,13 @@ def _parse_label_line(
 ) -> ObjectAnnotation:
     name = Path(record["labels"]).name
     values, pose_length = _parse_values(line), record["pose_length"]
-    is_pose = len(values) > 4 and pose_length in (None, len(values))
-    if len(values) < 4 or (len(values) % 2 and not is_pose):
+    is_pose, keypoints = len(values) == pose_length > 4, record["keypoints"]
+    is_polygon = keypoints is None and len(values) % 2 == 0
+    if len(values) < 4 or not (is_pose or is_polygon or len(values) == 4):
+        further = "polygon corners" if keypoints is None else f"{pose_length} values with keypoints"
         raise InvalidBoxError(
             f"{name}:{line_number}: {line.strip()[:80]!r}",
-            expected="a class ID, then center and size, or polygon corners",
+            expected=f"a class ID, then center and size, or {further}",
             remedy="correct the line; labels have no sixth value (confidence)",
         )
     class_id = parse_integer(line.split()[0])
@@ -649,15 +663,15 @@ def _parse_label_line(
         )
     label = record["names"][class_id]
     if is_pose or len(values) == 4:
-        source_notes[NOTE_KEYPOINTS if pose_length is None else NOTE_ASSUMED_KEYPOINTS] += is_pose
-        names = (record["keypoints"] or {}).get(class_id, ()) if is_pose else ()
-        size = max(2, (len(values) - 4) // max(1, len(names)))
-        entries = [values[start : start + size] for start in range(4, len(values), size)]
+        source_notes[NOTE_ASSUMED_KEYPOINTS if keypoints is None else NOTE_KEYPOINTS] += is_pose
+        names = (keypoints or {}).get(class_id, ()) if is_pose else ()
+        size = (len(values) - 4) // max(1, len(names))
+        entries = [values[4 + n * size :][:size] for n in range(len(names))]
         # Two values that are 0 without the point, or two values and a visibility.
         points = [
             (name, entry[:2])
-            for name, entry in zip(names, entries, strict=False)
-            if size <= 3 and any(entry[:2]) and all(entry[2:])
+            for name, entry in zip(names, entries, strict=True)
+            if any(entry[:2]) and all(entry[2:])
         ]
         return ObjectAnnotation(label, values[:4], points=points)
     corners = find_bounds(zip(values[::2], values[1::2], strict=True), values)

@@ -76,7 +76,7 @@ from finesight.data.row_reader import (
     open_annotation_files,
     rows_from_items,
 )
-from finesight.data.sample import LocatedSample, check_json, read_data_file
+from finesight.data.sample import MAX_BOXES, LocatedSample, check_json, read_data_file
 from finesight.errors import UserError, format_count
 
 COCO_BOX_CONVENTION = BoxConvention(format="xywh")
@@ -126,14 +126,18 @@ def _open_coco(source: Path) -> tuple[RowReader, str] | None:
         for item in categories
         if isinstance(item.get("name"), str) and item["name"].strip()
     }
-    keypoints = {
-        str(item.get("id")): [f"{item.get('name')} {name}" for name in as_list(item["keypoints"])]
-        for item in categories
-        if "keypoints" in item
-    }
     by_image: defaultdict[str, list[Record]] = defaultdict(list)
+    num_keypoints: defaultdict[str, int] = defaultdict(int)
     for annotation in annotations:
         by_image[str(annotation.get("image_id"))].append(annotation)
+        category = str(annotation.get("category_id"))
+        count = min(MAX_BOXES, len(as_list(annotation.get("keypoints"))) // 3)
+        num_keypoints[category] = max(num_keypoints[category], count)
+    keypoints: dict[str, list[str]] = {}
+    for item in categories:
+        category, key_names = str(item.get("id")), as_list(item.get("keypoints"))
+        numbers = range(len(key_names) + 1, num_keypoints[category] + 1)
+        keypoints[category] = [f"{item.get('name')} {one}" for one in (*key_names, *numbers)]
 
     def make_row(row_number: int, image: Record) -> SourceRow:
         name = _get_file_name(image)

@@ -234,27 +234,27 @@ def build_region_results(
     text: str | None = None,
     controls: tuple[str, str, str] = ("label", "text", "image"),
 ) -> list[Record]:
-    """Build the results of a box: a rectangle with its label, and optionally a text.
+    """Build the results of a box or point with its label, and perhaps a text.
 
     Args:
         controls: Names of the controls of rectangles and texts, and of the image.
     """
     height, width = image_size
     x1, y1, x2, y2 = xyxy
-    geometry = {
-        "x": 100 * x1 / width,
-        "y": 100 * y1 / height,
-        "width": 100 * (x2 - x1) / width,
-        "height": 100 * (y2 - y1) / height,
-        "rotation": 0,
-    }
+    kind, geometry = "keypointlabels", {"x": 100 * x1 / width, "y": 100 * y1 / height}
+    if (x1, y1) == (x2, y2):
+        geometry["width"] = 0.5  # of the dot
+    else:
+        kind = "rectanglelabels"
+        geometry["width"], geometry["height"] = 100 * (x2 - x1) / width, 100 * (y2 - y1) / height
+        geometry["rotation"] = 0
     common: Record = {"id": region_id, "to_name": controls[2]}
     common |= {"original_width": width, "original_height": height, "image_rotation": 0}
     rectangle = {
         **common,
         "from_name": controls[0],
-        "type": "rectanglelabels",
-        "value": {**geometry, "rectanglelabels": [label]},
+        "type": kind,
+        "value": {**geometry, kind: [label]},
     }
     if text is None:
         return [rectangle]
@@ -277,12 +277,12 @@ class LabelControl:
 
     Attributes:
         data_key: Key of the image in the data of a task.
-        labels: Class names of rectangles or choices.
+        labels: Class names of rectangles, points or choices.
         text_name: Name of the control for the texts of rectangles, None without one.
         is_multiple: Whether several choices can be selected.
     """
 
-    kind: Literal["boxes", "choices", "text"]
+    kind: Literal["boxes", "points", "choices", "text"]
     name: str
     image_name: str
     data_key: str
@@ -291,8 +291,9 @@ class LabelControl:
     is_multiple: bool = False
 
 
-_CONTROL_KINDS: dict[str, Literal["boxes", "choices", "text"]] = {
+_CONTROL_KINDS: dict[str, Literal["boxes", "points", "choices", "text"]] = {
     "RectangleLabels": "boxes",
+    "KeyPointLabels": "points",
     "Choices": "choices",
     "TextArea": "text",
 }
@@ -301,7 +302,7 @@ _CONTROL_KINDS: dict[str, Literal["boxes", "choices", "text"]] = {
 def parse_label_config(config: str) -> list[LabelControl]:
     """Parse the controls of a labeling configuration (XML) that label images.
 
-    These are RectangleLabels, Choices and TextArea. Other tags are ignored.
+    These are RectangleLabels, KeyPointLabels, Choices and TextArea. Other tags are ignored.
     """
     view = parse_xml(config, "a labeling configuration of Label Studio")
     data_keys = {

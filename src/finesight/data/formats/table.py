@@ -833,6 +833,6 @@ FORMAT = DatasetFormat(
     name="table",
     description="any columns, named by --map image=COLUMN --map answer=COLUMN",
     parse_row=parse_row,
-    supported_options=frozenset({"map", "prompt", "boxes"}),
+    supported_options=frozenset({"map", "prompt", "boxes", "points"}),
     write_files=write_files,
 )

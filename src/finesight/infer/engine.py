@@ -481,7 +481,7 @@ class HfEngine:
         return output_ids
 
 
-def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int = KV_CACHE_BYTES) -> int:
+def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int) -> int:
     """Return the number of tokens that a KV cache of `max_bytes` can hold."""
     return max_bytes // get_kv_bytes_per_token(
         model.config.decoder, model.model.embed_tokens.weight.dtype
@@ -493,11 +493,12 @@ def compute_required_tokens(
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
     max_num_seqs: int,
+    max_bytes: int = KV_CACHE_BYTES,
 ) -> int:
     """Return the required size of a KV cache in tokens.
 
-    The cache fits the longest `max_num_seqs` prompts with their completions, up to
-    `compute_cache_capacity`, and always at least one sequence.
+    The cache fits the longest `max_num_seqs` prompts with their completions, up to `max_bytes`, and
+    always at least one sequence.
     """
     max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
     # One block more per sequence for its partially filled last block.
@@ -505,7 +506,7 @@ def compute_required_tokens(
         (prompt_length + max_completion + GPU_BLOCK_SIZE for prompt_length in prompt_lengths),
         reverse=True,
     )[:max_num_seqs]
-    return max(min(sum(longest_first), compute_cache_capacity(model)), longest_first[0])
+    return max(min(sum(longest_first), compute_cache_capacity(model, max_bytes)), longest_first[0])
 
 
 def generate(

@@ -493,12 +493,12 @@ def compute_required_tokens(
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
     max_num_seqs: int,
-    max_bytes: int = KV_CACHE_BYTES,
+    memory_share: float = 0.0,
 ) -> int:
     """Return the required size of a KV cache in tokens.
 
-    The cache fits the longest `max_num_seqs` prompts with their completions, up to `max_bytes`, and
-    always at least one sequence.
+    The cache fits the longest `max_num_seqs` prompts with their completions, up to `KV_CACHE_BYTES`
+    or a share of the GPU memory, and always at least one sequence.
     """
     max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
     # One block more per sequence for its partially filled last block.
@@ -506,7 +506,10 @@ def compute_required_tokens(
         (prompt_length + max_completion + GPU_BLOCK_SIZE for prompt_length in prompt_lengths),
         reverse=True,
     )[:max_num_seqs]
-    return max(min(sum(longest_first), compute_cache_capacity(model, max_bytes)), longest_first[0])
+    device = model.model.embed_tokens.weight.device
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    capacity = compute_cache_capacity(model, max(KV_CACHE_BYTES, int(memory_share * memory)))
+    return max(min(sum(longest_first), capacity), longest_first[0])
 
 
 def generate(

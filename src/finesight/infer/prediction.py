@@ -34,14 +34,7 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.infer.engine import (
-    GPU_BLOCK_SIZE,
-    KV_CACHE_BYTES,
-    Engine,
-    build_engine,
-    compute_required_tokens,
-    iter_completions,
-)
+from finesight.infer.engine import Engine, build_engine, compute_required_tokens, iter_completions
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
@@ -231,10 +224,7 @@ def predict(
 
 
 MAX_CACHE_SHARE = 1 / 6
-"""Maximum share of GPU memory for the KV cache of sampled responses, if `KV_CACHE_BYTES` is less.
-
-With fewer tokens, responses of 512 tokens of a 7B model are sampled in two batches.
-"""
+"""Maximum share of GPU memory for the KV cache of sampled responses."""
 
 
 @dataclass
@@ -284,22 +274,17 @@ class ResponseSampler:
         required = num_seqs, num_prompts, max_length
         if self.engine is None or any(map(operator.gt, required, self.capacity)):
             self.engine = None  # free its memory first
-            max_length = max(max_length, self.capacity[2])
+            max_length = max(max_length, self.capacity[-1])
             self.capacity = num_seqs, num_prompts, max_length
-            # Responses to the same prompt share its blocks, except for the last one.
-            lengths = [max_length] * num_prompts + [GPU_BLOCK_SIZE] * (num_seqs - num_prompts)
-            device = self.model.model.embed_tokens.weight.device
-            memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+            # Responses to one prompt share its blocks.
+            lengths = [max_length] * num_prompts + [0] * (num_seqs - num_prompts)
+            max_tokens = requests[0].max_new_tokens
             self.engine = Engine(
                 self.model,
                 self.end_ids,
                 max_num_seqs=num_seqs,
                 num_cache_tokens=compute_required_tokens(
-                    self.model,
-                    lengths,
-                    requests[0].max_new_tokens,
-                    num_seqs,
-                    max(KV_CACHE_BYTES, int(MAX_CACHE_SHARE * memory)),
+                    self.model, lengths, max_tokens, num_seqs, MAX_CACHE_SHARE
                 ),
                 matches_training=not self.is_sharded and self.model.match_decoding(),
                 num_snapshots=num_prompts,

@@ -34,7 +34,13 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.infer.engine import Engine, build_engine, compute_required_tokens, iter_completions
+from finesight.infer.engine import (
+    GPU_BLOCK_SIZE,
+    Engine,
+    build_engine,
+    compute_required_tokens,
+    iter_completions,
+)
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
@@ -256,7 +262,7 @@ class ResponseSampler:
                 for n, _, tokens in iter_completions(engine, waiting.items(), size, on_progress):
                     responses[n] = tokens
             except torch.OutOfMemoryError:
-                engine = self.engine = None
+                engine, self.engine, self.capacity = None, None, (0, 0, 0)
                 self.batch_size = min(self.batch_size, len(waiting)) // 2
                 if not self.batch_size:
                     raise
@@ -274,17 +280,17 @@ class ResponseSampler:
         required = num_seqs, num_prompts, max_length
         if self.engine is None or any(map(operator.gt, required, self.capacity)):
             self.engine = None  # free its memory first
-            max_length = max(max_length, self.capacity[-1])
+            num_seqs, num_prompts, max_length = map(max, required, self.capacity)
             self.capacity = num_seqs, num_prompts, max_length
-            # Responses to one prompt share its blocks.
-            lengths = [max_length] * num_prompts + [0] * (num_seqs - num_prompts)
+            # Responses to one prompt share its blocks, except for the last one.
+            lengths = [max_length] * num_prompts + [GPU_BLOCK_SIZE] * (num_seqs - num_prompts)
             max_tokens = requests[0].max_new_tokens
             self.engine = Engine(
                 self.model,
                 self.end_ids,
                 max_num_seqs=num_seqs,
                 num_cache_tokens=compute_required_tokens(
-                    self.model, lengths, max_tokens, num_seqs, MAX_CACHE_SHARE
+                    self.model, lengths, max_tokens, MAX_CACHE_SHARE
                 ),
                 matches_training=not self.is_sharded and self.model.match_decoding(),
                 num_snapshots=num_prompts,

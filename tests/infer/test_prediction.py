@@ -1,4 +1,5 @@
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +14,19 @@ from tiny_model import create_tiny_model
 from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart
 from finesight.encode.renderer import NativeRenderer
-from finesight.infer.engine import generate
+from finesight.infer import engine as engine_module
+from finesight.infer.engine import GPU_BLOCK_SIZE, generate
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import (
     Prediction,
+    ResponseSampler,
     build_prediction,
     build_questions,
     draw_boxes,
     predict,
     save_annotated_images,
 )
-from finesight.infer.request import FinishReason
+from finesight.infer.request import FinishReason, GenerationRequest
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
@@ -205,6 +208,43 @@ def test_out_of_memory_reduces_the_batch_size(
             predict(*loaded_model, requested, **options)
     assert reduced == batch_sizes
     assert damaged_indices == {6}
+
+
+def test_sampled_responses_share_their_prompts(loaded_model, tmp_path, monkeypatch):
+    """All responses run at once, also with more prompts, and half of them in half the memory."""
+    monkeypatch.setattr(engine_module, "CPU_BLOCK_SIZE", GPU_BLOCK_SIZE)
+    (model, renderer), sizes, running = loaded_model, [], set[int]()
+    texts = ["Name the colours. " * 9, "Name the shapes. " * 9]
+    prompts = [renderer.encode_prompt(make_sample("s", tmp_path, text)) for text in texts]
+    # The last block of each response has one token, and its first one the end of the prompt.
+    tokens = 2 * GPU_BLOCK_SIZE + 1 - prompts[0].tokenized.num_tokens % GPU_BLOCK_SIZE
+    sampler = ResponseSampler(model, (), batch_size=16, is_sharded=False)
+    few, more = [prompts[0]] * 16, prompts * 8
+    for chosen in (few, more, few, [replace(prompt) for prompt in more]):
+        running.clear()
+        requests = [GenerationRequest(prompt=one, max_new_tokens=tokens) for one in chosen]
+        responses = sampler.sample(
+            requests, lambda _: running.add(sampler.engine.num_running), lambda: None
+        )
+        assert max(running) == 16
+        ids = [tuple(token.id for token in response) for response in responses]
+        assert len({*zip(map(id, chosen), ids, strict=True)}) == len({*map(id, chosen)})
+        sizes.append(sampler.engine.num_blocks)
+    assert sizes[0] < sizes[1] == sizes[2] < sizes[3]
+    decode = ModelRunner.decode
+
+    def step(self, num_seqs, longest):
+        if num_seqs > 8:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return decode(self, num_seqs, longest)
+
+    monkeypatch.setattr(ModelRunner, "decode", step)
+    running.clear()
+    again = sampler.sample(
+        requests, lambda _: running.add(sampler.engine.num_running), lambda: None
+    )
+    assert (again, sampler.batch_size, max(running)) == (responses, 8, 8)
+    assert sampler.engine.num_blocks == sizes[3] // 2 + 1
 
 
 def _prediction(

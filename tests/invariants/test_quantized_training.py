@@ -41,10 +41,10 @@ def train_tiny(
     return result
 
 
-def import_tickets(folder: Path, num_tickets: int) -> dict[str, str]:
-    write_tickets(folder / "tickets", num_tickets, 0)
+def import_tickets(folder: Path, num_train: int, num_eval: int) -> dict[str, str]:
+    write_tickets(folder / "tickets", num_train + num_eval, 0)
     columns = {"image": "image", "fields": ",".join(TICKET_FIELDS)}
-    request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=6)
+    request = ImportOptions(columns=columns, prompt="Read the ticket.", eval_last=num_eval)
     import_dataset(folder / "tickets" / TABLE_FILE, folder / "data", request)
     return {name: str(folder / "data" / f"{name}.jsonl") for name in ("train", "eval")}
 
@@ -53,8 +53,8 @@ def import_tickets(folder: Path, num_tickets: int) -> dict[str, str]:
 def test_fp8_training_loss_matches_bf16(tmp_path, device):
     """Within 1 %. Takes long: two runs of finesight-tiny, until the loss is halved."""
     # The steep descent of few steps amplifies the roundings of GPU kernels.
-    steps, learning_rate = (40, 5e-4) if device == "cuda" else (12, 2e-3)
-    data = import_tickets(tmp_path, 4 * steps + 6)
+    steps, learning_rate, num_eval = (40, 5e-4, 12) if device == "cuda" else (12, 2e-3, 6)
+    data = import_tickets(tmp_path, 4 * steps, num_eval)
     settings = {"steps": steps, "batch_size": 4, "learning_rate": learning_rate, "device": device}
     validation_losses, means = {}, {}
     for name, parts in (("plain", None), ("fp8", ["vision", "language"])):

@@ -20,7 +20,8 @@ from finesight.errors import TrainingInterrupted, UserError
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.infer.model_loader import load_inference_model
 from finesight.recipe import load_recipe
-from finesight.train import evaluation
+from finesight.train import evaluation, trainer
+from finesight.train.checkpoint import AsyncCheckpointer
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
 from finesight.train.run_dir import RunDir
@@ -67,6 +68,33 @@ def test_run_folder_and_metrics(task):
     assert lines[-1]["lr"]["merger"] < lines[1]["lr"]["merger"]
     measured = [line["step"] for line in task.read_metrics() if "validation_loss" in line]
     assert measured == [0, 4, 6]
+
+
+class RenameLog(storage.FileSystem):
+    """Keeps the names of renamed files and folders."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def rename(self, source: Path, target: Path) -> None:
+        super().rename(source, target)
+        self.names.append(target.name)
+
+
+@pytest.mark.parametrize("interval", [0.0, 1000.0])
+def test_background_checkpoint_precedes_weights(task, monkeypatch, interval):
+    def make_checkpointer(*args, **kwargs):
+        return AsyncCheckpointer(*args, **kwargs | {"is_async": True, "min_interval_s": interval})
+
+    monkeypatch.setattr(trainer, "AsyncCheckpointer", make_checkpointer)
+    disk = RenameLog()
+    with storage.use_file_system(disk):
+        task.run(eval={"metric": "ocr", "every": 0, "max_new_tokens": 2})
+    assert [*filter({"step-6", "adapter", "model", "result.json"}.__contains__, disk.names)] == [
+        *("step-6", "model", "adapter", "result.json")
+    ]
+    steps = sorted(path.name for path in (task.folder / "run" / "checkpoints").iterdir())
+    assert steps == (["step-6"] if interval else ["step-4", "step-6"])
 
 
 def test_lora_writes_adapter_and_full_writes_model(task):

@@ -481,7 +481,7 @@ class HfEngine:
         return output_ids
 
 
-def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int = KV_CACHE_BYTES) -> int:
+def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int) -> int:
     """Return the number of tokens that a KV cache of `max_bytes` can hold."""
     return max_bytes // get_kv_bytes_per_token(
         model.config.decoder, model.model.embed_tokens.weight.dtype
@@ -492,20 +492,20 @@ def compute_required_tokens(
     model: VisionLanguageModel,
     prompt_lengths: Sequence[int],
     max_new_tokens: int,
-    max_num_seqs: int,
+    memory_share: float = 0.0,
 ) -> int:
     """Return the required size of a KV cache in tokens.
 
-    The cache fits the longest `max_num_seqs` prompts with their completions, up to
-    `compute_cache_capacity`, and always at least one sequence.
+    The cache fits the prompts with their completions, up to `KV_CACHE_BYTES` or a share of the GPU
+    memory, and always at least one sequence.
     """
     max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
     # One block more per sequence for its partially filled last block.
-    longest_first = sorted(
-        (prompt_length + max_completion + GPU_BLOCK_SIZE for prompt_length in prompt_lengths),
-        reverse=True,
-    )[:max_num_seqs]
-    return max(min(sum(longest_first), compute_cache_capacity(model)), longest_first[0])
+    lengths = [length + max_completion + GPU_BLOCK_SIZE for length in prompt_lengths]
+    device = model.model.embed_tokens.weight.device
+    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
+    capacity = compute_cache_capacity(model, max(KV_CACHE_BYTES, int(memory_share * memory)))
+    return max(min(sum(lengths), capacity), *lengths)
 
 
 def generate(
@@ -542,11 +542,9 @@ def build_engine(
     """
     if isinstance(model, HfModel):
         return HfEngine(model, end_ids, on_progress)
-    num_seqs = max(1, min(batch_size, len(prompt_lengths)))
-    num_cache_tokens = compute_required_tokens(
-        model, prompt_lengths or [1], max_new_tokens, num_seqs
-    )
-    return Engine(model, end_ids, max_num_seqs=num_seqs, num_cache_tokens=num_cache_tokens)
+    lengths = sorted(prompt_lengths or [1], reverse=True)[: max(1, batch_size)]
+    num_cache_tokens = compute_required_tokens(model, lengths, max_new_tokens)
+    return Engine(model, end_ids, max_num_seqs=len(lengths), num_cache_tokens=num_cache_tokens)
 
 
 def iter_completions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,7 +34,13 @@ from finesight.data.sample import (
 from finesight.data.video_file import read_visual_size
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
-from finesight.infer.engine import Engine, build_engine, compute_required_tokens, iter_completions
+from finesight.infer.engine import (
+    GPU_BLOCK_SIZE,
+    Engine,
+    build_engine,
+    compute_required_tokens,
+    iter_completions,
+)
 from finesight.infer.request import GeneratedToken, GenerationRequest, SamplingParams
 from finesight.model.hf_backend import AnyModel, HfModel
 from finesight.model.vlm import VisionLanguageModel
@@ -222,6 +229,10 @@ def predict(
     return [predictions[index] for index in sorted(predictions)]
 
 
+MAX_CACHE_SHARE = 1 / 6
+"""Maximum share of GPU memory for the KV cache of sampled responses."""
+
+
 @dataclass
 class ResponseSampler:
     """Sampler of several responses to each prompt; it keeps its engine while the weights change.
@@ -234,7 +245,7 @@ class ResponseSampler:
     batch_size: int
     is_sharded: bool
     engine: Engine | None = None
-    capacity: tuple[int, int] = 0, 0
+    capacity: tuple[int, int, int] = 0, 0, 0
 
     def sample(
         self,
@@ -251,7 +262,7 @@ class ResponseSampler:
                 for n, _, tokens in iter_completions(engine, waiting.items(), size, on_progress):
                     responses[n] = tokens
             except torch.OutOfMemoryError:
-                engine = self.engine = None
+                engine, self.engine, self.capacity = None, None, (0, 0, 0)
                 self.batch_size = min(self.batch_size, len(waiting)) // 2
                 if not self.batch_size:
                     raise
@@ -264,18 +275,25 @@ class ResponseSampler:
     def _prepare_engine(self, requests: Sequence[GenerationRequest]) -> Engine:
         """Return the engine of the previous call with its CUDA graphs, or a larger one."""
         num_seqs = min(self.batch_size, len(requests))
+        num_prompts = min(num_seqs, len({id(request.prompt) for request in requests}))
         max_length = max(request.prompt.tokenized.num_tokens for request in requests)
-        if self.engine is None or num_seqs > self.capacity[0] or max_length > self.capacity[1]:
+        required = num_seqs, num_prompts, max_length
+        if self.engine is None or any(map(operator.gt, required, self.capacity)):
             self.engine = None  # free its memory first
-            self.capacity = num_seqs, max(max_length, self.capacity[1])
-            lengths, max_tokens = [self.capacity[1]] * num_seqs, requests[0].max_new_tokens
+            num_seqs, num_prompts, max_length = map(max, required, self.capacity)
+            self.capacity = num_seqs, num_prompts, max_length
+            # Responses to one prompt share its blocks, except for the last one.
+            lengths = [max_length] * num_prompts + [GPU_BLOCK_SIZE] * (num_seqs - num_prompts)
+            max_tokens = requests[0].max_new_tokens
             self.engine = Engine(
                 self.model,
                 self.end_ids,
                 max_num_seqs=num_seqs,
-                num_cache_tokens=compute_required_tokens(self.model, lengths, max_tokens, num_seqs),
+                num_cache_tokens=compute_required_tokens(
+                    self.model, lengths, max_tokens, MAX_CACHE_SHARE
+                ),
                 matches_training=not self.is_sharded and self.model.match_decoding(),
-                num_snapshots=min(num_seqs, len({id(request.prompt) for request in requests})),
+                num_snapshots=num_prompts,
             )
         else:
             self.engine.clear_caches()

@@ -8,6 +8,7 @@ continues.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -340,6 +341,12 @@ def check_resume_config(
         )
 
 
+MIN_SAVE_INTERVAL_S = 10.0
+"""Minimum seconds between two checkpoints on a GPU, unless `train.save_every` is set.
+
+Steps of a short run would wait for the disk, to protect seconds of work.
+"""
+
 MAX_ASYNC_PARAMS = 400_000_000
 """Maximum number of trainable parameters per rank for asynchronous checkpoints.
 
@@ -352,13 +359,22 @@ class AsyncCheckpointer:
     """Writer of checkpoints in a background thread, one checkpoint at a time.
 
     An error of the thread is raised by the next call of `save` or `wait`.
+
+    Attributes:
+        min_interval_s: Seconds after the start or a checkpoint until `is_due` returns True.
     """
 
     checkpoint_manager: CheckpointManager
     is_async: bool
     process_group: ProcessGroup = SINGLE_PROCESS
+    min_interval_s: float = 0.0
+    _last_save_s: float = field(default_factory=time.perf_counter, init=False)
     _staging_block: TensorBlock | None = field(default=None, init=False)
     _write: Future[None] | None = field(default=None, init=False)
+
+    def is_due(self) -> bool:
+        """Return whether the minimum interval since the start or the last checkpoint has passed."""
+        return time.perf_counter() - self._last_save_s >= self.min_interval_s
 
     def save(
         self,
@@ -372,6 +388,7 @@ class AsyncCheckpointer:
         for the arguments.
         """
         self.wait()
+        self._last_save_s = time.perf_counter()
         is_written = (
             self.process_group.is_single_process and state.step in self.checkpoint_manager.steps()
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -262,7 +262,9 @@ class RunResult(BaseModel):
         return "\n".join(lines)
 
 
-def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None:
+def finalize_run(
+    state: TrainState, param_audit: ParamAudit, wait_for_checkpoint: Callable[[], None]
+) -> RunResult | None:
     """Audit the parameters, export the trained weights, and write the result and the report.
 
     All ranks must call this function. Only the main process writes files and returns a result.
@@ -270,6 +272,10 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
     LoRA weights are exported to `adapter/`, fully fine-tuned parts to `model/`. If both exist, the
     base model of the adapter is `model/`. The weights are those of the last step; with early
     stopping, they are those of the best evaluation.
+
+    Args:
+        wait_for_checkpoint: Function that waits for the last checkpoint. Weights are written
+            meanwhile, but their folder appears after it.
 
     Raises:
         RuntimeError: A frozen part changed, which is a bug.
@@ -294,6 +300,8 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
                 write_file(run_dir.predictions_dir / "after.jsonl", predictions.read_bytes())
         before, after = pair_results(eval_history[0], after)
     step = int(process_group.broadcast_str(str(step)))
+    if state.engine.parallel.is_sharded:
+        wait_for_checkpoint()  # The weights are read from it.
     if not (process_group.is_main or state.engine.parallel.is_sharded):
         return None
     if step != state.progress.step:
@@ -313,7 +321,8 @@ def finalize_run(state: TrainState, param_audit: ParamAudit) -> RunResult | None
         check_param_changes(param_changes, "" if has_tokens else names)
         if process_group.is_main:
             with console.activity("saving the trained weights"):
-                _save_weights(state, step)
+                _save_weights(state, step, wait_for_checkpoint)
+    wait_for_checkpoint()
     if not process_group.is_main:
         return None
     loss, num_late_skipped = None, 0
@@ -410,7 +419,7 @@ def _log_summary(
         )
 
 
-def _save_weights(state: TrainState, step: int) -> None:
+def _save_weights(state: TrainState, step: int, wait_for_checkpoint: Callable[[], None]) -> None:
     """Export fully fine-tuned parts to `model/`, and adapters to `adapter/`."""
     run_dir, base, model = state.run.run_dir, state.run.base_model, state.engine.model
     has_full_parts = state.run.recipe.tune.has_mode("full")
@@ -424,6 +433,7 @@ def _save_weights(state: TrainState, step: int) -> None:
             finally:
                 for layer, adapter in lora_layers:
                     layer.adapter = adapter
+            wait_for_checkpoint()
     if not lora_layers or run_dir.adapter_dir.exists():
         return
     # The base of the adapter is the trained model, if there is one.
@@ -442,6 +452,7 @@ def _save_weights(state: TrainState, step: int) -> None:
             base_fingerprint=adapter_base.fingerprint(),
             master_values=weights,
         )
+        wait_for_checkpoint()
 
 
 def load_result(run_dir: RunDir) -> RunResult | None:

@@ -26,6 +26,7 @@ from finesight.evaluate.eval_case import find_best_eval
 from finesight.storage import require_free_space
 from finesight.train.checkpoint import (
     MAX_ASYNC_PARAMS,
+    MIN_SAVE_INTERVAL_S,
     AsyncCheckpointer,
     resolve_save_interval,
 )
@@ -287,17 +288,19 @@ class Trainer:
             state.run.checkpoint_manager,
             is_async=on_gpu and state.engine.optimizer.num_params <= MAX_ASYNC_PARAMS,
             process_group=state.shard_group.new_group(),
+            min_interval_s=MIN_SAVE_INTERVAL_S if on_gpu and settings.save_every is None else 0.0,
         )
         self.process_group = state.run.hardware.process_group
         self.is_main = self.process_group.is_main
 
-    def run(self, finalize: Callable[[], T]) -> T:
+    def run(self, finalize: Callable[[Callable[[], None]], T]) -> T:
         """Run the remaining steps and evaluations, and return the result.
 
         A checkpoint is saved when the run is interrupted or fails with a recoverable error.
 
         Args:
-            finalize: Function that exports the weights and returns the result.
+            finalize: Function that exports the weights and returns the result. Its argument waits
+                for the last checkpoint.
         """
         progress = self.state.progress
         if progress.step:
@@ -311,8 +314,7 @@ class Trainer:
                 self.evaluate(
                     "after" if self.early_stopping_patience is None else f"step-{progress.step}"
                 )
-            self.checkpointer.wait()
-            result = finalize()
+            result = finalize(self.checkpointer.wait)
             # The other ranks wait for the main process.
             self.process_group.all_gather_object(None)
             return result
@@ -424,7 +426,9 @@ class Trainer:
             False if early stopping ends the run.
         """
         should_evaluate = self.is_due(self.eval_interval)
-        should_save = self.is_due(self.save_interval)
+        should_save = self.is_due(self.save_interval) and self.decide_on_main(
+            self.checkpointer.is_due()
+        )
         # In a distributed run, all ranks stop before the next step.
         is_single_process = self.process_group.is_single_process
         should_stop = is_single_process and self.stop.signal is not None

@@ -121,20 +121,17 @@ def test_refused_or_failed_import_does_not_block_its_name(folder, page, started)
     assert "an upload and a path are given" in message
 
 
-@pytest.mark.parametrize("archive", [True, False])
-def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archive, started):
+def test_folders_and_columns_of_an_uploaded_archive_are_found(folder, page, started):
     home = folder.parent / "upload"
     home.mkdir()
     for file in (folder / "photos").glob("*.png"):
         shutil.copy(file, home)
     rows = [f"shapes/{file.name},red\n" for file in sorted(home.iterdir())]
     (home / "t.csv").write_text("image,class\n" + "".join(rows))
-    files = sorted(home.iterdir())
-    if archive:
-        (home / "shapes").mkdir()
-        for file in files[:-1]:
-            file.rename(home / "shapes" / file.name)
-        files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
+    (home / "shapes").mkdir()
+    for file in home.glob("*.png"):
+        file.rename(home / "shapes" / file.name)
+    files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
     assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
     assert "--map" not in started[0]
     with contextlib.chdir(folder):
@@ -265,45 +262,12 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
     assert not any(key in word for word in started[0])
 
 
-def test_label_form_offers_a_prompt_and_keeps_its_values(folder, page):
+def test_label_form_offers_the_prompt_of_the_data(folder, page):
     query = {"step": "label", "lang": "en"}
     assert read_fields(page, query)["label:prompt"] == ""
-    assert "Prompt (required)" in page.render(Selection.parse(query, "en"))
     add_data(folder, "a")
     assert read_fields(page, query)["label:prompt"] == "Which color?"
     assert "Prompt (required)" not in page.render(Selection.parse(query, "en"))
-    form = ["photos", "Color?", "colors", "photos", "text", "", "", "0.8"]
-    message, url = call_page(page, "label", query, *form)
-    assert message == ""
-    [job] = JobStore(folder).list_jobs("label")
-    while job.status == "running":
-        time.sleep(0.05)
-    assert job.status == "failed"
-    fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
-    names = (
-        "label:sources",
-        "label:prompt",
-        "label:out",
-        "label:run_or_model",
-        "label:kind",
-        "label:classes",
-        "label:fields",
-    )
-    assert [fields[name] for name in (*names, "label:train_fraction")] == form
-
-
-def test_export_form_names_the_merged_model(folder, page, started):
-    add_run(folder)
-    query = {"step": "export", "run": "runs/a", "lang": "en"}
-    assert "Merge one" in click_button(page, "export", "step=export", "")
-    for age, name in enumerate(("newer", "mine")):
-        for file in ("config.json", "model.safetensors"):
-            write_file(folder / "models" / name / file, b"")
-        os.utime(folder / "models" / name, (9 - age, 9 - age))
-    assert read_fields(page, query)["merge:out"] == "newer"
-    write_job(folder, "export", "merge runs/a models/mine", exit_code=0, target="runs/a")
-    assert read_fields(page, query)["merge:out"] == "mine"
-    assert started == []
 
 
 def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started):
@@ -385,7 +349,6 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
     ("button", "query", "values", "problem"),
     [
         ("start", "step=check", (), "step Data"),
-        ("start", "step=plan", (), "step Plan"),
         ("chat", "step=chat", (), "step Train"),
         (
             "start",
@@ -399,16 +362,8 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
             ([], "r", TINY_MODEL, "", "3", "100", ""),
             "“Epochs” and “Steps instead of epochs”",
         ),
-        ("create-recipe", "step=plan&data=data/bad&lang=zh", RECIPE_FORM, "步骤“数据”"),
         ("create-recipe", "step=plan&data=data/bad", RECIPE_FORM, "the step “Data”"),
-        ("label", "step=label", ("", *LABEL_FORM[1:]), "No images are given."),
         ("label", "step=label&lang=zh", ("", *LABEL_FORM[1:]), "未给出图像。"),
-        (
-            "review",
-            "step=label&data=data/a",
-            (*LABEL_FORM, "for validation"),
-            "The data set has no validation samples",
-        ),
     ],
 )
 def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query, values, problem):

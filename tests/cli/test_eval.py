@@ -54,24 +54,6 @@ def test_json_scores_and_predictions_file(evaluate, tmp_path):
     assert re.search(r"cider_d\* +0\.0000 +-\n", table)
 
 
-def test_scores_have_confidence_intervals(evaluate):
-    figures = evaluate("--metric", "ocr", "--json").json
-    assert figures["intervals"].keys() == figures["scores"].keys()
-    low, high = figures["intervals"]["similarity"]
-    assert low <= figures["scores"]["similarity"] <= high
-    table = evaluate("--metric", "ocr").out
-    assert "with 95 % intervals" in table
-    assert f"{low:.4f} to {high:.4f}" in table
-    table = evaluate("--metric", "latex", "--limit", 1).out
-    assert "latex: 1 sample, with" in table
-    assert "similarity*" in table
-
-
-def test_most_confused_classes_are_listed(evaluate):
-    output = evaluate("--metric", "classification").out
-    assert "'more noise' predicted as '(something else)': 1" in output
-
-
 def test_changed_validation_data_of_a_run_are_noted(evaluate, tmp_path):
     task = TinyTask(tmp_path / "task")
     task.run("train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 2})

@@ -26,7 +26,6 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
-from finesight.recipe import load_recipe
 
 CASES = load_cases("init")
 
@@ -276,16 +275,6 @@ def test_preferences_select_the_objective(run_init, num_pairs, label, objective)
 
 
 @pytest.mark.usefixtures("no_plan")
-def test_rewards_follow_the_task(run_init):
-    table = write_table("data", 24, label=["a", "b"] * 12)
-    found = run_init(table, "--out", "out", "--objective", "grpo", "--model", TINY_MODEL)
-    recipe = load_recipe(Path(found["recipe"]))
-    assert (recipe.train.objective, recipe.rewards[0].name) == ("grpo", "classification")
-    assert recipe.train.learning_rate.default == 5e-4
-    assert recipe.train.grpo.max_completion_length == recipe.eval.max_new_tokens
-
-
-@pytest.mark.usefixtures("no_plan")
 def test_all_classes_are_listed(monkeypatch, run_init):
     monkeypatch.setattr(import_source, "NUM_PREVIEW_ROWS", 10)
     table = write_table("data", 24, label=["a"] * 12 + ["b"] * 11 + ["c"])
@@ -355,35 +344,6 @@ def test_python_function_asks_only_through_a_callable():
     assert [*asked.values()] == ["caption", "captions", "Describe the image.", TINY_MODEL]
     assert "detection" in [*asked][1]
     assert api.init(table, out="out") == Path("out/recipe.yaml")
-
-
-@pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize(("answer", "question"), [("customer", "c0"), ("-", "Return it.")])
-def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, question):
-    write_table(".", 4, customer="c{i}", city="t{i}")
-    more = ("city", "qa") if answer == "customer" else ("customer,city", "json", "Return it.")
-    output = answer_questions(monkeypatch, "labels.csv", answer, *more, "")
-    assert "Question column (customer or city; - for two answers) [customer]: " in output
-    sample, *_ = read_samples(Path("labels-finetune/data/data.jsonl"))
-    assert sample.messages[0].content[1].text == question
-    assert sample.messages[1].content[0].text in ("t0", '{"customer": "c0", "city": "t0"}')
-
-
-@pytest.mark.usefixtures("no_plan")
-def test_labels_with_one_answer_column_or_several(cli):
-    table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
-    refused = cli("init", table, *YES, code=2).err
-    assert "--map question=customer --map answer=city" in refused
-    assert "--map image=file --map fields=customer,city" in refused
-    table = write_table(
-        "more", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}", "date": "{i}"}
-    )
-    printed = cli("init", table, *YES).out
-    assert "        fields: customer,city,date\n        4 images\n" in printed
-    assert "        unused columns: No.\n" in printed
-    assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
-    hinted = ("--map", "image=file", "--map", "answer=city", "--out", "two", "--json")
-    assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
 
 
 @pytest.mark.usefixtures("no_plan")

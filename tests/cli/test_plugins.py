@@ -8,9 +8,7 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from docs_code_blocks import list_code_blocks
@@ -25,8 +23,6 @@ from finesight.plugins import PluginRecord
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PACKAGE = "finesight-plugin-example"
-
-Cli = Callable[..., Any]
 
 
 def install(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -127,13 +123,6 @@ def test_other_processes_can_unpickle_objects_of_plugins(site, monkeypatch):
     code = "import pickle, sys; print(len(pickle.load(sys.stdin.buffer)))"
     command = [sys.executable, "-c", code]
     assert subprocess.run(command, input=items, stdout=subprocess.PIPE).stdout == b"2\n"
-
-
-def test_studio_offers_metrics_of_plugins(site, monkeypatch):
-    install(site, monkeypatch)
-    code = "from finesight.app.studio_page import FORMS; print(FORMS['recipe'])"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert "'meter-reading'" in done.stdout
 
 
 def test_invalid_row_of_a_plugin_format_is_named(recipe, site, tmp_path, monkeypatch, cli):

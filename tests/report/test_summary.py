@@ -245,14 +245,6 @@ def test_commands_are_shell_quoted(tmp_path: Path) -> None:
     assert shlex.split(commands[0][1])[-1] == prompt
 
 
-@each(
-    ("seconds", "text"),
-    [(0.25, "250 ms"), (12.34, "12.3 s"), (100, "1 min 40 s"), (3599.6, "1 h 00 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert summary.format_duration(seconds) == text
-
-
 @pytest.fixture
 def live_run(tmp_path: Path) -> FakeRunDir:
     """Run with 40 of 60 steps of half a second, evaluated at 0, 20 and 40."""

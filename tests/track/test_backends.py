@@ -114,11 +114,3 @@ def test_missing_package_error_names_the_extra(kind, monkeypatch):
     install = rf"{kind} is not[\s\S]*pip install 'finesight\[{TRACKERS[kind].extra}\]'"
     with pytest.raises(UserError, match=install):
         require_packages([TrackerSettings(kind=kind)])
-
-
-def test_swanlab_dashboard_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("swanlab", reason="swanlab is not installed (extra `track`)")
-    monkeypatch.setitem(sys.modules, "swanboard", None)
-    require_packages([TrackerSettings(kind="swanlab", uri="offline")])
-    with pytest.raises(UserError, match=r"swanboard is not[\s\S]*'swanlab\[dashboard\]'"):
-        require_packages([TrackerSettings(kind="swanlab", uri="local")])

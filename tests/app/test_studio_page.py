@@ -6,7 +6,6 @@ import json
 import os
 import re
 import shutil
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ from studio_fixtures import (
 )
 
 from finesight.app import studio_view
-from finesight.app.jobs import Job, JobStore
+from finesight.app.jobs import Job
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
     FORMS,

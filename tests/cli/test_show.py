@@ -54,10 +54,6 @@ def test_html_page_of_samples(cli):
     assert [record["id"] for record in read_script_data(text)["samples"]] == ["s0", "s1"]
     again = cli(*SHOW, 2, "--html", page, "--json")
     assert [record["id"] for record in again.records] == ["s0", "s1"]
-    before = Path("data.jsonl").read_bytes()
-    error = cli(*SHOW, 2, "--html", "data.jsonl", code=2).err
-    assert "data.jsonl exists and is not a page" in error
-    assert Path("data.jsonl").read_bytes() == before
 
 
 def test_samples_with_truncated_images_are_skipped(cli):

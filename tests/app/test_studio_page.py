@@ -12,6 +12,7 @@ from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
+from case_files import load_cases
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
@@ -53,6 +54,7 @@ from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 from finesight.train.run_dir import read_example
 
+CASES = load_cases("studio")
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
 RECIPE_FORM = ([], "r", TINY_MODEL, "", "", "", "")
@@ -344,27 +346,7 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
     assert len(started) == 1
 
 
-@pytest.mark.parametrize(
-    ("button", "query", "values", "problem"),
-    [
-        ("start", "step=check", (), "step Data"),
-        ("chat", "step=chat", (), "step Train"),
-        (
-            "start",
-            "step=plan&recipe=mine.yaml",
-            (),
-            "the command is already running",
-        ),
-        (
-            "create-recipe",
-            "step=plan&data=data/a",
-            ([], "r", TINY_MODEL, "", "3", "100", ""),
-            "“Epochs” and “Steps instead of epochs”",
-        ),
-        ("create-recipe", "step=plan&data=data/bad", RECIPE_FORM, "the step “Data”"),
-        ("label", "step=label&lang=zh", ("", *LABEL_FORM[1:]), "未给出图像。"),
-    ],
-)
+@pytest.mark.parametrize(("button", "query", "values", "problem"), CASES["messages"])
 def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query, values, problem):
     if "data=" in query:
         add_data(folder, "a")
@@ -387,34 +369,7 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
     assert [name for name in names.values() if f">{name}<" not in pages] == []
 
 
-@pytest.mark.parametrize(
-    ("step", "arguments", "error", "shown"),
-    [
-        (
-            "data",
-            "import a b",
-            {"what": "a", "remedy": "with --map image=a --map answer=b, or --prompt"},
-            "with “Columns” image=a answer=b, or “Prompt”",
-        ),
-        ("train", "train r", {"what": "a", "remedy": "use --resume"}, "use “Start or resume”"),
-        # Other parts may quote data.
-        ("train", "train r", {"what": "type --out a"}, "type --out a"),
-        (
-            "train",
-            "train r",
-            {
-                "what": "a",
-                "remedy": {
-                    "operation": "check",
-                    "arguments": {"sources": "a"},
-                    "purpose": "set a lower rate, or check the data",
-                    "alternative": {"operation": "check", "arguments": {"fix": "b"}},
-                },
-            },
-            "set a lower rate, or check the data: the step “Check”; finesight check --fix b",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("step", "arguments", "error", "shown"), CASES["errors_of_commands"])
 def test_errors_of_commands_name_fields_and_steps(folder, step, arguments, error, shown):
     job = write_job(folder, step, arguments, log="finesight train is fun")
     write_file(job.folder / "outcome.json", json.dumps({"error": error}).encode())

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from case_files import load_cases
 from docs_code_blocks import list_code_blocks
 from html_text import read_visible_text
 from image_fixtures import write_gray_image, write_jsonl
@@ -146,24 +147,7 @@ def test_model_of_a_run_needs_no_metric_and_tracker(recipe, cli):
     cli("predict", recipe.parent / "run", recipe.parent / "3.png", *words)
 
 
-BROKEN = {
-    "ModuleNotFoundError": ("formats meters", "absent:FORMAT", ""),
-    "AttributeError": ("formats meters", "broken:FORMAT", ""),
-    "ZeroDivisionError": ("formats meters", "broken:FORMAT", "1 / 0"),
-    "SystemExit": ("formats meters", "broken:FORMAT", "raise SystemExit(1)"),
-    "does not implement DatasetFormat": ("formats meters", "broken:FORMAT", "FORMAT = print"),
-    "the format is named 'coco', its entry point 'meters'": (
-        "formats meters",
-        "broken:FORMAT",
-        "from finesight.data.formats.json_annotations import COCO as FORMAT",
-    ),
-    "does not implement TaskMetric": ("metrics meters", "broken:score", "def score(cases): ..."),
-    "does not implement Tracker": (
-        "trackers meters",
-        "broken:Csv",
-        "from finesight.track.backends import Tracker\nclass Csv(Tracker): ...",
-    ),
-}
+BROKEN = load_cases("plugins")["broken"]
 
 
 @pytest.mark.parametrize("problem", BROKEN)

@@ -65,15 +65,6 @@ def test_script_ends_at_first_error(line, output, monkeypatch, tmp_path):
     assert output in run_chat(line, "never asked")[-1]
 
 
-def test_truncated_reply_depends_on_seed(image_question):
-    options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
-    attach = f"/image {image_question[0]}"
-    lines = run_chat(attach, image_question[1], "/again", options=options)
-    assert lines[1].endswith("[truncated after 3 tokens]")
-    assert lines[1] != lines[2]
-    assert run_chat(attach, image_question[1], options=options)[1] == lines[1]
-
-
 def test_chat_allocates_one_sequence(monkeypatch):
     """More sequences would take memory of linear attention states from the KV cache."""
     sizes = []

@@ -188,29 +188,8 @@ def test_unrecognized_images_are_no_text_task(row, remedy, fixed, cli):
     assert "<image> q 0" in cli("init", "rows.jsonl", *YES, *options).out
 
 
-BOXES = ((5, 6, 20, 16), (8, 20, 50, 27))
-LABELS = ("ball", "cube")
-SIZES = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
-CENTERS = [[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
-FRACTIONS = [[x1 / 56, y1 / 40, x2 / 56, y2 / 40] for x1, y1, x2, y2 in BOXES]
-OBJECTS = [{"bbox": box, "category": label} for box, label in zip(SIZES, LABELS, strict=True)]
-IMAGE_ROWS: list[dict[str, Any]] = [
-    {"objects": {"id": [1, 2], "bbox": SIZES, "categories": LABELS}},
-    {"objects": OBJECTS},
-    {"bbox_xyxy": BOXES, "label": LABELS},
-    {"boxes": BOXES, "label": json.dumps(LABELS)},
-    {"bbox_xywh": SIZES, "label": LABELS},
-]
-"""Layouts of known data sets with one row per image."""
-OBJECT_ROWS = {
-    "bbox": [{"bbox": box} for box in SIZES],
-    "xmin,ymin,xmax,ymax": BOXES,
-    "x,y,w,h": SIZES,
-    "cx,cy,width,height": CENTERS,
-    "XMin,YMin,XMax,YMax": FRACTIONS,
-    "Roi.X1,Roi.Y1,Roi.X2,Roi.Y2": BOXES,
-}
-"""Layouts with one row per object: the columns, and the values of both objects."""
+BOXES, LABELS = [(5, 6, 20, 16), (8, 20, 50, 27)], ["ball", "cube"]
+IMAGE_ROWS, OBJECT_ROWS = CASES["box_layouts"]["images"], CASES["box_layouts"]["objects"]
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -237,8 +216,8 @@ def test_boxes_of_an_image_are_one_sample(tmp_path, layout, metadata, run_init):
     assert found["prompt"] == "Locate every object of these classes in the image: ball, cube."
     for sample in read_samples(out / "data" / "data.jsonl"):
         parts = sample.messages[1].content
-        assert [tuple(map(round, part.xyxy)) for part in parts] == [*BOXES]
-        assert [part.label for part in parts] == [*LABELS]
+        assert [tuple(map(round, part.xyxy)) for part in parts] == BOXES
+        assert [part.label for part in parts] == LABELS
 
 
 @pytest.mark.usefixtures("no_plan")

@@ -215,15 +215,6 @@ def test_reviews_have_a_folder_each(label):
     ]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--json"], "--json with --suggest-only"),
-        (["--suggest-only", "--no-suggestions"], "one of the two options"),
-        (["--kind", "other"], "--kind"),
-        (["--kind", "text", "--fields", "name"], "--fields with --kind fields"),
-        (["--classes", "a,b", "--fields", "name"], "--fields with --kind fields"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), CASES["test_invalid_options_are_rejected"])
 def test_invalid_options_are_rejected(options, message, cli):
     assert message in cli("label", *TINY, "photos", *PROMPT, *options, code=2).err

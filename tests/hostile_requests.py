@@ -134,14 +134,6 @@ def make_small_image(kind: str) -> bytes:
     return file.getvalue()
 
 
-@cache
-def make_image_bomb(side: int = SIDE) -> bytes:
-    """Make a PNG of a few kilobytes with a square of `side` pixels."""
-    file = io.BytesIO()
-    Image.new("1", (side, side)).save(file, "PNG")
-    return file.getvalue()
-
-
 def make_header_flood(kind: str, size: int) -> bytes:
     """Make an image whose header has `size` bytes of segments, comments or chunks."""
     data = make_small_image(kind)

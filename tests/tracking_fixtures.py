@@ -36,18 +36,12 @@ class TrackedRun:
     """Run whose first part ends after step 6. The second part resumes from step 4."""
 
     run: Path
-    console_outputs: tuple[str, str]
     losses: dict[int, float]
     mlflow: str
     trackio: str
 
     def folder(self, kind: TrackerKind) -> Path:
         return self.run / "track" / kind
-
-    def console_lines(self, kind: str) -> list[str]:
-        """Return console lines about a tracker."""
-        lines = "\n".join(self.console_outputs).splitlines()
-        return [line for line in lines if line.lower().startswith(kind)]
 
 
 def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
@@ -67,11 +61,10 @@ def train_tracked_run(folder: Path) -> Iterator[TrackedRun]:
         installed = [kind for kind in TRACKERS if find_spec(kind) is not None]
         track = [{"kind": k, "uri": mlflow if k == "mlflow" else None} for k in installed]
         task.run(eval=METRIC, track=track)
-        first_output = task.console_output
         run = rewind_to_checkpoint(task.folder / "run")
         task.run(resume=True, eval=METRIC, track=track)
         losses = {line["step"]: line["loss"] for line in task.read_metrics() if "loss" in line}
-        yield TrackedRun(run, (first_output, task.console_output), losses, mlflow, trackio)
+        yield TrackedRun(run, losses, mlflow, trackio)
 
 
 Values = dict[int, Any]

@@ -1,7 +1,6 @@
 """Tests of the HTML of the chat page: formulas, JSON and escaping."""
 
 import asyncio
-from html.parser import HTMLParser
 from pathlib import Path
 from secrets import token_hex
 
@@ -9,6 +8,7 @@ import pytest
 from browser import XSS_PAYLOADS
 from case_files import load_cases
 from each_value import each
+from html_text import ParsedPage
 from web_server_fixture import ScriptedService, get_image_pool
 
 from finesight.app.chat_page import (
@@ -45,27 +45,6 @@ HOSTILE = [
 
 MANY_FORMULAS = ("$x$ " * (MAX_FORMULAS + 1), "x " * MAX_FORMULAS + "$x$ ", MAX_FORMULAS)
 JSON_BOMBS = ("[" * 100_000, '{"a": ' + "9" * 5000 + "}")
-
-
-class ParsedPage(HTMLParser):
-    """Elements of a page with their attributes, and its text."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.parts: list[str] = []
-        self.feed(page)
-        self.close()
-
-    @property
-    def text(self) -> str:
-        return "".join(self.parts)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-
-    def handle_data(self, data: str) -> None:
-        self.parts.append(data)
 
 
 def answer(folder: Path, text: str, manifest: Manifest | None = None) -> StoredChat:

@@ -112,17 +112,6 @@ def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch)
     chat.export_archive().close()
 
 
-def test_conversations_are_listed_by_their_last_change(store, chat):
-    assert store.list_chats("browser") == [], "without turns"
-    ask(chat, "a \n" * 100)
-    assert chat.display_title == ("a " * 100)[: chat_store.MAX_TITLE_CHARS]
-    second = store.create("browser")
-    ask(second, "b")
-    assert [one.display_title[:7] for one in store.list_chats("browser")] == ["b", "a a a a"]
-    ask(chat, "c")
-    assert store.list_chats("browser") == [chat, second]
-
-
 def test_new_conversations_replace_unused_ones(store, monkeypatch):
     monkeypatch.setattr(chat_store, "MAX_CHATS_PER_BROWSER", 3)
     monkeypatch.setattr(chat_store, "MAX_CHATS", 5)

@@ -30,24 +30,16 @@ def wait_for_end(job: Job) -> str:
     return job.status
 
 
-@pytest.mark.parametrize(
-    ("source", "status", "exit_code", "output"),
-    [
-        ("photos", "finished", 0, "24 images"),
-        ("photos/00.txt", "failed", 2, ".json"),
-    ],
-)
-def test_command_runs_in_the_workspace(folder, source, status, exit_code, output):
+def test_command_runs_in_the_workspace(folder):
     (folder / "yaml.py").write_text("raise SystemExit('a module of the workspace')")
-    words = ["import", source, "data/a", "--prompt", "Color?"]
-    job = JobStore(folder).start("data", "data/a", words)
+    job = JobStore(folder).start(
+        "data", "data/a", ["import", "photos", "data/a", "--prompt", "A b"]
+    )
     assert job.status == "running"
-    assert wait_for_end(job) == status
-    assert job.exit_code == exit_code
-    error = job.read_outcome().error
-    assert output in (error.expected if error else job.read_log())
-    assert job.command == f"finesight import {source} data/a --prompt 'Color?'"
-    assert (folder / "data" / "a" / "data.jsonl").exists() == (exit_code == 0)
+    assert (wait_for_end(job), job.exit_code) == ("finished", 0)
+    assert "24 images" in job.read_log()
+    assert job.command == "finesight import photos data/a --prompt 'A b'"
+    assert (folder / "data/a/data.jsonl").exists()
 
 
 def test_killed_and_damaged_jobs(folder):

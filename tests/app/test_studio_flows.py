@@ -22,7 +22,6 @@ from finesight.app.studio_view import STEPS
 from finesight.cli.app import run_command
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.sample import BoxPart, read_samples
 from finesight.errors import UserError
 from finesight.report.i18n import Language
 
@@ -204,59 +203,6 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
     (url,) = browser.read_texts("code.address")
     assert ask_server(f"{url}/", image) == images[image.name]
     studio.run("export", "stop", "stopped")
-
-
-def test_wrong_labels_are_corrected_and_trained(
-    folder: Path, studio: StudioDriver, browser: Browser
-) -> None:
-    names = [*draw_dots(folder / "dots", 12)]
-    images = [{"id": i, "file_name": one, "width": 56, "height": 56} for i, one in enumerate(names)]
-    categories = [{"id": index, "name": name} for index, name in enumerate(COLORS)]
-    boxes = [
-        {"id": i, "image_id": i, "category_id": i % 3, "bbox": [9, 9, 20, 20]} for i in range(12)
-    ]
-    coco = {"images": images, "annotations": boxes, "categories": categories}
-    (folder / "dots/labels.json").write_text(json.dumps(coco))
-    studio.open("data")
-    studio.fill("import", source="dots/labels.json", out="dots")
-    studio.click("import")
-    studio.wait_for_job("finished")
-
-    studio.open("label")
-    studio.click("review")
-    browser.visit(studio.open_page())
-    studio.wait_for("document.querySelector('#confidence')?.textContent.startsWith('error score')")
-    # The first box is shifted, the second one gets another label.
-    for index in (1, 2):
-        studio.wait_for("document.querySelectorAll('#overlay rect').length === 1")
-        first = "document.querySelector('.legend span').textContent.slice(2)"
-        is_first = browser.run(f"return document.querySelector('#box-0').value === {first};")
-        browser.press("b", "ArrowRight" if index == 1 else "2" if is_first else "1")
-        browser.press("Escape", "Enter")
-        counts = "document.querySelector('#counts').textContent"
-        studio.wait_for(f"{counts}.includes('corrected {index}')")
-        shown = "document.querySelector('#position').textContent"
-        studio.wait_for(f"{shown}.includes('{index + 1} of')")
-    studio.check()
-    studio.run("label", "stop", "stopped")
-    [file] = (folder / "data").glob("*-review/labels.jsonl")
-    corrected = [
-        part.xyxy
-        for sample in read_samples(file)
-        for part in sample.messages[-1].content
-        if isinstance(part, BoxPart)
-    ]
-    assert corrected.count((10, 9, 30, 29)) == 1
-
-    studio.open("plan")
-    studio.fill("recipe", name="corrected", **{"train.steps": "2"})
-    studio.click("create-recipe")
-    path = file.relative_to(folder)
-    studio.wait_for(
-        f"document.querySelector('textarea[name=\"editor:text\"]')?.value.includes('{path}')"
-    )
-    studio.run("train", "start")
-    studio.reload("document.querySelectorAll('.chart').length > 2")
 
 
 def test_training_is_found_again_stopped_and_resumed(

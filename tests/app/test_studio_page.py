@@ -6,13 +6,13 @@ import json
 import os
 import re
 import shutil
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 import pytest
+from case_files import load_cases
 from run_dir_fixtures import MANIFEST, TUNE, make_run, make_sign_answers
 from studio_fixtures import (
     call_page,
@@ -27,7 +27,7 @@ from studio_fixtures import (
 )
 
 from finesight.app import studio_view
-from finesight.app.jobs import Job, JobStore
+from finesight.app.jobs import Job
 from finesight.app.studio_page import Form, StudioPage
 from finesight.app.studio_view import (
     FORMS,
@@ -55,6 +55,7 @@ from finesight.serve.request_middleware import read_api_keys
 from finesight.storage import write_file
 from finesight.train.run_dir import read_example
 
+CASES = load_cases("studio")
 OPTIONS = ImportOptions(prompt="Which color?")
 LABEL_FORM = ("photos", "Color?", "labels", TINY_MODEL, "", "", "", "")
 RECIPE_FORM = ([], "r", TINY_MODEL, "", "", "", "")
@@ -122,20 +123,17 @@ def test_refused_or_failed_import_does_not_block_its_name(folder, page, started)
     assert "an upload and a path are given" in message
 
 
-@pytest.mark.parametrize("archive", [True, False])
-def test_folders_and_columns_of_an_uploaded_table_are_found(folder, page, archive, started):
+def test_folders_and_columns_of_an_uploaded_archive_are_found(folder, page, started):
     home = folder.parent / "upload"
     home.mkdir()
     for file in (folder / "photos").glob("*.png"):
         shutil.copy(file, home)
     rows = [f"shapes/{file.name},red\n" for file in sorted(home.iterdir())]
     (home / "t.csv").write_text("image,class\n" + "".join(rows))
-    files = sorted(home.iterdir())
-    if archive:
-        (home / "shapes").mkdir()
-        for file in files[:-1]:
-            file.rename(home / "shapes" / file.name)
-        files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
+    (home / "shapes").mkdir()
+    for file in home.glob("*.png"):
+        file.rename(home / "shapes" / file.name)
+    files = [Path(shutil.make_archive(str(folder.parent / "a"), "zip", home))]
     assert click_button(page, "import", "", files, "", "a", "Which color?", "", "") == ""
     assert "--map" not in started[0]
     with contextlib.chdir(folder):
@@ -285,45 +283,12 @@ def test_served_api_needs_a_key_if_the_studio_has_a_password(folder, password, s
     assert not any(key in word for word in started[0])
 
 
-def test_label_form_offers_a_prompt_and_keeps_its_values(folder, page):
+def test_label_form_offers_the_prompt_of_the_data(folder, page):
     query = {"step": "label", "lang": "en"}
     assert read_fields(page, query)["label:prompt"] == ""
-    assert "Prompt (required)" in page.render(Selection.parse(query, "en"))
     add_data(folder, "a")
     assert read_fields(page, query)["label:prompt"] == "Which color?"
     assert "Prompt (required)" not in page.render(Selection.parse(query, "en"))
-    form = ["photos", "Color?", "colors", "photos", "text", "", "", "0.8"]
-    message, url = call_page(page, "label", query, *form)
-    assert message == ""
-    [job] = JobStore(folder).list_jobs("label")
-    while job.status == "running":
-        time.sleep(0.05)
-    assert job.status == "failed"
-    fields = read_fields(page, dict(parse_qsl(urlsplit(url).query)))
-    names = (
-        "label:sources",
-        "label:prompt",
-        "label:out",
-        "label:run_or_model",
-        "label:kind",
-        "label:classes",
-        "label:fields",
-    )
-    assert [fields[name] for name in (*names, "label:train_fraction")] == form
-
-
-def test_export_form_names_the_merged_model(folder, page, started):
-    add_run(folder)
-    query = {"step": "export", "run": "runs/a", "lang": "en"}
-    assert "Merge one" in click_button(page, "export", "step=export", "")
-    for age, name in enumerate(("newer", "mine")):
-        for file in ("config.json", "model.safetensors"):
-            write_file(folder / "models" / name / file, b"")
-        os.utime(folder / "models" / name, (9 - age, 9 - age))
-    assert read_fields(page, query)["merge:out"] == "newer"
-    write_job(folder, "export", "merge runs/a models/mine", exit_code=0, target="runs/a")
-    assert read_fields(page, query)["merge:out"] == "mine"
-    assert started == []
 
 
 def test_unfinished_run_is_used_with_its_newest_checkpoint(folder, page, started):
@@ -401,36 +366,7 @@ def test_no_run_starts_while_its_labels_change(folder, page, started):
     assert len(started) == 1
 
 
-@pytest.mark.parametrize(
-    ("button", "query", "values", "problem"),
-    [
-        ("start", "step=check", (), "step Data"),
-        ("start", "step=plan", (), "step Plan"),
-        ("chat", "step=chat", (), "step Train"),
-        (
-            "start",
-            "step=plan&recipe=mine.yaml",
-            (),
-            "the command is already running",
-        ),
-        (
-            "create-recipe",
-            "step=plan&data=data/a",
-            ([], "r", TINY_MODEL, "", "3", "100", ""),
-            "“Epochs” and “Steps instead of epochs”",
-        ),
-        ("create-recipe", "step=plan&data=data/bad&lang=zh", RECIPE_FORM, "步骤“数据”"),
-        ("create-recipe", "step=plan&data=data/bad", RECIPE_FORM, "the step “Data”"),
-        ("label", "step=label", ("", *LABEL_FORM[1:]), "No images are given."),
-        ("label", "step=label&lang=zh", ("", *LABEL_FORM[1:]), "未给出图像。"),
-        (
-            "review",
-            "step=label&data=data/a",
-            (*LABEL_FORM, "for validation"),
-            "The data set has no validation samples",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("button", "query", "values", "problem"), CASES["messages"])
 def test_messages_name_fields_and_steps_of_the_page(folder, page, button, query, values, problem):
     if "data=" in query:
         add_data(folder, "a")
@@ -453,34 +389,7 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
     assert [name for name in names.values() if f">{name}<" not in pages] == []
 
 
-@pytest.mark.parametrize(
-    ("step", "arguments", "error", "shown"),
-    [
-        (
-            "data",
-            "import a b",
-            {"what": "a", "remedy": "with --map image=a --map answer=b, or --prompt"},
-            "with “Columns” image=a answer=b, or “Prompt”",
-        ),
-        ("train", "train r", {"what": "a", "remedy": "use --resume"}, "use “Start or resume”"),
-        # Other parts may quote data.
-        ("train", "train r", {"what": "type --out a"}, "type --out a"),
-        (
-            "train",
-            "train r",
-            {
-                "what": "a",
-                "remedy": {
-                    "operation": "check",
-                    "arguments": {"sources": "a"},
-                    "purpose": "set a lower rate, or check the data",
-                    "alternative": {"operation": "check", "arguments": {"fix": "b"}},
-                },
-            },
-            "set a lower rate, or check the data: the step “Check”; finesight check --fix b",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("step", "arguments", "error", "shown"), CASES["errors_of_commands"])
 def test_errors_of_commands_name_fields_and_steps(folder, step, arguments, error, shown):
     job = write_job(folder, step, arguments, log="finesight train is fun")
     write_file(job.folder / "outcome.json", json.dumps({"error": error}).encode())

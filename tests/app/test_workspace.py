@@ -82,20 +82,8 @@ def test_recipe_is_created_and_validated(workspace):
     recipe = workspace.load_recipe(path)
     assert (recipe.train.epochs, recipe.output_dir) == (2, Path("runs/a"))
     text = (workspace.folder / path).read_text()
-    for old, new, problem in (
-        ("runs/a", "/tmp/a", "outside of the workspace"),
-        ("runs/a", "studio-link/a", "or of the studio"),
-        ("data/a/", "link/", "outside of the workspace"),
-        ("data/a/data.jsonl", "l*k/secret.txt", "outside of the workspace"),
-        ("data/a/", "file:///", "URL"),
-        ("data:", "adapter: ../a\ndata:", "outside of the workspace"),
-        ("data:", "eval: {metric: photos/m.py:f}\ndata:", "never runs"),
-        ("\ntrain:\n", "\nrewards: [photos/m.py:f]\ntrain:\n  objective: grpo\n", "never runs"),
-        ("data:", "track: {kind: mlflow, uri: 'https://a.example'}\ndata:", "track.uri"),
-        ("epochs: 2", "epochs: many", "epochs"),
-        ("model:", "modell:", "modell"),
-        (text, "text", "not a recipe"),
-    ):
+    changes = CASES["test_recipe_is_created_and_validated"]
+    for old, new, problem in (*changes, (text, "text", "not a recipe")):
         with pytest.raises(UserError, match=problem):
             workspace.save_recipe(path, text.replace(old, new))
     grpo = workspace.create_recipe("g", [dataset], TINY_MODEL, {"train.objective": "grpo"})

@@ -126,18 +126,12 @@ def test_broken_pipe_is_no_error():
     assert (process.wait(), errors) == (0, b"")
 
 
-@pytest.mark.parametrize(
-    ("words", "found"), [("finesight tr", ["train"]), ("finesight data ex", ["export"])]
-)
-def test_shell_completion(words, found):
-    surroundings = {
-        "_FINESIGHT_COMPLETE": "bash_complete",
-        "COMP_WORDS": words,
-        "COMP_CWORD": str(len(words.split()) - 1),
-    }
+def test_shell_completion():
+    surroundings = {"COMP_WORDS": "finesight data ex", "COMP_CWORD": "2"}
+    surroundings |= {"_FINESIGHT_COMPLETE": "bash_complete"}
     command = [sys.executable, "-m", "finesight"]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | surroundings)
-    assert done.stdout.split() == [f"plain,{name}" for name in found]
+    assert done.stdout.split() == ["plain,export"]
 
 
 @pytest.mark.parametrize(

@@ -10,17 +10,13 @@ from case_files import load_cases
 from click.testing import CliRunner
 from service_fixture import write_shape_image
 from tiny_task import ANSWER, THOUGHT
-from web_server_fixture import ScriptedService
 
 from finesight.cli.app import app
-from finesight.cli.chat import COMMAND_HELP, ChatTerminal
+from finesight.cli.chat import COMMAND_HELP
 from finesight.data.sample import ImagePart, read_samples
 from finesight.errors import UserError
 from finesight.infer import inference_service
-from finesight.infer.chat_session import ChatSession
 from finesight.infer.engine import Engine
-from finesight.infer.request import GenerationOptions
-from finesight.manifest import Manifest
 from finesight.vision.image_processing import load_image
 
 CASES = load_cases("chat")
@@ -63,59 +59,10 @@ def test_session_with_images_is_drawn_saved_and_undone(image_question, tmp_path)
     assert (images, len(sample.messages)) == ([str(path)], 2)
 
 
-def test_several_images_in_one_question(image_question, tmp_path):
-    first, (other, _) = image_question[0], write_shape_image(tmp_path, 10)
-    saved = tmp_path / "chat.jsonl"
-    lines = run_chat(f"/image '{first}' {other}", f"/image {other}", "Same?", f"/save {saved}")
-    assert [line.partition(":")[0] for line in lines[:3]] == [str(first), str(other), str(other)]
-    [sample] = read_samples(saved)
-    assert sum(isinstance(part, ImagePart) for part in sample.messages[0].content) == 3
-
-
 @pytest.mark.parametrize(("line", "output"), CASES["test_script_ends_at_first_error"])
 def test_script_ends_at_first_error(line, output, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert output in run_chat(line, "never asked")[-1]
-
-
-def run_terminal(patch, lines, has_images, is_interactive):
-    """Type lines into a terminal, and return the turns and the prompts of the terminal."""
-    manifest = Manifest.model_construct(has_images=has_images, prompts=("What is it?", "Why?"))
-    session = ChatSession(ScriptedService(manifest=manifest))  # type: ignore[arg-type]
-    prompts: list[str] = []
-    typed = iter(lines)
-
-    def read_line(prompt: str) -> str:
-        prompts.append(prompt)
-        try:
-            return next(typed)
-        except StopIteration:
-            raise EOFError from None
-
-    patch.setattr("builtins.input", read_line)
-    ChatTerminal(session, GenerationOptions(), is_interactive).run()
-    return [(turn.text, turn.image_paths) for turn in session.turns], prompts
-
-
-@pytest.mark.parametrize("has_images", [True, False, None])
-@pytest.mark.parametrize("is_interactive", [True, False])
-def test_image_is_asked_for(image_question, monkeypatch, capsys, has_images, is_interactive):
-    lines = [f"/image '{image_question[0]}'", "What is it?"]
-    sent, _ = run_terminal(monkeypatch, lines, has_images, is_interactive)
-    printed = capsys.readouterr().out
-    assert ("Training prompt: What is it?\n" in printed) == is_interactive
-    assert sent == [("What is it?", (image_question[0],))]
-    is_hinted = "Attach an image with /image PATH." in printed
-    assert is_hinted == bool(is_interactive and has_images)
-
-
-def test_truncated_reply_depends_on_seed(image_question):
-    options = ("--max-new-tokens", "3", "--temperature", "8", "--seed", "4")
-    attach = f"/image {image_question[0]}"
-    lines = run_chat(attach, image_question[1], "/again", options=options)
-    assert lines[1].endswith("[truncated after 3 tokens]")
-    assert lines[1] != lines[2]
-    assert run_chat(attach, image_question[1], options=options)[1] == lines[1]
 
 
 def test_chat_allocates_one_sequence(monkeypatch):

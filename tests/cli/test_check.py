@@ -115,15 +115,6 @@ def test_video_frames_are_counted_apart_from_images(folder, cli):
     assert [summary[name] for name in counts] == [1, 4, 5]
 
 
-def test_rows_that_are_no_samples_are_counted(folder, cli):
-    broken = {"messages": [{"role": "user", "content": [{"type": "sound"}]}]}
-    source = write_records(folder / "data.jsonl", [VALID_RECORD, broken, broken, broken])
-    printed = cli("check", source, code=2)
-    assert f"{source}: 4 rows, 1 sample and 3 invalid rows, read as" in printed.out
-    row = next(line for line in printed.lines if line.startswith("invalid-row"))
-    assert row.split()[:5] == ["invalid-row", "error", "3", "75", "%"]
-
-
 def test_non_finite_values_become_json_text(folder, cli):
     record = json.dumps(make_record("0.png", "Where?", None, [1, 2, 30, "x"]))
     source = folder / "data.jsonl"
@@ -154,15 +145,6 @@ def test_fix_writes_valid_samples_and_reports_them(folder, cli):
     assert "0 samples changed, 1 skipped" in printed.out
     assert "the image file is missing" in page.read_text()
     assert "exists already" in cli("check", source, "--fix", out, code=2).err
-
-
-def test_max_length_needs_a_model(folder, model, cli):
-    source = write_records(folder / "data.jsonl", [VALID_RECORD, LONG])
-    cli("check", source, "--model", model)
-    output = cli("check", source, "--model", model, "--max-length", "300", code=2).out
-    assert f"{source}:2 (sample s2): " in output
-    assert "tokens, maximum 300" in output
-    assert "error: --max-length: " in cli("check", source, "--max-length", "300", code=2).err
 
 
 def test_recipe_is_checked_with_its_model(folder, model, cli):

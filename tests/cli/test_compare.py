@@ -37,25 +37,6 @@ def test_comparison_table_and_page(runs, cli):
     assert "verdict" not in first["metrics"]["similarity"]
 
 
-def test_prediction_files_are_compared_on_common_samples(runs, cli):
-    files = []
-    for name, count in zip(runs, (8, 6), strict=True):
-        lines = Path(name, "predictions/after.jsonl").read_text().splitlines(keepends=True)
-        files.append(Path(f"{name}.jsonl"))
-        files[-1].write_text("".join(lines[:count]))
-    line = next(
-        one
-        for one in cli("compare", *files, *PAGE).lines
-        if one.startswith("B other.jsonl  similarity")
-    )
-    assert line.split()[:4] == ["B", "other.jsonl", "similarity", "1.0000"]
-    assert " to " in line, "the interval of few samples"
-    assert line.endswith("(0.5000 and 1.0000 on 6 common samples)")
-    assert "Unknown for prediction files" in Path("page.html").read_text()
-    metrics = cli("compare", *files, *PAGE, "--json").json["runs"][1]["metrics"]
-    assert metrics["similarity"]["common_samples"]["num_samples"] == 6
-
-
 def test_no_page_is_written_for_invalid_arguments(runs, cli):
     page = Path("page.html")
     for given in (["first"], ["first", "first"], ["first", "."]):

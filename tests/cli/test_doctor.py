@@ -4,6 +4,7 @@ import json
 import socket
 
 import pytest
+from case_files import load_cases
 
 from finesight.cli.app import run_command
 from finesight.doctor import machine_check
@@ -20,19 +21,7 @@ def test_diagnosis_lines_and_commands():
         ),
         "two": (make_diagnosis("unfinished", recipe="e\nf", **unfinished),),
     }
-    assert list(format_diagnoses(found)) == [
-        "one",
-        "  warning  HF_HUB_OFFLINE is set",
-        "           why: downloads are disabled; only cached files are available",
-        "           $ unset HF_HUB_OFFLINE",
-        "  warning  torch a\\x1b, built for b",
-        "two",
-        "  ERROR    the run is a; b",
-        "           why: c: d",
-        "           $ finesight train 'e",
-        "           $ f' --resume",
-        "1 error, 2 warnings",
-    ]
+    assert list(format_diagnoses(found)) == load_cases("doctor")["printed_diagnoses"]
     for code, entry in load_catalog().items():
         assert {"what"} <= set(entry) <= {"what", "why", "severity", "remedy", "step"}, code
         assert ("why" in entry) == bool(entry.keys() & {"remedy", "step"}), code

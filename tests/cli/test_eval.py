@@ -54,28 +54,22 @@ def test_json_scores_and_predictions_file(evaluate, tmp_path):
     assert re.search(r"cider_d\* +0\.0000 +-\n", table)
 
 
-def test_scores_have_confidence_intervals(evaluate):
-    figures = evaluate("--metric", "ocr", "--json").json
-    assert figures["intervals"].keys() == figures["scores"].keys()
-    low, high = figures["intervals"]["similarity"]
-    assert low <= figures["scores"]["similarity"] <= high
-    table = evaluate("--metric", "ocr").out
-    assert "with 95 % intervals" in table
-    assert f"{low:.4f} to {high:.4f}" in table
-    table = evaluate("--metric", "latex", "--limit", 1).out
-    assert "latex: 1 sample, with" in table
-    assert "similarity*" in table
-
-
-def test_most_confused_classes_are_listed(evaluate):
-    output = evaluate("--metric", "classification").out
-    assert "'more noise' predicted as '(something else)': 1" in output
-
-
-def test_changed_validation_data_of_a_run_are_noted(evaluate, tmp_path):
-    task = TinyTask(tmp_path / "task")
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    task = TinyTask(tmp_path_factory.mktemp("run") / "task")
     task.run("train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 2})
-    run, data = task.folder / "run", task.folder / "eval.jsonl"
+    return task.folder / "run"
+
+
+def test_pairs_of_a_run_need_no_data(run, tmp_path, cli):
+    ids = [one.id for one in read_samples(run.parent / "train.jsonl")[:2]]
+    write_graded(run / "responses.jsonl", (ids[0], "yes", 1), (ids[0], "no", 0), (ids[1], "no", 0))
+    cli("pairs", run, tmp_path / "pairs.jsonl")
+    assert [one.rejected[0].text for one in read_samples(tmp_path / "pairs.jsonl")] == ["no", "no"]
+
+
+def test_changed_validation_data_of_a_run_are_noted(evaluate, run, tmp_path):
+    data = run.parent / "eval.jsonl"
     assert "note:" not in evaluate("--json", model=run, data=None).err
     data.write_text("".join(data.read_text().splitlines(keepends=True)[:2]))
     printed = evaluate("--json", model=run, data=None)
@@ -250,13 +244,3 @@ def test_pairs_are_the_best_and_worst_responses(data, tmp_path, cli):
     error = cli("pairs", alike, tmp_path / "none.jsonl", "--data", data, code=2).err
     assert "--min-score" in error
     assert "no responses" in cli("pairs", tmp_path / "gone", tmp_path / "x.jsonl", code=2).err
-
-
-def test_pairs_of_a_run_need_no_data(tmp_path, cli):
-    task = TinyTask(tmp_path / "task")
-    task.run("train.steps=1", "train.epochs=null", eval={"metric": "qa", "max_new_tokens": 2})
-    ids = [one.id for one in read_samples(task.folder / "train.jsonl")[:2]]
-    run = task.folder / "run"
-    write_graded(run / "responses.jsonl", (ids[0], "yes", 1), (ids[0], "no", 0), (ids[1], "no", 0))
-    cli("pairs", run, tmp_path / "pairs.jsonl")
-    assert [one.rejected[0].text for one in read_samples(tmp_path / "pairs.jsonl")] == ["no", "no"]

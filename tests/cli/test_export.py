@@ -5,21 +5,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 from fake_hub_servers import (
     TOKEN,
     FakeHubServer,
     ModelScopeHandler,
     run_hub_server,
 )
-from hf_reference import CPU
 from hub_fixtures import cache
-from lora_fixtures import tune_with_lora
 from tiny_model import create_tiny_model
-
-from finesight.model.lora.peft_io import save_adapter
-from finesight.model.weights_io import load_model
-from finesight.model_folder import ModelFolder
 
 __all__ = ["cache"]
 
@@ -73,22 +66,6 @@ def test_files_are_listed_and_uploaded_with_yes(hub, model, cli):
     assert output["page"] == f"{hub.url}/models/me/open"
     assert (output["public"], output["files"]) == (True, sizes)
     assert hub.gated == {"models/me/latex"}
-
-
-def test_adapter_upload_has_a_card_and_no_machine_paths(hub, model, tmp_path, cli):
-    base, folder = ModelFolder(model), tmp_path / "receipts"
-    tune = {"language": "lora", "lora": {"rank": 2}}
-    tuned = tune_with_lora(load_model(base, torch.float32, CPU), tune)
-    folder.mkdir()
-    save_adapter(folder, tuned, base_model=str(base.path), base_fingerprint=base.fingerprint())
-    cli("export", folder, "modelscope:me/receipts", "--yes")
-    sent = hub.repositories["models/me/receipts"]
-    assert sent.keys() == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
-    assert json.loads(sent["adapter_config.json"])["base_model_name_or_path"] == "latex"
-    card = sent["README.md"].decode()
-    assert "library_name: peft" in card
-    assert "# receipts\n\nLoRA adapter of latex" in card
-    assert not any(str(tmp_path).encode() in content for content in sent.values())
 
 
 def test_gguf_conversion(model, tmp_path, cli):

@@ -67,18 +67,6 @@ def test_json_output(source, tmp_path, cli):
     assert sample.messages[1].content[0].xyxy == (1, 0, 11, 10)
 
 
-def test_detected_format_is_printed_with_reason(tmp_path, cli):
-    write_gray_image(tmp_path / "a.png")
-    turns = [
-        {"from": "user", "value": "Picture 1: <img>a.png</img>\nWhat?"},
-        {"from": "assistant", "value": "A square."},
-    ]
-    source = tmp_path / "data.json"
-    source.write_text(json.dumps([{"conversations": turns}]))
-    output = cli("import", source, tmp_path / "out", "--seed", "1").out
-    assert "read as qwen-vl (a turn contains 'Picture 1: <img>a.png</img>')" in output
-
-
 def test_invalid_rows_can_be_skipped(source, tmp_path, cli):
     (tmp_path / "3.png").unlink()
     out = tmp_path / "out"

@@ -26,7 +26,6 @@ from finesight.errors import UserError, suggest_similar_path
 from finesight.model_folder import TINY_MODEL
 from finesight.operations import init
 from finesight.plan import run_plan
-from finesight.recipe import load_recipe
 
 CASES = load_cases("init")
 
@@ -189,29 +188,8 @@ def test_unrecognized_images_are_no_text_task(row, remedy, fixed, cli):
     assert "<image> q 0" in cli("init", "rows.jsonl", *YES, *options).out
 
 
-BOXES = ((5, 6, 20, 16), (8, 20, 50, 27))
-LABELS = ("ball", "cube")
-SIZES = [[x1, y1, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
-CENTERS = [[(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1] for x1, y1, x2, y2 in BOXES]
-FRACTIONS = [[x1 / 56, y1 / 40, x2 / 56, y2 / 40] for x1, y1, x2, y2 in BOXES]
-OBJECTS = [{"bbox": box, "category": label} for box, label in zip(SIZES, LABELS, strict=True)]
-IMAGE_ROWS: list[dict[str, Any]] = [
-    {"objects": {"id": [1, 2], "bbox": SIZES, "categories": LABELS}},
-    {"objects": OBJECTS},
-    {"bbox_xyxy": BOXES, "label": LABELS},
-    {"boxes": BOXES, "label": json.dumps(LABELS)},
-    {"bbox_xywh": SIZES, "label": LABELS},
-]
-"""Layouts of known data sets with one row per image."""
-OBJECT_ROWS = {
-    "bbox": [{"bbox": box} for box in SIZES],
-    "xmin,ymin,xmax,ymax": BOXES,
-    "x,y,w,h": SIZES,
-    "cx,cy,width,height": CENTERS,
-    "XMin,YMin,XMax,YMax": FRACTIONS,
-    "Roi.X1,Roi.Y1,Roi.X2,Roi.Y2": BOXES,
-}
-"""Layouts with one row per object: the columns, and the values of both objects."""
+BOXES, LABELS = [(5, 6, 20, 16), (8, 20, 50, 27)], ["ball", "cube"]
+IMAGE_ROWS, OBJECT_ROWS = CASES["box_layouts"]["images"], CASES["box_layouts"]["objects"]
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -238,8 +216,8 @@ def test_boxes_of_an_image_are_one_sample(tmp_path, layout, metadata, run_init):
     assert found["prompt"] == "Locate every object of these classes in the image: ball, cube."
     for sample in read_samples(out / "data" / "data.jsonl"):
         parts = sample.messages[1].content
-        assert [tuple(map(round, part.xyxy)) for part in parts] == [*BOXES]
-        assert [part.label for part in parts] == [*LABELS]
+        assert [tuple(map(round, part.xyxy)) for part in parts] == BOXES
+        assert [part.label for part in parts] == LABELS
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -273,16 +251,6 @@ def test_preferences_select_the_objective(run_init, num_pairs, label, objective)
     assert ("eval" in recipe) == (objective != "kto")
     assert train.get("objective") == objective
     assert train["learning_rate"] in ((1e-4, 2e-3) if objective == "sft" else (5e-6, 5e-4))
-
-
-@pytest.mark.usefixtures("no_plan")
-def test_rewards_follow_the_task(run_init):
-    table = write_table("data", 24, label=["a", "b"] * 12)
-    found = run_init(table, "--out", "out", "--objective", "grpo", "--model", TINY_MODEL)
-    recipe = load_recipe(Path(found["recipe"]))
-    assert (recipe.train.objective, recipe.rewards[0].name) == ("grpo", "classification")
-    assert recipe.train.learning_rate.default == 5e-4
-    assert recipe.train.grpo.max_completion_length == recipe.eval.max_new_tokens
 
 
 @pytest.mark.usefixtures("no_plan")
@@ -358,35 +326,6 @@ def test_python_function_asks_only_through_a_callable():
 
 
 @pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize(("answer", "question"), [("customer", "c0"), ("-", "Return it.")])
-def test_one_of_two_unknown_texts_may_be_the_question(monkeypatch, answer, question):
-    write_table(".", 4, customer="c{i}", city="t{i}")
-    more = ("city", "qa") if answer == "customer" else ("customer,city", "json", "Return it.")
-    output = answer_questions(monkeypatch, "labels.csv", answer, *more, "")
-    assert "Question column (customer or city; - for two answers) [customer]: " in output
-    sample, *_ = read_samples(Path("labels-finetune/data/data.jsonl"))
-    assert sample.messages[0].content[1].text == question
-    assert sample.messages[1].content[0].text in ("t0", '{"customer": "c0", "city": "t0"}')
-
-
-@pytest.mark.usefixtures("no_plan")
-def test_labels_with_one_answer_column_or_several(cli):
-    table = write_table("photos", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}"})
-    refused = cli("init", table, *YES, code=2).err
-    assert "--map question=customer --map answer=city" in refused
-    assert "--map image=file --map fields=customer,city" in refused
-    table = write_table(
-        "more", 4, **{"No.": "{i}", "customer": "c{i}", "city": "t{i}", "date": "{i}"}
-    )
-    printed = cli("init", table, *YES).out
-    assert "        fields: customer,city,date\n        4 images\n" in printed
-    assert "        unused columns: No.\n" in printed
-    assert "for one column only: --map image=file --map answer=COLUMN\n" in printed
-    hinted = ("--map", "image=file", "--map", "answer=city", "--out", "two", "--json")
-    assert cli("init", table, *hinted).json["columns"] == {"image": "file", "answer": "city"}
-
-
-@pytest.mark.usefixtures("no_plan")
 def test_option_sets_the_task(run_init, cli):
     table = write_table("table", 3, caption="a photo of house {i}")
     found = run_init(table, "--task", "qa", "--out", "table-qa")
@@ -400,16 +339,13 @@ def test_option_sets_the_task(run_init, cli):
 
 
 @pytest.mark.usefixtures("no_plan")
-@pytest.mark.parametrize("num_missing", [0, 5])
-def test_rows_without_images_are_mentioned(num_missing, cli):
+def test_rows_without_images_are_mentioned(cli):
     table = write_table("data", 24, label=["a", "b"])
-    for i in range(num_missing):
+    for i in range(5):
         Path(f"data/images/{i}.png").unlink()
     printed = cli("init", table, *YES, "--json")
-    skipped = {"an image is missing or corrupt": num_missing} if num_missing else {}
-    assert printed.json["skipped_rows"] == skipped
-    warning = "warning: 5 of 24 rows have no readable image and were skipped"
-    assert (warning in printed.err) == bool(num_missing)
+    assert printed.json["skipped_rows"] == {"an image is missing or corrupt": 5}
+    assert "warning: 5 of 24 rows have no readable image and were skipped" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import pytest
 from case_files import load_cases
 from label_fixtures import draw_images
 
-from finesight import progress
 from finesight.app import server
 from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
@@ -178,14 +177,6 @@ def test_next_command_imports_labels_again(label):
         assert label(run, "photos/2.png")[-1] == f"next: finesight {expected}"
 
 
-def test_progress_in_a_log_is_complete(cli, monkeypatch):
-    Path("photos/1.png").write_bytes(b"no image")
-    monkeypatch.setattr(progress, "LOG_INTERVAL_S", 0.0)
-    errors = cli("label", *TINY, "photos", *PROMPT, "--suggest-only", "--batch-size", "1").err
-    lines = [line for line in errors.splitlines() if line.startswith("suggestions: ")]
-    assert (lines[0], lines[-1]) == ("suggestions: 1/3", "suggestions: 3/3")
-
-
 def test_reviews_have_a_folder_each(label):
     """The next command trains the reviewed training data, or keeps it for validation."""
 
@@ -224,15 +215,6 @@ def test_reviews_have_a_folder_each(label):
     ]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--json"], "--json with --suggest-only"),
-        (["--suggest-only", "--no-suggestions"], "one of the two options"),
-        (["--kind", "other"], "--kind"),
-        (["--kind", "text", "--fields", "name"], "--fields with --kind fields"),
-        (["--classes", "a,b", "--fields", "name"], "--fields with --kind fields"),
-    ],
-)
+@pytest.mark.parametrize(("options", "message"), CASES["test_invalid_options_are_rejected"])
 def test_invalid_options_are_rejected(options, message, cli):
     assert message in cli("label", *TINY, "photos", *PROMPT, *options, code=2).err

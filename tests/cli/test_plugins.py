@@ -8,11 +8,10 @@ import pickle
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
+from case_files import load_cases
 from docs_code_blocks import list_code_blocks
 from html_text import read_visible_text
 from image_fixtures import write_gray_image, write_jsonl
@@ -25,8 +24,6 @@ from finesight.plugins import PluginRecord
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "plugin"
 PACKAGE = "finesight-plugin-example"
-
-Cli = Callable[..., Any]
 
 
 def install(folder: Path, patch: pytest.MonkeyPatch) -> None:
@@ -129,13 +126,6 @@ def test_other_processes_can_unpickle_objects_of_plugins(site, monkeypatch):
     assert subprocess.run(command, input=items, stdout=subprocess.PIPE).stdout == b"2\n"
 
 
-def test_studio_offers_metrics_of_plugins(site, monkeypatch):
-    install(site, monkeypatch)
-    code = "from finesight.app.studio_page import FORMS; print(FORMS['recipe'])"
-    done = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert "'meter-reading'" in done.stdout
-
-
 def test_invalid_row_of_a_plugin_format_is_named(recipe, site, tmp_path, monkeypatch, cli):
     install(site, monkeypatch)
     source = write_jsonl(tmp_path / "log.jsonl", [{"photo": str(recipe.parent / "1.png")}])
@@ -157,24 +147,7 @@ def test_model_of_a_run_needs_no_metric_and_tracker(recipe, cli):
     cli("predict", recipe.parent / "run", recipe.parent / "3.png", *words)
 
 
-BROKEN = {
-    "ModuleNotFoundError": ("formats meters", "absent:FORMAT", ""),
-    "AttributeError": ("formats meters", "broken:FORMAT", ""),
-    "ZeroDivisionError": ("formats meters", "broken:FORMAT", "1 / 0"),
-    "SystemExit": ("formats meters", "broken:FORMAT", "raise SystemExit(1)"),
-    "does not implement DatasetFormat": ("formats meters", "broken:FORMAT", "FORMAT = print"),
-    "the format is named 'coco', its entry point 'meters'": (
-        "formats meters",
-        "broken:FORMAT",
-        "from finesight.data.formats.json_annotations import COCO as FORMAT",
-    ),
-    "does not implement TaskMetric": ("metrics meters", "broken:score", "def score(cases): ..."),
-    "does not implement Tracker": (
-        "trackers meters",
-        "broken:Csv",
-        "from finesight.track.backends import Tracker\nclass Csv(Tracker): ...",
-    ),
-}
+BROKEN = load_cases("plugins")["broken"]
 
 
 @pytest.mark.parametrize("problem", BROKEN)

@@ -1,11 +1,10 @@
 from pathlib import Path
 
 import pytest
-from engine_fixtures import make_sample, write_noise_image
+from engine_fixtures import write_noise_image
 from tiny_model import create_tiny_model
 from video_fixtures import write_video
 
-from finesight.data.sample import write_samples
 from finesight.infer.engine import generate
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.prediction import build_questions
@@ -64,16 +63,13 @@ def test_thinking_mode_is_selected(tiny, image_paths, tmp_path, cli):
 
 def test_invalid_arguments_are_rejected(tiny, image_paths, tmp_path, monkeypatch, cli):
     monkeypatch.chdir(tmp_path)
-    Path("text.png").write_text("not an image")
     Path("empty.jsonl").touch()
     Path("model").mkdir()
     image, other = image_paths
     ask = ("--prompt", "What?")
     for words, message in (
-        ((tiny, image), "--prompt"),
         ((tiny, *ask, "--data", "x.jsonl"), "--data"),
         ((tiny, image, "--data", "x.jsonl"), "1 image"),
-        ((tiny, "text.png", *ask), "not an image"),
         ((tiny, "--data", "empty.jsonl"), "contains no samples"),
         (("model", image, *ask), "no config.json"),
         (("gone/model", image, *ask), "gone/model"),
@@ -86,7 +82,7 @@ def test_invalid_arguments_are_rejected(tiny, image_paths, tmp_path, monkeypatch
         assert options[0] in cli("predict", tiny, image, *ask, *options, code=2).err
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp8", "int8", "int4"])
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_weight_format_is_that_of_the_loader(kind, tiny, image_paths, cli):
     ask = ("predict", tiny, image_paths[0], "--prompt", "What?", "--max-new-tokens", 12, "--json")
     found = cli(*ask, "--device", "cpu", "--weight-format", kind).json["raw_text"]
@@ -97,17 +93,4 @@ def test_weight_format_is_that_of_the_loader(kind, tiny, image_paths, cli):
     assert found == loaded.renderer.decode_completion(ids).raw_text
     # With random weights, 4-bit quantization changes every answer.
     baseline = cli(*ask, "--device", "cpu").json["raw_text"]
-    assert kind not in ("nf4", "int4") or found != baseline
-
-
-@pytest.mark.parametrize("command", [["predict"], ["eval", "--metric", "ocr"]])
-def test_weight_format_of_eval_and_of_moe_models(command, tiny, image_paths, tmp_path, cli):
-    data = tmp_path / "data.jsonl"
-    sample = make_sample("s", image_paths[0].parent, str(image_paths[0]), "What?", answer="That.")
-    write_samples(data, [sample.sample])
-    given = ("--data", data, "--max-new-tokens", 3, "--device", "cpu", "--weight-format", "nf4")
-    cli(*command, tiny, *given)
-    experts = create_tiny_model(tmp_path / "experts", "qwen3_vl_moe")
-    error = cli(*command, experts, *given, code=2).err
-    assert error.startswith("error: --weight-format: ")
-    assert "leave --weight-format nf4 out for experts" in error
+    assert kind != "nf4" or found != baseline

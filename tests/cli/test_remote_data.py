@@ -111,28 +111,6 @@ def test_tars_zips_and_folders_on_hub(huggingface, tmp_path, cli):
     assert not list(tmp_path.glob(".*"))
 
 
-def test_boxes_of_embedded_images(huggingface, tmp_path, cli):
-    box = {"question": "where is it?", "bbox": [5.0, 20.0, 30.0, 20.0]}
-    rows = [{"image": make_image_cell(n), **box} for n in range(9)]
-    huggingface.repositories["datasets/Some/boxes"] = shards("train", rows, 1)
-    columns = ("--map", "image=image", "--map", "question=question", "--map", "box=bbox")
-    given = ("import", "hf:Some/boxes", tmp_path / "out", *columns)
-    assert "--box-format xywh" in cli(*given, code=2).err
-    cli(*given, "--box-format", "xywh")
-    assert [one.messages[1].content[0].xyxy for one in read(tmp_path / "out")] == [
-        (5, 20, 35, 40)
-    ] * 9
-
-
-def test_downloaded_parquet_folder(modelscope, tmp_path, cli):
-    modelscope.repositories["datasets/Some/set"] = shards("train", FORMULAS, 3)
-    folder, out = tmp_path / "set", tmp_path / "out"
-    error = cli("download", "modelscope:datasets/Some/set", "--to", folder).err
-    assert error.endswith(f"next: finesight import {folder} set\n")
-    cli("import", folder, out, *COLUMNS)
-    assert len(read(out)) == 30
-
-
 def test_download_command(huggingface, tmp_path, cli):
     files = {"config.json": b"{}", "model.safetensors": bytes(5000)}
     huggingface.repositories["models/Some/model"] = files | {"code.py": b""}

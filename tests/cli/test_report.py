@@ -36,11 +36,6 @@ def test_report_is_written_to_out(cli):
     assert cli("report", "run", "--out", out, "--json").json == {"report": str(out)}
     assert out.exists()
     assert not Path("run/report.html").exists()
-    Path("thesis.html").write_text("precious")
-    error = cli("report", "run", "--out", "thesis.html", code=2).err
-    assert "not a page of finesight" in error
-    assert Path("thesis.html").read_text() == "precious"
-    cli("report", "run", "--out", ".", code=2)
 
 
 def test_incorrect_answers_are_written_and_imported(run, cli):

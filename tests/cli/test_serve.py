@@ -16,7 +16,6 @@ from openai import OpenAI
 from finesight.infer import model_loader
 from finesight.infer.model_loader import get_model_name
 from finesight.serve import api_server
-from finesight.train.run_dir import read_example
 
 KEY = "a-key-of-this-test-0123456789"
 ENDLESS = {"type": "array", "items": {"type": "integer"}, "minItems": 9999}
@@ -30,15 +29,6 @@ LINEAR_DECODER = SimpleNamespace(
     num_kv_heads=2,
     head_dim=256,
 )
-
-
-def test_names_and_examples_of_runs(tmp_path):
-    names = [get_model_name(f"{run}/checkpoints/step-40") for run in ("runs/a", "b/run")]
-    assert names == ["a-step-40", "b-step-40"]
-    (tmp_path / "predictions").mkdir()
-    line = {"image": ["a.png", "b.png"], "prompt": "Compare."}
-    (tmp_path / "predictions" / "after.jsonl").write_text(json.dumps(line) + "\n")
-    assert read_example(tmp_path) == ("a.png", "Compare.")
 
 
 @pytest.fixture

@@ -311,6 +311,7 @@ def test_invalid_tokens_are_not_shown(huggingface, modelscope, monkeypatch):
 def test_connection_error(cache, monkeypatch, hub, endpoint):
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", endpoint)
+    monkeypatch.setattr("modelscope_hub._legacy_api.REPO_TREE_PAGE_RETRY_MAX_DELAY_SECONDS", 0)
     with pytest.raises(UserError, match=f"{hub}:Some/model is not available") as raised:
         open_repository(parse_address(f"{hub}:Some/model"))
     assert "check the connection" in str(raised.value.remedy)

@@ -22,9 +22,7 @@ from finesight.report.charts import (
     build_histogram,
     compute_ticks,
     downsample,
-    filter_finite,
     format_compact,
-    format_exact,
     parse_counts,
     smooth_points,
 )
@@ -54,14 +52,6 @@ def test_tick_labels_are_short(value: float, text: str) -> None:
     assert format_compact(value) == text
 
 
-@each(
-    ("value", "text"),
-    [(0.123456, "0.1235"), (1.5e-5, "1.500e-05"), (12345.67, "12,345.7"), (0.0, "0")],
-)
-def test_values_have_four_digits(value: float, text: str) -> None:
-    assert format_exact(value) == text
-
-
 def test_long_series_are_downsampled_with_spikes() -> None:
     points = [(float(step), math.sin(step / 900)) for step in range(100_000)]
     points[54_321] = (54_321.0, 50.0)
@@ -82,12 +72,6 @@ def test_smoothing_has_no_initial_lag() -> None:
     zigzag = smooth_points([(float(step), 1.0 + (-1) ** step) for step in range(400)])
     assert all(0.8 < y < 1.2 for _, y in zigzag[50:])
     assert smooth_points([(float(step), 1.0) for step in range(19)]) == []
-
-
-def test_non_finite_points_are_dropped() -> None:
-    assert filter_finite(
-        [(1, 0.5), (2, None), (3, math.nan), (4, math.inf), (None, 1), ("5", 1)]
-    ) == [(1.0, 0.5)]
 
 
 def test_chart_stays_within_its_frame() -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from browser import XSS_PAYLOADS, Browser, assert_nothing_executed, count, read_texts
+from case_files import load_cases
 from html_text import read_script_data, read_visible_text
 from run_dir_fixtures import RECIPE, make_prediction_line, make_run, make_sign_answers, start_record
 
@@ -32,16 +33,7 @@ def runs(tmp_path: Path) -> list[Path]:
 def test_page_content(runs: list[Path]) -> None:
     page = render_compare_page(compare_runs(runs))
     text = read_visible_text(page)
-    for words in (
-        "Comparison of 3 runs",
-        "A a Qwen/Qwen2-VL-2B-Instruct · The run is finished: step 10 of 10.",
-        "C c Qwen/Qwen2-VL-2B-Instruct · The run was killed after step 10 of 10",
-        "The validation losses of A a and C c are not compared: the validation data differ.",
-        "tune.lora.rank 8 64 8",
-        "training tokens 38,000 47,500 38,000",
-        "12 validation samples, sorted by the difference in similarity",
-        "throughput and cost A a B b C c total time 25.5 s 25.5 s 25.5 s",
-    ):
+    for words in load_cases("report_words")["comparison"]:
         assert words in text, words
     assert "eval.metric" not in text, "only what differs"
     charts = [one["series"][0]["name"] for one in read_script_data(page)["charts"]]

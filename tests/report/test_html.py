@@ -6,13 +6,13 @@ import importlib.resources
 import io
 import json
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 from browser import XSS_PAYLOADS, Browser
 from each_value import each
+from html_text import ParsedPage
 from jinja2 import UndefinedError
 from PIL import Image
 
@@ -22,55 +22,31 @@ from finesight.report.html import build_inline_image, render_page, write_page
 TEMPLATES = Path(str(importlib.resources.files("finesight.report"))) / "templates"
 
 
-class PageParser(HTMLParser):
-    """Parses elements with attributes, and script texts."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self._in_script = False
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        self._in_script = tag == "script"
-        if self._in_script:
-            self.scripts.append("")
-
-    def handle_endtag(self, tag: str) -> None:
-        self._in_script = False
-
-    def handle_data(self, data: str) -> None:
-        if self._in_script:
-            self.scripts[-1] += data
-
-
 def page_of(*texts: str) -> str:
     return render_page("base", [*texts], title=" ".join(texts))
 
 
 def test_embedded_data_roundtrips() -> None:
     data = {"texts": [*XSS_PAYLOADS, "a & b", "]]>", "é😀"], "numbers": [1, 2.5, None, True]}
-    page = PageParser(render_page("base", data, title="x"))
+    page = ParsedPage(render_page("base", data, title="x"))
     assert json.loads(page.scripts[0]) == data
 
 
 def test_texts_add_no_elements() -> None:
-    baseline, hostile = PageParser(page_of("x")), PageParser(page_of(*XSS_PAYLOADS))
-    names = [[tag for tag, _ in page.elements] for page in (baseline, hostile)]
+    baseline, hostile = ParsedPage(page_of("x")), ParsedPage(page_of(*XSS_PAYLOADS))
+    names = [[tag for tag, _ in page.tags] for page in (baseline, hostile)]
     assert names[0] == names[1]
     assert baseline.scripts[1] == hostile.scripts[1]
     for page in (baseline, hostile):
-        for tag, attributes in page.elements:
+        for tag, attributes in page.tags:
             assert not any(name.startswith("on") for name in attributes), (tag, attributes)
 
 
 def test_content_security_policy_allows_only_its_script() -> None:
-    page = PageParser(page_of("x"))
+    page = ParsedPage(page_of("x"))
     (policy,) = (
         attributes["content"]
-        for _, attributes in page.elements
+        for _, attributes in page.tags
         if attributes.get("http-equiv") == "Content-Security-Policy"
     )
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -85,7 +61,7 @@ def test_content_security_policy_allows_only_its_script() -> None:
     }
     locations = [
         value
-        for _, attributes in page.elements
+        for _, attributes in page.tags
         for name, value in attributes.items()
         if name in ("src", "href") and value is not None
     ]

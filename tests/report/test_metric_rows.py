@@ -11,9 +11,6 @@ from finesight.report.metric_rows import (
     build_metric_rows,
     describe_change,
     format_interval,
-    format_notes,
-    get_note,
-    iter_notes,
     read_interval,
 )
 
@@ -55,41 +52,8 @@ def test_verdict_of_comparison_is_used(low, high, verdict, words, output):
     assert "decreased by 0.7000" in describe_change(build_rows(0.9, 0.2, similarity=fallen)[0])
 
 
-def test_rows_without_a_verdict() -> None:
-    found = build_rows(0.2, 0.2)
-    assert {one.cells[-1].verdict_text for one in found if one.name != "ended_with_eos"} == {
-        "no change"
-    }
-    assert describe_change(found[0]) == "The similarity did not change."
-    found = build_rows(0.2)
-    assert [(cell.value, cell.verdict) for cell in found[0].cells] == [(0.2, "")]
-    assert "evaluated once" in describe_change(found[0])
-    lines = [make_evaluation_line(step, 0.2, scores={}) for step in (0, 9)]
-    missing = build_metric_rows(lines, {})[0]
-    assert [cell.value for cell in missing.cells] == [None, None]
-    assert describe_change(missing) == "The similarity could not be computed from these answers."
-    assert build_metric_rows([], {}) == []
-
-
 @each("ends", [None, "ab", [1], [1, 2, 3], [None, 1], [1, float("nan")], 7])
 def test_invalid_interval_is_hidden(ends: object) -> None:
     assert read_interval({"intervals": {"similarity": ends}}, "similarity") is None
     assert read_interval({}, "similarity") is None
     assert format_interval(None) == ""
-
-
-def test_notes_are_grouped_by_scores() -> None:
-    biased, few = "biased upwards", "no interval: fewer than 6 samples"
-    line = make_evaluation_line(0, 0.2) | {"scores": {"ap": 0.5, "ap_50": 0.7, "exact": 0.5}}
-    line |= {"notes": {"ap": biased, "ap_50": biased}}
-    after = line | {"step": 9}
-    difference = MetricDifference("exact", 0.5, 0.5, None, None, "no clear change", few)
-    found = build_metric_rows([line, after], {"exact": difference})
-    output = format_notes(iter_notes(found))
-    assert output == [
-        f"AP, AP at IoU 0.5: {biased}",
-        f"exact match: {few}",
-        "validation loss: no interval: only the sum over all samples is known",
-    ]
-    for notes in (None, [], "ap", {"ap": None}):
-        assert get_note({"notes": notes}, "ap_50") == ""

@@ -18,6 +18,7 @@ from browser import (
     open_page,
     read_texts,
 )
+from case_files import load_cases
 from each_value import each
 from html_text import read_script_data, read_visible_text
 from PIL import Image
@@ -82,24 +83,7 @@ def test_finished_run(run: FakeRunDir) -> None:
     page = render_run_page(run.folder)
     text = read_visible_text(page)
     assert "<title>latex-2b · finesight</title>" in page
-    for words in (
-        "Qwen/Qwen2-VL-2B-Instruct fine-tuned on 950 samples",
-        "0.2000 → 0.9000 better",
-        "increased by 0.7000, more than expected by chance:",
-        "the 95 % interval of the difference is +0.600",
-        "3 improved 3 worsened 3 incorrect without change 3 still correct 9 incorrect in total",
-        "all 12 improved 3 worsened 3 incorrect 9 still correct 3",
-        "edit distance; higher is better 0.2000 0.150 to 0.250 0.9000 0.850 to 0.950 +0.7000",
-        "mean loss of a pair; lower is better 1.8000 1.1000 −0.7000 better",
-        "vision frozen 9 900 0 yes: bitwise unchanged",
-        "language trained 4 80 4 yes: 4 tensors with gradients",
-        "setup 12.5 s training steps 30.0 s evaluation 8.0 s",
-        "over 8192 tokens long",
-        "NVIDIA H200, bf16",
-        "ba5e" * 16,
-        "eval: {metric: latex}",
-        "--prompt &#39;Write the formula.&#39;",
-    ):
+    for words in load_cases("report_words")["run"]:
         assert words in text, words
     assert [chart["series"][0]["name"] for chart in read_script_data(page)["charts"]] == [
         *("training", "similarity", "merger", "norm", "samples/s", "MFU")

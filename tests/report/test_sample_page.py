@@ -35,6 +35,8 @@ from finesight.encode.tokenization import iter_token_rows
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page
 
+ONE_FAMILY = pytest.mark.parametrize("renderer", ["qwen2_5_vl"], indirect=True)
+
 
 @pytest.fixture(scope="module", params=["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def renderer(tmp_path_factory, request):
@@ -139,6 +141,7 @@ def page(renderer: NativeRenderer, tmp_path: Path) -> Path:
     return file
 
 
+@ONE_FAMILY
 @each("width", [PHONE_WIDTH, DESKTOP_WIDTH])
 def test_page_in_browser(browser: Browser, page: Path, width: int) -> None:
     open_page(browser, page, width)
@@ -158,6 +161,7 @@ def test_page_in_browser(browser: Browser, page: Path, width: int) -> None:
     assert "Where" not in supervised
 
 
+@ONE_FAMILY
 def test_keyboard_and_pointer(browser: Browser, page: Path) -> None:
     browser.open(page)
     where = "return document.querySelector('.position').textContent;"
@@ -189,6 +193,7 @@ def test_keyboard_and_pointer(browser: Browser, page: Path) -> None:
     assert browser.run(detail) == result, "focus and tap tell what pointing tells"
 
 
+@ONE_FAMILY
 def test_invisible_characters_are_shown(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.press("j")
@@ -200,6 +205,7 @@ def test_invisible_characters_are_shown(browser: Browser, page: Path) -> None:
     assert result == ["a", "U+00A0", "U+200B", "U+202E", "U+000D", "b"]
 
 
+@ONE_FAMILY
 def test_html_payloads_are_escaped(browser: Browser, page: Path) -> None:
     browser.open(page)
     browser.press("j")

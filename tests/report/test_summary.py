@@ -186,20 +186,7 @@ def test_out_of_memory_recovery_is_reported(run: FakeRunDir) -> None:
     assert summary.list_remarks(read_run(run.folder)) == []
 
 
-@each(
-    ("first", "last", "found"),
-    [
-        ({}, {}, []),
-        ({}, {"rewards/format/mean": 0.9}, ["Gains of the format only"]),
-        ({}, {"rewards/format/mean": 0.9, "rewards/exact/mean": 0.9}, []),
-        ({}, {"rewards/format/mean": 0.3}, []),  # within the interval
-        ({"completions/mean_length": 9.0}, {"completions/mean_length": 30.0}, ["Length drift"]),
-        ({"completions/mean_length": 30.0}, {"completions/mean_length": 9.0}, ["Length drift"]),
-        ({}, {"completions/clipped_ratio": 0.4}, ["Length drift"]),
-        ({"reward": None}, {}, []),
-        ({"completions/mean_length": "9"}, {"rewards/exact/mean": None}, []),
-    ],
-)
+@each(("first", "last", "found"), CASES["test_signs_of_reward_hacking"])
 def test_signs_of_reward_hacking(run, first, last, found):
     usual = {"completions/mean_length": 20.0, "rewards/exact/mean": 0.2, "rewards/exact/std": 0.4}
     usual |= {"rewards/format/mean": 0.2, "rewards/format/std": 0.4}
@@ -243,14 +230,6 @@ def test_commands_are_shell_quoted(tmp_path: Path) -> None:
         assert words[0] == "finesight", name
         assert any(str(run.folder) in word for word in words), command
     assert shlex.split(commands[0][1])[-1] == prompt
-
-
-@each(
-    ("seconds", "text"),
-    [(0.25, "250 ms"), (12.34, "12.3 s"), (100, "1 min 40 s"), (3599.6, "1 h 00 min")],
-)
-def test_durations(seconds: float, text: str) -> None:
-    assert summary.format_duration(seconds) == text
 
 
 @pytest.fixture

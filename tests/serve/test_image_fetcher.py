@@ -177,16 +177,7 @@ def test_dns_rebinding_is_blocked(public_and_local_servers, url):
     assert not inside.requests
 
 
-FORBIDDEN_URLS = """
-http://localhost/a.png https://127.0.0.1:{port}/a.png https://[::1]:{port}/a.png
-https://169.254.169.254/latest/meta-data https://evil.example/a.png
-https://localhost.evil.example/a.png https://user@localhost:{port}/a.png file:///etc/passwd
-ftp://localhost/a.png https://localhost:0/ https://localhost:99999/ https://[::1
-//evil.example/a.png
-"""
-
-
-@each("location", FORBIDDEN_URLS.split())
+@each("location", CASES["forbidden_urls"].split())
 def test_forbidden_urls(public_and_local_servers, url, location):
     outside, inside = public_and_local_servers
     outside.requests.clear()
@@ -227,30 +218,10 @@ def test_no_request_with_a_wrong_certificate_or_offline(public_and_local_servers
     assert not public_and_local_servers[0].requests
 
 
-LOCAL_ADDRESSES = """
-127.0.0.1 0.0.0.0 10.1.2.3 172.16.0.1 192.168.1.1 100.64.0.1 169.254.169.254 224.0.0.1 240.0.0.1
-255.255.255.255 ::1 :: ::127.0.0.1 ::ffff:127.0.0.1 ::ffff:93.184.215.14 64:ff9b::7f00:1
-2002:7f00:1:: 2001:0:7f00:1:: fe80::1 fe80::1%eth0 fec0::1 fc00::1 fd00:ec2::254 ff02::1
-"""
-SPECIAL_ADDRESSES = """
-192.0.0.8 192.0.0.9 192.0.0.170 192.31.196.1 192.52.193.1 192.88.99.1 192.175.48.1
-64:ff9b:1::a00:1 100::1 100:0:0:1::1 2001:1::1 2001:4:112::1 2001:20::1 2001:30::1 2001:db8::1
-2620:4f:8000::1 3fff::1 3fff:fff:ffff::1 5f00::1 4000::1 8000::1
-"""
-"""Special-purpose networks that Python 3.11 takes for public ones, and unallocated addresses."""
-
-PUBLIC_ADDRESSES = """
-93.184.215.14 2606:2800:21f:cb07:6820:80da:af6b:8b2c 192.0.1.1 192.88.98.255 192.88.100.0
-198.17.255.255 2001:200::1 2003::1 3ffe:ffff::1 2620:4f:8001::1
-"""
-"""Public addresses, also adjacent to special-purpose networks."""
-
-
-def test_public_address_detection():
-    local_addresses = (LOCAL_ADDRESSES + SPECIAL_ADDRESSES).split()
-    for addresses, expected in ((local_addresses, False), (PUBLIC_ADDRESSES.split(), True)):
-        for address in addresses:
-            assert is_public_address(ipaddress.ip_address(address)) is expected, address
+@each(("kind", "is_public"), [("local_addresses", False), ("public_addresses", True)])
+def test_public_address_detection(kind, is_public):
+    for address in CASES[kind].split():
+        assert is_public_address(ipaddress.ip_address(address)) is is_public, address
 
 
 @pytest.fixture(scope="module")
@@ -262,16 +233,7 @@ def open_server(inference_model, tmp_path_factory):
         yield server
 
 
-LOCAL_URLS = """
-file:///etc/passwd file://localhost/etc/passwd FILE:///etc/passwd /etc/passwd ../../../etc/passwd
-image-1 http://127.0.0.1:{port}/a.png https://127.0.0.1:{port}/a.png
-https://localhost:{port}/a.png https://[::1]:{port}/a.png https://[::ffff:127.0.0.1]:{port}/a.png
-https://2130706433:{port}/a.png https://169.254.169.254/latest/meta-data https://10.0.0.1/a.png
-gopher://127.0.0.1:{port}/ data:text/plain,hello data:image/png,hello data:image/png;base64,#
-"""
-
-
-@each("location", [*LOCAL_URLS.split(), "", "data:image/png;base64," + "A" * 40])
+@each("location", [*CASES["local_urls"].split(), "", "data:image/png;base64," + "A" * 40])
 def test_local_urls_are_rejected(open_server, public_and_local_servers, location):
     url = location.format(port=public_and_local_servers[0].server_address[1])
     status, error = post_chat(open_server, make_image_part(url), "What?")

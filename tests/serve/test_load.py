@@ -7,7 +7,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +14,6 @@ import pytest
 from api_server_fixtures import (
     ENDLESS_REQUEST,
     LIMITS,
-    make_data_url,
-    make_image_part,
-    make_messages,
-    make_noise_png,
     run_server,
     wait_until_idle,
 )
@@ -34,23 +29,6 @@ from hostile_requests import (
 from openai import APIError, APIStatusError, RateLimitError
 
 from finesight.serve import api_server
-
-
-def test_concurrent_requests_with_images(ask_about_scene, server):
-    """Send more requests than the server runs at once."""
-    before = server.service.get_stats()
-
-    def ask(number: int) -> str:
-        image = make_image_part(make_data_url(make_noise_png(56, 56, seed=number)))
-        messages = make_messages(image, f"Question {number}?")
-        return ask_about_scene(client, messages=messages, max_tokens=4).choices[0].finish_reason
-
-    with server.client(timeout=120) as client, ThreadPoolExecutor(32) as pool:
-        reasons = list(pool.map(ask, range(100)))
-    assert len(reasons) == 100
-    assert set(reasons) <= {"stop", "length"}
-    after = wait_until_idle(server)
-    assert after.num_completed - before.num_completed == 100
 
 
 def test_disconnected_client_frees_the_cache(ask_about_scene, server):

@@ -165,14 +165,6 @@ def test_loopback_detection():
     assert not any(map(is_loopback, ["0.0.0.0", "::", "10.0.0.1", "127.0.0.1.example.com", ""]))
 
 
-def test_occupied_port():
-    with (
-        bind_socket("127.0.0.1", 0, []) as taken,
-        pytest.raises(UserError, match="cannot listen on"),
-    ):
-        bind_socket("127.0.0.1", taken.getsockname()[1], [])
-
-
 def test_key_files(tmp_path, monkeypatch):
     file = tmp_path / "keys"
     file.write_text(f"# ours\n{KEY}\n\n  {OTHER}\n  #indented-comment-without-spaces\n")
@@ -344,7 +336,7 @@ def test_refused_client_that_sends_slowly_receives_the_response(
         with server.connect(head) as there:
             for _ in range(9):
                 there.sendall(b" " * 100_000)
-                time.sleep(0.15)
+                time.sleep(0.05)
             answer = there.recv(1000)
         assert all(part in answer for part in expected)
         assert (b"retry-after" in answer) == bool(expected[1])

@@ -65,14 +65,6 @@ def recipe(*trackers: Any) -> Recipe:
     return Recipe.model_validate(settings | {"track": trackers})
 
 
-def test_no_trackers_write_no_files(tmp_path: Path) -> None:
-    with start_trackers(recipe(), tmp_path, 0, print) as trackers:
-        trackers.start_run({})
-        trackers.log_metrics(1, {"loss": 1.0})
-    assert not trackers.is_active
-    assert list(tmp_path.iterdir()) == []
-
-
 @pytest.mark.parametrize(
     ("error", "alerted"),
     [

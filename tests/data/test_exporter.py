@@ -217,57 +217,63 @@ def test_every_row_format_has_a_roundtrip_case() -> None:
     assert row_formats - {"image-path"} == set(CASES)
 
 
-def export_first_row(
-    tmp_path: Path, name: str, *conversations: list[dict[str, Any]], **more: Any
-) -> Any:
-    export_dataset(
-        make_located_samples(tmp_path, *conversations, **more),
-        tmp_path / "out",
-        name,
-        copy_images=False,
-    )
+WRITTEN = {
+    "ms-swift": (
+        IN_EACH,
+        ("messages.1.content", "<ref-object><bbox> and <bbox>"),
+        ("messages.2.content", "Left of <bbox> is?"),
+        ("images", ["../in/a.png", "../in/b.png"]),
+        (
+            "objects",
+            {
+                "ref": ["x"],
+                "bbox": [[900, 400, 1000, 500], [0, 0, 40, 20], [1, 2, 3, 4]],
+                "image_id": [1, 0, 0],
+            },
+        ),
+    ),
+    "llama-factory": (
+        ROUNDS,
+        ("conversations.0.from", "system"),
+        ("conversations.1", {"from": "human", "value": "<image>What is this?"}),
+        (
+            "conversations.2",
+            {"from": "gpt", "value": 'A house: {"bbox_2d": [1, 2, 30, 14], "label": "house"}'},
+        ),
+    ),
+    "llava": (
+        ONE_IMAGE[:1],
+        ("image", "../in/a.png"),
+        ("conversations.0", {"from": "human", "value": "<image>\nWhat is this?"}),
+    ),
+    "qwen-vl": (
+        ON_THE_GRID,
+        ("conversations.0.value", "Picture 1: <img>../in/a.png</img>\nWhere?"),
+        (
+            "conversations.1.value",
+            "<ref>door</ref><box>(100,100),(500,500)</box>"
+            "<ref>x</ref><box>(200,200),(300,300)</box>",
+        ),
+    ),
+}
+
+
+@each("name", WRITTEN)
+def test_rows_are_written_as_the_programs_read_them(tmp_path: Path, name: str) -> None:
+    conversations, *expected = WRITTEN[name]
+    samples = make_located_samples(tmp_path, *conversations)
+    export_dataset(samples, tmp_path / "out", name, copy_images=False)
     content = data_file(tmp_path / "out").read_text(encoding="utf-8")
-    return json.loads(content if content.startswith("[") else content.splitlines()[0])
-
-
-def test_ms_swift_boxes_are_real_pixels(tmp_path: Path) -> None:
-    row = export_first_row(tmp_path, "ms-swift", *IN_EACH)
-    assert row["messages"][1]["content"] == "<ref-object><bbox> and <bbox>"
-    assert row["messages"][2]["content"] == "Left of <bbox> is?"
-    assert row["images"] == ["../in/a.png", "../in/b.png"]
-    assert row["objects"] == {
-        "ref": ["x"],
-        "bbox": [[900, 400, 1000, 500], [0, 0, 40, 20], [1, 2, 3, 4]],
-        "image_id": [1, 0, 0],
-    }
-
-
-def test_llama_factory_dataset_info(tmp_path: Path) -> None:
-    row = export_first_row(tmp_path, "llama-factory", *ROUNDS)
-    assert [turn["from"] for turn in row["conversations"]] == [
-        *("system", "human", "gpt", "human", "gpt")
-    ]
-    assert row["conversations"][1]["value"] == "<image>What is this?"
-    assert row["conversations"][2]["value"] == (
-        'A house: {"bbox_2d": [1, 2, 30, 14], "label": "house"}'
-    )
-    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
-    assert info["finesight"]["file_name"] == "data.jsonl"
-    assert info["finesight"]["columns"] == {"messages": "conversations", "images": "images"}
-
-
-def test_llava_line_break_after_image(tmp_path: Path) -> None:
-    (row,) = export_first_row(tmp_path, "llava", ONE_IMAGE[0])
-    assert row["conversations"][0] == {"from": "human", "value": "<image>\nWhat is this?"}
-    assert row["image"] == "../in/a.png"
-
-
-def test_qwen_vl_boxes_on_grid(tmp_path: Path) -> None:
-    row = export_first_row(tmp_path, "qwen-vl", *ON_THE_GRID)
-    assert row["conversations"][0]["value"] == "Picture 1: <img>../in/a.png</img>\nWhere?"
-    assert row["conversations"][1]["value"] == (
-        "<ref>door</ref><box>(100,100),(500,500)</box><ref>x</ref><box>(200,200),(300,300)</box>"
-    )
+    row = json.loads(content)[0] if content[0] == "[" else json.loads(content.splitlines()[0])
+    for path, value in expected:
+        found: Any = row
+        for key in path.split("."):
+            found = found[int(key)] if key.isdigit() else found[key]
+        assert found == value
+    if name == "llama-factory":
+        info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())["finesight"]
+        assert info["file_name"] == "data.jsonl"
+        assert info["columns"] == {"messages": "conversations", "images": "images"}
 
 
 def test_boxes_off_grid_are_counted(tmp_path: Path) -> None:
@@ -339,6 +345,28 @@ def test_unsupported_content_error_has_reason(
     assert not (tmp_path / "out").exists()
 
 
+@each(
+    ("name", "conversation", "what"),
+    [
+        ("voc", turns([IMAGE_PART], "A dog."), "the answer contains type='text'"),
+        ("voc", turns([IMAGE_PART], [*BOX[1], text("none")]), "the answer contains type='text'"),
+        ("voc", turns([IMAGE_PART], BOX[1]), "the answer contains type='box'"),
+        ("voc", turns([IMAGE_PART], [box(1, 2, 3, 4, label=" ")]), "contains type='box'"),
+        ("voc", SEVERAL[1], "4 turns about 2 images"),
+        ("coco", turns([IMAGE_PART], [text("A dog:"), *BOX[1]]), "contains type='text'"),
+        ("folder", turns([IMAGE_PART], BOX[1]), "a mix of answers with and without boxes"),
+    ],
+)
+def test_answers_that_are_no_annotations_are_rejected(
+    tmp_path: Path, name: str, conversation: list[dict[str, Any]], what: str
+) -> None:
+    samples = make_located_samples(tmp_path, conversation)
+    with pytest.raises(UserError, match=what) as caught:
+        export_dataset(samples, tmp_path / "out", name, copy_images=True)
+    assert "sample s0" in caught.value.where
+    assert caught.value.remedy
+
+
 def test_table_with_and_without_questions_is_rejected(tmp_path: Path) -> None:
     conversations = [turns([IMAGE_PART, *t], "x") for t in ([], [text("?")])]
     samples = make_located_samples(tmp_path, *conversations)
@@ -355,21 +383,6 @@ def test_missing_image(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
-    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns, limit=100))
-    samples = read_samples(tmp_path / "one" / "data.jsonl")
-    where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
-    for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):
-        export_dataset(where, tmp_path / name, name, copy_images=False)
-        summary = import_dataset(
-            data_file(tmp_path / name), tmp_path / f"{name}-2", ImportOptions()
-        )
-        assert (summary.format, summary.num_clipped_boxes) == (name, 0)
-        assert read_samples(tmp_path / f"{name}-2" / "data.jsonl") == samples
-
-
 @pytest.mark.parametrize(
     "form", ["ms-swift", "llama-factory", "query-response", "conversations", "qwen-vl"]
 )
@@ -382,6 +395,27 @@ def test_metadata_never_becomes_a_prompt(tmp_path: Path, form: str) -> None:
     import_dataset(tmp_path / "out" / "data.jsonl", tmp_path / "back", ImportOptions(format=form))
     (back,) = read_samples(tmp_path / "back" / "data.jsonl")
     assert [message.role for message in back.messages] == ["user", "assistant"]
+
+
+def test_samples_of_an_image_are_merged(tmp_path: Path) -> None:
+    dog, cat = box(1, 2, 3, 4, label="dog"), box(5, 6, 7, 8, label="cat")
+    answers = ([dog], [dog, dog, cat], "none", [cat, dog], [cat, text("\n")])
+    conversations = [turns([IMAGE_PART, text("?")], answer) for answer in answers]
+    conversations[-1] = turns([IMAGE_PART, text("?")], answers[-1], system="Be brief.")
+    more = {"references": ["r"], "meta": {"note": 1}}
+    samples = make_located_samples(tmp_path, *conversations, **more)
+    done = export_dataset(samples, tmp_path / "boxes", "coco", copy_images=True)
+    document = json.loads((tmp_path / "boxes" / "annotations.json").read_text())
+    names = {one["id"]: one["name"] for one in document["categories"]}
+    labels = [names[one["category_id"]] for one in document["annotations"]]
+    assert sorted(labels) == ["cat", "dog", "dog"]
+    lost = {"system prompts": 1, "references": 5, "the key note of meta": 5}
+    assert done.lost_counts.items() >= lost.items()
+    conversations = [turns([IMAGE_PART, text("?")], answer) for answer in ("b", "a", "b")]
+    samples = make_located_samples(tmp_path, *conversations, references=["r"])
+    export_dataset(samples, tmp_path / "texts", "coco", copy_images=True)
+    document = json.loads((tmp_path / "texts" / "annotations.json").read_text())
+    assert [one["caption"] for one in document["annotations"]] == ["b", "r", "a"]
 
 
 @pytest.mark.parametrize("form", ["coco", "folder"])

@@ -49,16 +49,6 @@ def test_shapes(root: Path, tmp_path: Path) -> None:
     }
 
 
-def test_roundtrip(root: Path, tmp_path: Path) -> None:
-    lawn = '<box label="lawn" occluded="0" xtl="0" ytl="0.25" xbr="40" ybr="20"/>'
-    source = write_document(root, BOX.format(ATTRIBUTE) + lawn)
-    assert check_export_roundtrip(source, tmp_path).num_samples == 1
-    written = (tmp_path / "exported" / "annotations.xml").read_text("utf-8")
-    assert 'name="a.png"' in written
-    assert 'occluded="1"' in written
-    assert "<name>breed</name>" in written
-
-
 def test_tags_are_classes(root: Path, tmp_path: Path) -> None:
     source = write_document(root, '<tag label="dog" source="manual"/>')
     samples, _ = import_samples(source, tmp_path / "out")

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 from box_fixtures import (
-    check_export_roundtrip,
     find_box,
     import_samples,
     list_answers,
@@ -81,11 +80,6 @@ def test_detection(root: Path, tmp_path: Path) -> None:
         "polygons (converted to bounding boxes)": 1,
         "shapes of type point (skipped)": 1,
     }
-
-
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
-    check_export_roundtrip(root, tmp_path, box_task=ask)
 
 
 def test_four_corner_shapes_and_windows_paths(root: Path, tmp_path: Path) -> None:

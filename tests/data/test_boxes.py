@@ -3,6 +3,7 @@
 from typing import get_args
 
 import pytest
+from case_files import load_cases
 
 from finesight.data.boxes import (
     Box,
@@ -14,6 +15,8 @@ from finesight.data.boxes import (
     parse_coordinates,
 )
 from finesight.errors import UserError
+
+CASES = load_cases("boxes")
 
 SIZE = (200, 500)
 CORNERS: Box = (50.0, 20.0, 150.0, 80.0)
@@ -46,19 +49,7 @@ def test_rounding_outside_image_is_clipped() -> None:
     assert clip_to_image(CORNERS, SIZE, BoxConvention()) == CORNERS
 
 
-@pytest.mark.parametrize(
-    ("box", "what"),
-    [
-        ((0, 0, 502, 100), "outside its image"),
-        ((-2, 0, 50, 100), "outside its image"),
-        ((0, 0, 50, 202), "outside its image"),
-        ((500.2, 0, 500.8, 50), "outside its image"),
-        ((50, 0, 40, 100), "has inverted corners or no area"),
-        ((50, 30, 60, 30), "has inverted corners or no area"),
-        ((float("nan"), 0, 60, 30), "has inverted corners or no area"),
-        ((0, 0, float("inf"), 30), "has inverted corners or no area"),
-    ],
-)
+@pytest.mark.parametrize(("box", "what"), CASES["test_invalid_boxes_are_rejected"])
 def test_invalid_boxes_are_rejected(box: Box, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
         clip_to_image(box, SIZE, BoxConvention())
@@ -85,17 +76,7 @@ def test_values_may_be_text() -> None:
     assert parse_coordinates(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ((0, 0, 10, 10), (0, 0, 10, 10), 1),
-        ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
-        ((0, 0, 10, 10), (10, 0, 20, 10), 0),
-        ((0, 0, 10, 10), (2, 2, 4, 4), 4 / 100),
-        ((10, 10, 0, 0), (0, 0, 10, 10), 0),
-        ((0, 0, 0, 10), (0, 0, 0, 10), 0),
-    ],
-)
+@pytest.mark.parametrize(("a", "b", "expected"), CASES["test_iou"])
 def test_iou(a, b, expected):
     assert iou(a, b) == pytest.approx(expected)
     assert iou(b, a) == pytest.approx(expected)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
@@ -46,71 +47,15 @@ def make_located_samples(
     ]
 
 
-ONE_IMAGE = (
-    turns([IMAGE_PART, text("What is this?")], "A house."),
-    turns([IMAGE_PART, text("What is this?")], [box(2.5, 3, 30, 17, label="door")]),
-    turns(
-        [IMAGE_PART, text("What is this?")],
-        [text("Two: "), box(1, 2, 3, 4), box(4, 5.25, 6, 7), text(".\nReally.")],
-    ),
-)
-ROUNDS = (
-    turns(
-        [IMAGE_PART, text("What is this?")],
-        [text("A house: "), box(1, 2, 30, 14, label="house")],
-        "And its colour?",
-        "Red.",
-        system="Be brief.",
-    ),
-)
-SEVERAL = (
-    turns([text("Is "), IMAGE_PART, text(" or "), SECOND, text(" larger?")], "The second."),
-    turns([IMAGE_PART, text("\nFirst.")], "Yes.", [text("And this?"), SECOND], "No."),
-)
-TEXT_ONLY = (turns("Hello", "Hi"),)
-IN_EACH = (
-    turns(
-        [IMAGE_PART, SECOND, text("?")],
-        [box(900, 400, 1000, 500, image=1, label="x"), text(" and "), box(0, 0, 40, 20)],
-        [text("Left of "), box(1, 2, 3, 4), text(" is?")],
-        "Nothing.",
-    ),
-)
-ON_THE_GRID = (
-    turns(
-        [IMAGE_PART, text("Where?")], [box(4, 2, 20, 10, label="door"), box(8, 4, 12, 6, label="x")]
-    ),
-    turns(
-        [IMAGE_PART, text("?")],
-        [box(4, 2, 20, 10)],
-        [SECOND, text("?")],
-        [box(1, 1, 999, 250, image=1)],
-    ),
-)
-
+TABLES = load_cases("exporter")
+CONVERSATIONS = TABLES["conversations"]
+ONE_IMAGE, ROUNDS, SEVERAL = (CONVERSATIONS[name] for name in ("one_image", "rounds", "several"))
+TEXT_ONLY, IN_EACH = CONVERSATIONS["text_only"], CONVERSATIONS["in_each"]
+(WITH_TOOLS,), (PARALLEL_CALLS,) = CONVERSATIONS["with_tools"], CONVERSATIONS["parallel_calls"]
 ZOOM = {
     "type": "function",
     "function": {"name": "zoom", "parameters": {"type": "object", "properties": {"k": {}}}},
 }
-
-
-def call(**arguments: Any) -> dict[str, Any]:
-    return {"type": "tool_call", "name": "zoom", "arguments": arguments}
-
-
-WITH_TOOLS = [
-    {"role": "user", "content": [IMAGE_PART, text("What is this?")]},
-    {"role": "assistant", "content": [call(k=[1, {"b": None}], é=1.5)], "loss": False},
-    {"role": "tool", "content": [text("Closer: "), SECOND]},
-    {"role": "assistant", "content": "A house."},
-]
-PARALLEL_CALLS = [
-    *WITH_TOOLS[:1],
-    {"role": "assistant", "content": [text("I zoom."), call(), call(k="x")]},
-    {"role": "tool", "content": "One."},
-    {"role": "tool", "content": "Two."},
-    {"role": "assistant", "content": "A house."},
-]
 
 CASES = {
     "samples": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
@@ -121,7 +66,7 @@ CASES = {
     "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
     "llava": (*ONE_IMAGE, *TEXT_ONLY),
     "table": ONE_IMAGE,
-    "qwen-vl": (*SEVERAL, *TEXT_ONLY, *ON_THE_GRID),
+    "qwen-vl": (*SEVERAL, *TEXT_ONLY, *CONVERSATIONS["on_the_grid"]),
 }
 WISHES = {
     "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")}),
@@ -218,54 +163,20 @@ def test_every_row_format_has_a_roundtrip_case() -> None:
 
 
 WRITTEN = {
-    "ms-swift": (
-        IN_EACH,
-        ("messages.1.content", "<ref-object><bbox> and <bbox>"),
-        ("messages.2.content", "Left of <bbox> is?"),
-        ("images", ["../in/a.png", "../in/b.png"]),
-        (
-            "objects",
-            {
-                "ref": ["x"],
-                "bbox": [[900, 400, 1000, 500], [0, 0, 40, 20], [1, 2, 3, 4]],
-                "image_id": [1, 0, 0],
-            },
-        ),
-    ),
-    "llama-factory": (
-        ROUNDS,
-        ("conversations.0.from", "system"),
-        ("conversations.1", {"from": "human", "value": "<image>What is this?"}),
-        (
-            "conversations.2",
-            {"from": "gpt", "value": 'A house: {"bbox_2d": [1, 2, 30, 14], "label": "house"}'},
-        ),
-    ),
-    "llava": (
-        ONE_IMAGE[:1],
-        ("image", "../in/a.png"),
-        ("conversations.0", {"from": "human", "value": "<image>\nWhat is this?"}),
-    ),
-    "qwen-vl": (
-        ON_THE_GRID,
-        ("conversations.0.value", "Picture 1: <img>../in/a.png</img>\nWhere?"),
-        (
-            "conversations.1.value",
-            "<ref>door</ref><box>(100,100),(500,500)</box>"
-            "<ref>x</ref><box>(200,200),(300,300)</box>",
-        ),
-    ),
+    "ms-swift": IN_EACH,
+    "llama-factory": ROUNDS,
+    "llava": ONE_IMAGE,
+    "qwen-vl": CONVERSATIONS["on_the_grid"],
 }
 
 
 @each("name", WRITTEN)
 def test_rows_are_written_as_the_programs_read_them(tmp_path: Path, name: str) -> None:
-    conversations, *expected = WRITTEN[name]
-    samples = make_located_samples(tmp_path, *conversations)
+    samples = make_located_samples(tmp_path, *WRITTEN[name])
     export_dataset(samples, tmp_path / "out", name, copy_images=False)
     content = data_file(tmp_path / "out").read_text(encoding="utf-8")
     row = json.loads(content)[0] if content[0] == "[" else json.loads(content.splitlines()[0])
-    for path, value in expected:
+    for path, value in TABLES["written"][name].items():
         found: Any = row
         for key in path.split("."):
             found = found[int(key)] if key.isdigit() else found[key]
@@ -349,7 +260,11 @@ def test_unsupported_content_error_has_reason(
     ("name", "conversation", "what"),
     [
         ("voc", turns([IMAGE_PART], "A dog."), "the answer contains type='text'"),
-        ("voc", turns([IMAGE_PART], [*BOX[1], text("none")]), "the answer contains type='text'"),
+        (
+            "voc",
+            turns([IMAGE_PART], [box(1, 2, 3, 4, label="x"), text("no")]),
+            "the answer contains type='text'",
+        ),
         ("voc", turns([IMAGE_PART], BOX[1]), "the answer contains type='box'"),
         ("voc", turns([IMAGE_PART], [box(1, 2, 3, 4, label=" ")]), "contains type='box'"),
         ("voc", SEVERAL[1], "4 turns about 2 images"),

@@ -40,16 +40,7 @@ def test_subsets_of_dataset_card(part: str | None, rows: list[str]) -> None:
     assert list(select_files(FILES, part, LATEX, "hf:a/b").row_files) == rows
 
 
-@pytest.mark.parametrize(
-    ("data_files", "rows"),
-    [
-        ("data_files: {train: full/train-*, test: full/test-*}", FILES[2:4]),
-        ("data_files: [full/train-1.parquet]", ["full/train-1.parquet"]),
-        ("data_files: [{split: train, path: [small/*, ./data/*]}]", [FILES[1], FILES[5]]),
-        ("data_dir: full", FILES[2:4]),
-        ("data_dir: ./small", [FILES[5]]),
-    ],
-)
+@pytest.mark.parametrize(("data_files", "rows"), CASES["test_data_files_notations"])
 def test_data_files_notations(data_files: str, rows: list[str]) -> None:
     card = f"---\nconfigs:\n- config_name: mine\n  {data_files}\n---\n"
     assert list(select_files(FILES, "mine", card, "hf:a/b").row_files) == rows
@@ -102,16 +93,7 @@ def test_repository_without_splits() -> None:
     )
 
 
-@pytest.mark.parametrize(
-    ("files", "part", "words"),
-    [
-        (SHARDS, "validation", "no split 'validation'"),
-        (["data/test-0.parquet", "data/val-0.parquet"], None, "several splits"),
-        (["a/1.jpg", "a/1.txt"], "train", "no split 'train'"),
-        (["data.py", "README.md"], None, "no data file among 2: data.py, README.md"),
-        (["model.safetensors"], None, "no data file"),
-    ],
-)
+@pytest.mark.parametrize(("files", "part", "words"), CASES["test_ambiguous_selection_is_rejected"])
 def test_ambiguous_selection_is_rejected(files: list[str], part: str | None, words: str) -> None:
     with pytest.raises(UserError, match=words) as raised:
         select_files(files, part, "", "hf:a/b")

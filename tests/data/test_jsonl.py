@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.data.sample import (
@@ -18,6 +19,8 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.errors import UserError
+
+CASES = load_cases("jsonl")
 
 SAMPLE = Sample(
     id="été",
@@ -152,15 +155,7 @@ def test_foreign_row_error_suggests_import(key: str, tmp_path: Path) -> None:
     assert "finesight import" in str(caught.value)
 
 
-@each(
-    ("changes", "what"),
-    [
-        ({"rejected": "x", "loss": False}, "false in the chosen answer"),
-        ({"first_loss": False, "loss": False}, "false in all 2 answers"),
-        ({"role": "tool"}, "message roles are user, tool"),
-        ({"tools": [{"name": "zoom"}]}, "tools.0 is"),
-    ],
-)
+@each(("changes", "what"), CASES["test_invalid_tools_and_loss"])
 def test_invalid_tools_and_loss(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     messages = [
         {"role": "user", "content": "Which?"},

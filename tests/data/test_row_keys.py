@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
@@ -25,6 +26,8 @@ from finesight.data.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.data.row_reader import SourceRow
 from finesight.data.sample import join_text, sample_from_dict, sample_to_dict
 from finesight.errors import UserError
+
+CASES = load_cases("row_keys")
 
 FORMATS = {"alpaca": "llama-factory", "swift-pairs": "ms-swift"}
 TRL = {
@@ -236,7 +239,7 @@ def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
     assert set(sample.meta) <= {"score_chosen"}
 
 
-@each("label", [True, False])
+@each("label", CASES["test_labels_of_rows_are_verdicts"])
 @each(
     "row",
     [
@@ -374,18 +377,7 @@ def test_loss_of_turns_is_used_unless_it_is_the_default(tmp_path: Path, as_type:
             parse(chat({**ANSWER, key: "So."}), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("record", "counts"),
-    [
-        (chat(ANSWER, label="dog", source="b"), {"label in meta": 1, "source in meta": 1}),
-        (chat({**ANSWER, "name": None, "weight": 1}), {"name of turns, not imported": 1}),
-        (chat(ANSWER, file_name="b.jpg"), {"file_name in meta": 1}),
-        ({**TRL, "images": "a.png"}, {}),
-        ({"prompt": "<image>Where?", "completion": "There.", "images": ["a.png"]}, {}),
-        ({"messages": json.dumps(chat(ANSWER)["messages"])}, {}),
-        ({"messages": str(chat(ANSWER)["messages"])}, {}),
-    ],
-)
+@pytest.mark.parametrize(("record", "counts"), CASES["test_further_keys_are_counted"])
 def test_further_keys_are_counted(
     tmp_path: Path, record: dict[str, Any], counts: dict[str, int]
 ) -> None:
@@ -469,15 +461,7 @@ def test_notations_of_box_tokens(tmp_path: Path, notation: str) -> None:
         assert box.xyxy == (8, 7.5, 24, 21)
 
 
-@pytest.mark.parametrize(
-    ("answer", "what"),
-    [
-        ("<|box_start|>(1,2),(3,4),(5,6)<|box_end|>", "not a box"),
-        ('{"bbox_2d": [1, 2, 3, 4], "color": "red"}', r"the box \{.*without other keys"),
-        ('{"items": [{"bbox_2d": [1, 2, 3, 4]}]}', r"the box \{.*outside of other JSON"),
-        ("<|quad_start|>(1,2),(3,4),(5,6),(7,8)<|quad_end|>", "the placeholder"),
-    ],
-)
+@pytest.mark.parametrize(("answer", "what"), CASES["test_unsupported_boxes_are_named"])
 def test_unsupported_boxes_are_named(tmp_path: Path, answer: str, what: str) -> None:
     with pytest.raises(UserError, match="(?s)" + what):
         parse({"query": "<image>Where?", "response": answer, "images": ["a.png"]}, tmp_path)

@@ -14,6 +14,7 @@ from box_fixtures import (
     list_questions,
     write_box_image,
 )
+from each_value import each
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats.image_annotations import CAPTION_PROMPT, REASON_OBJECT_WITHOUT_BOX
@@ -188,21 +189,17 @@ def test_answers_about_the_image(
     assert set(list_questions(samples)) == {question}
 
 
-@pytest.mark.parametrize(
+@each(
     "reference",
-    [
-        "/data/local-files/?d=server%20files/images/a.png",
-        "/data/upload/3/0a1b2c3d-a.png",
-        "a.png",
-    ],
+    ["/data/local-files/?d=server%20files/images/a.png", "/data/upload/3/0a1b2c3d-a.png", "a.png"],
 )
-@pytest.mark.parametrize("location", ["a.png", "images/a.png", "photos/a.png"])
-def test_image_references(root: Path, tmp_path: Path, reference: str, location: str) -> None:
-    if reference == location or not reference.startswith("a"):
-        (root / location).parent.mkdir(exist_ok=True)
-        (root / "a.png").rename(root / location)
+@each("location", ["a.png", "images/a.png", "photos/a.png"])
+def test_image_references(tmp_path: Path, reference: str, location: str) -> None:
+    is_name = reference == "a.png"
+    write_box_image(tmp_path / "set" / ("a.png" if is_name else location), WHITE)
     task = {"data": {"image": reference}, "annotations": [annotation(region("dog"))]}
-    assert len(import_samples(write_tasks(root, task), tmp_path / "out")[0]) == 1
+    samples, _ = import_samples(write_tasks(tmp_path / "set", task), tmp_path / "out")
+    assert len(samples) == 1
 
 
 @pytest.mark.parametrize(

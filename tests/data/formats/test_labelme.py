@@ -15,6 +15,7 @@ from box_fixtures import (
     list_answers,
     write_box_image,
 )
+from each_value import each
 from PIL import Image
 
 from finesight.data.sample import ImagePart
@@ -140,15 +141,12 @@ def test_invalid_files(root: Path, tmp_path: Path, content: object, what: str) -
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("stem", ["a", os.fsdecode("猫".encode("gbk"))])
-@pytest.mark.parametrize("suffix", [".png", ".JPG"])
+@each("stem", ["a", os.fsdecode("猫".encode("gbk"))])
+@each("suffix", [".png", ".JPG"])
 def test_empty_image_path(tmp_path: Path, stem: str, suffix: str) -> None:
     for name in (f"{stem}{suffix}", os.fsdecode("狗.png".encode("gbk"))):
         write_box_image(tmp_path / "set" / name, WHITE)
-    for index, change in enumerate(({"imagePath": ""}, {"imagePath": None}, {})):
-        content = record(**change)
-        if not change:
-            del content["imagePath"], content["imageData"]
-        save(tmp_path / "set", content, f"{stem}.json")
+    for index, path in enumerate(("", None)):
+        save(tmp_path / "set", record(imagePath=path), f"{stem}.json")
         samples, _ = import_samples(tmp_path / "set", tmp_path / f"out{index}")
         assert ("dog", WHITE) in list_answers(samples)[0]

@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Any
 
 import pytest
+from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.data import importer, line_index
@@ -55,38 +56,30 @@ def refusal(source: Path, **request: object) -> UserError:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.tar", "a.zip", "a.tgz"]
-)
-def test_named_pipe_as_source(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
-    assert "a named pipe, not a regular file" in refusal(tmp_path / name).what
+SUFFIXES = ["jsonl", "json", "csv", "tsv", "parquet", "tar", "zip", "tgz"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.tar"])
-def test_device_as_source(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).symlink_to("/dev/zero")
-    assert "a device, not a regular file" in refusal(tmp_path / name).what
+@each("suffix", SUFFIXES)
+def test_pipes_and_devices_as_source(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a.{suffix}")
+    assert "a named pipe, not a regular file" in refusal(tmp_path / f"a.{suffix}").what
+    (tmp_path / f"b.{suffix}").symlink_to("/dev/zero")
+    assert "a device, not a regular file" in refusal(tmp_path / f"b.{suffix}").what
 
 
-@pytest.mark.parametrize(
-    "name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"]
-)
-def test_named_pipe_in_a_folder(tmp_path: Path, name: str) -> None:
+@each("name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"])
+@each("is_link", [False, True])
+def test_named_pipe_in_a_folder(tmp_path: Path, name: str, is_link: bool) -> None:
     write_gray_image(tmp_path / "set" / "a.jpg")
     (tmp_path / "set" / "a.txt").write_text("a house")
-    (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
-    os.mkfifo(tmp_path / "set" / name)
+    pipe = tmp_path / "set" / name
+    pipe.parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "pipe" if is_link else pipe)
+    if is_link:
+        pipe.symlink_to(tmp_path / "pipe")
     error = refusal(tmp_path / "set", prompt="?")
     assert "a named pipe" in error.what
-    assert error.where == str(tmp_path / "set" / name)
-
-
-def test_named_pipe_behind_a_link(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "set" / "a.jpg")
-    (tmp_path / "set" / "a.txt").symlink_to(tmp_path / "pipe")
-    os.mkfifo(tmp_path / "pipe")
-    assert "a named pipe" in refusal(tmp_path / "set", prompt="?").what
+    assert error.where == str(pipe)
 
 
 def test_list_of_images_that_is_a_pipe(tmp_path: Path) -> None:
@@ -114,17 +107,9 @@ def sparse(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "read", [line_index.IndexedLines.open, lambda path: [*line_index.read_lines(path)], None]
-)
-def test_line_over_the_limit(tmp_path: Path, read: Callable[[Path], object] | None) -> None:
+def test_line_over_the_limit(tmp_path: Path) -> None:
     path = sparse(tmp_path / "a.jsonl")
-    if read is None:
-        error = refusal(path)
-    else:
-        with pytest.raises(UserError) as caught:
-            read(path)
-        error = caught.value
+    error = refusal(path)
     assert "a line of more than 33,554,432 bytes" in error.what
     assert error.where == f"{path}:2"
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
@@ -19,9 +20,8 @@ from finesight.data.importer import (
     ImportSummary,
     import_dataset,
 )
-from finesight.data.sample import BoxPart, ImagePart, Sample, read_samples
+from finesight.data.sample import ImagePart, Sample, read_samples
 from finesight.errors import UserError
-from finesight.storage import verify_folder
 
 ANSWERS = ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?")
 
@@ -156,19 +156,6 @@ def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "train.jsonl").exists()
 
 
-def test_split_by_image(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", train_fraction=0.75, seed=3)
-    summary = import_dataset(table(tmp_path, *"aabbccdd"), tmp_path / "out", request)
-    train, validation = (
-        {word[0] for word in words(tmp_path / "out" / name)}
-        for name in ("train.jsonl", "eval.jsonl")
-    )
-    assert len(train) == 3
-    assert len(validation) == 1
-    assert not train & validation
-    assert check_row_counts(summary)
-
-
 def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     source = table(tmp_path, *"ab", answers=["x", "y", "z"])
     request = ImportOptions(
@@ -181,28 +168,6 @@ def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     assert sample.references == ("y", "z")
     assert [(w.num_rows, w.num_samples) for w in summary.output_files] == [(1, 3), (1, 1)]
     assert summary.unused_columns == ("answer",)
-
-
-def test_embedded_parquet_images(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    data = [write_gray_image(tmp_path / f"{n}.png", 40 + n, 20).read_bytes() for n in range(3)]
-    rows = [
-        {"image": {"bytes": data[n], "path": f"{n}.png"}, "bbox": [1.0, 2.0, 30.0, 4.0]}
-        for n in (0, 1, 1, 2)
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    request = ImportOptions(
-        columns={"image": "image", "box": "bbox"}, prompt="?", box_format="xywh", eval_last=1
-    )
-    summary = import_dataset(tmp_path / "rows.parquet", tmp_path / "out", request)
-    assert summary.num_images == 3
-    train = read_samples(tmp_path / "out" / "train.jsonl")
-    validation = read_samples(tmp_path / "out" / "eval.jsonl")
-    found = list_image_paths(train + validation, tmp_path / "out")
-    assert [path.read_bytes() for path in found] == [data[0], data[1], data[1], data[2]]
-    assert train[0].messages[-1].content == (BoxPart(xyxy=(1, 2, 31, 6)),)
-    verify_folder(tmp_path / "out")
 
 
 def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
@@ -247,31 +212,27 @@ def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == before
 
 
-def test_existing_folder_is_unchanged(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        import_dataset(table(tmp_path, "a"), tmp_path / "out", ANSWERS)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_unknown_format_suggests_closest_one(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"image_path": "a.png", "caption": "x"}])
-    with pytest.raises(UserError, match="image_path, caption") as caught:
+@each(
+    ("row", "what", "remedy"),
+    [
+        (
+            {"image_path": "a", "caption": "x"},
+            "image_path, caption",
+            "--map image=image_path --map",
+        ),
+        ({"conversations": [{"from": "a", "text": "x"}]}, "conversations", "the closest is conversations"),
+        ({"query": "a", "answer": "x"}, "query, answer", "the closest is query"),
+        ({"image": "a.png", "text": "x"}, "image, text", "--map image=image --map answer=text"),
+    ],
+)
+def test_unknown_format_suggests_closest_one(
+    tmp_path: Path, row: dict[str, Any], what: str, remedy: str
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=what) as caught:
         import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "--map image=image_path --map answer=caption" in caught.value.remedy
+    assert remedy in caught.value.remedy
     assert "qwen-vl" in caught.value.expected
-    source = write_jsonl(tmp_path / "b.jsonl", [{"conversations": [{"from": "a", "text": "x"}]}])
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "the closest is conversations" in caught.value.remedy
-    source = write_jsonl(tmp_path / "c.jsonl", [{"query": "a", "answer": "x"}])
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "the closest is query" in caught.value.remedy
-    source = write_jsonl(tmp_path / "d.jsonl", [{"image": "a.png", "text": "x"}])
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "--map image=image --map answer=text" in caught.value.remedy
 
 
 def test_format_option_overrides_detection(tmp_path: Path) -> None:

@@ -14,17 +14,7 @@ def keys(*rows: str) -> list[frozenset[str]]:
     return [frozenset(row) for row in rows]
 
 
-def test_last_rows_and_their_images_are_excluded() -> None:
-    assert split_last_rows(keys("a", "b", "ac", "", "c", "d"), 2) == ([0, 1, 3], [4, 5])
-
-
-def test_all_rows_may_be_eval_rows() -> None:
-    assert split_last_rows(keys("a", "b"), 2) == ([], [0, 1])
-
-
 def test_too_many_eval_rows() -> None:
-    with pytest.raises(UserError, match="eval_last=3: there are 2 rows"):
-        split_last_rows(keys("a", "b"), 3)
     with pytest.raises(UserError, match="each of the other 1 rows"):
         split_last_rows(keys("a", "a"), 1)
 

@@ -135,8 +135,8 @@ def test_points(tmp_path: Path, name: str, lawn: str, points: list[Any]) -> None
 
 
 def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:
+    source = write_scene("fiftyone", tmp_path / "set")
     with pytest.raises(UserError, match="no points in the annotations"):
-        source = write_scene("fiftyone", tmp_path / "set")
         import_samples(source, tmp_path / "out", box_task="points")
     lawn = '"shape_type": "point", "points": [[44, 4]]'
     source = write_scene("labelme", tmp_path / "outside", SCENES["labelme"]["lawn"], lawn)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from box_fixtures import parse_record
+from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image
 from video_fixtures import write_video
@@ -44,62 +45,7 @@ def chat(question: str, **more: Any) -> dict[str, Any]:
     return {"conversations": turns, **more}
 
 
-def messages(question: str, **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]
-    return {"messages": turns, **more}
-
-
-ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "llava": ("llava", chat("<video>\nWhat?", video="v.mp4"), ["v.mp4", "What?"]),
-    "llava-video": ("llava", chat("<image>\nWhat?", video="v.mp4"), ["v.mp4", "What?"]),
-    "llava image": ("llava", chat("<image>\n<video>\nWhich?", image="a.png", video="v.mp4"), []),
-    "sharegpt": (
-        "llama-factory",
-        chat("<video>A <video>B", videos=["v.mp4", "w.webm"]),
-        ["v.mp4", "A ", "w.webm", "B"],
-    ),
-    "alpaca": (
-        "llama-factory",
-        {"instruction": "<video>What?", "input": "", "output": "x", "videos": ["v.mp4"]},
-        ["v.mp4", "What?"],
-    ),
-    "ms-swift": (
-        "ms-swift",
-        messages("<image>or <video>?", images=["a.png"], videos=["v.mp4"]),
-        ["a.png", "or ", "v.mp4", "?"],
-    ),
-    "ms-swift without placeholder": (
-        "ms-swift",
-        messages("What?", videos=["v.mp4"]),
-        ["v.mp4", "What?"],
-    ),
-    "query-response": (
-        "query-response",
-        {"query": "<video>What?", "response": "x", "videos": ["v.mp4"]},
-        ["v.mp4", "What?"],
-    ),
-    "frame list": (
-        "ms-swift",
-        messages("What?", videos=[["v0/2.png", "v0/1.png"], "v.mp4"]),
-        ["2.png", "1.png", "v.mp4", "What?"],
-    ),
-    "frame folder": (
-        "ms-swift",
-        messages("<video>What?", videos=["v0"]),
-        ["1.png", "2.png", "10.png", "What?"],
-    ),
-    "frames of one video": (
-        "llama-factory",
-        chat("<video>A", videos=["v0/1.png", "v0/10.png"]),
-        ["1.png", "10.png", "A"],
-    ),
-    "llava frames": ("llava", chat("<video>\nA", video="v0"), ["1.png", "2.png", "10.png", "A"]),
-    "path in placeholder": (
-        "conversations",
-        chat("See <|vision_start|>v.mp4<|vision_end|>"),
-        ["See ", "v.mp4"],
-    ),
-}
+ROWS = load_cases("videos")["rows"]
 
 
 def parse(form: DatasetFormat, row: dict[str, Any], folder: Path) -> list[str]:

@@ -220,7 +220,7 @@ def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
             "image_path, caption",
             "--map image=image_path --map",
         ),
-        ({"conversations": [{"from": "a", "text": "x"}]}, "conversations", "the closest is conversations"),
+        ({"conversations": [{"from": "a", "text": "x"}]}, "conversations", "the closest is conv"),
         ({"query": "a", "answer": "x"}, "query, answer", "the closest is query"),
         ({"image": "a.png", "text": "x"}, "image, text", "--map image=image --map answer=text"),
     ],

@@ -146,12 +146,6 @@ def test_failed_upload_leaves_repository_empty(target: Target, model: Path) -> N
     assert target.files == {}
 
 
-@pytest.mark.parametrize("name", ["hf:me/latex@v1", "modelscope:datasets/me/latex"])
-def test_invalid_targets_are_rejected(model: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is not a model, or has a revision"):
-        upload(model, name)
-
-
 def test_changed_folder_is_rejected(tmp_path: Path) -> None:
     folder = create_tiny_model(tmp_path / "tiny")
     config = folder / "config.json"

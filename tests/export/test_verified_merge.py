@@ -96,7 +96,10 @@ def run(run_template: MergeableRun, tmp_path: Path) -> MergeableRun:
 @pytest.fixture(scope="module")
 def merged(run_template: MergeableRun, tmp_path_factory: pytest.TempPathFactory) -> VerifiedMerge:
     return run_template.merge(
-        tmp_path_factory.mktemp("merged") / "tiny", precision="fp32", num_samples=3
+        tmp_path_factory.mktemp("merged") / "tiny",
+        precision="fp32",
+        num_samples=3,
+        max_shard_bytes=6e6,
     )
 
 
@@ -124,6 +127,11 @@ def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
     config = json.loads((merged.folder / "config.json").read_text())
     assert config["architectures"] == ["Qwen2VLForConditionalGeneration"]
     assert len({path.stat().st_mode for path in merged.folder.iterdir()}) == 1, "who may read it"
+    files = ModelFolder(merged.folder).weight_files()
+    assert len(files) > 3
+    assert max(file.stat().st_size for file in files) < 6.2e6
+    index = json.loads((merged.folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {file.name for file in files}
     base_model = load_manifest(merged.folder / "manifest.json").base_model
     assert base_model == TINY_MODEL_FOLDER.name, "the manifest contains a path of this machine"
 
@@ -179,16 +187,6 @@ def test_bf16_rounding_error_is_measured(run_template: MergeableRun, tmp_path: P
     assert parity.num_equal + len(parity.divergences) == 3
     assert all(parting.is_tie for parting in parity.divergences)
     assert len(ModelFolder(proved.folder).weight_files()) == 1
-
-
-def test_small_shards_in_fp16(run_template: MergeableRun, tmp_path: Path) -> None:
-    proved = run_template.merge(tmp_path / "merged", precision="fp16", max_shard_bytes=3e6)
-    assert (proved.parity.num_prompts, proved.precision) == (1, "fp16")
-    files = ModelFolder(proved.folder).weight_files()
-    assert len(files) > 3
-    assert max(file.stat().st_size for file in files) < 3.1e6
-    index = json.loads((proved.folder / "model.safetensors.index.json").read_text())
-    assert set(index["weight_map"].values()) == {file.name for file in files}
 
 
 def write_run_record(run: Path, data: Path) -> None:
@@ -306,16 +304,6 @@ def test_folder_with_other_settings_is_rejected(
     with pytest.raises(UserError, match=message):
         run_template.merge(tmp_path / "merged")
     assert not list(tmp_path.iterdir())
-
-
-def test_disk_space_is_checked_first(
-    run_template: MergeableRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)._replace(free=20_000_000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(UserError, match=r"0\.02 GB are free on this disk\s+expected: .* 0\.09"):
-        run_template.merge(tmp_path / "deep" / "merged")
-    assert not (tmp_path / "deep").exists()
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])

@@ -62,9 +62,7 @@ def test_missing_folder_is_reported(name: str) -> None:
     assert TINY_MODEL in raised.value.expected
 
 
-def test_bundled_model_is_found_by_name(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundled_model_is_found_by_name(folder, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(TINY_MODEL_FOLDER)
     for path in (TINY_MODEL_FOLDER, tmp_path / "link", TINY_MODEL_FOLDER / ".." / TINY_MODEL):
         assert get_portable_name(ModelFolder(path)) == TINY_MODEL
@@ -87,9 +85,7 @@ def test_run_may_contain_another_run(tmp_path: Path) -> None:
         check_model_path(str(tmp_path))
 
 
-def test_hub_model_is_downloaded_without_code(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_model_is_downloaded_without_code(folder, monkeypatch):
     requested = {}
 
     def open_model(address: HubAddress, wanted: tuple[str, ...]) -> repository.HubRepository:

@@ -116,6 +116,15 @@ def test_options_formats_and_settings_of_remedies_exist():
     ]
 
 
+def test_errors_about_data_have_an_expected_value_and_a_remedy():
+    for path in (path for name in ("data", "encode") for path in (SOURCE / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                keywords = {keyword.arg for keyword in node.keywords}
+                parts = {"expected", "remedy"}
+                assert parts <= keywords or not keywords & (parts | {"where"}), ast.unparse(node)
+
+
 def iter_steps() -> Iterator[tuple[str, str, set[str]]]:
     """Yield location, operation and names of arguments of all steps in the source."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}

@@ -70,9 +70,7 @@ PATCHES = BoxFrame("pixels", 448, 448, is_capped=True, side_multiple=28)
         (PATCHES, (20, 30), (28, 28)),
     ],
 )
-def test_resized_frame_size(
-    frame: BoxFrame, size: tuple[int, int], sides: tuple[float, float]
-) -> None:
+def test_resized_frame_size(frame, size, sides):
     across, down = frame.compute_size(np.array([float(size[0])]), np.array([float(size[1])]))
     assert (across[0], down[0]) == pytest.approx(sides)
 

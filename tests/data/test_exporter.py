@@ -133,9 +133,7 @@ PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "query-respons
 
 @each("verdict", [{"rejected": "A barn."}, {"label": False}])
 @each("name", [*PAIR_FORMATS, "conversations", "table", "qwen-vl", "folder"])
-def test_preferences_are_kept_or_counted(
-    tmp_path: Path, name: str, verdict: dict[str, Any]
-) -> None:
+def test_preferences_are_kept_or_counted(tmp_path, name, verdict):
     samples = make_located_samples(tmp_path, ONE_IMAGE[0], **verdict)
     done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
     is_kept = name in (*PAIR_FORMATS, "conversations", "qwen-vl")
@@ -244,9 +242,7 @@ BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
         ("qwen-vl", turns(BOX[0], [box(1, 2, 1.01, 4)]), "smaller than a grid cell"),
     ],
 )
-def test_unsupported_content_error_has_reason(
-    tmp_path: Path, name: str, conversation: list[dict[str, Any]], what: str
-) -> None:
+def test_unsupported_content_error_has_reason(tmp_path, name, conversation, what):
     samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], "fine"), conversation)
     with pytest.raises(UserError, match=what) as caught:
         export_dataset(samples, tmp_path / "out", name, copy_images=False)
@@ -272,9 +268,7 @@ def test_unsupported_content_error_has_reason(
         ("folder", turns([IMAGE_PART], BOX[1]), "a mix of answers with and without boxes"),
     ],
 )
-def test_answers_that_are_no_annotations_are_rejected(
-    tmp_path: Path, name: str, conversation: list[dict[str, Any]], what: str
-) -> None:
+def test_answers_that_are_no_annotations_are_rejected(tmp_path, name, conversation, what):
     samples = make_located_samples(tmp_path, conversation)
     with pytest.raises(UserError, match=what) as caught:
         export_dataset(samples, tmp_path / "out", name, copy_images=True)
@@ -343,9 +337,7 @@ def test_stripped_whitespace_is_counted(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "answer"), [("yolo", [box(1, 2, 3, 4, label="x")]), ("folder", "A")]
 )
-def test_image_text_file_name_collision_is_rejected(
-    tmp_path: Path, form: str, answer: object
-) -> None:
+def test_image_text_file_name_collision_is_rejected(tmp_path, form, answer):
     shown = [{"type": "image", "image": name} for name in ("in/a.png", "in/a.jpg")]
     samples = make_located_samples(
         tmp_path, *(turns([image, text("?")], answer) for image in shown)

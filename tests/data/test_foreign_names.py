@@ -10,11 +10,9 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from unicodedata import normalize
 
-import pytest
 import yaml
 from each_value import each
 from fuzzed_sources import SOURCES, encode_files
@@ -108,9 +106,7 @@ ROWS_AND_ARCHIVES = [folder_in_gbk, rows, rows_in_gbk, zipped, tarred, web_datas
 
 
 @each("make", ROWS_AND_ARCHIVES)
-def test_rows_and_archives_in_gbk_are_imported(
-    tmp_path: Path, make: Callable[[Path], Path]
-) -> None:
+def test_rows_and_archives_in_gbk_are_imported(tmp_path, make):
     request: dict[str, object] = {}
     if make in (folder_in_gbk, zipped, tarred):
         request = {"prompt": "?"}
@@ -200,9 +196,7 @@ def test_a_tar_to_train_on_whose_names_are_in_gbk(tmp_path: Path) -> None:
     assert "/@" in str(located.resolve_path(located.sample.messages[0].content[0].image))
 
 
-def test_from_import_to_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_import_to_training(tmp_path, monkeypatch, capsys):
     """The source lies in a folder that is called in GBK as well; what is made of it does not, and
     a run in such a folder is refused."""
     recipe = make_task(tmp_path / "task", num_samples=4, num_eval_samples=2)
@@ -253,9 +247,7 @@ def test_findings_about_such_names_are_printed(tmp_path: Path) -> None:
 
 @each("stored", ["NFC", "NFD"])
 @each("format_name", ["folder", "yolo", "fiftyone", "query-response", "classes"])
-def test_accented_names_match_in_both_normal_forms(
-    tmp_path: Path, format_name: str, stored: str
-) -> None:
+def test_accented_names_match_in_both_normal_forms(tmp_path, format_name, stored):
     folder, other = tmp_path / "set", "NFD" if stored == "NFC" else "NFC"
     name, label = (normalize(form, "Käse") for form in (stored, other))
     source = folder

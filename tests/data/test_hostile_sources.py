@@ -360,9 +360,7 @@ def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
     assert "recursion limit exceeded" in refusal(tmp_path / "a.jsonl").what
 
 
-def test_a_small_source_that_becomes_a_large_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_source_that_becomes_a_large_one(tmp_path, monkeypatch):
     """The names of all classes stand in the question about each image."""
     write_gray_image(tmp_path / "a.png")
     categories = [{"id": n, "name": f"class {n}"} for n in range(1000)]

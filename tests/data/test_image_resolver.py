@@ -78,9 +78,7 @@ def test_unchecked_images_are_accepted(tmp_path: Path) -> None:
         images.resolve("https://example.com/a.png")
 
 
-def test_path_may_be_relative_to_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_path_may_be_relative_to_working_directory(tmp_path, monkeypatch):
     # data/train.jsonl with ./data/train/1.png in it: a tutorial's script ran one folder higher.
     image = write_gray_image(tmp_path / "data" / "train" / "1.png")
     monkeypatch.chdir(tmp_path)

@@ -211,9 +211,7 @@ def test_image_folder_has_most_images_of_the_first_rows(
 
 
 @pytest.mark.parametrize(("limit", "boxes"), [(None, [2, 1, 1, 1]), (4, [2, 1, 1]), (2, [1, 1])])
-def test_rows_of_an_object_are_merged_by_image_and_question(
-    tmp_path: Path, limit: int | None, boxes: list[int]
-) -> None:
+def test_rows_of_an_object_are_merged_by_image_and_question(tmp_path, limit, boxes):
     for name in ("a", "b"):
         write_gray_image(tmp_path / f"{name}.png")
     lines = ["i,q,x1,y1,x2,y2,c"]

@@ -52,9 +52,7 @@ def check_row_counts(summary: ImportSummary) -> bool:
     return summary.num_rows == used + sum(summary.skipped_rows.values())
 
 
-def test_paths_are_relative_to_output_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_relative_to_output_folder(tmp_path, monkeypatch):
     source = table(tmp_path, "a")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
@@ -225,9 +223,7 @@ def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
         ({"image": "a.png", "text": "x"}, "image, text", "--map image=image --map answer=text"),
     ],
 )
-def test_unknown_format_suggests_closest_one(
-    tmp_path: Path, row: dict[str, Any], what: str, remedy: str
-) -> None:
+def test_unknown_format_suggests_closest_one(tmp_path, row, what, remedy):
     source = write_jsonl(tmp_path / "a.jsonl", [row])
     with pytest.raises(UserError, match=what) as caught:
         import_dataset(source, tmp_path / "out", ImportOptions())
@@ -279,9 +275,7 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_inapplicable_options_are_rejected(
-    tmp_path: Path, request_: ImportOptions, where: str
-) -> None:
+def test_inapplicable_options_are_rejected(tmp_path, request_, where):
     with pytest.raises(UserError) as caught:
         import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request_)
     assert caught.value.where == where

@@ -28,9 +28,7 @@ def is_same_index(one: IndexedLines, other: IndexedLines) -> bool:
     )
 
 
-def test_index_is_built_once_and_reloaded(
-    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_index_is_built_once_and_reloaded(tmp_path, cache_folder, monkeypatch):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"one\n\ntwo\n  \nthree")
     lines = IndexedLines.open(path)
@@ -97,9 +95,7 @@ def test_unused_indices_are_removed(tmp_path: Path, cache_folder: Path) -> None:
     assert len(list(cache_folder.iterdir())) == 2
 
 
-def test_small_files_are_not_cached(
-    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_small_files_are_not_cached(tmp_path, cache_folder, monkeypatch):
     monkeypatch.setattr(line_index, "MIN_INDEXED_BYTES", {"lines": 4})
     (tmp_path / "a.jsonl").write_bytes(b"1\n")
     IndexedLines.open(tmp_path / "a.jsonl")

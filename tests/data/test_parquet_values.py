@@ -106,9 +106,7 @@ def test_rows_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read(path)
 
 
-def test_long_values_that_repeat_are_read_few_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_values_that_repeat_are_read_few_at_a_time(tmp_path, monkeypatch):
     path = written(tmp_path / "a.parquet", {"a": ["x" * 1000] * 500, "b": list(range(500))})
     group = parquet.read_metadata(path).row_group(0)
     assert parquet_reader.get_batch_size(group) == 64

@@ -265,9 +265,7 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
         ),
     ],
 )
-def test_content_of_further_keys_is_refused(
-    tmp_path: Path, record: dict[str, Any], what: str
-) -> None:
+def test_content_of_further_keys_is_refused(tmp_path, record, what):
     with pytest.raises(UserError, match=what) as caught:
         parse(record, tmp_path)
     assert caught.value.remedy
@@ -320,9 +318,7 @@ def test_loss_of_turns_is_used_unless_it_is_the_default(tmp_path: Path, as_type:
 
 
 @pytest.mark.parametrize(("record", "counts"), CASES["test_further_keys_are_counted"])
-def test_further_keys_are_counted(
-    tmp_path: Path, record: dict[str, Any], counts: dict[str, int]
-) -> None:
+def test_further_keys_are_counted(tmp_path, record, counts):
     example, other_keys = parse(record, tmp_path)
     assert other_keys.items() >= counts.items()
     assert [part.type for part in example.prompt_messages[0].content] == ["image", "text"]

@@ -113,9 +113,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a", b"", "a", "a file of type (no suffix)"),
     ],
 )
-def test_invalid_files_are_rejected(
-    tmp_path: Path, name: str, content: bytes, where: str, what: str
-) -> None:
+def test_invalid_files_are_rejected(tmp_path, name, content, where, what):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         open_row_file(tmp_path / name)

@@ -96,9 +96,7 @@ def test_nominal_frame_rate_is_replaced_by_the_measured_one(tmp_path: Path) -> N
         ((-1, 0, 0, -1), Image.Transpose.ROTATE_180),
     ],
 )
-def test_rotation_is_applied(
-    clip: Path, matrix: tuple[int, int, int, int], transpose: Image.Transpose
-) -> None:
+def test_rotation_is_applied(clip, matrix, transpose):
     (plain,) = iter_video_frames(clip, [5])
     content = bytearray(clip.read_bytes())
     # Display matrix of the track header box: a, b, u, c, d, v, x, y, w.
@@ -229,9 +227,7 @@ def test_playlists_open_no_other_file(tmp_path: Path, clip: Path, text: str, suf
         read_video_header(path)
 
 
-def test_external_data_of_an_mp4_is_not_opened(
-    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_external_data_of_an_mp4_is_not_opened(tmp_path, clip, monkeypatch):
     """A data reference to another file ("alis") stays closed, and PyAV would ask `io_open`."""
     opened: list[str] = []
     monkeypatch.setattr(video_file, "_reject_reference", lambda url, *rest: opened.append(url))

@@ -53,9 +53,7 @@ SWAPPED = [box("cat", 0, 0, 10, 10), box("dog", 20, 0, 30, 10)]
         ([box(None, 0, 0, 10, 10, image=1)], [SQUARE], (1, 0, 0, 0)),
     ],
 )
-def test_scores_of_grounded_boxes(
-    found: list[BoxPart], truth: list[BoxPart], scores: tuple[float, ...]
-) -> None:
+def test_scores_of_grounded_boxes(found, truth, scores):
     names = ("parse_rate", "iou", "hit", "hit_at_0.75")
     assert compute_box_scores(found, truth) == pytest.approx(dict(zip(names, scores, strict=True)))
 
@@ -90,9 +88,7 @@ def test_grounding_is_the_mean_over_answers() -> None:
         ([], [], (1, 0)),
     ],
 )
-def test_scores_of_points(
-    found: list[tuple[float, ...]], truth: list[tuple[float, ...]], scores: tuple[float, float]
-) -> None:
+def test_scores_of_points(found, truth, scores):
     parts = [[box(None, *(2 * one)[:4]) for one in several] for several in (found, truth)]
     scored = score_pointing([replace(case(*parts), image_size=(300, 400))])
     assert scored.per_sample[0]["f1"] == pytest.approx(scores[0])

@@ -65,9 +65,7 @@ def test_several_scores_with_headline(tmp_path: Path) -> None:
 
 
 @each(("text", "where", "what"), TABLES["test_metric_error_is_reported_with_its_line"])
-def test_metric_error_is_reported_with_its_line(
-    tmp_path: Path, text: str, where: str, what: str
-) -> None:
+def test_metric_error_is_reported_with_its_line(tmp_path, text, where, what):
     with pytest.raises(UserError, match=what) as caught:
         compute_metrics(write_metric(tmp_path, text), CASES)
     assert caught.value.where == str(tmp_path / where)
@@ -169,9 +167,7 @@ def test_named_metric_is_executed_and_trusted(made: Run, tmp_path: Path) -> None
     assert made.executed_by("eval", tmp_path / "again") == (0, True)
 
 
-def test_training_the_recipe_of_a_run_folder_asks_first(
-    made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_the_recipe_of_a_run_folder_asks_first(made, tmp_path, capsys):
     recipe, link, other = made.folder / "recipe.yaml", tmp_path / "link.yaml", tmp_path / "other"
     link.symlink_to(recipe)
     steps = ("train.steps=1", "train.epochs=null")
@@ -268,9 +264,7 @@ def test_read_only_home_does_not_fail(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @each("name", ["loop.py", "a\0b.py", "x" * 300 + ".py", "~nobody-of-this-name/a.py"])
-def test_impossible_metric_file_is_missing(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_metric_file_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("loop.py").symlink_to("loop.py")
     metric = f"{name}:score"

@@ -18,7 +18,6 @@ from finesight.export.deployment import (
     CONVERTER_SCRIPT,
     GGUF_MODEL_FILE,
     MMPROJ_FILE,
-    GgufType,
     find_converter,
     write_gguf,
 )
@@ -56,13 +55,7 @@ def converter(folder: Path, text: str = FAKE_CONVERTER) -> Path:
 @pytest.mark.parametrize(
     ("kind", "encoder"), [("auto", "auto"), ("q8_0", "f16"), ("bf16", "bf16"), ("f32", "f32")]
 )
-def test_model_and_mmproj_are_written(
-    model: ModelSource,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    kind: GgufType,
-    encoder: str,
-) -> None:
+def test_model_and_mmproj_are_written(model, tmp_path, monkeypatch, kind, encoder):
     """The vision encoder keeps 16 bits, and the converter gets no secrets."""
     for name in ("HF_TOKEN", "MODELSCOPE_API_TOKEN", "AWS_SECRET_ACCESS_KEY", "PYTHONPATH"):
         monkeypatch.setenv(name, "secret")
@@ -91,17 +84,13 @@ def test_model_and_mmproj_are_written(
         ),
     ],
 )
-def test_failed_conversion_leaves_no_files(
-    model: ModelSource, tmp_path: Path, text: str, output: str
-) -> None:
+def test_failed_conversion_leaves_no_files(model, tmp_path, text, output):
     with pytest.raises(UserError, match=output):
         write_gguf(model, tmp_path / "gguf", converter(tmp_path, text))
     assert [path.name for path in tmp_path.iterdir()] == [CONVERTER_SCRIPT]
 
 
-def test_unsupported_models_are_rejected(
-    model: ModelSource, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unsupported_models_are_rejected(model, tmp_path, monkeypatch):
     program = converter(tmp_path)
     (tmp_path / "first").mkdir()
     (tmp_path / "first" / "config.json").write_text('{"model_type": "qwen"}')

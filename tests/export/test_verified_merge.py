@@ -136,17 +136,13 @@ def test_merged_folder_is_complete(merged: VerifiedMerge) -> None:
     assert base_model == TINY_MODEL_FOLDER.name, "the manifest contains a path of this machine"
 
 
-def test_merged_model_answers_like_its_run(
-    merged: VerifiedMerge, run_template: MergeableRun
-) -> None:
+def test_merged_model_answers_like_its_run(merged, run_template):
     output = run_predict(merged.folder, run_template.image)
     assert output == run_predict(run_template.folder, run_template.image)
     assert output != run_predict(TINY_MODEL_FOLDER, run_template.image)
 
 
-def test_transformers_generates_the_same_tokens(
-    merged: VerifiedMerge, run_template: MergeableRun
-) -> None:
+def test_transformers_generates_the_same_tokens(merged, run_template):
     import transformers
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -307,12 +303,7 @@ def test_folder_with_other_settings_is_rejected(
 
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
-def test_low_memory_uses_the_weight_dtype(
-    run_template: MergeableRun,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    precision: Precision,
-) -> None:
+def test_low_memory_uses_the_weight_dtype(run_template, tmp_path, monkeypatch, precision):
     monkeypatch.setattr(verified_merge, "_get_available_memory", lambda: 1e9)
     parity = run_template.merge(tmp_path / "merged", precision=precision).parity
     assert (parity.compute_precision, parity.rounding_change) == ("bf16", None)
@@ -336,9 +327,7 @@ def merge_adapter(adapter: Path, out: Path, precision: Precision = "auto") -> Ve
 
 @pytest.mark.parametrize("precision", ["auto", "bf16"])
 @pytest.mark.parametrize("family", get_args(TinyFamily))
-def test_every_family_is_merged_and_verified(
-    family: TinyFamily, precision: Precision, tmp_path: Path
-) -> None:
+def test_every_family_is_merged_and_verified(family, precision, tmp_path):
     base = ModelFolder(create_tiny_model(tmp_path / "base", family))
     adapter = save_random_adapter(base, tmp_path / "adapter", TUNE | {"lora": SMALL_LORA})
     proved = merge_adapter(adapter, tmp_path / "out", precision)

@@ -64,9 +64,7 @@ def test_sixteen_bit_images_are_scaled(tmp_path: Path, kind: str) -> None:
         ([7.0, 7.0, 7.0], np.float32, [0, 0, 0]),
     ],
 )
-def test_high_bit_depth_values_are_scaled(
-    tmp_path: Path, values: list[float], kind: type, expected: list[int]
-) -> None:
+def test_high_bit_depth_values_are_scaled(tmp_path, values, kind, expected):
     Image.fromarray(np.array([values], dtype=kind)).save(tmp_path / "wide.tif")
     assert pixels(tmp_path / "wide.tif")[0, :, 0].tolist() == expected
 

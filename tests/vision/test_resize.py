@@ -86,9 +86,7 @@ def test_fixed_size_model_rejects_other_rules() -> None:
         ({"min_pixels": 20_000_000}, (20_000_000, 20_000_000)),
     ],
 )
-def test_missing_pixel_limits_are_those_of_the_model(
-    given: dict[str, int] | None, expected: tuple[int, int]
-) -> None:
+def test_missing_pixel_limits_are_those_of_the_model(given, expected):
     limits = None if given is None else PixelLimits.model_validate(given)
     rule = resolve_image_rule(NATIVE, limits)
     assert rule == PixelRange(min_pixels=expected[0], max_pixels=expected[1])

@@ -160,9 +160,7 @@ def test_document_names_the_image_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("change", "what"), CASES["test_invalid_annotations_are_rejected"])
-def test_invalid_annotations_are_rejected(
-    tmp_path: Path, change: dict[str, Any], what: str
-) -> None:
+def test_invalid_annotations_are_rejected(tmp_path, change, what):
     document = instances()
     document["annotations"][2].update(change)
     with pytest.raises(UserError, match=what) as caught:
@@ -172,9 +170,7 @@ def test_invalid_annotations_are_rejected(
 
 
 @pytest.mark.parametrize(("wishes", "what"), CASES["test_invalid_prompt_templates_are_rejected"])
-def test_invalid_prompt_templates_are_rejected(
-    tmp_path: Path, wishes: dict[str, Any], what: str
-) -> None:
+def test_invalid_prompt_templates_are_rejected(tmp_path, wishes, what):
     with pytest.raises(UserError, match=what) as caught:
         import_samples(write(tmp_path / "coco", instances()), tmp_path / "out", **wishes)
     assert caught.value.where == "--prompt"

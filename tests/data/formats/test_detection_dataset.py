@@ -70,9 +70,7 @@ def test_detection_and_grounding(source: Path, tmp_path: Path) -> None:
 
 @each("to", ["coco", "yolo", "voc", "labelme", "cvat", "fiftyone", *list(LABEL_FILES)[1:]])
 @each("ask", ["detection", "grounding"])
-def test_conversion_between_all_box_formats(
-    source: Path, tmp_path: Path, to: str, ask: str
-) -> None:
+def test_conversion_between_all_box_formats(source, tmp_path, to, ask):
     samples, _ = import_samples(source, tmp_path / "out", box_task=ask)
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_sample, tmp_path / "exported", to, copy_images=True)

@@ -76,9 +76,7 @@ def test_invalid_labels(root: Path, tmp_path: Path, labels: dict[str, Any], what
         ({"label": "cat", "bounding_box": [0.1, 0.1, 0.2, 0.2, 30]}, "boxes of 5 values"),
     ],
 )
-def test_label_without_a_box_does_not_fail_its_image(
-    root: Path, tmp_path: Path, item: object, kind: str
-) -> None:
+def test_label_without_a_box_does_not_fail_its_image(root, tmp_path, item, kind):
     source = write_labels(root, {"b": [BOX, item]}, ["dog", "cat"])
     samples, summary = import_samples(source, tmp_path / "out")
     assert samples[0].meta["classes"] == ["dog"]

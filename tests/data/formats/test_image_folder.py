@@ -192,9 +192,7 @@ def test_encoding_of_imagefolder_metadata(tmp_path: Path, requested: str | None)
 @pytest.mark.parametrize(
     ("names", "reason", "requested"), CASES["test_other_folders_are_no_classes"]
 )
-def test_other_folders_are_no_classes(
-    tmp_path: Path, names: tuple[str, ...], reason: str, requested: str | None
-) -> None:
+def test_other_folders_are_no_classes(tmp_path, names, reason, requested):
     root = write_images(tmp_path / "set", *(name for name in names if name.endswith("png")))
     for name in names:
         (root / name).touch()

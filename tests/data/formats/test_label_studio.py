@@ -177,9 +177,7 @@ def test_texts_of_regions(root: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_answers_about_the_image(
-    root: Path, tmp_path: Path, results: list[Any], question: str, answers: list[str]
-) -> None:
+def test_answers_about_the_image(root, tmp_path, results, question, answers):
     write_box_image(root / "b.png", WHITE)
     first, second = ([annotation(*one)] for one in results)
     data = {"image": "/data/local-files/?d=b.png"}
@@ -212,9 +210,7 @@ def test_image_references(tmp_path: Path, reference: str, location: str) -> None
         (["a.txt"], "0 images in the data photo"),
     ],
 )
-def test_images_elsewhere_are_rejected(
-    root: Path, tmp_path: Path, references: list[str], what: str
-) -> None:
+def test_images_elsewhere_are_rejected(root, tmp_path, references, what):
     results = [annotation(region("dog"))]
     tasks = [{"data": {"photo": one}, "annotations": results} for one in references]
     with pytest.raises(UserError, match=what):

@@ -68,9 +68,7 @@ def test_list_of_answers(folder: Path) -> None:
 
 
 @each(("record", "columns", "what"), [*CASES["test_invalid_rows"], *LONG_NUMBERS])
-def test_invalid_rows_are_rejected(
-    folder: Path, record: dict[str, Any], columns: str, what: str
-) -> None:
+def test_invalid_rows_are_rejected(folder, record, columns, what):
     with pytest.raises(UserError, match=what) as caught:
         case(folder, record, columns, prompt="?")
     assert caught.value.expected
@@ -95,9 +93,7 @@ def test_suggested_mapping_is_shell_quoted() -> None:
     ("column", "boxes", "area", "size", "expected"),
     CASES["test_box_format_is_guessed_by_areas_and_images"],
 )
-def test_box_format_is_guessed_by_areas_and_images(
-    column: str, boxes: list[list[int]], area: int | None, size: Any, expected: str | None
-) -> None:
+def test_box_format_is_guessed_by_areas_and_images(column, boxes, area, size, expected):
     names = column.split(",")
     records: list[dict[str, Any]] = []
     for box in boxes:
@@ -161,9 +157,7 @@ def test_empty_box_cell_means_no_objects(folder: Path, box: object) -> None:
 @pytest.mark.parametrize(
     ("prompt", "question"), CASES["test_question_does_not_name_a_class_without_its_box"]
 )
-def test_question_does_not_name_a_class_without_its_box(
-    folder: Path, prompt: str, question: str | None
-) -> None:
+def test_question_does_not_name_a_class_without_its_box(folder, prompt, question):
     record = {"b": [[1, 1, 9, 9], [5, 5, 5, 5]], "l": ["cat", "dog"]}
     options = {"columns": {"image": "image", "box": "b", "label": "l"}, "on_invalid_box": "drop"}
     record |= {"image": "b.png"}

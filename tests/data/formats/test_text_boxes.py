@@ -31,9 +31,7 @@ def write_rows(root: Path, answer: str, question: str = "find fruit") -> Path:
 @pytest.mark.parametrize(
     ("answer", "units", "expected"), CASES["test_boxes_with_known_units_are_converted"]
 )
-def test_boxes_with_known_units_are_converted(
-    tmp_path: Path, answer: str, units: str | None, expected: list[object]
-) -> None:
+def test_boxes_with_known_units_are_converted(tmp_path, answer, units, expected):
     samples, summary = import_samples(write_rows(tmp_path, answer), tmp_path / "o", box_units=units)
     assert json.loads(json.dumps(list_answers(samples))) == [expected] * 3
     note = NOTE_PIXELS if "bbox_2d" in answer else NOTE_THOUSANDTHS

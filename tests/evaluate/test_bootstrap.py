@@ -16,9 +16,7 @@ from finesight.evaluate.bootstrap import (
     UNBOUNDED,
     ConfidenceInterval,
     FloatArray,
-    SampleGroup,
     ScoreEstimator,
-    build_grouped_sums,
     clopper_pearson_interval,
     compute_difference_intervals,
     compute_intervals,
@@ -26,7 +24,6 @@ from finesight.evaluate.bootstrap import (
     estimate_ratio,
     get_missing_difference_reason,
     iter_resample_weights,
-    safe_divide,
     tango_interval,
 )
 
@@ -81,7 +78,7 @@ def values(*value_list: float) -> FloatArray:
     return np.array(value_list, np.float64)
 
 
-@each("samples", [1, 7, 50, 2000, 30_000])
+@each("samples", [1, 50, 30_000])
 def test_resamples_are_always_the_same(samples: int) -> None:
     pieces = list(iter_resample_weights(samples))
     assert sum(len(weights) for weights, _ in pieces) == NUM_RESAMPLES
@@ -198,17 +195,3 @@ def test_small_samples_rarely_give_false_positives(samples: int) -> None:
         bounds = [one for one in compute_difference_intervals(was, now).values() if one is not None]
         clear = sum(low > 0 or high < 0 for low, high in bounds)
         assert clear / 600 < 0.065
-
-
-@each("share", [0.1, 0.9])
-def test_sums_of_groups_are_those_of_a_dense_matrix(share: float) -> None:
-    chance = np.random.default_rng(6)
-    dense = np.where(chance.random((30, 4, 3)) < share, chance.random((30, 4, 3)), 0.0)
-    groups = []
-    for index in range(4):
-        used = np.flatnonzero(dense[:, index].any(axis=1))
-        groups.append(SampleGroup(used, dense[used, index]))
-    weights = chance.random((5, 30))
-    assert build_grouped_sums(groups, 30)(weights) == pytest.approx(weights @ dense.reshape(30, 12))
-    assert build_grouped_sums([], 30)(weights).shape == (5, 0)
-    assert safe_divide(values(0, 1), values(0, 2)).tolist() == [0.0, 0.5]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from case_files import load_cases
 from each_value import each
 from safetensors.numpy import save_file
 
@@ -22,6 +23,8 @@ from finesight.model_folder import (
     locate_model,
     resolve_model_path,
 )
+
+CASES = load_cases("model_folder")
 
 
 @pytest.fixture
@@ -149,17 +152,7 @@ def test_qwen_vl_image_settings_are_read_from_config(folder: Path) -> None:
         _ = ModelFolder(folder).preprocessor_config
 
 
-@each(
-    ("content", "message"),
-    [
-        ('{"model_type": 3}', "model_type is"),
-        ("{}", "model_type is"),
-        ('{"model_type": null}', "model_type is"),
-        ("{", "not readable"),
-        ("[]", "contains a list"),
-        ("\x80", "holds|not"),
-    ],
-)
+@each(("content", "message"), CASES["test_invalid_config"])
 def test_invalid_config(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message) as raised:

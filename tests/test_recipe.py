@@ -368,16 +368,7 @@ def test_documented_values_can_be_overridden(tmp_path, text, name):
             assert node == expected or float(node) == float(expected)
 
 
-@each(
-    ("text", "override", "expected"),
-    [
-        ("a:\n  b: 5  # few\n  c: 1  # one\n", "a.b=7", "a:\n  b: 7\n  c: 1  # one\n"),
-        ("a:\n  b:\n", "a.b=7", "a:\n  b: 7\n"),
-        ("a:\n  b:\n  - x\n  - y\n  c: 1\n", "a.b=[z]", "a:\n  b: [z]\n  c: 1\n"),
-        ("a: {b: 5}\n", "a.c.d=3", "a: {c: {d: 3}, b: 5}\n"),
-        ("a:\n  b: 5\n", "a.c=3", "a:\n  c: 3\n  b: 5\n"),
-    ],
-)
+@each(("text", "override", "expected"), CASES["test_text_of_a_recipe_is_overridden"])
 def test_text_of_a_recipe_is_overridden(text, override, expected):
     assert override_settings(text, [override]) == expected
 

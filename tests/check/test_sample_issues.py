@@ -166,17 +166,7 @@ def test_when_typed_placeholder_can_be_fixed(folder, text, certain):
     assert fix == ("placeholders removed" if certain else None)
 
 
-@each(
-    ("rejected", "codes"),
-    [
-        ([{"type": "box", "label": "x", "xyxy": [0, 0, 500, 60]}], {"box-outside": 1}),
-        (" ", {"empty-answer": 1}),
-        ("<|im_end|>", {"special-token-in-text": 1}),
-        ("A cat.", {"invalid-row": 1}),
-        ("A dog.", {}),
-        ("</think>", {}),  # a preference may be about the format
-    ],
-)
+@each(("rejected", "codes"), CASES["test_issues_of_a_rejected_answer_are_reported_once"])
 def test_issues_of_a_rejected_answer_are_reported_once(folder, rejected, codes):
     pair = {**make_record("0.png", "What?", "A cat."), "rejected": rejected}
     others = [{**pair, "id": f"p{n}", "rejected": f"Number {n}."} for n in range(2)]

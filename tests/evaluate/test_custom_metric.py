@@ -27,6 +27,7 @@ from finesight.evaluate.task_metrics import check_references, compute_metrics, g
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.recipe import recipe_from_dict
 
+
 TABLES = load_cases("custom_metric")
 
 CASES = [EvalCase("abc", (), ("abd",), (), "s1"), EvalCase("x", (), ("x", "y"), (), "s2")]
@@ -71,15 +72,7 @@ def test_metric_error_is_reported_with_its_line(tmp_path, text, where, what):
     assert caught.value.where == str(tmp_path / where)
 
 
-@each(
-    ("text", "message"),
-    [
-        ("def score(case): return case.no_such_thing\n", "AttributeError"),
-        ("def score(case): return case.answer.split()[0] == 'a'\n", "IndexError.*answer ''"),
-        ("def score(case): return {'right': 1, 'cer': 0.5}\n", "the score name cer is reserved"),
-        ("def score(case): return {'ended_with_eos': 1}\n", "name ended_with_eos is reserved"),
-    ],
-)
+@each(("text", "message"), TABLES["test_broken_metric_fails_before_generation"])
 def test_broken_metric_fails_before_generation(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_references(write_metric(tmp_path, text), [(("a",), ())])
@@ -191,21 +184,7 @@ def test_resuming_into_a_copy_that_others_wrote_asks_first(made: Run, tmp_path: 
     assert made.executed_by("train", tmp_path / "recipe.yaml", "--resume") == (2, False)
 
 
-@each(
-    "command",
-    [
-        "plan {recipe} --gpu T4",
-        "show {recipe}",
-        "check {recipe}",
-        "report {run} --out {new}/report.html",
-        "compare {run} {new}/second --out {new}/compare.html",
-        "doctor {run}",
-        "predict {run} {task}/train0.png --prompt Which?",
-        "merge {run} {new}/merged",
-        "launch {recipe} --out {new}/job.sh",
-        "export serve {run}/model",
-    ],
-)
+@each("command", TABLES["test_other_commands_execute_no_metric"])
 def test_other_commands_execute_no_metric(made: Run, command: str, tmp_path: Path) -> None:
     """Even a trusted metric."""
     trust_metric(made.metric)

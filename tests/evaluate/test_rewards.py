@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.config import RewardSettings
@@ -14,6 +15,8 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.rewards import RewardScorer
 from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
+
+CASES = load_cases("rewards")
 
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
@@ -101,18 +104,7 @@ def test_functions_score_responses(file):
     assert os.getpid() == pid
 
 
-@each(
-    ("function", "text"),
-    [
-        ("fails", "ZeroDivisionError"),
-        ("hangs", "took more than"),
-        ("spins", "took more than"),
-        ("shape", "the result is"),
-        ("exits", "was killed"),
-        ("eats", "MemoryError"),
-        ("absent", "no function 'absent'"),
-    ],
-)
+@each(("function", "text"), CASES["test_failures_name_the_function"])
 def test_failures_name_the_function(file, function, text, monkeypatch):
     # On a busy machine, a crash long after the start counts as a time limit.
     monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3 if text == "took more than" else 20.0)
@@ -129,17 +121,7 @@ def test_score_that_rewards_no_correct_response_is_an_error(reward):
     assert caught.value.where == f"rewards, {reward}"
 
 
-@each(
-    ("answer", "reference", "expected"),
-    [
-        ("0.5", r"\frac{1}{2}", 1),
-        ("The result is $x + 1$.", "$1+x$", 1),
-        ("x^2", "x^3", 0),
-        # Too large to be computed.
-        ("9^{9^{9^9}}", "3", 0),
-        ("3", "", None),
-    ],
-)
+@each(("answer", "reference", "expected"), CASES["test_formulas_are_compared_by_value"])
 def test_formulas_are_compared_by_value(answer, reference, expected, monkeypatch):
     pytest.importorskip("math_verify")
     monkeypatch.setattr(rewards, "MATH_CPU_S", 2.0)

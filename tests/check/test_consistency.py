@@ -30,18 +30,6 @@ def check_records(folder: Path, *records):
     return run_check(write_records(folder / "data.jsonl", records))
 
 
-def test_repeated_sample_is_reported_as_duplicate(folder):
-    copy = folder / "copy.png"
-    copy.write_bytes((folder / image_name(0)).read_bytes())
-    result = check_records(
-        folder, make_record(image_name(0)), make_record(image_name(1)), make_record("copy.png")
-    )
-    assert count_codes(result) == {"duplicate-sample": 1}
-    finding = issues_by_line(result, "duplicate-sample")[3]
-    assert (finding.severity, finding.fix) == ("note", "skipped")
-    assert finding.what.endswith("data.jsonl:1")
-
-
 @each(("one", "other", "contradict"), CASES["test_contradicting_answers"])
 def test_contradicting_answers(folder, one, other, contradict):
     result = check_records(
@@ -162,27 +150,6 @@ def test_few_pairs_of_classes_are_compared(monkeypatch):
     assert [*dataset_issues.find_similar(counts)] == []
     assert 0 < len(compared) < 0.05 * 290 * 50
     assert all(counts[rare] == 1 and counts[text] == 20 for rare, text in compared)
-
-
-def test_eval_images_in_training_file_are_reported(folder):
-    (folder / "copy.png").write_bytes((folder / image_name(1)).read_bytes())
-    Image.open(folder / image_name(2)).resize((150, 150)).save(folder / "anew.jpg", quality=80)
-    train = [make_record(image_name(n)) for n in (0, 3, 4)]
-    train += [
-        make_record("copy.png"),
-        make_record("anew.jpg"),
-        make_record(image_name(0), "Another?"),
-    ]
-    validation = write_records(
-        folder / "eval.jsonl", [make_record(image_name(n)) for n in (0, 1, 2)]
-    )
-    result = run_check(write_records(folder / "train.jsonl", train), validation)
-    assert issues_by_line(result, "leaked-image").keys() == {1, 4, 6}
-    assert issues_by_line(result, "leaked-image-reencoded").keys() == {5}
-    finding = issues_by_line(result, "leaked-image-reencoded")[5]
-    assert [shown.path.name for shown in finding.images] == ["anew.jpg", "0002.png"]
-    assert finding.what.endswith("eval.jsonl:3")
-    assert result.sources[0].is_validation, "validation sources are read first"
 
 
 def test_shared_blank_image_is_no_leak(folder):

@@ -85,17 +85,6 @@ def test_falls_back_to_threads_without_multiprocessing(folder, monkeypatch):
         assert pool.submit(os.getpid).result() == os.getpid()
 
 
-def test_worker_processes_give_the_same_catalog(folder):
-    groups = image_groups(folder)
-    with open_executor(MIN_PARALLEL_SAMPLES) as pool:
-        there = ImageCatalog(pool)
-        list(there.process_groups(groups, lambda group: group))
-    with open_executor(0) as pool:
-        here = ImageCatalog(pool)
-        list(here.process_groups(groups, lambda group: group))
-    assert there.image_infos == here.image_infos
-
-
 def crash_while_reading() -> None:
     with open_executor(MIN_PARALLEL_SAMPLES) as pool:
         pool.submit(os._exit, 3).result()

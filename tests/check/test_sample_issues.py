@@ -59,14 +59,6 @@ def test_image_paths_resolve_as_in_training(folder, monkeypatch):
     assert issues_by_line(result, "image-missing")[1].what == str(folder / "4.png")
 
 
-def test_linked_and_copied_images_count_as_one_content(folder):
-    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())
-    (folder / "link.png").symlink_to(folder / "0.png")
-    names = ("0.png", "copy.png", "link.png", "1.png")
-    result = check_records(folder, *(make_record(name, f"What is {name}?") for name in names))
-    assert (result.num_images, result.num_unique_images) == (4, 2)
-
-
 def test_video_frame_issues(folder):
     write_gray_image(folder / "other.png", 50, 60)
     frames = [["0.png", "1.png"], ["0.png", "other.png"], ["0.png", "gone.png"]]

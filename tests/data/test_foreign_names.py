@@ -131,23 +131,46 @@ def import_and_check(source: Path, out: Path, **request: object) -> list[Sample]
     return samples
 
 
-@each("kind", ["folder", "yolo", "yolo with description", "voc", "labelme", "cvat", "coco"])
-def test_annotated_images_in_gbk_are_imported(tmp_path: Path, kind: str) -> None:
+KINDS = ["folder", "yolo", "yolo with description", "voc", "labelme", "cvat", "fiftyone", "coco"]
+
+
+@each("kind", KINDS)
+@each(("stored", "named"), [("gbk", "utf-8"), ("NFC", "NFD"), ("NFD", "NFC")])
+def test_images_are_found_by_names_of_other_encodings(tmp_path, kind, stored, named):
     """Annotations are in UTF-8; lists of images are in GBK, too."""
-    case = SOURCES[kind]
+    case, is_gbk = SOURCES[kind], stored == "gbk"
+
+    def rename(name: str, form: str) -> str:
+        stem = CAT if is_gbk else normalize(form, "Käse")
+        name = re.sub(r"\b([ab])(?=\.|$|\":)", rf"{stem}\1", name)
+        return in_gbk(name) if form == "gbk" else name
+
     for name, content in encode_files(case["files"]).items():
-        path = tmp_path / "set" / in_gbk(re.sub(r"\b([ab])\.", rf"{CAT}\1.", name))
+        is_image = case["files"][name] is None
+        path = tmp_path / "set" / rename(name, stored if is_image or is_gbk else named)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if case["files"][name] is not None:
-            encoding = "gbk" if name == "val.txt" else "utf-8"
-            text = re.sub(r"\b([ab])(\.png|\.jpg)", rf"{CAT}\1\2", content.decode())
-            content = text.encode(encoding)
+        if not is_image:
+            encoding = "gbk" if name == "val.txt" and is_gbk else "utf-8"
+            content = rename(content.decode(), named).encode(encoding)
         path.write_bytes(content)
-    source = tmp_path / "set" / in_gbk(re.sub(r"^a\b", f"{CAT}a", case.get("path", ".")))
-    request = case.get("requests", [{}])[0]
-    for sample in import_and_check(source, tmp_path / "out", **request):
-        assert CAT in sample.messages[0].content[0].image
-        assert CAT in sample.id
+    path = case.get("path", ".")
+    source = tmp_path / "set" / (path if path == "." else rename(path, stored if is_gbk else named))
+    for sample in import_and_check(source, tmp_path / "out", **case.get("requests", [{}])[0]):
+        assert (CAT if is_gbk else normalize(stored, "Käse")) in sample.messages[0].content[0].image
+
+
+@each("stored", ["NFC", "NFD"])
+def test_class_folders_and_rows_match_in_both_normal_forms(tmp_path, stored):
+    name, label = (normalize(f, "Käse") for f in (stored, "NFD" if stored == "NFC" else "NFC"))
+    write_gray_image(tmp_path / "rows" / name / f"{name}.jpg")
+    row = {"image": f"{label}/{label}.jpg", "query": "?", "response": "x"}
+    import_and_check(write_jsonl(tmp_path / "rows" / "a.jsonl", [row]), tmp_path / "out")
+    write_gray_image(tmp_path / "set" / "train" / name / "a.jpg")
+    write_gray_image(tmp_path / "set" / "train" / "b" / "b.jpg", gray_level=1)
+    write_gray_image(tmp_path / "set" / "val" / label / "c.jpg", gray_level=2)
+    summary = imported(tmp_path / "set", tmp_path / "classes")
+    (sample,) = read_samples(summary.output_files[-1].file)
+    assert (summary.format, sample.messages[-1].content[0].text) == ("classes", "Käse")
 
 
 def test_colliding_names_are_both_imported(tmp_path: Path) -> None:
@@ -243,39 +266,3 @@ def test_findings_about_such_names_are_printed(tmp_path: Path) -> None:
     assert b"not an image" in done.stdout
     for line in done.stdout.splitlines():
         json.loads(line.decode())
-
-
-@each("stored", ["NFC", "NFD"])
-@each("format_name", ["folder", "yolo", "fiftyone", "query-response", "classes"])
-def test_accented_names_match_in_both_normal_forms(tmp_path, format_name, stored):
-    folder, other = tmp_path / "set", "NFD" if stored == "NFC" else "NFC"
-    name, label = (normalize(form, "Käse") for form in (stored, other))
-    source = folder
-    if format_name == "query-response":
-        row = {"image": f"{label}/{label}.jpg", "query": "?", "response": "x"}
-        folder.mkdir()
-        source = write_jsonl(folder / "a.jsonl", [row])
-        write_gray_image(folder / name / f"{name}.jpg")
-    elif format_name == "classes":
-        write_gray_image(folder / "train" / name / "a.jpg")
-        write_gray_image(folder / "train" / "b" / "b.jpg", gray_level=1)
-        write_gray_image(folder / "val" / label / "c.jpg", gray_level=2)
-    else:
-        write_gray_image(folder / "data" / f"{name}.jpg")
-        text = "0 .5 .5 .2 .2" if format_name == "yolo" else "a text"
-        (folder / "data" / f"{label}.txt").write_text(text)
-    if format_name == "yolo":
-        (folder / "classes.txt").write_text("cat")
-    if format_name == "fiftyone":
-        (folder / "data" / f"{label}.txt").unlink()
-        labels = {label: [{"label": "cat", "bounding_box": [0.1, 0.1, 0.5, 0.5]}]}
-        (folder / "labels.json").write_text(json.dumps({"classes": ["cat"], "labels": labels}))
-    summary = imported(source, tmp_path / "out", prompt=None if format_name != "folder" else "?")
-    assert summary.format == format_name
-    assert not summary.skipped_rows
-    samples = read_samples(summary.output_files[-1].file)
-    content = samples[0].messages[-1].content[0]
-    expected = {"folder": "a text", "query-response": "x", "classes": "Käse"}
-    assert (content.label if content.type == "box" else content.text) == (
-        expected.get(format_name, "cat")
-    )

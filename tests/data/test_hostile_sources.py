@@ -314,12 +314,6 @@ def test_rows_that_would_take_long(tmp_path: Path, record: dict[str, Any], what:
     assert what in refusal(write_jsonl(tmp_path / "a.jsonl", [record])).what
 
 
-def test_images_without_a_user_message(tmp_path: Path) -> None:
-    record = {"messages": [{"role": "assistant", "content": "x"}]}
-    source = write_jsonl(tmp_path / "a.jsonl", [record | {"images": ["a.png"] * 2}])
-    assert "2 images are listed, 2 of them have no" in refusal(source).what
-
-
 def test_texts_that_are_put_together_take_linear_time(tmp_path: Path) -> None:
     swift = {
         "messages": [

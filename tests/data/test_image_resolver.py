@@ -20,17 +20,6 @@ def test_path_is_relative_to_row_folder(tmp_path: Path) -> None:
     assert images.image_size(image) == (20, 40)
 
 
-def test_bytes_are_saved_once_with_format_suffix(tmp_path: Path) -> None:
-    data = write_gray_image(tmp_path / "a.png").read_bytes()
-    other = write_gray_image(tmp_path / "a.jpg", gray_level=9).read_bytes()
-    images = ImageResolver(tmp_path, tmp_path / "out")
-    (tmp_path / "out").mkdir()
-    first = images.resolve({"bytes": data, "path": "elsewhere.png"})
-    assert images.resolve(data) == first == tmp_path / "out" / "images" / "000001.png"
-    assert images.resolve(other) == tmp_path / "out" / "images" / "000002.jpg"
-    assert first.read_bytes() == data
-
-
 def test_data_urls_are_saved(tmp_path: Path) -> None:
     data = write_gray_image(tmp_path / "a.png").read_bytes()
     (tmp_path / "out").mkdir()

@@ -1,6 +1,5 @@
 """A foreign file becomes a folder of samples, whole or not at all, with every row accounted for."""
 
-import errno
 import json
 import os
 import random
@@ -15,7 +14,6 @@ from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
-from finesight import storage
 from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX, NOTE_SKIPPED_BOX
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import (
@@ -181,40 +179,6 @@ def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     import_dataset(source, tmp_path / "out", ImportOptions())
     ids = [sample.id for sample in read_samples(tmp_path / "out" / "data.jsonl")]
     assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
-
-
-def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:
-    source = table(tmp_path, *"abcdefgh")
-    for letter in "abcdef":
-        (tmp_path / "in" / f"{letter}.png").unlink()
-    (tmp_path / "in" / "g.png").write_text("text")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ANSWERS)
-    error = caught.value
-    assert error.where == str(source)
-    assert "7 of 8 rows are invalid" in error.what
-    assert "line 1: in/a.png: no such image" in error.what
-    assert "line 5" in error.what
-    assert "line 6" not in error.what
-    assert "and 1 more such rows" in error.what
-    assert f"line 7: {tmp_path}/in/g.png: not an image" in error.what
-    assert error.expected
-    assert error.remedy
-    assert sorted(tmp_path.iterdir()) == before
-
-
-class FullDisk(storage.FileSystem):
-    def write(self, file: int, data: memoryview) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-
-def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
-    source = table(tmp_path, *"ab")
-    before = sorted(tmp_path.iterdir())
-    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="cannot be written"):
-        import_dataset(source, tmp_path / "out", ANSWERS)
-    assert sorted(tmp_path.iterdir()) == before
 
 
 @each(

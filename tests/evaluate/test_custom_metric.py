@@ -27,7 +27,6 @@ from finesight.evaluate.task_metrics import check_references, compute_metrics, g
 from finesight.manifest import MANIFEST_FILE, RECIPE_FILE
 from finesight.recipe import recipe_from_dict
 
-
 TABLES = load_cases("custom_metric")
 
 CASES = [EvalCase("abc", (), ("abd",), (), "s1"), EvalCase("x", (), ("x", "y"), (), "s2")]

@@ -51,22 +51,6 @@ def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
     assert answers == row["answers"]
 
 
-def test_list_of_answers(folder: Path) -> None:
-    found = case(folder, {"a": ["x", "y", "x"]}, "image=image answer=a", prompt="?")
-    samples = found.to_train_samples()
-    assert [sample.id for sample in samples] == ["rows-3-1", "rows-3-2", "rows-3-3"]
-    assert [summarize_content(sample.messages[-1].content) for sample in samples] == [
-        ["x"],
-        ["y"],
-        ["x"],
-    ]
-    assert all(not sample.references for sample in samples)
-    measured = found.to_eval_sample()
-    assert measured.id == "rows-3"
-    assert summarize_content(measured.messages[-1].content) == ["x"]
-    assert measured.references == ("y", "x")
-
-
 @each(("record", "columns", "what"), [*CASES["test_invalid_rows"], *LONG_NUMBERS])
 def test_invalid_rows_are_rejected(folder, record, columns, what):
     with pytest.raises(UserError, match=what) as caught:

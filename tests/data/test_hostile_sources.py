@@ -5,12 +5,13 @@ import os
 import re
 import signal
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+from box_fixtures import SCENES, write_scene
 from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 
@@ -178,90 +179,34 @@ def test_too_many_boxes_in_a_row(tmp_path: Path, name: str) -> None:
             read_samples(source)
 
 
-def yolo_lines(folder: Path, lines: str) -> Path:
-    write_gray_image(folder / "a.png")
-    (folder / "a.txt").write_text(lines)
-    (folder / "classes.txt").write_text("dog\n")
-    return folder
+@each("name", ["yolo", "voc", "labelme", "coco"])
+def test_too_many_boxes_of_an_image(tmp_path, name):
+    first = next(iter(SCENES[name]["files"].values()))
+    start, end = {
+        "yolo": ("1 0.5", "\n"),
+        "voc": ("<object><name>lawn", "</object>"),
+        "labelme": ('{"label": "lawn"', "]]},"),
+        "coco": ('{"image_id": 1, "category_id": 2', "},"),
+    }[name]
+    box = first[first.index(start) :]
+    box = box[: box.index(end) + len(end)]
+    source = write_scene(name, tmp_path / "set", box, box * MANY)
+    assert re.search("10,00[1-3] (boxes|shapes)", refusal(source).what)
 
 
-def voc_file(folder: Path, objects: str, size: str = "") -> Path:
-    write_gray_image(folder / "a.png")
-    head = f"<filename>a.png</filename>{size}"
-    (folder / "a.xml").write_text(f"<annotation>{head}{objects}</annotation>")
-    return folder
+@each("number", [LONG, LONG[:400], "1e999", "NaN"])
+@each("name", ["yolo", "voc", "labelme", "coco"])
+def test_invalid_coordinates_are_refused(tmp_path, name, number):
+    old = {"yolo": "0.45 0.2", "voc": "<xmax>12", "labelme": "[12, 5", "coco": "[4, 5, 8"}[name]
+    refusal(write_scene(name, tmp_path / "set", old, re.sub(r"\d+$|0\.2$", number, old)))
 
 
-def voc_object(xmax: str = "9") -> str:
-    corners = f"<xmin>1</xmin><ymin>1</ymin><xmax>{xmax}</xmax><ymax>9</ymax>"
-    return f"<object><name>dog</name><bndbox>{corners}</bndbox></object>"
-
-
-def labelme_file(folder: Path, shapes: str) -> Path:
-    write_gray_image(folder / "a.png")
-    (folder / "a.json").write_text(f'{{"imagePath": "a.png", "shapes": [{shapes}]}}')
-    return folder
-
-
-def labelme_shape(number: str = "9") -> str:
-    points = f"[[1, 1], [{number}, 9]]"
-    return f'{{"label": "dog", "shape_type": "rectangle", "points": {points}}}'
-
-
-def coco_file(folder: Path, annotations: str, more: str = "") -> Path:
-    write_gray_image(folder / "a.png")
-    (folder / "a.json").write_text(
-        f'{{"images": [{{"id": 1, "file_name": "a.png"{more}}}], "annotations": [{annotations}], '
-        '"categories": [{"id": 1, "name": "dog"}]}'
-    )
-    return folder / "a.json"
-
-
-def coco_box(number: str = "9") -> str:
-    return f'{{"image_id": 1, "category_id": 1, "bbox": [1, 1, {number}, 9]}}'
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda folder: yolo_lines(folder, "0 .5 .5 .1 .1\n" * MANY),
-        lambda folder: voc_file(folder, voc_object() * MANY),
-        lambda folder: labelme_file(folder, ",".join([labelme_shape()] * MANY)),
-        lambda folder: coco_file(folder, ",".join([coco_box()] * MANY)),
-    ],
-    ids=["yolo", "voc", "labelme", "coco"],
-)
-def test_too_many_boxes_of_an_image(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    (tmp_path / "set").mkdir()
-    assert re.search("10,001 (boxes|shapes)", refusal(make(tmp_path / "set")).what)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda folder: yolo_lines(folder, f"{LONG} .5 .5 .1 .1\n"),
-        lambda folder: yolo_lines(folder, f"0 {LONG} .5 .1 .1\n"),
-        lambda folder: voc_file(folder, voc_object(LONG)),
-        lambda folder: labelme_file(folder, labelme_shape(LONG)),
-        lambda folder: labelme_file(folder, labelme_shape(LONG[:400])),
-        lambda folder: labelme_file(folder, labelme_shape("1e999")),
-        lambda folder: labelme_file(folder, labelme_shape("NaN")),
-        lambda folder: coco_file(folder, coco_box(LONG)),
-        lambda folder: coco_file(folder, coco_box(LONG[:400])),
-        lambda folder: coco_file(folder, coco_box("1e999")),
-        lambda folder: coco_file(folder, coco_box("NaN")),
-        lambda folder: coco_file(folder, coco_box(), f', "width": {LONG[:400]}, "height": 20'),
-    ],
-)
-def test_invalid_coordinates_are_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    (tmp_path / "set").mkdir()
-    refusal(make(tmp_path / "set"))
-
-
-def test_voc_size_of_thousands_of_digits_is_not_known(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    size = f"<size><width>{LONG}</width><height>{LONG}</height></size>"
-    assert imported(voc_file(tmp_path / "set", voc_object(), size)).output_files[0].num_samples == 1
+def test_class_and_size_of_thousands_of_digits(tmp_path):
+    refusal(write_scene("yolo", tmp_path / "yolo", "1 0.5 0.5 1 1", f"{LONG} 0.5 0.5 1 1"))
+    refusal(write_scene("coco", tmp_path / "coco", '"width": 40', f'"width": {LONG[:400]}'))
+    size = f"<size><width>{LONG}</width><height>{LONG}</height></size></annotation>"
+    source = write_scene("voc", tmp_path / "voc", "</annotation>", size)
+    assert imported(source).output_files[0].num_samples == 1
 
 
 def test_notes_that_are_no_json_become_null(tmp_path: Path) -> None:
@@ -338,14 +283,13 @@ def test_texts_that_are_put_together_take_linear_time(tmp_path: Path) -> None:
         assert len(sample.messages[0].content[-1].text) == size
 
 
-def test_more_classes_than_a_question_may_name(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    source = coco_file(tmp_path / "set", coco_box())
+def test_more_classes_than_a_question_may_name(tmp_path):
+    source = write_scene("coco", tmp_path / "set")
     document = json.loads(source.read_text())
-    document["categories"] += [{"id": n, "name": f"{n}"} for n in range(2, 100_002)]
+    document["categories"] += [{"id": n, "name": f"{n}"} for n in range(3, 100_002)]
     source.write_text(json.dumps(document))
     assert "a question with 100,001 classes" in refusal(source).what
-    assert imported(source, box_task="grounding").output_files[0].num_samples == 1
+    assert imported(source, box_task="grounding").output_files[0].num_samples == 2
 
 
 def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
@@ -367,12 +311,11 @@ def test_a_small_source_that_becomes_a_large_one(tmp_path, monkeypatch):
     assert "bytes of samples out of" in refusal(tmp_path / "a.json").what
 
 
-def test_large_files_of_labels(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    yolo_lines(tmp_path / "set", "0 .5 .5 .1 .1" + " " * 2**24)
-    assert "a file of more than 16,777,216 bytes" in refusal(tmp_path / "set").what
-    (tmp_path / "set" / "data.yaml").write_text("names: [dog]\n#" + " " * 2**19)
-    assert "a file of more than 524,288 bytes" in refusal(tmp_path / "set").what
+def test_large_files_of_labels(tmp_path):
+    source = write_scene("yolo", tmp_path / "set", "1 0.5 0.5 1 1", "1 .5 .5 .1 .1" + " " * 2**24)
+    assert "a file of more than 16,777,216 bytes" in refusal(source).what
+    (source / "data.yaml").write_text("names: [dog]\n#" + " " * 2**19)
+    assert "a file of more than 524,288 bytes" in refusal(source).what
 
 
 def test_lists_of_paths_that_name_no_file(tmp_path: Path) -> None:

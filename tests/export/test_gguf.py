@@ -3,8 +3,6 @@
 Tests call a program of a few lines in its place, which takes the same options.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

@@ -1,7 +1,5 @@
 """Boxes in the text of an answer, as JSON and in the marks of Qwen2-VL, read and written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

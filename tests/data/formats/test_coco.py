@@ -1,7 +1,5 @@
 """COCO documents of instances and captions, as its data format page describes them."""
 
-from __future__ import annotations
-
 import copy
 import json
 import shutil

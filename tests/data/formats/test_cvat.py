@@ -1,7 +1,5 @@
 """CVAT for images 1.1: shapes, attributes, tags and invalid files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One scene in every format of boxes: the same questions and the same answers."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path
@@ -10,12 +8,15 @@ from typing import Any
 import pytest
 from box_fixtures import (
     LABEL_FILES,
+    SCENE,
+    SCENES,
     check_export_roundtrip,
     find_box,
     import_samples,
     list_answers,
     list_questions,
     write_box_image,
+    write_scene,
 )
 from case_files import load_cases
 from each_value import each
@@ -34,20 +35,9 @@ from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
 CASES = load_cases("box_scenes")
-SCENES: dict[str, dict[str, Any]] = CASES["scenes"]
-WHITE = (12, 3, 32, 17)
+WHITE = SCENE
 DOGS = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
 LAWN = [("lawn", (0, 0, 40, 20))]
-
-
-def write_scene(name: str, root: Path, old: str = "", new: str = "") -> Path:
-    """Write the scene in a format, with a text of its first file replaced."""
-    scene = SCENES[name]
-    write_box_image(root / ("data/a.png" if name == "fiftyone" else "a.png"), WHITE)
-    assert old in next(iter(scene["files"].values()))
-    for file, text in scene["files"].items():
-        (root / file).write_text(text.replace(old, new) if old else text, encoding="utf-8")
-    return root / scene.get("source", ".")
 
 
 @pytest.fixture(params=SCENES)

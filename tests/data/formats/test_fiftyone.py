@@ -1,7 +1,5 @@
 """FiftyOne datasets, and exported files that the readers of labeling tools read."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Image folders with text files, and folders that are not a dataset."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

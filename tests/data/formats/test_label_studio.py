@@ -1,7 +1,5 @@
 """Exports of Label Studio: selection of results, regions, texts, choices and image references."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """LabelMe's JSON files as the program saves them."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -6,8 +6,6 @@ fine-tuning", and the tutorials of Qwen2-VL. Images are a.png of 40 x 20 pixels 
 1000 x 500.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

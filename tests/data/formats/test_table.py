@@ -1,7 +1,5 @@
 """Any table, read by the columns that the user names."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any

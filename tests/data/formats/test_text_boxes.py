@@ -1,7 +1,5 @@
 """Boxes and points as numbers in texts: conversion at import, and reports of import and check."""
 
-from __future__ import annotations
-
 import json
 import random
 import re

@@ -1,7 +1,5 @@
 """Rows with video files: LLaVA, LLaMA-Factory, ms-swift, placeholders with a path, and samples."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

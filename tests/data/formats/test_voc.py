@@ -1,7 +1,5 @@
 """Pascal VOC's XML files as its development kit describes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

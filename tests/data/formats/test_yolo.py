@@ -1,7 +1,5 @@
 """YOLO datasets as Ultralytics documents them, and those with classes.txt."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -12,6 +11,7 @@ import yaml
 from case_files import load_cases
 from gptq_fixtures import GptqConfig, write_quantized_model
 from hf_reference import CPU
+from image_fixtures import write_jsonl
 from lora_fixtures import tune_with_lora
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -195,7 +195,7 @@ def write_run_record(run: Path, data: Path) -> None:
         content = [*images, {"type": "text", "text": f"{i}?"}]
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": "yes"}]
         lines.append({"id": f"s{i}", "messages": turns})
-    write_lines(data, lines)
+    write_jsonl(data, lines)
     recipe = {
         "model": "secret/acme/base",
         "adapter": "C:\\secret\\lora",
@@ -210,17 +210,13 @@ def write_run_record(run: Path, data: Path) -> None:
     result = {"run": "x", "steps": 9, "before": before, "after": after}
     (run / "result.json").write_text(json.dumps(result))
     start = {"step": 0, "started_at": "now", "data": {"train": {"num_samples": 1234}}}
-    write_lines(run / "metrics.jsonl", [start])
+    write_jsonl(run / "metrics.jsonl", [start])
     (run / "predictions").mkdir()
     prompts = ["Read it."] * 3 + ["Read\nthat."] * 2 + ["a", "a", "b", "c"]
     predictions = run / "predictions" / "after.jsonl"
-    write_lines(predictions, [{"prompt": prompt} for prompt in prompts])
+    write_jsonl(predictions, [{"prompt": prompt} for prompt in prompts])
     with predictions.open("a") as file:
         file.write("damaged\n")
-
-
-def write_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def test_model_card_reports_the_measurements(run: MergeableRun, tmp_path: Path) -> None:

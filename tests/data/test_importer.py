@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
@@ -224,31 +225,10 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     assert "--format conversations without --map" in caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("request_", "where"),
-    [
-        (ImportOptions(columns={"photo": "image"}), "--map"),
-        (ImportOptions(format="table"), "--format table"),
-        (ImportOptions(format="query-response", columns={"image": "image"}), "--map"),
-        (ImportOptions(format="samples", prompt="?"), "--prompt"),
-        (ImportOptions(format="samples", box_format="xywh"), "--box-format or --box-units"),
-        (
-            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0),
-            "train_fraction",
-        ),
-        (
-            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=0.5, eval_last=1),
-            "train_fraction, eval_last",
-        ),
-        (
-            ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "eval_last=9",
-        ),
-    ],
-)
-def test_inapplicable_options_are_rejected(tmp_path, request_, where):
+@each(("options", "where"), load_cases("importer")["test_inapplicable_options_are_rejected"])
+def test_inapplicable_options_are_rejected(tmp_path, options, where):
     with pytest.raises(UserError) as caught:
-        import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request_)
+        import_dataset(table(tmp_path, *"ab"), tmp_path / "out", ImportOptions(**options))
     assert caught.value.where == where
     assert caught.value.expected
     assert caught.value.remedy

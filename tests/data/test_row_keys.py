@@ -241,34 +241,16 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
     return example, context.other_keys
 
 
-@each(
-    ("record", "what"),
-    [
-        (chat({**ANSWER, "weight": 0.5}), "a loss that is neither 0 nor 1"),
-        (chat(ANSWER, train_on_inputs=True), "a loss that is neither 0 nor 1"),
-        (chat({**ANSWER, "toolUse": [{"id": 1}]}), "tool calls or tools"),
-        (chat({**ANSWER, "tool_calls": [{"name": "a", "arguments": {"b": b""}}]}), "the tool call"),
-        (chat(ANSWER, tools=[{"name": "a", "parameters": {"b": b""}}]), "the tool "),
-        (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
-        (chat(ANSWER, image2="b.jpg"), "an image"),
-        (chat(ANSWER, thinking="It is there."), "a reasoning text"),
-        (chat({**ANSWER, "label": "dog"}), "a label"),
-        (chat(ANSWER, bbox=[1, 2, 3, 4]), "a label"),
-        (chat(ANSWER, kto_tag="false"), "preference data"),
-        (chat(ANSWER, rejected="Here.", label=True), "a rejected answer and the label true"),
-        (chat(ANSWER, rejected_response=["Here."]), "preference data"),
-        (chat(ANSWER, rejected="There."), "equal to the chosen one"),
-        ({**chat(ANSWER), "rejected_messages": [USER]}, "no answer at the end"),
-        (
-            {**chat(ANSWER), "rejected_messages": [{**USER, "content": "Who?"}, WORSE]},
-            "prompts of both answers differ",
-        ),
-    ],
-)
-def test_content_of_further_keys_is_refused(tmp_path, record, what):
-    with pytest.raises(UserError, match=what) as caught:
-        parse(record, tmp_path)
-    assert caught.value.remedy
+CALL = {"name": "a", "arguments": {"b": b""}}
+REFUSED = [*CASES["test_content_of_further_keys_is_refused"]]
+REFUSED.append([[{**ANSWER, "tool_calls": [CALL]}], {}, "the tool call"])
+REFUSED.append([[ANSWER], {"tools": [{"name": "a", "parameters": {"b": b""}}]}, "the tool "])
+
+
+@each(("turns", "row", "what"), REFUSED)
+def test_content_of_further_keys_is_refused(tmp_path, turns, row, what):
+    with pytest.raises(UserError, match=what):
+        parse(chat(*turns, **row), tmp_path)
 
 
 def test_several_lists_of_turns_are_refused(tmp_path: Path) -> None:

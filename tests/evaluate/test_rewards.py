@@ -37,34 +37,9 @@ BOX = (10, 10, 30, 30)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
-@each(
-    ("reward", "case", "expected"),
-    [
-        ("exact", make_case(" a  b ", "a b"), 1),
-        ("exact", make_case("a", "b"), 0),
-        ("json.f1", make_case('{"a": 1}', '{"a": 1, "b": 2}'), 2 / 3),
-        ("json", make_case("{}", "no JSON"), None),
-        ("latex", make_case("x^2", "x^2"), 1),
-        ("latex.rendered", make_case(r"\frac12", r"\frac{1}{2}"), 1),
-        ("latex.rendered", make_case("x", r"\left("), None),
-        ("grounding", make_case(boxes=[(20, 10, 30, 30)], reference_boxes=[BOX]), 1),
-        ("detection", make_case(boxes=[BOX, (60, 60, 70, 70)], reference_boxes=[BOX]), 2 / 3),
-        ("boxes", make_case(boxes=[BOX], reference_boxes=[BOX]), 1),
-        # IoU 0.25, a hit, and a quarter of the size.
-        ("boxes", make_case(boxes=[(15, 15, 25, 25)], reference_boxes=[BOX]), 0.5),
-        # A second box halves the reward, and no box gets none.
-        ("boxes", make_case(boxes=[BOX, (60, 60, 70, 70)], reference_boxes=[BOX]), 0.5),
-        ("boxes", make_case(reference_boxes=[BOX]), 0),
-        ("click", make_case(boxes=[(18, 18, 20, 20)], reference_boxes=[BOX]), 1),
-        ("click", make_case(boxes=[(40, 40, 41, 41)], reference_boxes=[BOX]), 0),
-        ({"name": "format", "pattern": r"<b>.*</b>"}, make_case("<b>1\n2</b>"), 1),
-        ({"name": "format", "pattern": r"\d+"}, make_case("12 a"), 0),
-        ({"name": "length", "max_length": 4}, make_case("abcdef"), 0.5),
-        ("repetition", make_case("a b c d " * 4), 4 / 13),
-    ],
-)
+@each(("reward", "case", "expected"), CASES["test_built_in_rewards"])
 def test_built_in_rewards(reward, case, expected):
-    assert score(reward, case) == [pytest.approx(expected)]
+    assert score(reward, make_case(**case)) == [pytest.approx(expected)]
 
 
 FUNCTIONS = """

@@ -312,8 +312,7 @@ def real_claims(shared: Path, change: BoxTransform) -> list[BoxClaim]:
 
 
 @pytest.mark.parametrize(
-    ("expected", "change"),
-    [([], scaled_by(1.0)), (["boxes-resized"], scaled_by(0.5))],
+    ("expected", "change"), [([], scaled_by(1.0)), (["boxes-resized"], scaled_by(0.5))]
 )
 def test_verdicts_on_real_word_and_receipt_boxes(shared, expected, change):
     claims = real_claims(shared, change)

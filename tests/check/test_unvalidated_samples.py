@@ -13,10 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from finesight.check.check_issues import CheckResult
-from finesight.check.data_checker import (
-    CheckInput,
-    inputs_from_files,
-)
+from finesight.check.data_checker import CheckInput, inputs_from_files
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions

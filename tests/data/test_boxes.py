@@ -27,11 +27,7 @@ CASES = load_cases("boxes")
 
 SIZE = (200, 500)
 CORNERS: Box = (50.0, 20.0, 150.0, 80.0)
-PIXELS = {
-    "xyxy": (50, 20, 150, 80),
-    "xywh": (50, 20, 100, 60),
-    "cxcywh": (100, 50, 100, 60),
-}
+PIXELS = {"xyxy": (50, 20, 150, 80), "xywh": (50, 20, 100, 60), "cxcywh": (100, 50, 100, 60)}
 
 
 @pytest.mark.parametrize("units", get_args(BoxUnits))

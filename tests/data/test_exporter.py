@@ -69,7 +69,7 @@ CASES = {
     "qwen-vl": (*SEVERAL, *TEXT_ONLY, *CONVERSATIONS["on_the_grid"]),
 }
 WISHES = {
-    "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")}),
+    "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")})
 }
 
 

@@ -156,10 +156,7 @@ def boxes_of(what: str) -> Any:
             "id": "1",
             "messages": [
                 {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
-                {
-                    "role": "assistant",
-                    "content": [{"type": "box", "xyxy": [1, 2, 3, 4]}] * MANY,
-                },
+                {"role": "assistant", "content": [{"type": "box", "xyxy": [1, 2, 3, 4]}] * MANY},
             ],
         },
         "table": {"image": "a.png", "box": [[1, 2, 3, 4]] * MANY},

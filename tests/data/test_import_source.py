@@ -16,14 +16,7 @@ from finesight.data.import_source import (
     open_unvalidated,
 )
 from finesight.data.importer import import_dataset
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    Message,
-    Sample,
-    TextPart,
-    read_samples,
-)
+from finesight.data.sample import BoxPart, ImagePart, Message, Sample, TextPart, read_samples
 from finesight.errors import UserError
 from finesight.recipe_template import detect_task
 
@@ -157,10 +150,7 @@ def test_table_of_instructions_has_the_same_roles_in_a_folder(tmp_path: Path, im
 
 @pytest.mark.parametrize(
     ("values", "option"),
-    [
-        ("p {i},r {i}", "--map question=a --map answer=b"),
-        ("10,20,110,80", "--map box=a,b,c,d"),
-    ],
+    [("p {i},r {i}", "--map question=a --map answer=b"), ("10,20,110,80", "--map box=a,b,c,d")],
 )
 def test_columns_of_unknown_names_are_asked_for(tmp_path: Path, values: str, option: str) -> None:
     lines = [",".join(("image", *"abcd"[: values.count(",") + 1]))]

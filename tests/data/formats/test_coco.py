@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import (
-    import_samples,
-    list_answers,
-    list_questions,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
 
 from finesight.data.formats.image_annotations import (

@@ -6,12 +6,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from box_fixtures import (
-    import_samples,
-    list_answers,
-    list_questions,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
@@ -19,11 +14,7 @@ from image_fixtures import write_gray_image, write_jsonl
 from finesight.data.exporter import export_dataset
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.sample import (
-    LocatedSample,
-    Sample,
-    read_samples,
-)
+from finesight.data.sample import LocatedSample, Sample, read_samples
 from finesight.errors import UserError
 
 CASES = load_cases("image_folder")

@@ -17,11 +17,7 @@ from each_value import each
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats.image_annotations import REASON_OBJECT_WITHOUT_BOX
-from finesight.data.formats.label_studio import (
-    SPOTTING_PROMPT,
-    LabelControl,
-    parse_label_config,
-)
+from finesight.data.formats.label_studio import SPOTTING_PROMPT, LabelControl, parse_label_config
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 

@@ -7,12 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import (
-    find_box,
-    import_samples,
-    list_answers,
-    write_box_image,
-)
+from box_fixtures import find_box, import_samples, list_answers, write_box_image
 from each_value import each
 from PIL import Image
 

@@ -3,11 +3,7 @@
 from pathlib import Path
 
 import pytest
-from box_fixtures import (
-    import_samples,
-    list_answers,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, write_box_image
 
 from finesight.errors import UserError
 

@@ -4,12 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import (
-    import_samples,
-    list_answers,
-    list_questions,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
 from each_value import each
 

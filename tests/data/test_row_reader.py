@@ -1,6 +1,5 @@
 """Rows of JSON, JSON Lines, CSV and Parquet files."""
 
-import io
 import json
 import re
 import sys
@@ -12,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import pyarrow
 import pytest
+from container_fixtures import write_tar
 from each_value import each
 from hub_fixtures import make_png
 from image_fixtures import write_jsonl
+from pyarrow import parquet
 
 from finesight.data import row_reader
 from finesight.data.row_reader import (
@@ -47,13 +49,6 @@ def as_csv(path: Path, records: list[dict[str, Any]], delimiter: str = ",") -> P
     return path
 
 
-def as_parquet(path: Path, records: list[dict[str, Any]], group: int = 2) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=group)
-    return path
-
-
 def test_blank_lines_count_as_lines_but_not_as_rows(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"a": 1}\n\n{"a": 2}\n')
@@ -80,9 +75,11 @@ def test_json_array_with_any_suffix(tmp_path: Path, suffix: str) -> None:
     assert rows[1].location == "row 2"
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
+@each(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
 def test_parquet_row_groups(tmp_path: Path, start: int, stop: int) -> None:
-    rows = open_row_file(as_parquet(tmp_path / "a.parquet", RECORDS))
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, row_group_size=2)
+    rows = open_row_file(path)
     assert rows.num_rows == 5
     chosen = list(rows.iter_range(start, stop))
     assert [row.record for row in chosen] == RECORDS[start:stop]
@@ -242,15 +239,6 @@ def test_first_row_without_header_is_a_row(tmp_path: Path, suffix: str, first: s
     assert reader.num_rows == 2
 
 
-def tar_of(path: Path, files: dict[str, bytes]) -> Path:
-    with tarfile.open(path, "w") as tar:
-        for name, data in files.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-    return path
-
-
 def test_files_are_grouped_by_name(tmp_path: Path) -> None:
     files = {}
     for n in range(5):
@@ -258,7 +246,7 @@ def test_files_are_grouped_by_name(tmp_path: Path) -> None:
         files[f"train/{n:04}.txt"] = f"caption {n}\n".encode()
         files[f"train/{n:04}.json"] = json.dumps({"width": 64, "image": "x"}).encode()
     files["__index__"] = b"x"
-    tar = tar_of(tmp_path / "a.tar", files)
+    tar = write_tar(tmp_path / "a.tar", files)
     assert is_webdataset(tar)
     rows = open_webdataset(tar)
     assert rows.num_rows == 5
@@ -272,7 +260,7 @@ def test_files_are_grouped_by_name(tmp_path: Path) -> None:
 
 def test_several_images_per_sample(tmp_path: Path) -> None:
     files = {"1.left.png": make_png(1), "1.right.png": make_png(2), "1.json": b"[3]"}
-    (row,) = open_webdataset(tar_of(tmp_path / "a.tar", files)).iter_range(0, 1)
+    (row,) = open_webdataset(write_tar(tmp_path / "a.tar", files)).iter_range(0, 1)
     assert row.record == {
         "id": "1", "left.png": make_png(1), "right.png": make_png(2), "json": [3]
     }  # fmt: skip
@@ -289,14 +277,14 @@ def test_several_images_per_sample(tmp_path: Path) -> None:
     ],
 )
 def test_other_tars_are_archives(tmp_path: Path, files: dict[str, bytes]) -> None:
-    assert not is_webdataset(tar_of(tmp_path / "a.tar", files))
+    assert not is_webdataset(write_tar(tmp_path / "a.tar", files))
 
 
 def test_invalid_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    full = tar_of(tmp_path / "a.tar", {"1.png": make_png(1), "1.txt": b"a", "1.json": b"{"})
+    full = write_tar(tmp_path / "a.tar", {"1.png": make_png(1), "1.txt": b"a", "1.json": b"{"})
     with pytest.raises(UserError, match=r"1\.json: broken JSON"):
         list(open_webdataset(full).iter_range(0, 1))
-    tar_of(full, {"1.png": make_png(1), "1.txt": b"\xff"})
+    write_tar(full, {"1.png": make_png(1), "1.txt": b"\xff"})
     with pytest.raises(UserError, match="not UTF-8"):
         list(open_webdataset(full).iter_range(0, 1))
     full.write_bytes(full.read_bytes()[:700])
@@ -309,10 +297,10 @@ def test_invalid_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no such file"):
         open_webdataset(tmp_path / "missing.tar")
     with pytest.raises(UserError, match="contains no samples"):
-        open_webdataset(tar_of(tmp_path / "empty.tar", {}))
+        open_webdataset(write_tar(tmp_path / "empty.tar", {}))
     monkeypatch.setattr(row_reader, "MAX_MEMBER_BYTES", 10)
     with pytest.raises(UserError, match="has 11 bytes"):
-        list(open_webdataset(tar_of(full, {"1.txt": b"a" * 11})).iter_range(0, 1))
+        list(open_webdataset(write_tar(full, {"1.txt": b"a" * 11})).iter_range(0, 1))
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from finesight.check.box_hypothesis import (
     hypothesis_from_convention,
     load_small_gray,
     min_z_score,
+    pairwise_iou,
 )
 from finesight.data.boxes import BoxConvention
 from finesight.data.image_header import CorruptImageError
@@ -199,3 +200,9 @@ def test_image_evidence_uses_few_bytes_per_pixel() -> None:
     retained, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert retained < 4 * grey.size, f"{retained} bytes of {grey.size} pixels, 300 times"
+
+
+def test_overlap_is_intersection_over_union() -> None:
+    one = np.array([[0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1]], float)
+    other = np.array([[1, 0, 3, 2], [0, 0, 1, 1], [2, 2, 3, 3]], float)
+    assert pairwise_iou(one, other) == pytest.approx((1 / 3, 1, 0))

@@ -253,3 +253,9 @@ def test_pattern_without_matches(tmp_path: Path) -> None:
     odd = tmp_path / "a[1].jsonl"
     odd.write_text('{"id": "a", "messages": [{"role": "user", "content": "q"}]}\n')
     assert len(load(odd)) == 1
+
+
+def test_parquet_with_separate_images(table: Path, tmp_path: Path) -> None:
+    full = parquet.read_table(write_parquet(table, tmp_path / "a.parquet"))
+    parquet.write_table(full.drop(["images"]), tmp_path / "b.parquet", row_group_size=2)
+    assert_same(load(tmp_path / "b.parquet"), table)

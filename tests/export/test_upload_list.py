@@ -152,3 +152,9 @@ def test_changed_folder_is_rejected(tmp_path: Path) -> None:
 def test_modelscope_token_is_sent_only_to_its_hosts(url: str, shown: bool) -> None:
     assert modelscope.is_same_domain(url, "https://www.modelscope.cn") is shown
     assert not modelscope.is_same_domain("https://a.127.0.0.1/x", "https://127.0.0.1")
+
+
+@pytest.mark.parametrize("name", ["hf:me/latex@v1", "modelscope:datasets/me/latex"])
+def test_invalid_targets_are_rejected(model: Path, name: str) -> None:
+    with pytest.raises(UserError, match="is not a model, or has a revision"):
+        upload(model, name)

@@ -237,7 +237,7 @@ def test_tools_equal_published_template(name, template, renderers, tmp_path):
     renderer = renderers(name) if is_xml else NativeRenderer(ModelFolder(ASSETS / name))
     tokenizer = load_published_tokenizer("Qwen3.5-4B" if is_xml else name)
     rng = random.Random(name)
-    for _ in range(70):
+    for _ in range(60):
         sample = make_tool_conversation(rng, thinks=is_xml)
         located_sample = LocatedSample(sample, tmp_path)
         for is_prompt in (False, True):

@@ -16,7 +16,9 @@ from finesight.evaluate.bootstrap import (
     UNBOUNDED,
     ConfidenceInterval,
     FloatArray,
+    SampleGroup,
     ScoreEstimator,
+    build_grouped_sums,
     clopper_pearson_interval,
     compute_difference_intervals,
     compute_intervals,
@@ -24,6 +26,7 @@ from finesight.evaluate.bootstrap import (
     estimate_ratio,
     get_missing_difference_reason,
     iter_resample_weights,
+    safe_divide,
     tango_interval,
 )
 
@@ -195,3 +198,17 @@ def test_small_samples_rarely_give_false_positives(samples: int) -> None:
         bounds = [one for one in compute_difference_intervals(was, now).values() if one is not None]
         clear = sum(low > 0 or high < 0 for low, high in bounds)
         assert clear / 600 < 0.065
+
+
+@each("share", [0.1, 0.9])
+def test_sums_of_groups_are_those_of_a_dense_matrix(share: float) -> None:
+    chance = np.random.default_rng(6)
+    dense = np.where(chance.random((30, 4, 3)) < share, chance.random((30, 4, 3)), 0.0)
+    groups = []
+    for index in range(4):
+        used = np.flatnonzero(dense[:, index].any(axis=1))
+        groups.append(SampleGroup(used, dense[used, index]))
+    weights = chance.random((5, 30))
+    assert build_grouped_sums(groups, 30)(weights) == pytest.approx(weights @ dense.reshape(30, 12))
+    assert build_grouped_sums([], 30)(weights).shape == (5, 0)
+    assert safe_divide(values(0, 1), values(0, 2)).tolist() == [0.0, 0.5]

@@ -39,12 +39,16 @@ def test_only_regular_files_are_read(read, location, tmp_path):
     assert caught.value.where
 
 
-def test_a_larger_file_is_refused(tmp_path: Path) -> None:
+def test_a_larger_file_is_refused(tmp_path):
     path = tmp_path / "large"
     path.write_bytes(b"x" * 11)
     assert len(files.read_bytes(path, expected="a file", max_bytes=11)) == 11
     with pytest.raises(UserError, match="more than 10 bytes"):
         files.read_bytes(path, expected="a file", max_bytes=10)
+    limit = files.MAX_LINE_BYTES  # longer lines are cut, and the next ones are read
+    path.write_bytes(b"1\n" + b"2" * (2 * limit + 3) + b"\n3\n" + b"4" * limit)
+    lines = list(files.read_lines(path, expected="lines"))
+    assert lines == [b"1\n", b"2" * limit, b"3\n", b"4" * limit]
 
 
 @pytest.mark.parametrize("open_and_close", ["[]", '{"a":}'])
@@ -82,15 +86,6 @@ def test_an_object_is_wanted(text: str, tmp_path: Path) -> None:
         files.read_json_object(path)
 
 
-def test_long_lines_are_cut_and_the_next_ones_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    path.write_bytes(
-        b"1\n" + b"2" * (2 * files.MAX_LINE_BYTES + 3) + b"\n3\n" + b"4" * files.MAX_LINE_BYTES
-    )
-    lines = list(files.read_lines(path, expected="lines"))
-    assert lines == [b"1\n", b"2" * files.MAX_LINE_BYTES, b"3\n", b"4" * files.MAX_LINE_BYTES]
-
-
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join([f'*{before}'] * 10)}]\n"
     for before, name in zip("abcdefgh", "bcdefghi", strict=True)
@@ -123,17 +118,12 @@ def test_aliases_and_merge_keys() -> None:
     assert files.load_yaml(text) == {"a": both, "b": {"x": 1, "y": 3}, "c": [both, both]}
 
 
-@pytest.mark.parametrize("opening", ["[", "{a: ", "- ", "? "])
-def test_nesting_depth_is_limited(opening: str) -> None:
+@each(("opening", "closing"), [("[", "]"), ("{a: ", "}"), ("- ", ""), ("? ", "")])
+def test_nesting_depth_is_limited(opening, closing):
     with pytest.raises(yaml.YAMLError, match=f"more than {files.MAX_DEPTH}"):
         files.load_yaml(opening * 20_000)
-    closing = {"[": "]", "{a: ": "}"}.get(opening, "")
-    assert (
-        files.ComposedYaml(
-            opening * (files.MAX_DEPTH // 4) + "x" + closing * (files.MAX_DEPTH // 4)
-        ).root
-        is not None
-    )
+    depth = files.MAX_DEPTH // 4
+    assert files.ComposedYaml(opening * depth + "x" + closing * depth).root is not None
 
 
 def test_too_many_values_are_refused_with_location() -> None:

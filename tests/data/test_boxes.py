@@ -40,15 +40,13 @@ def test_all_box_formats_give_the_same_corners(form: BoxFormat, units: BoxUnits)
     if full is not None:
         values = tuple(n / side * full for n, side in zip(values, sides, strict=True))
     assert BoxConvention(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
+    # The nearest float.
+    assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
 
 
-def test_rounding_outside_image_is_clipped() -> None:
-    assert clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, BoxConvention()) == (
-        0.0,
-        0.0,
-        500.0,
-        200.0,
-    )
+def test_rounding_outside_image_is_clipped():
+    clipped = clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, BoxConvention())
+    assert clipped == (0.0, 0.0, 500.0, 200.0)
     assert clip_to_image(CORNERS, SIZE, BoxConvention()) == CORNERS
 
 
@@ -60,23 +58,12 @@ def test_invalid_boxes_are_rejected(box: Box, what: str) -> None:
     assert "500" in caught.value.expected
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], [1, 2, 3, 4, 5], "1234", [1, 2, 3, None], 5, [[1]]])
-def test_box_needs_four_numeric_values(value: object) -> None:
-    with pytest.raises(UserError, match="the box"):
-        parse_coordinates(value)
-
-
-def test_overflowing_value_is_rejected() -> None:
-    with pytest.raises(UserError, match="the box"):
-        parse_coordinates([1, 2, 3, 10**400])
-
-
-def test_thousandths_give_the_nearest_float() -> None:
-    assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
-
-
-def test_values_may_be_text() -> None:
+def test_coordinates_are_four_finite_numbers():
     assert parse_coordinates(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]
+    inexact = [[1, 2, 3], [1, 2, 3, 4, 5], "1234", [1, 2, 3, None], 5, [[1]], [1, 2, 3, 10**400]]
+    for value in inexact:
+        with pytest.raises(UserError, match="the box"):
+            parse_coordinates(value)
 
 
 @pytest.mark.parametrize(("a", "b", "expected"), CASES["test_iou"])
@@ -140,12 +127,9 @@ def test_text_and_boxes_alternate(text: str, pieces: list[object]) -> None:
     assert list(split_at_boxes(text)) == pieces
 
 
-def test_only_fences_around_boxes_are_removed() -> None:
+def test_fences_around_boxes_and_optional_labels():
     assert strip_code_fences(f"```json\n{ONE}\n```") == ONE
     assert strip_code_fences('```json\n{"a": 1}\n```') == '```json\n{"a": 1}\n```'
-
-
-def test_box_item_with_optional_label() -> None:
     assert parse_json_box(json.loads(ONE)) == ([1, 2, 3, 4], "dog")
     assert parse_json_box({"bbox_2d": "x", "text_content": 5}) == ("x", "5")
     assert parse_json_box({"bbox_2d": [], "score": 1}) is None

@@ -69,16 +69,12 @@ def load_error(path: Path, line: str | bytes, *, answered: bool = True) -> UserE
     return caught.value
 
 
-def test_roundtrip(tmp_path: Path) -> None:
+def test_roundtrip(tmp_path):
     path = tmp_path / "a.jsonl"
     write_samples(path, [SAMPLE, SAMPLE])
     assert read_samples(path) == [SAMPLE, SAMPLE]
     assert len(path.read_bytes().splitlines()) == 2
-
-
-def test_integral_coordinates_have_no_decimal_point(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    write_samples(path, [SAMPLE])
+    # Integral coordinates have no decimal point.
     assert '"xyxy": [1, 2.5, 3, 4]' in path.read_text(encoding="utf-8")
 
 

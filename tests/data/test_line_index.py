@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from each_value import each
 
 from finesight.data import line_index
 from finesight.data.line_index import IndexedLines, UnreadableFileError, read_lines
@@ -35,16 +36,13 @@ def test_blank_lines_are_skipped_but_counted(tmp_path: Path, content: bytes) -> 
     assert list(read_lines(lines.path)) == [(lines[i], lines.location(i)) for i in range(3)]
 
 
-def test_take_limits_the_lines(tmp_path: Path) -> None:
+@each("content", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n \n"])
+def test_empty_file_and_limited_lines(tmp_path, content):
+    assert len(write_and_index(tmp_path / "a.jsonl", content)) == 0
+    assert list(read_lines(tmp_path / "a.jsonl")) == []
     lines = write_and_index(tmp_path / "a.jsonl", b"1\n2\n3\n")
     assert [lines.take(2)[i].strip() for i in range(len(lines.take(2)))] == [b"1", b"2"]
     assert len(lines.take(9)) == len(lines.take(None)) == 3
-
-
-@pytest.mark.parametrize("content", [b"", b"\n", b"\xef\xbb\xbf", b"\xef\xbb\xbf\n \n"])
-def test_empty_file(tmp_path: Path, content: bytes) -> None:
-    assert len(write_and_index(tmp_path / "a.jsonl", content)) == 0
-    assert list(read_lines(tmp_path / "a.jsonl")) == []
 
 
 def test_missing_file_error_suggests_name(tmp_path: Path) -> None:
@@ -87,11 +85,6 @@ def test_index_memory_per_line_is_bounded(tmp_path: Path) -> None:
     tracemalloc.stop()
     assert most < 80 * len(lines)
     assert lines[199_999] == b'{"a": 1}\n'
-
-
-def test_endless_device_is_rejected() -> None:
-    with pytest.raises(UnreadableFileError, match="a device, not a regular file"):
-        IndexedLines.open(Path("/dev/zero"))
 
 
 @pytest.fixture

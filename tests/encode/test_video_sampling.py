@@ -217,8 +217,12 @@ def test_positions_and_timestamps_match_transformers(
 
 
 def test_published_limits_apply_to_video_files(shared, tmp_path):
-    folder = ModelFolder(shared / "qwen_assets" / "Qwen3.5-0.8B")
-    renderer = NativeRenderer(folder)
+    folder = make_folder(tmp_path / "model", "qwen3_5")
+    for file in (shared / "qwen_assets" / "Qwen3.5-0.8B").glob("*preprocessor_config.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"patch_size": 14', '"patch_size": 16'))
+    renderer = NativeRenderer(ModelFolder(folder))
     write_video(tmp_path / "clip.mp4", num_frames=16, size=(1080, 1920))
     tokenized = renderer.tokenize(ask(VideoPart(video="clip.mp4", fps=8.0), folder=tmp_path))
     resize = load_function("qwen3_vl.video_processing_qwen3_vl", "smart_resize")

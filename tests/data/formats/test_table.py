@@ -57,18 +57,15 @@ def test_invalid_rows_are_rejected(folder, record, columns, what):
     assert caught.value.remedy
 
 
-def test_column_mapping_is_suggested() -> None:
+def test_column_mapping_is_suggested_and_shell_quoted():
     names = ["image_path", "captions", "bbox_xyxy", "n"]
     assert suggest_mapping(dict.fromkeys(names)) == (
         "--map image=image_path --map answer=captions --map box=bbox_xyxy"
     )
     assert suggest_mapping({"n": 1}) == "--map image=COLUMN --map answer=COLUMN"
-
-
-def test_suggested_mapping_is_shell_quoted() -> None:
-    assert suggest_mapping(dict.fromkeys(["file name", "Caption "])) == (
-        "--map 'image=file name' --map 'answer=Caption '"
-    )
+    names = ["file name", "Caption "]
+    mapping = "--map 'image=file name' --map 'answer=Caption '"
+    assert suggest_mapping(dict.fromkeys(names)) == mapping
 
 
 @pytest.mark.parametrize(

@@ -71,12 +71,8 @@ def test_video_files_become_video_parts(media: Path, name: str) -> None:
     form, _ = detect_format([row], "here")
     assert form.name == format_name
     assert parse(form, row, media) == (expected or ["a.png", "v.mp4", "Which?"])
-
-
-def test_video_tag_without_videos_is_text(media: Path) -> None:
-    row = chat("<image>\nExplain the tag <video>.", image="a.png")
-    form, _ = detect_format([row], "here")
-    assert parse(form, row, media) == ["a.png", "Explain the tag <video>."]
+    text = chat("<image>\nExplain the tag <video>.", image="a.png")
+    assert parse(detect_format([text], "here")[0], text, media)[1] == "Explain the tag <video>."
 
 
 def test_imported_samples_refer_to_the_video(media: Path, tmp_path: Path) -> None:

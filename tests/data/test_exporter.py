@@ -147,12 +147,6 @@ def test_preferences_are_kept_or_counted(tmp_path, name, verdict):
         assert imported.format == name
 
 
-def test_rejected_boxes_of_shared_objects_are_counted(tmp_path: Path) -> None:
-    samples = make_located_samples(tmp_path, ONE_IMAGE[1], rejected=[box(1, 2, 3, 4)])
-    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
-    assert done.lost_counts == {"rejected answers": 1}
-
-
 def test_every_row_format_has_a_roundtrip_case() -> None:
     import_only = {form.name for form in FORMATS if form.write_files is None}
     assert import_only == {"imagefolder", "classes", "image-path"}
@@ -185,11 +179,14 @@ def test_rows_are_written_as_the_programs_read_them(tmp_path: Path, name: str) -
         assert info["columns"] == {"messages": "conversations", "images": "images"}
 
 
-def test_boxes_off_grid_are_counted(tmp_path: Path) -> None:
+def test_inexact_boxes_and_rejected_boxes_of_shared_objects_are_counted(tmp_path):
     samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], [box(0.01, 0, 40, 20)]))
-    done = export_dataset(samples, tmp_path / "out", "qwen-vl", copy_images=False)
+    done = export_dataset(samples, tmp_path / "grid", "qwen-vl", copy_images=False)
     assert done.lost_counts == {"exact box corners (rounded to a grid of 1000)": 1}
-    assert "(0,0),(999,999)" in (tmp_path / "out" / "data.jsonl").read_text()
+    assert "(0,0),(999,999)" in (tmp_path / "grid" / "data.jsonl").read_text()
+    samples = make_located_samples(tmp_path, ONE_IMAGE[1], rejected=[box(1, 2, 3, 4)])
+    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
+    assert done.lost_counts == {"rejected answers": 1}
 
 
 def test_unsupported_fields_are_counted(tmp_path: Path) -> None:

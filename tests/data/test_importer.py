@@ -153,11 +153,12 @@ def test_images_with_equal_pixels_stay_together(tmp_path: Path, size: tuple[int,
         assert len(set(train) | set(evaluation)) == len(groups)
 
 
-def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", eval_last=2)
-    summary = import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request)
+def test_all_rows_in_eval_write_no_training_file(tmp_path):
+    summary = import_dataset(
+        table(tmp_path, *"ab"), tmp_path / "out", replace(ANSWERS, eval_last=2)
+    )
     assert [written.file.name for written in summary.output_files] == ["eval.jsonl"]
-    assert not (tmp_path / "out" / "train.jsonl").exists()
+    assert [path.name for path in (tmp_path / "out").glob("*.jsonl")] == ["eval.jsonl"]
 
 
 def test_answers_become_samples_or_references(tmp_path: Path) -> None:

@@ -43,21 +43,14 @@ def write_metric(folder: Path, text: str) -> str:
     return f"{folder / 'mine.py'}:score"
 
 
-def test_single_score_is_named_after_function(tmp_path: Path) -> None:
+def test_single_and_several_scores_with_headline(tmp_path: Path) -> None:
     metric = write_metric(tmp_path, "def score(case): return case.answer in case.references")
     scored = compute_metrics(metric, CASES)
     assert scored.scores == {"score": 0.5, "ended_with_eos": 1.0}
     assert get_primary_metric(metric, scored.scores) == "score"
     assert set(scored.intervals()) == {"score", "ended_with_eos"}
-
-
-def test_several_scores_with_headline(tmp_path: Path) -> None:
-    metric = write_metric(
-        tmp_path,
-        "HEADLINE = 'same'\n"
-        "def score(case):\n"
-        "    return {'length': len(case.answer), 'same': case.answer == case.references[0]}\n",
-    )
+    scores = "{'length': len(case.answer), 'same': case.answer == case.references[0]}"
+    metric = write_metric(tmp_path, f"HEADLINE = 'same'\ndef score(case): return {scores}\n")
     scored = compute_metrics(metric, CASES)
     assert list(scored.scores.items()) == [("same", 0.5), ("length", 2.0), ("ended_with_eos", 1.0)]
     assert get_primary_metric(metric, scored.scores) == "same"

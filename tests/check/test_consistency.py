@@ -71,11 +71,12 @@ def test_contradicting_boxes(folder, other, contradict):
 
 
 def test_different_question_or_image_is_no_contradiction(folder):
-    records = [
-        make_record(image_name(0), "Which colour?", "red"),
-        make_record(image_name(0), "Which shape?", "square"),
-        make_record(image_name(1), "Which colour?", "blue"),
-    ]
+    rows = (
+        (0, "Which colour?", "red"),
+        (0, "Which shape?", "square"),
+        (1, "Which colour?", "blue"),
+    )
+    records = [make_record(image_name(number), *texts) for number, *texts in rows]
     assert count_codes(check_records(folder, *records)) == {}
 
 

@@ -71,31 +71,29 @@ def test_video_frame_issues(folder):
     assert list(issues_by_line(result, "video-frame-sizes-differ")) == [2]
 
 
+def make_video_record(name):
+    record = make_record(None, f"Video {name}?")
+    record["messages"][0]["content"].insert(0, {"type": "video", "video": name})
+    return record
+
+
 def test_video_file_issues(folder):
     write_video(folder / "v.mp4")
     (folder / "cut.mp4").write_bytes((folder / "v.mp4").read_bytes()[:500])
+    (folder / "copy.mp4").write_bytes((folder / "v.mp4").read_bytes())
     write_audio(folder / "sound.mp4")
     names = ("v.mp4", "cut.mp4", "sound.mp4", "gone.mp4")
-    records = [make_record(None, f"Video {name}?") for name in names]
-    for record, name in zip(records, names, strict=True):
-        record["messages"][0]["content"].insert(0, {"type": "video", "video": name})
-    records.append(make_record("v.mp4", "An image?"))
+    records = [*map(make_video_record, names), make_record("v.mp4", "An image?")]
     result = check_records(folder, *records)
     assert count_codes(result) == {"image-missing": 1, "image-corrupt": 2, "invalid-row": 1}
     issue = issues_by_line(result, "image-corrupt")[2]
     assert issue.remedy == "download or encode the video again, or remove it from the data"
     assert list(issues_by_line(result, "invalid-row")) == [5]
     assert (result.num_images, result.num_video_files, result.num_unique_images) == (0, 4, 4)
-
-
-def test_video_file_in_both_splits_is_leaked(folder):
-    write_video(folder / "v.mp4")
-    (folder / "copy.mp4").write_bytes((folder / "v.mp4").read_bytes())
-    sides = []
-    for name in ("v.mp4", "copy.mp4"):
-        record = make_record(None, f"Video {name}?")
-        record["messages"][0]["content"].insert(0, {"type": "video", "video": name})
-        sides.append(write_records(folder / f"{name}.jsonl", [record]))
+    sides = [
+        write_records(folder / f"{name}.jsonl", [make_video_record(name)])
+        for name in ("v.mp4", "copy.mp4")
+    ]
     assert count_codes(run_check(*sides)) == {"leaked-image": 1}
 
 
@@ -148,14 +146,15 @@ def test_when_reversed_corners_can_be_fixed(folder, box, certain):
     assert issues_by_line(result, "box-inverted")[1].fix == ("reordered" if certain else None)
 
 
-@pytest.mark.parametrize(
+@each(
     ("text", "certain"),
     [("<image>\nWhat?", True), ("What?<image>", True), ("What does <image> mean in SVG?", False)],
 )
 def test_when_typed_placeholder_can_be_fixed(folder, text, certain):
-    result = check_records(folder, make_record("0.png", text))
-    fix = issues_by_line(result, "placeholder-in-text")[1].fix
-    assert fix == ("placeholders removed" if certain else None)
+    issues = issues_by_line(
+        check_records(folder, make_record("0.png", text)), "placeholder-in-text"
+    )
+    assert issues[1].fix == ("placeholders removed" if certain else None)
 
 
 @each(("rejected", "codes"), CASES["test_issues_of_a_rejected_answer_are_reported_once"])
@@ -182,21 +181,17 @@ def test_box_without_image(folder):
     assert count_codes(check_records(folder, record)) == {"box-without-image": 1}
 
 
-@pytest.mark.parametrize("answer", ["", "  ", None])
-def test_table_row_without_answer(folder, answer):
-    source = write_jsonl(folder / "rows.jsonl", [{"image": "a.png", "text": answer}])
-    columns = {"image": "image", "answer": "text"}
-    found = run_check(source, format="table", columns=columns, prompt="What?")
-    assert count_codes(found) == {"empty-answer": 1}
-
-
-def test_box_issues_of_table_rows(folder):
+def test_issues_of_table_rows(folder):
+    options = {"format": "table", "prompt": "What?"}
+    for answer in ("", "  ", None):
+        source = write_jsonl(folder / "rows.jsonl", [{"image": "a.png", "text": answer}])
+        found = run_check(source, columns={"image": "image", "answer": "text"}, **options)
+        assert count_codes(found) == {"empty-answer": 1}
     # Rows with the same image and question would be one sample.
     boxes = {"a.png": [50, 10, 60, 20], "./a.png": [90, 10, 200, 20]}
     rows = [{"image": name, "box": box} for name, box in boxes.items()]
     source = write_jsonl(folder / "rows.jsonl", rows)
-    columns = {"image": "image", "box": "box"}
-    found = run_check(source, format="table", columns=columns, prompt="Where?")
+    found = run_check(source, columns={"image": "image", "box": "box"}, **options)
     assert count_codes(found) == {"box-outside": 1}
     assert found.issues[0].where == f"{source}:2"
     assert found.issues[0].images[0].boxes == ((90, 10, 200, 20),)

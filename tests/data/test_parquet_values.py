@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+from each_value import each
 from pyarrow import parquet
 
 from finesight.data import parquet_reader
@@ -52,7 +53,7 @@ TIMES = [
 ]
 
 
-@pytest.mark.parametrize(("column", "text"), TIMES, ids=[str(one.type) for one, _ in TIMES])
+@each(("column", "text"), TIMES)
 def test_times_are_read_or_null(tmp_path: Path, column: Any, text: str | None) -> None:
     columns = {"query": ["?", "!"], "response": ["x", "y"]}
     times = pyarrow.concat_arrays([column, pyarrow.nulls(1, column.type)])

@@ -11,7 +11,6 @@ from box_fixtures import find_box, import_samples, list_answers, write_box_image
 from each_value import each
 from PIL import Image
 
-from finesight.data.sample import ImagePart
 from finesight.errors import UserError
 
 WHITE = (12, 3, 31, 17)
@@ -76,23 +75,19 @@ def test_detection(root: Path, tmp_path: Path) -> None:
     }
 
 
-def test_four_corner_shapes_and_windows_paths(root: Path, tmp_path: Path) -> None:
+def test_four_corner_shapes_windows_paths_and_embedded_images(root: Path, tmp_path: Path) -> None:
     corners = [[12, 3], [31, 3], [31, 17], [12, 17]]
     (root / "json").mkdir()
     save(root / "json", record(imagePath="..\\a.png", shapes=[shape("dog", corners)]))
     samples, _ = import_samples(root / "json", tmp_path / "out")
     assert list_answers(samples) == [[("dog", WHITE)]]
-
-
-def test_embedded_image(root: Path, tmp_path: Path) -> None:
     data = base64.b64encode((root / "a.png").read_bytes()).decode()
     (root / "a.png").unlink()
-    save(root, record(imageData=data))
-    samples, _ = import_samples(root, tmp_path / "out")
-    part = samples[0].messages[0].content[0]
-    assert isinstance(part, ImagePart)
-    assert part.image == "images/000001.png"
-    assert find_box(tmp_path / "out" / part.image) == WHITE
+    (root / "json" / "a.json").unlink()
+    samples, _ = import_samples(save(root, record(imageData=data)), tmp_path / "embedded")
+    image = samples[0].messages[0].content[0].image
+    assert image == "images/000001.png"
+    assert find_box(tmp_path / "embedded" / image) == WHITE
 
 
 def test_sizes_include_exif_rotation(root: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from finesight.check.box_hypothesis import (
     hypothesis_from_convention,
     load_small_gray,
     min_z_score,
+    open_edge_contrast,
     pairwise_iou,
 )
 from finesight.data.boxes import BoxConvention
@@ -206,3 +207,11 @@ def test_overlap_is_intersection_over_union() -> None:
     one = np.array([[0, 0, 2, 2], [0, 0, 1, 1], [0, 0, 1, 1]], float)
     other = np.array([[1, 0, 3, 2], [0, 0, 1, 1], [2, 2, 3, 3]], float)
     assert pairwise_iou(one, other) == pytest.approx((1 / 3, 1, 0))
+
+
+def test_truncated_image_raises_damaged_error(tmp_path: Path) -> None:
+    path = tmp_path / "p.jpg"
+    Image.fromarray(RNG.integers(0, 255, (700, 900, 3), np.uint8)).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+    with pytest.raises(CorruptImageError, match="truncated"):
+        open_edge_contrast(path)

@@ -19,6 +19,7 @@ from finesight.check.image_catalog import (
     ImageCatalog,
     NearDuplicateIndex,
     compute_thumbnail,
+    has_contrast,
     inspect_images,
     is_same_image,
     open_executor,
@@ -224,3 +225,10 @@ def test_prefetch_keeps_order_and_limits_pending_work():
     assert list(prefetch_map(range(9), begin, finish, max_pending=2)) == [
         (n, n * n) for n in range(9)
     ]
+
+
+def test_blank_page_has_no_duplicates(tmp_path):
+    blank = tmp_path / "blank.png"
+    Image.new("L", (100, 50), 255).save(blank)
+    assert not has_contrast(compute_thumbnail(Image.open(blank)))
+    assert find_candidates(build_index([blank]), blank) == []

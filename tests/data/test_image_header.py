@@ -1,6 +1,7 @@
 """Image sizes from headers, and files that are rejected before decoding."""
 
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -80,3 +81,11 @@ def test_oversized_tiff_tile_is_rejected(tmp_path: Path) -> None:
         read_image_size(path)
     path.write_bytes(build_tiled_tiff(10, 10, 16, b""))
     assert read_image_size(path) == (10, 10)
+
+
+def test_damaged_image_error_is_picklable(tmp_path: Path) -> None:
+    with pytest.raises(CorruptImageError) as caught:
+        read_image_size(tmp_path / "missing.png")
+    returned = pickle.loads(pickle.dumps(caught.value))
+    assert isinstance(returned, CorruptImageError)
+    assert str(returned) == str(caught.value)

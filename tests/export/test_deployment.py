@@ -69,6 +69,7 @@ def test_folder_without_run_has_its_pixel_limits_and_unsupported_settings_are_no
     given = options(serving.vllm, 3)
     assert json.loads(given["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 200704}
     assert json.loads(serving.request) == {"temperature": 0, "skip_special_tokens": False}
+    assert serving.as_json()["request"]["skip_special_tokens"] is False
     assert "boxes lose their tokens" in serving.notes[0]
     usual = "You are a helpful assistant."
     assert len(of_tiny(PixelRange(min_pixels=784, max_pixels=7840), usual).notes) == 1

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from case_files import load_cases
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
@@ -31,6 +32,10 @@ LABEL_FILES = {"coco": "annotations.json"}
 LABEL_FILES |= dict.fromkeys(("label-studio", "label-studio-predictions"), "tasks.json")
 """Names of the exported files that an import needs, for formats without a folder."""
 
+SCENES: dict[str, dict[str, Any]] = load_cases("box_scenes")["scenes"]
+SCENE = (12, 3, 32, 17)
+"""White pixels of the scene."""
+
 
 @st.composite
 def image_boxes(
@@ -54,6 +59,16 @@ def write_box_image(path: Path, corners: PixelBox, size: tuple[int, int] = (40, 
     ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), fill="white")
     image.save(path)
     return path
+
+
+def write_scene(name: str, root: Path, old: str = "", new: str = "") -> Path:
+    """Write the scene in a format, with a text of its first file replaced."""
+    scene = SCENES[name]
+    write_box_image(root / ("data/a.png" if name == "fiftyone" else "a.png"), SCENE)
+    assert old in next(iter(scene["files"].values()))
+    for file, text in scene["files"].items():
+        (root / file).write_text(text.replace(old, new) if old else text, encoding="utf-8")
+    return root / scene.get("source", ".")
 
 
 def find_box(path: Path) -> PixelBox:

@@ -40,14 +40,7 @@ def tiny() -> InferenceModel:
 
 
 @pytest.mark.parametrize(("task", "kind", "metric", "bounds"), BOUNDS)
-def test_scores_of_new_images(
-    tiny: InferenceModel,
-    tmp_path: Path,
-    task: str,
-    kind: str,
-    metric: str,
-    bounds: dict[str, float],
-) -> None:
+def test_scores_of_new_images(tiny, tmp_path, task, kind, metric, bounds):
     """Evaluate the model on new images, drawn with the font of Pillow."""
     if task == "formula":
         pytest.importorskip("matplotlib")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from case_files import load_cases
 from each_value import each
 from safetensors.numpy import save_file
 
@@ -22,6 +23,8 @@ from finesight.model_folder import (
     locate_model,
     resolve_model_path,
 )
+
+CASES = load_cases("model_folder")
 
 
 @pytest.fixture
@@ -62,9 +65,7 @@ def test_missing_folder_is_reported(name: str) -> None:
     assert TINY_MODEL in raised.value.expected
 
 
-def test_bundled_model_is_found_by_name(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bundled_model_is_found_by_name(folder, tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to(TINY_MODEL_FOLDER)
     for path in (TINY_MODEL_FOLDER, tmp_path / "link", TINY_MODEL_FOLDER / ".." / TINY_MODEL):
         assert get_portable_name(ModelFolder(path)) == TINY_MODEL
@@ -87,9 +88,7 @@ def test_run_may_contain_another_run(tmp_path: Path) -> None:
         check_model_path(str(tmp_path))
 
 
-def test_hub_model_is_downloaded_without_code(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_hub_model_is_downloaded_without_code(folder, monkeypatch):
     requested = {}
 
     def open_model(address: HubAddress, wanted: tuple[str, ...]) -> repository.HubRepository:
@@ -153,17 +152,7 @@ def test_qwen_vl_image_settings_are_read_from_config(folder: Path) -> None:
         _ = ModelFolder(folder).preprocessor_config
 
 
-@each(
-    ("content", "message"),
-    [
-        ('{"model_type": 3}', "model_type is"),
-        ("{}", "model_type is"),
-        ('{"model_type": null}', "model_type is"),
-        ("{", "not readable"),
-        ("[]", "contains a list"),
-        ("\x80", "holds|not"),
-    ],
-)
+@each(("content", "message"), CASES["test_invalid_config"])
 def test_invalid_config(folder: Path, content: str, message: str) -> None:
     (folder / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=message) as raised:

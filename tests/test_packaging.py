@@ -108,9 +108,7 @@ def build_context(tmp_path: Path) -> Path:
     return tmp_path / "given"
 
 
-def test_build_context_gives_the_same_wheel(
-    build_context: Path, archives: tuple[Path, Path], tmp_path: Path
-) -> None:
+def test_build_context_gives_the_same_wheel(build_context, archives, tmp_path):
     (tmp_path / "dist").mkdir()
     name = VERIFY_WHEEL.call_build_hook("build_wheel", build_context, tmp_path / "dist")
     assert _contents(tmp_path / "dist" / name) == _contents(archives[1])

@@ -45,9 +45,7 @@ def _index(folder: ModelFolder, **files: str) -> None:
     (folder.path / PICKLE_INDEX_FILE).write_text(text, encoding="utf-8")
 
 
-def test_shards_are_converted_to_safetensors_once(
-    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shards_are_converted_to_safetensors_once(folder, monkeypatch):
     _index(folder, a="pytorch_model-1.bin", b="pytorch_model-2.bin")
     torch.save({"a": TENSORS["a"]}, folder.path / "pytorch_model-1.bin")
     torch.save({"b": TENSORS["b"]}, folder.path / "pytorch_model-2.bin")
@@ -131,9 +129,7 @@ UNSUPPORTED = [
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @each(("make", "message"), UNSUPPORTED)
-def test_unsupported_contents_are_rejected(
-    make: Callable[[], object], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_contents_are_rejected(make, message, tmp_path):
     path = tmp_path / "pytorch_model.bin"
     torch.save(make(), path)
     with pytest.raises(UserError, match=message) as caught:

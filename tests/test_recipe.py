@@ -89,28 +89,10 @@ def test_invalid_overrides(tmp_path, row):
     assert _missing_words(error, words) == []
 
 
-BASES = {
-    "short": (
-        "data: {train: a.jsonl, eval: b.jsonl}\ntrain: {learning_rate: 1.0e-4}\n"
-        "tune: {quantize: {nf4: language}}\ntrack: tensorboard\n"
-    ),
-    "long": (
-        "data: {train: {path: a.jsonl}, eval: {path: b.jsonl}}\n"
-        "train: {learning_rate: {default: 1.0e-4}, betas: [0.9, 0.999]}\n"
-        "tune: {quantize: {nf4: [language]}}\ntrack: {kind: tensorboard}\n"
-        "image: {min_pixels: null}\n"
-    ),
-    "lists": (
-        "data: {train: [a.jsonl], eval: [{path: b.jsonl}]}\n"
-        "tune: {quantize: {nf4: [language]}}\ntrack: [tensorboard]\nimage: {longest_side: 512}\n"
-    ),
-}
-
-
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", CASES["bases"].values())
 @each(("override", "name", "expected"), CASES["test_overrides_of_short_and_long_forms"])
 def test_overrides_of_short_and_long_forms(tmp_path, base, override, name, expected):
-    text = f"model: some/model\noutput_dir: runs/one\n{BASES[base]}"
+    text = f"model: some/model\noutput_dir: runs/one\n{base}"
     recipe = recipes.load_recipe(_write_recipe(tmp_path, text), [override])
     assert _get_setting(recipe, name) == expected
 
@@ -193,13 +175,6 @@ def test_unreadable_recipe(tmp_path, text, line, words):
     assert words in error.what
 
 
-def test_missing_recipe_suggests_closest_name(tmp_path):
-    path = _write_recipe(tmp_path, SHORTEST)
-    with pytest.raises(UserError, match="no such file") as caught:
-        recipes.load_recipe(path.with_name("recipes.yaml"))
-    assert str(path) in caught.value.remedy
-
-
 def test_other_files_are_rejected(tmp_path):
     (tmp_path / "bytes.yaml").write_bytes(b"model: \xff\xfe\n")
     for path, words in (
@@ -213,6 +188,9 @@ def test_other_files_are_rejected(tmp_path):
     run_recipe = _write_recipe(tmp_path, SHORTEST)
     with pytest.raises(UserError, match=f"give the recipe of this run: {run_recipe}"):
         recipes.load_recipe(tmp_path)
+    with pytest.raises(UserError, match="no such file") as caught:
+        recipes.load_recipe(tmp_path / "recipes.yaml")
+    assert str(run_recipe) in caught.value.remedy
 
 
 def test_very_many_mistakes_are_counted_and_the_first_explained(tmp_path):
@@ -302,26 +280,6 @@ ROWS = {
 """Default and meaning of each setting on the page."""
 
 LEAST = "model: m\noutput_dir: runs/one\neval: {metric: ocr}\n"
-RECIPE_FORMS = {
-    "short": "data: {train: a.jsonl, eval: b.jsonl}\ntrack: wandb\ntrain: {learning_rate: 1e-5}\n",
-    "long": "data: {train: [{path: a.jsonl}], eval: {path: b.jsonl}}\ntrack: [{kind: wandb}]\n"
-    "train: {learning_rate: {default: 1e-5}, epochs: 2}\nimage: {longest_side: 512}\n",
-}
-REQUIRED_SETTINGS = {
-    "image.height": ["image.width=280"],
-    "image.width": ["image.height=280"],
-    "eval.patience": ["eval.every=0.5"],
-    "track.uri": ["track.kind=swanlab"],
-    "train.dpo.loss_weights": ["train.dpo.loss_type=[sigmoid,sft]"],
-    "train.objective=grpo": ["rewards=[exact]"],
-    "train.objective=distill": ["train.distill.teacher=MODEL"],
-    "rewards.name": ["train.objective=grpo"],
-    "rewards.weight": ["train.objective=grpo", "rewards.name=exact"],
-    "rewards.pattern": ["train.objective=grpo", "rewards.name=format"],
-    "rewards.json_schema": ["train.objective=grpo", "rewards.name=format"],
-    "rewards.max_length": ["train.objective=grpo", "rewards.name=length"],
-}
-"""Settings that require another one."""
 
 
 def test_settings_are_listed_and_documented():
@@ -344,7 +302,7 @@ def _list_documented_values(name: str) -> list[str]:
     return re.findall("`([^`]+)`", " ".join(texts))
 
 
-@each("text", RECIPE_FORMS.values())
+@each("text", CASES["forms"].values())
 @each("name", SETTINGS)
 def test_documented_values_can_be_overridden(tmp_path, text, name):
     values = _list_documented_values(name)
@@ -353,7 +311,8 @@ def test_documented_values_can_be_overridden(tmp_path, text, name):
     path.write_text(LEAST + text)
     for value in values:
         override = f"{name}={value}"
-        required = REQUIRED_SETTINGS.get(override) or REQUIRED_SETTINGS.get(name, [])
+        required = CASES["required_settings"]
+        required = required.get(override) or required.get(name, [])
         overrides = [override, *required]
         node = recipes.load_recipe(path, overrides).model_dump(mode="json")
         for part in name.split("."):
@@ -366,16 +325,7 @@ def test_documented_values_can_be_overridden(tmp_path, text, name):
             assert node == expected or float(node) == float(expected)
 
 
-@each(
-    ("text", "override", "expected"),
-    [
-        ("a:\n  b: 5  # few\n  c: 1  # one\n", "a.b=7", "a:\n  b: 7\n  c: 1  # one\n"),
-        ("a:\n  b:\n", "a.b=7", "a:\n  b: 7\n"),
-        ("a:\n  b:\n  - x\n  - y\n  c: 1\n", "a.b=[z]", "a:\n  b: [z]\n  c: 1\n"),
-        ("a: {b: 5}\n", "a.c.d=3", "a: {c: {d: 3}, b: 5}\n"),
-        ("a:\n  b: 5\n", "a.c=3", "a:\n  c: 3\n  b: 5\n"),
-    ],
-)
+@each(("text", "override", "expected"), CASES["test_text_of_a_recipe_is_overridden"])
 def test_text_of_a_recipe_is_overridden(text, override, expected):
     assert override_settings(text, [override]) == expected
 

@@ -116,12 +116,23 @@ def test_options_formats_and_settings_of_remedies_exist():
     ]
 
 
+def test_errors_about_data_have_an_expected_value_and_a_remedy():
+    for path in (path for name in ("data", "encode") for path in (SOURCE / name).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                keywords = {keyword.arg for keyword in node.keywords}
+                has_parts = {"expected", "remedy"} <= keywords or len(node.args) > 1
+                assert has_parts or not keywords & {"expected", "remedy", "where"}, path
+
+
 def iter_steps() -> Iterator[tuple[str, str, set[str]]]:
     """Yield location, operation and names of arguments of all steps in the source."""
     trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
     scopes = [(path, n) for path, tree in trees.items() for n in ast.walk(tree)]
     for path, scope in scopes:
         nodes = [*ast.walk(scope)] if isinstance(scope, ast.FunctionDef) else []
+        if not any(isinstance(n, ast.Name) and n.id == "Step" for n in nodes):
+            continue
         named = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
         for node in nodes:
             match node:

@@ -7,7 +7,6 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -144,9 +143,7 @@ def test_stale_temporary_files_are_removed(tmp_path: Path) -> None:
 
 @each("operation", ["write", "rename", "sync", "make_folder"])
 @each("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_failed_operation_is_explained_and_cleaned_up(
-    tmp_path: Path, operation: str, number: int
-) -> None:
+def test_failed_operation_is_explained_and_cleaned_up(tmp_path, operation, number):
     with (
         storage.use_file_system(make_failing_disk(operation, number)),
         pytest.raises(UserError, match=r"cannot be written[\s\S]*remedy") as caught,
@@ -220,9 +217,7 @@ def test_every_bit_flip_is_reported_with_digests(tmp_path: Path) -> None:
         (lambda folder: (folder / storage.DIGESTS_FILE).write_text("{}"), "expected: file names"),
     ],
 )
-def test_incomplete_folder_is_rejected(
-    tmp_path: Path, damage: Callable[[Path], object], message: str
-) -> None:
+def test_incomplete_folder_is_rejected(tmp_path, damage, message):
     write_all(tmp_path / "x", OLD)
     damage(tmp_path / "x")
     with pytest.raises(UserError, match=message):

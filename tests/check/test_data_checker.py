@@ -41,9 +41,7 @@ def test_parallel_check_reports_the_same_issues(folder):
     done: list[int] = []
     (folder / "saved").mkdir()
     check = DataChecker(
-        inputs_from_files([source], [], ImportOptions()),
-        folder / "saved",
-        max_issues=5,
+        inputs_from_files([source], [], ImportOptions()), folder / "saved", max_issues=5
     )
     found, album = check.run(result.append, done.append)
     gone = range(1, MIN_PARALLEL_SAMPLES + 31, 10)

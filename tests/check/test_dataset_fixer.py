@@ -120,12 +120,6 @@ def test_unnamed_folder_names_its_output_file(folder, monkeypatch):
     assert [path.name for path, _ in done.output_files] == [f"{folder.name}.jsonl"]
 
 
-def test_no_files_are_written_if_no_sample_is_valid(folder):
-    with pytest.raises(UserError, match="none of 1 rows is valid"):
-        run_fix(write_records(folder / "data.jsonl", [make_record("gone.png")]), folder / "out")
-    assert not (folder / "out").exists()
-
-
 def test_systematic_box_issues_are_not_fixed_individually(folder):
     records = [
         make_record(f"{n % 6}.png", f"Where is {n}?", None, [60 + n % 5, 30, 20, 10])
@@ -156,3 +150,9 @@ def test_embedded_table_images_are_copied(folder):
     assert [(folder / "out" / name).read_bytes() for name in retained] == [full[0], full[2]]
     images = list((folder / "out").rglob("*.png"))
     assert len(images) == 2, "the damaged one is not kept"
+
+
+def test_no_files_are_written_if_no_sample_is_valid(folder):
+    with pytest.raises(UserError, match="none of 1 rows is valid"):
+        run_fix(write_records(folder / "data.jsonl", [make_record("gone.png")]), folder / "out")
+    assert not (folder / "out").exists()

@@ -86,17 +86,6 @@ def test_falls_back_to_threads_without_multiprocessing(folder, monkeypatch):
         assert pool.submit(os.getpid).result() == os.getpid()
 
 
-def test_worker_processes_give_the_same_catalog(folder):
-    groups = image_groups(folder)
-    with open_executor(MIN_PARALLEL_SAMPLES) as pool:
-        there = ImageCatalog(pool)
-        list(there.process_groups(groups, lambda group: group))
-    with open_executor(0) as pool:
-        here = ImageCatalog(pool)
-        list(here.process_groups(groups, lambda group: group))
-    assert there.image_infos == here.image_infos
-
-
 def crash_while_reading() -> None:
     with open_executor(MIN_PARALLEL_SAMPLES) as pool:
         pool.submit(os._exit, 3).result()
@@ -105,24 +94,6 @@ def crash_while_reading() -> None:
 def test_dead_worker_raises_user_error():
     with pytest.raises(UserError, match="an image worker process died"):
         crash_while_reading()
-
-
-def test_prefetch_keeps_order_and_limits_pending_work():
-    started: list[int] = []
-    finished: list[int] = []
-
-    def begin(item: int) -> int:
-        started.append(item)
-        assert len(started) - len(finished) <= 3, f"{started} begun, {finished} finished"
-        return item * item
-
-    def finish(item: int, square: int) -> tuple[int, int]:
-        finished.append(item)
-        return item, square
-
-    assert list(prefetch_map(range(9), begin, finish, max_pending=2)) == [
-        (n, n * n) for n in range(9)
-    ]
 
 
 def test_image_workers_do_not_import_torch():
@@ -223,11 +194,13 @@ def test_changed_color_is_not_a_duplicate(tmp_path):
     assert not is_same_image(tmp_path / "one.png", tmp_path / "two.png")
 
 
-def test_blank_page_has_no_duplicates(tmp_path):
-    blank = tmp_path / "blank.png"
-    Image.new("L", (100, 50), 255).save(blank)
-    assert not has_contrast(compute_thumbnail(Image.open(blank)))
-    assert find_candidates(build_index([blank]), blank) == []
+def test_index_finds_all_near_thumbnails():
+    rng = np.random.default_rng(0)
+    grey = rng.integers(0, 256, (200, 256)).astype(np.uint8)
+    near = (grey.astype(np.int16) + rng.integers(-3, 4, grey.shape)).clip(0, 255).astype(np.uint8)
+    index = NearDuplicateIndex([row.tobytes() for row in grey], [(100, 200)] * 200)
+    for location, row in enumerate(near):
+        assert index.find_similar(row.tobytes(), (100, 200)) == [location]
 
 
 def test_different_aspect_ratio_is_not_a_duplicate(scenes, tmp_path):
@@ -236,10 +209,26 @@ def test_different_aspect_ratio_is_not_a_duplicate(scenes, tmp_path):
     assert find_candidates(build_index(scenes), wide) == []
 
 
-def test_index_finds_all_near_thumbnails():
-    rng = np.random.default_rng(0)
-    grey = rng.integers(0, 256, (200, 256)).astype(np.uint8)
-    near = (grey.astype(np.int16) + rng.integers(-3, 4, grey.shape)).clip(0, 255).astype(np.uint8)
-    index = NearDuplicateIndex([row.tobytes() for row in grey], [(100, 200)] * 200)
-    for location, row in enumerate(near):
-        assert index.find_similar(row.tobytes(), (100, 200)) == [location]
+def test_prefetch_keeps_order_and_limits_pending_work():
+    started: list[int] = []
+    finished: list[int] = []
+
+    def begin(item: int) -> int:
+        started.append(item)
+        assert len(started) - len(finished) <= 3, f"{started} begun, {finished} finished"
+        return item * item
+
+    def finish(item: int, square: int) -> tuple[int, int]:
+        finished.append(item)
+        return item, square
+
+    assert list(prefetch_map(range(9), begin, finish, max_pending=2)) == [
+        (n, n * n) for n in range(9)
+    ]
+
+
+def test_blank_page_has_no_duplicates(tmp_path):
+    blank = tmp_path / "blank.png"
+    Image.new("L", (100, 50), 255).save(blank)
+    assert not has_contrast(compute_thumbnail(Image.open(blank)))
+    assert find_candidates(build_index([blank]), blank) == []

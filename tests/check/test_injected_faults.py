@@ -102,7 +102,7 @@ def test_real_data_has_no_false_positives(shared: Path, work: Path, model: Model
     }
     for name, (source, columns) in sources.items():
         prompt = None if name == "words" else CAPTION_PROMPT
-        request = ImportOptions(columns=columns, prompt=prompt, limit=300)
+        request = ImportOptions(columns=columns, prompt=prompt, limit=150)
         train, validation = split_by_image(list(load_external_samples(source, request, work)), 4)
         found = check_samples(
             write_records(work / f"{name}.jsonl", train),

@@ -13,10 +13,7 @@ from PIL import Image
 from pyarrow import parquet
 
 from finesight.check.check_issues import CheckResult
-from finesight.check.data_checker import (
-    CheckInput,
-    inputs_from_files,
-)
+from finesight.check.data_checker import CheckInput, inputs_from_files
 from finesight.config import TrainFileSettings
 from finesight.data.corpus import load_corpus
 from finesight.data.import_source import ImportOptions
@@ -103,18 +100,6 @@ def test_issue_locations_match_training_errors(folder: Path) -> None:
     }
     table = structs(folder / "t.jsonl")
     assert {f.where for f in run_check(table).issues if f.sample_id == "s5"} == {f"{table}, row 5"}
-
-
-def test_missing_images_in_containers(folder: Path) -> None:
-    row = read_rows(write_records(folder / "t.jsonl", [make_record("1.png")]))[0]
-    other = write_tar(folder / "a.tar", {"s1.json": json.dumps(row).encode()})
-    packed = row | {"messages": json.dumps(row["messages"])}
-    table = pyarrow.Table.from_pylist([packed | {"images": [{"path": "other", "bytes": b"x"}]}])
-    parquet.write_table(table, folder / "a.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist([packed]), folder / "beside.parquet")
-    assert run_check(other).issue_counts == {"image-missing": 1}
-    assert run_check(folder / "a.parquet").issue_counts == {"image-missing": 1}
-    assert run_check(folder / "beside.parquet").issue_counts == {}
 
 
 def test_rows_that_are_no_samples_are_counted(folder: Path) -> None:

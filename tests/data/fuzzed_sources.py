@@ -101,18 +101,28 @@ def _as_yaml(data: Any) -> bytes:
         return _encode(repr(data))
 
 
+def encode_files(files: dict[str, Any], rng: random.Random | None = None) -> dict[str, bytes]:
+    """Encode the contents of a source: an image, a text, or data as JSON or YAML."""
+    found = {}
+    for name, content in files.items():
+        if content is None:
+            found[name] = JPEG if name.endswith("jpg") else PNG
+        elif isinstance(content, bytes | str):
+            found[name] = content if isinstance(content, bytes) else _encode(content)
+        elif name.endswith("yaml"):
+            found[name] = _as_yaml(content)
+        else:
+            found[name] = _as_json(content, rng or random.Random(0))
+    return found
+
+
 def make_files(kind: str, rng: random.Random) -> Source:
     """Make the source of a format of files, with spoilt annotations."""
     case, files = SOURCES[kind], {}
     for name, content in case["files"].items():
-        is_spoilt = name in case["spoilt"]
-        if content is None:
-            files[name] = JPEG if name.endswith("jpg") else PNG
-        elif isinstance(content, str):
-            files[name] = spoilt_text(rng, content) if is_spoilt else _encode(content)
-        else:
-            data = spoilt_data(rng, content) if is_spoilt else content
-            files[name] = _as_yaml(data) if name.endswith("yaml") else _as_json(data, rng)
+        spoil = spoilt_text if isinstance(content, str) else spoilt_data
+        files[name] = spoil(rng, content) if name in case["spoilt"] else content
+    files = encode_files(files, rng)
     request = rng.choice(case.get("requests", [{}]))
     if case.get("path", "").endswith(".tar"):
         files = {case["path"]: make_tar(files, rng)}

@@ -1,27 +1,33 @@
 """Every form of a box means the same corners in pixels."""
 
+import json
+import signal
 from typing import get_args
 
 import pytest
+from case_files import load_cases
 
 from finesight.data.boxes import (
+    MAX_JSON_DEPTH,
     Box,
     BoxConvention,
     BoxFormat,
     BoxUnits,
     clip_to_image,
     iou,
+    iter_json_values,
     parse_coordinates,
+    parse_json_box,
+    split_at_boxes,
+    strip_code_fences,
 )
 from finesight.errors import UserError
 
+CASES = load_cases("boxes")
+
 SIZE = (200, 500)
 CORNERS: Box = (50.0, 20.0, 150.0, 80.0)
-PIXELS = {
-    "xyxy": (50, 20, 150, 80),
-    "xywh": (50, 20, 100, 60),
-    "cxcywh": (100, 50, 100, 60),
-}
+PIXELS = {"xyxy": (50, 20, 150, 80), "xywh": (50, 20, 100, 60), "cxcywh": (100, 50, 100, 60)}
 
 
 @pytest.mark.parametrize("units", get_args(BoxUnits))
@@ -34,31 +40,17 @@ def test_all_box_formats_give_the_same_corners(form: BoxFormat, units: BoxUnits)
     if full is not None:
         values = tuple(n / side * full for n, side in zip(values, sides, strict=True))
     assert BoxConvention(form, units).to_pixels(values, SIZE) == pytest.approx(CORNERS, abs=1e-9)
+    # The nearest float.
+    assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
 
 
-def test_rounding_outside_image_is_clipped() -> None:
-    assert clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, BoxConvention()) == (
-        0.0,
-        0.0,
-        500.0,
-        200.0,
-    )
+def test_rounding_outside_image_is_clipped():
+    clipped = clip_to_image((-1.0, 0.0, 500.6, 201.0), SIZE, BoxConvention())
+    assert clipped == (0.0, 0.0, 500.0, 200.0)
     assert clip_to_image(CORNERS, SIZE, BoxConvention()) == CORNERS
 
 
-@pytest.mark.parametrize(
-    ("box", "what"),
-    [
-        ((0, 0, 502, 100), "outside its image"),
-        ((-2, 0, 50, 100), "outside its image"),
-        ((0, 0, 50, 202), "outside its image"),
-        ((500.2, 0, 500.8, 50), "outside its image"),
-        ((50, 0, 40, 100), "has inverted corners or no area"),
-        ((50, 30, 60, 30), "has inverted corners or no area"),
-        ((float("nan"), 0, 60, 30), "has inverted corners or no area"),
-        ((0, 0, float("inf"), 30), "has inverted corners or no area"),
-    ],
-)
+@pytest.mark.parametrize(("box", "what"), CASES["test_invalid_boxes_are_rejected"])
 def test_invalid_boxes_are_rejected(box: Box, what: str) -> None:
     with pytest.raises(UserError, match=what) as caught:
         clip_to_image(box, SIZE, BoxConvention())
@@ -66,36 +58,79 @@ def test_invalid_boxes_are_rejected(box: Box, what: str) -> None:
     assert "500" in caught.value.expected
 
 
-@pytest.mark.parametrize("value", [[1, 2, 3], [1, 2, 3, 4, 5], "1234", [1, 2, 3, None], 5, [[1]]])
-def test_box_needs_four_numeric_values(value: object) -> None:
-    with pytest.raises(UserError, match="the box"):
-        parse_coordinates(value)
-
-
-def test_overflowing_value_is_rejected() -> None:
-    with pytest.raises(UserError, match="the box"):
-        parse_coordinates([1, 2, 3, 10**400])
-
-
-def test_thousandths_give_the_nearest_float() -> None:
-    assert BoxConvention(units="1000").to_pixels((588, 0, 725, 1000), (480, 360))[0] == 211.68
-
-
-def test_values_may_be_text() -> None:
+def test_coordinates_are_four_finite_numbers():
     assert parse_coordinates(["1", 2, "3.5", 4.0]) == [1.0, 2.0, 3.5, 4.0]
+    inexact = [[1, 2, 3], [1, 2, 3, 4, 5], "1234", [1, 2, 3, None], 5, [[1]], [1, 2, 3, 10**400]]
+    for value in inexact:
+        with pytest.raises(UserError, match="the box"):
+            parse_coordinates(value)
 
 
-@pytest.mark.parametrize(
-    ("a", "b", "expected"),
-    [
-        ((0, 0, 10, 10), (0, 0, 10, 10), 1),
-        ((0, 0, 10, 10), (5, 0, 15, 10), 50 / 150),
-        ((0, 0, 10, 10), (10, 0, 20, 10), 0),
-        ((0, 0, 10, 10), (2, 2, 4, 4), 4 / 100),
-        ((10, 10, 0, 0), (0, 0, 10, 10), 0),
-        ((0, 0, 0, 10), (0, 0, 0, 10), 0),
-    ],
-)
+@pytest.mark.parametrize(("a", "b", "expected"), CASES["test_iou"])
 def test_iou(a, b, expected):
     assert iou(a, b) == pytest.approx(expected)
     assert iou(b, a) == pytest.approx(expected)
+
+
+ONE = '{"bbox_2d": [1, 2, 3, 4], "label": "dog"}'
+
+
+def test_top_level_values_are_found_in_order() -> None:
+    text = f"a [1, {{}}] b {{broken c {ONE} ["
+    found = list(iter_json_values(text))
+    assert [one.value for one in found] == [[1, {}], json.loads(ONE)]
+    assert [text[one.start : one.stop] for one in found] == ["[1, {}]", ONE]
+    # Objects alone are found in a list that breaks off.
+    assert [one.value for one in iter_json_values(f"[{ONE}, {ONE}, {{", "{")] == [
+        json.loads(ONE)
+    ] * 2
+
+
+def test_value_over_the_limit_of_levels_is_passed_over() -> None:
+    deepest = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
+    assert len(list(iter_json_values(deepest))) == 1
+    assert list(iter_json_values(f"[{deepest}]")) == []
+    assert list(iter_json_values("[" * 900 + "]" * 900)) == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 2_000_000,
+        "[0," * 1_000_000,
+        ("[" + "0," * 1000) * 1000,
+        ('{"a":[' + "0," * 1000) * 1000,
+        "```[" + '"bbox_2d" x]' * 500_000,
+    ],
+)
+def test_brackets_that_never_close_take_linear_time(text: str) -> None:
+    """In the square of its length any of these takes minutes."""
+    signal.alarm(30)
+    try:
+        assert list(iter_json_values(text)) == []
+        assert strip_code_fences(text) == text
+    finally:
+        signal.alarm(0)
+
+
+@pytest.mark.parametrize(
+    ("text", "pieces"),
+    [
+        ("none", ["none"]),
+        (f"a {ONE} b", ["a ", [json.loads(ONE)], " b"]),
+        (f"{ONE}{ONE}", ["", [json.loads(ONE)], "", [json.loads(ONE)], ""]),
+        (f"[{ONE}, 3]", ["", [json.loads(ONE), 3], ""]),
+        (f"[1] {ONE}", ["[1] ", [json.loads(ONE)], ""]),
+    ],
+)
+def test_text_and_boxes_alternate(text: str, pieces: list[object]) -> None:
+    assert list(split_at_boxes(text)) == pieces
+
+
+def test_fences_around_boxes_and_optional_labels():
+    assert strip_code_fences(f"```json\n{ONE}\n```") == ONE
+    assert strip_code_fences('```json\n{"a": 1}\n```') == '```json\n{"a": 1}\n```'
+    assert parse_json_box(json.loads(ONE)) == ([1, 2, 3, 4], "dog")
+    assert parse_json_box({"bbox_2d": "x", "text_content": 5}) == ("x", "5")
+    assert parse_json_box({"bbox_2d": [], "score": 1}) is None
+    assert parse_json_box([1, 2, 3, 4]) is None

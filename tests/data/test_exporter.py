@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image
 from PIL import Image
@@ -46,71 +47,15 @@ def make_located_samples(
     ]
 
 
-ONE_IMAGE = (
-    turns([IMAGE_PART, text("What is this?")], "A house."),
-    turns([IMAGE_PART, text("What is this?")], [box(2.5, 3, 30, 17, label="door")]),
-    turns(
-        [IMAGE_PART, text("What is this?")],
-        [text("Two: "), box(1, 2, 3, 4), box(4, 5.25, 6, 7), text(".\nReally.")],
-    ),
-)
-ROUNDS = (
-    turns(
-        [IMAGE_PART, text("What is this?")],
-        [text("A house: "), box(1, 2, 30, 14, label="house")],
-        "And its colour?",
-        "Red.",
-        system="Be brief.",
-    ),
-)
-SEVERAL = (
-    turns([text("Is "), IMAGE_PART, text(" or "), SECOND, text(" larger?")], "The second."),
-    turns([IMAGE_PART, text("\nFirst.")], "Yes.", [text("And this?"), SECOND], "No."),
-)
-TEXT_ONLY = (turns("Hello", "Hi"),)
-IN_EACH = (
-    turns(
-        [IMAGE_PART, SECOND, text("?")],
-        [box(900, 400, 1000, 500, image=1, label="x"), text(" and "), box(0, 0, 40, 20)],
-        [text("Left of "), box(1, 2, 3, 4), text(" is?")],
-        "Nothing.",
-    ),
-)
-ON_THE_GRID = (
-    turns(
-        [IMAGE_PART, text("Where?")], [box(4, 2, 20, 10, label="door"), box(8, 4, 12, 6, label="x")]
-    ),
-    turns(
-        [IMAGE_PART, text("?")],
-        [box(4, 2, 20, 10)],
-        [SECOND, text("?")],
-        [box(1, 1, 999, 250, image=1)],
-    ),
-)
-
+TABLES = load_cases("exporter")
+CONVERSATIONS = TABLES["conversations"]
+ONE_IMAGE, ROUNDS, SEVERAL = (CONVERSATIONS[name] for name in ("one_image", "rounds", "several"))
+TEXT_ONLY, IN_EACH = CONVERSATIONS["text_only"], CONVERSATIONS["in_each"]
+(WITH_TOOLS,), (PARALLEL_CALLS,) = CONVERSATIONS["with_tools"], CONVERSATIONS["parallel_calls"]
 ZOOM = {
     "type": "function",
     "function": {"name": "zoom", "parameters": {"type": "object", "properties": {"k": {}}}},
 }
-
-
-def call(**arguments: Any) -> dict[str, Any]:
-    return {"type": "tool_call", "name": "zoom", "arguments": arguments}
-
-
-WITH_TOOLS = [
-    {"role": "user", "content": [IMAGE_PART, text("What is this?")]},
-    {"role": "assistant", "content": [call(k=[1, {"b": None}], é=1.5)], "loss": False},
-    {"role": "tool", "content": [text("Closer: "), SECOND]},
-    {"role": "assistant", "content": "A house."},
-]
-PARALLEL_CALLS = [
-    *WITH_TOOLS[:1],
-    {"role": "assistant", "content": [text("I zoom."), call(), call(k="x")]},
-    {"role": "tool", "content": "One."},
-    {"role": "tool", "content": "Two."},
-    {"role": "assistant", "content": "A house."},
-]
 
 CASES = {
     "samples": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY, *IN_EACH),
@@ -121,10 +66,10 @@ CASES = {
     "conversations": (*ONE_IMAGE, *ROUNDS, *SEVERAL, *TEXT_ONLY),
     "llava": (*ONE_IMAGE, *TEXT_ONLY),
     "table": ONE_IMAGE,
-    "qwen-vl": (*SEVERAL, *TEXT_ONLY, *ON_THE_GRID),
+    "qwen-vl": (*SEVERAL, *TEXT_ONLY, *CONVERSATIONS["on_the_grid"]),
 }
 WISHES = {
-    "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")}),
+    "table": ImportOptions(columns={n: n for n in ("image", "question", "answer", "box", "label")})
 }
 
 
@@ -188,9 +133,7 @@ PAIR_FORMATS = ("samples", "ms-swift", "llama-factory", "openai", "query-respons
 
 @each("verdict", [{"rejected": "A barn."}, {"label": False}])
 @each("name", [*PAIR_FORMATS, "conversations", "table", "qwen-vl", "folder"])
-def test_preferences_are_kept_or_counted(
-    tmp_path: Path, name: str, verdict: dict[str, Any]
-) -> None:
+def test_preferences_are_kept_or_counted(tmp_path, name, verdict):
     samples = make_located_samples(tmp_path, ONE_IMAGE[0], **verdict)
     done = export_dataset(samples, tmp_path / "out", name, copy_images=True)
     is_kept = name in (*PAIR_FORMATS, "conversations", "qwen-vl")
@@ -204,12 +147,6 @@ def test_preferences_are_kept_or_counted(
         assert imported.format == name
 
 
-def test_rejected_boxes_of_shared_objects_are_counted(tmp_path: Path) -> None:
-    samples = make_located_samples(tmp_path, ONE_IMAGE[1], rejected=[box(1, 2, 3, 4)])
-    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
-    assert done.lost_counts == {"rejected answers": 1}
-
-
 def test_every_row_format_has_a_roundtrip_case() -> None:
     import_only = {form.name for form in FORMATS if form.write_files is None}
     assert import_only == {"imagefolder", "classes", "image-path"}
@@ -217,64 +154,39 @@ def test_every_row_format_has_a_roundtrip_case() -> None:
     assert row_formats - {"image-path"} == set(CASES)
 
 
-def export_first_row(
-    tmp_path: Path, name: str, *conversations: list[dict[str, Any]], **more: Any
-) -> Any:
-    export_dataset(
-        make_located_samples(tmp_path, *conversations, **more),
-        tmp_path / "out",
-        name,
-        copy_images=False,
-    )
+WRITTEN = {
+    "ms-swift": IN_EACH,
+    "llama-factory": ROUNDS,
+    "llava": ONE_IMAGE,
+    "qwen-vl": CONVERSATIONS["on_the_grid"],
+}
+
+
+@each("name", WRITTEN)
+def test_rows_are_written_as_the_programs_read_them(tmp_path: Path, name: str) -> None:
+    samples = make_located_samples(tmp_path, *WRITTEN[name])
+    export_dataset(samples, tmp_path / "out", name, copy_images=False)
     content = data_file(tmp_path / "out").read_text(encoding="utf-8")
-    return json.loads(content if content.startswith("[") else content.splitlines()[0])
+    row = json.loads(content)[0] if content[0] == "[" else json.loads(content.splitlines()[0])
+    for path, value in TABLES["written"][name].items():
+        found: Any = row
+        for key in path.split("."):
+            found = found[int(key)] if key.isdigit() else found[key]
+        assert found == value
+    if name == "llama-factory":
+        info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())["finesight"]
+        assert info["file_name"] == "data.jsonl"
+        assert info["columns"] == {"messages": "conversations", "images": "images"}
 
 
-def test_ms_swift_boxes_are_real_pixels(tmp_path: Path) -> None:
-    row = export_first_row(tmp_path, "ms-swift", *IN_EACH)
-    assert row["messages"][1]["content"] == "<ref-object><bbox> and <bbox>"
-    assert row["messages"][2]["content"] == "Left of <bbox> is?"
-    assert row["images"] == ["../in/a.png", "../in/b.png"]
-    assert row["objects"] == {
-        "ref": ["x"],
-        "bbox": [[900, 400, 1000, 500], [0, 0, 40, 20], [1, 2, 3, 4]],
-        "image_id": [1, 0, 0],
-    }
-
-
-def test_llama_factory_dataset_info(tmp_path: Path) -> None:
-    row = export_first_row(tmp_path, "llama-factory", *ROUNDS)
-    assert [turn["from"] for turn in row["conversations"]] == [
-        *("system", "human", "gpt", "human", "gpt")
-    ]
-    assert row["conversations"][1]["value"] == "<image>What is this?"
-    assert row["conversations"][2]["value"] == (
-        'A house: {"bbox_2d": [1, 2, 30, 14], "label": "house"}'
-    )
-    info = json.loads((tmp_path / "out" / "dataset_info.json").read_text())
-    assert info["finesight"]["file_name"] == "data.jsonl"
-    assert info["finesight"]["columns"] == {"messages": "conversations", "images": "images"}
-
-
-def test_llava_line_break_after_image(tmp_path: Path) -> None:
-    (row,) = export_first_row(tmp_path, "llava", ONE_IMAGE[0])
-    assert row["conversations"][0] == {"from": "human", "value": "<image>\nWhat is this?"}
-    assert row["image"] == "../in/a.png"
-
-
-def test_qwen_vl_boxes_on_grid(tmp_path: Path) -> None:
-    row = export_first_row(tmp_path, "qwen-vl", *ON_THE_GRID)
-    assert row["conversations"][0]["value"] == "Picture 1: <img>../in/a.png</img>\nWhere?"
-    assert row["conversations"][1]["value"] == (
-        "<ref>door</ref><box>(100,100),(500,500)</box><ref>x</ref><box>(200,200),(300,300)</box>"
-    )
-
-
-def test_boxes_off_grid_are_counted(tmp_path: Path) -> None:
+def test_inexact_boxes_and_rejected_boxes_of_shared_objects_are_counted(tmp_path):
     samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], [box(0.01, 0, 40, 20)]))
-    done = export_dataset(samples, tmp_path / "out", "qwen-vl", copy_images=False)
+    done = export_dataset(samples, tmp_path / "grid", "qwen-vl", copy_images=False)
     assert done.lost_counts == {"exact box corners (rounded to a grid of 1000)": 1}
-    assert "(0,0),(999,999)" in (tmp_path / "out" / "data.jsonl").read_text()
+    assert "(0,0),(999,999)" in (tmp_path / "grid" / "data.jsonl").read_text()
+    samples = make_located_samples(tmp_path, ONE_IMAGE[1], rejected=[box(1, 2, 3, 4)])
+    done = export_dataset(samples, tmp_path / "out", "ms-swift", copy_images=False)
+    assert done.lost_counts == {"rejected answers": 1}
 
 
 def test_unsupported_fields_are_counted(tmp_path: Path) -> None:
@@ -327,9 +239,7 @@ BOX = [IMAGE_PART, text("?")], [box(1, 2, 3, 4)]
         ("qwen-vl", turns(BOX[0], [box(1, 2, 1.01, 4)]), "smaller than a grid cell"),
     ],
 )
-def test_unsupported_content_error_has_reason(
-    tmp_path: Path, name: str, conversation: list[dict[str, Any]], what: str
-) -> None:
+def test_unsupported_content_error_has_reason(tmp_path, name, conversation, what):
     samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], "fine"), conversation)
     with pytest.raises(UserError, match=what) as caught:
         export_dataset(samples, tmp_path / "out", name, copy_images=False)
@@ -337,6 +247,30 @@ def test_unsupported_content_error_has_reason(
     assert caught.value.expected
     assert caught.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+@each(
+    ("name", "conversation", "what"),
+    [
+        ("voc", turns([IMAGE_PART], "A dog."), "the answer contains type='text'"),
+        (
+            "voc",
+            turns([IMAGE_PART], [box(1, 2, 3, 4, label="x"), text("no")]),
+            "the answer contains type='text'",
+        ),
+        ("voc", turns([IMAGE_PART], BOX[1]), "the answer contains type='box'"),
+        ("voc", turns([IMAGE_PART], [box(1, 2, 3, 4, label=" ")]), "contains type='box'"),
+        ("voc", SEVERAL[1], "4 turns about 2 images"),
+        ("coco", turns([IMAGE_PART], [text("A dog:"), *BOX[1]]), "contains type='text'"),
+        ("folder", turns([IMAGE_PART], BOX[1]), "a mix of answers with and without boxes"),
+    ],
+)
+def test_answers_that_are_no_annotations_are_rejected(tmp_path, name, conversation, what):
+    samples = make_located_samples(tmp_path, conversation)
+    with pytest.raises(UserError, match=what) as caught:
+        export_dataset(samples, tmp_path / "out", name, copy_images=True)
+    assert "sample s0" in caught.value.where
+    assert caught.value.remedy
 
 
 def test_table_with_and_without_questions_is_rejected(tmp_path: Path) -> None:
@@ -355,21 +289,6 @@ def test_missing_image(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_real_boxes_roundtrip(shared: Path, tmp_path: Path) -> None:
-    source = shared / "data" / "grounding" / "grounding.jsonl"
-    columns = {"image": "image", "question": "question", "box": "bbox_xyxy"}
-    import_dataset(source, tmp_path / "one", ImportOptions(columns=columns, limit=100))
-    samples = read_samples(tmp_path / "one" / "data.jsonl")
-    where = [LocatedSample(sample, tmp_path / "one") for sample in samples]
-    for name in ("ms-swift", "llama-factory", "llava", "query-response", "conversations"):
-        export_dataset(where, tmp_path / name, name, copy_images=False)
-        summary = import_dataset(
-            data_file(tmp_path / name), tmp_path / f"{name}-2", ImportOptions()
-        )
-        assert (summary.format, summary.num_clipped_boxes) == (name, 0)
-        assert read_samples(tmp_path / f"{name}-2" / "data.jsonl") == samples
-
-
 @pytest.mark.parametrize(
     "form", ["ms-swift", "llama-factory", "query-response", "conversations", "qwen-vl"]
 )
@@ -384,6 +303,27 @@ def test_metadata_never_becomes_a_prompt(tmp_path: Path, form: str) -> None:
     assert [message.role for message in back.messages] == ["user", "assistant"]
 
 
+def test_samples_of_an_image_are_merged(tmp_path: Path) -> None:
+    dog, cat = box(1, 2, 3, 4, label="dog"), box(5, 6, 7, 8, label="cat")
+    answers = ([dog], [dog, dog, cat], "none", [cat, dog], [cat, text("\n")])
+    conversations = [turns([IMAGE_PART, text("?")], answer) for answer in answers]
+    conversations[-1] = turns([IMAGE_PART, text("?")], answers[-1], system="Be brief.")
+    more = {"references": ["r"], "meta": {"note": 1}}
+    samples = make_located_samples(tmp_path, *conversations, **more)
+    done = export_dataset(samples, tmp_path / "boxes", "coco", copy_images=True)
+    document = json.loads((tmp_path / "boxes" / "annotations.json").read_text())
+    names = {one["id"]: one["name"] for one in document["categories"]}
+    labels = [names[one["category_id"]] for one in document["annotations"]]
+    assert sorted(labels) == ["cat", "dog", "dog"]
+    lost = {"system prompts": 1, "references": 5, "the key note of meta": 5}
+    assert done.lost_counts.items() >= lost.items()
+    conversations = [turns([IMAGE_PART, text("?")], answer) for answer in ("b", "a", "b")]
+    samples = make_located_samples(tmp_path, *conversations, references=["r"])
+    export_dataset(samples, tmp_path / "texts", "coco", copy_images=True)
+    document = json.loads((tmp_path / "texts" / "annotations.json").read_text())
+    assert [one["caption"] for one in document["annotations"]] == ["b", "r", "a"]
+
+
 @pytest.mark.parametrize("form", ["coco", "folder"])
 def test_stripped_whitespace_is_counted(tmp_path: Path, form: str) -> None:
     samples = make_located_samples(tmp_path, turns([IMAGE_PART, text("?")], "A house.\n"))
@@ -394,9 +334,7 @@ def test_stripped_whitespace_is_counted(tmp_path: Path, form: str) -> None:
 @pytest.mark.parametrize(
     ("form", "answer"), [("yolo", [box(1, 2, 3, 4, label="x")]), ("folder", "A")]
 )
-def test_image_text_file_name_collision_is_rejected(
-    tmp_path: Path, form: str, answer: object
-) -> None:
+def test_image_text_file_name_collision_is_rejected(tmp_path, form, answer):
     shown = [{"type": "image", "image": name} for name in ("in/a.png", "in/a.jpg")]
     samples = make_located_samples(
         tmp_path, *(turns([image, text("?")], answer) for image in shown)

@@ -4,17 +4,18 @@ import gzip
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from unicodedata import normalize
 
-import pytest
 import yaml
+from each_value import each
+from fuzzed_sources import SOURCES, encode_files
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 from test_bounded_files import CAT, in_gbk
@@ -24,7 +25,7 @@ from finesight.cli.app import run_command
 from finesight.data.corpus import open_sample_source
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import ImportSummary, import_dataset
-from finesight.data.sample import read_samples
+from finesight.data.sample import Sample, read_samples
 from finesight.data.source_fetch import fetch_source
 from finesight.storage import verify_folder
 
@@ -68,50 +69,6 @@ def rows_in_gbk(folder: Path) -> Path:
     return write_jsonl(folder / in_gbk(f"{CAT}.jsonl"), [row])
 
 
-def yolo(folder: Path) -> Path:
-    write_gray_image(folder / in_gbk(NAME))
-    (folder / in_gbk(f"{CAT}.txt")).write_text("0 .5 .5 .2 .2\n")
-    (folder / "classes.txt").write_text(CAT)
-    return folder
-
-
-def yolo_list(folder: Path) -> Path:
-    write_gray_image(folder / "images" / in_gbk(NAME))
-    (folder / "labels").mkdir()
-    (folder / "labels" / in_gbk(f"{CAT}.txt")).write_text("0 .5 .5 .2 .2\n")
-    (folder / "list.txt").write_bytes(f"./images/{NAME}\n".encode("gbk"))
-    (folder / "data.yaml").write_text(f"names: [{CAT}]\ntrain: list.txt\n")
-    return folder
-
-
-def voc(folder: Path) -> Path:
-    write_gray_image(folder / in_gbk(NAME))
-    box = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax></bndbox>"
-    (folder / in_gbk(f"{CAT}.xml")).write_text(
-        f"<annotation><filename>{NAME}</filename><object><name>{CAT}</name>{box}</object>"
-        "</annotation>"
-    )
-    return folder
-
-
-def labelme(folder: Path) -> Path:
-    write_gray_image(folder / in_gbk(NAME))
-    shape = {"label": CAT, "shape_type": "rectangle", "points": [[1, 1], [9, 9]]}
-    (folder / in_gbk(f"{CAT}.json")).write_text(json.dumps({"imagePath": NAME, "shapes": [shape]}))
-    return folder
-
-
-def coco(folder: Path) -> Path:
-    write_gray_image(folder / "images" / in_gbk(NAME))
-    document = {
-        "images": [{"id": 1, "file_name": NAME}],
-        "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 5, 5]}],
-        "categories": [{"id": 1, "name": CAT}],
-    }
-    (folder / "a.json").write_text(json.dumps(document))
-    return folder / "a.json"
-
-
 class _Unflagged(zipfile.ZipInfo):
     """A member as Windows writes it: its name in GBK, which no flag says."""
 
@@ -145,31 +102,75 @@ def web_dataset(folder: Path) -> Path:
     return folder / "a.tar"
 
 
-MADE = [
-    *(utf8_folder, folder_in_gbk, rows, rows_in_gbk, yolo, yolo_list, voc, labelme, coco),
-    *(zipped, tarred, web_dataset),
-]
+ROWS_AND_ARCHIVES = [folder_in_gbk, rows, rows_in_gbk, zipped, tarred, web_dataset]
 
 
-@pytest.mark.parametrize("make", MADE)
-def test_every_source_in_gbk_is_imported(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+@each("make", ROWS_AND_ARCHIVES)
+def test_rows_and_archives_in_gbk_are_imported(tmp_path, make):
     request: dict[str, object] = {}
-    if make in (utf8_folder, folder_in_gbk, zipped, tarred):
+    if make in (folder_in_gbk, zipped, tarred):
         request = {"prompt": "?"}
     elif make is web_dataset:
         request = {"columns": {"image": "image", "answer": "txt"}, "prompt": "?"}
-    out = tmp_path / "out"
-    assert imported(make(tmp_path / "set"), out, **request).output_files[0].num_samples == 1
-    (sample,) = read_samples(out / "data.jsonl")
-    shown = out / sample.messages[0].content[0].image
-    assert shown.is_file()
-    assert os.fsencode(out / "data.jsonl").decode()
+    (sample,) = import_and_check(make(tmp_path / "set"), tmp_path / "out", **request)
+    if make in (rows, zipped, tarred):
+        assert sample.messages[0].content[0].image.endswith(f"/{NAME}")
+    if make not in (rows, folder_in_gbk):
+        assert CAT in sample.id
+
+
+def import_and_check(source: Path, out: Path, **request: object) -> list[Sample]:
+    """Import a source, and check the images and that all new names are UTF-8."""
+    imported(source, out, **request)
+    samples = read_samples(out / "data.jsonl")
+    assert samples
+    for sample in samples:
+        assert (out / sample.messages[0].content[0].image).is_file()
     assert all(os.fsencode(path).decode() for path in out.rglob("*"))
-    if make not in (folder_in_gbk, rows_in_gbk, web_dataset):
-        assert shown.name == NAME
-    if make is not rows:
-        assert CAT in sample.id or make is folder_in_gbk
     verify_folder(out)
+    return samples
+
+
+KINDS = ["folder", "yolo", "yolo with description", "voc", "labelme", "cvat", "fiftyone", "coco"]
+
+
+@each("kind", KINDS)
+@each(("stored", "named"), [("gbk", "utf-8"), ("NFC", "NFD"), ("NFD", "NFC")])
+def test_images_are_found_by_names_of_other_encodings(tmp_path, kind, stored, named):
+    """Annotations are in UTF-8; lists of images are in GBK, too."""
+    case, is_gbk = SOURCES[kind], stored == "gbk"
+
+    def rename(name: str, form: str) -> str:
+        stem = CAT if is_gbk else normalize(form, "Käse")
+        name = re.sub(r"\b([ab])(?=\.|$|\":)", rf"{stem}\1", name)
+        return in_gbk(name) if form == "gbk" else name
+
+    for name, content in encode_files(case["files"]).items():
+        is_image = case["files"][name] is None
+        path = tmp_path / "set" / rename(name, stored if is_image or is_gbk else named)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not is_image:
+            encoding = "gbk" if name == "val.txt" and is_gbk else "utf-8"
+            content = rename(content.decode(), named).encode(encoding)
+        path.write_bytes(content)
+    path = case.get("path", ".")
+    source = tmp_path / "set" / (path if path == "." else rename(path, stored if is_gbk else named))
+    for sample in import_and_check(source, tmp_path / "out", **case.get("requests", [{}])[0]):
+        assert (CAT if is_gbk else normalize(stored, "Käse")) in sample.messages[0].content[0].image
+
+
+@each("stored", ["NFC", "NFD"])
+def test_class_folders_and_rows_match_in_both_normal_forms(tmp_path, stored):
+    name, label = (normalize(f, "Käse") for f in (stored, "NFD" if stored == "NFC" else "NFC"))
+    write_gray_image(tmp_path / "rows" / name / f"{name}.jpg")
+    row = {"image": f"{label}/{label}.jpg", "query": "?", "response": "x"}
+    import_and_check(write_jsonl(tmp_path / "rows" / "a.jsonl", [row]), tmp_path / "out")
+    write_gray_image(tmp_path / "set" / "train" / name / "a.jpg")
+    write_gray_image(tmp_path / "set" / "train" / "b" / "b.jpg", gray_level=1)
+    write_gray_image(tmp_path / "set" / "val" / label / "c.jpg", gray_level=2)
+    summary = imported(tmp_path / "set", tmp_path / "classes")
+    (sample,) = read_samples(summary.output_files[-1].file)
+    assert (summary.format, sample.messages[-1].content[0].text) == ("classes", "Käse")
 
 
 def test_colliding_names_are_both_imported(tmp_path: Path) -> None:
@@ -218,9 +219,7 @@ def test_a_tar_to_train_on_whose_names_are_in_gbk(tmp_path: Path) -> None:
     assert "/@" in str(located.resolve_path(located.sample.messages[0].content[0].image))
 
 
-def test_from_import_to_training(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_from_import_to_training(tmp_path, monkeypatch, capsys):
     """The source lies in a folder that is called in GBK as well; what is made of it does not, and
     a run in such a folder is refused."""
     recipe = make_task(tmp_path / "task", num_samples=4, num_eval_samples=2)
@@ -249,14 +248,13 @@ def test_from_import_to_training(
     assert "is not valid UTF-8" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("options", [["--json"], []])
-def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str]) -> None:
+def test_findings_about_such_names_are_printed(tmp_path: Path) -> None:
     """To a terminal that takes nothing but UTF-8."""
     folder = utf8_folder(tmp_path / in_gbk(CAT))
     (folder / in_gbk("\u4e2d.jpg")).write_text("no image")
     (folder / in_gbk("\u4e2d.txt")).write_text("x")
     code = "from finesight.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "check", str(folder), "--prompt", "?", *options]
+    command = [sys.executable, "-c", code, "check", str(folder), "--prompt", "?", "--json"]
     done = subprocess.run(
         command,
         capture_output=True,
@@ -266,43 +264,5 @@ def test_findings_about_such_names_are_printed(tmp_path: Path, options: list[str
     )
     assert done.returncode == 2, done.stderr.decode(errors="replace")
     assert b"not an image" in done.stdout
-    for line in done.stdout.splitlines() if options else []:
+    for line in done.stdout.splitlines():
         json.loads(line.decode())
-
-
-@pytest.mark.parametrize("stored", ["NFC", "NFD"])
-@pytest.mark.parametrize("format_name", ["folder", "yolo", "fiftyone", "query-response", "classes"])
-def test_accented_names_match_in_both_normal_forms(
-    tmp_path: Path, format_name: str, stored: str
-) -> None:
-    folder, other = tmp_path / "set", "NFD" if stored == "NFC" else "NFC"
-    name, label = (normalize(form, "Käse") for form in (stored, other))
-    source = folder
-    if format_name == "query-response":
-        row = {"image": f"{label}/{label}.jpg", "query": "?", "response": "x"}
-        folder.mkdir()
-        source = write_jsonl(folder / "a.jsonl", [row])
-        write_gray_image(folder / name / f"{name}.jpg")
-    elif format_name == "classes":
-        write_gray_image(folder / "train" / name / "a.jpg")
-        write_gray_image(folder / "train" / "b" / "b.jpg", gray_level=1)
-        write_gray_image(folder / "val" / label / "c.jpg", gray_level=2)
-    else:
-        write_gray_image(folder / "data" / f"{name}.jpg")
-        text = "0 .5 .5 .2 .2" if format_name == "yolo" else "a text"
-        (folder / "data" / f"{label}.txt").write_text(text)
-    if format_name == "yolo":
-        (folder / "classes.txt").write_text("cat")
-    if format_name == "fiftyone":
-        (folder / "data" / f"{label}.txt").unlink()
-        labels = {label: [{"label": "cat", "bounding_box": [0.1, 0.1, 0.5, 0.5]}]}
-        (folder / "labels.json").write_text(json.dumps({"classes": ["cat"], "labels": labels}))
-    summary = imported(source, tmp_path / "out", prompt=None if format_name != "folder" else "?")
-    assert summary.format == format_name
-    assert not summary.skipped_rows
-    samples = read_samples(summary.output_files[-1].file)
-    content = samples[0].messages[-1].content[0]
-    expected = {"folder": "a text", "query-response": "x", "classes": "Käse"}
-    assert (content.label if content.type == "box" else content.text) == (
-        expected.get(format_name, "cat")
-    )

@@ -5,12 +5,14 @@ import os
 import re
 import signal
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+from box_fixtures import SCENES, write_scene
+from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 
 from finesight.data import importer, line_index
@@ -55,38 +57,30 @@ def refusal(source: Path, **request: object) -> UserError:
     return caught.value
 
 
-@pytest.mark.parametrize(
-    "name", ["a.jsonl", "a.json", "a.csv", "a.tsv", "a.parquet", "a.tar", "a.zip", "a.tgz"]
-)
-def test_named_pipe_as_source(tmp_path: Path, name: str) -> None:
-    os.mkfifo(tmp_path / name)
-    assert "a named pipe, not a regular file" in refusal(tmp_path / name).what
+SUFFIXES = ["jsonl", "json", "csv", "tsv", "parquet", "tar", "zip", "tgz"]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.tar"])
-def test_device_as_source(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).symlink_to("/dev/zero")
-    assert "a device, not a regular file" in refusal(tmp_path / name).what
+@each("suffix", SUFFIXES)
+def test_pipes_and_devices_as_source(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a.{suffix}")
+    assert "a named pipe, not a regular file" in refusal(tmp_path / f"a.{suffix}").what
+    (tmp_path / f"b.{suffix}").symlink_to("/dev/zero")
+    assert "a device, not a regular file" in refusal(tmp_path / f"b.{suffix}").what
 
 
-@pytest.mark.parametrize(
-    "name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"]
-)
-def test_named_pipe_in_a_folder(tmp_path: Path, name: str) -> None:
+@each("name", ["b.txt", "b.xml", "b.json", "b.parquet", "b.jpg", "data.yaml", "in/classes.txt"])
+@each("is_link", [False, True])
+def test_named_pipe_in_a_folder(tmp_path: Path, name: str, is_link: bool) -> None:
     write_gray_image(tmp_path / "set" / "a.jpg")
     (tmp_path / "set" / "a.txt").write_text("a house")
-    (tmp_path / "set" / name).parent.mkdir(exist_ok=True)
-    os.mkfifo(tmp_path / "set" / name)
+    pipe = tmp_path / "set" / name
+    pipe.parent.mkdir(exist_ok=True)
+    os.mkfifo(tmp_path / "pipe" if is_link else pipe)
+    if is_link:
+        pipe.symlink_to(tmp_path / "pipe")
     error = refusal(tmp_path / "set", prompt="?")
     assert "a named pipe" in error.what
-    assert error.where == str(tmp_path / "set" / name)
-
-
-def test_named_pipe_behind_a_link(tmp_path: Path) -> None:
-    write_gray_image(tmp_path / "set" / "a.jpg")
-    (tmp_path / "set" / "a.txt").symlink_to(tmp_path / "pipe")
-    os.mkfifo(tmp_path / "pipe")
-    assert "a named pipe" in refusal(tmp_path / "set", prompt="?").what
+    assert error.where == str(pipe)
 
 
 def test_list_of_images_that_is_a_pipe(tmp_path: Path) -> None:
@@ -114,17 +108,9 @@ def sparse(path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    "read", [line_index.IndexedLines.open, lambda path: [*line_index.read_lines(path)], None]
-)
-def test_line_over_the_limit(tmp_path: Path, read: Callable[[Path], object] | None) -> None:
+def test_line_over_the_limit(tmp_path: Path) -> None:
     path = sparse(tmp_path / "a.jsonl")
-    if read is None:
-        error = refusal(path)
-    else:
-        with pytest.raises(UserError) as caught:
-            read(path)
-        error = caught.value
+    error = refusal(path)
     assert "a line of more than 33,554,432 bytes" in error.what
     assert error.where == f"{path}:2"
 
@@ -170,10 +156,7 @@ def boxes_of(what: str) -> Any:
             "id": "1",
             "messages": [
                 {"role": "user", "content": [{"type": "image", "image": "a.png"}]},
-                {
-                    "role": "assistant",
-                    "content": [{"type": "box", "xyxy": [1, 2, 3, 4]}] * MANY,
-                },
+                {"role": "assistant", "content": [{"type": "box", "xyxy": [1, 2, 3, 4]}] * MANY},
             ],
         },
         "table": {"image": "a.png", "box": [[1, 2, 3, 4]] * MANY},
@@ -193,90 +176,34 @@ def test_too_many_boxes_in_a_row(tmp_path: Path, name: str) -> None:
             read_samples(source)
 
 
-def yolo_lines(folder: Path, lines: str) -> Path:
-    write_gray_image(folder / "a.png")
-    (folder / "a.txt").write_text(lines)
-    (folder / "classes.txt").write_text("dog\n")
-    return folder
+@each("name", ["yolo", "voc", "labelme", "coco"])
+def test_too_many_boxes_of_an_image(tmp_path, name):
+    first = next(iter(SCENES[name]["files"].values()))
+    start, end = {
+        "yolo": ("1 0.5", "\n"),
+        "voc": ("<object><name>lawn", "</object>"),
+        "labelme": ('{"label": "lawn"', "]]},"),
+        "coco": ('{"image_id": 1, "category_id": 2', "},"),
+    }[name]
+    box = first[first.index(start) :]
+    box = box[: box.index(end) + len(end)]
+    source = write_scene(name, tmp_path / "set", box, box * MANY)
+    assert re.search("10,00[1-3] (boxes|shapes)", refusal(source).what)
 
 
-def voc_file(folder: Path, objects: str, size: str = "") -> Path:
-    write_gray_image(folder / "a.png")
-    head = f"<filename>a.png</filename>{size}"
-    (folder / "a.xml").write_text(f"<annotation>{head}{objects}</annotation>")
-    return folder
+@each("number", [LONG, LONG[:400], "1e999", "NaN"])
+@each("name", ["yolo", "voc", "labelme", "coco"])
+def test_invalid_coordinates_are_refused(tmp_path, name, number):
+    old = {"yolo": "0.45 0.2", "voc": "<xmax>12", "labelme": "[12, 5", "coco": "[4, 5, 8"}[name]
+    refusal(write_scene(name, tmp_path / "set", old, re.sub(r"\d+$|0\.2$", number, old)))
 
 
-def voc_object(xmax: str = "9") -> str:
-    corners = f"<xmin>1</xmin><ymin>1</ymin><xmax>{xmax}</xmax><ymax>9</ymax>"
-    return f"<object><name>dog</name><bndbox>{corners}</bndbox></object>"
-
-
-def labelme_file(folder: Path, shapes: str) -> Path:
-    write_gray_image(folder / "a.png")
-    (folder / "a.json").write_text(f'{{"imagePath": "a.png", "shapes": [{shapes}]}}')
-    return folder
-
-
-def labelme_shape(number: str = "9") -> str:
-    points = f"[[1, 1], [{number}, 9]]"
-    return f'{{"label": "dog", "shape_type": "rectangle", "points": {points}}}'
-
-
-def coco_file(folder: Path, annotations: str, more: str = "") -> Path:
-    write_gray_image(folder / "a.png")
-    (folder / "a.json").write_text(
-        f'{{"images": [{{"id": 1, "file_name": "a.png"{more}}}], "annotations": [{annotations}], '
-        '"categories": [{"id": 1, "name": "dog"}]}'
-    )
-    return folder / "a.json"
-
-
-def coco_box(number: str = "9") -> str:
-    return f'{{"image_id": 1, "category_id": 1, "bbox": [1, 1, {number}, 9]}}'
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda folder: yolo_lines(folder, "0 .5 .5 .1 .1\n" * MANY),
-        lambda folder: voc_file(folder, voc_object() * MANY),
-        lambda folder: labelme_file(folder, ",".join([labelme_shape()] * MANY)),
-        lambda folder: coco_file(folder, ",".join([coco_box()] * MANY)),
-    ],
-    ids=["yolo", "voc", "labelme", "coco"],
-)
-def test_too_many_boxes_of_an_image(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    (tmp_path / "set").mkdir()
-    assert re.search("10,001 (boxes|shapes)", refusal(make(tmp_path / "set")).what)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda folder: yolo_lines(folder, f"{LONG} .5 .5 .1 .1\n"),
-        lambda folder: yolo_lines(folder, f"0 {LONG} .5 .1 .1\n"),
-        lambda folder: voc_file(folder, voc_object(LONG)),
-        lambda folder: labelme_file(folder, labelme_shape(LONG)),
-        lambda folder: labelme_file(folder, labelme_shape(LONG[:400])),
-        lambda folder: labelme_file(folder, labelme_shape("1e999")),
-        lambda folder: labelme_file(folder, labelme_shape("NaN")),
-        lambda folder: coco_file(folder, coco_box(LONG)),
-        lambda folder: coco_file(folder, coco_box(LONG[:400])),
-        lambda folder: coco_file(folder, coco_box("1e999")),
-        lambda folder: coco_file(folder, coco_box("NaN")),
-        lambda folder: coco_file(folder, coco_box(), f', "width": {LONG[:400]}, "height": 20'),
-    ],
-)
-def test_invalid_coordinates_are_refused(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    (tmp_path / "set").mkdir()
-    refusal(make(tmp_path / "set"))
-
-
-def test_voc_size_of_thousands_of_digits_is_not_known(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    size = f"<size><width>{LONG}</width><height>{LONG}</height></size>"
-    assert imported(voc_file(tmp_path / "set", voc_object(), size)).output_files[0].num_samples == 1
+def test_class_and_size_of_thousands_of_digits(tmp_path):
+    refusal(write_scene("yolo", tmp_path / "yolo", "1 0.5 0.5 1 1", f"{LONG} 0.5 0.5 1 1"))
+    refusal(write_scene("coco", tmp_path / "coco", '"width": 40', f'"width": {LONG[:400]}'))
+    size = f"<size><width>{LONG}</width><height>{LONG}</height></size></annotation>"
+    source = write_scene("voc", tmp_path / "voc", "</annotation>", size)
+    assert imported(source).output_files[0].num_samples == 1
 
 
 def test_notes_that_are_no_json_become_null(tmp_path: Path) -> None:
@@ -329,12 +256,6 @@ def test_rows_that_would_take_long(tmp_path: Path, record: dict[str, Any], what:
     assert what in refusal(write_jsonl(tmp_path / "a.jsonl", [record])).what
 
 
-def test_images_without_a_user_message(tmp_path: Path) -> None:
-    record = {"messages": [{"role": "assistant", "content": "x"}]}
-    source = write_jsonl(tmp_path / "a.jsonl", [record | {"images": ["a.png"] * 2}])
-    assert "2 images are listed, 2 of them have no" in refusal(source).what
-
-
 def test_texts_that_are_put_together_take_linear_time(tmp_path: Path) -> None:
     swift = {
         "messages": [
@@ -359,14 +280,13 @@ def test_texts_that_are_put_together_take_linear_time(tmp_path: Path) -> None:
         assert len(sample.messages[0].content[-1].text) == size
 
 
-def test_more_classes_than_a_question_may_name(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    source = coco_file(tmp_path / "set", coco_box())
+def test_more_classes_than_a_question_may_name(tmp_path):
+    source = write_scene("coco", tmp_path / "set")
     document = json.loads(source.read_text())
-    document["categories"] += [{"id": n, "name": f"{n}"} for n in range(2, 100_002)]
+    document["categories"] += [{"id": n, "name": f"{n}"} for n in range(3, 100_002)]
     source.write_text(json.dumps(document))
     assert "a question with 100,001 classes" in refusal(source).what
-    assert imported(source, box_task="grounding").output_files[0].num_samples == 1
+    assert imported(source, box_task="grounding").output_files[0].num_samples == 2
 
 
 def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
@@ -375,9 +295,7 @@ def test_json_over_the_limit_of_levels(tmp_path: Path) -> None:
     assert "recursion limit exceeded" in refusal(tmp_path / "a.jsonl").what
 
 
-def test_a_small_source_that_becomes_a_large_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_small_source_that_becomes_a_large_one(tmp_path, monkeypatch):
     """The names of all classes stand in the question about each image."""
     write_gray_image(tmp_path / "a.png")
     categories = [{"id": n, "name": f"class {n}"} for n in range(1000)]
@@ -390,12 +308,11 @@ def test_a_small_source_that_becomes_a_large_one(
     assert "bytes of samples out of" in refusal(tmp_path / "a.json").what
 
 
-def test_large_files_of_labels(tmp_path: Path) -> None:
-    (tmp_path / "set").mkdir()
-    yolo_lines(tmp_path / "set", "0 .5 .5 .1 .1" + " " * 2**24)
-    assert "a file of more than 16,777,216 bytes" in refusal(tmp_path / "set").what
-    (tmp_path / "set" / "data.yaml").write_text("names: [dog]\n#" + " " * 2**19)
-    assert "a file of more than 524,288 bytes" in refusal(tmp_path / "set").what
+def test_large_files_of_labels(tmp_path):
+    source = write_scene("yolo", tmp_path / "set", "1 0.5 0.5 1 1", "1 .5 .5 .1 .1" + " " * 2**24)
+    assert "a file of more than 16,777,216 bytes" in refusal(source).what
+    (source / "data.yaml").write_text("names: [dog]\n#" + " " * 2**19)
+    assert "a file of more than 524,288 bytes" in refusal(source).what
 
 
 def test_lists_of_paths_that_name_no_file(tmp_path: Path) -> None:

@@ -85,9 +85,7 @@ def test_truncated_images_are_refused(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(("memory", "threads"), [(0, 1), (2**31, 4), (2**50, 16)])
-def test_decoding_threads_and_progress(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, memory: int, threads: int
-) -> None:
+def test_decoding_threads_and_progress(tmp_path, monkeypatch, memory, threads):
     counts: list[object] = []
 
     def start_pool(num_threads: int) -> ThreadPoolExecutor:

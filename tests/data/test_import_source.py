@@ -167,10 +167,7 @@ def test_table_of_instructions_has_the_same_roles_in_a_folder(tmp_path: Path, im
 
 @pytest.mark.parametrize(
     ("values", "option"),
-    [
-        ("p {i},r {i}", "--map question=a --map answer=b"),
-        ("10,20,110,80", "--map box=a,b,c,d"),
-    ],
+    [("p {i},r {i}", "--map question=a --map answer=b"), ("10,20,110,80", "--map box=a,b,c,d")],
 )
 def test_columns_of_unknown_names_are_asked_for(tmp_path: Path, values: str, option: str) -> None:
     lines = [",".join(("image", *"abcd"[: values.count(",") + 1]))]
@@ -221,9 +218,7 @@ def test_image_folder_has_most_images_of_the_first_rows(
 
 
 @pytest.mark.parametrize(("limit", "boxes"), [(None, [2, 1, 1, 1]), (4, [2, 1, 1]), (2, [1, 1])])
-def test_rows_of_an_object_are_merged_by_image_and_question(
-    tmp_path: Path, limit: int | None, boxes: list[int]
-) -> None:
+def test_rows_of_an_object_are_merged_by_image_and_question(tmp_path, limit, boxes):
     for name in ("a", "b"):
         write_gray_image(tmp_path / f"{name}.png")
     lines = ["i,q,x1,y1,x2,y2,c"]

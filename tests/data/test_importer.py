@@ -1,25 +1,31 @@
 """A foreign file becomes a folder of samples, whole or not at all, with every row accounted for."""
 
-import errno
+import json
 import os
+import random
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from case_files import load_cases
+from each_value import each
 from image_fixtures import write_gray_image, write_jsonl
 from PIL import Image
 
-from finesight import storage
+from finesight.data.formats.dataset_format import NOTE_CLIPPED_BOX, NOTE_SKIPPED_BOX
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import (
     REASON_IMAGE_IN_EVAL,
     REASON_NOT_SELECTED,
     ImportSummary,
     import_dataset,
+    split_by_image,
+    split_last_rows,
 )
-from finesight.data.sample import BoxPart, ImagePart, Sample, read_samples
+from finesight.data.sample import ImagePart, Sample, read_samples
 from finesight.errors import UserError
 from finesight.storage import verify_folder
 
@@ -52,9 +58,7 @@ def check_row_counts(summary: ImportSummary) -> bool:
     return summary.num_rows == used + sum(summary.skipped_rows.values())
 
 
-def test_paths_are_relative_to_output_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_paths_are_relative_to_output_folder(tmp_path, monkeypatch):
     source = table(tmp_path, "a")
     (tmp_path / "deep" / "er").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "er")
@@ -149,24 +153,12 @@ def test_images_with_equal_pixels_stay_together(tmp_path: Path, size: tuple[int,
         assert len(set(train) | set(evaluation)) == len(groups)
 
 
-def test_all_rows_in_eval_write_no_training_file(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", eval_last=2)
-    summary = import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request)
-    assert [written.file.name for written in summary.output_files] == ["eval.jsonl"]
-    assert not (tmp_path / "out" / "train.jsonl").exists()
-
-
-def test_split_by_image(tmp_path: Path) -> None:
-    request = ImportOptions(columns=ANSWERS.columns, prompt="?", train_fraction=0.75, seed=3)
-    summary = import_dataset(table(tmp_path, *"aabbccdd"), tmp_path / "out", request)
-    train, validation = (
-        {word[0] for word in words(tmp_path / "out" / name)}
-        for name in ("train.jsonl", "eval.jsonl")
+def test_all_rows_in_eval_write_no_training_file(tmp_path):
+    summary = import_dataset(
+        table(tmp_path, *"ab"), tmp_path / "out", replace(ANSWERS, eval_last=2)
     )
-    assert len(train) == 3
-    assert len(validation) == 1
-    assert not train & validation
-    assert check_row_counts(summary)
+    assert [written.file.name for written in summary.output_files] == ["eval.jsonl"]
+    assert [path.name for path in (tmp_path / "out").glob("*.jsonl")] == ["eval.jsonl"]
 
 
 def test_answers_become_samples_or_references(tmp_path: Path) -> None:
@@ -183,28 +175,6 @@ def test_answers_become_samples_or_references(tmp_path: Path) -> None:
     assert summary.unused_columns == ("answer",)
 
 
-def test_embedded_parquet_images(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    data = [write_gray_image(tmp_path / f"{n}.png", 40 + n, 20).read_bytes() for n in range(3)]
-    rows = [
-        {"image": {"bytes": data[n], "path": f"{n}.png"}, "bbox": [1.0, 2.0, 30.0, 4.0]}
-        for n in (0, 1, 1, 2)
-    ]
-    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
-    request = ImportOptions(
-        columns={"image": "image", "box": "bbox"}, prompt="?", box_format="xywh", eval_last=1
-    )
-    summary = import_dataset(tmp_path / "rows.parquet", tmp_path / "out", request)
-    assert summary.num_images == 3
-    train = read_samples(tmp_path / "out" / "train.jsonl")
-    validation = read_samples(tmp_path / "out" / "eval.jsonl")
-    found = list_image_paths(train + validation, tmp_path / "out")
-    assert [path.read_bytes() for path in found] == [data[0], data[1], data[1], data[2]]
-    assert train[0].messages[-1].content == (BoxPart(xyxy=(1, 2, 31, 6)),)
-    verify_folder(tmp_path / "out")
-
-
 def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     rows = [{"id": name, "query": "q", "response": "r"} for name in ("a", "a", "a", "a-row1")]
     source = write_jsonl(tmp_path / "rows.jsonl", rows)
@@ -213,65 +183,25 @@ def test_made_ids_differ_from_ids_of_other_rows(tmp_path: Path) -> None:
     assert ids == ["a-row1-copy", "a-row2", "a-row3", "a-row1"]
 
 
-def test_invalid_rows_are_listed_and_no_output_is_written(tmp_path: Path) -> None:
-    source = table(tmp_path, *"abcdefgh")
-    for letter in "abcdef":
-        (tmp_path / "in" / f"{letter}.png").unlink()
-    (tmp_path / "in" / "g.png").write_text("text")
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ANSWERS)
-    error = caught.value
-    assert error.where == str(source)
-    assert "7 of 8 rows are invalid" in error.what
-    assert "line 1: in/a.png: no such image" in error.what
-    assert "line 5" in error.what
-    assert "line 6" not in error.what
-    assert "and 1 more such rows" in error.what
-    assert f"line 7: {tmp_path}/in/g.png: not an image" in error.what
-    assert error.expected
-    assert error.remedy
-    assert sorted(tmp_path.iterdir()) == before
-
-
-class FullDisk(storage.FileSystem):
-    def write(self, file: int, data: memoryview) -> int:
-        raise OSError(errno.ENOSPC, "no space")
-
-
-def test_full_disk_leaves_no_files(tmp_path: Path) -> None:
-    source = table(tmp_path, *"ab")
-    before = sorted(tmp_path.iterdir())
-    with storage.use_file_system(FullDisk()), pytest.raises(UserError, match="cannot be written"):
-        import_dataset(source, tmp_path / "out", ANSWERS)
-    assert sorted(tmp_path.iterdir()) == before
-
-
-def test_existing_folder_is_unchanged(tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match="exists already"):
-        import_dataset(table(tmp_path, "a"), tmp_path / "out", ANSWERS)
-    assert list((tmp_path / "out").iterdir()) == []
-
-
-def test_unknown_format_suggests_closest_one(tmp_path: Path) -> None:
-    source = write_jsonl(tmp_path / "a.jsonl", [{"image_path": "a.png", "caption": "x"}])
-    with pytest.raises(UserError, match="image_path, caption") as caught:
+@each(
+    ("row", "what", "remedy"),
+    [
+        (
+            {"image_path": "a", "caption": "x"},
+            "image_path, caption",
+            "--map image=image_path --map",
+        ),
+        ({"conversations": [{"from": "a", "text": "x"}]}, "conversations", "the closest is conv"),
+        ({"query": "a", "answer": "x"}, "query, answer", "the closest is query"),
+        ({"image": "a.png", "text": "x"}, "image, text", "--map image=image --map answer=text"),
+    ],
+)
+def test_unknown_format_suggests_closest_one(tmp_path, row, what, remedy):
+    source = write_jsonl(tmp_path / "a.jsonl", [row])
+    with pytest.raises(UserError, match=what) as caught:
         import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "--map image=image_path --map answer=caption" in caught.value.remedy
+    assert remedy in caught.value.remedy
     assert "qwen-vl" in caught.value.expected
-    source = write_jsonl(tmp_path / "b.jsonl", [{"conversations": [{"from": "a", "text": "x"}]}])
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "the closest is conversations" in caught.value.remedy
-    source = write_jsonl(tmp_path / "c.jsonl", [{"query": "a", "answer": "x"}])
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "the closest is query" in caught.value.remedy
-    source = write_jsonl(tmp_path / "d.jsonl", [{"image": "a.png", "text": "x"}])
-    with pytest.raises(UserError) as caught:
-        import_dataset(source, tmp_path / "out", ImportOptions())
-    assert "--map image=image --map answer=text" in caught.value.remedy
 
 
 def test_format_option_overrides_detection(tmp_path: Path) -> None:
@@ -296,34 +226,211 @@ def test_format_option_overrides_detection(tmp_path: Path) -> None:
     assert "--format conversations without --map" in caught.value.remedy
 
 
-@pytest.mark.parametrize(
-    ("request_", "where"),
-    [
-        (ImportOptions(columns={"photo": "image"}), "--map"),
-        (ImportOptions(format="table"), "--format table"),
-        (ImportOptions(format="query-response", columns={"image": "image"}), "--map"),
-        (ImportOptions(format="samples", prompt="?"), "--prompt"),
-        (ImportOptions(format="samples", box_format="xywh"), "--box-format or --box-units"),
-        (
-            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=1.0),
-            "train_fraction",
-        ),
-        (
-            ImportOptions(columns={"image": "image"}, prompt="?", train_fraction=0.5, eval_last=1),
-            "train_fraction, eval_last",
-        ),
-        (
-            ImportOptions(columns={"image": "image", "answer": "answer"}, prompt="?", eval_last=9),
-            "eval_last=9",
-        ),
-    ],
-)
-def test_inapplicable_options_are_rejected(
-    tmp_path: Path, request_: ImportOptions, where: str
-) -> None:
+@each(("options", "where"), load_cases("importer")["test_inapplicable_options_are_rejected"])
+def test_inapplicable_options_are_rejected(tmp_path, options, where):
     with pytest.raises(UserError) as caught:
-        import_dataset(table(tmp_path, *"ab"), tmp_path / "out", request_)
+        import_dataset(table(tmp_path, *"ab"), tmp_path / "out", ImportOptions(**options))
     assert caught.value.where == where
     assert caught.value.expected
     assert caught.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+def keys(*rows: str) -> list[frozenset[str]]:
+    """Make one row for each word, and one image for each letter."""
+    return [frozenset(row) for row in rows]
+
+
+def test_too_many_eval_rows() -> None:
+    with pytest.raises(UserError, match="each of the other 1 rows"):
+        split_last_rows(keys("a", "a"), 1)
+
+
+@each("seed", range(20))
+def test_split_keeps_rows_of_an_image_together(seed: int) -> None:
+    draw = random.Random(seed)
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+    rows = [frozenset(draw.choices(letters, k=draw.choice([0, 1, 1, 1]))) for _ in range(60)]
+    train, validation = split_by_image(rows, 0.8, seed)
+    assert sorted(train + validation) == list(range(60))
+    assert not frozenset().union(*(rows[i] for i in train)) & frozenset().union(
+        *(rows[i] for i in validation)
+    )
+    assert len(validation) == 12
+
+
+def test_transitively_shared_images_stay_together() -> None:
+    # ab - bc - cd is one group, e and f are groups of their own.
+    train, validation = split_by_image(keys("ab", "e", "bc", "f", "cd"), 0.6, 0)
+    assert validation == [1, 3]
+    assert train == [0, 2, 4]
+
+
+def test_seed_determines_the_split() -> None:
+    rows = keys(*"abcdefghij")
+    found = {tuple(split_by_image(rows, 0.8, seed)[1]) for seed in range(10)}
+    assert len(found) > 3
+    assert split_by_image(rows, 0.8, 5) == split_by_image(rows, 0.8, 5)
+
+
+@pytest.mark.parametrize("rows", [keys("a"), keys("a", "a", "ab")])
+def test_single_group_cannot_be_split(rows: list[frozenset[str]]) -> None:
+    with pytest.raises(UserError, match="1 groups"):
+        split_by_image(rows, 0.5, 0)
+
+
+NOTES = (NOTE_CLIPPED_BOX, NOTE_SKIPPED_BOX)
+
+
+def skip_options(limit: int | None = None) -> ImportOptions:
+    return ImportOptions(columns=ANSWERS.columns, prompt="?", on_invalid_row="skip", limit=limit)
+
+
+def test_invalid_rows_are_skipped_by_reason(tmp_path: Path) -> None:
+    source = table(tmp_path, *"abcdefgh")
+    (tmp_path / "in" / "b.png").unlink()
+    (tmp_path / "in" / "c.png").write_text("text")
+    rows = [json.loads(line) for line in source.read_text().splitlines()]
+    rows[3]["answer"] = ""
+    rows[4]["answer"] = "an <image> in the text"
+    write_jsonl(source, rows)
+    summary = import_dataset(source, tmp_path / "out", skip_options(limit=7))
+    samples = read_samples(tmp_path / "out" / "data.jsonl")
+    assert [one.messages[-1].content[0].text for one in samples] == ["a0", "f5", "g6"]
+    assert summary.skipped_rows == {
+        REASON_NOT_SELECTED: 1,
+        "an image is missing or corrupt": 2,
+        "turns have an invalid order or are empty": 1,
+        "unsupported placeholders in the text": 1,
+    }
+    assert summary.num_rows == summary.output_files[0].num_rows + sum(summary.skipped_rows.values())
+    assert summary.skipped_rows_file == tmp_path / "out" / "skipped_rows.jsonl"
+    listed = [json.loads(line) for line in summary.skipped_rows_file.read_text().splitlines()]
+    assert [line["location"] for line in listed] == ["line 2", "line 3", "line 4", "line 5"]
+    assert listed[0]["reason"] == "an image is missing or corrupt"
+    assert all("remedy:" in line["error"] for line in listed)
+    verify_folder(tmp_path / "out")
+
+
+def test_no_list_is_written_without_invalid_rows(tmp_path: Path) -> None:
+    summary = import_dataset(table(tmp_path, "a"), tmp_path / "out", skip_options())
+    assert summary.skipped_rows_file is None
+    assert not (tmp_path / "out" / "skipped_rows.jsonl").exists()
+
+
+@pytest.mark.parametrize("in_text", [False, True])
+def test_invalid_boxes_of_tables_and_answers(tmp_path: Path, in_text: bool) -> None:
+    write_gray_image(tmp_path / "a.png")
+    valid, strays, wide, inverted = (
+        [2, 3, 20, 10],
+        [[5, 5, 5, 9], [50, 3, 60, 12]],
+        [30, 3, 43, 22],
+        [9, 9, 3, 3],
+    )
+    name = "answer" if in_text else "box"
+    options = ImportOptions(columns={"image": "image", name: name}, prompt="?")
+    for policy, others, expected in (
+        ("drop", strays, [valid]),
+        ("clip", [*strays, wide], [valid, [30, 3, 40, 20]]),
+        ("drop", [wide], None),
+        ("clip", [inverted], None),
+    ):
+        boxes = [valid, *others]
+        text = json.dumps([{"bbox_2d": box, "label": "x"} for box in boxes])
+        row = {"image": "a.png", name: text if in_text else boxes}
+        source, out = write_jsonl(tmp_path / "rows.jsonl", [row]), tmp_path / policy
+        if expected is None:
+            with pytest.raises(UserError, match="the answer would be incomplete") as caught:
+                import_dataset(source, tmp_path / "x", replace(options, on_invalid_box=policy))
+            assert ("--on-invalid-box clip" in caught.value.remedy) == (others == [wide])
+            continue
+        summary = import_dataset(source, out, replace(options, on_invalid_box=policy))
+        (sample,) = read_samples(out / "data.jsonl")
+        assert [list(part.xyxy) for part in sample.messages[-1].content] == expected
+        assert sum(summary.source_notes.get(note, 0) for note in NOTES) == len(others)
+
+
+@pytest.mark.parametrize("box", [[9, 9, 9, 9], [30, 3, 43, 22]])
+@pytest.mark.parametrize("name", ["answer", "box", "<bbox>"])
+def test_policies_of_the_remedy_succeed(tmp_path: Path, name: str, box: list[int]) -> None:
+    """A box in a sentence cannot be dropped."""
+    write_gray_image(tmp_path / "a.png")
+    boxes = [[2, 3, 20, 10], box]
+    text = json.dumps([{"bbox_2d": one, "label": "x"} for one in boxes])
+    row = {"image": "a.png", name: boxes if name == "box" else text}
+    options = ImportOptions(columns={"image": "image", name: name}, prompt="?")
+    if name == "<bbox>":
+        turns = {"user": "<image>Where?", "assistant": "At <bbox> and <bbox>."}
+        messages = [{"role": role, "content": content} for role, content in turns.items()]
+        row = {"messages": messages, "images": ["a.png"], "objects": {"bbox": boxes}}
+        options = ImportOptions()
+    source = write_jsonl(tmp_path / "rows.jsonl", [row])
+    with pytest.raises(UserError) as caught:
+        import_dataset(source, tmp_path / "x", options)
+    named = re.findall(r"clip|drop", str(caught.value.remedy))
+    assert bool(named) == (name != "<bbox>" or box[0] != box[2])
+    for policy in named:
+        import_dataset(source, tmp_path / policy, replace(options, on_invalid_box=policy))
+
+
+def test_many_invalid_boxes_are_a_wrong_convention(tmp_path: Path) -> None:
+    options = ImportOptions(columns={"image": "image", "box": "box"}, prompt="?")
+    rows = [{"image": f"{number}.png", "box": [30, 10, 50, 15]} for number in range(10)]
+    for row in rows:
+        write_gray_image(tmp_path / str(row["image"]))
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="10 of 10 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", replace(options, on_invalid_row="skip"))
+    assert "the box convention is probably wrong" in caught.value.what
+    summary = import_dataset(source, tmp_path / "out", replace(options, on_invalid_box="clip"))
+    assert summary.source_notes == {NOTE_CLIPPED_BOX: 10}
+
+
+def test_all_invalid_rows_raise(tmp_path: Path) -> None:
+    source = table(tmp_path, "a")
+    (tmp_path / "in" / "a.png").unlink()
+    with pytest.raises(UserError, match="1 of 1 rows are invalid") as caught:
+        import_dataset(source, tmp_path / "out", skip_options())
+    assert "--on-invalid-row" not in caught.value.remedy
+
+
+def test_many_invalid_boxes_raise_format_error(tmp_path: Path) -> None:
+    write_gray_image(tmp_path / "a.png", 40, 20)
+    boxes = [*[[20, 10, 5, 5]] * 2, *[[1, 2, 30, 14]] * 8]
+    rows = [{"image": "a.png", "query": "?", "response": f'{{"bbox_2d": {b}}}'} for b in boxes]
+    source = write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(UserError, match="rows have invalid boxes") as caught:
+        import_dataset(source, tmp_path / "out", ImportOptions(on_invalid_row="skip"))
+    assert "--box-format xywh" in caught.value.remedy
+    write_jsonl(source, [*rows, *rows[2:], *rows[2:]])
+    summary = import_dataset(source, tmp_path / "out", ImportOptions(on_invalid_row="skip"))
+    assert summary.skipped_rows == {"a box is invalid or outside its image": 2}
+
+
+def test_images_of_skipped_rows_are_removed(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    data = [write_gray_image(tmp_path / f"{n}.png", gray_level=n).read_bytes() for n in range(3)]
+    rows = [
+        {"image": {"bytes": d, "path": None}, "answer": a}
+        for d, a in zip(data, ("x", "", "y"), strict=True)
+    ]
+    rows.append({"image": {"bytes": b"text", "path": None}, "answer": "z"})
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    summary = import_dataset(tmp_path / "rows.parquet", tmp_path / "out", skip_options())
+    retained = sorted((tmp_path / "out" / "images").iterdir())
+    assert [path.read_bytes() for path in retained] == [data[0], data[2]]
+    assert (summary.num_images, summary.output_files[0].num_rows) == (2, 2)
+
+
+def test_missing_option_is_no_invalid_row(tmp_path: Path) -> None:
+    for shade, name in enumerate("ab"):
+        write_gray_image(tmp_path / "set" / f"{name}.png", gray_level=shade)
+    (tmp_path / "set" / "a.txt").write_text("A house.")
+    for on_invalid_row in ("fail", "skip"):
+        with pytest.raises(UserError, match="a question without text") as caught:
+            import_dataset(
+                tmp_path / "set", tmp_path / "out", ImportOptions(on_invalid_row=on_invalid_row)
+            )
+        assert "--prompt" in caught.value.remedy
+        assert "--on-invalid-row" not in caught.value.remedy

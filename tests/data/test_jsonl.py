@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.data.sample import (
@@ -18,6 +19,8 @@ from finesight.data.sample import (
     write_samples,
 )
 from finesight.errors import UserError
+
+CASES = load_cases("jsonl")
 
 SAMPLE = Sample(
     id="été",
@@ -54,11 +57,6 @@ def make_messages(*roles: str) -> dict[str, Any]:
     return record(messages=[{"role": role, "content": "words"} for role in roles])
 
 
-def answer(**part: Any) -> dict[str, Any]:
-    user = record()["messages"][0]
-    return record(messages=[user, {"role": "assistant", "content": [part]}])
-
-
 def load_error(path: Path, line: str | bytes, *, answered: bool = True) -> UserError:
     """The refusal of a file whose third line is `line`; it names that line."""
     data = line if isinstance(line, bytes) else line.encode()
@@ -71,51 +69,22 @@ def load_error(path: Path, line: str | bytes, *, answered: bool = True) -> UserE
     return caught.value
 
 
-def test_roundtrip(tmp_path: Path) -> None:
+def test_roundtrip(tmp_path):
     path = tmp_path / "a.jsonl"
     write_samples(path, [SAMPLE, SAMPLE])
     assert read_samples(path) == [SAMPLE, SAMPLE]
     assert len(path.read_bytes().splitlines()) == 2
-
-
-def test_integral_coordinates_have_no_decimal_point(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    write_samples(path, [SAMPLE])
+    # Integral coordinates have no decimal point.
     assert '"xyxy": [1, 2.5, 3, 4]' in path.read_text(encoding="utf-8")
 
 
-@each(
-    ("line", "what"),
-    [
-        ('{"id": "a", "messages"', "broken JSON"),
-        (b'{"id": "\xff"}', "broken JSON"),
-        ("[1, 2]", r"the line is \[1, 2\]"),
-        (json.dumps(record(id=5)), "id is 5"),
-        (json.dumps({"id": "a"}), "the key messages is missing"),
-        (json.dumps(record(messages=[])), "messages is"),
-        (json.dumps(answer(type="photo")), "messages.1.content.0 is"),
-        (json.dumps(answer(type="text", text=7)), "messages.1.content.0.text is 7"),
-        (json.dumps(answer(type="box", xyxy=[1, 2, 3])), "xyxy"),
-        (json.dumps(answer(type="box", xyxy=[9, 2, 3, 4])), r"the box \[9.0, 2.0, 3.0, 4.0\]"),
-        (json.dumps(answer(type="box", xyxy=[1, 4, 3, 4])), "the box"),
-        (json.dumps(answer(type="box", xyxy=[-9, 1, 3, 4])), "the box"),
-        ('{"id": "a", "messages": [{"role": "user", "content": "NaN"}], "meta": NaN}', "meta is"),
-        (json.dumps(answer(type="box", image=1, xyxy=[1, 2, 3, 4])), "image 1"),
-        (json.dumps(answer(type="image", image="a.png")), "an image in a turn of the assistant"),
-        (json.dumps(answer(type="video")), "expected: a video with either `video`"),
-        (json.dumps(answer(type="video", video="a.mp4", frames=["a.png"])), "with either `video`"),
-        (json.dumps(answer(type="video", video="a.mp4")), "an image in a turn of the assistant"),
-        (json.dumps(answer(type="text", text=" ")), "an empty turn of the assistant"),
-        (json.dumps(make_messages("system")), "roles are system"),
-        (json.dumps(make_messages("assistant")), "roles are assistant"),
-        (json.dumps(make_messages("user", "user", "assistant")), "roles are user, user, assistant"),
-        (json.dumps(make_messages("user", "system", "assistant")), "roles are user, system"),
-        (json.dumps(make_messages("user")), "no answer"),
-    ],
-)
-def test_invalid_line_error_has_line_number(tmp_path: Path, line: str | bytes, what: str) -> None:
+@each(("line", "what"), CASES["test_invalid_line_error_has_line_number"])
+def test_invalid_line_error_has_line_number(tmp_path, line, what):
+    text = line if isinstance(line, str) else json.dumps(line)
     with pytest.raises(UserError, match=what):
-        raise load_error(tmp_path / "a.jsonl", line)
+        raise load_error(tmp_path / "a.jsonl", text)
+    with pytest.raises(UserError, match="broken JSON"):
+        raise load_error(tmp_path / "a.jsonl", b'{"id": "\xff"}')
 
 
 def test_misspelled_key_is_reported_first(tmp_path: Path) -> None:
@@ -152,15 +121,7 @@ def test_foreign_row_error_suggests_import(key: str, tmp_path: Path) -> None:
     assert "finesight import" in str(caught.value)
 
 
-@each(
-    ("changes", "what"),
-    [
-        ({"rejected": "x", "loss": False}, "false in the chosen answer"),
-        ({"first_loss": False, "loss": False}, "false in all 2 answers"),
-        ({"role": "tool"}, "message roles are user, tool"),
-        ({"tools": [{"name": "zoom"}]}, "tools.0 is"),
-    ],
-)
+@each(("changes", "what"), CASES["test_invalid_tools_and_loss"])
 def test_invalid_tools_and_loss(tmp_path: Path, changes: dict[str, Any], what: str) -> None:
     messages = [
         {"role": "user", "content": "Which?"},

@@ -6,6 +6,7 @@ from typing import Any
 
 import pyarrow
 import pytest
+from each_value import each
 from pyarrow import parquet
 
 from finesight.data import parquet_reader
@@ -52,7 +53,7 @@ TIMES = [
 ]
 
 
-@pytest.mark.parametrize(("column", "text"), TIMES, ids=[str(one.type) for one, _ in TIMES])
+@each(("column", "text"), TIMES)
 def test_times_are_read_or_null(tmp_path: Path, column: Any, text: str | None) -> None:
     columns = {"query": ["?", "!"], "response": ["x", "y"]}
     times = pyarrow.concat_arrays([column, pyarrow.nulls(1, column.type)])
@@ -106,9 +107,7 @@ def test_rows_over_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         read(path)
 
 
-def test_long_values_that_repeat_are_read_few_at_a_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_values_that_repeat_are_read_few_at_a_time(tmp_path, monkeypatch):
     path = written(tmp_path / "a.parquet", {"a": ["x" * 1000] * 500, "b": list(range(500))})
     group = parquet.read_metadata(path).row_group(0)
     assert parquet_reader.get_batch_size(group) == 64

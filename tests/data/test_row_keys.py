@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from fuzzed_sources import JPEG, MAPPED, PNG, ROWS, SOURCES
 
@@ -25,6 +26,8 @@ from finesight.data.importer import NOTE_UNFINISHED_REASONING, import_dataset
 from finesight.data.row_reader import SourceRow
 from finesight.data.sample import join_text, sample_from_dict, sample_to_dict
 from finesight.errors import UserError
+
+CASES = load_cases("row_keys")
 
 FORMATS = {"alpaca": "llama-factory", "swift-pairs": "ms-swift"}
 TRL = {
@@ -176,7 +179,7 @@ SHAPE_KEYS = {
 }
 
 
-@pytest.mark.parametrize("kind", DOCUMENTS)
+@each("kind", DOCUMENTS)
 def test_further_keys_of_annotations(tmp_path: Path, kind: str) -> None:
     check_documents(kind, 12, tmp_path)
 
@@ -196,38 +199,11 @@ USER = {"role": "user", "content": "<image>Where?"}
 ANSWER = {"role": "assistant", "content": "There."}
 WORSE = {"role": "assistant", "content": "Here."}
 TURNS = [{"from": "human", "value": "<image>Where?"}]
-TEXTS = {"chosen": "There.", "rejected": "Here.", "images": ["a.png"]}
-PAIRS = {
-    "trl": {"prompt": "<image>Where?", **TEXTS, "score_chosen": 9.5},
-    "trl-messages": {**TEXTS, "prompt": [USER], "chosen": [ANSWER], "rejected": [WORSE]},
-    "trl-implicit": {**TEXTS, "chosen": [USER, ANSWER], "rejected": [USER, WORSE]},
-    "prompt-and-turns": {
-        **TEXTS,
-        "prompt": "<image>Where?",
-        "chosen": [USER, ANSWER],
-        "rejected": [USER, WORSE],
-    },
-    "question": {"question": "<image>Where?", **TEXTS},
-    "ms-swift": {"messages": [USER, ANSWER], "images": ["a.png"], "rejected_response": "Here."},
-    "ms-swift-messages": {**chat(ANSWER), "rejected_messages": chat(WORSE)["messages"]},
-    "query-response": {
-        **{"query": "<image>Where?", "response": "There.", "images": ["a.png"]},
-        "rejected_response": "Here.",
-    },
-    "sharegpt": {
-        **{"conversations": TURNS, "images": ["a.png"]},
-        "chosen": {"from": "gpt", "value": "There."},
-        "rejected": {"from": "gpt", "value": "Here."},
-    },
-    "alpaca": {"instruction": "<image>Where?", "input": "", **TEXTS},
-    "samples": {**chat(ANSWER), "rejected": "Here."},
-}
-"""Rows of preference data in the layouts of several programs."""
 
 
-@each("name", [*PAIRS])
+@each("name", CASES["pairs"])
 def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
-    (sample,) = parse(PAIRS[name], tmp_path)[0].to_train_samples()
+    (sample,) = parse(CASES["pairs"][name], tmp_path)[0].to_train_samples()
     assert [part.type for part in sample.messages[0].content] == ["image", "text"]
     assert sample.messages[0].content[1].text == "Where?"
     assert join_text(sample.messages[1].content) == "There."
@@ -236,7 +212,7 @@ def test_preference_rows_become_pairs(tmp_path: Path, name: str) -> None:
     assert set(sample.meta) <= {"score_chosen"}
 
 
-@each("label", [True, False])
+@each("label", CASES["test_labels_of_rows_are_verdicts"])
 @each(
     "row",
     [
@@ -265,36 +241,16 @@ def parse(record: dict[str, Any], folder: Path) -> tuple[Any, Counter[str]]:
     return example, context.other_keys
 
 
-@each(
-    ("record", "what"),
-    [
-        (chat({**ANSWER, "weight": 0.5}), "a loss that is neither 0 nor 1"),
-        (chat(ANSWER, train_on_inputs=True), "a loss that is neither 0 nor 1"),
-        (chat({**ANSWER, "toolUse": [{"id": 1}]}), "tool calls or tools"),
-        (chat({**ANSWER, "tool_calls": [{"name": "a", "arguments": {"b": b""}}]}), "the tool call"),
-        (chat(ANSWER, tools=[{"name": "a", "parameters": {"b": b""}}]), "the tool "),
-        (chat({**ANSWER, "extra": {"mask_image": "b.jpg"}}), "an image"),
-        (chat(ANSWER, image2="b.jpg"), "an image"),
-        (chat(ANSWER, thinking="It is there."), "a reasoning text"),
-        (chat({**ANSWER, "label": "dog"}), "a label"),
-        (chat(ANSWER, bbox=[1, 2, 3, 4]), "a label"),
-        (chat(ANSWER, kto_tag="false"), "preference data"),
-        (chat(ANSWER, rejected="Here.", label=True), "a rejected answer and the label true"),
-        (chat(ANSWER, rejected_response=["Here."]), "preference data"),
-        (chat(ANSWER, rejected="There."), "equal to the chosen one"),
-        ({**chat(ANSWER), "rejected_messages": [USER]}, "no answer at the end"),
-        (
-            {**chat(ANSWER), "rejected_messages": [{**USER, "content": "Who?"}, WORSE]},
-            "prompts of both answers differ",
-        ),
-    ],
-)
-def test_content_of_further_keys_is_refused(
-    tmp_path: Path, record: dict[str, Any], what: str
-) -> None:
-    with pytest.raises(UserError, match=what) as caught:
-        parse(record, tmp_path)
-    assert caught.value.remedy
+CALL = {"name": "a", "arguments": {"b": b""}}
+REFUSED = [*CASES["test_content_of_further_keys_is_refused"]]
+REFUSED.append([[{**ANSWER, "tool_calls": [CALL]}], {}, "the tool call"])
+REFUSED.append([[ANSWER], {"tools": [{"name": "a", "parameters": {"b": b""}}]}, "the tool "])
+
+
+@each(("turns", "row", "what"), REFUSED)
+def test_content_of_further_keys_is_refused(tmp_path, turns, row, what):
+    with pytest.raises(UserError, match=what):
+        parse(chat(*turns, **row), tmp_path)
 
 
 def test_several_lists_of_turns_are_refused(tmp_path: Path) -> None:
@@ -306,65 +262,34 @@ def test_several_lists_of_turns_are_refused(tmp_path: Path) -> None:
     assert other_keys.keys() == {"query in meta", "response in meta"}
 
 
-def chat_without_images(**row: Any) -> dict[str, Any]:
-    return {"messages": [{"role": "user", "content": "Where?"}, ANSWER], **row}
-
-
-ROW_METADATA = {
-    **{"image_url": "https://x.org/y.jpg", "photo_credit": "Jane Doe", "pic_by": "J"},
-    **{"image_name": "other", "source_image": "orig.png", "poster": "p.jpg", "frame": "000123"},
-    **{"clip": "scene one", "weight": 12.5, "train": "ICE 3", "is_train": False, "loss": 1.23},
-    **{"mask": False, "cot": "yes", "function": "x", "points": [1, 2]},
-    **{
-        "regions": ["EU"],
-        "no_loss": False,
-        "mask_history": 0,
-        "mask_prompt": True,
-        "Weight": "12 kg",
-    },
-}
-
-
 def test_keys_of_rows_that_change_no_training_are_metadata(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>Where?"}, {"from": "gpt", "value": "There."}]
-    row = {"conversations": turns, "images": ["a.png"], **ROW_METADATA}
+    metadata = CASES["metadata"]
+    row = {"conversations": turns, "images": ["a.png"], **metadata}
     example, other_keys = parse(row, tmp_path)
-    assert example.meta == ROW_METADATA
-    assert other_keys == {f"{key} in meta": 1 for key in ROW_METADATA}
+    assert example.meta == metadata
+    assert other_keys == {f"{key} in meta": 1 for key in metadata}
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        *("screenshot", "doc", "scan", "page", "figure", "b64", "data"),
-        *("image_b", "depth", "sam_mask", "audio_path", "cropped_image", "next_image", "sound"),
-    ],
-)
-def test_further_images_and_images_of_rows_without_others_are_refused(
-    tmp_path: Path, key: str
-) -> None:
-    data = base64.b64encode(PNG).decode()
-    further = {"image_b": "b.jpg", "depth": "b.jpg", "sam_mask": "b.png", "audio_path": "a.wav"}
-    further |= {"cropped_image": "b.jpg", "next_image": "b.jpg", "sound": "a.mp3"}
-    values = {"screenshot": "s3://b/0", "b64": data, "data": data, **further}
-    row = (chat(ANSWER) if key in further else chat_without_images()) | {
-        key: values.get(key, "x/0.pdf")
-    }
+@each("key", ["screenshot", "doc", "scan", "page", "figure", "b64", "data"])
+def test_images_under_other_keys_are_refused(tmp_path: Path, key: str) -> None:
+    value = {"screenshot": "s3://b/0", "page": "x/0.pdf"}.get(key, base64.b64encode(PNG).decode())
+    messages = [{"role": "user", "content": "Where?"}, ANSWER]
     with pytest.raises(UserError, match="an image, a video or audio") as caught:
-        parse(row, tmp_path)
+        parse({"messages": messages, key: value}, tmp_path)
     assert "move it to `images`" in str(caught.value.remedy)
 
 
-LOSS_KEYS = {
-    **dict.fromkeys(("no_loss", "skipLoss", "ignore_loss", "masked_out", "ignore", "exclude"), 0),
-    **dict.fromkeys(("compute_loss", "training", "do_train", "trained", "train_on_turn"), 1),
-    **dict.fromkeys(("label_mask", "loss_mask", "use_for_training", "calculate_loss"), 1),
-}
+@each("name", ["image_b", "depth", "sam_mask", "cropped_image", "next_image", "sound"])
+def test_further_images_are_refused(tmp_path: Path, name: str) -> None:
+    value = "a.mp3" if name == "sound" else "b.jpg"
+    with pytest.raises(UserError, match="an image, a video or audio"):
+        parse(chat(ANSWER, **{name: value}), tmp_path)
 
 
 @pytest.mark.parametrize("as_type", [bool, int])
 def test_loss_of_turns_is_used_unless_it_is_the_default(tmp_path: Path, as_type: type[int]) -> None:
-    for key, default in LOSS_KEYS.items():
+    for key, default in CASES["loss"].items():
         _, other_keys = parse(chat({**ANSWER, key: as_type(default)}), tmp_path)
         assert other_keys == {f"{key} of turns, not imported": 1}
         example, other_keys = parse(chat({**ANSWER, key: as_type(not default)}), tmp_path)
@@ -374,21 +299,8 @@ def test_loss_of_turns_is_used_unless_it_is_the_default(tmp_path: Path, as_type:
             parse(chat({**ANSWER, key: "So."}), tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("record", "counts"),
-    [
-        (chat(ANSWER, label="dog", source="b"), {"label in meta": 1, "source in meta": 1}),
-        (chat({**ANSWER, "name": None, "weight": 1}), {"name of turns, not imported": 1}),
-        (chat(ANSWER, file_name="b.jpg"), {"file_name in meta": 1}),
-        ({**TRL, "images": "a.png"}, {}),
-        ({"prompt": "<image>Where?", "completion": "There.", "images": ["a.png"]}, {}),
-        ({"messages": json.dumps(chat(ANSWER)["messages"])}, {}),
-        ({"messages": str(chat(ANSWER)["messages"])}, {}),
-    ],
-)
-def test_further_keys_are_counted(
-    tmp_path: Path, record: dict[str, Any], counts: dict[str, int]
-) -> None:
+@pytest.mark.parametrize(("record", "counts"), CASES["test_further_keys_are_counted"])
+def test_further_keys_are_counted(tmp_path, record, counts):
     example, other_keys = parse(record, tmp_path)
     assert other_keys.items() >= counts.items()
     assert [part.type for part in example.prompt_messages[0].content] == ["image", "text"]
@@ -414,7 +326,7 @@ def test_parts_of_parquet_and_qwen_vl_utils(tmp_path: Path) -> None:
     assert other_keys == {"min_pixels of content parts, not imported": 1}
 
 
-@pytest.mark.parametrize("key", REASONING_KEYS)
+@each("key", REASONING_KEYS)
 def test_reasoning_becomes_part_of_the_answer(tmp_path: Path, key: str) -> None:
     example, _ = parse(chat({**ANSWER, key: "It is there.\n"}), tmp_path)
     assert example.answers[0][0].text == "<think>\nIt is there.\n</think>\n\nThere."
@@ -448,7 +360,7 @@ def test_duplicate_json_keys_are_refused(tmp_path: Path, text: str) -> None:
         import_dataset(tmp_path / "rows.jsonl", tmp_path / "out", ImportOptions())
 
 
-@pytest.mark.parametrize(
+@each(
     "notation",
     [
         *("[200,250,600,700]", "[[200, 250], [600, 700]]", "(200,250,600,700)", "200 250 600 700"),
@@ -469,15 +381,7 @@ def test_notations_of_box_tokens(tmp_path: Path, notation: str) -> None:
         assert box.xyxy == (8, 7.5, 24, 21)
 
 
-@pytest.mark.parametrize(
-    ("answer", "what"),
-    [
-        ("<|box_start|>(1,2),(3,4),(5,6)<|box_end|>", "not a box"),
-        ('{"bbox_2d": [1, 2, 3, 4], "color": "red"}', r"the box \{.*without other keys"),
-        ('{"items": [{"bbox_2d": [1, 2, 3, 4]}]}', r"the box \{.*outside of other JSON"),
-        ("<|quad_start|>(1,2),(3,4),(5,6),(7,8)<|quad_end|>", "the placeholder"),
-    ],
-)
+@pytest.mark.parametrize(("answer", "what"), CASES["test_unsupported_boxes_are_named"])
 def test_unsupported_boxes_are_named(tmp_path: Path, answer: str, what: str) -> None:
     with pytest.raises(UserError, match="(?s)" + what):
         parse({"query": "<image>Where?", "response": answer, "images": ["a.png"]}, tmp_path)

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+import tarfile
 import tracemalloc
 import zipfile
 from datetime import datetime
@@ -10,12 +11,24 @@ from pathlib import Path
 from typing import Any
 
 import openpyxl
+import pyarrow
 import pytest
+from container_fixtures import write_tar
 from each_value import each
+from hub_fixtures import make_png
 from image_fixtures import write_jsonl
+from pyarrow import parquet
 
 from finesight.data import row_reader
-from finesight.data.row_reader import SourceRow, open_row_file
+from finesight.data.row_reader import (
+    SourceRow,
+    is_json_object,
+    is_webdataset,
+    list_folder,
+    open_row_file,
+    open_webdataset,
+    split_member_name,
+)
 from finesight.errors import UserError
 
 RECORDS = [{"id": n, "text": f'row {n}, \u2028 "quoted"\nline'} for n in range(5)]
@@ -33,13 +46,6 @@ def as_csv(path: Path, records: list[dict[str, Any]], delimiter: str = ",") -> P
     lines = [records[0].keys(), *(record.values() for record in records)]
     text = "".join(delimiter.join(map(cell, line)) + "\r\n" for line in lines)
     path.write_bytes(b"\xef\xbb\xbf" + text.encode())
-    return path
-
-
-def as_parquet(path: Path, records: list[dict[str, Any]], group: int = 2) -> Path:
-    pyarrow = pytest.importorskip("pyarrow")
-    parquet = pytest.importorskip("pyarrow.parquet")
-    parquet.write_table(pyarrow.Table.from_pylist(records), path, row_group_size=group)
     return path
 
 
@@ -69,9 +75,11 @@ def test_json_array_with_any_suffix(tmp_path: Path, suffix: str) -> None:
     assert rows[1].location == "row 2"
 
 
-@pytest.mark.parametrize(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
+@each(("start", "stop"), [(0, 5), (1, 4), (3, 4), (4, 5), (2, 2)])
 def test_parquet_row_groups(tmp_path: Path, start: int, stop: int) -> None:
-    rows = open_row_file(as_parquet(tmp_path / "a.parquet", RECORDS))
+    path = tmp_path / "a.parquet"
+    parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path, row_group_size=2)
+    rows = open_row_file(path)
     assert rows.num_rows == 5
     chosen = list(rows.iter_range(start, stop))
     assert [row.record for row in chosen] == RECORDS[start:stop]
@@ -113,9 +121,7 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("a", b"", "a", "a file of type (no suffix)"),
     ],
 )
-def test_invalid_files_are_rejected(
-    tmp_path: Path, name: str, content: bytes, where: str, what: str
-) -> None:
+def test_invalid_files_are_rejected(tmp_path, name, content, where, what):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError) as caught:
         open_row_file(tmp_path / name)
@@ -231,3 +237,120 @@ def test_first_row_without_header_is_a_row(tmp_path: Path, suffix: str, first: s
     assert records[0]["1"][:99] == first[:99]
     assert reader.text_format.endswith("; no header, columns 1 to 3")
     assert reader.num_rows == 2
+
+
+def test_files_are_grouped_by_name(tmp_path: Path) -> None:
+    files = {}
+    for n in range(5):
+        files[f"train/{n:04}.png"] = make_png(n)
+        files[f"train/{n:04}.txt"] = f"caption {n}\n".encode()
+        files[f"train/{n:04}.json"] = json.dumps({"width": 64, "image": "x"}).encode()
+    files["__index__"] = b"x"
+    tar = write_tar(tmp_path / "a.tar", files)
+    assert is_webdataset(tar)
+    rows = open_webdataset(tar)
+    assert rows.num_rows == 5
+    (second, third) = rows.iter_range(1, 3)
+    assert (second.number, second.location) == (2, "sample train/0001")
+    assert second.record == {
+        "id": "train/0001", "image": make_png(1), "txt": "caption 1", "width": 64, "json.image": "x"
+    }  # fmt: skip
+    assert third.record["txt"] == "caption 2"
+
+
+def test_several_images_per_sample(tmp_path: Path) -> None:
+    files = {"1.left.png": make_png(1), "1.right.png": make_png(2), "1.json": b"[3]"}
+    (row,) = open_webdataset(write_tar(tmp_path / "a.tar", files)).iter_range(0, 1)
+    assert row.record == {
+        "id": "1", "left.png": make_png(1), "right.png": make_png(2), "json": [3]
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"images/1.png": b"", "labels/1.txt": b""},
+        {"1.png": b"", "1.txt": b"", "classes.txt": b""},
+        {"train.jsonl": b"", "1.png": b""},
+        {"1.png": b"", "1.json": b'{"imagePath": "1.png"}'},
+        {},
+    ],
+)
+def test_other_tars_are_archives(tmp_path: Path, files: dict[str, bytes]) -> None:
+    assert not is_webdataset(write_tar(tmp_path / "a.tar", files))
+
+
+def test_invalid_tars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = write_tar(tmp_path / "a.tar", {"1.png": make_png(1), "1.txt": b"a", "1.json": b"{"})
+    with pytest.raises(UserError, match=r"1\.json: broken JSON"):
+        list(open_webdataset(full).iter_range(0, 1))
+    write_tar(full, {"1.png": make_png(1), "1.txt": b"\xff"})
+    with pytest.raises(UserError, match="not UTF-8"):
+        list(open_webdataset(full).iter_range(0, 1))
+    full.write_bytes(full.read_bytes()[:700])
+    with pytest.raises(UserError, match=r"ends early|cannot be read"):
+        list(open_webdataset(full).iter_range(0, 1))
+    (tmp_path / "none.tar").write_bytes(b"none" * 300)
+    for read in (open_webdataset, is_webdataset):
+        with pytest.raises(UserError, match="cannot be read: ReadError"):
+            read(tmp_path / "none.tar")
+    with pytest.raises(UserError, match="no such file"):
+        open_webdataset(tmp_path / "missing.tar")
+    with pytest.raises(UserError, match="contains no samples"):
+        open_webdataset(write_tar(tmp_path / "empty.tar", {}))
+    monkeypatch.setattr(row_reader, "MAX_MEMBER_BYTES", 10)
+    with pytest.raises(UserError, match="has 11 bytes"):
+        list(open_webdataset(write_tar(full, {"1.txt": b"a" * 11})).iter_range(0, 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("0001.jpg", ("0001", "jpg")),
+        ("./0001.jpg", ("0001", "jpg")),
+        ("./a//b.left.JPG", ("a/b", "left.jpg")),
+        ("a.b/c.d", ("a.b/c", "d")),
+        ("a/../b.c", ("a/../b", "c")),
+        ("/b.c", ("/b", "c")),
+        ("/a/b", ("/a/b", "")),
+        ("a/.hidden", ("a/", "hidden")),
+    ],
+)
+def test_member_name_is_split_into_key_and_suffix(name: str, parts: tuple[str, str]) -> None:
+    assert split_member_name(tarfile.TarInfo(name)) == parts
+
+
+def test_files_are_grouped_by_kind(tmp_path: Path) -> None:
+    root = tmp_path / "set"
+    names = ("b.PNG", "a.jpg", "in/c.txt", "in/.hidden", ".git/x.jpg", "sha256.json", "noend")
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
+    found = list_folder(root)
+    assert found.image_files() == [root / "a.jpg", root / "b.PNG"]
+    assert found.files_with_suffix(".txt") == [root / "in" / "c.txt"]
+    assert str(found) == "1 .jpg, 1 .png, 1 .txt, 1 no suffix"
+
+
+def test_linked_folders_are_followed_once(tmp_path: Path) -> None:
+    root, elsewhere = tmp_path / "set", tmp_path / "elsewhere"
+    root.mkdir()
+    elsewhere.mkdir()
+    (elsewhere / "a.jpg").touch()
+    (root / "images").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(root)
+    (elsewhere / "again").symlink_to(elsewhere)
+    assert list_folder(root).image_files() == [root / "images" / "a.jpg"]
+
+
+def test_json_object_detection(tmp_path: Path) -> None:
+    for name, content, is_object in (
+        ("a.json", b'\xef\xbb\xbf \n{"a": 1}', True),
+        ("a.JSON", b"{", True),
+        ("a.json", b"[{}]", False),
+        ("a.json", b"", False),
+        ("a.jsonl", b"{}", False),
+    ):
+        (tmp_path / name).write_bytes(content)
+        assert is_json_object(tmp_path / name) is is_object
+    assert not is_json_object(tmp_path / "missing.json")

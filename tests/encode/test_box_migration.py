@@ -95,19 +95,7 @@ def run_migration(
     return (folder / "new.json").read_bytes().decode(), done
 
 
-@each(
-    "record",
-    [
-        {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": OLD}]},
-        {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": OLD}]},
-        {"messages": [{"role": "assistant", "content": [{"type": "text", "text": OLD}]}]},
-        {"query": "q", "response": OLD, "history": [["q", OLD], ["q", "none"]]},
-        {"instruction": "q", "input": "", "output": OLD},
-        {"conversation": [{"human": "q", "assistant": OLD}]},
-        {"history": [{"role": "assistant", "content": OLD}], "rejected_response": OLD},
-        {"id": "identity_0", "extra": {"response": OLD}},
-    ],
-)
+@each("record", CASES["test_every_conversation_layout"])
 def test_every_conversation_layout(tmp_path, record):
     text = json.dumps(record)
     written, done = run_migration(tmp_path, text)
@@ -147,18 +135,7 @@ def test_only_answers_are_rewritten(tmp_path):
 PART = {"type": "image_url", "image_url": {"url": "a.png"}}
 
 
-@each(
-    "image",
-    [
-        {"image": "a.png"},
-        {"images": ["a.png"]},
-        {"images": [{"path": "a.png"}]},
-        {"conversations": [{"from": "user", "value": "Picture 1: <img>a.png</img>\nWhere?"}]},
-        {"query": "<|vision_start|>a.png<|vision_end|>Where?"},
-        {"messages": [{"role": "user", "content": [{"type": "image", "image": "a.png"}]}]},
-        {"messages": [{"role": "user", "content": [PART, PART]}]},
-    ],
-)
+@each("image", CASES["test_pixels_refer_to_resized_image"])
 def test_pixels_refer_to_resized_image(tmp_path, image):
     write_gray_image(tmp_path / "a.png", 1000, 500)
     text = json.dumps({**image, "response": OLD})
@@ -172,15 +149,7 @@ def test_pixels_refer_to_resized_image(tmp_path, image):
     assert json.loads(written)["response"] == PIXELS
 
 
-@each(
-    ("row", "what"),
-    [
-        ({"response": OLD}, "a record of 0 images"),
-        ({"images": ["a.png", "b.png"], "response": OLD}, "a record of 2 images"),
-        ({"image": "missing.png", "response": OLD}, "no such image"),
-        ({"image": "a.png", "response": "<|box_start|>"}, "invalid box in"),
-    ],
-)
+@each(("row", "what"), CASES["test_boxes_without_unique_image_are_rejected"])
 def test_boxes_without_unique_image_are_rejected(tmp_path, row, what):
     write_gray_image(tmp_path / "a.png", 1000, 500)
     write_gray_image(tmp_path / "b.png")

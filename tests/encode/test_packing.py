@@ -14,7 +14,6 @@ from finesight.encode.packing import (
     PAD_MULTIPLE,
     PackedBatch,
     compute_min_budget,
-    effective_prefix_length,
     find_shared_prefix_length,
     pack,
     pad_batch,
@@ -202,8 +201,3 @@ def test_shared_prefix_length():
         samples = [make_prefixed(one, image).tokenized for one in ids]
         orders = itertools.permutations(samples)
         assert {find_shared_prefix_length(order) for order in orders} == {shared}
-
-
-def test_prefix_is_shared_from_two_percent_savings():
-    assert effective_prefix_length(4, [100, 100]) == 4
-    assert effective_prefix_length(4, [100, 101]) == 0

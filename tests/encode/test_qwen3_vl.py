@@ -1,6 +1,5 @@
 """Timestamps of videos and reasoning apart from answers in Qwen3-VL."""
 
-import numpy as np
 import pytest
 from case_files import load_cases
 from conversation_fixtures import decode_supervised, make_folder, make_text_sample
@@ -108,16 +107,6 @@ def test_only_last_answer_keeps_its_reasoning(thinking_renderer):
         last_answer = supervised.split("<|im_end|>")[-2]
         assert text.endswith(f"<|im_start|>assistant\n<think>\n{last_answer}<|im_end|>\n")
         assert text.count("<think>") == (2 if TOOL in turns else 1)
-
-
-@each("answer", ["<think>\na\n</think>\n\nb", "b", "\n\nthree", "<think>"])
-def test_prompt_is_prefix_of_sample(thinking_renderer, answer):
-    located_sample = make_text_sample("one?", "<think>x</think>y", "two?", answer)
-    full = thinking_renderer.tokenize(located_sample)
-    prompt = thinking_renderer.tokenize_prompt(located_sample)
-    start = prompt.num_tokens
-    np.testing.assert_array_equal(prompt.ids_T, full.ids_T[:start])
-    assert full.loss_mask_T[start:].tolist() == [True] * (full.num_tokens - start - 1) + [False]
 
 
 def test_boxes_in_reasoning_are_supervised_but_not_the_answer(thinking_renderer, tmp_path):

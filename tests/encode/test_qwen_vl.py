@@ -119,12 +119,15 @@ def test_image_has_448_pixels_and_256_tokens(renderer, tmp_path):
     assert (squares.reshape(448, 448, 3) == np.asarray(expected)).all()
 
 
-def test_image_size_is_fixed_by_the_model(renderer):
+def test_image_size_is_fixed_and_user_text_never_becomes_a_special_token(renderer):
     folder, fixed = ModelFolder(ASSETS), ExactSize(height=448, width=448)
     assert renderer.image_rule == NativeRenderer(folder, fixed).image_rule == fixed
     with pytest.raises(UserError, match="longest_side=500") as caught:
         NativeRenderer(folder, LongestSide(longest_side=500))
     assert "448 x 448" in caught.value.expected
+    for token in SPECIAL_TOKENS:
+        ids = renderer.tokenizer.encode(f"a {token} b")
+        assert max(ids) < renderer.tokenizer.token_to_id("<|endoftext|>"), token
 
 
 def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path):
@@ -142,13 +145,6 @@ def test_text_only_model_and_inconsistent_token_ids_are_rejected(tmp_path):
 
 
 NUM_IMAGE_IDS = 256
-
-
-@pytest.fixture(scope="module")
-def published() -> TiktokenTokenizer:
-    if not ASSETS.is_dir():
-        pytest.skip("no folder with published files beside the repository")
-    return TiktokenTokenizer(ASSETS / "qwen.tiktoken")
 
 
 @pytest.fixture
@@ -175,7 +171,8 @@ def encode_pieces(tokenizer: TiktokenTokenizer, pieces: list[TextPiece]) -> Iter
             yield tokenizer.token_to_id("</img>")
 
 
-def test_string_ids_match_published_code(published):
+def test_string_ids_match_published_code(renderer):
+    published = renderer.tokenizer
     for number, pieces in enumerate(make_strings(500, 7)):
         ids = np.array(list(encode_pieces(published, pieces)), "<i4")
         assert [len(ids), zlib.crc32(ids.tobytes())] == STORED["strings"][number], pieces
@@ -183,12 +180,6 @@ def test_string_ids_match_published_code(published):
     found = [published.token_to_id(name) for name in names]
     assert found == [151643, 151644, 151645, 151851, 151853, 151857, 151859]
     assert published.list_special_tokens() == SPECIAL_TOKENS
-
-
-def test_user_text_never_becomes_a_special_token(published):
-    for token in SPECIAL_TOKENS:
-        ids = published.encode(f"a {token} b")
-        assert max(ids) < published.token_to_id("<|endoftext|>"), token
 
 
 def test_tokens_of_a_small_vocabulary(small):

@@ -7,7 +7,6 @@ import ast
 import importlib.util
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -79,7 +78,7 @@ SAMPLERS = {
     ],
 )
 def test_sampled_frames_match_transformers(family, name):
-    for total in (*range(2, 200), 449, 450, 900, 5000, 36_001, 107_892):
+    for total in (*range(2, 100), 199, 449, 450, 900, 5000, 36_001, 107_892):
         for video_fps in FPS:
             for fps in (0.5, 1.0, 2.0, 4.0):
                 metadata = SimpleNamespace(total_num_frames=total, fps=video_fps)
@@ -101,7 +100,7 @@ def test_video_sizes_match_transformers():
     rng = np.random.default_rng(0)
     for least, most in ((4096, 25165824), (131072, 786432)):
         limits = PixelRange(min_pixels=least, max_pixels=most)
-        for _ in range(2000):
+        for _ in range(500):
             size = height, width = rng.integers(8, 1500, 2).tolist()
             num_frames = int(rng.integers(2, 300))
             pixels = {"min_pixels": least, "max_pixels": most}
@@ -184,8 +183,10 @@ def test_several_videos_in_a_sample(tmp_path, renderer):
     np.testing.assert_array_equal(np.concatenate(alone), encoded.patches_ND)
 
 
-@each("fps", [0.7, 2.0, 3.0, 7.0])
-@each(("num_frames", "video_fps"), [(61, 10), (90, 24), (50, 30)])
+@each(
+    ("num_frames", "video_fps", "fps"),
+    [(61, 10, 0.7), (61, 10, 3.0), (90, 24, 2.0), (90, 24, 7.0), (50, 30, 0.7), (50, 30, 7.0)],
+)
 def test_positions_and_timestamps_match_transformers(
     tmp_path, renderer, num_frames, video_fps, fps
 ):
@@ -216,15 +217,18 @@ def test_positions_and_timestamps_match_transformers(
 
 
 def test_published_limits_apply_to_video_files(shared, tmp_path):
-    folder = ModelFolder(shared / "qwen_assets" / "Qwen3.5-0.8B")
-    renderer = NativeRenderer(folder)
+    folder = make_folder(tmp_path / "model", "qwen3_5")
+    for file in (shared / "qwen_assets" / "Qwen3.5-0.8B").glob("*preprocessor_config.json"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"patch_size": 14', '"patch_size": 16'))
+    renderer = NativeRenderer(ModelFolder(folder))
     write_video(tmp_path / "clip.mp4", num_frames=16, size=(1080, 1920))
     tokenized = renderer.tokenize(ask(VideoPart(video="clip.mp4", fps=8.0), folder=tmp_path))
     resize = load_function("qwen3_vl.video_processing_qwen3_vl", "smart_resize")
     expected = resize(16, 1080, 1920, factor=32, min_pixels=4096, max_pixels=25165824)
     assert {span.resized_size for span in tokenized.spans} == {expected}
     assert tokenized.num_patches <= 25165824 // 16**2 // 2
-    assert len(renderer.load_patches(replace(tokenized, spans=tokenized.spans[:2])).patches_ND) > 0
 
 
 def test_qwen_vl_rejects_video_files(tmp_path):

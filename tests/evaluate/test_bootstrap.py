@@ -45,9 +45,7 @@ from finesight.evaluate.bootstrap import (
         (0, 1, (0.0, 0.975)),
     ],
 )
-def test_exact_interval_is_that_of_other_programs(
-    successes: int, trials: int, expected: tuple[float, float]
-) -> None:
+def test_exact_interval_is_that_of_other_programs(successes, trials, expected):
     assert clopper_pearson_interval(successes, trials) == pytest.approx(expected, abs=1e-10)
 
 
@@ -63,9 +61,7 @@ def test_exact_interval_is_that_of_other_programs(
         (0, 0, 30, (-(1.959964**2) / (30 + 1.959964**2), 1.959964**2 / (30 + 1.959964**2))),
     ],
 )
-def test_interval_of_pairs_is_that_of_the_literature(
-    gained: int, lost: int, trials: int, expected: tuple[float, float]
-) -> None:
+def test_interval_of_pairs_is_that_of_the_literature(gained, lost, trials, expected):
     assert tango_interval(gained, lost, trials) == pytest.approx(expected, abs=1e-6)
 
 
@@ -85,7 +81,7 @@ def values(*value_list: float) -> FloatArray:
     return np.array(value_list, np.float64)
 
 
-@each("samples", [1, 7, 50, 2000, 30_000])
+@each("samples", [1, 50, 30_000])
 def test_resamples_are_always_the_same(samples: int) -> None:
     pieces = list(iter_resample_weights(samples))
     assert sum(len(weights) for weights, _ in pieces) == NUM_RESAMPLES
@@ -174,9 +170,7 @@ EMPTY = estimate_ratio(np.zeros(MIN_SAMPLES), np.zeros(MIN_SAMPLES))
         (EMPTY, EMPTY, REASON_NO_SAMPLES),
     ],
 )
-def test_difference_without_interval_has_a_reason(
-    was: ScoreEstimator, now: ScoreEstimator, reason: str
-) -> None:
+def test_difference_without_interval_has_a_reason(was, now, reason):
     assert get_missing_difference_reason(was, now) == reason
     found = compute_difference_intervals({"score": was}, {"score": now})["score"]
     assert (found is None) == bool(reason)

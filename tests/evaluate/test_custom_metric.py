@@ -43,21 +43,14 @@ def write_metric(folder: Path, text: str) -> str:
     return f"{folder / 'mine.py'}:score"
 
 
-def test_single_score_is_named_after_function(tmp_path: Path) -> None:
+def test_single_and_several_scores_with_headline(tmp_path: Path) -> None:
     metric = write_metric(tmp_path, "def score(case): return case.answer in case.references")
     scored = compute_metrics(metric, CASES)
     assert scored.scores == {"score": 0.5, "ended_with_eos": 1.0}
     assert get_primary_metric(metric, scored.scores) == "score"
     assert set(scored.intervals()) == {"score", "ended_with_eos"}
-
-
-def test_several_scores_with_headline(tmp_path: Path) -> None:
-    metric = write_metric(
-        tmp_path,
-        "HEADLINE = 'same'\n"
-        "def score(case):\n"
-        "    return {'length': len(case.answer), 'same': case.answer == case.references[0]}\n",
-    )
+    scores = "{'length': len(case.answer), 'same': case.answer == case.references[0]}"
+    metric = write_metric(tmp_path, f"HEADLINE = 'same'\ndef score(case): return {scores}\n")
     scored = compute_metrics(metric, CASES)
     assert list(scored.scores.items()) == [("same", 0.5), ("length", 2.0), ("ended_with_eos", 1.0)]
     assert get_primary_metric(metric, scored.scores) == "same"
@@ -65,23 +58,13 @@ def test_several_scores_with_headline(tmp_path: Path) -> None:
 
 
 @each(("text", "where", "what"), TABLES["test_metric_error_is_reported_with_its_line"])
-def test_metric_error_is_reported_with_its_line(
-    tmp_path: Path, text: str, where: str, what: str
-) -> None:
+def test_metric_error_is_reported_with_its_line(tmp_path, text, where, what):
     with pytest.raises(UserError, match=what) as caught:
         compute_metrics(write_metric(tmp_path, text), CASES)
     assert caught.value.where == str(tmp_path / where)
 
 
-@each(
-    ("text", "message"),
-    [
-        ("def score(case): return case.no_such_thing\n", "AttributeError"),
-        ("def score(case): return case.answer.split()[0] == 'a'\n", "IndexError.*answer ''"),
-        ("def score(case): return {'right': 1, 'cer': 0.5}\n", "the score name cer is reserved"),
-        ("def score(case): return {'ended_with_eos': 1}\n", "name ended_with_eos is reserved"),
-    ],
-)
+@each(("text", "message"), TABLES["test_broken_metric_fails_before_generation"])
 def test_broken_metric_fails_before_generation(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         check_references(write_metric(tmp_path, text), [(("a",), ())])
@@ -169,9 +152,7 @@ def test_named_metric_is_executed_and_trusted(made: Run, tmp_path: Path) -> None
     assert made.executed_by("eval", tmp_path / "again") == (0, True)
 
 
-def test_training_the_recipe_of_a_run_folder_asks_first(
-    made: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_the_recipe_of_a_run_folder_asks_first(made, tmp_path, capsys):
     recipe, link, other = made.folder / "recipe.yaml", tmp_path / "link.yaml", tmp_path / "other"
     link.symlink_to(recipe)
     steps = ("train.steps=1", "train.epochs=null")
@@ -195,21 +176,7 @@ def test_resuming_into_a_copy_that_others_wrote_asks_first(made: Run, tmp_path: 
     assert made.executed_by("train", tmp_path / "recipe.yaml", "--resume") == (2, False)
 
 
-@each(
-    "command",
-    [
-        "plan {recipe} --gpu T4",
-        "show {recipe}",
-        "check {recipe}",
-        "report {run} --out {new}/report.html",
-        "compare {run} {new}/second --out {new}/compare.html",
-        "doctor {run}",
-        "predict {run} {task}/train0.png --prompt Which?",
-        "merge {run} {new}/merged",
-        "launch {recipe} --out {new}/job.sh",
-        "export serve {run}/model",
-    ],
-)
+@each("command", TABLES["test_other_commands_execute_no_metric"])
 def test_other_commands_execute_no_metric(made: Run, command: str, tmp_path: Path) -> None:
     """Even a trusted metric."""
     trust_metric(made.metric)
@@ -268,9 +235,7 @@ def test_read_only_home_does_not_fail(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 @each("name", ["loop.py", "a\0b.py", "x" * 300 + ".py", "~nobody-of-this-name/a.py"])
-def test_impossible_metric_file_is_missing(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_impossible_metric_file_is_missing(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("loop.py").symlink_to("loop.py")
     metric = f"{name}:score"

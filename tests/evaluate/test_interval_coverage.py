@@ -30,9 +30,7 @@ def compute_least(sets: int, covered: float = 0.95) -> float:
     ("name", "samples", "sets", "score"),
     load_cases("interval_coverage")["test_intervals_cover_where_the_percentile_bootstrap_does_not"],
 )
-def test_intervals_cover_where_the_percentile_bootstrap_does_not(
-    name: str, samples: int, sets: int, score: str
-) -> None:
+def test_intervals_cover_where_the_percentile_bootstrap_does_not(name, samples, sets, score):
     values = {score: get_population_values(BY_NAME[name])[score]}
     methods: list[Method] = ["percentile", "now"]
     percentile, now = coverage(BY_NAME[name], samples, sets, values, methods)

@@ -28,10 +28,7 @@ FORM = {"shop": "A  B", "items": [{"price": 2.0, "n": 1}, {"price": 2}], "tip": 
 @each(
     ("text", "fields"),
     [
-        (
-            json.dumps(FORM),
-            {("shop", "A B"): 1, ("items.price", "2"): 2, ("items.n", "1"): 1},
-        ),
+        (json.dumps(FORM), {("shop", "A B"): 1, ("items.price", "2"): 2, ("items.n", "1"): 1}),
         ('```json\n{"a": true}\n```', {("a", "true"): 1}),
         ("``` [1] ```", {("", "1"): 1}),
         ("[]", {}),

@@ -40,10 +40,7 @@ def test_deeply_nested_scripts_are_ordered() -> None:
 
 
 def test_best_reference_counts_and_bleu_uses_tokens() -> None:
-    cases = [
-        EvalCase("x^2", (), ("y + z", "x^{2}"), ()),
-        EvalCase("a b c d", (), ("a b c e",), ()),
-    ]
+    cases = [EvalCase("x^2", (), ("y + z", "x^{2}"), ()), EvalCase("a b c d", (), ("a b c e",), ())]
     scores = score_latex(cases).scores
     assert scores["similarity"] == pytest.approx((1 + 0.75) / 2)
     assert (scores["exact"], scores["edit_distance"]) == (0.5, 0.5)

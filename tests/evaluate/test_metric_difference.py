@@ -95,9 +95,7 @@ def test_answers_are_paired_by_sample_id_and_in_order() -> None:
 @each(
     ("name", "before", "after", "verdict"), CASES["test_metric_without_resamples_compares_values"]
 )
-def test_metric_without_resamples_compares_values(
-    name: str, before: float, after: float, verdict: str
-) -> None:
+def test_metric_without_resamples_compares_values(name, before, after, verdict):
     assert build_unsampled_difference(name, before, after).verdict == verdict
 
 

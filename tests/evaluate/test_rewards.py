@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from case_files import load_cases
 from each_value import each
 
 from finesight.config import RewardSettings
@@ -14,6 +15,8 @@ from finesight.evaluate.eval_case import EvalCase
 from finesight.evaluate.rewards import RewardScorer
 from finesight.recipe import recipe_from_dict
 from finesight.train.run_dir import RunDir
+
+CASES = load_cases("rewards")
 
 
 def make_case(answer: str = "", reference: str = "", boxes=(), reference_boxes=()) -> EvalCase:
@@ -35,40 +38,9 @@ BOX = (10, 10, 30, 30)
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
 
 
-@each(
-    ("reward", "case", "expected"),
-    [
-        ("exact", make_case(" a  b ", "a b"), 1),
-        ("exact", make_case("a", "b"), 0),
-        ("json.f1", make_case('{"a": 1}', '{"a": 1, "b": 2}'), 2 / 3),
-        ("json", make_case("{}", "no JSON"), None),
-        ("latex", make_case("x^2", "x^2"), 1),
-        ("latex.rendered", make_case(r"\frac12", r"\frac{1}{2}"), 1),
-        ("latex.rendered", make_case("x", r"\left("), None),
-        ("grounding", make_case(boxes=[(20, 10, 30, 30)], reference_boxes=[BOX]), 1),
-        ("detection", make_case(boxes=[BOX, (60, 60, 70, 70)], reference_boxes=[BOX]), 2 / 3),
-        ("boxes", make_case(boxes=[BOX], reference_boxes=[BOX]), 1),
-        # IoU 0.25, a hit, and a quarter of the size.
-        ("boxes", make_case(boxes=[(15, 15, 25, 25)], reference_boxes=[BOX]), 0.5),
-        # A second box halves the reward, and no box gets none.
-        ("boxes", make_case(boxes=[BOX, (60, 60, 70, 70)], reference_boxes=[BOX]), 0.5),
-        ("boxes", make_case(reference_boxes=[BOX]), 0),
-        ("click", make_case(boxes=[(18, 18, 20, 20)], reference_boxes=[BOX]), 1),
-        ("click", make_case(boxes=[(40, 40, 41, 41)], reference_boxes=[BOX]), 0),
-        # In an image of 1000 x 1000 pixels, points are correct within 70 pixels.
-        ("boxes", make_case(boxes=[(20, 20)], reference_boxes=[(20, 20)]), 1),
-        ("boxes", make_case(boxes=[(20, 20)], reference_boxes=[BOX]), 0),
-        ("click", make_case(boxes=[(18, 18)], reference_boxes=[BOX]), 1),
-        ("click", make_case(boxes=[(18, 20)], reference_boxes=[(50, 60)]), 1),
-        ("click", make_case(boxes=[(18, 20)], reference_boxes=[(80, 60)]), 0),
-        ({"name": "format", "pattern": r"<b>.*</b>"}, make_case("<b>1\n2</b>"), 1),
-        ({"name": "format", "pattern": r"\d+"}, make_case("12 a"), 0),
-        ({"name": "length", "max_length": 4}, make_case("abcdef"), 0.5),
-        ("repetition", make_case("a b c d " * 4), 4 / 13),
-    ],
-)
+@each(("reward", "case", "expected"), CASES["test_built_in_rewards"])
 def test_built_in_rewards(reward, case, expected):
-    assert score(reward, case) == [pytest.approx(expected)]
+    assert score(reward, make_case(**case)) == [pytest.approx(expected)]
 
 
 FUNCTIONS = """
@@ -83,7 +55,6 @@ def spins(case):
 def shape(case): return [1.0]
 def prints(case): print("x" * 2_000_000); return 1
 def exits(case): os._exit(3)
-def raises_exit(case): raise SystemExit
 def forks(case):
     os.fork()
     return 1
@@ -109,19 +80,7 @@ def test_functions_score_responses(file):
     assert os.getpid() == pid
 
 
-@each(
-    ("function", "text"),
-    [
-        ("fails", "ZeroDivisionError"),
-        ("hangs", "took more than"),
-        ("spins", "took more than"),
-        ("shape", "the result is"),
-        ("exits", "was killed"),
-        ("raises_exit", "SystemExit"),
-        ("eats", "MemoryError"),
-        ("absent", "no function 'absent'"),
-    ],
-)
+@each(("function", "text"), CASES["test_failures_name_the_function"])
 def test_failures_name_the_function(file, function, text, monkeypatch):
     # On a busy machine, a crash long after the start counts as a time limit.
     monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3 if text == "took more than" else 20.0)
@@ -144,17 +103,7 @@ def test_score_that_rewards_no_correct_response_is_an_error(reward):
         RewardSettings(name=str(reward).partition(".")[2] or "rouge_l")
 
 
-@each(
-    ("answer", "reference", "expected"),
-    [
-        ("0.5", r"\frac{1}{2}", 1),
-        ("The result is $x + 1$.", "$1+x$", 1),
-        ("x^2", "x^3", 0),
-        # Too large to be computed.
-        ("9^{9^{9^9}}", "3", 0),
-        ("3", "", None),
-    ],
-)
+@each(("answer", "reference", "expected"), CASES["test_formulas_are_compared_by_value"])
 def test_formulas_are_compared_by_value(answer, reference, expected, monkeypatch):
     pytest.importorskip("math_verify")
     monkeypatch.setattr(rewards, "MATH_CPU_S", 2.0)

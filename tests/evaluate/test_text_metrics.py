@@ -64,17 +64,7 @@ def test_squad_normalization(text: str, expected: str) -> None:
     assert normalize_answer(text) == expected
 
 
-@each(
-    ("answer", "truth", "expected"),
-    [
-        ("the red car", "a red car", 1.0),
-        ("red car", "red bus", 0.5),
-        ("red red", "red", 2 / 3),
-        ("", "", 1.0),
-        ("the", "", 1.0),
-        ("x", "", 0.0),
-    ],
-)
+@each(("answer", "truth", "expected"), CASES["test_word_f1"])
 def test_word_f1(answer: str, truth: str, expected: float) -> None:
     assert compute_word_f1(answer, truth) == pytest.approx(expected)
 

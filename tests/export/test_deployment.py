@@ -64,16 +64,13 @@ def test_context_length_fits_the_largest_image(most: int, length: int) -> None:
     assert int(given["--max-model-len"]) == length
 
 
-def test_folder_without_run_has_its_pixel_limits_and_no_prompt() -> None:
+def test_folder_without_run_has_its_pixel_limits_and_unsupported_settings_are_noted() -> None:
     serving = of_tiny()
     given = options(serving.vllm, 3)
     assert json.loads(given["--mm-processor-kwargs"]) == {"min_pixels": 3136, "max_pixels": 200704}
     assert json.loads(serving.request) == {"temperature": 0, "skip_special_tokens": False}
     assert serving.as_json()["request"]["skip_special_tokens"] is False
     assert "boxes lose their tokens" in serving.notes[0]
-
-
-def test_unsupported_settings_are_noted() -> None:
     usual = "You are a helpful assistant."
     assert len(of_tiny(PixelRange(min_pixels=784, max_pixels=7840), usual).notes) == 1
     notes = of_tiny(ExactSize(height=112, width=504), "Rhyme.").notes
@@ -81,17 +78,13 @@ def test_unsupported_settings_are_noted() -> None:
     assert notes[2].endswith("system prompt of the training: 'Rhyme.'")
 
 
-def test_adapter_must_be_merged_first(tmp_path: Path) -> None:
+def test_adapter_must_be_merged_first_and_model_of_run_is_named_after_it(tmp_path: Path) -> None:
     tiny = ModelFolder(TINY_MODEL_FOLDER)
     with pytest.raises(UserError, match="vLLM ignores adapters of the vision encoder"):
         build_serving_commands(ModelSource(tiny, tmp_path, None), "runs/latex")
     with pytest.raises(UserError, match="is an adapter on a base"):
         build_serving_commands(ModelSource(tiny, None, None, ("language",)), "runs/latex")
-
-
-def test_model_of_run_is_named_after_the_run() -> None:
-    source = ModelSource(ModelFolder(TINY_MODEL_FOLDER), None, None)
-    line = build_serving_commands(source, "runs/latex").vllm
+    line = build_serving_commands(ModelSource(tiny, None, None), "runs/latex").vllm
     assert shlex.split(line)[:3] == ["vllm", "serve", str(TINY_MODEL_FOLDER)]
     assert options(line, 3)["--served-model-name"] == "latex"
 

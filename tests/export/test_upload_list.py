@@ -74,9 +74,7 @@ def upload(folder: Path, name: str, *, public: bool = False) -> str:
     return publish_model(parse_address(name), files, public=public, message="Upload")
 
 
-def test_model_is_uploaded_completely_and_private(
-    target: Target, model: Path, tmp_path: Path
-) -> None:
+def test_model_is_uploaded_completely_and_private(target, model, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(model, folder)
     for extra in ("modeling_tiny.py", "optimizer.pt", "notes.docx", "old.safetensors"):
@@ -109,9 +107,7 @@ def test_new_version_is_a_new_commit(target: Target, model: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("public", [False, True])
-def test_visibility_is_explicit_and_never_changed(
-    target: Target, model: Path, public: bool
-) -> None:
+def test_visibility_is_explicit_and_never_changed(target, model, public):
     upload(model, target.address, public=not public)
     assert target.is_private is public
     count = len(target.server.requests)
@@ -120,9 +116,7 @@ def test_visibility_is_explicit_and_never_changed(
     assert len(target.server.requests) == count + 1
 
 
-def test_missing_and_wrong_tokens(
-    target: Target, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_missing_and_wrong_tokens(target, model, monkeypatch):
     variable = VARIABLES[target.address.partition(":")[0]]
     monkeypatch.setenv(variable, "another")
     with pytest.raises(UserError) as caught:
@@ -146,12 +140,6 @@ def test_failed_upload_leaves_repository_empty(target: Target, model: Path) -> N
     assert target.files == {}
 
 
-@pytest.mark.parametrize("name", ["hf:me/latex@v1", "modelscope:datasets/me/latex"])
-def test_invalid_targets_are_rejected(model: Path, name: str) -> None:
-    with pytest.raises(UserError, match="is not a model, or has a revision"):
-        upload(model, name)
-
-
 def test_changed_folder_is_rejected(tmp_path: Path) -> None:
     folder = create_tiny_model(tmp_path / "tiny")
     config = folder / "config.json"
@@ -164,3 +152,9 @@ def test_changed_folder_is_rejected(tmp_path: Path) -> None:
 def test_modelscope_token_is_sent_only_to_its_hosts(url: str, shown: bool) -> None:
     assert modelscope.is_same_domain(url, "https://www.modelscope.cn") is shown
     assert not modelscope.is_same_domain("https://a.127.0.0.1/x", "https://127.0.0.1")
+
+
+@pytest.mark.parametrize("name", ["hf:me/latex@v1", "modelscope:datasets/me/latex"])
+def test_invalid_targets_are_rejected(model: Path, name: str) -> None:
+    with pytest.raises(UserError, match="is not a model, or has a revision"):
+        upload(model, name)

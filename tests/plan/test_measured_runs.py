@@ -1,63 +1,28 @@
 """Estimates compared with measured runs on one H200 (benchmarks/results)."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from case_files import load_cases
 
-from finesight.config import QuantizablePart, Recipe
+from finesight.config import Recipe
 from finesight.model_folder import ModelFolder
 from finesight.plan.dry_run import PlannedPack
 from finesight.plan.peak_memory import compute_peak_memory
 from finesight.plan.settings_search import build_planned_model
 from finesight.plan.step_time import build_named_target
-from finesight.vision.image_processing import GridTHW
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 
 
-@dataclass(frozen=True)
-class MeasuredRun:
-    """A measured run.
-
-    Each step has `packs` packs of `samples` samples. A sample has `tokens` tokens, `labels` labels
-    and an image with this grid.
-    """
-
-    name: str
-    model: str
-    tune: dict[str, Any]
-    samples: int
-    tokens: int
-    labels: int
-    grid: GridTHW
-    packs: int = 1
-    checkpointed_fraction: float = 0.0
-    optimizer: str = "adamw"
-    nf4: tuple[QuantizablePart, ...] = ()
-    fp8: tuple[QuantizablePart, ...] = ()
-    largest_pack_ratio: float = 1.0
-    """Tokens of the largest pack relative to the mean pack."""
-    uses_cuda_graphs: bool = True
-    """False if the shapes of 40 steps differ so much that most packs run eagerly."""
-    uses_vision_cache: bool = False
-    """Whether the image features were cached."""
-    prefix_length: int = 0
-    """Tokens of the shared prefix."""
-    calls: str = "shared_prefix"
-    """Key of the runs with a shared prefix in the report."""
+DEFAULTS: dict[str, Any] = load_cases("measured_runs")["defaults"]
+RUNS = [SimpleNamespace(**DEFAULTS | run) for run in load_cases("measured_runs")["runs"]]
 
 
-RUNS = [
-    MeasuredRun(**{key: tuple(one) if isinstance(one, list) else one for key, one in run.items()})
-    for run in load_cases("measured_runs")["runs"]
-]
-
-
-def measured_run(run: MeasuredRun) -> tuple[float, float]:
+def measured_run(run: SimpleNamespace) -> tuple[float, float]:
     """Return the peak memory in 10^9 bytes and the seconds of a step.
 
     The time is the minimum of several calls, because small steps are bound by the host.
@@ -76,14 +41,14 @@ def measured_run(run: MeasuredRun) -> tuple[float, float]:
     return max(peak for peak, _ in measurements), min(seconds for _, seconds in measurements)
 
 
-def _has_settings(run: MeasuredRun, call: dict[str, Any]) -> bool:
+def _has_settings(run: SimpleNamespace, call: dict[str, Any]) -> bool:
     """Return whether a call measured runs with these settings."""
     command = call["command"]
     return ("fp8" in command, "never" in command) == (bool(run.fp8), not run.uses_vision_cache)
 
 
 @pytest.mark.parametrize("run", RUNS, ids=lambda run: run.name)
-def test_memory_within_10_and_time_within_15_percent(shared: Path, run: MeasuredRun) -> None:
+def test_memory_within_10_and_time_within_15_percent(shared: Path, run: SimpleNamespace) -> None:
     target = build_named_target("H200", "bf16")
     recipe = Recipe.model_validate(
         {
@@ -97,7 +62,7 @@ def test_memory_within_10_and_time_within_15_percent(shared: Path, run: Measured
     if run.nf4:
         pytest.importorskip("bitsandbytes")
     planned = build_planned_model(
-        ModelFolder(shared / "qwen_assets" / run.model), recipe, run.nf4, target
+        ModelFolder(shared / "qwen_assets" / run.model), recipe, tuple(run.nf4), target
     )
     step = planned.step_timer.estimate_step(
         [make_pack(run, 1.0)] * run.packs,
@@ -120,9 +85,9 @@ def test_memory_within_10_and_time_within_15_percent(shared: Path, run: Measured
     assert step.total == pytest.approx(seconds, rel=0.15)
 
 
-def make_pack(run: MeasuredRun, token_ratio: float) -> PlannedPack:
+def make_pack(run: SimpleNamespace, token_ratio: float) -> PlannedPack:
     prefix = (run.prefix_length,) if run.prefix_length else ()
     length = round(run.tokens * token_ratio) - run.prefix_length
     num_labels = round(run.labels * token_ratio) * run.samples
-    lengths, grids = prefix + (length,) * run.samples, (run.grid,) * run.samples
+    lengths, grids = prefix + (length,) * run.samples, (tuple(run.grid),) * run.samples
     return PlannedPack(lengths, grids, num_labels, run.prefix_length)

@@ -5,14 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from plan_fixtures import (
-    Tune,
-    compute_loss,
-    make_batch,
-    make_model,
-    make_tracer,
-    measure_peak,
-)
+from plan_fixtures import Tune, compute_loss, make_batch, make_model, make_tracer, measure_peak
 from tiny_task import make_task
 
 from finesight.config import TrainSettings

@@ -130,13 +130,6 @@ def test_vision_cache_size_is_estimated(task: TinyTask) -> None:
     assert plan.chosen_estimate.cached_step_s < plan.chosen_estimate.step_time.total
 
 
-def test_own_gpu_plan_uses_measured_memory(task: TinyTask) -> None:
-    plan = make_plan(task, gpu=None)
-    assert plan.target.is_measured
-    assert plan.recipe_estimate.fits
-    assert plan.recipe_estimate.peak.cuda_context == 0
-
-
 def test_lines_and_record_are_consistent(task: TinyTask) -> None:
     plan = make_plan(task, "train.pack_tokens=50", tune={"language": "lora"})
     text, record = "\n".join(format_plan(plan)), json.loads(json.dumps(plan_to_dict(plan)))

@@ -54,11 +54,15 @@ def test_ample_memory_uses_one_pack_without_checkpointing() -> None:
     assert make_search(can_resize=False).find_best(RECIPE_SETTINGS).pack_tokens == 4096
 
 
-def test_settings_stay_unchanged_without_gain() -> None:
+def test_settings_stay_unchanged_without_gain_and_minimal_ones_are_reported():
     small = make_search(steps=make_steps(3, 100))
     assert small.find_best(RECIPE_SETTINGS) is RECIPE_SETTINGS
     single_pack = choose(21_000)
     assert make_search().find_best(single_pack) is single_pack
+    search = make_search(0.5)
+    best = search.find_best(RECIPE_SETTINGS)
+    assert best == choose(2000, 1.0)
+    assert not search.estimate(best).fits
 
 
 def test_cuda_graphs_never_cause_activation_checkpointing() -> None:
@@ -96,13 +100,6 @@ def test_chosen_settings_are_the_largest_that_fit() -> None:
     assert fractions == sorted(fractions)
     assert 0.0 in fractions
     assert any(0 < fraction < 1 for fraction in fractions)
-
-
-def test_minimal_settings_are_reported_if_none_fit() -> None:
-    search = make_search(0.5)
-    best = search.find_best(RECIPE_SETTINGS)
-    assert best == choose(2000, 1.0)
-    assert not search.estimate(best).fits
 
 
 def test_longest_sample_sets_the_minimum_pack_size() -> None:

@@ -73,9 +73,7 @@ def test_image_beyond_a_limit_is_an_error_about_its_file(
 
 
 @pytest.mark.parametrize(("pixels", "limit"), [(30, 4.0), (600, 12.0), (6000, 20.0)])
-def test_limit_of_time_grows_with_the_pixels(
-    reader: ImageReader, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pixels: int, limit: float
-) -> None:
+def test_limit_of_time_grows_with_the_pixels(reader, tmp_path, monkeypatch, pixels, limit):
     limits, call = list[float](), Worker.call
 
     def spy(worker: Worker, *args: Any, max_cpu_s: float) -> JobOutput:

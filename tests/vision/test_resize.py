@@ -4,6 +4,7 @@ import math
 import random
 
 import pytest
+from case_files import load_cases
 from each_value import each
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,8 @@ from finesight.vision.image_processing import (
     get_default_image_rule,
     resolve_image_rule,
 )
+
+CASES = load_cases("resize")
 
 NATIVE = {"min_pixels": 3136, "max_pixels": 12845056}
 
@@ -74,21 +77,8 @@ def test_fixed_size_model_rejects_other_rules() -> None:
     assert resolve_image_rule(NATIVE, only) == only
 
 
-@each(
-    ("given", "expected"),
-    [
-        (None, (3136, 12845056)),
-        ({}, (3136, 12845056)),
-        ({"max_pixels": 602112}, (3136, 602112)),
-        ({"min_pixels": 50176}, (50176, 12845056)),
-        ({"min_pixels": 784, "max_pixels": 1000}, (784, 1000)),
-        ({"max_pixels": 784}, (784, 784)),
-        ({"min_pixels": 20_000_000}, (20_000_000, 20_000_000)),
-    ],
-)
-def test_missing_pixel_limits_are_those_of_the_model(
-    given: dict[str, int] | None, expected: tuple[int, int]
-) -> None:
+@each(("given", "expected"), CASES["test_missing_pixel_limits_are_those_of_the_model"])
+def test_missing_pixel_limits_are_those_of_the_model(given, expected):
     limits = None if given is None else PixelLimits.model_validate(given)
     rule = resolve_image_rule(NATIVE, limits)
     assert rule == PixelRange(min_pixels=expected[0], max_pixels=expected[1])

@@ -1,7 +1,5 @@
 """Boxes in the text of an answer, as JSON and in the marks of Qwen2-VL, read and written."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +63,8 @@ def test_ambiguous_text_is_not_written(content: tuple[ContentPart, ...], images:
 
 
 @each(("text", "what"), CASES["test_invalid_boxes_are_rejected"])
-def test_invalid_boxes_are_rejected(folder: Path, text: str, what: str) -> None:
-    with pytest.raises(UserError, match=what) as caught:
+def test_invalid_boxes_are_rejected(folder, text, what):
+    with pytest.raises(UserError, match=what):
         answer(folder, text)
-    assert caught.value.expected
-    assert caught.value.remedy
-
-
-def test_box_needs_exactly_one_image(folder: Path) -> None:
     with pytest.raises(UserError, match="2 images"):
         answer(folder, '{"bbox_2d": [1, 2, 3, 4]}', "a.png", "b.png")

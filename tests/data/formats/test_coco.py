@@ -1,19 +1,13 @@
 """COCO documents of instances and captions, as its data format page describes them."""
 
-from __future__ import annotations
-
+import copy
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import (
-    check_export_roundtrip,
-    import_samples,
-    list_answers,
-    list_questions,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
 
 from finesight.data.formats.image_annotations import (
@@ -29,49 +23,8 @@ CASES = load_cases("coco")
 WHITE = (12, 3, 31, 17)
 
 
-def instance(number: int, image: int, category: int, bbox: list[float], **more: Any) -> Any:
-    x, y, width, height = bbox
-    outline = [[x, y, x + width, y, x + width, y + height, x, y + height]]
-    return {
-        "id": number,
-        "image_id": image,
-        "category_id": category,
-        "segmentation": outline,
-        "area": width * height,
-        "bbox": bbox,
-        "iscrowd": 0,
-        **more,
-    }
-
-
 def instances() -> dict[str, Any]:
-    """A document with every key of the format's page."""
-    return {
-        "info": {"year": 2017, "version": "1.0", "description": "", "url": ""},
-        "licenses": [{"id": 4, "name": "Attribution", "url": ""}],
-        "images": [
-            {"id": 397133, "width": 40, "height": 20, "file_name": "000000397133.png"}
-            | {"license": 4, "coco_url": "", "date_captured": "2013-11-14 17:02:52"},
-            {"id": 37777, "width": 40, "height": 20, "file_name": "000000037777.png"},
-            {"id": 252219, "width": 40, "height": 20, "file_name": "000000252219.png"},
-        ],
-        "annotations": [
-            instance(1, 397133, 18, [12, 3, 19, 14]),
-            instance(2, 397133, 1, [0.5, 0.25, 10.1, 9.7]),
-            instance(3, 37777, 18, [20, 1, 5, 5]),
-            instance(4, 37777, 18, [2, 1, 5, 5]),
-            instance(5, 37777, 1, [0, 0, 40, 20], iscrowd=1),
-        ],
-        "categories": [
-            {"id": 18, "name": "dog", "supercategory": "animal"},
-            {"id": 1, "name": "person", "supercategory": "person"},
-            {"id": 90, "name": "toothbrush", "supercategory": "indoor"},
-        ],
-    }
-
-
-def instances_without_crowd() -> dict[str, Any]:
-    return instances() | {"annotations": instances()["annotations"][:-1]}
+    return copy.deepcopy(CASES["instances"])
 
 
 def write(
@@ -121,7 +74,8 @@ def test_detection(tmp_path: Path) -> None:
 
 
 def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:
-    document = instances_without_crowd()
+    document = instances()
+    del document["annotations"][-1]
     document["annotations"][0]["caption"] = "A dog."
     document["annotations"][1] |= {"bbox": [5, 5, 9, 9, 30], "segmentation": []}
     document["annotations"].append({"id": 9, "image_id": 37777, "caption": "Two dogs."})
@@ -131,15 +85,6 @@ def test_captions_and_boxes_of_five_values_are_counted(tmp_path: Path) -> None:
     assert ["person" in question for question in list_questions(samples)] == [False, True, True]
     assert summary.source_notes["boxes of 5 values (skipped)"] == 1
     assert summary.other_keys["caption of annotations, not imported"] == 2
-
-
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_roundtrip(tmp_path: Path, ask: str) -> None:
-    source = write(tmp_path / "coco", instances_without_crowd())
-    done = check_export_roundtrip(source, tmp_path, box_task=ask)
-    assert done.lost_counts == {
-        "questions, which an import regenerates from --prompt and --box-task": 3
-    }
 
 
 def captions() -> dict[str, Any]:
@@ -166,19 +111,12 @@ def test_captions_of_an_image_answer_one_question(tmp_path: Path) -> None:
     assert summary.skipped_rows == {"images without a caption": 1}
 
 
-def test_caption_roundtrip(tmp_path: Path) -> None:
-    check_export_roundtrip(write(tmp_path / "coco", captions()), tmp_path)
-
-
-def test_grounding_of_captions_is_rejected(tmp_path: Path) -> None:
+def test_grounding_of_captions_and_blank_captions_are_rejected(tmp_path: Path) -> None:
     file = write(tmp_path / "coco", captions())
     with pytest.raises(UserError, match="grounding of captions"):
         import_samples(file, tmp_path / "out", box_task="grounding")
     with pytest.raises(UserError, match="grounding of captions"):
         list(open_unvalidated(file, ImportOptions(box_task="grounding"), tmp_path))
-
-
-def test_blank_caption_is_rejected(tmp_path: Path) -> None:
     document = captions()
     document["annotations"][0]["caption"] = " "
     with pytest.raises(UserError, match="annotation 1 has the caption ' '"):
@@ -207,20 +145,15 @@ def test_document_names_the_image_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="are in 2 folders") as caught:
         import_samples(file.with_name("instances.json"), tmp_path / "other")
     assert str(root / "train2017") in caught.value.expected
-
-
-def test_error_lists_searched_image_folders(tmp_path: Path) -> None:
-    file = write(tmp_path / "coco", instances())
-    (tmp_path / "coco" / "images").rename(tmp_path / "elsewhere")
+    shutil.rmtree(root / "train2017")
+    (root / "val2017").rename(tmp_path / "elsewhere")
     with pytest.raises(UserError, match="none of 3 images is found") as caught:
-        import_samples(file, tmp_path / "out")
-    assert str(tmp_path / "coco" / "annotations" / "images") in caught.value.expected
+        import_samples(file.with_name("instances.json"), tmp_path / "other")
+    assert str(root / "annotations" / "images") in caught.value.expected
 
 
 @pytest.mark.parametrize(("change", "what"), CASES["test_invalid_annotations_are_rejected"])
-def test_invalid_annotations_are_rejected(
-    tmp_path: Path, change: dict[str, Any], what: str
-) -> None:
+def test_invalid_annotations_are_rejected(tmp_path, change, what):
     document = instances()
     document["annotations"][2].update(change)
     with pytest.raises(UserError, match=what) as caught:
@@ -230,9 +163,7 @@ def test_invalid_annotations_are_rejected(
 
 
 @pytest.mark.parametrize(("wishes", "what"), CASES["test_invalid_prompt_templates_are_rejected"])
-def test_invalid_prompt_templates_are_rejected(
-    tmp_path: Path, wishes: dict[str, Any], what: str
-) -> None:
+def test_invalid_prompt_templates_are_rejected(tmp_path, wishes, what):
     with pytest.raises(UserError, match=what) as caught:
         import_samples(write(tmp_path / "coco", instances()), tmp_path / "out", **wishes)
     assert caught.value.where == "--prompt"
@@ -248,7 +179,7 @@ def test_doubled_braces_are_literal(tmp_path: Path) -> None:
 
 def test_unlisted_and_duplicate_image_ids(tmp_path: Path) -> None:
     document = instances()
-    document["annotations"].append(instance(9, 5, 1, [1, 1, 2, 2]))
+    document["annotations"].append(document["annotations"][0] | {"id": 9, "image_id": 5})
     file = write(tmp_path / "coco", document)
     _, summary = import_samples(file, tmp_path / "out")
     assert summary.detected_by.endswith("; annotations of 1 images that it does not list")
@@ -260,12 +191,9 @@ def test_unlisted_and_duplicate_image_ids(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=f"2 {kind} have the id {number}"):
             import_samples(write(tmp_path / "coco", document), tmp_path / "other")
         document[kind][2]["id"] = 7
-
-
-def test_annotations_without_boxes_or_captions(tmp_path: Path) -> None:
-    document = instances() | {"annotations": []}
+    document["annotations"] = []
     with pytest.raises(UserError, match="none with bbox or caption"):
-        import_samples(write(tmp_path / "coco", document), tmp_path / "out")
+        import_samples(write(tmp_path / "coco", document), tmp_path / "other")
 
 
 def test_windows_paths_and_unnamed_category(tmp_path: Path) -> None:

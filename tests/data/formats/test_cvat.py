@@ -1,7 +1,5 @@
 """CVAT for images 1.1: shapes, attributes, tags and invalid files."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 
@@ -47,16 +45,6 @@ def test_shapes(root: Path, tmp_path: Path) -> None:
         "polygons (converted to bounding boxes)": 1,
         "shapes of type polyline (converted to bounding boxes)": 1,
     }
-
-
-def test_roundtrip(root: Path, tmp_path: Path) -> None:
-    lawn = '<box label="lawn" occluded="0" xtl="0" ytl="0.25" xbr="40" ybr="20"/>'
-    source = write_document(root, BOX.format(ATTRIBUTE) + lawn)
-    assert check_export_roundtrip(source, tmp_path).num_samples == 1
-    written = (tmp_path / "exported" / "annotations.xml").read_text("utf-8")
-    assert 'name="a.png"' in written
-    assert 'occluded="1"' in written
-    assert "<name>breed</name>" in written
 
 
 def test_tags_are_classes(root: Path, tmp_path: Path) -> None:

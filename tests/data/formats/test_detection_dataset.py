@@ -1,22 +1,26 @@
 """One scene in every format of boxes: the same questions and the same answers."""
 
-from __future__ import annotations
-
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from box_fixtures import (
     LABEL_FILES,
+    SCENE,
+    SCENES,
+    check_export_roundtrip,
     find_box,
     import_samples,
     list_answers,
     list_questions,
     write_box_image,
+    write_scene,
 )
+from case_files import load_cases
 from each_value import each
+from fuzzed_sources import SOURCES, encode_files
 
 from finesight.data.exporter import export_dataset
 from finesight.data.formats import get_format
@@ -30,129 +34,33 @@ from finesight.data.formats.image_annotations import (
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
-WHITE = (12, 3, 32, 17)
+CASES = load_cases("box_scenes")
+WHITE = SCENE
+DOGS = [("dog", WHITE), ("dog", (4, 5, 12, 13))]
+LAWN = [("lawn", (0, 0, 40, 20))]
 
 
-def coco(root: Path) -> Path:
-    boxes = [(1, [12, 3, 20, 14]), (2, [0, 0, 40, 20]), (1, [4, 5, 8, 8])]
-    annotations = [{"image_id": 1, "category_id": kind, "bbox": box} for kind, box in boxes]
-    document = {
-        "images": [{"id": 1, "file_name": "a.png", "width": 40, "height": 20}],
-        "annotations": annotations,
-        "categories": [{"id": 1, "name": "dog"}, {"id": 2, "name": "lawn"}],
-    }
-    (root / "set.json").write_text(json.dumps(document), encoding="utf-8")
-    return root / "set.json"
-
-
-def yolo(root: Path) -> Path:
-    (root / "classes.txt").write_text("dog\nlawn\n", encoding="utf-8")
-    lines = ("0 0.55 0.5 0.5 0.7", "1 0.5 0.5 1 1", "0 0.2 0.45 0.2 0.4")
-    (root / "a.txt").write_text("\n".join(lines), encoding="utf-8")
-    return root
-
-
-def voc(root: Path) -> Path:
-    boxes = [("dog", 13, 4, 32, 17), ("lawn", 1, 1, 40, 20), ("dog", 5, 6, 12, 13)]
-    objects = "".join(
-        f"<object><name>{name}</name><bndbox><xmin>{x1}</xmin><ymin>{y1}</ymin>"
-        f"<xmax>{x2}</xmax><ymax>{y2}</ymax></bndbox></object>"
-        for name, x1, y1, x2, y2 in boxes
-    )
-    text = f"<annotation><filename>a.png</filename>{objects}</annotation>"
-    (root / "a.xml").write_text(text, encoding="utf-8")
-    return root
-
-
-def labelme(root: Path) -> Path:
-    boxes = [("dog", 12, 3, 32, 17), ("lawn", 40, 20, 0, 0), ("dog", 12, 5, 4, 13)]
-    shapes = [
-        {"label": name, "shape_type": "rectangle", "points": [[x1, y1], [x2, y2]]}
-        for name, x1, y1, x2, y2 in boxes
-    ]
-    record = {"imagePath": "a.png", "shapes": shapes, "imageHeight": 20, "imageWidth": 40}
-    (root / "a.json").write_text(json.dumps(record), encoding="utf-8")
-    return root
-
-
-def cvat(root: Path) -> Path:
-    boxes = [("dog", 12, 3, 32, 17), ("lawn", 0, 0, 40, 20), ("dog", 4, 5, 12, 13)]
-    shapes = "".join(
-        f'<box label="{name}" xtl="{x1}" ytl="{y1}" xbr="{x2}.00" ybr="{y2}.00"/>'
-        for name, x1, y1, x2, y2 in boxes
-    )
-    image = f'<image id="0" name="a.png" width="40" height="20">{shapes}</image>'
-    text = f"<annotations><version>1.1</version>{image}</annotations>"
-    (root / "annotations.xml").write_text(text, encoding="utf-8")
-    return root
-
-
-def fiftyone(root: Path) -> Path:
-    (root / "data").mkdir()
-    (root / "a.png").rename(root / "data" / "a.png")
-    shares = [(0, [0.3, 0.15, 0.5, 0.7]), (1, [0, 0, 1, 1]), (0, [0.1, 0.25, 0.2, 0.4])]
-    boxes = [{"label": kind, "bounding_box": box} for kind, box in shares]
-    document = {"classes": ["dog", "lawn"], "labels": {"a": boxes}}
-    (root / "labels.json").write_text(json.dumps(document), encoding="utf-8")
-    return root
-
-
-def label_studio(root: Path) -> Path:
-    shares = [("dog", 30, 15, 50, 70), ("lawn", 0, 0, 100, 100), ("dog", 10, 25, 20, 40)]
-    results = [
-        {
-            "id": str(number),
-            "type": "rectanglelabels",
-            "from_name": "label",
-            "to_name": "image",
-            "original_width": 40,
-            "original_height": 20,
-            "value": {"x": x, "y": y, "width": w, "height": h, "rectanglelabels": [name]},
-        }
-        for number, (name, x, y, w, h) in enumerate(shares)
-    ]
-    data = {"image": "/data/local-files/?d=project/a.png"}
-    tasks = [{"id": 7, "data": data, "annotations": [{"result": results}]}]
-    (root / "export.json").write_text(json.dumps(tasks), encoding="utf-8")
-    return root / "export.json"
-
-
-SOURCES = [coco, yolo, voc, labelme, cvat, fiftyone, label_studio]
-
-
-@pytest.fixture(params=SOURCES)
+@pytest.fixture(params=SCENES)
 def source(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
-    make: Callable[[Path], Path] = request.param
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
-    return make(tmp_path / "set")
+    return write_scene(request.param, tmp_path / "set")
 
 
-def test_detection(source: Path, tmp_path: Path) -> None:
+def test_detection_and_grounding(source: Path, tmp_path: Path) -> None:
     samples, _ = import_samples(source, tmp_path / "out")
-    dogs = [("dog", find_box(*(tmp_path / "set").rglob("a.png"))), ("dog", (4, 5, 12, 13))]
-    assert list_answers(samples) == [[*dogs, ("lawn", (0, 0, 40, 20))]]
+    assert find_box(*(tmp_path / "set").rglob("a.png")) == WHITE
+    assert list_answers(samples) == [[*DOGS, *LAWN]]
     requested = "Locate every object of these classes in the image: dog, lawn."
-    assert list_questions(samples) == [requested]
-    assert samples[0].id == "a"
-
-
-def test_grounding(source: Path, tmp_path: Path) -> None:
-    samples, _ = import_samples(
-        source, tmp_path / "out", box_task="grounding", prompt="The {label}?"
-    )
-    assert list_answers(samples) == [
-        [("dog", WHITE), ("dog", (4, 5, 12, 13))],
-        [("lawn", (0, 0, 40, 20))],
-    ]
+    assert (list_questions(samples), samples[0].id) == ([requested], "a")
+    options = {"box_task": "grounding", "prompt": "The {label}?"}
+    samples, _ = import_samples(source, tmp_path / "grounding", **options)
+    assert list_answers(samples) == [DOGS, LAWN]
     assert list_questions(samples) == ["The dog?", "The lawn?"]
     assert [sample.id for sample in samples] == ["a-dog", "a-lawn"]
 
 
 @each("to", ["coco", "yolo", "voc", "labelme", "cvat", "fiftyone", *list(LABEL_FILES)[1:]])
 @each("ask", ["detection", "grounding"])
-def test_conversion_between_all_box_formats(
-    source: Path, tmp_path: Path, to: str, ask: str
-) -> None:
+def test_conversion_between_all_box_formats(source, tmp_path, to, ask):
     samples, _ = import_samples(source, tmp_path / "out", box_task=ask)
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_sample, tmp_path / "exported", to, copy_images=True)
@@ -167,178 +75,97 @@ def test_conversion_between_all_box_formats(
     assert [sample.id for sample in again] == [sample.id for sample in samples]
 
 
-def write_changed(make: Callable[[Path], Path], root: Path, old: str, new: str) -> Path:
-    """Write a source, and replace a text of its annotation file."""
-    write_box_image(root / "a.png", WHITE)
-    source = make(root)
-    files = [source] if source.is_file() else [*root.glob("*.json"), *root.glob("*.xml")]
-    file = (files or [root / "a.txt"])[0]
-    text = file.read_text(encoding="utf-8")
-    assert old in text, text
-    file.write_text(text.replace(old, new), encoding="utf-8")
-    return source
+@each("kind", SOURCES.keys() - {"yolo", "label-studio, short", "web-dataset"})
+def test_metadata_and_images_roundtrip(tmp_path: Path, kind: str) -> None:
+    case = SOURCES[kind]
+    requests = case.get("requests", [{}])[: 1 if kind == "coco captions" else 2]
+    for number, options in enumerate(requests):
+        root = tmp_path / str(number)
+        for name, content in encode_files(case["files"]).items():
+            if name not in ("b.xml", "b.json"):  # of the same image
+                (root / "set" / name).parent.mkdir(parents=True, exist_ok=True)
+                (root / "set" / name).write_bytes(content)
+        check_export_roundtrip(root / "set" / case.get("path", "."), root, **options)
 
 
-LAWNS = {
-    coco: '"category_id": 2, "bbox": [0, 0, 40, 20]',
-    voc: "<name>lawn</name><bndbox><xmin>1</xmin><ymin>1</ymin>"
-    "<xmax>40</xmax><ymax>20</ymax></bndbox>",
-    labelme: '"shape_type": "rectangle", "points": [[40, 20], [0, 0]]',
-    cvat: '<box label="lawn" xtl="0" ytl="0" xbr="40.00" ybr="20.00"/>',
-    label_studio: '"width": 100, "height": 100, "rectanglelabels"',
-}
-
-
-@pytest.mark.parametrize(
-    ("make", "lawn", "box"),
-    [
-        (coco, '"category_id": 2, "bbox": [0, 0, 40, 20], "iscrowd": 1', None),
-        (coco, '"category_id": 2, "keypoints": [1, 2, 2], "segmentation": {"counts": "a"}', None),
-        (coco, '"category_id": 2, "segmentation": [[0, 0, 9, 1, 4, 8]]', (0, 0, 9, 8)),
-        (voc, "<name>lawn</name><point><x>1</x><y>2</y></point>", None),
-        (labelme, '"shape_type": "point", "points": [[9, 0]]', None),
-        (labelme, '"shape_type": "line", "points": [[9, 0], [0, 0]]', None),
-        (labelme, '"shape_type": "circle", "points": [[9, 9], [9, 4]]', (4, 4, 14, 14)),
-        (cvat, '<points label="lawn" points="1,2;3,4"/>', None),
-        (cvat, '<tag label="lawn"/>', None),
-        (cvat, '<mask label="lawn" left="2" top="3" width="5" height="6"/>', (2, 3, 7, 9)),
-        (label_studio, '"width": 1, "keypointlabels"', None),
-    ],
-)
-def test_other_shapes(
-    tmp_path: Path, make: Callable[[Path], Path], lawn: str, box: tuple[int, ...] | None
-) -> None:
-    source = write_changed(make, tmp_path / "set", LAWNS[make], lawn)
+@each(("name", "lawn", "box"), CASES["test_other_shapes"])
+def test_other_shapes(tmp_path: Path, name: str, lawn: str, box: list[int] | None) -> None:
+    source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
     samples, summary = import_samples(source, tmp_path / "out")
-    lawns = [] if box is None else [("lawn", box)]
-    assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13)), *lawns]]
+    lawns = [] if box is None else [("lawn", tuple(box))]
+    assert list_answers(samples) == [[*DOGS, *lawns]]
     assert ["lawn" in question for question in list_questions(samples)] == [bool(lawns)]
     assert any(note.endswith(("(skipped)", "boxes)")) for note in summary.source_notes)
     if box is None:
         with pytest.raises(UserError, match=re.escape(REASON_UNLISTED_CLASSES)):
             import_samples(source, tmp_path / "all", prompt="Locate all objects.")
-        for name, options in {
-            "listed": {"prompt": "Locate all of {labels}."},
-            "grounding": {"box_task": "grounding"},
-        }.items():
-            samples, _ = import_samples(source, tmp_path / name, **options)
-            assert list_answers(samples) == [[("dog", WHITE), ("dog", (4, 5, 12, 13))]]
+        for options in ({"prompt": "Locate all of {labels}."}, {"box_task": "grounding"}):
+            samples, _ = import_samples(source, tmp_path / next(iter(options)), **options)
+            assert list_answers(samples) == [DOGS]
 
 
-@pytest.mark.parametrize(
-    ("make", "lawn", "points"),
-    [
-        (
-            coco,
-            '"category_id": 2, "bbox": [0, 0, 40, 20], "keypoints": [30, 4, 2, 0, 0, 0, 8, 9, 1]',
-            [("lawn 3", (8, 9)), ("lawn a", (30, 4))],
-        ),
-        (labelme, '"shape_type": "point", "points": [[30, 4]]', [("lawn", (30, 4))]),
-        (
-            cvat,
-            '<points label="lawn" points="30.0,4.0;8,9"/><skeleton label="lawn"><points label="a"'
-            ' points="1,2"/><points label="b" outside="1" points="1,2"/></skeleton>',
-            [("lawn", (30, 4)), ("lawn", (8, 9)), ("lawn a", (1, 2))],
-        ),
-        (label_studio, '"width": 1, "keypointlabels"', [("lawn", (0, 0))]),
-        (
-            yolo,
-            "1 0.5 0.5 1 1 0.75 0.2 2 0 0 0 0.2 0.45 1",
-            [("lawn 1", (30, 4)), ("lawn 3", (8, 9))],
-        ),
-    ],
-)
-def test_points(
-    tmp_path: Path,
-    make: Callable[[Path], Path],
-    lawn: str,
-    points: list[tuple[str, tuple[int, int]]],
-) -> None:
-    old = {**LAWNS, yolo: "1 0.5 0.5 1 1"}[make]
-    source = write_changed(make, tmp_path / "set", old, lawn)
-    if make is coco:
+@each(("name", "lawn", "points"), CASES["test_points"])
+def test_points(tmp_path: Path, name: str, lawn: str, points: list[Any]) -> None:
+    source = write_scene(name, tmp_path / "set", SCENES[name]["lawn"], lawn)
+    if name == "coco":
         text = source.read_text(encoding="utf-8").replace(
             '"name": "lawn"', '"name": "lawn", "keypoints": ["a", "b"]'
         )
         source.write_text(text, encoding="utf-8")
-    if make is yolo:
+    if name == "yolo":
         (source / "data.yaml").write_text("names: [dog, lawn]\nkpt_shape: [3, 3]\n")
     samples, summary = import_samples(source, tmp_path / "out", box_task="points")
-    assert list_answers(samples) == [[(label, 2 * xy) for label, xy in points]]
+    assert list_answers(samples) == [[(label, 2 * tuple(xy)) for label, xy in points]]
     assert all(part.type == "point" for part in samples[0].messages[-1].content)
-    assert ("lawn" in list_questions(samples)[0], "dog" in list_questions(samples)[0]) == (
-        True,
-        make is yolo,
-    )
+    (question,) = list_questions(samples)
+    assert ("lawn" in question, "dog" in question) == (True, name == "yolo")
     assert not any("skipped" in note or "ignored" in note for note in summary.source_notes)
 
 
 def test_points_are_required_and_inside_their_image(tmp_path: Path) -> None:
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
+    source = write_scene("fiftyone", tmp_path / "set")
     with pytest.raises(UserError, match="no points in the annotations"):
-        import_samples(fiftyone(tmp_path / "set"), tmp_path / "out", box_task="points")
+        import_samples(source, tmp_path / "out", box_task="points")
     lawn = '"shape_type": "point", "points": [[44, 4]]'
-    source = write_changed(labelme, tmp_path / "outside", LAWNS[labelme], lawn)
+    source = write_scene("labelme", tmp_path / "outside", SCENES["labelme"]["lawn"], lawn)
     with pytest.raises(UserError, match=r"the point \[44, 4\] .* outside its image"):
         import_samples(source, tmp_path / "out", box_task="points")
 
 
-@pytest.mark.parametrize(
-    ("description", "message"),
-    [
-        ("kpt_shape: [3, 2]", r"1 0.5 .* expected: .* 10 values with keypoints"),
-        (
-            "kpt_shape: [3, 3]\nkpt_names: {1: [a, b]}",
-            r"kpt_shape is \[3, 3\].* 2 names",
-        ),
-        ("kpt_shape: 3", "data.yaml: kpt_shape is 3"),
-    ],
-)
+@each(("description", "message"), CASES["test_keypoints_agree_with_their_declaration"])
 def test_keypoints_agree_with_their_declaration(tmp_path: Path, description, message) -> None:
     lawn = "1 0.5 0.5 1 1 0.75 0.2 2 0 0 0 0.2 0.45 1"
-    source = write_changed(yolo, tmp_path / "set", "1 0.5 0.5 1 1", lawn)
+    source = write_scene("yolo", tmp_path / "set", SCENES["yolo"]["lawn"], lawn)
     (source / "data.yaml").write_text(f"names: [dog, lawn]\n{description}\n")
     with pytest.raises(UserError, match=f"(?s){message}"):
         import_samples(source, tmp_path / "out", box_task="points")
 
 
-@pytest.mark.parametrize("key", ["iscrowd", "ignore"])
+@each("key", ["iscrowd", "ignore"])
 def test_boxes_of_a_class_with_a_crowd_are_left_out(tmp_path: Path, key: str) -> None:
-    dog = "[4, 5, 8, 8]"
-    source = write_changed(coco, tmp_path / "set", dog, f'{dog}, "{key}": 1')
+    dog = SCENES["coco"]["dog"]
+    source = write_scene("coco", tmp_path / "set", dog, f'{dog}, "{key}": 1')
     samples, summary = import_samples(source, tmp_path / "out")
-    assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
+    assert list_answers(samples) == [LAWN]
     assert samples[0].meta["classes"] == ["lawn"]
     assert summary.source_notes[NOTE_OMITTED_CLASSES] == 1
     assert summary.source_notes[NOTE_OMITTED_BOXES] == 1
 
 
-@pytest.mark.parametrize(
-    ("make", "dog", "empty_dog", "wide_dog"),
-    [
-        (coco, "[4, 5, 8, 8]", "[4, 5, 0, 8]", "[4, 5, 80, 8]"),
-        (yolo, "0.2 0.45 0.2 0.4", "0.2 0.45 0 0.4", "0.2 0.45 0.9 0.4"),
-        (voc, "<xmax>12<", "<xmax>4<", "<xmax>80<"),
-        (labelme, "[12, 5]", "[4, 5]", "[80, 5]"),
-        (cvat, 'xbr="12.00"', 'xbr="4.00"', 'xbr="80"'),
-        (fiftyone, "0.25, 0.2, 0.4]", "0.25, 0, 0.4]", "0.25, 2, 0.4]"),
-        (label_studio, '"width": 20', '"width": 0', '"width": 200'),
-    ],
-)
-def test_stray_boxes_keep_their_class_in_the_question(
-    tmp_path: Path, make: Callable[[Path], Path], dog: str, empty_dog: str, wide_dog: str
-) -> None:
-    source = write_changed(make, tmp_path / "set", dog, empty_dog)
+@each("name", SCENES)
+def test_stray_boxes_keep_their_class_in_the_question(tmp_path: Path, name: str) -> None:
+    scene = SCENES[name]
+    source = write_scene(name, tmp_path / "set", scene["dog"], scene["empty_dog"])
     with pytest.raises(UserError, match="no area"):
         import_samples(source, tmp_path / "fail")
     for number, option in enumerate(("drop", "clip", None)):
         options = {"on_invalid_box": option} if option else {"on_invalid_row": "skip"}
         samples, summary = import_samples(source, tmp_path / str(number), **options)
-        assert list_answers(samples) == [[("dog", WHITE), ("lawn", (0, 0, 40, 20))]]
+        assert list_answers(samples) == [[DOGS[0], *LAWN]]
         assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
-    source = write_changed(make, tmp_path / "wide", dog, wide_dog)
+    source = write_scene(name, tmp_path / "wide", scene["dog"], scene["wide_dog"])
     samples, summary = import_samples(source, tmp_path / "lawn", on_invalid_box="drop")
-    assert list_answers(samples) == [[("lawn", (0, 0, 40, 20))]]
+    assert list_answers(samples) == [LAWN]
     assert samples[0].meta["classes"] == ["lawn"]
     assert summary.source_notes[NOTE_SKIPPED_BOX] == 1
     with pytest.raises(UserError, match="outside its image") as caught:
@@ -350,8 +177,8 @@ def test_stray_boxes_keep_their_class_in_the_question(
 
 
 @each("to", ["coco", "voc", "labelme", "fiftyone"])
-def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: str) -> None:
-    samples, _ = import_samples(source, tmp_path / "out")
+def test_images_can_be_referenced_in_export(tmp_path: Path, to: str) -> None:
+    samples, _ = import_samples(write_scene("yolo", tmp_path / "set"), tmp_path / "out")
     located_sample = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     export_dataset(located_sample, tmp_path / "exported", to, copy_images=False)
     location = tmp_path / "exported" / LABEL_FILES.get(to, "")
@@ -361,9 +188,8 @@ def test_images_can_be_referenced_in_export(source: Path, tmp_path: Path, to: st
 
 
 def test_image_with_only_skipped_objects_is_not_empty(tmp_path: Path) -> None:
-    for name in ("a.png", "b.png"):
-        write_box_image(tmp_path / "set" / name, WHITE)
-    source = labelme(tmp_path / "set")
+    source = write_scene("labelme", tmp_path / "set")
+    write_box_image(tmp_path / "set" / "b.png", WHITE)
     point = {"label": "dog", "shape_type": "point", "points": [[4, 5]]}
     record = {"imagePath": "b.png", "shapes": [point]}
     (tmp_path / "set" / "b.json").write_text(json.dumps(record), encoding="utf-8")
@@ -374,10 +200,9 @@ def test_image_with_only_skipped_objects_is_not_empty(tmp_path: Path) -> None:
 
 
 def test_class_question_needs_class_names(tmp_path: Path) -> None:
-    write_box_image(tmp_path / "set" / "a.png", WHITE)
-    record = {"imagePath": "a.png", "shapes": []}
-    (tmp_path / "set" / "a.json").write_text(json.dumps(record), encoding="utf-8")
+    source = write_scene("labelme", tmp_path / "set")
+    (source / "a.json").write_text(json.dumps({"imagePath": "a.png", "shapes": []}))
     with pytest.raises(UserError, match="no object of the source has a class"):
-        import_samples(tmp_path / "set", tmp_path / "out")
-    samples, _ = import_samples(tmp_path / "set", tmp_path / "out", prompt="What is there?")
+        import_samples(source, tmp_path / "out")
+    samples, _ = import_samples(source, tmp_path / "out", prompt="What is there?")
     assert list_answers(samples) == [["none"]]

@@ -1,7 +1,5 @@
 """Exports of Label Studio: selection of results, regions, texts, choices and image references."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -14,17 +12,16 @@ from box_fixtures import (
     list_questions,
     write_box_image,
 )
+from case_files import load_cases
+from each_value import each
 
 from finesight.data.exporter import export_dataset
-from finesight.data.formats.image_annotations import CAPTION_PROMPT, REASON_OBJECT_WITHOUT_BOX
-from finesight.data.formats.label_studio import (
-    FIELDS_PROMPT,
-    SPOTTING_PROMPT,
-    LabelControl,
-    parse_label_config,
-)
+from finesight.data.formats.image_annotations import REASON_OBJECT_WITHOUT_BOX
+from finesight.data.formats.label_studio import SPOTTING_PROMPT, LabelControl, parse_label_config
 from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
+
+CASES = load_cases("label_studio")
 
 WHITE = (12, 3, 32, 17)
 
@@ -156,29 +153,8 @@ def test_texts_of_regions(root: Path, tmp_path: Path) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("results", "question", "answers"),
-    [
-        (
-            [[answer("kind", choices=["cat"])], [answer("kind", choices=["dog"])]],
-            "Which of these classes does the image show: cat, dog? Answer with the class only.",
-            ["cat", "dog"],
-        ),
-        (
-            [[answer("text", text=["one", "two"])], [answer("text", text=["three"])]],
-            CAPTION_PROMPT,
-            ["one", "two", "three"],
-        ),
-        (
-            [[answer("kind", choices=["cat"]), answer("note", text=["a", "b"])], []],
-            FIELDS_PROMPT.format(labels="kind, note"),
-            ['{"kind": "cat", "note": ["a", "b"]}'],
-        ),
-    ],
-)
-def test_answers_about_the_image(
-    root: Path, tmp_path: Path, results: list[Any], question: str, answers: list[str]
-) -> None:
+@pytest.mark.parametrize(("results", "question", "answers"), CASES["test_answers_about_the_image"])
+def test_answers_about_the_image(root, tmp_path, results, question, answers):
     write_box_image(root / "b.png", WHITE)
     first, second = ([annotation(*one)] for one in results)
     data = {"image": "/data/local-files/?d=b.png"}
@@ -188,36 +164,21 @@ def test_answers_about_the_image(
     assert set(list_questions(samples)) == {question}
 
 
-@pytest.mark.parametrize(
+@each(
     "reference",
-    [
-        "/data/local-files/?d=server%20files/images/a.png",
-        "/data/upload/3/0a1b2c3d-a.png",
-        "a.png",
-    ],
+    ["/data/local-files/?d=server%20files/images/a.png", "/data/upload/3/0a1b2c3d-a.png", "a.png"],
 )
-@pytest.mark.parametrize("location", ["a.png", "images/a.png", "photos/a.png"])
-def test_image_references(root: Path, tmp_path: Path, reference: str, location: str) -> None:
-    if reference == location or not reference.startswith("a"):
-        (root / location).parent.mkdir(exist_ok=True)
-        (root / "a.png").rename(root / location)
+@each("location", ["a.png", "images/a.png", "photos/a.png"])
+def test_image_references(tmp_path: Path, reference: str, location: str) -> None:
+    is_name = reference == "a.png"
+    write_box_image(tmp_path / "set" / ("a.png" if is_name else location), WHITE)
     task = {"data": {"image": reference}, "annotations": [annotation(region("dog"))]}
-    assert len(import_samples(write_tasks(root, task), tmp_path / "out")[0]) == 1
+    samples, _ = import_samples(write_tasks(tmp_path / "set", task), tmp_path / "out")
+    assert len(samples) == 1
 
 
-@pytest.mark.parametrize(
-    ("references", "what"),
-    [
-        (["/data/local-files/?d=x/a.png", "/data/local-files/?d=y/a.png"], "2 images"),
-        (["/data/local-files/?d=../set/a.png"], "no such image"),
-        (["http://localhost:8080/data/upload/1/a.png"], "is a web URL"),
-        (["s3://bucket/a.png"], "is a web URL"),
-        (["a.txt"], "0 images in the data photo"),
-    ],
-)
-def test_images_elsewhere_are_rejected(
-    root: Path, tmp_path: Path, references: list[str], what: str
-) -> None:
+@pytest.mark.parametrize(("references", "what"), CASES["test_images_elsewhere_are_rejected"])
+def test_images_elsewhere_are_rejected(root, tmp_path, references, what):
     results = [annotation(region("dog"))]
     tasks = [{"data": {"photo": one}, "annotations": results} for one in references]
     with pytest.raises(UserError, match=what):

@@ -1,7 +1,5 @@
 """LabelMe's JSON files as the program saves them."""
 
-from __future__ import annotations
-
 import base64
 import json
 import os
@@ -9,16 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import (
-    check_export_roundtrip,
-    find_box,
-    import_samples,
-    list_answers,
-    write_box_image,
-)
+from box_fixtures import find_box, import_samples, list_answers, write_box_image
+from each_value import each
 from PIL import Image
 
-from finesight.data.sample import ImagePart
 from finesight.errors import UserError
 
 WHITE = (12, 3, 31, 17)
@@ -83,28 +75,19 @@ def test_detection(root: Path, tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
-    check_export_roundtrip(root, tmp_path, box_task=ask)
-
-
-def test_four_corner_shapes_and_windows_paths(root: Path, tmp_path: Path) -> None:
+def test_four_corner_shapes_windows_paths_and_embedded_images(root: Path, tmp_path: Path) -> None:
     corners = [[12, 3], [31, 3], [31, 17], [12, 17]]
     (root / "json").mkdir()
     save(root / "json", record(imagePath="..\\a.png", shapes=[shape("dog", corners)]))
     samples, _ = import_samples(root / "json", tmp_path / "out")
     assert list_answers(samples) == [[("dog", WHITE)]]
-
-
-def test_embedded_image(root: Path, tmp_path: Path) -> None:
     data = base64.b64encode((root / "a.png").read_bytes()).decode()
     (root / "a.png").unlink()
-    save(root, record(imageData=data))
-    samples, _ = import_samples(root, tmp_path / "out")
-    part = samples[0].messages[0].content[0]
-    assert isinstance(part, ImagePart)
-    assert part.image == "images/000001.png"
-    assert find_box(tmp_path / "out" / part.image) == WHITE
+    (root / "json" / "a.json").unlink()
+    samples, _ = import_samples(save(root, record(imageData=data)), tmp_path / "embedded")
+    image = samples[0].messages[0].content[0].image
+    assert image == "images/000001.png"
+    assert find_box(tmp_path / "embedded" / image) == WHITE
 
 
 def test_sizes_include_exif_rotation(root: Path, tmp_path: Path) -> None:
@@ -146,15 +129,12 @@ def test_invalid_files(root: Path, tmp_path: Path, content: object, what: str) -
     assert caught.value.remedy
 
 
-@pytest.mark.parametrize("stem", ["a", os.fsdecode("猫".encode("gbk"))])
-@pytest.mark.parametrize("suffix", [".png", ".JPG"])
+@each("stem", ["a", os.fsdecode("猫".encode("gbk"))])
+@each("suffix", [".png", ".JPG"])
 def test_empty_image_path(tmp_path: Path, stem: str, suffix: str) -> None:
     for name in (f"{stem}{suffix}", os.fsdecode("狗.png".encode("gbk"))):
         write_box_image(tmp_path / "set" / name, WHITE)
-    for index, change in enumerate(({"imagePath": ""}, {"imagePath": None}, {})):
-        content = record(**change)
-        if not change:
-            del content["imagePath"], content["imageData"]
-        save(tmp_path / "set", content, f"{stem}.json")
+    for index, path in enumerate(("", None)):
+        save(tmp_path / "set", record(imagePath=path), f"{stem}.json")
         samples, _ = import_samples(tmp_path / "set", tmp_path / f"out{index}")
         assert ("dog", WHITE) in list_answers(samples)[0]

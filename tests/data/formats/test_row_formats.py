@@ -6,9 +6,6 @@ fine-tuning", and the tutorials of Qwen2-VL. Images are a.png of 40 x 20 pixels 
 1000 x 500.
 """
 
-from __future__ import annotations
-
-import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -98,24 +95,3 @@ def test_tool_calls_of_all_formats_are_equal(folder: Path, name: str) -> None:
     assert result == ["tool", {"type": "text", "text": "blank"}]
     assert answer == ["assistant", {"type": "text", "text": "None."}]
     assert [message.loss for message in sample.messages] == [True, "masked" not in name, True, True]
-
-
-def test_image_in_data_url_is_saved(folder: Path) -> None:
-    data = (folder / "a.png").read_bytes()
-    url = {"url": f"data:image/png;base64,{base64.b64encode(data).decode()}", "detail": "high"}
-    messages = [
-        {"role": "developer", "content": "You identify uncommon cheeses."},
-        {"role": "user", "content": "What is this cheese?"},
-        {"role": "user", "content": [{"type": "image_url", "image_url": url}]},
-        {"role": "assistant", "content": "Danbo", "weight": 1},
-    ]
-    saved = folder / "out" / "images" / "000001.png"
-    assert list_turns(parse(folder, "openai", {"record": {"messages": messages}})) == [
-        ("system", ["You identify uncommon cheeses."]),
-        ("user", ["What is this cheese?", saved]),
-        ("assistant", ["Danbo"]),
-    ]
-    assert saved.read_bytes() == data
-    data_format, reason = detect_format([{"messages": messages}], "here")
-    assert data_format.name == "openai"
-    assert "1 parts of type image_url" in reason

@@ -1,7 +1,5 @@
 """Any table, read by the columns that the user names."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -51,63 +49,30 @@ def test_rows_become_samples(folder: Path, row: dict[str, Any]) -> None:
     assert answers == row["answers"]
 
 
-def test_list_of_answers(folder: Path) -> None:
-    found = case(folder, {"a": ["x", "y", "x"]}, "image=image answer=a", prompt="?")
-    samples = found.to_train_samples()
-    assert [sample.id for sample in samples] == ["rows-3-1", "rows-3-2", "rows-3-3"]
-    assert [summarize_content(sample.messages[-1].content) for sample in samples] == [
-        ["x"],
-        ["y"],
-        ["x"],
-    ]
-    assert all(not sample.references for sample in samples)
-    measured = found.to_eval_sample()
-    assert measured.id == "rows-3"
-    assert summarize_content(measured.messages[-1].content) == ["x"]
-    assert measured.references == ("y", "x")
-
-
 @each(("record", "columns", "what"), [*CASES["test_invalid_rows"], *LONG_NUMBERS])
-def test_invalid_rows_are_rejected(
-    folder: Path, record: dict[str, Any], columns: str, what: str
-) -> None:
+def test_invalid_rows_are_rejected(folder, record, columns, what):
     with pytest.raises(UserError, match=what) as caught:
         case(folder, record, columns, prompt="?")
     assert caught.value.expected
     assert caught.value.remedy
 
 
-def test_column_mapping_is_suggested() -> None:
+def test_column_mapping_is_suggested_and_shell_quoted():
     names = ["image_path", "captions", "bbox_xyxy", "n"]
     assert suggest_mapping(dict.fromkeys(names)) == (
         "--map image=image_path --map answer=captions --map box=bbox_xyxy"
     )
     assert suggest_mapping({"n": 1}) == "--map image=COLUMN --map answer=COLUMN"
-
-
-def test_suggested_mapping_is_shell_quoted() -> None:
-    assert suggest_mapping(dict.fromkeys(["file name", "Caption "])) == (
-        "--map 'image=file name' --map 'answer=Caption '"
-    )
+    names = ["file name", "Caption "]
+    mapping = "--map 'image=file name' --map 'answer=Caption '"
+    assert suggest_mapping(dict.fromkeys(names)) == mapping
 
 
 @pytest.mark.parametrize(
     ("column", "boxes", "area", "size", "expected"),
-    [
-        ("xmin,ymin,xmax,ymax", [[20, 10, 120, 90]] * 8 + [[20, 10, 20, 90]], None, None, None),
-        ("bbox_xyxy", [[50, 60, 20, 30]] * 9, None, None, None),
-        ("bbox", [[20, 10, 120, 90]] * 8 + [[20, 10, 20, 90]], None, (200, 150), None),
-        ("bbox", [[50, 60, 20, 30]] * 5 + [[5, 5, 60, 70]] * 4, None, None, "xywh"),
-        ("objects.bbox", [[10, 10, 60, 50]] * 12, 3000, None, None),
-        ("objects.bbox", [[10, 10, 60, 50]] * 12, 2000, None, "xyxy"),
-        ("objects.bbox", [[10, 10, 60, 50]] * 12, None, (200, 150), None),
-        ("objects.bbox", [[90, 90, 160, 120]] * 12, None, (200, 150), "xyxy"),
-        ("objects.bbox", [[10, 10, 60, 50]] * 12, None, None, None),
-    ],
+    CASES["test_box_format_is_guessed_by_areas_and_images"],
 )
-def test_box_format_is_guessed_by_areas_and_images(
-    column: str, boxes: list[list[int]], area: int | None, size: Any, expected: str | None
-) -> None:
+def test_box_format_is_guessed_by_areas_and_images(column, boxes, area, size, expected):
     names = column.split(",")
     records: list[dict[str, Any]] = []
     for box in boxes:
@@ -120,23 +85,7 @@ def test_box_format_is_guessed_by_areas_and_images(
     assert found == (expected, None)
 
 
-@pytest.mark.parametrize(
-    ("names", "expected"),
-    [
-        ("caption", "image=image,after answer=caption"),
-        ("Frage Antwort", "image=image,after question=Frage answer=Antwort"),
-        ("问 答", "image=image,after question=问 answer=答"),
-        ("ask reply", "image=image,after question=ask answer=reply"),
-        ("hint answer", "image=image,after question=hint answer=answer"),
-        ("instruction context output", "question=instruction,context answer=output"),
-        ("question A B C answer", "question=question,A,B,C answer=answer"),
-        ("question answer bbox", "question=question answer=answer box=bbox"),
-        ("startX startY endX endY", "image=image,after box=startX,startY,endX,endY"),
-        ("links oben rechts unten", "image=image,after box=links,oben,rechts,unten"),
-        ("ref bbox", "question=ref box=bbox"),
-        ("question chosen rejected", "question=question answer=chosen"),
-    ],
-)
+@pytest.mark.parametrize(("names", "expected"), CASES["test_roles_are_guessed"])
 def test_roles_are_guessed(names: str, expected: str) -> None:
     records = []
     for i in range(6):
@@ -185,20 +134,9 @@ def test_empty_box_cell_means_no_objects(folder: Path, box: object) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "question"),
-    [
-        ("Locate these classes: cat, dog, owl.", "Locate these classes: cat, owl."),
-        ("Locate these classes: dog, owl, cat.", "Locate these classes: owl, cat."),
-        ("Locate cat, owl, or dog?", "Locate cat, owl?"),
-        ("Locate every dogfish and cat.", "Locate every dogfish and cat."),
-        ("Locate each dog in the image.", None),
-        ("Locate every dogfish.", None),
-        ("Find all objects.", None),
-    ],
+    ("prompt", "question"), CASES["test_question_does_not_name_a_class_without_its_box"]
 )
-def test_question_does_not_name_a_class_without_its_box(
-    folder: Path, prompt: str, question: str | None
-) -> None:
+def test_question_does_not_name_a_class_without_its_box(folder, prompt, question):
     record = {"b": [[1, 1, 9, 9], [5, 5, 5, 5]], "l": ["cat", "dog"]}
     options = {"columns": {"image": "image", "box": "b", "label": "l"}, "on_invalid_box": "drop"}
     record |= {"image": "b.png"}
@@ -231,16 +169,7 @@ def test_invalid_box_without_a_label_is_counted(folder: Path, empty: str | None)
         case(folder, {**record, "b": [[1, 1, 9, 9]] * 2}, "image=image box=b label=l", prompt="?")
 
 
-@pytest.mark.parametrize(
-    ("boxes", "expected"),
-    [
-        ([(10, 10, 60, 50), (100, 20, 180, 90)], "xyxy"),
-        ([(110.5, 10, 60, 50), (20, 60, 18, 30)], "xywh"),
-        ([(170, 80, 60, 40), (20, 20, 30, 30)], "cxcywh"),
-        ([(21, 3, 17, 8), (19, 4, 11, 9)], None),
-        ([(0.2, 0.3, 0.1, 0.4), (0.6, 0.1, 0.2, 0.1)], None),
-    ],
-)
+@pytest.mark.parametrize(("boxes", "expected"), CASES["test_boxes_in_columns_of_unknown_names"])
 def test_boxes_in_columns_of_unknown_names(boxes: list[Any], expected: str | None) -> None:
     records = [dict(zip("abcd", box, strict=True)) for box in boxes]
     assert find_box_format(records, "a,b,c,d", [(200, 100)] * 2) == expected

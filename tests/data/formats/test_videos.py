@@ -1,13 +1,12 @@
 """Rows with video files: LLaVA, LLaMA-Factory, ms-swift, placeholders with a path, and samples."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from box_fixtures import parse_record
+from case_files import load_cases
 from each_value import each
 from image_fixtures import write_gray_image
 from video_fixtures import write_video
@@ -44,62 +43,7 @@ def chat(question: str, **more: Any) -> dict[str, Any]:
     return {"conversations": turns, **more}
 
 
-def messages(question: str, **more: Any) -> dict[str, Any]:
-    turns = [{"role": "user", "content": question}, {"role": "assistant", "content": "x"}]
-    return {"messages": turns, **more}
-
-
-ROWS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
-    "llava": ("llava", chat("<video>\nWhat?", video="v.mp4"), ["v.mp4", "What?"]),
-    "llava-video": ("llava", chat("<image>\nWhat?", video="v.mp4"), ["v.mp4", "What?"]),
-    "llava image": ("llava", chat("<image>\n<video>\nWhich?", image="a.png", video="v.mp4"), []),
-    "sharegpt": (
-        "llama-factory",
-        chat("<video>A <video>B", videos=["v.mp4", "w.webm"]),
-        ["v.mp4", "A ", "w.webm", "B"],
-    ),
-    "alpaca": (
-        "llama-factory",
-        {"instruction": "<video>What?", "input": "", "output": "x", "videos": ["v.mp4"]},
-        ["v.mp4", "What?"],
-    ),
-    "ms-swift": (
-        "ms-swift",
-        messages("<image>or <video>?", images=["a.png"], videos=["v.mp4"]),
-        ["a.png", "or ", "v.mp4", "?"],
-    ),
-    "ms-swift without placeholder": (
-        "ms-swift",
-        messages("What?", videos=["v.mp4"]),
-        ["v.mp4", "What?"],
-    ),
-    "query-response": (
-        "query-response",
-        {"query": "<video>What?", "response": "x", "videos": ["v.mp4"]},
-        ["v.mp4", "What?"],
-    ),
-    "frame list": (
-        "ms-swift",
-        messages("What?", videos=[["v0/2.png", "v0/1.png"], "v.mp4"]),
-        ["2.png", "1.png", "v.mp4", "What?"],
-    ),
-    "frame folder": (
-        "ms-swift",
-        messages("<video>What?", videos=["v0"]),
-        ["1.png", "2.png", "10.png", "What?"],
-    ),
-    "frames of one video": (
-        "llama-factory",
-        chat("<video>A", videos=["v0/1.png", "v0/10.png"]),
-        ["1.png", "10.png", "A"],
-    ),
-    "llava frames": ("llava", chat("<video>\nA", video="v0"), ["1.png", "2.png", "10.png", "A"]),
-    "path in placeholder": (
-        "conversations",
-        chat("See <|vision_start|>v.mp4<|vision_end|>"),
-        ["See ", "v.mp4"],
-    ),
-}
+ROWS = load_cases("videos")["rows"]
 
 
 def parse(form: DatasetFormat, row: dict[str, Any], folder: Path) -> list[str]:
@@ -127,12 +71,8 @@ def test_video_files_become_video_parts(media: Path, name: str) -> None:
     form, _ = detect_format([row], "here")
     assert form.name == format_name
     assert parse(form, row, media) == (expected or ["a.png", "v.mp4", "Which?"])
-
-
-def test_video_tag_without_videos_is_text(media: Path) -> None:
-    row = chat("<image>\nExplain the tag <video>.", image="a.png")
-    form, _ = detect_format([row], "here")
-    assert parse(form, row, media) == ["a.png", "Explain the tag <video>."]
+    text = chat("<image>\nExplain the tag <video>.", image="a.png")
+    assert parse(detect_format([text], "here")[0], text, media)[1] == "Explain the tag <video>."
 
 
 def test_imported_samples_refer_to_the_video(media: Path, tmp_path: Path) -> None:

@@ -1,16 +1,9 @@
 """Pascal VOC's XML files as its development kit describes them."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest
-from box_fixtures import (
-    check_export_roundtrip,
-    import_samples,
-    list_answers,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, write_box_image
 
 from finesight.errors import UserError
 
@@ -69,15 +62,6 @@ def test_detection(root: Path, tmp_path: Path) -> None:
     assert summary.source_notes == {"parts of objects (ignored)": 1}
 
 
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
-    check_export_roundtrip(root, tmp_path, box_task=ask)
-    written = (tmp_path / "exported" / "Annotations" / "2007_000027.xml").read_text("utf-8")
-    assert "<xmin>13</xmin>" in written
-    assert "<xmax>31</xmax>" in written
-    assert "<difficult>1</difficult>" in written
-
-
 def test_zero_based_coordinates(root: Path, tmp_path: Path) -> None:
     annotate(root, ANNOTATION.replace("<xmin>1<", "<xmin>0<"))
     samples, summary = import_samples(root, tmp_path / "kit")
@@ -87,12 +71,11 @@ def test_zero_based_coordinates(root: Path, tmp_path: Path) -> None:
     assert list_answers(samples)[0][1] == ("person", (13, 4, 31, 17))
 
 
-@pytest.mark.parametrize("location", ["Annotations", "images", "VOC2012", "."])
+@pytest.mark.parametrize("location", ["Annotations", "images", "VOC2012"])
 def test_image_folders(root: Path, tmp_path: Path, location: str) -> None:
     (root / location).mkdir(exist_ok=True)
     for image in (root / "JPEGImages").iterdir():
-        target = root / location if location != "." else root / "Annotations"
-        image.rename(target / image.name)
+        image.rename(root / location / image.name)
     assert len(import_samples(root, tmp_path / "out")[0]) == 2
 
 
@@ -133,12 +116,11 @@ def test_invalid_xml_is_rejected(root: Path, tmp_path: Path, text: str, what: st
     assert caught.value.remedy
 
 
-def test_unknown_size_and_object_without_box(root: Path, tmp_path: Path) -> None:
-    text = ANNOTATION.replace("<width>40<", "<width>0<").replace(
-        "</annotation>", "<object><name>cat</name></object></annotation>"
-    )
-    annotate(root, text)
+def test_unknown_size_name_and_object_without_box(root: Path, tmp_path: Path) -> None:
+    text = ANNOTATION.replace("<width>40<", "<width>0<").replace("2007_000027.png", "")
+    annotate(root, text.replace("</annotation>", "<object><name>cat</name></object></annotation>"))
     samples, summary = import_samples(root, tmp_path / "out")
+    assert samples[0].id == "2007_000027"
     assert len(list_answers(samples)[0]) == 2
     assert summary.source_notes["objects without a bndbox (skipped)"] == 1
 
@@ -151,9 +133,3 @@ def test_declared_encodings(root: Path, tmp_path: Path, encoding: str) -> None:
     (root / "Annotations" / "2007_000027.xml").write_bytes(content)
     samples, _ = import_samples(root, tmp_path / "out")
     assert list_answers(samples)[0][1] == ("犬", (0, 0.5, 40, 20))
-
-
-def test_annotation_without_file_name(root: Path, tmp_path: Path) -> None:
-    annotate(root, ANNOTATION.replace("2007_000027.png", ""))
-    samples, _ = import_samples(root, tmp_path / "out")
-    assert samples[0].id == "2007_000027"

@@ -1,27 +1,17 @@
 """YOLO datasets as Ultralytics documents them, and those with classes.txt."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 
 import pytest
-from box_fixtures import (
-    check_export_roundtrip,
-    import_samples,
-    list_answers,
-    list_questions,
-    write_box_image,
-)
+from box_fixtures import import_samples, list_answers, list_questions, write_box_image
 from case_files import load_cases
 from each_value import each
 
-from finesight.data.formats import image_folder
-from finesight.data.formats.dataset_format import ExportContext
-from finesight.data.image_header import read_image_size
+from finesight.data.exporter import export_dataset
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.sample import ImagePart, LocatedSample
+from finesight.data.sample import LocatedSample
 from finesight.errors import UserError
 
 CASES = load_cases("yolo")
@@ -71,14 +61,6 @@ def test_detection(root: Path, tmp_path: Path) -> None:
     assert summary.skipped_rows == {"images without a label file": 1}
 
 
-@pytest.mark.parametrize("ask", ["detection", "grounding"])
-def test_roundtrip(root: Path, tmp_path: Path, ask: str) -> None:
-    check_export_roundtrip(root, tmp_path, box_task=ask)
-    exported = tmp_path / "exported"
-    assert (exported / "val.txt").read_text(encoding="utf-8") == "./images/c.png\n"
-    assert (exported / "images" / "c.txt").read_text(encoding="utf-8").endswith(" 0.5 0.5 1 1\n")
-
-
 def test_val_split_becomes_last_rows(root: Path, tmp_path: Path) -> None:
     write_box_image(root / "images" / "val" / "c.png", (0, 0, 3, 3))
     import_dataset(root, tmp_path / "out", ImportOptions(eval_last=1))
@@ -86,28 +68,20 @@ def test_val_split_becomes_last_rows(root: Path, tmp_path: Path) -> None:
     assert '"val"' not in (tmp_path / "out" / "train.jsonl").read_text(encoding="utf-8")
 
 
-def test_empty_lines_of_classes_txt_keep_the_class_ids(tmp_path: Path) -> None:
-    root = tmp_path / "set"
-    write_box_image(root / "a.png", WHITE)
-    (root / "a.txt").write_text(LINE.replace("1", "2", 1), encoding="utf-8")
-    (root / "classes.txt").write_text("person\n\ndog\n\n", encoding="utf-8")
-    samples, _ = import_samples(root, tmp_path / "out")
-    assert list_answers(samples) == [[("dog", WHITE)]]
-
-
 def test_flat_folder_with_classes_txt(tmp_path: Path) -> None:
     root = tmp_path / "set"
     write_box_image(root / "a.png", WHITE)
-    (root / "a.txt").write_text(LINE, encoding="utf-8")
-    (root / "classes.txt").write_text("person\ndog\n", encoding="utf-8")
+    line = LINE.replace("1", "2", 1)
+    (root / "a.txt").write_text(line, encoding="utf-8")
+    (root / "classes.txt").write_text("person\n\ndog\n\n", encoding="utf-8")
     samples, summary = import_samples(root, tmp_path / "out")
     assert list_answers(samples) == [[("dog", WHITE)]]
     assert summary.detected_by.startswith("label files with class IDs, classes.txt")
-    (root / "a.txt").write_text(f"{LINE}{LINE}dog here\n", encoding="utf-8")
+    (root / "a.txt").write_text(f"{line}{line}dog here\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"a\.txt:3: .dog here."):
         import_samples(root, tmp_path / "broken")
     (root / "classes.txt").unlink()
-    with pytest.raises(UserError, match=r"class IDs, such as .1 0\.55 "):
+    with pytest.raises(UserError, match=r"class IDs, such as .2 0\.55 "):
         import_samples(root, tmp_path / "other")
 
 
@@ -179,13 +153,9 @@ def test_invalid_data_yaml(root: Path, tmp_path: Path, change: dict[str, str], w
 
 def test_export_needs_images_inside_folder(root: Path, tmp_path: Path) -> None:
     samples, _ = import_samples(root, tmp_path / "out")
-    located_sample = [LocatedSample(samples[0], tmp_path / "out")]
-    part = samples[0].messages[0].content[0]
-    assert isinstance(part, ImagePart)
-    path = located_sample[0].resolve_path(part.image)
-    writing = ExportContext({path: "../coco8/images/train/a.png"}, read_image_size)
+    located_samples = [LocatedSample(sample, tmp_path / "out") for sample in samples]
     with pytest.raises(UserError, match="outside the output folder") as caught:
-        list(image_folder.write_yolo(located_sample, writing))
+        export_dataset(located_samples, tmp_path / "exported", "yolo", copy_images=False)
     assert "--copy-images" in caught.value.remedy
 
 

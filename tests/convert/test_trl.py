@@ -154,11 +154,19 @@ def test_objectives_on_pairs_are_converted(tmp_path, settings, objective):
     assert not {"loss_type", "loss_weights"} & notes
 
 
-def test_losses_of_pairs_are_converted(tmp_path):
-    for given, losses in ((["ipo", "sft"], ("ipo", "sft")), ("hinge", ("hinge",))):
-        done = convert_settings(tmp_path, PAIR_SETTINGS[-1][0] | {"loss_type": given})
-        assert "loss_type" not in notes_by_setting(done, "differs")
-        assert load_converted_recipe(tmp_path).train.dpo.loss_type == losses
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5]}, (("ipo", "sft"), (1.0, 0.5))),
+        ({"loss_type": "hinge"}, (("hinge",), None)),
+    ],
+)
+def test_losses_of_pairs_are_converted(given, settings, tmp_path):
+    base = {"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}
+    done = convert_settings(tmp_path, base | given)
+    assert not given.keys() & notes_by_setting(done, "differs").keys()
+    dpo = load_converted_recipe(tmp_path).train.dpo
+    assert (dpo.loss_type, dpo.loss_weights) == settings
 
 
 def test_unsupported_loss_of_pairs_is_noted(tmp_path):

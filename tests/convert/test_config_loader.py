@@ -85,20 +85,25 @@ def test_unresolved_command_is_rejected(script, text, tmp_path):
     assert not (tmp_path / "recipe.yaml").exists()
 
 
-def test_words_before_options_are_reported(tmp_path):
-    done = convert_script(tmp_path, START.replace("--model", "stray --model"))
-    assert set(notes_by_setting(done, "unknown")) == {"arguments without an option"}
+@each(
+    ("script", "kind", "keys"),
+    [
+        (START.replace("--model", "stray --model"), "unknown", {"arguments without an option"}),
+        (
+            f"FPS_MAX_FRAMES=12 VIDEO_MAX_PIXELS=50176 {START}",
+            "differs",
+            {"FPS_MAX_FRAMES", "VIDEO_MAX_PIXELS"},
+        ),
+    ],
+)
+def test_other_words_and_variables_are_reported(script, kind, keys, tmp_path):
+    assert set(notes_by_setting(convert_script(tmp_path, script), kind)) == keys
 
 
 @pytest.mark.parametrize("start", TABLES["test_start_commands_are_recognized"])
 def test_start_commands_are_recognized(start, tmp_path):
     convert_script(tmp_path, START.replace("swift sft", start) + " --gradient_accumulation_steps 3")
     assert load_converted_recipe(tmp_path).train.batch_size == (6 if "torchrun" in start else 3)
-
-
-def test_video_settings_are_reported(tmp_path):
-    done = convert_script(tmp_path, f"FPS_MAX_FRAMES=12 VIDEO_MAX_PIXELS=50176 {START}")
-    assert set(notes_by_setting(done, "differs")) == {"FPS_MAX_FRAMES", "VIDEO_MAX_PIXELS"}
 
 
 VALUES: list[object] = [

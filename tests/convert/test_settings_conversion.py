@@ -28,19 +28,6 @@ recipe = partial(convert_to_recipe, LLAMA_FACTORY_SETTINGS)
 swift_recipe = partial(convert_to_recipe, SWIFT_SETTINGS)
 
 
-def test_defaults_match_llama_factory(tmp_path):
-    made = recipe(tmp_path)
-    lora, train = made.tune.lora, made.train
-    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (8, 16.0, 0.0, None)
-    assert (made.tune.vision, made.tune.merger, made.tune.language) == ("frozen", "frozen", "lora")
-    assert (train.epochs, train.batch_size, train.learning_rate.default) == (3.0, 8, 5e-5)
-    assert (train.lr_schedule, train.warmup, train.weight_decay) == ("linear", 0, 0.0)
-    assert (train.betas, train.max_grad_norm, train.optimizer) == ((0.9, 0.999), 1.0, "adamw")
-    assert (train.seed, train.data_seed) == (42, 42)
-    assert made.image.model_dump() == {"min_pixels": 3136, "max_pixels": 589_824}
-    assert (made.data.max_length, made.track, made.eval) == (2048, (), None)
-
-
 CASES = load_cases("conversions")
 PROGRAMS = {"LLaMA-Factory": LLAMA_FACTORY_SETTINGS, "ms-swift": SWIFT_SETTINGS}
 EXAMPLES = {
@@ -186,18 +173,9 @@ def test_ignored_settings_are_reported(tmp_path):
     assert "s3cret" not in str(done)
 
 
-def test_defaults_match_ms_swift(tmp_path):
-    made = swift_recipe(tmp_path)
-    lora, train = made.tune.lora, made.train
-    assert made.model == "modelscope:Qwen/Qwen2.5-VL-7B-Instruct"
-    assert (lora.rank, lora.alpha, lora.dropout, lora.target_modules) == (8, 32.0, 0.05, None)
-    assert (made.tune.vision, made.tune.merger, made.tune.language) == ("frozen", "frozen", "lora")
-    assert (train.epochs, train.batch_size, train.learning_rate.default) == (3.0, 16, 1e-4)
-    assert (train.lr_schedule, train.warmup, train.weight_decay) == ("cosine", 0, 0.1)
-    assert (train.betas, train.max_grad_norm, train.optimizer) == ((0.9, 0.95), 1.0, "adamw")
-    assert (train.precision, train.seed) == ("bf16", 42)
-    assert made.image.model_dump() == {"min_pixels": 3136, "max_pixels": 12_845_056}
-    assert made.data.max_length == 128_000
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_defaults_match_the_program(program, tmp_path):
+    check_conversion(PROGRAMS[program], tmp_path, {}, TABLES["defaults"][program])
 
 
 def test_inline_deepspeed_config_is_parsed(tmp_path):

@@ -22,65 +22,6 @@ from finesight.errors import UserError
 
 TABLES = load_cases("trl_conversions")
 
-UNSLOTH = """
-from unsloth import FastVisionModel, is_bf16_supported
-MODEL, RANK = "not used", None
-RANK_OF_LORA = 8
-class Config:
-    lr: float = 2e-4
-model, tokenizer = FastVisionModel.from_pretrained(
-    "unsloth/Qwen2-VL-7B-Instruct-bnb-4bit", load_in_4bit=True, use_gradient_checkpointing="unsloth"
-)
-model = FastVisionModel.get_peft_model(
-    model, finetune_vision_layers=True, finetune_language_layers=True, r=RANK_OF_LORA,
-    lora_alpha=RANK_OF_LORA * 2, lora_dropout=0, bias="none", random_state=3407,
-)
-processor = AutoProcessor.from_pretrained("other", max_pixels=640 * 28 * 28)
-dataset = load_dataset("unsloth/LaTeX_OCR", split="train[:3000]")
-trainer = SFTTrainer(
-    model=model, train_dataset=dataset,
-    args=SFTConfig(
-        per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=30,
-        learning_rate=Config.lr, bf16=is_bf16_supported(), optim="adamw_8bit", seed=RANK,
-        max_seq_length=2048, output_dir=folder() / "outputs", made_up=1,
-    ),
-)
-if False:
-    model, _ = FastVisionModel.from_pretrained("lora_model")
-"""
-TRL = """
-from peft import LoraConfig
-from trl import GRPOConfig, GRPOTrainer, accuracy_reward
-peft_config = LoraConfig(target_modules=["q_proj", "gate_proj"], r=32)
-args = GRPOConfig(
-    num_train_epochs=2, num_generations=4, scale_rewards=False, reward_weights=[2, 1], epsilon=0.1,
-    use_vllm=True, vllm_importance_sampling_correction=False, per_device_train_batch_size=16,
-    top_p=0.9, top_k=0, max_prompt_length=512, log_completions=True,
-)
-GRPOTrainer("Qwen/Qwen2.5-VL-3B-Instruct", args=args, reward_funcs=[accuracy_reward, score])
-"""
-SERIES = """
-MODEL_NAME="Qwen/Qwen2.5-VL-3B-Instruct"
-TOTAL=16; PER=2
-OPTIONS="--freeze_merger ${1:-False} --deepspeed scripts/zero3.json"
-ACCUMULATION=$((TOTAL / (PER * 4)))
-deepspeed --num_gpus 4 src/train/train_sft.py --lora_enable True --lora_rank ${RANK:-16} \\
-    --model_id $MODEL_NAME --data_path data.json --freeze_vision_tower True $OPTIONS \\
-    --image_max_pixels $((1280 * 28 * 28)) --per_device_train_batch_size "$PER" \\
-    --gradient_accumulation_steps ${ACCUMULATION} --merger_lr 1e-5 --output_dir 'out/$1'
-"""
-CLI = """
-accelerate launch --num_processes 2 trl/scripts/sft.py --config sft.yaml --learning_rate 3e-5
-"""
-CLI_FILE = """
-model_name_or_path: OpenGVLab/InternVL3-2B
-dataset_name: rows.jsonl
-eval_dataset_name: rows.jsonl
-eval_steps: 50
-use_peft: true
-lora_r: 4
-"""
-
 
 def convert(folder: Path, name: str, text: str) -> tuple[ConvertedRecipe, dict[str, object]]:
     (folder / name).write_text(text)
@@ -94,14 +35,14 @@ def _rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gray_image(tmp_path / "a.png")
     turns = [{"role": "user", "content": "<image>Which?"}, {"role": "assistant", "content": "cat"}]
     write_jsonl(tmp_path / "rows.jsonl", [{"messages": turns, "images": ["a.png"]}] * 4)
-    (tmp_path / "sft.yaml").write_text(CLI_FILE)
+    (tmp_path / "sft.yaml").write_text(TABLES["CLI_FILE"])
 
 
 @pytest.mark.parametrize("name", ["train.py", "train.ipynb"])
 def test_unsloth_script_is_read_without_execution(name, tmp_path):
-    cells = [{"cell_type": "code", "source": ["!pip install unsloth\n", UNSLOTH]}]
+    cells = [{"cell_type": "code", "source": ["!pip install unsloth\n", TABLES["UNSLOTH"]]}]
     done, made = convert(
-        tmp_path, name, json.dumps({"cells": cells}) if name.endswith("b") else UNSLOTH
+        tmp_path, name, json.dumps({"cells": cells}) if name.endswith("b") else TABLES["UNSLOTH"]
     )
     assert (made["model"], made["output_dir"]) == ("Qwen/Qwen2-VL-7B-Instruct", "trainer_output")
     tune, train = made["tune"], made["train"]
@@ -118,7 +59,7 @@ def test_unsloth_script_is_read_without_execution(name, tmp_path):
 
 
 def test_shell_variables_and_arithmetic_are_resolved(tmp_path):
-    done, made = convert(tmp_path, "a.sh", SERIES)
+    done, made = convert(tmp_path, "a.sh", TABLES["SERIES"])
     tune, train = made["tune"], made["train"]
     assert (tune["vision"], tune["merger"], tune["language"]) == ("frozen", "full", "lora")
     assert (tune["lora"]["rank"], made["image"]["max_pixels"]) == (16, 1280 * 28 * 28)
@@ -128,7 +69,7 @@ def test_shell_variables_and_arithmetic_are_resolved(tmp_path):
 
 
 def test_trl_command_with_other_model_gets_metric_of_its_data(tmp_path):
-    done, made = convert(tmp_path, "a.sh", CLI)
+    done, made = convert(tmp_path, "a.sh", TABLES["CLI"])
     assert made["model"] == "OpenGVLab/InternVL3-2B-hf"
     assert "transformers backend" in notes_by_setting(done, "note")["model"]
     assert (made["eval"]["metric"], made["eval"]["every"]) == ("classification", 50)
@@ -150,23 +91,12 @@ def test_other_objective_keeps_the_part_that_carries_over(settings, tmp_path):
     assert not done.imports
 
 
-GRPO_FILE = """
-model_name_or_path: Qwen/Qwen2.5-VL-3B-Instruct
-dataset_name: rows.jsonl
-reward_funcs: [think_format_reward]
-loss_type: cispo
-vllm_importance_sampling_cap: 2.5
-num_iterations: 99
-repetition_penalty: 1.2
-"""
-
-
 @pytest.mark.parametrize(
     ("name", "text", "expected", "reward", "sizes", "noted"),
     TABLES["test_grpo_is_converted_with_its_rewards"],
 )
 def test_grpo_is_converted_with_its_rewards(name, text, expected, reward, sizes, noted, tmp_path):
-    (tmp_path / "grpo.yaml").write_text(GRPO_FILE)
+    (tmp_path / "grpo.yaml").write_text(TABLES["GRPO_FILE"])
     done, made = convert(tmp_path, name, text)
     train = made["train"]
     assert (train["objective"], done.imports != ()) == ("grpo", True)
@@ -208,19 +138,7 @@ def test_distillation_is_converted_with_its_teacher(name, text, expected, sizes,
     assert not notes_by_setting(done, "unknown")
 
 
-PAIR_SETTINGS = [
-    (LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3}, "dpo"),
-    (LLAMA_FACTORY_SETTINGS | {"stage": "dpo", "pref_beta": 0.3, "pref_loss": "orpo"}, "orpo"),
-    (SWIFT_SETTINGS | {"rlhf_type": "dpo", "beta": 0.3, "simpo_gamma": 1}, "dpo"),
-    (SWIFT_SETTINGS | {"rlhf_type": "kto", "beta": 0.3, "desirable_weight": 2.0}, "kto"),
-    (LLAMA_FACTORY_SETTINGS | {"stage": "kto", "pref_beta": 0.3, "kto_chosen_weight": 2}, "kto"),
-    (SWIFT_SETTINGS | {"rlhf_type": "simpo", "beta": 0.3, "simpo_gamma": 0.5}, "simpo"),
-    (
-        {"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}
-        | {"loss_type": ["sigmoid"], "loss_weights": [1]},
-        "dpo",
-    ),
-]
+PAIR_SETTINGS = TABLES["test_objectives_on_pairs_are_converted"]
 
 
 @pytest.mark.parametrize(("settings", "objective"), PAIR_SETTINGS)
@@ -236,11 +154,19 @@ def test_objectives_on_pairs_are_converted(tmp_path, settings, objective):
     assert not {"loss_type", "loss_weights"} & notes
 
 
-def test_losses_of_pairs_are_converted(tmp_path):
-    for given, losses in ((["ipo", "sft"], ("ipo", "sft")), ("hinge", ("hinge",))):
-        done = convert_settings(tmp_path, PAIR_SETTINGS[-1][0] | {"loss_type": given})
-        assert "loss_type" not in notes_by_setting(done, "differs")
-        assert load_converted_recipe(tmp_path).train.dpo.loss_type == losses
+@pytest.mark.parametrize(
+    ("given", "settings"),
+    [
+        ({"loss_type": ["ipo", "sft"], "loss_weights": [1, 0.5]}, (("ipo", "sft"), (1.0, 0.5))),
+        ({"loss_type": "hinge"}, (("hinge",), None)),
+    ],
+)
+def test_losses_of_pairs_are_converted(given, settings, tmp_path):
+    base = {"model_name_or_path": "Qwen/Qwen3-VL-4B", "beta": 0.3, "dataset_name": "a.jsonl"}
+    done = convert_settings(tmp_path, base | given)
+    assert not given.keys() & notes_by_setting(done, "differs").keys()
+    dpo = load_converted_recipe(tmp_path).train.dpo
+    assert (dpo.loss_type, dpo.loss_weights) == settings
 
 
 def test_unsupported_loss_of_pairs_is_noted(tmp_path):
@@ -291,16 +217,6 @@ def test_script_of_another_kind_is_refused_with_the_next_command(command, tmp_pa
     assert "finesight init" in str(caught.value.remedy)
 
 
-SCRIPT = """
-from trl import SFTConfig, SFTTrainer
-lr = 1e-4
-{before}
-cfg = SFTConfig(output_dir="out", {arguments})
-{after}
-SFTTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=cfg)
-"""
-
-
 @pytest.mark.parametrize(
     ("before", "arguments", "after", "expected"),
     TABLES["test_only_constants_of_the_used_configuration_are_read"],
@@ -308,7 +224,7 @@ SFTTrainer(model="Qwen/Qwen2.5-VL-3B-Instruct", args=cfg)
 def test_only_constants_of_the_used_configuration_are_read(
     before, arguments, after, expected, tmp_path
 ):
-    text = SCRIPT.format(before=before, arguments=arguments, after=after)
+    text = TABLES["SCRIPT"].format(before=before, arguments=arguments, after=after)
     done, made = convert(tmp_path, "a.py", text)
     epochs, unresolved = (4, ["**kw"]) if expected == "**kw" else expected
     assert made["train"]["epochs"] == epochs
@@ -318,8 +234,8 @@ def test_only_constants_of_the_used_configuration_are_read(
 
 
 def test_two_configurations_are_never_mixed(tmp_path):
-    text = SCRIPT.format(before="", arguments="seed=1", after="cfg = SFTConfig(seed=2)")
-    with pytest.raises(UserError, match="has several training arguments, in lines 5, 6"):
+    text = TABLES["SCRIPT"].format(before="", arguments="seed=1", after="cfg = SFTConfig(seed=2)")
+    with pytest.raises(UserError, match="has several training arguments, in lines 4, 5"):
         convert(tmp_path, "a.py", text)
 
 

@@ -153,34 +153,6 @@ def test_gpu_system_is_inspected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert machine_check.inspect_gpu_system({"CC": "tcc", "PATH": ""}).missing_build_tools == ()
 
 
-FAKE_TORCH = """\
-import types, warnings
-__version__, version = "2.13.0+cu126", types.SimpleNamespace(cuda="12.6")
-
-
-class Product:
-    def __matmul__(self, other): return self
-    def __getitem__(self, place): return self
-    def item(self): return 16
-
-
-def ones(*shape, device):
-    if device == "cuda:1":
-        raise RuntimeError("CUDA error: no kernel image is available for execution\\nmore")
-    return Product()
-
-
-class cuda:
-    is_available = staticmethod(lambda: AVAILABLE or warnings.warn("driver too old") or False)
-    get_arch_list = staticmethod(lambda: ["sm_80", "sm_90"])
-    device_count = staticmethod(lambda: 2)
-    mem_get_info = staticmethod(lambda index: (7, 8))
-    get_device_properties = staticmethod(
-        lambda index: types.SimpleNamespace(name="X", major=9 + index, minor=0, total_memory=8)
-    )
-"""
-
-
 def probe(folder: Path, torch_source: str) -> TorchInfo:
     """Probe a module that replaces torch."""
     (folder / "torch.py").write_text(torch_source)
@@ -192,11 +164,11 @@ def python_path(folder: Path) -> str:
 
 
 def test_every_gpu_of_torch_is_reported(tmp_path: Path) -> None:
-    info = probe(tmp_path, f"AVAILABLE = True\n{FAKE_TORCH}")
+    info = probe(tmp_path, f"AVAILABLE = True\n{CASES['fake_torch']}")
     assert (info.error, info.cuda_version, info.arch_list) == ("", "12.6", ("sm_80", "sm_90"))
     assert info.gpus[0] == GpuInfo("X", (9, 0), 8, 7, "")
     assert info.gpus[1].error == "CUDA error: no kernel image is available for execution"
-    info = probe(tmp_path, f"AVAILABLE = False\n{FAKE_TORCH}")
+    info = probe(tmp_path, f"AVAILABLE = False\n{CASES['fake_torch']}")
     assert (info.gpus, info.cuda_warnings) == ((), ("driver too old",))
 
 

@@ -190,11 +190,11 @@ def init(
 def _format_example(file: Path) -> str:
     """Format question and answer of the first sample of a file."""
     from finesight.data.corpus import open_sample_source
-    from finesight.data.sample import BoxPart, ContentPart, TextPart
+    from finesight.data.sample import BoxPart, ContentPart, TextPart, list_coordinates
 
     def format_part(part: ContentPart) -> str:
         if isinstance(part, BoxPart):
-            return f"{part.label or 'box'} {[round(corner) for corner in part.xyxy]}"
+            return f"{part.label or part.type} {[*map(round, list_coordinates(part))]}"
         return part.text if isinstance(part, TextPart) else f"<{part.type}>"
 
     messages = open_sample_source(file).read_sample(0).sample.messages[-2:]

@@ -33,6 +33,7 @@ from finesight.data.formats.dataset_format import (
     ImportExample,
     InvalidOptionError,
     RowImages,
+    as_list,
     make_text_part,
 )
 from finesight.data.image_header import (
@@ -593,10 +594,11 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
         for part in sample.messages[-1].content
         if not isinstance(part, TextPart) or part.text.strip()
     ]
-    attributes_list = sample.meta.get("boxes", ())
+    stored = as_list(sample.meta.get("boxes"))
+    known: list[Any] = stored if len(stored) == len(parts) else [{}] * len(parts)
     if parts == [TextPart(text=NO_OBJECTS_ANSWER)]:
         return
-    for box_index, part in enumerate(parts):
+    for part, attributes in zip(parts, known, strict=True):
         is_box = isinstance(part, BoxPart) and not part.is_point
         if not isinstance(part, BoxPart) or not is_box or not (part.label or "").strip():
             raise UserError(
@@ -605,14 +607,8 @@ def _iter_boxes(sample: Sample) -> Iterator[ExportBox]:
                 expected=f"only boxes with labels, or {NO_OBJECTS_ANSWER!r}",
                 remedy="export these samples in a conversation format, or remove them",
             )
-        attributes = (
-            attributes_list[box_index]
-            if isinstance(attributes_list, list) and len(attributes_list) == len(parts)
-            else {}
-        )
-        yield ExportBox(
-            str(part.label), part.xyxy, attributes if isinstance(attributes, dict) else {}
-        )
+        attributes = attributes if isinstance(attributes, dict) else {}
+        yield ExportBox(str(part.label), part.xyxy, attributes)
 
 
 def _get_answer_text(sample: Sample) -> str:

@@ -128,5 +128,5 @@ def test_write_error_is_raised_by_next_call(checkpoints):
     assert checkpoints.steps() == []
     # The error is raised once: the next checkpoint is written.
     saving.save(make_state(2), *make_tensors(2))
-    saving.join()
+    saving.wait()
     assert checkpoints.steps() == [2]

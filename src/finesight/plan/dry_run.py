@@ -33,7 +33,7 @@ from finesight.model.config import VisionConfig
 from finesight.model.kernels.runtime import override_launches
 from finesight.model.vlm import VisionLanguageModel
 from finesight.train.dataset_stats import SampleStats
-from finesight.train.objectives.sft import Objective
+from finesight.train.objectives.sft import SftObjective
 from finesight.train.sampler import StepSampler
 from finesight.vision.image_processing import GridTHW
 
@@ -403,7 +403,7 @@ class StepTracer:
     def __init__(
         self,
         model: VisionLanguageModel,
-        objective: Objective,
+        objective: SftObjective,
         compute: ComputeTarget,
         teacher: VisionLanguageModel | None = None,
     ) -> None:

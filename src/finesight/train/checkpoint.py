@@ -398,8 +398,8 @@ class AsyncCheckpointer:
         # The thread inherits the context variables, and ends with this checkpoint.
         weights, optimizer_state = self._copy_to_cpu((weights, optimizer_state))
         arguments = state, weights, optimizer_state, self.process_group
-        pool = ThreadPoolExecutor(1)
         save = partial(self.checkpoint_manager.save, *arguments)
+        pool = ThreadPoolExecutor(1)
         self._write = pool.submit(copy_context().run, save)
         pool.shutdown(wait=False)
 
@@ -426,11 +426,6 @@ class AsyncCheckpointer:
 
     def wait(self) -> None:
         """Wait until the pending checkpoint is written; raise its error if writing failed."""
-        error = self.join()
-        if error is not None:
-            raise error
-
-    def join(self) -> BaseException | None:
-        """Wait until the pending checkpoint is written; return its error instead of raising it."""
         write, self._write = self._write, None
-        return None if write is None else write.exception()
+        if write is not None:
+            write.result()

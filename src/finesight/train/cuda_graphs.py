@@ -39,7 +39,7 @@ from finesight.train.graph_buffers import (
     can_capture_vision,
     should_capture_vision,
 )
-from finesight.train.objectives.sft import Objective, PackKey
+from finesight.train.objectives.sft import PackKey, SftObjective
 
 
 class GraphTimer:
@@ -179,7 +179,7 @@ class CudaGraphRunner:
     def __init__(
         self,
         model: AnyModel,
-        objective: Objective,
+        objective: SftObjective,
         trainable_params: Sequence[nn.Parameter],
         *,
         is_local: bool = True,

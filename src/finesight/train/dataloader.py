@@ -85,39 +85,32 @@ def prefetch_items(
         UserError: An item cannot be loaded.
         DataWorkerError: Workers were killed repeatedly at the same item.
     """
-    start_workers = partial(_start_workers, load_item, indices, num_workers, pin_memory)
+
+    def start_workers(start: int) -> Iterator[Item | UserError]:
+        dataset: Any = indices[start:]  # PyTorch requires only __getitem__ and __len__
+        loader: DataLoader[Item | UserError] = DataLoader(
+            dataset,
+            batch_size=None,
+            num_workers=num_workers,
+            collate_fn=partial(catch_user_error, load_item),
+            pin_memory=pin_memory,
+            prefetch_factor=2 if num_workers else None,
+            # A fork starts in milliseconds without pickling; the workers never use CUDA.
+            multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
+            if num_workers
+            else None,
+            worker_init_fn=_start_worker,
+            generator=torch.Generator(),
+        )
+        previous_handler = signal.getsignal(signal.SIGCHLD)
+        items = iter(loader)
+        if threading.current_thread() is threading.main_thread():
+            # The handler of torch raises at any point of the training step when a worker dies.
+            # Without it, the loader detects the death at the next item.
+            signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)
+        return items
+
     return _iter_items(start_workers, start_workers(0), num_workers)
-
-
-def _start_workers(
-    load_item: Callable[[int], Item],
-    indices: Sequence[int],
-    num_workers: int,
-    pin_memory: bool,
-    start: int,
-) -> Iterator[Item | UserError]:
-    dataset: Any = indices[start:]  # PyTorch requires only __getitem__ and __len__
-    loader: DataLoader[Item | UserError] = DataLoader(
-        dataset,
-        batch_size=None,
-        num_workers=num_workers,
-        collate_fn=partial(catch_user_error, load_item),
-        pin_memory=pin_memory,
-        prefetch_factor=2 if num_workers else None,
-        # A fork starts in milliseconds without pickling; the workers never use CUDA.
-        multiprocessing_context=("fork" if sys.platform == "linux" else "spawn")
-        if num_workers
-        else None,
-        worker_init_fn=_start_worker,
-        generator=torch.Generator(),
-    )
-    previous_handler = signal.getsignal(signal.SIGCHLD)
-    items = iter(loader)
-    if threading.current_thread() is threading.main_thread():
-        # The handler of torch raises at any point of the training step when a worker dies. Without
-        # it, the loader detects the death at the next item.
-        signal.signal(signal.SIGCHLD, previous_handler or signal.SIG_DFL)
-    return items
 
 
 MAX_RESTARTS = 2

@@ -65,11 +65,8 @@ class SampleOrder:
 
     def epoch_indices(self, epoch: int) -> NDArray[np.int64]:
         """Return the sample indices of an epoch in order, int64 of shape [epoch_length]."""
-        base = 0
-        source_indices = []
-        for source, size in enumerate(self._sizes):
-            source_indices.append(base + self._epoch_slice(source, epoch))
-            base += size
+        starts = enumerate(accumulate(self._sizes[:-1], initial=0))
+        source_indices = [start + self._epoch_slice(source, epoch) for source, start in starts]
         order = _random_permutation(self.epoch_length, self._seed, _ACROSS_SOURCES, epoch)
         return np.concatenate(source_indices)[order]
 

@@ -59,7 +59,7 @@ from finesight.train.flops import FlopCounter, measure_peak_flops
 from finesight.train.objectives.distill import DistillObjective, load_teacher
 from finesight.train.objectives.dpo import KtoObjective, PairObjective
 from finesight.train.objectives.grpo import GrpoObjective
-from finesight.train.objectives.sft import Objective, SftObjective
+from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
@@ -319,7 +319,7 @@ def build_train_state(
 
 def build_objective(
     train: TrainSettings, family: str, banned_ids: tuple[int, ...] = ()
-) -> Objective:
+) -> SftObjective:
     """Create the objective of a run, whose responses never contain `banned_ids`.
 
     Raises:

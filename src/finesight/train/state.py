@@ -26,7 +26,7 @@ from finesight.train.checkpoint import CheckpointManager, CheckpointState, Train
 from finesight.train.dataloader import DeviceLoader, GlobalStepStats, StepBatch, StepDataset
 from finesight.train.dataset_stats import ImageStates, TrainingData
 from finesight.train.flops import FlopCounter
-from finesight.train.objectives.sft import Objective
+from finesight.train.objectives.sft import SftObjective
 from finesight.train.oom import MemoryBudget
 from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer
 from finesight.train.parallel.distributed import SINGLE_PROCESS, ParallelStrategy, ProcessGroup
@@ -221,7 +221,7 @@ class TrainEngine:
     """Model and optimizer of a run, with the components and data of a training step."""
 
     model: AnyModel
-    objective: Objective
+    objective: SftObjective
     parallel: ParallelStrategy
     step_dataset: StepDataset
     device_loader: DeviceLoader

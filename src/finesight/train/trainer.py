@@ -323,7 +323,9 @@ class Trainer:
             raise
         finally:
             # Keep the lock of the run folder while files are written.
-            if (write_error := self.checkpointer.join()) is not None:
+            try:
+                self.checkpointer.wait()
+            except Exception as write_error:
                 self.console.log(f"writing the last checkpoint failed: {write_error}")
 
     def handle_failure(self, error: Exception) -> None:

@@ -18,7 +18,7 @@ import shutil
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -345,17 +345,19 @@ def compute_sha256(tensor: Tensor) -> str:
 class VisionCacheReader:
     """Reader of the vision cache inputs of a pack in data loader workers.
 
-    This class reads the indices of features on the GPU, and its subclasses read features.
+    It reads features in CPU memory, or indices of features on the GPU.
 
     Attributes:
         image_index: Unique images of the dataset.
         dtype: Dtype of the inputs.
         token_shape: Shape of the inputs of an image token: (K, D) of features, () of indices.
+        features_AKD: Features in CPU memory; None if they are on the GPU or on disk.
     """
 
     image_index: ImageIndex
     dtype: torch.dtype
     token_shape: tuple[int, ...]
+    features_AKD: Tensor | None = field(default=None, kw_only=True)
 
     def check(self, sample: int, num_features: int) -> None:
         """Verify that a sample can use the cached features of its images.
@@ -396,20 +398,12 @@ class VisionCacheReader:
         Raises:
             UnreadableFileError: A file is missing or truncated.
         """
-        rows_M = self.image_index.feature_rows(self.image_indices(sample_indices))
-        buffer.copy_(torch.from_numpy(rows_M))
-
-
-@dataclass(frozen=True)
-class VisionRamReader(VisionCacheReader):
-    """Vision cache reader for features in CPU memory."""
-
-    features_AKD: Tensor
-
-    def write_to(self, sample_indices: Sequence[int], buffer: Tensor) -> None:
-        """Copy the features of a pack to a buffer."""
-        rows_M = self.image_index.feature_rows(self.image_indices(sample_indices))
-        torch.index_select(self.features_AKD, 0, torch.from_numpy(rows_M), out=buffer)
+        images = self.image_indices(sample_indices)
+        rows_M = torch.from_numpy(self.image_index.feature_rows(images))
+        if self.features_AKD is None:
+            buffer.copy_(rows_M)
+        else:
+            torch.index_select(self.features_AKD, 0, rows_M, out=buffer)
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,6 @@ from finesight.train.vision_cache import (
     VisionCacheReader,
     VisionDiskReader,
     VisionFileStore,
-    VisionRamReader,
     choose_cache_tier,
     compute_sha256,
     vision_cache_root,
@@ -799,8 +798,8 @@ class VisionCacheBuilder:
             reader = VisionCacheReader(index, torch.int64, ())
             return VisionCache(reader, device, self._features_AKD)
         if self._tier == "memory":
-            source = index, dtype, self._feature_shape, self._features_AKD
-            return VisionCache(VisionRamReader(*source), device)
+            source = index, dtype, self._feature_shape
+            return VisionCache(VisionCacheReader(*source, features_AKD=self._features_AKD), device)
         assert self._store is not None, "the disk tier has no folder"
         paths = [self._store.chunk_path(self._get_file_name(chunk)) for chunk in self._chunks]
         starts = np.array([chunk.start for chunk in self._chunks])

@@ -297,28 +297,26 @@ def compute_pair_losses(
     lengths_2N = lengths_2N.clamp(min=1)
     ratios_2N = logps_2N - reference_2N
     chosen_N, rejected_N = ratios_2N
-    scaled_N = beta * (chosen_N - rejected_N)
+    scaled_N, (mean_chosen_N, mean_rejected_N) = (
+        beta * (chosen_N - rejected_N),
+        ratios_2N / lengths_2N,
+    )
+    loss_fns: Mapping[str, Callable[[], Tensor]] = {
+        "sigmoid": lambda: -F.logsigmoid(scaled_N),
+        "hinge": lambda: torch.relu(1 - scaled_N),
+        "ipo": lambda: (mean_chosen_N - mean_rejected_N - 1 / (2 * beta)) ** 2,
+        "robust": lambda: (
+            (smoothing * F.logsigmoid(-scaled_N) - (1 - smoothing) * F.logsigmoid(scaled_N))
+            / (1 - 2 * smoothing)
+        ),
+        "apo_zero": lambda: 1 - torch.sigmoid(beta * chosen_N) + torch.sigmoid(beta * rejected_N),
+        "apo_down": lambda: torch.sigmoid(beta * chosen_N) + 1 - torch.sigmoid(scaled_N),
+        "sft": lambda: -logps_2N[0] / lengths_2N[0],
+    }
     total_N = torch.zeros_like(scaled_N)
     weights = settings.loss_weights or [1.0] * len(settings.loss_type)
     for loss_type, weight in zip(settings.loss_type, weights, strict=True):
-        if loss_type == "sigmoid":
-            loss_N = -F.logsigmoid(scaled_N)
-        elif loss_type == "hinge":
-            loss_N = torch.relu(1 - scaled_N)
-        elif loss_type == "ipo":
-            mean_chosen_N, mean_rejected_N = ratios_2N / lengths_2N
-            loss_N = (mean_chosen_N - mean_rejected_N - 1 / (2 * beta)) ** 2
-        elif loss_type == "robust":
-            swapped_N = smoothing * F.logsigmoid(-scaled_N)
-            loss_N = swapped_N - (1 - smoothing) * F.logsigmoid(scaled_N)
-            loss_N = loss_N / (1 - 2 * smoothing)
-        elif loss_type == "apo_zero":
-            loss_N = 1 - torch.sigmoid(beta * chosen_N) + torch.sigmoid(beta * rejected_N)
-        elif loss_type == "apo_down":
-            loss_N = torch.sigmoid(beta * chosen_N) + 1 - torch.sigmoid(scaled_N)
-        else:
-            loss_N = -logps_2N[0] / lengths_2N[0]
-        total_N = total_N + weight * loss_N
+        total_N = total_N + weight * loss_fns[loss_type]()
     return total_N
 
 

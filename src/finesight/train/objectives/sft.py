@@ -28,12 +28,12 @@ PackKey = tuple[str, tuple[int, ...]]
 """Split (`train` or `eval`) and corpus indices of the samples of a pack."""
 
 
-class Objective:
+class SftObjective:
     """Loss of a packed batch, computed from the hidden states of its supervised tokens.
 
-    By default, it is a mean over the supervised tokens, without metrics.
-    Training step, CUDA graphs, evaluation and memory estimates use it. Shapes: L supervised tokens,
-    D model width, V vocabulary size, M metrics.
+    This is supervised fine-tuning: the mean cross entropy of the supervised tokens, without
+    metrics. The other objectives are subclasses. Training step, CUDA graphs, evaluation and memory
+    estimates use it. Shapes: L supervised tokens, D model width, V vocabulary size, M metrics.
 
     Attributes:
         metric_names: Names of the metrics that are computed with the loss.
@@ -81,14 +81,6 @@ class Objective:
             head_VD: Weights of the language model head.
             inputs: Result of `loss_inputs`, possibly with padding.
         """
-        raise NotImplementedError
-
-
-class SftObjective(Objective):
-    """Objective of supervised fine-tuning: cross entropy of the supervised tokens."""
-
-    def compute_loss(self, h_LD: Tensor, head_VD: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return the weighted sum of the cross entropy, [1]."""
         labels_L, loss_weight = inputs["labels_L"], inputs["loss_weight"]
         return fused_linear_cross_entropy(h_LD, head_VD, labels_L, loss_weight)[None]
 

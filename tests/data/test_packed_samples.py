@@ -218,7 +218,7 @@ def test_corrupt_parquet_raises_user_error(table, tmp_path, monkeypatch, large):
         monkeypatch.setattr(parquet_reader, "MAX_ROW_GROUP_BYTES", 10)
     full = write_parquet(table, tmp_path / "a.parquet").read_bytes()
     output: list[str] = []
-    for at in range(4, len(full), len(full) // 100):
+    for at in range(4, len(full), len(full) // 80):
         path = tmp_path / f"{at}.parquet"
         path.write_bytes(full[:at] + bytes([full[at] ^ 0x55]) + full[at + 1 :])
         try:

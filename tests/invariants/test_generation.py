@@ -21,7 +21,6 @@ from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import supports_fused_decode
-from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
@@ -111,34 +110,6 @@ def test_prefill_budget_does_not_change_answers(setup, uncached, budgets, monkey
     monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", budgets[1])
     found = generate(setup.model, setup.prompts, max_new_tokens=STEPS, end_ids=())
     assert found == [grown.tokens for grown in uncached]
-
-
-@pytest.mark.parametrize("batch", [1, 2, 4, 6])
-def test_generate_is_ordered_for_any_batch_size(setup, uncached, batch):
-    answers = []
-    for start in range(0, len(setup.prompts), batch):
-        prompts = setup.prompts[start : start + batch]
-        answers += generate(setup.model, prompts, max_new_tokens=STEPS, end_ids=())
-    assert answers == [grown.tokens for grown in uncached]
-
-
-def test_answers_end_at_first_end_token(setup, uncached):
-    # Tokens that really come, at different steps of different answers.
-    end_ids = {uncached[n].tokens[step] for n, step in ((0, 0), (1, 2), (2, 4), (3, 6))}
-    wanted = []
-    for generated in uncached:
-        tokens = generated.tokens
-        stop = next((i for i, token in enumerate(tokens) if token in end_ids), STEPS - 1)
-        wanted.append(tokens[: stop + 1])
-    assert len({len(answer) for answer in wanted}) > 2, wanted
-    found = generate(setup.model, setup.prompts, max_new_tokens=STEPS, end_ids=tuple(end_ids))
-    assert found == wanted
-
-
-def test_bfloat16_generation(setup):
-    narrow = copy.deepcopy(setup.model).to(torch.bfloat16)
-    answers = generate(narrow, setup.prompts, max_new_tokens=3, end_ids=())
-    assert [len(answer) for answer in answers] == [3] * len(setup.prompts)
 
 
 def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
@@ -359,22 +330,3 @@ def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
             assert [token.logprob for token in found.tokens] == pytest.approx(logprobs, abs=1e-4)
         answers |= {tuple(one.ids) for one in alone}
     assert len(answers) > MIXES, "a model whose answers hardly differ shows nothing"
-
-
-@pytest.mark.fuzz
-def test_random_sample_mixes_equal_single_samples(loaded_model):
-    model, renderer = loaded_model.model, loaded_model.renderer
-    alone: dict[tuple[int, int], object] = {}
-    for mix in range(MIXES):
-        chance = random.Random(1000 + mix)
-        tokens = chance.choice([1, 5, 12])
-        members = [chance.randrange(len(loaded_model.prompts)) for _ in range(chance.randint(2, 8))]
-        for member in members:
-            if (member, tokens) not in alone:
-                one = [loaded_model.questions[member]]
-                made = predict(model, renderer, one, max_new_tokens=tokens, batch_size=1)
-                alone[member, tokens] = made[0]
-        mixed = [loaded_model.questions[member] for member in members]
-        size = chance.randint(1, 8)
-        batched = predict(model, renderer, mixed, max_new_tokens=tokens, batch_size=size)
-        assert batched == [alone[member, tokens] for member in members]

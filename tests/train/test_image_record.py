@@ -5,7 +5,6 @@ import random
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from container_fixtures import write_tar_shards
 from each_value import each
@@ -17,10 +16,7 @@ from finesight.data.sample import Sample
 from finesight.errors import UserError
 from finesight.train.dataset_stats import (
     EDGE_BYTES,
-    build_image_states,
-    load_tensors,
     read_image_state,
-    save_tensors,
 )
 
 
@@ -124,15 +120,6 @@ def test_fingerprint_covers_all_bytes_of_small_files(tmp_path, size):
         other = bytearray(data)
         other[location] ^= 1
         assert read_image_state(make_sample(tmp_path, bytes(other)))[0] != content
-
-
-def test_record_survives_saving(tmp_path):
-    states = build_image_states([1, 4, 9], [(1, -(2**63)), (2**63 - 1, 3), (5, 6)])
-    save_tensors(tmp_path / "r", {"train": states, "eval": build_image_states((), ())})
-    loaded = load_tensors(tmp_path / "r", "", "", "train")
-    assert loaded.keys() == {"train", "eval"}
-    assert np.array_equal(loaded["train"], states)
-    assert loaded["eval"].shape == (0, 3)
 
 
 @pytest.mark.parametrize(("name", "num_bytes"), [("eval1", 60), ("eval1", 9), ("train4", 9)])

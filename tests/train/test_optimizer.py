@@ -31,6 +31,7 @@ SHAPES = {
 }
 OPTIMIZERS = ["adamw", "adamw_8bit", "muon"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def make_optimizer(
@@ -41,11 +42,11 @@ def make_optimizer(
 
 
 def make_parameters(
-    dtype: torch.dtype = torch.float32, names: Iterable[str] = SHAPES
+    dtype: torch.dtype = torch.float32, names: Iterable[str] = SHAPES, device: str = "cpu"
 ) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    return {name: nn.Parameter(values[name].to(dtype)) for name in names}
+    return {name: nn.Parameter(values[name].to(device, dtype)) for name in names}
 
 
 def backward(
@@ -101,15 +102,20 @@ def test_fp32_matches_torch_adamw_with_groups_and_clipping():
         torch.testing.assert_close(named[name].detach(), baseline[name].detach(), rtol=1e-6, atol=0)
 
 
+@DEVICES
 @each("dtype", DTYPES[:2])
 @each("num_steps", [0, 1, 4])
 @each(("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))])
-def test_state_resumes_bit_exactly(kind, names, dtype, num_steps):
-    """This includes a parameter that ends within a block, and Muon without AdamW parameters."""
-    named, again = (make_parameters(dtype, names) for _ in range(2))
+def test_state_resumes_bit_exactly(kind, names, dtype, num_steps, device):
+    """This includes a parameter that ends within a block, and Muon without AdamW parameters.
+
+    The optimizer that loads the state has taken other steps, whose CUDA graphs store addresses.
+    """
+    named, again = (make_parameters(dtype, names, device) for _ in range(2))
     masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
     for seed in range(num_steps):
         take_step(masters, named, seed)
+        take_step(others, again, 20 + seed)
     others.load_state(
         {name: value.clone() for name, value in masters.master_weights().items()},
         {name: value.clone() for name, value in masters.optimizer_state().items()},
@@ -118,13 +124,16 @@ def test_state_resumes_bit_exactly(kind, names, dtype, num_steps):
         take_step(masters, named, seed)
         take_step(others, again, seed)
     assert_equal_states(others, masters)
+    assert all(torch.equal(parameter, again[name]) for name, parameter in named.items())
     assert read_state(others)["num_steps"] == (0 if names == (MATRIX,) else num_steps + 4)
 
 
+@DEVICES
 @each("kind", OPTIMIZERS)
+@each("dtype", DTYPES[:2])
 @each("wrong", [math.nan, math.inf])
-def test_nonfinite_step_leaves_state_unchanged(kind, wrong):
-    named, again = make_parameters(), make_parameters()
+def test_nonfinite_step_leaves_state_unchanged(kind, dtype, wrong, device):
+    named, again = (make_parameters(dtype, device=device) for _ in range(2))
     masters, without = make_optimizer(named, kind), make_optimizer(again, kind)
     for seed in range(3):
         take_step(masters, named, seed)
@@ -282,16 +291,17 @@ def has_sums(masters: MasterWeightOptimizer) -> bool:
     return any(one is not None for group in masters.param_groups for one in group.gradients.sums)
 
 
+@DEVICES
 @each("large", [1, 100, 1 << 20])
 @each("dtype", DTYPES)
-def test_gradients_are_accumulated_in_fp32(dtype, large):
+def test_gradients_are_accumulated_in_fp32(dtype, large, device):
     """Some parameters get no gradient in some micro-batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", large)
-        named = make_parameters(dtype)
+        named = make_parameters(dtype, device=device)
         masters = make_optimizer(named, "adamw")
     for step in range(3):
-        expected = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        expected = {name: torch.zeros(shape, device=device) for name, shape in SHAPES.items()}
         for micro, without in enumerate(("", OTHER, MATRIX, OTHER)):
             if micro:
                 masters.accumulate_gradients()

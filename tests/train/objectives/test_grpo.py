@@ -340,21 +340,17 @@ def test_settings_change_training(reward_task):
     assert all(line["num_samples"] > 0 for line in read_steps(reward_task, "partly"))
 
 
-def test_unreadable_images_are_skipped(reward_task):
-    reward_task.run("train.steps=1", "train.epochs=null", name="plain")
-    image = reward_task.folder / "train0.png"
-    content = image.read_bytes()
+def test_unreadable_images_are_skipped(reward_task, monkeypatch):
+    image, sample_groups = reward_task.folder / "train0.png", Rollout.sample_groups
     with edit_samples(reward_task.folder / "train.jsonl") as samples:
         del samples[4:]
-    original = Rollout.sample_groups
 
     def damage(*args):
-        image.write_bytes(content[:50])
-        return original(*args)
+        image.write_bytes(image.read_bytes()[:50])
+        return sample_groups(*args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Rollout, "sample_groups", damage)
-        reward_task.run("train.steps=1", "train.epochs=null", "data.on_invalid_sample=skip")
+    monkeypatch.setattr(Rollout, "sample_groups", damage)
+    reward_task.run("train.steps=1", "train.epochs=null", "data.on_invalid_sample=skip")
     (step,) = read_steps(reward_task)
     assert step["skipped_samples"] == ["train0"]
 
@@ -370,8 +366,7 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
     A weak model hits a corner of the reference, and reverses its own corners, as if it was tuned
     on a few boxes in another frame.
     """
-    folder = ModelFolder(create_tiny_model(tmp_path / "model", "qwen2_5_vl"))
-    renderer = NativeRenderer(folder)
+    renderer = NativeRenderer(ModelFolder(create_tiny_model(tmp_path / "model", "qwen2_5_vl")))
     Image.new("RGB", (400, 800)).save(tmp_path / "image.png")
     part = ImagePart(image=str(tmp_path / "image.png"))
     question = Sample(id="a", messages=(Message(role="user", content=(part,)),))
@@ -385,29 +380,24 @@ def test_useless_rewards_name_the_coordinate_frame(tmp_path, frame, is_weak):
         EvalCase("", (BoxPart(image=0, xyxy=found),), ("",), (reference,), str(number))
         for number in range(64)
     ]
-    lines: list[str] = []
-    check = RewardCheck(renderer, lines.append)
-    for case in cases:
-        check.add([case] * 4, np.zeros(4), [span])
-    check.finish()
-    (line,) = lines
+
+    def report(cases: list[EvalCase], rewards: list[float]) -> str:
+        lines: list[str] = []
+        check = RewardCheck(renderer, lines.append)
+        for case in cases:
+            check.add([case] * 4, np.array(rewards), [span])
+        check.finish()
+        return " ".join(lines)
+
+    line = report(cases, [0, 0, 0, 0])
     assert "128 of the first 128 responses have no reward" in line
     assert ("coordinate frame" in line) == bool(frame)
     assert frame in line
-    rewarded = RewardCheck(renderer, lines.append)
-    for case in cases:
-        rewarded.add([case] * 4, np.array([0, 0, 0, 0.5]), [span])
-    assert len(lines) == 1 + bool(frame)
-    assert all("no reward" not in line for line in lines[1:])
+    rewarded = report(cases, [0, 0, 0, 0.5])
+    assert (("coordinate frame" in rewarded), "no reward" in rewarded) == (bool(frame), False)
     # The responses to one sample are no evidence.
-    repeated = RewardCheck(renderer, lines.append)
-    for _ in cases:
-        repeated.add(cases[:1] * 4, np.ones(4), [span])
-    assert len(lines) == 1 + bool(frame)
-    short = RewardCheck(renderer, lines.append)
-    short.add([case] * 4, np.zeros(4), [span])
-    short.finish()
-    assert "4 of the first 4 responses have no reward" in lines[-1]
+    assert report(cases[:1] * 64, [1, 1, 1, 1]) == ""
+    assert "4 of the first 4 responses have no reward" in report(cases[:1], [0, 0, 0, 0])
 
 
 @each(

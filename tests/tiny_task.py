@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from case_files import load_cases
+from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
@@ -143,6 +144,20 @@ def act_before_step(patch: pytest.MonkeyPatch, index: int, act: Callable[[], obj
         return real(state, step, *rest)
 
     patch.setattr(trainer, "train_step", train_step)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> TinyTask:
+    return TinyTask(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use an empty vision cache folder for each test and its subprocesses."""
+    folder = tmp_path_factory.mktemp("assets")
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(folder))
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(folder))
+    return folder
 
 
 THOUGHT, ANSWER = "It is plain.\nSo say it.", "Red it is."

@@ -102,16 +102,14 @@ def test_full_shared_memory_is_reported(folder, monkeypatch):
     assert "--shm-size" in str(found)
 
 
-@pytest.mark.parametrize(
-    ("blocked_s", "arrived_ms", "expected"),
-    [
-        pytest.param(0.5, 1000.01, 0.0, id="busy all along"),
-        pytest.param(0.5, 1200.0, 0.2, id="done on the way"),
-        pytest.param(0.5, 1500.1, 0.5, id="idle from the start"),
-        pytest.param(0.001, 1050.0, 0.001, id="idle for another reason"),
-    ],
-)
-def test_gpu_wait_starts_after_queued_work(blocked_s, arrived_ms, expected):
+def test_gpu_wait_starts_after_queued_work():
+    """The GPU is busy all along, done on the way, idle from the start, or for another reason."""
     first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
-    last: Any = SimpleNamespace(at=arrived_ms)
-    assert compute_idle_seconds(blocked_s, first, last) == pytest.approx(expected, abs=1e-4)
+    for blocked_s, arrived_ms, expected in (
+        (0.5, 1000.01, 0.0),
+        (0.5, 1200.0, 0.2),
+        (0.5, 1500.1, 0.5),
+        (0.001, 1050.0, 0.001),
+    ):
+        found = compute_idle_seconds(blocked_s, first, SimpleNamespace(at=arrived_ms))
+        assert found == pytest.approx(expected, abs=1e-4)

@@ -73,8 +73,11 @@ def test_chunks_and_rows_beyond_the_vocabulary_do_not_change_the_divergence(monk
 def task(tmp_path_factory: pytest.TempPathFactory) -> TinyTask:
     """Task whose teacher is a fine-tuned run of the same model."""
     task = TinyTask(tmp_path_factory.mktemp("task"))
-    task.run("train.learning_rate=0.003", "train.epochs=12", name="teacher")
+    task.run(*LONG_RUN, name="teacher")
     return task
+
+
+LONG_RUN = "train.learning_rate=0.003", "train.epochs=12", "train.save_every=null"
 
 
 def options(task: TinyTask, *more: str) -> tuple[str, ...]:
@@ -85,8 +88,7 @@ def options(task: TinyTask, *more: str) -> tuple[str, ...]:
 
 def test_student_approaches_its_teacher(task):
     """Half of the samples have answers of the student; validation is on the answers of the data."""
-    settings = options(task, "train.learning_rate=0.003", "train.epochs=12")
-    result = task.run(*settings, name="student")
+    result = task.run(*options(task, *LONG_RUN), name="student")
     assert result.after.validation_loss < 0.3 * result.before.validation_loss
     lines = [line for line in task.read_metrics("student") if "loss" in line]
     lengths = [x for line in lines if (x := line.get("completions/mean_length"))]

@@ -297,11 +297,12 @@ def kto_task(tmp_path) -> TinyTask:
 
 KTO = "train.objective=kto", "train.kto.beta=0.5"
 DPO = "train.objective=dpo", "train.dpo.beta=0.5"
+LONG_RUN = "train.epochs=12", "train.save_every=null"
 
 
 def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
     """The reference equals the model before the first step, so that the loss is log 2."""
-    result = pair_task.run(*DPO, "train.learning_rate=0.003", "train.epochs=12")
+    result = pair_task.run(*DPO, *LONG_RUN, "train.learning_rate=0.003")
     first, *_ = (line for line in pair_task.read_metrics() if "loss" in line)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
@@ -321,8 +322,8 @@ def test_run_raises_reward_accuracy_of_validation_pairs(pair_task):
 @each("loss_type", ["kto", "apo_zero_unpaired"])
 def test_kto_separates_desirable_and_undesirable_answers(kto_task, loss_type):
     """Labels and pairs count; the reference equals the model before the first step."""
-    options = f"train.kto.loss_type={loss_type}", "train.learning_rate=0.003", "train.epochs=12"
-    result = kto_task.run(*KTO, *options, name=loss_type)
+    options = f"train.kto.loss_type={loss_type}", "train.learning_rate=0.003"
+    result = kto_task.run(*KTO, *LONG_RUN, *options, name=loss_type)
     first, *_, last = (line for line in kto_task.read_metrics(loss_type) if "loss" in line)
     assert first["loss"] == pytest.approx(0.5, abs=1e-5)
     assert first["rewards/margins"] == pytest.approx(0, abs=1e-5)
@@ -396,7 +397,7 @@ def test_kto_baseline_is_the_divergence_of_mismatched_answers(kto_task, monkeypa
 @each(("objective", "learning_rate"), [("orpo", 0.003), ("simpo", 0.002)])
 def test_runs_without_reference_model_raise_reward_accuracy(pair_task, objective, learning_rate):
     options = f"train.objective={objective}", f"train.learning_rate={learning_rate}"
-    result = pair_task.run(*options, "train.epochs=12", name=objective)
+    result = pair_task.run(*options, *LONG_RUN, name=objective)
     assert result.after.loss_metrics["rewards/accuracies"] == 1
     assert result.after.validation_loss < result.before.validation_loss
     assert not (pair_task.folder / objective / REFERENCE_FILE).exists()

@@ -311,7 +311,8 @@ def test_gradients_are_accumulated_in_fp32(dtype, large, device):
         found = read_gradients(masters)
         assert all(torch.equal(found[name], total) for name, total in expected.items())
         length = torch.cat([total.flatten() for total in expected.values()]).norm()
-        torch.testing.assert_close(masters.grad_norm(), length)
+        rtol = 1.3e-6 if device == "cpu" else 1e-5
+        torch.testing.assert_close(masters.grad_norm(), length, rtol=rtol, atol=1e-5)
         masters.step(1.0, masters.grad_norm())
         assert masters.grad_norm() == 0
 

@@ -9,9 +9,7 @@ from torch import Tensor
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer import kv_cache
-from finesight.model.attention import Segments
 from finesight.model.config import LinearAttentionConfig
-from finesight.model.gated_delta_net import DeltaNetInputs, forward_packed
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 CPU = torch.device("cpu")
@@ -82,36 +80,6 @@ def _reference_attention(q_HD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
 _HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
 
 
-@pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
-def test_decode_attends_only_to_its_sequence(stale):
-    """Check that values of an earlier sequence in its blocks have no effect, even infinities."""
-    lengths, block_size = (3, 5, 8), 4
-    blocks, num_blocks = _scatter_blocks(lengths, block_size, more=2)
-    cache = _cache(4, num_blocks, block_size)
-    cache.keys_LPSKD.fill_(stale)
-    cache.values_LPSKD.fill_(stale)
-    _start(cache, blocks, lengths)
-    k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
-    for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
-        chunk = kv_cache.PrefillChunk(own, 0, length, length)
-        slots = torch.from_numpy(chunk.compute_slot_mapping(block_size, 0))
-        cache.write(0, slots, k_TKD[:length], v_TKD[:length])
-    for step in (1, 2):
-        attention = kv_cache.DecodeAttention(cache, len(lengths), max(lengths) + step)
-        q_RHD = _random(len(lengths), HEADS, WIDTH, seed=step)
-        now = [
-            torch.stack([x[n + step - 1] for x, n in zip(xs, lengths, strict=True)])
-            for xs in (k, v)
-        ]
-        found = attention(0, q_RHD, *now)
-        assert cache.seq_lens_R.tolist() == [n + step for n in lengths] + [0]
-        assert attention.context_lengths_T.tolist() == list(lengths)
-        for row, length in enumerate(lengths):
-            own = (x[row][: length + step] for x in (k, v))
-            wanted = _reference_attention(q_RHD[row], *own)
-            torch.testing.assert_close(found[row].double(), wanted, atol=1e-5, rtol=1e-5)
-
-
 def test_inactive_slot_does_not_advance_and_writes_to_block_0():
     cache = _cache(2, 4, 4)
     _start(cache, [[2]], (3,))
@@ -130,40 +98,6 @@ def test_bytes_of_the_cache():
         states = kv_cache.LinearStateCache(HYBRID, max_num_seqs, torch.bfloat16, CPU)
         size = kv_cache.get_linear_state_bytes(HYBRID, torch.bfloat16, max_num_seqs)
         assert size == sum(state.nbytes for state in states.get_layer(0))
-
-
-def test_first_chunks_do_not_read_linear_states():
-    """First chunks ignore the slot of an earlier sequence; later chunks continue from theirs."""
-    config, lengths, stops = HYBRID.linear_attention, (7, 3), (4, 3)
-    cache = kv_cache.KVCache(
-        HYBRID, num_blocks=3, block_size=8, max_num_seqs=2, dtype=torch.float32, device=CPU
-    )
-    inputs = DeltaNetInputs(
-        config,
-        _random(sum(lengths), config.conv_size),
-        _random(config.conv_size, config.conv_kernel_size),
-        -_random(sum(lengths), config.num_value_heads).abs(),
-        _random(sum(lengths), config.num_value_heads, seed=1).sigmoid(),
-    )
-    expected = forward_packed(inputs, Segments.from_lengths(lengths, CPU))
-    first, rest, other = inputs.split([stops[0], lengths[0] - stops[0], lengths[1]])
-    tensors = ("qkv_TN", "log_decay_TH", "beta_TH")
-    packed = replace(first, **{n: torch.cat([vars(first)[n], vars(other)[n]]) for n in tensors})
-    chunks = [
-        kv_cache.PrefillChunk([n + 1], 0, stops[n], lengths[n], state_slot=n + 1) for n in range(2)
-    ]
-    attention = kv_cache.PrefillAttention(cache, chunks)
-    for state in cache.linear_states.get_layer(0):
-        state.fill_(float("nan"))
-    outputs = attention.linear_attention(0, packed)
-    torch.testing.assert_close(outputs[: stops[0]], expected[: stops[0]])
-    torch.testing.assert_close(outputs[stops[0] :], expected[lengths[0] :])
-    later = kv_cache.PrefillAttention(
-        cache, [kv_cache.PrefillChunk([1], stops[0], lengths[0], lengths[0], 1)]
-    )
-    torch.testing.assert_close(
-        later.linear_attention(0, rest), expected[stops[0] : lengths[0]], atol=1e-5, rtol=1e-5
-    )
 
 
 @pytest.mark.gpu

@@ -17,7 +17,6 @@ from finesight.infer.engine import generate
 from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import (
     Prediction,
-    build_prediction,
     build_questions,
     draw_boxes,
     predict,
@@ -94,19 +93,6 @@ def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
     assert [index for index, _ in result] == [2, 1]
     assert "missing.png" in result[0][1]
     assert "cut.png" in result[1][1]
-
-
-def test_videos_are_no_target_images(loaded_model, tmp_path):
-    model, renderer = loaded_model
-    write_noise_image(tmp_path / "frame.png", 56, 56)
-    write_noise_image(tmp_path / "a.png", 200, 100)
-    sample = make_sample("s", tmp_path, ("frame.png", "frame.png"), "a.png", "Where?")
-    (prediction,) = predict(model, renderer, [sample], max_new_tokens=1, batch_size=1)
-    assert prediction.images == (tmp_path / "a.png",)
-    answer_ids = renderer.tokenizer.encode("(100,100),(500,500)")
-    prompt = renderer.tokenize_prompt(sample)
-    (box,) = build_prediction(renderer, sample, prompt, list(answer_ids)).boxes
-    assert (box.image, box.xyxy) == (0, (20, 10, 100, 50))
 
 
 def test_build_questions_validates_images(tmp_path):

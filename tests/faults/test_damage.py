@@ -1,7 +1,7 @@
 """Corrupt checkpoints: flipped bits and missing files."""
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,9 +98,7 @@ def unfinished(finished: TinyTask) -> Path:
         ("optimizer.safetensors", Path.unlink),
     ],
 )
-def test_damaged_checkpoint_falls_back_to_previous(
-    finished: TinyTask, unfinished: Path, name: str, spoil: Callable[[Path], None]
-) -> None:
+def test_damaged_checkpoint_falls_back_to_previous(finished, unfinished, name, spoil):
     """Corrupt the newest checkpoint; the run resumes from the previous one with the same result."""
     task, run = finished, unfinished
     spoil(run / "checkpoints" / "step-4" / name)

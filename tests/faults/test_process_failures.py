@@ -67,9 +67,7 @@ def test_lost_rank_is_named(task: TinyTask, lost: signal.Signals, world_size: in
 
 
 @each("name", ["SIGUSR1", "SIGUSR2", "SIGTERM"])
-def test_stop_signal_saves_a_checkpoint(
-    task: TinyTask, capsys: pytest.CaptureFixture[str], name: str
-) -> None:
+def test_stop_signal_saves_a_checkpoint(task, capsys, name):
     """Breaks: a job's time is over. Survive: a checkpoint of the last step, and exit code 75."""
     run = task.folder / name
     path = write_recipe(task.folder / "recipe.yaml", task.recipe | {"output_dir": str(run)})

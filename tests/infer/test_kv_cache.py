@@ -80,6 +80,36 @@ def _reference_attention(q_HD: Tensor, k_MKD: Tensor, v_MKD: Tensor) -> Tensor:
 _HEADS = ((0, HEADS), (1, KEY_HEADS), (2, KEY_HEADS))
 
 
+@pytest.mark.parametrize("stale", [0.0, 3.0, float("nan"), float("inf")])
+def test_decode_attends_only_to_its_sequence(stale):
+    """Check that values of an earlier sequence in its blocks have no effect, even infinities."""
+    lengths, block_size = (3, 5, 8), 4
+    blocks, num_blocks = _scatter_blocks(lengths, block_size, more=2)
+    cache = _cache(4, num_blocks, block_size)
+    cache.keys_LPSKD.fill_(stale)
+    cache.values_LPSKD.fill_(stale)
+    _start(cache, blocks, lengths)
+    k, v = ([_random(n + 2, KEY_HEADS, WIDTH, seed=s) for n in lengths] for s in (1, 2))
+    for own, length, k_TKD, v_TKD in zip(blocks, lengths, k, v, strict=True):
+        chunk = kv_cache.PrefillChunk(own, 0, length, length)
+        slots = torch.from_numpy(chunk.compute_slot_mapping(block_size, 0))
+        cache.write(0, slots, k_TKD[:length], v_TKD[:length])
+    for step in (1, 2):
+        attention = kv_cache.DecodeAttention(cache, len(lengths), max(lengths) + step)
+        q_RHD = _random(len(lengths), HEADS, WIDTH, seed=step)
+        now = [
+            torch.stack([x[n + step - 1] for x, n in zip(xs, lengths, strict=True)])
+            for xs in (k, v)
+        ]
+        found = attention(0, q_RHD, *now)
+        assert cache.seq_lens_R.tolist() == [n + step for n in lengths] + [0]
+        assert attention.context_lengths_T.tolist() == list(lengths)
+        for row, length in enumerate(lengths):
+            own = (x[row][: length + step] for x in (k, v))
+            wanted = _reference_attention(q_RHD[row], *own)
+            torch.testing.assert_close(found[row].double(), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_inactive_slot_does_not_advance_and_writes_to_block_0():
     cache = _cache(2, 4, 4)
     _start(cache, [[2]], (3,))

@@ -142,21 +142,12 @@ def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
     return requests
 
 
-def answer_alone(setup: GenerationSetup) -> list[engine_fixtures.RequestEvents]:
-    answers = []
-    for request in make_requests(setup):
-        engine = Engine(setup.model, (), max_num_seqs=1, num_cache_tokens=1024)
-        ticket = engine.add_request(request)
-        answers.append(engine_fixtures.run_engine(engine)[ticket])
-    return answers
-
-
 @pytest.mark.parametrize(
     ("max_num_seqs", "tokens", "late"), [(12, 4096, 0), (5, 512, 0), (12, 4096, 1)]
 )
 def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late):
     """Requests come one by one, while earlier ones grow, end, and are cancelled."""
-    wanted = answer_alone(setup)
+    wanted = engine_fixtures.answer_alone(setup.model, make_requests(setup))
     assert len({tuple(told.ids) for told in wanted if len(told.ids) == STEPS}) >= 6
     engine = Engine(setup.model, (), max_num_seqs=max_num_seqs, num_cache_tokens=tokens)
     engine._max_pending = late
@@ -234,7 +225,8 @@ def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
     engine = Engine(model, (), max_num_seqs=12, **options)
     tickets = [engine.add_request(request) for request in make_requests(setup)]
     found = engine_fixtures.run_engine(engine)
-    assert [found[ticket].ids for ticket in tickets] == [one.ids for one in answer_alone(setup)]
+    alone = engine_fixtures.answer_alone(setup.model, make_requests(setup))
+    assert [found[ticket].ids for ticket in tickets] == [one.ids for one in alone]
 
 
 @pytest.mark.gpu
@@ -255,9 +247,6 @@ def test_generation_frees_gpu_memory(tmp_path):
 
 MIXES = 40
 """Of each family."""
-
-CACHE_TOKENS = 1 << 14
-"""Tokens of the cache of a request alone."""
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))
@@ -300,11 +289,7 @@ def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
     for mix in range(MIXES):
         chance = random.Random(mix)
         requests = [draw_request(chance, loaded_model.prompts) for _ in range(chance.randint(2, 8))]
-        alone = []
-        for request in requests:
-            engine = Engine(model, end_ids, max_num_seqs=1, num_cache_tokens=CACHE_TOKENS)
-            ticket = engine.add_request(request)
-            alone.append(engine_fixtures.run_engine(engine)[ticket])
+        alone = engine_fixtures.answer_alone(model, requests, end_ids)
         budget, mixed_budget = chance.choice([64, 1000, 8192]), chance.choice([17, 300, 2048])
         monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", budget)
         monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", mixed_budget)

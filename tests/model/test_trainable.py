@@ -142,6 +142,8 @@ MIXES: dict[str, dict[str, Any]] = {
     [(how, tied) for how in MIXES for tied in (True, False) if tied or "embeddings" in MIXES[how]],
 )
 def test_mixed_tuning_gradients_match_peft(family, tied, how, tmp_path):
+    if not tied and family not in ("qwen2_vl", "qwen3_5_moe"):
+        pytest.skip("two families show it")
     tune = TuneSettings.model_validate({"lora": LORA} | MIXES[how])
     theirs = make_reference_model(make_config(family, tie_word_embeddings=tied))
     ours = make_native_model(make_config(family, tie_word_embeddings=tied), theirs)

@@ -33,6 +33,7 @@ from vision_cache_fixtures import (
     read_all_features,
 )
 
+from finesight.data.image_header import CorruptImageError
 from finesight.data.video_file import iter_video_frames
 from finesight.encode import renderer as renderer_module
 from finesight.encode.tokenization import VisualSpan
@@ -54,6 +55,7 @@ from finesight.train.vision_cache_builder import (
     EncoderOffloader,
     fingerprint_encoder,
     free_gpu_memory,
+    index_images,
 )
 
 CPU = torch.device("cpu")
@@ -505,3 +507,13 @@ def test_chunk_size_is_bounded():
     assert max(chunk.stop - chunk.start for chunk in index.split_chunks()) == CHUNK_PATCHES // 2048
     alone = make_index(20, patches=CHUNK_PATCHES + 4).split_chunks()
     assert [chunk.stop - chunk.start for chunk in alone] == [1] * 20
+
+
+def test_vanished_images_are_corrupt(state, folder):
+    (folder / "train5.png").unlink()
+    train = state.data.train
+    samples = train.stats.sample_indices
+    found = index_images(train.corpus, state.data.renderer, samples, 0, lambda _: None)
+    assert isinstance(found.corrupt_samples.pop(5), CorruptImageError)
+    assert found.corrupt_samples == {}
+    assert sorted(found.images_by_sample) == [index for index in range(11) if index != 5]

@@ -107,7 +107,7 @@ def test_damaged_checkpoint_falls_back_to_previous(finished, unfinished, name, s
     assert name in task.console_output
     assert "resuming from step 2" in task.console_output
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
-        *("corrupt-step-4", "step-2", "step-4", "step-6"),
+        *("corrupt-step-4", "step-2", "step-4", "step-6")
     ]
     assert_same_run(run, task.folder / "whole")
 

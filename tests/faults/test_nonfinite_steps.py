@@ -6,11 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from multi_process_run import fork_ranks
-from nonfinite_step import (
-    before_steps,
-    corrupt_steps,
-    train_with_corrupt_steps,
-)
+from nonfinite_step import before_steps, corrupt_steps, train_with_corrupt_steps
 from safetensors.torch import load_file
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
 from vision_cache_fixtures import LORA, make_train_state

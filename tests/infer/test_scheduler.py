@@ -14,8 +14,8 @@ NUM_BLOCKS = 16
 """Usable blocks of `_create_scheduler`."""
 
 
-def _create_scheduler(max_num_seqs: int = 8) -> Scheduler:
-    return Scheduler(max_num_seqs=max_num_seqs, num_blocks=NUM_BLOCKS + 1, block_size=BLOCK_SIZE)
+def _create_scheduler() -> Scheduler:
+    return Scheduler(max_num_seqs=8, num_blocks=NUM_BLOCKS + 1, block_size=BLOCK_SIZE)
 
 
 def _add_requests(
@@ -88,3 +88,10 @@ def test_prefill_chunks_fit_the_token_budget(monkeypatch):
     assert _run_prefill(scheduler) == [(2, 5)]
     assert _run_prefill(scheduler) == [(2, 7), (3, 3)]
     assert _request_ids(scheduler) == [0, 1, 2, 3]
+
+
+def test_prefill_batch_has_one_adapter():
+    scheduler = _create_scheduler()
+    _add_requests(scheduler, [4] * 5, adapters=[0, 1, 0, None, 1])
+    chunks = [[request_id for request_id, _ in _run_prefill(scheduler)] for _ in range(3)]
+    assert chunks == [[0, 2], [1, 4], [3]]

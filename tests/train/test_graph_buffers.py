@@ -2,7 +2,6 @@
 
 import random
 from dataclasses import replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from cuda_graph_fixtures import (
     make_loss_inputs,
     make_model,
     make_runner,
+    make_text_pack,
     pack_shared_prefix,
 )
 from tiny_model import create_tiny_model
@@ -107,26 +107,11 @@ def test_pack_padding_does_not_change_results(samples, packed, shared, monkeypat
 
 
 def make_pack(
-    template: PackedBatch,
-    rng: random.Random,
-    length_range: tuple[int, int],
-    prefix: int,
-    count: int,
+    rng: random.Random, length_range: tuple[int, int], prefix: int, count: int
 ) -> PackedBatch:
-    own = [rng.randint(*length_range) for _ in range(count)]
-    lengths = (prefix, *own) if prefix else tuple(own)
-    ids_T = torch.zeros(sum(lengths), dtype=torch.int64)
+    batch = make_text_pack([rng.randint(*length_range) for _ in range(count)], prefix, 0)
     labels_L = torch.zeros(rng.randint(count, 3 * count), dtype=torch.int64)
-    return replace(
-        template,
-        lengths=lengths,
-        prefix_length=prefix,
-        ids_T=ids_T,
-        position_ids_3T=ids_T.expand(3, -1),
-        cu_seqlens_S1=torch.tensor([0, *accumulate(lengths)], dtype=torch.int32),
-        logit_indices_L=labels_L,
-        labels_L=labels_L,
-    )
+    return replace(batch, logit_indices_L=labels_L, labels_L=labels_L)
 
 
 def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncoder) -> None:
@@ -141,23 +126,18 @@ def assert_filled(inputs: GraphInputs, batch: PackedBatch, encoder: VisionEncode
     assert len(inputs.loss_inputs["labels_L"]) >= batch.num_supervised_tokens
 
 
-def test_merged_graph_shape_accepts_its_packs(samples):
-    model, rng, template = make_model(torch.float32, CPU), random.Random(0), pack(samples[:2])
-    num_wider = 0
+def test_merged_graph_shape_accepts_its_packs():
+    model, rng, num_wider = make_model(torch.float32, CPU), random.Random(0), 0
     for _ in range(100):
         prefix, most = rng.choice([0, 15, 200, 400]), rng.choice([5, 40, 140, 300])
         count, length_range = rng.randint(3, 20), (most // 2, most)
-        packs = [
-            make_pack(template, rng, length_range, prefix, count + rng.randint(0, 2))
-            for _ in range(6)
-        ]
+        packs = [make_pack(rng, length_range, prefix, count + rng.randint(0, 2)) for _ in range(6)]
         shapes = [GraphShape.from_batch(one) for one in packs]
         shape = shapes[0].widen(shapes[1:])
         assert shape.fits(shapes[0])
         assert shape.num_tokens <= shapes[0].num_tokens * 9 // 8
-        inputs = GraphInputs.allocate(
-            shape, packs[0], None, make_loss_inputs(packs[0]), model.visual
-        )
+        loss_inputs = make_loss_inputs(packs[0])
+        inputs = GraphInputs.allocate(shape, packs[0], None, loss_inputs, model.visual)
         for own, batch in zip(shapes, packs, strict=True):
             if shape.fits(own):
                 num_wider += own != shape

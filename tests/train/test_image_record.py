@@ -14,10 +14,7 @@ from tiny_task import TinyTask, read_final_files
 from finesight.data.corpus import open_sample_source
 from finesight.data.sample import Sample
 from finesight.errors import UserError
-from finesight.train.dataset_stats import (
-    EDGE_BYTES,
-    read_image_state,
-)
+from finesight.train.dataset_stats import EDGE_BYTES, read_image_state
 
 
 def replace_images(task: TinyTask, *names: str) -> None:

@@ -24,12 +24,7 @@ from finesight.model.linear import (
 )
 from finesight.model.quant import fp8
 from finesight.model.quant.base import Fp8Rows, find_quantized_weights
-from finesight.model.quant.fp8 import (
-    Fp8Matrix,
-    Fp8Weight,
-    quantize_fp8,
-    require_fp8_support,
-)
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder

@@ -24,9 +24,7 @@ from torch import Tensor
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
-from finesight.model.quant.base import (
-    find_quantized_weights,
-)
+from finesight.model.quant.base import find_quantized_weights
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder

@@ -19,8 +19,10 @@ from tiny_model import create_tiny_model
 from finesight import storage
 from finesight.recipe import load_recipe
 from finesight.train import trainer
+from finesight.train.checkpoint import CheckpointState
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
+from finesight.train.oom import MemoryBudget
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.training_run import train
 
@@ -79,6 +81,18 @@ def read_losses(run: Path) -> list[tuple[int, float]]:
     metrics = run / "metrics.jsonl"
     lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def make_checkpoint_state(step: int) -> CheckpointState:
+    return CheckpointState(
+        step=step,
+        consumed_samples=4 * step,
+        last_eval_step=0,
+        best=None,
+        loss_scale={"scale": 1.0},
+        budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
+        resume_config={"train.batch_size": 4},
+    )
 
 
 def rewind_to_checkpoint(run: Path) -> Path:

@@ -78,6 +78,18 @@ def test_saved_model_loads_in_transformers(tmp_path, settings, tied, most):
     }
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_model_loads(tmp_path, settings, tied):
+    settings = settings | {"tie_word_embeddings": tied}
+    theirs = make_reference_model(settings)
+    theirs.save_pretrained(tmp_path, max_shard_size="60KB")
+    (tmp_path / "preprocessor_config.json").write_text("{}")
+    assert len(ModelFolder(tmp_path).weight_files()) > 1
+    ours = load_model(ModelFolder(tmp_path), torch.float32, CPU)
+    assert ours.config.decoder.tie_word_embeddings == tied
+    assert max_relative_error(native_logits(ours, theirs, SAMPLES), expected_logits(theirs)) <= 1e-5
+
+
 def test_published_and_transformers_5_names_are_equivalent(tmp_path, settings):
     theirs = make_reference_model(settings)
     source = published(tmp_path / "source", settings, theirs)

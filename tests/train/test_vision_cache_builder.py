@@ -445,6 +445,7 @@ def test_least_recently_used_files_are_evicted(tmp_path, monkeypatch):
     monkeypatch.setattr(vision_cache, "MAX_STORE_BYTES", 6 * size)
     with closing(VisionFileStore(tmp_path, "old")) as files:
         assert files.read("0", torch.empty(5, 2, 8)), "used just now"
+        assert not files.read("9", torch.empty(5, 2, 8))
         assert files.evict(["1"], size) == size
         assert all(path.exists() for path in paths)
         assert files.evict(["1"], 3 * size) == 3 * size

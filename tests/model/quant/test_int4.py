@@ -1,6 +1,8 @@
 """GPTQ weights: dequantized values, matmuls and complete models."""
 
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +26,7 @@ from torch import Tensor
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
-from finesight.model.quant.base import find_quantized_weights
+from finesight.model.quant.base import PackedInput, find_quantized_weights, pack_inputs
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
@@ -234,3 +236,23 @@ def test_gpu_products_match_dequantized(dtype, rows, way, shape):
         back = (2 * y.detach()).double() @ dense.cuda().double()
         assert x.grad is not None
         assert max_relative_error(x.grad.double(), back) < bound
+
+
+@each("order", [None, *([(n + 1) % 8 for n in range(8)], [7, 6, 5, 4, 3, 2, 1, 0])])
+@each("count", [1, 3])
+def test_each_matrix_uses_its_input_permutation(order, count):
+    """Only matrices without permuted columns share their input."""
+    x_1I, packed = torch.arange(8.0).unsqueeze(0), []
+
+    def pack_input(x_1I: Tensor, _: None, order: list[int] | None = None) -> PackedInput:
+        packed.append(order)
+        return PackedInput(x_1I if order is None else x_1I[:, order], None)
+
+    orders = [None] * (count - 1) + [order]
+    matrices = [
+        SimpleNamespace(is_unpermuted=one is None, pack_input=partial(pack_input, order=one))
+        for one in orders
+    ]
+    for one, words in zip(orders, pack_inputs(matrices, x_1I, None), strict=True):
+        assert torch.equal(words.values_8N, x_1I if one is None else x_1I[:, one])
+    assert len(packed) == (1 if order is None else count)

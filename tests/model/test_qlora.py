@@ -1,5 +1,6 @@
 """NF4 models: equal to transformers and peft, packed, and saved to folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,13 @@ import pytest
 import torch
 from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
+from safetensors.torch import load_file
 
 from finesight.model.families import to_module_name
 from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
 from finesight.model.trainable import ModelPart
-from finesight.model.weights_io import load_model
+from finesight.model.weights_io import load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
 
 FAMILIES = [family for family in ALL_FAMILIES if family != "qwen3_5_moe"]
@@ -90,3 +92,29 @@ def test_logits_and_gradients_match_transformers_and_peft(family, tmp_path):
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in gradients.items():
         assert hf_reference.max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
+
+
+def test_quantized_model_is_saved_in_base_precision(tmp_path):
+    """Saved in another dtype, the codes would differ after reloading."""
+    base = make_base(tmp_path / "base", "qwen2_vl", torch.float32, tie_word_embeddings=False)
+    parts = ("language", "embeddings")
+    model = load_model(base, torch.bfloat16, hf_reference.CPU, parts)
+    again = tmp_path / "again"
+    again.mkdir()
+    save_model(model, base, again, torch.bfloat16, max_shard_bytes=100_000)
+    files = ModelFolder(again).weight_files()
+    tensors = [tensor for file in files for tensor in load_file(file).values()]
+    index = json.loads((again / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in tensors)
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16, torch.float32}
+    assert ModelFolder(again).config["torch_dtype"] == "float32"
+    assert stored_precision(ModelFolder(again)) == "fp32"
+    found = load_model(ModelFolder(again), torch.bfloat16, hf_reference.CPU, parts).state_dict()
+    assert found.keys() == model.state_dict().keys()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
+    full, baseline = (
+        load_model(folder, torch.float32, hf_reference.CPU).state_dict()
+        for folder in (ModelFolder(again), base)
+    )
+    for name in ("model.layers.0.mlp.down_proj.weight", "lm_head.weight"):
+        assert torch.equal(full[name], baseline[name])

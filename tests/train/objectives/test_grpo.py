@@ -200,12 +200,15 @@ def test_settings_change_training(reward_task):
     """A reference model, unscored and truncated responses, and several packs of a group."""
     steps = ("train.steps=2", "train.epochs=null", "train.save_every=null")
     losses = {}
+    del reward_task.recipe["data"]["eval"]
     for name, overrides in {
         "plain": (),
         "packs": ("train.pack_tokens=1",),
-        "reference": ("train.grpo.beta=0.5", "train.grpo.temperature=2.0", "tune.merger=lora"),
+        "reference": (
+            *("train.grpo.beta=0.5", "train.grpo.temperature=2.0", "tune.merger=lora"),
+            *("train.grpo.scale_rewards=batch", "train.grpo.loss_type=grpo"),
+        ),
         "truncated": ("train.grpo.mask_truncated_completions=true",),
-        "batch": ("train.grpo.scale_rewards=batch", "train.grpo.loss_type=grpo"),
     }.items():
         reward_task.run(*steps, *overrides, name=name)
         lines = read_steps(reward_task, name)

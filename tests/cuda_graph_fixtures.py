@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -93,3 +94,30 @@ def pack_shared_prefix(samples: Sequence[EncodedSample]) -> PackedBatch:
     prefix_length = find_shared_prefix_length([one.tokenized for one in samples])
     assert prefix_length, "the samples share no prefix"
     return pack(samples, prefix_length=prefix_length)
+
+
+def make_text_pack(lengths: Sequence[int], prefix_length: int, seed: int) -> PackedBatch:
+    """Create a pack of random tokens; each predicts the next one of its sequence."""
+    generator = np.random.default_rng(seed)
+    lengths = (prefix_length, *lengths) if prefix_length else tuple(lengths)
+    starts = np.cumsum([0, *lengths])
+    ids_T = torch.from_numpy(generator.integers(0, 90, sum(lengths)))
+    positions_T = torch.cat([torch.arange(length) for length in lengths])
+    if prefix_length:
+        positions_T[prefix_length:] += prefix_length
+    has_label_T = torch.ones(sum(lengths), dtype=torch.bool)
+    has_label_T[torch.from_numpy(starts[1:] - 1)] = False
+    logit_indices_L = has_label_T.nonzero().squeeze(1)
+    return PackedBatch(
+        sample_ids=tuple(map(str, range(len(lengths)))),
+        lengths=lengths,
+        grid_thw=(),
+        ids_T=ids_T,
+        position_ids_3T=positions_T.expand(3, -1),
+        cu_seqlens_S1=torch.from_numpy(starts.astype(np.int32)),
+        patches_ND=torch.empty(0, 1536, dtype=torch.uint8),
+        visual_indices_M=torch.empty(0, dtype=torch.int64),
+        logit_indices_L=logit_indices_L,
+        labels_L=ids_T[logit_indices_L + 1],
+        prefix_length=prefix_length,
+    )

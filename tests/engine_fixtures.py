@@ -288,12 +288,24 @@ def run_requests(
     return [events_by_ticket[ticket] for ticket in tickets]
 
 
+def answer_alone(
+    model: VisionLanguageModel,
+    requests: Sequence[request.GenerationRequest],
+    end_ids: Sequence[int] = (),
+) -> list[RequestEvents]:
+    """What a new engine tells of each request."""
+    answers = []
+    for one in requests:
+        engine = Engine(model, tuple(end_ids), max_num_seqs=1, num_cache_tokens=1 << 14)
+        ticket = engine.add_request(one)
+        answers.append(run_engine(engine)[ticket])
+    return answers
+
+
 def run_alone(
     model: VisionLanguageModel, prompt: EncodedSample, tokens: int = 9, end_ids: Sequence[int] = ()
 ) -> RequestEvents:
-    """What a new engine tells of a prompt without others."""
-    engine = Engine(model, tuple(end_ids), max_num_seqs=1, num_cache_tokens=4096)
-    return run_requests(engine, prompt, tokens=tokens)[0]
+    return answer_alone(model, [make_request(prompt, tokens)], end_ids)[0]
 
 
 class EncoderCall(NamedTuple):

@@ -92,9 +92,7 @@ def write_image(folder: Path, number: int) -> str:
 def make_idefics3(folder: Path) -> Path:
     """Configure an Idefics3, like SmolVLM, which splits large images into tiles between tokens."""
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import (
-        Idefics3ImageProcessorPil,
-    )
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     tokenizer = make_tokenizer(folder)
     marks = ["<image>", "<fake_token_around_image>", "<global-img>"]

@@ -1,7 +1,7 @@
 """The reference models of transformers, small and random, and packs that both sides can read."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import accumulate
@@ -107,30 +107,29 @@ ConversationPart = int | tuple[str, GridTHW]
 """A number of text tokens, or an image or video of this grid."""
 
 
-@dataclass(frozen=True)
-class ConversationSpec:
-    """A conversation for any family."""
-
-    seed: int
-    parts: tuple[ConversationPart, ...]
-
-    def build_for(self, model: Any) -> "RandomConversation":
-        """Build the input of a family; Qwen3-VL takes pairs of frames with text before each."""
-        if not model.config.model_type.startswith("qwen3_"):
-            return _draw_conversation(self.seed, self.parts, side=14)
-        parts: list[ConversationPart] = []
-        for part in self.parts:
-            if isinstance(part, int) or part[0] == "image":
-                parts.append(part)
-            else:
-                t, h, w = part[1]
-                parts += [2, ("video", (1, h, w))] * t
-        return _draw_conversation(self.seed, parts, side=16)
+ConversationSpec = Callable[[Any], "RandomConversation"]
+"""Builds the input of the family of a model."""
 
 
 def make_conversation(seed: int, *parts: ConversationPart) -> ConversationSpec:
-    """Concatenate the parts, images between their start and end tokens."""
-    return ConversationSpec(seed, parts)
+    """Concatenate the parts, images between their start and end tokens.
+
+    Qwen3-VL takes pairs of frames with text before each.
+    """
+
+    def build_for(model: Any) -> RandomConversation:
+        if not model.config.model_type.startswith("qwen3_"):
+            return _draw_conversation(seed, parts, side=14)
+        own: list[ConversationPart] = []
+        for part in parts:
+            if isinstance(part, int) or part[0] == "image":
+                own.append(part)
+            else:
+                t, h, w = part[1]
+                own += [2, ("video", (1, h, w))] * t
+        return _draw_conversation(seed, own, side=16)
+
+    return build_for
 
 
 @dataclass(frozen=True)
@@ -192,7 +191,7 @@ def reference_position_ids(model: Any, sample: RandomConversation) -> Tensor:
 
 def reference_logits(model: Any, spec: ConversationSpec) -> Tensor:
     """Logits [T, V] of one sample alone."""
-    sample = spec.build_for(model)
+    sample = spec(model)
     inputs = {
         "input_ids": sample.ids_T[None],
         "position_ids": reference_position_ids(model, sample)[:, None],
@@ -208,7 +207,7 @@ def reference_logits(model: Any, spec: ConversationSpec) -> Tensor:
 
 def pack_conversations(model: Any, specs: Sequence[ConversationSpec]) -> PackedBatch:
     """The samples end to end, every token asked for its logits."""
-    samples = [spec.build_for(model) for spec in specs]
+    samples = [spec(model) for spec in specs]
     lengths = tuple(len(sample.ids_T) for sample in samples)
     ids_T = torch.cat([sample.ids_T for sample in samples])
     kinds_T = torch.cat([sample.kinds_T for sample in samples])

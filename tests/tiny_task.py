@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from case_files import load_cases
+from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
@@ -18,8 +19,10 @@ from tiny_model import create_tiny_model
 from finesight import storage
 from finesight.recipe import load_recipe
 from finesight.train import trainer
+from finesight.train.checkpoint import CheckpointState
 from finesight.train.dataloader import StepBatch
 from finesight.train.finalize import RunResult
+from finesight.train.oom import MemoryBudget
 from finesight.train.state import StepOutput, TrainState
 from finesight.train.training_run import train
 
@@ -78,6 +81,18 @@ def read_losses(run: Path) -> list[tuple[int, float]]:
     metrics = run / "metrics.jsonl"
     lines = map(json.loads, metrics.read_text().splitlines() if metrics.exists() else ())
     return [(line["step"], line["loss"]) for line in lines if "loss" in line]
+
+
+def make_checkpoint_state(step: int) -> CheckpointState:
+    return CheckpointState(
+        step=step,
+        consumed_samples=4 * step,
+        last_eval_step=0,
+        best=None,
+        loss_scale={"scale": 1.0},
+        budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
+        resume_config={"train.batch_size": 4},
+    )
 
 
 def rewind_to_checkpoint(run: Path) -> Path:
@@ -143,6 +158,20 @@ def act_before_step(patch: pytest.MonkeyPatch, index: int, act: Callable[[], obj
         return real(state, step, *rest)
 
     patch.setattr(trainer, "train_step", train_step)
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> TinyTask:
+    return TinyTask(tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Use an empty vision cache folder for each test and its subprocesses."""
+    folder = tmp_path_factory.mktemp("assets")
+    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(folder))
+    monkeypatch.setenv("HF_ASSETS_CACHE", str(folder))
+    return folder
 
 
 THOUGHT, ANSWER = "It is plain.\nSo say it.", "Red it is."

@@ -15,14 +15,13 @@ import pytest
 import torch
 from crash_disk import run_in_crashing_child
 from PIL import Image
-from tiny_task import TinyTask
+from tiny_task import TinyTask, make_checkpoint_state
 
 from finesight.cli.app import run_command
 from finesight.data.sample import read_samples
 from finesight.evaluate.metric_difference import read_predictions
 from finesight.storage import DIGESTS_FILE, verify_folder
-from finesight.train.checkpoint import CheckpointManager, CheckpointState
-from finesight.train.oom import MemoryBudget
+from finesight.train.checkpoint import CheckpointManager
 from finesight.train.run_dir import RunDir
 
 MOST = 400
@@ -93,16 +92,8 @@ def test_crash_while_writing_checkpoint(crash: CrashTest) -> None:
     found: list[int] = []
 
     def save(store: Path, step: int) -> None:
-        state = CheckpointState(
-            step=step,
-            consumed_samples=step,
-            last_eval_step=0,
-            best=None,
-            loss_scale={},
-            budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
-            resume_config={},
-        )
         weights, moments = {"a": torch.full((9,), float(step))}, {"exp_avg.a": torch.ones(9)}
+        state = make_checkpoint_state(step)
         CheckpointManager(store, max_to_keep=1).save(state, weights, moments)
 
     def load(store: Path) -> int:

@@ -35,9 +35,7 @@ def steps(run: Path) -> list[str]:
     return [folder.name for folder in folders]
 
 
-def test_disk_full_at_any_write(
-    task: TinyTask, every_point: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_disk_full_at_any_write(task, every_point, capsys):
     """Earlier checkpoints stay valid, and the run resumes. Takes long: each write is a run."""
     assert command(["train", recipe(task, "whole")]) == 0
     retained: list[int] = []

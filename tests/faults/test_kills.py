@@ -73,9 +73,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> UninterruptedRun:
 
 
 @pytest.mark.parametrize("settings", [{}, GRPO], ids=["sft", "grpo"])
-def test_killed_run_resumes_bit_exactly(
-    uninterrupted: UninterruptedRun, every_point: bool, settings: dict[str, Any]
-) -> None:
+def test_killed_run_resumes_bit_exactly(uninterrupted, every_point, settings):
     """Kill a run repeatedly; final weights, optimizer state and metrics are bit-identical.
 
     Kills of GRPO also occur during a rollout and a reward in its own process.
@@ -102,9 +100,7 @@ def test_killed_run_resumes_bit_exactly(
     assert_equal_runs(task.folder / f"{prefix}{ends}", expected)
 
 
-def test_crash_at_operation_resumes_bit_exactly(
-    uninterrupted: UninterruptedRun, every_point: bool
-) -> None:
+def test_crash_at_operation_resumes_bit_exactly(uninterrupted, every_point):
     """Breaks: the process, or the power, at an operation of a run. Survive: all bits, and every
     step and measurement of the metrics. Takes long: each operation is a run."""
     task, expected, _ = uninterrupted

@@ -1,30 +1,20 @@
 """Non-finite losses and gradients, and loss spikes."""
 
 import math
-import sys
 
 import pytest
 import torch
 import torch.distributed as dist
 from multi_process_run import fork_ranks
-from nonfinite_step import (
-    CorruptionKind,
-    before_steps,
-    corrupt_steps,
-    train_with_corrupt_steps,
-)
-from rich.console import Console
+from nonfinite_step import before_steps, corrupt_steps, train_with_corrupt_steps
 from safetensors.torch import load_file
 from tiny_task import TinyTask, read_final_files, read_losses, write_recipe
+from vision_cache_fixtures import LORA, make_train_state
 
 from finesight.errors import UserError
-from finesight.progress import ProgressConsole
-from finesight.recipe import load_recipe
 from finesight.train import trainer
 from finesight.train.checkpoint import OPTIMIZER_FILE, WEIGHTS_FILE
 from finesight.train.logging import MAX_CONSECUTIVE_NONFINITE
-from finesight.train.run_dir import RunDir
-from finesight.train.setup import build_train_state
 from finesight.train.state import TrainState
 from finesight.train.trainer import train_step
 
@@ -41,17 +31,12 @@ def state_of(session: TrainState) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "muon"])
 @pytest.mark.parametrize("kind", ["loss", "gradient"])
-def test_nonfinite_step_does_not_update_state(
-    task: TinyTask, optimizer: str, kind: CorruptionKind
-) -> None:
+def test_nonfinite_step_does_not_update_state(tmp_path, optimizer, kind):
     """Breaks: a loss is NaN, a gradient infinite. Survive: weights, moments, the optimiser's count,
     and the step after it, which is what it would have been."""
-    recipe = task.recipe | {"output_dir": str(task.folder / "run")}
-    path = write_recipe(task.folder / "recipe.yaml", recipe, optimizer=optimizer)
-    screen = ProgressConsole(Console(file=sys.stderr))
+    tune = LORA | {"merger": "full"}
     broken, full = (
-        build_train_state(load_recipe(path), RunDir(task.folder / "run"), screen, resume=False)[0]
-        for _ in range(2)
+        make_train_state(tmp_path / "task", tune, optimizer=optimizer) for _ in range(2)
     )
     for session in (broken, full):
         train_step(session, session.engine.step_dataset.get_step(0))

@@ -122,16 +122,6 @@ def test_boxes_refer_to_the_last_image(service, first, second):
     assert {part.image for part in sample.messages[3].content if isinstance(part, BoxPart)} == {1}
 
 
-def test_regenerate_replaces_the_last_reply(service, first):
-    chat = ChatSession(service)
-    warm = [_sampled(20, 5.0, seed) for seed in (1, 2)]
-    one = _ask(chat, first[1], first[0], options=warm[:1])
-    two = "".join(chat.regenerate(warm[1:]).replies[0])
-    assert one != two
-    assert len(chat.turns) == 1
-    assert "".join(chat.regenerate(warm[:1]).replies[0]) == one
-
-
 def test_cancelled_reply_is_saved_partially(service, first, tmp_path):
     chat = ChatSession(service)
     [reply] = chat.send(first[1], [first[0]], [_sampled(900, 50.0, 3)]).replies
@@ -231,18 +221,6 @@ def test_boxes_in_answer_become_parts():
     ):
         prediction = Prediction("", (), "", raw, raw, boxes, 1, "stop")
         assert build_answer_parts(prediction, size) == (parts or (TextPart(text=raw),))
-
-
-def test_edit_replaces_a_turn_and_removes_later_ones(service, first, second):
-    chat = ChatSession(service)
-    _ask(chat, "Describe it.", first[0])
-    _ask(chat, "Which color?")
-    _ask(chat, "Why?", second[0])
-    turn = chat.edit(0, first[1], SHORT)
-    list(turn.replies[0])
-    assert chat.turns == [turn]
-    assert turn.image_paths == (first[0],)
-    assert turn.replies[0].text == _ask(ChatSession(service), first[1], first[0])
 
 
 def test_system_prompt_is_sent_and_saved(service, first, tmp_path, monkeypatch):

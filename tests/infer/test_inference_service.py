@@ -175,18 +175,6 @@ def test_cancelling_at_any_stage_frees_blocks(start_service, question_set, seed)
     assert_idle(service)
 
 
-def test_stop_string_ends_the_answer(service, question_set):
-    full = question_set.answerer.renderer.decode_completion(question_set.answers[0]).text
-    stop = full[len(full) // 2 :][:3]
-    stream = service.submit(question_set.questions[0], replace(LONG, stop_strings=(stop,)))
-    list(stream)
-    prediction = stream.build_prediction()
-    assert stream.text == full[: full.index(stop)] == prediction.answer
-    assert stream.finish_reason == prediction.finish_reason == "stop"
-    assert stream.usage.completion_tokens <= TOKENS
-    assert_idle(service)
-
-
 def test_full_queue_rejects_requests(start_service, question_set):
     service, (_, questions, answers) = start_service(max_num_seqs=1, max_waiting=3), question_set
     running = service.submit(questions[0], LONG)

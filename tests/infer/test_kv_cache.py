@@ -9,9 +9,7 @@ from torch import Tensor
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample, VisualSpan
 from finesight.infer import kv_cache
-from finesight.model.attention import Segments
 from finesight.model.config import LinearAttentionConfig
-from finesight.model.gated_delta_net import DeltaNetInputs, forward_packed
 
 LAYERS, HEADS, KEY_HEADS, WIDTH = 2, 4, 2, 8
 CPU = torch.device("cpu")
@@ -130,40 +128,6 @@ def test_bytes_of_the_cache():
         states = kv_cache.LinearStateCache(HYBRID, max_num_seqs, torch.bfloat16, CPU)
         size = kv_cache.get_linear_state_bytes(HYBRID, torch.bfloat16, max_num_seqs)
         assert size == sum(state.nbytes for state in states.get_layer(0))
-
-
-def test_first_chunks_do_not_read_linear_states():
-    """First chunks ignore the slot of an earlier sequence; later chunks continue from theirs."""
-    config, lengths, stops = HYBRID.linear_attention, (7, 3), (4, 3)
-    cache = kv_cache.KVCache(
-        HYBRID, num_blocks=3, block_size=8, max_num_seqs=2, dtype=torch.float32, device=CPU
-    )
-    inputs = DeltaNetInputs(
-        config,
-        _random(sum(lengths), config.conv_size),
-        _random(config.conv_size, config.conv_kernel_size),
-        -_random(sum(lengths), config.num_value_heads).abs(),
-        _random(sum(lengths), config.num_value_heads, seed=1).sigmoid(),
-    )
-    expected = forward_packed(inputs, Segments.from_lengths(lengths, CPU))
-    first, rest, other = inputs.split([stops[0], lengths[0] - stops[0], lengths[1]])
-    tensors = ("qkv_TN", "log_decay_TH", "beta_TH")
-    packed = replace(first, **{n: torch.cat([vars(first)[n], vars(other)[n]]) for n in tensors})
-    chunks = [
-        kv_cache.PrefillChunk([n + 1], 0, stops[n], lengths[n], state_slot=n + 1) for n in range(2)
-    ]
-    attention = kv_cache.PrefillAttention(cache, chunks)
-    for state in cache.linear_states.get_layer(0):
-        state.fill_(float("nan"))
-    outputs = attention.linear_attention(0, packed)
-    torch.testing.assert_close(outputs[: stops[0]], expected[: stops[0]])
-    torch.testing.assert_close(outputs[stops[0] :], expected[lengths[0] :])
-    later = kv_cache.PrefillAttention(
-        cache, [kv_cache.PrefillChunk([1], stops[0], lengths[0], lengths[0], 1)]
-    )
-    torch.testing.assert_close(
-        later.linear_attention(0, rest), expected[stops[0] : lengths[0]], atol=1e-5, rtol=1e-5
-    )
 
 
 @pytest.mark.gpu

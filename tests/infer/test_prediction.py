@@ -20,7 +20,6 @@ from finesight.infer.model_runner import ModelRunner
 from finesight.infer.prediction import (
     Prediction,
     ResponseSampler,
-    build_prediction,
     build_questions,
     draw_boxes,
     predict,
@@ -78,23 +77,6 @@ def test_training_mode_is_restored_and_dropout_disabled(loaded_model, tmp_path, 
     assert model.training is training
 
 
-def test_callback_can_stop_generation(loaded_model, tmp_path):
-    model, renderer = loaded_model
-    model.train()
-    result: list[int] = []
-
-    def stop(count: int) -> None:
-        result.append(count)
-        if len(result) == 3:
-            raise KeyboardInterrupt
-
-    options = {"max_new_tokens": 50, "batch_size": 1, "on_progress": stop}
-    with pytest.raises(KeyboardInterrupt):
-        predict(model, renderer, [make_sample("a", tmp_path, "Why?")], **options)
-    assert result == [0, 0, 0]
-    assert model.training
-
-
 def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
     model, renderer = loaded_model
     write_noise_image(tmp_path / "a.png", 56, 56)
@@ -114,35 +96,6 @@ def test_damaged_image_is_reported_or_raised(loaded_model, tmp_path):
     assert [index for index, _ in result] == [2, 1]
     assert "missing.png" in result[0][1]
     assert "cut.png" in result[1][1]
-
-
-def test_boxes_refer_to_the_target_image(loaded_model, tmp_path):
-    _, renderer = loaded_model
-    write_noise_image(tmp_path / "a.png", 100, 200)
-    write_noise_image(tmp_path / "b.png", 400, 300)
-    answer = BoxPart(image=1, label="dog", xyxy=(40, 30, 200, 150))
-    sample = make_sample("s", tmp_path, "a.png", "b.png", "Where?", answer=answer)
-    prompt = renderer.encode_prompt(sample)
-    answer_ids = renderer.tokenize(sample).ids_T[prompt.tokenized.num_tokens :].tolist()
-    answer_ids = answer_ids[: answer_ids.index(renderer.end_ids[0]) + 1]
-    prediction = build_prediction(renderer, sample, prompt.tokenized, answer_ids)
-    assert prediction.finish_reason == "stop"
-    (box,) = prediction.boxes
-    assert (box.image, box.label) == (1, "dog")
-    assert np.allclose(box.xyxy, answer.xyxy, atol=0.5)
-
-
-def test_videos_are_no_target_images(loaded_model, tmp_path):
-    model, renderer = loaded_model
-    write_noise_image(tmp_path / "frame.png", 56, 56)
-    write_noise_image(tmp_path / "a.png", 200, 100)
-    sample = make_sample("s", tmp_path, ("frame.png", "frame.png"), "a.png", "Where?")
-    (prediction,) = predict(model, renderer, [sample], max_new_tokens=1, batch_size=1)
-    assert prediction.images == (tmp_path / "a.png",)
-    answer_ids = renderer.tokenizer.encode("(100,100),(500,500)")
-    prompt = renderer.tokenize_prompt(sample)
-    (box,) = build_prediction(renderer, sample, prompt, list(answer_ids)).boxes
-    assert (box.image, box.xyxy) == (0, (20, 10, 100, 50))
 
 
 def test_build_questions_validates_images(tmp_path):

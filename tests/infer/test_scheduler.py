@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 import numpy as np
-import pytest
 
 from finesight.encode.tokenization import EncodedSample, TokenizedSample
 from finesight.infer import scheduler as area
@@ -15,8 +14,8 @@ NUM_BLOCKS = 16
 """Usable blocks of `_create_scheduler`."""
 
 
-def _create_scheduler(max_num_seqs: int = 8) -> Scheduler:
-    return Scheduler(max_num_seqs=max_num_seqs, num_blocks=NUM_BLOCKS + 1, block_size=BLOCK_SIZE)
+def _create_scheduler() -> Scheduler:
+    return Scheduler(max_num_seqs=8, num_blocks=NUM_BLOCKS + 1, block_size=BLOCK_SIZE)
 
 
 def _add_requests(
@@ -77,20 +76,6 @@ def test_requests_are_admitted_in_fifo_order():
     assert (scheduler.num_running, len(scheduler.waiting)) == (2, 0)
 
 
-def test_rows_are_free_after_their_removal():
-    scheduler = _create_scheduler(max_num_seqs=4)
-    sequences = _add_requests(scheduler, [4] * 5)
-    _run_prefill(scheduler)
-    assert (_request_ids(scheduler), scheduler.num_running) == ([0, 1, 2, 3], 4)
-    for index in (1, 3):
-        scheduler.finish(sequences[index])
-    assert scheduler.admit_next() is None
-    # The last row replaces a removed one.
-    assert scheduler.remove_finished() == [(1, 3), (1, 2)]
-    assert _request_ids(scheduler) == [0, 2]
-    assert scheduler.admit_next() is sequences[4]
-
-
 def test_prefill_chunks_fit_the_token_budget(monkeypatch):
     monkeypatch.setattr(area, "MAX_PREFILL_TOKENS", 12)
     monkeypatch.setattr(area, "MAX_MIXED_PREFILL_TOKENS", 5)
@@ -110,26 +95,3 @@ def test_prefill_batch_has_one_adapter():
     _add_requests(scheduler, [4] * 5, adapters=[0, 1, 0, None, 1])
     chunks = [[request_id for request_id, _ in _run_prefill(scheduler)] for _ in range(3)]
     assert chunks == [[0, 2], [1, 4], [3]]
-
-
-@pytest.mark.parametrize("state", ["waiting", "prefilling", "decoding", "paused"])
-def test_sequence_can_be_cancelled_in_any_state(state, monkeypatch):
-    scheduler = _create_scheduler()
-    (sequence,) = _add_requests(scheduler, [8])
-    if state == "prefilling":
-        monkeypatch.setattr(area, "MAX_PREFILL_TOKENS", 5)
-    if state != "waiting":
-        _run_prefill(scheduler)
-    if state == "paused":
-        scheduler.pause(sequence)
-        scheduler.remove_finished()
-    assert sequence in getattr(scheduler, state)
-    assert scheduler.find_unfinished(0) is sequence
-    scheduler.finish(sequence)
-    assert scheduler.find_unfinished(0) is None
-    assert scheduler.remove_finished() == ([(0, 0)] if state == "decoding" else [])
-    assert (scheduler.num_running, len(scheduler.waiting)) == (0, 0)
-    assert scheduler.block_manager.num_free_blocks == NUM_BLOCKS
-    # A partial prefill is not cached.
-    expected = 2 if state in ("decoding", "paused") else 0
-    assert len(scheduler.block_manager.acquire_cached(sequence.block_hashes)) == expected

@@ -4,14 +4,9 @@ from pathlib import Path
 
 import pytest
 from container_fixtures import write_parquet, write_tar_shards
-from huggingface_hub import constants
-from tiny_task import TinyTask, read_losses
-
-
-@pytest.fixture
-def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(tmp_path / "assets"))
-    return TinyTask(tmp_path)
+from tiny_task import assets as assets
+from tiny_task import read_losses
+from tiny_task import task as task
 
 
 @pytest.mark.parametrize("cache", ["never", "disk"])

@@ -9,16 +9,11 @@ from typing import Any
 import edge_case_images
 import numpy as np
 import pytest
-from edge_case_images import EdgeCaseImage, encode_image, make_noise_image, write_samples
 from PIL import Image
-from tiny_task import make_task, write_recipe
-
-from finesight.cli.app import run_command
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 ODDS = edge_case_images.list_edge_case_images()
-NUM_VALID = 400
 REFUSED = {odd.name for odd in ODDS if not odd.is_valid}
 
 
@@ -47,37 +42,6 @@ def test_each_image_is_encoded_or_rejected_with_reason(outcomes):
         assert bool(one["fault"]) == (one["name"] in REFUSED), one
         assert one["megabytes"] < 30 or sys.platform != "linux", one
     assert sum(one["megabytes"] for one in outcomes) < 120 or sys.platform != "linux"
-
-
-def test_run_trains_on_valid_images_only(tmp_path):
-    """Training skips invalid images by name; valid ones keep these below a tenth."""
-    task = make_task(tmp_path / "task")
-    valid = [
-        EdgeCaseImage(f"sound-{n}.png", encode_image(make_noise_image(), "PNG"))
-        for n in range(NUM_VALID)
-    ]
-    data = write_samples(tmp_path / "task", [*ODDS, *valid])
-    task["data"] = {"train": str(data)}
-    task["output_dir"] = str(tmp_path / "run")
-    recipe = write_recipe(tmp_path / "recipe.yaml", task, epochs=1, batch_size=64)
-    assert run_command(["train", str(recipe)]) == 0
-    dropped, steps = (
-        [json.loads(line) for line in (tmp_path / "run" / name).read_text().splitlines()]
-        for name in ("skipped_samples.jsonl", "metrics.jsonl")
-    )
-    late = [name for line in steps for name in line.get("skipped_samples", [])]
-    assert all(one["reason"] for one in dropped)
-    assert {one["id"] for one in dropped} | set(late) == REFUSED
-    supervised = sum(line["num_samples"] for line in steps if "loss" in line)
-    assert supervised == len(ODDS) - len(REFUSED) + NUM_VALID
-
-
-def test_data_check_reports_invalid_images(tmp_path, capsys):
-    data = write_samples(tmp_path, ODDS)
-    assert run_command(["check", str(data), "--json"]) == 2
-    *findings, _ = map(json.loads, capsys.readouterr().out.splitlines())
-    errors = {one["sample_id"] for one in findings if one["severity"] == "error"}
-    assert errors == REFUSED
 
 
 MEASURE_LOADING = """

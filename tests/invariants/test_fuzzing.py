@@ -23,29 +23,20 @@ from finesight.train.dataset_stats import compute_dataset_stats
 
 LINES, RECIPES, COMMANDS = 1500, 600, 20
 
-SAMPLE = {
-    "id": "a",
-    "messages": [
-        {"role": "system", "content": "Be brief."},
-        {
-            "role": "user",
-            "content": [
-                {"type": "image", "image": "train0.png"},
-                {"type": "text", "text": "Where? \u00e9\u2028"},
-                {"type": "video", "frames": ["train0.png", "train0.png"], "fps": 2.0},
-            ],
-        },
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "box", "image": 0, "label": "cat", "xyxy": [1, 2, 20, 21]},
-                {"type": "text", "text": "ok"},
-            ],
-        },
-    ],
-    "references": ["x"],
-    "meta": {"k": [1, {"b": None}]},
-}
+SAMPLE = yaml.safe_load("""
+id: a
+messages:
+  - {role: system, content: Be brief.}
+  - role: user
+    content:
+      - {type: image, image: train0.png}
+      - {type: text, text: "Where? \\xe9\\L"}
+      - {type: video, frames: [train0.png, train0.png], fps: 2.0}
+  - role: assistant
+    content: [{type: box, image: 0, label: cat, xyxy: [1, 2, 20, 21]}, {type: text, text: ok}]
+references: [x]
+meta: {k: [1, {b: null}]}
+""")
 
 VALUES = (
     *("null", "true", "0", "-1", "1e308", ".nan", "-.inf", "9" * 400, "9" * 5000, "0x_", "1:30"),

@@ -21,7 +21,6 @@ from finesight.infer.engine import Engine, generate
 from finesight.infer.inference_service import InferenceService
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.model_runner import supports_fused_decode
-from finesight.infer.prediction import predict
 from finesight.infer.request import GenerationOptions, GenerationRequest, SamplingParams
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
@@ -113,34 +112,6 @@ def test_prefill_budget_does_not_change_answers(setup, uncached, budgets, monkey
     assert found == [grown.tokens for grown in uncached]
 
 
-@pytest.mark.parametrize("batch", [1, 2, 4, 6])
-def test_generate_is_ordered_for_any_batch_size(setup, uncached, batch):
-    answers = []
-    for start in range(0, len(setup.prompts), batch):
-        prompts = setup.prompts[start : start + batch]
-        answers += generate(setup.model, prompts, max_new_tokens=STEPS, end_ids=())
-    assert answers == [grown.tokens for grown in uncached]
-
-
-def test_answers_end_at_first_end_token(setup, uncached):
-    # Tokens that really come, at different steps of different answers.
-    end_ids = {uncached[n].tokens[step] for n, step in ((0, 0), (1, 2), (2, 4), (3, 6))}
-    wanted = []
-    for generated in uncached:
-        tokens = generated.tokens
-        stop = next((i for i, token in enumerate(tokens) if token in end_ids), STEPS - 1)
-        wanted.append(tokens[: stop + 1])
-    assert len({len(answer) for answer in wanted}) > 2, wanted
-    found = generate(setup.model, setup.prompts, max_new_tokens=STEPS, end_ids=tuple(end_ids))
-    assert found == wanted
-
-
-def test_bfloat16_generation(setup):
-    narrow = copy.deepcopy(setup.model).to(torch.bfloat16)
-    answers = generate(narrow, setup.prompts, max_new_tokens=3, end_ids=())
-    assert [len(answer) for answer in answers] == [3] * len(setup.prompts)
-
-
 def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
     """Requests of every kind; a constraint is for one answer, so each engine needs new ones."""
     vocabulary = setup.model.config.decoder.vocab_size
@@ -171,21 +142,12 @@ def make_requests(setup: GenerationSetup) -> list[GenerationRequest]:
     return requests
 
 
-def answer_alone(setup: GenerationSetup) -> list[engine_fixtures.RequestEvents]:
-    answers = []
-    for request in make_requests(setup):
-        engine = Engine(setup.model, (), max_num_seqs=1, num_cache_tokens=1024)
-        ticket = engine.add_request(request)
-        answers.append(engine_fixtures.run_engine(engine)[ticket])
-    return answers
-
-
 @pytest.mark.parametrize(
     ("max_num_seqs", "tokens", "late"), [(12, 4096, 0), (5, 512, 0), (12, 4096, 1)]
 )
 def test_mixed_requests_match_single_requests(setup, max_num_seqs, tokens, late):
     """Requests come one by one, while earlier ones grow, end, and are cancelled."""
-    wanted = answer_alone(setup)
+    wanted = engine_fixtures.answer_alone(setup.model, make_requests(setup))
     assert len({tuple(told.ids) for told in wanted if len(told.ids) == STEPS}) >= 6
     engine = Engine(setup.model, (), max_num_seqs=max_num_seqs, num_cache_tokens=tokens)
     engine._max_pending = late
@@ -263,7 +225,8 @@ def test_gpu_mixed_requests_match_cpu(setup, use_cuda_graphs):
     engine = Engine(model, (), max_num_seqs=12, **options)
     tickets = [engine.add_request(request) for request in make_requests(setup)]
     found = engine_fixtures.run_engine(engine)
-    assert [found[ticket].ids for ticket in tickets] == [one.ids for one in answer_alone(setup)]
+    alone = engine_fixtures.answer_alone(setup.model, make_requests(setup))
+    assert [found[ticket].ids for ticket in tickets] == [one.ids for one in alone]
 
 
 @pytest.mark.gpu
@@ -284,9 +247,6 @@ def test_generation_frees_gpu_memory(tmp_path):
 
 MIXES = 40
 """Of each family."""
-
-CACHE_TOKENS = 1 << 14
-"""Tokens of the cache of a request alone."""
 
 
 @pytest.fixture(scope="module", params=get_args(TinyFamily))
@@ -329,11 +289,7 @@ def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
     for mix in range(MIXES):
         chance = random.Random(mix)
         requests = [draw_request(chance, loaded_model.prompts) for _ in range(chance.randint(2, 8))]
-        alone = []
-        for request in requests:
-            engine = Engine(model, end_ids, max_num_seqs=1, num_cache_tokens=CACHE_TOKENS)
-            ticket = engine.add_request(request)
-            alone.append(engine_fixtures.run_engine(engine)[ticket])
+        alone = engine_fixtures.answer_alone(model, requests, end_ids)
         budget, mixed_budget = chance.choice([64, 1000, 8192]), chance.choice([17, 300, 2048])
         monkeypatch.setattr(scheduler_area, "MAX_PREFILL_TOKENS", budget)
         monkeypatch.setattr(scheduler_area, "MAX_MIXED_PREFILL_TOKENS", mixed_budget)
@@ -359,22 +315,3 @@ def test_random_request_mixes_equal_single_requests(loaded_model, monkeypatch):
             assert [token.logprob for token in found.tokens] == pytest.approx(logprobs, abs=1e-4)
         answers |= {tuple(one.ids) for one in alone}
     assert len(answers) > MIXES, "a model whose answers hardly differ shows nothing"
-
-
-@pytest.mark.fuzz
-def test_random_sample_mixes_equal_single_samples(loaded_model):
-    model, renderer = loaded_model.model, loaded_model.renderer
-    alone: dict[tuple[int, int], object] = {}
-    for mix in range(MIXES):
-        chance = random.Random(1000 + mix)
-        tokens = chance.choice([1, 5, 12])
-        members = [chance.randrange(len(loaded_model.prompts)) for _ in range(chance.randint(2, 8))]
-        for member in members:
-            if (member, tokens) not in alone:
-                one = [loaded_model.questions[member]]
-                made = predict(model, renderer, one, max_new_tokens=tokens, batch_size=1)
-                alone[member, tokens] = made[0]
-        mixed = [loaded_model.questions[member] for member in members]
-        size = chance.randint(1, 8)
-        batched = predict(model, renderer, mixed, max_new_tokens=tokens, batch_size=size)
-        assert batched == [alone[member, tokens] for member in members]

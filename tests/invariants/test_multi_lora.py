@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, get_args
 import pytest
 from engine_fixtures import (
     RequestEvents,
+    answer_alone,
     make_mixed_questions,
     make_random_model,
     run_engine,
@@ -80,20 +81,12 @@ def make_request(prompt: EncodedSample, adapter: int | None = None) -> Generatio
     return GenerationRequest(prompt=prompt, max_new_tokens=STEPS, logprobs=1, adapter_index=adapter)
 
 
-def answer_alone(model: VisionLanguageModel, prompts: list[EncodedSample]) -> list[RequestEvents]:
-    found = []
-    for prompt in prompts:
-        engine = Engine(model, (), max_num_seqs=1, num_cache_tokens=1024)
-        ticket = engine.add_request(make_request(prompt))
-        found.append(run_engine(engine)[ticket])
-    return found
-
-
 @pytest.fixture(scope="module")
 def expected(setup: MultiLoraSetup) -> dict[str | None, list[RequestEvents]]:
     """What each adapter answers where it is the only one, and the base without any."""
     models = {None: setup.base, **setup.alone}
-    return {name: answer_alone(model, setup.prompts) for name, model in models.items()}
+    requests = [make_request(prompt) for prompt in setup.prompts]
+    return {name: answer_alone(model, requests) for name, model in models.items()}
 
 
 def assert_equal_events(found: RequestEvents, wanted: RequestEvents) -> None:
@@ -112,7 +105,8 @@ def test_merged_model_answers_like_its_adapter(setup, expected):
     for name, model in setup.alone.items():
         merged = copy.deepcopy(model)
         assert merge_adapters(merged) > 0
-        for found, wanted in zip(answer_alone(merged, setup.prompts), expected[name], strict=True):
+        answers = answer_alone(merged, [make_request(prompt) for prompt in setup.prompts])
+        for found, wanted in zip(answers, expected[name], strict=True):
             assert_equal_events(found, wanted)
 
 
@@ -183,7 +177,8 @@ def test_adapters_from_files_match_written_ones(tmp_path):
         engine = Engine(choice.model, (), max_num_seqs=6, num_cache_tokens=1024)
         tickets = [engine.add_request(make_request(prompt, index)) for prompt in prompts]
         result = run_engine(engine)
-        for ticket, wanted in zip(tickets, answer_alone(models[name], prompts), strict=True):
+        alone = answer_alone(models[name], [make_request(prompt) for prompt in prompts])
+        for ticket, wanted in zip(tickets, alone, strict=True):
             assert_equal_events(result[ticket], wanted)
 
 

@@ -11,13 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 import resume_worker
 from multi_process_run import fork_process
-from tiny_task import (
-    assert_same_run,
-    make_task,
-    read_final_files,
-    read_losses,
-    write_recipe,
-)
+from tiny_task import assert_same_run, make_task, read_final_files, read_losses, write_recipe
 
 TESTS = Path(__file__).parents[1]
 

@@ -7,6 +7,7 @@ from typing import get_args
 import pytest
 import torch
 from conversation_fixtures import make_conversation, make_images
+from cuda_graph_fixtures import CPU, make_model
 from hf_reference import max_relative_error
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
@@ -18,9 +19,8 @@ from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
 from finesight.infer.engine import build_engine, iter_completions
 from finesight.infer.request import GenerationRequest, SamplingParams
-from finesight.model.trainable import configure_tuning, trainable_parameters
+from finesight.model.trainable import trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
 from finesight.train.objectives.dpo import (
     KtoObjective,
@@ -51,10 +51,9 @@ def encode_samples(folder: Path, model: ModelFolder) -> list[EncodedSample]:
     return encoded
 
 
-def tune_model(folder: ModelFolder, tune: TuneSettings, dtype: torch.dtype) -> VisionLanguageModel:
-    model = load_model(folder, dtype, torch.device("cpu")).train()
-    configure_tuning(model, tune, 0)
-    return model
+def read_gradients(model: VisionLanguageModel) -> dict[str, Tensor]:
+    named = trainable_parameters(model).items()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def compute_loss_and_gradients(model: VisionLanguageModel, batch: PackedBatch) -> dict[str, Tensor]:
@@ -62,8 +61,7 @@ def compute_loss_and_gradients(model: VisionLanguageModel, batch: PackedBatch) -
     h_LD, scale = model(batch), torch.tensor(0.01)
     loss = fused_linear_cross_entropy(h_LD, model.lm_head_weight, batch.labels_L, scale)
     loss.backward()
-    named = {n: p.grad for n, p in trainable_parameters(model).items() if p.grad is not None}
-    return {"loss": loss.detach()} | {n: grad.clone() for n, grad in named.items()}
+    return {"loss": loss.detach()} | read_gradients(model)
 
 
 @pytest.mark.parametrize("family", get_args(TinyFamily))
@@ -74,10 +72,7 @@ def test_shared_prefix_loss_and_gradients_match(tmp_path, family, tune):
     samples = encode_samples(tmp_path, folder)
     shared = find_shared_prefix_length([one.tokenized for one in samples])
     assert shared > 20, "no system prompt"
-    model = tune_model(folder, tune, torch.float32)
-    for name, parameter in trainable_parameters(model).items():
-        if ".adapter.lora_B" in name:
-            parameter.data.normal_(0, 0.1)
+    model = make_model(torch.float32, CPU, tune, folder)
     expected = compute_loss_and_gradients(model, pack(samples))
     once = pack(samples, prefix_length=shared)
     assert len(once.ids_T) == len(pack(samples).ids_T) - 5 * shared
@@ -98,7 +93,7 @@ def test_shared_prefix_loss_and_gradients_match(tmp_path, family, tune):
 def test_preference_pair_matches_two_samples(tmp_path, family):
     """Only the last answers count; the images before them are encoded once."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
-    model, renderer = tune_model(folder, ALL, torch.float32), NativeRenderer(folder)
+    model, renderer = make_model(torch.float32, CPU, ALL, folder), NativeRenderer(folder)
     images, objective = make_images(tmp_path), PairObjective(DpoSettings(beta=0.3))
     objective.reference_logps["train"] = {7: (-8.0, -9.0)}
     for number in (1, 3):
@@ -110,9 +105,7 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
         inputs = objective.loss_inputs(batch, torch.tensor(1.0), ("train", (7,)))
         values = objective.compute_loss(model(batch), model.lm_head_weight, inputs)
         values[0].backward()
-        found = {
-            n: p.grad.clone() for n, p in trainable_parameters(model).items() if p.grad is not None
-        }
+        found = read_gradients(model)
         model.zero_grad()
         logps, lengths = [], []
         for messages in (chosen.messages, rejected.rejected_messages):
@@ -144,7 +137,7 @@ def test_preference_pair_matches_two_samples(tmp_path, family):
 def test_answer_with_a_label_matches_single_samples(tmp_path, family):
     """The answer of another sample, with which KTO estimates the divergence, follows the prompt."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
-    model, renderer = tune_model(folder, ALL, torch.float32), NativeRenderer(folder)
+    model, renderer = make_model(torch.float32, CPU, ALL, folder), NativeRenderer(folder)
     images, objective = make_images(tmp_path), KtoObjective(KtoSettings(beta=0.3))
     renderer.responses = "all"
     sample = make_conversation(3, images, videos=True).sample
@@ -178,10 +171,7 @@ def test_answer_with_a_label_matches_single_samples(tmp_path, family):
 def test_group_of_responses_matches_single_responses(tmp_path, family):
     """Sampled log-probabilities equal those of the trainer, packed together or one by one."""
     folder = ModelFolder(create_tiny_model(tmp_path / "model", family))
-    model, renderer = tune_model(folder, LORA, torch.float32), NativeRenderer(folder)
-    for name, parameter in trainable_parameters(model).items():
-        if ".adapter.lora_B" in name:
-            parameter.data.normal_(0, 0.1)
+    model, renderer = make_model(torch.float32, CPU, LORA, folder), NativeRenderer(folder)
     sample = make_conversation(1, make_images(tmp_path), videos=True).sample
     prompt = renderer.encode_prompt(LocatedSample(sample, tmp_path))
     banned = renderer.visual_token_ids
@@ -218,9 +208,7 @@ def test_group_of_responses_matches_single_responses(tmp_path, family):
             ]
         )
         (logps * torch.linspace(-1, 1, len(logps))).sum().backward()
-        named = trainable_parameters(model).items()
-        grads = {n: p.grad.clone() for n, p in named if p.grad is not None}
-        results.append((logps.detach(), grads))
+        results.append((logps.detach(), read_gradients(model)))
     (found, found_grads), (expected, expected_grads) = results
     sampled = torch.tensor([one.logprob for group in responses for one in group])
     assert not {one.id for group in responses for one in group} & set(banned)
@@ -236,7 +224,9 @@ def test_bf16_shared_prefix_error_is_not_larger(tmp_path):
     folder = ModelFolder(create_tiny_model(tmp_path / "model"))
     samples = encode_samples(tmp_path, folder)
     shared = find_shared_prefix_length([one.tokenized for one in samples])
-    exact, model = (tune_model(folder, ALL, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, model = (
+        make_model(dtype, CPU, ALL, folder) for dtype in (torch.float32, torch.bfloat16)
+    )
     expected = compute_loss_and_gradients(exact, pack(samples))
     off = []
     for batch in (pack(samples), pack(samples, prefix_length=shared)):

@@ -51,12 +51,14 @@ def test_dropout_applies_only_to_the_lora_branch():
 
 
 def test_initial_values_of_an_adapter():
-    """B is zero; A is independent of the dtype, and uniform as in peft."""
+    """B is zero; A depends only on seed and name, and is uniform as in peft."""
     group = make_group(inputs=400)
 
-    def make_adapter(*names: str, dtype: torch.dtype = torch.float32) -> LoraLinear:
+    def make_adapter(
+        *names: str, seed: int = 3, dtype: torch.dtype = torch.float32, layer: int = 0
+    ) -> LoraLinear:
         adapter = LoraLinear(group, dict.fromkeys(names, LoraConfig(50, 16.0)), 0.0, dtype)
-        adapter.reset_parameters(3, "model.layers.0.self_attn.qkv_proj")
+        adapter.reset_parameters(seed, f"model.layers.{layer}.self_attn.qkv_proj")
         return adapter
 
     x = torch.ones(2, 400)
@@ -65,6 +67,8 @@ def test_initial_values_of_an_adapter():
     assert all(map(torch.equal, group(x), baseline))
     v = full.factors()["v_proj"].lora_A.detach()
     assert torch.equal(make_adapter("v_proj", dtype=torch.bfloat16).lora_A, v.bfloat16())
+    others = make_adapter("v_proj", seed=4), make_adapter("v_proj", layer=1), make_adapter("q_proj")
+    assert not any(torch.equal(other.lora_A, v) for other in others)
     # Uniform on +-b: the standard deviation is b / sqrt(3).
     assert 0.0499 < float(v.abs().max()) <= 0.05
     assert float(v.std()) == pytest.approx(0.05 / 3**0.5, rel=0.02)

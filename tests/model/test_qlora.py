@@ -12,11 +12,9 @@ from lora_fixtures import FAMILIES as ALL_FAMILIES
 from lora_fixtures import tune_with_lora
 from safetensors.torch import load_file
 
-from finesight.errors import UserError
 from finesight.model.families import to_module_name
-from finesight.model.linear import FusedLinear, hub_name, iter_adapters
+from finesight.model.linear import hub_name, iter_adapters
 from finesight.model.lora.peft_io import save_adapter
-from finesight.model.quant.base import find_quantized_weights
 from finesight.model.trainable import ModelPart
 from finesight.model.weights_io import load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
@@ -94,24 +92,6 @@ def test_logits_and_gradients_match_transformers_and_peft(family, tmp_path):
     assert gradients.keys() == their_gradients.keys()
     for name, gradient in gradients.items():
         assert hf_reference.max_relative_error(gradient, their_gradients[name]) <= 1e-4, name
-
-
-@pytest.mark.parametrize("parts", [("language",), ("vision",), ("vision", "merger")])
-def test_only_linear_layers_of_chosen_parts_are_quantized(parts, tmp_path):
-    base = make_base(tmp_path / "base", "qwen2_5_vl")
-    model, dense = (
-        load_model(base, torch.bfloat16, hf_reference.CPU, stored) for stored in (parts, ())
-    )
-    prefixes = {"language": "model.layers.", "vision": "visual.blocks.", "merger": "visual.merger."}
-    chosen = tuple(prefixes[part] for part in parts)
-    groups = {n for n, module in dense.named_modules() if isinstance(module, FusedLinear)}
-    expected = {f"{name}.weight" for name in groups if name.startswith(chosen)}
-    assert set(find_quantized_weights(model)) == expected
-    others = dict(model.named_parameters())
-    for name, parameter in dense.named_parameters():
-        assert name in expected or torch.equal(others[name], parameter)
-    with pytest.raises(UserError, match="head of this model is tied to the embedding table"):
-        load_model(base, torch.float32, hf_reference.CPU, ("embeddings",))
 
 
 def test_quantized_model_is_saved_in_base_precision(tmp_path):

@@ -1,7 +1,5 @@
 """Qwen-VL files: weight round trip, pickles, trainable parts, adapters."""
 
-import json
-
 import pytest
 import torch
 from engine_fixtures import compute_logits, pack_mixed_questions
@@ -15,7 +13,7 @@ from finesight.errors import UserError
 from finesight.model.lora.peft_io import ADAPTER_WEIGHTS_FILE, load_adapter, save_adapter
 from finesight.model.trainable import configure_tuning, trainable_parameters
 from finesight.model.vlm import VisionLanguageModel
-from finesight.model.weights_io import load_model, save_model, stored_precision
+from finesight.model.weights_io import load_model, save_model
 from finesight.model_folder import ModelFolder
 
 pytest.importorskip("tiktoken")
@@ -53,26 +51,6 @@ def test_weights_are_saved_under_published_names(tiny, tmp_path):
         *("config.json", "qwen.tiktoken", "tokenizer_config.json", "generation_config.json"),
         "model.safetensors.index.json",
     }
-
-
-def test_pickled_weights_give_the_same_model(tiny, batch, tmp_path):
-    for name in ("config.json", "qwen.tiktoken"):
-        (tmp_path / name).write_bytes((tiny.path / name).read_bytes())
-    tensors = load_file(tiny.path / "model.safetensors")
-    names = sorted(tensors)
-    shards = {f"pytorch_model-0000{n}-of-00002.bin": names[n - 1 :: 2] for n in (1, 2)}
-    for shard, own in shards.items():
-        torch.save({name: tensors[name] for name in own}, tmp_path / shard)
-    index = {"weight_map": {name: shard for shard, own in shards.items() for name in own}}
-    (tmp_path / "pytorch_model.bin.index.json").write_text(json.dumps(index), encoding="utf-8")
-    folder = ModelFolder(tmp_path)
-    assert stored_precision(folder) == "fp32"
-    model = load_fp32(folder)
-    assert torch.equal(compute_logits(model, batch), compute_logits(load_fp32(tiny), batch))
-    (tmp_path / "saved").mkdir()
-    save_model(model, folder, tmp_path / "saved", torch.float32)
-    names = {path.name for path in (tmp_path / "saved").iterdir()}
-    assert names == {"config.json", "qwen.tiktoken", "model.safetensors"}
 
 
 def test_resampler_positions_are_not_trainable(tiny, tmp_path):

@@ -116,25 +116,6 @@ def test_unknown_targets_are_rejected():
         assert not list_adapted_layers(model)
 
 
-def test_initialization_depends_only_on_seed_and_name():
-    def values(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
-        model = make_model()
-        configure_tuning(model, tune(**settings), seed)
-        return {
-            hub_name(path, output): factors.lora_A.clone()
-            for path, _, adapter in iter_adapters(model)
-            for output, factors in adapter.factors().items()
-        }
-
-    all_of_it = values(1, language="lora", vision="lora")
-    some = values(1, language="lora", lora={"target_modules": ["v_proj"]})
-    assert len(some) == 2
-    for name, a_RI in some.items():
-        assert torch.equal(a_RI, all_of_it[name])
-        assert not torch.equal(a_RI, values(2, language="lora")[name])
-    assert len({a_RI.sum().item() for a_RI in all_of_it.values()}) == len(all_of_it)
-
-
 SAMPLES = [
     make_conversation(3, 2, ("image", (1, 10, 14)), 3, ("image", (1, 2, 2)), 4),
     make_conversation(5, 2, ("video", (2, 4, 6)), 3),
@@ -161,6 +142,8 @@ MIXES: dict[str, dict[str, Any]] = {
     [(how, tied) for how in MIXES for tied in (True, False) if tied or "embeddings" in MIXES[how]],
 )
 def test_mixed_tuning_gradients_match_peft(family, tied, how, tmp_path):
+    if not tied and family not in ("qwen2_vl", "qwen3_5_moe"):
+        pytest.skip("two families show it")
     tune = TuneSettings.model_validate({"lora": LORA} | MIXES[how])
     theirs = make_reference_model(make_config(family, tie_word_embeddings=tied))
     ours = make_native_model(make_config(family, tie_word_embeddings=tied), theirs)

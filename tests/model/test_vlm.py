@@ -49,13 +49,6 @@ def test_hidden_states_only_at_supervised_positions(model, batch):
     assert torch.equal(model(batch, features_MKD), h_LD)
 
 
-def test_missing_placeholders_raise(model, batch):
-    with pytest.raises(AssertionError, match="41 placeholder tokens for 42 image features"):
-        model(replace(batch, visual_indices_M=batch.visual_indices_M[1:]))
-    with pytest.raises(AssertionError, match="167 patches for grids of 168"):
-        model(replace(batch, patches_ND=batch.patches_ND[1:]))
-
-
 def test_single_frame_matches_repeated_frames(model):
     pixels = model.config.vision.patch_size**2
     one_NCP = torch.randint(0, 256, (16, 3, pixels), dtype=torch.uint8)

@@ -1,21 +1,26 @@
 """Fixtures for the tests of training."""
 
-from pathlib import Path
+from collections.abc import Callable
 
+import numpy as np
 import pytest
-from huggingface_hub import constants
-from tiny_task import TinyTask
+import torch
+from case_files import load_cases
+from tiny_task import assets as assets
+from tiny_task import task as task
+from torch import Tensor
 
 
-@pytest.fixture
-def task(tmp_path: Path) -> TinyTask:
-    return TinyTask(tmp_path)
+@pytest.fixture(scope="session")
+def assert_matches_trl() -> Callable[..., None]:
+    """Compare a loss and its gradient with values that TRL has computed of the same numbers."""
+    references = load_cases("trl_losses")
 
+    def compare(name: str, loss: Tensor, x: Tensor, tolerance: float = 1e-9) -> None:
+        (gradient,) = torch.autograd.grad(loss, x)
+        flat = gradient.flatten().numpy()
+        vectors = np.random.RandomState(7).standard_normal((3, flat.size))
+        found = [loss.item(), *(vectors @ flat), np.linalg.norm(flat)]
+        np.testing.assert_allclose(found, references[name], rtol=0, atol=tolerance)
 
-@pytest.fixture(autouse=True)
-def assets(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Use an empty vision cache folder for each test and its subprocesses."""
-    folder = tmp_path_factory.mktemp("assets")
-    monkeypatch.setattr(constants, "HF_ASSETS_CACHE", str(folder))
-    monkeypatch.setenv("HF_ASSETS_CACHE", str(folder))
-    return folder
+    return compare

@@ -7,6 +7,7 @@ from threading import Event
 
 import pytest
 import torch
+from tiny_task import make_checkpoint_state as make_state
 from torch import Tensor
 
 from finesight import storage
@@ -17,26 +18,12 @@ from finesight.train.checkpoint import (
     WEIGHTS_FILE,
     AsyncCheckpointer,
     CheckpointManager,
-    CheckpointState,
 )
-from finesight.train.oom import MemoryBudget
 
 
 @pytest.fixture
 def checkpoints(tmp_path: Path) -> CheckpointManager:
     return CheckpointManager(tmp_path / "checkpoints", max_to_keep=2)
-
-
-def make_state(step: int) -> CheckpointState:
-    return CheckpointState(
-        step=step,
-        consumed_samples=4 * step,
-        last_eval_step=0,
-        best=None,
-        loss_scale={"scale": 1.0},
-        budget=MemoryBudget(pack_tokens=100, activation_checkpointing=0.0),
-        resume_config={"train.batch_size": 4},
-    )
 
 
 def make_tensors(value: float) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

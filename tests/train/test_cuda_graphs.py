@@ -7,7 +7,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cuda_graph_fixtures import (
@@ -21,6 +20,7 @@ from cuda_graph_fixtures import (
     encode_samples,
     make_model,
     make_runner,
+    make_text_pack,
     pack_shared_prefix,
 )
 from tiny_model import create_tiny_model
@@ -340,33 +340,6 @@ def test_graphs_of_linear_attention_match_eager_training(tmp_path, prefix_length
     for expected, warm_up, replayed in zip(*results, strict=True):
         assert_close(warm_up, expected)
         assert_close(replayed, expected)
-
-
-def make_text_pack(lengths: Sequence[int], prefix_length: int, seed: int) -> PackedBatch:
-    """Create a pack of random tokens; each predicts the next one of its sequence."""
-    generator = np.random.default_rng(seed)
-    lengths = (prefix_length, *lengths) if prefix_length else tuple(lengths)
-    starts = np.cumsum([0, *lengths])
-    ids_T = torch.from_numpy(generator.integers(0, 90, sum(lengths)))
-    positions_T = torch.cat([torch.arange(length) for length in lengths])
-    if prefix_length:
-        positions_T[prefix_length:] += prefix_length
-    has_label_T = torch.ones(sum(lengths), dtype=torch.bool)
-    has_label_T[torch.from_numpy(starts[1:] - 1)] = False
-    logit_indices_L = has_label_T.nonzero().squeeze(1)
-    return PackedBatch(
-        sample_ids=tuple(map(str, range(len(lengths)))),
-        lengths=lengths,
-        grid_thw=(),
-        ids_T=ids_T,
-        position_ids_3T=positions_T.expand(3, -1),
-        cu_seqlens_S1=torch.from_numpy(starts.astype(np.int32)),
-        patches_ND=torch.empty(0, 1536, dtype=torch.uint8),
-        visual_indices_M=torch.empty(0, dtype=torch.int64),
-        logit_indices_L=logit_indices_L,
-        labels_L=ids_T[logit_indices_L + 1],
-        prefix_length=prefix_length,
-    )
 
 
 @pytest.mark.gpu

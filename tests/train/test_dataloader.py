@@ -1,7 +1,7 @@
 """Data loading: independence from the number of workers, corrupt images, and waiting for data."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -9,10 +9,10 @@ from typing import Any, Literal
 import pytest
 import torch
 from tiny_task import make_task
+from torch import Tensor
 
 from finesight.config import PixelRange, TrainFileSettings
 from finesight.data.corpus import load_corpus
-from finesight.encode.packing import PackedBatch
 from finesight.encode.renderer import NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.train.dataloader import (
@@ -46,18 +46,14 @@ def read_all(dataset: StepDataset, start: int = 0, workers: int = 0) -> list[Ste
     return list(read_steps(dataset, start, workers, pin_memory=False))
 
 
-def to_nested_lists(batch: PackedBatch) -> list[object]:
-    """All that a pack holds, its tensors as nested lists."""
-    tensors = (
-        *(batch.ids_T, batch.position_ids_3T, batch.cu_seqlens_S1, batch.patches_ND),
-        *(batch.visual_indices_M, batch.logit_indices_L, batch.labels_L),
-    )
-    held = [(str(tensor.dtype), tuple(tensor.shape), tensor.tolist()) for tensor in tensors]
-    return [batch.sample_ids, batch.lengths, batch.grid_thw, held]
-
-
 def contents(steps: Sequence[StepBatch]) -> list[object]:
-    return [(step.step_index, step.skipped, *map(to_nested_lists, step.packs)) for step in steps]
+    """Return all values of steps, with tensors as nested lists."""
+    packs = [
+        {k: v.tolist() if isinstance(v, Tensor) else v for k, v in asdict(batch).items()}
+        for step in steps
+        for batch in step.packs
+    ]
+    return [[(step.step_index, step.skipped) for step in steps], packs]
 
 
 def test_packs_are_equal_for_any_worker_count(folder):
@@ -106,16 +102,14 @@ def test_full_shared_memory_is_reported(folder, monkeypatch):
     assert "--shm-size" in str(found)
 
 
-@pytest.mark.parametrize(
-    ("blocked_s", "arrived_ms", "expected"),
-    [
-        pytest.param(0.5, 1000.01, 0.0, id="busy all along"),
-        pytest.param(0.5, 1200.0, 0.2, id="done on the way"),
-        pytest.param(0.5, 1500.1, 0.5, id="idle from the start"),
-        pytest.param(0.001, 1050.0, 0.001, id="idle for another reason"),
-    ],
-)
-def test_gpu_wait_starts_after_queued_work(blocked_s, arrived_ms, expected):
+def test_gpu_wait_starts_after_queued_work():
+    """The GPU is busy all along, done on the way, idle from the start, or for another reason."""
     first: Any = SimpleNamespace(elapsed_time=lambda other: other.at - 1000.0)
-    last: Any = SimpleNamespace(at=arrived_ms)
-    assert compute_idle_seconds(blocked_s, first, last) == pytest.approx(expected, abs=1e-4)
+    for blocked_s, arrived_ms, expected in (
+        (0.5, 1000.01, 0.0),
+        (0.5, 1200.0, 0.2),
+        (0.5, 1500.1, 0.5),
+        (0.001, 1050.0, 0.001),
+    ):
+        found = compute_idle_seconds(blocked_s, first, SimpleNamespace(at=arrived_ms))
+        assert found == pytest.approx(expected, abs=1e-4)

@@ -110,15 +110,6 @@ def test_statistics_of_a_subset_are_scaled(folder):
     assert dataset_stats.SampleStatsMap(corpus, some, renderer, max_length=5)[0].num_tokens == 0
 
 
-def test_statistics_sample_is_deterministic():
-    drawn = dataset_stats.draw_subset(10_000_000)
-    assert list(drawn) == list(dataset_stats.draw_subset(10_000_000)) == sorted(set(drawn))
-    assert 9_900 < len(drawn) <= 10_000
-    assert 0 <= drawn[0] < 10_000
-    assert 9_990_000 < drawn[-1] < 10_000_000
-    assert list(drawn) != list(dataset_stats.draw_subset(9_999_999))
-
-
 def test_frequent_prompts_are_listed_without_rare_ones(tmp_path):
     """A rare prompt may be private, and the manifest is published with the model."""
     # Numbers of samples and of images: a question with several answers has several samples.

@@ -1,11 +1,9 @@
 """Evaluations of a run: the best one, comparable samples, and their records."""
 
-import json
 from dataclasses import replace
 
 import pytest
 
-from finesight.evaluate.bootstrap import ConfidenceInterval
 from finesight.evaluate.eval_case import EvalResult, find_best_eval, select_eval_samples
 
 
@@ -60,25 +58,3 @@ def test_common_subset_is_fixed_random_and_nested(limit):
     assert {*select_eval_samples(fewer, limit)} >= {*chosen}
     if limit and 1 < limit < 1000:
         assert 1000 < sum(chosen) / limit < 2000, "not the first rows"
-
-
-def test_evaluation_record_roundtrip():
-    measured = EvalResult(
-        7,
-        1.25,
-        {"exact": 0.5},
-        "exact",
-        {"exact": ConfidenceInterval(0.25, 0.75)},
-        {"confusion": []},
-        num_samples=20,
-        num_loss_samples=30,
-        sample_set="0af1",
-        full=EvalResult(7, 1.5, {"exact": 0.25}, "exact", num_samples=40),
-    )
-    record = json.loads(json.dumps(measured.as_json()))
-    assert EvalResult.from_metrics(record) == measured
-    assert EvalResult.from_metrics({"step": 3, "loss": 1.0}) is None
-    old = {"step": 0, "validation_loss": 2.0, "scores": {"exact": 0.0}, "primary_metric": "exact"}
-    result = EvalResult.from_metrics(old)
-    assert result is not None
-    assert (result.intervals, result.details) == ({}, {})

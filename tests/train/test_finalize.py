@@ -86,14 +86,6 @@ def test_best_checkpoint_weights_are_restored(task):
     assert list_names(run / "checkpoints") == ["step-2", "step-4"]
 
 
-def test_without_patience_last_weights_are_used(task):
-    result = task.run("train.keep_checkpoints=1", eval=metric(task, "rises_and_falls"))
-    assert (result.weights_step, result.stopped_early) == (6, False)
-    assert result.best_eval.step == 2
-    assert "The score was better after step 2 (0.0000); its checkpoint is " in task.console_output
-    assert list_names(task.folder / "run" / "checkpoints") == ["step-2", "step-6"]
-
-
 def test_last_weights_compete_with_best(task):
     """The scores are equal, so the lowest loss decides. The metric is copied into the run."""
     result = task.run(eval=metric(task, "same", patience=50, every=4))

@@ -50,9 +50,7 @@ def make_muon(
 
 def take_step(masters: MasterWeightOptimizer, named: dict[str, nn.Parameter], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    terms = [
-        (p * torch.randn(p.shape, generator=generator).to(p.device)).sum() for p in named.values()
-    ]
+    terms = [(p * torch.randn(p.shape, generator=generator)).sum() for p in named.values()]
     torch.stack(terms).sum().backward()
     masters.step(1.0, masters.grad_norm())
 
@@ -127,51 +125,6 @@ def test_cuda_graph_steps_match_eager_steps():
         changed.append((master_E, muon.momentum_E))
     for one, other in zip(*changed, strict=True):
         assert torch.equal(one, other)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_skipped_step_changes_no_state(dtype):
-    generator = torch.Generator("cuda").manual_seed(5)
-    grads = torch.randn(4, 6144, device="cuda", generator=generator)
-    changed = []
-    for broken in (True, False):
-        masters = SplitBf16Master(torch.ones(6144, device="cuda", dtype=dtype))
-        grad_E = torch.zeros(6144, device="cuda")
-        muon = Muon(masters, grad_E.detach, [grad_E.view(64, 96)])
-        for grad in grads:
-            if broken:
-                grad_E.fill_(torch.nan)
-                muon.step(torch.full((), torch.nan, device="cuda"), 0.1, 0.5)
-            grad_E.copy_(grad)
-            muon.step(torch.ones((), device="cuda"), 0.1, 0.5)
-        changed.append((masters.read(slice(0, 6144)), muon.momentum_E))
-    for one, other in zip(*changed, strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.gpu
-def test_cuda_graph_uses_loaded_state():
-    """A CUDA graph stores addresses, so a new state tensor would be ignored."""
-    named, again = (
-        {name: nn.Parameter(p.detach().cuda()) for name, p in make_parameters().items()}
-        for _ in range(2)
-    )
-    masters, others = make_muon(named), make_muon(again)
-    for seed in range(3):
-        take_step(masters, named, seed)
-        take_step(others, again, 10 + seed)
-    steps = [group.optimizer for group in others.param_groups if isinstance(group.optimizer, Muon)]
-    assert steps
-    assert all(own.graphs is not None and len(own.graphs) for own in steps)
-    others.load_state(
-        {name: value.clone() for name, value in masters.master_weights().items()},
-        {name: value.clone() for name, value in masters.optimizer_state().items()},
-    )
-    take_step(masters, named, 9)
-    take_step(others, again, 9)
-    for name, parameter in named.items():
-        assert torch.equal(parameter, again[name]), name
 
 
 def test_fused_layers_step_like_separate_layers():

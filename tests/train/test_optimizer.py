@@ -15,8 +15,16 @@ from finesight.errors import UserError
 from finesight.model.kernels.adamw import BLOCK_SIZE
 from finesight.model.quant.nf4 import import_bitsandbytes
 from finesight.train import optim_states, optimizer
-from finesight.train.optim_states import OptimState8bit, break_bf16_ties
-from finesight.train.optimizer import LossScaler, LRSchedule, MasterWeightOptimizer, resolve_steps
+from finesight.train.optim_states import OptimState8bit, SplitBf16Master, break_bf16_ties
+from finesight.train.optimizer import (
+    AdamW,
+    GradientAccumulator,
+    LossScaler,
+    LRSchedule,
+    MasterWeightOptimizer,
+    ParamSlice,
+    resolve_steps,
+)
 
 EXPERTS = "model.layers.0.mlp.experts.down_proj"
 MATRIX, OTHER = "model.layers.0.mlp.down_proj.weight", "visual.blocks.0.attn.qkv.weight"
@@ -31,6 +39,7 @@ SHAPES = {
 }
 OPTIMIZERS = ["adamw", "adamw_8bit", "muon"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def make_optimizer(
@@ -41,11 +50,11 @@ def make_optimizer(
 
 
 def make_parameters(
-    dtype: torch.dtype = torch.float32, names: Iterable[str] = SHAPES
+    dtype: torch.dtype = torch.float32, names: Iterable[str] = SHAPES, device: str = "cpu"
 ) -> dict[str, nn.Parameter]:
     generator = torch.Generator().manual_seed(0)
     values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
-    return {name: nn.Parameter(values[name].to(dtype)) for name in names}
+    return {name: nn.Parameter(values[name].to(device, dtype)) for name in names}
 
 
 def backward(
@@ -101,15 +110,20 @@ def test_fp32_matches_torch_adamw_with_groups_and_clipping():
         torch.testing.assert_close(named[name].detach(), baseline[name].detach(), rtol=1e-6, atol=0)
 
 
+@DEVICES
 @each("dtype", DTYPES[:2])
 @each("num_steps", [0, 1, 4])
 @each(("kind", "names"), [*((kind, SHAPES) for kind in OPTIMIZERS), ("muon", (MATRIX,))])
-def test_state_resumes_bit_exactly(kind, names, dtype, num_steps):
-    """This includes a parameter that ends within a block, and Muon without AdamW parameters."""
-    named, again = (make_parameters(dtype, names) for _ in range(2))
+def test_state_resumes_bit_exactly(kind, names, dtype, num_steps, device):
+    """This includes a parameter that ends within a block, and Muon without AdamW parameters.
+
+    The optimizer that loads the state has taken other steps, whose CUDA graphs store addresses.
+    """
+    named, again = (make_parameters(dtype, names, device) for _ in range(2))
     masters, others = make_optimizer(named, kind), make_optimizer(again, kind)
     for seed in range(num_steps):
         take_step(masters, named, seed)
+        take_step(others, again, 20 + seed)
     others.load_state(
         {name: value.clone() for name, value in masters.master_weights().items()},
         {name: value.clone() for name, value in masters.optimizer_state().items()},
@@ -118,13 +132,16 @@ def test_state_resumes_bit_exactly(kind, names, dtype, num_steps):
         take_step(masters, named, seed)
         take_step(others, again, seed)
     assert_equal_states(others, masters)
+    assert all(torch.equal(parameter, again[name]) for name, parameter in named.items())
     assert read_state(others)["num_steps"] == (0 if names == (MATRIX,) else num_steps + 4)
 
 
+@DEVICES
 @each("kind", OPTIMIZERS)
+@each("dtype", DTYPES[:2])
 @each("wrong", [math.nan, math.inf])
-def test_nonfinite_step_leaves_state_unchanged(kind, wrong):
-    named, again = make_parameters(), make_parameters()
+def test_nonfinite_step_leaves_state_unchanged(kind, dtype, wrong, device):
+    named, again = (make_parameters(dtype, device=device) for _ in range(2))
     masters, without = make_optimizer(named, kind), make_optimizer(again, kind)
     for seed in range(3):
         take_step(masters, named, seed)
@@ -282,16 +299,17 @@ def has_sums(masters: MasterWeightOptimizer) -> bool:
     return any(one is not None for group in masters.param_groups for one in group.gradients.sums)
 
 
+@DEVICES
 @each("large", [1, 100, 1 << 20])
 @each("dtype", DTYPES)
-def test_gradients_are_accumulated_in_fp32(dtype, large):
+def test_gradients_are_accumulated_in_fp32(dtype, large, device):
     """Some parameters get no gradient in some micro-batches."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizer, "LARGE_PARAM_ELEMENTS", large)
-        named = make_parameters(dtype)
+        named = make_parameters(dtype, device=device)
         masters = make_optimizer(named, "adamw")
     for step in range(3):
-        expected = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        expected = {name: torch.zeros(shape, device=device) for name, shape in SHAPES.items()}
         for micro, without in enumerate(("", OTHER, MATRIX, OTHER)):
             if micro:
                 masters.accumulate_gradients()
@@ -301,7 +319,8 @@ def test_gradients_are_accumulated_in_fp32(dtype, large):
         found = read_gradients(masters)
         assert all(torch.equal(found[name], total) for name, total in expected.items())
         length = torch.cat([total.flatten() for total in expected.values()]).norm()
-        torch.testing.assert_close(masters.grad_norm(), length)
+        rtol = 1.3e-6 if device == "cpu" else 1e-5
+        torch.testing.assert_close(masters.grad_norm(), length, rtol=rtol, atol=1e-5)
         masters.step(1.0, masters.grad_norm())
         assert masters.grad_norm() == 0
 
@@ -362,3 +381,88 @@ def test_warmup_is_a_fraction_or_a_number_of_steps():
     assert [resolve_steps(*one) for one in ((0.03, 100), (0.03, 10), (7, 10))] == [3, 1, 7]
     with pytest.raises(UserError, match="100 warmup steps in a run of 50"):
         lr_factors(50, warmup=100)
+
+
+pytestmark = pytest.mark.gpu
+TYPES = [torch.float32, torch.bfloat16, torch.float16]
+SIZES = [(5000 * 16, 256, 4096), (5003, 77)]
+"""Numbers of parameters: of which threads read several at once, and of which they cannot."""
+
+
+class OptimizerSetup:
+    def __init__(
+        self, sizes: tuple[int, ...], dtype: torch.dtype, eight_bits: bool, device: str
+    ) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.pieces, end = [], 0
+        for number, size in enumerate(sizes):
+            values = torch.randn(size, generator=generator).to(device, dtype)
+            self.pieces.append(
+                ParamSlice(str(number), nn.Parameter(values), slice(end, end + size))
+            )
+            end += -(-size // BLOCK_SIZE) * BLOCK_SIZE
+        narrow_E = torch.zeros(end, dtype=dtype, device=device)
+        for piece in self.pieces:
+            piece.view(narrow_E).copy_(piece.parameter.detach())
+        self.masters = SplitBf16Master(narrow_E)
+        self.gradients = GradientAccumulator(self.pieces, end)
+        self.grad_scale = torch.tensor(0.37, device=device)
+        self.adamw = AdamW(self.masters, self.gradients, (0.9, 0.999), eight_bits)
+
+    def receive(self, number: int, gradient: Tensor) -> None:
+        parameter = self.pieces[number].parameter
+        parameter.grad = gradient.to(parameter)
+
+    def step(self, may_synchronize: bool = True) -> None:
+        torch.cuda.set_sync_debug_mode("default" if may_synchronize else "error")
+        try:
+            self.gradients.per_parameter()
+            self.adamw.step(self.grad_scale, 1e-2, 0.1)
+            self.gradients.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def read_state(self) -> tuple[Tensor, Tensor, Tensor]:
+        location = slice(0, len(self.masters))
+        retained = (self.masters, self.adamw.exp_avg, self.adamw.exp_avg_sq)
+        return tuple(part.read(location).cpu() for part in retained)
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_gpu_step_matches_cpu(sizes, dtype, eight_bits):
+    """One and several micro-batches, with parameters without gradients and without waits."""
+    sides = [OptimizerSetup(sizes, dtype, eight_bits, device) for device in ("cpu", "cuda")]
+    assert sides[1].gradients.tiles is not None
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        for micro in range(1 + step % 2 * 2):
+            for side in sides:
+                if micro:
+                    side.gradients.accumulate()
+            for number, size in enumerate(sizes):
+                if number != 1 or step >= 2:
+                    drawn = torch.randn(size, generator=generator) ** 3
+                    for side in sides:
+                        side.receive(number, drawn)
+        for side in sides:
+            side.step(may_synchronize=step == 0)
+        for found, expected in zip(*(side.read_state() for side in sides), strict=True):
+            off = (found - expected).abs()
+            if not eight_bits:
+                assert float(off.max()) < 1e-6 * float(expected.abs().max())
+            else:
+                # A number in the middle between two levels goes to one or the other.
+                assert float((off > 1e-6 * expected.abs().max()).float().mean()) < 5e-3
+                assert float(off.norm() / expected.norm()) < 5e-3
+
+
+def test_unaligned_gradient_is_read():
+    sides = [OptimizerSetup((4096,), torch.bfloat16, False, device) for device in ("cpu", "cuda")]
+    for side in sides:
+        wide = torch.arange(4099.0).to(side.masters.params_E)
+        side.pieces[0].parameter.grad = wide[3:]
+        side.step()
+    for found, expected in zip(*(side.read_state() for side in sides), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)

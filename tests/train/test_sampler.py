@@ -31,20 +31,6 @@ def test_expected_sample_order():
     assert first != SampleOrder([50], [1.0], seed=1).epoch_indices(0).tolist()
 
 
-def test_order_is_a_function_of_position():
-    order = SampleOrder([5, 4], [1.0, 0.5], seed=1)
-    expected = [*chain(*epochs(order, 4))]
-    requested = [27, 0, 13, 13, 6, 7, 20, 1]
-    for one in (order, SampleOrder([5, 4], [1.0, 0.5], seed=1)):
-        assert [one.index_at(at) for at in requested] == [expected[at] for at in requested]
-        assert [one.index_at(position) for position in range(28)] == expected
-
-
-def test_whole_weights_are_exact_in_each_epoch():
-    for indices in epochs(SampleOrder([7, 3], [2.0, 1.0], seed=0), 5):
-        assert Counter(indices) == {i: 2 if i < 7 else 1 for i in range(10)}
-
-
 def test_half_weight_alternates_between_halves():
     order = SampleOrder([8], [0.5], seed=4)
     halves = [set(indices) for indices in epochs(order, 6)]
@@ -92,13 +78,6 @@ def test_steps_continue_across_epoch_boundaries():
     for batch_size in (1, 21):
         assert [*chain(*make_steps((7,), epochs=3, batch_size=batch_size)[1])] == row
     assert [*chain(*make_steps((7,), epochs=3, data_seed=1)[1])] != row
-
-
-def test_run_length():
-    steps, _ = make_steps((7,), steps=9, batch_size=5)
-    assert (len(steps), steps.num_samples) == (9, 45)
-    assert make_steps((8,), epochs=0.5, batch_size=3)[0].num_samples == 4
-    assert make_steps((8,), batch_size=3)[0].num_samples == 8
 
 
 def test_retained_samples_have_the_weight_of_their_file():

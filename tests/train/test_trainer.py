@@ -97,20 +97,6 @@ def test_background_checkpoint_precedes_weights(task, monkeypatch, interval):
     assert steps == (["step-6"] if interval else ["step-4", "step-6"])
 
 
-def test_lora_writes_adapter_and_full_writes_model(task):
-    task.run(*ONE_STEP, tune={"language": "lora"}, name="lora")
-    assert not (task.folder / "lora" / "model").exists()
-    task.run(*ONE_STEP, tune={"language": "frozen", "vision": "full"}, name="full")
-    assert not (task.folder / "full" / "adapter").exists()
-    before, after = (
-        load_file(task.folder / name / "model.safetensors") for name in ("tiny", "full/model")
-    )
-    assert before.keys() == after.keys()
-    changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed
-    assert all(name.startswith("visual.") and "merger" not in name for name in changed)
-
-
 def test_existing_run_is_rejected(task):
     first, run = task.run(), task.folder / "run"
     with pytest.raises(UserError, match="contains a finished run"):

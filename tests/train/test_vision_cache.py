@@ -29,7 +29,6 @@ from finesight.errors import TrainingInterrupted, UserError
 from finesight.train import vision_cache, vision_cache_builder
 from finesight.train.parallel.distributed import PeerFailedError, ProcessGroup, RankMonitor
 from finesight.train.state import StopRequest, TrainState
-from finesight.train.trainer import train_step
 from finesight.train.vision_cache_builder import VisionCacheResult
 
 CACHES = ["memory", "disk"]
@@ -79,7 +78,8 @@ def insert_videos(data: Path, frames: dict[int, int]) -> None:
 
 
 def test_cached_run_matches_uncached_run(task, monkeypatch):
-    """Losses and answers are equal, with images and videos."""
+    """Losses and answers are equal, with no, one and two images or videos."""
+    mix_images(task.folder / "train.jsonl")
     insert_videos(task.folder / "train.jsonl", {3: 5, 7: 2, 8: 1})
     insert_videos(task.folder / "eval.jsonl", {1: 3, 2: 1})
     task.recipe["eval"] = {"metric": "ocr", "every": 3, "batch_size": 8, "max_new_tokens": 3}
@@ -98,31 +98,6 @@ def test_cached_run_matches_uncached_run(task, monkeypatch):
     for file in ("before", "step-3", "after"):
         answers = {(task.folder / n / "predictions" / f"{file}.jsonl").read_text() for n in names}
         assert len(answers) == 1
-
-
-@pytest.mark.parametrize("cache", CACHES)
-@pytest.mark.parametrize("budget", [1, 96])
-def test_samples_with_zero_and_two_images(tmp_path, budget, cache):
-    """They are alone in a pack, or among others."""
-    make_train_state(tmp_path / "task")
-    mix_images(tmp_path / "task" / "train.jsonl")
-    state, other = (
-        make_train_state(tmp_path / "task", pack_tokens=budget, vision_cache=cache)
-        for _ in range(2)
-    )
-    store = build_vision_cache(state)
-    assert [number for number in range(11) if not store.reader.image_indices([number])] == [1, 6]
-    assert len(store.reader.image_indices([2])) == 2
-    cached_dataset = replace(state.engine.step_dataset, cache_reader=store.reader)
-    texts = pairs = 0
-    for number in range(len(state.data.sampler)):
-        step = other.engine.step_dataset.get_step(number)
-        texts += sum(not batch.grid_thw for batch in step.packs)
-        pairs += sum(2 in members and len(members) > 1 for members in step.sample_indices)
-        expected = train_step(other, step).wait()
-        found = train_step(state, cached_dataset.get_step(number), store).wait()
-        assert found == pytest.approx(expected, rel=1e-4)
-    assert (texts, pairs) == ((4, 0) if budget == 1 else (0, 2))
 
 
 def test_corrupt_image_skips_only_its_sample(task):

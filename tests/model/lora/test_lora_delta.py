@@ -9,7 +9,7 @@ from lora_fixtures import make_group, quantize_linear
 from torch import Tensor, nn
 
 from finesight.model.linear import FusedLinear, LoraConfig, LoraLinear, RowRange, add_lora_delta
-from finesight.model.lora.fused import FIXED_ROWS, LoraMatmul, multiply, set_row_ranges
+from finesight.model.lora.fused import LoraMatmul, multiply
 from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight
 from finesight.model.quant.int8 import Int8Matrix
@@ -135,13 +135,6 @@ def test_stochastic_rounding_depends_on_value_and_column(dtype, device):
     assert alone_TO[:, 1:].isfinite().all()
     empty_TR = torch.zeros_like(low_TR[1:])
     assert torch.equal(add_lora_delta(y_TO[1:, 1:].clone(), empty_TR, b_OR[1:]), y_TO[1:, 1:])
-
-
-def test_linears_get_row_ranges():
-    """Libraries that sum in one order for all tested sizes need no blocks of fixed size."""
-    linears = [make_adapted_layer([*WIDTHS], False, None, "cpu")[0] for _ in range(2)]
-    set_row_ranges(linears)
-    assert all(linear.row_range in (FIXED_ROWS, RowRange(8, 1024)) for linear in linears)
 
 
 @each("rows", [3, 8, 16, 40])

@@ -23,13 +23,8 @@ from finesight.model.linear import (
     linear_concat_backward,
 )
 from finesight.model.quant import fp8
-from finesight.model.quant.base import Fp8Rows, QuantizedWeight, find_quantized_weights
-from finesight.model.quant.fp8 import (
-    Fp8Matrix,
-    Fp8Weight,
-    quantize_fp8,
-    require_fp8_support,
-)
+from finesight.model.quant.base import Fp8Rows, find_quantized_weights
+from finesight.model.quant.fp8 import Fp8Matrix, Fp8Weight, quantize_fp8, require_fp8_support
 from finesight.model.trainable import get_part
 from finesight.model.weights_io import count_unquantized_layers, load_model
 from finesight.model_folder import ModelFolder
@@ -194,14 +189,6 @@ def test_layers_with_unsupported_sizes_are_unchanged(tmp_path):
     assert fitting < own
     assert count_unquantized_layers(model, ("vision", "language")) == 6
     assert count_unquantized_layers(model, ("vision",)) == 0
-
-
-def test_other_quantization_has_priority(tmp_path):
-    folder = ModelFolder(create_tiny_model(tmp_path / "tiny"))
-    model = load_model(folder, torch.float32, CPU, (), "int8", ("vision", "language"))
-    few = find_quantized_weights(model)
-    assert {get_part(name) for name in few} == {"language"}
-    assert {type(weight) for weight in few.values()} == {QuantizedWeight}
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,8 @@
 """GPTQ weights: dequantized values, matmuls and complete models."""
 
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,18 +23,11 @@ from safetensors.torch import load_file
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.config import TuneSettings
 from finesight.errors import UserError
 from finesight.model.linear import FusedLinear
 from finesight.model.quant import base
-from finesight.model.quant.base import (
-    PackedInput,
-    RmsNormParams,
-    find_quantized_weights,
-    pack_inputs,
-)
+from finesight.model.quant.base import PackedInput, find_quantized_weights, pack_inputs
 from finesight.model.quant.int4 import DEFAULT_GROUP_SIZE, Int4Matrix, RtnInt4Matrix
-from finesight.model.trainable import configure_tuning
 from finesight.model.weights_io import DTYPES, load_model, save_model, stored_precision
 from finesight.model_folder import ModelFolder
 
@@ -141,13 +136,6 @@ def test_saved_weights_match_published(source, tmp_path):
     assert ModelFolder(again).config["quantization_config"] == GptqConfig(act_order=True).config
 
 
-def test_full_training_of_int4_weights_is_rejected(source, tmp_path):
-    four, _ = write_quantized_model(source, tmp_path, GptqConfig())
-    tune = TuneSettings.model_validate({"language": "full"})
-    with pytest.raises(UserError, match="language is full, but the model has 4-bit weights"):
-        configure_tuning(load_model(four, torch.float32, CPU), tune, 0)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -250,30 +238,21 @@ def test_gpu_products_match_dequantized(dtype, rows, way, shape):
         assert max_relative_error(x.grad.double(), back) < bound
 
 
-class PermutedMatrix:
-    """Matrix with or without permuted columns, of which only the input is packed."""
+@each("order", [None, *([(n + 1) % 8 for n in range(8)], [7, 6, 5, 4, 3, 2, 1, 0])])
+@each("count", [1, 3])
+def test_each_matrix_uses_its_input_permutation(order, count):
+    """Only matrices without permuted columns share their input."""
+    x_1I, packed = torch.arange(8.0).unsqueeze(0), []
 
-    def __init__(self, order: list[int] | None) -> None:
-        self.order, self.num_packed, self.is_unpermuted = order, 0, order is None
+    def pack_input(x_1I: Tensor, _: None, order: list[int] | None = None) -> PackedInput:
+        packed.append(order)
+        return PackedInput(x_1I if order is None else x_1I[:, order], None)
 
-    def pack_input(self, x_1I: Tensor, norm: RmsNormParams | None) -> PackedInput:
-        self.num_packed += 1
-        return PackedInput(x_1I if self.order is None else x_1I[:, self.order], None)
-
-
-BACK = [7, 6, 5, 4, 3, 2, 1, 0]
-
-
-@pytest.mark.parametrize(
-    ("orders", "times"),
-    [([None, None, None], 1), ([BACK, None, None], 3), ([None, BACK, None], 3), ([BACK], 1)],
-)
-def test_each_matrix_uses_its_input_permutation(orders, times):
-    x_1I = torch.arange(8.0).unsqueeze(0)
-    matrices = [PermutedMatrix(order) for order in orders]
-    found = list(pack_inputs(matrices, x_1I, None))
-    assert len(found) == len(orders)
-    for order, words in zip(orders, found, strict=True):
-        wanted = x_1I if order is None else x_1I[:, order]
-        assert torch.equal(words.values_8N, wanted)
-    assert sum(matrix.num_packed for matrix in matrices) == times
+    orders = [None] * (count - 1) + [order]
+    matrices = [
+        SimpleNamespace(is_unpermuted=one is None, pack_input=partial(pack_input, order=one))
+        for one in orders
+    ]
+    for one, words in zip(orders, pack_inputs(matrices, x_1I, None), strict=True):
+        assert torch.equal(words.values_8N, x_1I if one is None else x_1I[:, one])
+    assert len(packed) == (1 if order is None else count)

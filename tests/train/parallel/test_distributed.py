@@ -46,10 +46,6 @@ def read_trained_state(folder: Path) -> dict[str, Tensor]:
     return load_file(last / WEIGHTS_FILE) | load_file(last / OPTIMIZER_FILE)
 
 
-def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
 def assert_equal_losses(folder: Path, other: Path, rel: float = 1e-6) -> None:
     assert dict(read_losses(folder)) == pytest.approx(dict(read_losses(other)), rel=rel)
 
@@ -201,7 +197,7 @@ def test_training_is_equal_for_any_world_size(tmp_path):
         assert dict(read_losses(folder)) == pytest.approx(dict(before), rel=1e-6)
     assert_close(two, alone)
     assert_close(four, alone)
-    sizes = [line["world_size"] for line in read_metrics(two) if "world_size" in line]
+    sizes = [line["world_size"] for line in task.read_metrics(two) if "world_size" in line]
     assert sizes == [2, 1]
 
 
@@ -287,7 +283,7 @@ def test_corrupt_image_is_skipped_on_all_ranks(tmp_path, pack_tokens):
         for count in (1, 2)
     )
     skipped, others = (
-        [line["skipped_samples"] for line in read_metrics(folder) if "skipped_samples" in line]
+        [line["skipped_samples"] for line in task.read_metrics(folder) if "skipped_samples" in line]
         for folder in (alone, two)
     )
     assert skipped == others

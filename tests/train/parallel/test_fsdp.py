@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cuda_graph_fixtures import make_text_pack
 from multi_process_run import TUNE, rewind_to_checkpoint, run_to_completion
 from PIL import Image
 from safetensors.torch import load_file
@@ -16,7 +17,6 @@ from tiny_task import TinyTask, edit_samples, read_losses, write_recipe
 from torch import Tensor
 
 from finesight.config import TrainSettings, TuneSettings
-from finesight.encode.packing import PackedBatch
 from finesight.errors import UserError
 from finesight.infer.model_loader import resolve_model_source
 from finesight.model.hf_backend import load_auto_model
@@ -206,20 +206,7 @@ def load_bf16_model(folder: Path, tune: dict[str, Any]) -> VisionLanguageModel:
 @pytest.mark.parametrize("tune", [FULL_FINETUNE, LORA])
 def test_sharded_model_computes_the_decay_in_fp32(tune, tmp_path):
     """With one rank, the bf16 hidden states of the sharded model have the same bits."""
-    ids_T = torch.randint(0, 90, (70,), generator=torch.Generator().manual_seed(0))
-    batch = PackedBatch(
-        sample_ids=("text",),
-        lengths=(70,),
-        grid_thw=(),
-        ids_T=ids_T,
-        position_ids_3T=torch.arange(70).expand(3, -1),
-        cu_seqlens_S1=torch.tensor([0, 70], dtype=torch.int32),
-        patches_ND=torch.empty(0, 1536, dtype=torch.uint8),
-        visual_indices_M=torch.empty(0, dtype=torch.int64),
-        logit_indices_L=torch.arange(69),
-        labels_L=ids_T[1:],
-    )
-    hidden = []
+    batch, hidden = make_text_pack([70], 0, 0), []
     for is_sharded in (False, True):
         model = load_bf16_model(tmp_path, tune)
         decay = model.model.layers[0].linear_attn.A_log

@@ -258,7 +258,7 @@ class ChatPage:
         # Slow images wait for each other, and leave threads for the other requests.
         self._limiter = CapacityLimiter(2 * NUM_IMAGE_WORKERS)
         self._default_thinking = service.default_thinking
-        self._default_system_prompt = service.renderer.system_prompt or ""
+        self._default_system_prompt = service.system_prompt or ""
         self._max_new_tokens = min(MAX_NEW_TOKENS, service.max_model_len)
 
     def render(self, studio: str = "") -> str:

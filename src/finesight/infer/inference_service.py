@@ -376,6 +376,8 @@ class InferenceService:
     ) -> None:
         model = inference_model.model
         self.renderer: Renderer = inference_model.renderer
+        self.system_prompt = self.renderer.system_prompt
+        """System prompt of conversations without one; None for a chat template without it."""
         self._encode_prompt = encode_prompt or (
             lambda sample, thinking: self.renderer.with_thinking(thinking).encode_prompt(sample)
         )

@@ -1,5 +1,6 @@
 """Runs of the tiny task: files, errors and console output; training steps."""
 
+import errno
 import json
 import math
 import os
@@ -71,12 +72,15 @@ def test_run_folder_and_metrics(task):
 
 
 class RenameLog(storage.FileSystem):
-    """Keeps the names of renamed files and folders."""
+    """Keeps the names of renamed files and folders; fails to rename one."""
 
-    def __init__(self) -> None:
+    def __init__(self, failing: str = "") -> None:
         self.names: list[str] = []
+        self.failing = failing
 
     def rename(self, source: Path, target: Path) -> None:
+        if target.name == self.failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
         super().rename(source, target)
         self.names.append(target.name)
 
@@ -95,6 +99,25 @@ def test_background_checkpoint_precedes_weights(task, monkeypatch, interval):
     ]
     steps = sorted(path.name for path in (task.folder / "run" / "checkpoints").iterdir())
     assert steps == (["step-6"] if interval else ["step-4", "step-6"])
+
+
+@pytest.mark.parametrize(("failing", "written"), [("step-6", []), ("adapter", ["model", "step-6"])])
+def test_failed_export_or_checkpoint_leaves_a_resumable_run(task, monkeypatch, failing, written):
+    def make_checkpointer(*args, **kwargs):
+        return AsyncCheckpointer(*args, **kwargs | {"is_async": True})
+
+    expected = task.run(name="expected")
+    monkeypatch.setattr(trainer, "AsyncCheckpointer", make_checkpointer)
+    with (
+        storage.use_file_system(RenameLog(failing)),
+        pytest.raises((UserError, OSError), match=r"(?i)no space"),
+    ):
+        task.run()
+    run = task.folder / "run"
+    paths = run / "model", run / "adapter", run / "checkpoints" / "step-6", run / "result.json"
+    assert [path.name for path in paths if path.exists()] == written
+    assert task.run(resume=True).loss == expected.loss
+    assert all(path.exists() for path in paths)
 
 
 def test_existing_run_is_rejected(task):

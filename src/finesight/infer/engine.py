@@ -481,13 +481,6 @@ class HfEngine:
         return output_ids
 
 
-def compute_cache_capacity(model: VisionLanguageModel, max_bytes: int) -> int:
-    """Return the number of tokens that a KV cache of `max_bytes` can hold."""
-    return max_bytes // get_kv_bytes_per_token(
-        model.config.decoder, model.model.embed_tokens.weight.dtype
-    )
-
-
 def compute_required_tokens(
     model: VisionLanguageModel,
     prompt_lengths: Sequence[int],
@@ -502,9 +495,10 @@ def compute_required_tokens(
     max_completion = min(max_new_tokens, model.config.decoder.max_position_embeddings)
     # One block more per sequence for its partially filled last block.
     lengths = [length + max_completion + GPU_BLOCK_SIZE for length in prompt_lengths]
-    device = model.model.embed_tokens.weight.device
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else 0
-    capacity = compute_cache_capacity(model, max(KV_CACHE_BYTES, int(memory_share * memory)))
+    weight = model.model.embed_tokens.weight
+    memory = torch.cuda.mem_get_info(weight.device)[1] if weight.is_cuda else 0
+    max_bytes = max(KV_CACHE_BYTES, int(memory_share * memory))
+    capacity = max_bytes // get_kv_bytes_per_token(model.config.decoder, weight.dtype)
     return max(min(sum(lengths), capacity), *lengths)
 
 

@@ -17,7 +17,7 @@ from finesight.encode.family import DEFAULT_THINKING, THINK_END, ThinkingOptions
 from finesight.encode.renderer import Renderer
 from finesight.encode.tokenization import EncodedSample, TextTokenizer, TokenizedSample
 from finesight.errors import UserError
-from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, HfEngine, compute_cache_capacity
+from finesight.infer.engine import GPU_BLOCK_SIZE, Engine, HfEngine
 from finesight.infer.kv_cache import get_kv_bytes_per_token, get_linear_state_bytes, hash_images
 from finesight.infer.model_loader import InferenceModel
 from finesight.infer.prediction import Prediction, build_prediction
@@ -246,12 +246,7 @@ class GenerationStream:
         """Reason why generation ended; None while it is running."""
 
     def __iter__(self) -> Iterator[CompletionDelta]:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._deltas or self._is_finished)
-            delta = self._pop_delta()
-            if delta is None:
-                return
+        while (delta := self._wait_for_delta()) is not None:
             yield delta
 
     async def __aiter__(self) -> AsyncIterator[CompletionDelta]:
@@ -277,7 +272,7 @@ class GenerationStream:
                     "".join(delta.reasoning for delta in arrived),
                 )
             if is_finished:
-                self._pop_delta()
+                self._wait_for_delta()
                 return
             await changed.wait()
 
@@ -285,7 +280,9 @@ class GenerationStream:
     def _is_finished(self) -> bool:
         return self.finish_reason is not None or self._error is not None
 
-    def _pop_delta(self) -> CompletionDelta | None:
+    def _wait_for_delta(self) -> CompletionDelta | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._deltas or self._is_finished)
         if self._deltas:
             return self._deltas.popleft()
         if self._error is not None:
@@ -379,6 +376,8 @@ class InferenceService:
     ) -> None:
         model = inference_model.model
         self.renderer: Renderer = inference_model.renderer
+        self.system_prompt = self.renderer.system_prompt
+        """System prompt of conversations without one; None for a chat template without it."""
         self._encode_prompt = encode_prompt or (
             lambda sample, thinking: self.renderer.with_thinking(thinking).encode_prompt(sample)
         )
@@ -388,17 +387,16 @@ class InferenceService:
         self._max_waiting, self._max_num_seqs = max_waiting, max_num_seqs
         self._num_cache_tokens = 0
         if isinstance(model, VisionLanguageModel):
-            device = model.model.embed_tokens.weight.device
-            if kv_cache_bytes is None and device.type == "cuda":
+            config, weight = model.config.decoder, model.model.embed_tokens.weight
+            if kv_cache_bytes is None and weight.is_cuda:
+                free_bytes = torch.cuda.mem_get_info(weight.device)[0]
                 kv_cache_bytes = compute_kv_cache_bytes(
-                    model.config.decoder,
-                    model.model.embed_tokens.weight.dtype,
-                    torch.cuda.mem_get_info(device)[0],
-                    max_num_seqs,
+                    config, weight.dtype, free_bytes, max_num_seqs
                 )
+            kv_cache_bytes = kv_cache_bytes or CPU_KV_CACHE_BYTES
             self._num_cache_tokens = min(
-                compute_cache_capacity(model, kv_cache_bytes or CPU_KV_CACHE_BYTES),
-                max_num_seqs * model.config.decoder.max_position_embeddings,
+                kv_cache_bytes // get_kv_bytes_per_token(config, weight.dtype),
+                max_num_seqs * config.max_position_embeddings,
             )
         self._engine = self._create_engine(max_num_seqs, self._num_cache_tokens)
         self._lock = threading.Condition()
@@ -421,11 +419,6 @@ class InferenceService:
         if not self.renderer.has_thinking_modes:
             return None
         return self.select_renderer(None, DEFAULT_THINKING).has_reasoning
-
-    @property
-    def system_prompt(self) -> str | None:
-        """System prompt of conversations without one; None for a chat template without it."""
-        return self.renderer.system_prompt
 
     @property
     def max_model_len(self) -> int:

@@ -78,9 +78,8 @@ class ModelRunner:
         self.ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
         self.is_finite_R = torch.ones(max_num_seqs, dtype=torch.bool, device=self.device)
         self._position_ids_R = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.device)
-        can_capture = (
-            use_cuda_graphs and model.supports_cuda_graphs and has_paged_kernels(self.cache)
-        )
+        can_capture = model.supports_cuda_graphs and has_paged_kernels(self.cache)
+        can_capture = can_capture and use_cuda_graphs
         self._cuda_graphs = CudaGraphCache(self.device) if can_capture else None
         # The fused layers of training are another fused decoding step.
         self._use_fused_decode = supports_fused_decode(model) and not cache.matches_training
@@ -103,10 +102,8 @@ class ModelRunner:
         Returns:
             Next-token logits [n, V] of the n prompts that are complete, or None.
         """
-        if self.model.lora_routing is not None:
-            self.model.lora_routing.set_mask(
-                self.model.lora_routing.build_mask(prompts[0].adapter_index)
-            )
+        if (routing := self.model.lora_routing) is not None:
+            routing.set_mask(routing.build_mask(prompts[0].adapter_index))
         groups, max_patches = [prompts], MAX_ENCODER_PATCHES
         if self.cache.matches_training:
             # Training encodes the images of one prompt together, and results depend on the batch.
@@ -165,10 +162,8 @@ class ModelRunner:
             (self._position_ids_R, prompt.max_position + num_generated),
         ):
             buffer[batch_index].fill_(value)
-        if self.model.lora_routing is not None:
-            self._lora_masks_RN[batch_index] = self.model.lora_routing.build_mask(
-                prompt.adapter_index
-            )[0]
+        if (routing := self.model.lora_routing) is not None:
+            self._lora_masks_RN[batch_index] = routing.build_mask(prompt.adapter_index)[0]
         block_ids = copy_to_device(np.array(prompt.block_ids, dtype=np.int32), self.device)
         cache.block_table_RB[batch_index, : len(prompt.block_ids)] = block_ids
 

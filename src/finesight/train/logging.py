@@ -525,10 +525,8 @@ def _describe_frozen_weights(state: TrainState, quantized: Collection[str]) -> s
     if tune.quantize.nf4:
         notes.append(f"frozen weights of {' and '.join(tune.quantize.nf4)} in NF4")
     if tune.quantize.fp8:
-        num_unquantized = count_unquantized_layers(state.engine.model, tune.quantize.fp8)
-        exception = (
-            f", except {num_unquantized} layers with unsupported sizes" if num_unquantized else ""
-        )
+        count = count_unquantized_layers(state.engine.model, tune.quantize.fp8)
+        exception = f", except {count} layers with unsupported sizes" if count else ""
         notes.append(f"frozen weights of {' and '.join(tune.quantize.fp8)} in FP8{exception}")
     requested = (*(tune.quantize.nf4 or ()), *(tune.quantize.fp8 or ()))
     prequantized = dict.fromkeys(

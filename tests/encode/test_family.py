@@ -120,7 +120,7 @@ LABELS = (None, "cat", 'a "b" {"bbox_2d": [1, 2, 3, 4]}', "猫\\n", "a (1,2),(3,
 
 @pytest.mark.parametrize("family", [QwenVL(), Qwen2VL(), Qwen25VL(), Qwen3VL()])
 @each("is_point", [False, True])
-@settings(max_examples=120)
+@settings(max_examples=500)
 @given(box=image_boxes(28, LABELS), count=st.integers(1, 3))
 def test_roundtrip_error_is_below_half_a_unit(family, is_point, box, count):
     if is_point:
@@ -162,7 +162,7 @@ def test_lenient_parsing_of_json_boxes():
 PIECES = ['{"bbox_2d": ', "[", "]", "{", "}", '"', ",", "1", "9" * 400, "-", ".5", "null", " "]
 
 
-@settings(max_examples=300)
+@settings(max_examples=1000)
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=30))
 def test_any_text_is_parsed_without_errors(pieces):
     for box in Qwen25VL().read_boxes("".join(pieces), (100, 200), (200, 100)):

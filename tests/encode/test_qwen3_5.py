@@ -165,7 +165,7 @@ def test_tokens_equal_published_template(name, thinking, effort, renderers, tmp_
     assert renderer.family.preserves_reasoning == (name == "Qwen3.8-27B")
     rng = random.Random(f"{name} {thinking} {effort}")
     kwargs = {} if effort is None else {"reasoning_effort": effort}
-    for number in range(32):
+    for number in range(60):
         messages = make_conversation(rng)
         sample = Sample(id=str(number), messages=tuple(messages))
         for is_prompt in (False, True):
@@ -237,7 +237,7 @@ def test_tools_equal_published_template(name, template, renderers, tmp_path):
     renderer = renderers(name) if is_xml else NativeRenderer(ModelFolder(ASSETS / name))
     tokenizer = load_published_tokenizer("Qwen3.5-4B" if is_xml else name)
     rng = random.Random(name)
-    for _ in range(45):
+    for _ in range(200):
         sample = make_tool_conversation(rng, thinks=is_xml)
         located_sample = LocatedSample(sample, tmp_path)
         for is_prompt in (False, True):

@@ -78,9 +78,9 @@ SAMPLERS = {
     ],
 )
 def test_sampled_frames_match_transformers(family, name):
-    for total in (*range(2, 100), 199, 449, 450, 900, 5000, 36_001, 107_892):
+    for total in (*range(2, 200), 449, 450, 900, 5000, 36_001, 107_892):
         for video_fps in FPS:
-            for fps in (0.5, 2.0, 4.0):
+            for fps in (0.5, 1.0, 2.0, 4.0):
                 metadata = SimpleNamespace(total_num_frames=total, fps=video_fps)
                 expected = SAMPLERS[name](DEFAULTS, metadata, fps=fps).tolist()
                 found = family.sample_frames(total, video_fps, fps, 2)
@@ -100,7 +100,7 @@ def test_video_sizes_match_transformers():
     rng = np.random.default_rng(0)
     for least, most in ((4096, 25165824), (131072, 786432)):
         limits = PixelRange(min_pixels=least, max_pixels=most)
-        for _ in range(500):
+        for _ in range(2000):
             size = height, width = rng.integers(8, 1500, 2).tolist()
             num_frames = int(rng.integers(2, 300))
             pixels = {"min_pixels": least, "max_pixels": most}

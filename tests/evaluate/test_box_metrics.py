@@ -142,7 +142,7 @@ def make_case(chance: random.Random, most: int, extra: int, labels: str) -> Eval
     return case(found, truth)
 
 
-@each("seed", range(80))
+@each("seed", range(150))
 def test_average_precision_matches_pycocotools(seed: int) -> None:
     """Compare sets of up to eight images and three classes, with correct and wrong boxes."""
     chance = random.Random(seed)

@@ -85,7 +85,7 @@ def test_corpus_scores_match_coco_evaluation(seed: int) -> None:
     assert_agreement(output, truths)
 
 
-@each("seed", range(100))
+@each("seed", range(200))
 def test_single_caption_scores_match_coco_evaluation(seed: int) -> None:
     """BLEU of one caption, where whole orders of n-grams match nothing."""
     chance = random.Random(1000 + seed)

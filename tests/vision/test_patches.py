@@ -39,7 +39,7 @@ def expected(image: Image.Image) -> tuple[np.ndarray, tuple[int, ...]]:
 def test_patches_match_published_processor(mode: str, tmp_path: Path) -> None:
     rng = np.random.default_rng(len(mode))
     geometry = PatchConfig()
-    for number in range(24):
+    for number in range(32):
         height, width = (int(side) for side in rng.integers(4, 700 if number % 8 == 0 else 300, 2))
         pixels = rng.integers(0, 256, (height, width, 4), dtype=np.uint8)
         image = Image.fromarray(pixels).convert("RGBA" if mode == "LA" else "RGB").convert(mode)

@@ -31,8 +31,8 @@ def test_smart_resize_matches_published_rule(limits: tuple[int, int], factor: in
     chance = random.Random(factor + limits[1])
     # Multiples of half the factor are where rounding to even shows.
     sizes = [(a * factor // 2, b * factor // 2) for a in range(1, 30) for b in range(1, 30)]
-    sizes += [(chance.randint(1, 4000), chance.randint(1, 4000)) for _ in range(800)]
-    sizes += [tuple(int(10 ** chance.uniform(0, 4)) for _ in range(2)) for _ in range(500)]
+    sizes += [(chance.randint(1, 4000), chance.randint(1, 4000)) for _ in range(2000)]
+    sizes += [tuple(int(10 ** chance.uniform(0, 4)) for _ in range(2)) for _ in range(900)]
     for height, width in sizes:
         if max(height, width) / min(height, width) <= 200:
             expected = smart_resize(height, width, factor, *limits)

@@ -33,7 +33,7 @@ EXTENSIONS = {
     # A tool result may contain images.
     *("messages.[].role: tool", "messages.[].tool_call_id"),
     "reasoning_effort: any",
-    "response_format.type: boxes",
+    *("response_format.type: boxes", "response_format.type: points"),
     "messages.[].content.[].image_url.detail: any",
     # The type for streams allows true only.
     "stream: any",

@@ -328,7 +328,7 @@ class LabelPage:
             remedy = "fill at least one field, or skip (S)"
         elif kind == "classes" and self._session.task.choices:
             remedy = "choose a class, or skip (S)"
-        expected = f"a text or {kind}" if self._session.task.has_regions else ""
+        expected = {"boxes": "a text or a box", "points": "a text or a point"}.get(kind, "")
         return UserError("the answer is empty", expected=expected, remedy=remedy)
 
 

@@ -37,12 +37,7 @@ import torch
 from numpy.typing import NDArray
 
 from finesight.data.boxes import MAX_JSON_DEPTH
-from finesight.data.image_header import (
-    DEFAULT_SIZE,
-    CorruptImageError,
-    ImageSize,
-    read_image_size,
-)
+from finesight.data.image_header import DEFAULT_SIZE, CorruptImageError, ImageSize
 from finesight.data.sample import BoxPart, ContentPart, LocatedSample, TextPart
 from finesight.encode.packing import pack
 from finesight.encode.renderer import Renderer
@@ -277,10 +272,10 @@ def rank_labels(
     scores = {}
     for sample, loss in zip(samples, losses, strict=True):
         own = suggestion_by_id[sample.sample.id]
-        images = (part.image for part in sample.sample.iter_parts() if part.type == "image")
-        sizes = (read_image_size(sample.resolve_path(image)) for image in images)
+        spans = inference_model.renderer.tokenize_prompt(sample).spans
         contents = sample.sample.messages[-1].content, own.content
-        disagreement = measure_disagreement(*contents, next(sizes, DEFAULT_SIZE))
+        size = spans[0].original_size if spans else DEFAULT_SIZE
+        disagreement = measure_disagreement(*contents, size)
         scores[own.id] = combine_scores(max(0.0, loss - own.loss), disagreement, own.confidence)
     order = sorted(scores, key=lambda name: -scores[name])
     return [replace(suggestion_by_id[name], score=scores[name]) for name in order], reasons

@@ -290,7 +290,7 @@ class LabelPage:
         self._session.check_answer(item, text, bool(request.boxes))
         updated = request.model_copy(update={"text": text})
         sizes = [self._images.read_size(path) for path in item.images]
-        content = _build_content(item, updated, sizes)
+        content = _build_content(item, updated, sizes, self._session.task.kind)
         self._check_classes(item, updated)
         if not content:
             raise self._build_empty_error(request)
@@ -333,13 +333,16 @@ class LabelPage:
 
 
 def _build_content(
-    item: LabelItem, request: DecisionRequest, sizes: Sequence[ImageSize]
+    item: LabelItem, request: DecisionRequest, sizes: Sequence[ImageSize], kind: str
 ) -> AnswerContent:
     """Build the answer of a request; an unchanged one has the parts of the proposal.
 
     It is empty without a text and boxes. Raises UserError if a box is outside of its image.
     """
     answer = request.model_dump(mode="json", include={"text", "boxes"})
+    proposals = [one for one in (item.proposal, item.suggestion and item.suggestion.content) if one]
+    parts = (part for one in proposals for part in one if isinstance(part, BoxPart))
+    has_points = kind == "points" or any(part.is_point for part in parts)
     boxes = []
     for box in request.boxes:
         if box.image >= len(sizes):
@@ -349,15 +352,16 @@ def _build_content(
                 expected=f"an index below {len(sizes)}",
                 remedy="reload the page",
             )
-        size, is_point = sizes[box.image], box.is_point
+        # A box without area is refused where no points are expected.
+        size, is_point = sizes[box.image], box.is_point and has_points
         try:
             corners = clip_to_image(box.xyxy, size, BoxConvention(), is_point=is_point)
         except InvalidBoxError as error:
             remedy = "draw it again"
             raise UserError(error.what, expected=error.expected, remedy=remedy) from error
         boxes.append(create_region(corners, box.label or None, is_point=is_point, image=box.image))
-    for known in (item.proposal, item.suggestion.content if item.suggestion else ()):
-        if known and describe_answer(known) == answer:
+    for known in proposals:
+        if describe_answer(known) == answer:
             clipped = iter(boxes)
             return tuple(next(clipped) if isinstance(part, BoxPart) else part for part in known)
     return ((TextPart(text=request.text),) if request.text.strip() else ()) + tuple(boxes)

@@ -130,7 +130,7 @@ class TrainerConverter:
         losses = (self.config.get_str("pref_loss"), *self.config.get_list("loss_type"))
         if name in ("dpo", "cpo") and (others := {"orpo", "simpo"} & {*losses}):
             # LLaMA-Factory, and recorded runs of ms-swift
-            (name,) = others
+            name = next(one for one in losses if one in others)
             self.draft.used_keys.add("loss_type")
         self.config = replace(self.config, method=name)
         objective = OBJECTIVES.get(name, "sft")

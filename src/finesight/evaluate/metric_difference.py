@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MetricSpec
 from finesight.data.image_header import DEFAULT_SIZE, ImageSize
-from finesight.data.sample import BoxPart
+from finesight.data.sample import BoxPart, create_region
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     MIN_SAMPLES,
@@ -116,7 +116,15 @@ class _PredictionRecord(BaseModel):
     def as_case(self) -> EvalCase:
         references, has_ended = (self.gold, *self.references), self.finish_reason == "stop"
         ending = self.id, has_ended, self.image_size
-        return EvalCase(self.answer, self.boxes, references, self.gold_boxes, *ending)
+        found, gold = (
+            # A point has equal corners.
+            tuple(
+                create_region(o.xyxy, o.label, is_point=o.xyxy[:2] == o.xyxy[2:], image=o.image)
+                for o in boxes
+            )
+            for boxes in (self.boxes, self.gold_boxes)
+        )
+        return EvalCase(self.answer, found, references, gold, *ending)
 
 
 T = TypeVar("T")

@@ -582,7 +582,7 @@ def _encode_scalar(text: str, typed: Any) -> str:
         if word in ("", "null"):
             return "null"
         types = (int, float) if type(typed) in (int, float) else (bool,)
-        with suppress(ValueError):
+        with suppress(ValueError, RecursionError):
             if type(json.loads(word, parse_constant=int)) in types:
                 return word
     return json.dumps(text, ensure_ascii=False)

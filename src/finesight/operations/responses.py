@@ -100,7 +100,9 @@ def sample(
     for located in samples:
         get_reference_answer(located.sample)  # reports a sample without a reference first
     check_rewards(rewards, run_dir, samples[0].sample)
-    inputs = f"{name, best_of, temperature, seed, limit, max_new_tokens, sorted(loading.items())}"
+    weights = sorted((str(p), p.stat().st_mtime_ns) for p in Path(name).rglob("*.safetensors"))
+    options = name, weights, best_of, temperature, seed, limit, max_new_tokens
+    inputs = f"{options, sorted(loading.items())}"
     digest = hashlib.sha256(inputs.encode() + data.read_bytes()).hexdigest()
     generated, console = Path(f"{out}-{digest[:8]}.jsonl"), ProgressConsole()
     if generated.is_file():

@@ -230,9 +230,8 @@ def build_train_state(
     if checkpoint is not None:
         folder = checkpoint_manager.step_dir(checkpoint[0].step)
         suggest = partial(run_dir.suggest_restart, recipe, folder)
-        # Checkpoints of earlier versions have no digest of the weights.
+        # Older checkpoints have no digest of weights. Changed images may explain other samples.
         recorded = {"model weights": resume_config["model weights"], **checkpoint[0].resume_config}
-        # Changed images may explain other samples.
         samples = {name: value for name, value in recorded.items() if name.startswith("samples of")}
         check_resume_config(recorded, resume_config | samples, folder, suggest)
         with process_group.sync_errors():

@@ -747,7 +747,7 @@ byId("overlay").addEventListener("pointermove", (event) => {
 for (const name of ["pointerup", "pointercancel"]) byId("overlay").addEventListener(name, () => {
   // A click next to all boxes selects none, or adds a point. The start of scrolling cancels a pointer.
   if (drag && drag.box < 0 && name === "pointerup") {
-    if (settings.points) add(clampBox([...drag.start, ...drag.start]));
+    if (settings.points && drag.isMoving) add(clampBox([...drag.start, ...drag.start]));
     else select(-1);
   }
   else if (drag) showForm();

@@ -456,7 +456,8 @@ def _read_keypoints(
     by_class = description.get("kpt_names")
     by_class = by_class if isinstance(by_class, dict) else {}
     counts = {len(names) for one in by_class if (names := as_list(by_class[one]))}
-    is_shape = len(shape) == 2 and shape[0] in range(1, MAX_BOXES + 1) and shape[1] in (2, 3)
+    is_shape = len(shape) == 2 and all(type(one) is int for one in shape)
+    is_shape = is_shape and shape[0] in range(1, MAX_BOXES + 1) and shape[1] in (2, 3)
     if not is_shape or counts - {shape[0]}:
         raise UserError(
             f"kpt_shape is {reprlib.repr(description['kpt_shape'])}, and kpt_names have"

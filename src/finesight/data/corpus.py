@@ -170,10 +170,6 @@ class TarSamples(IndexedFile):
 
         return LocatedSample(sample.map_paths(map_path), self.path)
 
-    def location(self, index: int) -> str:
-        """Return file and 1-based sample number for messages."""
-        return f"{self.path}, sample {index + 1}"
-
 
 def _read_sample_json(tar: TarArchive, members: Members) -> tuple[bytes, str]:
     for member in members:
@@ -197,6 +193,7 @@ class ParquetSamples(IndexedFile):
     """
 
     kind = "parquet"
+    unit = "row"
 
     @staticmethod
     def build_index(file: BinaryIO, path: Path) -> SampleIndex:
@@ -222,10 +219,6 @@ class ParquetSamples(IndexedFile):
             return LocatedSample(sample, self.path.parent)
         sample = sample.map_paths(lambda name: f"@{index + 1}/{name}")
         return LocatedSample(sample, self.path)
-
-    def location(self, index: int) -> str:
-        """Return file and 1-based row number of a sample for messages."""
-        return f"{self.path}, row {index + 1}"
 
 
 def read_first_record(path: Path) -> dict[str, Any] | None:

@@ -121,8 +121,13 @@ def _note_exif_orientations(
     """
     if data_format.name == "samples":
         return
-    num_rotated = 0
-    for path in set(itertools.chain.from_iterable(map(_iter_boxed_images, samples))):
+    paths, num_rotated = set[Path](), 0
+    for located_sample in samples:
+        parts = [*located_sample.sample.iter_parts()]
+        images = [part.image for part in parts if isinstance(part, ImagePart)]
+        boxed = {images[part.image] for part in parts if isinstance(part, BoxPart)}
+        paths.update(map(located_sample.resolve_path, boxed))
+    for path in paths:
         read_image_size(path)  # rejects an image with invalid EXIF data
         with open_image_header(path) as image:
             num_rotated += read_exif_orientation(image) != 1
@@ -132,11 +137,3 @@ def _note_exif_orientations(
             " coordinates after rotation; programs that ignore it (ms-swift, LLaMA-Factory)"
             " misplace them: rotate the stored images first"
         )
-
-
-def _iter_boxed_images(located_sample: LocatedSample) -> Iterator[Path]:
-    parts = [*located_sample.sample.iter_parts()]
-    image_paths = [part.image for part in parts if isinstance(part, ImagePart)]
-    for part in parts:
-        if isinstance(part, BoxPart):
-            yield located_sample.resolve_path(image_paths[part.image])

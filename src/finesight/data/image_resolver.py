@@ -21,7 +21,6 @@ from finesight.data.image_header import (
     is_container_path,
     is_embedded_media,
     is_image_value,
-    read_image_size,
     resolve_content,
 )
 from finesight.data.sample import (
@@ -29,9 +28,8 @@ from finesight.data.sample import (
     VIDEO_SUFFIXES,
     InvalidRowError,
     check_limit,
-    is_video_path,
 )
-from finesight.data.video_file import read_video_header
+from finesight.data.video_file import read_visual_size
 from finesight.errors import UserError
 from finesight.storage import sha256_file, translate_os_errors
 
@@ -114,8 +112,7 @@ class ImageResolver:
     def image_size(self, path: Path) -> tuple[int, int]:
         """Return height and width in pixels of an image or video, upright, cached per path."""
         if path not in self._sizes:
-            is_video = is_video_path(path)
-            self._sizes[path] = read_video_header(path).size if is_video else read_image_size(path)
+            self._sizes[path] = read_visual_size(path)
         return self._sizes[path]
 
     def is_saved(self, path: Path) -> bool:

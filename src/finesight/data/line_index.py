@@ -178,6 +178,7 @@ class IndexedFile:
     index: SampleIndex
     file_state: FileState
     kind: ClassVar[str]
+    unit: ClassVar[str] = "sample"
 
     @classmethod
     def open(cls, path: Path) -> Self:
@@ -202,6 +203,10 @@ class IndexedFile:
 
     def __len__(self) -> int:
         return len(self.index.offsets_N1) - 1
+
+    def location(self, index: int) -> str:
+        """Return file and 1-based number of a sample for messages."""
+        return f"{self.path}, {self.unit} {index + 1}"
 
     def take(self, limit: int | None) -> Self:
         """Return a view of the first `limit` samples; None means all."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from importlib import import_module
@@ -271,18 +271,13 @@ def _find_image(small_file: Path, row: int, name: str) -> bytes:
     for group, size in enumerate(_list_group_sizes(small_file, version)):
         if row_offset < row <= row_offset + size:
             table = _read_columns(small_file, version, group, with_images=True)
-            images = table.column(IMAGES_COLUMN)
-            return _get_image_bytes(images[row - row_offset - 1].as_py() or (), name)
+            images = table.column(IMAGES_COLUMN)[row - row_offset - 1].as_py() or ()
+            for index, image in enumerate(images):
+                if name == (image.get("path") or str(index)) and image.get("bytes") is not None:
+                    return bytes(image["bytes"])
+            raise FileNotFoundError(f"no image {name} in the row")
         row_offset += size
     raise FileNotFoundError(f"no row {row} among {row_offset}")
-
-
-def _get_image_bytes(images: Sequence[dict[str, Any]], name: str) -> bytes:
-    for image_index, image in enumerate(images):
-        if name == (image.get("path") or str(image_index)) and image.get("bytes") is not None:
-            content: bytes = image["bytes"]
-            return content
-    raise FileNotFoundError(f"no image {name} in the row")
 
 
 def _file_version(path: Path) -> int:

@@ -271,26 +271,20 @@ def _parse_json(content: bytes, source: Path, line: int) -> Any:
     try:
         return parse_unique_json(content)
     except ValueError as error:
-        raise _broken(content, str(error), source, line) from error
-
-
-def _broken(content: bytes, problem: str, source: Path, line: int) -> UserError:
-    _decode_utf8(content, source, line)
-    found = _BROKEN_AT.fullmatch(problem)
-    what, at = (found[1], line + int(found[2]) - 1) if found else (problem, line)
-    if "hex escape" in what and _HALF.search(content):
-        return UserError(
-            "text with a lone surrogate",
-            where=f"{source}:{at}",
-            expected="escapes such as \\ud83d\\ude00 in pairs",
-            remedy="correct the row: it was probably truncated within a character",
-        )
-    return UserError(
-        f"broken JSON: {what}",
-        where=f"{source}:{at}",
-        expected="a JSON array of objects, or one object per line",
-        remedy="correct this line or the one above it",
-    )
+        _decode_utf8(content, source, line)
+        found = _BROKEN_AT.fullmatch(str(error))
+        what, at = (found[1], line + int(found[2]) - 1) if found else (str(error), line)
+        expected = "a JSON array of objects, or one object per line"
+        remedy = "correct this line or the one above it"
+        problem = f"broken JSON: {what}"
+        if "hex escape" in what and _HALF.search(content):
+            problem, expected = (
+                "text with a lone surrogate",
+                "escapes such as \\ud83d\\ude00 in pairs",
+            )
+            remedy = "correct the row: it was probably truncated within a character"
+        where = f"{source}:{at}"
+        raise UserError(problem, where=where, expected=expected, remedy=remedy) from error
 
 
 def _no_object(record: object, location: str, source: Path) -> UserError:

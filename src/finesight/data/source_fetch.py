@@ -144,7 +144,7 @@ def select_files(
         raise _build_no_split_error(selector, list(splits), data, source)
     others = tuple(name for name in splits if name != split)
     selection = _add_support_files(tuple(sorted(splits[split])), data)
-    return SelectedFiles(selection.row_files, selection.support_files, split, others)
+    return replace(selection, split=split, other_splits=others)
 
 
 def is_data_file(path: str) -> bool:
@@ -212,11 +212,9 @@ def _find_subset(card: str, selector: str | None) -> dict[str, Any] | None:
     """
     subsets = list(_iter_subsets(card))
     subset_name = (selector or "").partition("/")[0]
-    for subset in subsets:
-        if subset["config_name"] == subset_name:
-            return subset
+    named = [subset for subset in subsets if subset["config_name"] == subset_name]
     defaults = [s for s in subsets if s.get("default") is True or s["config_name"] == "default"]
-    return next(iter([*defaults, *subsets]), None)
+    return next(iter([*named, *defaults, *subsets]), None)
 
 
 def _iter_subsets(card: str) -> Iterator[dict[str, Any]]:
@@ -428,29 +426,21 @@ def _fetch_needed_files(
     Returns:
         Paths of the downloaded files, and the folder that they are relative to.
     """
-    max_rows = _max_row(options)
-    if max_rows is None:
+    start, stop = options.row_range
+    ends = [] if stop is None else [stop]
+    if options.limit is not None:
+        ends.append((start or 0) + options.limit)
+    if not ends or min(start or 0, stop or 0) < 0:
         return tuple(rows), repository.fetch_files(rows)
     fetched: list[str] = []
     num_rows = 0
     for path in rows:
-        if num_rows >= max_rows and fetched:
+        if num_rows >= min(ends) and fetched:
             break
         fetched.append(path)
         file = repository.fetch_files([path]) / path
         num_rows += open_row_file(file, options.encoding).num_rows
     return tuple(fetched), repository.fetch_files(fetched)
-
-
-def _max_row(options: ImportOptions) -> int | None:
-    """Return the number of leading rows that `--rows` and `--limit` need; None for all."""
-    start, stop = options.row_range
-    if (start or 0) < 0 or (stop is not None and stop < 0):
-        return None
-    ends = [] if stop is None else [stop]
-    if options.limit is not None:
-        ends.append((start or 0) + options.limit)
-    return min(ends, default=None)
 
 
 def _link_files(folder: Path, paths: Sequence[str], work_folder: Path) -> None:

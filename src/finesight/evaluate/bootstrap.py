@@ -213,6 +213,8 @@ def estimate_ratio(
         denominator: Denominator of each sample, shape (N,), not negative.
     """
     columns = np.stack([numerator, denominator], axis=1)
+    # Each sample is at most one binary trial.
+    is_trial = np.isin(denominator, (0, 1)) & ((numerator == 0) | (numerator == denominator))
     total = float(denominator.sum())
     size = math.sqrt(float((denominator**2).mean()))
     score = float(numerator.sum()) / total if total else 0.0
@@ -225,7 +227,7 @@ def estimate_ratio(
         pseudo_sums=np.array([0.0, size]),
         pseudo_slope=np.array([size, 0.0]),
         pseudo_rates=(0.0, top),
-        successes_and_trials=_get_trials(numerator, denominator),
+        successes_and_trials=columns.T if is_trial.all() else None,
         undefined_reason="" if size else REASON_NO_SAMPLES,
     )
 
@@ -357,14 +359,6 @@ def build_grouped_sums(groups: Sequence[SampleGroup], num_samples: int) -> Weigh
         return np.concatenate(found, axis=1) if found else np.zeros((len(weights), 0))
 
     return sums
-
-
-def _get_trials(numerator: FloatArray, denominator: FloatArray) -> FloatArray | None:
-    """Return successes and trials (2, N) if each sample is at most one binary trial."""
-    is_binary = (numerator == 0) | (numerator == denominator)
-    if not (np.isin(denominator, (0, 1)) & is_binary).all():
-        return None
-    return np.stack([numerator, denominator])
 
 
 def iter_resample_weights(num_samples: int) -> Iterator[tuple[ResampleWeights, FloatArray]]:

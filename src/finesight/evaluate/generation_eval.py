@@ -78,7 +78,15 @@ def load_eval_inputs(
     try:
         return samples, EvalSettings.model_validate(settings)
     except ValidationError as error:
-        raise _build_settings_error(error, settings) from error
+        messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
+        name = "metric" if "metric" in messages else next(iter(messages))
+        problem, expected = f"{name} is {settings[name]}", messages[name]
+        remedy = "correct the value, or omit it"
+        if name == "metric":
+            value, expected = str(settings[name]), expected.removeprefix("not ")
+            problem = f"unknown metric {value!r}"
+            remedy = suggest_name(value, TASK_METRICS, "choose one of these")
+        raise UserError(problem, where=name, expected=expected, remedy=remedy) from error
 
 
 def _build_missing_error(setting: str, expected: str, run_or_model: str) -> UserError:
@@ -91,18 +99,6 @@ def _build_missing_error(setting: str, expected: str, run_or_model: str) -> User
         expected=expected,
         remedy=f"set {setting}" if is_run else f"set {setting}, or correct the run folder",
     )
-
-
-def _build_settings_error(error: ValidationError, settings: dict[str, Any]) -> UserError:
-    """Build the error of invalid evaluation settings."""
-    messages = {str(one["loc"][0]): one["msg"] for one in error.errors(include_url=False)}
-    name = "metric" if "metric" in messages else next(iter(messages))
-    problem, expected = f"{name} is {settings[name]}", messages[name]
-    remedy = "correct the value, or omit it"
-    if name == "metric":
-        problem, expected = f"unknown metric {str(settings[name])!r}", expected.removeprefix("not ")
-        remedy = suggest_name(str(settings[name]), TASK_METRICS, "choose one of these")
-    return UserError(problem, where=name, expected=expected, remedy=remedy)
 
 
 MAX_LISTED_DETAILS = 10

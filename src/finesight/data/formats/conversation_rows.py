@@ -491,9 +491,15 @@ def parse_turns(record: Record, context: ImportContext, *, with_parts: bool = Fa
                     continue
         results = [turn]
         if isinstance(turn.content, str):
-            results = _split_results(turn)
+            texts = _RESULT_TEXT.findall(turn.content)
+            if turn.role in ("user", "tool") and texts and not _RESULT_TEXT.sub("", turn.content):
+                results = [Turn("tool", text) for text in texts]
             if tools and turn.role == "assistant":
-                results = [_split_calls(turn, tools)]
+                # Models write tool calls in tags within the text.
+                texts = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
+                parsed = [parse_tool_call(text, tools) or _parse_call(text) for text in texts]
+                content = TOOL_CALL_TEXT.sub("", turn.content)
+                results = [turn._replace(content=content, calls=(*turn.calls, *parsed))]
         last = turns[-1] if turns else None
         if last and last.role == turn.role == "assistant" and (last.calls or not turn.content):
             content = last.content or turn.content
@@ -568,21 +574,6 @@ def _parse_call(value: object) -> ToolCallPart:
         expected = '{"name": text, "arguments": object}, optionally under `function`'
         raise InvalidRowError(f"the tool call {str(value)[:80]}", expected)
     return call
-
-
-def _split_calls(turn: Turn, tools: Sequence[Record]) -> Turn:
-    """Return a turn whose tool calls in tags, as models write them, are separated from its text."""
-    calls = [match["call"] for match in TOOL_CALL_TEXT.finditer(turn.content)]
-    parsed = [parse_tool_call(call, tools) or _parse_call(call) for call in calls]
-    return turn._replace(content=TOOL_CALL_TEXT.sub("", turn.content), calls=(*turn.calls, *parsed))
-
-
-def _split_results(turn: Turn) -> list[Turn]:
-    """Return a turn for each tool result in tags, or the turn itself."""
-    results = _RESULT_TEXT.findall(turn.content)
-    if turn.role not in ("user", "tool") or not results or _RESULT_TEXT.sub("", turn.content):
-        return [turn]
-    return [Turn("tool", result) for result in results]
 
 
 def _split_loss(turn: Record, role: Role) -> tuple[Record, bool]:

@@ -51,7 +51,6 @@ from finesight.data.formats.dataset_format import (
 )
 from finesight.data.formats.image_annotations import (
     LOST_WHITESPACE,
-    ImageRecord,
     ObjectAnnotation,
     assign_text_file,
     build_detection_examples,
@@ -408,9 +407,16 @@ def write_yolo(samples: Sequence[LocatedSample], context: ExportContext) -> File
         name = require_inside_output(record.image_path, context, "YOLO")
         split = record.meta.get("split")
         images_by_split[split if split in SPLITS else "train"].append(f"./{name}\n")
-        yield assign_text_file(name, used_names), _format_labels(record, classes, context).encode()
-    for split, lines in images_by_split.items():
-        yield f"{split}.txt", "".join(lines).encode()
+        height, width = context.image_size(record.image_path)
+        lines = []
+        for box in record.boxes:
+            x1, y1, x2, y2 = box.xyxy
+            center = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
+            values = (*center, (x2 - x1) / width, (y2 - y1) / height)
+            lines.append(f"{classes.index(box.label)} {' '.join(f'{s:.12g}' for s in values)}\n")
+        yield assign_text_file(name, used_names), "".join(lines).encode()
+    for split, names in images_by_split.items():
+        yield f"{split}.txt", "".join(names).encode()
     if "val" not in images_by_split:
         context.notes.append(
             "no image is in the split `val`, which Ultralytics requires: add a list to data.yaml"
@@ -681,17 +687,6 @@ def _parse_label_line(
         return ObjectAnnotation(label, None)
     x1, y1, x2, y2 = bounds
     return ObjectAnnotation(label, [(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1])
-
-
-def _format_labels(record: ImageRecord, classes: Sequence[str], context: ExportContext) -> str:
-    height, width = context.image_size(record.image_path)
-    lines = []
-    for box in record.boxes:
-        x1, y1, x2, y2 = box.xyxy
-        centre = ((x1 + x2) / 2 / width, (y1 + y2) / 2 / height)
-        values = (*centre, (x2 - x1) / width, (y2 - y1) / height)
-        lines.append(f"{classes.index(box.label)} {' '.join(f'{s:.12g}' for s in values)}\n")
-    return "".join(lines)
 
 
 YOLO = DatasetFormat(

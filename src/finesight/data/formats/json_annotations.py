@@ -202,20 +202,19 @@ def _write_coco(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     ids = [value for value in declared_ids if isinstance(value, int)]
     if len(set(ids)) < len(records):
         ids = list(range(1, len(records) + 1))
+    images: list[Record] = []
     annotations: list[Record] = []
     for image_id, record in zip(ids, records, strict=True):
-        captions = [{"caption": text} for text in record.answers]
-        record_annotations = _iter_annotations(record, classes) if is_detection else captions
+        height, width = context.image_size(record.image_path)
+        name = context.image_names[record.image_path]
+        image = {"id": image_id, "file_name": name, "width": width, "height": height}
+        images.append(image | {k: v for k, v in record.meta.items() if k == "license"})
         context.lost_counts[LOST_WHITESPACE] += sum(text != text.strip() for text in record.answers)
-        first_id = len(annotations) + 1
-        annotations += [
-            {"id": number, "image_id": image_id, **annotation}
-            for number, annotation in enumerate(record_annotations, start=first_id)
-        ]
+        for annotation in _iter_annotations(record, classes):
+            ids_of_both = {"id": len(annotations) + 1, "image_id": image_id}
+            annotations.append(ids_of_both | annotation)
     document = {
-        "images": [
-            _build_image(i, record, context) for i, record in zip(ids, records, strict=True)
-        ],
+        "images": images,
         "annotations": annotations,
         "categories": [{"id": n, "name": name} for n, name in enumerate(classes, start=1)],
     }
@@ -336,14 +335,8 @@ def _read_caption(annotation: Record) -> str:
     return text.strip()
 
 
-def _build_image(image_id: int, image_record: ImageRecord, context: ExportContext) -> Record:
-    height, width = context.image_size(image_record.image_path)
-    name = context.image_names[image_record.image_path]
-    entry = {"id": image_id, "file_name": name, "width": width, "height": height}
-    return entry | {key: image_record.meta[key] for key in ("license",) if key in image_record.meta}
-
-
 def _iter_annotations(record: ImageRecord, classes: Sequence[str]) -> Iterator[Record]:
+    yield from ({"caption": text} for text in record.answers)
     for box in record.boxes:
         x1, y1, x2, y2 = box.xyxy
         width, height = round_coordinate(x2 - x1), round_coordinate(y2 - y1)
@@ -434,7 +427,16 @@ def _write_fiftyone(samples: Sequence[LocatedSample], context: ExportContext) ->
         # A reader removes the suffix of the keys of this file.
         manifest[f"{key}{record.image_path.suffix}"] = context.image_names[record.image_path]
         if is_detection:
-            labels[key] = list(_iter_boxes(record, indices, context))
+            height, width = context.image_size(record.image_path)
+            items: list[Record] = []
+            for box in record.boxes:
+                x1, y1, x2, y2 = box.xyxy
+                bounds = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
+                item = {"label": indices[box.label], "bounding_box": bounds}
+                items.append(
+                    item | ({"attributes": dict(box.attributes)} if box.attributes else {})
+                )
+            labels[key] = items
             continue
         if len(record.answers) != 1:
             raise UserError(
@@ -471,17 +473,6 @@ def _find_images(folder: Path) -> dict[str, Path]:
 
 def _get_key(name: str) -> str:
     return normalize("NFC", os.path.splitext(name)[0])
-
-
-def _iter_boxes(
-    record: ImageRecord, indices: Mapping[str, int], context: ExportContext
-) -> Iterator[Record]:
-    height, width = context.image_size(record.image_path)
-    for box in record.boxes:
-        x1, y1, x2, y2 = box.xyxy
-        bounds = [x1 / width, y1 / height, (x2 - x1) / width, (y2 - y1) / height]
-        item: Record = {"label": indices[box.label], "bounding_box": bounds}
-        yield item | ({"attributes": dict(box.attributes)} if box.attributes else {})
 
 
 def _open_labelme(source: Path) -> tuple[RowReader, str] | None:

@@ -208,8 +208,14 @@ def write_files(
     tasks = []
     for record in records:
         path = require_inside_output(record.image_path, context, "Label Studio")
+        results: list[Record] = []
         if is_detection:
-            results = list(_iter_region_results(record, context))
+            size = context.image_size(record.image_path)
+            for number, box in enumerate(record.boxes, start=1):
+                others = box.attributes.keys() - {"class"}
+                context.lost_counts.update(f"the attribute {name} of boxes" for name in others)
+                names = _get_class_and_text(box)
+                results += build_region_results(f"box-{number}", box.xyxy, size, *names)
         else:
             results = [build_answer_result(record.answers, is_choice=has_choices)]
         labels: Record = {"result": results}
@@ -547,14 +553,9 @@ def _collect_labels(tasks: Sequence[LabeledTask]) -> ProjectLabels:
         for name, (kind, values) in _merge_answers(task.results).items():
             controls[name] = None
             choices.update(map(str, values) if kind == "choices" else ())
-    return ProjectLabels(
-        tuple(sorted(classes)),
-        tuple(sorted(points)),
-        tuple(sorted(choices)),
-        tuple(controls),
-        has_regions,
-        frozenset(text_classes),
-    )
+    names, point_names, answers = (tuple(sorted(one)) for one in (classes, points, choices))
+    texts = frozenset(text_classes)
+    return ProjectLabels(names, point_names, answers, tuple(controls), has_regions, texts)
 
 
 def _get_labels(region: Record) -> list[str]:
@@ -659,15 +660,6 @@ def _parse_answers(
     prompt = FIELDS_PROMPT.format(labels=", ".join(project.controls))
     text = json.dumps(fields, ensure_ascii=False)
     return [build_text_example(row.id, image, [text], (), context, None, prompt)]
-
-
-def _iter_region_results(record: ImageRecord, context: ExportContext) -> Iterator[Record]:
-    size = context.image_size(record.image_path)
-    for number, box in enumerate(record.boxes, start=1):
-        others = box.attributes.keys() - {"class"}
-        context.lost_counts.update(f"the attribute {name} of boxes" for name in others)
-        names = _get_class_and_text(box)
-        yield from build_region_results(f"box-{number}", box.xyxy, size, *names)
 
 
 def _get_class_and_text(box: ExportBox) -> tuple[str, str | None]:

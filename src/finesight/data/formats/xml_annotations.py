@@ -55,7 +55,7 @@ from finesight.data.formats.image_annotations import (
     round_coordinate,
 )
 from finesight.data.formats.row_keys import count_keys
-from finesight.data.image_header import CorruptImageError, ImageSize
+from finesight.data.image_header import CorruptImageError
 from finesight.data.image_resolver import IMAGES_FOLDER
 from finesight.data.row_reader import (
     SNIFF_BYTES,
@@ -130,7 +130,9 @@ def _parse_voc(row: SourceRow, context: ImportContext) -> list[ImportExample]:
         children = [{child.tag: text or [one.tag for one in child]} for child, text in texts]
         count_keys(children, used, element.tag, context.other_keys)
     image = _find_image(file, root, required=not context.lenient)
-    size = _read_size(root)
+    sides = [root.findtext(f"size/{side}", "").strip() for side in ("height", "width")]
+    # Some tools write 0 for an unknown size.
+    size = parse_declared_size(*(parse_integer(side) or None for side in sides))
     return build_detection_examples(
         row, context, BoxConvention(), str(image), objects, declared_size=size
     )
@@ -214,13 +216,6 @@ def _find_image(file: Path, root: ElementTree.Element, *, required: bool) -> Pat
         expected=f"the image in one of {', '.join(dict.fromkeys(map(str, folders)))}",
         remedy="move it there, or correct <filename>",
     )
-
-
-def _read_size(root: ElementTree.Element) -> ImageSize | None:
-    sides = (root.findtext(f"size/{side}", "").strip() for side in ("height", "width"))
-    height, width = map(parse_integer, sides)
-    # Some tools write 0 for an unknown size.
-    return (height, width) if height and width else None
 
 
 def _build_annotation(record: ImageRecord, context: ExportContext) -> ElementTree.Element:
@@ -320,13 +315,19 @@ def _write_cvat(samples: Sequence[LocatedSample], context: ExportContext) -> Fil
     records, _ = group_by_image(samples, context, {"boxes"})
     answers = dict.fromkeys(answer for record in records for answer in record.answers)
     classes = list(dict.fromkeys([*collect_classes(records), *answers]))
-    _check_names(classes)
     root = ElementTree.Element("annotations")
     _add_children(root, version="1.1")
     task = ElementTree.SubElement(ElementTree.SubElement(root, "meta"), "task")
     _add_children(task, name="finesight", size=len(records))
     labels = ElementTree.SubElement(task, "labels")
     for name in classes:
+        if len(name) > MAX_NAME_CHARS:
+            raise UserError(
+                f"the label {name[:60]!r}... has {len(name)} characters",
+                where="--to cvat",
+                expected=f"boxes with labels or classes of at most {MAX_NAME_CHARS} characters",
+                remedy="export texts to label-studio or coco",
+            )
         label = ElementTree.SubElement(labels, "label")
         _add_children(label, name=name)
         attributes = ElementTree.SubElement(label, "attributes")
@@ -398,17 +399,6 @@ def _find_bounds(shape: ElementTree.Element, source_notes: Counter[str]) -> list
         kind = "rotated rectangles"
         bounds = [center_x - dx, center_y - dy, center_x + dx, center_y + dy]
     return enclose_shape(kind, bounds, source_notes)
-
-
-def _check_names(classes: Sequence[str]) -> None:
-    long_names = [name for name in classes if len(name) > MAX_NAME_CHARS]
-    if long_names:
-        raise UserError(
-            f"the label {long_names[0][:60]!r}... has {len(long_names[0])} characters",
-            where="--to cvat",
-            expected=f"boxes with labels or classes of at most {MAX_NAME_CHARS} characters",
-            remedy="export texts to label-studio or coco",
-        )
 
 
 def _build_image(index: int, record: ImageRecord, context: ExportContext) -> ElementTree.Element:

@@ -106,7 +106,8 @@ def assert_same_run(run: Path, expected: Path) -> None:
     """Assert that two runs have equal losses, weights and optimizer states."""
     found_files, expected_files = read_final_files(run), read_final_files(expected)
     assert found_files.keys() == expected_files.keys()
-    assert [name for name in found_files if found_files[name] != expected_files[name]] == []
+    differing = [name for name in found_files if found_files[name] != expected_files[name]]
+    assert not differing, differing
     assert read_losses(run) == read_losses(expected)
 
 

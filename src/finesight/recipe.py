@@ -574,7 +574,9 @@ def suggest_override(name: str, text: str) -> str | None:
     if key in paths:
         return f"use {name}={shlex.quote(text)}"
     known = {path[-1] for path in paths} | _load_advice().keys()
-    is_known = {name, key[-1].replace("-", "_")} & known
+    wanted = key[-1].replace("-", "_")
+    is_known = bool({name, wanted} & known)
+    is_known |= any(one[-1] == "*" and wanted.startswith(one[:-1]) for one in known)
     return _suggest_remedy(key, _parse_override(f"{name}={text}")[1]) if is_known else None
 
 

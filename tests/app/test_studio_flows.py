@@ -208,7 +208,7 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
 def test_training_is_found_again_stopped_and_resumed(
     folder: Path, studio: StudioDriver, browser: Browser
 ) -> None:
-    import_photos(folder, ("photos", 120))
+    import_photos(folder, ("photos", 200))
     studio.open("train")
     studio.click("start")
     studio.wait_for("document.querySelector('.job')?.innerText.includes('remaining')")
@@ -240,7 +240,7 @@ def test_two_runs_are_compared_in_report_and_chat(
     studio.wait_for("document.querySelectorAll('td input[name=run]').length === 2")
     browser.run("document.querySelector('#top form').target = '';")
     browser.run("for (const box of document.querySelectorAll('td input')) box.checked = true;")
-    browser.run("document.querySelector('button[data-missing]').click();")
+    browser.run("document.querySelector('#top form p button').click();")
     studio.wait_for("location.pathname === '/view/report'")
     studio.wait_for(
         "return /one[^]*two|two[^]*one/.test(document.querySelector('main').innerText);"

@@ -199,6 +199,7 @@ def test_text_around_boxes_of_responses_is_kept(data, tmp_path, cli):
     box = {"image": 0, "label": None, "xyxy": [1, 2, 3, 4]}
     common = {"gold": "", "references": [], "gold_boxes": [box], "finish_reason": "stop"}
     rows = [(raw, [box]), ("[1, 2, 3, 4]", [box]), ("none", [])]
+    rows.append(('{"point_2d": [1, 2]}', [box | {"xyxy": [1, 2, 1, 2]}]))
     records = (
         {"id": "s0", "answer": one, "raw_text": one, "boxes": boxes, "scores": {"x": 1}, **common}
         for one, boxes in rows
@@ -208,7 +209,7 @@ def test_text_around_boxes_of_responses_is_kept(data, tmp_path, cli):
     cli("pairs", graded, tmp_path / "out.jsonl", "--data", data, "--labels")
     contents = [one.messages[-1].content for one in read_samples(tmp_path / "out.jsonl")]
     kinds = [[getattr(part, "text", part.type) for part in one] for one in contents]
-    assert kinds == [["A: ", "box", ", found."], ["box"], ["none"]]
+    assert kinds == [["A: ", "box", ", found."], ["box"], ["none"], ["point"]]
 
 
 def test_reward_copies_of_a_received_run_need_trust(tiny, data, tmp_path, cli):

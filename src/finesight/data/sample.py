@@ -198,6 +198,15 @@ def create_region(xyxy: Box, label: str | None, *, is_point: bool, image: int = 
     return PointPart.model_validate({"image": image, "label": label, "xy": xyxy[:2]})
 
 
+def _restore_point(box: BoxPart) -> BoxPart:
+    is_point = box.xyxy[:2] == box.xyxy[2:]
+    return create_region(box.xyxy, box.label, is_point=is_point, image=box.image)
+
+
+Regions = tuple[Annotated[BoxPart, AfterValidator(_restore_point)], ...]
+"""Boxes of predictions in files, where points have equal corners."""
+
+
 def list_coordinates(part: BoxPart) -> list[int | float]:
     """Return the corners of a box, or the two coordinates of a point, as JSON data."""
     return list(map(format_number, part.xyxy[: 2 if part.is_point else 4]))

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from finesight.bounded_files import parse_json, read_lines
 from finesight.config import MetricSpec
 from finesight.data.image_header import DEFAULT_SIZE, ImageSize
-from finesight.data.sample import BoxPart, create_region
+from finesight.data.sample import BoxPart, Regions
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     MIN_SAMPLES,
@@ -105,10 +105,10 @@ class _PredictionRecord(BaseModel):
 
     id: str
     answer: str
-    boxes: tuple[BoxPart, ...]
+    boxes: Regions
     gold: str
     references: tuple[str, ...]
-    gold_boxes: tuple[BoxPart, ...]
+    gold_boxes: Regions
     scores: dict[str, float]
     finish_reason: Literal["stop", "length"]
     image_size: ImageSize = DEFAULT_SIZE
@@ -116,15 +116,7 @@ class _PredictionRecord(BaseModel):
     def as_case(self) -> EvalCase:
         references, has_ended = (self.gold, *self.references), self.finish_reason == "stop"
         ending = self.id, has_ended, self.image_size
-        found, gold = (
-            # A point has equal corners.
-            tuple(
-                create_region(o.xyxy, o.label, is_point=o.xyxy[:2] == o.xyxy[2:], image=o.image)
-                for o in boxes
-            )
-            for boxes in (self.boxes, self.gold_boxes)
-        )
-        return EvalCase(self.answer, found, references, gold, *ending)
+        return EvalCase(self.answer, self.boxes, references, self.gold_boxes, *ending)
 
 
 T = TypeVar("T")

@@ -330,9 +330,7 @@ def check_resume_config(
     current = json.loads(json.dumps(current))
     different = [name for name in {**stored, **current} if stored.get(name) != current.get(name)]
     if different:
-        remedy: Remedy = (
-            "resume with the same recipe, data and model, or set another output_dir"
-        )
+        remedy: Remedy = "resume with the same recipe, data and model, or set another output_dir"
         if all(name.startswith("train.") for name in different):
             remedy = suggest({name: current.get(name) for name in different})
         raise UserError(

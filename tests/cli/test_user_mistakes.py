@@ -22,7 +22,6 @@ from tiny_model import create_tiny_model
 from tiny_task import make_task
 
 from finesight import storage
-from finesight.app import start
 from finesight.cli.app import run_command
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.plan import run_plan, step_time
@@ -69,7 +68,8 @@ def hide_heif_plugin(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> 
 
 
 def hide_web_packages(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(start, "find_spec", lambda name: None)
+    for name in ("starlette", "uvicorn"):
+        patch.setitem(sys.modules, name, None)
 
 
 def occupy_port(stack: contextlib.ExitStack, patch: pytest.MonkeyPatch) -> None:

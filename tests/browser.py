@@ -16,7 +16,7 @@ from case_files import load_cases
 PHONE_WIDTH, DESKTOP_WIDTH = 390, 1440
 """Tested page widths in CSS pixels."""
 
-WAIT_TIMEOUT_S = 60.0
+WAIT_TIMEOUT_S = 240.0
 """Timeout of all waits."""
 
 XSS_PAYLOADS = tuple(load_cases("xss_payloads"))

@@ -208,7 +208,8 @@ def test_unlabeled_images_become_a_served_model(folder, studio, browser):
 def test_training_is_found_again_stopped_and_resumed(
     folder: Path, studio: StudioDriver, browser: Browser
 ) -> None:
-    import_photos(folder, ("photos", 200))
+    # Training must outlast the checks of its page and the start of the next server.
+    import_photos(folder, ("photos", 400))
     studio.open("train")
     studio.click("start")
     studio.wait_for("document.querySelector('.job')?.innerText.includes('remaining')")

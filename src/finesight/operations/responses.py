@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from finesight.config import DataFileSettings, RewardSettings
     from finesight.data.sample import ContentPart, LocatedSample
     from finesight.evaluate.metric_difference import ScoredPrediction
+    from finesight.infer.model_loader import InferenceModel
+    from finesight.infer.request import SamplingParams
 
     Answer = tuple[ContentPart, ...]
     Responses = dict[str, list[tuple[float, Answer | None]]]
@@ -78,13 +80,8 @@ def sample(
     from finesight.data.sample import LocatedSample, read_samples
     from finesight.evaluate.custom_metric import RewardError
     from finesight.evaluate.eval_case import get_reference_answer
-    from finesight.evaluate.metric_difference import (
-        create_case,
-        format_prediction_line,
-        read_predictions,
-    )
+    from finesight.evaluate.metric_difference import read_predictions
     from finesight.evaluate.rewards import RewardScorer
-    from finesight.infer.prediction import predict
     from finesight.infer.request import SamplingParams
     from finesight.manifest import RESPONSES_FILE, find_run_dir
     from finesight.storage import raise_if_exists, write_file, write_folder
@@ -109,26 +106,11 @@ def sample(
         console.log(f"using the responses of {generated}, whose scores are missing")
     else:
         model = load_model(run_or_model, **loading).value.inference_model
-        renderer, reasons = model.renderer, set[str]()
-        params = SamplingParams(temperature=temperature, banned_ids=renderer.visual_token_ids)
-        with console.progress_stage("responses", len(samples) * best_of) as on_progress:
-            predictions = predict(
-                model.model,
-                renderer,
-                [one for one in samples for _ in range(best_of)],
-                max_new_tokens=max_new_tokens,
-                batch_size=batch_size,
-                on_progress=on_progress,
-                on_corrupt_image=lambda _, error: reasons.add(str(error).splitlines()[0]),
-                get_sampling=lambda index: replace(params, seed=(seed << 32) + index),
-            )
-        for reason in reasons:
-            console.log(f"skipped: {reason}")
-        read_reference = partial(get_reference_answer, has_reasoning=renderer.renders_reasoning)
-        references = {one.sample.id: read_reference(one.sample) for one in samples}
-        cases = (create_case(one, references[one.id]) for one in predictions)
-        unscored = map(format_prediction_line, predictions, cases, repeat({}))
-        write_file(generated, "".join(unscored).encode())
+        repeated = [one for one in samples for _ in range(best_of)]
+        params = SamplingParams(temperature=temperature, banned_ids=model.renderer.visual_token_ids)
+        limits = {"max_new_tokens": max_new_tokens, "batch_size": batch_size}
+        text = _generate_responses(model, repeated, params, seed, console, **limits)
+        write_file(generated, text.encode())
     scored, text = list[list[float]](), ""
     with RewardScorer(rewards, run_dir) as scorer, write_folder(out) as folder:
         for _, group in groupby(read_predictions(generated), lambda one: one.case.id):
@@ -165,6 +147,41 @@ def sample(
     steps = [Step("check", {"sources": [out / "data.jsonl"]})] if num_kept else []
     steps.append(Step("pairs", {"source": out, "out": f"{out}-pairs.jsonl", "data": data}))
     return Outcome(summary, lines, summary, steps)
+
+
+def _generate_responses(
+    inference_model: InferenceModel,
+    samples: Sequence[LocatedSample],
+    sampling_params: SamplingParams,
+    seed: int,
+    console: ProgressConsole,
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> str:
+    """Return a response to each sample as a line of a prediction file, without scores."""
+    from finesight.evaluate.eval_case import get_reference_answer
+    from finesight.evaluate.metric_difference import create_case, format_prediction_line
+    from finesight.infer.prediction import predict
+
+    renderer, reasons = inference_model.renderer, set[str]()
+    with console.progress_stage("responses", len(samples)) as on_progress:
+        predictions = predict(
+            inference_model.model,
+            renderer,
+            samples,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+            on_progress=on_progress,
+            on_corrupt_image=lambda _, error: reasons.add(str(error).splitlines()[0]),
+            get_sampling=lambda index: replace(sampling_params, seed=(seed << 32) + index),
+        )
+    for reason in reasons:
+        console.log(f"skipped: {reason}")
+    read_reference = partial(get_reference_answer, has_reasoning=renderer.renders_reasoning)
+    references = {one.sample.id: read_reference(one.sample) for one in samples}
+    cases = (create_case(one, references[one.id]) for one in predictions)
+    return "".join(map(format_prediction_line, predictions, cases, repeat({})))
 
 
 def _select_rewards(run: Path, names: Sequence[str], *, trust: bool) -> Sequence[RewardSettings]:

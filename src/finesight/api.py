@@ -10,15 +10,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from finesight.errors import TrainingInterrupted as TrainingInterrupted
-from finesight.errors import UserError as UserError
+from finesight.errors import TrainingInterrupted, UserError
 from finesight.operations import dataset, deployment, evaluation, model, responses, training
 from finesight.operations import init as initialize
 from finesight.operations import quickstart as quickstart_workflow
-from finesight.operations.model import IGNORE_INDEX as IGNORE_INDEX
-from finesight.operations.model import Encoding as Encoding
-from finesight.operations.model import Model as Model
-from finesight.operations.model import build_question as build_question
+from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
 if TYPE_CHECKING:
@@ -26,6 +22,13 @@ if TYPE_CHECKING:
 
     from finesight.data.sample import LocatedSample
     from finesight.infer.prediction import Prediction
+
+__all__ = [
+    "IGNORE_INDEX", "Encoding", "Model", "TrainingInterrupted", "UserError", "build_question",
+    "check_data", "compare", "convert", "convert_boxes", "doctor", "download", "draw_boxes",
+    "evaluate", "export", "export_data", "import_data", "init", "launch", "load_model", "merge",
+    "pairs", "plan", "predict", "quickstart", "read_samples", "report", "sample", "show", "train",
+]  # fmt: skip
 
 init = as_function(initialize.init)
 import_data = as_function(dataset.import_data)

@@ -145,7 +145,7 @@ def _estimate_forward_s(
     batches = (stats[start : start + batch_size] for start in range(0, len(stats), batch_size))
     steps = (plan_step_packs(batch, sys.maxsize) for batch in batches)
     estimate_step = partial(planned.step_timer.estimate_step, use_graphs=False)
-    return sum(estimate_step(packs, 0.0).total for packs in steps) / planned.step_timer.num_forwards
+    return sum(estimate_step(packs, 0.0).total for packs in steps) / planned.step_timer.num_passes
 
 
 def _estimate_generation_bytes(
@@ -294,7 +294,7 @@ def plan_run(recipe: Recipe, gpu: str | None, console: ProgressConsole) -> RunPl
     batch_size = recipe.train.batch_size
     if recipe.train.objective in ("dpo", "kto"):  # log-probabilities of the reference model
         num_steps = min(len(sampler), math.ceil(len(train_data.stats.sample_indices) / batch_size))
-        startup_s += num_steps * chosen_estimate.step_time.total / model.step_timer.num_forwards
+        startup_s += num_steps * chosen_estimate.step_time.total / model.step_timer.num_passes
         startup_s += _estimate_forward_s(model, validation_stats, batch_size)
     num_workers = _choose_num_workers(recipe, chosen_estimate, target)
     num_generations = recipe.train.grpo.num_generations * float(bool(recipe.rewards))

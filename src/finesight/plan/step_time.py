@@ -365,8 +365,8 @@ class StepTimeEstimator:
         self._dequantize_bytes = DEQUANTIZE_BYTES_PER_ELEMENT * sum(dequantized)
         self._fp8_fractions = _compute_fp8_fractions(model)
         teacher = tracer.teacher
-        # A backward pass takes as long as two forward passes; KTO has a further one.
-        self.num_forwards = 3 * tracer.objective.num_updates + tracer.objective.has_baseline
+        # In forward passes; a backward pass takes as long as two, and KTO has a further one.
+        self.num_passes = 3 * tracer.objective.num_updates + tracer.objective.has_baseline
         self._count_teacher_flops = FlopCounter(model if teacher is None else teacher).count
 
     def estimate_step(
@@ -399,12 +399,9 @@ class StepTimeEstimator:
                 pack, activation_checkpointing, has_cached_features, use_graphs
             )
             read_s += 0 if has_cached_features else READ_S_PER_PATCH * pack.num_patches
-        num_steps = self.num_forwards / 3
-        flops, memory_bytes, host_s = (
-            num_steps * flops,
-            num_steps * memory_bytes,
-            num_steps * host_s,
-        )
+        # The sums above are of one forward and one backward pass.
+        scale = self.num_passes / 3
+        flops, memory_bytes, host_s = (scale * one for one in (flops, memory_bytes, host_s))
         if (teacher := self._tracer.teacher) is not None:
             flops += sum(map(self._count_teacher_flops, packs))
             memory_bytes += len(packs) * sum(one.nbytes for one in teacher.parameters())

@@ -369,8 +369,8 @@ class RowImages:
 
         A point is invalid outside of a text without `--box-task points`, also if boxes are dropped.
         """
-        is_asked = is_text or self._context.box_task == "points"
-        if isinstance(value, list | tuple) and len(value) == 2 and not is_asked:
+        allows_points = is_text or self._context.box_task == "points"
+        if isinstance(value, list | tuple) and len(value) == 2 and not allows_points:
             expected, remedy = "four coordinates", "correct the row, or give --box-task points"
             raise InvalidRowError(f"the box {str(value)[:80]}, a point", expected, remedy)
         try:

@@ -16,7 +16,7 @@ from case_files import load_cases
 PHONE_WIDTH, DESKTOP_WIDTH = 390, 1440
 """Tested page widths in CSS pixels."""
 
-WAIT_TIMEOUT_S = 240.0
+WAIT_TIMEOUT_S = 60.0
 """Timeout of all waits."""
 
 XSS_PAYLOADS = tuple(load_cases("xss_payloads"))
@@ -105,14 +105,14 @@ class Browser:
         """Execute a function body in the page and return its value."""
         return self.driver.execute_script(script)
 
-    def wait_for(self, script: str) -> None:
+    def wait_for(self, script: str, timeout_s: float = WAIT_TIMEOUT_S) -> None:
         """Wait until an expression or function body returns true."""
         body = script if "return " in script else f"return !!({script});"
-        end = time.monotonic() + WAIT_TIMEOUT_S
+        end = time.monotonic() + timeout_s
         while not self.run(body):
             if time.monotonic() > end:
                 text = self.run("return document.body.innerText;")
-                raise AssertionError(f"not within {WAIT_TIMEOUT_S} s: {script}\n{text}")
+                raise AssertionError(f"not within {timeout_s} s: {script}\n{text}")
             time.sleep(0.02)
 
     def count(self, selector: str) -> int:

@@ -226,7 +226,9 @@ def test_training_is_found_again_stopped_and_resumed(
     studio.wait_for_job("stopped: checkpoint saved")
     assert [*(folder / "runs/photos/checkpoints").glob("step-*")]
     studio.click("start")
-    studio.wait_for_job("finished")
+    # The rest of the training takes longer than other waits.
+    finished = "document.querySelector('.job .chip')?.textContent.trim() === 'finished'"
+    browser.wait_for(finished, timeout_s=240.0)
     studio.reload("document.querySelector('.next')?.href.includes('step=results')")
 
 

@@ -1,13 +1,15 @@
 """Measure GRPO on one GPU: responses per second, shares of the phases, and memory.
 
     python benchmarks/grpo_speed.py CONFIGS --work DIR --out FILE [--only "NAME;..."] [--steps 6]
+        [--gpus 2]
 
 CONFIGS contains folders of configuration and tokenizer files, such as Qwen2.5-VL-7B-Instruct.
 Weights are random, so that responses have the full length. Each run is `finesight train` with LoRA
 of rank 16 on images of 896 x 896 pixels (1,024 tokens) and 8 responses for each prompt; the reward
 is a function in a file that draws a number from the answer. Times are medians of the steps after
 the first two, which compile kernels; `gb` is the peak allocated memory in GB (10^9 bytes).
-`difference` compares the log-probabilities of sampler and trainer.
+`difference` compares the log-probabilities of sampler and trainer. Each of several GPUs gets the
+prompts of the case.
 """
 
 from __future__ import annotations
@@ -64,7 +66,7 @@ def run_case(case: GrpoCase, model: Path, options: argparse.Namespace) -> dict[s
         f"image={{height: {IMAGE_SIDE}, width: {IMAGE_SIDE}}}",
         f"tune.lora={{rank: {RANK}, alpha: {2 * RANK}}}",
         "train.objective=grpo",
-        f"train.batch_size={case.num_prompts}",
+        f"train.batch_size={case.num_prompts * options.gpus}",
         f"train.steps={options.steps}",
         "train.learning_rate=1e-5",
         "train.precision=bf16",
@@ -74,7 +76,7 @@ def run_case(case: GrpoCase, model: Path, options: argparse.Namespace) -> dict[s
         f"train.grpo.max_completion_length={case.num_tokens}",
         f"rewards=[{work / 'reward.py'}:draw]",
     ]
-    watched, steps = run_recipe(words, work / "run", LIMIT_S)
+    watched, steps = run_recipe(words, work / "run", LIMIT_S, options.gpus)
     if not steps:
         return {"case": case.name, "failed": watched.last_lines()}
     medians = {
@@ -84,8 +86,9 @@ def run_case(case: GrpoCase, model: Path, options: argparse.Namespace) -> dict[s
     seconds = medians["step_s"]
     return {
         "case": case.name,
-        "prompts": case.num_prompts,
-        "responses_per_s": round(case.num_prompts * NUM_RESPONSES / seconds, 2),
+        "gpus": options.gpus,
+        "prompts": case.num_prompts * options.gpus,
+        "responses_per_s": round(case.num_prompts * options.gpus * NUM_RESPONSES / seconds, 2),
         **{name: round(value, 3) for name, value in medians.items()},
         "update_s": round(seconds - medians["rollout_s"] - medians["reward_s"], 3),
         "mean_length": steps[-1]["completions/mean_length"],
@@ -105,6 +108,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--only", type=lambda text: text.split(";"), default=[])
     parser.add_argument("--steps", type=int, default=6)
+    parser.add_argument("--gpus", type=int, default=1)
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     chosen = [case for case in CASES if not options.only or case.name in options.only]

@@ -50,16 +50,19 @@ def recipe_overrides(job: CompetitorJob, data: Path, image_side: int) -> list[st
     ]
 
 
-def run_recipe(words: Sequence[str], run: Path, limit_s: float) -> tuple[CommandLog, list[Any]]:
+def run_recipe(
+    words: Sequence[str], run: Path, limit_s: float, num_gpus: int = 1
+) -> tuple[CommandLog, list[Any]]:
     """Run `finesight train` with overrides in the folder of `run`, and return its steps.
 
-    The run is deleted.
+    Several GPUs are started by torchrun. The run is deleted.
     """
     file = run.with_name("recipe.yaml")
     shutil.rmtree(run, ignore_errors=True)
     file.write_text("{}\n", encoding="utf-8")
-    command = [sys.executable, "-m", "finesight", "train", str(file), *words, f"output_dir={run}"]
-    command_log = run_timed(command, {}, limit_s)
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={num_gpus}", "-m"]
+    command = [sys.executable, "-m", *(launcher if num_gpus > 1 else []), "finesight", "train"]
+    command_log = run_timed([*command, str(file), *words, f"output_dir={run}"], {}, limit_s)
     lines = []
     if (run / "metrics.jsonl").exists():
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

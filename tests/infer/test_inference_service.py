@@ -202,6 +202,8 @@ def test_invalid_request_raises_in_caller_thread(service, question_set, tmp_path
         with pytest.raises(UserError, match=match):
             service.submit(sample, options)
     assert ids_of(service.submit(question, OPTIONS)) == question_set.answers[0]
+    shortest = service.submit(question, GenerationOptions(max_new_tokens=1))
+    assert ids_of(shortest) == question_set.answers[0][:1]
 
 
 def test_graceful_close_finishes_running_requests(start_service, question_set):

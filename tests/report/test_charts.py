@@ -84,6 +84,7 @@ def test_chart_stays_within_its_frame() -> None:
     assert max(up) <= HEIGHT - MARGIN_BOTTOM
     assert up == sorted(up), "falling values go down the page"
     assert drawing.data["series"][0]["points"][0] == (1.0, 2.9, "2.9")
+    assert (drawing.data["x"], drawing.data["y"]) == ([1, 30], [0, 3])
     assert drawing.summary == "Loss: training 2.9 at step 1, 0 at step 30"
     assert [tick.label for tick in drawing.y_ticks] == ["0", "1", "2", "3"]
 

@@ -17,6 +17,7 @@ from run_dir_fixtures import (
 
 from finesight.errors import UserError
 from finesight.evaluate.metric_difference import compare_cases, read_predictions
+from finesight.report.compare_page import compare_runs
 from finesight.report.comparison import (
     compare_metrics,
     compare_samples,
@@ -156,6 +157,8 @@ def test_missing_scores_of_a_predictions_file_are_computed(first: Path, saved: P
     run = read_compared_runs([first, saved])[1]
     assert (run.metric, run.score_names) == (None, {"unknown"})
     assert compare(first, saved)["similarity"].cells[1].value is None
+    table = compare_runs([first, saved]).format_table()
+    assert [line.split()[:1] for line in table.splitlines()].count(["B"]) == 0, "no value, no row"
 
 
 def test_scores_of_a_custom_metric_are_compared_without_its_execution(tmp_path: Path) -> None:

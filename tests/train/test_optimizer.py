@@ -383,8 +383,6 @@ def test_warmup_is_a_fraction_or_a_number_of_steps():
         lr_factors(50, warmup=100)
 
 
-pytestmark = pytest.mark.gpu
-TYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [(5000 * 16, 256, 4096), (5003, 77)]
 """Numbers of parameters: of which threads read several at once, and of which they cannot."""
 
@@ -428,8 +426,9 @@ class OptimizerSetup:
         return tuple(part.read(location).cpu() for part in retained)
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("eight_bits", [False, True])
-@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_gpu_step_matches_cpu(sizes, dtype, eight_bits):
     """One and several micro-batches, with parameters without gradients and without waits."""
@@ -458,6 +457,7 @@ def test_gpu_step_matches_cpu(sizes, dtype, eight_bits):
                 assert float(off.norm() / expected.norm()) < 5e-3
 
 
+@pytest.mark.gpu
 def test_unaligned_gradient_is_read():
     sides = [OptimizerSetup((4096,), torch.bfloat16, False, device) for device in ("cpu", "cuda")]
     for side in sides:

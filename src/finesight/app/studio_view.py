@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -246,7 +245,7 @@ OUTCOMES = {
 }
 """Meaning of the exit codes of the commands of a step."""
 
-KILLED_OUTCOME = "ended by the system, often for lack of memory"
+KILLED_OUTCOME = "ended without a result, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -357,7 +356,8 @@ class StudioView:
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
         is_running_server = job is not None and job.is_server and status == "running"
-        error = job.read_outcome().error if job and status == "failed" else None
+        outcome = job.read_outcome() if job else None
+        error = outcome.error if outcome and status == "failed" else None
         return {
             "state": state,
             "link": selection.link,
@@ -395,7 +395,8 @@ class StudioView:
             record = None if is_running else self._read_run(state.run)
             advice = advise_run(record, state.run) if record else []
             return [(PROPOSALS[one.operation], one) for one in advice]
-        steps = job.read_outcome().next_steps if job and job.status == "finished" else ()
+        outcome = job.read_outcome() if job and job.status == "finished" else None
+        steps = outcome.next_steps if outcome else ()
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
             is_outdated = saved_at is not None and saved_at > job.started_at
@@ -557,10 +558,10 @@ def _find_next_data(state: StudioState) -> str:
 
 def _find_outcome(job: Job) -> str:
     """Return the meaning of an exit code; empty for most."""
-    if job.exit_code == -signal.SIGKILL:
-        return KILLED_OUTCOME
-    outcomes = OUTCOMES.get(job.step, {}) if job.status != "failed" else {}
-    return outcomes.get(job.exit_code or 0, "")
+    outcome, status = job.read_outcome(), job.status
+    if outcome is None or status == "failed":
+        return KILLED_OUTCOME if status == "killed" else ""
+    return OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
 
 
 def _name_step(step: Step) -> str:

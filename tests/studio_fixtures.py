@@ -22,7 +22,7 @@ from finesight.app.jobs import JOB_FILE, LOCK_FILE, OUTCOME_FILE, Job
 from finesight.app.pages import describe_error
 from finesight.app.studio_page import Form, StudioPage, make_studio_app
 from finesight.app.studio_view import FORMS, Selection, StudioView, name_actions
-from finesight.app.uploads import DiskBudget, UploadStore
+from finesight.app.uploads import UploadStore
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
 from finesight.report.i18n import use_language
@@ -38,7 +38,7 @@ def open_client(folder: Path, password: str | None = None) -> Iterator[TestClien
 def make_page(folder: Path, **options: Any) -> StudioPage:
     uploads = folder.parent / "uploads"
     uploads.mkdir(exist_ok=True)
-    store = UploadStore(uploads, DiskBudget(uploads), 1 << 20)
+    store = UploadStore(uploads, 1 << 20)
     return StudioPage(StudioView(Workspace(folder, get_image_pool())), store, **options)
 
 

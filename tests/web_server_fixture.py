@@ -166,9 +166,14 @@ class ChatPageDriver:
 
     def attach_images(self, images: Sequence[Path]) -> None:
         """Attach images to the next question."""
-        self.driver.find_element("css selector", "#files").send_keys("\n".join(map(str, images)))
+        self.choose_files(images)
         count = "document.querySelectorAll('#attachments li').length"
         self.wait_for_script(f"{count} === {len(images)}")
+
+    def choose_files(self, files: Sequence[Path]) -> None:
+        if files:
+            field = self.driver.find_element("css selector", "#files")
+            field.send_keys("\n".join(map(str, files)))
 
     def ask(self, text: str, images: Sequence[Path] = ()) -> None:
         """Submit a question and wait for the answer."""

@@ -48,7 +48,7 @@ from finesight.infer.request import GenerationOptions
 CASES = load_cases("access")
 PASSWORD = "right-password"
 SIGN_IN = f"password={PASSWORD}".encode()
-CHATS, UPLOADS = "/chats", "/uploads"
+CHATS, UPLOADS = "/chats", "/chats/a/uploads"
 SETTINGS: dict[str, Any] = {"max_new_tokens": 60}
 
 
@@ -93,31 +93,33 @@ def sign_in(page: RunningWebPage, **headers: str) -> str:
     return right.headers["set-cookie"].split(";")[0]
 
 
-def upload(page: RunningWebPage, name: str, content: bytes) -> tuple[int, str]:
-    """Return the status and the ID of an uploaded file."""
-    status, _, output = ask(page, "POST", f"{UPLOADS}?name={quote(name)}", content)
-    return status, json.loads(output)["id"] if status == 200 else ""
+def create_chat(page: RunningWebPage) -> str:
+    """Create a conversation, and return its path."""
+    return f"{CHATS}/{json.loads(ask(page, 'POST', CHATS, b'{}').body)['token']}"
 
 
 def start_upload(page: RunningWebPage, link: socket.socket, size: int, content: bytes) -> None:
     """Send the start of an upload with this content length."""
     request = (
-        f"POST {UPLOADS}?name=a.png HTTP/1.1\r\nhost: 127.0.0.1:{page.port}\r\n"
+        f"POST {create_chat(page)}/uploads?name=a.png HTTP/1.1\r\nhost: 127.0.0.1:{page.port}\r\n"
         f"content-length: {size}\r\n\r\n"
     )
     link.sendall(request.encode() + content)
 
 
-def converse(page: RunningWebPage, text: str, *files: str, thinking: bool = False) -> str:
+def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = False) -> str:
     """Submit a question like the page, and return the answer."""
-    token = json.loads(ask(page, "POST", CHATS, b"{}").body)["token"]
+    chat, numbers = create_chat(page), []
+    for file in files:
+        uploaded = ask(page, "POST", f"{chat}/uploads?name={quote(text)}", file)
+        numbers.append(json.loads(uploaded.body)["number"])
     settings = {**SETTINGS, "thinking": thinking}
-    body = json.dumps({"text": text, "files": files, "settings": settings}).encode()
-    sent = ask(page, "POST", f"{CHATS}/{token}/send", body)
+    body = json.dumps({"text": text, "files": numbers, "settings": settings}).encode()
+    sent = ask(page, "POST", f"{chat}/send", body)
     assert sent.status == 200, sent.body
-    assert ask(page, "GET", f"{CHATS}/{token}/stream").status == 200
-    chat = page.store.find(token, None)
-    return chat.session.turns[-1].replies[0].text
+    assert ask(page, "GET", f"{chat}/stream").status == 200
+    stored = page.store.find(chat.rpartition("/")[2], None)
+    return stored.session.turns[-1].replies[0].text
 
 
 def test_wrong_password_or_cookie_is_rejected(locked_page):
@@ -279,7 +281,7 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
     with run_web_page(ScriptedService()) as page:
         for name in ("a.png", "b.png"):
-            assert converse(page, name, upload(page, name, content)[1]) == name
+            assert converse(page, name, content) == name
         assert stat.S_IMODE(page.folder.stat().st_mode) == 0o700
         assert any(page.folder.rglob("*.png")), "nothing was sent"
         files = list((tmp_path / "temp").rglob("*.png"))
@@ -317,13 +319,14 @@ def test_concurrent_uploads_keep_the_limit(monkeypatch):
             statuses += [int(link.recv(12).split()[1]) for link in readable]
         assert statuses == [507] * 5
         # Before the others leave: the page deletes what they have sent.
-        files = [file for file in (page.folder / "uploads").rglob("*") if file.is_file()]
+        files = [file for file in page.folder.rglob("*") if file.is_file()]
         assert 0 < sum(file.stat().st_size for file in files) < 1_000_000
         stack.close()
         # What was reserved for those that have left is free again.
         deadline = time.monotonic() + 20
-        while upload(page, "a.png", b"x" * 500_000)[0] != 200:
-            assert time.monotonic() < deadline, "the space of aborted uploads stays reserved"
+        path = f"{create_chat(page)}/uploads?name=a.png"
+        while ask(page, "POST", path, b"x" * 500_000).status != 422:
+            assert time.monotonic() < deadline, "the space of aborted uploads is not free"
             time.sleep(0.05)
 
 

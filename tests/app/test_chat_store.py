@@ -1,21 +1,18 @@
 """Tests of stored conversations: owners, uploaded images, and limits."""
 
-import asyncio
-import contextlib
-import secrets
 import time
 from pathlib import Path
 
 import pytest
 from engine_fixtures import write_noise_image
 from PIL import Image
-from starlette.routing import Route
 from starlette.testclient import TestClient
 from web_server_fixture import ScriptedService, get_image_pool
 
 from finesight.app import chat_store, uploads
+from finesight.app.access import Access
+from finesight.app.chat_page import make_chat_app
 from finesight.app.chat_store import BROWSER_COOKIE, ChatStore, StoredChat
-from finesight.app.pages import create_app
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.request import GenerationOptions
@@ -32,30 +29,24 @@ def chat(store: ChatStore) -> StoredChat:
 
 
 @pytest.fixture
-def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """Return an image that is shown without a smaller copy."""
-    monkeypatch.setattr(chat_store, "MAX_DISPLAY_BYTES", 0)
+def noise(tmp_path: Path) -> bytes:
     return write_noise_image(tmp_path / "noise.png", 400, 400).read_bytes()
 
 
-def upload(chat: StoredChat, content: bytes, name: str = "a.png") -> str:
-    """Store an upload, and return its ID."""
-    upload_id = secrets.token_urlsafe(24)
-    folder = chat.folder.parents[1] / "uploads" / upload_id
-    folder.mkdir()
-    (folder / name).write_bytes(content)
-    return upload_id
-
-
-def add(chat: StoredChat, *contents: bytes, text: str = "") -> list[Path]:
-    with chat.take_uploads(text, [upload(chat, content) for content in contents]) as paths:
-        return paths
+def add(chat: StoredChat, *contents: bytes, name: str = "a.png") -> list[Path]:
+    numbers = []
+    for content in contents:
+        chat.last_number += 1
+        path = chat.folder / f"{chat.last_number}-{name}"
+        path.write_bytes(content)
+        numbers.append(chat.add_image(path))
+    return chat.find_images(numbers)
 
 
 def ask(chat: StoredChat, text: str, *contents: bytes) -> None:
     turn = chat.session.send(text, add(chat, *contents), [GenerationOptions()])
     list(turn.replies[0])
-    chat.mark_changed()
+    chat.changed_at = time.monotonic()
 
 
 def age(chat: StoredChat) -> None:
@@ -67,34 +58,32 @@ def count_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def test_uploads_of_a_browser_leave_space_to_others(store, monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_OWNER_BYTES", 250)
-    client = TestClient(create_app([Route("/uploads", store.uploads.receive, methods=["POST"])]))
-    ids = []
+def test_images_of_a_browser_leave_space_to_others(store, noise, monkeypatch):
+    client = TestClient(make_chat_app(store, Access()), "http://127.0.0.1")
 
-    def send(browser: str) -> int:
+    def send(browser: str, content: bytes = noise) -> int:
         headers = {"cookie": f"{BROWSER_COOKIE}={browser * 43}"}
-        answer = client.post("/uploads", content=b"a" * 100, headers=headers)
-        ids.append(answer.json().get("id", ""))
-        return answer.status_code
+        token = client.post("/chats", headers=headers).json()["token"]
+        url = f"/chats/{token}/uploads?name=a.png"
+        return client.post(url, content=content, headers=headers).status_code
 
-    assert [send("a") for _ in range(3)] == [200, 200, 507]
-    assert send("b") == 200
-    # The files of a conversation count, too.
-    store.uploads.remove(ids[:2])
-    (store.create("a" * 43).folder / "1-image").write_bytes(b"a" * 100)
-    assert [send("a"), send("a")] == [200, 507]
+    assert send("a") == 200
+    monkeypatch.setattr(uploads, "MAX_OWNER_BYTES", count_bytes(store._folder) * 5 // 2)
+    assert [send("a"), send("a"), send("b")] == [200, 507, 200]
+    assert send("a", b"no image") == 422
+    monkeypatch.setattr(chat_store, "MAX_IMAGES_PER_CHAT", 0)
+    assert send("b") == 422
 
 
 def test_images_over_the_disk_limit_are_rejected(store, chat, noise, tmp_path, monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 5 * len(noise))
-    monkeypatch.setattr(chat_store, "MAX_DISPLAY_BYTES", len(noise))
-    for _ in range(6):
-        with contextlib.suppress(UserError):
-            add(chat, noise)
-    with pytest.raises(UserError, match="no disk space"):
+    add(chat, noise)
+    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 3 * count_bytes(tmp_path / "private"))
+    files = [*chat.folder.iterdir()]
+    add(chat, noise, noise)
+    with pytest.raises(uploads.DiskFullError, match="no disk space"):
         add(chat, noise)
-    assert 1 <= len(chat.images) <= 3
+    assert len(chat.images) == 3
+    assert len([*chat.folder.iterdir()]) == 3 * len(files)
     assert count_bytes(tmp_path / "private" / "chats") <= uploads.MAX_STORED_BYTES
 
 
@@ -105,11 +94,11 @@ def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch)
     size = count_bytes(tmp_path / "private")
     monkeypatch.setattr(uploads, "MAX_STORED_BYTES", size + 2 * len(noise))
     archive = chat.export_archive()
-    with pytest.raises(UserError, match="no disk space"):
+    with pytest.raises(uploads.DiskFullError, match="no disk space"):
         chat.export_archive()
     archive.close()
-    del archive
     chat.export_archive().close()
+    assert count_bytes(chat.folder) < size + len(noise)
 
 
 def test_new_conversations_replace_unused_ones(store, monkeypatch):
@@ -146,7 +135,7 @@ def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):
     exif[0x0112] = 6
     exif[0x010E] = "a secret place"
     image.save(file, exif=exif)
-    [stored] = add(chat, file.read_bytes())
+    [stored] = add(chat, file.read_bytes(), name="a.jpg")
     assert stored.read_bytes() == file.read_bytes()
     shown = chat.images[stored]
     assert (shown.width, shown.height) == (40, 2 * chat_store.MAX_DISPLAY_SIDE)
@@ -158,74 +147,42 @@ def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):
     other = write_noise_image(tmp_path / "b.png", 30, 30).read_bytes()
     assert add(chat, other)[0].read_bytes() == other
     assert stored.read_bytes() == file.read_bytes()
-    assert [*(tmp_path / "private" / "uploads").iterdir()] == [], "uploads are moved"
 
 
-def test_refused_messages_leave_their_uploads_in_place(chat, tmp_path):
+def test_unreadable_images_are_deleted_and_unused_ones_give_way(chat, tmp_path, monkeypatch):
     image = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
     bomb = tmp_path / "bomb.png"
     Image.new("1", (10_000, 10_000)).save(bomb)
     assert bomb.stat().st_size < 20_000
-    many = chat_store.MAX_IMAGES_PER_MESSAGE + 1
-    long = "x" * (chat_store.MAX_MESSAGE_CHARS + 1)
-    for contents, text, error, words in (
-        ([image] * many, "", UserError, f"{many} images"),
-        ([image], long, UserError, f"{len(long)} characters"),
-        ([image, bomb.read_bytes()], "", CorruptImageError, "100000000"),
-        ([image, b"<svg onload=alert(1)>"], "", CorruptImageError, "not an image"),
+    for content, words in (
+        (bomb.read_bytes(), "100000000"),
+        (b"<svg onload=alert(1)>", "not an image"),
     ):
-        ids = [upload(chat, content) for content in contents]
-        with pytest.raises(error, match=words), chat.take_uploads(text, ids):
-            pass
-        assert [chat.uploads.find(one).read_bytes() for one in ids] == contents
-    ids = [upload(chat, image)]
-    with pytest.raises(ValueError, match="refused"), chat.take_uploads("", ids):
-        raise ValueError("refused")
-    assert chat.uploads.find(ids[0]).read_bytes() == image
-    with pytest.raises(UserError, match="expired"), chat.take_uploads("", ["../" * 12]):
-        pass
+        with pytest.raises(CorruptImageError, match=words):
+            add(chat, content)
     assert ([*chat.folder.iterdir()], chat.images) == ([], {})
-    for _ in range(chat_store.MAX_IMAGES_PER_CHAT):
-        add(chat, image)
-    with pytest.raises(UserError, match="1 image; at most"):
-        add(chat, image)
+    ask(chat, "What?", image)
+    numbers = [chat.images[path].number for path in add(chat, image)]
+    chat.remove_images([*chat.images])
+    assert len(chat.images) == 1
+    for wrong, words in ((numbers, "expired"), ([1] * 9, "9 images; at most 8")):
+        with pytest.raises(UserError, match=words):
+            chat.find_images(wrong)
+    with pytest.raises(UserError, match="20001 characters"):
+        chat.check_text("x" * (chat_store.MAX_MESSAGE_CHARS + 1))
 
 
-def test_answer_stops_when_no_tab_follows_it(store, chat):
-    store.service.is_endless = True
-    earlier, turn = (chat.session.send("What?", [], [GenerationOptions()]) for _ in range(2))
-    [reply] = turn.replies
-    chat.is_generating, chat.num_streams = True, 1
-    chat.stop_unfollowed(turn)
-
-    async def run() -> None:
-        async for _ in reply:
-            if len(reply.text) > 50:
-                chat.num_streams = 0
-                # A timer of an earlier answer does not stop this one.
-                chat.stop_unfollowed(earlier if len(reply.text) < 100 else turn)
-
-    asyncio.run(asyncio.wait_for(run(), 10))
-    assert reply.finish_reason == "cancelled"
-    assert len(reply.text) >= 100
-
-
-def test_no_more_conversations_are_deleted_than_needed(store, noise, tmp_path, monkeypatch):
-    small = write_noise_image(tmp_path / "small.png", 50, 50).read_bytes()
-    chats = []
-    for number, content in enumerate((small, noise, noise)):
-        chats.append(store.create(f"browser {number}"))
-        ask(chats[-1], "What?", content)
+def test_unused_conversations_give_their_disk_space(store, noise, tmp_path, monkeypatch):
+    chats = [store.create(f"browser {number}") for number in range(3)]
     for chat in chats:
+        ask(chat, "What?", noise)
+    for chat in chats[:2]:
         age(chat)
         time.sleep(0.001)
-    stored = count_bytes(tmp_path / "private")
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", stored)
-    for num_bytes, expected in (
-        (stored + 1, [True, True, True]),  # not even all of them suffice
-        (len(noise), [True, False, True]),
-        (2 * len(noise), [True, False, False]),
-    ):
-        with contextlib.suppress(uploads.DiskFullError), store.budget.reserve(num_bytes):
-            assert num_bytes <= stored
-        assert [chat.folder.exists() for chat in chats] == expected
+    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", count_bytes(tmp_path / "private"))
+    add(chats[2], noise)
+    assert [chat.folder.exists() for chat in chats] == [False, True, True]
+    add(chats[2], noise)
+    with pytest.raises(uploads.DiskFullError):
+        add(chats[2], noise)
+    assert [chat.folder.exists() for chat in chats] == [False, False, True]

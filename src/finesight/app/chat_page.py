@@ -7,6 +7,7 @@ import json
 import os
 import re
 import secrets
+import time
 import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
@@ -43,6 +44,7 @@ from finesight.app.chat_store import (
 )
 from finesight.app.pages import (
     FILE_HEADERS,
+    UPLOADS_PATH,
     Utf8Text,
     create_app,
     describe_error,
@@ -224,10 +226,10 @@ class SettingsRequest(BaseModel, frozen=True):
 
 
 class SendRequest(SettingsRequest, frozen=True):
-    """Question, with the IDs of its uploaded images."""
+    """Question, with the numbers of its images."""
 
     text: Utf8Text
-    files: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=1000)] = []
+    files: Annotated[list[int], Field(max_length=1000)] = []
 
 
 class EditRequest(SettingsRequest, frozen=True):
@@ -293,21 +295,18 @@ class ChatPage:
             "latest": chats[0].token if chats else "",
         }
 
-    def describe(self, chat: StoredChat, known_revision: int = -1) -> dict[str, Any]:
-        """Return the state of a conversation, without turns that the page knows."""
-        revision, turns = chat.revision, chat.session.turns
-        state = {
+    def describe(self, chat: StoredChat) -> dict[str, Any]:
+        """Return the state of a conversation."""
+        turns = chat.session.turns
+        return {
             "token": chat.token,
-            "revision": revision,
+            "turns": render_turns(chat, turns),
             "has_images": any(turn.image_paths for turn in turns),
             "is_generating": chat.is_generating,
             "error": chat.error,
             "settings": None if chat.settings is None else chat.settings.model_dump(),
             **self.list_chats(chat.browser_id, chat.token),
         }
-        if revision != known_revision:
-            state["turns"] = render_turns(chat, turns)
-        return state
 
     async def start_answer(
         self, chat: StoredChat, settings: ChatSettings, start: Callable[..., ChatTurn]
@@ -327,11 +326,10 @@ class ChatPage:
         except BaseException:
             chat.is_generating = False
             raise
-        chat.mark_changed()
+        chat.changed_at = time.monotonic()
         task = asyncio.create_task(_receive_replies(chat, turn))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, turn)
 
     async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
         """Yield events with the last turn during its generation, and the state at its end."""
@@ -348,9 +346,6 @@ class ChatPage:
             yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
         finally:
             chat.num_streams -= 1
-            # A tab may have followed the start of the answer, before its turn.
-            for one in chat.session.turns[-1:]:
-                asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, one)
 
     def _apply_settings(self, chat: StoredChat, settings: ChatSettings) -> list[GenerationOptions]:
         """Store the settings in the conversation, and return the options of each model."""
@@ -384,7 +379,7 @@ class ChatPage:
             "/chats/{token}/undo": self.undo,
             "/chats/{token}/stop": self.stop,
             "/chats/{token}/delete": self.delete,
-            "/uploads": self._store.uploads.receive,
+            f"/chats/{{token}}{UPLOADS_PATH}": self.add_image,
         }
         return [
             Route("/", self.get_page),
@@ -423,10 +418,8 @@ class ChatPage:
         return JSONResponse(self.list_chats(get_browser_id(request)))
 
     def get_chat(self, request: Request) -> Response:
-        """Return a conversation, without turns that the page knows."""
-        known = request.query_params.get("revision", "")
-        revision = int(known[:9]) if known.isdecimal() else -1
-        return JSONResponse(self.describe(self._find_chat(request), revision))
+        """Return a conversation."""
+        return JSONResponse(self.describe(self._find_chat(request)))
 
     def create_chat(self, request: Request) -> Response:
         """Create a conversation."""
@@ -457,7 +450,7 @@ class ChatPage:
         turn = None if chat.is_generating else chat.session.undo()
         if turn is not None:
             chat.remove_images(turn.image_paths)
-            chat.mark_changed()
+            chat.changed_at = time.monotonic()
         return JSONResponse({"text": turn.text if turn else "", **self.describe(chat)})
 
     def stop(self, request: Request) -> Response:
@@ -469,6 +462,13 @@ class ChatPage:
         """Delete a conversation."""
         self._store.delete(self._find_chat(request))
         return JSONResponse({})
+
+    async def add_image(self, request: Request) -> Response:
+        """Store an image or video for the next question, and return its number."""
+        chat = self._find_chat(request)
+        path = await chat.receive_image(request)
+        number = await to_thread.run_sync(chat.add_image, path, limiter=self._limiter)
+        return JSONResponse({"number": number})
 
     def get_image(self, request: Request) -> Response:
         """Return an image or video of a conversation."""
@@ -493,8 +493,8 @@ class ChatPage:
 
 def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
     """Start the answer to a question."""
-    with chat.take_uploads(message.text, message.files) as image_paths:
-        return chat.session.send(message.text, image_paths, options)
+    chat.check_text(message.text)
+    return chat.session.send(message.text, chat.find_images(message.files), options)
 
 
 def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTurn:
@@ -512,16 +512,22 @@ def regenerate(chat: StoredChat, message: SettingsRequest, options: Any) -> Chat
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:
-    """Receive the completions of a turn, independently of the tabs."""
+    """Receive the completions of a turn, as long as a tab follows them."""
+    results = asyncio.gather(*map(_drain, turn.replies), return_exceptions=True)
+    followed_at = time.monotonic()
     try:
-        results = await asyncio.gather(*map(_drain, turn.replies), return_exceptions=True)
-        for error in filter(None, results):
+        while not results.done():
+            await asyncio.wait([results], timeout=UNFOLLOWED_S / 10)
+            followed_at = time.monotonic() if chat.num_streams else followed_at
+            if time.monotonic() - followed_at > UNFOLLOWED_S:
+                chat.stop()
+        for error in filter(None, results.result()):
             chat.error = _describe_failure(error)
     finally:
         for reply in turn.replies:
             reply.cancel()
         chat.is_generating = False
-        chat.mark_changed()
+        chat.changed_at = time.monotonic()
 
 
 async def _drain(reply: ChatReply) -> None:

@@ -6,7 +6,6 @@ replaced or the server stops. Without cookies, its secret token gives access.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import re
 import secrets
@@ -14,10 +13,10 @@ import shutil
 import tempfile
 import threading
 import time
-import weakref
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -25,10 +24,10 @@ from pydantic import BaseModel, Field, FiniteFloat
 from starlette.requests import Request
 
 from finesight.app.pages import Utf8Text
-from finesight.app.uploads import DiskBudget, DiskFullError, DiskReservation, UploadStore
+from finesight.app.uploads import DiskBudget, receive_file
 from finesight.data.sample import write_samples
 from finesight.errors import UserError
-from finesight.infer.chat_session import ChatSession, ChatTurn
+from finesight.infer.chat_session import ChatSession
 from finesight.infer.inference_service import InferenceService
 from finesight.report.i18n import translate
 from finesight.vision.image_reader import ImageReader
@@ -59,8 +58,6 @@ MAX_SEED = 2**53 - 1
 
 MAX_DISPLAY_SIDE = 1600
 """Maximum width and height of an image that the browser receives, in pixels."""
-
-MAX_DISPLAY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +107,7 @@ class StoredChat:
         settings: Settings of the last answer; None before the first one.
         error: Error of the last answer, or an empty text.
         num_streams: Number of tabs that receive the answer that is being generated.
-        revision: Number of changes of the conversation.
+        last_number: Number of the newest image.
         changed_at: Time of the last change on the monotonic clock.
         used_at: Time of the last request on the monotonic clock.
     """
@@ -120,12 +117,11 @@ class StoredChat:
     browser_id: str | None
     budget: DiskBudget
     reader: ImageReader
-    uploads: UploadStore
     settings: ChatSettings | None = None
     is_generating: bool = False
     error: str = ""
     num_streams: int = 0
-    revision: int = 0
+    last_number: int = 0
     changed_at: float = 0
     used_at: float = field(default_factory=time.monotonic)
     token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
@@ -140,21 +136,11 @@ class StoredChat:
         title = next((text for text in texts if text.strip()), "")
         return " ".join(title.split())[:MAX_TITLE_CHARS]
 
-    def mark_changed(self) -> None:
-        """Note a change, which tabs with an older revision request."""
-        self.revision += 1
-        self.changed_at = time.monotonic()
-
     def stop(self) -> None:
         """Stop the answer that is being generated."""
         for turn in self.session.turns[-1:]:
             for reply in turn.replies:
                 reply.cancel()
-
-    def stop_unfollowed(self, turn: ChatTurn) -> None:
-        """Stop the answer to the last turn, if it is still this one and no tab receives it."""
-        if self.is_generating and not self.num_streams and self.session.turns[-1:] == [turn]:
-            self.stop()
 
     def check_text(self, text: str) -> None:
         """Raise UserError if a message is too long."""
@@ -162,57 +148,46 @@ class StoredChat:
             what = "{} characters; at most {} per question."
             raise UserError(translate(what, len(text), MAX_MESSAGE_CHARS))
 
-    @contextlib.contextmanager
-    def take_uploads(self, text: str, upload_ids: Sequence[str]) -> Iterator[list[Path]]:
-        """Validate a message, and move its uploaded images into the conversation.
-
-        If the message is refused, or the `with` block raises, the uploads stay in place.
-        """
-        num_images = len(self.images) + len(upload_ids)
-        if len(upload_ids) > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
+    async def receive_image(self, request: Request) -> Path:
+        """Store the image or video in the body of a request. `add_image` makes it usable."""
+        if len(self.images) >= MAX_IMAGES_PER_CHAT:
+            self.remove_images([*self.images])
+        if len(self.images) >= MAX_IMAGES_PER_CHAT:
             what = "{} images; at most {} per question and {} per chat."
-            numbers = len(upload_ids), MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
+            numbers = len(self.images) + 1, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
             raise UserError(translate(what, *numbers))
-        self.check_text(text)
-        uploads = [self.uploads.find(upload_id) for upload_id in dict.fromkeys(upload_ids)]
-        taken: dict[Path, Path] = {}
-        try:
-            with self._reserve(MAX_DISPLAY_BYTES * len(uploads)):
-                for upload in uploads:
-                    taken[self._add_image(upload)] = upload
-            # All images are accepted.
-            for path, upload in taken.items():
-                upload.rename(path)
-            yield [*taken]
-        except BaseException as error:
-            for path, upload in taken.items():
-                if path.exists():
-                    path.rename(upload)
-            self.remove_images([*taken])
-            if isinstance(error, FileNotFoundError):
-                raise UserError(translate("The images have expired. Add them again.")) from error
-            raise
-        for upload in uploads:
-            upload.parent.rmdir()
+        self.last_number += 1
+        options = {"prefix": f"{self.last_number}-", "owner": _make_owner(self.browser_id)}
+        return await receive_file(request, self.folder, self.budget, MAX_FILE_BYTES, **options)
 
-    def _add_image(self, upload: Path) -> Path:
-        """Write the display copy of an upload, and return the later path of the image."""
-        # Expired uploads are deleted.
-        upload.touch()
-        number = 1 + max((image.number for image in self.images.values()), default=0)
-        (height, width), display_copy = self.reader.encode(upload, MAX_DISPLAY_SIDE)
+    def add_image(self, path: Path) -> int:
+        """Add a received image with its display copy, and return its number.
+
+        An unreadable one is deleted.
+        """
+        number, _, name = path.name.partition("-")
         display_path = self.folder / f"display-{number}.webp"
-        display_path.write_bytes(display_copy)
-        path = self.folder / f"{number}-{upload.name[-80:]}"
-        self.images[path] = ChatImage(upload.name, number, width, height, display_path)
-        return path
-
-    def _reserve(self, num_bytes: int) -> DiskReservation:
         try:
-            return self.budget.reserve(num_bytes, _make_owner(self.browser_id))
-        except DiskFullError as error:
-            what = "The server has no disk space for more images. Delete chats, or try again later."
-            raise UserError(translate(what)) from error
+            (height, width), content = self.reader.encode(path, MAX_DISPLAY_SIDE)
+            open_file, owner = partial(display_path.open, "xb"), _make_owner(self.browser_id)
+            with self.budget.allocate(len(content), open_file, owner) as file:
+                file.write(content)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self.images[path] = ChatImage(name, int(number), width, height, display_path)
+        return int(number)
+
+    def find_images(self, numbers: Sequence[int]) -> list[Path]:
+        """Return the images of a message. Raises UserError for too many or unknown numbers."""
+        if len(numbers) > MAX_IMAGES_PER_MESSAGE:
+            what = "{} images; at most {} per question and {} per chat."
+            limits = MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
+            raise UserError(translate(what, len(numbers), *limits))
+        paths = {image.number: path for path, image in self.images.items()}
+        if not paths.keys() >= {*numbers}:
+            raise UserError(translate("The images have expired. Add them again."))
+        return [paths[number] for number in dict.fromkeys(numbers)]
 
     def remove_images(self, image_paths: Sequence[Path]) -> None:
         """Delete those of the given images that no turn of the conversation uses."""
@@ -224,7 +199,7 @@ class StoredChat:
     def export_archive(self) -> IO[bytes]:
         """Export the conversation and its images as a zip archive in the sample format.
 
-        The archive is an anonymous temporary file, which is deleted when it is closed.
+        The archive is a temporary file, which is deleted when it is closed.
         """
         archive_names = {
             path: f"images/{image.number}-{path.name.partition('-')[2]}"
@@ -236,13 +211,13 @@ class StoredChat:
         jsonl_path = self.folder / "chat.jsonl"
         write_samples(jsonl_path, samples)
         size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
-        archive = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 (it is returned)
-        # The budget cannot count an anonymous file, so its reservation lasts as long as the file.
-        weakref.finalize(archive, self._reserve(size).release)
+        open_file = partial(tempfile.NamedTemporaryFile, dir=self.folder)
+        archive = self.budget.allocate(size, open_file, _make_owner(self.browser_id))
         with zipfile.ZipFile(archive, "w") as file:
             file.write(jsonl_path, "chat/chat.jsonl")
             for path, name in archive_names.items():
                 file.write(path, f"chat/{name}")
+        archive.truncate()
         archive.seek(0)
         return archive
 
@@ -259,11 +234,6 @@ def get_browser_id(request: Request) -> str | None:
     return value if BROWSER_ID.fullmatch(value) else None
 
 
-def find_owner(request: Request) -> str:
-    """Return the start of the names of the folders of a browser."""
-    return _make_owner(get_browser_id(request))
-
-
 def _make_owner(browser_id: str | None) -> str:
     return hashlib.sha256((browser_id or "").encode()).hexdigest()[:8]
 
@@ -272,18 +242,15 @@ class ChatStore:
     """Stores the conversations of all browsers.
 
     Args:
-        folder: Private folder of uploads and conversations.
+        folder: Private folder of the conversations.
         pool: Worker processes that read images.
     """
 
     def __init__(self, service: InferenceService, folder: Path, pool: WorkerPool) -> None:
         self.service, self._reader = service, ImageReader(pool)
-        uploads, self._folder = folder / "uploads", folder / "chats"
-        for subfolder in (uploads, self._folder):
-            subfolder.mkdir(parents=True)
-        self.budget = DiskBudget(uploads, self._folder)
-        self.budget.free_space = self._free_space
-        self.uploads = UploadStore(uploads, self.budget, MAX_FILE_BYTES, find_owner)
+        self._folder = folder / "chats"
+        self._folder.mkdir(parents=True)
+        self.budget = DiskBudget(self._folder, self._free_space)
         self._chats: dict[str, StoredChat] = {}
         self._lock = threading.Lock()
 
@@ -303,7 +270,7 @@ class ChatStore:
         folder = self._folder / (_make_owner(browser_id) + secrets.token_hex(16))
         folder.mkdir()
         session = ChatSession(self.service)
-        chat = StoredChat(session, folder, browser_id, self.budget, self._reader, self.uploads)
+        chat = StoredChat(session, folder, browser_id, self.budget, self._reader)
         session.read_size = lambda path: (chat.images[path].height, chat.images[path].width)
         with self._lock:
             self._chats[chat.token] = chat
@@ -354,25 +321,14 @@ class ChatStore:
         for chat in sorted(idle, key=lambda chat: bool(chat.session.turns))[:num_deleted]:
             self.delete(chat)
 
-    def _free_space(self, num_bytes: int) -> bool:
-        """Delete conversations that no tab displays, least recently used first.
+    def _free_space(self) -> bool:
+        """Delete the least recently used conversation that no tab displays.
 
-        Nothing is deleted if they have fewer than `num_bytes` bytes in total.
+        Returns False if there is none with images.
         """
         shown_since = time.monotonic() - SHOWN_S
-        chats = [
-            chat
-            for chat in self.list_all()
-            if chat.used_at < shown_since and not chat.is_generating
-        ]
-        sizes = [sum(file.stat().st_size for file in chat.folder.iterdir()) for chat in chats]
-        surplus = sum(sizes) - num_bytes
-        if surplus < 0:
-            return False
-        # The most recently used ones are kept as far as possible.
-        for chat, size in zip(reversed(chats), reversed(sizes), strict=True):
-            if size <= surplus:
-                surplus -= size
-            else:
+        for chat in self.list_all():
+            if chat.used_at < shown_since and not chat.is_generating and chat.images:
                 self.delete(chat)
-        return True
+                return True
+        return False

@@ -340,7 +340,7 @@ def studio(
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
         from finesight.app.studio_page import StudioPage, make_studio_app
         from finesight.app.studio_view import StudioView
-        from finesight.app.uploads import DiskBudget, UploadStore
+        from finesight.app.uploads import UploadStore
         from finesight.app.workspace import Workspace
 
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
@@ -348,7 +348,7 @@ def studio(
         workspace = Workspace(Path())
         workspace.remove_leftovers()
         view = StudioView(workspace)
-        store = UploadStore(uploads, DiskBudget(uploads), MAX_STUDIO_UPLOAD_BYTES)
+        store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
         page = StudioPage(view, store, password is not None, converter, api_port)
         access = make_access("studio", listener, password)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)

@@ -9,11 +9,11 @@ import secrets
 import shutil
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from errno import EDQUOT, ENOSPC
+from functools import partial
 from pathlib import Path
+from typing import IO
 
 from anyio import to_thread
 from starlette.exceptions import HTTPException
@@ -23,12 +23,12 @@ from starlette.responses import JSONResponse, Response
 from finesight.errors import UserError
 
 MAX_STORED_BYTES = 2 << 30
-"""Maximum size of the stored files of all users in bytes, including reserved space."""
+"""Maximum size of the stored files of all users in bytes."""
 
 UPLOAD_TTL_S, MIN_UPLOAD_TTL_S = 3600, 300
 """Seconds after which an uploaded file is deleted, with enough space and if space is short.
 
-Chats and data sets take over the files that they use.
+Data sets take over the files that they use.
 """
 
 MAX_OWNER_BYTES = MAX_STORED_BYTES // 4
@@ -38,61 +38,51 @@ MAX_NAME_BYTES = 200
 _CONTROL_CHARACTERS = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 
-class DiskFullError(Exception):
-    """Raised when stored files would exceed the limit `MAX_STORED_BYTES`."""
+class DiskFullError(HTTPException):
+    """Raised when stored files would exceed a limit, or the disk is full."""
+
+    def __init__(self) -> None:
+        text = "The server has no disk space for more files. Delete some, or try again later."
+        super().__init__(507, text)
 
 
 class DiskBudget:
-    """Limits the disk space of uploads and of the folders that take them over.
+    """Limits the disk space of the files in the subfolders of a folder.
 
-    Space is reserved before each write, so that concurrent writers respect the limit. Expired
-    uploads are deleted.
+    A file has its size before it is written, so that concurrent writers respect the limit.
+
+    Args:
+        free_space: Deletes unused files, or returns False if there are none.
     """
 
-    def __init__(self, uploads: Path, *others: Path) -> None:
-        self._uploads, self._others = uploads, others
-        self._reserved = Counter[str]()
-        self.free_space: Callable[[int], bool] = lambda num_bytes: False
-        """Deletes unused files of a number of bytes, or returns False without deleting any."""
+    def __init__(self, folder: Path, free_space: Callable[[], bool]) -> None:
+        self._folder, self._free_space = folder, free_space
         self._lock = threading.Lock()
 
-    def reserve(self, num_bytes: int, owner: str = "") -> DiskReservation:
-        """Reserve disk space before writing files.
+    def allocate(
+        self, num_bytes: int, open_file: Callable[[], IO[bytes]], owner: str = ""
+    ) -> IO[bytes]:
+        """Open a new file with a number of bytes, which its writer replaces.
 
         Args:
-            owner: Start of the names of the folders of a user, with a limit of its own.
+            owner: Start of the names of the subfolders of a user, with a limit of its own.
 
         Raises:
-            DiskFullError: The stored and reserved bytes would exceed a limit.
+            DiskFullError: The stored bytes would exceed a limit.
         """
         with self._lock:
-            limit, max_age_s = MAX_STORED_BYTES - num_bytes, UPLOAD_TTL_S
-            while (excess := self._count_bytes(max_age_s) + self._reserved.total() - limit) > 0:
-                if max_age_s == UPLOAD_TTL_S:
-                    max_age_s = MIN_UPLOAD_TTL_S
-                elif not self.free_space(excess):
+            while self._count_bytes() + num_bytes > MAX_STORED_BYTES:
+                if not self._free_space():
                     raise DiskFullError
-            own = self._count_bytes(max_age_s, owner) + self._reserved[owner]
-            if owner and own + num_bytes > MAX_OWNER_BYTES:
+            if owner and self._count_bytes(owner) + num_bytes > MAX_OWNER_BYTES:
                 raise DiskFullError
-            self._reserved[owner] += num_bytes
-        return DiskReservation(self, num_bytes, owner)
+            file = open_file()
+            file.truncate(num_bytes)
+        return file
 
-    def free(self, num_bytes: int, owner: str) -> None:
-        """Release reserved bytes of an owner."""
-        with self._lock:
-            self._reserved[owner] -= num_bytes
-
-    def _count_bytes(self, max_age_s: float, owner: str = "") -> int:
-        """Delete uploads beyond an age, then count the bytes of all stored files of an owner."""
-        min_mtime, total = time.time() - max_age_s, 0
-        for root in (self._uploads, *self._others):
-            for file, state in _iter_files(root):
-                if root == self._uploads and state.st_mtime < min_mtime:
-                    shutil.rmtree(file.parent, ignore_errors=True)
-                elif file.relative_to(root).parts[0].startswith(owner):
-                    total += state.st_size
-        return total
+    def _count_bytes(self, owner: str = "") -> int:
+        files = _iter_files(self._folder)
+        return sum(state.st_size for file, state in files if file.parent.name.startswith(owner))
 
 
 def _iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
@@ -103,76 +93,77 @@ def _iter_files(root: Path) -> Iterator[tuple[Path, os.stat_result]]:
                 yield file, file.stat()
 
 
-@dataclass(slots=True)
-class DiskReservation(contextlib.AbstractContextManager["DiskReservation"]):
-    """Reserved disk space. It is released at the end of a `with` block."""
+async def receive_file(
+    request: Request,
+    folder: Path,
+    budget: DiskBudget,
+    max_bytes: int,
+    *,
+    prefix: str = "",
+    owner: str = "",
+) -> Path:
+    """Store the body of a request in a folder. The query has the name of the file.
 
-    budget: DiskBudget
-    remaining: int
-    owner: str = ""
-
-    def write(self, num_bytes: int) -> None:
-        """Reduce the reservation by bytes of files, which are counted by their size."""
-        num_bytes = min(num_bytes, self.remaining)
-        self.remaining -= num_bytes
-        self.budget.free(num_bytes, self.owner)
-
-    def release(self) -> None:
-        """Release the rest of the reservation."""
-        self.write(self.remaining)
-
-    def __exit__(self, *raised: object) -> None:
-        self.release()
+    Args:
+        max_bytes: Maximum size of the file. The access middleware checks it first.
+        prefix: Start of the name of the stored file.
+        owner: See `DiskBudget.allocate`.
+    """
+    size = int(request.headers.get("content-length", max_bytes))
+    name = _CONTROL_CHARACTERS.sub("", request.query_params.get("name", ""))
+    name = name.replace("\\", "/").rpartition("/")[2].strip(". ")
+    suffix = Path(name).suffix[:20]
+    stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
+    path = folder / (prefix + ((stem.decode(errors="ignore") + suffix) or "file"))
+    try:
+        open_file = partial(path.open, "xb")
+        # In a thread, because all files are counted.
+        with await to_thread.run_sync(budget.allocate, size, open_file, owner) as file:
+            async for chunk in request.stream():
+                await to_thread.run_sync(file.write, chunk)
+            file.truncate()
+    except BaseException as error:
+        path.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT):
+            raise DiskFullError from error
+        raise
+    return path
 
 
 class UploadStore:
     """Uploaded files, each in a folder with a secret name, which is its ID.
 
     Args:
-        max_bytes: Maximum size of a file. The access middleware checks it first.
-        find_owner: Returns the owner of the uploads of a request; empty for one without a limit.
+        max_bytes: See `receive_file`.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        budget: DiskBudget,
-        max_bytes: int,
-        find_owner: Callable[[Request], str] = lambda request: "",
-    ) -> None:
-        self._folder, self._budget, self._max_bytes = folder, budget, max_bytes
-        self._find_owner = find_owner
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self._folder, self._max_bytes = folder, max_bytes
+        self._budget = DiskBudget(folder, partial(self._expire, MIN_UPLOAD_TTL_S))
+
+    def _expire(self, max_age_s: float) -> bool:
+        """Delete the uploads beyond an age. Returns whether there are any."""
+        min_mtime, files = time.time() - max_age_s, _iter_files(self._folder)
+        old = [file.parent.name for file, state in files if state.st_mtime < min_mtime]
+        self.remove(old)
+        return bool(old)
 
     async def receive(self, request: Request) -> Response:
         """Store the body of a request, whose query has the name of the file. Return its ID."""
-        size = int(request.headers.get("content-length", self._max_bytes))
-        name = _CONTROL_CHARACTERS.sub("", request.query_params.get("name", ""))
-        name = name.replace("\\", "/").rpartition("/")[2].strip(". ")
-        suffix = Path(name).suffix[:20]
-        stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
-        owner, name = self._find_owner(request), (stem.decode(errors="ignore") + suffix) or "file"
-        upload_id = owner + secrets.token_urlsafe(24)
-        folder = self._folder / upload_id
+        await to_thread.run_sync(self._expire, UPLOAD_TTL_S)
+        folder = self._folder / secrets.token_urlsafe(24)
         try:
             folder.mkdir(mode=0o700)
-            # In a thread, because all files are counted.
-            reservation = await to_thread.run_sync(self._budget.reserve, size, owner)
-            with reservation, (folder / name).open("wb") as file:
-                async for chunk in request.stream():
-                    await to_thread.run_sync(file.write, chunk)
-                    reservation.write(len(chunk))
-        except BaseException as error:
-            shutil.rmtree(folder, ignore_errors=True)
-            is_full = isinstance(error, OSError) and error.errno in (ENOSPC, EDQUOT)
-            if not is_full and not isinstance(error, DiskFullError):
-                raise
-            raise HTTPException(507, "no disk space for more files") from error
-        return JSONResponse({"id": upload_id, "name": name})
+            file = await receive_file(request, folder, self._budget, self._max_bytes)
+        except BaseException:
+            self.remove([folder.name])
+            raise
+        return JSONResponse({"id": folder.name, "name": file.name})
 
     def find(self, upload_id: str) -> Path:
         """Return the file of an upload. Raises UserError for an unknown or expired ID."""
         with contextlib.suppress(OSError, StopIteration):
-            if re.fullmatch(r"[\w-]{32,40}", upload_id):
+            if re.fullmatch(r"[\w-]{32}", upload_id):
                 return next((self._folder / upload_id).iterdir())
         raise UserError(
             "an uploaded file has expired",

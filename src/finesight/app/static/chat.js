@@ -2,9 +2,8 @@ import {
   byId, create, describe, parse, request, settings, translate, update, updateAttributes, upload
 } from "./app.js";
 
-const NO_SPACE = "The server has no disk space for more images. Delete chats, or try again later.";
 const streams = new Map();
-let chat = "", revision = -1, isAsking = false, attachments = [];
+let chat = "", created = null, isAsking = false, attachments = [];
 
 // Messages
 
@@ -72,8 +71,7 @@ const show = (state) => followEnd(() => {
   chat = state.token;
   sessionStorage.setItem("chat", chat);
   if (isOther) byId("turns").replaceChildren();
-  if (state.turns !== undefined) update(byId("turns"), parse(state.turns));
-  revision = state.revision;
+  update(byId("turns"), parse(state.turns));
   showList(state);
   byId("export").href = `chats/${chat}/chat.zip`;
   showButtons(state.is_generating);
@@ -115,7 +113,7 @@ const follow = () => {
 
 const startNew = () => {
   chat = "";
-  revision = -1;
+  created = null;
   sessionStorage.setItem("chat", "new");
   byId("turns").replaceChildren();
   showButtons(false);
@@ -127,7 +125,7 @@ const open = async (token) => show(await request(`chats/${token}`));
 const refresh = async () => {
   if (!chat) showList(await request("chats"));
   else if (!isAsking) {
-    const token = chat, state = await request(`chats/${token}?revision=${revision}`);
+    const token = chat, state = await request(`chats/${token}`);
     if (chat === token) show(state);
   }
 };
@@ -176,13 +174,26 @@ const detach = (removed) => {
   showAttachments();
 };
 
+/** The shown conversation. Its first image or question creates it. */
+const findChat = async () => {
+  created ??= request("chats", {});
+  return chat || (await created).token;
+};
+
+/** Uploads an image to the shown conversation, unless it has it. Returns its number. */
+const uploadTo = async (one) => {
+  const token = await findChat();
+  if (one.token !== token) Object.assign(one, { token, uploaded: upload(one.file, `chats/${token}/uploads`) });
+  return (await one.uploaded).number;
+};
+
 const attach = (files) => {
   for (const file of files) {
-    const one = { file, url: URL.createObjectURL(file), uploaded: upload(file) };
+    const one = { file, url: URL.createObjectURL(file) };
     attachments.push(one);
-    one.uploaded.catch((error) => {
+    uploadTo(one).catch((error) => {
       detach([one]);
-      report(error.status === 507 ? new Error(NO_SPACE) : error);
+      report(error);
     });
   }
   showAttachments();
@@ -212,9 +223,8 @@ const ask = async (kind, values) => {
   if (!chosen || isAsking) return false;
   isAsking = true;
   const hasStarted = await attempt(async () => {
-    const token = chat || (await request("chats", {})).token;
+    const token = await findChat(), files = await Promise.all((values.files ?? []).map(uploadTo));
     chat = token;
-    const files = await Promise.all((values.files ?? []).map(async (one) => (await one).id));
     const body = { ...values, ...(values.files && { files }), settings: chosen };
     const state = await request(`chats/${token}/${kind}`, body);
     if (chat === token) show(state);
@@ -227,7 +237,7 @@ const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  if (!await ask("send", { text, files: sent.map((one) => one.uploaded) })) return;
+  if (!await ask("send", { text, files: sent })) return;
   if (field.value === text) field.value = "";
   detach(sent);
 };

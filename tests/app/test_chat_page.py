@@ -28,7 +28,7 @@ from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
-from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
+from finesight.serve.preprocessing_jobs import PromptEncoder
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import create_image_pool
 
@@ -173,7 +173,8 @@ def test_stop_regenerate_and_undo(browser, image_paths):
 
 def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
     clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
-    pool = create_image_pool(load_inference_model(TINY_MODEL, "cpu").renderer, encode_prompt)
+    renderer = load_inference_model(TINY_MODEL, "cpu").renderer
+    pool = create_image_pool(renderer, PromptEncoder.__module__)
     with (
         closing(pool),
         run_service(TINY_MODEL, PromptEncoder(pool).encode) as service,

@@ -16,7 +16,6 @@ import time
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -157,8 +156,14 @@ class StoredChat:
             numbers = len(self.images) + 1, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
             raise UserError(translate(what, *numbers))
         self.last_number += 1
-        options = {"prefix": f"{self.last_number}-", "owner": _make_owner(self.browser_id)}
-        return await receive_file(request, self.folder, self.budget, MAX_FILE_BYTES, **options)
+        return await receive_file(
+            request,
+            self.folder,
+            self.budget,
+            MAX_FILE_BYTES,
+            prefix=f"{self.last_number}-",
+            owner=_make_owner(self.browser_id),
+        )
 
     def add_image(self, path: Path) -> int:
         """Add a received image with its display copy, and return its number.
@@ -169,8 +174,8 @@ class StoredChat:
         display_path = self.folder / f"display-{number}.webp"
         try:
             (height, width), content = self.reader.encode(path, MAX_DISPLAY_SIDE)
-            open_file, owner = partial(display_path.open, "xb"), _make_owner(self.browser_id)
-            with self.budget.allocate(len(content), open_file, owner) as file:
+            owner = _make_owner(self.browser_id)
+            with self.budget.allocate(len(content), lambda: display_path.open("xb"), owner) as file:
                 file.write(content)
         except BaseException:
             path.unlink(missing_ok=True)
@@ -211,7 +216,10 @@ class StoredChat:
         jsonl_path = self.folder / "chat.jsonl"
         write_samples(jsonl_path, samples)
         size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
-        open_file = partial(tempfile.NamedTemporaryFile, dir=self.folder)
+
+        def open_file() -> IO[bytes]:
+            return tempfile.NamedTemporaryFile(dir=self.folder)
+
         archive = self.budget.allocate(size, open_file, _make_owner(self.browser_id))
         with zipfile.ZipFile(archive, "w") as file:
             file.write(jsonl_path, "chat/chat.jsonl")

@@ -275,14 +275,14 @@ def web(
     from finesight.app.chat_store import ChatStore
     from finesight.app.server import serve_app
     from finesight.infer.inference_service import InferenceService
-    from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
+    from finesight.serve.preprocessing_jobs import PromptEncoder
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
     with bind_page(host, port, socket_file) as listener:
         inference_model = load_adapters(run_or_model, adapter or (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        pool = create_image_pool(inference_model.renderer, encode_prompt)
+        pool = create_image_pool(inference_model.renderer, PromptEncoder.__module__)
         service = InferenceService(
             inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
         )

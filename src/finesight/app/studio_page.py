@@ -50,7 +50,6 @@ from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import Parameter, list_words
-from finesight.recipe_template import override_settings
 from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
@@ -455,8 +454,7 @@ class StudioPage:
             name = "label" if step.operation == "label" else "export"
             return state.selection.link(step=name, run=str(state.run))
         if state.selection.step == "plan" and state.recipe is not None:
-            text, digest = workspace.read_recipe(state.recipe)
-            workspace.save_recipe(state.recipe, override_settings(text, overrides), digest)
+            workspace.change_recipe(state.recipe, overrides)
             return state.selection.link(job=state.selection.job)
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")

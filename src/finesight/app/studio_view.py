@@ -26,11 +26,7 @@ from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
 from finesight.operations.training import advise_run
-from finesight.report.charts import build_run_charts
-from finesight.report.compare_page import render_report
 from finesight.report.i18n import Language, translate
-from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
-from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import RunStatus, get_run_status
 
@@ -436,6 +432,8 @@ class StudioView:
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
         """Render the report of the selected run, or the comparison of several."""
+        from finesight.report.compare_page import render_report  # slow to import
+
         known = {str(run) for run in self.workspace.scan().runs}
         runs = [Path(run) for run in params.get("run", []) if run in known]
         if not runs:
@@ -456,6 +454,8 @@ class StudioView:
         """Return the curves of the run that the selected recipe has started."""
         if state.selection.step != "train" or state.recipe is None or state.run is None:
             return []
+        from finesight.report.charts import build_run_charts  # slow to import
+
         return build_run_charts(self._read_run(state.run))
 
     def find_run(self, recipe: Path) -> Path | None:
@@ -515,6 +515,10 @@ class StudioView:
 
     def format_scores(self, run: Path) -> tuple[str, str]:
         """Format the first and last primary metric of a run, and its name."""
+        # Slow to import, and needed by runs only.
+        from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
+        from finesight.report.run_page import select_evaluations
+
         record = self._read_run(run)
         name = record.primary_metric or "validation_loss"
         values = [read_metrics(line).get(name) for line in select_evaluations(record)]

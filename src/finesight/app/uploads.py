@@ -116,9 +116,9 @@ async def receive_file(
     stem = name.removesuffix(suffix).encode()[: MAX_NAME_BYTES - len(suffix.encode())]
     path = folder / (prefix + ((stem.decode(errors="ignore") + suffix) or "file"))
     try:
-        open_file = partial(path.open, "xb")
         # In a thread, because all files are counted.
-        with await to_thread.run_sync(budget.allocate, size, open_file, owner) as file:
+        allocate = partial(budget.allocate, size, lambda: path.open("xb"), owner)
+        with await to_thread.run_sync(allocate) as file:
             async for chunk in request.stream():
                 await to_thread.run_sync(file.write, chunk)
             file.truncate()

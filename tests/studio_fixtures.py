@@ -17,12 +17,11 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 from web_server_fixture import get_image_pool
 
-from finesight.app.access import Access
 from finesight.app.jobs import JOB_FILE, LOCK_FILE, OUTCOME_FILE, Job
-from finesight.app.pages import describe_error
+from finesight.app.pages import UploadStore, describe_error
+from finesight.app.server import Access
 from finesight.app.studio_page import Form, StudioPage, make_studio_app
 from finesight.app.studio_view import FORMS, Selection, StudioView, name_actions
-from finesight.app.uploads import UploadStore
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
 from finesight.report.i18n import use_language

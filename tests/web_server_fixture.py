@@ -15,10 +15,8 @@ from typing import Any
 import uvicorn
 from browser import DESKTOP_WIDTH, Browser
 
-from finesight.app.access import Access, AccessMiddleware
-from finesight.app.chat_page import make_chat_app
-from finesight.app.chat_store import ChatStore
-from finesight.app.server import bind_socket, create_server_config
+from finesight.app.chat_page import ChatStore, make_chat_app
+from finesight.app.server import Access, AccessMiddleware, bind_socket, create_server_config
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction

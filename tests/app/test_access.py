@@ -30,17 +30,18 @@ from studio_fixtures import make_page
 from tiny_task import ANSWER, THOUGHT
 from web_server_fixture import RunningWebPage, ScriptedService, get_image_pool, run_web_page
 
-from finesight.app import access, server, uploads
-from finesight.app.access import MAX_MESSAGE_BYTES, Access, AccessMiddleware
+from finesight.app import pages, server
 from finesight.app.chat_page import (
     BROWSER_COOKIE,
     BROWSER_COOKIE_AGE_S,
+    MAX_FILE_BYTES,
+    ChatStore,
     make_chat_app,
     render_turns,
 )
-from finesight.app.chat_store import MAX_FILE_BYTES, ChatStore
 from finesight.app.label_page import make_label_app
 from finesight.app.pages import PREFIX_HEADER
+from finesight.app.server import MAX_MESSAGE_BYTES, Access, AccessMiddleware
 from finesight.app.studio_page import make_studio_app
 from finesight.encode.family import ThinkingOptions
 from finesight.infer.request import GenerationOptions
@@ -141,7 +142,7 @@ def test_wrong_password_or_cookie_is_rejected(locked_page):
 
 @pytest.mark.parametrize("proxies", [(), ("127.0.0.1",), ("10.0.0.1",)])
 def test_wrong_passwords_have_a_budget_and_the_owner_is_admitted(monkeypatch, proxies):
-    monkeypatch.setattr(access, "FAILED_LOGIN_DELAY_S", 0)
+    monkeypatch.setattr(server, "FAILED_LOGIN_DELAY_S", 0)
 
     def guess(address: str, **headers: str) -> int:
         with connect(page, address) as connection:
@@ -303,7 +304,7 @@ def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
 
 
 def test_concurrent_uploads_keep_the_limit(monkeypatch):
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 1_000_000)
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", 1_000_000)
     size = 300_000
     with run_web_page(ScriptedService()) as page, contextlib.ExitStack() as stack:
         links = [
@@ -331,7 +332,7 @@ def test_concurrent_uploads_keep_the_limit(monkeypatch):
 
 
 def test_upload_that_stops_is_ended(monkeypatch):
-    monkeypatch.setattr(access, "UPLOAD_IDLE_TIMEOUT_S", 0.2)
+    monkeypatch.setattr(server, "UPLOAD_IDLE_TIMEOUT_S", 0.2)
     with (
         run_web_page(ScriptedService()) as page,
         socket.create_connection(("127.0.0.1", page.port), timeout=20) as link,

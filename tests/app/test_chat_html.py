@@ -14,11 +14,12 @@ from web_server_fixture import ScriptedService, get_image_pool
 from finesight.app.chat_page import (
     MAX_FORMULAS,
     ChatPage,
+    ChatStore,
+    StoredChat,
     render_answer,
     render_chats,
     render_turns,
 )
-from finesight.app.chat_store import ChatStore, StoredChat
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
 from finesight.infer.request import GenerationOptions

@@ -20,9 +20,8 @@ from starlette.testclient import TestClient
 from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, run_web_page
 
 from finesight.app import chat_page
-from finesight.app.access import Access
-from finesight.app.chat_page import make_chat_app
-from finesight.app.chat_store import BROWSER_COOKIE, ChatStore
+from finesight.app.chat_page import BROWSER_COOKIE, ChatStore, make_chat_app
+from finesight.app.server import Access
 from finesight.data.sample import BoxPart, ImagePart, read_samples
 from finesight.infer.model_loader import load_inference_model
 from finesight.infer.request import SamplingParams

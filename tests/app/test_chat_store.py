@@ -9,10 +9,9 @@ from PIL import Image
 from starlette.testclient import TestClient
 from web_server_fixture import ScriptedService, get_image_pool
 
-from finesight.app import chat_store, uploads
-from finesight.app.access import Access
-from finesight.app.chat_page import make_chat_app
-from finesight.app.chat_store import BROWSER_COOKIE, ChatStore, StoredChat
+from finesight.app import chat_page, pages
+from finesight.app.chat_page import BROWSER_COOKIE, ChatStore, StoredChat, make_chat_app
+from finesight.app.server import Access
 from finesight.data.image_header import CorruptImageError
 from finesight.errors import UserError
 from finesight.infer.request import GenerationOptions
@@ -51,7 +50,7 @@ def ask(chat: StoredChat, text: str, *contents: bytes) -> None:
 
 def age(chat: StoredChat) -> None:
     """Mark a conversation as not displayed."""
-    chat.used_at = time.monotonic() - chat_store.SHOWN_S - 1
+    chat.used_at = time.monotonic() - chat_page.SHOWN_S - 1
 
 
 def count_bytes(folder: Path) -> int:
@@ -68,23 +67,23 @@ def test_images_of_a_browser_leave_space_to_others(store, noise, monkeypatch):
         return client.post(url, content=content, headers=headers).status_code
 
     assert send("a") == 200
-    monkeypatch.setattr(uploads, "MAX_OWNER_BYTES", count_bytes(store._folder) * 5 // 2)
+    monkeypatch.setattr(pages, "MAX_OWNER_BYTES", count_bytes(store._folder) * 5 // 2)
     assert [send("a"), send("a"), send("b")] == [200, 507, 200]
     assert send("a", b"no image") == 422
-    monkeypatch.setattr(chat_store, "MAX_IMAGES_PER_CHAT", 0)
+    monkeypatch.setattr(chat_page, "MAX_IMAGES_PER_CHAT", 0)
     assert send("b") == 422
 
 
 def test_images_over_the_disk_limit_are_rejected(store, chat, noise, tmp_path, monkeypatch):
     add(chat, noise)
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 3 * count_bytes(tmp_path / "private"))
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", 3 * count_bytes(tmp_path / "private"))
     files = [*chat.folder.iterdir()]
     add(chat, noise, noise)
-    with pytest.raises(uploads.DiskFullError, match="no disk space"):
+    with pytest.raises(pages.DiskFullError, match="no disk space"):
         add(chat, noise)
     assert len(chat.images) == 3
     assert len([*chat.folder.iterdir()]) == 3 * len(files)
-    assert count_bytes(tmp_path / "private" / "chats") <= uploads.MAX_STORED_BYTES
+    assert count_bytes(tmp_path / "private" / "chats") <= pages.MAX_STORED_BYTES
 
 
 def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch):
@@ -92,9 +91,9 @@ def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch)
         chat.export_archive()
     ask(chat, "What?", noise)
     size = count_bytes(tmp_path / "private")
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", size + 2 * len(noise))
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", size + 2 * len(noise))
     archive = chat.export_archive()
-    with pytest.raises(uploads.DiskFullError, match="no disk space"):
+    with pytest.raises(pages.DiskFullError, match="no disk space"):
         chat.export_archive()
     archive.close()
     chat.export_archive().close()
@@ -102,8 +101,8 @@ def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch)
 
 
 def test_new_conversations_replace_unused_ones(store, monkeypatch):
-    monkeypatch.setattr(chat_store, "MAX_CHATS_PER_BROWSER", 3)
-    monkeypatch.setattr(chat_store, "MAX_CHATS", 5)
+    monkeypatch.setattr(chat_page, "MAX_CHATS_PER_BROWSER", 3)
+    monkeypatch.setattr(chat_page, "MAX_CHATS", 5)
     other = store.create("other browser")
     ask(other, "Who?")
     for number in range(5):
@@ -130,7 +129,7 @@ def test_new_conversations_replace_unused_ones(store, monkeypatch):
 
 
 def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):
-    image, file = Image.new("RGB", (2 * chat_store.MAX_DISPLAY_SIDE, 40)), tmp_path / "a.jpg"
+    image, file = Image.new("RGB", (2 * chat_page.MAX_DISPLAY_SIDE, 40)), tmp_path / "a.jpg"
     exif = Image.Exif()
     exif[0x0112] = 6
     exif[0x010E] = "a secret place"
@@ -138,9 +137,9 @@ def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):
     [stored] = add(chat, file.read_bytes(), name="a.jpg")
     assert stored.read_bytes() == file.read_bytes()
     shown = chat.images[stored]
-    assert (shown.width, shown.height) == (40, 2 * chat_store.MAX_DISPLAY_SIDE)
+    assert (shown.width, shown.height) == (40, 2 * chat_page.MAX_DISPLAY_SIDE)
     with Image.open(shown.display_path) as copy:
-        assert copy.size == (20, chat_store.MAX_DISPLAY_SIDE)
+        assert copy.size == (20, chat_page.MAX_DISPLAY_SIDE)
         assert not copy.getexif()
     assert b"secret" not in shown.display_path.read_bytes()
     # Another image of the same name does not replace it.
@@ -169,7 +168,7 @@ def test_unreadable_images_are_deleted_and_unused_ones_give_way(chat, tmp_path, 
         with pytest.raises(UserError, match=words):
             chat.find_images(wrong)
     with pytest.raises(UserError, match="20001 characters"):
-        chat.check_text("x" * (chat_store.MAX_MESSAGE_CHARS + 1))
+        chat.check_text("x" * (chat_page.MAX_MESSAGE_CHARS + 1))
 
 
 def test_unused_conversations_give_their_disk_space(store, noise, tmp_path, monkeypatch):
@@ -179,10 +178,10 @@ def test_unused_conversations_give_their_disk_space(store, noise, tmp_path, monk
     for chat in chats[:2]:
         age(chat)
         time.sleep(0.001)
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", count_bytes(tmp_path / "private"))
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", count_bytes(tmp_path / "private"))
     add(chats[2], noise)
     assert [chat.folder.exists() for chat in chats] == [False, True, True]
     add(chats[2], noise)
-    with pytest.raises(uploads.DiskFullError):
+    with pytest.raises(pages.DiskFullError):
         add(chats[2], noise)
     assert [chat.folder.exists() for chat in chats] == [False, False, True]

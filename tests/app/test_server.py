@@ -14,9 +14,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import PREFIX_HEADER, create_app
-from finesight.app.server import bind_unix_socket, make_proxy_route
+from finesight.app.server import Access, AccessMiddleware, bind_unix_socket, make_proxy_route
 from finesight.errors import UserError
 
 PASSWORD = "correct horse battery"

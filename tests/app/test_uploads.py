@@ -9,10 +9,9 @@ import pytest
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from finesight.app import uploads
-from finesight.app.access import Access, AccessMiddleware
-from finesight.app.pages import create_app
-from finesight.app.uploads import UploadStore
+from finesight.app import pages
+from finesight.app.pages import UploadStore, create_app
+from finesight.app.server import Access, AccessMiddleware
 from finesight.errors import UserError
 
 LIMIT = 1000
@@ -20,7 +19,7 @@ LIMIT = 1000
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> UploadStore:
-    monkeypatch.setattr(uploads, "MAX_STORED_BYTES", 3 * LIMIT)
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", 3 * LIMIT)
     return UploadStore(tmp_path, LIMIT)
 
 
@@ -72,7 +71,7 @@ def test_large_uploads_and_full_disks_leave_nothing(client, tmp_path, monkeypatc
 def test_old_uploads_are_deleted_for_new_ones(client: TestClient, store: UploadStore) -> None:
     ids = [client.post("/uploads?name=a", content=b"x" * LIMIT).json()["id"] for _ in range(3)]
     old = store.find(ids[0])
-    age_s = uploads.MIN_UPLOAD_TTL_S + 60
+    age_s = pages.MIN_UPLOAD_TTL_S + 60
     os.utime(old, (old.stat().st_mtime - age_s,) * 2)
     assert client.post("/uploads?name=a", content=b"x" * LIMIT).status_code == 200
     with pytest.raises(UserError):

@@ -28,7 +28,7 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     import socket
 
-    from finesight.app.access import Access
+    from finesight.app.server import Access
     from finesight.config import Recipe
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
@@ -271,8 +271,7 @@ def web(
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
-    from finesight.app.chat_page import make_chat_app
-    from finesight.app.chat_store import ChatStore
+    from finesight.app.chat_page import ChatStore, make_chat_app
     from finesight.app.server import serve_app
     from finesight.infer.inference_service import InferenceService
     from finesight.serve.preprocessing_jobs import PromptEncoder
@@ -338,9 +337,9 @@ def studio(
     from finesight.storage import temporary_folder
 
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
+        from finesight.app.pages import UploadStore
         from finesight.app.studio_page import StudioPage, make_studio_app
         from finesight.app.studio_view import StudioView
-        from finesight.app.uploads import UploadStore
         from finesight.app.workspace import Workspace
 
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
@@ -366,7 +365,7 @@ def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
 
 def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
     """Return who may use a page. Names of cookies have the port, which cookies do not consider."""
-    from finesight.app.access import Access
+    from finesight.app.server import Access
     from finesight.serve.http_protocol import is_loopback
 
     bound = listener.getsockname()

@@ -21,15 +21,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     VIEW_HEADERS,
+    UploadStore,
     create_app,
     describe_error,
     parse_body,
     render_page,
 )
-from finesight.app.server import make_proxy_route
+from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     CHECK_EXIT_CODES,
     FORMS,
@@ -43,7 +43,6 @@ from finesight.app.studio_view import (
     build_missing_error,
     name_actions,
 )
-from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, as_argument
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError

@@ -116,7 +116,7 @@ def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = Fa
         numbers.append(json.loads(uploaded.body)["number"])
     settings = {**SETTINGS, "thinking": thinking}
     body = json.dumps({"text": text, "files": numbers, "settings": settings}).encode()
-    sent = ask(page, "POST", f"{chat}/send", body)
+    sent = ask(page, "POST", f"{chat}/ask", body)
     assert sent.status == 200, sent.body
     assert ask(page, "GET", f"{chat}/stream").status == 200
     stored = page.store.find(chat.rpartition("/")[2], None)
@@ -293,8 +293,7 @@ def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
 def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
     token = open_page.store.create(None).token
     for body in (b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000):
-        for name in ("send", "edit", "regenerate"):
-            assert ask(open_page, "POST", f"{CHATS}/{token}/{name}", body).status == 422, body[:20]
+        assert ask(open_page, "POST", f"{CHATS}/{token}/ask", body).status == 422, body[:20]
     for path in (f"static/{'a' * 1900}", f"chats/{'a' * 1900}", "chats/%00%ff/stream"):
         assert ask(open_page, "GET", f"/{path}").status == 404, path
     with socket.create_connection(("127.0.0.1", open_page.port)) as link:

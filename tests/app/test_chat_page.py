@@ -258,7 +258,7 @@ def send(client: TestClient, text: str, token: str = "", **values: Any) -> Any:
     """Send a question, and return the state at the end of the answer."""
     token = token or client.post("/chats").json()["token"]
     body = {"text": text, "settings": SETTINGS, **values}
-    response = client.post(f"/chats/{token}/send", json=body)
+    response = client.post(f"/chats/{token}/ask", json=body)
     assert response.status_code == 200, response.text
     return read_state(client, token)
 
@@ -280,7 +280,7 @@ def test_requests_reach_no_conversation_of_another_browser(tmp_path):
             assert client.get("/chats").json()["num_chats"] == 0
             for path in ("", "/stream", "/chat.zip"):
                 assert client.get(f"/chats/{token}{path}").status_code == 404
-            for name in ("send", "edit", "regenerate", "undo", "stop", "delete"):
+            for name in ("ask", "uploads", "undo", "stop", "delete"):
                 assert client.post(f"/chats/{token}/{name}", json=body).status_code == 404
         client.cookies.clear()
         # Without cookies, the token is the secret.
@@ -298,6 +298,7 @@ MALFORMED = [
     )),
     *({"text": text} for text in (None, 1, "\ud800", "x" * 20_001, "")),
     *({"files": files} for files in ("x", [None], ["../x"], [1], [1] * 1001)),
+    *({"index": index} for index in (-1, 5, 0.5)),
     {"settings": None},
 ]  # fmt: skip
 
@@ -307,7 +308,7 @@ def test_malformed_messages_are_refused(tmp_path, capfd):
         token = client.post("/chats").json()["token"]
         for change in MALFORMED:
             body = json.dumps({"text": "What?", "settings": SETTINGS, **change})
-            response = client.post(f"/chats/{token}/send", content=body)
+            response = client.post(f"/chats/{token}/ask", content=body)
             assert (response.status_code, bool(response.json()["error"])) == (422, True), change
         assert send(client, "still there", token)["turns"].count('class="turn"') == 1
     assert capfd.readouterr().err == ""
@@ -329,7 +330,7 @@ def test_two_tabs_follow_an_answer_until_both_are_closed(monkeypatch):
             return urllib.request.urlopen(f"{page.address}chats/{chat.token}/{path}", data, 30)
 
         body = {"text": "What?", "settings": SETTINGS}
-        sender = threading.Thread(target=request, args=("send", body))
+        sender = threading.Thread(target=request, args=("ask", body))
         sender.start()
         while not chat.is_generating:
             time.sleep(0.02)
@@ -342,7 +343,7 @@ def test_two_tabs_follow_an_answer_until_both_are_closed(monkeypatch):
         assert b'"index": 0' in first.readline()
         assert b'"index": 0' in second.readline()
         with pytest.raises(HTTPError, match="422"):
-            request("send", {"text": "Again?", "settings": SETTINGS})
+            request("ask", {"text": "Again?", "settings": SETTINGS})
         first.close()
         size = len(reply.text)
         for _ in range(30):

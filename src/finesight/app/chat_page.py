@@ -532,24 +532,19 @@ UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
 
-class SettingsRequest(BaseModel, frozen=True):
-    """Request for another answer to the last question."""
+class Question(BaseModel, frozen=True):
+    """Question of a turn.
+
+    Attributes:
+        text: Text; None for that of the turn, which gets another answer.
+        files: Numbers of the images of a new turn.
+        index: Index of an earlier turn, which is replaced; None for a new one.
+    """
 
     settings: ChatSettings
-
-
-class SendRequest(SettingsRequest, frozen=True):
-    """Question, with the numbers of its images."""
-
-    text: Utf8Text
+    text: Utf8Text | None = None
     files: Annotated[list[int], Field(max_length=1000)] = []
-
-
-class EditRequest(SettingsRequest, frozen=True):
-    """New text of an earlier question."""
-
-    text: Utf8Text
-    index: Annotated[int, Field(ge=0)]
+    index: Annotated[int, Field(ge=0)] | None = None
 
 
 def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
@@ -621,21 +616,16 @@ class ChatPage:
             **self.list_chats(chat.browser_id, chat.token),
         }
 
-    async def start_answer(
-        self, chat: StoredChat, settings: ChatSettings, start: Callable[..., ChatTurn]
-    ) -> None:
-        """Start the answer to a question. It is generated until its end, or no tab follows it.
-
-        Args:
-            start: Starts the generation with the options of each model. It runs in a thread.
-        """
+    async def start_answer(self, chat: StoredChat, question: Question) -> None:
+        """Start the answer to a question. It is generated until its end, or no tab follows it."""
         if chat.is_generating:
             text = "An answer of this chat is being generated. Stop it, or wait for its end."
             raise UserError(translate(text))
-        options = self._apply_settings(chat, settings)
+        options = self._apply_settings(chat, question.settings)
         chat.is_generating, chat.error = True, ""
         try:
-            turn = await to_thread.run_sync(start, options, limiter=self._limiter)
+            start = partial(start_turn, chat, question, options)
+            turn = await to_thread.run_sync(start, limiter=self._limiter)
         except BaseException:
             chat.is_generating = False
             raise
@@ -686,9 +676,7 @@ class ChatPage:
         """Return the routes of the page."""
         posts: dict[str, Callable[..., Any]] = {
             "/chats": self.create_chat,
-            "/chats/{token}/send": self._make_answer(SendRequest, send_message),
-            "/chats/{token}/edit": self._make_answer(EditRequest, edit_message),
-            "/chats/{token}/regenerate": self._make_answer(SettingsRequest, regenerate),
+            "/chats/{token}/ask": self.ask,
             "/chats/{token}/undo": self.undo,
             "/chats/{token}/stop": self.stop,
             "/chats/{token}/delete": self.delete,
@@ -745,17 +733,11 @@ class ChatPage:
         events = self.stream(chat)
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
-    def _make_answer(
-        self, model: type[SettingsRequest], start: Callable[..., ChatTurn]
-    ) -> Callable[..., Any]:
-        """Return the request that starts an answer."""
-
-        async def answer(request: Request) -> Response:
-            chat, message = self._find_chat(request), await parse_body(request, model)
-            await self.start_answer(chat, message.settings, partial(start, chat, message))
-            return JSONResponse(await to_thread.run_sync(self.describe, chat))
-
-        return answer
+    async def ask(self, request: Request) -> Response:
+        """Start the answer to a question, and return the conversation."""
+        chat, question = self._find_chat(request), await parse_body(request, Question)
+        await self.start_answer(chat, question)
+        return JSONResponse(await to_thread.run_sync(self.describe, chat))
 
     def undo(self, request: Request) -> Response:
         """Remove the last turn, unless it is being generated, and return its question."""
@@ -804,24 +786,20 @@ class ChatPage:
         return StreamingResponse(chunks, headers=headers, media_type="application/zip")
 
 
-def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
-    """Start the answer to a question."""
-    chat.check_text(message.text)
-    return chat.session.send(message.text, chat.find_images(message.files), options)
-
-
-def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTurn:
-    """Start the answer to the new text of a question. Later turns are removed."""
-    chat.check_text(message.text)
-    removed_turns = chat.session.turns[message.index :]
-    turn = chat.session.edit(message.index, message.text, options)
+def start_turn(
+    chat: StoredChat, question: Question, options: Sequence[GenerationOptions]
+) -> ChatTurn:
+    """Start the answer to a new question, or to an earlier one, whose later turns are removed."""
+    if question.index is None:
+        text = question.text or ""
+        chat.check_text(text)
+        return chat.session.send(text, chat.find_images(question.files), options)
+    removed_turns = chat.session.turns[question.index :]
+    text = removed_turns[0].text if question.text is None and removed_turns else question.text or ""
+    chat.check_text(text)
+    turn = chat.session.edit(question.index, text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
-
-
-def regenerate(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
-    """Start another answer to the last question."""
-    return chat.session.regenerate(options)
 
 
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:

@@ -218,7 +218,7 @@ addEventListener("drop", (event) => {
 // Actions
 
 /** Requests another answer. Returns whether it has started. */
-const ask = async (kind, values) => {
+const ask = async (values) => {
   const chosen = readSettings();
   if (!chosen || isAsking) return false;
   isAsking = true;
@@ -226,7 +226,7 @@ const ask = async (kind, values) => {
     const token = await findChat(), files = await Promise.all((values.files ?? []).map(uploadTo));
     chat = token;
     const body = { ...values, ...(values.files && { files }), settings: chosen };
-    const state = await request(`chats/${token}/${kind}`, body);
+    const state = await request(`chats/${token}/ask`, body);
     if (chat === token) show(state);
   });
   isAsking = false;
@@ -237,7 +237,7 @@ const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  if (!await ask("send", { text, files: sent })) return;
+  if (!await ask({ text, files: sent })) return;
   if (field.value === text) field.value = "";
   detach(sent);
 };
@@ -256,7 +256,7 @@ byId("question").addEventListener("keydown", (event) => {
 });
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
 byId("stop").addEventListener("click", () => attempt(() => request(`chats/${chat}/stop`, {})));
-byId("regenerate").addEventListener("click", () => ask("regenerate", {}));
+byId("regenerate").addEventListener("click", () => ask({ index: byId("turns").children.length - 1 }));
 byId("undo").addEventListener("click", () => attempt(async () => {
   const { text, ...state } = await request(`chats/${chat}/undo`, {});
   show(state);
@@ -281,7 +281,7 @@ const actions = {
     await refresh();
     document.querySelector("#chats summary").focus();
   },
-  edit: ({ index }, text) => ask("edit", { index: Number(index), text }),
+  edit: ({ index }, text) => ask({ index: Number(index), text }),
 };
 
 const showForm = (form, isShown) => {

@@ -419,16 +419,6 @@ def render_turns(chat: StoredChat, turns: Sequence[ChatTurn], first_index: int =
     )
 
 
-def render_chats(current: str, chats: Sequence[StoredChat]) -> str:
-    """Render the list of the conversations of a browser.
-
-    Args:
-        current: Token of the conversation that the page shows.
-    """
-    limit = MAX_CHATS_PER_BROWSER
-    return render_page("chat_list.html", current=current, chats=chats, limit=limit)
-
-
 @lru_cache(maxsize=256)
 def render_answer(answer: str, is_formula: bool) -> Markup | None:
     """Render the formulas or the JSON of an answer; None if it has neither.
@@ -594,26 +584,24 @@ class ChatPage:
             has_thinking=self._default_thinking is not None,
         )
 
-    def list_chats(self, browser_id: str | None, current: str = "") -> dict[str, Any]:
-        """Return the list of conversations, and the token of the latest one."""
-        chats = self._store.list_chats(browser_id)
-        return {
-            "chats": render_chats(current, chats),
-            "num_chats": len(chats),
-            "latest": chats[0].token if chats else "",
-        }
+    def render_chats(self, browser_id: str | None, current: str = "") -> str:
+        """Render the list of the conversations of a browser.
+
+        Args:
+            current: Token of the conversation that the page shows.
+        """
+        chats, limit = self._store.list_chats(browser_id), MAX_CHATS_PER_BROWSER
+        return render_page("chat_list.html", current=current, chats=chats, limit=limit)
 
     def describe(self, chat: StoredChat) -> dict[str, Any]:
         """Return the state of a conversation."""
-        turns = chat.session.turns
         return {
             "token": chat.token,
-            "turns": render_turns(chat, turns),
-            "has_images": any(turn.image_paths for turn in turns),
+            "turns": render_turns(chat, chat.session.turns),
             "is_generating": chat.is_generating,
             "error": chat.error,
             "settings": None if chat.settings is None else chat.settings.model_dump(),
-            **self.list_chats(chat.browser_id, chat.token),
+            "chats": self.render_chats(chat.browser_id, chat.token),
         }
 
     async def start_answer(self, chat: StoredChat, question: Question) -> None:
@@ -715,8 +703,8 @@ class ChatPage:
         return response
 
     def get_chats(self, request: Request) -> Response:
-        """Return the conversations of the browser."""
-        return JSONResponse(self.list_chats(get_browser_id(request)))
+        """Return the list of the conversations of the browser."""
+        return JSONResponse({"chats": self.render_chats(get_browser_id(request))})
 
     def get_chat(self, request: Request) -> Response:
         """Return a conversation."""

@@ -56,14 +56,14 @@ const showButtons = (isGenerating) => {
     && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
 };
 
-const showImageHint = (hasImages) => {
-  byId("image-hint").hidden = !settings.expects_images || hasImages || attachments.length > 0;
+const showImageHint = () => {
+  const hasImages = attachments.length > 0 || document.querySelector(".thumbs") !== null;
+  byId("image-hint").hidden = !settings.expects_images || hasImages;
 };
 
-const showList = ({ chats, num_chats: count }) => {
-  // A new order would move the form of another conversation below the cursor.
-  if (!byId("chat-list").querySelector("form:not([hidden])")) update(byId("chat-list"), parse(chats));
-  byId("num-chats").textContent = count;
+const showList = ({ chats }) => {
+  update(byId("chat-list"), parse(chats));
+  byId("num-chats").textContent = byId("chat-list").querySelectorAll("li").length;
 };
 
 const show = (state) => followEnd(() => {
@@ -75,7 +75,7 @@ const show = (state) => followEnd(() => {
   showList(state);
   byId("export").href = `chats/${chat}/chat.zip`;
   showButtons(state.is_generating);
-  showImageHint(state.has_images);
+  showImageHint();
   if (isOther && state.settings) setSettings(state.settings);
   if (state.error) report(new Error(state.error));
   if (state.is_generating) follow();
@@ -117,7 +117,7 @@ const startNew = () => {
   sessionStorage.setItem("chat", "new");
   byId("turns").replaceChildren();
   showButtons(false);
-  showImageHint(false);
+  showImageHint();
 };
 
 const open = async (token) => show(await request(`chats/${token}`));
@@ -165,7 +165,7 @@ const showAttachments = () => {
       : create("img", { src: one.url, alt: one.file.name }),
     create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
       onclick: () => { detach([one]); byId("question").focus(); } }, "×"))));
-  showImageHint(document.querySelector(".thumbs") !== null);
+  showImageHint();
 };
 
 const detach = (removed) => {
@@ -367,9 +367,9 @@ attempt(async () => {
   // A reload shows the same conversation.
   const known = sessionStorage.getItem("chat");
   startNew();
-  const list = await request("chats");
-  showList(list);
-  for (const token of known === "new" ? [] : [known, list.latest].filter(Boolean)) {
+  showList(await request("chats"));
+  const latest = byId("chat-list").querySelector("[data-token]")?.dataset.token;
+  for (const token of known === "new" ? [] : [known, latest].filter(Boolean)) {
     try {
       await open(token);
       return;

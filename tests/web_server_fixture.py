@@ -12,11 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from browser import DESKTOP_WIDTH, Browser
 
 from finesight.app.chat_page import ChatStore, make_chat_app
-from finesight.app.server import Access, AccessMiddleware, bind_socket, create_server_config
+from finesight.app.server import Access, AccessMiddleware, PageServer, bind_socket
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
@@ -115,7 +114,7 @@ def run_app(
 ) -> Iterator[int]:
     """Run an application in a thread within the block. Yields its port."""
     with listener or bind_socket("127.0.0.1", 0) as bound:
-        server = uvicorn.Server(create_server_config(app, proxies))
+        server = PageServer(app, None, proxies)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:

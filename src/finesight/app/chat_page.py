@@ -223,7 +223,8 @@ class StoredChat:
             what = "{} images; at most {} per question and {} per chat."
             limits = MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
             raise UserError(translate(what, len(numbers), *limits))
-        paths = {image.number: path for path, image in self.images.items()}
+        # Another request may add an image.
+        paths = {image.number: path for path, image in [*self.images.items()]}
         if not paths.keys() >= {*numbers}:
             raise UserError(translate("The images have expired. Add them again."))
         return [paths[number] for number in dict.fromkeys(numbers)]

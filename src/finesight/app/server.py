@@ -285,38 +285,35 @@ HOP_BY_HOP_HEADERS = frozenset(
 
 
 class PageServer(uvicorn.Server):
-    """uvicorn server that first ends the worker processes, for which requests may wait."""
+    """uvicorn server of a page. It first ends the worker processes, for which requests may wait.
 
-    def __init__(self, config: uvicorn.Config, pool: WorkerPool) -> None:
+    Args:
+        trusted_proxies: Addresses of proxies whose header X-Forwarded-For names the client.
+    """
+
+    def __init__(
+        self, app: AccessMiddleware, pool: WorkerPool | None, trusted_proxies: Sequence[str] = ()
+    ) -> None:
+        limits = REQUEST_TIMEOUT_S, SEND_TIMEOUT_S, MAX_CONNECTIONS
+        config = uvicorn.Config(
+            app,
+            http=build_protocol_class(*limits, max_unknown=MAX_UNKNOWN_CONNECTIONS),
+            ws="none",
+            log_level="critical",
+            access_log=False,
+            server_header=False,
+            proxy_headers=bool(trusted_proxies),
+            forwarded_allow_ips=[*trusted_proxies],
+            timeout_graceful_shutdown=1,
+        )
         super().__init__(config)
         self._pool = pool
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the workers, the connections and the listeners."""
-        self._pool.close()
+        if self._pool is not None:
+            self._pool.close()
         await super().shutdown(sockets)
-
-
-def create_server_config(
-    app: AccessMiddleware, trusted_proxies: Sequence[str] = ()
-) -> uvicorn.Config:
-    """Return the settings of the server of a page.
-
-    Args:
-        trusted_proxies: Addresses of proxies whose header X-Forwarded-For names the client.
-    """
-    timeouts = REQUEST_TIMEOUT_S, SEND_TIMEOUT_S
-    return uvicorn.Config(
-        app,
-        http=build_protocol_class(*timeouts, MAX_CONNECTIONS, max_unknown=MAX_UNKNOWN_CONNECTIONS),
-        ws="none",
-        log_level="critical",
-        access_log=False,
-        server_header=False,
-        proxy_headers=bool(trusted_proxies),
-        forwarded_allow_ips=[*trusted_proxies],
-        timeout_graceful_shutdown=1,
-    )
 
 
 def serve_app(
@@ -325,23 +322,20 @@ def serve_app(
     pool: WorkerPool,
     trusted_proxies: Sequence[str] = (),
 ) -> None:
-    """Serve an application until a signal stops the server, which also closes the pool.
-
-    Args:
-        trusted_proxies: See `create_server_config`.
-    """
-    config = create_server_config(app, trusted_proxies)
+    """Serve an application until a signal stops the server, which also closes the pool."""
     # uvicorn raises the signal again at its end, after which the private folder must be deleted.
     previous_handler = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with contextlib.suppress(KeyboardInterrupt):
-            PageServer(config, pool).run(sockets=[listener])
+            PageServer(app, pool, trusted_proxies).run(sockets=[listener])
     finally:
         signal.signal(signal.SIGTERM, previous_handler)
 
 
-def bind_socket(host: str, port: int) -> socket.socket:
-    """Return a socket bound to a host and port."""
+def bind_socket(host: str, port: int, file: Path | None = None) -> socket.socket:
+    """Return a socket bound to a host and port or, with a file, a Unix socket."""
+    if file is not None:
+        return bind_unix_socket(file)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)

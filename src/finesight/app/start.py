@@ -272,13 +272,13 @@ def web(
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
     from finesight.app.chat_page import ChatStore, make_chat_app
-    from finesight.app.server import serve_app
+    from finesight.app.server import bind_socket, serve_app
     from finesight.infer.inference_service import InferenceService
     from finesight.serve.preprocessing_jobs import PromptEncoder
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
-    with bind_page(host, port, socket_file) as listener:
+    with bind_socket(host, port, socket_file) as listener:
         inference_model = load_adapters(run_or_model, adapter or (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
         pool = create_image_pool(inference_model.renderer, PromptEncoder.__module__)
@@ -354,13 +354,6 @@ def studio(
         shown_password = password if is_generated else None
         print_page_address(host, listener, shown_password, open_page=open_page)
         serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
-
-
-def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
-    """Return a socket bound to a host and port, or to the file of a Unix socket."""
-    from finesight.app.server import bind_socket, bind_unix_socket
-
-    return bind_socket(host, port) if file is None else bind_unix_socket(file)
 
 
 def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
@@ -584,11 +577,11 @@ def label(
         if not suggest_only:
             require_extra("label")
             from finesight.app.label_page import make_label_app
-            from finesight.app.server import serve_app
+            from finesight.app.server import bind_socket, serve_app
             from finesight.vision.image_reader import create_image_pool
 
             # A port in use is reported before the suggestions, which take minutes.
-            listener = stack.enter_context(bind_page(host, port, socket_file))
+            listener = stack.enter_context(bind_socket(host, port, socket_file))
         options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
         options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
         with console.activity("reading the samples"):

@@ -176,8 +176,9 @@ const detach = (removed) => {
 
 /** The shown conversation. Its first image or question creates it. */
 const findChat = async () => {
-  created ??= request("chats", {});
-  return chat || (await created).token;
+  if (chat) return chat;
+  created ??= request("chats", {}).catch((error) => { created = null; throw error; });
+  return (await created).token;
 };
 
 /** Uploads an image to the shown conversation, unless it has it. Returns its number. */

@@ -249,7 +249,7 @@ def test_uploads_in_use_are_not_deleted_with_their_data_set(workspace, user):
         import_dataset(folder / "photos", uploads / "b", OPTIONS)
     (uploads / "own.jsonl").touch()
     [dataset] = [one for one in workspace.scan().datasets if one.path == Path("data/a")]
-    workspace.move_to_trash(*workspace.list_deleted(dataset, (), ()))
+    workspace.move_to_trash(*workspace.list_deleted(dataset, ()))
     assert not (folder / "data/a").exists()
     assert uploads.exists() == bool(user)
 

@@ -436,40 +436,15 @@ class Workspace:
         except (OSError, ValueError, yaml.YAMLError):
             return os.path.relpath(root, self.folder) in text
 
-    def list_deleted(
-        self, dataset: WorkspaceDataset, running: Sequence[Path], commands: Sequence[str]
-    ) -> list[Path]:
-        """Return the paths to delete with a data set: its folder, check page and unused uploads.
-
-        Args:
-            commands: Running commands that use the data set.
-
-        Raises:
-            UserError: The data set is in use, contains other items, or is in another folder.
-        """
-        path, uploads, problem = dataset.path, Path("uploads", dataset.path.name), ""
-        expected, remedy = "a data set in the folder data", "delete its folder with another program"
-        if path.parent != Path("data"):
-            problem = f"{path} was not created by the studio"
-        elif items := self._list_inside(path):
-            problem = f"{path} contains {', '.join(map(str, items))}"
-            expected = "a folder with one data set only"
-            remedy = "move the other items to another folder first"
-        elif uses := [*commands, *self.find_uses(path, running)]:
-            problem = f"{path} is used by {', '.join(dict.fromkeys(uses))}"
-            expected = "a data set that nothing uses"
-            remedy = (
-                "stop the command, choose other data in the recipe in the step Plan or"
-                " delete it there, or delete the other data set first"
-            )
-        if problem:
-            raise UserError(problem, where="delete", expected=expected, remedy=remedy)
-        paths, own = [path, dataset.check_page], {f"the data set {path}"}
+    def list_deleted(self, dataset: WorkspaceDataset, running: Sequence[Path]) -> list[Path]:
+        """Return the paths to delete with a data set: its folder, check page and unused uploads."""
+        paths, uploads = [dataset.path, dataset.check_page], Path("uploads", dataset.path.name)
         is_upload = (self.folder / uploads / UPLOAD_MARKER).is_file()
-        is_upload = is_upload and own.issuperset(self.find_uses(uploads, running))
-        return [*paths, uploads] if is_upload and not self._list_inside(uploads) else paths
+        own = {f"the data set {dataset.path}"}
+        is_unused = is_upload and own.issuperset(self.find_uses(uploads, running))
+        return [*paths, uploads] if is_unused and not self.list_inside(uploads) else paths
 
-    def _list_inside(self, folder: Path) -> list[Path]:
+    def list_inside(self, folder: Path) -> list[Path]:
         """Return the data sets, recipes, runs and models in subfolders of a folder."""
         content = Workspace(self.folder / folder).scan()
         items = [dataset.path for dataset in content.datasets]

@@ -185,8 +185,6 @@ def test_unreadable_images_are_deleted_and_unused_ones_give_way(chat, tmp_path, 
     for wrong, words in ((numbers, "expired"), ([1] * 9, "9 images; at most 8")):
         with pytest.raises(UserError, match=words):
             chat.find_images(wrong)
-    with pytest.raises(UserError, match="20001 characters"):
-        chat.check_text("x" * (chat_page.MAX_MESSAGE_CHARS + 1))
 
 
 def test_unused_conversations_give_their_disk_space(store, noise, tmp_path, monkeypatch):

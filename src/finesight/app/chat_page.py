@@ -175,20 +175,11 @@ class StoredChat:
             for reply in turn.replies:
                 reply.cancel()
 
-    def check_text(self, text: str) -> None:
-        """Raise UserError if a message is too long."""
-        if len(text) > MAX_MESSAGE_CHARS:
-            what = "{} characters; at most {} per question."
-            raise UserError(translate(what, len(text), MAX_MESSAGE_CHARS))
-
     async def receive_image(self, request: Request) -> Path:
         """Store the image or video in the body of a request. `add_image` makes it usable."""
         if len(self.images) >= MAX_IMAGES_PER_CHAT:
             self.remove_images([*self.images])
-        if len(self.images) >= MAX_IMAGES_PER_CHAT:
-            what = "{} images; at most {} per question and {} per chat."
-            numbers = len(self.images) + 1, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
-            raise UserError(translate(what, *numbers))
+        _check_count(1, len(self.images) + 1)
         self.last_number += 1
         return await receive_file(
             request,
@@ -219,10 +210,7 @@ class StoredChat:
 
     def find_images(self, numbers: Sequence[int]) -> list[Path]:
         """Return the images of a message. Raises UserError for too many or unknown numbers."""
-        if len(numbers) > MAX_IMAGES_PER_MESSAGE:
-            what = "{} images; at most {} per question and {} per chat."
-            limits = MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT
-            raise UserError(translate(what, len(numbers), *limits))
+        _check_count(len(numbers), len(self.images))
         # Another request may add an image.
         paths = {image.number: path for path, image in [*self.images.items()]}
         if not paths.keys() >= {*numbers}:
@@ -263,6 +251,13 @@ class StoredChat:
         archive.truncate()
         archive.seek(0)
         return archive
+
+
+def _check_count(num_sent: int, num_images: int) -> None:
+    """Raise UserError for too many images of a question or conversation."""
+    if num_sent > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
+        what = "{} images; at most {} per question and {} per chat."
+        raise UserError(translate(what, num_sent, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT))
 
 
 BROWSER_COOKIE = "finesight-browser"
@@ -533,7 +528,7 @@ class Question(BaseModel, frozen=True):
     """
 
     settings: ChatSettings
-    text: Utf8Text | None = None
+    text: Annotated[Utf8Text, Field(max_length=MAX_MESSAGE_CHARS)] | None = None
     files: Annotated[list[int], Field(max_length=1000)] = []
     index: Annotated[int, Field(ge=0)] | None = None
 
@@ -780,12 +775,10 @@ def start_turn(
 ) -> ChatTurn:
     """Start the answer to a new question, or to an earlier one, whose later turns are removed."""
     if question.index is None:
-        text = question.text or ""
-        chat.check_text(text)
-        return chat.session.send(text, chat.find_images(question.files), options)
+        image_paths = chat.find_images(question.files)
+        return chat.session.send(question.text or "", image_paths, options)
     removed_turns = chat.session.turns[question.index :]
     text = removed_turns[0].text if question.text is None and removed_turns else question.text or ""
-    chat.check_text(text)
     turn = chat.session.edit(question.index, text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn

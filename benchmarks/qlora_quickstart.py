@@ -30,7 +30,7 @@ def prepare_quickstart(folder: Path, seed: int) -> Path:
     """Generate and import the tickets of the quickstart. Returns the recipe."""
     from finesight.data.import_source import ImportOptions
     from finesight.data.importer import import_dataset
-    from finesight.operations.quickstart import PROMPT, QuickstartSettings, write_recipe
+    from finesight.operations.init import PROMPT, QuickstartSettings, write_recipe
     from finesight.synth.tickets import TABLE_FILE, TICKET_FIELDS, write_tickets
 
     plan = QuickstartSettings(seed=seed)

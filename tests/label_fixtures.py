@@ -14,8 +14,8 @@ from PIL import Image, ImageDraw
 from starlette.testclient import TestClient
 from web_server_fixture import get_image_pool, run_app
 
-from finesight.app.access import Access
 from finesight.app.label_page import make_label_app
+from finesight.app.server import Access
 from finesight.data.sample import BoxPart, TextPart, read_samples
 from finesight.label.label_session import LabelSession, open_session
 from finesight.label.label_store import LABELS_FILE, AnswerContent, SuggestedPart, Suggestion

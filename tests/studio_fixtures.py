@@ -1,6 +1,8 @@
 """Client and handlers of a studio page without a browser."""
 
 import html
+import json
+import os
 import re
 import secrets
 import shutil
@@ -15,16 +17,15 @@ from pydantic import ValidationError
 from starlette.testclient import TestClient
 from web_server_fixture import get_image_pool
 
-from finesight.app.access import Access
-from finesight.app.jobs import JOB_FILE, Job
-from finesight.app.pages import describe_error
+from finesight.app.jobs import JOB_FILE, LOCK_FILE, OUTCOME_FILE, Job
+from finesight.app.pages import UploadStore, describe_error
+from finesight.app.server import Access
 from finesight.app.studio_page import Form, StudioPage, make_studio_app
 from finesight.app.studio_view import FORMS, Selection, StudioView, name_actions
-from finesight.app.uploads import DiskBudget, UploadStore
 from finesight.app.workspace import Workspace
 from finesight.errors import UserError
 from finesight.report.i18n import use_language
-from finesight.storage import write_file
+from finesight.storage import FileLock, write_file
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def open_client(folder: Path, password: str | None = None) -> Iterator[TestClien
 def make_page(folder: Path, **options: Any) -> StudioPage:
     uploads = folder.parent / "uploads"
     uploads.mkdir(exist_ok=True)
-    store = UploadStore(uploads, DiskBudget(uploads), 1 << 20)
+    store = UploadStore(uploads, 1 << 20)
     return StudioPage(StudioView(Workspace(folder, get_image_pool())), store, **options)
 
 
@@ -58,9 +59,22 @@ def write_job(
     job = Job(folder=job_folder, step=step, arguments=tuple(arguments.split()), **values)
     write_file(job_folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
     write_file(job_folder / "log.txt", log.encode())
-    if exit_code is not None:
-        write_file(job_folder / "exit_code", str(exit_code).encode())
+    if exit_code is None:
+        # As the process of a command does, until the end of the tests.
+        (job_folder / LOCK_FILE).unlink(missing_ok=True)
+        RUNNING.append(FileLock(job_folder / LOCK_FILE, os.O_RDWR | os.O_CREAT))
+        RUNNING[-1].acquire(wait=False)
+    else:
+        write_outcome(job, exit_code)
     return job
+
+
+def write_outcome(job: Job, exit_code: int, **values: Any) -> None:
+    content = json.dumps({"exit_code": exit_code, **values})
+    write_file(job.folder / OUTCOME_FILE, content.encode())
+
+
+RUNNING: list[FileLock] = []
 
 
 def write_recipe(folder: Path, name: str, data: str) -> Path:

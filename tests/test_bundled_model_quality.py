@@ -17,7 +17,7 @@ from finesight.evaluate.generation_eval import evaluate
 from finesight.infer.model_loader import InferenceModel, load_inference_model
 from finesight.infer.prediction import predict
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.quickstart import QuickstartSettings, write_recipe
+from finesight.operations.init import QuickstartSettings, write_recipe
 from finesight.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,7 @@ import pytest
 from module_loader import load_module
 from tiny_model import create_tiny_model
 
-from finesight.operations.quickstart import PROMPT, QuickstartSettings, write_recipe
+from finesight.operations.init import PROMPT, QuickstartSettings, write_recipe
 from finesight.recipe import load_recipe, recipe_from_dict
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

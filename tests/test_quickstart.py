@@ -14,7 +14,7 @@ from tiny_model import create_tiny_model
 from finesight.cli.app import run_command
 from finesight.errors import UserError
 from finesight.model_folder import TINY_MODEL
-from finesight.operations.quickstart import NUM_SHOWN_PREDICTIONS, QuickstartSettings, quickstart
+from finesight.operations.init import NUM_SHOWN_PREDICTIONS, QuickstartSettings, quickstart
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from browser import DESKTOP_WIDTH, Browser
 
-from finesight.app.access import Access, AccessMiddleware
-from finesight.app.chat_page import make_chat_app
-from finesight.app.chat_store import ChatStore
-from finesight.app.server import bind_socket, create_server_config
+from finesight.app.chat_page import ChatStore, make_chat_app
+from finesight.app.server import Access, AccessMiddleware, PageServer, bind_socket
 from finesight.data.sample import BoxPart, ImagePart, LocatedSample
 from finesight.errors import UserError
 from finesight.infer.prediction import Prediction
@@ -117,7 +114,7 @@ def run_app(
 ) -> Iterator[int]:
     """Run an application in a thread within the block. Yields its port."""
     with listener or bind_socket("127.0.0.1", 0) as bound:
-        server = uvicorn.Server(create_server_config(app, proxies))
+        server = PageServer(app, None, proxies)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         try:
@@ -166,9 +163,14 @@ class ChatPageDriver:
 
     def attach_images(self, images: Sequence[Path]) -> None:
         """Attach images to the next question."""
-        self.driver.find_element("css selector", "#files").send_keys("\n".join(map(str, images)))
+        self.choose_files(images)
         count = "document.querySelectorAll('#attachments li').length"
         self.wait_for_script(f"{count} === {len(images)}")
+
+    def choose_files(self, files: Sequence[Path]) -> None:
+        if files:
+            field = self.driver.find_element("css selector", "#files")
+            field.send_keys("\n".join(map(str, files)))
 
     def ask(self, text: str, images: Sequence[Path] = ()) -> None:
         """Submit a question and wait for the answer."""

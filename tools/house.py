@@ -571,7 +571,7 @@ PACKAGE_BUDGETS = (
     PackageBudget(("doctor", "convert", "trainer_settings"), 4_140, 2_700),
     PackageBudget(
         ("cli", "label", "api", "recipe_template", "operations", "app"),
-        13_850,
+        13_682,
         9_300,
     ),
 )

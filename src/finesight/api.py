@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 from finesight.errors import TrainingInterrupted, UserError
 from finesight.operations import dataset, deployment, evaluation, model, responses, training
 from finesight.operations import init as initialize
-from finesight.operations import quickstart as quickstart_workflow
 from finesight.operations.model import IGNORE_INDEX, Encoding, Model, build_question
 from finesight.operations.operation import StrPath, as_function, check_counts, to_name
 
@@ -48,7 +47,7 @@ doctor = as_function(evaluation.doctor)
 train = as_function(training.train)
 launch = as_function(training.launch)
 convert = as_function(training.convert)
-quickstart = as_function(quickstart_workflow.quickstart)
+quickstart = as_function(initialize.quickstart)
 download = as_function(deployment.download)
 merge = as_function(deployment.merge)
 export = as_function(deployment.export)

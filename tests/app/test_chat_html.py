@@ -14,11 +14,11 @@ from web_server_fixture import ScriptedService, get_image_pool
 from finesight.app.chat_page import (
     MAX_FORMULAS,
     ChatPage,
+    ChatStore,
+    StoredChat,
     render_answer,
-    render_chats,
     render_turns,
 )
-from finesight.app.chat_store import ChatStore, StoredChat
 from finesight.data.sample import BoxPart
 from finesight.evaluate.mathml import ALLOWED_ATTRIBUTES, ALLOWED_ELEMENTS
 from finesight.infer.request import GenerationOptions
@@ -110,11 +110,13 @@ def test_rendered_answers_have_only_known_elements(source):
 def test_titles_prompts_and_forms_are_escaped(payload, tmp_path):
     def render(text: str) -> list[tuple[str, dict[str, str | None]]]:
         chat = answer(tmp_path, text, LATEX)
-        pages = [render_turns(chat, chat.session.turns), render_chats(chat.token, [chat])]
         prompts = Manifest.model_construct(metric="latex", prompts=(text,), has_images=False)
         service = ScriptedService(model_names=(text,), manifest=prompts)
         store = ChatStore(service, tmp_path / token_hex(4), get_image_pool())
-        return ParsedPage("".join([*pages, ChatPage(store).render()])).tags
+        chat.browser_id, store._chats[chat.token], page = "a", chat, ChatPage(store)
+        listed = page.render_chats("a", chat.token)
+        assert "data-token" in listed
+        return ParsedPage(render_turns(chat, chat.session.turns) + listed + page.render()).tags
 
     safe = {name for tag, attributes in render("a question") for name in (tag, *attributes)}
     safe |= {"math", *ALLOWED_ELEMENTS, *ALLOWED_ATTRIBUTES}

@@ -1,4 +1,4 @@
-"""Browser tests of the chat page: one flow each."""
+"""Tests of the chat page: stored conversations and limits, requests, and flows in a browser."""
 
 import io
 import json
@@ -14,23 +14,194 @@ from urllib.error import HTTPError
 
 import pytest
 from browser import PHONE_WIDTH, XSS_PAYLOADS, Browser
+from engine_fixtures import write_noise_image
 from PIL import Image
 from service_fixture import run_service, write_shape_image
 from starlette.testclient import TestClient
 from web_server_fixture import ChatPageDriver, ScriptedService, get_image_pool, run_web_page
 
-from finesight.app import chat_page
-from finesight.app.access import Access
-from finesight.app.chat_page import make_chat_app
-from finesight.app.chat_store import BROWSER_COOKIE, ChatStore
+from finesight.app import chat_page, pages
+from finesight.app.chat_page import BROWSER_COOKIE, ChatStore, StoredChat, make_chat_app
+from finesight.app.server import Access
+from finesight.data.image_header import CorruptImageError
 from finesight.data.sample import BoxPart, ImagePart, read_samples
+from finesight.errors import UserError
 from finesight.infer.model_loader import load_inference_model
-from finesight.infer.request import SamplingParams
+from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.manifest import Manifest
 from finesight.model_folder import TINY_MODEL
-from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
+from finesight.serve.preprocessing_jobs import PromptEncoder
 from finesight.vision.image_processing import load_image
 from finesight.vision.image_reader import create_image_pool
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ChatStore:
+    return ChatStore(ScriptedService(), tmp_path / "private", get_image_pool())
+
+
+@pytest.fixture
+def chat(store: ChatStore) -> StoredChat:
+    return store.create("browser")
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> bytes:
+    return write_noise_image(tmp_path / "noise.png", 400, 400).read_bytes()
+
+
+def add(chat: StoredChat, *contents: bytes, name: str = "a.png") -> list[Path]:
+    numbers = []
+    for content in contents:
+        chat.last_number += 1
+        path = chat.folder / f"{chat.last_number}-{name}"
+        path.write_bytes(content)
+        numbers.append(chat.add_image(path))
+    return chat.find_images(numbers)
+
+
+def ask(chat: StoredChat, text: str, *contents: bytes) -> None:
+    turn = chat.session.send(text, add(chat, *contents), [GenerationOptions()])
+    list(turn.replies[0])
+    chat.changed_at = time.monotonic()
+
+
+def age(chat: StoredChat) -> None:
+    """Mark a conversation as not displayed."""
+    chat.used_at = time.monotonic() - chat_page.SHOWN_S - 1
+
+
+def count_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
+def test_images_of_a_browser_leave_space_to_others(store, noise, monkeypatch):
+    client = TestClient(make_chat_app(store, Access()), "http://127.0.0.1")
+
+    def send(browser: str, content: bytes = noise) -> int:
+        headers = {"cookie": f"{BROWSER_COOKIE}={browser * 43}"}
+        token = client.post("/chats", headers=headers).json()["token"]
+        url = f"/chats/{token}/uploads?name=a.png"
+        return client.post(url, content=content, headers=headers).status_code
+
+    assert send("a") == 200
+    monkeypatch.setattr(pages, "MAX_OWNER_BYTES", count_bytes(store._folder) * 5 // 2)
+    assert [send("a"), send("a"), send("b")] == [200, 507, 200]
+    assert send("a", b"no image") == 422
+    monkeypatch.setattr(chat_page, "MAX_IMAGES_PER_CHAT", 0)
+    assert send("b") == 422
+
+
+def test_images_over_the_disk_limit_are_rejected(store, chat, noise, tmp_path, monkeypatch):
+    add(chat, noise)
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", 3 * count_bytes(tmp_path / "private"))
+    files = [*chat.folder.iterdir()]
+    add(chat, noise, noise)
+    with pytest.raises(pages.DiskFullError, match="no disk space"):
+        add(chat, noise)
+    assert len(chat.images) == 3
+    assert len([*chat.folder.iterdir()]) == 3 * len(files)
+    assert count_bytes(tmp_path / "private" / "chats") <= pages.MAX_STORED_BYTES
+
+
+def test_exports_count_until_they_are_closed(chat, noise, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="0 turns"):
+        chat.export_archive()
+    ask(chat, "What?", noise)
+    size = count_bytes(tmp_path / "private")
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", size + 2 * len(noise))
+    archive = chat.export_archive()
+    with pytest.raises(pages.DiskFullError, match="no disk space"):
+        chat.export_archive()
+    archive.close()
+    chat.export_archive().close()
+    assert count_bytes(chat.folder) < size + len(noise)
+
+
+def test_new_conversations_replace_unused_ones(store, monkeypatch):
+    monkeypatch.setattr(chat_page, "MAX_CHATS_PER_BROWSER", 3)
+    monkeypatch.setattr(chat_page, "MAX_CHATS", 5)
+    other = store.create("other browser")
+    ask(other, "Who?")
+    for number in range(5):
+        ask(store.create("browser"), str(number))
+    titles = [chat.display_title for chat in store.list_chats("browser")]
+    assert titles == ["4", "3", "2"]
+    store.find(other.token, "other browser")
+    empty = store.create(None)
+    third = store.create(None)
+    assert [empty in store.list_all(), third in store.list_all()] == [False, True]
+    ask(third, "What?")
+    store.create(None)
+    assert other in store.list_all(), "used after the others"
+    assert len(store.list_all()) == 5
+    # Answers in progress stay.
+    for one in store.list_all():
+        one.is_generating = True
+    with pytest.raises(UserError, match="Wait for the end"):
+        store.create(None)
+    store.list_all()[-1].is_generating = False
+    newest = store.list_all()[-1]
+    store.create(None)
+    assert (newest in store.list_all(), other in store.list_all()) == (False, True)
+
+
+def test_images_are_stored_original_and_shown_without_metadata(chat, tmp_path):
+    image, file = Image.new("RGB", (2 * chat_page.MAX_DISPLAY_SIDE, 40)), tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    exif[0x010E] = "a secret place"
+    image.save(file, exif=exif)
+    [stored] = add(chat, file.read_bytes(), name="a.jpg")
+    assert stored.read_bytes() == file.read_bytes()
+    shown = chat.images[stored]
+    assert (shown.width, shown.height) == (40, 2 * chat_page.MAX_DISPLAY_SIDE)
+    with Image.open(shown.display_path) as copy:
+        assert copy.size == (20, chat_page.MAX_DISPLAY_SIDE)
+        assert not copy.getexif()
+    assert b"secret" not in shown.display_path.read_bytes()
+    # Another image of the same name does not replace it.
+    other = write_noise_image(tmp_path / "b.png", 30, 30).read_bytes()
+    assert add(chat, other)[0].read_bytes() == other
+    assert stored.read_bytes() == file.read_bytes()
+
+
+def test_unreadable_images_are_deleted_and_unused_ones_give_way(chat, tmp_path, monkeypatch):
+    image = write_noise_image(tmp_path / "a.png", 30, 30).read_bytes()
+    bomb = tmp_path / "bomb.png"
+    Image.new("1", (10_000, 10_000)).save(bomb)
+    assert bomb.stat().st_size < 20_000
+    for content, words in (
+        (bomb.read_bytes(), "100000000"),
+        (b"<svg onload=alert(1)>", "not an image"),
+    ):
+        with pytest.raises(CorruptImageError, match=words):
+            add(chat, content)
+    assert ([*chat.folder.iterdir()], chat.images) == ([], {})
+    ask(chat, "What?", image)
+    numbers = [chat.images[path].number for path in add(chat, image)]
+    chat.remove_images([*chat.images])
+    assert len(chat.images) == 1
+    for wrong, words in ((numbers, "expired"), ([1] * 9, "9 images; at most 8")):
+        with pytest.raises(UserError, match=words):
+            chat.find_images(wrong)
+
+
+def test_unused_conversations_give_their_disk_space(store, noise, tmp_path, monkeypatch):
+    chats = [store.create(f"browser {number}") for number in range(3)]
+    for chat in chats:
+        ask(chat, "What?", noise)
+    for chat in chats[:2]:
+        age(chat)
+        time.sleep(0.001)
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", count_bytes(tmp_path / "private"))
+    add(chats[2], noise)
+    assert [chat.folder.exists() for chat in chats] == [False, True, True]
+    add(chats[2], noise)
+    with pytest.raises(pages.DiskFullError):
+        add(chats[2], noise)
+    assert [chat.folder.exists() for chat in chats] == [False, False, True]
+
 
 PASSWORD = "right-password"
 
@@ -173,7 +344,8 @@ def test_stop_regenerate_and_undo(browser, image_paths):
 
 def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
     clip = pytest.importorskip("video_fixtures").write_video(tmp_path / "clip.mp4")
-    pool = create_image_pool(load_inference_model(TINY_MODEL, "cpu").renderer, encode_prompt)
+    renderer = load_inference_model(TINY_MODEL, "cpu").renderer
+    pool = create_image_pool(renderer, PromptEncoder.__module__)
     with (
         closing(pool),
         run_service(TINY_MODEL, PromptEncoder(pool).encode) as service,
@@ -200,7 +372,7 @@ def test_video_is_shown_and_answered(browser, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "without")
     with closing(create_image_pool()) as pool, run_web_page(ScriptedService(), pool=pool) as page:
         visit = ChatPageDriver(browser, page.address)
-        visit.submit("What is shown?", [clip])
+        visit.choose_files([clip])
         visit.wait_for_script("return !document.querySelector('#error').hidden;")
         assert "pip install 'finesight[video]'" in visit.read_texts("#error")[0]
 
@@ -235,7 +407,9 @@ def test_html_payloads_and_errors_are_shown_as_text(browser, tmp_path):
             ("refuse", [], "<b>refused</b>"),
         ):
             visit = ChatPageDriver(browser, page.address)
-            visit.submit(question, images)
+            visit.choose_files(images)
+            if not images:
+                visit.submit(question)
             visit.wait_for_script("return !document.querySelector('#error').hidden;")
             assert text in visit.read_texts("#error")[0]
             assert visit.count_turns() == 0
@@ -256,7 +430,7 @@ def send(client: TestClient, text: str, token: str = "", **values: Any) -> Any:
     """Send a question, and return the state at the end of the answer."""
     token = token or client.post("/chats").json()["token"]
     body = {"text": text, "settings": SETTINGS, **values}
-    response = client.post(f"/chats/{token}/send", json=body)
+    response = client.post(f"/chats/{token}/ask", json=body)
     assert response.status_code == 200, response.text
     return read_state(client, token)
 
@@ -275,10 +449,10 @@ def test_requests_reach_no_conversation_of_another_browser(tmp_path):
         for cookies in ({}, {BROWSER_COOKIE: "a" * 43}):
             client.cookies.clear()
             client.cookies.update(cookies)
-            assert client.get("/chats").json()["num_chats"] == 0
+            assert "data-token" not in client.get("/chats").json()["chats"]
             for path in ("", "/stream", "/chat.zip"):
                 assert client.get(f"/chats/{token}{path}").status_code == 404
-            for name in ("send", "edit", "regenerate", "undo", "stop", "delete"):
+            for name in ("ask", "uploads", "undo", "stop", "delete"):
                 assert client.post(f"/chats/{token}/{name}", json=body).status_code == 404
         client.cookies.clear()
         # Without cookies, the token is the secret.
@@ -295,7 +469,8 @@ MALFORMED = [
         *(("system_prompt", "x" * 20_001), ("unknown", 1)),
     )),
     *({"text": text} for text in (None, 1, "\ud800", "x" * 20_001, "")),
-    *({"files": files} for files in ("x", [None], ["../x"], ["x" * 101], ["a" * 32])),
+    *({"files": files} for files in ("x", [None], ["../x"], [1], [1] * 1001)),
+    *({"index": index} for index in (-1, 5, 0.5)),
     {"settings": None},
 ]  # fmt: skip
 
@@ -305,7 +480,7 @@ def test_malformed_messages_are_refused(tmp_path, capfd):
         token = client.post("/chats").json()["token"]
         for change in MALFORMED:
             body = json.dumps({"text": "What?", "settings": SETTINGS, **change})
-            response = client.post(f"/chats/{token}/send", content=body)
+            response = client.post(f"/chats/{token}/ask", content=body)
             assert (response.status_code, bool(response.json()["error"])) == (422, True), change
         assert send(client, "still there", token)["turns"].count('class="turn"') == 1
     assert capfd.readouterr().err == ""
@@ -327,7 +502,7 @@ def test_two_tabs_follow_an_answer_until_both_are_closed(monkeypatch):
             return urllib.request.urlopen(f"{page.address}chats/{chat.token}/{path}", data, 30)
 
         body = {"text": "What?", "settings": SETTINGS}
-        sender = threading.Thread(target=request, args=("send", body))
+        sender = threading.Thread(target=request, args=("ask", body))
         sender.start()
         while not chat.is_generating:
             time.sleep(0.02)
@@ -340,7 +515,7 @@ def test_two_tabs_follow_an_answer_until_both_are_closed(monkeypatch):
         assert b'"index": 0' in first.readline()
         assert b'"index": 0' in second.readline()
         with pytest.raises(HTTPError, match="422"):
-            request("send", {"text": "Again?", "settings": SETTINGS})
+            request("ask", {"text": "Again?", "settings": SETTINGS})
         first.close()
         size = len(reply.text)
         for _ in range(30):

@@ -1,25 +1,442 @@
-"""Requests under a prefix reach the page of a job over a Unix socket."""
+"""Tests of the server of the pages: sign-in, origins, limits, uploads, and pages of jobs."""
 
 import contextlib
+import http.client
+import json
+import re
+import secrets
+import select
+import socket
+import stat
+import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import quote
 
 import pytest
 import uvicorn
+from case_files import load_cases
+from each_value import each
+from label_fixtures import open_fields_session
+from PIL import Image
+from service_fixture import run_service
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
+from studio_fixtures import make_page
+from tiny_task import ANSWER, THOUGHT
+from web_server_fixture import RunningWebPage, ScriptedService, get_image_pool, run_web_page
 
-from finesight.app.access import Access, AccessMiddleware
+from finesight.app import pages, server
+from finesight.app.chat_page import (
+    BROWSER_COOKIE,
+    BROWSER_COOKIE_AGE_S,
+    MAX_FILE_BYTES,
+    ChatStore,
+    make_chat_app,
+    render_turns,
+)
+from finesight.app.label_page import make_label_app
 from finesight.app.pages import PREFIX_HEADER, create_app
-from finesight.app.server import bind_unix_socket, make_proxy_route
+from finesight.app.server import (
+    MAX_MESSAGE_BYTES,
+    Access,
+    AccessMiddleware,
+    bind_unix_socket,
+    make_proxy_route,
+)
+from finesight.app.studio_page import make_studio_app
+from finesight.encode.family import ThinkingOptions
 from finesight.errors import UserError
+from finesight.infer.request import GenerationOptions
 
-PASSWORD = "correct horse battery"
+CASES = load_cases("access")
+PASSWORD = "right-password"
+SIGN_IN = f"password={PASSWORD}".encode()
+CHATS, UPLOADS = "/chats", "/chats/a/uploads"
+SETTINGS: dict[str, Any] = {"max_new_tokens": 60}
+
+
+@pytest.fixture(scope="module")
+def open_page() -> Iterator[RunningWebPage]:
+    with run_web_page(ScriptedService()) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def locked_page() -> Iterator[RunningWebPage]:
+    with run_web_page(ScriptedService(), password=PASSWORD, loopback=False) as page:
+        yield page
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+
+def connect(page, address=""):
+    source = (address, 0) if address else None
+    return contextlib.closing(
+        http.client.HTTPConnection("127.0.0.1", page.port, timeout=20, source_address=source)
+    )
+
+
+def ask(page, method, path, body=None, **headers):
+    named = {name.replace("_", "-"): value for name, value in headers.items()}
+    with connect(page) as connection:
+        connection.request(method, path, body, named)
+        answer = connection.getresponse()
+        given = {name.lower(): value for name, value in answer.getheaders()}
+        return Reply(answer.status, given, answer.read())
+
+
+def sign_in(page: RunningWebPage, **headers: str) -> str:
+    """Return the cookie of a session."""
+    right = ask(page, "POST", "/sign-in", SIGN_IN, **headers)
+    assert right.status == 303
+    return right.headers["set-cookie"].split(";")[0]
+
+
+def create_chat(page: RunningWebPage) -> str:
+    """Create a conversation, and return its path."""
+    return f"{CHATS}/{json.loads(ask(page, 'POST', CHATS, b'{}').body)['token']}"
+
+
+def start_upload(page: RunningWebPage, link: socket.socket, size: int, content: bytes) -> None:
+    """Send the start of an upload with this content length."""
+    request = (
+        f"POST {create_chat(page)}/uploads?name=a.png HTTP/1.1\r\nhost: 127.0.0.1:{page.port}\r\n"
+        f"content-length: {size}\r\n\r\n"
+    )
+    link.sendall(request.encode() + content)
+
+
+def converse(page: RunningWebPage, text: str, *files: bytes, thinking: bool = False) -> str:
+    """Submit a question like the page, and return the answer."""
+    chat, numbers = create_chat(page), []
+    for file in files:
+        uploaded = ask(page, "POST", f"{chat}/uploads?name={quote(text)}", file)
+        numbers.append(json.loads(uploaded.body)["number"])
+    settings = {**SETTINGS, "thinking": thinking}
+    body = json.dumps({"text": text, "files": numbers, "settings": settings}).encode()
+    sent = ask(page, "POST", f"{chat}/ask", body)
+    assert sent.status == 200, sent.body
+    assert ask(page, "GET", f"{chat}/stream").status == 200
+    stored = page.store.find(chat.rpartition("/")[2], None)
+    return stored.session.turns[-1].replies[0].text
+
+
+def test_wrong_password_or_cookie_is_rejected(locked_page):
+    wrong = ask(locked_page, "POST", "/sign-in", b"password=wrong")
+    assert (wrong.status, "set-cookie" in wrong.headers) == (401, False)
+    for value in ("", "x", PASSWORD, "é"):
+        cookie = f"finesight-chat-{locked_page.port}={value}".encode().decode("latin-1")
+        assert ask(locked_page, "GET", "/chats", cookie=cookie).status == 401
+    # The query is kept over the sign-in. The form is sent to the address of the page.
+    query = "?step=results&run=runs%2Fa"
+    assert ask(locked_page, "GET", f"/{query}").headers["location"] == f"sign-in{query}"
+    assert b"action=" not in ask(locked_page, "GET", f"/sign-in{query}").body
+    right = ask(locked_page, "POST", f"/sign-in{query}", SIGN_IN)
+    assert (right.status, right.headers["location"]) == (303, f"./{query}")
+    cookie, *marks = right.headers["set-cookie"].split("; ")
+    assert {"HttpOnly", "SameSite=strict"} <= set(marks)
+    assert ask(locked_page, "GET", "/chats", cookie=cookie).status == 200
+
+
+@pytest.mark.parametrize("proxies", [(), ("127.0.0.1",), ("10.0.0.1",)])
+def test_wrong_passwords_have_a_budget_and_the_owner_is_admitted(monkeypatch, proxies):
+    monkeypatch.setattr(server, "FAILED_LOGIN_DELAY_S", 0)
+
+    def guess(address: str, **headers: str) -> int:
+        with connect(page, address) as connection:
+            connection.request("POST", "/sign-in", b"password=wrong", headers)
+            answer = connection.getresponse()
+            assert (answer.getheader("retry-after") is None) == (answer.status == 401)
+            return answer.status
+
+    with run_web_page(ScriptedService(), password=PASSWORD, proxies=proxies) as page:
+        cookie = sign_in(page)
+        # One address has a smaller budget. Only a trusted proxy names the address of its client.
+        names = [{"x-forwarded-for": f"1.2.3.4, 5.6.7.{i}"} for i in range(12)]
+        statuses = [guess("127.0.0.1", **headers) for headers in names]
+        assert statuses.count(401) == (12 if "127.0.0.1" in proxies else 10)
+        statuses += [guess(f"127.7.{i % 9}.{i}") for i in range(1, 30)]
+        assert (statuses.count(401), statuses.count(429)) == (30, 11)
+        sign_in(page)
+        assert ask(page, "GET", "/chats", cookie=cookie).status == 200
+
+
+def test_half_sent_requests_keep_nobody_out(monkeypatch):
+    monkeypatch.setattr(server, "MAX_UNKNOWN_CONNECTIONS", 5)
+    monkeypatch.setattr(server, "REQUEST_TIMEOUT_S", 0.5)
+    post = b"POST /sign-in HTTP/1.1\r\nhost: x\r\ncontent-length: 9\r\n\r\npass"
+    starts = (b"", b"GET / HT", b"GET / HTTP/1.1\r\nhost: x\r\n", post)
+    with (
+        run_web_page(ScriptedService(), password=PASSWORD) as page,
+        contextlib.ExitStack() as stack,
+    ):
+        links = []
+        for index in range(20):
+            link = socket.create_connection(("127.0.0.1", page.port), timeout=20)
+            links.append(stack.enter_context(link))
+            link.sendall(starts[index % 4])
+        cookie = sign_in(page)
+        assert ask(page, "GET", "/chats", cookie=cookie).status == 200
+        for link in links:
+            with contextlib.suppress(ConnectionResetError):
+                assert link.recv(100) == b""
+        # So are those of known clients, and bodies in tiny chunks, which take long to parse.
+        head = f"host: 127.0.0.1:{page.port}\r\ncookie: {cookie}\r\n".encode()
+        post = b"POST /chats HTTP/1.1\r\n" + head + b"transfer-encoding: chunked\r\n\r\n"
+        for content in (b"GET /ch", post + b"1\r\na\r\n" * 1001):
+            link = socket.create_connection(("127.0.0.1", page.port), timeout=20)
+            with link, contextlib.suppress(ConnectionResetError):
+                link.sendall(b"GET /chats HTTP/1.1\r\n" + head + b"\r\n")
+                assert b"200 OK" in link.recv(1 << 16)
+                link.sendall(content)
+                while link.recv(1 << 16):
+                    pass
+
+
+def test_other_hosts_and_origins_are_rejected(open_page):
+    hosts = ("evil.example", "127.0.0.1.evil.example:1", "", "[::2]:80", "[", "[::1]evil.example")
+    for host in hosts:
+        assert ask(open_page, "GET", "/chats", host=host).status in (400, 403), host
+    for origin in ("http://evil.example", "null", "http://127.0.0.1:1"):
+        for path in (CHATS, UPLOADS):
+            assert ask(open_page, "POST", path, b"{}", origin=origin).status == 403, origin
+    for mode, status in (("no-cors", 403), ("navigate", 200)):
+        site = {"sec_fetch_site": "cross-site", "sec_fetch_mode": mode}
+        assert ask(open_page, "GET", "/chats", **site).status == status
+    # Another name needs a password. Forwarding headers are not believed.
+    refused = ask(open_page, "GET", "/", **BEHIND_PROXY)
+    assert (refused.status, b"password" in refused.body) == (403, True)
+    forged = {"x_forwarded_host": "evil.example"}
+    assert b"evil.example" not in ask(open_page, "GET", "/", **forged).body
+
+
+@each(("host", "origin", "status"), CASES["test_origin_must_have_the_host_and_port_of_the_request"])
+def test_origin_must_have_the_host_and_port_of_the_request(locked_page, host, origin, status):
+    for forwarded in ({}, {"x_forwarded_host": "evil.example", "x_forwarded_proto": "https"}):
+        headers = {"host": host, "origin": origin} | forwarded
+        answer = ask(locked_page, "POST", "/sign-in", SIGN_IN, **headers)
+        assert answer.status == status
+        is_secure = "Secure" in answer.headers.get("set-cookie", "")
+        assert is_secure == (status == 303 and origin.startswith("https:"))
+
+
+BEHIND_PROXY = {"host": "chat.example.com", "origin": "https://chat.example.com"}
+
+
+def test_request_body_limits(open_page):
+    much = b"x" * (MAX_MESSAGE_BYTES + 1)
+    assert ask(open_page, "POST", CHATS, much).status == 413
+    for path, limit in ((UPLOADS, MAX_FILE_BYTES), (CHATS, MAX_MESSAGE_BYTES)):
+        length = {"content_length": str(limit + 1)}
+        assert ask(open_page, "POST", path, b"", **length).status == 413
+    chunks = iter([b"x" * 65536] * (MAX_MESSAGE_BYTES // 65536 + 2))
+    with (
+        connect(open_page) as connection,
+        contextlib.suppress(BrokenPipeError, ConnectionResetError),
+    ):
+        connection.request("POST", "/sign-in", chunks, encode_chunked=True)
+        assert connection.getresponse().status in (303, 413)
+
+
+def test_every_response_has_security_headers_and_loads_no_external_resources(open_page):
+    for path in ("/", "/chats", "/static/chat.css", "/no", "/sign-in"):
+        headers = ask(open_page, "GET", path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["cross-origin-resource-policy"] == "same-origin"
+        policy = headers["content-security-policy"]
+        assert "default-src 'none'" in policy
+        assert "script-src 'self';" in policy
+    # Python converts no number of so many digits.
+    assert ask(open_page, "GET", f"/images/a/{'9' * 5000}").status == 414
+    text = ask(open_page, "GET", "/").body.decode()
+    assert re.findall(r"<(?:script|link|img)[^>]*(?:src|href)=\"(https?:[^\"]*)", text) == []
+
+
+def test_server_opens_no_external_connections():
+    tried: list[Any] = []
+    watching = [True]
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        if watching and event in ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname"):
+            tried.append(arguments[-1] if event == "socket.connect" else arguments[0])
+
+    sys.addaudithook(watch)  # for the rest of the process; `watching` turns it off
+    try:
+        with run_web_page(ScriptedService()) as page:
+            assert ask(page, "GET", "/").status == 200
+            assert converse(page, "http://93.184.216.34/x.png") != ""
+    finally:
+        watching.clear()
+    hosts = {one[0] if isinstance(one, tuple) else one for one in tried}
+    assert hosts, "the watch saw nothing, not even the test's own requests"
+    assert hosts <= {"127.0.0.1", "localhost", "::1"}, hosts
+
+
+def test_files_are_stored_in_a_private_temp_folder(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+    with run_web_page(ScriptedService()) as page:
+        for name in ("a.png", "b.png"):
+            assert converse(page, name, content) == name
+        assert stat.S_IMODE(page.folder.stat().st_mode) == 0o700
+        assert any(page.folder.rglob("*.png")), "nothing was sent"
+        files = list((tmp_path / "temp").rglob("*.png"))
+        assert all(page.folder in file.parents for file in files), files
+    assert not page.folder.exists()
+
+
+def test_malformed_json_is_refused_without_a_traceback(open_page, capfd):
+    token = open_page.store.create(None).token
+    for body in (b"", b"{", b"\xff", b"null", b"[" * 100_000, b"9" * 5000):
+        assert ask(open_page, "POST", f"{CHATS}/{token}/ask", body).status == 422, body[:20]
+    for path in (f"static/{'a' * 1900}", f"chats/{'a' * 1900}", "chats/%00%ff/stream"):
+        assert ask(open_page, "GET", f"/{path}").status == 404, path
+    with socket.create_connection(("127.0.0.1", open_page.port)) as link:
+        start_upload(open_page, link, 1000, b"x" * 100)
+    assert converse(open_page, "still there") == "still there"
+    assert capfd.readouterr().err == ""
+
+
+def test_concurrent_uploads_keep_the_limit(monkeypatch):
+    monkeypatch.setattr(pages, "MAX_STORED_BYTES", 1_000_000)
+    size = 300_000
+    with run_web_page(ScriptedService()) as page, contextlib.ExitStack() as stack:
+        links = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", page.port), timeout=20))
+            for _ in range(8)
+        ]
+        for link in links:
+            start_upload(page, link, size, secrets.token_bytes(size // 2))
+        # All start before the first one ends.
+        waiting, statuses = set(links), []
+        while readable := select.select(waiting, [], [], 20 if len(statuses) < 5 else 0.5)[0]:
+            waiting -= set(readable)
+            statuses += [int(link.recv(12).split()[1]) for link in readable]
+        assert statuses == [507] * 5
+        # Before the others leave: the page deletes what they have sent.
+        files = [file for file in page.folder.rglob("*") if file.is_file()]
+        assert 0 < sum(file.stat().st_size for file in files) < 1_000_000
+        stack.close()
+        # What was reserved for those that have left is free again.
+        deadline = time.monotonic() + 20
+        path = f"{create_chat(page)}/uploads?name=a.png"
+        while ask(page, "POST", path, b"x" * 500_000).status != 422:
+            assert time.monotonic() < deadline, "the space of aborted uploads is not free"
+            time.sleep(0.05)
+
+
+def test_upload_that_stops_is_ended(monkeypatch):
+    monkeypatch.setattr(server, "UPLOAD_IDLE_TIMEOUT_S", 0.2)
+    with (
+        run_web_page(ScriptedService()) as page,
+        socket.create_connection(("127.0.0.1", page.port), timeout=20) as link,
+    ):
+        start_upload(page, link, 1000, b"")
+        assert b" 408 " in link.recv(100)
+
+
+@pytest.mark.parametrize("default", [None, False, True])
+def test_page_selects_the_thinking_mode(default):
+    service = ScriptedService(default_thinking=default)
+    with run_web_page(service) as page:
+        for chosen in (True, False):
+            converse(page, "What?", thinking=chosen)
+            expected = None if default is None else chosen
+            assert service.requests[-1].thinking == ThinkingOptions(enable_thinking=expected)
+
+
+def test_page_shows_reasoning_of_a_run(thinking_run):
+    with run_service(str(thinking_run)) as service, run_web_page(service) as page:
+        chat = page.store.create(None)
+        for thinks in (True, False):
+            assert converse(page, "Which colour?", thinking=thinks) == ANSWER
+            options = GenerationOptions(thinking=ThinkingOptions(enable_thinking=thinks))
+            turn = chat.session.send("Which colour?", [], [options])
+            list(turn.replies[0])
+            shown = render_turns(chat, [turn])
+            assert ANSWER in shown
+            assert ("<summary>Reasoning</summary>" in shown) == (THOUGHT in shown) == thinks
+
+
+def test_browser_id_is_secret_and_lasts(open_page, locked_page):
+    assert "set-cookie" not in ask(locked_page, "GET", "/").headers, "before the sign-in"
+    assert "set-cookie" not in ask(open_page, "GET", "/chats").headers
+    cookies = [ask(open_page, "GET", "/").headers["set-cookie"] for _ in range(2)]
+    values = {re.fullmatch(rf"{BROWSER_COOKIE}=([\w-]{{43}}); (.*)", one)[1] for one in cookies}
+    assert len(values) == 2
+    given, *marks = cookies[0].split("; ")
+    # Lax: a link from another site must not lead to a new ID.
+    assert {"HttpOnly", "SameSite=lax", f"Max-Age={BROWSER_COOKIE_AGE_S}"} <= set(marks)
+    assert "set-cookie" not in ask(open_page, "GET", "/", cookie=given).headers
+    for odd in ("", "x", "a" * 42, "a" * 44, "../" * 15):
+        cookie = f"{BROWSER_COOKIE}={odd}"
+        assert "set-cookie" in ask(open_page, "GET", "/", cookie=cookie).headers
+
+
+ACCESS = Access("right-password")
+
+PREFIX = {PREFIX_HEADER: "/pages/1"}
+
+
+def make_chat(folder: Path) -> AccessMiddleware:
+    return make_chat_app(ChatStore(ScriptedService(), folder / "chat", get_image_pool()), ACCESS)
+
+
+def make_label(folder: Path) -> AccessMiddleware:
+    session = open_fields_session(folder)
+    with closing(session.store):
+        return make_label_app(session, ACCESS, get_image_pool())
+
+
+def make_studio(folder: Path) -> AccessMiddleware:
+    return make_studio_app(make_page(folder / "work"), ACCESS)
+
+
+@pytest.mark.parametrize("make", [make_chat, make_label, make_studio])
+def test_routes_need_the_sign_in(tmp_path: Path, make: Callable[[Path], AccessMiddleware]) -> None:
+    app = make(tmp_path)
+    assert isinstance(app.app, Starlette)
+    routes = [route for route in app.app.routes if isinstance(route, Route)]
+    assert len(routes) == len(app.app.routes) > 5
+    client = TestClient(app, "http://127.0.0.1", follow_redirects=False)
+    for route in routes:
+        path = re.sub(r"{.*?}", "1", route.path)
+        for method in sorted(route.methods or ()):
+            answer = client.request(method, path)
+            if path == "/static/1":
+                assert answer.status_code == 404
+            elif path == "/":
+                assert (answer.status_code, answer.headers["location"]) == (303, "sign-in")
+            else:
+                assert answer.status_code == 401, (method, path)
+    assert client.get("/favicon.ico").status_code == 204
+
+
+@pytest.mark.parametrize(("make", "step"), [(make_chat, "chat"), (make_label, "label")])
+def test_pages_of_jobs_link_to_their_studio(tmp_path, make, step):
+    client = TestClient(make(tmp_path), "http://127.0.0.1")
+    client.post("/sign-in", data={"password": ACCESS.password})
+    link = f'href="../../?step={step}"'
+    assert link in client.get("/", headers=PREFIX).text
+    assert link not in client.get("/").text
+    train_link = "../../?step=plan&amp;data="
+    assert (train_link in client.get("/", headers=PREFIX).text) == (step == "label")
 
 
 async def describe(request: Request) -> Response:

@@ -23,6 +23,7 @@ from studio_fixtures import (
     read_live,
     store_upload,
     write_job,
+    write_outcome,
     write_recipe,
 )
 
@@ -392,7 +393,7 @@ def test_names_of_fields_in_messages_are_labels_of_the_page(folder, page):
 @pytest.mark.parametrize(("step", "arguments", "error", "shown"), CASES["errors_of_commands"])
 def test_errors_of_commands_name_fields_and_steps(folder, step, arguments, error, shown):
     job = write_job(folder, step, arguments, log="finesight train is fun")
-    write_file(job.folder / "outcome.json", json.dumps({"error": error}).encode())
+    write_outcome(job, 2, error=error)
     page = html.unescape(read_live(folder, f"step={step}&lang=en")["bottom"])
     assert shown in re.findall(r'<p class="error"[^>]*>(.*?)</p>', page, re.DOTALL)[0]
     assert "finesight train is fun</pre>" in page
@@ -405,9 +406,8 @@ def follow(page: StudioPage, query: str, operation: str) -> dict[str, str]:
     return dict(parse_qsl(urlsplit(url).query))
 
 
-def write_outcome(job: Job, *steps: Step) -> None:
-    content = {"next_steps": [asdict(step) for step in steps]}
-    write_file(job.folder / "outcome.json", json.dumps(content).encode())
+def write_steps(job: Job, *steps: Step) -> None:
+    write_outcome(job, 0, next_steps=[asdict(step) for step in steps])
 
 
 def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
@@ -415,7 +415,7 @@ def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
     query = "step=check&data=data/a&lang=en&job=1"
     job = write_job(folder, "check", "check data/a/data.jsonl", exit_code=0, target="data/a")
     fix = {"sources": ["data/a/data.jsonl"], "fix": "b"}
-    write_outcome(job, Step("check", fix), Step("plan", {"recipe": "r"}))
+    write_steps(job, Step("check", fix), Step("plan", {"recipe": "r"}))
     assert read_live(folder, query)["bottom"].count('data-action="follow"') == 1
     assert follow(page, query, "check")["data"] == "data/a-fixed"
     assert started == [["check", "data/a/data.jsonl", "--fix", "data/a-fixed"]]
@@ -426,7 +426,7 @@ def test_proposals_of_commands_are_followed_by_buttons(folder, page, started):
     os.utime(recipe, (0, 0))
     job = write_job(folder, "plan", "plan mine.yaml", exit_code=0, target="mine.yaml")
     overrides = ["train.pack_tokens=2048", "tune.quantize.nf4=[language]"]
-    write_outcome(job, Step("train", {"recipe": "mine.yaml", "overrides": overrides}))
+    write_steps(job, Step("train", {"recipe": "mine.yaml", "overrides": overrides}))
     query = "step=plan&recipe=mine.yaml&lang=zh&job=1"
     assert "使用这些设置" in read_live(folder, query)["bottom"]
     assert follow(page, query, "train")["recipe"] == "mine.yaml"

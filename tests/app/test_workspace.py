@@ -13,7 +13,6 @@ from case_files import load_cases
 from studio_fixtures import click_button, write_job, write_recipe
 from web_server_fixture import get_image_pool
 
-from finesight.app import workspace as workspace_module
 from finesight.app.workspace import UPLOAD_MARKER, Workspace, WorkspaceDataset, as_argument
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
@@ -164,7 +163,7 @@ def test_ambiguous_folders_of_an_uploaded_table_are_refused(workspace):
 
 def test_names_in_a_table_that_no_file_can_have_are_left_to_the_import(workspace, monkeypatch):
     # Workers read tables, which may be bombs.
-    monkeypatch.setattr(workspace_module, "open_row_file", None)
+    monkeypatch.setattr("finesight.data.row_reader.open_row_file", None)
     table, image = workspace.folder.parent / "t.jsonl", workspace.folder / "photos/00.png"
     names = ("a\0/00.png", "a\ud800/00.png", "a" * 300 + "/00.png", "t.jsonl/00.png", "../00.png")
     for number, name in enumerate(names):
@@ -250,7 +249,7 @@ def test_uploads_in_use_are_not_deleted_with_their_data_set(workspace, user):
         import_dataset(folder / "photos", uploads / "b", OPTIONS)
     (uploads / "own.jsonl").touch()
     [dataset] = [one for one in workspace.scan().datasets if one.path == Path("data/a")]
-    workspace.move_to_trash(*workspace.list_deleted(dataset, (), ()))
+    workspace.move_to_trash(*workspace.list_deleted(dataset, ()))
     assert not (folder / "data/a").exists()
     assert uploads.exists() == bool(user)
 

@@ -1,22 +1,34 @@
-"""Chat page: HTML, JSON requests for conversations, and event streams of answers."""
+"""Chat page: HTML, JSON requests for conversations, and event streams of answers.
+
+A conversation has a private folder. It belongs to one browser, which a cookie identifies, and is
+kept until it is deleted, replaced or the server stops. Without cookies, its secret token gives
+access.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
+import threading
+import time
 import traceback
+import zipfile
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Annotated, Any
+from pathlib import Path
+from typing import IO, Annotated, Any
 
 from anyio import CapacityLimiter, to_thread
 from markupsafe import Markup
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, FiniteFloat
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import (
@@ -28,38 +40,337 @@ from starlette.responses import (
 )
 from starlette.routing import Route
 
-from finesight.app.access import Access, AccessMiddleware
-from finesight.app.chat_store import (
-    BROWSER_COOKIE,
-    MAX_CHATS_PER_BROWSER,
-    MAX_FILE_BYTES,
-    MAX_MESSAGE_CHARS,
-    MAX_NEW_TOKENS,
-    ChatImage,
-    ChatSettings,
-    ChatStore,
-    StoredChat,
-    get_browser_id,
-)
 from finesight.app.pages import (
     FILE_HEADERS,
+    UPLOADS_PATH,
+    DiskBudget,
     Utf8Text,
     create_app,
     describe_error,
     find_studio,
     parse_body,
+    receive_file,
     render_page,
 )
+from finesight.app.server import Access, AccessMiddleware
 from finesight.bounded_files import parse_json
-from finesight.data.sample import BoxPart, is_video_path
+from finesight.data.sample import BoxPart, is_video_path, write_samples
 from finesight.encode.family import DEFAULT_THINKING, ThinkingOptions
 from finesight.errors import UserError
 from finesight.evaluate.mathml import convert_formula, render_mathml
-from finesight.infer.chat_session import ChatReply, ChatTurn
+from finesight.infer.chat_session import ChatReply, ChatSession, ChatTurn
+from finesight.infer.inference_service import InferenceService
 from finesight.infer.prediction import BOX_COLORS
 from finesight.infer.request import GenerationOptions, SamplingParams
 from finesight.report.i18n import translate
-from finesight.vision.image_reader import NUM_IMAGE_WORKERS
+from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader
+from finesight.worker_pool import WorkerPool
+
+MAX_FILE_BYTES = 100 << 20
+"""Maximum size of an uploaded image or video in bytes."""
+
+MAX_IMAGES_PER_MESSAGE = 8
+MAX_IMAGES_PER_CHAT = 64
+MAX_MESSAGE_CHARS = 20_000
+MAX_CHATS, MAX_CHATS_PER_BROWSER = 256, 30
+"""Maximum numbers of conversations. A new one replaces the least recently used one."""
+
+SHOWN_S = 150
+"""Seconds since the last request for a conversation, in which a tab is assumed to show it.
+
+Tabs request their conversation every minute.
+"""
+
+MAX_TITLE_CHARS = 80
+
+MAX_NEW_TOKENS = 4096
+
+MAX_TEMPERATURE, MAX_TOP_K, MAX_REPETITION_PENALTY = 2, 1000, 2
+MAX_SEED = 2**53 - 1
+"""Largest integer that browsers represent exactly."""
+
+MAX_DISPLAY_SIDE = 1600
+"""Maximum width and height of an image that the browser receives, in pixels."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatImage:
+    """Image or video of a conversation.
+
+    Attributes:
+        number: Number of the image in the conversation, from 1.
+        display_path: Copy without metadata that the browser receives. It may be smaller. That of a
+            video is its first frame.
+    """
+
+    name: str
+    number: int
+    width: int
+    height: int
+    display_path: Path
+
+
+class ChatSettings(BaseModel, frozen=True, extra="forbid"):
+    """Settings of the chat page for the next answers.
+
+    Attributes:
+        compare: Name of another model that answers, too; empty for none.
+        seed: Random seed; -1 for another one in each answer.
+        system_prompt: System prompt; empty for that of the model or run.
+    """
+
+    compare: Annotated[Utf8Text, Field(max_length=1000)] = ""
+    thinking: bool = False
+    max_new_tokens: Annotated[int, Field(ge=1, le=MAX_NEW_TOKENS)]
+    temperature: Annotated[FiniteFloat, Field(ge=0, le=MAX_TEMPERATURE)] = 0
+    top_p: Annotated[FiniteFloat, Field(ge=0.01, le=1)] = 1
+    top_k: Annotated[int, Field(ge=0, le=MAX_TOP_K)] = 0
+    repetition_penalty: Annotated[FiniteFloat, Field(ge=1, le=MAX_REPETITION_PENALTY)] = 1
+    seed: Annotated[int, Field(ge=-1, le=MAX_SEED)] = -1
+    system_prompt: Annotated[Utf8Text, Field(max_length=MAX_MESSAGE_CHARS)] = ""
+
+
+@dataclass(slots=True, eq=False)
+class StoredChat:
+    """Conversation of a browser, with a private folder.
+
+    Attributes:
+        browser_id: Secret ID of the browser; None without cookies.
+        token: Secret part of its URLs.
+        settings: Settings of the last answer; None before the first one.
+        error: Error of the last answer, or an empty text.
+        num_streams: Number of tabs that receive the answer that is being generated.
+        last_number: Number of the newest image.
+        changed_at: Time of the last change on the monotonic clock.
+        used_at: Time of the last request on the monotonic clock.
+    """
+
+    session: ChatSession
+    folder: Path
+    browser_id: str | None
+    budget: DiskBudget
+    reader: ImageReader
+    settings: ChatSettings | None = None
+    is_generating: bool = False
+    error: str = ""
+    num_streams: int = 0
+    last_number: int = 0
+    changed_at: float = 0
+    used_at: float = field(default_factory=time.monotonic)
+    token: str = field(default_factory=lambda: secrets.token_urlsafe(24))
+    images: dict[Path, ChatImage] = field(default_factory=dict)
+
+    @property
+    def display_title(self) -> str:
+        """Start of the first question, or else the name of its first image."""
+        first_turn = self.session.turns[0] if self.session.turns else None
+        names = [self.images[path].name for path in first_turn.image_paths] if first_turn else []
+        texts = (first_turn.text if first_turn else "", *names)
+        title = next((text for text in texts if text.strip()), "")
+        return " ".join(title.split())[:MAX_TITLE_CHARS]
+
+    def stop(self) -> None:
+        """Stop the answer that is being generated."""
+        for turn in self.session.turns[-1:]:
+            for reply in turn.replies:
+                reply.cancel()
+
+    async def receive_image(self, request: Request) -> Path:
+        """Store the image or video in the body of a request. `add_image` makes it usable."""
+        if len(self.images) >= MAX_IMAGES_PER_CHAT:
+            self.remove_images([*self.images])
+        _check_count(1, len(self.images) + 1)
+        self.last_number += 1
+        return await receive_file(
+            request,
+            self.folder,
+            self.budget,
+            MAX_FILE_BYTES,
+            prefix=f"{self.last_number}-",
+            owner=_make_owner(self.browser_id),
+        )
+
+    def add_image(self, path: Path) -> int:
+        """Add a received image with its display copy, and return its number.
+
+        An unreadable one is deleted.
+        """
+        number, _, name = path.name.partition("-")
+        display_path = self.folder / f"display-{number}.webp"
+        try:
+            (height, width), content = self.reader.encode(path, MAX_DISPLAY_SIDE)
+            owner = _make_owner(self.browser_id)
+            with self.budget.allocate(len(content), lambda: display_path.open("xb"), owner) as file:
+                file.write(content)
+        except BaseException:
+            path.unlink(missing_ok=True)
+            raise
+        self.images[path] = ChatImage(name, int(number), width, height, display_path)
+        return int(number)
+
+    def find_images(self, numbers: Sequence[int]) -> list[Path]:
+        """Return the images of a message. Raises UserError for too many or unknown numbers."""
+        _check_count(len(numbers), len(self.images))
+        # Another request may add an image.
+        paths = {image.number: path for path, image in [*self.images.items()]}
+        if not paths.keys() >= {*numbers}:
+            raise UserError(translate("The images have expired. Add them again."))
+        return [paths[number] for number in dict.fromkeys(numbers)]
+
+    def remove_images(self, image_paths: Sequence[Path]) -> None:
+        """Delete those of the given images that no turn of the conversation uses."""
+        in_use = {path for turn in self.session.turns for path in turn.image_paths}
+        for path in set(image_paths) - in_use:
+            self.images.pop(path).display_path.unlink(missing_ok=True)
+            path.unlink(missing_ok=True)
+
+    def export_archive(self) -> IO[bytes]:
+        """Export the conversation and its images as a zip archive in the sample format.
+
+        The archive is a temporary file, which is deleted when it is closed.
+        """
+        archive_names = {
+            path: f"images/{image.number}-{path.name.partition('-')[2]}"
+            for path, image in self.images.items()
+        }
+        samples = self.session.to_samples(lambda path: archive_names[path])
+        if not samples:
+            raise UserError(f"chat is empty: {len(self.session.turns)} turns, none with an answer")
+        jsonl_path = self.folder / "chat.jsonl"
+        write_samples(jsonl_path, samples)
+        size = sum(path.stat().st_size for path in (jsonl_path, *archive_names))
+
+        def open_file() -> IO[bytes]:
+            return tempfile.NamedTemporaryFile(dir=self.folder)
+
+        archive = self.budget.allocate(size, open_file, _make_owner(self.browser_id))
+        with zipfile.ZipFile(archive, "w") as file:
+            file.write(jsonl_path, "chat/chat.jsonl")
+            for path, name in archive_names.items():
+                file.write(path, f"chat/{name}")
+        archive.truncate()
+        archive.seek(0)
+        return archive
+
+
+def _check_count(num_sent: int, num_images: int) -> None:
+    """Raise UserError for too many images of a question or conversation."""
+    if num_sent > MAX_IMAGES_PER_MESSAGE or num_images > MAX_IMAGES_PER_CHAT:
+        what = "{} images; at most {} per question and {} per chat."
+        raise UserError(translate(what, num_sent, MAX_IMAGES_PER_MESSAGE, MAX_IMAGES_PER_CHAT))
+
+
+BROWSER_COOKIE = "finesight-browser"
+"""Name of the cookie with the secret ID of a browser, which owns conversations."""
+
+BROWSER_ID = re.compile(r"[A-Za-z0-9_-]{43}")
+
+
+def get_browser_id(request: Request) -> str | None:
+    """Return the secret ID in the cookie of a browser; None without a valid one."""
+    value = request.cookies.get(BROWSER_COOKIE, "")
+    return value if BROWSER_ID.fullmatch(value) else None
+
+
+def _make_owner(browser_id: str | None) -> str:
+    return hashlib.sha256((browser_id or "").encode()).hexdigest()[:8]
+
+
+class ChatStore:
+    """Stores the conversations of all browsers.
+
+    Args:
+        folder: Private folder of the conversations.
+        pool: Worker processes that read images.
+    """
+
+    def __init__(self, service: InferenceService, folder: Path, pool: WorkerPool) -> None:
+        self.service, self._reader = service, ImageReader(pool)
+        self._folder = folder / "chats"
+        self._folder.mkdir(parents=True)
+        self.budget = DiskBudget(self._folder, self._free_space)
+        self._chats: dict[str, StoredChat] = {}
+        self._lock = threading.Lock()
+
+    def create(self, browser_id: str | None) -> StoredChat:
+        """Create a conversation of a browser. It may replace the least recently used one.
+
+        Args:
+            browser_id: Secret ID of the browser; None without cookies.
+
+        Raises:
+            UserError: An answer is being generated in each conversation that it might replace.
+        """
+        if browser_id is not None:
+            own_chats = [chat for chat in self.list_all() if chat.browser_id == browser_id]
+            self._evict(own_chats, MAX_CHATS_PER_BROWSER)
+        self._evict(self.list_all(), MAX_CHATS)
+        folder = self._folder / (_make_owner(browser_id) + secrets.token_hex(16))
+        folder.mkdir()
+        session = ChatSession(self.service)
+        chat = StoredChat(session, folder, browser_id, self.budget, self._reader)
+        session.read_size = lambda path: (chat.images[path].height, chat.images[path].width)
+        with self._lock:
+            self._chats[chat.token] = chat
+        return chat
+
+    def find(self, token: str, browser_id: str | None) -> StoredChat | None:
+        """Return a conversation of a browser, and note its use; None if there is none.
+
+        Tokens are compared in constant time.
+        """
+        for chat in self.list_all():
+            is_owner = chat.browser_id in (None, browser_id)
+            if secrets.compare_digest(chat.token.encode(), token.encode()) and is_owner:
+                chat.used_at = time.monotonic()
+                return chat
+        return None
+
+    def list_chats(self, browser_id: str | None) -> list[StoredChat]:
+        """Return the conversations of a browser that have turns, latest change first."""
+        if browser_id is None:
+            return []
+        chats = (chat for chat in self.list_all() if chat.browser_id == browser_id)
+        answered = [chat for chat in chats if chat.session.turns]
+        return sorted(answered, key=lambda chat: chat.changed_at, reverse=True)
+
+    def list_all(self) -> list[StoredChat]:
+        """Return all conversations, least recently used first."""
+        with self._lock:
+            return sorted(self._chats.values(), key=lambda chat: chat.used_at)
+
+    def delete(self, chat: StoredChat) -> None:
+        """Delete a conversation: cancel its generations and delete its files."""
+        with self._lock:
+            self._chats.pop(chat.token, None)
+        while chat.session.undo():
+            pass
+        shutil.rmtree(chat.folder, ignore_errors=True)
+
+    def _evict(self, chats: Sequence[StoredChat], limit: int) -> None:
+        """Delete conversations that generate no answer until there is one fewer than a limit.
+
+        Those without messages are deleted first.
+        """
+        num_deleted = max(0, len(chats) + 1 - limit)
+        idle = [chat for chat in chats if not chat.is_generating]
+        if num_deleted > len(idle):
+            raise UserError("All chats are generating answers. Wait for the end of one.")
+        for chat in sorted(idle, key=lambda chat: bool(chat.session.turns))[:num_deleted]:
+            self.delete(chat)
+
+    def _free_space(self) -> bool:
+        """Delete the least recently used conversation that no tab displays.
+
+        Returns False if there is none with images.
+        """
+        shown_since = time.monotonic() - SHOWN_S
+        for chat in self.list_all():
+            if chat.used_at < shown_since and not chat.is_generating and chat.images:
+                self.delete(chat)
+                return True
+        return False
+
 
 BOXED_IMAGE_WIDTHS = (320, 640)
 """Minimum and maximum display width of images with bounding boxes, in pixels.
@@ -102,16 +413,6 @@ def render_turns(chat: StoredChat, turns: Sequence[ChatTurn], first_index: int =
         render_answer=render_answer,
         is_video=is_video_path,
     )
-
-
-def render_chats(current: str, chats: Sequence[StoredChat]) -> str:
-    """Render the list of the conversations of a browser.
-
-    Args:
-        current: Token of the conversation that the page shows.
-    """
-    limit = MAX_CHATS_PER_BROWSER
-    return render_page("chat_list.html", current=current, chats=chats, limit=limit)
 
 
 @lru_cache(maxsize=256)
@@ -217,24 +518,19 @@ UNFOLLOWED_S = 5.0
 """Seconds after which an answer that no tab receives is stopped. A tab may load the page again."""
 
 
-class SettingsRequest(BaseModel, frozen=True):
-    """Request for another answer to the last question."""
+class Question(BaseModel, frozen=True):
+    """Question of a turn.
+
+    Attributes:
+        text: Text; None for that of the turn, which gets another answer.
+        files: Numbers of the images of a new turn.
+        index: Index of an earlier turn, which is replaced; None for a new one.
+    """
 
     settings: ChatSettings
-
-
-class SendRequest(SettingsRequest, frozen=True):
-    """Question, with the IDs of its uploaded images."""
-
-    text: Utf8Text
-    files: Annotated[list[Annotated[str, Field(max_length=100)]], Field(max_length=1000)] = []
-
-
-class EditRequest(SettingsRequest, frozen=True):
-    """New text of an earlier question."""
-
-    text: Utf8Text
-    index: Annotated[int, Field(ge=0)]
+    text: Annotated[Utf8Text, Field(max_length=MAX_MESSAGE_CHARS)] | None = None
+    files: Annotated[list[int], Field(max_length=1000)] = []
+    index: Annotated[int, Field(ge=0)] | None = None
 
 
 def _read_bounds() -> dict[str, tuple[float, float, str | int]]:
@@ -284,54 +580,43 @@ class ChatPage:
             has_thinking=self._default_thinking is not None,
         )
 
-    def list_chats(self, browser_id: str | None, current: str = "") -> dict[str, Any]:
-        """Return the list of conversations, and the token of the latest one."""
-        chats = self._store.list_chats(browser_id)
-        return {
-            "chats": render_chats(current, chats),
-            "num_chats": len(chats),
-            "latest": chats[0].token if chats else "",
-        }
+    def render_chats(self, browser_id: str | None, current: str = "") -> str:
+        """Render the list of the conversations of a browser.
 
-    def describe(self, chat: StoredChat, known_revision: int = -1) -> dict[str, Any]:
-        """Return the state of a conversation, without turns that the page knows."""
-        revision, turns = chat.revision, chat.session.turns
-        state = {
+        Args:
+            current: Token of the conversation that the page shows.
+        """
+        chats, limit = self._store.list_chats(browser_id), MAX_CHATS_PER_BROWSER
+        return render_page("chat_list.html", current=current, chats=chats, limit=limit)
+
+    def describe(self, chat: StoredChat) -> dict[str, Any]:
+        """Return the state of a conversation."""
+        return {
             "token": chat.token,
-            "revision": revision,
-            "has_images": any(turn.image_paths for turn in turns),
+            "turns": render_turns(chat, chat.session.turns),
             "is_generating": chat.is_generating,
             "error": chat.error,
             "settings": None if chat.settings is None else chat.settings.model_dump(),
-            **self.list_chats(chat.browser_id, chat.token),
+            "chats": self.render_chats(chat.browser_id, chat.token),
         }
-        if revision != known_revision:
-            state["turns"] = render_turns(chat, turns)
-        return state
 
-    async def start_answer(
-        self, chat: StoredChat, settings: ChatSettings, start: Callable[..., ChatTurn]
-    ) -> None:
-        """Start the answer to a question. It is generated until its end, or no tab follows it.
-
-        Args:
-            start: Starts the generation with the options of each model. It runs in a thread.
-        """
+    async def start_answer(self, chat: StoredChat, question: Question) -> None:
+        """Start the answer to a question. It is generated until its end, or no tab follows it."""
         if chat.is_generating:
             text = "An answer of this chat is being generated. Stop it, or wait for its end."
             raise UserError(translate(text))
-        options = self._apply_settings(chat, settings)
+        options = self._apply_settings(chat, question.settings)
         chat.is_generating, chat.error = True, ""
         try:
-            turn = await to_thread.run_sync(start, options, limiter=self._limiter)
+            start = partial(start_turn, chat, question, options)
+            turn = await to_thread.run_sync(start, limiter=self._limiter)
         except BaseException:
             chat.is_generating = False
             raise
-        chat.mark_changed()
+        chat.changed_at = time.monotonic()
         task = asyncio.create_task(_receive_replies(chat, turn))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-        asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, turn)
 
     async def stream(self, chat: StoredChat) -> AsyncIterator[str]:
         """Yield events with the last turn during its generation, and the state at its end."""
@@ -348,9 +633,6 @@ class ChatPage:
             yield _format_event({"state": await to_thread.run_sync(self.describe, chat)})
         finally:
             chat.num_streams -= 1
-            # A tab may have followed the start of the answer, before its turn.
-            for one in chat.session.turns[-1:]:
-                asyncio.get_running_loop().call_later(UNFOLLOWED_S, chat.stop_unfollowed, one)
 
     def _apply_settings(self, chat: StoredChat, settings: ChatSettings) -> list[GenerationOptions]:
         """Store the settings in the conversation, and return the options of each model."""
@@ -378,13 +660,11 @@ class ChatPage:
         """Return the routes of the page."""
         posts: dict[str, Callable[..., Any]] = {
             "/chats": self.create_chat,
-            "/chats/{token}/send": self._make_answer(SendRequest, send_message),
-            "/chats/{token}/edit": self._make_answer(EditRequest, edit_message),
-            "/chats/{token}/regenerate": self._make_answer(SettingsRequest, regenerate),
+            "/chats/{token}/ask": self.ask,
             "/chats/{token}/undo": self.undo,
             "/chats/{token}/stop": self.stop,
             "/chats/{token}/delete": self.delete,
-            "/uploads": self._store.uploads.receive,
+            f"/chats/{{token}}{UPLOADS_PATH}": self.add_image,
         }
         return [
             Route("/", self.get_page),
@@ -419,14 +699,12 @@ class ChatPage:
         return response
 
     def get_chats(self, request: Request) -> Response:
-        """Return the conversations of the browser."""
-        return JSONResponse(self.list_chats(get_browser_id(request)))
+        """Return the list of the conversations of the browser."""
+        return JSONResponse({"chats": self.render_chats(get_browser_id(request))})
 
     def get_chat(self, request: Request) -> Response:
-        """Return a conversation, without turns that the page knows."""
-        known = request.query_params.get("revision", "")
-        revision = int(known[:9]) if known.isdecimal() else -1
-        return JSONResponse(self.describe(self._find_chat(request), revision))
+        """Return a conversation."""
+        return JSONResponse(self.describe(self._find_chat(request)))
 
     def create_chat(self, request: Request) -> Response:
         """Create a conversation."""
@@ -439,17 +717,11 @@ class ChatPage:
         events = self.stream(chat)
         return StreamingResponse(events, headers=headers, media_type="text/event-stream")
 
-    def _make_answer(
-        self, model: type[SettingsRequest], start: Callable[..., ChatTurn]
-    ) -> Callable[..., Any]:
-        """Return the request that starts an answer."""
-
-        async def answer(request: Request) -> Response:
-            chat, message = self._find_chat(request), await parse_body(request, model)
-            await self.start_answer(chat, message.settings, partial(start, chat, message))
-            return JSONResponse(await to_thread.run_sync(self.describe, chat))
-
-        return answer
+    async def ask(self, request: Request) -> Response:
+        """Start the answer to a question, and return the conversation."""
+        chat, question = self._find_chat(request), await parse_body(request, Question)
+        await self.start_answer(chat, question)
+        return JSONResponse(await to_thread.run_sync(self.describe, chat))
 
     def undo(self, request: Request) -> Response:
         """Remove the last turn, unless it is being generated, and return its question."""
@@ -457,7 +729,7 @@ class ChatPage:
         turn = None if chat.is_generating else chat.session.undo()
         if turn is not None:
             chat.remove_images(turn.image_paths)
-            chat.mark_changed()
+            chat.changed_at = time.monotonic()
         return JSONResponse({"text": turn.text if turn else "", **self.describe(chat)})
 
     def stop(self, request: Request) -> Response:
@@ -469,6 +741,13 @@ class ChatPage:
         """Delete a conversation."""
         self._store.delete(self._find_chat(request))
         return JSONResponse({})
+
+    async def add_image(self, request: Request) -> Response:
+        """Store an image or video for the next question, and return its number."""
+        chat = self._find_chat(request)
+        path = await chat.receive_image(request)
+        number = await to_thread.run_sync(chat.add_image, path, limiter=self._limiter)
+        return JSONResponse({"number": number})
 
     def get_image(self, request: Request) -> Response:
         """Return an image or video of a conversation."""
@@ -491,37 +770,37 @@ class ChatPage:
         return StreamingResponse(chunks, headers=headers, media_type="application/zip")
 
 
-def send_message(chat: StoredChat, message: SendRequest, options: Any) -> ChatTurn:
-    """Start the answer to a question."""
-    with chat.take_uploads(message.text, message.files) as image_paths:
-        return chat.session.send(message.text, image_paths, options)
-
-
-def edit_message(chat: StoredChat, message: EditRequest, options: Any) -> ChatTurn:
-    """Start the answer to the new text of a question. Later turns are removed."""
-    chat.check_text(message.text)
-    removed_turns = chat.session.turns[message.index :]
-    turn = chat.session.edit(message.index, message.text, options)
+def start_turn(
+    chat: StoredChat, question: Question, options: Sequence[GenerationOptions]
+) -> ChatTurn:
+    """Start the answer to a new question, or to an earlier one, whose later turns are removed."""
+    if question.index is None:
+        image_paths = chat.find_images(question.files)
+        return chat.session.send(question.text or "", image_paths, options)
+    removed_turns = chat.session.turns[question.index :]
+    text = removed_turns[0].text if question.text is None and removed_turns else question.text or ""
+    turn = chat.session.edit(question.index, text, options)
     chat.remove_images([path for one in removed_turns for path in one.image_paths])
     return turn
 
 
-def regenerate(chat: StoredChat, message: SettingsRequest, options: Any) -> ChatTurn:
-    """Start another answer to the last question."""
-    return chat.session.regenerate(options)
-
-
 async def _receive_replies(chat: StoredChat, turn: ChatTurn) -> None:
-    """Receive the completions of a turn, independently of the tabs."""
+    """Receive the completions of a turn, as long as a tab follows them."""
+    results = asyncio.gather(*map(_drain, turn.replies), return_exceptions=True)
+    followed_at = time.monotonic()
     try:
-        results = await asyncio.gather(*map(_drain, turn.replies), return_exceptions=True)
-        for error in filter(None, results):
+        while not results.done():
+            await asyncio.wait([results], timeout=UNFOLLOWED_S / 10)
+            followed_at = time.monotonic() if chat.num_streams else followed_at
+            if time.monotonic() - followed_at > UNFOLLOWED_S:
+                chat.stop()
+        for error in filter(None, results.result()):
             chat.error = _describe_failure(error)
     finally:
         for reply in turn.replies:
             reply.cancel()
         chat.is_generating = False
-        chat.mark_changed()
+        chat.changed_at = time.monotonic()
 
 
 async def _drain(reply: ChatReply) -> None:

@@ -1,9 +1,8 @@
 """Commands that run in processes of their own, with their state in the workspace.
 
-A job is a folder with `job.json` (command), `log.txt` (its output), `pid` and, after the end,
-`exit_code` and `outcome.json` (next steps or error). The process of the command holds a lock, so a
-job outlives the studio, and another studio finds it again. `python -m finesight.app.jobs FOLDER`
-runs the command of a job folder.
+A job is a folder with `job.json` (command), `log.txt` (its output), `lock` and, after the end,
+`outcome.json` (exit code, and next steps or error). The process of the command holds the lock,
+which contains its ID, so a job outlives the studio, and another studio finds it again.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 from pydantic import BaseModel
@@ -32,9 +30,8 @@ from finesight.storage import FileLock, make_folder, write_file
 JOBS_FOLDER = Path(".finesight", "jobs")
 """Folder of all jobs in a workspace."""
 
-JOB_FILE, LOG_FILE, PID_FILE, EXIT_CODE_FILE = "job.json", "log.txt", "pid", "exit_code"
+JOB_FILE, LOG_FILE, OUTCOME_FILE = "job.json", "log.txt", "outcome.json"
 STOP_FILE, LOCK_FILE, SOCKET_FILE = "stop_requested", "lock", "socket"
-OUTCOME_FILE = "outcome.json"
 
 PYTHON = (sys.executable, "-P", "-m")
 """Start of a command that never imports modules of its working directory, the workspace."""
@@ -45,10 +42,7 @@ MAX_LOG_BYTES = 20_000
 CONNECT_TIMEOUT_S = 0.5
 """Seconds within which a server that has loaded its model answers."""
 
-START_TIMEOUT_S = 20.0
-"""Seconds after which a job without a running process counts as killed."""
-
-STOPPED_EXIT_CODES = (75, 130, -signal.SIGINT, -signal.SIGTERM)
+STOPPED_EXIT_CODES = (75, 130)
 """Exit codes of commands that were stopped, with or without a checkpoint."""
 
 JobStatus = Literal["running", "finished", "stopped", "failed", "killed"]
@@ -66,6 +60,7 @@ class ErrorParts(BaseModel, frozen=True):
 class JobOutcome(BaseModel, frozen=True):
     """Outcome of a command."""
 
+    exit_code: int
     error: ErrorParts | None = None
     next_steps: tuple[Step, ...] = ()
 
@@ -76,8 +71,7 @@ class Job(BaseModel, frozen=True):
     Attributes:
         step: Step of the page that shows the job.
         target: Data set, recipe or run that the job belongs to, relative to the workspace.
-        ok_exit_codes: Exit codes of a command that has ended as expected. One other than 0 counts
-            only if the command has written its outcome, without an error.
+        ok_exit_codes: Exit codes of a command that has ended as expected, without an error.
         port: Port of a server of this machine, else 0.
         has_page: Whether the command serves a page, on the Unix socket of the job.
         form: Texts of the form that started the command, by field.
@@ -115,26 +109,19 @@ class Job(BaseModel, frozen=True):
         return shlex.join(["finesight", *self.arguments])
 
     @property
-    def exit_code(self) -> int | None:
-        """Exit code of the command; None before its end and for a killed job."""
-        with contextlib.suppress(OSError, ValueError):
-            return int((self.folder / EXIT_CODE_FILE).read_text())
-        return None
-
-    @property
     def status(self) -> JobStatus:
-        """State of the process. Killed: it ended without an exit code."""
-        is_running = self.exit_code is None and self._is_running()
-        # Read again: the command may have ended meanwhile.
-        code = self.exit_code
-        if code is not None:
-            # A server ends only when it is stopped.
-            if code in STOPPED_EXIT_CODES or (self.is_server and code == 0):
-                return "stopped"
-            has_outcome = (self.folder / OUTCOME_FILE).is_file() and not self.read_outcome().error
-            is_finished = code in self.ok_exit_codes and (code == 0 or has_outcome)
-            return "finished" if is_finished else "failed"
-        return "running" if is_running else "killed"
+        """State of the process. Killed: it ended without an outcome."""
+        is_running = self._is_running()
+        # Read afterwards: the command may have ended meanwhile.
+        outcome = self.read_outcome()
+        if outcome is None:
+            is_stopped = (self.folder / STOP_FILE).exists()
+            return "running" if is_running else "stopped" if is_stopped else "killed"
+        # A server ends only when it is stopped.
+        if outcome.exit_code in STOPPED_EXIT_CODES or (self.is_server and outcome.exit_code == 0):
+            return "stopped"
+        is_finished = outcome.exit_code in self.ok_exit_codes and outcome.error is None
+        return "finished" if is_finished else "failed"
 
     def read_log(self) -> str:
         """Return the end of the output."""
@@ -144,12 +131,12 @@ class Job(BaseModel, frozen=True):
             return log.read().decode("utf-8", "replace").strip()
         return ""
 
-    def read_outcome(self) -> JobOutcome:
-        """Return the outcome of an ended command; empty after an internal error."""
+    def read_outcome(self) -> JobOutcome | None:
+        """Return the outcome of an ended command; None before its end and for a killed job."""
         with contextlib.suppress(OSError, ValueError):
             text = (self.folder / OUTCOME_FILE).read_text(encoding="utf-8")
             return JobOutcome.model_validate(parse_json(text))
-        return JobOutcome()
+        return None
 
     @property
     def is_stopping(self) -> bool:
@@ -184,7 +171,7 @@ class Job(BaseModel, frozen=True):
             UserError: The job is not running.
         """
         with contextlib.suppress(OSError, ValueError):
-            pid = int((self.folder / PID_FILE).read_text())
+            pid = int((self.folder / LOCK_FILE).read_text())
             if self._is_running():
                 with contextlib.suppress(FileExistsError):
                     (self.folder / STOP_FILE).touch(exist_ok=False)
@@ -192,21 +179,16 @@ class Job(BaseModel, frozen=True):
                 if again:
                     os.kill(pid, signal.SIGTERM if self.is_server else signal.SIGINT)
                 return
-        is_starting = self.status == "running"
         raise UserError(
-            "the command is still starting" if is_starting else f"the command is {self.status}",
+            f"the command is {self.status}",
             where=self.step,
-            expected="" if is_starting else "a running command",
-            remedy="Try again in a few seconds." if is_starting else "reload the page",
+            expected="a running command",
+            remedy="reload the page",
         )
 
     def _is_running(self) -> bool:
-        """Return whether a process holds or is about to take the lock of the job."""
-        age_s = (datetime.now(UTC) - self.started_at).total_seconds()
-        if not (self.folder / PID_FILE).exists():
-            # The clock may have been changed since the start.
-            return abs(age_s) < START_TIMEOUT_S
-        with FileLock(self.folder / LOCK_FILE, os.O_RDWR | os.O_CREAT) as lock:
+        """Return whether a process holds the lock of the job."""
+        with contextlib.suppress(FileNotFoundError), FileLock(self.folder / LOCK_FILE) as lock:
             try:
                 lock.acquire(shared=True, wait=False)
             except BlockingIOError:
@@ -262,19 +244,30 @@ class JobStore:
         now = datetime.now(UTC)
         folder = self._folder / f"{now:%Y%m%d-%H%M%S-%f}-{secrets.token_hex(3)}"
         job = Job(folder=folder, started_at=now, **attributes)
-        write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
-        # GOMP_SPINCOUNT was chosen for this process; let the child choose its own.
+        command = [*PYTHON, "finesight", *job.arguments]
+        if job.has_page:
+            # A longer path cannot be bound.
+            command += ["--socket", str(JOBS_FOLDER / job.id / SOCKET_FILE)]
+        # GOMP_SPINCOUNT was chosen for this process; let the command choose its own.
         environment = {k: v for k, v in os.environ.items() if k != "GOMP_SPINCOUNT"}
-        with (folder / LOG_FILE).open("wb") as log:
+        environment |= {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"}
+        environment[OUTCOME_VARIABLE] = str(folder.resolve() / OUTCOME_FILE)
+        make_folder(folder)
+        with (folder / LOG_FILE).open("wb") as log, (folder / LOCK_FILE).open("w") as lock:
+            # The command inherits the lock.
+            fcntl.flock(lock, fcntl.LOCK_EX)
             process = subprocess.Popen(
-                [*PYTHON, __name__, str(folder.resolve())],
+                command,
                 cwd=self._workspace,
-                env=environment | {"PYTHONUNBUFFERED": "1", "PYTHONSAFEPATH": "1"},
+                env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                pass_fds=[lock.fileno()],
             )
+            lock.write(str(process.pid))
+        write_file(folder / JOB_FILE, job.model_dump_json(exclude={"folder"}).encode())
         self._processes.append(process)
         return job
 
@@ -310,37 +303,3 @@ class JobStore:
 def read_job(folder: Path) -> Job:
     """Read the command of a job folder. Damage raises OSError, TypeError or ValueError."""
     return Job.model_validate({**parse_json((folder / JOB_FILE).read_text()), "folder": folder})
-
-
-def run_job(folder: Path) -> int:
-    """Run the command of a job folder in a child process, and write its exit code.
-
-    SIGINT and SIGTERM are forwarded to the child.
-    """
-    job = read_job(folder)
-    # The child inherits the lock, so that it counts as running if this process is killed.
-    with (folder / LOCK_FILE).open("a+b") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-
-        child: subprocess.Popen[bytes] | None = None
-
-        def forward(number: int, frame: FrameType | None) -> None:
-            if child is not None:
-                child.send_signal(number)
-
-        # Before the start of the child, which would inherit a SIGINT that a shell ignores.
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, forward)
-        command = [*PYTHON, "finesight", *job.arguments]
-        if job.has_page:
-            command += ["--socket", str(job.socket)]
-        environment = os.environ | {OUTCOME_VARIABLE: str(folder / OUTCOME_FILE)}
-        child = subprocess.Popen(command, pass_fds=[lock.fileno()], env=environment)
-        write_file(folder / PID_FILE, str(child.pid).encode())
-        exit_code = child.wait()
-        write_file(folder / EXIT_CODE_FILE, str(exit_code).encode())
-    return exit_code
-
-
-if __name__ == "__main__":
-    sys.exit(run_job(Path(sys.argv[1])))

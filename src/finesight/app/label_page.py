@@ -19,7 +19,6 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     Utf8Text,
     create_app,
@@ -27,6 +26,7 @@ from finesight.app.pages import (
     parse_body,
     render_page,
 )
+from finesight.app.server import Access, AccessMiddleware
 from finesight.data.boxes import BoxConvention, InvalidBoxError, clip_to_image
 from finesight.data.formats.image_annotations import NO_OBJECTS_ANSWER
 from finesight.data.image_header import CorruptImageError, ImageSize

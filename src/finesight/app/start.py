@@ -28,7 +28,7 @@ from finesight.progress import ProgressConsole
 if TYPE_CHECKING:
     import socket
 
-    from finesight.app.access import Access
+    from finesight.app.server import Access
     from finesight.config import Recipe
     from finesight.infer.inference_service import InferenceService
     from finesight.infer.model_loader import InferenceModel
@@ -271,18 +271,17 @@ def web(
     no_auth = no_auth or socket_file is not None
     password, is_generated = resolve_password(host, password_file, no_auth, proxies)
 
-    from finesight.app.chat_page import make_chat_app
-    from finesight.app.chat_store import ChatStore
-    from finesight.app.server import serve_app
+    from finesight.app.chat_page import ChatStore, make_chat_app
+    from finesight.app.server import bind_socket, serve_app
     from finesight.infer.inference_service import InferenceService
-    from finesight.serve.preprocessing_jobs import PromptEncoder, encode_prompt
+    from finesight.serve.preprocessing_jobs import PromptEncoder
     from finesight.storage import temporary_folder
     from finesight.vision.image_reader import create_image_pool
 
-    with bind_page(host, port, socket_file) as listener:
+    with bind_socket(host, port, socket_file) as listener:
         inference_model = load_adapters(run_or_model, adapter or (), **loading)
         num_seqs = _select_num_seqs(inference_model, WEB_MAX_NUM_SEQS)
-        pool = create_image_pool(inference_model.renderer, encode_prompt)
+        pool = create_image_pool(inference_model.renderer, PromptEncoder.__module__)
         service = InferenceService(
             inference_model, max_num_seqs=num_seqs, encode_prompt=PromptEncoder(pool).encode
         )
@@ -338,9 +337,9 @@ def studio(
     from finesight.storage import temporary_folder
 
     with bind_socket(host, port) as listener, temporary_folder("web") as uploads:
+        from finesight.app.pages import UploadStore
         from finesight.app.studio_page import StudioPage, make_studio_app
         from finesight.app.studio_view import StudioView
-        from finesight.app.uploads import DiskBudget, UploadStore
         from finesight.app.workspace import Workspace
 
         # Recipes and runs name paths relative to the workspace, as commands in a terminal there.
@@ -348,7 +347,7 @@ def studio(
         workspace = Workspace(Path())
         workspace.remove_leftovers()
         view = StudioView(workspace)
-        store = UploadStore(uploads, DiskBudget(uploads), MAX_STUDIO_UPLOAD_BYTES)
+        store = UploadStore(uploads, MAX_STUDIO_UPLOAD_BYTES)
         page = StudioPage(view, store, password is not None, converter, api_port)
         access = make_access("studio", listener, password)
         access = replace(access, max_upload_bytes=MAX_STUDIO_UPLOAD_BYTES)
@@ -357,16 +356,9 @@ def studio(
         serve_app(make_studio_app(page, access), listener, workspace.pool, proxies)
 
 
-def bind_page(host: str, port: int, file: Path | None) -> socket.socket:
-    """Return a socket bound to a host and port, or to the file of a Unix socket."""
-    from finesight.app.server import bind_socket, bind_unix_socket
-
-    return bind_socket(host, port) if file is None else bind_unix_socket(file)
-
-
 def make_access(name: str, listener: socket.socket, password: str | None) -> Access:
     """Return who may use a page. Names of cookies have the port, which cookies do not consider."""
-    from finesight.app.access import Access
+    from finesight.app.server import Access
     from finesight.serve.http_protocol import is_loopback
 
     bound = listener.getsockname()
@@ -585,11 +577,11 @@ def label(
         if not suggest_only:
             require_extra("label")
             from finesight.app.label_page import make_label_app
-            from finesight.app.server import serve_app
+            from finesight.app.server import bind_socket, serve_app
             from finesight.vision.image_reader import create_image_pool
 
             # A port in use is reported before the suggestions, which take minutes.
-            listener = stack.enter_context(bind_page(host, port, socket_file))
+            listener = stack.enter_context(bind_socket(host, port, socket_file))
         options: dict[str, Any] = {"prompt": prompt, "kind": kind, "review": review}
         options |= {"choices": names, "field_names": field_names, "train_fraction": train_fraction}
         with console.activity("reading the samples"):

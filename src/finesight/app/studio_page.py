@@ -21,15 +21,15 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 
-from finesight.app.access import Access, AccessMiddleware
 from finesight.app.pages import (
     VIEW_HEADERS,
+    UploadStore,
     create_app,
     describe_error,
     parse_body,
     render_page,
 )
-from finesight.app.server import make_proxy_route
+from finesight.app.server import Access, AccessMiddleware, make_proxy_route
 from finesight.app.studio_view import (
     CHECK_EXIT_CODES,
     FORMS,
@@ -43,14 +43,12 @@ from finesight.app.studio_view import (
     build_missing_error,
     name_actions,
 )
-from finesight.app.uploads import UploadStore
 from finesight.app.workspace import STUDIO_FOLDER, as_argument
 from finesight.data.image_header import IMAGE_SUFFIXES
 from finesight.errors import LABEL_TRAIN_FRACTION, Step, UserError
 from finesight.label.label_store import JOURNAL_FILE
 from finesight.model_folder import TINY_MODEL
 from finesight.operations.operation import Parameter, list_words
-from finesight.recipe_template import override_settings
 from finesight.report.i18n import get_language
 from finesight.storage import translate_os_errors
 
@@ -65,6 +63,14 @@ API_KEY_FILE = "api-key"
 
 OPERATIONS_OF_ACTIONS = {"chat": "web", "serve": "serve", "evaluate": "eval", "merge": "merge"}
 """Operation of the actions that start one. The action `start` has that of the step."""
+
+DELETE_FOLDERS = {"data": "data", "recipe": "recipes"}
+DELETE_REMEDIES = {
+    "data": "stop the command, choose other data in the recipe in the step Plan or delete it there,"
+    " or delete the other data set first",
+    "recipe": "finish the run in the step Train",
+}
+"""Folder of the items that can be deleted, and remedy for one in use, by kind."""
 
 QUESTIONS = (
     ("Describe images", "Describe the image.", "text"),
@@ -301,37 +307,35 @@ class StudioPage:
 
     def _delete(self, state: StudioState, form: Form) -> str:
         """Delete the selected data set or, in the step Plan, recipe, unless something uses it."""
-        if state.selection.step == "plan":
-            return self._delete_recipe(state)
-        if state.dataset is None:
-            raise build_missing_error("data")
-        path, runs = state.dataset.path, state.content.runs
-        running = [run for run in runs if self.view.read_status(run).kind == "running"]
-        commands = self._find_commands(path, Path("uploads", path.name))
-        paths = self.view.workspace.list_deleted(state.dataset, running, commands)
-        self.view.workspace.move_to_trash(*paths)
-        return state.selection.link(data="")
-
-    def _delete_recipe(self, state: StudioState) -> str:
-        if state.recipe is None:
-            raise build_missing_error("recipe")
-        uses = self._find_commands(state.recipe)
-        for run in state.content.runs:
+        workspace, kind = self.view.workspace, "recipe"
+        paths = [state.recipe] if state.recipe else []
+        status = {run: self.view.read_status(run).kind for run in state.content.runs}
+        running = [run for run, one in status.items() if one == "running"]
+        if state.selection.step != "plan":
+            kind = "data"
+            paths = workspace.list_deleted(state.dataset, running) if state.dataset else []
+        if not paths:
+            raise build_missing_error(kind)
+        path, problem, remedy = paths[0], "", DELETE_REMEDIES[kind]
+        uses = self._find_commands(*paths, Path("uploads", path.name))
+        if kind == "data":
+            uses += workspace.find_uses(path, running)
+        elif status.get(run := self.view.find_run(path) or path, "finished") != "finished":
             # A finished run needs the copy in its folder only.
-            if run == self.view.find_run(state.recipe):
-                is_finished = self.view.read_status(run).kind == "finished"
-                uses += [] if is_finished else [f"the unfinished run {run}"]
-        if uses or state.recipe.parent != Path("recipes"):
-            raise UserError(
-                f"{state.recipe} is used by {', '.join(uses)}"
-                if uses
-                else f"{state.recipe} was not created by the studio",
-                where="delete",
-                expected="a recipe in the folder recipes without an unfinished run",
-                remedy="finish the run in the step Train" if uses else "delete it in a terminal",
-            )
-        self.view.workspace.move_to_trash(state.recipe)
-        return state.selection.link(recipe="")
+            uses.append(f"the unfinished run {run}")
+        if path.parts[:-1] != (DELETE_FOLDERS[kind],):
+            problem = f"{path} was not created by the studio"
+            remedy = "delete it with another program"
+        elif items := workspace.list_inside(path):
+            problem = f"{path} contains {', '.join(map(str, items))}"
+            remedy = "move the other items to another folder first"
+        elif uses:
+            problem = f"{path} is used by {', '.join(dict.fromkeys(uses))}"
+        if problem:
+            expected = f"an item of the folder {DELETE_FOLDERS[kind]} that nothing uses"
+            raise UserError(problem, where="delete", expected=expected, remedy=remedy)
+        workspace.move_to_trash(*paths)
+        return state.selection.link(**{kind: ""})
 
     def _create_recipe(self, state: StudioState, form: Form) -> str:
         if state.dataset is None:
@@ -455,8 +459,7 @@ class StudioPage:
             name = "label" if step.operation == "label" else "export"
             return state.selection.link(step=name, run=str(state.run))
         if state.selection.step == "plan" and state.recipe is not None:
-            text, digest = workspace.read_recipe(state.recipe)
-            workspace.save_recipe(state.recipe, override_settings(text, overrides), digest)
+            workspace.change_recipe(state.recipe, overrides)
             return state.selection.link(job=state.selection.job)
         recipe = workspace.copy_recipe(Path(str(step.arguments["recipe"])), overrides)
         return state.selection.link(step="train", recipe=str(recipe), run="")

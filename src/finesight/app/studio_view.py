@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -27,11 +26,7 @@ from finesight.model_folder import TINY_MODEL
 from finesight.operations import find_operation
 from finesight.operations.operation import Parameter, format_step, list_parameters
 from finesight.operations.training import advise_run
-from finesight.report.charts import build_run_charts
-from finesight.report.compare_page import render_report
 from finesight.report.i18n import Language, translate
-from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
-from finesight.report.run_page import select_evaluations
 from finesight.report.run_reader import RunRecord, read_run
 from finesight.report.summary import RunStatus, get_run_status
 
@@ -246,7 +241,7 @@ OUTCOMES = {
 }
 """Meaning of the exit codes of the commands of a step."""
 
-KILLED_OUTCOME = "ended by the system, often for lack of memory"
+KILLED_OUTCOME = "ended without a result, often for lack of memory"
 
 MAX_REPORT_EXAMPLES = 200
 MAX_COMPARED_RUNS = 8
@@ -357,7 +352,8 @@ class StudioView:
         status = "stopping" if job and job.is_stopping else job.status if job else ""
         weights = self.workspace.find_weights(state.run) if state.run else None
         is_running_server = job is not None and job.is_server and status == "running"
-        error = job.read_outcome().error if job and status == "failed" else None
+        outcome = job.read_outcome() if job else None
+        error = outcome.error if outcome and status == "failed" else None
         return {
             "state": state,
             "link": selection.link,
@@ -395,7 +391,8 @@ class StudioView:
             record = None if is_running else self._read_run(state.run)
             advice = advise_run(record, state.run) if record else []
             return [(PROPOSALS[one.operation], one) for one in advice]
-        steps = job.read_outcome().next_steps if job and job.status == "finished" else ()
+        outcome = job.read_outcome() if job and job.status == "finished" else None
+        steps = outcome.next_steps if outcome else ()
         if step == "plan" and job is not None:
             saved_at = self._read_saved_time(state.recipe)
             is_outdated = saved_at is not None and saved_at > job.started_at
@@ -435,6 +432,8 @@ class StudioView:
 
     def render_report(self, params: Mapping[str, Sequence[str]], selection: Selection) -> str:
         """Render the report of the selected run, or the comparison of several."""
+        from finesight.report.compare_page import render_report  # slow to import
+
         known = {str(run) for run in self.workspace.scan().runs}
         runs = [Path(run) for run in params.get("run", []) if run in known]
         if not runs:
@@ -455,6 +454,8 @@ class StudioView:
         """Return the curves of the run that the selected recipe has started."""
         if state.selection.step != "train" or state.recipe is None or state.run is None:
             return []
+        from finesight.report.charts import build_run_charts  # slow to import
+
         return build_run_charts(self._read_run(state.run))
 
     def find_run(self, recipe: Path) -> Path | None:
@@ -514,6 +515,10 @@ class StudioView:
 
     def format_scores(self, run: Path) -> tuple[str, str]:
         """Format the first and last primary metric of a run, and its name."""
+        # Slow to import, and needed by runs only.
+        from finesight.report.metric_rows import format_metric_name, format_value, read_metrics
+        from finesight.report.run_page import select_evaluations
+
         record = self._read_run(run)
         name = record.primary_metric or "validation_loss"
         values = [read_metrics(line).get(name) for line in select_evaluations(record)]
@@ -557,10 +562,10 @@ def _find_next_data(state: StudioState) -> str:
 
 def _find_outcome(job: Job) -> str:
     """Return the meaning of an exit code; empty for most."""
-    if job.exit_code == -signal.SIGKILL:
-        return KILLED_OUTCOME
-    outcomes = OUTCOMES.get(job.step, {}) if job.status != "failed" else {}
-    return outcomes.get(job.exit_code or 0, "")
+    outcome, status = job.read_outcome(), job.status
+    if outcome is None or status == "failed":
+        return KILLED_OUTCOME if status == "killed" else ""
+    return OUTCOMES.get(job.step, {}).get(outcome.exit_code, "")
 
 
 def _name_step(step: Step) -> str:

@@ -24,12 +24,8 @@ import yaml
 
 from finesight.bounded_files import load_yaml
 from finesight.config import TRACKER_MODES, Recipe, TrainFileSettings, is_url
-from finesight.data.corpus import load_corpus, open_sample_source
-from finesight.data.import_source import NUM_PREVIEW_ROWS
-from finesight.data.row_reader import open_row_file
 from finesight.data.sample import Sample, validate_sample
 from finesight.errors import Remedy, UserError, escape_surrogates, suggest_similar_path
-from finesight.evaluate.custom_metric import list_functions
 from finesight.hub.archive import is_archive, safe_join
 from finesight.label.label_store import (
     EVAL_FILE,
@@ -48,8 +44,6 @@ from finesight.manifest import (
 )
 from finesight.model_folder import TINY_MODEL
 from finesight.recipe import load_recipe, recipe_from_text
-from finesight.recipe_template import detect_task, format_recipe, override_settings
-from finesight.report.compare_page import render_report
 from finesight.storage import (
     FileLock,
     make_folder,
@@ -132,7 +126,7 @@ class Workspace:
 
     def __init__(self, folder: Path, pool: WorkerPool | None = None) -> None:
         self.folder = folder.resolve()
-        self.pool = pool or create_image_pool(job=render_report)
+        self.pool = pool or create_image_pool(module="finesight.report.compare_page")
 
     def remove_leftovers(self) -> None:
         """Remove the folders that killed commands left in the folders of the studio."""
@@ -442,40 +436,15 @@ class Workspace:
         except (OSError, ValueError, yaml.YAMLError):
             return os.path.relpath(root, self.folder) in text
 
-    def list_deleted(
-        self, dataset: WorkspaceDataset, running: Sequence[Path], commands: Sequence[str]
-    ) -> list[Path]:
-        """Return the paths to delete with a data set: its folder, check page and unused uploads.
-
-        Args:
-            commands: Running commands that use the data set.
-
-        Raises:
-            UserError: The data set is in use, contains other items, or is in another folder.
-        """
-        path, uploads, problem = dataset.path, Path("uploads", dataset.path.name), ""
-        expected, remedy = "a data set in the folder data", "delete its folder with another program"
-        if path.parent != Path("data"):
-            problem = f"{path} was not created by the studio"
-        elif items := self._list_inside(path):
-            problem = f"{path} contains {', '.join(map(str, items))}"
-            expected = "a folder with one data set only"
-            remedy = "move the other items to another folder first"
-        elif uses := [*commands, *self.find_uses(path, running)]:
-            problem = f"{path} is used by {', '.join(dict.fromkeys(uses))}"
-            expected = "a data set that nothing uses"
-            remedy = (
-                "stop the command, choose other data in the recipe in the step Plan or"
-                " delete it there, or delete the other data set first"
-            )
-        if problem:
-            raise UserError(problem, where="delete", expected=expected, remedy=remedy)
-        paths, own = [path, dataset.check_page], {f"the data set {path}"}
+    def list_deleted(self, dataset: WorkspaceDataset, running: Sequence[Path]) -> list[Path]:
+        """Return the paths to delete with a data set: its folder, check page and unused uploads."""
+        paths, uploads = [dataset.path, dataset.check_page], Path("uploads", dataset.path.name)
         is_upload = (self.folder / uploads / UPLOAD_MARKER).is_file()
-        is_upload = is_upload and own.issuperset(self.find_uses(uploads, running))
-        return [*paths, uploads] if is_upload and not self._list_inside(uploads) else paths
+        own = {f"the data set {dataset.path}"}
+        is_unused = is_upload and own.issuperset(self.find_uses(uploads, running))
+        return [*paths, uploads] if is_unused and not self.list_inside(uploads) else paths
 
-    def _list_inside(self, folder: Path) -> list[Path]:
+    def list_inside(self, folder: Path) -> list[Path]:
         """Return the data sets, recipes, runs and models in subfolders of a folder."""
         content = Workspace(self.folder / folder).scan()
         items = [dataset.path for dataset in content.datasets]
@@ -494,6 +463,10 @@ class Workspace:
         Args:
             settings: `eval.metric`, and the settings of `format_recipe`.
         """
+        from finesight.data.corpus import open_sample_source
+        from finesight.data.import_source import NUM_PREVIEW_ROWS
+        from finesight.recipe_template import detect_task, format_recipe
+
         path = self.check_new_name("recipes", name, ".yaml")
         run = self.check_new_name("runs", name)
         metric, samples = settings.get("eval.metric", "").strip(), []
@@ -563,8 +536,17 @@ class Workspace:
                 )
             write_file(file, text.encode())
 
+    def change_recipe(self, path: Path, overrides: Sequence[str]) -> None:
+        """Change settings of a recipe."""
+        from finesight.recipe_template import override_settings
+
+        text, digest = self.read_recipe(path)
+        self.save_recipe(path, override_settings(text, overrides), digest)
+
     def copy_recipe(self, path: Path, overrides: Sequence[str]) -> Path:
         """Write the recipe of a further run, unless it exists, with the name of the run."""
+        from finesight.recipe_template import override_settings
+
         text = override_settings(self.read_recipe(path)[0], overrides)
         copy = Path("recipes", f"{recipe_from_text(text, path).output_dir.name}.yaml")
         if not (self.folder / copy).is_file():
@@ -580,6 +562,8 @@ class Workspace:
 
     def check_recipe_paths(self, recipe: Recipe, where: Path) -> None:
         """Raise UserError if a recipe would run code or open files outside of the workspace."""
+        from finesight.evaluate.custom_metric import list_functions
+
         for model in (recipe.model, *([] if recipe.adapter is None else [recipe.adapter])):
             self.check_model(str(model))
         problem = ""
@@ -608,6 +592,7 @@ class Workspace:
 
 def _check_shared_images(folder: Path, datasets: Sequence[WorkspaceDataset]) -> None:
     """Raise UserError if images for training are validation images of another data set."""
+    from finesight.data.corpus import load_corpus
     from finesight.train.dataset_stats import list_image_paths
 
     for one, other in permutations(datasets, 2):
@@ -644,6 +629,8 @@ def restore_folders(state: Any, folder: Path, table: str) -> JobOutput:
 
     The import reports names that are no files of the folder.
     """
+    from finesight.data.row_reader import open_row_file
+
     paths: dict[str, set[Path]] = {}
     files = {file.name: file for file in folder.rglob("[!.]*") if file.is_file()}
     files.pop(table, None)

@@ -162,12 +162,13 @@ def _run(
             _print_json(record)
     elif outcome.lines:
         click.echo("\n".join(map(escape_unprintable, outcome.lines)))
-    is_reported = write_report(click.get_current_context().obj, next_steps=outcome.next_steps)
+    if (report := click.get_current_context().obj) is not None:
+        report["next_steps"] = outcome.next_steps
     commands = [
         format_command(step) + (f"  # {step.purpose}" if step.purpose else "")
         for step in outcome.next_steps
     ]
-    if commands and not as_json and not is_reported:
+    if commands and not as_json and report is None:
         text = "\n  ".join(["next:", *commands]) if commands[1:] else f"next: {commands[0]}"
         click.echo(text, err=True)
     if outcome.exit_code:
@@ -227,16 +228,6 @@ def _build_type(parameter: Parameter) -> click.ParamType[Any]:
             path_type=Path,
         )
     return click.STRING
-
-
-def write_report(file: str | None, **content: object) -> bool:
-    """Write next steps or an error to a file, for the program that has started the command.
-
-    Returns whether there is a file; the terminal shows them otherwise.
-    """
-    if file:
-        Path(file).write_text(json.dumps(content, default=_as_json), encoding="utf-8")
-    return bool(file)
 
 
 def _as_json(value: object) -> object:
@@ -339,21 +330,43 @@ def run_command(arguments: Sequence[str], command: click.Command = app) -> int:
     configure_openmp_spin()
     # Processes that the command starts have no outcome of their own.
     file = os.environ.pop(OUTCOME_VARIABLE, "")
+    if not file:
+        return _run_words(arguments, command, None)
+    report: dict[str, object] = {"exit_code": 1}
     try:
-        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=file)
+        code = report["exit_code"] = _run_words(arguments, command, report)
+    finally:
+        Path(file).write_text(json.dumps(report, default=_as_json), encoding="utf-8")
+    return code
+
+
+def _run_words(
+    arguments: Sequence[str], command: click.Command, report: dict[str, object] | None
+) -> int:
+    """Run a command line, and return its exit code.
+
+    Args:
+        report: Receives the next steps or the error, which the terminal shows otherwise.
+    """
+    try:
+        code = command.main(list(arguments), "finesight", standalone_mode=False, obj=report)
     except click.ClickException as error:
-        if not write_report(file, error=UserError(error.format_message(), where="command line")):
+        if report is None:
             error.show()
+        else:
+            report["error"] = UserError(error.format_message(), where="command line")
         return error.exit_code
     except click.Abort:
         return EXIT_INTERRUPTED
     except SystemExit:
         return 0  # click exits so on a closed pipe (`| head`) only
     except UserError as error:
-        if not write_report(file, error=error):
-            if isinstance(error.remedy, Step):
-                error.remedy = error.remedy.format(format_command)
-            click.echo(f"error: {error}", err=True)
+        if report is not None:
+            report["error"] = error
+            return EXIT_USER_ERROR
+        if isinstance(error.remedy, Step):
+            error.remedy = error.remedy.format(format_command)
+        click.echo(f"error: {error}", err=True)
         return EXIT_USER_ERROR
     except TrainingInterrupted as interrupt:
         click.echo(str(interrupt), err=True)

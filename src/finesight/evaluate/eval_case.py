@@ -11,7 +11,6 @@ from pydantic import BaseModel, ConfigDict
 
 from finesight.data.image_header import DEFAULT_SIZE, ImageSize
 from finesight.data.sample import BoxPart, Sample, join_text
-from finesight.encode.renderer import split_reasoning
 from finesight.errors import UserError
 from finesight.evaluate.bootstrap import (
     BOUNDED,
@@ -147,6 +146,9 @@ def get_reference_answer(sample: Sample, *, has_reasoning: bool = False) -> Refe
             expected="an assistant turn with the reference answer at the end",
             remedy="leave out samples without a correct answer, or predict their answers",
         )
+    # Slow to import, and reports need the results of evaluations only.
+    from finesight.encode.renderer import split_reasoning
+
     content = split_reasoning(last.content).answer if has_reasoning else last.content
     boxes = tuple(part for part in content if isinstance(part, BoxPart))
     return (join_text(content), *sample.references), boxes

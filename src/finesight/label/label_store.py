@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, ValidationError
 from finesight.bounded_files import is_utf8
 from finesight.config import Recipe, is_url
 from finesight.data.image_header import CorruptImageError
-from finesight.data.importer import group_rows
 from finesight.data.sample import (
     BoxPart,
     ContentPart,
@@ -49,7 +48,6 @@ from finesight.storage import (
     truncate_file,
     write_file,
 )
-from finesight.train.run_dir import RunDir
 from finesight.vision.image_reader import NUM_IMAGE_WORKERS, ImageReader, create_image_pool
 
 JOURNAL_FILE, LABELS_FILE, EVAL_FILE = "journal.jsonl", "labels.jsonl", "labels_eval.jsonl"
@@ -289,6 +287,8 @@ class LabelStore(AbstractContextManager["LabelStore"]):
             elif entry.sample in ("", item.digest):
                 item.apply(entry)
             else:
+                from finesight.train.run_dir import RunDir
+
                 raise UserError(
                     f"the folder has labels of another sample with the ID {entry.id!r:.200}",
                     where=str(self._journal),
@@ -510,6 +510,9 @@ class LabelStore(AbstractContextManager["LabelStore"]):
 
     def _select_eval_ids(self, labeled: Mapping[str, LocatedSample]) -> set[str]:
         """Return the IDs of validation samples, which share no pixels with training samples."""
+        # Slow to import, and the studio needs only the names of files.
+        from finesight.data.importer import group_rows
+
         eval_ids = set[str]()
         if self._train_fraction == 1:
             return eval_ids

@@ -14,7 +14,7 @@ from typing import Any
 OPERATIONS: Mapping[str, Mapping[str, str]] = {
     "Start": {
         "init": "operations.init:init",
-        "quickstart": "operations.quickstart:quickstart",
+        "quickstart": "operations.init:quickstart",
         "studio": "app.start:studio",
         "doctor": "operations.evaluation:doctor",
         "download": "operations.deployment:download",

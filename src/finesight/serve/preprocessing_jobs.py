@@ -339,7 +339,7 @@ class PromptEncoder:
     """Encodes prompts in worker processes, with limits on time and memory.
 
     Attributes:
-        pool: Worker processes of `create_image_pool(renderer, encode_prompt)`.
+        pool: Worker processes of `create_image_pool(renderer, __name__)`.
     """
 
     pool: WorkerPool

@@ -11,6 +11,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -97,20 +98,22 @@ class ImageReader:
             ) from error
 
 
-def create_image_pool(state: Any = None, job: Callable[..., JobOutput] | None = None) -> WorkerPool:
+def create_image_pool(state: Any = None, module: str = "") -> WorkerPool:
     """Create worker processes for `ImageReader`, and for another job; a job starts them.
 
     Args:
         state: State of the jobs.
-        job: Function whose module the template process imports, so that no worker has to.
+        module: Module of the job, which the template process imports, so that no worker has to.
     """
     limits = {"num_idle": NUM_IMAGE_WORKERS, "memory_bytes": MAX_WORKER_MEMORY_BYTES}
-    return WorkerPool(load_state, state, job, **limits)
+    return WorkerPool(load_state, state, module, **limits)
 
 
-def load_state(state: Any, job: Callable[..., JobOutput] | None) -> Any:
+def load_state(state: Any, module: str) -> Any:
     """Load the decoders of Pillow in the template process, and return the state of the jobs."""
     Image.init()
+    if module:
+        import_module(module)
     return state
 
 

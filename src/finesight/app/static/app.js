@@ -38,9 +38,9 @@ export const request = async (url, body) => {
 /** The page of this server at a URL. */
 export const fetchPage = async (url) => parse(await (await check(await fetch(url, { headers: language() }))).text());
 
-/** Uploads a file, and returns its ID and name. */
-export const upload = async (file) => {
-  const url = `uploads?${new URLSearchParams({ name: file.name })}`;
+/** Uploads a file, and returns its ID and name, or its number. */
+export const upload = async (file, path = "uploads") => {
+  const url = `${path}?${new URLSearchParams({ name: file.name })}`;
   return (await check(await fetch(url, { method: "POST", headers: language(), body: file }))).json();
 };
 

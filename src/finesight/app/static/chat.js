@@ -2,9 +2,8 @@ import {
   byId, create, describe, parse, request, settings, translate, update, updateAttributes, upload
 } from "./app.js";
 
-const NO_SPACE = "The server has no disk space for more images. Delete chats, or try again later.";
 const streams = new Map();
-let chat = "", revision = -1, isAsking = false, attachments = [];
+let chat = "", created = null, isAsking = false, attachments = [];
 
 // Messages
 
@@ -57,14 +56,14 @@ const showButtons = (isGenerating) => {
     && (hasFocus.hidden || hasFocus.disabled)) byId("question").focus();
 };
 
-const showImageHint = (hasImages) => {
-  byId("image-hint").hidden = !settings.expects_images || hasImages || attachments.length > 0;
+const showImageHint = () => {
+  const hasImages = attachments.length > 0 || document.querySelector(".thumbs") !== null;
+  byId("image-hint").hidden = !settings.expects_images || hasImages;
 };
 
-const showList = ({ chats, num_chats: count }) => {
-  // A new order would move the form of another conversation below the cursor.
-  if (!byId("chat-list").querySelector("form:not([hidden])")) update(byId("chat-list"), parse(chats));
-  byId("num-chats").textContent = count;
+const showList = ({ chats }) => {
+  update(byId("chat-list"), parse(chats));
+  byId("num-chats").textContent = byId("chat-list").querySelectorAll("li").length;
 };
 
 const show = (state) => followEnd(() => {
@@ -72,12 +71,11 @@ const show = (state) => followEnd(() => {
   chat = state.token;
   sessionStorage.setItem("chat", chat);
   if (isOther) byId("turns").replaceChildren();
-  if (state.turns !== undefined) update(byId("turns"), parse(state.turns));
-  revision = state.revision;
+  update(byId("turns"), parse(state.turns));
   showList(state);
   byId("export").href = `chats/${chat}/chat.zip`;
   showButtons(state.is_generating);
-  showImageHint(state.has_images);
+  showImageHint();
   if (isOther && state.settings) setSettings(state.settings);
   if (state.error) report(new Error(state.error));
   if (state.is_generating) follow();
@@ -115,11 +113,11 @@ const follow = () => {
 
 const startNew = () => {
   chat = "";
-  revision = -1;
+  created = null;
   sessionStorage.setItem("chat", "new");
   byId("turns").replaceChildren();
   showButtons(false);
-  showImageHint(false);
+  showImageHint();
 };
 
 const open = async (token) => show(await request(`chats/${token}`));
@@ -127,7 +125,7 @@ const open = async (token) => show(await request(`chats/${token}`));
 const refresh = async () => {
   if (!chat) showList(await request("chats"));
   else if (!isAsking) {
-    const token = chat, state = await request(`chats/${token}?revision=${revision}`);
+    const token = chat, state = await request(`chats/${token}`);
     if (chat === token) show(state);
   }
 };
@@ -167,7 +165,7 @@ const showAttachments = () => {
       : create("img", { src: one.url, alt: one.file.name }),
     create("button", { type: "button", "aria-label": `${translate("Delete")}: ${one.file.name}`,
       onclick: () => { detach([one]); byId("question").focus(); } }, "×"))));
-  showImageHint(document.querySelector(".thumbs") !== null);
+  showImageHint();
 };
 
 const detach = (removed) => {
@@ -176,13 +174,27 @@ const detach = (removed) => {
   showAttachments();
 };
 
+/** The shown conversation. Its first image or question creates it. */
+const findChat = async () => {
+  if (chat) return chat;
+  created ??= request("chats", {}).catch((error) => { created = null; throw error; });
+  return (await created).token;
+};
+
+/** Uploads an image to the shown conversation, unless it has it. Returns its number. */
+const uploadTo = async (one) => {
+  const token = await findChat();
+  if (one.token !== token) Object.assign(one, { token, uploaded: upload(one.file, `chats/${token}/uploads`) });
+  return (await one.uploaded).number;
+};
+
 const attach = (files) => {
   for (const file of files) {
-    const one = { file, url: URL.createObjectURL(file), uploaded: upload(file) };
+    const one = { file, url: URL.createObjectURL(file) };
     attachments.push(one);
-    one.uploaded.catch((error) => {
+    uploadTo(one).catch((error) => {
       detach([one]);
-      report(error.status === 507 ? new Error(NO_SPACE) : error);
+      report(error);
     });
   }
   showAttachments();
@@ -207,16 +219,15 @@ addEventListener("drop", (event) => {
 // Actions
 
 /** Requests another answer. Returns whether it has started. */
-const ask = async (kind, values) => {
+const ask = async (values) => {
   const chosen = readSettings();
   if (!chosen || isAsking) return false;
   isAsking = true;
   const hasStarted = await attempt(async () => {
-    const token = chat || (await request("chats", {})).token;
+    const token = await findChat(), files = await Promise.all((values.files ?? []).map(uploadTo));
     chat = token;
-    const files = await Promise.all((values.files ?? []).map(async (one) => (await one).id));
     const body = { ...values, ...(values.files && { files }), settings: chosen };
-    const state = await request(`chats/${token}/${kind}`, body);
+    const state = await request(`chats/${token}/ask`, body);
     if (chat === token) show(state);
   });
   isAsking = false;
@@ -227,7 +238,7 @@ const send = async () => {
   const field = byId("question"), text = field.value, sent = attachments;
   if ((!text.trim() && !sent.length) || byId("send").hidden) return;
   scrollTo(0, document.documentElement.scrollHeight);
-  if (!await ask("send", { text, files: sent.map((one) => one.uploaded) })) return;
+  if (!await ask({ text, files: sent })) return;
   if (field.value === text) field.value = "";
   detach(sent);
 };
@@ -246,7 +257,7 @@ byId("question").addEventListener("keydown", (event) => {
 });
 byId("settings").addEventListener("submit", (event) => event.preventDefault());
 byId("stop").addEventListener("click", () => attempt(() => request(`chats/${chat}/stop`, {})));
-byId("regenerate").addEventListener("click", () => ask("regenerate", {}));
+byId("regenerate").addEventListener("click", () => ask({ index: byId("turns").children.length - 1 }));
 byId("undo").addEventListener("click", () => attempt(async () => {
   const { text, ...state } = await request(`chats/${chat}/undo`, {});
   show(state);
@@ -271,7 +282,7 @@ const actions = {
     await refresh();
     document.querySelector("#chats summary").focus();
   },
-  edit: ({ index }, text) => ask("edit", { index: Number(index), text }),
+  edit: ({ index }, text) => ask({ index: Number(index), text }),
 };
 
 const showForm = (form, isShown) => {
@@ -357,9 +368,9 @@ attempt(async () => {
   // A reload shows the same conversation.
   const known = sessionStorage.getItem("chat");
   startNew();
-  const list = await request("chats");
-  showList(list);
-  for (const token of known === "new" ? [] : [known, list.latest].filter(Boolean)) {
+  showList(await request("chats"));
+  const latest = byId("chat-list").querySelector("[data-token]")?.dataset.token;
+  for (const token of known === "new" ? [] : [known, latest].filter(Boolean)) {
     try {
       await open(token);
       return;

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import socket
-import ssl
 import subprocess
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -93,14 +92,9 @@ def web_server(
     certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[fake.FakeHubServer]:
     """HTTPS file server."""
-    certificate_file, key = certificate
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate_file))
-    server = fake.FakeHubServer(FileHandler)
-    server.repositories["files"] = {}
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate_file, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    with fake.run_in_thread(server):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with fake.run_in_thread(fake.FakeHubServer(FileHandler, certificate=certificate)) as server:
+        server.repositories["files"] = {}
         yield server
 
 

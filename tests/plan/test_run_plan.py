@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
-from finesight.config import Device, Precision
+from finesight.config import Device, Precision, Recipe
 from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
 from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan_run
+from finesight.plan.settings_search import PlannedModel
 from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
@@ -29,7 +31,18 @@ from finesight.train.state import Hardware, RunContext, RunData
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> TinyTask:
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
+    """Task whose plans share the traced steps of equal models."""
+    models, build = dict[object, PlannedModel](), run_plan.build_planned_model
+
+    def build_once(folder: ModelFolder, recipe: Recipe, *args: Any) -> PlannedModel:
+        train = recipe.train.model_copy(update={"epochs": None})
+        key = recipe.tune.model_dump_json(), train.model_dump_json(), *args
+        if key not in models:
+            models[key] = build(folder, recipe, *args)
+        return models[key]
+
+    monkeypatch.setattr(run_plan, "build_planned_model", build_once)
     return TinyTask(tmp_path)
 
 

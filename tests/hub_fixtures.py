@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from container_fixtures import make_tar as make_tar
 from huggingface_hub import constants
+from image_fixtures import encode_image
 from PIL import Image
 
 from finesight.data.sample import Sample
@@ -112,9 +113,8 @@ def without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
     """Return a PNG of one color, which differs for each gray level."""
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (gray_level % 256, gray_level // 256, 7)).save(file, "PNG")
-    return file.getvalue()
+    color = (gray_level % 256, gray_level // 256, 7)
+    return encode_image(Image.new("RGB", (width, height), color))
 
 
 def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:

@@ -12,6 +12,7 @@ import pytest
 from browser import Browser, wait_for
 from case_files import load_cases
 from hostile_requests import make_jpeg2000, make_progressive_jpeg
+from image_fixtures import make_sample
 from label_fixtures import (
     CORNERS,
     FIELDS,
@@ -31,16 +32,7 @@ from label_fixtures import (
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    Message,
-    Sample,
-    TextPart,
-    create_region,
-    read_samples,
-    write_samples,
-)
+from finesight.data.sample import BoxPart, create_region, read_samples, write_samples
 from finesight.infer.model_loader import load_inference_model
 from finesight.label import label_store
 from finesight.label.label_session import LabelSession, open_session
@@ -500,17 +492,9 @@ def write_boxes(folder: Path, labels: Sequence[str], xy: tuple[int, int] | None 
     """Write samples with one box or point of these labels, and a question around the image."""
     photos, samples = draw_images(folder, len(labels)), []
     for index, label in enumerate(labels):
-        question = (
-            TextPart(text=f"Find {label} in "),
-            ImagePart(image=f"{photos}/{index}.png"),
-            TextPart(text="."),
-        )
-        answer = (create_region(xy * 2 if xy else CORNERS[0], label, is_point=xy is not None),)
-        messages = (
-            Message(role="user", content=question),
-            Message(role="assistant", content=answer),
-        )
-        samples.append(Sample(id=f"s{index}", messages=messages))
+        question = f"Find {label} in ", f"{photos}/{index}.png", "."
+        answer = create_region(xy * 2 if xy else CORNERS[0], label, is_point=xy is not None)
+        samples.append(make_sample(f"s{index}", folder, *question, answer=[answer]).sample)
     write_samples(folder / "data.jsonl", samples)
     return folder / "data.jsonl"
 

@@ -98,7 +98,7 @@ def partly(case):
 
 
 LETTERS = [
-    {"name": "format", "pattern": r"([n-\uffff]*[\x00-m]){%d}.*" % count, "weight": 0.1}  # noqa: UP031
+    {"name": "format", "pattern": rf"([n-\uffff]*[\x00-m]){{{count}}}.*", "weight": 0.1}
     for count in range(1, 25)
 ]
 """As the function `early`, without a worker process: the number of such letters."""
@@ -167,8 +167,8 @@ def test_run_resumed_after_a_failed_reward_equals_uninterrupted_run(reward_task)
         reward_task.run()
     assert not run.exists()
     # The step after the first checkpoint fails.
-    missing, mended = run / "checkpoints" / "step-2", reward_task.folder / "mended"
-    works = f"not os.path.exists({str(missing)!r}) or os.path.exists({str(mended)!r})"
+    missing, repaired = run / "checkpoints" / "step-2", reward_task.folder / "repaired"
+    works = f"not os.path.exists({str(missing)!r}) or os.path.exists({str(repaired)!r})"
     failure = f"import os\n    1 / ({works})\n    return sum"
     rewards.write_text(REWARD.replace("return sum", failure))
     two_updates = "train.grpo.num_iterations=2", "train.grpo.max_refills=2"
@@ -177,7 +177,7 @@ def test_run_resumed_after_a_failed_reward_equals_uninterrupted_run(reward_task)
         reward_task.run(*two_updates)
     assert "rewards.py:4" in caught.value.where
     assert caught.value.what.endswith("in step 3, checkpoint of step 2 written")
-    mended.touch()
+    repaired.touch()
     rewards.unlink()  # the run has a copy
     with (run / "responses.jsonl").open("a") as file:
         file.write('{"step": 7, "respon')

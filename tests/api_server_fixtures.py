@@ -4,7 +4,6 @@ import atexit
 import base64
 import contextlib
 import http.client
-import io
 import json
 import socket
 import threading
@@ -15,10 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from hostile_requests import make_schema_format
+from image_fixtures import encode_image, make_noise_image
 from openai import OpenAI
-from PIL import Image
 
 from finesight.encode.renderer import NativeRenderer
 from finesight.infer.inference_service import InferenceService, ServiceStats
@@ -104,10 +102,7 @@ def run_server(
 
 def make_noise_png(width: int = 64, height: int = 48, seed: int = 0) -> bytes:
     """Make a small noise image."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
+    return encode_image(make_noise_image(width, height, seed))
 
 
 def make_data_url(data: bytes) -> str:

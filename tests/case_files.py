@@ -7,4 +7,6 @@ import yaml
 
 
 def load_cases(name: str) -> Any:
-    return yaml.safe_load((Path(__file__).parent / "cases" / f"{name}.yaml").read_text("utf-8"))
+    return yaml.load(
+        (Path(__file__).parent / "cases" / f"{name}.yaml").read_bytes(), yaml.CSafeLoader
+    )

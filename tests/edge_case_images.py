@@ -9,12 +9,12 @@ import struct
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
-from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from image_fixtures import encode_image, make_noise_image
 from mutations import read_peak_memory
 from PIL import Image, ImageCms
 
@@ -34,19 +34,11 @@ class EdgeCaseImage(NamedTuple):
     is_valid: bool = True
 
 
-def make_noise_image() -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (24, 40, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
-def encode_image(image: Image.Image, form: str, **settings: Any) -> bytes:
-    stream = BytesIO()
-    image.save(stream, form, **settings)
-    return stream.getvalue()
+NOISE = make_noise_image(40, 24)
 
 
 def encode_noise(form: str, **settings: Any) -> bytes:
-    return encode_image(make_noise_image(), form, **settings)
+    return encode_image(NOISE, form, **settings)
 
 
 def convert_mode(mode: str) -> Image.Image:
@@ -54,9 +46,9 @@ def convert_mode(mode: str) -> Image.Image:
         return Image.fromarray(np.arange(960).reshape(24, 40).astype(HIGH_DEPTH_DTYPES[mode]))
     if mode != "LAB":
         between = {"PA": "P", "RGBa": "RGBA"}.get(mode, "RGB")
-        return make_noise_image().convert(between).convert(mode)
+        return NOISE.convert(between).convert(mode)
     srgb, lab = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
-    converted = ImageCms.profileToProfile(make_noise_image(), srgb, lab, outputMode="LAB")
+    converted = ImageCms.profileToProfile(NOISE, srgb, lab, outputMode="LAB")
     assert converted is not None
     return converted
 
@@ -114,7 +106,7 @@ def iter_valid() -> NamedContents:
     for packing in ("tiff_lzw", "tiff_adobe_deflate", "packbits", "jpeg", "lzma", "zstd"):
         yield f"{packing}.tif", encode_noise("TIFF", compression=packing)
     for packing in ("group3", "group4", "tiff_ccitt"):
-        bits = make_noise_image().convert("1")
+        bits = NOISE.convert("1")
         yield f"{packing}.tif", encode_image(bits, "TIFF", compression=packing)
     yield "plain.ppm", b"P3 2 1 255\n" + b"9 " * 6
     yield "more-than-its-pixels.png", encode_noise("PNG") + bytes(100_000)

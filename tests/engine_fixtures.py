@@ -3,17 +3,18 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
+from image_fixtures import make_sample as make_sample
+from image_fixtures import write_noise_image as write_noise_image
 from numpy.typing import NDArray
-from PIL import Image
 from tiny_model import TinyFamily, create_tiny_model
 from torch import Tensor
 
-from finesight.data.sample import BoxPart, LocatedSample, Sample
+from finesight.data.sample import LocatedSample
 from finesight.encode.packing import PackedBatch, pack
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import EncodedSample
@@ -30,31 +31,6 @@ from finesight.model.lora.multi import detach_adapter, install_lora_routing
 from finesight.model.vlm import VisionLanguageModel
 from finesight.model.weights_io import load_model
 from finesight.model_folder import ModelFolder
-
-
-def write_noise_image(path: Path, width: int, height: int, seed: int = 0) -> Path:
-    """A PNG of coloured noise: every patch differs from every other."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-    return path
-
-
-def make_sample(
-    name: str, folder: Path, *content: str | tuple[str, ...], answer: str | BoxPart | None = None
-) -> LocatedSample:
-    """A sample from file names (ending in .png), frames of videos and texts, and its answer."""
-    parts: list[dict[str, Any]] = []
-    for piece in content:
-        if isinstance(piece, tuple):
-            parts.append({"type": "video", "frames": piece, "fps": 2.0})
-        else:
-            kind = "image" if piece.endswith(".png") else "text"
-            parts.append({"type": kind, kind: piece})
-    messages: list[dict[str, Any]] = [{"role": "user", "content": parts}]
-    if answer is not None:
-        part = {"type": "text", "text": answer} if isinstance(answer, str) else answer
-        messages.append({"role": "assistant", "content": [part]})
-    return LocatedSample(Sample.model_validate({"id": name, "messages": messages}), folder)
 
 
 def make_mixed_questions(folder: Path) -> list[LocatedSample]:

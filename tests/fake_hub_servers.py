@@ -1,4 +1,4 @@
-"""Servers on this machine that speak the hubs' protocols, and fail as networks do.
+"""Servers on this machine: of the hubs' protocols, which fail as networks do, and of others.
 
 Hugging Face's: /api/models/NAME/revision/REV, /api/models/NAME/tree/REV in pages joined by Link
 headers, /NAME/resolve/REV/PATH with X-Repo-Commit, and for files in LFS a redirect to another
@@ -12,11 +12,13 @@ import contextlib
 import hashlib
 import json
 import re
+import ssl
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -59,8 +61,18 @@ class FakeHubServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, handler: "type[HubHandler]", storage: "FakeHubServer | None" = None) -> None:
-        super().__init__(("127.0.0.1", 0), handler)
+    def __init__(
+        self,
+        handler: "type[HubHandler]",
+        storage: "FakeHubServer | None" = None,
+        address: tuple[str, int] = ("127.0.0.1", 0),
+        certificate: tuple[Path, Path] | None = None,
+    ) -> None:
+        super().__init__(address, handler)
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(*certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.faults = HubFaults() if storage is None else storage.faults
@@ -69,7 +81,7 @@ class FakeHubServer(ThreadingHTTPServer):
         self.page = 1000
         self.storage = storage
         self.blobs: dict[str, tuple[str, bytes]] = {}
-        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.url = f"http://127.0.0.1:{self.server_port}"
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print nothing: the client may have been killed."""
@@ -421,10 +433,10 @@ def run_hub_server(handler: type[HubHandler]) -> Iterator[FakeHubServer]:
 
 
 @contextlib.contextmanager
-def run_in_thread(server: FakeHubServer) -> Iterator[None]:
+def run_in_thread(server: FakeHubServer) -> Iterator[FakeHubServer]:
     threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
-        yield
+        yield server
     finally:
         server.shutdown()
         server.server_close()

@@ -1,7 +1,6 @@
 """Generators of requests that try to stall a server or to exhaust its memory."""
 
 import base64
-import io
 import json
 import random
 import socket
@@ -13,6 +12,7 @@ from functools import cache
 from typing import Any
 
 from case_files import load_cases
+from image_fixtures import encode_image
 from mutations import VALUES, mutated_bytes, mutated_value
 from PIL import Image
 
@@ -101,19 +101,15 @@ SLOW_TOOL = {"type": "function", "function": {"name": "f", "parameters": SCHEMAS
 @cache
 def make_jpeg2000() -> bytes:
     """Make an image of a few hundred bytes that takes seconds to decode."""
-    file = io.BytesIO()
     flat = Image.new("L", (SIDE, SIDE), 128)
-    flat.save(file, "JPEG2000", quality_mode="rates", quality_layers=[1000])
-    return file.getvalue()
+    return encode_image(flat, "JPEG2000", quality_mode="rates", quality_layers=[1000])
 
 
 @cache
 def make_progressive_jpeg(scans: int = 3_000) -> bytes:
     """Make a JPEG with many repeated scans, each of which processes all pixels."""
-    file = io.BytesIO()
     flat = Image.new("RGB", (SIDE, SIDE), (120, 30, 200))
-    flat.save(file, "JPEG", progressive=True, quality=50)
-    data = file.getvalue()
+    data = encode_image(flat, "JPEG", progressive=True, quality=50)
     pieces, at = list[bytes](), 2
     while data[at + 1] != 0xD9:
         end = at + 2 + struct.unpack(">H", data[at + 2 : at + 4])[0]
@@ -129,9 +125,7 @@ def make_progressive_jpeg(scans: int = 3_000) -> bytes:
 @cache
 def make_small_image(kind: str) -> bytes:
     """Make an image of 64 x 64 pixels."""
-    file = io.BytesIO()
-    Image.new("P" if kind == "GIF" else "RGB", (64, 64)).save(file, kind)
-    return file.getvalue()
+    return encode_image(Image.new("P" if kind == "GIF" else "RGB", (64, 64)), kind)
 
 
 def make_header_flood(kind: str, size: int) -> bytes:

@@ -5,7 +5,6 @@ import io
 import json
 import shutil
 import socket
-import ssl
 import subprocess
 import zipfile
 from collections.abc import Iterator, Sequence
@@ -18,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from container_fixtures import make_tar as make_tar
 from huggingface_hub import constants
+from image_fixtures import encode_image
 from PIL import Image
 
 from finesight.data.sample import Sample
@@ -93,14 +93,9 @@ def web_server(
     certificate: tuple[Path, Path], cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[fake.FakeHubServer]:
     """HTTPS file server."""
-    certificate_file, key = certificate
-    monkeypatch.setenv("SSL_CERT_FILE", str(certificate_file))
-    server = fake.FakeHubServer(FileHandler)
-    server.repositories["files"] = {}
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(certificate_file, key)
-    server.socket = context.wrap_socket(server.socket, server_side=True)
-    with fake.run_in_thread(server):
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
+    with fake.run_in_thread(fake.FakeHubServer(FileHandler, certificate=certificate)) as server:
+        server.repositories["files"] = {}
         yield server
 
 
@@ -118,9 +113,8 @@ def without_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def make_png(gray_level: int, width: int = 64, height: int = 48) -> bytes:
     """Return a PNG of one color, which differs for each gray level."""
-    file = io.BytesIO()
-    Image.new("RGB", (width, height), (gray_level % 256, gray_level // 256, 7)).save(file, "PNG")
-    return file.getvalue()
+    color = (gray_level % 256, gray_level // 256, 7)
+    return encode_image(Image.new("RGB", (width, height), color))
 
 
 def make_parquet(rows: Sequence[dict[str, Any]]) -> bytes:

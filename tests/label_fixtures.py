@@ -62,16 +62,35 @@ def ask_server(address: str, image: Path) -> str:
 def make_suggestion(
     sample_id: str, content: Sequence[TextPart | BoxPart] | str, *confidences: float
 ) -> Suggestion:
-    """Build a suggestion whose parts are the fields of a JSON text, the boxes, or the text."""
+    """Build a suggestion whose parts are the fields of a JSON text, the boxes, or the text.
+
+    The confidence of each part is 0.9 by default.
+    """
     if isinstance(content, str):
         content = [TextPart(text=content)]
     paths: list[tuple[str | int, ...]] = [(index,) for index in range(len(content))]
     if isinstance(content[0], TextPart):
         text = content[0].text
         paths = [(key,) for key in json.loads(text)] if text.startswith("{") else [()]
+    confidences = confidences or (0.9,) * len(paths)
     parts = [SuggestedPart(*pair) for pair in zip(paths, confidences, strict=True)]
     answer: AnswerContent = tuple(content)
     return Suggestion(sample_id, answer, min(confidences), tuple(parts))
+
+
+def open_suggested_session(
+    folder: Path, *answers: Sequence[TextPart | BoxPart] | str, **options: Any
+) -> LabelSession:
+    """Open a session about three images, with suggestions for the first of them."""
+    photos = folder / "photos"
+    if not photos.exists():
+        draw_images(folder)
+    session = open_session(folder / "labels", MODEL, [photos], **({"prompt": "Read."} | options))
+    for index, answer in enumerate(answers):
+        suggestion = make_suggestion(str(photos / f"{index}.png"), answer)
+        session.store.add_suggestions([suggestion], MODEL)
+    session.complete_task()
+    return session
 
 
 def open_fields_session(folder: Path) -> LabelSession:

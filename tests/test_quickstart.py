@@ -66,6 +66,11 @@ def _commands(printed: str) -> list[list[str]]:
     return [shlex.split(line[2:])[1:] for line in lines if line.startswith("$ finesight")]
 
 
+def no_plan(recipe: object) -> None:
+    """Fail as the plan of a model that cannot be downloaded."""
+    raise UserError("no connection")
+
+
 def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, capsys, monkeypatch):
     out, outcome, printed = finished_quickstart
     first, *others = _commands(printed)
@@ -82,6 +87,7 @@ def test_printed_commands_reproduce_the_result(finished_quickstart, tmp_path, ca
     names = [step.operation for step in outcome.next_steps]
     assert names == ["show", "predict", "eval", "chat", "merge", "init"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    monkeypatch.setattr("finesight.operations.init.plan", no_plan)
     for command in others:
         if command[0] == "train":
             command.append("--resume")

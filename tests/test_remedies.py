@@ -5,7 +5,7 @@ import difflib
 import re
 import shlex
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -36,23 +36,29 @@ OTHER_PROGRAMS = re.compile(
 )
 
 
+@cache
+def parse_modules() -> dict[Path, tuple[ast.AST, ...]]:
+    """Return the nodes of each module of the source."""
+    paths = sorted(SOURCE.rglob("*.py"))
+    return {path: (*ast.walk(ast.parse(path.read_text("utf-8"))),) for path in paths}
+
+
 def iter_remedies() -> Iterator[tuple[str, str]]:
     """Yield location and text of strings in arguments, variables and results that are remedies.
 
     A function with a parameter `remedy` passes it on; one named `suggest_...` returns a remedy.
     """
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
     positions = {
         node.name: [arg.arg for arg in node.args.args if arg.arg != "self"].index("remedy")
-        for tree in trees.values()
-        for node in ast.walk(tree)
+        for nodes in parse_modules().values()
+        for node in nodes
         if isinstance(node, ast.FunctionDef) and "remedy" in [arg.arg for arg in node.args.args]
     }
-    for path, tree in trees.items():
+    for path, nodes in parse_modules().items():
         found: list[ast.AST | None] = []
-        for node in ast.walk(tree):
+        for node in nodes:
             if isinstance(node, ast.Call):
-                name = ast.unparse(node.func).rpartition(".")[2]
+                name = getattr(node.func, "attr", getattr(node.func, "id", ""))
                 found += node.args[positions.get(name, len(node.args)) :][:1]
                 found += [keyword.value for keyword in node.keywords if keyword.arg == "remedy"]
             elif isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign):
@@ -104,12 +110,10 @@ def iter_unknown(text: str) -> Iterator[str]:
             yield setting
 
 
-REMEDIES = sorted(set(iter_remedies()))
-
-
 def test_options_formats_and_settings_of_remedies_exist():
-    assert len(REMEDIES) > 600
-    unknown = {source: [*iter_unknown(text)] for source, text in REMEDIES}
+    remedies = {*iter_remedies()}
+    assert len(remedies) > 600
+    unknown = {source: [*iter_unknown(text)] for source, text in remedies}
     assert {source: names for source, names in unknown.items() if names} == {}
     assert [*iter_unknown("finesight import A; --formats; --format cocos; train.step=1")] == [
         *("finesight import", "--formats", "cocos", "train.step")
@@ -117,8 +121,8 @@ def test_options_formats_and_settings_of_remedies_exist():
 
 
 def test_errors_about_data_have_an_expected_value_and_a_remedy():
-    for path in (path for name in ("data", "encode") for path in (SOURCE / name).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    for path, nodes in parse_modules().items():
+        for node in nodes if path.relative_to(SOURCE).parts[0] in ("data", "encode") else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
                 keywords = {keyword.arg for keyword in node.keywords}
                 has_parts = {"expected", "remedy"} <= keywords or len(node.args) > 1
@@ -127,11 +131,16 @@ def test_errors_about_data_have_an_expected_value_and_a_remedy():
 
 def iter_steps() -> Iterator[tuple[str, str, set[str]]]:
     """Yield location, operation and names of arguments of all steps in the source."""
-    trees = {path: ast.parse(path.read_text("utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
-    scopes = [(path, n) for path, tree in trees.items() for n in ast.walk(tree)]
+
+    def uses_step(nodes: Iterable[ast.AST]) -> bool:
+        return any(isinstance(n, ast.Name) and n.id == "Step" for n in nodes)
+
+    scopes = [
+        (path, n) for path, found in parse_modules().items() if uses_step(found) for n in found
+    ]
     for path, scope in scopes:
         nodes = [*ast.walk(scope)] if isinstance(scope, ast.FunctionDef) else []
-        if not any(isinstance(n, ast.Name) and n.id == "Step" for n in nodes):
+        if not uses_step(nodes):
             continue
         named = {ast.unparse(n.targets[0]): n.value for n in nodes if isinstance(n, ast.Assign)}
         for node in nodes:
@@ -156,11 +165,9 @@ def test_steps_have_operations_with_their_arguments():
 
 def iter_strings(path: Path) -> Iterator[str]:
     """Yield the strings of a module, or the text of another file."""
-    text = path.read_text("utf-8")
     if path.suffix != ".py":
-        yield text
-        return
-    for node in ast.walk(ast.parse(text)):
+        yield path.read_text("utf-8")
+    for node in parse_modules().get(path, ()):
         yield from iter_texts(node) if isinstance(node, ast.Constant | ast.JoinedStr) else ()
 
 
@@ -205,6 +212,11 @@ def _inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_gray_image(tmp_path / "a.png")
     for name, text in CASES["files"].items():
         (tmp_path / name).write_text(text)
+
+    def fail(recipe: object) -> None:
+        raise UserError("not planned")
+
+    monkeypatch.setattr("finesight.operations.init.plan", fail)
 
 
 def run(words: list[str]) -> tuple[int, UserError | None]:

@@ -184,7 +184,7 @@ def train_run(
     *,
     model: Path | None = None,
     num_thoughts: int = 6,
-    steps: int = 40,
+    steps: int = 25,
     tune: dict[str, Any] | None = None,
 ) -> Path:
     """Train a run with reasoning in some of its 11 samples; six make thinking its default mode.
@@ -206,5 +206,6 @@ def train_run(
     name, overrides = f"run-{num_thoughts}", ("train.epochs=null", "train.save_every=null")
     del task.recipe["data"]["eval"]
     task.recipe |= {"model": str(model), "tune": tune or FULL}
-    task.run(*overrides, f"train.steps={steps}", "train.seed=1", name=name)
+    fast = "train.learning_rate=0.02", "train.seed=1"
+    task.run(*overrides, *fast, f"train.steps={steps}", name=name)
     return folder / name

@@ -1,6 +1,5 @@
 """Image inspection in worker processes: each content once, in input order."""
 
-import io
 import json
 import os
 import subprocess
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from image_fixtures import write_gray_image
+from image_fixtures import encode_image, write_gray_image
 from PIL import Image, ImageDraw
 from shape_images import write_shape_images
 
@@ -128,9 +127,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def reencode(path: Path, out: Path, kind: str, scale: float = 1.0, quality: int = 50) -> Path:
     image = Image.open(path).convert("RGB")
     size = [max(1, round(side * scale)) for side in image.size]
-    buffer = io.BytesIO()
-    image.resize((size[0], size[1])).save(buffer, kind, quality=quality)
-    out.write_bytes(buffer.getvalue())
+    out.write_bytes(encode_image(image.resize((size[0], size[1])), kind, quality=quality))
     return out
 
 

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 from case_files import load_cases
+from image_fixtures import make_sample
 from label_fixtures import draw_images
 
 from finesight.app import server
-from finesight.data.sample import ImagePart, Message, Sample, TextPart, read_samples, write_samples
+from finesight.data.sample import TextPart, read_samples, write_samples
 from finesight.label.label_store import LABELS_FILE, LabelStore
 from finesight.operations.training import find_label_step
 from finesight.recipe import load_recipe
@@ -53,10 +54,8 @@ def write_data(name: str, *images: int, question: str = "Describe the image.") -
     Path(name).parent.mkdir(parents=True, exist_ok=True)
     folder, samples = os.path.relpath("photos", Path(name).parent), []
     for image in images:
-        content = (ImagePart(image=f"{folder}/{image}.png"), TextPart(text=question))
-        answer = Message(role="assistant", content="red")
-        messages = (Message(role="user", content=content), answer)
-        samples.append(Sample(id=f"{name}/{image}", messages=messages))
+        content = f"{folder}/{image}.png", question
+        samples.append(make_sample(f"{name}/{image}", Path(), *content, answer="red").sample)
     write_samples(Path(name), samples)
 
 

@@ -1,4 +1,4 @@
-"""Tests of frequent mistakes of users: one message each, which names the fix.
+"""Tests of frequent mistakes of users and damaged files: one message each, which names the fix.
 
 Each case runs a command line in a workspace with images, a table, data, a recipe and a run.
 """
@@ -122,9 +122,27 @@ def read_contents(folder: Path) -> dict[Path, tuple[int, int]]:
     return {p: (p.stat().st_mtime_ns, p.stat().st_size) for p in folder.rglob("*") if p.is_file()}
 
 
+def change_files(folder: Path, contents: dict[str, str | None]) -> None:
+    """Write files, remove those without content, and replace BOMB by an image bomb."""
+    for pattern, content in contents.items():
+        for file in [*folder.glob(pattern)] or [folder / pattern]:
+            if content is None:
+                file.unlink()
+            elif content == "BOMB":
+                Image.new("1", (10_000, 10_000)).save(file)
+            else:
+                file.write_text(content)
+
+
 @pytest.mark.parametrize("name", MISTAKES)
-def test_message_names_the_fix_and_no_files_are_written(workspace, name, monkeypatch, cli):
+def test_message_names_the_fix_and_no_files_are_written(
+    workspace, name, monkeypatch, cli, tmp_path
+):
     mistake = MISTAKES[name]
+    if files := mistake.get("files"):
+        workspace = shutil.copytree(workspace, tmp_path / "changed")
+        change_files(workspace, files)
+        monkeypatch.chdir(workspace)
     monkeypatch.setenv("WORKSPACE", str(workspace))
     with contextlib.ExitStack() as stack:
         if prepare := mistake.get("prepare"):

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow
 import yaml
 from case_files import load_cases
+from image_fixtures import encode_image
 from mutations import VALUES, iter_entries, mutated_value
 from PIL import Image
 from pyarrow import parquet
@@ -74,9 +75,7 @@ def put_file(location: bytes, content: bytes, rng: random.Random) -> None:
 
 
 def _image(kind: str) -> bytes:
-    content = io.BytesIO()
-    Image.new("RGB", (40, 30), (9, 99, 199)).save(content, kind)
-    return content.getvalue()
+    return encode_image(Image.new("RGB", (40, 30), (9, 99, 199)), kind)
 
 
 PNG, JPEG = _image("PNG"), _image("JPEG")

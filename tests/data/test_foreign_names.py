@@ -16,7 +16,7 @@ from unicodedata import normalize
 import yaml
 from each_value import each
 from fuzzed_sources import SOURCES, encode_files
-from image_fixtures import write_gray_image, write_jsonl
+from image_fixtures import encode_image, write_gray_image, write_jsonl
 from PIL import Image
 from test_bounded_files import CAT, in_gbk
 from tiny_task import make_task
@@ -33,9 +33,7 @@ NAME = f"{CAT}.jpg"
 
 
 def image() -> bytes:
-    content = io.BytesIO()
-    Image.new("L", (40, 20)).save(content, "JPEG")
-    return content.getvalue()
+    return encode_image(Image.new("L", (40, 20)), "JPEG")
 
 
 def imported(source: Path, out: Path, **request: object) -> ImportSummary:

@@ -4,6 +4,7 @@ import pytest
 from case_files import load_cases
 from conversation_fixtures import decode_supervised, make_folder, make_text_sample
 from each_value import each
+from image_fixtures import make_sample
 from PIL import Image
 
 from finesight.data.sample import (
@@ -50,10 +51,7 @@ def test_each_frame_pair_is_a_visual_span(instruct_renderer, tmp_path):
     for name in "abc":
         Image.new("RGB", (70, 40), "red").save(tmp_path / f"{name}.png")
     film = VideoPart(frames=("a.png", "b.png", "c.png"), fps=2)
-    message = Message(role="user", content=(TextPart(text="Watch: "), film))
-    encoded = instruct_renderer.encode(
-        LocatedSample(Sample(id="film", messages=(message,)), tmp_path)
-    )
+    encoded = instruct_renderer.encode(make_sample("film", tmp_path, "Watch: ", film))
     spans = encoded.tokenized.spans
     assert [[file.name for file in span.files] for span in spans] == [["a.png", "b.png"], ["c.png"]]
     assert [span.grid_thw for span in spans] == [(1, 4, 6), (1, 4, 6)]

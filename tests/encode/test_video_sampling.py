@@ -18,11 +18,12 @@ import torch
 from chat_reference import build_rope_model
 from conversation_fixtures import make_folder
 from each_value import each
+from image_fixtures import make_sample
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from video_fixtures import find_index, save_frames, write_video
 
 from finesight.config import ExactSize, LongestSide, PixelRange
-from finesight.data.sample import LocatedSample, Message, Sample, TextPart, VideoPart
+from finesight.data.sample import LocatedSample, VideoPart
 from finesight.data.video_file import iter_video_frames
 from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.qwen3_5 import Qwen35
@@ -125,11 +126,7 @@ def renderer(request: pytest.FixtureRequest, tmp_path: Path) -> NativeRenderer:
 
 
 def ask(part: VideoPart, *more: VideoPart, folder: Path) -> LocatedSample:
-    content = (TextPart(text="Look: "), part, TextPart(text="What?"), *more)
-    answer = Message(role="assistant", content=(TextPart(text="A disc."),))
-    return LocatedSample(
-        Sample(id="clip", messages=(Message(role="user", content=content), answer)), folder
-    )
+    return make_sample("clip", folder, "Look: ", part, "What?", *more, answer="A disc.")
 
 
 def test_video_file_equals_its_sampled_frames(tmp_path, renderer):

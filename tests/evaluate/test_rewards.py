@@ -83,7 +83,7 @@ def test_functions_score_responses(file):
 @each(("function", "text"), CASES["test_failures_name_the_function"])
 def test_failures_name_the_function(file, function, text, monkeypatch):
     # On a busy machine, a crash long after the start counts as a time limit.
-    monkeypatch.setattr(rewards, "MAX_CPU_S", 0.3 if text == "took more than" else 20.0)
+    monkeypatch.setattr(rewards, "MAX_CPU_S", 0.1 if text == "took more than" else 20.0)
     with pytest.raises(RewardError, match=text) as caught:
         score(f"{file}:{function}", make_case("a"))
     assert caught.value.what.startswith(f"reward {function}: ")

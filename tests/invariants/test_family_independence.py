@@ -7,20 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conversation_fixtures import make_folder
+from image_fixtures import make_sample
 from PIL import Image
 from rich.console import Console
 from tiny_model import create_tiny_model
 
 from finesight.config import Recipe
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-    write_samples,
-)
+from finesight.data.sample import BoxPart, LocatedSample, Sample, write_samples
 from finesight.encode.renderer import FAMILIES, NativeRenderer
 from finesight.model_folder import ModelFolder
 from finesight.report.data_pages import render_sample_page
@@ -38,9 +31,8 @@ def make_samples(folder: Path, number: int = 24) -> list[Sample]:
         image.paste((200, 30, 30), (x1, y1, x2, y2))
         image.save(folder / f"{n}.png")
         box = BoxPart(label="red", xyxy=(x1, y1, x2, y2))
-        content = (ImagePart(image=f"{n}.png"), TextPart(text="Where is it red?"))
-        turns = Message(role="user", content=content), Message(role="assistant", content=(box,))
-        samples.append(Sample(id=str(n), messages=turns))
+        question = f"{n}.png", "Where is it red?"
+        samples.append(make_sample(str(n), folder, *question, answer=box).sample)
     return samples
 
 

@@ -12,16 +12,17 @@ import pytest
 from browser import Browser, wait_for
 from case_files import load_cases
 from hostile_requests import make_jpeg2000, make_progressive_jpeg
+from image_fixtures import make_sample
 from label_fixtures import (
     CORNERS,
     FIELDS,
     MODEL,
     check_layouts,
     draw_images,
-    make_suggestion,
     open_boxes_session,
     open_client,
     open_fields_session,
+    open_suggested_session,
     press,
     read_answers,
     run_in_page,
@@ -31,16 +32,7 @@ from label_fixtures import (
 from PIL import Image
 from starlette.testclient import TestClient
 
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    Message,
-    Sample,
-    TextPart,
-    create_region,
-    read_samples,
-    write_samples,
-)
+from finesight.data.sample import BoxPart, create_region, read_samples, write_samples
 from finesight.infer.model_loader import load_inference_model
 from finesight.label import label_store
 from finesight.label.label_session import LabelSession, open_session
@@ -101,14 +93,9 @@ def test_untouched_and_invalid_fields_are_refused(tmp_path, text, edits, message
     ("answers", "options", "kind", "template"), CASES["test_kind_is_that_of_most_suggestions"]
 )
 def test_kind_is_that_of_most_suggestions(tmp_path, answers, options, kind, template):
-    photos = draw_images(tmp_path)
-    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", **options)
-    for index, answer in enumerate(answers):
-        parts = [BoxPart(label="shop", xyxy=CORNERS[0])] if answer == "boxes" else answer
-        fields = len(json.loads(parts)) if isinstance(parts, str) and parts[0] == "{" else 1
-        suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * fields)
-        session.store.add_suggestions([suggestion], MODEL)
-    session.complete_task()
+    boxes = [BoxPart(label="shop", xyxy=CORNERS[0])]
+    parts = [boxes if answer == "boxes" else answer for answer in answers]
+    session = open_suggested_session(tmp_path, *parts, **options)
     session.store.close()
     assert (session.task.kind, json.loads(session.task.template or "null")) == (kind, template)
 
@@ -138,19 +125,9 @@ def test_edited_fields_leave_the_rest_of_the_answer(tmp_path, text, edits, expec
 
 def open_receipts(tmp_path: Path, *answers: object, **options: Any) -> LabelSession:
     """Open a session of JSON fields about three images with suggestions: boxes or texts."""
-    photos = tmp_path / "photos"
-    if not photos.exists():
-        draw_images(tmp_path)
-    options = {"kind": "fields"} | options
-    session = open_session(tmp_path / "labels", MODEL, [photos], prompt="Read.", **options)
-    for index, answer in enumerate(answers):
-        boxes = [BoxPart(label="shop", xyxy=xyxy) for xyxy in CORNERS]
-        parts = boxes if answer is CORNERS else answer
-        num_parts = 2 if answer is CORNERS or answer[0] == "{" else 1
-        suggestion = make_suggestion(str(photos / f"{index}.png"), parts, *[0.9] * num_parts)
-        session.store.add_suggestions([suggestion], MODEL)
-    session.complete_task()
-    return session
+    boxes = [BoxPart(label="shop", xyxy=xyxy) for xyxy in CORNERS]
+    parts = [boxes if answer is CORNERS else answer for answer in answers]
+    return open_suggested_session(tmp_path, *parts, **({"kind": "fields"} | options))
 
 
 def list_fields(item: dict[str, Any]) -> dict[str, str]:
@@ -500,17 +477,9 @@ def write_boxes(folder: Path, labels: Sequence[str], xy: tuple[int, int] | None 
     """Write samples with one box or point of these labels, and a question around the image."""
     photos, samples = draw_images(folder, len(labels)), []
     for index, label in enumerate(labels):
-        question = (
-            TextPart(text=f"Find {label} in "),
-            ImagePart(image=f"{photos}/{index}.png"),
-            TextPart(text="."),
-        )
-        answer = (create_region(xy * 2 if xy else CORNERS[0], label, is_point=xy is not None),)
-        messages = (
-            Message(role="user", content=question),
-            Message(role="assistant", content=answer),
-        )
-        samples.append(Sample(id=f"s{index}", messages=messages))
+        question = f"Find {label} in ", f"{photos}/{index}.png", "."
+        answer = create_region(xy * 2 if xy else CORNERS[0], label, is_point=xy is not None)
+        samples.append(make_sample(f"s{index}", folder, *question, answer=[answer]).sample)
     write_samples(folder / "data.jsonl", samples)
     return folder / "data.jsonl"
 
@@ -608,15 +577,7 @@ input.dispatchEvent(new Event("input"));"""
 
 def open_texts_session(folder: Path, **options: Any) -> LabelSession:
     """Open a session with the suggested texts a0, a1 and a2, in this order."""
-    photos = folder / "photos"
-    if not photos.exists():
-        draw_images(folder)
-    options = {"prompt": "Read."} | options
-    session = open_session(folder / "labels", MODEL, [photos], **options)
-    suggestions = [make_suggestion(str(photos / f"{i}.png"), f"a{i}", 0.9) for i in range(3)]
-    session.store.add_suggestions(suggestions, MODEL)
-    session.complete_task()
-    return session
+    return open_suggested_session(folder, "a0", "a1", "a2", **options)
 
 
 def delay(browser: Browser, url: str) -> None:

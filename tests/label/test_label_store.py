@@ -10,27 +10,13 @@ from typing import Any
 import pytest
 from case_files import load_cases
 from hostile_requests import make_progressive_jpeg
-from label_fixtures import (
-    CORNERS,
-    MODEL,
-    draw_images,
-    make_suggestion,
-    open_fields_session,
-)
+from image_fixtures import make_sample
+from label_fixtures import CORNERS, MODEL, draw_images, make_suggestion, open_fields_session
 from PIL import Image
 from PIL.Image import Transpose
 from video_fixtures import write_video
 
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    Message,
-    Sample,
-    TextPart,
-    VideoPart,
-    read_samples,
-    write_samples,
-)
+from finesight.data.sample import BoxPart, TextPart, VideoPart, read_samples, write_samples
 from finesight.errors import UserError
 from finesight.evaluate.eval_case import get_reference_answer
 from finesight.label import label_session
@@ -50,12 +36,10 @@ def list_texts(folder: Path) -> list[str]:
 def write_answers(folder: Path, *texts: str | None) -> Path:
     """Write one sample per text about the images of `draw_images`; None has no answer."""
     draw_images(folder, len(texts))
-    samples = []
-    for index, text in enumerate(texts):
-        question = (ImagePart(image=f"photos/{index}.png"), TextPart(text="Which color?"))
-        messages = [Message(role="user", content=question)]
-        messages += [Message(role="assistant", content=text)] if text else []
-        samples.append(Sample(id=f"s{index}", messages=tuple(messages)))
+    samples = [
+        make_sample(f"s{index}", folder, f"photos/{index}.png", "Which color?", answer=text).sample
+        for index, text in enumerate(texts)
+    ]
     write_samples(folder / "data.jsonl", samples)
     return folder / "data.jsonl"
 
@@ -176,14 +160,9 @@ def test_equal_pixels_are_in_one_split(tmp_path: Path) -> None:
 def test_frames_and_videos_are_decoded_within_limits(tmp_path, monkeypatch):
     frames = [f"photos/{path.name}" for path in draw_images(tmp_path, 2).iterdir()]
     write_video(tmp_path / "a.mp4")
-    videos = [VideoPart(frames=tuple(frames)), VideoPart(video="a.mp4")]
-    write_samples(
-        tmp_path / "data.jsonl",
-        [
-            Sample(id=name, messages=(Message(role="user", content=(video,)),))
-            for name, video in zip(("frames", "video"), videos, strict=True)
-        ],
-    )
+    videos = {"frames": VideoPart(frames=tuple(frames)), "video": VideoPart(video="a.mp4")}
+    samples = [make_sample(name, tmp_path, video).sample for name, video in videos.items()]
+    write_samples(tmp_path / "data.jsonl", samples)
     monkeypatch.setattr(image_reader, "MAX_VIDEO_CPU_S", 1e-4)
     (tmp_path / frames[1]).write_bytes(make_progressive_jpeg())
     monkeypatch.setattr(image_reader, "MAX_IMAGE_CPU_S", 0.1)
@@ -221,12 +200,9 @@ def test_box_metadata_follows_reviewed_boxes(tmp_path):
     (photo,) = draw_images(tmp_path, 1).iterdir()
     corners = (*CORNERS, (1.0, 1.0, 9.0, 9.0))
     boxes = [BoxPart(label=a, xyxy=xyxy) for a, xyxy in zip("abc", corners, strict=True)]
-    messages = (
-        Message(role="user", content=(ImagePart(image=str(photo)), TextPart(text="Find."))),
-        Message(role="assistant", content=tuple(boxes)),
-    )
     meta = {"boxes": [{"id": 1}, {"id": 2}, {}], "split": "val"}
-    write_samples(tmp_path / "data.jsonl", [Sample(id="a", messages=messages, meta=meta)])
+    sample = make_sample("a", tmp_path, str(photo), "Find.", answer=boxes).sample
+    write_samples(tmp_path / "data.jsonl", [sample.model_copy(update={"meta": meta})])
     moved = boxes[0].model_copy(update={"xyxy": (11.0, 20.0, 40.0, 50.0)})
     with open_session(
         tmp_path / "labels", MODEL, [tmp_path / "data.jsonl"], review=True

@@ -9,16 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from case_files import load_cases
+from image_fixtures import make_sample
 from label_fixtures import draw_images
 
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-)
+from finesight.data.sample import BoxPart, LocatedSample, Message, Sample, TextPart
 from finesight.encode.qwen2_vl import Qwen2VL, Qwen25VL
 from finesight.encode.renderer import NativeRenderer, build_renderer
 from finesight.infer.model_loader import InferenceModel, load_inference_model
@@ -146,13 +140,9 @@ OTHER = BoxPart(label="b", xyxy=(20, 20, 30, 30))
 POINT = BoxPart(label="a", xyxy=(5, 5, 5, 5))
 
 
-def make_sample(photos: Path, index: int, answer: str) -> LocatedSample:
-    question = (ImagePart(image=f"{index}.png"), TextPart(text="Describe the image."))
-    messages = (
-        Message(role="user", content=question),
-        Message(role="assistant", content=answer),
-    )
-    return LocatedSample(Sample(id=f"{index}", messages=messages), photos)
+def describe(photos: Path, index: int, answer: str) -> LocatedSample:
+    question = f"{index}.png", "Describe the image."
+    return make_sample(f"{index}", photos, *question, answer=answer)
 
 
 @pytest.mark.parametrize(
@@ -175,10 +165,10 @@ def test_disagreement(label, suggestion, expected):
 
 def test_loss_of_the_own_answer_equals_that_of_the_label(inference_model, tmp_path):
     photos = draw_images(tmp_path, 2)
-    questions = [make_sample(photos, index, "unused") for index in range(2)]
+    questions = [describe(photos, index, "unused") for index in range(2)]
     suggestions, _ = suggest_labels(inference_model, questions, max_new_tokens=40)
     texts = {one.id: one.content[0].text for one in suggestions}
-    labeled = [make_sample(photos, index, texts[f"{index}"]) for index in range(2)]
+    labeled = [describe(photos, index, texts[f"{index}"]) for index in range(2)]
     losses = compute_label_losses(inference_model, labeled, batch_size=2)
     expected = [next(one.loss for one in suggestions if one.id == f"{i}") for i in range(2)]
     torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
@@ -189,10 +179,10 @@ def test_loss_of_the_own_answer_equals_that_of_the_label(inference_model, tmp_pa
 
 def test_wrong_labels_come_first(inference_model, tmp_path):
     photos = draw_images(tmp_path, 3)
-    questions = [make_sample(photos, index, "unused") for index in range(3)]
+    questions = [describe(photos, index, "unused") for index in range(3)]
     suggestions, _ = suggest_labels(inference_model, questions, max_new_tokens=40)
     texts = {int(one.id): one.content[0].text for one in suggestions}
-    samples = [make_sample(photos, i, texts[i] if i != 1 else "two dogs") for i in range(3)]
+    samples = [describe(photos, i, texts[i] if i != 1 else "two dogs") for i in range(3)]
     ranked, reasons = rank_labels(inference_model, samples, max_new_tokens=40)
     assert ranked[0].id == "1"
     assert [one.score for one in ranked[1:]] == pytest.approx([0, 0], abs=1e-6)

@@ -12,11 +12,13 @@ import torch
 from rich.console import Console
 from tiny_task import TinyTask, write_recipe
 
-from finesight.config import Device, Precision
+from finesight.config import Device, Precision, Recipe
 from finesight.errors import UserError
+from finesight.model_folder import ModelFolder
 from finesight.plan import run_plan
 from finesight.plan.plan_format import format_plan, plan_to_dict
 from finesight.plan.run_plan import EvaluationEstimate, RunPlan, check_fit, plan_run
+from finesight.plan.settings_search import PlannedModel
 from finesight.plan.step_time import TargetDevice, build_local_target, build_named_target
 from finesight.progress import ProgressConsole
 from finesight.recipe import load_recipe
@@ -29,8 +31,26 @@ from finesight.train.state import Hardware, RunContext, RunData
 
 
 @pytest.fixture
-def task(tmp_path: Path) -> TinyTask:
-    return TinyTask(tmp_path)
+def task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TinyTask:
+    """Task with a model of one layer, whose plans share the traced steps of equal models."""
+    models, build = dict[object, PlannedModel](), run_plan.build_planned_model
+
+    def build_once(folder: ModelFolder, recipe: Recipe, *args: Any) -> PlannedModel:
+        train = recipe.train.model_copy(update={"epochs": None})
+        key = recipe.tune.model_dump_json(), train.model_dump_json(), *args
+        if key not in models:
+            models[key] = build(folder, recipe, *args)
+        return models[key]
+
+    monkeypatch.setattr(run_plan, "build_planned_model", build_once)
+    task = TinyTask(tmp_path)
+    edit_config(task, num_hidden_layers=1)
+    return task
+
+
+def edit_config(task: TinyTask, **values: object) -> None:
+    file = task.folder / "tiny" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 def make_plan(task: TinyTask, *overrides: str, gpu: str | None = "A10", **groups: Any) -> RunPlan:
@@ -39,7 +59,8 @@ def make_plan(task: TinyTask, *overrides: str, gpu: str | None = "A10", **groups
     return plan_run(load_recipe(path, overrides), gpu, ProgressConsole(Console(file=io.StringIO())))
 
 
-def test_counts_match_the_run(task: TinyTask) -> None:
+def test_counts_match_the_run(tmp_path: Path) -> None:
+    task = TinyTask(tmp_path)
     task.recipe["train"] |= {"batch_size": 11, "pack_tokens": 10_000}
     plan = make_plan(task)
     assert not (task.folder / "run").exists()
@@ -82,6 +103,8 @@ def test_suggested_overrides_are_valid(task: TinyTask) -> None:
 
 
 def test_precision_is_recommended_for_speed_or_memory(task, monkeypatch):
+    edit_config(task, num_hidden_layers=2)
+
     def recommend(bf16_flops: float, memory_bytes: int = 64 * 10**9) -> RunPlan:
         def build_target(device: Device, precision: Precision) -> TargetDevice:
             dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -185,10 +208,7 @@ def test_invalid_recipe_is_rejected(task: TinyTask) -> None:
     ids=["no-settings-fit", "other-settings-fit", "trainer-reduces-packs"],
 )
 def test_run_that_cannot_fit_a_gpu_is_rejected(task, monkeypatch, name, size, memory_bytes, words):
-    file = task.folder / "tiny" / "config.json"
-    config = json.loads(file.read_text())
-    config.get("text_config", config)[name] = size
-    file.write_text(json.dumps(config))
+    edit_config(task, **{"num_hidden_layers": 2, name: size})
     target = replace(build_named_target("T4", "auto"), memory_bytes=round(memory_bytes))
     monkeypatch.setattr(run_plan, "build_local_target", lambda *arguments: target)
     monkeypatch.setattr(run_plan, "MIN_CHECKED_PARAMS", 0)

@@ -13,6 +13,7 @@ import pytest
 from browser import XSS_PAYLOADS, Browser
 from each_value import each
 from html_text import ParsedPage
+from image_fixtures import make_noise_image
 from jinja2 import UndefinedError
 from PIL import Image
 
@@ -112,18 +113,13 @@ def test_content_security_policy_blocks_injected_scripts(browser: Browser, tmp_p
     assert any("Content Security Policy" in message for message in browser.messages())
 
 
-def make_noise(width: int, height: int) -> Image.Image:
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
 @each(
     ("image", "size", "kind"),
     [
         (Image.new("RGB", (64, 32), (10, 200, 30)), (64, 32), "png"),
-        (make_noise(64, 32), (64, 32), "jpeg"),
-        (make_noise(400, 200), (100, 50), "jpeg"),
-        (make_noise(200, 400), (50, 100), "jpeg"),
+        (make_noise_image(64, 32), (64, 32), "jpeg"),
+        (make_noise_image(400, 200), (100, 50), "jpeg"),
+        (make_noise_image(200, 400), (50, 100), "jpeg"),
     ],
 )
 def test_inline_images_are_small_but_not_enlarged(image, size, kind):

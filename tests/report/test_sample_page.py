@@ -19,17 +19,11 @@ from browser import (
 from conversation_fixtures import make_conversation, make_folder, make_images
 from each_value import each
 from html_text import read_script_data
+from image_fixtures import make_sample
 from PIL import Image, ImageDraw
 
 from finesight.config import ExactSize
-from finesight.data.sample import (
-    BoxPart,
-    ImagePart,
-    LocatedSample,
-    Message,
-    Sample,
-    TextPart,
-)
+from finesight.data.sample import BoxPart, ImagePart, LocatedSample, TextPart
 from finesight.encode.renderer import NativeRenderer
 from finesight.encode.tokenization import iter_token_rows
 from finesight.model_folder import ModelFolder
@@ -55,14 +49,6 @@ def write_striped_image(path: Path, width: int, height: int) -> Path:
     ImageDraw.Draw(image).rectangle((width // 4, 0, width // 2, height), fill=(200, 30, 90))
     image.save(path)
     return path
-
-
-def make_sample(folder, question, answer, name="one"):
-    messages = (
-        Message(role="user", content=tuple(question)),
-        Message(role="assistant", content=tuple(answer)),
-    )
-    return LocatedSample(Sample(id=name, messages=messages), folder)
 
 
 def test_tokens_match_the_tokenized_sample(renderer: NativeRenderer, tmp_path: Path) -> None:
@@ -93,7 +79,7 @@ def test_tokens_match_the_tokenized_sample(renderer: NativeRenderer, tmp_path: P
 
 def test_image_is_the_model_input(renderer: NativeRenderer, tmp_path: Path) -> None:
     file = write_striped_image(tmp_path / "a.png", 300, 100)
-    located_sample = make_sample(tmp_path, [ImagePart(image=file.name)], [TextPart(text="x")])
+    located_sample = make_sample("one", tmp_path, file.name, answer="x")
     (record,) = render(renderer, located_sample)
     (result,) = record["images"]
     patch = renderer.patch_config.patch_size
@@ -109,7 +95,7 @@ def test_image_is_the_model_input(renderer: NativeRenderer, tmp_path: Path) -> N
 def test_box_typed_as_text_is_detected(renderer: NativeRenderer, tmp_path: Path) -> None:
     write_striped_image(tmp_path / "a.png", 300, 100)
     typed = '{"bbox_2d": [5, 6, 70, 80]} (50,60),(700,800)'
-    located_sample = make_sample(tmp_path, [ImagePart(image="a.png")], [TextPart(text=typed)])
+    located_sample = make_sample("one", tmp_path, "a.png", answer=typed)
     (record,) = render(renderer, located_sample)
     assert record["num_sample_boxes"] == 0
     (box,) = record["boxes"]
@@ -128,14 +114,14 @@ def page(renderer: NativeRenderer, tmp_path: Path) -> Path:
     image = ImagePart(image="a.png")
     box = BoxPart(label="cat", xyxy=(30, 20, 150, 60))
     samples = [
-        make_sample(tmp_path, [image, TextPart(text="Where?")], [box], "first"),
-        make_sample(tmp_path, [TextPart(text="a\tb \n😀")], [TextPart(text="x y")], "second"),
+        make_sample("first", tmp_path, image, "Where?", answer=box),
+        make_sample("second", tmp_path, "a\tb \n😀", answer="x y"),
     ]
     for payload in XSS_PAYLOADS:
         text = TextPart(text=payload)
-        samples.append(make_sample(tmp_path, [image, text], [text], payload))
+        samples.append(make_sample(payload, tmp_path, image, text, answer=[text]))
     labelled = [BoxPart(label=payload, xyxy=(1, 2, 90, 90)) for payload in XSS_PAYLOADS]
-    samples.append(make_sample(tmp_path, [image], [*labelled], "labels"))
+    samples.append(make_sample("labels", tmp_path, image, answer=labelled))
     file = tmp_path / "page.html"
     file.write_text(render_sample_page(renderer, samples, XSS_PAYLOADS[0]))
     return file

@@ -1,7 +1,6 @@
 """Tests of requests that try to stall the server: limits apply, and other requests continue."""
 
 import contextlib
-import io
 import logging
 import threading
 import time
@@ -42,6 +41,7 @@ from hostile_requests import (
     make_schema_format,
     request_makers,
 )
+from image_fixtures import encode_image
 from PIL import Image
 
 from finesight.encode.tokenization import Tokenizer
@@ -151,18 +151,15 @@ def test_slow_image_decoding_is_rejected(strict_server):
 
 def test_cpu_time_limit_covers_all_images(inference_model, tmp_path):
     limits = replace(LIMITS, max_request_cpu_s=0.2)
-    file = io.BytesIO()
-    Image.new("RGB", (3000, 3000)).save(file, "JPEG")
+    large = encode_image(Image.new("RGB", (3000, 3000)), "JPEG")
     with run_server(inference_model, tmp_path, limits=limits) as server:
-        status, error = post_chat(server, *[make_image_content(file.getvalue())] * 30)
+        status, error = post_chat(server, *[make_image_content(large)] * 30)
     assert status == 400
     assert "CPU time" in error["message"]
 
 
 def save_image(kind: str) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (56, 56), (1, 2, 3)).save(file, kind)
-    return file.getvalue()
+    return encode_image(Image.new("RGB", (56, 56), (1, 2, 3)), kind)
 
 
 def test_additional_image_formats(inference_model, strict_server, tmp_path):
@@ -223,12 +220,11 @@ def test_byte_budget_of_all_requests():
 
 def test_decoded_images_count_towards_the_budget(inference_model, tmp_path):
     limits = replace(LIMITS, max_total_body_bytes=60_000)
-    large = io.BytesIO()
-    Image.new("RGB", (560, 560)).save(large, "PNG")
+    large = encode_image(Image.new("RGB", (560, 560)))
     with run_server(inference_model, tmp_path, limits=limits) as server:
         budget = server.app.budget
         assert post_chat(server, make_image_content(save_image("PNG")))[0] == 200
-        status, error = post_chat(server, make_image_content(large.getvalue()))
+        status, error = post_chat(server, make_image_content(large))
         assert (status, error["type"]) == (503, "overloaded_error")
         assert budget.used_bytes == 0
 

@@ -4,11 +4,8 @@ import asyncio
 import contextlib
 import io
 import ipaddress
-import ssl
-import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -22,6 +19,7 @@ from api_server_fixtures import (
 )
 from case_files import load_cases
 from each_value import each
+from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 from hub_fixtures import certificate
 
 from finesight.errors import UserError
@@ -45,79 +43,49 @@ FIXED_ANSWERS = {
 }
 
 
-class TlsServer(ThreadingHTTPServer):
-    """TLS server that records path and host of its `requests`."""
-
-    daemon_threads = True
-
-    def __init__(self, address: str, port: int, made: Path, key: Path) -> None:
-        super().__init__((address, port), Answers)
-        self.requests: list[tuple[str, str]] = []
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(made, key)
-        self.socket = context.wrap_socket(self.socket, server_side=True)
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Ignore disconnects of clients."""
-
-
-class Answers(BaseHTTPRequestHandler):
+class ImageHandler(HubHandler):
     """Handler of /a.png, /to/URL, /large, /endless, /slow, /text."""
 
-    server: TlsServer
+    protocol_version = "HTTP/1.0"
 
-    def log_message(self, format: str, *arguments: object) -> None:
-        """Disable logging."""
-
-    def do_GET(self) -> None:
-        self.server.requests.append((self.path, self.headers["Host"]))
-        name = self.path.split("/")[1]
+    def respond(self, path: str, query: dict[str, list[str]]) -> None:
+        name = path.split("/")[1]
         if name == "to":
-            self._send(302, b"", {"Location": self.path.removeprefix("/to/")})
-        elif name in FIXED_ANSWERS:
-            self._send(*FIXED_ANSWERS[name])
+            self.send(302, b"", {"Location": self.path.removeprefix("/to/")})
         elif name in ("endless", "slow"):
-            self.send_response(200)
-            self.send_header("Content-Type", "image/png")
-            self.end_headers()
+            self.send_head(200, {"Content-Type": "image/png"})
             with contextlib.suppress(OSError):
                 while True:
                     self.wfile.write(bytes(1000) if name == "endless" else b"x")
                     time.sleep(0 if name == "endless" else 0.05)
         else:
-            self._send(200, IMAGE_BYTES, {"Content-Type": "image/png"})
-
-    def _send(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(status)
-        for header in ({"Content-Length": str(len(body))} | headers).items():
-            self.send_header(*header)
-        self.end_headers()
-        self.wfile.write(body)
+            self.send(*FIXED_ANSWERS.get(name, (200, IMAGE_BYTES, {"Content-Type": "image/png"})))
 
 
 @pytest.fixture
 def public_and_local_servers(
     certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> Iterator[tuple[TlsServer, TlsServer]]:
+) -> Iterator[tuple[FakeHubServer, FakeHubServer]]:
     """Two servers at the same port: a public one, and a local one that must not be contacted."""
     monkeypatch.setenv("SSL_CERT_FILE", str(certificate[0]))
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     with contextlib.ExitStack() as stack:
+
+        def start(address: str, port: int) -> FakeHubServer:
+            server = FakeHubServer(ImageHandler, None, (address, port), certificate)
+            return stack.enter_context(run_in_thread(server))
+
         inside = None
         while inside is None:
             # The port must be free at both addresses.
-            outside = stack.enter_context(TlsServer(OUTSIDE, 0, *certificate))
-            stack.callback(outside.shutdown)
+            outside = start(OUTSIDE, 0)
             with contextlib.suppress(OSError):
-                inside = TlsServer(INSIDE, outside.server_address[1], *certificate)
-        stack.enter_context(inside)
-        stack.callback(inside.shutdown)
+                inside = start(INSIDE, outside.server_port)
         yield outside, inside
 
 
 @pytest.fixture
-def url(public_and_local_servers: tuple[TlsServer, TlsServer]) -> str:
+def url(public_and_local_servers: tuple[FakeHubServer, FakeHubServer]) -> str:
     """Address of the public server."""
     return f"https://localhost:{public_and_local_servers[0].server_address[1]}"
 
@@ -155,7 +123,9 @@ def test_image_from_allowed_host(public_and_local_servers, url):
     names = FakeResolver([OUTSIDE])
     assert fetch_bytes(fetcher(names), f"{url}/a.png?sign=1") == IMAGE_BYTES
     # The Host header is the name, the connection uses the address.
-    assert outside.requests == [("/a.png?sign=1", url.removeprefix("https://"))]
+    (request,) = outside.requests
+    assert request.path == "/a.png?sign=1"
+    assert request.headers["Host"] == url.removeprefix("https://")
     assert names.lookups == ["localhost"]
     assert fetch_bytes(fetcher(names), f"{url.upper()}/to//a.png".replace("HTTPS", "https")) == (
         IMAGE_BYTES
@@ -185,7 +155,7 @@ def test_forbidden_urls(public_and_local_servers, url, location):
     for address in (location, f"{url}/to/{location}"):
         with pytest.raises(UserError, match="is not allowed"):
             fetch_bytes(fetcher(FakeResolver([OUTSIDE])), address)
-    assert [path for path, _ in outside.requests] == [f"/to/{location}"]
+    assert [request.path for request in outside.requests] == [f"/to/{location}"]
     assert not inside.requests
 
 

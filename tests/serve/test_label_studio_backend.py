@@ -6,12 +6,10 @@ import gc
 import io
 import json
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +28,7 @@ from api_server_fixtures import (
 )
 from case_files import load_cases
 from each_value import each
+from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 
 from finesight.data.formats.label_studio import LabelControl
 from finesight.data.sample import BoxPart, create_region
@@ -209,31 +208,18 @@ def label_studio() -> Iterator[tuple[str, list[tuple[str, str | None]]]]:
     """Run a server with an image, a redirect and a token exchange. Returns address and requests."""
     requests: list[tuple[str, str | None]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            requests.append((self.path, self.headers["Authorization"]))
-            status = {"/data/moved.png": 302, "/data/upload/1/a.png": 200}.get(self.path, 404)
-            self.reply(status, b"pixels")
+    class Handler(HubHandler):
+        def respond(self, path: str, query: dict[str, list[str]]) -> None:
+            requests.append((path, self.headers["Authorization"]))
+            status = {"/data/moved.png": 302, "/data/upload/1/a.png": 200}.get(path, 404)
+            self.send(status, b"pixels", {"Location": "http://127.0.0.1:9/"})
 
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            requests.append((self.path, body["refresh"]))
-            self.reply(200, b'{"access": "short-lived"}')
+        def receive(self, path: str, body: bytes) -> None:
+            requests.append((path, json.loads(body)["refresh"]))
+            self.send(200, b'{"access": "short-lived"}')
 
-        def reply(self, status: int, content: bytes) -> None:
-            self.send_response(status)
-            self.send_header("Location", "http://127.0.0.1:9/")
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        def log_message(self, *args: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as there:
-        threading.Thread(target=there.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{there.server_port}", requests
-        there.shutdown()
+    with run_in_thread(FakeHubServer(Handler)) as server:
+        yield server.url, requests
 
 
 @pytest.mark.parametrize("token", [None, *TOKENS])

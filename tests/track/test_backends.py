@@ -3,12 +3,11 @@
 import json
 import sys
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from threading import Thread
 from typing import Any, get_args
 
 import pytest
 from each_value import each
+from fake_hub_servers import FakeHubServer, HubHandler, run_in_thread
 from tracking_fixtures import READERS, TrackedRun
 
 from finesight.config import TrackerKind, TrackerName, TrackerSettings
@@ -54,17 +53,13 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """Address of a server that fails from its third request on, and the received bodies."""
     bodies: list[dict[str, Any]] = []
 
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            bodies.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(200 if len(bodies) < 3 else 500)
-            self.end_headers()
+    class Hook(HubHandler):
+        def receive(self, path: str, body: bytes) -> None:
+            bodies.append(json.loads(body))
+            self.send(200 if len(bodies) < 3 else 500)
 
-    server = HTTPServer(("127.0.0.1", 0), Hook)
-    Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/hook", bodies
-    server.shutdown()
-    server.server_close()
+    with run_in_thread(FakeHubServer(Hook)) as server:
+        yield f"{server.url}/hook", bodies
 
 
 def test_swanlab_sends_alerts_to_webhook(tmp_path, monkeypatch, webhook):

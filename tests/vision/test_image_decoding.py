@@ -1,11 +1,11 @@
 """Image decoding: upright RGB on white, or an error."""
 
-from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pytest
 from each_value import each
+from image_fixtures import encode_image, make_noise_image, write_noise_image
 from PIL import Image
 from transformers.image_transforms import convert_to_rgb
 from transformers.image_utils import load_image as load_image_hf
@@ -151,9 +151,8 @@ def test_animation_gives_its_first_frame(tmp_path: Path, kind: str) -> None:
 
 @each("kind", ["jpeg", "png", "webp", "gif", "bmp"])
 def test_truncated_file_is_distinguished_from_damage(tmp_path: Path, kind: str) -> None:
-    noise, full, path = make_noise(), BytesIO(), tmp_path / f"cut.{kind}"
-    noise.save(full, format=kind)
-    path.write_bytes(full.getvalue()[: full.tell() // 2])
+    full, path = encode_image(make_noise_image(64, 64), kind), tmp_path / f"cut.{kind}"
+    path.write_bytes(full[: len(full) // 2])
     with pytest.raises(CorruptImageError) as raised:
         load_image(path)
     assert raised.value.where == str(path)
@@ -161,15 +160,10 @@ def test_truncated_file_is_distinguished_from_damage(tmp_path: Path, kind: str) 
     assert ("truncated" in raised.value.what) == (kind != "webp")
 
 
-def make_noise() -> Image.Image:
-    values = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    return Image.fromarray(values)
-
-
 def test_invalid_missing_and_damaged_images(tmp_path: Path) -> None:
     (tmp_path / "notes.jpg").write_text("no image")
     Image.new("1", (10_000, 10_000)).save(tmp_path / "bomb.png")
-    make_noise().save(tmp_path / "flipped.png")
+    write_noise_image(tmp_path / "flipped.png", 64, 64)
     data = bytearray((tmp_path / "flipped.png").read_bytes())
     data[3000:3100] = bytes(100)
     (tmp_path / "flipped.png").write_bytes(data)
@@ -181,7 +175,7 @@ def test_invalid_missing_and_damaged_images(tmp_path: Path) -> None:
     ):
         with pytest.raises(CorruptImageError, match=message):
             load_image(tmp_path / name)
-    make_noise().save(tmp_path / "small.png")
+    write_noise_image(tmp_path / "small.png", 64, 64)
     with pytest.raises(CorruptImageError, match="64 x 64 = 4096 pixels"):
         load_image(tmp_path / "small.png", max_pixels=4095)
     assert load_image(tmp_path / "small.png", max_pixels=4096).size == (64, 64)

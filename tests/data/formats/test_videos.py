@@ -8,22 +8,14 @@ import pytest
 from box_fixtures import parse_record
 from case_files import load_cases
 from each_value import each
-from image_fixtures import write_gray_image
+from image_fixtures import make_sample, write_gray_image
 from video_fixtures import write_video
 
 from finesight.data.formats import detect_format
 from finesight.data.formats.dataset_format import DatasetFormat
 from finesight.data.import_source import ImportOptions
 from finesight.data.importer import import_dataset
-from finesight.data.sample import (
-    ImagePart,
-    Message,
-    Sample,
-    TextPart,
-    VideoPart,
-    read_samples,
-    validate_sample,
-)
+from finesight.data.sample import ImagePart, TextPart, VideoPart, read_samples, validate_sample
 from finesight.errors import UserError
 
 
@@ -94,10 +86,7 @@ def test_imported_samples_refer_to_the_video(media: Path, tmp_path: Path) -> Non
 
 
 def test_video_in_an_image_part_is_rejected() -> None:
-    turns = (
-        Message(role="user", content=(ImagePart(image="v.MP4"), TextPart(text="?"))),
-        Message(role="assistant", content=(TextPart(text="x"),)),
-    )
+    sample = make_sample("s", Path(), ImagePart(image="v.MP4"), "?", answer="x").sample
     with pytest.raises(UserError, match=r"the video file v\.MP4 in an image part") as caught:
-        validate_sample(Sample(id="s", messages=turns), "here")
+        validate_sample(sample, "here")
     assert '"type": "video"' in caught.value.remedy

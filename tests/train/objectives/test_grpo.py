@@ -9,7 +9,7 @@ import torch
 from each_value import each
 from PIL import Image
 from tiny_model import create_tiny_model
-from tiny_task import TinyTask, assert_same_run, edit_samples, rewind_to_checkpoint
+from tiny_task import TinyTask, assert_same_run, edit_samples
 from torch import Tensor
 
 from finesight.config import GrpoSettings
@@ -97,6 +97,13 @@ def partly(case):
 """
 
 
+LETTERS = [
+    {"name": "format", "pattern": rf"([n-\uffff]*[\x00-m]){{{count}}}.*", "weight": 0.1}
+    for count in range(1, 25)
+]
+"""As the function `early`, without a worker process: the number of such letters."""
+
+
 @pytest.fixture
 def reward_task(tmp_path) -> TinyTask:
     """Task with a function that rewards letters at the start of the alphabet."""
@@ -153,14 +160,27 @@ def test_sampler_and_trainer_compute_the_same_bits(reward_task, tuned):
     assert len({one["reward"] for one in steps}) > 1
 
 
-def test_resumed_run_equals_uninterrupted_run(reward_task):
+def test_run_resumed_after_a_failed_reward_equals_uninterrupted_run(reward_task):
+    rewards, run = reward_task.folder / "rewards.py", reward_task.folder / "run"
+    rewards.write_text(REWARD.replace("max(1, len(case.answer))", "len(case.answer)"))
+    with pytest.raises(UserError, match=r"ZeroDivisionError.*answer ''"):
+        reward_task.run()
+    assert not run.exists()
+    # The step after the first checkpoint fails.
+    missing, repaired = run / "checkpoints" / "step-2", reward_task.folder / "repaired"
+    works = f"not os.path.exists({str(missing)!r}) or os.path.exists({str(repaired)!r})"
+    failure = f"import os\n    1 / ({works})\n    return sum"
+    rewards.write_text(REWARD.replace("return sum", failure))
     two_updates = "train.grpo.num_iterations=2", "train.grpo.max_refills=2"
     reward_task.run(*two_updates, name="expected")
-    reward_task.run(*two_updates)
-    run = rewind_to_checkpoint(reward_task.folder / "run")
+    with pytest.raises(RewardError, match=r"ZeroDivisionError.*sample") as caught:
+        reward_task.run(*two_updates)
+    assert "rewards.py:4" in caught.value.where
+    assert caught.value.what.endswith("in step 3, checkpoint of step 2 written")
+    repaired.touch()
+    rewards.unlink()  # the run has a copy
     with (run / "responses.jsonl").open("a") as file:
         file.write('{"step": 7, "respon')
-    (reward_task.folder / "rewards.py").unlink()  # the run has a copy
     reward_task.run(*two_updates, resume=True)
     assert_same_run(run, reward_task.folder / "expected")
     recorded, expected = (
@@ -175,31 +195,11 @@ def test_resumed_run_equals_uninterrupted_run(reward_task):
     assert best["advantage"] > 0 > min(line["advantage"] for line in lines[:4])
 
 
-def test_failed_reward_saves_a_checkpoint(reward_task):
-    rewards = reward_task.folder / "rewards.py"
-    rewards.write_text(REWARD.replace("max(1, len(case.answer))", "len(case.answer)"))
-    with pytest.raises(UserError, match=r"ZeroDivisionError.*answer ''"):
-        reward_task.run()
-    assert not (reward_task.folder / "run").exists()
-    rewards.write_text(REWARD)
-    reward_task.run(name="expected")
-    checkpoint = reward_task.folder / "run" / "checkpoints" / "step-2"
-    # Of the start of the alphabet: the step after the first checkpoint fails.
-    failure = f"import os\n    1 / (not os.path.exists({str(checkpoint)!r}))\n    return sum"
-    rewards.write_text(REWARD.replace("return sum", failure))
-    with pytest.raises(RewardError, match=r"ZeroDivisionError.*sample") as caught:
-        reward_task.run()
-    assert "rewards.py:4" in caught.value.where
-    assert caught.value.what.endswith("in step 3, checkpoint of step 2 written")
-    rewards.write_text(REWARD)
-    reward_task.run(resume=True)
-    assert_same_run(reward_task.folder / "run", reward_task.folder / "expected")
-
-
 def test_settings_change_training(reward_task):
     """A reference model, unscored and truncated responses, and several packs of a group."""
     steps = ("train.steps=2", "train.epochs=null", "train.save_every=null")
     losses = {}
+    reward_task.recipe["rewards"] = LETTERS
     del reward_task.recipe["data"]["eval"]
     for name, overrides in {
         "plain": (),
@@ -242,6 +242,7 @@ def test_unreadable_images_are_skipped(reward_task, monkeypatch):
         return sample_groups(*args)
 
     monkeypatch.setattr(Rollout, "sample_groups", damage)
+    reward_task.recipe["rewards"] = LETTERS
     reward_task.run("train.steps=1", "train.epochs=null", "data.on_invalid_sample=skip")
     (step,) = read_steps(reward_task)
     assert step["skipped_samples"] == ["train0"]

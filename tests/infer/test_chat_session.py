@@ -213,7 +213,12 @@ def test_boxes_in_answer_become_parts():
         ),
         (LISTED, (CAT, BOX), (CAT, BOX), SIZE),
         # Boxes that would not give the same text again stay text.
-        (WITH_SCORE, (CAT,), None, SIZE),
+        (
+            WITH_SCORE,
+            (CAT,),
+            (TextPart(text='{"bbox_2d": '), CAT, TextPart(text=', "label": "a cat", "sure": 0.5}')),
+            SIZE,
+        ),
         (WITH_SCORE, (CAT, CAT), None, SIZE),
         (SINGLE, (BoxPart(xyxy=(1, 2, 9999, 40)),), None, SIZE),
         (SINGLE, (BoxPart(xyxy=(30, 2, 1, 40)),), None, SIZE),
